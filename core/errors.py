@@ -1,0 +1,73 @@
+"""What can go wrong, and the exit code that says so.
+
+SpectoolError            1   the run failed after it began
+├── Interrupted        130   Ctrl-C or SIGTERM; what was written can be resumed
+└── InputError           2   the input or the usage was wrong; nothing was changed
+    ├── UsageError           an option, a name or a combination of them
+    ├── CheckpointError      a checkpoint's files: missing, damaged, inconsistent
+    ├── TextError            a text or prompt file
+    ├── UnsupportedError     a model or a format that spectool cannot handle rightly
+    └── MissingExtra         an optional package is needed
+
+A message is one line: what was found, what was expected, what to do. `hint` goes on a line of
+its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import ClassVar
+
+
+class SpectoolError(Exception):
+    """Root of the tree; raised itself where a run failed through no fault of its input."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class Interrupted(SpectoolError):
+    exit_code = 130
+
+
+class InputError(SpectoolError):
+    exit_code = 2
+
+
+class UsageError(InputError):
+    pass
+
+
+class CheckpointError(InputError):
+    pass
+
+
+class TextError(InputError):
+    pass
+
+
+class UnsupportedError(InputError):
+    pass
+
+
+class MissingExtra(InputError):
+    pass
+
+
+def require(module: str, *, extra: str, reason: str) -> ModuleType:
+    """Import an optional package, or say which extra brings it.
+
+    Raises:
+        MissingExtra: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtra(
+            f"{reason} needs the package {module.split('.')[0]}, which is not installed",
+            hint=f"pip install 'spectool[{extra}]'",
+        ) from error

@@ -1,0 +1,132 @@
+"""Every method spectool knows, one row each. Values are resolved on first use, never on import.
+
+A row's target is `module:Class`; the class's file holds the method whole. To add a method: its
+file, its test of the same name, its row here. tests/core/test_methods.py walks the table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spectool.errors import UsageError
+
+Kind = Literal["quantizer", "drafter", "rule"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A row. `status` is research for what nobody should reach for first."""
+
+    kind: Kind
+    target: str
+    summary: str
+    source: str
+    status: Literal["stable", "research"] = "stable"
+    runs_in: tuple[str, ...] = ("spectool", "transformers")
+
+
+METHODS: dict[str, Method] = {
+    "rtn": Method(
+        kind="quantizer",
+        target="spectool.quantize.rtn:RTN",
+        summary="Round to nearest on a uniform grid, 2-8 bits, in groups along the input",
+        source="folklore; the baseline of every quantization paper",
+    ),
+    "nf4": Method(
+        kind="quantizer",
+        target="spectool.quantize.nf4:NF4",
+        summary="4-bit normal-quantile codes in blocks, computed by bitsandbytes",
+        source="Dettmers et al., QLoRA, 2023 (arXiv:2305.14314)",
+    ),
+    "int8": Method(
+        kind="quantizer",
+        target="spectool.quantize.int8:Int8",
+        summary="8-bit rows with outlier activations kept apart, computed by bitsandbytes",
+        source="Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339)",
+    ),
+    "none": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.none:NoDrafter",
+        summary="Plain decoding, one token a forward",
+        source="the baseline",
+        runs_in=("spectool",),
+    ),
+    "ngram": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.ngram:NgramDrafter",
+        summary="Continue as the longest recent n-gram did in prompt and output (prompt lookup)",
+        source="Saxena, Prompt Lookup Decoding, 2023",
+        runs_in=("spectool",),
+    ),
+    "draft_model": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.draft_model:DraftModelDrafter",
+        summary="A smaller checkpoint with the same tokenizer proposes a chain",
+        source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318)",
+        runs_in=("spectool",),
+    ),
+    "greedy": Method(
+        kind="rule",
+        target="spectool.decode.verify:greedy",
+        summary="Follow the child that equals the target's most likely token; exact for any draft",
+        source="Stern et al., 2018 (arXiv:1811.03115)",
+        runs_in=("spectool",),
+    ),
+    "token-match": Method(
+        kind="rule",
+        target="spectool.decode.verify:token_match",
+        summary="Draw the target's token once a node and follow the child that equals it; exact",
+        source="Miao et al., SpecInfer, 2023 (arXiv:2305.09781), naive sampling",
+        runs_in=("spectool",),
+    ),
+    "chain": Method(
+        kind="rule",
+        target="spectool.decode.verify:chain",
+        summary="Accept with min(1, p/q), else draw from the residual; exact for sampled chains",
+        source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318)",
+        runs_in=("spectool",),
+    ),
+}
+
+
+def names(kind: Kind) -> list[str]:
+    """The names of one kind, in the table's order."""
+    return [name for name, method in METHODS.items() if method.kind == kind]
+
+
+def row(name: str, kind: Kind) -> Method:
+    """The row of a method.
+
+    Raises:
+        UsageError: no method of this kind has the name.
+    """
+    method = METHODS.get(name)
+    if method is None or method.kind != kind:
+        close = difflib.get_close_matches(name, names(kind), n=1)
+        raise UsageError(
+            f"no {kind} is called {name!r}; known: {', '.join(names(kind))}",
+            hint=f"did you mean {close[0]}?" if close else None,
+        )
+    return method
+
+
+def resolve(name: str, kind: Kind) -> Any:
+    """The class (or, for a rule, the function) behind a name. Imports its module."""
+    module, _, attribute = row(name, kind).target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+# What the public face opens: rooms above core, which core may not import by statement.
+DOORS = {
+    "load": "spectool.loading:load_model",
+    "generate": "spectool.decode.generate:generate",
+}
+
+
+def door(name: str) -> Any:
+    """The function behind one of `spectool`'s public names."""
+    module, _, attribute = DOORS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

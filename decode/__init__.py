@@ -1,0 +1,1 @@
+"""Decoding with drafters: target, tree, cache, loop, verification rules, drafters."""

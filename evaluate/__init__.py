@@ -1,0 +1,1 @@
+"""What compression cost and what drafting gained: perplexity, fidelity, speed, gates."""

@@ -1,0 +1,1 @@
+"""Bit packing and packed matrix products: tensors in, tensors out; knows no model."""

@@ -1,0 +1,155 @@
+"""Tiny random models and a tokenizer, made here so that no test needs a network."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+VOCAB = 320
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", GROUPED),
+    "llama-tied": ("Llama", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", GROUPED),
+    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 8}),
+    "mistral": ("Mistral", {**GROUPED, "sliding_window": 16}),
+    "gemma2": ("Gemma2", {**GROUPED, "head_dim": 8, "sliding_window": 16}),
+    "gemma3": (
+        "Gemma3",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "sliding_window": 16,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": ("Phi3", GROUPED),
+    "gpt2": (
+        "GPT2",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        },
+    ),
+    "opt": (
+        "OPT",
+        {
+            **{k: v for k, v in COMMON.items() if k != "intermediate_size"},
+            "ffn_dim": 56,
+            "word_embed_proj_dim": 32,
+        },
+    ),
+    "gpt_neox": ("GPTNeoX", COMMON),
+    "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+        },
+    ),
+}
+DENSE = [name for name in FAMILIES if name not in ("mixtral", "qwen3_moe")]
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of VOCAB tokens, trained on this file; <s> is 0 and </s> is 1."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(Path(__file__).read_text().splitlines(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def make_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random model of a family, float32, in eval mode. Large weights make its text vary."""
+    prefix, options = FAMILIES[family]
+    suffix = "TextConfig" if prefix == "Gemma3" else "Config"
+    options = {"initializer_range": 0.2, "tie_word_embeddings": False, **options, **overrides}
+    config = getattr(transformers, prefix + suffix)(**options)
+    config._attn_implementation = "eager" if prefix == "Gemma2" else "sdpa"
+    torch.manual_seed(seed)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+@functools.cache
+def _shared_model(family: str, seed: int) -> PreTrainedModel:
+    return make_model(family, seed=seed)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., PreTrainedModel]:
+    """`tiny("qwen3")`: a random model shared between tests; do not change its weights."""
+    return lambda family, seed=0: _shared_model(family, seed)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint("qwen3", dtype=…)`: a directory with that model and the tokenizer, read-only."""
+
+    @functools.cache
+    def make(
+        family: str,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str = "50GB",
+        **overrides: Any,
+    ) -> Path:
+        path = tmp_path_factory.mktemp(family)
+        model = make_model(family, seed=seed, **overrides).to(dtype)
+        model.save_pretrained(path, max_shard_size=max_shard_size)
+        tokenizer().save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real checkpoints and texts; the test is skipped where it is absent."""
+    if not SHARED.exists():
+        pytest.skip("no shared models and data here")
+    return SHARED
