@@ -1,0 +1,215 @@
+"""What a checkpoint directory says about itself, read without loading a tensor or torch.
+
+A safetensors file is an 8-byte little-endian length, that many bytes of JSON and the tensors'
+bytes. Everything a header may claim wrongly is checked here, so that a damaged file costs the user
+one line and not a crash hours into a run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spectool.errors import CheckpointError
+
+# Bits of one element; sub-byte types pack several elements into a byte.
+DTYPE_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "BOOL": 8, "I8": 8, "U8": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+DENSE_INDEX = "model.safetensors.index.json"
+DENSE_FILE = "model.safetensors"
+PACKED_INDEX = "packed.safetensors.index.json"
+
+# A longer header than this is a damaged length field: the format's own limit.
+MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """One tensor in a file: `start` is the offset of its first byte from the file's beginning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    num_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A checkpoint's configuration and the headers of all its tensors, by name."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """`quantization_config` as stored, whoever wrote it; None for a dense checkpoint."""
+        text_config = self.config.get("text_config") or {}
+        found: dict[str, Any] | None = self.config.get("quantization_config") or text_config.get(
+            "quantization_config"
+        )
+        return found
+
+    @property
+    def is_packed(self) -> bool:
+        return (self.quantization or {}).get("quant_method") == "spectool"
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.tensors.values())
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({entry.path for entry in self.tensors.values()})
+
+
+def read_header(path: Path) -> tuple[dict[str, str], list[TensorEntry]]:
+    """The metadata and the tensors of one safetensors file, in the order of their bytes.
+
+    Raises:
+        CheckpointError: the file is absent, empty or cut, or its header contradicts it.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(size - 8, MAX_HEADER):
+                raise CheckpointError(
+                    f"{path}: its header claims {length} bytes, but the file has {size}; "
+                    "it is damaged or not safetensors"
+                )
+            raw = file.read(length)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        entries = [_entry(path, 8 + length, name, said) for name, said in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its header is not a safetensors header") from error
+    entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
+    end = 8 + length
+    for entry in entries:
+        if entry.start != end:
+            word = "overlaps the tensor before it" if entry.start < end else "leaves a gap before"
+            raise CheckpointError(f"{path}: {entry.name} {word}; the header is damaged")
+        end += entry.num_bytes
+    if end != size:
+        state = "truncated" if size < end else "longer than its header says"
+        raise CheckpointError(f"{path}: {state}: {size} bytes, expected {end}")
+    return metadata, entries
+
+
+def _entry(path: Path, base: int, name: str, said: dict[str, Any]) -> TensorEntry:
+    shape = tuple(int(length) for length in said["shape"])
+    first, last = said["data_offsets"]
+    bits = math.prod(shape) * DTYPE_BITS[said["dtype"]]
+    if min(shape, default=0) < 0 or first < 0 or 8 * (last - first) != bits:
+        raise CheckpointError(
+            f"{path}: {name} is {said['dtype']} {list(shape)}, which is not {last - first} bytes; "
+            "the header is damaged"
+        )
+    return TensorEntry(
+        name=name,
+        dtype=said["dtype"],
+        shape=shape,
+        path=path,
+        start=base + first,
+        num_bytes=last - first,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: absent, unreadable, or not one JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return found
+
+
+def read_layout(path: Path) -> Layout:
+    """Configuration and headers of the checkpoint in directory `path`.
+
+    Raises:
+        CheckpointError: no directory, no configuration, no safetensors weights, a damaged file, or
+            an index that names absent files or tensors.
+    """
+    if not path.is_dir():
+        what = "is a file, not a checkpoint directory" if path.exists() else "no such directory"
+        raise CheckpointError(f"{path}: {what}")
+    if (path / "spectool_heads.json").exists() and not (path / "config.json").exists():
+        raise CheckpointError(f"{path}: draft heads, not a checkpoint")
+    config = read_json(path / "config.json")
+    index = next((path / n for n in (PACKED_INDEX, DENSE_INDEX) if (path / n).exists()), None)
+    metadata: dict[str, str] = {}
+    tensors: dict[str, TensorEntry] = {}
+    if index is None:
+        if not (path / DENSE_FILE).exists():
+            raise CheckpointError(
+                f"{path}: no safetensors weights ({DENSE_FILE} or {DENSE_INDEX})", hint=_pickled(path)
+            )
+        metadata, entries = read_header(path / DENSE_FILE)
+        tensors = {entry.name: entry for entry in entries}
+    else:
+        for entry_metadata, entry in _indexed(index):
+            metadata.update(entry_metadata)
+            tensors[entry.name] = entry
+    if not tensors:
+        raise CheckpointError(f"{path}: its weight files hold no tensors")
+    return Layout(path=path, config=config, tensors=tensors, metadata=metadata)
+
+
+def _indexed(index: Path) -> Iterator[tuple[dict[str, str], TensorEntry]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map")
+    found: dict[str, dict[str, TensorEntry]] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{index}: names {file!r}, which is not a file beside it")
+        metadata[file], entries = read_header(index.parent / file)
+        found[file] = {entry.name: entry for entry in entries}
+    for name, file in weight_map.items():
+        if name not in found[file]:
+            raise CheckpointError(f"{index}: says that {name} is in {file}, but it is not")
+        yield metadata[file], found[file][name]
+
+
+def _pickled(path: Path) -> str | None:
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+        return "pickled weights are never read; save the model with safetensors first"
+    return None

@@ -1,0 +1,189 @@
+"""Packed linears inside a transformers model: the module every method builds on, and the swap.
+
+A packed matrix is a set of named tensors ("fields") below `<module>.q.`; the method that wrote
+them says how they become a matrix again. `dequantize` is the specification of a format; a forward
+may do better, never differently.
+
+Shapes: n outputs, m inputs, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectool.errors import CheckpointError
+from spectool.methods import resolve
+from spectool.options import Config
+
+FORMAT_VERSION = 1
+
+# A field's name -> its dtype and shape: what a safetensors header says about it.
+FieldSpec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Fields(nn.Module):
+    """The buffers of one packed matrix. They move between devices but never change their dtype."""
+
+    def __init__(self, spec: FieldSpec) -> None:
+        super().__init__()
+        for name, (dtype, shape) in spec.items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fields:
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            moved = fn(buffer)
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+
+class PackedLinear(nn.Module):
+    """Base of every method's runtime linear, `y = x W^T + b` with W in packed form.
+
+    A subclass implements `dequantize`, and `forward` where it has something faster.
+    """
+
+    def __init__(self, spec: FieldSpec, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.q = Fields(spec)
+        self.register_parameter("bias", None)
+
+    def dequantize(self) -> Tensor:
+        """The matrix W [n, m] in float32, exactly as the codes say."""
+        raise AssertionError("every method's module defines this")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class PackedExperts(nn.Module):
+    """Stands in for a fused expert tensor [E, …]: indexing it unpacks one expert's matrix.
+
+    `like` carries the dtype of activations, so that `.to(dtype)` keeps working; it holds nothing.
+    """
+
+    like: Tensor
+
+    def __init__(self, experts: list[PackedLinear], *, transposed: bool, dtype: torch.dtype):
+        super().__init__()
+        for index, expert in enumerate(experts):
+            self.add_module(str(index), expert)
+        self.transposed = transposed
+        self.register_buffer("like", torch.zeros(0, dtype=dtype), persistent=False)
+
+    def __getitem__(self, index: int | Tensor) -> Tensor:
+        expert = self._modules[str(int(index))]
+        assert isinstance(expert, PackedLinear)
+        weight = expert.dequantize().to(self.like.dtype)
+        return weight.T if self.transposed else weight
+
+
+class Packer(Protocol):
+    """What a quantizer's class offers to the loader; `quantize.calibration.Quantizer` adds to it."""
+
+    Config: type[Config]
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Any) -> PackedLinear:
+        """The runtime linear with empty fields, on the current default device."""
+        ...
+
+
+def build_packed(said: Mapping[str, Any], spec: FieldSpec) -> PackedLinear:
+    """The runtime linear that an artifact's entry (`method`, `options`, `shape`) describes."""
+    packer: Packer = resolve(said["method"], "quantizer")
+    n, m = said["shape"]
+    return packer.build(spec, (n, m), packer.Config.from_dict(said["options"]))
+
+
+def swap_in(
+    model: nn.Module,
+    modules: Mapping[str, Mapping[str, Any]],
+    specs: Mapping[str, FieldSpec],
+    *,
+    dtype: torch.dtype,
+    prefix: str = "",
+) -> None:
+    """Replace the named matrices of `model` by empty packed ones, biases kept.
+
+    `modules` are an artifact's entries by name, `specs` the fields' headers by the same names;
+    `prefix` is the name of `model` itself within them.
+
+    Raises:
+        CheckpointError: a name that the model does not have, or fields that are absent.
+    """
+    experts: dict[str, list[PackedLinear]] = {}
+    for name, said in modules.items():
+        if name not in specs:
+            raise CheckpointError(f"{name}: the artifact says it is packed, but holds no codes")
+        local = name.removeprefix(prefix + ".") if prefix else name
+        packed = build_packed(said, specs[name])
+        if said.get("expert"):
+            experts.setdefault(local.rpartition(".")[0], []).append(packed)
+            continue
+        parent, leaf = _parent(model, local)
+        old = getattr(parent, leaf)
+        packed.bias = old.bias
+        setattr(parent, leaf, packed)
+    for local, slices in experts.items():
+        parent, leaf = _parent(model, local)
+        transposed = bool(parent.is_transposed)
+        del parent._parameters[leaf]
+        setattr(parent, leaf, PackedExperts(slices, transposed=transposed, dtype=dtype))
+        # Only the loop over experts indexes the tensor; the fused kernels read it whole.
+        parent.config._experts_implementation = "eager"
+
+
+def _parent(model: nn.Module, name: str) -> tuple[Any, str]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        parent = model.get_submodule(path)
+    except AttributeError as error:
+        raise CheckpointError(f"{name}: the architecture has no such module") from error
+    if not hasattr(parent, leaf):
+        raise CheckpointError(f"{name}: the architecture has no such module")
+    return parent, leaf
+
+
+def field_specs(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """Group stored tensors `<name>.q.<field>` by name."""
+    found: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
+    for key, header in tensors.items():
+        name, infix, field = key.rpartition(".q.")
+        if infix:
+            found.setdefault(name, {})[field] = header
+    return found
+
+
+def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
+    """Put dense weights in the place of all codes, one matrix after another (`runtime="dense"`)."""
+    for parent in list(model.modules()):
+        for leaf, child in list(parent.named_children()):
+            if isinstance(child, PackedExperts):
+                stacked = torch.stack([child[index] for index in range(len(child._modules))])
+                delattr(parent, leaf)
+                parent.register_parameter(leaf, nn.Parameter(stacked.to(dtype), False))
+            elif isinstance(child, PackedLinear) and not isinstance(parent, PackedExperts):
+                weight = child.dequantize().to(dtype)
+                dense = nn.Linear(
+                    child.in_features, child.out_features, bias=False, device="meta", dtype=dtype
+                )
+                dense.weight = nn.Parameter(weight, requires_grad=False)
+                dense.bias = child.bias
+                setattr(parent, leaf, dense)
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
+    """All packed linears of a model by name."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, PackedLinear)}

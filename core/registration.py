@@ -1,0 +1,104 @@
+"""spectool's format as transformers sees it. Importing this module registers it.
+
+The weights lie in `packed-*.safetensors` on purpose: without `import spectool`, transformers
+would skip the unknown quantizer and fill the packed layers with random numbers after a warning.
+With these names it finds no weights and fails instead.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spectool.checkpoint import DTYPES
+from spectool.errors import CheckpointError, UnsupportedError
+from spectool.headers import PACKED_INDEX, read_header
+from spectool.packed import FORMAT_VERSION, field_specs, swap_in
+
+QUANT_METHOD = "spectool"
+
+
+class SpectoolConfig(QuantizationConfigMixin):
+    """`quantization_config` of an artifact. Unknown keys are kept, so that saving loses nothing."""
+
+    def __init__(
+        self,
+        *,
+        modules: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        source: dict[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **rest: Any,
+    ) -> None:
+        if format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the artifact has format {format_version}, this spectool reads up to "
+                f"{FORMAT_VERSION}",
+                hint="install a newer spectool",
+            )
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.source = source or {}
+        self.modules = modules or {}
+        self.__dict__.update(rest)
+
+
+class SpectoolQuantizer(HfQuantizer):
+    """Swaps packed linears in before transformers loads their fields like any other buffer."""
+
+    quantization_config: SpectoolConfig
+    requires_calibration = True
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        # The one hook that runs before the weight files are looked up.
+        config.transformers_weights = PACKED_INDEX
+        return config
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        # transformers would unfuse some experts for quantizers that know only nn.Linear.
+        pass
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        headers = {
+            entry.name: (DTYPES[entry.dtype], entry.shape)
+            for file in kwargs.get("checkpoint_files") or []
+            for entry in read_header(Path(file))[1]
+        }
+        with torch.device("meta"):
+            swap_in(
+                model, self.quantization_config.modules, field_specs(headers), dtype=model.dtype
+            )
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        del model.config.transformers_weights
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
+        raise UnsupportedError(
+            "a packed model is not saved again by save_pretrained",
+            hint="copy the artifact's directory; it is the saved model",
+        )
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(QUANT_METHOD)(SpectoolConfig)
+    register_quantizer(QUANT_METHOD)(SpectoolQuantizer)

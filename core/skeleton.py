@@ -1,0 +1,305 @@
+"""A checkpoint's architecture without its weights: blocks, linears, and how names map.
+
+The model is built on the meta device from its configuration, so any size fits. Nothing here is
+written per architecture: the decoder's longest homogeneous list of modules is the list of blocks,
+and inside a block every linear layer, transposed Conv1D and fused 3-D expert tensor is a site that
+can be packed.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.pytorch_utils import Conv1D
+
+from spectool.checkpoint import Checkpoint, read_tensor
+from spectool.errors import CheckpointError, UnsupportedError
+from spectool.headers import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One weight matrix that a quantizer may pack.
+
+    `name` is the module's, or `<parameter>.<expert>` for a slice of a fused expert tensor;
+    `parameter` the tensor that holds it. `shape` is (outputs, inputs) however it is stored.
+    """
+
+    name: str
+    parameter: str
+    kind: Literal["linear", "conv1d", "expert"]
+    shape: tuple[int, int]
+    transposed: bool
+    expert: int | None = None
+
+    @property
+    def num_weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def weight_nm(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The matrix [outputs, inputs] out of the block's tensors; a view where possible."""
+        weight = tensors[self.parameter]
+        if self.expert is not None:
+            weight = weight[self.expert]
+        return weight.T if self.transposed else weight
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a tensor of the model comes from: the stored names, and the converter that joins them."""
+
+    stored: tuple[tuple[str, str], ...]
+    converter: WeightConverter | None
+
+
+class Skeleton:
+    """The meta model of a checkpoint with the names of its blocks and sites.
+
+    Raises:
+        UnsupportedError: an unknown or unsuitable architecture.
+    """
+
+    def __init__(self, layout: Layout, *, trust_remote_code: bool = False) -> None:
+        self.layout = layout
+        self.config = read_config(layout.path, trust_remote_code=trust_remote_code)
+        self.model = build_meta(self.config, trust_remote_code=trust_remote_code)
+        self.decoder_name, self.blocks = find_blocks(self.model)
+        self.origins = _origins(self.model, layout.tensors)
+        expected = set(self.model.state_dict())
+        tied = set(self.model.all_tied_weights_keys)
+        missing = sorted(expected - set(self.origins) - tied)
+        if missing:
+            raise CheckpointError(
+                f"{layout.path}: {len(missing)} tensors of {type(self.model).__name__} are in no "
+                f"file, among them {missing[0]}"
+            )
+
+    def sites(self, block: str) -> list[Site]:
+        """The packable matrices of a block, in the order of its modules."""
+        return list(find_sites(self.model.get_submodule(block), block))
+
+    def tensors_of(self, block: str) -> list[str]:
+        """Names of the block's tensors that are stored."""
+        return [name for name in self.origins if name.startswith(block + ".")]
+
+    def tensors_outside(self) -> list[str]:
+        """Names of the stored tensors that belong to no block: embeddings, norms, head, towers."""
+        prefixes = tuple(block + "." for block in self.blocks)
+        return [name for name in self.origins if not name.startswith(prefixes)]
+
+    def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors in their stored dtypes, merged as the architecture wants them."""
+        found: dict[str, Tensor] = {}
+        for name in names:
+            if name not in found:
+                found.update(_realise(self.model, checkpoint, name, self.origins[name]))
+        return found
+
+    def materialise(
+        self, name: str, tensors: dict[str, Tensor], *, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """A real copy of the submodule `name` with these tensors, in eval mode."""
+        module = copy.deepcopy(self.model.get_submodule(name))
+        prefix = f"{name}." if name else ""
+        for owner in module.modules():
+            plain = owner._non_persistent_buffers_set & {
+                key for key, value in owner._buffers.items() if value is not None and value.is_meta
+            }
+            if plain:
+                for key in plain:
+                    owner._buffers[key] = torch.empty_like(owner._buffers[key], device="cpu")
+                self.model._init_weights(owner)
+        state = {
+            key: tensors[prefix + key] for key in module.state_dict() if prefix + key in tensors
+        }
+        module.load_state_dict(state, strict=False, assign=True)
+        for owner in module.modules():
+            for key, parameter in owner._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    value = parameter.detach()
+                    value = value.to(dtype) if value.is_floating_point() else value
+                    owner._parameters[key] = nn.Parameter(value.to(device), requires_grad=False)
+            for key, buffer in owner._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    owner._buffers[key] = buffer.to(device)
+        return module.eval()
+
+
+def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Raises: UnsupportedError: transformers does not know the model type."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = "--trust-remote-code runs the code in it" if "trust_remote_code" in reason else None
+        raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The auto class that opens this configuration: a causal model, else a multimodal wrapper.
+
+    Raises:
+        UnsupportedError: neither knows it, or it is an encoder-decoder.
+    """
+    if config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{config.model_type} is an encoder-decoder; spectool handles decoder-only models"
+        )
+    remote = getattr(config, "auto_map", None) or {}
+    for auto in (AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping or auto.__name__ in remote:
+            return auto
+    raise UnsupportedError(f"{config.model_type}: transformers has no causal model for it")
+
+
+def build_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The whole model on the meta device, in eval mode."""
+    dense = copy.deepcopy(config)
+    if hasattr(dense, "quantization_config"):
+        del dense.quantization_config
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(config).from_config(
+            dense, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    return model.eval()
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
+    """The decoder's name in the model and the names of its blocks, in order.
+
+    Raises:
+        UnsupportedError: the decoder has no list of blocks.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    decoder = model.get_decoder()
+    if decoder is None or id(decoder) not in names:
+        raise UnsupportedError(f"{type(model).__name__} has no decoder that spectool can find")
+    lists = [
+        module
+        for module in decoder.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and any(find_sites(module[0], ""))
+        and all(id(child) in names for child in module)
+    ]
+    if not lists:
+        raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks")
+    best = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    return names[id(decoder)], [names[id(block)] for block in best]
+
+
+def find_sites(block: nn.Module, prefix: str) -> Iterator[Site]:
+    """The packable matrices inside a module whose full name is `prefix`."""
+    for path, module in block.named_modules(prefix=prefix):
+        if isinstance(module, nn.Linear):
+            n, m = module.weight.shape
+            yield Site(
+                name=path, parameter=f"{path}.weight", kind="linear", shape=(n, m), transposed=False
+            )
+        elif isinstance(module, Conv1D):
+            m, n = module.weight.shape
+            yield Site(
+                name=path, parameter=f"{path}.weight", kind="conv1d", shape=(n, m), transposed=True
+            )
+        elif hasattr(module, "is_transposed"):
+            # transformers marks fused experts with its experts decorator.
+            for key, weight in module.named_parameters(recurse=False):
+                if weight.ndim != 3:
+                    continue
+                num_experts, n, m = weight.shape
+                if module.is_transposed:
+                    n, m = m, n
+                for expert in range(num_experts):
+                    yield Site(
+                        name=f"{path}.{key}.{expert}",
+                        parameter=f"{path}.{key}",
+                        kind="expert",
+                        shape=(n, m),
+                        transposed=bool(module.is_transposed),
+                        expert=expert,
+                    )
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a `--skip` pattern means this name: a glob, or some of its dotted parts in order."""
+    if any(sign in pattern for sign in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return f".{pattern}." in f".{name}."
+
+
+def _origins(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Origin]:
+    """For every tensor of the model, the stored tensors it comes from."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    wanted = model.state_dict()
+    joined: dict[str, list[tuple[str, str]]] = {}
+    origins: dict[str, Origin] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, wanted
+        )
+        if name not in wanted and key in wanted:
+            name, pattern = key, None
+        if name not in wanted:
+            continue
+        if pattern is None:
+            origins[name] = Origin(((key, key),), None)
+        else:
+            joined.setdefault(name, []).append((key, pattern))
+    for name, parts in joined.items():
+        converter = by_pattern[parts[0][1]]
+        for target in _targets(name, converter):
+            origins[target] = Origin(tuple(parts), converter)
+    return origins
+
+
+def _targets(first: str, converter: WeightConverter) -> list[str]:
+    """All names that a converter makes, given the first: it may split one tensor into several."""
+    head = converter.target_patterns[0]
+    return [first.replace(head, pattern) for pattern in converter.target_patterns]
+
+
+def _realise(
+    model: PreTrainedModel, checkpoint: Checkpoint, name: str, origin: Origin
+) -> dict[str, Tensor]:
+    read = {key: read_tensor(checkpoint.layout.tensors[key]) for key, _ in origin.stored}
+    if origin.converter is None:
+        (tensor,) = read.values()
+        return {name: tensor}
+    converter = copy.deepcopy(origin.converter)
+    first = name
+    for own in origin.converter.target_patterns:
+        if own in name:
+            first = name.replace(own, origin.converter.target_patterns[0])
+    for key, pattern in origin.stored:
+        converter.add_tensor(first, key, pattern, read.pop(key))
+    made = converter.convert(first, model=model, config=model.config)
+    return {
+        key: (value[0] if isinstance(value, list) else value).contiguous()
+        for key, value in made.items()
+    }
+
+
+def num_parameters(layout: Layout) -> int:
+    """Stored parameters of a checkpoint; packed codes are counted as stored elements."""
+    return sum(math.prod(entry.shape) for entry in layout.tensors.values())
