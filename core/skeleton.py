@@ -118,14 +118,14 @@ class Skeleton:
         """A real copy of the submodule `name` with these tensors, in eval mode."""
         module = copy.deepcopy(self.model.get_submodule(name))
         prefix = f"{name}." if name else ""
-        for owner in module.modules():
+        for path, owner in module.named_modules(prefix=name):
             plain = owner._non_persistent_buffers_set & {
                 key for key, value in owner._buffers.items() if value is not None and value.is_meta
             }
             if plain:
                 for key in plain:
                     owner._buffers[key] = torch.empty_like(owner._buffers[key], device="cpu")
-                self.model._init_weights(owner)
+                self._owner(path)._init_weights(owner)
         state = {
             key: tensors[prefix + key] for key in module.state_dict() if prefix + key in tensors
         }
@@ -139,7 +139,17 @@ class Skeleton:
             for key, buffer in owner._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     owner._buffers[key] = buffer.to(device)
+        if isinstance(module, PreTrainedModel):
+            module.tie_weights()
         return module.eval()
+
+    def _owner(self, name: str) -> PreTrainedModel:
+        """The innermost model that holds the module: it knows how its buffers are made."""
+        while True:
+            module = self.model.get_submodule(name)
+            if isinstance(module, PreTrainedModel):
+                return module
+            name = name.rpartition(".")[0]
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -178,7 +188,8 @@ def build_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         model: PreTrainedModel = model_class(config).from_config(
             dense, trust_remote_code=trust_remote_code
         )
-    model.tie_weights()
+    # Fused expert kernels hide which expert saw which token; the plain loop shows it.
+    model.set_experts_implementation("eager")
     return model.eval()
 
 

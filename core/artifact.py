@@ -1,0 +1,268 @@
+"""Writing an artifact so that nothing half-written is ever taken for whole, and nothing is lost.
+
+Everything goes to `OUT.partial/` beside OUT, one shard at a time: temporary name, sync, rename,
+then a line in the manifest with the shard's hash. A killed run finds the manifest, checks it
+against what it is asked to do, and goes on after the last whole shard. OUT appears by one rename
+at the end; an older OUT gives way only then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectool.checkpoint import CHUNK, DTYPES, check_finite
+from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
+from spectool.headers import TensorEntry
+
+MANIFEST = "manifest.json"
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# A tensor to write, or the stored bytes of one to copy as they are.
+Content = Tensor | TensorEntry
+
+
+class ArtifactWriter:
+    """Collects the shards of one artifact in `OUT.partial/` and turns it into OUT.
+
+    `identity` is everything that decides the bytes: a rerun with another one does not resume.
+
+    Raises:
+        UsageError: OUT exists, is no artifact, or another run is writing it; or a partial run of
+            something else lies there.
+        InputError: the place cannot be written.
+    """
+
+    def __init__(self, out: Path, *, identity: dict[str, Any], overwrite: bool = False) -> None:
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        self.replaced = out.with_name(out.name + ".replaced")
+        check_target(out, overwrite=overwrite)
+        try:
+            if self.replaced.exists() and not out.exists():
+                self.replaced.rename(out)
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.partial, os.O_RDONLY)
+        except OSError as error:
+            raise InputError(f"{self.partial}: cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise UsageError(f"{out}: another run is writing it ({self.partial})") from error
+        try:
+            self.manifest = self._resume(identity, overwrite=overwrite)
+            with _disk_errors(self.partial):
+                self._save_manifest()
+        except BaseException:
+            self.close()
+            raise
+
+    def _resume(self, identity: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
+        fresh: dict[str, Any] = {"identity": identity, "shards": {}}
+        try:
+            found = json.loads((self.partial / MANIFEST).read_text())
+        except (FileNotFoundError, ValueError):
+            found = fresh
+        changed = [
+            key
+            for key in sorted({*identity, *found["identity"]})
+            if identity.get(key) != found["identity"].get(key)
+        ]
+        if changed and not overwrite:
+            before, now = (json.dumps(side.get(changed[0])) for side in (found["identity"], identity))
+            raise UsageError(
+                f"{self.partial}: holds an unfinished run with another {', '.join(changed)} "
+                f"({before}, now {now})",
+                hint="finish it with the same input, or start anew with --overwrite",
+            )
+        if changed:
+            found = fresh
+        whole = {
+            name: said
+            for name, said in found["shards"].items()
+            if (self.partial / name).exists()
+            and _file_digest(self.partial / name) == said["sha256"]
+        }
+        for path in self.partial.iterdir():
+            if path.name not in whole:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return {"identity": identity, "shards": whole}
+
+    def report(self, shard: str) -> Any | None:
+        """What was recorded with a finished shard; None if it is not finished."""
+        said = self.manifest["shards"].get(shard)
+        return said["report"] if said else None
+
+    def path(self, shard: str) -> Path:
+        return self.partial / shard
+
+    def write_shard(
+        self, shard: str, tensors: Mapping[str, Content], metadata: dict[str, Any], report: Any
+    ) -> None:
+        """Write one safetensors file and record it as finished.
+
+        Raises:
+            CheckpointError: a copied tensor holds NaN or infinite values.
+            SpectoolError: the disk is full.
+        """
+        with _disk_errors(self.partial):
+            temporary = self.partial / (shard + ".tmp")
+            digest = write_safetensors(temporary, tensors, metadata)
+            temporary.rename(self.partial / shard)
+            self.manifest["shards"][shard] = {"sha256": digest, "report": report}
+            self._save_manifest()
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Add the small files, and let the whole become OUT."""
+        with _disk_errors(self.partial):
+            for name, data in files.items():
+                _write_synced(self.partial / name, data)
+            (self.partial / MANIFEST).unlink()
+            os.fsync(self._lock)
+            if self.out.exists():
+                self.out.rename(self.replaced)
+            self.partial.rename(self.out)
+        if self.replaced.exists():
+            shutil.rmtree(self.replaced)
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock; what was written stays for the next run."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> ArtifactWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _save_manifest(self) -> None:
+        data = json.dumps(self.manifest, sort_keys=True).encode()
+        temporary = self.partial / (MANIFEST + ".tmp")
+        _write_synced(temporary, data)
+        temporary.rename(self.partial / MANIFEST)
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Raises: UsageError: OUT exists and may not, or must not, be replaced."""
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not overwrite:
+        raise UsageError(f"{out}: exists already", hint="--overwrite replaces it once the new one is whole")
+    ours = out.is_dir() and (
+        not any(out.iterdir())
+        or (out / "packed.safetensors.index.json").exists()
+        or (out / "spectool_heads.json").exists()
+    )
+    if not ours or out.is_symlink():
+        raise UsageError(f"{out}: was not written by spectool, so --overwrite leaves it alone")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]) -> str:
+    """Write a safetensors file, synced; returns the SHA-256 of its bytes.
+
+    Written here rather than by the library for two reasons: the library orders metadata keys at
+    random (0.8.0), and equal inputs must give equal bytes; and tensors that are only copied can be
+    streamed through a small buffer. Tensors lie in order of element size, so all are aligned.
+
+    Raises:
+        CheckpointError: a copied floating-point tensor holds NaN or infinite values.
+    """
+    order = sorted(tensors, key=lambda name: (-_dtype(tensors[name]).itemsize, name))
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt", "spectool": json.dumps(metadata, sort_keys=True)}
+    }
+    offset = 0
+    for name in order:
+        content = tensors[name]
+        end = offset + _num_bytes(content)
+        header[name] = {
+            "dtype": NAMES[_dtype(content)],
+            "shape": list(content.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in (struct.pack("<Q", len(raw)), raw):
+            digest.update(piece)
+            file.write(piece)
+        for name in order:
+            for data in _pieces(tensors[name]):
+                digest.update(data)
+                file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _dtype(content: Content) -> torch.dtype:
+    return content.dtype if isinstance(content, Tensor) else DTYPES[content.dtype]
+
+
+def _num_bytes(content: Content) -> int:
+    if isinstance(content, Tensor):
+        return content.numel() * content.element_size()
+    return content.num_bytes
+
+
+def _pieces(content: Content) -> Iterator[memoryview]:
+    if isinstance(content, Tensor):
+        flat = content.detach().cpu().contiguous().reshape(-1)
+        yield memoryview(flat.view(torch.uint8).numpy())
+        return
+    dtype = DTYPES[content.dtype]
+    buffer = torch.empty(min(CHUNK, content.num_bytes), dtype=torch.uint8)
+    with content.path.open("rb") as file:
+        file.seek(content.start)
+        left = content.num_bytes
+        while left:
+            part = buffer[: min(left, CHUNK)]
+            if file.readinto(part.numpy()) != len(part):
+                raise CheckpointError(f"{content.path}: ended inside {content.name}")
+            check_finite(content.name, part.view(dtype))
+            yield memoryview(part.numpy())
+            left -= len(part)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _disk_errors(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise SpectoolError(
+            f"{place}: {'the disk is full' if full else error.strerror or str(error)}",
+            hint="what is written there is whole; make room and run the same command again"
+            if full
+            else None,
+        ) from error

@@ -1,0 +1,177 @@
+"""Running a checkpoint one block at a time, so that any size fits.
+
+The model's own forward is used for everything around the blocks: once to learn what each block is
+called with (masks, positions), and once at the end to turn hidden states into logits. In between,
+blocks are loaded, run and freed by the caller. Nothing is written per architecture.
+
+Shapes: S sequences, B sequences of a batch, L tokens of each, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectool.checkpoint import Checkpoint
+from spectool.errors import UnsupportedError
+from spectool.skeleton import Skeleton
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a block is called with besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Tap(nn.Module):
+    """Stands in for a block: notes how it is called and passes on what it is told to."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # Not registered as a child: models ask their blocks for attributes such as attention_type.
+        object.__setattr__(self, "block", block)
+        self.call: Call | None = None
+        self.seen: Tensor | None = None
+        self.override: Tensor | None = None
+        self.as_tuple = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.seen, self.call = hidden_BLD, Call(args, kwargs)
+        passed = hidden_BLD if self.override is None else self.override
+        return (passed,) if self.as_tuple else passed
+
+
+class Surroundings:
+    """Embeddings, final norm and head of a checkpoint, with taps where the blocks would be.
+
+    Raises:
+        UnsupportedError: the model does more between its blocks than pass hidden states on.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.skeleton, self.device = skeleton, device
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        head = skeleton.model.get_output_embeddings()
+        wanted = {f"{skeleton.decoder_name}."} | {
+            f"{name}." for name, module in skeleton.model.named_modules() if module is head
+        }
+        names = [
+            name for name in skeleton.tensors_outside() if name.startswith(tuple(wanted - {"."}))
+        ]
+        tensors = skeleton.read(checkpoint, names or skeleton.tensors_outside())
+        model = skeleton.materialise("", tensors, dtype=dtype, device=device)
+        self.taps = [Tap(model.get_submodule(block)) for block in skeleton.blocks]
+        for block, tap in zip(skeleton.blocks, self.taps, strict=True):
+            parent, _, leaf = block.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, tap)
+        self.model = model
+        self._probe()
+
+    def _probe(self) -> None:
+        """Find out whether the model expects its blocks to return a tensor or a tuple."""
+        ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        try:
+            fits = self._forward(ids_BL).ndim == 3 and all(
+                tap.seen is not None and tap.seen.ndim == 3 for tap in self.taps
+            )
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            fits = False
+        for tap in self.taps:
+            tap.as_tuple = not fits
+
+    @torch.inference_mode()
+    def _forward(self, ids_BL: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids_BL, use_cache=False).logits
+        return logits
+
+    @torch.inference_mode()
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        """The first block's input [B, L, D] for these tokens."""
+        decoder = self.model.get_submodule(self.skeleton.decoder_name)
+        decoder(input_ids=ids_BL.to(self.device), use_cache=False)
+        seen = self.taps[0].seen
+        assert seen is not None
+        return seen
+
+    def calls(self, batch: int, length: int) -> list[Call]:
+        """How each block is called for `batch` sequences of `length` tokens without padding."""
+        if (batch, length) not in self._calls:
+            recorded = []
+            for token in (0, 1):
+                ids_BL = torch.full((batch, length), token, device=self.device)
+                self.embed(ids_BL)
+                recorded.append([tap.call for tap in self.taps])
+            for first, second in zip(*recorded, strict=True):
+                if not _equal((first.args, first.kwargs), (second.args, second.kwargs)):
+                    raise UnsupportedError(
+                        f"{type(self.model).__name__}: its blocks take inputs that depend on the "
+                        "text besides hidden states; it cannot be walked block by block"
+                    )
+            self._calls[batch, length] = recorded[0]
+        return self._calls[batch, length]
+
+    @torch.inference_mode()
+    def logits(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+        """Logits [B, L, V] from the last block's output, by the model's own norm and head."""
+        self.taps[-1].override = hidden_BLD
+        try:
+            return self._forward(ids_BL.to(self.device))
+        finally:
+            self.taps[-1].override = None
+
+
+def run_block(block: nn.Module, call: Call, hidden_BLD: Tensor) -> Tensor:
+    """One block's output [B, L, D]."""
+    with torch.inference_mode():
+        out = block(hidden_BLD, *call.args, **call.kwargs)
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+class Activations:
+    """Hidden states [S, L, D] of all sequences between two blocks, in memory or in a file."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, *, file: Path | None = None
+    ) -> None:
+        size = shape[0] * shape[1] * shape[2]
+        if file is None:
+            self.hidden_SLD = torch.empty(shape, dtype=dtype)
+        else:
+            flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
+            self.hidden_SLD = flat.view(shape)
+
+    def batches(self, size: int) -> Iterator[slice]:
+        """Slices over the sequences, `size` at a time."""
+        for start in range(0, len(self.hidden_SLD), size):
+            yield slice(start, min(start + size, len(self.hidden_SLD)))
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
+    return True

@@ -1,0 +1,58 @@
+"""Sub-byte packing, the torch twin: unsigned codes of 1-8 bits to bytes and back.
+
+Layout: little-endian within a row, the first code in the lowest bits, codes crossing byte borders
+where they do not divide 8; every row is padded to whole 32-bit words, and the padding is zero.
+Shapes: R rows, C codes of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD_BYTES = 4
+
+
+def packed_bytes(columns: int, bits: int) -> int:
+    """Bytes of one packed row of `columns` codes, padding included."""
+    return -(-columns * bits // (8 * WORD_BYTES)) * WORD_BYTES
+
+
+def pack_bits(codes_RC: Tensor, bits: int) -> Tensor:
+    """uint8 codes [R, C] below 2**bits -> uint8 bytes [R, packed_bytes(C, bits)]."""
+    assert 1 <= bits <= 8 and codes_RC.dtype == torch.uint8
+    rows, columns = codes_RC.shape
+    # Eight codes fill exactly `bits` bytes, so that the places of all codes repeat in such units.
+    units = -(-columns // 8)
+    codes = torch.nn.functional.pad(codes_RC, (0, units * 8 - columns)).view(rows, units, 8)
+    packed = torch.zeros(rows, units, bits, dtype=torch.uint8, device=codes_RC.device)
+    for place, (byte, shift) in enumerate(_places(bits)):
+        packed[:, :, byte] |= codes[:, :, place] << shift
+        if shift + bits > 8:
+            packed[:, :, byte + 1] |= codes[:, :, place] >> (8 - shift)
+    width = packed_bytes(columns, bits)
+    flat_RC = packed.view(rows, units * bits)
+    if flat_RC.shape[1] >= width:
+        return flat_RC[:, :width].contiguous()
+    return torch.nn.functional.pad(flat_RC, (0, width - flat_RC.shape[1]))
+
+
+def unpack_bits(bytes_RC: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack_bits`: uint8 codes [R, columns]."""
+    rows, width = bytes_RC.shape
+    units = -(-columns // 8)
+    if width < units * bits:
+        bytes_RC = torch.nn.functional.pad(bytes_RC, (0, units * bits - width))
+    packed = bytes_RC[:, : units * bits].reshape(rows, units, bits)
+    codes = torch.empty(rows, units, 8, dtype=torch.uint8, device=bytes_RC.device)
+    for place, (byte, shift) in enumerate(_places(bits)):
+        code = packed[:, :, byte] >> shift
+        if shift + bits > 8:
+            code |= packed[:, :, byte + 1] << (8 - shift)
+        codes[:, :, place] = code & (2**bits - 1)
+    return codes.view(rows, units * 8)[:, :columns]
+
+
+def _places(bits: int) -> list[tuple[int, int]]:
+    """For each of eight codes: the byte of its lowest bit, and the bit within that byte."""
+    return [divmod(place * bits, 8) for place in range(8)]
