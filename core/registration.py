@@ -8,22 +8,25 @@ With these names it finds no weights and fails instead.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import (
-    HfQuantizer,
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectool.checkpoint import DTYPES
 from spectool.errors import CheckpointError, UnsupportedError
 from spectool.headers import PACKED_INDEX, read_header
 from spectool.packed import FORMAT_VERSION, field_specs, swap_in
+
+if TYPE_CHECKING:
+    # transformers.modeling_utils imports the registry, so this may run in the middle of it.
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 QUANT_METHOD = "spectool"
 

@@ -1,0 +1,207 @@
+"""What a quantizer is, and what it may know: a block, its inputs, and statistics of them.
+
+A method sees one decoder block at a time. `Streams` are the block's inputs as the original and as
+the already packed blocks produce them; statistics are collected at the input of each matrix while
+the block runs, and only those that the method asks for.
+
+Shapes: n outputs, m inputs, T tokens, S sequences, L tokens of each, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from spectool.errors import TextError
+from spectool.options import Config
+from spectool.packed import FieldSpec, PackedLinear
+from spectool.skeleton import Site
+from spectool.walk import Activations, Call
+
+Statistic = Literal["absmax", "mean_abs", "second_moment", "hessian"]
+Stream = Literal["original", "packed"]
+PackedFields = dict[str, Tensor]
+
+# An expert that saw fewer calibration tokens has no statistics worth using.
+MIN_EXPERT_TOKENS = 128
+
+
+@dataclass(slots=True)
+class LinearStats:
+    """Statistics of the input x [T, m] of one matrix; those not asked for stay None.
+
+    absmax [m] = max_t |x|, mean_abs [m] = mean_t |x|, second_moment [m] = mean_t x^2,
+    hessian [m, m] = mean_t x x^T. All float32.
+    """
+
+    wanted: tuple[Statistic, ...]
+    num_tokens: int = 0
+    absmax: Tensor | None = None
+    mean_abs: Tensor | None = None
+    second_moment: Tensor | None = None
+    hessian: Tensor | None = None
+
+    def add(self, x_Tm: Tensor) -> None:
+        """Take in further tokens. Means are kept running, so that long texts do not overflow."""
+        x_Tm = x_Tm.float()
+        count = len(x_Tm)
+        if count == 0:
+            return
+        self.num_tokens += count
+        share = count / self.num_tokens
+        for name in self.wanted:
+            before = getattr(self, name)
+            if name == "absmax":
+                new = x_Tm.abs().amax(0)
+                setattr(self, name, new if before is None else torch.maximum(before, new))
+                continue
+            if name == "mean_abs":
+                new = x_Tm.abs().mean(0)
+            elif name == "second_moment":
+                new = x_Tm.square().mean(0)
+            else:
+                new = x_Tm.T @ x_Tm / count
+            setattr(self, name, new if before is None else before.lerp_(new, share))
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """A block's inputs [S, L, D] through the original blocks and through the packed ones."""
+
+    original: Activations
+    packed: Activations
+
+
+@dataclass(slots=True)
+class Block:
+    """One decoder block as a quantizer sees it.
+
+    `module` is its dense copy, None where no calibration runs; `weights` its packable matrices
+    [n, m] by name, in the stored dtype; `call` how the module is called, by number of sequences.
+    """
+
+    name: str
+    sites: Mapping[str, Site]
+    weights: Mapping[str, Tensor]
+    module: nn.Module | None = None
+    calls: Mapping[int, Call] = field(default_factory=dict)
+
+
+class Quantizer(Protocol):
+    """A method's class: its options, what it needs, how it packs and what runs.
+
+    It implements `fit` for a whole block, or `pack` for one matrix; `fit_each` makes one of the
+    other. `statistics` says which statistics it asks for, and of which stream.
+    """
+
+    Config: ClassVar[type[Config]]
+    statistics: ClassVar[Mapping[Statistic, Stream]]
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], config: Any) -> FieldSpec:
+        """The fields that packing a matrix of this shape makes: the formula of its stored bits."""
+        ...
+
+    @classmethod
+    def pack(
+        cls,
+        weight_nm: Tensor,
+        stats: LinearStats | None,
+        config: Any,
+        generator: torch.Generator,
+    ) -> PackedFields: ...
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Any) -> PackedLinear: ...
+
+
+def fit_each(
+    method: type[Quantizer],
+    block: Block,
+    stats: Mapping[str, LinearStats],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, PackedFields]:
+    """`fit` for methods that see one matrix at a time."""
+    return {
+        name: method.pack(weight, stats.get(name), config, generator)
+        for name, weight in block.weights.items()
+    }
+
+
+class Observer(TorchFunctionMode):
+    """Collects statistics at the input of every matrix product with a known weight.
+
+    Products are recognised by their weight's address, so linears, transposed Conv1D and single
+    experts of a fused tensor are all seen alike. Matrices fed with the same tensor (q, k and v;
+    gate and up) share one set of statistics, which is computed once.
+    """
+
+    def __init__(
+        self, module: nn.Module, block: str, sites: Mapping[str, Site], wanted: tuple[Statistic, ...]
+    ) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self.stats: dict[str, LinearStats] = {}
+        self._names: dict[int, str] = {}
+        self._last: Tensor | None = None
+        self._shared: LinearStats | None = None
+        for name, site in sites.items():
+            weight = module.get_parameter(site.parameter.removeprefix(block + "."))
+            if site.expert is not None:
+                weight = weight[site.expert]
+            self._names[weight.data_ptr()] = name
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.linear:
+            self._see(args[0], args[1])
+        elif func is torch.addmm:
+            self._see(args[1], args[2])
+        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
+            self._see(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, x: Tensor, weight: Any) -> None:
+        name = self._names.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
+        if name is None:
+            return
+        if x is self._last and self._shared is not None:
+            self.stats.setdefault(name, self._shared)
+            return
+        stats = self.stats.setdefault(name, LinearStats(self.wanted))
+        stats.add(x.reshape(-1, x.shape[-1]))
+        self._last, self._shared = x, stats
+
+
+def windows(
+    ids: list[int], *, samples: int, length: int, bos: int | None, generator: torch.Generator
+) -> Tensor:
+    """Calibration sequences [S, L] of token ids, drawn at random places of a text.
+
+    Each opens with the start token where the tokenizer has one: models expect it there, and its
+    absence shows in the statistics. At most as many as the text holds without overlap on average.
+
+    Raises:
+        TextError: the text is shorter than one sequence.
+    """
+    inside = length - (bos is not None)
+    if len(ids) < inside:
+        raise TextError(
+            f"the calibration text has {len(ids)} tokens, fewer than one sequence of {length}",
+            hint="give more text with --calibration, or a smaller --seq-len",
+        )
+    samples = max(1, min(samples, len(ids) // inside))
+    places = torch.randint(0, len(ids) - inside + 1, (samples,), generator=generator)
+    text = torch.tensor(ids)
+    rows = torch.stack([text[place : place + inside] for place in places.tolist()])
+    if bos is None:
+        return rows
+    return torch.cat([torch.full((samples, 1), bos), rows], 1)
