@@ -1,0 +1,165 @@
+"""Keys and values of committed tokens, preallocated; the current tree is their exact tail.
+
+Row b holds `tokens[b]`, one column each from column 0 on; a pass writes its nodes at columns
+len(tokens[b]) and after, and `commit` gathers the accepted ones to the front of that tail, in
+place. What lies beyond is garbage that masks hide. Layers keep every row, sliding windows live in
+the masks (`target.py`): a window layer of transformers forgets rows that a rejected draft still
+needs. Suffixes: B batch, H key-value heads, S columns, D head width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_FIRST_COLUMNS = 64
+# Columns beyond the context that the rejected nodes of a last tree may use before the buffers
+# have to grow again.
+_TAIL = 128
+
+
+class TreeLayer(CacheLayerMixin):
+    """One layer's buffers, [B, H, capacity, D] each; the cache says where to write."""
+
+    is_sliding = False
+
+    def __init__(self, cache: TreeCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys = self._allocate(key_states)
+        self.values = self._allocate(value_states)
+        self.is_initialized = True
+
+    def _allocate(self, like_BHND: Tensor) -> Tensor:
+        batch, heads, _, width = like_BHND.shape
+        # Zeros, not empty: a hidden column still meets a weight of 0, and 0 * NaN is NaN.
+        return like_BHND.new_zeros(batch, heads, self.cache.capacity, width)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the pass's rows at each row's tail; return all columns up to the longest tail."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        if self.keys.shape[2] < self.cache.capacity:
+            self.keys = self._grown(self.keys)
+            self.values = self._grown(self.values)
+        self.cache.write(self.keys, key_states)
+        self.cache.write(self.values, value_states)
+        width = self.cache.width
+        return self.keys[:, :, :width], self.values[:, :, :width]
+
+    def _grown(self, old_BHSD: Tensor) -> Tensor:
+        new_BHSD = self._allocate(old_BHSD)
+        new_BHSD[:, :, : old_BHSD.shape[2]] = old_BHSD
+        return new_BHSD
+
+    def get_seq_length(self) -> int:
+        return max(self.cache.lengths)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.width, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class TreeCache(Cache):
+    """The cache of a batch. `tokens[b]` are the committed tokens whose rows it holds.
+
+    Buffers double up to `context` columns and a tail.
+    """
+
+    def __init__(self, *, batch: int, num_layers: int, context: int) -> None:
+        super().__init__(layers=[TreeLayer(self) for _ in range(num_layers)])
+        self.context = context
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.capacity = 0
+        self.width = 0
+        self._starts: list[int] = []
+        self._columns_BN: Tensor | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed columns of each row."""
+        return [len(tokens) for tokens in self.tokens]
+
+    def open(self, num_nodes: int, device: torch.device) -> None:
+        """Make room for a pass of `num_nodes` rows and settle where they are written."""
+        self._starts = self.lengths
+        self.width = max(self._starts) + num_nodes
+        if self.width > self.capacity:
+            doubled = max(_FIRST_COLUMNS, 2 * self.capacity, self.width)
+            self.capacity = max(self.width, min(doubled, self.context + _TAIL))
+        self._columns_BN = None
+        if len(set(self._starts)) > 1:
+            starts_B1 = torch.tensor(self._starts, device=device)[:, None]
+            self._columns_BN = starts_B1 + torch.arange(num_nodes, device=device)
+
+    def write(self, buffer_BHSD: Tensor, rows_BHND: Tensor) -> None:
+        """Put the pass's rows into the columns that `open` settled."""
+        if self._columns_BN is None:
+            start = self._starts[0]
+            buffer_BHSD[:, :, start : start + rows_BHND.shape[2]] = rows_BHND
+        else:
+            index_BHND = self._columns_BN[:, None, :, None].expand_as(rows_BHND)
+            buffer_BHSD.scatter_(2, index_BHND, rows_BHND)
+
+    @torch.inference_mode()
+    def commit(self, tokens: Sequence[Sequence[int]], paths: Sequence[Sequence[int]]) -> None:
+        """Keep the nodes `paths[b]` (root first, ascending) of the pass just written.
+
+        `tokens[b]` are all tokens of row b's tree. Rows already in place are not copied.
+        """
+        for row, path in enumerate(paths):
+            start = len(self.tokens[row])
+            moved = next((i for i, node in enumerate(path) if node != i), None)
+            if moved is not None:
+                into = slice(start + moved, start + len(path))
+                source: Tensor | None = None
+                for layer in self.layers:
+                    if layer.keys is None or layer.values is None:
+                        continue
+                    if source is None:
+                        source = start + torch.tensor(path[moved:], device=layer.keys.device)
+                    layer.keys[row, :, into] = layer.keys[row, :, source]
+                    layer.values[row, :, into] = layer.values[row, :, source]
+            self.tokens[row].extend(tokens[row][node] for node in path)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a row."""
+        del self.tokens[row][length:]
+
+    @torch.inference_mode()
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows of the batch, in this order."""
+        self.tokens = [self.tokens[row] for row in rows]
+        index: Tensor | None = None
+        for layer in self.layers:
+            if layer.keys is None or layer.values is None:
+                continue
+            if index is None:
+                index = torch.tensor(list(rows), device=layer.keys.device)
+            layer.keys = layer.keys[index]
+            layer.values = layer.values[index]
+
+    def keep_prefix(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Keep of each row the longest common prefix with its new prompt; return the lengths.
+
+        The last token of a prompt is never kept: it must pass through the model for its logits.
+        """
+        kept = []
+        for row, prompt in enumerate(prompts):
+            pairs = zip(self.tokens[row], prompt[:-1], strict=False)
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            self.truncate(row, shared)
+            kept.append(shared)
+        return kept

@@ -1,0 +1,164 @@
+"""A smaller checkpoint with the same tokenizer proposes a chain.
+
+Leviathan et al. 2023, Chen et al. 2023. At temperature 0 the chain is the draft's own greedy text; above it each token is drawn from the
+draft's warped law q, and the q it was really drawn from goes along. Suffixes: B rows, V target
+vocabulary, N nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from spectool import options
+from spectool.decode import tree
+from spectool.decode.protocol import Needs, Outcome, Prompt
+from spectool.decode.row import Row
+from spectool.decode.sampling import Control, pick
+from spectool.decode.target import Target
+from spectool.decode.tree import Draft, Kind
+from spectool.errors import UnsupportedError
+from spectool.options import option
+
+# Heads of one family are padded to different multiples; without tokenizers to compare, a larger
+# difference than this means another vocabulary (the bound that llama.cpp uses).
+_PADDING = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftModelConfig(options.Config):
+    """Options of a draft checkpoint."""
+
+    depth: int = option(4, "tokens proposed per step", minimum=1, maximum=64)
+
+
+class DraftModelDrafter:
+    """Keeps a cache of its own, which follows the committed tokens row by row.
+
+    Raises:
+        UnsupportedError: the draft's vocabulary is not the target's.
+    """
+
+    Config = DraftModelConfig
+    needs = Needs()
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: DraftModelConfig | None = None,
+        *,
+        target: Target,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.config = config or DraftModelConfig()
+        self._draft = Target(model)
+        self._vocab_size = target.vocab_size
+        _compare(self._draft, target, tokenizer, target_tokenizer)
+        self._device = target.device
+        self._order: list[int] = []
+        self._cache = self._draft.cache(0)
+
+    def kinds(self, control: Control) -> Collection[Kind]:
+        return ("deterministic",) if control.greedy else ("sampled",)
+
+    def begin(self, prompts: Sequence[Prompt]) -> None:
+        self._order = [prompt.row.index for prompt in prompts]
+        self._cache = self._draft.cache(len(prompts))
+
+    @torch.inference_mode()
+    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+        """Feed what was committed since, then draft; beyond the draft's own context, nothing."""
+        self._drop_finished(rows)
+        wanted = [
+            max(0, min(self.config.depth, limit, self._draft.context - len(row.tokens)))
+            for row, limit in zip(rows, budget, strict=True)
+        ]
+        histories = [list(row.tokens) for row in rows]
+        laws: list[list[Tensor]] = [[] for _ in rows]
+        for step in range(max(wanted)):
+            # The first feed brings the new root, and the last proposal if all were accepted.
+            pending = [
+                history[held:] if step < depth else []
+                for history, held, depth in zip(histories, self._cache.lengths, wanted, strict=True)
+            ]
+            logits_BV = self._draft.ingest(self._cache, pending).logits_BV
+            laws_BV, tokens = self._draw(rows, histories, logits_BV)
+            for b, token in enumerate(tokens):
+                if step < wanted[b]:
+                    histories[b].append(token)
+                    laws[b].append(laws_BV[b])
+        return [
+            self._chain(row, history[len(row.tokens) - 1 :], law)
+            for row, history, law in zip(rows, histories, laws, strict=True)
+        ]
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        """Forget rejected proposals; the new root is not in the cache, nor the last proposal."""
+        for b, outcome in enumerate(outcomes):
+            self._cache.truncate(b, len(outcome.row.tokens) - 1)
+
+    def _drop_finished(self, rows: Sequence[Row]) -> None:
+        order = [row.index for row in rows]
+        if order != self._order:
+            self._cache.select([self._order.index(index) for index in order])
+            self._order = order
+
+    def _draw(
+        self, rows: Sequence[Row], histories: list[list[int]], logits_BV: Tensor
+    ) -> tuple[Tensor, list[int]]:
+        """The next proposal of every row and the law that it was drawn from."""
+        # Ids that the target does not have cannot be drawn; those the draft lacks have q = 0.
+        logits_BV = logits_BV[:, : self._vocab_size]
+        if rows[0].control.greedy:
+            return logits_BV, logits_BV.argmax(-1).tolist()
+        laws_BV = torch.cat(
+            [
+                row.control.laws(history, tree.root(history[-1]), logits_BV[b, None])
+                for b, (row, history) in enumerate(zip(rows, histories, strict=True))
+            ]
+        )
+        numbers = [
+            row.draws.uniform(len(history), "draft")
+            for row, history in zip(rows, histories, strict=True)
+        ]
+        uniform_B = torch.tensor(numbers, dtype=torch.float64, device=laws_BV.device)
+        tokens: list[int] = pick(laws_BV, uniform_B).tolist()
+        missing = self._vocab_size - laws_BV.shape[1]
+        return torch.nn.functional.pad(laws_BV, (0, missing)), tokens
+
+    def _chain(self, row: Row, tokens: list[int], laws: list[Tensor]) -> Draft:
+        if row.control.greedy:
+            return tree.chain(tokens, kind="deterministic")
+        if not laws:
+            return tree.root(tokens[0])
+        return tree.chain(tokens, kind="sampled", laws_NV=torch.stack(laws).to(self._device))
+
+
+def _compare(
+    draft: Target,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase | None,
+    target_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Ids must mean the same in both models; sizes of the heads may differ by padding."""
+    if tokenizer is None or target_tokenizer is None:
+        if abs(draft.vocab_size - target.vocab_size) > _PADDING:
+            raise UnsupportedError(
+                f"the draft model has {draft.vocab_size} tokens, the target {target.vocab_size}: "
+                "a draft model must share the target's tokenizer"
+            )
+        return
+    own, wanted = tokenizer.get_vocab(), target_tokenizer.get_vocab()
+    if own != wanted:
+        differing = sorted(t for t in own.keys() | wanted.keys() if own.get(t) != wanted.get(t))
+        token = differing[0]
+        raise UnsupportedError(
+            f"the draft model's tokenizer is not the target's: {len(differing)} tokens differ, "
+            f"{token!r} has id {own.get(token)} there and {wanted.get(token)} here"
+        )

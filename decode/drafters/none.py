@@ -1,0 +1,40 @@
+"""Plain decoding: every step is one token, verified by nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from spectool import options
+from spectool.decode import tree
+from spectool.decode.protocol import Needs, Outcome, Prompt
+from spectool.decode.row import Row
+from spectool.decode.sampling import Control
+from spectool.decode.tree import Draft, Kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoDraftConfig(options.Config):
+    """Nothing to choose."""
+
+
+class NoDrafter:
+    """Proposes nothing."""
+
+    Config = NoDraftConfig
+    needs = Needs()
+
+    def __init__(self, config: NoDraftConfig | None = None) -> None:
+        self.config = config or NoDraftConfig()
+
+    def kinds(self, control: Control) -> Collection[Kind]:
+        return ()
+
+    def begin(self, prompts: Sequence[Prompt]) -> None:
+        pass
+
+    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+        return [tree.root(row.tokens[-1]) for row in rows]
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        pass

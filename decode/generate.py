@@ -1,0 +1,258 @@
+"""Continue prompts with any drafter: the library's door, and the runner that the commands keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from spectool.decode.cache import TreeCache
+from spectool.decode.drafters.spec import open_drafter, parse_spec
+from spectool.decode.loop import decode
+from spectool.decode.protocol import Drafter
+from spectool.decode.row import FinishReason, Row
+from spectool.decode.sampling import Control, Draws
+from spectool.decode.target import Target
+from spectool.decode.text import TextStream
+from spectool.decode.verify import rule_for
+from spectool.errors import UsageError
+from spectool.loading import load_model, load_tokenizer
+
+# Row, its newly committed tokens, the text they release.
+OnTokens = Callable[[int, list[int], str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One prompt's continuation.
+
+    `token_ids` are the new ones, with an end-of-text token and the token that completed a stop
+    string; `text` is cut before either and continues the prompt as written. `forwards` counts
+    passes of the target, the prompt's included: one a token when decoding plainly. `offered_at[d]`
+    counts the steps that drafted d+1 tokens deep, `accepted_at[d]` those that committed as deep.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    forwards: int
+    drafted: int
+    accepted: int
+    offered_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    lossless: bool = True
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return len(self.token_ids) / max(1, self.forwards)
+
+
+class Runner:
+    """A loaded model with a drafter, for any number of prompts.
+
+    `draft` is a specification (`drafters/spec.py`), a drafter, or None for plain decoding; it may
+    be replaced with `use`. `dtype` and `device` are for models given as a path.
+
+    Raises:
+        InputError: a checkpoint that cannot be read or decoded, a specification that is wrong.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | Path,
+        *,
+        draft: str | Drafter | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str = "cpu",
+        context: int | None = None,
+    ) -> None:
+        if isinstance(model, PreTrainedModel):
+            if dtype is not None:
+                raise UsageError("dtype is for a model given as a path; convert the model itself")
+        else:
+            tokenizer = tokenizer or load_tokenizer(model)
+            model = load_model(model, dtype=dtype, device=device)
+        self.target = Target(model, context=context)
+        self.tokenizer = tokenizer
+        self.drafter: Drafter
+        self.use(draft)
+        self._cache: TreeCache | None = None
+
+    def use(self, draft: str | Drafter | None) -> None:
+        """Change the drafter."""
+        if draft is None or isinstance(draft, str):
+            spec = parse_spec(draft or "none")
+            draft = open_drafter(spec, target=self.target, target_tokenizer=self.tokenizer)
+        self.drafter = draft
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        verify: str | None = None,
+        lossy: bool = False,
+        batch_size: int = 1,
+        on_tokens: OnTokens | None = None,
+        reuse_cache: bool = False,
+    ) -> list[Result]:
+        """Continue every prompt (text, or token ids as they are), `batch_size` at a time.
+
+        `on_tokens(i, tokens, text)` hears of prompt i's tokens as they are committed; they are
+        never taken back. `reuse_cache` continues from the longest common prefix with the single
+        row that the call before left, as a chat does. Ctrl-C ends the call with what is there:
+        the unfinished have finish_reason "interrupted".
+
+        Raises:
+            UsageError: a wrong or contradictory option, a prompt beyond the context.
+        """
+        control = Control(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        pairing = rule_for(
+            self.drafter.kinds(control), verify, temperature=temperature, lossy=lossy
+        )
+        if max_new_tokens < 1 or batch_size < 1:
+            raise UsageError("--max-new-tokens and --batch-size must be at least 1")
+        if stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, and this model came without one")
+        if not all(stop):
+            raise UsageError("a stop string must not be empty")
+        rows = [
+            self._row(index, prompt, Draws(seed, index), control, max_new_tokens, stop)
+            for index, prompt in enumerate(prompts)
+        ]
+        try:
+            for start in range(0, len(rows), batch_size):
+                group = rows[start : start + batch_size]
+                for commit in decode(
+                    self.target, self._open(group, reuse_cache), self.drafter, group, pairing
+                ):
+                    if on_tokens is not None:
+                        on_tokens(commit.row.index, commit.tokens, commit.text)
+        except KeyboardInterrupt:
+            for row in rows:
+                row.interrupt()
+        return [_result(row, pairing.lossless) for row in rows]
+
+    def _open(self, rows: list[Row], reuse: bool) -> TreeCache:
+        prompts = [row.tokens for row in rows]
+        if not (reuse and self._cache is not None and len(self._cache.tokens) == len(rows)):
+            self._cache = self.target.cache(len(rows))
+        self._cache.keep_prefix(prompts)
+        return self._cache
+
+    def _row(
+        self,
+        index: int,
+        prompt: str | Sequence[int],
+        draws: Draws,
+        control: Control,
+        max_new_tokens: int,
+        stop: Sequence[str],
+    ) -> Row:
+        tokens = self._encode(prompt)
+        if not tokens:
+            raise UsageError(f"prompt {index + 1} is empty and the model has no start token")
+        if len(tokens) > self.target.context:
+            raise UsageError(
+                f"prompt {index + 1} has {len(tokens)} tokens; the context holds "
+                f"{self.target.context}"
+            )
+        row = Row(
+            index=index,
+            tokens=tokens,
+            draws=draws,
+            control=control,
+            max_new_tokens=max_new_tokens,
+            context=self.target.context,
+            eos=self._end_ids(),
+            text=TextStream(self.tokenizer, tokens, stop) if self.tokenizer else None,
+        )
+        row.check_room()
+        return row
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise UsageError("a prompt of text needs a tokenizer; give token ids")
+        tokens: list[int] = list(self.tokenizer(prompt)["input_ids"])
+        if not tokens and self.tokenizer.bos_token_id is not None:
+            tokens = [self.tokenizer.bos_token_id]
+        return tokens
+
+    def _end_ids(self) -> frozenset[int]:
+        """End-of-text ids: generation_config's, else the configuration's, else the tokenizer's."""
+        model = self.target.model
+        generation = getattr(model, "generation_config", None)
+        for holder in (generation, model.config.get_text_config(decoder=True), self.tokenizer):
+            ids = getattr(holder, "eos_token_id", None)
+            if ids is not None:
+                return frozenset([ids] if isinstance(ids, int) else ids)
+        return frozenset()
+
+
+def generate(
+    model: PreTrainedModel | str | Path,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    draft: str | Drafter | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+    context: int | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    verify: str | None = None,
+    lossy: bool = False,
+    batch_size: int = 1,
+    on_tokens: OnTokens | None = None,
+) -> list[Result]:
+    """Continue each prompt once; `Runner` and `Runner.generate` describe the options."""
+    runner = Runner(
+        model, draft=draft, tokenizer=tokenizer, dtype=dtype, device=device, context=context
+    )
+    return runner.generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=stop,
+        verify=verify,
+        lossy=lossy,
+        batch_size=batch_size,
+        on_tokens=on_tokens,
+    )
+
+
+def _result(row: Row, lossless: bool) -> Result:
+    assert row.finish_reason is not None
+    return Result(
+        token_ids=row.new_tokens,
+        text=row.text.text if row.text is not None else "",
+        finish_reason=row.finish_reason,
+        forwards=row.forwards,
+        drafted=row.drafted,
+        accepted=row.accepted,
+        offered_at=row.offered_at,
+        accepted_at=row.accepted_at,
+        lossless=lossless,
+    )

@@ -1,0 +1,99 @@
+"""One request in flight: its committed tokens, when it ends, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+from spectool.decode.sampling import Control, Draws
+from spectool.decode.text import TextStream
+
+FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """A request. `tokens` are the prompt's and all committed ones; the last is the pending root.
+
+    `drafted` and `accepted` count nodes; `offered_at[d]` the steps whose draft reached depth d+1,
+    `accepted_at[d]` those whose committed path did.
+    """
+
+    index: int
+    tokens: list[int]
+    draws: Draws
+    control: Control
+    max_new_tokens: int
+    context: int
+    eos: Collection[int] = ()
+    text: TextStream | None = None
+    num_prompt: int = field(init=False)
+    finish_reason: FinishReason | None = None
+    forwards: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    offered_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still follow."""
+        used = len(self.tokens)
+        return min(self.num_prompt + self.max_new_tokens, self.context) - used
+
+    def extend(self, tokens: list[int]) -> tuple[int, str]:
+        """Commit tokens one by one until one of them ends the row.
+
+        Returns how many were taken and the text that they release.
+        """
+        released = ""
+        for taken, token in enumerate(tokens, start=1):
+            self.tokens.append(token)
+            if token in self.eos:
+                self.finish_reason = "eos"
+            elif self.text is not None:
+                released += self.text.push(token)
+                if self.text.stopped:
+                    self.finish_reason = "stop"
+            if self.finish_reason is None:
+                self.check_room()
+            if self.finish_reason is not None:
+                if self.text is not None:
+                    released += self.text.finish()
+                return taken, released
+        return len(tokens), released
+
+    def check_room(self) -> None:
+        """Finish the row if nothing may follow."""
+        if self.room <= 0:
+            full = len(self.tokens) >= self.num_prompt + self.max_new_tokens
+            self.finish_reason = "length" if full else "context"
+
+    def interrupt(self) -> None:
+        """End an unfinished row where it is."""
+        if self.finish_reason is None:
+            self.finish_reason = "interrupted"
+            if self.text is not None:
+                self.text.finish()
+
+    def count(self, depths: list[int], num_accepted: int) -> None:
+        """Book one step: the depths of its draft's nodes and how many of them were committed."""
+        self.forwards += 1
+        deepest = max(depths)
+        missing = deepest - len(self.offered_at)
+        self.offered_at += [0] * missing
+        self.accepted_at += [0] * missing
+        for depth in range(deepest):
+            self.offered_at[depth] += 1
+        for depth in range(num_accepted):
+            self.accepted_at[depth] += 1
+        self.drafted += len(depths) - 1
+        self.accepted += num_accepted

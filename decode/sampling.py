@@ -1,0 +1,150 @@
+"""From logits to laws, and from laws to tokens: warping, seeds, draws.
+
+Suffixes: N nodes, V vocabulary, M a subset of nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from spectool.decode.tree import Draft
+from spectool.errors import UsageError
+
+# What a number is drawn for. Each (request, position, purpose) has its own, so neither the mates
+# in a batch nor the shape of earlier drafts change it.
+_PURPOSES = {"token": 1, "accept": 2, "draft": 3}
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """The processors between a model's logits and a rule, in transformers' order.
+
+    Temperature 0 means greedy; the filters then change nothing. `top_k` 0, `top_p` 1 and `min_p`
+    0 are off.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    warpers: tuple[LogitsProcessor, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"--temperature {self.temperature}: expected 0 or a positive number")
+        if self.top_k < 0:
+            raise UsageError(f"--top-k {self.top_k}: expected 0 (off) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p}: expected a number above 0, up to 1 (off)")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"--min-p {self.min_p}: expected a number from 0 (off) to 1")
+        warpers: list[LogitsProcessor] = []
+        if self.temperature not in (0.0, 1.0):
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p > 0:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        object.__setattr__(self, "warpers", tuple(warpers))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def laws(self, committed: Sequence[int], draft: Draft, logits_NV: Tensor) -> Tensor:
+        """The law of the token after each node, fp32 [N, V]; when greedy, scores instead.
+
+        Greedy laws are one-hot at the largest score (the lowest index on ties, as argmax has it):
+        building them would cost a vocabulary per node and say no more. `committed` ends with the
+        root; with `draft` it gives every node's own history to processors that look at it.
+        """
+        if self.greedy:
+            return logits_NV
+        scores_NV = logits_NV.float()
+        for warper in self.warpers:
+            # None of the four looks at the tokens.
+            scores_NV = warper(cast(torch.LongTensor, None), cast(torch.FloatTensor, scores_NV))
+        return scores_NV.softmax(-1)
+
+
+class Draws:
+    """The random numbers of one request: a function of (seed, request, position, purpose)."""
+
+    def __init__(self, seed: int, request: int) -> None:
+        self._key = _mix(_mix(seed & _MASK) ^ (request & _MASK))
+        self._generator = torch.Generator()
+
+    def uniform(self, position: int, purpose: str) -> float:
+        """In [0, 1), with 53 random bits."""
+        key = _mix(self._key ^ _mix(position * len(_PURPOSES) + _PURPOSES[purpose]))
+        # torch's generator keeps the low 32 bits of a seed.
+        self._generator.manual_seed(key & 0xFFFFFFFF)
+        return torch.rand((), generator=self._generator, dtype=torch.float64).item()
+
+
+class Source(Protocol):
+    """Where a rule gets its randomness: one number a depth, shared by siblings.
+
+    Sharing is exact, because only one node of a depth lies on the accepted path.
+    """
+
+    def pick(self, laws_MV: Tensor, depths: Sequence[int]) -> Tensor:
+        """Token ids [M] drawn from the laws after nodes of these depths."""
+
+    def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int]) -> Tensor:
+        """For nodes of these depths, true with probability min(1, p/q), as bools [M]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A request's draws in the step whose root is the token at `position`."""
+
+    draws: Draws
+    position: int
+
+    def pick(self, laws_MV: Tensor, depths: Sequence[int]) -> Tensor:
+        return pick(laws_MV, self._numbers(depths, 1, "token", laws_MV.device))
+
+    def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int]) -> Tensor:
+        # A product instead of a quotient: 0/0 cannot arise.
+        return self._numbers(depths, 0, "accept", p_M.device) * q_M.double() < p_M.double()
+
+    def _numbers(
+        self, depths: Sequence[int], ahead: int, purpose: str, device: torch.device
+    ) -> Tensor:
+        drawn = {d: self.draws.uniform(self.position + d + ahead, purpose) for d in set(depths)}
+        return torch.tensor([drawn[d] for d in depths], dtype=torch.float64, device=device)
+
+
+def pick(laws_MV: Tensor, uniform_M: Tensor) -> Tensor:
+    """Token ids [M] by inverting each law's cumulative sum; never one of probability 0."""
+    cumulative_MV = laws_MV.double().cumsum(-1)
+    threshold_M1 = uniform_M[:, None] * cumulative_MV[:, -1:]
+    index_M1 = torch.searchsorted(cumulative_MV, threshold_M1, right=True)
+    return index_M1[:, 0].clamp_(max=laws_MV.shape[-1] - 1)
+
+
+def _mix(value: int) -> int:
+    """The finalizer of splitmix64: 64 bits in, 64 well-mixed bits out."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

@@ -1,0 +1,318 @@
+"""The only place that knows how transformers' models are called: masks, positions, features.
+
+A pass feeds N nodes per row on top of the committed tokens in a `TreeCache`. Masks are 4-D,
+additive and in the model's dtype: boolean ones are silently added as 0/1 by eager attention.
+Positions are committed length + depth. Models stay unmodified; one that cannot be handled through
+mask, positions and cache is refused by name. Suffixes: B batch, N nodes, S columns of the cache
+(committed and tail), V vocabulary, D hidden width, T tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from spectool.decode import tree
+from spectool.decode.cache import TreeCache
+from spectool.decode.protocol import Needs
+from spectool.decode.tree import Draft
+from spectool.errors import UnsupportedError, UsageError
+
+# Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
+_CHUNK = 512
+
+# Models that derive positions or causality from column numbers, not from mask and positions.
+_REFUSED = {
+    "bloom": "its ALiBi biases are derived from a 2-D mask",
+    "mpt": "its ALiBi biases are derived from column numbers",
+    "gpt_neo": "its causal mask is derived from column numbers",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Logits [B, kept nodes, V] and the features asked for, [B, N, D] each."""
+
+    logits_BNV: Tensor
+    features: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    """After committed tokens were fed: the last one's logits and, per row, features [T, D]."""
+
+    logits_BV: Tensor
+    features: list[dict[str, Tensor]]
+
+
+class Target:
+    """A causal model as the loop sees it. `context` bounds prompt and new tokens together.
+
+    `notes` says what had to be changed or bounded to run it rightly.
+
+    Raises:
+        UnsupportedError: an architecture that tree passes cannot be right for.
+        UsageError: a context longer than the model's.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
+        config = model.config.get_text_config(decoder=True)
+        accepted = inspect.signature(model.forward).parameters
+        _refuse(model, config, accepted)
+        self.model = model
+        self.name = config.model_type
+        self.notes: list[str] = []
+        self.num_layers: int = config.num_hidden_layers
+        self.vocab_size: int = config.vocab_size
+        self.device = model.device
+        self.dtype = model.dtype
+        self._windows = _windows(config)
+        self._keeps_logits = "logits_to_keep" in accepted
+        self._hidden = torch.finfo(self.dtype).min
+        self.context = self._bound(config, context)
+        self._settle_attention()
+
+    def cache(self, batch: int) -> TreeCache:
+        """An empty cache for `batch` rows."""
+        return TreeCache(batch=batch, num_layers=self.num_layers, context=self.context)
+
+    @torch.inference_mode()
+    def ingest(
+        self, cache: TreeCache, tokens: Sequence[Sequence[int]], needs: Needs | None = None
+    ) -> Ingested:
+        """Feed and commit committed tokens, in chunks; rows may be of any length, also empty.
+
+        An empty row's logits are zeros.
+        """
+        wanted = needs or Needs()
+        logits_BV: Tensor | None = None
+        collected: list[list[dict[str, Tensor]]] = [[] for _ in tokens]
+        for start in range(0, max(map(len, tokens)), _CHUNK):
+            parts = [list(row[start : start + _CHUNK]) for row in tokens]
+            num_nodes = max(map(len, parts))
+            ends = {
+                row: len(part) - 1
+                for row, part in enumerate(parts)
+                if part and start + len(part) == len(tokens[row])
+            }
+            kept = sorted(set(ends.values())) or [num_nodes - 1]
+            visible_NN = torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril()
+            done = self._forward(
+                cache,
+                [part + [0] * (num_nodes - len(part)) for part in parts],
+                torch.arange(num_nodes).expand(len(parts), -1),
+                visible_NN.expand(len(parts), -1, -1),
+                wanted,
+                kept,
+            )
+            cache.commit(parts, [range(len(part)) for part in parts])
+            if logits_BV is None:
+                logits_BV = done.logits_BNV.new_zeros(len(parts), done.logits_BNV.shape[-1])
+            for row, end in ends.items():
+                logits_BV[row] = done.logits_BNV[row, kept.index(end)]
+            for row, part in enumerate(parts):
+                collected[row].append({k: v[row, : len(part)] for k, v in done.features.items()})
+        assert logits_BV is not None, "nothing to feed"
+        features = [
+            {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            for pieces in collected
+        ]
+        return Ingested(logits_BV, features)
+
+    @torch.inference_mode()
+    def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:
+        """Feed every row's tree; nothing is committed. Logits of row b past its tree mean nothing.
+
+        Smaller trees are padded with nodes that see only themselves.
+        """
+        num_nodes = max(map(len, drafts))
+        tokens, depths, parents = [], [], []
+        for draft in drafts:
+            pad = num_nodes - len(draft)
+            tokens.append(draft.tokens + [0] * pad)
+            depths.append(draft.depths + [0] * pad)
+            parents.append([0, *draft.parents[1:], *range(len(draft), num_nodes)])
+        visible_BNN = tree.closure(torch.tensor(parents), max(map(max, depths)))
+        return self._forward(
+            cache, tokens, torch.tensor(depths), visible_BNN, needs or Needs(), None
+        )
+
+    def _forward(
+        self,
+        cache: TreeCache,
+        tokens: list[list[int]],
+        depths_BN: Tensor,
+        visible_BNN: Tensor,
+        needs: Needs,
+        kept: list[int] | None,
+    ) -> Pass:
+        """One call of the model. Depths and visibility come on the host; `kept` nodes get logits.
+
+        Padding never reaches positions that the model has not: learned tables end at the context.
+        """
+        lengths = cache.lengths
+        positions_BN = (torch.tensor(lengths)[:, None] + depths_BN).clamp_(max=self.context - 1)
+        cache.open(depths_BN.shape[1], self.device)
+        depths_BN = depths_BN.to(self.device)
+        visible_BNN = visible_BNN.to(self.device)
+        options: dict[str, Any] = {}
+        if kept is not None and self._keeps_logits:
+            last = kept == [depths_BN.shape[1] - 1]
+            options["logits_to_keep"] = 1 if last else torch.tensor(kept, device=self.device)
+        masks = {
+            kind: self._mask(lengths, depths_BN, visible_BNN, cache.width, window)
+            for kind, window in self._windows.items()
+        }
+        with self._listen(needs) as features:
+            output = self.model(
+                input_ids=torch.tensor(tokens, device=self.device),
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                position_ids=positions_BN.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                **options,
+            )
+        logits_BNV = output.logits
+        if kept is not None and not self._keeps_logits:
+            logits_BNV = logits_BNV[:, kept]
+        return Pass(logits_BNV, features)
+
+    def _mask(
+        self,
+        lengths: list[int],
+        depths_BN: Tensor,
+        visible_BNN: Tensor,
+        width: int,
+        window: int | None,
+    ) -> Tensor:
+        """What each node sees, [B, 1, N, S] additive: its row's committed tokens and its path.
+
+        In layers with a window, keys less than `window` positions back.
+        """
+        batch, num_nodes = depths_BN.shape
+        mask_B1NS = torch.full(
+            (batch, 1, num_nodes, width), self._hidden, dtype=self.dtype, device=self.device
+        )
+        for row, length in enumerate(lengths):
+            mask_B1NS[row, :, :, :length] = 0
+            tail_1NN = mask_B1NS[row, :, :, length : length + num_nodes]
+            tail_1NN.masked_fill_(visible_BNN[row], 0)
+        if window is not None and max(lengths) + num_nodes > window:
+            for row, length in enumerate(lengths):
+                key_S = torch.arange(width, device=self.device)
+                key_S[length : length + num_nodes] = length + depths_BN[row]
+                behind_NS = (length + depths_BN[row])[:, None] - key_S
+                mask_B1NS[row, 0].masked_fill_(behind_NS >= window, self._hidden)
+        return mask_B1NS
+
+    @contextmanager
+    def _listen(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
+        """Capture what was asked for during one pass, by forward hooks."""
+        features: dict[str, Tensor] = {}
+        handles = []
+        if needs.layers:
+            layers = self._layers()
+            for index in needs.layers:
+                hook = _capture(features, f"layer {index}")
+                handles.append(layers[index].register_forward_hook(hook))
+        if needs.final:
+            decoder = self.model.get_decoder()
+            handles.append(decoder.register_forward_hook(_capture(features, "final")))
+        try:
+            yield features
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _layers(self) -> nn.ModuleList:
+        for module in self.model.get_decoder().modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
+                return module
+        raise UnsupportedError(f"{self.name}: found no list of {self.num_layers} decoder layers")
+
+    def _bound(self, config: PreTrainedConfig, asked: int | None) -> int:
+        limit = _longest_context(config)
+        if limit is None:
+            return asked if asked is not None else 1 << 20
+        if asked is not None and asked > limit:
+            raise UsageError(f"--context {asked}: {self.name} holds at most {limit} tokens")
+        return asked if asked is not None else limit
+
+    def _settle_attention(self) -> None:
+        """Flash and flex kernels take no such masks: change to one that does, and say so."""
+        given = self.model.config._attn_implementation
+        if given in ("sdpa", "eager"):
+            return
+        try:
+            self.model.set_attn_implementation("sdpa")
+        except ValueError:
+            self.model.set_attn_implementation("eager")
+        chosen = self.model.config._attn_implementation
+        self.notes.append(f"attention {given} takes no tree mask; using {chosen}")
+
+
+def _capture(features: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        # A layer returns a tensor or a tuple, a decoder a ModelOutput; the state comes first.
+        features[name] = output if isinstance(output, Tensor) else output[0]
+
+    return hook
+
+
+def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
+    """Kinds of attention layers and their windows, as transformers' own caches infer them."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"]
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+
+def _refuse(model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]) -> None:
+    name, reason = config.model_type, None
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if model.config.is_encoder_decoder:
+        reason = "it is an encoder-decoder"
+    elif model._is_stateful or kinds & {"linear_attention", "mamba", "conv", "recurrent", "hybrid"}:
+        reason = "its recurrent state cannot go back to an earlier token"
+    elif name in _REFUSED:
+        reason = _REFUSED[name]
+    elif getattr(config, "alibi", False):
+        reason = "its ALiBi biases are derived from a 2-D mask"
+    elif not {"position_ids", "past_key_values", "attention_mask"} <= set(accepted):
+        reason = "its forward takes no position_ids, past_key_values or attention_mask"
+    elif unknown := kinds - {"full_attention", "sliding_attention"}:
+        reason = f"its {', '.join(sorted(unknown))} layers are not known"
+    elif getattr(config, "attention_chunk_size", None):
+        reason = "its chunked attention is not known"
+    elif getattr(config, "num_kv_shared_layers", 0):
+        reason = "its layers share their keys and values"
+    elif getattr(config, "use_bidirectional_attention", False):
+        reason = "its attention is not causal"
+    if reason is not None:
+        raise UnsupportedError(f"{name} cannot be decoded by spectool: {reason}")
+
+
+def _longest_context(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model's positions are right for, if it says.
+
+    Dynamic and long RoPE change their frequencies beyond the original length according to the
+    longest position in a pass, so a draft would change the law of tokens before it: they end there.
+    """
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [part for part in rope.values() if isinstance(part, dict)]
+    for part in [rope, *nested]:
+        if part.get("rope_type") in ("dynamic", "longrope"):
+            original = part.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            if original and limit:
+                limit = min(limit, int(original))
+    return limit

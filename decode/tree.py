@@ -1,0 +1,105 @@
+"""Draft trees as flat arrays. Knows neither models nor vocabularies.
+
+Node 0 is the pending root: the last committed token, decided but not yet in the cache. Parents
+come before their children, siblings stand in the order in which they are to be tried. Tensor
+suffixes: B rows of the batch, N nodes of a tree (root included), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# A deterministic node was chosen by looking up or ranking; a sampled one was drawn from a law.
+Kind = Literal["deterministic", "sampled"]
+
+
+@dataclass(slots=True)
+class Draft:
+    """One row's tree. `kinds[0]`, the root's, means nothing.
+
+    `laws_NV[i]` is the law that the children of node i were drawn from (fp32, after warping, over
+    the target's vocabulary); needed where children are sampled. Trailing leaves have no row.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    kinds: list[Kind]
+    laws_NV: Tensor | None = None
+    depths: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert len(self.tokens) == len(self.parents) == len(self.kinds) >= 1
+        assert self.parents[0] == -1
+        self.depths = [0]
+        for node in range(1, len(self.parents)):
+            assert 0 <= self.parents[node] < node, "parents come before their children"
+            self.depths.append(self.depths[self.parents[node]] + 1)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node has at most one child."""
+        return self.depths[-1] == len(self.tokens) - 1
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root to `node`, both included."""
+        nodes = []
+        while node >= 0:
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
+
+
+def root(token: int) -> Draft:
+    """The draft that proposes nothing."""
+    return Draft([token], [-1], ["deterministic"])
+
+
+def chain(tokens: Sequence[int], *, kind: Kind, laws_NV: Tensor | None = None) -> Draft:
+    """A single path: the root's token, then the proposals."""
+    return Draft(list(tokens), list(range(-1, len(tokens) - 1)), [kind] * len(tokens), laws_NV)
+
+
+def trie(root_token: int, paths: Iterable[Sequence[int]], *, nodes: int) -> Draft:
+    """Merge deterministic continuations of the root into one tree of at most `nodes` proposals.
+
+    Paths are taken in order, so the best come first; common beginnings share their nodes. Stops
+    reading `paths` when the tree is full.
+    """
+    tokens, parents = [root_token], [-1]
+    known: dict[tuple[int, int], int] = {}
+    for path in paths:
+        node = 0
+        for token in path:
+            child = known.get((node, token))
+            if child is None:
+                if len(tokens) > nodes:
+                    break
+                child = known[(node, token)] = len(tokens)
+                tokens.append(token)
+                parents.append(node)
+            node = child
+        if len(tokens) > nodes:
+            break
+    return Draft(tokens, parents, ["deterministic"] * len(tokens))
+
+
+def closure(parents_BN: Tensor, depth: int) -> Tensor:
+    """Visibility inside trees [B, N, N]: node i sees j if j is i or an ancestor of i.
+
+    A root and a padding node are their own parents; `depth` is that of the deepest node.
+    """
+    num_nodes = parents_BN.shape[1]
+    self_NN = torch.eye(num_nodes, dtype=torch.bool, device=parents_BN.device)
+    visible_BNN = self_NN.expand(len(parents_BN), -1, -1)
+    index_BNN = parents_BN[:, :, None].expand(-1, -1, num_nodes)
+    for _ in range(depth):
+        visible_BNN = visible_BNN.gather(1, index_BNN) | self_NN
+    return visible_BNN
