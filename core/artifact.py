@@ -82,7 +82,9 @@ class ArtifactWriter:
             if identity.get(key) != found["identity"].get(key)
         ]
         if changed and not overwrite:
-            before, now = (json.dumps(side.get(changed[0])) for side in (found["identity"], identity))
+            before, now = (
+                json.dumps(side.get(changed[0])) for side in (found["identity"], identity)
+            )
             raise UsageError(
                 f"{self.partial}: holds an unfinished run with another {', '.join(changed)} "
                 f"({before}, now {now})",
@@ -125,6 +127,12 @@ class ArtifactWriter:
             self.manifest["shards"][shard] = {"sha256": digest, "report": report}
             self._save_manifest()
 
+    def record(self, shard: str, report: Any) -> None:
+        """Replace what was recorded with a finished shard."""
+        with _disk_errors(self.partial):
+            self.manifest["shards"][shard]["report"] = report
+            self._save_manifest()
+
     def finish(self, files: Mapping[str, bytes]) -> None:
         """Add the small files, and let the whole become OUT."""
         with _disk_errors(self.partial):
@@ -163,7 +171,9 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     if not (out.exists() or out.is_symlink()):
         return
     if not overwrite:
-        raise UsageError(f"{out}: exists already", hint="--overwrite replaces it once the new one is whole")
+        raise UsageError(
+            f"{out}: exists already", hint="--overwrite replaces it once the new one is whole"
+        )
     ours = out.is_dir() and (
         not any(out.iterdir())
         or (out / "packed.safetensors.index.json").exists()

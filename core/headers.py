@@ -179,7 +179,8 @@ def read_layout(path: Path) -> Layout:
     if index is None:
         if not (path / DENSE_FILE).exists():
             raise CheckpointError(
-                f"{path}: no safetensors weights ({DENSE_FILE} or {DENSE_INDEX})", hint=_pickled(path)
+                f"{path}: no safetensors weights ({DENSE_FILE} or {DENSE_INDEX})",
+                hint=_pickled(path),
             )
         metadata, entries = read_header(path / DENSE_FILE)
         tensors = {entry.name: entry for entry in entries}

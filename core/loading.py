@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from spectool import registration  # noqa: F401
+from spectool.checkpoint import Checkpoint, open_checkpoint
+from spectool.errors import CheckpointError, UsageError
+from spectool.packed import packed_modules, unpack_in_place
+from spectool.skeleton import model_class, read_config
+
+RUNTIMES = ("auto", "packed", "dense")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """Raises: UsageError: not a dtype that models run in."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def check_device(name: str) -> torch.device:
+    """Raises: UsageError: no such device, or it is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name}: expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name}: this machine has no CUDA device that torch can use")
+    return device
 
 
 def load_model(
@@ -18,11 +48,74 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
-    return model.to(device).eval()
+    """See `spectool.load`."""
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
+    target = check_device(device)
+    checkpoint = open_checkpoint(path, revision=revision)
+    model = _open(checkpoint, parse_dtype(dtype), trust_remote_code=trust_remote_code)
+    if runtime == "dense":
+        unpack_in_place(model, dtype=model.dtype)
+    return model.to(target).eval()
+
+
+def _open(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model with every tensor accounted for.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape.
+    """
+    config = read_config(checkpoint.path, trust_remote_code=trust_remote_code)
+    model: PreTrainedModel
+    info: dict[str, Any]
+    try:
+        model, info = model_class(config).from_pretrained(
+            checkpoint.path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers cannot load it: {reason}"
+        ) from error
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        # Dense checkpoints of others often carry buffers that transformers no longer wants.
+        found = sorted(map(str, info[kind]))
+        if found and (kind != "unexpected_keys" or checkpoint.layout.is_packed):
+            word = kind.removesuffix("_keys")
+            raise CheckpointError(
+                f"{checkpoint.path}: {len(found)} {word} tensors, among them {found[0]}"
+            )
+    return model
 
 
 def load_tokenizer(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(str(path))
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{path}: no tokenizer that transformers can load"
+            + (f": {reason[0]}" if reason else "")
+        ) from error
+    return tokenizer
+
+
+def describe_runtime(model: PreTrainedModel) -> str:
+    """What the weights run as, for the header of a run."""
+    packed = len(packed_modules(model))
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"packed ({packed} linears), {dtype}" if packed else f"dense, {dtype}"

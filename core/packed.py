@@ -88,7 +88,7 @@ class PackedExperts(nn.Module):
 
 
 class Packer(Protocol):
-    """What a quantizer's class offers to the loader; `quantize.calibration.Quantizer` adds to it."""
+    """What a quantizer's class offers to the loader; `Quantizer` in the room above adds to it."""
 
     Config: type[Config]
 

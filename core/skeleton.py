@@ -63,7 +63,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a tensor of the model comes from: the stored names, and the converter that joins them."""
+    """Where a model's tensor comes from: the stored names, and the converter that joins them."""
 
     stored: tuple[tuple[str, str], ...]
     converter: WeightConverter | None

@@ -69,7 +69,9 @@ def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -
         else:
             yield Row(text)
     else:
-        raise TextError(f"{path}: unknown kind {kind}; expected .txt, .jsonl or .parquet, or .gz/.xz")
+        raise TextError(
+            f"{path}: unknown kind {kind}; expected .txt, .jsonl or .parquet, or .gz/.xz"
+        )
 
 
 def read_text(

@@ -144,7 +144,11 @@ class Observer(TorchFunctionMode):
     """
 
     def __init__(
-        self, module: nn.Module, block: str, sites: Mapping[str, Site], wanted: tuple[Statistic, ...]
+        self,
+        module: nn.Module,
+        block: str,
+        sites: Mapping[str, Site],
+        wanted: tuple[Statistic, ...],
     ) -> None:
         super().__init__()
         self.wanted = wanted

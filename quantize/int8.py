@@ -1,0 +1,69 @@
+"""8-bit rows (`int8`): the weights of LLM.int8(), one scale a row, codes by bitsandbytes.
+
+Stored as bitsandbytes keeps them: codes int8 and the row's largest magnitude, w' = s q / 127. At
+run time activations stay as they are: LLM.int8() would also round the activations and choose
+outlier columns over the whole batch, so that a row's result depended on its neighbours; then no
+drafter could promise the same output as plain decoding.
+
+Source: Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339), section 2.
+Shapes: n outputs, m inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectool import options
+from spectool.packed import FieldSpec, PackedLinear
+
+from .calibration import LinearStats, PackedFields, Statistic, Stream
+from .nf4 import bitsandbytes
+
+
+class Int8:
+    """The quantizer; see the module docstring."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        pass
+
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {}
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], config: Int8.Config) -> FieldSpec:
+        n, m = shape
+        return {"codes": (torch.int8, (n, m)), "scale": (torch.float32, (n,))}
+
+    @classmethod
+    def pack(
+        cls,
+        weight_nm: Tensor,
+        stats: LinearStats | None,
+        config: Int8.Config,
+        generator: torch.Generator,
+    ) -> PackedFields:
+        # bitsandbytes takes float16 only; its range and precision suffice for 8-bit codes.
+        codes, scale, _ = bitsandbytes().functional.int8_vectorwise_quant(weight_nm.half())
+        return {"codes": codes, "scale": scale}
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Int8.Config) -> Int8Linear:
+        return Int8Linear(spec, shape)
+
+
+class Int8Linear(PackedLinear):
+    """Fields: codes I8 [n, m], scale F32 [n]."""
+
+    def dequantize(self) -> Tensor:
+        return self.q.codes.float() * (self.q.scale / 127)[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Codes up to 127 are exact in every float type; the scale is applied to the sums.
+        y = F.linear(x, self.q.codes.to(x.dtype)) * (self.q.scale / 127).to(x.dtype)
+        return y if self.bias is None else y + self.bias

@@ -1,0 +1,82 @@
+"""Bits really stored, counted from the headers of the written files. Imports no torch.
+
+`linears` = bits of all fields of packed matrices / their weights; `file` = bits of all weight files
+/ all parameters of the model. The nominal width of a method's codes appears nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from spectool.headers import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One packed matrix: its method, its shape (outputs, inputs), the bytes of its fields."""
+
+    name: str
+    method: str
+    shape: tuple[int, int]
+    num_bytes: int
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.num_bytes / math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """What an artifact's weight files hold."""
+
+    entries: tuple[Entry, ...]
+    dense_parameters: int
+    file_bytes: int
+
+    @property
+    def packed_weights(self) -> int:
+        return sum(math.prod(entry.shape) for entry in self.entries)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.packed_weights + self.dense_parameters
+
+    @property
+    def linears(self) -> float | None:
+        """Bits per weight of the packed matrices; None if nothing is packed."""
+        if not self.entries:
+            return None
+        return 8 * sum(entry.num_bytes for entry in self.entries) / self.packed_weights
+
+    @property
+    def file(self) -> float:
+        """Bits per parameter of the whole, headers included."""
+        return 8 * self.file_bytes / self.num_parameters
+
+
+def measure(layout: Layout) -> Ledger:
+    """Count a checkpoint directory, packed or dense."""
+    quantization = layout.quantization if layout.is_packed else None
+    modules = (quantization or {}).get("modules", {})
+    num_bytes = dict.fromkeys(modules, 0)
+    dense = 0
+    for key, entry in layout.tensors.items():
+        name, infix, _ = key.rpartition(".q.")
+        if infix and name in num_bytes:
+            num_bytes[name] += entry.num_bytes
+        else:
+            dense += entry.num_elements
+    return Ledger(
+        entries=tuple(
+            Entry(
+                name=name,
+                method=said["method"],
+                shape=(said["shape"][0], said["shape"][1]),
+                num_bytes=num_bytes[name],
+            )
+            for name, said in modules.items()
+        ),
+        dense_parameters=dense,
+        file_bytes=sum(path.stat().st_size for path in layout.files),
+    )

@@ -1,0 +1,153 @@
+"""What a quantization will do, take and make, known from headers before anything is read.
+
+A plan needs the architecture and the shapes, not the weights, so it can be had for a hub id
+without fetching it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from spectool.errors import UnsupportedError, UsageError
+from spectool.headers import DTYPE_BITS
+from spectool.options import Config
+from spectool.skeleton import Site, Skeleton, matches
+
+from .calibration import Quantizer
+
+# What the interpreter with torch and transformers loaded holds before any work (measured: 0.34 GB).
+BASE_BYTES = 400_000_000
+
+# At most this share of the blocks' weights may stay dense without being asked for.
+DENSE_LIMIT = 0.10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Sites to pack by block, names left dense with the reason, and the sizes that follow.
+
+    Bytes: `packed_bytes` of all fields, `file_bytes` of the weight files without headers,
+    `host_bytes` and `device_bytes` resident at most, `buffer_bytes` of one activation buffer.
+    """
+
+    sites: Mapping[str, Mapping[str, Site]]
+    skipped: Mapping[str, str]
+    num_weights: int
+    num_parameters: int
+    packed_bytes: int
+    file_bytes: int
+    buffer_bytes: int
+    host_bytes: int
+    device_bytes: int
+
+    @property
+    def bits_linears(self) -> float:
+        return 8 * self.packed_bytes / self.num_weights
+
+    @property
+    def bits_file(self) -> float:
+        return 8 * self.file_bytes / self.num_parameters
+
+
+def make_plan(
+    skeleton: Skeleton,
+    method: type[Quantizer],
+    config: Config,
+    *,
+    skip: Sequence[str] = (),
+    allow_dense: bool = False,
+    calibration_tokens: int = 0,
+    on_device: bool = False,
+) -> Plan:
+    """The plan for one method. `calibration_tokens` is 0 where no activations are needed.
+
+    Raises:
+        UsageError: a `skip` pattern that matches nothing.
+        UnsupportedError: nothing to pack, or more than a tenth of the blocks' weights left dense.
+    """
+    sites: dict[str, dict[str, Site]] = {}
+    skipped: dict[str, str] = {}
+    unused = set(skip)
+    inside, packed = 0, 0
+    for block in skeleton.blocks:
+        found = skeleton.sites(block)
+        hit = {
+            site.parameter: pattern
+            for site in found
+            for pattern in skip
+            if matches(site.name, pattern)
+        }
+        unused -= set(hit.values())
+        # Experts of one fused tensor stay together: the tensor is either packed or not.
+        sites[block] = {site.name: site for site in found if site.parameter not in hit}
+        skipped.update(
+            (site.name, f"--skip {hit[site.parameter]}") for site in found if site.parameter in hit
+        )
+        taken = {site.parameter for site in found}
+        for name, parameter in skeleton.model.get_submodule(block).named_parameters(prefix=block):
+            inside += parameter.numel() if parameter.ndim >= 2 else 0
+            if parameter.ndim >= 2 and name not in taken:
+                skipped[name] = "not a linear layer"
+        packed += sum(site.num_weights for site in sites[block].values())
+    if unused:
+        raise UsageError(f"--skip {sorted(unused)[0]}: matches no linear layer of the model")
+    if not packed:
+        raise UnsupportedError(f"{skeleton.config.model_type}: nothing in it can be packed")
+    if inside - packed > DENSE_LIMIT * inside and not allow_dense:
+        named = ", ".join(list(skipped)[:3])
+        raise UnsupportedError(
+            f"{(inside - packed) / inside:.0%} of the blocks' weights would stay dense "
+            f"({named}, …); at most {DENSE_LIMIT:.0%} may",
+            hint="--allow-dense accepts that",
+        )
+    return _sized(skeleton, method, config, sites, skipped, calibration_tokens, on_device=on_device)
+
+
+def _sized(
+    skeleton: Skeleton,
+    method: type[Quantizer],
+    config: Config,
+    sites: Mapping[str, Mapping[str, Site]],
+    skipped: Mapping[str, str],
+    calibration_tokens: int,
+    *,
+    on_device: bool,
+) -> Plan:
+    field_bytes = {
+        shape: sum(
+            dtype.itemsize * math.prod(size)
+            for dtype, size in method.layout(shape, config).values()
+        )
+        for shape in {site.shape for block in sites.values() for site in block.values()}
+    }
+    stored = skeleton.layout.tensors
+    source_bytes = sum(entry.num_bytes for entry in stored.values())
+    element_bytes = max(DTYPE_BITS[entry.dtype] for entry in stored.values()) // 8
+    num_weights = sum(site.num_weights for block in sites.values() for site in block.values())
+    packed_bytes = sum(field_bytes[s.shape] for block in sites.values() for s in block.values())
+    file_bytes = source_bytes - num_weights * element_bytes + packed_bytes
+    block_weights = max(
+        sum(p.numel() for p in skeleton.model.get_submodule(block).parameters())
+        for block in skeleton.blocks
+    )
+    largest = max(site.num_weights for block in sites.values() for site in block.values())
+    width = getattr(skeleton.config.get_text_config(), "hidden_size", 0)
+    buffer_bytes = calibration_tokens * width * 4
+    # Data-free: a block as stored, its codes, and the pieces one matrix is packed in. Calibrated:
+    # the block in float32 as well, and two buffers of activations.
+    working = block_weights * (element_bytes + 1) + 2 * largest
+    if calibration_tokens:
+        working += 4 * block_weights
+    return Plan(
+        sites=sites,
+        skipped=skipped,
+        num_weights=num_weights,
+        num_parameters=sum(entry.num_elements for entry in stored.values()),
+        packed_bytes=packed_bytes,
+        file_bytes=file_bytes,
+        buffer_bytes=buffer_bytes,
+        host_bytes=BASE_BYTES + working + 2 * buffer_bytes,
+        device_bytes=working + BASE_BYTES if on_device else 0,
+    )

@@ -1,0 +1,282 @@
+"""Quantizing a checkpoint: from a job to an artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from spectool import artifact
+from spectool.artifact import ArtifactWriter
+from spectool.checkpoint import Checkpoint, open_checkpoint, text_fingerprint
+from spectool.errors import UnsupportedError, UsageError
+from spectool.headers import PACKED_INDEX, Layout, read_header
+from spectool.loading import load_tokenizer
+from spectool.methods import resolve
+from spectool.options import Config
+from spectool.packed import FORMAT_VERSION
+from spectool.skeleton import Skeleton
+from spectool.text import encode, read_text
+from spectool.version import __version__
+
+from .calibration import Quantizer, windows
+from .plan import Plan, make_plan
+from .walk import BlockWalk, Progress, entry_of
+
+# Files that go along with the weights; code only where remote code was allowed.
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "added_tokens.json",
+    "chat_template*", "additional_chat_templates/*", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything a quantization is asked to do, apart from where it runs."""
+
+    method: str
+    config: Config
+    calibration: Sequence[str] | None = None
+    samples: int = 128
+    seq_len: int = 2048
+    text_field: str | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    skip: Sequence[str] = ()
+    allow_dense: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was recorded of every block: its layers, its output error, its data-free experts."""
+
+    blocks: list[dict[str, Any]]
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        return [layer for block in self.blocks for layer in block["layers"]]
+
+
+def prepare(
+    layout: Layout, job: Job, *, trust_remote_code: bool, device: str
+) -> tuple[Skeleton, Plan]:
+    """The architecture and the plan; reads headers only.
+
+    Raises:
+        UnsupportedError: the source is quantized already, or cannot be packed.
+    """
+    if layout.quantization is not None:
+        by = layout.quantization.get("quant_method", "an unnamed method")
+        raise UnsupportedError(
+            f"{layout.path}: is quantized already ({by}); give the checkpoint it was made from"
+        )
+    skeleton = Skeleton(layout, trust_remote_code=trust_remote_code)
+    method: type[Quantizer] = resolve(job.method, "quantizer")
+    length = _length(skeleton, job.seq_len)
+    plan = make_plan(
+        skeleton,
+        method,
+        job.config,
+        skip=job.skip,
+        allow_dense=job.allow_dense,
+        calibration_tokens=job.samples * length if _calibrates(method, job) else 0,
+        on_device=device != "cpu",
+    )
+    return skeleton, plan
+
+
+def quantize(
+    model: str | Path,
+    out: Path,
+    job: Job,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 4,
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    announce: Callable[[Plan, Skeleton], None] = lambda plan, skeleton: None,
+    progress: Progress = lambda done, total, name: None,
+) -> Report:
+    """Compress the checkpoint `model` into the directory `out`.
+
+    `dtype` is what calibration computes in; weights are packed from float32 always.
+
+    Raises:
+        InputError: the checkpoint, the text, the options or the target will not do.
+        SpectoolError: the disk filled up; the same call goes on from there.
+    """
+    artifact.check_target(out, overwrite=overwrite)
+    checkpoint = open_checkpoint(model, revision=revision)
+    _check_places(checkpoint.path, out)
+    skeleton, plan = prepare(
+        checkpoint.layout, job, trust_remote_code=trust_remote_code, device=device
+    )
+    announce(plan, skeleton)
+    method: type[Quantizer] = resolve(job.method, "quantizer")
+    ids_SL = None
+    if _calibrates(method, job):
+        ids_SL = _calibration_ids(checkpoint, skeleton, job, trust_remote_code=trust_remote_code)
+    made_by = _made_by(job, ids_SL)
+    source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
+    with ArtifactWriter(out, identity={"source": source, **made_by}, overwrite=overwrite) as writer:
+        walk = BlockWalk(
+            checkpoint=checkpoint,
+            skeleton=skeleton,
+            plan=plan,
+            method_name=job.method,
+            method=method,
+            config=job.config,
+            seed=job.seed,
+            writer=writer,
+            metadata={"source": source, **made_by},
+            ids_SL=ids_SL,
+            device=torch.device(device),
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+        report = Report(walk.run(progress))
+        writer.finish(
+            _small_files(
+                checkpoint, plan, job, writer, source, made_by, trust_remote_code=trust_remote_code
+            )
+        )
+    return report
+
+
+def _calibrates(method: type[Quantizer], job: Job) -> bool:
+    """Methods without statistics and without a fit run on weights alone, unless text is given."""
+    return bool(method.statistics) or hasattr(method, "fit") or job.calibration is not None
+
+
+def _length(skeleton: Skeleton, seq_len: int) -> int:
+    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    return min(seq_len, context or seq_len)
+
+
+def _calibration_ids(
+    checkpoint: Checkpoint, skeleton: Skeleton, job: Job, *, trust_remote_code: bool
+) -> Tensor:
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+    text = read_text(
+        job.calibration or (), tokenizer, field=job.text_field, template=job.template or None
+    )
+    return windows(
+        encode(tokenizer, text),
+        samples=job.samples,
+        length=_length(skeleton, job.seq_len),
+        bos=tokenizer.bos_token_id,
+        generator=torch.Generator().manual_seed(job.seed),
+    )
+
+
+def _made_by(job: Job, ids_SL: Tensor | None) -> dict[str, Any]:
+    calibration = None
+    if ids_SL is not None:
+        calibration = {
+            "fingerprint": text_fingerprint(ids_SL.tolist()),
+            "builtin": not job.calibration,
+            "samples": len(ids_SL),
+            "seq_len": ids_SL.shape[1],
+        }
+    return {
+        "method": job.method,
+        "options": job.config.as_dict(),
+        "skip": sorted(job.skip),
+        "allow_dense": job.allow_dense,
+        "seed": job.seed,
+        "calibration": calibration,
+        "format_version": FORMAT_VERSION,
+        "versions": {
+            "spectool": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _check_places(source: Path, out: Path) -> None:
+    inner, outer = source.resolve(), out.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise UsageError(f"{out}: OUT must lie outside the source {source}, and not around it")
+
+
+def _small_files(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    job: Job,
+    writer: ArtifactWriter,
+    source: dict[str, Any],
+    made_by: dict[str, Any],
+    *,
+    trust_remote_code: bool,
+) -> dict[str, bytes]:
+    """Everything but the shards: configuration, index, tokenizer, licence, README."""
+    patterns = (*COMPANIONS, "*.py") if trust_remote_code else COMPANIONS
+    files = {
+        str(path.relative_to(checkpoint.path)): path.read_bytes()
+        for pattern in patterns
+        for path in checkpoint.path.glob(pattern)
+        if path.is_file()
+    }
+    shards = sorted(writer.manifest["shards"])
+    weight_map, total = {}, 0
+    for shard in shards:
+        for entry in read_header(writer.path(shard))[1]:
+            weight_map[entry.name] = shard
+            total += entry.num_bytes
+    modules = {
+        key: entry_of(job.method, job.config, site)
+        for block in plan.sites.values()
+        for key, site in block.items()
+    }
+    quantization = {
+        "quant_method": "spectool",
+        "format_version": FORMAT_VERSION,
+        "source": source,
+        "modules": modules,
+        "made_by": made_by,
+    }
+    config = {**checkpoint.layout.config, "quantization_config": quantization}
+    index = {
+        "metadata": {"total_parameters": plan.num_parameters, "total_size": total},
+        "weight_map": weight_map,
+    }
+    files["config.json"] = _json(config)
+    files[PACKED_INDEX] = _json(index)
+    files["README.md"] = _readme(plan, job, total).encode()
+    return files
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _readme(plan: Plan, job: Job, total: int) -> str:
+    options = json.dumps(job.config.as_dict(), sort_keys=True)
+    return f"""# A checkpoint packed by spectool
+
+Method `{job.method}` with {options}.
+
+| | bits |
+|---|---:|
+| per weight of the {sum(map(len, plan.sites.values()))} packed matrices | {plan.bits_linears:.3f} |
+| per parameter of all weight files | {8 * total / plan.num_parameters:.3f} |
+
+```python
+import spectool
+
+model = spectool.load("PATH")
+```
+
+or, with `import spectool` before it, `AutoModelForCausalLM.from_pretrained("PATH")`. On the command
+line: `spectool generate PATH`, `spectool eval PATH`, `spectool inspect PATH`.
+"""

@@ -1,0 +1,297 @@
+"""The block walk: load one block, look at it, pack it, write it, free it.
+
+Whatever the checkpoint's size, one block and two activation buffers are resident. What is written
+for a block depends only on the source, the options, the calibration tokens and (seed, block), and
+the packed stream advances through the packed module as read back from its shard; so a run that was
+killed ends with the same bytes as one that was not.
+
+Shapes: S sequences, B of a batch, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectool.artifact import ArtifactWriter, Content
+from spectool.checkpoint import DTYPES, Checkpoint, check_finite, read_tensor
+from spectool.errors import UnsupportedError
+from spectool.headers import read_header
+from spectool.options import Config
+from spectool.packed import PackedLinear, build_packed, field_specs, swap_in
+from spectool.skeleton import Site, Skeleton
+from spectool.walk import Activations, Call, Surroundings, run_block
+
+from .calibration import (
+    MIN_EXPERT_TOKENS,
+    Block,
+    LinearStats,
+    Observer,
+    PackedFields,
+    Quantizer,
+    Statistic,
+    Streams,
+    fit_each,
+)
+from .plan import Plan
+
+# Activation buffers larger than this together live in files beside the shards.
+BUFFERS_IN_MEMORY = 8 << 30
+
+# What is told to whoever watches: blocks done, blocks in all, the name of the last one.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class BlockWalk:
+    """One walk over a checkpoint's blocks.
+
+    `ids_SL` are the calibration sequences, None where no activations are needed; `metadata` goes
+    into every shard's header; `dtype` is what activations are computed in.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    plan: Plan
+    method_name: str
+    method: type[Quantizer]
+    config: Config
+    seed: int
+    writer: ArtifactWriter
+    metadata: dict[str, Any]
+    ids_SL: Tensor | None
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+    calls: dict[int, list[Call]] = field(default_factory=dict)
+
+    def run(self, progress: Progress) -> list[dict[str, Any]]:
+        blocks = self.skeleton.blocks
+        self._copy_outside()
+        last = max(
+            (i for i in range(len(blocks)) if not self._is_done(i)),
+            default=-1,
+        )
+        streams = self._start_streams() if last >= 0 else None
+        with ThreadPoolExecutor(1) as reader:
+            following: Future[dict[str, Tensor]] | None = None
+            for index, name in enumerate(blocks):
+                if index > last:
+                    break
+                tensors = following.result() if following else self._read(name)
+                # Reading ahead costs a second block of host memory: worth it beside a GPU only.
+                if self.device.type != "cpu" and index < last:
+                    following = reader.submit(self._read, blocks[index + 1])
+                self._step(index, name, tensors, streams)
+                progress(index + 1, len(blocks), name)
+        for side in ("original", "packed"):
+            (self.writer.path(f"activations-{side}.bin")).unlink(missing_ok=True)
+        reports = [self.writer.report(self._shard(i)) for i in range(len(blocks))]
+        assert all(report is not None for report in reports)
+        return [report for report in reports if report is not None]
+
+    def _is_done(self, index: int) -> bool:
+        report = self.writer.report(self._shard(index))
+        return report is not None and (self.ids_SL is None or "output_error" in report)
+
+    def _shard(self, index: int) -> str:
+        """Shard 0 holds what belongs to no block."""
+        return f"packed-{index + 1:05d}-of-{len(self.skeleton.blocks) + 1:05d}.safetensors"
+
+    def _read(self, block: str) -> dict[str, Tensor]:
+        return self.skeleton.read(self.checkpoint, self.skeleton.tensors_of(block))
+
+    def _copy_outside(self) -> None:
+        shard = self._shard(-1)
+        if self.writer.report(shard) is not None:
+            return
+        contents: dict[str, Content] = {}
+        for name in self.skeleton.tensors_outside():
+            origin = self.skeleton.origins[name]
+            if origin.converter is None:
+                contents[name] = self.checkpoint.layout.tensors[origin.stored[0][0]]
+            else:
+                contents.update(self.skeleton.read(self.checkpoint, [name]))
+        self.writer.write_shard(shard, contents, self.metadata, {})
+
+    def _start_streams(self) -> Streams | None:
+        if self.ids_SL is None:
+            return None
+        around = Surroundings(self.skeleton, self.checkpoint, dtype=self.dtype, device=self.device)
+        num, length = self.ids_SL.shape
+        batches = [slice(i, i + self.batch_size) for i in range(0, num, self.batch_size)]
+        first = around.embed(self.ids_SL[:1])
+        shape = (num, length, first.shape[-1])
+        in_files = 2 * self.plan.buffer_bytes > BUFFERS_IN_MEMORY
+        sides = [
+            Activations(
+                shape,
+                self.dtype,
+                file=self.writer.path(f"activations-{side}.bin") if in_files else None,
+            )
+            for side in ("original", "packed")
+        ]
+        for batch in batches:
+            hidden_BLD = around.embed(self.ids_SL[batch]).cpu()
+            for side in sides:
+                side.hidden_SLD[batch] = hidden_BLD
+        sizes = {len(self.ids_SL[batch]) for batch in batches}
+        self.calls = {size: around.calls(size, length) for size in sizes}
+        return Streams(*sides)
+
+    def _step(
+        self, index: int, name: str, tensors: dict[str, Tensor], streams: Streams | None
+    ) -> None:
+        """Pack and write one block, unless that is done, and advance both streams through it."""
+        for key, tensor in tensors.items():
+            check_finite(key, tensor)
+        sites = self.plan.sites[name]
+        block = Block(
+            name=name,
+            sites=sites,
+            weights={key: site.weight_nm(tensors) for key, site in sites.items()},
+        )
+        for key, weight in block.weights.items():
+            if not weight.is_floating_point():
+                raise UnsupportedError(f"{key}: its weights are {weight.dtype}, not floating point")
+        if streams is not None:
+            block.module = self.skeleton.materialise(
+                name, tensors, dtype=self.dtype, device=self.device
+            )
+            block.calls = {size: calls[index] for size, calls in self.calls.items()}
+        shard = self._shard(index)
+        report = self.writer.report(shard)
+        if report is None:
+            report = self._pack(index, block, tensors, streams, shard)
+        if streams is not None:
+            report["output_error"] = self._advance(block, streams, shard)
+            self.writer.record(shard, report)
+
+    def _pack(
+        self,
+        index: int,
+        block: Block,
+        tensors: dict[str, Tensor],
+        streams: Streams | None,
+        shard: str,
+    ) -> dict[str, Any]:
+        stats = self._observe(block, streams) if streams is not None else {}
+        seen_little = [
+            key
+            for key, site in block.sites.items()
+            if site.expert is not None
+            and self.method.statistics
+            and (key not in stats or stats[key].num_tokens < MIN_EXPERT_TOKENS)
+        ]
+        for key in seen_little:
+            stats.pop(key, None)
+        generator = torch.Generator().manual_seed(_seed(self.seed, index))
+        if hasattr(self.method, "fit"):
+            packed = self.method.fit(block, streams, stats, self.config, generator)
+        else:
+            packed = fit_each(self.method, block, stats, self.config, generator)
+        taken = {site.parameter for site in block.sites.values()}
+        contents: dict[str, Content] = {
+            key: tensor for key, tensor in tensors.items() if key not in taken
+        }
+        layers = []
+        for key, fields in packed.items():
+            contents.update({f"{key}.q.{name}": value for name, value in fields.items()})
+            layers.append(self._layer(key, block, fields))
+        report: dict[str, Any] = {"layers": layers, "data_free": seen_little}
+        self.writer.write_shard(shard, contents, self.metadata, report)
+        return report
+
+    def _layer(self, key: str, block: Block, fields: PackedFields) -> dict[str, Any]:
+        """Stored bits per weight, and the relative squared error of the weights."""
+        site = block.sites[key]
+        module = build_packed(
+            entry_of(self.method_name, self.config, site),
+            {n: (v.dtype, tuple(v.shape)) for n, v in fields.items()},
+        )
+        module.q.load_state_dict(fields)
+        stored_bytes = sum(value.numel() * value.element_size() for value in fields.values())
+        return {
+            "name": key,
+            "bits": 8 * stored_bytes / site.num_weights,
+            "error": _relative_error(block.weights[key], module),
+        }
+
+    def _observe(self, block: Block, streams: Streams) -> dict[str, LinearStats]:
+        """The statistics the method asks for, each at the stream it names."""
+        assert block.module is not None
+        found: dict[str, LinearStats] = {}
+        by_stream: dict[str, list[Statistic]] = {}
+        for statistic, stream in self.method.statistics.items():
+            by_stream.setdefault(stream, []).append(statistic)
+        for stream, wanted in by_stream.items():
+            inputs: Activations = getattr(streams, stream)
+            with Observer(block.module, block.name, block.sites, tuple(wanted)) as observer:
+                for batch in inputs.batches(self.batch_size):
+                    hidden_BLD = inputs.hidden_SLD[batch].to(self.device)
+                    run_block(block.module, block.calls[len(hidden_BLD)], hidden_BLD)
+            for key, stats in observer.stats.items():
+                if key not in found:
+                    found[key] = stats
+                else:
+                    for statistic in wanted:
+                        setattr(found[key], statistic, getattr(stats, statistic))
+        return found
+
+    def _advance(self, block: Block, streams: Streams, shard: str) -> float:
+        """Push both streams through the block; returns the relative squared error of its output."""
+        assert block.module is not None
+        packed = self._reload(block, shard)
+        wrong, all_of_it = 0.0, 0.0
+        for batch in streams.original.batches(self.batch_size):
+            call = block.calls[batch.stop - batch.start]
+            outputs = [
+                run_block(module, call, side.hidden_SLD[batch].to(self.device)).cpu()
+                for module, side in ((block.module, streams.original), (packed, streams.packed))
+            ]
+            streams.original.hidden_SLD[batch], streams.packed.hidden_SLD[batch] = outputs
+            wrong += float((outputs[0].float() - outputs[1].float()).square().sum())
+            all_of_it += float(outputs[0].float().square().sum())
+        return wrong / all_of_it if all_of_it else 0.0
+
+    def _reload(self, block: Block, shard: str) -> nn.Module:
+        """The block as the artifact's reader will see it."""
+        entries = read_header(self.writer.path(shard))[1]
+        tensors = {entry.name: read_tensor(entry) for entry in entries}
+        module = self.skeleton.materialise(
+            block.name, tensors, dtype=self.dtype, device=self.device
+        )
+        modules = {
+            key: entry_of(self.method_name, self.config, site) for key, site in block.sites.items()
+        }
+        specs = field_specs({e.name: (DTYPES[e.dtype], e.shape) for e in entries})
+        swap_in(module, modules, specs, dtype=self.dtype, prefix=block.name)
+        for key in modules:
+            packed = module.get_submodule(key.removeprefix(block.name + "."))
+            assert isinstance(packed, PackedLinear)
+            packed.q.load_state_dict({name: tensors[f"{key}.q.{name}"] for name in specs[key]})
+        return module.to(self.device)
+
+
+def entry_of(method: str, config: Config, site: Site) -> dict[str, Any]:
+    """A matrix's line in the artifact's configuration."""
+    said = {"method": method, "options": config.as_dict(), "shape": list(site.shape)}
+    return {**said, "expert": True} if site.expert is not None else said
+
+
+def _seed(seed: int, block: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{block}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def _relative_error(weight_nm: Tensor, module: PackedLinear) -> float:
+    restored = module.dequantize()
+    weight = weight_nm.to(restored)
+    scale = float(torch.linalg.vector_norm(weight)) ** 2
+    return float(torch.linalg.vector_norm(restored.sub_(weight))) ** 2 / scale if scale else 0.0
