@@ -23,13 +23,13 @@ _FIRST_COLUMNS = 64
 _TAIL = 128
 
 
-class TreeLayer(CacheLayerMixin):
+class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's buffers, [B, H, capacity, D] each; the cache says where to write."""
 
     is_sliding = False
 
     def __init__(self, cache: TreeCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -79,7 +79,8 @@ class TreeCache(Cache):
     """
 
     def __init__(self, *, batch: int, num_layers: int, context: int) -> None:
-        super().__init__(layers=[TreeLayer(self) for _ in range(num_layers)])
+        self._trees = [TreeLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self._trees))
         self.context = context
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.capacity = 0
@@ -125,7 +126,7 @@ class TreeCache(Cache):
             if moved is not None:
                 into = slice(start + moved, start + len(path))
                 source: Tensor | None = None
-                for layer in self.layers:
+                for layer in self._trees:
                     if layer.keys is None or layer.values is None:
                         continue
                     if source is None:
@@ -143,7 +144,7 @@ class TreeCache(Cache):
         """Keep these rows of the batch, in this order."""
         self.tokens = [self.tokens[row] for row in rows]
         index: Tensor | None = None
-        for layer in self.layers:
+        for layer in self._trees:
             if layer.keys is None or layer.values is None:
                 continue
             if index is None:

@@ -192,10 +192,8 @@ class Runner:
         return tokens
 
     def _end_ids(self) -> frozenset[int]:
-        """End-of-text ids: generation_config's, else the configuration's, else the tokenizer's."""
-        model = self.target.model
-        generation = getattr(model, "generation_config", None)
-        for holder in (generation, model.config.get_text_config(decoder=True), self.tokenizer):
+        """End-of-text ids as the generation configuration has them, else the tokenizer's."""
+        for holder in (self.target.model.generation_config, self.tokenizer):
             ids = getattr(holder, "eos_token_id", None)
             if ids is not None:
                 return frozenset([ids] if isinstance(ids, int) else ids)

@@ -5,7 +5,7 @@ Suffixes: N nodes of a tree, T tokens of a prompt, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,7 +68,7 @@ class Drafter(Protocol):
 
     needs: Needs
 
-    def kinds(self, control: Control) -> Collection[Kind]:
+    def kinds(self, control: Control) -> tuple[Kind, ...]:
         """The kinds of nodes it proposes under these settings; the rule is chosen by them."""
 
     def begin(self, prompts: Sequence[Prompt]) -> None:

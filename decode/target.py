@@ -66,7 +66,7 @@ class Target:
         config = model.config.get_text_config(decoder=True)
         accepted = inspect.signature(model.forward).parameters
         _refuse(model, config, accepted)
-        self.model = model
+        self.model: Any = model
         self.name = config.model_type
         self.notes: list[str] = []
         self.num_layers: int = config.num_hidden_layers

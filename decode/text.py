@@ -44,17 +44,19 @@ class TextStream:
 
     def finish(self) -> str:
         """Release what was held back: no token follows."""
+        released = ""
         if not self.stopped:
             before, now = self._decode(self._read), self._decode(len(self._tokens))
-            self._advance(now[len(before) :])
-        return self._release(len(self._found))
+            released = self._advance(now[len(before) :])
+        return released + self._release(len(self._found))
 
     def _decode(self, end: int) -> str:
-        text: str = self._tokenizer.decode(
+        text = self._tokenizer.decode(
             self._tokens[self._prefix : end],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
+        assert isinstance(text, str)
         return text
 
     def _advance(self, new: str) -> str:

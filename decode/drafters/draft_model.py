@@ -1,13 +1,13 @@
 """A smaller checkpoint with the same tokenizer proposes a chain.
 
-Leviathan et al. 2023, Chen et al. 2023. At temperature 0 the chain is the draft's own greedy text; above it each token is drawn from the
-draft's warped law q, and the q it was really drawn from goes along. Suffixes: B rows, V target
-vocabulary, N nodes.
+Leviathan et al. 2023, Chen et al. 2023. At temperature 0 the chain is the draft's own greedy text;
+above it each token is drawn from the draft's warped law q, and the q it was really drawn from goes
+along. Suffixes: B rows, V target vocabulary, N nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,7 @@ class DraftModelDrafter:
         self._order: list[int] = []
         self._cache = self._draft.cache(0)
 
-    def kinds(self, control: Control) -> Collection[Kind]:
+    def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",) if control.greedy else ("sampled",)
 
     def begin(self, prompts: Sequence[Prompt]) -> None:

@@ -6,7 +6,7 @@ match first, and with an index that grows by the committed tokens only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spectool import options
@@ -79,7 +79,7 @@ class NgramDrafter:
         self.config = config or NgramConfig()
         self._indexes: dict[int, NgramIndex] = {}
 
-    def kinds(self, control: Control) -> Collection[Kind]:
+    def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def begin(self, prompts: Sequence[Prompt]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spectool import options
@@ -27,7 +27,7 @@ class NoDrafter:
     def __init__(self, config: NoDraftConfig | None = None) -> None:
         self.config = config or NoDraftConfig()
 
-    def kinds(self, control: Control) -> Collection[Kind]:
+    def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ()
 
     def begin(self, prompts: Sequence[Prompt]) -> None:

@@ -1,0 +1,122 @@
+"""Drafters that know the answer, guess, or are always wrong; and a reference by transformers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from spectool.decode import tree
+from spectool.decode.protocol import Needs, Outcome, Prompt
+from spectool.decode.row import Row
+from spectool.decode.sampling import Control
+from spectool.decode.tree import Draft, Kind
+
+Continuation = Callable[[Sequence[int], int], list[int]]
+
+
+class Scripted:
+    """Drafts what `script(tokens, budget)` says: paths after the root, merged in their order."""
+
+    def __init__(self, script: Callable[[list[int], int], list[list[int]]], needs: Needs) -> None:
+        self.needs = needs
+        self.script = script
+        self.outcomes: list[Outcome] = []
+        self.prompts: list[Prompt] = []
+
+    def kinds(self, control: Control) -> tuple[Kind, ...]:
+        return ("deterministic",)
+
+    def begin(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = list(prompts)
+
+    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+        drafts = []
+        for row, limit in zip(rows, budget, strict=True):
+            paths = [path[:limit] for path in self.script(list(row.tokens), limit)]
+            drafts.append(tree.trie(row.tokens[-1], paths, nodes=64))
+        return drafts
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        self.outcomes += outcomes
+
+
+@pytest.fixture
+def scripted() -> Callable[..., Scripted]:
+    return lambda script, needs=None: Scripted(script, needs or Needs())
+
+
+@pytest.fixture
+def adversaries(scripted: Callable[..., Scripted]) -> Callable[[list[int], int], dict[str, Any]]:
+    """`adversaries(whole, vocab)`: drafters by name for a text whose continuation is `whole`."""
+
+    def make(whole: list[int], vocab: int) -> dict[str, Any]:
+        noise = random.Random(7)
+
+        def oracle(tokens: list[int], limit: int) -> list[list[int]]:
+            return [whole[len(tokens) : len(tokens) + 5]]
+
+        def branching(tokens: list[int], limit: int) -> list[list[int]]:
+            """The truth for a random stretch, among siblings that leave it at every depth."""
+            true = whole[len(tokens) : len(tokens) + noise.randint(0, 6)]
+            paths = [
+                [*true[:at], *(noise.randrange(vocab) for _ in range(noise.randint(1, 3)))]
+                for at in range(len(true) + 1)
+            ]
+            paths.append(true)
+            noise.shuffle(paths)
+            return paths
+
+        def guesses(tokens: list[int], limit: int) -> list[list[int]]:
+            return [[noise.randrange(vocab) for _ in range(4)] for _ in range(3)]
+
+        def wrong(tokens: list[int], limit: int) -> list[list[int]]:
+            return [[(token + 1) % vocab for token in whole[len(tokens) : len(tokens) + 4]]]
+
+        scripts = {"oracle": oracle, "branching": branching, "guesses": guesses, "wrong": wrong}
+        return {name: scripted(script) for name, script in scripts.items()}
+
+    return make
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """The model without an end-of-text token, for the length of the test."""
+
+    def remove(model: PreTrainedModel) -> PreTrainedModel:
+        monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+        return model
+
+    return remove
+
+
+@pytest.fixture
+def reference() -> Callable[..., list[int]]:
+    """`reference(model, prompt, n)`: the new tokens of transformers' own greedy generation."""
+
+    def run(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False
+        )
+        new: list[int] = output[0, len(prompt) :].tolist()
+        return new
+
+    return run
+
+
+@pytest.fixture
+def prompt_of() -> Callable[..., list[int]]:
+    """`prompt_of(n)`: n random tokens; the second half repeats the first."""
+
+    def make(length: int, *, seed: int = 0, vocab: int = 320) -> list[int]:
+        noise = random.Random(seed)
+        half = [noise.randrange(2, vocab) for _ in range((length + 1) // 2)]
+        return (half + half)[:length]
+
+    return make

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from spectool.decode import tree
+from spectool.decode.cache import TreeCache
+from spectool.decode.target import Target
+
+Tiny = Callable[..., PreTrainedModel]
+
+
+def assert_rows_equal(cache: TreeCache, row: int, target: Target) -> None:
+    """The cache's committed rows are those of a fresh prompt pass over the same tokens."""
+    fresh = target.cache(1)
+    tokens = cache.tokens[row]
+    target.ingest(fresh, [tokens])
+    for mine, theirs in zip(cache.layers, fresh.layers, strict=True):
+        for name in ("keys", "values"):
+            torch.testing.assert_close(
+                getattr(mine, name)[row, :, : len(tokens)],
+                getattr(theirs, name)[0, :, : len(tokens)],
+                atol=1e-5,
+                rtol=1e-5,
+            )
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt", "gpt_neox"])
+def test_committed_rows_are_those_of_a_fresh_pass(tiny: Tiny, family: str) -> None:
+    """Ragged rows, branches that jump, across a doubling of the buffers."""
+    target = Target(tiny(family))
+    cache = target.cache(2)
+    target.ingest(cache, [list(range(2, 62)), list(range(2, 9))])
+    for _ in range(3):
+        drafts = [
+            tree.trie(70, [[71, 72], [73, 74, 75], [73, 76, 77]], nodes=9),
+            tree.trie(80, [[81], [82, 83]], nodes=9),
+        ]
+        target.verify(cache, drafts)
+        cache.commit([draft.tokens for draft in drafts], [[0, 3, 6, 7], [0, 2, 3]])
+    assert cache.lengths == [72, 16]
+    assert cache.tokens[0][-4:] == [70, 73, 76, 77]
+    assert cache.tokens[1][-3:] == [80, 82, 83]
+    for row in (0, 1):
+        assert_rows_equal(cache, row, target)
+
+
+def test_buffers_double_up_to_the_context(tiny: Tiny) -> None:
+    target = Target(tiny("llama"))
+    cache = target.cache(1)
+    seen = []
+    for _ in range(250):
+        target.ingest(cache, [[5]])
+        seen.append(cache.capacity)
+    assert sorted(set(seen)) == [64, 128, 256]
+
+
+def test_select_keeps_rows_in_order(tiny: Tiny) -> None:
+    target = Target(tiny("llama"))
+    cache = target.cache(3)
+    target.ingest(cache, [[2, 3], [4], [5, 6, 7]])
+    cache.select([2, 0])
+    assert cache.tokens == [[5, 6, 7], [2, 3]]
+    target.ingest(cache, [[8], [9, 10]])
+    for row in (0, 1):
+        assert_rows_equal(cache, row, target)
+
+
+def test_keep_prefix_leaves_the_last_token_to_be_fed(tiny: Tiny) -> None:
+    target = Target(tiny("llama"))
+    cache = target.cache(2)
+    target.ingest(cache, [[2, 3, 4, 5], [6, 7, 8]])
+    assert cache.keep_prefix([[2, 3, 9, 9], [6, 7, 8]]) == [2, 2]
+    target.ingest(cache, [[9, 9], [8]])
+    assert cache.tokens == [[2, 3, 9, 9], [6, 7, 8]]
+    for row in (0, 1):
+        assert_rows_equal(cache, row, target)
+
+
+def test_nothing_is_copied_for_a_path_in_place(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(tiny("llama"))
+    cache = target.cache(1)
+    target.ingest(cache, [[2, 3]])
+    draft = tree.chain([4, 5, 6], kind="deterministic")
+    target.verify(cache, [draft])
+    monkeypatch.setattr(cache, "_trees", [])
+    cache.commit([draft.tokens], [[0, 1]])
+    assert cache.tokens == [[2, 3, 4, 5]]

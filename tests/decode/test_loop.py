@@ -1,0 +1,271 @@
+"""The loop's text is plain greedy text, whatever is drafted, and ends where it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
+from spectool.decode.drafters.ngram import NgramConfig, NgramDrafter
+from spectool.decode.generate import Runner, generate
+from spectool.decode.protocol import Needs
+from spectool.decode.target import Target
+
+Tiny = Callable[..., PreTrainedModel]
+FAMILIES = [
+    "llama",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "mixtral",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_for_every_drafter(
+    tiny: Tiny,
+    family: str,
+    endless: Any,
+    reference: Callable[..., list[int]],
+    adversaries: Callable[..., dict[str, Any]],
+    prompt_of: Callable[..., list[int]],
+) -> None:
+    """Past the window of 16 and across a doubling of the cache at 64 columns."""
+    model, prompt = endless(tiny(family)), prompt_of(18)
+    expected = reference(model, prompt, 60)
+    drafters = adversaries(prompt + expected, 320)
+    runner = Runner(model)
+    plain = runner.generate([prompt], max_new_tokens=60)[0]
+    assert plain.token_ids == expected
+    assert plain.forwards == 60
+    for name, drafter in {**drafters, "ngram": NgramDrafter(NgramConfig(min_n=1))}.items():
+        runner.use(drafter)
+        result = runner.generate([prompt], max_new_tokens=60)[0]
+        assert result.token_ids == expected, name
+        assert result.finish_reason == "length"
+        assert result.lossless
+        if name == "oracle":
+            # 6 tokens a step after the prompt's one; the last step is cut.
+            assert result.forwards == 1 + 10
+            assert result.accepted == result.drafted == 59 - 10
+        if name == "wrong":
+            assert result.forwards == 60
+            assert result.accepted == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2"])
+def test_draft_model_keeps_the_text(
+    tiny: Tiny, family: str, endless: Any, prompt_of: Callable[..., list[int]]
+) -> None:
+    model, prompt = endless(tiny(family)), prompt_of(18)
+    expected = generate(model, [prompt], max_new_tokens=60)[0].token_ids
+    target = Target(model)
+    for other in (tiny(family, 1), model):
+        drafter = DraftModelDrafter(other, DraftModelConfig(depth=3), target=target)
+        result = generate(model, [prompt], draft=drafter, max_new_tokens=60)[0]
+        assert result.token_ids == expected
+        if other is model:
+            assert result.accepted == result.drafted
+            assert result.forwards == 1 + 15
+
+
+def drafter_for(name: str, model: PreTrainedModel, other: PreTrainedModel) -> Any:
+    if name == "draft_model":
+        return DraftModelDrafter(other, target=Target(model))
+    return "ngram:min_n=1,nodes=6,depth=3" if name == "ngram" else None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("name", ["none", "ngram", "draft_model"])
+def test_rows_do_not_know_their_mates(
+    tiny: Tiny, endless: Any, name: str, temperature: float, prompt_of: Callable[..., list[int]]
+) -> None:
+    """Unequal prompts and progress; a row that ends early leaves, the others go on."""
+    model = endless(tiny("llama"))
+    prompts = [prompt_of(size, seed=size) for size in (30, 1, 12)]
+    drafter = drafter_for(name, model, tiny("llama", 1))
+    runner = Runner(model, draft=drafter)
+    together = runner.generate(
+        prompts, max_new_tokens=40, batch_size=3, temperature=temperature, seed=5
+    )
+    # Row i's seed is a function of i: alone it must stand in the same place.
+    alone = runner.generate(prompts, max_new_tokens=40, temperature=temperature, seed=5)
+    for one, other in zip(together, alone, strict=True):
+        assert one == other
+
+
+def test_sampled_ngram_text_is_that_of_plain_sampling(
+    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]]
+) -> None:
+    model, prompts = endless(tiny("llama")), [prompt_of(12, vocab=8), prompt_of(9, vocab=8)]
+    options: dict[str, Any] = {"temperature": 0.3, "max_new_tokens": 40, "seed": 3}
+    plain = generate(model, prompts, **options)
+    drafted = generate(model, prompts, draft="ngram:min_n=1", **options)
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+    assert sum(r.drafted for r in drafted) > 0
+    other = generate(model, prompts, **{**options, "seed": 4})
+    assert [r.token_ids for r in other] != [r.token_ids for r in plain]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_rows_of_one_batch_finish_apart(
+    tiny: Tiny, endless: Any, monkeypatch: pytest.MonkeyPatch, batch_size: int, scripted: Any
+) -> None:
+    """An end-of-text token inside an accepted path ends its row there; the bonus is dropped."""
+    model, prompts = endless(tiny("llama")), [[5, 6, 7], [9, 8]]
+    plain = [r.token_ids for r in generate(model, prompts, max_new_tokens=30)]
+    eos = plain[0][4]
+    assert eos not in plain[0][:4]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [eos, 319])
+
+    def oracle(tokens: list[int], limit: int) -> list[list[int]]:
+        row = 0 if tokens[:3] == prompts[0] else 1
+        return [(prompts[row] + plain[row])[len(tokens) : len(tokens) + 7]]
+
+    drafter = scripted(oracle, Needs(logits=True, final=True))
+    heard: dict[int, list[int]] = {0: [], 1: []}
+    results = generate(
+        model,
+        prompts,
+        draft=drafter,
+        max_new_tokens=30,
+        batch_size=batch_size,
+        on_tokens=lambda row, tokens, text: heard[row].extend(tokens),
+    )
+    assert results[0].token_ids == plain[0][:5]
+    assert results[0].finish_reason == "eos"
+    assert results[0].forwards == 2
+    assert results[0].accepted == 4
+    stop = plain[1].index(eos) + 1 if eos in plain[1] else 30
+    assert results[1].token_ids == plain[1][:stop]
+    assert [heard[0], heard[1]] == [r.token_ids for r in results]
+    ended = next(o for o in drafter.outcomes if o.row.index == 0)
+    assert ended.next_token == eos
+    assert ended.path == [0, 1, 2, 3]
+    assert ended.logits_NV is not None
+    assert ended.logits_NV.shape[0] == ended.features["final"].shape[0] == len(ended.draft)
+
+
+def test_outcomes_carry_the_features_of_their_tokens(
+    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], scripted: Any
+) -> None:
+    """What heads will learn and draft from: the state at every committed token, in order."""
+    model, prompt = endless(tiny("gemma3")), prompt_of(9)
+    plain = prompt + generate(model, [prompt], max_new_tokens=12)[0].token_ids
+    drafter = scripted(
+        lambda tokens, limit: [[3], plain[len(tokens) : len(tokens) + 3]], Needs(final=True)
+    )
+    generate(model, [prompt], draft=drafter, max_new_tokens=12)
+    pieces = [drafter.prompts[0].features["final"]]
+    pieces += [outcome.features["final"][outcome.path] for outcome in drafter.outcomes]
+    with torch.inference_mode():
+        model_states = model.model(torch.tensor([plain[:-1]])).last_hidden_state[0]
+        torch.testing.assert_close(torch.cat(pieces), model_states, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 8])
+def test_max_new_tokens_cuts_an_accepted_path(
+    tiny: Tiny, endless: Any, limit: int, scripted: Any
+) -> None:
+    model, prompt = endless(tiny("llama")), [5, 6, 7]
+    plain = generate(model, [prompt], max_new_tokens=20)[0].token_ids
+    drafter = scripted(lambda tokens, _: [(prompt + plain)[len(tokens) : len(tokens) + 4]])
+    result = generate(model, [prompt], draft=drafter, max_new_tokens=limit)[0]
+    assert result.token_ids == plain[:limit]
+    assert result.finish_reason == "length"
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_context_ends_the_text(
+    tiny: Tiny, endless: Any, family: str, adversaries: Callable[..., dict[str, Any]]
+) -> None:
+    """Up to the last position that the model has (learned tables end at 256)."""
+    model, prompt = endless(tiny(family)), list(range(2, 242))
+    result = generate(model, [prompt], max_new_tokens=50)[0]
+    assert len(result.token_ids) == 16
+    assert result.finish_reason == "context"
+    for drafter in adversaries(prompt + result.token_ids, 320).values():
+        drafted = generate(model, [prompt], draft=drafter, max_new_tokens=50)[0]
+        assert drafted.token_ids == result.token_ids
+        assert drafted.finish_reason == "context"
+
+
+def test_a_prompt_that_fills_the_context_gets_nothing(tiny: Tiny) -> None:
+    results = generate(tiny("llama"), [[3] * 8, [3, 4]], context=8, batch_size=2)
+    assert results[0].finish_reason == "context"
+    assert results[0].token_ids == []
+    assert results[0].forwards == 0
+    assert len(results[1].token_ids) <= 6
+
+
+def test_empty_drafts_and_prompts_of_one_token(tiny: Tiny, endless: Any, scripted: Any) -> None:
+    model = endless(tiny("llama"))
+    plain = generate(model, [[7]], max_new_tokens=10)[0]
+    empty = generate(model, [[7]], draft=scripted(lambda tokens, limit: []), max_new_tokens=10)[0]
+    assert empty == plain
+    assert plain.tokens_per_forward == 1.0
+    assert plain.offered_at == []
+
+
+def test_counts_by_depth(tiny: Tiny, endless: Any, scripted: Any) -> None:
+    model, prompt = endless(tiny("llama")), [5, 6, 7]
+    plain = prompt + generate(model, [prompt], max_new_tokens=20)[0].token_ids
+
+    def half_right(tokens: list[int], limit: int) -> list[list[int]]:
+        true = plain[len(tokens) : len(tokens) + 3]
+        return [[*true[:2], *((token + 1) % 320 for token in true[2:])]]
+
+    result = generate(model, [prompt], draft=scripted(half_right), max_new_tokens=13)[0]
+    assert result.forwards == 1 + 4
+    assert result.offered_at == [4, 4, 3]  # the last step has room for two
+    assert result.accepted_at == [4, 4, 0]
+    assert (result.drafted, result.accepted) == (11, 8)
+
+
+@pytest.mark.parametrize("where", ["callback", "drafter"])
+def test_interrupts_leave_what_is_there(
+    tiny: Tiny, endless: Any, where: str, scripted: Any
+) -> None:
+    model, prompts = endless(tiny("llama")), [[5, 6, 7], [9, 8], [4]]
+    plain = [r.token_ids for r in generate(model, prompts, max_new_tokens=12)]
+    heard: list[int] = []
+
+    def interrupt(at: int) -> None:
+        if len(heard) >= at:
+            raise KeyboardInterrupt
+
+    def on_tokens(row: int, tokens: Sequence[int], text: str) -> None:
+        heard.extend(tokens)
+        if where == "callback":
+            interrupt(15)
+
+    def script(tokens: list[int], limit: int) -> list[list[int]]:
+        if where == "drafter":
+            interrupt(15)
+        return []
+
+    results = generate(
+        model, prompts, draft=scripted(script), max_new_tokens=12, on_tokens=on_tokens
+    )
+    reasons = [r.finish_reason for r in results]
+    assert reasons == ["length", "interrupted", "interrupted"]
+    assert [r.token_ids for r in results] == [plain[0], plain[1][:3], []]
+
+
+def test_the_cache_holds_all_but_the_last_token(tiny: Tiny, endless: Any, scripted: Any) -> None:
+    model, prompt = endless(tiny("llama")), [5, 6, 7]
+    plain = prompt + generate(model, [prompt], max_new_tokens=20)[0].token_ids
+    drafter = scripted(lambda tokens, _: [plain[len(tokens) : len(tokens) + 4]])
+    runner = Runner(model, draft=drafter)
+    result = runner.generate([prompt], max_new_tokens=9)[0]
+    assert runner._cache is not None
+    assert runner._cache.tokens == [prompt + result.token_ids[:-1]]

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from spectool.decode import target as target_module
+from spectool.decode import tree
+from spectool.decode.protocol import Needs
+from spectool.decode.target import Target
+from spectool.errors import UnsupportedError, UsageError
+
+Tiny = Callable[..., PreTrainedModel]
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "mixtral",
+]
+
+
+@torch.inference_mode()
+def sequential(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """The last logits by transformers alone: no cache, no mask, no positions given."""
+    logits: torch.Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+    return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_node_sees_its_own_path(tiny: Tiny, family: str) -> None:
+    """Two rows of unequal length, one past the window of 16; trees of unequal size."""
+    model = tiny(family)
+    target = Target(model)
+    cache = target.cache(2)
+    noise = random.Random(1)
+    prompts = [[noise.randrange(2, 320) for _ in range(size)] for size in (21, 6)]
+    target.ingest(cache, prompts)
+    drafts = [
+        tree.trie(7, [[8, 9, 10], [8, 11], [12, 9]], nodes=9),
+        tree.trie(13, [[14]], nodes=9),
+    ]
+    logits = target.verify(cache, drafts).logits_BNV
+    for row, draft in enumerate(drafts):
+        for node in range(len(draft)):
+            path = [draft.tokens[i] for i in draft.path(node)]
+            torch.testing.assert_close(
+                logits[row, node], sequential(model, prompts[row] + path), atol=2e-4, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_prompts_in_chunks(
+    tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch, prompt_of: Callable[..., list[int]]
+) -> None:
+    monkeypatch.setattr(target_module, "_CHUNK", 7)
+    model = tiny(family)
+    target = Target(model)
+    prompts = [prompt_of(size, seed=size) for size in (23, 1, 14)]
+    cache = target.cache(3)
+    done = target.ingest(cache, prompts, Needs(layers=(0, -1), final=True))
+    for row, prompt in enumerate(prompts):
+        expected = sequential(model, prompt)
+        torch.testing.assert_close(done.logits_BV[row], expected, atol=2e-4, rtol=1e-4)
+        hidden = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        torch.testing.assert_close(
+            done.features[row]["layer 0"], hidden[1][0], atol=2e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(done.features[row]["final"], hidden[-1][0], atol=2e-4, rtol=1e-4)
+        assert done.features[row]["layer -1"].shape == hidden[-1][0].shape
+    assert cache.tokens == prompts
+
+
+def test_only_the_last_row_of_a_prompt_gets_logits(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    widths = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda m, i, output: widths.append(output.shape[1]))
+    target = Target(model)
+    monkeypatch.setattr(target_module, "_CHUNK", 8)
+    target.ingest(target.cache(1), [list(range(2, 22))])
+    handle.remove()
+    assert widths == [1, 1, 1]
+
+
+def test_no_hooks_stay(tiny: Tiny) -> None:
+    model = tiny("llama")
+    target = Target(model)
+    # transformers keeps hooks of its own.
+    before = [len(module._forward_hooks) for module in model.modules()]
+    target.ingest(target.cache(1), [[3, 4]], Needs(layers=(1,), final=True))
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+@torch.inference_mode()
+def test_features_of_tree_nodes(tiny: Tiny) -> None:
+    model = tiny("llama")
+    target = Target(model)
+    cache = target.cache(1)
+    target.ingest(cache, [[3, 4]])
+    done = target.verify(cache, [tree.trie(5, [[6], [7]], nodes=4)], Needs(final=True))
+    logits = model.get_output_embeddings()(done.features["final"])
+    torch.testing.assert_close(logits, done.logits_BNV)
+
+
+def small(name: str, **options: Any) -> PreTrainedModel:
+    config = getattr(transformers, name + "Config")(vocab_size=32, **options)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("Bloom", {"hidden_size": 8, "n_layer": 1, "n_head": 2}, "ALiBi"),
+        ("Mpt", {"d_model": 8, "n_layers": 1, "n_heads": 2}, "ALiBi"),
+        (
+            "Falcon",
+            {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True},
+            "ALiBi",
+        ),
+        (
+            "GPTNeo",
+            {
+                "hidden_size": 8,
+                "num_layers": 1,
+                "num_heads": 2,
+                "attention_types": [[["local"], 1]],
+            },
+            "column numbers",
+        ),
+        ("Mamba", {"hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}, "recurrent"),
+    ],
+)
+def test_models_that_trees_cannot_be_right_for(
+    name: str, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=rf"cannot be decoded by spectool: .*{reason}"):
+        Target(small(name, **options))
+
+
+def test_flash_attention_is_left_for_one_that_takes_masks(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    assert Target(model).notes == []
+    model.config._attn_implementation_internal = "flash_attention_2"
+    target = Target(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert target.notes == ["attention flash_attention_2 takes no tree mask; using sdpa"]
+
+
+def test_context_is_the_models_or_less(tiny: Tiny) -> None:
+    model = tiny("gpt2")
+    assert Target(model).context == 256
+    assert Target(model, context=40).context == 40
+    with pytest.raises(UsageError, match="--context 300: gpt2 holds at most 256"):
+        Target(model, context=300)
+
+
+def test_long_rope_ends_at_its_original_length() -> None:
+    """Past it the frequencies would depend on the longest position in a pass."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = small(
+        "Phi3",
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 16,
+            **factors,
+        },
+    )
+    assert Target(model).context == 16
