@@ -54,6 +54,17 @@ class PackedLinear(nn.Module):
         self.q = Fields(spec)
         self.register_parameter("bias", None)
 
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor for models that initialise their children or ask for a device.
+
+        It says that it needs no initialisation, and any product with it fails.
+        """
+        device = next(self.q.buffers()).device
+        empty = torch.empty(self.out_features, 0, device=device)
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]
+        return empty
+
     def dequantize(self) -> Tensor:
         """The matrix W [n, m] in float32, exactly as the codes say."""
         raise AssertionError("every method's module defines this")

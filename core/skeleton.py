@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from spectool.checkpoint import Checkpoint, read_tensor
 from spectool.errors import CheckpointError, UnsupportedError
 from spectool.headers import Layout
+from spectool.packed import PackedExperts, field_specs, swap_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +70,11 @@ class Origin:
 
 
 class Skeleton:
-    """The meta model of a checkpoint with the names of its blocks and sites.
+    """The meta model of a checkpoint, dense or packed, with the names of its blocks and sites.
 
     Raises:
-        UnsupportedError: an unknown or unsuitable architecture.
+        UnsupportedError: an unknown or unsuitable architecture, or packed by another tool.
+        CheckpointError: tensors of the architecture are in no file.
     """
 
     def __init__(self, layout: Layout, *, trust_remote_code: bool = False) -> None:
@@ -81,8 +82,21 @@ class Skeleton:
         self.config = read_config(layout.path, trust_remote_code=trust_remote_code)
         self.model = build_meta(self.config, trust_remote_code=trust_remote_code)
         self.decoder_name, self.blocks = find_blocks(self.model)
-        self.origins = _origins(self.model, layout.tensors)
-        expected = set(self.model.state_dict())
+        self.modules: dict[str, dict[str, Any]] = {}
+        if layout.is_packed:
+            assert layout.quantization is not None
+            self.modules = layout.quantization["modules"]
+            self.origins = {name: Origin(((name, name),), None) for name in layout.tensors}
+        elif layout.quantization is not None:
+            by = layout.quantization.get("quant_method", "an unnamed method")
+            raise UnsupportedError(f"{layout.path}: is quantized by {by}, not by spectool")
+        else:
+            self.origins = _origins(self.model, layout.tensors)
+        expected = set(self.model.state_dict()) - {
+            name if said.get("expert") else f"{name}.weight" for name, said in self.modules.items()
+        }
+        if any(said.get("expert") for said in self.modules.values()):
+            expected -= {name.rpartition(".")[0] for name in self.modules}
         tied = set(self.model.all_tied_weights_keys)
         missing = sorted(expected - set(self.origins) - tied)
         if missing:
@@ -113,9 +127,19 @@ class Skeleton:
         return found
 
     def materialise(
-        self, name: str, tensors: dict[str, Tensor], *, dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        tensors: dict[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> nn.Module:
-        """A real copy of the submodule `name` with these tensors, in eval mode."""
+        """A real copy of the submodule `name` with these tensors, in eval mode.
+
+        `modules` says which of its matrices are packed in `tensors`; by default those that the
+        checkpoint itself has packed.
+        """
         module = copy.deepcopy(self.model.get_submodule(name))
         prefix = f"{name}." if name else ""
         for path, owner in module.named_modules(prefix=name):
@@ -126,10 +150,23 @@ class Skeleton:
                 for key in plain:
                     owner._buffers[key] = torch.empty_like(owner._buffers[key], device="cpu")
                 self._owner(path)._init_weights(owner)
+        packed = self.modules if modules is None else modules
+        specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
+        with torch.device("meta"):
+            swap_in(
+                module,
+                {key: said for key, said in packed.items() if key in specs},
+                specs,
+                dtype=dtype,
+                prefix=name,
+            )
         state = {
             key: tensors[prefix + key] for key in module.state_dict() if prefix + key in tensors
         }
         module.load_state_dict(state, strict=False, assign=True)
+        for part in module.modules():
+            if isinstance(part, PackedExperts):
+                part.like = torch.zeros(0, dtype=dtype)
         for owner in module.modules():
             for key, parameter in owner._parameters.items():
                 if parameter is not None and not parameter.is_meta:
@@ -309,8 +346,3 @@ def _realise(
         key: (value[0] if isinstance(value, list) else value).contiguous()
         for key, value in made.items()
     }
-
-
-def num_parameters(layout: Layout) -> int:
-    """Stored parameters of a checkpoint; packed codes are counted as stored elements."""
-    return sum(math.prod(entry.shape) for entry in layout.tensors.values())

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from spectool.artifact import ArtifactWriter, Content
-from spectool.checkpoint import DTYPES, Checkpoint, check_finite, read_tensor
+from spectool.checkpoint import Checkpoint, check_finite, read_tensor
 from spectool.errors import UnsupportedError
 from spectool.headers import read_header
 from spectool.options import Config
-from spectool.packed import PackedLinear, build_packed, field_specs, swap_in
+from spectool.packed import PackedLinear, build_packed
 from spectool.skeleton import Site, Skeleton
 from spectool.walk import Activations, Call, Surroundings, run_block
 
@@ -263,20 +263,16 @@ class BlockWalk:
     def _reload(self, block: Block, shard: str) -> nn.Module:
         """The block as the artifact's reader will see it."""
         entries = read_header(self.writer.path(shard))[1]
-        tensors = {entry.name: read_tensor(entry) for entry in entries}
-        module = self.skeleton.materialise(
-            block.name, tensors, dtype=self.dtype, device=self.device
+        return self.skeleton.materialise(
+            block.name,
+            {entry.name: read_tensor(entry) for entry in entries},
+            dtype=self.dtype,
+            device=self.device,
+            modules={
+                key: entry_of(self.method_name, self.config, site)
+                for key, site in block.sites.items()
+            },
         )
-        modules = {
-            key: entry_of(self.method_name, self.config, site) for key, site in block.sites.items()
-        }
-        specs = field_specs({e.name: (DTYPES[e.dtype], e.shape) for e in entries})
-        swap_in(module, modules, specs, dtype=self.dtype, prefix=block.name)
-        for key in modules:
-            packed = module.get_submodule(key.removeprefix(block.name + "."))
-            assert isinstance(packed, PackedLinear)
-            packed.q.load_state_dict({name: tensors[f"{key}.q.{name}"] for name in specs[key]})
-        return module.to(self.device)
 
 
 def entry_of(method: str, config: Config, site: Site) -> dict[str, Any]:
