@@ -126,11 +126,11 @@ def _judge(
     logits_BNV: Tensor,
     pairing: Pairing,
 ) -> list[tuple[list[int], int]]:
-    verdicts = []
-    for b, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
-        laws_NV = row.control.laws(row.tokens, draft, logits_BNV[b, : len(draft)])
-        source = Turn(row.draws, len(row.tokens) - 1)
-        verdicts.append(pairing.rule(draft, laws_NV, source))
+    laws_BNV = rows[0].control.laws([row.tokens for row in rows], drafts, logits_BNV)
+    verdicts = [
+        pairing.rule(draft, laws_NV[: len(draft)], Turn(row.draws, len(row.tokens) - 1))
+        for row, draft, laws_NV in zip(rows, drafts, laws_BNV, strict=True)
+    ]
     return settle(drafts, verdicts)
 
 

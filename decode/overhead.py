@@ -29,7 +29,7 @@ class Overhead:
 def measure_overhead(
     model: PreTrainedModel, prompt: Sequence[int], *, new_tokens: int = 64, repeats: int = 5
 ) -> Overhead:
-    """Decode plainly and run transformers' bare forwards by turns, so that drift hits both alike."""
+    """Decode plainly and run transformers' bare forwards by turns, so drift hits both alike."""
     runner = Runner(model)
     tokens = runner.generate([prompt], max_new_tokens=new_tokens)[0].token_ids
     loop, bare = [], []

@@ -14,8 +14,9 @@ FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
 @dataclass(slots=True, kw_only=True)
 class Row:
-    """A request. `tokens` are the prompt's and all committed ones; the last is the pending root.
+    """A request; those of a batch share their `control`.
 
+    `tokens` are the prompt's and all committed ones; the last is the pending root.
     `drafted` and `accepted` count nodes; `offered_at[d]` the steps whose draft reached depth d+1,
     `accepted_at[d]` those whose committed path did.
     """

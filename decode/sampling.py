@@ -1,6 +1,6 @@
 """From logits to laws, and from laws to tokens: warping, seeds, draws.
 
-Suffixes: N nodes, V vocabulary, M a subset of nodes.
+Suffixes: B batch, N nodes, V vocabulary, M a subset of nodes.
 """
 
 from __future__ import annotations
@@ -69,20 +69,23 @@ class Control:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def laws(self, committed: Sequence[int], draft: Draft, logits_NV: Tensor) -> Tensor:
-        """The law of the token after each node, fp32 [N, V]; when greedy, scores instead.
+    def laws(
+        self, committed: Sequence[Sequence[int]], drafts: Sequence[Draft], logits_BNV: Tensor
+    ) -> Tensor:
+        """The law of the token after each node, fp32 [B, N, V]; when greedy, scores instead.
 
         Greedy laws are one-hot at the largest score (the lowest index on ties, as argmax has it):
-        building them would cost a vocabulary per node and say no more. `committed` ends with the
-        root; with `draft` it gives every node's own history to processors that look at it.
+        building them would cost a vocabulary per node and say no more. `committed[b]` ends with
+        the root of `drafts[b]`; together they are every node's own history, for processors that
+        look at it. Nodes past the end of a row's draft get laws that mean nothing.
         """
         if self.greedy:
-            return logits_NV
-        scores_NV = logits_NV.float()
+            return logits_BNV
+        scores_NV = logits_BNV.flatten(0, 1).float()
         for warper in self.warpers:
             # None of the four looks at the tokens.
             scores_NV = warper(cast(torch.LongTensor, None), cast(torch.FloatTensor, scores_NV))
-        return scores_NV.softmax(-1)
+        return scores_NV.softmax(-1).view(logits_BNV.shape)
 
 
 class Draws:

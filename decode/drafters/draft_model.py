@@ -117,12 +117,8 @@ class DraftModelDrafter:
         logits_BV = logits_BV[:, : self._vocab_size]
         if rows[0].control.greedy:
             return logits_BV, logits_BV.argmax(-1).tolist()
-        laws_BV = torch.cat(
-            [
-                row.control.laws(history, tree.root(history[-1]), logits_BV[b, None])
-                for b, (row, history) in enumerate(zip(rows, histories, strict=True))
-            ]
-        )
+        roots = [tree.root(history[-1]) for history in histories]
+        laws_BV = rows[0].control.laws(histories, roots, logits_BV[:, None])[:, 0]
         numbers = [
             row.draws.uniform(len(history), "draft")
             for row, history in zip(rows, histories, strict=True)

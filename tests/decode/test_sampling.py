@@ -10,7 +10,7 @@ from spectool.errors import UsageError
 
 def laws(logits: torch.Tensor, **options: float) -> torch.Tensor:
     draft = tree.chain([0] * len(logits), kind="deterministic")
-    return Control(**options).laws([0], draft, logits)
+    return Control(**options).laws([[0]], [draft], logits[None])[0]
 
 
 def test_law_is_the_tempered_softmax_in_fp32() -> None:

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from spectool.decode import target as target_module
+from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
+from spectool.decode.generate import Runner, generate
+from spectool.decode.protocol import Prompt
+from spectool.decode.row import Row
+from spectool.decode.sampling import Control, Draws
+from spectool.decode.target import Target
+from spectool.errors import UnsupportedError
+
+Tiny = Callable[..., PreTrainedModel]
+
+
+def widened(model: PreTrainedModel, vocab: int) -> PreTrainedModel:
+    """The model with a head and embedding of another size; the shared ids mean the same."""
+    wide = copy.deepcopy(model)
+    wide.resize_token_embeddings(vocab, mean_resizing=False)
+    return wide.eval()
+
+
+def row_of(tokens: list[int], temperature: float, index: int = 0) -> Row:
+    return Row(
+        index=index,
+        tokens=list(tokens),
+        draws=Draws(0, index),
+        control=Control(temperature=temperature, top_k=5),
+        max_new_tokens=100,
+        context=256,
+    )
+
+
+def begin(drafter: DraftModelDrafter, rows: list[Row]) -> None:
+    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1)) for row in rows])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("vocab", [320, 384, 300])
+def test_q_is_the_law_the_tokens_were_drawn_from(tiny: Tiny, vocab: int) -> None:
+    """Warped, over the target's vocabulary: zeros for ids that the draft lacks."""
+    model, draft_model = tiny("llama"), widened(tiny("llama", 1), vocab)
+    drafter = DraftModelDrafter(draft_model, target=Target(model))
+    row = row_of([5, 6, 7], 0.7)
+    begin(drafter, [row])
+    draft = drafter.propose([row], [9])[0]
+    assert draft.kinds[1:] == ["sampled"] * 4
+    assert draft.laws_NV is not None
+    assert draft.laws_NV.shape == (4, 320)
+    logits = draft_model(torch.tensor([[5, 6, *draft.tokens]])).logits[0, 2:6, :320]
+    kept = logits.topk(5).values[:, -1:]
+    expected = (logits / 0.7).masked_fill(logits < kept, -torch.inf).softmax(-1)
+    torch.testing.assert_close(draft.laws_NV[:, : expected.shape[1]], expected)
+    assert (draft.laws_NV[:, expected.shape[1] :] == 0).all()
+    assert all(draft.laws_NV[i, token] > 0 for i, token in enumerate(draft.tokens[1:]))
+
+
+@pytest.mark.parametrize("accepted", [0, 2, 4])
+def test_the_cache_follows_what_was_accepted(tiny: Tiny, endless: Any, accepted: int) -> None:
+    """Also after full acceptance, where the last proposal was never fed."""
+    model = endless(tiny("llama"))
+    drafter = DraftModelDrafter(model, target=Target(model))
+    row = row_of([5, 6, 7], 0)
+    begin(drafter, [row])
+    for _ in range(3):
+        draft = drafter.propose([row], [9])[0]
+        row.tokens += [*draft.tokens[1 : accepted + 1], 11]
+        outcome: Any = type("Outcome", (), {"row": row})()
+        drafter.observe([outcome])
+        held = drafter._cache.tokens[0]
+        assert held == row.tokens[: len(held)]
+        assert len(held) == len(row.tokens) - (2 if accepted == 4 else 1)
+    expected = generate(model, [row.tokens], max_new_tokens=4)[0].token_ids
+    assert drafter.propose([row], [9])[0].tokens[1:] == expected
+
+
+def test_no_deeper_than_budget_or_its_own_context(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    drafter = DraftModelDrafter(tiny("llama", 1), DraftModelConfig(depth=5), target=Target(model))
+    monkeypatch.setattr(drafter._draft, "context", 20)
+    rows = [row_of([3] * size, 0, size) for size in (4, 17, 30, 6)]
+    begin(drafter, rows)
+    drafts = drafter.propose(rows, [9, 9, 9, 0])
+    assert [len(draft) - 1 for draft in drafts] == [5, 3, 0, 0]
+
+
+def test_a_target_with_a_longer_context_than_its_draft(tiny: Tiny, endless: Any) -> None:
+    model = endless(tiny("llama"))
+    short = copy.deepcopy(tiny("gpt2"))
+    short.config.n_positions = 30
+    drafter = DraftModelDrafter(short, target=Target(model))
+    plain = generate(model, [[5, 6, 7], [4] * 40], max_new_tokens=50, batch_size=2)
+    result = generate(model, [[5, 6, 7], [4] * 40], draft=drafter, max_new_tokens=50, batch_size=2)
+    assert [r.token_ids for r in result] == [r.token_ids for r in plain]
+    assert result[0].drafted > 0
+    assert result[1].drafted == 0
+
+
+def test_prompts_are_fed_in_chunks_too(
+    tiny: Tiny, endless: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = endless(tiny("llama"))
+    monkeypatch.setattr(target_module, "_CHUNK", 8)
+    drafter = DraftModelDrafter(model, target=Target(model))
+    result = generate(model, [list(range(2, 42))], draft=drafter, max_new_tokens=21)[0]
+    assert result.accepted == result.drafted == 16
+
+
+@pytest.mark.parametrize("vocab", [384, 300])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_padded_heads_work_in_the_loop(
+    tiny: Tiny, endless: Any, vocab: int, temperature: float
+) -> None:
+    model = endless(tiny("llama"))
+    drafter = DraftModelDrafter(widened(model, vocab), target=Target(model))
+    runner = Runner(model)
+    plain = runner.generate([[5, 6, 7]], max_new_tokens=20)[0]
+    runner.use(drafter)
+    result = runner.generate([[5, 6, 7]], max_new_tokens=20, temperature=temperature)[0]
+    assert result.lossless
+    assert result.accepted > 0
+    if temperature == 0:
+        assert result.token_ids == plain.token_ids
+
+
+def test_another_vocabulary_is_refused(tiny: Tiny) -> None:
+    target = Target(tiny("llama"))
+    with pytest.raises(UnsupportedError, match="draft model has 999 tokens, the target 320"):
+        DraftModelDrafter(widened(tiny("llama"), 999), target=target)
+
+    def words(*texts: str) -> PreTrainedTokenizerFast:
+        vocab = {text: index for index, text in enumerate(texts)}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token=texts[0]))
+        )
+
+    one, other = words("?", "a", "b"), words("?", "b", "a")
+    DraftModelDrafter(tiny("llama", 1), target=target, tokenizer=one, target_tokenizer=one)
+    with pytest.raises(UnsupportedError, match="2 tokens differ, 'a' has id 2 there and 1 here"):
+        DraftModelDrafter(tiny("llama", 1), target=target, tokenizer=other, target_tokenizer=one)

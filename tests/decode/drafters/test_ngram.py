@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from spectool.decode.drafters.ngram import NgramConfig, NgramDrafter, NgramIndex
+from spectool.decode.protocol import Prompt
+from spectool.decode.row import Row
+from spectool.decode.sampling import Control, Draws
+from spectool.decode.tree import Draft
+from spectool.errors import UsageError
+
+
+def row_of(tokens: list[int], index: int = 0) -> Row:
+    return Row(
+        index=index,
+        tokens=list(tokens),
+        draws=Draws(0, index),
+        control=Control(),
+        max_new_tokens=100,
+        context=1000,
+    )
+
+
+def draft_of(tokens: list[int], *, budget: int = 99, **options: int) -> Draft:
+    drafter, row = NgramDrafter(NgramConfig(**options)), row_of(tokens)
+    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1))])
+    return drafter.propose([row], [budget])[0]
+
+
+def test_longest_match_first_then_most_recent() -> None:
+    #         3-gram 1 2 3 -> 4      2-gram 2 3 -> 5       2-gram 2 3 -> 6
+    tokens = [1, 2, 3, 4, 9, 8, 2, 3, 5, 9, 7, 2, 3, 6, 9, 1, 2, 3]
+    draft = draft_of(tokens, nodes=9, depth=1, min_n=2, max_n=3)
+    assert draft.tokens == [3, 4, 6, 5]
+    assert draft.parents == [-1, 0, 0, 0]
+
+
+def test_distinct_continuations_share_a_tree_of_at_most_nodes() -> None:
+    tokens = [1, 2, 7, 5, 0, 1, 2, 7, 6, 0, 1, 2]
+    draft = draft_of(tokens, nodes=3, depth=2, min_n=2, max_n=2)
+    assert draft.tokens == [2, 7, 6, 5]
+    assert draft.parents == [-1, 0, 1, 1]
+    assert len(draft_of(tokens, nodes=2, depth=2, min_n=2, max_n=2)) == 3
+
+
+def test_a_repeating_text_goes_on_with_its_period() -> None:
+    draft = draft_of([4, 5, 6, 4, 5, 6, 4, 5], nodes=7, depth=7)
+    assert draft.tokens == [5, 6, 4, 5, 6, 4, 5, 6]
+    assert draft.is_chain
+
+
+@pytest.mark.parametrize("tokens", [[1], [1, 2, 3, 4], [1, 1]])
+def test_nothing_found_is_an_empty_draft(tokens: list[int]) -> None:
+    assert draft_of(tokens).tokens == tokens[-1:]
+
+
+@pytest.mark.parametrize("budget", [0, 1, 3])
+def test_no_deeper_than_the_budget(budget: int) -> None:
+    draft = draft_of([4, 5, 6, 7, 4, 5], budget=budget)
+    assert max(draft.depths) == min(budget, 8)
+
+
+def slow_search(tokens: list[int], depth: int, lengths: range) -> list[list[int]]:
+    found = []
+    for n in lengths:
+        for end in range(len(tokens) - 1, n - 1, -1):
+            if n < len(tokens) and tokens[end - n : end] == tokens[-n:]:
+                whole = list(tokens)
+                for step in range(depth):
+                    whole.append(whole[end + step])
+                found.append(whole[len(tokens) :])
+    return found
+
+
+def test_the_index_grows_to_what_a_search_finds() -> None:
+    noise = random.Random(0)
+    for _ in range(30):
+        tokens = [noise.randrange(3)]
+        index = NgramIndex(1, 3)
+        for _ in range(12):
+            index.extend(tokens)
+            expected = slow_search(tokens, 4, range(3, 0, -1))
+            assert list(index.continuations(tokens, 4)) == expected
+            tokens += [noise.randrange(3) for _ in range(noise.randint(1, 2))]
+
+
+def test_rows_have_their_own_index() -> None:
+    drafter, rows = NgramDrafter(), [row_of([1, 2, 3, 1, 2], 4), row_of([1, 2, 9, 1, 2], 7)]
+    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1)) for row in rows])
+    assert [d.tokens[1] for d in drafter.propose(rows, [1, 1])] == [3, 9]
+    assert drafter.propose(rows[1:], [1])[0].tokens == [2, 9]
+
+
+def test_options_are_checked() -> None:
+    assert NgramConfig.from_text("nodes=12,depth=3").nodes == 12
+    with pytest.raises(UsageError, match="at most max_n"):
+        NgramConfig(min_n=5, max_n=2)
+    with pytest.raises(UsageError, match="at least 1"):
+        NgramConfig(nodes=0)

@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+from spectool.decode.drafters.none import NoDrafter
+from spectool.decode.sampling import Control
+
+
+def test_it_proposes_no_kind_of_node() -> None:
+    assert NoDrafter().kinds(Control()) == ()
+    assert NoDrafter.Config.from_text("") == NoDrafter().config

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from spectool.decode.drafters.draft_model import DraftModelDrafter
+from spectool.decode.drafters.spec import open_drafter, parse_spec
+from spectool.decode.target import Target
+from spectool.errors import UnsupportedError, UsageError
+
+
+def test_names_and_options() -> None:
+    assert parse_spec("none").name == "none"
+    assert parse_spec("auto").name == "ngram"
+    spec = parse_spec("ngram:nodes=12,max-n=6")
+    assert (spec.name, spec.path, spec.text) == ("ngram", None, "ngram:nodes=12,max-n=6")
+    assert (spec.config.nodes, spec.config.max_n) == (12, 6)
+    assert parse_spec("ngram:").config == parse_spec("ngram").config
+
+
+def test_paths_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    for text in ("./small:depth=7", "small:depth=7", f"{tmp_path}/small:depth=7"):
+        spec = parse_spec(text)
+        assert (spec.name, spec.config.depth) == ("draft_model", 7)
+        assert spec.path == text.removesuffix(":depth=7")
+    assert parse_spec("some-org/small-1.5B").path == "some-org/small-1.5B"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ngrm", "no drafter is called 'ngrm'"),
+        ("./absent", "no drafter is called './absent'"),
+        ("ngram:nodes", "no drafter is called 'ngram:nodes'"),
+        ("ngram:nods=3", "unknown option 'nods'"),
+        ("ngram:nodes=x", "expected int"),
+        ("draft_model", "draft_model needs a checkpoint"),
+        ("", "no drafter is called ''"),
+    ],
+)
+def test_wrong_specifications(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_spec(text)
+
+
+def test_a_near_name_is_hinted() -> None:
+    with pytest.raises(UsageError) as refusal:
+        parse_spec("ngrm:nodes=3")
+    assert refusal.value.hint == "did you mean ngram?"
+
+
+def test_heads_are_refused_by_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "spectool_heads.json").write_text("{}")
+    with pytest.raises(UnsupportedError, match="draft heads"):
+        parse_spec(str(tmp_path))
+
+
+def test_a_checkpoint_becomes_a_draft_model(
+    checkpoint: Callable[..., Path], tiny: Callable[..., PreTrainedModel]
+) -> None:
+    target = Target(tiny("llama"))
+    path = checkpoint("llama", seed=1)
+    drafter = open_drafter(parse_spec(f"{path}:depth=2"), target=target, target_tokenizer=None)
+    assert isinstance(drafter, DraftModelDrafter)
+    assert drafter.config.depth == 2

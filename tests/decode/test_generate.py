@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+import spectool
+from spectool.decode.generate import Runner, generate
+from spectool.errors import UsageError
+
+Tiny = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def opened(checkpoint: Callable[..., Path], endless: Any, tiny: Tiny) -> Runner:
+    """The tiny Llama with its tokenizer and no end-of-text token."""
+    path = checkpoint("llama")
+    return Runner(endless(tiny("llama")), tokenizer=AutoTokenizer.from_pretrained(path))
+
+
+def stopped_text(text: str, stop: str) -> str:
+    return text[: text.index(stop)]
+
+
+def test_the_door_opens_a_checkpoint(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint("llama")
+    heard: list[str] = []
+    results = spectool.generate(
+        path,
+        prompts=["def make", "return the"],
+        draft="ngram",
+        max_new_tokens=12,
+        dtype=torch.float32,
+        on_tokens=lambda row, tokens, text: heard.append(text),
+    )
+    plain = spectool.generate(path, prompts=["def make", "return the"], max_new_tokens=12)
+    for result, other in zip(results, plain, strict=True):
+        assert result.token_ids == other.token_ids
+        assert result.text == other.text
+        assert result.lossless
+        assert other.forwards == len(other.token_ids)
+    assert "".join(heard) == "".join(result.text for result in results)
+
+
+def test_text_continues_the_prompt(opened: Runner) -> None:
+    prompt = "from __future__ import"
+    result = opened.generate([prompt], max_new_tokens=20)[0]
+    tokenizer = opened.tokenizer
+    assert tokenizer is not None
+    whole = tokenizer.decode(tokenizer(prompt)["input_ids"] + result.token_ids)
+    assert prompt + result.text == whole
+
+
+def test_token_ids_are_taken_as_they_are(opened: Runner) -> None:
+    assert opened.tokenizer is not None
+    ids = opened.tokenizer("return")["input_ids"]
+    assert (
+        opened.generate([ids, "return"], max_new_tokens=5, batch_size=2)[0]
+        == (opened.generate(["return"], max_new_tokens=5)[0])
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_stop_strings_inside_an_accepted_path(
+    opened: Runner, scripted: Any, batch_size: int
+) -> None:
+    """The text ends before the stop string, the tokens with the one that completed it."""
+    prompts = ["def make", "import"]
+    plain = opened.generate(prompts, max_new_tokens=40)
+    assert opened.tokenizer is not None
+    known = [opened.tokenizer(p)["input_ids"] + r.token_ids for p, r in zip(prompts, plain)]
+
+    def oracle(tokens: list[int], limit: int) -> list[list[int]]:
+        whole = next(ids for ids in known if ids[: len(tokens)] == tokens)
+        return [whole[len(tokens) : len(tokens) + 7]]
+
+    opened.use(scripted(oracle))
+    for start in (3, 8, 13, 20):
+        stop = plain[0].text[start : start + 4]
+        heard: dict[int, str] = {0: "", 1: ""}
+
+        def on_tokens(row: int, tokens: Sequence[int], text: str) -> None:
+            heard[row] += text  # noqa: B023
+            assert stop not in heard[row]  # noqa: B023
+
+        results = opened.generate(
+            prompts, max_new_tokens=40, stop=[stop], batch_size=batch_size, on_tokens=on_tokens
+        )
+        assert results[0].text == stopped_text(plain[0].text, stop) == heard[0]
+        assert results[0].finish_reason == "stop"
+        count = len(results[0].token_ids)
+        assert results[0].token_ids == plain[0].token_ids[:count]
+        before = opened.tokenizer.decode(known[0][: len(known[0]) - 40 + count - 1])
+        assert stop not in before[len(prompts[0]) :]
+        assert results[1].text == heard[1]
+
+
+def test_end_of_text_ids_come_from_the_generation_config(
+    opened: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = opened.generate(["def"], max_new_tokens=10)[0].token_ids
+    config = opened.target.model.generation_config
+    monkeypatch.setattr(config, "eos_token_id", [plain[3], plain[5]])
+    monkeypatch.setattr(config, "temperature", 0.1)
+    result = opened.generate(["def"], max_new_tokens=10)[0]
+    assert result.finish_reason == "eos"
+    assert result.token_ids == plain[: plain.index(plain[3]) + 1]
+
+
+def test_sampling_follows_the_seed_and_the_row(opened: Runner) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.9}
+    same = opened.generate(["def", "def"], seed=1, **options)
+    again = opened.generate(["def", "def"], seed=1, batch_size=2, **options)
+    assert same == again
+    assert same[0].token_ids != same[1].token_ids
+    assert opened.generate(["def"], seed=2, **options)[0].token_ids != same[0].token_ids
+
+
+def test_a_kept_cache_changes_nothing_but_the_work(opened: Runner) -> None:
+    """As a chat goes on: the next prompt is the whole conversation so far and something new."""
+    first = opened.generate([[5, 6, 7, 8]], max_new_tokens=9)[0]
+    longer = [5, 6, 7, 8, *first.token_ids, 9, 10, 11]
+    fed: list[int] = []
+    handle = opened.target.model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, inputs: fed.append(inputs[0].shape[1])
+    )
+    kept = opened.generate([longer], max_new_tokens=9, reuse_cache=True)[0]
+    handle.remove()
+    assert fed[0] == 4
+    assert kept == opened.generate([longer], max_new_tokens=9)[0]
+    changed = [5, 6, 99, *longer[3:]]
+    assert opened.generate([changed], max_new_tokens=9, reuse_cache=True) == opened.generate(
+        [changed], max_new_tokens=9
+    )
+
+
+def test_one_runner_for_many_prompts_and_drafters(opened: Runner, tiny: Tiny) -> None:
+    prompts = ["def make", "import torch", "return"]
+    plain = opened.generate(prompts, max_new_tokens=15)
+    for draft in ("ngram", "ngram:nodes=3", None):
+        opened.use(draft)
+        for _ in range(2):
+            results = opened.generate(prompts, max_new_tokens=15, batch_size=2)
+            assert [r.token_ids for r in results] == [r.token_ids for r in plain]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"temperature": -1}, "--temperature -1"),
+        ({"stop": [""]}, "must not be empty"),
+        ({"temperature": 1, "verify": "greedy"}, "changes the law"),
+        ({"verify": "typical"}, "no rule is called"),
+    ],
+)
+def test_wrong_options(opened: Runner, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        opened.generate(["def"], **options)
+
+
+def test_lossy_is_said(opened: Runner) -> None:
+    result = opened.generate(["def"], max_new_tokens=3, temperature=1, verify="greedy", lossy=True)
+    assert not result[0].lossless
+
+
+def test_prompts_that_cannot_be_continued(opened: Runner, tiny: Tiny) -> None:
+    with pytest.raises(UsageError, match="prompt 2 has 300 tokens; the context holds 256"):
+        opened.generate([[3], [3] * 300])
+    with pytest.raises(UsageError, match="prompt 1 is empty"):
+        opened.generate([[]])
+    with pytest.raises(UsageError, match="needs a tokenizer"):
+        generate(tiny("llama"), ["text"])
+    with pytest.raises(UsageError, match="stop strings need a tokenizer"):
+        generate(tiny("llama"), [[3]], stop=["x"])
+    with pytest.raises(UsageError, match="dtype is for a model given as a path"):
+        generate(tiny("llama"), [[3]], dtype=torch.float32)
+
+
+def test_an_empty_text_starts_from_the_start_token(opened: Runner) -> None:
+    assert opened.generate([""], max_new_tokens=4) == opened.generate([[0]], max_new_tokens=4)
+
+
+def test_low_precision_stays_near_greedy(checkpoint: Callable[..., Path]) -> None:
+    """In bfloat16 passes of unequal size round apart; every token is still close to the best."""
+    path = checkpoint("llama")
+    runner = Runner(path, draft="ngram:min_n=1", dtype=torch.bfloat16)
+    prompt = list(range(20, 30)) * 2
+    tokens = runner.generate([prompt], max_new_tokens=40)[0].token_ids
+    with torch.inference_mode():
+        logits = runner.target.model(torch.tensor([prompt + tokens])).logits[0].float()
+    for at, token in enumerate(tokens, start=len(prompt) - 1):
+        best = logits[at].max()
+        ulp = 2.0 ** (torch.floor(torch.log2(best.abs())) - 7)
+        assert best - logits[at, token] <= 8 * ulp
