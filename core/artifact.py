@@ -25,9 +25,10 @@ from torch import Tensor
 
 from spectool.checkpoint import CHUNK, DTYPES, check_finite
 from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
-from spectool.headers import TensorEntry
+from spectool.headers import PACKED_INDEX, TensorEntry
 
 MANIFEST = "manifest.json"
+
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # A tensor to write, or the stored bytes of one to copy as they are.
@@ -50,25 +51,30 @@ class ArtifactWriter:
         self.partial = out.with_name(out.name + ".partial")
         self.replaced = out.with_name(out.name + ".replaced")
         check_target(out, overwrite=overwrite)
-        try:
-            if self.replaced.exists() and not out.exists():
-                self.replaced.rename(out)
+        with _disk_errors(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.partial, os.O_RDONLY)
-        except OSError as error:
-            raise InputError(f"{self.partial}: cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise UsageError(f"{out}: another run is writing it ({self.partial})") from error
-        try:
-            self.manifest = self._resume(identity, overwrite=overwrite)
             with _disk_errors(self.partial):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._settle()
+                check_target(out, overwrite=overwrite)
+                self.manifest = self._resume(identity, overwrite=overwrite)
                 self._save_manifest()
+        except BlockingIOError as error:
+            self.close()
+            raise UsageError(f"{out}: another run is writing it ({self.partial})") from error
         except BaseException:
             self.close()
             raise
+
+    def _settle(self) -> None:
+        """Finish what a run that was killed between its last renames left of an older OUT."""
+        if self.replaced.exists() and _is_ours(self.replaced):
+            if self.out.exists():
+                shutil.rmtree(self.replaced)
+            else:
+                self.replaced.rename(self.out)
 
     def _resume(self, identity: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
         fresh: dict[str, Any] = {"identity": identity, "shards": {}}
@@ -76,6 +82,13 @@ class ArtifactWriter:
             found = json.loads((self.partial / MANIFEST).read_text())
         except (FileNotFoundError, ValueError):
             found = fresh
+            names = sorted(path.name for path in self.partial.iterdir())
+            # Killed before the first manifest, or after the last one was taken away.
+            if names not in ([], [MANIFEST + ".tmp"]) and not _is_ours(self.partial):
+                raise UsageError(
+                    f"{self.partial}: holds {names[0]}, which no spectool run left there",
+                    hint="move that directory away, or choose another OUT",
+                ) from None
         changed = [
             key
             for key in sorted({*identity, *found["identity"]})
@@ -137,6 +150,7 @@ class ArtifactWriter:
         """Add the small files, and let the whole become OUT."""
         with _disk_errors(self.partial):
             for name, data in files.items():
+                (self.partial / name).parent.mkdir(exist_ok=True)
                 _write_synced(self.partial / name, data)
             (self.partial / MANIFEST).unlink()
             os.fsync(self._lock)
@@ -174,13 +188,16 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise UsageError(
             f"{out}: exists already", hint="--overwrite replaces it once the new one is whole"
         )
-    ours = out.is_dir() and (
-        not any(out.iterdir())
-        or (out / "packed.safetensors.index.json").exists()
-        or (out / "spectool_heads.json").exists()
-    )
-    if not ours or out.is_symlink():
+    if out.is_symlink() or not _is_ours(out):
         raise UsageError(f"{out}: was not written by spectool, so --overwrite leaves it alone")
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_dir() and (
+        not any(path.iterdir())
+        or (path / PACKED_INDEX).exists()
+        or (path / "spectool_heads.json").exists()
+    )
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]) -> str:
@@ -268,11 +285,15 @@ def _file_digest(path: Path) -> str:
 def _disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
+    except BlockingIOError:
+        raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise SpectoolError(
-            f"{place}: {'the disk is full' if full else error.strerror or str(error)}",
-            hint="what is written there is whole; make room and run the same command again"
-            if full
-            else None,
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise SpectoolError(
+                f"{place}: the disk is full",
+                hint="what is written there is whole; make room and run the same command again",
+            ) from error
+        reason = error.strerror or str(error)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise InputError(f"{place}: cannot be written: {reason}") from error
+        raise SpectoolError(f"{place}: {reason}") from error

@@ -81,24 +81,34 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     return Checkpoint(read_layout(path), revision=path.name)
 
 
-def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """One tensor from its file. See `Checkpoint.read`."""
+def read_tensor(entry: TensorEntry, *, rows: slice | None = None) -> torch.Tensor:
+    """One tensor from its file, or some of its rows. See `Checkpoint.read`."""
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"{entry.path}: {entry.name} has the unknown dtype {entry.dtype}")
-    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    start, num_bytes, shape = entry.start, entry.num_bytes, entry.shape
+    if rows is not None:
+        row_bytes = entry.num_bytes // entry.shape[0]
+        shape = (rows.stop - rows.start, *entry.shape[1:])
+        start, num_bytes = start + rows.start * row_bytes, shape[0] * row_bytes
+    data = torch.empty(num_bytes, dtype=torch.uint8)
     with entry.path.open("rb") as file:
-        file.seek(entry.start)
-        if entry.num_bytes and file.readinto(data.numpy()) != entry.num_bytes:
+        file.seek(start)
+        if num_bytes and file.readinto(data.numpy()) != num_bytes:
             raise CheckpointError(f"{entry.path}: ended inside {entry.name}")
-    return data.view(DTYPES[entry.dtype]).view(entry.shape)
+    return data.view(DTYPES[entry.dtype]).view(shape)
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises: CheckpointError: `tensor` holds NaN or infinite values."""
-    # The sum is not finite if any element is not; it may overflow by itself only in half types,
-    # so those are summed in float32. One pass, no temporary of the tensor's size.
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-        bad = int((~torch.isfinite(tensor.float())).sum())
+    if not tensor.is_floating_point():
+        return
+    # torch can neither sum eight-bit floats nor ask whether they are finite.
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor
+    # The sum is not finite if any element is not; where it overflows by itself, the elements are
+    # asked one by one. Half types are summed in float32: no temporary of the tensor's size.
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if not torch.isfinite(tensor.sum(dtype=wide)):
+        bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise CheckpointError(f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite")
 

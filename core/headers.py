@@ -105,7 +105,7 @@ def read_header(path: Path) -> tuple[dict[str, str], list[TensorEntry]]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         header = json.loads(raw)
-        metadata = header.pop("__metadata__", {})
+        metadata = dict(header.pop("__metadata__", {}))
         entries = [_entry(path, 8 + length, name, said) for name, said in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its header is not a safetensors header") from error
@@ -197,6 +197,8 @@ def _indexed(index: Path) -> Iterator[tuple[dict[str, str], TensorEntry]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: its weight_map does not map tensors to file names")
     found: dict[str, dict[str, TensorEntry]] = {}
     metadata: dict[str, dict[str, str]] = {}
     for file in sorted(set(weight_map.values())):

@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
     "int8": Method(
         kind="quantizer",
         target="spectool.quantize.int8:Int8",
-        summary="8-bit codes with a scale a row, the weights of LLM.int8(), by bitsandbytes",
+        summary="8-bit codes with a scale a row: the weights of LLM.int8()",
         source="Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339)",
     ),
     "none": Method(

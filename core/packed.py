@@ -84,10 +84,12 @@ class PackedExperts(nn.Module):
 
     like: Tensor
 
-    def __init__(self, experts: list[PackedLinear], *, transposed: bool, dtype: torch.dtype):
+    def __init__(
+        self, experts: Mapping[int, PackedLinear], *, transposed: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        for index, expert in enumerate(experts):
-            self.add_module(str(index), expert)
+        for index in range(len(experts)):
+            self.add_module(str(index), experts[index])
         self.transposed = transposed
         self.register_buffer("like", torch.zeros(0, dtype=dtype), persistent=False)
 
@@ -132,14 +134,15 @@ def swap_in(
     Raises:
         CheckpointError: a name that the model does not have, or fields that are absent.
     """
-    experts: dict[str, list[PackedLinear]] = {}
+    experts: dict[str, dict[int, PackedLinear]] = {}
     for name, said in modules.items():
         if name not in specs:
             raise CheckpointError(f"{name}: the artifact says it is packed, but holds no codes")
         local = name.removeprefix(prefix + ".") if prefix else name
         packed = build_packed(said, specs[name])
         if said.get("expert"):
-            experts.setdefault(local.rpartition(".")[0], []).append(packed)
+            tensor, _, index = local.rpartition(".")
+            experts.setdefault(tensor, {})[int(index)] = packed
             continue
         parent, leaf = _parent(model, local)
         old = getattr(parent, leaf)
@@ -198,3 +201,11 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
     """All packed linears of a model by name."""
     return {name: part for name, part in model.named_modules() if isinstance(part, PackedLinear)}
+
+
+def relative_error(weight_nm: Tensor, module: PackedLinear) -> float:
+    """Squared error of the unpacked matrix over the squared norm of `weight_nm`."""
+    restored = module.dequantize()
+    weight = weight_nm.to(restored)
+    scale = float(torch.linalg.vector_norm(weight)) ** 2
+    return float(torch.linalg.vector_norm(restored.sub_(weight))) ** 2 / scale if scale else 0.0

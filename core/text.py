@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -56,7 +57,7 @@ def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -
         return
     text = _decode(path)
     if kind in (".jsonl", ".json", ".ndjson"):
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     row = json.loads(line)
@@ -65,7 +66,7 @@ def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -
                 yield _row(source, number, row, field, prompts)
     elif kind in (".txt", ".md", ".py", ".raw", ""):
         if prompts:
-            yield from (Row(line) for line in text.splitlines() if line.strip())
+            yield from (Row(line.rstrip("\r")) for line in text.split("\n") if line.strip())
         else:
             yield Row(text)
     else:
@@ -122,7 +123,7 @@ def render(
     """The row's text; a conversation goes through the tokenizer's chat template.
 
     Raises:
-        TextError: a conversation, but the tokenizer has no template.
+        TextError: a conversation, but the tokenizer has no template, or its template fails.
     """
     if row.text is not None:
         return row.text
@@ -131,12 +132,16 @@ def render(
             "the rows are conversations, but the tokenizer has no chat template",
             hint="name a plain field with --field",
         )
-    rendered: str = tokenizer.apply_chat_template(
-        list(row.messages),
-        tokenize=False,
-        add_generation_prompt=prompt,
-        **(template or {}),
-    )
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            list(row.messages),
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **(template or {}),
+        )
+    except Exception as error:
+        # The template is a program from the checkpoint: it may fail in any way, also on purpose.
+        raise TextError(f"the chat template refuses a conversation: {error}") from error
     return rendered
 
 
@@ -166,7 +171,7 @@ def _decode(path: Path) -> str:
     try:
         with opener(path, "rb") as file:
             data: bytes = file.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise TextError(f"{path}: cannot be read: {error}") from error
     if not data.strip():
         raise TextError(f"{path}: is empty")

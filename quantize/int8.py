@@ -1,7 +1,8 @@
-"""8-bit rows (`int8`): the weights of LLM.int8(), one scale a row, codes by bitsandbytes.
+"""8-bit rows (`int8`): the weights of LLM.int8(), one scale a row.
 
-Stored as bitsandbytes keeps them: codes int8 and the row's largest magnitude, w' = s q / 127. At
-run time activations stay as they are: LLM.int8() would also round the activations and choose
+Stored as bitsandbytes keeps them: s = max|w| of the row, q = round(127 w / s), w' = s q / 127. The
+codes are computed here and not by that library, which takes float16 only: rows beyond 65504 would
+become zeros without a word, and small ones lose their digits (0.50.2). At run time activations stay as they are: LLM.int8() would also round the activations and choose
 outlier columns over the whole batch, so that a row's result depended on its neighbours; then no
 drafter could promise the same output as plain decoding.
 
@@ -23,7 +24,6 @@ from spectool import options
 from spectool.packed import FieldSpec, PackedLinear
 
 from .calibration import LinearStats, PackedFields, Statistic, Stream
-from .nf4 import bitsandbytes
 
 
 class Int8:
@@ -48,9 +48,11 @@ class Int8:
         config: Int8.Config,
         generator: torch.Generator,
     ) -> PackedFields:
-        # bitsandbytes takes float16 only; its range and precision suffice for 8-bit codes.
-        codes, scale, _ = bitsandbytes().functional.int8_vectorwise_quant(weight_nm.half())
-        return {"codes": codes, "scale": scale}
+        scale_n = weight_nm.abs().amax(-1).float()
+        # A row of zeros may have any positive divisor.
+        step_n = torch.where(scale_n == 0, 1.0, scale_n / 127)
+        codes_nm = (weight_nm / step_n[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        return {"codes": codes_nm, "scale": scale_n}
 
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Int8.Config) -> Int8Linear:
@@ -64,6 +66,10 @@ class Int8Linear(PackedLinear):
         return self.q.codes.float() * (self.q.scale / 127)[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
+        # Sums of products with codes leave float16's range, though the scaled ones are inside.
+        if x.dtype == torch.float16:
+            return super().forward(x)
         # Codes up to 127 are exact in every float type; the scale is applied to the sums.
-        y = F.linear(x, self.q.codes.to(x.dtype)) * (self.q.scale / 127).to(x.dtype)
+        y = F.linear(x, self.q.codes.to(x.dtype)) * (self.q.scale / 127)
+        y = y.to(x.dtype)
         return y if self.bias is None else y + self.bias

@@ -124,10 +124,13 @@ def _sized(
     }
     stored = skeleton.layout.tensors
     source_bytes = sum(entry.num_bytes for entry in stored.values())
-    element_bytes = max(DTYPE_BITS[entry.dtype] for entry in stored.values()) // 8
+    parameters = {site.parameter for block in sites.values() for site in block.values()}
+    replaced = {key for name in parameters for key, _ in skeleton.origins[name].stored}
+    replaced_bytes = sum(stored[key].num_bytes for key in replaced)
+    element_bytes = max(DTYPE_BITS[stored[key].dtype] for key in replaced) // 8
     num_weights = sum(site.num_weights for block in sites.values() for site in block.values())
     packed_bytes = sum(field_bytes[s.shape] for block in sites.values() for s in block.values())
-    file_bytes = source_bytes - num_weights * element_bytes + packed_bytes
+    file_bytes = source_bytes - replaced_bytes + packed_bytes
     block_weights = max(
         sum(p.numel() for p in skeleton.model.get_submodule(block).parameters())
         for block in skeleton.blocks

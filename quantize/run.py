@@ -125,7 +125,9 @@ def quantize(
     ids_SL = None
     if _calibrates(method, job):
         ids_SL = _calibration_ids(checkpoint, skeleton, job, trust_remote_code=trust_remote_code)
-    made_by = _made_by(job, ids_SL)
+    # How activations are computed decides the bytes where they decide anything.
+    computed = {"dtype": str(dtype).removeprefix("torch."), "batch_size": batch_size}
+    made_by = _made_by(job, ids_SL, computed)
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     with ArtifactWriter(out, identity={"source": source, **made_by}, overwrite=overwrite) as writer:
         walk = BlockWalk(
@@ -178,7 +180,7 @@ def _calibration_ids(
     )
 
 
-def _made_by(job: Job, ids_SL: Tensor | None) -> dict[str, Any]:
+def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:
     calibration = None
     if ids_SL is not None:
         calibration = {
@@ -186,6 +188,7 @@ def _made_by(job: Job, ids_SL: Tensor | None) -> dict[str, Any]:
             "builtin": not job.calibration,
             "samples": len(ids_SL),
             "seq_len": ids_SL.shape[1],
+            **computed,
         }
     return {
         "method": job.method,

@@ -24,7 +24,7 @@ from spectool.checkpoint import Checkpoint, check_finite, read_tensor
 from spectool.errors import UnsupportedError
 from spectool.headers import read_header
 from spectool.options import Config
-from spectool.packed import PackedLinear, build_packed
+from spectool.packed import build_packed, relative_error
 from spectool.skeleton import Site, Skeleton
 from spectool.walk import Activations, Call, Surroundings, run_block
 
@@ -220,13 +220,13 @@ class BlockWalk:
         return {
             "name": key,
             "bits": 8 * stored_bytes / site.num_weights,
-            "error": _relative_error(block.weights[key], module),
+            "error": relative_error(block.weights[key], module),
         }
 
     def _observe(self, block: Block, streams: Streams) -> dict[str, LinearStats]:
         """The statistics the method asks for, each at the stream it names."""
         assert block.module is not None
-        found: dict[str, LinearStats] = {}
+        passes: list[dict[str, LinearStats]] = []
         by_stream: dict[str, list[Statistic]] = {}
         for statistic, stream in self.method.statistics.items():
             by_stream.setdefault(stream, []).append(statistic)
@@ -236,12 +236,17 @@ class BlockWalk:
                 for batch in inputs.batches(self.batch_size):
                     hidden_BLD = inputs.hidden_SLD[batch].to(self.device)
                     run_block(block.module, block.calls[len(hidden_BLD)], hidden_BLD)
-            for key, stats in observer.stats.items():
-                if key not in found:
-                    found[key] = stats
-                else:
-                    for statistic in wanted:
-                        setattr(found[key], statistic, getattr(stats, statistic))
+            passes.append(observer.stats)
+        # Routing differs between the streams: an expert counts the tokens that both sent to it.
+        found, *others = passes or [{}]
+        for key in list(found):
+            for more, wanted in zip(others, list(by_stream.values())[1:], strict=True):
+                if key not in more:
+                    del found[key]
+                    break
+                for statistic in wanted:
+                    setattr(found[key], statistic, getattr(more[key], statistic))
+                found[key].num_tokens = min(found[key].num_tokens, more[key].num_tokens)
         return found
 
     def _advance(self, block: Block, streams: Streams, shard: str) -> float:
@@ -284,10 +289,3 @@ def entry_of(method: str, config: Config, site: Site) -> dict[str, Any]:
 def _seed(seed: int, block: int) -> int:
     digest = hashlib.sha256(f"{seed}/{block}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
-
-
-def _relative_error(weight_nm: Tensor, module: PackedLinear) -> float:
-    restored = module.dequantize()
-    weight = weight_nm.to(restored)
-    scale = float(torch.linalg.vector_norm(weight)) ** 2
-    return float(torch.linalg.vector_norm(restored.sub_(weight))) ** 2 / scale if scale else 0.0

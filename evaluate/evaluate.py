@@ -1,0 +1,246 @@
+"""`eval`: perplexity, distance from a reference, layer errors, as one result.
+
+The reference is a checkpoint, computed in the same run, or a file that `--save-reference` wrote.
+A checkpoint that does not fit in memory is run block by block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from spectool.checkpoint import Checkpoint, open_checkpoint
+from spectool.errors import CheckpointError, UsageError
+from spectool.headers import DTYPE_BITS, Layout
+from spectool.loading import check_device, load_model, load_tokenizer, parse_dtype
+from spectool.machine import available_memory
+from spectool.text import encode, read_text
+
+from .fidelity import LawsReference, Reference, layer_errors, score
+from .reference import SavedReference, expected_bytes, save_reference
+from .windows import BlockwiseLaws, Laws, ResidentLaws, Windows, cut
+
+# A model is opened whole if it takes at most this share of the memory that is free.
+MEMORY_SHARE = 0.7
+
+# Said once before something long: a line for people.
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to evaluate. `window` None means the model's context, at most 2048."""
+
+    texts: Sequence[str] = ()
+    text_field: str | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    window: int | None = None
+    bos: bool = False
+    limit: int | None = None
+    reference: str | None = None
+    save_reference: Path | None = None
+    top_k: int = 0
+    dtype: str | None = None
+    device: str = "cpu"
+    runtime: str = "auto"
+    batch_size: int | None = None
+    blockwise: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def figures_of(request: Request) -> list[str]:
+    """The figures that a gate may name."""
+    known = ["perplexity.value", "perplexity.tokens", "perplexity.window"]
+    if request.reference is not None:
+        known += ["reference.perplexity", "perplexity_ratio", "kl", "top1_agreement"]
+    return known
+
+
+def evaluate(
+    model: str,
+    request: Request,
+    *,
+    say: Say = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """The result of `spectool eval` without its gates.
+
+    Raises:
+        InputError: checkpoint, text, reference or options will not do.
+    """
+    checkpoint = open_checkpoint(model, revision=request.revision)
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=request.trust_remote_code)
+    vocabulary = _vocabulary(checkpoint.layout)
+    reference: Reference | None = None
+    other: Checkpoint | None = None
+    saved = None
+    if request.reference is not None:
+        if Path(request.reference).is_file():
+            saved = SavedReference(Path(request.reference))
+            reference = saved
+        else:
+            other = open_checkpoint(request.reference)
+    windows = _windows(checkpoint, tokenizer, request, saved)
+    say(_protocol(windows))
+    if saved is not None:
+        _check_saved(saved, tokenizer, vocabulary, request)
+    if other is not None:
+        theirs = load_tokenizer(other.path, trust_remote_code=request.trust_remote_code)
+        if _tokenizer_digest(theirs) != _tokenizer_digest(tokenizer):
+            raise UsageError(f"{request.reference}: its tokenizer is another one than {model}'s")
+        if _vocabulary(other.layout) != vocabulary:
+            raise UsageError(f"{request.reference}: its output has another size than {model}'s")
+        reference = LawsReference(_laws(other, windows, request, say))
+    laws = _laws(checkpoint, windows, request, say)
+    if request.save_reference is not None:
+        size = expected_bytes(windows, vocabulary, request.top_k)
+        kind = f"the {request.top_k} largest" if request.top_k else "all (lossless)"
+        say(f"{request.save_reference}: log-probabilities kept: {kind}; {size / 1e6:.1f} MB")
+        save_reference(
+            request.save_reference,
+            windows,
+            laws,
+            vocabulary,
+            top_k=request.top_k,
+            metadata={
+                "source": checkpoint.fingerprint(),
+                "tokenizer": _tokenizer_digest(tokenizer),
+            },
+            batch_size=request.batch_size,
+        )
+    scores = score(
+        windows,
+        laws,
+        vocabulary,
+        reference=reference,
+        batch_size=request.batch_size,
+        progress=progress,
+    )
+    result: dict[str, Any] = {
+        "perplexity": {
+            "value": scores.perplexity,
+            "tokens": scores.num_tokens,
+            "window": windows.length,
+            "bos": windows.bos is not None,
+        }
+    }
+    if reference is not None:
+        assert scores.reference_perplexity is not None
+        assert scores.kl is not None and scores.same_top is not None
+        result["reference"] = {"perplexity": scores.reference_perplexity}
+        result["perplexity_ratio"] = scores.perplexity / scores.reference_perplexity
+        result["kl"] = scores.kl / scores.num_tokens
+        result["kl_is_lower_bound"] = saved is not None and not saved.is_lossless
+        result["top1_agreement"] = scores.same_top / scores.num_tokens
+    if other is not None and checkpoint.layout.is_packed and not other.layout.quantization:
+        trust = request.trust_remote_code
+        result["layers"] = list(layer_errors(checkpoint, other, trust_remote_code=trust))
+    return result
+
+
+def _windows(
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    saved: SavedReference | None,
+) -> Windows:
+    if saved is not None:
+        if request.texts:
+            raise UsageError("--reference FILE brings its own tokens; leave --text out")
+        return saved.windows
+    text = read_text(
+        request.texts, tokenizer, field=request.text_field, template=request.template or None
+    )
+    ids = encode(tokenizer, text[: request.limit])
+    text_config = checkpoint.layout.config.get("text_config") or checkpoint.layout.config
+    context = text_config.get("max_position_embeddings") or text_config.get("n_positions") or 2048
+    length = request.window or min(context, 2048)
+    if length > context:
+        raise UsageError(f"--window {length}: the model's context is {context}")
+    if request.bos and tokenizer.bos_token_id is None:
+        raise UsageError("--bos: the tokenizer has no start token")
+    return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)
+
+
+def _protocol(windows: Windows) -> str:
+    opened = "each opened with the start token, all text tokens scored"
+    plain = "no start token, each window's first token not scored, the text's rest dropped"
+    return (
+        f"protocol: windows of {windows.length} tokens without overlap, "
+        f"{plain if windows.bos is None else opened}; {windows.num_tokens} tokens scored"
+    )
+
+
+def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) -> Laws:
+    dtype = parse_dtype(request.dtype)
+    device = check_device(request.device)
+    wanted = resident_bytes(checkpoint.layout, dtype)
+    if request.blockwise or wanted > MEMORY_SHARE * available_memory():
+        say(f"{checkpoint.path}: run block by block ({wanted / 1e9:.2f} GB as a whole)")
+        return BlockwiseLaws(
+            checkpoint,
+            windows,
+            dtype=dtype or own_dtype(checkpoint.layout),
+            device=device,
+            trust_remote_code=request.trust_remote_code,
+        )
+    model = load_model(
+        checkpoint.path,
+        dtype=dtype,
+        device=request.device,
+        runtime=request.runtime,
+        trust_remote_code=request.trust_remote_code,
+    )
+    return ResidentLaws(model)
+
+
+def resident_bytes(layout: Layout, dtype: torch.dtype | None) -> int:
+    """Bytes of a checkpoint opened whole: codes as they are, other weights in `dtype`."""
+    total = 0
+    for name, entry in layout.tensors.items():
+        packed = ".q." in name and layout.is_packed
+        bits = DTYPE_BITS[entry.dtype] if packed or dtype is None else 8 * dtype.itemsize
+        total += entry.num_elements * bits // 8
+    return total
+
+
+def own_dtype(layout: Layout) -> torch.dtype:
+    """The dtype that a checkpoint says it is to run in."""
+    text_config = layout.config.get("text_config") or {}
+    said = (
+        layout.config.get("dtype") or layout.config.get("torch_dtype") or text_config.get("dtype")
+    )
+    return parse_dtype(said) or torch.float32
+
+
+def _vocabulary(layout: Layout) -> int:
+    text_config = layout.config.get("text_config") or {}
+    size = layout.config.get("vocab_size") or text_config.get("vocab_size")
+    if not isinstance(size, int):
+        raise CheckpointError(f"{layout.path}: its configuration names no vocab_size")
+    return size
+
+
+def _check_saved(
+    saved: SavedReference,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    request: Request,
+) -> None:
+    if saved.said["tokenizer"] != _tokenizer_digest(tokenizer):
+        raise UsageError(f"{request.reference}: was made with another tokenizer")
+    if saved.said["vocabulary"] != vocabulary:
+        raise UsageError(f"{request.reference}: has another vocabulary size")
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return "sha256:" + hashlib.sha256(vocabulary.encode()).hexdigest()

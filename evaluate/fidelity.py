@@ -1,0 +1,126 @@
+"""Perplexity of a model, and its distance from a reference on the same tokens.
+
+perplexity = exp(mean over scored tokens of -log p(token)); KL = mean of KL(reference || model) in
+nats per token; top-1 agreement = share of positions where both have the same most likely token.
+
+Shapes: B windows, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from spectool.checkpoint import Checkpoint
+from spectool.packed import build_packed, field_specs, relative_error
+from spectool.skeleton import Skeleton
+
+from .windows import Batch, Laws, Windows
+
+# Told after each batch: scored tokens so far, scored tokens in all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Scores:
+    """Sums over scored tokens; the reference's are None where there is none."""
+
+    num_tokens: int = 0
+    nll: float = 0.0
+    reference_nll: float | None = None
+    kl: float | None = None
+    same_top: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(self.nll / self.num_tokens)
+
+    @property
+    def reference_perplexity(self) -> float | None:
+        return None if self.reference_nll is None else _exp(self.reference_nll / self.num_tokens)
+
+
+class Reference(Protocol):
+    """Something a model can be compared with, batch by batch."""
+
+    def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
+        """The reference's summed -log p, the summed KL, and the number of equal top tokens."""
+        ...
+
+
+class LawsReference:
+    """A reference whose laws can be computed here."""
+
+    def __init__(self, laws: Laws) -> None:
+        self.laws = laws
+
+    def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
+        ref_BLV = self.laws(batch).to(logp_BLV.device)
+        kl = torch.nn.functional.kl_div(logp_BLV, ref_BLV, reduction="sum", log_target=True)
+        same = int((ref_BLV.argmax(-1) == logp_BLV.argmax(-1)).sum())
+        return -float(_chosen(ref_BLV, batch)), float(kl), same
+
+
+def score(
+    windows: Windows,
+    laws: Laws,
+    vocabulary: int,
+    *,
+    reference: Reference | None = None,
+    batch_size: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Scores:
+    """Run all windows once. Sums are kept in double precision."""
+    scores = Scores()
+    if reference is not None:
+        scores.reference_nll, scores.kl, scores.same_top = 0.0, 0.0, 0.0
+    for batch in windows.batches(vocabulary, batch_size=batch_size):
+        logp_BLV = laws(batch)
+        scores.num_tokens += logp_BLV.shape[0] * logp_BLV.shape[1]
+        scores.nll -= float(_chosen(logp_BLV, batch))
+        if reference is not None:
+            assert scores.reference_nll is not None
+            assert scores.kl is not None and scores.same_top is not None
+            nll, kl, same = reference.compare(batch, logp_BLV)
+            scores.reference_nll += nll
+            scores.kl += kl
+            scores.same_top += same
+        progress(scores.num_tokens, windows.num_tokens)
+    return scores
+
+
+def _chosen(logp_BLV: Tensor, batch: Batch) -> Tensor:
+    """The summed log-probability of the tokens that really follow."""
+    next_BL = batch.ids_BL[:, 1:].to(logp_BLV.device)
+    return logp_BLV.gather(-1, next_BL[..., None]).sum(dtype=torch.float64)
+
+
+def layer_errors(
+    packed: Checkpoint, source: Checkpoint, *, trust_remote_code: bool = False
+) -> Iterator[dict[str, Any]]:
+    """`{name, error}` of every packed matrix: the relative squared error of its weights."""
+    ours = Skeleton(packed.layout, trust_remote_code=trust_remote_code)
+    theirs = Skeleton(source.layout, trust_remote_code=trust_remote_code)
+    for block in theirs.blocks:
+        sites = [site for site in theirs.sites(block) if site.name in ours.modules]
+        tensors = theirs.read(source, dict.fromkeys(site.parameter for site in sites))
+        codes = ours.read(packed, ours.tensors_of(block))
+        specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in codes.items()})
+        for site in sites:
+            module = build_packed(ours.modules[site.name], specs[site.name])
+            module.q.load_state_dict(
+                {field: codes[f"{site.name}.q.{field}"] for field in specs[site.name]}
+            )
+            yield {"name": site.name, "error": relative_error(site.weight_nm(tensors), module)}
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

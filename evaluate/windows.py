@@ -1,0 +1,159 @@
+"""A text cut into windows, and a model's laws on them.
+
+Protocol: windows do not overlap. Without a start token (the common one, which published tables
+use) each window holds L tokens of the text and L - 1 of them are scored; what remains of the text
+is dropped. With it, each window opens with the start token, which is not scored, and holds L - 1
+tokens of the text, all scored; the last window may be shorter.
+
+Shapes: S windows, B of a batch, L tokens of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectool.checkpoint import Checkpoint
+from spectool.errors import TextError
+from spectool.skeleton import Skeleton
+from spectool.walk import Activations, Surroundings, run_block
+
+# Logits of one batch take at most about this much.
+LOGITS_BYTES = 1 << 28
+
+# Hidden states of all windows larger than this lie in a temporary file.
+HIDDEN_IN_MEMORY = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some windows of one length: which group, which rows of it, and their ids [B, L]."""
+
+    group: int
+    rows: slice
+    ids_BL: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The windows of a text, grouped by length (one group, or two with a shorter last window)."""
+
+    groups: tuple[Tensor, ...]
+    length: int
+    bos: int | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Scored tokens."""
+        return sum(len(ids_SL) * (ids_SL.shape[1] - 1) for ids_SL in self.groups)
+
+    def batches(self, vocabulary: int, *, batch_size: int | None = None) -> Iterator[Batch]:
+        """All windows in order, as many at a time as keep the logits small."""
+        for group, ids_SL in enumerate(self.groups):
+            size = batch_size or max(1, LOGITS_BYTES // (4 * vocabulary * ids_SL.shape[1]))
+            for start in range(0, len(ids_SL), size):
+                rows = slice(start, min(start + size, len(ids_SL)))
+                yield Batch(group, rows, ids_SL[rows])
+
+
+def cut(ids: list[int], *, length: int, bos: int | None) -> Windows:
+    """Windows of `length` tokens; `bos` is the start token's id, None for the common protocol.
+
+    Raises:
+        TextError: the text does not fill one window.
+    """
+    inside = length - (bos is not None)
+    if len(ids) < inside or inside < 1:
+        raise TextError(
+            f"the text has {len(ids)} tokens, fewer than one window of {length}",
+            hint="give a longer text, or a smaller --window",
+        )
+    whole = len(ids) // inside
+    rows_SL = torch.tensor(ids[: whole * inside]).view(whole, inside)
+    if bos is None:
+        return Windows((rows_SL,), length, None)
+    groups = [torch.cat([torch.full((whole, 1), bos), rows_SL], 1)]
+    if len(ids) % inside:
+        groups.append(torch.tensor([[bos, *ids[whole * inside :]]]))
+    return Windows(tuple(groups), length, bos)
+
+
+class Laws(Protocol):
+    """Something that gives log-probabilities [B, L - 1, V] of each next token of a batch."""
+
+    def __call__(self, batch: Batch) -> Tensor: ...
+
+
+class ResidentLaws:
+    """The laws of a model in memory."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Tensor:
+        ids_BL = batch.ids_BL.to(self.model.device)
+        logits_BLV = self.model(input_ids=ids_BL, use_cache=False).logits
+        return log_laws(logits_BLV)
+
+
+class BlockwiseLaws:
+    """The laws of a checkpoint of any size: all windows go through one block after another.
+
+    One block and the hidden states of all windows are resident, the latter in a file if large.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: Windows,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        trust_remote_code: bool = False,
+        batch_size: int = 4,
+    ) -> None:
+        skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
+        self.around = Surroundings(skeleton, checkpoint, dtype=dtype, device=device)
+        self.device = device
+        self._scratch = tempfile.TemporaryDirectory(prefix="spectool-")
+        self.hidden = [self._embed(ids_SL, dtype, batch_size) for ids_SL in windows.groups]
+        for index, name in enumerate(skeleton.blocks):
+            block = skeleton.materialise(
+                name,
+                skeleton.read(checkpoint, skeleton.tensors_of(name)),
+                dtype=dtype,
+                device=device,
+            )
+            for ids_SL, hidden in zip(windows.groups, self.hidden, strict=True):
+                for rows in hidden.batches(batch_size):
+                    call = self.around.calls(rows.stop - rows.start, ids_SL.shape[1])[index]
+                    out_BLD = run_block(block, call, hidden.hidden_SLD[rows].to(device))
+                    hidden.hidden_SLD[rows] = out_BLD.cpu()
+
+    def _embed(self, ids_SL: Tensor, dtype: torch.dtype, batch_size: int) -> Activations:
+        width = self.around.embed(ids_SL[:1]).shape[-1]
+        shape = (*ids_SL.shape, width)
+        large = ids_SL.numel() * width * dtype.itemsize > HIDDEN_IN_MEMORY
+        file = Path(self._scratch.name) / f"hidden-{ids_SL.shape[1]}.bin" if large else None
+        hidden = Activations((shape[0], shape[1], shape[2]), dtype, file=file)
+        for rows in hidden.batches(batch_size):
+            hidden.hidden_SLD[rows] = self.around.embed(ids_SL[rows]).cpu()
+        return hidden
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Tensor:
+        hidden_BLD = self.hidden[batch.group].hidden_SLD[batch.rows].to(self.device)
+        return log_laws(self.around.logits(batch.ids_BL, hidden_BLD))
+
+
+def log_laws(logits_BLV: Tensor) -> Tensor:
+    """Log-probabilities [B, L - 1, V] in float32; the last position predicts nothing scored."""
+    return torch.log_softmax(logits_BLV[:, :-1].float(), -1)
