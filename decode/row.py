@@ -67,10 +67,17 @@ class Row:
             if self.finish_reason is None:
                 self.check_room()
             if self.finish_reason is not None:
-                if self.text is not None:
-                    released += self.text.finish()
+                released += self._close()
                 return taken, released
         return len(tokens), released
+
+    def _close(self) -> str:
+        if self.text is None:
+            return ""
+        released = self.text.finish()
+        if self.text.stopped:
+            self.finish_reason = "stop"
+        return released
 
     def check_room(self) -> None:
         """Finish the row if nothing may follow."""
@@ -82,8 +89,7 @@ class Row:
         """End an unfinished row where it is."""
         if self.finish_reason is None:
             self.finish_reason = "interrupted"
-            if self.text is not None:
-                self.text.finish()
+            self._close()
 
     def count(self, depths: list[int], num_accepted: int) -> None:
         """Book one step: the depths of its draft's nodes and how many of them were committed."""

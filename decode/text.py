@@ -9,6 +9,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 # Tokens of the prompt that are decoded along, so that a first token keeps its leading space.
 _LEAD = 6
 _INCOMPLETE = "\ufffd"
+# A character has at most four bytes; what is not whole after as many tokens never will be.
+_LONGEST = 4
 
 
 class TextStream:
@@ -38,7 +40,7 @@ class TextStream:
         """Take one token; return the text it releases. Sets `stopped` at a stop string."""
         self._tokens.append(token)
         before, now = self._decode(self._read), self._decode(len(self._tokens))
-        if now.endswith(_INCOMPLETE):
+        if now.endswith(_INCOMPLETE) and len(self._tokens) - self._read < _LONGEST:
             return ""
         return self._advance(now[len(before) :])
 

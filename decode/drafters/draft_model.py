@@ -73,11 +73,11 @@ class DraftModelDrafter:
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
-        """Feed what was committed since, then draft; beyond the draft's own context, nothing."""
+        """Feed what was committed since, then draft."""
         self._drop_finished(rows)
         wanted = [
-            max(0, min(self.config.depth, limit, self._draft.context - len(row.tokens)))
-            for row, limit in zip(rows, budget, strict=True)
+            self._depth(row, held, limit)
+            for row, held, limit in zip(rows, self._cache.lengths, budget, strict=True)
         ]
         histories = [list(row.tokens) for row in rows]
         laws: list[list[Tensor]] = [[] for _ in rows]
@@ -108,6 +108,12 @@ class DraftModelDrafter:
         if order != self._order:
             self._cache.select([self._order.index(index) for index in order])
             self._order = order
+
+    def _depth(self, row: Row, held: int, limit: int) -> int:
+        """Proposals that the draft can make: its context and its vocabulary may be smaller."""
+        if any(token >= self._draft.vocab_size for token in row.tokens[held:]):
+            return 0
+        return max(0, min(self.config.depth, limit, self._draft.context - len(row.tokens)))
 
     def _draw(
         self, rows: Sequence[Row], histories: list[list[int]], logits_BV: Tensor

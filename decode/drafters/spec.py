@@ -41,7 +41,7 @@ def parse_spec(text: str) -> DraftSpec:
         head, pairs = text, ""
     name, path = _AUTO if head == "auto" else head, None
     if name not in methods.names("drafter"):
-        if not (Path(head).expanduser().is_dir() or _is_hub_id(head)):
+        if not (head and Path(head).expanduser().is_dir()) and not _HUB_ID.fullmatch(head):
             methods.row(head, "drafter")
         name, path = "draft_model", head
         if (Path(head).expanduser() / "spectool_heads.json").exists():
@@ -73,7 +73,3 @@ def open_drafter(
         tokenizer=loading.load_tokenizer(spec.path),
         target_tokenizer=target_tokenizer,
     )
-
-
-def _is_hub_id(text: str) -> bool:
-    return _HUB_ID.fullmatch(text) is not None

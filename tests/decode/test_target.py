@@ -74,7 +74,8 @@ def test_prompts_in_chunks(
     for row, prompt in enumerate(prompts):
         expected = sequential(model, prompt)
         torch.testing.assert_close(done.logits_BV[row], expected, atol=2e-4, rtol=1e-4)
-        hidden = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        with torch.inference_mode():
+            hidden = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
         torch.testing.assert_close(
             done.features[row]["layer 0"], hidden[1][0], atol=2e-4, rtol=1e-4
         )
@@ -106,15 +107,15 @@ def test_no_hooks_stay(tiny: Tiny) -> None:
     assert [len(module._forward_hooks) for module in model.modules()] == before
 
 
-@torch.inference_mode()
 def test_features_of_tree_nodes(tiny: Tiny) -> None:
     model = tiny("llama")
     target = Target(model)
     cache = target.cache(1)
     target.ingest(cache, [[3, 4]])
     done = target.verify(cache, [tree.trie(5, [[6], [7]], nodes=4)], Needs(final=True))
-    logits = model.get_output_embeddings()(done.features["final"])
-    torch.testing.assert_close(logits, done.logits_BNV)
+    with torch.inference_mode():
+        logits = model.get_output_embeddings()(done.features["final"])
+        torch.testing.assert_close(logits, done.logits_BNV)
 
 
 def small(name: str, **options: Any) -> PreTrainedModel:

