@@ -102,19 +102,22 @@ def read_prompts(
     *,
     field: str | None = None,
     template: Mapping[str, Any] | None = None,
-) -> list[str]:
+) -> list[str | list[int]]:
     """The prompts of a file; conversations end where the assistant is to speak.
+
+    Conversations come back as token ids: the chat template writes its own special tokens, and
+    encoding its text again would add the start token twice.
 
     Raises:
         TextError: as `read_rows`; or there is no prompt in it.
     """
-    prompts = [
-        render(row, tokenizer, template=template, prompt=True)
-        for row in read_rows(source, field=field, prompts=True)
-    ]
-    if not prompts:
+    found: list[str | list[int]] = []
+    for row in read_rows(source, field=field, prompts=True):
+        text = render(row, tokenizer, template=template, prompt=True)
+        found.append(text if row.text is not None else encode(tokenizer, text))
+    if not found:
         raise TextError(f"{source}: holds no prompt")
-    return prompts
+    return found
 
 
 def render(

@@ -1,0 +1,320 @@
+"""Nothing half-written is taken for whole, nothing old is lost, and a rerun goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from spectool.artifact import MANIFEST, ArtifactWriter, check_target, write_safetensors
+from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
+from spectool.headers import PACKED_INDEX, read_header
+
+IDENTITY = {"source": "s", "options": {"bits": 4}}
+SMALL = {"config.json": b"{}", PACKED_INDEX: b"{}"}
+
+
+def shard(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((3, 5), value), "codes": torch.arange(7, dtype=torch.uint8)}
+
+
+def complete(out: Path, value: float = 1.0, *, overwrite: bool = False) -> None:
+    with ArtifactWriter(out, identity=IDENTITY, overwrite=overwrite) as writer:
+        writer.write_shard("packed-1.safetensors", shard(value), {}, {"value": value})
+        writer.finish(SMALL)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_files_are_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "half": torch.randn(3, 2).half(),
+        "wide": torch.randn(2, 2, dtype=torch.float64),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(3.5),
+        "view": torch.randn(4, 6).T,
+    }
+    write_safetensors(tmp_path / "x", tensors, {"b": 1, "a": [2]})
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert set(file.keys()) == set(tensors)
+        assert file.metadata() == {"format": "pt", "spectool": '{"a": [2], "b": 1}'}
+        for name, tensor in tensors.items():
+            assert torch.equal(file.get_tensor(name), tensor)
+    for entry in read_header(tmp_path / "x")[1]:
+        assert entry.start % tensors[entry.name].element_size() == 0
+
+
+def test_equal_inputs_give_equal_bytes_in_any_order(tmp_path: Path) -> None:
+    first = write_safetensors(tmp_path / "a", shard(1.0), {"x": 1, "y": 2})
+    second = write_safetensors(tmp_path / "b", dict(reversed(shard(1.0).items())), {"y": 2, "x": 1})
+    assert first == second
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_copied_tensors_keep_their_bytes_and_are_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectool.artifact.CHUNK", 64)
+    tensors = {"w": torch.randn(13, 7).bfloat16(), "ids": torch.arange(40)}
+    save_file(tensors, tmp_path / "source")
+    entries = {entry.name: entry for entry in read_header(tmp_path / "source")[1]}
+    write_safetensors(tmp_path / "copy", entries, {})
+    with safe_open(tmp_path / "copy", "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)
+    tensors["w"][12, 6] = float("nan")
+    save_file(tensors, tmp_path / "source")
+    entries = {entry.name: entry for entry in read_header(tmp_path / "source")[1]}
+    with pytest.raises(CheckpointError, match="w: 1 of"):
+        write_safetensors(tmp_path / "copy", entries, {})
+
+
+def test_out_appears_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "out", identity=IDENTITY) as writer:
+        writer.write_shard("packed-1.safetensors", shard(1.0), {}, None)
+        assert not (tmp_path / "out").exists()
+        writer.finish({**SMALL, "additional_chat_templates/tool.jinja": b"x"})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert set(contents(tmp_path / "out")) == {
+        *SMALL, "packed-1.safetensors", "additional_chat_templates/tool.jinja",
+    }  # fmt: skip
+
+
+def test_a_rerun_keeps_whole_shards_and_drops_the_rest(tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with ArtifactWriter(out, identity=IDENTITY) as writer:
+        for index in (1, 2):
+            writer.write_shard(f"packed-{index}", shard(index), {}, {"index": index})
+    (partial / "packed-2").write_bytes((partial / "packed-2").read_bytes()[:-1] + b"!")
+    (partial / "packed-3.tmp").write_bytes(b"half of it")
+    with ArtifactWriter(out, identity=IDENTITY) as writer:
+        assert writer.report("packed-1") == {"index": 1}
+        assert writer.report("packed-2") is None
+        assert sorted(path.name for path in partial.iterdir()) == [MANIFEST, "packed-1"]
+
+
+def test_another_identity_does_not_resume_and_says_what_changed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with ArtifactWriter(out, identity=IDENTITY) as writer:
+        writer.write_shard("packed-1", shard(1.0), {}, None)
+    other = {**IDENTITY, "options": {"bits": 3}}
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=r'another options \({"bits": 4}, now {"bits": 3}\)'):
+        ArtifactWriter(out, identity=other)
+    assert contents(tmp_path) == before
+    with ArtifactWriter(out, identity=other, overwrite=True) as writer:
+        assert writer.report("packed-1") is None
+
+
+def test_two_runs_on_one_out(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with ArtifactWriter(out, identity=IDENTITY) as writer:
+        writer.write_shard("packed-1", shard(1.0), {}, None)
+        for overwrite in (False, True):
+            with pytest.raises(UsageError, match="another run is writing it"):
+                ArtifactWriter(out, identity=IDENTITY, overwrite=overwrite)
+        assert writer.report("packed-1") is None and (out.parent / "out.partial").exists()
+        writer.finish(SMALL)
+    assert set(contents(out)) == {*SMALL, "packed-1"}
+
+
+def test_existing_out_needs_overwrite_and_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    complete(out)
+    before = contents(out)
+    with pytest.raises(UsageError, match="exists already") as caught:
+        complete(out, 2.0)
+    assert caught.value.hint is not None and "--overwrite" in caught.value.hint
+    with ArtifactWriter(out, identity=IDENTITY, overwrite=True) as writer:
+        writer.write_shard("packed-1.safetensors", shard(2.0), {}, None)
+        assert contents(out) == before
+    assert contents(out) == before
+    complete(out, 2.0, overwrite=True)
+    assert contents(out) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "dense checkpoint"])
+def test_overwrite_leaves_alone_what_is_not_ours(tmp_path: Path, kind: str) -> None:
+    out, target = tmp_path / "out", tmp_path / "target"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "link":
+        complete(target)
+        out.symlink_to(target)
+    else:
+        out.mkdir()
+        (out / ("model.safetensors" if kind == "dense checkpoint" else "mine")).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="not written by spectool"):
+        complete(out, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_foreign_partial_directory_is_not_emptied(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"holds thesis\.tex"):
+        complete(tmp_path / "out")
+    assert (partial / "thesis.tex").exists()
+
+
+def crash_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process "die" right before the n-th rename from now on."""
+    original, count = Path.rename, iter(range(1, 100))
+
+    def rename(self: Path, target: Path) -> Path:
+        if next(count) == call:
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("call", range(1, 7))
+def test_a_death_before_any_rename_ends_with_the_same_bytes(
+    tmp_path: Path, call: int, overwrite: bool
+) -> None:
+    complete(tmp_path / "expected", 2.0)
+    out = tmp_path / "out"
+    if overwrite:
+        complete(out, 1.0)
+        old = contents(out)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(call, patch)
+        try:
+            complete(out, 2.0, overwrite=overwrite)
+        except KeyboardInterrupt:
+            # The old one is whole, at its place or beside it for the moment between two renames.
+            if overwrite:
+                kept = out if out.exists() else tmp_path / "out.replaced"
+                assert contents(kept) == old
+            complete_again = True
+        else:
+            complete_again = False
+    if complete_again:
+        complete(out, 2.0, overwrite=overwrite)
+    assert contents(out) == contents(tmp_path / "expected")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
+
+
+def test_left_over_of_a_finished_replacement_does_not_stop_the_next(tmp_path: Path) -> None:
+    complete(tmp_path / "out")
+    complete(tmp_path / "out.replaced")
+    complete(tmp_path / "out", 2.0, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def three_shards(out: Path) -> None:
+    with ArtifactWriter(out, identity={}) as writer:
+        for index in range(3):
+            if writer.report(f"packed-{index}") is None:
+                tensors = {"w": torch.ones(1000 * 4**index)}
+                writer.write_shard(f"packed-{index}", tensors, {}, index)
+        writer.finish({})
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that every user may read; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody and come back")
+@pytest.mark.parametrize("place", ["out", "a/b/out"])
+def test_read_only_target(open_place: Path, place: str) -> None:
+    os.seteuid(65534)
+    try:
+        with pytest.raises(InputError, match=r"cannot be written: Permission denied$") as caught:
+            three_shards(open_place / place)
+    finally:
+        os.seteuid(0)
+    assert caught.value.exit_code == 2
+    assert not any(open_place.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody and come back")
+def test_unfinished_run_of_another_user(open_place: Path) -> None:
+    with ArtifactWriter(open_place / "out", identity={}) as writer:
+        writer.write_shard("packed-0", {"w": torch.ones(1000)}, {}, 0)
+    before = contents(open_place)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(InputError, match="cannot be written"):
+            three_shards(open_place / "out")
+    finally:
+        os.seteuid(0)
+    assert contents(open_place) == before
+
+
+@contextlib.contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """Files cannot grow beyond this; the kernel then refuses as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_is_one_line_and_resumable(tmp_path: Path) -> None:
+    with room_for(20_000), pytest.raises(SpectoolError, match="the disk is full") as caught:
+        three_shards(tmp_path / "out")
+    assert caught.value.exit_code == 1 and "same command again" in str(caught.value.hint)
+    whole = json.loads((tmp_path / "out.partial" / MANIFEST).read_text())["shards"]
+    assert sorted(whole) == ["packed-0", "packed-1"]
+    kept = (tmp_path / "out.partial" / "packed-1").stat().st_mtime_ns
+    three_shards(tmp_path / "out")
+    assert (tmp_path / "out" / "packed-1").stat().st_mtime_ns == kept
+    three_shards(tmp_path / "undisturbed")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_disk_full_from_the_first_byte(tmp_path: Path) -> None:
+    with room_for(0), pytest.raises(SpectoolError, match="the disk is full"):
+        three_shards(tmp_path / "out")
+    three_shards(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        complete(tmp_path / "file" / "out")
+
+
+def test_check_target_takes_an_absent_or_an_empty_place(tmp_path: Path) -> None:
+    check_target(tmp_path / "new", overwrite=False)
+    (tmp_path / "empty").mkdir()
+    check_target(tmp_path / "empty", overwrite=True)
+    with pytest.raises(UsageError):
+        check_target(tmp_path / "empty", overwrite=False)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error")])
+def test_other_disk_errors_keep_their_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise error
+
+    with ArtifactWriter(tmp_path / "out", identity=IDENTITY) as writer:
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(SpectoolError, match="Input/output error"):
+            writer.write_shard("packed-1", shard(1.0), {}, None)

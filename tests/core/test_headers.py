@@ -1,0 +1,214 @@
+"""Headers that lie, files that are cut, indices that name what is absent: one line each."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spectool.errors import CheckpointError
+from spectool.headers import DENSE_FILE, DENSE_INDEX, read_header, read_json, read_layout
+
+F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+
+
+def write(path: Path, header: Any, num_bytes: int, *, length: int | None = None) -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    claimed = len(raw) if length is None else length
+    path.write_bytes(struct.pack("<Q", claimed) + raw + bytes(num_bytes))
+    return path
+
+
+def refusal(path: Path) -> str:
+    """The one line that reading the header of this file ends with."""
+    with pytest.raises(CheckpointError) as caught:
+        read_header(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+def test_header_equals_what_safetensors_wrote(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.arange(6.0).view(2, 3),
+        "b": torch.zeros(0, 4, dtype=torch.bfloat16),
+        "c": torch.tensor(7, dtype=torch.int64),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"key": "value"})
+    metadata, entries = read_header(tmp_path / "x.safetensors")
+    assert metadata == {"key": "value"}
+    found = {entry.name: entry for entry in entries}
+    assert {n: (e.dtype, e.shape, e.num_elements) for n, e in found.items()} == {
+        "a": ("F32", (2, 3), 6),
+        "b": ("BF16", (0, 4), 0),
+        "c": ("I64", (), 1),
+    }
+    data = (tmp_path / "x.safetensors").read_bytes()
+    entry = found["a"]
+    assert data[entry.start : entry.start + entry.num_bytes] == tensors["a"].numpy().tobytes()
+
+
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_too_short_for_a_length(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(bytes(size))
+    assert f"{size} bytes, too short" in refusal(path)
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    assert "no such file" in refusal(tmp_path / "x.safetensors")
+
+
+def test_directory_in_place_of_a_file(tmp_path: Path) -> None:
+    assert "cannot be read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("length", [17, 10**12, 2**64 - 1])
+def test_length_field_beyond_the_file(tmp_path: Path, length: int) -> None:
+    path = write(tmp_path / "x.safetensors", {}, 0, length=length)
+    assert "claims" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"\xff\xfe\xfd",
+        [],
+        {"a": 3},
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": {**F32, "dtype": "F33"}},
+        {"a": {**F32, "shape": None}},
+        {"a": {**F32, "data_offsets": ["0", "16"]}},
+        {"a": {**F32, "data_offsets": [0]}},
+        {"a": F32, "__metadata__": 3},
+    ],
+)
+def test_not_a_safetensors_header(tmp_path: Path, header: Any) -> None:
+    assert "not a safetensors header" in refusal(write(tmp_path / "x.safetensors", header, 16))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"shape": [2, 3]}, "which is not 16 bytes"),
+        ({"dtype": "F16"}, "which is not 16 bytes"),
+        ({"shape": [-2, -2]}, "which is not 16 bytes"),
+        ({"data_offsets": [16, 0]}, "which is not -16 bytes"),
+        ({"data_offsets": [-16, 0]}, "which is not 16 bytes"),
+        ({"data_offsets": [4, 20]}, "leaves a gap"),
+    ],
+)
+def test_header_that_lies_about_one_tensor(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    assert said in refusal(write(tmp_path / "x.safetensors", {"a": {**F32, **changed}}, 16))
+
+
+def test_overlap(tmp_path: Path) -> None:
+    header = {"a": F32, "b": {**F32, "data_offsets": [8, 24]}}
+    assert "b overlaps" in refusal(write(tmp_path / "x.safetensors", header, 24))
+
+
+def test_gap_between_tensors(tmp_path: Path) -> None:
+    header = {"a": F32, "b": {**F32, "data_offsets": [24, 40]}}
+    assert "b leaves a gap" in refusal(write(tmp_path / "x.safetensors", header, 40))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "said"), [(15, "truncated"), (0, "truncated"), (17, "longer")]
+)
+def test_size_that_the_header_does_not_explain(tmp_path: Path, num_bytes: int, said: str) -> None:
+    assert said in refusal(write(tmp_path / "x.safetensors", {"a": F32}, num_bytes))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3", "\udcff"])
+def test_json_that_is_no_object(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_json(path)
+
+
+Broken = Callable[[Path], None]
+
+
+def _no_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def _no_weights(path: Path) -> None:
+    (path / DENSE_FILE).unlink()
+
+
+def _pickled_only(path: Path) -> None:
+    (path / DENSE_FILE).rename(path / "pytorch_model.bin")
+
+
+def _empty_weights(path: Path) -> None:
+    write(path / DENSE_FILE, {}, 0)
+
+
+def _index(path: Path, content: Any) -> None:
+    (path / DENSE_INDEX).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_no_config, "config.json: no such file"),
+        (_no_weights, "no safetensors weights"),
+        (_pickled_only, "no safetensors weights"),
+        (_empty_weights, "hold no tensors"),
+        (lambda path: _index(path, {}), "has no weight_map"),
+        (lambda path: _index(path, {"weight_map": ["a"]}), "has no weight_map"),
+        (lambda path: _index(path, {"weight_map": {"a": 3}}), "does not map tensors"),
+        (lambda path: _index(path, {"weight_map": {"a": "b.safetensors"}}), "no such file"),
+        (lambda path: _index(path, {"weight_map": {"zz": DENSE_FILE}}), "says that zz is in"),
+        (lambda path: _index(path, {"weight_map": {"a": "../x.safetensors"}}), "not a file beside"),
+    ],
+)
+def test_damaged_directory(tmp_path: Path, damage: Broken, said: str) -> None:
+    save_file({"a": torch.zeros(3)}, tmp_path / DENSE_FILE)
+    (tmp_path / "config.json").write_text("{}")
+    assert read_layout(tmp_path).num_bytes == 12
+    damage(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        read_layout(tmp_path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    if damage is _pickled_only:
+        assert caught.value.hint is not None and "never read" in caught.value.hint
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, said in ((tmp_path / "nowhere", "no such directory"), (tmp_path / "file", "a file")):
+        with pytest.raises(CheckpointError, match=said):
+            read_layout(path)
+
+
+def test_heads_are_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "spectool_heads.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="draft heads"):
+        read_layout(tmp_path)
+
+
+def test_truncated_shard_of_a_sharded_checkpoint(checkpoint: Any, tmp_path: Path) -> None:
+    source = checkpoint("llama", max_shard_size="20KB")
+    names = sorted(path.name for path in source.glob("model-*.safetensors"))
+    assert len(names) > 2
+    for path in source.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    last = tmp_path / names[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_layout(tmp_path)
+    last.unlink()
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_layout(tmp_path)
