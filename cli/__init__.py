@@ -1,5 +1,51 @@
-"""The command line, one file per subcommand; no algorithm lives here."""
+"""The command line, one file per subcommand; no algorithm lives here.
+
+The modules imported here import nothing heavy at their top: `--help`, `--version`, `list` and
+`inspect` finish without torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from spectool.cli import bench, doctor, evaluate, generate, inspect, list_methods, quantize
+from spectool.version import __version__
+
+app = typer.Typer(
+    name="spectool",
+    help="Compress language-model checkpoints, decode them faster, and prove what was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spectool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.add_typer(quantize.app, name="quantize")
+app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("list")(list_methods.list_methods)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:
-    raise SystemExit("under construction")
+    """The entry point of `spectool` and `python -m spectool`."""
+    app()

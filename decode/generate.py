@@ -94,7 +94,7 @@ class Runner:
         self,
         prompts: Sequence[str | Sequence[int]],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | Sequence[int] = 128,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -111,8 +111,8 @@ class Runner:
 
         `on_tokens(i, tokens, text)` hears of prompt i's tokens as they are committed; they are
         never taken back. `reuse_cache` continues from the longest common prefix with the single
-        row that the call before left, as a chat does. Ctrl-C ends the call with what is there:
-        the unfinished have finish_reason "interrupted".
+        row that the call before left, as a chat does. `max_new_tokens` may differ by prompt. Ctrl-C
+        ends the call with what is there: the unfinished have finish_reason "interrupted".
 
         Raises:
             UsageError: a wrong or contradictory option, a prompt beyond the context.
@@ -121,15 +121,17 @@ class Runner:
         pairing = rule_for(
             self.drafter.kinds(control), verify, temperature=temperature, lossy=lossy
         )
-        if max_new_tokens < 1 or batch_size < 1:
+        if isinstance(max_new_tokens, int):
+            max_new_tokens = [max_new_tokens] * len(prompts)
+        if min(max_new_tokens, default=1) < 1 or batch_size < 1:
             raise UsageError("--max-new-tokens and --batch-size must be at least 1")
         if stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer, and this model came without one")
         if not all(stop):
             raise UsageError("a stop string must not be empty")
         rows = [
-            self._row(index, prompt, Draws(seed, index), control, max_new_tokens, stop)
-            for index, prompt in enumerate(prompts)
+            self._row(index, prompt, Draws(seed, index), control, limit, stop)
+            for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True))
         ]
         try:
             for start in range(0, len(rows), batch_size):

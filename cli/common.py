@@ -1,0 +1,262 @@
+"""What all subcommands share: options, output for people and for programs, errors to exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from spectool.errors import Interrupted, SpectoolError, UsageError
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    from spectool.decode.generate import Runner
+
+SCHEMA_VERSION = 1
+
+# Off a terminal, progress is a line at most this often (seconds), besides the last one.
+QUIET_SECONDS = 60.0
+
+Model = Annotated[str, typer.Argument(help="Checkpoint: a local directory or a hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+]
+Runtime = Annotated[
+    str, typer.Option(help="Packed weights as packed codes, unpacked (dense), or auto.")
+]
+Field = Annotated[str | None, typer.Option(help="Field of .jsonl or .parquet rows to read.")]
+TemplateArg = Annotated[
+    list[str] | None, typer.Option(help="key=value for the chat template; repeatable.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to add to a prompt.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts decoded together.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample among the K likeliest; 0: all.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample within this mass; 1: all.")]
+MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Least share of the top's mass.")]
+Verify = Annotated[str | None, typer.Option(help="Verification rule; default: the exact one.")]
+Lossy = Annotated[bool, typer.Option("--lossy", help="Allow a rule that changes the output's law.")]
+Context = Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt and output.")]
+
+
+class Output:
+    """Results to stdout, everything else to stderr; one JSON object instead where asked for."""
+
+    def __init__(self, *, json_wanted: bool) -> None:
+        self.json_wanted = json_wanted
+        self.out = Console(highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.began = time.monotonic()
+        self._said = 0.0
+
+    def say(self, line: str) -> None:
+        """A line for people, to stderr."""
+        self.err.print(escape(line))
+
+    def show(self, line: Any = "") -> None:
+        """A line or table of the result, to stdout unless a program listens there."""
+        (self.err if self.json_wanted else self.out).print(
+            escape(line) if isinstance(line, str) else line
+        )
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The result for programs, if one listens."""
+        if self.json_wanted:
+            safe = _finite({"schema_version": SCHEMA_VERSION, **value})
+            sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
+            sys.stdout.flush()
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """One step of something long, with the time left from the first step on.
+
+        A line that is rewritten on a terminal; elsewhere a plain line, at most one a minute.
+        """
+        now = time.monotonic()
+        left = (now - self.began) / done * (total - done)
+        line = f"{what}: {done}/{total}, {_duration(left)} left"
+        if self.err.is_terminal:
+            self.err.print(escape(line), end="\n" if done == total else "\r")
+        elif done in (1, total) or now - self._said > QUIET_SECONDS:
+            self._said = now
+            self.say(line)
+
+
+@contextlib.contextmanager
+def session(*, json_wanted: bool = False, debug: bool = False) -> Iterator[Output]:
+    """Run a command's body: signals become resumable stops, errors one line and an exit code."""
+    output = Output(json_wanted=json_wanted)
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        _quiet_libraries()
+        yield output
+    except (KeyboardInterrupt, Interrupted) as error:
+        _fail(output, Interrupted("interrupted", hint=getattr(error, "hint", None)), debug)
+    except SpectoolError as error:
+        _fail(output, error, debug)
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does.
+        sys.stderr.close()
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(output: Output, error: SpectoolError, debug: bool) -> None:
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+    message = " ".join(str(error).split())
+    output.err.print(f"[red]error[/red]: {escape(message)}")
+    if error.hint:
+        output.err.print(f"\nhint: {escape(error.hint)}")
+    output.result({"error": {"message": message, "exit_code": error.exit_code}})
+    raise typer.Exit(error.exit_code)
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _quiet_libraries() -> None:
+    """transformers' progress bars and advice are not ours to show; our own lines say what counts.
+
+    Set through the environment, so that nothing heavy is imported for it.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+
+
+def prepare_torch(threads: int | None) -> None:
+    """Settings of a run that computes: threads, and no bars from transformers."""
+    import torch
+    import transformers
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    transformers.logging.disable_progress_bar()
+
+
+def template_arguments(pairs: list[str] | None) -> dict[str, Any]:
+    """`--template-arg` pairs as a dictionary."""
+    from spectool import text
+
+    return text.template_arguments(pairs or [])
+
+
+def open_runner(
+    output: Output,
+    model: str,
+    *,
+    draft: str | None,
+    dtype: str | None,
+    device: str,
+    runtime: str,
+    context: int | None,
+    threads: int | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> tuple[Runner, PreTrainedTokenizerBase]:
+    """The model and its drafter, opened, with a header line that says what runs."""
+    prepare_torch(threads)
+    from spectool import loading
+    from spectool.decode.generate import Runner
+
+    opened = loading.load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        runtime=runtime,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = loading.load_tokenizer(
+        model, revision=revision, trust_remote_code=trust_remote_code
+    )
+    output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
+    return Runner(opened, draft=draft, tokenizer=tokenizer, context=context), tokenizer
+
+
+def read_prompts(
+    tokenizer: Any,
+    *,
+    prompt: list[str] | None,
+    prompts: str | None,
+    field: str | None,
+    template: list[str] | None,
+    limit: int | None = None,
+) -> list[str | list[int]]:
+    """Prompts given as options, in a file, or on stdin.
+
+    Raises:
+        UsageError: given twice, or not at all.
+    """
+    from spectool import text
+
+    if prompt and prompts:
+        raise UsageError("--prompt and --prompts exclude each other")
+    found: list[str | list[int]]
+    if prompt:
+        found = list(prompt)
+    elif prompts:
+        found = text.read_prompts(
+            prompts, tokenizer, field=field, template=template_arguments(template) or None
+        )
+    elif not sys.stdin.isatty():
+        found = [sys.stdin.read()]
+    else:
+        raise UsageError("no prompt", hint="--prompt TEXT, --prompts FILE, or text on stdin")
+    return found[:limit]
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} TB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value

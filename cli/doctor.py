@@ -1,0 +1,38 @@
+"""`spectool doctor`: what this machine can do, and which packages are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectool.cli.common import Debug, Json, session, size
+
+PACKAGES = {
+    "torch": None,
+    "transformers": None,
+    "safetensors": None,
+    "bitsandbytes": "bnb",
+    "pyarrow": "data",
+    "datasets": "data",
+    "matplotlib": "eval",
+}
+
+
+def doctor(json_output: Json = False, debug: Debug = False) -> None:
+    """Processor, memory, packages, and what runs here."""
+    with session(json_wanted=json_output, debug=debug) as output:
+        from spectool import machine
+
+        found: dict[str, Any] = machine.describe()
+        output.show(f"processor: {found['processor']}, {found['cores']} cores")
+        output.show(f"threads: {found['threads']}")
+        output.show(
+            f"memory: {size(found['memory_bytes'])}, {size(machine.available_memory())} free"
+        )
+        output.show(f"gpu: {found.get('gpu', 'none that torch can use')}")
+        packages = {name: machine.version(name) for name in PACKAGES}
+        for name, version in packages.items():
+            extra = PACKAGES[name]
+            absent = "not installed" + (f" (pip install 'spectool[{extra}]')" if extra else "")
+            output.show(f"{name}: {version or absent}")
+        output.show("packed linears: unpacked in torch at every forward; no compiled kernel yet")
+        output.result({"machine": found, "packages": packages})

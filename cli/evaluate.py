@@ -1,0 +1,122 @@
+"""`spectool eval MODEL`: what did it lose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectool.cli.common import (
+    Debug,
+    Device,
+    Dtype,
+    Field,
+    Json,
+    Model,
+    Revision,
+    Runtime,
+    TemplateArg,
+    Threads,
+    TrustRemoteCode,
+    prepare_torch,
+    session,
+    template_arguments,
+)
+
+
+def evaluate(
+    model: Model,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint to compare with, or a file made by --save-reference."),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to evaluate on (.txt, .jsonl, .parquet, .gz, .xz); repeatable."),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window; default: the context, ≤ 2048.")
+    ] = None,
+    bos: Annotated[
+        bool, typer.Option("--bos", help="Open each window with the start token.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the text's first N characters.")
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(help="'KEY<=NUMBER'; exit code 3 if it does not hold; repeatable."),
+    ] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option(help="Store the model's log-probabilities in this file.")
+    ] = None,
+    save_top_k: Annotated[
+        int, typer.Option(min=0, help="Keep only the K largest of them; 0: all, lossless.")
+    ] = 0,
+    field: Field = None,
+    template_arg: TemplateArg = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    runtime: Runtime = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Windows run together; default: what fits.")
+    ] = None,
+    blockwise: Annotated[
+        bool, typer.Option("--blockwise", help="Run block by block even if the model fits.")
+    ] = False,
+    threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity of MODEL, and its distance from a reference on the same tokens."""
+    with session(json_wanted=json_output, debug=debug) as output:
+        prepare_torch(threads)
+        from spectool.evaluate import evaluate as room
+        from spectool.evaluate.gates import parse_gates
+
+        request = room.Request(
+            texts=text or (),
+            text_field=field,
+            template=template_arguments(template_arg),
+            window=window,
+            bos=bos,
+            limit=limit,
+            reference=reference,
+            save_reference=save_reference,
+            top_k=save_top_k,
+            dtype=dtype,
+            device=device,
+            runtime=runtime,
+            batch_size=batch_size,
+            blockwise=blockwise,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        gates = parse_gates(gate or (), room.figures_of(request))
+        result = room.evaluate(
+            model,
+            request,
+            say=output.say,
+            progress=lambda done, total: output.progress(done, total, "tokens scored"),
+        )
+        result["gates"] = [one.check(result) for one in gates]
+        perplexity = result["perplexity"]
+        output.show(f"perplexity: {perplexity['value']:.4f}")
+        if "kl" in result:
+            output.show(f"reference perplexity: {result['reference']['perplexity']:.4f}")
+            output.show(f"perplexity ratio: {result['perplexity_ratio']:.4f}")
+            least = "at least " if result["kl_is_lower_bound"] else ""
+            output.show(f"KL from the reference: {least}{result['kl']:.3e} nats per token")
+            output.show(f"top-1 agreement: {result['top1_agreement']:.2%}")
+        if result.get("layers"):
+            worst = max(result["layers"], key=lambda layer: float(layer["error"]))
+            output.show(f"largest layer error: {worst['error']:.2e} ({worst['name']})")
+        for one in result["gates"]:
+            word = "holds" if one["holds"] else "does not hold"
+            output.show(f"gate {one['expression']}: {word} ({one['value']:.4g})")
+        output.result(result)
+        if not all(one["holds"] for one in result["gates"]):
+            raise typer.Exit(3)

@@ -1,0 +1,160 @@
+"""`spectool generate MODEL`: run it, with any drafter."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from spectool.cli.common import (
+    BatchSize,
+    Context,
+    Debug,
+    Device,
+    Dtype,
+    Field,
+    Json,
+    Lossy,
+    MaxNewTokens,
+    MinP,
+    Model,
+    Revision,
+    Runtime,
+    Seed,
+    Temperature,
+    TemplateArg,
+    Threads,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+    Verify,
+    open_runner,
+    read_prompts,
+    session,
+)
+from spectool.errors import Interrupted
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeatable.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts: .txt (one a line) or .jsonl.")
+    ] = None,
+    draft: Annotated[
+        str, typer.Option(help="Drafter, heads or smaller checkpoint, then :key=value.")
+    ] = "auto",
+    max_new_tokens: MaxNewTokens = 128,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the output before this text; repeatable.")
+    ] = None,
+    batch_size: BatchSize = 1,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    verify: Verify = None,
+    lossy: Lossy = False,
+    context: Context = None,
+    field: Field = None,
+    template_arg: TemplateArg = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    runtime: Runtime = "auto",
+    seed: Seed = 0,
+    threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue prompts given as options, in a file or on stdin."""
+    with session(json_wanted=json_output, debug=debug) as output:
+        runner, tokenizer = open_runner(
+            output,
+            model,
+            draft=draft,
+            dtype=dtype,
+            device=device,
+            runtime=runtime,
+            context=context,
+            threads=threads,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        found = read_prompts(
+            tokenizer, prompt=prompt, prompts=prompts, field=field, template=template_arg
+        )
+        streams = not json_output and batch_size == 1
+        began = time.perf_counter()
+        shown = -1
+
+        def on_tokens(index: int, tokens: list[int], text: str) -> None:
+            nonlocal shown
+            if index != shown:
+                sys.stdout.write(_opening(found[index], tokenizer, first=shown < 0))
+                shown = index
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        results = runner.generate(
+            found,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop or (),
+            verify=verify,
+            lossy=lossy,
+            batch_size=batch_size,
+            on_tokens=on_tokens if streams else None,
+        )
+        seconds = time.perf_counter() - began
+        if streams:
+            sys.stdout.write("\n")
+        elif not json_output:
+            for index, result in enumerate(results):
+                opening = _opening(found[index], tokenizer, first=index == 0)
+                sys.stdout.write(f"{opening}{result.text}\n")
+        new_tokens = sum(len(result.token_ids) for result in results)
+        forwards = sum(result.forwards for result in results)
+        lossless = all(result.lossless for result in results)
+        output.say(
+            f"{new_tokens} tokens, {new_tokens / seconds:.1f} tok/s, "
+            f"{new_tokens / max(1, forwards):.2f} tokens per forward, drafter {draft}"
+            f"{'' if lossless else ', lossy'}"
+        )
+        output.result(
+            {
+                "results": [
+                    {
+                        "text": result.text,
+                        "token_ids": result.token_ids,
+                        "forwards": result.forwards,
+                        "drafted": result.drafted,
+                        "accepted": result.accepted,
+                        "finish_reason": result.finish_reason,
+                    }
+                    for result in results
+                ],
+                "new_tokens": new_tokens,
+                "seconds": seconds,
+                "tokens_per_second": new_tokens / seconds,
+                "forwards": forwards,
+                "tokens_per_forward": new_tokens / max(1, forwards),
+                "drafter": draft,
+                "lossless": lossless,
+            }
+        )
+        if any(result.finish_reason == "interrupted" for result in results):
+            raise Interrupted("interrupted; what was generated is shown")
+
+
+def _opening(prompt: str | list[int], tokenizer: Any, *, first: bool) -> str:
+    """What is written before a continuation: the prompt itself, so that the text reads whole."""
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    return text if first else f"\n{text}"

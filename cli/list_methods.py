@@ -1,0 +1,56 @@
+"""`spectool list`: the methods that there are."""
+
+from __future__ import annotations
+
+from typing import Annotated, get_args
+
+import typer
+
+from spectool import methods
+from spectool.cli.common import Debug, Json, session
+from spectool.errors import UsageError
+
+
+def list_methods(
+    kind: Annotated[
+        str | None, typer.Argument(help="Only this kind: quantizer, drafter or rule.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what is research and no first choice.")
+    ] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Methods by kind, each with a line and its source."""
+    with session(json_wanted=json_output, debug=debug) as output:
+        kinds = get_args(methods.Kind)
+        if kind is not None and kind.rstrip("s") not in kinds:
+            raise UsageError(f"no kind is called {kind!r}; known: {', '.join(kinds)}")
+        wanted = [
+            (name, row)
+            for name, row in methods.METHODS.items()
+            if (kind is None or row.kind == kind.rstrip("s"))
+            and (everything or row.status == "stable")
+        ]
+        width = max(len(name) for name, _ in wanted)
+        shown = None
+        for name, row in wanted:
+            if row.kind != shown:
+                output.show(f"{row.kind}s")
+                shown = row.kind
+            output.show(f"  {name:<{width}}  {row.summary}")
+        output.result(
+            {
+                "methods": [
+                    {
+                        "name": name,
+                        "kind": row.kind,
+                        "summary": row.summary,
+                        "source": row.source,
+                        "status": row.status,
+                        "runs_in": list(row.runs_in),
+                    }
+                    for name, row in wanted
+                ]
+            }
+        )
