@@ -50,8 +50,8 @@ class Int8:
     ) -> PackedFields:
         scale_n = weight_nm.abs().amax(-1).float()
         # A row of zeros may have any positive divisor.
-        step_n = torch.where(scale_n == 0, 1.0, scale_n / 127)
-        codes_nm = (weight_nm / step_n[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        steps_n = 127 / torch.where(scale_n == 0, 1.0, scale_n)
+        codes_nm = (weight_nm * steps_n[:, None]).round_().clamp_(-127, 127).to(torch.int8)
         return {"codes": codes_nm, "scale": scale_n}
 
     @classmethod

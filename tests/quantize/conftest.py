@@ -1,0 +1,129 @@
+"""One matrix through one method, and a checkpoint through a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spectool.methods import resolve
+from spectool.packed import PackedLinear
+from spectool.quantize.run import Job, quantize
+
+
+class Packed:
+    """A matrix packed by a method: its fields, and the runtime linear read back from a file."""
+
+    def __init__(self, path: Path, method: str, weight_nm: Tensor, options: dict[str, Any]) -> None:
+        packer = resolve(method, "quantizer")
+        self.config = packer.Config(**options)
+        self.weight_nm = weight_nm
+        self.fields: dict[str, Tensor] = packer.pack(
+            weight_nm, None, self.config, torch.Generator().manual_seed(0)
+        )
+        self.layout = dict(packer.layout(tuple(weight_nm.shape), self.config))
+        self.module: PackedLinear = packer.build(
+            {name: (t.dtype, tuple(t.shape)) for name, t in self.fields.items()},
+            tuple(weight_nm.shape),
+            self.config,
+        )
+        save_file({name: tensor.contiguous() for name, tensor in self.fields.items()}, path)
+        self.module.q.load_state_dict(load_file(path))
+        self.module.eval()
+
+    @property
+    def bits(self) -> float:
+        stored = sum(t.numel() * t.element_size() for t in self.fields.values())
+        return 8 * stored / self.weight_nm.numel()
+
+    @property
+    def error(self) -> float:
+        """Relative squared error of the matrix."""
+        weight = self.weight_nm.double()
+        return float((self.module.dequantize() - weight).square().sum() / weight.square().sum())
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Callable[..., Packed]:
+    """`pack("rtn", weight_nm, bits=3)`"""
+    return lambda method, weight_nm, **options: Packed(
+        tmp_path / "fields.safetensors", method, weight_nm, options
+    )
+
+
+@pytest.fixture
+def check_contract(pack: Callable[..., Packed]) -> Callable[..., None]:
+    """What every method owes: see the assertions."""
+
+    def check(method: str, weight_nm: Tensor, **options: Any) -> None:
+        torch.manual_seed(0)
+        packed = pack(method, weight_nm, **options)
+        again = pack(method, weight_nm, **options)
+        for name, (dtype, shape) in packed.layout.items():
+            field = packed.fields[name]
+            assert (field.dtype, tuple(field.shape)) == (dtype, shape), name
+            assert torch.equal(field, again.fields[name]), f"{name} is not deterministic"
+            assert torch.equal(field, packed.module.q.get_buffer(name)), f"{name} did not survive"
+        assert packed.layout.keys() == packed.fields.keys()
+
+        dense_nm = packed.module.dequantize()
+        assert dense_nm.dtype == torch.float32 and dense_nm.shape == weight_nm.shape
+        assert torch.isfinite(dense_nm).all()
+
+        n, m = weight_nm.shape
+        bias = torch.randn(n)
+        packed.module.bias = torch.nn.Parameter(bias, requires_grad=False)
+        x_BLm = torch.randn(2, 3, m)
+        want = x_BLm @ dense_nm.T + bias
+        with torch.inference_mode():
+            got = packed.module(x_BLm)
+        scale = float(want.abs().max())
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * scale)
+
+        x_BLm.requires_grad_()
+        up = torch.randn(2, 3, n)
+        packed.module(x_BLm).backward(up)
+        assert x_BLm.grad is not None
+        slope = up @ dense_nm
+        torch.testing.assert_close(
+            x_BLm.grad, slope, rtol=1e-5, atol=1e-5 * float(slope.abs().max())
+        )
+
+        for half, tolerance in ((torch.bfloat16, 2**-6), (torch.float16, 2**-8)):
+            packed.module.to(half)
+            for name, (dtype, _) in packed.layout.items():
+                assert packed.module.q.get_buffer(name).dtype == dtype, f"{name} became {half}"
+            with torch.inference_mode():
+                rough = packed.module(x_BLm.detach().to(half))
+            assert rough.dtype == half
+            torch.testing.assert_close(rough.float(), want, rtol=0, atol=tolerance * scale)
+        assert torch.equal(packed.module.dequantize(), dense_nm)
+
+    return check
+
+
+@pytest.fixture
+def compress(tmp_path: Path) -> Callable[..., Path]:
+    """`compress(source, "rtn", bits=3)`: the artifact; `out=` names it, `job=`/`run=` add more."""
+
+    def make(
+        source: Path,
+        method: str = "rtn",
+        *,
+        out: str = "out",
+        job: dict[str, Any] | None = None,
+        run: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Path:
+        config = resolve(method, "quantizer").Config(**options)
+        quantize(
+            source, tmp_path / out, Job(method=method, config=config, **(job or {})), **run or {}
+        )
+        return tmp_path / out
+
+    return make
