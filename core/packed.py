@@ -106,16 +106,37 @@ class Packer(Protocol):
     Config: type[Config]
 
     @classmethod
+    def layout(cls, shape: tuple[int, int], config: Any) -> FieldSpec:
+        """The fields of a matrix of this shape."""
+        ...
+
+    @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Any) -> PackedLinear:
         """The runtime linear with empty fields, on the current default device."""
         ...
 
 
 def build_packed(said: Mapping[str, Any], spec: FieldSpec) -> PackedLinear:
-    """The runtime linear that an artifact's entry (`method`, `options`, `shape`) describes."""
+    """The runtime linear that an artifact's entry (`method`, `options`, `shape`) describes.
+
+    Raises:
+        CheckpointError: the stored fields are not those of such a matrix.
+    """
     packer: Packer = resolve(said["method"], "quantizer")
     n, m = said["shape"]
-    return packer.build(spec, (n, m), packer.Config.from_dict(said["options"]))
+    config = packer.Config.from_dict(said["options"])
+    expected = packer.layout((n, m), config)
+    for field in sorted(spec.keys() | expected.keys()):
+        if spec.get(field) != expected.get(field):
+            raise CheckpointError(
+                f"field {field} of a packed {n} x {m} matrix is {_said(spec.get(field))}, "
+                f"expected {_said(expected.get(field))}"
+            )
+    return packer.build(spec, (n, m), config)
+
+
+def _said(header: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "absent" if header is None else f"{header[0]} {list(header[1])}"
 
 
 def swap_in(
@@ -139,7 +160,10 @@ def swap_in(
         if name not in specs:
             raise CheckpointError(f"{name}: the artifact says it is packed, but holds no codes")
         local = name.removeprefix(prefix + ".") if prefix else name
-        packed = build_packed(said, specs[name])
+        try:
+            packed = build_packed(said, specs[name])
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
         if said.get("expert"):
             tensor, _, index = local.rpartition(".")
             experts.setdefault(tensor, {})[int(index)] = packed

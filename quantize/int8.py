@@ -2,9 +2,11 @@
 
 Stored as bitsandbytes keeps them: s = max|w| of the row, q = round(127 w / s), w' = s q / 127. The
 codes are computed here and not by that library, which takes float16 only: rows beyond 65504 would
-become zeros without a word, and small ones lose their digits (0.50.2). At run time activations stay as they are: LLM.int8() would also round the activations and choose
-outlier columns over the whole batch, so that a row's result depended on its neighbours; then no
-drafter could promise the same output as plain decoding.
+become zeros without a word, and small ones lose their digits (0.50.2).
+
+At run time activations stay as they are: LLM.int8() would also round them and choose outlier
+columns over the whole batch, so that a row's result depended on its neighbours; then no drafter
+could promise the same output as plain decoding.
 
 Source: Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339), section 2.
 Shapes: n outputs, m inputs.

@@ -34,9 +34,9 @@ def reference(weight_nm: Tensor, block_size: int) -> Tensor:
     for start in range(0, len(flat), block_size):
         block = flat[start : start + block_size]
         scale = float(block.abs().max())
-        for value in block:
-            restored.append(LEVELS[(LEVELS - value / (scale or 1)).abs().argmin()] * scale)
-    return torch.stack(restored).view(weight_nm.shape)
+        nearest = (LEVELS - block[:, None] / (scale or 1)).abs().argmin(1)
+        restored.append(LEVELS[nearest] * scale)
+    return torch.cat(restored).view(weight_nm.shape)
 
 
 @pytest.mark.parametrize("block_size", [64, 256])
