@@ -149,7 +149,7 @@ def _quiet_libraries() -> None:
     if "transformers" in sys.modules:
         import transformers
 
-        transformers.logging.set_verbosity_error()
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def prepare_torch(threads: int | None) -> None:
@@ -159,7 +159,7 @@ def prepare_torch(threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def template_arguments(pairs: list[str] | None) -> dict[str, Any]:

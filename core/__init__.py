@@ -41,7 +41,7 @@ def load(
     Raises:
         InputError: the checkpoint is missing, damaged or incomplete.
     """
-    return door("load")(
+    model: PreTrainedModel = door("load")(
         path,
         dtype=dtype,
         device=device,
@@ -49,6 +49,7 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    return model
 
 
 def generate(model: PreTrainedModel | str | Path, *, prompts: Sequence[str], **options: Any) -> Any:

@@ -253,7 +253,7 @@ def _num_bytes(content: Content) -> int:
 def _pieces(content: Content) -> Iterator[memoryview]:
     if isinstance(content, Tensor):
         flat = content.detach().cpu().contiguous().reshape(-1)
-        yield memoryview(flat.view(torch.uint8).numpy())
+        yield flat.view(torch.uint8).numpy().data
         return
     dtype = DTYPES[content.dtype]
     buffer = torch.empty(min(CHUNK, content.num_bytes), dtype=torch.uint8)
@@ -262,10 +262,10 @@ def _pieces(content: Content) -> Iterator[memoryview]:
         left = content.num_bytes
         while left:
             part = buffer[: min(left, CHUNK)]
-            if file.readinto(part.numpy()) != len(part):
+            if file.readinto(part.numpy().data) != len(part):
                 raise CheckpointError(f"{content.path}: ended inside {content.name}")
             check_finite(content.name, part.view(dtype))
-            yield memoryview(part.numpy())
+            yield part.numpy().data
             left -= len(part)
 
 

@@ -93,7 +93,7 @@ def read_tensor(entry: TensorEntry, *, rows: slice | None = None) -> torch.Tenso
     data = torch.empty(num_bytes, dtype=torch.uint8)
     with entry.path.open("rb") as file:
         file.seek(start)
-        if num_bytes and file.readinto(data.numpy()) != num_bytes:
+        if num_bytes and file.readinto(data.numpy().data) != num_bytes:
             raise CheckpointError(f"{entry.path}: ended inside {entry.name}")
     return data.view(DTYPES[entry.dtype]).view(shape)
 

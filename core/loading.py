@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -56,7 +57,9 @@ def load_model(
     model = _open(checkpoint, parse_dtype(dtype), trust_remote_code=trust_remote_code)
     if runtime == "dense":
         unpack_in_place(model, dtype=model.dtype)
-    return model.to(target).eval()
+    moved: nn.Module = model
+    moved.to(target).eval()
+    return model
 
 
 def _open(

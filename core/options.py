@@ -116,7 +116,8 @@ def options_of(config: type[Config]) -> Iterator[Option]:
     """The options of a `Config` class, in the order they are written."""
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        hint, optional, choices = hints[field.name], False, ()
+        hint: Any = hints[field.name]
+        optional, choices = False, tuple[Any, ...]()
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
             members = [arm for arm in typing.get_args(hint) if arm is not type(None)]
             assert len(members) == 1, f"{config.__name__}.{field.name}: one type, or one and None"
@@ -140,7 +141,7 @@ def options_of(config: type[Config]) -> Iterator[Option]:
 def _check(field: Option, value: Any) -> None:
     if value is None and field.optional:
         return
-    wanted = (int, float) if field.type is float else field.type
+    wanted: Any = (int, float) if field.type is float else field.type
     if not isinstance(value, wanted) or (isinstance(value, bool) and field.type is not bool):
         raise UsageError(f"{field.flag} {value!r}: expected {field.type.__name__}")
     if field.choices and value not in field.choices:

@@ -10,7 +10,7 @@ Shapes: n outputs, m inputs, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,10 @@ class Fields(nn.Module):
         for name, (dtype, shape) in spec.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fields:
         for name, buffer in self._buffers.items():
             assert buffer is not None
@@ -47,6 +51,9 @@ class PackedLinear(nn.Module):
 
     A subclass implements `dequantize`, and `forward` where it has something faster.
     """
+
+    q: Fields
+    bias: nn.Parameter | None
 
     def __init__(self, spec: FieldSpec, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -218,7 +225,7 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
                     child.in_features, child.out_features, bias=False, device="meta", dtype=dtype
                 )
                 dense.weight = nn.Parameter(weight, requires_grad=False)
-                dense.bias = child.bias
+                dense.register_parameter("bias", child.bias)
                 setattr(parent, leaf, dense)
 
 

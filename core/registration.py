@@ -49,7 +49,7 @@ class SpectoolConfig(QuantizationConfigMixin):
                 f"{FORMAT_VERSION}",
                 hint="install a newer spectool",
             )
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.source = source or {}
         self.modules = modules or {}

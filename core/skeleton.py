@@ -149,7 +149,8 @@ class Skeleton:
             if plain:
                 for key in plain:
                     owner._buffers[key] = torch.empty_like(owner._buffers[key], device="cpu")
-                self._owner(path)._init_weights(owner)
+                initialise: Any = self._owner(path)._init_weights
+                initialise(owner)
         packed = self.modules if modules is None else modules
         specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
         with torch.device("meta"):
@@ -192,11 +193,14 @@ class Skeleton:
 def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Raises: UnsupportedError: transformers does not know the model type."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         hint = "--trust-remote-code runs the code in it" if "trust_remote_code" in reason else None
         raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
+    return config
 
 
 def model_class(config: PreTrainedConfig) -> Any:
@@ -227,7 +231,8 @@ def build_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         )
     # Fused expert kernels hide which expert saw which token; the plain loop shows it.
     model.set_experts_implementation("eager")
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
@@ -237,7 +242,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
         UnsupportedError: the decoder has no list of blocks.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    decoder = model.get_decoder()
+    decoder: nn.Module | None = model.get_decoder()  # type: ignore[no-untyped-call]
     if decoder is None or id(decoder) not in names:
         raise UnsupportedError(f"{type(model).__name__} has no decoder that spectool can find")
     lists = [
@@ -340,7 +345,8 @@ def _realise(
         if own in name:
             first = name.replace(own, origin.converter.target_patterns[0])
     for key, pattern in origin.stored:
-        converter.add_tensor(first, key, pattern, read.pop(key))
+        # transformers annotates futures but takes tensors as well.
+        converter.add_tensor(first, key, pattern, read.pop(key))  # type: ignore[arg-type]
     made = converter.convert(first, model=model, config=model.config)
     return {
         key: (value[0] if isinstance(value, list) else value).contiguous()

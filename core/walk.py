@@ -71,7 +71,7 @@ class Surroundings:
     ) -> None:
         self.skeleton, self.device = skeleton, device
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        head = skeleton.model.get_output_embeddings()
+        head: nn.Module | None = skeleton.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         wanted = {f"{skeleton.decoder_name}."} | {
             f"{name}." for name, module in skeleton.model.named_modules() if module is head
         }
@@ -120,7 +120,7 @@ class Surroundings:
             for token in (0, 1):
                 ids_BL = torch.full((batch, length), token, device=self.device)
                 self.embed(ids_BL)
-                recorded.append([tap.call for tap in self.taps])
+                recorded.append([tap.call for tap in self.taps if tap.call is not None])
             for first, second in zip(*recorded, strict=True):
                 if not _equal((first.args, first.kwargs), (second.args, second.kwargs)):
                     raise UnsupportedError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,7 +58,7 @@ def save_reference(
     if path.exists():
         raise UsageError(f"{path}: exists already", hint="remove it, or give another name")
     kept = min(top_k, vocabulary) or vocabulary
-    fields = {"logp": ("F32", (kept,))}
+    fields: dict[str, tuple[str, tuple[int, ...]]] = {"logp": ("F32", (kept,))}
     if top_k:
         fields |= {"top": ("I32", (kept,)), "chosen": ("F32", ())}
     try:
@@ -100,7 +100,7 @@ def save_reference(
 
 
 def _append(
-    files: dict[str, BinaryIO], batch: Batch, logp_BLV: Tensor, kept: int, top_k: int
+    files: Mapping[str, BinaryIO], batch: Batch, logp_BLV: Tensor, kept: int, top_k: int
 ) -> int:
     flat = logp_BLV.reshape(-1, logp_BLV.shape[-1])
     if top_k == 0:
@@ -145,7 +145,7 @@ class SavedReference:
 
     @property
     def is_lossless(self) -> bool:
-        return self.said["top_k"] == 0
+        return bool(self.said["top_k"] == 0)
 
     def _rows(self, name: str, batch: Batch) -> Tensor:
         before = sum(g.shape[0] * (g.shape[1] - 1) for g in self.windows.groups[: batch.group])

@@ -157,7 +157,7 @@ class Observer(TorchFunctionMode):
         self._last: Tensor | None = None
         self._shared: LinearStats | None = None
         for name, site in sites.items():
-            weight = module.get_parameter(site.parameter.removeprefix(block + "."))
+            weight: Tensor = module.get_parameter(site.parameter.removeprefix(block + "."))
             if site.expert is not None:
                 weight = weight[site.expert]
             self._names[weight.data_ptr()] = name

@@ -36,6 +36,7 @@ from .calibration import (
     PackedFields,
     Quantizer,
     Statistic,
+    Stream,
     Streams,
     fit_each,
 )
@@ -227,7 +228,7 @@ class BlockWalk:
         """The statistics the method asks for, each at the stream it names."""
         assert block.module is not None
         passes: list[dict[str, LinearStats]] = []
-        by_stream: dict[str, list[Statistic]] = {}
+        by_stream: dict[Stream, list[Statistic]] = {}
         for statistic, stream in self.method.statistics.items():
             by_stream.setdefault(stream, []).append(statistic)
         for stream, wanted in by_stream.items():

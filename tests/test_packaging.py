@@ -1,0 +1,115 @@
+"""The folder table, the import rules between rooms, and what may not be imported early."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import spectool
+
+ROOT = Path(__file__).parent.parent
+SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+# Who may import whom, by room; core is `spectool` itself.
+ALLOWED = {
+    "core": {"core", "kernels"},
+    "kernels": {"kernels"},
+    "quantize": {"quantize", "core", "kernels"},
+    "decode": {"decode", "core", "kernels"},
+    "evaluate": {"evaluate", "core", "decode"},
+    "cli": {"cli", "core", "kernels", "quantize", "decode", "evaluate"},
+}
+
+
+def python_files() -> list[tuple[str, Path]]:
+    """All modules but the entry point, which opens the top floor."""
+    return [
+        (room, path)
+        for room in ALLOWED
+        for path in sorted((ROOT / room).rglob("*.py"))
+        if path.name != "__main__.py"
+    ]
+
+
+def test_packages_match_folders() -> None:
+    listed = set(SETUP["packages"])
+    found = {
+        ".".join(["spectool", *init.parent.relative_to(ROOT).parts])
+        for room in ALLOWED
+        for init in (ROOT / room).rglob("__init__.py")
+        if room != "core"
+    }
+    assert listed == found | {"spectool"}
+    assert set(SETUP["package-dir"].values()) == set(ALLOWED)
+
+
+@pytest.mark.parametrize(("room", "path"), python_files(), ids=lambda value: str(value)[-40:])
+def test_rooms_import_only_what_they_may(room: str, path: Path) -> None:
+    for module in imports(path):
+        assert module.partition(".")[0] not in ALLOWED, f"{module}: a folder by its bare name"
+        if module.partition(".")[0] == "spectool":
+            second = module.split(".")[1] if "." in module else ""
+            target = second if second in ALLOWED and second != "core" else "core"
+            assert target in ALLOWED[room], f"{path.name} of {room} imports {module}"
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_public_face() -> None:
+    exported = {
+        name
+        for name in vars(spectool)
+        if not name.startswith("_") and callable(getattr(spectool, name))
+    }
+    listed = set(spectool.__all__)
+    assert sorted(spectool.__all__, key=str.lower) == sorted(listed, key=str.lower)
+    assert {"load", "generate", "SpectoolError", "__version__"} == listed
+    assert listed - {"__version__"} <= exported | {"SpectoolError"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["--version"],
+        ["list"],
+        ["list", "quantizers", "--json"],
+        ["quantize", "--help"],
+        ["eval", "--help"],
+        ["bench", "--help"],
+        ["generate", "--help"],
+        ["inspect", "PATH"],
+    ],
+    ids=" ".join,
+)
+def test_quick_commands_do_not_import_torch(command: list[str], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    header += b" " * (-len(header) % 8)
+    weights = len(header).to_bytes(8, "little") + header + b"\0" * 4
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    words = [str(checkpoint) if word == "PATH" else word for word in command]
+    script = (
+        "import sys\nfrom spectool.cli import app\n"
+        f"try:\n    app({words!r})\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'bitsandbytes'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
