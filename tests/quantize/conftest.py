@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectool.methods import resolve
 from spectool.packed import PackedLinear
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import Job, Report, quantize
 
 
 class Packed:
@@ -118,7 +118,7 @@ def check_contract(pack: Callable[..., Packed]) -> Callable[..., None]:
 
 @pytest.fixture
 def compress(tmp_path: Path) -> Callable[..., Path]:
-    """`compress(source, "rtn", bits=3)`: the artifact; `out=` names it, `job=`/`run=` add more."""
+    """`compress(source, "rtn", bits=3)`: the artifact; `out` names it; `job`, `run` add more."""
 
     def make(
         source: Path,
@@ -127,12 +127,15 @@ def compress(tmp_path: Path) -> Callable[..., Path]:
         out: str = "out",
         job: dict[str, Any] | None = None,
         run: dict[str, Any] | None = None,
+        reports: list[Report] | None = None,
         **options: Any,
     ) -> Path:
-        config = resolve(method, "quantizer").Config(**options)
-        quantize(
-            source, tmp_path / out, Job(method=method, config=config, **(job or {})), **run or {}
+        asked = Job(
+            method=method, config=resolve(method, "quantizer").Config(**options), **(job or {})
         )
+        report = quantize(source, tmp_path / out, asked, **(run or {}))
+        if reports is not None:
+            reports.append(report)
         return tmp_path / out
 
     return make

@@ -1,0 +1,371 @@
+"""Statistics against hooks and loops; windows of calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from spectool import methods
+from spectool.errors import TextError
+from spectool.methods import Method
+from spectool.packed import packed_modules
+from spectool.quantize.calibration import (
+    Block,
+    LinearStats,
+    Observer,
+    PackedFields,
+    Statistic,
+    Stream,
+    Streams,
+    windows,
+)
+from spectool.quantize.rtn import RTN
+from spectool.skeleton import find_blocks, find_sites
+
+Checkpoints = Callable[..., Path]
+Compress = Callable[..., Path]
+
+ALL: tuple[Statistic, ...] = ("absmax", "mean_abs", "second_moment", "hessian")
+IDS_BL = torch.randint(2, 300, (6, 33), generator=torch.Generator().manual_seed(5))
+
+
+def statistics(x_Tm: Tensor) -> dict[str, Tensor]:
+    """The four statistics, token by token, in double precision."""
+    m = x_Tm.shape[1]
+    found = {
+        "absmax": torch.zeros(m), "mean_abs": torch.zeros(m), "second_moment": torch.zeros(m),
+        "hessian": torch.zeros(m, m),
+    }  # fmt: skip
+    found = {name: value.double() for name, value in found.items()}
+    for x_m in x_Tm.double():
+        found["absmax"] = torch.maximum(found["absmax"], x_m.abs())
+        found["mean_abs"] += x_m.abs() / len(x_Tm)
+        found["second_moment"] += x_m * x_m / len(x_Tm)
+        found["hessian"] += torch.outer(x_m, x_m) / len(x_Tm)
+    return found
+
+
+def assert_same(stats: LinearStats, x_Tm: Tensor, wanted: tuple[Statistic, ...] = ALL) -> None:
+    assert stats.num_tokens == len(x_Tm)
+    for name, want in statistics(x_Tm).items():
+        found = getattr(stats, name)
+        if name not in wanted:
+            assert found is None
+            continue
+        assert found.dtype == torch.float32
+        atol = 1e-5 * float(want.abs().max())
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_running_statistics_equal_those_of_all_tokens(dtype: torch.dtype) -> None:
+    x_Tm = (torch.randn(431, 42) * torch.rand(42) * 9).to(dtype)
+    stats = LinearStats(ALL)
+    for piece in (x_Tm[:1], x_Tm[1:1], x_Tm[1:123], x_Tm[123:]):
+        stats.add(piece)
+    assert_same(stats, x_Tm)
+
+
+def inputs_of(model: nn.Module, part: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
+    """What every linear and Conv1D of `part` was given, by name, over all runs."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda m, args, out, name=name: seen.setdefault(name, []).append(
+                args[0].detach().reshape(-1, args[0].shape[-1])
+            )
+        )
+        for name, module in part.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(pieces) for name, pieces in seen.items()}
+
+
+def observe(model: PreTrainedModel, ids_BL: Tensor) -> tuple[str, Observer]:
+    """Statistics of the second block while the whole model runs in batches of four and two."""
+    _, names = find_blocks(model)
+    block = model.get_submodule(names[1])
+    sites = {site.name: site for site in find_sites(block, names[1])}
+    observer = Observer(block, names[1], sites, ALL)
+    with torch.inference_mode(), observer:
+        for batch in (ids_BL[:4], ids_BL[4:]):
+            model(input_ids=batch, use_cache=False)
+    return names[1], observer
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt", "gpt_neox"])
+def test_linears_and_conv1d_see_what_hooks_see(
+    tiny: Callable[..., PreTrainedModel], family: str
+) -> None:
+    model = tiny(family)
+    name, observer = observe(model, IDS_BL)
+    block = model.get_submodule(name)
+    with torch.inference_mode():
+        inputs = inputs_of(model, block, lambda: model(input_ids=IDS_BL, use_cache=False))
+    assert {f"{name}.{leaf}" for leaf in inputs} == set(observer.stats)
+    for leaf, x_Tm in inputs.items():
+        assert_same(observer.stats[f"{name}.{leaf}"], x_Tm)
+
+
+def test_matrices_with_one_input_share_one_object(tiny: Callable[..., PreTrainedModel]) -> None:
+    name, observer = observe(tiny("llama"), IDS_BL)
+    stats = {key.removeprefix(name + "."): value for key, value in observer.stats.items()}
+    query = stats["self_attn.q_proj"]
+    assert stats["self_attn.k_proj"] is query and stats["self_attn.v_proj"] is query
+    assert stats["mlp.gate_proj"] is stats["mlp.up_proj"]
+    assert len({id(value) for value in stats.values()}) == 4
+
+
+def routed(model: PreTrainedModel, name: str, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [T, m] that reach the experts of a block, and the experts [T, k] they go to."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    experts = next(
+        module for module in model.get_submodule(name).modules() if hasattr(module, "is_transposed")
+    )
+    handle = experts.register_forward_pre_hook(lambda m, args: seen.append((args[0], args[1])))
+    with torch.inference_mode():
+        model(input_ids=ids_BL, use_cache=False)
+    handle.remove()
+    ((x_Tm, chosen_Tk),) = seen
+    return x_Tm.reshape(-1, x_Tm.shape[-1]), chosen_Tk
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_fused_experts_see_the_tokens_routed_to_them(
+    tiny: Callable[..., PreTrainedModel], family: str
+) -> None:
+    model = tiny(family)
+    model.set_experts_implementation("eager")
+    name, observer = observe(model, IDS_BL)
+    x_Tm, chosen_Tk = routed(model, name, IDS_BL)
+    experts = [key for key in observer.stats if ".experts." in key]
+    assert len(experts) == 8
+    parameters = dict(model.named_parameters())
+    for key in experts:
+        tensor, _, index = key.rpartition(".")
+        mine_Tm = x_Tm[(chosen_Tk == int(index)).any(-1)]
+        if tensor.endswith("down_proj"):
+            gate_up = parameters[tensor.replace("down_proj", "gate_up_proj")][int(index)]
+            gate, up = (mine_Tm @ gate_up.T).chunk(2, -1)
+            mine_Tm = torch.nn.functional.silu(gate) * up
+        assert_same(observer.stats[key], mine_Tm.detach())
+
+
+# A method that exists only here: it keeps what it was shown, and packs like rtn.
+SEEN: list[dict[str, Any]] = []
+
+
+class Spy(RTN):
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(RTN.Config):
+        pass
+
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {
+        "absmax": "original",
+        "hessian": "packed",
+        "mean_abs": "packed",
+        "second_moment": "original",
+    }
+
+    @classmethod
+    def fit(
+        cls,
+        block: Block,
+        streams: Streams | None,
+        stats: Mapping[str, LinearStats],
+        config: Spy.Config,
+        generator: torch.Generator,
+    ) -> dict[str, PackedFields]:
+        assert streams is not None and block.module is not None
+        SEEN.append(
+            {
+                "name": block.name,
+                "original": streams.original.hidden_SLD.clone(),
+                "packed": streams.packed.hidden_SLD.clone(),
+                "stats": dict(stats),
+                "draw": torch.rand(3, generator=generator),
+            }
+        )
+        return {
+            key: cls.pack(weight, stats.get(key), config, generator)
+            for key, weight in block.weights.items()
+        }
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The method `spy` in the table, and what it is shown."""
+    row = Method(kind="quantizer", target=f"{__name__}:Spy", summary="", source="")
+    monkeypatch.setitem(methods.METHODS, "spy", row)
+    SEEN.clear()
+    return SEEN
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
+    return str(path)
+
+
+def block_inputs(model: PreTrainedModel, names: list[str], ids_BL: Tensor) -> list[Tensor]:
+    seen: list[Tensor] = []
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        for name in names
+    ]
+    with torch.inference_mode():
+        model(input_ids=ids_BL, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_a_method_is_shown_both_streams_and_their_statistics(
+    checkpoint: Checkpoints,
+    compress: Compress,
+    spy: list[dict[str, Any]],
+    text_file: str,
+    family: str,
+) -> None:
+    source = checkpoint(family)
+    job = {"calibration": [text_file], "samples": 5, "seq_len": 40}
+    out = compress(source, "spy", bits=2, job=job, run={"batch_size": 2})
+    original = AutoModelForCausalLM.from_pretrained(source)
+    packed = AutoModelForCausalLM.from_pretrained(out)
+    assert packed_modules(packed)
+    # The first blocks' inputs are embeddings: find the tokens by them.
+    ids_SL = calibration_ids(source, text_file, samples=5, length=40)
+    names = [shown["name"] for shown in spy]
+    for model, side in ((original, "original"), (packed, "packed")):
+        for shown, want in zip(spy, block_inputs(model, names, ids_SL), strict=True):
+            torch.testing.assert_close(shown[side], want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(spy[0]["original"], spy[0]["packed"])
+    assert not torch.allclose(spy[1]["original"], spy[1]["packed"], atol=1e-3)
+    assert not torch.equal(spy[0]["draw"], spy[1]["draw"])
+
+    # Statistics of the packed stream: the original block, fed with the packed one's hidden states.
+    shown = spy[1]
+    block = original.get_submodule(shown["name"])
+    wanted: dict[str, tuple[Statistic, ...]] = {
+        "original": ("absmax", "second_moment"),
+        "packed": ("mean_abs", "hessian"),
+    }
+    for side, asked in wanted.items():
+
+        def run(side: str = side) -> None:
+            with torch.inference_mode(), replaced_input(block, shown[side]):
+                original(input_ids=ids_SL, use_cache=False)
+
+        for leaf, x_Tm in inputs_of(original, block, run).items():
+            stats = shown["stats"][f"{shown['name']}.{leaf}"]
+            assert stats.num_tokens == 5 * 40
+            for name in asked:
+                want = statistics(x_Tm)[name]
+                atol = 1e-4 * float(want.abs().max())
+                torch.testing.assert_close(
+                    getattr(stats, name).double(), want, rtol=1e-3, atol=atol
+                )
+
+
+class replaced_input:
+    """While open, a block takes these hidden states instead of those it is given."""
+
+    def __init__(self, block: nn.Module, hidden_SLD: Tensor) -> None:
+        self.block, self.hidden_SLD = block, hidden_SLD
+
+    def __enter__(self) -> None:
+        self.handle = self.block.register_forward_pre_hook(
+            lambda m, args, kwargs: ((self.hidden_SLD, *args[1:]), kwargs), with_kwargs=True
+        )
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.remove()
+
+
+def calibration_ids(source: Path, text_file: str, *, samples: int, length: int) -> Tensor:
+    from spectool.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(source)
+    ids = tokenizer(Path(text_file).read_text(), add_special_tokens=False)["input_ids"]
+    return windows(
+        ids,
+        samples=samples,
+        length=length,
+        bos=tokenizer.bos_token_id,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def test_experts_that_saw_few_tokens_are_packed_without_statistics_and_listed(
+    checkpoint: Checkpoints,
+    compress: Compress,
+    spy: list[dict[str, Any]],
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = checkpoint("mixtral")
+    job = {"calibration": [text_file], "samples": 4, "seq_len": 32, "allow_dense": True}
+    monkeypatch.setattr("spectool.quantize.walk.MIN_EXPERT_TOKENS", 64)
+    reports: list[Any] = []
+    compress(source, "spy", bits=4, job=job, reports=reports)
+    (report,) = reports
+    for shown, block in zip(spy, report.blocks, strict=True):
+        listed = set(block["data_free"])
+        experts = {row["name"] for row in block["layers"] if ".experts." in row["name"]}
+        assert listed == experts - shown["stats"].keys()
+    # Both kinds occur: 128 tokens, each sent to two of four experts.
+    assert any(block["data_free"] for block in report.blocks)
+    assert any(
+        ".experts." in key and stats.num_tokens >= 64
+        for shown in spy
+        for key, stats in shown["stats"].items()
+    )
+
+
+def test_windows_are_pieces_of_the_text_after_the_start_token() -> None:
+    ids = list(range(100, 1100))
+    generator = torch.Generator().manual_seed(0)
+    rows = windows(ids, samples=7, length=42, bos=3, generator=generator)
+    assert rows.shape == (7, 42) and (rows[:, 0] == 3).all()
+    assert (rows[:, 2:] - rows[:, 1:-1] == 1).all() and rows[:, 1:].min() >= 100
+    assert len(set(rows[:, 1].tolist())) == 7
+    again = windows(ids, samples=7, length=42, bos=3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rows, again)
+
+
+def test_windows_without_a_start_token_reach_both_ends() -> None:
+    ids = list(range(10))
+    starts = set()
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        row = windows(ids, samples=1, length=8, bos=None, generator=generator)
+        starts.add(int(row[0, 0]))
+    assert starts == {0, 1, 2}
+
+
+def test_no_more_windows_than_the_text_holds() -> None:
+    generator = torch.Generator()
+    assert len(windows([5] * 100, samples=128, length=30, bos=None, generator=generator)) == 3
+    assert len(windows([5] * 30, samples=128, length=30, bos=None, generator=generator)) == 1
+
+
+@pytest.mark.parametrize(("have", "bos"), [(29, None), (28, 0), (0, None)])
+def test_text_shorter_than_one_window(have: int, bos: int | None) -> None:
+    with pytest.raises(TextError, match=f"has {have} tokens, fewer than one sequence of 30"):
+        windows([5] * have, samples=1, length=30, bos=bos, generator=torch.Generator())
