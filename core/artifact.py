@@ -51,11 +51,11 @@ class ArtifactWriter:
         self.partial = out.with_name(out.name + ".partial")
         self.replaced = out.with_name(out.name + ".replaced")
         check_target(out, overwrite=overwrite)
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.partial, os.O_RDONLY)
         try:
-            with _disk_errors(self.partial):
+            with disk_errors(self.partial):
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._settle()
                 check_target(out, overwrite=overwrite)
@@ -133,7 +133,7 @@ class ArtifactWriter:
             CheckpointError: a copied tensor holds NaN or infinite values.
             SpectoolError: the disk is full.
         """
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             temporary = self.partial / (shard + ".tmp")
             digest = write_safetensors(temporary, tensors, metadata)
             temporary.rename(self.partial / shard)
@@ -142,13 +142,13 @@ class ArtifactWriter:
 
     def record(self, shard: str, report: Any) -> None:
         """Replace what was recorded with a finished shard."""
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             self.manifest["shards"][shard]["report"] = report
             self._save_manifest()
 
     def finish(self, files: Mapping[str, bytes]) -> None:
         """Add the small files, and let the whole become OUT."""
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             for name, data in files.items():
                 (self.partial / name).parent.mkdir(exist_ok=True)
                 _write_synced(self.partial / name, data)
@@ -282,7 +282,8 @@ def _file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _disk_errors(place: Path) -> Iterator[None]:
+def disk_errors(place: Path) -> Iterator[None]:
+    """Say in one line what the disk refused, with the exit code that it means."""
     try:
         yield
     except BlockingIOError:

@@ -9,6 +9,7 @@ Shapes: S sequences, B sequences of a batch, L tokens of each, D width, V vocabu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,9 @@ class Activations:
         if file is None:
             self.hidden_SLD = torch.empty(shape, dtype=dtype)
         else:
+            # Claimed now: a write through a memory map cannot report a full disk, it kills.
+            with file.open("wb") as claimed:
+                os.posix_fallocate(claimed.fileno(), 0, max(1, size * dtype.itemsize))
             flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
             self.hidden_SLD = flat.view(shape)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectool.artifact import ArtifactWriter, Content
+from spectool.artifact import ArtifactWriter, Content, disk_errors
 from spectool.checkpoint import Checkpoint, check_finite, read_tensor
 from spectool.errors import UnsupportedError
 from spectool.headers import read_header
@@ -85,11 +85,12 @@ class BlockWalk:
             for index, name in enumerate(blocks):
                 if index > last:
                     break
-                tensors = following.result() if following else self._read(name)
+                present = following
                 # Reading ahead costs a second block of host memory: worth it beside a GPU only.
                 if self.device.type != "cpu" and index < last:
                     following = reader.submit(self._read, blocks[index + 1])
-                self._step(index, name, tensors, streams)
+                # Bound to no name here, or this block would live until the next one is read.
+                self._step(index, name, present.result() if present else self._read(name), streams)
                 progress(index + 1, len(blocks), name)
         for side in ("original", "packed"):
             (self.writer.path(f"activations-{side}.bin")).unlink(missing_ok=True)
@@ -130,14 +131,15 @@ class BlockWalk:
         first = around.embed(self.ids_SL[:1])
         shape = (num, length, first.shape[-1])
         in_files = 2 * self.plan.buffer_bytes > BUFFERS_IN_MEMORY
-        sides = [
-            Activations(
-                shape,
-                self.dtype,
-                file=self.writer.path(f"activations-{side}.bin") if in_files else None,
-            )
-            for side in ("original", "packed")
-        ]
+        with disk_errors(self.writer.partial):
+            sides = [
+                Activations(
+                    shape,
+                    self.dtype,
+                    file=self.writer.path(f"activations-{side}.bin") if in_files else None,
+                )
+                for side in ("original", "packed")
+            ]
         for batch in batches:
             hidden_BLD = around.embed(self.ids_SL[batch]).cpu()
             for side in sides:

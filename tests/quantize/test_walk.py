@@ -1,0 +1,303 @@
+"""The walk: killed anywhere it ends with the same bytes; one block is resident; files or memory."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectool.errors import CheckpointError, SpectoolError, UsageError
+from spectool.quantize import walk
+from spectool.quantize.rtn import RTN
+from spectool.quantize.run import Job, Report, quantize
+
+Checkpoints = Callable[..., Path]
+
+LAYERS = {"num_hidden_layers": 5}
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
+    return str(path)
+
+
+def job(text_file: str | None = None, **changes: Any) -> Job:
+    """Round to nearest; with a text, both streams are carried and output errors are measured."""
+    options = {"method": "rtn", "config": RTN.Config(bits=3), "samples": 5, "seq_len": 24}
+    return Job(**{**options, "calibration": [text_file] if text_file else None, **changes})
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def die(run: Callable[[], object], after: float, number: int = signal.SIGKILL) -> int:
+    """Do it in a forked process that gets a signal after so many seconds; its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+            os._exit(0)
+        except KeyboardInterrupt:
+            os._exit(130)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    time.sleep(after)
+    os.kill(child, number)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(
+    checkpoint: Checkpoints, tmp_path: Path, text_file: str, calibrated: bool
+) -> None:
+    source, asked = checkpoint("llama", **LAYERS), job(text_file if calibrated else None)
+    began = time.perf_counter()
+    want = quantize(source, tmp_path / "undisturbed", asked)
+    whole = time.perf_counter() - began
+    out, moments = tmp_path / "out", random.Random(0)
+    killed = 0
+    for _ in range(6):
+        if out.exists():
+            break
+        status = die(lambda: quantize(source, out, asked), moments.uniform(0.2, 0.9) * whole)
+        killed += os.WIFSIGNALED(status)
+        assert status == 0 or os.WIFSIGNALED(status)
+    assert killed
+    if not out.exists():
+        assert quantize(source, out, asked) == want
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert not out.with_name("out.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_ten_kills_of_a_real_checkpoint(shared: Path, tmp_path: Path) -> None:
+    source = shared / "models" / "stories260K"
+    asked = job(None, calibration=(), samples=16, seq_len=256)
+    began = time.perf_counter()
+    want = quantize(source, tmp_path / "undisturbed", asked)
+    whole = time.perf_counter() - began
+    moments = random.Random(1)
+    for number in range(10):
+        out = tmp_path / str(number)
+        die(lambda out=out: quantize(source, out, asked), moments.uniform(0, 1.1) * whole)
+        if not out.exists():
+            assert quantize(source, out, asked) == want
+        assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_ctrl_c_leaves_something_resumable(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = checkpoint("llama", **LAYERS), tmp_path / "out"
+    quantize(source, tmp_path / "undisturbed", job())
+
+    def slowly() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        original = RTN.pack
+
+        def pack(*arguments: Any) -> Any:
+            time.sleep(0.02)
+            return original(*arguments)
+
+        monkeypatch.setattr(RTN, "pack", pack)
+        quantize(source, out, job())
+
+    assert os.waitstatus_to_exitcode(die(slowly, 0.4, signal.SIGINT)) == 130
+    assert not out.exists()
+    before = contents(tmp_path / "out.partial")
+    done = [name for name in before if name.endswith(".safetensors")]
+    assert 0 < len(done) < 6
+    quantize(source, out, job())
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("blocks", range(6))
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_stopped_after_any_block(
+    checkpoint: Checkpoints, tmp_path: Path, text_file: str, blocks: int, calibrated: bool
+) -> None:
+    source, asked = checkpoint("llama", **LAYERS), job(text_file if calibrated else None)
+    want = quantize(source, tmp_path / "undisturbed", asked)
+
+    def stop(done: int, total: int, name: str) -> None:
+        assert total == 5 and name == f"model.layers.{done - 1}"
+        if done == blocks:
+            raise Stop
+
+    if blocks:
+        with pytest.raises(Stop):
+            quantize(source, tmp_path / "out", asked, progress=stop)
+    packed: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = walk.BlockWalk._pack
+
+        def spy(self: Any, index: int, *rest: Any) -> Any:
+            packed.append(self.skeleton.blocks[index])
+            return original(self, index, *rest)
+
+        patch.setattr(walk.BlockWalk, "_pack", spy)
+        assert quantize(source, tmp_path / "out", asked) == want
+    assert packed == [f"model.layers.{index}" for index in range(blocks, 5)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_output_errors_grow_along_the_blocks_and_shrink_with_bits(
+    checkpoint: Checkpoints, tmp_path: Path, text_file: str
+) -> None:
+    source = checkpoint("llama", **LAYERS)
+    errors = []
+    for bits in (2, 4, 8):
+        asked = job(text_file, config=RTN.Config(bits=bits))
+        report = quantize(source, tmp_path / str(bits), asked)
+        errors.append([block["output_error"] for block in report.blocks])
+        assert all(0 < error < 2 for error in errors[-1])
+    assert all(few > more > most for few, more, most in zip(*errors, strict=True))
+
+
+def test_changed_input_options_or_text_do_not_resume(
+    checkpoint: Checkpoints, tmp_path: Path, text_file: str
+) -> None:
+    source, out = checkpoint("llama", **LAYERS), tmp_path / "out"
+
+    def stop(done: int, total: int, name: str) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        quantize(source, out, job(text_file), progress=stop)
+    before = contents(tmp_path / "out.partial")
+    other = Path(text_file).with_name("other.txt")
+    other.write_text(Path(text_file).read_text().replace("sheep", "goats"))
+    for model, asked, run, said in (
+        (checkpoint("llama", seed=1, **LAYERS), job(text_file), {}, "another source"),
+        (source, job(text_file, config=RTN.Config(bits=4)), {}, r'options \({"bits": 3'),
+        (source, job(str(other)), {}, "another calibration"),
+        (source, job(text_file, seed=1), {}, "another calibration, seed"),
+        (
+            source,
+            job(text_file, skip=["layers.4"], allow_dense=True),
+            {},
+            "another allow_dense, skip",
+        ),
+        (source, job(text_file), {"batch_size": 2}, "another calibration"),
+        (source, job(text_file), {"dtype": torch.bfloat16}, "another calibration"),
+    ):
+        with pytest.raises(UsageError, match=said) as caught:
+            quantize(model, out, asked, **run)
+        assert "\n" not in str(caught.value)
+    assert contents(tmp_path / "out.partial") == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_buffers_in_files_give_the_same_bytes(
+    checkpoint: Checkpoints,
+    tmp_path: Path,
+    text_file: str,
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = checkpoint(family)
+    want = quantize(source, tmp_path / "memory", job(text_file))
+    monkeypatch.setattr(walk, "BUFFERS_IN_MEMORY", 0)
+    seen: list[str] = []
+
+    def look(done: int, total: int, name: str) -> None:
+        seen.extend(path.name for path in (tmp_path / "files.partial").glob("activations-*"))
+
+    assert quantize(source, tmp_path / "files", job(text_file), progress=look) == want
+    assert {"activations-original.bin", "activations-packed.bin"} == set(seen)
+    assert contents(tmp_path / "files") == contents(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_full_disk_is_resumable(
+    checkpoint: Checkpoints,
+    tmp_path: Path,
+    text_file: str,
+    in_files: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = checkpoint("llama-tied", intermediate_size=600)
+    asked = job(text_file, method="rtn", config=RTN.Config(bits=8), samples=12)
+    want = quantize(source, tmp_path / "undisturbed", asked)
+    if in_files:
+        monkeypatch.setattr(walk, "BUFFERS_IN_MEMORY", 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for the embeddings (41 kB), but neither for a block (66 kB) nor for a buffer in a file.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if not in_files else 42_500, hard))
+    try:
+        with pytest.raises(SpectoolError, match="the disk is full") as caught:
+            quantize(source, tmp_path / "out", asked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.exit_code == 1
+    assert quantize(source, tmp_path / "out", asked) == want
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_only_one_block_is_resident(
+    checkpoint: Checkpoints,
+    tmp_path: Path,
+    text_file: str,
+    calibrated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive: list[tuple[str, weakref.ref[torch.Tensor]]] = []
+    original = walk.BlockWalk._read
+
+    def read(self: walk.BlockWalk, block: str) -> dict[str, torch.Tensor]:
+        assert not [name for name, tensor in alive if tensor() is not None], f"at {block}"
+        found = original(self, block)
+        alive.extend((name, weakref.ref(tensor)) for name, tensor in found.items())
+        return found
+
+    monkeypatch.setattr(walk.BlockWalk, "_read", read)
+    source = checkpoint("llama", **LAYERS)
+    quantize(source, tmp_path / "out", job(text_file if calibrated else None))
+    assert len(alive) == 5 * 9
+
+
+def test_bad_weights_in_a_late_block_leave_the_early_ones(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("llama", **LAYERS)
+    original = walk.BlockWalk._read
+
+    def read(self: walk.BlockWalk, block: str) -> dict[str, torch.Tensor]:
+        tensors = original(self, block)
+        if block == "model.layers.3":
+            tensors[f"{block}.mlp.down_proj.weight"][0, 0] = float("nan")
+        return tensors
+
+    monkeypatch.setattr(walk.BlockWalk, "_read", read)
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.down_proj\.weight: 1 of"):
+        quantize(source, tmp_path / "out", job())
+    assert len(list((tmp_path / "out.partial").glob("packed-*"))) == 4
+
+
+def test_reports_name_every_matrix_once(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    report: Report = quantize(checkpoint("llama"), tmp_path / "out", job())
+    names = [layer["name"] for layer in report.layers]
+    assert len(names) == len(set(names)) == 14
+    assert all(0 < layer["error"] < 0.2 and 3 < layer["bits"] < 8 for layer in report.layers)
