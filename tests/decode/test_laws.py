@@ -104,12 +104,12 @@ def test_the_law_is_the_targets(pair: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"temperature": 1.0}, FILTERED, {"temperature": 1.5}])
+@pytest.mark.parametrize("options", [{"temperature": 1.5}, FILTERED])
 @pytest.mark.parametrize("pair", ["none", "ngram", "draft_model", "draft_model+token-match"])
 def test_the_law_is_the_targets_with_many_samples(pair: str, options: dict[str, float]) -> None:
     model = toy(0)
     pair, _, rule = pair.partition("+")
-    counts = sample(runner_for(pair, model), 100_000, verify=rule or None, **options)
+    counts = sample(runner_for(pair, model), 30_000, verify=rule or None, **options)
     assert agrees(counts, exact_law(model, Control(**options)))
 
 
