@@ -112,7 +112,7 @@ class ArtifactWriter:
             and _file_digest(self.partial / name) == said["sha256"]
         }
         for path in self.partial.iterdir():
-            if path.name not in whole:
+            if path.name not in whole and path.name != MANIFEST:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return {"identity": identity, "shards": whole}
 

@@ -237,6 +237,6 @@ def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
 def relative_error(weight_nm: Tensor, module: PackedLinear) -> float:
     """Squared error of the unpacked matrix over the squared norm of `weight_nm`."""
     restored = module.dequantize()
-    weight = weight_nm.to(restored)
-    scale = float(torch.linalg.vector_norm(weight)) ** 2
-    return float(torch.linalg.vector_norm(restored.sub_(weight))) ** 2 / scale if scale else 0.0
+    # Mixed dtypes on purpose: a float32 copy of the weights would double what this holds.
+    scale = float(torch.linalg.vector_norm(weight_nm, dtype=torch.float32)) ** 2
+    return float(torch.linalg.vector_norm(restored.sub_(weight_nm))) ** 2 / scale if scale else 0.0

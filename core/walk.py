@@ -150,7 +150,10 @@ def run_block(block: nn.Module, call: Call, hidden_BLD: Tensor) -> Tensor:
 
 
 class Activations:
-    """Hidden states [S, L, D] of all sequences between two blocks, in memory or in a file."""
+    """Hidden states [S, L, D] of all sequences between two blocks, in memory or in a file.
+
+    The file loses its name at once, so that it vanishes with the process however that ends.
+    """
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, *, file: Path | None = None
@@ -163,6 +166,7 @@ class Activations:
             with file.open("wb") as claimed:
                 os.posix_fallocate(claimed.fileno(), 0, max(1, size * dtype.itemsize))
             flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
+            file.unlink()
             self.hidden_SLD = flat.view(shape)
 
     def batches(self, size: int) -> Iterator[slice]:

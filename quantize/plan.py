@@ -122,7 +122,12 @@ def _sized(
         )
         for shape in {site.shape for block in sites.values() for site in block.values()}
     }
-    stored = skeleton.layout.tensors
+    # A checkpoint may hold tensors that the architecture does not know; they stay behind.
+    stored = {
+        key: skeleton.layout.tensors[key]
+        for origin in skeleton.origins.values()
+        for key, _ in origin.stored
+    }
     source_bytes = sum(entry.num_bytes for entry in stored.values())
     parameters = {site.parameter for block in sites.values() for site in block.values()}
     replaced = {key for name in parameters for key, _ in skeleton.origins[name].stored}

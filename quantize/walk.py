@@ -92,8 +92,6 @@ class BlockWalk:
                 # Bound to no name here, or this block would live until the next one is read.
                 self._step(index, name, present.result() if present else self._read(name), streams)
                 progress(index + 1, len(blocks), name)
-        for side in ("original", "packed"):
-            (self.writer.path(f"activations-{side}.bin")).unlink(missing_ok=True)
         reports = [self.writer.report(self._shard(i)) for i in range(len(blocks))]
         assert all(report is not None for report in reports)
         return [report for report in reports if report is not None]

@@ -1,0 +1,184 @@
+"""What a plan says beforehand against what a run then makes; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spectool.errors import UnsupportedError, UsageError
+from spectool.headers import read_layout
+from spectool.methods import resolve
+from spectool.quantize.ledger import measure
+from spectool.quantize.plan import Plan, make_plan
+from spectool.skeleton import Skeleton
+
+Checkpoints = Callable[..., Path]
+Compress = Callable[..., Path]
+
+
+def plan(
+    source: Path, method: str = "rtn", *, options: dict[str, Any] | None = None, **more: Any
+) -> Plan:
+    packer = resolve(method, "quantizer")
+    return make_plan(Skeleton(read_layout(source)), packer, packer.Config(**options or {}), **more)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("rtn", {}),
+        ("rtn", {"bits": 3, "group_size": 7, "symmetric": True}),
+        ("int8", {}),
+        ("nf4", {}),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_planned_bits_are_the_written_ones(
+    checkpoint: Checkpoints, compress: Compress, family: str, method: str, options: dict[str, Any]
+) -> None:
+    if method == "nf4":
+        pytest.importorskip("bitsandbytes")
+    source = checkpoint(family, dtype=torch.bfloat16)
+    said = plan(source, method, options=options, allow_dense=True)
+    layout = read_layout(compress(source, method, job={"allow_dense": True}, **options))
+    ledger = measure(layout)
+    assert ledger.linears == said.bits_linears
+    assert ledger.packed_weights == said.num_weights
+    assert ledger.num_parameters == said.num_parameters
+    assert layout.num_bytes == said.file_bytes
+    assert len(ledger.entries) == sum(map(len, said.sites.values()))
+
+
+def test_stray_integer_tensors_do_not_confuse_the_sizes(
+    checkpoint: Checkpoints, compress: Compress, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama", dtype=torch.bfloat16), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.masked_bias"] = torch.zeros(1000, dtype=torch.int64)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    said = plan(source)
+    written = read_layout(compress(source))
+    assert "model.layers.0.self_attn.masked_bias" not in written.tensors
+    assert said.file_bytes == written.num_bytes
+    assert said.num_parameters == measure(written).num_parameters
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hit"),
+    [
+        ("layers.0", 7),
+        ("down_proj", 2),
+        ("model.layers.1.mlp.up_proj", 1),
+        ("*.q_proj", 2),
+        ("model.layers.[01].self_attn.?_proj", 8),
+    ],
+)
+def test_skip_patterns(checkpoint: Checkpoints, pattern: str, hit: int) -> None:
+    said = plan(checkpoint("llama"), skip=[pattern], allow_dense=True)
+    assert len(said.skipped) == hit and 14 - hit == sum(map(len, said.sites.values()))
+    assert set(said.skipped.values()) == {f"--skip {pattern}"}
+
+
+def test_skipped_matrices_are_copied_bit_for_bit(
+    checkpoint: Checkpoints, compress: Compress
+) -> None:
+    source = checkpoint("llama")
+    out = compress(source, job={"skip": ["down_proj"], "allow_dense": True})
+    original = load_file(source / "model.safetensors")
+    stored = {k: t for path in out.glob("*.safetensors") for k, t in load_file(path).items()}
+    for index in (0, 1):
+        name = f"model.layers.{index}.mlp.down_proj.weight"
+        assert torch.equal(stored[name], original[name])
+    import spectool
+
+    assert type(spectool.load(out).model.layers[0].mlp.down_proj) is torch.nn.Linear
+
+
+def test_parts_of_names_are_matched_whole(checkpoint: Checkpoints) -> None:
+    source = checkpoint("llama", num_hidden_layers=11)
+    said = plan(source, skip=["layers.1"], allow_dense=True)
+    assert {name.split(".")[2] for name in said.skipped} == {"1"}
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "k_projection", "layers.7", "*.nothing"])
+def test_pattern_that_matches_nothing(checkpoint: Checkpoints, pattern: str) -> None:
+    with pytest.raises(UsageError, match="matches no linear layer") as caught:
+        plan(checkpoint("llama"), skip=["down_proj", pattern], allow_dense=True)
+    assert pattern in str(caught.value)
+
+
+def test_a_tenth_may_stay_dense_and_no_more(checkpoint: Checkpoints) -> None:
+    source = checkpoint("llama", num_hidden_layers=11)
+    said = plan(source, skip=["layers.3"])
+    assert len(said.skipped) == 7
+    with pytest.raises(UnsupportedError, match=r"18% of the blocks' weights would stay dense") as e:
+        plan(source, skip=["layers.3", "layers.4"])
+    assert e.value.hint is not None and "--allow-dense" in e.value.hint
+    assert len(plan(source, skip=["layers.3", "layers.4"], allow_dense=True).skipped) == 14
+
+
+def test_nothing_left_to_pack(checkpoint: Checkpoints) -> None:
+    with pytest.raises(UnsupportedError, match="nothing in it can be packed"):
+        plan(checkpoint("llama"), skip=["*"], allow_dense=True)
+
+
+def test_experts_of_one_tensor_stay_together(checkpoint: Checkpoints) -> None:
+    said = plan(checkpoint("mixtral"), skip=["*.gate_up_proj.2"], allow_dense=True)
+    left = [name for name, why in said.skipped.items() if why.startswith("--skip")]
+    assert len(left) == 8 and {name.rpartition(".")[2] for name in left} == {"0", "1", "2", "3"}
+
+
+def test_routers_are_named_as_dense(checkpoint: Checkpoints) -> None:
+    said = plan(checkpoint("mixtral"), allow_dense=True)
+    assert list(said.skipped.values()) == ["not a linear layer"] * 2
+
+
+def test_buffers_follow_the_tokens(checkpoint: Checkpoints) -> None:
+    source = checkpoint("llama")
+    plain, calibrated = plan(source), plan(source, calibration_tokens=1000)
+    assert plain.buffer_bytes == 0 and calibrated.buffer_bytes == 1000 * 32 * 4
+    assert calibrated.host_bytes > plain.host_bytes + 2 * calibrated.buffer_bytes
+    assert plain.device_bytes == 0 and plan(source, on_device=True).device_bytes > 0
+
+
+MEASURE = """
+import json, re, sys
+from pathlib import Path
+from spectool.quantize.run import Job, quantize
+from spectool.methods import resolve
+said = []
+packer = resolve("rtn", "quantizer")
+calibration = [sys.argv[3]] if len(sys.argv) > 3 else None
+job = Job(method="rtn", config=packer.Config(), calibration=calibration, samples=8, seq_len=256)
+quantize(sys.argv[1], Path(sys.argv[2]), job, announce=lambda plan, skeleton: said.append(plan))
+# Not ru_maxrss: a child starts with its parent's.
+peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+print(json.dumps([peak, said[0].host_bytes]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_memory_stays_within_the_plan(
+    checkpoint: Checkpoints, tmp_path: Path, calibrated: bool
+) -> None:
+    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+    source = checkpoint("llama", dtype=torch.bfloat16, **size)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(2000)))
+    arguments = [str(source), str(tmp_path / "out"), *([str(text)] if calibrated else [])]
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
+    )
+    peak, promised = json.loads(run.stdout)
+    assert peak < promised
