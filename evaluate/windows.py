@@ -10,6 +10,7 @@ Shapes: S windows, B of a batch, L tokens of each, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,7 +124,6 @@ class BlockwiseLaws:
         skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
         self.around = Surroundings(skeleton, checkpoint, dtype=dtype, device=device)
         self.device = device
-        self._scratch = tempfile.TemporaryDirectory(prefix="spectool-")
         self.hidden = [self._embed(ids_SL, dtype, batch_size) for ids_SL in windows.groups]
         for index, name in enumerate(skeleton.blocks):
             block = skeleton.materialise(
@@ -139,11 +139,10 @@ class BlockwiseLaws:
                     hidden.hidden_SLD[rows] = out_BLD.cpu()
 
     def _embed(self, ids_SL: Tensor, dtype: torch.dtype, batch_size: int) -> Activations:
-        width = self.around.embed(ids_SL[:1]).shape[-1]
-        shape = (*ids_SL.shape, width)
-        large = ids_SL.numel() * width * dtype.itemsize > HIDDEN_IN_MEMORY
-        file = Path(self._scratch.name) / f"hidden-{ids_SL.shape[1]}.bin" if large else None
-        hidden = Activations((shape[0], shape[1], shape[2]), dtype, file=file)
+        shape = (len(ids_SL), ids_SL.shape[1], self.around.embed(ids_SL[:1]).shape[-1])
+        large = math.prod(shape) * dtype.itemsize > HIDDEN_IN_MEMORY
+        with tempfile.TemporaryDirectory(prefix="spectool-") as scratch:
+            hidden = Activations(shape, dtype, file=Path(scratch) / "hidden" if large else None)
         for rows in hidden.batches(batch_size):
             hidden.hidden_SLD[rows] = self.around.embed(ids_SL[rows]).cpu()
         return hidden

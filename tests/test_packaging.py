@@ -107,7 +107,8 @@ def test_quick_commands_do_not_import_torch(command: list[str], tmp_path: Path) 
     words = [str(checkpoint) if word == "PATH" else word for word in command]
     script = (
         "import sys\nfrom spectool.cli import app\n"
-        f"try:\n    app({words!r})\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        f"try:\n    app({words!r})\n"
+        "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
         "heavy = {'torch', 'transformers', 'bitsandbytes'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

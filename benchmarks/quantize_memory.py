@@ -1,0 +1,130 @@
+"""Peak memory and speed of the block walk on a checkpoint of about a billion parameters.
+
+Makes a random bf16 Llama on disk (once), packs it with `rtn` in a process of its own and compares
+its peak resident memory with the bound: 1.5 x (largest block in float32 + activation buffers)
++ 0.6 GB. The floor for time is the bytes read and written over the disk's bandwidth.
+
+    python benchmarks/quantize_memory.py [--layers 16] [--out benchmarks/results/...json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectool.artifact import write_safetensors
+from spectool.machine import describe
+
+WIDTH, INNER, VOCABULARY = 2048, 8192, 32000
+
+
+def write_checkpoint(path: Path, layers: int) -> tuple[int, int]:
+    """A random Llama, a shard a block; returns its parameters and those of one block."""
+    path.mkdir(parents=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
+        "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": layers,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2048, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (WIDTH, WIDTH),
+        "self_attn.v_proj": (WIDTH, WIDTH), "self_attn.o_proj": (WIDTH, WIDTH),
+        "mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH),
+        "mlp.down_proj": (WIDTH, INNER),
+    }  # fmt: skip
+    weight_map: dict[str, str] = {}
+    total = 0
+
+    def shard(name: str, tensors: dict[str, torch.Tensor]) -> int:
+        write_safetensors(path / name, tensors, {})
+        weight_map.update(dict.fromkeys(tensors, name))
+        return sum(tensor.numel() for tensor in tensors.values())
+
+    def random(shape: tuple[int, ...]) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+
+    total += shard(
+        "model-outside.safetensors",
+        {
+            "model.embed_tokens.weight": random((VOCABULARY, WIDTH)),
+            "model.norm.weight": torch.ones(WIDTH, dtype=torch.bfloat16),
+        },
+    )
+    block = 0
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        tensors = {f"{prefix}{name}.weight": random(shape) for name, shape in shapes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = torch.ones(WIDTH, dtype=torch.bfloat16)
+        block = shard(f"model-{layer:03d}.safetensors", tensors)
+        total += block
+    index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total, block
+
+
+def measure(model: Path, out: Path, command: list[str]) -> dict[str, Any]:
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "spectool", *command, "--json"],
+        capture_output=True, text=True, check=True, cwd=out.parent,
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    return {**json.loads(done.stdout), "process_seconds": seconds}
+
+
+def copy_seconds(model: Path, out: Path) -> float:
+    """What the disk alone costs: the source read and written once, which is more than we write."""
+    scratch = out.with_name("copy")
+    began = time.perf_counter()
+    shutil.copytree(model, scratch)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(scratch)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        model, out = Path(scratch) / "model", Path(scratch) / "out"
+        parameters, block = write_checkpoint(model, arguments.layers)
+        command = ["quantize", "rtn", str(model), str(out), "--bits", "4"]
+        found = measure(model, out, command)
+        bound = 1.5 * 4 * block + 0.6e9
+        result = {
+            "benchmark": "quantize_memory",
+            "command": "spectool quantize rtn MODEL OUT --bits 4",
+            "machine": describe(),
+            "parameters": parameters,
+            "block_parameters": block,
+            "peak_rss_bytes": found["peak_rss_bytes"],
+            "bound_bytes": bound,
+            "peak_over_bound": found["peak_rss_bytes"] / bound,
+            "seconds": found["process_seconds"],
+            "parameters_per_second": parameters / found["process_seconds"],
+            "copy_seconds": copy_seconds(model, out),
+        }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

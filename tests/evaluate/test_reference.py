@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectool.errors import CheckpointError, UsageError
+from spectool.evaluate.fidelity import LawsReference, score
+from spectool.evaluate.reference import SavedReference, expected_bytes, save_reference
+from spectool.evaluate.windows import Windows, cut
+
+VOCABULARY = 7
+
+
+def windows(bos: int | None = 3) -> Windows:
+    ids = torch.randint(0, VOCABULARY, (41,), generator=torch.Generator().manual_seed(1)).tolist()
+    return cut(ids, length=6, bos=bos)
+
+
+def save(laws: Any, path: Path, top_k: int, bos: int | None = 3) -> SavedReference:
+    save_reference(path, windows(bos), laws(3), VOCABULARY, top_k=top_k, metadata={})
+    return SavedReference(path)
+
+
+@pytest.mark.parametrize("bos", [None, 3])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_lossless_file_stands_for_the_reference(
+    tmp_path: Path, table_laws: Any, bos: int | None, batch_size: int
+) -> None:
+    saved = save(table_laws, tmp_path / "ref", 0, bos)
+    assert [g.tolist() for g in saved.windows.groups] == [g.tolist() for g in windows(bos).groups]
+    ours = table_laws(2)
+    live = score(windows(bos), ours, VOCABULARY, reference=LawsReference(table_laws(3)))
+    read = score(saved.windows, ours, VOCABULARY, reference=saved, batch_size=batch_size)
+    assert read.reference_nll == pytest.approx(live.reference_nll, rel=1e-9)
+    assert read.kl == pytest.approx(live.kl, rel=1e-5)
+    assert read.same_top == live.same_top
+    assert read.nll == pytest.approx(live.nll, rel=1e-9)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 6])
+def test_top_k_bounds_the_kl_from_below_and_keeps_the_rest_exact(
+    tmp_path: Path, table_laws: Any, top_k: int
+) -> None:
+    saved = save(table_laws, tmp_path / "ref", top_k)
+    ours = table_laws(2)
+    live = score(windows(), ours, VOCABULARY, reference=LawsReference(table_laws(3)))
+    read = score(saved.windows, ours, VOCABULARY, reference=saved)
+    assert read.reference_nll == pytest.approx(live.reference_nll, rel=1e-6)
+    assert read.same_top == live.same_top
+    assert live.kl is not None and read.kl is not None
+    assert 0 < read.kl <= live.kl * (1 + 1e-5)
+    # With all but one token kept the rest is that token: nothing is lost.
+    if top_k == VOCABULARY - 1:
+        assert read.kl == pytest.approx(live.kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_the_stated_size_is_the_files_size(tmp_path: Path, table_laws: Any, top_k: int) -> None:
+    save(table_laws, tmp_path / "ref", top_k)
+    stated = expected_bytes(windows(), VOCABULARY, top_k)
+    header = 1000
+    assert stated <= (tmp_path / "ref").stat().st_size <= stated + header
+
+
+def test_an_existing_file_is_kept(tmp_path: Path, table_laws: Any) -> None:
+    (tmp_path / "ref").write_text("mine")
+    with pytest.raises(UsageError, match="exists already"):
+        save(table_laws, tmp_path / "ref", 0)
+    assert (tmp_path / "ref").read_text() == "mine"
+
+
+def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(2)}, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="not a reference file"):
+        SavedReference(tmp_path / "other")

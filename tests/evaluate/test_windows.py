@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import spectool
+from spectool.checkpoint import open_checkpoint
+from spectool.errors import TextError
+from spectool.evaluate.windows import BlockwiseLaws, ResidentLaws, cut
+from spectool.quantize.rtn import RTN
+from spectool.quantize.run import Job, quantize
+
+
+def test_without_start_token_the_rest_is_dropped() -> None:
+    windows = cut(list(range(23)), length=5, bos=None)
+    assert [group.tolist() for group in windows.groups] == [
+        [list(range(i, i + 5)) for i in range(0, 20, 5)]
+    ]
+    assert windows.num_tokens == 4 * 4
+
+
+def test_with_start_token_every_token_is_scored_once() -> None:
+    windows = cut(list(range(10, 33)), length=5, bos=1)
+    scored = [token for group in windows.groups for row in group for token in row[1:].tolist()]
+    assert scored == list(range(10, 33))
+    assert all((group[:, 0] == 1).all() for group in windows.groups)
+    assert windows.num_tokens == 23
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_a_text_shorter_than_a_window_is_refused(bos: int | None) -> None:
+    with pytest.raises(TextError, match="fewer than one window of 8"):
+        cut([5] * 6, length=8, bos=bos)
+
+
+def test_batches_cover_all_windows_in_order() -> None:
+    windows = cut(list(range(29)), length=4, bos=0)
+    batches = list(windows.batches(vocabulary=10, batch_size=3))
+    assert torch.equal(torch.cat([b.ids_BL for b in batches if b.group == 0]), windows.groups[0])
+    assert [b.ids_BL.shape[0] for b in batches] == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gemma3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_block_by_block_equals_resident(
+    family: str, packed: bool, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = checkpoint(family)
+    if packed:
+        path = tmp_path / "packed"
+        job = Job(method="rtn", config=RTN.Config())
+        quantize(checkpoint(family), path, job)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 300, (90,), generator=generator).tolist()
+    windows = cut(ids, length=20, bos=0)
+    resident = ResidentLaws(spectool.load(path))
+    blockwise = BlockwiseLaws(
+        open_checkpoint(path), windows, dtype=torch.float32, device=torch.device("cpu")
+    )
+    for batch in windows.batches(320, batch_size=4):
+        torch.testing.assert_close(blockwise(batch), resident(batch), rtol=0, atol=1e-6)
