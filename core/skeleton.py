@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -74,7 +75,7 @@ class Skeleton:
 
     Raises:
         UnsupportedError: an unknown or unsuitable architecture, or packed by another tool.
-        CheckpointError: tensors of the architecture are in no file.
+        CheckpointError: tensors of the architecture are in no file, or have another shape.
     """
 
     def __init__(self, layout: Layout, *, trust_remote_code: bool = False) -> None:
@@ -92,7 +93,8 @@ class Skeleton:
             raise UnsupportedError(f"{layout.path}: is quantized by {by}, not by spectool")
         else:
             self.origins = _origins(self.model, layout.tensors)
-        expected = set(self.model.state_dict()) - {
+        wanted = self.model.state_dict()
+        expected = set(wanted) - {
             name if said.get("expert") else f"{name}.weight" for name, said in self.modules.items()
         }
         if any(said.get("expert") for said in self.modules.values()):
@@ -104,6 +106,14 @@ class Skeleton:
                 f"{layout.path}: {len(missing)} tensors of {type(self.model).__name__} are in no "
                 f"file, among them {missing[0]}"
             )
+        for name in wanted.keys() & self.origins.keys():
+            stored, converter = self.origins[name].stored, self.origins[name].converter
+            shape = layout.tensors[stored[0][0]].shape
+            if converter is None and shape != tuple(wanted[name].shape):
+                raise CheckpointError(
+                    f"{layout.path}: {name} is {list(shape)}, but the configuration says "
+                    f"{list(wanted[name].shape)}"
+                )
 
     def sites(self, block: str) -> list[Site]:
         """The packable matrices of a block, in the order of its modules."""
@@ -191,15 +201,23 @@ class Skeleton:
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Raises: UnsupportedError: transformers does not know the model type."""
+    """The configuration of a checkpoint.
+
+    Raises:
+        UnsupportedError: transformers does not know the model type.
+        CheckpointError: the configuration contradicts itself.
+    """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code
         )
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        hint = "--trust-remote-code runs the code in it" if "trust_remote_code" in reason else None
+        hint = "--trust-remote-code runs the code in it" if "trust_remote_code" in str(error) else None
         raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
+    except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: its config.json is not valid: {reason}") from error
     return config
 
 
