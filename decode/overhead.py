@@ -15,7 +15,7 @@ from spectool.decode.generate import Runner
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overhead:
-    """Seconds per token, medians over the repeats."""
+    """Seconds per token, medians over the tokens."""
 
     loop: float
     bare: float
@@ -27,27 +27,43 @@ class Overhead:
 
 
 def measure_overhead(
-    model: PreTrainedModel, prompt: Sequence[int], *, new_tokens: int = 64, repeats: int = 5
+    model: PreTrainedModel, prompt: Sequence[int], *, new_tokens: int = 128
 ) -> Overhead:
-    """Decode plainly and run transformers' bare forwards by turns, so drift hits both alike."""
-    runner = Runner(model)
-    tokens = runner.generate([prompt], max_new_tokens=new_tokens)[0].token_ids
-    loop, bare = [], []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        runner.generate([prompt], max_new_tokens=new_tokens)
+    """Decode plainly and time after each step transformers' own forward of the token it fed.
+
+    By turns, token for token, so that whatever else the machine does hits both alike. The bare
+    forward has a cache of transformers and no sampling, no stopping, no text.
+    """
+    bare = _Bare(model)
+    loop_seconds, bare_seconds = [], []
+    feed, started = list(prompt), time.perf_counter()
+
+    def step(row: int, tokens: list[int], text: str) -> None:
+        nonlocal feed, started
         between = time.perf_counter()
-        _bare_forwards(model, prompt, tokens)
-        loop.append((between - started) / len(tokens))
-        bare.append((time.perf_counter() - between) / len(tokens))
-    return Overhead(loop=statistics.median(loop), bare=statistics.median(bare))
+        bare.forward(feed)
+        ended = time.perf_counter()
+        loop_seconds.append(between - started)
+        bare_seconds.append(ended - between)
+        feed, started = tokens, time.perf_counter()
+
+    Runner(model).generate([prompt], max_new_tokens=new_tokens, on_tokens=step)
+    # The first is the prompt's pass, and warms up.
+    return Overhead(
+        loop=statistics.median(loop_seconds[1:]), bare=statistics.median(bare_seconds[1:])
+    )
 
 
-@torch.inference_mode()
-def _bare_forwards(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> None:
-    cache = DynamicCache(config=model.config)
-    for feed in [list(prompt), *([token] for token in tokens[:-1])]:
-        ids = torch.tensor([feed], device=model.device)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+class _Bare:
+    """Forwards of transformers with its own cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[int]) -> None:
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
