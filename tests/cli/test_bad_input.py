@@ -1,0 +1,240 @@
+"""Bad input: one clear line, exit code 2, nothing half-written, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spectool.artifact import ArtifactWriter
+
+Spectool = Callable[..., Any]
+Checkpoint = Callable[..., Path]
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def truncated(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def emptied(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"")
+
+
+def missing(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def lying(path: Path) -> None:
+    file = path / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = next(key for key in header if key != "__metadata__")
+    header[name]["shape"][0] += 1
+    raw = json.dumps(header).encode()
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + length :])
+
+
+def overlapping(path: Path) -> None:
+    file = path / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    names = [key for key in header if key != "__metadata__"]
+    header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+    header[names[1]]["shape"] = header[names[0]]["shape"]
+    raw = json.dumps(header).encode()
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + length :])
+
+
+def not_a_number(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def infinite(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 4] = torch.inf
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def absent_file(path: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "gone.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def absent_tensor(path: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"model.gone": "model.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def unknown(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "cheese"}))
+
+
+def quantized(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+DAMAGE = {
+    truncated: "truncated",
+    emptied: "too short",
+    missing: "no safetensors weights",
+    lying: "is damaged",
+    overlapping: "overlaps",
+    not_a_number: "NaN or infinite",
+    infinite: "NaN or infinite",
+    absent_file: "gone.safetensors: no such file",
+    absent_tensor: "model.gone is in",
+    unknown: "unknown architecture",
+    quantized: "quantized already (gptq)",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint(
+    damage: Callable[[Path], None], spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = copy(checkpoint("llama"), tmp_path / "model")
+    damage(model)
+    done = spectool("quantize", "rtn", model, tmp_path / "out")
+    refuses(done, DAMAGE[damage])
+    assert not (tmp_path / "out").exists()
+    as_json = spectool("quantize", "rtn", model, tmp_path / "out", "--json")
+    assert as_json.json["error"]["exit_code"] == 2
+
+
+def refuses(done: Any, said: str) -> None:
+    assert done.code == 2, (done.code, done.err)
+    errors = [line for line in done.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and said in errors[0], done.err
+    assert "Traceback" not in done.err
+
+
+def test_no_tokenizer(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    model = copy(checkpoint("llama"), tmp_path / "model")
+    for file in model.glob("*token*"):
+        file.unlink()
+    refuses(spectool("eval", model, "--text", text), "no tokenizer")
+    refuses(spectool("generate", model, "--prompt", "a"), "no tokenizer")
+    out = tmp_path / "out"
+    refuses(spectool("quantize", "rtn", model, out, "--calibration", text), "no tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"a\0b", "binary"),
+    ],
+)
+def test_a_text_that_is_none(
+    data: bytes, said: str, spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.txt").write_bytes(data)
+    model, bad = checkpoint("llama"), tmp_path / "bad.txt"
+    refuses(spectool("eval", model, "--text", bad), said)
+    refuses(spectool("bench", model, "--prompts", bad), said)
+    refuses(spectool("quantize", "rtn", model, tmp_path / "o", "--calibration", bad), said)
+
+
+def test_a_text_shorter_than_a_window(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    model, short = checkpoint("llama"), tmp_path / "short.txt"
+    refuses(spectool("eval", model, "--text", short), "fewer than one window")
+    done = spectool("quantize", "rtn", model, tmp_path / "o", "--calibration", short)
+    refuses(done, "fewer than one sequence")
+
+
+def test_an_output_that_exists(spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model, out = checkpoint("llama"), tmp_path / "out"
+    assert spectool("quantize", "rtn", model, out).code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    refuses(spectool("quantize", "int8", model, out), "exists already")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert spectool("quantize", "int8", model, out, "--overwrite").code == 0
+    assert spectool("inspect", out, "--json").json["method"] == "int8"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    refuses(spectool("quantize", "rtn", model, mine, "--overwrite"), "not written by spectool")
+    assert (mine / "thesis.txt").exists()
+    inside = copy(model, tmp_path / "model") / "out"
+    refuses(spectool("quantize", "rtn", tmp_path / "model", inside), "outside the source")
+
+
+def test_two_runs_on_one_output(spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "out", identity={}):
+        done = spectool("quantize", "rtn", checkpoint("llama"), tmp_path / "out")
+    refuses(done, "another run is writing it")
+
+
+def test_options_that_will_not_do(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, prompts: Path
+) -> None:
+    model, out = checkpoint("llama"), tmp_path / "out"
+    refuses(spectool("quantize", "rtn", model, out, "--bits", 9), "at most 8")
+    refuses(spectool("quantize", "rtn", model, out, "--skip", "cheese"), "matches no linear")
+    refuses(spectool("quantize", "rtn", model, out, "--skip", "mlp"), "would stay dense")
+    refuses(spectool("quantize", "rtn", model, out, "--device", "cheese"), "device cheese")
+    refuses(spectool("generate", model, "--prompt", "a", "--dtype", "int3"), "dtype int3")
+    refuses(spectool("generate", model, "--prompt", "a", "--draft", "ngrm"), "ngrm")
+    refuses(spectool("generate", model, "--prompt", "a", "--runtime", "x"), "runtime x")
+    sampled = ["--temperature", 1, "--verify", "greedy"]
+    refuses(spectool("generate", model, "--prompt", "a", *sampled), "greedy")
+    refuses(spectool("bench", model, "--prompts", tmp_path / "absent.txt"), "no such file")
+    refuses(spectool("inspect", tmp_path / "absent"), "no such directory")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_exits_130_and_goes_on_later(
+    number: signal.Signals, checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    model = checkpoint("llama", num_hidden_layers=40)
+    words = [sys.executable, "-m", "spectool", "quantize", "rtn", str(model)]
+    options = ["--calibration", str(text), "--samples", "8", "--seq-len", "64"]
+    out = tmp_path / "out"
+    run = subprocess.Popen(
+        [*words, str(out), *options], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    partial = tmp_path / "out.partial"
+    deadline = time.monotonic() + 60
+    while len(list(partial.glob("*.safetensors"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(run.pid, number)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert "interrupted" in err and "Traceback" not in err
+    assert partial.exists() and not out.exists()
+    subprocess.run([*words, str(out), *options], check=True, capture_output=True, cwd=tmp_path)
+    fresh = tmp_path / "fresh"
+    subprocess.run([*words, str(fresh), *options], check=True, capture_output=True, cwd=tmp_path)
+    for path in fresh.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name

@@ -1,0 +1,233 @@
+"""Each command end to end: what it prints for people and for programs, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from safetensors import safe_open
+
+from spectool.cli import app
+
+Spectool = Callable[..., Any]
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def packed(spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    done = spectool("quantize", "rtn", checkpoint("llama"), tmp_path / "packed")
+    assert done.code == 0, done.err
+    return tmp_path / "packed"
+
+
+def stored_bits(path: Path) -> tuple[float, float]:
+    """Bits per weight of packed linears, and of all files, counted with safetensors itself."""
+    fields = weights = parameters = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                tensor = opened.get_tensor(name)
+                if ".q." in name:
+                    fields += tensor.numel() * tensor.element_size()
+                else:
+                    parameters += tensor.numel()
+    config = json.loads((path / "config.json").read_text())
+    for said in config["quantization_config"]["modules"].values():
+        weights += math.prod(said["shape"])
+    file_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return 8 * fields / weights, 8 * file_bytes / (weights + parameters)
+
+
+@pytest.mark.parametrize("method", ["rtn", "nf4", "int8"])
+def test_quantize_and_inspect_say_what_the_files_hold(
+    method: str, spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = spectool("quantize", method, checkpoint("qwen3"), out, "--json")
+    assert done.code == 0, done.err
+    result = done.json
+    assert result["schema_version"] == 1
+    wanted = {"out", "method", "bits_per_weight", "bytes", "seconds", "peak_rss_bytes", "layers"}
+    assert wanted <= result.keys()
+    assert {"name", "bits", "error"} == result["layers"][0].keys()
+    linears, file = stored_bits(out)
+    seen = spectool("inspect", out, "--json").json
+    assert {"kind", "method", "modules", "bits_per_weight", "source", "command"} <= seen.keys()
+    assert seen["kind"] == "packed" and seen["method"] == method
+    for figures in (result["bits_per_weight"], seen["bits_per_weight"]):
+        assert figures["linears"] == pytest.approx(linears, rel=1e-12)
+        assert figures["file"] == pytest.approx(file, rel=1e-12)
+    assert len(seen["modules"]) == 14
+    people = spectool("inspect", out, "--layers")
+    assert f"{linears:.4f} bits" in people.out and seen["command"] in people.out
+
+
+def test_the_command_that_inspect_prints_makes_the_same_bytes(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--bits", 3, "--symmetric", "--skip", "q_proj", "--allow-dense", "--seed", 5]
+    calibration = ["--calibration", text, "--samples", 3, "--seq-len", 24]
+    model = checkpoint("llama")
+    done = spectool("quantize", "rtn", model, first, *options, *calibration)
+    assert done.code == 0, done.err
+    words = spectool("inspect", first, "--json").json["command"].split()
+    places = {"MODEL": model, "OUT": second, "TEXT": text}
+    done = spectool(*[places.get(word, word) for word in words[1:]])
+    assert done.code == 0, done.err
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_dry_run_writes_nothing_and_foretells_the_bits(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = spectool("quantize", "rtn", checkpoint("llama"), out, "--dry-run", "--json")
+    assert done.code == 0 and not out.exists() and not list(tmp_path.glob("*.partial"))
+    for word in ("disk", "memory at most", "expected bits per weight", "left dense" * 0):
+        assert word in done.err
+    spectool("quantize", "rtn", checkpoint("llama"), out)
+    linears, _ = stored_bits(out)
+    assert done.json["expected_bits_per_weight"]["linears"] == pytest.approx(linears)
+
+
+def test_eval_compares_and_gates(
+    spectool: Spectool, checkpoint: Checkpoint, packed: Path, text: Path, tmp_path: Path
+) -> None:
+    words = ["eval", packed, "--text", text, "--window", 32, "--reference", checkpoint("llama")]
+    done = spectool(*words, "--gate", "perplexity_ratio<=100", "--json")
+    assert done.code == 0, done.err
+    result = done.json
+    assert {"value", "tokens", "window", "bos"} == result["perplexity"].keys()
+    assert {"reference", "perplexity_ratio", "kl", "top1_agreement", "gates"} <= result.keys()
+    assert result["gates"] == [
+        {
+            "expression": "perplexity_ratio<=100",
+            "value": result["perplexity_ratio"],
+            "holds": True,
+        }
+    ]
+    assert "protocol: windows of 32 tokens" in done.err
+    failed = spectool(*words, "--gate", "kl<=0")
+    assert failed.code == 3 and "does not hold" in failed.out
+    assert spectool(*words, "--gate", "speed>=1").code == 2
+    file = tmp_path / "reference"
+    words = ["eval", checkpoint("llama"), "--text", text, "--window", 32]
+    assert spectool(*words, "--save-reference", file, "--bos").code == 0
+    assert spectool("eval", packed, "--reference", file, "--json").json["kl"] > 0
+
+
+def test_generate_from_options_file_and_stdin(
+    spectool: Spectool, checkpoint: Checkpoint, prompts: Path
+) -> None:
+    model = checkpoint("llama")
+    done = spectool("generate", model, "--prompts", prompts, "--max-new-tokens", 9, "--json")
+    assert done.code == 0, done.err
+    result = done.json
+    assert {"text", "token_ids", "forwards"} <= result["results"][0].keys()
+    keys = "new_tokens seconds tokens_per_second forwards tokens_per_forward drafter lossless"
+    assert set(keys.split()) <= result.keys()
+    assert len(result["results"]) == 2 and result["lossless"] is True
+    plain = spectool(
+        "generate", model, "--prompts", prompts, "--max-new-tokens", 9, "--json", "--draft", "none",
+        "--batch-size", 2,
+    )  # fmt: skip
+    assert plain.json["tokens_per_forward"] == 1.0
+    for ours, theirs in zip(result["results"], plain.json["results"], strict=True):
+        assert ours["token_ids"] == theirs["token_ids"] and ours["text"] == theirs["text"]
+    piped = spectool("generate", model, "--max-new-tokens", 9, stdin="from pathlib import Path")
+    assert piped.out == "from pathlib import Path" + result["results"][0]["text"] + "\n"
+    assert "tok/s" in piped.err
+    both = spectool("generate", model, "--prompt", "a", "--prompts", prompts)
+    assert both.code == 2 and "exclude each other" in both.err
+
+
+def test_bench_lists_drafters_in_order(
+    spectool: Spectool, checkpoint: Checkpoint, prompts: Path
+) -> None:
+    drafts = ["ngram", f"{checkpoint('llama', seed=1)}:depth=2"]
+    words = ["bench", checkpoint("llama"), "--prompts", prompts, "--max-new-tokens", 12]
+    done = spectool(*words, "--draft", drafts[0], "--draft", drafts[1], "--json")
+    assert done.code == 0, done.err
+    result = done.json
+    assert result["machine"]["threads"] >= 1
+    assert [row["name"] for row in result["drafters"]] == drafts
+    keys = "name drafted accepted tokens_per_forward tokens_per_second speedup identical prompts"
+    for row in result["drafters"]:
+        assert {*keys.split(), "lossless"} <= row.keys()
+        assert row["identical"] == row["prompts"] == 2
+    assert "kept" in spectool(*words).out
+
+
+def test_bench_exits_1_when_a_lossless_drafter_changes_the_output(
+    spectool: Spectool,
+    checkpoint: Checkpoint,
+    prompts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from spectool.evaluate import bench
+
+    figures = bench._figures
+
+    def lie(name: str, results: Any, seconds: float) -> dict[str, Any]:
+        if name == "ngram":
+            results[0].token_ids[-1] ^= 1
+        return figures(name, results, seconds)
+
+    monkeypatch.setattr(bench, "_figures", lie)
+    words = ["bench", checkpoint("llama"), "--prompts", prompts, "--max-new-tokens", 8]
+    done = spectool(*words, "--draft", "ngram")
+    assert done.code == 1 and "differs from plain decoding" in done.err
+
+
+def test_list_and_doctor(spectool: Spectool) -> None:
+    everything = spectool("list", "--json").json["methods"]
+    assert {row["name"] for row in everything} >= {"rtn", "nf4", "int8", "ngram", "chain"}
+    only = spectool("list", "drafter").out
+    assert "ngram" in only and "rtn" not in only
+    assert spectool("list", "cheese").code == 2
+    doctor = spectool("doctor", "--json").json
+    assert doctor["packages"]["torch"] and doctor["machine"]["processor"]
+
+
+def test_a_model_in_the_methods_place_gets_a_hint(
+    spectool: Spectool, checkpoint: Checkpoint
+) -> None:
+    done = spectool("quantize", checkpoint("llama"), "out")
+    assert done.code == 2 and "the method comes first" in done.err
+    assert "did you mean rtn" in spectool("quantize", "rnt", "m", "o").err
+
+
+def commands() -> list[tuple[str, Any]]:
+    from spectool.cli.quantize import command
+    from spectool.methods import names
+
+    root: Any = typer.main.get_command(app)
+    found = [(name, command) for name, command in root.commands.items() if name != "quantize"]
+    return found + [(f"quantize {name}", command(name)) for name in names("quantizer")]
+
+
+@pytest.mark.parametrize(("name", "command"), commands(), ids=lambda value: str(value)[:14])
+def test_every_option_says_what_it_is(name: str, command: Any) -> None:
+    assert command.help
+    for parameter in command.params:
+        assert parameter.help and parameter.help.endswith("."), f"{name} {parameter.name}"
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    import importlib.util
+
+    root = Path(__file__).parent.parent.parent
+    spec = importlib.util.spec_from_file_location("ref", root / "docs/make_reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (root / "docs/reference.md").read_text() == module.reference()
