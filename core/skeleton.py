@@ -213,7 +213,9 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedCon
         )
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        hint = "--trust-remote-code runs the code in it" if "trust_remote_code" in str(error) else None
+        hint = (
+            "--trust-remote-code runs the code in it" if "trust_remote_code" in str(error) else None
+        )
         raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
     except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())

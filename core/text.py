@@ -21,6 +21,8 @@ from spectool.errors import TextError, require
 BUILTIN = "built-in calibration text"
 TEXT_FIELDS = ("text", "content", "document", "story")
 PROMPT_FIELDS = ("prompt", "text", "question", "instruction")
+ROW_KINDS = (".jsonl", ".json", ".ndjson")
+TEXT_KINDS = (".txt", ".md", ".py", ".raw", "")
 CHAT_FIELDS = ("messages", "turns")
 HUB_PREFIX = "hub:"
 
@@ -50,13 +52,17 @@ def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -
     path = Path(source)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = next((suffix for suffix in reversed(suffixes) if suffix not in (".gz", ".xz")), "")
+    if kind not in (*ROW_KINDS, *TEXT_KINDS, ".parquet"):
+        raise TextError(
+            f"{path}: unknown kind {kind}; expected .txt, .jsonl or .parquet, or .gz/.xz"
+        )
     if not path.is_file():
         raise TextError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     if kind == ".parquet":
         yield from (_row(source, i, row, field, prompts) for i, row in _parquet_rows(path))
         return
     text = _decode(path)
-    if kind in (".jsonl", ".json", ".ndjson"):
+    if kind in ROW_KINDS:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
@@ -64,15 +70,10 @@ def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -
                 except ValueError as error:
                     raise TextError(f"{path}:{number}: not valid JSON: {error}") from error
                 yield _row(source, number, row, field, prompts)
-    elif kind in (".txt", ".md", ".py", ".raw", ""):
-        if prompts:
-            yield from (Row(line.rstrip("\r")) for line in text.split("\n") if line.strip())
-        else:
-            yield Row(text)
+    elif prompts:
+        yield from (Row(line.rstrip("\r")) for line in text.split("\n") if line.strip())
     else:
-        raise TextError(
-            f"{path}: unknown kind {kind}; expected .txt, .jsonl or .parquet, or .gz/.xz"
-        )
+        yield Row(text)
 
 
 def read_text(

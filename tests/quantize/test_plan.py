@@ -151,7 +151,7 @@ def test_buffers_follow_the_tokens(checkpoint: Checkpoints) -> None:
     assert plain.device_bytes == 0 and plan(source, on_device=True).device_bytes > 0
 
 
-MEASURE = """
+MEASURE = r"""
 import json, re, sys
 from pathlib import Path
 from spectool.quantize.run import Job, quantize

@@ -1,0 +1,101 @@
+"""A dataclass's fields become flags, `key=value` pairs and metadata, and check themselves."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, dataclass
+from typing import Any, Literal
+
+import pytest
+
+from spectool import options
+from spectool.errors import UsageError
+from spectool.options import option, options_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example(options.Config):
+    bits: int = option(4, "width", minimum=2, maximum=8)
+    rate: float = option(0.5, "learning rate", minimum=0)
+    fast: bool = option(False, "no waiting")
+    law: Literal["normal", "uniform"] = option("normal", "of the noise")
+    block: Literal[64, 128] = option(64, "size")
+    limit: int | None = option(None, "no more than these")
+    name_of_it: str = option("x", "called so")
+
+    def validate(self) -> None:
+        if self.fast and self.bits > 4:
+            raise UsageError("fast works up to 4 bits")
+
+
+def test_options_in_order_with_everything_a_surface_needs() -> None:
+    found = {field.name: field for field in options_of(Example)}
+    assert list(found) == ["bits", "rate", "fast", "law", "block", "limit", "name_of_it"]
+    bits = found["bits"]
+    assert (bits.type, bits.default, bits.help, bits.minimum, bits.maximum) == (
+        int, 4, "width", 2, 8,
+    )  # fmt: skip
+    assert found["law"].choices == ("normal", "uniform") and found["law"].type is str
+    assert found["block"].choices == (64, 128) and found["block"].type is int
+    assert found["limit"].optional and found["limit"].type is int
+    assert found["name_of_it"].flag == "--name-of-it"
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", {}),
+        ("bits=3", {"bits": 3}),
+        ("bits=3,fast=yes,rate=1e-3", {"bits": 3, "fast": True, "rate": 1e-3}),
+        ("fast=0, law=uniform ,block=128", {"fast": False, "law": "uniform", "block": 128}),
+        ("limit=none", {"limit": None}),
+        ("limit=7,name-of-it=a b", {"limit": 7, "name_of_it": "a b"}),
+    ],
+)
+def test_written_as_text(text: str, values: dict[str, Any]) -> None:
+    assert Example.from_text(text) == Example(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bits", "expected key=value"),
+        ("bits=x", "bits=x: expected int"),
+        ("bits=3.5", "expected int"),
+        ("fast=perhaps", "expected true or false"),
+        ("bots=3", "unknown option 'bots'; known: bits, rate"),
+        ("bits=1", "--bits 1: must be at least 2"),
+        ("bits=9", "must be at most 8"),
+        ("law=cauchy", "expected one of normal, uniform"),
+        ("block=65", "expected one of 64, 128"),
+        ("fast=true,bits=5", "fast works up to 4 bits"),
+        ("bits=none", "expected int"),
+    ],
+)
+def test_refused_texts(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        Example.from_text(text)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"bits": "4"}, {"bits": True}, {"bits": 4.0}, {"fast": 1}, {"rate": "x"}, {"bits": None},
+     {"law": 3}],
+)  # fmt: skip
+def test_refused_values(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Example(**values)
+
+
+def test_metadata_round_trip() -> None:
+    config = Example(bits=3, rate=1, limit=5)
+    assert Example.from_dict(config.as_dict()) == config
+    with pytest.raises(UsageError, match="unknown option"):
+        Example.from_dict({"bots": 3})
+
+
+def test_frozen_and_keyword_only() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Example().bits = 5  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Example(5)  # type: ignore[misc]

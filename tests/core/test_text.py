@@ -1,0 +1,265 @@
+"""Every kind of file, row and damage that texts and prompts come in."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectool.errors import MissingExtra, TextError
+from spectool.text import encode, read_prompts, read_rows, read_text, render, template_arguments
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if mood %}({{ mood }}){% endif %}{% endif %}"
+)
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """`write("a.jsonl", rows)`: a file of text, bytes or rows; its path as a string."""
+
+    def make(name: str, content: Any) -> str:
+        path = tmp_path / name
+        if isinstance(content, list):
+            content = "\n".join(json.dumps(row, ensure_ascii=False) for row in content)
+        data = content if isinstance(content, bytes) else content.encode()
+        opener: Any = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix)
+        path.write_bytes(opener(data) if opener else data)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def chatty() -> Any:
+    """A tokenizer with a chat template."""
+    import copy
+
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, "[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    made = copy.copy(made)
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_plain_text_however_compressed(write: Write, suffix: str) -> None:
+    path = write("a.txt" + suffix, "één\n\ntwo\n")
+    assert read_text([path], None) == "één\n\ntwo\n"
+    assert read_prompts(path, None) == ["één", "two"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_rows_however_compressed(write: Write, suffix: str) -> None:
+    rows = [{"text": "one", "id": 1}, {"text": "two", "id": 2}]
+    path = write("a.jsonl" + suffix, rows)
+    assert read_text([path], None) == "one\n\ntwo"
+    assert read_prompts(path, None) == ["one", "two"]
+
+
+def test_byte_order_mark_windows_lines_and_rare_separators(write: Write) -> None:
+    assert read_prompts(write("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n"), None) == ["one", "two"]
+    odd = "a\u2028b\x0bc\x85d"
+    assert read_prompts(write("b.txt", f"{odd}\nnext"), None) == [odd, "next"]
+    assert read_prompts(write("c.jsonl", [{"prompt": odd}, {"prompt": "x"}]), None) == [odd, "x"]
+
+
+def test_several_files_are_one_text(write: Write) -> None:
+    sources = [write("a.txt", "one"), write("b.jsonl.gz", ["two", "three"])]
+    assert read_text(sources, None) == "one\n\ntwo\n\nthree"
+
+
+def test_builtin_text_when_nothing_is_given() -> None:
+    text = read_text([], None)
+    assert len(text) > 10_000 and text.isprintable() is False and "\0" not in text
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"text": "t", "content": "c"}, "t"),
+        ({"content": "c", "other": "o"}, "c"),
+        ({"story": "s", "n": 3}, "s"),
+        ({"unusual": "u", "n": 3}, "u"),
+    ],
+)
+def test_the_field_is_found(write: Write, row: dict[str, Any], text: str) -> None:
+    assert read_text([write("a.jsonl", [row])], None) == text
+
+
+def test_prompts_prefer_other_fields(write: Write) -> None:
+    path = write("a.jsonl", [{"text": "t", "prompt": "p"}, {"question": "q", "answer": "a"}])
+    assert read_prompts(path, None) == ["p", "q"]
+
+
+def test_a_named_field_wins(write: Write) -> None:
+    path = write("a.jsonl", [{"text": "t", "mine": "m"}])
+    assert read_text([path], None, field="mine") == "m"
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "said"),
+    [
+        ({"a": "x", "b": "y"}, None, "no field that is surely the text among a, b"),
+        ({"n": 3}, None, "no field that is surely"),
+        ({"text": "x"}, "body", "field 'body' is absent"),
+        ({"text": 3}, None, "field 'text' is no text"),
+        ({"messages": []}, None, "field 'messages' is no text"),
+        ([1, 2], None, "expected an object"),
+        (3, None, "expected an object"),
+    ],
+)
+def test_rows_without_a_text(write: Write, row: Any, field: str | None, said: str) -> None:
+    path = write("a.jsonl", [{"text": "fine", "body": "fine"}, row])
+    with pytest.raises(TextError, match=said) as caught:
+        read_text([path], None, field=field)
+    assert str(caught.value).startswith(f"{path}:2: ") and "\n" not in str(caught.value)
+
+
+def test_conversations_go_through_the_template(write: Write, chatty: Any) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    path = write("a.jsonl", [{"messages": messages}, {"turns": ["one", "two"]}])
+    assert read_text([path], chatty) == "<user>hi<assistant>hello\n\n<user>one<user>two"
+    # As a prompt a list of turns is its first turn, and the assistant is to speak.
+    rows = list(read_rows(path, prompts=True))
+    found = [render(row, chatty, prompt=True, template={"mood": "calm"}) for row in rows]
+    assert found == ["<user>hi<assistant>hello<assistant>(calm)", "<user>one<assistant>(calm)"]
+    # As token ids, with nothing before what the template wrote.
+    plain = [encode(chatty, render(row, chatty, prompt=True)) for row in rows]
+    assert read_prompts(path, chatty) == plain
+
+
+def test_conversations_without_a_template(write: Write, chatty: Any) -> None:
+    path = write("a.jsonl", [{"turns": ["one"]}])
+    chatty.chat_template = None
+    for tokenizer in (None, chatty):
+        with pytest.raises(TextError, match="no chat template") as caught:
+            read_prompts(path, tokenizer)
+        assert caught.value.hint is not None and "--field" in caught.value.hint
+
+
+def test_template_that_refuses(write: Write, chatty: Any) -> None:
+    chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(TextError, match="roles must alternate"):
+        read_prompts(write("a.jsonl", [{"turns": ["one"]}]), chatty)
+
+
+def test_template_arguments() -> None:
+    found = template_arguments(["think=false", "n=3", "name=Ann", "list=[1]", "odd=a=b"])
+    assert found == {"think": False, "n": 3, "name": "Ann", "list": [1], "odd": "a=b"}
+    with pytest.raises(TextError, match="expected key=value"):
+        template_arguments(["think"])
+
+
+def test_parquet(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = str(tmp_path / "a.parquet")
+    parquet.write_table(arrow.table({"text": ["one", "two"], "id": [1, 2]}), path)
+    assert read_text([path], None) == "one\n\ntwo"
+    parquet.write_table(arrow.table({"turns": [["hi", "ho"]]}), path)
+    assert [row.messages[1]["content"] for row in read_rows(path)] == ["ho"]
+    Path(path).write_bytes(b"PAR1 no")
+    with pytest.raises(TextError, match="not a parquet file"):
+        read_text([path], None)
+
+
+def test_extras_are_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    for source in (write("a.parquet", "x"), "hub:someone/something"):
+        with pytest.raises(MissingExtra) as caught:
+            read_text([source], None)
+        assert caught.value.hint == "pip install 'spectool[data]'"
+
+
+def test_hub_data_sets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    asked: list[Any] = []
+    fake = types.ModuleType("datasets")
+
+    def load_dataset(*arguments: Any, **options: Any) -> list[dict[str, str]]:
+        asked.append((arguments, options))
+        if arguments[0] == "no/such":
+            raise FileNotFoundError("Dataset 'no/such'\ndoes not exist")
+        return [{"text": "one"}, {"text": "two"}]
+
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    for source, config, split in (
+        ("hub:a/b", None, "train"),
+        ("hub:a/b:test", None, "test"),
+        ("hub:a/b:en:test", "en", "test"),
+    ):
+        assert read_text([source], None) == "one\n\ntwo"
+        assert asked.pop() == (("a/b", config), {"split": split, "streaming": True})
+    with pytest.raises(TextError, match=r"^hub:no/such: Dataset 'no/such'$"):
+        read_text(["hub:no/such"], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b" \n\t\n", "is empty"),
+        ("a.txt.gz", b"", "is empty"),
+        ("a.txt", b"abc\xff\xfe", r"not UTF-8 text \(byte 3\)"),
+        ("a.txt", b"ELF\0\0\1", "binary"),
+        ("a.jsonl", b'{"text": "x"}\n{"text":', "a.jsonl:2: not valid JSON"),
+        ("a.jsonl", b'[\n  {"text": "x"}\n]', "a.jsonl:1: not valid JSON"),
+        ("a.pdf", b"x", "unknown kind .pdf"),
+        ("a.tar.bz2", bz2.compress(b"x"), "unknown kind .bz2"),
+    ],
+)
+def test_damaged_texts(write: Write, name: str, content: bytes, said: str) -> None:
+    with pytest.raises(TextError, match=said) as caught:
+        read_text([write(name, content)], None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not compressed"])
+def test_damaged_archives(write: Write, suffix: str, damage: str) -> None:
+    path = Path(write("a.txt" + suffix, "some text " * 1000))
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        data = data[:-20]
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 0xFF
+    else:
+        data = bytearray(b"some text")
+    path.write_bytes(data)
+    with pytest.raises(TextError, match="cannot be read"):
+        read_text([str(path)], None)
+
+
+def test_absent_files_and_directories(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="no such file"):
+        read_text([str(tmp_path / "a.txt")], None)
+    with pytest.raises(TextError, match="is a directory"):
+        read_text([str(tmp_path)], None)
+
+
+def test_texts_and_prompts_of_blank_rows(write: Write) -> None:
+    path = write("a.jsonl", [{"text": " "}, {"text": "\n"}])
+    with pytest.raises(TextError, match="holds no text"):
+        read_text([path], None)
+
+
+def test_encoding_adds_nothing_and_does_not_warn(chatty: Any) -> None:
+    chatty.model_max_length = 4
+    assert encode(chatty, "a b " * 50) == [0, 1] * 50
