@@ -55,5 +55,5 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
         assert module.__spec__ is not None
-        module.__spec__.loader = self.loader
+        module.__spec__.loader = module.__loader__ = self.loader
         _register()

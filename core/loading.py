@@ -10,11 +10,15 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from spectool import registration  # noqa: F401
+from spectool import machine, registration  # noqa: F401
 from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.errors import CheckpointError, UsageError
+from spectool.headers import Layout
 from spectool.packed import packed_modules, unpack_in_place
 from spectool.skeleton import model_class, read_config
+
+# `auto` unpacks where the dense weights take at most this share of the memory that is free.
+DENSE_SHARE = 0.5
 
 RUNTIMES = ("auto", "packed", "dense")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +49,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
-    runtime: str = "auto",
+    runtime: str = "packed",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -54,12 +58,47 @@ def load_model(
         raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     target = check_device(device)
     checkpoint = open_checkpoint(path, revision=revision)
-    model = _open(checkpoint, parse_dtype(dtype), trust_remote_code=trust_remote_code)
-    if runtime == "dense":
-        unpack_in_place(model, dtype=model.dtype)
+    wanted = parse_dtype(dtype) or default_dtype(checkpoint.layout, target)
+    model = _open(checkpoint, wanted, trust_remote_code=trust_remote_code)
     moved: nn.Module = model
     moved.to(target).eval()
+    if runtime == "dense" or (runtime == "auto" and _better_dense(model)):
+        unpack_in_place(model, dtype=model.dtype)
     return model
+
+
+def own_dtype(layout: Layout) -> torch.dtype:
+    """The dtype that a checkpoint says it is to run in."""
+    text_config = layout.config.get("text_config") or {}
+    places = (
+        layout.config.get("dtype"),
+        layout.config.get("torch_dtype"),
+        text_config.get("dtype"),
+    )
+    return parse_dtype(next(filter(None, places), None)) or torch.float32
+
+
+def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
+    """The checkpoint's own dtype, or float32 on a processor where that one crawls.
+
+    A processor without instructions for bfloat16 emulates it, and none here has any for float16
+    worth using; float32 holds the values of both exactly.
+    """
+    own = own_dtype(layout)
+    slow = own == torch.float16 or (own == torch.bfloat16 and not machine.has_bfloat16())
+    return torch.float32 if device.type == "cpu" and slow else own
+
+
+def _better_dense(model: PreTrainedModel) -> bool:
+    """Whether codes would be unpacked at every forward here, and memory holds them unpacked."""
+    packed = packed_modules(model)
+    if not packed or any(module.has_kernel() for module in packed.values()):
+        return False
+    weights = sum(module.in_features * module.out_features for module in packed.values())
+    needed = weights * model.dtype.itemsize
+    if model.device.type == "cuda":
+        return needed < DENSE_SHARE * torch.cuda.mem_get_info(model.device)[0]
+    return needed < DENSE_SHARE * machine.available_memory()
 
 
 def _open(
@@ -119,6 +158,10 @@ def load_tokenizer(
 
 def describe_runtime(model: PreTrainedModel) -> str:
     """What the weights run as, for the header of a run."""
-    packed = len(packed_modules(model))
+    packed = packed_modules(model)
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"packed ({packed} linears), {dtype}" if packed else f"dense, {dtype}"
+    if packed:
+        way = "by kernel" if all(m.has_kernel() for m in packed.values()) else "unpacked each time"
+        return f"{len(packed)} linears packed ({way}), {dtype}"
+    unpacked = getattr(model.config, "quantization_config", None) is not None
+    return f"{'unpacked to dense once' if unpacked else 'dense'}, {dtype}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
 from importlib import metadata
@@ -36,6 +37,15 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16 products (True where it is unknown)."""
+    try:
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        return True
+    return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags[1].split()))
 
 
 def describe() -> dict[str, Any]:

@@ -76,6 +76,10 @@ class PackedLinear(nn.Module):
         """The matrix W [n, m] in float32, exactly as the codes say."""
         raise AssertionError("every method's module defines this")
 
+    def has_kernel(self) -> bool:
+        """Whether `forward` here works on the codes instead of unpacking them each time."""
+        return False
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spectool import options
@@ -66,12 +65,3 @@ class Int8Linear(PackedLinear):
 
     def dequantize(self) -> Tensor:
         return self.q.codes.float() * (self.q.scale / 127)[:, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Sums of products with codes leave float16's range, though the scaled ones are inside.
-        if x.dtype == torch.float16:
-            return super().forward(x)
-        # Codes up to 127 are exact in every float type; the scale is applied to the sums.
-        y = F.linear(x, self.q.codes.to(x.dtype)) * (self.q.scale / 127)
-        y = y.to(x.dtype)
-        return y if self.bias is None else y + self.bias

@@ -133,8 +133,12 @@ class NF4Linear(PackedLinear):
         weight: Tensor = bitsandbytes().functional.dequantize_4bit(self.q.codes.view(-1, 1), flat)
         return weight.view(self.out_features, self.in_features)
 
+    def has_kernel(self) -> bool:
+        # On a CPU bitsandbytes' general product unpacks the whole matrix at every call.
+        return self.q.codes.is_cuda and self.in_features % self.config.block_size == 0
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_features % self.config.block_size:
+        if not self.has_kernel():
             return super().forward(x)
         out: Tensor = bitsandbytes().matmul_4bit(
             x,

@@ -49,7 +49,7 @@ def die(
     number: int = signal.SIGKILL,
     ready: Callable[[], bool] = lambda: True,
 ) -> int:
-    """Do it in a forked process that gets a signal so many seconds after it is ready; its status."""
+    """Do it in a forked process that gets a signal `after` seconds since `ready`; its status."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,0 +1,142 @@
+"""Opening checkpoints: dtypes, runtimes, devices, tokenizers, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import spectool
+from spectool.errors import CheckpointError, InputError, UsageError
+from spectool.loading import describe_runtime, load_tokenizer
+from spectool.packed import PackedExperts, packed_modules
+from spectool.quantize.rtn import RTN
+from spectool.quantize.run import Job, quantize
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture
+def artifact(checkpoint: Checkpoints, tmp_path: Path) -> Path:
+    out = tmp_path / "artifact"
+    quantize(checkpoint("llama"), out, Job(method="rtn", config=RTN.Config()))
+    return out
+
+
+def test_public_face() -> None:
+    assert spectool.__all__ == sorted(spectool.__all__)
+    assert set(spectool.__all__) <= set(dir(spectool))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", torch.float16, None])
+def test_dtype_of_activations_and_dense_weights(artifact: Path, dtype: Any) -> None:
+    model = spectool.load(artifact, dtype=dtype)
+    want = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    assert model.dtype == want and model.lm_head.weight.dtype == want
+    assert not model.training
+    for module in packed_modules(model).values():
+        assert module.q.scale.dtype == torch.float16 and module.q.codes.dtype == torch.uint8
+    assert model(input_ids=torch.tensor([[5, 6]])).logits.dtype == want
+
+
+def test_runtimes(artifact: Path, checkpoint: Checkpoints) -> None:
+    packed = spectool.load(artifact, runtime="packed")
+    dense = spectool.load(artifact, runtime="dense")
+    assert len(packed_modules(packed)) == 14 and not packed_modules(dense)
+    assert type(dense.model.layers[0].mlp.up_proj) is nn.Linear
+    assert describe_runtime(packed) == "14 linears packed (unpacked each time), float32"
+    assert describe_runtime(dense) == "unpacked to dense once, float32"
+    assert describe_runtime(spectool.load(checkpoint("llama"))) == "dense, float32"
+
+
+def test_dense_experts_take_the_place_of_packed_ones(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    job = Job(method="rtn", config=RTN.Config(), allow_dense=True)
+    quantize(checkpoint("mixtral"), tmp_path / "out", job)
+    packed, dense = (spectool.load(tmp_path / "out", runtime=r) for r in ("packed", "dense"))
+    assert any(isinstance(part, PackedExperts) for part in packed.modules())
+    assert not any(isinstance(part, PackedExperts) for part in dense.modules())
+    ids = torch.arange(2, 30)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            dense(input_ids=ids).logits, packed(input_ids=ids).logits, rtol=1e-4, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": "int4"}, "dtype int4: expected one of float32"),
+        ({"runtime": "fast"}, "runtime fast: expected one of auto"),
+        ({"device": "abacus"}, "device abacus: expected cpu"),
+    ],
+)
+def test_wrong_options(artifact: Path, options: dict[str, str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        spectool.load(artifact, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_device_that_is_not_there(artifact: Path) -> None:
+    with pytest.raises(UsageError, match="no CUDA device"):
+        spectool.load(artifact, device="cuda")
+
+
+@pytest.mark.parametrize("change", ["missing", "reshaped", "nonsense"])
+def test_dense_checkpoint_that_does_not_fit_its_architecture(
+    checkpoint: Checkpoints, tmp_path: Path, change: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "reshaped":
+        tensors[name] = tensors[name][1:].clone()
+    else:
+        (source / "model.safetensors").write_bytes(b"nonsense")
+    if change != "nonsense":
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        spectool.load(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_strangers_in_a_dense_checkpoint_are_left_alone(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama"), source)
+    tensors = {**load_file(source / "model.safetensors"), "stranger": torch.zeros(3)}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    spectool.load(source)
+
+
+def test_places_without_a_model(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError) as caught:
+            spectool.load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_tokenizer(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(checkpoint("llama"))
+    assert tokenizer.decode(tokenizer.encode("def test", add_special_tokens=False)) == "def test"
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama"), source)
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    for damage in (None, b"{", b"{}"):
+        if damage is not None:
+            (source / "tokenizer.json").write_bytes(damage)
+        with pytest.raises(CheckpointError, match="no tokenizer that transformers can load") as e:
+            load_tokenizer(source)
+        assert "\n" not in str(e.value)

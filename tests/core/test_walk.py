@@ -1,0 +1,138 @@
+"""Walking a model block by block: taps, calls, activations, and what cannot be walked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from spectool.checkpoint import open_checkpoint
+from spectool.errors import UnsupportedError
+from spectool.skeleton import Skeleton
+from spectool.walk import Activations, Call, Surroundings, Tap, run_block
+
+Checkpoints = Callable[..., Path]
+
+IDS_BL = torch.randint(2, 300, (3, 37), generator=torch.Generator().manual_seed(0))
+
+
+def surroundings(source: Path, dtype: torch.dtype = torch.float32) -> Surroundings:
+    opened = open_checkpoint(source)
+    skeleton = Skeleton(opened.layout)
+    return Surroundings(skeleton, opened, dtype=dtype, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt_neox"])
+def test_blocks_receive_what_the_model_gives_them(checkpoint: Checkpoints, family: str) -> None:
+    source = checkpoint(family)
+    around = surroundings(source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for name in around.skeleton.blocks:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+        )
+    hiddens = []
+    for name in around.skeleton.blocks:
+        model.get_submodule(name).register_forward_hook(
+            lambda m, args, out: hiddens.append(out[0] if isinstance(out, tuple) else out)
+        )
+    with torch.inference_mode():
+        want = model(input_ids=IDS_BL, use_cache=False).logits
+    assert torch.equal(around.embed(IDS_BL), seen[0][0][0])
+    for call, (args, kwargs) in zip(around.calls(*IDS_BL.shape), seen, strict=True):
+        assert same(call.args, args[1:])
+        assert same(call.kwargs, kwargs)
+    assert torch.equal(around.logits(IDS_BL, hiddens[-1]), want)
+    # The override is gone again.
+    assert torch.equal(around.embed(IDS_BL), seen[0][0][0])
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(second) and all(map(same, first, second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    return bool(first == second)
+
+
+def test_only_what_surrounds_the_blocks_is_loaded(checkpoint: Checkpoints) -> None:
+    around = surroundings(checkpoint("llama"))
+    real = {name for name, p in around.model.named_parameters() if not p.is_meta}
+    assert real == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    tied = surroundings(checkpoint("llama-tied")).model
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_dtype_of_activations(checkpoint: Checkpoints) -> None:
+    around = surroundings(checkpoint("llama"), torch.bfloat16)
+    hidden_BLD = around.embed(IDS_BL)
+    assert hidden_BLD.dtype == torch.bfloat16
+    assert around.logits(IDS_BL, hidden_BLD).dtype == torch.bfloat16
+
+
+def test_calls_are_made_for_each_shape(checkpoint: Checkpoints) -> None:
+    around = surroundings(checkpoint("llama"))
+    first = around.calls(2, 9)
+    assert around.calls(2, 9) is first
+    cos, _ = first[0].kwargs["position_embeddings"]
+    assert cos.shape[-2] == 9
+    cos, _ = around.calls(1, 5)[0].kwargs["position_embeddings"]
+    assert cos.shape[-2] == 5
+
+
+def test_model_whose_blocks_look_at_the_text_is_refused(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around = surroundings(checkpoint("llama"))
+    original = Tap.forward
+
+    def forward(self: Tap, hidden_BLD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(self, hidden_BLD, *args, **kwargs, extra=hidden_BLD.sum())
+
+    monkeypatch.setattr(Tap, "forward", forward)
+    with pytest.raises(UnsupportedError, match="cannot be walked block by block"):
+        around.calls(1, 4)
+
+
+def test_tap_answers_for_its_block() -> None:
+    block = nn.Linear(3, 3)
+    block.attention_type = "full_attention"  # type: ignore[assignment]
+    tap = Tap(block)
+    assert tap.attention_type == "full_attention" and not list(tap.parameters())
+    x = torch.randn(1, 2, 3)
+    assert tap(x, 1, key=2) is x and tap.call == Call((1,), {"key": 2})
+    tap.as_tuple, tap.override = True, x + 1
+    assert tap(x)[0] is tap.override
+    with pytest.raises(AttributeError):
+        tap.nothing_of_this_name  # noqa: B018
+
+
+def test_run_block_takes_tuples_and_tensors() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor, *, pair: bool) -> Any:
+            return (2 * x, None) if pair else 2 * x
+
+    x = torch.ones(1, 1, 2)
+    for pair in (False, True):
+        assert torch.equal(run_block(Twice(), Call((), {"pair": pair}), x), 2 * x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_activations(tmp_path: Path, in_file: bool, dtype: torch.dtype) -> None:
+    file = tmp_path / "a.bin" if in_file else None
+    buffer = Activations((5, 3, 2), dtype, file=file)
+    slices = list(buffer.batches(2))
+    assert slices == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    for index, batch in enumerate(slices):
+        buffer.hidden_SLD[batch] = index
+    assert buffer.hidden_SLD[:, 0, 0].tolist() == [0, 0, 1, 1, 2]
+    assert buffer.hidden_SLD.shape == (5, 3, 2) and buffer.hidden_SLD.dtype == dtype
