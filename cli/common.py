@@ -185,21 +185,23 @@ def open_runner(
     """The model and its drafter, opened, with a header line that says what runs."""
     prepare_torch(threads)
     from spectool import loading
+    from spectool.checkpoint import open_checkpoint
     from spectool.decode.generate import Runner
 
+    path = open_checkpoint(model, revision=revision).path
     opened = loading.load_model(
-        model,
+        path,
         dtype=dtype,
         device=device,
         runtime=runtime,
-        revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    tokenizer = loading.load_tokenizer(
-        model, revision=revision, trust_remote_code=trust_remote_code
-    )
+    tokenizer = loading.load_tokenizer(path, trust_remote_code=trust_remote_code)
     output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
-    return Runner(opened, draft=draft, tokenizer=tokenizer, context=context), tokenizer
+    runner = Runner(opened, draft=draft, tokenizer=tokenizer, context=context)
+    for note in runner.target.notes:
+        output.say(note)
+    return runner, tokenizer
 
 
 def read_prompts(

@@ -19,7 +19,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.errors import CheckpointError, UsageError
 from spectool.headers import DTYPE_BITS, Layout
-from spectool.loading import check_device, load_model, load_tokenizer, parse_dtype
+from spectool.loading import (
+    check_device,
+    default_dtype,
+    describe_runtime,
+    load_model,
+    load_tokenizer,
+    parse_dtype,
+)
 from spectool.machine import available_memory
 from spectool.text import encode, read_text
 
@@ -180,15 +187,15 @@ def _protocol(windows: Windows) -> str:
 
 
 def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) -> Laws:
-    dtype = parse_dtype(request.dtype)
     device = check_device(request.device)
+    dtype = parse_dtype(request.dtype) or default_dtype(checkpoint.layout, device)
     wanted = resident_bytes(checkpoint.layout, dtype)
     if request.blockwise or wanted > MEMORY_SHARE * available_memory():
         say(f"{checkpoint.path}: run block by block ({wanted / 1e9:.2f} GB as a whole)")
         return BlockwiseLaws(
             checkpoint,
             windows,
-            dtype=dtype or own_dtype(checkpoint.layout),
+            dtype=dtype,
             device=device,
             trust_remote_code=request.trust_remote_code,
         )
@@ -199,26 +206,18 @@ def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) 
         runtime=request.runtime,
         trust_remote_code=request.trust_remote_code,
     )
+    say(f"{checkpoint.path}: {describe_runtime(model)} on {device}")
     return ResidentLaws(model)
 
 
-def resident_bytes(layout: Layout, dtype: torch.dtype | None) -> int:
+def resident_bytes(layout: Layout, dtype: torch.dtype) -> int:
     """Bytes of a checkpoint opened whole: codes as they are, other weights in `dtype`."""
     total = 0
     for name, entry in layout.tensors.items():
         packed = ".q." in name and layout.is_packed
-        bits = DTYPE_BITS[entry.dtype] if packed or dtype is None else 8 * dtype.itemsize
+        bits = DTYPE_BITS[entry.dtype] if packed else 8 * dtype.itemsize
         total += entry.num_elements * bits // 8
     return total
-
-
-def own_dtype(layout: Layout) -> torch.dtype:
-    """The dtype that a checkpoint says it is to run in."""
-    text_config = layout.config.get("text_config") or {}
-    said = (
-        layout.config.get("dtype") or layout.config.get("torch_dtype") or text_config.get("dtype")
-    )
-    return parse_dtype(said) or torch.float32
 
 
 def _vocabulary(layout: Layout) -> int:

@@ -140,3 +140,31 @@ def test_tokenizer(checkpoint: Checkpoints, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no tokenizer that transformers can load") as e:
             load_tokenizer(source)
         assert "\n" not in str(e.value)
+
+
+def test_auto_unpacks_only_where_memory_allows(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not packed_modules(spectool.load(artifact, runtime="auto"))
+    monkeypatch.setattr("spectool.machine.available_memory", lambda: 1000)
+    assert len(packed_modules(spectool.load(artifact, runtime="auto"))) == 14
+
+
+@pytest.mark.parametrize(
+    ("stored", "has_bfloat16", "want"),
+    [
+        (torch.float32, False, torch.float32),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float16, True, torch.float32),
+    ],
+)
+def test_the_default_dtype_is_the_own_one_unless_it_crawls(
+    stored: torch.dtype,
+    has_bfloat16: bool,
+    want: torch.dtype,
+    checkpoint: Checkpoints,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("spectool.machine.has_bfloat16", lambda: has_bfloat16)
+    assert spectool.load(checkpoint("llama", dtype=stored)).dtype == want
