@@ -1,0 +1,107 @@
+"""What the decode loop costs beside the model: plain decoding against bare forwards.
+
+    python benchmarks/loop_overhead.py [--out benchmarks/results/...json]
+
+A random Llama of about 134 M parameters decodes plainly, and after each step transformers' own
+forward of the same token, with its own cache and no sampling, stopping or text, is timed. By turns,
+token for token, so that whatever else the machine does hits both alike. The floor of a step is the
+weights' bytes over the memory's bandwidth, measured by summing a tensor of as many bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from spectool.decode.generate import Runner
+from spectool.machine import describe
+
+NEW_TOKENS = 128
+
+
+class _Bare:
+    """Forwards of transformers with its own cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[int]) -> None:
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[float, float]:
+    """Median seconds a token: of the loop, and of bare forwards."""
+    bare = _Bare(model)
+    loop_seconds, bare_seconds = [], []
+    feed, started = list(prompt), time.perf_counter()
+
+    def step(row: int, tokens: list[int], text: str) -> None:
+        nonlocal feed, started
+        between = time.perf_counter()
+        bare.forward(feed)
+        ended = time.perf_counter()
+        loop_seconds.append(between - started)
+        bare_seconds.append(ended - between)
+        feed, started = tokens, time.perf_counter()
+
+    Runner(model).generate([prompt], max_new_tokens=NEW_TOKENS, on_tokens=step)
+    # The first is the prompt's pass, and warms up.
+    return statistics.median(loop_seconds[1:]), statistics.median(bare_seconds[1:])
+
+
+def read_seconds(num_bytes: int) -> float:
+    """Seconds to read as many bytes from memory: the floor of one token's step."""
+    block = torch.ones(num_bytes // 4)
+    block.sum()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        vocab_size=32000, max_position_embeddings=1024, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    loop, bare = measure(model, list(range(5, 37)))
+    result = {
+        "benchmark": "loop_overhead",
+        "command": "python benchmarks/loop_overhead.py",
+        "machine": describe(),
+        "parameters": parameters,
+        "dtype": "float32",
+        "loop_ms_per_token": 1e3 * loop,
+        "bare_ms_per_token": 1e3 * bare,
+        "overhead_share": loop / bare - 1,
+        "floor_ms_per_token": 1e3 * read_seconds(4 * parameters),
+        "new_tokens": NEW_TOKENS,
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
