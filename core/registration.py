@@ -63,9 +63,12 @@ class SpectoolQuantizer(HfQuantizer):
     requires_calibration = True
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        # The one hook that runs before the weight files are looked up.
+        # The one hook that is given the configuration before the weight files are looked up.
         config.transformers_weights = PACKED_INDEX
         return config
+
+    # transformers 5.17 does not know that hook, and calls this one there.
+    update_tp_plan = update_attn_implementation
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
         # transformers would unfuse some experts for quantizers that know only nn.Linear.
