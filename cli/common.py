@@ -35,7 +35,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to std
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own."),
+    typer.Option(
+        help="float32, bfloat16 or float16; default: the checkpoint's own, or float32 where the "
+        "processor would crawl."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -188,10 +191,11 @@ def open_runner(
     from spectool.checkpoint import open_checkpoint
     from spectool.decode.generate import Runner
 
-    path = open_checkpoint(model, revision=revision).path
+    checkpoint = open_checkpoint(model, revision=revision)
+    path, layout = checkpoint.path, checkpoint.layout
     opened = loading.load_model(
         path,
-        dtype=dtype,
+        dtype=dtype or loading.default_dtype(layout, loading.check_device(device)),
         device=device,
         runtime=runtime,
         trust_remote_code=trust_remote_code,

@@ -35,9 +35,8 @@ def load(
     """The checkpoint at `path`, dense or packed by spectool, as a transformers model in eval mode.
 
     `dtype` is the type of activations and of weights that are not packed; None means the
-    checkpoint's own, or float32 on a processor where that one crawls. `runtime` is `packed` (codes
-    stay codes), `dense` (unpacked once, in place of the codes) or `auto` (dense where no kernel
-    works on the codes here and memory allows).
+    checkpoint's own. `runtime` is `packed` (codes stay codes), `dense` (unpacked once, in place of
+    the codes) or `auto` (dense where no kernel works on the codes here and memory allows).
 
     Raises:
         InputError: the checkpoint is missing, damaged or incomplete.

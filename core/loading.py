@@ -58,8 +58,7 @@ def load_model(
         raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     target = check_device(device)
     checkpoint = open_checkpoint(path, revision=revision)
-    wanted = parse_dtype(dtype) or default_dtype(checkpoint.layout, target)
-    model = _open(checkpoint, wanted, trust_remote_code=trust_remote_code)
+    model = _open(checkpoint, parse_dtype(dtype), trust_remote_code=trust_remote_code)
     moved: nn.Module = model
     moved.to(target).eval()
     if runtime == "dense" or (runtime == "auto" and _better_dense(model)):
@@ -79,7 +78,7 @@ def own_dtype(layout: Layout) -> torch.dtype:
 
 
 def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
-    """The checkpoint's own dtype, or float32 on a processor where that one crawls.
+    """What a command runs in: the own dtype, or float32 on a processor where that one crawls.
 
     A processor without instructions for bfloat16 emulates it, and none here has any for float16
     worth using; float32 holds the values of both exactly.

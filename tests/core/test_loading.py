@@ -14,7 +14,8 @@ from torch import nn
 
 import spectool
 from spectool.errors import CheckpointError, InputError, UsageError
-from spectool.loading import describe_runtime, load_tokenizer
+from spectool.headers import read_layout
+from spectool.loading import default_dtype, describe_runtime, load_tokenizer
 from spectool.packed import PackedExperts, packed_modules
 from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job, quantize
@@ -159,7 +160,7 @@ def test_auto_unpacks_only_where_memory_allows(
         (torch.float16, True, torch.float32),
     ],
 )
-def test_the_default_dtype_is_the_own_one_unless_it_crawls(
+def test_a_command_runs_in_the_own_dtype_unless_it_crawls(
     stored: torch.dtype,
     has_bfloat16: bool,
     want: torch.dtype,
@@ -167,4 +168,7 @@ def test_the_default_dtype_is_the_own_one_unless_it_crawls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("spectool.machine.has_bfloat16", lambda: has_bfloat16)
-    assert spectool.load(checkpoint("llama", dtype=stored)).dtype == want
+    path = checkpoint("llama", dtype=stored)
+    assert default_dtype(read_layout(path), torch.device("cpu")) == want
+    assert default_dtype(read_layout(path), torch.device("cuda")) == stored
+    assert spectool.load(path).dtype == stored
