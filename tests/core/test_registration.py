@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers.quantizers.auto import (
@@ -44,19 +46,29 @@ def test_newer_format() -> None:
         SpectoolConfig(format_version=2)
 
 
-LATE = """
-import sys
-import spectool
-assert "torch" not in sys.modules and "transformers" not in sys.modules
-import transformers
-assert "spectool.registration" not in sys.modules
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-assert "spectool" in AUTO_QUANTIZER_MAPPING
-assert not [f for f in sys.meta_path if type(f).__module__ == "spectool.hook"]
-assert type(sys.modules["transformers.quantizers.auto"].__loader__).__module__ != "spectool.hook"
-"""
+def test_registration_follows_the_registry_and_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stand_in_registry.py").write_text("made = [1]")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(hook, "REGISTRY", "stand_in_registry")
+    seen: list[list[int]] = []
+    monkeypatch.setattr(
+        hook, "_register", lambda: seen.append(sys.modules["stand_in_registry"].made)
+    )
+    finders = list(sys.meta_path)
+    hook.install()
+    hook.install()
+    assert len(sys.meta_path) == len(finders) + 1 and not seen
+    module = importlib.import_module("stand_in_registry")
+    monkeypatch.delitem(sys.modules, "stand_in_registry")
+    assert seen == [[1]] and sys.meta_path == finders
+    assert module.__spec__ is not None
+    assert module.__loader__ is module.__spec__.loader
+    assert type(module.__loader__).__module__ != "spectool.hook"
 
 
-def test_spectool_first_costs_nothing_until_transformers_needs_it() -> None:
-    run = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+def test_importing_spectool_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, spectool; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False False\n"

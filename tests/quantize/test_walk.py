@@ -145,34 +145,34 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("blocks", range(6))
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_stopped_after_any_block(
-    checkpoint: Checkpoints, tmp_path: Path, text_file: str, blocks: int, calibrated: bool
+def test_stopped_after_a_block(
+    checkpoint: Checkpoints, tmp_path: Path, text_file: str, calibrated: bool
 ) -> None:
     source, asked = checkpoint("llama", **LAYERS), job(text_file if calibrated else None)
     want = quantize(source, tmp_path / "undisturbed", asked)
+    original = walk.BlockWalk._pack
+    for blocks in (1, 3, 5):
+        out = tmp_path / str(blocks)
 
-    def stop(done: int, total: int, name: str) -> None:
-        assert total == 5 and name == f"model.layers.{done - 1}"
-        if done == blocks:
-            raise Stop
+        def stop(done: int, total: int, name: str, blocks: int = blocks) -> None:
+            assert total == 5 and name == f"model.layers.{done - 1}"
+            if done == blocks:
+                raise Stop
 
-    if blocks:
         with pytest.raises(Stop):
-            quantize(source, tmp_path / "out", asked, progress=stop)
-    packed: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        original = walk.BlockWalk._pack
+            quantize(source, out, asked, progress=stop)
+        packed: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
 
-        def spy(self: Any, index: int, *rest: Any) -> Any:
-            packed.append(self.skeleton.blocks[index])
-            return original(self, index, *rest)
+            def spy(self: Any, index: int, *rest: Any, packed: list[str] = packed) -> Any:
+                packed.append(self.skeleton.blocks[index])
+                return original(self, index, *rest)
 
-        patch.setattr(walk.BlockWalk, "_pack", spy)
-        assert quantize(source, tmp_path / "out", asked) == want
-    assert packed == [f"model.layers.{index}" for index in range(blocks, 5)]
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+            patch.setattr(walk.BlockWalk, "_pack", spy)
+            assert quantize(source, out, asked) == want
+        assert packed == [f"model.layers.{index}" for index in range(blocks, 5)]
+        assert contents(out) == contents(tmp_path / "undisturbed")
 
 
 def test_output_errors_grow_along_the_blocks_and_shrink_with_bits(
