@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectool.checkpoint import CHUNK, DTYPES, check_finite
+from spectool.checkpoint import CHUNK, DTYPES, check_finite, torch_dtype
 from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
 from spectool.headers import PACKED_INDEX, TensorEntry
 
@@ -241,7 +241,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Content], metadata: dict
 
 
 def _dtype(content: Content) -> torch.dtype:
-    return content.dtype if isinstance(content, Tensor) else DTYPES[content.dtype]
+    return content.dtype if isinstance(content, Tensor) else torch_dtype(content)
 
 
 def _num_bytes(content: Content) -> int:
@@ -255,7 +255,7 @@ def _pieces(content: Content) -> Iterator[memoryview]:
         flat = content.detach().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().data
         return
-    dtype = DTYPES[content.dtype]
+    dtype = torch_dtype(content)
     buffer = torch.empty(min(CHUNK, content.num_bytes), dtype=torch.uint8)
     with content.path.open("rb") as file:
         file.seek(content.start)

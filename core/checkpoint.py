@@ -83,8 +83,6 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
 
 def read_tensor(entry: TensorEntry, *, rows: slice | None = None) -> torch.Tensor:
     """One tensor from its file, or some of its rows. See `Checkpoint.read`."""
-    if entry.dtype not in DTYPES:
-        raise CheckpointError(f"{entry.path}: {entry.name} has the unknown dtype {entry.dtype}")
     start, num_bytes, shape = entry.start, entry.num_bytes, entry.shape
     if rows is not None:
         row_bytes = entry.num_bytes // entry.shape[0]
@@ -95,7 +93,14 @@ def read_tensor(entry: TensorEntry, *, rows: slice | None = None) -> torch.Tenso
         file.seek(start)
         if num_bytes and file.readinto(data.numpy().data) != num_bytes:
             raise CheckpointError(f"{entry.path}: ended inside {entry.name}")
-    return data.view(DTYPES[entry.dtype]).view(shape)
+    return data.view(torch_dtype(entry)).view(shape)
+
+
+def torch_dtype(entry: TensorEntry) -> torch.dtype:
+    """Raises: CheckpointError: a dtype that spectool does not read."""
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{entry.path}: {entry.name} has the unknown dtype {entry.dtype}")
+    return DTYPES[entry.dtype]
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:

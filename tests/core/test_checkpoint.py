@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spectool.artifact import write_safetensors
 from spectool.checkpoint import check_finite, open_checkpoint, read_tensor
 from spectool.errors import CheckpointError
 from spectool.headers import read_header
@@ -38,13 +40,22 @@ def test_tensors_equal_those_of_the_library(
         assert torch.equal(*bits)
 
 
-def test_unknown_dtype_and_file_that_shrank(tmp_path: Path) -> None:
+def test_file_that_shrank(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.zeros(8)}, path)
     (entry,) = read_header(path)[1]
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="ended inside x"):
         read_tensor(entry)
+
+
+def test_dtype_that_is_not_read(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(8, dtype=torch.uint8)}, tmp_path / "x.safetensors")
+    (entry,) = read_header(tmp_path / "x.safetensors")[1]
+    entry = dataclasses.replace(entry, dtype="F8_E8M0")
+    for use in (read_tensor, lambda found: write_safetensors(tmp_path / "y", {"x": found}, {})):
+        with pytest.raises(CheckpointError, match="x has the unknown dtype F8_E8M0"):
+            use(entry)
 
 
 def test_fingerprint_ignores_sharding_only(checkpoint: Checkpoints, tmp_path: Path) -> None:
