@@ -191,7 +191,7 @@ def open_runner(
     from spectool.checkpoint import open_checkpoint
     from spectool.decode.generate import Runner
 
-    checkpoint = open_checkpoint(model, revision=revision)
+    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     path, layout = checkpoint.path, checkpoint.layout
     opened = loading.load_model(
         path,

@@ -181,8 +181,14 @@ class ArtifactWriter:
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-    """Raises: UsageError: OUT exists and may not, or must not, be replaced."""
+    """Raises: UsageError: OUT exists and may not, or must not, be replaced.
+
+    InputError: its place is read-only. Asked before a long run begins, and again when it writes.
+    """
     if not (out.exists() or out.is_symlink()):
+        place = next(parent for parent in out.absolute().parents if parent.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise InputError(f"{out}: cannot be written: {place} takes no new files")
         return
     if not overwrite:
         raise UsageError(

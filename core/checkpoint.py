@@ -69,7 +69,9 @@ class Checkpoint:
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
     """The checkpoint in a local directory, or that of a hub id, fetched if need be.
 
     Raises:
@@ -77,7 +79,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     """
     if hub.is_local(model):
         return Checkpoint(read_layout(Path(model)))
-    path = hub.fetch(str(model), revision)
+    path = hub.fetch(str(model), revision, code=trust_remote_code)
     return Checkpoint(read_layout(path), revision=path.name)
 
 

@@ -13,6 +13,8 @@ from spectool.errors import CheckpointError
 from spectool.headers import Layout, TensorEntry, read_json
 
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+# Some repositories hold the same weights again in another layout.
+DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -27,8 +29,8 @@ def is_local(model: str | Path) -> bool:
     )
 
 
-def fetch(model: str, revision: str | None) -> Path:
-    """The local snapshot of a hub id, its folder named by the commit.
+def fetch(model: str, revision: str | None, *, code: bool = False) -> Path:
+    """The local snapshot of a hub id, its folder named by the commit; with Python files if `code`.
 
     Raises:
         CheckpointError: no such id or revision, or the hub cannot be reached.
@@ -37,7 +39,12 @@ def fetch(model: str, revision: str | None) -> Path:
 
     try:
         return Path(
-            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=PATTERNS)
+            huggingface_hub.snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=[*PATTERNS, "*.py"] if code else PATTERNS,
+                ignore_patterns=DUPLICATES,
+            )
         )
     except Exception as error:
         # The client's HTTP library changes with its version, and with it the roots of its errors.

@@ -57,7 +57,7 @@ def load_model(
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     target = check_device(device)
-    checkpoint = open_checkpoint(path, revision=revision)
+    checkpoint = open_checkpoint(path, revision=revision, trust_remote_code=trust_remote_code)
     model = _open(checkpoint, parse_dtype(dtype), trust_remote_code=trust_remote_code)
     moved: nn.Module = model
     moved.to(target).eval()

@@ -83,8 +83,9 @@ def evaluate(
     Raises:
         InputError: checkpoint, text, reference or options will not do.
     """
-    checkpoint = open_checkpoint(model, revision=request.revision)
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=request.trust_remote_code)
+    trust = request.trust_remote_code
+    checkpoint = open_checkpoint(model, revision=request.revision, trust_remote_code=trust)
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust)
     vocabulary = _vocabulary(checkpoint.layout)
     reference: Reference | None = None
     other: Checkpoint | None = None
@@ -94,13 +95,13 @@ def evaluate(
             saved = SavedReference(Path(request.reference))
             reference = saved
         else:
-            other = open_checkpoint(request.reference)
+            other = open_checkpoint(request.reference, trust_remote_code=trust)
     windows = _windows(checkpoint, tokenizer, request, saved)
     say(_protocol(windows))
     if saved is not None:
         _check_saved(saved, tokenizer, vocabulary, request)
     if other is not None:
-        theirs = load_tokenizer(other.path, trust_remote_code=request.trust_remote_code)
+        theirs = load_tokenizer(other.path, trust_remote_code=trust)
         if _tokenizer_digest(theirs) != _tokenizer_digest(tokenizer):
             raise UsageError(f"{request.reference}: its tokenizer is another one than {model}'s")
         if _vocabulary(other.layout) != vocabulary:
@@ -148,7 +149,6 @@ def evaluate(
         result["kl_is_lower_bound"] = saved is not None and not saved.is_lossless
         result["top1_agreement"] = scores.same_top / scores.num_tokens
     if other is not None and checkpoint.layout.is_packed and not other.layout.quantization:
-        trust = request.trust_remote_code
         result["layers"] = list(layer_errors(checkpoint, other, trust_remote_code=trust))
     return result
 

@@ -115,7 +115,7 @@ def quantize(
         SpectoolError: the disk filled up; the same call goes on from there.
     """
     artifact.check_target(out, overwrite=overwrite)
-    checkpoint = open_checkpoint(model, revision=revision)
+    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     _check_places(checkpoint.path, out)
     skeleton, plan = prepare(
         checkpoint.layout, job, trust_remote_code=trust_remote_code, device=device

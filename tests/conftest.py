@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+
+# Before anything that reads it: no test may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 VOCAB = 320
 SHARED = Path(__file__).parent.parent.parent / "shared"

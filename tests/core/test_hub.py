@@ -72,7 +72,10 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoints) -> list[A
         asked.append((file, model, revision))
         return str(source / file)
 
-    def snapshot(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot(
+        model: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        assert "consolidated*" in ignore_patterns
         asked.append(("snapshot", model, revision, allow_patterns))
         return str(source)
 
@@ -103,6 +106,9 @@ def test_fetched_checkpoint_knows_its_commit(fake_hub: list[Any], checkpoint: Ch
     ((what, model, revision, patterns),) = fake_hub
     assert (what, model, revision) == ("snapshot", "owner/name", "v1")
     assert "*.safetensors" in patterns and not any("bin" in pattern for pattern in patterns)
+    assert "*.py" not in patterns
+    open_checkpoint("owner/name", trust_remote_code=True)
+    assert "*.py" in fake_hub[-1][3]
     assert open_checkpoint(checkpoint("llama")).revision is None
 
 
