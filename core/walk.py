@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectool.checkpoint import Checkpoint
+from spectool.checkpoint import Checkpoint, read_rows
 from spectool.errors import UnsupportedError
+from spectool.headers import TensorEntry
 from spectool.skeleton import Skeleton
 
 
@@ -55,8 +56,28 @@ class Tap(nn.Module):
         return (passed,) if self.as_tuple else passed
 
 
+class EmbeddingRows(nn.Module):
+    """Stands in for the input embedding: reads the rows that a batch needs from the file.
+
+    The table of a large vocabulary would outweigh the blocks. The original module does the rest,
+    so that what it adds (a scale, a padding rule) stays.
+    """
+
+    def __init__(self, embedding: nn.Module, entry: TensorEntry, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embedding, self.entry, self.dtype = embedding, entry, dtype
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        used, places_BL = torch.unique(ids_BL, return_inverse=True)
+        table = read_rows(self.entry, used.tolist()).to(ids_BL.device, self.dtype)
+        self.embedding.weight = nn.Parameter(table, requires_grad=False)
+        self.embedding.padding_idx = None  # type: ignore[assignment]
+        embedded: Tensor = self.embedding(places_BL)
+        return embedded
+
+
 class Surroundings:
-    """Embeddings, final norm and head of a checkpoint, with taps where the blocks would be.
+    """Embeddings, final norm and, if asked for, head of a checkpoint, with taps for blocks.
 
     Raises:
         UnsupportedError: the model does more between its blocks than pass hidden states on.
@@ -69,18 +90,36 @@ class Surroundings:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        with_head: bool,
     ) -> None:
-        self.skeleton, self.device = skeleton, device
+        self.skeleton, self.device, self.with_head = skeleton, device, with_head
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        head: nn.Module | None = skeleton.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        wanted = {f"{skeleton.decoder_name}."} | {
-            f"{name}." for name, module in skeleton.model.named_modules() if module is head
-        }
+        meta: Any = skeleton.model
+        table = f"{_name_of(meta, meta.get_input_embeddings())}.weight"
+        head = f"{_name_of(meta, meta.get_output_embeddings())}."
+        origin = skeleton.origins.get(table)
+        by_rows = (
+            origin is not None
+            and origin.converter is None
+            and not (with_head and f"{head}weight" not in skeleton.origins)
+        )
+        inside = f"{skeleton.decoder_name}." if skeleton.decoder_name else ""
         names = [
-            name for name in skeleton.tensors_outside() if name.startswith(tuple(wanted - {"."}))
+            name
+            for name in skeleton.tensors_outside()
+            if (name.startswith(inside) and not (by_rows and name == table))
+            or (with_head and name.startswith(head))
         ]
-        tensors = skeleton.read(checkpoint, names or skeleton.tensors_outside())
-        model = skeleton.materialise("", tensors, dtype=dtype, device=device)
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            for key, tensor in skeleton.read(checkpoint, [name]).items():
+                # Converted one by one, so that two copies of a large table never meet.
+                tensors[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        model: Any = skeleton.materialise("", tensors, dtype=dtype, device=device)
+        if by_rows:
+            assert origin is not None
+            entry = checkpoint.layout.tensors[origin.stored[0][0]]
+            model.set_input_embeddings(EmbeddingRows(model.get_input_embeddings(), entry, dtype))
         self.taps = [Tap(model.get_submodule(block)) for block in skeleton.blocks]
         for block, tap in zip(skeleton.blocks, self.taps, strict=True):
             parent, _, leaf = block.rpartition(".")
@@ -92,9 +131,12 @@ class Surroundings:
         """Find out whether the model expects its blocks to return a tensor or a tuple."""
         ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         try:
-            fits = self._forward(ids_BL).ndim == 3 and all(
-                tap.seen is not None and tap.seen.ndim == 3 for tap in self.taps
-            )
+            if self.with_head:
+                fits = self._forward(ids_BL).ndim == 3
+            else:
+                self.embed(ids_BL)
+                fits = True
+            fits = fits and all(tap.seen is not None and tap.seen.ndim == 3 for tap in self.taps)
         except (RuntimeError, IndexError, ValueError, TypeError):
             fits = False
         for tap in self.taps:
@@ -173,6 +215,10 @@ class Activations:
         """Slices over the sequences, `size` at a time."""
         for start in range(0, len(self.hidden_SLD), size):
             yield slice(start, min(start + size, len(self.hidden_SLD)))
+
+
+def _name_of(model: nn.Module, module: nn.Module | None) -> str:
+    return next((name for name, part in model.named_modules() if part is module), "")
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -122,7 +122,7 @@ class BlockwiseLaws:
         batch_size: int = 4,
     ) -> None:
         skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
-        self.around = Surroundings(skeleton, checkpoint, dtype=dtype, device=device)
+        self.around = Surroundings(skeleton, checkpoint, dtype=dtype, device=device, with_head=True)
         self.device = device
         self.hidden = [self._embed(ids_SL, dtype, batch_size) for ids_SL in windows.groups]
         for index, name in enumerate(skeleton.blocks):

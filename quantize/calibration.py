@@ -127,12 +127,14 @@ def fit_each(
     stats: Mapping[str, LinearStats],
     config: Config,
     generator: torch.Generator,
+    device: torch.device,
 ) -> dict[str, PackedFields]:
-    """`fit` for methods that see one matrix at a time."""
-    return {
-        name: method.pack(weight, stats.get(name), config, generator)
-        for name, weight in block.weights.items()
-    }
+    """`fit` for methods that see one matrix at a time: packed on `device`, kept on the host."""
+    found = {}
+    for name, weight in block.weights.items():
+        fields = method.pack(weight.to(device), stats.get(name), config, generator)
+        found[name] = {field: value.cpu() for field, value in fields.items()}
+    return found
 
 
 class Observer(TorchFunctionMode):

@@ -126,7 +126,11 @@ def quantize(
     if _calibrates(method, job):
         ids_SL = _calibration_ids(checkpoint, skeleton, job, trust_remote_code=trust_remote_code)
     # How activations are computed decides the bytes where they decide anything.
-    computed = {"dtype": str(dtype).removeprefix("torch."), "batch_size": batch_size}
+    computed = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "device": torch.device(device).type,
+    }
     made_by = _made_by(job, ids_SL, computed)
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     with ArtifactWriter(out, identity={"source": source, **made_by}, overwrite=overwrite) as writer:

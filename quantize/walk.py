@@ -75,20 +75,18 @@ class BlockWalk:
     def run(self, progress: Progress) -> list[dict[str, Any]]:
         blocks = self.skeleton.blocks
         self._copy_outside()
-        last = max(
-            (i for i in range(len(blocks)) if not self._is_done(i)),
-            default=-1,
-        )
+        missing = [i for i in range(len(blocks)) if not self._is_done(i)]
+        last = max(missing, default=-1)
         streams = self._start_streams() if last >= 0 else None
+        # Finished blocks matter only for what flows through them.
+        visits = missing if streams is None else list(range(last + 1))
         with ThreadPoolExecutor(1) as reader:
             following: Future[dict[str, Tensor]] | None = None
-            for index, name in enumerate(blocks):
-                if index > last:
-                    break
-                present = following
+            for visit, index in enumerate(visits):
+                name, present = blocks[index], following
                 # Reading ahead costs a second block of host memory: worth it beside a GPU only.
-                if self.device.type != "cpu" and index < last:
-                    following = reader.submit(self._read, blocks[index + 1])
+                if self.device.type != "cpu" and visit + 1 < len(visits):
+                    following = reader.submit(self._read, blocks[visits[visit + 1]])
                 # Bound to no name here, or this block would live until the next one is read.
                 self._step(index, name, present.result() if present else self._read(name), streams)
                 progress(index + 1, len(blocks), name)
@@ -123,7 +121,13 @@ class BlockWalk:
     def _start_streams(self) -> Streams | None:
         if self.ids_SL is None:
             return None
-        around = Surroundings(self.skeleton, self.checkpoint, dtype=self.dtype, device=self.device)
+        around = Surroundings(
+            self.skeleton,
+            self.checkpoint,
+            dtype=self.dtype,
+            device=self.device,
+            with_head=False,
+        )
         num, length = self.ids_SL.shape
         batches = [slice(i, i + self.batch_size) for i in range(0, num, self.batch_size)]
         first = around.embed(self.ids_SL[:1])
@@ -196,7 +200,7 @@ class BlockWalk:
         if hasattr(self.method, "fit"):
             packed = self.method.fit(block, streams, stats, self.config, generator)
         else:
-            packed = fit_each(self.method, block, stats, self.config, generator)
+            packed = fit_each(self.method, block, stats, self.config, generator, self.device)
         taken = {site.parameter for site in block.sites.values()}
         contents: dict[str, Content] = {
             key: tensor for key, tensor in tensors.items() if key not in taken
@@ -207,6 +211,9 @@ class BlockWalk:
             layers.append(self._layer(key, block, fields))
         report: dict[str, Any] = {"layers": layers, "data_free": seen_little}
         self.writer.write_shard(shard, contents, self.metadata, report)
+        # From here on only the module counts: the stored tensors need not stay beside it.
+        block.weights = {}
+        tensors.clear()
         return report
 
     def _layer(self, key: str, block: Block, fields: PackedFields) -> dict[str, Any]:

@@ -24,7 +24,7 @@ IDS_BL = torch.randint(2, 300, (3, 37), generator=torch.Generator().manual_seed(
 def surroundings(source: Path, dtype: torch.dtype = torch.float32) -> Surroundings:
     opened = open_checkpoint(source)
     skeleton = Skeleton(opened.layout)
-    return Surroundings(skeleton, opened, dtype=dtype, device=torch.device("cpu"))
+    return Surroundings(skeleton, opened, dtype=dtype, device=torch.device("cpu"), with_head=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt_neox"])
@@ -65,10 +65,25 @@ def same(first: Any, second: Any) -> bool:
 
 def test_only_what_surrounds_the_blocks_is_loaded(checkpoint: Checkpoints) -> None:
     around = surroundings(checkpoint("llama"))
-    real = {name for name, p in around.model.named_parameters() if not p.is_meta}
-    assert real == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    around.embed(torch.tensor([[7, 3, 7]]))
+    real = {name: p.shape for name, p in around.model.named_parameters() if not p.is_meta}
+    # Of the input embedding only the rows that the last batch used.
+    assert real.pop("model.embed_tokens.embedding.weight") == (2, 32)
+    assert set(real) == {"model.norm.weight", "lm_head.weight"}
     tied = surroundings(checkpoint("llama-tied")).model
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_without_head_only_rows_of_a_tied_table_are_loaded(checkpoint: Checkpoints) -> None:
+    opened = open_checkpoint(checkpoint("llama-tied"))
+    skeleton = Skeleton(opened.layout)
+    where = {"dtype": torch.float32, "device": torch.device("cpu")}
+    around = Surroundings(skeleton, opened, with_head=False, **where)
+    hidden_BLD = around.embed(IDS_BL)
+    table = opened.read("model.embed_tokens.weight")
+    assert torch.equal(hidden_BLD, table[IDS_BL])
+    assert around.model.lm_head.weight.is_meta
+    assert len(around.calls(2, 9)) == len(skeleton.blocks)
 
 
 def test_dtype_of_activations(checkpoint: Checkpoints) -> None:

@@ -53,7 +53,7 @@ def block_wise(path: Path) -> torch.Tensor:
     checkpoint = open_checkpoint(path)
     skeleton = Skeleton(checkpoint.layout)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
-    around = Surroundings(skeleton, checkpoint, **where)
+    around = Surroundings(skeleton, checkpoint, with_head=True, **where)
     hidden_BLD = around.embed(IDS_BL)
     calls = around.calls(*IDS_BL.shape)
     for name, call in zip(skeleton.blocks, calls, strict=True):
