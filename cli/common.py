@@ -73,6 +73,7 @@ class Output:
         self.out = Console(highlight=False, soft_wrap=True)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self.began = time.monotonic()
+        self.finished = False
         self._said = 0.0
 
     def say(self, line: str) -> None:
@@ -86,7 +87,9 @@ class Output:
         )
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """The result for programs, if one listens."""
+        """The result for programs, if one listens. Once: they expect one object."""
+        assert not self.finished
+        self.finished = True
         if self.json_wanted:
             safe = _finite({"schema_version": SCHEMA_VERSION, **value})
             sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
@@ -115,14 +118,20 @@ def session(*, json_wanted: bool = False, debug: bool = False) -> Iterator[Outpu
     try:
         _quiet_libraries()
         yield output
-    except (KeyboardInterrupt, Interrupted) as error:
-        _fail(output, Interrupted("interrupted", hint=getattr(error, "hint", None)), debug)
+    except KeyboardInterrupt:
+        _fail(output, Interrupted("interrupted"), debug)
     except SpectoolError as error:
         _fail(output, error, debug)
+    except typer.Exit:
+        raise
     except BrokenPipeError:
-        # The reader of our output left, as `head` does.
-        sys.stderr.close()
+        # The reader of our output left, as `head` does; Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
+    except Exception as error:
+        reason = "out of memory" if "memory" in str(error).lower() else type(error).__name__
+        line = f"{reason}: {error}" if str(error) else reason
+        _fail(output, SpectoolError(line, hint="--debug shows where"), debug)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -134,7 +143,9 @@ def _fail(output: Output, error: SpectoolError, debug: bool) -> None:
     output.err.print(f"[red]error[/red]: {escape(message)}")
     if error.hint:
         output.err.print(f"\nhint: {escape(error.hint)}")
-    output.result({"error": {"message": message, "exit_code": error.exit_code}})
+    if not output.finished:
+        with contextlib.suppress(OSError):
+            output.result({"error": {"message": message, "exit_code": error.exit_code}})
     raise typer.Exit(error.exit_code)
 
 
@@ -233,11 +244,26 @@ def read_prompts(
         found = text.read_prompts(
             prompts, tokenizer, field=field, template=template_arguments(template) or None
         )
-    elif not sys.stdin.isatty():
-        found = [sys.stdin.read()]
     else:
-        raise UsageError("no prompt", hint="--prompt TEXT, --prompts FILE, or text on stdin")
+        found = [_standard_input()]
     return found[:limit]
+
+
+def _standard_input() -> str:
+    """The text piped in.
+
+    Raises:
+        UsageError: nothing is, or it is no text.
+    """
+    text = ""
+    if sys.stdin is not None and not sys.stdin.isatty():
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"stdin: not UTF-8 text (byte {error.start})") from error
+    if not text:
+        raise UsageError("no prompt", hint="--prompt TEXT, --prompts FILE, or text on stdin")
+    return text
 
 
 def size(num_bytes: float) -> str:

@@ -151,7 +151,7 @@ def generate(
             }
         )
         if any(result.finish_reason == "interrupted" for result in results):
-            raise Interrupted("interrupted; what was generated is shown")
+            raise Interrupted("interrupted; what was generated until then is above")
 
 
 def _opening(prompt: str | list[int], tokenizer: Any, *, first: bool) -> str:

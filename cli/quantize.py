@@ -28,7 +28,7 @@ from spectool.cli.common import (
     size,
     template_arguments,
 )
-from spectool.errors import UsageError
+from spectool.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from spectool.options import Option
@@ -210,19 +210,23 @@ def quantize(
             return
         compute = parse_dtype(dtype)
         assert compute is not None
-        report = run.quantize(
-            model,
-            out,
-            job,
-            device=device,
-            dtype=compute,
-            batch_size=batch_size,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            announce=lambda plan, skeleton: show_plan(output, job, plan, skeleton),
-            progress=lambda done, total, name: output.progress(done, total, "blocks packed"),
-        )
+        try:
+            report = run.quantize(
+                model,
+                out,
+                job,
+                device=device,
+                dtype=compute,
+                batch_size=batch_size,
+                overwrite=overwrite,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                announce=lambda plan, skeleton: show_plan(output, job, plan, skeleton),
+                progress=lambda done, total, name: output.progress(done, total, "blocks packed"),
+            )
+        except KeyboardInterrupt:
+            again = "the same command goes on after the last whole block"
+            raise Interrupted("interrupted", hint=again) from None
         finish(output, method, out, report)
 
 

@@ -68,6 +68,15 @@ class Layout:
         return found
 
     @property
+    def context(self) -> int | None:
+        """Most tokens the model was made for; None where the configuration does not say."""
+        text_config = self.config.get("text_config") or self.config
+        for key in ("max_position_embeddings", "n_positions"):
+            if isinstance(text_config.get(key), int):
+                return int(text_config[key])
+        return None
+
+    @property
     def is_packed(self) -> bool:
         return (self.quantization or {}).get("quant_method") == "spectool"
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import machine, registration  # noqa: F401
-from spectool.checkpoint import Checkpoint, open_checkpoint
+from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint
 from spectool.errors import CheckpointError, UsageError
 from spectool.headers import Layout
 from spectool.packed import packed_modules, unpack_in_place
@@ -96,10 +96,7 @@ def _better_dense(model: PreTrainedModel) -> bool:
     if not packed or any(module.has_kernel() for module in packed.values()):
         return False
     weights = sum(module.in_features * module.out_features for module in packed.values())
-    needed = weights * model.dtype.itemsize
-    if model.device.type == "cuda":
-        return needed < DENSE_SHARE * torch.cuda.mem_get_info(model.device)[0]
-    return needed < DENSE_SHARE * machine.available_memory()
+    return weights * model.dtype.itemsize < DENSE_SHARE * machine.available_memory(model.device)
 
 
 def _open(
@@ -133,6 +130,8 @@ def _open(
             raise CheckpointError(
                 f"{checkpoint.path}: {len(found)} {word} tensors, among them {found[0]}"
             )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        check_finite(name, tensor)
     return model
 
 

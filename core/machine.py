@@ -9,11 +9,21 @@ import resource
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
-def available_memory() -> int:
-    """Bytes that can be had without swapping; the whole memory where the system does not say."""
+def available_memory(device: torch.device | None = None) -> int:
+    """Bytes that can be had: of a CUDA device, or of the host without swapping.
+
+    The host's whole memory where the system does not say.
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}

@@ -67,7 +67,9 @@ def bench(
     plain, _ = _run(runner, prompts, [max_new_tokens] * len(prompts), law, batch_size)
     limits = [max(1, loop_start(result.token_ids)) for result in plain]
     made = sum(len(result.token_ids) for result in plain)
-    kept = sum(limits)
+    kept = sum(
+        min(limit, len(result.token_ids)) for limit, result in zip(limits, plain, strict=True)
+    )
     baseline_results, seconds = _run(runner, prompts, limits, law, batch_size)
     baseline = _figures("none", baseline_results, seconds)
     say(_line(baseline))
@@ -80,7 +82,8 @@ def bench(
             runner, prompts, limits, law, batch_size, verify=verify, lossy=lossy
         )
         row = _figures(draft, results, seconds)
-        row["speedup"] = row["tokens_per_second"] / baseline["tokens_per_second"]
+        plain_speed = baseline["tokens_per_second"]
+        row["speedup"] = row["tokens_per_second"] / plain_speed if plain_speed else 1.0
         row["identical"] = None
         if law.temperature == 0:
             row["identical"] = sum(
@@ -95,7 +98,7 @@ def bench(
         "prompts": len(prompts),
         "batch_size": batch_size,
         "dtype": str(runner.target.model.dtype).removeprefix("torch."),
-        "kept_share": kept / made,
+        "kept_share": kept / made if made else 1.0,
         "prompts_cut": sum(
             limit < len(result.token_ids) for limit, result in zip(limits, plain, strict=True)
         ),
@@ -151,7 +154,7 @@ def _figures(name: str, results: Sequence[Result], seconds: float) -> dict[str, 
         "forwards": forwards,
         "drafted": sum(result.drafted for result in results),
         "accepted": sum(result.accepted for result in results),
-        "tokens_per_forward": tokens / forwards,
+        "tokens_per_forward": tokens / max(1, forwards),
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
         "lossless": all(result.lossless for result in results),

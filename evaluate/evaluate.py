@@ -6,6 +6,7 @@ A checkpoint that does not fit in memory is run block by block.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +29,10 @@ from spectool.loading import (
     parse_dtype,
 )
 from spectool.machine import available_memory
-from spectool.text import encode, read_text
+from spectool.text import BUILTIN, encode, read_text
 
 from .fidelity import LawsReference, Reference, layer_errors, score
-from .reference import SavedReference, expected_bytes, save_reference
+from .reference import ReferenceWriter, SavedReference, expected_bytes
 from .windows import BlockwiseLaws, Laws, ResidentLaws, Windows, cut
 
 # A model is opened whole if it takes at most this share of the memory that is free.
@@ -97,6 +98,7 @@ def evaluate(
         else:
             other = open_checkpoint(request.reference, trust_remote_code=trust)
     windows = _windows(checkpoint, tokenizer, request, saved)
+    say(f"text: {', '.join(request.texts) or (request.reference if saved else BUILTIN)}")
     say(_protocol(windows))
     if saved is not None:
         _check_saved(saved, tokenizer, vocabulary, request)
@@ -106,32 +108,37 @@ def evaluate(
             raise UsageError(f"{request.reference}: its tokenizer is another one than {model}'s")
         if _vocabulary(other.layout) != vocabulary:
             raise UsageError(f"{request.reference}: its output has another size than {model}'s")
-        reference = LawsReference(_laws(other, windows, request, say))
-    laws = _laws(checkpoint, windows, request, say)
-    if request.save_reference is not None:
-        size = expected_bytes(windows, vocabulary, request.top_k)
-        kind = f"the {request.top_k} largest" if request.top_k else "all (lossless)"
-        say(f"{request.save_reference}: log-probabilities kept: {kind}; {size / 1e6:.1f} MB")
-        save_reference(
-            request.save_reference,
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if request.save_reference is not None:
+            size = expected_bytes(windows, vocabulary, request.top_k)
+            kind = f"the {request.top_k} largest" if request.top_k else "all (lossless)"
+            say(
+                f"{request.save_reference}: log-probabilities kept: {kind}; {size / 1e6:.1f} MB, "
+                "twice that while it is put together"
+            )
+            writer = stack.enter_context(
+                ReferenceWriter(request.save_reference, windows, vocabulary, top_k=request.top_k)
+            )
+        if other is not None:
+            reference = LawsReference(_laws(other, windows, request, say))
+        laws = _laws(checkpoint, windows, request, say)
+        scores = score(
             windows,
             laws,
             vocabulary,
-            top_k=request.top_k,
-            metadata={
-                "source": checkpoint.fingerprint(),
-                "tokenizer": _tokenizer_digest(tokenizer),
-            },
+            reference=reference,
             batch_size=request.batch_size,
+            sink=writer.add if writer else lambda batch, logp_BLV: None,
+            progress=progress,
         )
-    scores = score(
-        windows,
-        laws,
-        vocabulary,
-        reference=reference,
-        batch_size=request.batch_size,
-        progress=progress,
-    )
+        if writer is not None:
+            writer.finish(
+                {
+                    "source": checkpoint.fingerprint(),
+                    "tokenizer": _tokenizer_digest(tokenizer),
+                }
+            )
     result: dict[str, Any] = {
         "perplexity": {
             "value": scores.perplexity,
@@ -148,8 +155,12 @@ def evaluate(
         result["kl"] = scores.kl / scores.num_tokens
         result["kl_is_lower_bound"] = saved is not None and not saved.is_lossless
         result["top1_agreement"] = scores.same_top / scores.num_tokens
-    if other is not None and checkpoint.layout.is_packed and not other.layout.quantization:
-        result["layers"] = list(layer_errors(checkpoint, other, trust_remote_code=trust))
+    if other is not None and checkpoint.layout.is_packed:
+        source = (checkpoint.layout.quantization or {}).get("source") or {}
+        if source.get("fingerprint") == other.fingerprint():
+            result["layers"] = list(layer_errors(checkpoint, other, trust_remote_code=trust))
+        else:
+            say(f"{request.reference}: is not what {model} was made from; no layer errors")
     return result
 
 
@@ -159,21 +170,27 @@ def _windows(
     request: Request,
     saved: SavedReference | None,
 ) -> Windows:
+    context = checkpoint.layout.context or 2048
     if saved is not None:
-        if request.texts:
-            raise UsageError("--reference FILE brings its own tokens; leave --text out")
+        given = {"text": request.texts, "window": request.window, "bos": request.bos}
+        for name, value in {**given, "limit": request.limit}.items():
+            if value:
+                raise UsageError(f"--reference FILE brings its own tokens; leave --{name} out")
+        if saved.windows.length > context:
+            raise UsageError(
+                f"{request.reference}: has windows of {saved.windows.length} tokens; the model's "
+                f"context is {context}"
+            )
         return saved.windows
-    text = read_text(
-        request.texts, tokenizer, field=request.text_field, template=request.template or None
-    )
-    ids = encode(tokenizer, text[: request.limit])
-    text_config = checkpoint.layout.config.get("text_config") or checkpoint.layout.config
-    context = text_config.get("max_position_embeddings") or text_config.get("n_positions") or 2048
     length = request.window or min(context, 2048)
     if length > context:
         raise UsageError(f"--window {length}: the model's context is {context}")
     if request.bos and tokenizer.bos_token_id is None:
         raise UsageError("--bos: the tokenizer has no start token")
+    text = read_text(
+        request.texts, tokenizer, field=request.text_field, template=request.template or None
+    )
+    ids = encode(tokenizer, text[: request.limit])
     return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)
 
 
@@ -190,7 +207,7 @@ def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) 
     device = check_device(request.device)
     dtype = parse_dtype(request.dtype) or default_dtype(checkpoint.layout, device)
     wanted = resident_bytes(checkpoint.layout, dtype)
-    if request.blockwise or wanted > MEMORY_SHARE * available_memory():
+    if request.blockwise or wanted > MEMORY_SHARE * available_memory(device):
         say(f"{checkpoint.path}: run block by block ({wanted / 1e9:.2f} GB as a whole)")
         return BlockwiseLaws(
             checkpoint,

@@ -73,14 +73,16 @@ def score(
     *,
     reference: Reference | None = None,
     batch_size: int | None = None,
+    sink: Callable[[Batch, Tensor], None] = lambda batch, logp_BLV: None,
     progress: Progress = lambda done, total: None,
 ) -> Scores:
-    """Run all windows once. Sums are kept in double precision."""
+    """Run all windows once; `sink` is shown every batch's laws. Sums are in double precision."""
     scores = Scores()
     if reference is not None:
         scores.reference_nll, scores.kl, scores.same_top = 0.0, 0.0, 0.0
     for batch in windows.batches(vocabulary, batch_size=batch_size):
         logp_BLV = laws(batch)
+        sink(batch, logp_BLV)
         scores.num_tokens += logp_BLV.shape[0] * logp_BLV.shape[1]
         scores.nll -= float(_chosen(logp_BLV, batch))
         if reference is not None:

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from spectool.artifact import write_safetensors
+from spectool.artifact import disk_errors, write_safetensors
 from spectool.checkpoint import read_tensor
-from spectool.errors import CheckpointError, SpectoolError, UsageError
+from spectool.errors import CheckpointError, InputError, UsageError
 from spectool.headers import TensorEntry, read_header
 
-from .windows import Batch, Laws, Windows
+from .windows import Batch, Windows
 
 FORMAT_VERSION = 1
 
@@ -38,79 +37,79 @@ def expected_bytes(windows: Windows, vocabulary: int, top_k: int) -> int:
     return windows.num_tokens * each + 4 * sum(ids.numel() for ids in windows.groups)
 
 
-def save_reference(
-    path: Path,
-    windows: Windows,
-    laws: Laws,
-    vocabulary: int,
-    *,
-    top_k: int,
-    metadata: dict[str, Any],
-    batch_size: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Write the file; it appears whole or not at all.
+class ReferenceWriter:
+    """Takes the laws of one batch after another, as they are scored; the file appears at the end.
 
     Raises:
-        UsageError: it exists already.
-        SpectoolError: it cannot be written.
+        InputError: the file exists, or its place cannot be written.
+        SpectoolError: the disk is full.
     """
-    if path.exists():
-        raise UsageError(f"{path}: exists already", hint="remove it, or give another name")
-    kept = min(top_k, vocabulary) or vocabulary
-    fields: dict[str, tuple[str, tuple[int, ...]]] = {"logp": ("F32", (kept,))}
-    if top_k:
-        fields |= {"top": ("I32", (kept,)), "chosen": ("F32", ())}
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-            files = {name: (Path(scratch) / name).open("wb") for name in fields}
-            done = 0
-            for batch in windows.batches(vocabulary, batch_size=batch_size):
-                logp_BLV = laws(batch).cpu().clamp(min=LOWEST)
-                done += _append(files, batch, logp_BLV, kept, top_k)
-                progress(done, windows.num_tokens)
-            for file in files.values():
+
+    def __init__(self, path: Path, windows: Windows, vocabulary: int, *, top_k: int) -> None:
+        if path.exists():
+            raise UsageError(f"{path}: exists already", hint="remove it, or give another name")
+        self.path, self.windows = path, windows
+        self.kept = min(top_k, vocabulary) or vocabulary
+        self.fields: dict[str, tuple[str, tuple[int, ...]]] = {"logp": ("F32", (self.kept,))}
+        if top_k:
+            self.fields |= {"top": ("I32", (self.kept,)), "chosen": ("F32", ())}
+        self.said = {
+            "format_version": FORMAT_VERSION,
+            "kind": "reference",
+            "length": windows.length,
+            "bos": windows.bos,
+            "vocabulary": vocabulary,
+            "top_k": top_k,
+        }
+        self.num_rows = 0
+        try:
+            self.scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+        self.parts = {name: Path(self.scratch.name) / name for name in self.fields}
+        self.files = {name: part.open("wb") for name, part in self.parts.items()}
+
+    def add(self, batch: Batch, logp_BLV: Tensor) -> None:
+        """Keep one batch's log-probabilities [B, L - 1, V]."""
+        flat = logp_BLV.cpu().clamp(min=LOWEST).reshape(-1, logp_BLV.shape[-1])
+        self.num_rows += len(flat)
+        with disk_errors(self.path):
+            if "top" not in self.fields:
+                _write(self.files["logp"], flat)
+                return
+            values, places = flat.topk(self.kept, dim=-1)
+            _write(self.files["logp"], values)
+            _write(self.files["top"], places.to(torch.int32))
+            _write(self.files["chosen"], flat.gather(-1, batch.ids_BL[:, 1:].reshape(-1, 1))[:, 0])
+
+    def finish(self, metadata: dict[str, Any]) -> None:
+        """Put the parts together under the file's name."""
+        with disk_errors(self.path):
+            for file in self.files.values():
                 file.close()
             entries = {
                 name: TensorEntry(
                     name=name,
                     dtype=dtype,
-                    shape=(done, *shape),
-                    path=Path(scratch) / name,
+                    shape=(self.num_rows, *shape),
+                    path=self.parts[name],
                     start=0,
-                    num_bytes=(Path(scratch) / name).stat().st_size,
+                    num_bytes=self.parts[name].stat().st_size,
                 )
-                for name, (dtype, shape) in fields.items()
+                for name, (dtype, shape) in self.fields.items()
             }
-            ids = {f"ids.{i}": g.to(torch.int32) for i, g in enumerate(windows.groups)}
-            said = {
-                **metadata,
-                "format_version": FORMAT_VERSION,
-                "kind": "reference",
-                "length": windows.length,
-                "bos": windows.bos,
-                "vocabulary": vocabulary,
-                "top_k": top_k,
-            }
-            whole = Path(scratch) / "whole"
-            write_safetensors(whole, {**ids, **entries}, said)
-            whole.rename(path)
-    except OSError as error:
-        raise SpectoolError(f"{path}: cannot be written: {error.strerror}") from error
+            ids = {f"ids.{i}": g.to(torch.int32) for i, g in enumerate(self.windows.groups)}
+            whole = Path(self.scratch.name) / "whole"
+            write_safetensors(whole, {**ids, **entries}, {**metadata, **self.said})
+            whole.rename(self.path)
 
+    def __enter__(self) -> ReferenceWriter:
+        return self
 
-def _append(
-    files: Mapping[str, BinaryIO], batch: Batch, logp_BLV: Tensor, kept: int, top_k: int
-) -> int:
-    flat = logp_BLV.reshape(-1, logp_BLV.shape[-1])
-    if top_k == 0:
-        _write(files["logp"], flat)
-        return len(flat)
-    values, places = flat.topk(kept, dim=-1)
-    _write(files["logp"], values)
-    _write(files["top"], places.to(torch.int32))
-    _write(files["chosen"], flat.gather(-1, batch.ids_BL[:, 1:].reshape(-1, 1))[:, 0])
-    return len(flat)
+    def __exit__(self, *exception: object) -> None:
+        for file in self.files.values():
+            file.close()
+        self.scratch.cleanup()
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> None:

@@ -164,8 +164,7 @@ def _calibrates(method: type[Quantizer], job: Job) -> bool:
 
 
 def _length(skeleton: Skeleton, seq_len: int) -> int:
-    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-    return min(seq_len, context or seq_len)
+    return min(seq_len, skeleton.layout.context or seq_len)
 
 
 def _calibration_ids(

@@ -242,3 +242,34 @@ def test_a_stopped_run_exits_130_and_goes_on_later(
     assert spectool("quantize", "rtn", model, fresh, *options).code == 0
     for path in fresh.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_weights_that_are_no_numbers_are_refused_by_every_command(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path, prompts: Path
+) -> None:
+    model = copy(checkpoint("llama"), tmp_path / "model")
+    not_a_number(model)
+    refuses(spectool("generate", model, "--prompt", "a"), "NaN or infinite")
+    refuses(spectool("eval", model, "--text", text), "NaN or infinite")
+    refuses(spectool("bench", model, "--prompts", prompts), "NaN or infinite")
+
+
+def test_standard_input_that_is_no_prompt(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "spectool", "generate", str(checkpoint("llama"))]
+    for data, said in ((b"\xff\xfe", "not UTF-8"), (b"", "no prompt")):
+        done = subprocess.run(words, input=data, capture_output=True, cwd=tmp_path)
+        assert done.returncode == 2 and said.encode() in done.stderr, done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+def test_what_nobody_foresaw_is_one_line_and_one_object(
+    spectool: Spectool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("surprise")
+
+    monkeypatch.setattr("spectool.headers.read_layout", fail)
+    done = spectool("inspect", tmp_path, "--json")
+    assert done.code == 1 and "RuntimeError: surprise" in done.err
+    assert done.json["error"]["exit_code"] == 1
+    assert "Traceback" in spectool("inspect", tmp_path, "--debug").err

@@ -147,7 +147,7 @@ def test_auto_unpacks_only_where_memory_allows(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not packed_modules(spectool.load(artifact, runtime="auto"))
-    monkeypatch.setattr("spectool.machine.available_memory", lambda: 1000)
+    monkeypatch.setattr("spectool.machine.available_memory", lambda device: 1000)
     assert len(packed_modules(spectool.load(artifact, runtime="auto"))) == 14
 
 

@@ -48,3 +48,10 @@ def test_a_broken_promise_is_named_in_float32_only() -> None:
     assert broken_promises({"dtype": "float32", "drafters": [row]}) == ["bad"]
     assert broken_promises({"dtype": "bfloat16", "drafters": [row]}) == []
     assert broken_promises({"dtype": "float32", "drafters": [{**row, "lossless": False}]}) == []
+
+
+def test_prompts_without_room_for_a_token_are_no_error(checkpoint: Callable[..., Path]) -> None:
+    runner = Runner(spectool.load(checkpoint("llama")), context=3)
+    result = bench(runner, [[5, 6, 7]], ["ngram"], max_new_tokens=4)
+    assert result["baseline"]["new_tokens"] == 0 and result["kept_share"] == 1.0
+    assert result["drafters"][0]["identical"] == 1

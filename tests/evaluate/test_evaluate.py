@@ -63,8 +63,12 @@ def test_what_does_not_fit_together_is_refused(
         evaluate(path, Request(texts=[text], window=32, reference=str(other)))
     file = tmp_path / "reference"
     evaluate(path, Request(texts=[text], window=32, save_reference=file))
-    with pytest.raises(UsageError, match="brings its own tokens"):
-        evaluate(path, Request(texts=[text], reference=str(file)))
+    for given in ({"texts": [text]}, {"window": 16}, {"bos": True}, {"limit": 9}):
+        with pytest.raises(UsageError, match="brings its own tokens"):
+            evaluate(path, Request(reference=str(file), **given))
+    short = checkpoint("llama", max_position_embeddings=16)
+    with pytest.raises(UsageError, match="windows of 32 tokens"):
+        evaluate(str(short), Request(reference=str(file)))
     with pytest.raises(CheckpointError, match="no such directory"):
         evaluate(path, Request(texts=[text], window=32, reference=str(tmp_path / "absent")))
 

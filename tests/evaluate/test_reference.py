@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.errors import CheckpointError, UsageError
+from spectool.errors import CheckpointError, InputError, UsageError
 from spectool.evaluate.fidelity import LawsReference, score
-from spectool.evaluate.reference import SavedReference, expected_bytes, save_reference
+from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
 from spectool.evaluate.windows import Windows, cut
 
 VOCABULARY = 7
@@ -20,7 +20,9 @@ def windows(bos: int | None = 3) -> Windows:
 
 
 def save(laws: Any, path: Path, top_k: int, bos: int | None = 3) -> SavedReference:
-    save_reference(path, windows(bos), laws(3), VOCABULARY, top_k=top_k, metadata={})
+    with ReferenceWriter(path, windows(bos), VOCABULARY, top_k=top_k) as writer:
+        score(windows(bos), laws(3), VOCABULARY, sink=writer.add)
+        writer.finish({})
     return SavedReference(path)
 
 
@@ -78,3 +80,14 @@ def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "other")
     with pytest.raises(CheckpointError, match="not a reference file"):
         SavedReference(tmp_path / "other")
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written"):
+        ReferenceWriter(tmp_path / "absent" / "ref", windows(), VOCABULARY, top_k=0)
+
+
+def test_an_unfinished_file_leaves_nothing(tmp_path: Path, table_laws: Any) -> None:
+    with ReferenceWriter(tmp_path / "ref", windows(), VOCABULARY, top_k=0) as writer:
+        score(windows(), table_laws(3), VOCABULARY, sink=writer.add)
+    assert list(tmp_path.iterdir()) == []
