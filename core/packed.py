@@ -9,7 +9,8 @@ Shapes: n outputs, m inputs, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,6 +22,9 @@ from spectool.methods import resolve
 from spectool.options import Config
 
 FORMAT_VERSION = 1
+
+# Sums over a matrix are taken in double precision, over pieces of about this many weights.
+PIECE = 1 << 18
 
 # A field's name -> its dtype and shape: what a safetensors header says about it.
 FieldSpec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -75,6 +79,13 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """The matrix W [n, m] in float32, exactly as the codes say."""
         raise AssertionError("every method's module defines this")
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The same matrix from its first row to its last, in pieces of some rows.
+
+        A format whose rows stand alone overrides this, so that its matrix need never be whole.
+        """
+        yield self.dequantize()
 
     def has_kernel(self) -> bool:
         """Whether `forward` here works on the codes instead of unpacking them each time."""
@@ -239,8 +250,27 @@ def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
 
 
 def relative_error(weight_nm: Tensor, module: PackedLinear) -> float:
-    """Squared error of the unpacked matrix over the squared norm of `weight_nm`."""
-    restored = module.dequantize()
-    # Mixed dtypes on purpose: a float32 copy of the weights would double what this holds.
-    scale = float(torch.linalg.vector_norm(weight_nm, dtype=torch.float32)) ** 2
-    return float(torch.linalg.vector_norm(restored.sub_(weight_nm))) ** 2 / scale if scale else 0.0
+    """Squared error of the unpacked matrix over the squared norm of `weight_nm`.
+
+    In double precision: squares of weights below 1e-23 or above 1e19 leave float32.
+
+    Raises:
+        CheckpointError: the two have different shapes.
+    """
+    shape = (module.out_features, module.in_features)
+    if tuple(weight_nm.shape) != shape:
+        raise CheckpointError(
+            f"a packed {shape[0]} x {shape[1]} matrix stands for one of "
+            f"{' x '.join(map(str, weight_nm.shape))}; the checkpoints do not belong together"
+        )
+    wrong, whole, done = 0.0, 0.0, 0
+    rows = max(1, PIECE // shape[1])
+    for piece_nm in module.pieces():
+        for restored_rm in torch.split(piece_nm, rows):
+            weight_rm = weight_nm[done : done + len(restored_rm)].double()
+            whole += float(weight_rm.square().sum())
+            wrong += float((restored_rm - weight_rm).square_().sum())
+            done += len(restored_rm)
+    if whole == 0:
+        return math.inf if wrong else 0.0
+    return wrong / whole

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spectool.errors import TextError
+from spectool.errors import TextError, UnsupportedError
 from spectool.options import Config
 from spectool.packed import FieldSpec, PackedLinear
 from spectool.skeleton import Site
@@ -129,10 +129,17 @@ def fit_each(
     generator: torch.Generator,
     device: torch.device,
 ) -> dict[str, PackedFields]:
-    """`fit` for methods that see one matrix at a time: packed on `device`, kept on the host."""
+    """`fit` for methods that see one matrix at a time: packed on `device`, kept on the host.
+
+    Raises:
+        UnsupportedError: the method cannot hold a matrix, which is named.
+    """
     found = {}
     for name, weight in block.weights.items():
-        fields = method.pack(weight.to(device), stats.get(name), config, generator)
+        try:
+            fields = method.pack(weight.to(device), stats.get(name), config, generator)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{name}: {error}", hint=error.hint) from error
         found[name] = {field: value.cpu() for field, value in fields.items()}
     return found
 

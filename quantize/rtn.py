@@ -10,7 +10,7 @@ Shapes: n outputs, m inputs, g groups, c columns of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectool import options
+from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 from spectool.options import option
 from spectool.packed import FieldSpec, PackedLinear
@@ -26,9 +27,10 @@ from spectool.packed import FieldSpec, PackedLinear
 from .calibration import LinearStats, PackedFields, Statistic, Stream
 
 # Rows are packed in pieces of about this many weights: float32 temporaries stay in cache and small.
-PIECE = 1 << 21
+PIECE = 1 << 19
 
-# The smallest and largest positive float16: a scale outside would read back as 0 or infinite.
+# The smallest and largest positive float16. A smaller scale is raised to the smallest, which costs
+# a group nothing beside larger ones; a matrix of nothing else would become zeros, and is refused.
 SCALE_MIN, SCALE_MAX = 2.0**-24, 65504.0
 
 
@@ -64,19 +66,34 @@ class RTN:
         generator: torch.Generator,
     ) -> PackedFields:
         n, m = weight_nm.shape
+        layout = cls.layout((n, m), config)
+        fields = {
+            name: torch.empty(shape, dtype=dtype, device=weight_nm.device)
+            for name, (dtype, shape) in layout.items()
+        }
         rows = max(1, PIECE // m)
-        pieces = [
-            _pack_rows(weight_nm[start : start + rows].float(), config)
-            for start in range(0, n, rows)
-        ]
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        largest_each = []
+        for start in range(0, n, rows):
+            packed, scale_ng = _pack_rows(weight_nm[start : start + rows].float(), config)
+            largest_each.append(scale_ng.max())
+            for name, value in packed.items():
+                fields[name][start : start + rows] = value
+        largest = float(torch.stack(largest_each).max())
+        if largest > SCALE_MAX or 0 < largest < SCALE_MIN:
+            raise UnsupportedError(
+                f"its weights need a scale of {largest:.3g}, and float16, which stores it, reaches "
+                f"from {SCALE_MIN:.3g} to {SCALE_MAX:.0f}",
+                hint="leave it dense with --skip, or rescale the checkpoint",
+            )
+        return fields
 
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: RTN.Config) -> RTNLinear:
         return RTNLinear(spec, shape, config)
 
 
-def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> PackedFields:
+def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> tuple[PackedFields, Tensor]:
+    """The fields of some rows, and the scales [n, g] that they would have without a limit."""
     m = weight_nm.shape[1]
     top = 2**config.bits - 1
     weight_ngc = _grouped(weight_nm, config.group_size)
@@ -87,25 +104,27 @@ def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> PackedFields:
         high_ng = weight_ngc.amax(-1).clamp_(min=0)
         scale_ng = (high_ng - low_ng) / top
     # A group of zeros may have any scale; 1 keeps the division finite and the zeros exact.
-    scale_ng = torch.where(scale_ng == 0, 1.0, scale_ng.clamp(SCALE_MIN, SCALE_MAX)).half()
-    step_ng = scale_ng.float()
+    stored_ng = torch.where(scale_ng == 0, 1.0, scale_ng.clamp(SCALE_MIN, SCALE_MAX)).half()
+    step_ng = stored_ng.float()
     if config.symmetric:
         zero_ng = torch.full_like(step_ng, 2 ** (config.bits - 1))
     else:
         zero_ng = (-low_ng / step_ng).round_().clamp_(0, top)
     codes_ngc = (weight_ngc / step_ng[..., None]).round_().add_(zero_ng[..., None]).clamp_(0, top)
     codes_nm = codes_ngc.to(torch.uint8).flatten(1)[:, :m]
-    fields = {"codes": pack_bits(codes_nm, config.bits), "scale": scale_ng}
+    fields = {"codes": pack_bits(codes_nm, config.bits), "scale": stored_ng}
     if not config.symmetric:
         fields["zero"] = zero_ng.to(torch.uint8)
-    return fields
+    return fields, scale_ng
 
 
 def _grouped(rows_nm: Tensor, group_size: int) -> Tensor:
     """[n, m] -> [n, g, c], the last group padded with zeros, which both grids contain."""
     n, m = rows_nm.shape
     columns = group_size or m
-    return F.pad(rows_nm, (0, -m % columns)).view(n, -1, columns)
+    # Padding by nothing would copy.
+    padded_nm = F.pad(rows_nm, (0, -m % columns)) if m % columns else rows_nm
+    return padded_nm.reshape(n, -1, columns)
 
 
 class RTNLinear(PackedLinear):
@@ -116,11 +135,19 @@ class RTNLinear(PackedLinear):
         self.config = config
 
     def dequantize(self) -> Tensor:
-        codes_nm = unpack_bits(self.q.codes, self.config.bits, self.in_features)
+        return self._rows(slice(None))
+
+    def pieces(self) -> Iterator[Tensor]:
+        rows = max(1, PIECE // self.in_features)
+        for start in range(0, self.out_features, rows):
+            yield self._rows(slice(start, start + rows))
+
+    def _rows(self, rows: slice) -> Tensor:
+        codes_nm = unpack_bits(self.q.codes[rows], self.config.bits, self.in_features)
         codes_ngc = _grouped(codes_nm, self.config.group_size).float()
         if self.config.symmetric:
             codes_ngc -= 2 ** (self.config.bits - 1)
         else:
-            codes_ngc -= self.q.zero.float()[..., None]
-        codes_ngc *= self.q.scale.float()[..., None]
+            codes_ngc -= self.q.zero[rows].float()[..., None]
+        codes_ngc *= self.q.scale[rows].float()[..., None]
         return codes_ngc.flatten(1)[:, : self.in_features]

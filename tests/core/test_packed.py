@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from spectool.packed import (
     build_packed,
     field_specs,
     packed_modules,
+    relative_error,
     swap_in,
     unpack_in_place,
 )
@@ -173,3 +175,33 @@ def test_fields_are_grouped_by_the_module_they_belong_to() -> None:
     header = (torch.uint8, (1,))
     found = field_specs({"a.b.q.codes": header, "a.b.q.scale": header, "a.weight": header})
     assert found == {"a.b": {"codes": header, "scale": header}}
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-23, 1.0, 1e19, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_error_at_any_size_of_weights(
+    size: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectool.packed.PIECE", 8)
+    module = filled()
+    module.q.scale = torch.zeros(3).half()
+    weight_nm = (torch.ones(3, 4) * size).to(dtype)
+    before = weight_nm.clone()
+    assert relative_error(weight_nm, module) == pytest.approx(1.0)
+    module = filled()
+    assert relative_error(module.dequantize().to(dtype), module) == 0.0
+    half_nm = module.dequantize().to(dtype) * 2
+    assert relative_error(half_nm, module) == pytest.approx(0.25)
+    assert torch.equal(weight_nm, before)
+
+
+def test_error_of_a_matrix_of_zeros() -> None:
+    module = filled()
+    assert relative_error(torch.zeros(3, 4), module) == math.inf
+    module.q.scale = torch.zeros(3).half()
+    assert relative_error(torch.zeros(3, 4), module) == 0.0
+
+
+def test_error_between_matrices_of_other_shapes() -> None:
+    with pytest.raises(CheckpointError, match="packed 3 x 4 matrix stands for one of 4 x 3"):
+        relative_error(torch.zeros(4, 3), filled())

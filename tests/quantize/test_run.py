@@ -331,6 +331,22 @@ def test_bad_weights_are_named_wherever_they_are(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_weights_beyond_the_stored_scale_are_named(
+    checkpoint: Checkpoints, compress: Compress, tmp_path: Path, size: float
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.weight"] *= size
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedError, match=rf"^{name}: its weights need a scale of"):
+        compress(source)
+    assert not (tmp_path / "out").exists()
+    compress(source, job={"skip": ["1.mlp.up_proj"], "allow_dense": True}, run={"overwrite": True})
+
+
 def test_missing_tensor_is_named_before_anything_is_written(
     checkpoint: Checkpoints, compress: Compress, tmp_path: Path
 ) -> None:
