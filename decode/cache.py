@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 _FIRST_COLUMNS = 64
-# Columns beyond the context that the rejected nodes of a last tree may use before the buffers
-# have to grow again.
+# Columns beyond the context for the rejected nodes of a last tree; a wider tree doubles them.
 _TAIL = 128
 
 
@@ -85,6 +84,7 @@ class TreeCache(Cache):
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.capacity = 0
         self.width = 0
+        self._tail = _TAIL
         self._starts: list[int] = []
         self._columns_BN: Tensor | None = None
 
@@ -98,8 +98,10 @@ class TreeCache(Cache):
         self._starts = self.lengths
         self.width = max(self._starts) + num_nodes
         if self.width > self.capacity:
+            if self.width > self.context + self._tail:
+                self._tail = max(2 * self._tail, self.width - self.context)
             doubled = max(_FIRST_COLUMNS, 2 * self.capacity, self.width)
-            self.capacity = max(self.width, min(doubled, self.context + _TAIL))
+            self.capacity = min(doubled, self.context + self._tail)
         self._columns_BN = None
         if len(set(self._starts)) > 1:
             starts_B1 = torch.tensor(self._starts, device=device)[:, None]

@@ -119,7 +119,11 @@ class Runner:
         """
         control = Control(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         pairing = rule_for(
-            self.drafter.kinds(control), verify, temperature=temperature, lossy=lossy
+            self.drafter.kinds(control),
+            verify,
+            temperature=temperature,
+            lossy=lossy,
+            branches=self.drafter.branches,
         )
         if isinstance(max_new_tokens, int):
             max_new_tokens = [max_new_tokens] * len(prompts)

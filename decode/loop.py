@@ -18,7 +18,7 @@ from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Turn
+from spectool.decode.sampling import Turn, sound
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft
 from spectool.decode.verify import Pairing, settle
@@ -126,12 +126,12 @@ def _judge(
     logits_BNV: Tensor,
     pairing: Pairing,
 ) -> list[tuple[list[int], int]]:
-    laws_BNV = rows[0].control.laws([row.tokens for row in rows], drafts, logits_BNV)
+    laws_BNV = rows[0].control.laws(logits_BNV)
     verdicts = [
         pairing.rule(draft, laws_NV[: len(draft)], Turn(row.draws, len(row.tokens) - 1))
         for row, draft, laws_NV in zip(rows, drafts, laws_BNV, strict=True)
     ]
-    return settle(drafts, verdicts)
+    return settle(drafts, verdicts, sound(logits_BNV))
 
 
 def _drop_finished(cache: TreeCache, rows: list[Row]) -> list[Row]:

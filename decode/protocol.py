@@ -64,9 +64,14 @@ class Prompt:
 
 
 class Drafter(Protocol):
-    """Proposes trees of tokens. One object serves many batches, one batch at a time."""
+    """Proposes trees of tokens. One object serves many batches, one batch at a time.
 
+    `name` is its row in the table of methods. `branches`: whether its nodes may have siblings.
+    """
+
+    name: str
     needs: Needs
+    branches: bool
 
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         """The kinds of nodes it proposes under these settings; the rule is chosen by them."""

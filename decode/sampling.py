@@ -19,13 +19,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from spectool.decode.tree import Draft
-from spectool.errors import UsageError
+from spectool.errors import SpectoolError, UsageError
 
 # What a number is drawn for. Each (request, position, purpose) has its own, so neither the mates
 # in a batch nor the shape of earlier drafts change it.
 _PURPOSES = {"token": 1, "accept": 2, "draft": 3}
 _MASK = (1 << 64) - 1
+# Beyond these a law is one-hot or flat to the last bit of fp32; quotients that are NaN begin later.
+_COLDEST, _HOTTEST = 1e-30, 1e30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,8 @@ class Control:
             raise UsageError(f"--min-p {self.min_p}: expected a number from 0 (off) to 1")
         warpers: list[LogitsProcessor] = []
         if self.temperature not in (0.0, 1.0):
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+            bounded = min(max(float(self.temperature), _COLDEST), _HOTTEST)
+            warpers.append(TemperatureLogitsWarper(bounded))
         if self.top_k:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
@@ -69,19 +71,18 @@ class Control:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def laws(
-        self, committed: Sequence[Sequence[int]], drafts: Sequence[Draft], logits_BNV: Tensor
-    ) -> Tensor:
+    def laws(self, logits_BNV: Tensor) -> Tensor:
         """The law of the token after each node, fp32 [B, N, V]; when greedy, scores instead.
 
         Greedy laws are one-hot at the largest score (the lowest index on ties, as argmax has it):
-        building them would cost a vocabulary per node and say no more. `committed[b]` ends with
-        the root of `drafts[b]`; together they are every node's own history, for processors that
-        look at it. Nodes past the end of a row's draft get laws that mean nothing.
+        building them would cost a vocabulary per node and say no more.
         """
         if self.greedy:
             return logits_BNV
         scores_NV = logits_BNV.flatten(0, 1).float()
+        if self.temperature != 1:
+            # With 0 as the largest score no quotient overflows upwards, however cold it gets.
+            scores_NV = scores_NV - scores_NV.amax(-1, keepdim=True)
         for warper in self.warpers:
             # None of the four looks at the tokens.
             scores_NV = warper(cast(torch.LongTensor, None), cast(torch.FloatTensor, scores_NV))
@@ -143,6 +144,20 @@ def pick(laws_MV: Tensor, uniform_M: Tensor) -> Tensor:
     threshold_M1 = uniform_M[:, None] * cumulative_MV[:, -1:]
     index_M1 = torch.searchsorted(cumulative_MV, threshold_M1, right=True)
     return index_M1[:, 0].clamp_(max=laws_MV.shape[-1] - 1)
+
+
+def sound(logits: Tensor) -> Tensor:
+    """Whether every law can be made: no NaN, no positive infinity, something to choose from."""
+    return logits.amax(-1).isfinite().all()
+
+
+def unsound(whose: str) -> SpectoolError:
+    """What to say of logits that are not `sound`."""
+    return SpectoolError(
+        f"{whose} gave logits that are NaN or infinite: its weights are damaged, or its dtype "
+        "overflows",
+        hint="try --dtype float32; if they are so there too, the checkpoint is broken",
+    )
 
 
 def _mix(value: int) -> int:

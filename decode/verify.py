@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spectool import methods
-from spectool.decode.sampling import Source
+from spectool.decode.sampling import Source, unsound
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
 
@@ -84,11 +84,20 @@ def walk(draft: Draft, emit: Sequence[int], accept: Sequence[int] | None) -> tup
     return path, emit[node]
 
 
-def settle(drafts: Sequence[Draft], verdicts: Sequence[Verdict]) -> list[tuple[list[int], int]]:
-    """Path and next token of every row, after a single transfer to the host."""
+def settle(
+    drafts: Sequence[Draft], verdicts: Sequence[Verdict], is_sound: Tensor | None = None
+) -> list[tuple[list[int], int]]:
+    """Path and next token of every row, after a single transfer to the host.
+
+    Raises:
+        SpectoolError: the laws that were judged by are not `sampling.sound`.
+    """
     flat = [verdict.emit_N for verdict in verdicts]
     flat += [verdict.accept_N.long() for verdict in verdicts if verdict.accept_N is not None]
+    flat += [is_sound.long()[None]] if is_sound is not None else []
     values = torch.cat(flat).tolist()
+    if is_sound is not None and not values.pop():
+        raise unsound("the model")
     settled, start, tests = [], 0, sum(len(draft) for draft in drafts)
     for draft, verdict in zip(drafts, verdicts, strict=True):
         emit, accept = values[start : start + len(draft)], None
@@ -118,21 +127,33 @@ class Pairing:
 
 
 def rule_for(
-    kinds: Collection[Kind], name: str | None, *, temperature: float, lossy: bool
+    kinds: Collection[Kind],
+    name: str | None,
+    *,
+    temperature: float,
+    lossy: bool,
+    branches: bool = False,
 ) -> Pairing:
     """The rule to verify such drafts with; the best exact one if no name is given.
 
-    At temperature 0 the laws are one-hot, every rule is the greedy one, and it is exact.
+    `branches`: whether a node may have siblings. At temperature 0 the laws are one-hot, every rule
+    is the greedy one, and it is exact.
 
     Raises:
-        UsageError: no such rule, or an inexact pair without `lossy`.
+        UsageError: no such rule, one that has no law for siblings, or an inexact pair without
+            `lossy`.
     """
     if name is not None:
         methods.row(name, "rule")
     if temperature == 0:
         return Pairing("greedy", greedy, True)
     if name is None:
-        name = "chain" if set(kinds) == {"sampled"} else "token-match"
+        name = "chain" if set(kinds) == {"sampled"} and not branches else "token-match"
+    if branches and name == "chain":
+        raise UsageError(
+            "--verify chain has no law for siblings, and this drafter proposes trees",
+            hint="leave --verify out, or draft without siblings, such as ngram:nodes=1",
+        )
     lossless = set(kinds) <= _EXACT[name]
     if name == "greedy":
         lossless = False

@@ -19,7 +19,7 @@ from spectool import options
 from spectool.decode import tree
 from spectool.decode.protocol import Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, pick
+from spectool.decode.sampling import Control, pick, sound, unsound
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError
@@ -44,8 +44,10 @@ class DraftModelDrafter:
         UnsupportedError: the draft's vocabulary is not the target's.
     """
 
+    name = "draft_model"
     Config = DraftModelConfig
     needs = Needs()
+    branches = False
 
     def __init__(
         self,
@@ -79,23 +81,25 @@ class DraftModelDrafter:
             self._depth(row, held, limit)
             for row, held, limit in zip(rows, self._cache.lengths, budget, strict=True)
         ]
-        histories = [list(row.tokens) for row in rows]
+        proposed: list[list[int]] = [[] for _ in rows]
         laws: list[list[Tensor]] = [[] for _ in rows]
         for step in range(max(wanted)):
             # The first feed brings the new root, and the last proposal if all were accepted.
             pending = [
-                history[held:] if step < depth else []
-                for history, held, depth in zip(histories, self._cache.lengths, wanted, strict=True)
+                row.tokens[held:] + new[-1:] if step < depth else []
+                for row, new, held, depth in zip(
+                    rows, proposed, self._cache.lengths, wanted, strict=True
+                )
             ]
             logits_BV = self._draft.ingest(self._cache, pending).logits_BV
-            laws_BV, tokens = self._draw(rows, histories, logits_BV)
+            laws_BV, tokens = self._draw(rows, step, logits_BV)
             for b, token in enumerate(tokens):
                 if step < wanted[b]:
-                    histories[b].append(token)
+                    proposed[b].append(token)
                     laws[b].append(laws_BV[b])
         return [
-            self._chain(row, history[len(row.tokens) - 1 :], law)
-            for row, history, law in zip(rows, histories, laws, strict=True)
+            self._chain(row, [row.tokens[-1], *new], law)
+            for row, new, law in zip(rows, proposed, laws, strict=True)
         ]
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
@@ -115,22 +119,24 @@ class DraftModelDrafter:
             return 0
         return max(0, min(self.config.depth, limit, self._draft.context - len(row.tokens)))
 
-    def _draw(
-        self, rows: Sequence[Row], histories: list[list[int]], logits_BV: Tensor
-    ) -> tuple[Tensor, list[int]]:
-        """The next proposal of every row and the law that it was drawn from."""
+    def _draw(self, rows: Sequence[Row], step: int, logits_BV: Tensor) -> tuple[Tensor, list[int]]:
+        """Proposal number `step` of every row and the law that it was drawn from.
+
+        Raises:
+            SpectoolError: the draft's logits are NaN or infinite.
+        """
         # Ids that the target does not have cannot be drawn; those the draft lacks have q = 0.
         logits_BV = logits_BV[:, : self._vocab_size]
+        laws_BV = rows[0].control.laws(logits_BV[:, None])[:, 0]
         if rows[0].control.greedy:
-            return logits_BV, logits_BV.argmax(-1).tolist()
-        roots = [tree.root(history[-1]) for history in histories]
-        laws_BV = rows[0].control.laws(histories, roots, logits_BV[:, None])[:, 0]
-        numbers = [
-            row.draws.uniform(len(history), "draft")
-            for row, history in zip(rows, histories, strict=True)
-        ]
-        uniform_B = torch.tensor(numbers, dtype=torch.float64, device=laws_BV.device)
-        tokens: list[int] = pick(laws_BV, uniform_B).tolist()
+            tokens_B = laws_BV.argmax(-1)
+        else:
+            numbers = [row.draws.uniform(len(row.tokens) + step, "draft") for row in rows]
+            uniform_B = torch.tensor(numbers, dtype=torch.float64, device=laws_BV.device)
+            tokens_B = pick(laws_BV, uniform_B)
+        *tokens, is_sound = torch.cat([tokens_B, sound(logits_BV).long()[None]]).tolist()
+        if not is_sound:
+            raise unsound("the draft model")
         missing = self._vocab_size - laws_BV.shape[1]
         return torch.nn.functional.pad(laws_BV, (0, missing)), tokens
 

@@ -72,11 +72,13 @@ class NgramIndex:
 class NgramDrafter:
     """An index per row; a tree of its continuations per step, empty where nothing matches."""
 
+    name = "ngram"
     Config = NgramConfig
     needs = Needs()
 
     def __init__(self, config: NgramConfig | None = None) -> None:
         self.config = config or NgramConfig()
+        self.branches = self.config.nodes > 1
         self._indexes: dict[int, NgramIndex] = {}
 
     def kinds(self, control: Control) -> tuple[Kind, ...]:

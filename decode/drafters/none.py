@@ -21,8 +21,10 @@ class NoDraftConfig(options.Config):
 class NoDrafter:
     """Proposes nothing."""
 
+    name = "none"
     Config = NoDraftConfig
     needs = Needs()
+    branches = False
 
     def __init__(self, config: NoDraftConfig | None = None) -> None:
         self.config = config or NoDraftConfig()

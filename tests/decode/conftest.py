@@ -23,7 +23,9 @@ class Scripted:
     """Drafts what `script(tokens, budget)` says: paths after the root, merged in their order."""
 
     def __init__(self, script: Callable[[list[int], int], list[list[int]]], needs: Needs) -> None:
+        self.name = "scripted"
         self.needs = needs
+        self.branches = True
         self.script = script
         self.outcomes: list[Outcome] = []
         self.prompts: list[Prompt] = []

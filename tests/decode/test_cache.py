@@ -58,6 +58,20 @@ def test_buffers_double_up_to_the_context(tiny: Tiny) -> None:
     assert sorted(set(seen)) == [64, 128, 256]
 
 
+def test_wide_trees_near_the_context_grow_the_buffers_once(tiny: Tiny) -> None:
+    target = Target(tiny("llama"), context=100)
+    cache = target.cache(1)
+    target.ingest(cache, [list(range(2, 62))])
+    seen = []
+    for num_nodes in range(130, 170):
+        draft = tree.trie(5, [[token] for token in range(2, num_nodes + 2)], nodes=num_nodes)
+        target.verify(cache, [draft])
+        cache.commit([draft.tokens], [[0]])
+        seen.append(cache.capacity)
+    assert len(set(seen)) <= 3
+    assert seen[-1] <= 100 + 256
+
+
 def test_select_keeps_rows_in_order(tiny: Tiny) -> None:
     target = Target(tiny("llama"))
     cache = target.cache(3)

@@ -67,10 +67,10 @@ def test_second_tokens_follow_the_targets_law(
     control = Control(**options)
     with torch.inference_mode():
         model = runner.target.model
-        first = control.laws([[]], [], model(torch.tensor([prompt])).logits[:, -1:])[0, 0]
+        first = control.laws(model(torch.tensor([prompt])).logits[:, -1:])[0, 0]
         kept = first.nonzero()[:, 0]
         rows = torch.tensor([[*prompt, token] for token in kept.tolist()])
-        laws = control.laws([[]], [], model(rows).logits[:, -1:])[:, 0]
+        laws = control.laws(model(rows).logits[:, -1:])[:, 0]
         ends = torch.tensor([token in runner._end_ids() for token in kept.tolist()])
         expected = (first[kept] * ~ends) @ laws
     seen = [r.token_ids[1] for r in results if len(r.token_ids) > 1]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import spectool
 from spectool.decode.generate import Runner, generate
-from spectool.errors import UsageError
+from spectool.errors import SpectoolError, UsageError
 
 Tiny = Callable[..., PreTrainedModel]
 
@@ -164,6 +165,43 @@ def test_one_runner_for_many_prompts_and_drafters(opened: Runner, tiny: Tiny) ->
 def test_wrong_options(opened: Runner, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         opened.generate(["def"], **options)
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_tree_under_the_chain_rule_is_refused_before_any_forward(
+    opened: Runner, monkeypatch: pytest.MonkeyPatch, lossy: bool
+) -> None:
+    opened.use("ngram:min_n=1")
+    monkeypatch.setattr(opened.target, "ingest", None)
+    with pytest.raises(UsageError, match="no law for siblings"):
+        opened.generate([[3, 4, 3, 5, 3]], temperature=1, verify="chain", lossy=lossy)
+
+
+def test_a_chain_of_one_may_be_lossy_under_the_chain_rule(opened: Runner) -> None:
+    opened.use("ngram:min_n=1,nodes=1")
+    result = opened.generate(
+        [[3, 4, 3, 5, 3]], max_new_tokens=9, temperature=1, verify="chain", lossy=True
+    )
+    assert not result[0].lossless
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram:min_n=1"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_not_numbers_end_the_run(
+    tiny: Tiny, draft: str, temperature: float
+) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    model.get_output_embeddings().weight.data[7] = torch.nan
+    with pytest.raises(SpectoolError, match="the model gave logits that are NaN or inf") as error:
+        generate(model, [[5, 6]], draft=draft, max_new_tokens=9, temperature=temperature)
+    assert error.value.exit_code == 1
+
+
+def test_a_very_low_temperature_is_greedy(opened: Runner) -> None:
+    plain = opened.generate(["def make"], max_new_tokens=20)[0]
+    for temperature in (1e-45, 1e-12):
+        cold = opened.generate(["def make"], max_new_tokens=20, temperature=temperature)[0]
+        assert cold.token_ids == plain.token_ids
 
 
 def test_lossy_is_said(opened: Runner) -> None:

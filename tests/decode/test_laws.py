@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from spectool.decode import tree, verify
+from spectool.decode import verify
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.sampling import Control, Source
@@ -53,8 +53,7 @@ def exact_law(model: PreTrainedModel, control: Control) -> dict[tuple[int, ...],
     law = {}
     for text, logits_SV in zip(texts, logits, strict=True):
         rows = logits_SV[len(PROMPT) - 1 : -1]
-        draft = tree.chain([0] * LENGTH, kind="deterministic")
-        laws = control.laws([[]], [draft], rows[None])[0].double()
+        laws = control.laws(rows[None])[0].double()
         law[text] = float(laws[range(LENGTH), list(text)].prod())
     return law
 

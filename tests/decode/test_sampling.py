@@ -3,14 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectool.decode import tree
-from spectool.decode.sampling import Control, Draws, Turn, pick
+from spectool.decode.sampling import Control, Draws, Turn, pick, sound
 from spectool.errors import UsageError
 
 
 def laws(logits: torch.Tensor, **options: float) -> torch.Tensor:
-    draft = tree.chain([0] * len(logits), kind="deterministic")
-    return Control(**options).laws([[0]], [draft], logits[None])[0]
+    return Control(**options).laws(logits[None])[0]
 
 
 def test_law_is_the_tempered_softmax_in_fp32() -> None:
@@ -18,6 +16,27 @@ def test_law_is_the_tempered_softmax_in_fp32() -> None:
     law = laws(logits, temperature=0.5)
     assert law.dtype == torch.float32
     torch.testing.assert_close(law, (logits.float() / 0.5).softmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-30, 1e-6])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}])
+def test_a_very_cold_law_is_the_greedy_one(temperature: float, filters: dict[str, float]) -> None:
+    logits = torch.tensor([[-40.0, 3.0, 2.99, -torch.inf], [5e4, -5e4, 0.0, 1.0]])
+    law = laws(logits, temperature=temperature, **filters)
+    assert law.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+
+
+def test_a_very_hot_law_is_flat_over_what_is_possible() -> None:
+    law = laws(torch.tensor([[4.0, -9.0, -torch.inf]]), temperature=1e300)
+    assert law.tolist() == [[0.5, 0.5, 0]]
+
+
+def test_sound_logits_have_a_finite_largest_one() -> None:
+    fine = torch.tensor([[0.0, -torch.inf], [1.0, 2.0]])
+    assert sound(fine)
+    for wrong in (torch.nan, torch.inf):
+        assert not sound(torch.cat([fine, torch.tensor([[0.0, wrong]])]))
+    assert not sound(torch.full((1, 3), -torch.inf))
 
 
 def test_greedy_picks_the_lowest_index_on_ties() -> None:

@@ -225,6 +225,16 @@ def test_inexact_pairs_are_refused_or_said(kinds: tuple[tree.Kind, ...], name: s
     assert not rule_for(kinds, name, temperature=0.7, lossy=True).lossless
 
 
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize("kinds", [("deterministic",), ("sampled",)])
+def test_trees_are_not_for_the_chain_rule(kinds: tuple[tree.Kind, ...], lossy: bool) -> None:
+    with pytest.raises(UsageError, match="no law for siblings") as refusal:
+        rule_for(kinds, "chain", temperature=1, lossy=lossy, branches=True)
+    assert "--lossy" not in str(refusal.value.hint)
+    assert rule_for(kinds, None, temperature=1, lossy=lossy, branches=True).name == "token-match"
+    assert rule_for(kinds, "chain", temperature=0, lossy=lossy, branches=True).lossless
+
+
 def test_lossy_does_not_spoil_an_exact_pair() -> None:
     assert rule_for(("sampled",), "token-match", temperature=1, lossy=True).lossless
 

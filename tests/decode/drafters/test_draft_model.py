@@ -16,7 +16,7 @@ from spectool.decode.protocol import Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control, Draws
 from spectool.decode.target import Target
-from spectool.errors import UnsupportedError
+from spectool.errors import SpectoolError, UnsupportedError
 
 Tiny = Callable[..., PreTrainedModel]
 
@@ -104,6 +104,39 @@ def test_a_target_with_a_longer_context_than_its_draft(tiny: Tiny, endless: Any)
     assert [r.token_ids for r in result] == [r.token_ids for r in plain]
     assert result[0].drafted > 0
     assert result[1].drafted == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_draft_of_nan_weights_is_said(tiny: Tiny, temperature: float) -> None:
+    broken = copy.deepcopy(tiny("llama", 1))
+    broken.get_output_embeddings().weight.data[7] = torch.nan
+    drafter = DraftModelDrafter(broken, target=Target(tiny("llama")))
+    with pytest.raises(SpectoolError, match="the draft model gave logits that are NaN"):
+        generate(tiny("llama"), [[5, 6]], draft=drafter, max_new_tokens=9, temperature=temperature)
+
+
+class Sealed(list[int]):
+    """Tokens that may be looked at from the end but not copied as a whole."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("the whole text was walked through")
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            assert key.start is not None
+            assert key.start >= 2
+        return list.__getitem__(self, key)
+
+
+def test_a_step_does_not_walk_through_the_text(tiny: Tiny) -> None:
+    drafter = DraftModelDrafter(tiny("llama", 1), target=Target(tiny("llama")))
+    row = row_of([5, 6, 7], 0)
+    begin(drafter, [row])
+    drafter.propose([row], [9])
+    row.tokens.append(8)
+    drafter.observe([type("Outcome", (), {"row": row})()])  # type: ignore[list-item]
+    row.tokens = Sealed(row.tokens)
+    assert len(drafter.propose([row], [9])[0]) == 5
 
 
 def test_prompts_are_fed_in_chunks_too(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from spectool import methods
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.spec import open_drafter, parse_spec
 from spectool.decode.target import Target
@@ -68,3 +69,8 @@ def test_a_checkpoint_becomes_a_draft_model(
     drafter = open_drafter(parse_spec(f"{path}:depth=2"), target=target, target_tokenizer=None)
     assert isinstance(drafter, DraftModelDrafter)
     assert drafter.config.depth == 2
+
+
+@pytest.mark.parametrize("name", methods.names("drafter"))
+def test_a_drafter_knows_its_row_in_the_table(name: str) -> None:
+    assert methods.resolve(name, "drafter").name == name
