@@ -1,9 +1,10 @@
 """Writing an artifact so that nothing half-written is ever taken for whole, and nothing is lost.
 
 Everything goes to `OUT.partial/` beside OUT, one shard at a time: temporary name, sync, rename,
-then a line in the manifest with the shard's hash. A killed run finds the manifest, checks it
-against what it is asked to do, and goes on after the last whole shard. OUT appears by one rename
-at the end; an older OUT gives way only then.
+then a line in the manifest `OUT.partial.json` with the shard's hash. A killed run finds the
+manifest, checks it against what it is asked to do, and goes on after the last whole shard. OUT
+appears by one rename at the end; an older OUT gives way only then, and only if it holds nothing but
+what spectool wrote: every artifact lists its own files.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from torch import Tensor
 
 from spectool.checkpoint import CHUNK, DTYPES, check_finite, torch_dtype
 from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
-from spectool.headers import PACKED_INDEX, TensorEntry
+from spectool.headers import PACKED_INDEX, TensorEntry, read_json
 
-MANIFEST = "manifest.json"
+HEADS = "spectool_heads.json"
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# What the disk answers where the place itself will not do, whatever is written.
+NOT_THERE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 # A tensor to write, or the stored bytes of one to copy as they are.
 Content = Tensor | TensorEntry
@@ -48,18 +54,24 @@ class ArtifactWriter:
 
     def __init__(self, out: Path, *, identity: dict[str, Any], overwrite: bool = False) -> None:
         self.out = out
+        self.overwrite = overwrite
         self.partial = out.with_name(out.name + ".partial")
+        # Beside what it describes, so that it outlives the rename that makes OUT.
+        self.manifest_path = out.with_name(out.name + ".partial.json")
         self.replaced = out.with_name(out.name + ".replaced")
         check_target(out, overwrite=overwrite)
         with disk_errors(self.partial):
-            self.partial.mkdir(parents=True, exist_ok=True)
+            try:
+                self.partial.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError as error:
+                raise InputError(f"{self.partial}: cannot be made: {error.strerror}") from error
             self._lock = os.open(self.partial, os.O_RDONLY)
         try:
             with disk_errors(self.partial):
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._settle()
                 check_target(out, overwrite=overwrite)
-                self.manifest = self._resume(identity, overwrite=overwrite)
+                self.manifest = self._resume(identity)
                 self._save_manifest()
         except BlockingIOError as error:
             self.close()
@@ -70,31 +82,29 @@ class ArtifactWriter:
 
     def _settle(self) -> None:
         """Finish what a run that was killed between its last renames left of an older OUT."""
-        if self.replaced.exists() and _is_ours(self.replaced):
-            if self.out.exists():
+        if self.replaced.exists():
+            if self.out.exists() or not any(self.replaced.iterdir()):
                 shutil.rmtree(self.replaced)
             else:
                 self.replaced.rename(self.out)
 
-    def _resume(self, identity: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
+    def _resume(self, identity: dict[str, Any]) -> dict[str, Any]:
         fresh: dict[str, Any] = {"identity": identity, "shards": {}}
-        try:
-            found = json.loads((self.partial / MANIFEST).read_text())
-        except (FileNotFoundError, ValueError):
-            found = fresh
-            names = sorted(path.name for path in self.partial.iterdir())
-            # Killed before the first manifest, or after the last one was taken away.
-            if names not in ([], [MANIFEST + ".tmp"]) and not _is_ours(self.partial):
-                raise UsageError(
-                    f"{self.partial}: holds {names[0]}, which no spectool run left there",
-                    hint="move that directory away, or choose another OUT",
-                ) from None
+        present = sorted(path.name for path in self.partial.iterdir())
+        found = self._read_manifest()
+        if found is None and present:
+            raise UsageError(
+                f"{self.partial}: holds {present[0]}, which no spectool run left there",
+                hint="move that directory away, or choose another OUT",
+            )
+        if found is None or not present:
+            return fresh
         changed = [
             key
             for key in sorted({*identity, *found["identity"]})
             if identity.get(key) != found["identity"].get(key)
         ]
-        if changed and not overwrite:
+        if changed and not self.overwrite:
             before, now = (
                 json.dumps(side.get(changed[0])) for side in (found["identity"], identity)
             )
@@ -108,13 +118,32 @@ class ArtifactWriter:
         whole = {
             name: said
             for name, said in found["shards"].items()
-            if (self.partial / name).exists()
+            if (self.partial / name).is_file()
             and _file_digest(self.partial / name) == said["sha256"]
         }
         for path in self.partial.iterdir():
-            if path.name not in whole and path.name != MANIFEST:
+            if path.name not in whole:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return {"identity": identity, "shards": whole}
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        """What the last run recorded; None if there was none."""
+        if not self.manifest_path.exists():
+            return None
+        try:
+            found = read_json(self.manifest_path)
+            shards = found["shards"]
+            if isinstance(found["identity"], dict) and all(
+                Path(name).name == name and isinstance(said["sha256"], str) and "report" in said
+                for name, said in shards.items()
+            ):
+                return found
+        except (CheckpointError, KeyError, TypeError, AttributeError):
+            pass
+        raise UsageError(
+            f"{self.manifest_path}: is not the record of an unfinished spectool run",
+            hint="move that file away, or choose another OUT",
+        )
 
     def report(self, shard: str) -> Any | None:
         """What was recorded with a finished shard; None if it is not finished."""
@@ -147,18 +176,26 @@ class ArtifactWriter:
             self._save_manifest()
 
     def finish(self, files: Mapping[str, bytes]) -> None:
-        """Add the small files, and let the whole become OUT."""
+        """Add the small files, and let the whole become OUT.
+
+        One of them, the index or the heads' record, lists them all and the shards; see `own_files`.
+
+        Raises:
+            UsageError: meanwhile OUT was made by someone else, or somebody put files into it.
+        """
         with disk_errors(self.partial):
             for name, data in files.items():
                 (self.partial / name).parent.mkdir(exist_ok=True)
                 _write_synced(self.partial / name, data)
-            (self.partial / MANIFEST).unlink()
             os.fsync(self._lock)
-            if self.out.exists():
+            check_target(self.out, overwrite=self.overwrite)
+            gives_way = self.out.exists()
+            if gives_way:
                 self.out.rename(self.replaced)
             self.partial.rename(self.out)
-        if self.replaced.exists():
-            shutil.rmtree(self.replaced)
+            self.manifest_path.unlink()
+            if gives_way:
+                shutil.rmtree(self.replaced)
         self.close()
 
     def close(self) -> None:
@@ -175,9 +212,9 @@ class ArtifactWriter:
 
     def _save_manifest(self) -> None:
         data = json.dumps(self.manifest, sort_keys=True).encode()
-        temporary = self.partial / (MANIFEST + ".tmp")
+        temporary = self.manifest_path.with_name(self.manifest_path.name + ".tmp")
         _write_synced(temporary, data)
-        temporary.rename(self.partial / MANIFEST)
+        temporary.rename(self.manifest_path)
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -185,25 +222,64 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 
     InputError: its place is read-only. Asked before a long run begins, and again when it writes.
     """
-    if not (out.exists() or out.is_symlink()):
-        place = next(parent for parent in out.absolute().parents if parent.exists())
-        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-            raise InputError(f"{out}: cannot be written: {place} takes no new files")
-        return
-    if not overwrite:
-        raise UsageError(
-            f"{out}: exists already", hint="--overwrite replaces it once the new one is whole"
-        )
-    if out.is_symlink() or not _is_ours(out):
-        raise UsageError(f"{out}: was not written by spectool, so --overwrite leaves it alone")
+    with disk_errors(out):
+        replaced = out.with_name(out.name + ".replaced")
+        stray = _stray(replaced) if replaced.exists() or replaced.is_symlink() else None
+        if stray is not None:
+            raise UsageError(
+                f"{replaced}: {stray}, not written by spectool; an older OUT is moved there",
+                hint="move it away, or choose another OUT",
+            )
+        if not (out.exists() or out.is_symlink()):
+            place = next(parent for parent in out.absolute().parents if parent.exists())
+            if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+                raise InputError(f"{out}: cannot be written: {place} takes no new files")
+            return
+        if not overwrite:
+            raise UsageError(
+                f"{out}: exists already", hint="--overwrite replaces it once the new one is whole"
+            )
+        stray = _stray(out)
+        if stray is not None:
+            raise UsageError(
+                f"{out}: {stray}, not written by spectool, so --overwrite leaves it alone",
+                hint="move it away, or choose another OUT",
+            )
 
 
-def _is_ours(path: Path) -> bool:
-    return path.is_dir() and (
-        not any(path.iterdir())
-        or (path / PACKED_INDEX).exists()
-        or (path / "spectool_heads.json").exists()
-    )
+def own_files(path: Path) -> set[str]:
+    """Names of all files of the artifact in this directory, as it lists them; empty if it is none.
+
+    A packed checkpoint lists them in its index's metadata, heads at the top of their record.
+    """
+    found: set[str] = set()
+    for name in (PACKED_INDEX, HEADS):
+        try:
+            said = read_json(path / name)
+        except CheckpointError:
+            continue
+        metadata = said.get("metadata") if name == PACKED_INDEX else said
+        files = metadata.get("files") if isinstance(metadata, dict) else None
+        if isinstance(files, list):
+            found.update(file for file in files if isinstance(file, str))
+    return found
+
+
+def _stray(path: Path) -> str | None:
+    """What there is besides an artifact, as the end of a sentence about `path`; None if nothing."""
+    if path.is_symlink() or not path.is_dir():
+        return "is a link" if path.is_symlink() else "is a file"
+    own = own_files(path)
+    folders = {str(parent) for file in own for parent in Path(file).parents}
+    for root, names, files in os.walk(path):
+        for name, known in [(n, folders) for n in sorted(names)] + [
+            (f, own) for f in sorted(files)
+        ]:
+            entry = Path(root, name)
+            relative = str(entry.relative_to(path))
+            if relative not in known or (known is folders and entry.is_symlink()):
+                return f"holds {relative}"
+    return None
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]) -> str:
@@ -301,6 +377,6 @@ def disk_errors(place: Path) -> Iterator[None]:
                 hint="what is written there is whole; make room and run the same command again",
             ) from error
         reason = error.strerror or str(error)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in NOT_THERE:
             raise InputError(f"{place}: cannot be written: {reason}") from error
         raise SpectoolError(f"{place}: {reason}") from error

@@ -26,6 +26,7 @@ from spectool.text import encode, read_text
 from spectool.version import __version__
 
 from .calibration import Quantizer, windows
+from .ledger import Ledger, measure
 from .plan import Plan, make_plan
 from .walk import BlockWalk, Progress, entry_of
 
@@ -234,11 +235,9 @@ def _small_files(
         if path.is_file()
     }
     shards = sorted(writer.manifest["shards"])
-    weight_map, total = {}, 0
+    tensors = {}
     for shard in shards:
-        for entry in read_header(writer.path(shard))[1]:
-            weight_map[entry.name] = shard
-            total += entry.num_bytes
+        tensors.update({entry.name: entry for entry in read_header(writer.path(shard))[1]})
     modules = {
         key: entry_of(job.method, job.config, site)
         for block in plan.sites.values()
@@ -252,13 +251,18 @@ def _small_files(
         "made_by": made_by,
     }
     config = {**checkpoint.layout.config, "quantization_config": quantization}
-    index = {
-        "metadata": {"total_parameters": plan.num_parameters, "total_size": total},
-        "weight_map": weight_map,
-    }
+    layout = Layout(path=writer.partial, config=config, tensors=tensors, metadata={})
     files["config.json"] = _json(config)
+    files["README.md"] = _readme(job, measure(layout)).encode()
+    index = {
+        "metadata": {
+            "total_parameters": plan.num_parameters,
+            "total_size": layout.num_bytes,
+            "files": sorted([*shards, *files, PACKED_INDEX]),
+        },
+        "weight_map": {name: entry.path.name for name, entry in tensors.items()},
+    }
     files[PACKED_INDEX] = _json(index)
-    files["README.md"] = _readme(plan, job, total).encode()
     return files
 
 
@@ -266,7 +270,7 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _readme(plan: Plan, job: Job, total: int) -> str:
+def _readme(job: Job, ledger: Ledger) -> str:
     options = json.dumps(job.config.as_dict(), sort_keys=True)
     return f"""# A checkpoint packed by spectool
 
@@ -274,8 +278,8 @@ Method `{job.method}` with {options}.
 
 | | bits |
 |---|---:|
-| per weight of the {sum(map(len, plan.sites.values()))} packed matrices | {plan.bits_linears:.3f} |
-| per parameter of all weight files | {8 * total / plan.num_parameters:.3f} |
+| per weight of the {len(ledger.entries)} packed matrices | {ledger.linears:.4f} |
+| per parameter of all weight files | {ledger.file:.4f} |
 
 ```python
 import spectool

@@ -6,21 +6,33 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spectool.artifact import MANIFEST, ArtifactWriter, check_target, write_safetensors
+from spectool.artifact import ArtifactWriter, check_target, own_files, write_safetensors
 from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
 from spectool.headers import PACKED_INDEX, read_header
 
 IDENTITY = {"source": "s", "options": {"bits": 4}}
-SMALL = {"config.json": b"{}", PACKED_INDEX: b"{}"}
+SHARD = "packed-1.safetensors"
+TEMPLATE = "additional_chat_templates/tool.jinja"
+
+
+def small(*others: str) -> dict[str, bytes]:
+    """The small files of an artifact, whose index lists them and these others."""
+    files = ["config.json", PACKED_INDEX, *others]
+    return {
+        "config.json": b"{}",
+        PACKED_INDEX: json.dumps({"metadata": {"files": files}}).encode(),
+    }
 
 
 def shard(value: float) -> dict[str, torch.Tensor]:
@@ -29,8 +41,9 @@ def shard(value: float) -> dict[str, torch.Tensor]:
 
 def complete(out: Path, value: float = 1.0, *, overwrite: bool = False) -> None:
     with ArtifactWriter(out, identity=IDENTITY, overwrite=overwrite) as writer:
-        writer.write_shard("packed-1.safetensors", shard(value), {}, {"value": value})
-        writer.finish(SMALL)
+        if writer.report(SHARD) is None:
+            writer.write_shard(SHARD, shard(value), {}, {"value": value})
+        writer.finish({**small(SHARD, TEMPLATE), TEMPLATE: b"x"})
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -82,13 +95,12 @@ def test_copied_tensors_keep_their_bytes_and_are_searched(
 
 def test_out_appears_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
     with ArtifactWriter(tmp_path / "out", identity=IDENTITY) as writer:
-        writer.write_shard("packed-1.safetensors", shard(1.0), {}, None)
+        writer.write_shard(SHARD, shard(1.0), {}, None)
         assert not (tmp_path / "out").exists()
-        writer.finish({**SMALL, "additional_chat_templates/tool.jinja": b"x"})
+        writer.finish({**small(SHARD, TEMPLATE), TEMPLATE: b"x"})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert set(contents(tmp_path / "out")) == {
-        *SMALL, "packed-1.safetensors", "additional_chat_templates/tool.jinja",
-    }  # fmt: skip
+    names = {"config.json", PACKED_INDEX, SHARD, TEMPLATE}
+    assert set(contents(tmp_path / "out")) == own_files(tmp_path / "out") == names
 
 
 def test_a_rerun_keeps_whole_shards_and_drops_the_rest(tmp_path: Path) -> None:
@@ -101,7 +113,7 @@ def test_a_rerun_keeps_whole_shards_and_drops_the_rest(tmp_path: Path) -> None:
     with ArtifactWriter(out, identity=IDENTITY) as writer:
         assert writer.report("packed-1") == {"index": 1}
         assert writer.report("packed-2") is None
-        assert sorted(path.name for path in partial.iterdir()) == [MANIFEST, "packed-1"]
+        assert sorted(path.name for path in partial.iterdir()) == ["packed-1"]
 
 
 def test_another_identity_does_not_resume_and_says_what_changed(tmp_path: Path) -> None:
@@ -125,8 +137,8 @@ def test_two_runs_on_one_out(tmp_path: Path) -> None:
             with pytest.raises(UsageError, match="another run is writing it"):
                 ArtifactWriter(out, identity=IDENTITY, overwrite=overwrite)
         assert writer.report("packed-1") is None and (out.parent / "out.partial").exists()
-        writer.finish(SMALL)
-    assert set(contents(out)) == {*SMALL, "packed-1"}
+        writer.finish(small("packed-1"))
+    assert set(contents(out)) == {*small(), "packed-1"}
 
 
 def test_existing_out_needs_overwrite_and_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -142,6 +154,83 @@ def test_existing_out_needs_overwrite_and_stays_until_the_new_one_is_whole(tmp_p
     assert contents(out) == before
     complete(out, 2.0, overwrite=True)
     assert contents(out) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+FOREIGN = {
+    "notes": "holds notes.txt",
+    "hidden": "holds .cache",
+    "folder": "holds mine",
+    "inner": "holds additional_chat_templates/mine.jinja",
+    "linked folder": "holds additional_chat_templates",
+    "index without a list": "holds ",
+    "damaged index": "holds ",
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_overwrite_leaves_alone_an_artifact_with_something_else_in_it(
+    tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out"
+    complete(out)
+    if kind == "notes":
+        (out / "notes.txt").write_text("mine")
+    elif kind == "hidden":
+        (out / ".cache").write_text("mine")
+    elif kind == "folder":
+        (out / "mine").mkdir()
+    elif kind == "inner":
+        (out / "additional_chat_templates" / "mine.jinja").write_text("mine")
+    elif kind == "linked folder":
+        (out / "additional_chat_templates").rename(tmp_path / "elsewhere")
+        (out / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    else:
+        (out / PACKED_INDEX).write_text("{" if kind == "damaged index" else "{}")
+    before = contents(tmp_path)
+    for place in (out, tmp_path / "other"):
+        with pytest.raises(UsageError) as caught:
+            complete(place, 2.0, overwrite=True)
+        assert FOREIGN[kind] in str(caught.value) and "not written by spectool" in str(caught.value)
+        assert "\n" not in str(caught.value) and "move it away" in str(caught.value.hint)
+        if place == out:
+            # The same where an older OUT would go to: found before anything is computed.
+            out.rename(tmp_path / "other.replaced")
+    assert contents(tmp_path) == {
+        name.replace("out/", "other.replaced/"): data for name, data in before.items()
+    }
+
+
+def test_foreign_file_where_the_older_out_would_go(tmp_path: Path) -> None:
+    complete(tmp_path / "out")
+    (tmp_path / "out.replaced").write_text("mine")
+    with pytest.raises(UsageError, match=r"out\.replaced: is a file, not written by spectool"):
+        complete(tmp_path / "out", 2.0, overwrite=True)
+    assert not (tmp_path / "out.partial").exists()
+    (tmp_path / "out.replaced").unlink()
+    (tmp_path / "out.replaced").mkdir()
+    complete(tmp_path / "new")
+    complete(tmp_path / "out", 2.0, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "out"]
+
+
+def test_what_appears_in_out_during_a_run_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for overwrite, said in ((False, "exists already"), (True, r"holds notes\.txt")):
+        with ArtifactWriter(out, identity=IDENTITY, overwrite=overwrite) as writer:
+            if writer.report(SHARD) is None:
+                writer.write_shard(SHARD, shard(1.0), {}, {"value": 1.0})
+            if overwrite:
+                (out / "notes.txt").write_text("mine")
+            else:
+                complete(tmp_path / "other")
+                (tmp_path / "other").rename(out)
+            with pytest.raises(UsageError, match=said):
+                writer.finish(small(SHARD))
+    (out / "notes.txt").unlink()
+    with ArtifactWriter(out, identity=IDENTITY, overwrite=True) as writer:
+        assert writer.report(SHARD) == {"value": 1.0}, "nothing that was done is lost"
+        writer.finish(small(SHARD))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -171,22 +260,50 @@ def test_foreign_partial_directory_is_not_emptied(tmp_path: Path) -> None:
     assert (partial / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['{"name": "x"}', "{", "[]", '{"identity": {}, "shards": {"a": {}}}',
+     '{"identity": {}, "shards": {"../a": {"sha256": "0", "report": null}}}',
+     '{"identity": [], "shards": {}}', '{"identity": {}, "shards": []}'],
+)  # fmt: skip
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_foreign_manifest(tmp_path: Path, content: str, overwrite: bool) -> None:
+    manifest = tmp_path / "out.partial.json"
+    manifest.write_text(content)
+    with pytest.raises(UsageError, match="not the record of an unfinished") as caught:
+        complete(tmp_path / "out", overwrite=overwrite)
+    assert manifest.read_text() == content and "\n" not in str(caught.value)
+
+
+def test_left_over_manifest_without_a_run_does_not_matter(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "out", identity={"another": 1}) as writer:
+        writer.write_shard(SHARD, shard(1.0), {}, None)
+    shutil.rmtree(tmp_path / "out.partial")
+    complete(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def crash_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the process "die" right before the n-th rename from now on."""
-    original, count = Path.rename, iter(range(1, 100))
+    """Let the process "die" right before the n-th rename or removal from now on."""
+    count = iter(range(1, 100))
 
-    def rename(self: Path, target: Path) -> Path:
-        if next(count) == call:
-            raise KeyboardInterrupt
-        return original(self, target)
+    def mortal(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any) -> Any:
+            if next(count) == call:
+                raise KeyboardInterrupt
+            return original(*arguments)
 
-    monkeypatch.setattr(Path, "rename", rename)
+        return step
+
+    monkeypatch.setattr(Path, "rename", mortal(Path.rename))
+    monkeypatch.setattr(Path, "unlink", mortal(Path.unlink))
+    monkeypatch.setattr(shutil, "rmtree", mortal(shutil.rmtree))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("call", range(1, 7))
+@pytest.mark.parametrize("call", range(1, 9))
 def test_a_death_before_any_rename_ends_with_the_same_bytes(
-    tmp_path: Path, call: int, overwrite: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, overwrite: bool
 ) -> None:
     complete(tmp_path / "expected", 2.0)
     out = tmp_path / "out"
@@ -195,17 +312,19 @@ def test_a_death_before_any_rename_ends_with_the_same_bytes(
         old = contents(out)
     with pytest.MonkeyPatch.context() as patch:
         crash_at(call, patch)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             complete(out, 2.0, overwrite=overwrite)
-        except KeyboardInterrupt:
-            # The old one is whole, at its place or beside it for the moment between two renames.
-            if overwrite:
-                kept = out if out.exists() else tmp_path / "out.replaced"
-                assert contents(kept) == old
-            complete_again = True
-        else:
-            complete_again = False
-    if complete_again:
+    whole = out.exists() and contents(out) == contents(tmp_path / "expected")
+    if overwrite and not whole:
+        # The old one is whole, at its place or beside it for the moment between two renames.
+        assert contents(out if out.exists() else tmp_path / "out.replaced") == old
+    if whole:
+        assert call > 4 and not (tmp_path / "out.partial").exists()
+        complete(out, 2.0, overwrite=True)
+    else:
+        # Three renames record a shard; from then on it is never written again.
+        if call > 4:
+            monkeypatch.setattr(ArtifactWriter, "write_shard", None)
         complete(out, 2.0, overwrite=overwrite)
     assert contents(out) == contents(tmp_path / "expected")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
@@ -235,31 +354,58 @@ def open_place() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody and come back")
+@contextlib.contextmanager
+def without_rights(place: Path) -> Iterator[None]:
+    """Nothing below `place` may be changed: as nobody for root, whom no permission stops."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+        return
+    closed = [place, *place.rglob("*")]
+    for path in closed:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        yield
+    finally:
+        for path in closed:
+            path.chmod(0o755)
+
+
 @pytest.mark.parametrize("place", ["out", "a/b/out"])
 def test_read_only_target(open_place: Path, place: str) -> None:
-    os.seteuid(65534)
-    try:
-        with pytest.raises(InputError, match=r"cannot be written: Permission denied$") as caught:
-            three_shards(open_place / place)
-    finally:
-        os.seteuid(0)
+    with (
+        without_rights(open_place),
+        pytest.raises(InputError, match="cannot be written") as caught,
+    ):
+        three_shards(open_place / place)
     assert caught.value.exit_code == 2
     assert not any(open_place.iterdir())
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody and come back")
 def test_unfinished_run_of_another_user(open_place: Path) -> None:
     with ArtifactWriter(open_place / "out", identity={}) as writer:
         writer.write_shard("packed-0", {"w": torch.ones(1000)}, {}, 0)
     before = contents(open_place)
-    os.seteuid(65534)
-    try:
-        with pytest.raises(InputError, match="cannot be written"):
-            three_shards(open_place / "out")
-    finally:
-        os.seteuid(0)
+    with without_rights(open_place), pytest.raises(InputError, match="cannot be written"):
+        three_shards(open_place / "out")
     assert contents(open_place) == before
+
+
+@pytest.mark.parametrize("length", [240, 250, 300, 5000])
+def test_name_that_no_disk_takes(tmp_path: Path, length: int) -> None:
+    with pytest.raises(InputError, match="cannot be written: File name too long") as caught:
+        complete(tmp_path / ("x" * length))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place where nothing is made")
+def test_place_that_cannot_be_made() -> None:
+    with pytest.raises(InputError) as caught:
+        complete(Path("/proc/x/out"))
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
 
 @contextlib.contextmanager
@@ -277,7 +423,7 @@ def test_full_disk_is_one_line_and_resumable(tmp_path: Path) -> None:
     with room_for(20_000), pytest.raises(SpectoolError, match="the disk is full") as caught:
         three_shards(tmp_path / "out")
     assert caught.value.exit_code == 1 and "same command again" in str(caught.value.hint)
-    whole = json.loads((tmp_path / "out.partial" / MANIFEST).read_text())["shards"]
+    whole = json.loads((tmp_path / "out.partial.json").read_text())["shards"]
     assert sorted(whole) == ["packed-0", "packed-1"]
     kept = (tmp_path / "out.partial" / "packed-1").stat().st_mtime_ns
     three_shards(tmp_path / "out")

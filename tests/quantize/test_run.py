@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spectool
+from spectool.artifact import own_files
 from spectool.checkpoint import open_checkpoint
 from spectool.errors import CheckpointError, InputError, UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.packed import packed_modules
+from spectool.quantize.ledger import measure
 from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job
 from spectool.skeleton import Skeleton
@@ -204,7 +206,22 @@ def test_companions_go_along(checkpoint: Checkpoints, compress: Compress, tmp_pa
         assert found[name] == (source / name).read_bytes()
     assert found["additional_chat_templates/tools.jinja"] == b"{{ tools }}"
     assert "spectool.load" in found["README.md"].decode()
+    assert own_files(tmp_path / "out") == set(found)
     assert not {"modeling_x.py", "pytorch_model.bin", "manifest.json"} & found.keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "mixtral"])
+def test_readme_prints_the_measured_bits(
+    checkpoint: Checkpoints, compress: Compress, family: str
+) -> None:
+    out = compress(checkpoint(family), bits=3, job={"allow_dense": family in ROUTERS})
+    ledger = measure(read_layout(out))
+    parameters = sum(p.numel() for p in spectool.load(out, runtime="dense").parameters())
+    assert ledger.num_parameters == parameters
+    weights = sum(path.stat().st_size for path in out.glob("packed-*.safetensors"))
+    readme = (out / "README.md").read_text()
+    assert f"all weight files | {8 * weights / parameters:.4f} |" in readme
+    assert f"{len(ledger.entries)} packed matrices | {ledger.linears:.4f} |" in readme
 
 
 def test_metadata_says_how_to_make_it_again(checkpoint: Checkpoints, compress: Compress) -> None:
