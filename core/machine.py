@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -30,6 +32,16 @@ def available_memory(device: torch.device | None = None) -> int:
         return found["MemAvailable"]
     except (OSError, KeyError, ValueError, IndexError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system where the C library keeps it (glibc).
+
+    Tensors below 32 MB come from its arenas once it has seen larger ones freed; after a few blocks
+    of 67 M weights it held 200 MB that nobody used.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_rss_bytes() -> int:

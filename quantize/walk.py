@@ -23,6 +23,7 @@ from spectool.artifact import ArtifactWriter, Content, disk_errors
 from spectool.checkpoint import Checkpoint, check_finite, read_tensor
 from spectool.errors import UnsupportedError
 from spectool.headers import read_header
+from spectool.machine import trim_memory
 from spectool.options import Config
 from spectool.packed import build_packed, relative_error
 from spectool.skeleton import Site, Skeleton
@@ -89,6 +90,7 @@ class BlockWalk:
                     following = reader.submit(self._read, blocks[visits[visit + 1]])
                 # Bound to no name here, or this block would live until the next one is read.
                 self._step(index, name, present.result() if present else self._read(name), streams)
+                trim_memory()
                 progress(index + 1, len(blocks), name)
         reports = [self.writer.report(self._shard(i)) for i in range(len(blocks))]
         assert all(report is not None for report in reports)
@@ -214,6 +216,7 @@ class BlockWalk:
         # From here on only the module counts: the stored tensors need not stay beside it.
         block.weights = {}
         tensors.clear()
+        trim_memory()
         return report
 
     def _layer(self, key: str, block: Block, fields: PackedFields) -> dict[str, Any]:
