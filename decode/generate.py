@@ -18,7 +18,7 @@ from spectool.decode.row import FinishReason, Row
 from spectool.decode.sampling import Control, Draws
 from spectool.decode.target import Target
 from spectool.decode.text import TextStream
-from spectool.decode.verify import rule_for
+from spectool.decode.verify import Pairing, rule_for
 from spectool.errors import UsageError
 from spectool.loading import load_model, load_tokenizer
 
@@ -83,12 +83,42 @@ class Runner:
         self.use(draft)
         self._cache: TreeCache | None = None
 
+    @property
+    def drafter_name(self) -> str:
+        """The drafter's row in the table of methods; `auto` has become another by now."""
+        return self.drafter.name
+
     def use(self, draft: str | Drafter | None) -> None:
         """Change the drafter."""
-        if draft is None or isinstance(draft, str):
-            spec = parse_spec(draft or "none")
-            draft = open_drafter(spec, target=self.target, target_tokenizer=self.tokenizer)
-        self.drafter = draft
+        self.drafter = self.open(draft) if draft is None or isinstance(draft, str) else draft
+
+    def open(self, draft: str | None) -> Drafter:
+        """The drafter of a specification, for `use`. Loads a draft model; runs no forward.
+
+        Raises:
+            InputError: the specification is wrong, or its checkpoint does not fit this model.
+        """
+        spec = parse_spec("none" if draft is None else draft)
+        return open_drafter(spec, target=self.target, target_tokenizer=self.tokenizer)
+
+    def pairing(
+        self,
+        drafter: Drafter,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        verify: str | None = None,
+        lossy: bool = False,
+    ) -> Pairing:
+        """The rule that `generate` would verify this drafter with. Runs no forward.
+
+        Raises:
+            UsageError: a value outside its range, or a pair that is refused.
+        """
+        control = Control(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        return _pair(drafter, control, verify, lossy)
 
     def generate(
         self,
@@ -106,25 +136,23 @@ class Runner:
         batch_size: int = 1,
         on_tokens: OnTokens | None = None,
         reuse_cache: bool = False,
+        keep_interrupted: bool = False,
     ) -> list[Result]:
         """Continue every prompt (text, or token ids as they are), `batch_size` at a time.
 
         `on_tokens(i, tokens, text)` hears of prompt i's tokens as they are committed; they are
         never taken back. `reuse_cache` continues from the longest common prefix with the single
-        row that the call before left, as a chat does. `max_new_tokens` may differ by prompt. Ctrl-C
-        ends the call with what is there: the unfinished have finish_reason "interrupted".
+        row that the call before left, as a chat does. `max_new_tokens` may differ by prompt. With
+        `keep_interrupted`, Ctrl-C ends the call with what is there: `on_tokens` hears what it has
+        not heard yet, and the unfinished have finish_reason "interrupted".
 
         Raises:
             UsageError: a wrong or contradictory option, a prompt beyond the context.
+            SpectoolError: the model's logits are NaN or infinite.
+            KeyboardInterrupt: Ctrl-C without `keep_interrupted`.
         """
         control = Control(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        pairing = rule_for(
-            self.drafter.kinds(control),
-            verify,
-            temperature=temperature,
-            lossy=lossy,
-            branches=self.drafter.branches,
-        )
+        pairing = _pair(self.drafter, control, verify, lossy)
         if isinstance(max_new_tokens, int):
             max_new_tokens = [max_new_tokens] * len(prompts)
         if min(max_new_tokens, default=1) < 1 or batch_size < 1:
@@ -134,7 +162,9 @@ class Runner:
         if not all(stop):
             raise UsageError("a stop string must not be empty")
         rows = [
-            self._row(index, prompt, Draws(seed, index), control, limit, stop)
+            self._row(
+                index, prompt, Draws(seed, index), control, limit, stop, on_tokens is not None
+            )
             for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True))
         ]
         try:
@@ -144,10 +174,17 @@ class Runner:
                     self.target, self._open(group, reuse_cache), self.drafter, group, pairing
                 ):
                     if on_tokens is not None:
+                        commit.row.tell(commit.tokens, commit.text)
                         on_tokens(commit.row.index, commit.tokens, commit.text)
-        except KeyboardInterrupt:
+        except BaseException as error:
+            # The pass that was under way may have left its rows half written.
+            self._cache = None
+            if not (keep_interrupted and isinstance(error, KeyboardInterrupt)):
+                raise
             for row in rows:
-                row.interrupt()
+                tokens, text = row.interrupt()
+                if on_tokens is not None and (tokens or text):
+                    on_tokens(row.index, tokens, text)
         return [_result(row, pairing.lossless) for row in rows]
 
     def _open(self, rows: list[Row], reuse: bool) -> TreeCache:
@@ -165,6 +202,7 @@ class Runner:
         control: Control,
         max_new_tokens: int,
         stop: Sequence[str],
+        live: bool,
     ) -> Row:
         tokens = self._encode(prompt)
         if not tokens:
@@ -182,7 +220,7 @@ class Runner:
             max_new_tokens=max_new_tokens,
             context=self.target.context,
             eos=self._end_ids(),
-            text=TextStream(self.tokenizer, tokens, stop) if self.tokenizer else None,
+            text=TextStream(self.tokenizer, tokens, stop, live=live) if self.tokenizer else None,
         )
         row.check_room()
         return row
@@ -227,7 +265,10 @@ def generate(
     batch_size: int = 1,
     on_tokens: OnTokens | None = None,
 ) -> list[Result]:
-    """Continue each prompt once; `Runner` and `Runner.generate` describe the options."""
+    """Continue each prompt once; `Runner` and `Runner.generate` describe the options.
+
+    Ctrl-C ends it with KeyboardInterrupt.
+    """
     runner = Runner(
         model, draft=draft, tokenizer=tokenizer, dtype=dtype, device=device, context=context
     )
@@ -244,6 +285,16 @@ def generate(
         lossy=lossy,
         batch_size=batch_size,
         on_tokens=on_tokens,
+    )
+
+
+def _pair(drafter: Drafter, control: Control, verify: str | None, lossy: bool) -> Pairing:
+    return rule_for(
+        drafter.kinds(control),
+        verify,
+        temperature=control.temperature,
+        lossy=lossy,
+        branches=drafter.branches,
     )
 
 

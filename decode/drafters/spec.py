@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,15 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from spectool import loading, methods
+from spectool import hub, loading, methods
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
-from spectool.errors import UnsupportedError, UsageError
+from spectool.errors import CheckpointError, UnsupportedError, UsageError
 
 # Until heads are found in checkpoints, `auto` is the drafter that needs nothing.
 _AUTO = "ngram"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Closer than this to a name is a misspelling, farther away a hub id ("nope" is not "none").
+_MISSPELT = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +42,8 @@ def parse_spec(text: str) -> DraftSpec:
         head, pairs = text, ""
     name, path = _AUTO if head == "auto" else head, None
     if name not in methods.names("drafter"):
-        if not (head and Path(head).expanduser().is_dir()) and not _HUB_ID.fullmatch(head):
-            methods.row(head, "drafter")
-        name, path = "draft_model", head
-        if (Path(head).expanduser() / "spectool_heads.json").exists():
+        name, path = "draft_model", _checkpoint(head)
+        if (Path(path) / "spectool_heads.json").exists():
             raise UnsupportedError(f"{head} holds draft heads, which cannot be run yet")
     elif name == "draft_model":
         raise UsageError(
@@ -66,10 +65,46 @@ def open_drafter(
     drafter: Callable[..., Drafter] = methods.resolve(spec.name, "drafter")
     if spec.path is None:
         return drafter(spec.config)
+    path = _local(spec.path)
     return drafter(
-        loading.load_model(spec.path, dtype=target.dtype, device=str(target.device)),
+        loading.load_model(path, dtype=target.dtype, device=str(target.device)),
         spec.config,
         target=target,
-        tokenizer=loading.load_tokenizer(spec.path),
+        tokenizer=loading.load_tokenizer(path),
         target_tokenizer=target_tokenizer,
     )
+
+
+def _checkpoint(head: str) -> str:
+    """The directory or hub id that `head` means, as no drafter has this name.
+
+    Raises:
+        UsageError: neither, or nearly a drafter's name.
+    """
+    if head and Path(head).expanduser().is_dir():
+        return str(Path(head).expanduser()) if head.startswith("~") else head
+    names = methods.names("drafter")
+    close = difflib.get_close_matches(head, [*names, "auto"], n=1, cutoff=_MISSPELT)
+    if not head or close or hub.is_local(head):
+        hint = "a draft model is given by its directory or hub id: --draft PATH:depth=4"
+        if close:
+            hint = f"did you mean {close[0]}?"
+        elif head.partition(":")[0] in names:
+            hint = f"options are written {head.partition(':')[0]}:key=value,key=value"
+        raise UsageError(
+            f"no drafter is called {head!r}, and no directory; known: {', '.join(names)}", hint=hint
+        )
+    return head
+
+
+def _local(path: str) -> Path:
+    """The directory of a draft checkpoint, fetched if need be."""
+    if hub.is_local(path):
+        return Path(path)
+    try:
+        return hub.fetch(path, None)
+    except CheckpointError as error:
+        known = ", ".join(methods.names("drafter"))
+        raise CheckpointError(
+            f"--draft {error}", hint=f"drafters are {known}, or a checkpoint by its path or hub id"
+        ) from error

@@ -10,7 +10,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import spectool
+from spectool.decode.cache import TreeCache
 from spectool.decode.generate import Runner, generate
+from spectool.decode.row import Row
+from spectool.decode.text import TextStream
 from spectool.errors import SpectoolError, UsageError
 
 Tiny = Callable[..., PreTrainedModel]
@@ -112,6 +115,101 @@ def test_end_of_text_ids_come_from_the_generation_config(
     result = opened.generate(["def"], max_new_tokens=10)[0]
     assert result.finish_reason == "eos"
     assert result.token_ids == plain[: plain.index(plain[3]) + 1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_interrupted_text_was_streamed_whole(
+    opened: Runner, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """Ctrl-C at every call that a run makes of its drafter, rows, texts and listener in turn."""
+    prompts = ["def make", "import torch", "return the"]
+    opened.use("ngram:min_n=1")
+    plain = opened.generate(prompts, max_new_tokens=12)
+    # Held back until what follows is known: the end of this text may begin the stop string.
+    options: dict[str, Any] = {"max_new_tokens": 12, "stop": [plain[0].text[3:5] + "\0"]}
+    left = -1
+
+    def strike() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    def struck(wrapped: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            strike()
+            result = wrapped(*given, **named)
+            strike()
+            return result
+
+        return call
+
+    for owner, name in (
+        (type(opened.drafter), "propose"),
+        (TextStream, "push"),
+        (TextStream, "finish"),
+        (Row, "extend"),
+        (Row, "check_room"),
+        (TreeCache, "commit"),
+        (TreeCache, "select"),
+    ):
+        monkeypatch.setattr(owner, name, struck(getattr(owner, name)))
+    at, reasons = 0, set[str]()
+    while "interrupted" in reasons or at == 0:
+        at += 7
+        left, reasons = at, set()
+        texts, tokens = [""] * 3, [list[int]() for _ in prompts]
+
+        def on_tokens(row: int, new: list[int], text: str) -> None:
+            texts[row] += text  # noqa: B023
+            tokens[row] += new  # noqa: B023
+            strike()
+
+        results = opened.generate(
+            prompts, batch_size=batch_size, on_tokens=on_tokens, keep_interrupted=True, **options
+        )
+        reasons = {result.finish_reason for result in results}
+        for result, whole, text, new in zip(results, plain, texts, tokens, strict=True):
+            assert new == result.token_ids == whole.token_ids[: len(new)]
+            assert text == result.text
+            assert whole.text.startswith(text.rstrip("\ufffd"))
+    assert at > 100
+
+
+def test_nothing_is_decoded_before_the_end_where_nobody_listens(
+    opened: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    own = type(opened.tokenizer).decode
+    monkeypatch.setattr(
+        type(opened.tokenizer),
+        "decode",
+        lambda self, *given, **named: decoded.append(given) or own(self, *given, **named),
+    )
+    result = opened.generate(["def make"], max_new_tokens=30)[0]
+    assert result.text
+    assert len(decoded) <= 2
+
+
+def test_a_runner_opens_and_pairs_without_a_forward(
+    opened: Runner, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr(opened.target, "ingest", None)
+    small = opened.open(f"{checkpoint('llama', seed=1)}:depth=2")
+    assert opened.pairing(small, temperature=1).name == "chain"
+    assert opened.pairing(opened.open("auto"), temperature=1).name == "token-match"
+    assert opened.pairing(opened.open(None)).lossless
+    with pytest.raises(UsageError, match="no law for siblings"):
+        opened.pairing(opened.open("ngram"), temperature=1, verify="chain")
+    with pytest.raises(UsageError, match="--top-p 2"):
+        opened.pairing(small, top_p=2)
+    with pytest.raises(UsageError, match="no drafter is called ''"):
+        opened.open("")
+    assert opened.drafter_name == "none"
+    opened.use(small)
+    assert opened.drafter_name == "draft_model"
+    opened.use("auto")
+    assert opened.drafter_name == "ngram"
 
 
 def test_sampling_follows_the_seed_and_the_row(opened: Runner) -> None:

@@ -235,6 +235,7 @@ def test_counts_by_depth(tiny: Tiny, endless: Any, scripted: Any) -> None:
 def test_interrupts_leave_what_is_there(
     tiny: Tiny, endless: Any, where: str, scripted: Any
 ) -> None:
+    """Only for those who ask: to others an interrupted run is no result."""
     model, prompts = endless(tiny("llama")), [[5, 6, 7], [9, 8], [4]]
     plain = [r.token_ids for r in generate(model, prompts, max_new_tokens=12)]
     heard: list[int] = []
@@ -253,12 +254,18 @@ def test_interrupts_leave_what_is_there(
             interrupt(15)
         return []
 
-    results = generate(
-        model, prompts, draft=scripted(script), max_new_tokens=12, on_tokens=on_tokens
-    )
+    runner = Runner(model, draft=scripted(script))
+    options: dict[str, Any] = {"max_new_tokens": 12, "on_tokens": on_tokens}
+    results = runner.generate(prompts, keep_interrupted=True, **options)
     reasons = [r.finish_reason for r in results]
     assert reasons == ["length", "interrupted", "interrupted"]
     assert [r.token_ids for r in results] == [plain[0], plain[1][:3], []]
+    heard.clear()
+    with pytest.raises(KeyboardInterrupt):
+        runner.generate(prompts, **options)
+    heard.clear()
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, prompts, draft=scripted(script), **options)
 
 
 def test_the_cache_holds_all_but_the_last_token(tiny: Tiny, endless: Any, scripted: Any) -> None:

@@ -10,7 +10,7 @@ from spectool import methods
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.spec import open_drafter, parse_spec
 from spectool.decode.target import Target
-from spectool.errors import UnsupportedError, UsageError
+from spectool.errors import CheckpointError, UnsupportedError, UsageError
 
 
 def test_names_and_options() -> None:
@@ -29,7 +29,10 @@ def test_paths_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         spec = parse_spec(text)
         assert (spec.name, spec.config.depth) == ("draft_model", 7)
         assert spec.path == text.removesuffix(":depth=7")
-    assert parse_spec("some-org/small-1.5B").path == "some-org/small-1.5B"
+    for hub_id in ("some-org/small-1.5B", "gpt2", "nope"):
+        assert parse_spec(f"{hub_id}:depth=2").path == hub_id
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_spec("~/small").path == f"{tmp_path}/small"
 
 
 @pytest.mark.parametrize(
@@ -49,10 +52,28 @@ def test_wrong_specifications(text: str, message: str) -> None:
         parse_spec(text)
 
 
-def test_a_near_name_is_hinted() -> None:
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("ngrm:nodes=3", "did you mean ngram?"),
+        ("draft-model", "did you mean draft_model?"),
+        ("ngram:nodes", "options are written ngram:key=value"),
+        ("./absent", "given by its directory or hub id"),
+        ("", "given by its directory or hub id"),
+    ],
+)
+def test_hints(text: str, hint: str) -> None:
     with pytest.raises(UsageError) as refusal:
-        parse_spec("ngrm:nodes=3")
-    assert refusal.value.hint == "did you mean ngram?"
+        parse_spec(text)
+    assert hint in str(refusal.value.hint)
+
+
+def test_an_id_that_the_hub_does_not_give_is_one_line(tiny: Callable[..., PreTrainedModel]) -> None:
+    with pytest.raises(CheckpointError, match="--draft nope: no directory here") as refusal:
+        open_drafter(parse_spec("nope"), target=Target(tiny("llama")), target_tokenizer=None)
+    assert "\n" not in str(refusal.value)
+    assert "drafters are none, ngram" in str(refusal.value.hint)
+    assert "did you mean" not in str(refusal.value.hint)
 
 
 def test_heads_are_refused_by_what_they_are(tmp_path: Path) -> None:
