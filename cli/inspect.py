@@ -27,8 +27,11 @@ def inspect(
         ledger = measure(layout)
         quantization = layout.quantization or {}
         made_by = quantization.get("made_by") if layout.is_packed else None
+        again = command(made_by) if made_by else None
+        source = (quantization.get("source") or None) if layout.is_packed else None
         kind = "packed" if layout.is_packed else "quantized elsewhere" if quantization else "dense"
-        method = made_by["method"] if made_by else quantization.get("quant_method")
+        methods = sorted({entry.method for entry in ledger.entries})
+        method = ", ".join(methods) or quantization.get("quant_method")
         result: dict[str, Any] = {
             "kind": kind,
             "method": method,
@@ -46,9 +49,9 @@ def inspect(
                 }
                 for entry in ledger.entries
             ],
-            "source": quantization.get("source") if layout.is_packed else None,
+            "source": source,
             "made_by": made_by,
-            "command": command(made_by) if made_by else None,
+            "command": again,
         }
         output.show(
             f"{path}: {kind} {result['model_type']}, {ledger.num_parameters / 1e6:.2f} M "
@@ -60,9 +63,10 @@ def inspect(
                 "weight"
             )
         output.show(f"the whole file: {ledger.file:.4f} bits per parameter")
-        if made_by:
-            output.show(f"source: {quantization['source']['fingerprint']}")
-            output.show(f"made by: {result['command']}")
+        if source:
+            output.show(f"source: {source.get('fingerprint', 'without a fingerprint')}")
+        if again:
+            output.show(f"made by: {again}")
         if layers:
             for entry in ledger.entries:
                 shape = "x".join(map(str, entry.shape))
@@ -70,25 +74,31 @@ def inspect(
         output.result(result)
 
 
-def command(made_by: dict[str, Any]) -> str:
-    """The command that makes the artifact again, from a source with the same fingerprint."""
-    words = ["spectool", "quantize", made_by["method"], "MODEL", "OUT"]
-    for key, value in made_by["options"].items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
-    for pattern in made_by["skip"]:
-        words += ["--skip", pattern]
-    if made_by["allow_dense"]:
-        words.append("--allow-dense")
-    calibration = made_by["calibration"]
-    if calibration:
-        if not calibration["builtin"]:
-            words += ["--calibration", "TEXT"]
-        words += ["--samples", str(calibration["samples"])]
-        words += ["--seq-len", str(calibration["seq_len"])]
-    if made_by["seed"]:
-        words += ["--seed", str(made_by["seed"])]
-    return shlex.join(words)
+def command(made_by: dict[str, Any]) -> str | None:
+    """The command that makes the artifact again, from a source with the same fingerprint.
+
+    None where the record does not say enough.
+    """
+    try:
+        words = ["spectool", "quantize", made_by["method"], "MODEL", "OUT"]
+        for key, value in made_by["options"].items():
+            flag = key.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is not None:
+                words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+        for pattern in made_by["skip"]:
+            words += ["--skip", pattern]
+        if made_by["allow_dense"]:
+            words.append("--allow-dense")
+        calibration = made_by["calibration"]
+        if calibration:
+            if not calibration["builtin"]:
+                words += ["--calibration", "TEXT"]
+            words += ["--samples", str(calibration["samples"])]
+            words += ["--seq-len", str(calibration["seq_len"])]
+        if made_by["seed"]:
+            words += ["--seed", str(made_by["seed"])]
+        return shlex.join(words)
+    except (KeyError, TypeError, AttributeError):
+        return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ DTYPE_BITS = {
 DENSE_INDEX = "model.safetensors.index.json"
 DENSE_FILE = "model.safetensors"
 PACKED_INDEX = "packed.safetensors.index.json"
+
+# The newest layout of artifacts that is read here, and the one that is written.
+FORMAT_VERSION = 1
 
 # A longer header than this is a damaged length field: the format's own limit.
 MAX_HEADER = 100_000_000
@@ -51,21 +54,44 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A checkpoint's configuration and the headers of all its tensors, by name."""
+    """A checkpoint's configuration and the headers of all its tensors, by name.
+
+    Raises:
+        CheckpointError: what the configuration says about quantization cannot be read.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
 
+    def __post_init__(self) -> None:
+        for key, parent in (
+            ("text_config", self.config),
+            ("quantization_config", self.config),
+            ("quantization_config", self.config.get("text_config") or {}),
+        ):
+            if not isinstance(parent.get(key) or {}, dict):
+                raise CheckpointError(
+                    f"{self.path}: config.json: {key} is {_brief(parent[key])}, expected an object"
+                )
+        try:
+            _ = self.modules
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: config.json: {error}", hint=error.hint) from error
+
     @property
     def quantization(self) -> dict[str, Any] | None:
         """`quantization_config` as stored, whoever wrote it; None for a dense checkpoint."""
         text_config = self.config.get("text_config") or {}
-        found: dict[str, Any] | None = self.config.get("quantization_config") or text_config.get(
-            "quantization_config"
+        return (
+            self.config.get("quantization_config") or text_config.get("quantization_config") or None
         )
-        return found
+
+    @property
+    def modules(self) -> dict[str, dict[str, Any]]:
+        """The packed matrices' entries by name; see `packed_entries`. None but in artifacts."""
+        return packed_entries(self.quantization) if self.is_packed and self.quantization else {}
 
     @property
     def context(self) -> int | None:
@@ -87,6 +113,56 @@ class Layout:
     @property
     def files(self) -> list[Path]:
         return sorted({entry.path for entry in self.tensors.values()})
+
+
+def packed_entries(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries `{method, options, shape, expert?}` of an artifact's `quantization_config`.
+
+    Raises:
+        CheckpointError: a newer format, or entries that say too little.
+    """
+    version = quantization.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise CheckpointError(
+            f"format_version is {_brief(version)}, expected a number up to {FORMAT_VERSION}"
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"the artifact has format {version}, this spectool reads up to {FORMAT_VERSION}",
+            hint="install a newer spectool",
+        )
+    modules = quantization.get("modules")
+    if not isinstance(modules, dict):
+        raise CheckpointError(f"modules is {_brief(modules)}, expected an object")
+    for key in ("source", "made_by"):
+        if not isinstance(quantization.get(key) or {}, dict):
+            raise CheckpointError(f"{key} is {_brief(quantization[key])}, expected an object")
+    for name, said in modules.items():
+        wanted = _wanting(name, said)
+        if wanted is not None:
+            raise CheckpointError(f"the entry of {name} is {_brief(said)}, expected {wanted}")
+    return modules
+
+
+def _wanting(name: str, said: Any) -> str | None:
+    """What a packed matrix's entry fails to be; None if it is one."""
+    if not isinstance(said, dict):
+        return "an object"
+    if not isinstance(said.get("method"), str) or not isinstance(said.get("options"), dict):
+        return "a method and its options"
+    shape = said.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2:
+        return "a shape of two numbers"
+    if not all(type(length) is int and length > 0 for length in shape):
+        return "a shape of two numbers"
+    if said.get("expert") and not name.rpartition(".")[2].isdecimal():
+        return "a name that ends with the expert's number"
+    return None
+
+
+def _brief(value: Any) -> str:
+    text = "absent" if value is None else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read_header(path: Path) -> tuple[dict[str, str], list[TensorEntry]]:
@@ -197,8 +273,8 @@ def read_layout(path: Path) -> Layout:
         for entry_metadata, entry in _indexed(index):
             metadata.update(entry_metadata)
             tensors[entry.name] = entry
-    if not tensors:
-        raise CheckpointError(f"{path}: its weight files hold no tensors")
+    if not any(entry.num_elements for entry in tensors.values()):
+        raise CheckpointError(f"{path}: its weight files hold no tensors with values")
     return Layout(path=path, config=config, tensors=tensors, metadata=metadata)
 
 

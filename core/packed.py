@@ -21,8 +21,6 @@ from spectool.errors import CheckpointError
 from spectool.methods import resolve
 from spectool.options import Config
 
-FORMAT_VERSION = 1
-
 # Sums over a matrix are taken in double precision, over pieces of about this many weights.
 PIECE = 1 << 18
 

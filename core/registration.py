@@ -20,9 +20,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectool.checkpoint import DTYPES
-from spectool.errors import CheckpointError, UnsupportedError
-from spectool.headers import PACKED_INDEX, read_header
-from spectool.packed import FORMAT_VERSION, field_specs, swap_in
+from spectool.errors import UnsupportedError
+from spectool.headers import FORMAT_VERSION, PACKED_INDEX, packed_entries, read_header
+from spectool.packed import field_specs, swap_in
 
 if TYPE_CHECKING:
     # transformers.modeling_utils imports the registry, so this may run in the middle of it.
@@ -32,7 +32,11 @@ QUANT_METHOD = "spectool"
 
 
 class SpectoolConfig(QuantizationConfigMixin):
-    """`quantization_config` of an artifact. Unknown keys are kept, so that saving loses nothing."""
+    """`quantization_config` of an artifact. Unknown keys are kept, so that saving loses nothing.
+
+    Raises:
+        CheckpointError: see `packed_entries`.
+    """
 
     def __init__(
         self,
@@ -43,16 +47,11 @@ class SpectoolConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **rest: Any,
     ) -> None:
-        if format_version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"the artifact has format {format_version}, this spectool reads up to "
-                f"{FORMAT_VERSION}",
-                hint="install a newer spectool",
-            )
+        said = {"modules": modules, "format_version": format_version, "source": source, **rest}
+        self.modules = packed_entries(said)
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.source = source or {}
-        self.modules = modules or {}
         self.__dict__.update(rest)
 
 

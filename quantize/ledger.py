@@ -57,8 +57,7 @@ class Ledger:
 
 def measure(layout: Layout) -> Ledger:
     """Count a checkpoint directory, packed or dense."""
-    quantization = layout.quantization if layout.is_packed else None
-    modules = (quantization or {}).get("modules", {})
+    modules = layout.modules
     num_bytes = dict.fromkeys(modules, 0)
     dense = 0
     for key, entry in layout.tensors.items():

@@ -16,11 +16,10 @@ from spectool import artifact
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import Checkpoint, open_checkpoint, text_fingerprint
 from spectool.errors import UnsupportedError, UsageError
-from spectool.headers import PACKED_INDEX, Layout, read_header
+from spectool.headers import FORMAT_VERSION, PACKED_INDEX, Layout, read_header
 from spectool.loading import load_tokenizer
 from spectool.methods import resolve
 from spectool.options import Config
-from spectool.packed import FORMAT_VERSION
 from spectool.skeleton import Skeleton
 from spectool.text import encode, read_text
 from spectool.version import __version__

@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from spectool.errors import CheckpointError
-from spectool.headers import DENSE_FILE, DENSE_INDEX, read_header, read_json, read_layout
+from spectool.headers import (
+    DENSE_FILE,
+    DENSE_INDEX,
+    Layout,
+    read_header,
+    read_json,
+    read_layout,
+)
 
 F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -184,6 +191,86 @@ def test_damaged_directory(tmp_path: Path, damage: Broken, said: str) -> None:
     assert said in str(caught.value) and "\n" not in str(caught.value)
     if damage is _pickled_only:
         assert caught.value.hint is not None and "never read" in caught.value.hint
+
+
+def test_tensors_without_values(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(0, 4)}, tmp_path / DENSE_FILE)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="hold no tensors with values"):
+        read_layout(tmp_path)
+
+
+ENTRY = {"method": "rtn", "options": {"bits": 4}, "shape": [3, 8]}
+PACKED = {"quant_method": "spectool", "format_version": 1, "modules": {"a.0": ENTRY}}
+
+
+def layout_of(tmp_path: Path, config: dict[str, Any]) -> Layout:
+    save_file({"a": torch.zeros(3)}, tmp_path / DENSE_FILE)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return read_layout(tmp_path)
+
+
+@pytest.mark.parametrize("source", [None, {}, {"fingerprint": "x"}])
+def test_packed_entries_are_found_wherever_they_stand(tmp_path: Path, source: Any) -> None:
+    said = {**PACKED, "source": source}
+    for config in (
+        {"quantization_config": said},
+        {"text_config": {"quantization_config": said}},
+        {"quantization_config": None, "text_config": {"quantization_config": said}},
+    ):
+        layout = layout_of(tmp_path, config)
+        assert layout.is_packed and layout.modules == {"a.0": ENTRY}
+    for foreign in ({}, {"quantization_config": {"quant_method": "gptq", "modules": "all"}}):
+        layout = layout_of(tmp_path, foreign)
+        assert not layout.is_packed and layout.modules == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"format_version": 2}, "has format 2, this spectool reads up to 1"),
+        ({"format_version": None}, "format_version is absent"),
+        ({"format_version": "1"}, 'format_version is "1", expected a number'),
+        ({"format_version": True}, "format_version is true"),
+        ({"format_version": 0}, "format_version is 0"),
+        ({"modules": None}, "modules is absent"),
+        ({"modules": ["a"]}, r'modules is \["a"\], expected an object'),
+        ({"modules": {"a": "rtn"}}, 'the entry of a is "rtn", expected an object'),
+        ({"modules": {"a": {**ENTRY, "method": None}}}, "expected a method"),
+        ({"modules": {"a": {"method": "rtn", "shape": [3, 8]}}}, "expected a method and its op"),
+        ({"modules": {"a": {"method": "rtn", "options": {}}}}, "expected a shape of two"),
+        *(
+            ({"modules": {"a": {**ENTRY, "shape": shape}}}, "expected a shape of two numbers")
+            for shape in (8, [8], [3, 8, 1], [3, 0], [3, -8], [3, 8.0], ["3", "8"], [True, 8])
+        ),
+        ({"modules": {"a.b": {**ENTRY, "expert": True}}}, "ends with the expert's number"),
+        ({"source": "here"}, 'source is "here"'),
+        ({"made_by": ["me"]}, r'made_by is \["me"\]'),
+    ],
+)
+def test_packed_configuration_that_says_too_little(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(CheckpointError, match=said) as caught:
+        layout_of(tmp_path, {"quantization_config": {**PACKED, **changed}})
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: config.json: ") and "\n" not in message
+    if changed == {"format_version": 2}:
+        assert caught.value.hint == "install a newer spectool"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quantization_config": "spectool"},
+        {"quantization_config": ["spectool"]},
+        {"text_config": "llama"},
+        {"text_config": {"quantization_config": 4}},
+    ],
+)
+def test_configuration_of_the_wrong_kind(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: \w+ is .*, expected an object$"):
+        layout_of(tmp_path, config)
 
 
 def test_no_directory(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers.quantizers.auto import (
@@ -35,15 +36,23 @@ def test_configuration_keeps_what_it_does_not_know() -> None:
         "quant_method": "spectool",
         "format_version": 1,
         "source": {"fingerprint": "sha256:0"},
-        "modules": {"a": {"method": "rtn"}},
+        "modules": {"a": {"method": "rtn", "options": {}, "shape": [3, 8]}},
         "made_by": {"seed": 3},
     }
     assert SpectoolConfig.from_dict(said).to_dict() == said
 
 
-def test_newer_format() -> None:
-    with pytest.raises(CheckpointError, match="has format 2, this spectool reads up to 1"):
-        SpectoolConfig(format_version=2)
+@pytest.mark.parametrize(
+    ("said", "refusal"),
+    [
+        ({"format_version": 2}, "has format 2, this spectool reads up to 1"),
+        ({}, "modules is absent"),
+        ({"modules": {"a": {"method": "rtn", "options": {}}}}, "the entry of a is"),
+    ],
+)
+def test_configuration_that_cannot_be_read(said: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(CheckpointError, match=refusal):
+        SpectoolConfig(**said)
 
 
 def test_registration_follows_the_registry_and_leaves_no_trace(

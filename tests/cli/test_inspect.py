@@ -1,0 +1,148 @@
+"""`spectool inspect`: bits that equal the files, whatever the record of their making says."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Spectool = Callable[..., Any]
+Checkpoint = Callable[..., Path]
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def artifact(spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    out = tmp_path / "out"
+    options = ["--bits", 3, "--symmetric", "--skip", "*0.mlp.up*", "--allow-dense", "--seed", 7]
+    assert spectool("quantize", "rtn", checkpoint("llama"), out, *options).code == 0
+    return out
+
+
+def change(artifact: Path, by: Change) -> None:
+    config = json.loads((artifact / "config.json").read_text())
+    by(config)
+    (artifact / "config.json").write_text(json.dumps(config))
+
+
+def test_bits_equal_the_files(spectool: Spectool, artifact: Path) -> None:
+    done = spectool("inspect", artifact, "--layers")
+    found = spectool("inspect", artifact, "--json").json
+    size = sum(path.stat().st_size for path in artifact.glob("packed-*.safetensors"))
+    assert found["bytes"] == size and found["kind"] == "packed" and found["method"] == "rtn"
+    assert found["bits_per_weight"]["file"] == 8 * size / found["parameters"]
+    assert f"{found['bits_per_weight']['file']:.4f} |" in (artifact / "README.md").read_text()
+    assert f"{found['bits_per_weight']['linears']:.4f} bits per weight" in done.out
+    assert len(found["modules"]) == 13
+    for module in found["modules"]:
+        assert f"{module['name']}  rtn  " in done.out
+    assert found["source"]["fingerprint"] in done.out
+
+
+def test_printed_command_makes_it_again(
+    spectool: Spectool, checkpoint: Checkpoint, artifact: Path, tmp_path: Path
+) -> None:
+    words = shlex.split(spectool("inspect", artifact, "--json").json["command"])
+    assert words[0] == "spectool"
+    places = {"MODEL": checkpoint("llama"), "OUT": tmp_path / "again"}
+    assert spectool(*(places.get(word, word) for word in words[1:])).code == 0
+    for path in artifact.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_dense_and_foreign_checkpoints(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    dense = spectool("inspect", checkpoint("llama"), "--json").json
+    assert (dense["kind"], dense["method"], dense["modules"]) == ("dense", None, [])
+    shutil.copytree(checkpoint("llama"), tmp_path / "foreign")
+    change(
+        tmp_path / "foreign",
+        lambda config: config.update(quantization_config={"quant_method": "gptq", "source": "x"}),
+    )
+    foreign = spectool("inspect", tmp_path / "foreign", "--json").json
+    assert (foreign["kind"], foreign["method"]) == ("quantized elsewhere", "gptq")
+    assert foreign["source"] is None and foreign["command"] is None
+
+
+def _without(*keys: str) -> Change:
+    def remove(config: dict[str, Any]) -> None:
+        place = config["quantization_config"]
+        for key in keys[:-1]:
+            place = place[key]
+        del place[keys[-1]]
+
+    return remove
+
+
+def _with(*keys: str, value: Any) -> Change:
+    def write(config: dict[str, Any]) -> None:
+        place = config["quantization_config"]
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        _without("made_by"),
+        *(
+            _without("made_by", key)
+            for key in ("method", "options", "skip", "allow_dense", "seed", "calibration")
+        ),
+        _with("made_by", value={}),
+        _with("made_by", "options", value=["bits"]),
+        _with("made_by", "skip", value=[3]),
+        _with("made_by", "calibration", value={"samples": 3}),
+    ],
+)
+def test_unknown_origin_leaves_the_command_out(
+    spectool: Spectool, artifact: Path, by: Change
+) -> None:
+    change(artifact, by)
+    found = spectool("inspect", artifact, "--json").json
+    assert found["command"] is None and found["method"] == "rtn" and len(found["modules"]) == 13
+    done = spectool("inspect", artifact)
+    assert done.code == 0 and "made by" not in done.out
+
+
+def test_absent_source(spectool: Spectool, artifact: Path) -> None:
+    change(artifact, _with("source", value={}))
+    assert spectool("inspect", artifact).code == 0
+    change(artifact, _without("source"))
+    done = spectool("inspect", artifact)
+    assert done.code == 0 and "source:" not in done.out and "made by" in done.out
+    assert spectool("inspect", artifact, "--json").json["source"] is None
+
+
+NAME = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("by", "said"),
+    [
+        (_with("format_version", value=2), "has format 2"),
+        (_without("modules", NAME, "shape"), f"the entry of {NAME} is"),
+        (_without("modules", NAME, "method"), f"the entry of {NAME} is"),
+        (_with("modules", NAME, "shape", value=[0, 0]), f"the entry of {NAME} is"),
+        (_with("source", value="here"), "source is"),
+        (_with("made_by", value="me"), "made_by is"),
+        (lambda config: config.update(quantization_config="spectool"), "expected an object"),
+    ],
+)
+def test_damaged_record_is_one_line_for_every_command(
+    spectool: Spectool, artifact: Path, by: Change, said: str
+) -> None:
+    change(artifact, by)
+    for words in (("inspect", artifact), ("generate", artifact, "--prompt", "a")):
+        done = spectool(*words)
+        errors = [line for line in done.err.splitlines() if line.startswith("error:")]
+        assert done.code == 2 and len(errors) == 1 and said in errors[0], done.err
