@@ -7,6 +7,7 @@ nor transformers; a tokenizer is handed in where one is needed.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import lzma
 import zlib
@@ -82,15 +83,28 @@ def read_text(
     *,
     field: str | None = None,
     template: Mapping[str, Any] | None = None,
+    max_characters: int | None = None,
 ) -> str:
-    """All records of all sources as one text, parted by blank lines; the built-in text for none."""
+    """All records of all sources as one text, parted by blank lines; the built-in text for none.
+
+    Hub data sets are streamed and may not end: of each, no more records are asked for once it gave
+    `max_characters`. Files are read whole.
+
+    Raises:
+        TextError: as `read_rows`; or there is no text in them.
+    """
     if not sources:
         return resources.files("spectool").joinpath("calibration.txt").read_text("utf-8")
-    texts = [
-        render(row, tokenizer, template=template)
-        for source in sources
-        for row in read_rows(source, field=field)
-    ]
+    texts: list[str] = []
+    for source in sources:
+        most = max_characters if source.startswith(HUB_PREFIX) else None
+        num_characters = 0
+        for row in read_rows(source, field=field):
+            texts.append(render(row, tokenizer, template=template))
+            # With the blank line after it: a stream of empty rows ends as well.
+            num_characters += len(texts[-1]) + 2
+            if most is not None and num_characters >= most:
+                break
     joined = "\n\n".join(texts)
     if not joined.strip():
         raise TextError(f"{', '.join(sources)}: holds no text")
@@ -103,8 +117,9 @@ def read_prompts(
     *,
     field: str | None = None,
     template: Mapping[str, Any] | None = None,
+    limit: int | None = None,
 ) -> list[str | list[int]]:
-    """The prompts of a file; conversations end where the assistant is to speak.
+    """The first `limit` prompts of a file; conversations end where the assistant is to speak.
 
     Conversations come back as token ids: the chat template writes its own special tokens, and
     encoding its text again would add the start token twice.
@@ -113,7 +128,7 @@ def read_prompts(
         TextError: as `read_rows`; or there is no prompt in it.
     """
     found: list[str | list[int]] = []
-    for row in read_rows(source, field=field, prompts=True):
+    for row in itertools.islice(read_rows(source, field=field, prompts=True), limit):
         text = render(row, tokenizer, template=template, prompt=True)
         found.append(text if row.text is not None else encode(tokenizer, text))
     if not found:

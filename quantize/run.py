@@ -37,6 +37,11 @@ COMPANIONS = (
 )  # fmt: skip
 
 
+# Characters read of a streamed data set for every calibration token. English prose has about four
+# in a token; the rest leaves the drawing of sequences something to choose from.
+STREAMED_CHARACTERS = 16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """Everything a quantization is asked to do, apart from where it runs."""
@@ -171,13 +176,18 @@ def _calibration_ids(
     checkpoint: Checkpoint, skeleton: Skeleton, job: Job, *, trust_remote_code: bool
 ) -> Tensor:
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+    length = _length(skeleton, job.seq_len)
     text = read_text(
-        job.calibration or (), tokenizer, field=job.text_field, template=job.template or None
+        job.calibration or (),
+        tokenizer,
+        field=job.text_field,
+        template=job.template or None,
+        max_characters=STREAMED_CHARACTERS * (job.samples + 1) * length,
     )
     return windows(
         encode(tokenizer, text),
         samples=job.samples,
-        length=_length(skeleton, job.seq_len),
+        length=length,
         bos=tokenizer.bos_token_id,
         generator=torch.Generator().manual_seed(job.seed),
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +180,8 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_extras_are_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     for source in (write("a.parquet", "x"), "hub:someone/something"):
         with pytest.raises(MissingExtra) as caught:
             read_text([source], None)
@@ -186,9 +189,6 @@ def test_extras_are_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_hub_data_sets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    import types
-
     asked: list[Any] = []
     fake = types.ModuleType("datasets")
 
@@ -209,6 +209,38 @@ def test_hub_data_sets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert asked.pop() == (("a/b", config), {"split": split, "streaming": True})
     with pytest.raises(TextError, match=r"^hub:no/such: Dataset 'no/such'$"):
         read_text(["hub:no/such"], None)
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Any hub data set is a stream without an end; the numbers of the rows asked for."""
+    asked: list[int] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Iterator[dict[str, str]]:
+        for number in itertools.count():
+            asked.append(number)
+            assert number < 1000, "never stops"
+            yield {"text": f"row {number:04d}."}
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return asked
+
+
+def test_streams_without_an_end_are_read_up_to_the_bound(write: Write, endless: list[int]) -> None:
+    assert read_text(["hub:a/b"], None, max_characters=25) == "row 0000.\n\nrow 0001.\n\nrow 0002."
+    assert endless == [0, 1, 2]
+    # Files are read whole, and every stream has the bound for itself.
+    file = write("a.jsonl", ["x" * 20, "y" * 20, "z" * 20])
+    text = read_text([file, "hub:a/b", "hub:c/d"], None, max_characters=9)
+    assert text.split("\n\n") == ["x" * 20, "y" * 20, "z" * 20, "row 0000.", "row 0000."]
+
+
+def test_prompts_of_a_stream_without_an_end(write: Write, endless: list[int]) -> None:
+    assert read_prompts("hub:a/b", None, limit=2) == ["row 0000.", "row 0001."]
+    assert endless == [0, 1]
+    assert read_prompts(write("a.txt", "one\ntwo\nthree"), None, limit=2) == ["one", "two"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +410,28 @@ def test_no_tokenizer_matters_only_where_text_is_read(
     with pytest.raises(CheckpointError, match="no tokenizer") as caught:
         compress(source, out="calibrated", job={"calibration": ()})
     assert "\n" not in str(caught.value)
+
+
+def test_calibration_on_a_stream_without_an_end(
+    checkpoint: Checkpoints, compress: Compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    def load_dataset(*arguments: Any, **options: Any) -> Iterator[dict[str, str]]:
+        nonlocal asked
+        while True:
+            asked += 1
+            assert asked < 1000, "never stops"
+            yield {"text": "the sheep are counted one by one until somebody sleeps"}
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    asks = {"calibration": ["hub:someone/stories"], "samples": 3, "seq_len": 32}
+    out = compress(checkpoint("llama"), job=asks)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]["made_by"]
+    assert said["calibration"]["samples"] == 3 and said["calibration"]["seq_len"] == 32
+    assert asked < 100
 
 
 def test_job_is_plain_data() -> None:
