@@ -152,7 +152,7 @@ def rule_for(
     if branches and name == "chain":
         raise UsageError(
             "--verify chain has no law for siblings, and this drafter proposes trees",
-            hint="leave --verify out, or draft without siblings, such as ngram:nodes=1",
+            hint="leave --verify out for an exact rule",
         )
     lossless = set(kinds) <= _EXACT[name]
     if name == "greedy":
