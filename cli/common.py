@@ -73,6 +73,7 @@ class Output:
         self.out = Console(highlight=False, soft_wrap=True)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self.began = time.monotonic()
+        self.work_began = self.began
         self.finished = False
         self._said = 0.0
 
@@ -95,13 +96,17 @@ class Output:
             sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
             sys.stdout.flush()
 
+    def start(self) -> None:
+        """What comes next is what `progress` counts: the time before it does not tell its pace."""
+        self.work_began = time.monotonic()
+
     def progress(self, done: int, total: int, what: str) -> None:
         """One step of something long, with the time left from the first step on.
 
         A line that is rewritten on a terminal; elsewhere a plain line, at most one a minute.
         """
         now = time.monotonic()
-        left = (now - self.began) / done * (total - done)
+        left = (now - self.work_began) / done * (total - done)
         line = f"{what}: {done}/{total}, {_duration(left)} left"
         if self.err.is_terminal:
             self.err.print(escape(line), end="\n" if done == total else "\r")

@@ -96,6 +96,7 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         )
         gates = parse_gates(gate or (), room.figures_of(request))
+        output.start()
         result = room.evaluate(
             model,
             request,

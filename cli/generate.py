@@ -112,6 +112,7 @@ def generate(
             lossy=lossy,
             batch_size=batch_size,
             on_tokens=on_tokens if streams else None,
+            keep_interrupted=True,
         )
         seconds = time.perf_counter() - began
         if streams:
@@ -125,7 +126,7 @@ def generate(
         lossless = all(result.lossless for result in results)
         output.say(
             f"{new_tokens} tokens, {new_tokens / seconds:.1f} tok/s, "
-            f"{new_tokens / max(1, forwards):.2f} tokens per forward, drafter {draft}"
+            f"{new_tokens / max(1, forwards):.2f} tokens per forward, drafter {runner.drafter_name}"
             f"{'' if lossless else ', lossy'}"
         )
         output.result(
@@ -146,7 +147,7 @@ def generate(
                 "tokens_per_second": new_tokens / seconds,
                 "forwards": forwards,
                 "tokens_per_forward": new_tokens / max(1, forwards),
-                "drafter": draft,
+                "drafter": runner.drafter_name,
                 "lossless": lossless,
             }
         )

@@ -255,6 +255,7 @@ def show_plan(output: Output, job: Any, plan: Plan, skeleton: Skeleton) -> None:
         f"plan: expected bits per weight: {plan.bits_linears:.3f} of the linears, "
         f"{plan.bits_file:.3f} of the file"
     )
+    output.start()
 
 
 def _planned(plan: Plan) -> dict[str, Any]:

@@ -32,6 +32,16 @@ class Law:
     min_p: float = 0.0
     seed: int = 0
 
+    @property
+    def filters(self) -> dict[str, Any]:
+        """All of it but the seed: what decides which rules are exact."""
+        return {
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+        }
+
 
 def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
     """Where a run of `length` tokens that occurred before begins again; the end if nowhere."""
@@ -62,25 +72,26 @@ def bench(
     laws and not equal tokens are promised.
     """
     law = law or Law()
+    # Before any pass: a drafter or a rule that will not do is found at once.
+    drafters = [runner.open(draft) for draft in drafts]
+    for drafter in drafters:
+        runner.pairing(drafter, **law.filters, verify=verify, lossy=lossy)
     runner.use(None)
     say(f"plain decoding of {len(prompts)} prompts, to find loops and to warm up")
     plain, _ = _run(runner, prompts, [max_new_tokens] * len(prompts), law, batch_size)
     limits = [max(1, loop_start(result.token_ids)) for result in plain]
     made = sum(len(result.token_ids) for result in plain)
-    kept = sum(
-        min(limit, len(result.token_ids)) for limit, result in zip(limits, plain, strict=True)
-    )
+    kept = sum(map(min, limits, (len(result.token_ids) for result in plain)))
     baseline_results, seconds = _run(runner, prompts, limits, law, batch_size)
     baseline = _figures("none", baseline_results, seconds)
     say(_line(baseline))
     rows = []
-    for draft in drafts:
-        runner.use(draft)
-        # The first prompt once untimed: a drafter loads its own model and buffers then.
-        _run(runner, prompts[:1], limits[:1], law, 1, verify=verify, lossy=lossy)
-        results, seconds = _run(
-            runner, prompts, limits, law, batch_size, verify=verify, lossy=lossy
-        )
+    for draft, drafter in zip(drafts, drafters, strict=True):
+        runner.use(drafter)
+        options: dict[str, Any] = {"verify": verify, "lossy": lossy}
+        # The first prompt once untimed: buffers are made then.
+        _run(runner, prompts[:1], limits[:1], law, 1, **options)
+        results, seconds = _run(runner, prompts, limits, law, batch_size, **options)
         row = _figures(draft, results, seconds)
         plain_speed = baseline["tokens_per_second"]
         row["speedup"] = row["tokens_per_second"] / plain_speed if plain_speed else 1.0
@@ -131,10 +142,7 @@ def _run(
         prompts,
         max_new_tokens=limits,
         batch_size=batch_size,
-        temperature=law.temperature,
-        top_k=law.top_k,
-        top_p=law.top_p,
-        min_p=law.min_p,
+        **law.filters,
         seed=law.seed,
         verify=verify,
         lossy=lossy,

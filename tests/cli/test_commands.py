@@ -136,6 +136,7 @@ def test_generate_from_options_file_and_stdin(
     keys = "new_tokens seconds tokens_per_second forwards tokens_per_forward drafter lossless"
     assert set(keys.split()) <= result.keys()
     assert len(result["results"]) == 2 and result["lossless"] is True
+    assert result["drafter"] == "ngram"
     plain = spectool(
         "generate", model, "--prompts", prompts, "--max-new-tokens", 9, "--json", "--draft", "none",
         "--batch-size", 2,
@@ -186,6 +187,40 @@ def test_bench_exits_1_when_a_lossless_drafter_changes_the_output(
     words = ["bench", checkpoint("llama"), "--prompts", prompts, "--max-new-tokens", 8]
     done = spectool(*words, "--draft", "ngram")
     assert done.code == 1 and "differs from plain decoding" in done.err
+
+
+def test_an_interrupted_generation_shows_what_it_has_in_one_object(
+    spectool: Spectool, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spectool.decode.target import Target
+
+    forward, calls = Target._forward, []
+
+    def stop(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(Target, "_forward", stop)
+    words = ["--prompt", "from pathlib", "--draft", "none"]
+    done = spectool("generate", checkpoint("llama"), *words, "--json")
+    assert done.code == 130
+    (result,) = done.json["results"]
+    assert result["finish_reason"] == "interrupted" and len(result["token_ids"]) == 3
+    calls.clear()
+    bench = ["bench", checkpoint("llama"), "--prompts", __file__, "--limit", 1]
+    stopped = spectool(*bench, "--json")
+    assert stopped.code == 130 and stopped.json["error"]["exit_code"] == 130
+
+
+def test_bench_refuses_a_wrong_drafter_before_it_decodes(
+    spectool: Spectool, checkpoint: Checkpoint, prompts: Path
+) -> None:
+    words = ["bench", checkpoint("llama"), "--prompts", prompts, "--draft", "ngram"]
+    for more in (["--draft", "ngram:depth=0"], ["--verify", "cheese"]):
+        done = spectool(*words, *more)
+        assert done.code == 2 and "plain decoding" not in done.err
 
 
 def test_list_and_doctor(spectool: Spectool) -> None:
