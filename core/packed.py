@@ -22,7 +22,7 @@ from spectool.methods import resolve
 from spectool.options import Config
 
 # Sums over a matrix are taken in double precision, over pieces of about this many weights.
-PIECE = 1 << 20
+PIECE = 1 << 19
 
 # A field's name -> its dtype and shape: what a safetensors header says about it.
 FieldSpec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

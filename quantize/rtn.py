@@ -27,7 +27,7 @@ from spectool.packed import FieldSpec, PackedLinear
 from .calibration import LinearStats, PackedFields, Statistic, Stream
 
 # Rows are packed in pieces of about this many weights: float32 temporaries stay in cache and small.
-PIECE = 1 << 20
+PIECE = 1 << 19
 
 # The smallest and largest positive float16. A smaller scale is raised to the smallest, which costs
 # a group nothing beside larger ones; a matrix of nothing else would become zeros, and is refused.
