@@ -247,7 +247,11 @@ def read_prompts(
         found = list(prompt)
     elif prompts:
         found = text.read_prompts(
-            prompts, tokenizer, field=field, template=template_arguments(template) or None
+            prompts,
+            tokenizer,
+            field=field,
+            template=template_arguments(template) or None,
+            limit=limit,
         )
     else:
         found = [_standard_input()]

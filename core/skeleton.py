@@ -85,8 +85,7 @@ class Skeleton:
         self.decoder_name, self.blocks = find_blocks(self.model)
         self.modules: dict[str, dict[str, Any]] = {}
         if layout.is_packed:
-            assert layout.quantization is not None
-            self.modules = layout.quantization["modules"]
+            self.modules = layout.modules
             self.origins = {name: Origin(((name, name),), None) for name in layout.tensors}
         elif layout.quantization is not None:
             by = layout.quantization.get("quant_method", "an unnamed method")

@@ -188,7 +188,11 @@ def _windows(
     if request.bos and tokenizer.bos_token_id is None:
         raise UsageError("--bos: the tokenizer has no start token")
     text = read_text(
-        request.texts, tokenizer, field=request.text_field, template=request.template or None
+        request.texts,
+        tokenizer,
+        field=request.text_field,
+        template=request.template or None,
+        max_characters=request.limit,
     )
     ids = encode(tokenizer, text[: request.limit])
     return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)
