@@ -33,7 +33,7 @@ class Done:
 def spectool() -> Callable[..., Done]:
     """`spectool("quantize", "rtn", model, out)` as a shell would run it."""
 
-    def run(*words: object, stdin: str | None = None) -> Done:
+    def run(*words: object, stdin: str | bytes | None = None) -> Done:
         result = CliRunner().invoke(app, [str(word) for word in words], input=stdin)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception

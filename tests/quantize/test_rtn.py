@@ -87,6 +87,7 @@ def test_unpacked_in_pieces_is_the_same(
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no way to reset the peak")
+@pytest.mark.slow
 def test_packing_and_measuring_hold_pieces_only(tmp_path: Path) -> None:
     code = r"""
 import re
