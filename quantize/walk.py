@@ -262,19 +262,28 @@ class BlockWalk:
 
     def _advance(self, block: Block, streams: Streams, shard: str) -> float:
         """Push both streams through the block; returns the relative squared error of its output."""
-        assert block.module is not None
+        dense = block.module
+        assert dense is not None
+        for batch in streams.original.batches(self.batch_size):
+            self._through(dense, block, streams.original, batch)
+        # One of the two modules at a time: the dense one has done its part.
+        block.module = dense = None
+        trim_memory()
         packed = self._reload(block, shard)
         wrong, all_of_it = 0.0, 0.0
-        for batch in streams.original.batches(self.batch_size):
-            call = block.calls[batch.stop - batch.start]
-            outputs = [
-                run_block(module, call, side.hidden_SLD[batch].to(self.device)).cpu()
-                for module, side in ((block.module, streams.original), (packed, streams.packed))
-            ]
-            streams.original.hidden_SLD[batch], streams.packed.hidden_SLD[batch] = outputs
-            wrong += float((outputs[0].float() - outputs[1].float()).square().sum())
-            all_of_it += float(outputs[0].float().square().sum())
+        for batch in streams.packed.batches(self.batch_size):
+            self._through(packed, block, streams.packed, batch)
+            wanted = streams.original.hidden_SLD[batch].float()
+            found = streams.packed.hidden_SLD[batch].float()
+            wrong += float((wanted - found).square().sum())
+            all_of_it += float(wanted.square().sum())
         return wrong / all_of_it if all_of_it else 0.0
+
+    def _through(self, module: nn.Module, block: Block, side: Activations, batch: slice) -> None:
+        """Replace one batch of a block's inputs by its outputs."""
+        call = block.calls[batch.stop - batch.start]
+        hidden_BLD = side.hidden_SLD[batch].to(self.device)
+        side.hidden_SLD[batch] = run_block(module, call, hidden_BLD).cpu()
 
     def _reload(self, block: Block, shard: str) -> nn.Module:
         """The block as the artifact's reader will see it."""
