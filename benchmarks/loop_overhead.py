@@ -47,7 +47,7 @@ def measure(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[float, float
     loop_seconds, bare_seconds = [], []
     feed, started = list(prompt), time.perf_counter()
 
-    def step(row: int, tokens: list[int], text: str) -> None:
+    def step(row: int, tokens: list[int], text: str, drafted: int) -> None:
         nonlocal feed, started
         between = time.perf_counter()
         bare.forward(feed)

@@ -91,7 +91,7 @@ def generate(
         began = time.perf_counter()
         shown = -1
 
-        def on_tokens(index: int, tokens: list[int], text: str) -> None:
+        def on_tokens(index: int, tokens: list[int], text: str, drafted: int) -> None:
             nonlocal shown
             if index != shown:
                 sys.stdout.write(_opening(found[index], tokenizer, first=shown < 0))

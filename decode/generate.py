@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from spectool.decode.verify import Pairing, rule_for
 from spectool.errors import UsageError
 from spectool.loading import load_model, load_tokenizer
 
-# Row, its newly committed tokens, the text they release.
-OnTokens = Callable[[int, list[int], str], None]
+# Row, its newly committed tokens, the text they release, how many of its first characters came
+# from accepted drafts.
+OnTokens = Callable[[int, list[int], str, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,17 +135,20 @@ class Runner:
         verify: str | None = None,
         lossy: bool = False,
         batch_size: int = 1,
+        eos: Collection[int] = (),
         on_tokens: OnTokens | None = None,
         reuse_cache: bool = False,
         keep_interrupted: bool = False,
     ) -> list[Result]:
         """Continue every prompt (text, or token ids as they are), `batch_size` at a time.
 
-        `on_tokens(i, tokens, text)` hears of prompt i's tokens as they are committed; they are
-        never taken back. `reuse_cache` continues from the longest common prefix with the single
-        row that the call before left, as a chat does. `max_new_tokens` may differ by prompt. With
-        `keep_interrupted`, Ctrl-C ends the call with what is there: `on_tokens` hears what it has
-        not heard yet, and the unfinished have finish_reason "interrupted".
+        `on_tokens(i, tokens, text, drafted)` hears of prompt i's tokens as they are committed; they
+        are never taken back, and the first `drafted` characters of the text came from accepted
+        drafts. `eos` are tokens that end a text besides the model's own. `reuse_cache` continues
+        from the longest common prefix with the single row that the call before left, as a chat
+        does. `max_new_tokens` may differ by prompt. With `keep_interrupted`, Ctrl-C ends the call
+        with what is there: `on_tokens` hears what it has not heard yet, and the unfinished have
+        finish_reason "interrupted".
 
         Raises:
             UsageError: a wrong or contradictory option, a prompt beyond the context.
@@ -161,9 +165,10 @@ class Runner:
             raise UsageError("stop strings need a tokenizer, and this model came without one")
         if not all(stop):
             raise UsageError("a stop string must not be empty")
+        ends = self._end_ids() | set(eos)
         rows = [
             self._row(
-                index, prompt, Draws(seed, index), control, limit, stop, on_tokens is not None
+                index, prompt, Draws(seed, index), control, limit, ends, stop, on_tokens is not None
             )
             for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True))
         ]
@@ -175,7 +180,7 @@ class Runner:
                 ):
                     if on_tokens is not None:
                         commit.row.tell(commit.tokens, commit.text)
-                        on_tokens(commit.row.index, commit.tokens, commit.text)
+                        on_tokens(commit.row.index, commit.tokens, commit.text, commit.drafted)
         except BaseException as error:
             # The pass that was under way may have left its rows half written.
             self._cache = None
@@ -184,7 +189,7 @@ class Runner:
             for row in rows:
                 tokens, text = row.interrupt()
                 if on_tokens is not None and (tokens or text):
-                    on_tokens(row.index, tokens, text)
+                    on_tokens(row.index, tokens, text, 0)
         return [_result(row, pairing.lossless) for row in rows]
 
     def _open(self, rows: list[Row], reuse: bool) -> TreeCache:
@@ -201,6 +206,7 @@ class Runner:
         draws: Draws,
         control: Control,
         max_new_tokens: int,
+        eos: frozenset[int],
         stop: Sequence[str],
         live: bool,
     ) -> Row:
@@ -219,7 +225,7 @@ class Runner:
             control=control,
             max_new_tokens=max_new_tokens,
             context=self.target.context,
-            eos=self._end_ids(),
+            eos=eos,
             text=TextStream(self.tokenizer, tokens, stop, live=live) if self.tokenizer else None,
         )
         row.check_room()

@@ -26,11 +26,16 @@ from spectool.decode.verify import Pairing, settle
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Tokens just committed to a row, and the text they release. Nothing is ever taken back."""
+    """Tokens just committed to a row, and the text they release. Nothing is ever taken back.
+
+    The first `drafted` characters of the text were released by accepted drafts, the rest by the
+    rule's own token.
+    """
 
     row: Row
     tokens: list[int]
     text: str
+    drafted: int
 
 
 def decode(
@@ -72,8 +77,8 @@ def _prompt_pass(
     commits, prompts = [], []
     for b, (row, (_, token)) in enumerate(zip(rows, settled, strict=True)):
         row.count([0], 0)
-        _, text = row.extend([token])
-        commits.append(Commit(row, [token], text))
+        (text,) = row.extend([token])
+        commits.append(Commit(row, [token], text, drafted=0))
         prompts.append(Prompt(row=row, logits_V=done.logits_BV[b], features=done.features[b]))
     unfinished = [prompt for prompt in prompts if prompt.row.finish_reason is None]
     if unfinished:
@@ -97,11 +102,13 @@ def _step(
     commits, outcomes, paths = [], [], []
     for b, (row, draft, (path, token)) in enumerate(zip(rows, drafts, settled, strict=True)):
         new = [draft.tokens[node] for node in path[1:]] + [token]
-        taken, text = row.extend(new)
+        texts = row.extend(new)
+        taken = len(texts)
         # Where a token inside the path ended the row, it becomes the root and what follows drops.
         path = path[:taken]
         row.count(draft.depths, min(taken, len(new) - 1))
-        commits.append(Commit(row, new[:taken], text))
+        drafted = len("".join(texts[: len(new) - 1]))
+        commits.append(Commit(row, new[:taken], "".join(texts), drafted))
         paths.append(path)
         nodes = slice(len(draft))
         outcomes.append(

@@ -52,26 +52,28 @@ class Row:
         used = len(self.tokens)
         return min(self.num_prompt + self.max_new_tokens, self.context) - used
 
-    def extend(self, tokens: list[int]) -> tuple[int, str]:
+    def extend(self, tokens: list[int]) -> list[str]:
         """Commit tokens one by one until one of them ends the row.
 
-        Returns how many were taken and the text that they release.
+        Returns the text that each of those taken releases. Text held back belongs to the token
+        that releases it.
         """
-        released = ""
-        for taken, token in enumerate(tokens, start=1):
+        released = []
+        for token in tokens:
             self.tokens.append(token)
+            released.append("")
             if token in self.eos:
                 self.finish_reason = "eos"
             elif self.text is not None:
-                released += self.text.push(token)
+                released[-1] += self.text.push(token)
                 if self.text.stopped:
                     self.finish_reason = "stop"
             if self.finish_reason is None:
                 self.check_room()
             if self.finish_reason is not None:
-                released += self._close()
-                return taken, released
-        return len(tokens), released
+                released[-1] += self._close()
+                break
+        return released
 
     def _close(self) -> str:
         if self.text is None:

@@ -39,7 +39,7 @@ def test_the_door_opens_a_checkpoint(checkpoint: Callable[..., Path]) -> None:
         draft="ngram",
         max_new_tokens=12,
         dtype=torch.float32,
-        on_tokens=lambda row, tokens, text: heard.append(text),
+        on_tokens=lambda row, tokens, text, drafted: heard.append(text),
     )
     plain = spectool.generate(path, prompts=["def make", "return the"], max_new_tokens=12)
     for result, other in zip(results, plain, strict=True):
@@ -90,7 +90,7 @@ def test_stop_strings_inside_an_accepted_path(
     for stop in stops[::5]:
         heard: dict[int, str] = {0: "", 1: ""}
 
-        def on_tokens(row: int, tokens: Sequence[int], text: str) -> None:
+        def on_tokens(row: int, tokens: Sequence[int], text: str, drafted: int) -> None:
             heard[row] += text  # noqa: B023
             assert stop not in heard[row]  # noqa: B023
 
@@ -160,7 +160,7 @@ def test_an_interrupted_text_was_streamed_whole(
         left, reasons = at, set()
         texts, tokens = [""] * 3, [list[int]() for _ in prompts]
 
-        def on_tokens(row: int, new: list[int], text: str) -> None:
+        def on_tokens(row: int, new: list[int], text: str, drafted: int) -> None:
             texts[row] += text  # noqa: B023
             tokens[row] += new  # noqa: B023
             strike()
@@ -174,6 +174,27 @@ def test_an_interrupted_text_was_streamed_whole(
             assert text == result.text
             assert whole.text.startswith(text.rstrip("\ufffd"))
     assert at > 100
+
+
+def test_text_says_which_of_it_was_drafted(opened: Runner, scripted: Any) -> None:
+    """In every commit the drafted tokens' text comes first, and the last token is the rule's."""
+    assert opened.tokenizer is not None
+    prompt: list[int] = opened.tokenizer("def make")["input_ids"]
+    new = opened.generate([prompt], max_new_tokens=30)[0].token_ids
+    opened.use(scripted(lambda tokens, limit: [(prompt + new)[len(tokens) : len(tokens) + 3]]))
+    stream = TextStream(opened.tokenizer, prompt)
+    heard: list[tuple[list[int], str, int]] = []
+    opened.generate([prompt], max_new_tokens=30, on_tokens=lambda row, *told: heard.append(told))
+    assert [len(tokens) for tokens, _, _ in heard] == [1, 4, 4, 4, 4, 4, 4, 4, 1]
+    for tokens, text, drafted in heard[:-1]:
+        assert text[:drafted] == "".join(map(stream.push, tokens[:-1]))
+        assert text[drafted:] == stream.push(tokens[-1])
+    heard.clear()
+    # An end inside an accepted path was drafted like the rest of it.
+    at = next(i for i in range(1, 30) if i % 4 and new[i] not in new[:i])
+    opened.generate([prompt], eos=[new[at]], on_tokens=lambda row, *told: heard.append(told))
+    tokens, text, drafted = heard[-1]
+    assert tokens == new[at - at % 4 + 1 : at + 1] and drafted == len(text)
 
 
 def test_nothing_is_decoded_before_the_end_where_nobody_listens(

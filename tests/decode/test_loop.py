@@ -139,7 +139,7 @@ def test_rows_of_one_batch_finish_apart(
         draft=drafter,
         max_new_tokens=30,
         batch_size=batch_size,
-        on_tokens=lambda row, tokens, text: heard[row].extend(tokens),
+        on_tokens=lambda row, tokens, text, drafted: heard[row].extend(tokens),
     )
     assert results[0].token_ids == plain[0][:5]
     assert results[0].finish_reason == "eos"
@@ -244,7 +244,7 @@ def test_interrupts_leave_what_is_there(
         if len(heard) >= at:
             raise KeyboardInterrupt
 
-    def on_tokens(row: int, tokens: Sequence[int], text: str) -> None:
+    def on_tokens(row: int, tokens: Sequence[int], text: str, drafted: int) -> None:
         heard.extend(tokens)
         if where == "callback":
             interrupt(15)
