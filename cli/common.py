@@ -81,6 +81,12 @@ class Output:
         """A line for people, to stderr."""
         self.err.print(escape(line))
 
+    def complain(self, error: SpectoolError) -> None:
+        """One line of what went wrong, and one of what to do."""
+        self.err.print(f"[red]error[/red]: {escape(' '.join(str(error).split()))}")
+        if error.hint:
+            self.err.print(f"\nhint: {escape(error.hint)}")
+
     def show(self, line: Any = "") -> None:
         """A line or table of the result, to stdout unless a program listens there."""
         (self.err if self.json_wanted else self.out).print(
@@ -100,14 +106,15 @@ class Output:
         """What comes next is what `progress` counts: the time before it does not tell its pace."""
         self.work_began = time.monotonic()
 
-    def progress(self, done: int, total: int, what: str) -> None:
-        """One step of something long, with the time left from the first step on.
+    def progress(self, done: float, total: int, what: str) -> None:
+        """One step of something long, or a share of one, with the time left from then on.
 
         A line that is rewritten on a terminal; elsewhere a plain line, at most one a minute.
         """
         now = time.monotonic()
         left = (now - self.work_began) / done * (total - done)
-        line = f"{what}: {done}/{total}, {_duration(left)} left"
+        count = f"{done:.2f}" if done % 1 else f"{done:.0f}"
+        line = f"{what}: {count}/{total}, {_duration(left)} left"
         if self.err.is_terminal:
             self.err.print(escape(line), end="\n" if done == total else "\r")
         elif done in (1, total) or now - self._said > QUIET_SECONDS:
@@ -144,11 +151,9 @@ def session(*, json_wanted: bool = False, debug: bool = False) -> Iterator[Outpu
 def _fail(output: Output, error: SpectoolError, debug: bool) -> None:
     if debug:
         traceback.print_exc(file=sys.stderr)
-    message = " ".join(str(error).split())
-    output.err.print(f"[red]error[/red]: {escape(message)}")
-    if error.hint:
-        output.err.print(f"\nhint: {escape(error.hint)}")
+    output.complain(error)
     if not output.finished:
+        message = " ".join(str(error).split())
         with contextlib.suppress(OSError):
             output.result({"error": {"message": message, "exit_code": error.exit_code}})
     raise typer.Exit(error.exit_code)

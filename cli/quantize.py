@@ -245,7 +245,8 @@ def show_plan(output: Output, job: Any, plan: Plan, skeleton: Skeleton) -> None:
     for reason, names in by_reason.items():
         output.say(f"plan: {len(names)} left dense ({reason}): {names[0]}, …")
     output.say("plan: everything outside the blocks is copied")
-    calibrated = f", activations {size(2 * plan.buffer_bytes)}" if plan.buffer_bytes else ""
+    buffers = plan.num_buffers * plan.buffer_bytes
+    calibrated = f", activations {size(buffers)}" if buffers else ""
     device = f", device {size(plan.device_bytes)}" if plan.device_bytes else ""
     output.say(
         f"plan: disk {size(plan.file_bytes)}, memory at most {size(plan.host_bytes)}"
@@ -289,8 +290,12 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
     data_free = [name for block in report.blocks for name in block["data_free"]]
     if data_free:
         output.show(
-            f"experts with too few calibration tokens, packed without data: {len(data_free)}"
+            f"matrices with too few calibration tokens, packed without data: {len(data_free)} "
+            f"({data_free[0]}, …)"
         )
+    fits = [block["fit"] for block in report.blocks if block["fit"]]
+    if fits:
+        show_fits(output, fits)
     output.show(f"{seconds:.1f} s, peak memory {size(peak_rss_bytes())}")
     output.result(
         {
@@ -302,8 +307,27 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
             "peak_rss_bytes": peak_rss_bytes(),
             "layers": report.layers,
             "blocks": [
-                {"output_error": block.get("output_error"), "data_free": block["data_free"]}
+                {key: block.get(key) for key in ("output_error", "data_free", "fit")}
                 for block in report.blocks
             ],
         }
     )
+
+
+def show_fits(output: Output, fits: list[dict[str, Any]]) -> None:
+    """What the fits of the blocks gained."""
+    shares = [fit["loss_after"] / fit["loss_start"] for fit in fits]
+    lower = sum(share < 1 for share in shares)
+    output.show(
+        f"block loss after the fit: {min(shares):.3f} to {max(shares):.3f} of that at its start, "
+        f"lower in {lower} of {len(fits)} blocks"
+    )
+    flipped = sum(fit["rows_flipped"] for fit in fits)
+    if flipped:
+        output.show(f"rows flipped by a negative scale: {flipped}")
+    turned = [index for index, fit in enumerate(fits) if fit["least_cosine"] <= 0]
+    if turned:
+        output.show(
+            "[yellow]warning[/yellow]: the output points away from the original's on some "
+            f"calibration text, in blocks {', '.join(map(str, turned))}"
+        )

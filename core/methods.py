@@ -47,6 +47,12 @@ METHODS: dict[str, Method] = {
         summary="8-bit codes with a scale a row: the weights of LLM.int8()",
         source="Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339)",
     ),
+    "ptq161": Method(
+        kind="quantizer",
+        target="spectool.quantize.ptq161:PTQ161",
+        summary="A fifth of the columns at 4 bits, signs with fitted scales for the rest: 1.6 bits",
+        source="Zhao et al., PTQ1.61, 2025 (arXiv:2502.13179), without its preprocessing",
+    ),
     "none": Method(
         kind="drafter",
         target="spectool.decode.drafters.none:NoDrafter",

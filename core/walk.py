@@ -147,7 +147,9 @@ class Surroundings:
         logits: Tensor = self.model(input_ids=ids_BL, use_cache=False).logits
         return logits
 
-    @torch.inference_mode()
+    # Not inference mode: a quantizer differentiates through blocks that are called with the masks
+    # and positions recorded here, and autograd saves no inference tensors.
+    @torch.no_grad()
     def embed(self, ids_BL: Tensor) -> Tensor:
         """The first block's input [B, L, D] for these tokens."""
         decoder = self.model.get_submodule(self.skeleton.decoder_name)
@@ -183,12 +185,17 @@ class Surroundings:
             self.taps[-1].override = None
 
 
+def call_block(block: nn.Module, call: Call, hidden_BLD: Tensor) -> Tensor:
+    """One block's output [B, L, D], with gradients if they are enabled."""
+    out = block(hidden_BLD, *call.args, **call.kwargs)
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
 def run_block(block: nn.Module, call: Call, hidden_BLD: Tensor) -> Tensor:
     """One block's output [B, L, D]."""
     with torch.inference_mode():
-        out = block(hidden_BLD, *call.args, **call.kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
+        return call_block(block, call, hidden_BLD)
 
 
 class Activations:
@@ -200,6 +207,7 @@ class Activations:
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, *, file: Path | None = None
     ) -> None:
+        self.file = file
         size = shape[0] * shape[1] * shape[2]
         if file is None:
             self.hidden_SLD = torch.empty(shape, dtype=dtype)
@@ -210,6 +218,11 @@ class Activations:
             flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
             file.unlink()
             self.hidden_SLD = flat.view(shape)
+
+    def another(self) -> Activations:
+        """A further buffer of the same shape and dtype, in the same kind of place."""
+        num, length, width = self.hidden_SLD.shape
+        return Activations((num, length, width), self.hidden_SLD.dtype, file=self.file)
 
     def batches(self, size: int) -> Iterator[slice]:
         """Slices over the sequences, `size` at a time."""

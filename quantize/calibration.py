@@ -9,7 +9,7 @@ Shapes: n outputs, m inputs, T tokens, S sequences, L tokens of each, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -93,11 +93,27 @@ class Block:
     calls: Mapping[int, Call] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a method made of a block: each matrix's fields on the host, and figures of the fit.
+
+    `report` goes into the record of the block and is shown with the result; JSON-safe.
+    """
+
+    fields: dict[str, PackedFields]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+# Told the share of the present block that is done.
+Tick = Callable[[float], None]
+
+
 class Quantizer(Protocol):
     """A method's class: its options, what it needs, how it packs and what runs.
 
-    It implements `fit` for a whole block, or `pack` for one matrix; `fit_each` makes one of the
-    other. `statistics` says which statistics it asks for, and of which stream.
+    It implements `fit(block, streams, stats, config, generator, tick) -> Fitted` for a whole block,
+    or `pack` for one matrix; `fit_each` makes one of the other. `statistics` says which statistics
+    it asks for, and of which stream.
     """
 
     Config: ClassVar[type[Config]]
@@ -128,7 +144,7 @@ def fit_each(
     config: Config,
     generator: torch.Generator,
     device: torch.device,
-) -> dict[str, PackedFields]:
+) -> Fitted:
     """`fit` for methods that see one matrix at a time: packed on `device`, kept on the host.
 
     Raises:
@@ -141,15 +157,56 @@ def fit_each(
         except UnsupportedError as error:
             raise UnsupportedError(f"{name}: {error}", hint=error.hint) from error
         found[name] = {field: value.cpu() for field, value in fields.items()}
-    return found
+    return Fitted(found)
 
 
-class Observer(TorchFunctionMode):
-    """Collects statistics at the input of every matrix product with a known weight.
+class Products(TorchFunctionMode):
+    """While open, sees every matrix product of a block with a weight that it knows.
 
     Products are recognised by their weight's address, so linears, transposed Conv1D and single
-    experts of a fused tensor are all seen alike. Matrices fed with the same tensor (q, k and v;
-    gate and up) share one set of statistics, which is computed once.
+    experts of a fused tensor are all seen alike. What becomes of one, `product` decides.
+    """
+
+    def __init__(self, module: nn.Module, block: str, sites: Mapping[str, Site]) -> None:
+        super().__init__()
+        self._names: dict[int, str] = {}
+        for name, site in sites.items():
+            weight: Tensor = module.get_parameter(site.parameter.removeprefix(block + "."))
+            if site.expert is not None:
+                weight = weight[site.expert]
+            self._names[weight.data_ptr()] = name
+
+    def product(
+        self, name: str, x: Tensor, bias: Tensor | None, original: Callable[[], Tensor]
+    ) -> Tensor:
+        """The result of x [..., m] times the matrix `name`, plus the bias where there is one."""
+        raise AssertionError("both kinds define this")
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        x = weight = bias = None
+        if func is F.linear:
+            x, weight, *more = args
+            bias = more[0] if more else kwargs.get("bias")
+        elif func is torch.addmm:
+            bias, x, weight = args
+        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
+            x, weight = args
+        name = self._names.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
+        if name is None:
+            return func(*args, **kwargs)
+        assert isinstance(x, Tensor)
+        return self.product(name, x, bias, lambda: func(*args, **kwargs))
+
+
+class Observer(Products):
+    """Collects statistics at the input of every matrix product with a known weight.
+
+    Matrices fed with the same tensor (q, k and v; gate and up) share one set of statistics, which
+    is computed once. `opened` is the length of the sequences if they open with a start token, whose
+    inputs are then left out (absmax would often be its alone); 0 if they do not.
     """
 
     def __init__(
@@ -158,40 +215,45 @@ class Observer(TorchFunctionMode):
         block: str,
         sites: Mapping[str, Site],
         wanted: tuple[Statistic, ...],
+        *,
+        opened: int = 0,
     ) -> None:
-        super().__init__()
-        self.wanted = wanted
+        super().__init__(module, block, sites)
+        self.sites, self.wanted, self.opened = sites, wanted, opened
         self.stats: dict[str, LinearStats] = {}
-        self._names: dict[int, str] = {}
         self._last: Tensor | None = None
         self._shared: LinearStats | None = None
-        for name, site in sites.items():
-            weight: Tensor = module.get_parameter(site.parameter.removeprefix(block + "."))
-            if site.expert is not None:
-                weight = weight[site.expert]
-            self._names[weight.data_ptr()] = name
+        self._gathered: Tensor | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is F.linear:
-            self._see(args[0], args[1])
-        elif func is torch.addmm:
-            self._see(args[1], args[2])
-        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
-            self._see(args[0], args[1])
-        return func(*args, **(kwargs or {}))
+        # Experts are fed with the rows that were routed to them, taken out just before.
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].ndim == 1:
+            self._gathered = args[1]
+        return super().__torch_function__(func, types, args, kwargs)
 
-    def _see(self, x: Tensor, weight: Any) -> None:
-        name = self._names.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
-        if name is None:
-            return
+    def product(
+        self, name: str, x: Tensor, bias: Tensor | None, original: Callable[[], Tensor]
+    ) -> Tensor:
         if x is self._last and self._shared is not None:
             self.stats.setdefault(name, self._shared)
-            return
+            return original()
         stats = self.stats.setdefault(name, LinearStats(self.wanted))
-        stats.add(x.reshape(-1, x.shape[-1]))
+        stats.add(self._counted(name, x.reshape(-1, x.shape[-1])))
         self._last, self._shared = x, stats
+        return original()
+
+    def _counted(self, name: str, x_Tm: Tensor) -> Tensor:
+        """Without the start tokens."""
+        if not self.opened:
+            return x_Tm
+        if self.sites[name].expert is None:
+            return x_Tm.view(-1, self.opened, x_Tm.shape[1])[:, 1:].flatten(0, 1)
+        # An architecture may arrange its experts' rows in another way: then all of them count.
+        if self._gathered is None or len(self._gathered) != len(x_Tm):
+            return x_Tm
+        return x_Tm[self._gathered % self.opened != 0]
 
 
 def windows(

@@ -7,8 +7,9 @@ without fetching it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import DTYPE_BITS
@@ -33,7 +34,8 @@ class Plan:
     """Sites to pack by block, names left dense with the reason, and the sizes that follow.
 
     Bytes: `packed_bytes` of all fields, `file_bytes` of the weight files without headers,
-    `host_bytes` and `device_bytes` resident at most, `buffer_bytes` of one activation buffer.
+    `host_bytes` and `device_bytes` resident at most, `buffer_bytes` of one of the `num_buffers`
+    activation buffers: a stream each, and for methods with a fit a target each.
     """
 
     sites: Mapping[str, Mapping[str, Site]]
@@ -43,6 +45,7 @@ class Plan:
     packed_bytes: int
     file_bytes: int
     buffer_bytes: int
+    num_buffers: int
     host_bytes: int
     device_bytes: int
 
@@ -63,9 +66,11 @@ def make_plan(
     skip: Sequence[str] = (),
     allow_dense: bool = False,
     calibration_tokens: int = 0,
+    sequence_tokens: int = 0,
     on_device: bool = False,
 ) -> Plan:
-    """The plan for one method. `calibration_tokens` is 0 where no activations are needed.
+    """The plan for one method. `calibration_tokens` is 0 where no activations are needed;
+    `sequence_tokens` are those of one sequence.
 
     Raises:
         UsageError: a `skip` pattern that matches nothing.
@@ -106,7 +111,16 @@ def make_plan(
             f"({named}, …); at most {DENSE_LIMIT:.0%} may",
             hint="--allow-dense accepts that",
         )
-    return _sized(skeleton, method, config, sites, skipped, calibration_tokens, on_device=on_device)
+    return _sized(
+        skeleton,
+        method,
+        config,
+        sites,
+        skipped,
+        calibration_tokens,
+        sequence_tokens,
+        on_device=on_device,
+    )
 
 
 def _sized(
@@ -116,6 +130,7 @@ def _sized(
     sites: Mapping[str, Mapping[str, Site]],
     skipped: Mapping[str, str],
     calibration_tokens: int,
+    sequence_tokens: int,
     *,
     on_device: bool,
 ) -> Plan:
@@ -149,11 +164,17 @@ def _sized(
     buffer_bytes = calibration_tokens * width * 4
     # Data-free: a block as stored, its codes, and one matrix unpacked beside itself in float32.
     # Calibrated: the block in float32 as well, what its packed twin unpacks while it runs, and two
-    # buffers of activations.
+    # buffers of activations. With a fit: the constants of every matrix in float32 too, what one
+    # sequence leaves for the backward pass, and two buffers of targets.
     working = block_weights * (element_bytes + 1) + 12 * largest
     if calibration_tokens:
         working += 8 * block_weights
+    fits = hasattr(method, "fit")
+    if fits:
+        working += 4 * block_weights
+        working += max(_saved_bytes(skeleton, s.values(), sequence_tokens) for s in sites.values())
     working = int(RETAINED * working)
+    num_buffers = 4 if fits else 2
     return Plan(
         sites=sites,
         skipped=skipped,
@@ -162,6 +183,25 @@ def _sized(
         packed_bytes=packed_bytes,
         file_bytes=file_bytes,
         buffer_bytes=buffer_bytes,
-        host_bytes=BASE_BYTES + working + 2 * buffer_bytes,
+        num_buffers=num_buffers,
+        host_bytes=BASE_BYTES + working + num_buffers * buffer_bytes,
         device_bytes=working + BASE_BYTES if on_device else 0,
     )
+
+
+def _saved_bytes(skeleton: Skeleton, sites: Iterable[Site], tokens: int) -> int:
+    """What the forward pass of a block over one sequence keeps for its gradients.
+
+    Around each product about three tensors of its input's and of its output's size (measured with
+    Llama: 2.5); scores, probabilities and their gradient where attention writes them out.
+    """
+    text: Any = skeleton.config.get_text_config()
+    rows = 0
+    for site in sites:
+        share = 1.0
+        if site.expert is not None:
+            total = skeleton.model.get_parameter(site.parameter).shape[0]
+            share = min(1.0, getattr(text, "num_experts_per_tok", total) / total)
+        rows += int(share * sum(site.shape))
+    heads = getattr(text, "num_attention_heads", 0)
+    return 4 * tokens * 3 * (rows + heads * tokens)

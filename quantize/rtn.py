@@ -78,18 +78,22 @@ class RTN:
             largest_each.append(scale_ng.max())
             for name, value in packed.items():
                 fields[name][start : start + rows] = value
-        largest = float(torch.stack(largest_each).max())
-        if largest > SCALE_MAX or 0 < largest < SCALE_MIN:
-            raise UnsupportedError(
-                f"its weights need a scale of {largest:.3g}, and float16, which stores it, reaches "
-                f"from {SCALE_MIN:.3g} to {SCALE_MAX:.0f}",
-                hint="leave it dense with --skip, or rescale the checkpoint",
-            )
+        check_scale(float(torch.stack(largest_each).max()))
         return fields
 
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: RTN.Config) -> RTNLinear:
         return RTNLinear(spec, shape, config)
+
+
+def check_scale(largest: float) -> None:
+    """Raises: UnsupportedError: the largest scale of a matrix is none that float16 holds."""
+    if largest > SCALE_MAX or 0 < largest < SCALE_MIN:
+        raise UnsupportedError(
+            f"its weights need a scale of {largest:.3g}, and float16, which stores it, reaches "
+            f"from {SCALE_MIN:.3g} to {SCALE_MAX:.0f}",
+            hint="leave it dense with --skip, or rescale the checkpoint",
+        )
 
 
 def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> tuple[PackedFields, Tensor]:

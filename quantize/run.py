@@ -60,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was recorded of every block: its layers, its output error, its data-free experts."""
+    """What was recorded of every block: layers, output error, fit, what was packed without data."""
 
     blocks: list[dict[str, Any]]
 
@@ -92,6 +92,7 @@ def prepare(
         skip=job.skip,
         allow_dense=job.allow_dense,
         calibration_tokens=job.samples * length if _calibrates(method, job) else 0,
+        sequence_tokens=length,
         on_device=device != "cpu",
     )
     return skeleton, plan
@@ -127,9 +128,11 @@ def quantize(
     )
     announce(plan, skeleton)
     method: type[Quantizer] = resolve(job.method, "quantizer")
-    ids_SL = None
+    ids_SL, opened = None, False
     if _calibrates(method, job):
-        ids_SL = _calibration_ids(checkpoint, skeleton, job, trust_remote_code=trust_remote_code)
+        ids_SL, opened = _calibration_ids(
+            checkpoint, skeleton, job, trust_remote_code=trust_remote_code
+        )
     # How activations are computed decides the bytes where they decide anything.
     computed = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -153,6 +156,7 @@ def quantize(
             device=torch.device(device),
             dtype=dtype,
             batch_size=batch_size,
+            opened=opened,
         )
         report = Report(walk.run(progress))
         writer.finish(
@@ -174,7 +178,8 @@ def _length(skeleton: Skeleton, seq_len: int) -> int:
 
 def _calibration_ids(
     checkpoint: Checkpoint, skeleton: Skeleton, job: Job, *, trust_remote_code: bool
-) -> Tensor:
+) -> tuple[Tensor, bool]:
+    """The calibration sequences [S, L], and whether each opens with a start token."""
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     length = _length(skeleton, job.seq_len)
     text = read_text(
@@ -184,13 +189,14 @@ def _calibration_ids(
         template=job.template or None,
         max_characters=STREAMED_CHARACTERS * (job.samples + 1) * length,
     )
-    return windows(
+    ids_SL = windows(
         encode(tokenizer, text),
         samples=job.samples,
         length=length,
         bos=tokenizer.bos_token_id,
         generator=torch.Generator().manual_seed(job.seed),
     )
+    return ids_SL, tokenizer.bos_token_id is not None
 
 
 def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Shapes: S sequences, B of a batch, L tokens, D width.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ from spectool.walk import Activations, Call, Surroundings, run_block
 from .calibration import (
     MIN_EXPERT_TOKENS,
     Block,
+    Fitted,
     LinearStats,
     Observer,
     PackedFields,
@@ -39,6 +41,7 @@ from .calibration import (
     Statistic,
     Stream,
     Streams,
+    Tick,
     fit_each,
 )
 from .plan import Plan
@@ -46,16 +49,18 @@ from .plan import Plan
 # Activation buffers larger than this together live in files beside the shards.
 BUFFERS_IN_MEMORY = 8 << 30
 
-# What is told to whoever watches: blocks done, blocks in all, the name of the last one.
-Progress = Callable[[int, int, str], None]
+# What is told to whoever watches: blocks done (with the present one's share, where its method says
+# it), blocks in all, the name of the last one.
+Progress = Callable[[float, int, str], None]
 
 
 @dataclass(slots=True, kw_only=True)
 class BlockWalk:
     """One walk over a checkpoint's blocks.
 
-    `ids_SL` are the calibration sequences, None where no activations are needed; `metadata` goes
-    into every shard's header; `dtype` is what activations are computed in.
+    `ids_SL` are the calibration sequences, None where no activations are needed, and `opened` says
+    that each begins with a start token; `metadata` goes into every shard's header; `dtype` is what
+    activations are computed in.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +76,7 @@ class BlockWalk:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
+    opened: bool = False
     calls: dict[int, list[Call]] = field(default_factory=dict)
 
     def run(self, progress: Progress) -> list[dict[str, Any]]:
@@ -89,7 +95,13 @@ class BlockWalk:
                 if self.device.type != "cpu" and visit + 1 < len(visits):
                     following = reader.submit(self._read, blocks[visits[visit + 1]])
                 # Bound to no name here, or this block would live until the next one is read.
-                self._step(index, name, present.result() if present else self._read(name), streams)
+                self._step(
+                    index,
+                    name,
+                    present.result() if present else self._read(name),
+                    streams,
+                    functools.partial(_tick, progress, index, len(blocks), name),
+                )
                 trim_memory()
                 progress(index + 1, len(blocks), name)
         reports = [self.writer.report(self._shard(i)) for i in range(len(blocks))]
@@ -134,7 +146,7 @@ class BlockWalk:
         batches = [slice(i, i + self.batch_size) for i in range(0, num, self.batch_size)]
         first = around.embed(self.ids_SL[:1])
         shape = (num, length, first.shape[-1])
-        in_files = 2 * self.plan.buffer_bytes > BUFFERS_IN_MEMORY
+        in_files = self.plan.num_buffers * self.plan.buffer_bytes > BUFFERS_IN_MEMORY
         with disk_errors(self.writer.partial):
             sides = [
                 Activations(
@@ -148,12 +160,18 @@ class BlockWalk:
             hidden_BLD = around.embed(self.ids_SL[batch]).cpu()
             for side in sides:
                 side.hidden_SLD[batch] = hidden_BLD
-        sizes = {len(self.ids_SL[batch]) for batch in batches}
+        # A fit sees one sequence at a time.
+        sizes = {1, *(len(self.ids_SL[batch]) for batch in batches)}
         self.calls = {size: around.calls(size, length) for size in sizes}
         return Streams(*sides)
 
     def _step(
-        self, index: int, name: str, tensors: dict[str, Tensor], streams: Streams | None
+        self,
+        index: int,
+        name: str,
+        tensors: dict[str, Tensor],
+        streams: Streams | None,
+        tick: Tick,
     ) -> None:
         """Pack and write one block, unless that is done, and advance both streams through it."""
         for key, tensor in tensors.items():
@@ -175,7 +193,7 @@ class BlockWalk:
         shard = self._shard(index)
         report = self.writer.report(shard)
         if report is None:
-            report = self._pack(index, block, tensors, streams, shard)
+            report = self._pack(index, block, tensors, streams, shard, tick)
         if streams is not None:
             report["output_error"] = self._advance(block, streams, shard)
             self.writer.record(shard, report)
@@ -187,31 +205,37 @@ class BlockWalk:
         tensors: dict[str, Tensor],
         streams: Streams | None,
         shard: str,
+        tick: Tick,
     ) -> dict[str, Any]:
         stats = self._observe(block, streams) if streams is not None else {}
         seen_little = [
             key
             for key, site in block.sites.items()
-            if site.expert is not None
-            and self.method.statistics
-            and (key not in stats or stats[key].num_tokens < MIN_EXPERT_TOKENS)
+            if self.method.statistics
+            and (
+                key not in stats
+                or (site.expert is not None and stats[key].num_tokens < MIN_EXPERT_TOKENS)
+            )
         ]
         for key in seen_little:
             stats.pop(key, None)
         generator = torch.Generator().manual_seed(_seed(self.seed, index))
         if hasattr(self.method, "fit"):
-            packed = self.method.fit(block, streams, stats, self.config, generator)
+            with disk_errors(self.writer.partial):
+                fitted: Fitted = self.method.fit(
+                    block, streams, stats, self.config, generator, tick
+                )
         else:
-            packed = fit_each(self.method, block, stats, self.config, generator, self.device)
+            fitted = fit_each(self.method, block, stats, self.config, generator, self.device)
         taken = {site.parameter for site in block.sites.values()}
         contents: dict[str, Content] = {
             key: tensor for key, tensor in tensors.items() if key not in taken
         }
         layers = []
-        for key, fields in packed.items():
+        for key, fields in fitted.fields.items():
             contents.update({f"{key}.q.{name}": value for name, value in fields.items()})
             layers.append(self._layer(key, block, fields))
-        report: dict[str, Any] = {"layers": layers, "data_free": seen_little}
+        report = {"layers": layers, "data_free": seen_little, "fit": fitted.report}
         self.writer.write_shard(shard, contents, self.metadata, report)
         # From here on only the module counts: the stored tensors need not stay beside it.
         block.weights = {}
@@ -243,7 +267,14 @@ class BlockWalk:
             by_stream.setdefault(stream, []).append(statistic)
         for stream, wanted in by_stream.items():
             inputs: Activations = getattr(streams, stream)
-            with Observer(block.module, block.name, block.sites, tuple(wanted)) as observer:
+            observer = Observer(
+                block.module,
+                block.name,
+                block.sites,
+                tuple(wanted),
+                opened=inputs.hidden_SLD.shape[1] if self.opened else 0,
+            )
+            with observer:
                 for batch in inputs.batches(self.batch_size):
                     hidden_BLD = inputs.hidden_SLD[batch].to(self.device)
                     run_block(block.module, block.calls[len(hidden_BLD)], hidden_BLD)
@@ -298,6 +329,10 @@ class BlockWalk:
                 for key, site in block.sites.items()
             },
         )
+
+
+def _tick(progress: Progress, done: int, total: int, name: str, share: float) -> None:
+    progress(done + share, total, name)
 
 
 def entry_of(method: str, config: Config, site: Site) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from spectool.methods import Method
 from spectool.packed import packed_modules
 from spectool.quantize.calibration import (
     Block,
+    Fitted,
     LinearStats,
     Observer,
-    PackedFields,
     Statistic,
     Stream,
     Streams,
+    Tick,
     windows,
 )
 from spectool.quantize.rtn import RTN
@@ -92,12 +93,12 @@ def inputs_of(model: nn.Module, part: nn.Module, run: Callable[[], Any]) -> dict
     return {name: torch.cat(pieces) for name, pieces in seen.items()}
 
 
-def observe(model: PreTrainedModel, ids_BL: Tensor) -> tuple[str, Observer]:
+def observe(model: PreTrainedModel, ids_BL: Tensor, *, opened: int = 0) -> tuple[str, Observer]:
     """Statistics of the second block while the whole model runs in batches of four and two."""
     _, names = find_blocks(model)
     block = model.get_submodule(names[1])
     sites = {site.name: site for site in find_sites(block, names[1])}
-    observer = Observer(block, names[1], sites, ALL)
+    observer = Observer(block, names[1], sites, ALL, opened=opened)
     with torch.inference_mode(), observer:
         for batch in (ids_BL[:4], ids_BL[4:]):
             model(input_ids=batch, use_cache=False)
@@ -115,6 +116,18 @@ def test_linears_and_conv1d_see_what_hooks_see(
         inputs = inputs_of(model, block, lambda: model(input_ids=IDS_BL, use_cache=False))
     assert {f"{name}.{leaf}" for leaf in inputs} == set(observer.stats)
     for leaf, x_Tm in inputs.items():
+        assert_same(observer.stats[f"{name}.{leaf}"], x_Tm)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_start_tokens_are_left_out(tiny: Callable[..., PreTrainedModel], family: str) -> None:
+    model, length = tiny(family), IDS_BL.shape[1]
+    name, observer = observe(model, IDS_BL, opened=length)
+    block = model.get_submodule(name)
+    with torch.inference_mode():
+        inputs = inputs_of(model, block, lambda: model(input_ids=IDS_BL, use_cache=False))
+    for leaf, x_Tm in inputs.items():
+        x_Tm = x_Tm.view(-1, length, x_Tm.shape[1])[:, 1:].flatten(0, 1)
         assert_same(observer.stats[f"{name}.{leaf}"], x_Tm)
 
 
@@ -141,14 +154,18 @@ def routed(model: PreTrainedModel, name: str, ids_BL: Tensor) -> tuple[Tensor, T
     return x_Tm.reshape(-1, x_Tm.shape[-1]), chosen_Tk
 
 
+@pytest.mark.parametrize("opened", [0, IDS_BL.shape[1]])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_fused_experts_see_the_tokens_routed_to_them(
-    tiny: Callable[..., PreTrainedModel], family: str
+    tiny: Callable[..., PreTrainedModel], family: str, opened: int
 ) -> None:
     model = tiny(family)
     model.set_experts_implementation("eager")
-    name, observer = observe(model, IDS_BL)
+    name, observer = observe(model, IDS_BL, opened=opened)
     x_Tm, chosen_Tk = routed(model, name, IDS_BL)
+    if opened:
+        x_Tm = x_Tm.view(-1, opened, x_Tm.shape[1])[:, 1:].flatten(0, 1)
+        chosen_Tk = chosen_Tk.view(-1, opened, chosen_Tk.shape[1])[:, 1:].flatten(0, 1)
     experts = [key for key in observer.stats if ".experts." in key]
     assert len(experts) == 8
     parameters = dict(model.named_parameters())
@@ -186,7 +203,8 @@ class Spy(RTN):
         stats: Mapping[str, LinearStats],
         config: Spy.Config,
         generator: torch.Generator,
-    ) -> dict[str, PackedFields]:
+        tick: Tick,
+    ) -> Fitted:
         assert streams is not None and block.module is not None
         SEEN.append(
             {
@@ -197,10 +215,12 @@ class Spy(RTN):
                 "draw": torch.rand(3, generator=generator),
             }
         )
-        return {
+        tick(0.5)
+        packed = {
             key: cls.pack(weight, stats.get(key), config, generator)
             for key, weight in block.weights.items()
         }
+        return Fitted(packed, {"seen": len(SEEN)})
 
 
 @pytest.fixture
@@ -274,7 +294,9 @@ def test_a_method_is_shown_both_streams_and_their_statistics(
 
         for leaf, x_Tm in inputs_of(original, block, run).items():
             stats = shown["stats"][f"{shown['name']}.{leaf}"]
-            assert stats.num_tokens == 5 * 40
+            # The start token of each sequence is not counted.
+            x_Tm = x_Tm.view(5, 40, -1)[:, 1:].flatten(0, 1)
+            assert stats.num_tokens == 5 * 39
             for name in asked:
                 want = statistics(x_Tm)[name]
                 atol = 1e-4 * float(want.abs().max())

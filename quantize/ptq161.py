@@ -1,0 +1,441 @@
+"""PTQ1.61 (`ptq161`): a fifth of the columns at 4 bits, signs with fitted scales for the rest.
+
+Salient columns S of a matrix are the k inputs of largest activation, as the original model feeds
+them: sigma_j = max_t |X_tj|, or the mean. They get rtn's asymmetric 4-bit grid, a row a group. Of
+the other columns only signs are stored:
+
+    W'_ij = r1_i r2_j (alpha_i B_ij + mu_i),   B_ij = +1 if W_ij >= mu_i else -1,
+
+with mu_i the row's mean over them. alpha, r1 and r2 are fitted one decoder block at a time, B and
+mu are constants. With F the original block, F' the packed one, X the original model's activations
+and X' those that come through the blocks already packed, and c_a the mean over tokens of the cosine
+between F'(X') and its a-th target:
+
+    loss = MSE(F'(X'), F(X)) + MSE(F'(X'), F(X')) - ln c_1 - ln c_2
+
+What is stored of the scales: row_a = alpha r1, row_b = mu r1, col_r = r2, as float16. Both kinds of
+columns are multiplied by sums that all rows share; see `PTQ161Linear`.
+
+Source: Zhao et al., PTQ1.61, 2025 (arXiv:2502.13179), without its preprocessing. Deviations, with
+what they are worth, are in docs/concepts/ptq161.md.
+Shapes: n outputs, m inputs, k salient of them, r others, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectool import options
+from spectool.errors import UnsupportedError
+from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
+from spectool.options import option
+from spectool.packed import FieldSpec, PackedLinear
+from spectool.walk import call_block
+
+from .calibration import (
+    Block,
+    Fitted,
+    LinearStats,
+    PackedFields,
+    Products,
+    Statistic,
+    Stream,
+    Streams,
+    Tick,
+)
+from .rtn import RTN, SCALE_MAX, check_scale
+
+# Rows are unpacked in pieces of about this many weights, which stay in cache.
+PIECE = 1 << 19
+
+# The salient columns' grid.
+SALIENT = RTN.Config(bits=4, group_size=0)
+
+# The fields that the fit changes.
+LEARNED = ("row_a", "row_b", "col_r")
+
+# ln c is taken of no smaller cosine: below, the squared errors alone turn the output round.
+LEAST_COSINE = 0.01
+
+
+class PTQ161:
+    """The quantizer; see the module docstring."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        ratio: float = option(0.2, "share of salient columns", minimum=0, maximum=1)
+        saliency: Literal["mean", "max"] = option("mean", "what of the activations ranks the columns")
+        epochs: int = option(20, "passes over the calibration sequences", minimum=0)
+        lr: float = option(1e-3, "learning rate of r1 and r2", minimum=0)
+        lr_alpha: float = option(5e-4, "learning rate of alpha", minimum=0)
+
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {
+        "absmax": "original",
+        "mean_abs": "original",
+    }
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], config: PTQ161.Config) -> FieldSpec:
+        n, m = shape
+        k = num_salient(m, config.ratio)
+        return {
+            "mask": (torch.uint8, (packed_bytes(m, 1),)),
+            "hi": (torch.uint8, (n, packed_bytes(k, 4))),
+            "hi_scale": (torch.float16, (n,)),
+            "hi_zero": (torch.uint8, (n,)),
+            "lo": (torch.uint8, (n, packed_bytes(m - k, 1))),
+            "row_a": (torch.float16, (n,)),
+            "row_b": (torch.float16, (n,)),
+            "col_r": (torch.float16, (m - k,)),
+        }
+
+    @classmethod
+    def pack(
+        cls,
+        weight_nm: Tensor,
+        stats: LinearStats | None,
+        config: PTQ161.Config,
+        generator: torch.Generator,
+    ) -> PackedFields:
+        """One matrix before the fit: r1 = r2 = 1."""
+        weight_nm = weight_nm.float()
+        num = num_salient(weight_nm.shape[1], config.ratio)
+        salient_m = most_salient(_sigma(weight_nm, stats, config), num)
+        high = _pack_salient(weight_nm[:, salient_m], generator)
+        rest_nr = weight_nm[:, ~salient_m]
+        # Of no columns the mean is 0 here, not NaN.
+        mu_n = rest_nr.sum(1) / max(1, rest_nr.shape[1])
+        rest_nr -= mu_n[:, None]
+        # The least squares scale of B. The paper has mean |W|, which is the same where mu is 0, and
+        # doubles a row of equal weights where it is not.
+        alpha_n = rest_nr.abs().sum(1) / max(1, rest_nr.shape[1])
+        check_scale(float((alpha_n + mu_n.abs()).max()))
+        return {
+            "mask": pack_bits(salient_m[None].to(torch.uint8), 1)[0],
+            **high,
+            "lo": pack_bits((rest_nr >= 0).to(torch.uint8), 1),
+            "row_a": alpha_n.half(),
+            "row_b": mu_n.half(),
+            "col_r": torch.ones(rest_nr.shape[1], dtype=torch.float16, device=weight_nm.device),
+        }
+
+    @classmethod
+    def fit(
+        cls,
+        block: Block,
+        streams: Streams | None,
+        stats: Mapping[str, LinearStats],
+        config: PTQ161.Config,
+        generator: torch.Generator,
+        tick: Tick,
+    ) -> Fitted:
+        assert streams is not None and block.module is not None
+        device = next(block.module.parameters()).device
+        linears: dict[str, PTQ161Linear] = {}
+        for name, weight_nm in block.weights.items():
+            try:
+                fields = cls.pack(weight_nm.to(device), stats.get(name), config, generator)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{name}: {error}", hint=error.hint) from error
+            linears[name] = filled(fields, block.sites[name].shape, config)
+        task = Task(block, streams)
+        start = best = task.measure(linears)
+        if not math.isfinite(start.loss):
+            raise UnsupportedError(
+                f"{block.name}: its output is not finite on the calibration text",
+                hint="--dtype float32",
+            )
+        best_epoch, kept = 0, _learned(linears)
+        parts = {name: Part(linear, task.dtype) for name, linear in linears.items()}
+        alphas = [part.alpha_n for part in parts.values()]
+        others = [values for part in parts.values() for values in (part.r1_n, part.r2_r)]
+        optimizer = torch.optim.AdamW(
+            [{"params": alphas, "lr": config.lr_alpha}, {"params": others, "lr": config.lr}],
+            weight_decay=0.0,
+        )
+        for epoch in range(config.epochs):
+            order = torch.randperm(len(task), generator=generator).tolist()
+            for step, index in enumerate(order, epoch * len(task) + 1):
+                optimizer.zero_grad()
+                task.backward(index, parts)
+                optimizer.step()
+                tick(step / (config.epochs * len(task) + 1))
+            for part in parts.values():
+                part.store()
+            now = task.measure(linears)
+            if now.loss < best.loss:
+                best, best_epoch, kept = now, epoch + 1, _learned(linears)
+        for name, linear in linears.items():
+            linear.q.load_state_dict(kept[name], strict=False)
+        return Fitted(
+            {
+                name: {field: value.cpu() for field, value in linear.q.state_dict().items()}
+                for name, linear in linears.items()
+            },
+            {
+                "loss_start": start.loss,
+                "loss_after": best.loss,
+                "least_cosine": best.least_cosine,
+                "best_epoch": best_epoch,
+                "rows_flipped": sum(int((x.q.row_a < 0).sum()) for x in linears.values()),
+            },
+        )
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: PTQ161.Config) -> PTQ161Linear:
+        return PTQ161Linear(spec, shape)
+
+
+def num_salient(m: int, ratio: float) -> int:
+    """Salient columns of m inputs: the share, less what fills the last 32-bit word of the signs.
+
+    4096 inputs have 800 instead of 819, which saves 0.02 bits. Where it would take more than a
+    tenth of them, as in small matrices, the word keeps its padding.
+    """
+    k = math.floor(ratio * m)
+    spare = -(m - k) % 32
+    return k - spare if 10 * spare <= k else k
+
+
+def most_salient(sigma_m: Tensor, k: int) -> Tensor:
+    """Mask [m] of the k largest; of equal ones the first."""
+    salient_m = torch.zeros(len(sigma_m), dtype=torch.bool, device=sigma_m.device)
+    salient_m[sigma_m.argsort(descending=True, stable=True)[:k]] = True
+    return salient_m
+
+
+def _sigma(weight_nm: Tensor, stats: LinearStats | None, config: PTQ161.Config) -> Tensor:
+    """What ranks the columns; without statistics the mean of |w|.
+
+    Raises:
+        UnsupportedError: the activations are not finite.
+    """
+    if stats is None:
+        return weight_nm.abs().mean(0)
+    sigma_m = stats.absmax if config.saliency == "max" else stats.mean_abs
+    assert sigma_m is not None
+    if not torch.isfinite(sigma_m).all():
+        raise UnsupportedError(
+            "its inputs are not finite on the calibration text", hint="--dtype float32"
+        )
+    return sigma_m
+
+
+def _pack_salient(weight_nk: Tensor, generator: torch.Generator) -> PackedFields:
+    n, k = weight_nk.shape
+    if not k:
+        return {
+            "hi": torch.zeros(n, 0, dtype=torch.uint8, device=weight_nk.device),
+            "hi_scale": torch.ones(n, dtype=torch.float16, device=weight_nk.device),
+            "hi_zero": torch.zeros(n, dtype=torch.uint8, device=weight_nk.device),
+        }
+    packed = RTN.pack(weight_nk, None, SALIENT, generator)
+    return {
+        "hi": packed["codes"],
+        "hi_scale": packed["scale"][:, 0],
+        "hi_zero": packed["zero"][:, 0],
+    }
+
+
+def filled(fields: PackedFields, shape: tuple[int, int], config: PTQ161.Config) -> PTQ161Linear:
+    spec = {name: (value.dtype, tuple(value.shape)) for name, value in fields.items()}
+    linear = PTQ161.build(spec, shape, config)
+    linear.q.load_state_dict(fields, assign=True)
+    return linear
+
+
+def _learned(linears: Mapping[str, PTQ161Linear]) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {field: linear.q.get_buffer(field).clone() for field in LEARNED}
+        for name, linear in linears.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Mean loss over the calibration sequences, and the smallest of their cosines."""
+
+    loss: float
+    least_cosine: float
+
+
+class Task:
+    """What a block's fit is measured by: its inputs through the packed blocks and both targets."""
+
+    def __init__(self, block: Block, streams: Streams) -> None:
+        assert block.module is not None
+        self.block, self.module, self.call = block, block.module, block.calls[1]
+        self.inputs = streams.packed
+        self.dtype = self.inputs.hidden_SLD.dtype
+        self.device = next(block.module.parameters()).device
+        # Once, not once an epoch: that would be two forwards beside a step's three.
+        self.targets = (streams.original.another(), streams.packed.another())
+        with torch.no_grad():
+            for side, target in zip((streams.original, streams.packed), self.targets, strict=True):
+                for one in side.batches(1):
+                    hidden_1LD = side.hidden_SLD[one].to(self.device)
+                    target.hidden_SLD[one] = call_block(self.module, self.call, hidden_1LD).cpu()
+
+    def __len__(self) -> int:
+        return len(self.inputs.hidden_SLD)
+
+    def loss(self, index: int, modules: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
+        """The loss of one sequence, and its cosines with both targets [2]."""
+        hidden_1LD = self.inputs.hidden_SLD[index : index + 1].to(self.device)
+        with Substitute(self.block, modules):
+            out_LD = call_block(self.module, self.call, hidden_1LD)[0].float()
+        loss, cosines = out_LD.new_zeros(()), []
+        for target in self.targets:
+            wanted_LD = target.hidden_SLD[index].to(self.device).float()
+            cosine = F.cosine_similarity(out_LD, wanted_LD, dim=-1).mean()
+            loss = loss + F.mse_loss(out_LD, wanted_LD) - cosine.clamp(min=LEAST_COSINE).log()
+            cosines.append(cosine)
+        return loss, torch.stack(cosines)
+
+    def backward(self, index: int, modules: Mapping[str, nn.Module]) -> None:
+        """Gradients of the loss times the number of outputs.
+
+        Their size is then about that of the activations, which float16 can carry; AdamW does not
+        see the factor.
+        """
+        with torch.enable_grad():
+            loss, _ = self.loss(index, modules)
+            torch.autograd.backward(loss * self.inputs.hidden_SLD[index].numel())
+
+    @torch.no_grad()
+    def measure(self, modules: Mapping[str, nn.Module]) -> Measured:
+        each = [self.loss(index, modules) for index in range(len(self))]
+        losses = torch.stack([loss for loss, _ in each])
+        cosines = torch.stack([cosines for _, cosines in each])
+        return Measured(float(losses.double().mean()), float(cosines.min()))
+
+
+class Substitute(Products):
+    """While open, the products of a block are those of other modules with the same names."""
+
+    def __init__(self, block: Block, modules: Mapping[str, nn.Module]) -> None:
+        assert block.module is not None
+        super().__init__(block.module, block.name, block.sites)
+        self.modules = modules
+
+    def product(
+        self, name: str, x: Tensor, bias: Tensor | None, original: Callable[[], Tensor]
+    ) -> Tensor:
+        out: Tensor = self.modules[name](x)
+        return out if bias is None else out + bias
+
+
+class Part(nn.Module):
+    """One matrix during the fit: signs and salient columns as constants, alpha, r1 and r2 to train.
+
+    Its product is taken in the order of the format, so that no gradient of a whole matrix is ever
+    made: two thirds of the work, and n + m values instead of n m.
+    """
+
+    def __init__(self, linear: PTQ161Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = linear
+        salient_m = linear.salient()
+        self.high, self.low = salient_m.nonzero()[:, 0], (~salient_m).nonzero()[:, 0]
+        self.high_nk, self.signs_nr = (
+            torch.cat(pieces).to(dtype)
+            for pieces in zip(*map(linear.constants, linear.row_slices()), strict=True)
+        )
+        self.mu_n = linear.q.row_b.float()
+        self.alpha_n = nn.Parameter(linear.q.row_a.float())
+        self.r1_n = nn.Parameter(torch.ones_like(self.alpha_n))
+        self.r2_r = nn.Parameter(linear.q.col_r.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = (x[..., self.low] * self.r2_r).to(x.dtype)
+        out = (self.alpha_n * self.r1_n) * F.linear(low, self.signs_nr)
+        out = out + (self.mu_n * self.r1_n) * low.sum(-1, keepdim=True, dtype=torch.float32)
+        return (out + F.linear(x[..., self.high], self.high_nk)).to(x.dtype)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Write the present scales into the linear's fields."""
+        for field, value in (
+            ("row_a", self.alpha_n * self.r1_n),
+            ("row_b", self.mu_n * self.r1_n),
+            ("col_r", self.r2_r),
+        ):
+            self.linear.q.get_buffer(field).copy_(value.clamp(-SCALE_MAX, SCALE_MAX))
+
+
+class PTQ161Linear(PackedLinear):
+    """Fields: mask U8 [packed m], hi U8 [n, packed k], hi_scale F16 [n], hi_zero U8 [n],
+    lo U8 [n, packed r] (1 is +1), row_a F16 [n], row_b F16 [n], col_r F16 [r].
+
+    Columns of `hi` and of `lo` are those in and outside the mask, in their order.
+    """
+
+    def salient(self) -> Tensor:
+        """The mask [m]."""
+        return unpack_bits(self.q.mask[None], 1, self.in_features)[0].bool()
+
+    def row_slices(self) -> Iterator[slice]:
+        rows = max(1, PIECE // self.in_features)
+        for start in range(0, self.out_features, rows):
+            yield slice(start, start + rows)
+
+    def constants(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Salient columns [., k] and signs [., r] of some rows, float32."""
+        codes_nk = self._codes(rows).float()
+        high_nk = self.q.hi_scale[rows, None].float() * (codes_nk - self.q.hi_zero[rows, None])
+        return high_nk, 2 * self._bits(rows).float() - 1
+
+    def dequantize(self) -> Tensor:
+        return self._rows(slice(None), self.salient())
+
+    def pieces(self) -> Iterator[Tensor]:
+        salient_m = self.salient()
+        for rows in self.row_slices():
+            yield self._rows(rows, salient_m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """By sums of x that all rows share: with low = x r2 over the others and high = x over S,
+
+        y_i = 2 a_i P_i + (b_i - a_i) sum(low) + s_i (Q_i - z_i sum(high)),
+
+        P_i the sum of low where the bit is set, Q_i that of high times the codes. In float32, as
+        the differences cancel most of what half types hold.
+        """
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        salient_m = self.salient()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        high, low = wide[..., salient_m], wide[..., ~salient_m] * self.q.col_r
+        sum_high, sum_low = high.sum(-1, keepdim=True), low.sum(-1, keepdim=True)
+        out = []
+        for rows in self.row_slices():
+            a, b, s, z = (
+                self.q.get_buffer(name)[rows].to(wide.dtype)
+                for name in ("row_a", "row_b", "hi_scale", "hi_zero")
+            )
+            ones = F.linear(low, self._bits(rows).to(wide.dtype))
+            codes = F.linear(high, self._codes(rows).to(wide.dtype))
+            out.append(2 * a * ones + (b - a) * sum_low + s * (codes - z * sum_high))
+        y = torch.cat(out, -1)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def _bits(self, rows: slice) -> Tensor:
+        return unpack_bits(self.q.lo[rows], 1, len(self.q.col_r))
+
+    def _codes(self, rows: slice) -> Tensor:
+        return unpack_bits(self.q.hi[rows], 4, self.in_features - len(self.q.col_r))
+
+    def _rows(self, rows: slice, salient_m: Tensor) -> Tensor:
+        high_nk, signs_nr = self.constants(rows)
+        weight_nm = high_nk.new_empty(len(high_nk), self.in_features)
+        weight_nm[:, salient_m] = high_nk
+        low_nr = signs_nr.mul_(self.q.row_a[rows, None]).add_(self.q.row_b[rows, None])
+        weight_nm[:, ~salient_m] = low_nr * self.q.col_r
+        return weight_nm
