@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from spectool.cli import bench, doctor, evaluate, generate, inspect, list_methods, quantize
+from spectool.cli import bench, chat, doctor, evaluate, generate, inspect, list_methods, quantize
 from spectool.version import __version__
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ app.add_typer(quantize.app, name="quantize")
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("list")(list_methods.list_methods)
 app.command("doctor")(doctor.doctor)

@@ -92,6 +92,7 @@ def test_public_face() -> None:
         ["eval", "--help"],
         ["bench", "--help"],
         ["generate", "--help"],
+        ["chat", "--help"],
         ["inspect", "PATH"],
     ],
     ids=" ".join,
@@ -109,7 +110,7 @@ def test_quick_commands_do_not_import_torch(command: list[str], tmp_path: Path) 
         "import sys\nfrom spectool.cli import app\n"
         f"try:\n    app({words!r})\n"
         "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
-        "heavy = {'torch', 'transformers', 'bitsandbytes'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'bitsandbytes', 'prompt_toolkit'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -1,0 +1,397 @@
+"""`spectool chat MODEL`: a conversation at a terminal, or line by line from stdin."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from spectool.cli.common import (
+    Context,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Lossy,
+    MinP,
+    Model,
+    Output,
+    Revision,
+    Runtime,
+    Seed,
+    Temperature,
+    TemplateArg,
+    Threads,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+    Verify,
+    open_runner,
+    session,
+    template_arguments,
+)
+from spectool.errors import Interrupted, SpectoolError, UsageError
+
+if TYPE_CHECKING:
+    from spectool.cli.editor import LineEditor
+    from spectool.decode.chat import Chat, Reply
+
+COMMANDS = {
+    "/help": "this list",
+    "/reset": "forget all turns, keep the system message",
+    "/system [TEXT]": "show or set the system message",
+    "/edit": "take the last message back to change it",
+    "/stats": "what this session took",
+    "/save FILE": "write the conversation as JSON; /save! FILE replaces a file",
+    "/load FILE": "go on with a saved conversation",
+    "/exit": "leave, as Ctrl-D does",
+}
+KEYS = {
+    "Enter": "send",
+    "Alt-Enter, \\ Enter": "begin a new line",
+    "Ctrl-C": "stop the answer, or clear the line",
+    "//": "at the beginning of a message: a plain /",
+}
+# A model may write any character; a terminal would obey some of them.
+_VISIBLE = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+_DRAFTED, _PLAIN = "\x1b[36m", "\x1b[39m"
+
+
+def chat(
+    model: Model,
+    draft: Annotated[
+        str, typer.Option(help="Drafter, heads or smaller checkpoint, then :key=value.")
+    ] = "auto",
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="No chat template: plain text that the model continues.")
+    ] = False,
+    context: Context = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End an answer before this text; repeatable.")
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    verify: Verify = None,
+    lossy: Lossy = False,
+    template_arg: TemplateArg = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    runtime: Runtime = "auto",
+    seed: Seed = 0,
+    threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model. Off a terminal, every line of stdin is a message."""
+    with session(json_wanted=json_output, debug=debug) as output:
+        template = template_arguments(template_arg)
+        runner, tokenizer = open_runner(
+            output,
+            model,
+            draft=draft,
+            dtype=dtype,
+            device=device,
+            runtime=runtime,
+            context=context,
+            threads=threads,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        from spectool.decode.chat import Chat, Options
+
+        pairing = runner.pairing(
+            runner.drafter,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            verify=verify,
+            lossy=lossy,
+        )
+        options = Options(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=tuple(stop or ()),
+            verify=verify,
+            lossy=lossy,
+        )
+        talk = _Talk(
+            Chat(runner, tokenizer, options, system=system, raw=raw, template=template),
+            output,
+            lossless=pairing.lossless,
+        )
+        before = signal.signal(signal.SIGTERM, talk.terminate)
+        try:
+            talk.run()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        output.result(talk.figures())
+
+
+class _Talk:
+    """A conversation on a screen."""
+
+    def __init__(self, chat: Chat, output: Output, *, lossless: bool) -> None:
+        self.chat = chat
+        self.output = output
+        self.drafter = chat.runner.drafter_name + ("" if lossless else ", lossy")
+        self.lossless = lossless
+        # Where answers and the editor go: never stdout where a program listens.
+        streams = [output.err] if output.json_wanted else [output.out, output.err]
+        self.screen = next((stream for stream in streams if stream.is_terminal), streams[0])
+        self.interactive = sys.stdin.isatty() and self.screen.is_terminal
+        self.coloured = self.screen.color_system is not None and not self.screen.no_color
+        self.over = self.terminated = False
+        self.editor: LineEditor | None = None
+
+    def terminate(self, signum: int, frame: FrameType | None) -> None:
+        """SIGTERM ends the session, Ctrl-C only an answer; both are KeyboardInterrupt below."""
+        self.terminated = True
+        raise KeyboardInterrupt
+
+    def run(self) -> None:
+        """Take messages until there are no more."""
+        if not self.interactive:
+            for line in _lines(sys.stdin.buffer):
+                self.take(line)
+                if self.over:
+                    return
+            return
+        from spectool.cli.editor import LineEditor, quiet_keys
+
+        self.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
+        stream = sys.stderr if self.screen.stderr else sys.stdout
+        self.editor = LineEditor(stream, self.say)
+        draft = ""
+        with quiet_keys():
+            while not self.over:
+                self.say("")
+                try:
+                    line = self.editor.read(draft)
+                except EOFError:
+                    return
+                draft = self.attempt(line)
+
+    def attempt(self, line: str) -> str:
+        """`take` at a terminal: what goes wrong is said, and a message is not lost."""
+        try:
+            return self.take(line)
+        except Interrupted:
+            raise
+        except SpectoolError as error:
+            self.output.complain(error)
+        except KeyboardInterrupt:
+            if self.terminated:
+                raise
+            self.note("stopped")
+        return "" if _is_command(line) else line
+
+    def take(self, line: str) -> str:
+        """Obey a command or answer a message; returns what the editor begins with next."""
+        if _is_command(line):
+            name, _, rest = line.strip().partition(" ")
+            return self.obey(name, rest.strip())
+        if line.strip():
+            self.answer(line.removeprefix("/") if line.startswith("//") else line)
+        return ""
+
+    def obey(self, name: str, rest: str) -> str:
+        """Run a command."""
+        match name:
+            case "/help":
+                for what, text in (*COMMANDS.items(), *KEYS.items()):
+                    self.say(f"{what:<19} {text}", indent=20)
+            case "/reset":
+                self.chat.reset()
+                self.say("all turns are forgotten")
+            case "/system" if rest:
+                self.chat.instruct(rest)
+                self.say("the system message is set")
+            case "/system":
+                self.say(self.chat.system or "there is no system message")
+            case "/edit" if self.editor is not None:
+                return self.chat.undo()
+            case "/edit":
+                raise UsageError("/edit needs a terminal")
+            case "/stats":
+                for what, text in self.stats().items():
+                    self.say(f"{what:<9} {text}", indent=10)
+            case "/save" | "/save!" | "/load" if not rest:
+                raise UsageError(f"{name} needs a file")
+            case "/save" | "/save!":
+                self.chat.save(Path(rest).expanduser(), overwrite=name == "/save!")
+                self.say(f"saved: {_turns(len(self.chat.turns))}")
+            case "/load":
+                self.chat.load(Path(rest).expanduser())
+                self.say(f"loaded: {_turns(len(self.chat.turns))}")
+            case "/exit":
+                self.over = True
+            case _:
+                names = [what.partition(" ")[0] for what in COMMANDS]
+                close = difflib.get_close_matches(name, names, n=1, cutoff=0)
+                raise UsageError(
+                    f"no command is called {name}; the nearest is {close[0]}",
+                    hint="a message that begins with / is written with //",
+                )
+        return ""
+
+    def answer(self, message: str) -> None:
+        """Answer a message: text as it comes, then what it took."""
+        prompt = self.chat.prompt(message)
+        gone, limit = prompt.forgotten - self.chat.forgotten, self.chat.context
+        if gone:
+            oldest = "the oldest turn goes" if gone == 1 else f"the {gone} oldest turns go"
+            self.note(f"context full: {oldest}")
+        shown = ""
+
+        def on_text(text: str, drafted: int) -> None:
+            nonlocal shown
+            shown = text or shown
+            self.write(text[:drafted], _DRAFTED)
+            self.write(text[drafted:])
+
+        shows = self.interactive or not self.output.json_wanted
+        try:
+            reply = self.chat.answer(
+                prompt,
+                on_text=on_text if shows else None,
+                keep_interrupted=self.interactive,
+            )
+        finally:
+            if shown and not shown.endswith("\n"):
+                self.write("\n")
+        if self.terminated:
+            raise KeyboardInterrupt
+        ends = {
+            "interrupted": "stopped",
+            "length": f"cut at --max-new-tokens {self.chat.options.max_new_tokens}",
+            "context": f"cut: the context ({limit}) is full",
+        }
+        if reply.result.finish_reason in ends:
+            self.note(ends[reply.result.finish_reason])
+        self.say(self.status(reply), indent=3, style="dim")
+
+    def write(self, text: str, colour: str | None = None) -> None:
+        """Put text on the screen as it is, in so far as a terminal may be trusted with it."""
+        if self.screen.is_terminal:
+            text = text.translate(_VISIBLE)
+        if colour and text and self.coloured:
+            text = f"{colour}{text}{_PLAIN}"
+        self.screen.file.write(text)
+        self.screen.file.flush()
+
+    def say(self, line: str, *, indent: int = 0, style: str = "") -> None:
+        """A line that is no answer; at a terminal it wraps between words."""
+        err = self.output.err
+        if err.is_terminal and len(line) > err.width:
+            line = textwrap.fill(line, max(err.width, 30), subsequent_indent=" " * indent)
+        err.print(Text(line, style=style))
+
+    def note(self, line: str) -> None:
+        """A line about an answer, told apart from its text without colour too."""
+        self.say(f"-- {line}", indent=3, style="yellow")
+
+    def status(self, reply: Reply) -> str:
+        """What an answer took, shorter on a narrow terminal."""
+        result, used, limit = reply.result, reply.used, self.chat.context
+        tokens, speed = len(result.token_ids), len(result.token_ids) / reply.seconds
+        long = (
+            f"-- {tokens} tokens, {speed:.1f} tok/s, {result.tokens_per_forward:.2f} tokens per "
+            f"forward, context {used}/{limit}, {self.drafter}"
+        )
+        if not self.output.err.is_terminal or len(long) <= self.output.err.width:
+            return long
+        forward = f"{result.tokens_per_forward:.2f}/fwd"
+        return f"-- {speed:.0f} tok/s, {forward}, {used}/{limit}, {self.drafter}"
+
+    def stats(self) -> dict[str, str]:
+        """The session's figures for people."""
+        said = self.figures()
+        return {
+            "turns": f"{len(self.chat.turns)}, of which {self.chat.forgotten} forgotten",
+            "context": f"{self.chat.context} tokens",
+            "tokens": f"{said['new_tokens']} in {len(self.chat.replies)} answers",
+            "speed": f"{said['tokens_per_second']:.1f} tok/s",
+            "forwards": f"{said['forwards']}, {said['tokens_per_forward']:.2f} tokens each",
+            "drafter": self.drafter,
+            "drafted": f"{said['drafted']} tokens, {said['accepted']} accepted",
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """The transcript and the session's figures for programs."""
+        replies = self.chat.replies
+        results = [reply.result for reply in replies]
+        new_tokens = sum(len(result.token_ids) for result in results)
+        forwards = sum(result.forwards for result in results)
+        seconds = sum(reply.seconds for reply in replies)
+        return {
+            "system": self.chat.system,
+            "messages": self.chat.messages,
+            "answers": [
+                {
+                    "text": reply.result.text,
+                    "token_ids": reply.result.token_ids,
+                    "forwards": reply.result.forwards,
+                    "drafted": reply.result.drafted,
+                    "accepted": reply.result.accepted,
+                    "finish_reason": reply.result.finish_reason,
+                    "context_used": reply.used,
+                    "seconds": reply.seconds,
+                }
+                for reply in replies
+            ],
+            "forgotten_turns": self.chat.forgotten,
+            "context": self.chat.context,
+            "new_tokens": new_tokens,
+            "seconds": seconds,
+            "tokens_per_second": new_tokens / seconds if seconds else 0.0,
+            "forwards": forwards,
+            "tokens_per_forward": new_tokens / max(1, forwards),
+            "drafted": sum(result.drafted for result in results),
+            "accepted": sum(result.accepted for result in results),
+            "drafter": self.chat.runner.drafter_name,
+            "lossless": self.lossless,
+        }
+
+
+def _is_command(line: str) -> bool:
+    return line.startswith("/") and not line.startswith("//")
+
+
+def _turns(count: int) -> str:
+    return f"{count} turn{'' if count == 1 else 's'}"
+
+
+def _lines(stream: Any) -> Iterator[str]:
+    """The lines of piped text.
+
+    Raises:
+        UsageError: a line is no text.
+    """
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"stdin: line {number} is not UTF-8 text") from error

@@ -1,0 +1,112 @@
+"""The line editor of a conversation, by prompt_toolkit: several lines, history, paste, Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+PROMPT = "> "
+# As wide as PROMPT: the lines of a message stand under each other.
+_CONTINUATION = "  "
+
+
+class LineEditor:
+    """Reads messages from the terminal that `stream` writes to.
+
+    Enter sends; Alt-Enter, or Enter after a backslash, begins a new line; pasted lines stay one
+    message. Ctrl-C clears what is typed.
+    """
+
+    def __init__(self, stream: TextIO, say: Callable[[str], None]) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.output.defaults import create_output
+
+        self._session: PromptSession[str] = PromptSession(
+            [("bold", PROMPT)],
+            multiline=True,
+            prompt_continuation=_CONTINUATION,
+            key_bindings=_keys(),
+            history=_history(say),
+            enable_suspend=True,
+            output=create_output(stdout=stream),
+        )
+
+    def read(self, default: str = "") -> str:
+        """The next message, from `default` on.
+
+        Raises:
+            EOFError: Ctrl-D.
+        """
+        return self._session.prompt(default=default)
+
+
+def _keys() -> KeyBindings:
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    # The second is what a terminal keeps of it that was typed before the editor began to read.
+    @keys.add("escape", "enter")
+    @keys.add("escape", "c-j")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("c-c")
+    @keys.add("<sigint>")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.reset()
+
+    return keys
+
+
+@contextlib.contextmanager
+def quiet_keys() -> Iterator[None]:
+    """Keys pressed while an answer appears are not shown inside it; the editor reads them later."""
+    before = termios.tcgetattr(sys.stdin)
+    quiet = before.copy()
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def history_path() -> Path:
+    """Where messages of earlier sessions are kept, by the XDG rules."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "spectool" / "chat_history"
+
+
+def _history(say: Callable[[str], None]) -> History:
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    path = history_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # What somebody told a model is for nobody else to read.
+        path.touch(mode=0o600)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        say(f"this session's messages are not kept: {path}: {error.strerror}")
+        return InMemoryHistory()
+    return FileHistory(path)
