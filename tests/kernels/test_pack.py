@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 
-SHAPES = [(1, 1), (3, 7), (2, 8), (5, 42), (2, 123), (3, 431)]
+SHAPES = [(4, 0), (1, 1), (3, 7), (2, 8), (5, 42), (2, 123), (3, 431)]
 
 
 def reference(codes_RC: Tensor, bits: int) -> Tensor:

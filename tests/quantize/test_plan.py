@@ -157,9 +157,10 @@ from pathlib import Path
 from spectool.quantize.run import Job, quantize
 from spectool.methods import resolve
 said = []
-packer = resolve("rtn", "quantizer")
-calibration = [sys.argv[3]] if len(sys.argv) > 3 else None
-job = Job(method="rtn", config=packer.Config(), calibration=calibration, samples=8, seq_len=256)
+method, options = sys.argv[3], json.loads(sys.argv[4])
+config = resolve(method, "quantizer").Config(**options)
+calibration = sys.argv[5:] or None
+job = Job(method=method, config=config, calibration=calibration, samples=8, seq_len=256)
 quantize(sys.argv[1], Path(sys.argv[2]), job, announce=lambda plan, skeleton: said.append(plan))
 # Not ru_maxrss: a child starts with its parent's.
 peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
@@ -168,15 +169,23 @@ print(json.dumps([peak, said[0].host_bytes]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options", "calibrated"),
+    [("rtn", {}, False), ("rtn", {}, True), ("ptq161", {"epochs": 1}, True)],
+)
 def test_memory_stays_within_the_plan(
-    checkpoint: Checkpoints, tmp_path: Path, calibrated: bool
+    checkpoint: Checkpoints,
+    tmp_path: Path,
+    method: str,
+    options: dict[str, Any],
+    calibrated: bool,
 ) -> None:
     size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
     source = checkpoint("llama", dtype=torch.bfloat16, **size)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(2000)))
-    arguments = [str(source), str(tmp_path / "out"), *([str(text)] if calibrated else [])]
+    arguments = [str(source), str(tmp_path / "out"), method, json.dumps(options)]
+    arguments += [str(text)] if calibrated else []
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
     )

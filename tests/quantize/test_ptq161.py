@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from spectool.cli import app
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.kernels.pack import unpack_bits
@@ -450,12 +453,6 @@ def test_matrices_with_one_input_share_the_mask(
 
 
 def test_the_command_says_what_the_fit_gained(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    import json
-
-    from typer.testing import CliRunner
-
-    from spectool.cli import app
-
     words = ["quantize", "ptq161", str(checkpoint("llama")), str(tmp_path / "out"), "--json"]
     words += ["--samples", "3", "--seq-len", "24", "--epochs", "2", "--ratio", "0.3"]
     done = CliRunner().invoke(app, words)
@@ -465,3 +462,4 @@ def test_the_command_says_what_the_fit_gained(checkpoint: Checkpoints, tmp_path:
     for block in result["blocks"]:
         assert block["fit"]["loss_after"] < block["fit"]["loss_start"]
     assert "of that at its start, lower in 2 of 2 blocks" in done.stderr
+    assert "blocks packed: 0." in done.stderr, "a long block says how far it is"

@@ -88,6 +88,7 @@ def simulate(model: PreTrainedModel, packed: PreTrainedModel) -> None:
     [
         *((family, "rtn") for family in FAMILIES),
         *((family, "int8") for family in ("llama-tied", "gpt2", "mixtral")),
+        *((family, "ptq161") for family in ("llama-tied", "gpt2", "opt", "gpt_neox", "mixtral")),
         *((family, "nf4") for family in ("llama-tied", "gpt2")),
         pytest.param("mixtral", "nf4", marks=pytest.mark.slow),
     ],
@@ -98,7 +99,8 @@ def test_family_through_both_doors(
     if method == "nf4":
         pytest.importorskip("bitsandbytes")
     source = checkpoint(family)
-    out = compress(source, method, job={"allow_dense": family in ROUTERS})
+    job = {"allow_dense": family in ROUTERS, "samples": 2, "seq_len": 16}
+    out = compress(source, method, job=job, **({"epochs": 1} if method == "ptq161" else {}))
 
     model = spectool.load(out, runtime="packed")
     assert not model.training and packed_modules(model)

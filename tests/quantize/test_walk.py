@@ -18,6 +18,7 @@ import torch
 
 from spectool.errors import CheckpointError, SpectoolError, UsageError
 from spectool.quantize import walk
+from spectool.quantize.ptq161 import PTQ161
 from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job, Report, quantize
 
@@ -37,6 +38,12 @@ def job(text_file: str | None = None, **changes: Any) -> Job:
     """Round to nearest; with a text, both streams are carried and output errors are measured."""
     options = {"method": "rtn", "config": RTN.Config(bits=3), "samples": 5, "seq_len": 24}
     return Job(**{**options, "calibration": [text_file] if text_file else None, **changes})
+
+
+def fitted_job(**changes: Any) -> Job:
+    """A method that fits whole blocks by gradients, on the built-in text."""
+    config = PTQ161.Config(epochs=1)
+    return job(method="ptq161", config=config, **{"samples": 3, **changes})
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -81,18 +88,21 @@ def slowed(source: Path, out: Path, asked: Job) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("kind", ["data-free", "calibrated", "fitted"])
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
-    checkpoint: Checkpoints, tmp_path: Path, text_file: str, calibrated: bool
+    checkpoint: Checkpoints, tmp_path: Path, text_file: str, kind: str
 ) -> None:
-    source, asked = checkpoint("llama", **LAYERS), job(text_file if calibrated else None)
+    source = checkpoint("llama", **LAYERS)
+    asked = fitted_job() if kind == "fitted" else job(text_file if kind == "calibrated" else None)
+    # A fitted block takes longer: some blocks are whole when the signal comes.
+    longest = 0.6 if kind == "fitted" else 0.3
     want = quantize(source, tmp_path / "undisturbed", asked)
     out, moments = tmp_path / "out", random.Random(0)
     killed = 0
     for _ in range(6):
         if out.exists():
             break
-        status = die(lambda: slowed(source, out, asked), moments.uniform(0.05, 0.3))
+        status = die(lambda: slowed(source, out, asked), moments.uniform(0.05, longest))
         killed += os.WIFSIGNALED(status)
         assert status == 0 or os.WIFSIGNALED(status)
     assert killed
@@ -104,9 +114,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_ten_kills_of_a_real_checkpoint(shared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["rtn", "ptq161"])
+def test_ten_kills_of_a_real_checkpoint(shared: Path, tmp_path: Path, method: str) -> None:
     source = shared / "models" / "stories260K"
     asked = job(None, calibration=(), samples=16, seq_len=256)
+    if method == "ptq161":
+        asked = fitted_job(samples=16, seq_len=64)
     began = time.perf_counter()
     want = quantize(source, tmp_path / "undisturbed", asked)
     whole = time.perf_counter() - began
