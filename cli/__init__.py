@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
-from spectool.cli import bench, chat, doctor, evaluate, generate, inspect, list_methods, quantize
+from spectool.cli import bench, chat, doctor, evaluate, generate, inspect, list_methods
+from spectool.cli.quantize import QUANTIZE
+from spectool.cli.train_heads import TRAIN_HEADS
 from spectool.version import __version__
 
 app = typer.Typer(
@@ -37,7 +39,8 @@ def _root(
     pass
 
 
-app.add_typer(quantize.app, name="quantize")
+for verb in (QUANTIZE, TRAIN_HEADS):
+    app.add_typer(verb.application(), name=verb.name)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)

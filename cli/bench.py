@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from spectool.cli.common import (
+    AllowOtherTarget,
     BatchSize,
     Context,
     Debug,
@@ -53,6 +54,7 @@ def bench(
     verify: Verify = None,
     lossy: Lossy = False,
     context: Context = None,
+    allow_other_target: AllowOtherTarget = False,
     field: Field = None,
     template_arg: TemplateArg = None,
     dtype: Dtype = None,
@@ -78,6 +80,7 @@ def bench(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            allow_other_target=allow_other_target,
         )
         from spectool.evaluate import bench as room
         from spectool.machine import describe

@@ -62,6 +62,10 @@ TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample within this 
 MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Least share of the top's mass.")]
 Verify = Annotated[str | None, typer.Option(help="Verification rule; default: the exact one.")]
 Lossy = Annotated[bool, typer.Option("--lossy", help="Allow a rule that changes the output's law.")]
+AllowOtherTarget = Annotated[
+    bool,
+    typer.Option("--allow-other-target", help="Run heads that were trained for another model."),
+]
 Context = Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt and output.")]
 
 
@@ -205,6 +209,7 @@ def open_runner(
     threads: int | None,
     revision: str | None,
     trust_remote_code: bool,
+    allow_other_target: bool = False,
 ) -> tuple[Runner, PreTrainedTokenizerBase]:
     """The model and its drafter, opened, with a header line that says what runs."""
     prepare_torch(threads)
@@ -223,7 +228,13 @@ def open_runner(
     )
     tokenizer = loading.load_tokenizer(path, trust_remote_code=trust_remote_code)
     output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
-    runner = Runner(opened, draft=draft, tokenizer=tokenizer, context=context)
+    runner = Runner(
+        opened,
+        draft=draft,
+        tokenizer=tokenizer,
+        context=context,
+        allow_other_target=allow_other_target,
+    )
     for note in runner.target.notes:
         output.say(note)
     return runner, tokenizer

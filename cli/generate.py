@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from spectool.cli.common import (
+    AllowOtherTarget,
     BatchSize,
     Context,
     Debug,
@@ -58,6 +59,7 @@ def generate(
     verify: Verify = None,
     lossy: Lossy = False,
     context: Context = None,
+    allow_other_target: AllowOtherTarget = False,
     field: Field = None,
     template_arg: TemplateArg = None,
     dtype: Dtype = None,
@@ -83,6 +85,7 @@ def generate(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            allow_other_target=allow_other_target,
         )
         found = read_prompts(
             tokenizer, prompt=prompt, prompts=prompts, field=field, template=template_arg

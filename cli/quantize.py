@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from spectool import methods
+from spectool.cli.by_method import Verb
 from spectool.cli.common import (
     Debug,
     Device,
@@ -28,110 +27,12 @@ from spectool.cli.common import (
     size,
     template_arguments,
 )
-from spectool.errors import Interrupted, UsageError
+from spectool.errors import Interrupted
 
 if TYPE_CHECKING:
-    from spectool.options import Option
     from spectool.quantize.plan import Plan
     from spectool.quantize.run import Report
     from spectool.skeleton import Skeleton
-
-
-class MethodCommand(TyperCommand):
-    """A method's subcommand. Its options are looked up, and torch imported, only on use."""
-
-    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
-        assert self.name is not None
-        return command(self.name).make_context(info_name, args, parent=parent, **extra)
-
-
-class MethodGroup(TyperGroup):
-    """The quantizers of the methods table as subcommands."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return [name for name in methods.names("quantizer")]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        found = methods.METHODS.get(cmd_name)
-        if found is None or found.kind != "quantizer":
-            return None
-        return MethodCommand(name=cmd_name, help=found.summary)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name = args[0]
-        if self.get_command(ctx, name) is None and not name.startswith("-"):
-            hint = None
-            if Path(name).exists() or "/" in name:
-                hint = f"the method comes first: spectool quantize METHOD {name} OUT"
-            with session():
-                try:
-                    methods.row(name, "quantizer")
-                except UsageError as error:
-                    raise UsageError(str(error), hint=hint or error.hint) from None
-        return super().resolve_command(ctx, args)
-
-
-app = typer.Typer(
-    cls=MethodGroup,
-    help="Compress a checkpoint: spectool quantize METHOD MODEL OUT.",
-    no_args_is_help=True,
-    subcommand_metavar="METHOD MODEL OUT",
-)
-
-
-@app.callback()
-def _group() -> None:
-    pass
-
-
-def command(name: str) -> Any:
-    """The click command of one method: the shared options and those of its `Config`."""
-    options = _options(name)
-
-    def run(**values: Any) -> None:
-        own = {option.name: values.pop(option.name) for option in options}
-        quantize(name, own, **values)
-
-    shared = inspect.signature(quantize, eval_str=True).parameters
-    parameters = [shared[key] for key in shared if key not in ("method", "own")]
-    parameters += [
-        inspect.Parameter(
-            option.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=option.default,
-            annotation=Annotated[_annotation(option), _typer_option(option, name)],
-        )
-        for option in options
-    ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__doc__ = methods.row(name, "quantizer").summary
-    single = typer.Typer(add_completion=False)
-    single.command(name)(run)
-    return typer.main.get_command(single)
-
-
-def _options(name: str) -> list[Option]:
-    from spectool.options import options_of
-
-    return list(options_of(methods.resolve(name, "quantizer").Config))
-
-
-def _annotation(option: Option) -> Any:
-    return option.type | None if option.optional else option.type
-
-
-def _typer_option(option: Option, method: str) -> Any:
-    return typer.Option(help=_help(option), rich_help_panel=f"Options of {method}")
-
-
-def _help(option: Option) -> str:
-    text = option.help[0].upper() + option.help[1:]
-    if option.choices:
-        text += f" ({', '.join(map(str, option.choices))})"
-    elif option.minimum is not None and option.maximum is not None:
-        text += f" ({option.minimum} to {option.maximum})"
-    return text + "."
 
 
 def quantize(
@@ -331,3 +232,13 @@ def show_fits(output: Output, fits: list[dict[str, Any]]) -> None:
             "[yellow]warning[/yellow]: the output points away from the original's on some "
             f"calibration text, in blocks {', '.join(map(str, turned))}"
         )
+
+
+QUANTIZE = Verb(
+    name="quantize",
+    help="Compress a checkpoint",
+    kind="quantizer",
+    known=lambda: methods.names("quantizer"),
+    config=lambda method: method.Config,
+    run=quantize,
+)

@@ -175,6 +175,13 @@ class ArtifactWriter:
             self.manifest["shards"][shard]["report"] = report
             self._save_manifest()
 
+    def discard(self, shard: str) -> None:
+        """Forget a shard that only this run needed."""
+        with disk_errors(self.partial):
+            if self.manifest["shards"].pop(shard, None) is not None:
+                self._save_manifest()
+            (self.partial / shard).unlink(missing_ok=True)
+
     def finish(self, files: Mapping[str, bytes]) -> None:
         """Add the small files, and let the whole become OUT.
 

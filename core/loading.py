@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import machine, registration  # noqa: F401
-from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint
+from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_fingerprint
 from spectool.errors import CheckpointError, UsageError
 from spectool.headers import Layout
 from spectool.packed import packed_modules, unpack_in_place
@@ -154,6 +154,11 @@ def load_tokenizer(
             + (f": {reason[0]}" if reason else "")
         ) from error
     return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """`sha256:…` over tokens and their ids: equal where ids mean the same."""
+    return text_fingerprint(tokenizer.get_vocab())
 
 
 def describe_runtime(model: PreTrainedModel) -> str:

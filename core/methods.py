@@ -18,7 +18,8 @@ Kind = Literal["quantizer", "drafter", "rule"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A row. `status` is research for what nobody should reach for first."""
+    """A row. `status` is research for what nobody should reach for first; `trained` is a drafter
+    whose heads `train-heads` makes."""
 
     kind: Kind
     target: str
@@ -26,6 +27,7 @@ class Method:
     source: str
     status: Literal["stable", "research"] = "stable"
     runs_in: tuple[str, ...] = ("spectool", "transformers")
+    trained: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -74,6 +76,14 @@ METHODS: dict[str, Method] = {
         source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318)",
         runs_in=("spectool",),
     ),
+    "medusa": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.medusa:MedusaDrafter",
+        summary="Trained heads guess several tokens ahead at once; a static tree of their guesses",
+        source="Cai et al., Medusa, 2024 (arXiv:2401.10774), Medusa-1",
+        runs_in=("spectool",),
+        trained=True,
+    ),
     "greedy": Method(
         kind="rule",
         target="spectool.decode.verify:greedy",
@@ -101,6 +111,11 @@ METHODS: dict[str, Method] = {
 def names(kind: Kind) -> list[str]:
     """The names of one kind, in the table's order."""
     return [name for name, method in METHODS.items() if method.kind == kind]
+
+
+def trained() -> list[str]:
+    """The drafters that `train-heads` can train."""
+    return [name for name, method in METHODS.items() if method.trained]
 
 
 def row(name: str, kind: Kind) -> Method:

@@ -26,6 +26,9 @@ from spectool.loading import load_model, load_tokenizer
 # from accepted drafts.
 OnTokens = Callable[[int, list[int], str, int], None]
 
+# Output counts as looping from the second occurrence of any run of this many tokens.
+LOOP_TOKENS = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
@@ -57,6 +60,7 @@ class Runner:
 
     `draft` is a specification (`drafters/spec.py`), a drafter, or None for plain decoding; it may
     be replaced with `use`. `dtype` and `device` are for models given as a path.
+    `allow_other_target` takes draft heads of another checkpoint.
 
     Raises:
         InputError: a checkpoint that cannot be read or decoded, a specification that is wrong.
@@ -71,6 +75,7 @@ class Runner:
         dtype: torch.dtype | str | None = None,
         device: str = "cpu",
         context: int | None = None,
+        allow_other_target: bool = False,
     ) -> None:
         if isinstance(model, PreTrainedModel):
             if dtype is not None:
@@ -80,6 +85,7 @@ class Runner:
             model = load_model(model, dtype=dtype, device=device)
         self.target = Target(model, context=context)
         self.tokenizer = tokenizer
+        self.allow_other_target = allow_other_target
         self.drafter: Drafter
         self.use(draft)
         self._cache: TreeCache | None = None
@@ -99,8 +105,14 @@ class Runner:
         Raises:
             InputError: the specification is wrong, or its checkpoint does not fit this model.
         """
-        spec = parse_spec("none" if draft is None else draft)
-        return open_drafter(spec, target=self.target, target_tokenizer=self.tokenizer)
+        name = self.target.model.config._name_or_path
+        spec = parse_spec("none" if draft is None else draft, beside=Path(name) if name else None)
+        return open_drafter(
+            spec,
+            target=self.target,
+            target_tokenizer=self.tokenizer,
+            allow_other_target=self.allow_other_target,
+        )
 
     def pairing(
         self,
@@ -165,7 +177,7 @@ class Runner:
             raise UsageError("stop strings need a tokenizer, and this model came without one")
         if not all(stop):
             raise UsageError("a stop string must not be empty")
-        ends = self._end_ids() | set(eos)
+        ends = self.end_ids() | set(eos)
         rows = [
             self._row(
                 index, prompt, Draws(seed, index), control, limit, ends, stop, on_tokens is not None
@@ -241,7 +253,7 @@ class Runner:
             tokens = [self.tokenizer.bos_token_id]
         return tokens
 
-    def _end_ids(self) -> frozenset[int]:
+    def end_ids(self) -> frozenset[int]:
         """End-of-text ids as the generation configuration has them, else the tokenizer's."""
         for holder in (self.target.model.generation_config, self.tokenizer):
             ids = getattr(holder, "eos_token_id", None)
@@ -292,6 +304,17 @@ def generate(
         batch_size=batch_size,
         on_tokens=on_tokens,
     )
+
+
+def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
+    """Where a run of `length` tokens that occurred before begins again; the end if nowhere."""
+    seen: set[tuple[int, ...]] = set()
+    for start in range(len(tokens) - length + 1):
+        run = tuple(tokens[start : start + length])
+        if run in seen:
+            return start
+        seen.add(run)
+    return len(tokens)
 
 
 def _pair(drafter: Drafter, control: Control, verify: str | None, lossy: bool) -> Pairing:

@@ -63,6 +63,18 @@ class Prompt:
     features: Features = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """Texts that trained drafters learn from: tokens [B, L] and features [B, L, D] of them all.
+
+    `taught_BL` marks the tokens whose prediction counts; padding at the right never does.
+    """
+
+    tokens_BL: Tensor
+    taught_BL: Tensor
+    features: Features
+
+
 class Drafter(Protocol):
     """Proposes trees of tokens. One object serves many batches, one batch at a time.
 

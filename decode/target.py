@@ -144,6 +144,23 @@ class Target:
             cache, tokens, torch.tensor(depths), visible_BNN, needs or Needs(), None
         )
 
+    @torch.no_grad()
+    def read(self, tokens_BL: Tensor, needs: Needs) -> dict[str, Tensor]:
+        """Features [B, L, D] of whole texts, for training: no cache, no logits.
+
+        Rows are padded at the right, where causal attention does not look. Not inference mode:
+        autograd saves no inference tensors.
+        """
+        with self._listen(needs) as features:
+            self.model.get_decoder()(input_ids=tokens_BL.to(self.device), use_cache=False)
+        return features
+
+    @property
+    def width(self) -> int:
+        """The size of the state that the output matrix reads."""
+        matrix: Tensor = self.model.get_output_embeddings().weight
+        return matrix.shape[1]
+
     def _forward(
         self,
         cache: TreeCache,

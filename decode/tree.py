@@ -7,6 +7,7 @@ suffixes: B rows of the batch, N nodes of a tree (root included), V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -89,6 +90,46 @@ def trie(root_token: int, paths: Iterable[Sequence[int]], *, nodes: int) -> Draf
         if len(tokens) > nodes:
             break
     return Draft(tokens, parents, ["deterministic"] * len(tokens))
+
+
+class RankTree:
+    """A tree of guesses whatever the tokens: each node is the rank of a guess at its depth.
+
+    `paths` are the nodes, each as the ranks from the root down, parents before their children.
+    """
+
+    def __init__(self, paths: Sequence[Sequence[int]]) -> None:
+        places = {(): 0} | {tuple(path): node for node, path in enumerate(paths, start=1)}
+        self.ranks = [path[-1] for path in paths]
+        self.depths = [len(path) for path in paths]
+        self.parents = [-1, *(places[tuple(path[:-1])] for path in paths)]
+        assert all(parent < node for node, parent in enumerate(self.parents))
+
+    def fill(self, root_token: int, guesses: Sequence[Sequence[int]]) -> Draft:
+        """The draft with `guesses[d - 1][rank]` as the tokens of depth d."""
+        tokens = [root_token]
+        tokens += [guesses[d - 1][rank] for d, rank in zip(self.depths, self.ranks, strict=True)]
+        return Draft(tokens, self.parents, ["deterministic"] * len(tokens))
+
+
+def best_paths(ranks_RK: Tensor, *, nodes: int, top: int) -> list[tuple[tuple[int, ...], float]]:
+    """The `nodes` paths of ranks that most texts follow, best first, each with its share of texts.
+
+    `ranks_RK[r, k]` is the rank of the true token among the guesses at depth k + 1 of text r; only
+    ranks below `top` can be drafted. A share falls along a path, so parents come first and every
+    beginning of the list is the best tree of its size; 1 + the sum of its shares are the tokens it
+    brings a forward.
+    """
+    counts: Counter[tuple[int, ...]] = Counter()
+    for ranks in ranks_RK.tolist():
+        path: tuple[int, ...] = ()
+        for rank in ranks:
+            if rank >= top:
+                break
+            path = (*path, rank)
+            counts[path] += 1
+    order = sorted(counts, key=lambda path: (-counts[path], len(path), path))
+    return [(path, counts[path] / len(ranks_RK)) for path in order[:nodes]]
 
 
 def closure(parents_BN: Tensor, depth: int) -> Tensor:

@@ -15,7 +15,9 @@ import typer
 
 from spectool import methods
 from spectool.cli import app
-from spectool.cli.quantize import command as method_command
+from spectool.cli.by_method import Verb
+from spectool.cli.quantize import QUANTIZE
+from spectool.cli.train_heads import TRAIN_HEADS
 
 TARGET = Path(__file__).with_name("reference.md")
 
@@ -32,32 +34,45 @@ def reference() -> str:
         "",
     ]
     for name, command in root.commands.items():
-        if name != "quantize":
+        if name not in ("quantize", "train-heads"):
             lines += [f"### spectool {name}", "", *_command(command)]
-    lines += [
-        "### spectool quantize METHOD",
-        "",
-        "Options of every method; each method's own are below.",
-        "",
-        *_parameters(method_command("int8")),
-        "",
-        "## Quantizers",
-        "",
-    ]
-    shared = {parameter.name for parameter in method_command("int8").params}
+    for verb, example in ((QUANTIZE, "int8"), (TRAIN_HEADS, "medusa")):
+        lines += [
+            f"### spectool {verb.name} METHOD",
+            "",
+            "Options of every method; each method's own are below.",
+            "",
+            *_table(_shared(verb, example)),
+            "",
+        ]
+    lines += ["## Quantizers", ""]
     for name in methods.names("quantizer"):
-        row = methods.row(name, "quantizer")
-        own = [p for p in method_command(name).params if p.name not in shared]
-        lines += [f"### {name}", "", *_row(row), "", *_table(own), ""]
+        lines += [f"### {name}", "", *_row(methods.row(name, "quantizer")), ""]
+        lines += [*_table(_own(QUANTIZE, name)), ""]
     lines += ["## Drafters", "", "Options are written `--draft name:key=value,key=value`.", ""]
     for name in methods.names("drafter"):
         row = methods.row(name, "drafter")
         lines += [f"### {name}", "", *_row(row), "", *_options(name), ""]
+        if row.trained:
+            lines += [f"Training it (`train-heads {name}`):", ""]
+            lines += [*_table(_own(TRAIN_HEADS, name)), ""]
     lines += ["## Verification rules", "", "| `--verify` | |", "|---|---|"]
     for name in methods.names("rule"):
         row = methods.row(name, "rule")
         lines.append(f"| `{name}` | {row.summary}. {row.source}. |")
     return "\n".join(lines) + "\n"
+
+
+def _shared(verb: Verb, example: str) -> list[Any]:
+    own = {parameter.name for parameter in _own(verb, example)}
+    parameters = verb.command(example).params
+    return [p for p in parameters if p.name not in own and p.name != "help"]
+
+
+def _own(verb: Verb, name: str) -> list[Any]:
+    panel = f"Options of {name}"
+    parameters = verb.command(name).params
+    return [p for p in parameters if getattr(p, "rich_help_panel", None) == panel]
 
 
 def _command(command: Any) -> list[str]:

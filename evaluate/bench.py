@@ -14,10 +14,7 @@ from typing import Any
 
 import torch
 
-from spectool.decode.generate import Result, Runner
-
-# Plain output counts as looping from the second occurrence of any run of this many tokens.
-LOOP_TOKENS = 16
+from spectool.decode.generate import Result, Runner, loop_start
 
 Say = Callable[[str], None]
 
@@ -41,17 +38,6 @@ class Law:
             "top_p": self.top_p,
             "min_p": self.min_p,
         }
-
-
-def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
-    """Where a run of `length` tokens that occurred before begins again; the end if nowhere."""
-    seen: set[tuple[int, ...]] = set()
-    for start in range(len(tokens) - length + 1):
-        run = tuple(tokens[start : start + length])
-        if run in seen:
-            return start
-        seen.add(run)
-    return len(tokens)
 
 
 def bench(

@@ -7,8 +7,6 @@ A checkpoint that does not fit in memory is run block by block.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from spectool.loading import (
     load_model,
     load_tokenizer,
     parse_dtype,
+    tokenizer_digest,
 )
 from spectool.machine import available_memory
 from spectool.text import BUILTIN, encode, read_text
@@ -104,7 +103,7 @@ def evaluate(
         _check_saved(saved, tokenizer, vocabulary, request)
     if other is not None:
         theirs = load_tokenizer(other.path, trust_remote_code=trust)
-        if _tokenizer_digest(theirs) != _tokenizer_digest(tokenizer):
+        if tokenizer_digest(theirs) != tokenizer_digest(tokenizer):
             raise UsageError(f"{request.reference}: its tokenizer is another one than {model}'s")
         if _vocabulary(other.layout) != vocabulary:
             raise UsageError(f"{request.reference}: its output has another size than {model}'s")
@@ -136,7 +135,7 @@ def evaluate(
             writer.finish(
                 {
                     "source": checkpoint.fingerprint(),
-                    "tokenizer": _tokenizer_digest(tokenizer),
+                    "tokenizer": tokenizer_digest(tokenizer),
                 }
             )
     result: dict[str, Any] = {
@@ -255,12 +254,7 @@ def _check_saved(
     vocabulary: int,
     request: Request,
 ) -> None:
-    if saved.said["tokenizer"] != _tokenizer_digest(tokenizer):
+    if saved.said["tokenizer"] != tokenizer_digest(tokenizer):
         raise UsageError(f"{request.reference}: was made with another tokenizer")
     if saved.said["vocabulary"] != vocabulary:
         raise UsageError(f"{request.reference}: has another vocabulary size")
-
-
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return "sha256:" + hashlib.sha256(vocabulary.encode()).hexdigest()

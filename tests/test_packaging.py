@@ -21,8 +21,9 @@ ALLOWED = {
     "kernels": {"kernels"},
     "quantize": {"quantize", "core", "kernels"},
     "decode": {"decode", "core", "kernels"},
+    "distill": {"distill", "core", "decode"},
     "evaluate": {"evaluate", "core", "decode"},
-    "cli": {"cli", "core", "kernels", "quantize", "decode", "evaluate"},
+    "cli": {"cli", "core", "kernels", "quantize", "decode", "distill", "evaluate"},
 }
 
 

@@ -1,4 +1,8 @@
-"""The one grammar of `--draft`: a drafter's name or a path, then `:key=value,key=value`."""
+"""The one grammar of `--draft`: a drafter's name or a path, then `:key=value,key=value`.
+
+A path is a heads directory or a smaller checkpoint. `auto` is the heads beside the target, in its
+directory's folder `heads`, or else the drafter that needs nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,12 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import hub, loading, methods
+from spectool.artifact import HEADS
+from spectool.decode.drafters import heads
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
-from spectool.errors import CheckpointError, UnsupportedError, UsageError
+from spectool.errors import CheckpointError, UsageError
 
-# Until heads are found in checkpoints, `auto` is the drafter that needs nothing.
 _AUTO = "ngram"
 # Closer than this to a name is a misspelling, farther away a hub id ("nope" is not "none").
 _MISSPELT = 0.8
@@ -23,7 +28,7 @@ _MISSPELT = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftSpec:
-    """A parsed `--draft`. `path` is the checkpoint's directory or hub id where one is needed."""
+    """A parsed `--draft`. `path` is that of the heads, or the checkpoint's or its hub id."""
 
     text: str
     name: str
@@ -31,40 +36,65 @@ class DraftSpec:
     config: Any
 
 
-def parse_spec(text: str) -> DraftSpec:
-    """Read `ngram:nodes=12`, `./small:depth=4`, `auto`, ...
+def parse_spec(text: str, *, beside: Path | None = None) -> DraftSpec:
+    """Read `ngram:nodes=12`, `./small:depth=4`, `./heads`, `auto`, ...
+
+    `beside` is the target's directory, where `auto` looks for heads.
 
     Raises:
         UsageError: an unknown name, a path that does not exist, an unknown or wrong option.
+        CheckpointError: a damaged heads directory.
     """
     head, colon, pairs = text.rpartition(":")
     if not colon or ("=" not in pairs and pairs):
         head, pairs = text, ""
-    name, path = _AUTO if head == "auto" else head, None
+    if head == "auto":
+        own = beside / "heads" if beside is not None else None
+        head = str(own) if own is not None and (own / HEADS).is_file() else _AUTO
+    name, path = head, None
     if name not in methods.names("drafter"):
         name, path = "draft_model", _checkpoint(head)
-        if (Path(path) / "spectool_heads.json").exists():
-            raise UnsupportedError(f"{head} holds draft heads, which cannot be run yet")
+        if (Path(path) / HEADS).is_file():
+            name = heads.read_record(Path(path)).method
     elif name == "draft_model":
         raise UsageError(
             "draft_model needs a checkpoint",
             hint="give its directory itself: --draft PATH:depth=4",
+        )
+    elif methods.METHODS[name].trained:
+        raise UsageError(
+            f"{name} needs trained heads",
+            hint=f"spectool train-heads {name} MODEL HEADS --data FILE, then --draft HEADS",
         )
     config = methods.resolve(name, "drafter").Config.from_text(pairs)
     return DraftSpec(text=text, name=name, path=path, config=config)
 
 
 def open_drafter(
-    spec: DraftSpec, *, target: Target, target_tokenizer: PreTrainedTokenizerBase | None
+    spec: DraftSpec,
+    *,
+    target: Target,
+    target_tokenizer: PreTrainedTokenizerBase | None,
+    allow_other_target: bool = False,
 ) -> Drafter:
-    """The drafter of a specification, ready for this target; loads a draft model where one is due.
+    """The drafter of a specification, ready for this target; loads heads or a draft model.
+
+    `allow_other_target` takes heads that were trained for another checkpoint of the same shape.
 
     Raises:
-        InputError: the draft's checkpoint is damaged, or does not fit the target.
+        InputError: what the specification names is damaged, or does not fit the target.
     """
     drafter: Callable[..., Drafter] = methods.resolve(spec.name, "drafter")
     if spec.path is None:
         return drafter(spec.config)
+    if methods.METHODS[spec.name].trained:
+        return heads.open_heads(
+            Path(spec.path),
+            spec.config,
+            target=target,
+            tokenizer=target_tokenizer,
+            allow_other_target=allow_other_target,
+        )
     path = _local(spec.path)
     return drafter(
         loading.load_model(path, dtype=target.dtype, device=str(target.device)),

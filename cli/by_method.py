@@ -1,0 +1,129 @@
+"""Commands whose first word is a method: a subcommand a method, its options from its dataclass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from spectool import methods
+from spectool.cli.common import session
+from spectool.errors import UsageError
+
+if TYPE_CHECKING:
+    from spectool.options import Config, Option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """What is done by methods of one kind.
+
+    `run(method, own, **shared)` does it: `own` are the method's options, which `config(class)`
+    finds on its class; the other parameters' annotations are the shared options.
+    """
+
+    name: str
+    help: str
+    kind: methods.Kind
+    known: Callable[[], list[str]]
+    config: Callable[[Any], type[Config]]
+    run: Callable[..., None]
+
+    def application(self) -> typer.Typer:
+        """The command group, for the top command."""
+        verb = self
+
+        class MethodCommand(TyperCommand):
+            """A method's subcommand. Its options are looked up, and torch imported, only on use."""
+
+            def make_context(
+                self, info_name: Any, args: Any, parent: Any = None, **extra: Any
+            ) -> Any:
+                assert self.name is not None
+                return verb.command(self.name).make_context(info_name, args, parent, **extra)
+
+        class MethodGroup(TyperGroup):
+            def list_commands(self, ctx: Any) -> list[str]:
+                return verb.known()
+
+            def get_command(self, ctx: Any, cmd_name: str) -> Any:
+                if cmd_name not in verb.known():
+                    return None
+                return MethodCommand(name=cmd_name, help=methods.METHODS[cmd_name].summary)
+
+            def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+                if args[0] not in verb.known() and not args[0].startswith("-"):
+                    with session():
+                        verb.refuse(args[0])
+                return super().resolve_command(ctx, args)
+
+        app = typer.Typer(
+            cls=MethodGroup,
+            help=f"{self.help}: spectool {self.name} METHOD MODEL OUT.",
+            no_args_is_help=True,
+            subcommand_metavar="METHOD MODEL OUT",
+        )
+        # Without a callback typer would make a single subcommand the command itself.
+        app.callback()(lambda: None)
+        return app
+
+    def refuse(self, name: str) -> None:
+        """Raises: UsageError: it is no method, or one that this verb does not know."""
+        hint = None
+        if Path(name).exists() or "/" in name:
+            hint = f"the method comes first: spectool {self.name} METHOD {name} OUT"
+        try:
+            methods.row(name, self.kind)
+        except UsageError as error:
+            raise UsageError(str(error), hint=hint or error.hint) from None
+        raise UsageError(f"{name} is not for {self.name}; known: {', '.join(self.known())}")
+
+    def command(self, name: str) -> Any:
+        """The click command of one method: the shared options and those of its `Config`."""
+        from spectool.options import options_of
+
+        options = list(options_of(self.config(methods.resolve(name, self.kind))))
+
+        def run(**values: Any) -> None:
+            own = {option.name: values.pop(option.name) for option in options}
+            self.run(name, own, **values)
+
+        shared = inspect.signature(self.run, eval_str=True).parameters
+        parameters = [shared[key] for key in shared if key not in ("method", "own")]
+        parameters += [
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
+                annotation=Annotated[_annotation(option), _typer_option(option, name)],
+            )
+            for option in options
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__doc__ = methods.row(name, self.kind).summary
+        single = typer.Typer(add_completion=False)
+        single.command(name)(run)
+        return typer.main.get_command(single)
+
+
+def _annotation(option: Option) -> Any:
+    return option.type | None if option.optional else option.type
+
+
+def _typer_option(option: Option, method: str) -> Any:
+    return typer.Option(help=_help(option), rich_help_panel=f"Options of {method}")
+
+
+def _help(option: Option) -> str:
+    text = option.help[0].upper() + option.help[1:]
+    if option.choices:
+        text += f" ({', '.join(map(str, option.choices))})"
+    elif option.minimum is not None and option.maximum is not None:
+        text += f" ({option.minimum} to {option.maximum})"
+    return text + "."

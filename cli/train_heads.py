@@ -1,0 +1,198 @@
+"""`spectool train-heads METHOD MODEL OUT`: teach a checkpoint to draft its own text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spectool import methods
+from spectool.cli.by_method import Verb
+from spectool.cli.common import (
+    Debug,
+    Device,
+    Dtype,
+    Field,
+    Json,
+    Model,
+    Output,
+    Revision,
+    Runtime,
+    Seed,
+    TemplateArg,
+    Threads,
+    TrustRemoteCode,
+    prepare_torch,
+    session,
+    size,
+    template_arguments,
+)
+from spectool.errors import Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from spectool.distill.train_heads import Plan, Report
+
+
+def train_heads(
+    method: str,
+    own: dict[str, Any],
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Heads directory to make; must not exist.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to learn from: .txt, .jsonl, .parquet (.gz, .xz), hub:DATASET; repeatable."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Optimiser steps; 0 writes untrained heads.")
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes over the data, in place of --steps; default 1."),
+    ] = None,
+    regenerate: Annotated[
+        bool,
+        typer.Option("--regenerate", help="Let the model itself write the answers anew first."),
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of --regenerate.")] = 0.8,
+    seq_len: Annotated[int, typer.Option(min=32, help="Most tokens of a text.")] = 1024,
+    batch_tokens: Annotated[int, typer.Option(min=32, help="Tokens of a step, padded.")] = 4096,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Its peak.")] = 1e-3,
+    warmup: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which it rises.")
+    ] = 0.05,
+    held_out: Annotated[
+        int, typer.Option(min=1, help="Most texts kept back to measure on; at most a fifth.")
+    ] = 32,
+    field: Field = None,
+    template_arg: TemplateArg = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
+    ] = False,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    runtime: Runtime = "auto",
+    seed: Seed = 0,
+    threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train draft heads for MODEL and write them to the directory OUT."""
+    with session(json_wanted=json_output, debug=debug) as output:
+        if not data:
+            raise UsageError("no data", hint="--data FILE, of the kind of text to be drafted")
+        if steps is not None and epochs is not None:
+            raise UsageError("--steps and --epochs exclude each other")
+        prepare_torch(threads)
+        from spectool.artifact import check_target
+        from spectool.distill import train_heads as room
+        from spectool.loading import parse_dtype
+
+        check_target(out, overwrite=overwrite)
+        config = methods.resolve(method, "drafter").Heads.Config.from_dict(own)
+        job = room.Job(
+            method=method,
+            config=config,
+            data=data,
+            steps=steps,
+            epochs=epochs or 1,
+            seq_len=seq_len,
+            batch_tokens=batch_tokens,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            held_out=held_out,
+            regenerate=regenerate,
+            temperature=temperature,
+            text_field=field,
+            template=template_arguments(template_arg),
+            seed=seed,
+        )
+
+        def watch(step: int, total: int, figures: dict[str, Any], look: Any) -> None:
+            line = f"steps, loss {figures['loss']:.3f}"
+            if look is not None:
+                output.say(_look(step, look))
+            output.progress(step, total, line)
+
+        try:
+            report = room.train_heads(
+                model,
+                out,
+                job,
+                dtype=parse_dtype(dtype),
+                device=device,
+                runtime=runtime,
+                overwrite=overwrite,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                say=output.say,
+                announce=lambda plan: _show_plan(output, job, plan),
+                start=output.start,
+                watch=watch,
+            )
+        except KeyboardInterrupt:
+            again = "the same command goes on from the last stored state"
+            raise Interrupted("interrupted", hint=again) from None
+        _finish(output, out, report)
+
+
+def _show_plan(output: Output, job: Any, plan: Plan) -> None:
+    options = ", ".join(f"{key}={value}" for key, value in job.config.as_dict().items())
+    output.say(
+        f"plan: {job.method} ({options}), {plan.parameters / 1e6:.2f} M parameters, "
+        f"{size(plan.file_bytes)} on disk, memory at least {size(plan.memory_bytes)}"
+    )
+    output.say(
+        f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
+        f"({plan.taught_tokens} tokens taught); {plan.held_out} texts held out"
+    )
+    if job.regenerate:
+        output.say(f"plan: the model writes the answers anew first, temperature {job.temperature}")
+
+
+def _look(step: int, look: dict[str, Any]) -> str:
+    accuracy = " ".join(f"{share:.1%}" for share in look["accuracy"])
+    return (
+        f"after {step} steps: held-out accuracy by head {accuracy}; about {look['score']:.2f} "
+        "tokens per forward"
+    )
+
+
+def _finish(output: Output, out: Path, report: Report) -> None:
+    record = report.record
+    output.show(
+        f"{out}: {report.parameters / 1e6:.2f} M parameters, held-out accuracy by head "
+        f"{' '.join(f'{share:.1%}' for share in record.accuracy)}"
+    )
+    output.show(
+        f"about {report.tokens_per_forward:.2f} tokens per forward with a tree of {report.nodes} "
+        f"nodes, {report.depth} deep; untrained {report.initial['score']:.2f}"
+    )
+    output.show(f"{report.steps} steps, {report.seconds:.1f} s")
+    output.result(
+        {
+            "out": str(out),
+            "method": record.method,
+            "parameters": report.parameters,
+            "steps": report.steps,
+            "seconds": report.seconds,
+            "accuracy": record.accuracy,
+            "tokens_per_forward_estimate": report.tokens_per_forward,
+            "untrained_estimate": report.initial["score"],
+            "tree": {"nodes": report.nodes, "depth": report.depth},
+        }
+    )
+
+
+TRAIN_HEADS = Verb(
+    name="train-heads",
+    help="Teach a checkpoint to draft",
+    kind="drafter",
+    known=methods.trained,
+    config=lambda drafter: drafter.Heads.Config,
+    run=train_heads,
+)

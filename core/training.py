@@ -1,0 +1,183 @@
+"""The one training loop: accumulate a gradient, step, look at held-out data, keep the best weights.
+
+Knows neither models nor losses. What happens at a step depends on the state and the step's number
+alone, and the state is stored whole, so a run that was killed ends with the same weights as one
+that was not. Nothing is pickled: tensors are stored as tensors, all else as JSON.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spectool.errors import SpectoolError
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How long and how fast. The learning rates of the optimisers' groups are peaks.
+
+    They rise over the first `warmup` share of the steps and fall along a cosine to the share
+    `final` of the peak. `clip` bounds the gradient's norm. Held-out data is looked at every `every`
+    steps, at the start and at the end.
+    """
+
+    steps: int
+    warmup: float = 0.05
+    final: float = 0.0
+    clip: float = 1.0
+    every: int = 100
+
+    def share(self, step: int) -> float:
+        """The share of the peak learning rate at a step, counted from 0."""
+        rising = max(1, math.ceil(self.warmup * self.steps))
+        if step < rising:
+            return (step + 1) / rising
+        done = (step - rising) / max(1, self.steps - rising)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Store(Protocol):
+    """Where a run's state outlives the process."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest whole state; None if there is none."""
+
+    def save(self, tensors: Mapping[str, Tensor], said: dict[str, Any]) -> None:
+        """Keep this state instead."""
+
+
+@dataclass(slots=True)
+class History:
+    """What a run has seen: figures of its looks at held-out data, each with its `step`."""
+
+    looks: list[Figures] = field(default_factory=list)
+    best: Figures | None = None
+    seconds: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Training:
+    """A run over a module's parameters that require a gradient.
+
+    `accumulate(step)` adds to the gradients and returns the step's figures, `loss` among them;
+    `evaluate()` returns figures with a `score`, of which the highest is kept. `watch(step, figures,
+    look)` hears of every step. The state is stored at most every `save_seconds`.
+
+    Raises:
+        SpectoolError: a loss that is NaN or infinite.
+    """
+
+    module: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    recipe: Recipe
+    accumulate: Callable[[int], Figures]
+    evaluate: Callable[[], Figures]
+    watch: Callable[[int, Figures, Figures | None], None] = lambda step, figures, look: None
+    store: Store | None = None
+    save_seconds: float = 60.0
+    history: History = field(default_factory=History)
+
+    def run(self) -> History:
+        """Train, and leave the best weights in the module."""
+        peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        step, best = self._resume()
+        began = saved = time.monotonic()
+        if step == 0:
+            best = self._look(0, best)
+        while step < self.recipe.steps:
+            share = self.recipe.share(step)
+            for optimizer, rates in zip(self.optimizers, peaks, strict=True):
+                for group, peak in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = share * peak
+                optimizer.zero_grad(set_to_none=True)
+            figures = self.accumulate(step)
+            if not math.isfinite(figures["loss"]):
+                raise SpectoolError(
+                    f"the loss is {figures['loss']} at step {step + 1}: training diverged",
+                    hint="try a lower learning rate, or --dtype float32",
+                )
+            nn.utils.clip_grad_norm_(self._parameters().values(), self.recipe.clip)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            step += 1
+            look = None
+            if step % self.recipe.every == 0 or step == self.recipe.steps:
+                best = self._look(step, best)
+                look = self.history.looks[-1]
+            now = time.monotonic()
+            self.history.seconds += now - began
+            began = now
+            if self.store is not None and now - saved > self.save_seconds:
+                self._save(step, best)
+                saved = now
+            self.watch(step, figures, look)
+        with torch.no_grad():
+            for name, parameter in self._parameters().items():
+                parameter.copy_(best[name])
+        return self.history
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def _look(self, step: int, best: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Look at held-out data; the best weights so far, which may be those of now."""
+        found = {"step": step, **self.evaluate()}
+        self.history.looks.append(found)
+        if self.history.best is None or found["score"] > self.history.best["score"]:
+            self.history.best = found
+            best = {name: p.detach().cpu().clone() for name, p in self._parameters().items()}
+        return best
+
+    def _save(self, step: int, best: Mapping[str, Tensor]) -> None:
+        assert self.store is not None
+        tensors = {f"weights.{name}": p.detach() for name, p in self._parameters().items()}
+        tensors |= {f"best.{name}": value for name, value in best.items()}
+        tensors |= dict(self._optimizer_tensors())
+        said = {
+            "step": step,
+            "looks": self.history.looks,
+            "best": self.history.best,
+            "seconds": self.history.seconds,
+        }
+        self.store.save(tensors, said)
+
+    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                for key, value in state.items():
+                    yield f"optimizer.{number}.{index}.{key}", value
+
+    def _resume(self) -> tuple[int, dict[str, Tensor]]:
+        """Steps done and the best weights so far, everything else put back in its place."""
+        found = self.store.load() if self.store is not None else None
+        if found is None:
+            return 0, {}
+        tensors, said = found
+        with torch.no_grad():
+            for name, parameter in self._parameters().items():
+                parameter.copy_(tensors[f"weights.{name}"])
+        for number, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            prefix = f"optimizer.{number}."
+            for key, value in tensors.items():
+                if key.startswith(prefix):
+                    index, _, name = key.removeprefix(prefix).partition(".")
+                    state.setdefault(int(index), {})[name] = value
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.history = History(said["looks"], said["best"], said["seconds"])
+        best = {
+            key.removeprefix("best."): value
+            for key, value in tensors.items()
+            if key.startswith("best.")
+        }
+        return said["step"], best

@@ -1,0 +1,1 @@
+"""Teaching: training text, and what learns from it."""

@@ -1,0 +1,98 @@
+"""Texts as the target itself would write them: for training on its own words, and to measure on.
+
+Every taught stretch of a sample is written anew by the target, after what stands before it. Works
+on token ids, so that any chat template will do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from spectool.decode.generate import Runner, loop_start
+
+from .samples import SHORTEST, Sample
+
+
+def regenerate(
+    runner: Runner,
+    samples: Sequence[Sample],
+    *,
+    seq_len: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    most: int | None = None,
+    cut_loops: bool = False,
+) -> list[Sample]:
+    """The samples with their taught stretches written by the runner's target.
+
+    At most `seq_len` tokens each and `most` new ones a stretch. A sample ends with a stretch that
+    does not end by itself; with `cut_loops` also where one begins to repeat itself, since loops are
+    easy to guess.
+    """
+    tokens: list[list[int]] = [[] for _ in samples]
+    taught: list[list[bool]] = [[] for _ in samples]
+    stretches = [list(_stretches(sample)) for sample in samples]
+    for turn in range(max(len(each) for each in stretches)):
+        asked, limits = [], []
+        for index, each in enumerate(stretches):
+            if turn >= len(each):
+                continue
+            before, answer = each[turn]
+            tokens[index] += before
+            taught[index] += [False] * len(before)
+            room = seq_len - len(tokens[index])
+            if room >= 1 and answer and tokens[index]:
+                asked.append(index)
+                limits.append(room if most is None else min(most, room))
+        written = runner.generate(
+            [tokens[index] for index in asked],
+            max_new_tokens=limits,
+            temperature=temperature,
+            seed=seed + turn,
+            batch_size=batch_size,
+        )
+        for index, result in zip(asked, written, strict=True):
+            new = result.token_ids
+            if cut_loops:
+                new = new[: loop_start(new)]
+            tokens[index] += new
+            taught[index] += [True] * len(new)
+            if result.finish_reason != "eos" or len(new) < len(result.token_ids):
+                stretches[index] = stretches[index][: turn + 1]
+                continue
+            # What the template writes after the end of a turn, a line break say.
+            answer = stretches[index][turn][1]
+            ends = [place for place, token in enumerate(answer) if token in runner.end_ids()]
+            after = answer[ends[-1] + 1 :] if ends else []
+            tokens[index] += after
+            taught[index] += [False] * len(after)
+    made = [
+        Sample(ids[:seq_len], marks[:seq_len]) for ids, marks in zip(tokens, taught, strict=True)
+    ]
+    return [sample for sample in made if sum(sample.taught) >= SHORTEST]
+
+
+def _stretches(sample: Sample) -> Iterator[tuple[list[int], list[int]]]:
+    """Pairs of a stretch that is not taught and the taught one after it, in order.
+
+    A sample that is taught from (nearly) the start on is plain text: its first quarter is given.
+    """
+    taught = list(sample.taught)
+    first = taught.index(True)
+    if first < SHORTEST and all(taught[first:]):
+        given = max(first, len(taught) // 4)
+        taught[:given] = [False] * given
+    before: list[int] = []
+    start = 0
+    for is_taught, marks in itertools.groupby(taught):
+        end = start + len(list(marks))
+        if is_taught:
+            yield before, sample.tokens[start:end]
+            before = []
+        else:
+            before = sample.tokens[start:end]
+        start = end
+    if before:
+        yield before, []

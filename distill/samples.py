@@ -1,0 +1,169 @@
+"""Training text: token ids with a mark on those whose prediction is taught, and their batches.
+
+Of a conversation the assistant's turns are taught, found through the chat template itself; of plain
+text all tokens are. Knows no model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectool.errors import TextError, UnsupportedError
+from spectool.text import Row, encode, read_rows, render
+
+# Fewer tokens than this teach nothing worth a row of a batch.
+SHORTEST = 16
+
+# Samples are sorted by length within groups of this many batches: little padding, much mixing.
+_SORTED_BATCHES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One text. `taught[i]` says whether the prediction of `tokens[i]` counts."""
+
+    tokens: list[int]
+    taught: list[bool]
+
+
+def read_samples(
+    sources: Sequence[str],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    field: str | None = None,
+    template: Mapping[str, Any] | None = None,
+) -> list[Sample]:
+    """The samples of all sources, at most `seq_len` tokens each; what has nothing to teach is left.
+
+    Plain text is cut into as many samples as it fills, each opened with the start token where the
+    tokenizer has one; a conversation is one sample, cut at the end.
+
+    Raises:
+        TextError: see `read_rows`; or nothing in the data is taught.
+        UnsupportedError: conversations need a fast tokenizer.
+    """
+    samples: list[Sample] = []
+    for source in sources:
+        for row in read_rows(source, field=field):
+            if row.text is None:
+                samples += _conversation(row, tokenizer, seq_len, template)
+            else:
+                samples += _text(row.text, tokenizer, seq_len)
+    if len(samples) < 2:
+        raise TextError(
+            f"{', '.join(sources)}: {len(samples)} samples with something to learn; at least 2 are "
+            "needed, one to learn from and one to measure on",
+            hint="a sample is a conversation with an assistant's answer, or "
+            f"{SHORTEST} tokens of text",
+        )
+    return samples
+
+
+def _text(text: str, tokenizer: Any, seq_len: int) -> Iterator[Sample]:
+    tokens = encode(tokenizer, text)
+    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    inside = seq_len - len(opening)
+    for start in range(0, len(tokens), inside):
+        part = tokens[start : start + inside]
+        if len(part) >= SHORTEST:
+            yield Sample(opening + part, [False] * len(opening) + [True] * len(part))
+
+
+def _conversation(
+    row: Row, tokenizer: Any, seq_len: int, template: Mapping[str, Any] | None
+) -> Iterator[Sample]:
+    if not tokenizer.is_fast:
+        raise UnsupportedError(
+            "conversations are masked by character positions, which this slow tokenizer does not "
+            "tell",
+            hint="render them yourself and name the field of plain text with --field",
+        )
+    whole = render(row, tokenizer, template=template)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens, places = encoded["input_ids"][:seq_len], encoded["offset_mapping"][:seq_len]
+    spans = list(_answers(row, whole, tokenizer, template))
+    taught = [any(a <= start and end <= b for a, b in spans) for start, end in places]
+    if sum(taught) >= SHORTEST:
+        yield Sample(tokens, taught)
+
+
+def _answers(
+    row: Row, whole: str, tokenizer: Any, template: Mapping[str, Any] | None
+) -> Iterator[tuple[int, int]]:
+    """Where in the rendered conversation the assistant speaks, its end-of-turn mark included.
+
+    A turn begins where a rendering that asks for it ends. Templates may write earlier turns
+    differently later (without the thoughts, say); such a turn is not taught.
+    """
+    for turn, message in enumerate(row.messages):
+        if message.get("role") != "assistant" or turn == 0:
+            continue
+        asked = render(Row(messages=row.messages[:turn]), tokenizer, template=template, prompt=True)
+        answered = render(Row(messages=row.messages[: turn + 1]), tokenizer, template=template)
+        if answered.startswith(asked) and whole.startswith(answered):
+            yield len(asked), len(answered)
+
+
+def split(samples: Sequence[Sample], *, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the samples to learn from, and of at most `held_out` to measure on.
+
+    At least one is held out, and at most a fifth.
+    """
+    order = list(range(len(samples)))
+    random.Random(f"{seed}/split").shuffle(order)
+    count = max(1, min(held_out, len(samples) // 5))
+    return sorted(order[count:]), sorted(order[:count])
+
+
+def batches(
+    samples: Sequence[Sample],
+    *,
+    batch_tokens: int,
+    steps: int | None,
+    epochs: int,
+    seed: int,
+) -> list[list[int]]:
+    """The samples of every step: all of them once an epoch, padded to at most `batch_tokens`.
+
+    A sample longer than that is a batch of its own. `steps` cuts or repeats; None: whole epochs.
+    """
+    found: list[list[int]] = []
+    epoch = 0
+    while (epoch < epochs) if steps is None else (len(found) < steps):
+        chance = random.Random(f"{seed}/{epoch}")
+        order = list(range(len(samples)))
+        chance.shuffle(order)
+        mean = sum(len(sample.tokens) for sample in samples) / len(samples)
+        group = max(1, int(_SORTED_BATCHES * batch_tokens / mean))
+        made: list[list[int]] = []
+        for start in range(0, len(order), group):
+            batch: list[int] = []
+            for index in sorted(order[start : start + group], key=lambda i: len(samples[i].tokens)):
+                # The last one is the longest, and sets the width.
+                if batch and (len(batch) + 1) * len(samples[index].tokens) > batch_tokens:
+                    made.append(batch)
+                    batch = []
+                batch.append(index)
+            made.append(batch)
+        chance.shuffle(made)
+        found += made
+        epoch += 1
+    return found[:steps]
+
+
+def pad(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Tokens [B, L] and marks [B, L], padded at the right with zeros that are not taught."""
+    longest = max(len(sample.tokens) for sample in samples)
+    tokens_BL = torch.zeros(len(samples), longest, dtype=torch.long)
+    taught_BL = torch.zeros(len(samples), longest, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        tokens_BL[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
+        taught_BL[row, : len(sample.taught)] = torch.tensor(sample.taught)
+    return tokens_BL, taught_BL
