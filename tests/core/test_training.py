@@ -1,0 +1,104 @@
+"""The loop: schedule, best weights, and resumption to the same weights from any point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectool.errors import SpectoolError
+from spectool.training import Figures, Recipe, Training
+
+
+def test_the_rate_rises_then_falls_along_a_cosine() -> None:
+    recipe = Recipe(steps=100, warmup=0.1, final=0.2)
+    shares = [recipe.share(step) for step in range(100)]
+    assert shares[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert shares[10] == 1.0 and shares == sorted(shares[:10]) + sorted(shares[10:], reverse=True)
+    assert shares[55] == pytest.approx(0.2 + 0.8 * 0.5)
+    assert 0.2 < shares[-1] < 0.21
+    assert Recipe(steps=0).share(0) == 1.0
+
+
+class Memory:
+    """Keeps states as a file would: by value."""
+
+    def __init__(self) -> None:
+        self.states: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self.states[-1] if self.states else None
+
+    def save(self, tensors: Mapping[str, Tensor], said: dict[str, Any]) -> None:
+        copied = {**said, "looks": list(said["looks"])}
+        self.states.append(({name: t.clone() for name, t in tensors.items()}, copied))
+
+
+class Stop(Exception):
+    pass
+
+
+def make(store: Memory | None, *, stop_at: int = -1, bad_at: int = -1) -> Training:
+    """A linear map learnt from data that step numbers decide; its best look is not its last."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    module[0].bias.requires_grad_(False)
+    looked: list[int] = []
+
+    def accumulate(step: int) -> Figures:
+        if step == stop_at:
+            raise Stop
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+        loss = (module(x) - x[:, :3].flip(-1)).square().mean()
+        loss.backward()
+        return {"loss": math.nan if step == bad_at else loss.item()}
+
+    def evaluate() -> Figures:
+        looked.append(0)
+        x = torch.ones(1, 5)
+        return {"score": -float((module(x) - 0.3).square().sum().detach())}
+
+    return Training(
+        module=module,
+        optimizers=[
+            torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1),
+        ],
+        recipe=Recipe(steps=30, every=4),
+        accumulate=accumulate,
+        evaluate=evaluate,
+        store=store,
+        save_seconds=-1,
+    )
+
+
+def weights(training: Training) -> list[Tensor]:
+    return [p.detach().clone() for p in training.module.parameters()]
+
+
+def test_the_best_look_is_kept() -> None:
+    training = make(None)
+    history = training.run()
+    assert [look["step"] for look in history.looks] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
+    assert history.best == max(history.looks, key=lambda look: float(look["score"]))
+    assert training.evaluate()["score"] == history.best["score"]
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 4, 17, 29])
+def test_a_stopped_run_ends_with_the_same_weights(stop_at: int) -> None:
+    whole = make(None)
+    looks = whole.run().looks
+    store = Memory()
+    with pytest.raises(Stop):
+        make(store, stop_at=stop_at).run()
+    again = make(store)
+    assert again.run().looks == looks
+    assert all(map(torch.equal, weights(again), weights(whole)))
+
+
+def test_a_loss_that_is_no_number_ends_the_run() -> None:
+    with pytest.raises(SpectoolError, match="the loss is nan at step 4: training diverged"):
+        make(None, bad_at=3).run()

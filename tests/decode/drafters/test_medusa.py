@@ -1,0 +1,350 @@
+"""Heads against loops over the equations, their alignment, and drafting that changes nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spectool.artifact import write_safetensors
+from spectool.decode.drafters import heads as shared_code
+from spectool.decode.drafters.heads import HEADS, WEIGHTS, HeadsRecord, open_heads
+from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
+from spectool.decode.generate import Runner
+from spectool.decode.protocol import Lesson
+from spectool.decode.target import Target
+from spectool.decode.tree import RankTree, best_paths
+from spectool.errors import CheckpointError
+
+from ...conftest import VOCAB
+
+FAMILIES = ["llama", "llama-tied", "qwen3", "mistral", "gemma3", "gpt2", "opt", "gpt_neox"]
+FAMILIES += ["phi3", "mixtral"]
+PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [0, 0, 1]]
+
+
+def make_heads(
+    output: nn.Linear, *, token_map: torch.Tensor | None = None, seed: int = 1, **options: Any
+) -> MedusaHeads:
+    """Heads away from their start, so that guesses differ from head to head."""
+    heads = MedusaHeads(MedusaHeads.Config(**options), output, token_map)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return heads
+
+
+def make_lesson(rows: int = 3, length: int = 23, width: int = 12, vocab: int = 17) -> Lesson:
+    generator = torch.Generator().manual_seed(5)
+    return Lesson(
+        tokens_BL=torch.randint(0, vocab, (rows, length), generator=generator),
+        taught_BL=torch.rand(rows, length, generator=generator) < 0.8,
+        features={"final": torch.randn(rows, length, width, generator=generator)},
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 3}, {"shared_head": True}])
+def test_untrained_heads_say_what_the_target_says(
+    tiny: Callable[..., PreTrainedModel], family: str, options: dict[str, Any]
+) -> None:
+    model = tiny(family)
+    output: Any = model.get_output_embeddings()
+    heads = MedusaHeads(MedusaHeads.Config(**options), output, None)
+    target = Target(model)
+    tokens_BL = torch.randint(2, VOCAB, (1, 9))
+    final_D = target.read(tokens_BL, heads.needs)["final"][0, -1]
+    with torch.inference_mode():
+        logits_V = model(tokens_BL).logits[0, -1]
+        guesses_KG = heads.guess(final_D[None], 4)[0]
+    assert (guesses_KG[:, 0] == logits_V.argmax()).all()
+
+
+def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of three rows against one sum over heads and places."""
+    monkeypatch.setattr(shared_code, "_CHUNK_BYTES", 3 * 4 * 17)
+    lesson, output = make_lesson(), nn.Linear(12, 17, bias=True)
+    heads = make_heads(output, num_heads=3, num_layers=2)
+    done = heads.teach(lesson)
+    found = {name: p.grad for name, p in heads.named_parameters()}
+    heads.zero_grad()
+
+    total = torch.zeros(())
+    for k, head in enumerate(heads.heads):
+        losses, right = [], 0
+        for row, place in itertools.product(range(3), range(23)):
+            ahead = place + 2 + k
+            if ahead < 23 and lesson.taught_BL[row, ahead]:
+                state_D = lesson.features["final"][row, place]
+                for block in head.blocks:  # type: ignore[union-attr]
+                    z_D = block.weight @ state_D + block.bias
+                    state_D = state_D + z_D * torch.sigmoid(z_D)
+                logits_V = head.lm_head.weight @ state_D + head.lm_head.bias  # type: ignore
+                label = lesson.tokens_BL[row, ahead]
+                losses.append(-torch.log_softmax(logits_V, -1)[label])
+                right += int(logits_V.argmax() == label)
+        loss = torch.stack(losses)
+        total = total + 0.8**k * loss.mean()
+        assert done.places[k] == len(losses) and done.right[k] == right
+        assert done.loss[k] == pytest.approx(loss.sum().item(), rel=1e-5)
+    total.backward()
+    for name, parameter in heads.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_ranks_are_those_of_sorted_guesses(size: int | None) -> None:
+    lesson, output = make_lesson(), nn.Linear(12, 17, bias=False)
+    token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
+    heads = make_heads(output, token_map=token_map, num_heads=2)
+    found = heads.ranks(lesson).tolist()
+    wanted = []
+    for row, place in itertools.product(range(3), range(23)):
+        # The target's own token, and those of both heads.
+        if place + 3 >= 23 or not lesson.taught_BL[row, place + 1 : place + 4].all():
+            continue
+        guesses = heads.guess(lesson.features["final"][row, place][None], 2)[0].tolist()
+        ranks = []
+        for k in range(2):
+            token = int(lesson.tokens_BL[row, place + 2 + k])
+            ranks.append(guesses[k].index(token) if token in guesses[k] else None)
+        wanted.append(ranks)
+    assert len(found) == len(wanted) > 10
+    for ours, theirs in zip(found, wanted, strict=True):
+        for mine, want in zip(ours, theirs, strict=True):
+            assert mine == want if want is not None else mine >= min(10, size or 17)
+
+
+def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
+    """On a cycle, head k is always right about x_{t+2+k}; states only tell x_t."""
+    period, num_heads = 11, 4
+    tokens_BL = (torch.arange(60) * 3 % period)[None]
+    lesson = Lesson(
+        tokens_BL=tokens_BL,
+        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        features={"final": torch.eye(period)[tokens_BL]},
+    )
+    heads = make_heads(nn.Linear(period, period, bias=False), num_heads=num_heads)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        done = heads.teach(lesson)
+        optimizer.step()
+    assert done.right == done.places
+    assert (heads.ranks(lesson) == 0).all()
+    for token in range(period):
+        guesses_KG = heads.guess(torch.eye(period)[token][None], num_heads)[0]
+        assert guesses_KG[:, 0].tolist() == [(token + 3 * (2 + k)) % period for k in range(4)]
+
+
+def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
+    model = tiny("llama-tied")
+    output: Any = model.get_output_embeddings()
+    before = output.weight.detach().clone()
+    heads = make_heads(output, shared_head=True)
+    lesson = make_lesson(width=32, vocab=VOCAB)
+    heads.teach(lesson)
+    assert all(parameter.grad is not None for parameter in heads.parameters())
+    assert output.weight.grad is None and torch.equal(output.weight, before)
+    assert not any("lm_head" in name for name in heads.state_dict())
+
+
+def test_best_paths_are_the_best_tree_of_every_size() -> None:
+    """Against all parent-closed sets of paths."""
+    generator = torch.Generator().manual_seed(0)
+    ranks_RK = torch.randint(0, 4, (40, 3), generator=generator)
+    paths = [path for path, _ in best_paths(ranks_RK, nodes=64, top=3)]
+    assert all(rank < 3 for path in paths for rank in path)
+
+    def gain(chosen: tuple[tuple[int, ...], ...]) -> int:
+        """Tokens beyond the first, over all texts: how deep each can follow."""
+        total = 0
+        for ranks in ranks_RK.tolist():
+            depth = 0
+            while depth < 3 and tuple(ranks[: depth + 1]) in chosen:
+                depth += 1
+            total += depth
+        return total
+
+    for size in (1, 2, 3):
+        closed = [
+            chosen
+            for chosen in itertools.combinations(paths, size)
+            if all(len(path) == 1 or path[:-1] in chosen for path in chosen)
+        ]
+        assert gain(tuple(paths[:size])) == max(map(gain, closed))
+    shares = [share for _, share in best_paths(ranks_RK, nodes=7, top=3)]
+    assert sum(shares) == pytest.approx(gain(tuple(paths[:7])) / 40)
+    RankTree(paths)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_is_plain_decodings(
+    tiny: Callable[..., PreTrainedModel],
+    prompt_of: Callable[..., list[int]],
+    family: str,
+) -> None:
+    model = tiny(family)
+    output: Any = model.get_output_embeddings()
+    prompts = [prompt_of(length, seed=length) for length in (1, 7, 40, 19)]
+    limits = [30, 3, 1, 24]
+    runner = Runner(model)
+    plain = runner.generate(prompts, max_new_tokens=limits)
+    runner.use(MedusaDrafter(make_heads(output), PATHS))
+    for batch_size in (1, 3):
+        results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
+        assert [r.token_ids for r in results] == [r.token_ids for r in plain]
+        assert all(r.drafted > 0 for r in results[:2]) and all(r.lossless for r in results)
+
+
+def test_heads_that_know_the_text_bring_a_whole_path_every_step(
+    tiny: Callable[..., PreTrainedModel],
+    endless: Callable[[PreTrainedModel], PreTrainedModel],
+    prompt_of: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = Runner(endless(tiny("llama")))
+    prompt = prompt_of(9)
+    (plain,) = runner.generate([prompt], max_new_tokens=41)
+    whole = prompt + plain.token_ids
+    drafter = MedusaDrafter(make_heads(runner.target.model.get_output_embeddings()), PATHS)
+    runner.use(drafter)
+
+    committed = [len(prompt) + 1]
+
+    def know(states_BD: torch.Tensor, depth: int) -> torch.Tensor:
+        true = whole[committed[0] : committed[0] + depth]
+        return torch.tensor([[[token, 0, 1, 2] for token in true]])
+
+    def observe(outcomes: Any) -> None:
+        committed[0] += len(outcomes[0].path)
+        MedusaDrafter.observe(drafter, outcomes)
+
+    monkeypatch.setattr(drafter._heads, "guess", know)
+    monkeypatch.setattr(drafter, "observe", observe)
+    (result,) = runner.generate([prompt], max_new_tokens=41)
+    assert result.token_ids == plain.token_ids
+    # The prompt's pass brings one token, every other pass the four heads' and one more.
+    assert result.forwards == 1 + 40 / 5
+
+
+@pytest.fixture
+def stored(tmp_path: Path, checkpoint: Callable[..., Path]) -> Callable[..., Path]:
+    """A heads directory for the tiny Llama, as training would write it."""
+
+    def write(*, change: dict[str, Any] | None = None, **options: Any) -> Path:
+        runner = Runner(checkpoint("llama"))
+        assert runner.tokenizer is not None
+        token_map = None
+        if options.get("draft_vocab"):
+            token_map = torch.arange(0, 3 * options["draft_vocab"], 3)
+        output = runner.target.model.get_output_embeddings()
+        heads = make_heads(output, token_map=token_map, **options)
+        opened = shared_code.checkpoint_of(runner.target.model)
+        assert opened is not None
+        record = HeadsRecord(
+            method="medusa",
+            options=heads.config.as_dict(),
+            target={
+                "lineage": shared_code.lineage(opened),
+                "fingerprint": opened.fingerprint(),
+                "hidden_size": 32,
+                "vocab_size": VOCAB,
+                "tokenizer": shared_code.loading.tokenizer_digest(runner.tokenizer),
+                **(change or {}),
+            },
+            accuracy=[0.5] * 4,
+            tree=PATHS,
+            shares=[0.1] * len(PATHS),
+            training={},
+        )
+        path = tmp_path / "heads"
+        path.mkdir()
+        (path / HEADS).write_bytes(record.as_bytes())
+        write_safetensors(path / WEIGHTS, heads.state_dict(), {})
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_vocab": 40}, {"shared_head": True}])
+def test_stored_heads_draft_the_same(
+    stored: Callable[..., Path], checkpoint: Callable[..., Path], options: dict[str, Any]
+) -> None:
+    path = stored(**options)
+    runner = Runner(checkpoint("llama"), draft=f"{path}:nodes=7,depth=3")
+    output = runner.target.model.get_output_embeddings()
+    token_map = torch.arange(0, 120, 3) if options.get("draft_vocab") else None
+    again = make_heads(output, token_map=token_map, **options)
+    states_BD = torch.randn(3, 32)
+    drafter: Any = runner.drafter
+    assert torch.equal(drafter._heads.guess(states_BD, 4), again.guess(states_BD, 4))
+    assert drafter.config == MedusaDrafter.Config(nodes=7, depth=3)
+    (result,) = runner.generate([[5, 6, 7]], max_new_tokens=20)
+    runner.use(None)
+    assert runner.generate([[5, 6, 7]], max_new_tokens=20)[0].token_ids == result.token_ids
+    assert result.drafted > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 64}, "target with hidden_size 64, this one has 32"),
+        ({"vocab_size": 9}, "target with vocab_size 9, this one has 320"),
+        ({"tokenizer": "sha256:0"}, "trained with another tokenizer"),
+        ({"lineage": "sha256:0"}, "trained for another checkpoint than"),
+    ],
+)
+def test_heads_of_another_target_are_refused(
+    stored: Callable[..., Path],
+    checkpoint: Callable[..., Path],
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    path = stored(change=change)
+    with pytest.raises(CheckpointError, match=message):
+        Runner(checkpoint("llama"), draft=str(path))
+    if "lineage" in change:
+        runner = Runner(checkpoint("llama"), draft=str(path), allow_other_target=True)
+        assert runner.drafter_name == "medusa"
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            Runner(checkpoint("llama"), draft=str(path), allow_other_target=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "have format None"),
+        ('{"format_version": 9}', "have format 9"),
+        ('{"format_version": 1}', "is not the record of draft heads"),
+    ],
+)
+def test_damaged_records_are_refused(
+    tmp_path: Path, checkpoint: Callable[..., Path], text: str, message: str
+) -> None:
+    (tmp_path / HEADS).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        Runner(checkpoint("llama"), draft=str(tmp_path))
+
+
+def test_weights_that_are_not_the_records_are_refused(
+    stored: Callable[..., Path], checkpoint: Callable[..., Path]
+) -> None:
+    path = stored()
+    write_safetensors(path / WEIGHTS, {"heads.0.lm_head.weight": torch.zeros(2, 2)}, {})
+    with pytest.raises(CheckpointError, match="expected"):
+        open_heads(
+            path,
+            MedusaDrafter.Config(),
+            target=Target(Runner(checkpoint("llama")).target.model),
+            tokenizer=None,
+            allow_other_target=False,
+        )
