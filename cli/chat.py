@@ -160,8 +160,9 @@ class _Talk:
         self.lossless = lossless
         # Where answers and the editor go: never stdout where a program listens.
         streams = [output.err] if output.json_wanted else [output.out, output.err]
-        self.screen = next((stream for stream in streams if stream.is_terminal), streams[0])
-        self.interactive = sys.stdin.isatty() and self.screen.is_terminal
+        self.screen = next((stream for stream in streams if stream.file.isatty()), streams[0])
+        self.stdin = sys.stdin
+        self.interactive = bool(self.stdin and self.stdin.isatty() and self.screen.file.isatty())
         self.coloured = self.screen.color_system is not None and not self.screen.no_color
         self.over = self.terminated = False
         self.editor: LineEditor | None = None
@@ -174,7 +175,7 @@ class _Talk:
     def run(self) -> None:
         """Take messages until there are no more."""
         if not self.interactive:
-            for line in _lines(sys.stdin.buffer):
+            for line in _lines(self.stdin.buffer if self.stdin else ()):
                 self.take(line)
                 if self.over:
                     return
@@ -196,6 +197,7 @@ class _Talk:
 
     def attempt(self, line: str) -> str:
         """`take` at a terminal: what goes wrong is said, and a message is not lost."""
+        num_turns = len(self.chat.turns)
         try:
             return self.take(line)
         except Interrupted:
@@ -206,13 +208,13 @@ class _Talk:
             if self.terminated:
                 raise
             self.note("stopped")
-        return "" if _is_command(line) else line
+        return "" if _is_command(line) or len(self.chat.turns) > num_turns else line
 
     def take(self, line: str) -> str:
         """Obey a command or answer a message; returns what the editor begins with next."""
         if _is_command(line):
-            name, _, rest = line.strip().partition(" ")
-            return self.obey(name, rest.strip())
+            name, *rest = line.split(maxsplit=1)
+            return self.obey(name, "".join(rest).strip())
         if line.strip():
             self.answer(line.removeprefix("/") if line.startswith("//") else line)
         return ""
@@ -232,7 +234,8 @@ class _Talk:
             case "/system":
                 self.say(self.chat.system or "there is no system message")
             case "/edit" if self.editor is not None:
-                return self.chat.undo()
+                message = self.chat.undo()
+                return f"/{message}" if message.startswith("/") else message
             case "/edit":
                 raise UsageError("/edit needs a terminal")
             case "/stats":
@@ -280,7 +283,7 @@ class _Talk:
                 keep_interrupted=self.interactive,
             )
         finally:
-            if shown and not shown.endswith("\n"):
+            if shows and not shown.endswith("\n"):
                 self.write("\n")
         if self.terminated:
             raise KeyboardInterrupt
@@ -305,8 +308,12 @@ class _Talk:
     def say(self, line: str, *, indent: int = 0, style: str = "") -> None:
         """A line that is no answer; at a terminal it wraps between words."""
         err = self.output.err
-        if err.is_terminal and len(line) > err.width:
-            line = textwrap.fill(line, max(err.width, 30), subsequent_indent=" " * indent)
+        if err.is_terminal:
+            width = max(err.width, 30)
+            lines = line.translate(_VISIBLE).split("\n")
+            line = "\n".join(
+                textwrap.fill(part, width, subsequent_indent=" " * indent) for part in lines
+            )
         err.print(Text(line, style=style))
 
     def note(self, line: str) -> None:
