@@ -335,9 +335,9 @@ class _Talk:
 
     def stats(self) -> dict[str, str]:
         """The session's figures for people."""
-        said = self.figures()
+        said, forgotten = self.figures(), self.chat.forgotten
         return {
-            "turns": f"{len(self.chat.turns)}, of which {self.chat.forgotten} forgotten",
+            "turns": f"{len(self.chat.turns)}" + (f", {forgotten} forgotten" if forgotten else ""),
             "context": f"{self.chat.context} tokens",
             "tokens": f"{said['new_tokens']} in {len(self.chat.replies)} answers",
             "speed": f"{said['tokens_per_second']:.1f} tok/s",

@@ -169,6 +169,9 @@ class Chat:
         """Generate the answer and take both into the conversation.
 
         With `keep_interrupted`, Ctrl-C ends the answer, and what is there of it stays.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C otherwise, or before there is anything to keep.
         """
         options = dataclasses.asdict(self.options)
         options["seed"] += len(self.replies)
@@ -181,6 +184,8 @@ class Chat:
             keep_interrupted=keep_interrupted,
             **options,
         )
+        if not result.token_ids:
+            raise KeyboardInterrupt
         seconds = time.perf_counter() - began
         known = [(prompt.rendered, prompt.tokens)]
         if result.finish_reason != "stop":

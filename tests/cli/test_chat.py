@@ -110,7 +110,7 @@ def test_commands_from_a_pipe(spectool: Spectool, model: Path, tmp_path: Path) -
     assert done.code == 0, done.err
     for said in (
         "/save FILE", "there is no system message", "\nbe kind\n", "saved: 2 turns",
-        "tokens    10 in 2 answers", "turns     2, of which 0 forgotten", "loaded: 2 turns",
+        "tokens    10 in 2 answers", "turns     2\n", "loaded: 2 turns",
     ):  # fmt: skip
         assert said in done.err, said
     assert [m["content"] for m in done.json["messages"][::2]] == ["def", "/etc"]

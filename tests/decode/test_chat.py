@@ -299,6 +299,22 @@ def test_an_interrupted_answer_stays_and_the_next_turn_works(start: Callable[...
     assert len(chat.turns) == len(chat.replies) == 2
 
 
+def test_nothing_stays_of_an_answer_stopped_before_it_began(
+    start: Callable[..., Chat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = start()
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.runner.target, "ingest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            chat.answer(chat.prompt("def"), keep_interrupted=True)
+    assert not chat.turns and not chat.replies
+    assert ask(chat, "def").result.text
+
+
+def interrupt(*given: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_take_back_and_forget(start: Callable[..., Chat]) -> None:
     chat = start(system="be kind")
     with pytest.raises(UsageError, match="no message yet"):
