@@ -1,0 +1,130 @@
+"""What is taught of a conversation and of a text, and how samples become batches."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectool.distill.samples import Sample, batches, pad, read_samples, split
+from spectool.errors import TextError
+
+from ..conftest import tokenizer
+
+TEMPLATE = (
+    "{%- for m in messages -%}[{{ m['role'] }}]{{ m['content'] + '</s>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}[assistant]{%- endif -%}"
+)
+# Earlier answers lose what is in brackets, as templates of reasoning models do.
+FORGETFUL = (
+    "{%- for m in messages -%}[{{ m['role'] }}]"
+    "{{ m['content'] if loop.last else m['content'].split(')')[-1] }}{{ '</s>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}[assistant]{%- endif -%}"
+)
+TALK = [
+    {"role": "system", "content": "Be brief and kind to everybody who asks"},
+    {"role": "user", "content": "What does the function do with its argument?"},
+    {"role": "assistant", "content": "(thinking of it) It returns the argument itself, unchanged"},
+    {"role": "user", "content": "And the other one?"},
+    {"role": "assistant", "content": "(once more) It raises an error that names the argument"},
+]
+
+
+def chatty(template: str | None = TEMPLATE) -> Any:
+    changed = copy.deepcopy(tokenizer())
+    changed.chat_template = template
+    return changed
+
+
+@pytest.fixture
+def talk(tmp_path: Path) -> str:
+    path = tmp_path / "talk.jsonl"
+    path.write_text((json.dumps({"messages": TALK}) + "\n") * 2)
+    return str(path)
+
+
+def taught_text(sample: Sample) -> str:
+    kept = [t for t, taught in zip(sample.tokens, sample.taught, strict=True) if taught]
+    return tokenizer().decode(kept)
+
+
+def test_answers_are_taught_with_their_end(talk: str) -> None:
+    (sample, _) = read_samples([talk], chatty(), seq_len=1000)
+    assert taught_text(sample) == "".join(f"{m['content']}</s>\n" for m in (TALK[2], TALK[4]))
+    whole = tokenizer().decode(sample.tokens)
+    assert whole == "".join(f"[{m['role']}]{m['content']}</s>\n" for m in TALK)
+
+
+def test_an_answer_that_the_template_rewrites_is_not_taught(talk: str) -> None:
+    (sample, _) = read_samples([talk], chatty(FORGETFUL), seq_len=1000)
+    assert taught_text(sample) == f"{TALK[4]['content']}</s>\n"
+
+
+def test_conversations_are_cut_at_the_end(talk: str) -> None:
+    whole = read_samples([talk], chatty(), seq_len=1000)[0]
+    cut = read_samples([talk], chatty(), seq_len=len(whole.tokens) - 20)[0]
+    assert cut.tokens == whole.tokens[:-20] and cut.taught == whole.taught[:-20]
+
+
+def test_without_an_answer_there_is_nothing_to_learn(tmp_path: Path) -> None:
+    path = tmp_path / "asked.jsonl"
+    path.write_text((json.dumps({"messages": TALK[:2]}) + "\n") * 5)
+    with pytest.raises(TextError, match=r"asked.jsonl: 0 samples with something to learn"):
+        read_samples([str(path)], chatty(), seq_len=100)
+
+
+def test_text_is_taught_whole_but_for_the_start_token(tmp_path: Path) -> None:
+    path = tmp_path / "plain.txt"
+    text = "def f(x):\n    return x\n" * 40
+    path.write_text(text)
+    samples = read_samples([str(path)], tokenizer(), seq_len=50)
+    assert all(s.tokens[0] == 0 and s.taught == [False] + [True] * (len(s.tokens) - 1)
+               for s in samples)  # fmt: skip
+    assert {len(s.tokens) for s in samples[:-1]} == {50}
+    assert "".join(map(taught_text, samples)) == text[: len("".join(map(taught_text, samples)))]
+
+
+def test_one_text_is_too_little(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("one text that makes one sample of some tokens, and not two")
+    with pytest.raises(TextError, match="at least 2 are needed"):
+        read_samples([str(path)], tokenizer(), seq_len=200)
+
+
+def test_conversations_need_a_template(talk: str) -> None:
+    with pytest.raises(TextError, match="no chat template"):
+        read_samples([talk], chatty(None), seq_len=100)
+
+
+def test_split_keeps_a_fifth_at_most_and_overlaps_nowhere() -> None:
+    samples = [Sample([i] * 20, [True] * 20) for i in range(50)]
+    own, unseen = split(samples, held_out=32, seed=1)
+    assert sorted(own + unseen) == list(range(50)) and len(unseen) == 10
+    assert split(samples, held_out=3, seed=1)[1] != split(samples, held_out=3, seed=2)[1]
+    assert len(split(samples[:2], held_out=9, seed=0)[1]) == 1
+
+
+def test_batches_hold_every_sample_once_an_epoch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 90, (101,), generator=generator).tolist()
+    samples = [Sample([1] * n, [True] * n) for n in lengths]
+    made = batches(samples, batch_tokens=300, steps=None, epochs=2, seed=3)
+    seen = [index for batch in made for index in batch]
+    assert sorted(seen) == sorted([*range(101)] * 2)
+    assert seen[:101] != seen[101:]
+    padded = [len(b) * max(lengths[i] for i in b) for b in made]
+    assert max(padded) <= 300 and sum(lengths) * 2 > 0.75 * sum(padded)
+    assert batches(samples, batch_tokens=300, steps=7, epochs=9, seed=3) == made[:7]
+    long = batches(samples, batch_tokens=300, steps=len(made) + 5, epochs=1, seed=3)
+    assert long[: len(made)] == made and len(long) == len(made) + 5
+    assert batches(samples, batch_tokens=300, steps=0, epochs=1, seed=3) == []
+
+
+def test_padding_is_never_taught() -> None:
+    tokens_BL, taught_BL = pad([Sample([3, 4], [False, True]), Sample([5, 6, 7], [True] * 3)])
+    assert tokens_BL.tolist() == [[3, 4, 0], [5, 6, 7]]
+    assert taught_BL.tolist() == [[False, True, False], [True, True, True]]

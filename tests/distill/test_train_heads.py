@@ -1,0 +1,295 @@
+"""A whole training: what is written, that it is the same every time, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spectool.artifact import ArtifactWriter, own_files
+from spectool.decode.drafters.heads import read_record
+from spectool.decode.drafters.medusa import MedusaHeads
+from spectool.decode.generate import Runner
+from spectool.distill import train_heads as room
+from spectool.distill.train_heads import Job, Report, train_heads
+from spectool.errors import SpectoolError, TextError, UnsupportedError, UsageError
+from spectool.quantize import run as quantizing
+from spectool.quantize.rtn import RTN
+from spectool.training import Training
+
+Train = Callable[..., Report]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(Path(__file__).read_text()[:1600])
+    return str(path)
+
+
+@pytest.fixture
+def train(data: str, tmp_path: Path) -> Train:
+    """`train(checkpoint, "out", steps=…, options={…}, **where)`"""
+
+    def run(
+        source: Path,
+        out: str = "out",
+        *,
+        options: dict[str, Any] | None = None,
+        where: dict[str, Any] | None = None,
+        **asked: Any,
+    ) -> Report:
+        job = Job(
+            method="medusa",
+            config=MedusaHeads.Config(**{"num_heads": 3, **(options or {})}),
+            **{
+                "data": [data], "steps": 8, "seq_len": 64, "batch_tokens": 256, "held_out": 4,
+                "learning_rate": 1e-2, **asked,
+            },
+        )  # fmt: skip
+        return train_heads(source, tmp_path / out, job, **(where or {}))
+
+    return run
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_what_is_written_is_whole_and_drafts(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = checkpoint("llama", dtype=torch.bfloat16)
+    report = train(source)
+    out = tmp_path / "out"
+    assert sorted(contents(out)) == sorted(own_files(out)) == [
+        "heads.safetensors", "spectool_heads.json",
+    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    tensors = load_file(out / "heads.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert sum(tensor.numel() for tensor in tensors.values()) == report.parameters
+    assert report.parameters == 3 * (32 * 32 + 32 + 320 * 32)
+    record = read_record(out)
+    assert record == report.record
+    assert record.training["steps"] == report.steps == 8 and len(record.accuracy) == 3
+    assert report.tokens_per_forward == pytest.approx(record.expected(32))
+    text = (out / "spectool_heads.json").read_text()
+    assert str(tmp_path) not in text and "seconds" not in text
+
+    runner = Runner(source, dtype=torch.float32)
+    (plain,) = runner.generate([[5, 6, 7]], max_new_tokens=40)
+    runner.use(str(out))
+    (result,) = runner.generate([[5, 6, 7]], max_new_tokens=40)
+    assert result.token_ids == plain.token_ids and result.drafted > 0
+
+
+def test_training_beats_no_training(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A random target's text teaches little; slow tests ask more of a real one."""
+    source = checkpoint("llama")
+    trained = train(source, steps=60, regenerate=True, temperature=0.0)
+    untrained = train(source, "untrained", steps=0)
+    assert untrained.steps == 0 and untrained.tokens_per_forward == pytest.approx(
+        trained.initial["score"]
+    )
+    assert trained.tokens_per_forward > untrained.tokens_per_forward + 0.1
+    assert trained.record.training["looks"][-1]["step"] == 60
+
+
+@pytest.mark.parametrize("options", [{"draft_vocab": 30}, {"shared_head": True, "num_layers": 2}])
+def test_smaller_heads(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    source = checkpoint("qwen3")
+    report = train(source, options=options)
+    tensors = load_file(tmp_path / "out" / "heads.safetensors")
+    if "draft_vocab" in options:
+        assert len(tensors["token_map"]) == 30 and tensors["heads.0.lm_head.weight"].shape[0] == 30
+        assert torch.equal(tensors["token_map"], tensors["token_map"].unique())
+    else:
+        assert report.parameters == 3 * 2 * (32 * 32 + 32)
+    runner = Runner(source)
+    (plain,) = runner.generate([[5, 6, 7]], max_new_tokens=30)
+    runner.use(str(tmp_path / "out"))
+    assert runner.generate([[5, 6, 7]], max_new_tokens=30)[0].token_ids == plain.token_ids
+
+
+def test_equal_seeds_give_equal_bytes_and_others_do_not(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = checkpoint("gpt2")
+    for out, seed in (("one", 0), ("two", 0), ("three", 1)):
+        train(source, out, seed=seed, regenerate=True, temperature=0.0)
+    one, two, three = (contents(tmp_path / out) for out in ("one", "two", "three"))
+    assert one == two and one["heads.safetensors"] != three["heads.safetensors"]
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    train: Train,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int,
+) -> None:
+    """Stopped at the n-th shard that it writes: texts of the target, states, the heads."""
+    source = checkpoint("llama")
+    monkeypatch.setattr(room, "_GROUP", 8)
+    train(source, "whole", regenerate=True)
+    monkeypatch.setattr(Training, "__init__", _storing_always(Training.__init__))
+    write, count = ArtifactWriter.write_shard, [0]
+
+    def failing(self: ArtifactWriter, *arguments: Any) -> None:
+        if count[0] == stop:
+            raise KeyboardInterrupt
+        count[0] += 1
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactWriter, "write_shard", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(source, regenerate=True)
+    assert not (tmp_path / "out").exists()
+    train(source, regenerate=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def _storing_always(original: Any) -> Any:
+    return lambda self, **given: original(self, **{**given, "save_seconds": -1})
+
+
+def test_other_data_do_not_resume(
+    train: Train,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = checkpoint("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(source)
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely, and long enough to be more than one text\n" * 30)
+    with pytest.raises(UsageError, match="unfinished run with another data"):
+        train(source, data=[str(other)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_fit_what_is_packed_from_their_target_and_the_other_way_round(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = checkpoint("llama")
+    job = quantizing.Job(method="rtn", config=RTN.Config())
+    packed = tmp_path / "packed"
+    quantizing.quantize(source, packed, job)
+    train(source, "of-original")
+    train(packed, "of-packed")
+    original, compressed = (
+        read_record(tmp_path / name).target for name in ("of-original", "of-packed")
+    )
+    assert original["lineage"] == compressed["lineage"] == original["fingerprint"]
+    assert compressed["fingerprint"] != original["fingerprint"]
+    for target in (source, packed):
+        runner = Runner(target)
+        (plain,) = runner.generate([[5, 6, 7]], max_new_tokens=30)
+        for heads in ("of-original", "of-packed"):
+            runner.use(str(tmp_path / heads))
+            assert runner.generate([[5, 6, 7]], max_new_tokens=30)[0].token_ids == plain.token_ids
+
+
+def test_heads_beside_a_checkpoint_are_found(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(checkpoint("llama"), source)
+    assert Runner(source, draft="auto").drafter_name == "ngram"
+    train(source)
+    (tmp_path / "out").rename(source / "heads")
+    assert Runner(source, draft="auto").drafter_name == "medusa"
+    assert Runner(source, draft="auto:nodes=3").drafter.config.nodes == 3  # type: ignore
+
+
+def test_too_little_data(train: Train, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("too short")
+    with pytest.raises(TextError, match="at least 2 are needed"):
+        train(checkpoint("llama"), data=[str(path)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["short.txt"]
+
+
+def test_more_draft_tokens_than_tokens(train: Train, checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match=r"--draft-vocab 321: the target has 320 tokens"):
+        train(checkpoint("llama"), options={"draft_vocab": 321})
+
+
+def test_what_cannot_fit_is_refused_before_it_starts(
+    train: Train,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "available_memory", lambda device: 1000)
+    with pytest.raises(UnsupportedError, match=r"takes .* GB, and 0\.0 GB are free"):
+        train(checkpoint("llama"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_loss_that_diverges_is_one_line(train: Train, checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(SpectoolError, match="training diverged"):
+        train(checkpoint("llama"), learning_rate=1e30)
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments(checkpoint: Callable[..., Path], data: str, tmp_path: Path) -> None:
+    """SIGKILL, eight times, then to the end: the bytes of an undisturbed run."""
+    source = checkpoint("llama")
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", "spectool", "train-heads", "medusa", str(source),
+                 str(tmp_path / out), "--data", data, "--steps", "300", "--seq-len", "64",
+                 "--batch-tokens", "512", "--regenerate", "--threads", "1"]  # fmt: skip
+        quick = (
+            "import sys, spectool.training as t; t.Training.__init__.__kwdefaults__"
+            "['save_seconds'] = 0.2; from spectool.cli import main; sys.argv = sys.argv[1:]; main()"
+        )
+        return subprocess.Popen([sys.executable, "-c", quick, *words[2:]])
+
+    began = time.monotonic()
+    assert start("whole").wait() == 0
+    length = time.monotonic() - began
+    chance = random.Random(0)
+    killed = 0
+    for _ in range(8):
+        process = start("out")
+        time.sleep(chance.uniform(0.3, 0.9) * length)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        if (tmp_path / "out").exists():
+            break
+    assert killed >= 2
+    if not (tmp_path / "out").exists():
+        assert start("out").wait() == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert json.loads((tmp_path / "out/spectool_heads.json").read_text())["method"] == "medusa"
