@@ -15,6 +15,7 @@ import typer
 from rich.text import Text
 
 from spectool.cli.common import (
+    AllowOtherTarget,
     Context,
     Debug,
     Device,
@@ -97,6 +98,7 @@ def chat(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_other_target: AllowOtherTarget = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -114,6 +116,7 @@ def chat(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            allow_other_target=allow_other_target,
         )
         from spectool.decode.chat import Chat, Options
 
