@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from spectool.cli import bench, chat, doctor, evaluate, generate, inspect, list_methods
+from spectool.cli import bench, chat, demo, doctor, evaluate, generate, inspect, list_methods
 from spectool.cli.quantize import QUANTIZE
 from spectool.cli.train_heads import TRAIN_HEADS
 from spectool.version import __version__
@@ -48,6 +48,7 @@ app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("list")(list_methods.list_methods)
 app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
 
 
 def main() -> None:

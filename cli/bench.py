@@ -30,6 +30,7 @@ from spectool.cli.common import (
     TrustRemoteCode,
     Verify,
     open_runner,
+    prepare_torch,
     read_prompts,
     session,
 )
@@ -43,6 +44,13 @@ def bench(
     draft: Annotated[
         list[str] | None,
         typer.Option(help="Drafter, heads or smaller checkpoint, then :key=value; repeatable."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint to run beside MODEL, its original say; a packed MODEL then runs both "
+            "packed and dense."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -69,52 +77,77 @@ def bench(
 ) -> None:
     """Speed of each drafter against plain decoding, and whether the output stayed the same."""
     with session(json_wanted=json_output, debug=debug) as output:
-        runner, tokenizer = open_runner(
-            output,
-            model,
-            draft=None,
-            dtype=dtype,
-            device=device,
-            runtime=runtime,
-            context=context,
-            threads=threads,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            allow_other_target=allow_other_target,
-        )
+        prepare_torch(threads)
         from spectool.evaluate import bench as room
+        from spectool.loading import describe_runtime
         from spectool.machine import describe
 
-        found = read_prompts(
-            tokenizer,
-            prompt=None,
-            prompts=prompts,
-            field=field,
-            template=template_arg,
-            limit=limit,
-        )
-        result = room.bench(
-            runner,
-            found,
-            draft or (),
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            law=room.Law(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
-            verify=verify,
-            lossy=lossy,
-            say=output.say,
-        )
-        result = {"machine": describe(), **result}
-        output.show(_table(result))
-        output.show(
-            f"{result['kept_share']:.0%} of the plain output kept: {result['prompts_cut']} of "
-            f"{result['prompts']} prompts cut where it began to repeat itself"
-        )
-        output.result(result)
-        broken = room.broken_promises(result)
+        runs = []
+        for path, how in _targets(model, reference, runtime):
+            runner, tokenizer = open_runner(
+                output,
+                path,
+                draft=None,
+                dtype=dtype,
+                device=device,
+                runtime=how,
+                context=context,
+                threads=threads,
+                revision=revision if path == model else None,
+                trust_remote_code=trust_remote_code,
+                allow_other_target=allow_other_target,
+            )
+            found = read_prompts(
+                tokenizer,
+                prompt=None,
+                prompts=prompts,
+                field=field,
+                template=template_arg,
+                limit=limit,
+            )
+            result = room.bench(
+                runner,
+                found,
+                draft or (),
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                law=room.Law(
+                    temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+                ),
+                verify=verify,
+                lossy=lossy,
+                say=output.say,
+            )
+            runs.append({"model": path, "runtime": describe_runtime(runner.target.model), **result})
+        for run in runs:
+            if len(runs) > 1:
+                output.show(f"{run['model']}: {run['runtime']}")
+            output.show(_table(run))
+            output.show(
+                f"{run['kept_share']:.0%} of the plain output kept: {run['prompts_cut']} of "
+                f"{run['prompts']} prompts cut where it began to repeat itself"
+            )
+        if len(runs) > 1:
+            output.show(_comparison(runs))
+        output.result({"machine": describe(), **runs[0], "beside": runs[1:]})
+        broken = [f"{name} on {run['model']}" for run in runs for name in room.broken_promises(run)]
         if broken:
             output.say(f"error: output differs from plain decoding in float32: {', '.join(broken)}")
             raise typer.Exit(1)
+
+
+def _targets(model: str, reference: str | None, runtime: str) -> list[tuple[str, str]]:
+    """What to run, and how: MODEL alone, or a packed one in both ways and then its reference."""
+    from spectool.checkpoint import open_checkpoint
+    from spectool.errors import UsageError
+
+    if reference is None:
+        return [(model, runtime)]
+    if not open_checkpoint(model).layout.is_packed:
+        return [(model, runtime), (reference, "auto")]
+    if runtime != "auto":
+        raise UsageError("--reference runs a packed MODEL both packed and dense; no --runtime")
+    return [(model, "packed"), (model, "dense"), (reference, "auto")]
 
 
 def _table(result: dict[str, Any]) -> Any:
@@ -133,5 +166,27 @@ def _table(result: dict[str, Any]) -> Any:
             f"{row['tokens_per_forward']:.2f}",
             f"{row['accepted'] / row['drafted']:.0%}" if row["drafted"] else "-",
             "-" if identical is None else f"{identical}/{row['prompts']}",
+        )
+    return table
+
+
+def _comparison(runs: list[dict[str, Any]]) -> Any:
+    """The best of every run beside plain decoding of the last one, the reference."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for heading in ("runs", "plain tok/s", "best tok/s", "drafter", "of the reference"):
+        table.add_column(heading, justify="left" if heading in ("runs", "drafter") else "right")
+    plain = runs[-1]["baseline"]["tokens_per_second"]
+    for run in runs:
+        rows = [run["baseline"], *run["drafters"]]
+        best = max(rows, key=lambda row: float(row["tokens_per_second"]))
+        table.add_row(
+            f"{run['model']}: {run['runtime']}",
+            f"{run['baseline']['tokens_per_second']:.1f}",
+            f"{best['tokens_per_second']:.1f}",
+            best["name"],
+            f"{best['tokens_per_second'] / plain:.2f}",
         )
     return table

@@ -56,7 +56,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe,
         bos_token=END,
         eos_token=END,
@@ -69,7 +69,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    ends = [tokenizer.convert_tokens_to_ids(token) for token in (END, STOP)]
+    ends: list[Any] = [tokenizer.convert_tokens_to_ids(token) for token in (END, STOP)]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,
@@ -87,7 +87,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
         bos_token_id=ends[0], eos_token_id=ends, pad_token_id=ends[0]
-    )
+    )  # type: ignore[no-untyped-call]
     return model
 
 
@@ -120,12 +120,12 @@ def train(
         generator = torch.Generator().manual_seed(seed + step)
         starts = torch.randint(0, len(text) - CONTEXT + 1, (BATCH,), generator=generator)
         loss = loss_of(torch.stack([text[start : start + CONTEXT] for start in starts.tolist()]))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.item()}
 
     @torch.inference_mode()
     def evaluate() -> Figures:
-        losses = [loss_of(ids_BL).item() for ids_BL in rows_SL.split(BATCH)]
+        losses = [loss_of(ids_BL).item() for ids_BL in torch.split(rows_SL, BATCH)]
         mean = sum(losses) / len(losses)
         return {"score": -mean, "loss": mean}
 
@@ -184,7 +184,8 @@ def main() -> None:
     history = train(model, text, held_out, recipe, given.seed).history
     assert history.best is not None
 
-    model.to(torch.bfloat16).save_pretrained(given.out)
+    stored: Any = model
+    stored.to(torch.bfloat16).save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
     record: dict[str, Any] = {
         "command": f"python examples/train_tiny_lm.py OUT --steps {given.steps}",

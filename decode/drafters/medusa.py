@@ -151,7 +151,9 @@ class MedusaHeads(nn.Module):
         """Places of tokens among those that can be guessed; -1 for the others."""
         if self.token_map is None:
             return tokens
-        places = torch.searchsorted(self.token_map, tokens.contiguous()).clamp_(max=len(self.token_map) - 1)
+        places = torch.searchsorted(self.token_map, tokens.contiguous()).clamp_(
+            max=len(self.token_map) - 1
+        )
         return torch.where(self.token_map[places] == tokens, places, -1)
 
 

@@ -242,12 +242,15 @@ def test_a_model_in_the_methods_place_gets_a_hint(
 
 
 def commands() -> list[tuple[str, Any]]:
-    from spectool.cli.quantize import command
-    from spectool.methods import names
+    from spectool.cli import QUANTIZE, TRAIN_HEADS
 
     root: Any = typer.main.get_command(app)
-    found = [(name, command) for name, command in root.commands.items() if name != "quantize"]
-    return found + [(f"quantize {name}", command(name)) for name in names("quantizer")]
+    verbs = (QUANTIZE, TRAIN_HEADS)
+    groups = {verb.name for verb in verbs}
+    found = [(name, command) for name, command in root.commands.items() if name not in groups]
+    return found + [
+        (f"{verb.name} {name}", verb.command(name)) for verb in verbs for name in verb.known()
+    ]
 
 
 @pytest.mark.parametrize(("name", "command"), commands(), ids=lambda value: str(value)[:14])

@@ -113,7 +113,7 @@ def test_training_beats_no_training(
     assert untrained.steps == 0 and untrained.tokens_per_forward == pytest.approx(
         trained.initial["score"]
     )
-    assert trained.tokens_per_forward > untrained.tokens_per_forward + 0.1
+    assert trained.tokens_per_forward > untrained.tokens_per_forward + 0.05
     assert trained.record.training["looks"][-1]["step"] == 60
 
 

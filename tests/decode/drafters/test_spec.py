@@ -7,10 +7,12 @@ import pytest
 from transformers import PreTrainedModel
 
 from spectool import methods
+from spectool.artifact import HEADS
 from spectool.decode.drafters.draft_model import DraftModelDrafter
+from spectool.decode.drafters.heads import HeadsRecord
 from spectool.decode.drafters.spec import open_drafter, parse_spec
 from spectool.decode.target import Target
-from spectool.errors import CheckpointError, UnsupportedError, UsageError
+from spectool.errors import CheckpointError, UsageError
 
 
 def test_names_and_options() -> None:
@@ -76,10 +78,19 @@ def test_an_id_that_the_hub_does_not_give_is_one_line(tiny: Callable[..., PreTra
     assert "did you mean" not in str(refusal.value.hint)
 
 
-def test_heads_are_refused_by_what_they_are(tmp_path: Path) -> None:
-    (tmp_path / "spectool_heads.json").write_text("{}")
-    with pytest.raises(UnsupportedError, match="draft heads"):
-        parse_spec(str(tmp_path))
+def test_a_heads_directory_names_its_method(tmp_path: Path) -> None:
+    record = HeadsRecord(
+        method="medusa", options={}, target={}, accuracy=[], tree=[], shares=[], training={}
+    )
+    (tmp_path / HEADS).write_bytes(record.as_bytes())
+    spec = parse_spec(f"{tmp_path}:nodes=5")
+    assert (spec.name, spec.path, spec.config.nodes) == ("medusa", str(tmp_path), 5)
+
+
+def test_a_trained_drafter_needs_its_heads() -> None:
+    with pytest.raises(UsageError, match="medusa needs trained heads") as caught:
+        parse_spec("medusa:nodes=4")
+    assert "train-heads medusa" in str(caught.value.hint)
 
 
 def test_a_checkpoint_becomes_a_draft_model(

@@ -1,0 +1,179 @@
+"""`spectool demo`: the whole job on the bundled checkpoint, command by command."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spectool.cli.common import Debug, Json, Output, Threads, prepare_torch, session, size
+
+# A packed model may say more of the text wrongly than this many times over, and no more.
+GATE = "perplexity_ratio<=1.6"
+CHECKPOINT = "tiny-python"
+
+# What there is of text is more than a few minutes need.
+TRAIN_CHARACTERS = 400_000
+HELD_OUT_CHARACTERS = 60_000
+NUM_PROMPTS = 8
+PROMPT_LINES = 12
+
+
+def demo(
+    out: Annotated[Path, typer.Argument(help="Directory for texts, checkpoint and heads.")] = Path(
+        "spectool-demo"
+    ),
+    threads: Threads = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compress the bundled checkpoint, teach it to draft, show what was lost and gained, run it."""
+    with session(json_wanted=json_output, debug=debug) as output:
+        prepare_torch(threads)
+        model = str(resources.files("spectool.examples").joinpath(CHECKPOINT))
+        out.mkdir(parents=True, exist_ok=True)
+        texts = _write_texts(out)
+        packed, heads, own = out / "packed", out / "heads", out / "heads-of-packed"
+        output.say(
+            f"demo: {CHECKPOINT} and texts of this Python's standard library, its held-out files "
+            f"apart; all goes to {out}"
+        )
+        train = ["--data", texts["train"], "--steps", "150", "--seq-len", "256", "--overwrite",
+                 "--batch-tokens", "2048", "--held-out", "24"]  # fmt: skip
+        bench = ["--prompts", texts["prompts"], "--max-new-tokens", "96", "--dtype", "float32"]
+        steps: dict[str, list[str]] = {
+            "quantize": [
+                "quantize", "ptq161", model, str(packed), "--calibration", texts["train"],
+                "--samples", "48", "--seq-len", "256", "--epochs", "6", "--overwrite",
+            ],
+            "heads": ["train-heads", "medusa", model, str(heads), *train],
+            "heads of packed": ["train-heads", "medusa", str(packed), str(own), *train],
+            "eval": [
+                "eval", str(packed), "--reference", model, "--text", texts["held-out"], "--bos",
+                "--window", "512", "--gate", GATE,
+            ],
+            "bench": [
+                "bench", str(packed), "--reference", model, *bench, "--draft", "ngram",
+                "--draft", str(heads), "--draft", str(own),
+            ],
+            "generate": [
+                "generate", str(packed), "--prompt", texts["sample"], "--draft", str(own),
+                "--max-new-tokens", "80",
+            ],
+        }  # fmt: skip
+        results: dict[str, dict[str, Any]] = {}
+        for number, (name, words) in enumerate(steps.items(), start=1):
+            output.say(f"\n[{number}/{len(steps)}] $ spectool {shlex.join(words)}")
+            results[name] = _run(output, words)
+        sample = results["generate"]["results"][0]["text"]
+        output.show(f"\n{texts['sample']}{sample}\n")
+        output.show(_table(results))
+        seconds = time.monotonic() - output.began
+        held = results["eval"]["gates"][0]["holds"]
+        output.show(
+            f"gate {GATE}: {'holds' if held else 'does not hold'}; greedy output identical with "
+            f"every drafter on every model; {seconds:.0f} s"
+        )
+        output.result({"seconds": seconds, "steps": results})
+        if not held:
+            raise typer.Exit(3)
+
+
+def _run(output: Output, words: list[str]) -> dict[str, Any]:
+    """Run a command as a shell would, with what it tells people shown; its result.
+
+    Raises:
+        typer.Exit: it failed; a gate that does not hold is told at the end.
+    """
+    from spectool.cli import app
+
+    found = io.StringIO()
+    command: Any = typer.main.get_command(app)
+    with contextlib.redirect_stdout(found):
+        code = command.main([*words, "--json"], prog_name="spectool", standalone_mode=False)
+    if code not in (None, 0, 3):
+        raise typer.Exit(code)
+    result: dict[str, Any] = json.loads(found.getvalue())
+    return result
+
+
+def _write_texts(out: Path) -> dict[str, str]:
+    """Text to learn from and, of files that nothing learnt from, text and prompts to measure on."""
+    from spectool.stdlib import conversations, documents
+
+    known = list(documents())
+    rows: list[dict[str, Any]] = []
+    for number, document in enumerate(known):
+        # Some of every part of the library, code and answers alike.
+        if not document.held_out and number % 7 == 0:
+            rows.append({"text": document.text[:12_000]})
+            rows += [{"messages": talk} for talk in list(conversations(document))[:6]]
+    train, total = [], 0
+    for row in rows:
+        line = json.dumps(row)
+        total += len(line)
+        if total > TRAIN_CHARACTERS:
+            break
+        train.append(line)
+    unseen = [
+        document.text for document in known if document.held_out and len(document.text) > 6000
+    ]
+    prompts = [
+        "\n".join(text.splitlines()[start : start + PROMPT_LINES]) + "\n"
+        for text in unseen
+        for start in (len(text.splitlines()) // 3, 2 * len(text.splitlines()) // 3)
+    ]
+    chosen = prompts[:: max(1, len(prompts) // NUM_PROMPTS)][:NUM_PROMPTS]
+    files = {
+        "train": (out / "train.jsonl", "\n".join(train) + "\n"),
+        "held-out": (out / "held-out.txt", "\n\n".join(unseen)[:HELD_OUT_CHARACTERS]),
+        "prompts": (
+            out / "prompts.jsonl",
+            "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in chosen),
+        ),
+    }
+    for path, text in files.values():
+        path.write_text(text, encoding="utf-8")
+    return {"sample": chosen[0], **{name: str(path) for name, (path, _) in files.items()}}
+
+
+def _table(results: dict[str, dict[str, Any]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("")
+    for heading in ("original", "packed"):
+        table.add_column(heading, justify="right")
+    quantized, measured = results["quantize"], results["eval"]
+    packed = results["bench"]
+    dense, original = packed["beside"]
+    table.add_row(
+        "bits per weight, linears", "16", f"{quantized['bits_per_weight']['linears']:.3f}"
+    )
+    table.add_row("bits per weight, file", "16", f"{quantized['bits_per_weight']['file']:.3f}")
+    table.add_row("weights", "", size(quantized["bytes"]))
+    table.add_row(
+        "held-out perplexity",
+        f"{measured['reference']['perplexity']:.2f}",
+        f"{measured['perplexity']['value']:.2f}",
+    )
+    table.add_row("same top token", "", f"{measured['top1_agreement']:.1%}")
+    for index, name in enumerate(("plain", "ngram", "heads", "heads of packed")):
+        cells = []
+        for run in (original, dense):
+            row = (run["baseline"], *run["drafters"])[index]
+            cells.append(
+                f"{row['tokens_per_second']:.0f} tok/s, {row['tokens_per_forward']:.2f} a forward"
+            )
+        table.add_row(name, *cells)
+    table.add_row("plain, codes unpacked at every forward", "",
+                  f"{packed['baseline']['tokens_per_second']:.0f} tok/s")  # fmt: skip
+    return table

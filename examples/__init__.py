@@ -1,0 +1,1 @@
+"""Scripts that a user runs, and the bundled checkpoint that one of them made."""
