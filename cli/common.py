@@ -108,7 +108,7 @@ class Output:
 
     def start(self) -> None:
         """What comes next is what `progress` counts: the time before it does not tell its pace."""
-        self.work_began = time.monotonic()
+        self.work_began = self._said = time.monotonic()
 
     def progress(self, done: float, total: int, what: str) -> None:
         """One step of something long, or a share of one, with the time left from then on.

@@ -9,17 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from spectool.cli.common import Debug, Json, session, size
+from spectool.cli.common import Debug, Json, Output, session, size
+from spectool.errors import CheckpointError
+from spectool.headers import HEADS, HEADS_FILE
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint or heads directory.")],
     layers: Annotated[bool, typer.Option("--layers", help="List every packed matrix.")] = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Contents, stored bits and origin of a checkpoint, read from headers only."""
+    """Contents, stored bits and origin of a checkpoint or of heads, read from headers only."""
     with session(json_wanted=json_output, debug=debug) as output:
+        if (path / HEADS).is_file():
+            _inspect_heads(output, path)
+            return
         from spectool.headers import read_layout
         from spectool.quantize.ledger import measure
 
@@ -74,6 +79,66 @@ def inspect(
         output.result(result)
 
 
+def _inspect_heads(output: Output, path: Path) -> None:
+    from spectool.headers import read_header, read_json
+
+    found = read_json(path / HEADS)
+    entries = read_header(path / HEADS_FILE)[1]
+    result = {
+        "kind": "heads",
+        "parameters": sum(entry.num_elements for entry in entries if entry.name != "token_map"),
+        "bytes": sum(entry.num_bytes for entry in entries),
+        "command": heads_command(found),
+        **found,
+    }
+    output.show(
+        f"{path}: {found.get('method')} heads, {result['parameters'] / 1e6:.2f} M parameters in "
+        f"{size(result['bytes'])}"
+    )
+    try:
+        accuracy = " ".join(f"{share:.1%}" for share in found["accuracy"])
+        output.show(f"held-out accuracy by head: {accuracy}")
+        output.show(f"trained for: {found['target']['lineage']} and what is packed from it")
+        for nodes in (8, 16, 32, 64):
+            if nodes <= len(found["tree"]):
+                output.show(
+                    f"best tree of {nodes} nodes: about {1 + sum(found['shares'][:nodes]):.2f} "
+                    "tokens per forward"
+                )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {HEADS} is not the record of draft heads") from error
+    if result["command"]:
+        output.show(f"made by: {result['command']}")
+    output.result(result)
+
+
+def heads_command(found: dict[str, Any]) -> str | None:
+    """The command that trains the heads again, from the same target and data."""
+    try:
+        training = found["training"]
+        words = ["spectool", "train-heads", found["method"], "MODEL", "OUT", "--data", "DATA"]
+        words += ["--steps", str(training["steps"])]
+        for key in ("seq_len", "batch_tokens", "learning_rate", "warmup", "held_out", "seed"):
+            words += [f"--{key.replace('_', '-')}", json.dumps(training[key])]
+        if training["regenerate"]:
+            words += ["--regenerate", "--temperature", json.dumps(training["temperature"])]
+        return shlex.join(words + _options(found["options"]))
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _options(options: dict[str, Any]) -> list[str]:
+    """A method's options as they are written on the command line."""
+    words: list[str] = []
+    for key, value in options.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
 def command(made_by: dict[str, Any]) -> str | None:
     """The command that makes the artifact again, from a source with the same fingerprint.
 
@@ -81,12 +146,7 @@ def command(made_by: dict[str, Any]) -> str | None:
     """
     try:
         words = ["spectool", "quantize", made_by["method"], "MODEL", "OUT"]
-        for key, value in made_by["options"].items():
-            flag = key.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            elif value is not None:
-                words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+        words += _options(made_by["options"])
         for pattern in made_by["skip"]:
             words += ["--skip", pattern]
         if made_by["allow_dense"]:

@@ -112,11 +112,12 @@ def train_heads(
             seed=seed,
         )
 
+        seen = ""
+
         def watch(step: int, total: int, figures: dict[str, Any], look: Any) -> None:
-            line = f"steps, loss {figures['loss']:.3f}"
-            if look is not None:
-                output.say(_look(step, look))
-            output.progress(step, total, line)
+            nonlocal seen
+            seen = _look(look) if look is not None else seen
+            output.progress(step, total, f"loss {figures['loss']:.3f}{seen}, steps")
 
         try:
             report = room.train_heads(
@@ -154,12 +155,9 @@ def _show_plan(output: Output, job: Any, plan: Plan) -> None:
         output.say(f"plan: the model writes the answers anew first, temperature {job.temperature}")
 
 
-def _look(step: int, look: dict[str, Any]) -> str:
-    accuracy = " ".join(f"{share:.1%}" for share in look["accuracy"])
-    return (
-        f"after {step} steps: held-out accuracy by head {accuracy}; about {look['score']:.2f} "
-        "tokens per forward"
-    )
+def _look(look: dict[str, Any]) -> str:
+    accuracy = " ".join(f"{share:.0%}" for share in look["accuracy"])
+    return f", held out {accuracy} by head and {look['score']:.2f} tokens per forward"
 
 
 def _finish(output: Output, out: Path, report: Report) -> None:

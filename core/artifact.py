@@ -26,9 +26,7 @@ from torch import Tensor
 
 from spectool.checkpoint import CHUNK, DTYPES, check_finite, torch_dtype
 from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
-from spectool.headers import PACKED_INDEX, TensorEntry, read_json
-
-HEADS = "spectool_heads.json"
+from spectool.headers import HEADS, PACKED_INDEX, TensorEntry, read_json
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

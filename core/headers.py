@@ -28,6 +28,8 @@ DTYPE_BITS = {
 DENSE_INDEX = "model.safetensors.index.json"
 DENSE_FILE = "model.safetensors"
 PACKED_INDEX = "packed.safetensors.index.json"
+HEADS = "spectool_heads.json"
+HEADS_FILE = "heads.safetensors"
 
 # The newest layout of artifacts that is read here, and the one that is written.
 FORMAT_VERSION = 1

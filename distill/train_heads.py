@@ -20,12 +20,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from spectool.artifact import HEADS, ArtifactWriter
+from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import Checkpoint, open_checkpoint, read_tensor, text_fingerprint
 from spectool.decode.drafters.heads import (
     MOST_NODES,
     TOP,
-    WEIGHTS,
     HeadsRecord,
     frequent,
     lineage,
@@ -35,7 +34,7 @@ from spectool.decode.protocol import Lesson, Needs
 from spectool.decode.target import Target
 from spectool.decode.tree import best_paths
 from spectool.errors import TextError, UnsupportedError, UsageError
-from spectool.headers import read_header
+from spectool.headers import HEADS, HEADS_FILE, read_header
 from spectool.loading import (
     check_device,
     default_dtype,
@@ -241,9 +240,9 @@ def train_heads(
             for name, value in course.heads.state_dict().items()
         }
         metadata = {"method": job.method, "options": record.options, "target": record.target}
-        writer.write_shard(WEIGHTS, tensors, metadata, {})
+        writer.write_shard(HEADS_FILE, tensors, metadata, {})
         for shard in sorted(writer.manifest["shards"]):
-            if shard != WEIGHTS:
+            if shard != HEADS_FILE:
                 writer.discard(shard)
         writer.finish({HEADS: record.as_bytes()})
     return Report(

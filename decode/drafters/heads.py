@@ -22,14 +22,12 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import loading, methods
-from spectool.artifact import HEADS
 from spectool.checkpoint import Checkpoint, open_checkpoint, read_tensor
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, UnsupportedError
-from spectool.headers import read_header, read_json
+from spectool.headers import HEADS, HEADS_FILE, read_header, read_json
 
-WEIGHTS = "heads.safetensors"
 FORMAT_VERSION = 1
 
 # Guesses of a head that a tree may hold, and nodes that are kept of the best tree.
@@ -56,7 +54,7 @@ class HeadsRecord:
     tree: list[list[int]]
     shares: list[float]
     training: dict[str, Any]
-    files: list[str] = field(default_factory=lambda: sorted([HEADS, WEIGHTS]))
+    files: list[str] = field(default_factory=lambda: sorted([HEADS, HEADS_FILE]))
     format_version: int = FORMAT_VERSION
 
     def as_bytes(self) -> bytes:
@@ -111,7 +109,7 @@ def open_heads(
     record = read_record(path)
     check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
     drafter: Any = methods.resolve(record.method, "drafter")
-    entries = {entry.name: entry for entry in read_header(path / WEIGHTS)[1]}
+    entries = {entry.name: entry for entry in read_header(path / HEADS_FILE)[1]}
     tensors = {name: read_tensor(entry) for name, entry in entries.items()}
     token_map = tensors.get("token_map")
     heads: nn.Module = drafter.Heads(
@@ -124,7 +122,7 @@ def open_heads(
     if wanted != stored:
         name = sorted(wanted.items() ^ stored.items())[0][0]
         raise CheckpointError(
-            f"{path / WEIGHTS}: {name} is {stored.get(name, 'absent')}, expected "
+            f"{path / HEADS_FILE}: {name} is {stored.get(name, 'absent')}, expected "
             f"{wanted.get(name, 'no such tensor')}"
         )
     heads.load_state_dict(tensors)

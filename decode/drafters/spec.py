@@ -15,11 +15,11 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import hub, loading, methods
-from spectool.artifact import HEADS
 from spectool.decode.drafters import heads
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, UsageError
+from spectool.headers import HEADS
 
 _AUTO = "ngram"
 # Closer than this to a name is a misspelling, farther away a hub id ("nope" is not "none").

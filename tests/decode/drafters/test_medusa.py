@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from spectool.artifact import write_safetensors
 from spectool.decode.drafters import heads as shared_code
-from spectool.decode.drafters.heads import HEADS, WEIGHTS, HeadsRecord, open_heads
+from spectool.decode.drafters.heads import HeadsRecord, open_heads
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Lesson
 from spectool.decode.target import Target
 from spectool.decode.tree import RankTree, best_paths
 from spectool.errors import CheckpointError
+from spectool.headers import HEADS, HEADS_FILE
 
 from ...conftest import VOCAB
 
@@ -268,7 +269,7 @@ def stored(tmp_path: Path, checkpoint: Callable[..., Path]) -> Callable[..., Pat
         path = tmp_path / "heads"
         path.mkdir()
         (path / HEADS).write_bytes(record.as_bytes())
-        write_safetensors(path / WEIGHTS, heads.state_dict(), {})
+        write_safetensors(path / HEADS_FILE, heads.state_dict(), {})
         return path
 
     return write
@@ -339,7 +340,7 @@ def test_weights_that_are_not_the_records_are_refused(
     stored: Callable[..., Path], checkpoint: Callable[..., Path]
 ) -> None:
     path = stored()
-    write_safetensors(path / WEIGHTS, {"heads.0.lm_head.weight": torch.zeros(2, 2)}, {})
+    write_safetensors(path / HEADS_FILE, {"heads.0.lm_head.weight": torch.zeros(2, 2)}, {})
     with pytest.raises(CheckpointError, match="expected"):
         open_heads(
             path,

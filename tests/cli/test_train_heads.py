@@ -1,0 +1,112 @@
+"""`train-heads` end to end: its result, `inspect` of it, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Done
+
+Spectool = Callable[..., Done]
+QUICK = ("--steps", 3, "--seq-len", 64, "--batch-tokens", 256, "--held-out", 4, "--num-heads", 2)
+
+
+def test_the_result_and_what_inspect_says_of_it(
+    spectool: Spectool, checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "heads"
+    text.write_text(text.read_text()[:1500])
+    done = spectool("train-heads", "medusa", source, out, "--data", text, *QUICK, "--json")
+    assert done.code == 0, done.err
+    result = done.json
+    assert set(result) == {
+        "schema_version", "out", "method", "parameters", "steps", "seconds", "accuracy",
+        "tokens_per_forward_estimate", "untrained_estimate", "tree",
+    }  # fmt: skip
+    assert result["steps"] == 3 and len(result["accuracy"]) == 2
+    assert set(result["tree"]) == {"nodes", "depth"}
+    assert "plan: medusa (num_heads=2" in done.err and "about" in done.err
+
+    again = spectool("train-heads", "medusa", source, out, "--data", text, *QUICK)
+    assert again.code == 2 and "exists already" in again.err
+    seen = spectool("inspect", out, "--json").json
+    assert seen["kind"] == "heads" and seen["parameters"] == result["parameters"]
+    words = seen["command"].split()
+    people = spectool("inspect", out)
+    assert people.code == 0 and "medusa heads" in people.out
+
+    words = [{"MODEL": source, "OUT": tmp_path / "second", "DATA": text}.get(w, w) for w in words]
+    assert spectool(*words[1:]).code == 0
+    for name in ("heads.safetensors", "spectool_heads.json"):
+        assert (out / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+    written = spectool(
+        "generate", source, "--prompt", "def run(", "--draft", out, "--max-new-tokens", 9, "--json"
+    ).json
+    plain = spectool(
+        "generate", source, "--prompt", "def run(", "--draft", "none", "--max-new-tokens", 9,
+        "--json",
+    ).json  # fmt: skip
+    assert written["drafter"] == "medusa"
+    assert written["results"][0]["token_ids"] == plain["results"][0]["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--data": None}, "no data"),
+        ({"--data": "absent.txt"}, "absent.txt: no such file"),
+        ({"--epochs": 2}, "--steps and --epochs exclude each other"),
+        ({"--draft-vocab": 999}, "--draft-vocab 999: the target has 320 tokens"),
+        ({"--num-heads": 0}, "--num-heads 0: must be at least 1"),
+        ({"--dtype": "int3"}, "dtype int3: expected one of"),
+        ({"--device": "tpu"}, "device tpu: expected cpu"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    spectool: Spectool,
+    checkpoint: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    options = {**dict(zip(QUICK[::2], QUICK[1::2], strict=True)), "--data": text, **change}
+    words = [word for key, value in options.items() if value is not None for word in (key, value)]
+    out = tmp_path / "heads"
+    done = spectool("train-heads", "medusa", checkpoint("llama"), out, *words)
+    assert done.code == 2 and f"error: {message}" in done.err
+    assert not list(tmp_path.glob("heads*"))
+
+
+@pytest.mark.parametrize("method", ["ngram", "rtn", "hydro"])
+def test_only_trained_drafters_are_trained(spectool: Spectool, method: str) -> None:
+    done = spectool("train-heads", method, "model", "out")
+    assert done.code == 2 and "known:" in done.err
+
+
+def test_heads_of_another_model_are_refused_in_one_line(
+    spectool: Spectool, checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "heads"
+    text.write_text(text.read_text()[:1500])
+    assert (
+        spectool("train-heads", "medusa", checkpoint("llama"), out, "--data", text, *QUICK).code
+        == 0
+    )
+    other = checkpoint("llama", seed=1)
+    words = ("generate", other, "--prompt", "x", "--draft", out, "--max-new-tokens", 3)
+    done = spectool(*words)
+    assert done.code == 2 and "trained for another checkpoint" in done.err
+    assert "--allow-other-target" in done.err
+    assert spectool(*words, "--allow-other-target").code == 0
+    assert spectool("generate", checkpoint("gpt2", n_embd=48, n_head=3), *words[2:]).code == 2
+
+
+def test_damaged_heads_are_one_line(spectool: Spectool, tmp_path: Path) -> None:
+    (tmp_path / "spectool_heads.json").write_text(json.dumps({"format_version": 1}))
+    assert spectool("inspect", tmp_path).code == 2
