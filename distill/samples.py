@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectool.errors import TextError, UnsupportedError
-from spectool.text import Row, encode, read_rows, render
+from spectool.text import HUB_PREFIX, Row, encode, read_rows, render
 
 # Fewer tokens than this teach nothing worth a row of a batch.
 SHORTEST = 16
@@ -39,11 +39,13 @@ def read_samples(
     seq_len: int,
     field: str | None = None,
     template: Mapping[str, Any] | None = None,
+    max_tokens: int | None = None,
 ) -> list[Sample]:
     """The samples of all sources, at most `seq_len` tokens each; what has nothing to teach is left.
 
     Plain text is cut into as many samples as it fills, each opened with the start token where the
-    tokenizer has one; a conversation is one sample, cut at the end.
+    tokenizer has one; a conversation is one sample, cut at the end. A hub data set may not end: of
+    each, no more is read once it gave `max_tokens`.
 
     Raises:
         TextError: see `read_rows`; or nothing in the data is taught.
@@ -51,11 +53,17 @@ def read_samples(
     """
     samples: list[Sample] = []
     for source in sources:
+        most = max_tokens if source.startswith(HUB_PREFIX) else None
+        num_tokens = 0
         for row in read_rows(source, field=field):
             if row.text is None:
-                samples += _conversation(row, tokenizer, seq_len, template)
+                found = list(_conversation(row, tokenizer, seq_len, template))
             else:
-                samples += _text(row.text, tokenizer, seq_len)
+                found = list(_text(row.text, tokenizer, seq_len))
+            samples += found
+            num_tokens += sum(len(sample.tokens) for sample in found)
+            if most is not None and num_tokens >= most:
+                break
     if len(samples) < 2:
         raise TextError(
             f"{', '.join(sources)}: {len(samples)} samples with something to learn; at least 2 are "

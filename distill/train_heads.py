@@ -172,7 +172,13 @@ def train_heads(
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     seq_len = min(job.seq_len, checkpoint.layout.context or job.seq_len)
     samples = read_samples(
-        job.data, tokenizer, seq_len=seq_len, field=job.text_field, template=job.template or None
+        job.data,
+        tokenizer,
+        seq_len=seq_len,
+        field=job.text_field,
+        template=job.template or None,
+        # What the steps take, and as much again for what is held out and for choice.
+        max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
     )
     taught, held_out = split(samples, held_out=job.held_out, seed=job.seed)
     own, unseen = [samples[i] for i in taught], [samples[i] for i in held_out]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from spectool.distill import samples as room
 from spectool.distill.samples import Sample, batches, pad, read_samples, split
 from spectool.errors import TextError
+from spectool.text import Row
 
 from ..conftest import tokenizer
 
@@ -128,3 +131,16 @@ def test_padding_is_never_taught() -> None:
     tokens_BL, taught_BL = pad([Sample([3, 4], [False, True]), Sample([5, 6, 7], [True] * 3)])
     assert tokens_BL.tolist() == [[3, 4, 0], [5, 6, 7]]
     assert taught_BL.tolist() == [[False, True, False], [True, True, True]]
+
+
+def test_an_endless_stream_is_read_as_far_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [0]
+
+    def rows(source: str, *, field: str | None) -> Iterator[Row]:
+        while True:
+            asked[0] += 1
+            yield Row("a text of some length that never changes and is cut at its end\n")
+
+    monkeypatch.setattr(room, "read_rows", rows)
+    found = read_samples(["hub:some/set"], tokenizer(), seq_len=64, max_tokens=500)
+    assert asked[0] < 20 and 500 <= sum(len(s.tokens) for s in found) < 600
