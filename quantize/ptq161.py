@@ -71,10 +71,11 @@ class PTQ161:
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         ratio: float = option(0.2, "share of salient columns", minimum=0, maximum=1)
-        saliency: Literal["mean", "max"] = option("mean", "what of the activations ranks the columns")
+        saliency: Literal["mean", "max"] = option(
+            "mean", "what of the activations ranks the columns"
+        )
         epochs: int = option(20, "passes over the calibration sequences", minimum=0)
-        lr: float = option(1e-3, "learning rate of r1 and r2", minimum=0)
-        lr_alpha: float = option(5e-4, "learning rate of alpha", minimum=0)
+        lr: float = option(3e-2, "learning rate at the start, relative to the scales", minimum=0)
 
     statistics: ClassVar[Mapping[Statistic, Stream]] = {
         "absmax": "original",
@@ -154,19 +155,18 @@ class PTQ161:
             )
         best_epoch, kept = 0, _learned(linears)
         parts = {name: Part(linear, task.dtype) for name, linear in linears.items()}
-        alphas = [part.alpha_n for part in parts.values()]
-        others = [values for part in parts.values() for values in (part.r1_n, part.r2_r)]
-        optimizer = torch.optim.AdamW(
-            [{"params": alphas, "lr": config.lr_alpha}, {"params": others, "lr": config.lr}],
-            weight_decay=0.0,
-        )
+        trained = [values for part in parts.values() for values in part.parameters()]
+        optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
+        num_steps = config.epochs * len(task)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, num_steps))
         for epoch in range(config.epochs):
             order = torch.randperm(len(task), generator=generator).tolist()
             for step, index in enumerate(order, epoch * len(task) + 1):
                 optimizer.zero_grad()
                 task.backward(index, parts)
                 optimizer.step()
-                tick(step / (config.epochs * len(task) + 1))
+                schedule.step()
+                tick(step / (num_steps + 1))
             for part in parts.values():
                 part.store()
             now = task.measure(linears)
@@ -271,50 +271,54 @@ class Task:
 
     def __init__(self, block: Block, streams: Streams) -> None:
         assert block.module is not None
-        self.block, self.module, self.call = block, block.module, block.calls[1]
+        self.block, self.module = block, block.module
         self.inputs = streams.packed
         self.dtype = self.inputs.hidden_SLD.dtype
         self.device = next(block.module.parameters()).device
+        self.batches = list(self.inputs.batches(max(block.calls)))
         # Once, not once an epoch: that would be two forwards beside a step's three.
         self.targets = (streams.original.another(), streams.packed.another())
         with torch.no_grad():
             for side, target in zip((streams.original, streams.packed), self.targets, strict=True):
-                for one in side.batches(1):
-                    hidden_1LD = side.hidden_SLD[one].to(self.device)
-                    target.hidden_SLD[one] = call_block(self.module, self.call, hidden_1LD).cpu()
+                for batch in self.batches:
+                    target.hidden_SLD[batch] = self._run(side.hidden_SLD[batch]).cpu()
 
     def __len__(self) -> int:
         return len(self.inputs.hidden_SLD)
 
-    def loss(self, index: int, modules: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
-        """The loss of one sequence, and its cosines with both targets [2]."""
-        hidden_1LD = self.inputs.hidden_SLD[index : index + 1].to(self.device)
+    def _run(self, hidden_BLD: Tensor) -> Tensor:
+        call = self.block.calls[len(hidden_BLD)]
+        return call_block(self.module, call, hidden_BLD.to(self.device))
+
+    def loss(self, batch: slice, modules: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
+        """The loss of each sequence [B], and its cosine with either target [2, B]."""
         with Substitute(self.block, modules):
-            out_LD = call_block(self.module, self.call, hidden_1LD)[0].float()
-        loss, cosines = out_LD.new_zeros(()), []
+            out_BLD = self._run(self.inputs.hidden_SLD[batch]).float()
+        loss_B, cosines = out_BLD.new_zeros(len(out_BLD)), []
         for target in self.targets:
-            wanted_LD = target.hidden_SLD[index].to(self.device).float()
-            cosine = F.cosine_similarity(out_LD, wanted_LD, dim=-1).mean()
-            loss = loss + F.mse_loss(out_LD, wanted_LD) - cosine.clamp(min=LEAST_COSINE).log()
-            cosines.append(cosine)
-        return loss, torch.stack(cosines)
+            wanted_BLD = target.hidden_SLD[batch].to(self.device).float()
+            cosine_B = F.cosine_similarity(out_BLD, wanted_BLD, dim=-1).mean(-1)
+            squares_B = (out_BLD - wanted_BLD).square().mean((1, 2))
+            loss_B = loss_B + squares_B - cosine_B.clamp(min=LEAST_COSINE).log()
+            cosines.append(cosine_B)
+        return loss_B, torch.stack(cosines)
 
     def backward(self, index: int, modules: Mapping[str, nn.Module]) -> None:
-        """Gradients of the loss times the number of outputs.
+        """Gradients of one sequence's loss times the number of outputs.
 
         Their size is then about that of the activations, which float16 can carry; AdamW does not
         see the factor.
         """
         with torch.enable_grad():
-            loss, _ = self.loss(index, modules)
-            torch.autograd.backward(loss * self.inputs.hidden_SLD[index].numel())
+            loss_B, _ = self.loss(slice(index, index + 1), modules)
+            torch.autograd.backward(loss_B.sum() * self.inputs.hidden_SLD[index].numel())
 
     @torch.no_grad()
     def measure(self, modules: Mapping[str, nn.Module]) -> Measured:
-        each = [self.loss(index, modules) for index in range(len(self))]
-        losses = torch.stack([loss for loss, _ in each])
-        cosines = torch.stack([cosines for _, cosines in each])
-        return Measured(float(losses.double().mean()), float(cosines.min()))
+        each = [self.loss(batch, modules) for batch in self.batches]
+        losses_S = torch.cat([loss_B for loss_B, _ in each])
+        least = torch.cat([cosines for _, cosines in each], 1).min()
+        return Measured(float(losses_S.double().mean()), float(least))
 
 
 class Substitute(Products):
@@ -335,6 +339,9 @@ class Substitute(Products):
 class Part(nn.Module):
     """One matrix during the fit: signs and salient columns as constants, alpha, r1 and r2 to train.
 
+    alpha is trained as a multiple `gain_n` of its start, so that one learning rate fits all three,
+    whatever the size of a model's weights.
+
     Its product is taken in the order of the format, so that no gradient of a whole matrix is ever
     made: two thirds of the work, and n + m values instead of n m.
     """
@@ -342,31 +349,31 @@ class Part(nn.Module):
     def __init__(self, linear: PTQ161Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.linear = linear
-        salient_m = linear.salient()
-        self.high, self.low = salient_m.nonzero()[:, 0], (~salient_m).nonzero()[:, 0]
+        self.high, self.low = linear.columns()
         self.high_nk, self.signs_nr = (
             torch.cat(pieces).to(dtype)
             for pieces in zip(*map(linear.constants, linear.row_slices()), strict=True)
         )
-        self.mu_n = linear.q.row_b.float()
-        self.alpha_n = nn.Parameter(linear.q.row_a.float())
+        self.alpha_n, self.mu_n = linear.q.row_a.float(), linear.q.row_b.float()
+        self.gain_n = nn.Parameter(torch.ones_like(self.alpha_n))
         self.r1_n = nn.Parameter(torch.ones_like(self.alpha_n))
         self.r2_r = nn.Parameter(linear.q.col_r.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        low = (x[..., self.low] * self.r2_r).to(x.dtype)
-        out = (self.alpha_n * self.r1_n) * F.linear(low, self.signs_nr)
-        out = out + (self.mu_n * self.r1_n) * low.sum(-1, keepdim=True, dtype=torch.float32)
-        return (out + F.linear(x[..., self.high], self.high_nk)).to(x.dtype)
+        low = (x.index_select(-1, self.low) * self.r2_r).to(x.dtype)
+        a_n, b_n = self.rows()
+        out = a_n * F.linear(low, self.signs_nr)
+        out = out + b_n * low.sum(-1, keepdim=True, dtype=torch.float32)
+        return (out + F.linear(x.index_select(-1, self.high), self.high_nk)).to(x.dtype)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """What rows are scaled by and shifted by: alpha r1 and mu r1."""
+        return self.alpha_n * self.gain_n * self.r1_n, self.mu_n * self.r1_n
 
     @torch.no_grad()
     def store(self) -> None:
         """Write the present scales into the linear's fields."""
-        for field, value in (
-            ("row_a", self.alpha_n * self.r1_n),
-            ("row_b", self.mu_n * self.r1_n),
-            ("col_r", self.r2_r),
-        ):
+        for field, value in zip(LEARNED, (*self.rows(), self.r2_r), strict=True):
             self.linear.q.get_buffer(field).copy_(value.clamp(-SCALE_MAX, SCALE_MAX))
 
 
@@ -380,6 +387,11 @@ class PTQ161Linear(PackedLinear):
     def salient(self) -> Tensor:
         """The mask [m]."""
         return unpack_bits(self.q.mask[None], 1, self.in_features)[0].bool()
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Places of the salient inputs [k] and of the others [r]."""
+        salient_m = self.salient()
+        return salient_m.nonzero()[:, 0], (~salient_m).nonzero()[:, 0]
 
     def row_slices(self) -> Iterator[slice]:
         rows = max(1, PIECE // self.in_features)
@@ -410,9 +422,9 @@ class PTQ161Linear(PackedLinear):
         """
         if torch.is_grad_enabled():
             return super().forward(x)
-        salient_m = self.salient()
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        high, low = wide[..., salient_m], wide[..., ~salient_m] * self.q.col_r
+        high, low = (wide.index_select(-1, places) for places in self.columns())
+        low *= self.q.col_r
         sum_high, sum_low = high.sum(-1, keepdim=True), low.sum(-1, keepdim=True)
         out = []
         for rows in self.row_slices():
@@ -420,9 +432,9 @@ class PTQ161Linear(PackedLinear):
                 self.q.get_buffer(name)[rows].to(wide.dtype)
                 for name in ("row_a", "row_b", "hi_scale", "hi_zero")
             )
-            ones = F.linear(low, self._bits(rows).to(wide.dtype))
-            codes = F.linear(high, self._codes(rows).to(wide.dtype))
-            out.append(2 * a * ones + (b - a) * sum_low + s * (codes - z * sum_high))
+            y = F.linear(high, self._codes(rows).to(wide.dtype))
+            y.addcmul_(sum_high, z, value=-1).mul_(s).addcmul_(sum_low, b - a)
+            out.append(y.addcmul_(F.linear(low, self._bits(rows).to(wide.dtype)), 2 * a))
         y = torch.cat(out, -1)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 

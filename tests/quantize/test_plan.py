@@ -170,8 +170,8 @@ print(json.dumps([peak, said[0].host_bytes]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "options", "calibrated"),
-    [("rtn", {}, False), ("rtn", {}, True), ("ptq161", {"epochs": 1}, True)],
+    ("method", "options", "calibrated", "layers"),
+    [("rtn", {}, False, 6), ("rtn", {}, True, 6), ("ptq161", {"epochs": 1}, True, 2)],
 )
 def test_memory_stays_within_the_plan(
     checkpoint: Checkpoints,
@@ -179,8 +179,9 @@ def test_memory_stays_within_the_plan(
     method: str,
     options: dict[str, Any],
     calibrated: bool,
+    layers: int,
 ) -> None:
-    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers}
     source = checkpoint("llama", dtype=torch.bfloat16, **size)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(2000)))
