@@ -1,0 +1,131 @@
+"""The main job on a real checkpoint: pack it, teach it to draft, measure all four combinations.
+
+    python benchmarks/main_job.py --shared FOLDER [--out DIR] [--steps N]
+
+FOLDER holds `models/codestory-10M` and `data` (see their README). Runs the commands a user would,
+each in its own process, and keeps what they said under results/. Heads are trained on the original
+and on the packed checkpoint, and once for no steps; greedy output in float32 must be that of plain
+decoding for every one of them on both. Nothing that is measured on was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import lzma
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spectool.stdlib import documents
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}[path.suffix]
+    with opener(path, "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def chat(row: dict[str, Any]) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": row["question"]},
+        {"role": "assistant", "content": row["answer"]},
+    ]
+
+
+def write_texts(data: Path, out: Path) -> dict[str, Path]:
+    """Text of the kinds that the checkpoint learnt, to learn from; and unseen text of each kind."""
+    train: list[dict[str, Any]] = [
+        {"messages": chat(row)}
+        for row in itertools.islice(rows(data / "prompts/gsm8k_train.jsonl.gz"), 1200)
+    ]
+    code = [document for document in documents() if not document.held_out]
+    train += [{"text": document.text[:20_000]} for document in code[::8]]
+    stories = rows(data / "text/tinystories_train.jsonl.gz")
+    train += [{"text": row["text"]} for row in itertools.islice(stories, 800)]
+
+    valid = gzip.decompress((data / "text/tinystories_valid.txt.gz").read_bytes()).decode()
+    paragraphs = [part for part in valid.split("\n\n") if len(part) > 200]
+    problems = list(rows(data / "prompts/humaneval.jsonl.gz"))
+    asked = list(itertools.islice(rows(data / "prompts/gsm8k_test.jsonl.gz"), 400))
+    prompts: list[dict[str, Any]] = [
+        {"prompt": " ".join(part.split()[:30])} for part in paragraphs[:200:20]
+    ]
+    prompts += [{"prompt": problem["prompt"]} for problem in problems[::16][:10]]
+    prompts += [{"messages": chat(row)[:1]} for row in asked[:200:20]]
+    book = next(rows(data / "text/books_heldout.jsonl.xz"))["text"]
+
+    files = {
+        "train": "".join(json.dumps(row) + "\n" for row in train),
+        "prompts": "".join(json.dumps(row) + "\n" for row in prompts),
+        "stories": "\n".join(valid.split("\n\n"))[:100_000],
+        "arithmetic": "".join(json.dumps({"messages": chat(row)}) + "\n" for row in asked),
+        "book": book[:100_000],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, text in files.items():
+        kind = "jsonl" if name in ("train", "prompts", "arithmetic") else "txt"
+        paths[name] = out / f"{name}.{kind}"
+        paths[name].write_text(text, encoding="utf-8")
+    return paths
+
+
+def spectool(*words: object) -> dict[str, Any]:
+    """Run a command, show what it tells people, return its result."""
+    command = [sys.executable, "-m", "spectool", *map(str, words), "--json"]
+    print("$ spectool", *map(str, words), file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("build/main-job"))
+    parser.add_argument("--steps", type=int, default=250)
+    given = parser.parse_args()
+    model, out = given.shared / "models/codestory-10M", given.out
+    texts = write_texts(given.shared / "data", out)
+    packed = out / "packed"
+    found: dict[str, Any] = {"model": model.name}
+    found["quantize"] = spectool(
+        "quantize", "ptq161", model, packed, "--calibration", texts["train"], "--seq-len", 256,
+        "--samples", 128, "--overwrite",
+    )  # fmt: skip
+    found["eval"] = {
+        name: spectool("eval", packed, "--reference", model, "--text", texts[name], "--bos",
+                       "--window", 512, "--dtype", "float32")
+        for name in ("stories", "arithmetic", "book")
+    }  # fmt: skip
+    for name, target, steps in (
+        ("untrained", model, 0), ("of-original", model, given.steps),
+        ("of-packed", packed, given.steps),
+    ):  # fmt: skip
+        found[name] = spectool(
+            "train-heads", "medusa", target, out / name, "--data", texts["train"], "--steps", steps,
+            "--seq-len", 512, "--overwrite",
+        )  # fmt: skip
+    drafts = [word for name in ("untrained", "of-original", "of-packed")
+              for word in ("--draft", out / name)]  # fmt: skip
+    for dtype in ("float32", "bfloat16"):
+        found[dtype] = spectool(
+            "bench", packed, "--reference", model, "--prompts", texts["prompts"], "--draft",
+            "ngram", *drafts, "--dtype", dtype,
+        )  # fmt: skip
+    for run in (found["quantize"], *(found[name] for name in ("untrained", "of-original",
+                                                              "of-packed"))):  # fmt: skip
+        run["out"] = Path(run["out"]).name
+    text = json.dumps(found, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
+    (RESULTS / "main-job-2-core-cpu.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

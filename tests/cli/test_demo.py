@@ -1,0 +1,47 @@
+"""The demo: its texts, and (slow) the whole of it as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spectool.cli.demo import _write_texts
+from spectool.stdlib import documents
+
+
+def test_nothing_that_is_measured_on_is_learnt_from(tmp_path: Path) -> None:
+    texts = _write_texts(tmp_path)
+    train = [json.loads(line) for line in Path(texts["train"]).read_text().splitlines()]
+    assert {"text", "messages"} == {key for row in train for key in row}
+    unseen = {document.text for document in documents() if document.held_out}
+    taught = "".join(row.get("text", "") for row in train)
+    prompts = [
+        json.loads(line)["prompt"] for line in Path(texts["prompts"]).read_text().splitlines()
+    ]
+    assert len(prompts) == 8 and texts["sample"] == prompts[0]
+    assert all(any(prompt.strip() in text for text in unseen) for prompt in prompts)
+    assert not any(prompt in taught for prompt in prompts)
+    assert Path(texts["held-out"]).read_text()[:200] in "".join(sorted(unseen))
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "spectool", "demo", str(tmp_path / "demo"), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["seconds"] < 360
+    steps = result["steps"]
+    assert steps["quantize"]["bits_per_weight"]["linears"] < 2
+    assert all(fit["loss_after"] < fit["loss_start"]
+               for fit in (block["fit"] for block in steps["quantize"]["blocks"]))  # fmt: skip
+    for run in (steps["bench"], *steps["bench"]["beside"]):
+        assert all(row["identical"] == row["prompts"] for row in run["drafters"])
+    for name in ("heads", "heads of packed"):
+        heads = steps[name]
+        assert heads["tokens_per_forward_estimate"] > heads["untrained_estimate"] + 0.3
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,52 @@
+"""The standard library as text: what is left out, what is held out, what is asked."""
+
+from __future__ import annotations
+
+from spectool.stdlib import LEFT_OUT, Document, conversations, documents
+
+SOURCE = '''\
+"""A module."""
+
+
+class Box:
+    """Holds one thing.
+
+    More about it that is no answer.
+    """
+
+    def open(self, key):
+        """Open it with a key."""
+        return self.thing if key else None
+
+    def silent(self):
+        return 1
+'''
+
+
+def test_documents_are_ordered_whole_and_partly_held_out() -> None:
+    found = list(documents())
+    names = [document.name for document in found]
+    assert names == sorted(set(names)) and len(names) > 200
+    assert not any(set(name.split("/")) & LEFT_OUT for name in names)
+    held_out = [document for document in found if document.held_out]
+    share = sum(len(d.text) for d in held_out) / sum(len(d.text) for d in found)
+    assert 0.01 < share < 0.15
+    assert {d.name: d.held_out for d in documents()} == {d.name: d.held_out for d in found}
+
+
+def test_questions_are_answered_by_docstrings_and_code() -> None:
+    asked = {
+        talk[0]["content"]: talk[1]["content"]
+        for talk in conversations(Document("pkg/box.py", SOURCE, False))
+    }
+    assert asked == {
+        "What does Box in pkg.box do?": "Holds one thing.",
+        "What does open in pkg.box do?": "Open it with a key.",
+        "Write open: Open it with a key.": "def open(self, key):\n"
+        '    """Open it with a key."""\n'
+        "    return self.thing if key else None",
+    }
+
+
+def test_sources_of_other_languages_ask_nothing() -> None:
+    assert list(conversations(Document("old.py", "print 'python 2'", False))) == []
