@@ -217,7 +217,7 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
 
 def show_fits(output: Output, fits: list[dict[str, Any]]) -> None:
     """What the fits of the blocks gained."""
-    shares = [fit["loss_after"] / fit["loss_start"] for fit in fits]
+    shares = [fit["loss_after"] / (fit["loss_start"] or 1.0) for fit in fits]
     lower = sum(share < 1 for share in shares)
     output.show(
         f"block loss after the fit: {min(shares):.3f} to {max(shares):.3f} of that at its start, "
@@ -229,8 +229,8 @@ def show_fits(output: Output, fits: list[dict[str, Any]]) -> None:
     turned = [index for index, fit in enumerate(fits) if fit["least_cosine"] <= 0]
     if turned:
         output.show(
-            "[yellow]warning[/yellow]: the output points away from the original's on some "
-            f"calibration text, in blocks {', '.join(map(str, turned))}"
+            "on some calibration text the output points away from the original's, in blocks "
+            f"{', '.join(map(str, turned))}: more --epochs, or a larger --ratio"
         )
 
 

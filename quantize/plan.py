@@ -192,8 +192,9 @@ def _sized(
 def _saved_bytes(skeleton: Skeleton, sites: Iterable[Site], tokens: int) -> int:
     """What the forward pass of a block over one sequence keeps for its gradients.
 
-    Around each product about three tensors of its input's and of its output's size (measured with
-    Llama: 2.5); scores, probabilities and their gradient where attention writes them out.
+    Around each product about two tensors of its input's and of its output's size (measured with
+    Llama: 1.9), and a third while gradients flow; scores and probabilities where attention writes
+    them out.
     """
     text: Any = skeleton.config.get_text_config()
     rows = 0

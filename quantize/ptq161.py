@@ -400,9 +400,9 @@ class PTQ161Linear(PackedLinear):
 
     def constants(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Salient columns [., k] and signs [., r] of some rows, float32."""
-        codes_nk = self._codes(rows).float()
+        codes_nk = self._codes(rows, torch.float32)
         high_nk = self.q.hi_scale[rows, None].float() * (codes_nk - self.q.hi_zero[rows, None])
-        return high_nk, 2 * self._bits(rows).float() - 1
+        return high_nk, 2 * self._bits(rows, torch.float32) - 1
 
     def dequantize(self) -> Tensor:
         return self._rows(slice(None), self.salient())
@@ -432,17 +432,17 @@ class PTQ161Linear(PackedLinear):
                 self.q.get_buffer(name)[rows].to(wide.dtype)
                 for name in ("row_a", "row_b", "hi_scale", "hi_zero")
             )
-            y = F.linear(high, self._codes(rows).to(wide.dtype))
+            y = F.linear(high, self._codes(rows, wide.dtype))
             y.addcmul_(sum_high, z, value=-1).mul_(s).addcmul_(sum_low, b - a)
-            out.append(y.addcmul_(F.linear(low, self._bits(rows).to(wide.dtype)), 2 * a))
+            out.append(y.addcmul_(F.linear(low, self._bits(rows, wide.dtype)), 2 * a))
         y = torch.cat(out, -1)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
-    def _bits(self, rows: slice) -> Tensor:
-        return unpack_bits(self.q.lo[rows], 1, len(self.q.col_r))
+    def _bits(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return unpack_bits(self.q.lo[rows], 1, len(self.q.col_r), dtype)
 
-    def _codes(self, rows: slice) -> Tensor:
-        return unpack_bits(self.q.hi[rows], 4, self.in_features - len(self.q.col_r))
+    def _codes(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return unpack_bits(self.q.hi[rows], 4, self.in_features - len(self.q.col_r), dtype)
 
     def _rows(self, rows: slice, salient_m: Tensor) -> Tensor:
         high_nk, signs_nr = self.constants(rows)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from spectool.cli import app
+from spectool.cli.common import Output
+from spectool.cli.quantize import show_fits
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.kernels.pack import unpack_bits
@@ -436,6 +438,17 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
         }
 
 
+def test_targets_in_files_give_the_same_bytes(
+    checkpoint: Checkpoints, compress: Compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("llama")
+    memory = compress(source, "ptq161", out="memory", job=SMALL_JOB, epochs=1)
+    monkeypatch.setattr("spectool.quantize.walk.BUFFERS_IN_MEMORY", 0)
+    files = compress(source, "ptq161", out="files", job=SMALL_JOB, epochs=1)
+    for path in memory.iterdir():
+        assert path.read_bytes() == (files / path.name).read_bytes()
+
+
 def test_matrices_with_one_input_share_the_mask(
     checkpoint: Checkpoints, compress: Compress
 ) -> None:
@@ -463,3 +476,14 @@ def test_the_command_says_what_the_fit_gained(
         assert block["fit"]["loss_after"] < block["fit"]["loss_start"]
     assert "of that at its start, lower in 2 of 2 blocks" in done.stderr
     assert "blocks packed: 0." in done.stderr, "a long block says how far it is"
+
+
+def test_flipped_rows_and_turned_outputs_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    fine = {"loss_start": 2.0, "loss_after": 1.0, "least_cosine": 0.9, "rows_flipped": 0}
+    odd = {"loss_start": 2.0, "loss_after": 2.0, "least_cosine": -0.1, "rows_flipped": 3}
+    show_fits(Output(json_wanted=False), [fine])
+    assert capsys.readouterr().out.count("\n") == 1
+    show_fits(Output(json_wanted=False), [fine, odd])
+    said = capsys.readouterr().out
+    assert "0.500 to 1.000 of that at its start, lower in 1 of 2 blocks" in said
+    assert "rows flipped by a negative scale: 3" in said and "in blocks 1: more" in said
