@@ -7,6 +7,8 @@ Shapes: R rows, C codes of a row.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,16 @@ def pack_bits(codes_RC: Tensor, bits: int) -> Tensor:
     return torch.nn.functional.pad(flat_RC, (0, width - flat_RC.shape[1]))
 
 
-def unpack_bits(bytes_RC: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack_bits`: uint8 codes [R, columns]."""
+def unpack_bits(
+    bytes_RC: Tensor, bits: int, columns: int, dtype: torch.dtype = torch.uint8
+) -> Tensor:
+    """The inverse of `pack_bits`: codes [R, columns] as numbers of this dtype."""
     rows, width = bytes_RC.shape
+    if 8 % bits == 0:
+        # Codes that lie within a byte are looked up: three operations instead of dozens.
+        table = _codes_of_bytes(bits, dtype, bytes_RC.device)
+        found = table.index_select(0, bytes_RC.reshape(-1).int())
+        return found.view(rows, width * (8 // bits))[:, :columns]
     units = -(-columns // 8)
     if width < units * bits:
         bytes_RC = torch.nn.functional.pad(bytes_RC, (0, units * bits - width))
@@ -50,7 +59,17 @@ def unpack_bits(bytes_RC: Tensor, bits: int, columns: int) -> Tensor:
         if shift + bits > 8:
             code |= packed[:, :, byte + 1] << (8 - shift)
         codes[:, :, place] = code & (2**bits - 1)
-    return codes.view(rows, units * 8)[:, :columns]
+    return codes.view(rows, units * 8)[:, :columns].to(dtype)
+
+
+@functools.cache
+def _codes_of_bytes(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The codes in each of the 256 bytes, lowest first: [256, 8 / bits]."""
+    # Made once, perhaps inside inference mode, and used outside it too.
+    with torch.inference_mode(False):
+        shifts = torch.arange(0, 8, bits, device=device)
+        codes = torch.arange(256, device=device)[:, None] >> shifts
+        return (codes & (2**bits - 1)).to(dtype)
 
 
 def _places(bits: int) -> list[tuple[int, int]]:
