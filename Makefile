@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: test check format bench gpu slow clean
+.PHONY: demo test check format bench gpu slow clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,6 +12,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
+
+demo: $(READY)
+	$(BIN)/spectool demo build/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest

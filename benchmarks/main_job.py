@@ -55,10 +55,10 @@ def write_texts(data: Path, out: Path) -> dict[str, Path]:
     problems = list(rows(data / "prompts/humaneval.jsonl.gz"))
     asked = list(itertools.islice(rows(data / "prompts/gsm8k_test.jsonl.gz"), 400))
     prompts: list[dict[str, Any]] = [
-        {"prompt": " ".join(part.split()[:30])} for part in paragraphs[:200:20]
+        {"prompt": " ".join(part.split()[:30])} for part in paragraphs[:200:40]
     ]
-    prompts += [{"prompt": problem["prompt"]} for problem in problems[::16][:10]]
-    prompts += [{"messages": chat(row)[:1]} for row in asked[:200:20]]
+    prompts += [{"prompt": problem["prompt"]} for problem in problems[::32][:5]]
+    prompts += [{"messages": chat(row)[:1]} for row in asked[:200:40]]
     book = next(rows(data / "text/books_heldout.jsonl.xz"))["text"]
 
     files = {
@@ -98,7 +98,7 @@ def main() -> None:
     found: dict[str, Any] = {"model": model.name}
     found["quantize"] = spectool(
         "quantize", "ptq161", model, packed, "--calibration", texts["train"], "--seq-len", 256,
-        "--samples", 128, "--overwrite",
+        "--samples", 64, "--epochs", 10, "--overwrite",
     )  # fmt: skip
     found["eval"] = {
         name: spectool("eval", packed, "--reference", model, "--text", texts[name], "--bos",
@@ -111,14 +111,14 @@ def main() -> None:
     ):  # fmt: skip
         found[name] = spectool(
             "train-heads", "medusa", target, out / name, "--data", texts["train"], "--steps", steps,
-            "--seq-len", 512, "--overwrite",
+            "--seq-len", 512, "--batch-tokens", 2048, "--learning-rate", 3e-3, "--overwrite",
         )  # fmt: skip
     drafts = [word for name in ("untrained", "of-original", "of-packed")
               for word in ("--draft", out / name)]  # fmt: skip
     for dtype in ("float32", "bfloat16"):
         found[dtype] = spectool(
             "bench", packed, "--reference", model, "--prompts", texts["prompts"], "--draft",
-            "ngram", *drafts, "--dtype", dtype,
+            "ngram", *drafts, "--dtype", dtype, "--max-new-tokens", 96,
         )  # fmt: skip
     for run in (found["quantize"], *(found[name] for name in ("untrained", "of-original",
                                                               "of-packed"))):  # fmt: skip

@@ -19,11 +19,16 @@ from spectool.cli.common import Debug, Json, Output, Threads, prepare_torch, ses
 GATE = "perplexity_ratio<=1.6"
 CHECKPOINT = "tiny-python"
 
+# Single tokens are looked up too: code repeats its names more than its phrases.
+NGRAM = "ngram:min_n=1,nodes=24"
+
 # What there is of text is more than a few minutes need.
-TRAIN_CHARACTERS = 400_000
+TRAIN_CHARACTERS = 1_000_000
 HELD_OUT_CHARACTERS = 60_000
 NUM_PROMPTS = 8
-PROMPT_LINES = 12
+PROMPT_LINES = 24
+# About 400 tokens: the rest of the small context is for what is generated.
+PROMPT_CHARACTERS = 1000
 
 
 def demo(
@@ -45,8 +50,10 @@ def demo(
             f"demo: {CHECKPOINT} and texts of this Python's standard library, its held-out files "
             f"apart; all goes to {out}"
         )
-        train = ["--data", texts["train"], "--steps", "150", "--seq-len", "256", "--overwrite",
-                 "--batch-tokens", "2048", "--held-out", "24"]  # fmt: skip
+        train = [
+            "--data", texts["train"], "--steps", "150", "--seq-len", "256", "--batch-tokens",
+            "2048", "--learning-rate", "3e-3", "--held-out", "24", "--overwrite",
+        ]  # fmt: skip
         bench = ["--prompts", texts["prompts"], "--max-new-tokens", "96", "--dtype", "float32"]
         steps: dict[str, list[str]] = {
             "quantize": [
@@ -60,7 +67,7 @@ def demo(
                 "--window", "512", "--gate", GATE,
             ],
             "bench": [
-                "bench", str(packed), "--reference", model, *bench, "--draft", "ngram",
+                "bench", str(packed), "--reference", model, *bench, "--draft", NGRAM,
                 "--draft", str(heads), "--draft", str(own),
             ],
             "generate": [
@@ -112,7 +119,7 @@ def _write_texts(out: Path) -> dict[str, str]:
     rows: list[dict[str, Any]] = []
     for number, document in enumerate(known):
         # Some of every part of the library, code and answers alike.
-        if not document.held_out and number % 7 == 0:
+        if not document.held_out and number % 4 == 0:
             rows.append({"text": document.text[:12_000]})
             rows += [{"messages": talk} for talk in list(conversations(document))[:6]]
     train, total = [], 0
@@ -125,11 +132,13 @@ def _write_texts(out: Path) -> dict[str, str]:
     unseen = [
         document.text for document in known if document.held_out and len(document.text) > 6000
     ]
-    prompts = [
-        "\n".join(text.splitlines()[start : start + PROMPT_LINES]) + "\n"
-        for text in unseen
-        for start in (len(text.splitlines()) // 3, 2 * len(text.splitlines()) // 3)
-    ]
+    prompts = []
+    for text in unseen:
+        lines = text.splitlines(keepends=True)
+        for start in (len(lines) // 3, 2 * len(lines) // 3):
+            prompt = "".join(lines[start : start + PROMPT_LINES])
+            if len(prompt) <= PROMPT_CHARACTERS:
+                prompts.append(prompt)
     chosen = prompts[:: max(1, len(prompts) // NUM_PROMPTS)][:NUM_PROMPTS]
     files = {
         "train": (out / "train.jsonl", "\n".join(train) + "\n"),
