@@ -118,7 +118,10 @@ def bench(
                 lossy=lossy,
                 say=output.say,
             )
-            runs.append({"model": path, "runtime": describe_runtime(runner.target.model), **result})
+            how = describe_runtime(runner.target.model)
+            # Before the next model is read: two would not fit everywhere.
+            del runner
+            runs.append({"model": path, "runtime": how, **result})
         for run in runs:
             if len(runs) > 1:
                 output.show(f"{run['model']}: {run['runtime']}")

@@ -247,18 +247,19 @@ class _Talk:
             case "/save" | "/save!" | "/load" if not rest:
                 raise UsageError(f"{name} needs a file")
             case "/save" | "/save!":
-                self.chat.save(Path(rest).expanduser(), overwrite=name == "/save!")
+                self.chat.save(_path(rest), overwrite=name == "/save!")
                 self.say(f"saved: {_turns(len(self.chat.turns))}")
             case "/load":
-                self.chat.load(Path(rest).expanduser())
+                self.chat.load(_path(rest))
                 self.say(f"loaded: {_turns(len(self.chat.turns))}")
             case "/exit":
                 self.over = True
             case _:
                 names = [what.partition(" ")[0] for what in COMMANDS]
-                close = difflib.get_close_matches(name, names, n=1, cutoff=0)
+                close = difflib.get_close_matches(name, names, n=1)
                 raise UsageError(
-                    f"no command is called {name}; the nearest is {close[0]}",
+                    f"no command is called {name}; "
+                    + (f"the nearest is {close[0]}" if close else "/help lists them"),
                     hint="a message that begins with / is written with //",
                 )
         return ""
@@ -384,6 +385,20 @@ class _Talk:
             "drafter": self.chat.runner.drafter_name,
             "lossless": self.lossless,
         }
+
+
+def _path(text: str) -> Path:
+    """A file that the user named.
+
+    Raises:
+        UsageError: nothing can have this name.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.resolve()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UsageError(f"{text[:60]}: not a file's name: {error}") from error
+    return path
 
 
 def _is_command(line: str) -> bool:

@@ -14,10 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from spectool.cli.common import Debug, Json, Output, Threads, prepare_torch, session, size
+from spectool.errors import Interrupted, SpectoolError, UsageError
 
-# A packed model may say more of the text wrongly than this many times over, and no more.
+# At less than two bits a small model loses much; more than this would be a fault.
 GATE = "perplexity_ratio<=1.6"
 CHECKPOINT = "tiny-python"
+MARKER = ".spectool-demo"
 
 # Single tokens are looked up too: code repeats its names more than its phrases.
 NGRAM = "ngram:min_n=1,nodes=24"
@@ -43,7 +45,7 @@ def demo(
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
         model = str(resources.files("spectool.examples").joinpath(CHECKPOINT))
-        out.mkdir(parents=True, exist_ok=True)
+        _claim(out)
         texts = _write_texts(out)
         packed, heads, own = out / "packed", out / "heads", out / "heads-of-packed"
         output.say(
@@ -93,11 +95,30 @@ def demo(
             raise typer.Exit(3)
 
 
+def _claim(out: Path) -> None:
+    """Make the demo's directory, or take one that a demo made: what lies there is written over.
+
+    Raises:
+        UsageError: somebody else's, or a file.
+        InputError: it cannot be made.
+    """
+    from spectool.artifact import disk_errors
+
+    with disk_errors(out):
+        own = (out / MARKER).is_file() or (out.is_dir() and not any(out.iterdir()))
+        if out.exists() and not own:
+            raise UsageError(
+                f"{out}: exists, and no demo made it", hint="give a directory that is not there"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARKER).touch()
+
+
 def _run(output: Output, words: list[str]) -> dict[str, Any]:
     """Run a command as a shell would, with what it tells people shown; its result.
 
     Raises:
-        typer.Exit: it failed; a gate that does not hold is told at the end.
+        Interrupted, SpectoolError: it failed; a gate that does not hold is told at the end.
     """
     from spectool.cli import app
 
@@ -105,8 +126,10 @@ def _run(output: Output, words: list[str]) -> dict[str, Any]:
     command: Any = typer.main.get_command(app)
     with contextlib.redirect_stdout(found):
         code = command.main([*words, "--json"], prog_name="spectool", standalone_mode=False)
+    if code == 130:
+        raise Interrupted("interrupted; the same command begins anew")
     if code not in (None, 0, 3):
-        raise typer.Exit(code)
+        raise SpectoolError(f"spectool {words[0]} ended with exit code {code}")
     result: dict[str, Any] = json.loads(found.getvalue())
     return result
 

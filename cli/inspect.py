@@ -117,9 +117,12 @@ def heads_command(found: dict[str, Any]) -> str | None:
     try:
         training = found["training"]
         words = ["spectool", "train-heads", found["method"], "MODEL", "OUT", "--data", "DATA"]
-        words += ["--steps", str(training["steps"])]
+        length = "epochs" if training["steps"] is None else "steps"
+        words += [f"--{length}", str(training[length])]
         for key in ("seq_len", "batch_tokens", "learning_rate", "warmup", "held_out", "seed"):
             words += [f"--{key.replace('_', '-')}", json.dumps(training[key])]
+        for key in ("dtype", "device", "runtime", "threads"):
+            words += [f"--{key}", str(training[key])]
         if training["regenerate"]:
             words += ["--regenerate", "--temperature", json.dumps(training["temperature"])]
         return shlex.join(words + _options(found["options"]))
@@ -157,6 +160,8 @@ def command(made_by: dict[str, Any]) -> str | None:
                 words += ["--calibration", "TEXT"]
             words += ["--samples", str(calibration["samples"])]
             words += ["--seq-len", str(calibration["seq_len"])]
+            if "threads" in calibration:
+                words += ["--threads", str(calibration["threads"])]
         if made_by["seed"]:
             words += ["--seed", str(made_by["seed"])]
         return shlex.join(words)

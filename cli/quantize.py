@@ -104,7 +104,11 @@ def quantize(
                 else hub.remote_layout(model, revision)
             )
             skeleton, plan = run.prepare(
-                layout, job, trust_remote_code=trust_remote_code, device=device
+                layout,
+                job,
+                trust_remote_code=trust_remote_code,
+                device=device,
+                batch_size=batch_size,
             )
             show_plan(output, job, plan, skeleton)
             output.result({"dry_run": True, "method": method, **_planned(plan)})
@@ -194,7 +198,7 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
             f"matrices with too few calibration tokens, packed without data: {len(data_free)} "
             f"({data_free[0]}, …)"
         )
-    fits = [block["fit"] for block in report.blocks if block["fit"]]
+    fits = {index: block["fit"] for index, block in enumerate(report.blocks) if block["fit"]}
     if fits:
         show_fits(output, fits)
     output.show(f"{seconds:.1f} s, peak memory {size(peak_rss_bytes())}")
@@ -215,18 +219,21 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
     )
 
 
-def show_fits(output: Output, fits: list[dict[str, Any]]) -> None:
-    """What the fits of the blocks gained."""
-    shares = [fit["loss_after"] / (fit["loss_start"] or 1.0) for fit in fits]
+def show_fits(output: Output, fits: dict[int, dict[str, Any]]) -> None:
+    """What the fits of the blocks, by their number, gained."""
+    shares = [fit["loss_after"] / (fit["loss_start"] or 1.0) for fit in fits.values()]
     lower = sum(share < 1 for share in shares)
     output.show(
         f"block loss after the fit: {min(shares):.3f} to {max(shares):.3f} of that at its start, "
         f"lower in {lower} of {len(fits)} blocks"
     )
-    flipped = sum(fit["rows_flipped"] for fit in fits)
+    flipped = sum(fit["rows_flipped"] for fit in fits.values())
     if flipped:
         output.show(f"rows flipped by a negative scale: {flipped}")
-    turned = [index for index, fit in enumerate(fits) if fit["least_cosine"] <= 0]
+    turned = [index for index, fit in fits.items() if fit["least_cosine"] <= 0]
+    skipped = sum(fit["steps_skipped"] for fit in fits.values())
+    if skipped:
+        output.show(f"steps left out because their gradient was not finite: {skipped}")
     if turned:
         output.show(
             "on some calibration text the output points away from the original's, in blocks "

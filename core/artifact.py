@@ -180,6 +180,12 @@ class ArtifactWriter:
                 self._save_manifest()
             (self.partial / shard).unlink(missing_ok=True)
 
+    def abandon(self) -> None:
+        """Leave nothing: what was asked for cannot be made of this input."""
+        with disk_errors(self.partial):
+            shutil.rmtree(self.partial)
+            self.manifest_path.unlink()
+
     def finish(self, files: Mapping[str, bytes]) -> None:
         """Add the small files, and let the whole become OUT.
 

@@ -70,7 +70,8 @@ class Training:
 
     `accumulate(step)` adds to the gradients and returns the step's figures, `loss` among them;
     `evaluate()` returns figures with a `score`, of which the highest is kept. `watch(step, figures,
-    look)` hears of every step. The state is stored at most every `save_seconds`.
+    look)` hears of every step. The state is stored at most every `save_seconds`, and so seldom that
+    storing it takes `save_share` of the time at most.
 
     Raises:
         SpectoolError: a loss that is NaN or infinite.
@@ -84,6 +85,7 @@ class Training:
     watch: Callable[[int, Figures, Figures | None], None] = lambda step, figures, look: None
     store: Store | None = None
     save_seconds: float = 60.0
+    save_share: float = 0.05
     history: History = field(default_factory=History)
 
     def run(self) -> History:
@@ -91,6 +93,7 @@ class Training:
         peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         step, best = self._resume()
         began = saved = time.monotonic()
+        cost = 0.0
         if step == 0:
             best = self._look(0, best)
         while step < self.recipe.steps:
@@ -103,7 +106,7 @@ class Training:
             if not math.isfinite(figures["loss"]):
                 raise SpectoolError(
                     f"the loss is {figures['loss']} at step {step + 1}: training diverged",
-                    hint="try a lower learning rate, or --dtype float32",
+                    hint="start anew with a lower learning rate: --learning-rate, --overwrite",
                 )
             nn.utils.clip_grad_norm_(self._parameters().values(), self.recipe.clip)
             for optimizer in self.optimizers:
@@ -116,9 +119,11 @@ class Training:
             now = time.monotonic()
             self.history.seconds += now - began
             began = now
-            if self.store is not None and now - saved > self.save_seconds:
+            wait = max(self.save_seconds, cost / self.save_share)
+            if self.store is not None and now - saved > wait:
                 self._save(step, best)
-                saved = now
+                saved = time.monotonic()
+                cost = saved - now
             self.watch(step, figures, look)
         with torch.no_grad():
             for name, parameter in self._parameters().items():

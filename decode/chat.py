@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -235,21 +236,21 @@ class Chat:
         Raises:
             InputError: the file exists, or its place cannot be written.
         """
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path}: exists already", hint=f"/save! {path} replaces it")
+        with disk_errors(path):
+            if path.is_dir():
+                raise UsageError(f"{path}: is a directory", hint="name a file in it")
+            if path.exists() and not overwrite:
+                raise UsageError(f"{path}: exists already", hint=f"/save! {path} replaces it")
         said = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "system": self.system,
             "messages": self.messages,
         }
-        partial = path.with_name(path.name + ".partial")
-        with disk_errors(path):
-            try:
-                partial.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+        with disk_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            partial = Path(scratch) / path.name
+            partial.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation in place of this one.

@@ -50,7 +50,7 @@ def regenerate(
             [tokens[index] for index in asked],
             max_new_tokens=limits,
             temperature=temperature,
-            seed=seed + turn,
+            seed=1000 * seed + turn,
             batch_size=batch_size,
         )
         for index, result in zip(asked, written, strict=True):
@@ -75,15 +75,8 @@ def regenerate(
 
 
 def _stretches(sample: Sample) -> Iterator[tuple[list[int], list[int]]]:
-    """Pairs of a stretch that is not taught and the taught one after it, in order.
-
-    A sample that is taught from (nearly) the start on is plain text: its first quarter is given.
-    """
-    taught = list(sample.taught)
-    first = taught.index(True)
-    if first < SHORTEST and all(taught[first:]):
-        given = max(first, len(taught) // 4)
-        taught[:given] = [False] * given
+    """Pairs of a stretch that is not taught and the taught one after it, in order."""
+    taught = [False] * sample.given + sample.taught[sample.given :]
     before: list[int] = []
     start = 0
     for is_taught, marks in itertools.groupby(taught):

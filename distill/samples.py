@@ -26,10 +26,14 @@ _SORTED_BATCHES = 32
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One text. `taught[i]` says whether the prediction of `tokens[i]` counts."""
+    """One text. `taught[i]` says whether the prediction of `tokens[i]` counts.
+
+    `given` of its first tokens stay as they are when the target writes the text anew.
+    """
 
     tokens: list[int]
     taught: list[bool]
+    given: int = 0
 
 
 def read_samples(
@@ -81,7 +85,9 @@ def _text(text: str, tokenizer: Any, seq_len: int) -> Iterator[Sample]:
     for start in range(0, len(tokens), inside):
         part = tokens[start : start + inside]
         if len(part) >= SHORTEST:
-            yield Sample(opening + part, [False] * len(opening) + [True] * len(part))
+            marks = [False] * len(opening) + [True] * len(part)
+            # Plain text has no question to answer: a quarter of it stands for one.
+            yield Sample(opening + part, marks, given=len(opening) + len(part) // 4)
 
 
 def _conversation(

@@ -199,13 +199,14 @@ def train_heads(
         if job.regenerate:
             own = written("regenerated", own, temperature=job.temperature)
         unseen = written("held-out", unseen, temperature=0.0, most=_HELD_OUT_TOKENS, cut_loops=True)
-        if not (own and unseen):
+        course = _Course(runner.target, job, own, unseen)
+        if not (own and course.num_places()):
+            writer.abandon()
             raise TextError(
                 f"{', '.join(job.data)}: the target wrote too little of its own to "
                 f"{'measure' if own else 'learn'} on",
                 hint="give more data, or a larger --held-out",
             )
-        course = _Course(runner.target, job, own, unseen)
         if course.steps:
             say(f"{course.steps} steps, about {course.steps * course.step_seconds() / 60:.1f} min")
         training = Training(
@@ -239,7 +240,12 @@ def train_heads(
             accuracy=measured["accuracy"],
             tree=[list(path) for path, _ in paths],
             shares=[share for _, share in paths],
-            training={**identity, "steps": course.steps, "looks": history.looks},
+            training={
+                **identity,
+                "steps_done": course.steps,
+                "places": course.num_places(),
+                "looks": history.looks,
+            },
         )
         tensors = {
             name: value.to(stored) if value.is_floating_point() else value
@@ -279,7 +285,6 @@ class _Course:
         if size:
             said = [t for s in own for t, taught in zip(s.tokens, s.taught, strict=True) if taught]
             token_map = frequent(said, count=size, vocab=target.vocab_size).to(target.device)
-        torch.manual_seed(job.seed)
         self.heads: Any = drafter.Heads(job.config, output, token_map).to(target.device).float()
         self.needs: Needs = self.heads.needs
         self.batches = _batches(own, job)
@@ -298,6 +303,10 @@ class _Course:
 
     def _ranks(self) -> Tensor:
         return torch.cat([self.heads.ranks(lesson) for lesson in self.held_out])
+
+    def num_places(self) -> int:
+        """Places of held-out text that all heads are measured at."""
+        return len(self._ranks()) if self.held_out else 0
 
     def evaluate(self) -> Figures:
         """Held-out accuracies, and as `score` the tokens per forward that the best tree brings.
@@ -337,7 +346,7 @@ class _Written:
 
     def __call__(self, name: str, samples: Sequence[Sample], **how: Any) -> list[Sample]:
         found: list[Sample] = []
-        said = time.monotonic()
+        began = said = time.monotonic()
         for number, group in enumerate(_parts(samples, _GROUP)):
             shard = f"{name}-{number:05d}.safetensors"
             if self.writer.report(shard) is None:
@@ -354,7 +363,10 @@ class _Written:
             if number == 0 or time.monotonic() - said > 60:
                 said = time.monotonic()
                 done = min(len(samples), (number + 1) * _GROUP)
-                self.say(f"{name} texts written by the target: {done}/{len(samples)}")
+                left = (said - began) / done * (len(samples) - done)
+                self.say(
+                    f"{name} texts written by the target: {done}/{len(samples)}, {left:.0f} s left"
+                )
         return found
 
 
@@ -401,6 +413,8 @@ def _plan(
     layout = checkpoint.layout
     config = read_config(checkpoint.path, trust_remote_code=trust)
     skeleton: Any = build_meta(config, trust_remote_code=trust)
+    # Refuses architectures that cannot be drafted for, before anything is written.
+    Target(skeleton)
     output = skeleton.get_output_embeddings()
     size = getattr(job.config, "draft_vocab", 0)
     if size > len(output.weight):
@@ -409,12 +423,12 @@ def _plan(
         token_map = torch.empty(size, dtype=torch.long) if size else None
         heads: nn.Module = resolve(job.method, "drafter").Heads(job.config, output, token_map)
     parameters = sum(parameter.numel() for parameter in heads.parameters())
-    target_bytes = sum(
-        entry.num_elements * dtype.itemsize if entry.dtype[0] in "FB" else entry.num_bytes
-        for entry in layout.tensors.values()
-    )
-    # Weights, their best copy, gradient and AdamW's two moments in float32.
-    memory_bytes = target_bytes + 20 * parameters
+    # A packed target counts as what it is when unpacked.
+    memory_bytes = dtype.itemsize * sum(p.numel() for p in skeleton.parameters())
+    # Weights, two copies of the best, gradient and AdamW's two moments in float32.
+    memory_bytes += 24 * parameters
+    if getattr(job.config, "shared_head", False):
+        memory_bytes += 4 * output.weight.shape[1] * (size or len(output.weight))
     free = available_memory(device)
     if memory_bytes > free:
         raise UnsupportedError(
@@ -465,6 +479,8 @@ def _identity(
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
         "runtime": runtime,
+        # Sums are split among threads, and training carries their last bits on.
+        "threads": torch.get_num_threads(),
         "versions": {
             "spectool": __version__,
             "torch": torch.__version__,

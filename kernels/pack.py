@@ -69,7 +69,8 @@ def _codes_of_bytes(bits: int, dtype: torch.dtype, device: torch.device) -> Tens
     with torch.inference_mode(False):
         shifts = torch.arange(0, 8, bits, device=device)
         codes = torch.arange(256, device=device)[:, None] >> shifts
-        return (codes & (2**bits - 1)).to(dtype)
+        table: Tensor = (codes & (2**bits - 1)).to(dtype)
+        return table
 
 
 def _places(bits: int) -> list[tuple[int, int]]:

@@ -137,6 +137,8 @@ class PTQ161:
         generator: torch.Generator,
         tick: Tick,
     ) -> Fitted:
+        if not block.weights:
+            return Fitted({})
         assert streams is not None and block.module is not None
         device = next(block.module.parameters()).device
         linears: dict[str, PTQ161Linear] = {}
@@ -153,7 +155,7 @@ class PTQ161:
                 f"{block.name}: its output is not finite on the calibration text",
                 hint="--dtype float32",
             )
-        best_epoch, kept = 0, _learned(linears)
+        best_epoch, kept, skipped = 0, _learned(linears), 0
         parts = {name: Part(linear, task.dtype) for name, linear in linears.items()}
         trained = [values for part in parts.values() for values in part.parameters()]
         optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
@@ -164,7 +166,15 @@ class PTQ161:
             for step, index in enumerate(order, epoch * len(task) + 1):
                 optimizer.zero_grad()
                 task.backward(index, parts)
-                optimizer.step()
+                # A half type may overflow on one sequence; AdamW would never forget its NaN.
+                if (
+                    torch.stack([p.grad.sum() for p in trained if p.grad is not None])
+                    .isfinite()
+                    .all()
+                ):
+                    optimizer.step()
+                else:
+                    skipped += 1
                 schedule.step()
                 tick(step / (num_steps + 1))
             for part in parts.values():
@@ -184,6 +194,7 @@ class PTQ161:
                 "loss_after": best.loss,
                 "least_cosine": best.least_cosine,
                 "best_epoch": best_epoch,
+                "steps_skipped": skipped,
                 "rows_flipped": sum(int((x.q.row_a < 0).sum()) for x in linears.values()),
             },
         )
@@ -420,7 +431,7 @@ class PTQ161Linear(PackedLinear):
         P_i the sum of low where the bit is set, Q_i that of high times the codes. In float32, as
         the differences cancel most of what half types hold.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and x.requires_grad:
             return super().forward(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         high, low = (wide.index_select(-1, places) for places in self.columns())

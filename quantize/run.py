@@ -70,7 +70,7 @@ class Report:
 
 
 def prepare(
-    layout: Layout, job: Job, *, trust_remote_code: bool, device: str
+    layout: Layout, job: Job, *, trust_remote_code: bool, device: str, batch_size: int = 4
 ) -> tuple[Skeleton, Plan]:
     """The architecture and the plan; reads headers only.
 
@@ -93,6 +93,7 @@ def prepare(
         allow_dense=job.allow_dense,
         calibration_tokens=job.samples * length if _calibrates(method, job) else 0,
         sequence_tokens=length,
+        batch_tokens=batch_size * length,
         on_device=device != "cpu",
     )
     return skeleton, plan
@@ -124,7 +125,11 @@ def quantize(
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     _check_places(checkpoint.path, out)
     skeleton, plan = prepare(
-        checkpoint.layout, job, trust_remote_code=trust_remote_code, device=device
+        checkpoint.layout,
+        job,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        batch_size=batch_size,
     )
     announce(plan, skeleton)
     method: type[Quantizer] = resolve(job.method, "quantizer")
@@ -139,6 +144,9 @@ def quantize(
         "batch_size": batch_size,
         "device": torch.device(device).type,
     }
+    if hasattr(method, "fit"):
+        # Sums are split among threads, and a fit carries their last bits into its codes.
+        computed["threads"] = torch.get_num_threads()
     made_by = _made_by(job, ids_SL, computed)
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     with ArtifactWriter(out, identity={"source": source, **made_by}, overwrite=overwrite) as writer:

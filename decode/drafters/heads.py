@@ -33,6 +33,8 @@ FORMAT_VERSION = 1
 # Guesses of a head that a tree may hold, and nodes that are kept of the best tree.
 TOP = 10
 MOST_NODES = 64
+# The rank of a token that a head cannot guess at all.
+NEVER = 1 << 30
 
 # Logits of one chunk take at most about this much.
 _CHUNK_BYTES = 1 << 25
@@ -84,13 +86,24 @@ def read_record(path: Path) -> HeadsRecord:
             isinstance(record.method, str)
             and all(isinstance(part, dict) for part in (record.options, record.target))
             and len(record.tree) == len(record.shares)
-            and all(isinstance(rank, int) for ranks in record.tree for rank in ranks)
+            and _is_tree(record.tree)
         )
     except TypeError:
         sound = False
     if not sound:
         raise CheckpointError(f"{path}: {HEADS} is not the record of draft heads")
     return record
+
+
+def _is_tree(paths: list[list[int]]) -> bool:
+    """Whether these are distinct paths of ranks that can be guessed, parents first."""
+    seen: set[tuple[int, ...]] = {()}
+    for path in paths:
+        node = tuple(path)
+        if not node or node in seen or node[:-1] not in seen or not 0 <= node[-1] < TOP:
+            return False
+        seen.add(node)
+    return True
 
 
 def open_heads(
@@ -241,14 +254,14 @@ def cross_entropy(
 
 
 def ranks_of(out_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_R: Tensor) -> Tensor:
-    """Ranks [R] of the labels among all guesses, 0 for the best; V for a label of -1."""
+    """Ranks [R] of the labels among all guesses, 0 for the best; NEVER for a label of -1."""
     ranks = []
     for rows in _chunks(len(labels_R), len(weight_VD)):
         logits = F.linear(out_RD[rows], weight_VD, bias_V)
         labels = labels_R[rows]
         own = logits.gather(1, labels.clamp(min=0)[:, None])
         rank = (logits > own).sum(-1)
-        ranks.append(torch.where(labels >= 0, rank, len(weight_VD)))
+        ranks.append(torch.where(labels >= 0, rank, NEVER))
     return torch.cat(ranks) if ranks else labels_R.new_zeros(0)
 
 

@@ -61,7 +61,9 @@ class MedusaHeads(nn.Module):
     class Config(options.Config):
         num_heads: int = option(4, "tokens guessed ahead", minimum=1, maximum=16)
         num_layers: int = option(1, "residual blocks of a head", minimum=1, maximum=8)
-        draft_vocab: int = option(0, "guess only the N commonest tokens of the data; 0: all")
+        draft_vocab: int = option(
+            0, "guess only the N commonest tokens of the data; 0: all", minimum=0
+        )
         shared_head: bool = option(
             False, "guess with the target's output matrix, not with one for each head"
         )
@@ -81,10 +83,11 @@ class MedusaHeads(nn.Module):
         for _ in range(config.num_heads):
             own = None
             if not config.shared_head:
-                own = nn.Linear(width, vocab, bias=bias_V is not None, dtype=weight_VD.dtype)
-                own.to(weight_VD.device).load_state_dict(
-                    {"weight": weight_VD} | ({} if bias_V is None else {"bias": bias_V})
-                )
+                # Made on the meta device: the random numbers of a fresh layer would be thrown away.
+                own = nn.Linear(width, vocab, bias=bias_V is not None, device="meta")
+                own.weight = nn.Parameter(weight_VD.clone())
+                if bias_V is not None:
+                    own.bias = nn.Parameter(bias_V.clone())
             self._each.append(MedusaHead(width, own, config.num_layers).to(weight_VD))
         self.heads = nn.ModuleList(self._each)
 
@@ -97,7 +100,13 @@ class MedusaHeads(nn.Module):
         if head.lm_head is not None:
             return head.lm_head.weight, head.lm_head.bias
         weight_VD, bias_V = self._shared
-        return weight_VD.to(self.dtype), None if bias_V is None else bias_V.to(self.dtype)
+        if weight_VD.dtype != self.dtype:
+            # Once, not at every use: it is the largest matrix there is.
+            self._shared = weight_VD, bias_V = (
+                weight_VD.to(self.dtype),
+                None if bias_V is None else bias_V.to(self.dtype),
+            )
+        return weight_VD, bias_V
 
     def guess(self, state_BD: Tensor, depth: int) -> Tensor:
         """The target's ids of the best guesses of the first `depth` heads, [B, depth, G]."""
@@ -188,7 +197,9 @@ class MedusaDrafter:
         return ("deterministic",)
 
     def begin(self, prompts: Sequence[Prompt]) -> None:
-        self._states = {prompt.row.index: prompt.features["final"][-1] for prompt in prompts}
+        self._states = {
+            prompt.row.index: prompt.features["final"][-1].clone() for prompt in prompts
+        }
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from spectool.cli.demo import _write_texts
 from spectool.stdlib import documents
+
+from .conftest import Done
 
 
 def test_nothing_that_is_measured_on_is_learnt_from(tmp_path: Path) -> None:
@@ -26,6 +29,23 @@ def test_nothing_that_is_measured_on_is_learnt_from(tmp_path: Path) -> None:
     assert all(any(prompt.strip() in text for text in unseen) for prompt in prompts)
     assert not any(prompt in taught for prompt in prompts)
     assert Path(texts["held-out"]).read_text()[:200] in "".join(sorted(unseen))
+
+
+def test_what_no_demo_made_is_left_alone(spectool: Callable[..., Done], tmp_path: Path) -> None:
+    mine = tmp_path / "train.jsonl"
+    mine.write_text("mine")
+    for place in (tmp_path, mine):
+        done = spectool("demo", place)
+        assert done.code == 2 and "no demo made it" in done.err
+    assert mine.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_stage_that_fails_is_told_to_programs_too(
+    spectool: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectool.cli.demo.CHECKPOINT", "not-there")
+    done = spectool("demo", tmp_path / "demo", "--json")
+    assert done.code == 1 and "spectool quantize ended" in done.json["error"]["message"]
 
 
 @pytest.mark.slow

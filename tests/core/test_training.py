@@ -72,6 +72,7 @@ def make(store: Memory | None, *, stop_at: int = -1, bad_at: int = -1) -> Traini
         evaluate=evaluate,
         store=store,
         save_seconds=-1,
+        save_share=math.inf,
     )
 
 

@@ -20,10 +20,11 @@ def endless(monkeypatch: pytest.MonkeyPatch, tiny: Callable[..., PreTrainedModel
     return Runner(model)
 
 
-def sample_of(*stretches: tuple[list[int], bool]) -> Sample:
+def sample_of(*stretches: tuple[list[int], bool], given: int = 0) -> Sample:
     return Sample(
         [token for tokens, _ in stretches for token in tokens],
         [taught for tokens, taught in stretches for _ in tokens],
+        given,
     )
 
 
@@ -33,7 +34,7 @@ def test_text_keeps_its_first_quarter_and_goes_on_as_the_target(
     tokens = [0, *range(10, 89)]
     (made,) = regenerate(
         endless,
-        [sample_of((tokens[:1], False), (tokens[1:], True))],
+        [sample_of((tokens[:1], False), (tokens[1:], True), given=20)],
         seq_len=80,
         temperature=0.0,
         seed=0,
@@ -74,7 +75,7 @@ def test_turns_follow_the_answers_that_were_written(tiny: Callable[..., PreTrain
 @pytest.mark.parametrize("cut_loops", [True, False])
 def test_loops_end_a_sample_where_asked(endless: Runner, cut_loops: bool) -> None:
     """Greedy text of a random model soon repeats itself."""
-    sample = sample_of(([0, 5, 6, 7], False), ([9] * 80, True))
+    sample = sample_of(([0, 5, 6, 7], False), ([9] * 80, True), given=21)
     (made,) = regenerate(
         endless, [sample], seq_len=250, temperature=0.0, seed=0, batch_size=1, cut_loops=cut_loops
     )

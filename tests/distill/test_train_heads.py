@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from spectool.artifact import ArtifactWriter, own_files
@@ -27,6 +29,8 @@ from spectool.errors import SpectoolError, TextError, UnsupportedError, UsageErr
 from spectool.quantize import run as quantizing
 from spectool.quantize.rtn import RTN
 from spectool.training import Training
+
+from ..conftest import VOCAB, tokenizer
 
 Train = Callable[..., Report]
 
@@ -91,7 +95,7 @@ def test_what_is_written_is_whole_and_drafts(
     assert report.parameters == 3 * (32 * 32 + 32 + 320 * 32)
     record = read_record(out)
     assert record == report.record
-    assert record.training["steps"] == report.steps == 8 and len(record.accuracy) == 3
+    assert record.training["steps_done"] == report.steps == 8 and len(record.accuracy) == 3
     assert report.tokens_per_forward == pytest.approx(record.expected(32))
     text = (out / "spectool_heads.json").read_text()
     assert str(tmp_path) not in text and "seconds" not in text
@@ -145,7 +149,7 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(
     assert one == two and one["heads.safetensors"] != three["heads.safetensors"]
 
 
-@pytest.mark.parametrize("stop", [1, 4, 8])
+@pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     train: Train,
     checkpoint: Callable[..., Path],
@@ -156,7 +160,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     """Stopped at the n-th shard that it writes: texts of the target, states, the heads."""
     source = checkpoint("llama")
     monkeypatch.setattr(room, "_GROUP", 8)
+    written = _count(monkeypatch, room, "regenerate")
     train(source, "whole", regenerate=True)
+    all_texts = written[0]
     monkeypatch.setattr(Training, "__init__", _storing_always(Training.__init__))
     write, count = ArtifactWriter.write_shard, [0]
 
@@ -171,12 +177,36 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             train(source, regenerate=True)
     assert not (tmp_path / "out").exists()
+    shards = json.loads((tmp_path / "out.partial.json").read_text())["shards"]
+    states = [said["report"]["step"] for name, said in shards.items() if "state" in name]
+    texts = [name for name in shards if "state" not in name]
+    assert len(shards) == min(stop, len(texts) + 2)
+
+    written[0] = 0
+    steps = _count(monkeypatch, room._Course, "accumulate")
     train(source, regenerate=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    # What was recorded is not done again. One step more is taken for its time.
+    assert written[0] == all_texts - len(texts)
+    assert steps[0] == 1 + 8 - max(states, default=0)
+
+
+def _count(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
+    """How often a function is called from now on."""
+    original, calls = getattr(owner, name), [0]
+
+    def counting(*arguments: Any, **given: Any) -> Any:
+        calls[0] += 1
+        return original(*arguments, **given)
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls
 
 
 def _storing_always(original: Any) -> Any:
-    return lambda self, **given: original(self, **{**given, "save_seconds": -1})
+    return lambda self, **given: original(
+        self, **{**given, "save_seconds": -1, "save_share": math.inf}
+    )
 
 
 def test_other_data_do_not_resume(
@@ -253,6 +283,27 @@ def test_what_cannot_fit_is_refused_before_it_starts(
     monkeypatch.setattr(room, "available_memory", lambda device: 1000)
     with pytest.raises(UnsupportedError, match=r"takes .* GB, and 0\.0 GB are free"):
         train(checkpoint("llama"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_drafted_for_leaves_nothing(
+    train: Train, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
+    source = tmp_path_factory.mktemp("bloom")
+    transformers.BloomForCausalLM(config).save_pretrained(source)
+    tokenizer().save_pretrained(source)
+    with pytest.raises(UnsupportedError, match="bloom cannot be decoded"):
+        train(source)
+    assert not any(tmp_path.iterdir())
+
+
+def test_held_out_text_without_a_place_for_all_heads(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_HELD_OUT_TOKENS", 16)
+    with pytest.raises(TextError, match="wrote too little of its own to measure on"):
+        train(checkpoint("llama"), options={"num_heads": 16})
     assert not any(tmp_path.iterdir())
 
 

@@ -479,11 +479,38 @@ def test_the_command_says_what_the_fit_gained(
 
 
 def test_flipped_rows_and_turned_outputs_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    fine = {"loss_start": 2.0, "loss_after": 1.0, "least_cosine": 0.9, "rows_flipped": 0}
-    odd = {"loss_start": 2.0, "loss_after": 2.0, "least_cosine": -0.1, "rows_flipped": 3}
-    show_fits(Output(json_wanted=False), [fine])
+    fine = {
+        "loss_start": 2.0,
+        "loss_after": 1.0,
+        "least_cosine": 0.9,
+        "rows_flipped": 0,
+        "steps_skipped": 0,
+    }
+    odd = {
+        "loss_start": 2.0,
+        "loss_after": 2.0,
+        "least_cosine": -0.1,
+        "rows_flipped": 3,
+        "steps_skipped": 0,
+    }
+    show_fits(Output(json_wanted=False), {0: fine})
     assert capsys.readouterr().out.count("\n") == 1
-    show_fits(Output(json_wanted=False), [fine, odd])
+    show_fits(Output(json_wanted=False), {0: fine, 1: odd})
     said = capsys.readouterr().out
     assert "0.500 to 1.000 of that at its start, lower in 1 of 2 blocks" in said
     assert "rows flipped by a negative scale: 3" in said and "in blocks 1: more" in said
+
+
+def test_a_block_left_dense_has_no_fit(
+    compress: Callable[..., Path], checkpoint: Callable[..., Path]
+) -> None:
+    reports: list[Any] = []
+    compress(
+        checkpoint("llama"),
+        "ptq161",
+        epochs=1,
+        job={"samples": 2, "seq_len": 16, "skip": ["model.layers.0.*"], "allow_dense": True},
+        reports=reports,
+    )
+    fits = [block["fit"] for block in reports[0].blocks]
+    assert not fits[0] and fits[1]["loss_after"] <= fits[1]["loss_start"]
