@@ -159,7 +159,9 @@ def _table(result: dict[str, Any]) -> Any:
 
     table = Table(box=box.SIMPLE)
     for heading in ("drafter", "tok/s", "speed-up", "tokens/forward", "accepted", "identical"):
-        table.add_column(heading, justify="left" if heading == "drafter" else "right")
+        left = heading == "drafter"
+        # A path that is cut short could be any of several.
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for row in (result["baseline"], *result["drafters"]):
         identical = row.get("identical")
         table.add_row(
@@ -180,7 +182,8 @@ def _comparison(runs: list[dict[str, Any]]) -> Any:
 
     table = Table(box=box.SIMPLE)
     for heading in ("runs", "plain tok/s", "best tok/s", "drafter", "of the reference"):
-        table.add_column(heading, justify="left" if heading in ("runs", "drafter") else "right")
+        left = heading in ("runs", "drafter")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     plain = runs[-1]["baseline"]["tokens_per_second"]
     for run in runs:
         rows = [run["baseline"], *run["drafters"]]

@@ -184,9 +184,14 @@ class Terminal:
             [sys.executable, "-m", "spectool", *map(str, words)],
             stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True,
             # Ctrl-C is a signal only from the terminal that controls the session.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
             env={**os.environ, **ENV, **env},
         )  # fmt: skip
+
+
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -262,6 +267,9 @@ def test_a_session_at_a_terminal(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with contextlib.ExitStack() as stack:
+        # A shell that runs the tests in the background has them ignore Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        stack.callback(signal.signal, signal.SIGINT, before)
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
             file = stack.enter_context(os.fdopen(os.dup(terminal.slave), mode))
             monkeypatch.setattr(sys, name, file)
