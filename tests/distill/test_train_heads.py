@@ -319,7 +319,7 @@ def test_kill_at_random_moments(checkpoint: Callable[..., Path], data: str, tmp_
 
     def start(out: str) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", "spectool", "train-heads", "medusa", str(source),
-                 str(tmp_path / out), "--data", data, "--steps", "300", "--seq-len", "64",
+                 str(tmp_path / out), "--data", data, "--steps", "1500", "--seq-len", "64",
                  "--batch-tokens", "512", "--regenerate", "--threads", "1"]  # fmt: skip
         quick = (
             "import sys, spectool.training as t; t.Training.__init__.__kwdefaults__"
@@ -334,7 +334,7 @@ def test_kill_at_random_moments(checkpoint: Callable[..., Path], data: str, tmp_
     killed = 0
     for _ in range(8):
         process = start("out")
-        time.sleep(chance.uniform(0.3, 0.9) * length)
+        time.sleep(chance.uniform(0.25, 0.5) * length)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         if (tmp_path / "out").exists():
