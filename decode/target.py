@@ -9,16 +9,19 @@ mask, positions and cache is refused by name. Suffixes: B batch, N nodes, S colu
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Needs
@@ -154,6 +157,12 @@ class Target:
         with self._listen(needs) as features:
             self.model.get_decoder()(input_ids=tokens_BL.to(self.device), use_cache=False)
         return features
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """The directory that the model was loaded from; None if it came from nowhere."""
+        place = Path(self.model.config._name_or_path or "")
+        return open_checkpoint(place) if (place / "config.json").is_file() else None
 
     @property
     def width(self) -> int:

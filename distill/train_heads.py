@@ -200,7 +200,7 @@ def train_heads(
             own = written("regenerated", own, temperature=job.temperature)
         unseen = written("held-out", unseen, temperature=0.0, most=_HELD_OUT_TOKENS, cut_loops=True)
         course = _Course(runner.target, job, own, unseen)
-        if not (own and course.num_places()):
+        if not (own and len(course.ranks())):
             writer.abandon()
             raise TextError(
                 f"{', '.join(job.data)}: the target wrote too little of its own to "
@@ -225,8 +225,9 @@ def train_heads(
         # Measured as they are stored.
         stored = own_dtype(checkpoint.layout)
         course.heads.to(stored).float()
-        measured = course.evaluate()
-        paths = course.paths()
+        ranks_RK = course.ranks()
+        measured = course.figures(ranks_RK)
+        paths = best_paths(ranks_RK, nodes=MOST_NODES, top=TOP)
         record = HeadsRecord(
             method=job.method,
             options=job.config.as_dict(),
@@ -243,7 +244,7 @@ def train_heads(
             training={
                 **identity,
                 "steps_done": course.steps,
-                "places": course.num_places(),
+                "places": len(ranks_RK),
                 "looks": history.looks,
             },
         )
@@ -301,19 +302,20 @@ class _Course:
         done = self.heads.teach(self._lesson([self.samples[i] for i in self.batches[step]]))
         return {"loss": sum(done.means) / len(done.means), "losses": done.means}
 
-    def _ranks(self) -> Tensor:
-        return torch.cat([self.heads.ranks(lesson) for lesson in self.held_out])
-
-    def num_places(self) -> int:
-        """Places of held-out text that all heads are measured at."""
-        return len(self._ranks()) if self.held_out else 0
+    def ranks(self) -> Tensor:
+        """Ranks [R, K] of the true tokens at all places of held-out text."""
+        found = [self.heads.ranks(lesson) for lesson in self.held_out]
+        return torch.cat(found) if found else torch.zeros(0, 0)
 
     def evaluate(self) -> Figures:
+        """The figures of the heads as they are now."""
+        return self.figures(self.ranks())
+
+    def figures(self, ranks_RK: Tensor) -> Figures:
         """Held-out accuracies, and as `score` the tokens per forward that the best tree brings.
 
         `conditional[k]`: how often head k's first guess is right where those before it were.
         """
-        ranks_RK = self._ranks()
         right_RK = (ranks_RK == 0).double()
         reached_RK = right_RK.cumprod(-1)
         before_K = torch.cat([reached_RK.new_tensor([len(ranks_RK)]), reached_RK.sum(0)[:-1]])
@@ -323,9 +325,6 @@ class _Course:
             "accuracy": right_RK.mean(0).tolist(),
             "conditional": (reached_RK.sum(0) / before_K.clamp(min=1)).tolist(),
         }
-
-    def paths(self) -> list[tuple[tuple[int, ...], float]]:
-        return best_paths(self._ranks(), nodes=MOST_NODES, top=TOP)
 
     def step_seconds(self) -> float:
         """The time of a step, by trying the first; its gradient is thrown away."""

@@ -1,9 +1,10 @@
 """The block walk: load one block, look at it, pack it, write it, free it.
 
-Whatever the checkpoint's size, one block and two activation buffers are resident. What is written
-for a block depends only on the source, the options, the calibration tokens and (seed, block), and
-the packed stream advances through the packed module as read back from its shard; so a run that was
-killed ends with the same bytes as one that was not.
+Whatever the checkpoint's size, one block and two activation buffers are resident (four where a
+method fits: its targets too). What is written for a block depends only on the source, the options,
+the calibration tokens and (seed, block); where a method fits, on the number of threads as well,
+which is recorded. The packed stream advances through the packed module as read back from its shard.
+So a run that was killed ends with the same bytes as one that was not.
 
 Shapes: S sequences, B of a batch, L tokens, D width.
 """

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import loading, methods
-from spectool.checkpoint import Checkpoint, open_checkpoint, read_tensor
+from spectool.checkpoint import Checkpoint, read_tensor
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, UnsupportedError
@@ -164,19 +163,13 @@ def check_fit(
         raise CheckpointError(f"{path}: its heads were trained with another tokenizer")
     if allow_other_target:
         return
-    checkpoint = checkpoint_of(target.model)
+    checkpoint = target.checkpoint
     if checkpoint is not None and said.get("lineage") != lineage(checkpoint):
         raise CheckpointError(
             f"{path}: its heads were trained for another checkpoint than {checkpoint.path} or "
             "what that was made from",
             hint="--allow-other-target runs them all the same; the output stays the target's",
         )
-
-
-def checkpoint_of(model: PreTrainedModel) -> Checkpoint | None:
-    """The directory that a model was loaded from; None if it came from nowhere."""
-    place = Path(model.config._name_or_path or "")
-    return open_checkpoint(place) if (place / "config.json").is_file() else None
 
 
 def lineage(checkpoint: Checkpoint) -> str:

@@ -252,7 +252,7 @@ def stored(tmp_path: Path, checkpoint: Callable[..., Path]) -> Callable[..., Pat
             token_map = torch.arange(0, 3 * options["draft_vocab"], 3)
         output = runner.target.model.get_output_embeddings()
         heads = make_heads(output, token_map=token_map, **options)
-        opened = shared_code.checkpoint_of(runner.target.model)
+        opened = runner.target.checkpoint
         assert opened is not None
         record = HeadsRecord(
             method="medusa",
