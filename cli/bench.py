@@ -19,6 +19,8 @@ from spectool.cli.common import (
     MaxNewTokens,
     MinP,
     Model,
+    NoRepeatNgramSize,
+    RepetitionPenalty,
     Revision,
     Runtime,
     Seed,
@@ -59,6 +61,8 @@ def bench(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    no_repeat_ngram_size: NoRepeatNgramSize = 0,
     verify: Verify = None,
     lossy: Lossy = False,
     context: Context = None,
@@ -78,10 +82,19 @@ def bench(
     """Speed of each drafter against plain decoding, and whether the output stayed the same."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
+        from spectool.decode.sampling import Law
         from spectool.evaluate import bench as room
         from spectool.loading import describe_runtime
         from spectool.machine import describe
 
+        law = Law(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+        )
         runs = []
         for path, how in _targets(model, reference, runtime):
             runner, tokenizer = open_runner(
@@ -111,9 +124,8 @@ def bench(
                 draft or (),
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                law=room.Law(
-                    temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
-                ),
+                law=law,
+                seed=seed,
                 verify=verify,
                 lossy=lossy,
                 say=output.say,

@@ -24,7 +24,9 @@ from spectool.cli.common import (
     Lossy,
     MinP,
     Model,
+    NoRepeatNgramSize,
     Output,
+    RepetitionPenalty,
     Revision,
     Runtime,
     Seed,
@@ -88,6 +90,8 @@ def chat(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    no_repeat_ngram_size: NoRepeatNgramSize = 0,
     verify: Verify = None,
     lossy: Lossy = False,
     template_arg: TemplateArg = None,
@@ -119,22 +123,20 @@ def chat(
             allow_other_target=allow_other_target,
         )
         from spectool.decode.chat import Chat, Options
+        from spectool.decode.sampling import Law
 
-        pairing = runner.pairing(
-            runner.drafter,
+        law = Law(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
-            verify=verify,
-            lossy=lossy,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
         )
+        pairing = runner.pairing(runner.drafter, verify=verify, lossy=lossy, **law)
         options = Options(
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
+            law=law,
             seed=seed,
             stop=tuple(stop or ()),
             verify=verify,

@@ -60,6 +60,12 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample among the K likeliest; 0: all.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample within this mass; 1: all.")]
 MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Least share of the top's mass.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1: tokens that were there become less likely; 1: off.")
+]
+NoRepeatNgramSize = Annotated[
+    int, typer.Option(min=0, help="No run of so many tokens comes twice; 0: off.")
+]
 Verify = Annotated[str | None, typer.Option(help="Verification rule; default: the exact one.")]
 Lossy = Annotated[bool, typer.Option("--lossy", help="Allow a rule that changes the output's law.")]
 AllowOtherTarget = Annotated[

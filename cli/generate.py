@@ -21,6 +21,8 @@ from spectool.cli.common import (
     MaxNewTokens,
     MinP,
     Model,
+    NoRepeatNgramSize,
+    RepetitionPenalty,
     Revision,
     Runtime,
     Seed,
@@ -56,6 +58,8 @@ def generate(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    no_repeat_ngram_size: NoRepeatNgramSize = 0,
     verify: Verify = None,
     lossy: Lossy = False,
     context: Context = None,
@@ -87,6 +91,16 @@ def generate(
             trust_remote_code=trust_remote_code,
             allow_other_target=allow_other_target,
         )
+        from spectool.decode.sampling import Law
+
+        law = Law(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+        )
         found = read_prompts(
             tokenizer, prompt=prompt, prompts=prompts, field=field, template=template_arg
         )
@@ -105,10 +119,6 @@ def generate(
         results = runner.generate(
             found,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
             seed=seed,
             stop=stop or (),
             verify=verify,
@@ -116,6 +126,7 @@ def generate(
             batch_size=batch_size,
             on_tokens=on_tokens if streams else None,
             keep_interrupted=True,
+            **law,
         )
         seconds = time.perf_counter() - began
         if streams:

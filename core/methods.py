@@ -69,11 +69,26 @@ METHODS: dict[str, Method] = {
         source="Saxena, Prompt Lookup Decoding, 2023",
         runs_in=("spectool",),
     ),
+    "recycle": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.recycle:RecycleDrafter",
+        summary="After a token, what the target found likely after it last time; a static tree",
+        source="Luo et al., Token Recycling, 2024 (arXiv:2408.08696)",
+        runs_in=("spectool",),
+    ),
+    "trigram": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.trigram:TrigramDrafter",
+        summary="A table of trigrams learnt from the text; the likeliest tree by their scores",
+        source="Liu et al., ADED, 2024 (arXiv:2406.18200)",
+        runs_in=("spectool",),
+    ),
     "draft_model": Method(
         kind="drafter",
         target="spectool.decode.drafters.draft_model:DraftModelDrafter",
-        summary="A smaller checkpoint with the same tokenizer proposes a chain",
-        source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318)",
+        summary="A smaller checkpoint with the same tokenizer proposes a chain or a tree",
+        source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318); "
+        "Jeon et al., 2024 (arXiv:2402.14160)",
         runs_in=("spectool",),
     ),
     "medusa": Method(
@@ -98,11 +113,26 @@ METHODS: dict[str, Method] = {
         source="Miao et al., SpecInfer, 2023 (arXiv:2305.09781), naive sampling",
         runs_in=("spectool",),
     ),
-    "chain": Method(
+    "rejection": Method(
         kind="rule",
-        target="spectool.decode.verify:chain",
-        summary="Accept with min(1, p/q), else draw from the residual; exact for sampled chains",
-        source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318)",
+        target="spectool.decode.verify:rejection",
+        summary="Accept with min(1, p/q), siblings against what is left, else draw from the rest",
+        source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318); "
+        "Jeon et al., 2024 (arXiv:2402.14160)",
+        runs_in=("spectool",),
+    ),
+    "k-seq": Method(
+        kind="rule",
+        target="spectool.decode.verify:k_seq",
+        summary="Accept independent draws with min(1, p / (rho q)), rho chosen for their number",
+        source="Sun et al., SpecTr, 2023 (arXiv:2310.15141)",
+        runs_in=("spectool",),
+    ),
+    "typical": Method(
+        kind="rule",
+        target="spectool.decode.verify:typical",
+        summary="Accept what the target finds likely enough; changes the law, so only with --lossy",
+        source="Cai et al., Medusa, 2024 (arXiv:2401.10774)",
         runs_in=("spectool",),
     ),
 }

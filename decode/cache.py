@@ -93,9 +93,12 @@ class TreeCache(Cache):
         """Committed columns of each row."""
         return [len(tokens) for tokens in self.tokens]
 
-    def open(self, num_nodes: int, device: torch.device) -> None:
-        """Make room for a pass of `num_nodes` rows and settle where they are written."""
-        self._starts = self.lengths
+    def open(self, num_nodes: int, device: torch.device, *, after: int = 0) -> None:
+        """Make room for a pass of `num_nodes` rows and settle where they are written.
+
+        `after` are the tail's columns that earlier passes of the same tree wrote.
+        """
+        self._starts = [length + after for length in self.lengths]
         self.width = max(self._starts) + num_nodes
         if self.width > self.capacity:
             if self.width > self.context + self._tail:

@@ -8,7 +8,6 @@ as far as the template writes the history that way; what it rewrites or drops is
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import functools
 import json
 import re
@@ -24,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool import text
 from spectool.artifact import disk_errors
 from spectool.decode.generate import Result, Runner
+from spectool.decode.sampling import Law
 from spectool.errors import TextError, UsageError
 from spectool.headers import read_json
 
@@ -45,10 +45,7 @@ class Options:
     """How answers are generated; `Runner.generate` describes each. Turn n draws from seed + n."""
 
     max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    law: Law = field(default_factory=Law)
     seed: int = 0
     stop: tuple[str, ...] = ()
     verify: str | None = None
@@ -174,8 +171,7 @@ class Chat:
         Raises:
             KeyboardInterrupt: Ctrl-C otherwise, or before there is anything to keep.
         """
-        options = dataclasses.asdict(self.options)
-        options["seed"] += len(self.replies)
+        options = self.options
         began = time.perf_counter()
         (result,) = self.runner.generate(
             [prompt.tokens],
@@ -183,7 +179,12 @@ class Chat:
             on_tokens=on_text and (lambda row, tokens, text, drafted: on_text(text, drafted)),
             reuse_cache=True,
             keep_interrupted=keep_interrupted,
-            **options,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed + len(self.replies),
+            stop=options.stop,
+            verify=options.verify,
+            lossy=options.lossy,
+            **options.law,
         )
         if not result.token_ids:
             raise KeyboardInterrupt

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from transformers import PreTrainedModel
@@ -12,12 +14,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.spec import open_drafter, parse_spec
-from spectool.decode.loop import decode
+from spectool.decode.loop import Spent, decode
 from spectool.decode.protocol import Drafter
 from spectool.decode.row import FinishReason, Row
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Control, Draws, Law
 from spectool.decode.target import Target
 from spectool.decode.text import TextStream
+from spectool.decode.tune import Curve, Tuned, curve_of
 from spectool.decode.verify import Pairing, rule_for
 from spectool.errors import UsageError
 from spectool.loading import load_model, load_tokenizer
@@ -59,8 +62,10 @@ class Runner:
     """A loaded model with a drafter, for any number of prompts.
 
     `draft` is a specification (`drafters/spec.py`), a drafter, or None for plain decoding; it may
-    be replaced with `use`. `dtype` and `device` are for models given as a path.
-    `allow_other_target` takes draft heads of another checkpoint.
+    be replaced with `use`. `spent` is where the time of all calls went. `dtype` and `device` are
+    for models given as a path.
+    `allow_other_target` takes draft heads of another checkpoint. `tune` sizes trees by what pays on
+    this machine also where a specification says nothing about it (`decode/tune.py`).
 
     Raises:
         InputError: a checkpoint that cannot be read or decoded, a specification that is wrong.
@@ -76,6 +81,7 @@ class Runner:
         device: str = "cpu",
         context: int | None = None,
         allow_other_target: bool = False,
+        tune: bool = False,
     ) -> None:
         if isinstance(model, PreTrainedModel):
             if dtype is not None:
@@ -86,8 +92,10 @@ class Runner:
         self.target = Target(model, context=context)
         self.tokenizer = tokenizer
         self.allow_other_target = allow_other_target
+        self.tune = tune
         self.drafter: Drafter
         self.use(draft)
+        self.spent = Spent()
         self._cache: TreeCache | None = None
 
     @property
@@ -100,48 +108,55 @@ class Runner:
         self.drafter = self.open(draft) if draft is None or isinstance(draft, str) else draft
 
     def open(self, draft: str | None) -> Drafter:
-        """The drafter of a specification, for `use`. Loads a draft model; runs no forward.
+        """The drafter of a specification, for `use`.
+
+        Loads a draft model; runs no forward but what measures `curve`.
 
         Raises:
             InputError: the specification is wrong, or its checkpoint does not fit this model.
         """
         name = self.target.model.config._name_or_path
         spec = parse_spec("none" if draft is None else draft, beside=Path(name) if name else None)
-        return open_drafter(
+        drafter = open_drafter(
             spec,
             target=self.target,
             target_tokenizer=self.tokenizer,
             allow_other_target=self.allow_other_target,
         )
+        tuned = self.tune if spec.tune is None else spec.tune
+        return (
+            Tuned(drafter, self.target, self.curve) if tuned and drafter.name != "none" else drafter
+        )
+
+    @functools.cached_property
+    def curve(self) -> Curve:
+        """What passes cost here; measured when first asked for, which takes up to a second."""
+        return curve_of(self.target)
+
+    def close(self) -> None:
+        """Keep on disk what the drafter learnt, where it was asked to."""
+        self.drafter.close()
 
     def pairing(
         self,
         drafter: Drafter,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
         verify: str | None = None,
         lossy: bool = False,
+        **law: Unpack[Law],
     ) -> Pairing:
         """The rule that `generate` would verify this drafter with. Runs no forward.
 
         Raises:
             UsageError: a value outside its range, or a pair that is refused.
         """
-        control = Control(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        return _pair(drafter, control, verify, lossy)
+        return _pair(drafter, Control(**law), verify, lossy)
 
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
         *,
         max_new_tokens: int | Sequence[int] = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
         seed: int = 0,
         stop: Sequence[str] = (),
         verify: str | None = None,
@@ -151,9 +166,11 @@ class Runner:
         on_tokens: OnTokens | None = None,
         reuse_cache: bool = False,
         keep_interrupted: bool = False,
+        **law: Unpack[Law],
     ) -> list[Result]:
         """Continue every prompt (text, or token ids as they are), `batch_size` at a time.
 
+        `law` are the options of `sampling.Control`; without any, decoding is greedy.
         `on_tokens(i, tokens, text, drafted)` hears of prompt i's tokens as they are committed; they
         are never taken back, and the first `drafted` characters of the text came from accepted
         drafts. `eos` are tokens that end a text besides the model's own. `reuse_cache` continues
@@ -167,7 +184,7 @@ class Runner:
             SpectoolError: the model's logits are NaN or infinite.
             KeyboardInterrupt: Ctrl-C without `keep_interrupted`.
         """
-        control = Control(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        control = Control(**law)
         pairing = _pair(self.drafter, control, verify, lossy)
         if isinstance(max_new_tokens, int):
             max_new_tokens = [max_new_tokens] * len(prompts)
@@ -187,9 +204,8 @@ class Runner:
         try:
             for start in range(0, len(rows), batch_size):
                 group = rows[start : start + batch_size]
-                for commit in decode(
-                    self.target, self._open(group, reuse_cache), self.drafter, group, pairing
-                ):
+                cache = self._open(group, reuse_cache)
+                for commit in decode(self.target, cache, self.drafter, group, pairing, self.spent):
                     if on_tokens is not None:
                         commit.row.tell(commit.tokens, commit.text)
                         on_tokens(commit.row.index, commit.tokens, commit.text, commit.drafted)
@@ -272,16 +288,13 @@ def generate(
     device: str = "cpu",
     context: int | None = None,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
     seed: int = 0,
     stop: Sequence[str] = (),
     verify: str | None = None,
     lossy: bool = False,
     batch_size: int = 1,
     on_tokens: OnTokens | None = None,
+    **law: Unpack[Law],
 ) -> list[Result]:
     """Continue each prompt once; `Runner` and `Runner.generate` describe the options.
 
@@ -293,16 +306,13 @@ def generate(
     return runner.generate(
         prompts,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
         seed=seed,
         stop=stop,
         verify=verify,
         lossy=lossy,
         batch_size=batch_size,
         on_tokens=on_tokens,
+        **law,
     )
 
 
@@ -318,13 +328,8 @@ def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
 
 
 def _pair(drafter: Drafter, control: Control, verify: str | None, lossy: bool) -> Pairing:
-    return rule_for(
-        drafter.kinds(control),
-        verify,
-        temperature=control.temperature,
-        lossy=lossy,
-        branches=drafter.branches,
-    )
+    kinds = drafter.kinds(control)
+    return rule_for(kinds, verify, temperature=control.temperature, lossy=lossy)
 
 
 def _result(row: Row, lossless: bool) -> Result:

@@ -8,6 +8,7 @@ once, in `settle`. Suffixes: B batch, N nodes, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Turn, sound
+from spectool.decode.sampling import Contexts, Turn, sound
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft
 from spectool.decode.verify import Pairing, settle
@@ -38,12 +39,21 @@ class Commit:
     drafted: int
 
 
+@dataclass(slots=True)
+class Spent:
+    """Seconds of all steps so far: drafting, and the target's passes. What is left is ours."""
+
+    draft: float = 0.0
+    target: float = 0.0
+
+
 def decode(
     target: Target,
     cache: TreeCache,
     drafter: Drafter,
     rows: Sequence[Row],
     pairing: Pairing,
+    spent: Spent,
 ) -> Iterator[Commit]:
     """Complete all rows, yielding what is committed step by step.
 
@@ -55,10 +65,10 @@ def decode(
         cache.select([i for i, row in enumerate(rows) if row.finish_reason is None])
     if not alive:
         return
-    yield from _prompt_pass(target, cache, drafter, alive, pairing)
+    yield from _prompt_pass(target, cache, drafter, alive, pairing, spent)
     alive = _drop_finished(cache, alive)
     while alive:
-        yield from _step(target, cache, drafter, alive, pairing)
+        yield from _step(target, cache, drafter, alive, pairing, spent)
         alive = _drop_finished(cache, alive)
 
 
@@ -68,21 +78,28 @@ def _prompt_pass(
     drafter: Drafter,
     rows: list[Row],
     pairing: Pairing,
+    spent: Spent,
 ) -> list[Commit]:
     """Feed the prompts and commit the first new token of each row: one forward, as plain as any."""
+    began = time.perf_counter()
     fresh = [row.tokens[held:] for row, held in zip(rows, cache.lengths, strict=True)]
     drafts = [tree.root(row.tokens[-1]) for row in rows]
     done = target.ingest(cache, fresh, drafter.needs)
-    settled = _judge(rows, drafts, done.logits_BV[:, None], pairing)
+    settled, _, _ = _judge(rows, drafts, done.logits_BV[:, None], pairing)
+    spent.target += time.perf_counter() - began
     commits, prompts = [], []
     for b, (row, (_, token)) in enumerate(zip(rows, settled, strict=True)):
         row.count([0], 0)
         (text,) = row.extend([token])
         commits.append(Commit(row, [token], text, drafted=0))
-        prompts.append(Prompt(row=row, logits_V=done.logits_BV[b], features=done.features[b]))
+        prompts.append(
+            Prompt(row=row, logits_V=done.logits_BV[b], top=done.top[b], features=done.features[b])
+        )
     unfinished = [prompt for prompt in prompts if prompt.row.finish_reason is None]
     if unfinished:
-        drafter.begin(unfinished)
+        began = time.perf_counter()
+        drafter.begin(unfinished, target, cache)
+        spent.draft += time.perf_counter() - began
     return commits
 
 
@@ -92,13 +109,20 @@ def _step(
     drafter: Drafter,
     rows: list[Row],
     pairing: Pairing,
+    spent: Spent,
 ) -> list[Commit]:
     # A node at depth d brings d + 1 tokens: itself, those above it and the rule's own.
     budget = [row.room - 1 for row in rows]
+    began = time.perf_counter()
     drafts = drafter.propose(rows, budget)
+    proposed = time.perf_counter()
     assert all(max(d.depths) <= b for d, b in zip(drafts, budget, strict=True)), "over budget"
-    done = target.verify(cache, drafts, drafter.needs)
-    settled = _judge(rows, drafts, done.logits_BNV, pairing)
+    needs = drafter.needs
+    done = target.verify(cache, drafts, needs)
+    fed = time.perf_counter()
+    settled, top, laws_BNV = _judge(rows, drafts, done.logits_BNV, pairing, needs.top)
+    # On a GPU the pass has only been enqueued before its verdict is read.
+    passed = fed if target.device.type == "cpu" else time.perf_counter()
     commits, outcomes, paths = [], [], []
     for b, (row, draft, (path, token)) in enumerate(zip(rows, drafts, settled, strict=True)):
         new = [draft.tokens[node] for node in path[1:]] + [token]
@@ -117,12 +141,16 @@ def _step(
                 draft=draft,
                 path=path,
                 next_token=new[taken - 1],
-                logits_NV=done.logits_BNV[b, nodes] if drafter.needs.logits else None,
+                laws_NV=laws_BNV[b, nodes] if needs.laws else None,
+                top=top[b][nodes] if needs.top else [],
                 features={name: f_BND[b, nodes] for name, f_BND in done.features.items()},
             )
         )
     cache.commit([draft.tokens for draft in drafts], paths)
+    committed = time.perf_counter()
     drafter.observe(outcomes)
+    spent.draft += proposed - began + time.perf_counter() - committed
+    spent.target += passed - proposed
     return commits
 
 
@@ -132,13 +160,32 @@ def _judge(
     drafts: Sequence[Draft],
     logits_BNV: Tensor,
     pairing: Pairing,
-) -> list[tuple[list[int], int]]:
-    laws_BNV = rows[0].control.laws(logits_BNV)
+    top: int = 0,
+) -> tuple[list[tuple[list[int], int]], list[list[list[int]]], Tensor]:
+    """Every row's path and next token, the `top` likeliest ids after each node, and the laws."""
+    control = rows[0].control
+    contexts = _contexts(rows, drafts) if control.looks_back else None
+    laws_BNV = control.laws(logits_BNV, contexts)
     verdicts = [
         pairing.rule(draft, laws_NV[: len(draft)], Turn(row.draws, len(row.tokens) - 1))
         for row, draft, laws_NV in zip(rows, drafts, laws_BNV, strict=True)
     ]
-    return settle(drafts, verdicts, sound(logits_BNV))
+    top_BNK = logits_BNV.topk(top).indices if top else None
+    settled, ids = settle(drafts, verdicts, is_sound=sound(logits_BNV), top_BNK=top_BNK)
+    num_nodes = logits_BNV.shape[1]
+    listed = [ids[start : start + top] for start in range(0, len(ids), top)] if top else []
+    by_row = [listed[b * num_nodes : (b + 1) * num_nodes] for b in range(len(rows))]
+    return settled, by_row, laws_BNV
+
+
+def _contexts(rows: Sequence[Row], drafts: Sequence[Draft]) -> Contexts:
+    return [
+        [
+            row.tokens + [draft.tokens[above] for above in draft.path(node)[1:]]
+            for node in range(len(draft))
+        ]
+        for row, draft in zip(rows, drafts, strict=True)
+    ]
 
 
 def _drop_finished(cache: TreeCache, rows: list[Row]) -> list[Row]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -15,19 +15,25 @@ from spectool.decode.row import Row
 from spectool.decode.sampling import Control
 from spectool.decode.tree import Draft, Kind
 
+if TYPE_CHECKING:
+    from spectool.decode.cache import TreeCache
+    from spectool.decode.target import Target
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What a drafter wants of the target's passes; nothing else is captured.
 
     `layers`: outputs of these decoder layers (negative ones count from the end; -1 is the state
-    before the final norm). `final`: the state after the final norm, which the head reads.
-    `logits`: the logits of all verified nodes, not only the verdict.
+    before the final norm). `final`: the state after the final norm, which the head reads. `top`:
+    the ids of the that many likeliest tokens after every node, and after every prompt token.
+    `laws`: the laws of all verified nodes, not only the verdict.
     """
 
     layers: tuple[int, ...] = ()
     final: bool = False
-    logits: bool = False
+    top: int = 0
+    laws: bool = False
 
 
 # By "layer <index as asked>" and "final".
@@ -36,17 +42,19 @@ Features = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one row's draft. Features are [N, D] each, one row per node.
+    """What became of one row's draft. Features are [N, D] each, one row per node, as is `top`.
 
     `path` holds the nodes that entered the cache, the root first; `next_token` is the new root.
-    Where the row finished, both end with it.
+    Where the row finished, both end with it. `laws_NV` are what the rule judged by: scores when
+    greedy.
     """
 
     row: Row
     draft: Draft
     path: list[int]
     next_token: int
-    logits_NV: Tensor | None = None
+    laws_NV: Tensor | None = None
+    top: list[list[int]] = field(default_factory=list)
     features: Features = field(default_factory=dict)
 
 
@@ -54,12 +62,13 @@ class Outcome:
 class Prompt:
     """One row after the prompt pass; `row.tokens` already ends with the first new token.
 
-    `logits_V` are those of the last prompt token, `features` [T, D] of all its tokens. Tokens
-    found in a kept cache were not passed again and have none.
+    `logits_V` are those of the last prompt token, `features` [T, D] and `top` [T][K] those of all
+    its tokens, the last ones where others were found in a kept cache and not passed again.
     """
 
     row: Row
     logits_V: Tensor
+    top: list[list[int]] = field(default_factory=list)
     features: Features = field(default_factory=dict)
 
 
@@ -78,24 +87,33 @@ class Lesson:
 class Drafter(Protocol):
     """Proposes trees of tokens. One object serves many batches, one batch at a time.
 
-    `name` is its row in the table of methods. `branches`: whether its nodes may have siblings.
+    `name` is its row in the table of methods. `combines`: it bears that other drafters add nodes to
+    its trees, or tuning leaves some out.
     """
 
     name: str
     needs: Needs
-    branches: bool
+    combines: bool = True
 
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         """The kinds of nodes it proposes under these settings; the rule is chosen by them."""
 
-    def begin(self, prompts: Sequence[Prompt]) -> None:
-        """A new batch. What it holds of earlier ones it may keep only as knowledge of text."""
+    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
+        """A new batch. What it holds of earlier ones it may keep only as knowledge of text.
+
+        `cache` has the target's rows, those of `propose` then; a pass of the drafter's own may
+        write into its tail and must commit nothing.
+        """
 
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
         """A tree per row whose node 0 is the row's last token; none deeper than its budget.
 
-        Rows are those of `begin` that are unfinished, in the same order.
+        Rows are those of `begin` that are unfinished, in the same order. Deterministic nodes
+        stand best first as far as that is known: any beginning of them is a tree.
         """
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         """What became of the drafts, in the order of the rows proposed for."""
+
+    def close(self) -> None:
+        """No more batches: keep on disk what was asked to be kept."""

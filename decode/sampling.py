@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol, TypedDict, cast
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessor,
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -21,20 +23,34 @@ from transformers.generation.logits_process import (
 
 from spectool.errors import SpectoolError, UsageError
 
-# What a number is drawn for. Each (request, position, purpose) has its own, so neither the mates
-# in a batch nor the shape of earlier drafts change it.
+# The tokens that lead to each node, itself included: of every row of a batch, of every node.
+Contexts = Sequence[Sequence[Sequence[int]]]
+
+# What a number is drawn for. Each (request, position, purpose, draw) has its own, so neither the
+# mates in a batch nor the shape of earlier drafts change it.
 _PURPOSES = {"token": 1, "accept": 2, "draft": 3}
 _MASK = (1 << 64) - 1
 # Beyond these a law is one-hot or flat to the last bit of fp32; quotients that are NaN begin later.
 _COLDEST, _HOTTEST = 1e-30, 1e30
 
 
+class Law(TypedDict, total=False):
+    """The options of a `Control` as keyword arguments of what makes one."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
     """The processors between a model's logits and a rule, in transformers' order.
 
-    Temperature 0 means greedy; the filters then change nothing. `top_k` 0, `top_p` 1 and `min_p`
-    0 are off.
+    Temperature 0 means greedy; the filters `top_k`, `top_p` and `min_p` then change nothing. Off
+    are `top_k` 0, `top_p` 1, `min_p` 0, `repetition_penalty` 1 and `no_repeat_ngram_size` 0.
 
     Raises:
         UsageError: a value outside its range.
@@ -44,7 +60,10 @@ class Control:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    warpers: tuple[LogitsProcessor, ...] = field(init=False, repr=False)
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    backward: tuple[LogitsProcessor, ...] = field(init=False, repr=False, compare=False)
+    warpers: tuple[LogitsProcessor, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -55,6 +74,21 @@ class Control:
             raise UsageError(f"--top-p {self.top_p}: expected a number above 0, up to 1 (off)")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"--min-p {self.min_p}: expected a number from 0 (off) to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UsageError(
+                f"--repetition-penalty {self.repetition_penalty}: expected a positive number (1: "
+                "off)"
+            )
+        if self.no_repeat_ngram_size < 0:
+            raise UsageError(
+                f"--no-repeat-ngram-size {self.no_repeat_ngram_size}: expected 0 (off) or a "
+                "positive number"
+            )
+        backward: list[LogitsProcessor] = []
+        if self.repetition_penalty != 1:
+            backward.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.no_repeat_ngram_size:
+            backward.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
         warpers: list[LogitsProcessor] = []
         if self.temperature not in (0.0, 1.0):
             bounded = min(max(float(self.temperature), _COLDEST), _HOTTEST)
@@ -65,18 +99,28 @@ class Control:
             warpers.append(TopPLogitsWarper(self.top_p))
         if self.min_p > 0:
             warpers.append(MinPLogitsWarper(self.min_p))
+        object.__setattr__(self, "backward", tuple(backward))
         object.__setattr__(self, "warpers", tuple(warpers))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def laws(self, logits_BNV: Tensor) -> Tensor:
+    @property
+    def looks_back(self) -> bool:
+        """Whether `laws` needs the tokens before each node."""
+        return bool(self.backward)
+
+    def laws(self, logits_BNV: Tensor, contexts: Contexts | None = None) -> Tensor:
         """The law of the token after each node, fp32 [B, N, V]; when greedy, scores instead.
 
         Greedy laws are one-hot at the largest score (the lowest index on ties, as argmax has it):
-        building them would cost a vocabulary per node and say no more.
+        building them would cost a vocabulary per node and say no more. Nodes that `contexts` does
+        not reach, the padding of small trees, are left as they are.
         """
+        if self.looks_back:
+            assert contexts is not None, "the processors look at what leads to a node"
+            logits_BNV = self._look_back(logits_BNV.float(), contexts)
         if self.greedy:
             return logits_BNV
         scores_NV = logits_BNV.flatten(0, 1).float()
@@ -88,33 +132,62 @@ class Control:
             scores_NV = warper(cast(torch.LongTensor, None), cast(torch.FloatTensor, scores_NV))
         return scores_NV.softmax(-1).view(logits_BNV.shape)
 
+    def _look_back(self, logits_BNV: Tensor, contexts: Contexts) -> Tensor:
+        """Apply the processors that need contexts, to all nodes with contexts of one length."""
+        by_length: dict[int, list[tuple[int, int]]] = {}
+        for b, row in enumerate(contexts):
+            for n, context in enumerate(row):
+                by_length.setdefault(len(context), []).append((b, n))
+        scores_BNV = logits_BNV.clone()
+        for places in by_length.values():
+            rows_M, nodes_M = zip(*places, strict=True)
+            ids_ML = torch.tensor([contexts[b][n] for b, n in places], device=logits_BNV.device)
+            scores_MV = scores_BNV[rows_M, nodes_M]
+            for processor in self.backward:
+                scores_MV = processor(
+                    cast(torch.LongTensor, ids_ML), cast(torch.FloatTensor, scores_MV)
+                )
+            scores_BNV[rows_M, nodes_M] = scores_MV
+        return scores_BNV
+
 
 class Draws:
-    """The random numbers of one request: a function of (seed, request, position, purpose)."""
+    """The random numbers of one request: a function of (seed, request, position, purpose, draw)."""
 
     def __init__(self, seed: int, request: int) -> None:
         self._key = _mix(_mix(seed & _MASK) ^ (request & _MASK))
-        self._generator = torch.Generator()
 
-    def uniform(self, position: int, purpose: str) -> float:
-        """In [0, 1), with 53 random bits."""
-        key = _mix(self._key ^ _mix(position * len(_PURPOSES) + _PURPOSES[purpose]))
+    def uniform(self, position: int, purpose: str, draw: int = 0) -> float:
+        """In [0, 1), with 53 random bits. `draw` numbers what is drawn for one purpose."""
+        return (self._number(position, purpose, draw) >> 11) / (1 << 53)
+
+    def gumbel(self, position: int, draw: int, size: int) -> Tensor:
+        """Standard Gumbel noise for drafting, fp64 [size], on the host."""
         # torch's generator keeps the low 32 bits of a seed.
-        self._generator.manual_seed(key & 0xFFFFFFFF)
-        return torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        seed = self._number(position, "draft", draw) & 0xFFFFFFFF
+        generator = torch.Generator().manual_seed(seed)
+        return -torch.empty(size, dtype=torch.float64).exponential_(generator=generator).log()
+
+    def _number(self, position: int, purpose: str, draw: int) -> int:
+        key = _mix(self._key ^ _mix(position * len(_PURPOSES) + _PURPOSES[purpose]))
+        return _mix(key + draw)
 
 
 class Source(Protocol):
-    """Where a rule gets its randomness: one number a depth, shared by siblings.
+    """Where a rule gets its randomness: one number a depth, and for tests one a depth and draw.
 
-    Sharing is exact, because only one node of a depth lies on the accepted path.
+    Sharing numbers within a depth is exact, because only one node of a depth lies on the accepted
+    path; siblings are tested one after another, so each has its own.
     """
 
     def pick(self, laws_MV: Tensor, depths: Sequence[int]) -> Tensor:
         """Token ids [M] drawn from the laws after nodes of these depths."""
 
-    def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int]) -> Tensor:
-        """For nodes of these depths, true with probability min(1, p/q), as bools [M]."""
+    def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int], draw: int = 0) -> Tensor:
+        """For nodes of these depths, true with probability min(1, p/q), as bools [M].
+
+        `draw` counts the siblings that were tested before.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +198,18 @@ class Turn:
     position: int
 
     def pick(self, laws_MV: Tensor, depths: Sequence[int]) -> Tensor:
-        return pick(laws_MV, self._numbers(depths, 1, "token", laws_MV.device))
+        numbers_M = self._numbers([depth + 1 for depth in depths], "token", 0, laws_MV.device)
+        return pick(laws_MV, numbers_M)
 
-    def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int]) -> Tensor:
+    def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int], draw: int = 0) -> Tensor:
         # A product instead of a quotient: 0/0 cannot arise.
-        return self._numbers(depths, 0, "accept", p_M.device) * q_M.double() < p_M.double()
+        return self._numbers(depths, "accept", draw, p_M.device) * q_M.double() < p_M.double()
 
     def _numbers(
-        self, depths: Sequence[int], ahead: int, purpose: str, device: torch.device
+        self, ahead: Sequence[int], purpose: str, draw: int, device: torch.device
     ) -> Tensor:
-        drawn = {d: self.draws.uniform(self.position + d + ahead, purpose) for d in set(depths)}
-        return torch.tensor([drawn[d] for d in depths], dtype=torch.float64, device=device)
+        drawn = {n: self.draws.uniform(self.position + n, purpose, draw) for n in set(ahead)}
+        return torch.tensor([drawn[n] for n in ahead], dtype=torch.float64, device=device)
 
 
 def pick(laws_MV: Tensor, uniform_M: Tensor) -> Tensor:

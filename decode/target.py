@@ -4,7 +4,7 @@ A pass feeds N nodes per row on top of the committed tokens in a `TreeCache`. Ma
 additive and in the model's dtype: boolean ones are silently added as 0/1 by eager attention.
 Positions are committed length + depth. Models stay unmodified; one that cannot be handled through
 mask, positions and cache is refused by name. Suffixes: B batch, N nodes, S columns of the cache
-(committed and tail), V vocabulary, D hidden width, T tokens of a prompt.
+(committed and tail), T nodes in the tail or tokens of a prompt, V vocabulary, D hidden width.
 """
 
 from __future__ import annotations
@@ -49,10 +49,12 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Ingested:
-    """After committed tokens were fed: the last one's logits and, per row, features [T, D]."""
+    """After committed tokens were fed: the last one's logits and, per row, features [T, D] and
+    the likeliest ids [T][K] after each."""
 
     logits_BV: Tensor
     features: list[dict[str, Tensor]]
+    top: list[list[list[int]]]
 
 
 class Target:
@@ -97,6 +99,7 @@ class Target:
         wanted = needs or Needs()
         logits_BV: Tensor | None = None
         collected: list[list[dict[str, Tensor]]] = [[] for _ in tokens]
+        top: list[list[list[int]]] = [[] for _ in tokens]
         for start in range(0, max(map(len, tokens)), _CHUNK):
             parts = [list(row[start : start + _CHUNK]) for row in tokens]
             num_nodes = max(map(len, parts))
@@ -106,6 +109,8 @@ class Target:
                 if part and start + len(part) == len(tokens[row])
             }
             kept = sorted(set(ends.values())) or [num_nodes - 1]
+            if wanted.top:
+                kept = list(range(num_nodes))
             visible_NN = torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril()
             done = self._forward(
                 cache,
@@ -120,14 +125,17 @@ class Target:
                 logits_BV = done.logits_BNV.new_zeros(len(parts), done.logits_BNV.shape[-1])
             for row, end in ends.items():
                 logits_BV[row] = done.logits_BNV[row, kept.index(end)]
+            ids_BNK = done.logits_BNV.topk(wanted.top).indices.tolist() if wanted.top else None
             for row, part in enumerate(parts):
+                if ids_BNK is not None:
+                    top[row] += ids_BNK[row][: len(part)]
                 collected[row].append({k: v[row, : len(part)] for k, v in done.features.items()})
         assert logits_BV is not None, "nothing to feed"
         features = [
             {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
             for pieces in collected
         ]
-        return Ingested(logits_BV, features)
+        return Ingested(logits_BV, features, top)
 
     @torch.inference_mode()
     def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:
@@ -136,15 +144,44 @@ class Target:
         Smaller trees are padded with nodes that see only themselves.
         """
         num_nodes = max(map(len, drafts))
-        tokens, depths, parents = [], [], []
+        tokens, parents = [], []
         for draft in drafts:
             pad = num_nodes - len(draft)
             tokens.append(draft.tokens + [0] * pad)
-            depths.append(draft.depths + [0] * pad)
             parents.append([0, *draft.parents[1:], *range(len(draft), num_nodes)])
+        return self.grow(cache, tokens, parents, needs=needs)
+
+    @torch.inference_mode()
+    def grow(
+        self,
+        cache: TreeCache,
+        tokens: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[int]],
+        *,
+        fed: int = 0,
+        seen: Sequence[int] | None = None,
+        needs: Needs | None = None,
+    ) -> Pass:
+        """Feed the nodes from `fed` on of trees, or forests, whose first nodes are in the tail.
+
+        A node without a parent is its own; all rows have as many nodes. The rows see their first
+        `seen` committed tokens, all by default, and the nodes stand right after these.
+        """
+        depths: list[list[int]] = []
+        for row in parents:
+            found: list[int] = []
+            for node, parent in enumerate(row):
+                found.append(0 if parent == node else found[parent] + 1)
+            depths.append(found)
         visible_BNN = tree.closure(torch.tensor(parents), max(map(max, depths)))
         return self._forward(
-            cache, tokens, torch.tensor(depths), visible_BNN, needs or Needs(), None
+            cache,
+            [list(row[fed:]) for row in tokens],
+            torch.tensor(depths),
+            visible_BNN[:, fed:],
+            needs or Needs(),
+            None,
+            seen,
         )
 
     @torch.no_grad()
@@ -174,33 +211,37 @@ class Target:
         self,
         cache: TreeCache,
         tokens: list[list[int]],
-        depths_BN: Tensor,
-        visible_BNN: Tensor,
+        depths_BT: Tensor,
+        visible_BNT: Tensor,
         needs: Needs,
         kept: list[int] | None,
+        seen: Sequence[int] | None = None,
     ) -> Pass:
-        """One call of the model. Depths and visibility come on the host; `kept` nodes get logits.
+        """One call of the model, for the last N of the tail's T nodes; `kept` ones get logits.
 
-        Padding never reaches positions that the model has not: learned tables end at the context.
+        Depths and visibility come on the host. Padding never reaches positions that the model has
+        not: learned tables end at the context.
         """
         lengths = cache.lengths
-        positions_BN = (torch.tensor(lengths)[:, None] + depths_BN).clamp_(max=self.context - 1)
-        cache.open(depths_BN.shape[1], self.device)
-        depths_BN = depths_BN.to(self.device)
-        visible_BNN = visible_BNN.to(self.device)
+        seen = seen or lengths
+        num_nodes, num_tail = visible_BNT.shape[1:]
+        positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=self.context - 1)
+        cache.open(num_nodes, self.device, after=num_tail - num_nodes)
+        positions_BT = positions_BT.to(self.device)
+        visible_BNT = visible_BNT.to(self.device)
         options: dict[str, Any] = {}
         if kept is not None and self._keeps_logits:
-            last = kept == [depths_BN.shape[1] - 1]
+            last = kept == [num_nodes - 1]
             options["logits_to_keep"] = 1 if last else torch.tensor(kept, device=self.device)
         masks = {
-            kind: self._mask(lengths, depths_BN, visible_BNN, cache.width, window)
+            kind: self._mask(lengths, seen, positions_BT, visible_BNT, cache.width, window)
             for kind, window in self._windows.items()
         }
         with self._listen(needs) as features:
             output = self.model(
                 input_ids=torch.tensor(tokens, device=self.device),
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-                position_ids=positions_BN.to(self.device),
+                position_ids=positions_BT[:, num_tail - num_nodes :],
                 past_key_values=cache,
                 use_cache=True,
                 **options,
@@ -212,9 +253,10 @@ class Target:
 
     def _mask(
         self,
-        lengths: list[int],
-        depths_BN: Tensor,
-        visible_BNN: Tensor,
+        lengths: Sequence[int],
+        seen: Sequence[int],
+        positions_BT: Tensor,
+        visible_BNT: Tensor,
         width: int,
         window: int | None,
     ) -> Tensor:
@@ -222,19 +264,19 @@ class Target:
 
         In layers with a window, keys less than `window` positions back.
         """
-        batch, num_nodes = depths_BN.shape
+        batch, num_nodes, num_tail = visible_BNT.shape
         mask_B1NS = torch.full(
             (batch, 1, num_nodes, width), self._hidden, dtype=self.dtype, device=self.device
         )
         for row, length in enumerate(lengths):
-            mask_B1NS[row, :, :, :length] = 0
-            tail_1NN = mask_B1NS[row, :, :, length : length + num_nodes]
-            tail_1NN.masked_fill_(visible_BNN[row], 0)
-        if window is not None and max(lengths) + num_nodes > window:
+            mask_B1NS[row, :, :, : seen[row]] = 0
+            tail_1NT = mask_B1NS[row, :, :, length : length + num_tail]
+            tail_1NT.masked_fill_(visible_BNT[row], 0)
+        if window is not None and max(seen) + num_tail > window:
             for row, length in enumerate(lengths):
                 key_S = torch.arange(width, device=self.device)
-                key_S[length : length + num_nodes] = length + depths_BN[row]
-                behind_NS = (length + depths_BN[row])[:, None] - key_S
+                key_S[length : length + num_tail] = positions_BT[row]
+                behind_NS = positions_BT[row, num_tail - num_nodes :, None] - key_S
                 mask_B1NS[row, 0].masked_fill_(behind_NS >= window, self._hidden)
         return mask_B1NS
 

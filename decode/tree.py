@@ -8,15 +8,16 @@ suffixes: B rows of the batch, N nodes of a tree (root included), V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-# A deterministic node was chosen by looking up or ranking; a sampled one was drawn from a law.
-Kind = Literal["deterministic", "sampled"]
+# How a node came to be proposed: by looking up or ranking; drawn from its parent's law whatever its
+# siblings are; drawn from what that law leaves beside the siblings before it.
+Kind = Literal["deterministic", "iid", "distinct"]
 
 
 @dataclass(slots=True)
@@ -25,12 +26,18 @@ class Draft:
 
     `laws_NV[i]` is the law that the children of node i were drawn from (fp32, after warping, over
     the target's vocabulary); needed where children are sampled. Trailing leaves have no row.
+    `draws[i]` are the children of node i in the order in which they were drawn, one that was drawn
+    again standing again; None where each was drawn once, in the order of the nodes. `sources[i]`
+    says where a node comes from: nodes of one source are about equally likely to be right, and no
+    source may depend on the token of a sampled node.
     """
 
     tokens: list[int]
     parents: list[int]
     kinds: list[Kind]
     laws_NV: Tensor | None = None
+    draws: dict[int, list[int]] | None = None
+    sources: Sequence[Hashable] | None = None
     depths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +55,15 @@ class Draft:
     def is_chain(self) -> bool:
         """Whether every node has at most one child."""
         return self.depths[-1] == len(self.tokens) - 1
+
+    def drawn(self) -> dict[int, list[int]]:
+        """`draws`, also where they are not given. Nodes without children are left out."""
+        if self.draws is not None:
+            return self.draws
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(self.parents[1:], start=1):
+            children.setdefault(parent, []).append(node)
+        return children
 
     def path(self, node: int) -> list[int]:
         """The nodes from the root to `node`, both included."""
@@ -68,28 +84,54 @@ def chain(tokens: Sequence[int], *, kind: Kind, laws_NV: Tensor | None = None) -
     return Draft(list(tokens), list(range(-1, len(tokens) - 1)), [kind] * len(tokens), laws_NV)
 
 
-def trie(root_token: int, paths: Iterable[Sequence[int]], *, nodes: int) -> Draft:
-    """Merge deterministic continuations of the root into one tree of at most `nodes` proposals.
+class Trie:
+    """Merges deterministic continuations of the root into one tree of at most `nodes` proposals."""
 
-    Paths are taken in order, so the best come first; common beginnings share their nodes. Stops
-    reading `paths` when the tree is full.
-    """
-    tokens, parents = [root_token], [-1]
-    known: dict[tuple[int, int], int] = {}
-    for path in paths:
-        node = 0
+    def __init__(self, root_token: int, nodes: int) -> None:
+        self.tokens = [root_token]
+        self.parents = [-1]
+        self.sources: list[Hashable] = [()]
+        self.nodes = nodes
+        self._known: dict[tuple[int, int], int] = {}
+
+    @property
+    def full(self) -> bool:
+        return len(self.tokens) > self.nodes
+
+    def add(self, token: int, parent: int, source: Hashable = ()) -> int | None:
+        """The node of this token below `parent`, as it was or new; None where there is no room."""
+        node = self._known.get((parent, token))
+        if node is None:
+            if self.full:
+                return None
+            node = self._known[parent, token] = len(self.tokens)
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.sources.append(source)
+        return node
+
+    def extend(self, path: Iterable[int], source: Hashable = ()) -> None:
+        """Add a path from the root on, as far as there is room."""
+        parent = 0
         for token in path:
-            child = known.get((node, token))
-            if child is None:
-                if len(tokens) > nodes:
-                    break
-                child = known[(node, token)] = len(tokens)
-                tokens.append(token)
-                parents.append(node)
-            node = child
-        if len(tokens) > nodes:
+            node = self.add(token, parent, source)
+            if node is None:
+                return
+            parent = node
+
+    def draft(self) -> Draft:
+        kinds: list[Kind] = ["deterministic"] * len(self.tokens)
+        return Draft(self.tokens, self.parents, kinds, sources=self.sources)
+
+
+def trie(root_token: int, paths: Iterable[Sequence[int]], *, nodes: int) -> Draft:
+    """The `Trie` of these paths, best first; stops reading them when it is full."""
+    made = Trie(root_token, nodes)
+    for path in paths:
+        made.extend(path)
+        if made.full:
             break
-    return Draft(tokens, parents, ["deterministic"] * len(tokens))
+    return made.draft()
 
 
 class RankTree:
@@ -103,13 +145,15 @@ class RankTree:
         self.ranks = [path[-1] for path in paths]
         self.depths = [len(path) for path in paths]
         self.parents = [-1, *(places[tuple(path[:-1])] for path in paths)]
+        self.sources = [(), *map(tuple, paths)]
         assert all(parent < node for node, parent in enumerate(self.parents))
 
     def fill(self, root_token: int, guesses: Sequence[Sequence[int]]) -> Draft:
         """The draft with `guesses[d - 1][rank]` as the tokens of depth d."""
         tokens = [root_token]
         tokens += [guesses[d - 1][rank] for d, rank in zip(self.depths, self.ranks, strict=True)]
-        return Draft(tokens, self.parents, ["deterministic"] * len(tokens))
+        kinds: list[Kind] = ["deterministic"] * len(tokens)
+        return Draft(tokens, self.parents, kinds, sources=self.sources)
 
 
 def best_paths(ranks_RK: Tensor, *, nodes: int, top: int) -> list[tuple[tuple[int, ...], float]]:

@@ -9,35 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from spectool.decode.generate import Result, Runner, loop_start
+from spectool.decode.sampling import Control, Law
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Law:
-    """How tokens are chosen; greedy by default."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-
-    @property
-    def filters(self) -> dict[str, Any]:
-        """All of it but the seed: what decides which rules are exact."""
-        return {
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-        }
 
 
 def bench(
@@ -48,6 +27,7 @@ def bench(
     max_new_tokens: int = 128,
     batch_size: int = 1,
     law: Law | None = None,
+    seed: int = 0,
     verify: str | None = None,
     lossy: bool = False,
     say: Say = lambda line: None,
@@ -58,17 +38,18 @@ def bench(
     laws and not equal tokens are promised.
     """
     law = law or Law()
+    greedy = Control(**law).greedy
     # Before any pass: a drafter or a rule that will not do is found at once.
     drafters = [runner.open(draft) for draft in drafts]
     for drafter in drafters:
-        runner.pairing(drafter, **law.filters, verify=verify, lossy=lossy)
+        runner.pairing(drafter, verify=verify, lossy=lossy, **law)
     runner.use(None)
     say(f"plain decoding of {len(prompts)} prompts, to find loops and to warm up")
-    plain, _ = _run(runner, prompts, [max_new_tokens] * len(prompts), law, batch_size)
+    plain, _ = _run(runner, prompts, [max_new_tokens] * len(prompts), law, seed, batch_size)
     limits = [max(1, loop_start(result.token_ids)) for result in plain]
     made = sum(len(result.token_ids) for result in plain)
     kept = sum(map(min, limits, (len(result.token_ids) for result in plain)))
-    baseline_results, seconds = _run(runner, prompts, limits, law, batch_size)
+    baseline_results, seconds = _run(runner, prompts, limits, law, seed, batch_size)
     baseline = _figures("none", baseline_results, seconds)
     say(_line(baseline))
     rows = []
@@ -76,13 +57,13 @@ def bench(
         runner.use(drafter)
         options: dict[str, Any] = {"verify": verify, "lossy": lossy}
         # The first prompt once untimed: buffers are made then.
-        _run(runner, prompts[:1], limits[:1], law, 1, **options)
-        results, seconds = _run(runner, prompts, limits, law, batch_size, **options)
+        _run(runner, prompts[:1], limits[:1], law, seed, 1, **options)
+        results, seconds = _run(runner, prompts, limits, law, seed, batch_size, **options)
         row = _figures(draft, results, seconds)
         plain_speed = baseline["tokens_per_second"]
         row["speedup"] = row["tokens_per_second"] / plain_speed if plain_speed else 1.0
         row["identical"] = None
-        if law.temperature == 0:
+        if greedy:
             row["identical"] = sum(
                 ours.token_ids == plain_one.token_ids
                 for ours, plain_one in zip(results, baseline_results, strict=True)
@@ -118,6 +99,7 @@ def _run(
     prompts: Sequence[str | Sequence[int]],
     limits: Sequence[int],
     law: Law,
+    seed: int,
     batch_size: int,
     *,
     verify: str | None = None,
@@ -128,10 +110,10 @@ def _run(
         prompts,
         max_new_tokens=limits,
         batch_size=batch_size,
-        **law.filters,
-        seed=law.seed,
+        seed=seed,
         verify=verify,
         lossy=lossy,
+        **law,
     )
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,14 +1,20 @@
-"""A smaller checkpoint with the same tokenizer proposes a chain.
+"""A smaller checkpoint with the same tokenizer proposes a chain or a tree.
 
-Leviathan et al. 2023, Chen et al. 2023. At temperature 0 the chain is the draft's own greedy text;
-above it each token is drawn from the draft's warped law q, and the q it was really drawn from goes
-along. Suffixes: B rows, V target vocabulary, N nodes.
+`chain`: Leviathan et al. 2023, Chen et al. 2023. `iid`: several chains drawn independently, SpecTr
+(Sun et al. 2023). `rsd-c` and `rsd-s`: trees of distinct siblings drawn by Gumbel noise, with a
+constant number of branches or as a stochastic beam (Jeon et al. 2024, Kool et al. 2019). Above
+temperature 0 tokens are drawn from the draft's warped law q, and the q they were really drawn from
+goes along. At 0 the trees hold the likeliest tokens instead: of each node (`rsd-c`) or of a beam.
+
+The draft's cache holds committed tokens up to the root; what it proposes grows in the cache's tail,
+level by level. Suffixes: B rows, F nodes that are expanded, V target vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
-from spectool.decode import tree
-from spectool.decode.protocol import Needs, Outcome, Prompt
+from spectool.decode.cache import TreeCache
+from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control, pick, sound, unsound
 from spectool.decode.target import Target
@@ -34,10 +40,73 @@ _PADDING = 128
 class DraftModelConfig(options.Config):
     """Options of a draft checkpoint."""
 
-    depth: int = option(4, "tokens proposed per step", minimum=1, maximum=64)
+    depth: int = option(4, "tokens proposed in a row", minimum=1, maximum=64)
+    tree: Literal["chain", "iid", "rsd-c", "rsd-s"] = option(
+        "chain", "one chain, several, or a tree of a constant branching or of a beam"
+    )
+    width: int = option(3, "chains, branches of a node or beams of a tree", minimum=1, maximum=64)
+    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
 
 
-class DraftModelDrafter:
+@dataclass(slots=True, eq=False)
+class _Growth:
+    """What is proposed for a row so far. Node -1 is the root, whose law comes first.
+
+    `live` tells nodes from padding; `frontier` are the nodes to expand next. `chains` are where
+    each of the `iid` chains has come to; `scores` are the beams' log q and perturbed log q.
+    """
+
+    row: Row
+    depth: int
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    live: list[bool] = field(default_factory=list)
+    frontier: list[int] = field(default_factory=lambda: [-1])
+    laws: list[Tensor] = field(default_factory=list)
+    draws: dict[int, list[int]] = field(default_factory=dict)
+    chains: list[int] = field(default_factory=list)
+    scores: tuple[Tensor, Tensor] | None = None
+
+    def add(self, token: int, parent: int) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.live.append(True)
+        self.draws.setdefault(parent, []).append(len(self.tokens) - 1)
+        return len(self.tokens) - 1
+
+    def pad(self, size: int) -> None:
+        while len(self.tokens) < size:
+            self.parents.append(len(self.tokens))
+            self.tokens.append(0)
+            self.live.append(False)
+
+    def context(self, node: int) -> list[int]:
+        """The tokens that lead to a node, itself included."""
+        above: list[int] = []
+        while node >= 0:
+            above.append(self.tokens[node])
+            node = self.parents[node]
+        return self.row.tokens + above[::-1]
+
+    def places(self) -> dict[int, int]:
+        """The node of the finished draft for each node of the growth."""
+        live = [node for node, is_live in enumerate(self.live) if is_live]
+        return {-1: 0} | {node: place for place, node in enumerate(live, start=1)}
+
+    def draft(self, kind: Kind) -> Draft:
+        places = self.places()
+        live = [node for node in places if node >= 0]
+        laws_NV = torch.stack(self.laws) if kind != "deterministic" and self.laws else None
+        return Draft(
+            [self.row.tokens[-1], *(self.tokens[node] for node in live)],
+            [-1, *(places[self.parents[node]] for node in live)],
+            [kind] * (len(live) + 1),
+            laws_NV,
+            {places[at]: [places[node] for node in drawn] for at, drawn in self.draws.items()},
+        )
+
+
+class DraftModelDrafter(Drafter):
     """Keeps a cache of its own, which follows the committed tokens row by row.
 
     Raises:
@@ -47,7 +116,7 @@ class DraftModelDrafter:
     name = "draft_model"
     Config = DraftModelConfig
     needs = Needs()
-    branches = False
+    combines = False
 
     def __init__(
         self,
@@ -65,47 +134,175 @@ class DraftModelDrafter:
         self._device = target.device
         self._order: list[int] = []
         self._cache = self._draft.cache(0)
+        self._grown: list[_Growth] = []
+        self._num_fed = 0
 
     def kinds(self, control: Control) -> tuple[Kind, ...]:
-        return ("deterministic",) if control.greedy else ("sampled",)
+        if control.greedy:
+            return ("deterministic",)
+        return ("distinct",) if self.config.tree.startswith("rsd") else ("iid",)
 
-    def begin(self, prompts: Sequence[Prompt]) -> None:
+    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
         self._order = [prompt.row.index for prompt in prompts]
         self._cache = self._draft.cache(len(prompts))
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
-        """Feed what was committed since, then draft."""
+        """Feed what was committed since, then grow the trees level by level."""
         self._drop_finished(rows)
-        wanted = [
-            self._depth(row, held, limit)
+        self._grown = [
+            _Growth(row, self._depth(row, held, limit))
             for row, held, limit in zip(rows, self._cache.lengths, budget, strict=True)
         ]
-        proposed: list[list[int]] = [[] for _ in rows]
-        laws: list[list[Tensor]] = [[] for _ in rows]
-        for step in range(max(wanted)):
-            # The first feed brings the new root, and the last proposal if all were accepted.
-            pending = [
-                row.tokens[held:] + new[-1:] if step < depth else []
-                for row, new, held, depth in zip(
-                    rows, proposed, self._cache.lengths, wanted, strict=True
-                )
-            ]
-            logits_BV = self._draft.ingest(self._cache, pending).logits_BV
-            laws_BV, tokens = self._draw(rows, step, logits_BV)
-            for b, token in enumerate(tokens):
-                if step < wanted[b]:
-                    proposed[b].append(token)
-                    laws[b].append(laws_BV[b])
-        return [
-            self._chain(row, [row.tokens[-1], *new], law)
-            for row, new, law in zip(rows, proposed, laws, strict=True)
-        ]
+        self._num_fed = 0
+        control = rows[0].control
+        deepest = max(growth.depth for growth in self._grown)
+        for level in range(deepest):
+            if level == 0:
+                logits_BFV = self._feed_committed()[:, None]
+            else:
+                logits_BFV = self._feed_level()
+            self._expand(control, level, logits_BFV)
+        (kind,) = self.kinds(control)
+        return [growth.draft(kind) for growth in self._grown]
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        """Forget rejected proposals; the new root is not in the cache, nor the last proposal."""
-        for b, outcome in enumerate(outcomes):
-            self._cache.truncate(b, len(outcome.row.tokens) - 1)
+        """Keep of the tail what was accepted; the deepest proposals were never fed."""
+        paths = []
+        for outcome, growth in zip(outcomes, self._grown, strict=True):
+            nodes = {place: node for node, place in growth.places().items()}
+            path = [nodes[place] for place in outcome.path[1:]]
+            paths.append([node for node in path if node < self._num_fed])
+        self._cache.commit([growth.tokens for growth in self._grown], paths)
+
+    def _feed_committed(self) -> Tensor:
+        pairs = zip(self._grown, self._cache.lengths, strict=True)
+        pending = [growth.row.tokens[held:] if growth.depth else [] for growth, held in pairs]
+        return self._draft.ingest(self._cache, pending).logits_BV
+
+    def _feed_level(self) -> Tensor:
+        """Feed the newest nodes of all rows; logits [B, F, V] of them."""
+        size = max(len(growth.tokens) for growth in self._grown)
+        for growth in self._grown:
+            growth.pad(size)
+        # Tops of the forest are their own parents there.
+        parents = [
+            [node if parent < 0 else parent for node, parent in enumerate(growth.parents)]
+            for growth in self._grown
+        ]
+        tokens = [growth.tokens for growth in self._grown]
+        logits_BFV = self._draft.grow(self._cache, tokens, parents, fed=self._num_fed).logits_BNV
+        self._num_fed = size
+        return logits_BFV
+
+    def _expand(self, control: Control, level: int, logits_BFV: Tensor) -> None:
+        """Add a level to every row's tree, from the logits after its newest nodes.
+
+        Raises:
+            SpectoolError: the draft's logits are NaN or infinite.
+        """
+        # Ids that the target does not have cannot be drawn; those the draft lacks have q = 0.
+        logits_BFV = logits_BFV[:, :, : self._vocab_size]
+        growing = [growth for growth in self._grown if level < growth.depth and growth.frontier]
+        contexts = None
+        if control.looks_back:
+            contexts = [[growth.context(at) for at in growth.frontier] for growth in self._grown]
+        laws_BFV = control.laws(logits_BFV, contexts)
+        found: list[tuple[Tensor, Tensor]] = []
+        for growth, laws_FV in zip(self._grown, laws_BFV, strict=True):
+            if growth not in growing:
+                continue
+            laws_FV = laws_FV[: len(growth.frontier)]
+            if not control.greedy:
+                missing = self._vocab_size - laws_FV.shape[1]
+                padded_FV = torch.nn.functional.pad(laws_FV, (0, missing)).to(self._device)
+                growth.laws += list(padded_FV)
+            found.append(self._choose(growth, level, laws_FV))
+        flat = torch.cat([part for pair in found for part in pair])
+        *values, is_sound = torch.cat([flat, sound(logits_BFV).long()[None]]).tolist()
+        if not is_sound:
+            raise unsound("the draft model")
+        start = 0
+        for growth, (tokens, _) in zip(growing, found, strict=True):
+            size = len(tokens)
+            parents = values[start + size : start + 2 * size]
+            self._add(growth, values[start : start + size], parents)
+            start += 2 * size
+
+    def _choose(self, growth: _Growth, level: int, laws_FV: Tensor) -> tuple[Tensor, Tensor]:
+        """The next level's tokens and, for each, which node of the frontier it follows."""
+        row, config, position = growth.row, self.config, len(growth.row.tokens) + level
+        if row.control.greedy:
+            return self._likeliest(growth, laws_FV)
+        if config.tree in ("chain", "iid"):
+            chains = growth.chains or [-1] * (config.width if config.tree == "iid" else 1)
+            # Chains end before they are drawn on: to drop one for its token would bend the law.
+            chains = chains[: config.nodes - sum(growth.live)]
+            at = torch.tensor([growth.frontier.index(node) for node in chains], dtype=torch.long)
+            numbers = [row.draws.uniform(position, "draft", c) for c in range(len(chains))]
+            uniform_C = torch.tensor(numbers, dtype=torch.float64, device=laws_FV.device)
+            at = at.to(laws_FV.device)
+            return pick(laws_FV[at], uniform_C), at
+        noise_FV = torch.stack(
+            [row.draws.gumbel(position, f, laws_FV.shape[1]) for f in range(len(laws_FV))]
+        ).to(laws_FV.device)
+        logq_FV = laws_FV.double().log()
+        if config.tree == "rsd-c":
+            return _top(logq_FV + noise_FV, self._branches(growth))
+        return self._beam(growth, logq_FV, noise_FV)
+
+    def _likeliest(self, growth: _Growth, scores_FV: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.tree == "rsd-c":
+            return _top(scores_FV, self._branches(growth))
+        if self.config.tree == "rsd-s":
+            return self._beam(growth, scores_FV.double().log_softmax(-1), None)
+        token_F = scores_FV.argmax(-1)
+        return token_F, torch.zeros_like(token_F)
+
+    def _branches(self, growth: _Growth) -> int:
+        """Children that each node of the frontier may have; looks at no token."""
+        room = self.config.nodes - sum(growth.live)
+        return min(self.config.width, room // len(growth.frontier))
+
+    def _beam(
+        self, growth: _Growth, logq_FV: Tensor, noise_FV: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The next beams: the largest log q of their paths, each perturbed by Gumbel noise.
+
+        Kool et al. 2019, algorithm 1: a child's noise is drawn on the condition that the largest
+        among siblings is its parent's.
+        """
+        width = min(self.config.width, self.config.nodes - sum(growth.live))
+        zero_1 = logq_FV.new_zeros(1)
+        log_F, perturbed_F = growth.scores or (zero_1, zero_1)
+        log_FV = log_F[:, None] + logq_FV
+        score_FV = log_FV
+        if noise_FV is not None:
+            free_FV = log_FV + noise_FV
+            highest_F1 = free_FV.amax(-1, keepdim=True)
+            v_FV = perturbed_F[:, None] - free_FV + torch.log1p(-(free_FV - highest_F1).exp())
+            score_FV = perturbed_F[:, None] - v_FV.clamp(min=0) - torch.log1p((-v_FV.abs()).exp())
+            score_FV = score_FV.masked_fill(log_FV == -torch.inf, -torch.inf)
+        flat = score_FV.flatten()
+        # Tokens of probability 0 were not drawn.
+        best = flat.topk(min(width, len(flat)))
+        kept = best.indices[best.values > -torch.inf]
+        growth.scores = (log_FV.flatten()[kept], flat[kept])
+        return kept % logq_FV.shape[1], kept // logq_FV.shape[1]
+
+    def _add(self, growth: _Growth, tokens: list[int], places: list[int]) -> None:
+        frontier, known = growth.frontier, dict[tuple[int, int], int]()
+        growth.frontier, chains = [], []
+        for token, place in zip(tokens, places, strict=True):
+            parent = frontier[place]
+            node = known.get((parent, token))
+            if node is None:
+                node = known[parent, token] = growth.add(token, parent)
+                growth.frontier.append(node)
+            else:
+                growth.draws[parent].append(node)
+            chains.append(node)
+        growth.chains = chains
 
     def _drop_finished(self, rows: Sequence[Row]) -> None:
         order = [row.index for row in rows]
@@ -119,33 +316,12 @@ class DraftModelDrafter:
             return 0
         return max(0, min(self.config.depth, limit, self._draft.context - len(row.tokens)))
 
-    def _draw(self, rows: Sequence[Row], step: int, logits_BV: Tensor) -> tuple[Tensor, list[int]]:
-        """Proposal number `step` of every row and the law that it was drawn from.
 
-        Raises:
-            SpectoolError: the draft's logits are NaN or infinite.
-        """
-        # Ids that the target does not have cannot be drawn; those the draft lacks have q = 0.
-        logits_BV = logits_BV[:, : self._vocab_size]
-        laws_BV = rows[0].control.laws(logits_BV[:, None])[:, 0]
-        if rows[0].control.greedy:
-            tokens_B = laws_BV.argmax(-1)
-        else:
-            numbers = [row.draws.uniform(len(row.tokens) + step, "draft") for row in rows]
-            uniform_B = torch.tensor(numbers, dtype=torch.float64, device=laws_BV.device)
-            tokens_B = pick(laws_BV, uniform_B)
-        *tokens, is_sound = torch.cat([tokens_B, sound(logits_BV).long()[None]]).tolist()
-        if not is_sound:
-            raise unsound("the draft model")
-        missing = self._vocab_size - laws_BV.shape[1]
-        return torch.nn.functional.pad(laws_BV, (0, missing)), tokens
-
-    def _chain(self, row: Row, tokens: list[int], laws: list[Tensor]) -> Draft:
-        if row.control.greedy:
-            return tree.chain(tokens, kind="deterministic")
-        if not laws:
-            return tree.root(tokens[0])
-        return tree.chain(tokens, kind="sampled", laws_NV=torch.stack(laws).to(self._device))
+def _top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best tokens of each node, best first; those of probability 0 are left out."""
+    best = scores_FV.topk(min(count, scores_FV.shape[1]))
+    real_FC = best.values > -torch.inf
+    return best.indices[real_FC], real_FC.nonzero()[:, 0]
 
 
 def _compare(

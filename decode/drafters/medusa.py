@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from spectool import options
 from spectool.decode import tree
-from spectool.decode.protocol import Lesson, Needs, Outcome, Prompt
+from spectool.decode.cache import TreeCache
+from spectool.decode.protocol import Drafter, Lesson, Needs, Outcome, Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control
+from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.options import option
 
@@ -166,7 +168,7 @@ class MedusaHeads(nn.Module):
         return torch.where(self.token_map[places] == tokens, places, -1)
 
 
-class MedusaDrafter:
+class MedusaDrafter(Drafter):
     """Drafts the heads' static tree; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +179,6 @@ class MedusaDrafter:
     name = "medusa"
     Heads = MedusaHeads
     needs = MedusaHeads.needs
-    branches = True
 
     def __init__(
         self, heads: MedusaHeads, paths: Sequence[Sequence[int]], config: Config | None = None
@@ -196,7 +197,7 @@ class MedusaDrafter:
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt]) -> None:
+    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
         self._states = {
             prompt.row.index: prompt.features["final"][-1].clone() for prompt in prompts
         }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spectool import options
 from spectool.decode import tree
-from spectool.decode.protocol import Needs, Outcome, Prompt
+from spectool.decode.protocol import Drafter, Needs
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control
 from spectool.decode.tree import Draft, Kind
@@ -18,13 +18,12 @@ class NoDraftConfig(options.Config):
     """Nothing to choose."""
 
 
-class NoDrafter:
+class NoDrafter(Drafter):
     """Proposes nothing."""
 
     name = "none"
     Config = NoDraftConfig
     needs = Needs()
-    branches = False
 
     def __init__(self, config: NoDraftConfig | None = None) -> None:
         self.config = config or NoDraftConfig()
@@ -32,11 +31,5 @@ class NoDrafter:
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ()
 
-    def begin(self, prompts: Sequence[Prompt]) -> None:
-        pass
-
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
         return [tree.root(row.tokens[-1]) for row in rows]
-
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
-        pass

@@ -1,7 +1,8 @@
-"""The one grammar of `--draft`: a drafter's name or a path, then `:key=value,key=value`.
+"""The one grammar of `--draft`: drafters joined by +, each with options as `:key=value,key=value`.
 
-A path is a heads directory or a smaller checkpoint. `auto` is the heads beside the target, in its
-directory's folder `heads`, or else the drafter that needs nothing.
+A drafter is a name or a path, that of a heads directory or of a smaller checkpoint. `tune` among
+the options sizes trees by what pays on this machine (`decode/tune.py`). `auto` is the heads beside
+the target, in its directory's folder `heads`, or else what needs nothing, tuned either way.
 """
 
 from __future__ import annotations
@@ -16,28 +17,37 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import hub, loading, methods
 from spectool.decode.drafters import heads
+from spectool.decode.drafters.combined import Combined
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, UsageError
 from spectool.headers import HEADS
 
-_AUTO = "ngram"
+_AUTO = "ngram+recycle"
 # Closer than this to a name is a misspelling, farther away a hub id ("nope" is not "none").
 _MISSPELT = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DraftSpec:
-    """A parsed `--draft`. `path` is that of the heads, or the checkpoint's or its hub id."""
+class Part:
+    """One drafter of a `--draft`. `path`: of the heads, or the checkpoint's, or its hub id."""
 
-    text: str
     name: str
     path: str | None
     config: Any
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftSpec:
+    """A parsed `--draft`. `tune` is None where it does not say."""
+
+    text: str
+    parts: tuple[Part, ...]
+    tune: bool | None
+
+
 def parse_spec(text: str, *, beside: Path | None = None) -> DraftSpec:
-    """Read `ngram:nodes=12`, `./small:depth=4`, `./heads`, `auto`, ...
+    """Read `ngram:nodes=12`, `ngram+recycle:tune`, `./small:depth=4`, `./heads`, `auto`, ...
 
     `beside` is the target's directory, where `auto` looks for heads.
 
@@ -45,29 +55,24 @@ def parse_spec(text: str, *, beside: Path | None = None) -> DraftSpec:
         UsageError: an unknown name, a path that does not exist, an unknown or wrong option.
         CheckpointError: a damaged heads directory.
     """
-    head, colon, pairs = text.rpartition(":")
-    if not colon or ("=" not in pairs and pairs):
-        head, pairs = text, ""
-    if head == "auto":
+    tune: bool | None = None
+    if text.partition(":")[0] == "auto":
         own = beside / "heads" if beside is not None else None
-        head = str(own) if own is not None and (own / HEADS).is_file() else _AUTO
-    name, path = head, None
-    if name not in methods.names("drafter"):
-        name, path = "draft_model", _checkpoint(head)
-        if (Path(path) / HEADS).is_file():
-            name = heads.read_record(Path(path)).method
-    elif name == "draft_model":
-        raise UsageError(
-            "draft_model needs a checkpoint",
-            hint="give its directory itself: --draft PATH:depth=4",
-        )
-    elif methods.METHODS[name].trained:
-        raise UsageError(
-            f"{name} needs trained heads",
-            hint=f"spectool train-heads {name} MODEL HEADS --data FILE, then --draft HEADS",
-        )
-    config = methods.resolve(name, "drafter").Config.from_text(pairs)
-    return DraftSpec(text=text, name=name, path=path, config=config)
+        found = str(own) if own is not None and (own / HEADS).is_file() else _AUTO
+        text, tune = found + text[len("auto") :], True
+    parts = []
+    whole = Path(_split(text)[0]).expanduser().is_dir()
+    for word in [text] if whole else text.split("+"):
+        head, items = _split(word)
+        said = [item for item in items if _key(item) == "tune"]
+        if said:
+            tune = said[-1].strip() == "tune" or _truth(said[-1])
+        elif tune is None and any(_key(item) == "nodes" for item in items):
+            # Who says how large a tree is to be wants that size.
+            tune = False
+        pairs = ",".join(item for item in items if _key(item) != "tune")
+        parts.append(_part(head, pairs))
+    return DraftSpec(text=text, parts=tuple(parts), tune=tune)
 
 
 def open_drafter(
@@ -84,25 +89,82 @@ def open_drafter(
     Raises:
         InputError: what the specification names is damaged, or does not fit the target.
     """
-    drafter: Callable[..., Drafter] = methods.resolve(spec.name, "drafter")
-    if spec.path is None:
-        return drafter(spec.config)
-    if methods.METHODS[spec.name].trained:
+    opened = [
+        _open(part, target, target_tokenizer, allow_other_target=allow_other_target)
+        for part in spec.parts
+    ]
+    if len(opened) == 1:
+        return opened[0]
+    nodes = max(getattr(part.config, "nodes", 1) for part in spec.parts)
+    return Combined(opened, nodes)
+
+
+def _open(
+    part: Part,
+    target: Target,
+    target_tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    allow_other_target: bool,
+) -> Drafter:
+    drafter: Callable[..., Drafter] = methods.resolve(part.name, "drafter")
+    if part.path is None:
+        return drafter(part.config)
+    if methods.METHODS[part.name].trained:
         return heads.open_heads(
-            Path(spec.path),
-            spec.config,
+            Path(part.path),
+            part.config,
             target=target,
             tokenizer=target_tokenizer,
             allow_other_target=allow_other_target,
         )
-    path = _local(spec.path)
+    path = _local(part.path)
     return drafter(
         loading.load_model(path, dtype=target.dtype, device=str(target.device)),
-        spec.config,
+        part.config,
         target=target,
         tokenizer=loading.load_tokenizer(path),
         target_tokenizer=target_tokenizer,
     )
+
+
+def _key(item: str) -> str:
+    return item.partition("=")[0].strip()
+
+
+def _truth(item: str) -> bool:
+    value = item.partition("=")[2].strip().lower()
+    if value not in ("true", "yes", "1", "false", "no", "0"):
+        raise UsageError(f"{item}: expected true or false")
+    return value in ("true", "yes", "1")
+
+
+def _split(word: str) -> tuple[str, list[str]]:
+    """What stands before the options, and the options one by one."""
+    head, colon, pairs = word.rpartition(":")
+    items = [item for item in pairs.split(",") if item]
+    if not colon or not all("=" in item or _key(item) == "tune" for item in items):
+        return word, []
+    return head, items
+
+
+def _part(head: str, pairs: str) -> Part:
+    name, path = head, None
+    if name not in methods.names("drafter"):
+        name, path = "draft_model", _checkpoint(head)
+        if (Path(path) / HEADS).is_file():
+            name = heads.read_record(Path(path)).method
+    elif name == "draft_model":
+        raise UsageError(
+            "draft_model needs a checkpoint",
+            hint="give its directory itself: --draft PATH:depth=4",
+        )
+    elif methods.METHODS[name].trained:
+        raise UsageError(
+            f"{name} needs trained heads",
+            hint=f"spectool train-heads {name} MODEL HEADS --data FILE, then --draft HEADS",
+        )
+    config = methods.resolve(name, "drafter").Config.from_text(pairs)
+    return Part(name=name, path=path, config=config)
 
 
 def _checkpoint(head: str) -> str:

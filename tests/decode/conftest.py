@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectool.decode import tree
-from spectool.decode.protocol import Needs, Outcome, Prompt
+from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control
 from spectool.decode.tree import Draft, Kind
@@ -19,13 +19,12 @@ from spectool.decode.tree import Draft, Kind
 Continuation = Callable[[Sequence[int], int], list[int]]
 
 
-class Scripted:
+class Scripted(Drafter):
     """Drafts what `script(tokens, budget)` says: paths after the root, merged in their order."""
 
     def __init__(self, script: Callable[[list[int], int], list[list[int]]], needs: Needs) -> None:
         self.name = "scripted"
         self.needs = needs
-        self.branches = True
         self.script = script
         self.outcomes: list[Outcome] = []
         self.prompts: list[Prompt] = []
@@ -33,7 +32,7 @@ class Scripted:
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt]) -> None:
+    def begin(self, prompts: Sequence[Prompt], target: Any, cache: Any) -> None:
         self.prompts = list(prompts)
 
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
@@ -45,6 +44,17 @@ class Scripted:
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         self.outcomes += outcomes
+
+
+@pytest.fixture
+def begin() -> Callable[..., None]:
+    """`begin(drafter, rows)`: a batch whose prompts these rows are, without a target's passes."""
+
+    def run(drafter: Drafter, rows: Sequence[Row], target: Any = None, cache: Any = None) -> None:
+        prompts = [Prompt(row=row, logits_V=torch.zeros(320)) for row in rows]
+        drafter.begin(prompts, target, cache)
+
+    return run
 
 
 @pytest.fixture(scope="session", autouse=True)

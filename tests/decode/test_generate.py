@@ -217,11 +217,11 @@ def test_a_runner_opens_and_pairs_without_a_forward(
 ) -> None:
     monkeypatch.setattr(opened.target, "ingest", None)
     small = opened.open(f"{checkpoint('llama', seed=1)}:depth=2")
-    assert opened.pairing(small, temperature=1).name == "chain"
-    assert opened.pairing(opened.open("auto"), temperature=1).name == "token-match"
+    assert opened.pairing(small, temperature=1).name == "rejection"
+    assert opened.pairing(opened.open("auto:tune=false"), temperature=1).name == "token-match"
     assert opened.pairing(opened.open(None)).lossless
-    with pytest.raises(UsageError, match="no law for siblings"):
-        opened.pairing(opened.open("ngram"), temperature=1, verify="chain")
+    with pytest.raises(UsageError, match="independent draws"):
+        opened.pairing(opened.open("ngram"), temperature=1, verify="k-seq")
     with pytest.raises(UsageError, match="--top-p 2"):
         opened.pairing(small, top_p=2)
     with pytest.raises(UsageError, match="no drafter is called ''"):
@@ -229,8 +229,8 @@ def test_a_runner_opens_and_pairs_without_a_forward(
     assert opened.drafter_name == "none"
     opened.use(small)
     assert opened.drafter_name == "draft_model"
-    opened.use("auto")
-    assert opened.drafter_name == "ngram"
+    opened.use("auto:tune=false")
+    assert opened.drafter_name == "ngram+recycle"
 
 
 def test_sampling_follows_the_seed_and_the_row(opened: Runner) -> None:
@@ -278,30 +278,12 @@ def test_one_runner_for_many_prompts_and_drafters(opened: Runner, tiny: Tiny) ->
         ({"temperature": -1}, "--temperature -1"),
         ({"stop": [""]}, "must not be empty"),
         ({"temperature": 1, "verify": "greedy"}, "changes the law"),
-        ({"verify": "typical"}, "no rule is called"),
+        ({"verify": "likely"}, "no rule is called"),
     ],
 )
 def test_wrong_options(opened: Runner, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         opened.generate(["def"], **options)
-
-
-@pytest.mark.parametrize("lossy", [False, True])
-def test_a_tree_under_the_chain_rule_is_refused_before_any_forward(
-    opened: Runner, monkeypatch: pytest.MonkeyPatch, lossy: bool
-) -> None:
-    opened.use("ngram:min_n=1")
-    monkeypatch.setattr(opened.target, "ingest", None)
-    with pytest.raises(UsageError, match="no law for siblings"):
-        opened.generate([[3, 4, 3, 5, 3]], temperature=1, verify="chain", lossy=lossy)
-
-
-def test_a_chain_of_one_may_be_lossy_under_the_chain_rule(opened: Runner) -> None:
-    opened.use("ngram:min_n=1,nodes=1")
-    result = opened.generate(
-        [[3, 4, 3, 5, 3]], max_new_tokens=9, temperature=1, verify="chain", lossy=True
-    )
-    assert not result[0].lossless
 
 
 @pytest.mark.parametrize("draft", ["none", "ngram:min_n=1"])

@@ -119,7 +119,7 @@ def test_filters_hold_in_the_loop() -> None:
 
 
 def without_residual(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
-    verdict = verify.chain(draft, laws_NV, source)
+    verdict = verify.rejection(draft, laws_NV, source)
     return Verdict(source.pick(laws_NV, draft.depths), verdict.accept_N)
 
 
@@ -131,8 +131,8 @@ def always_likeliest(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
 
 
 def reported(change: Callable[[Tensor], Tensor]) -> Callable[[Draft, Tensor, Source], Verdict]:
-    """The chain rule, told that tokens were drawn from something they were not drawn from."""
-    true_rule = verify.chain
+    """The rule, told that tokens were drawn from something they were not drawn from."""
+    true_rule = verify.rejection
 
     def rule(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
         if draft.laws_NV is not None:
@@ -143,9 +143,9 @@ def reported(change: Callable[[Tensor], Tensor]) -> Callable[[Draft, Tensor, Sou
 
 
 FAULTS: dict[str, tuple[str, str, Any]] = {
-    "no residual": ("draft_model", "chain", without_residual),
-    "swapped q": ("draft_model", "chain", reported(lambda q_NV: q_NV.flip(-1))),
-    "stale q": ("draft_model", "chain", reported(lambda q_NV: q_NV[:1].expand_as(q_NV))),
+    "no residual": ("draft_model", "rejection", without_residual),
+    "swapped q": ("draft_model", "rejection", reported(lambda q_NV: q_NV.flip(-1))),
+    "stale q": ("draft_model", "rejection", reported(lambda q_NV: q_NV[:1].expand_as(q_NV))),
     "greedy root": ("ngram", "token_match", always_likeliest),
     "greedy plain": ("none", "token_match", always_likeliest),
 }

@@ -131,7 +131,7 @@ def test_rows_of_one_batch_finish_apart(
         row = 0 if tokens[:3] == prompts[0] else 1
         return [(prompts[row] + plain[row])[len(tokens) : len(tokens) + 7]]
 
-    drafter = scripted(oracle, Needs(logits=True, final=True))
+    drafter = scripted(oracle, Needs(laws=True, top=3, final=True))
     heard: dict[int, list[int]] = {0: [], 1: []}
     results = generate(
         model,
@@ -151,8 +151,14 @@ def test_rows_of_one_batch_finish_apart(
     ended = next(o for o in drafter.outcomes if o.row.index == 0)
     assert ended.next_token == eos
     assert ended.path == [0, 1, 2, 3]
-    assert ended.logits_NV is not None
-    assert ended.logits_NV.shape[0] == ended.features["final"].shape[0] == len(ended.draft)
+    assert ended.laws_NV is not None
+    assert ended.laws_NV.shape[0] == ended.features["final"].shape[0] == len(ended.draft)
+    for outcome in drafter.outcomes:
+        assert outcome.laws_NV is not None
+        assert outcome.top == outcome.laws_NV.topk(3).indices.tolist()
+    for prompt in drafter.prompts:
+        assert len(prompt.top) == prompt.row.num_prompt
+        assert prompt.top[-1] == prompt.logits_V.topk(3).indices.tolist()
 
 
 def test_outcomes_carry_the_features_of_their_tokens(

@@ -20,12 +20,18 @@ Laws = dict[tuple[int, ...], Tensor]
 
 
 class Branches:
-    """A source that replays one way things can go and knows its probability."""
+    """A source that replays one way things can go and knows its probability.
 
-    def __init__(self, choices: Sequence[int]) -> None:
+    With `late`, the token after a path is not chosen: `pick` gives each node a number of its own
+    and `laws` keep what it would be drawn from. For rules that follow tests, not tokens.
+    """
+
+    def __init__(self, choices: Sequence[int], *, late: bool = False) -> None:
         self.choices = list(choices)
         self.sizes: list[int] = []
         self.weight = 1.0
+        self.late = late
+        self.laws: Tensor | None = None
 
     def _choose(self, weights: Tensor) -> int:
         at = len(self.sizes)
@@ -36,22 +42,33 @@ class Branches:
         return self.choices[at]
 
     def pick(self, laws_MV: Tensor, depths: Sequence[int]) -> Tensor:
+        if self.late:
+            self.laws = laws_MV / laws_MV.sum(-1, keepdim=True)
+            return torch.arange(len(laws_MV))
         return torch.tensor([self._choose(law / law.sum()) for law in laws_MV])
 
-    def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int]) -> Tensor:
-        keep = [min(1.0, float(p) / float(q)) for p, q in zip(p_M, q_M, strict=True)]
+    def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int], draw: int = 0) -> Tensor:
+        pairs = zip(p_M.tolist(), q_M.tolist(), strict=True)
+        keep = [min(1.0, p / q) if q > 0 else 1.0 for p, q in pairs]
         flips = [self._choose(torch.tensor([k, 1 - k], dtype=torch.float64)) for k in keep]
         return torch.tensor([flip == 0 for flip in flips], dtype=torch.bool)
 
 
-def outcomes(rule: Rule, draft: Draft, laws_NV: Tensor) -> Iterator[tuple[tuple[int, ...], float]]:
+def outcomes(
+    rule: Rule, draft: Draft, laws_NV: Tensor, *, late: bool = False
+) -> Iterator[tuple[tuple[int, ...], float]]:
     """Every committed sequence (the path's drafted tokens, then the emitted one), its weight."""
     choices: list[int] | None = []
     while choices is not None:
-        source = Branches(choices)
+        source = Branches(choices, late=late)
         if (verdict := rule(draft, laws_NV, source)) is not None and source.weight > 0:
-            [(path, token)] = settle([draft], [verdict])
-            yield (*(draft.tokens[node] for node in path[1:]), token), source.weight
+            [(path, token)], _ = settle([draft], [verdict])
+            drafted = tuple(draft.tokens[node] for node in path[1:])
+            if source.laws is None:
+                yield (*drafted, token), source.weight
+            else:
+                for last, share in enumerate(source.laws[token].tolist()):
+                    yield (*drafted, last), source.weight * share
         choices = source.choices
         while choices and choices[-1] + 1 == source.sizes[len(choices) - 1]:
             choices.pop()
@@ -85,12 +102,18 @@ def node_laws(p: Laws, draft: Draft) -> Tensor:
 
 
 def worst_error(
-    rule: Rule, drafts: list[tuple[Draft, float]], p: Laws, vocab: int, length: int
+    rule: Rule,
+    drafts: list[tuple[Draft, float]],
+    p: Laws,
+    vocab: int,
+    length: int,
+    *,
+    late: bool = False,
 ) -> float:
     """Largest error of a sequence's probability after one step and plain sampling from there."""
     total = dict.fromkeys(itertools.product(range(vocab), repeat=length), 0.0)
     for draft, draft_weight in drafts:
-        for committed, weight in outcomes(rule, draft, node_laws(p, draft)):
+        for committed, weight in outcomes(rule, draft, node_laws(p, draft), late=late):
             for whole, rest in sequence_law(p, vocab, length, committed).items():
                 total[whole] += draft_weight * weight * float(rest)
     exact = sequence_law(p, vocab, length)
@@ -104,7 +127,7 @@ def sampled_chains(
     drafts = []
     for tokens, weight in sequence_law(q, vocab, depth).items():
         laws = torch.stack([report(q, tokens[:at]) for at in range(depth)])
-        drafts.append((tree.chain([0, *tokens], kind="sampled", laws_NV=laws), float(weight)))
+        drafts.append((tree.chain([0, *tokens], kind="iid", laws_NV=laws), float(weight)))
     return drafts
 
 
@@ -112,20 +135,141 @@ def truthful(q: Laws, prefix: tuple[int, ...]) -> Tensor:
     return q[prefix]
 
 
+@pytest.mark.parametrize("rule", [verify.rejection, verify.k_seq])
 @pytest.mark.parametrize(("vocab", "depth"), [(2, 2), (3, 2), (5, 1)])
-def test_chain_is_exact_for_sampled_chains(vocab: int, depth: int) -> None:
+def test_rules_are_exact_for_sampled_chains(rule: Rule, vocab: int, depth: int) -> None:
     for seed in range(3):
         p, q = random_laws(seed, vocab, depth + 1), random_laws(50 + seed, vocab, depth)
         drafts = sampled_chains(q, vocab, depth, truthful)
-        assert worst_error(verify.chain, drafts, p, vocab, depth + 1) < 1e-12
+        # The root of K-SEQ's equation is only as exact as its halving, but its law is for any.
+        assert worst_error(rule, drafts, p, vocab, depth + 1, late=True) < 1e-12
 
 
-def test_chain_is_exact_where_the_draft_is_right_and_where_it_has_no_laws() -> None:
+def test_rejection_is_exact_where_the_draft_is_right_and_where_it_has_no_laws() -> None:
     p = random_laws(1, 3, 3)
     drafts = sampled_chains(p, 3, 2, truthful)
-    assert worst_error(verify.chain, drafts, p, 3, 3) < 1e-12
+    assert worst_error(verify.rejection, drafts, p, 3, 3) < 1e-12
     fixed = [(tree.chain([0, 2, 1], kind="deterministic"), 1.0)]
-    assert worst_error(verify.chain, fixed, p, 3, 3) < 1e-12
+    assert worst_error(verify.rejection, fixed, p, 3, 3) < 1e-12
+
+
+Grow = Callable[[Tensor, int], Iterator[tuple[tuple[int, ...], float]]]
+
+
+def drawn_iid(law: Tensor, count: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    for tokens in itertools.product(range(len(law)), repeat=count):
+        yield tokens, float(law[list(tokens)].prod())
+
+
+def drawn_distinct(law: Tensor, count: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    for tokens in itertools.permutations(range(len(law)), count):
+        weight, left = 1.0, 1.0
+        for token in tokens:
+            weight *= float(law[token]) / left
+            left -= float(law[token])
+        yield tokens, weight
+
+
+def sampled_trees(
+    q: Laws, kind: tree.Kind, counts: Sequence[Sequence[int]]
+) -> Iterator[tuple[Draft, float]]:
+    """All trees of two levels with their probabilities.
+
+    `counts[0][0]` tokens are drawn after the root, `counts[1][i]` after the i-th distinct one.
+    """
+    grow: Grow = drawn_iid if kind == "iid" else drawn_distinct
+    for first, weight in grow(q[()], counts[0][0]):
+        distinct = list(dict.fromkeys(first))
+        wanted = counts[1][: len(distinct)]
+        for seconds in itertools.product(
+            *(list(grow(q[(token,)], n)) for token, n in zip(distinct, wanted, strict=False))
+        ):
+            tokens, parents = [0, *distinct], [-1, *(0 for _ in distinct)]
+            draws = {0: [1 + distinct.index(token) for token in first]}
+            laws, share = [q[()]], weight
+            for child, (drawn, chance) in enumerate(seconds, start=1):
+                start = len(tokens)
+                own = list(dict.fromkeys(drawn))
+                tokens += own
+                parents += [child] * len(own)
+                if drawn:
+                    draws[child] = [start + own.index(token) for token in drawn]
+                laws.append(q[(distinct[child - 1],)])
+                share *= chance
+            kinds: list[tree.Kind] = [kind] * len(tokens)
+            yield Draft(tokens, parents, kinds, torch.stack(laws), draws=draws), share
+
+
+SIBLINGS = [
+    ("rejection", "iid", 3, [[2], []]),
+    ("rejection", "iid", 2, [[2], [2, 1]]),
+    ("rejection", "distinct", 3, [[3], []]),
+    ("rejection", "distinct", 3, [[2], [2, 1]]),
+    ("k-seq", "iid", 3, [[2], []]),
+    ("k-seq", "iid", 2, [[3], []]),
+    ("k-seq", "iid", 2, [[2], [2, 1]]),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "vocab", "counts"), SIBLINGS)
+def test_rules_are_exact_for_sampled_siblings(
+    name: str, kind: tree.Kind, vocab: int, counts: list[list[int]]
+) -> None:
+    rule: Rule = {"rejection": verify.rejection, "k-seq": verify.k_seq}[name]
+    length = 3 if counts[1] else 2
+    for seed in range(2):
+        p, q = random_laws(seed, vocab, length), random_laws(50 + seed, vocab, length - 1)
+        drafts = list(sampled_trees(q, kind, counts))
+        assert sum(weight for _, weight in drafts) == pytest.approx(1)
+        assert worst_error(rule, drafts, p, vocab, length, late=True) < 1e-9
+
+
+def test_rejection_is_exact_for_fixed_trees_and_mixed_ones() -> None:
+    p, q = random_laws(3, 3, 3), random_laws(53, 3, 2)
+    fixed = [(random_tree(2, 3, 2, 3), 1.0)]
+    assert worst_error(verify.rejection, fixed, p, 3, 3, late=True) < 1e-12
+    mixed = []
+    for token, weight in enumerate(q[()].tolist()):
+        # After a drawn child a looked-up one, which may be the same token; below it another.
+        draft = Draft(
+            [0, token, 1, 2], [-1, 0, 0, 1], ["deterministic", "iid", *["deterministic"] * 2]
+        )
+        draft.laws_NV = q[()][None]
+        mixed.append((draft, weight))
+    assert worst_error(verify.rejection, mixed, p, 3, 3, late=True) < 1e-12
+
+
+def test_siblings_are_worth_their_nodes() -> None:
+    """More draws are accepted more often, distinct ones and K-SEQ's more often than rejection's."""
+
+    def share(rule: Rule, kind: tree.Kind, count: int) -> float:
+        p, q = random_laws(5, 4, 2), random_laws(55, 4, 1)
+        total = 0.0
+        for draft, weight in sampled_trees(q, kind, [[count], []]):
+            for committed, chance in outcomes(rule, draft, node_laws(p, draft), late=True):
+                total += weight * chance * (len(committed) > 1)
+        return total
+
+    one = share(verify.rejection, "iid", 1)
+    assert one == pytest.approx(
+        float(torch.minimum(random_laws(5, 4, 2)[()], random_laws(55, 4, 1)[()]).sum())
+    )
+    two, apart = share(verify.rejection, "iid", 2), share(verify.rejection, "distinct", 2)
+    assert one < two < apart
+    assert two <= share(verify.k_seq, "iid", 2)
+    # SpecTr's bound: at least 1 - (1 - 1/k)^k of what any rule can accept, which is at most 1.
+    assert share(verify.k_seq, "iid", 2) >= 0.75 * two
+
+
+def test_typical_takes_the_longest_path_of_likely_tokens() -> None:
+    draft = tree.trie(0, [[1], [2, 3]], nodes=3)
+    flat, sharp = torch.full((8,), 0.125), torch.tensor([0.0, 0.0, 0.02, 0.98, 0, 0, 0, 0])
+    laws = torch.stack([flat, flat, sharp, sharp])
+    [(path, _)], _ = settle([draft], [verify.typical(draft, laws, Branches([]))])
+    assert [draft.tokens[node] for node in path] == [0, 2, 3]
+    laws[2] = sharp.flip(0)
+    [(path, _)], _ = settle([draft], [verify.typical(draft, laws, Branches([]))])
+    assert [draft.tokens[node] for node in path] == [0, 1]
 
 
 def random_tree(seed: int, vocab: int, depth: int, paths: int) -> Draft:
@@ -174,11 +318,12 @@ def test_planted_faults_are_found() -> None:
     best = {prefix: int(law.argmax()) for prefix, law in q.items()}
     top = (best[()], best[(best[()],)])
     topk = tree.chain([0, *top], kind="deterministic", laws_NV=torch.stack([q[()], q[top[:1]]]))
+    as_if_drawn = tree.chain(topk.tokens, kind="iid", laws_NV=topk.laws_NV)
     faulty: list[tuple[Rule, list[tuple[Draft, float]]]] = [
         (without_residual, sampled_chains(q, 3, 2, truthful)),
-        (verify.chain, swapped),
-        (verify.chain, stale),
-        (verify.chain, [(topk, 1.0)]),
+        (verify.rejection, swapped),
+        (verify.rejection, stale),
+        (verify.rejection, [(as_if_drawn, 1.0)]),
         (verify.greedy, [(topk, 1.0)]),
         (drawn_per_child, [(tree.trie(0, [[0], [1]], nodes=2), 1.0)]),
     ]
@@ -186,29 +331,69 @@ def test_planted_faults_are_found() -> None:
         assert worst_error(rule, drafts, p, 3, 3) > 1e-2
 
 
-def test_walk_follows_the_accepted_children_only() -> None:
+def test_walk_follows_the_longest_accepted_path() -> None:
     draft = tree.trie(0, [[1, 2], [3, 4], [3, 5, 6]], nodes=9)
     # tokens: 0 | 1 2 | 3 4 | 5 6 at nodes 0..6
     emit = [3, 9, 9, 5, 9, 7, 9]
     assert walk(draft, emit, None) == ([0, 3, 5], 7)
-    assert walk(draft, emit, [1, 1, 0, 1, 1, 1, 1]) == ([0, 1], 9)
+    assert walk(draft, emit, [1, 1, 0, 0, 1, 1, 1]) == ([0, 1], 9)
+    assert walk(draft, emit, [1, 1, 0, 1, 1, 1, 1]) == ([0, 3, 5, 6], 9)
+    assert walk(draft, emit, [1, 1, 0, 1, 1, 0, 1]) == ([0, 3, 4], 9)
     assert walk(tree.root(4), [8], None) == ([0], 8)
 
 
 def test_settle_takes_rows_of_both_sorts() -> None:
-    one, two = tree.chain([0, 1], kind="deterministic"), tree.chain([0, 1], kind="sampled")
+    one, two = tree.chain([0, 1], kind="deterministic"), tree.chain([0, 1], kind="iid")
     verdicts = [
         Verdict(torch.tensor([1, 5])),
         Verdict(torch.tensor([6, 7]), torch.tensor([True, False])),
     ]
-    assert settle([one, two], verdicts) == [([0, 1], 5), ([0], 6)]
+    top = torch.tensor([[[8], [9]], [[3], [4]]])
+    assert settle([one, two], verdicts, top_BNK=top) == ([([0, 1], 5), ([0], 6)], [8, 9, 3, 4])
+
+
+def sibling_faults() -> Iterator[tuple[str, Rule, list[tuple[Draft, float]]]]:
+    """Faults seen in real code, each with the rule that it hides in."""
+    q = {(): torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)}
+    distinct = list(sampled_trees(q, "distinct", [[2], []]))
+    as_iid = [
+        (Draft(d.tokens, d.parents, ["iid"] * len(d), d.laws_NV, draws=d.draws), weight)
+        for d, weight in distinct
+    ]
+    yield "distinct children tested with the plain law", verify.rejection, as_iid
+    merged = [
+        (Draft(d.tokens, d.parents, d.kinds, d.laws_NV), weight)
+        for d, weight in sampled_trees(q, "iid", [[2], []])
+    ]
+    yield "a token that was drawn twice tested once", verify.k_seq, merged
+    pruned = [
+        (d if d.tokens[1] else tree.root(0), weight)
+        for d, weight in sampled_trees(q, "iid", [[1], []])
+    ]
+    yield "a sampled node dropped for its token", verify.rejection, pruned
+    by_law = []
+    for d, weight in distinct:
+        first = sorted(d.draws[0], key=lambda node: -float(q[()][d.tokens[node]]))  # type: ignore[index]
+        by_law.append((Draft(d.tokens, d.parents, d.kinds, d.laws_NV, draws={0: first}), weight))
+    yield "children tested in the order of their law", verify.rejection, by_law
+
+
+@pytest.mark.parametrize(("name", "rule", "drafts"), list(sibling_faults()))
+def test_planted_faults_among_siblings_are_found(
+    name: str, rule: Rule, drafts: list[tuple[Draft, float]]
+) -> None:
+    worst = max(
+        worst_error(rule, drafts, random_laws(seed, 3, 2), 3, 2, late=True) for seed in range(4)
+    )
+    assert worst > 1e-2, name
 
 
 def test_default_rules_are_exact() -> None:
-    assert rule_for(("sampled",), None, temperature=1, lossy=False).name == "chain"
+    assert rule_for(("iid",), None, temperature=1, lossy=False).name == "rejection"
+    assert rule_for(("distinct",), None, temperature=1, lossy=False).name == "rejection"
     assert rule_for(("deterministic",), None, temperature=1, lossy=False).name == "token-match"
     assert rule_for((), None, temperature=1, lossy=False).lossless
-    for name in (None, "greedy", "token-match", "chain"):
+    for name in (None, "greedy", "token-match", "rejection", "k-seq", "typical"):
         pairing = rule_for(("deterministic",), name, temperature=0, lossy=False)
         assert pairing.rule is verify.greedy
         assert pairing.lossless
@@ -216,7 +401,7 @@ def test_default_rules_are_exact() -> None:
 
 @pytest.mark.parametrize(
     ("kinds", "name"),
-    [(("deterministic",), "chain"), (("deterministic",), "greedy"), (("sampled",), "greedy")],
+    [(("deterministic",), "greedy"), (("iid",), "greedy"), (("iid",), "typical"), ((), "typical")],
 )
 def test_inexact_pairs_are_refused_or_said(kinds: tuple[tree.Kind, ...], name: str) -> None:
     with pytest.raises(UsageError, match="changes the law") as refusal:
@@ -225,18 +410,15 @@ def test_inexact_pairs_are_refused_or_said(kinds: tuple[tree.Kind, ...], name: s
     assert not rule_for(kinds, name, temperature=0.7, lossy=True).lossless
 
 
-@pytest.mark.parametrize("lossy", [False, True])
-@pytest.mark.parametrize("kinds", [("deterministic",), ("sampled",)])
-def test_trees_are_not_for_the_chain_rule(kinds: tuple[tree.Kind, ...], lossy: bool) -> None:
-    with pytest.raises(UsageError, match="no law for siblings") as refusal:
-        rule_for(kinds, "chain", temperature=1, lossy=lossy, branches=True)
-    assert "--lossy" not in str(refusal.value.hint)
-    assert rule_for(kinds, None, temperature=1, lossy=lossy, branches=True).name == "token-match"
-    assert rule_for(kinds, "chain", temperature=0, lossy=lossy, branches=True).lossless
+@pytest.mark.parametrize("kinds", [("deterministic",), ("distinct",), ("iid", "deterministic")])
+def test_k_seq_is_for_independent_draws(kinds: tuple[tree.Kind, ...]) -> None:
+    with pytest.raises(UsageError, match="independent draws"):
+        rule_for(kinds, "k-seq", temperature=1, lossy=True)
+    assert rule_for(("iid",), "k-seq", temperature=1, lossy=False).lossless
 
 
 def test_lossy_does_not_spoil_an_exact_pair() -> None:
-    assert rule_for(("sampled",), "token-match", temperature=1, lossy=True).lossless
+    assert rule_for(("iid",), "token-match", temperature=1, lossy=True).lossless
 
 
 def test_unknown_rule() -> None:

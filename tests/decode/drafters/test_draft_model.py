@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from spectool.decode import target as target_module
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.generate import Runner, generate
-from spectool.decode.protocol import Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control, Draws
 from spectool.decode.target import Target
@@ -39,19 +38,22 @@ def row_of(tokens: list[int], temperature: float, index: int = 0) -> Row:
     )
 
 
-def begin(drafter: DraftModelDrafter, rows: list[Row]) -> None:
-    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1)) for row in rows])
+Begin = Callable[..., None]
+
+
+def outcome_of(row: Row, path: list[int]) -> Any:
+    return type("Outcome", (), {"row": row, "path": path})()
 
 
 @pytest.mark.parametrize("vocab", [320, 384, 300])
-def test_q_is_the_law_the_tokens_were_drawn_from(tiny: Tiny, vocab: int) -> None:
+def test_q_is_the_law_the_tokens_were_drawn_from(tiny: Tiny, begin: Begin, vocab: int) -> None:
     """Warped, over the target's vocabulary: zeros for ids that the draft lacks."""
     model, draft_model = tiny("llama"), widened(tiny("llama", 1), vocab)
     drafter = DraftModelDrafter(draft_model, target=Target(model))
     row = row_of([5, 6, 7], 0.7)
     begin(drafter, [row])
     draft = drafter.propose([row], [9])[0]
-    assert draft.kinds[1:] == ["sampled"] * 4
+    assert draft.kinds[1:] == ["iid"] * 4
     assert draft.laws_NV is not None
     assert draft.laws_NV.shape == (4, 320)
     with torch.inference_mode():
@@ -64,7 +66,9 @@ def test_q_is_the_law_the_tokens_were_drawn_from(tiny: Tiny, vocab: int) -> None
 
 
 @pytest.mark.parametrize("accepted", [0, 2, 4])
-def test_the_cache_follows_what_was_accepted(tiny: Tiny, endless: Any, accepted: int) -> None:
+def test_the_cache_follows_what_was_accepted(
+    tiny: Tiny, endless: Any, begin: Begin, accepted: int
+) -> None:
     """Also after full acceptance, where the last proposal was never fed."""
     model = endless(tiny("llama"))
     drafter = DraftModelDrafter(model, target=Target(model))
@@ -73,8 +77,7 @@ def test_the_cache_follows_what_was_accepted(tiny: Tiny, endless: Any, accepted:
     for _ in range(3):
         draft = drafter.propose([row], [9])[0]
         row.tokens += [*draft.tokens[1 : accepted + 1], 11]
-        outcome: Any = type("Outcome", (), {"row": row})()
-        drafter.observe([outcome])
+        drafter.observe([outcome_of(row, list(range(accepted + 1)))])
         held = drafter._cache.tokens[0]
         assert held == row.tokens[: len(held)]
         assert len(held) == len(row.tokens) - (2 if accepted == 4 else 1)
@@ -83,7 +86,7 @@ def test_the_cache_follows_what_was_accepted(tiny: Tiny, endless: Any, accepted:
 
 
 def test_no_deeper_than_budget_or_its_own_context(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, begin: Begin
 ) -> None:
     model = tiny("llama")
     drafter = DraftModelDrafter(tiny("llama", 1), DraftModelConfig(depth=5), target=Target(model))
@@ -128,13 +131,13 @@ class Sealed(list[int]):
         return list.__getitem__(self, key)
 
 
-def test_a_step_does_not_walk_through_the_text(tiny: Tiny) -> None:
+def test_a_step_does_not_walk_through_the_text(tiny: Tiny, begin: Begin) -> None:
     drafter = DraftModelDrafter(tiny("llama", 1), target=Target(tiny("llama")))
     row = row_of([5, 6, 7], 0)
     begin(drafter, [row])
     drafter.propose([row], [9])
     row.tokens.append(8)
-    drafter.observe([type("Outcome", (), {"row": row})()])  # type: ignore[list-item]
+    drafter.observe([outcome_of(row, [0])])
     row.tokens = Sealed(row.tokens)
     assert len(drafter.propose([row], [9])[0]) == 5
 
@@ -167,7 +170,7 @@ def test_padded_heads_work_in_the_loop(
         assert result.token_ids == plain.token_ids
 
 
-def test_a_token_that_the_draft_has_not_ends_its_drafting(tiny: Tiny) -> None:
+def test_a_token_that_the_draft_has_not_ends_its_drafting(tiny: Tiny, begin: Begin) -> None:
     drafter = DraftModelDrafter(widened(tiny("llama"), 300), target=Target(tiny("llama")))
     rows = [row_of([5, 310, 7], 0, 0), row_of([5, 6, 7], 0, 1)]
     begin(drafter, rows)
@@ -176,8 +179,7 @@ def test_a_token_that_the_draft_has_not_ends_its_drafting(tiny: Tiny) -> None:
         assert [len(draft) - 1 for draft in drafts] == [0, 4]
         for row in rows:
             row.tokens.append(8)
-        outcomes: list[Any] = [type("Outcome", (), {"row": row})() for row in rows]
-        drafter.observe(outcomes)
+        drafter.observe([outcome_of(row, [0]) for row in rows])
 
 
 def test_another_vocabulary_is_refused(tiny: Tiny) -> None:

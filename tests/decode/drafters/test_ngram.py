@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from spectool.decode.row import Row
 from spectool.decode.sampling import Control, Draws
 from spectool.decode.tree import Draft
 from spectool.errors import UsageError
+
+NONE: Any = None
 
 
 def row_of(tokens: list[int], index: int = 0) -> Row:
@@ -26,7 +29,7 @@ def row_of(tokens: list[int], index: int = 0) -> Row:
 
 def draft_of(tokens: list[int], *, budget: int = 99, **options: int) -> Draft:
     drafter, row = NgramDrafter(NgramConfig(**options)), row_of(tokens)
-    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1))])
+    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1))], NONE, NONE)
     return drafter.propose([row], [budget])[0]
 
 
@@ -54,7 +57,7 @@ def test_a_repeating_text_goes_on_with_its_period() -> None:
 
 @pytest.mark.parametrize("tokens", [[1], [1, 2, 3, 4], [1, 1]])
 def test_nothing_found_is_an_empty_draft(tokens: list[int]) -> None:
-    assert draft_of(tokens).tokens == tokens[-1:]
+    assert draft_of(tokens, min_n=2).tokens == tokens[-1:]
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3])
@@ -63,16 +66,13 @@ def test_no_deeper_than_the_budget(budget: int) -> None:
     assert max(draft.depths) == min(budget, 8)
 
 
-def slow_search(tokens: list[int], depth: int, lengths: range) -> list[list[int]]:
-    found = []
-    for n in lengths:
-        for end in range(len(tokens) - 1, n - 1, -1):
-            if n < len(tokens) and tokens[end - n : end] == tokens[-n:]:
-                whole = list(tokens)
-                for step in range(depth):
-                    whole.append(whole[end + step])
-                found.append(whole[len(tokens) :])
-    return found
+def slow_search(tokens: list[int], lengths: range) -> list[tuple[int, int]]:
+    return [
+        (n, end)
+        for n in lengths
+        for end in range(len(tokens) - 1, n - 1, -1)
+        if n < len(tokens) and tokens[end - n : end] == tokens[-n:]
+    ]
 
 
 def test_the_index_grows_to_what_a_search_finds() -> None:
@@ -82,16 +82,69 @@ def test_the_index_grows_to_what_a_search_finds() -> None:
         index = NgramIndex(1, 3)
         for _ in range(12):
             index.extend(tokens)
-            expected = slow_search(tokens, 4, range(3, 0, -1))
-            assert list(index.continuations(tokens, 4)) == expected
+            expected = slow_search(tokens, range(3, 0, -1))
+            assert list(index.matches(tokens)) == expected
+            near = noise.randrange(len(tokens))
+            ahead = [
+                min([e for n, e in expected if n == m and e >= near], default=None)
+                for m in (3, 2, 1)
+            ]
+            found = list(index.matches(tokens, near))
+            assert sorted(found) == sorted(expected)
+            for m, first in zip((3, 2, 1), ahead, strict=True):
+                if first is not None:
+                    assert next(e for n, e in found if n == m) == first
             tokens += [noise.randrange(3) for _ in range(noise.randint(1, 2))]
 
 
 def test_rows_have_their_own_index() -> None:
     drafter, rows = NgramDrafter(), [row_of([1, 2, 3, 1, 2], 4), row_of([1, 2, 9, 1, 2], 7)]
-    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1)) for row in rows])
+    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1)) for row in rows], NONE, NONE)
     assert [d.tokens[1] for d in drafter.propose(rows, [1, 1])] == [3, 9]
     assert drafter.propose(rows[1:], [1])[0].tokens == [2, 9]
+
+
+def outcome_of(row: Row, draft: Draft, new: list[int]) -> Any:
+    """The row goes on with these tokens; the draft's nodes that say so are accepted."""
+    path = [0]
+    for token in new:
+        children = [n for n in range(len(draft)) if draft.parents[n] == path[-1]]
+        stands = [n for n in children if draft.tokens[n] == token]
+        if not stands:
+            break
+        path += stands
+    row.tokens += [draft.tokens[n] for n in path[1:]] + new[len(path) - 1 : len(path)]
+    return type("Outcome", (), {"row": row, "draft": draft, "path": path})()
+
+
+def steps(source: list[int], output: list[int], **options: int) -> list[int]:
+    """How many tokens each step brings when `output` follows `source`."""
+    drafter, row = NgramDrafter(NgramConfig(**options)), row_of([*source, output[0]])
+    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1))], NONE, NONE)
+    brought, left = [], output[1:]
+    while left:
+        draft = drafter.propose([row], [len(left) - 1])[0]
+        before = len(row.tokens)
+        outcome = outcome_of(row, draft, left)
+        drafter.observe([outcome])
+        brought.append(len(row.tokens) - before)
+        left = left[brought[-1] :]
+    return brought
+
+
+def test_a_copy_is_drafted_twice_as_far_while_all_of_it_stands() -> None:
+    source = list(range(100, 180))
+    assert steps(source, source[5:65]) == [9, 17, 33]
+    assert steps(source, source[5:25], nodes=8, depth=4) == [5, 9, 5]
+
+
+def test_a_copy_is_resumed_after_an_edit() -> None:
+    source = list(range(100, 140))
+    output = [*source[:12], 7, *source[13:20], 8, *source[21:30]]
+    brought = steps(source, output)
+    # To the first edit, over it, to the second, over it.
+    assert brought == [9, 3, 8, 9]
+    assert sum(brought) == len(output) - 1
 
 
 def test_options_are_checked() -> None:

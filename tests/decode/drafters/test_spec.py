@@ -9,32 +9,63 @@ from transformers import PreTrainedModel
 from spectool import methods
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.heads import HeadsRecord
-from spectool.decode.drafters.spec import open_drafter, parse_spec
+from spectool.decode.drafters.spec import Part, open_drafter, parse_spec
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, UsageError
 from spectool.headers import HEADS
 
 
+def one(text: str) -> Part:
+    (part,) = parse_spec(text).parts
+    return part
+
+
 def test_names_and_options() -> None:
-    assert parse_spec("none").name == "none"
-    assert parse_spec("auto").name == "ngram"
-    spec = parse_spec("ngram:nodes=12,max-n=6")
-    assert (spec.name, spec.path, spec.text) == ("ngram", None, "ngram:nodes=12,max-n=6")
+    assert one("none").name == "none"
+    spec = one("ngram:nodes=12,max-n=6")
+    assert (spec.name, spec.path) == ("ngram", None)
     assert (spec.config.nodes, spec.config.max_n) == (12, 6)
-    assert parse_spec("ngram:").config == parse_spec("ngram").config
+    assert one("ngram:").config == one("ngram").config
+
+
+def test_drafters_are_joined() -> None:
+    spec = parse_spec("ngram:max_n=3+recycle:nodes=9")
+    assert [part.name for part in spec.parts] == ["ngram", "recycle"]
+    assert (spec.parts[0].config.max_n, spec.parts[1].config.nodes) == (3, 9)
+    assert [part.name for part in parse_spec("auto").parts] == ["ngram", "recycle"]
+    with pytest.raises(UsageError, match="no drafter is called 'recycl'"):
+        parse_spec("ngram+recycl")
+
+
+@pytest.mark.parametrize(
+    ("text", "tune"),
+    [
+        ("ngram", None),
+        ("ngram:depth=3", None),
+        ("ngram:nodes=3", False),
+        ("ngram:tune", True),
+        ("ngram:nodes=3,tune", True),
+        ("ngram:tune=false", False),
+        ("ngram+recycle:tune", True),
+        ("auto", True),
+        ("auto:tune=no", False),
+    ],
+)
+def test_what_is_tuned(text: str, tune: bool | None) -> None:
+    assert parse_spec(text).tune is tune
 
 
 def test_paths_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
     for text in ("./small:depth=7", "small:depth=7", f"{tmp_path}/small:depth=7"):
-        spec = parse_spec(text)
+        spec = one(text)
         assert (spec.name, spec.config.depth) == ("draft_model", 7)
         assert spec.path == text.removesuffix(":depth=7")
     for hub_id in ("some-org/small-1.5B", "gpt2", "nope"):
-        assert parse_spec(f"{hub_id}:depth=2").path == hub_id
+        assert one(f"{hub_id}:depth=2").path == hub_id
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert parse_spec("~/small").path == f"{tmp_path}/small"
+    assert one("~/small").path == f"{tmp_path}/small"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +76,7 @@ def test_paths_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("ngram:nodes", "no drafter is called 'ngram:nodes'"),
         ("ngram:nods=3", "unknown option 'nods'"),
         ("ngram:nodes=x", "expected int"),
+        ("ngram:tune=perhaps", "expected true or false"),
         ("draft_model", "draft_model needs a checkpoint"),
         ("", "no drafter is called ''"),
     ],
@@ -83,7 +115,7 @@ def test_a_heads_directory_names_its_method(tmp_path: Path) -> None:
         method="medusa", options={}, target={}, accuracy=[], tree=[], shares=[], training={}
     )
     (tmp_path / HEADS).write_bytes(record.as_bytes())
-    spec = parse_spec(f"{tmp_path}:nodes=5")
+    spec = one(f"{tmp_path}:nodes=5")
     assert (spec.name, spec.path, spec.config.nodes) == ("medusa", str(tmp_path), 5)
 
 

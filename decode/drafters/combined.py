@@ -1,0 +1,77 @@
+"""Several drafters as one: the first proposes, the others fill what is left of the tree."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Sequence
+
+from spectool.decode.cache import TreeCache
+from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
+from spectool.decode.row import Row
+from spectool.decode.sampling import Control
+from spectool.decode.target import Target
+from spectool.decode.tree import Draft, Kind, Trie
+from spectool.errors import UsageError
+
+
+class Combined(Drafter):
+    """Merges the trees of drafters whose nodes are deterministic, in their order.
+
+    Drawn nodes are never merged: their law counts draws, and a node that two drafters propose is
+    one node here. A node's source tells its drafter and, where several propose it, that they agree.
+
+    Raises:
+        UsageError: one of the drafters keeps account of its own drafts alone.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter], nodes: int) -> None:
+        self.name = "+".join(drafter.name for drafter in drafters)
+        for drafter in drafters:
+            if not drafter.combines:
+                raise UsageError(
+                    f"--draft {self.name}: {drafter.name} does not share a tree with others"
+                )
+        self.drafters = list(drafters)
+        self.nodes = nodes
+        self.needs = Needs(
+            layers=tuple(sorted({n for drafter in drafters for n in drafter.needs.layers})),
+            final=any(drafter.needs.final for drafter in drafters),
+            top=max(drafter.needs.top for drafter in drafters),
+            laws=any(drafter.needs.laws for drafter in drafters),
+        )
+
+    def kinds(self, control: Control) -> tuple[Kind, ...]:
+        return ("deterministic",)
+
+    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
+        for drafter in self.drafters:
+            drafter.begin(prompts, target, cache)
+
+    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+        drafted = [drafter.propose(rows, budget) for drafter in self.drafters]
+        return [self._merge(drafts) for drafts in zip(*drafted, strict=True)]
+
+    def _merge(self, drafts: Sequence[Draft]) -> Draft:
+        made = Trie(drafts[0].tokens[0], self.nodes)
+        sources: dict[int, tuple[tuple[int, Hashable], ...]] = {}
+        for which, draft in enumerate(drafts):
+            places: dict[int, int] = {0: 0}
+            own = draft.sources or [()] * len(draft)
+            for node in range(1, len(draft)):
+                above = places.get(draft.parents[node])
+                place = None if above is None else made.add(draft.tokens[node], above)
+                if place is not None:
+                    places[node] = place
+                    sources[place] = (*sources.get(place, ()), (which, own[node]))
+        merged = made.draft()
+        merged.sources = [(), *(sources[node] for node in range(1, len(merged)))]
+        return merged
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        for drafter in self.drafters:
+            drafter.observe(outcomes)
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for drafter in self.drafters:
+                stack.callback(drafter.close)
