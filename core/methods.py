@@ -83,6 +83,20 @@ METHODS: dict[str, Method] = {
         source="Liu et al., ADED, 2024 (arXiv:2406.18200)",
         runs_in=("spectool",),
     ),
+    "jacobi": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.jacobi:JacobiDrafter",
+        summary="The window of the last pass, predicted anew, is the next draft",
+        source="Teng et al., Speculative Jacobi Decoding, 2024 (arXiv:2410.01699)",
+        runs_in=("spectool",),
+    ),
+    "skip": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.skip:SkipDrafter",
+        summary="The model itself without some of its layers, chosen while it runs",
+        source="Xia et al., SWIFT, 2024 (arXiv:2410.06916)",
+        runs_in=("spectool",),
+    ),
     "draft_model": Method(
         kind="drafter",
         target="spectool.decode.drafters.draft_model:DraftModelDrafter",

@@ -106,6 +106,7 @@ class Runner:
     def use(self, draft: str | Drafter | None) -> None:
         """Change the drafter."""
         self.drafter = self.open(draft) if draft is None or isinstance(draft, str) else draft
+        self.drafter.attach(self.target)
 
     def open(self, draft: str | None) -> Drafter:
         """The drafter of a specification, for `use`.

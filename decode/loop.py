@@ -20,7 +20,7 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Outcome, Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Contexts, Turn, sound
-from spectool.decode.target import Target
+from spectool.decode.target import Target, likeliest
 from spectool.decode.tree import Draft
 from spectool.decode.verify import Pairing, settle
 
@@ -98,7 +98,7 @@ def _prompt_pass(
     unfinished = [prompt for prompt in prompts if prompt.row.finish_reason is None]
     if unfinished:
         began = time.perf_counter()
-        drafter.begin(unfinished, target, cache)
+        drafter.begin(unfinished, cache)
         spent.draft += time.perf_counter() - began
     return commits
 
@@ -170,10 +170,12 @@ def _judge(
         pairing.rule(draft, laws_NV[: len(draft)], Turn(row.draws, len(row.tokens) - 1))
         for row, draft, laws_NV in zip(rows, drafts, laws_BNV, strict=True)
     ]
-    top_BNK = logits_BNV.topk(top).indices if top else None
+    top_BNK = likeliest(logits_BNV, top) if top else None
     settled, ids = settle(drafts, verdicts, is_sound=sound(logits_BNV), top_BNK=top_BNK)
-    num_nodes = logits_BNV.shape[1]
-    listed = [ids[start : start + top] for start in range(0, len(ids), top)] if top else []
+    if top_BNK is None:
+        return settled, [], laws_BNV
+    _, num_nodes, top = top_BNK.shape
+    listed = [ids[start : start + top] for start in range(0, len(ids), top)]
     by_row = [listed[b * num_nodes : (b + 1) * num_nodes] for b in range(len(rows))]
     return settled, by_row, laws_BNV
 

@@ -98,7 +98,10 @@ class Drafter(Protocol):
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         """The kinds of nodes it proposes under these settings; the rule is chosen by them."""
 
-    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
+    def attach(self, target: Target) -> None:
+        """The model that it will draft for, before any batch. What changes may go to its notes."""
+
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         """A new batch. What it holds of earlier ones it may keep only as knowledge of text.
 
         `cache` has the target's rows, those of `propose` then; a pass of the drafter's own may

@@ -125,9 +125,9 @@ class Target:
                 logits_BV = done.logits_BNV.new_zeros(len(parts), done.logits_BNV.shape[-1])
             for row, end in ends.items():
                 logits_BV[row] = done.logits_BNV[row, kept.index(end)]
-            ids_BNK = done.logits_BNV.topk(wanted.top).indices.tolist() if wanted.top else None
+            ids_BNK = likeliest(done.logits_BNV, wanted.top).tolist() if wanted.top else []
             for row, part in enumerate(parts):
-                if ids_BNK is not None:
+                if ids_BNK:
                     top[row] += ids_BNK[row][: len(part)]
                 collected[row].append({k: v[row, : len(part)] for k, v in done.features.items()})
         assert logits_BV is not None, "nothing to feed"
@@ -286,7 +286,7 @@ class Target:
         features: dict[str, Tensor] = {}
         handles = []
         if needs.layers:
-            layers = self._layers()
+            layers = self.layers()
             for index in needs.layers:
                 hook = _capture(features, f"layer {index}")
                 handles.append(layers[index].register_forward_hook(hook))
@@ -299,7 +299,12 @@ class Target:
             for handle in handles:
                 handle.remove()
 
-    def _layers(self) -> nn.ModuleList:
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, the first first.
+
+        Raises:
+            UnsupportedError: the model keeps them in no list.
+        """
         for module in self.model.get_decoder().modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
                 return module
@@ -324,6 +329,11 @@ class Target:
             self.model.set_attn_implementation("eager")
         chosen = self.model.config._attn_implementation
         self.notes.append(f"attention {given} takes no tree mask; using {chosen}")
+
+
+def likeliest(logits_BNV: Tensor, count: int) -> Tensor:
+    """The ids of the `count` largest logits, the largest first; fewer in a smaller vocabulary."""
+    return logits_BNV.topk(min(count, logits_BNV.shape[-1])).indices
 
 
 def _capture(features: dict[str, Tensor], name: str) -> Any:

@@ -224,8 +224,11 @@ class Tuned(Drafter):
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return self.drafter.kinds(control)
 
-    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
-        self.drafter.begin(prompts, target, cache)
+    def attach(self, target: Target) -> None:
+        self.drafter.attach(target)
+
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+        self.drafter.begin(prompts, cache)
 
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
         began = time.perf_counter()

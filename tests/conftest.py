@@ -113,8 +113,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of a family, float32, in eval mode. Large weights make its text vary."""
+    """A random model of a family, float32, in eval mode. Large weights make its text vary.
+
+    `llama-deep` and the like have more layers.
+    """
+    family, deep, _ = family.partition("-deep")
     prefix, options = FAMILIES[family]
+    if deep:
+        layers = "n_layer" if prefix == "GPT2" else "num_hidden_layers"
+        options = {**options, layers: 5}
+        if "layer_types" in options:
+            options["layer_types"] = ["sliding_attention"] * 4 + ["full_attention"]
     suffix = "TextConfig" if prefix == "Gemma3" else "Config"
     options = {"initializer_range": 0.2, "tie_word_embeddings": False, **options, **overrides}
     config = getattr(transformers, prefix + suffix)(**options)

@@ -43,9 +43,13 @@ class Combined(Drafter):
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
+    def attach(self, target: Target) -> None:
         for drafter in self.drafters:
-            drafter.begin(prompts, target, cache)
+            drafter.attach(target)
+
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+        for drafter in self.drafters:
+            drafter.begin(prompts, cache)
 
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
         drafted = [drafter.propose(rows, budget) for drafter in self.drafters]

@@ -142,7 +142,7 @@ class DraftModelDrafter(Drafter):
             return ("deterministic",)
         return ("distinct",) if self.config.tree.startswith("rsd") else ("iid",)
 
-    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         self._order = [prompt.row.index for prompt in prompts]
         self._cache = self._draft.cache(len(prompts))
 

@@ -26,7 +26,6 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Lesson, Needs, Outcome, Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control
-from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.options import option
 
@@ -197,7 +196,7 @@ class MedusaDrafter(Drafter):
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         self._states = {
             prompt.row.index: prompt.features["final"][-1].clone() for prompt in prompts
         }

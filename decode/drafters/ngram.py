@@ -18,7 +18,6 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control
-from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UsageError
 from spectool.options import option
@@ -70,11 +69,13 @@ class NgramIndex:
         for n in self._lengths:
             ends = self._ends.get(tuple(tokens[-n:]), ()) if n <= size else ()
             nearest = None
-            if near is not None and (place := bisect.bisect_left(ends, near)) < len(ends) - 1:
-                nearest = ends[place]
+            if near is not None and (place := bisect.bisect_left(ends, near)) < len(ends):
+                nearest = ends[place] if ends[place] < self._num_indexed else None
+            if nearest is not None:
                 yield n, nearest
-            for end in reversed(ends[-_RECENT - 1 : -1]):
-                if end != nearest:
+            for end in reversed(ends[-_RECENT - 1 :]):
+                # Nothing follows the text's own end.
+                if end not in (nearest, self._num_indexed):
                     yield n, end
 
 
@@ -120,7 +121,7 @@ class NgramDrafter(Drafter):
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         config = self.config
         self._indexes = {
             prompt.row.index: NgramIndex(config.min_n, config.max_n) for prompt in prompts

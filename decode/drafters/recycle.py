@@ -21,7 +21,6 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control
-from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import CheckpointError
 from spectool.options import option
@@ -91,7 +90,7 @@ class RecycleDrafter(Drafter):
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         vocabulary = prompts[0].logits_V.shape[-1]
         if self.table_VK is None:
             self.table_VK = torch.full((vocabulary, RANKS), -1, dtype=torch.int32)
@@ -150,4 +149,4 @@ class RecycleDrafter(Drafter):
         if seen:
             assert self.table_VK is not None
             ranks_MK = torch.tensor(list(seen.values()), dtype=torch.int32)
-            self.table_VK[torch.tensor(list(seen))] = ranks_MK
+            self.table_VK[torch.tensor(list(seen)), : ranks_MK.shape[1]] = ranks_MK

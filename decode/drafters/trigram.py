@@ -20,7 +20,6 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control
-from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import CheckpointError
 from spectool.options import option
@@ -94,7 +93,7 @@ class TrigramDrafter(Drafter):
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], target: Target, cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         if self._largest >= (vocabulary := prompts[0].logits_V.shape[-1]):
             raise CheckpointError(
                 f"{self.config.state}: holds token {self._largest}; the model has {vocabulary}"

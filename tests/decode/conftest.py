@@ -32,7 +32,7 @@ class Scripted(Drafter):
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], target: Any, cache: Any) -> None:
+    def begin(self, prompts: Sequence[Prompt], cache: Any) -> None:
         self.prompts = list(prompts)
 
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
@@ -50,9 +50,9 @@ class Scripted(Drafter):
 def begin() -> Callable[..., None]:
     """`begin(drafter, rows)`: a batch whose prompts these rows are, without a target's passes."""
 
-    def run(drafter: Drafter, rows: Sequence[Row], target: Any = None, cache: Any = None) -> None:
+    def run(drafter: Drafter, rows: Sequence[Row], cache: Any = None) -> None:
         prompts = [Prompt(row=row, logits_V=torch.zeros(320)) for row in rows]
-        drafter.begin(prompts, target, cache)
+        drafter.begin(prompts, cache)
 
     return run
 

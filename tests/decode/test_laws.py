@@ -5,6 +5,7 @@ The same check must reject planted faults, or it proves nothing.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -18,24 +19,25 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from spectool.decode import verify
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.generate import Runner
-from spectool.decode.sampling import Control, Source
-from spectool.decode.tree import Draft
+from spectool.decode.sampling import Control, Draws, Source
+from spectool.decode.tree import Draft, Kind
 from spectool.decode.verify import Verdict
 
 VOCAB = 3
 LENGTH = 4
 PROMPT = [0, 1, 2, 0, 1]
-SAMPLES = 4000
+SAMPLES = 2000
 
 
-def toy(seed: int) -> PreTrainedModel:
+@functools.cache
+def toy(seed: int, layers: int = 1) -> PreTrainedModel:
     """A Llama of three tokens whose laws are far from flat and differ between seeds."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=8,
         intermediate_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=32,
         initializer_range=0.7,
@@ -53,7 +55,8 @@ def exact_law(model: PreTrainedModel, control: Control) -> dict[tuple[int, ...],
     law = {}
     for text, logits_SV in zip(texts, logits, strict=True):
         rows = logits_SV[len(PROMPT) - 1 : -1]
-        laws = control.laws(rows[None])[0].double()
+        contexts = [PROMPT + list(text[:at]) for at in range(LENGTH)]
+        laws = control.laws(rows[None], [contexts])[0].double()
         law[text] = float(laws[range(LENGTH), list(text)].prod())
     return law
 
@@ -81,41 +84,79 @@ def sample(runner: Runner, size: int, **options: Any) -> Counter[tuple[int, ...]
     return Counter(tuple(result.token_ids) for result in results)
 
 
-def runner_for(pair: str, model: PreTrainedModel) -> Runner:
-    runner = Runner(model)
-    if pair == "ngram":
-        runner.use("ngram:min_n=1,nodes=4,depth=2")
-    if pair == "draft_model":
-        config = DraftModelConfig(depth=2)
-        runner.use(DraftModelDrafter(toy(1), config, target=runner.target))
+# Drafters by the options of their trees; "+rule" verifies with another rule than their own.
+PAIRS = {
+    "none": None,
+    "ngram": "ngram:nodes=4,depth=2",
+    "ngram+rejection": "ngram:nodes=4,depth=2",
+    "recycle": "recycle:nodes=4",
+    "trigram": "trigram:nodes=4",
+    "skip": "skip:nodes=4,depth=3",
+    "jacobi": "jacobi:window=3",
+    "combined": "ngram:nodes=2+recycle:nodes=4",
+    "tuned": "ngram+recycle:tune",
+    "chain": DraftModelConfig(depth=2),
+    "chain+token-match": DraftModelConfig(depth=2),
+    "iid": DraftModelConfig(depth=2, tree="iid", width=3),
+    "iid+k-seq": DraftModelConfig(depth=2, tree="iid", width=3),
+    "iid of few nodes": DraftModelConfig(depth=3, tree="iid", width=3, nodes=4),
+    "rsd-c": DraftModelConfig(depth=2, tree="rsd-c", width=2),
+    "rsd-s": DraftModelConfig(depth=3, tree="rsd-s", width=2),
+    "rsd-s+token-match": DraftModelConfig(depth=3, tree="rsd-s", width=2),
+}
+DRAWN = [pair for pair, how in PAIRS.items() if isinstance(how, DraftModelConfig)] + ["jacobi"]
+
+
+def model_for(pair: str) -> PreTrainedModel:
+    # The first and the last layer are never skipped.
+    return toy(0, 4 if pair == "skip" else 1)
+
+
+def runner_for(pair: str) -> Runner:
+    how = PAIRS[pair]
+    runner = Runner(model_for(pair))
+    if isinstance(how, DraftModelConfig):
+        runner.use(DraftModelDrafter(toy(1), how, target=runner.target))
+    else:
+        runner.use(how)
     return runner
 
 
+def rule_of(pair: str) -> str | None:
+    return pair.partition("+")[2] or None
+
+
 FILTERED = {"temperature": 0.8, "top_p": 0.9}
+LAWS = [{"temperature": 0.5, "top_p": 0.95}, FILTERED, {"temperature": 1.5, "top_p": 0.95}]
 
 
-@pytest.mark.parametrize("pair", ["none", "ngram", "draft_model"])
+@pytest.mark.parametrize("pair", PAIRS)
 def test_the_law_is_the_targets(pair: str) -> None:
-    model = toy(0)
-    runner = runner_for(pair, model)
-    counts = sample(runner, SAMPLES, temperature=1.0)
-    assert agrees(counts, exact_law(model, Control(temperature=1.0)))
+    counts = sample(runner_for(pair), SAMPLES, temperature=1.0, verify=rule_of(pair))
+    assert agrees(counts, exact_law(model_for(pair), Control(temperature=1.0)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"temperature": 1.5}, FILTERED])
-@pytest.mark.parametrize("pair", ["none", "ngram", "draft_model", "draft_model+token-match"])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.5, "top_p": 0.95}, {"temperature": 1.5}, FILTERED]
+)
+@pytest.mark.parametrize("pair", PAIRS)
 def test_the_law_is_the_targets_with_many_samples(pair: str, options: dict[str, float]) -> None:
-    model = toy(0)
-    pair, _, rule = pair.partition("+")
-    counts = sample(runner_for(pair, model), 30_000, verify=rule or None, **options)
-    assert agrees(counts, exact_law(model, Control(**options)))
+    counts = sample(runner_for(pair), 30_000, verify=rule_of(pair), **options)
+    assert agrees(counts, exact_law(model_for(pair), Control(**options)))
 
 
 def test_filters_hold_in_the_loop() -> None:
-    model = toy(0)
-    counts = sample(runner_for("draft_model", model), SAMPLES // 2, **FILTERED)
-    assert agrees(counts, exact_law(model, Control(**FILTERED)))
+    counts = sample(runner_for("rsd-s"), SAMPLES, **FILTERED)
+    assert agrees(counts, exact_law(toy(0), Control(**FILTERED)))
+
+
+@pytest.mark.parametrize("pair", ["ngram", "chain", "rsd-s", "jacobi"])
+def test_penalties_look_at_each_nodes_own_path(pair: str) -> None:
+    law = {"temperature": 1.0, "repetition_penalty": 1.7, "no_repeat_ngram_size": 3}
+    # More samples: this law is peaked, and the distance of few cells strays further.
+    counts = sample(runner_for(pair), 2 * SAMPLES, **law)
+    assert agrees(counts, exact_law(toy(0), Control(**law)))
 
 
 def without_residual(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
@@ -142,33 +183,73 @@ def reported(change: Callable[[Tensor], Tensor]) -> Callable[[Draft, Tensor, Sou
     return rule
 
 
+def shared_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault of one generator for a whole batch, seeded alike for every row."""
+    monkeypatch.setattr(Draws, "_number", lambda self, position, purpose, draw: 77 << 50)
+
+
+def as_if_drawn(kind: Kind) -> Callable[[Draft, Tensor, Source], Verdict]:
+    """The rejection rule, told that nodes were drawn otherwise, from a flat law if from none."""
+
+    def rule(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+        draft.kinds = [kind] * len(draft)
+        if draft.laws_NV is None:
+            draft.laws_NV = torch.full_like(laws_NV, 1 / VOCAB)
+        return verify.rejection(draft, laws_NV, source)
+
+    return rule
+
+
+def pruned(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+    """The fault of dropping what was drawn because it looks unlikely."""
+    if draft.laws_NV is not None and draft.laws_NV[0, draft.tokens[1]] < 0.4:
+        stays = [True] + [False] * (len(draft) - 1)
+        return Verdict(source.pick(laws_NV, draft.depths), torch.tensor(stays))
+    return verify.rejection(draft, laws_NV, source)
+
+
+def always_new(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+    """The fault of a window that forgets which law its tokens were drawn from."""
+    if draft.laws_NV is not None:
+        draft.laws_NV = laws_NV[: len(draft.laws_NV)]
+    return verify.rejection(draft, laws_NV, source)
+
+
 FAULTS: dict[str, tuple[str, str, Any]] = {
-    "no residual": ("draft_model", "rejection", without_residual),
-    "swapped q": ("draft_model", "rejection", reported(lambda q_NV: q_NV.flip(-1))),
-    "stale q": ("draft_model", "rejection", reported(lambda q_NV: q_NV[:1].expand_as(q_NV))),
+    "no residual": ("chain", "rejection", without_residual),
+    "swapped q": ("chain", "rejection", reported(lambda q_NV: q_NV.flip(-1))),
+    "stale q": ("chain", "rejection", reported(lambda q_NV: q_NV[:1].expand_as(q_NV))),
     "greedy root": ("ngram", "token_match", always_likeliest),
     "greedy plain": ("none", "token_match", always_likeliest),
+    "chain rule on distinct siblings": ("rsd-s", "rejection", as_if_drawn("iid")),
+    "chain rule on looked-up nodes": ("ngram", "rejection", as_if_drawn("iid")),
+    "a drawn node pruned": ("chain", "rejection", pruned),
+    "k-seq on distinct siblings": ("rsd-c", "k_seq", verify.k_seq),
+    "jacobi with the new law as q": ("jacobi", "rejection", always_new),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pair, name, rule = FAULTS[fault]
-    model = toy(0)
-    runner = runner_for(pair, model)
     faulty = verify.Pairing(name, rule, True)
     monkeypatch.setattr("spectool.decode.generate.rule_for", lambda *given, **options: faulty)
-    counts = sample(runner, SAMPLES // 2, temperature=1.0)
-    assert not agrees(counts, exact_law(model, Control(temperature=1.0)))
+    counts = sample(runner_for(pair), SAMPLES, temperature=1.0)
+    assert not agrees(counts, exact_law(toy(0), Control(temperature=1.0)))
 
 
-def test_the_pairs_drafts_are_really_used() -> None:
+def test_a_shared_generator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_draws(monkeypatch)
+    counts = sample(runner_for("none"), SAMPLES, temperature=1.0)
+    assert not agrees(counts, exact_law(toy(0), Control(temperature=1.0)))
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair != "none"])
+def test_the_pairs_drafts_are_really_used(pair: str) -> None:
     """A law that is right because nothing was ever accepted or rejected would be no evidence."""
-    model = toy(0)
-    for pair in ("ngram", "draft_model"):
-        results = runner_for(pair, model).generate(
-            [PROMPT] * 200, max_new_tokens=LENGTH, batch_size=200, temperature=1.0
-        )
-        drafted = sum(r.drafted for r in results)
-        accepted = sum(r.accepted for r in results)
-        assert 0.15 * drafted < accepted < 0.85 * drafted
+    results = runner_for(pair).generate(
+        [PROMPT] * 200, max_new_tokens=LENGTH, batch_size=200, temperature=1.0, verify=rule_of(pair)
+    )
+    drafted = sum(r.drafted for r in results)
+    accepted = sum(r.accepted for r in results)
+    assert 0.05 * drafted < accepted < 0.85 * drafted

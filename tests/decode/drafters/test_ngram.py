@@ -29,7 +29,7 @@ def row_of(tokens: list[int], index: int = 0) -> Row:
 
 def draft_of(tokens: list[int], *, budget: int = 99, **options: int) -> Draft:
     drafter, row = NgramDrafter(NgramConfig(**options)), row_of(tokens)
-    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1))], NONE, NONE)
+    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1))], NONE)
     return drafter.propose([row], [budget])[0]
 
 
@@ -99,7 +99,7 @@ def test_the_index_grows_to_what_a_search_finds() -> None:
 
 def test_rows_have_their_own_index() -> None:
     drafter, rows = NgramDrafter(), [row_of([1, 2, 3, 1, 2], 4), row_of([1, 2, 9, 1, 2], 7)]
-    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1)) for row in rows], NONE, NONE)
+    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1)) for row in rows], NONE)
     assert [d.tokens[1] for d in drafter.propose(rows, [1, 1])] == [3, 9]
     assert drafter.propose(rows[1:], [1])[0].tokens == [2, 9]
 
@@ -120,7 +120,7 @@ def outcome_of(row: Row, draft: Draft, new: list[int]) -> Any:
 def steps(source: list[int], output: list[int], **options: int) -> list[int]:
     """How many tokens each step brings when `output` follows `source`."""
     drafter, row = NgramDrafter(NgramConfig(**options)), row_of([*source, output[0]])
-    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1))], NONE, NONE)
+    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1))], NONE)
     brought, left = [], output[1:]
     while left:
         draft = drafter.propose([row], [len(left) - 1])[0]

@@ -1,0 +1,113 @@
+"""Every drafter's greedy text is plain text, token for token, whatever the family and the batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from spectool import methods
+from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
+from spectool.decode.generate import Runner
+
+Tiny = Callable[..., PreTrainedModel]
+FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "mixtral"]
+
+SPECS = {
+    "ngram": "ngram",
+    "recycle": "recycle",
+    "trigram": "trigram",
+    "jacobi": "jacobi:window=6",
+    "skip": "skip:search=4",
+    "combined": "ngram+recycle+trigram",
+    "tuned": "ngram+recycle:tune",
+    "jacobi tuned": "jacobi:tune",
+    "chain": DraftModelConfig(),
+    "iid": DraftModelConfig(tree="iid"),
+    "rsd-c": DraftModelConfig(tree="rsd-c", width=2, depth=3),
+    "rsd-s": DraftModelConfig(tree="rsd-s"),
+}
+
+
+def test_all_drafters_are_here() -> None:
+    known = {name for name in methods.names("drafter") if not methods.METHODS[name].trained}
+    assert known - {"none", "draft_model"} <= set(SPECS)
+
+
+def open_on(model: PreTrainedModel, name: str, draft: PreTrainedModel) -> Runner:
+    how, runner = SPECS[name], Runner(model)
+    if isinstance(how, DraftModelConfig):
+        runner.use(DraftModelDrafter(draft, how, target=runner.target))
+    else:
+        runner.use(how)
+    return runner
+
+
+def prompts_of(size: int) -> list[list[int]]:
+    """Texts of unequal length that repeat themselves here and there."""
+    noise = random.Random(size)
+    made = []
+    for _ in range(size):
+        part = [noise.randrange(2, 40) for _ in range(noise.randint(3, 12))]
+        made.append(part + [noise.randrange(2, 320)] + part)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", SPECS)
+def test_greedy_text_is_plain_text(tiny: Tiny, endless: Any, name: str, family: str) -> None:
+    model = endless(tiny(family) if name != "skip" else tiny(f"{family}-deep"))
+    prompts = prompts_of(3)
+    plain = [r.token_ids for r in Runner(model).generate(prompts, max_new_tokens=45)]
+    runner = open_on(model, name, tiny(family, 1))
+    for batch_size in (1, 3):
+        results = runner.generate(prompts, max_new_tokens=45, batch_size=batch_size)
+        assert [r.token_ids for r in results] == plain
+        assert sum(r.drafted for r in results) > 0 or "tuned" in name
+        assert all(r.lossless for r in results)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_context_ends_a_drafted_text_where_it_ends_a_plain_one(
+    tiny: Tiny, endless: Any, name: str
+) -> None:
+    model = endless(tiny("llama-deep"))
+    runner = open_on(model, name, tiny("llama", 1))
+    runner.target.context = 40
+    prompts = prompts_of(2)
+    drafted = runner.generate(prompts, max_new_tokens=99, batch_size=2)
+    runner.use(None)
+    plain = runner.generate(prompts, max_new_tokens=99, batch_size=2)
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+    assert {r.finish_reason for r in drafted} == {"context"}
+
+
+@pytest.mark.parametrize("law", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3}])
+@pytest.mark.parametrize("name", SPECS)
+def test_penalties_leave_drafted_text_plain(
+    tiny: Tiny, endless: Any, name: str, law: dict[str, Any]
+) -> None:
+    model = endless(tiny("llama-deep"))
+    runner, prompts = open_on(model, name, tiny("llama", 1)), prompts_of(2)
+    drafted = runner.generate(prompts, max_new_tokens=30, batch_size=2, **law)
+    runner.use(None)
+    plain = runner.generate(prompts, max_new_tokens=30, **law)
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_rows_sampled_text_does_not_depend_on_its_mates(
+    tiny: Tiny, endless: Any, name: str
+) -> None:
+    if "tuned" in name:
+        pytest.skip("the time of passes decides how far is drafted, and so which draw is used")
+    model = endless(tiny("llama-deep"))
+    prompts = prompts_of(4)
+    runner = open_on(model, name, tiny("llama", 1))
+    together = runner.generate(prompts, max_new_tokens=20, batch_size=4, temperature=1.0)
+    runner = open_on(model, name, tiny("llama", 1))
+    alone = runner.generate(prompts, max_new_tokens=20, temperature=1.0)
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
