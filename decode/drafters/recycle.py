@@ -9,12 +9,12 @@ has never seen, and takes a tree of any size: theirs has 80 nodes whatever the d
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from array import array
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from spectool import options
 from spectool.decode.cache import TreeCache
@@ -28,8 +28,9 @@ from spectool.options import option
 from . import state
 
 # How often the token that follows is the table's first, second, ...: decides which ranks a tree of
-# a given size holds. Measured on greedy text of codestory-10M (stories, code, arithmetic).
-_SHARES = (0.42, 0.13, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02)
+# a given size holds. Measured on greedy text of codestory-10M (stories, code, arithmetic, prose; 700
+# tokens, cut where it loops).
+_SHARES = (0.63, 0.13, 0.06, 0.036, 0.016, 0.008, 0.006, 0.005)
 RANKS = len(_SHARES)
 _DEEPEST = 8
 
@@ -59,7 +60,7 @@ def rank_tree(nodes: int, depth: int) -> list[tuple[int, ...]]:
 
 
 class RecycleDrafter(Drafter):
-    """The table [V, 8] int32, on the host, -1 where a token was never seen.
+    """The table of V x 8 ids of 4 bytes, on the host, -1 where a token was never seen.
 
     It outlives batches and, with `state`, runs.
 
@@ -75,78 +76,75 @@ class RecycleDrafter(Drafter):
         self.config = config or RecycleConfig()
         self._paths = rank_tree(self.config.nodes, self.config.depth)
         places = {(): 0} | {path: node for node, path in enumerate(self._paths, start=1)}
-        self._above = [places[path[:-1]] for path in self._paths]
-        self._sources = [(), *self._paths]
-        self._levels: list[tuple[Tensor, Tensor, Tensor]] = []
-        for level in range(1, max(map(len, self._paths)) + 1):
-            nodes = [places[path] for path in self._paths if len(path) == level]
-            above = [self._above[node - 1] for node in nodes]
-            ranks = [self._paths[node - 1][-1] for node in nodes]
-            self._levels.append((torch.tensor(nodes), torch.tensor(above), torch.tensor(ranks)))
-        self.table_VK: Tensor | None = None
+        # Depth, parent and rank of each node.
+        self._shape = [(len(path), places[path[:-1]], path[-1]) for path in self._paths]
+        self.table = array("i")
         if self.config.state:
-            self.table_VK = state.load(Path(self.config.state), self.name).get("table")
+            self._load(Path(self.config.state))
 
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         vocabulary = prompts[0].logits_V.shape[-1]
-        if self.table_VK is None:
-            self.table_VK = torch.full((vocabulary, RANKS), -1, dtype=torch.int32)
-        elif len(self.table_VK) != vocabulary:
+        if not self.table:
+            self.table = array("i", [-1]) * (vocabulary * RANKS)
+        elif len(self.table) != vocabulary * RANKS:
             raise CheckpointError(
-                f"{self.config.state}: a table of {len(self.table_VK)} tokens; the model has "
+                f"{self.config.state}: a table of {len(self.table) // RANKS} tokens; the model has "
                 f"{vocabulary}"
             )
-        seen: dict[int, list[int]] = {}
         for prompt in prompts:
             # The last of the row's tokens is already the answer to the prompt's last one.
             own = prompt.row.tokens[-1 - len(prompt.top) : -1]
-            seen |= zip(own, prompt.top, strict=True)
-        self._learn(seen)
+            for token, top in zip(own, prompt.top, strict=True):
+                self._learn(token, top)
 
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
-        assert self.table_VK is not None, "begin comes first"
-        tokens_BN = torch.full((len(rows), 1 + len(self._paths)), -1)
-        tokens_BN[:, 0] = torch.tensor([row.tokens[-1] for row in rows])
-        for nodes_M, above_M, ranks_M in self._levels:
-            above_BM = tokens_BN[:, above_M]
-            next_BM = self.table_VK[above_BM.clamp(min=0), ranks_M].long()
-            tokens_BN[:, nodes_M] = torch.where(above_BM < 0, -1, next_BM)
-        pairs = zip(tokens_BN.tolist(), budget, strict=True)
-        return [self._draft(tokens, limit) for tokens, limit in pairs]
+        return [self._draft(row.tokens[-1], limit) for row, limit in zip(rows, budget, strict=True)]
 
-    def _draft(self, tokens: list[int], limit: int) -> Draft:
-        """The tree without what the table does not know and what is too deep."""
-        kept, parents, places = [0], [-1], {0: 0}
-        for node, above in enumerate(self._above, start=1):
-            if tokens[node] >= 0 and len(self._paths[node - 1]) <= limit:
-                places[node] = len(kept)
-                kept.append(node)
-                parents.append(places[above])
-        return Draft(
-            [tokens[node] for node in kept],
-            parents,
-            ["deterministic"] * len(kept),
-            sources=[self._sources[node] for node in kept],
-        )
+    def _draft(self, root: int, limit: int) -> Draft:
+        """The tree of ranks, without what the table does not know and what is too deep."""
+        table, tokens, parents = self.table, [root], [-1]
+        sources: list[Hashable] = [()]
+        # Of each node of the full tree, its place in the draft; -1 where it has none.
+        places = [0]
+        for path, (depth, above, rank) in zip(self._paths, self._shape, strict=True):
+            parent = places[above]
+            token = -1
+            if parent >= 0 and depth <= limit:
+                token = table[tokens[parent] * RANKS + rank]
+            if token < 0:
+                places.append(-1)
+                continue
+            places.append(len(tokens))
+            tokens.append(token)
+            parents.append(parent)
+            sources.append(path)
+        return Draft(tokens, parents, ["deterministic"] * len(tokens), sources=sources)
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        seen: dict[int, list[int]] = {}
         for outcome in outcomes:
             tokens = outcome.draft.tokens
-            seen |= zip(tokens, outcome.top, strict=True)
+            for token, top in zip(tokens, outcome.top, strict=True):
+                self._learn(token, top)
             # Of a token that stands in several places, the accepted one counts, the deepest last.
-            seen |= ((tokens[node], outcome.top[node]) for node in outcome.path)
-        self._learn(seen)
+            for node in outcome.path[1:]:
+                self._learn(tokens[node], outcome.top[node])
 
     def close(self) -> None:
-        if self.config.state and self.table_VK is not None:
-            state.save(Path(self.config.state), self.name, {"table": self.table_VK})
+        if self.config.state and self.table:
+            table_VK = torch.tensor(self.table, dtype=torch.int32).view(-1, RANKS)
+            state.save(Path(self.config.state), self.name, {"table": table_VK})
 
-    def _learn(self, seen: dict[int, list[int]]) -> None:
-        if seen:
-            assert self.table_VK is not None
-            ranks_MK = torch.tensor(list(seen.values()), dtype=torch.int32)
-            self.table_VK[torch.tensor(list(seen)), : ranks_MK.shape[1]] = ranks_MK
+    def _learn(self, token: int, top: list[int]) -> None:
+        # A tiny vocabulary has fewer than RANKS likeliest tokens.
+        start = token * RANKS
+        self.table[start : start + len(top)] = array("i", top)
+
+    def _load(self, path: Path) -> None:
+        table_VK = state.load(path, self.name).get("table")
+        if table_VK is not None:
+            if table_VK.shape != (len(table_VK), RANKS) or table_VK.dtype != torch.int32:
+                raise CheckpointError(f"{path}: not a table of {RANKS} ids a token")
+            self.table = array("i", table_VK.flatten().tolist())
