@@ -121,6 +121,7 @@ def chat(
             revision=revision,
             trust_remote_code=trust_remote_code,
             allow_other_target=allow_other_target,
+            tune=True,
         )
         from spectool.decode.chat import Chat, Options
         from spectool.decode.sampling import Law

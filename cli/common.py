@@ -216,12 +216,14 @@ def open_runner(
     revision: str | None,
     trust_remote_code: bool,
     allow_other_target: bool = False,
+    tune: bool = False,
 ) -> tuple[Runner, PreTrainedTokenizerBase]:
-    """The model and its drafter, opened, with a header line that says what runs."""
+    """The model and its drafter, opened, with header lines that say what runs."""
     prepare_torch(threads)
     from spectool import loading
     from spectool.checkpoint import open_checkpoint
     from spectool.decode.generate import Runner
+    from spectool.decode.tune import Tuned
 
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     path, layout = checkpoint.path, checkpoint.layout
@@ -240,9 +242,12 @@ def open_runner(
         tokenizer=tokenizer,
         context=context,
         allow_other_target=allow_other_target,
+        tune=tune,
     )
     for note in runner.target.notes:
         output.say(note)
+    if isinstance(runner.drafter, Tuned):
+        output.say(f"drafting with {runner.drafter_name}, as far as it pays: {runner.curve}")
     return runner, tokenizer
 
 

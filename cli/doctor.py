@@ -21,6 +21,7 @@ def doctor(json_output: Json = False, debug: Debug = False) -> None:
     """Processor, memory, packages, and what runs here."""
     with session(json_wanted=json_output, debug=debug) as output:
         from spectool import machine
+        from spectool.decode import tune
 
         found: dict[str, Any] = machine.describe()
         output.show(f"processor: {found['processor']}, {found['cores']} cores")
@@ -35,4 +36,9 @@ def doctor(json_output: Json = False, debug: Debug = False) -> None:
             absent = "not installed" + (f" (pip install 'spectool[{extra}]')" if extra else "")
             output.show(f"{name}: {version or absent}")
         output.show("packed linears: unpacked in torch at every forward; no compiled kernel yet")
-        output.result({"machine": found, "packages": packages})
+        curves = tune.read_curves()
+        if curves:
+            output.show("passes measured here, for --draft auto and :tune:")
+        for model, points in curves.items():
+            output.show(f"  {model}: {tune.Curve(points)}")
+        output.result({"machine": found, "packages": packages, "passes": curves})

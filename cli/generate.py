@@ -90,6 +90,7 @@ def generate(
             revision=revision,
             trust_remote_code=trust_remote_code,
             allow_other_target=allow_other_target,
+            tune=True,
         )
         from spectool.decode.sampling import Law
 
@@ -129,6 +130,7 @@ def generate(
             **law,
         )
         seconds = time.perf_counter() - began
+        runner.close()
         if streams:
             sys.stdout.write("\n")
         elif not json_output:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from spectool import machine
 from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Needs
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError, UsageError
+from spectool.kernels import skinny
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
 _CHUNK = 512
@@ -81,6 +84,9 @@ class Target:
         self._windows = _windows(config)
         self._keeps_logits = "logits_to_keep" in accepted
         self._hidden = torch.finfo(self.dtype).min
+        self._linears = skinny.suited(model.modules())
+        crawls = self.dtype == torch.bfloat16 and not machine.has_bfloat16()
+        self._most_rows = sys.maxsize if crawls else skinny.MOST_ROWS
         self.context = self._bound(config, context)
         self._settle_attention()
 
@@ -237,7 +243,7 @@ class Target:
             kind: self._mask(lengths, seen, positions_BT, visible_BNT, cache.width, window)
             for kind, window in self._windows.items()
         }
-        with self._listen(needs) as features:
+        with self._listen(needs) as features, skinny.products(self._linears, self._most_rows):
             output = self.model(
                 input_ids=torch.tensor(tokens, device=self.device),
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),

@@ -73,9 +73,10 @@ class Curve:
             self.points[tokens] = expected + _FRESH * (seconds - expected)
 
     def __str__(self) -> str:
-        shown = [n for n in (1, 2, 4, 8, 16, 32, 64) if n in self.points]
-        ratios = ", ".join(f"{n}: {self.seconds(n) / self.seconds(1):.2f}" for n in shown[1:])
-        return f"{1e3 * self.seconds(1):.1f} ms a token; times that for n at once: {ratios}"
+        shown = [n for n in (2, 4, 8, 16, 32, 64) if n in self.points]
+        ratios = ", ".join(f"{n} at {self.seconds(n) / self.seconds(1):.1f}" for n in shown)
+        one = f"a token takes {1e3 * self.seconds(1):.1f} ms ({self.found})"
+        return f"{one}, {ratios} times that" if shown else one
 
 
 @torch.inference_mode()
@@ -112,7 +113,7 @@ def curve_of(target: Target) -> Curve:
     """
     known, key = read_curves(), _key(target)
     if key in known:
-        return Curve(dict(known[key]), "known")
+        return Curve(dict(known[key]), "known from before")
     curve = measure(target)
     keep(target, curve)
     return curve

@@ -28,8 +28,8 @@ from spectool.options import option
 from . import state
 
 # How often the token that follows is the table's first, second, ...: decides which ranks a tree of
-# a given size holds. Measured on greedy text of codestory-10M (stories, code, arithmetic, prose; 700
-# tokens, cut where it loops).
+# a given size holds. Measured on greedy text of codestory-10M (stories, code, arithmetic, prose;
+# 700 tokens, cut where it loops).
 _SHARES = (0.63, 0.13, 0.06, 0.036, 0.016, 0.008, 0.006, 0.005)
 RANKS = len(_SHARES)
 _DEEPEST = 8
