@@ -11,6 +11,7 @@ import itertools
 import json
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +27,11 @@ ROW_KINDS = (".jsonl", ".json", ".ndjson")
 TEXT_KINDS = (".txt", ".md", ".py", ".raw", "")
 CHAT_FIELDS = ("messages", "turns")
 HUB_PREFIX = "hub:"
+# MT-Bench's categories. Spec-Bench counts its rows, which have `turns`, as one group.
+MT_BENCH = frozenset(
+    ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+)
+CONVERSATION = "conversation"
 
 Message = Mapping[str, Any]
 
@@ -36,6 +42,7 @@ class Row:
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
+    category: str | None = None
 
 
 def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -> Iterator[Row]:
@@ -127,10 +134,32 @@ def read_prompts(
     Raises:
         TextError: as `read_rows`; or there is no prompt in it.
     """
-    found: list[str | list[int]] = []
+    found = read_categories(source, tokenizer, field=field, template=template, limit=limit)
+    return [prompt for _, prompt in found]
+
+
+def read_categories(
+    source: str,
+    tokenizer: Any,
+    *,
+    field: str | None = None,
+    template: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    per_category: int | None = None,
+) -> list[tuple[str | None, str | list[int]]]:
+    """As `read_prompts`, each with its row's `category`; the first `per_category` of each.
+
+    Raises:
+        TextError: as `read_prompts`.
+    """
+    found: list[tuple[str | None, str | list[int]]] = []
+    seen: Counter[str | None] = Counter()
     for row in itertools.islice(read_rows(source, field=field, prompts=True), limit):
+        seen[row.category] += 1
+        if per_category is not None and seen[row.category] > per_category:
+            continue
         text = render(row, tokenizer, template=template, prompt=True)
-        found.append(text if row.text is not None else encode(tokenizer, text))
+        found.append((row.category, text if row.text is not None else encode(tokenizer, text)))
     if not found:
         raise TextError(f"{source}: holds no prompt")
     return found
@@ -220,15 +249,23 @@ def _row(source: str, number: int, row: Any, field: str | None, prompts: bool) -
                 f"{place}: no field that is surely the text among {', '.join(row)}",
                 hint="name it with --field",
             )
-    value = row.get(field)
+    value, category = row.get(field), _category(row)
     if isinstance(value, str):
-        return Row(value)
+        return Row(value, category=category)
     if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
         turns = value[:1] if prompts else value
-        return Row(messages=tuple({"role": "user", "content": turn} for turn in turns))
+        messages = tuple({"role": "user", "content": turn} for turn in turns)
+        return Row(messages=messages, category=category)
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        return Row(messages=tuple(value))
+        return Row(messages=tuple(value), category=category)
     raise TextError(f"{place}: field {field!r} is {'absent' if value is None else 'no text'}")
+
+
+def _category(row: Mapping[str, Any]) -> str | None:
+    category = row.get("category")
+    if not isinstance(category, str):
+        return None
+    return CONVERSATION if "turns" in row and category in MT_BENCH else category
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -56,10 +56,11 @@ def parse_spec(text: str, *, beside: Path | None = None) -> DraftSpec:
         CheckpointError: a damaged heads directory.
     """
     tune: bool | None = None
-    if text.partition(":")[0] == "auto":
+    is_auto = text.partition(":")[0] == "auto"
+    if is_auto:
         own = beside / "heads" if beside is not None else None
         found = str(own) if own is not None and (own / HEADS).is_file() else _AUTO
-        text, tune = found + text[len("auto") :], True
+        text = found + text[len("auto") :]
     parts = []
     whole = Path(_split(text)[0]).expanduser().is_dir()
     for word in [text] if whole else text.split("+"):
@@ -72,7 +73,7 @@ def parse_spec(text: str, *, beside: Path | None = None) -> DraftSpec:
             tune = False
         pairs = ",".join(item for item in items if _key(item) != "tune")
         parts.append(_part(head, pairs))
-    return DraftSpec(text=text, parts=tuple(parts), tune=tune)
+    return DraftSpec(text=text, parts=tuple(parts), tune=True if is_auto and tune is None else tune)
 
 
 def open_drafter(

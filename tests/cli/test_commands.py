@@ -136,7 +136,7 @@ def test_generate_from_options_file_and_stdin(
     keys = "new_tokens seconds tokens_per_second forwards tokens_per_forward drafter lossless"
     assert set(keys.split()) <= result.keys()
     assert len(result["results"]) == 2 and result["lossless"] is True
-    assert result["drafter"] == "ngram"
+    assert result["drafter"] == "ngram+recycle"
     plain = spectool(
         "generate", model, "--prompts", prompts, "--max-new-tokens", 9, "--json", "--draft", "none",
         "--batch-size", 2,
@@ -225,7 +225,7 @@ def test_bench_refuses_a_wrong_drafter_before_it_decodes(
 
 def test_list_and_doctor(spectool: Spectool) -> None:
     everything = spectool("list", "--json").json["methods"]
-    assert {row["name"] for row in everything} >= {"rtn", "nf4", "int8", "ngram", "chain"}
+    assert {row["name"] for row in everything} >= {"rtn", "nf4", "int8", "ngram", "rejection"}
     only = spectool("list", "drafter").out
     assert "ngram" in only and "rtn" not in only
     assert spectool("list", "cheese").code == 2
