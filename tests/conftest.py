@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 320
+_TEXT = Path(__file__).parent.parent / "core/calibration.txt"
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
 COMMON = {
@@ -87,6 +88,148 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DENSE = [name for name in FAMILIES if name not in ("mixtral", "qwen3_moe")]
 
+# With a recurrent state.
+_BARE = {
+    name: COMMON[name]
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "bos_token_id", "eos_token_id")
+}
+_MIXED = {**GROUPED, "layer_types": ["linear_attention", "full_attention"]}
+_DELTA = {
+    **_MIXED,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_CONV = {**GROUPED, "layer_types": ["conv", "full_attention"]}
+_SHARED_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
+_SCAN = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+_LATENT = {
+    **_MIXED,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba2": (
+        "Mamba2",
+        {**_BARE, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    ),
+    "bamba": ("Bamba", {**GROUPED, **_SCAN, "attn_layer_indices": [1], "mamba_chunk_size": 8}),
+    "falcon_h1": (
+        "FalconH1",
+        {**GROUPED, **_SCAN, "mamba_d_ssm": 64, "mamba_chunk_size": 8, "head_dim": 8},
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {
+            **_MIXED,
+            **_SCAN,
+            "mamba_chunk_size": 8,
+            "shared_intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3_next": ("Qwen3Next", {**_DELTA, **_SHARED_EXPERTS}),
+    "qwen3_5_text": ("Qwen3_5Text", _DELTA),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", {**_DELTA, **_SHARED_EXPERTS}),
+    "olmo_hybrid": ("OlmoHybrid", _DELTA),
+    "kimi_linear": ("KimiLinear", {**_LATENT, "linear_head_dim": 8, "linear_num_heads": 4}),
+    "bailing_hybrid": (
+        "BailingHybrid",
+        {**_LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 8},
+    ),
+    "lfm2": ("Lfm2", {**_CONV, "block_multiple_of": 8}),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        {
+            **_CONV,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "num_dense_layers": 1,
+        },
+    ),
+    "lfm3": (
+        "Lfm3",
+        {
+            **GROUPED,
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "sliding_attention"],
+            "sliding_window": 16,
+        },
+    ),
+    "zaya": ("Zaya", GROUPED),
+    "zamba2": (
+        "Zamba2",
+        {
+            **GROUPED,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
+            "mamba_d_state": 8,
+            "mamba_ngroups": 1,
+            "n_mamba_heads": 8,
+            "chunk_size": 8,
+            "num_mem_blocks": 1,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            **GROUPED,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "mlp"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "n_groups": 1,
+            "ssm_state_size": 8,
+            "chunk_size": 8,
+            "head_dim": 8,
+        },
+    ),
+    "mamba": ("Mamba", {**_BARE, "state_size": 8}),
+    "falcon_mamba": ("FalconMamba", {**_BARE, "state_size": 8}),
+    "jamba": (
+        "Jamba",
+        {
+            **GROUPED,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "zamba": (
+        "Zamba",
+        {
+            **GROUPED,
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "n_mamba_heads": 2,
+        },
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        {**GROUPED, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
+    ),
+}
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -98,7 +241,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of VOCAB tokens, trained on this file; <s> is 0 and </s> is 1."""
+    """A byte-level BPE of VOCAB tokens, trained on the bundled text; <s> is 0 and </s> is 1."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -108,7 +251,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(Path(__file__).read_text().splitlines(), trainer)
+    bpe.train_from_iterator(_TEXT.read_text().splitlines(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
@@ -118,7 +261,7 @@ def make_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
     `llama-deep` and the like have more layers.
     """
     family, deep, _ = family.partition("-deep")
-    prefix, options = FAMILIES[family]
+    prefix, options = (FAMILIES | RECURRENT)[family]
     if deep:
         layers = "n_layer" if prefix == "GPT2" else "num_hidden_layers"
         options = {**options, layers: 5}
@@ -127,7 +270,8 @@ def make_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
     suffix = "TextConfig" if prefix == "Gemma3" else "Config"
     options = {"initializer_range": 0.2, "tie_word_embeddings": False, **options, **overrides}
     config = getattr(transformers, prefix + suffix)(**options)
-    config._attn_implementation = "eager" if prefix == "Gemma2" else "sdpa"
+    without_sdpa = ("Gemma2", "Mamba", "Mamba2", "FalconMamba")
+    config._attn_implementation = "eager" if prefix in without_sdpa else "sdpa"
     torch.manual_seed(seed)
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
     return model.eval()

@@ -136,13 +136,16 @@ def test_what_a_script_must_not_miss(
     assert len([part for part in done.err.splitlines() if part.startswith("error:")]) == 1
 
 
-def test_the_oldest_turns_go_visibly(spectool: Spectool, model: Path) -> None:
+def test_the_oldest_turns_go_visibly(
+    spectool: Spectool, model: Path, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     words = ["chat", model, "--context", 64, "--max-new-tokens", 10, "--json"]
     done = spectool(*words, stdin="return one\n" * 4)
     assert re.search("-- context full: the (oldest turn goes|2 oldest turns go)", done.err)
     assert done.json["forgotten_turns"] >= 1 and len(done.json["messages"]) == 8
     assert all(answer["context_used"] <= 64 for answer in done.json["answers"])
-    full = spectool("chat", model, "--context", 40, stdin="return one\n")
+    endless = with_template(checkpoint("llama", eos_token_id=319), tmp_path / "endless")
+    full = spectool("chat", endless, "--context", 40, stdin="return one\n")
     assert "-- cut: the context (40) is full" in full.err
 
 
@@ -224,7 +227,7 @@ def talk(screen: Terminal, file: Path, stop: Callable[[], None]) -> None:
     screen.until("-- stopped")
     status = re.sub(r"\x1b\[[\d;]*m", "", screen.until("recycle")).strip()
     assert re.fullmatch(r"-- \d+ tok/s, [\d.]+/fwd, \d+/16384,\s+ngram\+recycle", status)
-    assert len(status) <= 40
+    assert max(map(len, status.splitlines())) <= 40
     # What is typed at the prompt goes by Ctrl-C; the session stays.
     screen.until(PROMPT)
     screen.type("nonsense\x03/edit\r")
@@ -237,7 +240,7 @@ def talk(screen: Terminal, file: Path, stop: Callable[[], None]) -> None:
     screen.until("no command is called /hlep")
     screen.until("saved: 1 turn")
     saved = json.loads(file.read_text())["messages"]
-    assert saved[0]["content"] == "def\nmake\none\ntwo!" and len(saved[1]["content"]) > 10
+    assert saved[0]["content"] == "def\nmake\none\ntwo!" and saved[1]["content"]
     history = (file.parent / "spectool" / "chat_history").read_text()
     assert "+def\n+make\n+one\n+two\n" in history
     # A message that is too long comes back to be changed.
