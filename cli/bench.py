@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from spectool.cli.bench_tables import comparison, table
 from spectool.cli.common import (
     AllowOtherTarget,
-    BatchSize,
     Context,
     Debug,
     Device,
@@ -33,9 +34,10 @@ from spectool.cli.common import (
     Verify,
     open_runner,
     prepare_torch,
-    read_prompts,
     session,
+    template_arguments,
 )
+from spectool.errors import UsageError
 
 
 def bench(
@@ -54,9 +56,22 @@ def bench(
             "packed and dense."
         ),
     ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="Also transformers' own generate: plain, with prompt lookup, and assisted by the "
+            "draft checkpoints.",
+        ),
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
+    per_category: Annotated[
+        int | None, typer.Option(min=1, help="Of these, only the first N of each category.")
+    ] = None,
     max_new_tokens: MaxNewTokens = 128,
-    batch_size: BatchSize = 1,
+    batch_size: Annotated[
+        str, typer.Option(help="Prompts decoded together; 1,4,16 runs with each.")
+    ] = "1",
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -76,16 +91,25 @@ def bench(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the speed-ups: a .png or .svg file to write.")
+    ] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
     """Speed of each drafter against plain decoding, and whether the output stayed the same."""
     with session(json_wanted=json_output, debug=debug) as output:
+        sizes = _batch_sizes(batch_size)
         prepare_torch(threads)
+        from spectool import text
         from spectool.decode.sampling import Law
         from spectool.evaluate import bench as room
+        from spectool.evaluate import picture
         from spectool.loading import describe_runtime
         from spectool.machine import describe
+
+        if plot is not None:
+            picture.check_picture(plot)
 
         law = Law(
             temperature=temperature,
@@ -110,51 +134,80 @@ def bench(
                 trust_remote_code=trust_remote_code,
                 allow_other_target=allow_other_target,
             )
-            found = read_prompts(
+            found = text.read_categories(
+                prompts,
                 tokenizer,
-                prompt=None,
-                prompts=prompts,
                 field=field,
-                template=template_arg,
+                template=template_arguments(template_arg) or None,
                 limit=limit,
-            )
-            result = room.bench(
-                runner,
-                found,
-                draft or (),
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                law=law,
-                seed=seed,
-                verify=verify,
-                lossy=lossy,
-                say=output.say,
+                per_category=per_category,
             )
             how = describe_runtime(runner.target.model)
+            for size in sizes:
+                if len(sizes) > 1:
+                    output.say(f"batch size {size}")
+                result = room.bench(
+                    runner,
+                    [prompt for _, prompt in found],
+                    draft or (),
+                    categories=[category for category, _ in found],
+                    max_new_tokens=max_new_tokens,
+                    batch_size=size,
+                    with_peers=peers,
+                    law=law,
+                    seed=seed,
+                    verify=verify,
+                    lossy=lossy,
+                    say=output.say,
+                )
+                runs.append({"model": path, "runtime": how, **result})
             # Before the next model is read: two would not fit everywhere.
             del runner
-            runs.append({"model": path, "runtime": how, **result})
-        for run in runs:
-            if len(runs) > 1:
-                output.show(f"{run['model']}: {run['runtime']}")
-            output.show(_table(run))
-            output.show(
-                f"{run['kept_share']:.0%} of the plain output kept: {run['prompts_cut']} of "
-                f"{run['prompts']} prompts cut where it began to repeat itself"
-            )
-        if len(runs) > 1:
-            output.show(_comparison(runs))
-        output.result({"machine": describe(), **runs[0], "beside": runs[1:]})
+        for start in range(0, len(runs), len(sizes)):
+            one = runs[start : start + len(sizes)]
+            if len(runs) > len(sizes):
+                output.show(f"{one[0]['model']}: {one[0]['runtime']}")
+            output.show(table(one))
+            for run in one:
+                output.show(_kept(run))
+        if len(runs) > len(sizes):
+            output.show(comparison(runs))
+        machine = describe()
+        if plot is not None:
+            picture.draw(runs, machine, plot)
+            output.say(f"picture: {plot}")
+        output.result({"machine": machine, **runs[0], "beside": runs[1:]})
         broken = [f"{name} on {run['model']}" for run in runs for name in room.broken_promises(run)]
         if broken:
             output.say(f"error: output differs from plain decoding in float32: {', '.join(broken)}")
             raise typer.Exit(1)
 
 
+def _batch_sizes(said: str) -> list[int]:
+    """The sizes in a comma list, each once.
+
+    Raises:
+        UsageError: a part that is no positive number.
+    """
+    parts = [part.strip() for part in said.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--batch-size {said}: expected positive numbers, as 4 or 1,4,16")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _kept(run: dict[str, Any]) -> str:
+    line = (
+        f"{run['kept_share']:.0%} of the plain output kept: {run['prompts_cut']} of "
+        f"{run['prompts']} prompts cut where it began to repeat itself"
+    )
+    if run["prompts_left_out"]:
+        line += f"; left out as too long for the context: {run['prompts_left_out']}"
+    return line
+
+
 def _targets(model: str, reference: str | None, runtime: str) -> list[tuple[str, str]]:
     """What to run, and how: MODEL alone, or a packed one in both ways and then its reference."""
     from spectool.checkpoint import open_checkpoint
-    from spectool.errors import UsageError
 
     if reference is None:
         return [(model, runtime)]
@@ -163,48 +216,3 @@ def _targets(model: str, reference: str | None, runtime: str) -> list[tuple[str,
     if runtime != "auto":
         raise UsageError("--reference runs a packed MODEL both packed and dense; no --runtime")
     return [(model, "packed"), (model, "dense"), (reference, "auto")]
-
-
-def _table(result: dict[str, Any]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE)
-    for heading in ("drafter", "tok/s", "speed-up", "tokens/forward", "accepted", "identical"):
-        left = heading == "drafter"
-        # A path that is cut short could be any of several.
-        table.add_column(heading, justify="left" if left else "right", overflow="fold")
-    for row in (result["baseline"], *result["drafters"]):
-        identical = row.get("identical")
-        table.add_row(
-            row["name"] + ("" if row["lossless"] else " (lossy)"),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row.get('speedup', 1):.2f}",
-            f"{row['tokens_per_forward']:.2f}",
-            f"{row['accepted'] / row['drafted']:.0%}" if row["drafted"] else "-",
-            "-" if identical is None else f"{identical}/{row['prompts']}",
-        )
-    return table
-
-
-def _comparison(runs: list[dict[str, Any]]) -> Any:
-    """The best of every run beside plain decoding of the last one, the reference."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE)
-    for heading in ("runs", "plain tok/s", "best tok/s", "drafter", "of the reference"):
-        left = heading in ("runs", "drafter")
-        table.add_column(heading, justify="left" if left else "right", overflow="fold")
-    plain = runs[-1]["baseline"]["tokens_per_second"]
-    for run in runs:
-        rows = [run["baseline"], *run["drafters"]]
-        best = max(rows, key=lambda row: float(row["tokens_per_second"]))
-        table.add_row(
-            f"{run['model']}: {run['runtime']}",
-            f"{run['baseline']['tokens_per_second']:.1f}",
-            f"{best['tokens_per_second']:.1f}",
-            best["name"],
-            f"{best['tokens_per_second'] / plain:.2f}",
-        )
-    return table

@@ -1,22 +1,47 @@
 """`bench`: drafters side by side on one machine, with the check that the output is unchanged.
 
 Plain decoding runs first and sets the texts; prompts whose plain output starts to repeat itself are
-cut there, since any drafter does well inside a loop. Then plain decoding and every drafter are
-timed on the same prompts with the same limits, one after another in one process.
+cut there, since any drafter does well inside a loop. Then plain decoding, every drafter and, where
+asked for, transformers' own `generate` are timed on the same prompts with the same limits in one
+process: one after another within each category of prompts, so that all meet the machine's moods.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from spectool.decode.generate import Result, Runner, loop_start
+from spectool.decode.protocol import Drafter
 from spectool.decode.sampling import Control, Law
+from spectool.errors import UsageError
+from spectool.evaluate import peers
 
 Say = Callable[[str], None]
+
+# A prompt is left out where fewer new tokens than this, or than asked for, fit behind it.
+LEAST_ROOM = 16
+# The category of prompts without one, in a file where others have one.
+NO_CATEGORY = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What came of some prompts, in how many seconds, and how many of them the runner booked."""
+
+    results: list[Result]
+    seconds: float
+    draft: float
+    target: float
+
+    def __str__(self) -> str:
+        tokens = sum(len(result.token_ids) for result in self.results)
+        forwards = max(1, sum(result.forwards for result in self.results))
+        return f"{tokens / self.seconds:.1f} tok/s, {tokens / forwards:.2f} tokens per forward"
 
 
 def bench(
@@ -24,62 +49,79 @@ def bench(
     prompts: Sequence[str | Sequence[int]],
     drafts: Sequence[str],
     *,
+    categories: Sequence[str | None] = (),
     max_new_tokens: int = 128,
     batch_size: int = 1,
+    with_peers: bool = False,
     law: Law | None = None,
     seed: int = 0,
     verify: str | None = None,
     lossy: bool = False,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """`{baseline, drafters, prompts, kept_share, …}`; drafters in the order given.
+    """`{baseline, drafters, peers, categories, prompts, kept_share, …}`; drafters in their order.
 
-    `identical` counts prompts whose tokens equal plain decoding's; None when sampling, where equal
-    laws and not equal tokens are promised.
+    `categories` may name each prompt's. The result's hold `baseline`, `drafters` and `peers` as the
+    whole does, which is their sum. `identical` counts prompts whose tokens equal plain decoding's;
+    None when sampling, where equal laws and not equal tokens are promised. Peers run one prompt at
+    a time, so at batch size 1 only.
+
+    Raises:
+        UsageError: a wrong option, or none of the prompts fits in the context.
     """
     law = law or Law()
-    greedy = Control(**law).greedy
+    control = Control(**law)
     # Before any pass: a drafter or a rule that will not do is found at once.
     drafters = [runner.open(draft) for draft in drafts]
     for drafter in drafters:
         runner.pairing(drafter, verify=verify, lossy=lossy, **law)
-    runner.use(None)
-    say(f"plain decoding of {len(prompts)} prompts, to find loops and to warm up")
-    plain, _ = _run(runner, prompts, [max_new_tokens] * len(prompts), law, seed, batch_size)
-    limits = [max(1, loop_start(result.token_ids)) for result in plain]
-    made = sum(len(result.token_ids) for result in plain)
-    kept = sum(map(min, limits, (len(result.token_ids) for result in plain)))
-    baseline_results, seconds = _run(runner, prompts, limits, law, seed, batch_size)
-    baseline = _figures("none", baseline_results, seconds)
-    say(_line(baseline))
-    rows = []
+    encoded = [runner._encode(prompt) for prompt in prompts]
+    kept = _fitting(encoded, runner.target.context, min(LEAST_ROOM, max_new_tokens), say)
+    texts = [encoded[i] for i in kept]
+    common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **law}
+    plain = _decoder(runner, runner.open(None), common)
+    say(f"plain decoding of {len(texts)} prompts, to find loops and to warm up")
+    free = plain(texts, [max_new_tokens] * len(texts))
+    limits = [max(1, loop_start(result.token_ids)) for result in free]
+
+    contenders = [("none", plain)]
     for draft, drafter in zip(drafts, drafters, strict=True):
-        runner.use(drafter)
-        options: dict[str, Any] = {"verify": verify, "lossy": lossy}
+        drafter.attach(runner.target)
+        decoder = _decoder(runner, drafter, {**common, "verify": verify, "lossy": lossy})
+        contenders.append((draft, decoder))
+    if with_peers and batch_size == 1:
+        found = peers.peers_of(runner, drafters, control=control, seed=seed, say=say)
+        contenders += found.items()
+    elif with_peers:
+        say(f"no peers at batch size {batch_size}: transformers' run one prompt at a time here")
+    for _, decode in contenders[1:]:
         # The first prompt once untimed: buffers are made then.
-        _run(runner, prompts[:1], limits[:1], law, seed, 1, **options)
-        results, seconds = _run(runner, prompts, limits, law, seed, batch_size, **options)
-        row = _figures(draft, results, seconds)
-        plain_speed = baseline["tokens_per_second"]
-        row["speedup"] = row["tokens_per_second"] / plain_speed if plain_speed else 1.0
-        row["identical"] = None
-        if greedy:
-            row["identical"] = sum(
-                ours.token_ids == plain_one.token_ids
-                for ours, plain_one in zip(results, baseline_results, strict=True)
-            )
-        rows.append(row)
-        say(_line(row))
+        decode(texts[:1], limits[:1])
+
+    groups = _groups([categories[i] for i in kept] if categories else [])
+    timed: list[list[Timed]] = [[] for _ in contenders]
+    for category, numbers in groups.items() or [("", range(len(texts)))]:
+        for (name, decode), done in zip(contenders, timed, strict=True):
+            done.append(_time(runner, decode, [(texts[i], limits[i]) for i in numbers]))
+            say(f"{category}, {name}: {done[-1]}" if category else f"{name}: {done[-1]}")
+    names = [name for name, _ in contenders]
+    lengths = [len(result.token_ids) for result in free]
+    made = sum(lengths)
     return {
-        "baseline": baseline,
-        "drafters": rows,
-        "prompts": len(prompts),
+        **_side_by_side(names, [_sum(parts) for parts in timed], len(drafts), control.greedy),
+        "categories": [
+            {
+                "category": category,
+                **_side_by_side(names, [parts[at] for parts in timed], len(drafts), control.greedy),
+            }
+            for at, category in enumerate(groups)
+        ],
+        "prompts": len(texts),
+        "prompts_left_out": len(prompts) - len(texts),
         "batch_size": batch_size,
         "dtype": str(runner.target.model.dtype).removeprefix("torch."),
-        "kept_share": kept / made if made else 1.0,
-        "prompts_cut": sum(
-            limit < len(result.token_ids) for limit, result in zip(limits, plain, strict=True)
-        ),
+        "kept_share": sum(map(min, limits, lengths)) / made,
+        "prompts_cut": sum(limit < length for limit, length in zip(limits, lengths, strict=True)),
     }
 
 
@@ -94,30 +136,85 @@ def broken_promises(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _run(
-    runner: Runner,
-    prompts: Sequence[str | Sequence[int]],
-    limits: Sequence[int],
-    law: Law,
-    seed: int,
-    batch_size: int,
-    *,
-    verify: str | None = None,
-    lossy: bool = False,
-) -> tuple[list[Result], float]:
+def _fitting(encoded: Sequence[Sequence[int]], context: int, room: int, say: Say) -> list[int]:
+    """Which prompts leave room for new tokens."""
+    kept = [i for i, ids in enumerate(encoded) if len(ids) + room <= context]
+    if not kept:
+        shortest = min(map(len, encoded), default=0)
+        raise UsageError(
+            f"no prompt fits in the context of {context} tokens with {room} new ones; the shortest "
+            f"has {shortest}"
+        )
+    if len(kept) < len(encoded):
+        say(
+            f"{len(encoded) - len(kept)} of {len(encoded)} prompts left out: with {room} new "
+            f"tokens they do not fit in the context of {context}"
+        )
+    return kept
+
+
+def _groups(categories: Sequence[str | None]) -> dict[str, list[int]]:
+    """The numbers of each category's prompts; none if no prompt has a category."""
+    found: dict[str, list[int]] = {}
+    for number, category in enumerate(categories):
+        found.setdefault(category or NO_CATEGORY, []).append(number)
+    return found if any(categories) else {}
+
+
+def _decoder(runner: Runner, drafter: Drafter, options: dict[str, Any]) -> peers.Decode:
+    def decode(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Result]:
+        # Not `use`: what it has learnt of this target is to stay between categories.
+        runner.drafter = drafter
+        return runner.generate(prompts, max_new_tokens=limits, **options)
+
+    return decode
+
+
+def _time(runner: Runner, decode: peers.Decode, jobs: Sequence[tuple[Sequence[int], int]]) -> Timed:
+    draft, target = runner.spent.draft, runner.spent.target
     start = time.perf_counter()
-    results = runner.generate(
-        prompts,
-        max_new_tokens=limits,
-        batch_size=batch_size,
-        seed=seed,
-        verify=verify,
-        lossy=lossy,
-        **law,
-    )
+    results = decode([prompt for prompt, _ in jobs], [limit for _, limit in jobs])
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return results, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return Timed(results, seconds, runner.spent.draft - draft, runner.spent.target - target)
+
+
+def _sum(parts: Sequence[Timed]) -> Timed:
+    return Timed(
+        [result for part in parts for result in part.results],
+        sum(part.seconds for part in parts),
+        sum(part.draft for part in parts),
+        sum(part.target for part in parts),
+    )
+
+
+def _side_by_side(
+    names: Sequence[str], timed: Sequence[Timed], num_drafters: int, greedy: bool
+) -> dict[str, Any]:
+    """Everyone's figures on the same prompts; the first is plain decoding, the last are peers."""
+    first = timed[0].results
+    rows = [_figures(name, t.results, t.seconds) for name, t in zip(names, timed, strict=True)]
+    for row, one in zip(rows, timed, strict=True):
+        row["speedup"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+        row["identical"] = None
+        if greedy and row is not rows[0]:
+            row["identical"] = sum(
+                ours.token_ids == plain.token_ids
+                for ours, plain in zip(one.results, first, strict=True)
+            )
+    own, others = rows[: 1 + num_drafters], rows[1 + num_drafters :]
+    speeds = {row["name"]: row["tokens_per_second"] for row in others}
+    for row, one in zip(own, timed, strict=False):
+        row["draft_share"] = one.draft / one.seconds
+        row["target_share"] = one.target / one.seconds
+        row["host_share"] = 1 - row["draft_share"] - row["target_share"]
+        row["draft_ms"] = 1000 * one.draft / max(1, row["forwards"])
+        if others:
+            speed = row["tokens_per_second"]
+            row["speedup_over_transformers"] = speed / speeds[peers.PLAIN]
+            row["speedup_over_prompt_lookup"] = speed / speeds[peers.PROMPT_LOOKUP]
+    return {"baseline": own[0], "drafters": own[1:], "peers": others}
 
 
 def _figures(name: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:
@@ -135,10 +232,3 @@ def _figures(name: str, results: Sequence[Result], seconds: float) -> dict[str, 
         "seconds": seconds,
         "lossless": all(result.lossless for result in results),
     }
-
-
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['name']}: {row['tokens_per_second']:.1f} tok/s, "
-        f"{row['tokens_per_forward']:.2f} tokens per forward"
-    )

@@ -2,12 +2,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 import spectool
 from spectool.decode.generate import Runner
+from spectool.errors import UsageError
 from spectool.evaluate.bench import bench, broken_promises, loop_start
+
+Tiny = Callable[..., PreTrainedModel]
+PROMPTS = [[5, 6, 7, 5, 6], [9, 10, 11], [20, 21], [5, 6, 7, 8]]
 
 
 @pytest.mark.parametrize(
@@ -30,9 +36,8 @@ def test_drafters_are_compared_in_order_on_the_same_limits(
 ) -> None:
     path = checkpoint("llama")
     runner = Runner(spectool.load(path), tokenizer=None)
-    prompts = [[5, 6, 7, 5, 6], [9, 10, 11]]
     drafts = ["ngram:nodes=4", str(checkpoint("llama", seed=1)) + ":depth=2"]
-    result = bench(runner, prompts, drafts, max_new_tokens=12)
+    result = bench(runner, PROMPTS[:2], drafts, max_new_tokens=12)
     assert [row["name"] for row in result["drafters"]] == drafts
     assert result["baseline"]["tokens_per_forward"] == 1.0
     for row in result["drafters"]:
@@ -40,7 +45,66 @@ def test_drafters_are_compared_in_order_on_the_same_limits(
         assert row["new_tokens"] == result["baseline"]["new_tokens"]
         assert row["lossless"]
     assert 0 < result["kept_share"] <= 1
+    assert result["categories"] == result["peers"] == []
     assert broken_promises(result) == []
+
+
+def rows_of(part: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part["baseline"], *part["drafters"], *part["peers"]]
+
+
+def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
+    said: list[str] = []
+    result = bench(
+        Runner(tiny("llama")),
+        PROMPTS,
+        ["ngram:nodes=4", "recycle"],
+        categories=["qa", None, "qa", "rag"],
+        max_new_tokens=12,
+        with_peers=True,
+        say=said.append,
+    )
+    parts = result["categories"]
+    assert [part["category"] for part in parts] == ["qa", "other", "rag"]
+    assert [part["baseline"]["prompts"] for part in parts] == [2, 1, 1]
+    assert len(result["peers"]) == 2
+    for at, whole in enumerate(rows_of(result)):
+        by_category = [rows_of(part)[at] for part in parts]
+        assert {row["name"] for row in by_category} == {whole["name"]}
+        for key in ("prompts", "new_tokens", "forwards", "drafted", "accepted", "seconds"):
+            assert sum(row[key] for row in by_category) == pytest.approx(whole[key])
+        assert whole["identical"] == (None if at == 0 else 4)
+        plain = result["baseline"]["tokens_per_second"]
+        assert whole["speedup"] == pytest.approx(whole["tokens_per_second"] / plain)
+    # Within a category one after another, each said.
+    order = [line.rpartition(":")[0] for line in said if line.startswith(("qa, ", "rag, "))]
+    names = ["none", "ngram:nodes=4", "recycle", *(row["name"] for row in result["peers"])]
+    assert order == [f"{category}, {name}" for category in ("qa", "rag") for name in names]
+
+
+def test_time_is_split_and_compared_with_peers(tiny: Tiny) -> None:
+    result = bench(Runner(tiny("llama")), PROMPTS, ["recycle"], max_new_tokens=12, with_peers=True)
+    plain, lookup = result["peers"]
+    for row in (result["baseline"], *result["drafters"]):
+        shares = [row["draft_share"], row["target_share"], row["host_share"]]
+        assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+        speed = row["tokens_per_second"]
+        over = [row["speedup_over_transformers"], row["speedup_over_prompt_lookup"]]
+        assert over == [speed / plain["tokens_per_second"], speed / lookup["tokens_per_second"]]
+        spent = row["draft_share"] * row["seconds"]
+        assert row["draft_ms"] == pytest.approx(1000 * spent / row["forwards"])
+    assert result["drafters"][0]["draft_ms"] > result["baseline"]["draft_ms"]
+    assert "draft_share" not in plain
+
+
+def test_peers_run_at_batch_size_1_only(tiny: Tiny) -> None:
+    said: list[str] = []
+    runner = Runner(tiny("llama"))
+    options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 2, "with_peers": True}
+    result = bench(runner, PROMPTS, ["ngram"], **options, say=said.append)
+    assert result["peers"] == [] and "speedup_over_transformers" not in result["drafters"][0]
+    assert sum("one prompt at a time" in line for line in said) == 1
+    assert result["batch_size"] == 2 and result["drafters"][0]["identical"] == 4
 
 
 def test_a_broken_promise_is_named_in_float32_only() -> None:
@@ -50,8 +114,27 @@ def test_a_broken_promise_is_named_in_float32_only() -> None:
     assert broken_promises({"dtype": "float32", "drafters": [{**row, "lossless": False}]}) == []
 
 
-def test_prompts_without_room_for_a_token_are_no_error(checkpoint: Callable[..., Path]) -> None:
-    runner = Runner(spectool.load(checkpoint("llama")), context=3)
-    result = bench(runner, [[5, 6, 7]], ["ngram"], max_new_tokens=4)
-    assert result["baseline"]["new_tokens"] == 0 and result["kept_share"] == 1.0
-    assert result["drafters"][0]["identical"] == 1
+def test_prompts_that_do_not_fit_are_left_out_and_counted(tiny: Tiny) -> None:
+    said: list[str] = []
+    runner = Runner(tiny("llama"), context=20)
+    # With 16 new tokens, 4 of the prompt fit; with the 15 asked for, 5.
+    for most, left_out in ((30, 1), (15, 0)):
+        result = bench(runner, PROMPTS, ["ngram"], max_new_tokens=most, say=said.append)
+        assert result["prompts_left_out"] == left_out
+        assert result["drafters"][0]["identical"] == result["prompts"] == 4 - left_out
+    (line,) = [line for line in said if "left out" in line]
+    assert "1 of 4" in line and "context of 20" in line
+    with pytest.raises(UsageError, match=r"no prompt fits in the context of 20 .* has 21"):
+        bench(runner, [list(range(2, 23))], [])
+
+
+def test_sampling_counts_nothing_identical(tiny: Tiny) -> None:
+    result = bench(
+        Runner(tiny("llama")),
+        PROMPTS[:2],
+        ["ngram"],
+        max_new_tokens=8,
+        with_peers=True,
+        law={"temperature": 0.8, "top_k": 9},
+    )
+    assert all(row["identical"] is None for row in rows_of(result))

@@ -1,0 +1,118 @@
+"""`spectool bench`: categories, batch sizes, peers, the picture, and options that are refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectool.machine import version
+from spectool.text import read_rows
+
+Spectool = Callable[..., Any]
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    path = tmp_path / "mixed.jsonl"
+    rows = [("qa", "from pathlib"), ("qa", "import os"), ("rag", "def run("), ("rag", "def " * 300)]
+    lines = [json.dumps({"category": name, "prompt": text}) for name, text in rows]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_row_for_each_category_and_drafter(
+    spectool: Spectool, checkpoint: Checkpoint, mixed: Path, tmp_path: Path
+) -> None:
+    plot = tmp_path / "plot.svg"
+    words = ["bench", checkpoint("llama"), "--prompts", mixed, "--max-new-tokens", 6]
+    words += ["--draft", "ngram", "--draft", checkpoint("llama", seed=1), "--peers"]
+    if has_matplotlib():
+        words += ["--plot", plot]
+    done = spectool(*words)
+    assert done.code == 0, done.err
+    names = ["none", "ngram", str(checkpoint("llama", seed=1))]
+    names += [f"transformers {way}" for way in ("plain", "prompt lookup", "assisted")]
+    table = [" ".join(line.split()) for line in done.out.splitlines()]
+    for category in ("qa", "rag", "all"):
+        for name in names:
+            assert any(line.startswith(f"{category} {name} ") for line in table), (category, name)
+    assert "too long for the context: 1" in done.out and "1 of 4 prompts left out" in done.err
+    assert plot.is_file() == has_matplotlib()
+
+
+def test_per_category_takes_the_first_of_each(
+    spectool: Spectool, checkpoint: Checkpoint, mixed: Path
+) -> None:
+    words = ["bench", checkpoint("llama"), "--prompts", mixed, "--max-new-tokens", 6, "--json"]
+    result = spectool(*words, "--per-category", 1).json
+    assert [part["category"] for part in result["categories"]] == ["qa", "rag"]
+    assert result["prompts"] == 2 and result["prompts_left_out"] == 0
+    assert spectool(*words, "--limit", 3).json["prompts"] == 3
+    one = spectool(*words, "--limit", 2)
+    assert [part["category"] for part in one.json["categories"]] == ["qa"]
+
+
+def test_each_batch_size_is_a_run(
+    spectool: Spectool, checkpoint: Checkpoint, prompts: Path
+) -> None:
+    words = ["bench", checkpoint("llama"), "--prompts", prompts, "--max-new-tokens", 6]
+    words += ["--draft", "ngram", "--batch-size", "1, 2,1", "--peers"]
+    done = spectool(*words, "--json")
+    assert done.code == 0, done.err
+    runs = [done.json, *done.json["beside"]]
+    assert [run["batch_size"] for run in runs] == [1, 2]
+    assert [len(run["peers"]) for run in runs] == [2, 0]
+    assert all(run["drafters"][0]["identical"] == 2 for run in runs)
+    people = spectool(*words, "--reference", checkpoint("llama"))
+    assert people.code == 0 and "batch" in people.out and "of the reference" in people.out
+
+
+@pytest.mark.parametrize("said", ["", "0", "1,,4", "1,x", "-1", "2.5", "1;4"])
+def test_batch_sizes_that_are_none(
+    said: str, spectool: Spectool, checkpoint: Checkpoint, prompts: Path
+) -> None:
+    done = spectool("bench", checkpoint("llama"), "--prompts", prompts, f"--batch-size={said}")
+    assert done.code == 2 and f"--batch-size {said}: expected positive numbers" in done.err
+
+
+@pytest.mark.parametrize(
+    "words", [("--per-category", 0), ("--plot", "plot"), ("--plot", "plot.jpg")]
+)
+def test_options_that_are_refused_before_anything_runs(
+    words: tuple[object, ...], spectool: Spectool, checkpoint: Checkpoint, prompts: Path
+) -> None:
+    done = spectool("bench", checkpoint("llama"), "--prompts", prompts, *words)
+    assert done.code == 2 and "dense" not in done.err
+
+
+def test_mt_benchs_categories_are_one_of_spec_benchs(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    rows: list[dict[str, Any]] = [
+        {"turns": ["a"], "category": "math"},
+        {"turns": ["b"], "category": "writing"},
+        {"turns": ["c"], "category": "qa"},
+        {"prompt": "d", "category": "math"},
+        {"prompt": "e", "category": ["math"]},
+        {"prompt": "f"},
+    ]
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    found = [row.category for row in read_rows(str(path), prompts=True)]
+    assert found == ["conversation", "conversation", "qa", "math", None, None]
+
+
+def test_spec_bench_has_six_categories(shared: Path) -> None:
+    path = shared / "data/prompts/spec_bench.jsonl.gz"
+    found = [row.category for row in read_rows(str(path), prompts=True)]
+    names = ["conversation", "translation", "summarization", "qa", "math_reasoning", "rag"]
+    assert list(dict.fromkeys(found)) == names
+    assert {found.count(name) for name in names} == {80}
+
+
+def has_matplotlib() -> bool:
+    return version("matplotlib") is not None

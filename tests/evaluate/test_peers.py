@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from spectool.decode.generate import Runner
+from spectool.decode.sampling import Control, Law
+from spectool.evaluate.peers import ASSISTED, PLAIN, PROMPT_LOOKUP, peers_of
+
+PROMPTS = [[5, 6, 7, 5, 6], list(range(30, 60)) * 2, [9]]
+LIMITS = [1, 24, 7]
+
+
+@pytest.fixture
+def draft(checkpoint: Callable[..., Path]) -> str:
+    return str(checkpoint("llama", seed=1))
+
+
+# Their caches and masks differ: full, sliding, learned positions.
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_greedy_output_is_plain_decoding(
+    family: str, tiny: Callable[..., PreTrainedModel], draft: str
+) -> None:
+    runner = Runner(tiny(family))
+    plain = runner.generate(PROMPTS, max_new_tokens=LIMITS)
+    drafters = [runner.open(spec) for spec in ("ngram", draft + ":depth=2,tune")]
+    found = peers_of(runner, drafters, control=Control(), seed=0)
+    assert list(found) == [PLAIN, PROMPT_LOOKUP, ASSISTED]
+    for name, decode in found.items():
+        results = decode(PROMPTS, LIMITS)
+        assert [r.token_ids for r in results] == [r.token_ids for r in plain], name
+        most = [len(r.token_ids) for r in results]
+        assert all(1 <= r.forwards <= n for r, n in zip(results, most, strict=True))
+        if name == PLAIN:
+            assert [r.forwards for r in results] == most
+
+
+def test_penalties_are_the_same_law(tiny: Callable[..., PreTrainedModel]) -> None:
+    runner = Runner(tiny("llama"))
+    law = Law(repetition_penalty=1.3, no_repeat_ngram_size=2)
+    plain = runner.generate(PROMPTS, max_new_tokens=LIMITS, **law)
+    for decode in peers_of(runner, [], control=Control(**law), seed=0).values():
+        assert [r.token_ids for r in decode(PROMPTS, LIMITS)] == [r.token_ids for r in plain]
+
+
+def test_samples_follow_the_seed_and_the_law(tiny: Callable[..., PreTrainedModel]) -> None:
+    runner = Runner(tiny("llama"))
+
+    def drawn(seed: int, **law: float) -> list[list[int]]:
+        decode = peers_of(runner, [], control=Control(**law), seed=seed)[PLAIN]  # type: ignore[arg-type]
+        return [result.token_ids for result in decode(PROMPTS, LIMITS)]
+
+    hot = {"temperature": 1.2, "top_p": 0.95, "min_p": 0.01}
+    assert drawn(1, **hot) == drawn(1, **hot) != drawn(2, **hot)
+    greedy = [r.token_ids for r in runner.generate(PROMPTS, max_new_tokens=LIMITS)]
+    assert drawn(1, temperature=1.2, top_k=1) == greedy
+
+
+def test_the_checkpoints_own_settings_change_nothing_and_stay(
+    checkpoint: Callable[..., Path],
+) -> None:
+    runner = Runner(checkpoint("llama"), dtype=torch.float32)
+    settings = runner.target.model.generation_config
+    settings.repetition_penalty = 9.0
+    (expected,) = runner.generate(PROMPTS[1:2], max_new_tokens=20)
+    for decode in peers_of(runner, [], control=Control(), seed=0).values():
+        assert decode(PROMPTS[1:2], [20])[0].token_ids == expected.token_ids
+    assert runner.target.model.generation_config is settings
+
+
+def test_one_assistant_for_each_checkpoint(
+    tiny: Callable[..., PreTrainedModel], checkpoint: Callable[..., Path], draft: str
+) -> None:
+    runner = Runner(tiny("llama"))
+    other = str(checkpoint("llama", seed=2))
+    drafters = [runner.open(spec) for spec in (draft, draft + ":depth=1", other)]
+    names = list(peers_of(runner, drafters, control=Control(), seed=0))
+    assert names[2:] == [f"{ASSISTED} by {path}" for path in (draft, other)]
+
+
+def test_a_draft_with_another_head_or_a_short_context(
+    tiny: Callable[..., PreTrainedModel], checkpoint: Callable[..., Path]
+) -> None:
+    runner, said = Runner(tiny("gpt2")), list[str]()
+    wide, short = checkpoint("gpt2", vocab_size=352), checkpoint("gpt2", n_positions=32)
+    drafters = [runner.open(str(path)) for path in (wide, short)]
+    found = peers_of(runner, drafters, control=Control(), seed=0, say=said.append)
+    assert list(found)[2:] == [f"{ASSISTED} by {short}"] and len(said) == 1
+    assert str(wide) in said[0] and "352" in said[0]
+    # Without its learned positions the draft would fail on the second prompt.
+    plain = runner.generate(PROMPTS, max_new_tokens=LIMITS)
+    results = found[f"{ASSISTED} by {short}"](PROMPTS, LIMITS)
+    assert [r.token_ids for r in results] == [r.token_ids for r in plain]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectool.errors import MissingExtra, UsageError
+from spectool.evaluate.picture import check_picture, draw
+
+MACHINE = {"processor": "A processor", "threads": 2, "versions": {"spectool": "0.1.0"}}
+
+
+def part(*speeds: float) -> dict[str, Any]:
+    names = ["ngram", "/some/where/very/long/that/nobody/reads:depth=4", "transformers plain"]
+    rows = [{"name": n, "speedup": s} for n, s in zip(names, speeds, strict=True)]
+    return {"drafters": rows[:2], "peers": rows[2:]}
+
+
+def run(batch_size: int, *categories: str) -> dict[str, Any]:
+    return {
+        **part(1.5, 0.7, 1.0),
+        "categories": [{"category": name, **part(1.2, 0.8, 1.1)} for name in categories],
+        "model": "/models/small",
+        "runtime": "dense, float32",
+        "dtype": "float32",
+        "prompts": 4,
+        "batch_size": batch_size,
+    }
+
+
+def test_bars_and_small_print_are_in_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "bench.svg"
+    draw([run(1, "qa", "rag"), {**run(4, "qa"), "peers": []}], MACHINE, path)
+    first = path.read_bytes()
+    # Texts are drawn as outlines, and named in comments.
+    for word in ("qa", "all", "speed-up over plain", "small: dense, float32, batch size 4",
+                 "...ry/long/that/nobody/reads:depth=4", "1.50", "transformers plain",
+                 "A processor, threads: 2; float32; 4 prompts; spectool 0.1.0"):  # fmt: skip
+        assert f"<!-- {word} -->".encode() in first, word
+    draw([run(1, "qa", "rag"), {**run(4, "qa"), "peers": []}], MACHINE, path)
+    assert path.read_bytes() == first and [path] == list(tmp_path.iterdir())
+
+
+def test_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "bench.PNG"
+    nothing = {**run(1), "drafters": [], "peers": []}
+    for one in (run(1, *"abcdefgh"), nothing):
+        draw([one], MACHINE, path)
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("plot", "plot.pdf"):
+        with pytest.raises(UsageError, match=r"ends with \.png or \.svg"):
+            check_picture(tmp_path / name)
+    with pytest.raises(UsageError, match="no folder"):
+        check_picture(tmp_path / "absent" / "plot.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtra, match="needs the package matplotlib") as caught:
+        check_picture(tmp_path / "plot.png")
+    assert caught.value.hint == "pip install 'spectool[eval]'"
