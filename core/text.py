@@ -178,7 +178,7 @@ def render(
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise TextError(
             "the rows are conversations, but the tokenizer has no chat template",
-            hint="name a plain field with --field",
+            hint="name a plain field with --field; --field turns takes a first turn as it is",
         )
     try:
         rendered: str = tokenizer.apply_chat_template(
@@ -233,7 +233,7 @@ def _decode(path: Path) -> str:
 
 
 def _row(source: str, number: int, row: Any, field: str | None, prompts: bool) -> Row:
-    place = f"{source}:{number}"
+    place, named = f"{source}:{number}", field is not None
     if isinstance(row, str):
         return Row(row)
     if not isinstance(row, dict):
@@ -253,6 +253,9 @@ def _row(source: str, number: int, row: Any, field: str | None, prompts: bool) -
     if isinstance(value, str):
         return Row(value, category=category)
     if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
+        if prompts and named:
+            # Who names it wants its text, for a model without a chat template say.
+            return Row(value[0], category=category)
         turns = value[:1] if prompts else value
         messages = tuple({"role": "user", "content": turn} for turn in turns)
         return Row(messages=messages, category=category)

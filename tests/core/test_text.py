@@ -152,6 +152,8 @@ def test_conversations_without_a_template(write: Write, chatty: Any) -> None:
         with pytest.raises(TextError, match="no chat template") as caught:
             read_prompts(path, tokenizer)
         assert caught.value.hint is not None and "--field" in caught.value.hint
+        # The first turn as it is, where it is asked for by name.
+        assert read_prompts(path, tokenizer, field="turns") == ["one"]
 
 
 def test_template_that_refuses(write: Write, chatty: Any) -> None:
