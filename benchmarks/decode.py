@@ -38,7 +38,7 @@ FAST = (
 def write_prompts(data: Path, path: Path, each: int) -> None:
     """`each` unseen prompts of every category."""
     valid = gzip.decompress((data / "text/tinystories_valid.txt.gz").read_bytes()).decode()
-    stories = [part for part in valid.split("\n\n") if len(part) > 300][300 : 300 + 40 * each : 40]
+    stories = [part for part in valid.split("\n\n") if len(part) > 300][7::11][:each]
     problems = list(rows(data / "prompts/humaneval.jsonl.gz"))[3 :: max(1, 160 // each)]
     asked = itertools.islice(rows(data / "prompts/gsm8k_test.jsonl.gz"), 500, 500 + each)
     books = list(rows(data / "text/books_heldout.jsonl.xz"))
@@ -72,6 +72,10 @@ def main() -> None:
     def drafts(names: tuple[str, ...]) -> list[str]:
         return [word for name in names for word in ("--draft", name)]
 
+    def keep() -> None:
+        text = json.dumps(found, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
+        (RESULTS / f"{given.name}.json").write_text(text + "\n", encoding="utf-8")
+
     found: dict[str, Any] = {"model": model.name, "kernel": skinny.missing() or "skinny"}
     found["exact"] = spectool("bench", model, *common, "--dtype", "float32", *drafts(EXACT))
     for dtype in given.dtype:
@@ -84,10 +88,9 @@ def main() -> None:
                 "bench", copy, *common, "--dtype", dtype, "--temperature", temperature,
                 "--peers", "--plot", out / f"{dtype}-{temperature}.png", *drafts(FAST),
             )  # fmt: skip
-        found[f"widened {dtype}"] = run
+            found[f"widened {dtype}"] = run
+            keep()
         shutil.rmtree(copy)
-    text = json.dumps(found, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
-    (RESULTS / f"{given.name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

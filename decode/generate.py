@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Unpack
+from typing import Protocol, Unpack
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.decode.cache import TreeCache
+from spectool.decode.chains import chained
 from spectool.decode.drafters.spec import open_drafter, parse_spec
 from spectool.decode.loop import Spent, decode
 from spectool.decode.protocol import Drafter
+from spectool.decode.recurrent import open_target
 from spectool.decode.row import FinishReason, Row
 from spectool.decode.sampling import Control, Draws, Law
-from spectool.decode.target import Target
 from spectool.decode.text import TextStream
 from spectool.decode.tune import Curve, Tuned, curve_of
 from spectool.decode.verify import Pairing, rule_for
@@ -28,6 +31,15 @@ from spectool.loading import load_model, load_tokenizer
 # Row, its newly committed tokens, the text they release, how many of its first characters came
 # from accepted drafts.
 OnTokens = Callable[[int, list[int], str, int], None]
+
+
+class Streamer(Protocol):
+    """What transformers' `BaseStreamer` promises: tokens [1, T] of a prompt or [T], then an end."""
+
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
 
 # Output counts as looping from the second occurrence of any run of this many tokens.
 LOOP_TOKENS = 16
@@ -89,7 +101,7 @@ class Runner:
         else:
             tokenizer = tokenizer or load_tokenizer(model)
             model = load_model(model, dtype=dtype, device=device)
-        self.target = Target(model, context=context)
+        self.target = open_target(model, context=context)
         self.tokenizer = tokenizer
         self.allow_other_target = allow_other_target
         self.tune = tune
@@ -105,7 +117,9 @@ class Runner:
 
     def use(self, draft: str | Drafter | None) -> None:
         """Change the drafter."""
-        self.drafter = self.open(draft) if draft is None or isinstance(draft, str) else draft
+        drafter = self.open(draft) if draft is None or isinstance(draft, str) else draft
+        # What is tuned was opened here.
+        self.drafter = drafter if isinstance(drafter, Tuned) else chained(drafter, self.target)
         self.drafter.attach(self.target)
 
     def open(self, draft: str | None) -> Drafter:
@@ -124,10 +138,11 @@ class Runner:
             target_tokenizer=self.tokenizer,
             allow_other_target=self.allow_other_target,
         )
+        drafter = chained(drafter, self.target)
         tuned = self.tune if spec.tune is None else spec.tune
-        return (
-            Tuned(drafter, self.target, self.curve) if tuned and drafter.name != "none" else drafter
-        )
+        if tuned and drafter.name != "none" and self.target.takes_drafts:
+            return Tuned(drafter, self.target, self.curve)
+        return drafter
 
     @functools.cached_property
     def curve(self) -> Curve:
@@ -165,6 +180,7 @@ class Runner:
         batch_size: int = 1,
         eos: Collection[int] = (),
         on_tokens: OnTokens | None = None,
+        streamer: Streamer | None = None,
         reuse_cache: bool = False,
         keep_interrupted: bool = False,
         **law: Unpack[Law],
@@ -174,52 +190,64 @@ class Runner:
         `law` are the options of `sampling.Control`; without any, decoding is greedy.
         `on_tokens(i, tokens, text, drafted)` hears of prompt i's tokens as they are committed; they
         are never taken back, and the first `drafted` characters of the text came from accepted
-        drafts. `eos` are tokens that end a text besides the model's own. `reuse_cache` continues
-        from the longest common prefix with the single row that the call before left, as a chat
-        does. `max_new_tokens` may differ by prompt. With `keep_interrupted`, Ctrl-C ends the call
-        with what is there: `on_tokens` hears what it has not heard yet, and the unfinished have
-        finish_reason "interrupted".
+        drafts. `streamer` is one of transformers': it is put each prompt, then the tokens of each
+        step, then ended, also where the call fails; one prompt at a time. `eos` are tokens that
+        end a text besides the model's own. `reuse_cache` continues from the longest common prefix
+        with the single row that the call before left, as a chat does. `max_new_tokens` may differ
+        by prompt. With `keep_interrupted`, Ctrl-C ends the call with what is there: `on_tokens`
+        hears what it has not heard yet, and the unfinished have finish_reason "interrupted".
 
         Raises:
             UsageError: a wrong or contradictory option, a prompt beyond the context.
             SpectoolError: the model's logits are NaN or infinite.
             KeyboardInterrupt: Ctrl-C without `keep_interrupted`.
         """
-        control = Control(**law)
-        pairing = _pair(self.drafter, control, verify, lossy)
-        if isinstance(max_new_tokens, int):
-            max_new_tokens = [max_new_tokens] * len(prompts)
-        if min(max_new_tokens, default=1) < 1 or batch_size < 1:
-            raise UsageError("--max-new-tokens and --batch-size must be at least 1")
-        if stop and self.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer, and this model came without one")
-        if not all(stop):
-            raise UsageError("a stop string must not be empty")
-        ends = self.end_ids() | set(eos)
-        rows = [
-            self._row(
-                index, prompt, Draws(seed, index), control, limit, ends, stop, on_tokens is not None
-            )
-            for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True))
-        ]
-        try:
-            for start in range(0, len(rows), batch_size):
-                group = rows[start : start + batch_size]
-                cache = self._open(group, reuse_cache)
-                for commit in decode(self.target, cache, self.drafter, group, pairing, self.spent):
-                    if on_tokens is not None:
-                        commit.row.tell(commit.tokens, commit.text)
-                        on_tokens(commit.row.index, commit.tokens, commit.text, commit.drafted)
-        except BaseException as error:
-            # The pass that was under way may have left its rows half written.
-            self._cache = None
-            if not (keep_interrupted and isinstance(error, KeyboardInterrupt)):
-                raise
-            for row in rows:
-                tokens, text = row.interrupt()
-                if on_tokens is not None and (tokens or text):
-                    on_tokens(row.index, tokens, text, 0)
-        return [_result(row, pairing.lossless) for row in rows]
+        with contextlib.ExitStack() as ending:
+            if streamer is not None:
+                # The last prompt's end: who waits for it in another thread must not wait for ever.
+                ending.callback(streamer.end)
+                if batch_size > 1:
+                    raise UsageError("a streamer hears one prompt at a time: batch size 1")
+                on_tokens = _putting(streamer, on_tokens)
+            control = Control(**law)
+            pairing = _pair(self.drafter, control, verify, lossy)
+            if isinstance(max_new_tokens, int):
+                max_new_tokens = [max_new_tokens] * len(prompts)
+            if min(max_new_tokens, default=1) < 1 or batch_size < 1:
+                raise UsageError("--max-new-tokens and --batch-size must be at least 1")
+            if stop and self.tokenizer is None:
+                raise UsageError("stop strings need a tokenizer, and this model came without one")
+            if not all(stop):
+                raise UsageError("a stop string must not be empty")
+            ends, live = self.end_ids() | set(eos), on_tokens is not None
+            rows = [
+                self._row(index, prompt, Draws(seed, index), control, limit, ends, stop, live)
+                for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True))
+            ]
+            try:
+                for start in range(0, len(rows), batch_size):
+                    group = rows[start : start + batch_size]
+                    if streamer is not None:
+                        if start:
+                            streamer.end()
+                        streamer.put(torch.tensor([group[0].tokens]))
+                    cache = self._open(group, reuse_cache)
+                    for commit in decode(
+                        self.target, cache, self.drafter, group, pairing, self.spent
+                    ):
+                        if on_tokens is not None:
+                            commit.row.tell(commit.tokens, commit.text)
+                            on_tokens(commit.row.index, commit.tokens, commit.text, commit.drafted)
+            except BaseException as error:
+                # The pass that was under way may have left its rows half written.
+                self._cache = None
+                if not (keep_interrupted and isinstance(error, KeyboardInterrupt)):
+                    raise
+                for row in rows:
+                    tokens, text = row.interrupt()
+                    if on_tokens is not None and (tokens or text):
+                        on_tokens(row.index, tokens, text, 0)
+            return [_result(row, pairing.lossless) for row in rows]
 
     def _open(self, rows: list[Row], reuse: bool) -> TreeCache:
         prompts = [row.tokens for row in rows]
@@ -295,6 +323,7 @@ def generate(
     lossy: bool = False,
     batch_size: int = 1,
     on_tokens: OnTokens | None = None,
+    streamer: Streamer | None = None,
     **law: Unpack[Law],
 ) -> list[Result]:
     """Continue each prompt once; `Runner` and `Runner.generate` describe the options.
@@ -313,8 +342,21 @@ def generate(
         lossy=lossy,
         batch_size=batch_size,
         on_tokens=on_tokens,
+        streamer=streamer,
         **law,
     )
+
+
+def _putting(streamer: Streamer, on_tokens: OnTokens | None) -> OnTokens:
+    """The listener, and a streamer of transformers beside it."""
+
+    def hear(row: int, tokens: list[int], text: str, drafted: int) -> None:
+        if on_tokens is not None:
+            on_tokens(row, tokens, text, drafted)
+        if tokens:
+            streamer.put(torch.tensor(tokens))
+
+    return hear
 
 
 def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:

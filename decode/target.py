@@ -63,17 +63,21 @@ class Ingested:
 class Target:
     """A causal model as the loop sees it. `context` bounds prompt and new tokens together.
 
-    `notes` says what had to be changed or bounded to run it rightly.
+    `notes` says what had to be changed or bounded to run it rightly. `takes_drafts`: passes of
+    several tokens are right after others.
 
     Raises:
         UnsupportedError: an architecture that tree passes cannot be right for.
         UsageError: a context longer than the model's.
     """
 
+    takes_drafts = True
+
     def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
         config = model.config.get_text_config(decoder=True)
         accepted = inspect.signature(model.forward).parameters
-        _refuse(model, config, accepted)
+        if (reason := self._unfit(model, config, accepted)) is not None:
+            raise UnsupportedError(f"{config.model_type} cannot be decoded by spectool: {reason}")
         self.model: Any = model
         self.name = config.model_type
         self.notes: list[str] = []
@@ -316,6 +320,31 @@ class Target:
                 return module
         raise UnsupportedError(f"{self.name}: found no list of {self.num_layers} decoder layers")
 
+    def _unfit(
+        self, model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]
+    ) -> str | None:
+        """Why passes of trees cannot be right, if so."""
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if model.config.is_encoder_decoder:
+            return "it is an encoder-decoder"
+        if is_recurrent(model, config):
+            return "its recurrent state cannot go back to an earlier token, as a draft model's must"
+        if config.model_type in _REFUSED:
+            return _REFUSED[config.model_type]
+        if getattr(config, "alibi", False):
+            return "its ALiBi biases are derived from a 2-D mask"
+        if not {"position_ids", "past_key_values", "attention_mask"} <= set(accepted):
+            return "its forward takes no position_ids, past_key_values or attention_mask"
+        if unknown := kinds - {"full_attention", "sliding_attention"}:
+            return f"its {', '.join(sorted(unknown))} layers are not known"
+        if getattr(config, "attention_chunk_size", None):
+            return "its chunked attention is not known"
+        if getattr(config, "num_kv_shared_layers", 0):
+            return "its layers share their keys and values"
+        if getattr(config, "use_bidirectional_attention", False):
+            return "its attention is not causal"
+        return None
+
     def _bound(self, config: PreTrainedConfig, asked: int | None) -> int:
         limit = _longest_context(config)
         if limit is None:
@@ -359,29 +388,11 @@ def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
 
 
-def _refuse(model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]) -> None:
-    name, reason = config.model_type, None
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if model.config.is_encoder_decoder:
-        reason = "it is an encoder-decoder"
-    elif model._is_stateful or kinds & {"linear_attention", "mamba", "conv", "recurrent", "hybrid"}:
-        reason = "its recurrent state cannot go back to an earlier token"
-    elif name in _REFUSED:
-        reason = _REFUSED[name]
-    elif getattr(config, "alibi", False):
-        reason = "its ALiBi biases are derived from a 2-D mask"
-    elif not {"position_ids", "past_key_values", "attention_mask"} <= set(accepted):
-        reason = "its forward takes no position_ids, past_key_values or attention_mask"
-    elif unknown := kinds - {"full_attention", "sliding_attention"}:
-        reason = f"its {', '.join(sorted(unknown))} layers are not known"
-    elif getattr(config, "attention_chunk_size", None):
-        reason = "its chunked attention is not known"
-    elif getattr(config, "num_kv_shared_layers", 0):
-        reason = "its layers share their keys and values"
-    elif getattr(config, "use_bidirectional_attention", False):
-        reason = "its attention is not causal"
-    if reason is not None:
-        raise UnsupportedError(f"{name} cannot be decoded by spectool: {reason}")
+def is_recurrent(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
+    """Whether a layer has a state that cannot go back to an earlier token."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    recurrent = {"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"}
+    return bool(model._is_stateful or kinds & recurrent)
 
 
 def _longest_context(config: PreTrainedConfig) -> int | None:

@@ -84,6 +84,21 @@ def chain(tokens: Sequence[int], *, kind: Kind, laws_NV: Tensor | None = None) -
     return Draft(list(tokens), list(range(-1, len(tokens) - 1)), [kind] * len(tokens), laws_NV)
 
 
+def first_path(draft: Draft) -> Draft:
+    """The path of first children, for what can hold a chain only. Not for drawn nodes."""
+    nodes = [0]
+    for node in range(1, len(draft)):
+        if draft.parents[node] == nodes[-1]:
+            nodes.append(node)
+    sources = draft.sources
+    return Draft(
+        [draft.tokens[node] for node in nodes],
+        list(range(-1, len(nodes) - 1)),
+        [draft.kinds[node] for node in nodes],
+        sources=None if sources is None else [sources[node] for node in nodes],
+    )
+
+
 class Trie:
     """Merges deterministic continuations of the root into one tree of at most `nodes` proposals."""
 

@@ -10,6 +10,7 @@ are drawn. Suffixes: B rows, N nodes fed for a row, the root included.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -41,7 +42,7 @@ _CONTEXT = 64
 _REPEATS = 5
 # Where only T(1) is known, a further token is taken to cost this share of it.
 _SLOPE = 0.25
-# A step's share in what is known of its size; longer ones than this many times that are hiccups.
+# A step's share in what is known of its size; a hiccup counts as no more than so many times that.
 _FRESH, _HICCUP = 0.1, 3.0
 
 
@@ -69,7 +70,8 @@ class Curve:
     def refine(self, tokens: int, seconds: float) -> None:
         """Take a step into account. A size that was not measured begins as interpolated."""
         expected = self.seconds(tokens)
-        if tokens in SIZES and seconds < _HICCUP * expected:
+        if tokens in SIZES:
+            seconds = min(seconds, _HICCUP * expected)
             self.points[tokens] = expected + _FRESH * (seconds - expected)
 
     def __str__(self) -> str:
@@ -89,7 +91,7 @@ def measure(target: Target) -> Curve:
     points: dict[int, float] = {}
     began = time.perf_counter()
     for size in _ORDER:
-        if size > target.context - length:
+        if 1 < size > target.context - length:
             continue
         draft = tree.chain([at % vocabulary for at in range(size)], kind="deterministic")
         times = []
@@ -130,7 +132,8 @@ def keep(target: Target, curve: Curve) -> None:
             partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
             partial.replace(path)
     except SpectoolError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def read_curves() -> dict[str, dict[int, float]]:
@@ -140,7 +143,7 @@ def read_curves() -> dict[str, dict[int, float]]:
         return {
             str(key): {int(n): float(seconds) for n, seconds in points.items()}
             for key, points in said.items()
-            if "1" in points
+            if min(points.values()) > 0 and "1" in points
         }
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
@@ -171,6 +174,8 @@ def _key(target: Target) -> str:
 _PRIOR, _WEIGHT = 0.4, 2.0
 # Rounds after which half of what is known of a source is forgotten: texts change.
 _HALF_LIFE = 400.0
+# Where nothing seems to pay, a small tree is fed every so many rounds all the same.
+_PROBED, _PROBE = 32, 4
 # Drafting goes on while it brings this much of plain decoding's speed; it is judged by its latest
 # rounds, rests when it brings less, and is tried again after ever longer rests.
 _WORTH, _JUDGED, _REST, _LONGEST_REST = 1.0, 12, 16, 256
@@ -211,13 +216,15 @@ class Tuned(Drafter):
         self._target = target
         self._round = 0
         self._resting = 0
+        self._rests = False
         self._rest = _REST
         # Tokens and seconds of the rounds that drafted since the last rest, and how many they were.
         self._drafted: list[tuple[float, float]] = []
         # What a level costs to draft and holds, for drafters whose depth is chosen.
         self._level_seconds = 0.0
         self._level_nodes = 1.0
-        self._plain_seconds: float | None = None
+        # Of plain steps, by the rows of the batch.
+        self._plain_seconds: dict[int, float] = {}
         self._proposing = 0.0
         self._handed_over = 0.0
         self._fed = (1, 1)
@@ -234,7 +241,8 @@ class Tuned(Drafter):
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
         began = time.perf_counter()
         self._round += 1
-        if self._resting:
+        self._rests = self._resting > 0
+        if self._rests:
             self._resting -= 1
             drafts = [tree.root(row.tokens[-1]) for row in rows]
         elif self.drafter.combines:
@@ -260,11 +268,11 @@ class Tuned(Drafter):
         rows, nodes = self._fed
         self.curve.refine(rows * nodes, seconds)
         if nodes == 1:
-            known = self._plain_seconds
-            self._plain_seconds = seconds if known is None else known + _FRESH * (seconds - known)
+            known = self._plain_seconds.get(rows, seconds)
+            self._plain_seconds[rows] = known + _FRESH * (seconds - known)
         for outcome in outcomes:
             self._learn(outcome)
-        if not self._resting:
+        if not self._rests:
             tokens = sum(len(outcome.path) for outcome in outcomes)
             self._judge(tokens / rows, seconds + self._proposing)
         self.drafter.observe(outcomes)
@@ -281,7 +289,8 @@ class Tuned(Drafter):
         tokens = sum(pair[0] for pair in self._drafted)
         seconds = sum(pair[1] for pair in self._drafted)
         self._drafted.clear()
-        plain = self._plain_seconds or self.curve.seconds(self._fed[0])
+        rows = self._fed[0]
+        plain = self._plain_seconds.get(rows) or self.curve.seconds(rows)
         if tokens * plain < _WORTH * seconds:
             self._resting, self._rest = self._rest, min(2 * self._rest, _LONGEST_REST)
         else:
@@ -299,10 +308,15 @@ class Tuned(Drafter):
 
     def _worth(self, draft: Draft) -> list[float]:
         """The probability that each node stands, as far as is known; 1 for the root."""
-        worth = [1.0]
+        worth, rates, elder = [1.0], [_PRIOR], {0}
         for node in range(1, len(draft)):
-            rate = self.rates.of(_source(draft, node), self._round)
-            worth.append(worth[draft.parents[node]] * rate)
+            parent = draft.parents[node]
+            # An untried first child is taken to stand as often as its parent did.
+            prior = rates[parent] if parent in elder else _PRIOR
+            elder.discard(parent)
+            elder.add(node)
+            rates.append(self.rates.of(_source(draft, node), self._round, prior))
+            worth.append(worth[parent] * rates[node])
         return worth
 
     def _cut(self, drafts: list[Draft], began: float) -> list[Draft]:
@@ -326,6 +340,9 @@ class Tuned(Drafter):
                 best, best_rate = size, rate
             if size == largest:
                 break
+        if best == 1 and self._round % _PROBED == 0:
+            # Or what was never fed would never be known.
+            best = min(_PROBE, largest)
         return [_kept(d, sorted(o[:best])) for d, o in zip(drafts, orders, strict=True)]
 
     def _best_depth(self, rows: int) -> int:

@@ -88,7 +88,11 @@ def suited(modules: Iterator[nn.Module]) -> list[nn.Linear]:
 
 @contextlib.contextmanager
 def products(linears: Sequence[nn.Linear], most_rows: int) -> Iterator[None]:
-    """Within it, these modules multiply up to `most_rows` rows with the kernel."""
+    """Within it, these modules multiply up to `most_rows` rows with the kernel.
+
+    One whose forward was replaced already is left alone.
+    """
+    linears = [module for module in linears if "forward" not in module.__dict__]
     try:
         for module in linears:
             module.forward = functools.partial(_forward, module, most_rows)  # type: ignore[method-assign]

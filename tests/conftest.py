@@ -171,7 +171,16 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 16,
         },
     ),
-    "zaya": ("Zaya", GROUPED),
+    "zaya": (
+        "Zaya",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "router_hidden_size": 16,
+        },
+    ),
     "zamba2": (
         "Zamba2",
         {

@@ -145,6 +145,7 @@ class DraftModelDrafter(Drafter):
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         self._order = [prompt.row.index for prompt in prompts]
         self._cache = self._draft.cache(len(prompts))
+        self._grown = []
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
@@ -167,13 +168,19 @@ class DraftModelDrafter(Drafter):
         return [growth.draft(kind) for growth in self._grown]
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        """Keep of the tail what was accepted; the deepest proposals were never fed."""
+        """Keep of the tail what was accepted; the deepest proposals were never fed.
+
+        Nothing is there to keep of a step that it was not asked to draft for.
+        """
+        if not self._grown:
+            return
         paths = []
         for outcome, growth in zip(outcomes, self._grown, strict=True):
             nodes = {place: node for node, place in growth.places().items()}
             path = [nodes[place] for place in outcome.path[1:]]
             paths.append([node for node in path if node < self._num_fed])
         self._cache.commit([growth.tokens for growth in self._grown], paths)
+        self._grown = []
 
     def _feed_committed(self) -> Tensor:
         pairs = zip(self._grown, self._cache.lengths, strict=True)

@@ -129,7 +129,7 @@ class RecycleDrafter(Drafter):
             for token, top in zip(tokens, outcome.top, strict=True):
                 self._learn(token, top)
             # Of a token that stands in several places, the accepted one counts, the deepest last.
-            for node in outcome.path[1:]:
+            for node in outcome.path:
                 self._learn(tokens[node], outcome.top[node])
 
     def close(self) -> None:

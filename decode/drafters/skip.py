@@ -82,10 +82,9 @@ class SkipDrafter(Drafter):
         self._blocks = [block for layer in layers for block in _blocks(target.name, layer)]
         # 2 i and 2 i + 1 are attention and MLP of a layer.
         self.skipped = frozenset(at for at in range(len(self._blocks)) if at // 2 % 2 == 0)
-        if not self._blocks:
-            target.notes.append(
-                f"skip: a model of {target.num_layers} layers has none to skip; decoding plainly"
-            )
+        note = f"skip: a model of {target.num_layers} layers has none to skip; decoding plainly"
+        if not self._blocks and note not in target.notes:
+            target.notes.append(note)
 
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         self._cache = cache
@@ -96,7 +95,8 @@ class SkipDrafter(Drafter):
         if not self._blocks:
             return [tree.root(row.tokens[-1]) for row in rows]
         self._search(rows)
-        return self._draft(rows, [min(self.config.depth, limit) for limit in budget])
+        deepest = min(self.config.depth, self.config.nodes)
+        return self._draft(rows, [min(deepest, limit) for limit in budget])
 
     def _search(self, rows: Sequence[Row]) -> None:
         """Score the incumbent once on this text, then a new set a step."""

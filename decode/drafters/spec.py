@@ -90,14 +90,36 @@ def open_drafter(
     Raises:
         InputError: what the specification names is damaged, or does not fit the target.
     """
-    opened = [
-        _open(part, target, target_tokenizer, allow_other_target=allow_other_target)
-        for part in spec.parts
-    ]
+    return _joined(
+        spec,
+        [
+            _open(part, target, target_tokenizer, allow_other_target=allow_other_target)
+            for part in spec.parts
+        ],
+    )
+
+
+def open_plain(text: str) -> Drafter:
+    """The drafter of a specification that names neither heads nor a checkpoint.
+
+    Raises:
+        UsageError: one that does, or a wrong specification.
+    """
+    spec = parse_spec(text)
+    if any(part.path is not None for part in spec.parts):
+        raise UsageError(f"{text!r} needs the model that it drafts for")
+    return _joined(spec, [_named(part) for part in spec.parts])
+
+
+def _joined(spec: DraftSpec, opened: list[Drafter]) -> Drafter:
     if len(opened) == 1:
         return opened[0]
-    nodes = max(getattr(part.config, "nodes", 1) for part in spec.parts)
-    return Combined(opened, nodes)
+    return Combined(opened, max(getattr(part.config, "nodes", 1) for part in spec.parts))
+
+
+def _named(part: Part) -> Drafter:
+    drafter: Drafter = methods.resolve(part.name, "drafter")(part.config)
+    return drafter
 
 
 def _open(
@@ -107,9 +129,9 @@ def _open(
     *,
     allow_other_target: bool,
 ) -> Drafter:
-    drafter: Callable[..., Drafter] = methods.resolve(part.name, "drafter")
     if part.path is None:
-        return drafter(part.config)
+        return _named(part)
+    drafter: Callable[..., Drafter] = methods.resolve(part.name, "drafter")
     if methods.METHODS[part.name].trained:
         return heads.open_heads(
             Path(part.path),

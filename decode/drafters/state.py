@@ -5,6 +5,7 @@ One safetensors file, replaced as a whole; its header says which drafter wrote i
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,10 @@ def save(path: Path, drafter: str, tensors: Mapping[str, Tensor]) -> None:
     """
     said = {"format": FORMAT, "version": FORMAT_VERSION, "drafter": drafter}
     partial = path.with_name(path.name + ".partial")
-    with disk_errors(path.parent):
-        write_safetensors(partial, dict(tensors), said)
-        partial.replace(path)
+    try:
+        with disk_errors(path.parent):
+            write_safetensors(partial, dict(tensors), said)
+            partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()

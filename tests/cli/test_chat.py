@@ -64,7 +64,9 @@ def test_lines_of_stdin_are_messages(spectool: Spectool, model: Path) -> None:
     keys = "new_tokens seconds tokens_per_second forwards tokens_per_forward drafter lossless"
     assert {*keys.split(), "context", "forgotten_turns", "drafted", "accepted"} <= said.keys()
     assert said["new_tokens"] == sum(len(answer["token_ids"]) for answer in said["answers"])
-    assert said["drafter"] == "ngram+recycle" and said["lossless"] is True and said["context"] == 256
+    assert (
+        said["drafter"] == "ngram+recycle" and said["lossless"] is True and said["context"] == 256
+    )
     statuses = [found for line in done.err.splitlines() if (found := STATUS.match(line))]
     assert [int(found[3]) for found in statuses] == [a["context_used"] for a in said["answers"]]
     assert "-- cut at --max-new-tokens 9" in done.err
@@ -245,7 +247,7 @@ def talk(screen: Terminal, file: Path, stop: Callable[[], None]) -> None:
     assert "+def\n+make\n+one\n+two\n" in history
     # A message that is too long comes back to be changed.
     screen.until(PROMPT)
-    screen.type("\x1b[200~" + "a b c d e f g h i j\r" * 1000 + "the end\x1b[201~\r")
+    screen.type("\x1b[200~" + "zq xj vk zx qj\r" * 2000 + "the end\x1b[201~\r")
     screen.until("the context holds")
     screen.until("the end")
     screen.type("\x03\x04")

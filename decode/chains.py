@@ -1,0 +1,88 @@
+"""Drafters for recurrent targets: chains only, and none while there is much to replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spectool.decode import tree
+from spectool.decode.cache import TreeCache
+from spectool.decode.drafters.combined import Combined
+from spectool.decode.protocol import Drafter, Outcome, Prompt
+from spectool.decode.recurrent import RecurrentTarget
+from spectool.decode.replay import ReplayCache
+from spectool.decode.row import Row
+from spectool.decode.sampling import Control
+from spectool.decode.target import Target
+from spectool.decode.tree import Draft, Kind
+from spectool.errors import UnsupportedError, UsageError
+
+# With so many tokens to replay, a row drafts nothing for a step, after which there are none.
+_MOST_REPLAYED = 16
+
+
+class Chains(Drafter):
+    """Of a drafter's deterministic trees the first path; nothing while there is much to replay.
+
+    A draft whose drafter keeps account of it is left as it is.
+    """
+
+    def __init__(self, drafter: Drafter, target: RecurrentTarget) -> None:
+        self.drafter = drafter
+        self.name = drafter.name
+        self.needs = drafter.needs
+        self.combines = drafter.combines
+        self._target = target
+        self._cache: ReplayCache | None = None
+
+    def kinds(self, control: Control) -> tuple[Kind, ...]:
+        return self.drafter.kinds(control)
+
+    def attach(self, target: Target) -> None:
+        self.drafter.attach(target)
+        note = f"{target.name}: {self._target.plain}; decoding plainly"
+        if self._target.plain and self.name != "none" and note not in target.notes:
+            target.notes.append(note)
+
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+        assert isinstance(cache, ReplayCache)
+        self._cache = cache
+        self.drafter.begin(prompts, cache)
+
+    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+        assert self._cache is not None
+        limits = [
+            limit if len(self._cache.replayed(b)) < _MOST_REPLAYED else 0
+            for b, limit in enumerate(budget)
+        ]
+        if self._target.plain:
+            limits = [0] * len(rows)
+        drafts = self.drafter.propose(rows, limits)
+        return [tree.first_path(draft) for draft in drafts] if self.combines else drafts
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        self.drafter.observe(outcomes)
+
+    def close(self) -> None:
+        self.drafter.close()
+
+
+def chained(drafter: Drafter, target: Target) -> Drafter:
+    """The drafter as this target can take it.
+
+    Raises:
+        InputError: a drafter of trees that cannot be cut, or of passes through the target's state.
+    """
+    if not isinstance(target, RecurrentTarget) or isinstance(drafter, Chains):
+        return drafter
+    for part in drafter.drafters if isinstance(drafter, Combined) else [drafter]:
+        if part.name == "skip":
+            raise UnsupportedError(
+                f"skip cannot draft for {target.name}: its recurrent state cannot go back"
+            )
+        shape = getattr(getattr(part, "config", None), "tree", "chain")
+        if part.name == "draft_model" and shape != "chain":
+            raise UsageError(
+                f"{target.name}, whose state is recurrent, takes chains only, not tree={shape}",
+                hint="draft with tree=chain",
+            )
+    return Chains(drafter, target)

@@ -1,0 +1,93 @@
+"""The cache of models whose state cannot go back to an earlier token: copies of it, and replay.
+
+A row has a transformers cache of its own, the state after its first `held` tokens, all of which are
+certain. A draft passes through a copy. Where all of it stands, the copy becomes the state; else the
+accepted tokens pass once more at the head of the next pass, which costs rows but no forward. A lone
+root is certain beforehand and advances the state itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+
+from spectool.decode.cache import TreeCache
+
+
+@dataclass(slots=True)
+class _State:
+    """A row's `cache` after `held` tokens; `trial` is the one that the last pass went through.
+
+    `careful`: a pass was not committed, so the next ones go through copies, whatever they feed.
+    """
+
+    cache: DynamicCache
+    held: int = 0
+    trial: DynamicCache | None = None
+    careful: bool = False
+
+
+class ReplayCache(TreeCache):
+    """`tokens[b]` are committed; those past what row b's state holds are replayed."""
+
+    def __init__(self, *, batch: int, context: int, config: PreTrainedConfig) -> None:
+        super().__init__(batch=batch, num_layers=0, context=context)
+        self._config = config
+        self._states = [self._fresh() for _ in range(batch)]
+
+    def _fresh(self, *, careful: bool = False) -> _State:
+        return _State(DynamicCache(config=self._config), careful=careful)
+
+    def replayed(self, row: int) -> list[int]:
+        """The tokens that the row's next pass begins with."""
+        return self.tokens[row][self._states[row].held :]
+
+    def attempt(self, row: int, *, certain: bool) -> DynamicCache:
+        """What the row's next pass goes through: its state if all of it is `certain`, or a copy."""
+        state = self._states[row]
+        if state.trial is state.cache:
+            # The state has gone ahead of the tokens: all of them pass again.
+            state = self._states[row] = self._fresh(careful=True)
+        state.trial = state.cache if certain and not state.careful else _copied(state.cache)
+        return state.trial
+
+    def commit(self, tokens: Sequence[Sequence[int]], paths: Sequence[Sequence[int]]) -> None:
+        """Keep the nodes `paths[b]` of the chains just passed, and their state if these are all."""
+        for row, path in enumerate(paths):
+            state = self._states[row]
+            if not path:
+                continue
+            assert state.trial is not None and list(path) == list(range(len(path)))
+            self.tokens[row].extend(tokens[row][: len(path)])
+            if len(path) == len(tokens[row]):
+                state.cache, state.held = state.trial, len(self.tokens[row])
+            elif state.trial is state.cache:
+                self._states[row] = self._fresh()
+            self._states[row].trial = None
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all but the first `length` tokens; where the state held more, all pass again."""
+        super().truncate(row, length)
+        if self._states[row].held > length:
+            self._states[row] = self._fresh()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows of the batch, in this order."""
+        super().select(rows)
+        self._states = [self._states[row] for row in rows]
+
+
+def _copied(cache: DynamicCache) -> DynamicCache:
+    """Recurrent and convolution states, in dicts, are written in place; keys and values never."""
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in made.layers:
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, dict):
+                own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()}
+                setattr(layer, name, own)
+    return made

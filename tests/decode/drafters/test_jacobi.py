@@ -1,0 +1,203 @@
+"""The next window is what the last pass predicted, with the laws that it predicted it by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectool.decode import verify
+from spectool.decode.drafters.jacobi import JacobiConfig, JacobiDrafter
+from spectool.decode.generate import Runner
+from spectool.decode.protocol import Outcome
+from spectool.decode.row import Row
+from spectool.decode.sampling import Control, Draws
+from spectool.decode.tree import Draft
+
+Tiny = Callable[..., PreTrainedModel]
+Begin = Callable[..., None]
+# The token that a made-up model finds likeliest after a text.
+Next = Callable[[list[int]], int]
+
+
+def row_of(tokens: list[int], index: int = 0) -> Row:
+    return Row(
+        index=index,
+        tokens=list(tokens),
+        draws=Draws(0, index),
+        control=Control(),
+        max_new_tokens=1000,
+        context=1000,
+    )
+
+
+def step(drafter: JacobiDrafter, row: Row, following: Next, budget: int = 99) -> list[int]:
+    """One greedy round with a made-up model; the tokens that it brought."""
+    draft = drafter.propose([row], [budget])[0]
+    assert draft.is_chain
+    texts = [row.tokens + draft.tokens[1 : node + 1] for node in range(len(draft))]
+    emit = [following(text) for text in texts]
+    path, token = verify.walk(draft, emit, None)
+    laws_NV = torch.eye(320)[emit]
+    new = [*(draft.tokens[node] for node in path[1:]), token]
+    row.tokens += new
+    drafter.observe([Outcome(row=row, draft=draft, path=path, next_token=token, laws_NV=laws_NV)])
+    return new
+
+
+@pytest.mark.parametrize("window", [1, 4, 16])
+@pytest.mark.parametrize("period", [1, 3])
+def test_a_text_that_repeats_itself_is_accepted_at_once(
+    begin: Begin, window: int, period: int
+) -> None:
+    row = row_of([at % period + 9 for at in range(9)])
+    drafter = JacobiDrafter(JacobiConfig(window=window))
+    begin(drafter, [row])
+    for _ in range(3):
+        new = step(drafter, row, lambda text: (text[-1] - 9 + 1) % period + 9)
+        assert len(new) == window + 1
+
+
+def test_a_fixed_point_is_accepted_at_once(begin: Begin) -> None:
+    """Where tokens depend on their place alone, one pass predicts all of the next window."""
+    row = row_of([300, 301, 302])
+    drafter = JacobiDrafter(JacobiConfig(window=6))
+    begin(drafter, [row])
+
+    def following(text: list[int]) -> int:
+        return 37 * len(text) % 289
+
+    assert len(step(drafter, row, following)) == 1
+    # The first new token of that pass is the root, the next five are the window.
+    drafted = drafter.propose([row], [99])[0].tokens[:6]
+    assert drafted == [37 * at % 289 for at in range(3, 9)]
+    assert len(step(drafter, row, following)) >= 6
+
+
+def test_each_round_fixes_a_token_at_least(begin: Begin) -> None:
+    """Where each token depends on the one before, the right ones advance and never go back."""
+    row = row_of([1])
+    drafter = JacobiDrafter(JacobiConfig(window=8))
+    begin(drafter, [row])
+    brought = [len(step(drafter, row, lambda text: (5 * text[-1] + 3) % 320)) for _ in range(20)]
+    expected = [1]
+    while len(expected) < len(row.tokens):
+        expected.append((5 * expected[-1] + 3) % 320)
+    assert row.tokens == expected
+    assert min(brought) == 1
+
+
+class Recorded(JacobiDrafter):
+    """Keeps each row's drafts and, after a round, what the loop said of them."""
+
+    def __init__(self, config: JacobiConfig) -> None:
+        super().__init__(config)
+        self.rounds: list[tuple[list[int], Draft, Outcome]] = []
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            before = outcome.row.tokens[: -len(outcome.path)]
+            self.rounds.append((before, outcome.draft, outcome))
+        super().observe(outcomes)
+
+
+@torch.inference_mode()
+def laws_of(model: PreTrainedModel, before: list[int], draft: Draft, control: Control) -> Tensor:
+    """The laws after every node of a chain, [N, V], by the model alone."""
+    text = torch.tensor([before + draft.tokens[1:]])
+    logits = model(text, use_cache=False).logits[:, len(before) - 1 :]
+    return control.laws(logits)[0]
+
+
+def test_a_greedy_window_is_the_likeliest_tokens_of_the_last_pass(
+    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]]
+) -> None:
+    model, drafter = endless(tiny("llama")), Recorded(JacobiConfig(window=6))
+    result = Runner(model, draft=drafter).generate([prompt_of(12)], max_new_tokens=50)[0]
+    assert 0 < result.accepted < result.drafted
+    for (before, draft, outcome), (_, after, _) in zip(
+        drafter.rounds, drafter.rounds[1:], strict=False
+    ):
+        best = laws_of(model, before, draft, Control()).argmax(-1).tolist()
+        window = best[len(outcome.path) :][: len(after) - 1]
+        assert after.tokens[1 : 1 + len(window)] == window
+        assert after.laws_NV is None
+        assert set(after.kinds) == {"deterministic"}
+
+
+@pytest.mark.parametrize("law", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}])
+def test_a_drawn_window_comes_with_the_laws_of_the_last_pass(
+    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], law: dict[str, Any]
+) -> None:
+    model, drafter = endless(tiny("llama")), Recorded(JacobiConfig(window=6))
+    runner = Runner(model, draft=drafter)
+    result = runner.generate([prompt_of(12)], max_new_tokens=50, **law)[0]
+    assert 0 < result.accepted < result.drafted
+    drawn = 0
+    for (before, draft, outcome), (_, after, _) in zip(
+        drafter.rounds, drafter.rounds[1:], strict=False
+    ):
+        assert outcome.laws_NV is not None
+        given_NV = outcome.laws_NV[len(outcome.path) :][: len(after) - 1]
+        size = len(given_NV)
+        if size == 0:
+            assert after.laws_NV is None
+            continue
+        assert after.laws_NV is not None
+        # The laws that the tokens were drawn from, not ones like them.
+        assert torch.equal(after.laws_NV, given_NV)
+        expected_NV = laws_of(model, before, draft, Control(**law))[len(outcome.path) :][:size]
+        torch.testing.assert_close(after.laws_NV, expected_NV, atol=1e-4, rtol=1e-3)
+        assert all(after.laws_NV[at, after.tokens[1 + at]] > 0 for at in range(size))
+        assert after.kinds[1:] == ["iid"] * size + ["deterministic"] * (len(after) - 1 - size)
+        drawn += size
+    assert drawn > 20
+
+
+def test_a_position_is_drawn_anew_in_every_round(
+    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]]
+) -> None:
+    """By the place of the token, so that two windows of a flat law are not the same."""
+    drafter, row = JacobiDrafter(JacobiConfig(window=8)), row_of([5, 6])
+    row.control = Control(temperature=1.0)
+    row.draws = Draws(3, 0)
+    drafter.begin([], None)  # type: ignore[arg-type]
+    windows = []
+    for _ in range(2):
+        draft = Draft([row.tokens[-1], *range(8)], list(range(-1, 8)), ["deterministic"] * 9)
+        row.tokens.append(7)
+        laws_NV = torch.full((9, 320), 1 / 320)
+        drafter.observe([Outcome(row=row, draft=draft, path=[0], next_token=7, laws_NV=laws_NV)])
+        windows.append(drafter._windows[0].tokens)
+    assert len(set(windows[0])) > 4
+    assert windows[0] != windows[1]
+
+
+@pytest.mark.parametrize("window", [1, 5, 16])
+@pytest.mark.parametrize("budget", [0, 1, 3, 30])
+def test_a_window_is_no_longer_than_its_budget(begin: Begin, window: int, budget: int) -> None:
+    drafter, row = JacobiDrafter(JacobiConfig(window=window)), row_of([4, 5, 6, 4, 5])
+    begin(drafter, [row])
+    for _ in range(3):
+        # First a window of the whole size, of which the next budget takes a part.
+        step(drafter, row, lambda text: 37 * len(text) % 289)
+        assert len(drafter.propose([row], [budget])[0]) == 1 + min(window, budget)
+
+
+def test_rows_have_their_own_window(begin: Begin) -> None:
+    drafter, rows = JacobiDrafter(JacobiConfig(window=2)), [row_of([1, 2], 4), row_of([3, 4], 7)]
+    begin(drafter, rows)
+    drafts = drafter.propose(rows, [2, 2])
+    outcomes = []
+    for row, draft, token in zip(rows, drafts, (100, 200), strict=True):
+        laws_NV = torch.eye(320)[token : token + 3]
+        row.tokens.append(token)
+        outcomes.append(Outcome(row=row, draft=draft, path=[0], next_token=token, laws_NV=laws_NV))
+    drafter.observe(outcomes)
+    assert drafter.propose(rows[1:], [2])[0].tokens == [200, 201, 202]
+    begin(drafter, rows)
+    assert drafter.propose(rows[:1], [2])[0].tokens[1:] != [101, 102]

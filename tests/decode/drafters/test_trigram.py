@@ -1,0 +1,245 @@
+"""Scores and trees against their definitions, written slowly."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from spectool.decode.drafters import state
+from spectool.decode.drafters.trigram import TrigramConfig, TrigramDrafter, TrigramTable
+from spectool.decode.generate import Runner
+from spectool.decode.row import Row
+from spectool.decode.sampling import Control, Draws
+from spectool.decode.tree import Draft
+from spectool.errors import CheckpointError
+
+Begin = Callable[..., None]
+Scores = dict[tuple[int, int], dict[int, float]]
+Flat = dict[tuple[int, int, int], float]
+
+
+def row_of(tokens: list[int], index: int = 0) -> Row:
+    return Row(
+        index=index,
+        tokens=list(tokens),
+        draws=Draws(0, index),
+        control=Control(),
+        max_new_tokens=100,
+        context=1000,
+    )
+
+
+def noise_of(seed: int, size: int, vocab: int) -> list[int]:
+    noise = random.Random(seed)
+    return [noise.randrange(vocab) for _ in range(size)]
+
+
+def slow_scores(tokens: list[int]) -> Scores:
+    """0.25 for each occurrence, up to 3; beyond 12 successors the lowest that is not new goes."""
+    scores: Scores = {}
+    for at in range(len(tokens) - 2):
+        one, two, three = tokens[at : at + 3]
+        after = scores.setdefault((one, two), {})
+        after[three] = min(after.get(three, 0) + 0.25, 3.0)
+        if len(after) == 13:
+            others = [token for token in after if token != three]
+            lowest = min(after[token] for token in others)
+            del after[min(token for token in others if after[token] == lowest)]
+    return scores
+
+
+def slow_paths(scores: Scores, tokens: list[int], depth: int) -> dict[tuple[int, ...], float]:
+    """All continuations of up to `depth` tokens, each with the product of its shares."""
+    paths: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(depth):
+        for path, share in list(paths.items()):
+            one, two = (*tokens, *path)[-2:]
+            after = scores.get((one, two), {})
+            for three, score in after.items():
+                paths[*path, three] = share * score / sum(after.values())
+    del paths[()]
+    return paths
+
+
+def held(table: TrigramTable) -> Flat:
+    return {(one, two, three): score for one, two, three, score in table}
+
+
+def flat(scores: Scores) -> Flat:
+    return {
+        (*pair, three): score for pair, after in scores.items() for three, score in after.items()
+    }
+
+
+def paths_of(draft: Draft) -> list[tuple[int, ...]]:
+    return [tuple(draft.tokens[at] for at in draft.path(node)[1:]) for node in range(1, len(draft))]
+
+
+@pytest.mark.parametrize(("size", "vocab"), [(42, 3), (123, 5), (431, 18), (900, 30)])
+def test_scores_are_their_definition(size: int, vocab: int) -> None:
+    """Learnt in stretches that overlap by two tokens, as rounds bring them."""
+    tokens, table = noise_of(size, size, vocab), TrigramTable()
+    # Of one pair more successors than are kept.
+    tokens += [token for three in noise_of(1, 90, 20) for token in (1, 2, three)]
+    table.learn(tokens[:10])
+    for start in range(10, len(tokens), 7):
+        table.learn(tokens[start - 2 : start + 7])
+    expected = slow_scores(tokens)
+    assert held(table) == pytest.approx(flat(expected))
+    for (one, two), scores in expected.items():
+        total = sum(scores.values())
+        after = table.after(one, two)
+        assert after == sorted(after, reverse=True)
+        assert {t: share for share, t in after} == pytest.approx(
+            {t: score / total for t, score in scores.items()}
+        )
+
+
+def test_a_pair_keeps_12_successors_and_lets_new_ones_in() -> None:
+    table = TrigramTable()
+    for three in (*range(10, 22), *range(11, 22), 10):
+        table.learn([1, 2, three])
+    assert {token for _, token in table.after(1, 2)} == set(range(10, 22))
+    # Weaker than all, yet it is one of the others that goes.
+    table.learn([1, 2, 99])
+    assert {token for _, token in table.after(1, 2)} == {*range(11, 22), 99}
+    table.learn([1, 2, 98])
+    assert {token for _, token in table.after(1, 2)} == {*range(11, 22), 98}
+
+
+def test_a_score_ends_at_3() -> None:
+    table = TrigramTable()
+    table.learn([7] * 99)
+    assert held(table) == {(7, 7, 7): pytest.approx(3.0)}
+
+
+@pytest.mark.parametrize("nodes", [1, 6, 25, 1000])
+def test_the_tree_is_the_best_of_its_size(begin: Begin, nodes: int) -> None:
+    """Against all paths of up to three tokens; equally likely ones are as good as each other."""
+    for seed in range(8):
+        tokens = noise_of(seed, 90, 4)
+        drafter, row = TrigramDrafter(TrigramConfig(nodes=nodes, depth=3)), row_of(tokens)
+        begin(drafter, [row])
+        draft = drafter.propose([row], [9])[0]
+        every = slow_paths(slow_scores(tokens), tokens, 3)
+        found = paths_of(draft)
+        assert len(found) == len(set(found)) == min(nodes, len(every))
+        shares = [every[path] for path in found]
+        assert shares == pytest.approx(sorted(every.values(), reverse=True)[:nodes])
+        assert draft.sources is not None
+        # In eighths; a share on the border of two may be rounded into either.
+        for source, share in zip(draft.sources[1:], shares, strict=True):
+            assert source in (int(8 * share - 1e-6), int(8 * share + 1e-6))
+
+
+def test_a_smaller_tree_is_a_beginning_of_a_larger(begin: Begin) -> None:
+    row = row_of(noise_of(3, 120, 6))
+    drafts = []
+    for nodes in (4, 11, 50):
+        drafter = TrigramDrafter(TrigramConfig(nodes=nodes))
+        begin(drafter, [row])
+        drafts.append(drafter.propose([row], [9])[0])
+    for small, large in itertools.pairwise(drafts):
+        assert large.tokens[: len(small)] == small.tokens
+        assert large.parents[: len(small)] == small.parents
+
+
+def test_equal_inputs_equal_trees(begin: Begin) -> None:
+    tokens = noise_of(5, 200, 7)
+    drafts = []
+    for _ in range(2):
+        drafter, row = TrigramDrafter(), row_of(tokens)
+        begin(drafter, [row])
+        drafts += [drafter.propose([row], [9])[0] for _ in range(2)]
+    assert all(draft == drafts[0] for draft in drafts)
+    assert len(drafts[0]) == 33
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 20])
+def test_no_deeper_than_the_budget(begin: Begin, limit: int) -> None:
+    drafter, row = TrigramDrafter(TrigramConfig(depth=5)), row_of([4, 5, 6] * 4)
+    begin(drafter, [row])
+    assert max(drafter.propose([row], [limit])[0].depths) == min(limit, 5)
+
+
+@pytest.mark.parametrize("tokens", [[1], [1, 1], [1, 2, 3, 4]])
+def test_nothing_known_is_an_empty_draft(begin: Begin, tokens: list[int]) -> None:
+    drafter, row = TrigramDrafter(), row_of(tokens)
+    begin(drafter, [row])
+    assert drafter.propose([row], [9])[0].tokens == tokens[-1:]
+
+
+def test_every_committed_trigram_counts_once(
+    tiny: Callable[..., PreTrainedModel], endless: Any, prompt_of: Callable[..., list[int]]
+) -> None:
+    """However many tokens a round brings, the prompt's and those across rounds included."""
+    drafter, prompt = TrigramDrafter(), prompt_of(17)
+    result = Runner(endless(tiny("llama")), draft=drafter).generate([prompt], max_new_tokens=60)[0]
+    assert result.accepted > 0
+    assert held(drafter.table) == pytest.approx(flat(slow_scores(prompt + result.token_ids)))
+
+
+def kept(begin: Begin, row: Row, place: Path) -> tuple[TrigramDrafter, TrigramDrafter]:
+    """A drafter that has learnt a text, and one that begins with what it kept."""
+    first = TrigramDrafter(TrigramConfig(state=str(place)))
+    begin(first, [row])
+    first.close()
+    return first, TrigramDrafter(TrigramConfig(state=str(place)))
+
+
+def test_a_kept_table_is_the_same_to_the_last_bit(begin: Begin, tmp_path: Path) -> None:
+    """Scores are kept in float32; keeping them again gives equal bytes."""
+    first, again = kept(begin, row_of(noise_of(9, 600, 8)), tmp_path / "one")
+    scores = torch.tensor(list(held(first.table).values()), dtype=torch.float32)
+    assert dict(zip(held(first.table), scores.tolist(), strict=True)) == held(again.table)
+    again.config = TrigramConfig(state=str(tmp_path / "two"))
+    again.close()
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_kept_table_drafts_the_same(begin: Begin, tmp_path: Path) -> None:
+    """Equally likely tokens included."""
+    row = row_of(noise_of(9, 600, 8))
+    first, again = (drafter.propose([row], [9])[0] for drafter in kept(begin, row, tmp_path / "t"))
+    assert (first.tokens, first.parents) == (again.tokens, again.parents)
+
+
+def test_an_empty_table_is_kept_too(begin: Begin, tmp_path: Path) -> None:
+    place = str(tmp_path / "table")
+    TrigramDrafter(TrigramConfig(state=place)).close()
+    drafter, row = TrigramDrafter(TrigramConfig(state=place)), row_of([1, 2])
+    begin(drafter, [row])
+    assert drafter.propose([row], [9])[0].tokens == [2]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"trigrams": torch.zeros(2, 3, dtype=torch.int32)},
+        {"scores": torch.zeros(2)},
+        {"trigrams": torch.zeros(2, 3, dtype=torch.int32), "scores": torch.zeros(3)},
+        {"trigrams": torch.zeros(2, 2, dtype=torch.int32), "scores": torch.zeros(2)},
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    place = tmp_path / "table"
+    state.save(place, "trigram", tensors)
+    with pytest.raises(CheckpointError, match="not a table of trigrams with a score each"):
+        TrigramDrafter(TrigramConfig(state=str(place)))
+
+
+def test_a_kept_table_of_a_larger_vocabulary_is_refused(begin: Begin, tmp_path: Path) -> None:
+    place = tmp_path / "table"
+    first = TrigramDrafter(TrigramConfig(state=str(place)))
+    first.table.learn([5, 320, 6])
+    first.close()
+    drafter = TrigramDrafter(TrigramConfig(state=str(place)))
+    with pytest.raises(CheckpointError, match="holds token 320; the model has 320"):
+        begin(drafter, [row_of([4])])

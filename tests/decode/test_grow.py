@@ -1,0 +1,190 @@
+"""A tree grown level by level in the tail is the tree that is verified at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectool.decode import tree
+from spectool.decode.cache import TreeCache
+from spectool.decode.protocol import Needs
+from spectool.decode.target import Target
+from spectool.decode.tree import Draft
+
+Tiny = Callable[..., PreTrainedModel]
+FAMILIES = ["llama", "gemma3", "gpt2", "opt", "gpt_neox"]
+# How many nodes the levels of the trees have; the root is the first.
+LEVELS = (1, 4, 3, 6, 2)
+
+
+def noise_of(seed: int, size: int) -> list[int]:
+    noise = random.Random(seed)
+    return [noise.randrange(2, 320) for _ in range(size)]
+
+
+def random_tree(seed: int) -> Draft:
+    """A tree of LEVELS; where it branches is random."""
+    noise = random.Random(seed)
+    parents, above = [-1], [0]
+    for size in LEVELS[1:]:
+        own = list(range(len(parents), len(parents) + size))
+        parents += [noise.choice(above) for _ in own]
+        above = own
+    return Draft(noise_of(seed, len(parents)), parents, ["deterministic"] * len(parents))
+
+
+def opened(target: Target, prompts: list[list[int]]) -> TreeCache:
+    cache = target.cache(len(prompts))
+    target.ingest(cache, prompts)
+    return cache
+
+
+def grown(
+    target: Target, cache: TreeCache, drafts: list[Draft], seen: list[int] | None = None
+) -> Tensor:
+    """The logits of all nodes, [B, N, V], from a pass a level."""
+    passes, fed = [], 0
+    for size in LEVELS:
+        end = fed + size
+        tokens = [draft.tokens[:end] for draft in drafts]
+        parents = [[0, *draft.parents[1:end]] for draft in drafts]
+        done = target.grow(cache, tokens, parents, fed=fed, seen=seen)
+        assert done.logits_BNV.shape[1] == size
+        passes.append(done.logits_BNV)
+        fed = end
+    return torch.cat(passes, 1)
+
+
+def tails(cache: TreeCache, size: int, lengths: list[int]) -> list[Tensor]:
+    """Keys and values of each row's first `size` nodes."""
+    return [
+        kept[row, :, length : length + size].clone()
+        for layer in cache._trees
+        for kept in (layer.keys, layer.values)
+        for row, length in enumerate(lengths)
+        if kept is not None
+    ]
+
+
+def committed(cache: TreeCache) -> list[Tensor]:
+    return [
+        kept[row, :, :length].clone()
+        for layer in cache._trees
+        for kept in (layer.keys, layer.values)
+        for row, length in enumerate(cache.lengths)
+        if kept is not None
+    ]
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# The second are rows of unequal length; a window of 16 begins inside some and before others.
+@pytest.mark.parametrize("sizes", [(40,), (21, 6, 14, 1)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_level_by_level_is_all_at_once(tiny: Tiny, family: str, sizes: tuple[int, ...]) -> None:
+    target = Target(tiny(family))
+    prompts = [noise_of(size, size) for size in sizes]
+    drafts = [random_tree(seed) for seed in range(len(sizes))]
+    whole, cache = opened(target, prompts), opened(target, prompts)
+    before = committed(cache)
+    expected = target.verify(whole, drafts).logits_BNV
+    assert_close(grown(target, cache, drafts), expected)
+    # Nothing was committed, and the tail holds what committing takes.
+    assert cache.tokens == prompts
+    assert all(map(torch.equal, committed(cache), before))
+    lengths, size = list(sizes), sum(LEVELS)
+    for one, two in zip(tails(cache, size, lengths), tails(whole, size, lengths), strict=True):
+        assert_close(one, two)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_grown_path_can_be_committed(tiny: Tiny, family: str) -> None:
+    """What follows it is what follows the text that it makes."""
+    target, prompt, draft = Target(tiny(family)), noise_of(0, 23), random_tree(5)
+    cache = opened(target, [prompt])
+    grown(target, cache, [draft])
+    path = draft.path(len(draft) - 1)
+    cache.commit([draft.tokens], [path])
+    text = prompt + [draft.tokens[node] for node in path]
+    assert cache.tokens == [text]
+    next_draft = tree.chain([7, 8], kind="deterministic")
+    found = target.verify(cache, [next_draft]).logits_BNV
+    assert_close(found, target.verify(opened(target, [text]), [next_draft]).logits_BNV)
+
+
+def test_trees_of_a_forest_do_not_see_each_other(tiny: Tiny) -> None:
+    """A node that is its own parent stands right after the committed tokens."""
+    target, prompt = Target(tiny("gemma3")), noise_of(0, 20)
+    cache = opened(target, [prompt])
+    tokens, parents = [5, 6, 7, 8, 9], [0, 1, 0, 1, 3]
+    target.grow(cache, [tokens[:2]], [parents[:2]])
+    found = target.grow(cache, [tokens], [parents], fed=2).logits_BNV[0]
+    for node, path in zip((2, 3, 4), ([5, 7], [6, 8], [6, 8, 9]), strict=True):
+        chain = tree.chain(path, kind="deterministic")
+        expected = target.verify(opened(target, [prompt]), [chain]).logits_BNV[0, -1]
+        assert_close(found[node - 2], expected)
+
+
+@pytest.mark.parametrize("seen", [(9, 30), (33, 17), (1, 2), (40, 31)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_see_as_much_of_their_cache_as_is_said(
+    tiny: Tiny, family: str, seen: tuple[int, ...]
+) -> None:
+    """As if it held no more: tokens, positions and windows."""
+    target = Target(tiny(family))
+    prompts = [noise_of(1, 40), noise_of(2, 31)]
+    drafts = [random_tree(3), random_tree(4)]
+    cache = opened(target, prompts)
+    before = committed(cache)
+    prefixes = [prompt[:size] for prompt, size in zip(prompts, seen, strict=True)]
+    expected = target.verify(opened(target, prefixes), drafts).logits_BNV
+    found = target.grow(
+        cache, [d.tokens for d in drafts], [[0, *d.parents[1:]] for d in drafts], seen=seen
+    )
+    assert_close(found.logits_BNV, expected)
+    assert_close(grown(target, cache, drafts, list(seen)), expected)
+    assert cache.tokens == prompts
+    assert all(map(torch.equal, committed(cache), before))
+
+
+def test_a_row_that_sees_nothing_is_an_empty_one(tiny: Tiny) -> None:
+    target = Target(tiny("llama"))
+    cache = opened(target, [noise_of(1, 12), noise_of(2, 5)])
+    chain = [3, 4, 5]
+    found = target.grow(cache, [chain] * 2, [[0, 0, 1]] * 2, seen=[0, 5]).logits_BNV
+    with torch.inference_mode():
+        expected = target.model(torch.tensor([chain]), use_cache=False).logits[0]
+    assert_close(found[0], expected)
+
+
+def test_features_are_those_of_the_new_nodes(tiny: Tiny) -> None:
+    target, prompt, draft = Target(tiny("llama")), noise_of(0, 9), random_tree(2)
+    needs = Needs(layers=(0, -1), final=True)
+    expected = target.verify(opened(target, [prompt]), [draft], needs).features
+    cache, parents = opened(target, [prompt]), [[0, *draft.parents[1:]]]
+    target.grow(cache, [draft.tokens[:5]], [parents[0][:5]])
+    found = target.grow(cache, [draft.tokens], parents, fed=5, needs=needs).features
+    assert found.keys() == expected.keys() == {"layer 0", "layer -1", "final"}
+    for name, state_BND in found.items():
+        assert_close(state_BND, expected[name][:, 5:])
+
+
+def test_a_tail_outgrows_the_buffers(tiny: Tiny) -> None:
+    """What earlier passes of the same tree wrote is there after they grew."""
+    target, prompt = Target(tiny("llama")), noise_of(0, 40)
+    chain = tree.chain(noise_of(1, 80), kind="deterministic")
+    expected = target.verify(opened(target, [prompt]), [chain]).logits_BNV
+    cache, parents = opened(target, [prompt]), [0, *chain.parents[1:]]
+    capacity = cache.capacity
+    target.grow(cache, [chain.tokens[:20]], [parents[:20]])
+    assert cache.capacity == capacity
+    found = target.grow(cache, [chain.tokens], [parents], fed=20).logits_BNV
+    assert cache.capacity > capacity
+    assert_close(found, expected[:, 20:])
