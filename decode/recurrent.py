@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Needs
@@ -157,17 +157,25 @@ class RecurrentTarget(Target):
         certain: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is to be replayed, then `tokens`: logits of the last ones, and features of all."""
+        if (state := cache.restarted(row)) is not None and cache.tokens[row]:
+            self._feed(state, cache.tokens[row], 0, Needs(), 1)
         state = cache.attempt(row, certain=certain)
         fed = [*cache.replayed(row), *tokens]
         begin = len(cache.tokens[row]) + len(tokens) - len(fed)
+        logits_NV, features = self._feed(state, fed, begin, needs, num_logits)
+        return logits_NV, {name: feature[-len(tokens) :] for name, feature in features.items()}
+
+    def _feed(
+        self, state: DynamicCache, fed: Sequence[int], begin: int, needs: Needs, num_logits: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pass tokens from position `begin` on: logits of the last ones, and features of all."""
         # Where passes of several tokens are wrong, the first is right, and as `generate` has it.
         size = _CHUNK if self.takes_drafts else 1 if begin else len(fed)
-        pieces, features = [], []
+        logits, heard = [], []
         for start in range(0, len(fed), size):
             piece = fed[start : start + size]
-            after = len(fed) - start - len(piece)
             # 0 would ask for all of them.
-            kept = max(1, min(num_logits - after, len(piece)))
+            kept = max(1, min(num_logits - (len(fed) - start - len(piece)), len(piece)))
             options: dict[str, Any] = {self._state_name: state}
             if self._takes_positions:
                 positions = torch.arange(len(piece), device=self.device) + begin + start
@@ -175,13 +183,12 @@ class RecurrentTarget(Target):
             if self._keeps_logits:
                 options["logits_to_keep"] = kept
             ids = torch.tensor([piece], device=self.device)
-            with self._listen(needs) as heard, skinny.products(self._linears, self._most_rows):
+            with self._listen(needs) as features, skinny.products(self._linears, self._most_rows):
                 output = self.model(input_ids=ids, use_cache=True, **options)
-            pieces.append(output.logits[0, -kept:])
-            features.append(heard)
-        every = {name: torch.cat([heard[name][0] for heard in features]) for name in features[0]}
-        own = {name: feature[-len(tokens) :] for name, feature in every.items()}
-        return torch.cat(pieces)[-num_logits:], own
+            logits.append(output.logits[0, -kept:])
+            heard.append(features)
+        whole = {name: torch.cat([piece[name][0] for piece in heard]) for name in heard[0]}
+        return torch.cat(logits)[-num_logits:], whole
 
 
 def open_target(model: PreTrainedModel, *, context: int | None = None) -> Target:

@@ -37,21 +37,26 @@ class ReplayCache(TreeCache):
     def __init__(self, *, batch: int, context: int, config: PreTrainedConfig) -> None:
         super().__init__(batch=batch, num_layers=0, context=context)
         self._config = config
-        self._states = [self._fresh() for _ in range(batch)]
+        self._states = [_State(self._empty()) for _ in range(batch)]
 
-    def _fresh(self, *, careful: bool = False) -> _State:
-        return _State(DynamicCache(config=self._config), careful=careful)
+    def _empty(self) -> DynamicCache:
+        return DynamicCache(config=self._config)
 
     def replayed(self, row: int) -> list[int]:
         """The tokens that the row's next pass begins with."""
         return self.tokens[row][self._states[row].held :]
 
+    def restarted(self, row: int) -> DynamicCache | None:
+        """An empty state for all the row's tokens to pass, if its own has gone ahead of them."""
+        state = self._states[row]
+        if state.trial is not state.cache:
+            return None
+        self._states[row] = _State(self._empty(), held=len(self.tokens[row]), careful=True)
+        return self._states[row].cache
+
     def attempt(self, row: int, *, certain: bool) -> DynamicCache:
         """What the row's next pass goes through: its state if all of it is `certain`, or a copy."""
         state = self._states[row]
-        if state.trial is state.cache:
-            # The state has gone ahead of the tokens: all of them pass again.
-            state = self._states[row] = self._fresh(careful=True)
         state.trial = state.cache if certain and not state.careful else _copied(state.cache)
         return state.trial
 
@@ -66,14 +71,14 @@ class ReplayCache(TreeCache):
             if len(path) == len(tokens[row]):
                 state.cache, state.held = state.trial, len(self.tokens[row])
             elif state.trial is state.cache:
-                self._states[row] = self._fresh()
+                self._states[row] = _State(self._empty())
             self._states[row].trial = None
 
     def truncate(self, row: int, length: int) -> None:
         """Forget all but the first `length` tokens; where the state held more, all pass again."""
         super().truncate(row, length)
         if self._states[row].held > length:
-            self._states[row] = self._fresh()
+            self._states[row] = _State(self._empty())
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows of the batch, in this order."""

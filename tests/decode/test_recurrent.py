@@ -192,8 +192,10 @@ def test_a_pass_that_is_not_committed_changes_nothing(tiny: Tiny, family: str) -
     first = target.verify(cache, [draft]).logits_BNV
     for _ in range(3):
         target.verify(cache, [tree.root(13)])
-    logits = target.verify(cache, [draft]).logits_BNV
+    with sizes_of(target.model) as sizes:
+        logits = target.verify(cache, [draft]).logits_BNV
     torch.testing.assert_close(logits, first, atol=1e-4, rtol=1e-4)
+    assert sizes == [2]
     assert 1 in measure(target).points
 
 
