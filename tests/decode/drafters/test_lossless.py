@@ -14,8 +14,8 @@ from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDra
 from spectool.decode.generate import Runner
 
 Tiny = Callable[..., PreTrainedModel]
-FAMILIES = ["llama", "gemma3", "gpt2"]
-MORE = ["qwen3", "opt", "gpt_neox", "mixtral"]
+FAMILIES = ["llama", "gemma3"]
+MORE = ["qwen3", "gpt2", "opt", "gpt_neox", "mixtral"]
 
 SPECS = {
     "ngram": "ngram",
