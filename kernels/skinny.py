@@ -32,7 +32,7 @@ _SMALLEST, MOST_ROWS = 1 << 15, 32
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be built (`missing` says why)."""
     try:
         return _load(_build())
@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL | None:
 
 def missing() -> str | None:
     """Why torch's own products run instead, if they do."""
-    if library() is not None:
+    if compiled() is not None:
         return None
     return "no C compiler" if _compiler() is None else "the C compiler cannot build the kernel"
 
@@ -50,9 +50,9 @@ def missing() -> str | None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times weight [M, K] transposed, plus bias [M]; sums in float32, in x's dtype.
 
-    Inference only, contiguous weights of float32 or bfloat16 on the CPU; `library` is there.
+    Inference only, contiguous weights of float32 or bfloat16 on the CPU; `compiled` gave kernels.
     """
-    kernels = library()
+    kernels = compiled()
     assert kernels is not None
     height, width = weight.shape
     rows_NK = x.reshape(-1, width).to(torch.float32).contiguous()
@@ -73,7 +73,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def suited(modules: Iterator[nn.Module]) -> list[nn.Linear]:
-    """The linears whose products `products` would take over; none without a `library`."""
+    """The linears whose products `products` would take over; none without `compiled` kernels."""
     found = [
         module
         for module in modules
@@ -83,7 +83,7 @@ def suited(modules: Iterator[nn.Module]) -> list[nn.Linear]:
         and module.weight.numel() >= _SMALLEST
         and module.weight.is_contiguous()
     ]
-    return found if found and library() is not None else []
+    return found if found and compiled() is not None else []
 
 
 @contextlib.contextmanager

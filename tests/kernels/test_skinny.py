@@ -15,7 +15,7 @@ from torch import nn
 
 from spectool.kernels import skinny
 
-needs_compiler = pytest.mark.skipif(skinny.library() is None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(skinny.compiled() is None, reason="no C compiler here")
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_a_compiler_that_fails_is_said(tmp_path: Path) -> None:
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    script = "from spectool.kernels import skinny; print(skinny.library(), skinny.missing())"
+    script = "from spectool.kernels import skinny; print(skinny.compiled(), skinny.missing())"
     environment = {
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(tmp_path),
