@@ -114,7 +114,7 @@ def test_each_block_is_skipped_by_itself(tiny: Tiny, family: str) -> None:
 
 def test_large_matrices_are_skipped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target's passes have a kernel of their own for these, and OPT's MLP is two of them."""
-    monkeypatch.setattr(skinny, "library", lambda: True)
+    monkeypatch.setattr(skinny, "compiled", lambda: True)
     monkeypatch.setattr(skinny, "linear", nn.functional.linear)
     config = transformers.OPTConfig(
         vocab_size=320,
