@@ -1,116 +1,165 @@
 /* y[i][j] = sum over k of x[i][k] w[j][k]: few rows of x, many of w, which is read from memory once.
  *
  * Every product is summed along k in the same order whatever the other rows are, so a row's result
- * does not depend on its mates. A tile of 3 x 4 sums fills the 16 registers of AVX2.
+ * does not depend on its mates. A tile of ROWS rows of w and up to COLUMNS rows of x keeps its sums
+ * in registers. x is packed into panels that tiles read front to back, for rows a power of two
+ * apart would push each other out of the cache. While tiles compute, the next rows of w are
+ * fetched, or memory would rest meanwhile.
  */
 #include <stddef.h>
 #include <stdint.h>
-#if defined(__AVX2__) && defined(__FMA__)
+#include <string.h>
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
-#define LANES 8
-#define ROWS 3
 #define COLUMNS 4
+#ifdef __AVX512F__
+#define LANES 16
+#define ROWS 6
+#else
+#define LANES 8
+#define ROWS 2
+#endif
+#ifdef __AVX512BF16__
+#define PAIRED 1 /* one instruction multiplies bfloat16 and adds the products in pairs */
+#else
+#define PAIRED 0
+#endif
+#define BYTES (4 * LANES)
+#define INLINE static inline __attribute__((always_inline))
 
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef float vec __attribute__((vector_size(BYTES), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(BYTES), aligned(4)));
 
 /* a b + c. Left to itself the compiler fuses it in some tiles and not in others. */
-static inline __attribute__((always_inline)) vec fused(vec a, vec b, vec c) {
-#if defined(__AVX2__) && defined(__FMA__)
+INLINE vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     return a * b + c;
 #endif
 }
 
-static inline __attribute__((always_inline)) vec widen(halves h) {
-    return (vec)(__builtin_convertvector(h, bits) << 16);
+INLINE vec paired(vec a, vec b, vec c) {
+#if PAIRED
+    return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+    return c;
+#endif
 }
 
-static inline __attribute__((always_inline)) vec load(const void *w, ptrdiff_t at, const int half) {
-    if (half) return widen(*(const halves *)((const uint16_t *)w + at));
-    return *(const vec *)((const float *)w + at);
-}
+/* Of bfloat16 in pairs, as float: the even ones, and the odd ones. */
+INLINE vec even(vec v) { return (vec)((words)v << 16); }
+INLINE vec odd(vec v) { return (vec)((words)v & 0xffff0000u); }
 
-/* The last lanes of a row, zeros beyond it. */
-static inline __attribute__((always_inline)) vec load_end(const void *w, ptrdiff_t at, int count,
-                                                          const int half) {
-    if (half) {
-        halves h = {0};
-        for (int l = 0; l < count; l++) h[l] = ((const uint16_t *)w)[at + l];
-        return widen(h);
-    }
+/* The vector at p, of which only the first `rest` bytes are there; zeros beyond them. */
+INLINE vec load(const char *p, ptrdiff_t rest) {
     vec v = {0};
-    for (int l = 0; l < count; l++) v[l] = ((const float *)w)[at + l];
+    memcpy(&v, p, rest < BYTES ? rest : BYTES);
     return v;
 }
 
-static inline __attribute__((always_inline)) void tile(
-    const int rows, const int columns, const int half, const float *x, const void *w,
-    const float *bias, float *y, ptrdiff_t width, ptrdiff_t i, ptrdiff_t j, ptrdiff_t height) {
-    vec sum[ROWS][COLUMNS] = {{{0}}};
-    ptrdiff_t k = 0;
-    for (; k + LANES <= width; k += LANES) {
-        vec from[ROWS];
-        for (int r = 0; r < rows; r++) from[r] = load(w, (j + r) * width + k, half);
-        for (int c = 0; c < columns; c++) {
-            vec v = load(x, (i + c) * width + k, 0);
-            for (int r = 0; r < rows; r++) sum[r][c] = fused(from[r], v, sum[r][c]);
-        }
-    }
-    if (k < width) {
-        int count = (int)(width - k);
+INLINE float total(vec v) {
+#if LANES == 16
+    typedef float half __attribute__((vector_size(32)));
+    half parts[2];
+    memcpy(parts, &v, sizeof v);
+    half s = parts[0] + parts[1];
+#else
+    vec s = v;
+#endif
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+/* A vector of each row of w times those of a panel: LANES floats or 2 LANES bfloat16. */
+INLINE void step(const int rows, const int columns, const int half, const vec *from, const vec *x,
+                 vec sum[ROWS][COLUMNS]) {
+    for (int c = 0; c < columns; c++)
+        for (int r = 0; r < rows; r++)
+            if (!half)
+                sum[r][c] = fused(from[r], x[c], sum[r][c]);
+            else if (PAIRED)
+                sum[r][c] = paired(from[r], x[c], sum[r][c]);
+            else {
+                sum[r][c] = fused(even(from[r]), x[2 * c], sum[r][c]);
+                sum[r][c] = fused(odd(from[r]), x[2 * c + 1], sum[r][c]);
+            }
+}
+
+/* A row of w has `size` bytes. Of the rows at `next` the first size >> share bytes are fetched. */
+INLINE void tile(const int rows, const int columns, const int half, const vec *x, const char *w,
+                 const float *bias, float *y, ptrdiff_t size, ptrdiff_t height, const char *next,
+                 int share) {
+    vec sum[ROWS][COLUMNS] = {{{0}}}, from[ROWS];
+    ptrdiff_t at = 0;
+    for (; at + BYTES <= size; at += BYTES) {
         for (int r = 0; r < rows; r++) {
-            vec from = load_end(w, (j + r) * width + k, count, half);
-            for (int c = 0; c < columns; c++)
-                sum[r][c] = fused(from, load_end(x, (i + c) * width + k, count, 0), sum[r][c]);
+            from[r] = *(const vec *)(w + r * size + at);
+            __builtin_prefetch(next + r * size + (at >> share), 0, 2);
         }
+        step(rows, columns, half, from, x, sum);
+        x += columns * (half && !PAIRED ? 2 : 1);
+    }
+    if (at < size) {
+        for (int r = 0; r < rows; r++) from[r] = load(w + r * size + at, size - at);
+        step(rows, columns, half, from, x, sum);
     }
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < columns; c++) {
-            vec s = sum[r][c];
-            float total = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-            y[(i + c) * height + j + r] = total + (bias ? bias[j + r] : 0.0f);
-        }
+        for (int c = 0; c < columns; c++)
+            y[c * height + r] = total(sum[r][c]) + (bias ? bias[r] : 0.0f);
 }
 
-static inline __attribute__((always_inline)) void strip(
-    const int rows, const int half, const float *x, const void *w, const float *bias, float *y,
-    ptrdiff_t count, ptrdiff_t width, ptrdiff_t j, ptrdiff_t height) {
-    ptrdiff_t i = 0;
-    for (; i + 4 <= count; i += 4) tile(rows, 4, half, x, w, bias, y, width, i, j, height);
-    switch (count - i) {
-    case 3: tile(rows, 3, half, x, w, bias, y, width, i, j, height); break;
-    case 2: tile(rows, 2, half, x, w, bias, y, width, i, j, height); break;
-    case 1: tile(rows, 1, half, x, w, bias, y, width, i, j, height); break;
-    }
-}
+INLINE void product(const int half, const char *x, const char *w, const float *bias, float *y,
+                    float *packed, ptrdiff_t count, ptrdiff_t width, ptrdiff_t height,
+                    int threads) {
+    const ptrdiff_t size = width * (half ? 2 : 4), steps = (size + BYTES - 1) / BYTES;
+    const ptrdiff_t panels = (count + COLUMNS - 1) / COLUMNS;
+    vec *out = (vec *)packed;
+    for (ptrdiff_t p = 0; p < panels; p++)
+        for (ptrdiff_t s = 0; s < steps; s++)
+            for (ptrdiff_t i = p * count / panels; i < (p + 1) * count / panels; i++) {
+                vec v = load(x + i * size + s * BYTES, size - s * BYTES);
+                *out++ = half && !PAIRED ? even(v) : v;
+                if (half && !PAIRED) *out++ = odd(v);
+            }
 
-static inline __attribute__((always_inline)) void product(
-    const int half, const float *x, const void *w, const float *bias, float *y, ptrdiff_t count,
-    ptrdiff_t width, ptrdiff_t height, int threads) {
-    ptrdiff_t strips = (height + ROWS - 1) / ROWS;
+    /* Every panel fetches its share of the next rows. */
+    int share = 0;
+    while (panels >> (share + 1)) share++;
+    const ptrdiff_t whole = height / ROWS;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (ptrdiff_t s = 0; s < strips; s++) {
-        ptrdiff_t j = s * ROWS;
-        switch (height - j) {
-        case 1: strip(1, half, x, w, bias, y, count, width, j, height); break;
-        case 2: strip(2, half, x, w, bias, y, count, width, j, height); break;
-        default: strip(ROWS, half, x, w, bias, y, count, width, j, height);
+    for (ptrdiff_t s = 0; s < whole + height % ROWS; s++) {
+        const int rows = s < whole ? ROWS : 1;
+        const ptrdiff_t j = s < whole ? s * ROWS : s - whole + whole * ROWS;
+        for (ptrdiff_t p = 0; p < panels; p++) {
+            const ptrdiff_t i = p * count / panels, columns = (p + 1) * count / panels - i;
+            const vec *panel = (const vec *)packed + i * steps * (half && !PAIRED ? 2 : 1);
+            const char *next = w + (j + rows) * size + p * (size >> share);
+#define TILE(R, C)                                                                                 \
+    tile(R, C, half, panel, w + j * size, bias ? bias + j : 0, y + i * height + j, size, height,   \
+         next, share)
+#define ROW(C) rows == ROWS ? TILE(ROWS, C) : TILE(1, C)
+            switch (columns) {
+            case 1: ROW(1); break;
+            case 2: ROW(2); break;
+            case 3: ROW(3); break;
+            default: ROW(4);
+            }
         }
     }
 }
 
-/* x [count, width] and bias [height] (or null) float; w [height, width]; y [count, height] float. */
-void product_float(const float *x, const void *w, const float *bias, float *y, ptrdiff_t count,
-                   ptrdiff_t width, ptrdiff_t height, int threads) {
-    product(0, x, w, bias, y, count, width, height, threads);
+/* x [count, width] and w [height, width] of one type; bias [height] (or null) and y [count, height]
+ * float; packed: count times (width rounded up to 64) floats, whatever they hold. */
+void product_float(const void *x, const void *w, const float *bias, float *y, float *packed,
+                   ptrdiff_t count, ptrdiff_t width, ptrdiff_t height, int threads) {
+    product(0, x, w, bias, y, packed, count, width, height, threads);
 }
 
-void product_bfloat16(const float *x, const void *w, const float *bias, float *y, ptrdiff_t count,
-                      ptrdiff_t width, ptrdiff_t height, int threads) {
-    product(1, x, w, bias, y, count, width, height, threads);
+void product_bfloat16(const void *x, const void *w, const float *bias, float *y, float *packed,
+                      ptrdiff_t count, ptrdiff_t width, ptrdiff_t height, int threads) {
+    product(1, x, w, bias, y, packed, count, width, height, threads);
 }
