@@ -21,7 +21,8 @@ def doctor(json_output: Json = False, debug: Debug = False) -> None:
     """Processor, memory, packages, and what runs here."""
     with session(json_wanted=json_output, debug=debug) as output:
         from spectool import machine
-        from spectool.decode import tune
+        from spectool.decode import curve
+        from spectool.kernels import skinny
 
         found: dict[str, Any] = machine.describe()
         output.show(f"processor: {found['processor']}, {found['cores']} cores")
@@ -35,10 +36,12 @@ def doctor(json_output: Json = False, debug: Debug = False) -> None:
             extra = PACKAGES[name]
             absent = "not installed" + (f" (pip install 'spectool[{extra}]')" if extra else "")
             output.show(f"{name}: {version or absent}")
+        absent_kernel = skinny.missing()
+        output.show(f"products of few rows: {absent_kernel or 'compiled kernel'}")
         output.show("packed linears: unpacked in torch at every forward; no compiled kernel yet")
-        curves = tune.read_curves()
+        curves = curve.read_curves()
         if curves:
             output.show("passes measured here, for --draft auto and :tune:")
         for model, points in curves.items():
-            output.show(f"  {model}: {tune.Curve(points)}")
+            output.show(f"  {model}: {curve.Curve(points)}")
         output.result({"machine": found, "packages": packages, "passes": curves})

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.decode.cache import TreeCache
 from spectool.decode.chains import chained
+from spectool.decode.curve import Curve, curve_of
 from spectool.decode.drafters.spec import open_drafter, parse_spec
 from spectool.decode.loop import Spent, decode
 from spectool.decode.protocol import Drafter
@@ -23,7 +24,7 @@ from spectool.decode.recurrent import open_target
 from spectool.decode.row import FinishReason, Row
 from spectool.decode.sampling import Control, Draws, Law
 from spectool.decode.text import TextStream
-from spectool.decode.tune import Curve, Tuned, curve_of
+from spectool.decode.tune import Tuned
 from spectool.decode.verify import Pairing, rule_for
 from spectool.errors import UsageError
 from spectool.loading import load_model, load_tokenizer

@@ -3,11 +3,12 @@
 Plain decoding runs first and sets the texts; prompts whose plain output starts to repeat itself are
 cut there, since any drafter does well inside a loop. Then plain decoding, every drafter and, where
 asked for, transformers' own `generate` are timed on the same prompts with the same limits in one
-process: one after another within each category of prompts, so that all meet the machine's moods.
+process: one after another on every prompt, or batch of them, so that all meet the machine's moods.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,9 +81,15 @@ def bench(
     texts = [encoded[i] for i in kept]
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **law}
     plain = _decoder(runner, runner.open(None), common)
+    # The same batches every time: a sampled text depends on its place in one.
+    batches = _batches([categories[i] if categories else None for i in kept], batch_size)
     say(f"plain decoding of {len(texts)} prompts, to find loops and to warm up")
-    free = plain(texts, [max_new_tokens] * len(texts))
-    limits = [max(1, loop_start(result.token_ids)) for result in free]
+    limits, lengths = [0] * len(texts), [0] * len(texts)
+    for batch in itertools.chain(*batches.values()):
+        free = plain([texts[i] for i in batch], [max_new_tokens] * len(batch))
+        for i, result in zip(batch, free, strict=True):
+            lengths[i] = len(result.token_ids)
+            limits[i] = max(1, loop_start(result.token_ids))
 
     contenders = [("none", plain)]
     for draft, drafter in zip(drafts, drafters, strict=True):
@@ -98,15 +105,17 @@ def bench(
         # The first prompt once untimed: buffers are made then.
         decode(texts[:1], limits[:1])
 
-    groups = _groups([categories[i] for i in kept] if categories else [])
     timed: list[list[Timed]] = [[] for _ in contenders]
-    for category, numbers in groups.items() or [("", range(len(texts)))]:
-        for (name, decode), done in zip(contenders, timed, strict=True):
-            done.append(_time(runner, decode, [(texts[i], limits[i]) for i in numbers]))
+    for category, own in batches.items():
+        parts: list[list[Timed]] = [[] for _ in contenders]
+        for batch in own:
+            jobs = [(texts[i], limits[i]) for i in batch]
+            for (_, decode), done in zip(contenders, parts, strict=True):
+                done.append(_time(runner, decode, jobs))
+        for (name, _), part, done in zip(contenders, parts, timed, strict=True):
+            done.append(_sum(part))
             say(f"{category}, {name}: {done[-1]}" if category else f"{name}: {done[-1]}")
     names = [name for name, _ in contenders]
-    lengths = [len(result.token_ids) for result in free]
-    made = sum(lengths)
     return {
         **_side_by_side(names, [_sum(parts) for parts in timed], len(drafts), control.greedy),
         "categories": [
@@ -114,13 +123,14 @@ def bench(
                 "category": category,
                 **_side_by_side(names, [parts[at] for parts in timed], len(drafts), control.greedy),
             }
-            for at, category in enumerate(groups)
+            for at, category in enumerate(batches)
+            if category
         ],
         "prompts": len(texts),
         "prompts_left_out": len(prompts) - len(texts),
         "batch_size": batch_size,
         "dtype": str(runner.target.model.dtype).removeprefix("torch."),
-        "kept_share": sum(map(min, limits, lengths)) / made,
+        "kept_share": sum(map(min, limits, lengths)) / sum(lengths),
         "prompts_cut": sum(limit < length for limit, length in zip(limits, lengths, strict=True)),
     }
 
@@ -153,12 +163,15 @@ def _fitting(encoded: Sequence[Sequence[int]], context: int, room: int, say: Say
     return kept
 
 
-def _groups(categories: Sequence[str | None]) -> dict[str, list[int]]:
-    """The numbers of each category's prompts; none if no prompt has a category."""
-    found: dict[str, list[int]] = {}
+def _batches(categories: Sequence[str | None], size: int) -> dict[str, list[list[int]]]:
+    """The numbers of each category's prompts in batches; of "" if no prompt has a category."""
+    found: dict[str, list[list[int]]] = {}
     for number, category in enumerate(categories):
-        found.setdefault(category or NO_CATEGORY, []).append(number)
-    return found if any(categories) else {}
+        own = found.setdefault(category or (NO_CATEGORY if any(categories) else ""), [[]])
+        if len(own[-1]) == size:
+            own.append([])
+        own[-1].append(number)
+    return found
 
 
 def _decoder(runner: Runner, drafter: Drafter, options: dict[str, Any]) -> peers.Decode:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectool.decode import tree
+from spectool.decode import curve, tree, tune
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control
@@ -102,6 +103,34 @@ def adversaries(scripted: Callable[..., Scripted]) -> Callable[[list[int], int],
         return {name: scripted(script) for name, script in scripts.items()}
 
     return make
+
+
+class Clock:
+    """Stands still unless it is moved, or is to move at every look. No test looks at a real one."""
+
+    def __init__(self, tick: Callable[[], float] = lambda: 0.0) -> None:
+        self.now = 0.0
+        self.tick = tick
+
+    def perf_counter(self) -> float:
+        self.now += self.tick()
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What tuning and the measuring of passes take for the time."""
+    made = Clock()
+    monkeypatch.setattr(curve, "time", made)
+    monkeypatch.setattr(tune, "time", made)
+    return made
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's curves are kept, away from other tests' curves."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from spectool.decode import chains, recurrent, tree
+from spectool.decode.curve import measure
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
 from spectool.decode.generate import Runner
@@ -17,7 +18,7 @@ from spectool.decode.protocol import Needs
 from spectool.decode.recurrent import CHAINS, FORGETFUL, RecurrentTarget, open_target
 from spectool.decode.replay import ReplayCache
 from spectool.decode.target import Target
-from spectool.decode.tune import Tuned, measure
+from spectool.decode.tune import Tuned
 from spectool.errors import UnsupportedError, UsageError
 
 from ..conftest import RECURRENT, make_model
