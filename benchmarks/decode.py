@@ -30,8 +30,8 @@ from spectool.kernels import skinny
 WIDTHS = {"hidden": 2048, "intermediate": 5888, "heads": 64}
 EXACT = ("ngram", "recycle", "trigram", "ngram+recycle", "jacobi", "skip", "ngram+recycle:tune")
 FAST = (
-    "ngram:tune", "recycle:tune", "trigram:tune", "ngram+recycle:tune", "recycle:nodes=6",
-    "jacobi:tune", "skip:tune",
+    "ngram:tune", "recycle:tune", "trigram:tune", "ngram+recycle:tune", "trigram+recycle:tune",
+    "recycle:nodes=6", "jacobi:tune", "skip:tune",
 )  # fmt: skip
 
 

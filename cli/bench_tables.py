@@ -23,7 +23,7 @@ def table(runs: Sequence[Figures]) -> Any:
         *["over\ngenerate", "over\nlookup"] * with_peers,
         "tokens/\nforward",
         "accepted",
-        "draft/\nhost",
+        "prompt/\ndraft/\nhost",
         "identical",
     )
     for run in runs:
@@ -99,4 +99,4 @@ def _split(row: Figures) -> str:
     """Shares of the time that drafting and the loop itself took; the target's is the rest."""
     if "draft_share" not in row:
         return "-"
-    return f"{row['draft_share']:.0%}/{row['host_share']:.0%}"
+    return f"{row['prompt_share']:.0%}/{row['draft_share']:.0%}/{row['host_share']:.0%}"

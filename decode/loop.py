@@ -41,9 +41,10 @@ class Commit:
 
 @dataclass(slots=True)
 class Spent:
-    """Seconds of all steps so far: drafting, and the target's passes. What is left is ours."""
+    """Seconds so far: drafting, prompt passes, and the passes of steps. What is left is ours."""
 
     draft: float = 0.0
+    prompt: float = 0.0
     target: float = 0.0
 
 
@@ -86,7 +87,7 @@ def _prompt_pass(
     drafts = [tree.root(row.tokens[-1]) for row in rows]
     done = target.ingest(cache, fresh, drafter.needs)
     settled, _, _ = _judge(rows, drafts, done.logits_BV[:, None], pairing)
-    spent.target += time.perf_counter() - began
+    spent.prompt += time.perf_counter() - began
     commits, prompts = [], []
     for b, (row, (_, token)) in enumerate(zip(rows, settled, strict=True)):
         row.count([0], 0)

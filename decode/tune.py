@@ -23,9 +23,9 @@ from spectool.decode.sampling import Control
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 
-# What is assumed of a node of a source that was never tried, and how many trials that is worth; of a
-# younger sibling, which can only stand where the elder falls; and of a level. Of a level it is much,
-# for good drafters whose levels are dear would never be tried otherwise.
+# What is assumed of a node of a source that was never tried, and how many trials that is worth; of
+# a younger sibling, which can only stand where the elder falls; and of a level. Of a level it is
+# much, for good drafters whose levels are dear would never be tried otherwise.
 _PRIOR, _WEIGHT, _YOUNGER, _LEVEL = 0.4, 2.0, 0.15, 0.8
 # Rounds after which half of what is known of a source is forgotten: texts change.
 _HALF_LIFE = 400.0

@@ -8,6 +8,7 @@ process: one after another on every prompt, or batch of them, so that all meet t
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class Timed:
     results: list[Result]
     seconds: float
     draft: float
+    prompt: float
     target: float
 
     def __str__(self) -> str:
@@ -64,8 +66,9 @@ def bench(
 
     `categories` may name each prompt's. The result's hold `baseline`, `drafters` and `peers` as the
     whole does, which is their sum. `identical` counts prompts whose tokens equal plain decoding's;
-    None when sampling, where equal laws and not equal tokens are promised. Peers run one prompt at
-    a time, so at batch size 1 only.
+    None when sampling, where equal laws and not equal tokens are promised. `step_speedup` leaves
+    out the prompts' passes, which no drafter changes. Peers run one prompt at a time, so at batch
+    size 1 only.
 
     Raises:
         UsageError: a wrong option, or none of the prompts fits in the context.
@@ -184,13 +187,19 @@ def _decoder(runner: Runner, drafter: Drafter, options: dict[str, Any]) -> peers
 
 
 def _time(runner: Runner, decode: peers.Decode, jobs: Sequence[tuple[Sequence[int], int]]) -> Timed:
-    draft, target = runner.spent.draft, runner.spent.target
+    before = dataclasses.replace(runner.spent)
     start = time.perf_counter()
     results = decode([prompt for prompt, _ in jobs], [limit for _, limit in jobs])
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return Timed(results, seconds, runner.spent.draft - draft, runner.spent.target - target)
+    return Timed(
+        results,
+        seconds,
+        runner.spent.draft - before.draft,
+        runner.spent.prompt - before.prompt,
+        runner.spent.target - before.target,
+    )
 
 
 def _sum(parts: Sequence[Timed]) -> Timed:
@@ -198,6 +207,7 @@ def _sum(parts: Sequence[Timed]) -> Timed:
         [result for part in parts for result in part.results],
         sum(part.seconds for part in parts),
         sum(part.draft for part in parts),
+        sum(part.prompt for part in parts),
         sum(part.target for part in parts),
     )
 
@@ -220,14 +230,23 @@ def _side_by_side(
     speeds = {row["name"]: row["tokens_per_second"] for row in others}
     for row, one in zip(own, timed, strict=False):
         row["draft_share"] = one.draft / one.seconds
+        row["prompt_share"] = one.prompt / one.seconds
         row["target_share"] = one.target / one.seconds
-        row["host_share"] = 1 - row["draft_share"] - row["target_share"]
+        row["host_share"] = 1 - (one.draft + one.prompt + one.target) / one.seconds
+        row["step_speedup"] = _step_speed(one) / _step_speed(timed[0])
         row["draft_ms"] = 1000 * one.draft / max(1, row["forwards"])
         if others:
             speed = row["tokens_per_second"]
             row["speedup_over_transformers"] = speed / speeds[peers.PLAIN]
             row["speedup_over_prompt_lookup"] = speed / speeds[peers.PROMPT_LOOKUP]
     return {"baseline": own[0], "drafters": own[1:], "peers": others}
+
+
+def _step_speed(timed: Timed) -> float:
+    """Tokens a second without the prompts' passes, and without the token that each brings."""
+    tokens = sum(len(result.token_ids) - 1 for result in timed.results)
+    # Or every text was of one token.
+    return max(tokens, 1) / (timed.seconds - timed.prompt)
 
 
 def _figures(name: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
         assert whole["identical"] == (None if at == 0 else 4)
         plain = result["baseline"]["tokens_per_second"]
         assert whole["speedup"] == pytest.approx(whole["tokens_per_second"] / plain)
-    # Within a category one after another, each said.
+    # What came of each category is said.
     order = [line.rpartition(":")[0] for line in said if line.startswith(("qa, ", "rag, "))]
     names = ["none", "ngram:nodes=4", "recycle", *(row["name"] for row in result["peers"])]
     assert order == [f"{category}, {name}" for category in ("qa", "rag") for name in names]
@@ -85,9 +85,14 @@ def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
 def test_time_is_split_and_compared_with_peers(tiny: Tiny) -> None:
     result = bench(Runner(tiny("llama")), PROMPTS, ["recycle"], max_new_tokens=12, with_peers=True)
     plain, lookup = result["peers"]
+    first = 0.0
     for row in (result["baseline"], *result["drafters"]):
-        shares = [row["draft_share"], row["target_share"], row["host_share"]]
-        assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+        shares = [row[f"{part}_share"] for part in ("prompt", "draft", "target", "host")]
+        assert sum(shares) == pytest.approx(1) and min(shares) > 0
+        # The first token of each prompt comes from its own pass.
+        steps = (row["new_tokens"] - row["prompts"]) / (row["seconds"] * (1 - shares[0]))
+        first = first or steps
+        assert row["step_speedup"] == pytest.approx(steps / first)
         speed = row["tokens_per_second"]
         over = [row["speedup_over_transformers"], row["speedup_over_prompt_lookup"]]
         assert over == [speed / plain["tokens_per_second"], speed / lookup["tokens_per_second"]]
