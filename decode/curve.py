@@ -47,6 +47,12 @@ class Curve:
         self.points = points
         self.found = found
         self._visits = dict.fromkeys(points, _MEASURED)
+        self._settle()
+
+    def _settle(self) -> None:
+        self._sizes = sorted(self.points)
+        falling = itertools.accumulate((self.points[n] for n in reversed(self._sizes)), min)
+        self._rising = list(falling)[::-1]
 
     def seconds(self, tokens: int) -> float:
         """Interpolated between the sizes that are known, and never falling.
@@ -54,8 +60,7 @@ class Curve:
         A pass costs no more than one of more tokens: so what was measured too high by accident is
         tried again.
         """
-        sizes = sorted(self.points)
-        rising = list(itertools.accumulate((self.points[n] for n in reversed(sizes)), min))[::-1]
+        sizes, rising = self._sizes, self._rising
         at = bisect_left(sizes, tokens)
         if at < len(sizes) and sizes[at] == tokens:
             return rising[at]
@@ -77,6 +82,7 @@ class Curve:
         self._visits[tokens] = visits + 1
         own = _MOOD + max(_SHAPE, (1 - _MOOD) / (1 + visits))
         self.points[tokens] = expected * (1 + own * change)
+        self._settle()
 
     def __str__(self) -> str:
         shown = [n for n in (2, 4, 8, 16, 32, 64) if n in self.points]

@@ -67,8 +67,8 @@ def bench(
     `categories` may name each prompt's. The result's hold `baseline`, `drafters` and `peers` as the
     whole does, which is their sum. `identical` counts prompts whose tokens equal plain decoding's;
     None when sampling, where equal laws and not equal tokens are promised. `step_speedup` leaves
-    out the prompts' passes, which no drafter changes. Peers run one prompt at a time, so at batch
-    size 1 only.
+    out the prompts' passes, which drafting cannot shorten. Peers run one prompt at a time, so at
+    batch size 1 only.
 
     Raises:
         UsageError: a wrong option, or none of the prompts fits in the context.

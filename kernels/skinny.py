@@ -59,8 +59,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     assert kernels is not None and x.dtype == weight.dtype
     height, width = weight.shape
     rows_NK = x.reshape(-1, width).contiguous()
-    packed = torch.empty(len(rows_NK) * -(-width // _PADDED) * _PADDED)
-    out_NM = torch.empty(len(rows_NK), height)
+    padded = -(-width // _PADDED) * _PADDED
+    packed = torch.empty(len(rows_NK) * padded, dtype=torch.float32)
+    out_NM = torch.empty(len(rows_NK), height, dtype=torch.float32)
     own = bias.to(torch.float32) if bias is not None else None
     run = kernels.product_float if weight.dtype == torch.float32 else kernels.product_bfloat16
     run(
