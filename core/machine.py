@@ -71,11 +71,21 @@ def processor() -> str:
 
 def has_bfloat16() -> bool:
     """Whether the processor has instructions for bfloat16 products (True where it is unknown)."""
+    flags = _flags()
+    return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
+
+
+def has_bfloat16_tiles() -> bool:
+    """Whether it multiplies whole tiles of bfloat16 (False where it is unknown)."""
+    return "amx_bf16" in (_flags() or ())
+
+
+def _flags() -> set[str] | None:
     try:
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
-        return True
-    return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags[1].split()))
+        return None
+    return None if flags is None else set(flags[1].split())
 
 
 def describe() -> dict[str, Any]:

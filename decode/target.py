@@ -89,8 +89,7 @@ class Target:
         self._keeps_logits = "logits_to_keep" in accepted
         self._hidden = torch.finfo(self.dtype).min
         self._linears = skinny.suited(model.modules())
-        crawls = self.dtype == torch.bfloat16 and not machine.has_bfloat16()
-        self._most_rows = sys.maxsize if crawls else skinny.MOST_ROWS
+        self._most_rows = kernel_rows(self.dtype)
         self.context = self._bound(config, context)
         self._settle_attention()
 
@@ -369,6 +368,17 @@ class Target:
 def likeliest(logits_BNV: Tensor, count: int) -> Tensor:
     """The ids of the `count` largest logits, the largest first; fewer in a smaller vocabulary."""
     return logits_BNV.topk(min(count, logits_BNV.shape[-1])).indices
+
+
+def kernel_rows(dtype: torch.dtype) -> int:
+    """Up to how many rows a CPU's products of this dtype are faster by our kernel than by torch."""
+    if dtype == torch.bfloat16:
+        if not machine.has_bfloat16():
+            # torch crawls there.
+            return sys.maxsize
+        if machine.has_bfloat16_tiles():
+            return skinny.MOST_ROWS_BESIDE_TILES
+    return skinny.MOST_ROWS
 
 
 def _capture(features: dict[str, Tensor], name: str) -> Any:
