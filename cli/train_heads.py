@@ -59,7 +59,9 @@ def train_heads(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of --regenerate.")] = 0.8,
     seq_len: Annotated[int, typer.Option(min=32, help="Most tokens of a text.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(min=32, help="Tokens of a step, padded.")] = 4096,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Its peak.")] = 1e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Its peak; the method's own if not given.")
+    ] = None,
     warmup: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which it rises.")
     ] = 0.05,

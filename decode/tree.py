@@ -149,26 +149,57 @@ def trie(root_token: int, paths: Iterable[Sequence[int]], *, nodes: int) -> Draf
     return made.draft()
 
 
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Where nodes of one depth of a tree come from.
+
+    `paths_PA` [parents, depth]: the nodes from the root to each node of the depth above that has
+    children. Of the C nodes themselves: `parent_C` among those parents, `rank_C` among its guesses.
+    """
+
+    paths_PA: Tensor
+    nodes_C: Tensor
+    parent_C: Tensor
+    rank_C: Tensor
+
+
 class RankTree:
-    """A tree of guesses whatever the tokens: each node is the rank of a guess at its depth.
+    """A tree of guesses whatever the tokens: each node is the rank of a guess after its parent.
 
     `paths` are the nodes, each as the ranks from the root down, parents before their children.
     """
 
-    def __init__(self, paths: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, paths: Sequence[Sequence[int]], *, device: torch.device | str = "cpu"
+    ) -> None:
         places = {(): 0} | {tuple(path): node for node, path in enumerate(paths, start=1)}
-        self.ranks = [path[-1] for path in paths]
-        self.depths = [len(path) for path in paths]
+        self.depths = [0, *map(len, paths)]
         self.parents = [-1, *(places[tuple(path[:-1])] for path in paths)]
         self.sources = [(), *map(tuple, paths)]
+        self.levels: list[Level] = []
         assert all(parent < node for node, parent in enumerate(self.parents))
+        for depth in range(1, 1 + max(self.depths)):
+            nodes = [node for node, at in enumerate(self.depths) if at == depth]
+            above = sorted({self.parents[node] for node in nodes})
+            ways = [[places[self.sources[node][:i]] for i in range(depth)] for node in above]
+            parents = [above.index(self.parents[node]) for node in nodes]
+            ranks = [self.sources[node][-1] for node in nodes]
+            parts = (torch.tensor(part, device=device) for part in (ways, nodes, parents, ranks))
+            self.levels.append(Level(*parts))
+        self._cuts = [self._cut(depth) for depth in range(1 + len(self.levels))]
 
-    def fill(self, root_token: int, guesses: Sequence[Sequence[int]]) -> Draft:
-        """The draft with `guesses[d - 1][rank]` as the tokens of depth d."""
-        tokens = [root_token]
-        tokens += [guesses[d - 1][rank] for d, rank in zip(self.depths, self.ranks, strict=True)]
-        kinds: list[Kind] = ["deterministic"] * len(tokens)
-        return Draft(tokens, self.parents, kinds, sources=self.sources)
+    def draft(self, tokens: Sequence[int], depth: int) -> Draft:
+        """The draft with these tokens, the root's first, as far as it is no deeper than `depth`."""
+        kept, parents, sources = self._cuts[min(depth, len(self.levels))]
+        kinds: list[Kind] = ["deterministic"] * len(kept)
+        return Draft([tokens[node] for node in kept], parents, kinds, sources=sources)
+
+    def _cut(self, depth: int) -> tuple[list[int], list[int], list[Hashable]]:
+        """The nodes of a shallower tree, their parents there and their sources."""
+        kept = [node for node, at in enumerate(self.depths) if at <= depth]
+        places = {node: place for place, node in enumerate(kept)}
+        parents = [-1, *(places[self.parents[node]] for node in kept[1:])]
+        return kept, parents, [self.sources[node] for node in kept]
 
 
 def best_paths(ranks_RK: Tensor, *, nodes: int, top: int) -> list[tuple[tuple[int, ...], float]]:

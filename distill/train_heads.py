@@ -10,25 +10,22 @@ Shapes: B texts of a batch, L tokens of each, R places, K heads.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import Checkpoint, open_checkpoint, read_tensor, text_fingerprint
-from spectool.decode.drafters.heads import (
-    MOST_NODES,
-    TOP,
-    HeadsRecord,
-    frequent,
-    lineage,
-)
+from spectool.decode.drafters.heads import HeadsRecord, lineage
+from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, Learning, frequent
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Lesson, Needs
 from spectool.decode.target import Target
@@ -70,7 +67,8 @@ Say = Callable[[str], None]
 class Job:
     """Everything that a training is asked to do, apart from where it runs.
 
-    `steps` None: `epochs` over the data. `held_out`: samples to measure on, at most.
+    `steps` None: `epochs` over the data. `learning_rate` None: the method's own. `held_out`:
+    samples to measure on, at most.
     """
 
     method: str
@@ -80,7 +78,7 @@ class Job:
     epochs: int = 1
     seq_len: int = 1024
     batch_tokens: int = 4096
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     warmup: float = 0.05
     held_out: int = 32
     regenerate: bool = False
@@ -166,6 +164,9 @@ def train_heads(
         SpectoolError: the loss is not finite, or the disk is full.
     """
     began = time.monotonic()
+    learning: Learning = resolve(job.method, "drafter").Heads.learning
+    rate = learning.rate if job.learning_rate is None else job.learning_rate
+    job = replace(job, learning_rate=rate)
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     where = check_device(device)
     dtype = dtype or default_dtype(checkpoint.layout, where)
@@ -211,9 +212,8 @@ def train_heads(
             say(f"{course.steps} steps, about {course.steps * course.step_seconds() / 60:.1f} min")
         training = Training(
             module=course.heads,
-            optimizers=[torch.optim.AdamW(course.heads.parameters(), lr=job.learning_rate,
-                                          betas=(0.9, 0.999), weight_decay=0.0)],
-            recipe=Recipe(steps=course.steps, warmup=job.warmup,
+            optimizers=[_optimizer(course.heads, rate)],
+            recipe=Recipe(steps=course.steps, warmup=job.warmup, final=learning.final,
                           every=max(1, course.steps // _LOOKS)),
             accumulate=course.accumulate,
             evaluate=course.evaluate,
@@ -280,13 +280,15 @@ class _Course:
         self.samples = own
         drafter = resolve(job.method, "drafter")
         self.nodes: int = drafter.Config().nodes
-        output = target.model.get_output_embeddings()
-        size = getattr(job.config, "draft_vocab", 0)
+        self.seed = job.seed
+        size = drafter.Heads.num_guessed(job.config, target.vocab_size)
         token_map = None
         if size:
             said = [t for s in own for t, taught in zip(s.tokens, s.taught, strict=True) if taught]
             token_map = frequent(said, count=size, vocab=target.vocab_size).to(target.device)
-        self.heads: Any = drafter.Heads(job.config, output, token_map).to(target.device).float()
+        with self._chance("fresh"):
+            fresh: Heads = drafter.Heads(job.config, target.model, token_map)
+        self.heads = fresh.to(target.device).float()
         self.needs: Needs = self.heads.needs
         self.batches = _batches(own, job)
         self.steps = len(self.batches)
@@ -299,8 +301,18 @@ class _Course:
 
     def accumulate(self, step: int) -> Figures:
         """The gradient of one batch; `loss` is the mean over heads."""
-        done = self.heads.teach(self._lesson([self.samples[i] for i in self.batches[step]]))
+        lesson = self._lesson([self.samples[i] for i in self.batches[step]])
+        with self._chance(step):
+            done = self.heads.teach(lesson)
         return {"loss": sum(done.means) / len(done.means), "losses": done.means}
+
+    @contextmanager
+    def _chance(self, what: str | int) -> Iterator[None]:
+        """Random numbers by seed and step alone: a resumed run draws the same."""
+        device = self.target.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(random.Random(f"{self.seed}/{what}").getrandbits(63))
+            yield
 
     def ranks(self) -> Tensor:
         """Ranks [R, K] of the true tokens at all places of held-out text."""
@@ -369,6 +381,13 @@ class _Written:
         return found
 
 
+def _optimizer(heads: Heads, rate: float) -> torch.optim.Optimizer:
+    learning = heads.learning
+    return torch.optim.AdamW(
+        heads.parameters(), lr=rate, betas=learning.betas, weight_decay=learning.weight_decay
+    )
+
+
 def _as_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:
     return {
         "tokens": torch.tensor([token for s in samples for token in s.tokens], dtype=torch.long),
@@ -414,19 +433,20 @@ def _plan(
     skeleton: Any = build_meta(config, trust_remote_code=trust)
     # Refuses architectures that cannot be drafted for, before anything is written.
     Target(skeleton)
+    kind: type[Heads] = resolve(job.method, "drafter").Heads
     output = skeleton.get_output_embeddings()
-    size = getattr(job.config, "draft_vocab", 0)
+    size = kind.num_guessed(job.config, len(output.weight))
     if size > len(output.weight):
         raise UsageError(f"--draft-vocab {size}: the target has {len(output.weight)} tokens")
     with torch.device("meta"):
         token_map = torch.empty(size, dtype=torch.long) if size else None
-        heads: nn.Module = resolve(job.method, "drafter").Heads(job.config, output, token_map)
+        heads = kind(job.config, skeleton, token_map)
     parameters = sum(parameter.numel() for parameter in heads.parameters())
     # A packed target counts as what it is when unpacked.
     memory_bytes = dtype.itemsize * sum(p.numel() for p in skeleton.parameters())
     # Weights, two copies of the best, gradient and AdamW's two moments in float32.
     memory_bytes += 24 * parameters
-    if getattr(job.config, "shared_head", False):
+    if heads.own_output(0) is None:
         memory_bytes += 4 * output.weight.shape[1] * (size or len(output.weight))
     free = available_memory(device)
     if memory_bytes > free:

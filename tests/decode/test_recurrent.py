@@ -317,11 +317,10 @@ def test_a_draft_model_drafts_chains(
 
 def test_heads_read_the_final_states(tiny: Tiny, endless: Any, prompt_of: Any) -> None:
     model = endless(tiny("mamba2"))
-    output: Any = model.get_output_embeddings()
     prompts = [prompt_of(12), prompt_of(5)]
     runner = Runner(model)
     plain = runner.generate(prompts, max_new_tokens=12)
-    heads = MedusaHeads(MedusaHeads.Config(num_heads=2), output, None)
+    heads = MedusaHeads(MedusaHeads.Config(num_heads=2), model, None)
     runner.use(MedusaDrafter(heads, [(0,), (1,), (0, 0), (0, 1)]))
     results = runner.generate(prompts, max_new_tokens=12, batch_size=2)
     assert [r.token_ids for r in results] == [r.token_ids for r in plain]

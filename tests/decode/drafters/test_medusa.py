@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from spectool.artifact import write_safetensors
 from spectool.decode.drafters import heads as shared_code
-from spectool.decode.drafters.heads import TOP, HeadsRecord, open_heads
+from spectool.decode.drafters import trained
+from spectool.decode.drafters.heads import HeadsRecord, open_heads
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
+from spectool.decode.drafters.trained import TOP
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Lesson
 from spectool.decode.target import Target
@@ -24,31 +25,25 @@ from spectool.errors import CheckpointError
 from spectool.headers import HEADS, HEADS_FILE
 
 from ...conftest import VOCAB
+from .bare import bare_model, disturb, make_lesson
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "mistral", "gemma3", "gpt2", "opt", "gpt_neox"]
 FAMILIES += ["phi3", "mixtral"]
 PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [0, 0, 1]]
 
 
-def make_heads(
-    output: nn.Linear, *, token_map: torch.Tensor | None = None, seed: int = 1, **options: Any
-) -> MedusaHeads:
-    """Heads away from their start, so that guesses differ from head to head."""
-    heads = MedusaHeads(MedusaHeads.Config(**options), output, token_map)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+def make_heads(model: Any, *, token_map: torch.Tensor | None = None, **options: Any) -> MedusaHeads:
+    heads: MedusaHeads = disturb(MedusaHeads(MedusaHeads.Config(**options), model, token_map))
     return heads
 
 
-def make_lesson(rows: int = 3, length: int = 23, width: int = 12, vocab: int = 17) -> Lesson:
-    generator = torch.Generator().manual_seed(5)
-    return Lesson(
-        tokens_BL=torch.randint(0, vocab, (rows, length), generator=generator),
-        taught_BL=torch.rand(rows, length, generator=generator) < 0.8,
-        features={"final": torch.randn(rows, length, width, generator=generator)},
-    )
+def guesses_of(heads: MedusaHeads, state_D: torch.Tensor) -> list[list[int]]:
+    """The best guesses of each head."""
+    path_11A = torch.zeros(1, 1, 1, dtype=torch.long)
+    return [
+        heads.guess(heads.step(state_D[None], path_11A, k), k, TOP)[0, 0].tolist()
+        for k in range(heads.num_heads)
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gpt_neox"])
@@ -57,22 +52,21 @@ def test_untrained_heads_say_what_the_target_says(
     tiny: Callable[..., PreTrainedModel], family: str, options: dict[str, Any]
 ) -> None:
     model = tiny(family)
-    output: Any = model.get_output_embeddings()
-    heads = MedusaHeads(MedusaHeads.Config(**options), output, None)
+    heads = MedusaHeads(MedusaHeads.Config(**options), model, None).eval()
     target = Target(model)
     tokens_BL = torch.randint(2, VOCAB, (1, 9))
     final_D = target.read(tokens_BL, heads.needs)["final"][0, -1]
     with torch.inference_mode():
         logits_V = model(tokens_BL).logits[0, -1]
-        guesses_KG = heads.guess(final_D[None], 4)[0]
-    assert (guesses_KG[:, 0] == logits_V.argmax()).all()
+        guesses = guesses_of(heads, final_D)
+    assert all(guess[0] == logits_V.argmax() for guess in guesses)
 
 
 def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of three rows against one sum over heads and places."""
-    monkeypatch.setattr(shared_code, "_CHUNK_BYTES", 3 * 4 * 17)
-    lesson, output = make_lesson(), nn.Linear(12, 17, bias=True)
-    heads = make_heads(output, num_heads=3, num_layers=2)
+    monkeypatch.setattr(trained, "_CHUNK_BYTES", 3 * 4 * 17)
+    lesson = make_lesson()
+    heads = make_heads(bare_model(bias=True), num_heads=3, num_layers=2)
     done = heads.teach(lesson)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
@@ -102,16 +96,16 @@ def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("size", [None, 5])
 def test_ranks_are_those_of_sorted_guesses(size: int | None) -> None:
-    lesson, output = make_lesson(), nn.Linear(12, 17, bias=False)
+    lesson = make_lesson()
     token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
-    heads = make_heads(output, token_map=token_map, num_heads=2)
+    heads = make_heads(bare_model(), token_map=token_map, num_heads=2)
     found = heads.ranks(lesson).tolist()
     wanted = []
     for row, place in itertools.product(range(3), range(23)):
         # The target's own token, and those of both heads.
         if place + 3 >= 23 or not lesson.taught_BL[row, place + 1 : place + 4].all():
             continue
-        guesses = heads.guess(lesson.features["final"][row, place][None], 2)[0].tolist()
+        guesses = guesses_of(heads, lesson.features["final"][row, place])
         ranks = []
         for k in range(2):
             token = int(lesson.tokens_BL[row, place + 2 + k])
@@ -134,9 +128,9 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
     lesson = Lesson(
         tokens_BL=tokens_BL,
         taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
-        features={"final": torch.eye(period)[tokens_BL]},
+        features={"final": torch.eye(12)[tokens_BL]},
     )
-    heads = make_heads(nn.Linear(period, period, bias=False), num_heads=num_heads)
+    heads = make_heads(bare_model(12, period), num_heads=num_heads)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
@@ -145,15 +139,15 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
     assert done.right == done.places
     assert (heads.ranks(lesson) == 0).all()
     for token in range(period):
-        guesses_KG = heads.guess(torch.eye(period)[token][None], num_heads)[0]
-        assert guesses_KG[:, 0].tolist() == [(token + 3 * (2 + k)) % period for k in range(4)]
+        guesses = guesses_of(heads, torch.eye(12)[token])
+        assert [guess[0] for guess in guesses] == [(token + 3 * (2 + k)) % period for k in range(4)]
 
 
 def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
     model = tiny("llama-tied")
     output: Any = model.get_output_embeddings()
     before = output.weight.detach().clone()
-    heads = make_heads(output, shared_head=True)
+    heads = make_heads(model, shared_head=True)
     lesson = make_lesson(width=32, vocab=VOCAB)
     heads.teach(lesson)
     assert all(parameter.grad is not None for parameter in heads.parameters())
@@ -197,12 +191,11 @@ def test_greedy_output_is_plain_decodings(
     family: str,
 ) -> None:
     model = tiny(family)
-    output: Any = model.get_output_embeddings()
     prompts = [prompt_of(length, seed=length) for length in (1, 7, 40, 19)]
     limits = [30, 3, 1, 24]
     runner = Runner(model)
     plain = runner.generate(prompts, max_new_tokens=limits)
-    runner.use(MedusaDrafter(make_heads(output), PATHS))
+    runner.use(MedusaDrafter(make_heads(model), PATHS))
     for batch_size in (1, 3):
         results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
         assert [r.token_ids for r in results] == [r.token_ids for r in plain]
@@ -219,14 +212,13 @@ def test_heads_that_know_the_text_bring_a_whole_path_every_step(
     prompt = prompt_of(9)
     (plain,) = runner.generate([prompt], max_new_tokens=41)
     whole = prompt + plain.token_ids
-    drafter = MedusaDrafter(make_heads(runner.target.model.get_output_embeddings()), PATHS)
+    drafter = MedusaDrafter(make_heads(runner.target.model), PATHS)
     runner.use(drafter)
 
     committed = [len(prompt) + 1]
 
-    def know(states_BD: torch.Tensor, depth: int) -> torch.Tensor:
-        true = whole[committed[0] : committed[0] + depth]
-        return torch.tensor([[[token, 0, 1, 2] for token in true]])
+    def know(state: torch.Tensor, k: int, count: int) -> torch.Tensor:
+        return torch.tensor([[[whole[committed[0] + k], 0, 1, 2]]])
 
     def observe(outcomes: Any) -> None:
         committed[0] += len(outcomes[0].path)
@@ -250,8 +242,7 @@ def stored(tmp_path: Path, checkpoint: Callable[..., Path]) -> Callable[..., Pat
         token_map = None
         if options.get("draft_vocab"):
             token_map = torch.arange(0, 3 * options["draft_vocab"], 3)
-        output = runner.target.model.get_output_embeddings()
-        heads = make_heads(output, token_map=token_map, **options)
+        heads = make_heads(runner.target.model, token_map=token_map, **options)
         opened = runner.target.checkpoint
         assert opened is not None
         record = HeadsRecord(
@@ -285,12 +276,11 @@ def test_stored_heads_draft_the_same(
 ) -> None:
     path = stored(**options)
     runner = Runner(checkpoint("llama"), draft=f"{path}:nodes=7,depth=3")
-    output = runner.target.model.get_output_embeddings()
     token_map = torch.arange(0, 120, 3) if options.get("draft_vocab") else None
-    again = make_heads(output, token_map=token_map, **options)
-    states_BD = torch.randn(3, 32)
+    again = make_heads(runner.target.model, token_map=token_map, **options)
     drafter: Any = runner.drafter
-    assert torch.equal(drafter._heads.guess(states_BD, 4), again.guess(states_BD, 4))
+    for state_D in torch.randn(3, 32):
+        assert guesses_of(drafter._heads, state_D) == guesses_of(again, state_D)
     assert drafter.config == MedusaDrafter.Config(nodes=7, depth=3)
     (result,) = runner.generate([[5, 6, 7]], max_new_tokens=20)
     runner.use(None)

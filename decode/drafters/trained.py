@@ -1,0 +1,429 @@
+"""What all trained drafters share: how heads read a target, learn, and fill a tree of guesses.
+
+A head k sits at place t of a text, where the target has read x_t, and guesses x_{t+2+k}: the token
+after the target's own next one and k drafted ones. Methods differ in what the state is made of
+that the head's output matrix reads (`Heads.states`, `Heads.step`), and in whether they learn the
+text's tokens or the target's laws of them.
+
+Shapes: B rows of a batch, L tokens of each, R places in texts, D width, V tokens that can be
+guessed, K heads, N nodes of a tree, P nodes of one depth, G guesses of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectool import options
+from spectool.decode import tree
+from spectool.decode.cache import TreeCache
+from spectool.decode.protocol import Drafter, Lesson, Needs, Outcome, Prompt
+from spectool.decode.row import Row
+from spectool.decode.sampling import Control
+from spectool.decode.target import kernel_rows
+from spectool.decode.tree import Draft, Kind, RankTree
+from spectool.errors import UnsupportedError
+from spectool.kernels import skinny
+from spectool.options import option
+
+# Guesses of a head that a tree may hold, and nodes that are kept of the best tree.
+TOP = 10
+MOST_NODES = 64
+# The rank of a token that a head cannot guess at all.
+NEVER = 1 << 30
+
+# Logits of one chunk take at most about this much.
+_CHUNK_BYTES = 1 << 25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learning:
+    """How a method is trained unless asked otherwise: AdamW, its peak rate and where that ends."""
+
+    rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    final: float = 0.0
+
+
+@dataclass(slots=True)
+class Frozen:
+    """What heads read of the target and never change; no part of their own state.
+
+    `weight_VD`, `bias_V`: the rows of the output matrix of what can be guessed. `embed` gives the
+    states [..., D] that the target begins with for tokens. `logits` makes of the output matrix's
+    products what the target's own logits are (bounded, or scaled, in some families).
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    embed: Callable[[Tensor], Tensor]
+    output: nn.Linear
+    scale: float
+    bound: float | None
+
+    def logits(self, products: Tensor) -> Tensor:
+        scaled = products.float() * self.scale
+        return scaled if self.bound is None else self.bound * torch.tanh(scaled / self.bound)
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Once, not at every use: it is the largest matrix there is."""
+        if self.weight_VD.dtype != dtype:
+            self.weight_VD = self.weight_VD.to(dtype)
+            self.bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
+
+
+class Heads(nn.Module):
+    """Base of all heads, for a target. `token_map` [V] holds the target's ids of what they guess.
+
+    A method says what it `needs`, by what it is trained, whether it learns the text's `labels` or
+    the target's `laws`, and its `decay`: head k's loss counts decay^k. It implements `states` and
+    `step`, and `own_output` where a head has a matrix of its own.
+    """
+
+    learning: ClassVar[Learning] = Learning()
+    learns: Literal["labels", "laws"] = "labels"
+    decay: float = 1.0
+    needs: Needs
+    num_heads: int
+    token_map: Tensor | None
+
+    def __init__(self, config: Any, model: PreTrainedModel, token_map: Tensor | None) -> None:
+        """
+        Raises:
+            UnsupportedError: the target's output layer is no matrix that can be read.
+        """
+        super().__init__()
+        self.config = config
+        self.register_buffer("token_map", token_map)
+        self.frozen = _frozen(model, token_map)
+
+    @classmethod
+    def num_guessed(cls, config: Any, vocab_size: int) -> int:
+        """How many of so many tokens heads of this kind guess; 0: all."""
+        size: int = config.draft_vocab
+        return size
+
+    def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+        """Of each head in turn, the states [R, D] that it guesses from at these places.
+
+        Head k may read x_{t+1} ... x_{t+1+k} of the lesson, as if it had drafted them.
+        """
+        raise NotImplementedError
+
+    def step(self, state_BD: Tensor, path_BPA: Tensor, k: int) -> Tensor:
+        """The states [B, P or 1, D] that head k guesses from, after `state_BD` and these paths.
+
+        A path is the root x_{t+1} and the drafted tokens below it, k + 1 in all.
+        """
+        raise NotImplementedError
+
+    def own_output(self, k: int) -> nn.Linear | None:
+        """The output matrix of head k; None where the target's serves."""
+        raise NotImplementedError
+
+    def fresh_output(self, *, bias: bool) -> nn.Linear:
+        """An output matrix that begins as the target's own; a bias as the target's, or zero."""
+        vocab, width = self.frozen.weight_VD.shape
+        # Made on the meta device: the random numbers of a fresh layer would be thrown away.
+        own = nn.Linear(width, vocab, bias=bias, device="meta")
+        own.weight = nn.Parameter(self.frozen.weight_VD.clone())
+        if bias:
+            bias_V = self.frozen.bias_V
+            zeros_V = self.frozen.weight_VD.new_zeros(vocab)
+            own.bias = nn.Parameter(zeros_V if bias_V is None else bias_V.clone())
+        return own
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def output(self, k: int) -> tuple[Tensor, Tensor | None]:
+        """The output matrix of head k and its bias."""
+        if (own := self.own_output(k)) is not None:
+            return own.weight, own.bias
+        self.frozen.to(self.dtype)
+        return self.frozen.weight_VD, self.frozen.bias_V
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the target begins with for tokens, [..., D]."""
+        return self.frozen.embed(tokens).to(self.dtype)
+
+    def guess(self, state: Tensor, k: int, count: int) -> Tensor:
+        """The target's ids of head k's best guesses, [..., G]."""
+        own = self.own_output(k)
+        logits = F.linear(state, *self.output(k)) if own is None else own(state)
+        places = logits.topk(min(count, logits.shape[-1])).indices
+        return places if self.token_map is None else self.token_map[places]
+
+    def teach(self, lesson: Lesson) -> HeadLoss:
+        """Add a lesson's gradients; the sums of each head's losses and right guesses."""
+        self.train()
+        done = HeadLoss(self.num_heads)
+        labels_BL = self.labels(lesson.tokens_BL)
+        taught_BL = self._taught(lesson, labels_BL)
+        batch_R, place_R = _any_ahead(taught_BL, self.num_heads).nonzero(as_tuple=True)
+        outs: list[Tensor] = []
+        slopes: list[Tensor] = []
+        with torch.enable_grad():
+            states = list(self.states(lesson, batch_R, place_R))
+        length = labels_BL.shape[1]
+        for k, out_RD in enumerate(states):
+            ahead_R = place_R + 2 + k
+            counts_R = (ahead_R < length) & taught_BL[batch_R, ahead_R.clamp(max=length - 1)]
+            at_S, ahead_S = batch_R[counts_R], ahead_R[counts_R]
+            out_SD = out_RD.detach()[counts_R]
+            scale = self.decay**k / max(1, len(at_S))
+            teacher_SD = None
+            if self.learns == "laws":
+                # The law of x_{u} is what the target says at u - 1.
+                teacher_SD = lesson.features["final"][at_S, ahead_S - 1]
+            slope_SD, loss, right = self._losses(
+                out_SD, k, labels_BL[at_S, ahead_S], teacher_SD, scale
+            )
+            slope_RD = torch.zeros_like(out_RD)
+            slope_RD[counts_R] = slope_SD
+            outs.append(out_RD)
+            slopes.append(slope_RD)
+            done.add(k, loss, right, len(at_S))
+        torch.autograd.backward(outs, slopes)
+        return done
+
+    @torch.no_grad()
+    def ranks(self, lesson: Lesson) -> Tensor:
+        """Ranks [R, K] of the true tokens among each head's guesses, where all K are taught.
+
+        Head k is measured after the true tokens, so these are ranks on the condition that what was
+        drafted before it was right.
+        """
+        self.eval()
+        taught_BL = lesson.taught_BL
+        # Place t drafts x_{t+2} ... x_{t+1+K} after the target's own x_{t+1}.
+        places_BL = taught_BL[:, 1 : max(1, taught_BL.shape[1] - self.num_heads)].clone()
+        for ahead in range(2, self.num_heads + 2):
+            places_BL &= taught_BL[:, ahead : ahead + places_BL.shape[1]]
+        batch_R, place_R = places_BL.nonzero(as_tuple=True)
+        labels_BL = self.labels(lesson.tokens_BL)
+        columns = [
+            ranks_of(state_RD, *self.output(k), labels_BL[batch_R, place_R + 2 + k])
+            for k, state_RD in enumerate(self.states(lesson, batch_R, place_R))
+        ]
+        return torch.stack(columns, 1)
+
+    def labels(self, tokens: Tensor) -> Tensor:
+        """Places of tokens among those that can be guessed; -1 for the others."""
+        if self.token_map is None:
+            return tokens
+        places = torch.searchsorted(self.token_map, tokens.contiguous()).clamp_(
+            max=len(self.token_map) - 1
+        )
+        return torch.where(self.token_map[places] == tokens, places, -1)
+
+    def _taught(self, lesson: Lesson, labels_BL: Tensor) -> Tensor:
+        """Which tokens there is something to learn of."""
+        if self.learns == "labels" or self.token_map is None:
+            return lesson.taught_BL & (labels_BL >= 0)
+        # Of a law whose best token cannot be guessed, what is left says little.
+        final_BLD = lesson.features["final"]
+        best_BL = final_BLD.new_zeros(final_BLD.shape[:2], dtype=torch.long)
+        weight_VD, bias_V = self.frozen.output.weight, self.frozen.output.bias
+        for row, final_LD in enumerate(final_BLD):
+            for part in _chunks(len(final_LD), len(weight_VD)):
+                best_BL[row, part] = F.linear(final_LD[part], weight_VD, bias_V).argmax(-1)
+        known_BL = self.labels(best_BL) >= 0
+        return lesson.taught_BL & F.pad(known_BL[:, :-1], (1, 0))
+
+    def _losses(
+        self, out_SD: Tensor, k: int, labels_S: Tensor, teacher_SD: Tensor | None, scale: float
+    ) -> tuple[Tensor, float, int]:
+        """Slope [S, D] of `scale` times the summed cross entropy; that sum; the right guesses.
+
+        Against the labels, or the laws that the target has at `teacher_SD`, among what can be
+        guessed. Logits exist for a chunk of rows at a time: all of them would outweigh everything
+        else. Slopes of the output matrix are added to it where it learns.
+        """
+        weight_VD, bias_V = self.output(k)
+        leaf_SD = out_SD.detach().requires_grad_()
+        total, right = 0.0, 0
+        for rows in _chunks(len(labels_S), len(weight_VD)):
+            with torch.enable_grad():
+                logits = F.linear(leaf_SD[rows], weight_VD, bias_V).float()
+                goal: Tensor = labels_S[rows]
+                if teacher_SD is not None:
+                    goal = self._law(teacher_SD[rows])
+                loss = F.cross_entropy(logits, goal, reduction="sum")
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            right += int((logits.detach().argmax(-1) == labels_S[rows]).sum())
+        slope_SD = leaf_SD.grad if leaf_SD.grad is not None else torch.zeros_like(out_SD)
+        return slope_SD, total, right
+
+    @torch.no_grad()
+    def _law(self, final_RD: Tensor) -> Tensor:
+        """The target's law [R, V] after these states, among what can be guessed."""
+        self.frozen.to(self.dtype)
+        products = F.linear(final_RD.to(self.dtype), self.frozen.weight_VD, self.frozen.bias_V)
+        return self.frozen.logits(products).softmax(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeConfig(options.Config):
+    """Options of heads that draft a static tree."""
+
+    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=MOST_NODES)
+    depth: int = option(16, "most proposed tokens in a row", minimum=1, maximum=16)
+
+
+class TreeDrafter(Drafter):
+    """Drafts the static tree that was best on held-out text, level by level.
+
+    A level costs one run of its head, for all its nodes and all rows at once.
+    """
+
+    Config = TreeConfig
+
+    def __init__(
+        self, heads: Heads, paths: Sequence[Sequence[int]], config: TreeConfig | None = None
+    ) -> None:
+        """`paths`: the tree's nodes as ranks, best first, so that any beginning is a tree."""
+        self.config = config or TreeConfig()
+        self.needs = heads.needs
+        self._heads = heads.eval()
+        depth = min(self.config.depth, heads.num_heads)
+        kept = [path for path in paths if len(path) <= depth][: self.config.nodes]
+        self._tree = RankTree(kept, device=heads.frozen.weight_VD.device)
+        self._states: dict[int, Tensor] = {}
+        self._linears = skinny.suited(heads.modules())
+
+    def kinds(self, control: Control) -> tuple[Kind, ...]:
+        return ("deterministic",)
+
+    @torch.inference_mode()
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+        self._states = {
+            prompt.row.index: prompt.features["final"][-1].clone() for prompt in prompts
+        }
+
+    @torch.inference_mode()
+    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+        deepest = min(max(budget), len(self._tree.levels))
+        if deepest == 0:
+            return [tree.root(row.tokens[-1]) for row in rows]
+        state_BD = torch.stack([self._states[row.index] for row in rows])
+        tokens_BN = torch.zeros(
+            len(rows), len(self._tree.depths), dtype=torch.long, device=state_BD.device
+        )
+        tokens_BN[:, 0] = torch.tensor([row.tokens[-1] for row in rows])
+        with skinny.products(self._linears, kernel_rows(self._heads.dtype)):
+            for k, level in enumerate(self._tree.levels[:deepest]):
+                paths_BPA = tokens_BN[:, level.paths_PA]
+                guesses = self._heads.guess(self._heads.step(state_BD, paths_BPA, k), k, TOP)
+                guesses_BPG = guesses.expand(-1, paths_BPA.shape[1], -1)
+                tokens_BN[:, level.nodes_C] = guesses_BPG[:, level.parent_C, level.rank_C]
+        return [
+            self._tree.draft(tokens, most)
+            for tokens, most in zip(tokens_BN.tolist(), budget, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            final_ND = outcome.features["final"]
+            self._states[outcome.row.index] = final_ND[outcome.path[-1]]
+
+
+@dataclass(slots=True)
+class HeadLoss:
+    """Sums by head: losses, right guesses, places. Sums add up exactly over batches and ranks."""
+
+    num_heads: int
+    loss: list[float] = field(init=False)
+    right: list[int] = field(init=False)
+    places: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loss = [0.0] * self.num_heads
+        self.right = [0] * self.num_heads
+        self.places = [0] * self.num_heads
+
+    def add(self, head: int, loss: float, right: int, places: int) -> None:
+        self.loss[head] += loss
+        self.right[head] += right
+        self.places[head] += places
+
+    @property
+    def means(self) -> list[float]:
+        return [loss / max(1, n) for loss, n in zip(self.loss, self.places, strict=True)]
+
+
+def ranks_of(out_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_R: Tensor) -> Tensor:
+    """Ranks [R] of the labels among all guesses, 0 for the best; NEVER for a label of -1."""
+    ranks = []
+    for rows in _chunks(len(labels_R), len(weight_VD)):
+        logits = F.linear(out_RD[rows], weight_VD, bias_V)
+        labels = labels_R[rows]
+        own = logits.gather(1, labels.clamp(min=0)[:, None])
+        rank = (logits > own).sum(-1)
+        ranks.append(torch.where(labels >= 0, rank, NEVER))
+    return torch.cat(ranks) if ranks else labels_R.new_zeros(0)
+
+
+def frequent(tokens: Sequence[int], *, count: int, vocab: int) -> Tensor:
+    """The `count` ids that occur most often, ascending; of equals the lower ones."""
+    times_V = torch.bincount(torch.tensor(tokens), minlength=vocab)
+    order = torch.sort(times_V, descending=True, stable=True).indices
+    return order[:count].sort().values
+
+
+def _any_ahead(taught_BL: Tensor, num_heads: int) -> Tensor:
+    """The places [B, L] with something to learn for one of the heads at least."""
+    found_BL = torch.zeros_like(taught_BL)
+    for ahead in range(2, 2 + num_heads):
+        found_BL[:, : max(0, taught_BL.shape[1] - ahead)] |= taught_BL[:, ahead:]
+    return found_BL
+
+
+def _chunks(num_rows: int, vocab: int) -> Iterator[slice]:
+    size = max(1, _CHUNK_BYTES // (4 * vocab))
+    for start in range(0, num_rows, size):
+        yield slice(start, start + size)
+
+
+def _frozen(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(output, nn.Linear):
+        raise UnsupportedError(f"heads need a dense output layer, this one is {type(output)}")
+    weight_VD = output.weight.detach()
+    bias_V = None if output.bias is None else output.bias.detach()
+    if token_map is not None:
+        weight_VD = weight_VD[token_map]
+        bias_V = None if bias_V is None else bias_V[token_map]
+    config = model.config.get_text_config(decoder=True)
+    # As Cohere's and Granite's models and Gemma 2's have them.
+    scale = getattr(config, "logit_scale", None) or 1 / (
+        getattr(config, "logits_scaling", None) or 1
+    )
+    return Frozen(
+        weight_VD=weight_VD,
+        bias_V=bias_V,
+        embed=_embedding(model),
+        output=output,
+        scale=scale,
+        bound=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _embedding(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    embedding: Any = model.get_input_embeddings()
+
+    def embed(tokens: Tensor) -> Tensor:
+        found: Tensor = embedding(tokens)
+        return found.detach()
+
+    return embed
