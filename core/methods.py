@@ -113,6 +113,14 @@ METHODS: dict[str, Method] = {
         runs_in=("spectool",),
         trained=True,
     ),
+    "hydra": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.hydra:HydraDrafter",
+        summary="Heads that also see the tokens drafted before theirs; a static tree",
+        source="Ankner et al., Hydra and Hydra++, 2024 (arXiv:2402.05109)",
+        runs_in=("spectool",),
+        trained=True,
+    ),
     "greedy": Method(
         kind="rule",
         target="spectool.decode.verify:greedy",

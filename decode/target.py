@@ -87,7 +87,6 @@ class Target:
         self.dtype = model.dtype
         self._windows = _windows(config)
         self._keeps_logits = "logits_to_keep" in accepted
-        self._hidden = torch.finfo(self.dtype).min
         self._linears = skinny.suited(model.modules())
         self._most_rows = kernel_rows(self.dtype)
         self.context = self._bound(config, context)
@@ -243,7 +242,15 @@ class Target:
             last = kept == [num_nodes - 1]
             options["logits_to_keep"] = 1 if last else torch.tensor(kept, device=self.device)
         masks = {
-            kind: self._mask(lengths, seen, positions_BT, visible_BNT, cache.width, window)
+            kind: tree_mask(
+                lengths,
+                positions_BT,
+                visible_BNT,
+                cache.width,
+                self.dtype,
+                seen=seen,
+                window=window,
+            )
             for kind, window in self._windows.items()
         }
         with self._listen(needs) as features, skinny.products(self._linears, self._most_rows):
@@ -259,35 +266,6 @@ class Target:
         if kept is not None and not self._keeps_logits:
             logits_BNV = logits_BNV[:, kept]
         return Pass(logits_BNV, features)
-
-    def _mask(
-        self,
-        lengths: Sequence[int],
-        seen: Sequence[int],
-        positions_BT: Tensor,
-        visible_BNT: Tensor,
-        width: int,
-        window: int | None,
-    ) -> Tensor:
-        """What each node sees, [B, 1, N, S] additive: its row's committed tokens and its path.
-
-        In layers with a window, keys less than `window` positions back.
-        """
-        batch, num_nodes, num_tail = visible_BNT.shape
-        mask_B1NS = torch.full(
-            (batch, 1, num_nodes, width), self._hidden, dtype=self.dtype, device=self.device
-        )
-        for row, length in enumerate(lengths):
-            mask_B1NS[row, :, :, : seen[row]] = 0
-            tail_1NT = mask_B1NS[row, :, :, length : length + num_tail]
-            tail_1NT.masked_fill_(visible_BNT[row], 0)
-        if window is not None and max(seen) + num_tail > window:
-            for row, length in enumerate(lengths):
-                key_S = torch.arange(width, device=self.device)
-                key_S[length : length + num_tail] = positions_BT[row]
-                behind_NS = positions_BT[row, num_tail - num_nodes :, None] - key_S
-                mask_B1NS[row, 0].masked_fill_(behind_NS >= window, self._hidden)
-        return mask_B1NS
 
     @contextmanager
     def _listen(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
@@ -363,6 +341,38 @@ class Target:
             self.model.set_attn_implementation("eager")
         chosen = self.model.config._attn_implementation
         self.notes.append(f"attention {given} takes no tree mask; using {chosen}")
+
+
+def tree_mask(
+    lengths: Sequence[int],
+    positions_BT: Tensor,
+    visible_BNT: Tensor,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    seen: Sequence[int] | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """What each node sees, [B, 1, N, S] additive: its row's committed tokens and its path.
+
+    Of `lengths` committed columns the first `seen`, all by default; in layers with a window, keys
+    less than `window` positions back.
+    """
+    batch, num_nodes, num_tail = visible_BNT.shape
+    hidden, device = torch.finfo(dtype).min, visible_BNT.device
+    seen = seen or lengths
+    mask_B1NS = torch.full((batch, 1, num_nodes, width), hidden, dtype=dtype, device=device)
+    for row, length in enumerate(lengths):
+        mask_B1NS[row, :, :, : seen[row]] = 0
+        tail_1NT = mask_B1NS[row, :, :, length : length + num_tail]
+        tail_1NT.masked_fill_(visible_BNT[row], 0)
+    if window is not None and max(seen) + num_tail > window:
+        for row, length in enumerate(lengths):
+            key_S = torch.arange(width, device=device)
+            key_S[length : length + num_tail] = positions_BT[row]
+            behind_NS = positions_BT[row, num_tail - num_nodes :, None] - key_S
+            mask_B1NS[row, 0].masked_fill_(behind_NS >= window, hidden)
+    return mask_B1NS
 
 
 def likeliest(logits_BNV: Tensor, count: int) -> Tensor:

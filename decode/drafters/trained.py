@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Lesson, Needs, Outcome, Prompt
+from spectool.decode.protocol import Drafter, Features, Lesson, Needs, Outcome, Prompt
 from spectool.decode.row import Row
 from spectool.decode.sampling import Control
 from spectool.decode.target import kernel_rows
@@ -306,9 +306,8 @@ class TreeDrafter(Drafter):
 
     @torch.inference_mode()
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
-        self._states = {
-            prompt.row.index: prompt.features["final"][-1].clone() for prompt in prompts
-        }
+        self._states.clear()
+        self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
@@ -333,9 +332,38 @@ class TreeDrafter(Drafter):
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        for outcome in outcomes:
-            final_ND = outcome.features["final"]
-            self._states[outcome.row.index] = final_ND[outcome.path[-1]]
+        self._read([outcome.row.index for outcome in outcomes], *read_outcomes(outcomes))
+
+    def _read(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
+    ) -> None:
+        """Keep the states to draft from next, by row, after tokens that were just committed.
+
+        `tokens[b]` end with the new root, whose features there are none of yet.
+        """
+        for row, found in zip(rows, features, strict=True):
+            self._states[row] = found["final"][-1].clone()
+
+
+def read_prompts(prompts: Sequence[Prompt]) -> tuple[list[list[int]], list[Features]]:
+    """The tokens that prompts passed anew and the one after, and the features of the former."""
+    features = [prompt.features for prompt in prompts]
+    sizes = [len(next(iter(found.values()))) for found in features]
+    tokens = [p.row.tokens[-1 - size :] for p, size in zip(prompts, sizes, strict=True)]
+    return tokens, features
+
+
+def read_outcomes(outcomes: Sequence[Outcome]) -> tuple[list[list[int]], list[Features]]:
+    """The tokens that steps committed and the one after, and the features of the former."""
+    tokens = [
+        [*(outcome.draft.tokens[node] for node in outcome.path), outcome.next_token]
+        for outcome in outcomes
+    ]
+    features: list[Features] = [
+        {name: found_ND[outcome.path] for name, found_ND in outcome.features.items()}
+        for outcome in outcomes
+    ]
+    return tokens, features
 
 
 @dataclass(slots=True)

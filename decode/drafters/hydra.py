@@ -1,0 +1,165 @@
+"""Hydra: Medusa's heads that also see the tokens drafted before theirs.
+
+Ankner et al. 2024 (arXiv:2402.05109). Head i (from 0) guesses x_{t+2+i} from
+
+    z = [h_t ; E x_{t+1} ; ... ; E x_{t+1+i}],   R z + SiLU(W z + b),
+
+then residual blocks x + SiLU(W x + b), then an output matrix U_i with a bias; E are the target's
+frozen embeddings. `plain` is that with one block, taught the text's tokens. `plus` (Hydra++) has
+four, dropout before each and before U_i, learns the target's laws, and in place of h_t reads a
+layer of attention over h_1 ... h_t ("prefix attention"), which keeps keys and values of its own.
+Loss: the sum over heads of the mean cross entropy.
+
+R begins as what picks h_t out of z, W at zero and U_i as the target's output matrix, so untrained
+heads say what the target says of x_{t+1}; the authors begin with random R. A step drafts a static
+tree, one run of a head per depth for all its nodes.
+
+Shapes: B rows of a batch, L tokens, R places in texts, D width, P nodes of a depth, A ancestors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectool import options
+from spectool.decode.cache import TreeCache
+from spectool.decode.protocol import Features, Lesson, Needs, Prompt
+from spectool.options import option
+
+from .layer import DecoderLayer, DraftCache, Rotary, layer_config
+from .medusa import residual_blocks
+from .trained import Heads, Learning, TreeConfig, TreeDrafter
+
+_DROPOUT = 0.2
+_BLOCKS = {"plain": 1, "plus": 4}
+
+
+class HydraHead(nn.Module):
+    """Head i: its own way from z to a state, and its output matrix unless the target's serves."""
+
+    def __init__(
+        self, width: int, i: int, output: nn.Linear | None, num_layers: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.W = nn.Linear((i + 2) * width, width)
+        nn.init.zeros_(self.W.weight)
+        nn.init.zeros_(self.W.bias)
+        self.R = nn.Linear((i + 2) * width, width, bias=False)
+        nn.init.zeros_(self.R.weight)
+        nn.init.eye_(self.R.weight[:, :width])
+        self.blocks = residual_blocks(width, num_layers - 1)
+        self.lm_head = output
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.dropout(z)
+        state = self.R(z) + F.silu(self.W(z))
+        for block in self.blocks:
+            state = self.dropout(state)
+            state = state + F.silu(block(state))
+        dropped: Tensor = self.dropout(state)
+        return dropped
+
+
+class HydraHeads(Heads):
+    """All heads; see the module docstring."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        variant: Literal["plain", "plus"] = option(
+            "plus", "plus: with attention over the text, deeper heads and the target's laws"
+        )
+        num_heads: int = option(4, "tokens guessed ahead", minimum=1, maximum=16)
+        num_layers: int = option(
+            0, "residual blocks of a head; 0: 1 if plain, 4 if plus", minimum=0, maximum=8
+        )
+        draft_vocab: int = option(
+            0, "guess only the N commonest tokens of the data; 0: all", minimum=0
+        )
+        shared_head: bool = option(
+            False, "guess with the target's output matrix, not with one for each head"
+        )
+
+    needs = Needs(final=True)
+    learning = Learning(rate=5e-4, weight_decay=0.1, final=0.33)
+
+    def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
+        super().__init__(config, model, token_map)
+        self.num_heads = config.num_heads
+        plus = config.variant == "plus"
+        self.learns = "laws" if plus else "labels"
+        weight_VD = self.frozen.weight_VD
+        self._each = [
+            HydraHead(
+                weight_VD.shape[1],
+                i,
+                None if config.shared_head else self.fresh_output(bias=True),
+                config.num_layers or _BLOCKS[config.variant],
+                _DROPOUT if plus else 0.0,
+            ).to(weight_VD)
+            for i in range(config.num_heads)
+        ]
+        self.heads = nn.ModuleList(self._each)
+        shape = layer_config(model)
+        self.rotary = Rotary(shape)
+        self.prefix = DecoderLayer(shape).to(weight_VD) if plus else None
+
+    def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+        state_BLD = lesson.features["final"].to(self.dtype)
+        if self.prefix is not None:
+            state_BLD = self.prefix(state_BLD, self.rotary.text(state_BLD))
+        parts = [state_BLD[batch_R, place_R]]
+        last = lesson.tokens_BL.shape[1] - 1
+        for i, head in enumerate(self._each):
+            # Past the end there is nothing to learn, and something has to stand.
+            token_R = lesson.tokens_BL[batch_R, (place_R + 1 + i).clamp(max=last)]
+            parts.append(self.embed(token_R))
+            yield head(torch.cat(parts, -1))
+
+    def step(self, state_BD: Tensor, path_BPA: Tensor, k: int) -> Tensor:
+        state_BPD = state_BD[:, None].expand(-1, path_BPA.shape[1], -1)
+        z_BPZ = torch.cat([state_BPD, self.embed(path_BPA).flatten(2)], -1)
+        out_BPD: Tensor = self._each[k](z_BPZ)
+        return out_BPD
+
+    def own_output(self, k: int) -> nn.Linear | None:
+        return self._each[k].lm_head
+
+
+class HydraDrafter(TreeDrafter):
+    """Drafts the heads' static tree; prefix attention runs once over what was committed."""
+
+    name = "hydra"
+    Heads = HydraHeads
+    needs = HydraHeads.needs
+
+    def __init__(
+        self, heads: HydraHeads, paths: Sequence[Sequence[int]], config: TreeConfig | None = None
+    ) -> None:
+        super().__init__(heads, paths, config)
+        self._prefix = heads.prefix
+        self._own = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
+
+    @torch.inference_mode()
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+        if self._own is not None:
+            self._own.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
+        super().begin(prompts, cache)
+
+    def _read(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
+    ) -> None:
+        if self._own is None or self._prefix is None:
+            super()._read(rows, tokens, features)
+            return
+        finals = [found["final"].to(self._heads.dtype) for found in features]
+        self._own.select(rows)
+        states = self._own.feed([row[:-1] for row in tokens], [finals], self._prefix)
+        self._states.update(zip(rows, states, strict=True))

@@ -1,0 +1,295 @@
+"""Hydra against loops over the equations, its alignment, and drafting that changes nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from spectool.decode.drafters.hydra import HydraDrafter, HydraHeads
+from spectool.decode.drafters.layer import DecoderLayer, Rotary
+from spectool.decode.drafters.trained import TOP
+from spectool.decode.generate import Runner
+from spectool.decode.protocol import Lesson
+from spectool.decode.target import Target
+
+from ...conftest import DENSE, VOCAB
+from .bare import bare_model, disturb, make_lesson
+
+PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [1, 0, 2], [0, 0, 1]]
+VARIANTS = ["plain", "plus"]
+
+
+def make_heads(model: Any, *, token_map: torch.Tensor | None = None, **options: Any) -> HydraHeads:
+    heads: HydraHeads = disturb(HydraHeads(HydraHeads.Config(**options), model, token_map))
+    return heads.eval()
+
+
+def still(heads: HydraHeads) -> None:
+    """No dropout."""
+    for module in heads.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def state_of(heads: HydraHeads, i: int, h_D: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """Head i's state after h and these tokens, an equation a line."""
+    head: Any = heads.heads[i]
+    z = torch.cat([h_D, *(heads.frozen.embed(torch.tensor(token)) for token in tokens)])
+    w = head.W.weight @ z + head.W.bias
+    state = head.R.weight @ z + w * torch.sigmoid(w)
+    for block in head.blocks:
+        u = block.weight @ state + block.bias
+        state = state + u * torch.sigmoid(u)
+    return state
+
+
+def logits_of(heads: HydraHeads, i: int, h_D: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    output: Any = heads.heads[i].lm_head  # type: ignore[union-attr]
+    logits: torch.Tensor = output.weight @ state_of(heads, i, h_D, tokens) + output.bias
+    return logits
+
+
+def attended(heads: HydraHeads, final_LD: torch.Tensor) -> torch.Tensor:
+    """The states that heads read, by transformers' own decoder layer."""
+    if heads.prefix is None:
+        return final_LD
+    config = LlamaConfig(
+        hidden_size=12, intermediate_size=24, num_attention_heads=2, rms_norm_eps=1e-6
+    )
+    config._attn_implementation = "eager"
+    layer = LlamaDecoderLayer(config, 0)
+    layer.load_state_dict(heads.prefix.state_dict())
+    length = len(final_LD)
+    rotary = LlamaRotaryEmbedding(config)(final_LD, torch.arange(length)[None])
+    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+    out: Any = layer(final_LD[None], attention_mask=mask, position_embeddings=rotary)
+    states: torch.Tensor = out[0]
+    return states.view(length, -1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradient_are_those_of_the_equations(variant: str) -> None:
+    lesson = make_lesson()
+    heads = make_heads(bare_model(bias=True), variant=variant, num_heads=3)
+    still(heads)
+    done = heads.teach(lesson)
+    found = {name: p.grad for name, p in heads.named_parameters()}
+    heads.zero_grad()
+
+    total = torch.zeros(())
+    states = [attended(heads, final_LD) for final_LD in lesson.features["final"]]
+    output = heads.frozen.output
+    for i in range(3):
+        losses, right = [], 0
+        for row, place in itertools.product(range(3), range(23)):
+            ahead = place + 2 + i
+            if ahead < 23 and lesson.taught_BL[row, ahead]:
+                tokens = lesson.tokens_BL[row].tolist()
+                logits_V = logits_of(heads, i, states[row][place], tokens[place + 1 : ahead])
+                law_V = nn.functional.one_hot(lesson.tokens_BL[row, ahead], 17).float()
+                if variant == "plus":
+                    teacher_D = lesson.features["final"][row, ahead - 1]
+                    law_V = (output.weight @ teacher_D + output.bias).softmax(-1).detach()
+                losses.append(-(law_V * torch.log_softmax(logits_V, -1)).sum())
+                right += int(logits_V.argmax() == tokens[ahead])
+        loss = torch.stack(losses)
+        total = total + loss.mean()
+        assert done.places[i] == len(losses) and done.right[i] == right
+        assert done.loss[i] == pytest.approx(loss.sum().item(), rel=1e-4)
+    total.backward()
+    prefix = {id(p) for p in heads.prefix.parameters()} if heads.prefix else set()
+    for name, parameter in heads.named_parameters():
+        # transformers' layer has parameters of its own here.
+        if id(parameter) not in prefix:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
+        else:
+            assert found[name] is not None and found[name].abs().max() > 0
+
+
+@pytest.mark.parametrize("family", [*DENSE, "mixtral"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_untrained_heads_say_what_the_target_says(
+    tiny: Callable[..., PreTrainedModel], family: str, variant: str
+) -> None:
+    """Plain ones exactly; with attention, what its random layer adds is not the target's."""
+    model = tiny(family)
+    heads = HydraHeads(HydraHeads.Config(variant=variant), model, None).eval()
+    if heads.prefix is not None:
+        nn.init.zeros_(heads.prefix.self_attn.o_proj.weight)
+        nn.init.zeros_(heads.prefix.mlp.down_proj.weight)
+    tokens_BL = torch.randint(2, VOCAB, (1, 9))
+    features = Target(model).read(tokens_BL, heads.needs)
+    lesson = Lesson(tokens_BL=tokens_BL, taught_BL=tokens_BL > 0, features=features)
+    with torch.no_grad():
+        logits_V = model(tokens_BL).logits[0, 4]
+        states = list(heads.states(lesson, torch.tensor([0]), torch.tensor([4])))
+        torch.testing.assert_close(
+            heads._law(features["final"][0, 4:5])[0], logits_V.softmax(-1), rtol=1e-4, atol=1e-6
+        )
+    for i, state_1D in enumerate(states):
+        assert heads.guess(state_1D, i, 1).item() == logits_V.argmax()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_heads_learn_the_token_at_their_own_distance_and_no_other(variant: str) -> None:
+    """Texts walk in steps that only their second token tells, so h_t alone cannot know."""
+    period = 11
+    steps = [1, 3, 4, 7]
+    tokens_BL = torch.stack([torch.arange(40) * step % period for step in steps])
+    config = HydraHeads.Config(variant=variant, num_heads=3)
+    heads = HydraHeads(config, bare_model(12, period), None)
+    lesson = Lesson(
+        tokens_BL=tokens_BL,
+        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        features={"final": torch.eye(12)[tokens_BL]},
+    )
+    # A random target's laws know nothing of these texts.
+    heads.learns = "labels"
+    still(heads)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
+    for _ in range(200):
+        optimizer.zero_grad()
+        heads.teach(lesson)
+        optimizer.step()
+    assert (heads.ranks(lesson) == 0).all()
+
+
+def test_a_token_changes_what_follows_it_and_nothing_beside_it() -> None:
+    heads = make_heads(bare_model(), variant="plain")
+    state_BD = torch.randn(2, 12)
+    path_BPA = torch.randint(0, 17, (2, 3, 3))
+    before = heads.step(state_BD, path_BPA, 2)
+    changed = path_BPA.clone()
+    changed[0, 1, 1] = (changed[0, 1, 1] + 1) % 17
+    after = heads.step(state_BD, changed, 2)
+    differs = (before != after).any(-1)
+    assert differs.tolist() == [[False, True, False], [False, False, False]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("options", [{}, {"draft_vocab": 40}, {"shared_head": True}])
+def test_trees_are_those_of_a_loop_over_their_paths(
+    tiny: Callable[..., PreTrainedModel],
+    prompt_of: Callable[..., list[int]],
+    variant: str,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every node is the guess of that rank after its own path, and prefix attention the whole's."""
+    model = tiny("llama")
+    token_map = torch.arange(0, 120, 3) if "draft_vocab" in options else None
+    heads = make_heads(model, token_map=token_map, variant=variant, **options)
+    runner = Runner(model)
+    drafter = HydraDrafter(heads, PATHS)
+    runner.use(drafter)
+    propose, seen = drafter.propose, [0]
+
+    def checked(rows: Any, budget: Any) -> Any:
+        drafts = propose(rows, budget)
+        for row, draft in zip(rows, drafts, strict=True):
+            tokens_1L = torch.tensor([row.tokens[:-1]])
+            features = runner.target.read(tokens_1L, heads.needs)
+            final_1LD = features["final"]
+            if heads.prefix is not None:
+                final_1LD = heads.prefix(final_1LD, heads.rotary.text(final_1LD))
+            state_D = drafter._states[row.index]
+            torch.testing.assert_close(state_D, final_1LD[0, -1], rtol=1e-4, atol=1e-5)
+            for node in range(1, len(draft)):
+                above = [draft.tokens[n] for n in draft.path(draft.parents[node])]
+                out_D = state_of(heads, len(above) - 1, state_D, above)
+                guesses = heads.guess(out_D[None], len(above) - 1, TOP)[0].tolist()
+                assert draft.tokens[node] == guesses[draft.sources[node][-1]]
+                seen[0] += 1
+        return drafts
+
+    monkeypatch.setattr(drafter, "propose", checked)
+    with torch.inference_mode():
+        runner.generate([prompt_of(n) for n in (9, 30, 2)], max_new_tokens=12, batch_size=3)
+    assert seen[0] > 100
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "opt"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_output_is_plain_decodings(
+    tiny: Callable[..., PreTrainedModel],
+    prompt_of: Callable[..., list[int]],
+    family: str,
+    variant: str,
+) -> None:
+    model = tiny(family)
+    prompts = [prompt_of(length, seed=length) for length in (1, 7, 40, 19)]
+    limits = [30, 3, 1, 24]
+    runner = Runner(model)
+    plain = runner.generate(prompts, max_new_tokens=limits)
+    runner.use(HydraDrafter(make_heads(model, variant=variant), PATHS))
+    for batch_size in (1, 3):
+        results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
+        assert [r.token_ids for r in results] == [r.token_ids for r in plain]
+        assert all(r.drafted > 0 for r in results[:2]) and all(r.lossless for r in results)
+
+
+def test_prefix_attention_goes_on_from_a_kept_prefix(
+    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
+) -> None:
+    """A chat's next turn passes only what is new, and drafts as a fresh run would."""
+    model = tiny("llama")
+    heads = make_heads(model)
+    first, more = prompt_of(20), prompt_of(6, seed=4)
+    runner = Runner(model, draft=HydraDrafter(heads, PATHS))
+    (turn,) = runner.generate([first], max_new_tokens=10, reuse_cache=True)
+    second = first + turn.token_ids + more
+    (kept,) = runner.generate([second], max_new_tokens=1 + 1, reuse_cache=True)
+    fresh = Runner(model, draft=HydraDrafter(heads, PATHS))
+    (whole,) = fresh.generate([second], max_new_tokens=2)
+    assert kept == whole
+    drafters: list[Any] = [runner.drafter, fresh.drafter]
+    own, again = (drafter._own for drafter in drafters)
+    assert own.lengths == again.lengths == [len(second) + 1]
+    torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
+
+
+def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
+    model = tiny("llama-tied")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    heads = make_heads(model, shared_head=True)
+    heads.teach(make_lesson(width=32, vocab=VOCAB))
+    assert all(parameter.grad is not None for parameter in heads.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and torch.equal(parameter, before[name])
+    assert not any("lm_head" in name for name in heads.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "millions"),
+    [
+        # 28 d^2 + 4 d V, biases beside; Hydra++ with its layer and 12 more blocks.
+        ({"variant": "plain"}, 994.1),
+        ({"variant": "plus"}, 994.1 + 202.4 + 12 * 4096 * 4097 / 1e6),
+    ],
+)
+def test_parameters_of_7b(options: dict[str, Any], millions: float) -> None:
+    """As published for Llama 7B: 994 M, and 1196 M of Hydra++ (heads alone: 994 + 201)."""
+    with torch.device("meta"):
+        model = bare_model(4096, 32000)
+        model.config = LlamaConfig(
+            hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000
+        )
+        heads = HydraHeads(HydraHeads.Config(**options), model, None)
+    found = sum(p.numel() for p in heads.parameters()) / 1e6
+    assert found == pytest.approx(millions, abs=0.5)
+
+
+def test_the_layer_has_llamas_names_and_rotary_angles_are_never_rounded() -> None:
+    config = LlamaConfig(hidden_size=12, intermediate_size=24, num_attention_heads=2)
+    names = set(LlamaDecoderLayer(config, 0).state_dict())
+    assert set(DecoderLayer(config).state_dict()) == names
+    cos, _ = Rotary(config).at(torch.tensor([[1001]]), torch.zeros(1, dtype=torch.bfloat16))
+    want = torch.tensor(1001.0).cos().bfloat16()
+    assert cos.dtype == torch.bfloat16 and cos[0, 0, 0] == want
