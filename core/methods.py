@@ -121,6 +121,14 @@ METHODS: dict[str, Method] = {
         runs_in=("spectool",),
         trained=True,
     ),
+    "eagle3": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.eagle3:Eagle3Drafter",
+        summary="A layer that reads three of the target's and goes on from its own; a dynamic tree",
+        source="Li et al., EAGLE-3, 2025 (arXiv:2503.01840); tree of EAGLE-2 (arXiv:2406.16858)",
+        runs_in=("spectool",),
+        trained=True,
+    ),
     "greedy": Method(
         kind="rule",
         target="spectool.decode.verify:greedy",

@@ -104,6 +104,28 @@ class Attention(nn.Module):
         )
 
 
+def attend_chains(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Attention [B, H, N, E] of every place's own chain of drafts, for training all at once.
+
+    At step s the row at place t sees the first step's rows up to t, and of each later step the row
+    at t alone. `keys` and `values` are those of the steps 0 ... s, [B, H or fewer, N, E] each.
+    """
+    shared = q.shape[1] // keys[0].shape[1]
+    keys = [k.repeat_interleave(shared, 1) for k in keys]
+    values = [v.repeat_interleave(shared, 1) for v in values]
+    q = q * q.shape[-1] ** -0.5
+    scores_BHNN = q @ keys[0].transpose(-1, -2)
+    length = q.shape[2]
+    later_NN = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    scores_BHNN = scores_BHNN.masked_fill(later_NN, -torch.inf)
+    own = [(q * k).sum(-1, keepdim=True) for k in keys[1:]]
+    weights = torch.cat([scores_BHNN, *own], -1).softmax(-1)
+    out_BHNE = weights[..., :length] @ values[0]
+    for step, v in enumerate(values[1:]):
+        out_BHNE = out_BHNE + weights[..., length + step, None] * v
+    return out_BHNE
+
+
 class DecoderLayer(nn.Module):
     """x + attention(norm x), then + MLP(norm of that)."""
 

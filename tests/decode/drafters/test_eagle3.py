@@ -1,0 +1,299 @@
+"""EAGLE-3 against drafting step by step, its tree against a search, and output that stays plain."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+
+from spectool.decode.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Heads
+from spectool.decode.generate import Runner
+from spectool.decode.protocol import Lesson
+from spectool.errors import UsageError
+
+from ...conftest import VOCAB
+from .bare import bare_model, disturb, make_lesson
+
+
+def make_heads(model: Any, *, token_map: Tensor | None = None, **options: Any) -> Eagle3Heads:
+    heads: Eagle3Heads = disturb(Eagle3Heads(Eagle3Heads.Config(**options), model, token_map))
+    return heads.eval()
+
+
+def rms(x_D: Tensor, norm: Any) -> Tensor:
+    scaled: Tensor = norm.weight * x_D / (x_D.square().mean() + norm.variance_epsilon).sqrt()
+    return scaled
+
+
+def turn(x_HE: Tensor, position: int, theta: float) -> Tensor:
+    """Rotary positions, a pair of channels at a time."""
+    half = x_HE.shape[-1] // 2
+    out = x_HE.clone()
+    for pair in range(half):
+        angle = position * theta ** (-pair / half)
+        a, b = x_HE[:, pair], x_HE[:, pair + half]
+        out[:, pair] = a * math.cos(angle) - b * math.sin(angle)
+        out[:, pair + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+class StepByStep:
+    """The equations, one row after the other: `read` rows of the text, then `draft` a chain."""
+
+    def __init__(self, heads: Eagle3Heads, features: dict[str, Tensor], tokens: list[int]) -> None:
+        """`features` [L, D] of the text's tokens."""
+        self.heads, self.layer = heads, heads.midlayer
+        states = torch.cat([features[f"layer {n}"] for n in heads.needs.layers], -1)
+        self.fused = [heads.fc.weight @ state for state in states]
+        self.tokens = tokens
+
+    def chain(self, place: int, drafted: list[int]) -> list[Tensor]:
+        """y of x_{t+1} and of each drafted token after it, at this place of the text."""
+        rows: list[tuple[Tensor, Tensor]] = []
+        out = None
+        for t in range(place + 1):
+            out = self._row(rows, t, self.tokens[t + 1], self.fused[t])
+        assert out is not None
+        found = [out]
+        for step, token in enumerate(drafted, start=1):
+            out = self._row(rows, place + step, token, out)
+            found.append(out)
+        return found
+
+    def _row(
+        self, rows: list[tuple[Tensor, Tensor]], position: int, token: int, state_D: Tensor
+    ) -> Tensor:
+        layer, attention = self.layer, self.layer.self_attn
+        embedded = self.heads.frozen.embed(torch.tensor(token))
+        read = torch.cat([rms(embedded, layer.input_layernorm), rms(state_D, layer.hidden_norm)])
+        width = attention.head_width
+        theta = 10000.0
+        q = turn((attention.q_proj.weight @ read).view(-1, width), position, theta)
+        k = turn((attention.k_proj.weight @ read).view(-1, width), position, theta)
+        v = (attention.v_proj.weight @ read).view(-1, width)
+        rows.append((k, v))
+        out = []
+        for head in range(len(q)):
+            of = head * len(k) // len(q)
+            scores = torch.stack([q[head] @ k[of] for k, _ in rows]) / math.sqrt(width)
+            out.append(sum(w * v[of] for w, (_, v) in zip(scores.softmax(0), rows, strict=True)))
+        y = state_D + attention.o_proj.weight @ torch.cat(out)  # type: ignore[arg-type]
+        z = rms(y, layer.post_attention_layernorm)
+        mlp: Any = layer.mlp
+        gated = nn.functional.silu(mlp.gate_proj.weight @ z) * (mlp.up_proj.weight @ z)
+        whole: Tensor = y + mlp.down_proj.weight @ gated
+        return whole
+
+    def logits(self, y_D: Tensor) -> Tensor:
+        weight_VD, _ = self.heads.output(0)
+        return weight_VD @ rms(y_D, self.heads.norm)
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_training_is_drafting_step_by_step(size: int | None) -> None:
+    """Losses and gradients of all places at once against chains of one place after the other."""
+    token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
+    model = bare_model(bias=True)
+    heads = make_heads(model, token_map=token_map, steps=3)
+    lesson = make_lesson(rows=2, length=10, needs=heads.needs)
+    done = heads.teach(lesson)
+    found = {name: p.grad for name, p in heads.named_parameters()}
+    heads.zero_grad()
+
+    kept = list(range(17)) if token_map is None else token_map.tolist()
+    total, skipped = torch.zeros(()), 0
+    losses: list[list[Tensor]] = [[] for _ in range(3)]
+    for row, place in itertools.product(range(2), range(8)):
+        tokens = lesson.tokens_BL[row].tolist()
+        features = {name: value[row] for name, value in lesson.features.items()}
+        steps = StepByStep(heads, features, tokens).chain(place, tokens[place + 2 : place + 4])
+        for s, y_D in enumerate(steps):
+            ahead = place + 2 + s
+            if ahead >= 10 or not lesson.taught_BL[row, ahead]:
+                continue
+            teacher_V = model.output(features["final"][ahead - 1]).detach()
+            if int(teacher_V.argmax()) not in kept:
+                skipped += 1
+                continue
+            weight_VD, _ = heads.output(s)
+            logq_V = (weight_VD @ rms(y_D, heads.norm)).log_softmax(0)
+            losses[s].append(-(teacher_V[kept].softmax(0) * logq_V).sum())
+    for s, values in enumerate(losses):
+        total = total + 0.8**s * torch.stack(values).mean()
+        assert done.places[s] == len(values)
+        assert done.loss[s] == pytest.approx(torch.stack(values).sum().item(), rel=1e-4)
+    assert (skipped > 0) == (size is not None)
+    total.backward()
+    for name, parameter in heads.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def search(
+    heads: Eagle3Heads, step: StepByStep, config: Eagle3Config, depth: int
+) -> list[tuple[tuple[int, ...], float]]:
+    """EAGLE-2's expansion and rerank, one path after the other."""
+    place = len(step.tokens) - 2
+    token_map = range(VOCAB) if heads.token_map is None else heads.token_map.tolist()
+    level: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    found: list[tuple[tuple[int, ...], float]] = []
+    for _ in range(depth):
+        children = []
+        for path, score in level:
+            logq_V = step.logits(step.chain(place, list(path))[-1]).log_softmax(0)
+            best = logq_V.topk(config.width)
+            for value, at in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                children.append(((*path, token_map[at]), score + value))
+        found += children
+        level = sorted(children, key=lambda pair: -pair[1])[: config.width]
+    return sorted(found, key=lambda pair: -pair[1])[: config.nodes]
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_vocab": 40}, {"shared_head": True}])
+def test_trees_are_those_of_a_search(
+    tiny: Callable[..., PreTrainedModel],
+    prompt_of: Callable[..., list[int]],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And its own keys are those of exactly the committed tokens."""
+    model = tiny("llama")
+    token_map = torch.arange(0, 120, 3) if "draft_vocab" in options else None
+    heads = make_heads(model, token_map=token_map, **options)
+    config = Eagle3Config(nodes=9, depth=3, width=3)
+    drafter = Eagle3Drafter(heads, [], config)
+    runner = Runner(model, draft=drafter)
+    propose, seen = drafter.propose, [0]
+
+    def checked(rows: Any, budget: Any) -> Any:
+        drafts, deepest = propose(rows, budget), min(3, max(budget))
+        if deepest == 0:
+            return drafts
+        assert drafter._own.lengths == [len(row.tokens) - 1 for row in rows]
+        for row, draft, limit in zip(rows, drafts, budget, strict=True):
+            read = runner.target.read(torch.tensor([row.tokens[:-1]]), heads.needs)
+            features = {name: value[0] for name, value in read.items()}
+            step = StepByStep(heads, features, row.tokens)
+            wanted = search(heads, step, config, deepest)
+            paths = [
+                tuple(draft.tokens[n] for n in draft.path(node)[1:]) for node in range(len(draft))
+            ]
+            assert paths[1:] == [path for path, _ in wanted if len(path) <= limit]
+            seen[0] += len(draft) - 1
+        return drafts
+
+    monkeypatch.setattr(drafter, "propose", checked)
+    with torch.inference_mode():
+        runner.generate([prompt_of(n) for n in (9, 14, 2)], max_new_tokens=[6, 4, 5], batch_size=3)
+    assert seen[0] > 60
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "opt"])
+def test_greedy_output_is_plain_decodings(
+    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]], family: str
+) -> None:
+    model = tiny(family)
+    prompts = [prompt_of(length, seed=length) for length in (1, 7, 40, 19)]
+    limits = [30, 3, 1, 24]
+    runner = Runner(model)
+    plain = runner.generate(prompts, max_new_tokens=limits)
+    runner.use(Eagle3Drafter(make_heads(model), []))
+    for batch_size in (1, 3):
+        results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
+        assert [r.token_ids for r in results] == [r.token_ids for r in plain]
+        assert all(r.drafted > 0 for r in results[:2]) and all(r.lossless for r in results)
+
+
+def test_drafting_goes_on_from_a_kept_prefix(
+    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
+) -> None:
+    """A chat's next turn passes only what is new, and drafts as a fresh run would."""
+    model = tiny("llama")
+    heads = make_heads(model)
+    first, more = prompt_of(20), prompt_of(6, seed=4)
+    runner = Runner(model, draft=Eagle3Drafter(heads, []))
+    (turn,) = runner.generate([first], max_new_tokens=10, reuse_cache=True)
+    second = first + turn.token_ids + more
+    (kept,) = runner.generate([second], max_new_tokens=2, reuse_cache=True)
+    fresh = Runner(model, draft=Eagle3Drafter(heads, []))
+    (whole,) = fresh.generate([second], max_new_tokens=2)
+    assert kept == whole
+    drafters: list[Any] = [runner.drafter, fresh.drafter]
+    own, again = (drafter._own for drafter in drafters)
+    assert own.lengths == again.lengths == [len(second) + 1]
+    torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
+
+
+def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
+    model = tiny("llama-tied")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    heads = make_heads(model, shared_head=True)
+    heads.teach(make_lesson(width=32, vocab=VOCAB, needs=heads.needs))
+    assert all(parameter.grad is not None for parameter in heads.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and torch.equal(parameter, before[name])
+    assert not any("lm_head" in name for name in heads.state_dict())
+
+
+def test_steps_learn_the_token_at_their_own_distance_and_no_other() -> None:
+    """Texts walk in steps that only their second token tells."""
+    period = 11
+    tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
+    heads = Eagle3Heads(Eagle3Heads.Config(steps=3), bare_model(12, period), None)
+    state_BLD = torch.eye(12)[tokens_BL]
+    lesson = Lesson(
+        tokens_BL=tokens_BL,
+        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        features={name: state_BLD for name in ("final", "layer 1", "layer 3", "layer 4")},
+    )
+    # A random target's laws know nothing of these texts.
+    heads.learns = "labels"
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        heads.teach(lesson)
+        optimizer.step()
+    assert (heads.ranks(lesson) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "asked", "outputs"),
+    [
+        (32, "", (1, 15, 28)),
+        (8, "", (1, 3, 4)),
+        (5, "", (0, 2, 4)),
+        (2, "", (0, 1)),
+        (1, "", (0,)),
+        (32, "31-2-16", (1, 15, 30)),
+    ],
+)
+def test_fused_layers(num_layers: int, asked: str, outputs: tuple[int, ...]) -> None:
+    model = bare_model()
+    model.config.num_hidden_layers = num_layers
+    assert Eagle3Heads(Eagle3Heads.Config(layers=asked), model, None).needs.layers == outputs
+
+
+@pytest.mark.parametrize("asked", ["2-x", "2,3", "0-1-2", "3-9"])
+def test_layers_that_are_none(asked: str) -> None:
+    with pytest.raises(UsageError, match=f"--layers {asked}"):
+        Eagle3Heads(Eagle3Heads.Config(layers=asked), bare_model(), None)
+
+
+def test_parameters_of_llama_3_8b() -> None:
+    """425 M as published, 294 M of them without the output matrix of 32000 tokens."""
+    with torch.device("meta"):
+        model = bare_model(4096, 128256)
+        model.config = LlamaConfig(
+            hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+            num_key_value_heads=8, num_hidden_layers=32, vocab_size=128256,
+        )  # fmt: skip
+        size = Eagle3Heads.num_guessed(Eagle3Heads.Config(), 128256)
+        heads = Eagle3Heads(Eagle3Heads.Config(), model, torch.empty(size, dtype=torch.long))
+    found = sum(p.numel() for p in heads.parameters())
+    assert found / 1e6 == pytest.approx(425, abs=0.5)
+    assert (found - size * 4096) / 1e6 == pytest.approx(294, abs=0.5)
