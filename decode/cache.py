@@ -169,3 +169,46 @@ class TreeCache(Cache):
             self.truncate(row, shared)
             kept.append(shared)
         return kept
+
+
+class TextLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer's keys and values of whole texts; what passes later is seen, and not kept."""
+
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        assert self.keys is not None and self.values is not None
+        keys = torch.cat([self.keys, key_states], 2)
+        return keys, torch.cat([self.values, value_states], 2)
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class TextCache(Cache):
+    """Keys and values of texts that were read whole, for rows that pass beside them.
+
+    Nothing is written in place, so autograd may go through what passes later.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[TextLayer() for _ in range(num_layers)])  # type: ignore
+
+    @property
+    def length(self) -> int:
+        return self.get_seq_length()

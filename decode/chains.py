@@ -79,6 +79,10 @@ def chained(drafter: Drafter, target: Target) -> Drafter:
             raise UnsupportedError(
                 f"skip cannot draft for {target.name}: its recurrent state cannot go back"
             )
+        if part.needs.inject:
+            raise UnsupportedError(
+                f"{part.name} cannot draft for {target.name}: nothing can pass beside its chains"
+            )
         shape = getattr(getattr(part, "config", None), "tree", "chain")
         if part.name == "draft_model" and shape != "chain":
             raise UsageError(

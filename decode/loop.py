@@ -143,6 +143,7 @@ def _step(
                 path=path,
                 next_token=new[taken - 1],
                 laws_NV=laws_BNV[b, nodes] if needs.laws else None,
+                beside_NV=done.logits_BNV[b, len(draft) : draft.num_rows],
                 top=top[b][nodes] if needs.top else [],
                 features={name: f_BND[b, nodes] for name, f_BND in done.features.items()},
             )

@@ -5,7 +5,7 @@ Suffixes: N nodes of a tree, T tokens of a prompt, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from spectool.decode.target import Target
 
 
+# What a layer reads: states [B, N, D], what each row stands for [B, N] (-1: a token) and the node
+# that it belongs to [B, N]; to the states with those of the rows beside the tree put in.
+Inject = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What a drafter wants of the target's passes; nothing else is captured.
@@ -27,13 +32,15 @@ class Needs:
     `layers`: outputs of these decoder layers (negative ones count from the end; -1 is the state
     before the final norm). `final`: the state after the final norm, which the head reads. `top`:
     the ids of the that many likeliest tokens after every node, and after every prompt token.
-    `laws`: the laws of all verified nodes, not only the verdict.
+    `laws`: the laws of all verified nodes, not only the verdict. `inject`: what rows beside a
+    tree's nodes are at the input of a decoder layer, by its index, -1 for the embeddings.
     """
 
     layers: tuple[int, ...] = ()
     final: bool = False
     top: int = 0
     laws: bool = False
+    inject: Mapping[int, Inject] = field(default_factory=dict)
 
 
 # By "layer <index as asked>" and "final".
@@ -46,7 +53,7 @@ class Outcome:
 
     `path` holds the nodes that entered the cache, the root first; `next_token` is the new root.
     Where the row finished, both end with it. `laws_NV` are what the rule judged by: scores when
-    greedy.
+    greedy. `beside_NV` are the logits of the rows beside the tree.
     """
 
     row: Row
@@ -54,6 +61,7 @@ class Outcome:
     path: list[int]
     next_token: int
     laws_NV: Tensor | None = None
+    beside_NV: Tensor | None = None
     top: list[list[int]] = field(default_factory=list)
     features: Features = field(default_factory=dict)
 
@@ -76,12 +84,14 @@ class Prompt:
 class Lesson:
     """Texts that trained drafters learn from: tokens [B, L] and features [B, L, D] of them all.
 
-    `taught_BL` marks the tokens whose prediction counts; padding at the right never does.
+    `taught_BL` marks the tokens whose prediction counts; padding at the right never does. `beside`
+    passes rows beside the texts: `Target.read_beside` of these, for drafters that inject some.
     """
 
     tokens_BL: Tensor
     taught_BL: Tensor
     features: Features
+    beside: Callable[..., Tensor] | None = None
 
 
 class Drafter(Protocol):

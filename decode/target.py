@@ -25,8 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from spectool import machine
 from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.decode import tree
-from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Needs
+from spectool.decode.cache import TextCache, TreeCache
+from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels import skinny
@@ -151,13 +151,24 @@ class Target:
 
         Smaller trees are padded with nodes that see only themselves.
         """
-        num_nodes = max(map(len, drafts))
-        tokens, parents = [], []
+        num_rows = max(draft.num_rows for draft in drafts)
+        tokens, parents, slots, owners = [], [], [], []
         for draft in drafts:
-            pad = num_nodes - len(draft)
-            tokens.append(draft.tokens + [0] * pad)
-            parents.append([0, *draft.parents[1:], *range(len(draft), num_nodes)])
-        return self.grow(cache, tokens, parents, needs=needs)
+            num_nodes = len(draft)
+            padding = range(draft.num_rows, num_rows)
+            tokens.append(draft.tokens + [0] * (num_rows - num_nodes))
+            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.beside), *padding]
+            parents.append(above)
+            slots.append([-1] * num_nodes + [slot for _, slot in draft.beside])
+            slots[-1] += [-1] * len(padding)
+            owner = list(range(num_rows))
+            for row in range(num_nodes, draft.num_rows):
+                owner[row] = owner[above[row]]
+            owners.append(owner)
+        beside = None
+        if any(draft.beside for draft in drafts):
+            beside = (torch.tensor(slots, device=self.device), torch.tensor(owners).to(self.device))
+        return self.grow(cache, tokens, parents, needs=needs, beside=beside)
 
     @torch.inference_mode()
     def grow(
@@ -169,11 +180,13 @@ class Target:
         fed: int = 0,
         seen: Sequence[int] | None = None,
         needs: Needs | None = None,
+        beside: tuple[Tensor, Tensor] | None = None,
     ) -> Pass:
         """Feed the nodes from `fed` on of trees, or forests, whose first nodes are in the tail.
 
         A node without a parent is its own; all rows have as many nodes. The rows see their first
-        `seen` committed tokens, all by default, and the nodes stand right after these.
+        `seen` committed tokens, all by default, and the nodes stand right after these. `beside`
+        are the last two arguments of what the drafter injects.
         """
         depths: list[list[int]] = []
         for row in parents:
@@ -190,18 +203,76 @@ class Target:
             needs or Needs(),
             None,
             seen,
+            beside,
         )
 
     @torch.no_grad()
-    def read(self, tokens_BL: Tensor, needs: Needs) -> dict[str, Tensor]:
-        """Features [B, L, D] of whole texts, for training: no cache, no logits.
+    def read(
+        self, tokens_BL: Tensor, needs: Needs, *, keep: TextCache | None = None
+    ) -> dict[str, Tensor]:
+        """Features [B, L, D] of whole texts, for training: no logits; keys and values to `keep`.
 
         Rows are padded at the right, where causal attention does not look. Not inference mode:
         autograd saves no inference tensors.
         """
         with self._listen(needs) as features:
-            self.model.get_decoder()(input_ids=tokens_BL.to(self.device), use_cache=False)
+            self.model.get_decoder()(
+                input_ids=tokens_BL.to(self.device),
+                past_key_values=keep,
+                use_cache=keep is not None,
+            )
         return features
+
+    def read_beside(
+        self,
+        kept: TextCache,
+        places_BA: Tensor,
+        rows: Sequence[tuple[int, int]],
+        inject: Mapping[int, Inject],
+    ) -> Tensor:
+        """States [B, A, X, D] after the final norm of rows beside texts, for training.
+
+        At each of a text's A places there are X `rows`, a parent and what it stands for each as in
+        `Draft.beside`, where node 0 is the text's token at the place. They see the text up to it
+        and their own parents, and differentiate. `inject` hears of places of the text as the nodes
+        that rows belong to.
+        """
+        (batch, num_places), num_own = places_BA.shape, len(rows)
+        parents, depths = [0], [0]
+        for parent, _ in rows:
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+        own_XX = tree.closure(torch.tensor([parents]), max(depths))[0, 1:, 1:]
+        # Chains of different places do not see each other.
+        own_NN = torch.eye(num_places).kron(own_XX.float()).bool().to(self.device)
+        places_BN = places_BA.repeat_interleave(num_own, 1).to(self.device)
+        depths_N = torch.tensor(depths[1:] * num_places, device=self.device)
+        positions_BN = (places_BN + depths_N).clamp_(max=self.context - 1)
+        text_BNL = torch.arange(kept.length, device=self.device) <= places_BN[..., None]
+        sees_BNS = torch.cat([text_BNL, own_NN.expand(batch, -1, -1)], -1)
+        masks = {}
+        for kind, window in self._windows.items():
+            near_BNS = sees_BNS
+            if window is not None:
+                key_L = torch.arange(kept.length, device=self.device).expand(batch, -1)
+                key_BS = torch.cat([key_L, positions_BN], 1)
+                near_BNS = sees_BNS & (positions_BN[..., None] - key_BS[:, None] < window)
+            hidden = torch.finfo(self.dtype).min
+            mask_BNS = torch.zeros(near_BNS.shape, dtype=self.dtype, device=self.device)
+            masks[kind] = mask_BNS.masked_fill_(~near_BNS, hidden)[:, None]
+        slots_BN = torch.tensor([slot for _, slot in rows] * num_places, device=self.device)
+        with (
+            self._listen(Needs(final=True)) as features,
+            self._inject(inject, (slots_BN.expand(batch, -1), places_BN)),
+        ):
+            self.model.get_decoder()(
+                input_ids=torch.zeros_like(places_BN),
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                position_ids=positions_BN,
+                past_key_values=kept,
+                use_cache=True,
+            )
+        return features["final"].view(batch, num_places, num_own, -1)
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint | None:
@@ -224,6 +295,7 @@ class Target:
         needs: Needs,
         kept: list[int] | None,
         seen: Sequence[int] | None = None,
+        beside: tuple[Tensor, Tensor] | None = None,
     ) -> Pass:
         """One call of the model, for the last N of the tail's T nodes; `kept` ones get logits.
 
@@ -253,7 +325,11 @@ class Target:
             )
             for kind, window in self._windows.items()
         }
-        with self._listen(needs) as features, skinny.products(self._linears, self._most_rows):
+        with (
+            self._listen(needs) as features,
+            self._inject(needs.inject, beside),
+            skinny.products(self._linears, self._most_rows),
+        ):
             output = self.model(
                 input_ids=torch.tensor(tokens, device=self.device),
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
@@ -282,6 +358,28 @@ class Target:
             handles.append(decoder.register_forward_hook(_capture(features, "final")))
         try:
             yield features
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _inject(
+        self, inject: Mapping[int, Inject], beside: tuple[Tensor, Tensor] | None
+    ) -> Iterator[None]:
+        """During one pass, let layers read what a drafter puts in place of rows beside the tree."""
+        handles = []
+        for index, put in inject.items():
+            if beside is None:
+                continue
+            if index < 0:
+                hook = _replacing_output(put, *beside)
+                handles.append(self.model.get_input_embeddings().register_forward_hook(hook))
+            else:
+                before = _replacing_input(put, *beside)
+                layer = self.layers()[index]
+                handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        try:
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -395,6 +493,24 @@ def _capture(features: dict[str, Tensor], name: str) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         # A layer returns a tensor or a tuple, a decoder a ModelOutput; the state comes first.
         features[name] = output if isinstance(output, Tensor) else output[0]
+
+    return hook
+
+
+def _replacing_output(put: Inject, slots_BN: Tensor, owners_BN: Tensor) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return put(output, slots_BN, owners_BN)
+
+    return hook
+
+
+def _replacing_input(put: Inject, slots_BN: Tensor, owners_BN: Tensor) -> Any:
+    def hook(module: nn.Module, inputs: Any, options: Any) -> Any:
+        if inputs:
+            return (put(inputs[0], slots_BN, owners_BN), *inputs[1:]), options
+        return inputs, options | {
+            "hidden_states": put(options["hidden_states"], slots_BN, owners_BN)
+        }
 
     return hook
 

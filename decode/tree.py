@@ -29,7 +29,9 @@ class Draft:
     `draws[i]` are the children of node i in the order in which they were drawn, one that was drawn
     again standing again; None where each was drawn once, in the order of the nodes. `sources[i]`
     says where a node comes from: nodes of one source are about equally likely to be right, and no
-    source may depend on the token of a sampled node.
+    source may depend on the token of a sampled node. `beside` are rows that pass with the tree and
+    are never committed, each as its parent, counted on from the nodes, and what it stands for
+    (`protocol.Needs.inject`).
     """
 
     tokens: list[int]
@@ -38,6 +40,7 @@ class Draft:
     laws_NV: Tensor | None = None
     draws: dict[int, list[int]] | None = None
     sources: Sequence[Hashable] | None = None
+    beside: Sequence[tuple[int, int]] = ()
     depths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,6 +58,11 @@ class Draft:
     def is_chain(self) -> bool:
         """Whether every node has at most one child."""
         return self.depths[-1] == len(self.tokens) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that pass through the target: nodes, and what stands beside them."""
+        return len(self.tokens) + len(self.beside)
 
     def drawn(self) -> dict[int, list[int]]:
         """`draws`, also where they are not given. Nodes without children are left out."""

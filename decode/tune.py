@@ -107,7 +107,7 @@ class Tuned(Drafter):
                 self._learn_level(drafts, time.perf_counter() - began)
         self._handed_over = time.perf_counter()
         self._drafting = self._handed_over - began
-        self._fed = (len(rows), max(map(len, drafts)))
+        self._fed = (len(rows), max(draft.num_rows for draft in drafts))
         return drafts
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
@@ -148,7 +148,7 @@ class Tuned(Drafter):
             known = self._level_seconds
             each = seconds / deepest
             self._level_seconds = each if known is None else known + _FRESH * (each - known)
-            self._level_nodes = (max(map(len, drafts)) - 1) / deepest
+            self._level_nodes = (max(draft.num_rows for draft in drafts) - 1) / deepest
 
     def _worth(self, draft: Draft) -> list[float]:
         """The probability that each node stands, as far as is known; 1 for the root."""

@@ -10,6 +10,7 @@ Shapes: B texts of a batch, L tokens of each, R places, K heads.
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import Checkpoint, open_checkpoint, read_tensor, text_fingerprint
+from spectool.decode.cache import TextCache
 from spectool.decode.drafters.heads import HeadsRecord, lineage
 from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, Learning, frequent
 from spectool.decode.generate import Runner
@@ -296,8 +298,10 @@ class _Course:
 
     def _lesson(self, samples: Sequence[Sample]) -> Lesson:
         tokens_BL, taught_BL = (part.to(self.target.device) for part in pad(samples))
-        features = self.target.read(tokens_BL, self.needs)
-        return Lesson(tokens_BL=tokens_BL, taught_BL=taught_BL, features=features)
+        kept = TextCache(self.target.num_layers) if self.needs.inject else None
+        features = self.target.read(tokens_BL, self.needs, keep=kept)
+        beside = None if kept is None else functools.partial(self.target.read_beside, kept)
+        return Lesson(tokens_BL=tokens_BL, taught_BL=taught_BL, features=features, beside=beside)
 
     def accumulate(self, step: int) -> Figures:
         """The gradient of one batch; `loss` is the mean over heads."""

@@ -45,7 +45,7 @@ from spectool.errors import UsageError
 from spectool.kernels import skinny
 from spectool.options import option
 
-from .layer import Attention, DraftCache, Rotary, attend_chains, layer_config
+from .layer import Attention, DraftCache, Rotary, attend_chains, final_scale, layer_config
 from .trained import Heads, Learning, read_outcomes, read_prompts
 
 # Of a larger vocabulary as many tokens are guessed, as published.
@@ -78,7 +78,7 @@ class Eagle3Heads(Heads):
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
-        steps: int = option(7, "tokens ahead that training goes on for", minimum=1, maximum=16)
+        ttt_steps: int = option(7, "tokens ahead that training goes on for", minimum=1, maximum=16)
         layers: str = option("", "states to fuse, like 2-16-29; empty: a low, a middle, a high one")
         draft_vocab: int = option(
             0, "guess only the N commonest tokens of the data; 0: 32000, or all", minimum=0
@@ -99,7 +99,7 @@ class Eagle3Heads(Heads):
             UsageError: states to fuse that the target has not.
         """
         super().__init__(config, model, token_map)
-        self.num_heads = config.steps
+        self.num_heads = config.ttt_steps
         shape = layer_config(model)
         self.rotary = Rotary(shape)
         fused = _fused(config.layers, model.config.get_text_config(decoder=True).num_hidden_layers)
@@ -109,8 +109,17 @@ class Eagle3Heads(Heads):
         self.fc = nn.Linear(len(fused) * width, width, bias=False)
         self.midlayer = MidLayer(shape)
         self.norm = LlamaRMSNorm(width, shape.rms_norm_eps)
+        self._begin(model)
         self.lm_head = None if config.shared_head else self.fresh_output(bias=False)
         self.to(self.frozen.weight_VD)
+
+    def _begin(self, model: PreTrainedModel) -> None:
+        """Begin with the highest state as it is, under the target's own last norm."""
+        nn.init.zeros_(self.fc.weight)
+        nn.init.eye_(self.fc.weight[:, -self.fc.out_features :])
+        scale_D = final_scale(model)
+        if scale_D is not None:
+            self.norm.weight = nn.Parameter(scale_D.float().clone())
 
     @classmethod
     def num_guessed(cls, config: Any, vocab_size: int) -> int:
@@ -181,7 +190,10 @@ class Eagle3Drafter(Drafter):
     Heads = Eagle3Heads
 
     def __init__(
-        self, heads: Eagle3Heads, paths: Sequence[Sequence[int]], config: Eagle3Config | None = None
+        self,
+        heads: Eagle3Heads,
+        paths: Sequence[tuple[Sequence[int], float]],
+        config: Eagle3Config | None = None,
     ) -> None:
         """`paths`, the best static tree, is what it was measured by, not what it drafts."""
         self.config = config or Eagle3Config()

@@ -49,6 +49,11 @@ class HeadsRecord:
     def as_bytes(self) -> bytes:
         return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()
 
+    @property
+    def paths(self) -> list[tuple[tuple[int, ...], float]]:
+        """The tree's nodes, best first, each with its share."""
+        return [(tuple(path), share) for path, share in zip(self.tree, self.shares, strict=True)]
+
     def expected(self, nodes: int) -> float:
         """Tokens a forward that the best tree of so many nodes brings on held-out text."""
         return 1 + sum(self.shares[:nodes])
@@ -127,7 +132,7 @@ def open_heads(
         )
     heads.load_state_dict(tensors)
     heads.to(target.device, target.dtype)
-    built: Drafter = drafter(heads, record.tree, config)
+    built: Drafter = drafter(heads, record.paths, config)
     return built
 
 

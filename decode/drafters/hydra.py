@@ -141,7 +141,10 @@ class HydraDrafter(TreeDrafter):
     needs = HydraHeads.needs
 
     def __init__(
-        self, heads: HydraHeads, paths: Sequence[Sequence[int]], config: TreeConfig | None = None
+        self,
+        heads: HydraHeads,
+        paths: Sequence[tuple[Sequence[int], float]],
+        config: TreeConfig | None = None,
     ) -> None:
         super().__init__(heads, paths, config)
         self._prefix = heads.prefix

@@ -169,6 +169,17 @@ def layer_config(model: PreTrainedModel) -> LlamaConfig:
     )
 
 
+def final_scale(model: PreTrainedModel) -> Tensor | None:
+    """The weight [D] of the target's last RMS norm; None where it has another norm."""
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    norm = getattr(decoder, "norm", None)
+    if norm is None or "RMSNorm" not in type(norm).__name__:
+        return None
+    weight_D: Tensor = norm.weight.detach()
+    # Gemma's are stored as what is added to 1.
+    return weight_D + 1 if "Gemma" in type(norm).__name__ else weight_D
+
+
 class DraftCache:
     """Keys and values of a drafter's layers, a row's in step with what the target committed.
 

@@ -110,6 +110,10 @@ class Heads(nn.Module):
         size: int = config.draft_vocab
         return size
 
+    def choose(self, batch_R: Tensor, place_R: Tensor) -> tuple[Tensor, Tensor]:
+        """The places to learn at in a step, of those that have something to learn."""
+        return batch_R, place_R
+
     def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
         """Of each head in turn, the states [R, D] that it guesses from at these places.
 
@@ -168,7 +172,8 @@ class Heads(nn.Module):
         done = HeadLoss(self.num_heads)
         labels_BL = self.labels(lesson.tokens_BL)
         taught_BL = self._taught(lesson, labels_BL)
-        batch_R, place_R = _any_ahead(taught_BL, self.num_heads).nonzero(as_tuple=True)
+        places_BL = _any_ahead(taught_BL, self.num_heads)
+        batch_R, place_R = self.choose(*places_BL.nonzero(as_tuple=True))
         outs: list[Tensor] = []
         slopes: list[Tensor] = []
         with torch.enable_grad():
@@ -254,6 +259,8 @@ class Heads(nn.Module):
         for rows in _chunks(len(labels_S), len(weight_VD)):
             with torch.enable_grad():
                 logits = F.linear(leaf_SD[rows], weight_VD, bias_V).float()
+                if self.own_output(k) is None:
+                    logits = self.frozen.logits(logits)
                 goal: Tensor = labels_S[rows]
                 if teacher_SD is not None:
                     goal = self._law(teacher_SD[rows])
@@ -289,14 +296,20 @@ class TreeDrafter(Drafter):
     Config = TreeConfig
 
     def __init__(
-        self, heads: Heads, paths: Sequence[Sequence[int]], config: TreeConfig | None = None
+        self,
+        heads: Heads,
+        paths: Sequence[tuple[Sequence[int], float]],
+        config: TreeConfig | None = None,
     ) -> None:
-        """`paths`: the tree's nodes as ranks, best first, so that any beginning is a tree."""
+        """`paths`: the tree's nodes as ranks, each with the share of texts that follow it.
+
+        They stand best first, so that any beginning is a tree.
+        """
         self.config = config or TreeConfig()
         self.needs = heads.needs
         self._heads = heads.eval()
         depth = min(self.config.depth, heads.num_heads)
-        kept = [path for path in paths if len(path) <= depth][: self.config.nodes]
+        kept = [path for path, _ in paths if len(path) <= depth][: self.config.nodes]
         self._tree = RankTree(kept, device=heads.frozen.weight_VD.device)
         self._states: dict[int, Tensor] = {}
         self._linears = skinny.suited(heads.modules())

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from spectool import methods
+
 from .conftest import Done
 
 Spectool = Callable[..., Done]
@@ -110,3 +112,10 @@ def test_heads_of_another_model_are_refused_in_one_line(
 def test_damaged_heads_are_one_line(spectool: Spectool, tmp_path: Path) -> None:
     (tmp_path / "spectool_heads.json").write_text(json.dumps({"format_version": 1}))
     assert spectool("inspect", tmp_path).code == 2
+
+
+@pytest.mark.parametrize("name", methods.trained())
+def test_every_method_has_a_command(spectool: Spectool, name: str) -> None:
+    """No option of a method has the name of one of the training's own."""
+    done = spectool("train-heads", name, "--help")
+    assert done.code == 0 and "--learning-rate" in done.out

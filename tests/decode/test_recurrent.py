@@ -321,7 +321,7 @@ def test_heads_read_the_final_states(tiny: Tiny, endless: Any, prompt_of: Any) -
     runner = Runner(model)
     plain = runner.generate(prompts, max_new_tokens=12)
     heads = MedusaHeads(MedusaHeads.Config(num_heads=2), model, None)
-    runner.use(MedusaDrafter(heads, [(0,), (1,), (0, 0), (0, 1)]))
+    runner.use(MedusaDrafter(heads, [((0,), 0.5), ((1,), 0.3), ((0, 0), 0.2), ((0, 1), 0.1)]))
     results = runner.generate(prompts, max_new_tokens=12, batch_size=2)
     assert [r.token_ids for r in results] == [r.token_ids for r in plain]
     # Two of the four nodes are the path that can be fed.

@@ -31,6 +31,9 @@ class Bare:
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
 
+    def get_decoder(self) -> None:
+        """There is none."""
+
     def get_output_embeddings(self) -> nn.Linear:
         return self.output
 

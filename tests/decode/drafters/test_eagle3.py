@@ -100,7 +100,7 @@ def test_training_is_drafting_step_by_step(size: int | None) -> None:
     """Losses and gradients of all places at once against chains of one place after the other."""
     token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
     model = bare_model(bias=True)
-    heads = make_heads(model, token_map=token_map, steps=3)
+    heads = make_heads(model, token_map=token_map, ttt_steps=3)
     lesson = make_lesson(rows=2, length=10, needs=heads.needs)
     done = heads.teach(lesson)
     found = {name: p.grad for name, p in heads.named_parameters()}
@@ -244,7 +244,7 @@ def test_steps_learn_the_token_at_their_own_distance_and_no_other() -> None:
     """Texts walk in steps that only their second token tells."""
     period = 11
     tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
-    heads = Eagle3Heads(Eagle3Heads.Config(steps=3), bare_model(12, period), None)
+    heads = Eagle3Heads(Eagle3Heads.Config(ttt_steps=3), bare_model(12, period), None)
     state_BLD = torch.eye(12)[tokens_BL]
     lesson = Lesson(
         tokens_BL=tokens_BL,

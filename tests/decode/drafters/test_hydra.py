@@ -23,6 +23,7 @@ from ...conftest import DENSE, VOCAB
 from .bare import bare_model, disturb, make_lesson
 
 PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [1, 0, 2], [0, 0, 1]]
+TREE = [(path, 0.1) for path in PATHS]
 VARIANTS = ["plain", "plus"]
 
 
@@ -187,7 +188,7 @@ def test_trees_are_those_of_a_loop_over_their_paths(
     token_map = torch.arange(0, 120, 3) if "draft_vocab" in options else None
     heads = make_heads(model, token_map=token_map, variant=variant, **options)
     runner = Runner(model)
-    drafter = HydraDrafter(heads, PATHS)
+    drafter = HydraDrafter(heads, TREE)
     runner.use(drafter)
     propose, seen = drafter.propose, [0]
 
@@ -228,7 +229,7 @@ def test_greedy_output_is_plain_decodings(
     limits = [30, 3, 1, 24]
     runner = Runner(model)
     plain = runner.generate(prompts, max_new_tokens=limits)
-    runner.use(HydraDrafter(make_heads(model, variant=variant), PATHS))
+    runner.use(HydraDrafter(make_heads(model, variant=variant), TREE))
     for batch_size in (1, 3):
         results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
         assert [r.token_ids for r in results] == [r.token_ids for r in plain]
@@ -242,11 +243,11 @@ def test_prefix_attention_goes_on_from_a_kept_prefix(
     model = tiny("llama")
     heads = make_heads(model)
     first, more = prompt_of(20), prompt_of(6, seed=4)
-    runner = Runner(model, draft=HydraDrafter(heads, PATHS))
+    runner = Runner(model, draft=HydraDrafter(heads, TREE))
     (turn,) = runner.generate([first], max_new_tokens=10, reuse_cache=True)
     second = first + turn.token_ids + more
     (kept,) = runner.generate([second], max_new_tokens=1 + 1, reuse_cache=True)
-    fresh = Runner(model, draft=HydraDrafter(heads, PATHS))
+    fresh = Runner(model, draft=HydraDrafter(heads, TREE))
     (whole,) = fresh.generate([second], max_new_tokens=2)
     assert kept == whole
     drafters: list[Any] = [runner.drafter, fresh.drafter]

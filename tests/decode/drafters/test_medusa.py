@@ -30,6 +30,7 @@ from .bare import bare_model, disturb, make_lesson
 FAMILIES = ["llama", "llama-tied", "qwen3", "mistral", "gemma3", "gpt2", "opt", "gpt_neox"]
 FAMILIES += ["phi3", "mixtral"]
 PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [0, 0, 1]]
+TREE = [(path, 0.1) for path in PATHS]
 
 
 def make_heads(model: Any, *, token_map: torch.Tensor | None = None, **options: Any) -> MedusaHeads:
@@ -195,7 +196,7 @@ def test_greedy_output_is_plain_decodings(
     limits = [30, 3, 1, 24]
     runner = Runner(model)
     plain = runner.generate(prompts, max_new_tokens=limits)
-    runner.use(MedusaDrafter(make_heads(model), PATHS))
+    runner.use(MedusaDrafter(make_heads(model), TREE))
     for batch_size in (1, 3):
         results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
         assert [r.token_ids for r in results] == [r.token_ids for r in plain]
@@ -212,7 +213,7 @@ def test_heads_that_know_the_text_bring_a_whole_path_every_step(
     prompt = prompt_of(9)
     (plain,) = runner.generate([prompt], max_new_tokens=41)
     whole = prompt + plain.token_ids
-    drafter = MedusaDrafter(make_heads(runner.target.model), PATHS)
+    drafter = MedusaDrafter(make_heads(runner.target.model), TREE)
     runner.use(drafter)
 
     committed = [len(prompt) + 1]
