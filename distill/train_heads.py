@@ -335,9 +335,9 @@ class _Course:
         right_RK = (ranks_RK == 0).double()
         reached_RK = right_RK.cumprod(-1)
         before_K = torch.cat([reached_RK.new_tensor([len(ranks_RK)]), reached_RK.sum(0)[:-1]])
-        paths = best_paths(ranks_RK, nodes=self.nodes, top=TOP)
+        paths = best_paths(ranks_RK, nodes=MOST_NODES, top=TOP)
         return {
-            "score": 1 + sum(share for _, share in paths),
+            "score": self.heads.expected(paths, self.nodes),
             "accuracy": right_RK.mean(0).tolist(),
             "conditional": (reached_RK.sum(0) / before_K.clamp(min=1)).tolist(),
         }

@@ -97,6 +97,10 @@ class InPassHeads(Heads):
     def own_output(self, k: int) -> nn.Linear | None:
         return None
 
+    def expected(self, paths: Sequence[tuple[Path, float]], nodes: int) -> float:
+        width = len(self.rows) // self.num_heads
+        return tokens_a_step(sparse_trees(paths, num_heads=self.num_heads, rows=nodes, width=width))
+
 
 @dataclass(frozen=True, slots=True)
 class SparseTree:
@@ -202,7 +206,7 @@ def _ends(pairs: Sequence[tuple[Path, float]]) -> list[float]:
 class InPassConfig(options.Config):
     """Options of drafters inside the pass."""
 
-    rows: int = option(32, "rows of a pass beside the root: nodes and guesses", minimum=1)
+    nodes: int = option(32, "most rows of a pass beside the root: proposed and guessing", minimum=1)
     depth: int = option(16, "most proposed tokens in a row", minimum=1, maximum=16)
 
 
@@ -227,7 +231,7 @@ class InPassDrafter(Drafter):
         self.trees = sparse_trees(
             [(path, share) for path, share in paths if len(path) <= self.config.depth],
             num_heads=heads.num_heads,
-            rows=self.config.rows,
+            rows=self.config.nodes,
             width=self._width,
         )
         self._guesses: dict[int, list[list[int]]] = {}

@@ -221,6 +221,10 @@ class Heads(nn.Module):
         ]
         return torch.stack(columns, 1)
 
+    def expected(self, paths: Sequence[tuple[tuple[int, ...], float]], nodes: int) -> float:
+        """Tokens a forward by the best `paths` of held-out text, with so many proposed at once."""
+        return 1 + sum(share for _, share in paths[:nodes])
+
     def labels(self, tokens: Tensor) -> Tensor:
         """Places of tokens among those that can be guessed; -1 for the others."""
         if self.token_map is None:

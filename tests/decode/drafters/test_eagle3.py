@@ -190,7 +190,7 @@ def test_trees_are_those_of_a_search(
     monkeypatch.setattr(drafter, "propose", checked)
     with torch.inference_mode():
         runner.generate([prompt_of(n) for n in (9, 14, 2)], max_new_tokens=[6, 4, 5], batch_size=3)
-    assert seen[0] > 60
+    assert seen[0] >= 60
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "opt"])

@@ -113,7 +113,7 @@ def test_nothing_real_sees_what_passes_beside(
     """Logits of a tree's nodes with and without the rows; unequal rows of a batch."""
     model = tiny(family)
     target = Target(model)
-    drafter = make_drafter(model, name, rows=14)
+    drafter = make_drafter(model, name, nodes=14)
     prompts = [prompt_of(21), prompt_of(5)]
     cache = target.cache(2)
     target.ingest(cache, prompts)
@@ -143,7 +143,7 @@ def test_training_passes_the_rows_that_drafting_does(
     batch_R, place_R = torch.tensor([0, 0, 1]), torch.tensor([3, place, place])
     with torch.no_grad():
         states = list(heads.states(lesson, batch_R, place_R))
-    drafter = METHODS[name][1](heads, TREE, InPassConfig(rows=40))
+    drafter = METHODS[name][1](heads, TREE, InPassConfig(nodes=40))
     cache = target.cache(2)
     target.ingest(cache, [text[:place] for text in texts])
     drafts = [drafter._draft(text[place], [], 9) for text in texts]

@@ -1,0 +1,128 @@
+"""Every method of draft heads through one trainer: stored, read back, drafting, resumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectool.artifact import ArtifactWriter
+from spectool.decode.drafters.heads import read_record
+from spectool.decode.generate import Runner
+from spectool.distill.train_heads import Job, Report, train_heads
+from spectool.methods import resolve, trained
+from spectool.training import Training
+
+from .test_train_heads import contents
+
+OPTIONS: dict[str, dict[str, Any]] = {"hydra-plain": {"variant": "plain"}}
+ALL = [*trained(), *OPTIONS]
+Train = Callable[..., Report]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Train:
+    data = tmp_path / "text.txt"
+    data.write_text(Path(__file__).read_text()[:1600])
+
+    def run(name: str, source: Path, out: str = "out", **asked: Any) -> Report:
+        method = name.removesuffix("-plain")
+        config = resolve(method, "drafter").Heads.Config(**OPTIONS.get(name, {}))
+        job = Job(
+            method=method,
+            config=config,
+            **{
+                "data": [str(data)], "steps": 3, "seq_len": 64, "batch_tokens": 256, "held_out": 2,
+                **asked,
+            },
+        )  # fmt: skip
+        return train_heads(source, tmp_path / out, job)
+
+    return run
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_written_drafts_and_changes_nothing(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str, family: str
+) -> None:
+    """And equal seeds give equal bytes."""
+    dtype = torch.bfloat16 if family == "llama" else torch.float32
+    source = checkpoint(family, dtype=dtype)
+    report = train(name, source)
+    train(name, source, "again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+    assert report.record == read_record(tmp_path / "out")
+    runner = Runner(source, dtype=torch.float32)
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
+    plain = runner.generate(prompts, max_new_tokens=24)
+    runner.use(str(tmp_path / "out"))
+    for batch_size in (1, 2):
+        results = runner.generate(prompts, max_new_tokens=24, batch_size=batch_size)
+        assert [r.token_ids for r in results] == [r.token_ids for r in plain]
+        assert all(r.drafted > 0 for r in results)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_was_trained_is_what_drafts(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """Read back twice, the same weights and the same drafts."""
+    source = checkpoint("llama")
+    train(name, source)
+    first = Runner(source, draft=str(tmp_path / "out"))
+    second = Runner(source, draft=str(tmp_path / "out"))
+    one: Any = first.drafter
+    two: Any = second.drafter
+    mine, theirs = one._heads.state_dict(), two._heads.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert first.generate([[5, 6, 7]]) == second.generate([[5, 6, 7]])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    train: Train,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """Dropout and chosen places among what has to come again."""
+    source = checkpoint("llama")
+    train(name, source, "whole", steps=5)
+    original = Training.__init__
+    monkeypatch.setattr(
+        Training,
+        "__init__",
+        lambda self, **given: original(
+            self, **{**given, "save_seconds": -1, "save_share": math.inf}
+        ),
+    )
+    write, states = ArtifactWriter.write_shard, [0]
+
+    def failing(self: ArtifactWriter, shard: str, *arguments: Any) -> None:
+        states[0] += shard.startswith("state")
+        if states[0] == 3:
+            raise KeyboardInterrupt
+        write(self, shard, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactWriter, "write_shard", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(name, source, steps=5)
+    assert not (tmp_path / "out").exists()
+    train(name, source, steps=5)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
