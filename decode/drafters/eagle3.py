@@ -50,6 +50,10 @@ from .trained import Heads, Learning, read_outcomes, read_prompts
 
 # Of a larger vocabulary as many tokens are guessed, as published.
 _DRAFT_VOCAB = 32000
+# The score that a row begins to give itself.
+_SELF = 12.0
+# From so many layers on the states are those published.
+_DEEP = 16
 
 
 class MidLayer(nn.Module):
@@ -114,12 +118,24 @@ class Eagle3Heads(Heads):
         self.to(self.frozen.weight_VD)
 
     def _begin(self, model: PreTrainedModel) -> None:
-        """Begin with the highest state as it is, under the target's own last norm."""
+        """Begin with the highest state as it is, read at its own place.
+
+        Queries begin as the keys do, so that every row sees itself above all: random ones average
+        over the text, and a row's own token reaches nothing but through its value (codestory-10M,
+        60 steps of 1024 tokens: a loss of 5.59 in place of 5.69).
+        """
         nn.init.zeros_(self.fc.weight)
         nn.init.eye_(self.fc.weight[:, -self.fc.out_features :])
         scale_D = final_scale(model)
         if scale_D is not None:
             self.norm.weight = nn.Parameter(scale_D.float().clone())
+        attention = self.midlayer.self_attn
+        keys, width = attention.k_proj.weight, attention.head_width
+        # Of normed states of unit variance this makes scores of about _SELF.
+        nn.init.normal_(keys, std=(_SELF / width**0.5 / keys.shape[1]) ** 0.5)
+        heads = keys.detach().view(-1, width, keys.shape[1])
+        shared = attention.q_proj.out_features // keys.shape[0]
+        attention.q_proj.weight = nn.Parameter(heads.repeat_interleave(shared, 0).flatten(0, 1))
 
     @classmethod
     def num_guessed(cls, config: Any, vocab_size: int) -> int:
@@ -330,14 +346,14 @@ class Eagle3Drafter(Drafter):
 def _fused(asked: str, num_layers: int) -> list[int]:
     """The states to fuse: as asked, or a low, a middle and a high one.
 
-    As published where that makes three; of fewer layers the first, the middle and the last.
+    As published, 2, L / 2 and L - 3, where the last of these is near the end; of fewer layers the
+    last itself (8 layers, short training: a loss of 5.25 in place of 5.40).
     """
     if asked:
         found = sorted({int(part) for part in asked.split("-")})
         if found[0] < 1 or found[-1] > num_layers:
             raise UsageError(f"--layers {asked}: the target has states 1 to {num_layers}")
         return found
-    published = [2, num_layers // 2, num_layers - 3]
-    if published == sorted(set(published)):
-        return published
-    return sorted({1, (num_layers + 1) // 2, num_layers})
+    if num_layers >= _DEEP:
+        return [2, num_layers // 2, num_layers - 3]
+    return sorted({max(1, num_layers // 4), (num_layers + 1) // 2, num_layers})

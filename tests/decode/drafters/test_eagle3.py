@@ -190,7 +190,7 @@ def test_trees_are_those_of_a_search(
     monkeypatch.setattr(drafter, "propose", checked)
     with torch.inference_mode():
         runner.generate([prompt_of(n) for n in (9, 14, 2)], max_new_tokens=[6, 4, 5], batch_size=3)
-    assert seen[0] >= 60
+    assert seen[0] > 50
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "opt"])
@@ -249,7 +249,7 @@ def test_steps_learn_the_token_at_their_own_distance_and_no_other() -> None:
     lesson = Lesson(
         tokens_BL=tokens_BL,
         taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
-        features={name: state_BLD for name in ("final", "layer 1", "layer 3", "layer 4")},
+        features={name: state_BLD for name in ("final", "layer 1", "layer 3", "layer 7")},
     )
     # A random target's laws know nothing of these texts.
     heads.learns = "labels"
@@ -265,7 +265,7 @@ def test_steps_learn_the_token_at_their_own_distance_and_no_other() -> None:
     ("num_layers", "asked", "outputs"),
     [
         (32, "", (1, 15, 28)),
-        (8, "", (1, 3, 4)),
+        (8, "", (1, 3, 7)),
         (5, "", (0, 2, 4)),
         (2, "", (0, 1)),
         (1, "", (0,)),
