@@ -1,0 +1,237 @@
+"""Draft heads side by side: trained alike, measured alike, and at the cost of a larger model.
+
+    python benchmarks/heads.py --shared FOLDER [--out DIR] [--steps N] [--only NAME ...]
+
+FOLDER holds `models/codestory-10M` and `data` (see their README). The checkpoint first writes its
+own training text, at temperature 0.8 after beginnings of the kinds it learnt; every method then
+learns from equal tokens of that. Prompts are code, stories, prose and arithmetic that neither the
+checkpoint nor the heads were trained on, cut where plain greedy decoding begins to repeat itself.
+Tokens per forward come from decoding, greedy and at temperature 0.8, in float32, with intervals by
+resampling the prompts (2.5 to 97.5 %); greedy output must be that of plain decoding everywhere.
+Speed is that of the widened copy (`widened.py`) with widened heads, which compute the same function
+at the cost of 400 M parameters: it says nothing about the quality of heads of such a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from main_job import RESULTS, spectool, write_texts
+from safetensors.torch import load_file, save_file
+from widened import widen
+
+from decode import WIDTHS, write_prompts
+from spectool.checkpoint import open_checkpoint
+from spectool.decode.drafters.heads import lineage, read_record
+from spectool.decode.generate import Result, Runner, loop_start
+from spectool.distill.regenerate import regenerate
+from spectool.distill.samples import read_samples
+from spectool.headers import HEADS, HEADS_FILE
+from spectool.methods import resolve
+from spectool.skeleton import build_meta, read_config
+
+# Each with the options that were best of a few in short trials.
+METHODS: dict[str, tuple[str, ...]] = {
+    "medusa": ("--learning-rate", "3e-3"),
+    "hydra-plain": ("--variant", "plain", "--learning-rate", "3e-3"),
+    "hydra": ("--learning-rate", "3e-3"),
+    "eagle3": ("--learning-rate", "6e-3"),
+    "ppd": ("--learning-rate", "1e-2"),
+    "hidden-transfer": ("--learning-rate", "3e-3"),
+}
+FREE = ("ngram+recycle:nodes=32", "trigram+recycle:nodes=32")
+NODES = (8, 16, 32, 64)
+SEQ_LEN, BATCH_TOKENS = 256, 2048
+
+
+def write_own_text(model: Path, texts: dict[str, Path], path: Path, tokens: int) -> float:
+    """Let the checkpoint go on from beginnings of the training texts; the seconds it took."""
+    runner = Runner(model, dtype=torch.float32)
+    assert runner.tokenizer is not None
+    samples = read_samples([str(texts["train"])], runner.tokenizer, seq_len=SEQ_LEN)
+    random.Random(0).shuffle(samples)
+    began, written = time.perf_counter(), 0
+    with path.open("w", encoding="utf-8") as file:
+        for number in itertools.count():
+            group = samples[32 * number : 32 * (number + 1)]
+            if written >= tokens or not group:
+                return time.perf_counter() - began
+            for sample in regenerate(
+                runner, group, seq_len=SEQ_LEN, temperature=0.8, seed=number, batch_size=32
+            ):
+                written += len(sample.tokens)
+                file.write(json.dumps({"text": runner.tokenizer.decode(sample.tokens)}) + "\n")
+    raise AssertionError
+
+
+def decode(runner: Runner, draft: str | None, jobs: Any, temperature: float) -> list[Result]:
+    runner.use(draft)
+    prompts, limits = [prompt for prompt, _ in jobs], [limit for _, limit in jobs]
+    return runner.generate(prompts, max_new_tokens=limits, temperature=temperature)
+
+
+def figures(results: Sequence[Result], categories: Sequence[str]) -> dict[str, Any]:
+    """Tokens per forward of all and of each category, with intervals."""
+    found = {}
+    for name in ("all", *dict.fromkeys(categories)):
+        own = [r for r, c in zip(results, categories, strict=True) if name in ("all", c)]
+        chance = random.Random(0)
+        drawn = sorted(rate(chance.choices(own, k=len(own))) for _ in range(2000))
+        found[name] = {"mean": rate(own), "low": drawn[50], "high": drawn[1949]}
+    return found
+
+
+def rate(results: Sequence[Result]) -> float:
+    return sum(len(r.token_ids) for r in results) / sum(r.forwards for r in results)
+
+
+def widen_heads(heads: Path, model: Path, wide: Path, out: Path) -> None:
+    """The heads in the widened copy's dimensions, zeros in what is new, as there.
+
+    Where states are read side by side each has its own part of the columns.
+    """
+    record = read_record(heads)
+    drafter = resolve(record.method, "drafter")
+    config = drafter.Heads.Config.from_dict(record.options)
+    tensors = load_file(heads / HEADS_FILE)
+    with torch.device("meta"):
+        skeleton = build_meta(read_config(wide))
+        made = drafter.Heads(config, skeleton, tensors.get("token_map"))
+    narrow, width = record.target["hidden_size"], WIDTHS["hidden"]
+    widened = {}
+    for name, wanted in made.state_dict().items():
+        old = tensors[name]
+        if old.shape == wanted.shape:
+            widened[name] = old
+            continue
+        if name.endswith("norm.weight"):
+            old = old * (narrow / width) ** 0.5
+        new = torch.zeros(wanted.shape, dtype=old.dtype)
+        parts = [
+            [(i * width, i * narrow, narrow) for i in range(size // narrow)]
+            if size % narrow == 0 and size // narrow == to // width
+            else [(0, 0, size)]
+            for size, to in zip(old.shape, wanted.shape, strict=True)
+        ]
+        for corner in itertools.product(*parts):
+            into = tuple(slice(at, at + size) for at, _, size in corner)
+            new[into] = old[tuple(slice(at, at + size) for _, at, size in corner)]
+        widened[name] = new
+    opened = open_checkpoint(wide)
+    target = {
+        **record.target,
+        "hidden_size": width,
+        "fingerprint": opened.fingerprint(),
+        "lineage": lineage(opened),
+    }
+    out.mkdir(parents=True)
+    (out / HEADS).write_bytes(dataclasses.replace(record, target=target).as_bytes())
+    save_file(widened, out / HEADS_FILE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("build/heads"))
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--each", type=int, default=6)
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--dtype", default="bfloat16", help="of the widened copy")
+    parser.add_argument("--name", default="heads-2-core-cpu")
+    given = parser.parse_args()
+    model, out = given.shared / "models/codestory-10M", given.out
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"model": model.name, "steps": given.steps, "heads": {}}
+
+    def keep() -> None:
+        text = json.dumps(found, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
+        (RESULTS / f"{given.name}.json").write_text(text + "\n", encoding="utf-8")
+
+    own = out / "own.jsonl"
+    if not own.exists():
+        texts = write_texts(given.shared / "data", out / "texts")
+        partial = out / "own.partial"
+        tokens = given.steps * BATCH_TOKENS
+        found["own_text_seconds"] = write_own_text(model, texts, partial, tokens)
+        partial.rename(own)
+    for name in given.only:
+        words = ("--data", own, "--seq-len", SEQ_LEN, "--batch-tokens", BATCH_TOKENS)
+        method = name.removesuffix("-plain")
+        if not (out / name).exists():
+            found["heads"][name] = spectool(
+                "train-heads", method, model, out / name, *words, "--steps", given.steps,
+                *METHODS[name],
+            )  # fmt: skip
+            found["heads"][name]["out"] = name
+        keep()
+
+    write_prompts(given.shared / "data", out / "prompts.jsonl", given.each)
+    prompts = list(rows_of(out / "prompts.jsonl"))
+    runner = Runner(model, dtype=torch.float32)
+    assert runner.tokenizer is not None
+    texts_of = [
+        row["prompt"]
+        if "prompt" in row
+        else runner.tokenizer.apply_chat_template(
+            row["messages"], tokenize=False, add_generation_prompt=True
+        )
+        for row in prompts
+    ]
+    categories = [row["category"] for row in prompts]
+    plain = decode(runner, None, [(text, 96) for text in texts_of], 0.0)
+    jobs = [
+        (text, max(1, loop_start(result.token_ids)))
+        for text, result in zip(texts_of, plain, strict=True)
+    ]
+    plain = decode(runner, None, jobs, 0.0)
+    found["prompts"], found["new_tokens"] = len(jobs), sum(len(r.token_ids) for r in plain)
+    found["decoded"] = {}
+    specs = [f"{out / name}:nodes={nodes}" for name in given.only for nodes in NODES]
+    for spec in [*FREE, *specs]:
+        greedy = decode(runner, spec, jobs, 0.0)
+        entry: dict[str, Any] = {
+            "identical": sum(
+                a.token_ids == b.token_ids for a, b in zip(greedy, plain, strict=True)
+            ),
+            "greedy": figures(greedy, categories),
+        }
+        if "nodes=32" in spec:
+            sampled = decode(runner, spec, [(text, 64) for text in texts_of], 0.8)
+            entry["temperature 0.8"] = figures(sampled, categories)
+        found["decoded"][Path(spec).name] = entry
+        print(spec, entry["identical"], round(entry["greedy"]["all"]["mean"], 3), flush=True)
+        keep()
+
+    wide = out / f"widened-{given.dtype}"
+    shutil.rmtree(wide, ignore_errors=True)
+    found["parameters_widened"] = widen(model, wide, **WIDTHS, dtype=given.dtype)
+    shutil.rmtree(out / "wide", ignore_errors=True)
+    drafts: list[Any] = [word for draft in FREE for word in ("--draft", draft)]
+    for name in given.only:
+        widen_heads(out / name, model, wide, out / "wide" / name)
+        for options in ("nodes=8", "tune"):
+            drafts += ["--draft", f"{out / 'wide' / name}:{options}"]
+    for temperature in (0.0, 0.8):
+        found[f"widened, temperature {temperature}"] = spectool(
+            "bench", wide, "--prompts", out / "prompts.jsonl", "--max-new-tokens", 64,
+            "--dtype", given.dtype, "--temperature", temperature, *drafts,
+        )  # fmt: skip
+        keep()
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    main()
