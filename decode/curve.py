@@ -129,7 +129,7 @@ def curve_of(target: Target) -> Curve:
 
     It is kept by architecture and size, dtype, device and threads: what a pass's time depends on.
     """
-    known, key = read_curves(), _key(target)
+    known, key = read_curves(), machine_key(target)
     if key in known:
         return Curve(dict(known[key]), "known from before")
     curve = measure(target)
@@ -140,7 +140,10 @@ def curve_of(target: Target) -> Curve:
 def keep(target: Target, curve: Curve) -> None:
     """Leave the curve for later runs; one that cannot be left is no reason to fail."""
     path = curves_path()
-    known = {**read_curves(), _key(target): {n: s for n, s in curve.points.items() if n in SIZES}}
+    known = {
+        **read_curves(),
+        machine_key(target): {n: s for n, s in curve.points.items() if n in SIZES},
+    }
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with disk_errors(path.parent):
@@ -171,7 +174,8 @@ def curves_path() -> Path:
     return Path(folder) / "spectool" / "curves.json"
 
 
-def _key(target: Target) -> str:
+def machine_key(target: Target) -> str:
+    """Model and machine as far as the time of a pass depends on them."""
     parts = list(target.model.parameters()) + list(target.model.buffers())
     millions = sum(part.numel() * part.element_size() for part in parts) / 1e6
     dtype = str(target.dtype).removeprefix("torch.")

@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import loading, methods
 from spectool.checkpoint import Checkpoint, read_tensor
+from spectool.decode.curve import machine_key
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError
@@ -33,7 +34,8 @@ class HeadsRecord:
 
     `target`: `lineage` (the fingerprint of the dense checkpoint), `fingerprint` (of the one trained
     on), `hidden_size`, `vocab_size`, `tokenizer`. `tree`: paths of ranks, best first, with the
-    share of held-out text that follows each.
+    share of held-out text that follows each. `tuned`: options of the drafter that were fastest, by
+    model and machine (`decode.curve.machine_key`), each with its speed over plain decoding.
     """
 
     method: str
@@ -43,6 +45,7 @@ class HeadsRecord:
     tree: list[list[int]]
     shares: list[float]
     training: dict[str, Any]
+    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: list[str] = field(default_factory=lambda: sorted([HEADS, HEADS_FILE]))
     format_version: int = FORMAT_VERSION
 
@@ -100,13 +103,16 @@ def _is_tree(paths: list[list[int]]) -> bool:
 
 def open_heads(
     path: Path,
-    config: Any,
+    options: str,
     *,
     target: Target,
     tokenizer: PreTrainedTokenizerBase | None,
     allow_other_target: bool,
 ) -> Drafter:
     """The drafter in a heads directory, on the target's device and in its dtype.
+
+    `options` are those of the drafter, as `key=value,key=value`; for those that are not given,
+    what `tune` found for this model and machine stands before the defaults.
 
     Raises:
         CheckpointError: damaged, or trained for another width, tokenizer or lineage.
@@ -132,6 +138,10 @@ def open_heads(
         )
     heads.load_state_dict(tensors)
     heads.to(target.device, target.dtype)
+    found = dict(record.tuned.get(machine_key(target), {}))
+    found.pop("speedup", None)
+    known = ",".join(f"{key}={value}" for key, value in found.items())
+    config = drafter.Config.from_text(f"{known},{options}")
     built: Drafter = drafter(heads, record.paths, config)
     return built
 

@@ -30,11 +30,15 @@ _MISSPELT = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One drafter of a `--draft`. `path`: of the heads, or the checkpoint's, or its hub id."""
+    """One drafter of a `--draft`. `path`: of the heads, or the checkpoint's, or its hub id.
+
+    `config` is what `options` say.
+    """
 
     name: str
     path: str | None
     config: Any
+    options: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +139,7 @@ def _open(
     if methods.METHODS[part.name].trained:
         return heads.open_heads(
             Path(part.path),
-            part.config,
+            part.options,
             target=target,
             tokenizer=target_tokenizer,
             allow_other_target=allow_other_target,
@@ -187,7 +191,7 @@ def _part(head: str, pairs: str) -> Part:
             hint=f"spectool train-heads {name} MODEL HEADS --data FILE, then --draft HEADS",
         )
     config = methods.resolve(name, "drafter").Config.from_text(pairs)
-    return Part(name=name, path=path, config=config)
+    return Part(name=name, path=path, config=config, options=pairs)
 
 
 def _checkpoint(head: str) -> str:

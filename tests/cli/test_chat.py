@@ -76,7 +76,7 @@ def test_drafters_change_nothing_and_a_lossy_rule_is_named(spectool: Spectool, m
     words = ["chat", model, "--max-new-tokens", 20, "--json"]
     stdin = "def make\nreturn the\n"
     plain = spectool(*words, "--draft", "none", stdin=stdin).json
-    drafted = spectool(*words, "--draft", "ngram:min_n=1", stdin=stdin).json
+    drafted = spectool(*words, "--draft", "ngram:min_n=1,tune=false", stdin=stdin).json
     assert plain["messages"] == drafted["messages"]
     assert plain["tokens_per_forward"] == 1.0 and drafted["drafted"] > 0
     lossy = ["--temperature", 1, "--verify", "greedy"]

@@ -185,12 +185,12 @@ def test_what_a_passs_time_depends_on_tells_curves_apart(
 ) -> None:
     half = copy.deepcopy(tiny("llama")).to(torch.bfloat16)
     models = [tiny("llama"), tiny("qwen3"), tiny("llama-deep"), half]
-    keys = {curves._key(Target(model)) for model in models}
+    keys = {curves.machine_key(Target(model)) for model in models}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
-    keys.add(curves._key(Target(tiny("llama"))))
+    keys.add(curves.machine_key(Target(tiny("llama"))))
     assert len(keys) == 5
     # Other weights of the same sizes are as fast.
-    assert curves._key(Target(tiny("llama"))) == curves._key(Target(tiny("llama", 1)))
+    assert curves.machine_key(Target(tiny("llama"))) == curves.machine_key(Target(tiny("llama", 1)))
 
 
 @pytest.mark.parametrize(
@@ -217,11 +217,11 @@ def test_a_damaged_file_is_no_curve_and_is_replaced(
     target = Target(tiny("llama"))
     path = curves.curves_path()
     path.parent.mkdir(parents=True)
-    path.write_text(text.replace("KEY", curves._key(target)))
+    path.write_text(text.replace("KEY", curves.machine_key(target)))
     assert curves.read_curves() == {}
     curve = curves.curve_of(target)
     assert curve.found.startswith("measured")
-    assert curves.read_curves() == {curves._key(target): curve.points}
+    assert curves.read_curves() == {curves.machine_key(target): curve.points}
 
 
 @pytest.mark.parametrize("blocked", [".", "spectool", "spectool/curves.json"])

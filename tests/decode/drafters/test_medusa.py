@@ -351,7 +351,7 @@ def test_weights_that_are_not_the_records_are_refused(
     with pytest.raises(CheckpointError, match="expected"):
         open_heads(
             path,
-            MedusaDrafter.Config(),
+            "",
             target=Target(Runner(checkpoint("llama")).target.model),
             tokenizer=None,
             allow_other_target=False,

@@ -1,0 +1,65 @@
+"""`tune`: the drafter's options that are fastest on this machine, found by running them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spectool.artifact import disk_errors
+from spectool.decode.curve import machine_key
+from spectool.decode.drafters.heads import read_record
+from spectool.decode.generate import Runner
+from spectool.evaluate.bench import Say, bench
+from spectool.headers import HEADS
+from spectool.methods import resolve
+from spectool.options import options_of
+
+# What is tried for options that decide how much is drafted, one after the other.
+TRIED = {"nodes": (2, 4, 8, 16, 32, 64), "depth": (1, 2, 3, 4, 6, 8), "width": (2, 4, 8, 16)}
+
+
+def tune(
+    runner: Runner,
+    heads: Path,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Find the fastest options for these prompts and leave them in the heads' record.
+
+    Each option in turn is tried with those found before it; all of one option's values run in one
+    process on the same prompts, beside plain decoding. Returns what was found, `speedup` over
+    plain decoding among it.
+
+    Raises:
+        InputError: heads that do not fit, or a directory that cannot be written.
+    """
+    record = read_record(heads)
+    known = {option.name: option for option in options_of(resolve(record.method, "drafter").Config)}
+    best: dict[str, Any] = {}
+    speedup = 0.0
+    for name, values in TRIED.items():
+        if name not in known:
+            continue
+        tried = [{**best, name: value} for value in values if value <= _largest(known[name])]
+        drafts = [f"{heads}:{','.join(f'{k}={v}' for k, v in each.items())}" for each in tried]
+        found = bench(runner, prompts, drafts, max_new_tokens=max_new_tokens)
+        speeds = [row["speedup"] for row in found["drafters"]]
+        speedup = max(speeds)
+        best = tried[speeds.index(speedup)]
+        shown = ", ".join(f"{each[name]}: {s:.2f}x" for each, s in zip(tried, speeds, strict=True))
+        say(f"{name} {shown}")
+    best["speedup"] = round(speedup, 3)
+    tuned = {**record.tuned, machine_key(runner.target): best}
+    partial = heads / f"{HEADS}.partial"
+    with disk_errors(heads):
+        partial.write_bytes(dataclasses.replace(record, tuned=tuned).as_bytes())
+        partial.replace(heads / HEADS)
+    return best
+
+
+def _largest(option: Any) -> float:
+    return float("inf") if option.maximum is None else option.maximum

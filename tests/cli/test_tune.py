@@ -1,0 +1,59 @@
+"""`tune`: what it finds stands in the heads, and is taken where nothing else is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectool.decode.curve import machine_key
+from spectool.decode.drafters.heads import read_record
+from spectool.decode.generate import Runner
+
+Spectool = Callable[..., Any]
+
+
+@pytest.mark.parametrize(("method", "options"), [("medusa", 2), ("eagle3", 3)])
+def test_what_is_found_is_what_drafts(
+    spectool: Spectool,
+    checkpoint: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+    method: str,
+    options: int,
+) -> None:
+    source, heads = checkpoint("llama"), tmp_path / "heads"
+    text.write_text(text.read_text()[:1500])
+    quick = ("--steps", 0, "--seq-len", 64, "--held-out", 4)
+    assert spectool("train-heads", method, source, heads, "--data", text, *quick).code == 0
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("from pathlib\nimport os\n")
+    before = read_record(heads)
+    done = spectool(
+        "tune", heads, source, "--prompts", prompts, "--max-new-tokens", 6, "--json", "--dtype",
+        "float32",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "nodes 2: " in done.err and "depth 1: " in done.err
+    assert len(done.json) - 3 == options and done.json["speedup"] > 0
+    assert sorted(path.name for path in heads.iterdir()) == sorted(before.files)
+
+    record = read_record(heads)
+    runner = Runner(source, draft=str(heads), dtype=torch.float32)
+    found = record.tuned[machine_key(runner.target)]
+    config: Any = runner.drafter.config  # type: ignore[attr-defined]
+    assert {"nodes": config.nodes, "depth": config.depth}.items() <= found.items()
+    runner.use(f"{heads}:nodes=3")
+    assert runner.drafter.config.nodes == 3  # type: ignore[attr-defined]
+    other = Runner(source, draft=str(heads), dtype=torch.bfloat16)
+    assert other.drafter.config.nodes == 32  # type: ignore[attr-defined]
+
+
+def test_what_are_no_heads(
+    spectool: Spectool, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    done = spectool("tune", tmp_path, checkpoint("llama"), "--prompts", tmp_path / "none.txt")
+    assert done.code == 2 and "Error" not in done.err.splitlines()[0]
