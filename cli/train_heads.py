@@ -31,7 +31,8 @@ from spectool.cli.common import (
 from spectool.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
-    from spectool.distill.train_heads import Plan, Report
+    from spectool.distill.plan import Job, Plan
+    from spectool.distill.train_heads import Report
 
 
 def train_heads(
@@ -92,11 +93,12 @@ def train_heads(
         prepare_torch(threads)
         from spectool.artifact import check_target
         from spectool.distill import train_heads as room
+        from spectool.distill.plan import Job
         from spectool.loading import parse_dtype
 
         check_target(out, overwrite=overwrite)
         config = methods.resolve(method, "drafter").Heads.Config.from_dict(own)
-        job = room.Job(
+        job = Job(
             method=method,
             config=config,
             data=data,
@@ -143,7 +145,7 @@ def train_heads(
         _finish(output, out, report)
 
 
-def _show_plan(output: Output, job: Any, plan: Plan) -> None:
+def _show_plan(output: Output, job: Job, plan: Plan) -> None:
     options = ", ".join(f"{key}={value}" for key, value in job.config.as_dict().items())
     output.say(
         f"plan: {job.method} ({options}), {plan.parameters / 1e6:.2f} M parameters, "

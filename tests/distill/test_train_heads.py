@@ -23,8 +23,11 @@ from spectool.artifact import ArtifactWriter, own_files
 from spectool.decode.drafters.heads import read_record
 from spectool.decode.drafters.medusa import MedusaHeads
 from spectool.decode.generate import Runner
+from spectool.distill import plan, texts
 from spectool.distill import train_heads as room
-from spectool.distill.train_heads import Job, Report, train_heads
+from spectool.distill.course import Course
+from spectool.distill.plan import Job
+from spectool.distill.train_heads import Report, train_heads
 from spectool.errors import SpectoolError, TextError, UnsupportedError, UsageError
 from spectool.quantize import run as quantizing
 from spectool.quantize.rtn import RTN
@@ -159,8 +162,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 ) -> None:
     """Stopped at the n-th shard that it writes: texts of the target, states, the heads."""
     source = checkpoint("llama")
-    monkeypatch.setattr(room, "_GROUP", 8)
-    written = _count(monkeypatch, room, "regenerate")
+    monkeypatch.setattr(texts, "_GROUP", 8)
+    written = _count(monkeypatch, texts, "regenerate")
     train(source, "whole", regenerate=True)
     all_texts = written[0]
     monkeypatch.setattr(Training, "__init__", _storing_always(Training.__init__))
@@ -179,15 +182,15 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert not (tmp_path / "out").exists()
     shards = json.loads((tmp_path / "out.partial.json").read_text())["shards"]
     states = [said["report"]["step"] for name, said in shards.items() if "state" in name]
-    texts = [name for name in shards if "state" not in name]
-    assert len(shards) == min(stop, len(texts) + 2)
+    written_texts = [name for name in shards if "state" not in name]
+    assert len(shards) == min(stop, len(written_texts) + 2)
 
     written[0] = 0
-    steps = _count(monkeypatch, room._Course, "accumulate")
+    steps = _count(monkeypatch, Course, "accumulate")
     train(source, regenerate=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     # What was recorded is not done again. One step more is taken for its time.
-    assert written[0] == all_texts - len(texts)
+    assert written[0] == all_texts - len(written_texts)
     assert steps[0] == 1 + 8 - max(states, default=0)
 
 
@@ -280,7 +283,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(room, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(plan, "available_memory", lambda device: 1000)
     with pytest.raises(UnsupportedError, match=r"takes .* GB, and 0\.0 GB are free"):
         train(checkpoint("llama"))
     assert not any(tmp_path.iterdir())

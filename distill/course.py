@@ -1,0 +1,101 @@
+"""The heads of a training, with what they are taught and measured on.
+
+Shapes: B texts of a batch, L tokens of each, R places, K heads.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from spectool.decode.drafters.trained import TOP, Heads, frequent
+from spectool.decode.protocol import Lesson, Needs
+from spectool.decode.target import Target
+from spectool.decode.tree import best_paths
+from spectool.methods import resolve
+from spectool.training import Figures
+
+from .plan import Job, steps_of
+from .samples import Sample, pad
+from .texts import WRITTEN_TOGETHER, parts
+
+
+class Course:
+    """See the module docstring."""
+
+    def __init__(
+        self, target: Target, job: Job, own: Sequence[Sample], unseen: Sequence[Sample]
+    ) -> None:
+        self.target = target
+        self.samples = own
+        drafter = resolve(job.method, "drafter")
+        self.nodes: int = drafter.Config().nodes
+        self.seed = job.seed
+        size = drafter.Heads.num_guessed(job.config, target.vocab_size)
+        token_map = None
+        if size:
+            said = [t for s in own for t, taught in zip(s.tokens, s.taught, strict=True) if taught]
+            token_map = frequent(said, count=size, vocab=target.vocab_size).to(target.device)
+        with self._chance("fresh"):
+            fresh: Heads = drafter.Heads(job.config, target.model, token_map)
+        self.heads = fresh.to(target.device).float()
+        self.needs: Needs = self.heads.needs
+        self.batches = steps_of(own, job)
+        self.steps = len(self.batches)
+        self.held_out = [self._lesson(part) for part in parts(unseen, WRITTEN_TOGETHER)]
+
+    def _lesson(self, samples: Sequence[Sample]) -> Lesson:
+        tokens_BL, taught_BL = (part.to(self.target.device) for part in pad(samples))
+        features = self.target.read(tokens_BL, self.needs)
+        return Lesson(tokens_BL=tokens_BL, taught_BL=taught_BL, features=features)
+
+    def accumulate(self, step: int) -> Figures:
+        """The gradient of one batch; `loss` is the mean over heads."""
+        lesson = self._lesson([self.samples[i] for i in self.batches[step]])
+        with self._chance(step):
+            done = self.heads.teach(lesson)
+        return {"loss": sum(done.means) / len(done.means), "losses": done.means}
+
+    @contextmanager
+    def _chance(self, what: str | int) -> Iterator[None]:
+        """Random numbers by seed and step alone: a resumed run draws the same."""
+        device = self.target.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(random.Random(f"{self.seed}/{what}").getrandbits(63))
+            yield
+
+    def ranks(self) -> Tensor:
+        """Ranks [R, K] of the true tokens at all places of held-out text."""
+        found = [self.heads.ranks(lesson) for lesson in self.held_out]
+        return torch.cat(found) if found else torch.zeros(0, 0)
+
+    def evaluate(self) -> Figures:
+        """The figures of the heads as they are now."""
+        return self.figures(self.ranks())
+
+    def figures(self, ranks_RK: Tensor) -> Figures:
+        """Held-out accuracies, and as `score` the tokens per forward that the best tree brings.
+
+        `conditional[k]`: how often head k's first guess is right where those before it were.
+        """
+        right_RK = (ranks_RK == 0).double()
+        reached_RK = right_RK.cumprod(-1)
+        before_K = torch.cat([reached_RK.new_tensor([len(ranks_RK)]), reached_RK.sum(0)[:-1]])
+        paths = best_paths(ranks_RK, nodes=self.nodes, top=TOP)
+        return {
+            "score": 1 + sum(share for _, share in paths),
+            "accuracy": right_RK.mean(0).tolist(),
+            "conditional": (reached_RK.sum(0) / before_K.clamp(min=1)).tolist(),
+        }
+
+    def step_seconds(self) -> float:
+        """The time of a step, by trying the first; its gradient is thrown away."""
+        start = time.perf_counter()
+        self.accumulate(0)
+        self.heads.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
