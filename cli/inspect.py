@@ -98,6 +98,8 @@ def _inspect_heads(output: Output, path: Path) -> None:
     try:
         accuracy = " ".join(f"{share:.1%}" for share in found["accuracy"])
         output.show(f"held-out accuracy by head: {accuracy}")
+        if conditional := " ".join(f"{share:.1%}" for share in found.get("conditional") or ()):
+            output.show(f"where those before it were right: {conditional}")
         output.show(f"trained for: {found['target']['lineage']} and what is packed from it")
         for nodes in (8, 16, 32, 64):
             if nodes <= len(found["tree"]):

@@ -69,6 +69,9 @@ def train_heads(
     held_out: Annotated[
         int, typer.Option(min=1, help="Most texts kept back to measure on; at most a fifth.")
     ] = 32,
+    metrics: Annotated[
+        Path | None, typer.Option(help="File for a line of JSON a step: losses, rates, times.")
+    ] = None,
     field: Field = None,
     template_arg: TemplateArg = None,
     overwrite: Annotated[
@@ -132,6 +135,7 @@ def train_heads(
                 device=device,
                 runtime=runtime,
                 overwrite=overwrite,
+                metrics=metrics,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 say=output.say,
@@ -168,7 +172,8 @@ def _finish(output: Output, out: Path, report: Report) -> None:
     record = report.record
     output.show(
         f"{out}: {report.parameters / 1e6:.2f} M parameters, held-out accuracy by head "
-        f"{' '.join(f'{share:.1%}' for share in record.accuracy)}"
+        f"{_shares(record.accuracy)}; where those before it were right "
+        f"{_shares(record.conditional)}"
     )
     output.show(
         f"about {report.tokens_per_forward:.2f} tokens per forward with a tree of {report.nodes} "
@@ -183,11 +188,16 @@ def _finish(output: Output, out: Path, report: Report) -> None:
             "steps": report.steps,
             "seconds": report.seconds,
             "accuracy": record.accuracy,
+            "conditional": record.conditional,
             "tokens_per_forward_estimate": report.tokens_per_forward,
             "untrained_estimate": report.initial["score"],
             "tree": {"nodes": report.nodes, "depth": report.depth},
         }
     )
+
+
+def _shares(shares: list[float]) -> str:
+    return " ".join(f"{share:.1%}" for share in shares)
 
 
 TRAIN_HEADS = Verb(

@@ -70,8 +70,9 @@ class Training:
 
     `accumulate(step)` adds to the gradients and returns the step's figures, `loss` among them;
     `evaluate()` returns figures with a `score`, of which the highest is kept. `watch(step, figures,
-    look)` hears of every step. The state is stored at most every `save_seconds`, and so seldom that
-    storing it takes `save_share` of the time at most.
+    look)` hears of every step, its `learning_rate` (the first group's), its `gradient_norm` before
+    it was clipped and its `seconds`. The state is stored at most every `save_seconds`, and so
+    seldom that storing it takes `save_share` of the time at most.
 
     Raises:
         SpectoolError: a loss that is NaN or infinite.
@@ -97,6 +98,7 @@ class Training:
         if step == 0:
             best = self._look(0, best)
         while step < self.recipe.steps:
+            started = time.monotonic()
             share = self.recipe.share(step)
             for optimizer, rates in zip(self.optimizers, peaks, strict=True):
                 for group, peak in zip(optimizer.param_groups, rates, strict=True):
@@ -108,9 +110,12 @@ class Training:
                     f"the loss is {figures['loss']} at step {step + 1}: training diverged",
                     hint="start anew with a lower learning rate: --learning-rate, --overwrite",
                 )
-            nn.utils.clip_grad_norm_(self._parameters().values(), self.recipe.clip)
+            norm = nn.utils.clip_grad_norm_(self._parameters().values(), self.recipe.clip)
             for optimizer in self.optimizers:
                 optimizer.step()
+            figures["learning_rate"] = share * peaks[0][0]
+            figures["gradient_norm"] = float(norm)
+            figures["seconds"] = time.monotonic() - started
             step += 1
             look = None
             if step % self.recipe.every == 0 or step == self.recipe.steps:

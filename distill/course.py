@@ -55,11 +55,16 @@ class Course:
         return Lesson(tokens_BL=tokens_BL, taught_BL=taught_BL, features=features)
 
     def accumulate(self, step: int) -> Figures:
-        """The gradient of one batch; `loss` is the mean over heads."""
-        lesson = self._lesson([self.samples[i] for i in self.batches[step]])
+        """The gradient of one batch; `loss` is the mean over heads, `tokens` are not padding."""
+        batch = [self.samples[i] for i in self.batches[step]]
+        lesson = self._lesson(batch)
         with self._chance(step):
             done = self.heads.teach(lesson)
-        return {"loss": sum(done.means) / len(done.means), "losses": done.means}
+        return {
+            "loss": sum(done.means) / len(done.means),
+            "losses": done.means,
+            "tokens": sum(len(sample.tokens) for sample in batch),
+        }
 
     @contextmanager
     def _chance(self, what: str | int) -> Iterator[None]:

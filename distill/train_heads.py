@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectool.artifact import ArtifactWriter
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint import open_checkpoint, text_fingerprint
 from spectool.decode.drafters.heads import HeadsRecord, lineage
 from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, Learning
 from spectool.decode.generate import Runner
@@ -38,6 +38,7 @@ from spectool.methods import resolve
 from spectool.training import Figures, Recipe, Training
 
 from .course import Course
+from .metrics import Metrics
 from .plan import Job, Plan, identity_of, plan_of
 from .samples import read_samples, split
 from .texts import Say, Written, read_shard
@@ -94,6 +95,7 @@ def train_heads(
     device: str = "cpu",
     runtime: str = "auto",
     overwrite: bool = False,
+    metrics: Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     say: Say = lambda line: None,
@@ -104,7 +106,8 @@ def train_heads(
     """Train heads for `model` and write them to the directory `out`.
 
     `announce` hears the plan before the weights are read, `start` when the first step begins,
-    `watch(step, steps, figures, look)` of every step; `look` are held-out figures or None.
+    `watch(step, steps, figures, look)` of every step; `look` are held-out figures or None. All
+    that `watch` hears goes to the file `metrics` as well.
 
     Raises:
         InputError: model, data or options will not do, or the place cannot be written.
@@ -132,6 +135,9 @@ def train_heads(
     own, unseen = [samples[i] for i in taught], [samples[i] for i in held_out]
     announce(plan_of(checkpoint, job, own, len(unseen), dtype, where, trust=trust_remote_code))
     identity = identity_of(job, checkpoint, samples, dtype, where, runtime)
+    lines = None
+    if metrics is not None:
+        lines = Metrics(metrics, {"method": job.method, "run": text_fingerprint(identity)})
     with ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
         opened = load_model(
             checkpoint.path,
@@ -157,6 +163,12 @@ def train_heads(
             )
         if course.steps:
             say(f"{course.steps} steps, about {course.steps * course.step_seconds() / 60:.1f} min")
+
+        def tell(step: int, figures: Figures, look: Figures | None) -> None:
+            if lines is not None:
+                _note(lines, step, figures, look, training.history.looks[0])
+            watch(step, course.steps, figures, look)
+
         training = Training(
             module=course.heads,
             optimizers=[_optimizer(course.heads, rate)],
@@ -164,7 +176,7 @@ def train_heads(
                           every=max(1, course.steps // _LOOKS)),
             accumulate=course.accumulate,
             evaluate=course.evaluate,
-            watch=lambda step, figures, look: watch(step, course.steps, figures, look),
+            watch=tell,
             store=_Shards(writer),
         )  # fmt: skip
         start()
@@ -186,6 +198,7 @@ def train_heads(
                 "tokenizer": tokenizer_digest(tokenizer),
             },
             accuracy=measured["accuracy"],
+            conditional=measured["conditional"],
             tree=[list(path) for path, _ in paths],
             shares=[share for _, share in paths],
             training={
@@ -215,6 +228,16 @@ def train_heads(
         depth=max((len(path) for path, _ in paths[: course.nodes]), default=0),
         initial=history.looks[0],
     )
+
+
+def _note(
+    lines: Metrics, step: int, figures: Figures, look: Figures | None, untrained: Figures
+) -> None:
+    """A step's line; before the first one, that of the untrained heads."""
+    if step == 1:
+        lines.add(0, {"held_out": untrained})
+    said = {**figures, "tokens_per_second": figures["tokens"] / max(1e-9, figures["seconds"])}
+    lines.add(step, said if look is None else {**said, "held_out": look})
 
 
 def _optimizer(heads: Heads, rate: float) -> torch.optim.Optimizer:

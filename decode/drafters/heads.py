@@ -32,8 +32,9 @@ class HeadsRecord:
     """What `spectool_heads.json` says.
 
     `target`: `lineage` (the fingerprint of the dense checkpoint), `fingerprint` (of the one trained
-    on), `hidden_size`, `vocab_size`, `tokenizer`. `tree`: paths of ranks, best first, with the
-    share of held-out text that follows each.
+    on), `hidden_size`, `vocab_size`, `tokenizer`. `accuracy`: how often each head's first guess is
+    right on held-out text, `conditional`: where those before it were (older records lack it).
+    `tree`: paths of ranks, best first, with the share of held-out text that follows each.
     """
 
     method: str
@@ -43,6 +44,7 @@ class HeadsRecord:
     tree: list[list[int]]
     shares: list[float]
     training: dict[str, Any]
+    conditional: list[float] = field(default_factory=list)
     files: list[str] = field(default_factory=lambda: sorted([HEADS, HEADS_FILE]))
     format_version: int = FORMAT_VERSION
 

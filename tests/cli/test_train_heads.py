@@ -25,9 +25,9 @@ def test_the_result_and_what_inspect_says_of_it(
     result = done.json
     assert set(result) == {
         "schema_version", "out", "method", "parameters", "steps", "seconds", "accuracy",
-        "tokens_per_forward_estimate", "untrained_estimate", "tree",
+        "conditional", "tokens_per_forward_estimate", "untrained_estimate", "tree",
     }  # fmt: skip
-    assert result["steps"] == 3 and len(result["accuracy"]) == 2
+    assert result["steps"] == 3 and len(result["accuracy"]) == len(result["conditional"]) == 2
     assert set(result["tree"]) == {"nodes", "depth"}
     assert "plan: medusa (num_heads=2" in done.err and "about" in done.err
 
@@ -38,6 +38,7 @@ def test_the_result_and_what_inspect_says_of_it(
     words = seen["command"].split()
     people = spectool("inspect", out)
     assert people.code == 0 and "medusa heads" in people.out
+    assert "where those before it were right: " in people.out
 
     words = [{"MODEL": source, "OUT": tmp_path / "second", "DATA": text}.get(w, w) for w in words]
     assert spectool(*words[1:]).code == 0

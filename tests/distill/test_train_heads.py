@@ -99,8 +99,14 @@ def test_what_is_written_is_whole_and_drafts(
     record = read_record(out)
     assert record == report.record
     assert record.training["steps_done"] == report.steps == 8 and len(record.accuracy) == 3
+    # The first head has none before it; a later one is measured where those were right.
+    assert record.conditional[0] == record.accuracy[0] and len(record.conditional) == 3
     assert report.tokens_per_forward == pytest.approx(record.expected(32))
     text = (out / "spectool_heads.json").read_text()
+    older = {key: part for key, part in json.loads(text).items() if key != "conditional"}
+    (tmp_path / "spectool_heads.json").write_text(json.dumps(older))
+    assert read_record(tmp_path).conditional == []
+    (tmp_path / "spectool_heads.json").unlink()
     assert str(tmp_path) not in text and "seconds" not in text
 
     runner = Runner(source, dtype=torch.float32)
@@ -150,6 +156,43 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(
         train(source, out, seed=seed, regenerate=True, temperature=0.0)
     one, two, three = (contents(tmp_path / out) for out in ("one", "two", "three"))
     assert one == two and one["heads.safetensors"] != three["heads.safetensors"]
+
+
+def test_metrics_are_a_line_a_step_also_over_a_stop(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, path = checkpoint("llama"), tmp_path / "metrics.jsonl"
+    where = {"metrics": path}
+    monkeypatch.setattr(Training, "__init__", _storing_always(Training.__init__))
+    accumulate, calls = Course.accumulate, [0]
+
+    def stopping(self: Course, step: int) -> Any:
+        calls[0] += 1
+        if calls[0] == 7:
+            raise KeyboardInterrupt
+        return accumulate(self, step)
+
+    monkeypatch.setattr(Course, "accumulate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(source, where=where)
+    stopped = path.read_text()
+    report = train(source, where=where)
+    assert path.read_text().startswith(stopped)
+    head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert head["method"] == "medusa" and [line["step"] for line in lines] == [*range(9)]
+    assert lines[0] == {"step": 0, "held_out": report.initial}
+    for line in lines[1:]:
+        assert set(line) == {
+            "step", "loss", "losses", "tokens", "learning_rate", "gradient_norm", "seconds",
+            "tokens_per_second", "held_out",
+        }  # fmt: skip
+        assert line["loss"] == pytest.approx(sum(line["losses"]) / 3)
+        assert 0 < line["tokens"] <= 256 and line["gradient_norm"] > 0
+    assert lines[1]["learning_rate"] == 1e-2 > lines[8]["learning_rate"]
+    assert [line["held_out"] for line in lines] == report.record.training["looks"]
+    with pytest.raises(UsageError, match="is not the metrics of this run"):
+        train(source, "other", where=where, seed=1)
+    assert not list(tmp_path.glob("other*"))
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
