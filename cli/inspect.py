@@ -125,6 +125,10 @@ def heads_command(found: dict[str, Any]) -> str | None:
             words += [f"--{key.replace('_', '-')}", json.dumps(training[key])]
         for key in ("dtype", "device", "runtime", "threads"):
             words += [f"--{key}", str(training[key])]
+        if training.get("optimizer", "adamw") != "adamw":
+            words += ["--optimizer", training["optimizer"]]
+        if training.get("autocast"):
+            words += ["--autocast", training["autocast"]]
         if training["regenerate"]:
             words += ["--regenerate", "--temperature", json.dumps(training["temperature"])]
         return shlex.join(words + _options(found["options"]))

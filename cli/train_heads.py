@@ -66,6 +66,13 @@ def train_heads(
     warmup: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which it rises.")
     ] = 0.05,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, or adamw8bit: its moments as 8-bit codes (bitsandbytes).")
+    ] = "adamw",
+    autocast: Annotated[
+        str | None,
+        typer.Option(help="bfloat16: compute the heads so; their weights stay float32."),
+    ] = None,
     held_out: Annotated[
         int, typer.Option(min=1, help="Most texts kept back to measure on; at most a fifth.")
     ] = 32,
@@ -111,6 +118,8 @@ def train_heads(
             batch_tokens=batch_tokens,
             learning_rate=learning_rate,
             warmup=warmup,
+            optimizer=optimizer,
+            autocast=autocast,
             held_out=held_out,
             regenerate=regenerate,
             temperature=temperature,

@@ -35,7 +35,7 @@ class Course:
         self.samples = own
         drafter = resolve(job.method, "drafter")
         self.nodes: int = drafter.Config().nodes
-        self.seed = job.seed
+        self.seed, self.autocast = job.seed, job.autocast
         size = drafter.Heads.num_guessed(job.config, target.vocab_size)
         token_map = None
         if size:
@@ -58,13 +58,18 @@ class Course:
         """The gradient of one batch; `loss` is the mean over heads, `tokens` are not padding."""
         batch = [self.samples[i] for i in self.batches[step]]
         lesson = self._lesson(batch)
-        with self._chance(step):
+        with self._chance(step), self._autocast():
             done = self.heads.teach(lesson)
         return {
             "loss": sum(done.means) / len(done.means),
             "losses": done.means,
             "tokens": sum(len(sample.tokens) for sample in batch),
         }
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.target.device.type, dtype=torch.bfloat16, enabled=self.autocast is not None
+        )
 
     @contextmanager
     def _chance(self, what: str | int) -> Iterator[None]:
@@ -76,7 +81,8 @@ class Course:
 
     def ranks(self) -> Tensor:
         """Ranks [R, K] of the true tokens at all places of held-out text."""
-        found = [self.heads.ranks(lesson) for lesson in self.held_out]
+        with self._autocast():
+            found = [self.heads.ranks(lesson) for lesson in self.held_out]
         return torch.cat(found) if found else torch.zeros(0, 0)
 
     def evaluate(self) -> Figures:

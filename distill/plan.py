@@ -12,12 +12,13 @@ import transformers
 from spectool.checkpoint import Checkpoint, text_fingerprint
 from spectool.decode.drafters.trained import Heads
 from spectool.decode.target import Target
-from spectool.errors import UnsupportedError, UsageError
+from spectool.errors import CheckpointError, UnsupportedError, UsageError
 from spectool.loading import own_dtype
 from spectool.machine import available_memory
 from spectool.methods import resolve
 from spectool.options import Config
 from spectool.skeleton import build_meta, read_config
+from spectool.training import OPTIMIZERS, check_optimizer
 from spectool.version import __version__
 
 from .samples import Sample, batches
@@ -28,7 +29,11 @@ class Job:
     """Everything that a training is asked to do, apart from where it runs.
 
     `steps` None: `epochs` over the data. `learning_rate` None: the method's own. `held_out`:
-    samples to measure on, at most.
+    samples to measure on, at most. `autocast`: the dtype in which the heads compute; their weights
+    are float32 while they learn.
+
+    Raises:
+        UsageError: an optimizer or dtype that is not known.
     """
 
     method: str
@@ -45,7 +50,17 @@ class Job:
     temperature: float = 0.8
     text_field: str | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: str = "adamw"
+    autocast: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(
+                f"--optimizer {self.optimizer}: expected one of {', '.join(OPTIMIZERS)}"
+            )
+        if self.autocast not in (None, "bfloat16"):
+            raise UsageError(f"--autocast {self.autocast}: expected bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +86,28 @@ def plan_of(
     *,
     trust: bool,
 ) -> Plan:
-    """Raises: UnsupportedError: it does not fit; UsageError: more draft tokens than tokens."""
+    """What the training will take.
+
+    Raises:
+        UnsupportedError: it does not fit, or cannot be done for this model or on this device.
+        CheckpointError: the tokenizer is another model's.
+        UsageError: more draft tokens than tokens.
+    """
     layout = checkpoint.layout
     config = read_config(checkpoint.path, trust_remote_code=trust)
+    check_optimizer(job.optimizer, device)
     skeleton: Any = build_meta(config, trust_remote_code=trust)
     # Refuses architectures that cannot be drafted for, before anything is written.
     Target(skeleton)
     kind: type[Heads] = resolve(job.method, "drafter").Heads
     output = skeleton.get_output_embeddings()
+    highest = max(max(sample.tokens) for sample in own)
+    if highest >= len(output.weight):
+        raise CheckpointError(
+            f"{checkpoint.path}: its tokenizer gives id {highest}, but the model has only "
+            f"{len(output.weight)} tokens",
+            hint="the tokenizer's files are another model's",
+        )
     size = kind.num_guessed(job.config, len(output.weight))
     if size > len(output.weight):
         raise UsageError(f"--draft-vocab {size}: the target has {len(output.weight)} tokens")
@@ -88,8 +117,10 @@ def plan_of(
     parameters = sum(parameter.numel() for parameter in heads.parameters())
     # A packed target counts as what it is when unpacked.
     memory_bytes = dtype.itemsize * sum(p.numel() for p in skeleton.parameters())
-    # Weights, two copies of the best, gradient and AdamW's two moments in float32.
-    memory_bytes += 24 * parameters
+    # Weights, two copies of the best and the gradient in float32; what the optimizer keeps.
+    memory_bytes += (16 + OPTIMIZERS[job.optimizer]) * parameters
+    # Autocast computes with copies of the weights.
+    memory_bytes += 0 if job.autocast is None else 2 * parameters
     if heads.own_output(0) is None:
         memory_bytes += 4 * output.weight.shape[1] * (size or len(output.weight))
     free = available_memory(device)

@@ -35,7 +35,7 @@ from spectool.loading import (
     tokenizer_digest,
 )
 from spectool.methods import resolve
-from spectool.training import Figures, Recipe, Training
+from spectool.training import Figures, Recipe, Training, make_optimizer
 
 from .course import Course
 from .metrics import Metrics
@@ -171,7 +171,7 @@ def train_heads(
 
         training = Training(
             module=course.heads,
-            optimizers=[_optimizer(course.heads, rate)],
+            optimizers=[_optimizer(job, course.heads, rate)],
             recipe=Recipe(steps=course.steps, warmup=job.warmup, final=learning.final,
                           every=max(1, course.steps // _LOOKS)),
             accumulate=course.accumulate,
@@ -240,8 +240,12 @@ def _note(
     lines.add(step, said if look is None else {**said, "held_out": look})
 
 
-def _optimizer(heads: Heads, rate: float) -> torch.optim.Optimizer:
+def _optimizer(job: Job, heads: Heads, rate: float) -> torch.optim.Optimizer:
     learning = heads.learning
-    return torch.optim.AdamW(
-        heads.parameters(), lr=rate, betas=learning.betas, weight_decay=learning.weight_decay
+    return make_optimizer(
+        job.optimizer,
+        heads.parameters(),
+        rate=rate,
+        betas=learning.betas,
+        weight_decay=learning.weight_decay,
     )

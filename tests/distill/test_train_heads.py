@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 
 from spectool.artifact import ArtifactWriter, own_files
 from spectool.decode.drafters.heads import read_record
-from spectool.decode.drafters.medusa import MedusaHeads
 from spectool.decode.generate import Runner
 from spectool.distill import plan, texts
 from spectool.distill import train_heads as room
 from spectool.distill.course import Course
 from spectool.distill.plan import Job
 from spectool.distill.train_heads import Report, train_heads
-from spectool.errors import SpectoolError, TextError, UnsupportedError, UsageError
+from spectool.errors import CheckpointError, SpectoolError, TextError, UnsupportedError, UsageError
+from spectool.methods import resolve
 from spectool.quantize import run as quantizing
 from spectool.quantize.rtn import RTN
 from spectool.training import Training
@@ -61,13 +61,14 @@ def train(data: str, tmp_path: Path) -> Train:
         source: Path,
         out: str = "out",
         *,
+        method: str = "medusa",
         options: dict[str, Any] | None = None,
         where: dict[str, Any] | None = None,
         **asked: Any,
     ) -> Report:
         job = Job(
-            method="medusa",
-            config=MedusaHeads.Config(**{"num_heads": 3, **(options or {})}),
+            method=method,
+            config=resolve(method, "drafter").Heads.Config(**{"num_heads": 3, **(options or {})}),
             **{
                 "data": [data], "steps": 8, "seq_len": 64, "batch_tokens": 256, "held_out": 4,
                 "learning_rate": 1e-2, **asked,
@@ -356,6 +357,65 @@ def test_held_out_text_without_a_place_for_all_heads(
 def test_a_loss_that_diverges_is_one_line(train: Train, checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(SpectoolError, match="training diverged"):
         train(checkpoint("llama"), learning_rate=1e30)
+
+
+@pytest.mark.parametrize("method", ["medusa", "hydra"])
+def test_heads_computed_in_bfloat16_learn_as_in_float32(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    """Their weights are float32 all along: steps too small for bfloat16 are not lost."""
+    source, losses = checkpoint("llama"), Losses()
+    for out, autocast in (("plain", None), ("one", "bfloat16"), ("two", "bfloat16")):
+        asked = {"autocast": autocast, "learning_rate": 1e-4}
+        train(source, out, method=method, where=losses.watch(out), **asked)
+    assert losses["one"] == losses["two"] != losses["plain"]
+    assert losses["one"] == pytest.approx(losses["plain"], rel=0.02)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    tensors = load_file(tmp_path / "one" / "heads.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_eight_bit_moments_learn_and_are_recorded(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    source, losses = checkpoint("llama"), Losses()
+    for out, optimizer in (("plain", "adamw"), ("one", "adamw8bit"), ("two", "adamw8bit")):
+        train(source, out, optimizer=optimizer, where=losses.watch(out))
+    assert losses["one"] == losses["two"] != losses["plain"]
+    assert losses["one"] == pytest.approx(losses["plain"], rel=0.05)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert read_record(tmp_path / "one").training["optimizer"] == "adamw8bit"
+
+
+class Losses(dict[str, list[float]]):
+    """The losses of all steps, by the name of a training."""
+
+    def watch(self, name: str) -> dict[str, Any]:
+        """What a training takes to be heard."""
+        heard = self.setdefault(name, [])
+        return {"watch": lambda step, steps, figures, look: heard.append(figures["loss"])}
+
+
+def test_the_plan_counts_what_the_options_take(
+    checkpoint: Callable[..., Path], train: Train
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    plans = []
+    where = {"announce": plans.append}
+    source = checkpoint("llama")
+    for number, options in enumerate(({}, {"optimizer": "adamw8bit"}, {"autocast": "bfloat16"})):
+        train(source, f"out{number}", steps=0, where=where, **options)
+    plain, eight, cast = (plan.memory_bytes for plan in plans)
+    assert plain - eight == 6 * plans[0].parameters and cast - plain == 2 * plans[0].parameters
+
+
+def test_a_tokenizer_of_another_model_is_one_line(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"gives id \d+, but the model has only 200 tokens"):
+        train(checkpoint("llama", vocab_size=200))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow
