@@ -127,6 +127,9 @@ def heads_command(found: dict[str, Any]) -> str | None:
             words += [f"--{key}", str(training[key])]
         if training.get("optimizer", "adamw") != "adamw":
             words += ["--optimizer", training["optimizer"]]
+        if training.get("features", "online") != "online":
+            offline = training["features"] == "offline"
+            words += ["--features", "offline:FEATURES" if offline else training["features"]]
         if training.get("autocast"):
             words += ["--autocast", training["autocast"]]
         if training["regenerate"]:

@@ -66,6 +66,13 @@ def train_heads(
     warmup: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which it rises.")
     ] = 0.05,
+    features: Annotated[
+        str,
+        typer.Option(
+            help="What the model says of the text: read at every step (online), kept for this run "
+            "(hybrid), or kept in a directory for others too (offline:DIR)."
+        ),
+    ] = "online",
     optimizer: Annotated[
         str, typer.Option(help="adamw, or adamw8bit: its moments as 8-bit codes (bitsandbytes).")
     ] = "adamw",
@@ -118,6 +125,7 @@ def train_heads(
             batch_tokens=batch_tokens,
             learning_rate=learning_rate,
             warmup=warmup,
+            features=features,
             optimizer=optimizer,
             autocast=autocast,
             held_out=held_out,
@@ -168,6 +176,8 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
         f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
         f"({plan.taught_tokens} tokens taught); {plan.held_out} texts held out"
     )
+    if plan.disk_bytes:
+        output.say(f"plan: features kept in {job.store or 'OUT.partial'}, {size(plan.disk_bytes)}")
     if job.regenerate:
         output.say(f"plan: the model writes the answers anew first, temperature {job.temperature}")
 

@@ -7,75 +7,67 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from spectool.decode.drafters.trained import TOP, Heads, frequent
-from spectool.decode.protocol import Lesson, Needs
-from spectool.decode.target import Target
 from spectool.decode.tree import best_paths
 from spectool.methods import resolve
 from spectool.training import Figures
 
+from .material import Material
 from .plan import Job, steps_of
-from .samples import Sample, pad
 from .texts import WRITTEN_TOGETHER, parts
 
 
 class Course:
     """See the module docstring."""
 
-    def __init__(
-        self, target: Target, job: Job, own: Sequence[Sample], unseen: Sequence[Sample]
-    ) -> None:
-        self.target = target
-        self.samples = own
+    def __init__(self, material: Material, job: Job) -> None:
+        target, self.own = material.target, material.own
+        self.device = target.device
+        samples = self.own.samples
         drafter = resolve(job.method, "drafter")
         self.nodes: int = drafter.Config().nodes
         self.seed, self.autocast = job.seed, job.autocast
         size = drafter.Heads.num_guessed(job.config, target.vocab_size)
         token_map = None
         if size:
-            said = [t for s in own for t, taught in zip(s.tokens, s.taught, strict=True) if taught]
+            said = [
+                t for s in samples for t, taught in zip(s.tokens, s.taught, strict=True) if taught
+            ]
             token_map = frequent(said, count=size, vocab=target.vocab_size).to(target.device)
         with self._chance("fresh"):
             fresh: Heads = drafter.Heads(job.config, target.model, token_map)
         self.heads = fresh.to(target.device).float()
-        self.needs: Needs = self.heads.needs
-        self.batches = steps_of(own, job)
+        self.batches = steps_of(samples, job)
         self.steps = len(self.batches)
-        self.held_out = [self._lesson(part) for part in parts(unseen, WRITTEN_TOGETHER)]
-
-    def _lesson(self, samples: Sequence[Sample]) -> Lesson:
-        tokens_BL, taught_BL = (part.to(self.target.device) for part in pad(samples))
-        features = self.target.read(tokens_BL, self.needs)
-        return Lesson(tokens_BL=tokens_BL, taught_BL=taught_BL, features=features)
+        unseen = range(len(material.unseen.samples))
+        self.held_out = [material.unseen.lesson(part) for part in parts(unseen, WRITTEN_TOGETHER)]
 
     def accumulate(self, step: int) -> Figures:
         """The gradient of one batch; `loss` is the mean over heads, `tokens` are not padding."""
-        batch = [self.samples[i] for i in self.batches[step]]
-        lesson = self._lesson(batch)
+        lesson = self.own.lesson(self.batches[step])
         with self._chance(step), self._autocast():
             done = self.heads.teach(lesson)
         return {
             "loss": sum(done.means) / len(done.means),
             "losses": done.means,
-            "tokens": sum(len(sample.tokens) for sample in batch),
+            "tokens": sum(len(self.own.samples[i].tokens) for i in self.batches[step]),
         }
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
-            self.target.device.type, dtype=torch.bfloat16, enabled=self.autocast is not None
+            self.device.type, dtype=torch.bfloat16, enabled=self.autocast is not None
         )
 
     @contextmanager
     def _chance(self, what: str | int) -> Iterator[None]:
         """Random numbers by seed and step alone: a resumed run draws the same."""
-        device = self.target.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(random.Random(f"{self.seed}/{what}").getrandbits(63))
             yield
 

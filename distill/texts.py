@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ _GROUP = 32
 WRITTEN_TOGETHER = 8
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 class Written:
@@ -49,8 +50,8 @@ class Written:
                     batch_size=WRITTEN_TOGETHER,
                     **how,
                 )
-                self.writer.write_shard(shard, _as_tensors(made), {}, {})
-            found += _as_samples(read_shard(self.writer.path(shard)))
+                self.writer.write_shard(shard, as_tensors(made), {}, {})
+            found += as_samples(read_shard(self.writer.path(shard)))
             if number == 0 or time.monotonic() - said > 60:
                 said = time.monotonic()
                 done = min(len(samples), (number + 1) * _GROUP)
@@ -61,7 +62,8 @@ class Written:
         return found
 
 
-def _as_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:
+def as_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Samples one after the other, without what was given of them."""
     return {
         "tokens": torch.tensor([token for s in samples for token in s.tokens], dtype=torch.long),
         "taught": torch.tensor([mark for s in samples for mark in s.taught], dtype=torch.bool),
@@ -69,7 +71,8 @@ def _as_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:
     }
 
 
-def _as_samples(tensors: Mapping[str, Tensor]) -> list[Sample]:
+def as_samples(tensors: Mapping[str, Tensor]) -> list[Sample]:
+    """The samples again."""
     lengths = tensors["lengths"].tolist()
     return [
         Sample(tokens.tolist(), taught.tolist())
@@ -82,9 +85,11 @@ def _as_samples(tensors: Mapping[str, Tensor]) -> list[Sample]:
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file."""
     return {entry.name: read_tensor(entry) for entry in read_header(path)[1]}
 
 
-def parts(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]
+def parts(whole: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The whole in pieces of that size, the last one smaller."""
+    for start in range(0, len(whole), size):
+        yield whole[start : start + size]

@@ -1,7 +1,7 @@
 """Training draft heads: from a job to a heads directory. Knows no method.
 
-The target reads the training text and its features are taught to the heads at once, so nothing of
-them is stored. Heads are measured on text that the target wrote itself, greedily, after held-out
+The target reads the training text and its features are taught to the heads, at once or out of a
+store. Heads are measured on text that the target wrote itself, greedily, after held-out
 beginnings: that is what they will draft. All that costs time is kept beside OUT until the end, so a
 run that was killed goes on, and ends with the same bytes.
 """
@@ -21,15 +21,12 @@ from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import open_checkpoint, text_fingerprint
 from spectool.decode.drafters.heads import HeadsRecord, lineage
 from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, Learning
-from spectool.decode.generate import Runner
 from spectool.decode.tree import best_paths
 from spectool.errors import TextError
 from spectool.headers import HEADS, HEADS_FILE
 from spectool.loading import (
     check_device,
     default_dtype,
-    describe_runtime,
-    load_model,
     load_tokenizer,
     own_dtype,
     tokenizer_digest,
@@ -38,13 +35,12 @@ from spectool.methods import resolve
 from spectool.training import Figures, Recipe, Training, make_optimizer
 
 from .course import Course
+from .material import Preparing
 from .metrics import Metrics
-from .plan import Job, Plan, identity_of, plan_of
+from .plan import Job, Plan, Setting, identity_of, plan_of
 from .samples import read_samples, split
-from .texts import Say, Written, read_shard
+from .texts import Say, read_shard
 
-# Tokens that the target writes after each held-out beginning.
-_HELD_OUT_TOKENS = 128
 # Looks at the held-out text over a whole training.
 _LOOKS = 20
 
@@ -117,15 +113,11 @@ def train_heads(
     learning: Learning = resolve(job.method, "drafter").Heads.learning
     rate = learning.rate if job.learning_rate is None else job.learning_rate
     job = replace(job, learning_rate=rate)
-    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-    where = check_device(device)
-    dtype = dtype or default_dtype(checkpoint.layout, where)
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
-    seq_len = min(job.seq_len, checkpoint.layout.context or job.seq_len)
+    setting = _setting(model, job, dtype, device, runtime, revision, trust_remote_code)
     samples = read_samples(
         job.data,
-        tokenizer,
-        seq_len=seq_len,
+        setting.tokenizer,
+        seq_len=setting.seq_len,
         field=job.text_field,
         template=job.template or None,
         # What the steps take, and as much again for what is held out and for choice.
@@ -133,32 +125,34 @@ def train_heads(
     )
     taught, held_out = split(samples, held_out=job.held_out, seed=job.seed)
     own, unseen = [samples[i] for i in taught], [samples[i] for i in held_out]
-    announce(plan_of(checkpoint, job, own, len(unseen), dtype, where, trust=trust_remote_code))
-    identity = identity_of(job, checkpoint, samples, dtype, where, runtime)
+    plan = plan_of(setting, job, own, unseen, place=job.store or out)
+    announce(plan)
+    identity = identity_of(setting, job, samples)
+    preparing = Preparing(
+        job=job,
+        setting=setting,
+        own=own,
+        unseen=unseen,
+        needs=plan.needs,
+        identity=identity,
+        overwrite=overwrite,
+        say=say,
+    )
+    # What lies in the place of a store is looked at before anything is written.
+    preparing.stored()
     lines = None
     if metrics is not None:
         lines = Metrics(metrics, {"method": job.method, "run": text_fingerprint(identity)})
     with ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
-        opened = load_model(
-            checkpoint.path,
-            dtype=dtype,
-            device=device,
-            runtime=runtime,
-            trust_remote_code=trust_remote_code,
-        )
-        opened.requires_grad_(False)
-        say(f"{model}: {describe_runtime(opened)} on {device}")
-        runner = Runner(opened, tokenizer=tokenizer)
-        written = Written(runner, writer, say, seq_len=seq_len, seed=job.seed)
-        if job.regenerate:
-            own = written("regenerated", own, temperature=job.temperature)
-        unseen = written("held-out", unseen, temperature=0.0, most=_HELD_OUT_TOKENS, cut_loops=True)
-        course = Course(runner.target, job, own, unseen)
-        if not (own and len(course.ranks())):
+        material = preparing.material(writer)
+        width, vocab_size = material.target.width, material.target.vocab_size
+        course = Course(material, job)
+        # Where the features are stored, nothing but what the heads read of the target stays.
+        del material
+        if not len(course.ranks()):
             writer.abandon()
             raise TextError(
-                f"{', '.join(job.data)}: the target wrote too little of its own to "
-                f"{'measure' if own else 'learn'} on",
+                f"{', '.join(job.data)}: the target wrote too little of its own to measure on",
                 hint="give more data, or a larger --held-out",
             )
         if course.steps:
@@ -182,7 +176,7 @@ def train_heads(
         start()
         history = training.run()
         # Measured as they are stored.
-        stored = own_dtype(checkpoint.layout)
+        stored = own_dtype(setting.checkpoint.layout)
         course.heads.to(stored).float()
         ranks_RK = course.ranks()
         measured = course.figures(ranks_RK)
@@ -192,10 +186,10 @@ def train_heads(
             options=job.config.as_dict(),
             target={
                 "fingerprint": identity["source"]["fingerprint"],
-                "lineage": lineage(checkpoint),
-                "hidden_size": runner.target.width,
-                "vocab_size": runner.target.vocab_size,
-                "tokenizer": tokenizer_digest(tokenizer),
+                "lineage": lineage(setting.checkpoint),
+                "hidden_size": width,
+                "vocab_size": vocab_size,
+                "tokenizer": setting.tokenizer_digest,
             },
             accuracy=measured["accuracy"],
             conditional=measured["conditional"],
@@ -227,6 +221,32 @@ def train_heads(
         nodes=min(course.nodes, len(paths)),
         depth=max((len(path) for path, _ in paths[: course.nodes]), default=0),
         initial=history.looks[0],
+    )
+
+
+def _setting(
+    model: str | Path,
+    job: Job,
+    dtype: torch.dtype | None,
+    device: str,
+    runtime: str,
+    revision: str | None,
+    trust: bool,
+) -> Setting:
+    """Raises: InputError: no such checkpoint or device."""
+    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust)
+    where = check_device(device)
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust)
+    return Setting(
+        name=str(model),
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        dtype=dtype or default_dtype(checkpoint.layout, where),
+        device=where,
+        runtime=runtime,
+        seq_len=min(job.seq_len, checkpoint.layout.context or job.seq_len),
+        trust_remote_code=trust,
     )
 
 

@@ -66,6 +66,8 @@ def test_the_result_and_what_inspect_says_of_it(
         ({"--num-heads": 0}, "--num-heads 0: must be at least 1"),
         ({"--dtype": "int3"}, "dtype int3: expected one of"),
         ({"--optimizer": "sgd"}, "--optimizer sgd: expected one of adamw, adamw8bit"),
+        ({"--features": "offline"}, "--features offline: expected online, hybrid or offline:DIR"),
+        ({"--features": "offline:."}, ".: holds no features"),
         ({"--autocast": "float16"}, "--autocast float16: expected bfloat16"),
         ({"--metrics": "absent/metrics.jsonl"}, "absent/metrics.jsonl: cannot be written"),
         ({"--device": "tpu"}, "device tpu: expected cpu"),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,65 +21,15 @@ from safetensors.torch import load_file
 from spectool.artifact import ArtifactWriter, own_files
 from spectool.decode.drafters.heads import read_record
 from spectool.decode.generate import Runner
-from spectool.distill import plan, texts
-from spectool.distill import train_heads as room
+from spectool.distill import material, plan, texts
 from spectool.distill.course import Course
-from spectool.distill.plan import Job
-from spectool.distill.train_heads import Report, train_heads
 from spectool.errors import CheckpointError, SpectoolError, TextError, UnsupportedError, UsageError
-from spectool.methods import resolve
 from spectool.quantize import run as quantizing
 from spectool.quantize.rtn import RTN
 from spectool.training import Training
 
 from ..conftest import VOCAB, tokenizer
-
-Train = Callable[..., Report]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text(Path(__file__).read_text()[:1600])
-    return str(path)
-
-
-@pytest.fixture
-def train(data: str, tmp_path: Path) -> Train:
-    """`train(checkpoint, "out", steps=…, options={…}, **where)`"""
-
-    def run(
-        source: Path,
-        out: str = "out",
-        *,
-        method: str = "medusa",
-        options: dict[str, Any] | None = None,
-        where: dict[str, Any] | None = None,
-        **asked: Any,
-    ) -> Report:
-        job = Job(
-            method=method,
-            config=resolve(method, "drafter").Heads.Config(**{"num_heads": 3, **(options or {})}),
-            **{
-                "data": [data], "steps": 8, "seq_len": 64, "batch_tokens": 256, "held_out": 4,
-                "learning_rate": 1e-2, **asked,
-            },
-        )  # fmt: skip
-        return train_heads(source, tmp_path / out, job, **(where or {}))
-
-    return run
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in path.iterdir()}
+from .conftest import Losses, Train, contents, storing_always
 
 
 def test_what_is_written_is_whole_and_drafts(
@@ -164,7 +113,7 @@ def test_metrics_are_a_line_a_step_also_over_a_stop(
 ) -> None:
     source, path = checkpoint("llama"), tmp_path / "metrics.jsonl"
     where = {"metrics": path}
-    monkeypatch.setattr(Training, "__init__", _storing_always(Training.__init__))
+    monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
     accumulate, calls = Course.accumulate, [0]
 
     def stopping(self: Course, step: int) -> Any:
@@ -210,7 +159,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     written = _count(monkeypatch, texts, "regenerate")
     train(source, "whole", regenerate=True)
     all_texts = written[0]
-    monkeypatch.setattr(Training, "__init__", _storing_always(Training.__init__))
+    monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
     write, count = ArtifactWriter.write_shard, [0]
 
     def failing(self: ArtifactWriter, *arguments: Any) -> None:
@@ -248,12 +197,6 @@ def _count(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
 
     monkeypatch.setattr(owner, name, counting)
     return calls
-
-
-def _storing_always(original: Any) -> Any:
-    return lambda self, **given: original(
-        self, **{**given, "save_seconds": -1, "save_share": math.inf}
-    )
 
 
 def test_other_data_do_not_resume(
@@ -348,7 +291,7 @@ def test_what_cannot_be_drafted_for_leaves_nothing(
 def test_held_out_text_without_a_place_for_all_heads(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_HELD_OUT_TOKENS", 16)
+    monkeypatch.setattr(material, "_HELD_OUT_TOKENS", 16)
     with pytest.raises(TextError, match="wrote too little of its own to measure on"):
         train(checkpoint("llama"), options={"num_heads": 16})
     assert not any(tmp_path.iterdir())
@@ -386,15 +329,6 @@ def test_eight_bit_moments_learn_and_are_recorded(
     assert losses["one"] == pytest.approx(losses["plain"], rel=0.05)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert read_record(tmp_path / "one").training["optimizer"] == "adamw8bit"
-
-
-class Losses(dict[str, list[float]]):
-    """The losses of all steps, by the name of a training."""
-
-    def watch(self, name: str) -> dict[str, Any]:
-        """What a training takes to be heard."""
-        heard = self.setdefault(name, [])
-        return {"watch": lambda step, steps, figures, look: heard.append(figures["loss"])}
 
 
 def test_the_plan_counts_what_the_options_take(
