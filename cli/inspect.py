@@ -98,6 +98,8 @@ def _inspect_heads(output: Output, path: Path) -> None:
     try:
         accuracy = " ".join(f"{share:.1%}" for share in found["accuracy"])
         output.show(f"held-out accuracy by head: {accuracy}")
+        if conditional := " ".join(f"{share:.1%}" for share in found.get("conditional") or ()):
+            output.show(f"where those before it were right: {conditional}")
         output.show(f"trained for: {found['target']['lineage']} and what is packed from it")
         for nodes in (8, 16, 32, 64):
             if nodes <= len(found["tree"]):
@@ -123,6 +125,13 @@ def heads_command(found: dict[str, Any]) -> str | None:
             words += [f"--{key.replace('_', '-')}", json.dumps(training[key])]
         for key in ("dtype", "device", "runtime", "threads"):
             words += [f"--{key}", str(training[key])]
+        if training.get("optimizer", "adamw") != "adamw":
+            words += ["--optimizer", training["optimizer"]]
+        if training.get("features", "online") != "online":
+            offline = training["features"] == "offline"
+            words += ["--features", "offline:FEATURES" if offline else training["features"]]
+        if training.get("autocast"):
+            words += ["--autocast", training["autocast"]]
         if training["regenerate"]:
             words += ["--regenerate", "--temperature", json.dumps(training["temperature"])]
         return shlex.join(words + _options(found["options"]))

@@ -31,7 +31,8 @@ from spectool.cli.common import (
 from spectool.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
-    from spectool.distill.train_heads import Plan, Report
+    from spectool.distill.plan import Job, Plan
+    from spectool.distill.train_heads import Report
 
 
 def train_heads(
@@ -65,9 +66,26 @@ def train_heads(
     warmup: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which it rises.")
     ] = 0.05,
+    features: Annotated[
+        str,
+        typer.Option(
+            help="What the model says of the text: read at every step (online), kept for this run "
+            "(hybrid), or kept in a directory for others too (offline:DIR)."
+        ),
+    ] = "online",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, or adamw8bit: its moments as 8-bit codes (bitsandbytes).")
+    ] = "adamw",
+    autocast: Annotated[
+        str | None,
+        typer.Option(help="bfloat16: compute the heads so; their weights stay float32."),
+    ] = None,
     held_out: Annotated[
         int, typer.Option(min=1, help="Most texts kept back to measure on; at most a fifth.")
     ] = 32,
+    metrics: Annotated[
+        Path | None, typer.Option(help="File for a line of JSON a step: losses, rates, times.")
+    ] = None,
     field: Field = None,
     template_arg: TemplateArg = None,
     overwrite: Annotated[
@@ -92,11 +110,12 @@ def train_heads(
         prepare_torch(threads)
         from spectool.artifact import check_target
         from spectool.distill import train_heads as room
+        from spectool.distill.plan import Job
         from spectool.loading import parse_dtype
 
         check_target(out, overwrite=overwrite)
         config = methods.resolve(method, "drafter").Heads.Config.from_dict(own)
-        job = room.Job(
+        job = Job(
             method=method,
             config=config,
             data=data,
@@ -106,6 +125,9 @@ def train_heads(
             batch_tokens=batch_tokens,
             learning_rate=learning_rate,
             warmup=warmup,
+            features=features,
+            optimizer=optimizer,
+            autocast=autocast,
             held_out=held_out,
             regenerate=regenerate,
             temperature=temperature,
@@ -130,6 +152,7 @@ def train_heads(
                 device=device,
                 runtime=runtime,
                 overwrite=overwrite,
+                metrics=metrics,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 say=output.say,
@@ -143,7 +166,7 @@ def train_heads(
         _finish(output, out, report)
 
 
-def _show_plan(output: Output, job: Any, plan: Plan) -> None:
+def _show_plan(output: Output, job: Job, plan: Plan) -> None:
     options = ", ".join(f"{key}={value}" for key, value in job.config.as_dict().items())
     output.say(
         f"plan: {job.method} ({options}), {plan.parameters / 1e6:.2f} M parameters, "
@@ -153,6 +176,8 @@ def _show_plan(output: Output, job: Any, plan: Plan) -> None:
         f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
         f"({plan.taught_tokens} tokens taught); {plan.held_out} texts held out"
     )
+    if plan.disk_bytes:
+        output.say(f"plan: features kept in {job.store or 'OUT.partial'}, {size(plan.disk_bytes)}")
     if job.regenerate:
         output.say(f"plan: the model writes the answers anew first, temperature {job.temperature}")
 
@@ -166,7 +191,8 @@ def _finish(output: Output, out: Path, report: Report) -> None:
     record = report.record
     output.show(
         f"{out}: {report.parameters / 1e6:.2f} M parameters, held-out accuracy by head "
-        f"{' '.join(f'{share:.1%}' for share in record.accuracy)}"
+        f"{_shares(record.accuracy)}; where those before it were right "
+        f"{_shares(record.conditional)}"
     )
     output.show(
         f"about {report.tokens_per_forward:.2f} tokens per forward with a tree of {report.nodes} "
@@ -181,11 +207,16 @@ def _finish(output: Output, out: Path, report: Report) -> None:
             "steps": report.steps,
             "seconds": report.seconds,
             "accuracy": record.accuracy,
+            "conditional": record.conditional,
             "tokens_per_forward_estimate": report.tokens_per_forward,
             "untrained_estimate": report.initial["score"],
             "tree": {"nodes": report.nodes, "depth": report.depth},
         }
     )
+
+
+def _shares(shares: list[float]) -> str:
+    return " ".join(f"{share:.1%}" for share in shares)
 
 
 TRAIN_HEADS = Verb(

@@ -16,6 +16,7 @@ its own.
 from __future__ import annotations
 
 import importlib
+import logging
 from types import ModuleType
 from typing import ClassVar
 
@@ -61,9 +62,15 @@ class MissingExtra(InputError):
 def require(module: str, *, extra: str, reason: str) -> ModuleType:
     """Import an optional package, or say which extra brings it.
 
+    What it remarks on meanwhile is kept from the user: bitsandbytes, say, misses an optional
+    package for other processors.
+
     Raises:
         MissingExtra: the package is not installed.
     """
+    logger = logging.getLogger(module.split(".")[0])
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -71,3 +78,5 @@ def require(module: str, *, extra: str, reason: str) -> ModuleType:
             f"{reason} needs the package {module.split('.')[0]}, which is not installed",
             hint=f"pip install 'spectool[{extra}]'",
         ) from error
+    finally:
+        logger.setLevel(level)

@@ -9,16 +9,60 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from spectool.errors import SpectoolError
+from spectool.errors import SpectoolError, UnsupportedError, require
 
 Figures = dict[str, Any]
+
+# Bytes that an optimiser keeps of a parameter: two moments, in float32 or as 8-bit codes.
+OPTIMIZERS = {"adamw": 8, "adamw8bit": 2}
+
+
+def make_optimizer(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    *,
+    rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """One of `OPTIMIZERS`. Of small tensors also `adamw8bit` keeps float32 moments.
+
+    Raises:
+        MissingExtra: `adamw8bit` without bitsandbytes.
+    """
+    kind: Any = torch.optim.AdamW
+    if name == "adamw8bit":
+        kind = require("bitsandbytes", extra="bnb", reason=f"--optimizer {name}").optim.AdamW8bit
+    made: torch.optim.Optimizer = kind(parameters, lr=rate, betas=betas, weight_decay=weight_decay)
+    return made
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Take one step, on a matrix large enough for 8-bit codes.
+
+    Raises:
+        MissingExtra: its package is not installed.
+        UnsupportedError: it does not run on this device, as in bitsandbytes before 0.49 on a CPU.
+    """
+    parameter = nn.Parameter(torch.ones(64, 128, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    made = make_optimizer(name, [parameter], rate=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    try:
+        made.step()
+    except Exception as error:
+        # A foreign kernel that is not there may fail in any way.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UnsupportedError(
+            f"--optimizer {name} does not run on {device.type} here: {reason}",
+            hint="--optimizer adamw does",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +114,9 @@ class Training:
 
     `accumulate(step)` adds to the gradients and returns the step's figures, `loss` among them;
     `evaluate()` returns figures with a `score`, of which the highest is kept. `watch(step, figures,
-    look)` hears of every step. The state is stored at most every `save_seconds`, and so seldom that
-    storing it takes `save_share` of the time at most.
+    look)` hears of every step, its `learning_rate` (the first group's), its `gradient_norm` before
+    it was clipped and its `seconds`. The state is stored at most every `save_seconds`, and so
+    seldom that storing it takes `save_share` of the time at most.
 
     Raises:
         SpectoolError: a loss that is NaN or infinite.
@@ -97,6 +142,7 @@ class Training:
         if step == 0:
             best = self._look(0, best)
         while step < self.recipe.steps:
+            started = time.monotonic()
             share = self.recipe.share(step)
             for optimizer, rates in zip(self.optimizers, peaks, strict=True):
                 for group, peak in zip(optimizer.param_groups, rates, strict=True):
@@ -108,9 +154,12 @@ class Training:
                     f"the loss is {figures['loss']} at step {step + 1}: training diverged",
                     hint="start anew with a lower learning rate: --learning-rate, --overwrite",
                 )
-            nn.utils.clip_grad_norm_(self._parameters().values(), self.recipe.clip)
+            norm = nn.utils.clip_grad_norm_(self._parameters().values(), self.recipe.clip)
             for optimizer in self.optimizers:
                 optimizer.step()
+            figures["learning_rate"] = share * peaks[0][0]
+            figures["gradient_norm"] = float(norm)
+            figures["seconds"] = time.monotonic() - started
             step += 1
             look = None
             if step % self.recipe.every == 0 or step == self.recipe.steps:
@@ -146,8 +195,14 @@ class Training:
         assert self.store is not None
         tensors = {f"weights.{name}": p.detach() for name, p in self._parameters().items()}
         tensors |= {f"best.{name}": value for name, value in best.items()}
-        tensors |= dict(self._optimizer_tensors())
+        numbers: dict[str, float] = {}
+        for key, value in self._optimizer_state():
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            else:
+                numbers[key] = value
         said = {
+            "numbers": numbers,
             "step": step,
             "looks": self.history.looks,
             "best": self.history.best,
@@ -155,11 +210,14 @@ class Training:
         }
         self.store.save(tensors, said)
 
-    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _optimizer_state(self) -> Iterator[tuple[str, Any]]:
+        """Tensors and numbers. bitsandbytes puts some of its own into a dictionary of theirs."""
         for number, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 for key, value in state.items():
-                    yield f"optimizer.{number}.{index}.{key}", value
+                    parts = value if isinstance(value, dict) else {key: value}
+                    for name, part in parts.items():
+                        yield f"optimizer.{number}.{index}.{name}", part
 
     def _resume(self) -> tuple[int, dict[str, Tensor]]:
         """Steps done and the best weights so far, everything else put back in its place."""
@@ -171,9 +229,9 @@ class Training:
             for name, parameter in self._parameters().items():
                 parameter.copy_(tensors[f"weights.{name}"])
         for number, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
+            state: dict[int, dict[str, Any]] = {}
             prefix = f"optimizer.{number}."
-            for key, value in tensors.items():
+            for key, value in {**tensors, **said["numbers"]}.items():
                 if key.startswith(prefix):
                     index, _, name = key.removeprefix(prefix).partition(".")
                     state.setdefault(int(index), {})[name] = value

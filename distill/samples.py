@@ -158,18 +158,24 @@ def batches(
         group = max(1, int(_SORTED_BATCHES * batch_tokens / mean))
         made: list[list[int]] = []
         for start in range(0, len(order), group):
-            batch: list[int] = []
-            for index in sorted(order[start : start + group], key=lambda i: len(samples[i].tokens)):
-                # The last one is the longest, and sets the width.
-                if batch and (len(batch) + 1) * len(samples[index].tokens) > batch_tokens:
-                    made.append(batch)
-                    batch = []
-                batch.append(index)
-            made.append(batch)
+            made += by_length(samples, order[start : start + group], batch_tokens)
         chance.shuffle(made)
         found += made
         epoch += 1
     return found[:steps]
+
+
+def by_length(
+    samples: Sequence[Sample], chosen: Sequence[int], batch_tokens: int
+) -> list[list[int]]:
+    """The chosen samples from the shortest to the longest, so many together as may be."""
+    made: list[list[int]] = [[]]
+    for index in sorted(chosen, key=lambda i: len(samples[i].tokens)):
+        # The last one is the longest, and sets the width.
+        if made[-1] and (len(made[-1]) + 1) * len(samples[index].tokens) > batch_tokens:
+            made.append([])
+        made[-1].append(index)
+    return made
 
 
 def pad(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ Source: Dettmers et al., QLoRA, 2023 (arXiv:2305.14314), section 3. Shapes: n ou
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -32,17 +31,8 @@ NESTED_BLOCK = 256
 
 @functools.cache
 def bitsandbytes() -> ModuleType:
-    """The library, imported only when a method needs it (five seconds).
-
-    Its remark that an optional package for other processors is missing is kept from the user.
-    """
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return require("bitsandbytes", extra="bnb", reason="this format")
-    finally:
-        logger.setLevel(level)
+    """The library, imported only when a method needs it (five seconds)."""
+    return require("bitsandbytes", extra="bnb", reason="this format")
 
 
 class NF4:

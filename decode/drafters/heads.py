@@ -33,9 +33,11 @@ class HeadsRecord:
     """What `spectool_heads.json` says.
 
     `target`: `lineage` (the fingerprint of the dense checkpoint), `fingerprint` (of the one trained
-    on), `hidden_size`, `vocab_size`, `tokenizer`. `tree`: paths of ranks, best first, with the
-    share of held-out text that follows each. `tuned`: options of the drafter that were fastest, by
-    model and machine (`decode.curve.machine_key`), each with its speed over plain decoding.
+    on), `hidden_size`, `vocab_size`, `tokenizer`. `accuracy`: how often each head's first guess is
+    right on held-out text, `conditional`: where those before it were (older records lack it).
+    `tree`: paths of ranks, best first, with the share of held-out text that follows each.
+    `tuned`: options of the drafter that were fastest, by model and machine
+    (`decode.curve.machine_key`), each with its speed over plain decoding.
     """
 
     method: str
@@ -46,6 +48,7 @@ class HeadsRecord:
     shares: list[float]
     training: dict[str, Any]
     tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    conditional: list[float] = field(default_factory=list)
     files: list[str] = field(default_factory=lambda: sorted([HEADS, HEADS_FILE]))
     format_version: int = FORMAT_VERSION
 

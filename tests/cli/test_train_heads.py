@@ -27,9 +27,9 @@ def test_the_result_and_what_inspect_says_of_it(
     result = done.json
     assert set(result) == {
         "schema_version", "out", "method", "parameters", "steps", "seconds", "accuracy",
-        "tokens_per_forward_estimate", "untrained_estimate", "tree",
+        "conditional", "tokens_per_forward_estimate", "untrained_estimate", "tree",
     }  # fmt: skip
-    assert result["steps"] == 3 and len(result["accuracy"]) == 2
+    assert result["steps"] == 3 and len(result["accuracy"]) == len(result["conditional"]) == 2
     assert set(result["tree"]) == {"nodes", "depth"}
     assert "plan: medusa (num_heads=2" in done.err and "about" in done.err
 
@@ -40,6 +40,7 @@ def test_the_result_and_what_inspect_says_of_it(
     words = seen["command"].split()
     people = spectool("inspect", out)
     assert people.code == 0 and "medusa heads" in people.out
+    assert "where those before it were right: " in people.out
 
     words = [{"MODEL": source, "OUT": tmp_path / "second", "DATA": text}.get(w, w) for w in words]
     assert spectool(*words[1:]).code == 0
@@ -66,6 +67,11 @@ def test_the_result_and_what_inspect_says_of_it(
         ({"--draft-vocab": 999}, "--draft-vocab 999: the target has 320 tokens"),
         ({"--num-heads": 0}, "--num-heads 0: must be at least 1"),
         ({"--dtype": "int3"}, "dtype int3: expected one of"),
+        ({"--optimizer": "sgd"}, "--optimizer sgd: expected one of adamw, adamw8bit"),
+        ({"--features": "offline"}, "--features offline: expected online, hybrid or offline:DIR"),
+        ({"--features": "offline:."}, ".: holds no features"),
+        ({"--autocast": "float16"}, "--autocast float16: expected bfloat16"),
+        ({"--metrics": "absent/metrics.jsonl"}, "absent/metrics.jsonl: cannot be written"),
         ({"--device": "tpu"}, "device tpu: expected cpu"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectool.errors import SpectoolError
-from spectool.training import Figures, Recipe, Training
+from spectool import training as room
+from spectool.errors import MissingExtra, SpectoolError, UnsupportedError
+from spectool.training import Figures, Recipe, Training, check_optimizer, make_optimizer
 
 
 def test_the_rate_rises_then_falls_along_a_cosine() -> None:
@@ -42,10 +44,14 @@ class Stop(Exception):
     pass
 
 
-def make(store: Memory | None, *, stop_at: int = -1, bad_at: int = -1) -> Training:
+def make(
+    store: Memory | None, *, stop_at: int = -1, bad_at: int = -1, optimizer: str = "adamw"
+) -> Training:
     """A linear map learnt from data that step numbers decide; its best look is not its last."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    # Moments of less than 4096 weights stay float32.
+    inside = 4 if optimizer == "adamw" else 1000
+    module = nn.Sequential(nn.Linear(5, inside), nn.Linear(inside, 3))
     module[0].bias.requires_grad_(False)
     looked: list[int] = []
 
@@ -65,7 +71,13 @@ def make(store: Memory | None, *, stop_at: int = -1, bad_at: int = -1) -> Traini
     return Training(
         module=module,
         optimizers=[
-            torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1),
+            make_optimizer(
+                optimizer,
+                [p for p in module.parameters() if p.requires_grad],
+                rate=0.1,
+                betas=(0.9, 0.999),
+                weight_decay=0.01,
+            ),
         ],
         recipe=Recipe(steps=30, every=4),
         accumulate=accumulate,
@@ -103,3 +115,35 @@ def test_a_stopped_run_ends_with_the_same_weights(stop_at: int) -> None:
 def test_a_loss_that_is_no_number_ends_the_run() -> None:
     with pytest.raises(SpectoolError, match="the loss is nan at step 4: training diverged"):
         make(None, bad_at=3).run()
+
+
+@pytest.mark.parametrize("stop_at", [1, 17])
+def test_eight_bit_moments_are_stored_exactly(stop_at: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    whole = make(None, optimizer="adamw8bit")
+    whole.run()
+    store = Memory()
+    with pytest.raises(Stop):
+        make(store, stop_at=stop_at, optimizer="adamw8bit").run()
+    tensors, said = store.states[-1]
+    assert tensors["optimizer.0.0.state1"].dtype == torch.uint8
+    assert said["numbers"]["optimizer.0.0.step"] == stop_at
+    again = make(store, optimizer="adamw8bit")
+    again.run()
+    assert all(map(torch.equal, weights(again), weights(whole)))
+
+
+def test_an_optimizer_that_does_not_run_here_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_optimizer("adamw", torch.device("cpu"))
+
+    class Broken:
+        def step(self) -> None:
+            raise NotImplementedError("no kernel\nfor this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "make_optimizer", lambda *_, **__: Broken())
+        with pytest.raises(UnsupportedError, match="does not run on cpu here: no kernel"):
+            check_optimizer("adamw8bit", torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtra, match="--optimizer adamw8bit needs the package bitsandbytes"):
+        check_optimizer("adamw8bit", torch.device("cpu"))

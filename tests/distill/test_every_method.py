@@ -17,7 +17,7 @@ from spectool.distill.train_heads import Job, Report, train_heads
 from spectool.methods import resolve, trained
 from spectool.training import Training
 
-from .test_train_heads import contents
+from .conftest import contents
 
 OPTIONS: dict[str, dict[str, Any]] = {"hydra-plain": {"variant": "plain"}}
 ALL = [*trained(), *OPTIONS]

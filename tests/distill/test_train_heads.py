@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,62 +20,16 @@ from safetensors.torch import load_file
 
 from spectool.artifact import ArtifactWriter, own_files
 from spectool.decode.drafters.heads import read_record
-from spectool.decode.drafters.medusa import MedusaHeads
 from spectool.decode.generate import Runner
-from spectool.distill import train_heads as room
-from spectool.distill.train_heads import Job, Report, train_heads
-from spectool.errors import SpectoolError, TextError, UnsupportedError, UsageError
+from spectool.distill import material, plan, texts
+from spectool.distill.course import Course
+from spectool.errors import CheckpointError, SpectoolError, TextError, UnsupportedError, UsageError
 from spectool.quantize import run as quantizing
 from spectool.quantize.rtn import RTN
 from spectool.training import Training
 
 from ..conftest import VOCAB, tokenizer
-
-Train = Callable[..., Report]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text(Path(__file__).read_text()[:1600])
-    return str(path)
-
-
-@pytest.fixture
-def train(data: str, tmp_path: Path) -> Train:
-    """`train(checkpoint, "out", steps=…, options={…}, **where)`"""
-
-    def run(
-        source: Path,
-        out: str = "out",
-        *,
-        options: dict[str, Any] | None = None,
-        where: dict[str, Any] | None = None,
-        **asked: Any,
-    ) -> Report:
-        job = Job(
-            method="medusa",
-            config=MedusaHeads.Config(**{"num_heads": 3, **(options or {})}),
-            **{
-                "data": [data], "steps": 8, "seq_len": 64, "batch_tokens": 256, "held_out": 4,
-                "learning_rate": 1e-2, **asked,
-            },
-        )  # fmt: skip
-        return train_heads(source, tmp_path / out, job, **(where or {}))
-
-    return run
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in path.iterdir()}
+from .conftest import Losses, Train, contents, storing_always
 
 
 def test_what_is_written_is_whole_and_drafts(
@@ -96,8 +49,14 @@ def test_what_is_written_is_whole_and_drafts(
     record = read_record(out)
     assert record == report.record
     assert record.training["steps_done"] == report.steps == 8 and len(record.accuracy) == 3
+    # The first head has none before it; a later one is measured where those were right.
+    assert record.conditional[0] == record.accuracy[0] and len(record.conditional) == 3
     assert report.tokens_per_forward == pytest.approx(record.expected(32))
     text = (out / "spectool_heads.json").read_text()
+    older = {key: part for key, part in json.loads(text).items() if key != "conditional"}
+    (tmp_path / "spectool_heads.json").write_text(json.dumps(older))
+    assert read_record(tmp_path).conditional == []
+    (tmp_path / "spectool_heads.json").unlink()
     assert str(tmp_path) not in text and "seconds" not in text
 
     runner = Runner(source, dtype=torch.float32)
@@ -149,6 +108,43 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(
     assert one == two and one["heads.safetensors"] != three["heads.safetensors"]
 
 
+def test_metrics_are_a_line_a_step_also_over_a_stop(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, path = checkpoint("llama"), tmp_path / "metrics.jsonl"
+    where = {"metrics": path}
+    monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
+    accumulate, calls = Course.accumulate, [0]
+
+    def stopping(self: Course, step: int) -> Any:
+        calls[0] += 1
+        if calls[0] == 7:
+            raise KeyboardInterrupt
+        return accumulate(self, step)
+
+    monkeypatch.setattr(Course, "accumulate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(source, where=where)
+    stopped = path.read_text()
+    report = train(source, where=where)
+    assert path.read_text().startswith(stopped)
+    head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert head["method"] == "medusa" and [line["step"] for line in lines] == [*range(9)]
+    assert lines[0] == {"step": 0, "held_out": report.initial}
+    for line in lines[1:]:
+        assert set(line) == {
+            "step", "loss", "losses", "tokens", "learning_rate", "gradient_norm", "seconds",
+            "tokens_per_second", "held_out",
+        }  # fmt: skip
+        assert line["loss"] == pytest.approx(sum(line["losses"]) / 3)
+        assert 0 < line["tokens"] <= 256 and line["gradient_norm"] > 0
+    assert lines[1]["learning_rate"] == 1e-2 > lines[8]["learning_rate"]
+    assert [line["held_out"] for line in lines] == report.record.training["looks"]
+    with pytest.raises(UsageError, match="is not the metrics of this run"):
+        train(source, "other", where=where, seed=1)
+    assert not list(tmp_path.glob("other*"))
+
+
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     train: Train,
@@ -159,11 +155,11 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 ) -> None:
     """Stopped at the n-th shard that it writes: texts of the target, states, the heads."""
     source = checkpoint("llama")
-    monkeypatch.setattr(room, "_GROUP", 8)
-    written = _count(monkeypatch, room, "regenerate")
+    monkeypatch.setattr(texts, "_GROUP", 8)
+    written = _count(monkeypatch, texts, "regenerate")
     train(source, "whole", regenerate=True)
     all_texts = written[0]
-    monkeypatch.setattr(Training, "__init__", _storing_always(Training.__init__))
+    monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
     write, count = ArtifactWriter.write_shard, [0]
 
     def failing(self: ArtifactWriter, *arguments: Any) -> None:
@@ -179,15 +175,15 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert not (tmp_path / "out").exists()
     shards = json.loads((tmp_path / "out.partial.json").read_text())["shards"]
     states = [said["report"]["step"] for name, said in shards.items() if "state" in name]
-    texts = [name for name in shards if "state" not in name]
-    assert len(shards) == min(stop, len(texts) + 2)
+    written_texts = [name for name in shards if "state" not in name]
+    assert len(shards) == min(stop, len(written_texts) + 2)
 
     written[0] = 0
-    steps = _count(monkeypatch, room._Course, "accumulate")
+    steps = _count(monkeypatch, Course, "accumulate")
     train(source, regenerate=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     # What was recorded is not done again. One step more is taken for its time.
-    assert written[0] == all_texts - len(texts)
+    assert written[0] == all_texts - len(written_texts)
     assert steps[0] == 1 + 8 - max(states, default=0)
 
 
@@ -201,12 +197,6 @@ def _count(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
 
     monkeypatch.setattr(owner, name, counting)
     return calls
-
-
-def _storing_always(original: Any) -> Any:
-    return lambda self, **given: original(
-        self, **{**given, "save_seconds": -1, "save_share": math.inf}
-    )
 
 
 def test_other_data_do_not_resume(
@@ -280,7 +270,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(room, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(plan, "available_memory", lambda device: 1000)
     with pytest.raises(UnsupportedError, match=r"takes .* GB, and 0\.0 GB are free"):
         train(checkpoint("llama"))
     assert not any(tmp_path.iterdir())
@@ -301,7 +291,7 @@ def test_what_cannot_be_drafted_for_leaves_nothing(
 def test_held_out_text_without_a_place_for_all_heads(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_HELD_OUT_TOKENS", 16)
+    monkeypatch.setattr(material, "_HELD_OUT_TOKENS", 16)
     with pytest.raises(TextError, match="wrote too little of its own to measure on"):
         train(checkpoint("llama"), options={"num_heads": 16})
     assert not any(tmp_path.iterdir())
@@ -310,6 +300,56 @@ def test_held_out_text_without_a_place_for_all_heads(
 def test_a_loss_that_diverges_is_one_line(train: Train, checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(SpectoolError, match="training diverged"):
         train(checkpoint("llama"), learning_rate=1e30)
+
+
+@pytest.mark.parametrize("method", ["medusa", "hydra"])
+def test_heads_computed_in_bfloat16_learn_as_in_float32(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    """Their weights are float32 all along: steps too small for bfloat16 are not lost."""
+    source, losses = checkpoint("llama"), Losses()
+    for out, autocast in (("plain", None), ("one", "bfloat16"), ("two", "bfloat16")):
+        asked = {"autocast": autocast, "learning_rate": 1e-4}
+        train(source, out, method=method, where=losses.watch(out), **asked)
+    assert losses["one"] == losses["two"] != losses["plain"]
+    assert losses["one"] == pytest.approx(losses["plain"], rel=0.02)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    tensors = load_file(tmp_path / "one" / "heads.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_eight_bit_moments_learn_and_are_recorded(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    source, losses = checkpoint("llama"), Losses()
+    for out, optimizer in (("plain", "adamw"), ("one", "adamw8bit"), ("two", "adamw8bit")):
+        train(source, out, optimizer=optimizer, where=losses.watch(out))
+    assert losses["one"] == losses["two"] != losses["plain"]
+    assert losses["one"] == pytest.approx(losses["plain"], rel=0.05)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert read_record(tmp_path / "one").training["optimizer"] == "adamw8bit"
+
+
+def test_the_plan_counts_what_the_options_take(
+    checkpoint: Callable[..., Path], train: Train
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    plans = []
+    where = {"announce": plans.append}
+    source = checkpoint("llama")
+    for number, options in enumerate(({}, {"optimizer": "adamw8bit"}, {"autocast": "bfloat16"})):
+        train(source, f"out{number}", steps=0, where=where, **options)
+    plain, eight, cast = (plan.memory_bytes for plan in plans)
+    assert plain - eight == 6 * plans[0].parameters and cast - plain == 2 * plans[0].parameters
+
+
+def test_a_tokenizer_of_another_model_is_one_line(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"gives id \d+, but the model has only 200 tokens"):
+        train(checkpoint("llama", vocab_size=200))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -1,0 +1,104 @@
+"""The heads of a training, with what they are taught and measured on.
+
+Shapes: B texts of a batch, L tokens of each, R places, K heads.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, frequent
+from spectool.decode.tree import best_paths
+from spectool.methods import resolve
+from spectool.training import Figures
+
+from .material import Material
+from .plan import Job, steps_of
+from .texts import WRITTEN_TOGETHER, parts
+
+
+class Course:
+    """See the module docstring."""
+
+    def __init__(self, material: Material, job: Job) -> None:
+        target, self.own = material.target, material.own
+        self.device = target.device
+        samples = self.own.samples
+        drafter = resolve(job.method, "drafter")
+        self.nodes: int = drafter.Config().nodes
+        self.seed, self.autocast = job.seed, job.autocast
+        size = drafter.Heads.num_guessed(job.config, target.vocab_size)
+        token_map = None
+        if size:
+            said = [
+                t for s in samples for t, taught in zip(s.tokens, s.taught, strict=True) if taught
+            ]
+            token_map = frequent(said, count=size, vocab=target.vocab_size).to(target.device)
+        with self._chance("fresh"):
+            fresh: Heads = drafter.Heads(job.config, target.model, token_map)
+        self.heads = fresh.to(target.device).float()
+        self.batches = steps_of(samples, job)
+        self.steps = len(self.batches)
+        unseen = range(len(material.unseen.samples))
+        self.held_out = [material.unseen.lesson(part) for part in parts(unseen, WRITTEN_TOGETHER)]
+
+    def accumulate(self, step: int) -> Figures:
+        """The gradient of one batch; `loss` is the mean over heads, `tokens` are not padding."""
+        lesson = self.own.lesson(self.batches[step])
+        with self._chance(step), self._autocast():
+            done = self.heads.teach(lesson)
+        return {
+            "loss": sum(done.means) / len(done.means),
+            "losses": done.means,
+            "tokens": sum(len(self.own.samples[i].tokens) for i in self.batches[step]),
+        }
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.autocast is not None
+        )
+
+    @contextmanager
+    def _chance(self, what: str | int) -> Iterator[None]:
+        """Random numbers by seed and step alone: a resumed run draws the same."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(random.Random(f"{self.seed}/{what}").getrandbits(63))
+            yield
+
+    def ranks(self) -> Tensor:
+        """Ranks [R, K] of the true tokens at all places of held-out text."""
+        with self._autocast():
+            found = [self.heads.ranks(lesson) for lesson in self.held_out]
+        return torch.cat(found) if found else torch.zeros(0, 0)
+
+    def evaluate(self) -> Figures:
+        """The figures of the heads as they are now."""
+        return self.figures(self.ranks())
+
+    def figures(self, ranks_RK: Tensor) -> Figures:
+        """Held-out accuracies, and as `score` the tokens per forward that the best tree brings.
+
+        `conditional[k]`: how often head k's first guess is right where those before it were.
+        """
+        right_RK = (ranks_RK == 0).double()
+        reached_RK = right_RK.cumprod(-1)
+        before_K = torch.cat([reached_RK.new_tensor([len(ranks_RK)]), reached_RK.sum(0)[:-1]])
+        paths = best_paths(ranks_RK, nodes=MOST_NODES, top=TOP)
+        return {
+            "score": self.heads.expected(paths, self.nodes),
+            "accuracy": right_RK.mean(0).tolist(),
+            "conditional": (reached_RK.sum(0) / before_K.clamp(min=1)).tolist(),
+        }
+
+    def step_seconds(self) -> float:
+        """The time of a step, by trying the first; its gradient is thrown away."""
+        start = time.perf_counter()
+        self.accumulate(0)
+        self.heads.zero_grad(set_to_none=True)
+        return time.perf_counter() - start

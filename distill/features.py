@@ -1,0 +1,227 @@
+"""Texts with the target's features of them: read each time, or stored once and read from files.
+
+A store is one or more shards of about a gigabyte: the tokens of their texts, one after the other,
+the marks of those that are taught, and a row of each feature a token, in the dtype in which the
+target computed it. What is read together depends on the texts alone, not on the order in which they
+are taught, so a store that was interrupted ends with the same bytes.
+
+Shapes: B texts of a batch, L tokens of each, N tokens of a shard, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from spectool.artifact import ArtifactWriter
+from spectool.checkpoint import read_tensor
+from spectool.decode.cache import TextCache
+from spectool.decode.protocol import Lesson, Needs
+from spectool.decode.target import Target
+from spectool.errors import UsageError
+from spectool.headers import TensorEntry, read_header, read_json
+
+from .samples import Sample, by_length, pad
+from .texts import Say, as_samples, as_tensors
+
+FEATURES = "spectool_features.json"
+FORMAT_VERSION = 1
+
+_SHARD_BYTES = 1 << 30
+
+
+class Texts(Protocol):
+    """Samples, and lessons of any of them."""
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """All of them."""
+
+    def lesson(self, chosen: Sequence[int]) -> Lesson:
+        """The chosen ones as a batch, with features."""
+
+
+class Read:
+    """Texts that the target reads whenever they are taught."""
+
+    def __init__(self, target: Target, needs: Needs, samples: Sequence[Sample]) -> None:
+        self.target, self.needs, self.samples = target, needs, samples
+
+    def lesson(self, chosen: Sequence[int]) -> Lesson:
+        tokens_BL, taught_BL = pad([self.samples[i] for i in chosen])
+        device = self.target.device
+        tokens_BL, taught_BL = tokens_BL.to(device), taught_BL.to(device)
+        kept = TextCache(self.target.num_layers) if self.needs.inject else None
+        features = self.target.read(tokens_BL, self.needs, keep=kept)
+        beside = None if kept is None else functools.partial(self.target.read_beside, kept)
+        return Lesson(tokens_BL=tokens_BL, taught_BL=taught_BL, features=features, beside=beside)
+
+
+class Stored:
+    """Texts whose features lie in shards. Of these, all but the features is kept in memory."""
+
+    def __init__(self, shards: Sequence[Path], needs: Needs, device: torch.device) -> None:
+        self.device = device
+        self.samples: list[Sample] = []
+        # Of each text, its shard's features and the place of its first row in them.
+        self._places: list[tuple[dict[str, TensorEntry], int]] = []
+        for path in shards:
+            entries = {entry.name: entry for entry in read_header(path)[1]}
+            features = {name: entries[name] for name in names_of(needs)}
+            texts = {name: read_tensor(entries[name]) for name in ("tokens", "taught", "lengths")}
+            start = 0
+            for sample in as_samples(texts):
+                self.samples.append(sample)
+                self._places.append((features, start))
+                start += len(sample.tokens)
+
+    def lesson(self, chosen: Sequence[int]) -> Lesson:
+        tokens_BL, taught_BL = pad([self.samples[i] for i in chosen])
+        rows: dict[str, list[Tensor]] = {}
+        for i in chosen:
+            features, start = self._places[i]
+            part = slice(start, start + len(self.samples[i].tokens))
+            for name, entry in features.items():
+                rows.setdefault(name, []).append(read_tensor(entry, rows=part))
+        return Lesson(
+            tokens_BL=tokens_BL.to(self.device),
+            taught_BL=taught_BL.to(self.device),
+            features={
+                name: pad_sequence(found, batch_first=True).to(self.device)
+                for name, found in rows.items()
+            },
+        )
+
+
+def store(
+    writer: ArtifactWriter,
+    name: str,
+    target: Target,
+    needs: Needs,
+    samples: Sequence[Sample],
+    *,
+    pass_tokens: int,
+    say: Say,
+) -> Stored:
+    """Write the shards of these texts that are not there yet.
+
+    The target reads at most `pass_tokens` at once, padding included.
+    """
+    paths = []
+    groups = list(_groups(samples, _row_bytes(needs, target.width, target.dtype)))
+    for number, group in enumerate(groups):
+        shard = f"features-{name}-{number:05d}.safetensors"
+        if writer.report(shard) is None:
+            tensors = as_tensors(group) | _read(target, needs, group, pass_tokens)
+            writer.write_shard(shard, tensors, {}, {})
+        paths.append(writer.path(shard))
+        say(f"{name} features stored: {number + 1}/{len(groups)} shards")
+    return Stored(paths, needs, target.device)
+
+
+def finish_store(writer: ArtifactWriter, key: dict[str, Any], needs: Needs) -> None:
+    """Turn a directory whose shards are all written into a store; other shards are dropped."""
+    shards = {}
+    for shard, said in sorted(writer.manifest["shards"].items()):
+        if shard.startswith("features-"):
+            shards[shard] = said["sha256"]
+        else:
+            writer.discard(shard)
+    said = {
+        "format_version": FORMAT_VERSION,
+        "made_for": key,
+        "features": names_of(needs),
+        "shards": shards,
+        "files": sorted([FEATURES, *shards]),
+    }
+    text = json.dumps(said, indent=2, sort_keys=True) + "\n"
+    writer.finish({FEATURES: text.encode()})
+
+
+def open_store(
+    path: Path, key: dict[str, Any], needs: Needs, device: torch.device
+) -> tuple[Stored, Stored] | None:
+    """What a whole store holds to learn from and to measure on; None if there is none.
+
+    Raises:
+        UsageError: something else lies there, or a store of another target or other data.
+        CheckpointError: damaged.
+    """
+    if not (path.exists() or path.is_symlink()):
+        return None
+    if not (path / FEATURES).is_file():
+        raise UsageError(
+            f"{path}: holds no features", hint="name a directory that is not there yet"
+        )
+    found = read_json(path / FEATURES)
+    before = found.get("made_for")
+    if found.get("format_version") != FORMAT_VERSION or not isinstance(before, dict):
+        raise UsageError(f"{path}: {FEATURES} is not one that this spectool can read")
+    changed = [name for name in sorted({*before, *key}) if before.get(name) != key.get(name)]
+    if changed:
+        name = changed[0]
+        raise UsageError(
+            f"{path}: holds features made with another {', '.join(changed)} "
+            f"({json.dumps(before.get(name))}, now {json.dumps(key.get(name))})",
+            hint="name another directory: one is for one target and one set of texts",
+        )
+    if missing := set(names_of(needs)) - set(found["features"]):
+        raise UsageError(
+            f"{path}: holds the features {', '.join(found['features'])}, not {min(missing)}, "
+            "which these heads read",
+            hint="name another directory",
+        )
+    own, unseen = (
+        Stored([path / s for s in sorted(found["shards"]) if s.startswith(kind)], needs, device)
+        for kind in ("features-own-", "features-held-out-")
+    )
+    return own, unseen
+
+
+def names_of(needs: Needs) -> list[str]:
+    """The names of the features that are asked for, as `Target.read` gives them."""
+    return [f"layer {index}" for index in needs.layers] + ["final"] * needs.final
+
+
+def store_bytes(needs: Needs, width: int, dtype: torch.dtype, num_tokens: int) -> int:
+    """What the features of so many tokens take on a disk."""
+    return _row_bytes(needs, width, dtype) * num_tokens
+
+
+def _row_bytes(needs: Needs, width: int, dtype: torch.dtype) -> int:
+    # A token's id and mark stand beside its features.
+    return len(names_of(needs)) * width * dtype.itemsize + 9
+
+
+def _groups(samples: Sequence[Sample], row_bytes: int) -> Iterator[list[Sample]]:
+    """The texts of each shard, in order; one that is too large by itself has its own."""
+    sizes = itertools.accumulate(len(sample.tokens) * row_bytes for sample in samples)
+    pairs = zip(samples, sizes, strict=True)
+    for _, group in itertools.groupby(pairs, lambda pair: (pair[1] - 1) // _SHARD_BYTES):
+        yield [sample for sample, _ in group]
+
+
+def _read(
+    target: Target, needs: Needs, samples: Sequence[Sample], pass_tokens: int
+) -> dict[str, Tensor]:
+    """The features [N, D] of all tokens of these texts, on the host."""
+    starts = [0, *itertools.accumulate(len(sample.tokens) for sample in samples)]
+    found: dict[str, Tensor] = {}
+    for chosen in by_length(samples, range(len(samples)), pass_tokens):
+        lesson = Read(target, needs, samples).lesson(chosen)
+        for name, value_BLD in lesson.features.items():
+            if name not in found:
+                shape = (starts[-1], value_BLD.shape[-1])
+                found[name] = torch.empty(shape, dtype=value_BLD.dtype)
+            for row, i in enumerate(chosen):
+                length = starts[i + 1] - starts[i]
+                found[name][starts[i] : starts[i + 1]] = value_BLD[row, :length]
+    return found

@@ -1,0 +1,151 @@
+"""All that a training of heads needs of the target, made from a job's texts before it begins.
+
+The target writes what is to be written anew, and the text to measure on. Then it stays and reads
+the texts whenever they are taught (`--features online`), or reads them once and goes: its features
+are stored beside OUT until the training is done (`hybrid`), or in a directory of their own that
+later trainings take them from, without the target's layers ever being loaded (`offline:DIR`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spectool.artifact import ArtifactWriter
+from spectool.decode.generate import Runner
+from spectool.decode.protocol import Needs
+from spectool.decode.target import Target
+from spectool.errors import TextError
+from spectool.loading import describe_runtime, load_model
+from spectool.skeleton import Skeleton
+
+from .features import Read, Stored, Texts, finish_store, names_of, open_store, store
+from .plan import Job, Setting
+from .samples import Sample
+from .texts import Say, Written
+
+# Tokens that the target writes after each held-out beginning.
+_HELD_OUT_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What is taught and measured on. `target` lacks its layers where nothing reads with them."""
+
+    target: Target
+    own: Texts
+    unseen: Texts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparing:
+    """The job, where it runs, the texts as they were given, and the features that are asked for.
+
+    `key` is what decides the features of a store, `identity` what decides the bytes of OUT.
+    `overwrite`: an unfinished store of something else gives way; a whole one never does.
+    """
+
+    job: Job
+    setting: Setting
+    own: Sequence[Sample]
+    unseen: Sequence[Sample]
+    needs: Needs
+    identity: dict[str, Any]
+    overwrite: bool
+    say: Say
+
+    @property
+    def key(self) -> dict[str, Any]:
+        names = ("data", "seq_len", "seed", "held_out", "regenerate", "temperature", "dtype")
+        return {
+            **{name: self.identity[name] for name in names},
+            "target": self.identity["source"]["fingerprint"],
+            "tokenizer": self.setting.tokenizer_digest,
+        }
+
+    def stored(self) -> tuple[Stored, Stored] | None:
+        """The texts of an offline store that is whole. Raises: see `open_store`."""
+        if self.job.store is None:
+            return None
+        return open_store(self.job.store, self.key, self.needs, self.setting.device)
+
+    def material(self, writer: ArtifactWriter) -> Material:
+        """Make it, and keep beside OUT or in the store what took time.
+
+        Raises:
+            InputError: the store is another's, or its place cannot be written.
+            TextError: the target wrote too little.
+        """
+        found = self.stored()
+        if found is not None:
+            self.say(f"features of {len(found[0].samples)} texts from {self.job.store}")
+            own, unseen = found
+            return Material(self._outside(), own, unseen)
+        with contextlib.ExitStack() as stack:
+            keeping = writer
+            if self.job.store is not None:
+                names = ("batch_tokens", "device", "runtime", "threads", "versions")
+                identity = self.key | {name: self.identity[name] for name in names}
+                identity["features"] = names_of(self.needs)
+                keeping = stack.enter_context(
+                    ArtifactWriter(self.job.store, identity=identity, overwrite=self.overwrite)
+                )
+            made = self._make(keeping)
+            if self.job.store is not None:
+                finish_store(keeping, self.key, self.needs)
+                found = self.stored()
+                assert found is not None
+                made = Material(made.target, *found)
+        return made
+
+    def _make(self, writer: ArtifactWriter) -> Material:
+        job, setting = self.job, self.setting
+        model = load_model(
+            setting.checkpoint.path,
+            dtype=setting.dtype,
+            device=str(setting.device),
+            runtime=setting.runtime,
+            trust_remote_code=setting.trust_remote_code,
+        )
+        model.requires_grad_(False)
+        self.say(f"{setting.name}: {describe_runtime(model)} on {setting.device}")
+        runner = Runner(model, tokenizer=setting.tokenizer)
+        written = Written(runner, writer, self.say, seq_len=setting.seq_len, seed=job.seed)
+        own = self.own
+        if job.regenerate:
+            own = written("regenerated", own, temperature=job.temperature)
+        if not own:
+            writer.abandon()
+            raise TextError(
+                f"{', '.join(job.data)}: the target wrote too little of its own to learn on",
+                hint="give more data",
+            )
+        unseen = written(
+            "held-out", self.unseen, temperature=0.0, most=_HELD_OUT_TOKENS, cut_loops=True
+        )
+        target = runner.target
+        if job.features == "online":
+            return Material(target, Read(target, self.needs, own), Read(target, self.needs, unseen))
+        stored = [
+            store(
+                writer,
+                name,
+                target,
+                self.needs,
+                samples,
+                pass_tokens=job.batch_tokens,
+                say=self.say,
+            )
+            for name, samples in (("own", own), ("held-out", unseen))
+        ]
+        return Material(target, *stored)
+
+    def _outside(self) -> Target:
+        """The target with embeddings, output matrix and norms; its layers have no weights."""
+        setting = self.setting
+        skeleton = Skeleton(setting.checkpoint.layout, trust_remote_code=setting.trust_remote_code)
+        tensors = skeleton.read(setting.checkpoint, skeleton.tensors_outside())
+        model: Any = skeleton.materialise("", tensors, dtype=setting.dtype, device=setting.device)
+        return Target(model)

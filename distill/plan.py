@@ -1,0 +1,259 @@
+"""What a training of heads is asked to do, and what it will take: known before weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any
+
+import torch
+import transformers
+
+from spectool.checkpoint import Checkpoint, text_fingerprint
+from spectool.decode.drafters.trained import Heads
+from spectool.decode.protocol import Needs
+from spectool.decode.target import Target
+from spectool.errors import CheckpointError, UnsupportedError, UsageError
+from spectool.loading import own_dtype
+from spectool.machine import available_memory
+from spectool.methods import resolve
+from spectool.options import Config
+from spectool.skeleton import build_meta, find_blocks, read_config
+from spectool.training import OPTIMIZERS, check_optimizer
+from spectool.version import __version__
+
+from .features import FEATURES, store_bytes
+from .samples import Sample, batches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything that a training is asked to do, apart from where it runs.
+
+    `steps` None: `epochs` over the data. `learning_rate` None: the method's own. `held_out`:
+    samples to measure on, at most. `autocast`: the dtype in which the heads compute; their weights
+    are float32 while they learn. `features`: see `material.py`.
+
+    Raises:
+        UsageError: an optimizer, a dtype or a kind of features that is not known.
+    """
+
+    method: str
+    config: Config
+    data: Sequence[str]
+    steps: int | None = None
+    epochs: int = 1
+    seq_len: int = 1024
+    batch_tokens: int = 4096
+    learning_rate: float | None = None
+    warmup: float = 0.05
+    held_out: int = 32
+    regenerate: bool = False
+    temperature: float = 0.8
+    text_field: str | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: str = "adamw"
+    autocast: str | None = None
+    features: str = "online"
+    seed: int = 0
+
+    @property
+    def store(self) -> Path | None:
+        """The directory of an offline store."""
+        kind, _, place = self.features.partition(":")
+        return Path(place) if kind == "offline" else None
+
+    def __post_init__(self) -> None:
+        kind, colon, place = self.features.partition(":")
+        if (kind, colon, bool(place)) not in (
+            ("online", "", False), ("hybrid", "", False), ("offline", ":", True),
+        ):  # fmt: skip
+            raise UsageError(
+                f"--features {self.features}: expected online, hybrid or offline:DIRECTORY"
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(
+                f"--optimizer {self.optimizer}: expected one of {', '.join(OPTIMIZERS)}"
+            )
+        if self.autocast not in (None, "bfloat16"):
+            raise UsageError(f"--autocast {self.autocast}: expected bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a job runs on: the target's checkpoint, as which it is known, and how it computes."""
+
+    name: str
+    checkpoint: Checkpoint
+    tokenizer: Any
+    tokenizer_digest: str
+    dtype: torch.dtype
+    device: torch.device
+    runtime: str
+    seq_len: int
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a training will do and take, known before the weights are read.
+
+    `disk_bytes` are of stored features, `needs` the features that these heads read.
+    """
+
+    parameters: int
+    file_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    samples: int
+    taught_tokens: int
+    held_out: int
+    steps: int
+    needs: Needs
+
+
+def plan_of(
+    setting: Setting,
+    job: Job,
+    own: Sequence[Sample],
+    unseen: Sequence[Sample],
+    *,
+    place: Path,
+) -> Plan:
+    """What the training will take. `place` is where features would be stored.
+
+    Raises:
+        UnsupportedError: it does not fit, or cannot be done for this model or on this device.
+        CheckpointError: the tokenizer is another model's.
+        UsageError: more draft tokens than tokens.
+    """
+    check_optimizer(job.optimizer, setting.device)
+    path, trust = setting.checkpoint.path, setting.trust_remote_code
+    config = read_config(path, trust_remote_code=trust)
+    skeleton: Any = build_meta(config, trust_remote_code=trust)
+    # Refuses architectures that cannot be drafted for, before anything is written.
+    Target(skeleton)
+    kind: type[Heads] = resolve(job.method, "drafter").Heads
+    output = skeleton.get_output_embeddings()
+    vocab, width = output.weight.shape
+    highest = max(max(sample.tokens) for sample in (*own, *unseen))
+    if highest >= vocab:
+        raise CheckpointError(
+            f"{path}: its tokenizer gives id {highest}, but the model has only {vocab} tokens",
+            hint="the tokenizer's files are another model's",
+        )
+    size = kind.num_guessed(job.config, vocab)
+    if size > vocab:
+        raise UsageError(f"--draft-vocab {size}: the target has {vocab} tokens")
+    with torch.device("meta"):
+        token_map = torch.empty(size, dtype=torch.long) if size else None
+        heads = kind(job.config, skeleton, token_map)
+    if heads.needs.inject and job.features != "online":
+        raise UsageError(
+            f"--features {job.features}: {job.method} passes rows of its own through the target's "
+            "layers at every step",
+            hint="--features online",
+        )
+    parameters = sum(parameter.numel() for parameter in heads.parameters())
+    stored = (place / FEATURES).is_file()
+    # A packed target counts as what it is when unpacked; of one whose features are there, nothing
+    # inside its layers is loaded.
+    left_out = tuple(f"{block}." for block in find_blocks(skeleton)[1]) if stored else ()
+    memory_bytes = setting.dtype.itemsize * sum(
+        p.numel() for name, p in skeleton.named_parameters() if not name.startswith(left_out)
+    )
+    # Weights, two copies of the best and the gradient in float32; what the optimizer keeps.
+    memory_bytes += (16 + OPTIMIZERS[job.optimizer]) * parameters
+    # Autocast computes with copies of the weights.
+    memory_bytes += 0 if job.autocast is None else 2 * parameters
+    if heads.own_output(0) is None:
+        memory_bytes += 4 * width * (size or vocab)
+    _check_memory(memory_bytes, parameters, setting.device)
+    disk_bytes = 0
+    if job.features == "hybrid" or (job.store is not None and not job.store.exists()):
+        # What the target writes is as long as it may be.
+        written = [*own, *unseen] if job.regenerate else unseen
+        kept = [] if job.regenerate else own
+        num_tokens = setting.seq_len * len(written) + sum(len(s.tokens) for s in kept)
+        disk_bytes = store_bytes(heads.needs, width, setting.dtype, num_tokens)
+        _check_disk(disk_bytes, place)
+    return Plan(
+        parameters=parameters,
+        file_bytes=parameters * own_dtype(setting.checkpoint.layout).itemsize,
+        memory_bytes=memory_bytes,
+        disk_bytes=disk_bytes,
+        samples=len(own),
+        taught_tokens=sum(sum(sample.taught) for sample in own),
+        held_out=len(unseen),
+        steps=len(steps_of(own, job)),
+        needs=heads.needs,
+    )
+
+
+def _check_memory(wanted: int, parameters: int, device: torch.device) -> None:
+    """Raises: UnsupportedError: there is less."""
+    free = available_memory(device)
+    if wanted > free:
+        raise UnsupportedError(
+            f"training {parameters / 1e6:.0f} M parameters beside the target takes "
+            f"{wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+            hint="--draft-vocab or --shared-head make the heads smaller, --optimizer adamw8bit "
+            "what is kept of them",
+        )
+
+
+def _check_disk(wanted: int, place: Path) -> None:
+    """Raises: UnsupportedError: there is less, what is there already counted in."""
+    there = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
+    partial = place.with_name(place.name + ".partial")
+    present = sum(file.stat().st_size for file in partial.glob("features-*"))
+    free = disk_usage(there).free
+    if wanted - present > free:
+        raise UnsupportedError(
+            f"{place}: the features take {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
+            "there",
+            hint="--features online stores none",
+        )
+
+
+def steps_of(samples: Sequence[Sample], job: Job) -> list[list[int]]:
+    return batches(
+        samples,
+        batch_tokens=job.batch_tokens,
+        steps=job.steps,
+        epochs=job.epochs,
+        seed=job.seed,
+    )
+
+
+def identity_of(setting: Setting, job: Job, samples: Sequence[Sample]) -> dict[str, Any]:
+    """All that decides the bytes: what is asked, what it is asked of, and how it is computed.
+
+    No paths: of `features` the kind alone.
+    """
+    asked = {
+        key: value
+        for key, value in asdict(job).items()
+        if key not in ("config", "data", "text_field", "template")
+    }
+    checkpoint = setting.checkpoint
+    return {
+        **asked,
+        "seq_len": setting.seq_len,
+        "features": job.features.partition(":")[0],
+        "options": job.config.as_dict(),
+        "data": text_fingerprint([[sample.tokens, sample.taught] for sample in samples]),
+        "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "device": setting.device.type,
+        "runtime": setting.runtime,
+        # Sums are split among threads, and training carries their last bits on.
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "spectool": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

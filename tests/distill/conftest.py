@@ -1,0 +1,78 @@
+"""Whole trainings of tiny heads in this process, and what they left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectool.distill.plan import Job
+from spectool.distill.train_heads import Report, train_heads
+from spectool.methods import resolve
+
+Train = Callable[..., Report]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(Path(__file__).with_name("test_train_heads.py").read_text()[:1600])
+    return str(path)
+
+
+@pytest.fixture
+def train(data: str, tmp_path: Path) -> Train:
+    """`train(checkpoint, "out", steps=…, options={…}, **where)`"""
+
+    def run(
+        source: Path,
+        out: str = "out",
+        *,
+        method: str = "medusa",
+        options: dict[str, Any] | None = None,
+        where: dict[str, Any] | None = None,
+        **asked: Any,
+    ) -> Report:
+        job = Job(
+            method=method,
+            config=resolve(method, "drafter").Heads.Config(**{"num_heads": 3, **(options or {})}),
+            **{
+                "data": [data], "steps": 8, "seq_len": 64, "batch_tokens": 256, "held_out": 4,
+                "learning_rate": 1e-2, **asked,
+            },
+        )  # fmt: skip
+        return train_heads(source, tmp_path / out, job, **(where or {}))
+
+    return run
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+class Losses(dict[str, list[float]]):
+    """The losses of all steps, by the name of a training."""
+
+    def watch(self, name: str) -> dict[str, Any]:
+        """What a training takes to be heard."""
+        heard = self.setdefault(name, [])
+        return {"watch": lambda step, steps, figures, look: heard.append(figures["loss"])}
+
+
+def storing_always(original: Any) -> Any:
+    """A training's `__init__` that stores the state after every step."""
+    return lambda self, **given: original(
+        self, **{**given, "save_seconds": -1, "save_share": math.inf}
+    )

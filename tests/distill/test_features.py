@@ -1,0 +1,220 @@
+"""Features that are stored: the same heads come of them, and nobody else's are taken."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectool.artifact import ArtifactWriter
+from spectool.decode.protocol import Needs
+from spectool.decode.target import Target
+from spectool.distill import features as room
+from spectool.distill import material, plan
+from spectool.distill.course import Course
+from spectool.distill.features import Read, store
+from spectool.distill.samples import Sample
+from spectool.errors import UnsupportedError, UsageError
+
+from ..conftest import make_model
+from .conftest import Losses, Train, contents
+
+
+@pytest.fixture
+def texts() -> list[Sample]:
+    chance = random.Random(0)
+    lengths = (42, 17, 123, 16, 60)
+    return [Sample([chance.randrange(300) for _ in range(n)], [True] * n) for n in lengths]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lesson_of_stored_features_is_that_of_read_ones(
+    texts: list[Sample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+) -> None:
+    # Rows of 2 features of 32 numbers: three texts in the first shard, then one, then one.
+    monkeypatch.setattr(room, "_SHARD_BYTES", 190 * (64 * dtype.itemsize + 9))
+    target = Target(make_model("llama").to(dtype))
+    needs = Needs(final=True, layers=(0,))
+    with ArtifactWriter(tmp_path / "store", identity={}) as writer:
+        stored = store(writer, "own", target, needs, texts, pass_tokens=130, say=lambda line: None)
+        assert sorted(writer.manifest["shards"]) == [
+            f"features-own-0000{number}.safetensors" for number in range(2)
+        ]
+    assert [sample.tokens for sample in stored.samples] == [sample.tokens for sample in texts]
+    chosen = [4, 0, 3]
+    read, found = Read(target, needs, texts).lesson(chosen), stored.lesson(chosen)
+    assert torch.equal(read.tokens_BL, found.tokens_BL)
+    assert torch.equal(read.taught_BL, found.taught_BL)
+    assert set(read.features) == set(found.features) == {"final", "layer 0"}
+    for name, value_BLD in read.features.items():
+        assert found.features[name].dtype == dtype
+        for row, i in enumerate(chosen):
+            length = len(texts[i].tokens)
+            # Sums over keys and inputs are split by how many rows there are.
+            torch.testing.assert_close(
+                found.features[name][row, :length],
+                value_BLD[row, :length],
+                atol=1e-5 if dtype == torch.float32 else 0.1,
+                rtol=0,
+            )
+
+
+@pytest.mark.parametrize(
+    ("method", "family"), [("medusa", "llama"), ("hydra", "qwen3"), ("hydra", "gemma3")]
+)
+def test_all_kinds_of_features_make_the_same_heads(
+    train: Train,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    family: str,
+) -> None:
+    """In float32, to the bit; from a store that is whole without any layer of the target."""
+    source, losses = checkpoint(family), Losses()
+    asked = {"method": method, "steps": None, "epochs": 2, "learning_rate": 1e-3}
+    place = tmp_path / "features"
+    for kind in ("online", "hybrid", f"offline:{place}"):
+        train(source, kind[:6], features=kind, where=losses.watch(kind[:6]), **asked)
+        if kind == "hybrid":
+            assert not list(tmp_path.glob("*partial*"))
+    assert (place / room.FEATURES).is_file()
+    monkeypatch.setattr(material, "load_model", None)
+    before = contents(place)
+    train(source, "again", features=f"offline:{place}", where=losses.watch("again"), **asked)
+    assert losses["online"] == losses["hybrid"] == losses["offlin"] == losses["again"]
+    heads = [
+        (tmp_path / out / "heads.safetensors").read_bytes()
+        for out in ("online", "hybrid", "offlin", "again")
+    ]
+    assert heads == heads[:1] * 4
+    assert contents(tmp_path / "again") == contents(tmp_path / "offlin")
+    assert contents(place) == before
+    text = (tmp_path / "again" / "spectool_heads.json").read_text()
+    assert json.loads(text)["training"]["features"] == "offline" and str(tmp_path) not in text
+
+
+def test_one_store_serves_other_heads_and_options(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What the target wrote anew is in it as well."""
+    source = checkpoint("gpt2")
+    asked = {"features": f"offline:{tmp_path / 'features'}", "regenerate": True}
+    train(source, "one", **asked)
+    plans: list[plan.Plan] = []
+    report = train(
+        source, "two", method="hydra", options={"num_heads": 2}, learning_rate=1e-4, steps=3,
+        where={"announce": plans.append}, **asked,
+    )  # fmt: skip
+    assert report.steps == 3 and plans[0].disk_bytes == 0
+    train(source, "online", **{**asked, "features": "online"})
+    one, online = (contents(tmp_path / out)["heads.safetensors"] for out in ("one", "online"))
+    assert one == online
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_a_store_that_was_interrupted_goes_on(
+    train: Train,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int,
+) -> None:
+    source = checkpoint("llama")
+    monkeypatch.setattr(room, "_SHARD_BYTES", 30_000)
+    train(source, "whole", features=f"offline:{tmp_path / 'whole-features'}")
+    read, done = room._read, [0]
+
+    def stopping(*arguments: Any) -> Any:
+        if done[0] == stop:
+            raise KeyboardInterrupt
+        done[0] += 1
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_read", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(source, features=f"offline:{tmp_path / 'features'}")
+    assert not (tmp_path / "features").exists()
+    done[0] = -1000
+    monkeypatch.setattr(room, "_read", stopping)
+    train(source, features=f"offline:{tmp_path / 'features'}")
+    whole = contents(tmp_path / "whole-features")
+    assert len(whole) > 4 and done[0] + 1000 == len(whole) - 1 - stop
+    assert contents(tmp_path / "features") == whole
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_training_with_stored_features_that_was_stopped_goes_on(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("llama")
+    train(source, "whole", features="hybrid")
+
+    def stopping(self: Course, step: int) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Course, "accumulate", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(source, features="hybrid")
+    assert list((tmp_path / "out.partial").glob("features-own-*"))
+    monkeypatch.setattr(room, "_read", None)
+    train(source, features="hybrid")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_other_targets_texts_and_features_are_refused(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, place = checkpoint("llama"), tmp_path / "features"
+    asked = {"features": f"offline:{place}"}
+    train(source, **asked)
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely, and long enough to be more than one text\n" * 30)
+    for change, said in (
+        ({"data": [str(other)]}, "made with another data "),
+        ({"seed": 1}, r"made with another seed \(0, now 1\)"),
+        ({"regenerate": True}, "made with another regenerate"),
+        ({"where": {"dtype": torch.bfloat16}}, "made with another dtype"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            train(source, "new", **asked, **change)
+    with pytest.raises(UsageError, match="made with another target"):
+        train(checkpoint("llama", seed=1), "new", **asked)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="empty: holds no features"):
+        train(source, "new", features=f"offline:{tmp_path / 'empty'}")
+    monkeypatch.setattr("spectool.decode.drafters.medusa.MedusaHeads.needs", Needs(layers=(1,)))
+    with pytest.raises(UsageError, match="holds the features final, not layer 1"):
+        train(source, "new", **asked)
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "free")(1000)
+    monkeypatch.setattr(plan, "disk_usage", lambda place: usage)
+    for kind in ("hybrid", f"offline:{tmp_path / 'features'}"):
+        with pytest.raises(UnsupportedError, match=r"features take .* GB, and 0\.0 GB are free"):
+            train(checkpoint("llama"), features=kind)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["ppd", "hidden-transfer"])
+def test_methods_inside_the_targets_pass_store_no_features(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{method} passes rows of its own"):
+        train(checkpoint("llama"), method=method, features="hybrid")
+    assert not any(tmp_path.iterdir())
