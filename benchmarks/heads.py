@@ -46,11 +46,14 @@ METHODS: dict[str, tuple[str, ...]] = {
     "hydra-plain": ("--variant", "plain", "--learning-rate", "3e-3"),
     "hydra": ("--learning-rate", "3e-3"),
     "eagle3": ("--learning-rate", "6e-3"),
+    "clover": ("--learning-rate", "3e-3"),
     "ppd": ("--learning-rate", "1e-2"),
     "hidden-transfer": ("--learning-rate", "3e-3"),
 }
 FREE = ("ngram+recycle:nodes=32", "trigram+recycle:nodes=32")
+FREE_TUNED = ("ngram+recycle:tune", "trigram+recycle:tune")
 NODES = (8, 16, 32, 64)
+PARTS = ("train", "decode", "speed")
 SEQ_LEN, BATCH_TOKENS = 256, 2048
 
 
@@ -147,16 +150,31 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=6)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", default="bfloat16", help="of the widened copy")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--name", default="heads-2-core-cpu")
     given = parser.parse_args()
     model, out = given.shared / "models/codestory-10M", given.out
     out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"model": model.name, "steps": given.steps, "heads": {}}
+    kept = RESULTS / f"{given.name}.json"
+    found: dict[str, Any] = {"model": model.name, "steps": given.steps}
+    if kept.exists() and set(given.parts) != set(PARTS):
+        found |= json.loads(kept.read_text(encoding="utf-8"))
 
     def keep() -> None:
         text = json.dumps(found, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
-        (RESULTS / f"{given.name}.json").write_text(text + "\n", encoding="utf-8")
+        kept.write_text(text + "\n", encoding="utf-8")
 
+    if "train" in given.parts:
+        train(found, model, out, given, keep)
+    write_prompts(given.shared / "data", out / "prompts.jsonl", given.each)
+    if "decode" in given.parts:
+        decode_all(found, model, out, given.only, keep)
+    if "speed" in given.parts:
+        time_all(found, model, out, given, keep)
+
+
+def train(found: dict[str, Any], model: Path, out: Path, given: Any, keep: Any) -> None:
+    """The training text, and every method's heads from equal tokens of it."""
     own = out / "own.jsonl"
     if not own.exists():
         texts = write_texts(given.shared / "data", out / "texts")
@@ -164,22 +182,22 @@ def main() -> None:
         tokens = given.steps * BATCH_TOKENS
         found["own_text_seconds"] = write_own_text(model, texts, partial, tokens)
         partial.rename(own)
+    words = ("--data", own, "--seq-len", SEQ_LEN, "--batch-tokens", BATCH_TOKENS)
     for name in given.only:
-        words = ("--data", own, "--seq-len", SEQ_LEN, "--batch-tokens", BATCH_TOKENS)
-        method = name.removesuffix("-plain")
-        if not (out / name).exists():
-            found["heads"][name] = spectool(
-                "train-heads", method, model, out / name, *words, "--steps", given.steps,
-                *METHODS[name],
-            )  # fmt: skip
-            found["heads"][name]["out"] = name
+        done = spectool(
+            "train-heads", name.removesuffix("-plain"), model, out / name, *words, "--steps",
+            given.steps, *METHODS[name], "--overwrite",
+        )  # fmt: skip
+        found.setdefault("heads", {})[name] = {**done, "out": name}
         keep()
 
-    write_prompts(given.shared / "data", out / "prompts.jsonl", given.each)
-    prompts = list(rows_of(out / "prompts.jsonl"))
+
+def decode_all(found: dict[str, Any], model: Path, out: Path, names: list[str], keep: Any) -> None:
+    """Tokens per forward on held-out prompts, by nodes; greedy output is checked."""
+    prompts = rows_of(out / "prompts.jsonl")
     runner = Runner(model, dtype=torch.float32)
     assert runner.tokenizer is not None
-    texts_of = [
+    texts = [
         row["prompt"]
         if "prompt" in row
         else runner.tokenizer.apply_chat_template(
@@ -188,45 +206,43 @@ def main() -> None:
         for row in prompts
     ]
     categories = [row["category"] for row in prompts]
-    plain = decode(runner, None, [(text, 96) for text in texts_of], 0.0)
+    plain = decode(runner, None, [(text, 96) for text in texts], 0.0)
     jobs = [
         (text, max(1, loop_start(result.token_ids)))
-        for text, result in zip(texts_of, plain, strict=True)
+        for text, result in zip(texts, plain, strict=True)
     ]
     plain = decode(runner, None, jobs, 0.0)
     found["prompts"], found["new_tokens"] = len(jobs), sum(len(r.token_ids) for r in plain)
-    found["decoded"] = {}
-    specs = [f"{out / name}:nodes={nodes}" for name in given.only for nodes in NODES]
+    specs = [f"{out / name}:nodes={nodes}" for name in names for nodes in NODES]
     for spec in [*FREE, *specs]:
         greedy = decode(runner, spec, jobs, 0.0)
-        entry: dict[str, Any] = {
-            "identical": sum(
-                a.token_ids == b.token_ids for a, b in zip(greedy, plain, strict=True)
-            ),
-            "greedy": figures(greedy, categories),
-        }
+        same = [a.token_ids == b.token_ids for a, b in zip(greedy, plain, strict=True)]
+        entry = {"identical": sum(same), "greedy": figures(greedy, categories)}
         if "nodes=32" in spec:
-            sampled = decode(runner, spec, [(text, 64) for text in texts_of], 0.8)
+            sampled = decode(runner, spec, [(text, 64) for text in texts], 0.8)
             entry["temperature 0.8"] = figures(sampled, categories)
-        found["decoded"][Path(spec).name] = entry
-        print(spec, entry["identical"], round(entry["greedy"]["all"]["mean"], 3), flush=True)
+        found.setdefault("decoded", {})[Path(spec).name] = entry
+        print(spec, entry["identical"], entry["greedy"]["all"], flush=True)
         keep()
 
+
+def time_all(found: dict[str, Any], model: Path, out: Path, given: Any, keep: Any) -> None:
+    """Speed on the widened copy, of widened heads."""
     wide = out / f"widened-{given.dtype}"
     shutil.rmtree(wide, ignore_errors=True)
     found["parameters_widened"] = widen(model, wide, **WIDTHS, dtype=given.dtype)
     shutil.rmtree(out / "wide", ignore_errors=True)
-    drafts: list[Any] = [word for draft in FREE for word in ("--draft", draft)]
+    drafts: list[Any] = [word for draft in FREE_TUNED for word in ("--draft", draft)]
     for name in given.only:
         widen_heads(out / name, model, wide, out / "wide" / name)
-        for options in ("nodes=8", "tune"):
-            drafts += ["--draft", f"{out / 'wide' / name}:{options}"]
+        drafts += ["--draft", f"{out / 'wide' / name}:tune"]
     for temperature in (0.0, 0.8):
         found[f"widened, temperature {temperature}"] = spectool(
             "bench", wide, "--prompts", out / "prompts.jsonl", "--max-new-tokens", 64,
-            "--dtype", given.dtype, "--temperature", temperature, *drafts,
+            "--per-category", 3, "--dtype", given.dtype, "--temperature", temperature, *drafts,
         )  # fmt: skip
         keep()
+    shutil.rmtree(wide)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

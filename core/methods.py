@@ -129,6 +129,15 @@ METHODS: dict[str, Method] = {
         runs_in=("spectool",),
         trained=True,
     ),
+    "clover": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.clover:CloverDrafter",
+        summary="Two layers over the text, then a state carried from token to token; a static tree",
+        source="Xiao et al., Clover-2, 2024 (arXiv:2408.00264)",
+        status="research",
+        runs_in=("spectool",),
+        trained=True,
+    ),
     "ppd": Method(
         kind="drafter",
         target="spectool.decode.drafters.ppd:PPDDrafter",

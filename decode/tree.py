@@ -162,10 +162,12 @@ class Level:
     """Where nodes of one depth of a tree come from.
 
     `paths_PA` [parents, depth]: the nodes from the root to each node of the depth above that has
-    children. Of the C nodes themselves: `parent_C` among those parents, `rank_C` among its guesses.
+    children; `above_P`: the places of those nodes' own parents in the level above, 0 for the root.
+    Of the C nodes themselves: `parent_C` among those parents, `rank_C` among its guesses.
     """
 
     paths_PA: Tensor
+    above_P: Tensor
     nodes_C: Tensor
     parent_C: Tensor
     rank_C: Tensor
@@ -185,15 +187,18 @@ class RankTree:
         self.parents = [-1, *(places[tuple(path[:-1])] for path in paths)]
         self.sources = [(), *map(tuple, paths)]
         self.levels: list[Level] = []
+        before = [-1]
         assert all(parent < node for node, parent in enumerate(self.parents))
         for depth in range(1, 1 + max(self.depths)):
             nodes = [node for node, at in enumerate(self.depths) if at == depth]
             above = sorted({self.parents[node] for node in nodes})
+            higher = [before.index(self.parents[node]) for node in above]
             ways = [[places[self.sources[node][:i]] for i in range(depth)] for node in above]
             parents = [above.index(self.parents[node]) for node in nodes]
             ranks = [self.sources[node][-1] for node in nodes]
-            parts = (torch.tensor(part, device=device) for part in (ways, nodes, parents, ranks))
-            self.levels.append(Level(*parts))
+            columns = (ways, higher, nodes, parents, ranks)
+            self.levels.append(Level(*(torch.tensor(part, device=device) for part in columns)))
+            before = above
         self._cuts = [self._cut(depth) for depth in range(1 + len(self.levels))]
 
     def draft(self, tokens: Sequence[int], depth: int) -> Draft:

@@ -137,9 +137,24 @@ class DecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config)  # type: ignore[no-untyped-call]
 
     def forward(self, x_BND: Tensor, sight: Sight) -> Tensor:
-        x_BND = x_BND + self.self_attn(self.input_layernorm(x_BND), sight)
-        out: Tensor = x_BND + self.mlp(self.post_attention_layernorm(x_BND))
+        return self.finish(x_BND, self.self_attn(self.input_layernorm(x_BND), sight))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention, of states [..., D] and what that gave for them."""
+        x = x + attended
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
+
+    def begin_as_last(self, model: PreTrainedModel) -> None:
+        """Take the weights of the target's last layer, where that is a Llama layer too."""
+        layers = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
+        config: Any = model.config.get_text_config(decoder=True)
+        # Gemma's first layers have the same names, another gate and other norms.
+        if not layers or getattr(config, "hidden_act", None) != "silu":
+            return
+        found, own = layers[-1].state_dict(), self.state_dict()
+        if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}:
+            self.load_state_dict(found)
 
 
 def layer_config(model: PreTrainedModel) -> LlamaConfig:

@@ -82,14 +82,18 @@ class Frozen:
 class Heads(nn.Module):
     """Base of all heads, for a target. `token_map` [V] holds the target's ids of what they guess.
 
-    A method says what it `needs`, by what it is trained, whether it learns the text's `labels` or
-    the target's `laws`, and its `decay`: head k's loss counts decay^k. It implements `states` and
-    `step`, and `own_output` where a head has a matrix of its own.
+    A method says what it `needs`, by what it is trained, whether it learns the text's `labels`, the
+    target's `laws` or the sum of both, and its `decay`: head k's loss counts decay^k. Laws count
+    `law_weight`; `state_weight` is that of the smooth L1 distance (mean of D) from the target's
+    state of such a law. It implements `states` and `step`, and `own_output` where a head has a
+    matrix of its own.
     """
 
     learning: ClassVar[Learning] = Learning()
-    learns: Literal["labels", "laws"] = "labels"
+    learns: Literal["labels", "laws", "both"] = "labels"
     decay: float = 1.0
+    law_weight: float = 1.0
+    state_weight: float = 0.0
     needs: Needs
     num_heads: int
     token_map: Tensor | None
@@ -132,12 +136,15 @@ class Heads(nn.Module):
         """The output matrix of head k; None where the target's serves."""
         raise NotImplementedError
 
-    def fresh_output(self, *, bias: bool) -> nn.Linear:
-        """An output matrix that begins as the target's own; a bias as the target's, or zero."""
+    def fresh_output(self, *, bias: bool, inputs: int = 1) -> nn.Linear:
+        """An output matrix that begins as the target's own; a bias as the target's, or zero.
+
+        Over `inputs` states side by side, it begins as their sum's.
+        """
         vocab, width = self.frozen.weight_VD.shape
         # Made on the meta device: the random numbers of a fresh layer would be thrown away.
-        own = nn.Linear(width, vocab, bias=bias, device="meta")
-        own.weight = nn.Parameter(self.frozen.weight_VD.clone())
+        own = nn.Linear(inputs * width, vocab, bias=bias, device="meta")
+        own.weight = nn.Parameter(self.frozen.weight_VD.repeat(1, inputs))
         if bias:
             bias_V = self.frozen.bias_V
             zeros_V = self.frozen.weight_VD.new_zeros(vocab)
@@ -186,7 +193,7 @@ class Heads(nn.Module):
             out_SD = out_RD.detach()[counts_R]
             scale = self.decay**k / max(1, len(at_S))
             teacher_SD = None
-            if self.learns == "laws":
+            if self.learns != "labels" or self.state_weight:
                 # The law of x_{u} is what the target says at u - 1.
                 teacher_SD = lesson.features["final"][at_S, ahead_S - 1]
             slope_SD, loss, right = self._losses(
@@ -236,8 +243,11 @@ class Heads(nn.Module):
 
     def _taught(self, lesson: Lesson, labels_BL: Tensor) -> Tensor:
         """Which tokens there is something to learn of."""
+        taught_BL = lesson.taught_BL
+        if self.learns != "laws":
+            taught_BL = taught_BL & (labels_BL >= 0)
         if self.learns == "labels" or self.token_map is None:
-            return lesson.taught_BL & (labels_BL >= 0)
+            return taught_BL
         # Of a law whose best token cannot be guessed, what is left says little.
         final_BLD = lesson.features["final"]
         best_BL = final_BLD.new_zeros(final_BLD.shape[:2], dtype=torch.long)
@@ -246,16 +256,15 @@ class Heads(nn.Module):
             for part in _chunks(len(final_LD), len(weight_VD)):
                 best_BL[row, part] = F.linear(final_LD[part], weight_VD, bias_V).argmax(-1)
         known_BL = self.labels(best_BL) >= 0
-        return lesson.taught_BL & F.pad(known_BL[:, :-1], (1, 0))
+        return taught_BL & F.pad(known_BL[:, :-1], (1, 0))
 
     def _losses(
         self, out_SD: Tensor, k: int, labels_S: Tensor, teacher_SD: Tensor | None, scale: float
     ) -> tuple[Tensor, float, int]:
-        """Slope [S, D] of `scale` times the summed cross entropy; that sum; the right guesses.
+        """Slope [S, D] of `scale` times the summed losses; that sum; the right guesses.
 
-        Against the labels, or the laws that the target has at `teacher_SD`, among what can be
-        guessed. Logits exist for a chunk of rows at a time: all of them would outweigh everything
-        else. Slopes of the output matrix are added to it where it learns.
+        Logits exist for a chunk of rows at a time: all of them would outweigh everything else.
+        Slopes of the output matrix are added to it where it learns.
         """
         weight_VD, bias_V = self.output(k)
         leaf_SD = out_SD.detach().requires_grad_()
@@ -265,15 +274,33 @@ class Heads(nn.Module):
                 logits = F.linear(leaf_SD[rows], weight_VD, bias_V).float()
                 if self.own_output(k) is None:
                     logits = self.frozen.logits(logits)
-                goal: Tensor = labels_S[rows]
-                if teacher_SD is not None:
-                    goal = self._law(teacher_SD[rows])
-                loss = F.cross_entropy(logits, goal, reduction="sum")
+                teacher = None if teacher_SD is None else teacher_SD[rows]
+                loss = self._loss(leaf_SD[rows], logits, labels_S[rows], teacher)
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             right += int((logits.detach().argmax(-1) == labels_S[rows]).sum())
         slope_SD = leaf_SD.grad if leaf_SD.grad is not None else torch.zeros_like(out_SD)
         return slope_SD, total, right
+
+    def _loss(
+        self, out_SD: Tensor, logits_SV: Tensor, labels_S: Tensor, teacher_SD: Tensor | None
+    ) -> Tensor:
+        """What all that is learnt comes to, summed over these places.
+
+        `teacher_SD` are the target's states, whose laws are taken among what can be guessed.
+        """
+        loss = logits_SV.new_zeros(())
+        if self.learns != "laws":
+            loss = loss + F.cross_entropy(logits_SV, labels_S, reduction="sum")
+        if teacher_SD is None:
+            return loss
+        if self.learns != "labels":
+            of_laws = F.cross_entropy(logits_SV, self._law(teacher_SD), reduction="sum")
+            loss = loss + self.law_weight * of_laws
+        if self.state_weight:
+            apart_SD = F.smooth_l1_loss(out_SD, teacher_SD.to(out_SD.dtype), reduction="none")
+            loss = loss + self.state_weight * apart_SD.mean(-1).sum()
+        return loss
 
     @torch.no_grad()
     def _law(self, final_RD: Tensor) -> Tensor:
@@ -338,14 +365,21 @@ class TreeDrafter(Drafter):
         tokens_BN[:, 0] = torch.tensor([row.tokens[-1] for row in rows])
         with skinny.products(self._linears, kernel_rows(self._heads.dtype)):
             for k, level in enumerate(self._tree.levels[:deepest]):
-                paths_BPA = tokens_BN[:, level.paths_PA]
-                guesses = self._heads.guess(self._heads.step(state_BD, paths_BPA, k), k, TOP)
-                guesses_BPG = guesses.expand(-1, paths_BPA.shape[1], -1)
+                states = self._level(rows, state_BD, tokens_BN, k)
+                guesses = self._heads.guess(states, k, TOP)
+                guesses_BPG = guesses.expand(-1, len(level.paths_PA), -1)
                 tokens_BN[:, level.nodes_C] = guesses_BPG[:, level.parent_C, level.rank_C]
         return [
             self._tree.draft(tokens, most)
             for tokens, most in zip(tokens_BN.tolist(), budget, strict=True)
         ]
+
+    def _level(self, rows: Sequence[Row], state_BD: Tensor, tokens_BN: Tensor, k: int) -> Tensor:
+        """The states [B, P or 1, D] that the children of depth k's nodes are guessed from.
+
+        Called for the tree's levels in turn; `tokens_BN` are known down to depth k.
+        """
+        return self._heads.step(state_BD, tokens_BN[:, self._tree.levels[k].paths_PA], k)
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:

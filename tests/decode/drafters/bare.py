@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from spectool.decode.protocol import Lesson, Needs
 
@@ -64,3 +66,29 @@ def disturb(heads: Any, *, seed: int = 1, size: float = 0.1) -> Any:
         for parameter in heads.parameters():
             parameter += size * torch.randn(parameter.shape, generator=generator)
     return heads
+
+
+def rms(x_D: Tensor, norm: Any) -> Tensor:
+    """An RMS norm as its equation has it."""
+    scaled: Tensor = norm.weight * x_D / (x_D.square().mean() + norm.variance_epsilon).sqrt()
+    return scaled
+
+
+def llama_layer(layer: nn.Module, x_LD: Tensor) -> Tensor:
+    """The outputs [L, D] of transformers' own layer with this one's weights, for a `bare_model`."""
+    config = LlamaConfig(
+        hidden_size=x_LD.shape[1],
+        intermediate_size=2 * x_LD.shape[1],
+        num_attention_heads=2,
+        rms_norm_eps=1e-6,
+    )
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        theirs = LlamaDecoderLayer(config, 0)
+    length = len(x_LD)
+    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+    rotary = LlamaRotaryEmbedding(config)(x_LD, torch.arange(length)[None])
+    given = {"attention_mask": mask, "position_embeddings": rotary}
+    out: Any = functional_call(theirs, dict(layer.named_parameters()), (x_LD[None],), given)
+    states: Tensor = out[0]
+    return states.view(length, -1)

@@ -18,17 +18,12 @@ from spectool.decode.protocol import Lesson
 from spectool.errors import UsageError
 
 from ...conftest import VOCAB
-from .bare import bare_model, disturb, make_lesson
+from .bare import bare_model, disturb, make_lesson, rms
 
 
 def make_heads(model: Any, *, token_map: Tensor | None = None, **options: Any) -> Eagle3Heads:
     heads: Eagle3Heads = disturb(Eagle3Heads(Eagle3Heads.Config(**options), model, token_map))
     return heads.eval()
-
-
-def rms(x_D: Tensor, norm: Any) -> Tensor:
-    scaled: Tensor = norm.weight * x_D / (x_D.square().mean() + norm.variance_epsilon).sqrt()
-    return scaled
 
 
 def turn(x_HE: Tensor, position: int, theta: float) -> Tensor:
@@ -190,7 +185,7 @@ def test_trees_are_those_of_a_search(
     monkeypatch.setattr(drafter, "propose", checked)
     with torch.inference_mode():
         runner.generate([prompt_of(n) for n in (9, 14, 2)], max_new_tokens=[6, 4, 5], batch_size=3)
-    assert seen[0] > 50
+    assert seen[0] > 40
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "opt"])

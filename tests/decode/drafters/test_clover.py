@@ -1,0 +1,286 @@
+"""Clover-2 against a loop over the equations, its alignment, and drafting that changes nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+
+from spectool.decode.drafters import clover
+from spectool.decode.drafters.clover import CloverDrafter, CloverHeads
+from spectool.decode.drafters.trained import TOP
+from spectool.decode.generate import Runner
+from spectool.decode.protocol import Lesson
+from spectool.decode.target import Target
+
+from ...conftest import VOCAB
+from .bare import bare_model, disturb, llama_layer, make_lesson, rms
+
+PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [1, 0, 2], [0, 0, 1]]
+PATHS += [[1, 0, 2, 0], [0, 0, 0, 0, 1]]
+TREE = [(path, 0.1) for path in PATHS]
+
+
+def make_heads(model: Any, *, token_map: Tensor | None = None, **options: Any) -> CloverHeads:
+    torch.manual_seed(0)
+    heads: CloverHeads = disturb(CloverHeads(CloverHeads.Config(**options), model, token_map))
+    return heads.eval()
+
+
+def res_attn(attn: Any, x_D: Tensor, e_D: Tensor) -> Tensor:
+    """A head after the other."""
+    q = attn.q_proj.weight @ rms(x_D, attn.norm) + attn.q_proj.bias
+    k = attn.k_proj.weight @ e_D + attn.k_proj.bias
+    v = attn.v_proj.weight @ e_D + attn.v_proj.bias
+    out = []
+    for at in torch.arange(len(x_D)).chunk(attn.num_heads):
+        cosine = q[at] @ k[at] / (q[at].square().sum() * k[at].square().sum()).sqrt()
+        out.append(x_D[at] + cosine * v[at])
+    return torch.cat(out)
+
+
+def h_of(heads: CloverHeads, f_LD: Tensor, tokens: list[int]) -> Tensor:
+    """h [L, D] of the states and the tokens after each, through transformers' own layers."""
+    e_LD = heads.frozen.output.weight[tokens].detach()
+    x_LD = torch.stack([res_attn(heads.attn_dec, f, e) for f, e in zip(f_LD, e_LD, strict=True)])
+    for layer in heads.aug.layers:
+        x_LD = llama_layer(layer, x_LD)
+    return torch.stack([rms(x_D, heads.norm) for x_D in x_LD])
+
+
+def chain(heads: CloverHeads, h_D: Tensor, drafted: list[int]) -> Tensor:
+    """What the head after these drafted tokens guesses from."""
+    if not drafted:
+        return rms(heads.head0.weight @ h_D + heads.head0.bias, heads.norm_head0)
+    s_D, e_D = h_D, h_D
+    for token in drafted:
+        e_D = heads.frozen.output.weight[token].detach()
+        s_D = res_attn(heads.regr.attn, s_D, e_D)
+    mix = heads.regr.mix
+    return rms(mix.weight @ torch.cat([s_D, e_D]) + mix.bias, heads.norm_regr)
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
+    token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
+    model = bare_model(bias=True)
+    heads = make_heads(model, token_map=token_map, num_heads=3)
+    lesson = make_lesson(length=17, needs=heads.needs)
+    done = heads.teach(lesson)
+    found = {name: p.grad for name, p in heads.named_parameters()}
+    heads.zero_grad()
+
+    kept = list(range(17)) if token_map is None else token_map.tolist()
+    losses: list[list[Tensor]] = [[] for _ in range(3)]
+    right, skipped = [0, 0, 0], 0
+    for row in range(3):
+        tokens = lesson.tokens_BL[row].tolist()
+        h_LD = h_of(heads, lesson.features["layer -1"][row, :-1], tokens[1:])
+        for place, i in itertools.product(range(17), range(3)):
+            ahead = place + 2 + i
+            if ahead >= 17 or not lesson.taught_BL[row, ahead]:
+                continue
+            teacher_D = lesson.features["final"][row, ahead - 1]
+            scores_V = model.output(teacher_D).detach()
+            if int(scores_V.argmax()) not in kept:
+                skipped += 1
+                continue
+            out_D = chain(heads, h_LD[place], tokens[place + 2 : ahead])
+            logits_V = model.output.weight.detach() @ out_D + model.output.bias.detach()
+            of_law = -(scores_V[kept].softmax(0) * logits_V[kept].log_softmax(0)).sum()
+            apart = (out_D - teacher_D).abs()
+            smooth = torch.where(apart < 1, 0.5 * apart.square(), apart - 0.5).mean()
+            losses[i].append(of_law + 10 * smooth)
+            right[i] += kept[int(logits_V[kept].argmax())] == tokens[ahead]
+    total = torch.zeros(())
+    for i, values in enumerate(losses):
+        total = total + 0.7**i * torch.stack(values).mean()
+        assert done.places[i] == len(values) and done.right[i] == right[i]
+        assert done.loss[i] == pytest.approx(torch.stack(values).sum().item(), rel=1e-4)
+    assert (skipped > 0) == (size is not None)
+    total.backward()
+    for name, parameter in heads.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def lesson_of(model: PreTrainedModel, heads: CloverHeads, tokens: list[int]) -> Lesson:
+    tokens_BL = torch.tensor([tokens])
+    features = Target(model).read(tokens_BL, heads.needs)
+    return Lesson(tokens_BL=tokens_BL, taught_BL=tokens_BL >= 0, features=features)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "mixtral"])
+def test_untrained_heads_say_what_the_target_says(
+    tiny: Callable[..., PreTrainedModel],
+    prompt_of: Callable[..., list[int]],
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the random numbers around their matrices, and what the two layers add."""
+    monkeypatch.setattr(clover, "_NOISE", 0.0)
+    model = tiny(family)
+    heads = CloverHeads(CloverHeads.Config(), model, None).eval()
+    for layer in heads.aug._each:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    lesson = lesson_of(model, heads, prompt_of(9))
+    with torch.no_grad():
+        logits_V = model(lesson.tokens_BL).logits[0, 4]
+        for i, state_1D in enumerate(heads.states(lesson, torch.tensor([0]), torch.tensor([4]))):
+            torch.testing.assert_close(state_1D[0], lesson.features["final"][0, 4])
+            assert heads.guess(state_1D, i, 1).item() == logits_V.argmax()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gpt2", "mixtral"])
+def test_layers_begin_as_the_targets_last_where_that_is_llamas(
+    tiny: Callable[..., PreTrainedModel], family: str
+) -> None:
+    model: Any = tiny(family)
+    heads = CloverHeads(CloverHeads.Config(), model, None)
+    last = Target(model).layers()[-1].state_dict()
+    for layer in heads.aug._each:
+        same = [name in last and torch.equal(value, last[name])
+                for name, value in layer.state_dict().items() if "norm" not in name]  # fmt: skip
+        assert all(same) if family in ("llama", "mistral") else not any(same)
+
+
+def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
+    """Texts walk in steps that only their second token tells, so f_t alone cannot know."""
+    period = 11
+    tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
+    heads = CloverHeads(CloverHeads.Config(num_heads=3), bare_model(12, period), None)
+    state_BLD = torch.eye(12)[tokens_BL]
+    lesson = Lesson(
+        tokens_BL=tokens_BL,
+        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        features={"layer -1": state_BLD, "final": state_BLD},
+    )
+    # A random target's laws and states know nothing of these texts.
+    heads.learns, heads.state_weight = "labels", 0.0
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        heads.teach(lesson)
+        optimizer.step()
+    assert (heads.ranks(lesson) == 0).all()
+
+
+def test_a_token_changes_the_heads_after_it_and_no_head_before(
+    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
+) -> None:
+    model = tiny("llama")
+    heads = make_heads(model)
+    tokens = prompt_of(20)
+    place = (torch.tensor([0]), torch.tensor([10]))
+    lesson = lesson_of(model, heads, tokens)
+    before = list(heads.states(lesson, *place))
+    for drafted in range(5):
+        changed = lesson.tokens_BL.clone()
+        changed[0, 11 + drafted] += 1
+        other = Lesson(tokens_BL=changed, taught_BL=lesson.taught_BL, features=lesson.features)
+        after = heads.states(other, *place)
+        differs = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert differs == [i >= drafted for i in range(5)]
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_vocab": 40}])
+def test_trees_are_those_of_a_loop_over_their_paths(
+    tiny: Callable[..., PreTrainedModel],
+    prompt_of: Callable[..., list[int]],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every node is the guess of that rank after its own path, all read anew from the text."""
+    model = tiny("llama")
+    token_map = torch.arange(0, 120, 3) if "draft_vocab" in options else None
+    heads = make_heads(model, token_map=token_map, **options)
+    runner = Runner(model)
+    drafter = CloverDrafter(heads, TREE)
+    runner.use(drafter)
+    propose, seen = drafter.propose, [0]
+
+    def checked(rows: Any, budget: Any) -> Any:
+        drafts = propose(rows, budget)
+        for row, draft in zip(rows, drafts, strict=True):
+            lesson = lesson_of(model, heads, row.tokens)
+            f_1LD = lesson.features["layer -1"][:, :-1]
+            h_1LD = heads.augment(
+                f_1LD, heads.read(lesson.tokens_BL[:, 1:]), heads.rotary.text(f_1LD)
+            )
+            state_D = drafter._states[row.index]
+            torch.testing.assert_close(state_D, h_1LD[0, -1], rtol=1e-4, atol=1e-5)
+            for node in range(1, len(draft)):
+                above = [draft.tokens[n] for n in draft.path(draft.parents[node])[1:]]
+                guesses = heads.guess(chain(heads, state_D, above)[None], len(above), TOP)[0]
+                assert draft.tokens[node] == guesses[draft.sources[node][-1]]
+                seen[0] += 1
+        return drafts
+
+    monkeypatch.setattr(drafter, "propose", checked)
+    with torch.inference_mode():
+        runner.generate([prompt_of(n) for n in (9, 30, 2)], max_new_tokens=12, batch_size=3)
+    assert seen[0] > 100
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "opt"])
+def test_greedy_output_is_plain_decodings(
+    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]], family: str
+) -> None:
+    model = tiny(family)
+    prompts = [prompt_of(length, seed=length) for length in (1, 7, 40, 19)]
+    limits = [30, 3, 1, 24]
+    runner = Runner(model)
+    plain = runner.generate(prompts, max_new_tokens=limits)
+    runner.use(CloverDrafter(make_heads(model), TREE))
+    for batch_size in (1, 3):
+        results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
+        assert [r.token_ids for r in results] == [r.token_ids for r in plain]
+        assert all(r.drafted > 0 for r in results[:2]) and all(r.lossless for r in results)
+
+
+def test_drafting_goes_on_from_a_kept_prefix(
+    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
+) -> None:
+    """A chat's next turn passes only what is new, and drafts as a fresh run would."""
+    model = tiny("llama")
+    heads = make_heads(model)
+    first, more = prompt_of(20), prompt_of(6, seed=4)
+    runner = Runner(model, draft=CloverDrafter(heads, TREE))
+    (turn,) = runner.generate([first], max_new_tokens=10, reuse_cache=True)
+    second = first + turn.token_ids + more
+    (kept,) = runner.generate([second], max_new_tokens=2, reuse_cache=True)
+    fresh = Runner(model, draft=CloverDrafter(heads, TREE))
+    (whole,) = fresh.generate([second], max_new_tokens=2)
+    assert kept == whole
+    drafters: list[Any] = [runner.drafter, fresh.drafter]
+    own, again = (drafter._own for drafter in drafters)
+    assert own.lengths == again.lengths == [len(second) + 1]
+    torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
+
+
+def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
+    model = tiny("llama-tied")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    heads = make_heads(model)
+    heads.teach(make_lesson(width=32, vocab=VOCAB, needs=heads.needs))
+    assert all(parameter.grad is not None for parameter in heads.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and torch.equal(parameter, before[name])
+    assert not any(len(value) == VOCAB for value in heads.state_dict().values())
+
+
+def test_parameters_of_7b() -> None:
+    """As published for Llama 7B, 556 M: two layers of 202.4 M and 9 d^2."""
+    with torch.device("meta"):
+        model = bare_model(4096, 32000)
+        model.config = LlamaConfig(
+            hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000
+        )
+        heads = CloverHeads(CloverHeads.Config(), model, None)
+    found = sum(p.numel() for p in heads.parameters()) / 1e6
+    assert found == pytest.approx(556, abs=0.5)
