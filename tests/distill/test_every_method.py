@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,3 +128,41 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert not (tmp_path / "out").exists()
     train(name, source, steps=5)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# Peak learning rates for a short training.
+RATES = {"eagle3": 6e-3, "ppd": 2e-2, "clover": 1e-3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["stories260K", "codestory-10M"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_short_training_pays_and_changes_nothing(
+    train: Train, shared: Path, tmp_path: Path, name: str, model: str
+) -> None:
+    """On a real checkpoint: better than no training, by estimate and by decoding."""
+    source = shared / "models" / model
+    data = tmp_path / "stories.jsonl"
+    with gzip.open(shared / "data/text/tinystories_train.jsonl.gz", "rt") as file:
+        data.write_text("".join(itertools.islice(file, 400)))
+    asked: dict[str, Any] = {
+        "data": [str(data)], "seq_len": 256, "batch_tokens": 1024, "held_out": 16,
+        "learning_rate": RATES.get(name, 3e-3),
+    }  # fmt: skip
+    report = train(name, source, steps=40, **asked)
+    untrained = train(name, source, "untrained", steps=0, **asked)
+    assert report.tokens_per_forward > untrained.tokens_per_forward
+    valid = gzip.decompress((shared / "data/text/tinystories_valid.txt.gz").read_bytes()).decode()
+    stories = [story for story in valid.split("\n\n") if len(story) > 300][:20]
+    prompts = [" ".join(story.split()[: 4 + i]) for i, story in enumerate(stories)]
+    runner = Runner(source, dtype=torch.float32)
+    plain = runner.generate(prompts, max_new_tokens=48)
+    forwards = {}
+    for out in ("out", "untrained"):
+        runner.use(str(tmp_path / out))
+        for batch_size in (1, 7):
+            results = runner.generate(prompts, max_new_tokens=48, batch_size=batch_size)
+            assert [r.token_ids for r in results] == [r.token_ids for r in plain]
+        assert all(r.drafted > 0 for r in results)
+        forwards[out] = sum(r.forwards for r in results)
+    assert forwards["out"] < forwards["untrained"]
