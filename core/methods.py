@@ -138,6 +138,15 @@ METHODS: dict[str, Method] = {
         runs_in=("spectool",),
         trained=True,
     ),
+    "chimera": Method(
+        kind="drafter",
+        target="spectool.decode.drafters.chimera:ChimeraDrafter",
+        summary="Trigrams of drafted tokens look back over the target's states; a static tree",
+        source="Zeng et al., Chimera, 2024 (arXiv:2402.15758)",
+        status="research",
+        runs_in=("spectool",),
+        trained=True,
+    ),
     "ppd": Method(
         kind="drafter",
         target="spectool.decode.drafters.ppd:PPDDrafter",

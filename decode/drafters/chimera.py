@@ -1,0 +1,198 @@
+"""Chimera: trigrams of drafted tokens that look back over the target's states.
+
+Zeng et al. 2024 (arXiv:2402.15758). The token x_u is drafted after as its trigram, with the two
+tokens before it (a text's first token stands for what is before the text):
+
+    z = [E x_{u-2} ; E x_{u-1} ; E x_u],   g_u = P (z + SiLU(W z + b)),
+
+E being the target's frozen embeddings. One decoder layer reads the target's last states up to place
+t, and behind them the chain of trigrams g_{t+1} ... g_{t+1+j}, each row at its token's position:
+
+    y_j = the layer's output at the last row of [h_1 ... h_t ; g_{t+1} ... g_{t+1+j}],
+
+and head j (from 0) guesses x_{t+2+j} by U_j [h_t ; y_j]. Loss: the sum over j of the mean cross
+entropy against the text's tokens and, `law_weight` times, against the target's laws.
+
+Each U_j begins as the target's output matrix twice over. A step drafts a static tree, a pass of the
+layer per depth for all nodes that have children; keys and values of the target's states are kept,
+and what the layer would make of these is used by nobody and not computed.
+
+The authors' training feeds a chain the tokens that it guessed itself. Here it reads the text's own:
+the nodes of a tree are not only first guesses, and a head only matters where those before it were
+right, which is how it is measured too. Their released code leaves the target unfrozen and its
+second loss unused; here the target never changes.
+
+Shapes: B rows of a batch, L tokens, R places in texts, D width, N nodes or tokens, P nodes of a
+depth, A ancestors, T nodes in the tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+
+from spectool import options
+from spectool.decode.cache import TreeCache
+from spectool.decode.protocol import Features, Lesson, Needs, Prompt
+from spectool.decode.row import Row
+from spectool.options import option
+
+from .layer import DecoderLayer, DraftCache, Rotary, Sight, attend_chains, layer_config
+from .medusa import residual_blocks
+from .trained import Heads, Learning, TreeConfig, TreeDrafter
+
+
+class Trigram(nn.Module):
+    """Three tokens' embeddings made one state."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block = residual_blocks(3 * width, 1)[0]
+        self.proj = nn.Linear(3 * width, width, bias=False)
+
+    def forward(self, embedded_3D: Tensor) -> Tensor:
+        """Of [..., 3, D] the states [..., D]."""
+        z = embedded_3D.flatten(-2)
+        state: Tensor = self.proj(z + F.silu(self.block(z)))
+        return state
+
+
+class Context(nn.Module):
+    """The decoder layer over the target's states and the chains behind them."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.layer = DecoderLayer(config)
+
+    def keep(self, final_BND: Tensor, sight: Sight) -> Tensor:
+        """Put keys and values of the target's states into the cache; the states as they are."""
+        assert sight.cache is not None
+        attention = self.layer.self_attn
+        _, k, v = attention.project(self.layer.input_layernorm(final_BND), sight.rotary)
+        sight.cache.update(k, v, attention.index)
+        return final_BND
+
+    def forward(self, trigram_BND: Tensor, sight: Sight) -> Tensor:
+        """y of trigrams behind what the cache holds."""
+        out: Tensor = self.layer(trigram_BND, sight)
+        return out
+
+
+class ChimeraHeads(Heads):
+    """All heads; see the module docstring."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        num_heads: int = option(4, "tokens guessed ahead", minimum=1, maximum=16)
+        law_weight: float = option(
+            1.0, "what the target's laws count beside the text's tokens", minimum=0
+        )
+        draft_vocab: int = option(
+            0, "guess only the N commonest tokens of the data; 0: all", minimum=0
+        )
+
+    needs = Needs(final=True)
+    learning = Learning(rate=2e-4)
+
+    def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
+        super().__init__(config, model, token_map)
+        self.num_heads = config.num_heads
+        self.law_weight = config.law_weight
+        self.learns = "both" if config.law_weight else "labels"
+        shape = layer_config(model)
+        self.rotary = Rotary(shape)
+        self.trigram = Trigram(shape.hidden_size)
+        self.ctx = Context(shape)
+        has_bias = self.frozen.bias_V is not None
+        self._each = [self.fresh_output(bias=has_bias, inputs=2) for _ in range(self.num_heads)]
+        self.heads = nn.ModuleList(self._each)
+        self.to(self.frozen.weight_VD)
+
+    def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+        final_BLD = lesson.features["final"].to(self.dtype)
+        last = lesson.tokens_BL.shape[1] - 1
+        places_L = torch.arange(last + 1, device=final_BLD.device)
+        rotary = self.rotary.at(places_L[None], final_BLD)
+        layer, attention = self.ctx.layer, self.ctx.layer.self_attn
+        _, key, value = attention.project(layer.input_layernorm(final_BLD), rotary)
+        keys, values = [key], [value]
+        # What a chain's row reads of itself depends on its newest token alone: row j of place t is
+        # row 0 of place t + j.
+        window_L3 = (places_L[:, None] - torch.tensor([2, 1, 0]).to(places_L)).clamp(min=0)
+        trigram_BLD = self.trigram(self.embed(lesson.tokens_BL[:, window_L3]))
+        q, k, v = attention.project(layer.input_layernorm(trigram_BLD), rotary)
+        for j in range(self.num_heads):
+            # Past the end there is nothing to learn, and something has to stand.
+            at_L = (places_L + 1 + j).clamp(max=last)
+            keys.append(k[:, :, at_L])
+            values.append(v[:, :, at_L])
+            attended_BLD = attention.merge(attend_chains(q[:, :, at_L], keys, values))
+            y_RD = layer.finish(trigram_BLD[batch_R, at_L[place_R]], attended_BLD[batch_R, place_R])
+            yield torch.cat([final_BLD[batch_R, place_R], y_RD], -1)
+
+    def own_output(self, k: int) -> nn.Linear | None:
+        return self._each[k]
+
+
+class ChimeraDrafter(TreeDrafter):
+    """Drafts the heads' static tree, whose nodes are the tail of the layer's own cache."""
+
+    name = "chimera"
+    Heads = ChimeraHeads
+    needs = ChimeraHeads.needs
+    _heads: ChimeraHeads
+
+    def __init__(
+        self,
+        heads: ChimeraHeads,
+        paths: Sequence[tuple[Sequence[int], float]],
+        config: TreeConfig | None = None,
+    ) -> None:
+        super().__init__(heads, paths, config)
+        self._own = DraftCache(heads.rotary, 1)
+        # Down to each depth, the nodes with children: how deep, and which the last of them see.
+        self._tails: list[tuple[Tensor, Tensor]] = []
+        nodes_T = torch.zeros(0, dtype=torch.long, device=heads.frozen.weight_VD.device)
+        depths: list[int] = []
+        for depth, level in enumerate(self._tree.levels):
+            nodes_T = torch.cat([nodes_T, level.paths_PA[:, -1]])
+            depths += [depth] * len(level.paths_PA)
+            visible_PT = (level.paths_PA[:, :, None] == nodes_T).any(1)
+            self._tails.append((torch.tensor(depths), visible_PT))
+
+    @torch.inference_mode()
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+        self._own.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
+        super().begin(prompts, cache)
+
+    def _read(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
+    ) -> None:
+        self._own.select(rows)
+        finals = [found["final"].to(self._heads.dtype) for found in features]
+        states = self._own.feed([row[:-1] for row in tokens], [finals], self._heads.ctx.keep)
+        self._states.update(zip(rows, states, strict=True))
+
+    def _level(self, rows: Sequence[Row], state_BD: Tensor, tokens_BN: Tensor, k: int) -> Tensor:
+        if k == 0:
+            self._own.select([row.index for row in rows])
+        paths_PA = self._tree.levels[k].paths_PA
+        # A root's trigram begins with committed tokens.
+        before = [[row.tokens[max(0, len(row.tokens) - 3)], row.tokens[-2]] for row in rows]
+        before_BP2 = torch.tensor(before).to(tokens_BN)[:, None].expand(-1, len(paths_PA), -1)
+        tokens_BP3 = torch.cat([before_BP2, tokens_BN[:, paths_PA]], -1)[..., -3:]
+        trigram_BPD = self._heads.trigram(self._heads.embed(tokens_BP3))
+        depths_T, visible_PT = self._tails[k]
+        batch = len(rows)
+        y_BPD = self._own.grow(
+            [trigram_BPD],
+            depths_T.expand(batch, -1),
+            visible_PT.expand(batch, -1, -1),
+            self._heads.ctx,
+        )
+        return torch.cat([state_BD[:, None].expand_as(y_BPD), y_BPD], -1)

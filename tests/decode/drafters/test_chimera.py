@@ -1,0 +1,256 @@
+"""Chimera against a loop over the equations, its alignment, and drafting that changes nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel
+
+from spectool.decode.drafters.chimera import ChimeraDrafter, ChimeraHeads
+from spectool.decode.drafters.trained import TOP
+from spectool.decode.generate import Runner
+from spectool.decode.protocol import Lesson
+from spectool.decode.target import Target
+
+from ...conftest import DENSE, VOCAB
+from .bare import bare_model, disturb, llama_layer, make_lesson
+
+PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [1, 0, 2], [0, 0, 1]]
+PATHS += [[1, 0, 2, 0]]
+TREE = [(path, 0.1) for path in PATHS]
+
+
+def make_heads(model: Any, *, token_map: Tensor | None = None, **options: Any) -> ChimeraHeads:
+    torch.manual_seed(0)
+    heads: ChimeraHeads = disturb(ChimeraHeads(ChimeraHeads.Config(**options), model, token_map))
+    return heads.eval()
+
+
+def trigram_of(heads: ChimeraHeads, tokens: list[int]) -> Tensor:
+    """g of the last of these tokens; they are a text from its beginning."""
+    three = ([tokens[0]] * 2 + tokens)[-3:]
+    z = torch.cat([heads.frozen.embed(torch.tensor(token)) for token in three])
+    u = heads.trigram.block.weight @ z + heads.trigram.block.bias
+    return heads.trigram.proj.weight @ (z + u * torch.sigmoid(u))
+
+
+def chain(heads: ChimeraHeads, final_LD: Tensor, tokens: list[int], run: Any) -> Tensor:
+    """What the head after these tokens reads, of which the first L have the target's states."""
+    length = len(final_LD)
+    rows = [trigram_of(heads, tokens[:end]) for end in range(length + 1, len(tokens) + 1)]
+    y_LD = run(heads.ctx.layer, torch.cat([final_LD, torch.stack(rows)]))
+    return torch.cat([final_LD[-1], y_LD[-1]])
+
+
+@pytest.mark.parametrize(("size", "law_weight"), [(None, 1.0), (11, 0.25), (11, 0.0)])
+def test_loss_and_gradient_are_those_of_the_equations(size: int | None, law_weight: float) -> None:
+    """All places at once against the layer over each place's own sequence."""
+    token_map = None if size is None else torch.tensor([0, 1, 3, 4, 6, 8, 9, 11, 12, 14, 16])
+    model = bare_model(bias=True)
+    heads = make_heads(model, token_map=token_map, num_heads=3, law_weight=law_weight)
+    lesson = make_lesson(length=15)
+    done = heads.teach(lesson)
+    found = {name: p.grad for name, p in heads.named_parameters()}
+    heads.zero_grad()
+
+    kept = list(range(17)) if token_map is None else token_map.tolist()
+    losses: list[list[Tensor]] = [[] for _ in range(3)]
+    right = [0, 0, 0]
+    for row, place, j in itertools.product(range(3), range(15), range(3)):
+        tokens, ahead = lesson.tokens_BL[row].tolist(), place + 2 + j
+        if ahead >= 15 or not lesson.taught_BL[row, ahead] or tokens[ahead] not in kept:
+            continue
+        final_LD = lesson.features["final"][row]
+        scores_V = model.output(final_LD[ahead - 1]).detach()
+        if law_weight and int(scores_V.argmax()) not in kept:
+            continue
+        read = chain(heads, final_LD[: place + 1], tokens[:ahead], llama_layer)
+        output: Any = heads.heads[j]
+        logq_V = (output.weight @ read + output.bias).log_softmax(0)
+        of_label = -logq_V[kept.index(tokens[ahead])]
+        of_law = -(scores_V[kept].softmax(0) * logq_V).sum()
+        losses[j].append(of_label + law_weight * of_law)
+        right[j] += kept[int(logq_V.argmax())] == tokens[ahead]
+    total = torch.zeros(())
+    for j, values in enumerate(losses):
+        total = total + torch.stack(values).mean()
+        assert done.places[j] == len(values) > 3 and done.right[j] == right[j]
+        assert done.loss[j] == pytest.approx(torch.stack(values).sum().item(), rel=1e-4)
+    total.backward()
+    for name, parameter in heads.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*DENSE, "mixtral"])
+def test_untrained_heads_say_what_the_target_says(
+    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]], family: str
+) -> None:
+    """Once a random layer's states are taken away, whose products are added at first."""
+    model = tiny(family)
+    heads = ChimeraHeads(ChimeraHeads.Config(), model, None).eval()
+    for matrix in (heads.trigram.proj, heads.ctx.layer.self_attn.o_proj):
+        nn.init.zeros_(matrix.weight)
+    tokens_BL = torch.tensor([prompt_of(9)])
+    features = Target(model).read(tokens_BL, heads.needs)
+    lesson = Lesson(tokens_BL=tokens_BL, taught_BL=tokens_BL >= 0, features=features)
+    with torch.no_grad():
+        logits_V = model(tokens_BL).logits[0, 4]
+        for j, read in enumerate(heads.states(lesson, torch.tensor([0]), torch.tensor([4]))):
+            assert heads.guess(read, j, 1).item() == logits_V.argmax()
+
+
+def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
+    """Texts walk in steps that only their second token tells, so h_t alone cannot know."""
+    period = 11
+    tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
+    heads = ChimeraHeads(ChimeraHeads.Config(num_heads=3), bare_model(12, period), None)
+    lesson = Lesson(
+        tokens_BL=tokens_BL,
+        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        features={"final": torch.eye(12)[tokens_BL]},
+    )
+    # A random target's laws know nothing of these texts.
+    heads.learns = "labels"
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
+    for _ in range(120):
+        optimizer.zero_grad()
+        heads.teach(lesson)
+        optimizer.step()
+    assert (heads.ranks(lesson) == 0).all()
+
+
+def test_a_token_changes_the_heads_after_it_and_no_head_before() -> None:
+    heads = make_heads(bare_model())
+    lesson = make_lesson(rows=1)
+    place = (torch.tensor([0]), torch.tensor([10]))
+    before = list(heads.states(lesson, *place))
+    for drafted in range(4):
+        changed = lesson.tokens_BL.clone()
+        changed[0, 11 + drafted] = (changed[0, 11 + drafted] + 1) % 17
+        other = Lesson(tokens_BL=changed, taught_BL=lesson.taught_BL, features=lesson.features)
+        after = heads.states(other, *place)
+        differs = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert differs == [j >= drafted for j in range(4)]
+
+
+def test_a_trigram_is_of_three_tokens_in_their_order() -> None:
+    heads = make_heads(bare_model())
+    tokens = [3, 4, 5]
+    embedded_3D = heads.embed(torch.tensor(tokens))
+    torch.testing.assert_close(heads.trigram(embedded_3D), trigram_of(heads, tokens))
+    for order in ((1, 0, 2), (0, 2, 1)):
+        assert not torch.allclose(heads.trigram(embedded_3D), heads.trigram(embedded_3D[[*order]]))
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_vocab": 40}])
+def test_trees_are_those_of_a_loop_over_their_paths(
+    tiny: Callable[..., PreTrainedModel],
+    prompt_of: Callable[..., list[int]],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every node is the guess of that rank after its own path, all read anew from the text.
+
+    And the layer's own columns are those of exactly the committed tokens.
+    """
+    model = tiny("llama")
+    token_map = torch.arange(0, 120, 3) if "draft_vocab" in options else None
+    heads = make_heads(model, token_map=token_map, **options)
+    runner = Runner(model)
+    drafter = ChimeraDrafter(heads, TREE)
+    runner.use(drafter)
+    propose, seen = drafter.propose, [0]
+
+    def whole(layer: Any, x_LD: Tensor) -> Tensor:
+        out_LD: Tensor = layer(x_LD[None], heads.rotary.text(x_LD[None]))[0]
+        return out_LD
+
+    def checked(rows: Any, budget: Any) -> Any:
+        drafts = propose(rows, budget)
+        if max(budget) > 0:
+            assert drafter._own.lengths == [len(row.tokens) - 1 for row in rows]
+        for row, draft in zip(rows, drafts, strict=True):
+            final_LD = runner.target.read(torch.tensor([row.tokens[:-1]]), heads.needs)["final"][0]
+            torch.testing.assert_close(drafter._states[row.index], final_LD[-1])
+            for node in range(1, len(draft)):
+                above = [draft.tokens[n] for n in draft.path(draft.parents[node])]
+                read = chain(heads, final_LD, row.tokens[:-1] + above, whole)
+                guesses = heads.guess(read, len(above) - 1, TOP)
+                assert draft.tokens[node] == guesses[draft.sources[node][-1]]
+                seen[0] += 1
+        return drafts
+
+    monkeypatch.setattr(drafter, "propose", checked)
+    with torch.inference_mode():
+        runner.generate([prompt_of(n) for n in (9, 30, 1)], max_new_tokens=[12, 5, 9], batch_size=3)
+    assert seen[0] > 100
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "opt"])
+def test_greedy_output_is_plain_decodings(
+    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]], family: str
+) -> None:
+    model = tiny(family)
+    prompts = [prompt_of(length, seed=length) for length in (1, 7, 40, 19)]
+    limits = [30, 3, 1, 24]
+    runner = Runner(model)
+    plain = runner.generate(prompts, max_new_tokens=limits)
+    runner.use(ChimeraDrafter(make_heads(model), TREE))
+    for batch_size in (1, 3):
+        results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
+        assert [r.token_ids for r in results] == [r.token_ids for r in plain]
+        assert all(r.drafted > 0 for r in results[:2]) and all(r.lossless for r in results)
+
+
+def test_drafting_goes_on_from_a_kept_prefix(
+    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
+) -> None:
+    """A chat's next turn passes only what is new, and drafts as a fresh run would."""
+    model = tiny("llama")
+    heads = make_heads(model)
+    first, more = prompt_of(20), prompt_of(6, seed=4)
+    runner = Runner(model, draft=ChimeraDrafter(heads, TREE))
+    (turn,) = runner.generate([first], max_new_tokens=10, reuse_cache=True)
+    second = first + turn.token_ids + more
+    (kept,) = runner.generate([second], max_new_tokens=5, reuse_cache=True)
+    fresh = Runner(model, draft=ChimeraDrafter(heads, TREE))
+    (whole,) = fresh.generate([second], max_new_tokens=5)
+    assert kept == whole and kept.drafted > 0
+    drafters: list[Any] = [runner.drafter, fresh.drafter]
+    own, again = (drafter._own for drafter in drafters)
+    assert own.lengths == again.lengths
+    for mine, theirs in zip(own._cache.layers, again._cache.layers, strict=True):
+        columns = slice(0, own.lengths[0])
+        torch.testing.assert_close(mine.keys[:, :, columns], theirs.keys[:, :, columns])
+        torch.testing.assert_close(mine.values[:, :, columns], theirs.values[:, :, columns])
+
+
+def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
+    """The target stays as it is, bit by bit."""
+    model = tiny("llama-tied")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    heads = make_heads(model)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
+    heads.teach(make_lesson(width=32, vocab=VOCAB))
+    optimizer.step()
+    assert all(parameter.grad is not None for parameter in heads.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None and torch.equal(parameter, before[name])
+
+
+def test_parameters_of_7b() -> None:
+    """12 d^2, a layer of 202.4 M and 8 d V: 1.45 G for Llama 7B."""
+    with torch.device("meta"):
+        model = bare_model(4096, 32000)
+        model.config = LlamaConfig(
+            hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000
+        )
+        heads = ChimeraHeads(ChimeraHeads.Config(), model, None)
+    found = sum(p.numel() for p in heads.parameters()) / 1e6
+    assert found == pytest.approx(12 * 4096**2 / 1e6 + 202.4 + 8 * 4096 * 32000 / 1e6, abs=0.1)
+    assert found == pytest.approx(1450, abs=5)
