@@ -133,7 +133,10 @@ def heads_command(found: dict[str, Any]) -> str | None:
         if training.get("autocast"):
             words += ["--autocast", training["autocast"]]
         if training["regenerate"]:
-            words += ["--regenerate", "--temperature", json.dumps(training["temperature"])]
+            name = training.get("regenerate_model")
+            server = ["--regenerate-url", "URL", "--regenerate-model", name]
+            words += server if name else ["--regenerate"]
+            words += ["--temperature", json.dumps(training["temperature"])]
         return shlex.join(words + _options(found["options"]))
     except (KeyError, TypeError, AttributeError):
         return None

@@ -57,6 +57,13 @@ def train_heads(
         bool,
         typer.Option("--regenerate", help="Let the model itself write the answers anew first."),
     ] = False,
+    regenerate_url: Annotated[
+        str | None,
+        typer.Option(help="Let a server do it that speaks OpenAI's protocol: http://HOST:PORT/v1."),
+    ] = None,
+    regenerate_model: Annotated[
+        str | None, typer.Option(help="Its name for the model; the only one it has if not given.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of --regenerate.")] = 0.8,
     seq_len: Annotated[int, typer.Option(min=32, help="Most tokens of a text.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(min=32, help="Tokens of a step, padded.")] = 4096,
@@ -129,7 +136,9 @@ def train_heads(
             optimizer=optimizer,
             autocast=autocast,
             held_out=held_out,
-            regenerate=regenerate,
+            regenerate=regenerate or regenerate_url is not None,
+            regenerate_url=regenerate_url,
+            regenerate_model=regenerate_model,
             temperature=temperature,
             text_field=field,
             template=template_arguments(template_arg),
@@ -179,7 +188,8 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
     if plan.disk_bytes:
         output.say(f"plan: features kept in {job.store or 'OUT.partial'}, {size(plan.disk_bytes)}")
     if job.regenerate:
-        output.say(f"plan: the model writes the answers anew first, temperature {job.temperature}")
+        who = f"the server at {job.regenerate_url}" if job.regenerate_url else "the model"
+        output.say(f"plan: {who} writes the answers anew first, temperature {job.temperature}")
 
 
 def _look(look: dict[str, Any]) -> str:

@@ -18,9 +18,9 @@ from spectool.decode.tree import best_paths
 from spectool.methods import resolve
 from spectool.training import Figures
 
-from .material import Material
+from .material import WRITTEN_TOGETHER, Material
 from .plan import Job, steps_of
-from .texts import WRITTEN_TOGETHER, parts
+from .texts import parts
 
 
 class Course:

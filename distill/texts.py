@@ -1,27 +1,23 @@
-"""Texts by the target, a group at a time, each kept beside OUT until the run is whole."""
+"""Texts written anew, a group at a time, each kept beside OUT until the run is whole."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import read_tensor
-from spectool.decode.generate import Runner
 from spectool.headers import read_header
 
-from .regenerate import regenerate
 from .samples import Sample
 
-# Samples that the target writes anew between two records of it.
+# Samples that are written anew between two records of it.
 _GROUP = 32
-# Texts that the target writes together.
-WRITTEN_TOGETHER = 8
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -30,35 +26,26 @@ T = TypeVar("T")
 class Written:
     """Writes texts, or reads those that an earlier run left; see the module docstring."""
 
-    def __init__(
-        self, runner: Runner, writer: ArtifactWriter, say: Say, *, seq_len: int, seed: int
-    ) -> None:
-        self.runner, self.writer, self.say = runner, writer, say
-        self.seq_len, self.seed = seq_len, seed
+    def __init__(self, writer: ArtifactWriter, say: Say) -> None:
+        self.writer, self.say = writer, say
 
-    def __call__(self, name: str, samples: Sequence[Sample], **how: Any) -> list[Sample]:
+    def __call__(
+        self, name: str, samples: Sequence[Sample], write: Callable[..., list[Sample]]
+    ) -> list[Sample]:
+        """The samples written anew by `write(group, number)`."""
         found: list[Sample] = []
         began = said = time.monotonic()
         for number, group in enumerate(parts(samples, _GROUP)):
             shard = f"{name}-{number:05d}.safetensors"
             if self.writer.report(shard) is None:
-                made = regenerate(
-                    self.runner,
-                    group,
-                    seq_len=self.seq_len,
-                    seed=self.seed + number,
-                    batch_size=WRITTEN_TOGETHER,
-                    **how,
-                )
+                made = write(group, number)
                 self.writer.write_shard(shard, as_tensors(made), {}, {})
             found += as_samples(read_shard(self.writer.path(shard)))
             if number == 0 or time.monotonic() - said > 60:
                 said = time.monotonic()
                 done = min(len(samples), (number + 1) * _GROUP)
                 left = (said - began) / done * (len(samples) - done)
-                self.say(
-                    f"{name} texts written by the target: {done}/{len(samples)}, {left:.0f} s left"
-                )
+                self.say(f"{name} texts written: {done}/{len(samples)}, {left:.0f} s left")
         return found
 
 

@@ -39,6 +39,7 @@ from .material import Preparing
 from .metrics import Metrics
 from .plan import Job, Plan, Setting, identity_of, plan_of
 from .samples import read_samples, split
+from .server import Server
 from .texts import Say, read_shard
 
 # Looks at the held-out text over a whole training.
@@ -123,6 +124,10 @@ def train_heads(
         # What the steps take, and as much again for what is held out and for choice.
         max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
     )
+    server = None
+    if job.regenerate_url is not None:
+        server = Server(job.regenerate_url, job.regenerate_model)
+        job = replace(job, regenerate=True, regenerate_model=server.model)
     taught, held_out = split(samples, held_out=job.held_out, seed=job.seed)
     own, unseen = [samples[i] for i in taught], [samples[i] for i in held_out]
     plan = plan_of(setting, job, own, unseen, place=job.store or out)
@@ -135,6 +140,7 @@ def train_heads(
         unseen=unseen,
         needs=plan.needs,
         identity=identity,
+        server=server,
         overwrite=overwrite,
         say=say,
     )
