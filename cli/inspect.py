@@ -118,7 +118,10 @@ def heads_command(found: dict[str, Any]) -> str | None:
     """The command that trains the heads again, from the same target and data."""
     try:
         training = found["training"]
-        words = ["spectool", "train-heads", found["method"], "MODEL", "OUT", "--data", "DATA"]
+        words = ["spectool"]
+        if (processes := training.get("processes", 1)) > 1:
+            words = ["torchrun", "--nproc-per-node", str(processes), "-m", "spectool"]
+        words += ["train-heads", found["method"], "MODEL", "OUT", "--data", "DATA"]
         length = "epochs" if training["steps"] is None else "steps"
         words += [f"--{length}", str(training[length])]
         for key in ("seq_len", "batch_tokens", "learning_rate", "warmup", "held_out", "seed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ from spectool.cli.common import (
     TemplateArg,
     Threads,
     TrustRemoteCode,
+    is_other_process,
     prepare_torch,
     session,
     size,
@@ -109,7 +111,9 @@ def train_heads(
     debug: Debug = False,
 ) -> None:
     """Train draft heads for MODEL and write them to the directory OUT."""
-    with session(json_wanted=json_output, debug=debug) as output:
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(session(json_wanted=json_output, debug=debug))
+        output.quiet = is_other_process()
         if not data:
             raise UsageError("no data", hint="--data FILE, of the kind of text to be drafted")
         if steps is not None and epochs is not None:
@@ -118,6 +122,7 @@ def train_heads(
         from spectool.artifact import check_target
         from spectool.distill import train_heads as room
         from spectool.distill.plan import Job
+        from spectool.distill.processes import joined
         from spectool.loading import parse_dtype
 
         check_target(out, overwrite=overwrite)
@@ -152,6 +157,7 @@ def train_heads(
             seen = _look(look) if look is not None else seen
             output.progress(step, total, f"loss {figures['loss']:.3f}{seen}, steps")
 
+        processes = stack.enter_context(joined(device))
         try:
             report = room.train_heads(
                 model,
@@ -162,6 +168,7 @@ def train_heads(
                 runtime=runtime,
                 overwrite=overwrite,
                 metrics=metrics,
+                processes=processes,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 say=output.say,

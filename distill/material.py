@@ -12,6 +12,7 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from spectool.artifact import ArtifactWriter
@@ -24,6 +25,7 @@ from spectool.skeleton import Skeleton
 
 from .features import Read, Stored, Texts, finish_store, names_of, open_store, store
 from .plan import Job, Setting
+from .processes import Processes
 from .regenerate import regenerate
 from .samples import Sample
 from .server import Server, rewrite
@@ -61,6 +63,7 @@ class Preparing:
     identity: dict[str, Any]
     server: Server | None
     overwrite: bool
+    processes: Processes
     say: Say
 
     @property
@@ -79,54 +82,63 @@ class Preparing:
             return None
         return open_store(self.job.store, self.key, self.needs, self.setting.device)
 
-    def material(self, writer: ArtifactWriter) -> Material:
+    def material(self, writer: ArtifactWriter | None) -> Material:
         """Make it, and keep beside OUT or in the store what took time.
+
+        The first process alone has a writer.
 
         Raises:
             InputError: the store is another's, or its place cannot be written.
             TextError: the target wrote too little.
         """
-        found = self.stored()
-        if found is not None:
-            self.say(f"features of {len(found[0].samples)} texts from {self.job.store}")
-            own, unseen = found
-            return Material(self._outside(), own, unseen)
+        with self.processes.together():
+            found = self.stored()
+            if found is not None:
+                self.say(f"features of {len(found[0].samples)} texts from {self.job.store}")
+                return Material(self._outside(), *found)
         with contextlib.ExitStack() as stack:
             keeping = writer
-            if self.job.store is not None:
-                names = ("batch_tokens", "device", "runtime", "threads", "versions")
-                identity = self.key | {name: self.identity[name] for name in names}
-                identity["features"] = names_of(self.needs)
-                keeping = stack.enter_context(
-                    ArtifactWriter(self.job.store, identity=identity, overwrite=self.overwrite)
-                )
+            with self.processes.together():
+                if writer is not None and self.job.store is not None:
+                    keeping = stack.enter_context(self._unfinished(self.job.store))
             made = self._make(keeping, writer)
-            if self.job.store is not None:
-                finish_store(keeping, self.key, self.needs)
-                found = self.stored()
-                assert found is not None
-                made = Material(made.target, *found)
-        return made
+            if self.job.store is None:
+                return made
+            with self.processes.together():
+                if keeping is not None:
+                    finish_store(keeping, self.key, self.needs)
+        with self.processes.together():
+            found = self.stored()
+        assert found is not None
+        return Material(made.target, *found)
 
-    def _make(self, writer: ArtifactWriter, out: ArtifactWriter) -> Material:
+    def _unfinished(self, place: Path) -> ArtifactWriter:
+        names = ("batch_tokens", "device", "runtime", "threads", "versions")
+        identity = self.key | {name: self.identity[name] for name in names}
+        identity["features"] = names_of(self.needs)
+        return ArtifactWriter(place, identity=identity, overwrite=self.overwrite)
+
+    def _make(self, keeping: ArtifactWriter | None, out: ArtifactWriter | None) -> Material:
         job, setting = self.job, self.setting
-        model = load_model(
-            setting.checkpoint.path,
-            dtype=setting.dtype,
-            device=str(setting.device),
-            runtime=setting.runtime,
-            trust_remote_code=setting.trust_remote_code,
-        )
-        model.requires_grad_(False)
-        self.say(f"{setting.name}: {describe_runtime(model)} on {setting.device}")
-        runner = Runner(model, tokenizer=setting.tokenizer)
-        written = Written(writer, self.say)
+        with self.processes.together():
+            model = load_model(
+                setting.checkpoint.path,
+                dtype=setting.dtype,
+                device=str(setting.device),
+                runtime=setting.runtime,
+                trust_remote_code=setting.trust_remote_code,
+            )
+            model.requires_grad_(False)
+            self.say(f"{setting.name}: {describe_runtime(model)} on {setting.device}")
+            runner = Runner(model, tokenizer=setting.tokenizer)
+        written = Written(keeping, self.processes, self.say)
         own = self.own
         if job.regenerate:
             own = written("regenerated", own, functools.partial(self._write, runner))
         if not own:
-            for each in {writer, out}:
-                each.abandon()
+            for each in {keeping, out}:
+                if each is not None:
+                    each.abandon()
             raise TextError(
                 f"{', '.join(job.data)}: the target wrote too little of its own to learn on",
                 hint="give more data",
@@ -151,7 +163,8 @@ class Preparing:
             return Material(target, Read(target, self.needs, own), Read(target, self.needs, unseen))
         stored = [
             store(
-                writer,
+                keeping,
+                self.processes,
                 name,
                 target,
                 self.needs,

@@ -26,6 +26,7 @@ from spectool.training import OPTIMIZERS, check_optimizer
 from spectool.version import __version__
 
 from .features import FEATURES, store_bytes
+from .processes import Processes
 from .samples import Sample, batches
 
 
@@ -133,8 +134,10 @@ def plan_of(
     unseen: Sequence[Sample],
     *,
     place: Path,
+    processes: Processes,
 ) -> Plan:
-    """What the training will take. `place` is where features would be stored.
+    """What the training will take. `place` is where features would be stored. Memory is that of
+    all processes that share it.
 
     Raises:
         UnsupportedError: it does not fit, or cannot be done for this model or on this device.
@@ -176,6 +179,8 @@ def plan_of(
     memory_bytes += 0 if job.autocast is None else 2 * parameters
     if heads.own_output(0) is None:
         memory_bytes += 4 * width * (size or vocab)
+    if setting.device.type == "cpu":
+        memory_bytes *= processes.local_size
     _check_memory(memory_bytes, parameters, setting.device)
     disk_bytes = 0
     if job.features == "hybrid" or (job.store is not None and not job.store.exists()):
@@ -234,7 +239,9 @@ def steps_of(samples: Sequence[Sample], job: Job) -> list[list[int]]:
     )
 
 
-def identity_of(setting: Setting, job: Job, samples: Sequence[Sample]) -> dict[str, Any]:
+def identity_of(
+    setting: Setting, job: Job, samples: Sequence[Sample], processes: Processes
+) -> dict[str, Any]:
     """All that decides the bytes: what is asked, what it is asked of, and how it is computed.
 
     No places: of `features` the kind alone, of a server its model's name.
@@ -255,6 +262,7 @@ def identity_of(setting: Setting, job: Job, samples: Sequence[Sample]) -> dict[s
         "dtype": str(setting.dtype).removeprefix("torch."),
         "device": setting.device.type,
         "runtime": setting.runtime,
+        "processes": processes.size,
         # Sums are split among threads, and training carries their last bits on.
         "threads": torch.get_num_threads(),
         "versions": {

@@ -182,8 +182,8 @@ def rewrite(
     try:
         made = list(pool.map(write, range(len(samples))))
     finally:
-        # After a failure or Ctrl-C nobody waits for those that have not begun.
-        pool.shutdown(wait=False, cancel_futures=True)
+        # After a failure those that have not begun are not asked for.
+        pool.shutdown(cancel_futures=True)
     return [sample for sample in made if sample and sum(sample.taught) >= SHORTEST]
 
 

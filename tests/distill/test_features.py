@@ -19,6 +19,7 @@ from spectool.distill import features as room
 from spectool.distill import material, plan
 from spectool.distill.course import Course
 from spectool.distill.features import Read, store
+from spectool.distill.processes import ALONE
 from spectool.distill.samples import Sample
 from spectool.errors import TextError, UnsupportedError, UsageError
 
@@ -45,7 +46,9 @@ def test_a_lesson_of_stored_features_is_that_of_read_ones(
     target = Target(make_model("llama").to(dtype))
     needs = Needs(final=True, layers=(0,))
     with ArtifactWriter(tmp_path / "store", identity={}) as writer:
-        stored = store(writer, "own", target, needs, texts, pass_tokens=130, say=lambda line: None)
+        stored = store(
+            writer, ALONE, "own", target, needs, texts, pass_tokens=130, say=lambda line: None
+        )
         assert sorted(writer.manifest["shards"]) == [
             f"features-own-0000{number}.safetensors" for number in range(2)
         ]
