@@ -76,7 +76,10 @@ Context = Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt 
 
 
 class Output:
-    """Results to stdout, everything else to stderr; one JSON object instead where asked for."""
+    """Results to stdout, everything else to stderr; one JSON object instead where asked for.
+
+    `quiet`: another process says all that.
+    """
 
     def __init__(self, *, json_wanted: bool) -> None:
         self.json_wanted = json_wanted
@@ -84,21 +87,27 @@ class Output:
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self.began = time.monotonic()
         self.work_began = self.began
-        self.finished = False
+        self.finished = self.quiet = False
         self._said = 0.0
 
     def say(self, line: str) -> None:
         """A line for people, to stderr."""
+        if self.quiet:
+            return
         self.err.print(escape(line))
 
     def complain(self, error: SpectoolError) -> None:
         """One line of what went wrong, and one of what to do."""
+        if self.quiet:
+            return
         self.err.print(f"[red]error[/red]: {escape(' '.join(str(error).split()))}")
         if error.hint:
             self.err.print(f"\nhint: {escape(error.hint)}")
 
     def show(self, line: Any = "") -> None:
         """A line or table of the result, to stdout unless a program listens there."""
+        if self.quiet:
+            return
         (self.err if self.json_wanted else self.out).print(
             escape(line) if isinstance(line, str) else line
         )
@@ -107,7 +116,7 @@ class Output:
         """The result for programs, if one listens. Once: they expect one object."""
         assert not self.finished
         self.finished = True
-        if self.json_wanted:
+        if self.json_wanted and not self.quiet:
             safe = _finite({"schema_version": SCHEMA_VERSION, **value})
             sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
             sys.stdout.flush()
@@ -121,6 +130,8 @@ class Output:
 
         A line that is rewritten on a terminal; elsewhere a plain line, at most one a minute.
         """
+        if self.quiet:
+            return
         now = time.monotonic()
         left = (now - self.work_began) / done * (total - done)
         count = f"{done:.2f}" if done % 1 else f"{done:.0f}"
@@ -130,6 +141,11 @@ class Output:
         elif done in (1, total) or now - self._said > QUIET_SECONDS:
             self._said = now
             self.say(line)
+
+
+def is_other_process() -> bool:
+    """Whether torchrun started this process beside a first one, which speaks for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK") != "0"
 
 
 @contextlib.contextmanager
@@ -151,6 +167,8 @@ def session(*, json_wanted: bool = False, debug: bool = False) -> Iterator[Outpu
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except Exception as error:
+        # Nobody else may know of it; there is one result all the same.
+        output.quiet, output.json_wanted = False, json_wanted and not output.quiet
         reason = "out of memory" if "memory" in str(error).lower() else type(error).__name__
         line = f"{reason}: {error}" if str(error) else reason
         _fail(output, SpectoolError(line, hint="--debug shows where"), debug)

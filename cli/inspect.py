@@ -118,7 +118,10 @@ def heads_command(found: dict[str, Any]) -> str | None:
     """The command that trains the heads again, from the same target and data."""
     try:
         training = found["training"]
-        words = ["spectool", "train-heads", found["method"], "MODEL", "OUT", "--data", "DATA"]
+        words = ["spectool"]
+        if (processes := training.get("processes", 1)) > 1:
+            words = ["torchrun", "--nproc-per-node", str(processes), "-m", "spectool"]
+        words += ["train-heads", found["method"], "MODEL", "OUT", "--data", "DATA"]
         length = "epochs" if training["steps"] is None else "steps"
         words += [f"--{length}", str(training[length])]
         for key in ("seq_len", "batch_tokens", "learning_rate", "warmup", "held_out", "seed"):
@@ -133,7 +136,10 @@ def heads_command(found: dict[str, Any]) -> str | None:
         if training.get("autocast"):
             words += ["--autocast", training["autocast"]]
         if training["regenerate"]:
-            words += ["--regenerate", "--temperature", json.dumps(training["temperature"])]
+            name = training.get("regenerate_model")
+            server = ["--regenerate-url", "URL", "--regenerate-model", name]
+            words += server if name else ["--regenerate"]
+            words += ["--temperature", json.dumps(training["temperature"])]
         return shlex.join(words + _options(found["options"]))
     except (KeyError, TypeError, AttributeError):
         return None

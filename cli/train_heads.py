@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ from spectool.cli.common import (
     TemplateArg,
     Threads,
     TrustRemoteCode,
+    is_other_process,
     prepare_torch,
     session,
     size,
@@ -57,6 +59,13 @@ def train_heads(
         bool,
         typer.Option("--regenerate", help="Let the model itself write the answers anew first."),
     ] = False,
+    regenerate_url: Annotated[
+        str | None,
+        typer.Option(help="Let a server do it that speaks OpenAI's protocol: http://HOST:PORT/v1."),
+    ] = None,
+    regenerate_model: Annotated[
+        str | None, typer.Option(help="Its name for the model; the only one it has if not given.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of --regenerate.")] = 0.8,
     seq_len: Annotated[int, typer.Option(min=32, help="Most tokens of a text.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(min=32, help="Tokens of a step, padded.")] = 4096,
@@ -102,7 +111,9 @@ def train_heads(
     debug: Debug = False,
 ) -> None:
     """Train draft heads for MODEL and write them to the directory OUT."""
-    with session(json_wanted=json_output, debug=debug) as output:
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(session(json_wanted=json_output, debug=debug))
+        output.quiet = is_other_process()
         if not data:
             raise UsageError("no data", hint="--data FILE, of the kind of text to be drafted")
         if steps is not None and epochs is not None:
@@ -111,6 +122,7 @@ def train_heads(
         from spectool.artifact import check_target
         from spectool.distill import train_heads as room
         from spectool.distill.plan import Job
+        from spectool.distill.processes import joined
         from spectool.loading import parse_dtype
 
         check_target(out, overwrite=overwrite)
@@ -129,7 +141,9 @@ def train_heads(
             optimizer=optimizer,
             autocast=autocast,
             held_out=held_out,
-            regenerate=regenerate,
+            regenerate=regenerate or regenerate_url is not None,
+            regenerate_url=regenerate_url,
+            regenerate_model=regenerate_model,
             temperature=temperature,
             text_field=field,
             template=template_arguments(template_arg),
@@ -143,6 +157,7 @@ def train_heads(
             seen = _look(look) if look is not None else seen
             output.progress(step, total, f"loss {figures['loss']:.3f}{seen}, steps")
 
+        processes = stack.enter_context(joined(device))
         try:
             report = room.train_heads(
                 model,
@@ -153,6 +168,7 @@ def train_heads(
                 runtime=runtime,
                 overwrite=overwrite,
                 metrics=metrics,
+                processes=processes,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 say=output.say,
@@ -179,7 +195,8 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
     if plan.disk_bytes:
         output.say(f"plan: features kept in {job.store or 'OUT.partial'}, {size(plan.disk_bytes)}")
     if job.regenerate:
-        output.say(f"plan: the model writes the answers anew first, temperature {job.temperature}")
+        who = f"the server at {job.regenerate_url}" if job.regenerate_url else "the model"
+        output.say(f"plan: {who} writes the answers anew first, temperature {job.temperature}")
 
 
 def _look(look: dict[str, Any]) -> str:

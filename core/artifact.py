@@ -161,10 +161,11 @@ class ArtifactWriter:
             CheckpointError: a copied tensor holds NaN or infinite values.
             SpectoolError: the disk is full.
         """
+        self.adopt(shard, write_whole(self.partial / shard, tensors, metadata), report)
+
+    def adopt(self, shard: str, digest: str, report: Any) -> None:
+        """Record a shard as finished that `write_whole` wrote into `partial`, in any process."""
         with disk_errors(self.partial):
-            temporary = self.partial / (shard + ".tmp")
-            digest = write_safetensors(temporary, tensors, metadata)
-            temporary.rename(self.partial / shard)
             self.manifest["shards"][shard] = {"sha256": digest, "report": report}
             self._save_manifest()
 
@@ -292,6 +293,19 @@ def _stray(path: Path) -> str | None:
             if relative not in known or (known is folders and entry.is_symlink()):
                 return f"holds {relative}"
     return None
+
+
+def write_whole(path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]) -> str:
+    """`write_safetensors` under a temporary name: the file is there whole or not at all.
+
+    Raises:
+        SpectoolError: the disk is full.
+    """
+    with disk_errors(path.parent):
+        temporary = path.with_name(path.name + ".tmp")
+        digest = write_safetensors(temporary, tensors, metadata)
+        temporary.rename(path)
+    return digest
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]) -> str:

@@ -13,20 +13,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, frequent
+from spectool.decode.drafters.trained import MOST_NODES, TOP, HeadLoss, Heads, frequent
 from spectool.decode.tree import best_paths
 from spectool.methods import resolve
 from spectool.training import Figures
 
-from .material import Material
+from .material import WRITTEN_TOGETHER, Material
 from .plan import Job, steps_of
-from .texts import WRITTEN_TOGETHER, parts
+from .processes import Processes
+from .texts import parts
 
 
 class Course:
     """See the module docstring."""
 
-    def __init__(self, material: Material, job: Job) -> None:
+    def __init__(self, material: Material, job: Job, processes: Processes) -> None:
+        self.processes = processes
         target, self.own = material.target, material.own
         self.device = target.device
         samples = self.own.samples
@@ -49,15 +51,33 @@ class Course:
         self.held_out = [material.unseen.lesson(part) for part in parts(unseen, WRITTEN_TOGETHER)]
 
     def accumulate(self, step: int) -> Figures:
-        """The gradient of one batch; `loss` is the mean over heads, `tokens` are not padding."""
-        lesson = self.own.lesson(self.batches[step])
-        with self._chance(step), self._autocast():
-            done = self.heads.teach(lesson)
+        """The gradient of one batch; `loss` is the mean over heads, `tokens` are not padding.
+
+        Of several processes each takes a part, which is none where there are fewer texts.
+        """
+        batch, processes = self.batches[step], self.processes
+        done = HeadLoss(self.heads.num_heads)
+        if own := processes.part(batch):
+            # The first process draws as one alone would.
+            chance = step if processes.first else f"{step}/{processes.rank}"
+            lesson = self.own.lesson(own)
+            with self._chance(chance), self._autocast():
+                done = self.heads.teach(lesson, self._total)
+        else:
+            self._total(done.places)
+        processes.sum_gradients(self.heads.parameters())
+        sums = processes.sum([*done.loss, *done.places])
+        pairs = zip(sums[: len(done.loss)], sums[len(done.loss) :], strict=True)
+        means = [loss / max(1, places) for loss, places in pairs]
         return {
-            "loss": sum(done.means) / len(done.means),
-            "losses": done.means,
-            "tokens": sum(len(self.own.samples[i].tokens) for i in self.batches[step]),
+            "loss": sum(means) / len(means),
+            "losses": means,
+            "tokens": sum(len(self.own.samples[i].tokens) for i in batch),
         }
+
+    def _total(self, places: list[int]) -> list[int]:
+        """The places by head of a step, of those of this process."""
+        return [int(count) for count in self.processes.sum(places)]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

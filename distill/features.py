@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spectool.artifact import ArtifactWriter
+from spectool.artifact import ArtifactWriter, write_whole
 from spectool.checkpoint import read_tensor
 from spectool.decode.cache import TextCache
 from spectool.decode.protocol import Lesson, Needs
@@ -29,8 +29,9 @@ from spectool.decode.target import Target
 from spectool.errors import UsageError
 from spectool.headers import TensorEntry, read_header, read_json
 
+from .processes import Processes
 from .samples import Sample, by_length, pad
-from .texts import Say, as_samples, as_tensors
+from .texts import Say, as_samples, as_tensors, parts
 
 FEATURES = "spectool_features.json"
 FORMAT_VERSION = 1
@@ -102,7 +103,8 @@ class Stored:
 
 
 def store(
-    writer: ArtifactWriter,
+    writer: ArtifactWriter | None,
+    processes: Processes,
     name: str,
     target: Target,
     needs: Needs,
@@ -111,20 +113,33 @@ def store(
     pass_tokens: int,
     say: Say,
 ) -> Stored:
-    """Write the shards of these texts that are not there yet.
+    """Write the shards of these texts that are not there yet, a shard a process at a time.
 
-    The target reads at most `pass_tokens` at once, padding included.
+    The target reads at most `pass_tokens` at once, padding included. The first process has the
+    `writer`.
     """
-    paths = []
     groups = list(_groups(samples, _row_bytes(needs, target.width, target.dtype)))
-    for number, group in enumerate(groups):
-        shard = f"features-{name}-{number:05d}.safetensors"
-        if writer.report(shard) is None:
-            tensors = as_tensors(group) | _read(target, needs, group, pass_tokens)
-            writer.write_shard(shard, tensors, {}, {})
-        paths.append(writer.path(shard))
-        say(f"{name} features stored: {number + 1}/{len(groups)} shards")
-    return Stored(paths, needs, target.device)
+    shards = [f"features-{name}-{number:05d}.safetensors" for number in range(len(groups))]
+    there = [writer is not None and writer.report(shard) is not None for shard in shards]
+    there = processes.share(there)
+    place = processes.share(None if writer is None else writer.partial)
+    assert place is not None
+    missing = [number for number in range(len(groups)) if not there[number]]
+    for count, numbers in enumerate(parts(missing, processes.size), start=1):
+        digest = ""
+        with processes.together():
+            for number in processes.part(numbers):
+                group = groups[number]
+                tensors = as_tensors(group) | _read(target, needs, group, pass_tokens)
+                digest = write_whole(place / shards[number], tensors, {})
+        digests = processes.gather(digest)
+        with processes.together():
+            for number, digest in zip(numbers, digests, strict=False):
+                if writer is not None:
+                    writer.adopt(shards[number], digest, {})
+        done = len(groups) - len(missing) + min(len(missing), count * processes.size)
+        say(f"{name} features stored: {done}/{len(groups)} shards")
+    return Stored([place / shard for shard in shards], needs, target.device)
 
 
 def finish_store(writer: ArtifactWriter, key: dict[str, Any], needs: Needs) -> None:

@@ -9,8 +9,10 @@ later trainings take them from, without the target's layers ever being loaded (`
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from spectool.artifact import ArtifactWriter
@@ -23,9 +25,14 @@ from spectool.skeleton import Skeleton
 
 from .features import Read, Stored, Texts, finish_store, names_of, open_store, store
 from .plan import Job, Setting
+from .processes import Processes
+from .regenerate import regenerate
 from .samples import Sample
+from .server import Server, rewrite
 from .texts import Say, Written
 
+# Texts that the target writes together.
+WRITTEN_TOGETHER = 8
 # Tokens that the target writes after each held-out beginning.
 _HELD_OUT_TOKENS = 128
 
@@ -44,7 +51,8 @@ class Preparing:
     """The job, where it runs, the texts as they were given, and the features that are asked for.
 
     `key` is what decides the features of a store, `identity` what decides the bytes of OUT.
-    `overwrite`: an unfinished store of something else gives way; a whole one never does.
+    `server` writes the texts to learn from, where there is one. `overwrite`: an unfinished store of
+    something else gives way; a whole one never does.
     """
 
     job: Job
@@ -53,12 +61,15 @@ class Preparing:
     unseen: Sequence[Sample]
     needs: Needs
     identity: dict[str, Any]
+    server: Server | None
     overwrite: bool
+    processes: Processes
     say: Say
 
     @property
     def key(self) -> dict[str, Any]:
-        names = ("data", "seq_len", "seed", "held_out", "regenerate", "temperature", "dtype")
+        names = ("data", "seq_len", "seed", "held_out", "regenerate", "temperature", "dtype",
+                 "regenerate_model")  # fmt: skip
         return {
             **{name: self.identity[name] for name in names},
             "target": self.identity["source"]["fingerprint"],
@@ -71,66 +82,89 @@ class Preparing:
             return None
         return open_store(self.job.store, self.key, self.needs, self.setting.device)
 
-    def material(self, writer: ArtifactWriter) -> Material:
+    def material(self, writer: ArtifactWriter | None) -> Material:
         """Make it, and keep beside OUT or in the store what took time.
+
+        The first process alone has a writer.
 
         Raises:
             InputError: the store is another's, or its place cannot be written.
             TextError: the target wrote too little.
         """
-        found = self.stored()
-        if found is not None:
-            self.say(f"features of {len(found[0].samples)} texts from {self.job.store}")
-            own, unseen = found
-            return Material(self._outside(), own, unseen)
+        with self.processes.together():
+            found = self.stored()
+            if found is not None:
+                self.say(f"features of {len(found[0].samples)} texts from {self.job.store}")
+                return Material(self._outside(), *found)
         with contextlib.ExitStack() as stack:
             keeping = writer
-            if self.job.store is not None:
-                names = ("batch_tokens", "device", "runtime", "threads", "versions")
-                identity = self.key | {name: self.identity[name] for name in names}
-                identity["features"] = names_of(self.needs)
-                keeping = stack.enter_context(
-                    ArtifactWriter(self.job.store, identity=identity, overwrite=self.overwrite)
-                )
-            made = self._make(keeping)
-            if self.job.store is not None:
-                finish_store(keeping, self.key, self.needs)
-                found = self.stored()
-                assert found is not None
-                made = Material(made.target, *found)
-        return made
+            with self.processes.together():
+                if writer is not None and self.job.store is not None:
+                    keeping = stack.enter_context(self._unfinished(self.job.store))
+            made = self._make(keeping, writer)
+            if self.job.store is None:
+                return made
+            with self.processes.together():
+                if keeping is not None:
+                    finish_store(keeping, self.key, self.needs)
+        with self.processes.together():
+            found = self.stored()
+        assert found is not None
+        return Material(made.target, *found)
 
-    def _make(self, writer: ArtifactWriter) -> Material:
+    def _unfinished(self, place: Path) -> ArtifactWriter:
+        names = ("batch_tokens", "device", "runtime", "threads", "versions")
+        identity = self.key | {name: self.identity[name] for name in names}
+        identity["features"] = names_of(self.needs)
+        return ArtifactWriter(place, identity=identity, overwrite=self.overwrite)
+
+    def _make(self, keeping: ArtifactWriter | None, out: ArtifactWriter | None) -> Material:
         job, setting = self.job, self.setting
-        model = load_model(
-            setting.checkpoint.path,
-            dtype=setting.dtype,
-            device=str(setting.device),
-            runtime=setting.runtime,
-            trust_remote_code=setting.trust_remote_code,
-        )
-        model.requires_grad_(False)
-        self.say(f"{setting.name}: {describe_runtime(model)} on {setting.device}")
-        runner = Runner(model, tokenizer=setting.tokenizer)
-        written = Written(runner, writer, self.say, seq_len=setting.seq_len, seed=job.seed)
+        with self.processes.together():
+            model = load_model(
+                setting.checkpoint.path,
+                dtype=setting.dtype,
+                device=str(setting.device),
+                runtime=setting.runtime,
+                trust_remote_code=setting.trust_remote_code,
+            )
+            model.requires_grad_(False)
+            self.say(f"{setting.name}: {describe_runtime(model)} on {setting.device}")
+            runner = Runner(model, tokenizer=setting.tokenizer)
+        written = Written(keeping, self.processes, self.say)
         own = self.own
         if job.regenerate:
-            own = written("regenerated", own, temperature=job.temperature)
+            own = written("regenerated", own, functools.partial(self._write, runner))
         if not own:
-            writer.abandon()
+            for each in {keeping, out}:
+                if each is not None:
+                    each.abandon()
             raise TextError(
                 f"{', '.join(job.data)}: the target wrote too little of its own to learn on",
                 hint="give more data",
             )
+        # Always by the target itself, greedily, without loops: what the heads will have to draft.
         unseen = written(
-            "held-out", self.unseen, temperature=0.0, most=_HELD_OUT_TOKENS, cut_loops=True
+            "held-out",
+            self.unseen,
+            lambda group, number: regenerate(
+                runner,
+                group,
+                seq_len=setting.seq_len,
+                seed=job.seed + number,
+                temperature=0.0,
+                batch_size=WRITTEN_TOGETHER,
+                most=_HELD_OUT_TOKENS,
+                cut_loops=True,
+            ),
         )
         target = runner.target
         if job.features == "online":
             return Material(target, Read(target, self.needs, own), Read(target, self.needs, unseen))
         stored = [
             store(
-                writer,
+                keeping,
+                self.processes,
                 name,
                 target,
                 self.needs,
@@ -141,6 +175,28 @@ class Preparing:
             for name, samples in (("own", own), ("held-out", unseen))
         ]
         return Material(target, *stored)
+
+    def _write(self, runner: Runner, group: Sequence[Sample], number: int) -> list[Sample]:
+        """Texts to learn from, written by the target or by a server."""
+        job, seq_len = self.job, self.setting.seq_len
+        if self.server is not None:
+            return rewrite(
+                self.server,
+                group,
+                self.setting.tokenizer,
+                seq_len=seq_len,
+                temperature=job.temperature,
+                seed=f"{job.seed}/{number}",
+                template=job.template or None,
+            )
+        return regenerate(
+            runner,
+            group,
+            seq_len=seq_len,
+            temperature=job.temperature,
+            seed=job.seed + number,
+            batch_size=WRITTEN_TOGETHER,
+        )
 
     def _outside(self) -> Target:
         """The target with embeddings, output matrix and norms; its layers have no weights."""

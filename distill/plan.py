@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from spectool.training import OPTIMIZERS, check_optimizer
 from spectool.version import __version__
 
 from .features import FEATURES, store_bytes
+from .processes import Processes
 from .samples import Sample, batches
 
 
@@ -34,7 +36,8 @@ class Job:
 
     `steps` None: `epochs` over the data. `learning_rate` None: the method's own. `held_out`:
     samples to measure on, at most. `autocast`: the dtype in which the heads compute; their weights
-    are float32 while they learn. `features`: see `material.py`.
+    are float32 while they learn. `regenerate`: by the server at `regenerate_url` where there is
+    one (its only model, unless `regenerate_model` names one). `features`: see `material.py`.
 
     Raises:
         UsageError: an optimizer, a dtype or a kind of features that is not known.
@@ -51,6 +54,8 @@ class Job:
     warmup: float = 0.05
     held_out: int = 32
     regenerate: bool = False
+    regenerate_url: str | None = None
+    regenerate_model: str | None = None
     temperature: float = 0.8
     text_field: str | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
@@ -66,6 +71,14 @@ class Job:
         return Path(place) if kind == "offline" else None
 
     def __post_init__(self) -> None:
+        if self.regenerate_url is not None:
+            parts = urllib.parse.urlsplit(self.regenerate_url)
+            if parts.scheme not in ("http", "https") or not parts.netloc:
+                raise UsageError(
+                    f"--regenerate-url {self.regenerate_url}: expected http://HOST:PORT/v1 or https"
+                )
+        elif self.regenerate_model is not None:
+            raise UsageError("--regenerate-model is of the server at --regenerate-url")
         kind, colon, place = self.features.partition(":")
         if (kind, colon, bool(place)) not in (
             ("online", "", False), ("hybrid", "", False), ("offline", ":", True),
@@ -121,8 +134,10 @@ def plan_of(
     unseen: Sequence[Sample],
     *,
     place: Path,
+    processes: Processes,
 ) -> Plan:
-    """What the training will take. `place` is where features would be stored.
+    """What the training will take. `place` is where features would be stored. Memory is that of
+    all processes that share it.
 
     Raises:
         UnsupportedError: it does not fit, or cannot be done for this model or on this device.
@@ -170,6 +185,8 @@ def plan_of(
     memory_bytes += 0 if job.autocast is None else 2 * parameters
     if heads.own_output(0) is None:
         memory_bytes += 4 * width * (size or vocab)
+    if setting.device.type == "cpu":
+        memory_bytes *= processes.local_size
     _check_memory(memory_bytes, parameters, setting.device)
     disk_bytes = 0
     if job.features == "hybrid" or (job.store is not None and not job.store.exists()):
@@ -228,15 +245,17 @@ def steps_of(samples: Sequence[Sample], job: Job) -> list[list[int]]:
     )
 
 
-def identity_of(setting: Setting, job: Job, samples: Sequence[Sample]) -> dict[str, Any]:
+def identity_of(
+    setting: Setting, job: Job, samples: Sequence[Sample], processes: Processes
+) -> dict[str, Any]:
     """All that decides the bytes: what is asked, what it is asked of, and how it is computed.
 
-    No paths: of `features` the kind alone.
+    No places: of `features` the kind alone, of a server its model's name.
     """
     asked = {
         key: value
         for key, value in asdict(job).items()
-        if key not in ("config", "data", "text_field", "template")
+        if key not in ("config", "data", "text_field", "template", "regenerate_url")
     }
     checkpoint = setting.checkpoint
     return {
@@ -249,6 +268,7 @@ def identity_of(setting: Setting, job: Job, samples: Sequence[Sample]) -> dict[s
         "dtype": str(setting.dtype).removeprefix("torch."),
         "device": setting.device.type,
         "runtime": setting.runtime,
+        "processes": processes.size,
         # Sums are split among threads, and training carries their last bits on.
         "threads": torch.get_num_threads(),
         "versions": {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectool.errors import TextError, UnsupportedError
-from spectool.text import HUB_PREFIX, Row, encode, read_rows, render
+from spectool.text import HUB_PREFIX, Message, Row, encode, read_rows, render
 
 # Fewer tokens than this teach nothing worth a row of a batch.
 SHORTEST = 16
@@ -28,12 +28,14 @@ _SORTED_BATCHES = 32
 class Sample:
     """One text. `taught[i]` says whether the prediction of `tokens[i]` counts.
 
-    `given` of its first tokens stay as they are when the target writes the text anew.
+    `given` of its first tokens stay as they are when the target writes the text anew. `messages`
+    are what a conversation was made of, for a server that applies a template of its own.
     """
 
     tokens: list[int]
     taught: list[bool]
     given: int = 0
+    messages: tuple[Message, ...] = ()
 
 
 def read_samples(
@@ -61,7 +63,8 @@ def read_samples(
         num_tokens = 0
         for row in read_rows(source, field=field):
             if row.text is None:
-                found = list(_conversation(row, tokenizer, seq_len, template))
+                one = conversation(row, tokenizer, seq_len, template)
+                found = [] if one is None else [one]
             else:
                 found = list(_text(row.text, tokenizer, seq_len))
             samples += found
@@ -90,22 +93,51 @@ def _text(text: str, tokenizer: Any, seq_len: int) -> Iterator[Sample]:
             yield Sample(opening + part, marks, given=len(opening) + len(part) // 4)
 
 
-def _conversation(
-    row: Row, tokenizer: Any, seq_len: int, template: Mapping[str, Any] | None
-) -> Iterator[Sample]:
+def conversation(
+    row: Row,
+    tokenizer: Any,
+    seq_len: int,
+    template: Mapping[str, Any] | None,
+    *,
+    ended: bool = True,
+) -> Sample | None:
+    """A conversation cut to `seq_len` tokens; None where too little of it is taught.
+
+    Not `ended`: the last answer was cut, so that the template's mark of its end must not follow.
+
+    Raises:
+        TextError: the template fails; or there is none.
+        UnsupportedError: a slow tokenizer.
+    """
+    if ended:
+        whole = render(row, tokenizer, template=template)
+        spans = list(_answers(row, whole, tokenizer, template))
+    else:
+        before, last = Row(messages=row.messages[:-1]), row.messages[-1]
+        asked = render(before, tokenizer, template=template, prompt=True)
+        whole = asked + last["content"]
+        spans = [*_answers(before, whole, tokenizer, template), (len(asked), len(whole))]
+    found = marked(tokenizer, whole, spans)
+    tokens, taught = found.tokens[:seq_len], found.taught[:seq_len]
+    return Sample(tokens, taught, 0, row.messages) if sum(taught) >= SHORTEST else None
+
+
+def marked(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Sample:
+    """A text's tokens; those are taught that lie within one of the spans of characters.
+
+    Raises:
+        UnsupportedError: a slow tokenizer, which does not tell where its tokens lie.
+    """
     if not tokenizer.is_fast:
         raise UnsupportedError(
-            "conversations are masked by character positions, which this slow tokenizer does not "
-            "tell",
-            hint="render them yourself and name the field of plain text with --field",
+            "texts are masked by character positions, which this slow tokenizer does not tell",
+            hint="render conversations yourself and name the field of plain text with --field",
         )
-    whole = render(row, tokenizer, template=template)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens, places = encoded["input_ids"][:seq_len], encoded["offset_mapping"][:seq_len]
-    spans = list(_answers(row, whole, tokenizer, template))
-    taught = [any(a <= start and end <= b for a, b in spans) for start, end in places]
-    if sum(taught) >= SHORTEST:
-        yield Sample(tokens, taught)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    taught = [
+        any(a <= start and end <= b for a, b in spans) for start, end in encoded["offset_mapping"]
+    ]
+    return Sample(encoded["input_ids"], taught)
 
 
 def _answers(

@@ -1,65 +1,77 @@
-"""Texts by the target, a group at a time, each kept beside OUT until the run is whole."""
+"""Texts written anew, a group at a time, each kept beside OUT until the run is whole."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import read_tensor
-from spectool.decode.generate import Runner
 from spectool.headers import read_header
 
-from .regenerate import regenerate
+from .processes import Processes
 from .samples import Sample
 
-# Samples that the target writes anew between two records of it.
+# Samples that are written anew between two records of it.
 _GROUP = 32
-# Texts that the target writes together.
-WRITTEN_TOGETHER = 8
 
 Say = Callable[[str], None]
 T = TypeVar("T")
 
 
 class Written:
-    """Writes texts, or reads those that an earlier run left; see the module docstring."""
+    """Writes texts, or reads those that an earlier run left; see the module docstring.
 
-    def __init__(
-        self, runner: Runner, writer: ArtifactWriter, say: Say, *, seq_len: int, seed: int
-    ) -> None:
-        self.runner, self.writer, self.say = runner, writer, say
-        self.seq_len, self.seed = seq_len, seed
+    A group a process at a time; the first, which has the `writer`, keeps them.
+    """
 
-    def __call__(self, name: str, samples: Sequence[Sample], **how: Any) -> list[Sample]:
-        found: list[Sample] = []
+    def __init__(self, writer: ArtifactWriter | None, processes: Processes, say: Say) -> None:
+        self.writer, self.processes, self.say = writer, processes, say
+
+    def __call__(
+        self,
+        name: str,
+        samples: Sequence[Sample],
+        write: Callable[[Sequence[Sample], int], list[Sample]],
+    ) -> list[Sample]:
+        """The samples written anew by `write(group, number)`."""
+        groups = list(parts(samples, _GROUP))
+        shards = [f"{name}-{number:05d}.safetensors" for number in range(len(groups))]
+        with self.processes.together():
+            found = self._kept(shards)
+        missing = [number for number in range(len(groups)) if number not in found]
         began = said = time.monotonic()
-        for number, group in enumerate(parts(samples, _GROUP)):
-            shard = f"{name}-{number:05d}.safetensors"
-            if self.writer.report(shard) is None:
-                made = regenerate(
-                    self.runner,
-                    group,
-                    seq_len=self.seq_len,
-                    seed=self.seed + number,
-                    batch_size=WRITTEN_TOGETHER,
-                    **how,
-                )
-                self.writer.write_shard(shard, as_tensors(made), {}, {})
-            found += as_samples(read_shard(self.writer.path(shard)))
-            if number == 0 or time.monotonic() - said > 60:
+        for count, numbers in enumerate(parts(missing, self.processes.size), start=1):
+            made: list[Sample] = []
+            with self.processes.together():
+                for number in self.processes.part(numbers):
+                    made = write(groups[number], number)
+            gathered = self.processes.gather(as_tensors(made))
+            with self.processes.together():
+                for number, tensors in zip(numbers, gathered, strict=False):
+                    found[number] = as_samples(tensors)
+                    if self.writer is not None:
+                        self.writer.write_shard(shards[number], tensors, {}, {})
+            if count == 1 or time.monotonic() - said > 60:
                 said = time.monotonic()
-                done = min(len(samples), (number + 1) * _GROUP)
-                left = (said - began) / done * (len(samples) - done)
-                self.say(
-                    f"{name} texts written by the target: {done}/{len(samples)}, {left:.0f} s left"
-                )
-        return found
+                left = (said - began) / count * (len(missing) / self.processes.size - count)
+                done = min(len(samples), len(found) * _GROUP)
+                self.say(f"{name} texts written: {done}/{len(samples)}, {max(0, left):.0f} s left")
+        return [sample for number in sorted(found) for sample in found[number]]
+
+    def _kept(self, shards: Sequence[str]) -> dict[int, list[Sample]]:
+        """Groups of an earlier run, by number."""
+        found: dict[int, list[Sample]] = {}
+        if self.writer is not None:
+            for number, shard in enumerate(shards):
+                if self.writer.report(shard) is not None:
+                    found[number] = as_samples(read_shard(self.writer.path(shard)))
+        return self.processes.share(found)
 
 
 def as_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:

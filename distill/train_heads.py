@@ -8,6 +8,7 @@ run that was killed goes on, and ends with the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -38,7 +39,9 @@ from .course import Course
 from .material import Preparing
 from .metrics import Metrics
 from .plan import Job, Plan, Setting, identity_of, plan_of
+from .processes import ALONE, Processes
 from .samples import read_samples, split
+from .server import Server
 from .texts import Say, read_shard
 
 # Looks at the held-out text over a whole training.
@@ -60,25 +63,32 @@ class Report:
 
 
 class _Shards:
-    """Two places for a run's state beside OUT: while one is written, the other is whole."""
+    """Two places for a run's state beside OUT: while one is written, the other is whole.
+
+    The first process writes; all of them read.
+    """
 
     NAMES = ("state-0.safetensors", "state-1.safetensors")
 
-    def __init__(self, writer: ArtifactWriter) -> None:
-        self.writer = writer
+    def __init__(self, writer: ArtifactWriter | None, processes: Processes) -> None:
+        self.writer, self.processes = writer, processes
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        name = max(self.NAMES, key=self._step)
-        if self._step(name) < 0:
-            return None
-        return read_shard(self.writer.path(name)), self.writer.report(name) or {}
+        found = None
+        if self.writer is not None:
+            name = max(self.NAMES, key=self._step)
+            if self._step(name) >= 0:
+                found = self.writer.path(name), self.writer.report(name) or {}
+        found = self.processes.share(found)
+        return None if found is None else (read_shard(found[0]), found[1])
 
     def save(self, tensors: Mapping[str, Tensor], said: dict[str, Any]) -> None:
-        self.writer.write_shard(min(self.NAMES, key=self._step), tensors, {}, said)
+        if self.writer is not None:
+            self.writer.write_shard(min(self.NAMES, key=self._step), tensors, {}, said)
 
     def _step(self, name: str) -> int:
         """The step that a state was stored after; -1 where there is none."""
-        said = self.writer.report(name)
+        said = None if self.writer is None else self.writer.report(name)
         return -1 if said is None else int(said["step"])
 
 
@@ -92,6 +102,7 @@ def train_heads(
     runtime: str = "auto",
     overwrite: bool = False,
     metrics: Path | None = None,
+    processes: Processes = ALONE,
     revision: str | None = None,
     trust_remote_code: bool = False,
     say: Say = lambda line: None,
@@ -103,54 +114,38 @@ def train_heads(
 
     `announce` hears the plan before the weights are read, `start` when the first step begins,
     `watch(step, steps, figures, look)` of every step; `look` are held-out figures or None. All
-    that `watch` hears goes to the file `metrics` as well.
+    that `watch` hears goes to the file `metrics` as well. Of several `processes` all do this, with
+    equal arguments, and the first one writes.
 
     Raises:
         InputError: model, data or options will not do, or the place cannot be written.
         SpectoolError: the loss is not finite, or the disk is full.
     """
     began = time.monotonic()
-    learning: Learning = resolve(job.method, "drafter").Heads.learning
-    rate = learning.rate if job.learning_rate is None else job.learning_rate
-    job = replace(job, learning_rate=rate)
-    setting = _setting(model, job, dtype, device, runtime, revision, trust_remote_code)
-    samples = read_samples(
-        job.data,
-        setting.tokenizer,
-        seq_len=setting.seq_len,
-        field=job.text_field,
-        template=job.template or None,
-        # What the steps take, and as much again for what is held out and for choice.
-        max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
-    )
-    taught, held_out = split(samples, held_out=job.held_out, seed=job.seed)
-    own, unseen = [samples[i] for i in taught], [samples[i] for i in held_out]
-    plan = plan_of(setting, job, own, unseen, place=job.store or out)
-    announce(plan)
-    identity = identity_of(setting, job, samples)
-    preparing = Preparing(
-        job=job,
-        setting=setting,
-        own=own,
-        unseen=unseen,
-        needs=plan.needs,
-        identity=identity,
-        overwrite=overwrite,
-        say=say,
-    )
-    # What lies in the place of a store is looked at before anything is written.
-    preparing.stored()
-    lines = None
-    if metrics is not None:
-        lines = Metrics(metrics, {"method": job.method, "run": text_fingerprint(identity)})
-    with ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
+    with processes.together():
+        where = processes.device(check_device(device))
+        setting = _setting(model, job, dtype, where, runtime, revision, trust_remote_code)
+        preparing = _prepare(setting, job, out, overwrite, processes, say, announce)
+        lines = None
+        if metrics is not None and processes.first:
+            run = {"method": job.method, "run": text_fingerprint(preparing.identity)}
+            lines = Metrics(metrics, run)
+    job = preparing.job
+    with contextlib.ExitStack() as stack:
+        writer: ArtifactWriter | None = None
+        with processes.together():
+            if processes.first:
+                writer = stack.enter_context(
+                    ArtifactWriter(out, identity=preparing.identity, overwrite=overwrite)
+                )
         material = preparing.material(writer)
         width, vocab_size = material.target.width, material.target.vocab_size
-        course = Course(material, job)
+        course = Course(material, job, processes)
         # Where the features are stored, nothing but what the heads read of the target stays.
         del material
         if not len(course.ranks()):
-            writer.abandon()
+            if writer is not None:
+                writer.abandon()
             raise TextError(
                 f"{', '.join(job.data)}: the target wrote too little of its own to measure on",
                 hint="give more data, or a larger --held-out",
@@ -163,16 +158,7 @@ def train_heads(
                 _note(lines, step, figures, look, training.history.looks[0])
             watch(step, course.steps, figures, look)
 
-        training = Training(
-            module=course.heads,
-            optimizers=[_optimizer(job, course.heads, rate)],
-            recipe=Recipe(steps=course.steps, warmup=job.warmup, final=learning.final,
-                          every=max(1, course.steps // _LOOKS)),
-            accumulate=course.accumulate,
-            evaluate=course.evaluate,
-            watch=tell,
-            store=_Shards(writer),
-        )  # fmt: skip
+        training = _training(job, course, tell, _Shards(writer, processes))
         start()
         history = training.run()
         # Measured as they are stored.
@@ -185,7 +171,7 @@ def train_heads(
             method=job.method,
             options=job.config.as_dict(),
             target={
-                "fingerprint": identity["source"]["fingerprint"],
+                "fingerprint": preparing.identity["source"]["fingerprint"],
                 "lineage": lineage(setting.checkpoint),
                 "hidden_size": width,
                 "vocab_size": vocab_size,
@@ -196,22 +182,14 @@ def train_heads(
             tree=[list(path) for path, _ in paths],
             shares=[share for _, share in paths],
             training={
-                **identity,
+                **preparing.identity,
                 "steps_done": course.steps,
                 "places": len(ranks_RK),
                 "looks": history.looks,
             },
         )
-        tensors = {
-            name: value.to(stored) if value.is_floating_point() else value
-            for name, value in course.heads.state_dict().items()
-        }
-        metadata = {"method": job.method, "options": record.options, "target": record.target}
-        writer.write_shard(HEADS_FILE, tensors, metadata, {})
-        for shard in sorted(writer.manifest["shards"]):
-            if shard != HEADS_FILE:
-                writer.discard(shard)
-        writer.finish({HEADS: record.as_bytes()})
+        if writer is not None:
+            _write(writer, record, course.heads, stored)
     return Report(
         record=record,
         parameters=sum(parameter.numel() for parameter in course.heads.parameters()),
@@ -224,26 +202,112 @@ def train_heads(
     )
 
 
+def _prepare(
+    setting: Setting,
+    job: Job,
+    out: Path,
+    overwrite: bool,
+    processes: Processes,
+    say: Say,
+    announce: Callable[[Plan], None],
+) -> Preparing:
+    """Read the texts and make the plan; nothing is written yet.
+
+    Raises:
+        InputError: see `train_heads`.
+    """
+    if job.learning_rate is None:
+        learning: Learning = resolve(job.method, "drafter").Heads.learning
+        job = replace(job, learning_rate=learning.rate)
+    samples = read_samples(
+        job.data,
+        setting.tokenizer,
+        seq_len=setting.seq_len,
+        field=job.text_field,
+        template=job.template or None,
+        # What the steps take, and as much again for what is held out and for choice.
+        max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
+    )
+    server = None
+    if job.regenerate_url is not None:
+        server = Server(job.regenerate_url, job.regenerate_model)
+        job = replace(job, regenerate=True, regenerate_model=server.model)
+    taught, held_out = split(samples, held_out=job.held_out, seed=job.seed)
+    own, unseen = [samples[i] for i in taught], [samples[i] for i in held_out]
+    plan = plan_of(setting, job, own, unseen, place=job.store or out, processes=processes)
+    announce(plan)
+    preparing = Preparing(
+        job=job,
+        setting=setting,
+        own=own,
+        unseen=unseen,
+        needs=plan.needs,
+        identity=identity_of(setting, job, samples, processes),
+        server=server,
+        overwrite=overwrite,
+        processes=processes,
+        say=say,
+    )
+    # What lies in the place of a store is looked at before anything is written.
+    preparing.stored()
+    return preparing
+
+
+def _training(job: Job, course: Course, watch: Callable[..., None], store: _Shards) -> Training:
+    learning = course.heads.learning
+    assert job.learning_rate is not None
+    optimizer = make_optimizer(
+        job.optimizer,
+        course.heads.parameters(),
+        rate=job.learning_rate,
+        betas=learning.betas,
+        weight_decay=learning.weight_decay,
+    )
+    return Training(
+        module=course.heads,
+        optimizers=[optimizer],
+        recipe=Recipe(steps=course.steps, warmup=job.warmup, final=learning.final,
+                      every=max(1, course.steps // _LOOKS)),
+        accumulate=course.accumulate,
+        evaluate=course.evaluate,
+        watch=watch,
+        store=store,
+    )  # fmt: skip
+
+
+def _write(writer: ArtifactWriter, record: HeadsRecord, heads: Heads, dtype: torch.dtype) -> None:
+    """Turn what is beside OUT into OUT."""
+    tensors = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in heads.state_dict().items()
+    }
+    metadata = {"method": record.method, "options": record.options, "target": record.target}
+    writer.write_shard(HEADS_FILE, tensors, metadata, {})
+    for shard in sorted(writer.manifest["shards"]):
+        if shard != HEADS_FILE:
+            writer.discard(shard)
+    writer.finish({HEADS: record.as_bytes()})
+
+
 def _setting(
     model: str | Path,
     job: Job,
     dtype: torch.dtype | None,
-    device: str,
+    device: torch.device,
     runtime: str,
     revision: str | None,
     trust: bool,
 ) -> Setting:
-    """Raises: InputError: no such checkpoint or device."""
+    """Raises: InputError: no such checkpoint."""
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust)
-    where = check_device(device)
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust)
     return Setting(
         name=str(model),
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(tokenizer),
-        dtype=dtype or default_dtype(checkpoint.layout, where),
-        device=where,
+        dtype=dtype or default_dtype(checkpoint.layout, device),
+        device=device,
         runtime=runtime,
         seq_len=min(job.seq_len, checkpoint.layout.context or job.seq_len),
         trust_remote_code=trust,
@@ -258,14 +322,3 @@ def _note(
         lines.add(0, {"held_out": untrained})
     said = {**figures, "tokens_per_second": figures["tokens"] / max(1e-9, figures["seconds"])}
     lines.add(step, said if look is None else {**said, "held_out": look})
-
-
-def _optimizer(job: Job, heads: Heads, rate: float) -> torch.optim.Optimizer:
-    learning = heads.learning
-    return make_optimizer(
-        job.optimizer,
-        heads.parameters(),
-        rate=rate,
-        betas=learning.betas,
-        weight_decay=learning.weight_decay,
-    )

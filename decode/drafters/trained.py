@@ -173,25 +173,36 @@ class Heads(nn.Module):
         places = logits.topk(min(count, logits.shape[-1])).indices
         return places if self.token_map is None else self.token_map[places]
 
-    def teach(self, lesson: Lesson) -> HeadLoss:
-        """Add a lesson's gradients; the sums of each head's losses and right guesses."""
+    def teach(
+        self, lesson: Lesson, total: Callable[[list[int]], list[int]] = lambda places: places
+    ) -> HeadLoss:
+        """Add a lesson's gradients; the sums of each head's losses and right guesses.
+
+        A gradient is that of a mean over the places of a step. `total` makes these, by head, of the
+        lesson's, where the lesson is a part of the step. It is called once, by all parts.
+        """
         self.train()
         done = HeadLoss(self.num_heads)
         labels_BL = self.labels(lesson.tokens_BL)
         taught_BL = self._taught(lesson, labels_BL)
         places_BL = _any_ahead(taught_BL, self.num_heads)
         batch_R, place_R = self.choose(*places_BL.nonzero(as_tuple=True))
+        length = labels_BL.shape[1]
+        counted = []
+        for k in range(self.num_heads):
+            ahead_R = place_R + 2 + k
+            inside_R = ahead_R < length
+            counted.append(inside_R & taught_BL[batch_R, ahead_R.clamp(max=length - 1)])
+        places = total([int(counts_R.sum()) for counts_R in counted])
         outs: list[Tensor] = []
         slopes: list[Tensor] = []
         with torch.enable_grad():
             states = list(self.states(lesson, batch_R, place_R))
-        length = labels_BL.shape[1]
         for k, out_RD in enumerate(states):
-            ahead_R = place_R + 2 + k
-            counts_R = (ahead_R < length) & taught_BL[batch_R, ahead_R.clamp(max=length - 1)]
-            at_S, ahead_S = batch_R[counts_R], ahead_R[counts_R]
+            counts_R = counted[k]
+            at_S, ahead_S = batch_R[counts_R], place_R[counts_R] + 2 + k
             out_SD = out_RD.detach()[counts_R]
-            scale = self.decay**k / max(1, len(at_S))
+            scale = self.decay**k / max(1, places[k])
             teacher_SD = None
             if self.learns != "labels" or self.state_weight:
                 # The law of x_{u} is what the target says at u - 1.

@@ -19,8 +19,9 @@ from spectool.distill import features as room
 from spectool.distill import material, plan
 from spectool.distill.course import Course
 from spectool.distill.features import Read, store
+from spectool.distill.processes import ALONE
 from spectool.distill.samples import Sample
-from spectool.errors import UnsupportedError, UsageError
+from spectool.errors import TextError, UnsupportedError, UsageError
 
 from ..conftest import make_model
 from .conftest import Losses, Train, contents
@@ -45,7 +46,9 @@ def test_a_lesson_of_stored_features_is_that_of_read_ones(
     target = Target(make_model("llama").to(dtype))
     needs = Needs(final=True, layers=(0,))
     with ArtifactWriter(tmp_path / "store", identity={}) as writer:
-        stored = store(writer, "own", target, needs, texts, pass_tokens=130, say=lambda line: None)
+        stored = store(
+            writer, ALONE, "own", target, needs, texts, pass_tokens=130, say=lambda line: None
+        )
         assert sorted(writer.manifest["shards"]) == [
             f"features-own-0000{number}.safetensors" for number in range(2)
         ]
@@ -198,6 +201,15 @@ def test_other_targets_texts_and_features_are_refused(
     with pytest.raises(UsageError, match="holds the features final, not layer 1"):
         train(source, "new", **asked)
     assert not list(tmp_path.glob("new*"))
+
+
+def test_too_little_text_leaves_neither_store_nor_heads(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(material.Preparing, "_write", lambda *arguments: [])
+    with pytest.raises(TextError, match="wrote too little of its own to learn on"):
+        train(checkpoint("llama"), regenerate=True, features=f"offline:{tmp_path / 'features'}")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(

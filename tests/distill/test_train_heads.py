@@ -156,7 +156,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     """Stopped at the n-th shard that it writes: texts of the target, states, the heads."""
     source = checkpoint("llama")
     monkeypatch.setattr(texts, "_GROUP", 8)
-    written = _count(monkeypatch, texts, "regenerate")
+    written = _count(monkeypatch, material, "regenerate")
     train(source, "whole", regenerate=True)
     all_texts = written[0]
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))

@@ -1,0 +1,209 @@
+"""Several processes on one step: the sums are one process's, and one speaks for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spectool.distill.processes import ALONE, Processes, joined
+from spectool.errors import TextError, UsageError
+
+from .conftest import Train, contents
+
+# Small shards, so that both processes write some.
+SCRIPT = """
+import sys
+import spectool.distill.features as features, spectool.distill.texts as texts
+from spectool.cli import main
+features._SHARD_BYTES, texts._GROUP = 20_000, 4
+main()
+"""
+
+
+def torchrun(script: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Two processes of it."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *start, str(script), *map(str, words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_two_processes_train_as_one(
+    train: Train, checkpoint: Callable[..., Path], data: str, tmp_path: Path, script: Path
+) -> None:
+    """Also where a step has one text, which leaves one of them without."""
+    source, lines = checkpoint("llama"), tmp_path / "one.jsonl"
+    asked = {"steps": 12, "batch_tokens": 140, "regenerate": True, "learning_rate": 1e-3}
+    train(source, "one", where={"metrics": lines}, temperature=0.0, features="hybrid", **asked)
+    done = torchrun(
+        script, "train-heads", "medusa", source, tmp_path / "two", "--data", data, "--seq-len", 64,
+        "--batch-tokens", 140, "--held-out", 4, "--learning-rate", 1e-3, "--num-heads", 3,
+        "--regenerate", "--temperature", 0, "--features", f"offline:{tmp_path / 'features'}",
+        "--steps", 12, "--metrics", tmp_path / "two.jsonl", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 12
+    assert done.stderr.count("plan: 12 steps") == 1
+    assert len(list((tmp_path / "features").glob("features-own-*"))) > 2
+    one, two = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()[2:]]
+        for name in ("one", "two")
+    )
+    assert min(line["tokens"] for line in one) <= 64 < max(line["tokens"] for line in one)
+    for alone, together in zip(one, two, strict=True):
+        assert together["tokens"] == alone["tokens"]
+        for key in ("loss", "losses", "gradient_norm"):
+            assert together[key] == pytest.approx(alone[key], abs=1e-5, rel=1e-5)
+    first, second = (load_file(tmp_path / out / "heads.safetensors") for out in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=1e-5, rtol=0)
+    # What the two stored is what one would have.
+    train(source, "again", features=f"offline:{tmp_path / 'features'}", temperature=0.0, **asked)
+    again = load_file(tmp_path / "again" / "heads.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+def test_one_process_has_nobody_to_ask() -> None:
+    assert ALONE.first and ALONE.part([1, 2, 3]) == [1, 2, 3]
+    assert ALONE.sum([1, 2.5]) == [1, 2.5] and ALONE.gather("x") == ["x"]
+    assert ALONE.device(torch.device("cuda:1")) == torch.device("cuda:1")
+    with pytest.raises(TextError, match="nothing"), ALONE.together():
+        raise TextError("nothing")
+    with joined("cpu") as found:
+        assert found is ALONE
+
+
+def test_a_device_cannot_be_shared() -> None:
+    pair = Processes(rank=1, size=2, local_rank=1, local_size=2)
+    assert pair.device(torch.device("cpu")) == torch.device("cpu")
+    assert pair.part("abcde") == "bd"
+    with pytest.raises(UsageError, match="--device cuda:0: 2 processes"):
+        pair.device(torch.device("cuda:0"))
+    with pytest.raises(UsageError, match="2 processes, and 0 CUDA devices"):
+        pair.device(torch.device("cuda"))
+
+
+# What each of two processes sees, said to the test.
+TOLD = """
+import json, sys, torch
+from spectool.distill.processes import joined
+from spectool.errors import SpectoolError, TextError
+
+with joined("cpu") as processes:
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.full((2,), 1.0 + processes.rank)
+    if not processes.first:
+        parameters[1].grad = torch.ones(2)
+    processes.sum_gradients(parameters)
+    seen = {
+        "gradients": [None if p.grad is None else p.grad.tolist() for p in parameters],
+        "sum": processes.sum([processes.rank, 0.5]),
+        "gather": processes.gather([processes.rank]),
+        "share": processes.share(processes.rank + 7),
+        "errors": [],
+    }
+    for failing in (None, 0, 1):
+        try:
+            with processes.together():
+                if processes.rank == failing:
+                    raise TextError(f"said by {failing}", hint="wait")
+        except SpectoolError as error:
+            seen["errors"].append([type(error).__name__, str(error), error.hint])
+sys.stderr.write(json.dumps(seen))
+"""
+
+
+def test_what_two_processes_tell_each_other() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOLD],
+            env={
+                **os.environ,
+                **common,
+                "MASTER_PORT": str(port),
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in ("0", "1")
+    ]
+    first, second = (json.loads(process.communicate(timeout=60)[1]) for process in started)
+    assert first == second == {
+        "gradients": [[3.0, 3.0], [1.0, 1.0], None],
+        "sum": [1.0, 1.0],
+        "gather": [[0], [1]],
+        "share": 7,
+        "errors": [["TextError", "said by 0", "wait"], ["TextError", "said by 1", "wait"]],
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_go_on(
+    checkpoint: Callable[..., Path], data: str, tmp_path: Path, script: Path
+) -> None:
+    """Both read the state that the first one stored; the bytes are those of an undisturbed pair."""
+    script.write_text(
+        "import sys, spectool.training as t\n"
+        "t.Training.__init__.__kwdefaults__['save_seconds'] = -1\n"
+        "t.Training.__init__.__kwdefaults__['save_share'] = float('inf')\n"
+        "from spectool.distill.course import Course\n"
+        "accumulate, stop = Course.accumulate, 'stopping' in sys.argv[4]\n"
+        "def failing(self, step):\n"
+        "    if stop and step == 5: raise RuntimeError('pulled the plug')\n"
+        "    return accumulate(self, step)\n"
+        "Course.accumulate = failing\n"
+        "from spectool.cli import main\n"
+        "sys.argv[4] = sys.argv[4].removesuffix('stopping'); main()\n"
+    )
+    words = ("--steps", 9, "--seq-len", 64, "--batch-tokens", 256, "--held-out", 4)
+    start = ("train-heads", "medusa", checkpoint("llama"))
+    for out in ("whole", "outstopping", "out"):
+        done = torchrun(script, *start, tmp_path / out, "--data", data, *words)
+        assert (done.returncode == 0) == (out != "outstopping"), done.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_once(
+    checkpoint: Callable[..., Path], data: str, tmp_path: Path, script: Path
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "stray").touch()
+    for words, said in (
+        (("--data", tmp_path / "absent.txt"), "absent.txt: no such file"),
+        (("--data", data, "--steps", 2, "--seq-len", 64, "--learning-rate", 1e30), "diverged"),
+        (("--data", data, "--steps", 2, "--seq-len", 64), "holds stray, which no spectool run"),
+    ):
+        done = torchrun(
+            script, "train-heads", "medusa", checkpoint("llama"),
+            tmp_path / ("out" if "stray" in said else "other"), *words,
+        )  # fmt: skip
+        assert done.returncode != 0
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and said in lines[0], done.stderr
