@@ -309,7 +309,7 @@ class Heads(nn.Module):
             of_laws = F.cross_entropy(logits_SV, self._law(teacher_SD), reduction="sum")
             loss = loss + self.law_weight * of_laws
         if self.state_weight:
-            apart_SD = F.smooth_l1_loss(out_SD, teacher_SD.to(out_SD.dtype), reduction="none")
+            apart_SD = F.smooth_l1_loss(out_SD.float(), teacher_SD.float(), reduction="none")
             loss = loss + self.state_weight * apart_SD.mean(-1).sum()
         return loss
 
