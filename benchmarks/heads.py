@@ -47,6 +47,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "hydra": ("--learning-rate", "3e-3"),
     "eagle3": ("--learning-rate", "6e-3"),
     "clover": ("--learning-rate", "3e-3"),
+    "chimera": ("--learning-rate", "3e-3"),
     "ppd": ("--learning-rate", "1e-2"),
     "hidden-transfer": ("--learning-rate", "3e-3"),
 }

@@ -22,6 +22,7 @@ from .bare import bare_model, disturb, make_lesson, rms
 
 
 def make_heads(model: Any, *, token_map: Tensor | None = None, **options: Any) -> Eagle3Heads:
+    torch.manual_seed(0)
     heads: Eagle3Heads = disturb(Eagle3Heads(Eagle3Heads.Config(**options), model, token_map))
     return heads.eval()
 
