@@ -76,12 +76,14 @@ class Prompt:
 class Lesson:
     """Texts that trained drafters learn from: tokens [B, L] and features [B, L, D] of them all.
 
-    `taught_BL` marks the tokens whose prediction counts; padding at the right never does.
+    `taught_BL` marks the tokens whose prediction counts; padding at the right never does. Where
+    rows hold several texts, `segments_BL` says by numbers which token is of which, padding apart.
     """
 
     tokens_BL: Tensor
     taught_BL: Tensor
     features: Features
+    segments_BL: Tensor | None = None
 
 
 class Drafter(Protocol):

@@ -83,13 +83,15 @@ class Heads(nn.Module):
     """Base of all heads, for a target. `token_map` [V] holds the target's ids of what they guess.
 
     A method says what it `needs`, by what it is trained, whether it learns the text's `labels` or
-    the target's `laws`, and its `decay`: head k's loss counts decay^k. It implements `states` and
+    the target's `laws`, and its `decay`: head k's loss counts decay^k. One that `packs` learns from
+    rows of several texts as from these alone. It implements `states` and
     `step`, and `own_output` where a head has a matrix of its own.
     """
 
     learning: ClassVar[Learning] = Learning()
     learns: Literal["labels", "laws"] = "labels"
     decay: float = 1.0
+    packs: ClassVar[bool] = False
     needs: Needs
     num_heads: int
     token_map: Tensor | None
@@ -179,8 +181,11 @@ class Heads(nn.Module):
         counted = []
         for k in range(self.num_heads):
             ahead_R = place_R + 2 + k
-            inside_R = ahead_R < length
-            counted.append(inside_R & taught_BL[batch_R, ahead_R.clamp(max=length - 1)])
+            counts_R, ahead_R = ahead_R < length, ahead_R.clamp(max=length - 1)
+            counts_R &= taught_BL[batch_R, ahead_R]
+            if (segments_BL := lesson.segments_BL) is not None:
+                counts_R &= segments_BL[batch_R, ahead_R] == segments_BL[batch_R, place_R]
+            counted.append(counts_R)
         places = total([int(counts_R.sum()) for counts_R in counted])
         outs: list[Tensor] = []
         slopes: list[Tensor] = []
@@ -213,6 +218,7 @@ class Heads(nn.Module):
         Head k is measured after the true tokens, so these are ranks on the condition that what was
         drafted before it was right.
         """
+        assert lesson.segments_BL is None, "measured on texts that stand alone"
         self.eval()
         taught_BL = lesson.taught_BL
         # Place t drafts x_{t+2} ... x_{t+1+K} after the target's own x_{t+1}.
