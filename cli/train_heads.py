@@ -69,6 +69,9 @@ def train_heads(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of --regenerate.")] = 0.8,
     seq_len: Annotated[int, typer.Option(min=32, help="Most tokens of a text.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(min=32, help="Tokens of a step, padded.")] = 4096,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Several texts in a row, which do not see each other.")
+    ] = False,
     learning_rate: Annotated[
         float | None, typer.Option(min=0.0, help="Its peak; the method's own if not given.")
     ] = None,
@@ -135,6 +138,7 @@ def train_heads(
             epochs=epochs or 1,
             seq_len=seq_len,
             batch_tokens=batch_tokens,
+            pack=pack,
             learning_rate=learning_rate,
             warmup=warmup,
             features=features,

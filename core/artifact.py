@@ -33,7 +33,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What the disk answers where the place itself will not do, whatever is written.
 NOT_THERE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
-    errno.EISDIR, errno.ENOENT,
+    errno.EISDIR,
 )  # fmt: skip
 
 # A tensor to write, or the stored bytes of one to copy as they are.

@@ -208,18 +208,37 @@ class Target:
 
     @torch.no_grad()
     def read(
-        self, tokens_BL: Tensor, needs: Needs, *, keep: TextCache | None = None
+        self,
+        tokens_BL: Tensor,
+        needs: Needs,
+        segments_BL: Tensor | None = None,
+        *,
+        keep: TextCache | None = None,
     ) -> dict[str, Tensor]:
         """Features [B, L, D] of whole texts, for training: no logits; keys and values to `keep`.
 
-        Rows are padded at the right, where causal attention does not look. Not inference mode:
+        Rows are padded at the right, where causal attention does not look. Of several texts in a
+        row, as `segments_BL` numbers them, each is read as if it stood alone. Not inference mode:
         autograd saves no inference tensors.
         """
+        options: dict[str, Any] = {}
+        if segments_BL is not None:
+            positions_BL, visible_BLL = packed(segments_BL.to(self.device))
+            batch, length = positions_BL.shape
+            masks = {
+                kind: tree_mask(
+                    [0] * batch, positions_BL, visible_BLL, length, self.dtype, window=window
+                )
+                for kind, window in self._windows.items()
+            }
+            options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
+            options["position_ids"] = positions_BL
         with self._listen(needs) as features:
             self.model.get_decoder()(
                 input_ids=tokens_BL.to(self.device),
                 past_key_values=keep,
                 use_cache=keep is not None,
+                **options,
             )
         return features
 
@@ -471,6 +490,18 @@ def tree_mask(
             behind_NS = positions_BT[row, num_tail - num_nodes :, None] - key_S
             mask_B1NS[row, 0].masked_fill_(behind_NS >= window, hidden)
     return mask_B1NS
+
+
+def packed(segments_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B, L] that begin anew with every text of a row, and what each token sees of the
+    others [B, L, L]: those of its own text up to itself."""
+    length = segments_BL.shape[1]
+    place_L = torch.arange(length, device=segments_BL.device)
+    begins_BL = torch.ones_like(segments_BL, dtype=torch.bool)
+    begins_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
+    starts_BL = torch.where(begins_BL, place_L, 0).cummax(-1).values
+    own_BLL = segments_BL[:, :, None] == segments_BL[:, None]
+    return place_L - starts_BL, own_BLL.tril()
 
 
 def likeliest(logits_BNV: Tensor, count: int) -> Tensor:

@@ -27,7 +27,7 @@ from .texts import parts
 class Course:
     """See the module docstring."""
 
-    def __init__(self, material: Material, job: Job, processes: Processes) -> None:
+    def __init__(self, material: Material, job: Job, seq_len: int, processes: Processes) -> None:
         self.processes = processes
         target, self.own = material.target, material.own
         self.device = target.device
@@ -45,9 +45,9 @@ class Course:
         with self._chance("fresh"):
             fresh: Heads = drafter.Heads(job.config, target.model, token_map)
         self.heads = fresh.to(target.device).float()
-        self.batches = steps_of(samples, job)
+        self.batches = steps_of(samples, job, seq_len)
         self.steps = len(self.batches)
-        unseen = range(len(material.unseen.samples))
+        unseen = [[i] for i in range(len(material.unseen.samples))]
         self.held_out = [material.unseen.lesson(part) for part in parts(unseen, WRITTEN_TOGETHER)]
 
     def accumulate(self, step: int) -> Figures:
@@ -72,7 +72,7 @@ class Course:
         return {
             "loss": sum(means) / len(means),
             "losses": means,
-            "tokens": sum(len(self.own.samples[i].tokens) for i in batch),
+            "tokens": sum(len(self.own.samples[i].tokens) for row in batch for i in row),
         }
 
     def _total(self, places: list[int]) -> list[int]:

@@ -30,7 +30,7 @@ from spectool.errors import UsageError
 from spectool.headers import TensorEntry, read_header, read_json
 
 from .processes import Processes
-from .samples import Sample, by_length, pad
+from .samples import Sample, by_length, join
 from .texts import Say, as_samples, as_tensors, parts
 
 FEATURES = "spectool_features.json"
@@ -46,8 +46,8 @@ class Texts(Protocol):
     def samples(self) -> Sequence[Sample]:
         """All of them."""
 
-    def lesson(self, chosen: Sequence[int]) -> Lesson:
-        """The chosen ones as a batch, with features."""
+    def lesson(self, rows: Sequence[Sequence[int]]) -> Lesson:
+        """A batch of rows, of one of them each or of several, with features."""
 
 
 class Read:
@@ -56,14 +56,18 @@ class Read:
     def __init__(self, target: Target, needs: Needs, samples: Sequence[Sample]) -> None:
         self.target, self.needs, self.samples = target, needs, samples
 
-    def lesson(self, chosen: Sequence[int]) -> Lesson:
-        tokens_BL, taught_BL = pad([self.samples[i] for i in chosen])
-        device = self.target.device
-        tokens_BL, taught_BL = tokens_BL.to(device), taught_BL.to(device)
+    def lesson(self, rows: Sequence[Sequence[int]]) -> Lesson:
+        tokens_BL, taught_BL, segments_BL = _joined(self.samples, rows, self.target.device)
         kept = TextCache(self.target.num_layers) if self.needs.inject else None
-        features = self.target.read(tokens_BL, self.needs, keep=kept)
+        features = self.target.read(tokens_BL, self.needs, segments_BL, keep=kept)
         beside = None if kept is None else functools.partial(self.target.read_beside, kept)
-        return Lesson(tokens_BL=tokens_BL, taught_BL=taught_BL, features=features, beside=beside)
+        return Lesson(
+            tokens_BL=tokens_BL,
+            taught_BL=taught_BL,
+            features=features,
+            segments_BL=segments_BL,
+            beside=beside,
+        )
 
 
 class Stored:
@@ -84,22 +88,25 @@ class Stored:
                 self._places.append((features, start))
                 start += len(sample.tokens)
 
-    def lesson(self, chosen: Sequence[int]) -> Lesson:
-        tokens_BL, taught_BL = pad([self.samples[i] for i in chosen])
-        rows: dict[str, list[Tensor]] = {}
-        for i in chosen:
-            features, start = self._places[i]
-            part = slice(start, start + len(self.samples[i].tokens))
-            for name, entry in features.items():
-                rows.setdefault(name, []).append(read_tensor(entry, rows=part))
+    def lesson(self, rows: Sequence[Sequence[int]]) -> Lesson:
+        tokens_BL, taught_BL, segments_BL = _joined(self.samples, rows, self.device)
+        found: dict[str, list[Tensor]] = {}
+        for row in rows:
+            texts = [self._features(i) for i in row]
+            for name in texts[0]:
+                found.setdefault(name, []).append(torch.cat([text[name] for text in texts]))
+        features = {
+            name: pad_sequence(each, batch_first=True).to(self.device)
+            for name, each in found.items()
+        }
         return Lesson(
-            tokens_BL=tokens_BL.to(self.device),
-            taught_BL=taught_BL.to(self.device),
-            features={
-                name: pad_sequence(found, batch_first=True).to(self.device)
-                for name, found in rows.items()
-            },
+            tokens_BL=tokens_BL, taught_BL=taught_BL, features=features, segments_BL=segments_BL
         )
+
+    def _features(self, i: int) -> dict[str, Tensor]:
+        features, start = self._places[i]
+        part = slice(start, start + len(self.samples[i].tokens))
+        return {name: read_tensor(entry, rows=part) for name, entry in features.items()}
 
 
 def store(
@@ -231,7 +238,7 @@ def _read(
     starts = [0, *itertools.accumulate(len(sample.tokens) for sample in samples)]
     found: dict[str, Tensor] = {}
     for chosen in by_length(samples, range(len(samples)), pass_tokens):
-        lesson = Read(target, needs, samples).lesson(chosen)
+        lesson = Read(target, needs, samples).lesson([[i] for i in chosen])
         for name, value_BLD in lesson.features.items():
             if name not in found:
                 shape = (starts[-1], value_BLD.shape[-1])
@@ -240,3 +247,11 @@ def _read(
                 length = starts[i + 1] - starts[i]
                 found[name][starts[i] : starts[i + 1]] = value_BLD[row, :length]
     return found
+
+
+def _joined(
+    samples: Sequence[Sample], rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    tokens_BL, taught_BL, segments_BL = join([[samples[i] for i in row] for row in rows])
+    segments_BL = None if segments_BL is None else segments_BL.to(device)
+    return tokens_BL.to(device), taught_BL.to(device), segments_BL

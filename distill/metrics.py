@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spectool.artifact import disk_errors
-from spectool.errors import UsageError
+from spectool.errors import InputError, UsageError
 
 
 class Metrics:
@@ -22,12 +22,15 @@ class Metrics:
 
     Raises:
         UsageError: the file is there and is not this run's.
+        InputError: its place cannot be written.
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         self.path = path
         self._head = json.dumps(run, sort_keys=True)
         self._fresh = True
+        if not path.absolute().parent.exists():
+            raise InputError(f"{path}: cannot be written: its directory is not there")
         with disk_errors(path):
             # Told now whether the place will do, not after an hour of work.
             path.open("a").close()

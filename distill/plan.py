@@ -27,7 +27,7 @@ from spectool.version import __version__
 
 from .features import FEATURES, store_bytes
 from .processes import Processes
-from .samples import Sample, batches
+from .samples import Sample, batches, packs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,7 @@ class Job:
     samples to measure on, at most. `autocast`: the dtype in which the heads compute; their weights
     are float32 while they learn. `regenerate`: by the server at `regenerate_url` where there is
     one (its only model, unless `regenerate_model` names one). `features`: see `material.py`.
+    `pack`: several texts a row.
 
     Raises:
         UsageError: an optimizer, a dtype or a kind of features that is not known.
@@ -62,6 +63,7 @@ class Job:
     optimizer: str = "adamw"
     autocast: str | None = None
     features: str = "online"
+    pack: bool = False
     seed: int = 0
 
     @property
@@ -151,6 +153,8 @@ def plan_of(
     # Refuses architectures that cannot be drafted for, before anything is written.
     Target(skeleton)
     kind: type[Heads] = resolve(job.method, "drafter").Heads
+    if job.pack and not kind.packs:
+        raise UsageError(f"--pack: {job.method} heads learn from rows of one text only")
     output = skeleton.get_output_embeddings()
     vocab, width = output.weight.shape
     highest = max(max(sample.tokens) for sample in (*own, *unseen))
@@ -204,7 +208,7 @@ def plan_of(
         samples=len(own),
         taught_tokens=sum(sum(sample.taught) for sample in own),
         held_out=len(unseen),
-        steps=len(steps_of(own, job)),
+        steps=len(steps_of(own, job, setting.seq_len)),
         needs=heads.needs,
     )
 
@@ -235,14 +239,17 @@ def _check_disk(wanted: int, place: Path) -> None:
         )
 
 
-def steps_of(samples: Sequence[Sample], job: Job) -> list[list[int]]:
-    return batches(
-        samples,
-        batch_tokens=job.batch_tokens,
-        steps=job.steps,
-        epochs=job.epochs,
-        seed=job.seed,
-    )
+def steps_of(samples: Sequence[Sample], job: Job, seq_len: int) -> list[list[list[int]]]:
+    """The samples of each row of each step."""
+    how: dict[str, Any] = {
+        "batch_tokens": job.batch_tokens,
+        "steps": job.steps,
+        "epochs": job.epochs,
+        "seed": job.seed,
+    }
+    if job.pack:
+        return packs(samples, width=seq_len, **how)
+    return [[[index] for index in batch] for batch in batches(samples, **how)]
 
 
 def identity_of(

@@ -197,6 +197,49 @@ def batches(
     return found[:steps]
 
 
+def packs(
+    samples: Sequence[Sample],
+    *,
+    width: int,
+    batch_tokens: int,
+    steps: int | None,
+    epochs: int,
+    seed: int,
+) -> list[list[list[int]]]:
+    """As `batches`, but rows of several samples, each row at most `width` tokens: steps of rows."""
+    found: list[list[list[int]]] = []
+    num_rows = max(1, batch_tokens // width)
+    epoch = 0
+    while (epoch < epochs) if steps is None else (len(found) < steps):
+        chance = random.Random(f"{seed}/{epoch}")
+        order = list(range(len(samples)))
+        chance.shuffle(order)
+        mean = sum(len(sample.tokens) for sample in samples) / len(samples)
+        group = max(1, int(_SORTED_BATCHES * batch_tokens / mean))
+        rows: list[list[int]] = []
+        for start in range(0, len(order), group):
+            rows += _fill(samples, order[start : start + group], width)
+        chance.shuffle(rows)
+        found += [rows[start : start + num_rows] for start in range(0, len(rows), num_rows)]
+        epoch += 1
+    return found[:steps]
+
+
+def _fill(samples: Sequence[Sample], chosen: Sequence[int], width: int) -> list[list[int]]:
+    """Rows of the chosen samples: the longest first, each into the first row that has room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(chosen, key=lambda i: -len(samples[i].tokens)):
+        length = len(samples[index].tokens)
+        place = next((row for row, left in enumerate(room) if left >= length), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[place].append(index)
+        room[place] -= length
+    return rows
+
+
 def by_length(
     samples: Sequence[Sample], chosen: Sequence[int], batch_tokens: int
 ) -> list[list[int]]:
@@ -219,3 +262,26 @@ def pad(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         tokens_BL[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
         taught_BL[row, : len(sample.taught)] = torch.tensor(sample.taught)
     return tokens_BL, taught_BL
+
+
+def join(rows: Sequence[Sequence[Sample]]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `pad`, for rows of several samples, whose numbers [B, L] come third: -1 is padding.
+
+    None where every row is one sample.
+    """
+    joined = [
+        Sample(
+            [token for sample in row for token in sample.tokens],
+            [mark for sample in row for mark in sample.taught],
+        )
+        for row in rows
+    ]
+    tokens_BL, taught_BL = pad(joined)
+    if all(len(row) == 1 for row in rows):
+        return tokens_BL, taught_BL, None
+    segments_BL = torch.full_like(tokens_BL, -1)
+    for each_L, row in zip(segments_BL, rows, strict=True):
+        lengths = torch.tensor([len(sample.tokens) for sample in row])
+        numbers = torch.arange(len(row)).repeat_interleave(lengths)
+        each_L[: len(numbers)] = numbers
+    return tokens_BL, taught_BL, segments_BL

@@ -140,7 +140,7 @@ def train_heads(
                 )
         material = preparing.material(writer)
         width, vocab_size = material.target.width, material.target.vocab_size
-        course = Course(material, job, processes)
+        course = Course(material, job, setting.seq_len, processes)
         # Where the features are stored, nothing but what the heads read of the target stays.
         del material
         if not len(course.ranks()):

@@ -122,6 +122,7 @@ class CloverHeads(Heads):
         )
 
     needs = Needs(layers=(-1,), final=True)
+    packs = True
     learning = Learning(rate=1e-3, betas=(0.9, 0.95))
     learns = "laws"
     decay = 0.7
@@ -171,7 +172,9 @@ class CloverHeads(Heads):
         before_BLD = lesson.features["layer -1"].to(self.dtype)
         places_L = torch.arange(last + 1, device=before_BLD.device)
         after_BLD = self.read(lesson.tokens_BL[:, (places_L + 1).clamp(max=last)])
-        h_BLD = self.augment(before_BLD, after_BLD, self.rotary.text(before_BLD))
+        h_BLD = self.augment(
+            before_BLD, after_BLD, self.rotary.text(before_BLD, lesson.segments_BL)
+        )
         state_RD = h_BLD[batch_R, place_R]
         yield self.first(state_RD)
         for i in range(1, self.num_heads):

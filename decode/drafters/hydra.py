@@ -88,6 +88,7 @@ class HydraHeads(Heads):
         )
 
     needs = Needs(final=True)
+    packs = True
     learning = Learning(rate=5e-4, weight_decay=0.1, final=0.33)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
@@ -114,7 +115,7 @@ class HydraHeads(Heads):
     def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
         state_BLD = lesson.features["final"].to(self.dtype)
         if self.prefix is not None:
-            state_BLD = self.prefix(state_BLD, self.rotary.text(state_BLD))
+            state_BLD = self.prefix(state_BLD, self.rotary.text(state_BLD, lesson.segments_BL))
         parts = [state_BLD[batch_R, place_R]]
         last = lesson.tokens_BL.shape[1] - 1
         for i, head in enumerate(self._each):

@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import (
 
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Prompt
-from spectool.decode.target import tree_mask
+from spectool.decode.target import packed, tree_mask
 
 # Tokens of a prompt per pass: bounds the mask.
 _CHUNK = 512
@@ -58,8 +58,13 @@ class Rotary:
         found: tuple[Tensor, Tensor] = self._angles(like, positions_BN.to(like.device))
         return found
 
-    def text(self, like_BLD: Tensor) -> Sight:
-        """The sight of whole texts, for training."""
+    def text(self, like_BLD: Tensor, segments_BL: Tensor | None = None) -> Sight:
+        """The sight of whole texts, for training; of several in a row each sees itself alone."""
+        if segments_BL is not None:
+            positions_BL, visible_BLL = packed(segments_BL)
+            batch, length = positions_BL.shape
+            mask_B1LL = tree_mask([0] * batch, positions_BL, visible_BLL, length, like_BLD.dtype)
+            return Sight(self.at(positions_BL, like_BLD), mask_B1LL)
         positions_1L = torch.arange(like_BLD.shape[1])[None]
         return Sight(self.at(positions_1L, like_BLD))
 

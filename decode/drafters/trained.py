@@ -85,8 +85,8 @@ class Heads(nn.Module):
     A method says what it `needs`, by what it is trained, whether it learns the text's `labels`, the
     target's `laws` or the sum of both, and its `decay`: head k's loss counts decay^k. Laws count
     `law_weight`; `state_weight` is that of the smooth L1 distance (mean of D) from the target's
-    state of such a law. It implements `states` and `step`, and `own_output` where a head has a
-    matrix of its own.
+    state of such a law. One that `packs` learns from rows of several texts as from these alone. It
+    implements `states` and `step`, and `own_output` where a head has a matrix of its own.
     """
 
     learning: ClassVar[Learning] = Learning()
@@ -94,6 +94,7 @@ class Heads(nn.Module):
     decay: float = 1.0
     law_weight: float = 1.0
     state_weight: float = 0.0
+    packs: ClassVar[bool] = False
     needs: Needs
     num_heads: int
     token_map: Tensor | None
@@ -191,8 +192,11 @@ class Heads(nn.Module):
         counted = []
         for k in range(self.num_heads):
             ahead_R = place_R + 2 + k
-            inside_R = ahead_R < length
-            counted.append(inside_R & taught_BL[batch_R, ahead_R.clamp(max=length - 1)])
+            counts_R, ahead_R = ahead_R < length, ahead_R.clamp(max=length - 1)
+            counts_R &= taught_BL[batch_R, ahead_R]
+            if (segments_BL := lesson.segments_BL) is not None:
+                counts_R &= segments_BL[batch_R, ahead_R] == segments_BL[batch_R, place_R]
+            counted.append(counts_R)
         places = total([int(counts_R.sum()) for counts_R in counted])
         outs: list[Tensor] = []
         slopes: list[Tensor] = []
@@ -225,6 +229,7 @@ class Heads(nn.Module):
         Head k is measured after the true tokens, so these are ranks on the condition that what was
         drafted before it was right.
         """
+        assert lesson.segments_BL is None, "measured on texts that stand alone"
         self.eval()
         taught_BL = lesson.taught_BL
         # Place t drafts x_{t+2} ... x_{t+1+K} after the target's own x_{t+1}.

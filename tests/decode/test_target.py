@@ -209,3 +209,33 @@ def test_the_kernel_yields_to_torch_where_torch_is_faster(
 ) -> None:
     monkeypatch.setattr("spectool.machine._flags", lambda: set(flags.split()))
     assert target_module.kernel_rows(dtype) == rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_of_one_row_are_read_as_if_alone(tiny: Tiny, family: str) -> None:
+    """Three texts and two, the longest past the window of 16; padding at the end."""
+    target = Target(tiny(family))
+    noise = random.Random(2)
+    rows = [
+        [[noise.randrange(2, 320) for _ in range(size)] for size in sizes]
+        for sizes in ((5, 21, 9), (30, 1))
+    ]
+    longest = max(sum(map(len, row)) for row in rows)
+    tokens_BL = torch.zeros(2, longest, dtype=torch.long)
+    segments_BL = torch.full((2, longest), -1)
+    for place, row in enumerate(rows):
+        flat = [token for text in row for token in text]
+        tokens_BL[place, : len(flat)] = torch.tensor(flat)
+        numbers = [number for number, text in enumerate(row) for _ in text]
+        segments_BL[place, : len(flat)] = torch.tensor(numbers)
+    needs = Needs(final=True, layers=(0,))
+    found = target.read(tokens_BL, needs, segments_BL)
+    for place, row in enumerate(rows):
+        start = 0
+        for text in row:
+            alone = target.read(torch.tensor([text]), needs)
+            for name, value_1LD in alone.items():
+                torch.testing.assert_close(
+                    found[name][place, start : start + len(text)], value_1LD[0], atol=2e-5, rtol=0
+                )
+            start += len(text)

@@ -54,7 +54,9 @@ def test_a_lesson_of_stored_features_is_that_of_read_ones(
         ]
     assert [sample.tokens for sample in stored.samples] == [sample.tokens for sample in texts]
     chosen = [4, 0, 3]
-    read, found = Read(target, needs, texts).lesson(chosen), stored.lesson(chosen)
+    read, found = (
+        each.lesson([[i] for i in chosen]) for each in (Read(target, needs, texts), stored)
+    )
     assert torch.equal(read.tokens_BL, found.tokens_BL)
     assert torch.equal(read.taught_BL, found.taught_BL)
     assert set(read.features) == set(found.features) == {"final", "layer 0"}
@@ -122,6 +124,17 @@ def test_one_store_serves_other_heads_and_options(
     train(source, "online", **{**asked, "features": "online"})
     one, online = (contents(tmp_path / out)["heads.safetensors"] for out in ("one", "online"))
     assert one == online
+
+
+def test_packed_texts_are_taken_from_a_store_as_well(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, losses = checkpoint("llama"), Losses()
+    asked = {"method": "hydra", "learning_rate": 1e-4, "pack": True}
+    for kind in ("online", "hybrid"):
+        train(source, kind, features=kind, where=losses.watch(kind), **asked)
+    assert losses["hybrid"] == pytest.approx(losses["online"], abs=1e-5)
+    assert json.loads((tmp_path / "online" / "spectool_heads.json").read_text())["training"]["pack"]
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])

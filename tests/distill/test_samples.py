@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spectool.distill import samples as room
-from spectool.distill.samples import Sample, batches, pad, read_samples, split
+from spectool.distill.samples import Sample, batches, join, packs, pad, read_samples, split
 from spectool.errors import TextError
 from spectool.text import Row
 
@@ -131,6 +131,33 @@ def test_padding_is_never_taught() -> None:
     tokens_BL, taught_BL = pad([Sample([3, 4], [False, True]), Sample([5, 6, 7], [True] * 3)])
     assert tokens_BL.tolist() == [[3, 4, 0], [5, 6, 7]]
     assert taught_BL.tolist() == [[False, True, False], [True, True, True]]
+
+
+def test_packed_rows_hold_every_sample_once_an_epoch_and_little_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 90, (101,), generator=generator).tolist()
+    samples = [Sample([1] * n, [True] * n) for n in lengths]
+    made = packs(samples, width=100, batch_tokens=300, steps=None, epochs=2, seed=3)
+    seen = [index for step in made for row in step for index in row]
+    assert sorted(seen) == sorted([*range(101)] * 2) and seen[:101] != seen[101:]
+    rows = [sum(lengths[i] for i in row) for step in made for row in step]
+    assert max(rows) <= 100 and sum(rows) > 0.97 * 100 * len(rows)
+    assert {len(step) for step in made[: len(made) // 2 - 1]} == {3}
+    how = {"width": 100, "batch_tokens": 300, "epochs": 1, "seed": 3}
+    assert packs(samples, steps=5, **how) == made[:5]
+    assert len(packs(samples, steps=len(made) + 4, **how)) == len(made) + 4
+    assert packs(samples[:1], steps=2, **{**how, "batch_tokens": 32}) == [[[0]], [[0]]]
+
+
+def test_joined_rows_say_which_token_is_whose() -> None:
+    one, two, three = (Sample([n] * n, [n > 1] * n) for n in (1, 2, 3))
+    tokens_BL, taught_BL, segments_BL = join([[three, one], [two]])
+    assert tokens_BL.tolist() == [[3, 3, 3, 1], [2, 2, 0, 0]]
+    assert taught_BL.tolist() == [[True] * 3 + [False], [True, True, False, False]]
+    assert segments_BL is not None
+    assert segments_BL.tolist() == [[0, 0, 0, 1], [0, 0, -1, -1]]
+    tokens_BL, _, segments_BL = join([[one], [two]])
+    assert tokens_BL.tolist() == [[1, 0], [2, 2]] and segments_BL is None
 
 
 def test_an_endless_stream_is_read_as_far_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

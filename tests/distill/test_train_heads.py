@@ -352,6 +352,15 @@ def test_a_tokenizer_of_another_model_is_one_line(
     assert not any(tmp_path.iterdir())
 
 
+def test_heads_that_cannot_tell_texts_apart_refuse_packed_rows(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectool.decode.drafters.medusa.MedusaHeads.packs", False)
+    with pytest.raises(UsageError, match="--pack: medusa heads learn from rows of one text only"):
+        train(checkpoint("llama"), pack=True)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_kill_at_random_moments(checkpoint: Callable[..., Path], data: str, tmp_path: Path) -> None:
     """SIGKILL, eight times, then to the end: the bytes of an undisturbed run."""

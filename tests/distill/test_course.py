@@ -1,0 +1,60 @@
+"""A step's gradient, however its texts are laid out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spectool.decode.drafters.trained import Heads
+from spectool.decode.target import Target
+from spectool.distill.features import Read
+from spectool.distill.samples import Sample
+from spectool.methods import resolve
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("medusa", {}),
+        ("hydra", {"variant": "plain", "num_heads": 3}),
+        ("hydra", {"variant": "plus", "num_heads": 3}),
+    ],
+)
+def test_packed_texts_teach_what_they_teach_alone(
+    tiny: Callable[..., PreTrainedModel], family: str, method: str, options: dict[str, object]
+) -> None:
+    """Labels never cross from one text to the next, and attention neither."""
+    target = Target(tiny(family))
+    chance = random.Random(0)
+    samples = [
+        Sample(
+            [chance.randrange(2, 320) for _ in range(size)],
+            # Also a first token that is taught: nothing before it in its own text guesses it.
+            [i < 3 or chance.random() < 0.8 for i in range(size)],
+        )
+        for size in (40, 17, 23, 9, 31)
+    ]
+    kind = resolve(method, "drafter").Heads
+    found = []
+    for rows in ([[0], [1], [2], [3], [4]], [[0, 3], [4, 1], [2]]):
+        torch.manual_seed(0)
+        heads: Heads = kind(kind.Config(**options), target.model, None)
+        for module in heads.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for parameter in heads.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        done = heads.teach(Read(target, heads.needs, samples).lesson(rows))
+        found.append((done, {name: p.grad for name, p in heads.named_parameters()}))
+    (alone, slopes), (packed, packed_slopes) = found
+    assert packed.places == alone.places and packed.right == alone.right
+    assert packed.loss == pytest.approx(alone.loss, rel=1e-5)
+    for name, slope in slopes.items():
+        assert slope is not None
+        torch.testing.assert_close(packed_slopes[name], slope, atol=2e-6, rtol=1e-4)
