@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spectool.cli.bench_tables import comparison, table
+from spectool.cli.bench_tables import chains, comparison, table
 from spectool.cli.common import (
     AllowOtherTarget,
     Context,
@@ -80,6 +80,12 @@ def bench(
     no_repeat_ngram_size: NoRepeatNgramSize = 0,
     verify: Verify = None,
     lossy: Lossy = False,
+    chain: Annotated[
+        int,
+        typer.Option(
+            min=0, max=16, help="Also chains of 1 to N tokens, which is what most servers verify."
+        ),
+    ] = 0,
     context: Context = None,
     allow_other_target: AllowOtherTarget = False,
     field: Field = None,
@@ -158,6 +164,7 @@ def bench(
                     seed=seed,
                     verify=verify,
                     lossy=lossy,
+                    chain=chain,
                     say=output.say,
                 )
                 runs.append({"model": path, "runtime": how, **result})
@@ -170,6 +177,8 @@ def bench(
             output.show(table(one))
             for run in one:
                 output.show(_kept(run))
+                if chain:
+                    output.show(chains(run, chain))
         if len(runs) > len(sizes):
             output.show(comparison(runs))
         machine = describe()

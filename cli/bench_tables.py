@@ -47,6 +47,14 @@ def table(runs: Sequence[Figures]) -> Any:
     return _whole(made)
 
 
+def chains(run: Figures, deepest: int) -> Any:
+    """Tokens per forward of every drafter's first paths, a column a depth."""
+    made = _empty("drafter", *(f"chain of {depth}" for depth in range(1, deepest + 1)))
+    for row in run["drafters"]:
+        made.add_row(row["name"], *(f"{rate:.2f}" for rate in row.get("chain", [])))
+    return _whole(made)
+
+
 def comparison(runs: Sequence[Figures]) -> Any:
     """The best of every run beside plain decoding of the reference, the last model, as batched."""
     several = len({run["batch_size"] for run in runs}) > 1

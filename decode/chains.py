@@ -66,6 +66,35 @@ class Chains(Drafter):
         self.drafter.close()
 
 
+class FirstPath(Drafter):
+    """A drafter as a server runs it that knows chains only: the first path, so many tokens deep."""
+
+    combines = False
+
+    def __init__(self, drafter: Drafter, depth: int) -> None:
+        self.drafter, self.depth = drafter, depth
+        self.name, self.needs = drafter.name, drafter.needs
+
+    def kinds(self, control: Control) -> tuple[Kind, ...]:
+        return self.drafter.kinds(control)
+
+    def attach(self, target: Target) -> None:
+        self.drafter.attach(target)
+
+    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+        self.drafter.begin(prompts, cache)
+
+    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+        drafts = self.drafter.propose(rows, [min(most, self.depth) for most in budget])
+        return [tree.first_path(draft, self.depth) for draft in drafts]
+
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        self.drafter.observe(outcomes)
+
+    def close(self) -> None:
+        self.drafter.close()
+
+
 def chained(drafter: Drafter, target: Target) -> Drafter:
     """The drafter as this target can take it.
 

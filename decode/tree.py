@@ -92,11 +92,14 @@ def chain(tokens: Sequence[int], *, kind: Kind, laws_NV: Tensor | None = None) -
     return Draft(list(tokens), list(range(-1, len(tokens) - 1)), [kind] * len(tokens), laws_NV)
 
 
-def first_path(draft: Draft) -> Draft:
-    """The path of first children, for what can hold a chain only. Not for drawn nodes."""
+def first_path(draft: Draft, most: int | None = None) -> Draft:
+    """The path of first children, for what can hold a chain only; of `most` proposals at most.
+
+    Not for drawn nodes.
+    """
     nodes = [0]
     for node in range(1, len(draft)):
-        if draft.parents[node] == nodes[-1]:
+        if draft.parents[node] == nodes[-1] and len(nodes) - 1 != most:
             nodes.append(node)
     sources = draft.sources
     return Draft(

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from spectool.decode.chains import FirstPath
 from spectool.decode.generate import Result, Runner, loop_start
 from spectool.decode.protocol import Drafter
 from spectool.decode.sampling import Control, Law
+from spectool.decode.tune import Tuned
 from spectool.errors import UsageError
 from spectool.evaluate import peers
 
@@ -60,6 +62,7 @@ def bench(
     seed: int = 0,
     verify: str | None = None,
     lossy: bool = False,
+    chain: int = 0,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """`{baseline, drafters, peers, categories, prompts, kept_share, …}`; drafters in their order.
@@ -68,7 +71,8 @@ def bench(
     whole does, which is their sum. `identical` counts prompts whose tokens equal plain decoding's;
     None when sampling, where equal laws and not equal tokens are promised. `step_speedup` leaves
     out the prompts' passes, which drafting cannot shorten. Peers run one prompt at a time, so at
-    batch size 1 only.
+    batch size 1 only. With `chain`, each drafter's `chain` lists its tokens per forward where only
+    the first path of its trees is verified, 1, 2, ... and so many tokens deep.
 
     Raises:
         UsageError: a wrong option, or none of the prompts fits in the context.
@@ -119,8 +123,16 @@ def bench(
             done.append(_sum(part))
             say(f"{category}, {name}: {done[-1]}" if category else f"{name}: {done[-1]}")
     names = [name for name, _ in contenders]
+    whole = _side_by_side(names, [_sum(parts) for parts in timed], len(drafts), control.greedy)
+    for row, drafter in zip(whole["drafters"], drafters, strict=True):
+        inner = drafter.drafter if isinstance(drafter, Tuned) else drafter
+        if chain and not (inner.combines and set(inner.kinds(control)) == {"deterministic"}):
+            say(f"{row['name']}: no chain of its own can be cut out of its drafts")
+        elif chain:
+            row["chain"] = _chain(runner, inner, chain, texts, limits, common)
+            say(f"{row['name']}, chains: {' '.join(f'{rate:.2f}' for rate in row['chain'])}")
     return {
-        **_side_by_side(names, [_sum(parts) for parts in timed], len(drafts), control.greedy),
+        **whole,
         "categories": [
             {
                 "category": category,
@@ -136,6 +148,23 @@ def bench(
         "kept_share": sum(map(min, limits, lengths)) / sum(lengths),
         "prompts_cut": sum(limit < length for limit, length in zip(limits, lengths, strict=True)),
     }
+
+
+def _chain(
+    runner: Runner,
+    drafter: Drafter,
+    deepest: int,
+    texts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    options: dict[str, Any],
+) -> list[float]:
+    """Tokens per forward of chains of 1, 2, ... tokens."""
+    rates = []
+    for depth in range(1, deepest + 1):
+        results = _decoder(runner, FirstPath(drafter, depth), options)(texts, limits)
+        tokens = sum(len(result.token_ids) for result in results)
+        rates.append(tokens / sum(result.forwards for result in results))
+    return rates
 
 
 def broken_promises(result: dict[str, Any]) -> list[str]:

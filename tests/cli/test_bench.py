@@ -116,3 +116,21 @@ def test_spec_bench_has_six_categories(shared: Path) -> None:
 
 def has_matplotlib() -> bool:
     return version("matplotlib") is not None
+
+
+def test_chains_are_first_paths_so_many_tokens_deep(
+    spectool: Spectool, checkpoint: Checkpoint, mixed: Path
+) -> None:
+    """A chain of depth k brings k + 1 tokens a forward at most; more depth never brings less."""
+    words = ["bench", checkpoint("llama"), "--prompts", mixed, "--max-new-tokens", 24]
+    words += ["--draft", "ngram:min_n=1,nodes=24", "--draft", checkpoint("llama"), "--chain", 3]
+    done = spectool(*words, "--dtype", "float32", "--json")
+    assert done.code == 0, done.err
+    first, second = done.json["drafters"]
+    assert len(first["chain"]) == 3 and first["chain"] == sorted(first["chain"])
+    assert all(1 <= rate <= depth + 1 for depth, rate in enumerate(first["chain"], start=1))
+    assert first["chain"][-1] <= first["tokens_per_forward"]
+    # A draft model keeps account of the drafts that it made itself.
+    assert "chain" not in second and "no chain of its own" in done.err
+    people = spectool(*words)
+    assert "chain of 3" in people.out

@@ -24,6 +24,7 @@ from spectool.methods import resolve
         ("medusa", {}),
         ("hydra", {"variant": "plain", "num_heads": 3}),
         ("hydra", {"variant": "plus", "num_heads": 3}),
+        ("clover", {"num_heads": 3}),
     ],
 )
 def test_packed_texts_teach_what_they_teach_alone(
