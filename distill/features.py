@@ -173,6 +173,21 @@ def open_store(
 ) -> tuple[Stored, Stored] | None:
     """What a whole store holds to learn from and to measure on; None if there is none.
 
+    Raises: see `check_store`.
+    """
+    shards = check_store(path, key, needs)
+    if shards is None:
+        return None
+    own, unseen = (
+        Stored([path / shard for shard in shards if shard.startswith(kind)], needs, device)
+        for kind in ("features-own-", "features-held-out-")
+    )
+    return own, unseen
+
+
+def check_store(path: Path, key: dict[str, Any], needs: Needs) -> list[str] | None:
+    """The shards of a whole store, in order; None if there is none. Reads no text.
+
     Raises:
         UsageError: something else lies there, or a store of another target or other data.
         CheckpointError: damaged.
@@ -201,11 +216,7 @@ def open_store(
             "which these heads read",
             hint="name another directory",
         )
-    own, unseen = (
-        Stored([path / s for s in sorted(found["shards"]) if s.startswith(kind)], needs, device)
-        for kind in ("features-own-", "features-held-out-")
-    )
-    return own, unseen
+    return sorted(found["shards"])
 
 
 def names_of(needs: Needs) -> list[str]:

@@ -23,7 +23,7 @@ from spectool.errors import TextError
 from spectool.loading import describe_runtime, load_model
 from spectool.skeleton import Skeleton
 
-from .features import Read, Stored, Texts, finish_store, names_of, open_store, store
+from .features import Read, Stored, Texts, check_store, finish_store, names_of, open_store, store
 from .plan import Job, Setting
 from .processes import Processes
 from .regenerate import regenerate
@@ -75,6 +75,11 @@ class Preparing:
             "target": self.identity["source"]["fingerprint"],
             "tokenizer": self.setting.tokenizer_digest,
         }
+
+    def check(self) -> None:
+        """Raises: UsageError: what lies in the place of a store is not one for this job."""
+        if self.job.store is not None:
+            check_store(self.job.store, self.key, self.needs)
 
     def stored(self) -> tuple[Stored, Stored] | None:
         """The texts of an offline store that is whole. Raises: see `open_store`."""

@@ -248,8 +248,7 @@ def _prepare(
         processes=processes,
         say=say,
     )
-    # What lies in the place of a store is looked at before anything is written.
-    preparing.stored()
+    preparing.check()
     return preparing
 
 

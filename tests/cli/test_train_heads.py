@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from spectool import methods
+from spectool.cli.inspect import heads_command
 
 from .conftest import Done
 
@@ -56,6 +57,33 @@ def test_the_result_and_what_inspect_says_of_it(
     ).json  # fmt: skip
     assert written["drafter"] == "medusa"
     assert written["results"][0]["token_ids"] == plain["results"][0]["token_ids"]
+
+
+def test_inspect_says_all_that_was_asked(
+    spectool: Spectool, checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "heads"
+    text.write_text(text.read_text()[:1500])
+    asked = ("--pack", "--autocast", "bfloat16", "--features", f"offline:{tmp_path / 'kept'}")
+    done = spectool("train-heads", "medusa", source, out, "--data", text, *QUICK, *asked)
+    assert done.code == 0, done.err
+    assert f"plan: features kept in {tmp_path / 'kept'}" in done.err
+    found = spectool("inspect", out, "--json").json
+    for said in ("--pack", "--autocast bfloat16", "--features offline:FEATURES"):
+        assert said in found["command"]
+    training = found["training"] | {
+        "processes": 2, "optimizer": "adamw8bit", "regenerate": True, "regenerate_model": "tiny",
+    }  # fmt: skip
+    command = heads_command({**found, "training": training}) or ""
+    assert command.startswith("torchrun --nproc-per-node 2 -m spectool train-heads medusa MODEL")
+    assert "--optimizer adamw8bit" in command
+    assert "--regenerate-url URL --regenerate-model tiny" in command
+    # Heads from before there were these options.
+    older = {key: training[key] for key in training if key not in (
+        "processes", "optimizer", "autocast", "features", "pack", "regenerate_model",
+    )}  # fmt: skip
+    command = heads_command({**found, "training": older}) or ""
+    assert command.startswith("spectool train-heads") and "--regenerate " in command
 
 
 @pytest.mark.parametrize(
