@@ -11,6 +11,7 @@ guessed, K heads, N nodes of a tree, P nodes of one depth, G guesses of one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -40,6 +41,11 @@ NEVER = 1 << 30
 
 # Logits of one chunk take at most about this much.
 _CHUNK_BYTES = 1 << 25
+# The target's laws of a whole step are kept for all heads if they take no more.
+_LAWS_BYTES = 1 << 28
+
+# Texts [S] and tokens u in them [S], and which of these: the laws [., V] of x_u.
+Law = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +75,9 @@ class Frozen:
     bound: float | None
 
     def logits(self, products: Tensor) -> Tensor:
-        scaled = products.float() * self.scale
+        scaled = products.float()
+        if self.scale != 1:
+            scaled = scaled * self.scale
         return scaled if self.bound is None else self.bound * torch.tanh(scaled / self.bound)
 
     def to(self, dtype: torch.dtype) -> None:
@@ -188,15 +196,8 @@ class Heads(nn.Module):
         taught_BL = self._taught(lesson, labels_BL)
         places_BL = _any_ahead(taught_BL, self.num_heads)
         batch_R, place_R = self.choose(*places_BL.nonzero(as_tuple=True))
-        length = labels_BL.shape[1]
-        counted = []
-        for k in range(self.num_heads):
-            ahead_R = place_R + 2 + k
-            counts_R, ahead_R = ahead_R < length, ahead_R.clamp(max=length - 1)
-            counts_R &= taught_BL[batch_R, ahead_R]
-            if (segments_BL := lesson.segments_BL) is not None:
-                counts_R &= segments_BL[batch_R, ahead_R] == segments_BL[batch_R, place_R]
-            counted.append(counts_R)
+        counted = self._counted(taught_BL, lesson.segments_BL, batch_R, place_R)
+        law_of = self._laws(lesson, taught_BL) if self.learns != "labels" else None
         places = total([int(counts_R.sum()) for counts_R in counted])
         outs: list[Tensor] = []
         slopes: list[Tensor] = []
@@ -207,12 +208,13 @@ class Heads(nn.Module):
             at_S, ahead_S = batch_R[counts_R], place_R[counts_R] + 2 + k
             out_SD = out_RD.detach()[counts_R]
             scale = self.decay**k / max(1, places[k])
-            teacher_SD = None
-            if self.learns != "labels" or self.state_weight:
-                # The law of x_{u} is what the target says at u - 1.
-                teacher_SD = lesson.features["final"][at_S, ahead_S - 1]
             slope_SD, loss, right = self._losses(
-                out_SD, k, labels_BL[at_S, ahead_S], teacher_SD, scale
+                out_SD,
+                k,
+                labels_BL[at_S, ahead_S],
+                None if law_of is None else functools.partial(law_of, at_S, ahead_S),
+                lesson.features["final"][at_S, ahead_S - 1] if self.state_weight else None,
+                scale,
             )
             slope_RD = torch.zeros_like(out_RD)
             slope_RD[counts_R] = slope_SD
@@ -274,8 +276,45 @@ class Heads(nn.Module):
         known_BL = self.labels(best_BL) >= 0
         return taught_BL & F.pad(known_BL[:, :-1], (1, 0))
 
+    def _counted(
+        self, taught_BL: Tensor, segments_BL: Tensor | None, batch_R: Tensor, place_R: Tensor
+    ) -> list[Tensor]:
+        """Of each head, at which of the places [R] there is something to learn for it."""
+        length = taught_BL.shape[1]
+        found = []
+        for k in range(self.num_heads):
+            ahead_R = place_R + 2 + k
+            counts_R, ahead_R = ahead_R < length, ahead_R.clamp(max=length - 1)
+            counts_R &= taught_BL[batch_R, ahead_R]
+            if segments_BL is not None:
+                counts_R &= segments_BL[batch_R, ahead_R] == segments_BL[batch_R, place_R]
+            found.append(counts_R)
+        return found
+
+    def _laws(self, lesson: Lesson, taught_BL: Tensor) -> Law:
+        """The target's laws of taught tokens x_u, among what can be guessed: what it says at u - 1.
+
+        Made once for all heads where they fit into the memory set aside for that.
+        """
+        final_BLD = lesson.features["final"]
+        before_BL = F.pad(taught_BL[:, 1:], (0, 1))
+        final_RD = final_BLD[before_BL]
+        vocab = len(self.frozen.weight_VD)
+        if len(final_RD) * vocab * 4 > _LAWS_BYTES:
+            return lambda at_S, u_S, rows: self._law(final_BLD[at_S[rows], u_S[rows] - 1])
+        made = [self._law(final_RD[rows]) for rows in _chunks(len(final_RD), vocab)]
+        laws_RV = torch.cat(made) if made else final_RD.new_zeros(0, vocab)
+        places_BL = before_BL.flatten().cumsum(0).view_as(before_BL) - 1
+        return lambda at_S, u_S, rows: laws_RV[places_BL[at_S[rows], u_S[rows] - 1]]
+
     def _losses(
-        self, out_SD: Tensor, k: int, labels_S: Tensor, teacher_SD: Tensor | None, scale: float
+        self,
+        out_SD: Tensor,
+        k: int,
+        labels_S: Tensor,
+        law_of: Callable[[slice], Tensor] | None,
+        teacher_SD: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, float, int]:
         """Slope [S, D] of `scale` times the summed losses; that sum; the right guesses.
 
@@ -290,33 +329,22 @@ class Heads(nn.Module):
                 logits = F.linear(leaf_SD[rows], weight_VD, bias_V).float()
                 if self.own_output(k) is None:
                     logits = self.frozen.logits(logits)
-                teacher = None if teacher_SD is None else teacher_SD[rows]
-                loss = self._loss(leaf_SD[rows], logits, labels_S[rows], teacher)
+                loss = logits.new_zeros(())
+                if self.learns != "laws":
+                    loss = loss + F.cross_entropy(logits, labels_S[rows], reduction="sum")
+                if law_of is not None:
+                    of_laws = F.cross_entropy(logits, law_of(rows), reduction="sum")
+                    loss = loss + self.law_weight * of_laws
+                if teacher_SD is not None:
+                    apart = F.smooth_l1_loss(
+                        leaf_SD[rows].float(), teacher_SD[rows].float(), reduction="none"
+                    )
+                    loss = loss + self.state_weight * apart.mean(-1).sum()
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             right += int((logits.detach().argmax(-1) == labels_S[rows]).sum())
         slope_SD = leaf_SD.grad if leaf_SD.grad is not None else torch.zeros_like(out_SD)
         return slope_SD, total, right
-
-    def _loss(
-        self, out_SD: Tensor, logits_SV: Tensor, labels_S: Tensor, teacher_SD: Tensor | None
-    ) -> Tensor:
-        """What all that is learnt comes to, summed over these places.
-
-        `teacher_SD` are the target's states, whose laws are taken among what can be guessed.
-        """
-        loss = logits_SV.new_zeros(())
-        if self.learns != "laws":
-            loss = loss + F.cross_entropy(logits_SV, labels_S, reduction="sum")
-        if teacher_SD is None:
-            return loss
-        if self.learns != "labels":
-            of_laws = F.cross_entropy(logits_SV, self._law(teacher_SD), reduction="sum")
-            loss = loss + self.law_weight * of_laws
-        if self.state_weight:
-            apart_SD = F.smooth_l1_loss(out_SD.float(), teacher_SD.float(), reduction="none")
-            loss = loss + self.state_weight * apart_SD.mean(-1).sum()
-        return loss
 
     @torch.no_grad()
     def _law(self, final_RD: Tensor) -> Tensor:
