@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from spectool.artifact import ArtifactWriter
+from spectool.decode.drafters.trained import Heads
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.errors import TextError
 from spectool.loading import describe_runtime, load_model
+from spectool.methods import resolve
 from spectool.skeleton import Skeleton
 
 from .features import Read, Stored, Texts, check_store, finish_store, names_of, open_store, store
@@ -100,7 +104,9 @@ class Preparing:
             found = self.stored()
             if found is not None:
                 self.say(f"features of {len(found[0].samples)} texts from {self.job.store}")
-                return Material(self._outside(), *found)
+                kind: type[Heads] = resolve(self.job.method, "drafter").Heads
+                target = Target(self._load()) if kind.begins_as_layers else self._outside()
+                return Material(target, *found)
         with contextlib.ExitStack() as stack:
             keeping = writer
             with self.processes.together():
@@ -123,18 +129,23 @@ class Preparing:
         identity["features"] = names_of(self.needs)
         return ArtifactWriter(place, identity=identity, overwrite=self.overwrite)
 
+    def _load(self) -> PreTrainedModel:
+        setting = self.setting
+        model = load_model(
+            setting.checkpoint.path,
+            dtype=setting.dtype,
+            device=str(setting.device),
+            runtime=setting.runtime,
+            trust_remote_code=setting.trust_remote_code,
+        )
+        model.requires_grad_(False)
+        self.say(f"{setting.name}: {describe_runtime(model)} on {setting.device}")
+        return model
+
     def _make(self, keeping: ArtifactWriter | None, out: ArtifactWriter | None) -> Material:
         job, setting = self.job, self.setting
         with self.processes.together():
-            model = load_model(
-                setting.checkpoint.path,
-                dtype=setting.dtype,
-                device=str(setting.device),
-                runtime=setting.runtime,
-                trust_remote_code=setting.trust_remote_code,
-            )
-            model.requires_grad_(False)
-            self.say(f"{setting.name}: {describe_runtime(model)} on {setting.device}")
+            model = self._load()
             runner = Runner(model, tokenizer=setting.tokenizer)
         written = Written(keeping, self.processes, self.say)
         own = self.own

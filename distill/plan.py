@@ -176,7 +176,7 @@ def plan_of(
             hint="--features online",
         )
     parameters = sum(parameter.numel() for parameter in heads.parameters())
-    stored = (place / FEATURES).is_file()
+    stored = (place / FEATURES).is_file() and not kind.begins_as_layers
     # A packed target counts as what it is when unpacked; of one whose features are there, nothing
     # inside its layers is loaded.
     left_out = tuple(f"{block}." for block in find_blocks(skeleton)[1]) if stored else ()

@@ -123,6 +123,7 @@ class CloverHeads(Heads):
 
     needs = Needs(layers=(-1,), final=True)
     packs = True
+    begins_as_layers = True
     learning = Learning(rate=1e-3, betas=(0.9, 0.95))
     learns = "laws"
     decay = 0.7

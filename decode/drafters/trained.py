@@ -93,7 +93,8 @@ class Heads(nn.Module):
     A method says what it `needs`, by what it is trained, whether it learns the text's `labels`, the
     target's `laws` or the sum of both, and its `decay`: head k's loss counts decay^k. Laws count
     `law_weight`; `state_weight` is that of the smooth L1 distance (mean of D) from the target's
-    state of such a law. One that `packs` learns from rows of several texts as from these alone. It
+    state of such a law. One that `packs` learns from rows of several texts as from these alone; one
+    that `begins_as_layers` takes weights of the target's layers, and nobody else reads any. It
     implements `states` and `step`, and `own_output` where a head has a matrix of its own.
     """
 
@@ -103,6 +104,7 @@ class Heads(nn.Module):
     law_weight: float = 1.0
     state_weight: float = 0.0
     packs: ClassVar[bool] = False
+    begins_as_layers: ClassVar[bool] = False
     needs: Needs
     num_heads: int
     token_map: Tensor | None

@@ -45,9 +45,10 @@ def train(data: str, tmp_path: Path) -> Train:
         where: dict[str, Any] | None = None,
         **asked: Any,
     ) -> Report:
+        ahead = "ttt_steps" if method == "eagle3" else "num_heads"
         job = Job(
             method=method,
-            config=resolve(method, "drafter").Heads.Config(**{"num_heads": 3, **(options or {})}),
+            config=resolve(method, "drafter").Heads.Config(**{ahead: 3, **(options or {})}),
             **{
                 "data": [data], "steps": 8, "seq_len": 64, "batch_tokens": 256, "held_out": 4,
                 "learning_rate": 1e-2, **asked,
