@@ -22,6 +22,7 @@ from spectool.distill.features import Read, store
 from spectool.distill.processes import ALONE
 from spectool.distill.samples import Sample
 from spectool.errors import TextError, UnsupportedError, UsageError
+from spectool.methods import resolve
 
 from ..conftest import make_model
 from .conftest import Losses, Train, contents
