@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
@@ -30,6 +31,8 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Prompt
 from spectool.decode.target import packed, tree_mask
 
+# Scores of a training step that are kept; to make them anew costs a ninth more time.
+_SCORE_BYTES = 1 << 26
 # Tokens of a prompt per pass: bounds the mask.
 _CHUNK = 512
 
@@ -114,7 +117,18 @@ def attend_chains(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -
 
     At step s the row at place t sees the first step's rows up to t, and of each later step the row
     at t alone. `keys` and `values` are those of the steps 0 ... s, [B, H or fewer, N, E] each.
+    Large scores are made anew for the gradient: those of all steps would outweigh everything else.
     """
+    batch, heads, length, _ = q.shape
+    large = 4 * batch * heads * length**2 > _SCORE_BYTES
+    if not (large and torch.is_grad_enabled()):
+        return _attend(q, keys, values)
+    # More are added to the lists before the gradient is asked for.
+    attended: Tensor = checkpoint(_attend, q, tuple(keys), tuple(values), use_reentrant=False)
+    return attended
+
+
+def _attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     shared = q.shape[1] // keys[0].shape[1]
     keys = [k.repeat_interleave(shared, 1) for k in keys]
     values = [v.repeat_interleave(shared, 1) for v in values]

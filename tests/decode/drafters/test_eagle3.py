@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
+from spectool.decode.drafters import layer
 from spectool.decode.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Heads
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Lesson
@@ -91,9 +92,13 @@ class StepByStep:
         return weight_VD @ rms(y_D, self.heads.norm)
 
 
-@pytest.mark.parametrize("size", [None, 5])
-def test_training_is_drafting_step_by_step(size: int | None) -> None:
+@pytest.mark.parametrize(("size", "kept"), [(None, 1 << 26), (5, 1 << 26), (None, 0)])
+def test_training_is_drafting_step_by_step(
+    size: int | None, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Losses and gradients of all places at once against chains of one place after the other."""
+    # Scores kept, or made anew for the gradient.
+    monkeypatch.setattr(layer, "_SCORE_BYTES", kept)
     token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
     model = bare_model(bias=True)
     heads = make_heads(model, token_map=token_map, ttt_steps=3)
@@ -102,7 +107,7 @@ def test_training_is_drafting_step_by_step(size: int | None) -> None:
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
-    kept = list(range(17)) if token_map is None else token_map.tolist()
+    known = list(range(17)) if token_map is None else token_map.tolist()
     total, skipped = torch.zeros(()), 0
     losses: list[list[Tensor]] = [[] for _ in range(3)]
     for row, place in itertools.product(range(2), range(8)):
@@ -114,12 +119,12 @@ def test_training_is_drafting_step_by_step(size: int | None) -> None:
             if ahead >= 10 or not lesson.taught_BL[row, ahead]:
                 continue
             teacher_V = model.output(features["final"][ahead - 1]).detach()
-            if int(teacher_V.argmax()) not in kept:
+            if int(teacher_V.argmax()) not in known:
                 skipped += 1
                 continue
             weight_VD, _ = heads.output(s)
             logq_V = (weight_VD @ rms(y_D, heads.norm)).log_softmax(0)
-            losses[s].append(-(teacher_V[kept].softmax(0) * logq_V).sum())
+            losses[s].append(-(teacher_V[known].softmax(0) * logq_V).sum())
     for s, values in enumerate(losses):
         total = total + 0.8**s * torch.stack(values).mean()
         assert done.places[s] == len(values)
