@@ -25,6 +25,7 @@ T nodes in the tail.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,11 +228,13 @@ class Eagle3Drafter(Drafter):
         self._states.clear()
         # Column t is made of the target's state at t and of the token after it.
         self._own.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
-        self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
+        with self._kernel():
+            self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        self._read([outcome.row.index for outcome in outcomes], *read_outcomes(outcomes))
+        with self._kernel():
+            self._read([outcome.row.index for outcome in outcomes], *read_outcomes(outcomes))
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
@@ -239,9 +242,12 @@ class Eagle3Drafter(Drafter):
         if deepest == 0:
             return [tree.root(row.tokens[-1]) for row in rows]
         self._own.select([row.index for row in rows])
-        with skinny.products(self._linears, kernel_rows(self._heads.dtype)):
+        with self._kernel():
             found = self._grow(torch.stack([self._states[row.index] for row in rows]), deepest)
         return self._best(rows, budget, found)
+
+    def _kernel(self) -> AbstractContextManager[None]:
+        return skinny.products(self._linears, kernel_rows(self._heads.dtype))
 
     def _read(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]

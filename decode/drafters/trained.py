@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -397,7 +398,8 @@ class TreeDrafter(Drafter):
     @torch.inference_mode()
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         self._states.clear()
-        self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
+        with self._kernel():
+            self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
@@ -409,7 +411,7 @@ class TreeDrafter(Drafter):
             len(rows), len(self._tree.depths), dtype=torch.long, device=state_BD.device
         )
         tokens_BN[:, 0] = torch.tensor([row.tokens[-1] for row in rows])
-        with skinny.products(self._linears, kernel_rows(self._heads.dtype)):
+        with self._kernel():
             for k, level in enumerate(self._tree.levels[:deepest]):
                 states = self._level(rows, state_BD, tokens_BN, k)
                 guesses = self._heads.guess(states, k, TOP)
@@ -429,7 +431,12 @@ class TreeDrafter(Drafter):
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        self._read([outcome.row.index for outcome in outcomes], *read_outcomes(outcomes))
+        with self._kernel():
+            self._read([outcome.row.index for outcome in outcomes], *read_outcomes(outcomes))
+
+    def _kernel(self) -> AbstractContextManager[None]:
+        """Products of few rows by the kernel, in all that heads compute."""
+        return skinny.products(self._linears, kernel_rows(self._heads.dtype))
 
     def _read(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
