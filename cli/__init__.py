@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from spectool.cli import bench, chat, demo, doctor, evaluate, generate, inspect, list_methods, tune
+from spectool.cli import (
+    bench,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    list_methods,
+    tune,
+)
 from spectool.cli.quantize import QUANTIZE
 from spectool.cli.train_heads import TRAIN_HEADS
 from spectool.version import __version__
@@ -42,6 +53,7 @@ def _root(
 for verb in (QUANTIZE, TRAIN_HEADS):
     app.add_typer(verb.application(), name=verb.name)
 app.command("tune")(tune.tune)
+app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)

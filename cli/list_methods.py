@@ -38,7 +38,10 @@ def list_methods(
             if row.kind != shown:
                 output.show(f"{row.kind}s")
                 shown = row.kind
-            output.show(f"  {name:<{width}}  {row.summary}")
+            others = ", ".join(place for place in row.runs_in if place != "spectool")
+            output.show(
+                f"  {name:<{width}}  {row.summary}" + (f" [also in {others}]" if others else "")
+            )
         output.result(
             {
                 "methods": [

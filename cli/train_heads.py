@@ -48,6 +48,13 @@ def train_heads(
             help="Text to learn from: .txt, .jsonl, .parquet (.gz, .xz), hub:DATASET; repeatable."
         ),
     ] = None,
+    begin: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Go on from these heads: of train-heads, vLLM's Medusa, EAGLE-3 or speculators.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=0, help="Optimiser steps; 0 writes untrained heads.")
     ] = None,
@@ -134,6 +141,7 @@ def train_heads(
             method=method,
             config=config,
             data=data,
+            begin=begin,
             steps=steps,
             epochs=epochs or 1,
             seq_len=seq_len,
@@ -217,7 +225,7 @@ def _finish(output: Output, out: Path, report: Report) -> None:
     )
     output.show(
         f"about {report.tokens_per_forward:.2f} tokens per forward with a tree of {report.nodes} "
-        f"nodes, {report.depth} deep; untrained {report.initial['score']:.2f}"
+        f"nodes, {report.depth} deep; at first {report.initial['score']:.2f}"
     )
     output.show(f"{report.steps} steps, {report.seconds:.1f} s")
     output.result(

@@ -15,7 +15,7 @@ from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_
 from spectool.errors import CheckpointError, UsageError
 from spectool.headers import Layout
 from spectool.packed import packed_modules, unpack_in_place
-from spectool.skeleton import model_class, read_config
+from spectool.skeleton import Skeleton, model_class, read_config
 
 # `auto` unpacks where the dense weights take at most this share of the memory that is free.
 DENSE_SHARE = 0.5
@@ -65,6 +65,21 @@ def load_model(
     moved.to(target).eval()
     if runtime == "dense" or (runtime == "auto" and _better_dense(model)):
         unpack_in_place(model, dtype=model.dtype)
+    return model
+
+
+def load_outside(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model with embeddings, output matrix and norms; its blocks have no weights."""
+    skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
+    tensors = skeleton.read(checkpoint, skeleton.tensors_outside())
+    module: Any = skeleton.materialise("", tensors, dtype=dtype, device=device)
+    model: PreTrainedModel = module
     return model
 
 

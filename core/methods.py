@@ -110,7 +110,7 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.medusa:MedusaDrafter",
         summary="Trained heads guess several tokens ahead at once; a static tree of their guesses",
         source="Cai et al., Medusa, 2024 (arXiv:2401.10774), Medusa-1",
-        runs_in=("spectool",),
+        runs_in=("spectool", "vllm"),
         trained=True,
     ),
     "hydra": Method(
@@ -126,7 +126,7 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.eagle3:Eagle3Drafter",
         summary="A layer that reads three of the target's and goes on from its own; a dynamic tree",
         source="Li et al., EAGLE-3, 2025 (arXiv:2503.01840); tree of EAGLE-2 (arXiv:2406.16858)",
-        runs_in=("spectool",),
+        runs_in=("spectool", "vllm", "sglang"),
         trained=True,
     ),
     "clover": Method(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from spectool.decode.drafters.exchange import Beginning
 from spectool.decode.drafters.trained import MOST_NODES, TOP, HeadLoss, Heads, frequent
 from spectool.decode.tree import best_paths
 from spectool.methods import resolve
@@ -27,7 +28,15 @@ from .texts import parts
 class Course:
     """See the module docstring."""
 
-    def __init__(self, material: Material, job: Job, seq_len: int, processes: Processes) -> None:
+    def __init__(
+        self,
+        material: Material,
+        job: Job,
+        seq_len: int,
+        processes: Processes,
+        begin: Beginning | None = None,
+    ) -> None:
+        """Raises: CheckpointError: what to `begin` with is not for this target."""
         self.processes = processes
         target, self.own = material.target, material.own
         self.device = target.device
@@ -36,14 +45,16 @@ class Course:
         self.nodes: int = drafter.Config().nodes
         self.seed, self.autocast = job.seed, job.autocast
         size = drafter.Heads.num_guessed(job.config, target.vocab_size)
-        token_map = None
-        if size:
+        token_map = None if begin is None else begin.token_map
+        if size and begin is None:
             said = [
                 t for s in samples for t, taught in zip(s.tokens, s.taught, strict=True) if taught
             ]
             token_map = frequent(said, count=size, vocab=target.vocab_size).to(target.device)
         with self._chance("fresh"):
             fresh: Heads = drafter.Heads(job.config, target.model, token_map)
+        if begin is not None:
+            begin.fill(fresh)
         self.heads = fresh.to(target.device).float()
         self.batches = steps_of(samples, job, seq_len)
         self.steps = len(self.batches)

@@ -18,14 +18,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from spectool.artifact import ArtifactWriter
+from spectool.decode.drafters.exchange import Beginning
 from spectool.decode.drafters.trained import Heads
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.errors import TextError
-from spectool.loading import describe_runtime, load_model
+from spectool.loading import describe_runtime, load_model, load_outside
 from spectool.methods import resolve
-from spectool.skeleton import Skeleton
 
 from .features import Read, Stored, Texts, check_store, finish_store, names_of, open_store, store
 from .plan import Job, Setting
@@ -55,8 +55,8 @@ class Preparing:
     """The job, where it runs, the texts as they were given, and the features that are asked for.
 
     `key` is what decides the features of a store, `identity` what decides the bytes of OUT.
-    `server` writes the texts to learn from, where there is one. `overwrite`: an unfinished store of
-    something else gives way; a whole one never does.
+    `server` writes the texts to learn from, where there is one; `begin` is what heads go on from.
+    `overwrite`: an unfinished store of something else gives way; a whole one never does.
     """
 
     job: Job
@@ -66,6 +66,7 @@ class Preparing:
     needs: Needs
     identity: dict[str, Any]
     server: Server | None
+    begin: Beginning | None
     overwrite: bool
     processes: Processes
     say: Say
@@ -215,9 +216,12 @@ class Preparing:
         )
 
     def _outside(self) -> Target:
-        """The target with embeddings, output matrix and norms; its layers have no weights."""
         setting = self.setting
-        skeleton = Skeleton(setting.checkpoint.layout, trust_remote_code=setting.trust_remote_code)
-        tensors = skeleton.read(setting.checkpoint, skeleton.tensors_outside())
-        model: Any = skeleton.materialise("", tensors, dtype=setting.dtype, device=setting.device)
-        return Target(model)
+        return Target(
+            load_outside(
+                setting.checkpoint,
+                dtype=setting.dtype,
+                device=setting.device,
+                trust_remote_code=setting.trust_remote_code,
+            )
+        )

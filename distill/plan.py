@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from spectool.checkpoint import Checkpoint, text_fingerprint
+from spectool.decode.drafters.exchange import Beginning
 from spectool.decode.drafters.trained import Heads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
@@ -34,6 +35,7 @@ from .samples import Sample, batches, packs
 class Job:
     """Everything that a training is asked to do, apart from where it runs.
 
+    `begin`: heads to go on from, a directory or a hub id; their options stand before the defaults.
     `steps` None: `epochs` over the data. `learning_rate` None: the method's own. `held_out`:
     samples to measure on, at most. `autocast`: the dtype in which the heads compute; their weights
     are float32 while they learn. `regenerate`: by the server at `regenerate_url` where there is
@@ -47,6 +49,7 @@ class Job:
     method: str
     config: Config
     data: Sequence[str]
+    begin: str | None = None
     steps: int | None = None
     epochs: int = 1
     seq_len: int = 1024
@@ -253,7 +256,11 @@ def steps_of(samples: Sequence[Sample], job: Job, seq_len: int) -> list[list[lis
 
 
 def identity_of(
-    setting: Setting, job: Job, samples: Sequence[Sample], processes: Processes
+    setting: Setting,
+    job: Job,
+    samples: Sequence[Sample],
+    processes: Processes,
+    begin: Beginning | None,
 ) -> dict[str, Any]:
     """All that decides the bytes: what is asked, what it is asked of, and how it is computed.
 
@@ -270,6 +277,7 @@ def identity_of(
         "seq_len": setting.seq_len,
         "features": job.features.partition(":")[0],
         "options": job.config.as_dict(),
+        "begin": None if begin is None else begin.digest,
         "data": text_fingerprint([[sample.tokens, sample.taught] for sample in samples]),
         "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
         "dtype": str(setting.dtype).removeprefix("torch."),

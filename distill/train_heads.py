@@ -20,11 +20,14 @@ from torch import Tensor
 
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import open_checkpoint, text_fingerprint
+from spectool.decode.drafters import exchange
+from spectool.decode.drafters.exchange import Beginning
 from spectool.decode.drafters.heads import HeadsRecord, lineage
 from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, Learning
 from spectool.decode.tree import best_paths
-from spectool.errors import TextError
+from spectool.errors import TextError, UsageError
 from spectool.headers import HEADS, HEADS_FILE
+from spectool.hub import fetch, is_local
 from spectool.loading import (
     check_device,
     default_dtype,
@@ -33,6 +36,7 @@ from spectool.loading import (
     tokenizer_digest,
 )
 from spectool.methods import resolve
+from spectool.skeleton import read_config
 from spectool.training import Figures, Recipe, Training, make_optimizer
 
 from .course import Course
@@ -140,7 +144,7 @@ def train_heads(
                 )
         material = preparing.material(writer)
         width, vocab_size = material.target.width, material.target.vocab_size
-        course = Course(material, job, setting.seq_len, processes)
+        course = Course(material, job, setting.seq_len, processes, preparing.begin)
         # Where the features are stored, nothing but what the heads read of the target stays.
         del material
         if not len(course.ranks()):
@@ -216,6 +220,13 @@ def _prepare(
     Raises:
         InputError: see `train_heads`.
     """
+    begin = None
+    if job.begin is not None:
+        begin = _begin(job.begin, setting, job)
+        # The method's options that were given; what is the default was not.
+        usual = type(job.config)().as_dict()
+        given = {k: value for k, value in job.config.as_dict().items() if value != usual[k]}
+        job = replace(job, config=type(job.config).from_dict({**begin.options, **given}))
     if job.learning_rate is None:
         learning: Learning = resolve(job.method, "drafter").Heads.learning
         job = replace(job, learning_rate=learning.rate)
@@ -242,7 +253,8 @@ def _prepare(
         own=own,
         unseen=unseen,
         needs=plan.needs,
-        identity=identity_of(setting, job, samples, processes),
+        identity=identity_of(setting, job, samples, processes, begin),
+        begin=begin,
         server=server,
         overwrite=overwrite,
         processes=processes,
@@ -250,6 +262,15 @@ def _prepare(
     )
     preparing.check()
     return preparing
+
+
+def _begin(place: str, setting: Setting, job: Job) -> Beginning:
+    """Raises: InputError: no heads of the method in this place."""
+    config = read_config(setting.checkpoint.path, trust_remote_code=setting.trust_remote_code)
+    found = exchange.read(Path(place) if is_local(place) else fetch(place, None), config)
+    if found.method != job.method:
+        raise UsageError(f"--from {place}: holds {found.method} heads, not {job.method}")
+    return found
 
 
 def _training(job: Job, course: Course, watch: Callable[..., None], store: _Shards) -> Training:

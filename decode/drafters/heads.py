@@ -8,11 +8,12 @@ inputs give equal bytes.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import loading, methods
@@ -123,23 +124,14 @@ def open_heads(
     record = read_record(path)
     check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
     drafter: Any = methods.resolve(record.method, "drafter")
-    entries = {entry.name: entry for entry in read_header(path / HEADS_FILE)[1]}
-    tensors = {name: read_tensor(entry) for name, entry in entries.items()}
+    tensors = read_tensors(path / HEADS_FILE)
     token_map = tensors.get("token_map")
     heads: nn.Module = drafter.Heads(
         drafter.Heads.Config.from_dict(record.options),
         target.model,
         None if token_map is None else token_map.to(target.device),
     )
-    wanted = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
-    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != stored:
-        name = sorted(wanted.items() ^ stored.items())[0][0]
-        raise CheckpointError(
-            f"{path / HEADS_FILE}: {name} is {stored.get(name, 'absent')}, expected "
-            f"{wanted.get(name, 'no such tensor')}"
-        )
-    heads.load_state_dict(tensors)
+    fill(heads, tensors, path / HEADS_FILE)
     heads.to(target.device, target.dtype)
     found = dict(record.tuned.get(machine_key(target), {}))
     found.pop("speedup", None)
@@ -147,6 +139,24 @@ def open_heads(
     config = drafter.Config.from_text(f"{known},{options}")
     built: Drafter = drafter(heads, record.paths, config)
     return built
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    return {entry.name: read_tensor(entry) for entry in read_header(file)[1]}
+
+
+def fill(heads: nn.Module, tensors: Mapping[str, Tensor], place: Path) -> None:
+    """Give heads these weights. Raises: CheckpointError: those in `place` are not theirs."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != stored:
+        name = sorted(wanted.items() ^ stored.items())[0][0]
+        raise CheckpointError(
+            f"{place}: {name} is {stored.get(name, 'absent')}, expected "
+            f"{wanted.get(name, 'no such tensor')}"
+        )
+    heads.load_state_dict(tensors)
 
 
 def check_fit(

@@ -1,0 +1,247 @@
+"""Heads in servers' formats: what is written computes the same, and comes back as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spectool.decode.drafters import exchange
+from spectool.decode.drafters.heads import read_record
+from spectool.decode.generate import Runner
+from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
+from spectool.methods import METHODS
+
+from .conftest import Train
+
+Checkpoint = Callable[..., Path]
+Make = Callable[..., tuple[Path, Path, Path]]
+
+
+@pytest.fixture
+def make(train: Train, checkpoint: Checkpoint, tmp_path: Path) -> Make:
+    """`make(family, method, format, options)`: checkpoint, heads and what they are exported to."""
+
+    def run(
+        family: str, method: str, name: str, options: dict[str, Any] | None = None
+    ) -> tuple[Path, Path, Path]:
+        layers = {"n_layer": 4} if family == "gpt2" else {"num_hidden_layers": 4}
+        source = checkpoint(family, **({} if family == "gemma3" else layers))
+        train(source, "heads", method=method, options=options, steps=2)
+        exchange.export(tmp_path / "heads", str(source), tmp_path / "served", name)
+        return source, tmp_path / "heads", tmp_path / "served"
+
+    return run
+
+
+def back(train: Train, source: Path, served: Path, method: str, **options: Any) -> Path:
+    train(source, "back", method=method, options=options, steps=0, begin=str(served))
+    return served.parent / "back"
+
+
+def equal(one: Path, other: Path) -> bool:
+    a, b = (load_file(path / "heads.safetensors") for path in (one, other))
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
+
+
+def said(path: Path) -> Any:
+    return json.loads((path / "config.json").read_text())
+
+
+def edit(path: Path, **changes: Any) -> None:
+    (path / "config.json").write_text(json.dumps({**said(path), **changes}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 2},
+        {"draft_vocab": 30},
+        {"shared_head": True},
+        {"shared_head": True, "draft_vocab": 30},
+    ],
+)
+def test_medusa_as_its_server_computes_it(
+    make: Make, train: Train, options: dict[str, Any]
+) -> None:
+    source, heads, served = make("llama", "medusa", "vllm-medusa", options)
+    config, tensors = said(served), load_file(served / "model.safetensors")
+    assert config["model_type"] == "medusa" and config["medusa_fc_bias"] is True
+    runner = Runner(source, draft=str(heads), dtype=torch.float32)
+    own: Any = runner.drafter._heads.requires_grad_(False)  # type: ignore[attr-defined]
+    state_RD = torch.randn(5, config["hidden_size"], generator=torch.Generator().manual_seed(1))
+    for k in range(config["num_heads"]):
+        x = state_RD
+        for j in range(config["num_hidden_layers"]):
+            block = f"blocks.{k}.layers.{j}"
+            y = x @ tensors[f"{block}.weight"].T + tensors[f"{block}.bias"]
+            x = x + y * y.sigmoid()
+        logits = x @ tensors[f"lm_heads.{0 if config['original_lm_head'] else k}.weight"].T
+        assert logits.shape[1] == config["truncated_vocab_size"]
+        best = logits.argmax(-1)
+        best = tensors["token_map"][best] if "token_map" in tensors else best
+        step = own.step(state_RD, torch.zeros(5, 1, k + 1, dtype=torch.long), k)
+        assert torch.equal(own.guess(step, k, 1)[:, 0, 0], best)
+    assert equal(back(train, source, served, "medusa"), heads)
+    assert read_record(served.parent / "back").options == read_record(heads).options
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "options"),
+    [
+        ("llama", "eagle3", {}),
+        ("llama-tied", "eagle3", {"draft_vocab": 30}),
+        ("gpt2", "eagle3", {}),
+        ("qwen3", "speculators", {"draft_vocab": 30}),
+        ("gemma3", "speculators", {}),
+    ],
+)
+def test_eagle3_comes_back(
+    make: Make, train: Train, family: str, name: str, options: dict[str, Any]
+) -> None:
+    """The layer's names and meaning are those of the authors' code; that is not run here."""
+    source, heads, served = make(family, "eagle3", name, options)
+    config, tensors = said(served), load_file(served / "model.safetensors")
+    layer = "midlayer." if name == "eagle3" else "layers.0."
+    own = load_file(heads / "heads.safetensors")
+    assert set(tensors) == {
+        *(key.replace("midlayer.", layer) for key in own if key != "token_map"),
+        *(["d2t", "t2d"] if options else []),
+        *(["embed_tokens.weight"] if name == "speculators" else []),
+    }
+    shape = config if name == "eagle3" else config["transformer_layer_config"]
+    assert tensors[f"{layer}self_attn.q_proj.weight"].shape == (
+        shape["num_attention_heads"] * shape["head_dim"], 2 * shape["hidden_size"],
+    )  # fmt: skip
+    if options:
+        ids = own["token_map"]
+        assert torch.equal(torch.arange(30) + tensors["d2t"], ids)
+        assert torch.equal(tensors["t2d"].nonzero()[:, 0], ids)
+    states = config["eagle_aux_hidden_state_layer_ids"]
+    runner = Runner(source, draft=str(heads), dtype=torch.float32)
+    assert runner.drafter is not None
+    assert [state - 1 for state in states] == list(runner.drafter.needs.layers)
+    if name == "eagle3":
+        # Outputs of layers there, what layers read here.
+        nested = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+        assert nested == [state - 1 for state in states]
+    else:
+        every = torch.arange(shape["vocab_size"])
+        embedding = runner.target.model.get_input_embeddings()
+        assert torch.equal(tensors["embed_tokens.weight"], embedding(every))
+    assert equal(back(train, source, served, "eagle3"), heads)
+    runner.use(str(served.parent / "back"))
+    (result,) = runner.generate([[5, 6, 7]], max_new_tokens=20)
+    assert result.drafted > 0
+
+
+def test_eagle3_of_others(make: Make, train: Train) -> None:
+    """Guessed tokens in any order, SGLang's count of layers, a biased or a foreign head."""
+    source, heads, served = make("llama", "eagle3", "eagle3", {"draft_vocab": 30})
+    file = served / "model.safetensors"
+    tensors = load_file(file)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(2))
+    ids = (torch.arange(30) + tensors["d2t"])[order]
+    shuffled = {"d2t": ids - torch.arange(30), "lm_head.weight": tensors["lm_head.weight"][order]}
+    save_file({**tensors, **shuffled}, file)
+    config = said(served)
+    del config["eagle_aux_hidden_state_layer_ids"]
+    (served / "config.json").write_text(json.dumps(config))
+    assert equal(back(train, source, served, "eagle3", ttt_steps=2), heads)
+    assert read_record(served.parent / "back").options["ttt_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_before_residual": True}, "norm_before_residual"),
+        ({"num_hidden_layers": 2}, "has 2 layers"),
+        ({"intermediate_size": 64}, "intermediate_size 64, the target 56"),
+        ({"rope_theta": 5e5, "rope_parameters": None}, "rope_parameters"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 2, 1]}, r"states \[2, 2, 1\]"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}, "states 1 to 4"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, r"fc.weight is \(32, 96\)"),
+        ({"speculators_model_type": "dflash"}, "holds dflash, no heads"),
+        ({"architectures": ["LlamaForCausalLM"]}, "holds llama, no heads"),
+    ],
+)
+def test_what_is_not_ours_is_refused(
+    make: Make, train: Train, change: dict[str, Any], message: str
+) -> None:
+    source, _, served = make("llama", "eagle3", "eagle3")
+    edit(served, **change)
+    with pytest.raises((UnsupportedError, UsageError, CheckpointError), match=message):
+        back(train, source, served, "eagle3")
+    assert sorted(path.name for path in served.parent.iterdir()) in (
+        ["heads", "served"], ["back.partial", "back.partial.json", "heads", "served"],
+    )  # fmt: skip
+
+
+def test_other_places_are_refused(
+    make: Make, train: Train, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source, heads, served = make("llama", "eagle3", "speculators")
+    other = checkpoint("llama", num_hidden_layers=4, seed=1)
+    with pytest.raises(CheckpointError, match="its embedding is not the target's"):
+        back(train, other, served, "eagle3")
+    with pytest.raises(UsageError, match="holds eagle3 heads, not medusa"):
+        back(train, source, served, "medusa")
+    with pytest.raises(CheckpointError, match="absent"):
+        back(train, source, tmp_path / "absent", "eagle3")
+    (served / "model.safetensors").rename(served / "pytorch_model.bin")
+    with pytest.raises(UnsupportedError, match="pickled"):
+        back(train, source, served, "eagle3")
+    with pytest.raises(CheckpointError, match="trained for another checkpoint"):
+        exchange.export(heads, str(other), tmp_path / "new", "eagle3")
+    with pytest.raises(UsageError, match="exists already"):
+        exchange.export(heads, str(source), served, "eagle3")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_format_cannot_hold(
+    make: Make, train: Train, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint("gemma3")
+    train(source, "scaled", method="eagle3", steps=0)
+    with pytest.raises(UnsupportedError, match="this target scales it") as caught:
+        exchange.export(tmp_path / "scaled", str(source), tmp_path / "x", "eagle3")
+    assert caught.value.hint is not None and "speculators" in caught.value.hint
+    source = checkpoint("llama")
+    train(source, "shallow", method="eagle3", steps=0)
+    with pytest.raises(UnsupportedError, match="fuse three of the target's states, these heads 2"):
+        exchange.export(tmp_path / "shallow", str(source), tmp_path / "x", "eagle3")
+    train(source, "hydra", method="hydra", steps=0)
+    with pytest.raises(UnsupportedError, match="holds eagle3 heads, these are hydra") as caught:
+        exchange.export(tmp_path / "hydra", str(source), tmp_path / "x", "speculators")
+    assert caught.value.hint is not None and "no server reads hydra heads" in caught.value.hint
+    assert not (tmp_path / "x").exists()
+
+
+def test_training_goes_on_from_heads(train: Train, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """On a packed target as on the dense one: what was learnt is what it begins with."""
+    source = checkpoint("llama")
+    first = train(source, "first", method="hydra", steps=30)
+    place = str(tmp_path / "first")
+    again = train(source, "again", method="hydra", steps=0, begin=place)
+    assert equal(tmp_path / "first", tmp_path / "again")
+    assert again.initial["score"] == pytest.approx(first.tokens_per_forward)
+    assert again.record.training["begin"].startswith("sha256:")
+    assert first.record.training["begin"] is None
+    more = train(source, "more", method="hydra", steps=30, begin=place)
+    assert more.tokens_per_forward >= first.tokens_per_forward
+    assert not equal(tmp_path / "first", tmp_path / "more")
+    with pytest.raises(SpectoolError, match="is absent, expected"):
+        train(source, "other", method="hydra", options={"num_heads": 5}, steps=0, begin=place)
+
+
+def test_formats_hold_what_the_table_says(tmp_path: Path) -> None:
+    served = {form.method for form in exchange.FORMATS.values()}
+    elsewhere = {name for name, row in METHODS.items() if row.trained and len(row.runs_in) > 1}
+    assert served == elsewhere
