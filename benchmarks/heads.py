@@ -4,12 +4,13 @@
 
 FOLDER holds `models/codestory-10M` and `data` (see their README). The checkpoint first writes its
 own training text, at temperature 0.8 after beginnings of the kinds it learnt; every method then
-learns from equal tokens of that. Prompts are code, stories, prose and arithmetic that neither the
-checkpoint nor the heads were trained on, cut where plain greedy decoding begins to repeat itself.
-Tokens per forward come from decoding, greedy and at temperature 0.8, in float32, with intervals by
-resampling the prompts (2.5 to 97.5 %); greedy output must be that of plain decoding everywhere.
-Speed is that of the widened copy (`widened.py`) with widened heads, which compute the same function
-at the cost of 400 M parameters: it says nothing about the quality of heads of such a model.
+learns from equal tokens of that, as many as the slowest takes in six minutes of two cores.
+Prompts are code, stories, prose and arithmetic that neither the checkpoint nor the heads were
+trained on, cut where plain greedy decoding begins to repeat itself. Tokens per forward come from
+decoding, greedy and at temperature 0.8, in float32, with intervals by resampling the prompts (2.5
+to 97.5 %); greedy output must be that of plain decoding everywhere. Speed is that of the widened
+copy (`widened.py`) with widened heads, which compute the same function at the cost of 400 M
+parameters: it says nothing about the quality of heads of such a model.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from widened import widen
 
 from decode import WIDTHS, write_prompts
 from spectool.checkpoint import open_checkpoint
+from spectool.decode.chains import FirstPath
 from spectool.decode.drafters.heads import lineage, read_record
 from spectool.decode.generate import Result, Runner, loop_start
+from spectool.decode.protocol import Drafter
 from spectool.distill.regenerate import regenerate
 from spectool.distill.samples import read_samples
 from spectool.headers import HEADS, HEADS_FILE
@@ -45,7 +48,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "medusa": ("--learning-rate", "3e-3"),
     "hydra-plain": ("--variant", "plain", "--learning-rate", "3e-3"),
     "hydra": ("--learning-rate", "3e-3"),
-    "eagle3": ("--learning-rate", "6e-3"),
+    "eagle3": ("--ttt-steps", "4", "--learning-rate", "4e-3"),
     "clover": ("--learning-rate", "3e-3"),
     "chimera": ("--learning-rate", "3e-3"),
     "ppd": ("--learning-rate", "1e-2"),
@@ -54,6 +57,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 FREE = ("ngram+recycle:nodes=32", "trigram+recycle:nodes=32")
 FREE_TUNED = ("ngram+recycle:tune", "trigram+recycle:tune")
 NODES = (8, 16, 32, 64)
+CHAINS = range(1, 8)
 PARTS = ("train", "decode", "speed")
 SEQ_LEN, BATCH_TOKENS = 256, 2048
 
@@ -78,7 +82,9 @@ def write_own_text(model: Path, texts: dict[str, Path], path: Path, tokens: int)
     raise AssertionError
 
 
-def decode(runner: Runner, draft: str | None, jobs: Any, temperature: float) -> list[Result]:
+def decode(
+    runner: Runner, draft: str | Drafter | None, jobs: Any, temperature: float
+) -> list[Result]:
     runner.use(draft)
     prompts, limits = [prompt for prompt, _ in jobs], [limit for _, limit in jobs]
     return runner.generate(prompts, max_new_tokens=limits, temperature=temperature)
@@ -147,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("build/heads"))
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=280)
     parser.add_argument("--each", type=int, default=6)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", default="bfloat16", help="of the widened copy")
@@ -222,6 +228,11 @@ def decode_all(found: dict[str, Any], model: Path, out: Path, names: list[str], 
         if "nodes=32" in spec:
             sampled = decode(runner, spec, [(text, 64) for text in texts], 0.8)
             entry["temperature 0.8"] = figures(sampled, categories)
+            inner = runner.drafter
+            if inner.combines:
+                entry["chains"] = [
+                    rate(decode(runner, FirstPath(inner, depth), jobs, 0.0)) for depth in CHAINS
+                ]
         found.setdefault("decoded", {})[Path(spec).name] = entry
         print(spec, entry["identical"], entry["greedy"]["all"], flush=True)
         keep()

@@ -8,23 +8,44 @@ from typing import Annotated
 import typer
 
 from spectool.cli.common import Debug, Json, TrustRemoteCode, prepare_torch, session
+from spectool.errors import UsageError
+from spectool.headers import HEADS
 
 
 def export(
-    path: Annotated[Path, typer.Argument(help="Heads directory.")],
+    path: Annotated[str, typer.Argument(help="Packed checkpoint, or heads directory.")],
     out: Annotated[Path, typer.Argument(help="Directory to make; must not exist.")],
-    format: Annotated[str, typer.Option(help="vllm-medusa, eagle3 or speculators.")],
-    model: Annotated[str, typer.Option(help="The checkpoint that the heads draft for.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="Of a checkpoint: dense, compressed-tensors; of heads: vllm-medusa, eagle3, "
+            "speculators."
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Of heads: the checkpoint that they draft for.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write draft heads in a format that other servers read."""
+    """Write a packed checkpoint, or draft heads, in a format that other tools read."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(None)
-        from spectool.decode.drafters import exchange
+        if (Path(path) / HEADS).exists():
+            from spectool.decode.drafters import exchange
 
-        lines = exchange.export(path, model, out, format, trust_remote_code=trust_remote_code)
+            if model is None:
+                raise UsageError("--model: heads are exported for the checkpoint they draft for")
+            lines = exchange.export(
+                Path(path), model, out, format, trust_remote_code=trust_remote_code
+            )
+        else:
+            from spectool.quantize import export as room
+
+            if model is not None:
+                raise UsageError(f"--model is for heads; {path} is none")
+            lines = room.export(path, out, format, trust_remote_code=trust_remote_code)
         output.show(f"{out}: {format}; serve it with")
         for line in lines:
             output.show(f"  {line}")

@@ -227,9 +227,16 @@ def show_fits(output: Output, fits: dict[int, dict[str, Any]]) -> None:
         f"block loss after the fit: {min(shares):.3f} to {max(shares):.3f} of that at its start, "
         f"lower in {lower} of {len(fits)} blocks"
     )
-    flipped = sum(fit["rows_flipped"] for fit in fits.values())
+    flipped = sum(fit.get("rows_flipped", 0) for fit in fits.values())
     if flipped:
         output.show(f"rows flipped by a negative scale: {flipped}")
+    moved = [fit["codes_moved"] for fit in fits.values() if "codes_moved" in fit]
+    if moved:
+        further = max(fit["codes_moved_further"] for fit in fits.values())
+        output.show(
+            f"codes that moved: {min(moved):.1%} to {max(moved):.1%} of a block, by more than one "
+            f"level at most {further:.2%}"
+        )
     turned = [index for index, fit in fits.items() if fit["least_cosine"] <= 0]
     skipped = sum(fit["steps_skipped"] for fit in fits.values())
     if skipped:
@@ -237,7 +244,7 @@ def show_fits(output: Output, fits: dict[int, dict[str, Any]]) -> None:
     if turned:
         output.show(
             "on some calibration text the output points away from the original's, in blocks "
-            f"{', '.join(map(str, turned))}: more --epochs, or a larger --ratio"
+            f"{', '.join(map(str, turned))}: more --epochs, or more bits"
         )
 
 

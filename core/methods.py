@@ -55,6 +55,30 @@ METHODS: dict[str, Method] = {
         summary="A fifth of the columns at 4 bits, signs with fitted scales for the rest: 1.6 bits",
         source="Zhao et al., PTQ1.61, 2025 (arXiv:2502.13179), without its preprocessing",
     ),
+    "gptq": Method(
+        kind="quantizer",
+        target="spectool.quantize.gptq:GPTQ",
+        summary="The grid of rtn; each input's rounding is made up for by those that follow",
+        source="Frantar et al., GPTQ, 2022 (arXiv:2210.17323)",
+    ),
+    "hqq": Method(
+        kind="quantizer",
+        target="spectool.quantize.hqq:HQQ",
+        summary="A grid whose zero points leave few large errors; no calibration",
+        source="Badri and Shaji, HQQ, 2023 (mobiusml.github.io/hqq_blog)",
+    ),
+    "olive": Method(
+        kind="quantizer",
+        target="spectool.quantize.olive:OliVe",
+        summary="4 or 8 bits; an outlier takes the place of its neighbour, which becomes zero",
+        source="Guo et al., OliVe, 2023 (arXiv:2304.07493)",
+    ),
+    "jlcm": Method(
+        kind="quantizer",
+        target="spectool.quantize.jlcm:JLCM",
+        summary="Codebooks for groups of rows, fitted together with the codes; 1 to 4 bits",
+        source="Yvinec et al., JLCM, 2023 (arXiv:2309.17361); details are ours",
+    ),
     "none": Method(
         kind="drafter",
         target="spectool.decode.drafters.none:NoDrafter",

@@ -7,11 +7,7 @@ the other columns only signs are stored:
     W'_ij = r1_i r2_j (alpha_i B_ij + mu_i),   B_ij = +1 if W_ij >= mu_i else -1,
 
 with mu_i the row's mean over them. alpha, r1 and r2 are fitted one decoder block at a time, B and
-mu are constants. With F the original block, F' the packed one, X the original model's activations
-and X' those that come through the blocks already packed, and c_a the mean over tokens of the cosine
-between F'(X') and its a-th target:
-
-    loss = MSE(F'(X'), F(X)) + MSE(F'(X'), F(X')) - ln c_1 - ln c_2
+mu are constants: see `fitting.py`.
 
 What is stored of the scales: row_a = alpha r1, row_b = mu r1, col_r = r2, as float16. Both kinds of
 columns are multiplied by sums that all rows share; see `PTQ161Linear`.
@@ -24,7 +20,7 @@ Shapes: n outputs, m inputs, k salient of them, r others, L tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -37,19 +33,18 @@ from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 from spectool.options import option
 from spectool.packed import FieldSpec, PackedLinear
-from spectool.walk import call_block
 
 from .calibration import (
     Block,
     Fitted,
     LinearStats,
     PackedFields,
-    Products,
     Statistic,
     Stream,
     Streams,
     Tick,
 )
+from .fitting import fit_block
 from .rtn import RTN, SCALE_MAX, check_scale
 
 # Rows are unpacked in pieces of about this many weights, which stay in cache.
@@ -60,9 +55,6 @@ SALIENT = RTN.Config(bits=4, group_size=0)
 
 # The fields that the fit changes.
 LEARNED = ("row_a", "row_b", "col_r")
-
-# ln c is taken of no smaller cosine: below, the squared errors alone turn the output round.
-LEAST_COSINE = 0.01
 
 
 class PTQ161:
@@ -148,56 +140,23 @@ class PTQ161:
             except UnsupportedError as error:
                 raise UnsupportedError(f"{name}: {error}", hint=error.hint) from error
             linears[name] = filled(fields, block.sites[name].shape, config)
-        task = Task(block, streams)
-        start = best = task.measure(linears)
-        if not math.isfinite(start.loss):
-            raise UnsupportedError(
-                f"{block.name}: its output is not finite on the calibration text",
-                hint="--dtype float32",
-            )
-        best_epoch, kept, skipped = 0, _learned(linears), 0
-        parts = {name: Part(linear, task.dtype) for name, linear in linears.items()}
-        trained = [values for part in parts.values() for values in part.parameters()]
-        optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
-        num_steps = config.epochs * len(task)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, num_steps))
-        for epoch in range(config.epochs):
-            order = torch.randperm(len(task), generator=generator).tolist()
-            for step, index in enumerate(order, epoch * len(task) + 1):
-                optimizer.zero_grad()
-                task.backward(index, parts)
-                # A half type may overflow on one sequence; AdamW would never forget its NaN.
-                if (
-                    torch.stack([p.grad.sum() for p in trained if p.grad is not None])
-                    .isfinite()
-                    .all()
-                ):
-                    optimizer.step()
-                else:
-                    skipped += 1
-                schedule.step()
-                tick(step / (num_steps + 1))
-            for part in parts.values():
-                part.store()
-            now = task.measure(linears)
-            if now.loss < best.loss:
-                best, best_epoch, kept = now, epoch + 1, _learned(linears)
-        for name, linear in linears.items():
-            linear.q.load_state_dict(kept[name], strict=False)
-        return Fitted(
-            {
-                name: {field: value.cpu() for field, value in linear.q.state_dict().items()}
-                for name, linear in linears.items()
-            },
-            {
-                "loss_start": start.loss,
-                "loss_after": best.loss,
-                "least_cosine": best.least_cosine,
-                "best_epoch": best_epoch,
-                "steps_skipped": skipped,
-                "rows_flipped": sum(int((x.q.row_a < 0).sum()) for x in linears.values()),
-            },
+        fitted = fit_block(
+            block,
+            streams,
+            linears,
+            lambda name, dtype: Part(linears[name], dtype),
+            lambda parts: [
+                torch.optim.AdamW(
+                    [p for part in parts for p in part.parameters()], lr=config.lr, weight_decay=0.0
+                )
+            ],
+            epochs=config.epochs,
+            generator=generator,
+            tick=tick,
         )
+        flipped = sum(int((fields["row_a"] < 0).sum()) for fields in fitted.fields.values())
+        fitted.report["rows_flipped"] = flipped
+        return fitted
 
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: PTQ161.Config) -> PTQ161Linear:
@@ -260,91 +219,6 @@ def filled(fields: PackedFields, shape: tuple[int, int], config: PTQ161.Config) 
     linear = PTQ161.build(spec, shape, config)
     linear.q.load_state_dict(fields, assign=True)
     return linear
-
-
-def _learned(linears: Mapping[str, PTQ161Linear]) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {field: linear.q.get_buffer(field).clone() for field in LEARNED}
-        for name, linear in linears.items()
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Mean loss over the calibration sequences, and the smallest of their cosines."""
-
-    loss: float
-    least_cosine: float
-
-
-class Task:
-    """What a block's fit is measured by: its inputs through the packed blocks and both targets."""
-
-    def __init__(self, block: Block, streams: Streams) -> None:
-        assert block.module is not None
-        self.block, self.module = block, block.module
-        self.inputs = streams.packed
-        self.dtype = self.inputs.hidden_SLD.dtype
-        self.device = next(block.module.parameters()).device
-        self.batches = list(self.inputs.batches(max(block.calls)))
-        # Once, not once an epoch: that would be two forwards beside a step's three.
-        self.targets = (streams.original.another(), streams.packed.another())
-        with torch.no_grad():
-            for side, target in zip((streams.original, streams.packed), self.targets, strict=True):
-                for batch in self.batches:
-                    target.hidden_SLD[batch] = self._run(side.hidden_SLD[batch]).cpu()
-
-    def __len__(self) -> int:
-        return len(self.inputs.hidden_SLD)
-
-    def _run(self, hidden_BLD: Tensor) -> Tensor:
-        call = self.block.calls[len(hidden_BLD)]
-        return call_block(self.module, call, hidden_BLD.to(self.device))
-
-    def loss(self, batch: slice, modules: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
-        """The loss of each sequence [B], and its cosine with either target [2, B]."""
-        with Substitute(self.block, modules):
-            out_BLD = self._run(self.inputs.hidden_SLD[batch]).float()
-        loss_B, cosines = out_BLD.new_zeros(len(out_BLD)), []
-        for target in self.targets:
-            wanted_BLD = target.hidden_SLD[batch].to(self.device).float()
-            cosine_B = F.cosine_similarity(out_BLD, wanted_BLD, dim=-1).mean(-1)
-            squares_B = (out_BLD - wanted_BLD).square().mean((1, 2))
-            loss_B = loss_B + squares_B - cosine_B.clamp(min=LEAST_COSINE).log()
-            cosines.append(cosine_B)
-        return loss_B, torch.stack(cosines)
-
-    def backward(self, index: int, modules: Mapping[str, nn.Module]) -> None:
-        """Gradients of one sequence's loss times the number of outputs.
-
-        Their size is then about that of the activations, which float16 can carry; AdamW does not
-        see the factor.
-        """
-        with torch.enable_grad():
-            loss_B, _ = self.loss(slice(index, index + 1), modules)
-            torch.autograd.backward(loss_B.sum() * self.inputs.hidden_SLD[index].numel())
-
-    @torch.no_grad()
-    def measure(self, modules: Mapping[str, nn.Module]) -> Measured:
-        each = [self.loss(batch, modules) for batch in self.batches]
-        losses_S = torch.cat([loss_B for loss_B, _ in each])
-        least = torch.cat([cosines for _, cosines in each], 1).min()
-        return Measured(float(losses_S.double().mean()), float(least))
-
-
-class Substitute(Products):
-    """While open, the products of a block are those of other modules with the same names."""
-
-    def __init__(self, block: Block, modules: Mapping[str, nn.Module]) -> None:
-        assert block.module is not None
-        super().__init__(block.module, block.name, block.sites)
-        self.modules = modules
-
-    def product(
-        self, name: str, x: Tensor, bias: Tensor | None, original: Callable[[], Tensor]
-    ) -> Tensor:
-        out: Tensor = self.modules[name](x)
-        return out if bias is None else out + bias
 
 
 class Part(nn.Module):

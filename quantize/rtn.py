@@ -74,8 +74,8 @@ class RTN:
         rows = max(1, PIECE // m)
         largest_each = []
         for start in range(0, n, rows):
-            packed, scale_ng = _pack_rows(weight_nm[start : start + rows].float(), config)
-            largest_each.append(scale_ng.max())
+            packed, largest = _pack_rows(weight_nm[start : start + rows].float(), config)
+            largest_each.append(largest)
             for name, value in packed.items():
                 fields[name][start : start + rows] = value
         check_scale(float(torch.stack(largest_each).max()))
@@ -97,8 +97,21 @@ def check_scale(largest: float) -> None:
 
 
 def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> tuple[PackedFields, Tensor]:
-    """The fields of some rows, and the scales [n, g] that they would have without a limit."""
+    """The fields of some rows, and the largest scale that they would have without a limit."""
     m = weight_nm.shape[1]
+    stored_ng, zero_ng, largest = grid_of(weight_nm, config)
+    weight_ngc = _grouped(weight_nm, config.group_size)
+    codes_ngc = (weight_ngc / stored_ng.float()[..., None]).round_().add_(zero_ng[..., None])
+    codes_nm = codes_ngc.clamp_(0, 2**config.bits - 1).to(torch.uint8).flatten(1)[:, :m]
+    fields = {"codes": pack_bits(codes_nm, config.bits), "scale": stored_ng}
+    if not config.symmetric:
+        fields["zero"] = zero_ng.to(torch.uint8)
+    return fields, largest
+
+
+def grid_of(weight_nm: Tensor, config: RTN.Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales [n, g] as stored, zero points [n, g], and the largest scale that there would be
+    without a limit, of float32 weights."""
     top = 2**config.bits - 1
     weight_ngc = _grouped(weight_nm, config.group_size)
     if config.symmetric:
@@ -109,17 +122,11 @@ def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> tuple[PackedFields, Ten
         scale_ng = (high_ng - low_ng) / top
     # A group of zeros may have any scale; 1 keeps the division finite and the zeros exact.
     stored_ng = torch.where(scale_ng == 0, 1.0, scale_ng.clamp(SCALE_MIN, SCALE_MAX)).half()
-    step_ng = stored_ng.float()
     if config.symmetric:
-        zero_ng = torch.full_like(step_ng, 2 ** (config.bits - 1))
+        zero_ng = torch.full_like(scale_ng, 2 ** (config.bits - 1))
     else:
-        zero_ng = (-low_ng / step_ng).round_().clamp_(0, top)
-    codes_ngc = (weight_ngc / step_ng[..., None]).round_().add_(zero_ng[..., None]).clamp_(0, top)
-    codes_nm = codes_ngc.to(torch.uint8).flatten(1)[:, :m]
-    fields = {"codes": pack_bits(codes_nm, config.bits), "scale": stored_ng}
-    if not config.symmetric:
-        fields["zero"] = zero_ng.to(torch.uint8)
-    return fields, scale_ng
+        zero_ng = (-low_ng / stored_ng.float()).round_().clamp_(0, top)
+    return stored_ng, zero_ng, scale_ng.max()
 
 
 def _grouped(rows_nm: Tensor, group_size: int) -> Tensor:

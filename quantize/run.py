@@ -239,6 +239,16 @@ def _check_places(source: Path, out: Path) -> None:
         raise UsageError(f"{out}: OUT must lie outside the source {source}, and not around it")
 
 
+def companions(place: Path, *, code: bool) -> dict[str, bytes]:
+    """The files of a checkpoint that go along with its weights; with Python files if `code`."""
+    return {
+        str(path.relative_to(place)): path.read_bytes()
+        for pattern in ((*COMPANIONS, "*.py") if code else COMPANIONS)
+        for path in place.glob(pattern)
+        if path.is_file()
+    }
+
+
 def _small_files(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -250,13 +260,7 @@ def _small_files(
     trust_remote_code: bool,
 ) -> dict[str, bytes]:
     """Everything but the shards: configuration, index, tokenizer, licence, README."""
-    patterns = (*COMPANIONS, "*.py") if trust_remote_code else COMPANIONS
-    files = {
-        str(path.relative_to(checkpoint.path)): path.read_bytes()
-        for pattern in patterns
-        for path in checkpoint.path.glob(pattern)
-        if path.is_file()
-    }
+    files = companions(checkpoint.path, code=trust_remote_code)
     shards = sorted(writer.manifest["shards"])
     tensors = {}
     for shard in shards:

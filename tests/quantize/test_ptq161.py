@@ -24,13 +24,13 @@ from spectool.headers import read_layout
 from spectool.kernels.pack import unpack_bits
 from spectool.quantize import ptq161
 from spectool.quantize.calibration import Block, LinearStats, Streams
+from spectool.quantize.fitting import Task
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
 from spectool.quantize.ptq161 import (
     PTQ161,
     Part,
     PTQ161Linear,
-    Task,
     filled,
     most_salient,
     num_salient,

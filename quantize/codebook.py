@@ -1,0 +1,122 @@
+"""Codebooks: the few values, or vectors, that many weights share.
+
+Shapes: R rows, N values of a row, K levels of a codebook, D components of a vector, P points.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rounds of Lloyd's algorithm at most; it stops by itself much sooner.
+ROUNDS = 100
+
+
+def levels(values_RN: Tensor, weights_RN: Tensor, count: int) -> Tensor:
+    """Of each row the levels [R, K], ascending, that bring the least weighted squared error.
+
+    Lloyd's algorithm in one dimension (Lloyd 1957; Max 1960), on sorted values, so that a round
+    costs K searches a row: every value belongs to the nearest level, every level moves to the mean
+    of its values. From two starts, levels at equal shares of the weights and at equal distances;
+    the better end counts. A level without values, or a row with fewer different values than levels,
+    keeps levels that nothing uses. Values of weight 0 count nowhere. In double precision.
+    """
+    values_RN, order_RN = values_RN.double().sort(-1)
+    weights_RN = weights_RN.double().gather(-1, order_RN)
+    # A row of no weight at all counts its values alike.
+    weights_RN = torch.where(weights_RN.sum(-1, keepdim=True) > 0, weights_RN, 1.0)
+    mass_RN, first_RN, second_RN = (
+        torch.nn.functional.pad(part.cumsum(-1), (1, 0))
+        for part in (weights_RN, weights_RN * values_RN, weights_RN * values_RN.square())
+    )
+    shares_K = (torch.arange(count, device=values_RN.device) + 0.5) / count
+    wanted_RK = mass_RN[:, -1:] * shares_K
+    last = values_RN.shape[1] - 1
+    places_RK = torch.searchsorted(mass_RN[:, 1:].contiguous(), wanted_RK).clamp(max=last)
+    low_R1, high_R1 = _ends(values_RN, weights_RN)
+    starts = [values_RN.gather(-1, places_RK), low_R1 + (high_R1 - low_R1) * shares_K]
+    ends = [_lloyd(values_RN, mass_RN, first_RN, start) for start in starts]
+    errors = [_error(values_RN, mass_RN, first_RN, second_RN, end) for end in ends]
+    better_R = errors[0] <= errors[1]
+    return torch.where(better_R[:, None], *ends).float()
+
+
+def _ends(values_RN: Tensor, weights_RN: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value [R, 1] that has a weight."""
+    low_R1 = torch.where(weights_RN > 0, values_RN, torch.inf).amin(-1, keepdim=True)
+    high_R1 = torch.where(weights_RN > 0, values_RN, -torch.inf).amax(-1, keepdim=True)
+    return low_R1, high_R1
+
+
+def _cells(values_RN: Tensor, level_RK: Tensor) -> Tensor:
+    """Where the values of each level begin and end among the sorted ones, [R, K + 1]."""
+    middle_RK = (level_RK[:, 1:] + level_RK[:, :-1]) / 2
+    inner_RK = torch.searchsorted(values_RN, middle_RK.contiguous(), right=True)
+    return torch.nn.functional.pad(inner_RK, (1, 1)).index_fill_(
+        -1, torch.tensor([level_RK.shape[1]], device=values_RN.device), values_RN.shape[1]
+    )
+
+
+def _lloyd(values_RN: Tensor, mass_RN: Tensor, first_RN: Tensor, level_RK: Tensor) -> Tensor:
+    for _ in range(ROUNDS):
+        cells_RK = _cells(values_RN, level_RK)
+        mass_RK = mass_RN.gather(-1, cells_RK).diff(dim=-1)
+        sums_RK = first_RN.gather(-1, cells_RK).diff(dim=-1)
+        moved_RK = torch.where(mass_RK > 0, sums_RK / mass_RK.clamp(min=1e-300), level_RK)
+        moved_RK = moved_RK.sort(-1).values
+        if torch.equal(moved_RK, level_RK):
+            break
+        level_RK = moved_RK
+    return level_RK
+
+
+def _error(
+    values_RN: Tensor, mass_RN: Tensor, first_RN: Tensor, second_RN: Tensor, level_RK: Tensor
+) -> Tensor:
+    """The weighted squared error of each row [R]: sum of w (x - c)^2 over all cells."""
+    cells_RK = _cells(values_RN, level_RK)
+    mass, first, second = (
+        part.gather(-1, cells_RK).diff(dim=-1) for part in (mass_RN, first_RN, second_RN)
+    )
+    return (second - 2 * level_RK * first + level_RK.square() * mass).sum(-1)
+
+
+def nearest(values_RN: Tensor, level_RK: Tensor) -> Tensor:
+    """The place of the nearest level of its row for each value [R, N], uint8; levels ascend."""
+    middle_RK = (level_RK[:, 1:] + level_RK[:, :-1]) / 2
+    codes_RN = torch.zeros(values_RN.shape, dtype=torch.uint8, device=values_RN.device)
+    # For so few levels faster than a search.
+    for k in range(middle_RK.shape[1]):
+        codes_RN += values_RN > middle_RK[:, k, None]
+    return codes_RN
+
+
+def clusters(points_PD: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Each point's cluster [P], of at most `count`: k-means, begun as k-means++ begins.
+
+    (Arthur and Vassilvitskii 2007.) Clusters are numbered as their first points stand.
+    """
+    points_PD = points_PD.double()
+    count = min(count, len(points_PD))
+    first = int(torch.randint(len(points_PD), (1,), generator=generator))
+    centres_KD = points_PD[first, None]
+    while len(centres_KD) < count:
+        distance_P = torch.cdist(points_PD, centres_KD).amin(1).square()
+        if not distance_P.any():
+            break
+        drawn = torch.multinomial(distance_P.cpu(), 1, generator=generator)
+        centres_KD = torch.cat([centres_KD, points_PD[drawn.to(points_PD.device)]])
+    label_P = torch.full((len(points_PD),), -1, device=points_PD.device)
+    for _ in range(ROUNDS):
+        before_P, label_P = label_P, torch.cdist(points_PD, centres_KD).argmin(1)
+        if torch.equal(before_P, label_P):
+            break
+        size_K = torch.bincount(label_P, minlength=len(centres_KD)).double()
+        sums_KD = torch.zeros_like(centres_KD).index_add_(0, label_P, points_PD)
+        centres_KD = torch.where(
+            size_K[:, None] > 0, sums_KD / size_K.clamp(min=1)[:, None], centres_KD
+        )
+    found = list(dict.fromkeys(label_P.tolist()))
+    places_K = torch.zeros(len(centres_KD), dtype=torch.long, device=points_PD.device)
+    places_K[found] = torch.arange(len(found), device=points_PD.device)
+    return places_K[label_P]

@@ -1,0 +1,255 @@
+"""Packed checkpoints for other tools: dense again, or in compressed-tensors' own layout.
+
+`compressed-tensors` (`pack-quantized`, which vLLM, SGLang and transformers read) holds whole-number
+codes on uniform grids of 1 to 8 bits. Its rows are packed as ours are, lowest bits first into
+32-bit words, so codes move over as they are and nothing is rounded anew; zero points are packed
+down the rows. A method whose matrices are no such grids is refused.
+
+Shapes: n outputs, m inputs, g groups.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectool.artifact import ArtifactWriter, Content
+from spectool.checkpoint import Checkpoint, open_checkpoint, read_tensor
+from spectool.errors import UnsupportedError, UsageError
+from spectool.headers import TensorEntry
+from spectool.kernels.pack import pack_bits
+from spectool.loading import own_dtype
+from spectool.packed import build_packed, field_specs
+from spectool.skeleton import Site, Skeleton
+
+from .run import companions
+
+Fields = dict[str, Tensor]
+
+# Methods whose matrices are whole numbers on uniform grids.
+UNIFORM = ("rtn", "gptq", "int8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A matrix of whole numbers in steps: w = scale (code - zero), codes packed by `pack_bits`.
+
+    Without zero points [n, g] these are 2^(bits - 1) everywhere.
+    """
+
+    bits: int
+    codes: Tensor
+    scale_ng: Tensor
+    zero_ng: Tensor | None
+
+
+def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) -> list[str]:
+    """Write the packed checkpoint `path` to the directory `out`; command lines that serve it.
+
+    Raises:
+        UsageError: no such format, a checkpoint that is not packed, or OUT exists.
+        UnsupportedError: the format cannot hold it.
+    """
+    if name not in FORMATS:
+        raise UsageError(f"--format {name}: expected one of {', '.join(FORMATS)} for a checkpoint")
+    if out.exists():
+        raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
+    checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
+    if not checkpoint.layout.is_packed:
+        raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")
+    skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
+    convert, configure = FORMATS[name]
+    sites = {site.name: site for block in skeleton.blocks for site in skeleton.sites(block)}
+    config = configure(skeleton, sites)
+    shards = _shards(checkpoint, sites)
+    tensors: dict[str, str] = {}
+    num_bytes = 0
+    with ArtifactWriter(out, identity={"export": name, "of": checkpoint.fingerprint()}) as writer:
+        for index, (entries, packed) in enumerate(shards, start=1):
+            shard = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+            contents: dict[str, Content] = dict(entries)
+            contents.update(convert(packed, sites, checkpoint, skeleton))
+            writer.write_shard(shard, contents, {}, {})
+            tensors.update(dict.fromkeys(contents, shard))
+            num_bytes += sum(_num_bytes(content) for content in contents.values())
+        index_file = {"metadata": {"total_size": num_bytes}, "weight_map": tensors}
+        writer.finish(
+            {
+                **companions(checkpoint.path, code=trust_remote_code),
+                "config.json": _json(config),
+                "model.safetensors.index.json": _json(index_file),
+            }
+        )
+    return [shlex.join(["vllm", "serve", str(out)])]
+
+
+# Of a shard: the tensors that are stored as they are, and the names of its packed matrices.
+Shard = tuple[dict[str, TensorEntry], list[str]]
+
+
+def _shards(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> list[Shard]:
+    found: dict[Path, Shard] = {}
+    for key, entry in checkpoint.layout.tensors.items():
+        plain, packed = found.setdefault(entry.path, ({}, []))
+        name, infix, _ = key.rpartition(".q.")
+        if infix and name in checkpoint.layout.modules:
+            if name not in packed:
+                packed.append(name)
+        else:
+            plain[key] = entry
+    return [found[path] for path in sorted(found)]
+
+
+def _fields(checkpoint: Checkpoint, name: str) -> Fields:
+    prefix = f"{name}.q."
+    return {
+        key.removeprefix(prefix): read_tensor(entry)
+        for key, entry in checkpoint.layout.tensors.items()
+        if key.startswith(prefix)
+    }
+
+
+def _dense(
+    packed: list[str], sites: Mapping[str, Site], checkpoint: Checkpoint, skeleton: Skeleton
+) -> dict[str, Tensor]:
+    """The matrices under the names and in the shapes of the architecture."""
+    dtype = own_dtype(checkpoint.layout)
+    found: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    for name in packed:
+        fields = _fields(checkpoint, name)
+        spec = field_specs({f"{name}.q.{k}": (v.dtype, tuple(v.shape)) for k, v in fields.items()})
+        linear = build_packed(checkpoint.layout.modules[name], spec[name])
+        linear.q.load_state_dict(fields)
+        weight_nm = linear.dequantize().to(dtype)
+        site = sites[name]
+        weight = (weight_nm.T if site.transposed else weight_nm).contiguous()
+        if site.expert is None:
+            found[site.parameter] = weight
+        else:
+            experts.setdefault(site.parameter, {})[site.expert] = weight
+    for parameter, each in experts.items():
+        found[parameter] = torch.stack([each[index] for index in range(len(each))])
+    return found
+
+
+def _dense_config(skeleton: Skeleton, sites: Mapping[str, Site]) -> dict[str, Any]:
+    config = skeleton.layout.config
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def _compressed(
+    packed: list[str], sites: Mapping[str, Site], checkpoint: Checkpoint, skeleton: Skeleton
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in packed:
+        said = checkpoint.layout.modules[name]
+        grid = grid_of(said, _fields(checkpoint, name))
+        found[f"{name}.weight_packed"] = grid.codes.view(torch.int32)
+        found[f"{name}.weight_scale"] = grid.scale_ng
+        found[f"{name}.weight_shape"] = torch.tensor(said["shape"])
+        if grid.zero_ng is not None:
+            packed_gn = pack_bits(grid.zero_ng.T.contiguous(), grid.bits).view(torch.int32)
+            found[f"{name}.weight_zero_point"] = packed_gn.T.contiguous()
+    return found
+
+
+def grid_of(said: Mapping[str, Any], fields: Fields) -> Grid:
+    """The grid that the entry of a method in `UNIFORM` and its fields describe."""
+    if said["method"] == "int8":
+        codes_nm = (fields["codes"].int() + 128).to(torch.uint8)
+        scale_ng = fields["scale"][:, None] / 127
+        return Grid(bits=8, codes=pack_bits(codes_nm, 8), scale_ng=scale_ng, zero_ng=None)
+    return Grid(
+        bits=said["options"]["bits"],
+        codes=fields["codes"],
+        scale_ng=fields["scale"],
+        zero_ng=fields.get("zero"),
+    )
+
+
+def _compressed_config(skeleton: Skeleton, sites: Mapping[str, Site]) -> dict[str, Any]:
+    """The configuration, with a scheme for the packed matrices, which all have the same one.
+
+    Raises:
+        UnsupportedError: matrices that the format cannot hold.
+    """
+    modules = skeleton.layout.modules
+    schemes = {json.dumps([m["method"], m["options"]], sort_keys=True) for m in modules.values()}
+    if len(schemes) > 1:
+        raise UnsupportedError(
+            f"{skeleton.layout.path}: its matrices are packed in {len(schemes)} ways; "
+            "this export knows one",
+            hint="--format dense",
+        )
+    said = next(iter(modules.values()))
+    method, options = said["method"], said["options"]
+    if method not in UNIFORM:
+        raise UnsupportedError(
+            f"compressed-tensors holds whole numbers on uniform grids; {method} has none",
+            hint="--format dense",
+        )
+    group_size = options.get("group_size", 0)
+    for name, entry in modules.items():
+        if sites[name].kind != "linear":
+            raise UnsupportedError(
+                f"{name}: compressed-tensors holds linear layers, this is a {sites[name].kind}",
+                hint="--format dense",
+            )
+        m = entry["shape"][1]
+        if group_size and m % group_size:
+            raise UnsupportedError(
+                f"{name}: its {m} inputs are no whole number of groups of {group_size}, which "
+                "compressed-tensors wants",
+                hint="pack with a --group-size that divides them, or --format dense",
+            )
+    weights = {
+        "num_bits": options.get("bits", 8),
+        "type": "int",
+        "symmetric": options.get("symmetric", True),
+        "strategy": "group" if group_size else "channel",
+        "group_size": group_size or None,
+        "dynamic": False,
+    }
+    linears = {
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    scheme = {"targets": ["Linear"], "weights": weights}
+    return {
+        **skeleton.layout.config,
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": scheme},
+            "ignore": sorted(linears - modules.keys()),
+        },
+    }
+
+
+def _num_bytes(content: Content) -> int:
+    if isinstance(content, Tensor):
+        return content.numel() * content.element_size()
+    return content.num_bytes
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+Convert = Callable[[list[str], Mapping[str, Site], Checkpoint, Skeleton], dict[str, Tensor]]
+Configure = Callable[[Skeleton, Mapping[str, Site]], dict[str, Any]]
+
+FORMATS: dict[str, tuple[Convert, Configure]] = {
+    "dense": (_dense, _dense_config),
+    "compressed-tensors": (_compressed, _compressed_config),
+}

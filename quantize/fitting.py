@@ -1,0 +1,197 @@
+"""A block's fit by what it puts out, for methods that learn what they store.
+
+With F the original block, F' the packed one, X the original model's activations and X' those that
+come through the blocks already packed, and c_a the mean over tokens of the cosine between F'(X')
+and its a-th target:
+
+    loss = MSE(F'(X'), F(X)) + MSE(F'(X'), F(X')) - ln c_1 - ln c_2
+
+(Zhao et al., PTQ1.61, 2025, arXiv:2502.13179). One step a sequence; of all epochs that one is kept,
+or the start, whose stored form has the least loss.
+
+Shapes: B sequences of a batch, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectool.errors import UnsupportedError
+from spectool.packed import PackedLinear
+from spectool.walk import call_block
+
+from .calibration import Block, Fitted, Products, Streams, Tick
+
+# ln c is taken of no smaller cosine: below, the squared errors alone turn the output round.
+LEAST_COSINE = 0.01
+
+
+class Part(Protocol):
+    """One matrix while it learns: a module called as a product, with what it makes stored."""
+
+    def store(self) -> None:
+        """Write the present values into the packed linear's fields."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Mean loss over the calibration sequences, and the smallest of their cosines."""
+
+    loss: float
+    least_cosine: float
+
+
+class Task:
+    """What a block's fit is measured by: its inputs through the packed blocks and both targets."""
+
+    def __init__(self, block: Block, streams: Streams) -> None:
+        assert block.module is not None
+        self.block, self.module = block, block.module
+        self.inputs = streams.packed
+        self.dtype = self.inputs.hidden_SLD.dtype
+        self.device = next(block.module.parameters()).device
+        self.batches = list(self.inputs.batches(max(block.calls)))
+        # Once, not once an epoch: that would be two forwards beside a step's three.
+        self.targets = (streams.original.another(), streams.packed.another())
+        with torch.no_grad():
+            for side, target in zip((streams.original, streams.packed), self.targets, strict=True):
+                for batch in self.batches:
+                    target.hidden_SLD[batch] = self._run(side.hidden_SLD[batch]).cpu()
+
+    def __len__(self) -> int:
+        return len(self.inputs.hidden_SLD)
+
+    def _run(self, hidden_BLD: Tensor) -> Tensor:
+        call = self.block.calls[len(hidden_BLD)]
+        return call_block(self.module, call, hidden_BLD.to(self.device))
+
+    def loss(self, batch: slice, modules: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
+        """The loss of each sequence [B], and its cosine with either target [2, B]."""
+        with Substitute(self.block, modules):
+            out_BLD = self._run(self.inputs.hidden_SLD[batch]).float()
+        loss_B, cosines = out_BLD.new_zeros(len(out_BLD)), []
+        for target in self.targets:
+            wanted_BLD = target.hidden_SLD[batch].to(self.device).float()
+            cosine_B = F.cosine_similarity(out_BLD, wanted_BLD, dim=-1).mean(-1)
+            squares_B = (out_BLD - wanted_BLD).square().mean((1, 2))
+            loss_B = loss_B + squares_B - cosine_B.clamp(min=LEAST_COSINE).log()
+            cosines.append(cosine_B)
+        return loss_B, torch.stack(cosines)
+
+    def backward(self, index: int, modules: Mapping[str, nn.Module]) -> None:
+        """Gradients of one sequence's loss times the number of outputs.
+
+        Their size is then about that of the activations, which float16 can carry; AdamW does not
+        see the factor.
+        """
+        with torch.enable_grad():
+            loss_B, _ = self.loss(slice(index, index + 1), modules)
+            torch.autograd.backward(loss_B.sum() * self.inputs.hidden_SLD[index].numel())
+
+    @torch.no_grad()
+    def measure(self, modules: Mapping[str, nn.Module]) -> Measured:
+        each = [self.loss(batch, modules) for batch in self.batches]
+        losses_S = torch.cat([loss_B for loss_B, _ in each])
+        least = torch.cat([cosines for _, cosines in each], 1).min()
+        return Measured(float(losses_S.double().mean()), float(least))
+
+
+class Substitute(Products):
+    """While open, the products of a block are those of other modules with the same names."""
+
+    def __init__(self, block: Block, modules: Mapping[str, nn.Module]) -> None:
+        assert block.module is not None
+        super().__init__(block.module, block.name, block.sites)
+        self.modules = modules
+
+    def product(
+        self, name: str, x: Tensor, bias: Tensor | None, original: Callable[[], Tensor]
+    ) -> Tensor:
+        out: Tensor = self.modules[name](x)
+        return out if bias is None else out + bias
+
+
+def fit_block(
+    block: Block,
+    streams: Streams,
+    linears: Mapping[str, PackedLinear],
+    make_part: Callable[[str, torch.dtype], nn.Module],
+    make_optimizers: Callable[[Sequence[nn.Module]], Sequence[torch.optim.Optimizer]],
+    *,
+    epochs: int,
+    generator: torch.Generator,
+    tick: Tick,
+) -> Fitted:
+    """Fit the packed `linears` of a block, beginning with what is in them.
+
+    `make_part(name, dtype)` gives a matrix's `Part`, computing in this dtype. All learning rates
+    fall to zero by a cosine.
+
+    Raises:
+        UnsupportedError: outputs that are not finite on the calibration text.
+    """
+    task = Task(block, streams)
+    start = best = task.measure(linears)
+    if not math.isfinite(start.loss):
+        raise UnsupportedError(
+            f"{block.name}: its output is not finite on the calibration text",
+            hint="--dtype float32",
+        )
+    best_epoch, kept, skipped = 0, _stored(linears), 0
+    parts = {name: make_part(name, task.dtype) for name in linears}
+    optimizers = make_optimizers(list(parts.values()))
+    trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    num_steps = epochs * len(task)
+    schedules = [
+        torch.optim.lr_scheduler.CosineAnnealingLR(o, max(1, num_steps)) for o in optimizers
+    ]
+    for epoch in range(epochs):
+        order = torch.randperm(len(task), generator=generator).tolist()
+        for step, index in enumerate(order, epoch * len(task) + 1):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            task.backward(index, parts)
+            sums = torch.stack([p.grad.sum() for p in trained if p.grad is not None])
+            # A half type may overflow on one sequence; a mean of gradients never forgets its NaN.
+            if sums.isfinite().all():
+                for optimizer in optimizers:
+                    optimizer.step()
+            else:
+                skipped += 1
+            for schedule in schedules:
+                schedule.step()
+            tick(step / (num_steps + 1))
+        for part in parts.values():
+            part.store()  # type: ignore[operator]
+        now = task.measure(linears)
+        if now.loss < best.loss:
+            best, best_epoch, kept = now, epoch + 1, _stored(linears)
+    for name, linear in linears.items():
+        linear.q.load_state_dict(kept[name])
+    report: dict[str, Any] = {
+        "loss_start": start.loss,
+        "loss_after": best.loss,
+        "least_cosine": best.least_cosine,
+        "best_epoch": best_epoch,
+        "steps_skipped": skipped,
+    }
+    return Fitted({name: _on_host(fields) for name, fields in kept.items()}, report)
+
+
+def _stored(linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {field: value.clone() for field, value in linear.q.state_dict().items()}
+        for name, linear in linears.items()
+    }
+
+
+def _on_host(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in fields.items()}

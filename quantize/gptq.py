@@ -1,0 +1,133 @@
+"""GPTQ (`gptq`): round one input after another, and let later ones make up for the error.
+
+With H = mean x x^T over the inputs as the packed blocks before produce them, U the upper Cholesky
+factor of (H + damping mean(diag H) I)^-1, column j rounded to q_j on the grid of `rtn`,
+
+    e = (w_j - q_j) / U_jj,   w_k <- w_k - e U_jk   for all later k.
+
+With `act_order` columns come by falling H_jj, so that those that matter most err least, and groups
+have the grids of the original weights: what is stored is what `rtn` stores, with no order of
+columns beside it. Without it a group's grid is made when it is reached, of the weights as they are
+then.
+
+Source: Frantar et al., GPTQ, 2022 (arXiv:2210.17323). Deviation: inputs that were always zero are
+rounded like others; the authors set their weights to zero.
+Shapes: n outputs, m inputs, g groups, c columns of a segment.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spectool.errors import UnsupportedError
+from spectool.kernels.pack import pack_bits
+from spectool.options import option
+from spectool.packed import FieldSpec
+
+from .calibration import LinearStats, PackedFields, Statistic, Stream
+from .rtn import RTN, RTNLinear, check_scale, grid_of
+
+# Columns whose errors are brought into all later ones at once.
+SEGMENT = 128
+
+
+class GPTQ:
+    """The quantizer; see the module docstring."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(RTN.Config):
+        act_order: bool = option(True, "round inputs of large activations first")
+        damping: float = option(
+            0.01, "added to the diagonal of H, relative to its mean", minimum=0, maximum=1
+        )
+
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {"hessian": "packed"}
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], config: GPTQ.Config) -> FieldSpec:
+        return RTN.layout(shape, config)
+
+    @classmethod
+    def pack(
+        cls,
+        weight_nm: Tensor,
+        stats: LinearStats | None,
+        config: GPTQ.Config,
+        generator: torch.Generator,
+    ) -> PackedFields:
+        """Without statistics as `rtn`."""
+        if stats is None or stats.hessian is None:
+            return RTN.pack(weight_nm, None, config, generator)
+        m = weight_nm.shape[1]
+        columns = config.group_size or m
+        order_m = torch.arange(m, device=weight_nm.device)
+        if config.act_order:
+            order_m = stats.hessian.diagonal().argsort(descending=True, stable=True)
+        upper_mm = _factor(stats.hessian[order_m][:, order_m], config.damping)
+        step_ng, zero_ng, largest = grid_of(weight_nm.float(), config)
+        check_scale(float(largest))
+        weight_nm = weight_nm.float()[:, order_m]
+        codes_nm = torch.empty(weight_nm.shape, dtype=torch.uint8, device=weight_nm.device)
+        for start, end in _segments(m, columns):
+            if not config.act_order and start % columns == 0:
+                group = slice(start // columns, start // columns + 1)
+                grid = grid_of(weight_nm[:, start : start + columns], config)
+                step_ng[:, group], zero_ng[:, group], largest = grid
+                check_scale(float(largest))
+            errors_nc = torch.empty_like(weight_nm[:, start:end])
+            for j in range(start, end):
+                group_j = int(order_m[j]) // columns
+                step_n, zero_n = step_ng[:, group_j].float(), zero_ng[:, group_j]
+                code_n = (weight_nm[:, j] / step_n).round_().add_(zero_n)
+                code_n.clamp_(0, 2**config.bits - 1)
+                error_n = (weight_nm[:, j] - step_n * (code_n - zero_n)) / upper_mm[j, j]
+                weight_nm[:, j:end] -= error_n[:, None] * upper_mm[j, j:end]
+                errors_nc[:, j - start] = error_n
+                codes_nm[:, order_m[j]] = code_n.to(torch.uint8)
+            weight_nm[:, end:] -= errors_nc @ upper_mm[start:end, end:]
+        fields = {"codes": pack_bits(codes_nm, config.bits), "scale": step_ng}
+        if not config.symmetric:
+            fields["zero"] = zero_ng.to(torch.uint8)
+        return fields
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: GPTQ.Config) -> RTNLinear:
+        return RTNLinear(spec, shape, config)
+
+
+def _segments(m: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Ends of segments: no group begins inside one, so that its weights are up to date."""
+    cuts = sorted({*range(0, m, SEGMENT), *range(0, m, columns), m})
+    yield from itertools.pairwise(cuts)
+
+
+def _factor(hessian_mm: Tensor, damping: float) -> Tensor:
+    """U of (H + damping mean(diag H) I)^-1 = U^T U; in double precision, as H is often singular.
+
+    Raises:
+        UnsupportedError: the inputs are not finite, or H has no inverse with this damping.
+    """
+    if not torch.isfinite(hessian_mm).all():
+        raise UnsupportedError(
+            "its inputs are not finite on the calibration text", hint="--dtype float32"
+        )
+    hessian_mm = hessian_mm.double()
+    diagonal = hessian_mm.diagonal()
+    # An input that was never seen: the error of its weights is nobody's matter.
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    lower_mm, failed = torch.linalg.cholesky_ex(hessian_mm)
+    inverse_mm = torch.cholesky_inverse(lower_mm)
+    upper_mm, failed_again = torch.linalg.cholesky_ex(inverse_mm, upper=True)
+    if failed or failed_again:
+        raise UnsupportedError(
+            f"the second moments of its inputs have no inverse with a damping of {damping}",
+            hint="a larger --damping, or more calibration text",
+        )
+    return upper_mm.float()

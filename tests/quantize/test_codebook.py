@@ -1,0 +1,90 @@
+"""Levels and clusters against searches that try everything."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectool.quantize.codebook import clusters, levels, nearest
+
+
+def error(values_N: Tensor, weights_N: Tensor, level_K: Tensor) -> float:
+    apart_NK = (values_N[:, None].double() - level_K.double()).square()
+    return float((weights_N.double() * apart_NK.amin(1)).sum())
+
+
+def best(values_N: Tensor, weights_N: Tensor, count: int) -> float:
+    """The least error of all ways to cut the sorted values into so many runs."""
+    order = values_N.argsort()
+    x, w = values_N[order].double(), weights_N[order].double()
+    found = float("inf")
+    for cuts in itertools.combinations(range(1, len(x)), count - 1):
+        total = 0.0
+        for begin, end in itertools.pairwise([0, *cuts, len(x)]):
+            mass = w[begin:end].sum()
+            mean = (w[begin:end] * x[begin:end]).sum() / mass
+            total += float((w[begin:end] * (x[begin:end] - mean).square()).sum())
+        found = min(found, total)
+    return found
+
+
+def test_levels_are_near_the_best_of_all() -> None:
+    torch.manual_seed(0)
+    shares = []
+    for _ in range(40):
+        values_N, weights_N = torch.randn(14), torch.rand(14) + 0.1
+        (level_K,) = levels(values_N[None], weights_N[None], 4)
+        assert torch.equal(level_K, level_K.sort().values)
+        shares.append(error(values_N, weights_N, level_K) / best(values_N, weights_N, 4))
+    assert min(shares) > 1 - 1e-6 and sum(shares) / len(shares) < 1.15
+
+
+def test_levels_stand_still_under_a_further_round() -> None:
+    values_RN, weights_RN = torch.randn(3, 500).double(), torch.rand(3, 500).double()
+    level_RK = levels(values_RN, weights_RN, 8)
+    codes_RN = nearest(values_RN, level_RK.double())
+    for row in range(3):
+        for code in range(8):
+            own = codes_RN[row] == code
+            mean = (weights_RN[row, own] * values_RN[row, own]).sum() / weights_RN[row, own].sum()
+            assert float(level_RK[row, code]) == pytest.approx(float(mean), rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(2, 0.363), (4, 0.118), (8, 0.0346), (16, 0.0096)])
+def test_gaussian_errors_are_those_of_the_best_quantizers(count: int, wanted: float) -> None:
+    """Max 1960, table I."""
+    values_N = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    (level_K,) = levels(values_N[None], torch.ones(1, len(values_N)), count)
+    found = error(values_N, torch.ones(len(values_N)), level_K) / len(values_N)
+    assert found == pytest.approx(wanted, rel=0.03)
+
+
+def test_more_levels_than_values_and_rows_without_weight() -> None:
+    values_RN = torch.tensor([[1.0, 2.0, 2.0], [3.0, 3.0, 3.0], [0.0, 5.0, 9.0]])
+    weights_RN = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    level_RK = levels(values_RN, weights_RN, 4)
+    restored = level_RK.gather(1, nearest(values_RN, level_RK).long())
+    assert torch.isfinite(level_RK).all() and torch.equal(restored, values_RN)
+
+
+def test_values_without_weight_pull_nothing() -> None:
+    values_RN, weights_RN = torch.tensor([[-50.0, 1.0, 2.0, 90.0]]), torch.tensor([[0, 1, 1, 0]])
+    assert levels(values_RN, weights_RN, 2).tolist() == [[1.0, 2.0]]
+
+
+def test_clusters_find_what_lies_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres_KD = torch.tensor([[0.0, 0, 0], [9, 0, 0], [0, 9, 0], [0, 0, 9]])
+    label_P = torch.arange(80) % 4
+    points_PD = centres_KD[label_P] + torch.randn(80, 3, generator=generator)
+    found_P = clusters(points_PD, 4, generator)
+    assert torch.equal(found_P, label_P), "numbered as their first points stand"
+    assert torch.equal(clusters(points_PD, 4, torch.Generator().manual_seed(5)), found_P)
+
+
+def test_clusters_of_few_or_equal_points() -> None:
+    assert clusters(torch.zeros(5, 2), 3, torch.Generator()).tolist() == [0] * 5
+    assert clusters(torch.eye(3), 8, torch.Generator()).tolist() == [0, 1, 2]

@@ -1,0 +1,138 @@
+"""Packed checkpoints in other tools' formats, read by these tools' own code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import spectool
+from spectool.errors import UnsupportedError, UsageError
+from spectool.packed import packed_modules
+from spectool.quantize.export import export
+
+Checkpoints = Callable[..., Path]
+Compress = Callable[..., Path]
+IDS = torch.arange(5, 45)[None]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return {k: t for file in path.glob("*.safetensors") for k, t in load_file(file).items()}
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    found: torch.Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize(("method", "options"), [("rtn", {"bits": 3}), ("olive", {})])
+def test_dense_again(
+    checkpoint: Checkpoints,
+    compress: Compress,
+    tmp_path: Path,
+    family: str,
+    method: str,
+    options: dict[str, Any],
+) -> None:
+    packed = compress(checkpoint(family), method, job={"allow_dense": True}, **options)
+    (line,) = export(str(packed), tmp_path / "dense", "dense")
+    assert line == f"vllm serve {tmp_path / 'dense'}"
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    torch.testing.assert_close(logits(dense), logits(spectool.load(packed)))
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    AutoTokenizer.from_pretrained(tmp_path / "dense")
+    spectool.load(tmp_path / "dense")
+
+
+SCHEMES: list[tuple[str, dict[str, Any]]] = [
+    ("rtn", {"bits": 4, "group_size": 8}),
+    ("rtn", {"bits": 3, "group_size": 0}),
+    ("rtn", {"bits": 8, "group_size": 8, "symmetric": True}),
+    ("gptq", {"bits": 2, "group_size": 8}),
+    ("int8", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), SCHEMES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_compressed_tensors_by_its_own_code(
+    checkpoint: Checkpoints,
+    compress: Compress,
+    tmp_path: Path,
+    family: str,
+    method: str,
+    options: dict[str, Any],
+) -> None:
+    """Matrix by matrix through its decompressor, and whole through transformers."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    job = {"samples": 2, "seq_len": 16} if method == "gptq" else {}
+    packed = compress(checkpoint(family), method, job=job, **options)
+    out = tmp_path / "served"
+    export(str(packed), out, "compressed-tensors")
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(said)
+    scheme = config.config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry(said["format"])
+    stored, ours = weights(out), packed_modules(spectool.load(packed))
+    assert ours and said["ignore"] == ["lm_head"]
+    for name, linear in ours.items():
+        own = {
+            key.removeprefix(name + "."): tensor
+            for key, tensor in stored.items()
+            if key.startswith(name + ".weight_")
+        }
+        found = compressor.decompress(own, scheme)["weight"]
+        scale = own["weight_scale"]
+        assert torch.equal(found, linear.dequantize().to(scale.dtype))
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(logits(theirs), logits(spectool.load(packed)), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "options", "message"),
+    [
+        ("llama", "olive", {}, "uniform grids; olive has none"),
+        ("llama", "hqq", {}, "uniform grids; hqq has none"),
+        ("gpt2", "rtn", {"group_size": 8}, "holds linear layers, this is a conv1d"),
+        ("qwen3_moe", "rtn", {"group_size": 8}, "this is a expert|holds linear layers"),
+        ("llama", "rtn", {"group_size": 24}, "no whole number of groups of 24"),
+    ],
+)
+def test_what_it_cannot_hold(
+    checkpoint: Checkpoints,
+    compress: Compress,
+    tmp_path: Path,
+    family: str,
+    method: str,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    packed = compress(checkpoint(family), method, job={"allow_dense": True}, **options)
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        export(str(packed), tmp_path / "served", "compressed-tensors")
+    assert caught.value.hint is not None and "--format dense" in caught.value.hint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_what_is_no_packed_checkpoint(
+    checkpoint: Checkpoints, compress: Compress, tmp_path: Path
+) -> None:
+    source = checkpoint("llama")
+    with pytest.raises(UsageError, match="is not packed by spectool"):
+        export(str(source), tmp_path / "x", "dense")
+    packed = compress(source)
+    with pytest.raises(UsageError, match="expected one of dense, compressed-tensors"):
+        export(str(packed), tmp_path / "x", "gguf")
+    with pytest.raises(UsageError, match="exists already"):
+        export(str(packed), packed, "dense")

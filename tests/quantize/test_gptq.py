@@ -1,0 +1,168 @@
+"""GPTQ against the same steps taken one matrix inverse at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectool.errors import UnsupportedError, UsageError
+from spectool.headers import read_layout
+from spectool.quantize.calibration import LinearStats
+from spectool.quantize.gptq import GPTQ
+from spectool.quantize.ledger import measure
+from spectool.quantize.plan import make_plan
+from spectool.quantize.rtn import RTN
+from spectool.skeleton import Skeleton
+
+
+def inputs(tokens: int, m: int, *, seed: int = 0) -> Tensor:
+    """Correlated, and of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(tokens, m, generator=generator) @ torch.randn(m, m, generator=generator)
+    return mixed * torch.rand(m, generator=generator).square() * 3
+
+
+def stats_of(x_Tm: Tensor) -> LinearStats:
+    stats = LinearStats(("hessian",))
+    stats.add(x_Tm)
+    return stats
+
+
+def packed(weight_nm: Tensor, x_Tm: Tensor, **options: Any) -> Tensor:
+    config = GPTQ.Config(**options)
+    fields = GPTQ.pack(weight_nm, stats_of(x_Tm), config, torch.Generator())
+    spec = GPTQ.layout(tuple(weight_nm.shape), config)  # type: ignore[arg-type]
+    linear = GPTQ.build(spec, tuple(weight_nm.shape), config)  # type: ignore[arg-type]
+    linear.q.load_state_dict(fields)
+    return linear.dequantize()
+
+
+def reference(
+    weight_nm: Tensor, x_Tm: Tensor, *, bits: int, group_size: int, act_order: bool, damping: float
+) -> Tensor:
+    """After each input that is rounded, the least squares answer of all that are left: the optimal
+    brain surgeon's update, w_k -= e (H_RR^-1)_jk / (H_RR^-1)_jj, over the rest R."""
+    weight = weight_nm.double().clone()
+    m = weight.shape[1]
+    hessian = (x_Tm.double().T @ x_Tm.double()) / len(x_Tm)
+    hessian += damping * hessian.diagonal().mean() * torch.eye(m)
+    order = list(range(m))
+    if act_order:
+        order.sort(key=lambda j: -float(hessian[j, j]))
+    columns, top = group_size or m, 2**bits - 1
+    grids: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def grid(group: int) -> tuple[Tensor, Tensor]:
+        part = weight[:, group * columns : (group + 1) * columns]
+        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+        scale = ((high - low) / top).half().double()
+        return scale, (-low / scale).round().clamp(0, top)
+
+    if act_order:
+        grids = {group: grid(group) for group in range(-(-m // columns))}
+    restored = torch.zeros_like(weight)
+    left = list(order)
+    for j in order:
+        group = j // columns
+        if not act_order and j % columns == 0:
+            grids[group] = grid(group)
+        scale, zero = grids[group]
+        code = ((weight[:, j] / scale).round() + zero).clamp(0, top)
+        restored[:, j] = scale * (code - zero)
+        inverse = hessian[left][:, left].inverse()
+        place = left.index(j)
+        error = (weight[:, j] - restored[:, j]) / inverse[place, place]
+        weight[:, left] -= error[:, None] * inverse[place]
+        left.remove(j)
+    return restored
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize(("m", "group_size"), [(40, 0), (40, 16), (150, 48)])
+def test_equals_one_inverse_a_column(m: int, group_size: int, act_order: bool) -> None:
+    weight_nm = torch.randn(6, m, generator=torch.Generator().manual_seed(1))
+    x_Tm = inputs(400, m)
+    asked: dict[str, Any] = {
+        "bits": 3, "group_size": group_size, "act_order": act_order, "damping": 0.01,
+    }  # fmt: skip
+    found, wanted = packed(weight_nm, x_Tm, **asked), reference(weight_nm, x_Tm, **asked)
+    # A weight half way between two codes may go either way.
+    assert float((found - wanted).abs().gt(1e-4).double().mean()) < 0.01
+
+
+@pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 4, "group_size": 32, "symmetric": True}])
+def test_contract(check_contract: Callable[..., None], options: dict[str, Any]) -> None:
+    check_contract("gptq", torch.randn(42, 123) * 0.05, **options)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_outputs_err_less_than_those_of_rounding(
+    act_order: bool, bits: int, group_size: int
+) -> None:
+    weight_nm, x_Tm = torch.randn(64, 128), inputs(1000, 128)
+    grid = {"bits": bits, "group_size": group_size}
+    found = packed(weight_nm, x_Tm, act_order=act_order, **grid)
+    config = RTN.Config(**grid)
+    linear = RTN.build(RTN.layout((64, 128), config), (64, 128), config)
+    linear.q.load_state_dict(RTN.pack(weight_nm, None, config, torch.Generator()))
+    rounded = linear.dequantize()
+    other = inputs(1000, 128, seed=0)[500:]
+    gptq, rtn = (float(((x - weight_nm) @ other.T).square().sum()) for x in (found, rounded))
+    assert gptq < 0.8 * rtn
+
+
+def test_without_correlations_it_is_rounding() -> None:
+    weight_nm = torch.randn(8, 24)
+    found = packed(weight_nm, torch.eye(24) * 3, bits=3, group_size=8)
+    config = RTN.Config(bits=3, group_size=8)
+    linear = RTN.build(RTN.layout((8, 24), config), (8, 24), config)
+    linear.q.load_state_dict(RTN.pack(weight_nm, None, config, torch.Generator()))
+    assert torch.equal(found, linear.dequantize())
+
+
+def test_weights_on_the_grid_stay() -> None:
+    weight_nm = torch.randint(0, 16, (6, 40)).float() * 0.25 - 1.75
+    weight_nm[:, ::20], weight_nm[:, 1::20] = -1.75, 2.0
+    assert torch.equal(packed(weight_nm, inputs(200, 40), group_size=20), weight_nm)
+
+
+def test_inputs_that_were_never_seen_are_rounded_alone() -> None:
+    weight_nm, x_Tm = torch.randn(6, 40), inputs(300, 40)
+    x_Tm[:, 7] = 0
+    found = packed(weight_nm, x_Tm, bits=8)
+    assert float((found - weight_nm)[:, 7].abs().max()) < 0.05
+
+
+def test_few_tokens_and_no_damping_have_no_inverse() -> None:
+    weight_nm, x_Tm = torch.randn(6, 40), inputs(5, 40)
+    assert torch.isfinite(packed(weight_nm, x_Tm)).all()
+    with pytest.raises(UnsupportedError, match=r"no inverse with a damping of 0\.0"):
+        packed(weight_nm, x_Tm, damping=0.0)
+    x_Tm[0, 0] = torch.inf
+    with pytest.raises(UnsupportedError, match="not finite"):
+        packed(weight_nm, x_Tm)
+
+
+@pytest.mark.parametrize("options", [{"bits": 1}, {"damping": -0.1}, {"group_size": -1}])
+def test_options_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        GPTQ.Config(**options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_a_checkpoint_has_the_planned_bits(
+    checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
+) -> None:
+    source = checkpoint(family)
+    said = make_plan(Skeleton(read_layout(source)), GPTQ, GPTQ.Config(bits=3), allow_dense=True)
+    job = {"samples": 6, "seq_len": 32, "allow_dense": True}
+    layout = read_layout(compress(source, "gptq", job=job, bits=3))
+    assert measure(layout).linears == said.bits_linears
+    assert layout.num_bytes == said.file_bytes

@@ -1,0 +1,229 @@
+"""JLCM: its start, its two gradient rules by hand, and what the fit gains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectool.errors import UnsupportedError, UsageError
+from spectool.headers import read_layout
+from spectool.quantize.calibration import Block, LinearStats, Streams
+from spectool.quantize.jlcm import JLCM, JLCMLinear, Latent, Preferences
+from spectool.quantize.ledger import measure
+from spectool.quantize.plan import make_plan
+from spectool.quantize.run import Report
+from spectool.skeleton import Skeleton, find_sites
+from spectool.walk import Activations, Call
+
+SMALL_JOB = {"samples": 6, "seq_len": 32}
+
+
+def start(weight_nm: Tensor, moment_m: Tensor | None = None, **options: Any) -> JLCMLinear:
+    config = JLCM.Config(**options)
+    stats = None
+    if moment_m is not None:
+        stats = LinearStats(("second_moment",), 100, second_moment=moment_m)
+    fields = JLCM.pack(weight_nm, stats, config, torch.Generator().manual_seed(0))
+    shape = (weight_nm.shape[0], weight_nm.shape[1])
+    linear = JLCM.build(JLCM.layout(shape, config), shape, config)
+    linear.q.load_state_dict(fields)
+    return linear
+
+
+def two_kinds(n: int, m: int) -> Tensor:
+    """Every other row is bimodal, of another size."""
+    torch.manual_seed(0)
+    weight_nm = torch.randn(n, m)
+    weight_nm[1::2] = 3 * (weight_nm[1::2].sign() + 0.1 * weight_nm[1::2])
+    return weight_nm
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_contract(check_contract: Callable[..., None], bits: int, groups: int) -> None:
+    check_contract("jlcm", torch.randn(42, 123) * 0.05, bits=bits, groups=groups)
+
+
+def test_the_start_is_nearest_in_its_groups_levels() -> None:
+    weight_nm, moment_m = two_kinds(12, 60), torch.rand(60) + 0.1
+    linear = start(weight_nm, moment_m, bits=2, groups=2)
+    assert linear.q.group.tolist() == [0, 1] * 6
+    for row, weight_m in enumerate(weight_nm):
+        scale = float(linear.q.scale[row])
+        assert scale == pytest.approx(float(weight_m.square().mean().sqrt()), rel=1e-3)
+        level_K = linear.q.codebook[row % 2].float() * scale
+        restored_m = linear.dequantize()[row]
+        apart_mK = (weight_m[:, None] - level_K).abs()
+        assert torch.equal((weight_m - restored_m).abs(), apart_mK.amin(1))
+    # Lloyd's fixed point under the inputs' weights.
+    for group in range(2):
+        rows = slice(group, None, 2)
+        codes, scale_n1 = linear.codes()[rows], linear.q.scale[rows, None].float()
+        cost_nm = scale_n1.square() * moment_m
+        for code in range(4):
+            own = codes == code
+            mean = (cost_nm * weight_nm[rows] / scale_n1)[own].sum() / cost_nm.expand_as(own)[
+                own
+            ].sum()
+            level = float(linear.q.codebook[group, code])
+            assert level == pytest.approx(float(mean), abs=5e-3)
+
+
+def test_more_groups_are_no_worse() -> None:
+    weight_nm = two_kinds(32, 100)
+    errors = [
+        float((start(weight_nm, groups=count).dequantize() - weight_nm).square().sum())
+        for count in (1, 2, 8)
+    ]
+    assert errors[0] > 1.5 * errors[1] and errors[1] >= errors[2] * 0.99
+
+
+def test_codes_take_the_inputs_into_account() -> None:
+    """An input of great weight gets the levels that its weights need."""
+    weight_nm = torch.randn(40, 50)
+    weight_nm[:, 3] = 2.75
+    moment_m = torch.ones(50)
+    moment_m[3] = 1000
+    plain, aware = start(weight_nm, groups=1), start(weight_nm, moment_m, groups=1)
+    assert (
+        abs(aware.dequantize()[:, 3] - 2.75).mean()
+        < 0.1 * abs(plain.dequantize()[:, 3] - 2.75).mean()
+    )
+
+
+def by_hand() -> tuple[JLCMLinear, Tensor]:
+    """Two weights, three used levels of four: -1, 0, 3 (and 9), a scale of 2."""
+    linear = start(torch.tensor([[0.2, 5.0]]), groups=1)
+    linear.q.codebook.copy_(torch.tensor([[-1.0, 0.0, 3.0, 9.0]]))
+    linear.q.scale.fill_(2)
+    return linear, torch.tensor([[0.2, 5.0]])
+
+
+def test_gradients_of_the_latent_form() -> None:
+    linear, weight_nm = by_hand()
+    part = Latent(linear, weight_nm, torch.float32)
+    assert torch.equal(part.choice.detach(), weight_nm / 2)
+    x = torch.tensor([[1.0, -10.0]])
+    part(x).sum().backward()
+    # w' = (0, 6): the output's slope by w' is x, by s C is x, by C is s x; u takes s x relative
+    # to the matrix's mean.
+    assert part.codebook_GK.grad is not None and part.choice.grad is not None
+    assert part.codebook_GK.grad.tolist() == [[0.0, 2.0, -20.0, 0.0]]
+    torch.testing.assert_close(part.choice.grad, x * 2 / 11)
+    assert part.gain_n.grad is not None and part.gain_n.grad.tolist() == [-60.0]
+
+
+def test_gradients_of_the_proximal_rule() -> None:
+    linear, weight_nm = by_hand()
+    part = Preferences(linear, weight_nm, torch.float32)
+    assert part.choice.detach().argmax(-1).tolist() == [[1, 2]]
+    x = torch.tensor([[1.0, -10.0]])
+    part(x).sum().backward()
+    assert part.codebook_GK.grad is not None and part.choice.grad is not None
+    assert part.codebook_GK.grad.tolist() == [[0.0, 2.0, -20.0, 0.0]]
+    unit = 10 / 3
+    # s G sign(C_k - C*) unit^2 / |C_k - C*|, by hand, for the codes 1 (level 0) and 2 (level 3).
+    first = [2 * unit**2 / d if d else 0.0 for d in (-1.0, 0.0, 3.0, 9.0)]
+    second = [-20 * unit**2 / d if d else 0.0 for d in (-4.0, -3.0, 0.0, 6.0)]
+    wanted = torch.tensor([[first, second]])
+    torch.testing.assert_close(part.choice.grad, wanted / wanted.abs().mean())
+
+
+@pytest.mark.parametrize("form", [Latent, Preferences])
+def test_the_part_computes_what_it_stores(form: Any) -> None:
+    weight_nm = two_kinds(10, 30)
+    linear = start(weight_nm, bits=3, groups=2)
+    part = form(linear, weight_nm, torch.float32)
+    before = linear.dequantize()
+    part.store()
+    assert torch.equal(linear.dequantize(), before), "nothing was learnt yet"
+    with torch.no_grad():
+        part.codebook_GK += 0.05 * torch.randn(part.codebook_GK.shape)
+        part.gain_n *= 1.1
+        part.choice += 0.3 * torch.randn(part.choice.shape)
+    part.store()
+    x = torch.randn(5, 30)
+    torch.testing.assert_close(part(x), x @ linear.dequantize().T, rtol=1e-2, atol=2e-2)
+    assert torch.equal(linear.q.codebook, linear.q.codebook.sort(-1).values)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(40, 72), nn.Linear(72, 40, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(torch.tanh(self.up(x)))
+        return out
+
+
+def fit(**options: Any) -> Any:
+    torch.manual_seed(0)
+    module = Pair().requires_grad_(False)
+    sites = {site.name: site for site in find_sites(module, "b")}
+    weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in sites}
+    original = Activations((6, 40, 40), torch.float32)
+    packed = original.another()
+    # Correlated inputs, or there is nothing to make up for.
+    original.hidden_SLD.copy_(torch.randn(6, 40, 40) @ torch.randn(40, 40) / 3)
+    packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 40, 40))
+    block = Block("b", sites, weights, module, dict.fromkeys((1, 2, 4), Call((), {})))
+    return JLCM.fit(
+        block,
+        Streams(original, packed),
+        {},
+        JLCM.Config(**options),
+        torch.Generator().manual_seed(0),
+        lambda share: None,
+    )
+
+
+@pytest.mark.parametrize("form", ["latent", "preferences"])
+def test_learning_gains_and_moves_codes_to_their_neighbours(form: str) -> None:
+    report = fit(form=form, epochs=12).report
+    levels_alone = fit(form=form, epochs=12, lr_codes=0.0).report
+    assert report["loss_after"] < 0.8 * levels_alone["loss_after"]
+    assert levels_alone["loss_after"] < levels_alone["loss_start"]
+    assert 0.01 < report["codes_moved"] < 0.5
+    assert report["codes_moved_further"] < 0.1 * report["codes_moved"]
+
+
+def test_no_epochs_keep_the_start() -> None:
+    report = fit(epochs=0).report
+    assert report["loss_after"] == report["loss_start"] and report["codes_moved"] == 0
+
+
+def test_zero_rows_and_what_is_refused() -> None:
+    weight_nm = torch.randn(6, 40)
+    weight_nm[2] = 0
+    assert float(start(weight_nm).dequantize()[2].abs().max()) < 1e-3
+    with pytest.raises(UnsupportedError, match="float16"):
+        start(weight_nm * 1e9)
+    with pytest.raises(UnsupportedError, match="not finite"):
+        start(weight_nm, torch.full((40,), torch.nan))
+
+
+@pytest.mark.parametrize("options", [{"bits": 0}, {"bits": 5}, {"groups": 0}, {"groups": 257}])
+def test_options_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        JLCM.Config(**options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
+    checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
+) -> None:
+    source = checkpoint(family)
+    said = make_plan(Skeleton(read_layout(source)), JLCM, JLCM.Config(), allow_dense=True)
+    reports: list[Report] = []
+    job = {**SMALL_JOB, "allow_dense": True}
+    layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=3))
+    assert measure(layout).linears == said.bits_linears
+    assert layout.num_bytes == said.file_bytes
+    for block in reports[0].blocks:
+        assert block["fit"]["loss_after"] < block["fit"]["loss_start"]
