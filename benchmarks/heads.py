@@ -58,7 +58,9 @@ FREE = ("ngram+recycle:nodes=32", "trigram+recycle:nodes=32")
 FREE_TUNED = ("ngram+recycle:tune", "trigram+recycle:tune")
 NODES = (8, 16, 32, 64)
 CHAINS = range(1, 8)
-PARTS = ("train", "decode", "speed")
+PARTS = ("train", "decode", "packed", "speed")
+# Heads of these are trained on the packed model too, and run on both.
+ON_PACKED = ("hydra", "eagle3")
 SEQ_LEN, BATCH_TOKENS = 256, 2048
 
 
@@ -176,6 +178,8 @@ def main() -> None:
     write_prompts(given.shared / "data", out / "prompts.jsonl", given.each)
     if "decode" in given.parts:
         decode_all(found, model, out, given.only, keep)
+    if "packed" in given.parts:
+        cross(found, model, out, given, keep)
     if "speed" in given.parts:
         time_all(found, model, out, given, keep)
 
@@ -189,18 +193,43 @@ def train(found: dict[str, Any], model: Path, out: Path, given: Any, keep: Any) 
         tokens = given.steps * BATCH_TOKENS
         found["own_text_seconds"] = write_own_text(model, texts, partial, tokens)
         partial.rename(own)
-    words = ("--data", own, "--seq-len", SEQ_LEN, "--batch-tokens", BATCH_TOKENS)
     for name in given.only:
-        done = spectool(
-            "train-heads", name.removesuffix("-plain"), model, out / name, *words, "--steps",
-            given.steps, *METHODS[name], "--overwrite",
-        )  # fmt: skip
+        done = train_one(name, model, out / name, own, given.steps)
         found.setdefault("heads", {})[name] = {**done, "out": name}
         keep()
 
 
-def decode_all(found: dict[str, Any], model: Path, out: Path, names: list[str], keep: Any) -> None:
-    """Tokens per forward on held-out prompts, by nodes; greedy output is checked."""
+def train_one(name: str, model: Path, heads: Path, own: Path, steps: int) -> dict[str, Any]:
+    return spectool(
+        "train-heads", name.removesuffix("-plain"), model, heads, "--data", own, "--seq-len",
+        SEQ_LEN, "--batch-tokens", BATCH_TOKENS, "--steps", steps, *METHODS[name], "--overwrite",
+    )  # fmt: skip
+
+
+def cross(found: dict[str, Any], model: Path, out: Path, given: Any, keep: Any) -> None:
+    """Heads of the model and of it at 3 bits, each run on both: greedy tokens a forward."""
+    packed = out / "packed"
+    if not packed.exists():
+        spectool("quantize", "gptq", model, packed, "--bits", 3, "--calibration", out / "own.jsonl")
+    for name in ON_PACKED:
+        train_one(name, packed, out / f"{name}-of-packed", out / "own.jsonl", given.steps)
+    for target in (model, packed):
+        runner, _, categories, jobs, plain = prompts_of(target, out)
+        for name in ON_PACKED:
+            for heads in (out / name, out / f"{name}-of-packed"):
+                results = decode(runner, f"{heads}:nodes=32", jobs, 0.0)
+                same = [a.token_ids == b.token_ids for a, b in zip(results, plain, strict=True)]
+                entry = {"identical": sum(same), **figures(results, categories)["all"]}
+                found.setdefault("packed", {})[f"{heads.name} on {target.name}"] = entry
+                print(heads.name, target.name, entry, flush=True)
+                keep()
+
+
+def prompts_of(
+    model: Path, out: Path
+) -> tuple[Runner, list[str], list[str], list[tuple[str, int]], list[Result]]:
+    """A model, the prompts' texts and categories; jobs, each up to where plain greedy text begins
+    to repeat itself, and that text."""
     prompts = rows_of(out / "prompts.jsonl")
     runner = Runner(model, dtype=torch.float32)
     assert runner.tokenizer is not None
@@ -219,6 +248,12 @@ def decode_all(found: dict[str, Any], model: Path, out: Path, names: list[str], 
         for text, result in zip(texts, plain, strict=True)
     ]
     plain = decode(runner, None, jobs, 0.0)
+    return runner, texts, categories, jobs, plain
+
+
+def decode_all(found: dict[str, Any], model: Path, out: Path, names: list[str], keep: Any) -> None:
+    """Tokens per forward on held-out prompts, by nodes; greedy output is checked."""
+    runner, texts, categories, jobs, plain = prompts_of(model, out)
     found["prompts"], found["new_tokens"] = len(jobs), sum(len(r.token_ids) for r in plain)
     specs = [f"{out / name}:nodes={nodes}" for name in names for nodes in NODES]
     for spec in [*FREE, *specs]:

@@ -49,6 +49,18 @@ def quantize(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")] = 2048,
+    preprocess: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to reshape the model on first: pack it, train low-rank updates of the "
+            "result, merge them, pack again; repeatable. Needs the whole model in memory."
+        ),
+    ] = None,
+    preprocess_steps: Annotated[int, typer.Option(min=1, help="Steps of --preprocess.")] = 1000,
+    preprocess_rank: Annotated[int, typer.Option(min=1, help="Rank of its updates.")] = 64,
+    preprocess_rate: Annotated[
+        float, typer.Option(min=0.0, help="Peak learning rate of its updates.")
+    ] = 1e-4,
     field: Field = None,
     template_arg: TemplateArg = None,
     skip: Annotated[
@@ -83,6 +95,7 @@ def quantize(
         from spectool.headers import read_layout
         from spectool.loading import check_device, parse_dtype
         from spectool.quantize import run
+        from spectool.quantize.preprocess import Preprocess
 
         job = run.Job(
             method=method,
@@ -95,6 +108,14 @@ def quantize(
             skip=skip or (),
             allow_dense=allow_dense,
             seed=seed,
+            preprocess=Preprocess(
+                text=preprocess,
+                steps=preprocess_steps,
+                rank=preprocess_rank,
+                rate=preprocess_rate,
+            )
+            if preprocess
+            else None,
         )
         check_device(device)
         if dry_run:
@@ -128,6 +149,7 @@ def quantize(
                 trust_remote_code=trust_remote_code,
                 announce=lambda plan, skeleton: show_plan(output, job, plan, skeleton),
                 progress=lambda done, total, name: output.progress(done, total, "blocks packed"),
+                say=output.say,
             )
         except KeyboardInterrupt:
             again = "the same command goes on after the last whole block"
@@ -192,6 +214,12 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
     output.show(
         f"largest relative squared error of a linear: {worst['error']:.2e} ({worst['name']})"
     )
+    if report.preprocess is not None:
+        output.show(
+            "perplexity of held-out text of --preprocess: "
+            f"{report.preprocess['packed']:.3f} packed at first, "
+            f"{report.preprocess['merged']:.3f} reshaped, which packing it again cannot improve"
+        )
     data_free = [name for block in report.blocks for name in block["data_free"]]
     if data_free:
         output.show(
@@ -211,6 +239,7 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
             "seconds": seconds,
             "peak_rss_bytes": peak_rss_bytes(),
             "layers": report.layers,
+            "preprocess": report.preprocess,
             "blocks": [
                 {key: block.get(key) for key in ("output_error", "data_free", "fit")}
                 for block in report.blocks

@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Rounds of Lloyd's algorithm at most; it stops by itself much sooner.
 ROUNDS = 100
+# Points that a further centre is chosen among.
+DRAWN = 8
 
 
 def levels(values_RN: Tensor, weights_RN: Tensor, count: int) -> Tensor:
@@ -38,7 +40,8 @@ def levels(values_RN: Tensor, weights_RN: Tensor, count: int) -> Tensor:
     ends = [_lloyd(values_RN, mass_RN, first_RN, start) for start in starts]
     errors = [_error(values_RN, mass_RN, first_RN, second_RN, end) for end in ends]
     better_R = errors[0] <= errors[1]
-    return torch.where(better_R[:, None], *ends).float()
+    first_RK, second_RK = ends
+    return torch.where(better_R[:, None], first_RK, second_RK).float()
 
 
 def _ends(values_RN: Tensor, weights_RN: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +95,10 @@ def nearest(values_RN: Tensor, level_RK: Tensor) -> Tensor:
 
 
 def clusters(points_PD: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Each point's cluster [P], of at most `count`: k-means, begun as k-means++ begins.
+    """Each point's cluster [P], of at most `count`: k-means, begun as greedy k-means++ begins.
 
-    (Arthur and Vassilvitskii 2007.) Clusters are numbered as their first points stand.
+    (Arthur and Vassilvitskii 2007: of a few points drawn by their squared distance, the one that
+    lowers the others' most.) Clusters are numbered as their first points stand.
     """
     points_PD = points_PD.double()
     count = min(count, len(points_PD))
@@ -104,8 +108,10 @@ def clusters(points_PD: Tensor, count: int, generator: torch.Generator) -> Tenso
         distance_P = torch.cdist(points_PD, centres_KD).amin(1).square()
         if not distance_P.any():
             break
-        drawn = torch.multinomial(distance_P.cpu(), 1, generator=generator)
-        centres_KD = torch.cat([centres_KD, points_PD[drawn.to(points_PD.device)]])
+        drawn = torch.multinomial(distance_P.cpu(), DRAWN, replacement=True, generator=generator)
+        tried_TD = points_PD[drawn.to(points_PD.device)]
+        left_T = torch.cdist(points_PD, tried_TD).square().minimum(distance_P[:, None]).sum(0)
+        centres_KD = torch.cat([centres_KD, tried_TD[left_T.argmin(), None]])
     label_P = torch.full((len(points_PD),), -1, device=points_PD.device)
     for _ in range(ROUNDS):
         before_P, label_P = label_P, torch.cdist(points_PD, centres_KD).argmin(1)

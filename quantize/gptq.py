@@ -18,7 +18,7 @@ Shapes: n outputs, m inputs, g groups, c columns of a segment.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,32 +65,27 @@ class GPTQ:
         if stats is None or stats.hessian is None:
             return RTN.pack(weight_nm, None, config, generator)
         m = weight_nm.shape[1]
-        columns = config.group_size or m
+        columns, top = config.group_size or m, 2**config.bits - 1
         order_m = torch.arange(m, device=weight_nm.device)
         if config.act_order:
-            order_m = stats.hessian.diagonal().argsort(descending=True, stable=True)
-        upper_mm = _factor(stats.hessian[order_m][:, order_m], config.damping)
+            order_m = by_size(stats.hessian)
         step_ng, zero_ng, largest = grid_of(weight_nm.float(), config)
         check_scale(float(largest))
-        weight_nm = weight_nm.float()[:, order_m]
         codes_nm = torch.empty(weight_nm.shape, dtype=torch.uint8, device=weight_nm.device)
-        for start, end in _segments(m, columns):
-            if not config.act_order and start % columns == 0:
-                group = slice(start // columns, start // columns + 1)
-                grid = grid_of(weight_nm[:, start : start + columns], config)
+
+        def round_column(j: int, weight_nm: Tensor) -> Tensor:
+            if not config.act_order and j % columns == 0:
+                group = slice(j // columns, j // columns + 1)
+                grid = grid_of(weight_nm[:, j : j + columns], config)
                 step_ng[:, group], zero_ng[:, group], largest = grid
                 check_scale(float(largest))
-            errors_nc = torch.empty_like(weight_nm[:, start:end])
-            for j in range(start, end):
-                group_j = int(order_m[j]) // columns
-                step_n, zero_n = step_ng[:, group_j].float(), zero_ng[:, group_j]
-                code_n = (weight_nm[:, j] / step_n).round_().add_(zero_n)
-                code_n.clamp_(0, 2**config.bits - 1)
-                error_n = (weight_nm[:, j] - step_n * (code_n - zero_n)) / upper_mm[j, j]
-                weight_nm[:, j:end] -= error_n[:, None] * upper_mm[j, j:end]
-                errors_nc[:, j - start] = error_n
-                codes_nm[:, order_m[j]] = code_n.to(torch.uint8)
-            weight_nm[:, end:] -= errors_nc @ upper_mm[start:end, end:]
+            group_j = int(order_m[j]) // columns
+            step_n, zero_n = step_ng[:, group_j].float(), zero_ng[:, group_j]
+            code_n = (weight_nm[:, j] / step_n).round_().add_(zero_n).clamp_(0, top)
+            codes_nm[:, order_m[j]] = code_n.to(torch.uint8)
+            return step_n * (code_n - zero_n)
+
+        compensate(weight_nm.float(), stats.hessian, order_m, config.damping, columns, round_column)
         fields = {"codes": pack_bits(codes_nm, config.bits), "scale": step_ng}
         if not config.symmetric:
             fields["zero"] = zero_ng.to(torch.uint8)
@@ -99,6 +94,39 @@ class GPTQ:
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: GPTQ.Config) -> RTNLinear:
         return RTNLinear(spec, shape, config)
+
+
+def by_size(hessian_mm: Tensor) -> Tensor:
+    """The inputs, those of large activations first."""
+    return hessian_mm.diagonal().argsort(descending=True, stable=True)
+
+
+def compensate(
+    weight_nm: Tensor,
+    hessian_mm: Tensor,
+    order_m: Tensor,
+    damping: float,
+    columns: int,
+    round_column: Callable[[int, Tensor], Tensor],
+) -> None:
+    """Round the inputs in this order, each time letting those that follow make up for the error.
+
+    `round_column(j, weight_nm)` gives what the j-th in order becomes, [n], of weights [n, m] in
+    that order, which are up to date from j to the end of its group of `columns` at least.
+
+    Raises:
+        UnsupportedError: the inputs are not finite, or H has no inverse with this damping.
+    """
+    m = weight_nm.shape[1]
+    upper_mm = _factor(hessian_mm[order_m][:, order_m], damping)
+    weight_nm = weight_nm[:, order_m]
+    for start, end in _segments(m, columns):
+        errors_nc = torch.empty_like(weight_nm[:, start:end])
+        for j in range(start, end):
+            error_n = (weight_nm[:, j] - round_column(j, weight_nm)) / upper_mm[j, j]
+            weight_nm[:, j:end] -= error_n[:, None] * upper_mm[j, j:end]
+            errors_nc[:, j - start] = error_n
+        weight_nm[:, end:] -= errors_nc @ upper_mm[start:end, end:]
 
 
 def _segments(m: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -130,4 +158,5 @@ def _factor(hessian_mm: Tensor, damping: float) -> Tensor:
             f"the second moments of its inputs have no inverse with a damping of {damping}",
             hint="a larger --damping, or more calibration text",
         )
-    return upper_mm.float()
+    found_mm: Tensor = upper_mm.float()
+    return found_mm

@@ -64,7 +64,7 @@ class HQQ:
         generator: torch.Generator,
     ) -> PackedFields:
         rows = max(1, PIECE // weight_nm.shape[1])
-        packed = [_pack_rows(part.float(), config) for part in weight_nm.split(rows)]
+        packed = [_pack_rows(part.float(), config) for part in torch.split(weight_nm, rows)]
         check_scale(max(largest for _, largest in packed))
         return {name: torch.cat([fields[name] for fields, _ in packed]) for name in packed[0][0]}
 

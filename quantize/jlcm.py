@@ -5,11 +5,12 @@ the group of row i, s_i a scale, C_g the group's K = 2^b levels and k_ij the cod
 
     w'_ij = s_i C_g[k_ij].
 
-It begins with Lloyd's levels, weighted by the inputs' mean squares, and the nearest codes. Then
-s, C and the codes are fitted a block at a time (`fitting.py`). Codes are learned in one of two
-forms, both of which move a weight to neighbouring levels first. The latent form: a number u_ij a
-weight, k_ij = the nearest level to u_ij, and u takes the weight's own gradient (straight through).
-The preferences form: a number z_ijk a level, k_ij = argmax, and with G the gradient of w'_ij
+It begins with Lloyd's levels, weighted by the inputs' mean squares, and with codes that are taken
+one input after another as `gptq` takes them: later ones make up for the errors before. Then s, C
+and the codes are fitted a block at a time (`fitting.py`). Codes are learned in one of two forms,
+both of which move a weight to neighbouring levels first. The latent form: a number u_ij a weight,
+k_ij = the nearest level to u_ij, and u takes the weight's own gradient (straight through). The
+preferences form: a number z_ijk a level, k_ij = argmax, and with G the gradient of w'_ij
 
     dL/dz_ijk = s_i G sign(C_k - C_k*) d^2 / |C_k - C_k*|,    dL/dz_ijk* = 0,
 
@@ -19,7 +20,7 @@ with momentum, relative to the matrix's mean gradient: per-weight rates would un
 
 Source: Yvinec et al., JLCM, 2023 (arXiv:2309.17361), of which no code and no full text was to be
 had. The rules above are those that its abstract and reviews tell; grouping, sizes and rates are
-ours.
+ours, and so is the start, where the nearest codes lose more than learning wins back.
 Shapes: n outputs, m inputs, G groups, K levels.
 """
 
@@ -51,10 +52,13 @@ from .calibration import (
 )
 from .codebook import clusters, levels, nearest
 from .fitting import fit_block
+from .gptq import by_size, compensate
 from .rtn import SCALE_MAX, check_scale
 
 # Quantiles that describe a row's shape.
 SHAPE = 9
+# As `gptq` has it.
+DAMPING = 0.01
 
 
 class JLCM:
@@ -66,12 +70,12 @@ class JLCM:
         groups: int = option(8, "codebooks of a matrix", minimum=1, maximum=256)
         form: Literal["latent", "preferences"] = option("latent", "what codes are learned by")
         epochs: int = option(20, "passes over the calibration sequences", minimum=0)
-        lr: float = option(3e-3, "learning rate of levels, in spreads of a row", minimum=0)
+        lr: float = option(1e-3, "learning rate of levels, in spreads of a row", minimum=0)
         lr_codes: float = option(
-            0.02, "of codes: levels that the mean gradient moves a weight", minimum=0
+            0.003, "of codes: levels that the mean gradient moves a weight", minimum=0
         )
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {"second_moment": "packed"}
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {"hessian": "packed"}
 
     @classmethod
     def layout(cls, shape: tuple[int, int], config: JLCM.Config) -> FieldSpec:
@@ -100,18 +104,28 @@ class JLCM:
         ratio_nm = weight_nm / scale_n[:, None]
         group_n = clusters(_shape(ratio_nm, scale_n), config.groups, generator)
         moment_m = torch.ones(m, device=weight_nm.device)
-        if stats is not None and stats.second_moment is not None:
-            moment_m = _finite(stats.second_moment)
+        if stats is not None and stats.hessian is not None:
+            moment_m = stats.hessian.diagonal()
         # What an error weighs in the output.
         cost_nm = scale_n[:, None].square() * moment_m
         codebook_GK = torch.zeros(min(config.groups, n), 2**config.bits, device=weight_nm.device)
-        for group in group_n.unique().tolist():
+        for group in sorted(set(group_n.tolist())):
             rows_n = group_n == group
             codebook_GK[group] = levels(
                 ratio_nm[rows_n].flatten()[None], cost_nm[rows_n].flatten()[None], 2**config.bits
             )[0]
         codebook_GK = codebook_GK.half()
-        codes_nm = nearest(ratio_nm, codebook_GK[group_n].float())
+        level_nK = codebook_GK[group_n].float()
+        codes_nm = nearest(ratio_nm, level_nK)
+        if stats is not None and stats.hessian is not None:
+            order_m = by_size(stats.hessian)
+
+            def round_column(j: int, ratio_nm: Tensor) -> Tensor:
+                code_n1 = nearest(ratio_nm[:, j, None], level_nK)
+                codes_nm[:, order_m[j]] = code_n1[:, 0]
+                return level_nK.gather(1, code_n1.long())[:, 0]
+
+            compensate(ratio_nm, stats.hessian, order_m, DAMPING, m, round_column)
         return {
             "codes": pack_bits(codes_nm, config.bits),
             "codebook": codebook_GK,
@@ -184,15 +198,6 @@ class JLCM:
         return JLCMLinear(spec, shape, config)
 
 
-def _finite(moment_m: Tensor) -> Tensor:
-    """Raises: UnsupportedError: the activations are not finite."""
-    if not torch.isfinite(moment_m).all():
-        raise UnsupportedError(
-            "its inputs are not finite on the calibration text", hint="--dtype float32"
-        )
-    return moment_m
-
-
 def _shape(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
     """What rows are grouped by: the log of the spread and quantiles, each of unit variance."""
     shares = torch.linspace(0, 1, SHAPE + 2, device=ratio_nm.device)[1:-1]
@@ -215,9 +220,20 @@ class Learned(nn.Module):
         self.scale_n = linear.q.scale.float()
         self.gain_n = nn.Parameter(torch.ones_like(self.scale_n))
         self.codebook_GK = nn.Parameter(linear.q.codebook.float())
-        used_GK = self.codebook_GK.detach()[self.group_n.unique()]
+        used_GK = self.codebook_GK.detach()[sorted(set(self.group_n.tolist()))]
         # The mean distance of neighbouring levels.
         self.unit = float(used_GK.diff(dim=1).mean())
+
+    def placed(self, weight_nm: Tensor) -> Tensor:
+        """The weights [n, m] in units of their scale, brought to where their codes are nearest."""
+        level_nK = self.levels().detach()
+        between_nK = F.pad((level_nK[:, 1:] + level_nK[:, :-1]) / 2, (1, 1))
+        between_nK[:, 0], between_nK[:, -1] = -torch.inf, torch.inf
+        codes_nm = self.linear.codes().long()
+        inside = 1e-3 * self.unit
+        low_nm = between_nK.gather(1, codes_nm) + inside
+        high_nm = between_nK.gather(1, codes_nm + 1) - inside
+        return (weight_nm / self.scale_n[:, None]).clamp(low_nm, high_nm)
 
     def _relative(self, choice: Tensor) -> None:
         """Let its gradient be relative to the matrix's mean."""
@@ -226,7 +242,7 @@ class Learned(nn.Module):
             if parameter.grad is not None:
                 parameter.grad /= parameter.grad.abs().mean().clamp(min=1e-30)
 
-        choice.register_post_accumulate_grad_hook(scale)
+        choice.register_post_accumulate_grad_hook(scale)  # type: ignore[no-untyped-call]
 
     def levels(self) -> Tensor:
         """Each row's levels [n, K], ascending."""
@@ -255,7 +271,7 @@ class Latent(Learned):
 
     def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
-        self.choice = nn.Parameter(weight_nm / self.scale_n[:, None])
+        self.choice = nn.Parameter(self.placed(weight_nm))
         self._relative(self.choice)
 
     def chosen(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,7 +285,7 @@ class Preferences(Learned):
 
     def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
-        ratio_nm1 = (weight_nm / self.scale_n[:, None])[..., None]
+        ratio_nm1 = self.placed(weight_nm)[..., None]
         level_n1K = self.levels().detach()[:, None]
         # By distance, so that neighbours are the first to be preferred; a step of the mean gradient
         # then moves a weight as far as in the latent form.

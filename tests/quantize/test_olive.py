@@ -90,8 +90,8 @@ def test_equals_a_search_pair_by_pair(pack: Callable[..., Any], bits: int, m: in
         if kind.bits == bits
     }
     name = min(found, key=lambda name: sum(error for error, _ in found[name]))
-    assert KINDS[name] is TYPES[bits][int(packed.fields["type"])]
-    wanted = torch.tensor([row for _, row in found[name]])
+    assert KINDS[name] is TYPES[bits][int(packed.fields["kind"])]
+    wanted = torch.tensor([row for _, row in found[name]]).float()
     torch.testing.assert_close(packed.module.dequantize(), wanted, rtol=1e-6, atol=1e-7)
 
 
@@ -149,9 +149,9 @@ def test_isolated_outliers_cost_less_than_clipping(pack: Callable[..., Any]) -> 
 
 
 def test_on_gaussians_it_is_about_as_good_as_a_grid(pack: Callable[..., Any]) -> None:
-    """0.0131 and 0.0130 of the variance in the reference's measurement."""
+    """A clipped grid of 15 steps leaves 0.0130 of the variance."""
     weight_nm = torch.randn(64, 4096, generator=torch.Generator().manual_seed(4))
-    assert pack("olive", weight_nm).error == pytest.approx(0.0131, abs=0.0003)
+    assert 0.012 < pack("olive", weight_nm).error < 0.0132
 
 
 def test_outliers_everywhere_halve_the_matrix(pack: Callable[..., Any]) -> None:
@@ -173,7 +173,7 @@ def test_zeros_stay_and_what_float16_cannot_hold_is_refused(pack: Callable[..., 
 
 def test_a_type_that_is_none_is_refused(pack: Callable[..., Any]) -> None:
     packed = pack("olive", heavy(4, 16))
-    packed.module.q.type.fill_(2)
+    packed.module.q.kind.fill_(2)
     with pytest.raises(CheckpointError, match="has no type 2"):
         packed.module.dequantize()
 

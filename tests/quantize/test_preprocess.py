@@ -1,0 +1,163 @@
+"""Preprocessing: what is reshaped, what stays, and that a killed run ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from spectool.checkpoint import open_checkpoint
+from spectool.cli import app
+from spectool.errors import UnsupportedError, UsageError
+from spectool.headers import read_layout
+from spectool.quantize import preprocess as room
+from spectool.quantize import run
+from spectool.quantize.ledger import measure
+from spectool.quantize.preprocess import Preprocess
+from spectool.quantize.rtn import RTN
+from spectool.quantize.run import Job, quantize
+
+from ..conftest import tokenizer
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """Regular enough to be learnt in some steps."""
+    path = tmp_path / "text.txt"
+    path.write_text("def run(path: Path) -> None:\n    return path\n" * 400)
+    return str(path)
+
+
+def job(text: str, **asked: Any) -> Job:
+    return Job(
+        method="rtn",
+        config=RTN.Config(bits=2, group_size=16),
+        seq_len=32,
+        allow_dense=True,
+        preprocess=Preprocess(text=[text], **{"steps": 20, "rank": 4, "rate": 2e-2, **asked}),
+    )
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "qwen3_moe"])
+def test_the_reshaped_model_is_packed_as_the_original(
+    checkpoint: Checkpoints,
+    tmp_path: Path,
+    text: str,
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = checkpoint(family)
+    monkeypatch.setattr(run.shutil, "rmtree", lambda path: None)
+    report = quantize(source, tmp_path / "out", job(text))
+    assert report.preprocess is not None
+    assert report.preprocess["merged"] < report.preprocess["packed"] - 1
+    layout, scratch = read_layout(tmp_path / "out"), tmp_path / "out.preprocess"
+    assert layout.quantization is not None
+    assert layout.quantization["source"]["fingerprint"] == open_checkpoint(source).fingerprint()
+    said = layout.quantization["made_by"]["preprocess"]
+    assert said["text"].startswith("sha256:") and said["steps"] == 20
+    assert str(tmp_path) not in json.dumps(layout.config)
+    assert measure(layout).linears == measure(read_layout(scratch / "first")).linears
+    before, after = (load_file(p / "model.safetensors") for p in (source, scratch / "merged"))
+    assert before.keys() == after.keys()
+    packed = {name.removesuffix(".q.codes") for name in layout.tensors if ".q.codes" in name}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{name}.weight" for name in packed if ".experts." not in name}
+    assert all(before[name].shape == after[name].shape for name in before)
+
+
+def test_a_run_that_was_killed_ends_with_the_same_bytes(
+    checkpoint: Checkpoints, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("llama")
+    quantize(source, tmp_path / "whole", job(text))
+    assert not (tmp_path / "whole.preprocess").exists()
+    out = tmp_path / "out"
+
+    class Killed(Exception):
+        pass
+
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if len(lines) in (3, 8):
+            raise Killed
+
+    original = room.Training
+
+    def storing(**given: Any) -> Any:
+        return original(**given, save_seconds=-1, save_share=float("inf"))
+
+    monkeypatch.setattr(room, "Training", storing)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            quantize(source, out, job(text), say=say)
+    quantize(source, out, job(text), say=say)
+    assert len(lines) > 8, "the third run went on from the second"
+    assert [line.split(":")[1].split("/")[0].strip() for line in lines] == [
+        str(step) for step in sorted({int(line.split(":")[1].split("/")[0]) for line in lines})
+    ], "no step was taken twice"
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_the_scratch_of_another_run_is_left_alone(
+    checkpoint: Checkpoints, tmp_path: Path, text: str
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    scratch = tmp_path / "out.preprocess"
+    scratch.mkdir()
+    (scratch / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="something else than an unfinished run"):
+            quantize(source, out, job(text), overwrite=overwrite)
+    assert (scratch / "notes.txt").read_text() == "mine"
+    shutil.rmtree(scratch)
+    scratch.mkdir()
+    (scratch / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="something else"):
+        quantize(source, out, job(text))
+    quantize(source, out, job(text, steps=2), overwrite=True)
+    assert out.exists() and not scratch.exists()
+
+
+def test_what_is_refused(
+    checkpoint: Checkpoints, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("llama")
+    short = tmp_path / "short.txt"
+    ids = tokenizer().encode(Path(text).read_text())
+    short.write_text(tokenizer().decode(ids[:50]))
+    with pytest.raises(UsageError, match="fewer than two sequences"):
+        quantize(source, tmp_path / "out", job(str(short)))
+    monkeypatch.setattr(room, "available_memory", lambda device: 1000)
+    with pytest.raises(UnsupportedError, match="trains the whole model"):
+        quantize(source, tmp_path / "out", job(text))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_command_says_what_the_ceiling_is(
+    checkpoint: Checkpoints, tmp_path: Path, text: str
+) -> None:
+    words = ["quantize", "rtn", str(checkpoint("llama")), str(tmp_path / "out"), "--bits", "2"]
+    words += ["--seq-len", "32", "--preprocess", text, "--preprocess-steps", "10"]
+    words += ["--preprocess-rank", "2", "--preprocess-rate", "1e-2", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)["preprocess"]
+    assert result["merged"] < result["packed"]
+    assert f"{result['merged']:.3f} reshaped" in done.stderr
+    assert "preprocessing: 10/10 steps" in done.stderr
