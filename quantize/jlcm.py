@@ -6,11 +6,12 @@ the group of row i, s_i a scale, C_g the group's K = 2^b levels and k_ij the cod
     w'_ij = s_i C_g[k_ij].
 
 It begins with Lloyd's levels, weighted by the inputs' mean squares, and with codes that are taken
-one input after another as `gptq` takes them: later ones make up for the errors before. Then s, C
-and the codes are fitted a block at a time (`fitting.py`). Codes are learned in one of two forms,
-both of which move a weight to neighbouring levels first. The latent form: a number u_ij a weight,
-k_ij = the nearest level to u_ij, and u takes the weight's own gradient (straight through). The
-preferences form: a number z_ijk a level, k_ij = argmax, and with G the gradient of w'_ij
+one input after another as `gptq` takes them: later ones make up for the errors before. That wants
+wider levels than single weights do, so the codebook is tried 1 to 1.8 times as wide. Then s, C and
+the codes are fitted a block at a time (`fitting.py`). Codes are learned in one of two forms, both
+of which move a weight to neighbouring levels first. The latent form: a number u_ij a weight, k_ij =
+the nearest level to u_ij, and u takes the weight's own gradient (straight through). The preferences
+form: a number z_ijk a level, k_ij = argmax, and with G the gradient of w'_ij
 
     dL/dz_ijk = s_i G sign(C_k - C_k*) d^2 / |C_k - C_k*|,    dL/dz_ijk* = 0,
 
@@ -59,6 +60,8 @@ from .rtn import SCALE_MAX, check_scale
 SHAPE = 9
 # As `gptq` has it.
 DAMPING = 0.01
+# Codebooks are tried so many times wider, each by so much.
+STEPS, STEP = 5, 0.2
 
 
 class JLCM:
@@ -70,9 +73,9 @@ class JLCM:
         groups: int = option(8, "codebooks of a matrix", minimum=1, maximum=256)
         form: Literal["latent", "preferences"] = option("latent", "what codes are learned by")
         epochs: int = option(20, "passes over the calibration sequences", minimum=0)
-        lr: float = option(1e-3, "learning rate of levels, in spreads of a row", minimum=0)
+        lr: float = option(2e-4, "learning rate of levels, in spreads of a row", minimum=0)
         lr_codes: float = option(
-            0.003, "of codes: levels that the mean gradient moves a weight", minimum=0
+            5e-4, "of codes: levels that the mean gradient moves a weight", minimum=0
         )
 
     statistics: ClassVar[Mapping[Statistic, Stream]] = {"hessian": "packed"}
@@ -114,18 +117,15 @@ class JLCM:
             codebook_GK[group] = levels(
                 ratio_nm[rows_n].flatten()[None], cost_nm[rows_n].flatten()[None], 2**config.bits
             )[0]
-        codebook_GK = codebook_GK.half()
-        level_nK = codebook_GK[group_n].float()
-        codes_nm = nearest(ratio_nm, level_nK)
-        if stats is not None and stats.hessian is not None:
-            order_m = by_size(stats.hessian)
-
-            def round_column(j: int, ratio_nm: Tensor) -> Tensor:
-                code_n1 = nearest(ratio_nm[:, j, None], level_nK)
-                codes_nm[:, order_m[j]] = code_n1[:, 0]
-                return level_nK.gather(1, code_n1.long())[:, 0]
-
-            compensate(ratio_nm, stats.hessian, order_m, DAMPING, m, round_column)
+        if stats is None or stats.hessian is None:
+            codebook_GK = codebook_GK.half()
+            codes_nm = nearest(ratio_nm, codebook_GK[group_n].float())
+        else:
+            tried = [(STEP * step + 1) * codebook_GK for step in range(STEPS)]
+            found = [
+                _compensated(ratio_nm, scale_n, x.half(), group_n, stats.hessian) for x in tried
+            ]
+            _, codebook_GK, codes_nm = min(found, key=lambda each: each[0])
         return {
             "codes": pack_bits(codes_nm, config.bits),
             "codebook": codebook_GK,
@@ -196,6 +196,25 @@ class JLCM:
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: JLCM.Config) -> JLCMLinear:
         return JLCMLinear(spec, shape, config)
+
+
+def _compensated(
+    ratio_nm: Tensor, scale_n: Tensor, codebook_GK: Tensor, group_n: Tensor, hessian_mm: Tensor
+) -> tuple[float, Tensor, Tensor]:
+    """The squared error of the outputs, the codebook and the codes that `gptq`'s way leads to."""
+    level_nK = codebook_GK[group_n].float()
+    codes_nm = torch.empty(ratio_nm.shape, dtype=torch.uint8, device=ratio_nm.device)
+    order_m = by_size(hessian_mm)
+
+    def round_column(j: int, ratio_nm: Tensor) -> Tensor:
+        code_n1 = nearest(ratio_nm[:, j, None], level_nK)
+        codes_nm[:, order_m[j]] = code_n1[:, 0]
+        return level_nK.gather(1, code_n1.long())[:, 0]
+
+    compensate(ratio_nm, hessian_mm, order_m, DAMPING, ratio_nm.shape[1], round_column)
+    apart_nm = (level_nK.gather(1, codes_nm.long()) - ratio_nm) * scale_n[:, None]
+    error = float(((apart_nm @ hessian_mm) * apart_nm).sum())
+    return error, codebook_GK, codes_nm
 
 
 def _shape(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
