@@ -30,19 +30,20 @@ from spectool.quantize.run import Job, Preprocess, quantize
 
 Row = tuple[str, dict[str, Any]]
 
+GROUPS = (32, 128, 0)
 METHODS: list[Row] = [
-    ("int8", {}),
-    ("nf4", {}),
+    *(("gptq", {"bits": b, "group_size": g}) for b in (2, 3, 4) for g in GROUPS),
+    *(("jlcm", {"bits": b, "epochs": 4}) for b in (2, 3, 4)),
+    ("ptq161", {"epochs": 4}),
+    ("ptq161 reshaped", {"epochs": 4}),
+    *(("rtn", {"bits": b, "group_size": g}) for b in (2, 3, 4) for g in GROUPS),
+    *(("hqq", {"bits": b, "group_size": 64}) for b in (2, 3, 4)),
     ("olive", {}),
-    *(("rtn", {"bits": b, "group_size": g}) for b in (4, 3, 2) for g in (32, 64, 128, 0)),
-    *(("hqq", {"bits": b, "group_size": g}) for b in (4, 3, 2) for g in (32, 64, 128)),
-    *(("gptq", {"bits": b, "group_size": g}) for b in (4, 3, 2) for g in (32, 64, 128, 0)),
-    *(("jlcm", {"bits": b, "epochs": 4}) for b in (4, 3, 2)),
-    ("ptq161", {"epochs": 10}),
-    ("ptq161 reshaped", {"epochs": 10}),
+    ("nf4", {}),
+    ("int8", {}),
 ]
 SAMPLES, SEQ_LEN = 64, 256
-RESHAPED = {"steps": 300, "rate": 3e-4, "batch_size": 8}
+RESHAPED = {"steps": 200, "rate": 3e-4, "batch_size": 4}
 
 
 def rows(

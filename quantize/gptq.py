@@ -66,9 +66,8 @@ class GPTQ:
             return RTN.pack(weight_nm, None, config, generator)
         m = weight_nm.shape[1]
         columns, top = config.group_size or m, 2**config.bits - 1
-        order_m = torch.arange(m, device=weight_nm.device)
-        if config.act_order:
-            order_m = by_size(stats.hessian)
+        given = feedback(stats.hessian, config.damping, by_size=config.act_order)
+        order = given.order_m.tolist()
         step_ng, zero_ng, largest = grid_of(weight_nm.float(), config)
         check_scale(float(largest))
         codes_nm = torch.empty(weight_nm.shape, dtype=torch.uint8, device=weight_nm.device)
@@ -79,13 +78,14 @@ class GPTQ:
                 grid = grid_of(weight_nm[:, j : j + columns], config)
                 step_ng[:, group], zero_ng[:, group], largest = grid
                 check_scale(float(largest))
-            group_j = int(order_m[j]) // columns
+            group_j = order[j] // columns
             step_n, zero_n = step_ng[:, group_j].float(), zero_ng[:, group_j]
             code_n = (weight_nm[:, j] / step_n).round_().add_(zero_n).clamp_(0, top)
-            codes_nm[:, order_m[j]] = code_n.to(torch.uint8)
+            codes_nm[:, order[j]] = code_n.to(torch.uint8)
             return step_n * (code_n - zero_n)
 
-        compensate(weight_nm.float(), stats.hessian, order_m, config.damping, columns, round_column)
+        # Groups whose grids are known have no need of weights that are up to date when they begin.
+        compensate(weight_nm.float(), given, m if config.act_order else columns, round_column)
         fields = {"codes": pack_bits(codes_nm, config.bits), "scale": step_ng}
         if not config.symmetric:
             fields["zero"] = zero_ng.to(torch.uint8)
@@ -96,31 +96,40 @@ class GPTQ:
         return RTNLinear(spec, shape, config)
 
 
-def by_size(hessian_mm: Tensor) -> Tensor:
-    """The inputs, those of large activations first."""
-    return hessian_mm.diagonal().argsort(descending=True, stable=True)
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """The order of the inputs [m], and U [m, m] of the module docstring in that order."""
+
+    order_m: Tensor
+    upper_mm: Tensor
 
 
-def compensate(
-    weight_nm: Tensor,
-    hessian_mm: Tensor,
-    order_m: Tensor,
-    damping: float,
-    columns: int,
-    round_column: Callable[[int, Tensor], Tensor],
-) -> None:
-    """Round the inputs in this order, each time letting those that follow make up for the error.
-
-    `round_column(j, weight_nm)` gives what the j-th in order becomes, [n], of weights [n, m] in
-    that order, which are up to date from j to the end of its group of `columns` at least.
+def feedback(hessian_mm: Tensor, damping: float, *, by_size: bool = True) -> Feedback:
+    """How errors are made up for; `by_size`: the inputs of large activations first.
 
     Raises:
         UnsupportedError: the inputs are not finite, or H has no inverse with this damping.
     """
-    m = weight_nm.shape[1]
-    upper_mm = _factor(hessian_mm[order_m][:, order_m], damping)
-    weight_nm = weight_nm[:, order_m]
-    for start, end in _segments(m, columns):
+    order_m = torch.arange(len(hessian_mm), device=hessian_mm.device)
+    if by_size:
+        order_m = hessian_mm.diagonal().argsort(descending=True, stable=True)
+    return Feedback(order_m, _factor(hessian_mm[order_m][:, order_m], damping))
+
+
+def compensate(
+    weight_nm: Tensor,
+    given: Feedback,
+    columns: int,
+    round_column: Callable[[int, Tensor], Tensor],
+) -> None:
+    """Round the inputs in order, each time letting those that follow make up for the error.
+
+    `round_column(j, weight_nm)` gives what the j-th in order becomes, [n], of weights [n, m] in
+    that order, which are up to date from j to the end of its group of `columns` at least.
+    """
+    upper_mm = given.upper_mm
+    weight_nm = weight_nm[:, given.order_m]
+    for start, end in _segments(weight_nm.shape[1], columns):
         errors_nc = torch.empty_like(weight_nm[:, start:end])
         for j in range(start, end):
             error_n = (weight_nm[:, j] - round_column(j, weight_nm)) / upper_mm[j, j]
@@ -147,9 +156,10 @@ def _factor(hessian_mm: Tensor, damping: float) -> Tensor:
         )
     hessian_mm = hessian_mm.double()
     diagonal = hessian_mm.diagonal()
+    mean = float(diagonal.sum() / diagonal.count_nonzero().clamp(min=1)) or 1.0
     # An input that was never seen: the error of its weights is nobody's matter.
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
+    diagonal[diagonal == 0] = mean
+    diagonal += damping * mean
     lower_mm, failed = torch.linalg.cholesky_ex(hessian_mm)
     inverse_mm = torch.cholesky_inverse(lower_mm)
     upper_mm, failed_again = torch.linalg.cholesky_ex(inverse_mm, upper=True)

@@ -38,6 +38,8 @@ from .rtn import PIECE, RTN, SCALE_MAX, SCALE_MIN, RTNLinear, check_scale
 ROUNDS = 20
 NORM = 0.7
 BETA, GROWTH = 10.0, 1.01
+# Whole numbers up to here are exact in float16.
+FARTHEST = 2048
 
 
 class HQQ:
@@ -86,9 +88,11 @@ def _pack_rows(weight_nm: Tensor, config: HQQ.Config) -> tuple[PackedFields, flo
     weight_ngc = padded_nm.view(n, -1, columns)
     low_ng, high_ng = weight_ngc.amin(-1), weight_ngc.amax(-1)
     scale_ng = (high_ng - low_ng) / (2**config.bits - 1)
-    # A group of equal weights: any scale will do with which float16 holds its zero point.
-    even_ng = torch.where(low_ng == 0, 1.0, low_ng.abs())
-    scale_ng = torch.where(scale_ng == 0, even_ng, scale_ng)
+    # Groups far from zero, of nearly equal weights, need steps with which float16 holds their zero
+    # point to a step; a group of zeros may have any.
+    far_ng = torch.maximum(low_ng.abs(), high_ng.abs())
+    scale_ng = torch.maximum(scale_ng, far_ng / FARTHEST)
+    scale_ng = torch.where(scale_ng == 0, 1.0, scale_ng)
     largest = float(scale_ng.max())
     stored_ng = scale_ng.clamp(SCALE_MIN, SCALE_MAX).half()
     steps_ngc = weight_ngc / stored_ng.float()[..., None]

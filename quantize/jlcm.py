@@ -53,15 +53,15 @@ from .calibration import (
 )
 from .codebook import clusters, levels, nearest
 from .fitting import fit_block
-from .gptq import by_size, compensate
-from .rtn import SCALE_MAX, check_scale
+from .gptq import Feedback, compensate, feedback
+from .rtn import SCALE_MAX, SCALE_MIN, check_scale
 
 # Quantiles that describe a row's shape.
 SHAPE = 9
 # As `gptq` has it.
 DAMPING = 0.01
-# Codebooks are tried so many times wider, each by so much.
-STEPS, STEP = 5, 0.2
+# So many times as wide are codebooks tried.
+WIDTHS = (1.0, 1.2, 1.4, 1.6, 1.8)
 
 
 class JLCM:
@@ -103,7 +103,7 @@ class JLCM:
         n, m = weight_nm.shape
         scale_n = weight_nm.square().mean(1).sqrt()
         check_scale(float(scale_n.max()))
-        scale_n = torch.where(scale_n == 0, 1.0, scale_n).half().float()
+        scale_n = torch.where(scale_n == 0, 1.0, scale_n.clamp(SCALE_MIN)).half().float()
         ratio_nm = weight_nm / scale_n[:, None]
         group_n = clusters(_shape(ratio_nm, scale_n), config.groups, generator)
         moment_m = torch.ones(m, device=weight_nm.device)
@@ -121,9 +121,12 @@ class JLCM:
             codebook_GK = codebook_GK.half()
             codes_nm = nearest(ratio_nm, codebook_GK[group_n].float())
         else:
-            tried = [(STEP * step + 1) * codebook_GK for step in range(STEPS)]
+            given = feedback(stats.hessian, DAMPING)
             found = [
-                _compensated(ratio_nm, scale_n, x.half(), group_n, stats.hessian) for x in tried
+                _compensated(
+                    ratio_nm, scale_n, (width * codebook_GK).half(), group_n, stats.hessian, given
+                )
+                for width in WIDTHS
             ]
             _, codebook_GK, codes_nm = min(found, key=lambda each: each[0])
         return {
@@ -199,19 +202,24 @@ class JLCM:
 
 
 def _compensated(
-    ratio_nm: Tensor, scale_n: Tensor, codebook_GK: Tensor, group_n: Tensor, hessian_mm: Tensor
+    ratio_nm: Tensor,
+    scale_n: Tensor,
+    codebook_GK: Tensor,
+    group_n: Tensor,
+    hessian_mm: Tensor,
+    given: Feedback,
 ) -> tuple[float, Tensor, Tensor]:
     """The squared error of the outputs, the codebook and the codes that `gptq`'s way leads to."""
     level_nK = codebook_GK[group_n].float()
     codes_nm = torch.empty(ratio_nm.shape, dtype=torch.uint8, device=ratio_nm.device)
-    order_m = by_size(hessian_mm)
+    order = given.order_m.tolist()
 
     def round_column(j: int, ratio_nm: Tensor) -> Tensor:
         code_n1 = nearest(ratio_nm[:, j, None], level_nK)
-        codes_nm[:, order_m[j]] = code_n1[:, 0]
+        codes_nm[:, order[j]] = code_n1[:, 0]
         return level_nK.gather(1, code_n1.long())[:, 0]
 
-    compensate(ratio_nm, hessian_mm, order_m, DAMPING, ratio_nm.shape[1], round_column)
+    compensate(ratio_nm, given, ratio_nm.shape[1], round_column)
     apart_nm = (level_nK.gather(1, codes_nm.long()) - ratio_nm) * scale_n[:, None]
     error = float(((apart_nm @ hessian_mm) * apart_nm).sum())
     return error, codebook_GK, codes_nm

@@ -178,7 +178,7 @@ def _sized(
     fits = hasattr(method, "fit")
     if fits:
         working += 4 * block_weights
-        saved = max(_saved_bytes(skeleton, s.values(), sequence_tokens) for s in sites.values())
+        saved = max(saved_bytes(skeleton, s.values(), sequence_tokens) for s in sites.values())
         passing = max(passing, saved)
     working += passing
     working = int(RETAINED * working)
@@ -197,7 +197,7 @@ def _sized(
     )
 
 
-def _saved_bytes(skeleton: Skeleton, sites: Iterable[Site], tokens: int) -> int:
+def saved_bytes(skeleton: Skeleton, sites: Iterable[Site], tokens: int) -> int:
     """What the forward pass of a block over one sequence keeps for its gradients.
 
     Around each product about two tensors of its input's and of its output's size (measured with

@@ -12,6 +12,7 @@ Shapes: S sequences, B of a step, L tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -35,130 +36,147 @@ from spectool.machine import available_memory
 from spectool.skeleton import Site, Skeleton
 from spectool.training import Figures, Recipe, Training, make_optimizer
 
-from .plan import Plan
+from .plan import Plan, saved_bytes
 
-# A share of the sequences is kept back to measure on.
+# The share of the text, at its end, that is kept back to measure on; sequences of it at most.
 HELD_OUT = 0.1
+MOST_HELD_OUT = 32
 LOOKS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocess:
-    """`text`: files, as for calibration, of which `samples` sequences are drawn at most. `rank` and
-    learning `rate` of the updates; `batch_size` sequences a step."""
+    """`text`: files, as for calibration. `rank` and learning `rate` of the updates; `batch_size`
+    sequences a step."""
 
     text: Sequence[str]
-    samples: int = 20_000
     steps: int = 1000
     rank: int = 64
     rate: float = 1e-4
     batch_size: int = 2
 
 
-def preprocess(
-    asked: Preprocess,
-    scratch: Path,
-    identity: Mapping[str, Any],
-    pack: Callable[[Path], None],
-    ids_SL: Tensor,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    plan: Plan,
-    *,
-    device: torch.device,
-    seed: int,
-    overwrite: bool,
-    trust_remote_code: bool,
-    say: Callable[[str], None],
-) -> tuple[Path, dict[str, float]]:
-    """The reshaped dense model's directory in `scratch`, and held-out perplexities.
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """Sequences [S, L] to learn from, and to measure on."""
 
-    `pack(place)` packs the original. What is whole in `scratch` is taken from there, if `identity`
-    is that of the run that left it.
+    taught_SL: Tensor
+    held_out_SL: Tensor
 
-    Raises:
-        UsageError: it is another's, or there is too little text.
-        UnsupportedError: the model does not fit.
-        MissingExtra: peft is not installed.
-    """
-    require("peft", extra="lora", reason="--preprocess")
-    if len(ids_SL) < 2:
-        raise UsageError(
-            "--preprocess: the text has fewer than two sequences to learn from",
-            hint="more text, or a smaller --seq-len",
+    @property
+    def said(self) -> dict[str, str]:
+        """What goes into records: no places."""
+        data = torch.cat([self.taught_SL, self.held_out_SL]).numpy().tobytes()
+        return {"text": f"sha256:{hashlib.sha256(data).hexdigest()}"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reshaping:
+    """One run of preprocessing. What is whole in `scratch` is taken from there, if `identity` is
+    that of the run that left it."""
+
+    asked: Preprocess
+    lessons: Lessons
+    scratch: Path
+    identity: Mapping[str, Any]
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    plan: Plan
+    device: torch.device
+    seed: int
+    trust_remote_code: bool
+    say: Callable[[str], None]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The matrices that get updates: experts of a fused tensor are no layers to add them to."""
+        found = (site for block in self.plan.sites.values() for site in block.values())
+        return {site.name: site for site in found if site.expert is None}
+
+    def check(self, *, overwrite: bool) -> None:
+        """Make sure that it can be done, before anything is.
+
+        Raises:
+            UsageError: what lies in the place of the scratch directory is another's.
+            UnsupportedError: the model does not fit, or is stored in a way that cannot be reshaped.
+            MissingExtra: peft is not installed.
+        """
+        require("peft", extra="lora", reason="--preprocess")
+        said, record = json.dumps(self.identity, sort_keys=True), self.scratch / "run.json"
+        if self.scratch.exists() and not (record.exists() and record.read_text() == said):
+            if not (overwrite and record.exists()):
+                raise UsageError(
+                    f"{self.scratch}: holds something else than an unfinished run of this",
+                    hint="move it away, or start anew with --overwrite",
+                )
+            shutil.rmtree(self.scratch)
+        for site in self.sites.values():
+            if self.skeleton.origins[site.parameter].converter is not None:
+                raise UnsupportedError(
+                    f"--preprocess: {site.name} is stored in parts that cannot be written back"
+                )
+        # Weights and what is merged of them in float32; what a step keeps for its gradient.
+        tokens = self.asked.batch_size * self.lessons.taught_SL.shape[1]
+        saved = sum(
+            saved_bytes(self.skeleton, block.values(), tokens) for block in self.plan.sites.values()
         )
-    check_memory(plan.num_parameters, device)
-    said, record = json.dumps(identity, sort_keys=True), scratch / "run.json"
-    if scratch.exists() and not (record.exists() and record.read_text() == said):
-        if not (overwrite and record.exists()):
-            raise UsageError(
-                f"{scratch}: holds something else than an unfinished run of this",
-                hint="move it away, or start anew with --overwrite",
+        wanted, free = 8 * self.plan.num_parameters + saved, available_memory(self.device)
+        if wanted > free:
+            raise UnsupportedError(
+                f"--preprocess trains the whole model in float32, which takes about "
+                f"{wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+                hint="a smaller --seq-len, or pack without it",
             )
-        shutil.rmtree(scratch)
-    with disk_errors(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
-        record.write_text(said)
+
+    def run(self, pack: Callable[[Path], object]) -> tuple[Path, dict[str, float]]:
+        """The reshaped dense model's directory, and held-out perplexities `packed` and `merged`.
+
+        `pack(place)` packs the original.
+        """
+        scratch, record = self.scratch, self.scratch / "run.json"
         first, merged, figures = scratch / "first", scratch / "merged", scratch / "figures.json"
-        if not figures.exists():
-            if not first.exists():
-                pack(first)
-            # Experts of a fused tensor are no layers that updates can be added to.
-            sites = {
-                site.name: site
-                for block in plan.sites.values()
-                for site in block.values()
-                if site.expert is None
-            }
-            found, weights = train(
-                first, asked, ids_SL, list(sites), state=scratch / "state.safetensors",
-                device=device, seed=seed, trust_remote_code=trust_remote_code, say=say,
-            )  # fmt: skip
-            _write(merged, weights, sites, checkpoint, skeleton)
-            figures.write_text(json.dumps(found))
-        perplexities: dict[str, float] = json.loads(figures.read_text())
-    return merged, perplexities
+        with disk_errors(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(self.identity, sort_keys=True))
+            if not figures.exists():
+                if not first.exists():
+                    pack(first)
+                found, weights = train(
+                    first, self.asked, self.lessons, list(self.sites),
+                    state=scratch / "state.safetensors", device=self.device, seed=self.seed,
+                    trust_remote_code=self.trust_remote_code, say=self.say,
+                )  # fmt: skip
+                self._write(merged, weights)
+                figures.write_text(json.dumps(found))
+            perplexities: dict[str, float] = json.loads(figures.read_text())
+        return merged, perplexities
 
-
-def check_memory(num_parameters: int, device: torch.device) -> None:
-    """Raises: UnsupportedError: the whole model does not fit, as it must here."""
-    # Weights in float32; updates, their moments and one sequence's activations take less than that.
-    wanted, free = 8 * num_parameters, available_memory(device)
-    if wanted > free:
-        raise UnsupportedError(
-            f"preprocessing trains the whole model in float32, which takes about "
-            f"{wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-            hint="pack without --preprocess",
-        )
-
-
-def _write(
-    place: Path,
-    weights: Mapping[str, Tensor],
-    sites: Mapping[str, Site],
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-) -> None:
-    """The original checkpoint with these matrices [n, m] in it, by name."""
-    place.mkdir(exist_ok=True)
-    stored = {
-        key: checkpoint.layout.tensors[key]
-        for origin in skeleton.origins.values()
-        for key, _ in origin.stored
-    }
-    contents: dict[str, Content] = dict(stored)
-    for name, weight_nm in weights.items():
-        ((key, _),) = skeleton.origins[sites[name].parameter].stored
-        weight = weight_nm.T if sites[name].transposed else weight_nm
-        contents[key] = weight.to(torch_dtype(stored[key])).contiguous()
-    write_whole(place / "model.safetensors", contents, {})
-    (place / "config.json").write_text(json.dumps(checkpoint.layout.config))
+    def _write(self, place: Path, weights: Mapping[str, Tensor]) -> None:
+        """The original checkpoint with these matrices [n, m] in it, by name."""
+        place.mkdir(exist_ok=True)
+        layout = self.checkpoint.layout
+        stored = {
+            key: layout.tensors[key]
+            for origin in self.skeleton.origins.values()
+            for key, _ in origin.stored
+        }
+        contents: dict[str, Content] = dict(stored)
+        for name, weight_nm in weights.items():
+            site = self.sites[name]
+            ((key, _),) = self.skeleton.origins[site.parameter].stored
+            weight = weight_nm.T if site.transposed else weight_nm
+            contents[key] = weight.to(torch_dtype(stored[key])).contiguous()
+        write_whole(place / "model.safetensors", contents, {})
+        (place / "config.json").write_text(json.dumps(layout.config))
+        if self.trust_remote_code:
+            for code in layout.path.glob("*.py"):
+                shutil.copy(code, place)
 
 
 def train(
     packed: Path,
     asked: Preprocess,
-    ids_SL: Tensor,
+    lessons: Lessons,
     modules: Sequence[str],
     *,
     state: Path,
@@ -167,14 +185,13 @@ def train(
     trust_remote_code: bool,
     say: Callable[[str], None],
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Train updates of the packed model's `modules` on these sequences.
+    """Train updates of the packed model's `modules`.
 
     Returns perplexities of held-out sequences, `packed` and `merged`, and the merged matrices
     [n, m] by name.
     """
     peft = require("peft", extra="lora", reason="--preprocess")
-    num_held_out = max(1, int(HELD_OUT * len(ids_SL)))
-    held_out_SL, taught_SL = ids_SL[:num_held_out], ids_SL[num_held_out:]
+    taught_SL, held_out_SL = lessons.taught_SL, lessons.held_out_SL
     dense = _load(packed, device, trust_remote_code)
     torch.manual_seed(seed)
     config = peft.LoraConfig(
@@ -193,9 +210,9 @@ def train(
 
     def accumulate(step: int) -> Figures:
         model.train()
-        chance = random.Random(f"{seed}/{step}")
-        rows = [chance.randrange(len(taught_SL)) for _ in range(asked.batch_size)]
-        torch.manual_seed(chance.getrandbits(63))
+        first = step * asked.batch_size
+        rows = [row % len(taught_SL) for row in range(first, first + asked.batch_size)]
+        torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(63))
         value = loss(taught_SL[rows])
         torch.autograd.backward(value)
         return {"loss": float(value.detach())}

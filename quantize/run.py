@@ -28,7 +28,7 @@ from spectool.version import __version__
 from .calibration import Quantizer, windows
 from .ledger import Ledger, measure
 from .plan import Plan, make_plan
-from .preprocess import Preprocess, preprocess
+from .preprocess import HELD_OUT, MOST_HELD_OUT, Lessons, Preprocess, Reshaping
 from .walk import BlockWalk, Progress, entry_of
 
 # Files that go along with the weights; code only where remote code was allowed.
@@ -152,51 +152,47 @@ def quantize(
         "batch_size": batch_size,
         "device": torch.device(device).type,
     }
-    if hasattr(method, "fit"):
-        # Sums are split among threads, and a fit carries their last bits into its codes.
+    if hasattr(method, "fit") or "hessian" in method.statistics or job.preprocess is not None:
+        # Sums are split among threads, and their last bits go into the codes.
         computed["threads"] = torch.get_num_threads()
     made_by = _made_by(job, ids_SL, computed)
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
-    reshaped, figures, scratch = checkpoint, None, out.with_name(out.name + ".preprocess")
+    figures, reshape = None, None
     if job.preprocess is not None:
-        text = replace(job, calibration=job.preprocess.text, samples=job.preprocess.samples)
-        text_SL, _ = _calibration_ids(
-            checkpoint, skeleton, text, trust_remote_code=trust_remote_code
-        )
-        made_by["preprocess"] = {
-            **asdict(job.preprocess), "text": text_fingerprint(text_SL.tolist()),
-        }  # fmt: skip
-
-        def pack(place: Path) -> None:
-            quantize(
-                checkpoint.path,
-                place,
-                replace(job, preprocess=None),
-                device=device,
-                dtype=dtype,
-                batch_size=batch_size,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
-
-        merged, figures = preprocess(
-            job.preprocess,
-            scratch,
-            {"source": source, **made_by},
-            pack,
-            text_SL,
-            checkpoint,
-            skeleton,
-            plan,
+        lessons = _lessons(checkpoint, skeleton, job, trust_remote_code=trust_remote_code)
+        made_by["preprocess"] = {**asdict(job.preprocess), **computed, **lessons.said}
+        reshape = Reshaping(
+            asked=job.preprocess,
+            lessons=lessons,
+            scratch=out.with_name(out.name + ".preprocess"),
+            identity={"source": source, **made_by},
+            checkpoint=checkpoint,
+            skeleton=skeleton,
+            plan=plan,
             device=torch.device(device),
             seed=job.seed,
-            overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             say=say,
         )
-        reshaped = open_checkpoint(merged, trust_remote_code=trust_remote_code)
-        skeleton = Skeleton(reshaped.layout, trust_remote_code=trust_remote_code)
-    with ArtifactWriter(out, identity={"source": source, **made_by}, overwrite=overwrite) as writer:
+        reshape.check(overwrite=overwrite)
+    identity = {"source": source, **made_by}
+    with ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
+        reshaped = checkpoint
+        if reshape is not None:
+            merged, figures = reshape.run(
+                lambda place: quantize(
+                    checkpoint.path,
+                    place,
+                    replace(job, preprocess=None),
+                    device=device,
+                    dtype=dtype,
+                    batch_size=batch_size,
+                    trust_remote_code=trust_remote_code,
+                    progress=progress,
+                )
+            )
+            reshaped = open_checkpoint(merged, trust_remote_code=trust_remote_code)
+            skeleton = Skeleton(reshaped.layout, trust_remote_code=trust_remote_code)
         walk = BlockWalk(
             checkpoint=reshaped,
             skeleton=skeleton,
@@ -206,7 +202,7 @@ def quantize(
             config=job.config,
             seed=job.seed,
             writer=writer,
-            metadata={"source": source, **made_by},
+            metadata=identity,
             ids_SL=ids_SL,
             device=torch.device(device),
             dtype=dtype,
@@ -219,8 +215,8 @@ def quantize(
                 checkpoint, plan, job, writer, source, made_by, trust_remote_code=trust_remote_code
             )
         )
-    if scratch.exists() and job.preprocess is not None:
-        shutil.rmtree(scratch)
+    if reshape is not None:
+        shutil.rmtree(reshape.scratch)
     return report
 
 
@@ -237,23 +233,52 @@ def _calibration_ids(
     checkpoint: Checkpoint, skeleton: Skeleton, job: Job, *, trust_remote_code: bool
 ) -> tuple[Tensor, bool]:
     """The calibration sequences [S, L], and whether each opens with a start token."""
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+    ids, bos = _encoded(
+        checkpoint, skeleton, job, job.calibration or (), job.samples, trust_remote_code
+    )
+    generator = torch.Generator().manual_seed(job.seed)
     length = _length(skeleton, job.seq_len)
+    ids_SL = windows(ids, samples=job.samples, length=length, bos=bos, generator=generator)
+    return ids_SL, bos is not None
+
+
+def _lessons(
+    checkpoint: Checkpoint, skeleton: Skeleton, job: Job, *, trust_remote_code: bool
+) -> Lessons:
+    """Sequences to reshape the model on: taught ones of the beginning of the text, held-out ones of
+    its end, which share no token."""
+    asked = job.preprocess
+    assert asked is not None
+    num_taught = asked.steps * asked.batch_size
+    ids, bos = _encoded(checkpoint, skeleton, job, asked.text, num_taught, trust_remote_code)
+    generator = torch.Generator().manual_seed(job.seed)
+    length = _length(skeleton, job.seq_len)
+    cut = int((1 - HELD_OUT) * len(ids))
+    taught_SL, held_out_SL = (
+        windows(part, samples=samples, length=length, bos=bos, generator=generator)
+        for part, samples in ((ids[:cut], num_taught), (ids[cut:], MOST_HELD_OUT))
+    )
+    return Lessons(taught_SL, held_out_SL)
+
+
+def _encoded(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    job: Job,
+    sources: Sequence[str],
+    samples: int,
+    trust_remote_code: bool,
+) -> tuple[list[int], int | None]:
+    """The tokens of a text, of which so many sequences are to be drawn; and the start token."""
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     text = read_text(
-        job.calibration or (),
+        sources,
         tokenizer,
         field=job.text_field,
         template=job.template or None,
-        max_characters=STREAMED_CHARACTERS * (job.samples + 1) * length,
+        max_characters=STREAMED_CHARACTERS * (samples + 1) * _length(skeleton, job.seq_len),
     )
-    ids_SL = windows(
-        encode(tokenizer, text),
-        samples=job.samples,
-        length=length,
-        bos=tokenizer.bos_token_id,
-        generator=torch.Generator().manual_seed(job.seed),
-    )
-    return ids_SL, tokenizer.bos_token_id is not None
+    return encode(tokenizer, text), tokenizer.bos_token_id
 
 
 def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:

@@ -108,14 +108,14 @@ def test_outputs_err_less_than_those_of_rounding(
     act_order: bool, bits: int, group_size: int
 ) -> None:
     """Not of 2 bits in the inputs' own order: there the last groups carry too much."""
-    weight_nm, x_Tm = torch.randn(64, 128), inputs(1000, 128)
+    weight_nm, x_Tm = torch.randn(64, 128), inputs(1500, 128)
+    x_Tm, other = x_Tm[:1000], x_Tm[1000:]
     grid = {"bits": bits, "group_size": group_size}
     found = packed(weight_nm, x_Tm, act_order=act_order, **grid)
     config = RTN.Config(**grid)
     linear = RTN.build(RTN.layout((64, 128), config), (64, 128), config)
     linear.q.load_state_dict(RTN.pack(weight_nm, None, config, torch.Generator()))
     rounded = linear.dequantize()
-    other = inputs(1000, 128, seed=0)[500:]
     gptq, rtn = (float(((x - weight_nm) @ other.T).square().sum()) for x in (found, rounded))
     assert gptq < 0.8 * rtn
 
@@ -140,6 +140,12 @@ def test_inputs_that_were_never_seen_are_rounded_alone() -> None:
     x_Tm[:, 7] = 0
     found = packed(weight_nm, x_Tm, bits=8)
     assert float((found - weight_nm)[:, 7].abs().max()) < 0.05
+    # Nor do they take the others' compensation away, however small the activations are.
+    few, size = (
+        float(((packed(weight_nm, x, bits=3) - weight_nm) @ x_Tm.T).square().sum())
+        for x in (x_Tm, 1e-3 * x_Tm)
+    )
+    assert size == pytest.approx(few, rel=0.05)
 
 
 def test_few_tokens_and_no_damping_have_no_inverse() -> None:

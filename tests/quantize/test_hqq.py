@@ -68,9 +68,22 @@ def test_less_error_than_rounding_on_heavy_tails(pack: Callable[..., Any], bits:
     assert hqq.error < rtn.error
 
 
-def test_equal_weights_and_zeros_are_exact(pack: Callable[..., Any]) -> None:
+def test_equal_weights_and_zeros_are_kept(pack: Callable[..., Any]) -> None:
     weight_nm = torch.tensor([[0.0] * 40, [0.25] * 40, [-0.5] * 40])
-    assert torch.equal(pack("hqq", weight_nm, bits=2).module.dequantize(), weight_nm)
+    found_nm = pack("hqq", weight_nm, bits=2).module.dequantize()
+    assert not found_nm[0].any()
+    torch.testing.assert_close(found_nm, weight_nm, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("spread", [1e-6, 4e-5, 1e-3])
+def test_groups_far_from_zero_stay_there(
+    pack: Callable[..., Any], bits: int, spread: float
+) -> None:
+    """Their zero points would be beyond float16 with steps as small as their spread."""
+    weight_nm = 0.02 + spread * torch.rand(3, 66, generator=torch.Generator().manual_seed(0))
+    found_nm = pack("hqq", weight_nm, bits=bits).module.dequantize()
+    torch.testing.assert_close(found_nm, weight_nm, rtol=2e-3, atol=spread)
 
 
 def test_a_scale_beyond_float16_is_refused(pack: Callable[..., Any]) -> None:

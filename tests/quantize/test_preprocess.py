@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from spectool.checkpoint import open_checkpoint
 from spectool.cli import app
-from spectool.errors import UnsupportedError, UsageError
+from spectool.errors import TextError, UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.quantize import preprocess as room
 from spectool.quantize import run
@@ -114,6 +115,26 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_what_is_measured_on_is_not_learnt_from(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines that are all different: no taught sequence shares a number with a held-out one."""
+    path, seen = tmp_path / "text.txt", []
+    path.write_text("\n".join(f"def run{n}(): return {n}" for n in range(1000, 3000)))
+    original = room.train
+
+    def spy(packed: Path, asked: Preprocess, lessons: Any, *more: Any, **given: Any) -> Any:
+        seen.append(lessons)
+        return original(packed, asked, lessons, *more, **given)
+
+    monkeypatch.setattr(room, "train", spy)
+    quantize(checkpoint("llama"), tmp_path / "out", job(str(path), steps=60))
+    (lessons,) = seen
+    texts = [tokenizer().batch_decode(ids) for ids in (lessons.taught_SL, lessons.held_out_SL)]
+    taught, held_out = ({int(n) for n in re.findall(r"run(\d{4})\(", " ".join(t))} for t in texts)
+    assert len(taught) > 50 and len(held_out) > 10 and max(taught) < min(held_out)
+
+
 def test_the_scratch_of_another_run_is_left_alone(
     checkpoint: Checkpoints, tmp_path: Path, text: str
 ) -> None:
@@ -141,7 +162,7 @@ def test_what_is_refused(
     short = tmp_path / "short.txt"
     ids = tokenizer().encode(Path(text).read_text())
     short.write_text(tokenizer().decode(ids[:50]))
-    with pytest.raises(UsageError, match="fewer than two sequences"):
+    with pytest.raises(TextError, match="fewer than one sequence"):
         quantize(source, tmp_path / "out", job(str(short)))
     monkeypatch.setattr(room, "available_memory", lambda device: 1000)
     with pytest.raises(UnsupportedError, match="trains the whole model"):
