@@ -46,7 +46,9 @@ def export(
             if model is not None:
                 raise UsageError(f"--model is for heads; {path} is none")
             lines = room.export(path, out, format, trust_remote_code=trust_remote_code)
-        output.show(f"{out}: {format}; serve it with")
+        output.show(
+            f"{out}: {format}" + ("; serve it with" if lines else ", which no server reads")
+        )
         for line in lines:
             output.show(f"  {line}")
         output.result({"out": str(out), "format": format, "serve": lines})

@@ -179,6 +179,10 @@ def command(made_by: dict[str, Any]) -> str | None:
             words += ["--seq-len", str(calibration["seq_len"])]
             if "threads" in calibration:
                 words += ["--threads", str(calibration["threads"])]
+        if preprocess := made_by.get("preprocess"):
+            words += ["--preprocess", "TEXT"]
+            for key in ("steps", "rank", "rate"):
+                words += [f"--preprocess-{key}", json.dumps(preprocess[key])]
         if made_by["seed"]:
             words += ["--seed", str(made_by["seed"])]
         return shlex.join(words)

@@ -53,7 +53,7 @@ METHODS: dict[str, Method] = {
         kind="quantizer",
         target="spectool.quantize.ptq161:PTQ161",
         summary="A fifth of the columns at 4 bits, signs with fitted scales for the rest: 1.6 bits",
-        source="Zhao et al., PTQ1.61, 2025 (arXiv:2502.13179), without its preprocessing",
+        source="Zhao et al., PTQ1.61, 2025 (arXiv:2502.13179)",
     ),
     "gptq": Method(
         kind="quantizer",

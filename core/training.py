@@ -152,7 +152,7 @@ class Training:
             if not math.isfinite(figures["loss"]):
                 raise SpectoolError(
                     f"the loss is {figures['loss']} at step {step + 1}: training diverged",
-                    hint="start anew with a lower learning rate: --learning-rate, --overwrite",
+                    hint="start anew with --overwrite and a lower learning rate",
                 )
             norm = nn.utils.clip_grad_norm_(self._parameters().values(), self.recipe.clip)
             for optimizer in self.optimizers:

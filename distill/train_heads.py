@@ -25,7 +25,7 @@ from spectool.decode.drafters.exchange import Beginning
 from spectool.decode.drafters.heads import HeadsRecord, lineage
 from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, Learning
 from spectool.decode.tree import best_paths
-from spectool.errors import TextError, UsageError
+from spectool.errors import CheckpointError, TextError, UsageError
 from spectool.headers import HEADS, HEADS_FILE
 from spectool.hub import fetch, is_local
 from spectool.loading import (
@@ -223,7 +223,7 @@ def _prepare(
     begin = None
     if job.begin is not None:
         begin = _begin(job.begin, setting, job)
-        # The method's options that were given; what is the default was not.
+        # The method's options that were given; what is the default counts as not given.
         usual = type(job.config)().as_dict()
         given = {k: value for k, value in job.config.as_dict().items() if value != usual[k]}
         job = replace(job, config=type(job.config).from_dict({**begin.options, **given}))
@@ -245,6 +245,18 @@ def _prepare(
         job = replace(job, regenerate=True, regenerate_model=server.model)
     taught, held_out = split(samples, held_out=job.held_out, seed=job.seed)
     own, unseen = [samples[i] for i in taught], [samples[i] for i in held_out]
+    if begin is not None:
+        vocab = (
+            read_config(setting.checkpoint.path, trust_remote_code=setting.trust_remote_code)
+            .get_text_config(decoder=True)
+            .vocab_size
+        )
+        size = resolve(job.method, "drafter").Heads.num_guessed(job.config, vocab)
+        known = 0 if begin.token_map is None else len(begin.token_map)
+        if size != known:
+            raise UsageError(
+                f"--draft-vocab: the heads in {job.begin} guess {known or vocab} tokens"
+            )
     plan = plan_of(setting, job, own, unseen, place=job.store or out, processes=processes)
     announce(plan)
     preparing = Preparing(
@@ -270,6 +282,8 @@ def _begin(place: str, setting: Setting, job: Job) -> Beginning:
     found = exchange.read(Path(place) if is_local(place) else fetch(place, None), config)
     if found.method != job.method:
         raise UsageError(f"--from {place}: holds {found.method} heads, not {job.method}")
+    if found.tokenizer not in (None, setting.tokenizer_digest):
+        raise CheckpointError(f"{place}: its heads were trained with another tokenizer")
     return found
 
 

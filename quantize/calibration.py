@@ -111,8 +111,9 @@ Tick = Callable[[float], None]
 class Quantizer(Protocol):
     """A method's class: its options, what it needs, how it packs and what runs.
 
-    It implements `fit(block, streams, stats, config, generator, tick) -> Fitted` for a whole block,
-    or `pack` for one matrix; `fit_each` makes one of the other. `statistics` says which statistics
+    It implements `fit(block, streams, stats, config, generator, tick) -> Fitted` for a whole block
+    (and `fit_bytes(config)`, what that takes of memory a weight of the block), or `pack` for one
+    matrix; `fit_each` makes one of the other. `statistics` says which statistics
     it asks for, and of which stream.
     """
 

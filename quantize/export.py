@@ -1,7 +1,7 @@
 """Packed checkpoints for other tools: dense again, or in compressed-tensors' own layout.
 
-`compressed-tensors` (`pack-quantized`, which vLLM, SGLang and transformers read) holds whole-number
-codes on uniform grids of 1 to 8 bits. Its rows are packed as ours are, lowest bits first into
+`compressed-tensors` (`pack-quantized`; vLLM reads that of 4 and 8 bits) holds whole-number codes on
+uniform grids of 1 to 8 bits. Its rows are packed as ours are, lowest bits first into
 32-bit words, so codes move over as they are and nothing is rounded anew; zero points are packed
 down the rows. A method whose matrices are no such grids is refused.
 
@@ -21,20 +21,23 @@ import torch
 from torch import Tensor
 
 from spectool.artifact import ArtifactWriter, Content
-from spectool.checkpoint import Checkpoint, open_checkpoint, read_tensor
+from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import TensorEntry
 from spectool.kernels.pack import pack_bits
 from spectool.loading import own_dtype
+from spectool.methods import resolve
 from spectool.packed import build_packed, field_specs
 from spectool.skeleton import Site, Skeleton
 
-from .run import companions
+from .run import check_places, companions
 
 Fields = dict[str, Tensor]
 
 # Methods whose matrices are whole numbers on uniform grids.
 UNIFORM = ("rtn", "gptq", "int8")
+# Of `compressed-tensors`, what vLLM has kernels for with and without zero points.
+SERVED_BITS = (4, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,9 @@ class Grid:
 
 
 def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) -> list[str]:
-    """Write the packed checkpoint `path` to the directory `out`; command lines that serve it.
+    """Write the packed checkpoint `path` to the directory `out`.
+
+    Returns command lines that serve it; none where no server is known to.
 
     Raises:
         UsageError: no such format, a checkpoint that is not packed, or OUT exists.
@@ -62,6 +67,7 @@ def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) 
     if out.exists():
         raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
     checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
+    check_places(checkpoint.path, out)
     if not checkpoint.layout.is_packed:
         raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")
     skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
@@ -69,6 +75,8 @@ def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) 
     sites = {site.name: site for block in skeleton.blocks for site in skeleton.sites(block)}
     config = configure(skeleton, sites)
     shards = _shards(checkpoint, sites)
+    said = checkpoint.layout.quantization or {}
+    metadata = {key: said.get(key) for key in ("source", "made_by")}
     tensors: dict[str, str] = {}
     num_bytes = 0
     with ArtifactWriter(out, identity={"export": name, "of": checkpoint.fingerprint()}) as writer:
@@ -76,7 +84,7 @@ def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) 
             shard = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
             contents: dict[str, Content] = dict(entries)
             contents.update(convert(packed, sites, checkpoint, skeleton))
-            writer.write_shard(shard, contents, {}, {})
+            writer.write_shard(shard, contents, metadata, {})
             tensors.update(dict.fromkeys(contents, shard))
             num_bytes += sum(_num_bytes(content) for content in contents.values())
         index_file = {"metadata": {"total_size": num_bytes}, "weight_map": tensors}
@@ -87,7 +95,14 @@ def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) 
                 "model.safetensors.index.json": _json(index_file),
             }
         )
-    return [shlex.join(["vllm", "serve", str(out)])]
+    served = name == "dense" or _bits(config) in SERVED_BITS
+    return [shlex.join(["vllm", "serve", str(out)])] if served else []
+
+
+def _bits(config: Mapping[str, Any]) -> int:
+    groups = config["quantization_config"]["config_groups"]
+    bits: int = groups["group_0"]["weights"]["num_bits"]
+    return bits
 
 
 # Of a shard: the tensors that are stored as they are, and the names of its packed matrices.
@@ -108,12 +123,11 @@ def _shards(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> list[Shard]:
 
 
 def _fields(checkpoint: Checkpoint, name: str) -> Fields:
-    prefix = f"{name}.q."
-    return {
-        key.removeprefix(prefix): read_tensor(entry)
-        for key, entry in checkpoint.layout.tensors.items()
-        if key.startswith(prefix)
-    }
+    method, options = (checkpoint.layout.modules[name][key] for key in ("method", "options"))
+    packer: Any = resolve(method, "quantizer")
+    n, m = checkpoint.layout.modules[name]["shape"]
+    wanted = packer.layout((n, m), packer.Config.from_dict(options))
+    return {key: checkpoint.read(f"{name}.q.{key}") for key in wanted}
 
 
 def _dense(

@@ -137,6 +137,12 @@ class JLCM:
         }
 
     @classmethod
+    def fit_bytes(cls, config: JLCM.Config) -> int:
+        """What chooses the codes with its gradient and momentum; values, and codes as indices."""
+        choices = 1 if config.form == "latent" else 2**config.bits
+        return 12 * choices + 16
+
+    @classmethod
     def fit(
         cls,
         block: Block,

@@ -177,9 +177,14 @@ def _sized(
         passing = 12 * batch_tokens * max(sum(s.shape) for b in sites.values() for s in b.values())
     fits = hasattr(method, "fit")
     if fits:
-        working += 4 * block_weights
+        fitting: Any = method
+        working += fitting.fit_bytes(config) * block_weights
         saved = max(saved_bytes(skeleton, s.values(), sequence_tokens) for s in sites.values())
         passing = max(passing, saved)
+    if "hessian" in method.statistics:
+        # Of every matrix, and four more of the largest in double precision while it is inverted.
+        squares = [s.shape[1] ** 2 for block in sites.values() for s in block.values()]
+        passing += 4 * sum(squares) // len(sites) + 32 * max(squares)
     working += passing
     working = int(RETAINED * working)
     num_buffers = 4 if fits else 2

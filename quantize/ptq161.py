@@ -12,8 +12,8 @@ mu are constants: see `fitting.py`.
 What is stored of the scales: row_a = alpha r1, row_b = mu r1, col_r = r2, as float16. Both kinds of
 columns are multiplied by sums that all rows share; see `PTQ161Linear`.
 
-Source: Zhao et al., PTQ1.61, 2025 (arXiv:2502.13179), without its preprocessing. Deviations, with
-what they are worth, are in docs/concepts/ptq161.md.
+Source: Zhao et al., PTQ1.61, 2025 (arXiv:2502.13179); its preprocessing is `preprocess.py`.
+Deviations, with what they are worth, are in docs/concepts/ptq161.md.
 Shapes: n outputs, m inputs, k salient of them, r others, L tokens, D width.
 """
 
@@ -118,6 +118,11 @@ class PTQ161:
             "row_b": mu_n.half(),
             "col_r": torch.ones(rest_nr.shape[1], dtype=torch.float16, device=weight_nm.device),
         }
+
+    @classmethod
+    def fit_bytes(cls, config: PTQ161.Config) -> int:
+        """Signs and salient columns as numbers."""
+        return 4
 
     @classmethod
     def fit(

@@ -131,7 +131,7 @@ def quantize(
     """
     artifact.check_target(out, overwrite=overwrite)
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-    _check_places(checkpoint.path, out)
+    check_places(checkpoint.path, out)
     skeleton, plan = prepare(
         checkpoint.layout,
         job,
@@ -307,7 +307,7 @@ def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[
     }
 
 
-def _check_places(source: Path, out: Path) -> None:
+def check_places(source: Path, out: Path) -> None:
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise UsageError(f"{out}: OUT must lie outside the source {source}, and not around it")

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from spectool.artifact import ArtifactWriter, check_target
 from spectool.checkpoint import open_checkpoint
 from spectool.decode.target import Target
-from spectool.errors import CheckpointError, UnsupportedError, UsageError
+from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
 from spectool.headers import HEADS, HEADS_FILE, read_json
 from spectool.loading import load_outside, load_tokenizer, own_dtype
 from spectool.methods import resolve
@@ -69,7 +69,7 @@ class Format:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beginning:
     """Weights to begin with, in our names. `embedding` and `output` are the target's as they were
-    stored with them, where they were."""
+    stored with them, where they were, `tokenizer` its tokenizer's digest."""
 
     place: Path
     method: str
@@ -77,6 +77,7 @@ class Beginning:
     tensors: dict[str, Tensor]
     embedding: Tensor | None = None
     output: Tensor | None = None
+    tokenizer: str | None = None
 
     @property
     def digest(self) -> str:
@@ -98,13 +99,18 @@ class Beginning:
         """
         fill(heads, self.tensors, self.place)
         if self.embedding is not None:
-            ids_V = torch.arange(len(self.embedding), device=heads.frozen.weight_VD.device)
-            self._compare("embedding", self.embedding, heads.frozen.embed(ids_V))
+            device, vocab = heads.frozen.weight_VD.device, len(heads.frozen.output.weight)
+            every_V = torch.arange(vocab, device=device)
+            self._compare("embedding", self.embedding, heads.frozen.embed(every_V))
         if self.output is not None:
             self._compare("output matrix", self.output, heads.frozen.weight_VD)
 
     def _compare(self, what: str, said: Tensor, have: Tensor) -> None:
-        if said.shape != have.shape or not torch.equal(said.to(have), have):
+        # What was stored in one dtype and is computed in another differs by its last bits.
+        rounding = 2 * torch.finfo(said.dtype).eps
+        if said.shape != have.shape or not torch.allclose(
+            said.to(have).float(), have.float(), rtol=rounding, atol=0
+        ):
             raise CheckpointError(f"{self.place}: its {what} is not the target's")
 
 
@@ -153,7 +159,9 @@ def export(
     said, written = form.write(heads, tensors, target.model, model)
     identity = {"export": name, "heads": record.target, "tensors": sorted(written)}
     with ArtifactWriter(out, identity=identity) as writer:
-        writer.write_shard(WEIGHTS, {k: v.contiguous() for k, v in written.items()}, {}, {})
+        metadata = {"method": record.method, "options": record.options, "target": record.target}
+        contents = {key: value.contiguous() for key, value in written.items()}
+        writer.write_shard(WEIGHTS, contents, metadata, {})
         writer.finish({"config.json": (json.dumps(said, indent=2) + "\n").encode()})
     return form.serve(model, str(out), heads.num_heads)
 
@@ -183,6 +191,7 @@ def read(place: Path, target: Any) -> Beginning:
             method=record.method,
             options=record.options,
             tensors=read_tensors(place / HEADS_FILE),
+            tokenizer=record.target.get("tokenizer"),
         )
     said = read_json(place / "config.json")
     if not (place / WEIGHTS).exists() and list(place.glob("*.bin")):
@@ -190,11 +199,23 @@ def read(place: Path, target: Any) -> Beginning:
             f"{place}: its weights are pickled, which are never read",
             hint=f"save them as {WEIGHTS} with safetensors first",
         )
+    try:
+        return _read(place, said, target)
+    except SpectoolError:
+        raise
+    except Exception as error:
+        # Files of others may contradict themselves in any way.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{place}: its files do not fit together: {reason}") from error
+
+
+def _read(place: Path, said: dict[str, Any], target: Any) -> Beginning:
+    """Heads in one of the formats, told by their configuration."""
     kind = said.get("speculators_model_type") or said.get("model_type")
     architectures = " ".join(map(str, said.get("architectures") or ()))
     tensors = read_tensors(place / WEIGHTS)
     if kind == "medusa":
-        return _read_medusa(place, said, tensors)
+        return _read_medusa(place, said, tensors, target)
     if kind == "eagle3" or ("speculators_model_type" not in said and "agle3" in architectures):
         return _read_eagle3(place, said, tensors, target)
     raise UnsupportedError(
@@ -236,7 +257,9 @@ def _write_medusa(
     }, written
 
 
-def _read_medusa(place: Path, said: dict[str, Any], stored: dict[str, Tensor]) -> Beginning:
+def _read_medusa(
+    place: Path, said: dict[str, Any], stored: dict[str, Tensor], target: Any
+) -> Beginning:
     """Heads without biases get such of zero."""
     stored = {name.removeprefix("medusa_heads."): tensor for name, tensor in stored.items()}
     output = stored.pop("lm_heads.0.weight", None) if said.get("original_lm_head") else None
@@ -259,7 +282,9 @@ def _read_medusa(place: Path, said: dict[str, Any], stored: dict[str, Tensor]) -
     }
     token_map = tensors.get("token_map")
     if token_map is not None:
-        order = _sort_map(tensors, [name for name in tensors if "lm_head" in name])
+        rows = [name for name in tensors if "lm_head" in name]
+        vocab = target.get_text_config(decoder=True).vocab_size
+        order = _sort_map(place, tensors, rows, vocab)
         output = None if output is None else output[order]
     elif said.get("truncated_vocab_size", said.get("vocab_size")) != said.get("vocab_size"):
         raise CheckpointError(f"{place}: guesses a part of the tokens, but says not which")
@@ -407,7 +432,7 @@ def _read_eagle3(
         raise CheckpointError(f"{place}: lm_head.weight is absent")
     size = len(tensors["lm_head.weight"])
     tensors["token_map"] = torch.arange(size) + stored.get("d2t", torch.zeros(size).long())
-    _sort_map(tensors, ["lm_head.weight"])
+    _sort_map(place, tensors, ["lm_head.weight"], config.vocab_size)
     whole = size == config.vocab_size
     # Of a large vocabulary a part is guessed unless all of it is asked for.
     if whole and not Eagle3Heads.num_guessed(Eagle3Heads.Config(), size):
@@ -437,9 +462,21 @@ def _check_layer(place: Path, said: dict[str, Any], target: Any) -> None:
             )
 
 
-def _sort_map(tensors: dict[str, Tensor], rows: list[str]) -> Tensor:
-    """Bring the guessed ids, and these tensors' rows with them, into ascending order."""
-    tensors["token_map"], order = tensors["token_map"].sort()
+def _sort_map(place: Path, tensors: dict[str, Tensor], rows: list[str], vocab: int) -> Tensor:
+    """Bring the guessed ids, and these tensors' rows with them, into ascending order.
+
+    Raises:
+        CheckpointError: they are not distinct ids of the target's vocabulary, one a row.
+    """
+    ids = tensors["token_map"]
+    distinct = ids.ndim == 1 and len(set(ids.tolist())) == len(ids)
+    if (
+        not distinct
+        or not ((ids >= 0) & (ids < vocab)).all()
+        or any(len(tensors[name]) != len(ids) for name in rows)
+    ):
+        raise CheckpointError(f"{place}: what it guesses are not distinct ids of {vocab} tokens")
+    tensors["token_map"], order = ids.sort()
     for name in rows:
         tensors[name] = tensors[name][order]
     return order

@@ -170,6 +170,8 @@ def test_eagle3_of_others(make: Make, train: Train) -> None:
         ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, r"fc.weight is \(32, 96\)"),
         ({"speculators_model_type": "dflash"}, "holds dflash, no heads"),
         ({"architectures": ["LlamaForCausalLM"]}, "holds llama, no heads"),
+        ({"hidden_size": "wide"}, "do not fit together"),
+        ({"num_attention_heads": 0}, "do not fit together"),
     ],
 )
 def test_what_is_not_ours_is_refused(
@@ -182,6 +184,37 @@ def test_what_is_not_ours_is_refused(
     assert sorted(path.name for path in served.parent.iterdir()) in (
         ["heads", "served"], ["back.partial", "back.partial.json", "heads", "served"],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"d2t": -torch.arange(30)},
+        {"d2t": torch.zeros(29).long()},
+        {"d2t": torch.full((30,), 1000)},
+        {"d2t": torch.full((30,), -1)},
+    ],
+)
+def test_ids_that_cannot_be_are_refused(
+    make: Make, train: Train, change: dict[str, torch.Tensor]
+) -> None:
+    source, _, served = make("llama", "eagle3", "eagle3", {"draft_vocab": 30})
+    file = served / "model.safetensors"
+    save_file({**load_file(file), **change}, file)
+    with pytest.raises(CheckpointError, match=r"not distinct ids of 320|do not fit together"):
+        back(train, source, served, "eagle3")
+
+
+def test_an_embedding_in_half_precision_is_the_targets(
+    train: Train, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Scaled in bfloat16 when it was written, in float32 where the training runs."""
+    source = checkpoint("gemma3", dtype=torch.bfloat16)
+    train(source, "heads", method="eagle3", steps=0)
+    exchange.export(tmp_path / "heads", str(source), tmp_path / "served", "speculators")
+    where = {"dtype": torch.float32}
+    train(source, "back", method="eagle3", steps=0, begin=str(tmp_path / "served"), where=where)
+    assert equal(tmp_path / "back", tmp_path / "heads")
 
 
 def test_other_places_are_refused(
@@ -237,6 +270,13 @@ def test_training_goes_on_from_heads(train: Train, checkpoint: Checkpoint, tmp_p
     more = train(source, "more", method="hydra", steps=30, begin=place)
     assert more.tokens_per_forward >= first.tokens_per_forward
     assert not equal(tmp_path / "first", tmp_path / "more")
+    with pytest.raises(UsageError, match=r"guess 320 tokens"):
+        train(source, "other", method="hydra", options={"draft_vocab": 30}, steps=0, begin=place)
+    record = tmp_path / "first" / "spectool_heads.json"
+    record.write_text(record.read_text().replace('"tokenizer": "sha256:', '"tokenizer": "sha256:0'))
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        train(source, "other", method="hydra", steps=0, begin=place)
+    record.write_text(record.read_text().replace('"sha256:0', '"sha256:'))
     with pytest.raises(SpectoolError, match="is absent, expected"):
         train(source, "other", method="hydra", options={"num_heads": 5}, steps=0, begin=place)
 

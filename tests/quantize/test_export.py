@@ -79,7 +79,8 @@ def test_compressed_tensors_by_its_own_code(
     job = {"samples": 2, "seq_len": 16} if method == "gptq" else {}
     packed = compress(checkpoint(family), method, job=job, **options)
     out = tmp_path / "served"
-    export(str(packed), out, "compressed-tensors")
+    lines = export(str(packed), out, "compressed-tensors")
+    assert bool(lines) == (options.get("bits", 8) in (4, 8)), "what vLLM has kernels for"
     said = json.loads((out / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(said)
     scheme = config.config_groups["group_0"]
@@ -136,6 +137,8 @@ def test_what_is_no_packed_checkpoint(
     with pytest.raises(UsageError, match="is not packed by spectool"):
         export(str(source), tmp_path / "x", "dense")
     packed = compress(source)
+    with pytest.raises(UsageError, match="must lie outside"):
+        export(str(packed), packed / "served", "dense")
     with pytest.raises(UsageError, match="expected one of dense, compressed-tensors"):
         export(str(packed), tmp_path / "x", "gguf")
     with pytest.raises(UsageError, match="exists already"):
