@@ -60,7 +60,7 @@ NODES = (8, 16, 32, 64)
 CHAINS = range(1, 8)
 PARTS = ("train", "decode", "packed", "speed")
 # Heads of these are trained on the packed model too, and run on both.
-ON_PACKED = ("hydra", "eagle3")
+ON_PACKED = ("hydra",)
 SEQ_LEN, BATCH_TOKENS = 256, 2048
 
 

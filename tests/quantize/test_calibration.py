@@ -196,6 +196,10 @@ class Spy(RTN):
     }
 
     @classmethod
+    def fit_bytes(cls, config: Spy.Config) -> int:
+        return 0
+
+    @classmethod
     def fit(
         cls,
         block: Block,
