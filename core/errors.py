@@ -15,8 +15,10 @@ its own.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+from collections.abc import Iterator
 from types import ModuleType
 from typing import ClassVar
 
@@ -68,15 +70,24 @@ def require(module: str, *, extra: str, reason: str) -> ModuleType:
     Raises:
         MissingExtra: the package is not installed.
     """
-    logger = logging.getLogger(module.split(".")[0])
+    package = module.split(".")[0]
+    try:
+        with hushed(package):
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtra(
+            f"{reason} needs the package {package}, which is not installed",
+            hint=f"pip install 'spectool[{extra}]'",
+        ) from error
+
+
+@contextlib.contextmanager
+def hushed(package: str) -> Iterator[None]:
+    """While open, the package logs nothing below an error."""
+    logger = logging.getLogger(package)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtra(
-            f"{reason} needs the package {module.split('.')[0]}, which is not installed",
-            hint=f"pip install 'spectool[{extra}]'",
-        ) from error
+        yield
     finally:
         logger.setLevel(level)

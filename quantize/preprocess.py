@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from spectool.artifact import Content, disk_errors, write_whole
 from spectool.checkpoint import Checkpoint, read_tensor, torch_dtype
-from spectool.errors import UnsupportedError, UsageError, require
+from spectool.errors import UnsupportedError, UsageError, hushed, require
 from spectool.headers import read_header
 from spectool.loading import load_model
 from spectool.machine import available_memory
@@ -197,8 +197,9 @@ def train(
     config = peft.LoraConfig(
         r=asked.rank, lora_alpha=asked.rank / 4, lora_dropout=0.1, target_modules=list(modules)
     )
-    with warnings.catch_warnings():
-        # It asks for an attribute that transformers is about to rename.
+    with warnings.catch_warnings(), hushed("bitsandbytes"):
+        # It looks for bitsandbytes, which misses another package, and asks transformers for an
+        # attribute that is about to be renamed.
         warnings.simplefilter("ignore", FutureWarning)
         model: Any = peft.get_peft_model(dense, config)
     trained = [p for p in model.parameters() if p.requires_grad]
