@@ -47,7 +47,8 @@ def export(
                 raise UsageError(f"--model is for heads; {path} is none")
             lines = room.export(path, out, format, trust_remote_code=trust_remote_code)
         output.show(
-            f"{out}: {format}" + ("; serve it with" if lines else ", which no server reads")
+            f"{out}: {format}"
+            + ("; serve it with" if lines else ", which no server is known to read")
         )
         for line in lines:
             output.show(f"  {line}")

@@ -133,6 +133,8 @@ def heads_command(found: dict[str, Any]) -> str | None:
         if training.get("features", "online") != "online":
             offline = training["features"] == "offline"
             words += ["--features", "offline:FEATURES" if offline else training["features"]]
+        if training.get("begin"):
+            words += ["--from", "HEADS"]
         if training.get("pack"):
             words.append("--pack")
         if training.get("autocast"):

@@ -24,10 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectool.errors import UnsupportedError
+from spectool.options import Config
 from spectool.packed import PackedLinear
 from spectool.walk import call_block
 
-from .calibration import Block, Fitted, Products, Streams, Tick
+from .calibration import (
+    Block,
+    Fitted,
+    LinearStats,
+    Products,
+    Quantizer,
+    Streams,
+    Tick,
+    fit_each,
+)  # fmt: skip
 
 # ln c is taken of no smaller cosine: below, the squared errors alone turn the output round.
 LEAST_COSINE = 0.01
@@ -117,6 +127,29 @@ class Substitute(Products):
     ) -> Tensor:
         out: Tensor = self.modules[name](x)
         return out if bias is None else out + bias
+
+
+def begun(
+    method: Any,
+    block: Block,
+    stats: Mapping[str, LinearStats],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """The block's matrices as `pack` leaves them, in packed linears on the block's device.
+
+    Raises:
+        UnsupportedError: the method cannot hold a matrix, which is named.
+    """
+    assert block.module is not None
+    device = next(block.module.parameters()).device
+    linears = {}
+    for name, fields in fit_each(method, block, stats, config, generator, device).fields.items():
+        shape = block.sites[name].shape
+        linears[name] = method.build(method.layout(shape, config), shape, config)
+        linears[name].q.load_state_dict(fields)
+        linears[name].to(device)
+    return linears
 
 
 def fit_block(

@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectool import options
-from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 from spectool.options import option
 from spectool.packed import FieldSpec, PackedLinear
@@ -52,7 +51,7 @@ from .calibration import (
     Tick,
 )
 from .codebook import clusters, levels, nearest
-from .fitting import fit_block
+from .fitting import begun, fit_block
 from .gptq import Feedback, compensate, feedback
 from .rtn import SCALE_MAX, SCALE_MIN, check_scale
 
@@ -156,16 +155,8 @@ class JLCM:
             return Fitted({})
         assert streams is not None and block.module is not None
         device = next(block.module.parameters()).device
-        linears: dict[str, JLCMLinear] = {}
-        for name, weight_nm in block.weights.items():
-            shape = block.sites[name].shape
-            try:
-                fields = cls.pack(weight_nm.to(device), stats.get(name), config, generator)
-            except UnsupportedError as error:
-                raise UnsupportedError(f"{name}: {error}", hint=error.hint) from error
-            linears[name] = cls.build(cls.layout(shape, config), shape, config)
-            linears[name].q.load_state_dict(fields, assign=True)
-        begun = {name: linear.codes() for name, linear in linears.items()}
+        linears: dict[str, JLCMLinear] = begun(cls, block, stats, config, generator)
+        before = {name: linear.codes() for name, linear in linears.items()}
 
         def make_part(name: str, dtype: torch.dtype) -> nn.Module:
             kind = Latent if config.form == "latent" else Preferences
@@ -196,7 +187,7 @@ class JLCM:
             generator=generator,
             tick=tick,
         )
-        moved = torch.cat([(linears[x].codes() - begun[x]).abs().flatten() for x in linears])
+        moved = torch.cat([(linears[x].codes() - before[x]).abs().flatten() for x in linears])
         flips = torch.bincount(moved.long(), minlength=3)
         fitted.report["codes_moved"] = int(flips[1:].sum()) / moved.numel()
         fitted.report["codes_moved_further"] = int(flips[2:].sum()) / moved.numel()

@@ -44,7 +44,7 @@ from .calibration import (
     Streams,
     Tick,
 )
-from .fitting import fit_block
+from .fitting import begun, fit_block
 from .rtn import RTN, SCALE_MAX, check_scale
 
 # Rows are unpacked in pieces of about this many weights, which stay in cache.
@@ -137,14 +137,7 @@ class PTQ161:
         if not block.weights:
             return Fitted({})
         assert streams is not None and block.module is not None
-        device = next(block.module.parameters()).device
-        linears: dict[str, PTQ161Linear] = {}
-        for name, weight_nm in block.weights.items():
-            try:
-                fields = cls.pack(weight_nm.to(device), stats.get(name), config, generator)
-            except UnsupportedError as error:
-                raise UnsupportedError(f"{name}: {error}", hint=error.hint) from error
-            linears[name] = filled(fields, block.sites[name].shape, config)
+        linears: dict[str, PTQ161Linear] = begun(cls, block, stats, config, generator)
         fitted = fit_block(
             block,
             streams,
@@ -217,13 +210,6 @@ def _pack_salient(weight_nk: Tensor, generator: torch.Generator) -> PackedFields
         "hi_scale": packed["scale"][:, 0],
         "hi_zero": packed["zero"][:, 0],
     }
-
-
-def filled(fields: PackedFields, shape: tuple[int, int], config: PTQ161.Config) -> PTQ161Linear:
-    spec = {name: (value.dtype, tuple(value.shape)) for name, value in fields.items()}
-    linear = PTQ161.build(spec, shape, config)
-    linear.q.load_state_dict(fields, assign=True)
-    return linear
 
 
 class Part(nn.Module):

@@ -46,8 +46,6 @@ _LAYER = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_va
 # EAGLE-3.1's normed features and feedback, and what else our layer does not compute.
 _NOT_OURS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias",
              "mlp_bias")  # fmt: skip
-# What servers fuse where the configuration does not say, by the target's layers.
-_FUSED: Callable[[int], list[int]] = lambda layers: [2, layers // 2, layers - 3]  # noqa: E731
 # Tokens that servers are told to draft in a row, as their own examples have it.
 _CHAIN = 3
 # The version of speculators whose configuration is written.
@@ -417,9 +415,11 @@ def _read_eagle3(
     if layer.get("num_hidden_layers", 1) != 1:
         raise UnsupportedError(f"{place}: has {layer['num_hidden_layers']} layers, eagle3 here one")
     _check_layer(place, layer, target)
+    # Where the configuration does not say, what servers fuse.
+    layers = config.num_hidden_layers
     nested = (said.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     states = said.get("eagle_aux_hidden_state_layer_ids") or (
-        [index + 1 for index in nested] if nested else _FUSED(config.num_hidden_layers)
+        [index + 1 for index in nested] if nested else [2, layers // 2, layers - 3]
     )
     if sorted(set(states)) != list(states):
         raise UnsupportedError(f"{place}: fuses states {states}; read are different ones in order")

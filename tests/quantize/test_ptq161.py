@@ -31,7 +31,6 @@ from spectool.quantize.ptq161 import (
     PTQ161,
     Part,
     PTQ161Linear,
-    filled,
     most_salient,
     num_salient,
 )
@@ -49,6 +48,12 @@ def stats_of(x_Tm: Tensor) -> LinearStats:
     stats = LinearStats(("absmax", "mean_abs"))
     stats.add(x_Tm)
     return stats
+
+
+def filled(fields: Any, shape: tuple[int, int], config: PTQ161.Config) -> PTQ161Linear:
+    linear = PTQ161.build(PTQ161.layout(shape, config), shape, config)
+    linear.q.load_state_dict(fields, assign=True)
+    return linear
 
 
 def start(weight_nm: Tensor, stats: LinearStats | None = None, **options: Any) -> PTQ161Linear:
