@@ -33,7 +33,6 @@ from .calibration import (
     Fitted,
     LinearStats,
     Products,
-    Quantizer,
     Streams,
     Tick,
     fit_each,
