@@ -1,155 +1,339 @@
 """Stored bits against what was lost: every method on given checkpoints and texts.
 
-    python benchmarks/fidelity.py --case MODEL CALIBRATION WINDOW TEXT … [--case …] [--out FILE]
+    python benchmarks/fidelity.py measure MODEL CALIBRATION WINDOW TEXT … --out FILE [--only NAME …]
+    python benchmarks/fidelity.py report FILE … [--plot FILE]
 
-Each checkpoint is packed by each method, calibrated on sequences of 256 tokens of CALIBRATION, and
-compared with itself in float32 on each TEXT: windows opened with the start token, every token of
-the text scored. `--plot` draws perplexity against the bits that are stored of the linears.
+`measure` packs the checkpoint by each method, calibrated on 64 sequences of 256 tokens of
+CALIBRATION (drawn twice, with two seeds, for methods that look at them), and compares the result
+with the original in float32 on each TEXT: windows opened with the start token, every token of the
+text scored. What is in FILE already is not measured again. `report` prints the tables, and says how
+far each method lies from the curve that the baselines draw; intervals are bootstrapped over
+windows, the same ones for both sides.
+
+Shapes: S windows of a text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 import transformers
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from spectool.evaluate.evaluate import Request, evaluate
+from spectool.evaluate.fidelity import score
+from spectool.evaluate.windows import Batch, ResidentLaws, Windows, cut
 from spectool.headers import read_layout
-from spectool.machine import describe, peak_rss_bytes
+from spectool.loading import load_model, load_tokenizer
+from spectool.machine import describe
 from spectool.methods import resolve
-from spectool.quantize.ledger import measure
+from spectool.quantize.ledger import measure as count_bits
 from spectool.quantize.run import Job, Preprocess, quantize
+from spectool.text import encode, read_text
 
-Row = tuple[str, dict[str, Any]]
+Row = dict[str, Any]
 
-GROUPS = (32, 128, 0)
-METHODS: list[Row] = [
-    *(("gptq", {"bits": b, "group_size": g}) for b in (2, 3, 4) for g in GROUPS),
-    *(("jlcm", {"bits": b, "epochs": 4}) for b in (2, 3, 4)),
+BASELINES = ("rtn", "hqq", "gptq", "nf4", "int8")
+GROUPS = (32, 64, 128, 0)
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("jlcm", {"bits": 2, "epochs": 4}),
     ("ptq161", {"epochs": 4}),
     ("ptq161 reshaped", {"epochs": 4}),
-    *(("rtn", {"bits": b, "group_size": g}) for b in (2, 3, 4) for g in GROUPS),
-    *(("hqq", {"bits": b, "group_size": 64}) for b in (2, 3, 4)),
-    ("olive", {}),
+    *(("gptq", {"bits": b, "group_size": g}) for b in (2, 3, 4) for g in GROUPS),
+    ("olive", {"bits": 4}),
     ("nf4", {}),
     ("int8", {}),
+    *(("rtn", {"bits": b, "group_size": g}) for b in (2, 3, 4) for g in GROUPS),
+    *(("hqq", {"bits": b, "group_size": g}) for b in (2, 3, 4) for g in GROUPS),
+    *(("jlcm", {"bits": b, "epochs": 4}) for b in (3, 4)),
 ]
 SAMPLES, SEQ_LEN = 64, 256
+SEEDS = (0, 1)
 RESHAPED = {"steps": 200, "rate": 3e-4, "batch_size": 4}
+DRAWS = 2000
 
 
-def rows(
-    model: str, calibration: str, window: int, texts: Sequence[str], name: str, options: Any
-) -> list[dict[str, Any]]:
+class Original:
+    """The uncompressed model's laws on a text, computed once."""
+
+    def __init__(self, windows: Windows, laws: Callable[[Batch], Tensor], vocabulary: int) -> None:
+        self.kept = {_key(b): laws(b) for b in windows.batches(vocabulary)}
+
+    def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
+        ref_BLV = self.kept[_key(batch)]
+        kl = torch.nn.functional.kl_div(logp_BLV, ref_BLV, reduction="sum", log_target=True)
+        same = int((ref_BLV.argmax(-1) == logp_BLV.argmax(-1)).sum())
+        return float(-_chosen(batch, ref_BLV).sum()), float(kl), same
+
+
+def _key(batch: Batch) -> tuple[int, int]:
+    return batch.group, batch.rows.start
+
+
+def _chosen(batch: Batch, logp_BLV: Tensor) -> Tensor:
+    """The log-probability of each window's tokens together [B]."""
+    next_BL1 = batch.ids_BL[:, 1:, None]
+    return logp_BLV.gather(-1, next_BL1).double().sum((1, 2))
+
+
+def measure(model: str, calibration: str, window: int, texts: Sequence[str], given: Any) -> None:
+    """Add the rows of one checkpoint to the file."""
+    original = load_model(model, dtype="float32")
+    vocabulary = original.config.vocab_size
+    tokenizer = load_tokenizer(model)
+    sides = {}
+    for text in texts:
+        ids = encode(tokenizer, read_text([text], tokenizer))
+        windows = cut(ids, length=window, bos=tokenizer.bos_token_id)
+        sides[Path(text).stem] = windows, Original(windows, ResidentLaws(original), vocabulary)
+    rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    done = {_identity(row) for row in rows}
+    if not done:
+        rows += _lost(sides, ResidentLaws(original), vocabulary, {"method": "original"})
+    for name, options in METHODS:
+        method, _, reshaped = name.partition(" ")
+        kind = resolve(method, "quantizer")
+        seeds = SEEDS if kind.statistics or hasattr(kind, "fit") else SEEDS[:1]
+        for seed in seeds if name in (given.only or [name]) else ():
+            said = {"method": name, "options": options, "seed": seed}
+            if _identity(said) in done:
+                continue
+            job = Job(
+                method=method,
+                config=kind.Config(**options),
+                calibration=[calibration],
+                samples=SAMPLES,
+                seq_len=SEQ_LEN,
+                seed=seed,
+                preprocess=Preprocess(text=[calibration], **RESHAPED) if reshaped else None,
+            )
+            with tempfile.TemporaryDirectory() as scratch:
+                out = Path(scratch) / "out"
+                resident = _reset_peak()
+                began = time.perf_counter()
+                quantize(model, out, job)
+                said["seconds"] = time.perf_counter() - began
+                said["bytes_needed"] = _peak() - resident
+                ledger = count_bits(read_layout(out))
+                said |= {"bits_linears": ledger.linears, "bits_file": ledger.file}
+                packed = load_model(out, dtype="float32", runtime="dense")
+                rows += _lost(sides, ResidentLaws(packed), vocabulary, said)
+            found = {"benchmark": "fidelity", "machine": describe(), "model": Path(model).name}
+            given.out.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
+            print(name, options, seed, f"{said['seconds']:.0f} s", flush=True)
+
+
+def _identity(row: Row) -> str:
+    return json.dumps([row["method"], row.get("options"), row.get("seed")])
+
+
+def _reset_peak() -> int:
+    """Forget the peak of resident memory; what is resident now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
+
+
+def _peak() -> int:
+    said = Path("/proc/self/status").read_text().split("VmHWM:")[1]
+    return 1024 * int(said.split()[0])
+
+
+def _lost(
+    sides: dict[str, tuple[Windows, Original]],
+    laws: Callable[[Batch], Tensor],
+    vocabulary: int,
+    said: Row,
+) -> list[Row]:
     """A row for each text."""
-    method, _, reshaped = name.partition(" ")
-    job = Job(
-        method=method,
-        config=resolve(method, "quantizer").Config(**options),
-        calibration=[calibration],
-        samples=SAMPLES,
-        seq_len=SEQ_LEN,
-        preprocess=Preprocess(text=[calibration], **RESHAPED) if reshaped else None,
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out"
-        began = time.perf_counter()
-        report = quantize(model, out, job)
-        seconds = time.perf_counter() - began
-        ledger = measure(read_layout(out))
-        made = {
-            "model": Path(model).name,
-            "method": name,
-            "options": options,
-            "bits_linears": ledger.linears,
-            "bits_file": ledger.file,
-            "bytes": ledger.file_bytes,
-            "quantize_seconds": seconds,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "preprocess": report.preprocess,
-        }
-        found = []
-        for text in texts:
-            request = Request(
-                texts=[text], window=window, bos=True, reference=model, dtype="float32",
-                runtime="dense",
-            )  # fmt: skip
-            said = evaluate(str(out), request)
-            figures = {key: said[key] for key in ("perplexity_ratio", "kl", "top1_agreement")}
-            found.append(
-                {
-                    **made,
-                    "text": Path(text).name,
-                    "perplexity": said["perplexity"],
-                    "reference_perplexity": said["reference"]["perplexity"],
-                    **figures,
-                }
+    rows = []
+    for text, (windows, original) in sides.items():
+        nll: list[float] = []
+
+        def sink(batch: Batch, logp_BLV: Tensor, nll: list[float] = nll) -> None:
+            nll += (-_chosen(batch, logp_BLV)).tolist()
+
+        scores = score(windows, laws, vocabulary, reference=original, sink=sink)
+        assert scores.kl is not None and scores.same_top is not None
+        counts = [ids_SL.shape[1] - 1 for ids_SL in windows.groups for _ in ids_SL]
+        rows.append(
+            {
+                **said,
+                "text": text,
+                "perplexity": scores.perplexity,
+                "kl": scores.kl / scores.num_tokens,
+                "top1_agreement": scores.same_top / scores.num_tokens,
+                "window_tokens": counts,
+                "window_nll": [round(value, 3) for value in nll],
+            }
+        )
+    return rows
+
+
+class Point:
+    """One method with its options on one text: the mean over seeds."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.method = rows[0]["method"]
+        self.options = rows[0].get("options") or {}
+        self.bits = rows[0].get("bits_linears", 16.0)
+        self.tokens_S = torch.tensor(rows[0]["window_tokens"], dtype=torch.float64)
+        self.nll_S = torch.tensor([row["window_nll"] for row in rows], dtype=torch.float64).mean(0)
+        self.nll = float(self.nll_S.sum() / self.tokens_S.sum())
+
+    def mean(self, key: str) -> float:
+        return sum(row[key] for row in self.rows) / len(self.rows)
+
+    @property
+    def name(self) -> str:
+        said = [f"{k.replace('group_size', 'g').replace('bits', 'b')}{v}"
+                for k, v in self.options.items() if k != "epochs"]  # fmt: skip
+        return " ".join([f"`{self.method}`", *said])
+
+
+def interval(difference_S: Tensor, tokens_S: Tensor) -> tuple[float, float, float]:
+    """The ratio of perplexities that differences of the windows' nats mean, and 95 % of its
+    bootstrap."""
+    generator = torch.Generator().manual_seed(0)
+    size = len(tokens_S)
+    drawn_DS = torch.randint(size, (DRAWS, size), generator=generator)
+    means_D = difference_S[drawn_DS].sum(1) / tokens_S[drawn_DS].sum(1)
+    low, high = means_D.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    mean = float(difference_S.sum() / tokens_S.sum())
+    return math.exp(mean), math.exp(low), math.exp(high)
+
+
+def hull(points: Sequence[Point]) -> list[Point]:
+    """Those of the baselines that no mixture of others beats, by rising bits."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.bits, p.nll)):
+        while len(kept) > 1 and _rise(kept[-2], kept[-1]) >= _rise(kept[-2], point):
+            kept.pop()
+        if not kept or (point.bits > kept[-1].bits and point.nll < kept[-1].nll):
+            kept.append(point)
+    return kept
+
+
+def _rise(first: Point, second: Point) -> float:
+    return (second.nll - first.nll) / (second.bits - first.bits)
+
+
+def from_curve(point: Point, curve: Sequence[Point]) -> tuple[float, float, float]:
+    """The perplexity over that of the curve at the same bits, with its interval.
+
+    Left of its first point the curve goes on straight, as steep as it begins: less than a convex
+    curve would rise, so what lies below this lies below the curve.
+    """
+    right = next((i for i in range(1, len(curve)) if curve[i].bits >= point.bits), len(curve) - 1)
+    first, second = curve[right - 1], curve[right]
+    share = (point.bits - first.bits) / (second.bits - first.bits)
+    curve_S = first.nll_S + min(share, 1.0) * (second.nll_S - first.nll_S)
+    return interval(point.nll_S - curve_S, point.tokens_S)
+
+
+def points_of(file: Path) -> tuple[str, dict[str, list[Point]]]:
+    """The model, and the points by text."""
+    found = json.loads(file.read_text())
+    grouped: dict[str, dict[str, list[Row]]] = {}
+    for row in found["rows"]:
+        key = json.dumps([row["method"], row.get("options")])
+        grouped.setdefault(row["text"], {}).setdefault(key, []).append(row)
+    points = {text: [Point(rows) for rows in each.values()] for text, each in grouped.items()}
+    return found["model"], points
+
+
+def report(files: Sequence[Path], plot: Path | None) -> None:
+    panels = {}
+    for file in files:
+        model, by_text = points_of(file)
+        for text, points in by_text.items():
+            original = next(point for point in points if point.method == "original")
+            curve = hull([point for point in points if point.method in BASELINES])
+            panels[model, text] = points, original, curve
+            print(f"\n### {model}, {text}\n")
+            print(
+                f"{int(original.tokens_S.sum()):,} tokens; the original's perplexity is "
+                f"{math.exp(original.nll):.3f}.\n"
             )
-    return found
+            print(
+                "| method | bits, linears | file | perplexity | over the original | between seeds "
+                "| over the curve | KL | top-1 | s | MB |"
+            )
+            print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+            for point in sorted(points, key=lambda p: p.bits):
+                if point is not original:
+                    print(_line(point, original, curve))
+    if plot:
+        draw(panels, plot)
 
 
-def show(row: dict[str, Any]) -> None:
-    options = " ".join(f"{key}={value}" for key, value in row["options"].items())
-    print(
-        f"| {row['model']} | {row['text']} | {row['method']} {options} | {row['bits_linears']:.3f} "
-        f"| {row['bits_file']:.2f} | {row['perplexity']['value']:.2f} "
-        f"| {row['perplexity_ratio']:.3f} | {row['kl']:.4f} | {row['top1_agreement']:.1%} "
-        f"| {row['quantize_seconds']:.0f} |",
-        flush=True,
+def _line(point: Point, original: Point, curve: Sequence[Point]) -> str:
+    apart = interval(point.nll_S - original.nll_S, point.tokens_S)
+    each = [row["perplexity"] for row in point.rows]
+    beside = "" if point.method in BASELINES else "{:.3f} ({:.3f}-{:.3f})".format(
+        *from_curve(point, curve)
+    )  # fmt: skip
+    return (
+        f"| {point.name} | {point.bits:.3f} | {point.mean('bits_file'):.2f} "
+        f"| {math.exp(point.nll):.3f} | {apart[0]:.3f} ({apart[1]:.3f}-{apart[2]:.3f}) "
+        f"| {f'{(max(each) - min(each)) / min(each):.2%}' if len(each) > 1 else ''} | {beside} "
+        f"| {point.mean('kl'):.4f} | {point.mean('top1_agreement'):.1%} "
+        f"| {point.mean('seconds'):.0f} | {point.mean('bytes_needed') / 1e6:.0f} |"
     )
 
 
-def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel for each model and text."""
-    panels = list(dict.fromkeys((row["model"], row["text"]) for row in found))
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (model, text) in zip(axes, panels, strict=True):
-        own = [row for row in found if (row["model"], row["text"]) == (model, text)]
-        for method in dict.fromkeys(row["method"] for row in own):
-            points = sorted(
-                (row["bits_linears"], row["perplexity"]["value"])
-                for row in own
-                if row["method"] == method
-            )
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
-        axis.axhline(own[0]["reference_perplexity"], color="grey", linewidth=0.8)
-        axis.set(title=f"{model}, {text}", xlabel="stored bits a weight", yscale="log")
-        axis.set(ylim=(None, 1.35 * own[0]["reference_perplexity"]), xlim=(1.5, 5.5))
-    axes[0].set(ylabel="perplexity")
+def draw(panels: dict[tuple[str, str], Any], path: Path) -> None:
+    """A panel for each model and text: perplexity against stored bits of the linears."""
+    columns = 3
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, ((model, text), (points, original, curve)) in zip(axes, panels.items(), strict=False):
+        axis.plot(
+            [p.bits for p in curve], [math.exp(p.nll) for p in curve], color="lightgrey", lw=4
+        )
+        for method in dict.fromkeys(p.method for p in points if p is not original):
+            own = sorted((p.bits, math.exp(p.nll)) for p in points if p.method == method)
+            axis.plot(*zip(*own, strict=True), marker="o", markersize=3, lw=0.8, label=method)
+        reference = math.exp(original.nll)
+        axis.axhline(reference, color="grey", linewidth=0.8)
+        axis.set(title=f"{model}, {text}", xlabel="stored bits a weight", ylabel="perplexity")
+        axis.set(ylim=(0.98 * reference, 1.3 * reference), xlim=(1.5, 5.0))
     axes[0].legend(fontsize=7, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "spectool"}):
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--case", nargs="+", action="append", required=True)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--plot", type=Path)
+    actions = parser.add_subparsers(dest="action", required=True)
+    measuring = actions.add_parser("measure")
+    measuring.add_argument("model")
+    measuring.add_argument("calibration")
+    measuring.add_argument("window", type=int)
+    measuring.add_argument("texts", nargs="+")
+    measuring.add_argument("--out", type=Path, required=True)
+    measuring.add_argument("--only", nargs="+")
+    reporting = actions.add_parser("report")
+    reporting.add_argument("files", nargs="+", type=Path)
+    reporting.add_argument("--plot", type=Path)
     given = parser.parse_args()
+    if given.action == "report":
+        report(given.files, given.plot)
+        return
     transformers.logging.disable_progress_bar()
-    print("| model | text | method | bits, linears | file | perplexity | ratio | KL | top-1 | s |")
-    print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
-    found: list[dict[str, Any]] = []
-    for model, calibration, window, *texts in given.case:
-        for name, options in METHODS:
-            for row in rows(model, calibration, int(window), texts, name, options):
-                found.append(row)
-                show(row)
-            if given.out:
-                said = {"benchmark": "fidelity", "machine": describe(), "rows": found}
-                given.out.write_text(json.dumps(said, indent=2) + "\n")
-    if given.plot:
-        draw(found, given.plot)
+    measure(given.model, given.calibration, given.window, given.texts, given)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def inspect(
         if ledger.linears is not None:
             output.show(
                 f"{len(ledger.entries)} packed matrices ({method}): {ledger.linears:.4f} bits per "
-                "weight"
+                f"weight{' of the blocks' if any(e.outside for e in ledger.entries) else ''}"
             )
         output.show(f"the whole file: {ledger.file:.4f} bits per parameter")
         if source:
@@ -161,6 +161,11 @@ def _options(options: dict[str, Any]) -> list[str]:
     return words
 
 
+def _choice(said: dict[str, Any]) -> str:
+    pairs = [f"{key}={value}" for key, value in said["options"].items() if value is not None]
+    return f"{said['method']}:{','.join(pairs)}" if pairs else str(said["method"])
+
+
 def command(made_by: dict[str, Any]) -> str | None:
     """The command that makes the artifact again, from a source with the same fingerprint.
 
@@ -169,6 +174,14 @@ def command(made_by: dict[str, Any]) -> str | None:
     try:
         words = ["spectool", "quantize", made_by["method"], "MODEL", "OUT"]
         words += _options(made_by["options"])
+        if budget := made_by["budget"]:
+            words += ["--bits-budget", json.dumps(budget["bits"])]
+            for choice in budget["candidates"]:
+                words += ["--candidate", _choice(choice)]
+        if made_by["rules"]:
+            words += ["--plan", "PLAN"]
+        if made_by["embeddings"]:
+            words += ["--embeddings", _choice(made_by["embeddings"])]
         for pattern in made_by["skip"]:
             words += ["--skip", pattern]
         if made_by["allow_dense"]:

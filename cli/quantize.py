@@ -27,12 +27,19 @@ from spectool.cli.common import (
     size,
     template_arguments,
 )
-from spectool.errors import Interrupted
+from spectool.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from spectool.quantize.choice import Choice
     from spectool.quantize.plan import Plan
     from spectool.quantize.run import Report
     from spectool.skeleton import Skeleton
+
+
+# Below so many bits a weight, and from this share of the file on, packing the embedding and the
+# output matrix is offered.
+OFFERED_BELOW = 3.0
+OFFERED_FROM = 0.2
 
 
 def quantize(
@@ -70,6 +77,34 @@ def quantize(
     allow_dense: Annotated[
         bool, typer.Option("--allow-dense", help="Accept over 10% of block weights left dense.")
     ] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rules in YAML: which linears another method packs, or which stay dense."
+        ),
+    ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            help="Pack the embedding and the output matrix too: METHOD or METHOD:key=value,…, of "
+            "a method that needs no text, such as int8."
+        ),
+    ] = None,
+    bits_budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Choose each linear's width by measured errors, at most so many stored bits a "
+            "weight together.",
+        ),
+    ] = None,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What --bits-budget chooses from: METHOD:key=value,…; repeatable. By default "
+            "METHOD at all its --bits."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan; read headers only, write nothing.")
     ] = False,
@@ -95,11 +130,28 @@ def quantize(
         from spectool.headers import read_layout
         from spectool.loading import check_device, parse_dtype
         from spectool.quantize import run
+        from spectool.quantize.budget import Budget, widths
+        from spectool.quantize.choice import Choice, read_plan
         from spectool.quantize.preprocess import Preprocess
 
+        choice = Choice(method, methods.resolve(method, "quantizer").Config.from_dict(own))
+        if candidate and bits_budget is None:
+            raise UsageError("--candidate: is what --bits-budget chooses from, which is not given")
+        if dry_run and bits_budget is not None:
+            raise UsageError("--dry-run reads headers only; --bits-budget measures")
         job = run.Job(
             method=method,
-            config=methods.resolve(method, "quantizer").Config.from_dict(own),
+            config=choice.config,
+            rules=read_plan(plan) if plan else (),
+            embeddings=Choice.from_text(embeddings) if embeddings else None,
+            budget=None
+            if bits_budget is None
+            else Budget(
+                bits_budget,
+                tuple(map(Choice.from_text, candidate))
+                if candidate
+                else widths(choice, bits_budget),
+            ),
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,
@@ -124,15 +176,15 @@ def quantize(
                 if hub.is_local(model)
                 else hub.remote_layout(model, revision)
             )
-            skeleton, plan = run.prepare(
+            skeleton, planned = run.prepare(
                 layout,
                 job,
                 trust_remote_code=trust_remote_code,
                 device=device,
                 batch_size=batch_size,
             )
-            show_plan(output, job, plan, skeleton)
-            output.result({"dry_run": True, "method": method, **_planned(plan)})
+            show_plan(output, planned, skeleton)
+            output.result({"dry_run": True, "method": method, **_planned(planned)})
             return
         compute = parse_dtype(dtype)
         assert compute is not None
@@ -147,8 +199,8 @@ def quantize(
                 overwrite=overwrite,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-                announce=lambda plan, skeleton: show_plan(output, job, plan, skeleton),
-                progress=lambda done, total, name: output.progress(done, total, "blocks packed"),
+                announce=lambda plan, skeleton: show_plan(output, plan, skeleton),
+                progress=output.progress,
                 say=output.say,
             )
         except KeyboardInterrupt:
@@ -157,21 +209,38 @@ def quantize(
         finish(output, method, out, report)
 
 
-def show_plan(output: Output, job: Any, plan: Plan, skeleton: Skeleton) -> None:
+def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
     """The plan for people, before anything is done."""
-    num_sites = sum(map(len, plan.sites.values()))
-    options = ", ".join(f"{key}={value}" for key, value in job.config.as_dict().items())
+    by_choice: dict[Any, int] = {}
+    for block in plan.sites.values():
+        for name in block:
+            choice = plan.choices[name]
+            by_choice[choice] = by_choice.get(choice, 0) + 1
+    num_sites = sum(by_choice.values())
+    ways = [
+        f"{_said(choice)}{f' on {count}' if len(by_choice) > 1 else ''}"
+        for choice, count in sorted(by_choice.items(), key=lambda item: -item[1])
+    ]
     output.say(
-        f"plan: {job.method}{f' ({options})' if options else ''} on {num_sites} linears in "
+        f"plan: {', '.join(ways)}{' of' if len(ways) > 1 else ' on'} {num_sites} linears in "
         f"{len(plan.sites)} blocks of {skeleton.config.model_type}, "
         f"{plan.num_weights / 1e6:.2f} M of {plan.num_parameters / 1e6:.2f} M parameters"
     )
+    for name, site in plan.outside.items():
+        also = f" and {site.tied}, which share it" if site.tied else ""
+        output.say(f"plan: {_said(plan.choices[name])} on {name}{also}")
     by_reason: dict[str, list[str]] = {}
     for name, reason in plan.skipped.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         output.say(f"plan: {len(names)} left dense ({reason}): {names[0]}, …")
-    output.say("plan: everything outside the blocks is copied")
+    beside = plan.outside_bytes / plan.file_bytes
+    output.say(f"plan: everything{' else' if plan.outside else ''} outside the blocks is copied")
+    if not plan.outside and plan.bits_linears < OFFERED_BELOW and beside > OFFERED_FROM:
+        output.say(
+            f"plan: embedding and output matrix will be {beside:.0%} of the file; "
+            "--embeddings int8 packs them too"
+        )
     buffers = plan.num_buffers * plan.buffer_bytes
     calibrated = f", activations {size(buffers)}" if buffers else ""
     device = f", device {size(plan.device_bytes)}" if plan.device_bytes else ""
@@ -186,6 +255,11 @@ def show_plan(output: Output, job: Any, plan: Plan, skeleton: Skeleton) -> None:
     output.start()
 
 
+def _said(choice: Choice) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in choice.config.as_dict().items())
+    return f"{choice.method}{f' ({options})' if options else ''}"
+
+
 def _planned(plan: Plan) -> dict[str, Any]:
     return {
         "expected_bits_per_weight": {"linears": plan.bits_linears, "file": plan.bits_file},
@@ -193,6 +267,7 @@ def _planned(plan: Plan) -> dict[str, Any]:
         "host_bytes": plan.host_bytes,
         "device_bytes": plan.device_bytes,
         "linears": [name for block in plan.sites.values() for name in block],
+        "outside": list(plan.outside),
         "skipped": [{"name": name, "reason": why} for name, why in plan.skipped.items()],
     }
 
@@ -226,7 +301,7 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
             f"matrices with too few calibration tokens, packed without data: {len(data_free)} "
             f"({data_free[0]}, …)"
         )
-    fits = {index: block["fit"] for index, block in enumerate(report.blocks) if block["fit"]}
+    fits = [(index, fit) for index, block in enumerate(report.blocks) for fit in block["fits"]]
     if fits:
         show_fits(output, fits)
     output.show(f"{seconds:.1f} s, peak memory {size(peak_rss_bytes())}")
@@ -241,33 +316,34 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
             "layers": report.layers,
             "preprocess": report.preprocess,
             "blocks": [
-                {key: block.get(key) for key in ("output_error", "data_free", "fit")}
+                {key: block.get(key) for key in ("output_error", "data_free", "fits")}
                 for block in report.blocks
             ],
         }
     )
 
 
-def show_fits(output: Output, fits: dict[int, dict[str, Any]]) -> None:
-    """What the fits of the blocks, by their number, gained."""
-    shares = [fit["loss_after"] / (fit["loss_start"] or 1.0) for fit in fits.values()]
+def show_fits(output: Output, numbered: list[tuple[int, dict[str, Any]]]) -> None:
+    """What the fits gained, each with its block's number."""
+    fits = [fit for _, fit in numbered]
+    shares = [fit["loss_after"] / (fit["loss_start"] or 1.0) for fit in fits]
     lower = sum(share < 1 for share in shares)
     output.show(
         f"block loss after the fit: {min(shares):.3f} to {max(shares):.3f} of that at its start, "
         f"lower in {lower} of {len(fits)} blocks"
     )
-    flipped = sum(fit.get("rows_flipped", 0) for fit in fits.values())
+    flipped = sum(fit.get("rows_flipped", 0) for fit in fits)
     if flipped:
         output.show(f"rows flipped by a negative scale: {flipped}")
-    moved = [fit["codes_moved"] for fit in fits.values() if "codes_moved" in fit]
+    moved = [fit["codes_moved"] for fit in fits if "codes_moved" in fit]
     if moved:
-        further = max(fit["codes_moved_further"] for fit in fits.values())
+        further = max(fit["codes_moved_further"] for fit in fits)
         output.show(
             f"codes that moved: {min(moved):.1%} to {max(moved):.1%} of a block, by more than one "
             f"level at most {further:.2%}"
         )
-    turned = [index for index, fit in fits.items() if fit["least_cosine"] <= 0]
-    skipped = sum(fit["steps_skipped"] for fit in fits.values())
+    turned = sorted({index for index, fit in numbered if fit["least_cosine"] <= 0})
+    skipped = sum(fit["steps_skipped"] for fit in fits)
     if skipped:
         output.show(f"steps left out because their gradient was not finite: {skipped}")
     if turned:

@@ -118,7 +118,7 @@ class Layout:
 
 
 def packed_entries(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries `{method, options, shape, expert?}` of an artifact's `quantization_config`.
+    """The entries `{method, options, shape, …}` of an artifact's `quantization_config`.
 
     Raises:
         CheckpointError: a newer format, or entries that say too little.
@@ -157,6 +157,8 @@ def _wanting(name: str, said: Any) -> str | None:
         return "a shape of two numbers"
     if not all(type(length) is int and length > 0 for length in shape):
         return "a shape of two numbers"
+    if "tied" in said and not isinstance(said["tied"], str):
+        return "the name of the matrix that it is tied to"
     if said.get("expert") and not name.rpartition(".")[2].isdecimal():
         return "a name that ends with the expert's number"
     return None

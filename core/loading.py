@@ -83,7 +83,7 @@ def load_outside(
     return model
 
 
-def own_dtype(layout: Layout) -> torch.dtype:
+def stated_dtype(layout: Layout) -> torch.dtype | None:
     """The dtype that a checkpoint says it is to run in."""
     text_config = layout.config.get("text_config") or {}
     places = (
@@ -91,7 +91,12 @@ def own_dtype(layout: Layout) -> torch.dtype:
         layout.config.get("torch_dtype"),
         text_config.get("dtype"),
     )
-    return parse_dtype(next(filter(None, places), None)) or torch.float32
+    return parse_dtype(next(filter(None, places), None))
+
+
+def own_dtype(layout: Layout) -> torch.dtype:
+    """The dtype that a checkpoint is to run in."""
+    return stated_dtype(layout) or torch.float32
 
 
 def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
@@ -128,7 +133,8 @@ def _open(
     try:
         model, info = model_class(config).from_pretrained(
             checkpoint.path,
-            dtype=dtype,
+            # None would make transformers forget what the configuration says.
+            dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )

@@ -1,8 +1,9 @@
-"""Packed linears inside a transformers model: the module every method builds on, and the swap.
+"""Packed matrices inside a transformers model: the module every method builds on, and the swap.
 
 A packed matrix is a set of named tensors ("fields") below `<module>.q.`; the method that wrote
 them says how they become a matrix again. `dequantize` is the specification of a format; a forward
-may do better, never differently.
+may do better, never differently. An embedding is a packed matrix whose rows are looked up; a tied
+output matrix is the same one.
 
 Shapes: n outputs, m inputs, E experts.
 """
@@ -21,7 +22,7 @@ from spectool.errors import CheckpointError
 from spectool.methods import resolve
 from spectool.options import Config
 
-# Sums over a matrix are taken in double precision, over pieces of about this many weights.
+# Rows are unpacked, and summed in double precision, in pieces of about this many weights.
 PIECE = 1 << 19
 
 # A field's name -> its dtype and shape: what a safetensors header says about it.
@@ -51,7 +52,8 @@ class Fields(nn.Module):
 class PackedLinear(nn.Module):
     """Base of every method's runtime linear, `y = x W^T + b` with W in packed form.
 
-    A subclass implements `dequantize`, and `forward` where it has something faster.
+    A subclass implements `rows`, or `dequantize` if its rows do not stand alone, and `forward`
+    where it has something faster.
     """
 
     q: Fields
@@ -65,25 +67,30 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """An empty tensor for models that initialise their children or ask for a device.
-
-        It says that it needs no initialisation, and any product with it fails.
-        """
-        device = next(self.q.buffers()).device
-        empty = torch.empty(self.out_features, 0, device=device)
-        empty._is_hf_initialized = True  # type: ignore[attr-defined]
-        return empty
+        """See `stand_in`."""
+        return stand_in(self.out_features, next(self.q.buffers()).device)
 
     def dequantize(self) -> Tensor:
         """The matrix W [n, m] in float32, exactly as the codes say."""
-        raise AssertionError("every method's module defines this")
+        return self.rows(slice(None))
+
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        """Some of its rows, a slice or their numbers, so that the matrix need never be whole."""
+        return self.dequantize()[rows]
 
     def pieces(self) -> Iterator[Tensor]:
-        """The same matrix from its first row to its last, in pieces of some rows.
+        """The same matrix from its first row to its last, in pieces of some rows."""
+        if type(self).rows is PackedLinear.rows:
+            yield self.dequantize()
+            return
+        for rows in self.row_slices():
+            yield self.rows(rows)
 
-        A format whose rows stand alone overrides this, so that its matrix need never be whole.
-        """
-        yield self.dequantize()
+    def row_slices(self) -> Iterator[slice]:
+        """All rows in pieces that stay in cache when they are unpacked."""
+        size = max(1, PIECE // self.in_features)
+        for start in range(0, self.out_features, size):
+            yield slice(start, start + size)
 
     def has_kernel(self) -> bool:
         """Whether `forward` here works on the codes instead of unpacking them each time."""
@@ -94,6 +101,87 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def stand_in(rows: int, device: torch.device) -> Tensor:
+    """An empty weight for models that initialise their children or ask for a device.
+
+    It says that it needs no initialisation, and any product with it fails.
+    """
+    empty = torch.empty(rows, 0, device=device)
+    empty._is_hf_initialized = True  # type: ignore[attr-defined]
+    return empty
+
+
+class EmbeddingRows(nn.Module):
+    """Stands in for an embedding, whose weight it takes: `rows` gives those that a batch needs.
+
+    The original module does the rest, so that what it adds (a scale) stays.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+        device = embedding.weight.device
+        del embedding._parameters["weight"]
+        embedding.weight = stand_in(embedding.num_embeddings, device)
+        # It numbers rows of the whole table, and says something of gradients only.
+        embedding.padding_idx = None
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        """The rows [N, D] of these tokens, in the dtype of activations."""
+        raise AssertionError("every kind defines this")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        used_N, places = torch.unique(ids, return_inverse=True)
+        embedding, empty = self.embedding, self.embedding.weight
+        embedding.weight = self.rows(used_N)
+        try:
+            found: Tensor = embedding(places)
+        finally:
+            embedding.weight = empty
+        return found
+
+
+class PackedEmbedding(EmbeddingRows):
+    """An embedding whose table is a packed matrix [V, D], which a tied head may share.
+
+    `like` carries the dtype of activations, so that `.to(dtype)` keeps working; it holds nothing.
+    """
+
+    q: Fields
+    like: Tensor
+
+    def __init__(self, embedding: nn.Embedding, packed: PackedLinear, dtype: torch.dtype) -> None:
+        super().__init__(embedding)
+        self.q = packed.q
+        # Its fields are this module's; as a child they would be found twice.
+        self.__dict__["packed"] = packed
+        self.register_buffer("like", torch.zeros(0, dtype=dtype), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """See `stand_in`."""
+        packed: PackedLinear = self.__dict__["packed"]
+        return packed.weight
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        packed: PackedLinear = self.__dict__["packed"]
+        return packed.rows(ids_N).to(self.like.dtype)
+
+    def dequantize(self) -> Tensor:
+        """The table [V, D] in float32."""
+        packed: PackedLinear = self.__dict__["packed"]
+        return packed.dequantize()
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a linear or an embedding, packed or not."""
+    if isinstance(module, (PackedLinear, PackedEmbedding)):
+        return module.dequantize()
+    weight: Any = module.weight
+    found: Tensor = weight
+    return found
 
 
 class PackedExperts(nn.Module):
@@ -169,6 +257,8 @@ def swap_in(
 ) -> None:
     """Replace the named matrices of `model` by empty packed ones, biases kept.
 
+    An embedding that is `tied` to an output matrix takes the place of both.
+
     `modules` are an artifact's entries by name, `specs` the fields' headers by the same names;
     `prefix` is the name of `model` itself within them.
 
@@ -190,6 +280,16 @@ def swap_in(
             continue
         parent, leaf = _parent(model, local)
         old = getattr(parent, leaf)
+        if isinstance(old, nn.Embedding):
+            setattr(parent, leaf, PackedEmbedding(old, packed, dtype))
+            if "tied" not in said:
+                continue
+            parent, leaf = _parent(model, said["tied"])
+            old = getattr(parent, leaf)
+            ties: Any = model.all_tied_weights_keys
+            del ties[f"{said['tied']}.weight"]
+            # The fields are the embedding's; transformers knows ties of parameters only.
+            packed.__dict__["q"] = packed._modules.pop("q")
         packed.bias = old.bias
         setattr(parent, leaf, packed)
     for local, slices in experts.items():
@@ -226,18 +326,31 @@ def field_specs(
 
 def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
     """Put dense weights in the place of all codes, one matrix after another (`runtime="dense"`)."""
+    tables: dict[int, nn.Parameter] = {}
     for parent in list(model.modules()):
         for leaf, child in list(parent.named_children()):
             if isinstance(child, PackedExperts):
                 stacked = torch.stack([child[index] for index in range(len(child._modules))])
                 delattr(parent, leaf)
                 parent.register_parameter(leaf, nn.Parameter(stacked.to(dtype), False))
-            elif isinstance(child, PackedLinear) and not isinstance(parent, PackedExperts):
-                weight = child.dequantize().to(dtype)
+                continue
+            if isinstance(parent, PackedExperts):
+                continue
+            if not isinstance(child, (PackedLinear, PackedEmbedding)):
+                continue
+            # A tied head has the fields of the embedding.
+            if id(child.q) not in tables:
+                tables[id(child.q)] = nn.Parameter(child.dequantize().to(dtype), False)
+            if isinstance(child, PackedEmbedding):
+                table = child.embedding
+                del table.weight
+                table.register_parameter("weight", tables[id(child.q)])
+                setattr(parent, leaf, table)
+            else:
                 dense = nn.Linear(
                     child.in_features, child.out_features, bias=False, device="meta", dtype=dtype
                 )
-                dense.weight = nn.Parameter(weight, requires_grad=False)
+                dense.weight = tables[id(child.q)]
                 dense.register_parameter("bias", child.bias)
                 setattr(parent, leaf, dense)
 

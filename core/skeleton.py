@@ -40,15 +40,17 @@ class Site:
     """One weight matrix that a quantizer may pack.
 
     `name` is the module's, or `<parameter>.<expert>` for a slice of a fused expert tensor;
-    `parameter` the tensor that holds it. `shape` is (outputs, inputs) however it is stored.
+    `parameter` the tensor that holds it. `shape` is (outputs, inputs) however it is stored. An
+    embedding may be `tied` to the output matrix of this name.
     """
 
     name: str
     parameter: str
-    kind: Literal["linear", "conv1d", "expert"]
+    kind: Literal["linear", "conv1d", "expert", "embedding", "head"]
     shape: tuple[int, int]
     transposed: bool
     expert: int | None = None
+    tied: str | None = None
 
     @property
     def num_weights(self) -> int:
@@ -117,6 +119,32 @@ class Skeleton:
     def sites(self, block: str) -> list[Site]:
         """The packable matrices of a block, in the order of its modules."""
         return list(find_sites(self.model.get_submodule(block), block))
+
+    def outside(self) -> list[Site]:
+        """The embedding and the output matrix: one site if they are tied."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        table: Any = self.model.get_input_embeddings()
+        output: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head = names.get(id(output), "")
+        tied = f"{head}.weight" in self.model.all_tied_weights_keys
+        found = []
+        if isinstance(table, nn.Embedding):
+            name = names[id(table)]
+            parameter = f"{name}.weight"
+            if tied and parameter not in self.origins:
+                parameter = f"{head}.weight"
+            found.append(_outside(name, parameter, "embedding", table, head if tied else None))
+        if isinstance(output, nn.Linear) and not tied:
+            found.append(_outside(head, f"{head}.weight", "head", output))
+        return found
+
+    def holding(self, site: Site) -> set[str]:
+        """Names of the stored tensors that a site's codes take the place of."""
+        names = {site.parameter}
+        if site.tied is not None:
+            # Some checkpoints store both.
+            names |= {f"{site.name}.weight", f"{site.tied}.weight"}
+        return names & self.origins.keys()
 
     def tensors_of(self, block: str) -> list[str]:
         """Names of the block's tensors that are stored."""
@@ -187,7 +215,8 @@ class Skeleton:
                 if buffer is not None and not buffer.is_meta:
                     owner._buffers[key] = buffer.to(device)
         if isinstance(module, PreTrainedModel):
-            module.tie_weights()
+            # What is packed has other ties than the architecture says.
+            module.tie_weights(recompute_mapping=False)
         return module.eval()
 
     def _owner(self, name: str) -> PreTrainedModel:
@@ -308,6 +337,19 @@ def find_sites(block: nn.Module, prefix: str) -> Iterator[Site]:
                         transposed=bool(module.is_transposed),
                         expert=expert,
                     )
+
+
+def _outside(
+    name: str,
+    parameter: str,
+    kind: Literal["embedding", "head"],
+    module: nn.Linear | nn.Embedding,
+    tied: str | None = None,
+) -> Site:
+    rows, width = module.weight.shape
+    return Site(
+        name=name, parameter=parameter, kind=kind, shape=(rows, width), transposed=False, tied=tied
+    )
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from spectool.checkpoint import Checkpoint, read_rows
 from spectool.errors import UnsupportedError
 from spectool.headers import TensorEntry
+from spectool.packed import EmbeddingRows
 from spectool.skeleton import Skeleton
 
 
@@ -56,24 +57,15 @@ class Tap(nn.Module):
         return (passed,) if self.as_tuple else passed
 
 
-class EmbeddingRows(nn.Module):
-    """Stands in for the input embedding: reads the rows that a batch needs from the file.
+class StoredRows(EmbeddingRows):
+    """An embedding that reads its rows from a file: a large table would outweigh the blocks."""
 
-    The table of a large vocabulary would outweigh the blocks. The original module does the rest,
-    so that what it adds (a scale, a padding rule) stays.
-    """
+    def __init__(self, embedding: nn.Embedding, entry: TensorEntry, dtype: torch.dtype) -> None:
+        super().__init__(embedding)
+        self.entry, self.dtype = entry, dtype
 
-    def __init__(self, embedding: nn.Module, entry: TensorEntry, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.embedding, self.entry, self.dtype = embedding, entry, dtype
-
-    def forward(self, ids_BL: Tensor) -> Tensor:
-        used, places_BL = torch.unique(ids_BL, return_inverse=True)
-        table = read_rows(self.entry, used.tolist()).to(ids_BL.device, self.dtype)
-        self.embedding.weight = nn.Parameter(table, requires_grad=False)
-        self.embedding.padding_idx = None  # type: ignore[assignment]
-        embedded: Tensor = self.embedding(places_BL)
-        return embedded
+    def rows(self, ids_N: Tensor) -> Tensor:
+        return read_rows(self.entry, ids_N.tolist()).to(ids_N.device, self.dtype)
 
 
 class Surroundings:
@@ -119,7 +111,7 @@ class Surroundings:
         if by_rows:
             assert origin is not None
             entry = checkpoint.layout.tensors[origin.stored[0][0]]
-            model.set_input_embeddings(EmbeddingRows(model.get_input_embeddings(), entry, dtype))
+            model.set_input_embeddings(StoredRows(model.get_input_embeddings(), entry, dtype))
         self.taps = [Tap(model.get_submodule(block)) for block in skeleton.blocks]
         for block, tap in zip(skeleton.blocks, self.taps, strict=True):
             parent, _, leaf = block.rpartition(".")

@@ -302,8 +302,8 @@ class Target:
     @property
     def width(self) -> int:
         """The size of the state that the output matrix reads."""
-        matrix: Tensor = self.model.get_output_embeddings().weight
-        return matrix.shape[1]
+        width: int = self.model.get_output_embeddings().in_features
+        return width
 
     def _forward(
         self,

@@ -159,7 +159,7 @@ def plan_of(
     if job.pack and not kind.packs:
         raise UsageError(f"--pack: {job.method} heads learn from rows of one text only")
     output = skeleton.get_output_embeddings()
-    vocab, width = output.weight.shape
+    vocab, width = output.out_features, output.in_features
     highest = max(max(sample.tokens) for sample in (*own, *unseen))
     if highest >= vocab:
         raise CheckpointError(

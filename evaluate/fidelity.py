@@ -108,10 +108,11 @@ def layer_errors(
     """`{name, error}` of every packed matrix: the relative squared error of its weights."""
     ours = Skeleton(packed.layout, trust_remote_code=trust_remote_code)
     theirs = Skeleton(source.layout, trust_remote_code=trust_remote_code)
-    for block in theirs.blocks:
-        sites = [site for site in theirs.sites(block) if site.name in ours.modules]
+    for part in (theirs.outside(), *map(theirs.sites, theirs.blocks)):
+        sites = [site for site in part if site.name in ours.modules]
         tensors = theirs.read(source, dict.fromkeys(site.parameter for site in sites))
-        codes = ours.read(packed, ours.tensors_of(block))
+        fields = [f"{site.name}.q." for site in sites]
+        codes = ours.read(packed, [key for key in ours.origins if key.startswith(tuple(fields))])
         specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in codes.items()})
         for site in sites:
             module = build_packed(ours.modules[site.name], specs[site.name])

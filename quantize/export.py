@@ -72,7 +72,8 @@ def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) 
         raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")
     skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
     convert, configure = FORMATS[name]
-    sites = {site.name: site for block in skeleton.blocks for site in skeleton.sites(block)}
+    parts = (skeleton.outside(), *map(skeleton.sites, skeleton.blocks))
+    sites = {site.name: site for part in parts for site in part}
     config = configure(skeleton, sites)
     shards = _shards(checkpoint, sites)
     said = checkpoint.layout.quantization or {}
@@ -212,7 +213,7 @@ def _compressed_config(skeleton: Skeleton, sites: Mapping[str, Site]) -> dict[st
         )
     group_size = options.get("group_size", 0)
     for name, entry in modules.items():
-        if sites[name].kind != "linear":
+        if sites[name].kind not in ("linear", "head"):
             raise UnsupportedError(
                 f"{name}: compressed-tensors holds linear layers, this is a {sites[name].kind}",
                 hint="--format dense",

@@ -63,5 +63,5 @@ class Int8:
 class Int8Linear(PackedLinear):
     """Fields: codes I8 [n, m], scale F32 [n]."""
 
-    def dequantize(self) -> Tensor:
-        return self.q.codes.float() * (self.q.scale / 127)[:, None]
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        return self.q.codes[rows].float() * (self.q.scale[rows] / 127)[:, None]

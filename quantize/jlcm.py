@@ -350,10 +350,11 @@ class JLCMLinear(PackedLinear):
         super().__init__(spec, shape)
         self.bits = config.bits
 
-    def codes(self) -> Tensor:
+    def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """[n, m], int16."""
-        return unpack_bits(self.q.codes, self.bits, self.in_features, torch.int16)
+        return unpack_bits(self.q.codes[rows], self.bits, self.in_features, torch.int16)
 
-    def dequantize(self) -> Tensor:
-        levels_nK = self.q.codebook.float()[self.q.group.long()] * self.q.scale[:, None].float()
-        return levels_nK.gather(1, self.codes().long())
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        group_n, scale_n = self.q.group[rows].long(), self.q.scale[rows].float()
+        levels_nK = self.q.codebook.float()[group_n] * scale_n[:, None]
+        return levels_nK.gather(1, self.codes(rows).long())

@@ -1,7 +1,7 @@
 """Bits really stored, counted from the headers of the written files. Imports no torch.
 
-`linears` = bits of all fields of packed matrices / their weights; `file` = bits of all weight files
-/ all parameters of the model. The nominal width of a method's codes appears nowhere.
+`linears` = bits of all fields of the blocks' packed matrices / their weights; `file` = bits of all
+weight files / all parameters of the model. The nominal width of a method's codes appears nowhere.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from spectool.headers import Layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One packed matrix: its method, its shape (outputs, inputs), the bytes of its fields."""
+    """One packed matrix: its method, its shape (outputs, inputs), the bytes of its fields; whether
+    it lies outside the blocks."""
 
     name: str
     method: str
     shape: tuple[int, int]
     num_bytes: int
+    outside: bool = False
 
     @property
     def bits(self) -> float:
@@ -44,10 +46,12 @@ class Ledger:
 
     @property
     def linears(self) -> float | None:
-        """Bits per weight of the packed matrices; None if nothing is packed."""
-        if not self.entries:
+        """Bits per weight of the blocks' packed matrices; None if nothing is packed."""
+        inside = [entry for entry in self.entries if not entry.outside]
+        if not inside:
             return None
-        return 8 * sum(entry.num_bytes for entry in self.entries) / self.packed_weights
+        weights = sum(math.prod(entry.shape) for entry in inside)
+        return 8 * sum(entry.num_bytes for entry in inside) / weights
 
     @property
     def file(self) -> float:
@@ -73,6 +77,7 @@ def measure(layout: Layout) -> Ledger:
                 method=said["method"],
                 shape=(said["shape"][0], said["shape"][1]),
                 num_bytes=num_bytes[name],
+                outside="outside" in said,
             )
             for name, said in modules.items()
         ),

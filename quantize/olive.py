@@ -266,15 +266,7 @@ class OliVeLinear(PackedLinear):
         super().__init__(spec, shape)
         self.bits = config.bits
 
-    def dequantize(self) -> Tensor:
-        return self._rows(slice(None))
-
-    def pieces(self) -> Iterator[Tensor]:
-        rows = max(1, PIECE // self.in_features)
-        for start in range(0, self.out_features, rows):
-            yield self._rows(slice(start, start + rows))
-
-    def _rows(self, rows: slice) -> Tensor:
+    def rows(self, rows: slice | Tensor) -> Tensor:
         types = TYPES[self.bits]
         index = int(self.q.kind)
         if index >= len(types):

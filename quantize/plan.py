@@ -13,10 +13,9 @@ from typing import Any
 
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import DTYPE_BITS
-from spectool.options import Config
-from spectool.skeleton import Site, Skeleton, matches
+from spectool.skeleton import Site, Skeleton
 
-from .calibration import Quantizer
+from .choice import Choice, Rule
 
 # What the interpreter with torch and transformers loaded holds, hashing threads included (measured:
 # 0.34 GB, 0.39 GB after the source was hashed).
@@ -31,18 +30,24 @@ DENSE_LIMIT = 0.10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Sites to pack by block, names left dense with the reason, and the sizes that follow.
+    """Sites to pack by block, and `outside` the blocks; the choice for each by name; names left
+    dense with the reason, and the sizes that follow.
 
-    Bytes: `packed_bytes` of all fields, `file_bytes` of the weight files without headers,
-    `host_bytes` and `device_bytes` resident at most, `buffer_bytes` of one of the `num_buffers`
-    activation buffers: a stream each, and for methods with a fit a target each.
+    Bytes: `packed_bytes` of all fields of the blocks' matrices, which have `num_weights`;
+    `outside_bytes` of embedding and output matrix as they will be stored; `file_bytes` of the
+    weight files without headers, `host_bytes` and `device_bytes` resident at most, `buffer_bytes`
+    of one of the `num_buffers` activation buffers: a stream each, and for methods with a fit a
+    target each.
     """
 
     sites: Mapping[str, Mapping[str, Site]]
+    outside: Mapping[str, Site]
+    choices: Mapping[str, Choice]
     skipped: Mapping[str, str]
     num_weights: int
     num_parameters: int
     packed_bytes: int
+    outside_bytes: int
     file_bytes: int
     buffer_bytes: int
     num_buffers: int
@@ -60,49 +65,61 @@ class Plan:
 
 def make_plan(
     skeleton: Skeleton,
-    method: type[Quantizer],
-    config: Config,
+    choice: Choice,
     *,
-    skip: Sequence[str] = (),
+    rules: Sequence[Rule] = (),
+    embeddings: Choice | None = None,
     allow_dense: bool = False,
     calibration_tokens: int = 0,
     sequence_tokens: int = 0,
     batch_tokens: int = 0,
     on_device: bool = False,
 ) -> Plan:
-    """The plan for one method. `calibration_tokens` is 0 where no activations are needed;
+    """The plan for a model. `choice` is for the blocks' matrices that no rule names, `embeddings`
+    for embedding and output matrix. `calibration_tokens` is 0 where no activations are needed;
     `sequence_tokens` are those of one sequence, `batch_tokens` of those run together.
 
     Raises:
-        UsageError: a `skip` pattern that matches nothing.
+        UsageError: a rule that matches nothing, or a method that cannot do what it is named for.
         UnsupportedError: nothing to pack, or more than a tenth of the blocks' weights left dense.
     """
     sites: dict[str, dict[str, Site]] = {}
+    choices: dict[str, Choice] = {}
     skipped: dict[str, str] = {}
-    unused = set(skip)
+    outside = skeleton.outside()
     inside, packed = 0, 0
+    unused = list(rules)
     for block in skeleton.blocks:
         found = skeleton.sites(block)
-        hit = {
-            site.parameter: pattern
-            for site in found
-            for pattern in skip
-            if matches(site.name, pattern)
-        }
-        unused -= set(hit.values())
+        unused = [rule for rule in unused if not any(rule.means(s.name) for s in found)]
+        ruled = {site.name: _first(site, rules) for site in found}
         # Experts of one fused tensor stay together: the tensor is either packed or not.
-        sites[block] = {site.name: site for site in found if site.parameter not in hit}
-        skipped.update(
-            (site.name, f"--skip {hit[site.parameter]}") for site in found if site.parameter in hit
-        )
+        dense = {
+            site.parameter: rule.origin
+            for site in found
+            if (rule := ruled[site.name]) and not rule.choice
+        }
+        sites[block] = {site.name: site for site in found if site.parameter not in dense}
+        for site in found:
+            rule = ruled[site.name]
+            if site.parameter in dense:
+                skipped[site.name] = dense[site.parameter]
+            else:
+                choices[site.name] = rule.choice if rule and rule.choice else choice
         taken = {site.parameter for site in found}
         for name, parameter in skeleton.model.get_submodule(block).named_parameters(prefix=block):
             inside += parameter.numel() if parameter.ndim >= 2 else 0
             if parameter.ndim >= 2 and name not in taken:
                 skipped[name] = "not a linear layer"
         packed += sum(site.num_weights for site in sites[block].values())
+    unused = [rule for rule in unused if not any(rule.means(s.name) for s in outside)]
     if unused:
-        raise UsageError(f"--skip {sorted(unused)[0]}: matches no linear layer of the model")
+        for site in outside:
+            if site.tied is not None and unused[0].means(site.tied):
+                raise UsageError(
+                    f"{unused[0].origin}: {site.tied} shares its matrix with {site.name}; name that"
+                )
+        raise UsageError(f"{unused[0].origin}: matches no linear layer of the model")
     if not packed:
         raise UnsupportedError(f"{skeleton.config.model_type}: nothing in it can be packed")
     if inside - packed > DENSE_LIMIT * inside and not allow_dense:
@@ -112,11 +129,23 @@ def make_plan(
             f"({named}, …); at most {DENSE_LIMIT:.0%} may",
             hint="--allow-dense accepts that",
         )
+    for site in outside:
+        rule = _first(site, rules)
+        found_choice = rule.choice if rule else embeddings
+        if found_choice is None:
+            continue
+        if found_choice.calibrates:
+            origin = rule.origin if rule else "--embeddings"
+            raise UsageError(
+                f"{origin}: {found_choice.method} needs activations, which are collected for the "
+                f"blocks only; {site.name} takes a method that needs none, such as int8 or rtn"
+            )
+        choices[site.name] = found_choice
     return _sized(
         skeleton,
-        method,
-        config,
         sites,
+        {site.name: site for site in outside},
+        choices,
         skipped,
         calibration_tokens,
         sequence_tokens,
@@ -125,11 +154,15 @@ def make_plan(
     )
 
 
+def _first(site: Site, rules: Sequence[Rule]) -> Rule | None:
+    return next((rule for rule in rules if rule.means(site.name)), None)
+
+
 def _sized(
     skeleton: Skeleton,
-    method: type[Quantizer],
-    config: Config,
     sites: Mapping[str, Mapping[str, Site]],
+    outside: Mapping[str, Site],
+    choices: Mapping[str, Choice],
     skipped: Mapping[str, str],
     calibration_tokens: int,
     sequence_tokens: int,
@@ -137,13 +170,19 @@ def _sized(
     *,
     on_device: bool,
 ) -> Plan:
-    field_bytes = {
-        shape: sum(
-            dtype.itemsize * math.prod(size)
-            for dtype, size in method.layout(shape, config).values()
-        )
-        for shape in {site.shape for block in sites.values() for site in block.values()}
-    }
+    inside = [site for block in sites.values() for site in block.values()]
+    beside = [site for site in outside.values() if site.name in choices]
+    # Layers repeat each other: what a matrix takes is worked out once a shape and choice.
+    known: dict[tuple[tuple[int, int], Choice], int] = {}
+
+    def field_bytes(site: Site) -> int:
+        choice = choices[site.name]
+        key = site.shape, choice
+        if key not in known:
+            layout = choice.quantizer.layout(site.shape, choice.config)
+            known[key] = sum(dtype.itemsize * math.prod(size) for dtype, size in layout.values())
+        return known[key]
+
     # A checkpoint may hold tensors that the architecture does not know; they stay behind.
     stored = {
         key: skeleton.layout.tensors[key]
@@ -151,18 +190,35 @@ def _sized(
         for key, _ in origin.stored
     }
     source_bytes = sum(entry.num_bytes for entry in stored.values())
-    parameters = {site.parameter for block in sites.values() for site in block.values()}
-    replaced = {key for name in parameters for key, _ in skeleton.origins[name].stored}
-    replaced_bytes = sum(stored[key].num_bytes for key in replaced)
-    element_bytes = max(DTYPE_BITS[stored[key].dtype] for key in replaced) // 8
-    num_weights = sum(site.num_weights for block in sites.values() for site in block.values())
-    packed_bytes = sum(field_bytes[s.shape] for block in sites.values() for s in block.values())
-    file_bytes = source_bytes - replaced_bytes + packed_bytes
+
+    def stored_bytes(which: Iterable[Site]) -> int:
+        keys = {
+            key
+            for site in which
+            for name in skeleton.holding(site)
+            for key, _ in skeleton.origins[name].stored
+        }
+        return sum(stored[key].num_bytes for key in keys)
+
+    element_bytes = (
+        max(
+            DTYPE_BITS[stored[key].dtype]
+            for s in inside
+            for key, _ in skeleton.origins[s.parameter].stored
+        )
+        // 8
+    )
+    num_weights = sum(site.num_weights for site in inside)
+    packed_bytes = sum(map(field_bytes, inside))
+    dense = [site for site in outside.values() if site.name not in choices]
+    outside_bytes = sum(map(field_bytes, beside)) + stored_bytes(dense)
+    file_bytes = source_bytes - stored_bytes(inside) + packed_bytes
+    file_bytes += outside_bytes - stored_bytes(outside.values())
     block_weights = max(
         sum(p.numel() for p in skeleton.model.get_submodule(block).parameters())
         for block in skeleton.blocks
     )
-    largest = max(site.num_weights for block in sites.values() for site in block.values())
+    largest = max(site.num_weights for site in inside)
     width = getattr(skeleton.config.get_text_config(), "hidden_size", 0)
     buffer_bytes = calibration_tokens * width * 4
     # Data-free: a block as stored, its codes, and one matrix unpacked beside itself in float32.
@@ -174,26 +230,33 @@ def _sized(
     if calibration_tokens:
         working += 8 * block_weights
         # Around a product of a whole batch, in float32 (measured: 4.1 times input and output).
-        passing = 12 * batch_tokens * max(sum(s.shape) for b in sites.values() for s in b.values())
-    fits = hasattr(method, "fit")
-    if fits:
-        fitting: Any = method
-        working += fitting.fit_bytes(config) * block_weights
+        passing = 12 * batch_tokens * max(sum(site.shape) for site in inside)
+    kinds = {choice: choice.quantizer for choice in {choices[site.name] for site in inside}}
+    fitting: list[tuple[Any, Any]] = [
+        (kind, choice.config) for choice, kind in kinds.items() if hasattr(kind, "fit")
+    ]
+    if fitting:
+        working += max(kind.fit_bytes(config) for kind, config in fitting) * block_weights
         saved = max(saved_bytes(skeleton, s.values(), sequence_tokens) for s in sites.values())
         passing = max(passing, saved)
-    if "hessian" in method.statistics:
+    if any("hessian" in kind.statistics for kind in kinds.values()):
         # Of every matrix, and four more of the largest in double precision while it is inverted.
-        squares = [s.shape[1] ** 2 for block in sites.values() for s in block.values()]
+        squares = [site.shape[1] ** 2 for site in inside]
         passing += 4 * sum(squares) // len(sites) + 32 * max(squares)
     working += passing
-    working = int(RETAINED * working)
-    num_buffers = 4 if fits else 2
+    # Embedding and output matrix are packed by themselves, before the blocks.
+    table = max((site.num_weights for site in beside), default=0)
+    working = int(RETAINED * max(working, (element_bytes + 5) * table))
+    num_buffers = 4 if fitting else 2
     return Plan(
         sites=sites,
+        outside={site.name: site for site in beside},
+        choices=choices,
         skipped=skipped,
         num_weights=num_weights,
         num_parameters=sum(entry.num_elements for entry in stored.values()),
         packed_bytes=packed_bytes,
+        outside_bytes=outside_bytes,
         file_bytes=file_bytes,
         buffer_bytes=buffer_bytes,
         num_buffers=num_buffers,

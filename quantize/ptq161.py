@@ -20,7 +20,7 @@ Shapes: n outputs, m inputs, k salient of them, r others, L tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -46,9 +46,6 @@ from .calibration import (
 )
 from .fitting import begun, fit_block
 from .rtn import RTN, SCALE_MAX, check_scale
-
-# Rows are unpacked in pieces of about this many weights, which stay in cache.
-PIECE = 1 << 19
 
 # The salient columns' grid.
 SALIENT = RTN.Config(bits=4, group_size=0)
@@ -269,24 +266,20 @@ class PTQ161Linear(PackedLinear):
         salient_m = self.salient()
         return salient_m.nonzero()[:, 0], (~salient_m).nonzero()[:, 0]
 
-    def row_slices(self) -> Iterator[slice]:
-        rows = max(1, PIECE // self.in_features)
-        for start in range(0, self.out_features, rows):
-            yield slice(start, start + rows)
-
-    def constants(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def constants(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Salient columns [., k] and signs [., r] of some rows, float32."""
         codes_nk = self._codes(rows, torch.float32)
         high_nk = self.q.hi_scale[rows, None].float() * (codes_nk - self.q.hi_zero[rows, None])
         return high_nk, 2 * self._bits(rows, torch.float32) - 1
 
-    def dequantize(self) -> Tensor:
-        return self._rows(slice(None), self.salient())
-
-    def pieces(self) -> Iterator[Tensor]:
-        salient_m = self.salient()
-        for rows in self.row_slices():
-            yield self._rows(rows, salient_m)
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        high, low = self.columns()
+        high_nk, signs_nr = self.constants(rows)
+        weight_nm = high_nk.new_empty(len(high_nk), self.in_features)
+        weight_nm[:, high] = high_nk
+        low_nr = signs_nr.mul_(self.q.row_a[rows, None]).add_(self.q.row_b[rows, None])
+        weight_nm[:, low] = low_nr * self.q.col_r
+        return weight_nm
 
     def forward(self, x: Tensor) -> Tensor:
         """By sums of x that all rows share: with low = x r2 over the others and high = x over S,
@@ -314,16 +307,8 @@ class PTQ161Linear(PackedLinear):
         y = torch.cat(out, -1)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
-    def _bits(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def _bits(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
         return unpack_bits(self.q.lo[rows], 1, len(self.q.col_r), dtype)
 
-    def _codes(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def _codes(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
         return unpack_bits(self.q.hi[rows], 4, self.in_features - len(self.q.col_r), dtype)
-
-    def _rows(self, rows: slice, salient_m: Tensor) -> Tensor:
-        high_nk, signs_nr = self.constants(rows)
-        weight_nm = high_nk.new_empty(len(high_nk), self.in_features)
-        weight_nm[:, salient_m] = high_nk
-        low_nr = signs_nr.mul_(self.q.row_a[rows, None]).add_(self.q.row_b[rows, None])
-        weight_nm[:, ~salient_m] = low_nr * self.q.col_r
-        return weight_nm

@@ -10,7 +10,7 @@ Shapes: n outputs, m inputs, g groups, c columns of a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -145,15 +145,7 @@ class RTNLinear(PackedLinear):
         super().__init__(spec, shape)
         self.config = config
 
-    def dequantize(self) -> Tensor:
-        return self._rows(slice(None))
-
-    def pieces(self) -> Iterator[Tensor]:
-        rows = max(1, PIECE // self.in_features)
-        for start in range(0, self.out_features, rows):
-            yield self._rows(slice(start, start + rows))
-
-    def _rows(self, rows: slice) -> Tensor:
+    def rows(self, rows: slice | Tensor) -> Tensor:
         codes_nm = unpack_bits(self.q.codes[rows], self.config.bits, self.in_features)
         codes_ngc = _grouped(codes_nm, self.config.group_size).float()
         if self.config.symmetric:

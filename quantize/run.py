@@ -15,17 +15,18 @@ from torch import Tensor
 
 from spectool import artifact
 from spectool.artifact import ArtifactWriter
-from spectool.checkpoint import Checkpoint, open_checkpoint, text_fingerprint
+from spectool.checkpoint import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import FORMAT_VERSION, PACKED_INDEX, Layout, read_header
-from spectool.loading import load_tokenizer
-from spectool.methods import resolve
+from spectool.loading import load_tokenizer, stated_dtype
 from spectool.options import Config
 from spectool.skeleton import Skeleton
 from spectool.text import encode, read_text
 from spectool.version import __version__
 
-from .calibration import Quantizer, windows
+from .budget import Budget, candidates, choose, forget, survey
+from .calibration import windows
+from .choice import Choice, Rule, plan_text, skipping
 from .ledger import Ledger, measure
 from .plan import Plan, make_plan
 from .preprocess import HELD_OUT, MOST_HELD_OUT, Lessons, Preprocess, Reshaping
@@ -39,6 +40,9 @@ COMPANIONS = (
 )  # fmt: skip
 
 
+# The rules that an artifact was made by, to make it again.
+PLAN = "plan.yaml"
+
 # Characters read of a streamed data set for every calibration token. English prose has about four
 # in a token; the rest leaves the drawing of sequences something to choose from.
 STREAMED_CHARACTERS = 16
@@ -46,10 +50,18 @@ STREAMED_CHARACTERS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything a quantization is asked to do, apart from where it runs."""
+    """Everything a quantization is asked to do, apart from where it runs.
+
+    `method` and `config` are for the blocks' matrices that neither `skip` nor a rule names, and
+    `embeddings` for embedding and output matrix, which otherwise stay dense. With a `budget` those
+    matrices are packed by what errors tell.
+    """
 
     method: str
     config: Config
+    rules: Sequence[Rule] = ()
+    embeddings: Choice | None = None
+    budget: Budget | None = None
     calibration: Sequence[str] | None = None
     samples: int = 128
     seq_len: int = 2048
@@ -60,28 +72,35 @@ class Job:
     seed: int = 0
     preprocess: Preprocess | None = None
 
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.method, self.config)
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was recorded of every block: layers, output error, fit, what was packed without data.
+    """What was recorded of every block: layers, output error, fits, what was packed without data;
+    and the layers outside of them.
 
     `preprocess`: held-out perplexities of the model packed at first, and of what that became.
     """
 
+    outside: dict[str, Any]
     blocks: list[dict[str, Any]]
     preprocess: dict[str, float] | None = None
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        return [layer for block in self.blocks for layer in block["layers"]]
+        return [layer for part in (self.outside, *self.blocks) for layer in part["layers"]]
 
 
 def prepare(
     layout: Layout, job: Job, *, trust_remote_code: bool, device: str, batch_size: int = 4
 ) -> tuple[Skeleton, Plan]:
-    """The architecture and the plan; reads headers only.
+    """The architecture and the plan, with a budget that of its smallest; reads headers only.
 
     Raises:
+        UsageError: rules that match nothing, or a budget that nothing fits.
         UnsupportedError: the source is quantized already, or cannot be packed.
     """
     if layout.quantization is not None:
@@ -90,20 +109,25 @@ def prepare(
             f"{layout.path}: is quantized already ({by}); give the checkpoint it was made from"
         )
     skeleton = Skeleton(layout, trust_remote_code=trust_remote_code)
-    method: type[Quantizer] = resolve(job.method, "quantizer")
+    plan = _plan(skeleton, job, device=device, batch_size=batch_size)
+    if job.budget is not None:
+        candidates(plan, job.budget, job.rules)
+    return skeleton, plan
+
+
+def _plan(skeleton: Skeleton, job: Job, *, device: str, batch_size: int) -> Plan:
     length = _length(skeleton, job.seq_len)
-    plan = make_plan(
+    return make_plan(
         skeleton,
-        method,
-        job.config,
-        skip=job.skip,
+        job.choice,
+        rules=[*skipping(job.skip), *job.rules],
+        embeddings=job.embeddings,
         allow_dense=job.allow_dense,
-        calibration_tokens=job.samples * length if _calibrates(method, job) else 0,
+        calibration_tokens=job.samples * length if _calibrates(job) else 0,
         sequence_tokens=length,
         batch_tokens=batch_size * length,
         on_device=device != "cpu",
     )
-    return skeleton, plan
 
 
 def quantize(
@@ -118,7 +142,7 @@ def quantize(
     revision: str | None = None,
     trust_remote_code: bool = False,
     announce: Callable[[Plan, Skeleton], None] = lambda plan, skeleton: None,
-    progress: Progress = lambda done, total, name: None,
+    progress: Progress = lambda done, total, what: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Compress the checkpoint `model` into the directory `out`.
@@ -139,10 +163,10 @@ def quantize(
         device=device,
         batch_size=batch_size,
     )
-    announce(plan, skeleton)
-    method: type[Quantizer] = resolve(job.method, "quantizer")
+    if job.budget is None:
+        announce(plan, skeleton)
     ids_SL, opened = None, False
-    if _calibrates(method, job):
+    if _calibrates(job):
         ids_SL, opened = _calibration_ids(
             checkpoint, skeleton, job, trust_remote_code=trust_remote_code
         )
@@ -152,7 +176,12 @@ def quantize(
         "batch_size": batch_size,
         "device": torch.device(device).type,
     }
-    if hasattr(method, "fit") or "hessian" in method.statistics or job.preprocess is not None:
+    kinds = [choice.quantizer for choice in _choices(job)]
+    if (
+        job.preprocess is not None
+        or job.budget is not None
+        or any(hasattr(kind, "fit") or "hessian" in kind.statistics for kind in kinds)
+    ):
         # Sums are split among threads, and their last bits go into the codes.
         computed["threads"] = torch.get_num_threads()
     made_by = _made_by(job, ids_SL, computed)
@@ -197,9 +226,6 @@ def quantize(
             checkpoint=reshaped,
             skeleton=skeleton,
             plan=plan,
-            method_name=job.method,
-            method=method,
-            config=job.config,
             seed=job.seed,
             writer=writer,
             metadata=identity,
@@ -209,7 +235,14 @@ def quantize(
             batch_size=batch_size,
             opened=opened,
         )
-        report = Report(walk.run(progress), figures)
+        if job.budget is not None:
+            wanted = candidates(plan, job.budget, job.rules)
+            chosen = choose(plan, job.budget, wanted, survey(walk, wanted, progress))
+            job = replace(job, budget=None, rules=(*job.rules, *chosen))
+            walk.plan = plan = _plan(skeleton, job, device=device, batch_size=batch_size)
+            announce(plan, skeleton)
+        report = Report(*walk.run(progress), figures)
+        forget(walk)
         writer.finish(
             _small_files(
                 checkpoint, plan, job, writer, source, made_by, trust_remote_code=trust_remote_code
@@ -220,9 +253,17 @@ def quantize(
     return report
 
 
-def _calibrates(method: type[Quantizer], job: Job) -> bool:
+def _choices(job: Job) -> list[Choice]:
+    """All that may be packed by."""
+    ruled = [rule.choice for rule in job.rules]
+    budgeted = job.budget.candidates if job.budget else (job.choice,)
+    return [choice for choice in (*budgeted, job.embeddings, *ruled) if choice is not None]
+
+
+def _calibrates(job: Job) -> bool:
     """Methods without statistics and without a fit run on weights alone, unless text is given."""
-    return bool(method.statistics) or hasattr(method, "fit") or job.calibration is not None
+    asked = job.calibration is not None or job.budget is not None
+    return asked or any(choice.calibrates for choice in _choices(job))
 
 
 def _length(skeleton: Skeleton, seq_len: int) -> int:
@@ -294,6 +335,9 @@ def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[
     return {
         "method": job.method,
         "options": job.config.as_dict(),
+        "rules": [rule.as_dict() for rule in job.rules],
+        "embeddings": None if job.embeddings is None else job.embeddings.as_dict(),
+        "budget": None if job.budget is None else job.budget.as_dict(),
         "skip": sorted(job.skip),
         "allow_dense": job.allow_dense,
         "seed": job.seed,
@@ -340,10 +384,12 @@ def _small_files(
     for shard in shards:
         tensors.update({entry.name: entry for entry in read_header(writer.path(shard))[1]})
     modules = {
-        key: entry_of(job.method, job.config, site)
-        for block in plan.sites.values()
-        for key, site in block.items()
+        key: entry_of(plan.choices[key], site)
+        for part in (plan.outside, *plan.sites.values())
+        for key, site in part.items()
     }
+    if job.rules:
+        files[PLAN] = plan_text(job.rules).encode()
     quantization = {
         "quant_method": "spectool",
         "format_version": FORMAT_VERSION,
@@ -352,6 +398,11 @@ def _small_files(
         "made_by": made_by,
     }
     config = {**checkpoint.layout.config, "quantization_config": quantization}
+    if stated_dtype(checkpoint.layout) is None:
+        # Otherwise transformers takes the first tensor's, and that may be a field.
+        dtypes = map(torch_dtype, checkpoint.layout.tensors.values())
+        first = next(dtype for dtype in dtypes if dtype.is_floating_point)
+        config["dtype"] = str(first).removeprefix("torch.")
     layout = Layout(path=writer.partial, config=config, tensors=tensors, metadata={})
     files["config.json"] = _json(config)
     files["README.md"] = _readme(job, measure(layout)).encode()

@@ -15,7 +15,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from spectool.checkpoint import Checkpoint, check_finite, read_tensor
 from spectool.errors import UnsupportedError
 from spectool.headers import read_header
 from spectool.machine import trim_memory
-from spectool.options import Config
 from spectool.packed import build_packed, relative_error
 from spectool.skeleton import Site, Skeleton
 from spectool.walk import Activations, Call, Surroundings, run_block
@@ -38,21 +37,22 @@ from .calibration import (
     LinearStats,
     Observer,
     PackedFields,
-    Quantizer,
     Statistic,
     Stream,
     Streams,
     Tick,
     fit_each,
 )
+from .choice import Choice
 from .plan import Plan
 
 # Activation buffers larger than this together live in files beside the shards.
 BUFFERS_IN_MEMORY = 8 << 30
 
 # What is told to whoever watches: blocks done (with the present one's share, where its method says
-# it), blocks in all, the name of the last one.
+# it), blocks in all, what was done to them.
 Progress = Callable[[float, int, str], None]
+PACKED = "blocks packed"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,9 +67,6 @@ class BlockWalk:
     checkpoint: Checkpoint
     skeleton: Skeleton
     plan: Plan
-    method_name: str
-    method: type[Quantizer]
-    config: Config
     seed: int
     writer: ArtifactWriter
     metadata: dict[str, Any]
@@ -80,12 +77,13 @@ class BlockWalk:
     opened: bool = False
     calls: dict[int, list[Call]] = field(default_factory=dict)
 
-    def run(self, progress: Progress) -> list[dict[str, Any]]:
+    def run(self, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The reports of what lies outside the blocks, and of every block."""
         blocks = self.skeleton.blocks
         self._copy_outside()
         missing = [i for i in range(len(blocks)) if not self._is_done(i)]
         last = max(missing, default=-1)
-        streams = self._start_streams() if last >= 0 else None
+        streams = self.start_streams() if last >= 0 else None
         # Finished blocks matter only for what flows through them.
         visits = missing if streams is None else list(range(last + 1))
         with ThreadPoolExecutor(1) as reader:
@@ -94,20 +92,21 @@ class BlockWalk:
                 name, present = blocks[index], following
                 # Reading ahead costs a second block of host memory: worth it beside a GPU only.
                 if self.device.type != "cpu" and visit + 1 < len(visits):
-                    following = reader.submit(self._read, blocks[visits[visit + 1]])
+                    following = reader.submit(self.read, blocks[visits[visit + 1]])
                 # Bound to no name here, or this block would live until the next one is read.
                 self._step(
                     index,
                     name,
-                    present.result() if present else self._read(name),
+                    present.result() if present else self.read(name),
                     streams,
-                    functools.partial(_tick, progress, index, len(blocks), name),
+                    functools.partial(_tick, progress, index, len(blocks)),
                 )
                 trim_memory()
-                progress(index + 1, len(blocks), name)
-        reports = [self.writer.report(self._shard(i)) for i in range(len(blocks))]
-        assert all(report is not None for report in reports)
-        return [report for report in reports if report is not None]
+                progress(index + 1, len(blocks), PACKED)
+        reports = [self.writer.report(self._shard(i)) for i in range(-1, len(blocks))]
+        outside, *inside = [report for report in reports if report is not None]
+        assert len(inside) == len(blocks)
+        return outside, inside
 
     def _is_done(self, index: int) -> bool:
         report = self.writer.report(self._shard(index))
@@ -117,7 +116,7 @@ class BlockWalk:
         """Shard 0 holds what belongs to no block."""
         return f"packed-{index + 1:05d}-of-{len(self.skeleton.blocks) + 1:05d}.safetensors"
 
-    def _read(self, block: str) -> dict[str, Tensor]:
+    def read(self, block: str) -> dict[str, Tensor]:
         return self.skeleton.read(self.checkpoint, self.skeleton.tensors_of(block))
 
     def _copy_outside(self) -> None:
@@ -125,15 +124,31 @@ class BlockWalk:
         if self.writer.report(shard) is not None:
             return
         contents: dict[str, Content] = {}
+        sites = self.plan.outside
+        replaced = {name for site in sites.values() for name in self.skeleton.holding(site)}
+        layers = []
+        for key, site in sites.items():
+            tensors = self.skeleton.read(self.checkpoint, [site.parameter])
+            check_finite(site.parameter, tensors[site.parameter])
+            block = Block(key, {key: site}, {key: site.weight_nm(tensors)})
+            generator = torch.Generator().manual_seed(seed_of(self.seed, -1))
+            choice = self.plan.choices[key]
+            fields = fit_each(
+                choice.quantizer, block, {}, choice.config, generator, self.device
+            ).fields[key]
+            contents.update({f"{key}.q.{name}": value for name, value in fields.items()})
+            layers.append(self._layer(key, block, fields))
         for name in self.skeleton.tensors_outside():
+            if name in replaced:
+                continue
             origin = self.skeleton.origins[name]
             if origin.converter is None:
                 contents[name] = self.checkpoint.layout.tensors[origin.stored[0][0]]
             else:
                 contents.update(self.skeleton.read(self.checkpoint, [name]))
-        self.writer.write_shard(shard, contents, self.metadata, {})
+        self.writer.write_shard(shard, contents, self.metadata, {"layers": layers})
 
-    def _start_streams(self) -> Streams | None:
+    def start_streams(self) -> Streams | None:
         if self.ids_SL is None:
             return None
         around = Surroundings(
@@ -175,6 +190,24 @@ class BlockWalk:
         tick: Tick,
     ) -> None:
         """Pack and write one block, unless that is done, and advance both streams through it."""
+        block = self.open(index, name, tensors, streams)
+        shard = self._shard(index)
+        report = self.writer.report(shard)
+        if report is None:
+            report = self._pack(index, block, tensors, streams, shard, tick)
+        if streams is not None:
+            report["output_error"] = self._advance(block, streams, shard)
+            self.writer.record(shard, report)
+
+    def open(
+        self, index: int, name: str, tensors: dict[str, Tensor], streams: Streams | None
+    ) -> Block:
+        """A block of these tensors as a quantizer sees it; with its module if there are streams.
+
+        Raises:
+            CheckpointError: weights that are not finite.
+            UnsupportedError: weights that are whole numbers.
+        """
         for key, tensor in tensors.items():
             check_finite(key, tensor)
         sites = self.plan.sites[name]
@@ -191,13 +224,7 @@ class BlockWalk:
                 name, tensors, dtype=self.dtype, device=self.device
             )
             block.calls = {size: calls[index] for size, calls in self.calls.items()}
-        shard = self._shard(index)
-        report = self.writer.report(shard)
-        if report is None:
-            report = self._pack(index, block, tensors, streams, shard, tick)
-        if streams is not None:
-            report["output_error"] = self._advance(block, streams, shard)
-            self.writer.record(shard, report)
+        return block
 
     def _pack(
         self,
@@ -208,35 +235,32 @@ class BlockWalk:
         shard: str,
         tick: Tick,
     ) -> dict[str, Any]:
-        stats = self._observe(block, streams) if streams is not None else {}
-        seen_little = [
-            key
-            for key, site in block.sites.items()
-            if self.method.statistics
-            and (
-                key not in stats
-                or (site.expert is not None and stats[key].num_tokens < MIN_EXPERT_TOKENS)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, index))
+        groups: dict[Choice, list[str]] = {}
+        for key in block.sites:
+            groups.setdefault(self.plan.choices[key], []).append(key)
+        fields: dict[str, PackedFields] = {}
+        seen_little: list[str] = []
+        fits = []
+        for choice, keys in groups.items():
+            part = replace(
+                block,
+                sites={key: block.sites[key] for key in keys},
+                weights={key: block.weights[key] for key in keys},
             )
-        ]
-        for key in seen_little:
-            stats.pop(key, None)
-        generator = torch.Generator().manual_seed(_seed(self.seed, index))
-        if hasattr(self.method, "fit"):
-            with disk_errors(self.writer.partial):
-                fitted: Fitted = self.method.fit(
-                    block, streams, stats, self.config, generator, tick
-                )
-        else:
-            fitted = fit_each(self.method, block, stats, self.config, generator, self.device)
+            fitted, unseen = self._fit(choice, part, streams, generator, tick)
+            fields |= fitted.fields
+            seen_little += unseen
+            fits += [fitted.report] if fitted.report else []
         taken = {site.parameter for site in block.sites.values()}
         contents: dict[str, Content] = {
             key: tensor for key, tensor in tensors.items() if key not in taken
         }
         layers = []
-        for key, fields in fitted.fields.items():
-            contents.update({f"{key}.q.{name}": value for name, value in fields.items()})
-            layers.append(self._layer(key, block, fields))
-        report = {"layers": layers, "data_free": seen_little, "fit": fitted.report}
+        for key in block.sites:
+            contents.update({f"{key}.q.{name}": value for name, value in fields[key].items()})
+            layers.append(self._layer(key, block, fields[key]))
+        report = {"layers": layers, "data_free": seen_little, "fits": fits}
         self.writer.write_shard(shard, contents, self.metadata, report)
         # From here on only the module counts: the stored tensors need not stay beside it.
         block.weights = {}
@@ -244,11 +268,41 @@ class BlockWalk:
         trim_memory()
         return report
 
+    def _fit(
+        self,
+        choice: Choice,
+        block: Block,
+        streams: Streams | None,
+        generator: torch.Generator,
+        tick: Tick,
+    ) -> tuple[Fitted, list[str]]:
+        """The block's matrices that one method packs, the others as they were; and the names of
+        those that too little text came to."""
+        method = choice.quantizer
+        stats = self.observe(block, choice, streams) if streams is not None else {}
+        seen_little = [
+            key
+            for key, site in block.sites.items()
+            if method.statistics
+            and (
+                key not in stats
+                or (site.expert is not None and stats[key].num_tokens < MIN_EXPERT_TOKENS)
+            )
+        ]
+        for key in seen_little:
+            stats.pop(key, None)
+        if hasattr(method, "fit"):
+            with disk_errors(self.writer.partial):
+                fitted: Fitted = method.fit(block, streams, stats, choice.config, generator, tick)
+        else:
+            fitted = fit_each(method, block, stats, choice.config, generator, self.device)
+        return fitted, seen_little
+
     def _layer(self, key: str, block: Block, fields: PackedFields) -> dict[str, Any]:
         """Stored bits per weight, and the relative squared error of the weights."""
         site = block.sites[key]
         module = build_packed(
-            entry_of(self.method_name, self.config, site),
+            entry_of(self.plan.choices[key], site),
             {n: (v.dtype, tuple(v.shape)) for n, v in fields.items()},
         )
         module.q.load_state_dict(fields)
@@ -259,12 +313,12 @@ class BlockWalk:
             "error": relative_error(block.weights[key], module),
         }
 
-    def _observe(self, block: Block, streams: Streams) -> dict[str, LinearStats]:
+    def observe(self, block: Block, choice: Choice, streams: Streams) -> dict[str, LinearStats]:
         """The statistics the method asks for, each at the stream it names."""
         assert block.module is not None
         passes: list[dict[str, LinearStats]] = []
         by_stream: dict[Stream, list[Statistic]] = {}
-        for statistic, stream in self.method.statistics.items():
+        for statistic, stream in choice.quantizer.statistics.items():
             by_stream.setdefault(stream, []).append(statistic)
         for stream, wanted in by_stream.items():
             inputs: Activations = getattr(streams, stream)
@@ -297,21 +351,21 @@ class BlockWalk:
         dense = block.module
         assert dense is not None
         for batch in streams.original.batches(self.batch_size):
-            self._through(dense, block, streams.original, batch)
+            self.through(dense, block, streams.original, batch)
         # One of the two modules at a time: the dense one has done its part.
         block.module = dense = None
         trim_memory()
         packed = self._reload(block, shard)
         wrong, all_of_it = 0.0, 0.0
         for batch in streams.packed.batches(self.batch_size):
-            self._through(packed, block, streams.packed, batch)
+            self.through(packed, block, streams.packed, batch)
             wanted = streams.original.hidden_SLD[batch].float()
             found = streams.packed.hidden_SLD[batch].float()
             wrong += float((wanted - found).square().sum())
             all_of_it += float(wanted.square().sum())
         return wrong / all_of_it if all_of_it else 0.0
 
-    def _through(self, module: nn.Module, block: Block, side: Activations, batch: slice) -> None:
+    def through(self, module: nn.Module, block: Block, side: Activations, batch: slice) -> None:
         """Replace one batch of a block's inputs by its outputs."""
         call = block.calls[batch.stop - batch.start]
         hidden_BLD = side.hidden_SLD[batch].to(self.device)
@@ -326,22 +380,27 @@ class BlockWalk:
             dtype=self.dtype,
             device=self.device,
             modules={
-                key: entry_of(self.method_name, self.config, site)
-                for key, site in block.sites.items()
+                key: entry_of(self.plan.choices[key], site) for key, site in block.sites.items()
             },
         )
 
 
-def _tick(progress: Progress, done: int, total: int, name: str, share: float) -> None:
-    progress(done + share, total, name)
+def _tick(progress: Progress, done: int, total: int, share: float) -> None:
+    progress(done + share, total, PACKED)
 
 
-def entry_of(method: str, config: Config, site: Site) -> dict[str, Any]:
+def entry_of(choice: Choice, site: Site) -> dict[str, Any]:
     """A matrix's line in the artifact's configuration."""
-    said = {"method": method, "options": config.as_dict(), "shape": list(site.shape)}
-    return {**said, "expert": True} if site.expert is not None else said
+    said: dict[str, Any] = {**choice.as_dict(), "shape": list(site.shape)}
+    if site.expert is not None:
+        said["expert"] = True
+    if site.kind in ("embedding", "head"):
+        said["outside"] = site.kind
+    if site.tied is not None:
+        said["tied"] = site.tied
+    return said
 
 
-def _seed(seed: int, block: int) -> int:
+def seed_of(seed: int, block: int) -> int:
     digest = hashlib.sha256(f"{seed}/{block}".encode()).digest()
     return int.from_bytes(digest[:7], "little")

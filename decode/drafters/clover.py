@@ -150,7 +150,7 @@ class CloverHeads(Heads):
 
     def read(self, tokens: Tensor) -> Tensor:
         """e [..., D] of tokens, those among them that cannot be guessed too."""
-        return F.embedding(tokens, self.frozen.output.weight.detach()).to(self.dtype)
+        return self.frozen.vectors(tokens).to(self.dtype)
 
     def augment(self, state_BND: Tensor, token_BND: Tensor, sight: Sight) -> Tensor:
         """h of f and the e of the tokens after."""

@@ -97,7 +97,7 @@ class Beginning:
         """
         fill(heads, self.tensors, self.place)
         if self.embedding is not None:
-            device, vocab = heads.frozen.weight_VD.device, len(heads.frozen.output.weight)
+            device, vocab = heads.frozen.weight_VD.device, heads.frozen.output.out_features
             every_V = torch.arange(vocab, device=device)
             self._compare("embedding", self.embedding, heads.frozen.embed(every_V))
         if self.output is not None:

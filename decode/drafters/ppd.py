@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode.protocol import Inject, Lesson, Needs
 from spectool.options import option
+from spectool.packed import matrix_of
 
 from .inpass import InPassDrafter, InPassHeads
 from .trained import Learning
@@ -45,7 +46,7 @@ class PPDHeads(InPassHeads):
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
-        vectors: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore
+        vectors = matrix_of(model.get_input_embeddings()).detach()
         begin_D, spread_D = vectors.float().mean(0), vectors.float().std(0)
         noise_KND = torch.randn(
             config.num_heads, config.ensemble, len(begin_D), device=begin_D.device

@@ -33,6 +33,7 @@ from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import UnsupportedError
 from spectool.kernels import skinny
 from spectool.options import option
+from spectool.packed import PackedLinear
 
 # Guesses of a head that a tree may hold, and nodes that are kept of the best tree.
 TOP = 10
@@ -71,9 +72,16 @@ class Frozen:
     weight_VD: Tensor
     bias_V: Tensor | None
     embed: Callable[[Tensor], Tensor]
-    output: nn.Linear
+    output: nn.Linear | PackedLinear
     scale: float
     bound: float | None
+
+    def vectors(self, tokens: Tensor) -> Tensor:
+        """The output matrix's rows [..., D] of any tokens."""
+        if isinstance(self.output, PackedLinear):
+            used_N, places = torch.unique(tokens, return_inverse=True)
+            return self.output.rows(used_N)[places]
+        return F.embedding(tokens, self.output.weight.detach())
 
     def logits(self, products: Tensor) -> Tensor:
         scaled = products.float()
@@ -272,10 +280,10 @@ class Heads(nn.Module):
         # Of a law whose best token cannot be guessed, what is left says little.
         final_BLD = lesson.features["final"]
         best_BL = final_BLD.new_zeros(final_BLD.shape[:2], dtype=torch.long)
-        weight_VD, bias_V = self.frozen.output.weight, self.frozen.output.bias
+        output = self.frozen.output
         for row, final_LD in enumerate(final_BLD):
-            for part in _chunks(len(final_LD), len(weight_VD)):
-                best_BL[row, part] = F.linear(final_LD[part], weight_VD, bias_V).argmax(-1)
+            for part in _chunks(len(final_LD), output.out_features):
+                best_BL[row, part] = output(final_LD[part]).argmax(-1)
         known_BL = self.labels(best_BL) >= 0
         return taught_BL & F.pad(known_BL[:, :-1], (1, 0))
 
@@ -529,9 +537,13 @@ def _chunks(num_rows: int, vocab: int) -> Iterator[slice]:
 
 def _frozen(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(output, nn.Linear):
-        raise UnsupportedError(f"heads need a dense output layer, this one is {type(output)}")
-    weight_VD = output.weight.detach()
+    if not isinstance(output, (nn.Linear, PackedLinear)):
+        raise UnsupportedError(f"heads need an output matrix, this model has {type(output)}")
+    if isinstance(output, PackedLinear):
+        # Heads read it at every step: unpacked once.
+        weight_VD = output.dequantize().to(model.dtype)
+    else:
+        weight_VD = output.weight.detach()
     bias_V = None if output.bias is None else output.bias.detach()
     if token_map is not None:
         weight_VD = weight_VD[token_map]

@@ -58,7 +58,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     steps = result["steps"]
     assert steps["quantize"]["bits_per_weight"]["linears"] < 2
     assert all(fit["loss_after"] < fit["loss_start"]
-               for fit in (block["fit"] for block in steps["quantize"]["blocks"]))  # fmt: skip
+               for fit in (block["fits"][0] for block in steps["quantize"]["blocks"]))  # fmt: skip
     for run in (steps["bench"], *steps["bench"]["beside"]):
         assert all(row["identical"] == row["prompts"] for row in run["drafters"])
     for name in ("heads", "heads of packed"):

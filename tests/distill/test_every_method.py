@@ -19,6 +19,8 @@ from spectool.decode.generate import Runner
 from spectool.distill.train_heads import Job, Report, train_heads
 from spectool.headers import HEADS_FILE
 from spectool.methods import resolve, trained
+from spectool.quantize import run as quantizing
+from spectool.quantize.choice import Choice
 from spectool.training import Training
 
 from .conftest import contents
@@ -83,6 +85,25 @@ def test_what_is_written_drafts_and_changes_nothing(
         results = runner.generate(prompts, max_new_tokens=24, batch_size=batch_size)
         assert [r.token_ids for r in results] == [r.token_ids for r in plain]
         assert all(r.drafted > 0 for r in results)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_model_with_a_packed_embedding_and_head_is_taught(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str, family: str
+) -> None:
+    """Heads of the packed model, and heads of the original on it."""
+    source, packed = checkpoint(family), tmp_path / "packed"
+    choice = Choice.from_text("rtn:group_size=16")
+    job = quantizing.Job(method="rtn", config=choice.config, embeddings=choice)
+    quantizing.quantize(source, packed, job)
+    runner = Runner(packed, dtype=torch.float32)
+    plain = runner.generate([[5, 6, 7]], max_new_tokens=24)
+    for index, taught_on in enumerate((source, packed)):
+        train(name, taught_on, f"heads-{index}")
+        runner.use(str(tmp_path / f"heads-{index}"))
+        results = runner.generate([[5, 6, 7]], max_new_tokens=24)
+        assert results[0].token_ids == plain[0].token_ids and results[0].drafted > 0
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.quantize.calibration import LinearStats
+from spectool.quantize.choice import Choice
 from spectool.quantize.gptq import GPTQ
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
@@ -169,7 +170,9 @@ def test_a_checkpoint_has_the_planned_bits(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
     source = checkpoint(family)
-    said = make_plan(Skeleton(read_layout(source)), GPTQ, GPTQ.Config(bits=3), allow_dense=True)
+    said = make_plan(
+        Skeleton(read_layout(source)), Choice("gptq", GPTQ.Config(bits=3)), allow_dense=True
+    )
     job = {"samples": 6, "seq_len": 32, "allow_dense": True}
     layout = read_layout(compress(source, "gptq", job=job, bits=3))
     assert measure(layout).linears == said.bits_linears

@@ -14,6 +14,7 @@ from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.kernels.pack import pack_bits
 from spectool.quantize.calibration import Block, LinearStats, Streams
+from spectool.quantize.choice import Choice
 from spectool.quantize.jlcm import JLCM, JLCMLinear, Latent, Preferences
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
@@ -230,12 +231,12 @@ def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
     source = checkpoint(family)
-    said = make_plan(Skeleton(read_layout(source)), JLCM, JLCM.Config(), allow_dense=True)
+    said = make_plan(Skeleton(read_layout(source)), Choice("jlcm", JLCM.Config()), allow_dense=True)
     reports: list[Report] = []
     job = {**SMALL_JOB, "allow_dense": True}
     layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=10))
     assert measure(layout).linears == said.bits_linears
     assert layout.num_bytes == said.file_bytes
-    fits = [block["fit"] for block in reports[0].blocks]
+    fits = [block["fits"][0] for block in reports[0].blocks]
     assert all(fit["loss_after"] <= fit["loss_start"] for fit in fits)
     assert any(fit["loss_after"] < fit["loss_start"] for fit in fits)

@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from spectool import packed
 from spectool.cli import app
 from spectool.cli.common import Output
 from spectool.cli.quantize import show_fits
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.kernels.pack import unpack_bits
-from spectool.quantize import ptq161
 from spectool.quantize.calibration import Block, LinearStats, Streams
+from spectool.quantize.choice import Choice
 from spectool.quantize.fitting import Task
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
@@ -110,7 +111,7 @@ def test_contract(check_contract: Callable[..., None], ratio: float, dtype: torc
 def test_product_by_shared_sums_is_the_dense_one(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ptq161, "PIECE", 600)
+    monkeypatch.setattr(packed, "PIECE", 600)
     n, m = shape
     linear = start(torch.randn(n, m) * 0.05 + 0.02)
     linear.q.col_r.copy_(1 + 0.3 * torch.randn(linear.q.col_r.shape))
@@ -427,7 +428,9 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     checkpoint: Checkpoints, compress: Compress, family: str
 ) -> None:
     source = checkpoint(family)
-    said = make_plan(Skeleton(read_layout(source)), PTQ161, PTQ161.Config(), allow_dense=True)
+    said = make_plan(
+        Skeleton(read_layout(source)), Choice("ptq161", PTQ161.Config()), allow_dense=True
+    )
     reports: list[Report] = []
     job = {**SMALL_JOB, "allow_dense": True}
     out = compress(source, "ptq161", job=job, reports=reports, epochs=2)
@@ -436,8 +439,8 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     assert layout.num_bytes == said.file_bytes
     (report,) = reports
     for block in report.blocks:
-        assert block["fit"]["loss_after"] < block["fit"]["loss_start"]
-        assert block["fit"]["best_epoch"] > 0
+        assert block["fits"][0]["loss_after"] < block["fits"][0]["loss_start"]
+        assert block["fits"][0]["best_epoch"] > 0
         assert set(block["data_free"]) == {
             layer["name"] for layer in block["layers"] if ".experts." in layer["name"]
         }
@@ -478,7 +481,7 @@ def test_the_command_says_what_the_fit_gained(
     result = json.loads(done.stdout)
     assert len(result["blocks"]) == 2
     for block in result["blocks"]:
-        assert block["fit"]["loss_after"] < block["fit"]["loss_start"]
+        assert block["fits"][0]["loss_after"] < block["fits"][0]["loss_start"]
     assert "of that at its start, lower in 2 of 2 blocks" in done.stderr
     assert "blocks packed: 0." in done.stderr, "a long block says how far it is"
 
@@ -498,9 +501,9 @@ def test_flipped_rows_and_turned_outputs_are_named(capsys: pytest.CaptureFixture
         "rows_flipped": 3,
         "steps_skipped": 0,
     }
-    show_fits(Output(json_wanted=False), {0: fine})
+    show_fits(Output(json_wanted=False), [(0, fine)])
     assert capsys.readouterr().out.count("\n") == 1
-    show_fits(Output(json_wanted=False), {0: fine, 1: odd})
+    show_fits(Output(json_wanted=False), [(0, fine), (1, odd)])
     said = capsys.readouterr().out
     assert "0.500 to 1.000 of that at its start, lower in 1 of 2 blocks" in said
     assert "rows flipped by a negative scale: 3" in said and "in blocks 1: more" in said
@@ -517,5 +520,5 @@ def test_a_block_left_dense_has_no_fit(
         job={"samples": 2, "seq_len": 16, "skip": ["model.layers.0.*"], "allow_dense": True},
         reports=reports,
     )
-    fits = [block["fit"] for block in reports[0].blocks]
-    assert not fits[0] and fits[1]["loss_after"] <= fits[1]["loss_start"]
+    nothing, (fit,) = (block["fits"] for block in reports[0].blocks)
+    assert not nothing and fit["loss_after"] <= fit["loss_start"]

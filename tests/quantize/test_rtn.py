@@ -81,7 +81,7 @@ def test_unpacked_in_pieces_is_the_same(
     pack: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, symmetric: bool
 ) -> None:
     module = pack("rtn", torch.randn(43, 123), bits=3, symmetric=symmetric).module
-    monkeypatch.setattr("spectool.quantize.rtn.PIECE", 500)
+    monkeypatch.setattr("spectool.packed.PIECE", 500)
     pieces = list(module.pieces())
     assert len(pieces) == 11 and torch.equal(torch.cat(pieces), module.dequantize())
 

@@ -168,8 +168,8 @@ def test_stopped_after_a_block(
     for blocks in (1, 3, 5):
         out = tmp_path / str(blocks)
 
-        def stop(done: int, total: int, name: str, blocks: int = blocks) -> None:
-            assert total == 5 and name == f"model.layers.{done - 1}"
+        def stop(done: int, total: int, what: str, blocks: int = blocks) -> None:
+            assert total == 5 and what == "blocks packed"
             if done == blocks:
                 raise Stop
 
@@ -293,7 +293,7 @@ def test_only_one_block_is_resident(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     alive: list[tuple[str, weakref.ref[torch.Tensor]]] = []
-    original = walk.BlockWalk._read
+    original = walk.BlockWalk.read
 
     def read(self: walk.BlockWalk, block: str) -> dict[str, torch.Tensor]:
         assert not [name for name, tensor in alive if tensor() is not None], f"at {block}"
@@ -301,7 +301,7 @@ def test_only_one_block_is_resident(
         alive.extend((name, weakref.ref(tensor)) for name, tensor in found.items())
         return found
 
-    monkeypatch.setattr(walk.BlockWalk, "_read", read)
+    monkeypatch.setattr(walk.BlockWalk, "read", read)
     source = checkpoint("llama", **LAYERS)
     quantize(source, tmp_path / "out", job(text_file if calibrated else None))
     assert len(alive) == 5 * 9
@@ -311,7 +311,7 @@ def test_bad_weights_in_a_late_block_leave_the_early_ones(
     checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("llama", **LAYERS)
-    original = walk.BlockWalk._read
+    original = walk.BlockWalk.read
 
     def read(self: walk.BlockWalk, block: str) -> dict[str, torch.Tensor]:
         tensors = original(self, block)
@@ -319,7 +319,7 @@ def test_bad_weights_in_a_late_block_leave_the_early_ones(
             tensors[f"{block}.mlp.down_proj.weight"][0, 0] = float("nan")
         return tensors
 
-    monkeypatch.setattr(walk.BlockWalk, "_read", read)
+    monkeypatch.setattr(walk.BlockWalk, "read", read)
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.down_proj\.weight: 1 of"):
         quantize(source, tmp_path / "out", job())
     assert len(list((tmp_path / "out.partial").glob("packed-*"))) == 4

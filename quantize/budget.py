@@ -1,0 +1,204 @@
+"""Bits where they count: each matrix's method and width by measured errors, under a size budget.
+
+Every candidate packs every matrix by itself; what the block puts out then, on some calibration
+sequences as the original model has them, against what it put out before, is its error
+
+    e = |F'(X) - F(X)|^2 / |F(X)|^2.
+
+Errors of matrices are taken to add up, those of blocks too. From the smallest candidates on, the
+change that saves the most error a byte is made until none fits. Methods with a fit are measured as
+they begin it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectool.errors import UsageError
+from spectool.options import options_of
+from spectool.packed import build_packed
+from spectool.skeleton import Site
+from spectool.walk import run_block
+
+from .calibration import Block, LinearStats, Streams, fit_each
+from .choice import Choice, Rule
+from .fitting import Substitute
+from .plan import Plan
+from .walk import BlockWalk, Progress, entry_of, seed_of
+
+# Sequences that errors are measured on.
+MEASURED = 8
+# Widths above the budget that are worth a try.
+WIDER = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """At most so many stored bits a weight of the blocks' packed matrices, of these candidates."""
+
+    bits: float
+    candidates: tuple[Choice, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-safe, as artifacts store it."""
+        return {"bits": self.bits, "candidates": [choice.as_dict() for choice in self.candidates]}
+
+
+def widths(choice: Choice, budget: float) -> tuple[Choice, ...]:
+    """A method at all its widths, but for those far above the budget.
+
+    Raises:
+        UsageError: it has only one.
+    """
+    option = next((o for o in options_of(type(choice.config)) if o.name == "bits"), None)
+    if option is None:
+        raise UsageError(
+            f"--bits-budget: {choice.method} has one width",
+            hint="name what to choose from with --candidate METHOD:key=value, repeated",
+        )
+    known = option.choices
+    if not known:
+        assert option.minimum is not None and option.maximum is not None
+        known = tuple(range(int(option.minimum), int(option.maximum) + 1))
+    wanted = [bits for bits in known if bits <= math.ceil(budget) + WIDER] or [known[0]]
+    return tuple(
+        Choice(choice.method, dataclasses.replace(choice.config, bits=bits))  # type: ignore[call-arg]
+        for bits in wanted
+    )
+
+
+def stored_bytes(site: Site, choice: Choice) -> int:
+    layout = choice.quantizer.layout(site.shape, choice.config)
+    return sum(dtype.itemsize * math.prod(size) for dtype, size in layout.values())
+
+
+def candidates(plan: Plan, budget: Budget, rules: Sequence[Rule]) -> dict[str, tuple[Choice, ...]]:
+    """What each matrix may be packed by: its rule's choice where one names it.
+
+    Raises:
+        UsageError: the smallest of all do not fit.
+    """
+    sites = [site for block in plan.sites.values() for site in block.values()]
+    pinned = {name for name in plan.choices if any(rule.means(name) for rule in rules)}
+    found = {
+        site.name: (plan.choices[site.name],) if site.name in pinned else budget.candidates
+        for site in sites
+    }
+    least = sum(min(stored_bytes(s, choice) for choice in found[s.name]) for s in sites)
+    if 8 * least > budget.bits * plan.num_weights:
+        raise UsageError(
+            f"--bits-budget {budget.bits}: the smallest candidates take "
+            f"{8 * least / plan.num_weights:.3f} bits a weight"
+        )
+    return found
+
+
+def survey(
+    walk: BlockWalk, wanted: Mapping[str, Sequence[Choice]], progress: Progress
+) -> dict[str, list[float]]:
+    """The error of each matrix's candidates, in their order. What a killed run measured is kept."""
+    streams = walk.start_streams()
+    assert streams is not None
+    blocks = walk.skeleton.blocks
+    errors: dict[str, list[float]] = {}
+    for index, name in enumerate(blocks):
+        tensors = walk.read(name)
+        block = walk.open(index, name, tensors, streams)
+        shard = f"survey-{index + 1:05d}.safetensors"
+        report = walk.writer.report(shard)
+        if report is None:
+            report = _measured(walk, index, block, streams, wanted)
+            walk.writer.write_shard(shard, {}, {}, report)
+        errors |= report
+        assert block.module is not None
+        for batch in streams.original.batches(walk.batch_size):
+            walk.through(block.module, block, streams.original, batch)
+        progress(index + 1, len(blocks), "blocks measured")
+    return errors
+
+
+def forget(walk: BlockWalk) -> None:
+    """Remove what a survey kept."""
+    for index in range(len(walk.skeleton.blocks)):
+        walk.writer.discard(f"survey-{index + 1:05d}.safetensors")
+
+
+def _measured(
+    walk: BlockWalk,
+    index: int,
+    block: Block,
+    streams: Streams,
+    wanted: Mapping[str, Sequence[Choice]],
+) -> dict[str, list[float]]:
+    assert block.module is not None
+    seen_SLD = streams.original.hidden_SLD[:MEASURED]
+    batches = list(torch.split(seen_SLD, walk.batch_size))
+    before = [_through(walk, block, hidden_BLD) for hidden_BLD in batches]
+    whole = sum(float(out_BLD.double().square().sum()) for out_BLD in before)
+    # Of both streams only the original is known.
+    alike = Streams(streams.original, streams.original)
+    stats: dict[str, dict[str, LinearStats]] = {}
+    errors: dict[str, list[float]] = {}
+    for name, site in block.sites.items():
+        part = replace(block, sites={name: site}, weights={name: block.weights[name]})
+        errors[name] = []
+        for choice in wanted[name]:
+            if choice.method not in stats:
+                stats[choice.method] = walk.observe(block, choice, alike)
+            generator = torch.Generator().manual_seed(seed_of(walk.seed, index))
+            known = {key: stats[choice.method][key] for key in {name} & stats[choice.method].keys()}
+            fields = fit_each(
+                choice.quantizer, part, known, choice.config, generator, walk.device
+            ).fields[name]
+            spec = {key: (value.dtype, tuple(value.shape)) for key, value in fields.items()}
+            linear = build_packed(entry_of(choice, site), spec)
+            linear.q.load_state_dict(fields)
+            wrong = 0.0
+            with Substitute(part, {name: linear.to(walk.device)}):
+                for hidden_BLD, out_BLD in zip(batches, before, strict=True):
+                    apart_BLD = _through(walk, block, hidden_BLD) - out_BLD
+                    wrong += float(apart_BLD.double().square().sum())
+            errors[name].append(wrong / whole if whole else 0.0)
+    return errors
+
+
+def _through(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:
+    assert block.module is not None
+    return run_block(block.module, block.calls[len(hidden_BLD)], hidden_BLD.to(walk.device)).float()
+
+
+def choose(
+    plan: Plan,
+    budget: Budget,
+    wanted: Mapping[str, Sequence[Choice]],
+    errors: Mapping[str, Sequence[float]],
+) -> list[Rule]:
+    """A rule for each matrix, within the budget."""
+    sites = {site.name: site for block in plan.sites.values() for site in block.values()}
+    sizes = {name: [stored_bytes(site, c) for c in wanted[name]] for name, site in sites.items()}
+    chosen = {}
+    for name, each in sizes.items():
+        ranked = list(zip(each, errors[name], strict=True))
+        chosen[name] = ranked.index(min(ranked))
+    left = int(budget.bits * plan.num_weights / 8) - sum(sizes[n][i] for n, i in chosen.items())
+    while True:
+        gains = [
+            ((errors[name][now] - errors[name][other]) / (size - sizes[name][now]), name, other)
+            for name, now in chosen.items()
+            for other, size in enumerate(sizes[name])
+            if 0 < size - sizes[name][now] <= left and errors[name][other] < errors[name][now]
+        ]
+        if not gains:
+            break
+        _, name, other = max(gains, key=lambda gain: gain[0])
+        left -= sizes[name][other] - sizes[name][chosen[name]]
+        chosen[name] = other
+    origin = f"--bits-budget {budget.bits}"
+    return [Rule(name, wanted[name][index], origin) for name, index in chosen.items()]

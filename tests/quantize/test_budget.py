@@ -1,0 +1,211 @@
+"""Widths by measured errors: the measuring, the choosing, and the command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from spectool.cli import app
+from spectool.errors import UsageError
+from spectool.headers import read_layout
+from spectool.loading import load_model
+from spectool.quantize import budget as budgets
+from spectool.quantize.budget import Budget, candidates, choose, stored_bytes, widths
+from spectool.quantize.choice import Choice, Rule, read_plan
+from spectool.quantize.gptq import GPTQ
+from spectool.quantize.ledger import measure
+from spectool.quantize.plan import Plan, make_plan
+from spectool.quantize.rtn import RTN
+from spectool.skeleton import Skeleton
+
+Checkpoints = Callable[..., Path]
+Compress = Callable[..., Path]
+
+RTNS = tuple(Choice("rtn", RTN.Config(bits=bits, group_size=16)) for bits in (2, 3, 4, 8))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
+    return str(path)
+
+
+def make(source: Path, **more: Any) -> Plan:
+    return make_plan(Skeleton(read_layout(source)), RTNS[0], **more)
+
+
+def test_all_widths_but_those_far_above() -> None:
+    found = widths(Choice("gptq", GPTQ.Config(group_size=32)), 2.5)
+    assert [choice.config.as_dict()["bits"] for choice in found] == [2, 3, 4, 5]
+    assert all(choice.config.as_dict()["group_size"] == 32 for choice in found)
+    assert [str(choice) for choice in widths(Choice.from_text("olive"), 5.0)] == ["olive"]
+    with pytest.raises(UsageError, match="ptq161 has one width"):
+        widths(Choice.from_text("ptq161"), 2.0)
+
+
+@pytest.mark.parametrize("bits", [3.8, 4.2, 4.9, 6.0, 9.1])
+def test_the_choice_is_about_the_best_there_is(checkpoint: Checkpoints, bits: float) -> None:
+    """Against all combinations, over a block of random errors that fall with the width."""
+    plan = make(checkpoint("llama"))
+    sites = dict(list(plan.sites["model.layers.0"].items())[:5])
+    plan = Plan(
+        **{
+            **{name: getattr(plan, name) for name in Plan.__slots__},
+            "sites": {"model.layers.0": sites},
+            "num_weights": sum(site.num_weights for site in sites.values()),
+        }
+    )
+    generator = torch.Generator().manual_seed(int(10 * bits))
+    errors = {
+        name: torch.rand(4, generator=generator).sort(descending=True).values.tolist()
+        for name in sites
+    }
+    wanted = dict.fromkeys(sites, RTNS)
+    found = choose(plan, Budget(bits, RTNS), wanted, errors)
+    picked = {rule.match: RTNS.index(rule.choice) for rule in found if rule.choice}
+    assert picked.keys() == sites.keys()
+
+    def size(picks: Any) -> int:
+        return sum(stored_bytes(sites[n], RTNS[i]) for n, i in zip(sites, picks, strict=True))
+
+    def error(picks: Any) -> float:
+        return sum(errors[n][i] for n, i in zip(sites, picks, strict=True))
+
+    room = bits * plan.num_weights / 8
+    ours = [picked[name] for name in sites]
+    assert size(ours) <= room
+    best = min(error(p) for p in itertools.product(range(4), repeat=5) if size(p) <= room)
+    assert error(ours) <= 1.25 * best + 1e-9
+
+
+def test_measured_errors_are_those_of_one_packed_matrix(
+    checkpoint: Checkpoints, compress: Compress, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow way: the whole model with one matrix packed, its second block's output."""
+    seen: dict[str, Any] = {}
+    real = budgets.survey
+
+    def spy(walk: Any, *rest: Any) -> Any:
+        seen["ids"] = walk.ids_SL
+        seen["errors"] = real(walk, *rest)
+        return seen["errors"]
+
+    monkeypatch.setattr("spectool.quantize.run.survey", spy)
+    source = checkpoint("llama")
+    job = {"budget": Budget(4.5, RTNS[:2]), "calibration": [text_file], "samples": 3, "seq_len": 16}
+    compress(source, "rtn", job=job)
+    name = "model.layers.1.mlp.down_proj"
+    outputs = []
+    for bits in (None, 2, 3):
+        model: Any = load_model(source)
+        if bits is not None:
+            linear = model.get_submodule(name)
+            config = RTN.Config(bits=bits, group_size=16)
+            spec = RTN.layout(tuple(linear.weight.shape), config)
+            packed = RTN.build(spec, tuple(linear.weight.shape), config)
+            fields = RTN.pack(linear.weight.data, None, config, torch.Generator())
+            packed.q.load_state_dict(fields)
+            linear.weight.data = packed.dequantize()
+        kept: list[Any] = []
+        handle = model.get_submodule("model.layers.1").register_forward_hook(
+            lambda module, args, out, kept=kept: kept.append(out)
+        )
+        with torch.inference_mode():
+            model(seen["ids"])
+        handle.remove()
+        outputs.append(kept[0].double())
+    want = [
+        float((out - outputs[0]).square().sum() / outputs[0].square().sum()) for out in outputs[1:]
+    ]
+    assert seen["errors"][name] == pytest.approx(want, rel=1e-3)
+    assert want[0] > want[1] > 0
+
+
+def test_a_budget_is_kept_and_used(
+    checkpoint: Checkpoints, compress: Compress, text_file: str
+) -> None:
+    source, text = checkpoint("llama"), {"calibration": [text_file], "samples": 4, "seq_len": 32}
+    pin = Rule("layers.0.self_attn.q_proj", RTNS[3], "--plan")
+    reports: list[Any] = []
+    for bits in (4.2, 5.0, 6.0):
+        job = {"budget": Budget(bits, RTNS), "rules": [pin], **text}
+        out = compress(source, "rtn", out=str(bits), job=job, reports=reports)
+        ledger = measure(read_layout(out))
+        assert ledger.linears is not None and bits - 0.4 < ledger.linears <= bits
+        said = read_layout(out).modules["model.layers.0.self_attn.q_proj"]
+        assert said["options"]["bits"] == 8
+    errors = [report.blocks[-1]["output_error"] for report in reports]
+    assert errors[0] > errors[1] > errors[2]
+    assert not list(out.glob("survey-*"))
+    # The plan that it made, followed by hand.
+    rules = read_plan(out / "plan.yaml")
+    assert len(rules) == 1 + 14
+    again = compress(source, "rtn", out="again", job={"rules": rules, **text})
+    assert (out / "plan.yaml").read_bytes() == (again / "plan.yaml").read_bytes()
+    assert read_layout(again).modules == read_layout(out).modules
+
+
+def test_several_methods_and_killed_while_measuring(
+    checkpoint: Checkpoints, compress: Compress, text_file: str
+) -> None:
+    source = checkpoint("llama")
+    choices = tuple(map(Choice.from_text, ("jlcm:epochs=1", "gptq:bits=3,group_size=16", "int8")))
+    job = {"budget": Budget(5.0, choices), "calibration": [text_file], "samples": 4, "seq_len": 32}
+    want = compress(source, "rtn", out="want", job=job)
+    methods = {said["method"] for said in read_layout(want).modules.values()}
+    assert methods < {"jlcm", "gptq", "int8"} and len(methods) > 1
+    original, times = budgets._measured, []
+
+    def stop(*given: Any) -> Any:
+        times.append(1)
+        if len(times) == 2:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budgets, "_measured", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, "rtn", job=job)
+        assert len(times) == 2
+        out = compress(source, "rtn", job=job)
+        assert len(times) == 3, "the first block's errors are known"
+    for path in want.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_an_impossible_budget_is_one_line(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    with pytest.raises(UsageError, match=r"the smallest candidates take 3\.\d+ bits a weight"):
+        candidates(make(source), Budget(2.0, RTNS), ())
+    command = ["quantize", "rtn", str(source), str(out)]
+    for more, said in (
+        (["--bits-budget", "2", "--group-size", "16"], "the smallest candidates take"),
+        (["--candidate", "int8"], "--bits-budget chooses from, which is not given"),
+        (["--bits-budget", "4", "--dry-run"], "--bits-budget measures"),
+        (["--bits-budget", "4", "--candidate", "rtn:bits=9"], "must be at most 8"),
+    ):
+        done = CliRunner().invoke(app, [*command, *more])
+        assert done.exit_code == 2 and said in done.stderr, done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_it_chose(
+    checkpoint: Checkpoints, tmp_path: Path, text_file: str
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    runner = CliRunner()
+    command = ["quantize", "rtn", str(source), str(out), "--bits-budget", "4.5"]
+    more = ["--group-size", "16", "--calibration", text_file, "--samples", "4", "--seq-len", "32"]
+    done = runner.invoke(app, [*command, *more])
+    assert done.exit_code == 0, done.stderr
+    assert "blocks measured" in done.stderr and "of 14 linears" in done.stderr
+    said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)["command"]
+    assert "--bits-budget 4.5 --candidate rtn:bits=2,group_size=16,symmetric=False" in said

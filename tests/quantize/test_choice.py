@@ -1,0 +1,293 @@
+"""Several methods in one artifact: plan files, embeddings and output matrices."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+import spectool
+from spectool.checkpoint import open_checkpoint
+from spectool.cli import app
+from spectool.errors import UsageError
+from spectool.evaluate.evaluate import Request, evaluate
+from spectool.evaluate.windows import BlockwiseLaws, ResidentLaws, cut
+from spectool.headers import read_layout
+from spectool.packed import PackedEmbedding, PackedLinear, matrix_of
+from spectool.quantize import walk
+from spectool.quantize.choice import Choice, Rule, plan_text, read_plan
+from spectool.quantize.export import export
+from spectool.quantize.int8 import Int8
+from spectool.quantize.ledger import measure
+from spectool.quantize.rtn import RTN
+
+Checkpoints = Callable[..., Path]
+Compress = Callable[..., Path]
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
+    return str(path)
+
+
+IDS_BL = torch.tensor([[5, 9, 12, 7, 7, 3]])
+INT8 = Choice("int8", Int8.Config())
+
+PLAN = """
+layers:
+- {match: "*.down_proj", method: rtn, bits: 8, group_size: 0}
+- {match: layers.1.mlp, method: dense}
+- {match: "*.o_proj", method: gptq, bits: 3, group_size: 16}
+- {match: lm_head, method: int8}
+"""
+
+
+def rules(tmp_path: Path, text: str = PLAN) -> list[Rule]:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    return read_plan(path)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(IDS_BL).logits
+    return found
+
+
+def test_the_first_rule_that_matches_decides(
+    checkpoint: Checkpoints, compress: Compress, tmp_path: Path, text_file: str
+) -> None:
+    job = {
+        "rules": rules(tmp_path),
+        "calibration": [text_file],
+        "samples": 4,
+        "seq_len": 32,
+        "allow_dense": True,
+    }
+    source = checkpoint("llama")
+    out = compress(source, "rtn", bits=4, job=job)
+    modules = read_layout(out).modules
+    said = {
+        name: (entry["method"], entry["options"].get("bits")) for name, entry in modules.items()
+    }
+    assert said.pop("lm_head") == ("int8", None)
+    for layer in (0, 1):
+        start = f"model.layers.{layer}"
+        assert said.pop(f"{start}.mlp.down_proj") == ("rtn", 8)
+        assert said.pop(f"{start}.self_attn.o_proj") == ("gptq", 3)
+        for part in "qkv":
+            assert said.pop(f"{start}.self_attn.{part}_proj") == ("rtn", 4)
+    # Of the second layer's MLP only what the rule before it takes is packed.
+    assert set(said) == {f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")}
+
+    # What a rule packs is what its method alone packs.
+    whole = compress(source, "rtn", bits=8, group_size=0, out="whole")
+    name = "model.layers.1.mlp.down_proj"
+    mixed, alone = (
+        {k: t for f in path.glob("*.safetensors") for k, t in load_file(f).items()}
+        for path in (out, whole)
+    )
+    for field in ("codes", "scale", "zero"):
+        assert torch.equal(mixed[f"{name}.q.{field}"], alone[f"{name}.q.{field}"])
+
+    # The artifact carries the plan that makes it again.
+    assert read_plan(out / "plan.yaml")[0].choice == Choice("rtn", RTN.Config(bits=8, group_size=0))
+    again = compress(
+        source, "rtn", bits=4, out="again", job={**job, "rules": read_plan(out / "plan.yaml")}
+    )
+    for path in out.glob("*.safetensors"):
+        assert load_file(path).keys() == load_file(again / path.name).keys()
+    assert torch.equal(logits(spectool.load(out)), logits(spectool.load(again)))
+
+
+def test_a_plan_and_its_text_are_the_same(tmp_path: Path) -> None:
+    first = rules(tmp_path)
+    second = rules(tmp_path, plan_text(first))
+    assert [(r.match, r.choice) for r in first] == [(r.match, r.choice) for r in second]
+    assert str(first[0].choice) == "rtn:bits=8,group_size=0" and str(INT8) == "int8"
+    assert Choice.from_text("rtn:bits=8,group_size=0") == first[0].choice
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("layers: [", "is not YAML"),
+        ("- a", "one list `layers`"),
+        ("layers: []", "one list `layers`"),
+        ("layers: [{match: a}]\nmore: 1", "one list `layers`"),
+        ("layers: [{match: a}]", "entry 1: expected match and method"),
+        ("layers: [{match: q_proj, method: rtn, bits: 9}]", r"entry 1 \(q_proj\): --bits 9: must"),
+        ("layers: [{match: q_proj, method: rtm}]", "no quantizer is called 'rtm'"),
+        ("layers: [{match: q_proj, method: rtn, bit: 3}]", "unknown option 'bit'"),
+        ("layers: [{match: q_proj, method: dense, bits: 3}]", "dense takes no options"),
+        ("layers: [{match: layers.7, method: rtn}]", r"entry 1 \(layers.7\): matches no linear"),
+        ("layers: [{match: lm_head, method: gptq}]", "gptq needs activations"),
+    ],
+)
+def test_bad_plans_are_one_line(
+    checkpoint: Checkpoints, tmp_path: Path, text: str, said: str
+) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    out = tmp_path / "out"
+    command = ["quantize", "rtn", str(checkpoint("llama")), str(out), "--plan", str(path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and not out.exists() and not out.with_name("out.partial").exists()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert re.search(said, line)
+
+
+def test_a_plan_that_is_absent(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        read_plan(tmp_path / "none.yaml")
+
+
+def test_a_tied_head_cannot_be_packed_alone(checkpoint: Checkpoints, compress: Compress) -> None:
+    rule = Rule("lm_head", INT8, "--plan")
+    with pytest.raises(UsageError, match=r"lm_head shares its matrix with model\.embed_tokens"):
+        compress(checkpoint("llama-tied"), job={"rules": [rule]})
+
+
+FAMILIES = ["llama", "llama-tied", "gpt2", "opt", "gpt_neox", "gemma2", "gemma3", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("choice", ["int8", "rtn:bits=4,group_size=16", "olive", "hqq:bits=4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embedding_and_head_are_packed_and_read_back(
+    checkpoint: Checkpoints, compress: Compress, family: str, choice: str
+) -> None:
+    source = checkpoint(family)
+    job = {"embeddings": Choice.from_text(choice), "allow_dense": True}
+    out = compress(source, "rtn", bits=8, group_size=16, job=job)
+    layout = read_layout(out)
+    model: Any = spectool.load(out)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(table, PackedEmbedding) and isinstance(head, PackedLinear)
+    tied = spectool.load(source).config.get_text_config().tie_word_embeddings
+    outside = [name for name, entry in layout.modules.items() if "outside" in entry]
+    assert len(outside) == (1 if tied else 2)
+    # The same model with these matrices dense: the same numbers.
+    dense: Any = spectool.load(
+        compress(source, "rtn", bits=8, group_size=16, out="dense", job={"allow_dense": True})
+    )
+    for ours, theirs in (
+        (table, dense.get_input_embeddings()),
+        (head, dense.get_output_embeddings()),
+    ):
+        theirs.weight = nn.Parameter(matrix_of(ours), requires_grad=False)
+    assert torch.equal(logits(model), logits(dense))
+    # Unpacked, and exported, too.
+    unpacked: Any = spectool.load(out, runtime="dense")
+    assert torch.equal(logits(unpacked), logits(dense))
+    shared = unpacked.get_input_embeddings().weight is unpacked.get_output_embeddings().weight
+    assert shared == tied
+    export(out, out.with_name("exported"), "dense")
+    exported: Any = spectool.load(out.with_name("exported"))
+    assert torch.equal(logits(exported), logits(dense))
+
+
+def test_a_tied_matrix_is_stored_once_and_counted_apart(
+    checkpoint: Checkpoints, compress: Compress
+) -> None:
+    source = checkpoint("llama-tied")
+    reports: list[Any] = []
+    out = compress(source, "rtn", job={"embeddings": INT8}, reports=reports)
+    plain = compress(source, "rtn", out="plain")
+    ledger, without = measure(read_layout(out)), measure(read_layout(plain))
+    assert ledger.linears == without.linears and ledger.file < without.file
+    assert ledger.num_parameters == without.num_parameters
+    (entry,) = [entry for entry in ledger.entries if entry.outside]
+    assert entry.name == "model.embed_tokens" and 8 < entry.bits < 9.1
+    (layer,) = reports[0].outside["layers"]
+    assert layer["name"] == entry.name and 0 < layer["error"] < 1e-3
+    assert not any("lm_head" in name for name in read_layout(out).tensors)
+
+
+def test_walked_blockwise_as_in_memory(checkpoint: Checkpoints, compress: Compress) -> None:
+    for family in ("llama", "llama-tied", "gemma3"):
+        out = compress(checkpoint(family), "rtn", out=family, job={"embeddings": INT8})
+        windows = cut(list(range(3, 60)), length=16, bos=0)
+        resident = ResidentLaws(spectool.load(out))
+        opened = open_checkpoint(out)
+        where = {"dtype": torch.float32, "device": torch.device("cpu")}
+        blockwise = BlockwiseLaws(opened, windows, **where)
+        for batch in windows.batches(300):
+            assert torch.allclose(resident(batch), blockwise(batch), atol=1e-5)
+
+
+def test_layer_errors_name_what_lies_outside(
+    checkpoint: Checkpoints, compress: Compress, text_file: str
+) -> None:
+    source = checkpoint("llama")
+    out = compress(source, "rtn", job={"embeddings": INT8})
+    said = evaluate(str(out), Request(texts=[text_file], window=32, reference=str(source)))
+    names = {layer["name"] for layer in said["layers"]}
+    assert {"model.embed_tokens", "lm_head"} < names and len(names) == 16
+
+
+def test_a_dtype_moves_activations_not_codes(checkpoint: Checkpoints, compress: Compress) -> None:
+    out = compress(checkpoint("gemma3"), "rtn", job={"embeddings": INT8})
+    model: Any = spectool.load(out, dtype="bfloat16")
+    assert model.get_input_embeddings()(IDS_BL).dtype == torch.bfloat16
+    assert logits(model).dtype == torch.bfloat16
+    assert model.get_input_embeddings().q.codes.dtype == torch.int8
+
+
+def test_killed_between_the_methods_of_a_block(
+    checkpoint: Checkpoints, compress: Compress, tmp_path: Path, text_file: str
+) -> None:
+    job = {
+        "rules": rules(tmp_path),
+        "embeddings": INT8,
+        "calibration": [text_file],
+        "samples": 4,
+        "seq_len": 32,
+        "allow_dense": True,
+    }
+    source = checkpoint("llama")
+    want = compress(source, "jlcm", bits=2, epochs=1, job=job, out="want")
+    original, times = walk.BlockWalk._fit, []
+
+    def stop(self: Any, *rest: Any) -> Any:
+        times.append(1)
+        if len(times) == 5:
+            raise KeyboardInterrupt
+        return original(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk.BlockWalk, "_fit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, "jlcm", bits=2, epochs=1, job=job)
+    out = compress(source, "jlcm", bits=2, epochs=1, job=job)
+    for path in want.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    path = tmp_path / "plan.yaml"
+    path.write_text("layers: [{match: down_proj, method: rtn, bits: 8}]")
+    runner = CliRunner()
+    command = ["quantize", "rtn", str(source), str(out), "--bits", "2", "--group-size", "0"]
+    plain = runner.invoke(app, [*command, "--dry-run"])
+    assert "--embeddings int8 packs them too" in plain.stderr
+    more = [*command, "--plan", str(path), "--embeddings", "int8"]
+    done = runner.invoke(app, more)
+    assert done.exit_code == 0, done.stderr
+    assert "on 12, rtn (bits=8, group_size=128, symmetric=False) on 2 of 14 linears" in done.stderr
+    assert "int8 on lm_head" in done.stderr and "packs them too" not in done.stderr
+    said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)
+    assert said["command"].endswith("--plan PLAN --embeddings int8")
+    assert runner.invoke(app, ["inspect", str(out)]).stdout.count("of the blocks") == 1
+    bad = runner.invoke(app, [*command[:3], str(tmp_path / "b"), "--embeddings", "ptq161"])
+    assert bad.exit_code == 2 and "--embeddings: ptq161 needs activations" in bad.stderr
