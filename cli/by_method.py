@@ -87,7 +87,8 @@ class Verb:
         """The click command of one method: the shared options and those of its `Config`."""
         from spectool.options import options_of
 
-        options = list(options_of(self.config(methods.resolve(name, self.kind))))
+        row = methods.METHODS[name]
+        options = list(options_of(self.config(methods.resolve(name, row.kind))))
 
         def run(**values: Any) -> None:
             own = {option.name: values.pop(option.name) for option in options}
@@ -106,7 +107,7 @@ class Verb:
         ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        run.__doc__ = methods.row(name, self.kind).summary
+        run.__doc__ = row.summary
         single = typer.Typer(add_completion=False)
         single.command(name)(run)
         return typer.main.get_command(single)

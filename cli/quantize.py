@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,8 @@ from spectool.cli.common import (
 from spectool.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from spectool.headers import Layout
+    from spectool.quantize.auto import Picked
     from spectool.quantize.choice import Choice
     from spectool.quantize.plan import Plan
     from spectool.quantize.run import Report
@@ -45,6 +48,7 @@ OFFERED_FROM = 0.2
 def quantize(
     method: str,
     own: dict[str, Any],
+    invocation: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to make; must not exist.")],
     calibration: Annotated[
@@ -126,32 +130,44 @@ def quantize(
     """Compress MODEL into the directory OUT."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
-        from spectool import hub
-        from spectool.headers import read_layout
         from spectool.loading import check_device, parse_dtype
-        from spectool.quantize import run
+        from spectool.quantize import auto, run
         from spectool.quantize.budget import Budget, widths
-        from spectool.quantize.choice import Choice, read_plan
+        from spectool.quantize.choice import Choice, read_plan, skipping
         from spectool.quantize.preprocess import Preprocess
+        from spectool.skeleton import Skeleton
 
-        choice = Choice(method, methods.resolve(method, "quantizer").Config.from_dict(own))
         if candidate and bits_budget is None:
             raise UsageError("--candidate: is what --bits-budget chooses from, which is not given")
-        if dry_run and bits_budget is not None:
-            raise UsageError("--dry-run reads headers only; --bits-budget measures")
+        rules = read_plan(plan) if plan else []
+        beside = Choice.from_text(embeddings) if embeddings else None
+        budget = None
+        if method in methods.names("chooser"):
+            if bits_budget is not None:
+                raise UsageError("auto: --bits takes a fraction; leave --bits-budget out")
+            picked = auto.pick(
+                Skeleton(_layout(model, revision), trust_remote_code=trust_remote_code),
+                auto.Auto.Config.from_dict(own),
+                rules=[*skipping(skip or ()), *rules],
+                embeddings=beside,
+                allow_dense=allow_dense,
+            )
+            choice, beside, budget = picked.choice, picked.embeddings, picked.budget
+            output.say(f"auto: {picked.why}")
+            output.say(f"auto: the same by hand: {_by_hand(picked, own, invocation)}")
+        else:
+            choice = Choice(method, methods.resolve(method, "quantizer").Config.from_dict(own))
+            if bits_budget is not None:
+                given = tuple(map(Choice.from_text, candidate or ()))
+                budget = Budget(bits_budget, given or widths(choice, bits_budget))
+        if dry_run and budget is not None:
+            raise UsageError(f"--dry-run reads headers only; a budget of {budget.bits:g} measures")
         job = run.Job(
-            method=method,
+            method=choice.method,
             config=choice.config,
-            rules=read_plan(plan) if plan else (),
-            embeddings=Choice.from_text(embeddings) if embeddings else None,
-            budget=None
-            if bits_budget is None
-            else Budget(
-                bits_budget,
-                tuple(map(Choice.from_text, candidate))
-                if candidate
-                else widths(choice, bits_budget),
-            ),
+            rules=rules,
+            embeddings=beside,
+            budget=budget,
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,
@@ -171,20 +187,15 @@ def quantize(
         )
         check_device(device)
         if dry_run:
-            layout = (
-                read_layout(Path(model))
-                if hub.is_local(model)
-                else hub.remote_layout(model, revision)
-            )
             skeleton, planned = run.prepare(
-                layout,
+                _layout(model, revision),
                 job,
                 trust_remote_code=trust_remote_code,
                 device=device,
                 batch_size=batch_size,
             )
             show_plan(output, planned, skeleton)
-            output.result({"dry_run": True, "method": method, **_planned(planned)})
+            output.result({"dry_run": True, "method": choice.method, **_planned(planned)})
             return
         compute = parse_dtype(dtype)
         assert compute is not None
@@ -206,7 +217,42 @@ def quantize(
         except KeyboardInterrupt:
             again = "the same command goes on after the last whole block"
             raise Interrupted("interrupted", hint=again) from None
-        finish(output, method, out, report)
+        finish(output, choice.method, out, report)
+
+
+def _layout(model: str, revision: str | None) -> Layout:
+    """What the headers of a checkpoint say, of a hub id's too, which need not be fetched."""
+    from spectool import hub
+    from spectool.headers import read_layout
+
+    return read_layout(Path(model)) if hub.is_local(model) else hub.remote_layout(model, revision)
+
+
+def _by_hand(picked: Picked, own: dict[str, Any], invocation: typer.Context) -> str:
+    """The command without `auto`, with the other options as they were given."""
+    words = ["spectool", "quantize", picked.choice.method]
+    words += [str(invocation.params[name]) for name in ("model", "out")]
+    if picked.budget is not None:
+        words += ["--bits-budget", f"{picked.budget.bits:g}"]
+    pairs = str(picked.choice).partition(":")[2]
+    for pair in filter(None, pairs.split(",")):
+        key, _, value = pair.partition("=")
+        words += [f"--{key.replace('_', '-')}", value]
+    if picked.embeddings is not None:
+        words += ["--embeddings", str(picked.embeddings)]
+    for parameter in invocation.command.params:
+        name = parameter.name or ""
+        source = invocation.get_parameter_source(name)
+        if (
+            source is None
+            or source.name != "COMMANDLINE"
+            or name in (*own, "model", "out", "embeddings")
+        ):
+            continue
+        given = invocation.params[name]
+        for value in given if isinstance(given, list) else [given]:
+            words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+    return shlex.join(words)
 
 
 def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
@@ -357,7 +403,7 @@ QUANTIZE = Verb(
     name="quantize",
     help="Compress a checkpoint",
     kind="quantizer",
-    known=lambda: methods.names("quantizer"),
+    known=lambda: [*methods.names("quantizer"), *methods.names("chooser")],
     config=lambda method: method.Config,
     run=quantize,
 )

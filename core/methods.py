@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from spectool.errors import UsageError
 
-Kind = Literal["quantizer", "drafter", "rule"]
+Kind = Literal["quantizer", "chooser", "drafter", "rule"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A row. `status` is research for what nobody should reach for first; `trained` is a drafter
-    whose heads `train-heads` makes."""
+    """A row. A chooser names a quantizer to `quantize` by. `status` is research for what nobody
+    should reach for first; `trained` is a drafter whose heads `train-heads` makes."""
 
     kind: Kind
     target: str
@@ -78,6 +78,13 @@ METHODS: dict[str, Method] = {
         target="spectool.quantize.jlcm:JLCM",
         summary="Codebooks for groups of rows, fitted together with the codes; 1 to 4 bits",
         source="Yvinec et al., JLCM, 2023 (arXiv:2309.17361); details are ours",
+    ),
+    "auto": Method(
+        kind="chooser",
+        target="spectool.quantize.auto:Auto",
+        summary="Picks a quantizer for a size or a number of bits, and says why",
+        source="the order that benchmarks/fidelity.py found",
+        runs_in=("spectool",),
     ),
     "none": Method(
         kind="drafter",

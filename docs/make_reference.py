@@ -46,8 +46,8 @@ def reference() -> str:
             "",
         ]
     lines += ["## Quantizers", ""]
-    for name in methods.names("quantizer"):
-        lines += [f"### {name}", "", *_row(methods.row(name, "quantizer")), ""]
+    for name in (*methods.names("chooser"), *methods.names("quantizer")):
+        lines += [f"### {name}", "", *_row(methods.METHODS[name]), ""]
         lines += [*_table(_own(QUANTIZE, name)), ""]
     lines += ["## Drafters", "", "Options are written `--draft name:key=value,key=value`.", ""]
     for name in methods.names("drafter"):

@@ -1,0 +1,122 @@
+"""`quantize auto`: what it picks for a size, and the command that it prints."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from spectool.cli import app
+from spectool.errors import UsageError
+from spectool.headers import read_layout
+from spectool.loading import load_model
+from spectool.quantize.auto import STEPS, Auto, cache_bytes, parse_size, pick
+from spectool.quantize.choice import Choice
+from spectool.quantize.plan import make_plan
+from spectool.skeleton import Skeleton
+
+Checkpoints = Callable[..., Path]
+
+# Wide enough for groups to cost little beside codes.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 320}
+
+
+@pytest.fixture
+def wide(checkpoint: Checkpoints) -> Path:
+    return checkpoint("llama", **WIDE)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 << 30), ("500 MB", 5 * 10**8), ("1e9", 10**9), ("1.5kb", 1500), ("7", 7)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "3x", "-1GB", "0", "inf", "nan", "1 GB 2"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(UsageError, match="expected a size"):
+        Auto.Config(fit=text)
+
+
+def test_the_first_step_that_fits(wide: Path) -> None:
+    """Every step has its turn, from a room that only just holds it."""
+    skeleton = Skeleton(read_layout(wide))
+    cache = cache_bytes(skeleton, 100)
+    sizes = []
+    for step in STEPS:
+        beside = Choice.from_text("int8") if step.bits < 3 else None
+        plan = make_plan(skeleton, Choice.from_text(step.choice), embeddings=beside)
+        sizes.append(plan.file_bytes)
+        found = pick(skeleton, Auto.Config(fit=str(plan.file_bytes + cache), context=100))
+        assert str(found.choice) == str(Choice.from_text(step.choice))
+        assert found.embeddings == beside and found.budget is None
+        assert step.why in found.why and "a cache of 100 tokens" in found.why
+    assert sizes == sorted(sizes, reverse=True)
+    with pytest.raises(UsageError, match="the smallest there is takes"):
+        pick(skeleton, Auto.Config(fit=str(sizes[-1] + cache - 1), context=100))
+    with pytest.raises(UsageError, match="it fits as it is"):
+        pick(skeleton, Auto.Config(fit="1GB"))
+    with pytest.raises(UsageError, match="how small"):
+        pick(skeleton, Auto.Config())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
+def test_the_cache_is_as_large_as_transformers_makes_it(
+    checkpoint: Checkpoints, family: str
+) -> None:
+    import torch
+
+    source = checkpoint(family)
+    model: Any = load_model(source, dtype="bfloat16")
+    with torch.inference_mode():
+        kept = model(torch.zeros(1, 10, dtype=torch.long), use_cache=True).past_key_values
+    size = sum(2 * layer.keys.numel() + 2 * layer.values.numel() for layer in kept.layers)
+    assert cache_bytes(Skeleton(read_layout(source)), 10) == size
+
+
+@pytest.mark.parametrize(
+    ("bits", "choice", "budget"),
+    [(8.0, "int8", None), (4.0, "gptq", None), (3.0, "gptq:bits=3", None),
+     (2.0, "jlcm", None), (1.6, "ptq161", None), (1.9, "ptq161", None), (2.4, "gptq", 2.4)],
+)  # fmt: skip
+def test_by_bits(wide: Path, bits: float, choice: str, budget: float | None) -> None:
+    found = pick(Skeleton(read_layout(wide)), Auto.Config(bits=bits))
+    assert str(found.choice) == choice
+    assert (found.budget and found.budget.bits) == budget
+    assert (found.embeddings is not None) == (bits < 3)
+    own = Choice.from_text("rtn")
+    assert (
+        pick(Skeleton(read_layout(wide)), Auto.Config(bits=bits), embeddings=own).embeddings == own
+    )
+
+
+def test_the_printed_command_makes_the_same(wide: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
+    runner = CliRunner()
+    more = ["--calibration", str(text), "--samples", "2", "--seq-len", "16", "--seed", "3"]
+    out = tmp_path / "out"
+    done = runner.invoke(app, ["quantize", "auto", str(wide), str(out), "--bits", "3", *more])
+    assert done.exit_code == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "by hand: " in line]
+    words = shlex.split(line.partition("by hand: ")[2])
+    assert words[:3] == ["spectool", "quantize", "gptq"] and "--bits" in words
+    words[4] = str(tmp_path / "again")
+    again = runner.invoke(app, words[1:])
+    assert again.exit_code == 0, again.stderr
+    for path in out.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    both = ["quantize", "auto", str(wide), str(tmp_path / "b"), "--bits", "3"]
+    for wrong, said in (
+        (["--fit", "1GB"], "one of them decides"),
+        (["--bits-budget", "3"], "leave --bits-budget out"),
+        (["--dry-run", "--bits", "2.5"], "a budget of 2.5 measures"),
+    ):
+        done = runner.invoke(app, [*both, *wrong])
+        assert done.exit_code == 2 and said in done.stderr, done.stderr
