@@ -73,6 +73,13 @@ METHODS: dict[str, Method] = {
         summary="4 or 8 bits; an outlier takes the place of its neighbour, which becomes zero",
         source="Guo et al., OliVe, 2023 (arXiv:2304.07493)",
     ),
+    "olive-activations": Method(
+        kind="quantizer",
+        target="spectool.quantize.olive:OliVeActivations",
+        summary="The same with rounded inputs, decoded before the product: a study of accuracy",
+        source="Guo et al., OliVe, 2023 (arXiv:2304.07493)",
+        status="research",
+    ),
     "jlcm": Method(
         kind="quantizer",
         target="spectool.quantize.jlcm:JLCM",

@@ -24,9 +24,12 @@ from spectool.packed import FieldSpec, PackedLinear
 from spectool.skeleton import Site
 from spectool.walk import Activations, Call
 
-Statistic = Literal["absmax", "mean_abs", "second_moment", "hessian"]
+Statistic = Literal["absmax", "mean_abs", "second_moment", "hessian", "sample"]
 Stream = Literal["original", "packed"]
 PackedFields = dict[str, Tensor]
+
+# Tokens of a sample at most.
+SAMPLED = 512
 
 # An expert that saw fewer calibration tokens has no statistics worth using.
 MIN_EXPERT_TOKENS = 128
@@ -37,7 +40,7 @@ class LinearStats:
     """Statistics of the input x [T, m] of one matrix; those not asked for stay None.
 
     absmax [m] = max_t |x|, mean_abs [m] = mean_t |x|, second_moment [m] = mean_t x^2,
-    hessian [m, m] = mean_t x x^T. All float32.
+    hessian [m, m] = mean_t x x^T; sample [., m] the first tokens' inputs. All float32.
     """
 
     wanted: tuple[Statistic, ...]
@@ -46,6 +49,7 @@ class LinearStats:
     mean_abs: Tensor | None = None
     second_moment: Tensor | None = None
     hessian: Tensor | None = None
+    sample: Tensor | None = None
 
     def add(self, x_Tm: Tensor) -> None:
         """Take in further tokens. Means are kept running, so that long texts do not overflow."""
@@ -57,6 +61,11 @@ class LinearStats:
         share = count / self.num_tokens
         for name in self.wanted:
             before = getattr(self, name)
+            if name == "sample":
+                room = SAMPLED - (0 if before is None else len(before))
+                new = x_Tm[: max(0, room)].clone()
+                setattr(self, name, new if before is None else torch.cat([before, new]))
+                continue
             if name == "absmax":
                 new = x_Tm.abs().amax(0)
                 setattr(self, name, new if before is None else torch.maximum(before, new))

@@ -14,6 +14,10 @@ T = f max(|mu + 3 sigma|, |mu - 3 sigma|), the scale is T / (largest normal numb
 from 0.75 to 2.49 for the least squared error of the row with its zeros. Of the types of a width the
 one with the smaller error of the whole matrix is taken.
 
+`olive-activations` rounds the inputs in the same way: one scale and type a matrix, searched on the
+first calibration tokens. It is there to see what that costs: numbers are decoded before they are
+multiplied, which is no faster than the weights alone.
+
 Source: Guo et al., OliVe, 2023 (arXiv:2304.07493). Deviation from the authors' code: of two
 outliers they keep the first; the paper keeps the larger, as here.
 Shapes: n outputs, m inputs, p pairs, K numbers of a type and its outliers.
@@ -22,6 +26,7 @@ Shapes: n outputs, m inputs, p pairs, K numbers of a type and its outliers.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -144,6 +149,52 @@ class OliVe:
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> OliVeLinear:
         return OliVeLinear(spec, shape, config)
+
+
+class OliVeActivations(OliVe):
+    """The quantizer of weights and inputs; see the module docstring."""
+
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {"sample": "packed"}
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], config: OliVe.Config) -> FieldSpec:
+        more = {"input_scale": (torch.float32, (1,)), "input_kind": (torch.uint8, (1,))}
+        return {**super().layout(shape, config), **more}
+
+    @classmethod
+    def pack(
+        cls,
+        weight_nm: Tensor,
+        stats: LinearStats | None,
+        config: OliVe.Config,
+        generator: torch.Generator,
+    ) -> PackedFields:
+        """Inputs that no calibration token came to are left as they are: their scale is zero."""
+        fields = super().pack(weight_nm, stats, config, generator)
+        scale, index = 0.0, 0
+        if stats is not None and stats.sample is not None:
+            sample_Tm = F.pad(stats.sample, (0, stats.sample.shape[1] % 2))
+            scale, index = search_inputs(sample_Tm, TYPES[config.bits])
+        fields["input_scale"] = torch.tensor([scale], device=weight_nm.device)
+        fields["input_kind"] = torch.tensor([index], dtype=torch.uint8, device=weight_nm.device)
+        return fields
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> OliVeLinear:
+        return OliVeActivationsLinear(spec, shape, config)
+
+
+def search_inputs(sample_Tm: Tensor, kinds: tuple[Type, ...]) -> tuple[float, int]:
+    """The one scale of all inputs, and which of the types, with the least squared error."""
+    limit = float(_limits(sample_Tm.flatten()[None]))
+    best = (math.inf, 0.0, 0)
+    for index, kind in enumerate(kinds):
+        for factor in FACTORS if limit > 0 else ():
+            scale = factor / kind.largest * limit
+            scale_T = torch.full((len(sample_Tm),), scale, device=sample_Tm.device)
+            wrong = float((rounded(sample_Tm, scale_T, kind) - sample_Tm).double().square().sum())
+            best = min(best, (wrong, scale, index))
+    return best[1:]
 
 
 def search(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
@@ -275,3 +326,17 @@ class OliVeLinear(PackedLinear):
         codes_nm = unpack_bits(self.q.codes[rows], self.bits, columns)
         number_nm = decode(codes_nm, types[index]) * self.q.scale[rows, None].float()
         return number_nm[:, : self.in_features]
+
+
+class OliVeActivationsLinear(OliVeLinear):
+    """Fields more: input_scale F32 [1], input_kind U8 [1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.q.input_scale
+        if not scale:
+            return super().forward(x)
+        rows_Tm = F.pad(x.detach().float().flatten(0, -2), (0, self.in_features % 2))
+        kind = TYPES[self.bits][int(self.q.input_kind)]
+        near_Tm = rounded(rows_Tm, scale.expand(len(rows_Tm)), kind)[:, : self.in_features]
+        # Gradients pass as if nothing had been rounded.
+        return super().forward(x + (near_Tm.view(x.shape).to(x.dtype) - x.detach()))
