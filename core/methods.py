@@ -86,6 +86,13 @@ METHODS: dict[str, Method] = {
         summary="Codebooks for groups of rows, fitted together with the codes; 1 to 4 bits",
         source="Yvinec et al., JLCM, 2023 (arXiv:2309.17361); details are ours",
     ),
+    "scalar": Method(
+        kind="quantizer",
+        target="spectool.quantize.scalar:Scalar",
+        summary="Levels of its own for every input, and bits where they count; 1 to 4 on average",
+        source="codebooks of Hsu et al., QLAE, 2023 (arXiv:2305.18378); for weights they are ours",
+        status="research",
+    ),
     "auto": Method(
         kind="chooser",
         target="spectool.quantize.auto:Auto",

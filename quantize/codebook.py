@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Rounds of Lloyd's algorithm at most; it stops by itself much sooner.
 ROUNDS = 100
+# How far from its level to the border of its cell a value may lie that is to be learned.
+INSIDE = 0.7
 # Points that a further centre is chosen among.
 DRAWN = 8
 
@@ -92,6 +94,22 @@ def nearest(values_RN: Tensor, level_RK: Tensor) -> Tensor:
     for k in range(middle_RK.shape[1]):
         codes_RN += values_RN > middle_RK[:, k, None]
     return codes_RN
+
+
+def within(values_RN: Tensor, level_RK: Tensor, codes_RN: Tensor) -> Tensor:
+    """The values, each brought to where its code is the nearest one, and stays so when levels move.
+
+    Codes that make up for other errors are often not the nearest. A value just across the border
+    would fall back as soon as a level moves a little, and with it what its code made up for; so
+    none lies further than `INSIDE` of the way from its level to the next border.
+    """
+    codes_RN = codes_RN.long()
+    own_RN = level_RK.gather(1, codes_RN)
+    between_RK = torch.nn.functional.pad((level_RK[:, 1:] + level_RK[:, :-1]) / 2, (1, 1))
+    between_RK[:, 0], between_RK[:, -1] = -torch.inf, torch.inf
+    low_RN = own_RN + INSIDE * (between_RK.gather(1, codes_RN) - own_RN)
+    high_RN = own_RN + INSIDE * (between_RK.gather(1, codes_RN + 1) - own_RN)
+    return values_RN.clamp(low_RN, high_RN)
 
 
 def clusters(points_PD: Tensor, count: int, generator: torch.Generator) -> Tensor:

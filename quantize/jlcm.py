@@ -50,7 +50,7 @@ from .calibration import (
     Streams,
     Tick,
 )
-from .codebook import clusters, levels, nearest
+from .codebook import clusters, levels, nearest, within
 from .fitting import begun, fit_block
 from .gptq import Feedback, compensate, feedback
 from .rtn import SCALE_MAX, SCALE_MIN, check_scale
@@ -250,14 +250,8 @@ class Learned(nn.Module):
 
     def placed(self, weight_nm: Tensor) -> Tensor:
         """The weights [n, m] in units of their scale, brought to where their codes are nearest."""
-        level_nK = self.levels().detach()
-        between_nK = F.pad((level_nK[:, 1:] + level_nK[:, :-1]) / 2, (1, 1))
-        between_nK[:, 0], between_nK[:, -1] = -torch.inf, torch.inf
-        codes_nm = self.linear.codes().long()
-        inside = 1e-3 * self.unit
-        low_nm = between_nK.gather(1, codes_nm) + inside
-        high_nm = between_nK.gather(1, codes_nm + 1) - inside
-        return (weight_nm / self.scale_n[:, None]).clamp(low_nm, high_nm)
+        ratio_nm = weight_nm / self.scale_n[:, None]
+        return within(ratio_nm, self.levels().detach(), self.linear.codes())
 
     def _relative(self, choice: Tensor) -> None:
         """Let its gradient be relative to the matrix's mean."""
