@@ -36,6 +36,8 @@ from spectool.headers import read_layout
 from spectool.loading import load_model, load_tokenizer
 from spectool.machine import describe
 from spectool.methods import resolve
+from spectool.quantize.budget import Budget, widths
+from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure as count_bits
 from spectool.quantize.run import Job, Preprocess, quantize
 from spectool.text import encode, read_text
@@ -46,15 +48,19 @@ BASELINES = ("rtn", "hqq", "gptq", "nf4", "int8")
 GROUPS = (32, 64, 128, 0)
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("jlcm", {"bits": 2, "epochs": 4}),
+    ("scalar", {"bits": 2.0}),
     ("ptq161", {"epochs": 4}),
     ("ptq161 reshaped", {"epochs": 4}),
     *(("gptq", {"bits": b, "group_size": g}) for b in (2, 3, 4) for g in GROUPS),
+    *(("gptq mixed", {"budget": b}) for b in (2.25, 2.5, 3.0, 3.5)),
     ("olive", {"bits": 4}),
+    *(("olive-activations", {"bits": b}) for b in (4, 8)),
     ("nf4", {}),
     ("int8", {}),
     *(("rtn", {"bits": b, "group_size": g}) for b in (2, 3, 4) for g in GROUPS),
     *(("hqq", {"bits": b, "group_size": g}) for b in (2, 3, 4) for g in GROUPS),
     *(("jlcm", {"bits": b, "epochs": 4}) for b in (3, 4)),
+    ("scalar", {"bits": 3.0}),
 ]
 SAMPLES, SEQ_LEN = 64, 256
 SEEDS = (0, 1)
@@ -100,21 +106,28 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
     if not done:
         rows += _lost(sides, ResidentLaws(original), vocabulary, {"method": "original"})
     for name, options in METHODS:
-        method, _, reshaped = name.partition(" ")
+        method, _, way = name.partition(" ")
         kind = resolve(method, "quantizer")
         seeds = SEEDS if kind.statistics or hasattr(kind, "fit") else SEEDS[:1]
         for seed in seeds if name in (given.only or [name]) else ():
             said = {"method": name, "options": options, "seed": seed}
             if _identity(said) in done:
                 continue
+            own = {key: value for key, value in options.items() if key != "budget"}
+            choice, budget = Choice(method, kind.Config(**own)), None
+            if way == "mixed":
+                budget = Budget(options["budget"], widths(choice, options["budget"]))
             job = Job(
                 method=method,
-                config=kind.Config(**options),
+                config=choice.config,
+                budget=budget,
                 calibration=[calibration],
                 samples=SAMPLES,
                 seq_len=SEQ_LEN,
                 seed=seed,
-                preprocess=Preprocess(text=[calibration], **RESHAPED) if reshaped else None,
+                preprocess=Preprocess(text=[calibration], **RESHAPED)
+                if way == "reshaped"
+                else None,
             )
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "out"
