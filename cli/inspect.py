@@ -180,6 +180,8 @@ def command(made_by: dict[str, Any]) -> str | None:
                 words += ["--candidate", _choice(choice)]
         if made_by["rules"]:
             words += ["--plan", "PLAN"]
+        if made_by["head"]:
+            words += ["--head", _choice(made_by["head"])]
         if made_by["embeddings"]:
             words += ["--embeddings", _choice(made_by["embeddings"])]
         for pattern in made_by["skip"]:

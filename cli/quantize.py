@@ -94,6 +94,13 @@ def quantize(
             "a method that needs no text, such as int8."
         ),
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Learn the output matrix anew on the calibration text: vq or vq:key=value,… "
+            "(research)."
+        ),
+    ] = None,
     bits_budget: Annotated[
         float | None,
         typer.Option(
@@ -167,6 +174,7 @@ def quantize(
             config=choice.config,
             rules=rules,
             embeddings=beside,
+            head=Choice.from_text(head) if head else None,
             budget=budget,
             calibration=calibration,
             samples=samples,
@@ -347,6 +355,12 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
             f"matrices with too few calibration tokens, packed without data: {len(data_free)} "
             f"({data_free[0]}, …)"
         )
+    if learnt := report.outside.get("head"):
+        output.show(
+            f"output matrix: KL from the original on held-out calibration text "
+            f"{learnt['loss_start']:.4f} at first, {learnt['loss_after']:.4f} learnt; "
+            f"{learnt['nats_within_codes']:.3f} nats of tokens within their codes"
+        )
     fits = [(index, fit) for index, block in enumerate(report.blocks) for fit in block["fits"]]
     if fits:
         show_fits(output, fits)
@@ -361,6 +375,7 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
             "peak_rss_bytes": peak_rss_bytes(),
             "layers": report.layers,
             "preprocess": report.preprocess,
+            "head": report.outside.get("head"),
             "blocks": [
                 {key: block.get(key) for key in ("output_error", "data_free", "fits")}
                 for block in report.blocks

@@ -93,6 +93,13 @@ METHODS: dict[str, Method] = {
         source="codebooks of Hsu et al., QLAE, 2023 (arXiv:2305.18378); for weights they are ours",
         status="research",
     ),
+    "vq": Method(
+        kind="quantizer",
+        target="spectool.quantize.vq:VQ",
+        summary="Rows share vectors of a codebook; for output matrices, learnt by --head vq",
+        source="VQ-Logits, 2025 (arXiv:2505.10202); Zhu et al., SimVQ, 2024 (arXiv:2411.02038)",
+        status="research",
+    ),
     "auto": Method(
         kind="chooser",
         target="spectool.quantize.auto:Auto",

@@ -92,6 +92,11 @@ class PackedLinear(nn.Module):
         for start in range(0, self.out_features, size):
             yield slice(start, start + size)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether `forward` is a product with one matrix, which can then take its place."""
+        return True
+
     def has_kernel(self) -> bool:
         """Whether `forward` here works on the codes instead of unpacking them each time."""
         return False
@@ -290,7 +295,12 @@ def swap_in(
             del ties[f"{said['tied']}.weight"]
             # The fields are the embedding's; transformers knows ties of parameters only.
             packed.__dict__["q"] = packed._modules.pop("q")
+        elif said.get("outside"):
+            # An output matrix of its own, whatever the architecture ties.
+            getattr(model, "all_tied_weights_keys", {}).pop(f"{local}.weight", None)
         packed.bias = old.bias
+        if said.get("bias") and old.bias is None:
+            packed.bias = nn.Parameter(torch.empty(packed.out_features, dtype=dtype), False)
         setattr(parent, leaf, packed)
     for local, slices in experts.items():
         parent, leaf = _parent(model, local)
@@ -337,6 +347,8 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
             if isinstance(parent, PackedExperts):
                 continue
             if not isinstance(child, (PackedLinear, PackedEmbedding)):
+                continue
+            if isinstance(child, PackedLinear) and not child.is_matrix:
                 continue
             # A tied head has the fields of the embedding.
             if id(child.q) not in tables:

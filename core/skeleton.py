@@ -120,26 +120,27 @@ class Skeleton:
         """The packable matrices of a block, in the order of its modules."""
         return list(find_sites(self.model.get_submodule(block), block))
 
-    def outside(self) -> list[Site]:
-        """The embedding and the output matrix: one site if they are tied."""
+    def outside(self, *, own_head: bool = False) -> list[Site]:
+        """The embedding and the output matrix: one site if they are tied, unless the output gets
+        a matrix of its own."""
         names = {id(module): name for name, module in self.model.named_modules()}
         table: Any = self.model.get_input_embeddings()
         output: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         head = names.get(id(output), "")
         tied = f"{head}.weight" in self.model.all_tied_weights_keys
-        found = []
+        found, name = [], names.get(id(table), "")
         if isinstance(table, nn.Embedding):
-            name = names[id(table)]
-            parameter = f"{name}.weight"
-            if tied and parameter not in self.origins:
-                parameter = f"{head}.weight"
-            found.append(_outside(name, parameter, "embedding", table, head if tied else None))
-        if isinstance(output, nn.Linear) and not tied:
-            found.append(_outside(head, f"{head}.weight", "head", output))
+            shared = head if tied and not own_head else None
+            found.append(_outside(name, f"{name}.weight", "embedding", table, shared))
+        if isinstance(output, nn.Linear) and (own_head or not tied):
+            found.append(_outside(head, f"{name if tied else head}.weight", "head", output))
         return found
 
     def holding(self, site: Site) -> set[str]:
         """Names of the stored tensors that a site's codes take the place of."""
+        if site.kind == "head":
+            # A tied matrix stays: it is the embedding's.
+            return {f"{site.name}.weight"} & self.origins.keys()
         names = {site.parameter}
         if site.tied is not None:
             # Some checkpoints store both.

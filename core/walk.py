@@ -10,7 +10,7 @@ Shapes: S sequences, B sequences of a batch, L tokens of each, D width, V vocabu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,24 @@ class Activations:
         """Slices over the sequences, `size` at a time."""
         for start in range(0, len(self.hidden_SLD), size):
             yield slice(start, min(start + size, len(self.hidden_SLD)))
+
+
+def final_logits(config: Any) -> Callable[[Tensor], Tensor]:
+    """What makes of an output matrix's products a model's logits: as Cohere's and Granite's models
+    (scaled) and Gemma 2's (bounded) have them; for others they are these products, in float32."""
+    text = config.get_text_config(decoder=True)
+    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
+    bound = getattr(text, "final_logit_softcapping", None)
+    if scale == 1 and bound is None:
+        return Tensor.float
+
+    def finish(products: Tensor) -> Tensor:
+        scaled = products.float()
+        if scale != 1:
+            scaled = scaled * scale
+        return scaled if bound is None else bound * torch.tanh(scaled / bound)
+
+    return finish
 
 
 def _name_of(model: nn.Module, module: nn.Module | None) -> str:

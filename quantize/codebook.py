@@ -6,10 +6,12 @@ Shapes: R rows, N values of a row, K levels of a codebook, D components of a vec
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Rounds of Lloyd's algorithm at most; it stops by itself much sooner.
 ROUNDS = 100
+# Rounds of k-means on vectors at most.
+VECTOR_ROUNDS = 25
 # How far from its level to the border of its cell a value may lie that is to be learned.
 INSIDE = 0.7
 # Points that a further centre is chosen among.
@@ -110,6 +112,54 @@ def within(values_RN: Tensor, level_RK: Tensor, codes_RN: Tensor) -> Tensor:
     low_RN = own_RN + INSIDE * (between_RK.gather(1, codes_RN) - own_RN)
     high_RN = own_RN + INSIDE * (between_RK.gather(1, codes_RN + 1) - own_RN)
     return values_RN.clamp(low_RN, high_RN)
+
+
+class LinearCodebook(nn.Module):
+    """A codebook C = E A while it is trained (SimVQ; Zhu et al. 2024, arXiv:2411.02038).
+
+    E [K, D] are the vectors that it begins with. A, at first the identity, moves them all, also
+    those that nothing has chosen lately; E may learn beside it. What is stored and decoded by is C.
+    """
+
+    def __init__(self, basis_KD: Tensor) -> None:
+        super().__init__()
+        self.basis_KD = nn.Parameter(basis_KD.clone())
+        self.turn_DD = nn.Parameter(torch.eye(basis_KD.shape[1], device=basis_KD.device))
+
+    def forward(self) -> Tensor:
+        """C [K, D]."""
+        return self.basis_KD @ self.turn_DD
+
+
+def vectors(points_PD: Tensor, weights_P: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Each point's code [P] among `count`: weighted k-means from points drawn by their weight.
+
+    A centre that loses all its points begins again at the point that is the furthest from its own.
+    """
+    drawn_K = torch.multinomial(weights_P.double().cpu(), count, generator=generator)
+    centres_KD = points_PD[drawn_K.to(points_PD.device)]
+    label_P = torch.full((len(points_PD),), -1, device=points_PD.device)
+    for _ in range(VECTOR_ROUNDS):
+        before_P = label_P
+        parts = [torch.cdist(part, centres_KD).min(1) for part in torch.split(points_PD, 1 << 13)]
+        distance_P = torch.cat([part.values for part in parts])
+        label_P = torch.cat([part.indices for part in parts])
+        empty_E = (torch.bincount(label_P, minlength=count) == 0).nonzero()[:, 0]
+        if len(empty_E):
+            furthest_E = distance_P.topk(len(empty_E)).indices
+            label_P[furthest_E] = empty_E
+        elif torch.equal(before_P, label_P):
+            break
+        centres_KD = means(points_PD, weights_P, label_P, count)
+    return label_P
+
+
+def means(points_PD: Tensor, weights_P: Tensor, label_P: Tensor, count: int) -> Tensor:
+    """The weighted mean [K, D] of the points of each label; zeros where there are none."""
+    mass_K = weights_P.new_zeros(count).index_add_(0, label_P, weights_P)
+    sums_KD = points_PD.new_zeros(count, points_PD.shape[1])
+    sums_KD.index_add_(0, label_P, points_PD * weights_P[:, None])
+    return sums_KD / mass_K.clamp(min=1e-30)[:, None]
 
 
 def clusters(points_PD: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -27,6 +27,9 @@ RETAINED = 1.5
 # At most this share of the blocks' weights may stay dense without being asked for.
 DENSE_LIMIT = 0.10
 
+# The method of output matrices that are learnt.
+LEARNT_HEAD = "vq"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -69,6 +72,7 @@ def make_plan(
     *,
     rules: Sequence[Rule] = (),
     embeddings: Choice | None = None,
+    head: Choice | None = None,
     allow_dense: bool = False,
     calibration_tokens: int = 0,
     sequence_tokens: int = 0,
@@ -76,8 +80,9 @@ def make_plan(
     on_device: bool = False,
 ) -> Plan:
     """The plan for a model. `choice` is for the blocks' matrices that no rule names, `embeddings`
-    for embedding and output matrix. `calibration_tokens` is 0 where no activations are needed;
-    `sequence_tokens` are those of one sequence, `batch_tokens` of those run together.
+    for embedding and output matrix, `head` for an output matrix that is learnt.
+    `calibration_tokens` is 0 where no activations are needed; `sequence_tokens` are those of one
+    sequence, `batch_tokens` of those run together.
 
     Raises:
         UsageError: a rule that matches nothing, or a method that cannot do what it is named for.
@@ -86,7 +91,7 @@ def make_plan(
     sites: dict[str, dict[str, Site]] = {}
     choices: dict[str, Choice] = {}
     skipped: dict[str, str] = {}
-    outside = skeleton.outside()
+    outside = skeleton.outside(own_head=head is not None)
     inside, packed = 0, 0
     unused = list(rules)
     for block in skeleton.blocks:
@@ -129,7 +134,12 @@ def make_plan(
             f"({named}, …); at most {DENSE_LIMIT:.0%} may",
             hint="--allow-dense accepts that",
         )
+    if head is not None:
+        _check_head(skeleton, head, outside)
     for site in outside:
+        if head is not None and site.kind == "head":
+            choices[site.name] = head
+            continue
         rule = _first(site, rules)
         found_choice = rule.choice if rule else embeddings
         if found_choice is None:
@@ -152,6 +162,21 @@ def make_plan(
         batch_tokens or sequence_tokens,
         on_device=on_device,
     )
+
+
+def _check_head(skeleton: Skeleton, head: Choice, outside: Sequence[Site]) -> None:
+    own = [site for site in outside if site.kind == "head"]
+    if head.method != LEARNT_HEAD:
+        raise UsageError(
+            f"--head {head.method}: only {LEARNT_HEAD} learns an output matrix",
+            hint=f"--embeddings {head.method} packs it",
+        )
+    if not own:
+        raise UnsupportedError(f"{skeleton.config.model_type}: --head: has no output matrix")
+    if head.config.codes > own[0].shape[0]:  # type: ignore[attr-defined]
+        raise UsageError(
+            f"--head: {head} has more codes than the {own[0].shape[0]} tokens of the model"
+        )
 
 
 def _first(site: Site, rules: Sequence[Rule]) -> Rule | None:
@@ -212,6 +237,8 @@ def _sized(
     packed_bytes = sum(map(field_bytes, inside))
     dense = [site for site in outside.values() if site.name not in choices]
     outside_bytes = sum(map(field_bytes, beside)) + stored_bytes(dense)
+    learnt = [site for site in beside if choices[site.name].method == LEARNT_HEAD]
+    outside_bytes += element_bytes * sum(site.shape[0] for site in learnt)
     file_bytes = source_bytes - stored_bytes(inside) + packed_bytes
     file_bytes += outside_bytes - stored_bytes(outside.values())
     block_weights = max(
@@ -247,7 +274,7 @@ def _sized(
     # Embedding and output matrix are packed by themselves, before the blocks.
     table = max((site.num_weights for site in beside), default=0)
     working = int(RETAINED * max(working, (element_bytes + 5) * table))
-    num_buffers = 4 if fitting else 2
+    num_buffers = (4 if fitting else 2) + bool(learnt)
     return Plan(
         sites=sites,
         outside={site.name: site for site in beside},

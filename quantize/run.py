@@ -53,7 +53,8 @@ class Job:
     """Everything a quantization is asked to do, apart from where it runs.
 
     `method` and `config` are for the blocks' matrices that neither `skip` nor a rule names, and
-    `embeddings` for embedding and output matrix, which otherwise stay dense. With a `budget` those
+    `embeddings` for embedding and output matrix, which otherwise stay dense; `head` is for an
+    output matrix that is learnt. With a `budget` those
     matrices are packed by what errors tell.
     """
 
@@ -61,6 +62,7 @@ class Job:
     config: Config
     rules: Sequence[Rule] = ()
     embeddings: Choice | None = None
+    head: Choice | None = None
     budget: Budget | None = None
     calibration: Sequence[str] | None = None
     samples: int = 128
@@ -122,6 +124,7 @@ def _plan(skeleton: Skeleton, job: Job, *, device: str, batch_size: int) -> Plan
         job.choice,
         rules=[*skipping(job.skip), *job.rules],
         embeddings=job.embeddings,
+        head=job.head,
         allow_dense=job.allow_dense,
         calibration_tokens=job.samples * length if _calibrates(job) else 0,
         sequence_tokens=length,
@@ -177,10 +180,8 @@ def quantize(
         "device": torch.device(device).type,
     }
     kinds = [choice.quantizer for choice in _choices(job)]
-    if (
-        job.preprocess is not None
-        or job.budget is not None
-        or any(hasattr(kind, "fit") or "hessian" in kind.statistics for kind in kinds)
+    if any(each is not None for each in (job.preprocess, job.budget, job.head)) or any(
+        hasattr(kind, "fit") or "hessian" in kind.statistics for kind in kinds
     ):
         # Sums are split among threads, and their last bits go into the codes.
         computed["threads"] = torch.get_num_threads()
@@ -234,6 +235,7 @@ def quantize(
             dtype=dtype,
             batch_size=batch_size,
             opened=opened,
+            say=say,
         )
         if job.budget is not None:
             wanted = candidates(plan, job.budget, job.rules)
@@ -262,8 +264,10 @@ def _choices(job: Job) -> list[Choice]:
 
 def _calibrates(job: Job) -> bool:
     """Methods without statistics and without a fit run on weights alone, unless text is given."""
-    asked = job.calibration is not None or job.budget is not None
-    return asked or any(choice.calibrates for choice in _choices(job))
+    asked = (job.calibration, job.budget, job.head)
+    return any(each is not None for each in asked) or any(
+        choice.calibrates for choice in _choices(job)
+    )
 
 
 def _length(skeleton: Skeleton, seq_len: int) -> int:
@@ -337,6 +341,7 @@ def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[
         "options": job.config.as_dict(),
         "rules": [rule.as_dict() for rule in job.rules],
         "embeddings": None if job.embeddings is None else job.embeddings.as_dict(),
+        "head": None if job.head is None else job.head.as_dict(),
         "budget": None if job.budget is None else job.budget.as_dict(),
         "skip": sorted(job.skip),
         "allow_dense": job.allow_dense,

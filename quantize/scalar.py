@@ -138,8 +138,9 @@ class Scalar:
 
         def make_part(name: str, dtype: torch.dtype) -> nn.Module:
             weight_nm, moment_m = block.weights[name].to(device).float(), None
-            if name in stats and stats[name].hessian is not None:
-                moment_m = stats[name].hessian.diagonal()
+            hessian_mm = stats[name].hessian if name in stats else None
+            if hessian_mm is not None:
+                moment_m = hessian_mm.diagonal()
             return Part(linears[name], weight_nm, dtype, moment_m)
 
         def make_optimizers(parts: Sequence[nn.Module]) -> Sequence[torch.optim.Optimizer]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,8 +28,9 @@ from spectool.headers import read_header
 from spectool.machine import trim_memory
 from spectool.packed import build_packed, relative_error
 from spectool.skeleton import Site, Skeleton
-from spectool.walk import Activations, Call, Surroundings, run_block
+from spectool.walk import Activations, Call, Surroundings, final_logits, run_block
 
+from . import vq
 from .calibration import (
     MIN_EXPERT_TOKENS,
     Block,
@@ -44,7 +45,7 @@ from .calibration import (
     fit_each,
 )
 from .choice import Choice
-from .plan import Plan
+from .plan import LEARNT_HEAD, Plan
 
 # Activation buffers larger than this together live in files beside the shards.
 BUFFERS_IN_MEMORY = 8 << 30
@@ -53,6 +54,7 @@ BUFFERS_IN_MEMORY = 8 << 30
 # it), blocks in all, what was done to them.
 Progress = Callable[[float, int, str], None]
 PACKED = "blocks packed"
+TAUGHT = "output matrix learnt"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,6 +77,7 @@ class BlockWalk:
     dtype: torch.dtype
     batch_size: int
     opened: bool = False
+    say: Callable[[str], None] = lambda line: None
     calls: dict[int, list[Call]] = field(default_factory=dict)
 
     def run(self, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -82,7 +85,9 @@ class BlockWalk:
         blocks = self.skeleton.blocks
         self._copy_outside()
         missing = [i for i in range(len(blocks)) if not self._is_done(i)]
-        last = max(missing, default=-1)
+        head = self._learnt()
+        head_missing = head is not None and self.writer.report(self._shard(len(blocks))) is None
+        last = len(blocks) - 1 if head_missing else max(missing, default=-1)
         streams = self.start_streams() if last >= 0 else None
         # Finished blocks matter only for what flows through them.
         visits = missing if streams is None else list(range(last + 1))
@@ -103,18 +108,34 @@ class BlockWalk:
                 )
                 trim_memory()
                 progress(index + 1, len(blocks), PACKED)
+        if head is not None and head_missing:
+            assert streams is not None
+            self._fit_head(head, streams, lambda share: progress(share, 1, TAUGHT))
         reports = [self.writer.report(self._shard(i)) for i in range(-1, len(blocks))]
         outside, *inside = [report for report in reports if report is not None]
         assert len(inside) == len(blocks)
+        if head is not None:
+            said = self.writer.report(self._shard(len(blocks))) or {}
+            outside = {"layers": outside["layers"] + said["layers"], "head": said["head"]}
         return outside, inside
+
+    def _learnt(self) -> Site | None:
+        """The output matrix, if it is learnt."""
+        found = (
+            site
+            for key, site in self.plan.outside.items()
+            if self.plan.choices[key].method == LEARNT_HEAD
+        )
+        return next(found, None)
 
     def _is_done(self, index: int) -> bool:
         report = self.writer.report(self._shard(index))
         return report is not None and (self.ids_SL is None or "output_error" in report)
 
     def _shard(self, index: int) -> str:
-        """Shard 0 holds what belongs to no block."""
-        return f"packed-{index + 1:05d}-of-{len(self.skeleton.blocks) + 1:05d}.safetensors"
+        """Shard 0 holds what belongs to no block, and one after the blocks a learnt head."""
+        total = len(self.skeleton.blocks) + 1 + (self._learnt() is not None)
+        return f"packed-{index + 1:05d}-of-{total:05d}.safetensors"
 
     def read(self, block: str) -> dict[str, Tensor]:
         return self.skeleton.read(self.checkpoint, self.skeleton.tensors_of(block))
@@ -124,9 +145,13 @@ class BlockWalk:
         if self.writer.report(shard) is not None:
             return
         contents: dict[str, Content] = {}
-        sites = self.plan.outside
+        sites, learnt = dict(self.plan.outside), self._learnt()
         replaced = {name for site in sites.values() for name in self.skeleton.holding(site)}
         layers = []
+        if learnt is not None:
+            del sites[learnt.name]
+            # A bias that it has comes with it.
+            replaced.add(f"{learnt.name}.bias")
         for key, site in sites.items():
             tensors = self.skeleton.read(self.checkpoint, [site.parameter])
             check_finite(site.parameter, tensors[site.parameter])
@@ -147,6 +172,53 @@ class BlockWalk:
             else:
                 contents.update(self.skeleton.read(self.checkpoint, [name]))
         self.writer.write_shard(shard, contents, self.metadata, {"layers": layers})
+
+    def _fit_head(self, site: Site, streams: Streams, tick: Tick) -> None:
+        """Learn the output matrix on what the packed blocks put out."""
+        assert self.ids_SL is not None
+        around = Surroundings(
+            self.skeleton, self.checkpoint, dtype=self.dtype, device=self.device, with_head=True
+        )
+        output: nn.Module = around.model.get_output_embeddings()
+        seen: list[Tensor] = []
+        handle = output.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        for batch in streams.packed.batches(self.batch_size):
+            hidden_BLD = streams.packed.hidden_SLD[batch].to(self.device)
+            around.logits(self.ids_SL[batch], hidden_BLD)
+        handle.remove()
+        begin = 1 if self.opened else 0
+        states_TD = torch.cat([each[:, begin:].float().flatten(0, 1) for each in seen])
+        names = [site.parameter, f"{site.name}.bias"]
+        tensors = self.skeleton.read(
+            self.checkpoint, [name for name in names if name in self.skeleton.origins]
+        )
+        weight_VD, bias_V = tensors[site.parameter], tensors.get(f"{site.name}.bias")
+        config: Any = self.plan.choices[site.name].config
+        fields, own_V, figures = vq.fit_head(
+            weight_VD.to(self.device),
+            None if bias_V is None else bias_V.float().to(self.device),
+            vq.Text(
+                states_TD,
+                torch.bincount(self.ids_SL.flatten(), minlength=len(weight_VD)).to(self.device),
+                tuple(_special(self.skeleton.config)),
+            ),
+            config,
+            final_logits(self.skeleton.config),
+            torch.Generator().manual_seed(seed_of(self.seed, len(self.skeleton.blocks))),
+            self.say,
+            tick,
+        )
+        fields = {name: value.cpu() for name, value in fields.items()}
+        block = Block(site.name, {site.name: site}, {site.name: weight_VD})
+        layer = self._layer(site.name, block, fields)
+        contents: dict[str, Content] = {
+            f"{site.name}.q.{name}": value for name, value in fields.items()
+        }
+        contents[f"{site.name}.bias"] = own_V.to(weight_VD.dtype).cpu()
+        shard = self._shard(len(self.skeleton.blocks))
+        self.writer.write_shard(
+            shard, contents, self.metadata, {"layers": [layer], "head": figures}
+        )
 
     def start_streams(self) -> Streams | None:
         if self.ids_SL is None:
@@ -398,7 +470,16 @@ def entry_of(choice: Choice, site: Site) -> dict[str, Any]:
         said["outside"] = site.kind
     if site.tied is not None:
         said["tied"] = site.tied
+    if choice.method == LEARNT_HEAD and site.kind == "head":
+        said["bias"] = True
     return said
+
+
+def _special(config: Any) -> Iterator[int]:
+    """Tokens that a configuration names: those that begin, end and fill."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        said = getattr(config.get_text_config(), key, None)
+        yield from said if isinstance(said, list) else [said] if isinstance(said, int) else []
 
 
 def seed_of(seed: int, block: int) -> int:

@@ -34,6 +34,7 @@ from spectool.errors import UnsupportedError
 from spectool.kernels import skinny
 from spectool.options import option
 from spectool.packed import PackedLinear
+from spectool.walk import final_logits
 
 # Guesses of a head that a tree may hold, and nodes that are kept of the best tree.
 TOP = 10
@@ -73,8 +74,7 @@ class Frozen:
     bias_V: Tensor | None
     embed: Callable[[Tensor], Tensor]
     output: nn.Linear | PackedLinear
-    scale: float
-    bound: float | None
+    logits: Callable[[Tensor], Tensor]
 
     def vectors(self, tokens: Tensor) -> Tensor:
         """The output matrix's rows [..., D] of any tokens."""
@@ -82,12 +82,6 @@ class Frozen:
             used_N, places = torch.unique(tokens, return_inverse=True)
             return self.output.rows(used_N)[places]
         return F.embedding(tokens, self.output.weight.detach())
-
-    def logits(self, products: Tensor) -> Tensor:
-        scaled = products.float()
-        if self.scale != 1:
-            scaled = scaled * self.scale
-        return scaled if self.bound is None else self.bound * torch.tanh(scaled / self.bound)
 
     def to(self, dtype: torch.dtype) -> None:
         """Once, not at every use: it is the largest matrix there is."""
@@ -548,18 +542,12 @@ def _frozen(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
     if token_map is not None:
         weight_VD = weight_VD[token_map]
         bias_V = None if bias_V is None else bias_V[token_map]
-    config = model.config.get_text_config(decoder=True)
-    # As Cohere's and Granite's models and Gemma 2's have them.
-    scale = getattr(config, "logit_scale", None) or 1 / (
-        getattr(config, "logits_scaling", None) or 1
-    )
     return Frozen(
         weight_VD=weight_VD,
         bias_V=bias_V,
         embed=_embedding(model),
         output=output,
-        scale=scale,
-        bound=getattr(config, "final_logit_softcapping", None),
+        logits=final_logits(model.config),
     )
 
 

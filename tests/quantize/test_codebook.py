@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectool.quantize.codebook import clusters, levels, nearest
+from spectool.quantize.codebook import (
+    INSIDE,
+    LinearCodebook,
+    clusters,
+    levels,
+    means,
+    nearest,
+    vectors,
+    within,
+)
 
 
 def error(values_N: Tensor, weights_N: Tensor, level_K: Tensor) -> float:
@@ -90,3 +99,62 @@ def test_clusters_find_what_lies_apart() -> None:
 def test_clusters_of_few_or_equal_points() -> None:
     assert clusters(torch.zeros(5, 2), 3, torch.Generator()).tolist() == [0] * 5
     assert clusters(torch.eye(3), 8, torch.Generator()).tolist() == [0, 1, 2]
+
+
+def test_vectors_are_a_fixed_point_and_all_are_used() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points_PD = torch.randn(300, 3, generator=generator)
+    weights_P = torch.rand(300, generator=generator) + 0.1
+    label_P = vectors(points_PD, weights_P, 20, torch.Generator().manual_seed(1))
+    assert sorted(set(label_P.tolist())) == list(range(20))
+    centres_KD = means(points_PD, weights_P, label_P, 20)
+    for k in range(20):
+        hit = label_P == k
+        want = (points_PD[hit] * weights_P[hit, None]).sum(0) / weights_P[hit].sum()
+        assert torch.allclose(centres_KD[k], want, atol=1e-5)
+    again_P = torch.cdist(points_PD, centres_KD).argmin(1)
+    assert float((again_P != label_P).float().mean()) < 0.03
+    with pytest.raises(RuntimeError):
+        vectors(points_PD[:5], weights_P[:5], 6, torch.Generator())
+
+
+def test_a_linear_codebook_leaves_no_code_behind() -> None:
+    """On a mixture far from where all codes begin: only those that are hit would move alone."""
+
+    def used(trained: str) -> float:
+        generator = torch.Generator().manual_seed(0)
+        middle_KD = 6 * torch.randn(32, 2, generator=generator) + 20
+        book = LinearCodebook(torch.randn(256, 2, generator=generator))
+        values = {"basis": [book.basis_KD], "turn": [book.turn_DD]}[trained]
+        optimizer = torch.optim.Adam(values, lr=0.05)
+        hit: set[int] = set()
+        for step in range(600):
+            places_P = torch.randint(32, (256,), generator=generator)
+            points_PD = middle_KD[places_P] + torch.randn(256, 2, generator=generator)
+            code_P = torch.cdist(points_PD, book().detach()).argmin(1)
+            optimizer.zero_grad()
+            (book()[code_P] - points_PD).square().mean().backward()
+            optimizer.step()
+            if step >= 400:
+                hit |= set(code_P.tolist())
+        return len(hit) / 256
+
+    assert used("turn") > 2 * used("basis")
+
+
+def test_a_gradient_of_one_code_reaches_all() -> None:
+    book = LinearCodebook(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(book(), book.basis_KD)
+    book()[2].sum().backward()
+    assert book.turn_DD.grad is not None and bool((book.turn_DD.grad != 0).all())
+    assert book.basis_KD.grad is not None and not book.basis_KD.grad[3].any()
+
+
+def test_values_come_inside_their_cells() -> None:
+    level_RK = torch.tensor([[-1.0, 0.0, 2.0]])
+    values_RN = torch.tensor([[-5.0, 0.9, 5.0, -0.4, 0.1]])
+    codes_RN = torch.tensor([[0, 2, 2, 0, 0]])
+    want = [-5.0, 2 - INSIDE, 5.0, -1 + 0.5 * INSIDE, -1 + 0.5 * INSIDE]
+    found_RN = within(values_RN, level_RK, codes_RN)
+    assert found_RN[0].tolist() == pytest.approx(want)
+    assert torch.equal(nearest(found_RN, level_RK).long(), codes_RN)

@@ -1,0 +1,297 @@
+"""Shared vectors, and the output matrix that is learnt of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import spectool
+from spectool.cli import app
+from spectool.decode.generate import Runner
+from spectool.errors import UsageError
+from spectool.headers import read_layout
+from spectool.packed import PackedLinear
+from spectool.quantize import walk
+from spectool.quantize.choice import Choice
+from spectool.quantize.ledger import measure
+from spectool.quantize.vq import VQ, Text, VQLinear, begin, fit_head, log_mass, within_codes
+
+GENERATOR = torch.Generator()
+IDS_BL = torch.tensor([[5, 9, 12, 7, 7, 3]])
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
+    return str(path)
+
+
+def noise(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def head(vocab: int = 60, width: int = 12) -> tuple[Tensor, Text]:
+    """A matrix, and a text of it: what it likes best after random states."""
+    weight_VD = torch.randn(vocab, width, generator=noise())
+    states_TD = torch.randn(900, width, generator=noise(1))
+    chosen_T = (states_TD @ weight_VD.T).argmax(-1)
+    counts_V = torch.bincount(chosen_T, minlength=vocab)
+    return weight_VD, Text(states_TD, counts_V, (0, 1))
+
+
+def fitted(bias_V: Tensor | None = None, **options: Any) -> tuple[VQLinear, dict[str, Any], Any]:
+    weight_VD, text = head()
+    config = VQ.Config(**options)
+    fields, own_V, figures = fit_head(
+        weight_VD, bias_V, text, config, Tensor.float, noise(), lambda line: None,
+        lambda share: None,
+    )  # fmt: skip
+    linear = VQ.build(VQ.layout((60, 12), config), (60, 12), config)
+    linear.q.load_state_dict(fields)
+    linear.bias = torch.nn.Parameter(own_V, requires_grad=False)
+    return linear, figures, (weight_VD, text)
+
+
+def kl(linear: Any, weight_VD: Tensor, states_TD: Tensor) -> float:
+    with torch.inference_mode():
+        wanted = (states_TD @ weight_VD.T).log_softmax(-1)
+        found = linear(states_TD).log_softmax(-1)
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+def test_a_code_for_every_row_loses_nothing() -> None:
+    weight_nm = torch.randn(20, 12, generator=noise()).half().float()
+    config = VQ.Config(codes=20, width=0, frequent=0)
+    fields = VQ.pack(weight_nm, None, config, noise())
+    linear = VQ.build(VQ.layout((20, 12), config), (20, 12), config)
+    linear.q.load_state_dict(fields)
+    assert torch.equal(linear.dequantize(), weight_nm)
+    x_Tm = torch.randn(5, 12, generator=noise(2))
+    with torch.inference_mode():
+        assert torch.allclose(linear(x_Tm), x_Tm @ weight_nm.T, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "stages"), [(0, 1), (0, 2), (4, 1), (5, 3)])
+def test_rows_are_sums_of_what_codes_name(width: int, stages: int) -> None:
+    weight_nm = torch.randn(40, 12, generator=noise())
+    config = VQ.Config(codes=8, width=width, stages=stages, frequent=0)
+    fields = VQ.pack(weight_nm, None, config, noise())
+    linear = VQ.build(VQ.layout((40, 12), config), (40, 12), config)
+    linear.q.load_state_dict(fields)
+    size = width or 12
+    groups = math.ceil(12 / size)
+    for row in (0, 17, 39):
+        want: list[float] = []
+        for g in range(groups):
+            part = [0.0] * size
+            for s in range(stages):
+                code = int(fields["codes"][row, s * groups + g])
+                part = [
+                    a + float(b) for a, b in zip(part, fields["codebook"][s, g, code], strict=True)
+                ]
+            want += part
+        assert linear.dequantize()[row].tolist() == pytest.approx(want[:12], abs=1e-5)
+
+
+def test_more_codes_and_more_stages_err_less() -> None:
+    weight_nm = torch.randn(200, 16, generator=noise())
+
+    def error(**options: Any) -> float:
+        config = VQ.Config(**{"frequent": 0, **options})
+        linear = VQ.build(VQ.layout((200, 16), config), (200, 16), config)
+        linear.q.load_state_dict(VQ.pack(weight_nm, None, config, noise()))
+        return float((linear.dequantize() - weight_nm).square().sum())
+
+    for changes in (
+        [{"codes": k, "width": 0} for k in (4, 16, 64, 200)],
+        [{"codes": 16, "width": 8, "stages": s} for s in (1, 2, 3)],
+        [{"codes": 16, "width": w} for w in (16, 8, 4, 2)],
+    ):
+        errors = [error(**options) for options in changes]
+        assert errors == sorted(errors, reverse=True) and errors[0] > 1.2 * errors[-1]
+
+
+def test_two_levels_are_the_softmax() -> None:
+    """By the masses of codes, which need no logit of a token."""
+    linear, _, (_, text) = fitted(codes=16, width=0, frequent=6, epochs=2)
+    code_V = linear.q.codes[:, 0].long()
+    assert linear.bias is not None
+    mass_K = log_mass(linear.bias, code_V, 16)
+    logit_TK = text.states_TD @ linear.q.codebook[0, 0].float().T
+    with torch.inference_mode():
+        want = linear(text.states_TD).log_softmax(-1)
+    found = logit_TK[:, code_V] + linear.bias - (logit_TK + mass_K).logsumexp(-1)[:, None]
+    assert torch.allclose(found, want, atol=1e-5)
+    assert torch.allclose(found.exp().sum(-1), torch.ones(len(found)), atol=1e-5)
+    empty = log_mass(torch.zeros(3), torch.tensor([0, 0, 2]), 4)
+    assert empty.tolist() == pytest.approx([math.log(2), -math.inf, 0.0, -math.inf])
+
+
+def test_learning_lowers_the_kl_and_more_codes_more() -> None:
+    found = []
+    for codes in (12, 24, 48):
+        linear, figures, (weight_VD, _) = fitted(codes=codes, width=0, frequent=6)
+        assert figures["loss_after"] < 0.9 * figures["loss_start"]
+        fresh_TD = torch.randn(400, 12, generator=noise(9))
+        found.append(kl(linear, weight_VD, fresh_TD))
+        assert found[-1] < 1.6 * figures["loss_after"]
+    assert found == sorted(found, reverse=True)
+    _, figures, _ = fitted(codes=16, width=3)
+    assert figures["loss_after"] < 0.9 * figures["loss_start"] and figures["nats_within_codes"] == 0
+
+
+def test_special_and_frequent_tokens_share_with_nobody() -> None:
+    linear, _, (_, text) = fitted(codes=16, width=0, frequent=6)
+    codes = linear.q.codes[:, 0].tolist()
+    apart = {*text.special, *text.counts_V.argsort(descending=True, stable=True)[:6].tolist()}
+    assert all(codes.count(codes[token]) == 1 for token in apart)
+    assert len(set(codes)) <= 16 < 60 and max(codes) == len(set(codes)) - 1, "unused codes go"
+
+
+def test_the_bound_is_the_entropy_within_codes() -> None:
+    counts_V = torch.tensor([4.0, 4.0, 8.0, 0.0], dtype=torch.float64)
+    codes_VC = torch.tensor([[0], [0], [1], [1]])
+    assert within_codes(counts_V, codes_VC) == pytest.approx(0.5 * math.log(2))
+    assert within_codes(counts_V, torch.arange(4)[:, None]) == 0
+    assert within_codes(torch.zeros(4, dtype=torch.float64), codes_VC) == 0
+
+
+def test_a_bias_that_is_there_stays() -> None:
+    bias_V = 3 * torch.randn(60, generator=noise(5))
+    weight_VD, _ = head()
+    linear, figures, (_, text) = fitted(bias_V, codes=32, width=3)
+    with torch.inference_mode():
+        wanted = (text.states_TD @ weight_VD.T + bias_V).log_softmax(-1)
+        found = linear(text.states_TD).log_softmax(-1)
+    apart = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert apart == pytest.approx(figures["loss_after"], rel=0.4) and apart < 0.1
+
+
+def test_a_shortlist_decides_by_its_rows() -> None:
+    plain, _, (weight_VD, text) = fitted(codes=16, width=3)
+    linear, _, _ = fitted(codes=16, width=3, shortlist=8)
+    x_TD = text.states_TD[:50]
+    assert linear.bias is not None and plain.bias is not None
+    with torch.inference_mode():
+        found, rough = linear(x_TD), plain(x_TD)
+        alone = torch.cat([linear(row[None]) for row in x_TD])
+    exact = x_TD @ linear.rows(slice(None)).T + linear.bias
+    best = rough.topk(8, -1).indices
+    assert torch.allclose(found.gather(-1, best), exact.gather(-1, best), atol=1e-4)
+    rest = torch.ones_like(found, dtype=torch.bool).scatter(-1, best, False)
+    assert torch.allclose(found[rest], rough[rest], atol=1e-4)
+    assert torch.allclose(found, alone, atol=1e-5), "rows do not depend on each other"
+    top = (x_TD @ weight_VD.T).argmax(-1)
+    agree = [float((logits.argmax(-1) == top).float().mean()) for logits in (found, rough)]
+    assert agree[0] > agree[1]
+
+
+@pytest.mark.parametrize("options", [{"codes": 16, "width": 0, "frequent": 4}, {"codes": 16}])
+def test_contract(check_contract: Callable[..., None], options: dict[str, Any]) -> None:
+    check_contract("vq", torch.randn(42, 123) * 0.05, **options)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    weight_nm = torch.randn(20, 8)
+    with pytest.raises(UsageError, match="--codes 21: the matrix has 20 rows"):
+        VQ.pack(weight_nm, None, VQ.Config(codes=21), noise())
+    with pytest.raises(UsageError, match="leave none to share"):
+        VQ.Config(codes=16, width=0, frequent=16)
+    with pytest.raises(UsageError, match="6 special and frequent tokens"):
+        begin(weight_nm, torch.ones(20), None, tuple(range(6)),
+              VQ.Config(codes=6, width=0, frequent=4), noise())  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("spec", ["vq:codes=64,width=0,frequent=20", "vq:codes=32,shortlist=9"])
+def test_a_model_with_a_learnt_head(
+    checkpoint: Callable[..., Path],
+    compress: Callable[..., Path],
+    text_file: str,
+    family: str,
+    spec: str,
+) -> None:
+    source, reports = checkpoint(family), list[Any]()
+    job = {
+        "head": Choice.from_text(spec + ",epochs=3"),
+        "calibration": [text_file],
+        "samples": 12,
+        "seq_len": 48,
+    }
+    out = compress(source, "rtn", bits=8, group_size=16, job=job, reports=reports)
+    figures = reports[0].outside["head"]
+    assert figures["loss_after"] < figures["loss_start"]
+    model: Any = spectool.load(out)
+    output = model.get_output_embeddings()
+    assert isinstance(output, PackedLinear) and output.bias is not None
+    # The embedding stays what it was, tied or not.
+    before: Any = spectool.load(source)
+    assert torch.equal(model.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    with torch.inference_mode():
+        first, second = (spectool.load(out)(IDS_BL).logits for _ in range(2))
+        unpacked = spectool.load(out, runtime="dense")(IDS_BL).logits
+        wanted = before(IDS_BL).logits.log_softmax(-1)
+    assert torch.equal(first, second)
+    assert torch.allclose(unpacked, first, atol=1e-4)
+    apart = float((wanted.exp() * (wanted - first.log_softmax(-1))).sum(-1).mean())
+    assert apart < 3 * figures["loss_after"] + 0.5
+    ledger = measure(read_layout(out))
+    (entry,) = [entry for entry in ledger.entries if entry.outside]
+    assert entry.name == reports[0].outside["layers"][-1]["name"]
+    # A drafter still changes nothing, with every control.
+    runner = Runner(out, dtype=torch.float32)
+    for control in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
+        plain = runner.generate([[5, 6, 7]], max_new_tokens=16, **control)
+        runner.use("ngram")
+        drafted = runner.generate([[5, 6, 7]], max_new_tokens=16, **control)
+        if not control:
+            assert drafted[0].token_ids == plain[0].token_ids
+        runner.use("none")
+
+
+def test_killed_before_the_head(
+    checkpoint: Callable[..., Path], compress: Callable[..., Path], text_file: str
+) -> None:
+    job = {
+        "head": Choice.from_text("vq:codes=64,epochs=1"), "calibration": [text_file],
+        "samples": 6, "seq_len": 32,
+    }  # fmt: skip
+    source = checkpoint("llama-tied")
+    want = compress(source, "rtn", job=job, out="want")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk.BlockWalk, "_fit_head", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(source, "rtn", job=job)
+    out = compress(source, "rtn", job=job)
+    for path in want.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_the_command(checkpoint: Callable[..., Path], tmp_path: Path, text_file: str) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    command = ["quantize", "rtn", str(source), str(out), "--calibration", text_file]
+    command += ["--samples", "6", "--seq-len", "32"]
+    runner = CliRunner()
+    for wrong, said in (
+        ("vq:codes=4000", "has more codes than the 320 tokens"),
+        ("int8", "only vq learns an output matrix"),
+        ("vq:code=4", "unknown option 'code'"),
+    ):
+        done = runner.invoke(app, [*command, "--head", wrong])
+        assert done.exit_code == 2 and said in done.stderr, done.stderr
+        assert not list(tmp_path.glob("out*"))
+    done = runner.invoke(app, [*command, "--head", "vq:codes=32,epochs=1"])
+    assert done.exit_code == 0, done.stderr
+    assert "nats are left when their codes are known" in done.stderr
+    assert "output matrix: KL from the original on held-out calibration text" in done.stdout
+    said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)["command"]
+    assert "--head vq:codes=32,epochs=1,frequent=64," in said
