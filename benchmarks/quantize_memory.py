@@ -6,6 +6,11 @@ on weights alone, and once with calibration text, which runs every block. The fl
 disk: how long copying the source takes stands beside it.
 
     python benchmarks/quantize_memory.py [--layers 14] [--out benchmarks/results/...json]
+
+With `--trained` two blocks of it are packed by the methods that learn, and by `gptq`: 8 sequences
+of 2048 tokens, one epoch. What all 14 blocks would take is extrapolated from the seconds of one.
+
+    python benchmarks/quantize_memory.py --trained [METHOD …] [--out benchmarks/results/...json]
 """
 
 from __future__ import annotations
@@ -29,6 +34,14 @@ from spectool.machine import describe
 
 WIDTH, INNER, VOCABULARY = 2048, 8192, 32000
 SAMPLES, LENGTH = 8, 256
+BLOCKS = 14
+TRAINED = {
+    "gptq": ["--bits", "3"],
+    "ptq161": ["--epochs", "1"],
+    "jlcm": ["--bits", "2", "--epochs", "1"],
+    "scalar": ["--bits", "2", "--epochs", "1"],
+}
+TRAINED_LENGTH = 2048
 
 
 def write_checkpoint(path: Path, layers: int) -> tuple[int, int]:
@@ -110,11 +123,58 @@ def copy_seconds(model: Path, out: Path) -> float:
     return seconds
 
 
+def write_text(scratch: Path, model: Path) -> Path:
+    text = scratch / "text.txt"
+    text.write_text("the calibration text of a model whose weights are random " * 2000)
+    write_tokenizer(model)
+    return text
+
+
+def trained(methods: list[str]) -> dict[str, Any]:
+    """What learning two blocks takes, and from it what all would."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        model, out = Path(scratch) / "model", Path(scratch) / "out"
+        _, block = write_checkpoint(model, 2)
+        text = write_text(Path(scratch), model)
+        tokens = ["--samples", str(SAMPLES), "--seq-len", str(TRAINED_LENGTH)]
+        for method in methods or TRAINED:
+            command = ["quantize", method, str(model), str(out), *TRAINED[method]]
+            found = measure(
+                out, [*command, "--calibration", str(text), *tokens, "--batch-size", "1"]
+            )
+            # A stream each, and a target each where a method has a fit.
+            buffers = (2 if method == "gptq" else 4) * 4 * SAMPLES * TRAINED_LENGTH * WIDTH
+            bound = 1.5 * (4 * block + buffers) + 0.6e9
+            rows[method] = {
+                "options": TRAINED[method],
+                "seconds_of_two_blocks": found["process_seconds"],
+                "extrapolated_hours_of_all": found["process_seconds"] / 2 * BLOCKS / 3600,
+                "peak_rss_bytes": found["peak_rss_bytes"],
+                "peak_over_bound": found["peak_rss_bytes"] / bound,
+                "bits_linears": found["bits_per_weight"]["linears"],
+            }
+            print(json.dumps({method: rows[method]}), flush=True)
+    return {
+        "benchmark": "quantize_trained",
+        "machine": describe(),
+        "block_parameters": block,
+        "tokens": SAMPLES * TRAINED_LENGTH,
+        "methods": rows,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--trained", nargs="*")
     arguments = parser.parse_args()
+    if arguments.trained is not None:
+        result = trained(arguments.trained)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
         parameters, block = write_checkpoint(model, arguments.layers)
@@ -122,9 +182,7 @@ def main() -> None:
         found = measure(out, command)
         bound = 1.5 * 4 * block + 0.6e9
         buffers = 2 * 4 * SAMPLES * LENGTH * WIDTH
-        text = Path(scratch) / "text.txt"
-        text.write_text("the calibration text of a model whose weights are random " * 2000)
-        write_tokenizer(model)
+        text = write_text(Path(scratch), model)
         options = ["--calibration", str(text), "--samples", str(SAMPLES), "--seq-len", str(LENGTH)]
         calibrated = measure(out, [*command, *options])
         calibrated_bound = 1.5 * (4 * block + buffers) + 0.6e9

@@ -104,15 +104,19 @@ class Feedback:
     upper_mm: Tensor
 
 
-def feedback(hessian_mm: Tensor, damping: float, *, by_size: bool = True) -> Feedback:
-    """How errors are made up for; `by_size`: the inputs of large activations first.
+def feedback(
+    hessian_mm: Tensor, damping: float, *, by_size: bool = True, order_m: Tensor | None = None
+) -> Feedback:
+    """How errors are made up for; `by_size`: the inputs of large activations first; or in a given
+    order.
 
     Raises:
         UnsupportedError: the inputs are not finite, or H has no inverse with this damping.
     """
-    order_m = torch.arange(len(hessian_mm), device=hessian_mm.device)
-    if by_size:
-        order_m = hessian_mm.diagonal().argsort(descending=True, stable=True)
+    if order_m is None:
+        order_m = torch.arange(len(hessian_mm), device=hessian_mm.device)
+        if by_size:
+            order_m = hessian_mm.diagonal().argsort(descending=True, stable=True)
     return Feedback(order_m, _factor(hessian_mm[order_m][:, order_m], damping))
 
 

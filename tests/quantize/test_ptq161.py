@@ -30,6 +30,7 @@ from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
 from spectool.quantize.ptq161 import (
     PTQ161,
+    WIDTHS,
     Part,
     PTQ161Linear,
     most_salient,
@@ -99,6 +100,71 @@ def test_the_start_equals_the_equations(shape: tuple[int, int], ratio: float) ->
         linear = start(weight_nm, stats_of(x_Tm), ratio=ratio, saliency=saliency)
         want_nm = reference(weight_nm, sigma_m, num_salient(shape[1], ratio))
         torch.testing.assert_close(linear.dequantize(), want_nm, rtol=2e-3, atol=2e-6)
+
+
+def with_hessian(x_Tm: Tensor) -> LinearStats:
+    stats = LinearStats(("absmax", "mean_abs", "hessian"))
+    stats.add(x_Tm)
+    return stats
+
+
+def leaning(tokens: int, m: int) -> Tensor:
+    """Inputs that depend on each other, the first ones large."""
+    generator = torch.Generator().manual_seed(2)
+    x_Tm = torch.randn(tokens, m, generator=generator) @ torch.randn(m, m, generator=generator)
+    x_Tm[:, : m // 4] *= 5
+    return x_Tm
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
+def test_compensation_equals_an_inverse_a_column(ratio: float) -> None:
+    """By the equations, with the inverse of what is left at every column."""
+    n, m = 6, 12
+    weight_nm = torch.randn(n, m, generator=torch.Generator().manual_seed(1)) * 0.03 + 0.01
+    x_Tm = leaning(90, m)
+    stats = with_hessian(x_Tm)
+    assert stats.hessian is not None and stats.mean_abs is not None
+    hessian = stats.hessian.double()
+    k = num_salient(m, ratio)
+    salient = sorted(sorted(range(m), key=lambda j: (-float(stats.mean_abs[j]), j))[:k])  # type: ignore[index]
+    order = sorted(range(m), key=lambda j: (j not in salient, -float(hessian[j, j])))
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(m)
+    plain = start(weight_nm, stats, ratio=ratio, compensate=False)
+    step_n, zero_n = plain.q.hi_scale.double(), plain.q.hi_zero.double()
+    others = [j for j in range(m) if j not in salient]
+    mu_n = weight_nm[:, others].double().mean(1) if others else torch.zeros(n)
+    alpha_n = (weight_nm[:, others].double() - mu_n[:, None]).abs().mean(1) if others else mu_n
+    best: tuple[float, Tensor] = (float("inf"), weight_nm)
+    for width in WIDTHS:
+        left, made = weight_nm.double(), torch.empty(n, m, dtype=torch.float64)
+        for place, j in enumerate(order):
+            rest = order[place:]
+            inverse = torch.linalg.inv(damped[rest][:, rest])
+            if j in salient:
+                code = ((left[:, j] / step_n).round() + zero_n).clamp(0, 15)
+                made[:, j] = step_n * (code - zero_n)
+            else:
+                sign = torch.where(left[:, j] >= mu_n, 1.0, -1.0)
+                made[:, j] = mu_n + width * alpha_n * sign
+            error = (left[:, j] - made[:, j]) / inverse[0, 0]
+            left[:, rest] -= error[:, None] * inverse[0]
+        for i in range(n if others else 0):
+            # The best alpha on a line through the errors, found by its two ends.
+            sign = torch.zeros(m, dtype=torch.float64)
+            sign[others] = (made[i, others] - mu_n[i]).sign()
+            apart = made[i] - weight_nm[i].double()
+            made[i] -= (sign @ hessian @ apart) / (sign @ hessian @ sign) * sign
+        apart = made - weight_nm.double()
+        best = min(best, (float(((apart @ hessian) * apart).sum()), made), key=lambda b: b[0])
+    found = start(weight_nm, stats, ratio=ratio)
+    torch.testing.assert_close(found.dequantize().double(), best[1], rtol=2e-3, atol=1e-4)
+    if others:
+
+        def error_of(linear: PTQ161Linear) -> float:
+            apart = linear.dequantize().double() - weight_nm
+            return float(((apart @ hessian) * apart).sum())
+
+        assert error_of(found) < 0.8 * error_of(plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
