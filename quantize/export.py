@@ -71,6 +71,12 @@ def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) 
     if not checkpoint.layout.is_packed:
         raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")
     skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
+    for key, said in skeleton.modules.items():
+        if said.get("bias"):
+            raise UnsupportedError(
+                f"{key}: was learnt with a bias, which {skeleton.config.model_type} has no place for",
+                hint="pack without --head",
+            )
     convert, configure = FORMATS[name]
     parts = (skeleton.outside(), *map(skeleton.sites, skeleton.blocks))
     sites = {site.name: site for part in parts for site in part}
@@ -96,14 +102,13 @@ def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) 
                 "model.safetensors.index.json": _json(index_file),
             }
         )
-    served = name == "dense" or _bits(config) in SERVED_BITS
+    served = name == "dense" or _is_served(config["quantization_config"]["config_groups"])
     return [shlex.join(["vllm", "serve", str(out)])] if served else []
 
 
-def _bits(config: Mapping[str, Any]) -> int:
-    groups = config["quantization_config"]["config_groups"]
-    bits: int = groups["group_0"]["weights"]["num_bits"]
-    return bits
+def _is_served(groups: Mapping[str, Any]) -> bool:
+    """Whether vLLM is known to read them: it joins q, k and v, which then must have one scheme."""
+    return len(groups) == 1 and groups["group_0"]["weights"]["num_bits"] in SERVED_BITS
 
 
 # Of a shard: the tensors that are stored as they are, and the names of its packed matrices.
@@ -191,63 +196,70 @@ def grid_of(said: Mapping[str, Any], fields: Fields) -> Grid:
 
 
 def _compressed_config(skeleton: Skeleton, sites: Mapping[str, Site]) -> dict[str, Any]:
-    """The configuration, with a scheme for the packed matrices, which all have the same one.
+    """The configuration, with a group of the format's for all matrices of one scheme.
 
     Raises:
         UnsupportedError: matrices that the format cannot hold.
     """
     modules = skeleton.layout.modules
-    schemes = {json.dumps([m["method"], m["options"]], sort_keys=True) for m in modules.values()}
-    if len(schemes) > 1:
-        raise UnsupportedError(
-            f"{skeleton.layout.path}: its matrices are packed in {len(schemes)} ways; "
-            "this export knows one",
-            hint="--format dense",
-        )
-    said = next(iter(modules.values()))
-    method, options = said["method"], said["options"]
-    if method not in UNIFORM:
-        raise UnsupportedError(
-            f"compressed-tensors holds whole numbers on uniform grids; {method} has none",
-            hint="--format dense",
-        )
-    group_size = options.get("group_size", 0)
-    for name, entry in modules.items():
-        if sites[name].kind not in ("linear", "head"):
-            raise UnsupportedError(
-                f"{name}: compressed-tensors holds linear layers, this is a {sites[name].kind}",
-                hint="--format dense",
-            )
-        m = entry["shape"][1]
-        if group_size and m % group_size:
-            raise UnsupportedError(
-                f"{name}: its {m} inputs are no whole number of groups of {group_size}, which "
-                "compressed-tensors wants",
-                hint="pack with a --group-size that divides them, or --format dense",
-            )
-    weights = {
-        "num_bits": options.get("bits", 8),
-        "type": "int",
-        "symmetric": options.get("symmetric", True),
-        "strategy": "group" if group_size else "channel",
-        "group_size": group_size or None,
-        "dynamic": False,
-    }
+    groups: dict[str, list[str]] = {}
+    for name, said in modules.items():
+        _check_grid(name, said, sites[name])
+        groups.setdefault(json.dumps(_scheme(said)), []).append(name)
     linears = {
         name
         for name, module in skeleton.model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    scheme = {"targets": ["Linear"], "weights": weights}
     return {
         **skeleton.layout.config,
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": scheme},
+            "config_groups": {
+                f"group_{index}": {
+                    "targets": names if len(groups) > 1 else ["Linear"],
+                    "weights": json.loads(scheme),
+                }
+                for index, (scheme, names) in enumerate(groups.items())
+            },
             "ignore": sorted(linears - modules.keys()),
         },
+    }
+
+
+def _check_grid(name: str, said: Mapping[str, Any], site: Site) -> None:
+    if said["method"] not in UNIFORM:
+        raise UnsupportedError(
+            f"{name}: compressed-tensors holds whole numbers on uniform grids; {said['method']} "
+            "has none",
+            hint="--format dense",
+        )
+    if site.kind not in ("linear", "head"):
+        raise UnsupportedError(
+            f"{name}: compressed-tensors holds linear layers, this is a {site.kind}",
+            hint="--format dense",
+        )
+    m, group_size = said["shape"][1], said["options"].get("group_size", 0)
+    if group_size and m % group_size:
+        raise UnsupportedError(
+            f"{name}: its {m} inputs are no whole number of groups of {group_size}, which "
+            "compressed-tensors wants",
+            hint="pack with a --group-size that divides them, or --format dense",
+        )
+
+
+def _scheme(said: Mapping[str, Any]) -> dict[str, Any]:
+    options = said["options"]
+    group_size = options.get("group_size", 0)
+    return {
+        "num_bits": options.get("bits", 8),
+        "type": "int",
+        "symmetric": options.get("symmetric", True),
+        "strategy": "group" if group_size else "channel",
+        "group_size": group_size or None,
+        "dynamic": False,
     }
 
 

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import spectool
 from spectool.errors import UnsupportedError, UsageError
 from spectool.packed import packed_modules
+from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.export import export
+from spectool.quantize.rtn import RTN
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -102,6 +104,37 @@ def test_compressed_tensors_by_its_own_code(
         torch.testing.assert_close(
             logits(theirs), logits(spectool.load(packed)), rtol=2e-2, atol=2e-2
         )
+
+
+def test_several_schemes_are_groups_of_the_format(
+    checkpoint: Checkpoints, compress: Compress, tmp_path: Path
+) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    wide = Rule("down_proj", Choice("rtn", RTN.Config(bits=8, group_size=8, symmetric=True)), "")
+    job = {"rules": [wide], "embeddings": None}
+    packed = compress(checkpoint("llama"), "rtn", bits=4, group_size=8, symmetric=True, job=job)
+    out = tmp_path / "served"
+    assert export(str(packed), out, "compressed-tensors") == []
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(said)
+    compressor = BaseCompressor.get_value_from_registry(said["format"])
+    stored, ours = weights(out), packed_modules(spectool.load(packed))
+    found = {}
+    for scheme in config.config_groups.values():
+        for name in scheme.targets:
+            own = {
+                key.removeprefix(name + "."): tensor
+                for key, tensor in stored.items()
+                if key.startswith(name + ".weight_")
+            }
+            found[name] = compressor.decompress(own, scheme)["weight"]
+            wanted = ours[name].dequantize().to(own["weight_scale"].dtype)
+            assert torch.equal(found[name], wanted)
+    assert found.keys() == ours.keys() and len(config.config_groups) == 2
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(logits(theirs), logits(spectool.load(packed)), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(

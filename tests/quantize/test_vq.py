@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 import spectool
 from spectool.cli import app
 from spectool.decode.generate import Runner
-from spectool.errors import UsageError
+from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.packed import PackedLinear
 from spectool.quantize import walk
 from spectool.quantize.choice import Choice
+from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
 from spectool.quantize.vq import VQ, Text, VQLinear, begin, fit_head, log_mass, within_codes
 
@@ -247,6 +248,8 @@ def test_a_model_with_a_learnt_head(
     ledger = measure(read_layout(out))
     (entry,) = [entry for entry in ledger.entries if entry.outside]
     assert entry.name == reports[0].outside["layers"][-1]["name"]
+    with pytest.raises(UnsupportedError, match="was learnt with a bias"):
+        export(str(out), out.with_name("exported"), "dense")
     # A drafter still changes nothing, with every control.
     runner = Runner(out, dtype=torch.float32)
     for control in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
