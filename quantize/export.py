@@ -74,7 +74,7 @@ def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) 
     for key, said in skeleton.modules.items():
         if said.get("bias"):
             raise UnsupportedError(
-                f"{key}: was learnt with a bias, which {skeleton.config.model_type} has no place for",
+                f"{key}: was learnt with a bias, for which the architecture has no place",
                 hint="pack without --head",
             )
     convert, configure = FORMATS[name]

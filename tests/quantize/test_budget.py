@@ -153,6 +153,16 @@ def test_a_budget_is_kept_and_used(
     assert read_layout(again).modules == read_layout(out).modules
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "gemma2"])
+def test_other_families(
+    checkpoint: Checkpoints, compress: Compress, text_file: str, family: str
+) -> None:
+    job = {"budget": Budget(5.0, RTNS), "calibration": [text_file], "samples": 2, "seq_len": 32}
+    out = compress(checkpoint(family), "rtn", job={**job, "allow_dense": True})
+    linears = measure(read_layout(out)).linears
+    assert linears is not None and 4.4 < linears <= 5.0
+
+
 def test_several_methods_and_killed_while_measuring(
     checkpoint: Checkpoints, compress: Compress, text_file: str
 ) -> None:
