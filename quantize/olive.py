@@ -331,6 +331,10 @@ class OliVeLinear(PackedLinear):
 class OliVeActivationsLinear(OliVeLinear):
     """Fields more: input_scale F32 [1], input_kind U8 [1]."""
 
+    @property
+    def is_matrix(self) -> bool:
+        return False
+
     def forward(self, x: Tensor) -> Tensor:
         scale = self.q.input_scale
         if not scale:
