@@ -1,9 +1,10 @@
 """Stored bits against what was lost: every method on given checkpoints and texts.
 
+    python benchmarks/fidelity.py texts SHARED FOLDER
     python benchmarks/fidelity.py measure MODEL CALIBRATION WINDOW TEXT … --out FILE [--only NAME …]
     python benchmarks/fidelity.py report FILE … [--plot FILE]
 
-`measure` packs the checkpoint by each method, calibrated on 64 sequences of 256 tokens of
+`texts` makes the texts of the published tables. `measure` packs the checkpoint by each method, calibrated on 64 sequences of 256 tokens of
 CALIBRATION (drawn twice, with two seeds, for methods that look at them), and compares the result
 with the original in float32 on each TEXT: windows opened with the start token, every token of the
 text scored. What is in FILE already is not measured again. `report` prints the tables, and says how
@@ -16,8 +17,12 @@ Shapes: S windows of a text.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import lzma
 import math
+import random
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +46,7 @@ from spectool.quantize.budget import Budget, widths
 from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure as count_bits
 from spectool.quantize.run import Job, Preprocess, quantize
+from spectool.stdlib import documents
 from spectool.text import encode, read_text
 
 Row = dict[str, Any]
@@ -64,9 +70,48 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("scalar", {"bits": 3.0}),
 ]
 SAMPLES, SEQ_LEN = 64, 256
+# Characters of a text that is scored.
+LENGTH = 60000
 SEEDS = (0, 1)
 RESHAPED = {"steps": 200, "rate": 3e-4, "batch_size": 4}
 DRAWS = 2000
+
+
+def write_texts(shared: Path, folder: Path) -> None:
+    """What the models are calibrated on, of the kinds that they were trained on, and 60,000
+    characters each of what they were not trained on."""
+    data = shared / "data"
+
+    def lines(name: str) -> list[Any]:
+        with gzip.open(data / name, "rt") as file:
+            return [json.loads(line) for line in file]
+
+    def chat(rows: list[Any]) -> list[str]:
+        return [f"<|user|>{r['question']}<|end|><|assistant|>{r['answer']}<|end|>" for r in rows]
+
+    with gzip.open(data / "text/tinystories_valid.txt.gz", "rt") as file:
+        stories = file.read().replace("\n\n", "\n")
+    with lzma.open(data / "text/books_heldout.jsonl.xz", "rt") as file:
+        book = json.loads(file.readline())["text"]
+    taught = [row["text"] for row in lines("text/tinystories_train.jsonl.gz")[:600]]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    code = [p.read_text() for n in ("json", "asyncio") for p in sorted((library / n).glob("*.py"))]
+    sources = [document for document in documents() if not document.held_out]
+    random.Random(0).shuffle(sources)
+    texts = {
+        "stories": stories[:LENGTH],
+        "arithmetic": "".join(chat(lines("prompts/gsm8k_test.jsonl.gz")))[:LENGTH],
+        "book": book[:LENGTH],
+        "held-code": "\n".join(d.text for d in documents() if d.held_out)[:LENGTH],
+        "calibration": "\n".join(
+            [*taught, *chat(lines("prompts/gsm8k_train.jsonl.gz")[:600]), *code]
+        ),
+        "calibration-stories": "\n".join(taught),
+        "calibration-code": "\n".join(d.text for d in sources)[:1500000],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
 
 
 class Original:
@@ -344,12 +389,18 @@ def main() -> None:
     measuring.add_argument("texts", nargs="+")
     measuring.add_argument("--out", type=Path, required=True)
     measuring.add_argument("--only", nargs="+")
+    making = actions.add_parser("texts")
+    making.add_argument("shared", type=Path)
+    making.add_argument("folder", type=Path)
     reporting = actions.add_parser("report")
     reporting.add_argument("files", nargs="+", type=Path)
     reporting.add_argument("--plot", type=Path)
     given = parser.parse_args()
     if given.action == "report":
         report(given.files, given.plot)
+        return
+    if given.action == "texts":
+        write_texts(given.shared, given.folder)
         return
     transformers.logging.disable_progress_bar()
     measure(given.model, given.calibration, given.window, given.texts, given)
