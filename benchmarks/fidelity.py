@@ -4,12 +4,12 @@
     python benchmarks/fidelity.py measure MODEL CALIBRATION WINDOW TEXT … --out FILE [--only NAME …]
     python benchmarks/fidelity.py report FILE … [--plot FILE]
 
-`texts` makes the texts of the published tables. `measure` packs the checkpoint by each method, calibrated on 64 sequences of 256 tokens of
-CALIBRATION (drawn twice, with two seeds, for methods that look at them), and compares the result
-with the original in float32 on each TEXT: windows opened with the start token, every token of the
-text scored. What is in FILE already is not measured again. `report` prints the tables, and says how
-far each method lies from the curve that the baselines draw; intervals are bootstrapped over
-windows, the same ones for both sides.
+`texts` makes the texts of the published tables. `measure` packs the checkpoint by each method,
+calibrated on 64 sequences of 256 tokens of CALIBRATION (drawn twice, with two seeds, for methods
+that look at them), and compares the result with the original in float32 on each TEXT: windows
+opened with the start token, every token of the text scored. What is in FILE already is not measured
+again. `report` prints the tables, and says how far each method lies from the curve that the
+baselines draw; intervals are bootstrapped over windows, the same ones for both sides.
 
 Shapes: S windows of a text.
 """
