@@ -429,9 +429,15 @@ def _json(value: Any) -> bytes:
 
 def _readme(job: Job, ledger: Ledger) -> str:
     options = json.dumps(job.config.as_dict(), sort_keys=True)
+    more = [
+        f"{place} by `{choice}`"
+        for place, choice in (("embedding and output matrix", job.embeddings), ("head", job.head))
+        if choice is not None
+    ]
+    more += ["what `plan.yaml` names as it says"] if job.rules else []
     return f"""# A checkpoint packed by spectool
 
-Method `{job.method}` with {options}.
+Method `{job.method}` with {options}{"".join(f"; {each}" for each in more)}.
 
 | | bits |
 |---|---:|

@@ -32,6 +32,7 @@ from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, Us
 from spectool.headers import HEADS, HEADS_FILE, read_json
 from spectool.loading import load_outside, load_tokenizer, own_dtype
 from spectool.methods import resolve
+from spectool.packed import EmbeddingRows
 from spectool.skeleton import build_meta
 
 from .eagle3 import Eagle3Heads
@@ -313,7 +314,10 @@ def _eagle3_tensors(heads: Heads, tensors: Mapping[str, Tensor], vocab: int) -> 
 def _write_eagle3(
     heads: Heads, tensors: Mapping[str, Tensor], model: PreTrainedModel, target: str
 ) -> Written:
-    if type(model.get_input_embeddings()) is not nn.Embedding:
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, EmbeddingRows):
+        embedding = embedding.embedding
+    if type(embedding) is not nn.Embedding:
         raise UnsupportedError(
             "eagle3 takes the target's embedding as it is stored, and this target scales it",
             hint="--format speculators has a place for the scaled one",
