@@ -161,8 +161,14 @@ def test_a_tied_head_cannot_be_packed_alone(checkpoint: Checkpoints, compress: C
 FAMILIES = ["llama", "llama-tied", "gpt2", "opt", "gpt_neox", "gemma2", "gemma3", "qwen3_moe"]
 
 
-@pytest.mark.parametrize("choice", ["int8", "rtn:bits=4,group_size=16", "olive", "hqq:bits=4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "choice"),
+    [
+        *((family, "rtn:bits=4,group_size=16") for family in FAMILIES),
+        *(("llama-tied", choice) for choice in ("int8", "olive", "hqq:bits=4")),
+        ("gemma3", "int8"),
+    ],
+)
 def test_embedding_and_head_are_packed_and_read_back(
     checkpoint: Checkpoints, compress: Compress, family: str, choice: str
 ) -> None:
