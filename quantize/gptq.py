@@ -164,9 +164,13 @@ def _factor(hessian_mm: Tensor, damping: float) -> Tensor:
     # An input that was never seen: the error of its weights is nobody's matter.
     diagonal[diagonal == 0] = mean
     diagonal += damping * mean
+    # Each of these is as large as a block of small models: two at a time, not four.
     lower_mm, failed = torch.linalg.cholesky_ex(hessian_mm)
+    del hessian_mm, diagonal
     inverse_mm = torch.cholesky_inverse(lower_mm)
+    del lower_mm
     upper_mm, failed_again = torch.linalg.cholesky_ex(inverse_mm, upper=True)
+    del inverse_mm
     if failed or failed_again:
         raise UnsupportedError(
             f"the second moments of its inputs have no inverse with a damping of {damping}",

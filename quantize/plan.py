@@ -267,9 +267,10 @@ def _sized(
         saved = max(saved_bytes(skeleton, s.values(), sequence_tokens) for s in sites.values())
         passing = max(passing, saved)
     if any("hessian" in kind.statistics for kind in kinds.values()):
-        # Of every matrix, and four more of the largest in double precision while it is inverted.
+        # Of every matrix; two more of the largest in double precision, while it is inverted, and
+        # two of its copies in another order.
         squares = [site.shape[1] ** 2 for site in inside]
-        passing += 4 * sum(squares) // len(sites) + 32 * max(squares)
+        passing += 4 * sum(squares) // len(sites) + 24 * max(squares)
     working += passing
     # Embedding and output matrix are packed by themselves, before the blocks.
     table = max((site.num_weights for site in beside), default=0)
