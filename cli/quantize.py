@@ -152,8 +152,10 @@ def quantize(
         if method in methods.names("chooser"):
             if bits_budget is not None:
                 raise UsageError("auto: --bits takes a fraction; leave --bits-budget out")
+            layout = _layout(model, revision)
+            run.check_dense(layout)
             picked = auto.pick(
-                Skeleton(_layout(model, revision), trust_remote_code=trust_remote_code),
+                Skeleton(layout, trust_remote_code=trust_remote_code),
                 auto.Auto.Config.from_dict(own),
                 rules=[*skipping(skip or ()), *rules],
                 embeddings=beside,

@@ -112,7 +112,9 @@ def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
 
 def _better_dense(model: PreTrainedModel) -> bool:
     """Whether codes would be unpacked at every forward here, and memory holds them unpacked."""
-    packed = packed_modules(model)
+    # An output matrix that is learnt has a way of its own, whatever the blocks have.
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    packed = {name: part for name, part in packed_modules(model).items() if part is not output}
     if not packed or any(module.has_kernel() for module in packed.values()):
         return False
     weights = sum(module.in_features * module.out_features for module in packed.values())

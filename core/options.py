@@ -7,6 +7,7 @@ all derived from such a `Config`. Imports nothing heavy.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -144,6 +145,8 @@ def _check(field: Option, value: Any) -> None:
     wanted: Any = (int, float) if field.type is float else field.type
     if not isinstance(value, wanted) or (isinstance(value, bool) and field.type is not bool):
         raise UsageError(f"{field.flag} {value!r}: expected {field.type.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{field.flag} {value}: must be finite")
     if field.choices and value not in field.choices:
         listed = ", ".join(str(choice) for choice in field.choices)
         raise UsageError(f"{field.flag} {value}: expected one of {listed}")

@@ -13,6 +13,7 @@ they begin it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from .fitting import Substitute
 from .plan import Plan
 from .walk import BlockWalk, Progress, entry_of, seed_of
 
-# Sequences that errors are measured on.
+# Sequences that errors are measured on, at least, if there are so many.
 MEASURED = 8
 # Widths above the budget that are worth a try.
 WIDER = 2
@@ -46,6 +47,10 @@ class Budget:
     bits: float
     candidates: tuple[Choice, ...]
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.bits):
+            raise UsageError(f"--bits-budget {self.bits}: must be a number of bits")
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-safe, as artifacts store it."""
         return {"bits": self.bits, "candidates": [choice.as_dict() for choice in self.candidates]}
@@ -55,8 +60,9 @@ def widths(choice: Choice, budget: float) -> tuple[Choice, ...]:
     """A method at all its widths, but for those far above the budget.
 
     Raises:
-        UsageError: it has only one.
+        UsageError: it has only one, or the budget is no number.
     """
+    Budget(budget, ())
     option = next((o for o in options_of(type(choice.config)) if o.name == "bits"), None)
     if option is None:
         raise UsageError(
@@ -138,8 +144,10 @@ def _measured(
     wanted: Mapping[str, Sequence[Choice]],
 ) -> dict[str, list[float]]:
     assert block.module is not None
-    seen_SLD = streams.original.hidden_SLD[:MEASURED]
-    batches = list(torch.split(seen_SLD, walk.batch_size))
+    # Whole batches: of other sizes it is not known how the block is called.
+    count = -(-MEASURED // walk.batch_size)
+    places = itertools.islice(streams.original.batches(walk.batch_size), count)
+    batches = [streams.original.hidden_SLD[batch] for batch in places]
     before = [_through(walk, block, hidden_BLD) for hidden_BLD in batches]
     whole = sum(float(out_BLD.double().square().sum()) for out_BLD in before)
     # Of both streams only the original is known.

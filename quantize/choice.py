@@ -46,6 +46,11 @@ class Choice:
         """Whether it needs to see activations."""
         return bool(self.quantizer.statistics) or hasattr(self.quantizer, "fit")
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a dense matrix does the same."""
+        return getattr(self.quantizer, "is_matrix", True)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-safe, as artifacts store it."""
         return {"method": self.method, "options": self.config.as_dict()}

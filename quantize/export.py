@@ -72,6 +72,11 @@ def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) 
         raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")
     skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
     for key, said in skeleton.modules.items():
+        if not getattr(resolve(said["method"], "quantizer"), "is_matrix", True):
+            raise UnsupportedError(
+                f"{key}: {said['method']} rounds inputs too, which no other tool would do",
+                hint="pack with olive",
+            )
         if said.get("bias"):
             raise UnsupportedError(
                 f"{key}: was learnt with a bias, for which the architecture has no place",

@@ -155,6 +155,7 @@ class OliVeActivations(OliVe):
     """The quantizer of weights and inputs; see the module docstring."""
 
     statistics: ClassVar[Mapping[Statistic, Stream]] = {"sample": "packed"}
+    is_matrix: ClassVar[bool] = False
 
     @classmethod
     def layout(cls, shape: tuple[int, int], config: OliVe.Config) -> FieldSpec:

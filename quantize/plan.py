@@ -109,8 +109,15 @@ def make_plan(
             rule = ruled[site.name]
             if site.parameter in dense:
                 skipped[site.name] = dense[site.parameter]
-            else:
-                choices[site.name] = rule.choice if rule and rule.choice else choice
+                continue
+            own = rule.choice if rule and rule.choice else choice
+            if site.expert is not None and not own.is_matrix:
+                raise UnsupportedError(
+                    f"{site.name}: {own.method} rounds inputs of layers, and this is an "
+                    "expert of a fused tensor",
+                    hint="a --plan that packs the experts by olive",
+                )
+            choices[site.name] = own
         taken = {site.parameter for site in found}
         for name, parameter in skeleton.model.get_submodule(block).named_parameters(prefix=block):
             inside += parameter.numel() if parameter.ndim >= 2 else 0
@@ -137,15 +144,19 @@ def make_plan(
     if head is not None:
         _check_head(skeleton, head, outside)
     for site in outside:
+        rule = _first(site, rules)
         if head is not None and site.kind == "head":
+            if rule is not None:
+                raise UsageError(f"{rule.origin}: {site.name} is what --head learns")
             choices[site.name] = head
             continue
-        rule = _first(site, rules)
         found_choice = rule.choice if rule else embeddings
         if found_choice is None:
             continue
+        origin = rule.origin if rule else "--embeddings"
+        if found_choice.method == LEARNT_HEAD:
+            raise UsageError(f"{origin}: {LEARNT_HEAD} is learnt, by --head {LEARNT_HEAD}")
         if found_choice.calibrates:
-            origin = rule.origin if rule else "--embeddings"
             raise UsageError(
                 f"{origin}: {found_choice.method} needs activations, which are collected for the "
                 f"blocks only; {site.name} takes a method that needs none, such as int8 or rtn"

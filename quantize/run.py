@@ -96,6 +96,15 @@ class Report:
         return [layer for part in (self.outside, *self.blocks) for layer in part["layers"]]
 
 
+def check_dense(layout: Layout) -> None:
+    """Raises: UnsupportedError: the source is quantized already."""
+    if layout.quantization is not None:
+        by = layout.quantization.get("quant_method", "an unnamed method")
+        raise UnsupportedError(
+            f"{layout.path}: is quantized already ({by}); give the checkpoint it was made from"
+        )
+
+
 def prepare(
     layout: Layout, job: Job, *, trust_remote_code: bool, device: str, batch_size: int = 4
 ) -> tuple[Skeleton, Plan]:
@@ -105,11 +114,11 @@ def prepare(
         UsageError: rules that match nothing, or a budget that nothing fits.
         UnsupportedError: the source is quantized already, or cannot be packed.
     """
-    if layout.quantization is not None:
-        by = layout.quantization.get("quant_method", "an unnamed method")
-        raise UnsupportedError(
-            f"{layout.path}: is quantized already ({by}); give the checkpoint it was made from"
-        )
+    check_dense(layout)
+    if job.preprocess is not None:
+        for choice in _choices(job):
+            if not choice.is_matrix:
+                raise UsageError(f"--preprocess learns matrices; {choice.method} rounds inputs too")
     skeleton = Skeleton(layout, trust_remote_code=trust_remote_code)
     plan = _plan(skeleton, job, device=device, batch_size=batch_size)
     if job.budget is not None:

@@ -124,7 +124,7 @@ class BlockWalk:
         found = (
             site
             for key, site in self.plan.outside.items()
-            if self.plan.choices[key].method == LEARNT_HEAD
+            if site.kind == "head" and self.plan.choices[key].method == LEARNT_HEAD
         )
         return next(found, None)
 
@@ -151,7 +151,11 @@ class BlockWalk:
         if learnt is not None:
             del sites[learnt.name]
             # A bias that it has comes with it.
-            replaced.add(f"{learnt.name}.bias")
+            bias = f"{learnt.name}.bias"
+            replaced.add(bias)
+            for name in {learnt.parameter, bias} & self.skeleton.origins.keys():
+                for key, tensor in self.skeleton.read(self.checkpoint, [name]).items():
+                    check_finite(key, tensor)
         for key, site in sites.items():
             tensors = self.skeleton.read(self.checkpoint, [site.parameter])
             check_finite(site.parameter, tensors[site.parameter])
@@ -200,7 +204,7 @@ class BlockWalk:
             vq.Text(
                 states_TD,
                 torch.bincount(self.ids_SL.flatten(), minlength=len(weight_VD)).to(self.device),
-                tuple(_special(self.skeleton.config)),
+                tuple(x for x in _special(self.skeleton.config) if 0 <= x < len(weight_VD)),
             ),
             config,
             final_logits(self.skeleton.config),

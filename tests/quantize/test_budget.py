@@ -163,6 +163,15 @@ def test_other_families(
     assert linears is not None and 4.4 < linears <= 5.0
 
 
+@pytest.mark.parametrize(("samples", "batch_size"), [(11, 3), (12, 10), (5, 16)])
+def test_batches_of_any_size(
+    checkpoint: Checkpoints, compress: Compress, text_file: str, samples: int, batch_size: int
+) -> None:
+    job = {"budget": Budget(5.0, RTNS), "calibration": [text_file], "seq_len": 16}
+    more = {"job": {**job, "samples": samples}, "run": {"batch_size": batch_size}}
+    assert (compress(checkpoint("llama"), "rtn", **more) / "plan.yaml").exists()
+
+
 def test_several_methods_and_killed_while_measuring(
     checkpoint: Checkpoints, compress: Compress, text_file: str
 ) -> None:
@@ -199,6 +208,7 @@ def test_an_impossible_budget_is_one_line(checkpoint: Checkpoints, tmp_path: Pat
     for more, said in (
         (["--bits-budget", "2", "--group-size", "16"], "the smallest candidates take"),
         (["--candidate", "int8"], "--bits-budget chooses from, which is not given"),
+        (["--bits-budget", "inf"], "must be a number of bits"),
         (["--bits-budget", "4", "--dry-run"], "a budget of 4 measures"),
         (["--bits-budget", "4", "--candidate", "rtn:bits=9"], "must be at most 8"),
     ):

@@ -132,6 +132,8 @@ def test_a_plan_and_its_text_are_the_same(tmp_path: Path) -> None:
         ("layers: [{match: q_proj, method: dense, bits: 3}]", "dense takes no options"),
         ("layers: [{match: layers.7, method: rtn}]", r"entry 1 \(layers.7\): matches no linear"),
         ("layers: [{match: lm_head, method: gptq}]", "gptq needs activations"),
+        ("layers: [{match: lm_head, method: vq, codes: 32}]", "vq is learnt, by --head vq"),
+        ("layers: [{match: q_proj, method: scalar, bits: .nan}]", "--bits nan: must be finite"),
     ],
 )
 def test_bad_plans_are_one_line(

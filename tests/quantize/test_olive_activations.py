@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 import spectool
+from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.quantize.calibration import SAMPLED, LinearStats
+from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
 from spectool.quantize.olive import FACTORS, TYPES, OliVe, OliVeActivations
+from spectool.quantize.preprocess import Preprocess
 
 GENERATOR = torch.Generator()
 
@@ -145,3 +148,20 @@ def test_a_checkpoint_end_to_end(
         again = spectool.load(outs["olive-activations"], runtime="dense")(ids).logits
     assert torch.equal(both, again), "nothing can take its place"
     assert (alone - want).norm() < (both - want).norm() < 0.2 * want.norm()
+
+
+def test_what_would_not_round_inputs_is_refused(
+    checkpoint: Callable[..., Path], compress: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
+    job = {"calibration": [str(text)], "samples": 2, "seq_len": 32}
+    with pytest.raises(UnsupportedError, match="an expert of a fused tensor"):
+        compress(checkpoint("mixtral"), "olive-activations", job=job)
+    with pytest.raises(UsageError, match="--preprocess learns matrices"):
+        reshaped = {**job, "preprocess": Preprocess(text=[str(text)], steps=1)}
+        compress(checkpoint("llama"), "olive-activations", job=reshaped)
+    out = compress(checkpoint("llama"), "olive-activations", job=job)
+    with pytest.raises(UnsupportedError, match="rounds inputs too"):
+        export(str(out), tmp_path / "dense", "dense")
+    assert not (tmp_path / "dense").exists()

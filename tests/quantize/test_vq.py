@@ -292,6 +292,8 @@ def test_the_command(checkpoint: Callable[..., Path], tmp_path: Path, text_file:
         done = runner.invoke(app, [*command, "--head", wrong])
         assert done.exit_code == 2 and said in done.stderr, done.stderr
         assert not list(tmp_path.glob("out*"))
+    done = runner.invoke(app, [*command, "--head", "vq:codes=32", "--skip", "lm_head"])
+    assert done.exit_code == 2 and "--skip lm_head: lm_head is what --head learns" in done.stderr
     done = runner.invoke(app, [*command, "--head", "vq:codes=32,epochs=1"])
     assert done.exit_code == 0, done.stderr
     assert "nats are left when their codes are known" in done.stderr
