@@ -25,7 +25,6 @@ from torch import Tensor
 from spectool.errors import UsageError
 from spectool.options import options_of
 from spectool.packed import build_packed
-from spectool.skeleton import Site
 from spectool.walk import run_block
 
 from .calibration import Block, LinearStats, Streams, fit_each
@@ -80,11 +79,6 @@ def widths(choice: Choice, budget: float) -> tuple[Choice, ...]:
     )
 
 
-def stored_bytes(site: Site, choice: Choice) -> int:
-    layout = choice.quantizer.layout(site.shape, choice.config)
-    return sum(dtype.itemsize * math.prod(size) for dtype, size in layout.values())
-
-
 def candidates(plan: Plan, budget: Budget, rules: Sequence[Rule]) -> dict[str, tuple[Choice, ...]]:
     """What each matrix may be packed by: its rule's choice where one names it.
 
@@ -97,7 +91,7 @@ def candidates(plan: Plan, budget: Budget, rules: Sequence[Rule]) -> dict[str, t
         site.name: (plan.choices[site.name],) if site.name in pinned else budget.candidates
         for site in sites
     }
-    least = sum(min(stored_bytes(s, choice) for choice in found[s.name]) for s in sites)
+    least = sum(min(choice.stored_bytes(s.shape) for choice in found[s.name]) for s in sites)
     if 8 * least > budget.bits * plan.num_weights:
         raise UsageError(
             f"--bits-budget {budget.bits}: the smallest candidates take "
@@ -190,7 +184,9 @@ def choose(
 ) -> list[Rule]:
     """A rule for each matrix, within the budget."""
     sites = {site.name: site for block in plan.sites.values() for site in block.values()}
-    sizes = {name: [stored_bytes(site, c) for c in wanted[name]] for name, site in sites.items()}
+    sizes = {
+        name: [c.stored_bytes(site.shape) for c in wanted[name]] for name, site in sites.items()
+    }
     chosen = {}
     for name, each in sizes.items():
         ranked = list(zip(each, errors[name], strict=True))

@@ -12,6 +12,8 @@ then stay dense.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -50,6 +52,12 @@ class Choice:
     def is_matrix(self) -> bool:
         """Whether a dense matrix does the same."""
         return getattr(self.quantizer, "is_matrix", True)
+
+    @functools.cache  # noqa: B019  Layers repeat each other, and choices are few.
+    def stored_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of the fields of a matrix of this shape."""
+        layout = self.quantizer.layout(shape, self.config)
+        return sum(dtype.itemsize * math.prod(size) for dtype, size in layout.values())
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-safe, as artifacts store it."""

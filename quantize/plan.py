@@ -6,7 +6,6 @@ without fetching it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -208,16 +207,9 @@ def _sized(
 ) -> Plan:
     inside = [site for block in sites.values() for site in block.values()]
     beside = [site for site in outside.values() if site.name in choices]
-    # Layers repeat each other: what a matrix takes is worked out once a shape and choice.
-    known: dict[tuple[tuple[int, int], Choice], int] = {}
 
     def field_bytes(site: Site) -> int:
-        choice = choices[site.name]
-        key = site.shape, choice
-        if key not in known:
-            layout = choice.quantizer.layout(site.shape, choice.config)
-            known[key] = sum(dtype.itemsize * math.prod(size) for dtype, size in layout.values())
-        return known[key]
+        return choices[site.name].stored_bytes(site.shape)
 
     # A checkpoint may hold tensors that the architecture does not know; they stay behind.
     stored = {

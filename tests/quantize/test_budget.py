@@ -17,7 +17,7 @@ from spectool.errors import UsageError
 from spectool.headers import read_layout
 from spectool.loading import load_model
 from spectool.quantize import budget as budgets
-from spectool.quantize.budget import Budget, candidates, choose, stored_bytes, widths
+from spectool.quantize.budget import Budget, candidates, choose, widths
 from spectool.quantize.choice import Choice, Rule, read_plan
 from spectool.quantize.gptq import GPTQ
 from spectool.quantize.ledger import measure
@@ -74,7 +74,7 @@ def test_the_choice_is_about_the_best_there_is(checkpoint: Checkpoints, bits: fl
     assert picked.keys() == sites.keys()
 
     def size(picks: Any) -> int:
-        return sum(stored_bytes(sites[n], RTNS[i]) for n, i in zip(sites, picks, strict=True))
+        return sum(RTNS[i].stored_bytes(sites[n].shape) for n, i in zip(sites, picks, strict=True))
 
     def error(picks: Any) -> float:
         return sum(errors[n][i] for n, i in zip(sites, picks, strict=True))
