@@ -8,9 +8,11 @@ disk: how long copying the source takes stands beside it.
     python benchmarks/quantize_memory.py [--layers 14] [--out benchmarks/results/...json]
 
 With `--trained` two blocks of it are packed by the methods that learn, and by `gptq`: 8 sequences
-of 2048 tokens, one epoch. What all 14 blocks would take is extrapolated from the seconds of one.
+of 2048 tokens, one epoch. What all 14 blocks would take is extrapolated from the seconds of one;
+with `--layers 14` it is measured.
 
-    python benchmarks/quantize_memory.py --trained [METHOD …] [--out benchmarks/results/...json]
+    python benchmarks/quantize_memory.py --trained [METHOD …] [--layers 2] [--device cuda]
+        [--dtype bfloat16] [--out benchmarks/results/...json]
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,54 +133,60 @@ def write_text(scratch: Path, model: Path) -> Path:
     return text
 
 
-def trained(methods: list[str]) -> dict[str, Any]:
-    """What learning two blocks takes, and from it what all would."""
+def trained(methods: list[str], layers: int, device: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """What learning some blocks takes, and from it what all would; again after each method."""
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
-        _, block = write_checkpoint(model, 2)
+        _, block = write_checkpoint(model, layers)
         text = write_text(Path(scratch), model)
         tokens = ["--samples", str(SAMPLES), "--seq-len", str(TRAINED_LENGTH)]
+        tokens += ["--batch-size", "1", "--device", device, "--dtype", dtype]
         for method in methods or TRAINED:
             command = ["quantize", method, str(model), str(out), *TRAINED[method]]
-            found = measure(
-                out, [*command, "--calibration", str(text), *tokens, "--batch-size", "1"]
-            )
+            found = measure(out, [*command, "--calibration", str(text), *tokens])
             # A stream each, and a target each where a method has a fit.
             buffers = (2 if method == "gptq" else 4) * 4 * SAMPLES * TRAINED_LENGTH * WIDTH
             bound = 1.5 * (4 * block + buffers) + 0.6e9
             rows[method] = {
                 "options": TRAINED[method],
-                "seconds_of_two_blocks": found["process_seconds"],
-                "extrapolated_hours_of_all": found["process_seconds"] / 2 * BLOCKS / 3600,
+                "seconds": found["process_seconds"],
+                "extrapolated_hours_of_all": found["process_seconds"] / layers * BLOCKS / 3600,
                 "peak_rss_bytes": found["peak_rss_bytes"],
                 "peak_over_bound": found["peak_rss_bytes"] / bound,
+                "peak_device_bytes": found["peak_device_bytes"],
                 "bits_linears": found["bits_per_weight"]["linears"],
             }
             print(json.dumps({method: rows[method]}), flush=True)
-    return {
-        "benchmark": "quantize_trained",
-        "machine": describe(),
-        "block_parameters": block,
-        "tokens": SAMPLES * TRAINED_LENGTH,
-        "methods": rows,
-    }
+            yield {
+                "benchmark": "quantize_trained",
+                "machine": describe(),
+                "device": device,
+                "dtype": dtype,
+                "blocks": layers,
+                "block_parameters": block,
+                "tokens": SAMPLES * TRAINED_LENGTH,
+                "methods": rows,
+            }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--trained", nargs="*")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     if arguments.trained is not None:
-        result = trained(arguments.trained)
-        if arguments.out:
-            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        layers = arguments.layers or 2
+        for result in trained(arguments.trained, layers, arguments.device, arguments.dtype):
+            if arguments.out:
+                arguments.out.write_text(json.dumps(result, indent=2) + "\n")
         return
     with tempfile.TemporaryDirectory() as scratch:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
-        parameters, block = write_checkpoint(model, arguments.layers)
+        parameters, block = write_checkpoint(model, arguments.layers or BLOCKS)
         command = ["quantize", "rtn", str(model), str(out), "--bits", "4"]
         found = measure(out, command)
         bound = 1.5 * 4 * block + 0.6e9

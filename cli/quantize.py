@@ -331,7 +331,7 @@ def _planned(plan: Plan) -> dict[str, Any]:
 def finish(output: Output, method: str, out: Path, report: Report) -> None:
     """The figures users ask for, measured from the written files."""
     from spectool.headers import read_layout
-    from spectool.machine import peak_rss_bytes
+    from spectool.machine import peak_device_bytes, peak_rss_bytes
     from spectool.quantize.ledger import measure
 
     layout = read_layout(out)
@@ -366,7 +366,9 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
     fits = [(index, fit) for index, block in enumerate(report.blocks) for fit in block["fits"]]
     if fits:
         show_fits(output, fits)
-    output.show(f"{seconds:.1f} s, peak memory {size(peak_rss_bytes())}")
+    on_device = peak_device_bytes()
+    device = f", of the device {size(on_device)}" if on_device else ""
+    output.show(f"{seconds:.1f} s, peak memory {size(peak_rss_bytes())}{device}")
     output.result(
         {
             "out": str(out),
@@ -375,6 +377,7 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
             "bytes": ledger.file_bytes,
             "seconds": seconds,
             "peak_rss_bytes": peak_rss_bytes(),
+            "peak_device_bytes": on_device,
             "layers": report.layers,
             "preprocess": report.preprocess,
             "head": report.outside.get("head"),

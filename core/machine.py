@@ -58,6 +58,13 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak << 10
 
 
+def peak_device_bytes() -> int:
+    """The most memory that tensors of this process ever took on a CUDA device; 0 without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
 def processor() -> str:
     """The processor's name as the system knows it."""
     try:

@@ -49,7 +49,7 @@ from .calibration import (
     Tick,
 )
 from .fitting import begun, fit_block
-from .gptq import compensate, feedback
+from .gptq import Feedback, compensate, feedback
 from .rtn import RTN, SCALE_MAX, check_scale
 
 # The salient columns' grid.
@@ -123,8 +123,13 @@ class PTQ161:
         check_scale(float((alpha_n + mu_n.abs()).max()))
         signs_nr = rest_nr >= 0
         if config.compensate and stats is not None and stats.hessian is not None:
+            moment_m = stats.hessian.diagonal()
+            order_m = (moment_m + salient_m * moment_m.max()).argsort(descending=True, stable=True)
+            given = feedback(stats.hessian, DAMPING, order_m=order_m)
             tried = [
-                _compensated(weight_nm, salient_m, high, width * alpha_n, mu_n, stats.hessian)
+                _compensated(
+                    weight_nm, salient_m, high, width * alpha_n, mu_n, stats.hessian, given
+                )
                 for width in WIDTHS
             ]
             _, high["hi"], signs_nr, alpha_n = min(tried, key=lambda each: each[0])
@@ -237,13 +242,11 @@ def _compensated(
     alpha_n: Tensor,
     mu_n: Tensor,
     hessian_mm: Tensor,
+    given: Feedback,
 ) -> tuple[float, Tensor, Tensor, Tensor]:
     """The squared error of the outputs, codes of the salient columns, signs of the others, and the
     alpha that is best for them."""
-    diagonal_m = hessian_mm.diagonal()
-    order_m = torch.argsort(diagonal_m + salient_m * diagonal_m.max(), descending=True, stable=True)
-    given = feedback(hessian_mm, DAMPING, order_m=order_m)
-    is_salient, order = salient_m.tolist(), order_m.tolist()
+    is_salient, order = salient_m.tolist(), given.order_m.tolist()
     step_n, zero_n = high["hi_scale"].float(), high["hi_zero"].float()
     made_nm = torch.empty_like(weight_nm)
     codes_nm = torch.zeros_like(weight_nm, dtype=torch.uint8)
