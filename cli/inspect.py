@@ -166,6 +166,10 @@ def _choice(said: dict[str, Any]) -> str:
     return f"{said['method']}:{','.join(pairs)}" if pairs else str(said["method"])
 
 
+# How activations are computed if nothing is said.
+COMPUTED = {"dtype": "float32", "batch_size": 4, "device": "cpu"}
+
+
 def command(made_by: dict[str, Any]) -> str | None:
     """The command that makes the artifact again, from a source with the same fingerprint.
 
@@ -194,6 +198,9 @@ def command(made_by: dict[str, Any]) -> str | None:
                 words += ["--calibration", "TEXT"]
             words += ["--samples", str(calibration["samples"])]
             words += ["--seq-len", str(calibration["seq_len"])]
+            for key, usual in COMPUTED.items():
+                if calibration[key] != usual:
+                    words += [f"--{key.replace('_', '-')}", str(calibration[key])]
             if "threads" in calibration:
                 words += ["--threads", str(calibration["threads"])]
         if preprocess := made_by.get("preprocess"):

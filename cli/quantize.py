@@ -148,6 +148,7 @@ def quantize(
             raise UsageError("--candidate: is what --bits-budget chooses from, which is not given")
         rules = read_plan(plan) if plan else []
         beside = Choice.from_text(embeddings) if embeddings else None
+        learnt = Choice.from_text(head) if head else None
         budget = None
         if method in methods.names("chooser"):
             if bits_budget is not None:
@@ -159,6 +160,7 @@ def quantize(
                 auto.Auto.Config.from_dict(own),
                 rules=[*skipping(skip or ()), *rules],
                 embeddings=beside,
+                head=learnt,
                 allow_dense=allow_dense,
             )
             choice, beside, budget = picked.choice, picked.embeddings, picked.budget
@@ -176,7 +178,7 @@ def quantize(
             config=choice.config,
             rules=rules,
             embeddings=beside,
-            head=Choice.from_text(head) if head else None,
+            head=learnt,
             budget=budget,
             calibration=calibration,
             samples=samples,

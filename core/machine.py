@@ -9,6 +9,8 @@ import platform
 import re
 import resource
 import sys
+import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +44,33 @@ def trim_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Let sums on a CUDA device be taken in the same order each time, as on a processor.
+
+    Where torch has no such way of computing something it does as usual.
+    """
+    import torch
+
+    if device.type == "cpu":
+        yield
+        return
+    # What cuBLAS needs for it; read when its first product is taken.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.get_deterministic_debug_mode()
+    deterministic: Any = torch.utils.deterministic
+    fills = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        deterministic.fill_uninitialized_memory = fills
 
 
 def peak_rss_bytes() -> int:

@@ -292,7 +292,8 @@ def swap_in(
             parent, leaf = _parent(model, said["tied"])
             old = getattr(parent, leaf)
             ties: Any = model.all_tied_weights_keys
-            del ties[f"{said['tied']}.weight"]
+            if ties.pop(f"{said['tied']}.weight", None) is None:
+                raise CheckpointError(f"{said['tied']}: the architecture does not tie it to {name}")
             # The fields are the embedding's; transformers knows ties of parameters only.
             packed.__dict__["q"] = packed._modules.pop("q")
         elif said.get("outside"):

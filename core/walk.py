@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from spectool.checkpoint import Checkpoint, read_rows
 from spectool.errors import UnsupportedError
 from spectool.headers import TensorEntry
-from spectool.packed import EmbeddingRows
+from spectool.packed import EmbeddingRows, PackedEmbedding, PackedLinear
 from spectool.skeleton import Skeleton
 
 
@@ -71,6 +71,8 @@ class StoredRows(EmbeddingRows):
 class Surroundings:
     """Embeddings, final norm and, if asked for, head of a checkpoint, with taps for blocks.
 
+    `table` is a packed embedding that takes the place of the stored one.
+
     Raises:
         UnsupportedError: the model does more between its blocks than pass hidden states on.
     """
@@ -83,13 +85,14 @@ class Surroundings:
         dtype: torch.dtype,
         device: torch.device,
         with_head: bool,
+        table: PackedLinear | None = None,
     ) -> None:
         self.skeleton, self.device, self.with_head = skeleton, device, with_head
         self._calls: dict[tuple[int, int], list[Call]] = {}
         meta: Any = skeleton.model
-        table = f"{_name_of(meta, meta.get_input_embeddings())}.weight"
+        rows = f"{_name_of(meta, meta.get_input_embeddings())}.weight"
         head = f"{_name_of(meta, meta.get_output_embeddings())}."
-        origin = skeleton.origins.get(table)
+        origin = skeleton.origins.get(rows)
         by_rows = (
             origin is not None
             and origin.converter is None
@@ -99,7 +102,7 @@ class Surroundings:
         names = [
             name
             for name in skeleton.tensors_outside()
-            if (name.startswith(inside) and not (by_rows and name == table))
+            if (name.startswith(inside) and not ((by_rows or table) and name == rows))
             or (with_head and name.startswith(head))
         ]
         tensors: dict[str, Tensor] = {}
@@ -108,7 +111,10 @@ class Surroundings:
                 # Converted one by one, so that two copies of a large table never meet.
                 tensors[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         model: Any = skeleton.materialise("", tensors, dtype=dtype, device=device)
-        if by_rows:
+        if table is not None:
+            packed = PackedEmbedding(model.get_input_embeddings(), table.to(device), dtype)
+            model.set_input_embeddings(packed)
+        elif by_rows:
             assert origin is not None
             entry = checkpoint.layout.tensors[origin.stored[0][0]]
             model.set_input_embeddings(StoredRows(model.get_input_embeddings(), entry, dtype))
@@ -175,6 +181,29 @@ class Surroundings:
             return self._forward(ids_BL.to(self.device))
         finally:
             self.taps[-1].override = None
+
+    def head_inputs(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+        """What the last block's output becomes before the output matrix [B, L, D]."""
+        output: nn.Module = self.model.get_output_embeddings()
+        handle = output.register_forward_pre_hook(_stop)
+        try:
+            self.logits(ids_BL, hidden_BLD)
+        except _Reached as reached:
+            return reached.states_BLD
+        finally:
+            handle.remove()
+        raise AssertionError("the forward does not use the output matrix")
+
+
+class _Reached(Exception):
+    """Ends a forward at the output matrix, with what it would be multiplied with."""
+
+    def __init__(self, states_BLD: Tensor) -> None:
+        self.states_BLD = states_BLD
+
+
+def _stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    raise _Reached(args[0])
 
 
 def call_block(block: nn.Module, call: Call, hidden_BLD: Tensor) -> Tensor:

@@ -100,9 +100,10 @@ def pick(
     *,
     rules: Sequence[Rule] = (),
     embeddings: Choice | None = None,
+    head: Choice | None = None,
     allow_dense: bool = False,
 ) -> Picked:
-    """The step to take. `rules` and `embeddings` are what the user asked for.
+    """The step to take. `rules`, `embeddings` and `head` are what the user asked for.
 
     Raises:
         UsageError: neither a size nor bits are given, or nothing fits.
@@ -127,7 +128,12 @@ def pick(
         choice = Choice.from_text(step.choice)
         beside_blocks = embeddings or _embeddings(step.bits)
         plan = make_plan(
-            skeleton, choice, rules=rules, embeddings=beside_blocks, allow_dense=allow_dense
+            skeleton,
+            choice,
+            rules=rules,
+            embeddings=beside_blocks,
+            head=head,
+            allow_dense=allow_dense,
         )
         if plan.file_bytes + cache <= room:
             why = f"{step.why}; weights will take {_size(plan.file_bytes)} {beside}"
@@ -148,7 +154,7 @@ def _by_bits(bits: float, embeddings: Choice | None) -> Picked:
         return Picked(Choice.from_text(step.choice), beside, None, step.why)
     choice = Choice.from_text("gptq")
     budget = Budget(bits, widths(choice, bits))
-    return Picked(choice, beside, budget, "no whole number: each matrix gets bits by its error")
+    return Picked(choice, beside, budget, "between two widths: each matrix gets bits by its error")
 
 
 def _embeddings(bits: float) -> Choice | None:

@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from spectool.errors import UsageError
+from spectool.machine import trim_memory
 from spectool.options import options_of
-from spectool.packed import build_packed
+from spectool.packed import PackedLinear
 from spectool.walk import run_block
 
 from .calibration import Block, LinearStats, Streams, fit_each
 from .choice import Choice, Rule
 from .fitting import Substitute
-from .plan import Plan
-from .walk import BlockWalk, Progress, entry_of, seed_of
+from .plan import Plan, check_codes
+from .walk import BlockWalk, Progress, filled, seed_of
 
 # Sequences that errors are measured on, at least, if there are so many.
 MEASURED = 8
@@ -91,6 +92,9 @@ def candidates(plan: Plan, budget: Budget, rules: Sequence[Rule]) -> dict[str, t
         site.name: (plan.choices[site.name],) if site.name in pinned else budget.candidates
         for site in sites
     }
+    for site in sites:
+        for choice in found[site.name]:
+            check_codes(site, choice)
     least = sum(min(choice.stored_bytes(s.shape) for choice in found[s.name]) for s in sites)
     if 8 * least > budget.bits * plan.num_weights:
         raise UsageError(
@@ -108,20 +112,28 @@ def survey(
     assert streams is not None
     blocks = walk.skeleton.blocks
     errors: dict[str, list[float]] = {}
-    for index, name in enumerate(blocks):
-        tensors = walk.read(name)
-        block = walk.open(index, name, tensors, streams)
-        shard = f"survey-{index + 1:05d}.safetensors"
-        report = walk.writer.report(shard)
-        if report is None:
-            report = _measured(walk, index, block, streams, wanted)
-            walk.writer.write_shard(shard, {}, {}, report)
-        errors |= report
-        assert block.module is not None
-        for batch in streams.original.batches(walk.batch_size):
-            walk.through(block.module, block, streams.original, batch)
+    for index in range(len(blocks)):
+        errors |= _step(walk, index, streams, wanted)
+        trim_memory()
         progress(index + 1, len(blocks), "blocks measured")
     return errors
+
+
+def _step(
+    walk: BlockWalk, index: int, streams: Streams, wanted: Mapping[str, Sequence[Choice]]
+) -> dict[str, list[float]]:
+    """Measure one block, unless that is done, and advance the stream; all of it is freed then."""
+    name = walk.skeleton.blocks[index]
+    block = walk.open(index, name, walk.read(name), streams)
+    assert block.module is not None
+    shard = f"survey-{index + 1:05d}.safetensors"
+    report: dict[str, list[float]] | None = walk.writer.report(shard)
+    if report is None:
+        report = _measured(walk, index, block, streams, wanted)
+        walk.writer.write_shard(shard, {}, {}, report)
+    for batch in streams.original.batches(walk.batch_size):
+        walk.through(block.module, block, streams.original, batch)
+    return report
 
 
 def forget(walk: BlockWalk) -> None:
@@ -146,29 +158,39 @@ def _measured(
     whole = sum(float(out_BLD.double().square().sum()) for out_BLD in before)
     # Of both streams only the original is known.
     alike = Streams(streams.original, streams.original)
-    stats: dict[str, dict[str, LinearStats]] = {}
-    errors: dict[str, list[float]] = {}
-    for name, site in block.sites.items():
-        part = replace(block, sites={name: site}, weights={name: block.weights[name]})
-        errors[name] = []
-        for choice in wanted[name]:
-            if choice.method not in stats:
-                stats[choice.method] = walk.observe(block, choice, alike)
-            generator = torch.Generator().manual_seed(seed_of(walk.seed, index))
-            known = {key: stats[choice.method][key] for key in {name} & stats[choice.method].keys()}
-            fields = fit_each(
-                choice.quantizer, part, known, choice.config, generator, walk.device
-            ).fields[name]
-            spec = {key: (value.dtype, tuple(value.shape)) for key, value in fields.items()}
-            linear = build_packed(entry_of(choice, site), spec)
-            linear.q.load_state_dict(fields)
-            wrong = 0.0
-            with Substitute(part, {name: linear.to(walk.device)}):
-                for hidden_BLD, out_BLD in zip(batches, before, strict=True):
-                    apart_BLD = _through(walk, block, hidden_BLD) - out_BLD
-                    wrong += float(apart_BLD.double().square().sum())
-            errors[name].append(wrong / whole if whole else 0.0)
+    errors = {name: [0.0] * len(wanted[name]) for name in block.sites}
+    asked = {choice.method: choice for name in block.sites for choice in wanted[name]}
+    for method, like in asked.items():
+        # One method's at a time: they are as large as what is packed.
+        stats = walk.observe(block, like, alike)
+        for name, site in block.sites.items():
+            part = replace(block, sites={name: site}, weights={name: block.weights[name]})
+            known = {key: stats[key] for key in {name} & stats.keys()}
+            for place, choice in enumerate(wanted[name]):
+                if choice.method != method:
+                    continue
+                linear = _packed(walk, index, part, known, choice)
+                wrong = 0.0
+                with Substitute(part, {name: linear}):
+                    for hidden_BLD, out_BLD in zip(batches, before, strict=True):
+                        apart_BLD = _through(walk, block, hidden_BLD) - out_BLD
+                        wrong += float(apart_BLD.double().square().sum())
+                errors[name][place] = wrong / whole if whole else 0.0
     return errors
+
+
+def _packed(
+    walk: BlockWalk,
+    index: int,
+    part: Block,
+    stats: Mapping[str, LinearStats],
+    choice: Choice,
+) -> PackedLinear:
+    """The one matrix of a part as a method packs it."""
+    ((name, site),) = part.sites.items()
+    generator = torch.Generator().manual_seed(seed_of(walk.seed, index))
+    fitted = fit_each(choice.quantizer, part, stats, choice.config, generator, walk.device)
+    return filled(choice, site, fitted.fields[name]).to(walk.device)
 
 
 def _through(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:

@@ -117,18 +117,23 @@ def within(values_RN: Tensor, level_RK: Tensor, codes_RN: Tensor) -> Tensor:
 class LinearCodebook(nn.Module):
     """A codebook C = E A while it is trained (SimVQ; Zhu et al. 2024, arXiv:2411.02038).
 
-    E [K, D] are the vectors that it begins with. A, at first the identity, moves them all, also
-    those that nothing has chosen lately; E may learn beside it. What is stored and decoded by is C.
+    E [..., K, D] are the vectors that it begins with, of several codebooks at once. A, at first
+    the identity, moves all vectors of one, also those that nothing has chosen lately; E may learn
+    beside it, in units of its root mean square. What is stored and decoded by is C.
     """
 
     def __init__(self, basis_KD: Tensor) -> None:
         super().__init__()
-        self.basis_KD = nn.Parameter(basis_KD.clone())
-        self.turn_DD = nn.Parameter(torch.eye(basis_KD.shape[1], device=basis_KD.device))
+        size = basis_KD.square().mean((-2, -1), keepdim=True).sqrt()
+        self.size = torch.where(size > 0, size, 1.0)
+        self.basis_KD = nn.Parameter(basis_KD / self.size)
+        *books, _, width = basis_KD.shape
+        eye_DD = torch.eye(width, device=basis_KD.device).expand(*books, width, width)
+        self.turn_DD = nn.Parameter(eye_DD.clone())
 
     def forward(self) -> Tensor:
-        """C [K, D]."""
-        return self.basis_KD @ self.turn_DD
+        """C [..., K, D]."""
+        return self.size * (self.basis_KD @ self.turn_DD)
 
 
 def vectors(points_PD: Tensor, weights_P: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from spectool.headers import DTYPE_BITS
 from spectool.skeleton import Site, Skeleton
 
 from .choice import Choice, Rule
+from .vq import VQ, learning_bytes, special_tokens
 
 # What the interpreter with torch and transformers loaded holds, hashing threads included (measured:
 # 0.34 GB, 0.39 GB after the source was hashed).
@@ -116,6 +117,7 @@ def make_plan(
                     "expert of a fused tensor",
                     hint="a --plan that packs the experts by olive",
                 )
+            check_codes(site, own)
             choices[site.name] = own
         taken = {site.parameter for site in found}
         for name, parameter in skeleton.model.get_submodule(block).named_parameters(prefix=block):
@@ -183,10 +185,21 @@ def _check_head(skeleton: Skeleton, head: Choice, outside: Sequence[Site]) -> No
         )
     if not own:
         raise UnsupportedError(f"{skeleton.config.model_type}: --head: has no output matrix")
-    if head.config.codes > own[0].shape[0]:  # type: ignore[attr-defined]
+    check_codes(own[0], head)
+    assert isinstance(head.config, VQ.Config)
+    special = len(special_tokens(skeleton.config, own[0].shape[0]))
+    if head.config.single and special + head.config.frequent >= head.config.codes:
         raise UsageError(
-            f"--head: {head} has more codes than the {own[0].shape[0]} tokens of the model"
+            f"--head: {head}: {special} special and {head.config.frequent} frequent tokens have "
+            "codes of their own, and others need some too"
         )
+
+
+def check_codes(site: Site, choice: Choice) -> None:
+    """Raises: UsageError: more codes than rows to share them."""
+    config, rows = choice.config, site.shape[0]
+    if isinstance(config, VQ.Config) and config.codes > rows:
+        raise UsageError(f"{site.name}: {choice} has more codes than the {rows} rows of it")
 
 
 def _first(site: Site, rules: Sequence[Rule]) -> Rule | None:
@@ -241,7 +254,10 @@ def _sized(
     dense = [site for site in outside.values() if site.name not in choices]
     outside_bytes = sum(map(field_bytes, beside)) + stored_bytes(dense)
     learnt = [site for site in beside if choices[site.name].method == LEARNT_HEAD]
-    outside_bytes += element_bytes * sum(site.shape[0] for site in learnt)
+    # Such a matrix has a bias, and where the architecture ties it nothing of it is stored yet.
+    biases = [s.shape[0] for s in learnt if f"{s.name}.bias" not in skeleton.origins]
+    untied = [s.num_weights for s in learnt if not skeleton.holding(s)]
+    outside_bytes += element_bytes * sum(biases)
     file_bytes = source_bytes - stored_bytes(inside) + packed_bytes
     file_bytes += outside_bytes - stored_bytes(outside.values())
     block_weights = max(
@@ -277,7 +293,8 @@ def _sized(
     working += passing
     # Embedding and output matrix are packed by themselves, before the blocks.
     table = max((site.num_weights for site in beside), default=0)
-    working = int(RETAINED * max(working, (element_bytes + 5) * table))
+    taught = max((learning_bytes(site.shape) for site in learnt), default=0)
+    working = int(RETAINED * max(working, (element_bytes + 5) * table, taught))
     num_buffers = (4 if fitting else 2) + bool(learnt)
     return Plan(
         sites=sites,
@@ -285,7 +302,9 @@ def _sized(
         choices=choices,
         skipped=skipped,
         num_weights=num_weights,
-        num_parameters=sum(entry.num_elements for entry in stored.values()),
+        num_parameters=sum(entry.num_elements for entry in stored.values())
+        + sum(biases)
+        + sum(untied),
         packed_bytes=packed_bytes,
         outside_bytes=outside_bytes,
         file_bytes=file_bytes,

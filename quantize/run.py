@@ -19,6 +19,7 @@ from spectool.checkpoint import Checkpoint, open_checkpoint, text_fingerprint, t
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import FORMAT_VERSION, PACKED_INDEX, Layout, read_header
 from spectool.loading import load_tokenizer, stated_dtype
+from spectool.machine import reproducible
 from spectool.options import Config
 from spectool.skeleton import Skeleton
 from spectool.text import encode, read_text
@@ -215,7 +216,10 @@ def quantize(
         )
         reshape.check(overwrite=overwrite)
     identity = {"source": source, **made_by}
-    with ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
+    with (
+        reproducible(torch.device(device)),
+        ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer,
+    ):
         reshaped = checkpoint
         if reshape is not None:
             merged, figures = reshape.run(

@@ -52,8 +52,8 @@ from .int8 import Int8
 DAMPING = 0.01
 # Of the text, what the epochs are compared on.
 HELD_OUT = 1 / 16
-# Logits of a step are about so many.
-STEP_LOGITS = 1 << 22
+# Logits of a step are about so many, and its tokens no fewer than that.
+STEP_LOGITS, STEP_TOKENS = 1 << 22, 256
 
 
 class VQ:
@@ -117,20 +117,25 @@ class VQ:
         return VQLinear(spec, shape, config)
 
 
+def learning_bytes(shape: tuple[int, int]) -> int:
+    """What teaching an output matrix of this shape takes besides its text: the matrix, the one that
+    is made of the codes and its gradient, and some laws over the tokens, all in float32."""
+    tokens, columns = shape
+    return 12 * tokens * columns + 24 * max(STEP_LOGITS, STEP_TOKENS * tokens)
+
+
 class Books(nn.Module):
     """Codes [n, S, G] and codebooks in training."""
 
-    def __init__(self, config: VQ.Config, centres: list[list[Tensor]], codes_nSG: Tensor) -> None:
+    def __init__(self, config: VQ.Config, centres_SGKW: Tensor, codes_nSG: Tensor) -> None:
         super().__init__()
         self.config, self.codes_nSG = config, codes_nSG
-        self.books = nn.ModuleList(
-            nn.ModuleList(LinearCodebook(each_KW) for each_KW in stage) for stage in centres
-        )
+        self.books = LinearCodebook(centres_SGKW)
 
     def codebook(self) -> Tensor:
         """All of them folded, [S, G, K, W]."""
-        stages: Any = self.books
-        return torch.stack([torch.stack([book() for book in stage]) for stage in stages])
+        folded: Tensor = self.books()
+        return folded
 
     def matrix(self, columns: int) -> Tensor:
         return _matrix(self.codebook(), self.codes_nSG, columns)
@@ -159,12 +164,11 @@ class Books(nn.Module):
     def reassign(self, weight_nm: Tensor, hessian_mm: Tensor | None, apart: Tensor) -> None:
         """Each row takes the codes that are the nearest now, a stage after another; those `apart`
         keep theirs."""
+        codebook_SGKW = self.codebook()
         for g, group in enumerate(_groups(weight_nm, self.config.width)):
             left_nW = group.clone()
             root_WW = _root(hessian_mm, g, group)
-            for s, stage in enumerate(self.books):
-                book: Any = stage
-                book_KW = book[g]()
+            for s, book_KW in enumerate(codebook_SGKW[:, g]):
                 near_n = _nearest(left_nW @ root_WW, book_KW @ root_WW)
                 near_n[apart] = self.codes_nSG[apart, s, g]
                 self.codes_nSG[:, s, g] = near_n
@@ -172,15 +176,11 @@ class Books(nn.Module):
 
 
 def _matrix(codebook_SGKW: Tensor, codes_nSG: Tensor, columns: int) -> Tensor:
-    groups = range(codebook_SGKW.shape[1])
-    parts = [
-        sum(
-            (F.embedding(codes_nSG[:, s, g], book[g]) for s, book in enumerate(codebook_SGKW)),
-            torch.zeros((), device=codebook_SGKW.device),
-        )
-        for g in groups
-    ]
-    return torch.cat(parts, 1)[:, :columns]
+    stages, groups, codes, width = codebook_SGKW.shape
+    first_SG = codes * torch.arange(stages * groups, device=codes_nSG.device)
+    places_nSG = codes_nSG + first_SG.view(stages, groups)
+    found_nSGW = F.embedding(places_nSG, codebook_SGKW.view(-1, width))
+    return found_nSGW.sum(1).flatten(1)[:, :columns]
 
 
 def _groups(weight_nm: Tensor, width: int) -> list[Tensor]:
@@ -224,11 +224,6 @@ def begin(
     n = len(weight_nm)
     if config.codes > n:
         raise UsageError(f"--codes {config.codes}: the matrix has {n} rows")
-    if apart and len(apart) >= config.codes:
-        raise UsageError(
-            f"--codes {config.codes}: {len(apart)} special and frequent tokens have codes of their "
-            "own, and others need some too"
-        )
     centres: list[list[Tensor]] = [[] for _ in range(config.stages)]
     groups = _groups(weight_nm, config.width)
     device = weight_nm.device
@@ -247,12 +242,22 @@ def begin(
             book_KW = means(left_nW, weights_n, codes_nSG[:, s, g], config.codes)
             centres[s].append(book_KW)
             left_nW = left_nW - book_KW[codes_nSG[:, s, g]]
-    return Books(config, centres, codes_nSG)
+    return Books(config, torch.stack([torch.stack(stage) for stage in centres]), codes_nSG)
+
+
+def special_tokens(config: Any, vocabulary: int) -> tuple[int, ...]:
+    """Tokens that a configuration names: those that begin, end and fill."""
+    found: list[int] = []
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        said = getattr(config.get_text_config(), key, None)
+        found += said if isinstance(said, list) else [said] if isinstance(said, int) else []
+    return tuple(token for token in dict.fromkeys(found) if 0 <= token < vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What a head is taught on: its inputs [T, D], and the tokens [V] of the text, counted."""
+    """What a head is taught on: its inputs [T, D], on the host; the tokens [V] of the text,
+    counted; and those that have codes of their own."""
 
     states_TD: Tensor
     counts_V: Tensor
@@ -273,18 +278,18 @@ def fit_head(
     their codes, held-out KL from the original before and after.
 
     `finish` makes of the matrix's products what the model's logits are.
-
-    Raises:
-        UsageError: more codes than tokens.
     """
-    weight_VD = weight_VD.float()
+    weight_VD, device = weight_VD.float(), weight_VD.device
     counts_V = text.counts_V.double()
     apart: tuple[int, ...] = ()
     if config.single:
         frequent = counts_V.argsort(descending=True, stable=True)[: config.frequent].tolist()
         apart = tuple(dict.fromkeys((*text.special, *frequent)))
     states_TD = text.states_TD
-    hessian_DD = states_TD.T @ states_TD / len(states_TD)
+    hessian_DD = torch.zeros(states_TD.shape[1], states_TD.shape[1], device=device)
+    for part_TD in torch.split(states_TD, 1 << 13):
+        hessian_DD.addmm_(part_TD.to(device).T, part_TD.to(device))
+    hessian_DD /= len(states_TD)
     hessian_DD.diagonal().add_(DAMPING * hessian_DD.diagonal().mean() + 1e-12)
     often_V = 1 + (1 + counts_V).log().float()
     books = begin(weight_VD, often_V, hessian_DD, apart, config, generator)
@@ -296,9 +301,10 @@ def fit_head(
     student = nn.ParameterDict({"bias_V": nn.Parameter(own_V)})
     size = max(1, int(HELD_OUT * len(states_TD)))
     taught_TD, held_out_TD = states_TD[size:], states_TD[:size]
-    rows = max(16, STEP_LOGITS // len(weight_VD))
+    rows = max(STEP_TOKENS, STEP_LOGITS // len(weight_VD))
 
     def loss(part_TD: Tensor) -> Tensor:
+        part_TD = part_TD.to(device)
         wanted_TV = finish(F.linear(part_TD, weight_VD, bias_V)).log_softmax(-1)
         return _divergence(part_TD, wanted_TV, books, student["bias_V"], finish)
 
@@ -316,7 +322,7 @@ def fit_head(
     ] + [{"params": [student["bias_V"]], "lr": 10 * config.lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    alone = torch.tensor(apart, dtype=torch.long, device=weight_VD.device)
+    alone = torch.tensor(apart, dtype=torch.long, device=device)
     done = 0
     for epoch in range(config.epochs):
         order_T = torch.randperm(len(taught_TD), generator=generator)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +26,7 @@ from spectool.checkpoint import Checkpoint, check_finite, read_tensor
 from spectool.errors import UnsupportedError
 from spectool.headers import read_header
 from spectool.machine import trim_memory
-from spectool.packed import build_packed, relative_error
+from spectool.packed import PackedLinear, build_packed, relative_error
 from spectool.skeleton import Site, Skeleton
 from spectool.walk import Activations, Call, Surroundings, final_logits, run_block
 
@@ -141,6 +141,7 @@ class BlockWalk:
         return self.skeleton.read(self.checkpoint, self.skeleton.tensors_of(block))
 
     def _copy_outside(self) -> None:
+        """Write what belongs to no block, unless that is done."""
         shard = self._shard(-1)
         if self.writer.report(shard) is not None:
             return
@@ -180,18 +181,7 @@ class BlockWalk:
     def _fit_head(self, site: Site, streams: Streams, tick: Tick) -> None:
         """Learn the output matrix on what the packed blocks put out."""
         assert self.ids_SL is not None
-        around = Surroundings(
-            self.skeleton, self.checkpoint, dtype=self.dtype, device=self.device, with_head=True
-        )
-        output: nn.Module = around.model.get_output_embeddings()
-        seen: list[Tensor] = []
-        handle = output.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        for batch in streams.packed.batches(self.batch_size):
-            hidden_BLD = streams.packed.hidden_SLD[batch].to(self.device)
-            around.logits(self.ids_SL[batch], hidden_BLD)
-        handle.remove()
-        begin = 1 if self.opened else 0
-        states_TD = torch.cat([each[:, begin:].float().flatten(0, 1) for each in seen])
+        states_TD = self._head_inputs(site, streams)
         names = [site.parameter, f"{site.name}.bias"]
         tensors = self.skeleton.read(
             self.checkpoint, [name for name in names if name in self.skeleton.origins]
@@ -204,7 +194,7 @@ class BlockWalk:
             vq.Text(
                 states_TD,
                 torch.bincount(self.ids_SL.flatten(), minlength=len(weight_VD)).to(self.device),
-                tuple(x for x in _special(self.skeleton.config) if 0 <= x < len(weight_VD)),
+                vq.special_tokens(self.skeleton.config, len(weight_VD)),
             ),
             config,
             final_logits(self.skeleton.config),
@@ -224,16 +214,34 @@ class BlockWalk:
             shard, contents, self.metadata, {"layers": [layer], "head": figures}
         )
 
+    def _head_inputs(self, site: Site, streams: Streams) -> Tensor:
+        """What the packed blocks' outputs become before the output matrix [T, D], on the host."""
+        assert self.ids_SL is not None
+        around = Surroundings(
+            self.skeleton, self.checkpoint, dtype=self.dtype, device=self.device, with_head=True
+        )
+        begin = 1 if self.opened else 0
+        num, length = self.ids_SL.shape
+        states_SLD = torch.empty(num, length - begin, site.shape[1])
+        for batch in streams.packed.batches(self.batch_size):
+            hidden_BLD = streams.packed.hidden_SLD[batch].to(self.device)
+            found_BLD = around.head_inputs(self.ids_SL[batch], hidden_BLD)
+            states_SLD[batch] = found_BLD[:, begin:]
+        return states_SLD.flatten(0, 1)
+
     def start_streams(self) -> Streams | None:
         if self.ids_SL is None:
             return None
-        around = Surroundings(
+        make = functools.partial(
+            Surroundings,
             self.skeleton,
             self.checkpoint,
             dtype=self.dtype,
             device=self.device,
             with_head=False,
         )
+        around, table = make(), self._packed_table()
+        packed = around if table is None else make(table=table)
         num, length = self.ids_SL.shape
         batches = [slice(i, i + self.batch_size) for i in range(0, num, self.batch_size)]
         first = around.embed(self.ids_SL[:1])
@@ -249,13 +257,26 @@ class BlockWalk:
                 for side in ("original", "packed")
             ]
         for batch in batches:
-            hidden_BLD = around.embed(self.ids_SL[batch]).cpu()
-            for side in sides:
-                side.hidden_SLD[batch] = hidden_BLD
+            for model, side in zip((around, packed), sides, strict=True):
+                side.hidden_SLD[batch] = model.embed(self.ids_SL[batch]).cpu()
         # A fit sees one sequence at a time.
         sizes = {1, *(len(self.ids_SL[batch]) for batch in batches)}
         self.calls = {size: around.calls(size, length) for size in sizes}
         return Streams(*sides)
+
+    def _packed_table(self) -> PackedLinear | None:
+        """The embedding as the artifact's reader will see it, if it is packed."""
+        for key, site in self.plan.outside.items():
+            if site.kind == "embedding":
+                self._copy_outside()
+                entries = read_header(self.writer.path(self._shard(-1)))[1]
+                fields = {
+                    entry.name.removeprefix(f"{key}.q."): read_tensor(entry)
+                    for entry in entries
+                    if entry.name.startswith(f"{key}.q.")
+                }
+                return filled(self.plan.choices[key], site, fields)
+        return None
 
     def _step(
         self,
@@ -377,11 +398,7 @@ class BlockWalk:
     def _layer(self, key: str, block: Block, fields: PackedFields) -> dict[str, Any]:
         """Stored bits per weight, and the relative squared error of the weights."""
         site = block.sites[key]
-        module = build_packed(
-            entry_of(self.plan.choices[key], site),
-            {n: (v.dtype, tuple(v.shape)) for n, v in fields.items()},
-        )
-        module.q.load_state_dict(fields)
+        module = filled(self.plan.choices[key], site, fields)
         stored_bytes = sum(value.numel() * value.element_size() for value in fields.values())
         return {
             "name": key,
@@ -479,11 +496,12 @@ def entry_of(choice: Choice, site: Site) -> dict[str, Any]:
     return said
 
 
-def _special(config: Any) -> Iterator[int]:
-    """Tokens that a configuration names: those that begin, end and fill."""
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        said = getattr(config.get_text_config(), key, None)
-        yield from said if isinstance(said, list) else [said] if isinstance(said, int) else []
+def filled(choice: Choice, site: Site, fields: PackedFields) -> PackedLinear:
+    """A packed matrix of these fields, on the host."""
+    spec = {name: (value.dtype, tuple(value.shape)) for name, value in fields.items()}
+    linear = build_packed(entry_of(choice, site), spec)
+    linear.q.load_state_dict(fields)
+    return linear
 
 
 def seed_of(seed: int, block: int) -> int:

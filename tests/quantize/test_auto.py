@@ -83,7 +83,8 @@ def test_the_cache_is_as_large_as_transformers_makes_it(
 @pytest.mark.parametrize(
     ("bits", "choice", "budget"),
     [(8.0, "int8", None), (4.0, "gptq", None), (3.0, "gptq:bits=3", None),
-     (2.0, "jlcm", None), (1.6, "ptq161", None), (1.9, "ptq161", None), (2.4, "gptq", 2.4)],
+     (2.0, "jlcm", None), (1.6, "ptq161", None), (1.9, "ptq161", None), (2.4, "gptq", 2.4),
+     (7.0, "gptq", 7.0)],
 )  # fmt: skip
 def test_by_bits(wide: Path, bits: float, choice: str, budget: float | None) -> None:
     found = pick(Skeleton(read_layout(wide)), Auto.Config(bits=bits))

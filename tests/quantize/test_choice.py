@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import spectool
@@ -202,6 +202,32 @@ def test_embedding_and_head_are_packed_and_read_back(
     export(out, out.with_name("exported"), "dense")
     exported: Any = spectool.load(out.with_name("exported"))
     assert torch.equal(logits(exported), logits(dense))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3"])
+def test_blocks_are_calibrated_behind_the_packed_embedding(
+    checkpoint: Checkpoints, compress: Compress, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    start = walk.BlockWalk.start_streams
+
+    def spy(self: walk.BlockWalk) -> Any:
+        streams: Any = start(self)
+        assert self.ids_SL is not None
+        seen.append(
+            (self.ids_SL, *(s.hidden_SLD.clone() for s in (streams.original, streams.packed)))
+        )
+        return streams
+
+    monkeypatch.setattr(walk.BlockWalk, "start_streams", spy)
+    source, coarse = checkpoint(family), Choice.from_text("rtn:bits=2,group_size=8")
+    out = compress(source, "gptq", job={"embeddings": coarse})
+    ((ids_SL, original_SLD, packed_SLD),) = seen
+    for path, found_SLD in ((source, original_SLD), (out, packed_SLD)):
+        model: Any = spectool.load(path)
+        with torch.inference_mode():
+            assert torch.equal(model.get_input_embeddings()(ids_SL), found_SLD)
+    assert not torch.equal(original_SLD, packed_SLD)
 
 
 def test_a_tied_matrix_is_stored_once_and_counted_apart(

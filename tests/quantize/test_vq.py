@@ -23,7 +23,9 @@ from spectool.quantize import walk
 from spectool.quantize.choice import Choice
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
-from spectool.quantize.vq import VQ, Text, VQLinear, begin, fit_head, log_mass, within_codes
+from spectool.quantize.plan import make_plan
+from spectool.quantize.vq import VQ, Text, VQLinear, fit_head, log_mass, within_codes
+from spectool.skeleton import Skeleton
 
 GENERATOR = torch.Generator()
 IDS_BL = torch.tensor([[5, 9, 12, 7, 7, 3]])
@@ -207,9 +209,6 @@ def test_what_cannot_be_is_refused() -> None:
         VQ.pack(weight_nm, None, VQ.Config(codes=21), noise())
     with pytest.raises(UsageError, match="leave none to share"):
         VQ.Config(codes=16, width=0, frequent=16)
-    with pytest.raises(UsageError, match="6 special and frequent tokens"):
-        begin(weight_nm, torch.ones(20), None, tuple(range(6)),
-              VQ.Config(codes=6, width=0, frequent=4), noise())  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma2", "opt"])
@@ -248,6 +247,11 @@ def test_a_model_with_a_learnt_head(
     ledger = measure(read_layout(out))
     (entry,) = [entry for entry in ledger.entries if entry.outside]
     assert entry.name == reports[0].outside["layers"][-1]["name"]
+    planned = Skeleton(read_layout(source))
+    plan = make_plan(planned, Choice.from_text("rtn:bits=8,group_size=16"), head=job["head"])
+    assert plan.num_parameters == ledger.num_parameters
+    headers = sum(file.stat().st_size for file in out.glob("*.safetensors")) - plan.file_bytes
+    assert 0 < headers < 20000
     with pytest.raises(UnsupportedError, match="was learnt with a bias"):
         export(str(out), out.with_name("exported"), "dense")
     # A drafter still changes nothing, with every control.
@@ -285,13 +289,17 @@ def test_the_command(checkpoint: Callable[..., Path], tmp_path: Path, text_file:
     command += ["--samples", "6", "--seq-len", "32"]
     runner = CliRunner()
     for wrong, said in (
-        ("vq:codes=4000", "has more codes than the 320 tokens"),
+        ("vq:codes=4000", "lm_head: vq:codes=4000 has more codes than the 320 rows"),
+        ("vq:codes=66,width=0", "2 special and 64 frequent tokens have codes of their own"),
         ("int8", "only vq learns an output matrix"),
         ("vq:code=4", "unknown option 'code'"),
     ):
         done = runner.invoke(app, [*command, "--head", wrong])
         assert done.exit_code == 2 and said in done.stderr, done.stderr
         assert not list(tmp_path.glob("out*"))
+    done = runner.invoke(app, ["quantize", "vq", *command[2:]])
+    assert done.exit_code == 2 and "more codes than the 32 rows" in done.stderr
+    assert not list(tmp_path.glob("out*"))
     done = runner.invoke(app, [*command, "--head", "vq:codes=32", "--skip", "lm_head"])
     assert done.exit_code == 2 and "--skip lm_head: lm_head is what --head learns" in done.stderr
     done = runner.invoke(app, [*command, "--head", "vq:codes=32,epochs=1"])

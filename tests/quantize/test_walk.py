@@ -18,6 +18,7 @@ import torch
 
 from spectool.errors import CheckpointError, SpectoolError, UsageError
 from spectool.quantize import walk
+from spectool.quantize.budget import Budget, widths
 from spectool.quantize.ptq161 import PTQ161
 from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job, Report, quantize
@@ -284,12 +285,12 @@ def test_full_disk_is_resumable(
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("how", ["weights alone", "calibrated", "a budget"])
 def test_only_one_block_is_resident(
     checkpoint: Checkpoints,
     tmp_path: Path,
     text_file: str,
-    calibrated: bool,
+    how: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     alive: list[tuple[str, weakref.ref[torch.Tensor]]] = []
@@ -303,8 +304,11 @@ def test_only_one_block_is_resident(
 
     monkeypatch.setattr(walk.BlockWalk, "read", read)
     source = checkpoint("llama", **LAYERS)
-    quantize(source, tmp_path / "out", job(text_file if calibrated else None))
-    assert len(alive) == 5 * 9
+    asked = job(None if how == "weights alone" else text_file)
+    if how == "a budget":
+        asked = job(text_file, budget=Budget(4.0, widths(asked.choice, 4.0)))
+    quantize(source, tmp_path / "out", asked)
+    assert len(alive) == 5 * 9 * (1 + (how == "a budget"))
 
 
 def test_bad_weights_in_a_late_block_leave_the_early_ones(
