@@ -91,7 +91,7 @@ def bench(
     field: Field = None,
     template_arg: TemplateArg = None,
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     runtime: Runtime = "auto",
     seed: Seed = 0,
     threads: Threads = None,

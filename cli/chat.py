@@ -96,7 +96,7 @@ def chat(
     lossy: Lossy = False,
     template_arg: TemplateArg = None,
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     runtime: Runtime = "auto",
     seed: Seed = 0,
     threads: Threads = None,

@@ -40,7 +40,20 @@ Dtype = Annotated[
         "processor would crawl."
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+
+
+def _chosen(context: typer.Context, device: str) -> str:
+    if device != "auto" or context.resilient_parsing:
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda or cuda:N; auto: cuda where there is one.", callback=_chosen),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]

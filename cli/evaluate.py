@@ -57,7 +57,7 @@ def evaluate(
     field: Field = None,
     template_arg: TemplateArg = None,
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     runtime: Runtime = "auto",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Windows run together; default: what fits.")

@@ -67,7 +67,7 @@ def generate(
     field: Field = None,
     template_arg: TemplateArg = None,
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     runtime: Runtime = "auto",
     seed: Seed = 0,
     threads: Threads = None,

@@ -166,8 +166,8 @@ def _choice(said: dict[str, Any]) -> str:
     return f"{said['method']}:{','.join(pairs)}" if pairs else str(said["method"])
 
 
-# How activations are computed if nothing is said.
-COMPUTED = {"dtype": "float32", "batch_size": 4, "device": "cpu"}
+# How activations are computed if nothing is said; where, depends on the machine.
+USUAL = {"dtype": "float32", "batch_size": 4, "device": None}
 
 
 def command(made_by: dict[str, Any]) -> str | None:
@@ -198,7 +198,7 @@ def command(made_by: dict[str, Any]) -> str | None:
                 words += ["--calibration", "TEXT"]
             words += ["--samples", str(calibration["samples"])]
             words += ["--seq-len", str(calibration["seq_len"])]
-            for key, usual in COMPUTED.items():
+            for key, usual in USUAL.items():
                 if calibration[key] != usual:
                     words += [f"--{key.replace('_', '-')}", str(calibration[key])]
             if "threads" in calibration:

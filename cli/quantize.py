@@ -126,7 +126,7 @@ def quantize(
     dtype: Annotated[
         str, typer.Option(help="What calibration computes in: float32, bfloat16, float16.")
     ] = "float32",
-    device: Device = "cpu",
+    device: Device = "auto",
     seed: Seed = 0,
     threads: Threads = None,
     revision: Revision = None,

@@ -111,7 +111,7 @@ def train_heads(
         bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
     ] = False,
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     runtime: Runtime = "auto",
     seed: Seed = 0,
     threads: Threads = None,

@@ -39,7 +39,7 @@ def tune(
     field: Field = None,
     template_arg: TemplateArg = None,
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     runtime: Runtime = "auto",
     threads: Threads = None,
     revision: Revision = None,
