@@ -5,6 +5,8 @@ Shapes: R rows, N values of a row, K levels of a codebook, D components of a vec
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -112,6 +114,27 @@ def within(values_RN: Tensor, level_RK: Tensor, codes_RN: Tensor) -> Tensor:
     low_RN = own_RN + INSIDE * (between_RK.gather(1, codes_RN) - own_RN)
     high_RN = own_RN + INSIDE * (between_RK.gather(1, codes_RN + 1) - own_RN)
     return values_RN.clamp(low_RN, high_RN)
+
+
+class Chosen(torch.autograd.Function):
+    """The levels [R, N] that codes choose: `Chosen.apply(values_RN, level_RK, codes_RN)`.
+
+    Values get the gradient of what was chosen for them, as if it were they (straight through), and
+    a level those of all that chose it. Codes wait as bytes for the backward pass: as indices they
+    would be the larger half of what a fit keeps of a block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values_RN: Tensor, level_RK: Tensor, codes_RN: Tensor) -> Tensor:
+        ctx.save_for_backward(codes_RN)
+        ctx.count = level_RK.shape[1]
+        return level_RK.gather(1, codes_RN.long())
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None]:
+        (slope_RN,), (codes_RN,) = slopes, ctx.saved_tensors
+        of_levels_RK = slope_RN.new_zeros(len(slope_RN), ctx.count)
+        return slope_RN, of_levels_RK.scatter_add_(1, codes_RN.long(), slope_RN), None
 
 
 class LinearCodebook(nn.Module):

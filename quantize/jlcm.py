@@ -50,7 +50,7 @@ from .calibration import (
     Streams,
     Tick,
 )
-from .codebook import clusters, levels, nearest, within
+from .codebook import Chosen, clusters, levels, nearest, within
 from .fitting import begun, fit_block
 from .gptq import Feedback, compensate, feedback
 from .rtn import SCALE_MAX, SCALE_MIN, check_scale
@@ -137,9 +137,8 @@ class JLCM:
 
     @classmethod
     def fit_bytes(cls, config: JLCM.Config) -> int:
-        """What chooses the codes with its gradient and momentum; values, and codes as indices."""
-        choices = 1 if config.form == "latent" else 2**config.bits
-        return 12 * choices + 16
+        """What chooses the codes with its gradient and momentum; values, and codes."""
+        return 12 + 5 if config.form == "latent" else 12 * 2**config.bits + 12
 
     @classmethod
     def fit(
@@ -293,9 +292,9 @@ class Latent(Learned):
         self._relative(self.choice)
 
     def chosen(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
-        codes_nm = nearest(self.choice.detach(), level_nK.detach()).long()
-        value_nm = level_nK.gather(1, codes_nm)
-        return codes_nm, value_nm + (self.choice - self.choice.detach())
+        codes_nm = nearest(self.choice.detach(), level_nK.detach())
+        value_nm: Tensor = Chosen.apply(self.choice, level_nK, codes_nm)  # type: ignore[no-untyped-call]
+        return codes_nm, value_nm
 
 
 class Preferences(Learned):

@@ -47,7 +47,7 @@ from .calibration import (
     Streams,
     Tick,
 )
-from .codebook import levels, nearest, within
+from .codebook import Chosen, levels, nearest, within
 from .fitting import begun, fit_block
 from .gptq import Feedback, compensate, feedback
 from .rtn import SCALE_MAX, SCALE_MIN
@@ -117,8 +117,8 @@ class Scalar:
 
     @classmethod
     def fit_bytes(cls, config: Scalar.Config) -> int:
-        """What chooses the codes with its gradient and momentum; values, and codes as indices."""
-        return 28
+        """What chooses the codes with its gradient and momentum; values, and codes."""
+        return 12 + 5
 
     @classmethod
     def fit(
@@ -298,9 +298,8 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         level_mK, codes_nm = self.chosen()
-        value_nm = level_mK.gather(1, codes_nm.T.long()).T
-        value_nm = value_nm + (self.choice_nm - self.choice_nm.detach())
-        return F.linear(x, (value_nm * self.spread_m).to(self.dtype)).to(x.dtype)
+        value_mn: Tensor = Chosen.apply(self.choice_nm.T, level_mK, codes_nm.T)  # type: ignore[no-untyped-call]
+        return F.linear(x, (value_mn.T * self.spread_m).to(self.dtype)).to(x.dtype)
 
     @torch.no_grad()
     def store(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from spectool.quantize.codebook import (
     INSIDE,
+    Chosen,
     LinearCodebook,
     clusters,
     levels,
@@ -140,6 +142,25 @@ def test_a_linear_codebook_leaves_no_code_behind() -> None:
         return len(hit) / 256
 
     assert used("turn") > 2 * used("basis")
+
+
+def test_the_gradient_of_chosen_levels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values_RN, level_RK, slope_RN = (
+        torch.randn(size, generator=generator) for size in ((3, 20), (3, 4), (3, 20))
+    )
+    codes_RN = torch.randint(4, (3, 20), generator=generator, dtype=torch.uint8)
+    values_RN.requires_grad_()
+    level_RK.requires_grad_()
+    out_RN: Any = Chosen.apply(values_RN, level_RK, codes_RN)  # type: ignore[no-untyped-call]
+    out_RN.backward(slope_RN)
+    assert values_RN.grad is not None and torch.equal(values_RN.grad, slope_RN)
+    for r in range(3):
+        for k in range(4):
+            assert torch.equal(out_RN[r][codes_RN[r] == k].unique(), level_RK[r, k, None].detach())
+            assert level_RK.grad is not None and float(level_RK.grad[r, k]) == pytest.approx(
+                sum(slope_RN[r][codes_RN[r] == k].tolist()), abs=1e-6
+            )
 
 
 def test_a_gradient_of_one_code_reaches_all() -> None:
