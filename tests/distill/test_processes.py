@@ -48,6 +48,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(
     train: Train, checkpoint: Callable[..., Path], data: str, tmp_path: Path, script: Path
 ) -> None:

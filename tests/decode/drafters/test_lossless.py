@@ -97,11 +97,9 @@ def test_the_context_ends_a_drafted_text_where_it_ends_a_plain_one(
     assert {r.finish_reason for r in drafted} == {"context"}
 
 
-@pytest.mark.parametrize("law", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3}])
 @pytest.mark.parametrize("name", SPECS)
-def test_penalties_leave_drafted_text_plain(
-    tiny: Tiny, endless: Any, name: str, law: dict[str, Any]
-) -> None:
+def test_penalties_leave_drafted_text_plain(tiny: Tiny, endless: Any, name: str) -> None:
+    law: dict[str, Any] = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
     model = endless(tiny("llama-deep"))
     runner, prompts = open_on(model, name, tiny("llama", 1)), prompts_of(2)
     drafted = runner.generate(prompts, max_new_tokens=30, batch_size=2, **law)
