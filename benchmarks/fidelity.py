@@ -361,19 +361,24 @@ def draw(panels: dict[tuple[str, str], Any], path: Path) -> None:
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    names = list(dict.fromkeys(name for name, _ in METHODS))
+    colours = {name: matplotlib.colormaps["tab20"](at) for at, name in enumerate(names)}
     for axis in axes[len(panels) :]:
         axis.remove()
     for axis, ((model, text), (points, original, curve)) in zip(axes, panels.items(), strict=False):
         axis.plot(
             [p.bits for p in curve], [math.exp(p.nll) for p in curve], color="lightgrey", lw=4
         )
-        for method in dict.fromkeys(p.method for p in points if p is not original):
+        for method, colour in colours.items():
             own = sorted((p.bits, math.exp(p.nll)) for p in points if p.method == method)
-            axis.plot(*zip(*own, strict=True), marker="o", markersize=3, lw=0.8, label=method)
+            bits, perplexities = [bits for bits, _ in own], [value for _, value in own]
+            axis.plot(
+                bits, perplexities, marker="o", markersize=3, lw=0.8, label=method, color=colour
+            )
         reference = math.exp(original.nll)
         axis.axhline(reference, color="grey", linewidth=0.8)
         axis.set(title=f"{model}, {text}", xlabel="stored bits a weight", ylabel="perplexity")
-        axis.set(ylim=(0.98 * reference, 1.3 * reference), xlim=(1.5, 5.0))
+        axis.set(ylim=(0.95 * reference, 1.3 * reference), xlim=(1.5, 5.0))
     axes[0].legend(fontsize=7, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "spectool"}):
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
