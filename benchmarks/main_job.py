@@ -15,6 +15,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,10 +79,11 @@ def write_texts(data: Path, out: Path) -> dict[str, Path]:
 
 
 def spectool(*words: object) -> dict[str, Any]:
-    """Run a command, show what it tells people, return its result."""
+    """Run a command on the processor, show what it tells people, return its result."""
     command = [sys.executable, "-m", "spectool", *map(str, words), "--json"]
     print("$ spectool", *map(str, words), file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    without = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=without)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 

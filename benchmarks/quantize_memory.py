@@ -188,6 +188,7 @@ def main() -> None:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
         parameters, block = write_checkpoint(model, arguments.layers or BLOCKS)
         command = ["quantize", "rtn", str(model), str(out), "--bits", "4"]
+        command += ["--device", arguments.device]
         found = measure(out, command)
         bound = 1.5 * 4 * block + 0.6e9
         buffers = 2 * 4 * SAMPLES * LENGTH * WIDTH

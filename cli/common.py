@@ -47,7 +47,9 @@ def _chosen(context: typer.Context, device: str) -> str:
         return device
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    # A device for each process of torchrun's.
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return "cuda" if torch.cuda.device_count() >= wanted else "cpu"
 
 
 Device = Annotated[

@@ -166,10 +166,6 @@ def _choice(said: dict[str, Any]) -> str:
     return f"{said['method']}:{','.join(pairs)}" if pairs else str(said["method"])
 
 
-# How activations are computed if nothing is said; where, depends on the machine.
-USUAL = {"dtype": "float32", "batch_size": 4, "device": None}
-
-
 def command(made_by: dict[str, Any]) -> str | None:
     """The command that makes the artifact again, from a source with the same fingerprint.
 
@@ -177,7 +173,7 @@ def command(made_by: dict[str, Any]) -> str | None:
     """
     try:
         words = ["spectool", "quantize", made_by["method"], "MODEL", "OUT"]
-        words += _options(made_by["options"])
+        words += [*_options(made_by["options"]), "--device", made_by["device"]]
         if budget := made_by["budget"]:
             words += ["--bits-budget", json.dumps(budget["bits"])]
             for choice in budget["candidates"]:
@@ -198,9 +194,8 @@ def command(made_by: dict[str, Any]) -> str | None:
                 words += ["--calibration", "TEXT"]
             words += ["--samples", str(calibration["samples"])]
             words += ["--seq-len", str(calibration["seq_len"])]
-            for key, usual in USUAL.items():
-                if calibration[key] != usual:
-                    words += [f"--{key.replace('_', '-')}", str(calibration[key])]
+            for key in ("dtype", "batch_size"):
+                words += [f"--{key.replace('_', '-')}", str(calibration[key])]
             if "threads" in calibration:
                 words += ["--threads", str(calibration["threads"])]
         if preprocess := made_by.get("preprocess"):

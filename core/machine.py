@@ -50,7 +50,8 @@ def trim_memory() -> None:
 def reproducible(device: torch.device) -> Iterator[None]:
     """Let sums on a CUDA device be taken in the same order each time, as on a processor.
 
-    Where torch has no such way of computing something it does as usual.
+    Where torch has no such way of computing something it does as usual. What cuBLAS is told in the
+    environment stays.
     """
     import torch
 
@@ -59,7 +60,8 @@ def reproducible(device: torch.device) -> Iterator[None]:
         return
     # What cuBLAS needs for it; read when its first product is taken.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.get_deterministic_debug_mode()
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     deterministic: Any = torch.utils.deterministic
     fills = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -69,7 +71,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*deterministic")
             yield
     finally:
-        torch.set_deterministic_debug_mode(before)
+        torch.use_deterministic_algorithms(before, warn_only=warns)
         deterministic.fill_uninitialized_memory = fills
 
 
@@ -91,7 +93,8 @@ def peak_device_bytes() -> int:
     """The most memory that tensors of this process ever took on a CUDA device; 0 without one."""
     import torch
 
-    return torch.cuda.max_memory_allocated()
+    devices = range(torch.cuda.device_count())
+    return max(map(torch.cuda.max_memory_allocated, devices), default=0)
 
 
 def processor() -> str:

@@ -102,7 +102,7 @@ class Surroundings:
         names = [
             name
             for name in skeleton.tensors_outside()
-            if (name.startswith(inside) and not ((by_rows or table) and name == rows))
+            if (name.startswith(inside) and not ((by_rows or table is not None) and name == rows))
             or (with_head and name.startswith(head))
         ]
         tensors: dict[str, Tensor] = {}

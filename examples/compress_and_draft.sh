@@ -5,13 +5,13 @@
 #
 # MODEL is a directory or a hub id (default Qwen/Qwen3-0.6B). DATA teaches the heads (conversations or
 # text), TEXT is what perplexity is measured on, PROMPTS are for speed. Without them public data sets
-# are read. A 0.6 B model takes hours on a processor; a GPU (DEVICE=cuda) is used where there is one.
+# are read. A 0.6 B model takes hours on a processor; a GPU is used where there is one.
 set -euo pipefail
 model=${1:-Qwen/Qwen3-0.6B}
 data=${2:-hub:HuggingFaceH4/ultrachat_200k:train_sft}
 text=${3:-hub:Salesforce/wikitext:wikitext-2-raw-v1:test}
 prompts=${4:-hub:HuggingFaceH4/mt_bench_prompts:train}
-device=${DEVICE:-cpu}
+device=${DEVICE:-auto}
 out=${OUT:-compressed}
 
 spectool quantize ptq161 "$model" "$out/packed" --dry-run

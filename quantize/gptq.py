@@ -117,7 +117,7 @@ def feedback(
         order_m = torch.arange(len(hessian_mm), device=hessian_mm.device)
         if by_size:
             order_m = hessian_mm.diagonal().argsort(descending=True, stable=True)
-    return Feedback(order_m, _factor(hessian_mm[order_m][:, order_m], damping))
+    return Feedback(order_m, _factor(hessian_mm[order_m[:, None], order_m], damping))
 
 
 def compensate(
@@ -164,17 +164,17 @@ def _factor(hessian_mm: Tensor, damping: float) -> Tensor:
     # An input that was never seen: the error of its weights is nobody's matter.
     diagonal[diagonal == 0] = mean
     diagonal += damping * mean
-    # Each of these is as large as a block of small models: two at a time, not four.
-    lower_mm, failed = torch.linalg.cholesky_ex(hessian_mm)
-    del hessian_mm, diagonal
-    inverse_mm = torch.cholesky_inverse(lower_mm)
-    del lower_mm
-    upper_mm, failed_again = torch.linalg.cholesky_ex(inverse_mm, upper=True)
-    del inverse_mm
+    # All in one place, by columns as LAPACK has it: it is as large as a block of small models.
+    place_mm = hessian_mm.T
+    failed, failed_again = (
+        torch.empty((), dtype=torch.int32, device=place_mm.device) for _ in "12"
+    )
+    torch.linalg.cholesky_ex(place_mm, out=(place_mm, failed))
+    torch.cholesky_inverse(place_mm, out=place_mm)
+    torch.linalg.cholesky_ex(place_mm, upper=True, out=(place_mm, failed_again))
     if failed or failed_again:
         raise UnsupportedError(
             f"the second moments of its inputs have no inverse with a damping of {damping}",
             hint="a larger --damping, or more calibration text",
         )
-    found_mm: Tensor = upper_mm.float()
-    return found_mm
+    return place_mm.float()

@@ -190,8 +190,8 @@ def _check_head(skeleton: Skeleton, head: Choice, outside: Sequence[Site]) -> No
     special = len(special_tokens(skeleton.config, own[0].shape[0]))
     if head.config.single and special + head.config.frequent >= head.config.codes:
         raise UsageError(
-            f"--head: {head}: {special} special and {head.config.frequent} frequent tokens have "
-            "codes of their own, and others need some too"
+            f"--head: {head}: up to {special} special and {head.config.frequent} frequent tokens "
+            "have codes of their own, and others need some too"
         )
 
 
@@ -286,14 +286,14 @@ def _sized(
         saved = max(saved_bytes(skeleton, s.values(), sequence_tokens) for s in sites.values())
         passing = max(passing, saved)
     if any("hessian" in kind.statistics for kind in kinds.values()):
-        # Of every matrix; two more of the largest in double precision, while it is inverted, and
-        # two of its copies in another order.
+        # Of every matrix; the largest once more in another order and in double precision, where it
+        # is inverted.
         squares = [site.shape[1] ** 2 for site in inside]
-        passing += 4 * sum(squares) // len(sites) + 24 * max(squares)
+        passing += 4 * sum(squares) // len(sites) + 12 * max(squares)
     working += passing
     # Embedding and output matrix are packed by themselves, before the blocks.
     table = max((site.num_weights for site in beside), default=0)
-    taught = max((learning_bytes(site.shape) for site in learnt), default=0)
+    taught = max((learning_bytes(s.shape, choices[s.name].config) for s in learnt), default=0)
     working = int(RETAINED * max(working, (element_bytes + 5) * table, taught))
     num_buffers = (4 if fitting else 2) + bool(learnt)
     return Plan(

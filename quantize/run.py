@@ -131,7 +131,7 @@ def _plan(skeleton: Skeleton, job: Job, *, device: str, batch_size: int) -> Plan
     length = _length(skeleton, job.seq_len)
     return make_plan(
         skeleton,
-        job.choice,
+        job.choice if job.budget is None else job.budget.candidates[0],
         rules=[*skipping(job.skip), *job.rules],
         embeddings=job.embeddings,
         head=job.head,
@@ -184,10 +184,9 @@ def quantize(
             checkpoint, skeleton, job, trust_remote_code=trust_remote_code
         )
     # How activations are computed decides the bytes where they decide anything.
-    computed = {
+    computed: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "batch_size": batch_size,
-        "device": torch.device(device).type,
     }
     kinds = [choice.quantizer for choice in _choices(job)]
     if any(each is not None for each in (job.preprocess, job.budget, job.head)) or any(
@@ -195,7 +194,7 @@ def quantize(
     ):
         # Sums are split among threads, and their last bits go into the codes.
         computed["threads"] = torch.get_num_threads()
-    made_by = _made_by(job, ids_SL, computed)
+    made_by = {**_made_by(job, ids_SL, computed), "device": torch.device(device).type}
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     figures, reshape = None, None
     if job.preprocess is not None:

@@ -117,11 +117,13 @@ class VQ:
         return VQLinear(spec, shape, config)
 
 
-def learning_bytes(shape: tuple[int, int]) -> int:
+def learning_bytes(shape: tuple[int, int], config: Any) -> int:
     """What teaching an output matrix of this shape takes besides its text: the matrix, the one that
-    is made of the codes and its gradient, and some laws over the tokens, all in float32."""
-    tokens, columns = shape
-    return 12 * tokens * columns + 24 * max(STEP_LOGITS, STEP_TOKENS * tokens)
+    is made of the codes and its gradient, what each stage adds to it, and some laws over the
+    tokens, all in float32; codes as indices, three times."""
+    (tokens, columns), width = shape, config.width or shape[1]
+    each: int = 12 + config.stages * (8 + 24 // width)
+    return each * tokens * columns + 24 * max(STEP_LOGITS, STEP_TOKENS * tokens)
 
 
 class Books(nn.Module):
@@ -288,7 +290,8 @@ def fit_head(
     states_TD = text.states_TD
     hessian_DD = torch.zeros(states_TD.shape[1], states_TD.shape[1], device=device)
     for part_TD in torch.split(states_TD, 1 << 13):
-        hessian_DD.addmm_(part_TD.to(device).T, part_TD.to(device))
+        here_TD = part_TD.to(device)
+        hessian_DD.addmm_(here_TD.T, here_TD)
     hessian_DD /= len(states_TD)
     hessian_DD.diagonal().add_(DAMPING * hessian_DD.diagonal().mean() + 1e-12)
     often_V = 1 + (1 + counts_V).log().float()

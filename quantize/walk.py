@@ -257,15 +257,20 @@ class BlockWalk:
                 for side in ("original", "packed")
             ]
         for batch in batches:
-            for model, side in zip((around, packed), sides, strict=True):
-                side.hidden_SLD[batch] = model.embed(self.ids_SL[batch]).cpu()
+            original, behind = sides
+            original.hidden_SLD[batch] = around.embed(self.ids_SL[batch]).cpu()
+            behind.hidden_SLD[batch] = (
+                original.hidden_SLD[batch]
+                if table is None
+                else packed.embed(self.ids_SL[batch]).cpu()
+            )
         # A fit sees one sequence at a time.
         sizes = {1, *(len(self.ids_SL[batch]) for batch in batches)}
         self.calls = {size: around.calls(size, length) for size in sizes}
         return Streams(*sides)
 
     def _packed_table(self) -> PackedLinear | None:
-        """The embedding as the artifact's reader will see it, if it is packed."""
+        """The embedding as the artifact's reader will see it, if it is packed; written first."""
         for key, site in self.plan.outside.items():
             if site.kind == "embedding":
                 self._copy_outside()

@@ -240,6 +240,12 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A GPU is for `make gpu`: elsewhere everything is computed where it is compared."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What runs keep for later ones stays out of the user's folders."""

@@ -6,13 +6,17 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer
 from safetensors import safe_open
 
 from spectool.cli import app
+from spectool.cli.common import _chosen
+from spectool.machine import reproducible
 
 Spectool = Callable[..., Any]
 Checkpoint = Callable[..., Path]
@@ -65,6 +69,23 @@ def test_quantize_and_inspect_say_what_the_files_hold(
     assert len(seen["modules"]) == 14
     people = spectool("inspect", out, "--layers")
     assert f"{linears:.4f} bits" in people.out and seen["command"] in people.out
+
+
+def test_a_device_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    context: Any = SimpleNamespace(resilient_parsing=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert _chosen(context, "auto") == "cuda" and _chosen(context, "cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert _chosen(context, "auto") == "cpu"
+
+
+def test_sums_in_one_order_only_while_it_is_asked_for() -> None:
+    with reproducible(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(ZeroDivisionError), reproducible(torch.device("cuda")):
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_command_that_inspect_prints_makes_the_same_bytes(

@@ -201,7 +201,13 @@ def test_embedding_and_head_are_packed_and_read_back(
     assert shared == tied
     export(out, out.with_name("exported"), "dense")
     exported: Any = spectool.load(out.with_name("exported"))
-    assert torch.equal(logits(exported), logits(dense))
+    wanted = unpacked.state_dict()
+    for name, value in exported.state_dict().items():
+        # What was a Conv1D is unpacked as a linear.
+        same = wanted[name]
+        assert torch.equal(value, same) or (value.ndim == 2 and torch.equal(value, same.T)), name
+    # Products of experts round by where in its file a tensor begins.
+    torch.testing.assert_close(logits(exported), logits(dense), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
