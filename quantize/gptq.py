@@ -166,13 +166,11 @@ def _factor(hessian_mm: Tensor, damping: float) -> Tensor:
     diagonal += damping * mean
     # All in one place, by columns as LAPACK has it: it is as large as a block of small models.
     place_mm = hessian_mm.T
-    failed, failed_again = (
-        torch.empty((), dtype=torch.int32, device=place_mm.device) for _ in "12"
-    )
-    torch.linalg.cholesky_ex(place_mm, out=(place_mm, failed))
+    failed = torch.zeros(2, dtype=torch.int32, device=place_mm.device)
+    torch.linalg.cholesky_ex(place_mm, out=(place_mm, failed[0]))
     torch.cholesky_inverse(place_mm, out=place_mm)
-    torch.linalg.cholesky_ex(place_mm, upper=True, out=(place_mm, failed_again))
-    if failed or failed_again:
+    torch.linalg.cholesky_ex(place_mm, upper=True, out=(place_mm, failed[1]))
+    if failed.any():
         raise UnsupportedError(
             f"the second moments of its inputs have no inverse with a damping of {damping}",
             hint="a larger --damping, or more calibration text",

@@ -241,33 +241,32 @@ class BlockWalk:
             with_head=False,
         )
         around, table = make(), self._packed_table()
-        packed = around if table is None else make(table=table)
+        packed = None if table is None else make(table=table)
         num, length = self.ids_SL.shape
         batches = [slice(i, i + self.batch_size) for i in range(0, num, self.batch_size)]
         first = around.embed(self.ids_SL[:1])
         shape = (num, length, first.shape[-1])
         in_files = self.plan.num_buffers * self.plan.buffer_bytes > BUFFERS_IN_MEMORY
         with disk_errors(self.writer.partial):
-            sides = [
+            sides = (
                 Activations(
                     shape,
                     self.dtype,
                     file=self.writer.path(f"activations-{side}.bin") if in_files else None,
                 )
                 for side in ("original", "packed")
-            ]
-        for batch in batches:
-            original, behind = sides
-            original.hidden_SLD[batch] = around.embed(self.ids_SL[batch]).cpu()
-            behind.hidden_SLD[batch] = (
-                original.hidden_SLD[batch]
-                if table is None
-                else packed.embed(self.ids_SL[batch]).cpu()
             )
+            streams = Streams(*sides)
+        for batch in batches:
+            hidden_BLD = around.embed(self.ids_SL[batch]).cpu()
+            streams.original.hidden_SLD[batch] = hidden_BLD
+            if packed is not None:
+                hidden_BLD = packed.embed(self.ids_SL[batch]).cpu()
+            streams.packed.hidden_SLD[batch] = hidden_BLD
         # A fit sees one sequence at a time.
         sizes = {1, *(len(self.ids_SL[batch]) for batch in batches)}
         self.calls = {size: around.calls(size, length) for size in sizes}
-        return Streams(*sides)
+        return streams
 
     def _packed_table(self) -> PackedLinear | None:
         """The embedding as the artifact's reader will see it, if it is packed; written first."""
