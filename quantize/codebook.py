@@ -1,6 +1,7 @@
 """Codebooks: the few values, or vectors, that many weights share.
 
-Shapes: R rows, N values of a row, K levels of a codebook, D components of a vector, P points.
+Shapes: R rows, N values of a row, K levels of a codebook, S starts, D components of a vector,
+P points.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ def levels(values_RN: Tensor, weights_RN: Tensor, count: int) -> Tensor:
     last = values_RN.shape[1] - 1
     places_RK = torch.searchsorted(mass_RN[:, 1:].contiguous(), wanted_RK).clamp(max=last)
     low_R1, high_R1 = _ends(values_RN, weights_RN)
-    starts = [values_RN.gather(-1, places_RK), low_R1 + (high_R1 - low_R1) * shares_K]
-    ends = [_lloyd(values_RN, mass_RN, first_RN, start) for start in starts]
-    errors = [_error(values_RN, mass_RN, first_RN, second_RN, end) for end in ends]
-    better_R = errors[0] <= errors[1]
-    first_RK, second_RK = ends
-    return torch.where(better_R[:, None], first_RK, second_RK).float()
+    level_RSK = torch.stack(
+        [values_RN.gather(-1, places_RK), low_R1 + (high_R1 - low_R1) * shares_K], 1
+    )
+    level_RSK = _lloyd(values_RN, mass_RN, first_RN, level_RSK)
+    error_RS = _error(values_RN, mass_RN, first_RN, second_RN, level_RSK)
+    first_R1 = error_RS[:, :1] <= error_RS[:, 1:]
+    return torch.where(first_R1, level_RSK[:, 0], level_RSK[:, 1]).float()
 
 
 def _ends(values_RN: Tensor, weights_RN: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,37 +59,39 @@ def _ends(values_RN: Tensor, weights_RN: Tensor) -> tuple[Tensor, Tensor]:
     return low_R1, high_R1
 
 
-def _cells(values_RN: Tensor, level_RK: Tensor) -> Tensor:
-    """Where the values of each level begin and end among the sorted ones, [R, K + 1]."""
-    middle_RK = (level_RK[:, 1:] + level_RK[:, :-1]) / 2
-    inner_RK = torch.searchsorted(values_RN, middle_RK.contiguous(), right=True)
-    return torch.nn.functional.pad(inner_RK, (1, 1)).index_fill_(
-        -1, torch.tensor([level_RK.shape[1]], device=values_RN.device), values_RN.shape[1]
-    )
+def _cells(values_RN: Tensor, level_RSK: Tensor) -> Tensor:
+    """Where the values of each level begin and end among the sorted ones, [R, S, K + 1]."""
+    middle_RSK = (level_RSK[..., 1:] + level_RSK[..., :-1]) / 2
+    inner_RSK = torch.searchsorted(values_RN, middle_RSK.flatten(1), right=True)
+    cells_RSK = torch.nn.functional.pad(inner_RSK.view(middle_RSK.shape), (1, 1))
+    cells_RSK[..., -1] = values_RN.shape[1]
+    return cells_RSK
 
 
-def _lloyd(values_RN: Tensor, mass_RN: Tensor, first_RN: Tensor, level_RK: Tensor) -> Tensor:
+def _between(sums_RN: Tensor, cells_RSK: Tensor) -> Tensor:
+    """What is summed up within each cell [R, S, K], of sums up to each place."""
+    return sums_RN.gather(-1, cells_RSK.flatten(1)).view(cells_RSK.shape).diff(dim=-1)
+
+
+def _lloyd(values_RN: Tensor, mass_RN: Tensor, first_RN: Tensor, level_RSK: Tensor) -> Tensor:
     for _ in range(ROUNDS):
-        cells_RK = _cells(values_RN, level_RK)
-        mass_RK = mass_RN.gather(-1, cells_RK).diff(dim=-1)
-        sums_RK = first_RN.gather(-1, cells_RK).diff(dim=-1)
-        moved_RK = torch.where(mass_RK > 0, sums_RK / mass_RK.clamp(min=1e-300), level_RK)
-        moved_RK = moved_RK.sort(-1).values
-        if torch.equal(moved_RK, level_RK):
+        cells_RSK = _cells(values_RN, level_RSK)
+        mass_RSK = _between(mass_RN, cells_RSK)
+        mean_RSK = _between(first_RN, cells_RSK) / mass_RSK.clamp(min=1e-300)
+        moved_RSK = torch.where(mass_RSK > 0, mean_RSK, level_RSK).sort(-1).values
+        if torch.equal(moved_RSK, level_RSK):
             break
-        level_RK = moved_RK
-    return level_RK
+        level_RSK = moved_RSK
+    return level_RSK
 
 
 def _error(
-    values_RN: Tensor, mass_RN: Tensor, first_RN: Tensor, second_RN: Tensor, level_RK: Tensor
+    values_RN: Tensor, mass_RN: Tensor, first_RN: Tensor, second_RN: Tensor, level_RSK: Tensor
 ) -> Tensor:
-    """The weighted squared error of each row [R]: sum of w (x - c)^2 over all cells."""
-    cells_RK = _cells(values_RN, level_RK)
-    mass, first, second = (
-        part.gather(-1, cells_RK).diff(dim=-1) for part in (mass_RN, first_RN, second_RN)
-    )
-    return (second - 2 * level_RK * first + level_RK.square() * mass).sum(-1)
+    """The weighted squared error [R, S]: the sum of w (x - c)^2 over all cells."""
+    cells_RSK = _cells(values_RN, level_RSK)
+    mass, first, second = (_between(part, cells_RSK) for part in (mass_RN, first_RN, second_RN))
+    return (second - 2 * level_RSK * first + level_RSK.square() * mass).sum(-1)
 
 
 def nearest(values_RN: Tensor, level_RK: Tensor) -> Tensor:

@@ -129,17 +129,18 @@ def compensate(
     """Round the inputs in order, each time letting those that follow make up for the error.
 
     `round_column(j, weight_nm)` gives what the j-th in order becomes, [n], of weights [n, m] in
-    that order, which are up to date from j to the end of its group of `columns` at least.
+    that order, which are up to date from j to the end of its group of `columns` at least. Several
+    tries at once are [tries, n] of [tries, n, m].
     """
     upper_mm = given.upper_mm
-    weight_nm = weight_nm[:, given.order_m]
-    for start, end in _segments(weight_nm.shape[1], columns):
-        errors_nc = torch.empty_like(weight_nm[:, start:end])
+    weight_nm = weight_nm[..., given.order_m]
+    for start, end in _segments(weight_nm.shape[-1], columns):
+        errors_nc = torch.empty_like(weight_nm[..., start:end])
         for j in range(start, end):
-            error_n = (weight_nm[:, j] - round_column(j, weight_nm)) / upper_mm[j, j]
-            weight_nm[:, j:end] -= error_n[:, None] * upper_mm[j, j:end]
-            errors_nc[:, j - start] = error_n
-        weight_nm[:, end:] -= errors_nc @ upper_mm[start:end, end:]
+            error_n = (weight_nm[..., j] - round_column(j, weight_nm)) / upper_mm[j, j]
+            weight_nm[..., j:end] -= error_n[..., None] * upper_mm[j, j:end]
+            errors_nc[..., j - start] = error_n
+        weight_nm[..., end:] -= errors_nc @ upper_mm[start:end, end:]
 
 
 def _segments(m: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -111,8 +111,7 @@ class Scalar:
         worth_m = torch.empty(m, device=weight_nm.device)
         worth_m[given.order_m] = given.upper_mm.diagonal().square().reciprocal()
         bits_m = allocate(worth_m * weight_nm.var(0, correction=0), config.bits)
-        found = [_rounded(weight_nm, bits_m, hessian_mm, given, width) for width in WIDTHS]
-        _, level_mK, codes_nm = min(found, key=lambda each: each[0])
+        level_mK, codes_nm = _rounded(weight_nm, bits_m, hessian_mm, given)
         return _fields(level_mK, codes_nm, bits_m, config.bits)
 
     @classmethod
@@ -200,32 +199,37 @@ def allocate(worth_m: Tensor, bits: float) -> Tensor:
 
 
 def _rounded(
-    weight_nm: Tensor, bits_m: Tensor, hessian_mm: Tensor, given: Feedback, width: float
-) -> tuple[float, Tensor, Tensor]:
-    """The squared error of the outputs, levels [m, K] as stored, the last one repeated, and codes
-    [n, m], a column after another."""
-    m = weight_nm.shape[1]
+    weight_nm: Tensor, bits_m: Tensor, hessian_mm: Tensor, given: Feedback
+) -> tuple[Tensor, Tensor]:
+    """Levels [m, K] as stored, the last one repeated, and codes [n, m], a column after another:
+    of the `WIDTHS`, all taken in one go, those of the least squared error of the outputs."""
+    tries, m = len(WIDTHS), len(bits_m)
     bits, order = bits_m.tolist(), given.order_m.tolist()
-    level_mK = torch.zeros(m, 1 << max(bits), device=weight_nm.device)
-    codes_nm = torch.empty(weight_nm.shape, dtype=torch.uint8, device=weight_nm.device)
+    wider_T1 = torch.tensor(WIDTHS, device=weight_nm.device)[:, None]
+    weight_Tnm = weight_nm.expand(tries, -1, -1)
+    level_TmK = torch.zeros(tries, m, 1 << max(bits), device=weight_nm.device)
+    codes_Tnm = torch.empty(weight_Tnm.shape, dtype=torch.uint8, device=weight_nm.device)
 
-    def round_column(j: int, weight_nm: Tensor) -> Tensor:
-        column_1n, place = weight_nm[:, j][None], order[j]
-        level_1K = levels(column_1n, torch.ones_like(column_1n), 1 << bits[place])
-        middle = level_1K.mean()
-        level_1K = (
-            (middle + width * (level_1K - middle)).clamp(-SCALE_MAX, SCALE_MAX).half().float()
-        )
-        level_mK[place] = F.pad(level_1K, (0, level_mK.shape[1] - level_1K.shape[1]), value=0.0)
-        level_mK[place, level_1K.shape[1] :] = level_1K[0, -1]
-        code_1n = nearest(column_1n, level_1K)
-        codes_nm[:, place] = code_1n[0]
-        return level_1K[0, code_1n[0].long()]
+    def round_column(j: int, weight_Tnm: Tensor) -> Tensor:
+        column_Tn, place = weight_Tnm[..., j].contiguous(), order[j]
+        level_TK = levels(column_Tn, torch.ones_like(column_Tn), 1 << bits[place])
+        middle_T1 = level_TK.mean(1, keepdim=True)
+        level_TK = middle_T1 + wider_T1 * (level_TK - middle_T1)
+        level_TK = level_TK.clamp(-SCALE_MAX, SCALE_MAX).half().float()
+        count = level_TK.shape[1]
+        level_TmK[:, place, :count] = level_TK
+        level_TmK[:, place, count:] = level_TK[:, -1:]
+        code_Tn = nearest(column_Tn, level_TK)
+        codes_Tnm[..., place] = code_Tn
+        return level_TK.gather(1, code_Tn.long())
 
-    compensate(weight_nm, given, m, round_column)
-    apart_nm = level_mK.gather(1, codes_nm.T.long()).T - weight_nm
-    error = float(((apart_nm @ hessian_mm) * apart_nm).sum())
-    return error, level_mK, codes_nm
+    compensate(weight_Tnm, given, m, round_column)
+    errors = []
+    for level_mK, codes_nm in zip(level_TmK, codes_Tnm, strict=True):
+        apart_nm = level_mK.gather(1, codes_nm.T.long()).T - weight_nm
+        errors.append(float(((apart_nm @ hessian_mm) * apart_nm).sum()))
+    best = errors.index(min(errors))
+    return level_TmK[best], codes_Tnm[best]
 
 
 def _fields(level_mK: Tensor, codes_nm: Tensor, bits_m: Tensor, bits: float) -> PackedFields:
