@@ -183,7 +183,7 @@ def _packed(
     walk: BlockWalk,
     index: int,
     part: Block,
-    stats: Mapping[str, LinearStats],
+    stats: dict[str, LinearStats],
     choice: Choice,
 ) -> PackedLinear:
     """The one matrix of a part as a method packs it."""

@@ -75,7 +75,7 @@ class LinearStats:
             elif name == "second_moment":
                 new = x_Tm.square().mean(0)
             else:
-                new = x_Tm.T @ x_Tm / count
+                new = (x_Tm.T @ x_Tm).div_(count)
             setattr(self, name, new if before is None else before.lerp_(new, share))
 
 
@@ -122,8 +122,8 @@ class Quantizer(Protocol):
 
     It implements `fit(block, streams, stats, config, generator, tick) -> Fitted` for a whole block
     (and `fit_bytes(config)`, what that takes of memory a weight of the block), or `pack` for one
-    matrix; `fit_each` makes one of the other. `statistics` says which statistics
-    it asks for, and of which stream.
+    matrix; `fit_each` makes one of the other. `fit` uses its `stats` up. `statistics` says which
+    statistics it asks for, and of which stream.
     """
 
     Config: ClassVar[type[Config]]
@@ -150,12 +150,14 @@ class Quantizer(Protocol):
 def fit_each(
     method: type[Quantizer],
     block: Block,
-    stats: Mapping[str, LinearStats],
+    stats: dict[str, LinearStats],
     config: Config,
     generator: torch.Generator,
     device: torch.device,
 ) -> Fitted:
     """`fit` for methods that see one matrix at a time: packed on `device`, kept on the host.
+
+    `stats` are used up: those of a block can be larger than the block.
 
     Raises:
         UnsupportedError: the method cannot hold a matrix, which is named.
@@ -163,7 +165,7 @@ def fit_each(
     found = {}
     for name, weight in block.weights.items():
         try:
-            fields = method.pack(weight.to(device), stats.get(name), config, generator)
+            fields = method.pack(weight.to(device), stats.pop(name, None), config, generator)
         except UnsupportedError as error:
             raise UnsupportedError(f"{name}: {error}", hint=error.hint) from error
         found[name] = {field: value.cpu() for field, value in fields.items()}

@@ -131,11 +131,12 @@ class Substitute(Products):
 def begun(
     method: Any,
     block: Block,
-    stats: Mapping[str, LinearStats],
+    stats: dict[str, LinearStats],
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """The block's matrices as `pack` leaves them, in packed linears on the block's device.
+    """The block's matrices as `pack` leaves them, in packed linears on the block's device; uses
+    `stats` up.
 
     Raises:
         UnsupportedError: the method cannot hold a matrix, which is named.

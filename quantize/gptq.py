@@ -117,7 +117,7 @@ def feedback(
         order_m = torch.arange(len(hessian_mm), device=hessian_mm.device)
         if by_size:
             order_m = hessian_mm.diagonal().argsort(descending=True, stable=True)
-    return Feedback(order_m, _factor(hessian_mm[order_m[:, None], order_m], damping))
+    return Feedback(order_m, _factor(hessian_mm, order_m, damping))
 
 
 def compensate(
@@ -149,8 +149,9 @@ def _segments(m: int, columns: int) -> Iterator[tuple[int, int]]:
     yield from itertools.pairwise(cuts)
 
 
-def _factor(hessian_mm: Tensor, damping: float) -> Tensor:
-    """U of (H + damping mean(diag H) I)^-1 = U^T U; in double precision, as H is often singular.
+def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> Tensor:
+    """U of (H + damping mean(diag H) I)^-1 = U^T U in this order of the inputs; in double
+    precision, as H is often singular.
 
     Raises:
         UnsupportedError: the inputs are not finite, or H has no inverse with this damping.
@@ -159,14 +160,19 @@ def _factor(hessian_mm: Tensor, damping: float) -> Tensor:
         raise UnsupportedError(
             "its inputs are not finite on the calibration text", hint="--dtype float32"
         )
-    hessian_mm = hessian_mm.double()
-    diagonal = hessian_mm.diagonal()
+    # All in one place: it is as large as a block of small models. Some rows at a time, so that no
+    # reordered copy in single precision lies beside it.
+    wide_mm = torch.empty_like(hessian_mm, dtype=torch.float64)
+    parts = (torch.split(each, SEGMENT) for each in (wide_mm, order_m))
+    for place_cm, order_c in zip(*parts, strict=True):
+        place_cm.copy_(hessian_mm[order_c[:, None], order_m])
+    diagonal = wide_mm.diagonal()
     mean = float(diagonal.sum() / diagonal.count_nonzero().clamp(min=1)) or 1.0
     # An input that was never seen: the error of its weights is nobody's matter.
     diagonal[diagonal == 0] = mean
     diagonal += damping * mean
-    # All in one place, by columns as LAPACK has it: it is as large as a block of small models.
-    place_mm = hessian_mm.T
+    # By columns, as LAPACK has it.
+    place_mm = wide_mm.T
     failed = torch.zeros(2, dtype=torch.int32, device=place_mm.device)
     torch.linalg.cholesky_ex(place_mm, out=(place_mm, failed[0]))
     torch.cholesky_inverse(place_mm, out=place_mm)

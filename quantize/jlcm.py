@@ -145,7 +145,7 @@ class JLCM:
         cls,
         block: Block,
         streams: Streams | None,
-        stats: Mapping[str, LinearStats],
+        stats: dict[str, LinearStats],
         config: JLCM.Config,
         generator: torch.Generator,
         tick: Tick,

@@ -152,7 +152,7 @@ class PTQ161:
         cls,
         block: Block,
         streams: Streams | None,
-        stats: Mapping[str, LinearStats],
+        stats: dict[str, LinearStats],
         config: PTQ161.Config,
         generator: torch.Generator,
         tick: Tick,

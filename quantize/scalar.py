@@ -124,7 +124,7 @@ class Scalar:
         cls,
         block: Block,
         streams: Streams | None,
-        stats: Mapping[str, LinearStats],
+        stats: dict[str, LinearStats],
         config: Scalar.Config,
         generator: torch.Generator,
         tick: Tick,
@@ -133,14 +133,16 @@ class Scalar:
             return Fitted({})
         assert streams is not None and block.module is not None
         device = next(block.module.parameters()).device
+        moments = {
+            name: known.hessian.diagonal().clone()
+            for name, known in stats.items()
+            if known.hessian is not None
+        }
         linears: dict[str, ScalarLinear] = begun(cls, block, stats, config, generator)
 
         def make_part(name: str, dtype: torch.dtype) -> nn.Module:
-            weight_nm, moment_m = block.weights[name].to(device).float(), None
-            hessian_mm = stats[name].hessian if name in stats else None
-            if hessian_mm is not None:
-                moment_m = hessian_mm.diagonal()
-            return Part(linears[name], weight_nm, dtype, moment_m)
+            weight_nm = block.weights[name].to(device).float()
+            return Part(linears[name], weight_nm, dtype, moments.get(name))
 
         def make_optimizers(parts: Sequence[nn.Module]) -> Sequence[torch.optim.Optimizer]:
             each: list[Any] = list(parts)
