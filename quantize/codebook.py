@@ -6,10 +6,12 @@ P points.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Rounds of Lloyd's algorithm at most; it stops by itself much sooner.
 ROUNDS = 100
@@ -124,8 +126,7 @@ class Chosen(torch.autograd.Function):
     """The levels [R, N] that codes choose: `Chosen.apply(values_RN, level_RK, codes_RN)`.
 
     Values get the gradient of what was chosen for them, as if it were they (straight through), and
-    a level those of all that chose it. Codes wait as bytes for the backward pass: as indices they
-    would be the larger half of what a fit keeps of a block.
+    a level those of all that chose it.
     """
 
     @staticmethod
@@ -139,6 +140,12 @@ class Chosen(torch.autograd.Function):
         (slope_RN,), (codes_RN,) = slopes, ctx.saved_tensors
         of_levels_RK = slope_RN.new_zeros(len(slope_RN), ctx.count)
         return slope_RN, of_levels_RK.scatter_add_(1, codes_RN.long(), slope_RN), None
+
+
+def chosen_again(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A product with chosen levels, which the backward pass chooses again: kept, those of all
+    matrices of a block would be as large as the block. The product itself is not taken again."""
+    return checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 class LinearCodebook(nn.Module):

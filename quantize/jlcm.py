@@ -50,7 +50,7 @@ from .calibration import (
     Streams,
     Tick,
 )
-from .codebook import Chosen, clusters, levels, nearest, within
+from .codebook import Chosen, chosen_again, clusters, levels, nearest, within
 from .fitting import begun, fit_block
 from .gptq import Feedback, compensate, feedback
 from .rtn import SCALE_MAX, SCALE_MIN, check_scale
@@ -137,8 +137,8 @@ class JLCM:
 
     @classmethod
     def fit_bytes(cls, config: JLCM.Config) -> int:
-        """What chooses the codes with its gradient and momentum; values, and codes."""
-        return 12 + 5 if config.form == "latent" else 12 * 2**config.bits + 12
+        """What chooses the codes with its gradient and momentum."""
+        return 12 if config.form == "latent" else 12 * 2**config.bits
 
     @classmethod
     def fit(
@@ -270,9 +270,11 @@ class Learned(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        return (chosen_again(self._product, x) * (self.scale_n * self.gain_n)).to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
         _, value_nm = self.chosen(self.levels())
-        scale_n = self.scale_n * self.gain_n
-        return (F.linear(x, value_nm.to(self.dtype)) * scale_n).to(x.dtype)
+        return F.linear(x, value_nm.to(self.dtype))
 
     @torch.no_grad()
     def store(self) -> None:

@@ -47,7 +47,7 @@ from .calibration import (
     Streams,
     Tick,
 )
-from .codebook import Chosen, levels, nearest, within
+from .codebook import Chosen, chosen_again, levels, nearest, within
 from .fitting import begun, fit_block
 from .gptq import Feedback, compensate, feedback
 from .rtn import SCALE_MAX, SCALE_MIN
@@ -116,8 +116,8 @@ class Scalar:
 
     @classmethod
     def fit_bytes(cls, config: Scalar.Config) -> int:
-        """What chooses the codes with its gradient and momentum; values, and codes."""
-        return 12 + 5
+        """What chooses the codes with its gradient and momentum."""
+        return 12
 
     @classmethod
     def fit(
@@ -303,9 +303,12 @@ class Part(nn.Module):
         return level_mK, codes_nm
 
     def forward(self, x: Tensor) -> Tensor:
+        return chosen_again(self._product, x).to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
         level_mK, codes_nm = self.chosen()
         value_mn: Tensor = Chosen.apply(self.choice_nm.T, level_mK, codes_nm.T)  # type: ignore[no-untyped-call]
-        return F.linear(x, (value_mn.T * self.spread_m).to(self.dtype)).to(x.dtype)
+        return F.linear(x, (value_mn.T * self.spread_m).to(self.dtype))
 
     @torch.no_grad()
     def store(self) -> None:
