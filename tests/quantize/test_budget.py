@@ -204,6 +204,9 @@ def test_an_impossible_budget_is_one_line(checkpoint: Checkpoints, tmp_path: Pat
     source, out = checkpoint("llama"), tmp_path / "out"
     with pytest.raises(UsageError, match=r"the smallest candidates take 3\.\d+ bits a weight"):
         candidates(make(source), Budget(2.0, RTNS), ())
+    vq = Choice.from_text("vq:codes=4000")
+    with pytest.raises(UsageError, match="more codes than the"):
+        candidates(make(source), Budget(9.0, (vq,)), ())
     command = ["quantize", "rtn", str(source), str(out)]
     for more, said in (
         (["--bits-budget", "2", "--group-size", "16"], "the smallest candidates take"),

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import spectool
 from spectool.checkpoint import open_checkpoint
 from spectool.cli import app
-from spectool.errors import UsageError
+from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.evaluate import Request, evaluate
 from spectool.evaluate.windows import BlockwiseLaws, ResidentLaws, cut
 from spectool.headers import read_layout
@@ -251,6 +251,14 @@ def test_a_tied_matrix_is_stored_once_and_counted_apart(
     (layer,) = reports[0].outside["layers"]
     assert layer["name"] == entry.name and 0 < layer["error"] < 1e-3
     assert not any("lm_head" in name for name in read_layout(out).tensors)
+    # A tie to what the architecture does not tie, or does not have.
+    config = json.loads((out / "config.json").read_text())
+    said = config["quantization_config"]["modules"]["model.embed_tokens"]
+    for wrong in ("model.layers.0.mlp.up_proj", "model.no_head"):
+        said["tied"] = wrong
+        (out / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=f"{wrong}: the architecture"):
+            spectool.load(out)
 
 
 def test_walked_blockwise_as_in_memory(checkpoint: Checkpoints, compress: Compress) -> None:
