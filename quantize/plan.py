@@ -269,10 +269,10 @@ def _sized(
     buffer_bytes = calibration_tokens * width * 4
     # Data-free: a block as stored, its codes, and one matrix unpacked beside itself in float32.
     # Calibrated: the block in float32 as well, what its packed twin unpacks while it runs, and two
-    # buffers of activations. With a fit: the constants of every matrix in float32 too, what one
-    # sequence leaves for the backward pass, and two buffers of targets.
+    # buffers of activations. With a fit: what it keeps of every matrix, what one sequence leaves
+    # for the backward pass, and two buffers of targets.
     working = block_weights * (element_bytes + 1) + 12 * largest
-    passing = 0
+    passing = learning = 0
     if calibration_tokens:
         working += 8 * block_weights
         # Around a product of a whole batch, in float32 (measured: 4.1 times input and output).
@@ -282,15 +282,14 @@ def _sized(
         (kind, choice.config) for choice, kind in kinds.items() if hasattr(kind, "fit")
     ]
     if fitting:
-        working += max(kind.fit_bytes(config) for kind, config in fitting) * block_weights
-        saved = max(saved_bytes(skeleton, s.values(), sequence_tokens) for s in sites.values())
-        passing = max(passing, saved)
+        learning = max(kind.fit_bytes(config) for kind, config in fitting) * block_weights
+        learning += max(saved_bytes(skeleton, s.values(), sequence_tokens) for s in sites.values())
     if any("hessian" in kind.statistics for kind in kinds.values()):
-        # Of every matrix; the largest once more in another order and in double precision, where it
-        # is inverted.
+        # Of every matrix; the largest once more in double precision, where it is inverted, and what
+        # comes of that. All are gone before a fit.
         squares = [site.shape[1] ** 2 for site in inside]
         passing += 4 * sum(squares) // len(sites) + 12 * max(squares)
-    working += passing
+    working += max(passing, learning)
     # Embedding and output matrix are packed by themselves, before the blocks.
     table = max((site.num_weights for site in beside), default=0)
     taught = max((learning_bytes(s.shape, choices[s.name].config) for s in learnt), default=0)

@@ -173,7 +173,12 @@ print(json.dumps([peak, said[0].host_bytes]))
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options", "calibrated", "layers"),
-    [("rtn", {}, False, 6), ("rtn", {}, True, 6), ("ptq161", {"epochs": 1}, True, 2)],
+    [
+        ("rtn", {}, False, 6),
+        ("rtn", {}, True, 6),
+        ("gptq", {}, True, 2),
+        *((method, {"epochs": 1}, True, 2) for method in ("ptq161", "jlcm", "scalar")),
+    ],
 )
 def test_memory_stays_within_the_plan(
     checkpoint: Checkpoints,
