@@ -177,7 +177,7 @@ print(json.dumps([peak, said[0].host_bytes]))
         ("rtn", {}, False, 6),
         ("rtn", {}, True, 6),
         ("gptq", {}, True, 2),
-        *((method, {"epochs": 1}, True, 2) for method in ("ptq161", "jlcm", "scalar")),
+        *((method, {"epochs": 1}, True, 2) for method in ("ptq161", "jlcm")),
     ],
 )
 def test_memory_stays_within_the_plan(
