@@ -17,7 +17,7 @@ codes in `jlcm`'s latent form.
 
 Source: the scalar codebooks a dimension of Hsu et al., QLAE, 2023 (arXiv:2305.18378), where they
 are a latent space's; for weights, with bits by water-filling and compensation, they are ours.
-Shapes: n outputs, m inputs, K levels of an input at most, L levels of all inputs.
+Shapes: n outputs, m inputs, K levels of an input at most, L levels of all inputs, T tries.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _rounded(
     bits, order = bits_m.tolist(), given.order_m.tolist()
     wider_T1 = torch.tensor(WIDTHS, device=weight_nm.device)[:, None]
     weight_Tnm = weight_nm.expand(tries, -1, -1)
-    level_TmK = torch.zeros(tries, m, 1 << max(bits), device=weight_nm.device)
+    level_TmK = torch.empty(tries, m, 1 << max(bits), device=weight_nm.device)
     codes_Tnm = torch.empty(weight_Tnm.shape, dtype=torch.uint8, device=weight_nm.device)
 
     def round_column(j: int, weight_Tnm: Tensor) -> Tensor:
