@@ -64,29 +64,29 @@ class GPTQ:
         """Without statistics as `rtn`."""
         if stats is None or stats.hessian is None:
             return RTN.pack(weight_nm, None, config, generator)
-        m = weight_nm.shape[1]
+        n, m = weight_nm.shape
         columns, top = config.group_size or m, 2**config.bits - 1
         given = feedback(stats.hessian, config.damping, by_size=config.act_order)
         order = given.order_m.tolist()
         step_ng, zero_ng, largest = grid_of(weight_nm.float(), config)
         check_scale(float(largest))
-        codes_nm = torch.empty(weight_nm.shape, dtype=torch.uint8, device=weight_nm.device)
+        codes_mn = torch.empty(m, n, dtype=torch.uint8, device=weight_nm.device)
 
-        def round_column(j: int, weight_nm: Tensor) -> Tensor:
+        def round_column(j: int, weight_mn: Tensor) -> Tensor:
             if not config.act_order and j % columns == 0:
                 group = slice(j // columns, j // columns + 1)
-                grid = grid_of(weight_nm[:, j : j + columns], config)
+                grid = grid_of(weight_mn[j : j + columns].T, config)
                 step_ng[:, group], zero_ng[:, group], largest = grid
                 check_scale(float(largest))
             group_j = order[j] // columns
             step_n, zero_n = step_ng[:, group_j].float(), zero_ng[:, group_j]
-            code_n = (weight_nm[:, j] / step_n).round_().add_(zero_n).clamp_(0, top)
-            codes_nm[:, order[j]] = code_n.to(torch.uint8)
+            code_n = (weight_mn[j] / step_n).round_().add_(zero_n).clamp_(0, top)
+            codes_mn[order[j]] = code_n.to(torch.uint8)
             return step_n * (code_n - zero_n)
 
         # Groups whose grids are known have no need of weights that are up to date when they begin.
         compensate(weight_nm.float(), given, m if config.act_order else columns, round_column)
-        fields = {"codes": pack_bits(codes_nm, config.bits), "scale": step_ng}
+        fields = {"codes": pack_bits(codes_mn.T, config.bits), "scale": step_ng}
         if not config.symmetric:
             fields["zero"] = zero_ng.to(torch.uint8)
         return fields
@@ -128,19 +128,21 @@ def compensate(
 ) -> None:
     """Round the inputs in order, each time letting those that follow make up for the error.
 
-    `round_column(j, weight_nm)` gives what the j-th in order becomes, [n], of weights [n, m] in
+    `round_column(j, weight_mn)` gives what the j-th in order becomes, [n], of weights [m, n] in
     that order, which are up to date from j to the end of its group of `columns` at least. Several
-    tries at once are [tries, n] of [tries, n, m].
+    tries at once, of weights [tries, n, m], are [tries, n] of [m, tries, n].
     """
     upper_mm = given.upper_mm
-    weight_nm = weight_nm[..., given.order_m]
-    for start, end in _segments(weight_nm.shape[-1], columns):
-        errors_nc = torch.empty_like(weight_nm[..., start:end])
+    # An input's weights lie together, as they are taken together.
+    weight_mn = weight_nm.movedim(-1, 0).index_select(0, given.order_m)
+    rows_mN = weight_mn.flatten(1)
+    for start, end in _segments(len(weight_mn), columns):
+        errors_cN = torch.empty_like(rows_mN[start:end])
         for j in range(start, end):
-            error_n = (weight_nm[..., j] - round_column(j, weight_nm)) / upper_mm[j, j]
-            weight_nm[..., j:end] -= error_n[..., None] * upper_mm[j, j:end]
-            errors_nc[..., j - start] = error_n
-        weight_nm[..., end:] -= errors_nc @ upper_mm[start:end, end:]
+            error_n = (weight_mn[j] - round_column(j, weight_mn)) / upper_mm[j, j]
+            errors_cN[j - start] = error_n.flatten()
+            rows_mN[j:end] -= upper_mm[j, j:end, None] * errors_cN[j - start]
+        rows_mN[end:] -= upper_mm[start:end, end:].T @ errors_cN
 
 
 def _segments(m: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -207,15 +207,17 @@ def _compensated(
 ) -> tuple[float, Tensor, Tensor]:
     """The squared error of the outputs, the codebook and the codes that `gptq`'s way leads to."""
     level_nK = codebook_GK[group_n].float()
-    codes_nm = torch.empty(ratio_nm.shape, dtype=torch.uint8, device=ratio_nm.device)
+    n, m = ratio_nm.shape
+    codes_mn = torch.empty(m, n, dtype=torch.uint8, device=ratio_nm.device)
     order = given.order_m.tolist()
 
-    def round_column(j: int, ratio_nm: Tensor) -> Tensor:
-        code_n1 = nearest(ratio_nm[:, j, None], level_nK)
-        codes_nm[:, order[j]] = code_n1[:, 0]
+    def round_column(j: int, ratio_mn: Tensor) -> Tensor:
+        code_n1 = nearest(ratio_mn[j, :, None], level_nK)
+        codes_mn[order[j]] = code_n1[:, 0]
         return level_nK.gather(1, code_n1.long())[:, 0]
 
-    compensate(ratio_nm, given, ratio_nm.shape[1], round_column)
+    compensate(ratio_nm, given, m, round_column)
+    codes_nm = codes_mn.T.contiguous()
     apart_nm = (level_nK.gather(1, codes_nm.long()) - ratio_nm) * scale_n[:, None]
     error = float(((apart_nm @ hessian_mm) * apart_nm).sum())
     return error, codebook_GK, codes_nm

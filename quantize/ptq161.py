@@ -248,22 +248,24 @@ def _compensated(
     alpha that is best for them."""
     is_salient, order = salient_m.tolist(), given.order_m.tolist()
     step_n, zero_n = high["hi_scale"].float(), high["hi_zero"].float()
-    made_nm = torch.empty_like(weight_nm)
-    codes_nm = torch.zeros_like(weight_nm, dtype=torch.uint8)
+    n, m = weight_nm.shape
+    made_mn = torch.empty(m, n, device=weight_nm.device)
+    codes_mn = torch.empty_like(made_mn, dtype=torch.uint8)
 
-    def round_column(j: int, weight_nm: Tensor) -> Tensor:
-        place, column_n = order[j], weight_nm[:, j]
+    def round_column(j: int, weight_mn: Tensor) -> Tensor:
+        place, column_n = order[j], weight_mn[j]
         if is_salient[place]:
             code_n = (column_n / step_n).round_().add_(zero_n).clamp_(0, 15)
-            made_nm[:, place] = step_n * (code_n - zero_n)
+            made_mn[place] = step_n * (code_n - zero_n)
         else:
             code_n = (column_n >= mu_n).float()
-            made_nm[:, place] = mu_n + alpha_n * (2 * code_n - 1)
-        codes_nm[:, place] = code_n.to(torch.uint8)
-        return made_nm[:, place]
+            made_mn[place] = mu_n + alpha_n * (2 * code_n - 1)
+        codes_mn[place] = code_n.to(torch.uint8)
+        return made_mn[place]
 
-    compensate(weight_nm, given, weight_nm.shape[1], round_column)
-    apart_nm = made_nm - weight_nm
+    compensate(weight_nm, given, m, round_column)
+    codes_nm = codes_mn.T.contiguous()
+    apart_nm = made_mn.T - weight_nm
     # With the signs known the best alpha is that of least squares, row by row.
     signs_nm = torch.where(salient_m, 0.0, 2 * codes_nm.float() - 1)
     pulled_nm = signs_nm @ hessian_mm

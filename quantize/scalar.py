@@ -205,15 +205,15 @@ def _rounded(
 ) -> tuple[Tensor, Tensor]:
     """Levels [m, K] as stored, the last one repeated, and codes [n, m], a column after another:
     of the `WIDTHS`, all taken in one go, those of the least squared error of the outputs."""
-    tries, m = len(WIDTHS), len(bits_m)
+    tries, (n, m) = len(WIDTHS), weight_nm.shape
     bits, order = bits_m.tolist(), given.order_m.tolist()
     wider_T1 = torch.tensor(WIDTHS, device=weight_nm.device)[:, None]
     weight_Tnm = weight_nm.expand(tries, -1, -1)
     level_TmK = torch.empty(tries, m, 1 << max(bits), device=weight_nm.device)
-    codes_Tnm = torch.empty(weight_Tnm.shape, dtype=torch.uint8, device=weight_nm.device)
+    codes_mTn = torch.empty(m, tries, n, dtype=torch.uint8, device=weight_nm.device)
 
-    def round_column(j: int, weight_Tnm: Tensor) -> Tensor:
-        column_Tn, place = weight_Tnm[..., j].contiguous(), order[j]
+    def round_column(j: int, weight_mTn: Tensor) -> Tensor:
+        column_Tn, place = weight_mTn[j], order[j]
         level_TK = levels(column_Tn, torch.ones_like(column_Tn), 1 << bits[place])
         middle_T1 = level_TK.mean(1, keepdim=True)
         level_TK = middle_T1 + wider_T1 * (level_TK - middle_T1)
@@ -222,16 +222,16 @@ def _rounded(
         level_TmK[:, place, :count] = level_TK
         level_TmK[:, place, count:] = level_TK[:, -1:]
         code_Tn = nearest(column_Tn, level_TK)
-        codes_Tnm[..., place] = code_Tn
+        codes_mTn[place] = code_Tn
         return level_TK.gather(1, code_Tn.long())
 
     compensate(weight_Tnm, given, m, round_column)
     errors = []
-    for level_mK, codes_nm in zip(level_TmK, codes_Tnm, strict=True):
-        apart_nm = level_mK.gather(1, codes_nm.T.long()).T - weight_nm
+    for level_mK, codes_mn in zip(level_TmK, codes_mTn.unbind(1), strict=True):
+        apart_nm = level_mK.gather(1, codes_mn.long()).T - weight_nm
         errors.append(float(((apart_nm @ hessian_mm) * apart_nm).sum()))
     best = errors.index(min(errors))
-    return level_TmK[best], codes_Tnm[best]
+    return level_TmK[best], codes_mTn[:, best].T
 
 
 def _fields(level_mK: Tensor, codes_nm: Tensor, bits_m: Tensor, bits: float) -> PackedFields:

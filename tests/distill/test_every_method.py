@@ -59,9 +59,7 @@ def train(tmp_path: Path) -> Train:
     return run
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), "gpt2"]
-)
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), "gpt2"])
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_written_drafts_and_changes_nothing(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str, family: str
