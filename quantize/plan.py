@@ -285,7 +285,7 @@ def _sized(
         learning = max(kind.fit_bytes(config) for kind, config in fitting) * block_weights
         learning += max(saved_bytes(skeleton, s.values(), sequence_tokens) for s in sites.values())
     if any("hessian" in kind.statistics for kind in kinds.values()):
-        # Of every matrix; the largest once more in double precision, where it is inverted, and what
+        # Of every matrix; the largest once more in double precision, where it is factored, and what
         # comes of that. All are gone before a fit.
         squares = [site.shape[1] ** 2 for site in inside]
         passing += 4 * sum(squares) // len(sites) + 12 * max(squares)

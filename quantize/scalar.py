@@ -109,7 +109,7 @@ class Scalar:
             hessian_mm = stats.hessian
         given = feedback(hessian_mm, DAMPING)
         worth_m = torch.empty(m, device=weight_nm.device)
-        worth_m[given.order_m] = given.upper_mm.diagonal().square().reciprocal()
+        worth_m[given.order_m] = given.cost_m
         bits_m = allocate(worth_m * weight_nm.var(0, correction=0), config.bits)
         level_mK, codes_nm = _rounded(weight_nm, bits_m, hessian_mm, given)
         return _fields(level_mK, codes_nm, bits_m, config.bits)
