@@ -139,8 +139,9 @@ def compensate(
     given: Feedback,
     columns: int,
     round_column: Callable[[int, Tensor], Tensor],
-) -> None:
-    """Round the inputs in order, each time letting those that follow make up for the error.
+) -> Tensor:
+    """Round the inputs in order, each time letting those that follow make up for the error; what
+    the outputs' squared error is then, [n], by the damped H.
 
     `round_column(j, weight_mn)` gives what the j-th in order becomes, [n], of weights [m, n] in
     that order, the j-th with what makes up for all errors before it; those after it, to the end of
@@ -156,9 +157,13 @@ def compensate(
         errors_cn = whole_mn.index_select(0, order_m[start:end])
         errors_cN = errors_cn.flatten(1)
         for j in range(start, end):
-            errors_cn[j - start] -= round_column(j, weight_mn)
+            rounded_n = round_column(j, weight_mn)
+            errors_cn[j - start] -= rounded_n
+            weight_mn[j] -= rounded_n
             rows_mN[j + 1 : end] += upper_mm[j, j + 1 : end, None] * errors_cN[j - start]
         rows_mN[end:] += upper_mm[start:end, end:].T @ errors_cN
+    # sum_j R_jj^2 (v_j - q_j)^2 = (w - q)^T R R^T (w - q).
+    return (given.cost_m @ rows_mN.square_()).view(weight_mn.shape[1:])
 
 
 def _segments(m: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -122,9 +122,7 @@ class JLCM:
         else:
             given = feedback(stats.hessian, DAMPING)
             found = [
-                _compensated(
-                    ratio_nm, scale_n, (width * codebook_GK).half(), group_n, stats.hessian, given
-                )
+                _compensated(ratio_nm, scale_n, (width * codebook_GK).half(), group_n, given)
                 for width in WIDTHS
             ]
             _, codebook_GK, codes_nm = min(found, key=lambda each: each[0])
@@ -202,7 +200,6 @@ def _compensated(
     scale_n: Tensor,
     codebook_GK: Tensor,
     group_n: Tensor,
-    hessian_mm: Tensor,
     given: Feedback,
 ) -> tuple[float, Tensor, Tensor]:
     """The squared error of the outputs, the codebook and the codes that `gptq`'s way leads to."""
@@ -216,11 +213,8 @@ def _compensated(
         codes_mn[order[j]] = code_n1[:, 0]
         return level_nK.gather(1, code_n1.long())[:, 0]
 
-    compensate(ratio_nm, given, m, round_column)
-    codes_nm = codes_mn.T.contiguous()
-    apart_nm = (level_nK.gather(1, codes_nm.long()) - ratio_nm) * scale_n[:, None]
-    error = float(((apart_nm @ hessian_mm) * apart_nm).sum())
-    return error, codebook_GK, codes_nm
+    error_n = compensate(ratio_nm, given, m, round_column)
+    return float(scale_n.square() @ error_n), codebook_GK, codes_mn.T
 
 
 def _shape(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:

@@ -263,15 +263,15 @@ def _compensated(
         codes_mn[place] = code_n.to(torch.uint8)
         return made_mn[place]
 
-    compensate(weight_nm, given, m, round_column)
+    error_n = compensate(weight_nm, given, m, round_column)
     codes_nm = codes_mn.T.contiguous()
     apart_nm = made_mn.T - weight_nm
     # With the signs known the best alpha is that of least squares, row by row.
     signs_nm = torch.where(salient_m, 0.0, 2 * codes_nm.float() - 1)
     pulled_nm = signs_nm @ hessian_mm
-    gain_n = -(pulled_nm * apart_nm).sum(1) / (pulled_nm * signs_nm).sum(1).clamp(min=1e-30)
-    apart_nm += gain_n[:, None] * signs_nm
-    error = float(((apart_nm @ hessian_mm) * apart_nm).sum())
+    slope_n = (pulled_nm * apart_nm).sum(1)
+    gain_n = -slope_n / (pulled_nm * signs_nm).sum(1).clamp(min=1e-30)
+    error = float((error_n + gain_n * slope_n).sum())
     hi, lo = pack_bits(codes_nm[:, salient_m], 4), codes_nm[:, ~salient_m].bool()
     return error, hi, lo, alpha_n + gain_n
 

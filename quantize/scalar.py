@@ -111,7 +111,7 @@ class Scalar:
         worth_m = torch.empty(m, device=weight_nm.device)
         worth_m[given.order_m] = given.cost_m
         bits_m = allocate(worth_m * weight_nm.var(0, correction=0), config.bits)
-        level_mK, codes_nm = _rounded(weight_nm, bits_m, hessian_mm, given)
+        level_mK, codes_nm = _rounded(weight_nm, bits_m, given)
         return _fields(level_mK, codes_nm, bits_m, config.bits)
 
     @classmethod
@@ -200,9 +200,7 @@ def allocate(worth_m: Tensor, bits: float) -> Tensor:
     return torch.tensor(given, dtype=torch.uint8, device=worth_m.device)
 
 
-def _rounded(
-    weight_nm: Tensor, bits_m: Tensor, hessian_mm: Tensor, given: Feedback
-) -> tuple[Tensor, Tensor]:
+def _rounded(weight_nm: Tensor, bits_m: Tensor, given: Feedback) -> tuple[Tensor, Tensor]:
     """Levels [m, K] as stored, the last one repeated, and codes [n, m], a column after another:
     of the `WIDTHS`, all taken in one go, those of the least squared error of the outputs."""
     tries, (n, m) = len(WIDTHS), weight_nm.shape
@@ -225,12 +223,7 @@ def _rounded(
         codes_mTn[place] = code_Tn
         return level_TK.gather(1, code_Tn.long())
 
-    compensate(weight_Tnm, given, m, round_column)
-    errors = []
-    for level_mK, codes_mn in zip(level_TmK, codes_mTn.unbind(1), strict=True):
-        apart_nm = level_mK.gather(1, codes_mn.long()).T - weight_nm
-        errors.append(float(((apart_nm @ hessian_mm) * apart_nm).sum()))
-    best = errors.index(min(errors))
+    best = int(compensate(weight_Tnm, given, m, round_column).sum(1).argmin())
     return level_TmK[best], codes_mTn[:, best].T
 
 

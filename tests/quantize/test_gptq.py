@@ -14,7 +14,7 @@ from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.quantize.calibration import LinearStats
 from spectool.quantize.choice import Choice
-from spectool.quantize.gptq import GPTQ
+from spectool.quantize.gptq import GPTQ, compensate, feedback
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
 from spectool.quantize.rtn import RTN
@@ -94,6 +94,34 @@ def test_equals_one_inverse_a_column(m: int, group_size: int, act_order: bool) -
     found, wanted = packed(weight_nm, x_Tm, **asked), reference(weight_nm, x_Tm, **asked)
     # A weight half way between two codes may go either way.
     assert float((found - wanted).abs().gt(1e-4).double().mean()) < 0.01
+
+
+def test_several_tries_at_once_and_what_they_err() -> None:
+    weight_Tnm = torch.randn(3, 6, 150)
+    hessian_mm, step_T1 = stats_of(inputs(400, 150)).hessian, torch.tensor([[0.3], [0.5], [0.9]])
+    assert hessian_mm is not None
+    given = feedback(hessian_mm, 0.01)
+
+    def rounded(weight_Tnm: Tensor, step_T1: Tensor) -> tuple[Tensor, Tensor]:
+        made_mTn = torch.empty(150, *weight_Tnm.shape[:-1])
+
+        def round_column(j: int, weight_mTn: Tensor) -> Tensor:
+            made_Tn = (weight_mTn[j] / step_T1).round() * step_T1
+            made_mTn[given.order_m[j]] = made_Tn
+            return made_Tn
+
+        return compensate(weight_Tnm, given, 150, round_column), made_mTn.movedim(0, -1)
+
+    error_Tn, made_Tnm = rounded(weight_Tnm, step_T1)
+    for weight_nm, step_1, error_n, made_nm in zip(
+        weight_Tnm, step_T1, error_Tn, made_Tnm, strict=True
+    ):
+        alone_n, alone_nm = rounded(weight_nm, step_1)
+        assert torch.allclose(made_nm, alone_nm) and torch.allclose(error_n, alone_n)
+        apart_nm = (made_nm - weight_nm).double()
+        damped_mm = hessian_mm.double() + 0.01 * hessian_mm.diagonal().mean() * torch.eye(150)
+        wanted_n = ((apart_nm @ damped_mm) * apart_nm).sum(1)
+        assert torch.allclose(error_n.double(), wanted_n, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 4, "group_size": 32, "symmetric": True}])
