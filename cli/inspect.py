@@ -37,13 +37,18 @@ def inspect(
         kind = "packed" if layout.is_packed else "quantized elsewhere" if quantization else "dense"
         methods = sorted({entry.method for entry in ledger.entries})
         method = ", ".join(methods) or quantization.get("quant_method")
+        # Others store several weights in a number: elements are no parameters there.
+        counted = bool(layout.is_packed or not quantization)
         result: dict[str, Any] = {
             "kind": kind,
             "method": method,
             "model_type": layout.config.get("model_type"),
-            "parameters": ledger.num_parameters,
+            "parameters": ledger.num_parameters if counted else None,
             "bytes": ledger.file_bytes,
-            "bits_per_weight": {"linears": ledger.linears, "file": ledger.file},
+            "bits_per_weight": {
+                "linears": ledger.linears,
+                "file": ledger.file if counted else None,
+            },
             "modules": [
                 {
                     "name": entry.name,
@@ -58,16 +63,17 @@ def inspect(
             "made_by": made_by,
             "command": again,
         }
-        output.show(
-            f"{path}: {kind} {result['model_type']}, {ledger.num_parameters / 1e6:.2f} M "
-            f"parameters in {size(ledger.file_bytes)}"
+        holds = (
+            f", {ledger.num_parameters / 1e6:.2f} M parameters in" if counted else f" ({method}),"
         )
+        output.show(f"{path}: {kind} {result['model_type']}{holds} {size(ledger.file_bytes)}")
         if ledger.linears is not None:
             output.show(
                 f"{len(ledger.entries)} packed matrices ({method}): {ledger.linears:.4f} bits per "
                 f"weight{' of the blocks' if any(e.outside for e in ledger.entries) else ''}"
             )
-        output.show(f"the whole file: {ledger.file:.4f} bits per parameter")
+        if counted:
+            output.show(f"the whole file: {ledger.file:.4f} bits per parameter")
         if source:
             output.show(f"source: {source.get('fingerprint', 'without a fingerprint')}")
         if again:

@@ -398,7 +398,7 @@ def show_fits(output: Output, numbered: list[tuple[int, dict[str, Any]]]) -> Non
     lower = sum(share < 1 for share in shares)
     output.show(
         f"block loss after the fit: {min(shares):.3f} to {max(shares):.3f} of that at its start, "
-        f"lower in {lower} of {len(fits)} blocks"
+        f"lower in {lower} of {len(fits)} fits"
     )
     flipped = sum(fit.get("rows_flipped", 0) for fit in fits)
     if flipped:

@@ -132,15 +132,20 @@ def _open(
     config = read_config(checkpoint.path, trust_remote_code=trust_remote_code)
     model: PreTrainedModel
     info: dict[str, Any]
+    quantized = getattr(config, "quantization_config", None) or {}
+    if quantized.get("quant_method") == "compressed-tensors":
+        # Else its modules have no weights before their first forward.
+        quantized["dequantize"] = True
     try:
         model, info = model_class(config).from_pretrained(
             checkpoint.path,
+            config=config,
             # None would make transformers forget what the configuration says.
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{checkpoint.path}: transformers cannot load it: {reason}"

@@ -40,12 +40,12 @@ STEPS = (
     Step("int8", 8, "8 bits lose nothing that was measured"),
     Step("gptq:bits=6", 6, "6 bits lose next to nothing"),
     Step("gptq:bits=5", 5, "5 bits lose next to nothing"),
-    Step("gptq:bits=4,group_size=32", 4, "gptq lost the least of what has 4 bits"),
-    Step("gptq:bits=4", 4, "gptq lost the least of what has 4 bits"),
-    Step("gptq:bits=3,group_size=32", 3, "gptq lost the least of what has 3 bits"),
-    Step("gptq:bits=3", 3, "gptq lost the least of what has 3 bits"),
+    Step("gptq:bits=4,group_size=32", 4, "gptq at 4 bits loses next to nothing, without a fit"),
+    Step("gptq:bits=4", 4, "gptq at 4 bits loses next to nothing, without a fit"),
+    Step("gptq:bits=3,group_size=32", 3, "gptq at 3 bits loses little, without a fit"),
+    Step("gptq:bits=3", 3, "gptq at 3 bits loses little, without a fit"),
     Step("jlcm:bits=2", 2, "codebooks that are fitted lost the least of what has 2 bits"),
-    Step("ptq161", 1.6, "nothing else here goes below two bits"),
+    Step("ptq161", 1.6, "nothing that was measured below two bits lost less"),
 )
 
 
@@ -106,10 +106,14 @@ def pick(
     """The step to take. `rules`, `embeddings` and `head` are what the user asked for.
 
     Raises:
-        UsageError: neither a size nor bits are given, or nothing fits.
+        UsageError: neither a size nor bits are given, nothing fits, or matrices are too small for
+            less than two bits.
     """
     if config.bits is not None:
-        return _by_bits(config.bits, embeddings)
+        picked = _by_bits(config.bits, embeddings)
+        if config.bits < 2:
+            _check_below_two(skeleton, picked, config.bits, rules, allow_dense=allow_dense)
+        return picked
     if config.fit is None:
         raise UsageError(
             "auto wants to know how small", hint="--bits 4, or --fit 24GiB for a size in memory"
@@ -155,6 +159,21 @@ def _by_bits(bits: float, embeddings: Choice | None) -> Picked:
     choice = Choice.from_text("gptq")
     budget = Budget(bits, widths(choice, bits))
     return Picked(choice, beside, budget, "between two widths: each matrix gets bits by its error")
+
+
+def _check_below_two(
+    skeleton: Skeleton, picked: Picked, bits: float, rules: Sequence[Rule], *, allow_dense: bool
+) -> None:
+    """Raises: UsageError: what is stored a row takes it above, as in matrices with short rows."""
+    plan = make_plan(skeleton, picked.choice, rules=rules, allow_dense=allow_dense)
+    # 1.6 is what it is known by, whatever the matrices.
+    limit = 2.0 if bits == STEPS[-1].bits else bits
+    if plan.bits_linears > limit:
+        raise UsageError(
+            f"--bits {bits:g}: {picked.choice} takes {plan.bits_linears:.3f} bits a weight in "
+            "matrices as small as these",
+            hint=f"--bits {2 if plan.bits_linears > 2 else round(plan.bits_linears + 0.005, 2):g}",
+        )
 
 
 def _embeddings(bits: float) -> Choice | None:

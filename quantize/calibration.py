@@ -269,7 +269,13 @@ class Observer(Products):
 
 
 def windows(
-    ids: list[int], *, samples: int, length: int, bos: int | None, generator: torch.Generator
+    ids: list[int],
+    *,
+    samples: int,
+    length: int,
+    bos: int | None,
+    generator: torch.Generator,
+    option: str = "--calibration",
 ) -> Tensor:
     """Calibration sequences [S, L] of token ids, drawn at random places of a text.
 
@@ -282,8 +288,8 @@ def windows(
     inside = length - (bos is not None)
     if len(ids) < inside:
         raise TextError(
-            f"the calibration text has {len(ids)} tokens, fewer than one sequence of {length}",
-            hint="give more text with --calibration, or a smaller --seq-len",
+            f"the text of {option} has {len(ids)} tokens, fewer than one sequence of {length}",
+            hint="more text, or a smaller --seq-len",
         )
     samples = max(1, min(samples, len(ids) // inside))
     places = torch.randint(0, len(ids) - inside + 1, (samples,), generator=generator)

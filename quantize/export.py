@@ -243,7 +243,7 @@ def _check_grid(name: str, said: Mapping[str, Any], site: Site) -> None:
         )
     if site.kind not in ("linear", "head"):
         raise UnsupportedError(
-            f"{name}: compressed-tensors holds linear layers, this is a {site.kind}",
+            f"{name}: compressed-tensors holds linear layers, and this is none ({site.kind})",
             hint="--format dense",
         )
     m, group_size = said["shape"][1], said["options"].get("group_size", 0)

@@ -82,7 +82,7 @@ def _grid(config: HQQ.Config) -> RTN.Config:
 def _pack_rows(weight_nm: Tensor, config: HQQ.Config) -> tuple[PackedFields, float]:
     """The fields of some rows, and the largest scale that they would have without a limit."""
     n, m = weight_nm.shape
-    columns = config.group_size or m
+    columns = min(config.group_size or m, m)
     # The last group is filled up with its last weight, which changes no extreme.
     padded_nm = F.pad(weight_nm, (0, -m % columns), mode="replicate")
     weight_ngc = padded_nm.view(n, -1, columns)

@@ -70,6 +70,13 @@ class Lessons:
         return {"text": f"sha256:{hashlib.sha256(data).hexdigest()}"}
 
 
+def bytes_needed(skeleton: Skeleton, plan: Plan, tokens: int) -> int:
+    """Weights and what is merged of them in float32, and what a step of so many tokens keeps for
+    its gradient."""
+    saved = sum(saved_bytes(skeleton, block.values(), tokens) for block in plan.sites.values())
+    return 8 * plan.num_parameters + saved
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reshaping:
     """One run of preprocessing. What is whole in `scratch` is taken from there, if `identity` is
@@ -115,12 +122,9 @@ class Reshaping:
                 raise UnsupportedError(
                     f"--preprocess: {site.name} is stored in parts that cannot be written back"
                 )
-        # Weights and what is merged of them in float32; what a step keeps for its gradient.
         tokens = self.asked.batch_size * self.lessons.taught_SL.shape[1]
-        saved = sum(
-            saved_bytes(self.skeleton, block.values(), tokens) for block in self.plan.sites.values()
-        )
-        wanted, free = 8 * self.plan.num_parameters + saved, available_memory(self.device)
+        wanted = bytes_needed(self.skeleton, self.plan, tokens)
+        free = available_memory(self.device)
         if wanted > free:
             raise UnsupportedError(
                 f"--preprocess trains the whole model in float32, which takes about "

@@ -132,7 +132,7 @@ def grid_of(weight_nm: Tensor, config: RTN.Config) -> tuple[Tensor, Tensor, Tens
 def _grouped(rows_nm: Tensor, group_size: int) -> Tensor:
     """[n, m] -> [n, g, c], the last group padded with zeros, which both grids contain."""
     n, m = rows_nm.shape
-    columns = group_size or m
+    columns = min(group_size or m, m)
     # Padding by nothing would copy.
     padded_nm = F.pad(rows_nm, (0, -m % columns)) if m % columns else rows_nm
     return padded_nm.reshape(n, -1, columns)

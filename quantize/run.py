@@ -29,8 +29,8 @@ from .budget import Budget, candidates, choose, forget, survey
 from .calibration import windows
 from .choice import Choice, Rule, plan_text, skipping
 from .ledger import Ledger, measure
-from .plan import Plan, make_plan
-from .preprocess import HELD_OUT, MOST_HELD_OUT, Lessons, Preprocess, Reshaping
+from .plan import BASE_BYTES, Plan, make_plan
+from .preprocess import HELD_OUT, MOST_HELD_OUT, Lessons, Preprocess, Reshaping, bytes_needed
 from .walk import BlockWalk, Progress, entry_of
 
 # Files that go along with the weights; code only where remote code was allowed.
@@ -47,6 +47,10 @@ PLAN = "plan.yaml"
 # Characters read of a streamed data set for every calibration token. English prose has about four
 # in a token; the rest leaves the drawing of sequences something to choose from.
 STREAMED_CHARACTERS = 16
+
+# Bytes that a tokenizer holds of every character at once (measured with BPE of 1k and 6k tokens:
+# 154 to 158).
+TOKENIZED_BYTES = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +133,7 @@ def prepare(
 
 def _plan(skeleton: Skeleton, job: Job, *, device: str, batch_size: int) -> Plan:
     length = _length(skeleton, job.seq_len)
-    return make_plan(
+    plan = make_plan(
         skeleton,
         job.choice if job.budget is None else job.budget.candidates[0],
         rules=[*skipping(job.skip), *job.rules],
@@ -141,6 +145,15 @@ def _plan(skeleton: Skeleton, job: Job, *, device: str, batch_size: int) -> Plan
         batch_tokens=batch_size * length,
         on_device=device != "cpu",
     )
+    # Before the blocks texts are tokenized, and with --preprocess the whole model learns.
+    texts = [*(job.calibration or ()), *(job.preprocess.text if job.preprocess else ())]
+    sizes = [Path(text).stat().st_size for text in texts if Path(text).is_file()]
+    host, on_device = TOKENIZED_BYTES * max(sizes, default=0), plan.device_bytes
+    if job.preprocess is not None:
+        learning = bytes_needed(skeleton, plan, job.preprocess.batch_size * length)
+        host = max(host, learning)
+        on_device = on_device and max(on_device, BASE_BYTES + learning)
+    return replace(plan, host_bytes=max(plan.host_bytes, BASE_BYTES + host), device_bytes=on_device)
 
 
 def quantize(
@@ -312,7 +325,14 @@ def _lessons(
     length = _length(skeleton, job.seq_len)
     cut = int((1 - HELD_OUT) * len(ids))
     taught_SL, held_out_SL = (
-        windows(part, samples=samples, length=length, bos=bos, generator=generator)
+        windows(
+            part,
+            samples=samples,
+            length=length,
+            bos=bos,
+            generator=generator,
+            option="--preprocess",
+        )
         for part, samples in ((ids[:cut], num_taught), (ids[cut:], MOST_HELD_OUT))
     )
     return Lessons(taught_SL, held_out_SL)

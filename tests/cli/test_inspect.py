@@ -68,6 +68,7 @@ def test_dense_and_foreign_checkpoints(
     foreign = spectool("inspect", tmp_path / "foreign", "--json").json
     assert (foreign["kind"], foreign["method"]) == ("quantized elsewhere", "gptq")
     assert foreign["source"] is None and foreign["command"] is None
+    assert foreign["parameters"] is None and foreign["bits_per_weight"]["file"] is None
 
 
 def _without(*keys: str) -> Change:

@@ -83,7 +83,7 @@ def test_the_cache_is_as_large_as_transformers_makes_it(
 @pytest.mark.parametrize(
     ("bits", "choice", "budget"),
     [(8.0, "int8", None), (4.0, "gptq", None), (3.0, "gptq:bits=3", None),
-     (2.0, "jlcm", None), (1.6, "ptq161", None), (1.9, "ptq161", None), (2.4, "gptq", 2.4),
+     (2.0, "jlcm", None), (1.6, "ptq161", None), (1.99, "ptq161", None), (2.4, "gptq", 2.4),
      (7.0, "gptq", 7.0)],
 )  # fmt: skip
 def test_by_bits(wide: Path, bits: float, choice: str, budget: float | None) -> None:
@@ -95,6 +95,15 @@ def test_by_bits(wide: Path, bits: float, choice: str, budget: float | None) -> 
     assert (
         pick(Skeleton(read_layout(wide)), Auto.Config(bits=bits), embeddings=own).embeddings == own
     )
+
+
+def test_short_rows_do_not_go_below_two_bits(checkpoint: Checkpoints, wide: Path) -> None:
+    small = Skeleton(read_layout(checkpoint("llama")))
+    for bits in (1.6, 1.9):
+        with pytest.raises(UsageError, match=r"ptq161 takes .* bits a weight"):
+            pick(small, Auto.Config(bits=bits))
+    with pytest.raises(UsageError, match=r"ptq161 takes 1\.\d+ bits a weight"):
+        pick(Skeleton(read_layout(wide)), Auto.Config(bits=1.61))
 
 
 def test_the_printed_command_makes_the_same(wide: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from spectool.methods import resolve
 from spectool.quantize.choice import Choice, skipping
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import Plan, make_plan
+from spectool.quantize.preprocess import Preprocess
+from spectool.quantize.rtn import RTN
+from spectool.quantize.run import Job, prepare
 from spectool.skeleton import Skeleton
 
 Checkpoints = Callable[..., Path]
@@ -168,6 +172,21 @@ quantize(sys.argv[1], Path(sys.argv[2]), job, announce=lambda plan, skeleton: sa
 peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 print(json.dumps([peak, said[0].host_bytes]))
 """
+
+
+def test_texts_and_reshaping_are_counted(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    layout, text = read_layout(checkpoint("llama")), tmp_path / "text.txt"
+    text.write_bytes(bytes(10**7))
+    job = Job(method="rtn", config=RTN.Config(), calibration=[str(text)], samples=2, seq_len=32)
+    small = replace(job, calibration=None)
+    reshaped = replace(small, preprocess=Preprocess(text=["none"], batch_size=4000))
+
+    def needs(job: Job, device: str = "cpu") -> Plan:
+        return prepare(layout, job, trust_remote_code=False, device=device)[1]
+
+    assert needs(job).host_bytes - needs(small).host_bytes > 10**9
+    assert needs(reshaped).host_bytes - needs(small).host_bytes > 10**8
+    assert needs(reshaped, "cuda").device_bytes - needs(small, "cuda").device_bytes > 10**8
 
 
 @pytest.mark.slow

@@ -548,7 +548,7 @@ def test_the_command_says_what_the_fit_gained(
     assert len(result["blocks"]) == 2
     for block in result["blocks"]:
         assert block["fits"][0]["loss_after"] < block["fits"][0]["loss_start"]
-    assert "of that at its start, lower in 2 of 2 blocks" in done.stderr
+    assert "of that at its start, lower in 2 of 2 fits" in done.stderr
     assert "blocks packed: 0." in done.stderr, "a long block says how far it is"
 
 
@@ -571,7 +571,7 @@ def test_flipped_rows_and_turned_outputs_are_named(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.count("\n") == 1
     show_fits(Output(json_wanted=False), [(0, fine), (1, odd)])
     said = capsys.readouterr().out
-    assert "0.500 to 1.000 of that at its start, lower in 1 of 2 blocks" in said
+    assert "0.500 to 1.000 of that at its start, lower in 1 of 2 fits" in said
     assert "rows flipped by a negative scale: 3" in said and "in blocks 1: more" in said
 
 

@@ -76,6 +76,14 @@ def test_rows_packed_in_pieces_are_the_same(
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
+@pytest.mark.parametrize("method", ["rtn", "hqq"])
+def test_a_group_wider_than_a_row_is_the_row(pack: Callable[..., Any], method: str) -> None:
+    """Nor is there memory for such a group."""
+    weight_nm = torch.randn(6, 24)
+    row, wider = (pack(method, weight_nm, group_size=size).fields for size in (0, 10**12))
+    assert all(torch.equal(row[name], wider[name]) for name in row)
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_unpacked_in_pieces_is_the_same(
     pack: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, symmetric: bool
