@@ -146,6 +146,11 @@ def quantize(
 
         if candidate and bits_budget is None:
             raise UsageError("--candidate: is what --bits-budget chooses from, which is not given")
+        if not preprocess:
+            for name in ("preprocess_steps", "preprocess_rank", "preprocess_rate"):
+                if _is_given(invocation, name):
+                    option = name.replace("_", "-")
+                    raise UsageError(f"--{option}: is of --preprocess, which is not given")
         rules = read_plan(plan) if plan else []
         beside = Choice.from_text(embeddings) if embeddings else None
         learnt = Choice.from_text(head) if head else None
@@ -254,17 +259,17 @@ def _by_hand(picked: Picked, own: dict[str, Any], invocation: typer.Context) -> 
         words += ["--embeddings", str(picked.embeddings)]
     for parameter in invocation.command.params:
         name = parameter.name or ""
-        source = invocation.get_parameter_source(name)
-        if (
-            source is None
-            or source.name != "COMMANDLINE"
-            or name in (*own, "model", "out", "embeddings")
-        ):
+        if not _is_given(invocation, name) or name in (*own, "model", "out", "embeddings"):
             continue
         given = invocation.params[name]
         for value in given if isinstance(given, list) else [given]:
             words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
     return shlex.join(words)
+
+
+def _is_given(invocation: typer.Context, name: str) -> bool:
+    source = invocation.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
