@@ -182,14 +182,13 @@ def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor
         raise UnsupportedError(
             "its inputs are not finite on the calibration text", hint="--dtype float32"
         )
-    # All in one place: it is as large as a block of small models. Some rows at a time, so that no
-    # reordered copy in single precision lies beside it.
+    # All in one place, as it is as large as a block of small models; turned round some rows at a
+    # time. The lower factor of H back to front is R back to front.
     wide_mm = torch.empty_like(hessian_mm, dtype=torch.float64)
-    # Back to front: of that the lower triangle, turned round again, is R.
     back_m = order_m.flip(0)
     parts = (torch.split(each, SEGMENT) for each in (wide_mm, back_m))
-    for place_cm, back_c in zip(*parts, strict=True):
-        place_cm.copy_(hessian_mm[back_c[:, None], back_m])
+    for wide_cm, back_c in zip(*parts, strict=True):
+        wide_cm.copy_(hessian_mm[back_c[:, None], back_m])
     diagonal = wide_mm.diagonal()
     mean = float(diagonal.sum() / diagonal.count_nonzero().clamp(min=1)) or 1.0
     # An input that was never seen: the error of its weights is nobody's matter.
@@ -204,6 +203,11 @@ def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor
             f"the second moments of its inputs are singular with a damping of {damping}",
             hint="a larger --damping, or more calibration text",
         )
-    own_m = place_mm.diagonal().clone()
+    own_m = diagonal.clone()
     place_mm /= own_m
-    return place_mm.float().flip(0, 1), own_m.square().flip(0).float()
+    upper_mm = torch.empty_like(hessian_mm)
+    last = torch.arange(len(own_m) - 1, -1, -1, device=own_m.device)
+    parts = (torch.split(each, SEGMENT) for each in (upper_mm, last))
+    for upper_cm, last_c in zip(*parts, strict=True):
+        upper_cm.copy_(place_mm[last_c].flip(1))
+    return upper_mm, own_m.square().flip(0).float()

@@ -4,11 +4,11 @@ With b_j bits for input j, K_j = 2^b_j levels v_j that all rows share, and codes
 
     w'_ij = v_j[k_ij].
 
-No scale is stored, and inputs with large activations need no mask: they get more bits. With U as
-`gptq` has it, an error of column j weighs 1 / U_jj^2, and the best levels of b bits leave the share
-c_b of a Gaussian's variance; so bits go one at a time to the column where
+No scale is stored, and inputs with large activations need no mask: they get more bits. With R as
+`gptq` has it, an error of column j weighs R_jj^2, and the best levels of b bits leave the share c_b
+of a Gaussian's variance; so bits go one at a time to the column where
 
-    var_j / U_jj^2 (c_b - c_(b+1))
+    var_j R_jj^2 (c_b - c_(b+1))
 
 is the largest (reverse water-filling), until the mean is `bits`. Columns are then taken one after
 another as `gptq` takes them: the levels of a column are Lloyd's for the weights as they are by
