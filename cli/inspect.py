@@ -64,7 +64,9 @@ def inspect(
             "command": again,
         }
         holds = (
-            f", {ledger.num_parameters / 1e6:.2f} M parameters in" if counted else f" ({method}),"
+            f", {ledger.num_parameters / 1e6:.2f} M parameters in"
+            if counted
+            else f" ({method or 'unnamed'}),"
         )
         output.show(f"{path}: {kind} {result['model_type']}{holds} {size(ledger.file_bytes)}")
         if ledger.linears is not None:

@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import machine, registration  # noqa: F401
 from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_fingerprint
-from spectool.errors import CheckpointError, UsageError
+from spectool.errors import CheckpointError, UsageError, require
 from spectool.headers import Layout
 from spectool.packed import packed_modules, unpack_in_place
 from spectool.skeleton import Skeleton, model_class, read_config
@@ -134,6 +134,7 @@ def _open(
     info: dict[str, Any]
     quantized = getattr(config, "quantization_config", None) or {}
     if quantized.get("quant_method") == "compressed-tensors":
+        require("compressed_tensors", extra="compressed", reason=f"{checkpoint.path}")
         # Else its modules have no weights before their first forward.
         quantized["dequantize"] = True
     try:
@@ -145,7 +146,7 @@ def _open(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{checkpoint.path}: transformers cannot load it: {reason}"

@@ -6,6 +6,7 @@ found them in: the first one that fits is taken. It chooses from headers alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from spectool.skeleton import Skeleton
 
 from .budget import Budget, widths
 from .choice import Choice, Rule
-from .plan import make_plan
+from .plan import Plan, make_plan
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40
@@ -112,7 +113,15 @@ def pick(
     if config.bits is not None:
         picked = _by_bits(config.bits, embeddings)
         if config.bits < 2:
-            _check_below_two(skeleton, picked, config.bits, rules, allow_dense=allow_dense)
+            own = make_plan(
+                skeleton,
+                picked.choice,
+                rules=rules,
+                embeddings=picked.embeddings,
+                head=head,
+                allow_dense=allow_dense,
+            )
+            _check_below_two(own, picked.choice, config.bits)
         return picked
     if config.fit is None:
         raise UsageError(
@@ -161,18 +170,21 @@ def _by_bits(bits: float, embeddings: Choice | None) -> Picked:
     return Picked(choice, beside, budget, "between two widths: each matrix gets bits by its error")
 
 
-def _check_below_two(
-    skeleton: Skeleton, picked: Picked, bits: float, rules: Sequence[Rule], *, allow_dense: bool
-) -> None:
+def _check_below_two(plan: Plan, choice: Choice, bits: float) -> None:
     """Raises: UsageError: what is stored a row takes it above, as in matrices with short rows."""
-    plan = make_plan(skeleton, picked.choice, rules=rules, allow_dense=allow_dense)
+    sites = [
+        site
+        for block in plan.sites.values()
+        for site in block.values()
+        if plan.choices[site.name] == choice
+    ]
+    taken = 8 * sum(choice.stored_bytes(site.shape) for site in sites)
+    found = taken / max(1, sum(site.num_weights for site in sites))
     # 1.6 is what it is known by, whatever the matrices.
-    limit = 2.0 if bits == STEPS[-1].bits else bits
-    if plan.bits_linears > limit:
+    if found > (2 if bits == STEPS[-1].bits else bits):
         raise UsageError(
-            f"--bits {bits:g}: {picked.choice} takes {plan.bits_linears:.3f} bits a weight in "
-            "matrices as small as these",
-            hint=f"--bits {2 if plan.bits_linears > 2 else round(plan.bits_linears + 0.005, 2):g}",
+            f"--bits {bits:g}: {choice} takes {found:.3f} bits a weight of these matrices",
+            hint=f"--bits {min(2, math.ceil(100 * found) / 100):g}",
         )
 
 

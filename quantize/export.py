@@ -247,7 +247,7 @@ def _check_grid(name: str, said: Mapping[str, Any], site: Site) -> None:
             hint="--format dense",
         )
     m, group_size = said["shape"][1], said["options"].get("group_size", 0)
-    if group_size and m % group_size:
+    if 0 < group_size < m and m % group_size:
         raise UnsupportedError(
             f"{name}: its {m} inputs are no whole number of groups of {group_size}, which "
             "compressed-tensors wants",
@@ -258,12 +258,13 @@ def _check_grid(name: str, said: Mapping[str, Any], site: Site) -> None:
 def _scheme(said: Mapping[str, Any]) -> dict[str, Any]:
     options = said["options"]
     group_size = options.get("group_size", 0)
+    grouped = 0 < group_size < said["shape"][1]
     return {
         "num_bits": options.get("bits", 8),
         "type": "int",
         "symmetric": options.get("symmetric", True),
-        "strategy": "group" if group_size else "channel",
-        "group_size": group_size or None,
+        "strategy": "group" if grouped else "channel",
+        "group_size": group_size if grouped else None,
         "dynamic": False,
     }
 

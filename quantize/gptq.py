@@ -110,12 +110,14 @@ class GPTQ:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """The order of the inputs [m]; in that order R_ij / R_jj [m, m] of the module docstring, and
-    R_jj^2 [m]: what the squared error of an input's weights costs, made up for."""
+    """The order of the inputs [m]; in that order R_ij / R_jj [m, m] of the module docstring;
+    R_jj^2 [m], what the squared error of an input's weights costs, made up for; and what was added
+    to the diagonal of H [m]."""
 
     order_m: Tensor
     upper_mm: Tensor
     cost_m: Tensor
+    added_m: Tensor
 
 
 def feedback(
@@ -140,30 +142,32 @@ def compensate(
     columns: int,
     round_column: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
-    """Round the inputs in order, each time letting those that follow make up for the error; what
-    the outputs' squared error is then, [n], by the damped H.
+    """Round the inputs in order, each time letting those that follow make up for the error; the
+    squared error of each output [n] then, as a mean over the inputs' tokens.
 
     `round_column(j, weight_mn)` gives what the j-th in order becomes, [n], of weights [m, n] in
-    that order, the j-th with what makes up for all errors before it; those after it, to the end of
-    its group of `columns` at least, with what makes up for those before the group. Several tries at
-    once, of weights [tries, n, m], are [tries, n] of [m, tries, n].
+    that order: the j-th with what makes up for all errors before it, and where a group of `columns`
+    begins all of the group with what makes up for those before; rows before j are spent. Several
+    tries at once, of weights [tries, n, m], are [tries, n] of [m, tries, n].
     """
     order_m, upper_mm = given.order_m, given.upper_mm
     # An input's weights lie together, as they are taken together.
     whole_mn = weight_nm.movedim(-1, 0)
     weight_mn = whole_mn.index_select(0, order_m)
-    rows_mN = weight_mn.flatten(1)
+    rows_mN = weight_mn.view(len(weight_mn), -1)
+    excess_N = torch.zeros_like(rows_mN[0])
     for start, end in _segments(len(weight_mn), columns):
         errors_cn = whole_mn.index_select(0, order_m[start:end])
-        errors_cN = errors_cn.flatten(1)
+        errors_cN = errors_cn.view(len(errors_cn), -1)
         for j in range(start, end):
             rounded_n = round_column(j, weight_mn)
             errors_cn[j - start] -= rounded_n
             weight_mn[j] -= rounded_n
-            rows_mN[j + 1 : end] += upper_mm[j, j + 1 : end, None] * errors_cN[j - start]
-        rows_mN[end:] += upper_mm[start:end, end:].T @ errors_cN
-    # sum_j R_jj^2 (v_j - q_j)^2 = (w - q)^T R R^T (w - q).
-    return (given.cost_m @ rows_mN.square_()).view(weight_mn.shape[1:])
+            rows_mN[j + 1 : end].addr_(upper_mm[j, j + 1 : end], errors_cN[j - start])
+        rows_mN[end:].addmm_(upper_mm[start:end, end:].T, errors_cN)
+        excess_N += given.added_m[start:end] @ errors_cN.square_()
+    # sum_j R_jj^2 (v_j - q_j)^2 = (w - q)^T R R^T (w - q), of which H is not all.
+    return (given.cost_m @ rows_mN.square_() - excess_N).view(weight_mn.shape[1:])
 
 
 def _segments(m: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -172,8 +176,8 @@ def _segments(m: int, columns: int) -> Iterator[tuple[int, int]]:
     yield from itertools.pairwise(cuts)
 
 
-def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """What `Feedback` has of R; taken in double precision, as H is often singular.
+def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Feedback` has beside the order; in double precision, as H is often singular.
 
     Raises:
         UnsupportedError: the inputs are not finite, or H is singular with this damping.
@@ -192,8 +196,8 @@ def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor
     diagonal = wide_mm.diagonal()
     mean = float(diagonal.sum() / diagonal.count_nonzero().clamp(min=1)) or 1.0
     # An input that was never seen: the error of its weights is nobody's matter.
-    diagonal[diagonal == 0] = mean
-    diagonal += damping * mean
+    added_m = damping * mean + mean * (diagonal == 0)
+    diagonal += added_m
     # By columns, as LAPACK has it.
     place_mm = wide_mm.T
     failed = torch.zeros((), dtype=torch.int32, device=place_mm.device)
@@ -206,8 +210,7 @@ def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor
     own_m = diagonal.clone()
     place_mm /= own_m
     upper_mm = torch.empty_like(hessian_mm)
-    last = torch.arange(len(own_m) - 1, -1, -1, device=own_m.device)
-    parts = (torch.split(each, SEGMENT) for each in (upper_mm, last))
-    for upper_cm, last_c in zip(*parts, strict=True):
-        upper_cm.copy_(place_mm[last_c].flip(1))
-    return upper_mm, own_m.square().flip(0).float()
+    m = len(upper_mm)
+    for start, end in _segments(m, m):
+        upper_mm[start:end] = place_mm[m - end : m - start].flip(0, 1)
+    return upper_mm, own_m.square().flip(0).float(), added_m.flip(0).float()

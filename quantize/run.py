@@ -52,6 +52,9 @@ STREAMED_CHARACTERS = 16
 # 154 to 158).
 TOKENIZED_BYTES = 160
 
+# About how many times smaller English prose is in such files.
+SMALLER, PACKED = (".gz", ".xz", ".parquet"), 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -146,14 +149,24 @@ def _plan(skeleton: Skeleton, job: Job, *, device: str, batch_size: int) -> Plan
         on_device=device != "cpu",
     )
     # Before the blocks texts are tokenized, and with --preprocess the whole model learns.
-    texts = [*(job.calibration or ()), *(job.preprocess.text if job.preprocess else ())]
-    sizes = [Path(text).stat().st_size for text in texts if Path(text).is_file()]
-    host, on_device = TOKENIZED_BYTES * max(sizes, default=0), plan.device_bytes
+    host, there = TOKENIZED_BYTES * _characters(job.calibration or ()), 0
     if job.preprocess is not None:
+        host = max(host, TOKENIZED_BYTES * _characters(job.preprocess.text))
         learning = bytes_needed(skeleton, plan, job.preprocess.batch_size * length)
-        host = max(host, learning)
-        on_device = on_device and max(on_device, BASE_BYTES + learning)
-    return replace(plan, host_bytes=max(plan.host_bytes, BASE_BYTES + host), device_bytes=on_device)
+        # From a device the matrices come back.
+        host = max(host, 4 * plan.num_weights if plan.device_bytes else learning)
+        there = BASE_BYTES + learning
+    return replace(
+        plan,
+        host_bytes=max(plan.host_bytes, BASE_BYTES + host),
+        device_bytes=plan.device_bytes and max(plan.device_bytes, there),
+    )
+
+
+def _characters(sources: Sequence[str]) -> int:
+    """About how many characters the files among them hold; streamed data sets are small beside."""
+    files = [path for path in map(Path, sources) if path.is_file()]
+    return sum(path.stat().st_size * (PACKED if path.suffix in SMALLER else 1) for path in files)
 
 
 def quantize(

@@ -15,7 +15,7 @@ from spectool.errors import UsageError
 from spectool.headers import read_layout
 from spectool.loading import load_model
 from spectool.quantize.auto import STEPS, Auto, cache_bytes, parse_size, pick
-from spectool.quantize.choice import Choice
+from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.plan import make_plan
 from spectool.skeleton import Skeleton
 
@@ -102,6 +102,8 @@ def test_short_rows_do_not_go_below_two_bits(checkpoint: Checkpoints, wide: Path
     for bits in (1.6, 1.9):
         with pytest.raises(UsageError, match=r"ptq161 takes .* bits a weight"):
             pick(small, Auto.Config(bits=bits))
+    pinned = [Rule("*.self_attn.*", Choice.from_text("rtn:bits=4,group_size=32"), "")]
+    assert pick(Skeleton(read_layout(wide)), Auto.Config(bits=1.6), rules=pinned).why
     with pytest.raises(UsageError, match=r"ptq161 takes 1\.\d+ bits a weight"):
         pick(Skeleton(read_layout(wide)), Auto.Config(bits=1.61))
 

@@ -58,7 +58,7 @@ def test_dense_again(
 
 SCHEMES: list[tuple[str, dict[str, Any]]] = [
     ("rtn", {"bits": 4, "group_size": 8}),
-    ("rtn", {"bits": 3, "group_size": 0}),
+    ("rtn", {"bits": 3, "group_size": 4096}),
     ("rtn", {"bits": 8, "group_size": 8, "symmetric": True}),
     ("gptq", {"bits": 2, "group_size": 8}),
     ("int8", {}),

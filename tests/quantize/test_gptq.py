@@ -84,7 +84,7 @@ def reference(
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize(("m", "group_size"), [(40, 0), (40, 16), (150, 48)])
+@pytest.mark.parametrize(("m", "group_size"), [(40, 0), (40, 16), (150, 48), (170, 140)])
 def test_equals_one_inverse_a_column(m: int, group_size: int, act_order: bool) -> None:
     weight_nm = torch.randn(6, m, generator=torch.Generator().manual_seed(1))
     x_Tm = inputs(400, m)
@@ -98,7 +98,9 @@ def test_equals_one_inverse_a_column(m: int, group_size: int, act_order: bool) -
 
 def test_several_tries_at_once_and_what_they_err() -> None:
     weight_Tnm = torch.randn(3, 6, 150)
-    hessian_mm, step_T1 = stats_of(inputs(400, 150)).hessian, torch.tensor([[0.3], [0.5], [0.9]])
+    x_Tm, step_T1 = inputs(400, 150), torch.tensor([[0.3], [0.5], [0.9]])
+    x_Tm[:, ::9] = 0
+    hessian_mm = stats_of(x_Tm).hessian
     assert hessian_mm is not None
     given = feedback(hessian_mm, 0.01)
 
@@ -119,8 +121,7 @@ def test_several_tries_at_once_and_what_they_err() -> None:
         alone_n, alone_nm = rounded(weight_nm, step_1)
         assert torch.allclose(made_nm, alone_nm) and torch.allclose(error_n, alone_n)
         apart_nm = (made_nm - weight_nm).double()
-        damped_mm = hessian_mm.double() + 0.01 * hessian_mm.diagonal().mean() * torch.eye(150)
-        wanted_n = ((apart_nm @ damped_mm) * apart_nm).sum(1)
+        wanted_n = ((apart_nm @ hessian_mm.double()) * apart_nm).sum(1)
         assert torch.allclose(error_n.double(), wanted_n, rtol=1e-4)
 
 

@@ -179,12 +179,14 @@ def test_texts_and_reshaping_are_counted(checkpoint: Checkpoints, tmp_path: Path
     text.write_bytes(bytes(10**7))
     job = Job(method="rtn", config=RTN.Config(), calibration=[str(text)], samples=2, seq_len=32)
     small = replace(job, calibration=None)
+    twice = replace(job, calibration=[str(text), str(text)])
     reshaped = replace(small, preprocess=Preprocess(text=["none"], batch_size=4000))
 
     def needs(job: Job, device: str = "cpu") -> Plan:
         return prepare(layout, job, trust_remote_code=False, device=device)[1]
 
     assert needs(job).host_bytes - needs(small).host_bytes > 10**9
+    assert needs(twice).host_bytes - needs(job).host_bytes > 10**9
     assert needs(reshaped).host_bytes - needs(small).host_bytes > 10**8
     assert needs(reshaped, "cuda").device_bytes - needs(small, "cuda").device_bytes > 10**8
 

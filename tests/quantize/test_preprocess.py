@@ -167,6 +167,10 @@ def test_what_is_refused(
     monkeypatch.setattr(room, "available_memory", lambda device: 1000)
     with pytest.raises(UnsupportedError, match="trains the whole model"):
         quantize(source, tmp_path / "out", job(text))
+    words = ["quantize", "rtn", str(source), str(tmp_path / "out")]
+    for option in ("--preprocess-steps", "--preprocess-rank", "--preprocess-rate"):
+        done = CliRunner().invoke(app, [*words, option, "1"])
+        assert done.exit_code == 2 and f"{option}: is of --preprocess, which" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
 

@@ -38,7 +38,7 @@ FAMILIES = [
 ]  # fmt: skip
 # In models this small the router alone is a tenth of a block.
 ROUTERS = ("mixtral", "qwen3_moe")
-MORE = [("opt", "ptq161"), ("gpt_neox", "ptq161"), ("mixtral", "nf4")]
+MORE = [("gpt_neox", "ptq161"), ("mixtral", "nf4")]
 IDS_BL = torch.tensor([[0, *range(40, 72)], [0, *range(90, 122)]])
 
 
@@ -89,7 +89,7 @@ def simulate(model: PreTrainedModel, packed: PreTrainedModel) -> None:
     [
         *((family, "rtn") for family in FAMILIES),
         *((family, "int8") for family in ("llama-tied", "gpt2", "mixtral")),
-        *((family, "ptq161") for family in ("llama-tied", "gpt2", "mixtral")),
+        *((family, "ptq161") for family in ("llama-tied", "gpt2", "opt", "mixtral")),
         *((family, "nf4") for family in ("llama-tied", "gpt2")),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE),
     ],
