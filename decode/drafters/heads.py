@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from spectool.decode.target import Target
 from spectool.errors import CheckpointError
 from spectool.headers import HEADS, HEADS_FILE, read_header, read_json
 
-from .trained import TOP
+from .trained import TOP, Heads
 
 FORMAT_VERSION = 1
 
@@ -126,7 +127,7 @@ def open_heads(
     drafter: Any = methods.resolve(record.method, "drafter")
     tensors = read_tensors(path / HEADS_FILE)
     token_map = tensors.get("token_map")
-    heads: nn.Module = drafter.Heads(
+    heads: Heads = drafter.Heads(
         drafter.Heads.Config.from_dict(record.options),
         target.model,
         None if token_map is None else token_map.to(target.device),
@@ -146,8 +147,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return {entry.name: read_tensor(entry) for entry in read_header(file)[1]}
 
 
-def fill(heads: nn.Module, tensors: Mapping[str, Tensor], place: Path) -> None:
+def fill(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:
     """Give heads these weights. Raises: CheckpointError: those in `place` are not theirs."""
+    # A learnt output matrix has a bias that the original's has not, or the other way round: heads
+    # have it of the model that they learnt on.
+    outputs = {heads.own_output(k) for k in range(heads.num_heads)}
+    for name, module in heads.named_modules():
+        bias = tensors.get(f"{name}.bias")
+        if module in outputs and (module.bias is None) != (bias is None):
+            module.bias = None if bias is None else nn.Parameter(torch.empty_like(bias))
     wanted = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != stored:

@@ -107,6 +107,29 @@ def test_a_model_with_a_packed_embedding_and_head_is_taught(
         assert results[0].token_ids == plain[0].token_ids and results[0].drafted > 0
 
 
+@pytest.mark.parametrize("name", ["medusa", "chimera", "hydra"])
+def test_where_the_output_matrix_is_learnt(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """It has a bias, which the original's has not: their heads serve both all the same."""
+    source, packed = checkpoint("llama"), tmp_path / "packed"
+    choice, text = Choice.from_text("rtn:group_size=16"), str(tmp_path / "text.txt")
+    head = Choice.from_text("vq:codes=16,epochs=2")
+    job = quantizing.Job(
+        method="rtn", config=choice.config, head=head, calibration=[text], samples=4, seq_len=48
+    )
+    quantizing.quantize(source, packed, job)
+    train(name, source, "of-source")
+    train(name, packed, "of-packed")
+    for target in (source, packed):
+        runner = Runner(target, dtype=torch.float32)
+        plain = runner.generate([[5, 6, 7]], max_new_tokens=24)
+        for heads in ("of-source", "of-packed"):
+            runner.use(str(tmp_path / heads))
+            results = runner.generate([[5, 6, 7]], max_new_tokens=24)
+            assert results[0].token_ids == plain[0].token_ids and results[0].drafted > 0
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     train: Train,
