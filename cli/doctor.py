@@ -14,6 +14,8 @@ PACKAGES = {
     "pyarrow": "data",
     "datasets": "data",
     "matplotlib": "eval",
+    "peft": "lora",
+    "compressed-tensors": "compressed",
 }
 
 
