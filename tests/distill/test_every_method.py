@@ -27,6 +27,11 @@ from .conftest import contents
 
 OPTIONS: dict[str, dict[str, Any]] = {"hydra-plain": {"variant": "plain"}}
 ALL = [*trained(), *OPTIONS]
+# Heads apart, in a chain, of a layer, and in the pass; the others with the slow tests.
+ONE_OF_A_KIND = ("medusa", "hydra", "eagle3", "ppd")
+MOST_SLOW = [
+    pytest.param(name, marks=[] if name in ONE_OF_A_KIND else pytest.mark.slow) for name in ALL
+]
 Train = Callable[..., Report]
 
 
@@ -87,9 +92,8 @@ def test_what_is_written_drafts_and_changes_nothing(
         assert all(r.drafted > 0 for r in results)
 
 
-@pytest.mark.parametrize(
-    ("name", "family"), [*((name, "llama-tied") for name in ALL), ("eagle3", "llama")]
-)
+@pytest.mark.parametrize("family", ["llama-tied", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", MOST_SLOW)
 def test_a_model_with_a_packed_embedding_and_head_is_taught(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str, family: str
 ) -> None:
@@ -130,7 +134,7 @@ def test_where_the_output_matrix_is_learnt(
             assert results[0].token_ids == plain[0].token_ids and results[0].drafted > 0
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", MOST_SLOW)
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     train: Train,
     checkpoint: Callable[..., Path],

@@ -32,8 +32,11 @@ SPECS = {
 }
 
 
-# With windowed attention: what looks up, what guesses, what skips, a chain and a tree.
+# What looks up, what guesses, what skips, a chain and a tree; the others with the slow tests.
 ONE_OF_A_KIND = ["ngram", "jacobi", "skip", "chain", "rsd-s"]
+MOST_SLOW = [
+    pytest.param(name, marks=[] if name in ONE_OF_A_KIND else pytest.mark.slow) for name in SPECS
+]
 
 
 def test_all_drafters_are_here() -> None:
@@ -102,7 +105,7 @@ def test_the_context_ends_a_drafted_text_where_it_ends_a_plain_one(
     assert {r.finish_reason for r in drafted} == {"context"}
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", MOST_SLOW)
 def test_penalties_leave_drafted_text_plain(tiny: Tiny, endless: Any, name: str) -> None:
     law: dict[str, Any] = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
     model = endless(tiny("llama-deep"))
@@ -113,7 +116,7 @@ def test_penalties_leave_drafted_text_plain(tiny: Tiny, endless: Any, name: str)
     assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", MOST_SLOW)
 def test_a_rows_sampled_text_does_not_depend_on_its_mates(
     tiny: Tiny, endless: Any, name: str
 ) -> None:
