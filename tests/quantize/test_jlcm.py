@@ -226,7 +226,9 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
         JLCM.Config(**options)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("llama", marks=pytest.mark.slow), "gpt2", "qwen3_moe"]
+)
 def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
