@@ -64,8 +64,14 @@ def train(tmp_path: Path) -> Train:
     return run
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), "gpt2"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "llama") for name in ALL),
+        *((name, "gpt2") for name in ONE_OF_A_KIND),
+        *(pytest.param(name, "qwen3", marks=pytest.mark.slow) for name in ALL),
+    ],
+)
 def test_what_is_written_drafts_and_changes_nothing(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str, family: str
 ) -> None:
