@@ -133,6 +133,12 @@ class EmbeddingRows(nn.Module):
         # It numbers rows of the whole table, and says something of gradients only.
         embedding.padding_idx = None
 
+    @property
+    def weight(self) -> Tensor:
+        """See `stand_in`."""
+        weight: Tensor = self.embedding.weight
+        return weight
+
     def rows(self, ids_N: Tensor) -> Tensor:
         """The rows [N, D] of these tokens, in the dtype of activations."""
         raise AssertionError("every kind defines this")

@@ -101,11 +101,16 @@ class Skeleton:
 
     def sites(self, block: str) -> list[Site]:
         """The packable matrices of a block, in the order of its modules."""
-        return list(find_sites(self.model.get_submodule(block), block))
+        return list(find_sites(self.model.get_submodule(block), block, self._around(block)))
 
     def dense(self, block: str) -> dict[str, str]:
         """The block's linear layers that are never packed, with the reason."""
-        return stay_dense(self.model.get_submodule(block), block)
+        return stay_dense(self.model.get_submodule(block), block, self._around(block))
+
+    def _around(self, block: str) -> tuple[type[nn.Module], ...]:
+        """Classes of the modules that a block lies in."""
+        paths = {block[:end] for end in _ends(block)} - {block}
+        return tuple(type(self.model.get_submodule(path)) for path in sorted(paths))
 
     def outside(self, *, own_head: bool = False) -> list[Site]:
         """The embedding and the output matrix: one site if they are tied, unless the output gets
