@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ DTYPE_BITS = {
 DENSE_INDEX = "model.safetensors.index.json"
 DENSE_FILE = "model.safetensors"
 PACKED_INDEX = "packed.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 HEADS = "spectool_heads.json"
 HEADS_FILE = "heads.safetensors"
 
@@ -68,15 +69,7 @@ class Layout:
     metadata: dict[str, str]
 
     def __post_init__(self) -> None:
-        for key, parent in (
-            ("text_config", self.config),
-            ("quantization_config", self.config),
-            ("quantization_config", self.config.get("text_config") or {}),
-        ):
-            if not isinstance(parent.get(key) or {}, dict):
-                raise CheckpointError(
-                    f"{self.path}: config.json: {key} is {_brief(parent[key])}, expected an object"
-                )
+        _check_objects(self.path, self.config)
         try:
             _ = self.modules
         except CheckpointError as error:
@@ -85,10 +78,7 @@ class Layout:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """`quantization_config` as stored, whoever wrote it; None for a dense checkpoint."""
-        text_config = self.config.get("text_config") or {}
-        return (
-            self.config.get("quantization_config") or text_config.get("quantization_config") or None
-        )
+        return _quantization(self.config)
 
     @property
     def modules(self) -> dict[str, dict[str, Any]]:
@@ -115,6 +105,24 @@ class Layout:
     @property
     def files(self) -> list[Path]:
         return sorted({entry.path for entry in self.tensors.values()})
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    text_config = config.get("text_config") or {}
+    return config.get("quantization_config") or text_config.get("quantization_config") or None
+
+
+def _check_objects(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises: CheckpointError: what ought to be objects of the configuration are none."""
+    for key, parent in (
+        ("text_config", config),
+        ("quantization_config", config),
+        ("quantization_config", config.get("text_config") or {}),
+    ):
+        if not isinstance(parent.get(key) or {}, dict):
+            raise CheckpointError(
+                f"{path}: config.json: {key} is {_brief(parent[key])}, expected an object"
+            )
 
 
 def packed_entries(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -262,43 +270,63 @@ def read_layout(path: Path) -> Layout:
     if (path / "spectool_heads.json").exists() and not (path / "config.json").exists():
         raise CheckpointError(f"{path}: draft heads, not a checkpoint")
     config = read_json(path / "config.json")
-    index = next((path / n for n in (PACKED_INDEX, DENSE_INDEX) if (path / n).exists()), None)
+    _check_objects(path, config)
     metadata: dict[str, str] = {}
     tensors: dict[str, TensorEntry] = {}
-    if index is None:
-        if not (path / DENSE_FILE).exists():
-            raise CheckpointError(
-                f"{path}: no safetensors weights ({DENSE_FILE} or {DENSE_INDEX})",
-                hint=_pickled(path),
-            )
-        metadata, entries = read_header(path / DENSE_FILE)
-        tensors = {entry.name: entry for entry in entries}
-    else:
-        for entry_metadata, entry in _indexed(index):
-            metadata.update(entry_metadata)
-            tensors[entry.name] = entry
+    weights = _weights(path, config)
+    files = [weights] if weights.suffix == ".safetensors" else _shards(weights)
+    for file in files:
+        its_metadata, entries = read_header(file)
+        metadata.update(its_metadata)
+        tensors.update((entry.name, entry) for entry in entries)
+    if files != [weights]:
+        for name, shard in read_json(weights)["weight_map"].items():
+            if name not in tensors:
+                raise CheckpointError(f"{weights}: says that {name} is in {shard}, but it is not")
     if not any(entry.num_elements for entry in tensors.values()):
         raise CheckpointError(f"{path}: its weight files hold no tensors with values")
     return Layout(path=path, config=config, tensors=tensors, metadata=metadata)
 
 
-def _indexed(index: Path) -> Iterator[tuple[dict[str, str], TensorEntry]]:
+def _weights(path: Path, config: Mapping[str, Any]) -> Path:
+    """The file of weights or the index of its shards, where transformers looks for it too.
+
+    A single file comes before an index, which may be left over from an earlier save.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    named = config.get("transformers_weights")
+    if (_quantization(config) or {}).get("quant_method") == "spectool":
+        names = [PACKED_INDEX]
+    elif isinstance(named, str):
+        if Path(named).name != named or not named.endswith((".safetensors", INDEX_SUFFIX)):
+            raise CheckpointError(
+                f"{path}: config.json: transformers_weights is {_brief(named)}, expected a "
+                "safetensors file or index beside it"
+            )
+        names = [named]
+    else:
+        names = [DENSE_FILE, DENSE_INDEX]
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{path}: no safetensors weights ({' or '.join(names)})", hint=_pickled(path)
+        )
+    return found
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, in the order in which transformers reads them."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     if not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index}: its weight_map does not map tensors to file names")
-    found: dict[str, dict[str, TensorEntry]] = {}
-    metadata: dict[str, dict[str, str]] = {}
-    for file in sorted(set(weight_map.values())):
+    for file in weight_map.values():
         if Path(file).name != file:
             raise CheckpointError(f"{index}: names {file!r}, which is not a file beside it")
-        metadata[file], entries = read_header(index.parent / file)
-        found[file] = {entry.name: entry for entry in entries}
-    for name, file in weight_map.items():
-        if name not in found[file]:
-            raise CheckpointError(f"{index}: says that {name} is in {file}, but it is not")
-        yield metadata[file], found[file][name]
+    return [index.parent / file for file in sorted(set(weight_map.values()))]
 
 
 def _pickled(path: Path) -> str | None:

@@ -1,17 +1,17 @@
-"""A checkpoint's architecture without its weights: blocks, linears, and how names map.
+"""A checkpoint's architecture without its weights: blocks, and what each of them is made of.
 
 The model is built on the meta device from its configuration, so any size fits. Nothing here is
 written per architecture: the decoder's longest homogeneous list of modules is the list of blocks,
-and inside a block every linear layer, transposed Conv1D and fused 3-D expert tensor is a site that
-can be packed.
+and inside a block every plain linear layer, transposed Conv1D and fused 3-D expert tensor is a site
+that can be packed.
 """
 
 from __future__ import annotations
 
 import copy
 import fnmatch
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,56 +20,13 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.pytorch_utils import Conv1D
 
-from spectool.checkpoint import Checkpoint, read_tensor
+from spectool.checkpoint import Checkpoint, same_values
 from spectool.errors import CheckpointError, UnsupportedError
 from spectool.headers import Layout
+from spectool.origins import Origin, find_origins, read_origin, resolve_ties
 from spectool.packed import PackedExperts, field_specs, swap_in
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """One weight matrix that a quantizer may pack.
-
-    `name` is the module's, or `<parameter>.<expert>` for a slice of a fused expert tensor;
-    `parameter` the tensor that holds it. `shape` is (outputs, inputs) however it is stored. An
-    embedding may be `tied` to the output matrix of this name.
-    """
-
-    name: str
-    parameter: str
-    kind: Literal["linear", "conv1d", "expert", "embedding", "head"]
-    shape: tuple[int, int]
-    transposed: bool
-    expert: int | None = None
-    tied: str | None = None
-
-    @property
-    def num_weights(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    def weight_nm(self, tensors: dict[str, Tensor]) -> Tensor:
-        """The matrix [outputs, inputs] out of the block's tensors; a view where possible."""
-        weight = tensors[self.parameter]
-        if self.expert is not None:
-            weight = weight[self.expert]
-        return weight.T if self.transposed else weight
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a model's tensor comes from: the stored names, and the converter that joins them."""
-
-    stored: tuple[tuple[str, str], ...]
-    converter: WeightConverter | None
+from spectool.sites import Site, find_sites, stay_dense
 
 
 class Skeleton:
@@ -83,25 +40,42 @@ class Skeleton:
     def __init__(self, layout: Layout, *, trust_remote_code: bool = False) -> None:
         self.layout = layout
         self.config = read_config(layout.path, trust_remote_code=trust_remote_code)
-        self.model = build_meta(self.config, trust_remote_code=trust_remote_code)
+        self._trust_remote_code = trust_remote_code
+        self._built: dict[torch.dtype, PreTrainedModel] = {}
+        self.model = self.built_in(torch.float32)
         self.decoder_name, self.blocks = find_blocks(self.model)
         self.modules: dict[str, dict[str, Any]] = {}
         if layout.is_packed:
             self.modules = layout.modules
-            self.origins = {name: Origin(((name, name),), None) for name in layout.tensors}
+            self.origins = {name: Origin.of(name) for name in layout.tensors}
         elif layout.quantization is not None:
             by = layout.quantization.get("quant_method", "an unnamed method")
             raise UnsupportedError(f"{layout.path}: is quantized by {by}, not by spectool")
         else:
-            self.origins = _origins(self.model, layout.tensors)
-        wanted = self.model.state_dict()
+            self.origins = find_origins(self.model, layout.tensors)
+        self.untied = resolve_ties(self.origins, self.model.all_tied_weights_keys, self._equal)
+        self._check()
+
+    def _equal(self, first: Origin, second: Origin) -> bool:
+        entries = [self.layout.tensors[origin.stored[0][0]] for origin in (first, second)]
+        return same_values(*entries)
+
+    def _check(self) -> None:
+        """Raises: CheckpointError: see the class."""
+        layout, wanted = self.layout, self.model.state_dict(keep_vars=True)
         expected = set(wanted) - {
             name if said.get("expert") else f"{name}.weight" for name, said in self.modules.items()
         }
         if any(said.get("expert") for said in self.modules.values()):
             expected -= {name.rpartition(".")[0] for name in self.modules}
-        tied = set(self.model.all_tied_weights_keys)
-        missing = sorted(expected - set(self.origins) - tied)
+        # A module that two others share has two names, and its tensors are stored under one.
+        shared = {id(wanted[name]) for name in wanted.keys() & self.origins.keys()}
+        optional = re.compile("|".join(self.model._keys_to_ignore_on_load_missing or ()) or "$^")
+        missing = sorted(
+            name
+            for name in expected - set(self.origins) - set(self.model.all_tied_weights_keys)
+            if id(wanted[name]) not in shared and not optional.search(name)
+        )
         if missing:
             raise CheckpointError(
                 f"{layout.path}: {len(missing)} tensors of {type(self.model).__name__} are in no "
@@ -116,9 +90,22 @@ class Skeleton:
                     f"{list(wanted[name].shape)}"
                 )
 
+    def built_in(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The meta model as transformers builds it to run in `dtype`: some tensors have another."""
+        if dtype not in self._built:
+            model = build_meta(self.config, dtype=dtype, trust_remote_code=self._trust_remote_code)
+            if self._built:
+                model.all_tied_weights_keys = dict(self.model.all_tied_weights_keys)
+            self._built[dtype] = model
+        return self._built[dtype]
+
     def sites(self, block: str) -> list[Site]:
         """The packable matrices of a block, in the order of its modules."""
         return list(find_sites(self.model.get_submodule(block), block))
+
+    def dense(self, block: str) -> dict[str, str]:
+        """The block's linear layers that are never packed, with the reason."""
+        return stay_dense(self.model.get_submodule(block), block)
 
     def outside(self, *, own_head: bool = False) -> list[Site]:
         """The embedding and the output matrix: one site if they are tied, unless the output gets
@@ -143,8 +130,7 @@ class Skeleton:
             return {f"{site.name}.weight"} & self.origins.keys()
         names = {site.parameter}
         if site.tied is not None:
-            # Some checkpoints store both.
-            names |= {f"{site.name}.weight", f"{site.tied}.weight"}
+            names.add(f"{site.tied}.weight")
         return names & self.origins.keys()
 
     def tensors_of(self, block: str) -> list[str]:
@@ -161,7 +147,7 @@ class Skeleton:
         found: dict[str, Tensor] = {}
         for name in names:
             if name not in found:
-                found.update(_realise(self.model, checkpoint, name, self.origins[name]))
+                found.update(read_origin(self.model, checkpoint.read, name, self.origins[name]))
         return found
 
     def materialise(
@@ -178,17 +164,9 @@ class Skeleton:
         `modules` says which of its matrices are packed in `tensors`; by default those that the
         checkpoint itself has packed.
         """
-        module = copy.deepcopy(self.model.get_submodule(name))
+        model = self.built_in(dtype)
+        module = self._copied(model, name)
         prefix = f"{name}." if name else ""
-        for path, owner in module.named_modules(prefix=name):
-            plain = owner._non_persistent_buffers_set & {
-                key for key, value in owner._buffers.items() if value is not None and value.is_meta
-            }
-            if plain:
-                for key in plain:
-                    owner._buffers[key] = torch.empty_like(owner._buffers[key], device="cpu")
-                initialise: Any = self._owner(path)._init_weights
-                initialise(owner)
         packed = self.modules if modules is None else modules
         specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
         with torch.device("meta"):
@@ -200,7 +178,9 @@ class Skeleton:
                 prefix=name,
             )
         state = {
-            key: tensors[prefix + key] for key in module.state_dict() if prefix + key in tensors
+            key: _cast(prefix + key, tensors[prefix + key], part, model, dtype)
+            for key, part in module.state_dict().items()
+            if prefix + key in tensors
         }
         module.load_state_dict(state, strict=False, assign=True)
         for part in module.modules():
@@ -209,9 +189,8 @@ class Skeleton:
         for owner in module.modules():
             for key, parameter in owner._parameters.items():
                 if parameter is not None and not parameter.is_meta:
-                    value = parameter.detach()
-                    value = value.to(dtype) if value.is_floating_point() else value
-                    owner._parameters[key] = nn.Parameter(value.to(device), requires_grad=False)
+                    value = parameter.detach().to(device)
+                    owner._parameters[key] = nn.Parameter(value, requires_grad=False)
             for key, buffer in owner._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     owner._buffers[key] = buffer.to(device)
@@ -220,13 +199,63 @@ class Skeleton:
             module.tie_weights(recompute_mapping=False)
         return module.eval()
 
-    def _owner(self, name: str) -> PreTrainedModel:
-        """The innermost model that holds the module: it knows how its buffers are made."""
-        while True:
-            module = self.model.get_submodule(name)
-            if isinstance(module, PreTrainedModel):
-                return module
-            name = name.rpartition(".")[0]
+    def _copied(self, model: PreTrainedModel, name: str) -> nn.Module:
+        """A copy of a submodule in which buffers that no file holds have their values.
+
+        Modules fill such buffers themselves, or a module around them does (Falcon-H1's): all of
+        them are asked, inner ones first, in the model itself, where they find each other.
+        """
+        module = model.get_submodule(name)
+        unstored = [
+            (path, owner._buffers, key)
+            for path, owner in module.named_modules(prefix=name)
+            for key, buffer in owner._buffers.items()
+            if buffer is not None and (f"{path}.{key}" if path else key) not in self.origins
+        ]
+        empty = [buffers[key] for _, buffers, key in unstored]
+        asked = {path[:end] for path, _, _ in unstored for end in _ends(path)}
+        try:
+            for (_, buffers, key), buffer in zip(unstored, empty, strict=True):
+                buffers[key] = torch.empty_like(buffer, device="cpu")
+            with torch.no_grad():
+                for path in sorted(asked, key=lambda path: (-len(path), path)):
+                    initialise: Any = _owner(model, path)._init_weights
+                    initialise(model.get_submodule(path))
+            return copy.deepcopy(module)
+        finally:
+            for (_, buffers, key), buffer in zip(unstored, empty, strict=True):
+                buffers[key] = buffer
+
+
+def _ends(path: str) -> Iterator[int]:
+    """Where the names of the modules around a module end in its name, its own included."""
+    yield 0
+    if path:
+        yield from (at for at, sign in enumerate(path) if sign == ".")
+        yield len(path)
+
+
+def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost model that holds the module: it knows how its buffers are made."""
+    while True:
+        module = model.get_submodule(name)
+        if isinstance(module, PreTrainedModel):
+            return module
+        name = name.rpartition(".")[0]
+
+
+def _cast(
+    name: str, tensor: Tensor, like: Tensor, model: PreTrainedModel, dtype: torch.dtype
+) -> Tensor:
+    """A tensor in the dtype that transformers would give it; fields of packed matrices as they are.
+
+    `like` is the meta tensor whose place it takes.
+    """
+    if not tensor.is_floating_point() or ".q." in name:
+        return tensor
+    kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    own = (to for part, to in kept.items() if re.search(part.replace("*", ".*"), name))
+    return tensor.to(next(own, like.dtype if like.is_floating_point() else dtype))
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -269,14 +298,19 @@ def model_class(config: PreTrainedConfig) -> Any:
     raise UnsupportedError(f"{config.model_type}: transformers has no causal model for it")
 
 
-def build_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The whole model on the meta device, in eval mode."""
+def build_meta(
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The whole model on the meta device, in eval mode, as built to run in `dtype`."""
     dense = copy.deepcopy(config)
     if hasattr(dense, "quantization_config"):
         del dense.quantization_config
     with torch.device("meta"):
         model: PreTrainedModel = model_class(config).from_config(
-            dense, trust_remote_code=trust_remote_code
+            dense, dtype=dtype, trust_remote_code=trust_remote_code
         )
     # Fused expert kernels hide which expert saw which token; the plain loop shows it.
     model.set_experts_implementation("eager")
@@ -308,38 +342,6 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
     return names[id(decoder)], [names[id(block)] for block in best]
 
 
-def find_sites(block: nn.Module, prefix: str) -> Iterator[Site]:
-    """The packable matrices inside a module whose full name is `prefix`."""
-    for path, module in block.named_modules(prefix=prefix):
-        if isinstance(module, nn.Linear):
-            n, m = module.weight.shape
-            yield Site(
-                name=path, parameter=f"{path}.weight", kind="linear", shape=(n, m), transposed=False
-            )
-        elif isinstance(module, Conv1D):
-            m, n = module.weight.shape
-            yield Site(
-                name=path, parameter=f"{path}.weight", kind="conv1d", shape=(n, m), transposed=True
-            )
-        elif hasattr(module, "is_transposed"):
-            # transformers marks fused experts with its experts decorator.
-            for key, weight in module.named_parameters(recurse=False):
-                if weight.ndim != 3:
-                    continue
-                num_experts, n, m = weight.shape
-                if module.is_transposed:
-                    n, m = m, n
-                for expert in range(num_experts):
-                    yield Site(
-                        name=f"{path}.{key}.{expert}",
-                        parameter=f"{path}.{key}",
-                        kind="expert",
-                        shape=(n, m),
-                        transposed=bool(module.is_transposed),
-                        expert=expert,
-                    )
-
-
 def _outside(
     name: str,
     parameter: str,
@@ -358,59 +360,3 @@ def matches(name: str, pattern: str) -> bool:
     if any(sign in pattern for sign in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return f".{pattern}." in f".{name}."
-
-
-def _origins(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Origin]:
-    """For every tensor of the model, the stored tensors it comes from."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    wanted = model.state_dict()
-    joined: dict[str, list[tuple[str, str]]] = {}
-    origins: dict[str, Origin] = {}
-    for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, wanted
-        )
-        if name not in wanted and key in wanted:
-            name, pattern = key, None
-        if name not in wanted:
-            continue
-        if pattern is None:
-            origins[name] = Origin(((key, key),), None)
-        else:
-            joined.setdefault(name, []).append((key, pattern))
-    for name, parts in joined.items():
-        converter = by_pattern[parts[0][1]]
-        for target in _targets(name, converter):
-            origins[target] = Origin(tuple(parts), converter)
-    return origins
-
-
-def _targets(first: str, converter: WeightConverter) -> list[str]:
-    """All names that a converter makes, given the first: it may split one tensor into several."""
-    head = converter.target_patterns[0]
-    return [first.replace(head, pattern) for pattern in converter.target_patterns]
-
-
-def _realise(
-    model: PreTrainedModel, checkpoint: Checkpoint, name: str, origin: Origin
-) -> dict[str, Tensor]:
-    read = {key: read_tensor(checkpoint.layout.tensors[key]) for key, _ in origin.stored}
-    if origin.converter is None:
-        (tensor,) = read.values()
-        return {name: tensor}
-    converter = copy.deepcopy(origin.converter)
-    first = name
-    for own in origin.converter.target_patterns:
-        if own in name:
-            first = name.replace(own, origin.converter.target_patterns[0])
-    for key, pattern in origin.stored:
-        # transformers annotates futures but takes tensors as well.
-        converter.add_tensor(first, key, pattern, read.pop(key))  # type: ignore[arg-type]
-    made = converter.convert(first, model=model, config=model.config)
-    return {
-        key: (value[0] if isinstance(value, list) else value).contiguous()
-        for key, value in made.items()
-    }

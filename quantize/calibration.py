@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from spectool.errors import TextError, UnsupportedError
 from spectool.options import Config
 from spectool.packed import FieldSpec, PackedLinear
-from spectool.skeleton import Site
+from spectool.sites import Site
 from spectool.walk import Activations, Call
 
 Statistic = Literal["absmax", "mean_abs", "second_moment", "hessian", "sample"]

@@ -28,7 +28,8 @@ from spectool.kernels.pack import pack_bits
 from spectool.loading import own_dtype
 from spectool.methods import resolve
 from spectool.packed import build_packed, field_specs
-from spectool.skeleton import Site, Skeleton
+from spectool.sites import Site
+from spectool.skeleton import Skeleton
 
 from .run import check_places, companions
 

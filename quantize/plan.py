@@ -12,7 +12,8 @@ from typing import Any
 
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import DTYPE_BITS
-from spectool.skeleton import Site, Skeleton
+from spectool.sites import Site
+from spectool.skeleton import Skeleton
 
 from .choice import Choice, Rule
 from .vq import VQ, learning_bytes, special_tokens
@@ -94,9 +95,11 @@ def make_plan(
     outside = skeleton.outside(own_head=head is not None)
     inside, packed = 0, 0
     unused = list(rules)
+    never: dict[str, str] = {}
     for block in skeleton.blocks:
         found = skeleton.sites(block)
         unused = [rule for rule in unused if not any(rule.means(s.name) for s in found)]
+        never |= (reasons := skeleton.dense(block))
         ruled = {site.name: _first(site, rules) for site in found}
         # Experts of one fused tensor stay together: the tensor is either packed or not.
         dense = {
@@ -119,13 +122,20 @@ def make_plan(
                 )
             check_codes(site, own)
             choices[site.name] = own
-        taken = {site.parameter for site in found}
+        skipped |= reasons
+        taken = {site.parameter for site in found} | {f"{name}.weight" for name in reasons}
         for name, parameter in skeleton.model.get_submodule(block).named_parameters(prefix=block):
             inside += parameter.numel() if parameter.ndim >= 2 else 0
             if parameter.ndim >= 2 and name not in taken:
                 skipped[name] = "not a linear layer"
         packed += sum(site.num_weights for site in sites[block].values())
     unused = [rule for rule in unused if not any(rule.means(s.name) for s in outside)]
+    for rule in list(unused):
+        meant = next((name for name in never if rule.means(name)), None)
+        if meant is not None and rule.choice is not None:
+            raise UsageError(f"{rule.origin}: {meant} stays dense: {never[meant]}")
+        if meant is not None:
+            unused.remove(rule)
     if unused:
         for site in outside:
             if site.tied is not None and unused[0].means(site.tied):

@@ -33,7 +33,8 @@ from spectool.errors import UnsupportedError, UsageError, hushed, require
 from spectool.headers import read_header
 from spectool.loading import load_model
 from spectool.machine import available_memory
-from spectool.skeleton import Site, Skeleton
+from spectool.sites import Site
+from spectool.skeleton import Skeleton
 from spectool.training import Figures, Recipe, Training, make_optimizer
 
 from .plan import Plan, saved_bytes

@@ -285,7 +285,14 @@ def quantize(
         forget(walk)
         writer.finish(
             _small_files(
-                checkpoint, plan, job, writer, source, made_by, trust_remote_code=trust_remote_code
+                checkpoint,
+                plan,
+                job,
+                writer,
+                source,
+                made_by,
+                untied=skeleton.untied,
+                trust_remote_code=trust_remote_code,
             )
         )
     if reshape is not None:
@@ -425,9 +432,13 @@ def _small_files(
     source: dict[str, Any],
     made_by: dict[str, Any],
     *,
+    untied: bool,
     trust_remote_code: bool,
 ) -> dict[str, bytes]:
-    """Everything but the shards: configuration, index, tokenizer, licence, README."""
+    """Everything but the shards: configuration, index, tokenizer, licence, README.
+
+    `untied`: matrices that the source's configuration ties are not.
+    """
     files = companions(checkpoint.path, code=trust_remote_code)
     shards = sorted(writer.manifest["shards"])
     tensors = {}
@@ -448,6 +459,10 @@ def _small_files(
         "made_by": made_by,
     }
     config = {**checkpoint.layout.config, "quantization_config": quantization}
+    # Where the source says that its weights lie; ours lie elsewhere.
+    config.pop("transformers_weights", None)
+    if untied:
+        config["tie_word_embeddings"] = False
     if stated_dtype(checkpoint.layout) is None:
         # Otherwise transformers takes the first tensor's, and that may be a field.
         dtypes = map(torch_dtype, checkpoint.layout.tensors.values())

@@ -27,7 +27,8 @@ from spectool.errors import UnsupportedError
 from spectool.headers import read_header
 from spectool.machine import trim_memory
 from spectool.packed import PackedLinear, build_packed, relative_error
-from spectool.skeleton import Site, Skeleton
+from spectool.sites import Site
+from spectool.skeleton import Skeleton
 from spectool.walk import Activations, Call, Surroundings, final_logits, run_block
 
 from . import vq

@@ -16,6 +16,7 @@ from spectool.errors import CheckpointError
 from spectool.headers import (
     DENSE_FILE,
     DENSE_INDEX,
+    PACKED_INDEX,
     Layout,
     read_header,
     read_json,
@@ -144,6 +145,7 @@ def test_json_that_is_no_object(tmp_path: Path, content: str) -> None:
 
 
 Broken = Callable[[Path], None]
+SHARD = "model-00001-of-00001.safetensors"
 
 
 def _no_config(path: Path) -> None:
@@ -163,6 +165,8 @@ def _empty_weights(path: Path) -> None:
 
 
 def _index(path: Path, content: Any) -> None:
+    # A single file would come before an index.
+    (path / DENSE_FILE).rename(path / SHARD)
     (path / DENSE_INDEX).write_text(json.dumps(content))
 
 
@@ -177,7 +181,7 @@ def _index(path: Path, content: Any) -> None:
         (lambda path: _index(path, {"weight_map": ["a"]}), "has no weight_map"),
         (lambda path: _index(path, {"weight_map": {"a": 3}}), "does not map tensors"),
         (lambda path: _index(path, {"weight_map": {"a": "b.safetensors"}}), "no such file"),
-        (lambda path: _index(path, {"weight_map": {"zz": DENSE_FILE}}), "says that zz is in"),
+        (lambda path: _index(path, {"weight_map": {"zz": SHARD}}), "says that zz is in"),
         (lambda path: _index(path, {"weight_map": {"a": "../x.safetensors"}}), "not a file beside"),
     ],
 )
@@ -206,6 +210,7 @@ PACKED = {"quant_method": "spectool", "format_version": 1, "modules": {"a.0": EN
 
 def layout_of(tmp_path: Path, config: dict[str, Any]) -> Layout:
     save_file({"a": torch.zeros(3)}, tmp_path / DENSE_FILE)
+    (tmp_path / PACKED_INDEX).write_text(json.dumps({"weight_map": {"a": DENSE_FILE}}))
     (tmp_path / "config.json").write_text(json.dumps(config))
     return read_layout(tmp_path)
 

@@ -21,7 +21,8 @@ from spectool.headers import read_layout
 from spectool.packed import packed_modules
 from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job, quantize
-from spectool.skeleton import Skeleton, find_sites, matches, model_class, read_config
+from spectool.sites import find_sites
+from spectool.skeleton import Skeleton, matches, model_class, read_config
 
 Checkpoints = Callable[..., Path]
 

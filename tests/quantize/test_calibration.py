@@ -29,7 +29,8 @@ from spectool.quantize.calibration import (
     windows,
 )
 from spectool.quantize.rtn import RTN
-from spectool.skeleton import find_blocks, find_sites
+from spectool.sites import find_sites
+from spectool.skeleton import find_blocks
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]

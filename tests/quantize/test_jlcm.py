@@ -19,7 +19,8 @@ from spectool.quantize.jlcm import JLCM, JLCMLinear, Latent, Preferences
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
 from spectool.quantize.run import Report
-from spectool.skeleton import Skeleton, find_sites
+from spectool.sites import find_sites
+from spectool.skeleton import Skeleton
 from spectool.walk import Activations, Call
 
 SMALL_JOB = {"samples": 6, "seq_len": 32}

@@ -37,7 +37,8 @@ from spectool.quantize.ptq161 import (
     num_salient,
 )
 from spectool.quantize.run import Report
-from spectool.skeleton import Skeleton, find_sites
+from spectool.sites import find_sites
+from spectool.skeleton import Skeleton
 from spectool.walk import Activations, Call
 
 Checkpoints = Callable[..., Path]

@@ -1,0 +1,228 @@
+"""The weight matrices inside a module: which of them can be packed, and why others stay dense.
+
+A packed matrix takes the place of a module that does one thing, `y = x W^T + b`. Three kinds of
+linear layers look like that and are not: subclasses with another forward, layers whose weight
+somebody else multiplies with, and routers of experts, where a small error sends a token elsewhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# What parts of a router's or a shared expert's gate's name are called.
+_ROUTER = re.compile(r"router|gate|gating|wg")
+
+# Asking for these of a weight is not computing with it.
+_METADATA = frozenset({"dtype", "device", "is_cuda"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One weight matrix that a quantizer may pack.
+
+    `name` is the module's, or `<parameter>.<expert>` for a slice of a fused expert tensor;
+    `parameter` the tensor that holds it. `shape` is (outputs, inputs) however it is stored. An
+    embedding may be `tied` to the output matrix of this name.
+    """
+
+    name: str
+    parameter: str
+    kind: Literal["linear", "conv1d", "expert", "embedding", "head"]
+    shape: tuple[int, int]
+    transposed: bool
+    expert: int | None = None
+    tied: str | None = None
+
+    @property
+    def num_weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def weight_nm(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The matrix [outputs, inputs] out of the block's tensors; a view where possible."""
+        weight = tensors[self.parameter]
+        if self.expert is not None:
+            weight = weight[self.expert]
+        return weight.T if self.transposed else weight
+
+
+def find_sites(block: nn.Module, prefix: str) -> Iterator[Site]:
+    """The packable matrices inside a module whose full name is `prefix`."""
+    dense = stay_dense(block, prefix)
+    for path, module in block.named_modules(prefix=prefix):
+        if path in dense:
+            continue
+        if isinstance(module, nn.Linear):
+            n, m = module.weight.shape
+            yield Site(
+                name=path, parameter=f"{path}.weight", kind="linear", shape=(n, m), transposed=False
+            )
+        elif isinstance(module, Conv1D):
+            m, n = module.weight.shape
+            yield Site(
+                name=path, parameter=f"{path}.weight", kind="conv1d", shape=(n, m), transposed=True
+            )
+        elif hasattr(module, "is_transposed"):
+            # transformers marks fused experts with its experts decorator.
+            for key, weight in module.named_parameters(recurse=False):
+                if weight.ndim != 3:
+                    continue
+                num_experts, n, m = weight.shape
+                if module.is_transposed:
+                    n, m = m, n
+                for expert in range(num_experts):
+                    yield Site(
+                        name=f"{path}.{key}.{expert}",
+                        parameter=f"{path}.{key}",
+                        kind="expert",
+                        shape=(n, m),
+                        transposed=bool(module.is_transposed),
+                        expert=expert,
+                    )
+
+
+def stay_dense(block: nn.Module, prefix: str) -> dict[str, str]:
+    """Linear layers of a module that are not packed, by full name, with the reason."""
+    linears = {
+        path: module
+        for path, module in block.named_modules(prefix=prefix)
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+    read = set(_read_weights(block, prefix))
+    num_experts = _num_experts(block)
+    found = {}
+    for path, module in linears.items():
+        if _routes(path.removeprefix(prefix), module, num_experts):
+            found[path] = "chooses or weighs experts"
+        elif not computes_product(type(module)):
+            found[path] = f"{type(module).__name__} is no plain linear layer"
+        elif path in read:
+            found[path] = "its weight is used outside its forward"
+    return found
+
+
+def _routes(path: str, module: nn.Linear | Conv1D, num_experts: int) -> bool:
+    """Whether a layer chooses experts (an output each) or weighs a shared one (one output).
+
+    Models name it by what it does, or give it as many outputs as there are experts.
+    """
+    if not num_experts or ".experts." in path:
+        return False
+    outputs = module.nf if isinstance(module, Conv1D) else module.weight.shape[0]
+    named = any(
+        _ROUTER.fullmatch(part.rpartition("_")[2]) or "router" in part for part in path.split(".")
+    )
+    # A router may have some outputs more, for experts that do nothing.
+    return outputs in (1, num_experts) or (named and outputs <= 2 * num_experts)
+
+
+def _num_experts(block: nn.Module) -> int:
+    """The most experts that one layer of the module has; 0 where there are none."""
+    found = [0]
+    for path, module in block.named_modules():
+        if hasattr(module, "is_transposed"):
+            found += [len(w) for w in module.parameters(recurse=False) if w.ndim == 3]
+        elif isinstance(module, nn.ModuleList) and "expert" in path.rpartition(".")[2]:
+            found.append(len(module))
+    return max(found)
+
+
+@functools.cache
+def computes_product(kind: type[nn.Linear] | type[Conv1D]) -> bool:
+    """Whether layers of this class compute `y = x W^T + b` and nothing else, tried on numbers."""
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x_BLM = 50 * torch.randn(2, 3, 5, generator=generator)
+    weight_NM = torch.randn(7, 5, generator=generator)
+    bias_N = torch.randn(7, generator=generator)
+    layer = nn.Linear(5, 7) if issubclass(kind, nn.Linear) else Conv1D(7, 5)
+    with torch.no_grad():
+        layer.weight.copy_(weight_NM if issubclass(kind, nn.Linear) else weight_NM.T)
+        assert layer.bias is not None
+        layer.bias.copy_(bias_N)
+        tried = copy.copy(layer)
+        # The class alone: what its own initialisation would add is not known here.
+        tried.__class__ = kind
+        try:
+            found = tried.eval()(x_BLM)
+            wanted = F.linear(x_BLM, weight_NM, bias_N)
+            return isinstance(found, Tensor) and torch.allclose(found, wanted, atol=1e-3)
+        except Exception:
+            # It needs more than a weight and a bias, so it does more than a product.
+            return False
+
+
+def _read_weights(block: nn.Module, prefix: str) -> Iterator[str]:
+    """Full names of modules inside whose weight a module around them computes with."""
+    for path, module in block.named_modules(prefix=prefix):
+        for read in _weights_read_by(type(module)):
+            yield f"{path}.{read}"
+
+
+@functools.cache
+def _weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """Paths below `self` of modules whose weight this class's methods compute with.
+
+    Read from the source, as running a module of any size is not to be had for a plan. What runs in
+    training only is left out: fused kernels of state-space models take the whole mixer then.
+    """
+    found: set[str] = set()
+    for each in kind.__mro__:
+        if each.__module__.partition(".")[0] == "torch" or each is object:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        reader = _Reader()
+        reader.visit(tree)
+        found |= reader.found
+    return frozenset(found)
+
+
+class _Reader(ast.NodeVisitor):
+    """Collects `a.b` of every `self.a.b.weight` that is computed with in inference."""
+
+    def __init__(self) -> None:
+        self.found: set[str] = set()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if not node.name.startswith(("__init__", "_init_", "reset_")):
+            self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        if any(isinstance(part, ast.Attribute) and part.attr == "training"
+               for part in ast.walk(node.test)):  # fmt: skip
+            for part in node.orelse:
+                self.visit(part)
+        else:
+            self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if not (isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr")):
+            self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr in _METADATA:
+            return
+        parts: list[str] = []
+        inner: ast.expr = node.value
+        while isinstance(inner, ast.Attribute):
+            parts.insert(0, inner.attr)
+            inner = inner.value
+        if node.attr == "weight" and parts and isinstance(inner, ast.Name) and inner.id == "self":
+            self.found.add(".".join(parts))
+        self.generic_visit(node)

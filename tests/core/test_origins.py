@@ -1,0 +1,166 @@
+"""One reading of a checkpoint: resident, by blocks and quantized take transformers' tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import spectool
+from spectool.checkpoint import open_checkpoint
+from spectool.errors import CheckpointError
+from spectool.evaluate.windows import Batch, BlockwiseLaws, Windows
+from spectool.headers import DENSE_FILE, DENSE_INDEX, read_layout
+from spectool.quantize.int8 import Int8
+from spectool.quantize.run import Job, quantize
+from spectool.skeleton import Skeleton
+
+Checkpoints = Callable[..., Path]
+Tensors = dict[str, Tensor]
+
+IDS_BL = (torch.arange(20) * 7 % 61)[None]
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _save(place: Path, tensors: Tensors) -> None:
+    (place / DENSE_FILE).unlink()
+    save_file({k: v.clone() for k, v in tensors.items()}, place / DENSE_FILE, {"format": "pt"})
+
+
+def _shard(place: Path, tensors: Tensors, scale: float = 1.0) -> dict[str, str]:
+    """Two shards with scaled matrices; the map from tensors to them."""
+    names, where = list(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({k: (tensors[k] * scale).clone() for k in part}, place / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    return where
+
+
+def _index(place: Path, where: dict[str, str]) -> None:
+    (place / DENSE_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def _stale_index(place: Path, tensors: Tensors) -> None:
+    _index(place, _shard(place, tensors, 0.5))
+
+
+def _index_without_shards(place: Path, tensors: Tensors) -> None:
+    _index(place, dict.fromkeys(tensors, "model-00001-of-00002.safetensors"))
+
+
+def _index_says_another_shard(place: Path, tensors: Tensors) -> None:
+    where = _shard(place, tensors)
+    swapped = dict(zip(where, reversed(list(where.values())), strict=True))
+    (place / DENSE_FILE).unlink()
+    _index(place, swapped)
+
+
+def _index_leaves_some_out(place: Path, tensors: Tensors) -> None:
+    where = _shard(place, tensors)
+    (place / DENSE_FILE).unlink()
+    _index(place, dict([*where.items()][:1] + [*where.items()][-1:]))
+
+
+def _both_stored(place: Path, tensors: Tensors) -> None:
+    _save(place, {**tensors, HEAD: tensors[TABLE]})
+
+
+def _both_stored_and_different(place: Path, tensors: Tensors) -> None:
+    _save(place, {**tensors, HEAD: tensors[TABLE].flip(0)})
+
+
+def _stored_as_head(place: Path, tensors: Tensors) -> None:
+    _save(place, {HEAD if key == TABLE else key: value for key, value in tensors.items()})
+
+
+def _without_prefix(place: Path, tensors: Tensors) -> None:
+    _save(place, {key.removeprefix("model."): value for key, value in tensors.items()})
+
+
+def _head_with_prefix(place: Path, tensors: Tensors) -> None:
+    _save(place, {**tensors, f"model.{HEAD}": tensors[TABLE].flip(0)})
+
+
+def _twice(place: Path, tensors: Tensors) -> None:
+    _save(place, {**tensors, **{k.removeprefix("model."): v * 2 for k, v in tensors.items()}})
+
+
+def _extra(place: Path, tensors: Tensors) -> None:
+    _save(place, {**tensors, "model.layers.2.mlp.up_proj.weight": torch.ones(4, 4),
+                  "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})  # fmt: skip
+
+
+LAYOUTS = [
+    _stale_index, _index_without_shards, _index_says_another_shard, _index_leaves_some_out,
+    _both_stored, _both_stored_and_different, _stored_as_head, _without_prefix,
+    _head_with_prefix, _twice, _extra,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_reader_takes_the_same_tensors(
+    checkpoint: Checkpoints, tmp_path: Path, layout: Callable[[Path, Tensors], None]
+) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(checkpoint("llama", tie_word_embeddings=True), place)
+    layout(place, load_file(place / DENSE_FILE))
+    wanted_BLV = _logits(AutoModelForCausalLM.from_pretrained(place).eval())
+    torch.testing.assert_close(_logits(spectool.load(place)), wanted_BLV, rtol=0, atol=0)
+    _assert_blockwise(place, wanted_BLV)
+    job = Job(method="int8", config=Int8.Config())
+    quantize(place, tmp_path / "packed", job)
+    found_BLV = _logits(spectool.load(tmp_path / "packed"))
+    assert float((found_BLV - wanted_BLV).norm() / wanted_BLV.norm()) < 0.1
+    _assert_blockwise(tmp_path / "packed", found_BLV)
+
+
+def test_different_matrices_that_are_said_to_be_tied_are_packed_apart(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(checkpoint("llama", tie_word_embeddings=True), place)
+    _both_stored_and_different(place, load_file(place / DENSE_FILE))
+    wanted_BLV = _logits(spectool.load(place))
+    from spectool.quantize.choice import Choice
+
+    job = Job(method="int8", config=Int8.Config(), embeddings=Choice("int8", Int8.Config()))
+    quantize(place, tmp_path / "packed", job)
+    packed = tmp_path / "packed"
+    assert json.loads((packed / "config.json").read_text())["tie_word_embeddings"] is False
+    found_BLV = _logits(spectool.load(packed))
+    assert float((found_BLV - wanted_BLV).norm() / wanted_BLV.norm()) < 0.05
+
+
+def test_absent_output_matrix_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(checkpoint("llama", tie_word_embeddings=False), place)
+    tensors = load_file(place / DENSE_FILE)
+    del tensors[HEAD]
+    _save(place, tensors)
+    for refused in (lambda: spectool.load(place), lambda: Skeleton(read_layout(place))):
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+            refused()
+
+
+@torch.inference_mode()
+def _logits(model: torch.nn.Module) -> Tensor:
+    logits: Tensor = model(input_ids=IDS_BL, use_cache=False).logits
+    return logits
+
+
+def _assert_blockwise(place: Path, wanted_BLV: Tensor) -> None:
+    windows = Windows((IDS_BL,), IDS_BL.shape[1], None)
+    laws = BlockwiseLaws(
+        open_checkpoint(place), windows, dtype=torch.float32, device=torch.device("cpu")
+    )
+    found_BLV = laws(Batch(0, slice(0, 1), IDS_BL))
+    wanted_BLV = torch.log_softmax(wanted_BLV[:, :-1].float(), -1)
+    torch.testing.assert_close(found_BLV, wanted_BLV, rtol=0, atol=1e-4)
