@@ -87,8 +87,10 @@ class _Glance:
 class StoredRows(EmbeddingRows):
     """An embedding that reads its rows from a file: a large table would outweigh the blocks."""
 
-    def __init__(self, embedding: nn.Embedding, entry: TensorEntry, dtype: torch.dtype) -> None:
-        super().__init__(embedding)
+    def __init__(
+        self, embedding: nn.Embedding, entry: TensorEntry, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(embedding, device)
         self.entry, self.dtype = entry, dtype
 
     def rows(self, ids_N: Tensor) -> Tensor:
@@ -144,7 +146,9 @@ class Surroundings:
         elif by_rows:
             assert origin is not None
             entry = checkpoint.layout.tensors[origin.stored[0][0]]
-            model.set_input_embeddings(StoredRows(model.get_input_embeddings(), entry, dtype))
+            model.set_input_embeddings(
+                StoredRows(model.get_input_embeddings(), entry, dtype, device)
+            )
         self.taps = [Tap(model.get_submodule(block)) for block in skeleton.blocks]
         for block, tap in zip(skeleton.blocks, self.taps, strict=True):
             parent, _, leaf = block.rpartition(".")
@@ -263,6 +267,24 @@ class Surroundings:
         finally:
             handle.remove()
         raise AssertionError("the forward does not use the output matrix")
+
+
+def check_walkable(
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    *,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    with_head: bool,
+) -> None:
+    """Make sure that blocks can be run one at a time, before anything is written.
+
+    Raises:
+        UnsupportedError: see `Surroundings`.
+    """
+    around = Surroundings(skeleton, checkpoint, dtype=dtype, device=device, with_head=with_head)
+    around.calls(1, length)
 
 
 class _Reached(Exception):
