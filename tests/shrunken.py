@@ -81,6 +81,7 @@ QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "ind
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
     "cohere_compass_text": {
         "layer_types": ALTERNATING,
         "rope_parameters": {
@@ -172,7 +173,8 @@ def _by_layer(default: PreTrainedConfig, said: Mapping[str, Any]) -> dict[str, A
 
 def _tokens(said: Mapping[str, Any]) -> dict[str, Any]:
     """Ids of special tokens inside the vocabulary."""
-    usual = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    # No end: a random model writes one anywhere.
+    usual = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     made: dict[str, Any] = {}
     for name, value in said.items():
         if name in usual:
@@ -190,6 +192,10 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for tensor in _weights(model):
             disturb(tensor, generator)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                # Else a model with one matrix for both ends repeats its last token for ever.
+                module.weight.mul_(0.2)
     return model.eval()
 
 
