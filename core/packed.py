@@ -125,14 +125,20 @@ class EmbeddingRows(nn.Module):
     The original module does the rest, so that what it adds (a scale) stays.
     """
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding, device: torch.device | None = None) -> None:
         super().__init__()
         self.embedding = embedding
-        device = embedding.weight.device
+        device = device or embedding.weight.device
         del embedding._parameters["weight"]
         embedding.weight = stand_in(embedding.num_embeddings, device)
         # It numbers rows of the whole table, and says something of gradients only.
         embedding.padding_idx = None
+
+    @property
+    def weight(self) -> Tensor:
+        """See `stand_in`."""
+        weight: Tensor = self.embedding.weight
+        return weight
 
     def rows(self, ids_N: Tensor) -> Tensor:
         """The rows [N, D] of these tokens, in the dtype of activations."""

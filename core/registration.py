@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -22,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spectool.checkpoint import DTYPES
 from spectool.errors import UnsupportedError
 from spectool.headers import FORMAT_VERSION, PACKED_INDEX, packed_entries, read_header
-from spectool.packed import field_specs, swap_in
+from spectool.packed import PackedEmbedding, field_specs, swap_in
 
 if TYPE_CHECKING:
     # transformers.modeling_utils imports the registry, so this may run in the middle of it.
@@ -88,6 +89,13 @@ class SpectoolQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         del model.config.transformers_weights
+        if not any(parameter.is_floating_point() for parameter in model.parameters()):
+            # transformers asks a model's parameters for its dtype: norms without weights have none.
+            for part in model.modules():
+                if isinstance(part, PackedEmbedding):
+                    like = part._buffers.pop("like")
+                    part._non_persistent_buffers_set.discard("like")
+                    part.register_parameter("like", nn.Parameter(like, requires_grad=False))
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 # What parts of a router's or a shared expert's gate's name are called.
@@ -58,9 +59,14 @@ class Site:
         return weight.T if self.transposed else weight
 
 
-def find_sites(block: nn.Module, prefix: str) -> Iterator[Site]:
-    """The packable matrices inside a module whose full name is `prefix`."""
-    dense = stay_dense(block, prefix)
+def find_sites(
+    block: nn.Module, prefix: str, around: tuple[type[nn.Module], ...] = ()
+) -> Iterator[Site]:
+    """The packable matrices inside a module whose full name is `prefix`.
+
+    `around` are the classes of the modules that it lies in.
+    """
+    dense = stay_dense(block, prefix, around)
     for path, module in block.named_modules(prefix=prefix):
         if path in dense:
             continue
@@ -93,14 +99,23 @@ def find_sites(block: nn.Module, prefix: str) -> Iterator[Site]:
                     )
 
 
-def stay_dense(block: nn.Module, prefix: str) -> dict[str, str]:
+def stay_dense(
+    block: nn.Module, prefix: str, around: tuple[type[nn.Module], ...] = ()
+) -> dict[str, str]:
     """Linear layers of a module that are not packed, by full name, with the reason."""
     linears = {
         path: module
         for path, module in block.named_modules(prefix=prefix)
         if isinstance(module, (nn.Linear, Conv1D))
     }
-    read = set(_read_weights(block, prefix))
+    read = {
+        f"{path}.{name}"
+        for path, module in block.named_modules(prefix=prefix)
+        for own, name in _weights_read_by(type(module))
+        if own
+    }
+    # Models around reach their blocks by a loop's variable: the end of the name tells.
+    ends = tuple(f".{name}" for kind in around for _, name in _weights_read_by(kind))
     num_experts = _num_experts(block)
     found = {}
     for path, module in linears.items():
@@ -108,7 +123,7 @@ def stay_dense(block: nn.Module, prefix: str) -> dict[str, str]:
             found[path] = "chooses or weighs experts"
         elif not computes_product(type(module)):
             found[path] = f"{type(module).__name__} is no plain linear layer"
-        elif path in read:
+        elif path in read or path.endswith(ends):
             found[path] = "its weight is used outside its forward"
     return found
 
@@ -165,39 +180,30 @@ def computes_product(kind: type[nn.Linear] | type[Conv1D]) -> bool:
             return False
 
 
-def _read_weights(block: nn.Module, prefix: str) -> Iterator[str]:
-    """Full names of modules inside whose weight a module around them computes with."""
-    for path, module in block.named_modules(prefix=prefix):
-        for read in _weights_read_by(type(module)):
-            yield f"{path}.{read}"
-
-
 @functools.cache
-def _weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
-    """Paths below `self` of modules whose weight this class's methods compute with.
+def _weights_read_by(kind: type[nn.Module]) -> frozenset[tuple[bool, str]]:
+    """Paths of modules whose weight this class's methods compute with, and whether below `self`.
 
     Read from the source, as running a module of any size is not to be had for a plan. What runs in
     training only is left out: fused kernels of state-space models take the whole mixer then.
     """
-    found: set[str] = set()
+    reader = _Reader()
     for each in kind.__mro__:
-        if each.__module__.partition(".")[0] == "torch" or each is object:
+        if each.__module__.partition(".")[0] == "torch" or each in (object, PreTrainedModel):
             continue
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
+            reader.visit(ast.parse(textwrap.dedent(inspect.getsource(each))))
         except (OSError, TypeError, SyntaxError):
+            # A class without a source, made at run time say.
             continue
-        reader = _Reader()
-        reader.visit(tree)
-        found |= reader.found
-    return frozenset(found)
+    return frozenset(reader.found)
 
 
 class _Reader(ast.NodeVisitor):
-    """Collects `a.b` of every `self.a.b.weight` that is computed with in inference."""
+    """Collects `a.b` of every `x.a.b.weight` that is computed with in inference; x may be self."""
 
     def __init__(self) -> None:
-        self.found: set[str] = set()
+        self.found: set[tuple[bool, str]] = set()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if not node.name.startswith(("__init__", "_init_", "reset_")):
@@ -223,6 +229,6 @@ class _Reader(ast.NodeVisitor):
         while isinstance(inner, ast.Attribute):
             parts.insert(0, inner.attr)
             inner = inner.value
-        if node.attr == "weight" and parts and isinstance(inner, ast.Name) and inner.id == "self":
-            self.found.add(".".join(parts))
+        if node.attr == "weight" and parts and isinstance(inner, ast.Name):
+            self.found.add((inner.id == "self", ".".join(parts)))
         self.generic_visit(node)

@@ -101,11 +101,16 @@ class Skeleton:
 
     def sites(self, block: str) -> list[Site]:
         """The packable matrices of a block, in the order of its modules."""
-        return list(find_sites(self.model.get_submodule(block), block))
+        return list(find_sites(self.model.get_submodule(block), block, self._around(block)))
 
     def dense(self, block: str) -> dict[str, str]:
         """The block's linear layers that are never packed, with the reason."""
-        return stay_dense(self.model.get_submodule(block), block)
+        return stay_dense(self.model.get_submodule(block), block, self._around(block))
+
+    def _around(self, block: str) -> tuple[type[nn.Module], ...]:
+        """Classes of the modules that a block lies in."""
+        paths = {block[:end] for end in _ends(block)} - {block}
+        return tuple(type(self.model.get_submodule(path)) for path in sorted(paths))
 
     def outside(self, *, own_head: bool = False) -> list[Site]:
         """The embedding and the output matrix: one site if they are tied, unless the output gets
@@ -328,18 +333,34 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
     decoder: nn.Module | None = model.get_decoder()  # type: ignore[no-untyped-call]
     if decoder is None or id(decoder) not in names:
         raise UnsupportedError(f"{type(model).__name__} has no decoder that spectool can find")
-    lists = [
+    lists = _block_lists(decoder, names)
+    if not lists and decoder is not model.base_model:
+        # Some models call their output matrix `decoder`.
+        decoder = model.base_model
+        lists = _block_lists(decoder, names)
+    if not lists:
+        raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks")
+    best = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    return names[id(decoder)], [names[id(block)] for block in best]
+
+
+def _block_lists(decoder: nn.Module, names: Mapping[int, str]) -> list[nn.ModuleList]:
+    """Lists of modules with matrices inside a decoder, but for those of other models in it."""
+    text = type(getattr(decoder, "config", None))
+    towers = tuple(
+        f"{names[id(part)]}."
+        for part in decoder.modules()
+        if isinstance(part, PreTrainedModel) and type(part.config) is not text
+    )
+    return [
         module
         for module in decoder.modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
         and any(find_sites(module[0], ""))
         and all(id(child) in names for child in module)
+        and not names[id(module)].startswith(towers)
     ]
-    if not lists:
-        raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks")
-    best = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-    return names[id(decoder)], [names[id(block)] for block in best]
 
 
 def _outside(

@@ -34,7 +34,11 @@ class Call:
 
 
 class Tap(nn.Module):
-    """Stands in for a block: notes how it is called and passes on what it is told to."""
+    """Stands in for a block: notes how it is called and passes on what it is told to.
+
+    `more` are the values returned after the hidden states; None: these alone, in no tuple.
+    `reached` names what the model around does to the block besides calling it.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -43,25 +47,50 @@ class Tap(nn.Module):
         self.call: Call | None = None
         self.seen: Tensor | None = None
         self.override: Tensor | None = None
-        self.as_tuple = False
+        self.more: tuple[Any, ...] | None = None
+        self.reached: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(object.__getattribute__(self, "block"), name)
+            return _Glance(object.__getattribute__(self, "block"), self.reached).see(name)
 
     def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.seen, self.call = hidden_BLD, Call(args, kwargs)
         passed = hidden_BLD if self.override is None else self.override
-        return (passed,) if self.as_tuple else passed
+        return passed if self.more is None else (passed, *self.more)
+
+
+class _Glance:
+    """A module as its parent may look at it: plain attributes, of it and of modules inside.
+
+    Tensors and methods are given too, but noted in `reached`: a parent that uses them changes its
+    blocks, or computes with their weights, and the blocks that are run are copies.
+    """
+
+    def __init__(self, module: nn.Module, reached: set[str]) -> None:
+        self._module, self._reached = module, reached
+
+    def see(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        if isinstance(value, nn.Module):
+            return _Glance(value, self._reached)
+        if isinstance(value, Tensor) or callable(value):
+            self._reached.add(name)
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        return self.see(name)
 
 
 class StoredRows(EmbeddingRows):
     """An embedding that reads its rows from a file: a large table would outweigh the blocks."""
 
-    def __init__(self, embedding: nn.Embedding, entry: TensorEntry, dtype: torch.dtype) -> None:
-        super().__init__(embedding)
+    def __init__(
+        self, embedding: nn.Embedding, entry: TensorEntry, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(embedding, device)
         self.entry, self.dtype = entry, dtype
 
     def rows(self, ids_N: Tensor) -> Tensor:
@@ -91,20 +120,20 @@ class Surroundings:
         self._calls: dict[tuple[int, int], list[Call]] = {}
         meta: Any = skeleton.model
         rows = f"{_name_of(meta, meta.get_input_embeddings())}.weight"
-        head = f"{_name_of(meta, meta.get_output_embeddings())}."
+        head = _name_of(meta, meta.get_output_embeddings())
         origin = skeleton.origins.get(rows)
         by_rows = (
             origin is not None
             and origin.converter is None
-            and not (with_head and f"{head}weight" not in skeleton.origins)
+            and not (with_head and f"{head}.weight" not in skeleton.origins)
         )
-        inside = f"{skeleton.decoder_name}." if skeleton.decoder_name else ""
-        names = [
+        needed = [
             name
             for name in skeleton.tensors_outside()
-            if (name.startswith(inside) and not ((by_rows or table is not None) and name == rows))
-            or (with_head and name.startswith(head))
+            if _is_inside(name, skeleton.decoder_name)
+            or (with_head and _is_of_head(name, head, skeleton.decoder_name))
         ]
+        names = [name for name in needed if not ((by_rows or table is not None) and name == rows)]
         tensors: dict[str, Tensor] = {}
         for name in names:
             for key, tensor in skeleton.read(checkpoint, [name]).items():
@@ -117,7 +146,9 @@ class Surroundings:
         elif by_rows:
             assert origin is not None
             entry = checkpoint.layout.tensors[origin.stored[0][0]]
-            model.set_input_embeddings(StoredRows(model.get_input_embeddings(), entry, dtype))
+            model.set_input_embeddings(
+                StoredRows(model.get_input_embeddings(), entry, dtype, device)
+            )
         self.taps = [Tap(model.get_submodule(block)) for block in skeleton.blocks]
         for block, tap in zip(skeleton.blocks, self.taps, strict=True):
             parent, _, leaf = block.rpartition(".")
@@ -126,19 +157,62 @@ class Surroundings:
         self._probe()
 
     def _probe(self) -> None:
-        """Find out whether the model expects its blocks to return a tensor or a tuple."""
-        ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        try:
-            if self.with_head:
-                fits = self._forward(ids_BL).ndim == 3
-            else:
-                self.embed(ids_BL)
-                fits = True
-            fits = fits and all(tap.seen is not None and tap.seen.ndim == 3 for tap in self.taps)
-        except (RuntimeError, IndexError, ValueError, TypeError):
-            fits = False
+        """Find out what the model expects its blocks to return, and whether it can be walked.
+
+        Raises:
+            UnsupportedError: see the class.
+        """
+        name, reason = type(self.model).__name__, ""
+        for length in (None, 0, 1, 2, 3):
+            try:
+                self._try(None if length is None else (None,) * length)
+                break
+            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+                reason = reason or " ".join(str(error).split())
+        else:
+            raise UnsupportedError(f"{name}: cannot be walked block by block: {reason}")
+        reached = sorted(set().union(*(tap.reached for tap in self.taps)))
+        if reached:
+            raise UnsupportedError(
+                f"{name}: uses {', '.join(reached)} of its blocks from outside; it cannot be "
+                "walked block by block"
+            )
+        more = self.taps[0].more
+        if more:
+            # Whether anybody looks at what is returned beside the hidden states.
+            marks = tuple(object() for _ in more)
+            try:
+                self._try(marks)
+                passed = any(mark in _parts(tap.call) for tap in self.taps for mark in marks)
+            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+                passed = True
+            if passed:
+                raise UnsupportedError(
+                    f"{name}: its blocks pass on more than hidden states; it cannot be walked "
+                    "block by block"
+                )
+            for tap in self.taps:
+                tap.more = more
+
+    def _try(self, more: tuple[Any, ...] | None) -> None:
+        """Run two tokens past the taps, which return `more` beside the hidden states.
+
+        Raises:
+            ValueError: hidden states are not [B, L, D], or change between blocks.
+        """
         for tap in self.taps:
-            tap.as_tuple = not fits
+            tap.more, tap.seen = more, None
+        ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        if self.with_head and self._forward(ids_BL).ndim != 3:
+            raise ValueError("logits have not three dimensions")
+        if not self.with_head:
+            self.embed(ids_BL)
+        first = self.taps[0].seen
+        if first is None or first.ndim != 3 or first.shape[:2] != (1, 2):
+            raise ValueError("hidden states have more dimensions than batch, length and width")
+        for tap in self.taps:
+            if tap.seen is None or not _equal(tap.seen, first):
+                raise ValueError("hidden states are changed between the blocks")
 
     @torch.inference_mode()
     def _forward(self, ids_BL: Tensor) -> Tensor:
@@ -193,6 +267,24 @@ class Surroundings:
         finally:
             handle.remove()
         raise AssertionError("the forward does not use the output matrix")
+
+
+def check_walkable(
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    *,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    with_head: bool,
+) -> None:
+    """Make sure that blocks can be run one at a time, before anything is written.
+
+    Raises:
+        UnsupportedError: see `Surroundings`.
+    """
+    around = Surroundings(skeleton, checkpoint, dtype=dtype, device=device, with_head=with_head)
+    around.calls(1, length)
 
 
 class _Reached(Exception):
@@ -267,6 +359,31 @@ def final_logits(config: Any) -> Callable[[Tensor], Tensor]:
         return scaled if bound is None else bound * torch.tanh(scaled / bound)
 
     return finish
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def _is_of_head(name: str, head: str, decoder: str) -> bool:
+    """Whether a tensor outside the decoder has to do with logits: the output matrix, or a part of
+    the model beside that in which the decoder lies. Towers for images lie in the same."""
+    return bool(head) and (
+        _is_inside(name, head) or name.partition(".")[0] != decoder.partition(".")[0]
+    )
+
+
+def _parts(call: Call | None) -> list[Any]:
+    """What a block was called with, out of tuples and lists."""
+    found: list[Any] = []
+    waiting: list[Any] = [] if call is None else [*call.args, *call.kwargs.values()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (tuple, list)):
+            waiting += value
+        elif not isinstance(value, Tensor):
+            found.append(value)
+    return found
 
 
 def _name_of(model: nn.Module, module: nn.Module | None) -> str:

@@ -24,6 +24,7 @@ from spectool.options import Config
 from spectool.skeleton import Skeleton
 from spectool.text import encode, read_text
 from spectool.version import __version__
+from spectool.walk import check_walkable
 
 from .budget import Budget, candidates, choose, forget, survey
 from .calibration import windows
@@ -208,6 +209,14 @@ def quantize(
     if _calibrates(job):
         ids_SL, opened = _calibration_ids(
             checkpoint, skeleton, job, trust_remote_code=trust_remote_code
+        )
+        check_walkable(
+            skeleton,
+            checkpoint,
+            length=ids_SL.shape[1],
+            dtype=dtype,
+            device=torch.device(device),
+            with_head=job.head is not None,
         )
     # How activations are computed decides the bytes where they decide anything.
     computed: dict[str, Any] = {
