@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 # What the configurations of these say does not decide it.
 _OTHER_ORDERS = {
@@ -20,10 +21,10 @@ _OTHER_ORDERS = {
 }
 
 
-def why_not_causal(config: Any, layers: Iterable[nn.Module]) -> str | None:
+def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
     """Why a token's logits depend on later ones, None if they do not.
 
-    `config` is the text's; `layers` are the decoder's, whose modules know what they were built as.
+    `config` is the text's; `modules` are the decoder's, which know what they were built as.
     """
     if config.model_type in _OTHER_ORDERS:
         return _OTHER_ORDERS[config.model_type]
@@ -32,8 +33,9 @@ def why_not_causal(config: Any, layers: Iterable[nn.Module]) -> str | None:
             return f"its configuration says {key} false"
     if getattr(config, "use_bidirectional_attention", False) in (True, "all"):
         return "its configuration says use_bidirectional_attention"
-    # Not the configuration's: that of GPT-NeoX says false and means nothing by it.
-    parts = (part for layer in layers for part in layer.modules())
-    if any(getattr(part, "is_decoder", True) is False for part in parts):
+    # Not the configuration's: that of GPT-NeoX says false and means nothing by it. Nor a whole
+    # model's: XLM's says false where it is an encoder's half.
+    layers = (part for part in modules if not isinstance(part, PreTrainedModel))
+    if any(getattr(part, "is_decoder", True) is False for part in layers):
         return "its configuration says is_decoder false"
     return None

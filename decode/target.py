@@ -423,7 +423,7 @@ class Target:
         if model.config.is_encoder_decoder:
             return "it is an encoder-decoder"
         decoder = model.get_decoder()
-        if (reason := why_not_causal(config, [model if decoder is None else decoder])) is not None:
+        if (reason := why_not_causal(config, (decoder or model).modules())) is not None:
             return f"it is no causal model: {reason}"
         if is_recurrent(model, config):
             return "its recurrent state cannot go back to an earlier token, as a draft model's must"
