@@ -1,4 +1,4 @@
-"""Write docs/architectures.md from what tests/architectures.py found, for each transformers version.
+"""Write docs/architectures.md from what tests/architectures.py found, version by version.
 
     python docs/make_architectures.py
 
@@ -30,7 +30,7 @@ Made by `docs/make_architectures.py` from what `tests/architectures.py` found; d
 
 Every model type that transformers' causal mapping knows, as a tiny random model, went through:
 
-- **block by block**: logits of `spectool.load` and those of `eval --blockwise` are transformers' own.
+- **block by block**: logits of `spectool.load` and of `eval --blockwise` are transformers' own.
 - **quantize**: `int8` is close to dense, and the same unpacked, loaded again and block by block;
   `gptq --bits 4` with text is close to dense.
 - **batch**: three prompts of unequal lengths decoded together give what each gives alone, and that
@@ -39,7 +39,7 @@ Every model type that transformers' causal mapping knows, as a tiny random model
   as its draft model) the text is that of plain decoding, token for token.
 - **heads**: `medusa` heads learn for a few steps and draft; the text is that of plain decoding.
 
-`no` with a number is a refusal in words, before work begins; the numbers are explained below the table.
+`no` with a number is a refusal in words, before work begins; what the numbers mean stands below.
 `plain` means that the drafters are accepted and every token is decoded plainly.
 """
 
@@ -155,8 +155,7 @@ def _differing(result: Any, newest: Any) -> list[str]:
                 lines.append(f"- {row['entry']}: {was} (newer: {now_said})")
         else:
             changed = [
-                f"{name}: {check['result']}"
-                + (f" ({check['why']})" if "why" in check else "")
+                f"{name}: {check['result']}" + (f" ({check['why']})" if "why" in check else "")
                 for name, check in row["checks"].items()
                 if check["result"] != other["checks"].get(name, {}).get("result")
             ]
