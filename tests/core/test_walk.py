@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from spectool.checkpoint import open_checkpoint
 from spectool.errors import UnsupportedError
+from spectool.quantize.gptq import GPTQ
+from spectool.quantize.run import Job, quantize
 from spectool.skeleton import Skeleton
 from spectool.walk import Activations, Call, Surroundings, Tap, run_block
+
+from ..conftest import tokenizer
 
 Checkpoints = Callable[..., Path]
 
@@ -124,10 +129,63 @@ def test_tap_answers_for_its_block() -> None:
     assert tap.attention_type == "full_attention" and not list(tap.parameters())
     x = torch.randn(1, 2, 3)
     assert tap(x, 1, key=2) is x and tap.call == Call((1,), {"key": 2})
-    tap.as_tuple, tap.override = True, x + 1
-    assert tap(x)[0] is tap.override
+    tap.more, tap.override = (None,), x + 1
+    assert tap(x) == (tap.override, None)
+    assert not tap.reached and tap.weight is block.weight and tap.reached == {"weight"}
     with pytest.raises(AttributeError):
         tap.nothing_of_this_name  # noqa: B018
+
+
+@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "mamba", "jamba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_one_by_one_are_the_model(
+    checkpoint: Checkpoints, family: str, dtype: torch.dtype
+) -> None:
+    source = checkpoint(family)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    around, opened = surroundings(source, dtype), open_checkpoint(source)
+    hidden_BLD = around.embed(IDS_BL)
+    skeleton = around.skeleton
+    for name, call in zip(skeleton.blocks, around.calls(*IDS_BL.shape), strict=True):
+        tensors = skeleton.read(opened, skeleton.tensors_of(name))
+        block = skeleton.materialise(name, tensors, dtype=dtype, device=torch.device("cpu"))
+        hidden_BLD = run_block(block, call, hidden_BLD)
+    with torch.inference_mode():
+        want = model(input_ids=IDS_BL, use_cache=False).logits
+    assert torch.equal(around.logits(IDS_BL, hidden_BLD), want)
+
+
+REFUSED = {
+    "rwkv": ("Rwkv", {"attention_hidden_size": 32}, "uses weight of its blocks"),
+    "big_bird": ("BigBird", {"is_decoder": True}, "uses set_attention_type of its blocks"),
+    "gemma3n": (
+        "Gemma3nText",
+        {
+            "num_key_value_heads": 2, "head_dim": 8, "vocab_size_per_layer_input": 320,
+            "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "altup_num_inputs": 2,
+            "laurel_rank": 4, "activation_sparsity_pattern": None,
+        },
+        "more dimensions than batch, length and width",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", list(REFUSED))
+def test_model_that_cannot_be_walked_is_refused_before_work_begins(
+    tmp_path: Path, family: str
+) -> None:
+    prefix, options, reason = REFUSED[family]
+    common = {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    config = getattr(transformers, f"{prefix}Config")(**common | options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    job = Job(method="gptq", config=GPTQ.Config(), samples=2, seq_len=8, allow_dense=True)
+    with pytest.raises(UnsupportedError, match=reason):
+        quantize(tmp_path / "model", tmp_path / "out", job)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_run_block_takes_tuples_and_tensors() -> None:

@@ -1,0 +1,132 @@
+"""Which matrices can be packed: plain linear layers, and none whose weight others use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PhimoeConfig
+
+import spectool
+from spectool.errors import UsageError
+from spectool.headers import read_layout
+from spectool.quantize.choice import Choice, Rule
+from spectool.quantize.int8 import Int8
+from spectool.quantize.plan import make_plan
+from spectool.quantize.run import Job, quantize
+from spectool.sites import computes_product, find_sites, stay_dense
+from spectool.skeleton import Skeleton
+
+Checkpoints = Callable[..., Path]
+
+
+class WrittenOut(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+class Chooses(nn.Linear):
+    def forward(self, input: Tensor) -> Any:
+        return F.linear(input, self.weight, self.bias).topk(2)
+
+
+class Clips(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias).clamp(-1, 1)
+
+
+class Listens(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.loudness  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [(nn.Linear, True), (WrittenOut, True), (Chooses, False), (Clips, False), (Listens, False)],
+)
+def test_a_subclass_is_plain_if_it_computes_the_product(kind: type[nn.Linear], plain: bool) -> None:
+    assert computes_product(kind) is plain
+    block = nn.Sequential(kind(6, 4), nn.Linear(4, 4))
+    names = [site.name for site in find_sites(block, "b")]
+    assert names == (["b.0", "b.1"] if plain else ["b.1"])
+    if not plain:
+        assert stay_dense(block, "b") == {"b.0": f"{kind.__name__} is no plain linear layer"}
+
+
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.asked, self.trained = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.inner = nn.Sequential(nn.Linear(4, 4))
+        self.called = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.asked.weight.dtype) @ self.used.weight
+        if self.training:
+            return x @ self.trained.weight
+        return self.called(self.trained(self.asked(x)))
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Reads()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x / block.called.weight.norm()
+        return x
+
+
+def test_a_weight_that_others_compute_with_stays_dense() -> None:
+    outer = Outer()
+    block = outer.blocks[0]
+    assert set(stay_dense(block, "blocks.0")) == {"blocks.0.used"}
+    found = stay_dense(block, "blocks.0", (Outer,))
+    assert set(found) == {"blocks.0.used", "blocks.0.called"}
+    assert set(found.values()) == {"its weight is used outside its forward"}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen3_next", "jamba"])
+def test_routers_stay_dense(checkpoint: Checkpoints, family: str) -> None:
+    skeleton = Skeleton(read_layout(checkpoint(family)))
+    names = [site.name for block in skeleton.blocks for site in skeleton.sites(block)]
+    assert any(".experts." in name for name in names)
+    assert not any(name.endswith(("router", ".gate", "expert_gate")) for name in names)
+
+
+@pytest.fixture(scope="module")
+def phimoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("phimoe")
+    config = PhimoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        initializer_range=0.2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    return place
+
+
+def test_router_that_is_a_subclass(phimoe: Path, tmp_path: Path) -> None:
+    quantize(phimoe, tmp_path / "out", Job(method="int8", config=Int8.Config()))
+    ids_BL = torch.arange(20)[None]
+    models = AutoModelForCausalLM.from_pretrained(phimoe).eval(), spectool.load(tmp_path / "out")
+    with torch.inference_mode():
+        want, got = (model(input_ids=ids_BL, use_cache=False).logits for model in models)
+    assert float((want - got).norm() / want.norm()) < 0.2
+
+
+def test_rules_for_what_stays_dense(phimoe: Path) -> None:
+    skeleton = Skeleton(read_layout(phimoe))
+    choice = Choice("int8", Int8.Config())
+    name = f"{skeleton.blocks[0]}.mlp.router"
+    skipped = make_plan(skeleton, choice, rules=[Rule("*.router", None, "--skip")]).skipped
+    assert skipped[name] == "chooses or weighs experts"
+    with pytest.raises(UsageError, match=r"router stays dense: chooses"):
+        make_plan(skeleton, choice, rules=[Rule("*.router", choice, "rule 1")])
