@@ -109,13 +109,14 @@ class PackedLinear(nn.Module):
 
 
 def stand_in(rows: int, device: torch.device) -> Tensor:
-    """An empty weight for models that initialise their children or ask for a device.
+    """A weight for models that initialise their children or ask for a device.
 
-    It says that it needs no initialisation, and any product with it fails.
+    It says that it needs no initialisation; a product with it fails, and what else is made of it is
+    NaN. Its width is not 0, for some divide by that.
     """
-    empty = torch.empty(rows, 0, device=device)
-    empty._is_hf_initialized = True  # type: ignore[attr-defined]
-    return empty
+    absent = torch.full((1, 1), torch.nan, device=device).expand(rows, 1)
+    absent._is_hf_initialized = True  # type: ignore[attr-defined]
+    return absent
 
 
 class EmbeddingRows(nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spectool import machine
+from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.decode import tree
 from spectool.decode.cache import TextCache, TreeCache
@@ -421,6 +422,9 @@ class Target:
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if model.config.is_encoder_decoder:
             return "it is an encoder-decoder"
+        decoder = model.get_decoder()
+        if (reason := why_not_causal(config, (decoder or model).modules())) is not None:
+            return f"it is no causal model: {reason}"
         if is_recurrent(model, config):
             return "its recurrent state cannot go back to an earlier token, as a draft model's must"
         if config.model_type in _REFUSED:
@@ -435,8 +439,8 @@ class Target:
             return "its chunked attention is not known"
         if getattr(config, "num_kv_shared_layers", 0):
             return "its layers share their keys and values"
-        if getattr(config, "use_bidirectional_attention", False):
-            return "its attention is not causal"
+        if not hasattr(config, "num_hidden_layers"):
+            return "its configuration gives no number of layers"
         return None
 
     def _bound(self, config: PreTrainedConfig, asked: int | None) -> int:

@@ -7,10 +7,8 @@ packed, in a batch, with every drafter that needs no training, and with heads ta
 steps. Each check ends as `works`, as `refused` with the sentence that a user would read, or as a
 `FAULT`: another exception, numbers that are not transformers' own, or a refusal that comes after
 work began. Every entry runs in a process of its own under limits of time and memory; what is done
-stands in `build/architectures/`, one line an entry, and is not done again. The collected result goes
-to `benchmarks/results/`, from where `docs/make_architectures.py` makes the page.
-
-Shapes: B sequences, L tokens of each, V vocabulary.
+stands in `build/architectures/`, one line an entry, and is not done again. The collected
+result goes to `benchmarks/results/`, from where `docs/make_architectures.py` makes the page.
 """
 
 from __future__ import annotations
@@ -18,18 +16,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import functools
 import json
 import multiprocessing
 import os
 import resource
-import shutil
-import sys
 import tempfile
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -37,59 +31,26 @@ from typing import Any
 
 # Before anything that reads them.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-warnings.simplefilter("ignore")
 
 import shrunken
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from architecture_checks import CHECKS, LENGTH, SEQUENCES, Subject, brief, forward, judge, tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from spectool import methods
-from spectool.checkpoint import open_checkpoint
-from spectool.decode.generate import Runner
-from spectool.distill import plan as heads_plan
-from spectool.distill.train_heads import train_heads
-from spectool.errors import InputError
-from spectool.evaluate.windows import Batch, BlockwiseLaws, ResidentLaws, Windows, log_laws
-from spectool.loading import load_model
-from spectool.quantize.run import Job, quantize
 
 ROOT = Path(__file__).parent.parent
 LINES = ROOT / "build/architectures"
 RESULTS = ROOT / "benchmarks/results"
-TEXT = ROOT / "core/calibration.txt"
 
 SECONDS, BYTES = 300, 6 << 30
-
-# Of a text whose windows are compared, and of what is decoded.
-SEQUENCES, LENGTH, NEW_TOKENS = 4, 40, 16
-PROMPTS = (5, 11, 23)
-
-# Largest difference between two computations of the same numbers, relative to the largest number;
-# and what rounding to 8 and to 4 bits may do to half of the tokens' logits.
-SAME, EIGHT_BITS, FOUR_BITS = 1e-4, 0.1, 0.8
 
 # Types whose default configuration is no causal model, and what makes it one.
 DECODERS = {"xlm": {"causal": True}}
 # Those of which `is_decoder` changes nothing.
 CAUSAL_ANYWAY = {"gpt_neox", "gpt_neox_japanese"}
 
-DRAFTERS = [n for n in methods.names("drafter") if n != "none" and n not in methods.trained()]
-CHECKS = ["resident", "blockwise", "int8", "gptq", "batch", *DRAFTERS, "medusa"]
-
 Tell = Callable[[str, Any], None]
-
-
-class DifferenceError(Exception):
-    """Two computations that should agree do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,277 +89,14 @@ def doubles(wanted: list[Entry]) -> dict[str, str]:
     for entry in wanted:
         config = CONFIG_MAPPING[entry.model_type]
         with contextlib.suppress(Exception):
-            key = (config, AutoModelForCausalLM._model_mapping[config], entry.name.partition(",")[2])
+            key = (
+                config,
+                AutoModelForCausalLM._model_mapping[config],
+                entry.name.partition(",")[2],
+            )
             if first.setdefault(key, entry.name) != entry.name:
                 same[entry.name] = first[key]
     return same
-
-
-@functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the tiny models' vocabulary, trained on the bundled text."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=shrunken.VOCAB,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(TEXT.read_text("utf-8").splitlines(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-@dataclass
-class Subject:
-    """A saved tiny model, transformers' reading of it, and spectool's."""
-
-    place: Path
-    scratch: Path
-    theirs: PreTrainedModel
-    ids_BL: Tensor
-    notes: list[str] = field(default_factory=list)
-
-    @functools.cached_property
-    def logits_BLV(self) -> Tensor:
-        return forward(self.theirs, self.ids_BL)
-
-    @functools.cached_property
-    def ours(self) -> PreTrainedModel:
-        return load_model(self.place, dtype="float32")
-
-    @functools.cached_property
-    def text(self) -> str:
-        file = self.scratch / "text.txt"
-        file.write_text(TEXT.read_text("utf-8")[:12000], "utf-8")
-        return str(file)
-
-    @functools.cached_property
-    def prompts(self) -> list[list[int]]:
-        ids = tokenizer()(TEXT.read_text("utf-8")[:400])["input_ids"]
-        # Something to find again.
-        return [(ids[size : size + size // 2 + 1] * 2)[:size] for size in PROMPTS]
-
-    @functools.cached_property
-    def plain(self) -> list[list[int]]:
-        """spectool's own greedy text after each prompt, one at a time."""
-        return [self.decode(None, [prompt])[0] for prompt in self.prompts]
-
-    def decode(self, draft: str | None, prompts: list[list[int]]) -> list[list[int]]:
-        """spectool's greedy text after prompts, all of them together."""
-        heard: list[int] = []
-        runner = Runner(self.ours, tokenizer=tokenizer(), draft=draft, allow_other_target=False)
-        try:
-            results = runner.generate(
-                prompts,
-                max_new_tokens=NEW_TOKENS,
-                batch_size=len(prompts),
-                on_tokens=lambda row, tokens, text, drafted: heard.extend(tokens),
-            )
-        except InputError as error:
-            if heard:
-                raise DifferenceError(f"refused after {len(heard)} tokens: {error}") from error
-            raise
-        self.notes += [note for note in runner.target.notes if note not in self.notes]
-        runner.close()
-        return [result.token_ids for result in results]
-
-
-@torch.inference_mode()
-def forward(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids_BL, use_cache=False).logits
-    return logits.float()
-
-
-def resident(subject: Subject) -> dict[str, float]:
-    """Logits of the whole model are transformers' own."""
-    return {"difference": same(forward(subject.ours, subject.ids_BL), subject.logits_BLV)}
-
-
-def blockwise(subject: Subject) -> dict[str, float]:
-    """Log-probabilities block by block are transformers' own."""
-    laws_BLV = laws_by_block(subject.place, subject.ids_BL)
-    return {"difference": same(laws_BLV, log_laws(subject.logits_BLV))}
-
-
-def laws_by_block(place: Path, ids_BL: Tensor) -> Tensor:
-    windows = Windows((ids_BL,), ids_BL.shape[1], None)
-    laws = BlockwiseLaws(
-        open_checkpoint(place), windows, dtype=torch.float32, device=torch.device("cpu")
-    )
-    return laws(Batch(0, slice(0, len(ids_BL)), ids_BL))
-
-
-def int8(subject: Subject) -> dict[str, float]:
-    """Packed to 8 bits it is close to dense, the same unpacked, loaded again and by block."""
-    out, figures = pack(subject, "int8")
-    packed = load_model(out, dtype="float32", runtime="packed")
-    logits_BLV = forward(packed, subject.ids_BL)
-    figures["error"] = close(logits_BLV, subject.logits_BLV, EIGHT_BITS)
-    if not torch.equal(forward(load_model(out, dtype="float32"), subject.ids_BL), logits_BLV):
-        raise DifferenceError("loaded again it has other logits")
-    dense = load_model(out, dtype="float32", runtime="dense")
-    same(forward(dense, subject.ids_BL), logits_BLV, "packed and unpacked")
-    same(laws_by_block(out, subject.ids_BL), log_laws(logits_BLV), "packed, whole and by block")
-    return figures
-
-
-def gptq(subject: Subject) -> dict[str, float]:
-    """Packed to 4 bits with text it is close to dense."""
-    out, figures = pack(subject, "gptq", text=True, bits=4)
-    packed = ResidentLaws(load_model(out, dtype="float32"))
-    windows = Batch(0, slice(0, SEQUENCES), subject.ids_BL)
-    figures["error"] = close(packed(windows), log_laws(subject.logits_BLV), FOUR_BITS)
-    return figures
-
-
-def pack(
-    subject: Subject, method: str, *, text: bool = False, **options: Any
-) -> tuple[Path, dict[str, float]]:
-    """The checkpoint packed by a method, and which share of the blocks' matrices that is."""
-    out, figures = subject.scratch / method, {}
-
-    def announce(plan: Any, skeleton: Any) -> None:
-        blocks = [skeleton.model.get_submodule(block) for block in skeleton.blocks]
-        whole = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
-        figures["packed"] = round(plan.num_weights / max(1, whole), 3)
-
-    job = Job(
-        method=method,
-        config=methods.resolve(method, "quantizer").Config(**options),
-        calibration=[subject.text] if text else None,
-        samples=4,
-        seq_len=32,
-        allow_dense=True,
-    )
-    with early(out):
-        quantize(subject.place, out, job, announce=announce)
-    return out, figures
-
-
-@contextlib.contextmanager
-def early(out: Path) -> Iterator[None]:
-    """Whoever refuses must do so before anything is written."""
-    try:
-        yield
-    except InputError as error:
-        if out.with_name(f"{out.name}.partial").exists():
-            raise DifferenceError(f"refused after work began: {error}") from error
-        raise
-
-
-def batch(subject: Subject) -> dict[str, float]:
-    """Three prompts together give what each gives alone, and what transformers gives."""
-    together = subject.decode(None, subject.prompts)
-    agree("batch 3", together, "batch 1", subject.plain)
-    texts: list[list[int]] = []
-    try:
-        texts = [generated(subject.theirs, prompt) for prompt in subject.prompts]
-    except Exception as error:
-        subject.notes.append(f"transformers' own generate raises {brief(error)}")
-    if texts != together:
-        again = [continued(subject.theirs, prompt) for prompt in subject.prompts]
-        if texts and texts != again:
-            subject.notes.append("transformers' generate differs from its forward without a cache")
-        agree("spectool", together, "transformers' greedy", again if texts != again else texts)
-    return {}
-
-
-def generated(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """transformers' greedy text."""
-    ids_1L = torch.tensor([prompt])
-    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
-    mask_1L = torch.ones_like(ids_1L)
-    made: Any = model.generate(ids_1L, attention_mask=mask_1L, pad_token_id=0, **options)
-    return list(made[0, len(prompt) :].tolist())
-
-
-def continued(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """The greedy text of forwards over all of it, without a cache."""
-    tokens = list(prompt)
-    for _ in range(NEW_TOKENS):
-        tokens.append(int(forward(model, torch.tensor([tokens]))[0, -1].argmax()))
-        if tokens[-1] == model.config.get_text_config(decoder=True).eos_token_id:
-            break
-    return tokens[len(prompt) :]
-
-
-def drafter(subject: Subject, name: str) -> dict[str, float]:
-    """Drafted text is plain text, for a batch."""
-    draft = str(subject.place) if name == "draft_model" else name
-    agree(name, subject.decode(draft, subject.prompts), "plain", subject.plain)
-    return {}
-
-
-def medusa(subject: Subject) -> dict[str, float]:
-    """Heads learn for a few steps, and text that they draft is plain text."""
-    out = subject.scratch / "heads"
-    job = heads_plan.Job(
-        method="medusa",
-        config=methods.resolve("medusa", "drafter").Heads.Config(),
-        data=[subject.text],
-        steps=2,
-        seq_len=48,
-        batch_tokens=192,
-        held_out=2,
-    )
-    with early(out):
-        train_heads(subject.place, out, job, dtype=torch.float32)
-    agree("medusa", subject.decode(str(out), subject.prompts), "plain", subject.plain)
-    return {}
-
-
-def same(ours: Tensor, theirs: Tensor, what: str = "logits") -> float:
-    """The difference relative to the largest number. Raises: DifferenceError: it is too large."""
-    if ours.shape != theirs.shape:
-        raise DifferenceError(f"{what}: {list(ours.shape)} for {list(theirs.shape)}")
-    found = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    if not found <= SAME:
-        raise DifferenceError(f"{what} differ by {found:.1e} of the largest")
-    return found
-
-
-def close(ours_BLV: Tensor, theirs_BLV: Tensor, bound: float) -> float:
-    """The median token's error relative to its logits: of few tokens rounding changes the experts.
-
-    Raises:
-        DifferenceError: it is beyond the bound, or something is not finite.
-    """
-    errors_BL = (ours_BLV - theirs_BLV).norm(dim=-1) / theirs_BLV.norm(dim=-1)
-    found = errors_BL.median().item()
-    if not errors_BL.isfinite().all() or found > bound:
-        raise DifferenceError(f"packed logits are {found:.2f} off the dense ones")
-    return round(found, 4)
-
-
-def agree(one: str, ours: list[list[int]], other: str, theirs: list[list[int]]) -> None:
-    """Raises: DifferenceError: texts differ."""
-    for row, (first, second) in enumerate(zip(ours, theirs, strict=True)):
-        if first != second:
-            pairs = enumerate(zip(first, second, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-            raise DifferenceError(f"{one} is not {other}: prompt {row + 1}, new token {at + 1}")
-
-
-RUN: dict[str, Callable[[Subject], dict[str, float]]] = {
-    "resident": resident,
-    "blockwise": blockwise,
-    "int8": int8,
-    "gptq": gptq,
-    "batch": batch,
-    **{name: functools.partial(drafter, name=name) for name in DRAFTERS},
-    "medusa": medusa,
-}
-
-
-def brief(error: BaseException) -> str:
-    """An exception in one line, with the place that raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]} ({Path(last.filename).name}:{last.lineno})"
 
 
 def examine(entry: Entry, scratch: Path, tell: Tell) -> None:
@@ -423,50 +121,23 @@ def examine(entry: Entry, scratch: Path, tell: Tell) -> None:
         tell("not built", brief(error))
         return
     tell("causal", causal)
-    for name in CHECKS:
+    for name, check in CHECKS.items():
         tell("running", name)
         began = time.monotonic()
-        outcome = judge(RUN[name], subject, causal=causal)
+        outcome = judge(check, subject, causal=causal)
         tell(name, outcome | {"seconds": round(time.monotonic() - began, 1)})
     if subject.notes:
         tell("notes", subject.notes)
 
 
-def judge(
-    check: Callable[[Subject], dict[str, float]], subject: Subject, *, causal: bool
-) -> dict[str, Any]:
-    """How a check ended."""
-    try:
-        figures = check(subject)
-    except InputError as error:
-        said = " ".join(str(error).split())
-        for place in (subject.place, subject.scratch):
-            said = said.replace(str(place), "MODEL" if place == subject.place else "OUT")
-        return {"result": "refused", "why": said}
-    except DifferenceError as error:
-        said = str(error).replace(str(subject.place), "MODEL")
-        return {"result": "FAULT", "why": said}
-    except Exception as error:
-        return {"result": "FAULT", "why": f"raised {brief(error)}", "trace": trace(error)}
-    if not causal:
-        return {"result": "FAULT", "why": "runs a model whose logits look at later tokens"}
-    return {"result": "works", **figures}
-
-
-def trace(error: Exception) -> list[str]:
-    """The frames of spectool and transformers, the innermost last."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return [f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno} {f.name}" for f in frames[1:]][-12:]
-
-
 def child(entry: Entry, pipe: Connection) -> None:
     """Examine an entry under the limits; what is found out goes through the pipe."""
     resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+    warnings.simplefilter("ignore")
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
     with tempfile.TemporaryDirectory(prefix="spectool-architecture-") as scratch:
-        os.environ["XDG_CACHE_HOME"] = scratch
         examine(entry, Path(scratch), lambda key, value: pipe.send((key, value)))
     pipe.send(("done", True))
 
@@ -484,9 +155,9 @@ def run(wanted: list[Entry], file: Path, workers: int) -> None:
             process = context.Process(target=child, args=(entry, theirs))
             process.start()
             theirs.close()
-            running[ours] = (entry, process, time.monotonic(), {"entry": entry.name})
+            running[ours] = (process, time.monotonic(), {"entry": entry.name})
         for pipe in wait(list(running), timeout=1.0):
-            record = running[pipe][3]
+            record = running[pipe][2]
             try:
                 key, value = pipe.recv()
             except EOFError:
@@ -497,7 +168,7 @@ def run(wanted: list[Entry], file: Path, workers: int) -> None:
                 record.setdefault("notes", []).extend(value)
             else:
                 record[key] = value
-        for pipe, (entry, process, began, record) in list(running.items()):
+        for pipe, (process, began, record) in list(running.items()):
             late = time.monotonic() - began > SECONDS
             if not (late or "ended" in record or "done" in record):
                 continue
@@ -567,12 +238,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="entries, or model types")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="run again what has been run")
+    parser.add_argument("--lines", type=Path, help="where the lines of entries go")
     parser.add_argument("--out", type=Path, help="where the collected result goes")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     version = ".".join(transformers.__version__.split(".")[:2])
     LINES.mkdir(parents=True, exist_ok=True)
-    file = LINES / f"transformers-{version}.jsonl"
+    # Kernels are compiled once for all entries, and nothing is kept in the user's folders.
+    os.environ["XDG_CACHE_HOME"] = str(LINES / "cache")
+    file = given.lines or LINES / f"transformers-{version}.jsonl"
     wanted = entries()
     if given.only:
         wanted = [e for e in wanted if e.name in given.only or e.model_type in given.only]

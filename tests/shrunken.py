@@ -16,61 +16,50 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-VOCAB, WIDTH, HEADS, LAYERS, CONTEXT, WINDOW = 512, 64, 4, 4, 128, 16
+VOCAB, WIDTH, HEADS, LAYERS, CONTEXT = 512, 64, 4, 4, 128
 
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "decoder_vocab_size"), VOCAB),
-    **dict.fromkeys(
-        ("hidden_size", "n_embd", "d_model", "embedding_dim", "emb_dim", "dim", "embedding_size",
-         "word_embed_proj_dim", "attention_hidden_size", "input_embedding_size",
-         "output_embedding_size", "lru_width", "out_hidden_size", "hidden_size_global",
-         "adapter_in_dim", "adapter_out_dim", "adapter_input_size"), WIDTH,
-    ),
-    **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks",
-         "encoder_layers", "num_decoder_layers", "num_encoder_layers", "depth"), LAYERS,
-    ),
-    **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
-         "encoder_attention_heads", "attention_heads", "num_decoder_attention_heads",
-         "num_encoder_attention_heads", "swa_num_attention_heads", "linear_num_heads"), HEADS,
-    ),
-    **dict.fromkeys(("head_dim", "swa_head_dim", "d_head", "dim_head", "kv_channels",
-                     "attention_head_size", "linear_key_head_dim", "linear_value_head_dim",
-                     "linear_head_dim", "index_head_dim", "v_head_dim", "qk_nope_head_dim",
-                     "swa_v_head_dim", "qk_rope_head_dim"), 16),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "dim_ff",
-                     "encoder_ffn_dim", "dff", "d_inner", "feed_forward_size", "ffn_hidden_size",
-                     "dense_intermediate_size", "mlp_dim"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
-                     "shared_experts_intermediate_size", "expert_ffn_hidden_size", "expert_dim",
-                     "moe_shared_expert_intermediate_size", "intermediate_size_mlp"), 48),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len",
-                     "max_target_positions", "context_length", "model_max_length"), CONTEXT),
-    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k"), 2),
-    **dict.fromkeys(("sliding_window", "sliding_window_size", "local_attention", "window_size",
-                     "attention_window_size", "attention_chunk_size"), WINDOW),
-    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "rotary_dim",
-                     "num_centroids", "index_topk"), 8),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "mamba_dt_rank", "time_step_rank",
-                     "laurel_rank", "hidden_size_per_layer_input", "hc_lowrank", "adapter_rank"), 16),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
-    **dict.fromkeys(("linear_num_key_heads", "n_groups"), 2),
-    # With few heads many scores are zero, and which of them are chosen is chance.
-    "index_n_heads": 16,
-    **dict.fromkeys(("linear_num_value_heads",), 4),
-    **dict.fromkeys(("n_group", "num_expert_group", "topk_group"), 1),
-    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
-    "vocab_size_per_layer_input": VOCAB,
-    "qk_head_dim": 32,
-    "image_size": 32, "patch_size": 8,
-}  # fmt: skip
-
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads",
-                   "num_global_key_value_heads")
-# fmt: skip
+# What sizes are called, by what they become; fewer layers or tokens would leave something out.
+_EXACTLY = {
+    VOCAB: "vocab_size decoder_vocab_size vocab_size_per_layer_input",
+    LAYERS: """num_hidden_layers n_layer n_layers num_layers num_blocks depth decoder_layers
+        encoder_layers num_decoder_layers num_encoder_layers""",
+}
+_AT_MOST = {
+    CONTEXT: """max_position_embeddings n_positions n_ctx max_seq_len max_target_positions
+        context_length model_max_length""",
+    96: """intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff dff d_inner
+        feed_forward_size ffn_hidden_size dense_intermediate_size mlp_dim""",
+    WIDTH: """hidden_size n_embd d_model embedding_dim emb_dim dim embedding_size out_hidden_size
+        word_embed_proj_dim attention_hidden_size input_embedding_size output_embedding_size
+        lru_width hidden_size_global adapter_in_dim adapter_out_dim adapter_input_size""",
+    48: """moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
+        shared_experts_intermediate_size expert_ffn_hidden_size expert_dim
+        moe_shared_expert_intermediate_size intermediate_size_mlp""",
+    32: "qk_head_dim image_size",
+    16: """head_dim swa_head_dim d_head dim_head kv_channels attention_head_size index_head_dim
+        linear_head_dim linear_key_head_dim linear_value_head_dim v_head_dim swa_v_head_dim
+        qk_nope_head_dim qk_rope_head_dim mamba_d_head mamba_head_dim kv_lora_rank q_lora_rank
+        o_lora_rank mamba_dt_rank time_step_rank laurel_rank hidden_size_per_layer_input
+        hc_lowrank adapter_rank sliding_window sliding_window_size local_attention window_size
+        attention_window_size attention_chunk_size index_n_heads""",
+    8: """mamba_d_state state_size ssm_state_size rotary_dim num_centroids index_topk patch_size
+        mamba_n_heads mamba_num_heads mamba_chunk_size chunk_size""",
+    HEADS: """num_attention_heads n_head n_heads num_heads decoder_attention_heads attention_heads
+        encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads
+        swa_num_attention_heads linear_num_heads linear_num_value_heads num_experts
+        n_routed_experts num_local_experts moe_num_experts""",
+    2: """num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k n_groups
+        linear_num_key_heads""",
+    1: "n_group num_expert_group topk_group",
+}
+SIZES = {
+    name: size
+    for table in (_EXACTLY, _AT_MOST)
+    for size, names in table.items()
+    for name in names.split()
+}
+EXACTLY = set(" ".join(_EXACTLY.values()).split())
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads")
 
 # Where sizes depend on each other, or a size is no attribute of the default.
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
@@ -81,6 +70,7 @@ QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "ind
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
     "cohere_compass_text": {
         "layer_types": ALTERNATING,
         "rope_parameters": {
@@ -125,15 +115,14 @@ def shrink(kind: type[PreTrainedConfig], extra: Mapping[str, Any]) -> PreTrained
     default = kind()
     said = default.to_dict()
     chosen: dict[str, Any] = {}
-    for name, part in kind.sub_configs.items():
+    for name in kind.sub_configs:
         own = getattr(default, name, None)
         if isinstance(own, PreTrainedConfig):
             inner = OVERRIDES.get(own.model_type, {})
             chosen[name] = shrink(type(own), {**inner, **extra.get(name, {})}).to_dict()
     for name, value in said.items():
-        if name in SIZES and isinstance(value, int) and not isinstance(value, bool):
-            exact = SIZES[name] in (VOCAB, LAYERS)
-            chosen[name] = SIZES[name] if exact else min(value, SIZES[name])
+        if isinstance(value, int) and name in SIZES:
+            chosen[name] = SIZES[name] if name in EXACTLY else min(value, SIZES[name])
     heads = said.get("num_attention_heads")
     for name in KEY_VALUE_HEADS:
         own = said.get(name, 0)
@@ -152,7 +141,7 @@ def shrink(kind: type[PreTrainedConfig], extra: Mapping[str, Any]) -> PreTrained
 
 
 def _by_layer(default: PreTrainedConfig, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists of one entry a layer, cut to few layers that show every combination of their entries."""
+    """Lists of one entry a layer, cut to a few that show every combination of their entries."""
     count = getattr(default, "num_hidden_layers", 0)
     lists = {
         k: v for k, v in said.items() if isinstance(v, list) and len(v) == count and count > LAYERS
@@ -172,7 +161,8 @@ def _by_layer(default: PreTrainedConfig, said: Mapping[str, Any]) -> dict[str, A
 
 def _tokens(said: Mapping[str, Any]) -> dict[str, Any]:
     """Ids of special tokens inside the vocabulary."""
-    usual = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    # No end: a random model writes one anywhere.
+    usual = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     made: dict[str, Any] = {}
     for name, value in said.items():
         if name in usual:
@@ -190,6 +180,10 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for tensor in _weights(model):
             disturb(tensor, generator)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                # Else a model with one matrix for both ends repeats its last token for ever.
+                module.weight.mul_(0.2)
     return model.eval()
 
 

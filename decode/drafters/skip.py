@@ -194,19 +194,34 @@ def _blocks(name: str, layer: nn.Module) -> list[dict[nn.Module, Any]]:
     if attention is None:
         raise UnsupportedError(f"skip: found no attention block in a layer of {name}")
     if mlp is not None:
-        return [{attention: _no_attention}, {mlp: _no_change}]
+        return [{attention: _Nothing(attention)}, {mlp: _Nothing(mlp)}]
     if {"fc1", "fc2"} <= children.keys():
         # OPT: the MLP is written out in the layer.
-        return [{attention: _no_attention}, {children["fc1"]: _same, children["fc2"]: _no_change}]
+        last = children["fc2"]
+        return [{attention: _Nothing(attention)}, {children["fc1"]: _same, last: _zeros}]
     raise UnsupportedError(f"skip: found no MLP block in a layer of {name}")
 
 
-def _no_attention(*args: Any, **options: Any) -> tuple[Tensor, None]:
-    hidden: Tensor = args[0] if args else options["hidden_states"]
-    return torch.zeros_like(hidden), None
+class _Nothing:
+    """In place of a block's forward: zeros, and None for what else it returns.
+
+    How many values that are (weights, a router's scores) is seen at the first call, which runs the
+    block as well.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.num_values: int | None = None
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor | tuple[Tensor | None, ...]:
+        if self.num_values is None:
+            found = type(self.block).forward(self.block, *args, **options)
+            self.num_values = len(found) if isinstance(found, tuple) else 0
+        zeros = _zeros(args[0] if args else options["hidden_states"])
+        return (zeros, *[None] * (self.num_values - 1)) if self.num_values else zeros
 
 
-def _no_change(hidden: Tensor, *args: Any, **options: Any) -> Tensor:
+def _zeros(hidden: Tensor) -> Tensor:
     return torch.zeros_like(hidden)
 
 

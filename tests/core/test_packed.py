@@ -71,9 +71,12 @@ def test_forward_is_the_product_with_the_unpacked_matrix() -> None:
 
 def test_stand_in_weight_has_a_device_and_no_values() -> None:
     module = filled()
-    assert module.weight.device.type == "cpu" and module.weight.shape == (3, 0)
+    assert module.weight.device.type == "cpu" and module.weight.shape == (3, 1)
     with pytest.raises(RuntimeError):
         torch.nn.functional.linear(torch.randn(1, 4), module.weight)
+    assert (torch.ones(3, 4) * module.weight).isnan().all()
+    # As Blt initialises its layers.
+    assert module.weight.shape[1] ** -0.5 == 1
     assert "weight" not in module.state_dict()
 
 

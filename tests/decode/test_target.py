@@ -145,6 +145,11 @@ def small(name: str, **options: Any) -> PreTrainedModel:
             "column numbers",
         ),
         ("Mamba", {"hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}, "recurrent"),
+        (
+            "Bert",
+            {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "no causal model",
+        ),
     ],
 )
 def test_models_that_trees_cannot_be_right_for(

@@ -112,6 +112,28 @@ def test_each_block_is_skipped_by_itself(tiny: Tiny, family: str) -> None:
     assert torch.stack(found).unique(dim=0).shape[0] == len(found)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
+        ("GPTNeoXJapanese", {}),
+    ],
+)
+def test_what_blocks_return_besides_is_none(name: str, options: dict[str, Any]) -> None:
+    """GPT-OSS's MLP returns its router's scores, GPT-NeoX Japanese's attention a bias."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
+    counts = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, **counts, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    drafter, target = attached(model)
+    with drafter._thinned(frozenset([0, 1])):
+        found = [logits_of(model, [5, 6, 7]) for _ in range(2)]
+    with without_layers([target.layers()[1]]):
+        expected = logits_of(model, [5, 6, 7])
+    for each in found:
+        torch.testing.assert_close(each, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_large_matrices_are_skipped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target's passes have a kernel of their own for these, and OPT's MLP is two of them."""
     monkeypatch.setattr(skinny, "compiled", lambda: True)

@@ -1,0 +1,169 @@
+"""Write docs/architectures.md from what tests/architectures.py found, version by version.
+
+    python docs/make_architectures.py
+
+A test compares the page with what this makes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "benchmarks/results"
+TARGET = Path(__file__).with_name("architectures.md")
+
+COLUMNS = {
+    "block by block": ("resident", "blockwise"),
+    "quantize": ("int8", "gptq"),
+    "batch": ("batch",),
+    "drafters": ("ngram", "recycle", "trigram", "jacobi", "skip", "draft_model"),
+    "heads": ("medusa",),
+}
+
+INTRODUCTION = """# Architectures
+
+Made by `docs/make_architectures.py` from what `tests/architectures.py` found; do not edit.
+
+Every model type that transformers' causal mapping knows, as a tiny random model, went through:
+
+- **block by block**: logits of `spectool.load` and of `eval --blockwise` are transformers' own.
+- **quantize**: `int8` is close to dense, and the same unpacked, loaded again and block by block;
+  `gptq --bits 4` with text is close to dense.
+- **batch**: three prompts of unequal lengths decoded together give what each gives alone, and that
+  is transformers' greedy text, in float32.
+- **drafters**: with each of {drafters} (the model itself
+  as its draft model) the text is that of plain decoding, token for token.
+- **heads**: `medusa` heads learn for a few steps and draft; the text is that of plain decoding.
+
+`no` with a number is a refusal in words, before work begins; what the numbers mean stands below.
+`plain` means that the drafters are accepted and every token is decoded plainly.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    results = [json.loads(file.read_text("utf-8")) for file in _files()]
+    newest = results[0]
+    reasons: dict[str, list[str]] = {}
+    lines = [INTRODUCTION.format(drafters=", ".join(f"`{n}`" for n in COLUMNS["drafters"]))]
+    lines += ["| transformers | torch | date | command |", "|---|---|---|---|"]
+    for result in results:
+        said = (result[key] for key in ("transformers", "torch", "date"))
+        lines.append(f"| {' | '.join(said)} | `{result['command']}` |")
+    lines += ["", f"## With transformers {newest['transformers']}", ""]
+    lines += [f"{_summary(newest)}", "", "| model type | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|---|" + "---|" * len(COLUMNS))
+    built = [row for row in newest["entries"] if "checks" in row]
+    for row in built:
+        lines.append(f"| {' | '.join([row['entry'], *_cells(row, reasons)])} |")
+    lines += ["", "The same classes as another type's:", ""]
+    twins = [row for row in newest["entries"] if "same as" in row]
+    lines += [", ".join(f"{row['entry']} ({row['same as']})" for row in twins) or "none"]
+    lines += ["", "## Why it is refused", ""]
+    for number, (reason, names) in enumerate(reasons.items(), start=1):
+        lines.append(f"{number}. {reason}: {', '.join(dict.fromkeys(names))}")
+    lines += ["", "## Not built", ""]
+    missing = [row for row in newest["entries"] if "not built" in row]
+    lines += [f"- {row['entry']}: {row['not built']}" for row in missing] or ["none"]
+    faults = [
+        f"- {row['entry']}, {name}: {check['why']}"
+        for row in built
+        for name, check in row["checks"].items()
+        if check["result"] == "FAULT"
+    ]
+    if faults:
+        lines += ["", "## Faults", "", *faults]
+    for result in results[1:]:
+        lines += ["", f"## With transformers {result['transformers']}", "", _summary(result), ""]
+        lines += _differing(result, newest)
+    return "\n".join(lines) + "\n"
+
+
+def _files() -> list[Path]:
+    """The results, the newest transformers first."""
+    return sorted(RESULTS.glob("architectures-transformers-*.json"), key=_version, reverse=True)
+
+
+def _version(file: Path) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", file.stem)]
+
+
+def _summary(result: Any) -> str:
+    entries = result["entries"]
+    built = [row for row in entries if "checks" in row]
+    ends = [{check["result"] for check in row["checks"].values()} for row in built]
+    return (
+        f"{len(entries)} entries, {len(built)} built: in {sum(e == {'works'} for e in ends)} "
+        f"everything works, in {sum('works' in e and 'refused' in e for e in ends)} a part is "
+        f"refused, in {sum(e == {'refused'} for e in ends)} everything; "
+        f"{sum('FAULT' in e for e in ends)} have faults."
+    )
+
+
+def _cells(row: Any, reasons: dict[str, list[str]]) -> list[str]:
+    """A row's cells; what is refused is added to the reasons."""
+    plain = any("decoding plainly" in note for note in row.get("notes", []))
+    return [
+        _cell(row, names, reasons, plain=plain and column == "drafters")
+        for column, names in COLUMNS.items()
+    ]
+
+
+def _cell(row: Any, names: Iterable[str], reasons: dict[str, list[str]], *, plain: bool) -> str:
+    checks = {name: row["checks"][name] for name in names if name in row["checks"]}
+    ends = {check["result"] for check in checks.values()}
+    numbers = [
+        (name, _number(check["why"], row, reasons))
+        for name, check in checks.items()
+        if check["result"] == "refused"
+    ]
+    if "FAULT" in ends:
+        return "FAULT"
+    if ends == {"works"}:
+        return "plain" if plain else "yes"
+    if ends == {"refused"}:
+        return f"no ({', '.join(dict.fromkeys(str(number) for _, number in numbers))})"
+    less = ", ".join(f"{name} ({number})" for name, number in numbers)
+    return f"{'plain' if plain else 'yes'}, not {less}"
+
+
+def _number(why: str, row: Any, reasons: dict[str, list[str]]) -> int:
+    """The number of a reason, whatever model it names."""
+    said = why.replace("MODEL: ", "").removeprefix(row["class"]).lstrip(": ")
+    said = re.sub(r"^\S+ cannot be decoded by spectool: ", "", said)
+    for name in (row["class"], row["entry"].partition(",")[0], row.get("type")):
+        said = said.replace(f"{name}", "the model") if name else said
+    reasons.setdefault(said, []).append(row["entry"])
+    return list(reasons).index(said) + 1
+
+
+def _differing(result: Any, newest: Any) -> list[str]:
+    """What an older version has otherwise."""
+    now = {row["entry"]: row for row in newest["entries"]}
+    lines = []
+    for row in result["entries"]:
+        other = now.get(row["entry"])
+        if other is None:
+            lines.append(f"- {row['entry']}: known to this version only")
+        elif "checks" not in row or "checks" not in other:
+            was, now_said = (said.get("not built", "built") for said in (row, other))
+            if ("checks" in row) != ("checks" in other):
+                lines.append(f"- {row['entry']}: {was} (newer: {now_said})")
+        else:
+            changed = [
+                f"{name}: {check['result']}" + (f" ({check['why']})" if "why" in check else "")
+                for name, check in row["checks"].items()
+                if check["result"] != other["checks"].get(name, {}).get("result")
+            ]
+            lines += [f"- {row['entry']}: {'; '.join(changed)}"] if changed else []
+    new = sorted(now.keys() - {row["entry"] for row in result["entries"]})
+    lines = lines or ["No entry that both know differs."]
+    return [*lines, "", f"Not known to this version: {', '.join(new) or 'none'}."]
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
