@@ -7,7 +7,6 @@ files, no tokenizer and no template.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,8 @@ ANSWER_FIELDS = (
     "solution",
     "canonical_solution",
 )
+# These may hold turns instead of a string.
+SPOKEN_FIELDS = (CONTINUED, "completion", "chosen")
 SYSTEM_FIELDS = ("system", "system_prompt")
 # MT-Bench's categories. Spec-Bench counts its rows, which have `turns`, as one group.
 MT_BENCH = frozenset(
@@ -183,14 +184,14 @@ class _Reader:
 
     def holds(self, name: str) -> bool:
         value = self.record.get(name)
-        if name in CHAT_FIELDS:
-            return value is not None
         if name in TEXT_FIELDS:
             return name in self.record
-        if name in SYSTEM_FIELDS:
-            return isinstance(value, str) and bool(value.strip())
-        # A number or a list of choices is no answer in words.
-        return isinstance(value, (str, Mapping)) or _is_turns(value)
+        if name in CHAT_FIELDS:
+            return isinstance(value, (str, list, Mapping))
+        if name in SPOKEN_FIELDS and not isinstance(value, str):
+            return isinstance(value, Mapping) or _is_turns(value)
+        # A number, or a list of choices, is no answer in words.
+        return isinstance(value, str) and (name not in SYSTEM_FIELDS or bool(value.strip()))
 
     def plain(self, field: str) -> Row:
         value = self.record[field]
@@ -208,7 +209,7 @@ class _Reader:
             messages = messages[:1] if prompts else messages
         return self.conversation(messages, field)
 
-    def pair(self, question: str, answer: str | None, *, joins: bool = True) -> Row:
+    def pair(self, question: str, answer: str | None) -> Row:
         """A question and its answer, or the question alone."""
         asked = self.value(question)
         fields, parts = [question], [asked]
@@ -230,7 +231,7 @@ class _Reader:
             messages = (*self.history(self.record["history"]), *messages)
         if given is not None:
             messages = _follow(messages, self.turns(answer or "", given, role="assistant"))
-        return self.conversation(messages, names, joins=joins and texts)
+        return self.conversation(messages, names, joins=texts)
 
     def preferred(self) -> Row:
         """The chosen one of two answers, after its question if that stands by itself."""
@@ -250,13 +251,9 @@ class _Reader:
         if not isinstance(rejected, str):
             return Row(chosen, fields="chosen")
         # Both hold the same question, which ends with a mark of who speaks next.
-        shared = sum(
-            1
-            for _ in itertools.takewhile(
-                lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)
-            )
-        )
-        asked = re.match(r".*[:>\n]", chosen[:shared], re.DOTALL)
+        pairs = enumerate(zip(chosen, rejected, strict=False))
+        parted = next((at for at, (ours, theirs) in pairs if ours != theirs), None)
+        asked = re.match(r".*[:>\n]", chosen[:parted], re.DOTALL)
         return Row(chosen, answer=asked.end() if asked else 0, fields="chosen")
 
     def value(self, field: str) -> Any:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor
@@ -364,12 +364,10 @@ def _putting(streamer: Streamer, on_tokens: OnTokens | None) -> OnTokens:
     return hear
 
 
-def _each(
-    eos: Collection[int] | Sequence[Collection[int]], num_prompts: int
-) -> list[frozenset[int]]:
+def _each(eos: Collection[Any], num_prompts: int) -> list[frozenset[int]]:
     """The end tokens of each prompt."""
-    if isinstance(eos, Sequence) and eos and not isinstance(eos[0], int):
-        return [frozenset(own) for own in eos]  # type: ignore[arg-type]
+    if any(not isinstance(end, int) for end in eos):
+        return [frozenset(own) for own in eos]
     return [frozenset(eos)] * num_prompts
 
 

@@ -86,6 +86,8 @@ def test_without_a_template_a_pair_is_its_lines() -> None:
     assert row.text == "Add\n1 and 2\n3" and row.question().text == "Add\n1 and 2"
     asked = read_row({"question": "What is 3?", "answer": 3}, prompts=True)
     assert roles(asked) == "u:What is 3?" and asked.joins and asked.question() is asked
+    asked = read_row({"question": "What is 3?", "answer": ["3", "three"], "turns": 2}, prompts=True)
+    assert roles(asked) == "u:What is 3?"
     row = read_row({"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]})
     assert roles(row) == "s:s|u:a|a:b|u:c|a:d" and row.fields == "system + instruction + output"
 
