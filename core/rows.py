@@ -389,14 +389,13 @@ def _calls(calls: Any) -> list[Any]:
     """Calls of tools as templates expect them: their arguments as an object."""
     made = []
     for call in map(_without_none, calls if isinstance(calls, list) else [calls]):
-        if isinstance(call, Mapping):
-            call = _tool(call)
-            function = dict(call.get("function") or {})
-            arguments = _parsed(function.get("arguments", {}))
-            if arguments is not None:
-                function["arguments"] = arguments
-            call = {**call, "function": function}
-        made.append(call)
+        call = _tool(call) if isinstance(call, Mapping) else {}
+        function = call.get("function")
+        function = dict(function) if isinstance(function, Mapping) else {"name": str(call)}
+        arguments = _parsed(function.get("arguments", {}))
+        if arguments is not None:
+            function["arguments"] = arguments
+        made.append({**call, "function": function})
     return made
 
 

@@ -53,20 +53,24 @@ def render(
         given = {key: value for key, value in given.items() if key not in ENDING}
     elif given.get("continue_final_message"):
         prompt = False
-    source = str(tokenizer.chat_template)
     arguments = {"add_generation_prompt": prompt, **given}
     if row.tools and takes_tools(tokenizer):
         arguments.setdefault("tools", list(row.tools))
+
+    def written(*, as_json: bool) -> str:
+        messages = [_understood(m, str(tokenizer.chat_template), as_json) for m in row.messages]
+        found: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+        return found
+
     try:
-        rendered: str = tokenizer.apply_chat_template(
-            [_understood(message, source) for message in row.messages],
-            tokenize=False,
-            **arguments,
-        )
+        try:
+            return written(as_json=False)
+        except TypeError:
+            # Most templates write what a tool is called with from an object, some from its JSON.
+            return written(as_json=True)
     except Exception as error:
         # The template is a program from the checkpoint: it may fail in any way, also on purpose.
         raise TextError(f"{place}the chat template refuses a conversation: {error}") from error
-    return rendered
 
 
 def takes_tools(tokenizer: Any) -> bool:
@@ -133,15 +137,24 @@ def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _understood(message: Message, source: str) -> dict[str, Any]:
+def _understood(message: Message, source: str, as_json: bool) -> dict[str, Any]:
     """The message as a template of this source knows it: one without tools reads plain turns."""
     message = dict(message)
-    if "tool_calls" in message and "tool_calls" not in source:
-        calls = [call.get("function", call) for call in message.pop("tool_calls")]
-        lines = [json.dumps(call, ensure_ascii=False) for call in calls]
-        message["content"] = "\n".join(filter(None, (message["content"], *lines)))
     if message["role"] == "tool" and "tool" not in source:
         message["role"] = "user"
+    if "tool_calls" not in message:
+        return message
+    calls = [call["function"] for call in message["tool_calls"]]
+    if "tool_calls" not in source:
+        del message["tool_calls"]
+        lines = [json.dumps(call, ensure_ascii=False) for call in calls]
+        message["content"] = "\n".join(filter(None, (message["content"], *lines)))
+        return message
+    if as_json:
+        message["tool_calls"] = [
+            {**whole, "function": {**call, "arguments": json.dumps(call.get("arguments"))}}
+            for whole, call in zip(message["tool_calls"], calls, strict=True)
+        ]
     return message
 
 

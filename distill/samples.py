@@ -196,8 +196,8 @@ def _answers(
 ) -> Iterator[tuple[int, int]]:
     """Where in the rendered conversation the assistant speaks, its end-of-turn mark included.
 
-    An answer that the template writes later otherwise than when it was the last (without its
-    thoughts, say) is left out: the model does not answer so.
+    An answer that the template writes later otherwise than when it was the last is left out: the
+    model does not answer so. Of one that only loses its thought the rest is there.
     """
 
     def written(messages: Sequence[Message], *, prompt: bool = False) -> str:
@@ -232,21 +232,23 @@ def _by_prompt(
 def _by_content(
     messages: Sequence[Message], turn: int, whole: str, written: Callable[..., str]
 ) -> tuple[int, int] | None:
-    """The answer as what changes with its content; see `_answers`.
+    """The answer as what changes with its content, or with what follows its thought.
 
     Prompts of reasoning models open a thought that the answer is later written without.
     """
     content = messages[turn]["content"]
-    probe = [*messages[:turn], {**messages[turn], "content": ANSWER}]
-    start, found, rest = written([*probe, *messages[turn + 1 :]]).partition(ANSWER)
-    begin, end = len(start), len(whole) - len(rest)
-    if not (found and begin <= end and whole.startswith(start) and whole.endswith(rest)):
-        return None
-    is_kept = whole[begin:end].strip() == content.strip()
-    if not (is_kept or whole.startswith(written(messages[: turn + 1]))):
-        return None
-    mark = written(probe).partition(ANSWER)[2]
-    return begin, end + (len(mark) if rest.startswith(mark) else 0)
+    thought, mark, said = content.rpartition("</think>")
+    for before, changed in [("", content), (thought + mark, said)][: 2 if mark else 1]:
+        probe = [*messages[:turn], {**messages[turn], "content": before + ANSWER}]
+        start, found, rest = written([*probe, *messages[turn + 1 :]]).partition(ANSWER)
+        begin, end = len(start), len(whole) - len(rest)
+        if not (found and begin <= end and whole.startswith(start) and whole.endswith(rest)):
+            continue
+        is_kept = whole[begin:end].strip() == changed.strip()
+        if is_kept or whole.startswith(written(messages[: turn + 1])):
+            closing = written(probe).partition(ANSWER)[2]
+            return begin, end + (len(closing) if rest.startswith(closing) else 0)
+    return None
 
 
 def _has_answer(row: Row) -> bool:

@@ -157,6 +157,29 @@ def test_a_conversation_of_which_nothing_is_written(write: Write, spelled: Any) 
     assert read_text([path], spelled) == "x\n\nHI"
 
 
+def test_calls_are_written_as_the_template_can(write: Write, spelled: Any) -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    talk = [
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "2"},
+    ]
+    path = write("a.jsonl", [{"conversations": talk, "tools": [{"name": "add"}]}])
+    told: list[Reading] = []
+    assert (
+        read_text([path], spelled, on_read=told.append) == f"<assistant>{json.dumps(call)}<user>2"
+    )
+    assert str(told[0]).endswith("; tools left out: the chat template takes none")
+    start = "{{ tools | length }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in "
+    start += "m.tool_calls or [] %}{{ c.function.name + '-' + "
+    for written, text in (
+        ("c.function.arguments.a | string", "add-1"),
+        # A template that wants JSON gets it.
+        ("c.function.arguments", 'add-{"a": 1}'),
+    ):
+        spelled.chat_template = start + written + " }}{% endfor %}|{% endfor %}"
+        assert read_text([path], spelled) == f"1assistant:{text}|tool:2|"
+
+
 def test_several_files_are_one_text(write: Write) -> None:
     sources = [write("a.txt", "one"), write("b.jsonl.gz", ["two", "three"])]
     assert read_text(sources, None) == "one\n\ntwo\n\nthree"

@@ -98,6 +98,21 @@ def test_answers_are_found_however_the_template_asks_for_them(talk: str, templat
     assert taught_text(sample) == "".join(f"{answer}</s>\n" for answer in answers)
 
 
+def test_an_answer_that_loses_its_thought_is_taught_without_it(tmp_path: Path) -> None:
+    """In earlier turns; the last one is written with it."""
+    template = FORGETFUL.replace("')'", "'</think>'").replace(
+        "[assistant]{%-", "[assistant]<think>{%-"
+    )
+    rows = [{**m, "content": m["content"].replace("(", "<think>").replace(")", "</think>")}
+            for m in TALK]  # fmt: skip
+    path = tmp_path / "talk.jsonl"
+    path.write_text((json.dumps({"messages": rows}) + "\n") * 2)
+    (sample, _) = read_samples([str(path)], chatty(template), seq_len=1000)
+    said = [m["content"] for m in (rows[2], rows[4])]
+    earlier, last = said[0].split("</think>")[-1], said[1].removeprefix("<think>")
+    assert taught_text(sample) == f"{earlier}</s>\n{last}</s>\n"
+
+
 def test_a_template_that_hides_answers_is_named(talk: str) -> None:
     """Not the data."""
     shouting = THINKING.replace("| trim", "| upper | reverse")
