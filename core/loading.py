@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import machine, registration  # noqa: F401
+from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_fingerprint
-from spectool.errors import CheckpointError, UsageError, require
+from spectool.errors import CheckpointError, UnsupportedError, UsageError, require
 from spectool.headers import Layout
 from spectool.packed import packed_modules, unpack_in_place
 from spectool.skeleton import Skeleton, model_class, read_config
@@ -128,6 +129,7 @@ def _open(
 
     Raises:
         CheckpointError: tensors are missing, left over or of another shape.
+        UnsupportedError: a model that is not causal.
     """
     config = read_config(checkpoint.path, trust_remote_code=trust_remote_code)
     model: PreTrainedModel
@@ -159,6 +161,9 @@ def _open(
             raise CheckpointError(
                 f"{checkpoint.path}: {len(found)} {word} tensors, among them {found[0]}"
             )
+    decoder: nn.Module = model.get_decoder() or model  # type: ignore[no-untyped-call]
+    if (reason := why_not_causal(config.get_text_config(), decoder.modules())) is not None:
+        raise UnsupportedError(f"{checkpoint.path}: is no causal model: {reason}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         check_finite(name, tensor)
     return model

@@ -93,8 +93,8 @@ class SpectoolQuantizer(HfQuantizer):
             # transformers asks a model's parameters for its dtype: norms without weights have none.
             for part in model.modules():
                 if isinstance(part, PackedEmbedding):
-                    like = part._buffers.pop("like")
-                    part._non_persistent_buffers_set.discard("like")
+                    like = part.like
+                    del part.like
                     part.register_parameter("like", nn.Parameter(like, requires_grad=False))
         return model
 

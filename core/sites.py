@@ -15,7 +15,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +59,7 @@ class Site:
         return weight.T if self.transposed else weight
 
 
-def find_sites(
-    block: nn.Module, prefix: str, around: tuple[type[nn.Module], ...] = ()
-) -> Iterator[Site]:
+def find_sites(block: nn.Module, prefix: str, around: tuple[Any, ...] = ()) -> Iterator[Site]:
     """The packable matrices inside a module whose full name is `prefix`.
 
     `around` are the classes of the modules that it lies in.
@@ -99,9 +97,7 @@ def find_sites(
                     )
 
 
-def stay_dense(
-    block: nn.Module, prefix: str, around: tuple[type[nn.Module], ...] = ()
-) -> dict[str, str]:
+def stay_dense(block: nn.Module, prefix: str, around: tuple[Any, ...] = ()) -> dict[str, str]:
     """Linear layers of a module that are not packed, by full name, with the reason."""
     linears = {
         path: module
@@ -111,7 +107,7 @@ def stay_dense(
     read = {
         f"{path}.{name}"
         for path, module in block.named_modules(prefix=prefix)
-        for own, name in _weights_read_by(type(module))
+        for own, name in _weights_read_by(_kind(module))
         if own
     }
     # Models around reach their blocks by a loop's variable: the end of the name tells.
@@ -121,11 +117,16 @@ def stay_dense(
     for path, module in linears.items():
         if _routes(path.removeprefix(prefix), module, num_experts):
             found[path] = "chooses or weighs experts"
-        elif not computes_product(type(module)):
+        elif not computes_product(_kind(module)):
             found[path] = f"{type(module).__name__} is no plain linear layer"
         elif path in read or path.endswith(ends):
             found[path] = "its weight is used outside its forward"
     return found
+
+
+def _kind(module: nn.Module) -> Any:
+    """The module's class, which type checkers take to have no hash: that of its objects is none."""
+    return type(module)
 
 
 def _routes(path: str, module: nn.Linear | Conv1D, num_experts: int) -> bool:
@@ -155,7 +156,7 @@ def _num_experts(block: nn.Module) -> int:
 
 
 @functools.cache
-def computes_product(kind: type[nn.Linear] | type[Conv1D]) -> bool:
+def computes_product(kind: type[nn.Module]) -> bool:
     """Whether layers of this class compute `y = x W^T + b` and nothing else, tried on numbers."""
     if kind.forward in (nn.Linear.forward, Conv1D.forward):
         return True
@@ -163,10 +164,9 @@ def computes_product(kind: type[nn.Linear] | type[Conv1D]) -> bool:
     x_BLM = 50 * torch.randn(2, 3, 5, generator=generator)
     weight_NM = torch.randn(7, 5, generator=generator)
     bias_N = torch.randn(7, generator=generator)
-    layer = nn.Linear(5, 7) if issubclass(kind, nn.Linear) else Conv1D(7, 5)
+    layer: Any = nn.Linear(5, 7) if issubclass(kind, nn.Linear) else Conv1D(7, 5)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         layer.weight.copy_(weight_NM if issubclass(kind, nn.Linear) else weight_NM.T)
-        assert layer.bias is not None
         layer.bias.copy_(bias_N)
         tried = copy.copy(layer)
         # The class alone: what its own initialisation would add is not known here.

@@ -21,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, same_values
 from spectool.errors import CheckpointError, UnsupportedError
 from spectool.headers import Layout
@@ -44,6 +45,9 @@ class Skeleton:
         self._built: dict[torch.dtype, PreTrainedModel] = {}
         self.model = self.built_in(torch.float32)
         self.decoder_name, self.blocks = find_blocks(self.model)
+        decoder, text = self.model.get_submodule(self.decoder_name), self.config.get_text_config()
+        if (reason := why_not_causal(text, decoder.modules())) is not None:
+            raise UnsupportedError(f"{text.model_type} here is no causal model: {reason}")
         self.modules: dict[str, dict[str, Any]] = {}
         if layout.is_packed:
             self.modules = layout.modules

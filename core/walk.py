@@ -36,7 +36,8 @@ class Call:
 class Tap(nn.Module):
     """Stands in for a block: notes how it is called and passes on what it is told to.
 
-    `more` are the values returned after the hidden states; None: these alone, in no tuple.
+    `more` are the values returned after the hidden states; None: these alone, in no tuple. `times`
+    counts the calls.
     `reached` names what the model around does to the block besides calling it.
     """
 
@@ -48,6 +49,7 @@ class Tap(nn.Module):
         self.seen: Tensor | None = None
         self.override: Tensor | None = None
         self.more: tuple[Any, ...] | None = None
+        self.times = 0
         self.reached: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
@@ -58,6 +60,7 @@ class Tap(nn.Module):
 
     def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.seen, self.call = hidden_BLD, Call(args, kwargs)
+        self.times += 1
         passed = hidden_BLD if self.override is None else self.override
         return passed if self.more is None else (passed, *self.more)
 
@@ -198,10 +201,11 @@ class Surroundings:
         """Run two tokens past the taps, which return `more` beside the hidden states.
 
         Raises:
-            ValueError: hidden states are not [B, L, D], or change between blocks.
+            ValueError: hidden states are not [B, L, D] or change between blocks, or blocks are run
+                more than once.
         """
         for tap in self.taps:
-            tap.more, tap.seen = more, None
+            tap.more, tap.seen, tap.times = more, None, 0
         ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         if self.with_head and self._forward(ids_BL).ndim != 3:
             raise ValueError("logits have not three dimensions")
@@ -211,6 +215,8 @@ class Surroundings:
         if first is None or first.ndim != 3 or first.shape[:2] != (1, 2):
             raise ValueError("hidden states have more dimensions than batch, length and width")
         for tap in self.taps:
+            if tap.times > 1:
+                raise ValueError("blocks are run more than once")
             if tap.seen is None or not _equal(tap.seen, first):
                 raise ValueError("hidden states are changed between the blocks")
 
