@@ -29,17 +29,19 @@ from spectool.decode import tree
 from spectool.decode.cache import TextCache, TreeCache
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
+from spectool.decoder import decoder_of
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels import skinny
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
 _CHUNK = 512
 
-# Models that derive positions or causality from column numbers, not from mask and positions.
+# Models that derive positions, causality or windows from columns, not from mask and positions.
 _REFUSED = {
     "bloom": "its ALiBi biases are derived from a 2-D mask",
     "mpt": "its ALiBi biases are derived from column numbers",
     "gpt_neo": "its causal mask is derived from column numbers",
+    "moshi": "its caches have a window that its masks have not",
 }
 
 
@@ -80,6 +82,7 @@ class Target:
         if (reason := self._unfit(model, config, accepted)) is not None:
             raise UnsupportedError(f"{config.model_type} cannot be decoded by spectool: {reason}")
         self.model: Any = model
+        self.decoder: Any = decoder_of(model)
         self.name = config.model_type
         self.notes: list[str] = []
         self.num_layers: int = config.num_hidden_layers
@@ -235,7 +238,7 @@ class Target:
             options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
             options["position_ids"] = positions_BL
         with self._listen(needs) as features:
-            self.model.get_decoder()(
+            self.decoder(
                 input_ids=tokens_BL.to(self.device),
                 past_key_values=keep,
                 use_cache=keep is not None,
@@ -285,7 +288,7 @@ class Target:
             self._listen(Needs(final=True)) as features,
             self._inject(inject, (slots_BN.expand(batch, -1), places_BN)),
         ):
-            self.model.get_decoder()(
+            self.decoder(
                 input_ids=torch.zeros_like(places_BN),
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=positions_BN,
@@ -374,8 +377,7 @@ class Target:
                 hook = _capture(features, f"layer {index}")
                 handles.append(layers[index].register_forward_hook(hook))
         if needs.final:
-            decoder = self.model.get_decoder()
-            handles.append(decoder.register_forward_hook(_capture(features, "final")))
+            handles.append(self.decoder.register_forward_hook(_capture(features, "final")))
         try:
             yield features
         finally:
@@ -410,7 +412,7 @@ class Target:
         Raises:
             UnsupportedError: the model keeps them in no list.
         """
-        for module in self.model.get_decoder().modules():
+        for module in self.decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
                 return module
         raise UnsupportedError(f"{self.name}: found no list of {self.num_layers} decoder layers")
@@ -422,8 +424,8 @@ class Target:
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if model.config.is_encoder_decoder:
             return "it is an encoder-decoder"
-        decoder = model.get_decoder()
-        if (reason := why_not_causal(config, (decoder or model).modules())) is not None:
+        modules = (decoder_of(model) or model).modules()
+        if (reason := why_not_causal(config, modules)) is not None:
             return f"it is no causal model: {reason}"
         if is_recurrent(model, config):
             return "its recurrent state cannot go back to an earlier token, as a draft model's must"

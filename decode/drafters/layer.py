@@ -30,6 +30,7 @@ from transformers.models.llama.modeling_llama import (
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Prompt
 from spectool.decode.target import packed, tree_mask
+from spectool.decoder import decoder_of
 
 # Scores of a training step that are kept; to make them anew costs a ninth more time.
 _SCORE_BYTES = 1 << 26
@@ -166,7 +167,7 @@ class DecoderLayer(nn.Module):
 
     def begin_as_last(self, model: PreTrainedModel) -> None:
         """Take the weights of the target's last layer, where that is a Llama layer too."""
-        layers = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
+        layers = getattr(decoder_of(model), "layers", None)
         config: Any = model.config.get_text_config(decoder=True)
         # Gemma's first layers have the same names, another gate and other norms.
         if not layers or getattr(config, "hidden_act", None) != "silu":
@@ -205,7 +206,7 @@ def layer_config(model: PreTrainedModel) -> LlamaConfig:
 
 def final_scale(model: PreTrainedModel) -> Tensor | None:
     """The weight [D] of the target's last RMS norm; None where it has another norm."""
-    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder: Any = decoder_of(model)
     norm = getattr(decoder, "norm", None)
     if norm is None or "RMSNorm" not in type(norm).__name__:
         return None

@@ -1,0 +1,34 @@
+"""The decoder is what makes hidden states, whatever a model calls its parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from spectool.decoder import decoder_of
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("Llama", {**SIZES, "num_attention_heads": 2}, "LlamaModel"),
+        # transformers takes its output matrix, `decoder`, for it.
+        ("ModernBertDecoder", {**SIZES, "num_attention_heads": 2}, "ModernBertDecoderModel"),
+        # The embedding lies inside of the inner decoder.
+        (
+            "OPT",
+            {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "OPTDecoder",
+        ),
+    ],
+)
+def test_the_decoder_holds_the_embedding(name: str, options: dict[str, Any], kind: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**options, pad_token_id=0)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert type(decoder_of(model)).__name__ == kind
