@@ -6,10 +6,12 @@ The modules imported here import nothing heavy at their top: `--help`, `--versio
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
+from spectool import processors
 from spectool.cli import (
     bench,
     chat,
@@ -66,4 +68,5 @@ app.command("demo")(demo.demo)
 
 def main() -> None:
     """The entry point of `spectool` and `python -m spectool`."""
+    processors.bound_spin(os.environ)
     app()

@@ -10,6 +10,7 @@ import typer
 from spectool.cli.bench_tables import chains, comparison, table
 from spectool.cli.common import (
     AllowOtherTarget,
+    Checksums,
     Context,
     Debug,
     Device,
@@ -97,6 +98,7 @@ def bench(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    checksums: Checksums = True,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the speed-ups: a .png or .svg file to write.")
     ] = None,
@@ -138,6 +140,7 @@ def bench(
                 threads=threads,
                 revision=revision if path == model else None,
                 trust_remote_code=trust_remote_code,
+                checksums=checksums,
                 allow_other_target=allow_other_target,
             )
             found = text.read_categories(

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from spectool.cli.common import (
     AllowOtherTarget,
+    Checksums,
     Context,
     Debug,
     Device,
@@ -102,6 +103,7 @@ def chat(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    checksums: Checksums = True,
     allow_other_target: AllowOtherTarget = False,
     json_output: Json = False,
     debug: Debug = False,
@@ -120,6 +122,7 @@ def chat(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            checksums=checksums,
             allow_other_target=allow_other_target,
             tune=True,
         )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from spectool.cli.common import (
+    Checksums,
     Debug,
     Device,
     Dtype,
@@ -68,6 +69,7 @@ def evaluate(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    checksums: Checksums = True,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -94,6 +96,7 @@ def evaluate(
             blockwise=blockwise,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            checksums=checksums,
         )
         gates = parse_gates(gate or (), room.figures_of(request))
         output.start()

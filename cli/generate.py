@@ -11,6 +11,7 @@ import typer
 from spectool.cli.common import (
     AllowOtherTarget,
     BatchSize,
+    Checksums,
     Context,
     Debug,
     Device,
@@ -73,6 +74,7 @@ def generate(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    checksums: Checksums = True,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -89,6 +91,7 @@ def generate(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            checksums=checksums,
             allow_other_target=allow_other_target,
             tune=True,
         )

@@ -11,6 +11,7 @@ import typer
 from spectool import methods
 from spectool.cli.by_method import Verb
 from spectool.cli.common import (
+    Checksums,
     Debug,
     Device,
     Dtype,
@@ -117,6 +118,7 @@ def train_heads(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    checksums: Checksums = True,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -183,6 +185,7 @@ def train_heads(
                 processes=processes,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
+                checksums=checksums,
                 say=output.say,
                 announce=lambda plan: _show_plan(output, job, plan),
                 start=output.start,

@@ -9,6 +9,7 @@ import typer
 
 from spectool.cli.common import (
     AllowOtherTarget,
+    Checksums,
     Debug,
     Device,
     Dtype,
@@ -44,6 +45,7 @@ def tune(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    checksums: Checksums = True,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -65,6 +67,7 @@ def tune(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            checksums=checksums,
             allow_other_target=allow_other_target,
         )
         found = text.read_prompts(
