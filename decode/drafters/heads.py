@@ -131,8 +131,9 @@ def open_heads(
     check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
     drafter: Any = methods.resolve(record.method, "drafter")
     tensors = read_weights(path, record, check=checksums)
-    if not record.checksums:
-        target.notes.append(f"{path}: {sums.NONE}")
+    note = f"{path}: {sums.NONE}"
+    if not record.checksums and note not in target.notes:
+        target.notes.append(note)
     token_map = tensors.get("token_map")
     heads: Heads = drafter.Heads(
         drafter.Heads.Config.from_dict(record.options),
