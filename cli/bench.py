@@ -10,7 +10,6 @@ import typer
 from spectool.cli.bench_tables import chains, comparison, table
 from spectool.cli.common import (
     AllowOtherTarget,
-    Checksums,
     Context,
     Debug,
     Device,
@@ -21,6 +20,7 @@ from spectool.cli.common import (
     MaxNewTokens,
     MinP,
     Model,
+    NoChecksums,
     NoRepeatNgramSize,
     RepetitionPenalty,
     Revision,
@@ -98,7 +98,7 @@ def bench(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    checksums: Checksums = True,
+    no_checksums: NoChecksums = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the speed-ups: a .png or .svg file to write.")
     ] = None,
@@ -140,7 +140,7 @@ def bench(
                 threads=threads,
                 revision=revision if path == model else None,
                 trust_remote_code=trust_remote_code,
-                checksums=checksums,
+                checksums=not no_checksums,
                 allow_other_target=allow_other_target,
             )
             found = text.read_categories(

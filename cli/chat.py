@@ -16,7 +16,6 @@ from rich.text import Text
 
 from spectool.cli.common import (
     AllowOtherTarget,
-    Checksums,
     Context,
     Debug,
     Device,
@@ -25,6 +24,7 @@ from spectool.cli.common import (
     Lossy,
     MinP,
     Model,
+    NoChecksums,
     NoRepeatNgramSize,
     Output,
     RepetitionPenalty,
@@ -103,7 +103,7 @@ def chat(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    checksums: Checksums = True,
+    no_checksums: NoChecksums = False,
     allow_other_target: AllowOtherTarget = False,
     json_output: Json = False,
     debug: Debug = False,
@@ -122,7 +122,7 @@ def chat(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            checksums=checksums,
+            checksums=not no_checksums,
             allow_other_target=allow_other_target,
             tune=True,
         )

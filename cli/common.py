@@ -67,10 +67,10 @@ TrustRemoteCode = Annotated[
 Runtime = Annotated[
     str, typer.Option(help="Packed weights as packed codes, unpacked (dense), or auto.")
 ]
-Checksums = Annotated[
+NoChecksums = Annotated[
     bool,
     typer.Option(
-        " /--no-checksums", help="Load packed weights and heads without comparing checksums."
+        "--no-checksums", help="Load packed weights and heads without comparing checksums."
     ),
 ]
 Field = Annotated[str | None, typer.Option(help="Field of .jsonl or .parquet rows to read.")]

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from spectool.cli.common import (
-    Checksums,
     Debug,
     Device,
     Dtype,
     Field,
     Json,
     Model,
+    NoChecksums,
     Revision,
     Runtime,
     TemplateArg,
@@ -69,7 +69,7 @@ def evaluate(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    checksums: Checksums = True,
+    no_checksums: NoChecksums = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -96,7 +96,7 @@ def evaluate(
             blockwise=blockwise,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            checksums=checksums,
+            checksums=not no_checksums,
         )
         gates = parse_gates(gate or (), room.figures_of(request))
         output.start()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spectool.cli.common import Checksums, Debug, Json, TrustRemoteCode, prepare_torch, session
+from spectool.cli.common import Debug, Json, NoChecksums, TrustRemoteCode, prepare_torch, session
 from spectool.errors import UsageError
 from spectool.headers import HEADS
 
@@ -26,7 +26,7 @@ def export(
         str | None, typer.Option(help="Of heads: the checkpoint that they draft for.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
-    checksums: Checksums = True,
+    no_checksums: NoChecksums = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -44,7 +44,7 @@ def export(
                 out,
                 format,
                 trust_remote_code=trust_remote_code,
-                checksums=checksums,
+                checksums=not no_checksums,
             )
         else:
             from spectool.quantize import export as room
@@ -52,7 +52,7 @@ def export(
             if model is not None:
                 raise UsageError(f"--model is for heads; {path} is none")
             lines = room.export(
-                path, out, format, trust_remote_code=trust_remote_code, checksums=checksums
+                path, out, format, trust_remote_code=trust_remote_code, checksums=not no_checksums
             )
         output.show(
             f"{out}: {format}"

@@ -11,13 +11,13 @@ import typer
 from spectool import methods
 from spectool.cli.by_method import Verb
 from spectool.cli.common import (
-    Checksums,
     Debug,
     Device,
     Dtype,
     Field,
     Json,
     Model,
+    NoChecksums,
     Output,
     Revision,
     Runtime,
@@ -118,7 +118,7 @@ def train_heads(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    checksums: Checksums = True,
+    no_checksums: NoChecksums = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -185,7 +185,7 @@ def train_heads(
                 processes=processes,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-                checksums=checksums,
+                checksums=not no_checksums,
                 say=output.say,
                 announce=lambda plan: _show_plan(output, job, plan),
                 start=output.start,

@@ -9,7 +9,6 @@ import typer
 
 from spectool.cli.common import (
     AllowOtherTarget,
-    Checksums,
     Debug,
     Device,
     Dtype,
@@ -17,6 +16,7 @@ from spectool.cli.common import (
     Json,
     MaxNewTokens,
     Model,
+    NoChecksums,
     Revision,
     Runtime,
     TemplateArg,
@@ -45,7 +45,7 @@ def tune(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    checksums: Checksums = True,
+    no_checksums: NoChecksums = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -67,7 +67,7 @@ def tune(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            checksums=checksums,
+            checksums=not no_checksums,
             allow_other_target=allow_other_target,
         )
         found = text.read_prompts(
