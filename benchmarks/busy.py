@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--other-work", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -107,10 +107,9 @@ def main() -> None:
         for each in (model, wide):
             found = measure(each, given.tokens, given.busy, given.rounds)
             result["tokens_per_second"][each.name] = found
-    text = json.dumps(result, indent=2)
-    print(text)
-    if given.out:
-        given.out.write_text(text + "\n")
+            if given.out:
+                given.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
