@@ -136,7 +136,7 @@ def set_threads(asked: int | None) -> None:
 
     if asked is not None:
         torch.set_num_threads(asked)
-    elif not any(name in os.environ for name in processors.NUM_THREADS):
+    elif not any(os.environ.get(name) for name in processors.NUM_THREADS):
         most = processors.allowed().threads
         if most < torch.get_num_threads():
             torch.set_num_threads(most)
