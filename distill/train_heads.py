@@ -196,7 +196,7 @@ def train_heads(
             },
         )
         if writer is not None:
-            _write(writer, record, course.heads, stored)
+            record = _write(writer, record, course.heads, stored)
     return Report(
         record=record,
         parameters=sum(parameter.numel() for parameter in course.heads.parameters()),
@@ -313,8 +313,10 @@ def _training(job: Job, course: Course, watch: Callable[..., None], store: _Shar
     )  # fmt: skip
 
 
-def _write(writer: ArtifactWriter, record: HeadsRecord, heads: Heads, dtype: torch.dtype) -> None:
-    """Turn what is beside OUT into OUT."""
+def _write(
+    writer: ArtifactWriter, record: HeadsRecord, heads: Heads, dtype: torch.dtype
+) -> HeadsRecord:
+    """Turn what is beside OUT into OUT. Returns the record as it is written, with checksums."""
     tensors = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in heads.state_dict().items()
@@ -326,6 +328,7 @@ def _write(writer: ArtifactWriter, record: HeadsRecord, heads: Heads, dtype: tor
             writer.discard(shard)
     record = replace(record, checksums=writer.checksums())
     writer.finish({HEADS: record.as_bytes()})
+    return record
 
 
 def _setting(
