@@ -73,7 +73,6 @@ def measure(artifact: Path, files: list[Path], rounds: int) -> dict[str, Any]:
         "cached, every weight read": (rounds, False, lambda sums: load(sums, looks=True)),
         "cached, unpacked to dense": (3, False, lambda sums: load(sums, runtime="dense")),
         "disk, every weight read": (3, True, lambda sums: load(sums, looks=True)),
-        "disk, unpacked to dense": (3, True, lambda sums: load(sums, runtime="dense")),
     }
     found = {}
     for name, (count, dropped, way) in ways.items():
