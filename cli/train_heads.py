@@ -273,7 +273,7 @@ TRAIN_HEADS = Verb(
             "begin", "steps", "epochs", "batch_tokens", "pack", "features", "learning_rate",
             "warmup", "optimizer", "autocast", "seed",
         ),
-        "Model": ("dtype", "runtime", "revision", "trust_remote_code"),
+        "Model": ("dtype", "runtime", "no_checksums", "revision", "trust_remote_code"),
         "Resources": ("device", "threads"),
         "Output": ("metrics", "overwrite", "json_output", "debug"),
     },
