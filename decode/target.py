@@ -67,7 +67,8 @@ class Target:
     """A causal model as the loop sees it. `context` bounds prompt and new tokens together.
 
     `notes` says what had to be changed or bounded to run it rightly. `takes_drafts`: passes of
-    several tokens are right after others.
+    several tokens are right after others. `keeps_rows`: its caches hold all that a text leaves, so
+    that several can take turns.
 
     Raises:
         UnsupportedError: an architecture that tree passes cannot be right for.
@@ -75,6 +76,7 @@ class Target:
     """
 
     takes_drafts = True
+    keeps_rows = True
 
     def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
         config = model.config.get_text_config(decoder=True)
