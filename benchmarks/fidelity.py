@@ -47,7 +47,8 @@ from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure as count_bits
 from spectool.quantize.run import Job, Preprocess, quantize
 from spectool.stdlib import documents
-from spectool.text import encode, read_text
+from spectool.template import encode
+from spectool.text import read_text
 
 Row = dict[str, Any]
 

@@ -140,13 +140,14 @@ def bench(
                 trust_remote_code=trust_remote_code,
                 allow_other_target=allow_other_target,
             )
-            found = text.read_categories(
+            found = text.read_prompts(
                 prompts,
                 tokenizer,
                 field=field,
                 template=template_arguments(template_arg) or None,
                 limit=limit,
                 per_category=per_category,
+                on_read=output.note,
             )
             how = describe_runtime(runner.target.model)
             for size in sizes:
@@ -154,9 +155,10 @@ def bench(
                     output.say(f"batch size {size}")
                 result = room.bench(
                     runner,
-                    [prompt for _, prompt in found],
+                    [prompt.given for prompt in found],
                     draft or (),
-                    categories=[category for category, _ in found],
+                    categories=[prompt.category for prompt in found],
+                    ends=[prompt.ends for prompt in found],
                     max_new_tokens=max_new_tokens,
                     batch_size=size,
                     with_peers=peers,

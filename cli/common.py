@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from spectool.decode.generate import Runner
+    from spectool.text import Prompt, Reading
 
 SCHEMA_VERSION = 1
 
@@ -103,6 +104,7 @@ class Output:
         self.began = time.monotonic()
         self.work_began = self.began
         self.finished = self.quiet = False
+        self.readings: list[dict[str, Any]] = []
         self._said = 0.0
 
     def say(self, line: str) -> None:
@@ -110,6 +112,13 @@ class Output:
         if self.quiet:
             return
         self.err.print(escape(line))
+
+    def note(self, reading: Reading) -> None:
+        """What was read of a source of text; said once, though it is read for several models."""
+        found = reading.as_dict()
+        if found not in self.readings:
+            self.readings.append(found)
+            self.say(str(reading))
 
     def complain(self, error: SpectoolError) -> None:
         """One line of what went wrong, and one of what to do."""
@@ -132,7 +141,8 @@ class Output:
         assert not self.finished
         self.finished = True
         if self.json_wanted and not self.quiet:
-            safe = _finite({"schema_version": SCHEMA_VERSION, **value})
+            read = {"read": self.readings} if self.readings else {}
+            safe = _finite({"schema_version": SCHEMA_VERSION, **value, **read})
             sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
             sys.stdout.flush()
 
@@ -231,9 +241,9 @@ def prepare_torch(threads: int | None) -> None:
 
 def template_arguments(pairs: list[str] | None) -> dict[str, Any]:
     """`--template-arg` pairs as a dictionary."""
-    from spectool import text
+    from spectool import template
 
-    return text.template_arguments(pairs or [])
+    return template.template_arguments(pairs or [])
 
 
 def open_runner(
@@ -285,14 +295,14 @@ def open_runner(
 
 
 def read_prompts(
+    output: Output,
     tokenizer: Any,
     *,
     prompt: list[str] | None,
     prompts: str | None,
     field: str | None,
     template: list[str] | None,
-    limit: int | None = None,
-) -> list[str | list[int]]:
+) -> list[Prompt]:
     """Prompts given as options, in a file, or on stdin.
 
     Raises:
@@ -302,20 +312,15 @@ def read_prompts(
 
     if prompt and prompts:
         raise UsageError("--prompt and --prompts exclude each other")
-    found: list[str | list[int]]
-    if prompt:
-        found = list(prompt)
-    elif prompts:
-        found = text.read_prompts(
+    if prompts:
+        return text.read_prompts(
             prompts,
             tokenizer,
             field=field,
             template=template_arguments(template) or None,
-            limit=limit,
+            on_read=output.note,
         )
-    else:
-        found = [_standard_input()]
-    return found[:limit]
+    return [text.Prompt(given) for given in prompt or [_standard_input()]]
 
 
 def _standard_input() -> str:

@@ -102,6 +102,7 @@ def evaluate(
             request,
             say=output.say,
             progress=lambda done, total: output.progress(done, total, "tokens scored"),
+            on_read=output.note,
         )
         result["gates"] = [one.check(result) for one in gates]
         perplexity = result["perplexity"]

@@ -103,7 +103,7 @@ def generate(
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
         found = read_prompts(
-            tokenizer, prompt=prompt, prompts=prompts, field=field, template=template_arg
+            output, tokenizer, prompt=prompt, prompts=prompts, field=field, template=template_arg
         )
         streams = not json_output and batch_size == 1
         began = time.perf_counter()
@@ -112,13 +112,14 @@ def generate(
         def on_tokens(index: int, tokens: list[int], text: str, drafted: int) -> None:
             nonlocal shown
             if index != shown:
-                sys.stdout.write(_opening(found[index], tokenizer, first=shown < 0))
+                sys.stdout.write(_opening(found[index].given, tokenizer, first=shown < 0))
                 shown = index
             sys.stdout.write(text)
             sys.stdout.flush()
 
         results = runner.generate(
-            found,
+            [one.given for one in found],
+            eos=[one.ends for one in found],
             max_new_tokens=max_new_tokens,
             seed=seed,
             stop=stop or (),
@@ -135,7 +136,7 @@ def generate(
             sys.stdout.write("\n")
         elif not json_output:
             for index, result in enumerate(results):
-                opening = _opening(found[index], tokenizer, first=index == 0)
+                opening = _opening(found[index].given, tokenizer, first=index == 0)
                 sys.stdout.write(f"{opening}{result.text}\n")
         new_tokens = sum(len(result.token_ids) for result in results)
         forwards = sum(result.forwards for result in results)

@@ -230,6 +230,7 @@ def quantize(
                 announce=lambda plan, skeleton: show_plan(output, plan, skeleton),
                 progress=output.progress,
                 say=output.say,
+                on_read=output.note,
             )
         except KeyboardInterrupt:
             again = "the same command goes on after the last whole block"

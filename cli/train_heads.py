@@ -184,6 +184,7 @@ def train_heads(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 say=output.say,
+                on_read=output.note,
                 announce=lambda plan: _show_plan(output, job, plan),
                 start=output.start,
                 watch=watch,

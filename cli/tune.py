@@ -73,11 +73,13 @@ def tune(
             field=field,
             template=template_arguments(template_arg) or None,
             limit=limit,
+            on_read=output.note,
         )
         best = room.tune(
             runner,
             heads,
-            found,
+            [prompt.given for prompt in found],
+            ends=[prompt.ends for prompt in found],
             max_new_tokens=max_new_tokens,
             say=output.say,
         )

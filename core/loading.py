@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool import machine, registration  # noqa: F401
 from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_fingerprint
+from spectool.decoder import decoder_of
 from spectool.errors import CheckpointError, UnsupportedError, UsageError, require
 from spectool.headers import Layout
 from spectool.packed import packed_modules, unpack_in_place
@@ -161,8 +162,8 @@ def _open(
             raise CheckpointError(
                 f"{checkpoint.path}: {len(found)} {word} tensors, among them {found[0]}"
             )
-    decoder: nn.Module = model.get_decoder() or model  # type: ignore[no-untyped-call]
-    if (reason := why_not_causal(config.get_text_config(), decoder.modules())) is not None:
+    modules = (decoder_of(model) or model).modules()
+    if (reason := why_not_causal(config.get_text_config(), modules)) is not None:
         raise UnsupportedError(f"{checkpoint.path}: is no causal model: {reason}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         check_finite(name, tensor)

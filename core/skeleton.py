@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, same_values
+from spectool.decoder import decoder_of
 from spectool.errors import CheckpointError, UnsupportedError
 from spectool.headers import Layout
 from spectool.origins import Origin, find_origins, read_origin, resolve_ties
@@ -334,14 +335,10 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
         UnsupportedError: the decoder has no list of blocks.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    decoder: nn.Module | None = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder = decoder_of(model)
     if decoder is None or id(decoder) not in names:
         raise UnsupportedError(f"{type(model).__name__} has no decoder that spectool can find")
     lists = _block_lists(decoder, names)
-    if not lists and decoder is not model.base_model:
-        # Some models call their output matrix `decoder`.
-        decoder = model.base_model
-        lists = _block_lists(decoder, names)
     if not lists:
         raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks")
     best = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))

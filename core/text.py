@@ -1,7 +1,8 @@
-"""Texts and prompts: from files of several kinds to strings, and from strings to token ids.
+"""Texts and prompts: from files of several kinds to strings, and to prompts for a tokenizer.
 
-Knows .txt, .jsonl and .parquet, plain or as .gz or .xz, and hub data sets. Imports neither torch
-nor transformers; a tokenizer is handed in where one is needed.
+Knows .txt, .jsonl, .json and .parquet, plain or as .gz or .xz, and hub data sets; `rows.py` knows
+what their rows hold. Imports neither torch nor transformers; a tokenizer is handed in where one is
+needed.
 """
 
 from __future__ import annotations
@@ -12,50 +13,88 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from spectool.errors import TextError, require
+from spectool.rows import Row, read_row
+from spectool.template import ENDING, Template, encode, ends_of, has_template, takes_tools, write
 
 BUILTIN = "built-in calibration text"
-TEXT_FIELDS = ("text", "content", "document", "story")
-PROMPT_FIELDS = ("prompt", "text", "question", "instruction")
 ROW_KINDS = (".jsonl", ".json", ".ndjson")
 TEXT_KINDS = (".txt", ".md", ".py", ".raw", "")
-CHAT_FIELDS = ("messages", "turns")
 HUB_PREFIX = "hub:"
-# MT-Bench's categories. Spec-Bench counts its rows, which have `turns`, as one group.
-MT_BENCH = frozenset(
-    ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-)
-CONVERSATION = "conversation"
+# Characters of the first row that a run shows.
+SHOWN = 80
 
-Message = Mapping[str, Any]
+
+@dataclass(slots=True)
+class Reading:
+    """What was read of a source: how many rows, which fields and as what, and how it begins."""
+
+    source: str
+    prompts: bool = False
+    num_rows: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    first: str = ""
+    tools_left_out: bool = False
+
+    def add(self, row: Row, written: str, tokenizer: Any) -> None:
+        """Take a row and its text into account."""
+        self.num_rows += 1
+        self.first = self.first or written.strip()[:SHOWN]
+        self.shapes[f"{row.fields} as {'text' if row.text is not None else 'a conversation'}"] += 1
+        self.tools_left_out |= bool(row.tools) and not takes_tools(tokenizer)
+
+    def __str__(self) -> str:
+        shapes = [
+            shape + (f" ({count})" if len(self.shapes) > 1 else "")
+            for shape, count in self.shapes.items()
+        ]
+        what = f"{'prompt' if self.prompts else 'row'}{'s' * (self.num_rows != 1)}"
+        line = f"{self.source}: {self.num_rows} {what}, {', '.join(shapes)}; the first begins "
+        line += json.dumps(self.first, ensure_ascii=False)
+        return line + "; tools left out: the chat template takes none" * self.tools_left_out
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {
+            "source": self.source,
+            "rows": self.num_rows,
+            "fields": dict(self.shapes),
+            "begins": self.first,
+        }
+
+
+OnRead = Callable[[Reading], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One record of a file: a plain text, or a conversation for the chat template."""
+class Prompt:
+    """What is to be continued: a text, or token ids of a conversation that its template wrote.
 
-    text: str | None = None
-    messages: tuple[Message, ...] = ()
+    `ends`: what ends an answer besides the model's own end of text, the template's end of turn.
+    """
+
+    given: str | list[int]
     category: str | None = None
+    ends: frozenset[int] = frozenset()
 
 
 def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -> Iterator[Row]:
     """The records of a file or a hub data set (`hub:OWNER/NAME[:CONFIG][:SPLIT]`).
 
-    A .txt file is one text; as a prompt file, one prompt a line. In a row of named fields, `field`
-    is taken, else `messages` or `turns`, else the usual name of a text, else the only string.
+    A .txt file is one text; as a prompt file, one prompt a line. `rows.read_row` says what a row of
+    named fields is taken for.
 
     Raises:
         TextError: no such file, an unknown kind, empty, binary, or a row without the field.
     """
     if source.startswith(HUB_PREFIX):
-        yield from (_row(source, i, row, field, prompts) for i, row in _hub_rows(source))
+        yield from _read(source, _hub_rows(source), field, prompts)
         return
     path = Path(source)
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -67,21 +106,20 @@ def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -
     if not path.is_file():
         raise TextError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     if kind == ".parquet":
-        yield from (_row(source, i, row, field, prompts) for i, row in _parquet_rows(path))
+        yield from _read(source, _parquet_rows(path), field, prompts)
         return
     text = _decode(path)
     if kind in ROW_KINDS:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise TextError(f"{path}:{number}: not valid JSON: {error}") from error
-                yield _row(source, number, row, field, prompts)
+        yield from _read(source, _json_rows(path, text), field, prompts)
     elif prompts:
-        yield from (Row(line.rstrip("\r")) for line in text.split("\n") if line.strip())
+        lines = enumerate(text.split("\n"), 1)
+        yield from (
+            Row(line.rstrip("\r"), fields="lines", place=f"{source}:{number}")
+            for number, line in lines
+            if line.strip()
+        )
     else:
-        yield Row(text)
+        yield Row(text, fields="whole file", place=source)
 
 
 def read_text(
@@ -89,13 +127,14 @@ def read_text(
     tokenizer: Any,
     *,
     field: str | None = None,
-    template: Mapping[str, Any] | None = None,
+    template: Template | None = None,
     max_characters: int | None = None,
+    on_read: OnRead = lambda reading: None,
 ) -> str:
     """All records of all sources as one text, parted by blank lines; the built-in text for none.
 
     Hub data sets are streamed and may not end: of each, no more records are asked for once it gave
-    `max_characters`. Files are read whole.
+    `max_characters`. Files are read whole. `on_read` hears of each source.
 
     Raises:
         TextError: as `read_rows`; or there is no text in them.
@@ -106,12 +145,16 @@ def read_text(
     for source in sources:
         most = max_characters if source.startswith(HUB_PREFIX) else None
         num_characters = 0
+        reading = Reading(source)
         for row in read_rows(source, field=field):
-            texts.append(render(row, tokenizer, template=template))
+            row = suited(row, tokenizer)
+            texts.append(write(row, tokenizer, template=template))
+            reading.add(row, texts[-1], tokenizer)
             # With the blank line after it: a stream of empty rows ends as well.
             num_characters += len(texts[-1]) + 2
             if most is not None and num_characters >= most:
                 break
+        on_read(reading)
     joined = "\n\n".join(texts)
     if not joined.strip():
         raise TextError(f"{', '.join(sources)}: holds no text")
@@ -123,95 +166,48 @@ def read_prompts(
     tokenizer: Any,
     *,
     field: str | None = None,
-    template: Mapping[str, Any] | None = None,
+    template: Template | None = None,
     limit: int | None = None,
-) -> list[str | list[int]]:
-    """The first `limit` prompts of a file; conversations end where the assistant is to speak.
+    per_category: int | None = None,
+    on_read: OnRead = lambda reading: None,
+) -> list[Prompt]:
+    """The first `limit` prompts of a file; of these the first `per_category` of each category.
 
+    A row that ends with an answer is a prompt up to there, unless `template` has one of `ENDING`.
     Conversations come back as token ids: the chat template writes its own special tokens, and
     encoding its text again would add the start token twice.
 
     Raises:
         TextError: as `read_rows`; or there is no prompt in it.
     """
-    found = read_categories(source, tokenizer, field=field, template=template, limit=limit)
-    return [prompt for _, prompt in found]
-
-
-def read_categories(
-    source: str,
-    tokenizer: Any,
-    *,
-    field: str | None = None,
-    template: Mapping[str, Any] | None = None,
-    limit: int | None = None,
-    per_category: int | None = None,
-) -> list[tuple[str | None, str | list[int]]]:
-    """As `read_prompts`, each with its row's `category`; the first `per_category` of each.
-
-    Raises:
-        TextError: as `read_prompts`.
-    """
-    found: list[tuple[str | None, str | list[int]]] = []
+    found: list[Prompt] = []
     seen: Counter[str | None] = Counter()
+    ends: frozenset[int] | None = None
+    reading = Reading(source, prompts=True)
     for row in itertools.islice(read_rows(source, field=field, prompts=True), limit):
         seen[row.category] += 1
         if per_category is not None and seen[row.category] > per_category:
             continue
-        text = render(row, tokenizer, template=template, prompt=True)
-        found.append((row.category, text if row.text is not None else encode(tokenizer, text)))
+        row = suited(row, tokenizer)
+        if row.text is not None or not set(ENDING).intersection(template or ()):
+            row = row.question()
+        text = write(row, tokenizer, template=template, prompt=True)
+        reading.add(row, text, tokenizer)
+        if row.text is not None:
+            found.append(Prompt(text, row.category))
+            continue
+        if ends is None:
+            ends = ends_of(row, tokenizer, template)
+        found.append(Prompt(encode(tokenizer, text), row.category, ends))
     if not found:
         raise TextError(f"{source}: holds no prompt")
+    on_read(reading)
     return found
 
 
-def render(
-    row: Row, tokenizer: Any, *, template: Mapping[str, Any] | None = None, prompt: bool = False
-) -> str:
-    """The row's text; a conversation goes through the tokenizer's chat template.
-
-    Raises:
-        TextError: a conversation, but the tokenizer has no template, or its template fails.
-    """
-    if row.text is not None:
-        return row.text
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise TextError(
-            "the rows are conversations, but the tokenizer has no chat template",
-            hint="name a plain field with --field; --field turns takes a first turn as it is",
-        )
-    try:
-        rendered: str = tokenizer.apply_chat_template(
-            list(row.messages),
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **(template or {}),
-        )
-    except Exception as error:
-        # The template is a program from the checkpoint: it may fail in any way, also on purpose.
-        raise TextError(f"the chat template refuses a conversation: {error}") from error
-    return rendered
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a long text, without special tokens, without the length warning."""
-    encoding = tokenizer(text, add_special_tokens=False, verbose=False)
-    ids: list[int] = encoding["input_ids"]
-    return ids
-
-
-def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """`--template-arg key=value` pairs; values are JSON where they parse as it, else strings."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise TextError(f"--template-arg {pair}: expected key=value")
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
-    return found
+def suited(row: Row, tokenizer: Any) -> Row:
+    """The row as the tokenizer can take it: a question and its answer need no chat template."""
+    return row.joined() if row.joins and not has_template(tokenizer) else row
 
 
 def _decode(path: Path) -> str:
@@ -232,43 +228,35 @@ def _decode(path: Path) -> str:
     return text
 
 
-def _row(source: str, number: int, row: Any, field: str | None, prompts: bool) -> Row:
-    place, named = f"{source}:{number}", field is not None
-    if isinstance(row, str):
-        return Row(row)
-    if not isinstance(row, dict):
-        raise TextError(f"{place}: expected an object with named fields")
-    if field is None:
-        usual = PROMPT_FIELDS if prompts else TEXT_FIELDS
-        strings = [key for key, value in row.items() if isinstance(value, str)]
-        field = next((key for key in (*CHAT_FIELDS, *usual) if key in row), None)
-        if field is None and len(strings) == 1:
-            field = strings[0]
-        if field is None:
-            raise TextError(
-                f"{place}: no field that is surely the text among {', '.join(row)}",
-                hint="name it with --field",
-            )
-    value, category = row.get(field), _category(row)
-    if isinstance(value, str):
-        return Row(value, category=category)
-    if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
-        if prompts and named:
-            # Who names it wants its text, for a model without a chat template say.
-            return Row(value[0], category=category)
-        turns = value[:1] if prompts else value
-        messages = tuple({"role": "user", "content": turn} for turn in turns)
-        return Row(messages=messages, category=category)
-    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        return Row(messages=tuple(value), category=category)
-    raise TextError(f"{place}: field {field!r} is {'absent' if value is None else 'no text'}")
+def _read(
+    source: str, records: Iterator[tuple[int, Any]], field: str | None, prompts: bool
+) -> Iterator[Row]:
+    for number, record in records:
+        yield read_row(record, place=f"{source}:{number}", field=field, prompts=prompts)
 
 
-def _category(row: Mapping[str, Any]) -> str | None:
-    category = row.get("category")
-    if not isinstance(category, str):
-        return None
-    return CONVERSATION if "turns" in row and category in MT_BENCH else category
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Lines of JSON, or the elements of one list, or one object over several lines."""
+    records, reason = _parse(text)
+    if isinstance(records, (list, dict)):
+        yield from enumerate(records if isinstance(records, list) else [records], 1)
+        return
+    first_line = text.lstrip().split("\n", 1)[0]
+    if first_line.startswith("[") and _parse(first_line)[1] is not None:
+        raise TextError(f"{path}: not valid JSON: {reason}") from reason
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            record, reason = _parse(line)
+            if reason is not None:
+                raise TextError(f"{path}:{number}: not valid JSON: {reason}") from reason
+            yield number, record
+
+
+def _parse(text: str) -> tuple[Any, ValueError | RecursionError | None]:
+    try:
+        return json.loads(text), None
+    except (ValueError, RecursionError) as error:
+        return None, error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -307,7 +307,7 @@ def _stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
 def call_block(block: nn.Module, call: Call, hidden_BLD: Tensor) -> Tensor:
     """One block's output [B, L, D], with gradients if they are enabled."""
     out = block(hidden_BLD, *call.args, **call.kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
+    result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
     return result
 
 

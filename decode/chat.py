@@ -20,12 +20,13 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from spectool import text
 from spectool.artifact import disk_errors
 from spectool.decode.generate import Result, Runner
 from spectool.decode.sampling import Law
 from spectool.errors import TextError, UsageError
 from spectool.headers import read_json
+from spectool.rows import Row
+from spectool.template import ANSWER, encode, end_of_turn, render
 
 FORMAT, FORMAT_VERSION = "spectool-chat", 1
 # The oldest turns go when less than this share of the context is left for the answer.
@@ -33,8 +34,6 @@ ROOM = 0.25
 # A noncharacter: it marks where a control token in somebody's text is broken in two.
 _BREAK = "\ufdd0"
 _UNSAFE = re.compile("[\ufdd0\ud800-\udfff]")
-# Stands for an answer when a template is asked what it writes after one.
-_ANSWER = "zqxj"
 
 # Text as it is released, and how many of its first characters came from accepted drafts.
 OnText = Callable[[str, int], None]
@@ -103,7 +102,7 @@ class Chat:
     forgotten: int = 0
     _specials: re.Pattern[str] = field(init=False)
     _controls: re.Pattern[str] = field(init=False)
-    _ends: set[int] = field(init=False)
+    _ends: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder.values()
@@ -117,7 +116,12 @@ class Chat:
             raise UsageError(
                 "the model has no chat template", hint="--raw continues plain text instead"
             )
-        self._ends = set() if self.raw else self._end_of_turn()
+        self._ends = frozenset()
+        if not self.raw:
+            opening = [{"role": "user", "content": "a"}]
+            if self.system is not None:
+                opening.insert(0, {"role": "system", "content": self.system})
+            self._ends = end_of_turn(self.tokenizer, opening, self.template)
 
     @property
     def context(self) -> int:
@@ -209,7 +213,7 @@ class Chat:
         """
         before, self.system = self.system, system
         try:
-            self._render(self.turns, _ANSWER)
+            self._render(self.turns, ANSWER)
         except TextError:
             self.system = before
             raise
@@ -291,8 +295,8 @@ class Chat:
                 {"role": "assistant", "content": _broken(turn.answer, self._specials)},
             ]
         messages.append({"role": "user", "content": _broken(message, self._controls)})
-        row = text.Row(messages=tuple(messages))
-        return text.render(row, self.tokenizer, template=self.template, prompt=True)
+        row = Row(messages=tuple(messages))
+        return render(row, self.tokenizer, template=self.template, prompt=True)
 
     def _encode(self, rendered: str) -> list[int]:
         """Token ids of a rendered conversation; of a part that is known, those it had."""
@@ -304,30 +308,19 @@ class Chat:
             first, *rest = rendered.split(_BREAK)
             # A template writes the start token itself; plain text is opened as `generate` does.
             ids = self.tokenizer.encode("") if self.raw else []
-            ids += text.encode(self.tokenizer, first)
+            ids += encode(self.tokenizer, first)
         for piece in rest:
             ids += self._continued(piece)
         return ids
 
     def _continued(self, piece: str) -> list[int]:
         """Token ids of text in the middle: some tokenizers put a space before all that begins."""
-        before = text.encode(self.tokenizer, "\n")
-        ids = text.encode(self.tokenizer, "\n" + piece)
+        before = encode(self.tokenizer, "\n")
+        ids = encode(self.tokenizer, "\n" + piece)
         # Where the newline melts into what follows, there is no such space either.
         if ids[: len(before)] == before:
             return ids[len(before) :]
-        return text.encode(self.tokenizer, piece)
-
-    def _end_of_turn(self) -> set[int]:
-        """The special token that the template writes after an answer, if it does."""
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
-        row = text.Row(messages=tuple(messages))
-        rendered = text.render(row, self.tokenizer, template=self.template)
-        ids = text.encode(self.tokenizer, rendered.rpartition(_ANSWER)[2].lstrip())
-        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return special.intersection(ids[:1])
+        return encode(self.tokenizer, piece)
 
 
 def _first_characters(tokens: set[str]) -> re.Pattern[str]:

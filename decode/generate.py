@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor
@@ -179,7 +179,7 @@ class Runner:
         verify: str | None = None,
         lossy: bool = False,
         batch_size: int = 1,
-        eos: Collection[int] = (),
+        eos: Collection[int] | Sequence[Collection[int]] = (),
         on_tokens: OnTokens | None = None,
         streamer: Streamer | None = None,
         reuse_cache: bool = False,
@@ -194,9 +194,10 @@ class Runner:
         drafts. `streamer` is one of transformers': it is put each prompt, then the tokens of each
         step, then ended, also where the call fails; one prompt at a time. `eos` are tokens that
         end a text besides the model's own. `reuse_cache` continues from the longest common prefix
-        with the single row that the call before left, as a chat does. `max_new_tokens` may differ
-        by prompt. With `keep_interrupted`, Ctrl-C ends the call with what is there: `on_tokens`
-        hears what it has not heard yet, and the unfinished have finish_reason "interrupted".
+        with the single row that the call before left, as a chat does. `max_new_tokens` and `eos`
+        may differ by prompt. With `keep_interrupted`, Ctrl-C ends the call with what is there:
+        `on_tokens` hears what it has not heard yet, and the unfinished have finish_reason
+        "interrupted".
 
         Raises:
             UsageError: a wrong or contradictory option, a prompt beyond the context.
@@ -220,10 +221,13 @@ class Runner:
                 raise UsageError("stop strings need a tokenizer, and this model came without one")
             if not all(stop):
                 raise UsageError("a stop string must not be empty")
-            ends, live = self.end_ids() | set(eos), on_tokens is not None
+            live, own_ends = on_tokens is not None, self.end_ids()
+            jobs = zip(prompts, max_new_tokens, _each(eos, len(prompts)), strict=True)
             rows = [
-                self._row(index, prompt, Draws(seed, index), control, limit, ends, stop, live)
-                for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True))
+                self._row(
+                    index, prompt, Draws(seed, index), control, limit, own_ends | ends, stop, live
+                )
+                for index, (prompt, limit, ends) in enumerate(jobs)
             ]
             batch_size = batch_size if self.target.keeps_rows else 1
             try:
@@ -360,6 +364,13 @@ def _putting(streamer: Streamer, on_tokens: OnTokens | None) -> OnTokens:
             streamer.put(torch.tensor(tokens))
 
     return hear
+
+
+def _each(eos: Collection[Any], num_prompts: int) -> list[frozenset[int]]:
+    """The end tokens of each prompt."""
+    if any(not isinstance(end, int) for end in eos):
+        return [frozenset(own) for own in eos]
+    return [frozenset(eos)] * num_prompts
 
 
 def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:

@@ -52,6 +52,7 @@ def regenerate(
             temperature=temperature,
             seed=1000 * seed + turn,
             batch_size=batch_size,
+            eos=[samples[index].ends for index in asked],
         )
         for index, result in zip(asked, written, strict=True):
             new = result.token_ids
@@ -64,7 +65,8 @@ def regenerate(
                 continue
             # What the template writes after the end of a turn, a line break say.
             answer = stretches[index][turn][1]
-            ends = [place for place, token in enumerate(answer) if token in runner.end_ids()]
+            closing = runner.end_ids() | samples[index].ends
+            ends = [place for place, token in enumerate(answer) if token in closing]
             after = answer[ends[-1] + 1 :] if ends else []
             tokens[index] += after
             taught[index] += [False] * len(after)

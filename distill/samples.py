@@ -6,16 +6,19 @@ text all tokens are. Knows no model.
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectool.errors import TextError, UnsupportedError
-from spectool.text import HUB_PREFIX, Message, Row, encode, read_rows, render
+from spectool.rows import Message, Row
+from spectool.template import ANSWER, Template, encode, ends_of, render, write
+from spectool.text import HUB_PREFIX, OnRead, Reading, read_rows, suited
 
 # Fewer tokens than this teach nothing worth a row of a batch.
 SHORTEST = 16
@@ -29,13 +32,15 @@ class Sample:
     """One text. `taught[i]` says whether the prediction of `tokens[i]` counts.
 
     `given` of its first tokens stay as they are when the target writes the text anew. `messages`
-    are what a conversation was made of, for a server that applies a template of its own.
+    are what a conversation was made of, for a server that applies a template of its own; `ends`
+    the tokens that end a turn in it.
     """
 
     tokens: list[int]
     taught: list[bool]
     given: int = 0
     messages: tuple[Message, ...] = ()
+    ends: frozenset[int] = frozenset()
 
 
 def read_samples(
@@ -44,64 +49,112 @@ def read_samples(
     *,
     seq_len: int,
     field: str | None = None,
-    template: Mapping[str, Any] | None = None,
+    template: Template | None = None,
     max_tokens: int | None = None,
+    on_read: OnRead = lambda reading: None,
 ) -> list[Sample]:
     """The samples of all sources, at most `seq_len` tokens each; what has nothing to teach is left.
 
     Plain text is cut into as many samples as it fills, each opened with the start token where the
-    tokenizer has one; a conversation is one sample, cut at the end. A hub data set may not end: of
-    each, no more is read once it gave `max_tokens`.
+    tokenizer has one; a conversation is one sample, cut at the end, and so is a question with its
+    answer, of which only the answer is taught. A hub data set may not end: of
+    each, no more is read once it gave `max_tokens`. `on_read` hears of each source.
 
     Raises:
         TextError: see `read_rows`; or nothing in the data is taught.
         UnsupportedError: conversations need a fast tokenizer.
     """
     samples: list[Sample] = []
+    untaught: tuple[Row, str] | None = None
+    ends: frozenset[int] | None = None
     for source in sources:
         most = max_tokens if source.startswith(HUB_PREFIX) else None
         num_tokens = 0
+        reading = Reading(source)
         for row in read_rows(source, field=field):
-            if row.text is None:
-                one = conversation(row, tokenizer, seq_len, template)
-                found = [] if one is None else [one]
-            else:
-                found = list(_text(row.text, tokenizer, seq_len))
+            row = suited(row, tokenizer)
+            text = write(row, tokenizer, template=template)
+            reading.add(row, text, tokenizer)
+            if ends is None and row.text is None:
+                ends = ends_of(row, tokenizer, template)
+            found = [
+                replace(sample, ends=ends or frozenset())
+                for sample in _samples(row, text, tokenizer, seq_len, template)
+                if sum(sample.taught) >= SHORTEST
+            ]
+            if not found and untaught is None and _has_answer(row):
+                untaught = row, text
             samples += found
             num_tokens += sum(len(sample.tokens) for sample in found)
             if most is not None and num_tokens >= most:
                 break
-    if len(samples) < 2:
+        on_read(reading)
+    if len(samples) >= 2:
+        return samples
+    if untaught is not None and not any(_answers(*untaught, tokenizer, template)):
         raise TextError(
-            f"{', '.join(sources)}: {len(samples)} samples with something to learn; at least 2 are "
-            "needed, one to learn from and one to measure on",
-            hint="a sample is a conversation with an assistant's answer, or "
-            f"{SHORTEST} tokens of text",
+            f"{untaught[0].place}: the chat template writes the assistant's answer so that it "
+            f"cannot be found; {len(samples)} samples with something to learn, at least 2 needed",
+            hint="give the template what leaves answers whole with --template-arg (key=value), or "
+            "name a field of plain text with --field",
         )
-    return samples
+    raise TextError(
+        f"{', '.join(sources)}: {len(samples)} samples with something to learn; at least 2 are "
+        "needed, one to learn from and one to measure on",
+        hint=f"a sample is a conversation with an assistant's answer, or {SHORTEST} tokens of text",
+    )
 
 
-def _text(text: str, tokenizer: Any, seq_len: int) -> Iterator[Sample]:
+def _samples(
+    row: Row, text: str, tokenizer: Any, seq_len: int, template: Template | None
+) -> Iterator[Sample]:
+    """What a row's text makes: pieces, or one sample where only its answers are taught."""
+    if row.text is None:
+        yield _conversation(row, text, tokenizer, seq_len, template)
+    elif row.answer:
+        found = marked(tokenizer, text, [(row.answer, len(text))])
+        opening = _opening(tokenizer)
+        tokens, taught = opening + found.tokens, [False] * len(opening) + found.taught
+        yield Sample(tokens[:seq_len], taught[:seq_len])
+    else:
+        yield from _pieces(text, tokenizer, seq_len)
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _pieces(text: str, tokenizer: Any, seq_len: int) -> Iterator[Sample]:
     tokens = encode(tokenizer, text)
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    opening = _opening(tokenizer)
     inside = seq_len - len(opening)
     for start in range(0, len(tokens), inside):
         part = tokens[start : start + inside]
-        if len(part) >= SHORTEST:
-            marks = [False] * len(opening) + [True] * len(part)
-            # Plain text has no question to answer: a quarter of it stands for one.
-            yield Sample(opening + part, marks, given=len(opening) + len(part) // 4)
+        marks = [False] * len(opening) + [True] * len(part)
+        # Plain text has no question to answer: a quarter of it stands for one.
+        yield Sample(opening + part, marks, given=len(opening) + len(part) // 4)
+
+
+def _conversation(
+    row: Row, whole: str, tokenizer: Any, seq_len: int, template: Template | None
+) -> Sample:
+    found = marked(tokenizer, whole, list(_answers(row, whole, tokenizer, template)))
+    return Sample(
+        found.tokens[:seq_len],
+        found.taught[:seq_len],
+        messages=row.messages,
+    )
 
 
 def conversation(
     row: Row,
     tokenizer: Any,
     seq_len: int,
-    template: Mapping[str, Any] | None,
+    template: Template | None,
     *,
     ended: bool = True,
-) -> Sample | None:
-    """A conversation cut to `seq_len` tokens; None where too little of it is taught.
+) -> Sample:
+    """A conversation cut to `seq_len` tokens, its answers taught.
 
     Not `ended`: the last answer was cut, so that the template's mark of its end must not follow.
 
@@ -111,15 +164,13 @@ def conversation(
     """
     if ended:
         whole = render(row, tokenizer, template=template)
-        spans = list(_answers(row, whole, tokenizer, template))
-    else:
-        before, last = Row(messages=row.messages[:-1]), row.messages[-1]
-        asked = render(before, tokenizer, template=template, prompt=True)
-        whole = asked + last["content"]
-        spans = [*_answers(before, whole, tokenizer, template), (len(asked), len(whole))]
+        return _conversation(row, whole, tokenizer, seq_len, template)
+    before, last = replace(row, messages=row.messages[:-1]), row.messages[-1]
+    asked = render(before, tokenizer, template=template, prompt=True)
+    whole = asked + last["content"]
+    spans = [*_answers(before, whole, tokenizer, template), (len(asked), len(whole))]
     found = marked(tokenizer, whole, spans)
-    tokens, taught = found.tokens[:seq_len], found.taught[:seq_len]
-    return Sample(tokens, taught, 0, row.messages) if sum(taught) >= SHORTEST else None
+    return Sample(found.tokens[:seq_len], found.taught[:seq_len], messages=row.messages)
 
 
 def marked(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Sample:
@@ -141,20 +192,67 @@ def marked(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Sampl
 
 
 def _answers(
-    row: Row, whole: str, tokenizer: Any, template: Mapping[str, Any] | None
+    row: Row, whole: str, tokenizer: Any, template: Template | None
 ) -> Iterator[tuple[int, int]]:
     """Where in the rendered conversation the assistant speaks, its end-of-turn mark included.
 
-    A turn begins where a rendering that asks for it ends. Templates may write earlier turns
-    differently later (without the thoughts, say); such a turn is not taught.
+    An answer that the template writes later otherwise than when it was the last is left out: the
+    model does not answer so. Of one that only loses its thought the rest is there.
     """
+
+    def written(messages: Sequence[Message], *, prompt: bool = False) -> str:
+        some = replace(row, messages=tuple(messages))
+        return render(some, tokenizer, template=template, prompt=prompt)
+
+    ways = [_by_prompt, _by_content]
+    if "add_generation_prompt" not in str(tokenizer.chat_template):
+        ways = [_by_content, _by_prompt]
     for turn, message in enumerate(row.messages):
         if message.get("role") != "assistant" or turn == 0:
             continue
-        asked = render(Row(messages=row.messages[:turn]), tokenizer, template=template, prompt=True)
-        answered = render(Row(messages=row.messages[: turn + 1]), tokenizer, template=template)
-        if answered.startswith(asked) and whole.startswith(answered):
-            yield len(asked), len(answered)
+        for way in ways:
+            # A template may refuse a conversation that ends here.
+            with contextlib.suppress(TextError):
+                span = way(row.messages, turn, whole, written)
+                if span is not None:
+                    yield span
+                    break
+
+
+def _by_prompt(
+    messages: Sequence[Message], turn: int, whole: str, written: Callable[..., str]
+) -> tuple[int, int] | None:
+    """The answer as what follows a rendering that asks for it; see `_answers`."""
+    asked, answered = written(messages[:turn], prompt=True), written(messages[: turn + 1])
+    if answered.startswith(asked) and whole.startswith(answered):
+        return len(asked), len(answered)
+    return None
+
+
+def _by_content(
+    messages: Sequence[Message], turn: int, whole: str, written: Callable[..., str]
+) -> tuple[int, int] | None:
+    """The answer as what changes with its content, or with what follows its thought.
+
+    Prompts of reasoning models open a thought that the answer is later written without.
+    """
+    content = messages[turn]["content"]
+    thought, mark, said = content.rpartition("</think>")
+    for before, changed in [("", content), (thought + mark, said)][: 2 if mark else 1]:
+        probe = [*messages[:turn], {**messages[turn], "content": before + ANSWER}]
+        start, found, rest = written([*probe, *messages[turn + 1 :]]).partition(ANSWER)
+        begin, end = len(start), len(whole) - len(rest)
+        if not (found and begin <= end and whole.startswith(start) and whole.endswith(rest)):
+            continue
+        is_kept = whole[begin:end].strip() == changed.strip()
+        if is_kept or whole.startswith(written(messages[: turn + 1])):
+            closing = written(probe).partition(ANSWER)[2]
+            return begin, end + (len(closing) if rest.startswith(closing) else 0)
+    return None
+
+
+def _has_answer(row: Row) -> bool:
+    return any(m["role"] == "assistant" and m["content"].strip() for m in row.messages[1:])
 
 
 def split(samples: Sequence[Sample], *, held_out: int, seed: int) -> tuple[list[int], list[int]]:

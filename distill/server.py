@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectool.errors import InputError, SpectoolError
-from spectool.text import Message, Row, encode, render
+from spectool.rows import Message, Row
+from spectool.template import encode, render
 
 from .samples import SHORTEST, Sample, conversation, marked
 
@@ -189,7 +190,7 @@ def rewrite(
 
 def _talk(
     server: Server, sample: Sample, tokenizer: Any, seq_len: int, seed: str, how: dict[str, Any]
-) -> Sample | None:
+) -> Sample:
     template = how["template"]
     messages: list[Message] = []
     ended = True

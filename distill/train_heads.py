@@ -37,6 +37,7 @@ from spectool.loading import (
 )
 from spectool.methods import resolve
 from spectool.skeleton import read_config
+from spectool.text import OnRead
 from spectool.training import Figures, Recipe, Training, make_optimizer
 
 from .course import Course
@@ -110,16 +111,17 @@ def train_heads(
     revision: str | None = None,
     trust_remote_code: bool = False,
     say: Say = lambda line: None,
+    on_read: OnRead = lambda reading: None,
     announce: Callable[[Plan], None] = lambda plan: None,
     start: Callable[[], None] = lambda: None,
     watch: Callable[[int, int, Figures, Figures | None], None] = lambda *step: None,
 ) -> Report:
     """Train heads for `model` and write them to the directory `out`.
 
-    `announce` hears the plan before the weights are read, `start` when the first step begins,
-    `watch(step, steps, figures, look)` of every step; `look` are held-out figures or None. All
-    that `watch` hears goes to the file `metrics` as well. Of several `processes` all do this, with
-    equal arguments, and the first one writes.
+    `on_read` hears of each source of text, `announce` the plan before the weights are read, `start`
+    when the first step begins, `watch(step, steps, figures, look)` of every step; `look` are
+    held-out figures or None. All that `watch` hears goes to the file `metrics` as well. Of several
+    `processes` all do this, with equal arguments, and the first one writes.
 
     Raises:
         InputError: model, data or options will not do, or the place cannot be written.
@@ -129,7 +131,7 @@ def train_heads(
     with processes.together():
         where = processes.device(check_device(device))
         setting = _setting(model, job, dtype, where, runtime, revision, trust_remote_code)
-        preparing = _prepare(setting, job, out, overwrite, processes, say, announce)
+        preparing = _prepare(setting, job, out, overwrite, processes, say, on_read, announce)
         lines = None
         if metrics is not None and processes.first:
             run = {"method": job.method, "run": text_fingerprint(preparing.identity)}
@@ -213,6 +215,7 @@ def _prepare(
     overwrite: bool,
     processes: Processes,
     say: Say,
+    on_read: OnRead,
     announce: Callable[[Plan], None],
 ) -> Preparing:
     """Read the texts and make the plan; nothing is written yet.
@@ -238,6 +241,7 @@ def _prepare(
         template=job.template or None,
         # What the steps take, and as much again for what is held out and for choice.
         max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
+        on_read=on_read,
     )
     server = None
     if job.regenerate_url is not None:

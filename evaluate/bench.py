@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ def bench(
     drafts: Sequence[str],
     *,
     categories: Sequence[str | None] = (),
+    ends: Sequence[Collection[int]] = (),
     max_new_tokens: int = 128,
     batch_size: int = 1,
     with_peers: bool = False,
@@ -67,7 +68,8 @@ def bench(
 ) -> dict[str, Any]:
     """`{baseline, drafters, peers, categories, prompts, kept_share, …}`; drafters in their order.
 
-    `categories` may name each prompt's. The result's hold `baseline`, `drafters` and `peers` as the
+    `categories` may name each prompt's, and `ends` the tokens that end its answer besides the
+    model's own end of text. The result's categories hold `baseline`, `drafters` and `peers` as the
     whole does, which is their sum. `identical` counts prompts whose tokens equal plain decoding's;
     None when sampling, where equal laws and not equal tokens are promised. `step_speedup` leaves
     out the prompts' passes, which drafting cannot shorten. Peers run one prompt at a time, so at
@@ -86,6 +88,7 @@ def bench(
     encoded = [runner._encode(prompt) for prompt in prompts]
     kept = _fitting(encoded, runner.target.context, min(LEAST_ROOM, max_new_tokens), say)
     texts = [encoded[i] for i in kept]
+    own_ends = [ends[i] if ends else () for i in kept]
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **law}
     plain = _decoder(runner, runner.open(None), common)
     # The same batches every time: a sampled text depends on its place in one.
@@ -93,7 +96,11 @@ def bench(
     say(f"plain decoding of {len(texts)} prompts, to find loops and to warm up")
     limits, lengths = [0] * len(texts), [0] * len(texts)
     for batch in itertools.chain(*batches.values()):
-        free = plain([texts[i] for i in batch], [max_new_tokens] * len(batch))
+        free = plain(
+            [texts[i] for i in batch],
+            [max_new_tokens] * len(batch),
+            [own_ends[i] for i in batch],
+        )
         for i, result in zip(batch, free, strict=True):
             lengths[i] = len(result.token_ids)
             limits[i] = max(1, loop_start(result.token_ids))
@@ -110,13 +117,13 @@ def bench(
         say(f"no peers at batch size {batch_size}: transformers' run one prompt at a time here")
     for _, decode in contenders[1:]:
         # The first prompt once untimed: buffers are made then.
-        decode(texts[:1], limits[:1])
+        decode(texts[:1], limits[:1], own_ends[:1])
 
     timed: list[list[Timed]] = [[] for _ in contenders]
     for category, own in batches.items():
         parts: list[list[Timed]] = [[] for _ in contenders]
         for batch in own:
-            jobs = [(texts[i], limits[i]) for i in batch]
+            jobs = [(texts[i], limits[i], own_ends[i]) for i in batch]
             for (_, decode), done in zip(contenders, parts, strict=True):
                 done.append(_time(runner, decode, jobs))
         for (name, _), part, done in zip(contenders, parts, timed, strict=True):
@@ -129,7 +136,7 @@ def bench(
         if chain and not (inner.combines and set(inner.kinds(control)) == {"deterministic"}):
             say(f"{row['name']}: no chain of its own can be cut out of its drafts")
         elif chain:
-            row["chain"] = _chain(runner, inner, chain, texts, limits, common)
+            row["chain"] = _chain(runner, inner, chain, (texts, limits, own_ends), common)
             say(f"{row['name']}, chains: {' '.join(f'{rate:.2f}' for rate in row['chain'])}")
     return {
         **whole,
@@ -154,14 +161,13 @@ def _chain(
     runner: Runner,
     drafter: Drafter,
     deepest: int,
-    texts: Sequence[Sequence[int]],
-    limits: Sequence[int],
+    jobs: tuple[Sequence[Sequence[int]], Sequence[int], Sequence[Collection[int]]],
     options: dict[str, Any],
 ) -> list[float]:
     """Tokens per forward of chains of 1, 2, ... tokens."""
     rates = []
     for depth in range(1, deepest + 1):
-        results = _decoder(runner, FirstPath(drafter, depth), options)(texts, limits)
+        results = _decoder(runner, FirstPath(drafter, depth), options)(*jobs)
         tokens = sum(len(result.token_ids) for result in results)
         rates.append(tokens / sum(result.forwards for result in results))
     return rates
@@ -207,18 +213,27 @@ def _batches(categories: Sequence[str | None], size: int) -> dict[str, list[list
 
 
 def _decoder(runner: Runner, drafter: Drafter, options: dict[str, Any]) -> peers.Decode:
-    def decode(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Result]:
+    def decode(
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        ends: Sequence[Collection[int]],
+    ) -> list[Result]:
         # Not `use`: what it has learnt of this target is to stay between categories.
         runner.drafter = drafter
-        return runner.generate(prompts, max_new_tokens=limits, **options)
+        return runner.generate(prompts, max_new_tokens=limits, eos=ends, **options)
 
     return decode
 
 
-def _time(runner: Runner, decode: peers.Decode, jobs: Sequence[tuple[Sequence[int], int]]) -> Timed:
+def _time(
+    runner: Runner,
+    decode: peers.Decode,
+    jobs: Sequence[tuple[Sequence[int], int, Collection[int]]],
+) -> Timed:
     before = dataclasses.replace(runner.spent)
     start = time.perf_counter()
-    results = decode([prompt for prompt, _ in jobs], [limit for _, limit in jobs])
+    prompts, limits, ends = zip(*jobs, strict=True)
+    results = decode(prompts, limits, ends)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start

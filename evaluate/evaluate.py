@@ -28,7 +28,8 @@ from spectool.loading import (
     tokenizer_digest,
 )
 from spectool.machine import available_memory
-from spectool.text import BUILTIN, encode, read_text
+from spectool.template import encode
+from spectool.text import BUILTIN, OnRead, read_text
 
 from .fidelity import LawsReference, Reference, layer_errors, score
 from .reference import ReferenceWriter, SavedReference, expected_bytes
@@ -77,8 +78,9 @@ def evaluate(
     *,
     say: Say = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    on_read: OnRead = lambda reading: None,
 ) -> dict[str, Any]:
-    """The result of `spectool eval` without its gates.
+    """The result of `spectool eval` without its gates. `on_read` hears of each source of text.
 
     Raises:
         InputError: checkpoint, text, reference or options will not do.
@@ -96,7 +98,7 @@ def evaluate(
             reference = saved
         else:
             other = open_checkpoint(request.reference, trust_remote_code=trust)
-    windows = _windows(checkpoint, tokenizer, request, saved)
+    windows = _windows(checkpoint, tokenizer, request, saved, on_read)
     say(f"text: {', '.join(request.texts) or (request.reference if saved else BUILTIN)}")
     say(_protocol(windows))
     if saved is not None:
@@ -168,6 +170,7 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase,
     request: Request,
     saved: SavedReference | None,
+    on_read: OnRead,
 ) -> Windows:
     context = checkpoint.layout.context or 2048
     if saved is not None:
@@ -192,6 +195,7 @@ def _windows(
         field=request.text_field,
         template=request.template or None,
         max_characters=request.limit,
+        on_read=on_read,
     )
     ids = encode(tokenizer, text[: request.limit])
     return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)

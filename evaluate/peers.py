@@ -6,7 +6,7 @@ time: its lookup and assistance take no more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +26,8 @@ ASSISTED = "transformers assisted"
 # What the authors of prompt lookup decoding use, and longer n-grams first.
 _LOOKUP = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 3}
 
-# Prompts and the most tokens to add to each.
-Decode = Callable[[Sequence[Sequence[int]], Sequence[int]], list[Result]]
+# Prompts, the most tokens to add to each, and what ends each besides the model's own end of text.
+Decode = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[Collection[int]]], list[Result]]
 
 
 def peers_of(
@@ -41,8 +41,12 @@ def peers_of(
     """Ways to decode the runner's model with transformers alone, by name."""
 
     def peer(options: dict[str, Any], assistant: Target | None = None) -> Decode:
-        def decode(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Result]:
-            return _generate(runner, prompts, limits, control, seed, options, assistant)
+        def decode(
+            prompts: Sequence[Sequence[int]],
+            limits: Sequence[int],
+            ends: Sequence[Collection[int]],
+        ) -> list[Result]:
+            return _generate(runner, prompts, limits, ends, control, seed, options, assistant)
 
         return decode
 
@@ -69,16 +73,17 @@ def _generate(
     runner: Runner,
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
+    ends: Sequence[Collection[int]],
     control: Control,
     seed: int,
     options: dict[str, Any],
     assistant: Target | None,
 ) -> list[Result]:
-    model, ends = runner.target.model, sorted(runner.end_ids())
-    law = {**_law(control), "eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0}
+    model, law = runner.target.model, _law(control)
     results = []
     with _own_defaults(model), _count_forwards(model) as forwards:
-        for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        for index, (prompt, limit, own) in enumerate(zip(prompts, limits, ends, strict=True)):
+            closing = sorted(runner.end_ids().union(own))
             # transformers draws from the global generator only.
             torch.manual_seed(seed + index)
             ids_1L = torch.tensor([prompt], device=model.device)
@@ -91,6 +96,8 @@ def _generate(
                 ids_1L,
                 attention_mask=torch.ones_like(ids_1L),
                 max_new_tokens=limit,
+                eos_token_id=closing or None,
+                pad_token_id=closing[0] if closing else 0,
                 assistant_model=assisted_by,
                 **law,
                 **options,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ def tune(
     heads: Path,
     prompts: Sequence[str | Sequence[int]],
     *,
+    ends: Sequence[Collection[int]] = (),
     max_new_tokens: int = 64,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Find the fastest options for these prompts and leave them in the heads' record.
 
+    `ends` are the tokens that end each prompt's answer besides the model's own end of text.
     Each option in turn is tried with those found before it; all of one option's values run in one
     process on the same prompts, beside plain decoding. Returns what was found, `speedup` over
     plain decoding among it.
@@ -46,7 +48,7 @@ def tune(
             continue
         tried = [{**best, name: value} for value in values if value <= _largest(known[name])]
         drafts = [f"{heads}:{','.join(f'{k}={v}' for k, v in each.items())}" for each in tried]
-        found = bench(runner, prompts, drafts, max_new_tokens=max_new_tokens)
+        found = bench(runner, prompts, drafts, ends=ends, max_new_tokens=max_new_tokens)
         speeds = [row["speedup"] for row in found["drafters"]]
         speedup = max(speeds)
         best = tried[speeds.index(speedup)]

@@ -22,7 +22,8 @@ from spectool.loading import load_tokenizer, stated_dtype
 from spectool.machine import reproducible
 from spectool.options import Config
 from spectool.skeleton import Skeleton
-from spectool.text import encode, read_text
+from spectool.template import encode
+from spectool.text import OnRead, read_text
 from spectool.version import __version__
 from spectool.walk import check_walkable
 
@@ -184,10 +185,12 @@ def quantize(
     announce: Callable[[Plan, Skeleton], None] = lambda plan, skeleton: None,
     progress: Progress = lambda done, total, what: None,
     say: Callable[[str], None] = lambda line: None,
+    on_read: OnRead = lambda reading: None,
 ) -> Report:
     """Compress the checkpoint `model` into the directory `out`.
 
-    `dtype` is what calibration computes in; weights are packed from float32 always.
+    `dtype` is what calibration computes in; weights are packed from float32 always. `on_read` hears
+    of each source of text.
 
     Raises:
         InputError: the checkpoint, the text, the options or the target will not do.
@@ -208,7 +211,7 @@ def quantize(
     ids_SL, opened = None, False
     if _calibrates(job):
         ids_SL, opened = _calibration_ids(
-            checkpoint, skeleton, job, trust_remote_code=trust_remote_code
+            checkpoint, skeleton, job, on_read, trust_remote_code=trust_remote_code
         )
         check_walkable(
             skeleton,
@@ -233,7 +236,7 @@ def quantize(
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     figures, reshape = None, None
     if job.preprocess is not None:
-        lessons = _lessons(checkpoint, skeleton, job, trust_remote_code=trust_remote_code)
+        lessons = _lessons(checkpoint, skeleton, job, on_read, trust_remote_code=trust_remote_code)
         made_by["preprocess"] = {**asdict(job.preprocess), **computed, **lessons.said}
         reshape = Reshaping(
             asked=job.preprocess,
@@ -329,11 +332,16 @@ def _length(skeleton: Skeleton, seq_len: int) -> int:
 
 
 def _calibration_ids(
-    checkpoint: Checkpoint, skeleton: Skeleton, job: Job, *, trust_remote_code: bool
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    job: Job,
+    on_read: OnRead,
+    *,
+    trust_remote_code: bool,
 ) -> tuple[Tensor, bool]:
     """The calibration sequences [S, L], and whether each opens with a start token."""
     ids, bos = _encoded(
-        checkpoint, skeleton, job, job.calibration or (), job.samples, trust_remote_code
+        checkpoint, skeleton, job, job.calibration or (), job.samples, trust_remote_code, on_read
     )
     generator = torch.Generator().manual_seed(job.seed)
     length = _length(skeleton, job.seq_len)
@@ -342,14 +350,21 @@ def _calibration_ids(
 
 
 def _lessons(
-    checkpoint: Checkpoint, skeleton: Skeleton, job: Job, *, trust_remote_code: bool
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    job: Job,
+    on_read: OnRead,
+    *,
+    trust_remote_code: bool,
 ) -> Lessons:
     """Sequences to reshape the model on: taught ones of the beginning of the text, held-out ones of
     its end, which share no token."""
     asked = job.preprocess
     assert asked is not None
     num_taught = asked.steps * asked.batch_size
-    ids, bos = _encoded(checkpoint, skeleton, job, asked.text, num_taught, trust_remote_code)
+    ids, bos = _encoded(
+        checkpoint, skeleton, job, asked.text, num_taught, trust_remote_code, on_read
+    )
     generator = torch.Generator().manual_seed(job.seed)
     length = _length(skeleton, job.seq_len)
     cut = int((1 - HELD_OUT) * len(ids))
@@ -374,6 +389,7 @@ def _encoded(
     sources: Sequence[str],
     samples: int,
     trust_remote_code: bool,
+    on_read: OnRead,
 ) -> tuple[list[int], int | None]:
     """The tokens of a text, of which so many sequences are to be drawn; and the start token."""
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
@@ -383,6 +399,7 @@ def _encoded(
         field=job.text_field,
         template=job.template or None,
         max_characters=STREAMED_CHARACTERS * (samples + 1) * _length(skeleton, job.seq_len),
+        on_read=on_read,
     )
     return encode(tokenizer, text), tokenizer.bos_token_id
 

@@ -28,7 +28,7 @@ def test_the_result_and_what_inspect_says_of_it(
     result = done.json
     assert set(result) == {
         "schema_version", "out", "method", "parameters", "steps", "seconds", "accuracy",
-        "conditional", "tokens_per_forward_estimate", "untrained_estimate", "tree",
+        "conditional", "tokens_per_forward_estimate", "untrained_estimate", "tree", "read",
     }  # fmt: skip
     assert result["steps"] == 3 and len(result["accuracy"]) == len(result["conditional"]) == 2
     assert set(result["tree"]) == {"nodes", "depth"}

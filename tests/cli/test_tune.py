@@ -38,7 +38,7 @@ def test_what_is_found_is_what_drafts(
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "nodes 2: " in done.err and "depth 1: " in done.err
-    assert len(done.json) - 3 == options and done.json["speedup"] > 0
+    assert len(done.json) - 4 == options and done.json["speedup"] > 0
     assert sorted(path.name for path in heads.iterdir()) == sorted(before.files)
 
     record = read_record(heads)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from spectool.errors import MissingExtra, TextError
-from spectool.text import encode, read_prompts, read_rows, read_text, render, template_arguments
+from spectool.template import encode, render, template_arguments
+from spectool.text import Reading, read_prompts, read_rows, read_text
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -42,6 +43,22 @@ def write(tmp_path: Path) -> Write:
     return make
 
 
+def given(*arguments: Any, **options: Any) -> list[str | list[int]]:
+    return [prompt.given for prompt in read_prompts(*arguments, **options)]
+
+
+@pytest.fixture
+def spelled() -> Any:
+    """A tokenizer with a chat template that decodes to what was encoded."""
+    import copy
+
+    from ..conftest import tokenizer
+
+    made = copy.deepcopy(tokenizer())
+    made.chat_template = TEMPLATE
+    return made
+
+
 @pytest.fixture
 def chatty() -> Any:
     """A tokenizer with a chat template."""
@@ -62,7 +79,7 @@ def chatty() -> Any:
 def test_plain_text_however_compressed(write: Write, suffix: str) -> None:
     path = write("a.txt" + suffix, "één\n\ntwo\n")
     assert read_text([path], None) == "één\n\ntwo\n"
-    assert read_prompts(path, None) == ["één", "two"]
+    assert given(path, None) == ["één", "two"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -70,14 +87,97 @@ def test_rows_however_compressed(write: Write, suffix: str) -> None:
     rows = [{"text": "one", "id": 1}, {"text": "two", "id": 2}]
     path = write("a.jsonl" + suffix, rows)
     assert read_text([path], None) == "one\n\ntwo"
-    assert read_prompts(path, None) == ["one", "two"]
+    assert given(path, None) == ["one", "two"]
 
 
 def test_byte_order_mark_windows_lines_and_rare_separators(write: Write) -> None:
-    assert read_prompts(write("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n"), None) == ["one", "two"]
+    assert given(write("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n"), None) == ["one", "two"]
     odd = "a\u2028b\x0bc\x85d"
-    assert read_prompts(write("b.txt", f"{odd}\nnext"), None) == [odd, "next"]
-    assert read_prompts(write("c.jsonl", [{"prompt": odd}, {"prompt": "x"}]), None) == [odd, "x"]
+    assert given(write("b.txt", f"{odd}\nnext"), None) == [odd, "next"]
+    assert given(write("c.jsonl", [{"prompt": odd}, {"prompt": "x"}]), None) == [odd, "x"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl"])
+def test_a_list_of_rows(write: Write, name: str) -> None:
+    rows = [{"prompt": "one"}, {"prompt": "two\n"}]
+    path = write(name, json.dumps(rows, indent=1))
+    assert given(path, None) == ["one", "two\n"]
+    assert read_text([path], None, field="prompt") == "one\n\ntwo\n"
+    assert read_text([write("one.json", json.dumps({"text": "x"}, indent=1))], None) == "x"
+
+
+def test_what_was_read_is_told(write: Write, spelled: Any) -> None:
+    talk = {
+        "conversations": [{"from": "human", "value": "hi " * 40}, {"from": "gpt", "value": "a"}]
+    }
+    sources = [write("a.jsonl", [{"id": "x", **talk}, {"text": "one"}]), write("b.txt", "\n two")]
+    told: list[Reading] = []
+    read_text(sources, spelled, on_read=told.append)
+    begins = f"<user>{'hi ' * 40}"[:80]
+    assert [str(reading) for reading in told] == [
+        f"{sources[0]}: 2 rows, conversations as a conversation (1), text as text (1); "
+        f'the first begins "{begins}"',
+        f'{sources[1]}: 1 row, whole file as text; the first begins "two"',
+    ]
+    assert told[0].as_dict() == {
+        "source": sources[0],
+        "rows": 2,
+        "fields": {"conversations as a conversation": 1, "text as text": 1},
+        "begins": begins,
+    }
+    read_prompts(sources[0], spelled, limit=1, on_read=told.append)
+    assert "1 prompt, conversations up to the answer as a conversation; the" in str(told[2])
+
+
+def test_prompts_of_a_template_end_at_its_end_of_turn(write: Write, spelled: Any) -> None:
+    """Plain text beside them does not."""
+    spelled.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+    path = write("a.jsonl", [{"turns": ["one"]}, {"prompt": "p"}])
+    assert [prompt.ends for prompt in read_prompts(path, spelled)] == [{1}, frozenset()]
+    spelled.chat_template = TEMPLATE
+    assert [prompt.ends for prompt in read_prompts(path, spelled)] == [frozenset()] * 2
+    # A template that takes no answer wrote the prompt all the same.
+    spelled.chat_template = "{% if messages|length > 1 %}{{ raise_exception('no') }}{% endif %}one"
+    assert [prompt.ends for prompt in read_prompts(path, spelled)] == [frozenset()] * 2
+
+
+def test_a_conversation_of_which_nothing_is_written(write: Write, spelled: Any) -> None:
+    path = write("a.jsonl", [{"text": "x"}, {"messages": [{"role": "user", "content": "hi"}]}])
+    for template in (
+        "{% for m in messages %}<{{ m.role }}>{{ m.text }}{% endfor %}",
+        "  ",
+        "hello",
+    ):
+        spelled.chat_template = template
+        for read in (read_text, read_prompts):
+            with pytest.raises(TextError, match=r"a.jsonl:2: the chat template writes nothing"):
+                read([path] if read is read_text else path, spelled)
+    # Rewritten is not lost.
+    spelled.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    assert read_text([path], spelled) == "x\n\nHI"
+
+
+def test_calls_are_written_as_the_template_can(write: Write, spelled: Any) -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    talk = [
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "2"},
+    ]
+    path = write("a.jsonl", [{"conversations": talk, "tools": [{"name": "add"}]}])
+    told: list[Reading] = []
+    assert (
+        read_text([path], spelled, on_read=told.append) == f"<assistant>{json.dumps(call)}<user>2"
+    )
+    assert str(told[0]).endswith("; tools left out: the chat template takes none")
+    start = "{{ tools | length }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in "
+    start += "m.tool_calls or [] %}{{ c.function.name + '-' + "
+    for written, text in (
+        ("c.function.arguments.a | string", "add-1"),
+        # A template that wants JSON gets it.
+        ("c.function.arguments", 'add-{"a": 1}'),
+    ):
+        spelled.chat_template = start + written + " }}{% endfor %}|{% endfor %}"
+        assert read_text([path], spelled) == f"1assistant:{text}|tool:2|"
 
 
 def test_several_files_are_one_text(write: Write) -> None:
@@ -105,7 +205,7 @@ def test_the_field_is_found(write: Write, row: dict[str, Any], text: str) -> Non
 
 def test_prompts_prefer_other_fields(write: Write) -> None:
     path = write("a.jsonl", [{"text": "t", "prompt": "p"}, {"question": "q", "answer": "a"}])
-    assert read_prompts(path, None) == ["p", "q"]
+    assert given(path, None) == ["p", "q"]
 
 
 def test_a_named_field_wins(write: Write) -> None:
@@ -136,13 +236,31 @@ def test_conversations_go_through_the_template(write: Write, chatty: Any) -> Non
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     path = write("a.jsonl", [{"messages": messages}, {"turns": ["one", "two"]}])
     assert read_text([path], chatty) == "<user>hi<assistant>hello\n\n<user>one<user>two"
-    # As a prompt a list of turns is its first turn, and the assistant is to speak.
-    rows = list(read_rows(path, prompts=True))
+    # As a prompt a list of turns is its first turn, and the assistant is to speak: not twice.
+    rows = [row.question() for row in read_rows(path, prompts=True)]
     found = [render(row, chatty, prompt=True, template={"mood": "calm"}) for row in rows]
-    assert found == ["<user>hi<assistant>hello<assistant>(calm)", "<user>one<assistant>(calm)"]
+    assert found == ["<user>hi<assistant>(calm)", "<user>one<assistant>(calm)"]
     # As token ids, with nothing before what the template wrote.
     plain = [encode(chatty, render(row, chatty, prompt=True)) for row in rows]
-    assert read_prompts(path, chatty) == plain
+    assert given(path, chatty) == plain
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ({"add_generation_prompt": True}, "<user>hi<assistant>hello<assistant>"),
+        ({"continue_final_message": True}, "<user>hi<assistant>hello"),
+    ],
+)
+def test_an_answered_row_is_a_whole_prompt_where_asked(
+    write: Write, spelled: Any, template: dict[str, Any], text: str
+) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    path = write("a.jsonl", [{"messages": messages}])
+    (tokens,) = given(path, spelled, template=template)
+    assert spelled.decode(tokens) == text
+    # As a text it is what it is.
+    assert read_text([path], spelled, template=template) == "<user>hi<assistant>hello"
 
 
 def test_conversations_without_a_template(write: Write, chatty: Any) -> None:
@@ -153,12 +271,12 @@ def test_conversations_without_a_template(write: Write, chatty: Any) -> None:
             read_prompts(path, tokenizer)
         assert caught.value.hint is not None and "--field" in caught.value.hint
         # The first turn as it is, where it is asked for by name.
-        assert read_prompts(path, tokenizer, field="turns") == ["one"]
+        assert given(path, tokenizer, field="turns") == ["one"]
 
 
 def test_template_that_refuses(write: Write, chatty: Any) -> None:
     chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(TextError, match="roles must alternate"):
+    with pytest.raises(TextError, match=r"a.jsonl:1: the chat template .*roles must alternate"):
         read_prompts(write("a.jsonl", [{"turns": ["one"]}]), chatty)
 
 
@@ -240,9 +358,9 @@ def test_streams_without_an_end_are_read_up_to_the_bound(write: Write, endless: 
 
 
 def test_prompts_of_a_stream_without_an_end(write: Write, endless: list[int]) -> None:
-    assert read_prompts("hub:a/b", None, limit=2) == ["row 0000.", "row 0001."]
+    assert given("hub:a/b", None, limit=2) == ["row 0000.", "row 0001."]
     assert endless == [0, 1]
-    assert read_prompts(write("a.txt", "one\ntwo\nthree"), None, limit=2) == ["one", "two"]
+    assert given(write("a.txt", "one\ntwo\nthree"), None, limit=2) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +372,10 @@ def test_prompts_of_a_stream_without_an_end(write: Write, endless: list[int]) ->
         ("a.txt", b"abc\xff\xfe", r"not UTF-8 text \(byte 3\)"),
         ("a.txt", b"ELF\0\0\1", "binary"),
         ("a.jsonl", b'{"text": "x"}\n{"text":', "a.jsonl:2: not valid JSON"),
-        ("a.jsonl", b'[\n  {"text": "x"}\n]', "a.jsonl:1: not valid JSON"),
+        ("a.json", b'[\n  {"text": "x"},\n]', r"a.json: not valid JSON: .*line 3"),
+        ("a.json", b"[" * 100_000, "a.json: not valid JSON"),
+        ("a.json", b'[{"text": "x"}, {"body": 3}]', "a.json:2: no field that is surely"),
+        ("a.json", b'{\n"text": "x"\n', "a.json:1: not valid JSON"),
         ("a.pdf", b"x", "unknown kind .pdf"),
         ("a.tar.bz2", bz2.compress(b"x"), "unknown kind .bz2"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -70,6 +71,20 @@ def test_turns_follow_the_answers_that_were_written(tiny: Callable[..., PreTrain
     assert made.tokens == [*ask, *first, 77, *again, *second, 77]
     assert made.taught == [False] * 30 + [True] * 21 + [False] * 11 + [True] * 21 + [False]
     assert asked == [[ask], [[*ask, *first, 77, *again]]]
+
+
+def test_the_templates_end_of_turn_ends_an_answer(endless: Runner) -> None:
+    """Though the model has no end of text, and the next turn follows."""
+    ask, again = list(range(10, 40)), list(range(60, 70))
+    (free,) = endless.generate([ask], max_new_tokens=30)
+    end = next(token for token in free.token_ids[17:] if token not in free.token_ids[:17])
+    length = free.token_ids.index(end) + 1
+    answer = [*range(100, 120), end, 77]
+    given = sample_of((ask, False), (answer, True), (again, False), (answer, True))
+    given = dataclasses.replace(given, ends=frozenset([end]))
+    (made,) = regenerate(endless, [given], seq_len=200, temperature=0.0, seed=0, batch_size=2)
+    after = [*ask, *free.token_ids[:length], 77, *again]
+    assert made.tokens[: len(after)] == after and made.taught[30:][:length] == [True] * length
 
 
 @pytest.mark.parametrize("cut_loops", [True, False])

@@ -14,7 +14,8 @@ import torch
 from spectool.distill import samples as room
 from spectool.distill.samples import Sample, batches, join, packs, pad, read_samples, split
 from spectool.errors import TextError
-from spectool.text import Row
+from spectool.rows import Row
+from spectool.text import Reading
 
 from ..conftest import tokenizer
 
@@ -28,6 +29,26 @@ FORGETFUL = (
     "{{ m['content'] if loop.last else m['content'].split(')')[-1] }}{{ '</s>\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}[assistant]{%- endif -%}"
 )
+# A reasoning model's: its prompt opens a thought, and answers are written without theirs.
+THINKING = (
+    "{%- for m in messages -%}[{{ m['role'] }}]{{ m['content'].split(')')[-1] | trim }}"
+    "{{ '</s>\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}[assistant](\n{%- endif -%}"
+)
+# The last answer gets an empty thought where it has none; earlier ones are written plainly.
+HYBRID = (
+    "{%- for m in messages -%}[{{ m['role'] }}]{{ '()\n' if loop.last and not add_generation_prompt"
+    " and m['role'] == 'assistant' }}{{ m['content'] + '</s>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}[assistant](( {%- endif -%}"
+)
+# Knows no generation prompt at all.
+PLAIN = "{%- for m in messages -%}[{{ m['role'] }}]{{ m['content'] + '</s>\n' }}{%- endfor -%}"
+# Roles must alternate.
+STRICT = (
+    "{%- for m in messages if m['role'] != 'system' -%}"
+    "{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('alternate') }}"
+    "{%- endif -%}{%- endfor -%}"
+) + THINKING
 TALK = [
     {"role": "system", "content": "Be brief and kind to everybody who asks"},
     {"role": "user", "content": "What does the function do with its argument?"},
@@ -65,6 +86,77 @@ def test_answers_are_taught_with_their_end(talk: str) -> None:
 def test_an_answer_that_the_template_rewrites_is_not_taught(talk: str) -> None:
     (sample, _) = read_samples([talk], chatty(FORGETFUL), seq_len=1000)
     assert taught_text(sample) == f"{TALK[4]['content']}</s>\n"
+
+
+@pytest.mark.parametrize("template", [THINKING, HYBRID, PLAIN, STRICT])
+def test_answers_are_found_however_the_template_asks_for_them(talk: str, template: str) -> None:
+    """From where the answer begins to its end of turn, also where prompts open a thought."""
+    (sample, _) = read_samples([talk], chatty(template), seq_len=1000)
+    answers = [m["content"] for m in (TALK[2], TALK[4])]
+    if template in (THINKING, STRICT):
+        answers = [answer.split(")")[-1].strip() for answer in answers]
+    assert taught_text(sample) == "".join(f"{answer}</s>\n" for answer in answers)
+
+
+def test_an_answer_that_loses_its_thought_is_taught_without_it(tmp_path: Path) -> None:
+    """In earlier turns; the last one is written with it."""
+    template = FORGETFUL.replace("')'", "'</think>'").replace(
+        "[assistant]{%-", "[assistant]<think>{%-"
+    )
+    rows = [{**m, "content": m["content"].replace("(", "<think>").replace(")", "</think>")}
+            for m in TALK]  # fmt: skip
+    path = tmp_path / "talk.jsonl"
+    path.write_text((json.dumps({"messages": rows}) + "\n") * 2)
+    (sample, _) = read_samples([str(path)], chatty(template), seq_len=1000)
+    said = [m["content"] for m in (rows[2], rows[4])]
+    earlier, last = said[0].split("</think>")[-1], said[1].removeprefix("<think>")
+    assert taught_text(sample) == f"{earlier}</s>\n{last}</s>\n"
+
+
+def test_a_template_that_hides_answers_is_named(talk: str) -> None:
+    """Not the data."""
+    shouting = THINKING.replace("| trim", "| upper | reverse")
+    with pytest.raises(TextError, match=r"talk.jsonl:1: the chat template writes") as caught:
+        read_samples([talk], chatty(shouting), seq_len=1000)
+    assert caught.value.hint is not None
+    assert "--template-arg" in caught.value.hint and "--field" in caught.value.hint
+
+
+def test_a_conversation_knows_its_end_of_turn(talk: str) -> None:
+    (sample, _) = read_samples([talk], chatty(), seq_len=1000)
+    assert sample.ends == {1}
+
+
+def test_of_a_text_with_its_answer_the_answer_is_taught(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": "def add(a, b):\n", "completion": "    return a + b  # the sum of both\n" * 3},
+        {"instruction": "Add these two", "input": "a and b", "output": "The sum is a + b. " * 4},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    told: list[Reading] = []
+    samples = read_samples([str(path)], chatty(None), seq_len=200, on_read=told.append)
+    assert [taught_text(sample) for sample in samples] == [
+        rows[0]["completion"],
+        "\n" + rows[1]["output"],
+    ]
+    assert all(sample.tokens[0] == 0 and not sample.taught[0] for sample in samples)
+    assert told[0].num_rows == 2
+    # With a template an instruction is a turn; a text that goes on is none.
+    samples = read_samples([str(path)], chatty(), seq_len=200)
+    assert taught_text(samples[0]) == rows[0]["completion"]
+    assert taught_text(samples[1]) == f"{rows[1]['output']}</s>\n"
+    assert read_samples([str(path)], chatty(), seq_len=70)[0].tokens == samples[0].tokens[:70]
+
+
+def test_tools_are_in_all_that_is_rendered(tmp_path: Path) -> None:
+    path = tmp_path / "tools.jsonl"
+    row = {"messages": TALK, "tools": [{"name": "add", "parameters": {}}]}
+    path.write_text((json.dumps(row) + "\n") * 2)
+    template = "{%- if tools -%}[tools]{{ tools | tojson }}{%- endif -%}" + TEMPLATE
+    (sample, _) = read_samples([str(path)], chatty(template), seq_len=1000)
+    assert tokenizer().decode(sample.tokens).startswith('[tools][{"type": "function"')
+    assert taught_text(sample) == "".join(f"{m['content']}</s>\n" for m in (TALK[2], TALK[4]))
 
 
 def test_conversations_are_cut_at_the_end(talk: str) -> None:

@@ -49,6 +49,18 @@ def test_drafters_are_compared_in_order_on_the_same_limits(
     assert broken_promises(result) == []
 
 
+def test_answers_end_where_their_own_ends_are(tiny: Tiny) -> None:
+    runner = Runner(tiny("llama"))
+    free = runner.generate(PROMPTS[:2], max_new_tokens=12)
+    ends = [(), (free[1].token_ids[4],)]
+    ended = runner.generate(PROMPTS[:2], max_new_tokens=12, eos=ends)
+    result = bench(runner, PROMPTS[:2], ["ngram"], ends=ends, max_new_tokens=12, with_peers=True)
+    whole = sum(len(one.token_ids) for one in ended)
+    assert len(ended[1].token_ids) <= 5 < len(free[1].token_ids)
+    assert all(0 < row["new_tokens"] <= whole for row in rows_of(result))
+    assert result["drafters"][0]["identical"] == result["peers"][0]["identical"] == 2
+
+
 def rows_of(part: dict[str, Any]) -> list[dict[str, Any]]:
     return [part["baseline"], *part["drafters"], *part["peers"]]
 

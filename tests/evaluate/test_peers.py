@@ -13,6 +13,7 @@ from spectool.evaluate.peers import ASSISTED, PLAIN, PROMPT_LOOKUP, peers_of
 
 PROMPTS = [[5, 6, 7, 5, 6], list(range(30, 60)) * 2, [9]]
 LIMITS = [1, 24, 7]
+ENDS: list[tuple[int, ...]] = [(), (), ()]
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_greedy_output_is_plain_decoding(
     found = peers_of(runner, drafters, control=Control(), seed=0)
     assert list(found) == [PLAIN, PROMPT_LOOKUP, ASSISTED]
     for name, decode in found.items():
-        results = decode(PROMPTS, LIMITS)
+        results = decode(PROMPTS, LIMITS, ENDS)
         assert [r.token_ids for r in results] == [r.token_ids for r in plain], name
         most = [len(r.token_ids) for r in results]
         assert all(1 <= r.forwards <= n for r, n in zip(results, most, strict=True))
@@ -39,12 +40,23 @@ def test_greedy_output_is_plain_decoding(
             assert [r.forwards for r in results] == most
 
 
+def test_a_prompts_own_ends_are_the_same(tiny: Callable[..., PreTrainedModel]) -> None:
+    runner = Runner(tiny("llama"))
+    plain = runner.generate(PROMPTS, max_new_tokens=LIMITS)
+    ends = [(), (plain[1].token_ids[3],), ()]
+    ours = runner.generate(PROMPTS, max_new_tokens=LIMITS, eos=ends)
+    assert len(ours[1].token_ids) <= 4 and ours[2].token_ids == plain[2].token_ids
+    for decode in peers_of(runner, [], control=Control(), seed=0).values():
+        theirs = decode(PROMPTS, LIMITS, ends)
+        assert [r.token_ids for r in theirs] == [r.token_ids for r in ours]
+
+
 def test_penalties_are_the_same_law(tiny: Callable[..., PreTrainedModel]) -> None:
     runner = Runner(tiny("llama"))
     law = Law(repetition_penalty=1.3, no_repeat_ngram_size=2)
     plain = runner.generate(PROMPTS, max_new_tokens=LIMITS, **law)
     for decode in peers_of(runner, [], control=Control(**law), seed=0).values():
-        assert [r.token_ids for r in decode(PROMPTS, LIMITS)] == [r.token_ids for r in plain]
+        assert [r.token_ids for r in decode(PROMPTS, LIMITS, ENDS)] == [r.token_ids for r in plain]
 
 
 def test_samples_follow_the_seed_and_the_law(tiny: Callable[..., PreTrainedModel]) -> None:
@@ -52,7 +64,7 @@ def test_samples_follow_the_seed_and_the_law(tiny: Callable[..., PreTrainedModel
 
     def drawn(seed: int, **law: float) -> list[list[int]]:
         decode = peers_of(runner, [], control=Control(**law), seed=seed)[PLAIN]  # type: ignore[arg-type]
-        return [result.token_ids for result in decode(PROMPTS, LIMITS)]
+        return [result.token_ids for result in decode(PROMPTS, LIMITS, ENDS)]
 
     hot = {"temperature": 1.2, "top_p": 0.95, "min_p": 0.01}
     assert drawn(1, **hot) == drawn(1, **hot) != drawn(2, **hot)
@@ -68,7 +80,7 @@ def test_the_checkpoints_own_settings_change_nothing_and_stay(
     settings.repetition_penalty = 9.0
     (expected,) = runner.generate(PROMPTS[1:2], max_new_tokens=20)
     for decode in peers_of(runner, [], control=Control(), seed=0).values():
-        assert decode(PROMPTS[1:2], [20])[0].token_ids == expected.token_ids
+        assert decode(PROMPTS[1:2], [20], [()])[0].token_ids == expected.token_ids
     assert runner.target.model.generation_config is settings
 
 
@@ -93,5 +105,5 @@ def test_a_draft_with_another_head_or_a_short_context(
     assert str(wide) in said[0] and "352" in said[0]
     # Without its learned positions the draft would fail on the second prompt.
     plain = runner.generate(PROMPTS, max_new_tokens=LIMITS)
-    results = found[f"{ASSISTED} by {short}"](PROMPTS, LIMITS)
+    results = found[f"{ASSISTED} by {short}"](PROMPTS, LIMITS, ENDS)
     assert [r.token_ids for r in results] == [r.token_ids for r in plain]
