@@ -6,9 +6,11 @@ The modules imported here import nothing heavy at their top: `--help`, `--versio
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from spectool.cli import (
     bench,
@@ -22,13 +24,38 @@ from spectool.cli import (
     list_methods,
     tune,
 )
+from spectool.cli.by_method import Verb
 from spectool.cli.quantize import QUANTIZE
 from spectool.cli.train_heads import TRAIN_HEADS
 from spectool.version import __version__
 
+# What `--help` lists, in the order of the pipeline.
+PANELS: dict[str, dict[str, Verb | Callable[..., None]]] = {
+    "Compress": {"quantize": QUANTIZE},
+    "Accelerate": {"train-heads": TRAIN_HEADS, "tune": tune.tune},
+    "Measure": {"eval": evaluate.evaluate, "bench": bench.bench},
+    "Run": {"generate": generate.generate, "chat": chat.chat, "export": export.export},
+    "Look": {
+        "inspect": inspect.inspect,
+        "list": list_methods.list_methods,
+        "doctor": doctor.doctor,
+        "demo": demo.demo,
+    },
+}
+
+
+class Pipeline(TyperGroup):
+    """The top command; typer would list plain commands before groups of them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for commands in PANELS.values() for name in commands]
+
+
 app = typer.Typer(
     name="spectool",
-    help="Compress language-model checkpoints, decode them faster, and prove what was lost.",
+    cls=Pipeline,
+    help="Compress language-model checkpoints, decode faster without changing the output, and "
+    "measure what was lost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,18 +77,12 @@ def _root(
     pass
 
 
-for verb in (QUANTIZE, TRAIN_HEADS):
-    app.add_typer(verb.application(), name=verb.name)
-app.command("tune")(tune.tune)
-app.command("export")(export.export)
-app.command("eval")(evaluate.evaluate)
-app.command("bench")(bench.bench)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("inspect")(inspect.inspect)
-app.command("list")(list_methods.list_methods)
-app.command("doctor")(doctor.doctor)
-app.command("demo")(demo.demo)
+for panel, commands in PANELS.items():
+    for name, command in commands.items():
+        if isinstance(command, Verb):
+            app.add_typer(command.application(), name=name, rich_help_panel=panel)
+        else:
+            app.command(name, rich_help_panel=panel)(command)
 
 
 def main() -> None:

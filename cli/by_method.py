@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,8 @@ class Verb:
     """What is done by methods of one kind.
 
     `run(method, own, **shared)` does it: `own` are the method's options, which `config(class)`
-    finds on its class; the other parameters' annotations are the shared options.
+    finds on its class; the other parameters' annotations are the shared options. `panels` groups
+    these by title in `--help`, behind the method's own; the last panel has `--help` as well.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Verb:
     known: Callable[[], list[str]]
     config: Callable[[Any], type[Config]]
     run: Callable[..., None]
+    panels: Mapping[str, tuple[str, ...]]
 
     def application(self) -> typer.Typer:
         """The command group, for the top command."""
@@ -54,7 +56,9 @@ class Verb:
             def get_command(self, ctx: Any, cmd_name: str) -> Any:
                 if cmd_name not in verb.known():
                     return None
-                return MethodCommand(name=cmd_name, help=methods.METHODS[cmd_name].summary)
+                row = methods.METHODS[cmd_name]
+                panel = "Methods" if row.status == "stable" else "Research"
+                return MethodCommand(name=cmd_name, help=row.summary, rich_help_panel=panel)
 
             def resolve_command(self, ctx: Any, args: list[str]) -> Any:
                 if args[0] not in verb.known() and not args[0].startswith("-"):
@@ -109,8 +113,32 @@ class Verb:
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__doc__ = row.summary
         single = typer.Typer(add_completion=False)
-        single.command(name)(run)
-        return typer.main.get_command(single)
+        single.command(name, cls=self._command_class())(run)
+        command: Any = typer.main.get_command(single)
+        self._group(command.params)
+        return command
+
+    def _group(self, parameters: list[Any]) -> None:
+        """Put shared options into their panels, and the parameters into the panels' order."""
+        panel_of = {name: panel for panel, names in self.panels.items() for name in names}
+        for parameter in parameters:
+            if parameter.name in panel_of:
+                parameter.rich_help_panel = panel_of[parameter.name]
+        # Arguments and the method's own options are in no panel of these, and stay in front.
+        places = {name: place for place, name in enumerate(panel_of, start=1)}
+        parameters.sort(key=lambda parameter: places.get(parameter.name, 0))
+
+    def _command_class(self) -> type[TyperCommand]:
+        last = list(self.panels)[-1]
+
+        class Panelled(TyperCommand):
+            def get_help_option(self, ctx: Any) -> Any:
+                option: Any = super().get_help_option(ctx)
+                if option is not None:
+                    option.rich_help_panel = last
+                return option
+
+        return Panelled
 
 
 def _annotation(option: Option) -> Any:

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import shlex
+import shutil
+import sys
 import time
 from importlib import resources
 from pathlib import Path
@@ -41,10 +43,13 @@ def demo(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compress the bundled checkpoint, teach it to draft, show what was lost and gained, run it."""
+    """Compress the bundled checkpoint, train draft heads, show what was lost and gained, run it."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
-        model = str(resources.files("spectool.examples").joinpath(CHECKPOINT))
+        place = Path(str(resources.files("spectool.examples").joinpath(CHECKPOINT)))
+        # Short in a clone, as `make demo` runs there.
+        near = place.is_relative_to(Path.cwd())
+        model = str(place.relative_to(Path.cwd()) if near else place)
         _claim(out)
         texts = _write_texts(out)
         packed, heads, own = out / "packed", out / "heads", out / "heads-of-packed"
@@ -53,14 +58,17 @@ def demo(
             f"apart; all goes to {out}"
         )
         train = [
-            "--data", texts["train"], "--steps", "150", "--seq-len", "256", "--batch-tokens",
-            "2048", "--learning-rate", "3e-3", "--held-out", "24", "--overwrite",
+            "--data", texts["train"], "--steps", "80", "--seq-len", "256", "--batch-tokens",
+            "1024", "--learning-rate", "3e-3", "--held-out", "12", "--overwrite",
         ]  # fmt: skip
-        bench = ["--prompts", texts["prompts"], "--max-new-tokens", "96", "--dtype", "float32"]
+        bench = [
+            "--prompts", texts["prompts"], "--limit", "4", "--max-new-tokens", "64",
+            "--dtype", "float32",
+        ]  # fmt: skip
         steps: dict[str, list[str]] = {
             "quantize": [
                 "quantize", "ptq161", model, str(packed), "--calibration", texts["train"],
-                "--samples", "48", "--seq-len", "256", "--epochs", "6", "--overwrite",
+                "--samples", "32", "--seq-len", "256", "--epochs", "2", "--overwrite",
             ],
             "heads": ["train-heads", "medusa", model, str(heads), *train],
             "heads of packed": ["train-heads", "medusa", str(packed), str(own), *train],
@@ -90,7 +98,12 @@ def demo(
             f"gate {GATE}: {'holds' if held else 'does not hold'}; greedy output identical with "
             f"every drafter on every model; {seconds:.0f} s"
         )
-        output.result({"seconds": seconds, "steps": results})
+        # The environment's folder need not be on PATH, as after `make demo`.
+        program = ["spectool"] if shutil.which("spectool") else [sys.executable, "-m", "spectool"]
+        more = _next_commands(out, model, texts)
+        commands = [shlex.join([*program, *words]) for words in more]
+        output.show("\n".join(["\nto try next:", *(f"  {command}" for command in commands)]))
+        output.result({"seconds": seconds, "steps": results, "next": commands})
         if not held:
             raise typer.Exit(3)
 
@@ -132,6 +145,22 @@ def _run(output: Output, words: list[str]) -> dict[str, Any]:
         raise SpectoolError(f"spectool {words[0]} ended with exit code {code}")
     result: dict[str, Any] = json.loads(found.getvalue())
     return result
+
+
+def _next_commands(out: Path, model: str, texts: dict[str, str]) -> list[list[str]]:
+    """What a user may paste next: talk, another drafter beside transformers' own, other bits."""
+    packed = str(out / "packed")
+    return [
+        ["chat", packed, "--draft", str(out / "heads-of-packed")],
+        [
+            "bench", packed, "--prompts", texts["prompts"], "--limit", "4",
+            "--draft", "trigram+recycle:tune", "--peers",
+        ],
+        [
+            "quantize", "gptq", model, str(out / "packed-3-bit"), "--bits", "3",
+            "--calibration", texts["train"], "--samples", "32", "--seq-len", "256",
+        ],
+    ]  # fmt: skip
 
 
 def _write_texts(out: Path) -> dict[str, str]:

@@ -67,10 +67,14 @@ def quantize(
             "result, merge them, pack again; repeatable. Needs the whole model in memory."
         ),
     ] = None,
-    preprocess_steps: Annotated[int, typer.Option(min=1, help="Steps of --preprocess.")] = 1000,
-    preprocess_rank: Annotated[int, typer.Option(min=1, help="Rank of its updates.")] = 64,
+    preprocess_steps: Annotated[
+        int, typer.Option(min=1, help="Training steps for --preprocess.")
+    ] = 1000,
+    preprocess_rank: Annotated[
+        int, typer.Option(min=1, help="Rank of the updates of --preprocess.")
+    ] = 64,
     preprocess_rate: Annotated[
-        float, typer.Option(min=0.0, help="Peak learning rate of its updates.")
+        float, typer.Option(min=0.0, help="Peak learning rate for --preprocess.")
     ] = 1e-4,
     field: Field = None,
     template_arg: TemplateArg = None,
@@ -431,7 +435,19 @@ QUANTIZE = Verb(
     name="quantize",
     help="Compress a checkpoint",
     kind="quantizer",
-    known=lambda: [*methods.names("quantizer"), *methods.names("chooser")],
+    known=lambda: [*methods.names("chooser"), *methods.names("quantizer")],
     config=lambda method: method.Config,
     run=quantize,
-)
+    panels={
+        "What to pack": (
+            "skip", "allow_dense", "plan", "bits_budget", "candidate", "embeddings", "head",
+            "revision", "trust_remote_code",
+        ),
+        "Calibration": ("calibration", "field", "template_arg", "samples", "seq_len", "seed"),
+        "Training before packing": (
+            "preprocess", "preprocess_steps", "preprocess_rank", "preprocess_rate",
+        ),
+        "Resources": ("device", "dtype", "batch_size", "threads"),
+        "Output": ("dry_run", "overwrite", "json_output", "debug"),
+    },
+)  # fmt: skip

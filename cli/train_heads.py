@@ -1,4 +1,4 @@
-"""`spectool train-heads METHOD MODEL OUT`: teach a checkpoint to draft its own text."""
+"""`spectool train-heads METHOD MODEL OUT`: train heads that draft for a checkpoint."""
 
 from __future__ import annotations
 
@@ -68,22 +68,27 @@ def train_heads(
     ] = False,
     regenerate_url: Annotated[
         str | None,
-        typer.Option(help="Let a server do it that speaks OpenAI's protocol: http://HOST:PORT/v1."),
+        typer.Option(
+            help="Let a server with OpenAI's protocol write the answers: http://HOST:PORT/v1."
+        ),
     ] = None,
     regenerate_model: Annotated[
-        str | None, typer.Option(help="Its name for the model; the only one it has if not given.")
+        str | None, typer.Option(help="Model name on that server; default: the only one it has.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of --regenerate.")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature for --regenerate.")
+    ] = 0.8,
     seq_len: Annotated[int, typer.Option(min=32, help="Most tokens of a text.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(min=32, help="Tokens of a step, padded.")] = 4096,
     pack: Annotated[
         bool, typer.Option("--pack", help="Several texts in a row, which do not see each other.")
     ] = False,
     learning_rate: Annotated[
-        float | None, typer.Option(min=0.0, help="Its peak; the method's own if not given.")
+        float | None, typer.Option(min=0.0, help="Peak learning rate; default: the method's own.")
     ] = None,
     warmup: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which it rises.")
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of the steps in which the learning rate rises."),
     ] = 0.05,
     features: Annotated[
         str,
@@ -251,9 +256,22 @@ def _shares(shares: list[float]) -> str:
 
 TRAIN_HEADS = Verb(
     name="train-heads",
-    help="Teach a checkpoint to draft",
+    help="Train draft heads",
     kind="drafter",
     known=methods.trained,
     config=lambda drafter: drafter.Heads.Config,
     run=train_heads,
-)
+    panels={
+        "Data": (
+            "data", "field", "template_arg", "seq_len", "held_out", "regenerate",
+            "regenerate_url", "regenerate_model", "temperature",
+        ),
+        "Training": (
+            "begin", "steps", "epochs", "batch_tokens", "pack", "features", "learning_rate",
+            "warmup", "optimizer", "autocast", "seed",
+        ),
+        "Model": ("dtype", "runtime", "revision", "trust_remote_code"),
+        "Resources": ("device", "threads"),
+        "Output": ("metrics", "overwrite", "json_output", "debug"),
+    },
+)  # fmt: skip

@@ -33,18 +33,12 @@ def reference() -> str:
         "## Commands",
         "",
     ]
-    for name, command in root.commands.items():
-        if name not in ("quantize", "train-heads"):
-            lines += [f"### spectool {name}", "", *_command(command)]
-    for verb, example in ((QUANTIZE, "int8"), (TRAIN_HEADS, "medusa")):
-        lines += [
-            f"### spectool {verb.name} METHOD",
-            "",
-            "Options of every method; each method's own are below.",
-            "",
-            *_table(_shared(verb, example)),
-            "",
-        ]
+    verbs = {"quantize": (QUANTIZE, "int8"), "train-heads": (TRAIN_HEADS, "medusa")}
+    for name in root.list_commands(None):
+        if name in verbs:
+            lines += [f"### spectool {name} METHOD", "", *_verb(*verbs[name])]
+        else:
+            lines += [f"### spectool {name}", "", *_command(root.commands[name])]
     lines += ["## Quantizers", ""]
     for name in (*methods.names("chooser"), *methods.names("quantizer")):
         lines += [f"### {name}", "", *_row(methods.METHODS[name]), ""]
@@ -63,10 +57,13 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shared(verb: Verb, example: str) -> list[Any]:
-    own = {parameter.name for parameter in _own(verb, example)}
+def _verb(verb: Verb, example: str) -> Iterator[str]:
+    """Arguments and the options that all methods share, a table a panel."""
+    yield from (f"{verb.help}. Options of every method; each method's own are below.", "")
     parameters = verb.command(example).params
-    return [p for p in parameters if p.name not in own and p.name != "help"]
+    yield from (*_table([p for p in parameters if p.param_type_name == "argument"]), "")
+    for panel, names in verb.panels.items():
+        yield from (f"{panel}:", "", *_table([p for p in parameters if p.name in names]), "")
 
 
 def _own(verb: Verb, name: str) -> list[Any]:

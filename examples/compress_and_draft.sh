@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A real checkpoint: compress it, teach it to draft, say what was lost and gained, run it.
+# A real checkpoint: compress it, train draft heads, say what was lost and gained, run it.
 #
 #     examples/compress_and_draft.sh [MODEL [DATA [TEXT [PROMPTS]]]]
 #
-# MODEL is a directory or a hub id (default Qwen/Qwen3-0.6B). DATA teaches the heads (conversations or
+# MODEL is a directory or a hub id (default Qwen/Qwen3-0.6B). DATA trains the heads (conversations or
 # text), TEXT is what perplexity is measured on, PROMPTS are for speed. Without them public data sets
 # are read. A 0.6 B model takes hours on a processor; a GPU is used where there is one.
 set -euo pipefail

@@ -281,6 +281,42 @@ def test_every_option_says_what_it_is(name: str, command: Any) -> None:
         assert parameter.help and parameter.help.endswith("."), f"{name} {parameter.name}"
 
 
+def test_help_lists_commands_in_the_order_of_the_pipeline(spectool: Spectool) -> None:
+    shown = spectool("--help").out
+    words = (
+        "Compress", "quantize", "Accelerate", "train-heads", "tune", "Measure", "eval", "bench",
+        "Run", "generate", "chat", "export", "Look", "inspect", "list", "doctor", "demo",
+    )  # fmt: skip
+    # Titles stand behind a line, commands behind the frame.
+    places = [shown.index(f"{'─' if word.istitle() else '│'} {word} ") for word in words]
+    assert places == sorted(places)
+    root: Any = typer.main.get_command(app)
+    assert set(root.list_commands(None)) == set(root.commands)
+
+
+@pytest.mark.parametrize("verb", ["quantize", "train-heads"])
+def test_every_shared_option_stands_in_one_panel(verb: str, spectool: Spectool) -> None:
+    from spectool.cli import QUANTIZE, TRAIN_HEADS
+
+    found = {"quantize": QUANTIZE, "train-heads": TRAIN_HEADS}[verb]
+    name = found.known()[-1]
+    listed = [option for options in found.panels.values() for option in options]
+    command: Any = found.command(name)
+    panels = [parameter.rich_help_panel for parameter in command.params]
+    assert None not in panels[2:] and panels[:2] == [None, None]
+    assert sorted(listed) == sorted(
+        parameter.name
+        for parameter in command.params[2:]
+        if parameter.rich_help_panel != f"Options of {name}"
+    )
+    # The method's own options come first; `--help` is among the last.
+    shown = spectool(verb, name, "--help").out
+    titles = [f"Options of {name}", *found.panels]
+    places = [shown.index(f"─ {title} ─") for title in titles]
+    assert places == sorted(places) and shown.index("--help") > places[-1]
+    assert "─ Options ─" not in shown
+
+
 def test_the_reference_page_is_up_to_date() -> None:
     import importlib.util
 

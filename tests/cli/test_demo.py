@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from spectool.cli.demo import _write_texts
+from spectool.cli import QUANTIZE, app
+from spectool.cli.demo import _next_commands, _write_texts
 from spectool.stdlib import documents
 
 from .conftest import Done
@@ -48,12 +52,24 @@ def test_a_stage_that_fails_is_told_to_programs_too(
     assert done.code == 1 and "spectool quantize ended" in done.json["error"]["message"]
 
 
+def test_what_to_try_next_can_be_pasted() -> None:
+    texts = {"train": "train.jsonl", "prompts": "prompts.jsonl"}
+    root: Any = typer.main.get_command(app)
+    commands = _next_commands(Path("a demo"), "some/model", texts)
+    assert [name for name, *_ in commands] == ["chat", "bench", "quantize"]
+    for name, *words in commands:
+        command = QUANTIZE.command(words.pop(0)) if name == "quantize" else root.commands[name]
+        # Parsed, not run: an option that is not there would raise.
+        command.make_context(name, words, resilient_parsing=False)
+
+
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "spectool", "demo", str(tmp_path / "demo"), "--json"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+    # A third of it on two idle cores.
     assert result["seconds"] < 360
     steps = result["steps"]
     assert steps["quantize"]["bits_per_weight"]["linears"] < 2
@@ -64,4 +80,11 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     for name in ("heads", "heads of packed"):
         heads = steps[name]
         assert heads["tokens_per_forward_estimate"] > heads["untrained_estimate"] + 0.3
+    for run in steps["bench"]["beside"]:
+        assert all(row["tokens_per_forward"] > 1.3 for row in run["drafters"][1:])
     assert "Traceback" not in done.stderr
+    for command in result["next"]:
+        again = subprocess.run(
+            shlex.split(command), stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        assert again.returncode == 0, again.stderr
