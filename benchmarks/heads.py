@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from widened import widen
 
 from decode import WIDTHS, write_prompts
+from spectool import checksums
 from spectool.checkpoint import open_checkpoint
 from spectool.decode.chains import FirstPath
 from spectool.decode.drafters.heads import lineage, read_record
@@ -147,8 +148,10 @@ def widen_heads(heads: Path, model: Path, wide: Path, out: Path) -> None:
         "lineage": lineage(opened),
     }
     out.mkdir(parents=True)
-    (out / HEADS).write_bytes(dataclasses.replace(record, target=target).as_bytes())
     save_file(widened, out / HEADS_FILE)
+    stored = {HEADS_FILE: checksums.of_file(out / HEADS_FILE).as_dict()}
+    record = dataclasses.replace(record, target=target, checksums=stored)
+    (out / HEADS).write_bytes(record.as_bytes())
 
 
 def main() -> None:

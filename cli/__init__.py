@@ -6,12 +6,14 @@ The modules imported here import nothing heavy at their top: `--help`, `--versio
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from spectool import processors
 from spectool.cli import (
     bench,
     chat,
@@ -87,4 +89,5 @@ for panel, commands in PANELS.items():
 
 def main() -> None:
     """The entry point of `spectool` and `python -m spectool`."""
+    processors.bound_spin(os.environ)
     app()

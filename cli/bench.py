@@ -20,6 +20,7 @@ from spectool.cli.common import (
     MaxNewTokens,
     MinP,
     Model,
+    NoChecksums,
     NoRepeatNgramSize,
     RepetitionPenalty,
     Revision,
@@ -97,6 +98,7 @@ def bench(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    no_checksums: NoChecksums = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the speed-ups: a .png or .svg file to write.")
     ] = None,
@@ -138,6 +140,7 @@ def bench(
                 threads=threads,
                 revision=revision if path == model else None,
                 trust_remote_code=trust_remote_code,
+                checksums=not no_checksums,
                 allow_other_target=allow_other_target,
             )
             found = text.read_prompts(

@@ -24,6 +24,7 @@ from spectool.cli.common import (
     Lossy,
     MinP,
     Model,
+    NoChecksums,
     NoRepeatNgramSize,
     Output,
     RepetitionPenalty,
@@ -102,6 +103,7 @@ def chat(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    no_checksums: NoChecksums = False,
     allow_other_target: AllowOtherTarget = False,
     json_output: Json = False,
     debug: Debug = False,
@@ -120,6 +122,7 @@ def chat(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            checksums=not no_checksums,
             allow_other_target=allow_other_target,
             tune=True,
         )

@@ -58,13 +58,21 @@ Device = Annotated[
     typer.Option(help="cpu, cuda or cuda:N; auto: cuda where there is one.", callback=_chosen),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Processor threads; default: as many as run at once.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
 ]
 Runtime = Annotated[
     str, typer.Option(help="Packed weights as packed codes, unpacked (dense), or auto.")
+]
+NoChecksums = Annotated[
+    bool,
+    typer.Option(
+        "--no-checksums", help="Load packed weights and heads without comparing checksums."
+    ),
 ]
 Field = Annotated[str | None, typer.Option(help="Field of .jsonl or .parquet rows to read.")]
 TemplateArg = Annotated[
@@ -231,11 +239,11 @@ def _quiet_libraries() -> None:
 
 def prepare_torch(threads: int | None) -> None:
     """Settings of a run that computes: threads, and no bars from transformers."""
-    import torch
     import transformers
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    from spectool import machine
+
+    machine.set_threads(threads)
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
@@ -260,6 +268,7 @@ def open_runner(
     trust_remote_code: bool,
     allow_other_target: bool = False,
     tune: bool = False,
+    checksums: bool = True,
 ) -> tuple[Runner, PreTrainedTokenizerBase]:
     """The model and its drafter, opened, with header lines that say what runs."""
     prepare_torch(threads)
@@ -268,7 +277,9 @@ def open_runner(
     from spectool.decode.generate import Runner
     from spectool.decode.tune import Tuned
 
-    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(
+        model, revision=revision, trust_remote_code=trust_remote_code, checksums=checksums
+    )
     path, layout = checkpoint.path, checkpoint.layout
     opened = loading.load_model(
         path,
@@ -276,6 +287,7 @@ def open_runner(
         device=device,
         runtime=runtime,
         trust_remote_code=trust_remote_code,
+        checksums=checksums,
     )
     tokenizer = loading.load_tokenizer(path, trust_remote_code=trust_remote_code)
     output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
@@ -286,8 +298,9 @@ def open_runner(
         context=context,
         allow_other_target=allow_other_target,
         tune=tune,
+        checksums=checksums,
     )
-    for note in runner.target.notes:
+    for note in (*layout.notes, *runner.target.notes):
         output.say(note)
     if isinstance(runner.drafter, Tuned):
         output.say(f"drafting with {runner.drafter_name}, as far as it pays: {runner.curve}")

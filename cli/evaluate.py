@@ -14,6 +14,7 @@ from spectool.cli.common import (
     Field,
     Json,
     Model,
+    NoChecksums,
     Revision,
     Runtime,
     TemplateArg,
@@ -68,6 +69,7 @@ def evaluate(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    no_checksums: NoChecksums = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -94,6 +96,7 @@ def evaluate(
             blockwise=blockwise,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            checksums=not no_checksums,
         )
         gates = parse_gates(gate or (), room.figures_of(request))
         output.start()

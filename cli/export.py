@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spectool.cli.common import Debug, Json, TrustRemoteCode, prepare_torch, session
+from spectool.cli.common import Debug, Json, NoChecksums, TrustRemoteCode, prepare_torch, session
 from spectool.errors import UsageError
 from spectool.headers import HEADS
 
@@ -26,6 +26,7 @@ def export(
         str | None, typer.Option(help="Of heads: the checkpoint that they draft for.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    no_checksums: NoChecksums = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -38,14 +39,21 @@ def export(
             if model is None:
                 raise UsageError("--model: heads are exported for the checkpoint they draft for")
             lines = exchange.export(
-                Path(path), model, out, format, trust_remote_code=trust_remote_code
+                Path(path),
+                model,
+                out,
+                format,
+                trust_remote_code=trust_remote_code,
+                checksums=not no_checksums,
             )
         else:
             from spectool.quantize import export as room
 
             if model is not None:
                 raise UsageError(f"--model is for heads; {path} is none")
-            lines = room.export(path, out, format, trust_remote_code=trust_remote_code)
+            lines = room.export(
+                path, out, format, trust_remote_code=trust_remote_code, checksums=not no_checksums
+            )
         output.show(
             f"{out}: {format}"
             + ("; serve it with" if lines else ", which no server is known to read")

@@ -21,6 +21,7 @@ from spectool.cli.common import (
     MaxNewTokens,
     MinP,
     Model,
+    NoChecksums,
     NoRepeatNgramSize,
     RepetitionPenalty,
     Revision,
@@ -73,6 +74,7 @@ def generate(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    no_checksums: NoChecksums = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -89,6 +91,7 @@ def generate(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            checksums=not no_checksums,
             allow_other_target=allow_other_target,
             tune=True,
         )

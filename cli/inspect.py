@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,18 +18,25 @@ from spectool.headers import HEADS, HEADS_FILE
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint or heads directory.")],
     layers: Annotated[bool, typer.Option("--layers", help="List every packed matrix.")] = False,
+    check: Annotated[
+        bool, typer.Option("--checksums", help="Read all files and compare their SHA-256.")
+    ] = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
     """Contents, stored bits and origin of a checkpoint or of heads, read from headers only."""
     with session(json_wanted=json_output, debug=debug) as output:
+        from spectool import checksums
+
         if (path / HEADS).is_file():
-            _inspect_heads(output, path)
+            _inspect_heads(output, path, check)
             return
         from spectool.headers import read_layout
         from spectool.quantize.ledger import measure
 
         layout = read_layout(path)
+        if check:
+            checksums.verify(path, layout.checksums)
         ledger = measure(layout)
         quantization = layout.quantization or {}
         made_by = quantization.get("made_by") if layout.is_packed else None
@@ -62,6 +70,7 @@ def inspect(
             "source": source,
             "made_by": made_by,
             "command": again,
+            "checksums": _sums(layout.checksums, check),
         }
         holds = (
             f", {ledger.num_parameters / 1e6:.2f} M parameters in"
@@ -80,6 +89,8 @@ def inspect(
             output.show(f"source: {source.get('fingerprint', 'without a fingerprint')}")
         if again:
             output.show(f"made by: {again}")
+        if check:
+            output.show(f"checksums: those of {_files(layout.checksums)} are right")
         if layers:
             for entry in ledger.entries:
                 shape = "x".join(map(str, entry.shape))
@@ -87,17 +98,33 @@ def inspect(
         output.result(result)
 
 
-def _inspect_heads(output: Output, path: Path) -> None:
+def _sums(stored: Mapping[str, Any], checked: bool) -> dict[str, Any] | None:
+    """What programs hear: the SHA-256 of each file, and whether it was compared just now."""
+    if not stored:
+        return None
+    return {"checked": checked, "sha256": {name: each.sha256 for name, each in stored.items()}}
+
+
+def _files(stored: Mapping[str, Any]) -> str:
+    return "1 file" if len(stored) == 1 else f"{len(stored)} files"
+
+
+def _inspect_heads(output: Output, path: Path, check: bool) -> None:
+    from spectool import checksums
     from spectool.headers import read_header, read_json
 
     found = read_json(path / HEADS)
     entries = read_header(path / HEADS_FILE)[1]
+    stored = checksums.parse(found.get("checksums"), path / HEADS)
+    if check:
+        checksums.verify(path, stored)
     result = {
+        **found,
         "kind": "heads",
         "parameters": sum(entry.num_elements for entry in entries if entry.name != "token_map"),
         "bytes": sum(entry.num_bytes for entry in entries),
         "command": heads_command(found),
-        **found,
+        "checksums": _sums(stored, check),
     }
     output.show(
         f"{path}: {found.get('method')} heads, {result['parameters'] / 1e6:.2f} M parameters in "
@@ -119,6 +146,8 @@ def _inspect_heads(output: Output, path: Path) -> None:
         raise CheckpointError(f"{path}: {HEADS} is not the record of draft heads") from error
     if result["command"]:
         output.show(f"made by: {result['command']}")
+    if check:
+        output.show(f"checksums: those of {_files(stored)} are right")
     output.result(result)
 
 

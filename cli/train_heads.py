@@ -17,6 +17,7 @@ from spectool.cli.common import (
     Field,
     Json,
     Model,
+    NoChecksums,
     Output,
     Revision,
     Runtime,
@@ -122,6 +123,7 @@ def train_heads(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    no_checksums: NoChecksums = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -188,6 +190,7 @@ def train_heads(
                 processes=processes,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
+                checksums=not no_checksums,
                 say=output.say,
                 on_read=output.note,
                 announce=lambda plan: _show_plan(output, job, plan),

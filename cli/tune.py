@@ -16,6 +16,7 @@ from spectool.cli.common import (
     Json,
     MaxNewTokens,
     Model,
+    NoChecksums,
     Revision,
     Runtime,
     TemplateArg,
@@ -44,6 +45,7 @@ def tune(
     threads: Threads = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    no_checksums: NoChecksums = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -65,6 +67,7 @@ def tune(
             threads=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            checksums=not no_checksums,
             allow_other_target=allow_other_target,
         )
         found = text.read_prompts(

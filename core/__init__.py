@@ -31,12 +31,14 @@ def load(
     runtime: str = "packed",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    checksums: bool = True,
 ) -> PreTrainedModel:
     """The checkpoint at `path`, dense or packed by spectool, as a transformers model in eval mode.
 
     `dtype` is the type of activations and of weights that are not packed; None means the
     checkpoint's own. `runtime` is `packed` (codes stay codes), `dense` (unpacked once, in place of
     the codes) or `auto` (dense where no kernel works on the codes here and memory allows).
+    `checksums`: compare the files of a packed checkpoint with the checksums in its index.
 
     Raises:
         InputError: the checkpoint is missing, damaged or incomplete.
@@ -48,6 +50,7 @@ def load(
         runtime=runtime,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        checksums=checksums,
     )
     return model
 

@@ -1,7 +1,7 @@
 """Writing an artifact so that nothing half-written is ever taken for whole, and nothing is lost.
 
 Everything goes to `OUT.partial/` beside OUT, one shard at a time: temporary name, sync, rename,
-then a line in the manifest `OUT.partial.json` with the shard's hash. A killed run finds the
+then a line in the manifest `OUT.partial.json` with the shard's checksums. A killed run finds the
 manifest, checks it against what it is asked to do, and goes on after the last whole shard. OUT
 appears by one rename at the end; an older OUT gives way only then, and only if it holds nothing but
 what spectool wrote: every artifact lists its own files.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectool import checksums
 from spectool.checkpoint import CHUNK, DTYPES, check_finite, torch_dtype
+from spectool.checksums import Checksums, Summing
 from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
 from spectool.headers import HEADS, PACKED_INDEX, TensorEntry, read_json
 
@@ -114,12 +115,12 @@ class ArtifactWriter:
             )
         if changed:
             found = fresh
-        whole = {
-            name: said
-            for name, said in found["shards"].items()
-            if (self.partial / name).is_file()
-            and _file_digest(self.partial / name) == said["sha256"]
-        }
+        whole = {}
+        for name, said in found["shards"].items():
+            if (self.partial / name).is_file():
+                sums = checksums.of_file(self.partial / name)
+                if sums.sha256 == said["sha256"]:
+                    whole[name] = {**sums.as_dict(), "report": said["report"]}
         for path in self.partial.iterdir():
             if path.name not in whole:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -163,11 +164,18 @@ class ArtifactWriter:
         """
         self.adopt(shard, write_whole(self.partial / shard, tensors, metadata), report)
 
-    def adopt(self, shard: str, digest: str, report: Any) -> None:
+    def adopt(self, shard: str, sums: Checksums, report: Any) -> None:
         """Record a shard as finished that `write_whole` wrote into `partial`, in any process."""
         with disk_errors(self.partial):
-            self.manifest["shards"][shard] = {"sha256": digest, "report": report}
+            self.manifest["shards"][shard] = {**sums.as_dict(), "report": report}
             self._save_manifest()
+
+    def checksums(self) -> dict[str, dict[str, str]]:
+        """Those of all finished shards by name, as an artifact stores them."""
+        return {
+            shard: {"sha256": said["sha256"], "xxh3_64": said["xxh3_64"]}
+            for shard, said in self.manifest["shards"].items()
+        }
 
     def record(self, shard: str, report: Any) -> None:
         """Replace what was recorded with a finished shard."""
@@ -295,7 +303,7 @@ def _stray(path: Path) -> str | None:
     return None
 
 
-def write_whole(path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]) -> str:
+def write_whole(path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]) -> Checksums:
     """`write_safetensors` under a temporary name: the file is there whole or not at all.
 
     Raises:
@@ -303,13 +311,15 @@ def write_whole(path: Path, tensors: Mapping[str, Content], metadata: dict[str, 
     """
     with disk_errors(path.parent):
         temporary = path.with_name(path.name + ".tmp")
-        digest = write_safetensors(temporary, tensors, metadata)
+        sums = write_safetensors(temporary, tensors, metadata)
         temporary.rename(path)
-    return digest
+    return sums
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]) -> str:
-    """Write a safetensors file, synced; returns the SHA-256 of its bytes.
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]
+) -> Checksums:
+    """Write a safetensors file, synced; returns the checksums of its bytes.
 
     Written here rather than by the library for two reasons: the library orders metadata keys at
     random (0.8.0), and equal inputs must give equal bytes; and tensors that are only copied can be
@@ -334,18 +344,18 @@ def write_safetensors(path: Path, tensors: Mapping[str, Content], metadata: dict
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256()
+    summing = Summing()
     with path.open("wb") as file:
         for piece in (struct.pack("<Q", len(raw)), raw):
-            digest.update(piece)
+            summing.update(piece)
             file.write(piece)
         for name in order:
             for data in _pieces(tensors[name]):
-                digest.update(data)
+                summing.update(data)
                 file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return summing.finish()
 
 
 def _dtype(content: Content) -> torch.dtype:
@@ -365,8 +375,7 @@ def _pieces(content: Content) -> Iterator[memoryview]:
         return
     dtype = torch_dtype(content)
     buffer = torch.empty(min(CHUNK, content.num_bytes), dtype=torch.uint8)
-    with content.path.open("rb") as file:
-        file.seek(content.start)
+    with content.open() as file:
         left = content.num_bytes
         while left:
             part = buffer[: min(left, CHUNK)]
@@ -382,11 +391,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

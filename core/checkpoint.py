@@ -79,17 +79,23 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    checksums: bool = True,
 ) -> Checkpoint:
     """The checkpoint in a local directory, or that of a hub id, fetched if need be.
+
+    `checksums`: compare each file of an artifact with its own before tensors are read from it.
 
     Raises:
         CheckpointError: see `read_layout`; or the hub has no such thing.
     """
     if hub.is_local(model):
-        return Checkpoint(read_layout(Path(model)))
+        return Checkpoint(read_layout(Path(model), check=checksums))
     path = hub.fetch(str(model), revision, code=trust_remote_code)
-    return Checkpoint(read_layout(path), revision=path.name)
+    return Checkpoint(read_layout(path, check=checksums), revision=path.name)
 
 
 def read_tensor(entry: TensorEntry, *, rows: slice | None = None) -> torch.Tensor:
@@ -100,7 +106,7 @@ def read_tensor(entry: TensorEntry, *, rows: slice | None = None) -> torch.Tenso
         shape = (rows.stop - rows.start, *entry.shape[1:])
         start, num_bytes = start + rows.start * row_bytes, shape[0] * row_bytes
     data = torch.empty(num_bytes, dtype=torch.uint8)
-    with entry.path.open("rb") as file:
+    with entry.open() as file:
         file.seek(start)
         if num_bytes and file.readinto(data.numpy().data) != num_bytes:
             raise CheckpointError(f"{entry.path}: ended inside {entry.name}")
@@ -152,8 +158,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 def _digest(entry: TensorEntry) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(CHUNK, entry.num_bytes)))
-    with entry.path.open("rb") as file:
-        file.seek(entry.start)
+    with entry.open() as file:
         left = entry.num_bytes
         while left:
             size = file.readinto(buffer[: min(CHUNK, left)])

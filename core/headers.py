@@ -7,14 +7,17 @@ one line and not a crash hours into a run.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spectool import checksums
+from spectool.checksums import Checksums, Guard
 from spectool.errors import CheckpointError
 
 # Bits of one element; sub-byte types pack several elements into a byte.
@@ -41,7 +44,10 @@ MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """One tensor in a file: `start` is the offset of its first byte from the file's beginning."""
+    """One tensor in a file: `start` is the offset of its first byte from the file's beginning.
+
+    `guard` compares the file with its checksum before anything is read from it.
+    """
 
     name: str
     dtype: str
@@ -49,6 +55,19 @@ class TensorEntry:
     path: Path
     start: int
     num_bytes: int
+    guard: Guard | None = field(default=None, repr=False, compare=False)
+
+    def open(self) -> io.BufferedReader:
+        """The file at the tensor's first byte.
+
+        Raises:
+            CheckpointError: the file's bytes are not those that its checksum was made of.
+        """
+        if self.guard is not None:
+            self.guard.check()
+        file = self.path.open("rb")
+        file.seek(self.start)
+        return file
 
     @property
     def num_elements(self) -> int:
@@ -59,6 +78,8 @@ class TensorEntry:
 class Layout:
     """A checkpoint's configuration and the headers of all its tensors, by name.
 
+    `checksums` are those of an artifact's files; older ones have none.
+
     Raises:
         CheckpointError: what the configuration says about quantization cannot be read.
     """
@@ -67,6 +88,7 @@ class Layout:
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
+    checksums: dict[str, Checksums] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_objects(self.path, self.config)
@@ -99,6 +121,18 @@ class Layout:
         return (self.quantization or {}).get("quant_method") == "spectool"
 
     @property
+    def guards(self) -> list[Guard]:
+        """One for each file that is to be compared with its checksum."""
+        return guards_of(self.tensors.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """What a run that reads the checkpoint says about it."""
+        if self.is_packed and not self.checksums:
+            return [f"{self.path}: {checksums.NONE}"]
+        return []
+
+    @property
     def num_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.tensors.values())
 
@@ -123,6 +157,11 @@ def _check_objects(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"{path}: config.json: {key} is {_brief(parent[key])}, expected an object"
             )
+
+
+def guards_of(entries: Iterable[TensorEntry]) -> list[Guard]:
+    """The guards of the files that these tensors lie in, one for each."""
+    return list(dict.fromkeys(entry.guard for entry in entries if entry.guard is not None))
 
 
 def packed_entries(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -177,8 +216,12 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_header(path: Path) -> tuple[dict[str, str], list[TensorEntry]]:
+def read_header(
+    path: Path, *, guard: Guard | None = None
+) -> tuple[dict[str, str], list[TensorEntry]]:
     """The metadata and the tensors of one safetensors file, in the order of their bytes.
+
+    `guard` goes with all of them.
 
     Raises:
         CheckpointError: the file is absent, empty or cut, or its header contradicts it.
@@ -203,7 +246,7 @@ def read_header(path: Path) -> tuple[dict[str, str], list[TensorEntry]]:
     try:
         header = json.loads(raw)
         metadata = dict(header.pop("__metadata__", {}))
-        entries = [_entry(path, 8 + length, name, said) for name, said in header.items()]
+        entries = [_entry(path, 8 + length, name, said, guard) for name, said in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its header is not a safetensors header") from error
     entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
@@ -219,7 +262,9 @@ def read_header(path: Path) -> tuple[dict[str, str], list[TensorEntry]]:
     return metadata, entries
 
 
-def _entry(path: Path, base: int, name: str, said: dict[str, Any]) -> TensorEntry:
+def _entry(
+    path: Path, base: int, name: str, said: dict[str, Any], guard: Guard | None
+) -> TensorEntry:
     shape = tuple(int(length) for length in said["shape"])
     first, last = said["data_offsets"]
     bits = math.prod(shape) * DTYPE_BITS[said["dtype"]]
@@ -235,6 +280,7 @@ def _entry(path: Path, base: int, name: str, said: dict[str, Any]) -> TensorEntr
         path=path,
         start=base + first,
         num_bytes=last - first,
+        guard=guard,
     )
 
 
@@ -257,8 +303,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_layout(path: Path) -> Layout:
+def read_layout(path: Path, *, check: bool = True) -> Layout:
     """Configuration and headers of the checkpoint in directory `path`.
+
+    With `check`, an artifact's files are compared with their checksums when tensors are read.
 
     Raises:
         CheckpointError: no directory, no configuration, no safetensors weights, a damaged file, or
@@ -271,21 +319,16 @@ def read_layout(path: Path) -> Layout:
         raise CheckpointError(f"{path}: draft heads, not a checkpoint")
     config = read_json(path / "config.json")
     _check_objects(path, config)
-    metadata: dict[str, str] = {}
-    tensors: dict[str, TensorEntry] = {}
     weights = _weights(path, config)
-    files = [weights] if weights.suffix == ".safetensors" else _shards(weights)
-    for file in files:
-        its_metadata, entries = read_header(file)
-        metadata.update(its_metadata)
-        tensors.update((entry.name, entry) for entry in entries)
-    if files != [weights]:
-        for name, shard in read_json(weights)["weight_map"].items():
-            if name not in tensors:
-                raise CheckpointError(f"{weights}: says that {name} is in {shard}, but it is not")
+    stored = read_checksums(weights) if weights.name == PACKED_INDEX else {}
+    if weights.suffix == ".safetensors":
+        metadata, entries = read_header(weights)
+        tensors = {entry.name: entry for entry in entries}
+    else:
+        metadata, tensors = read_shards(weights, stored if check else {})
     if not any(entry.num_elements for entry in tensors.values()):
         raise CheckpointError(f"{path}: its weight files hold no tensors with values")
-    return Layout(path=path, config=config, tensors=tensors, metadata=metadata)
+    return Layout(path=path, config=config, tensors=tensors, metadata=metadata, checksums=stored)
 
 
 def _weights(path: Path, config: Mapping[str, Any]) -> Path:
@@ -316,17 +359,46 @@ def _weights(path: Path, config: Mapping[str, Any]) -> Path:
     return found
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names, in the order in which transformers reads them."""
+def read_checksums(index: Path) -> dict[str, Checksums]:
+    """The checksums of an artifact's files by name, out of its index; none where it has none.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    metadata = read_json(index).get("metadata")
+    said = metadata.get("checksums") if isinstance(metadata, dict) else None
+    return checksums.parse(said, index)
+
+
+def read_shards(
+    index: Path, stored: Mapping[str, Checksums]
+) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+    """The metadata of all files that an index names, and their tensors by name.
+
+    Like transformers, which reads all tensors of these files, whichever of them the index names.
+    Files are guarded by the checksums in `stored`, if there are any.
+
+    Raises:
+        CheckpointError: a damaged index or file, or one without a checksum among others with one.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     if not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index}: its weight_map does not map tensors to file names")
-    for file in weight_map.values():
-        if Path(file).name != file:
+    metadata: dict[str, str] = {}
+    tensors: dict[str, TensorEntry] = {}
+    for file in sorted(set(weight_map.values())):
+        path = index.parent / file
+        if path.name != file:
             raise CheckpointError(f"{index}: names {file!r}, which is not a file beside it")
-    return [index.parent / file for file in sorted(set(weight_map.values()))]
+        own, entries = read_header(path, guard=checksums.guard(path, stored))
+        metadata.update(own)
+        tensors.update((entry.name, entry) for entry in entries)
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{index}: says that {name} is in {file}, but it is not")
+    return metadata, tensors
 
 
 def _pickled(path: Path) -> str | None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from spectool import machine, registration  # noqa: F401
+from spectool import machine, registration
 from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_fingerprint
 from spectool.decoder import decoder_of
@@ -56,12 +56,15 @@ def load_model(
     runtime: str = "packed",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    checksums: bool = True,
 ) -> PreTrainedModel:
     """See `spectool.load`."""
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     target = check_device(device)
-    checkpoint = open_checkpoint(path, revision=revision, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(
+        path, revision=revision, trust_remote_code=trust_remote_code, checksums=checksums
+    )
     model = _open(checkpoint, parse_dtype(dtype), trust_remote_code=trust_remote_code)
     moved: nn.Module = model
     moved.to(target).eval()
@@ -140,6 +143,8 @@ def _open(
         require("compressed_tensors", extra="compressed", reason=f"{checkpoint.path}")
         # Else its modules have no weights before their first forward.
         quantized["dequantize"] = True
+    if checkpoint.layout.is_packed:
+        quantized[registration.CHECKSUMS] = bool(checkpoint.layout.guards)
     try:
         model, info = model_class(config).from_pretrained(
             checkpoint.path,
@@ -163,8 +168,8 @@ def _open(
                 f"{checkpoint.path}: {len(found)} {word} tensors, among them {found[0]}"
             )
     modules = (decoder_of(model) or model).modules()
-    if (reason := why_not_causal(config.get_text_config(), modules)) is not None:
-        raise UnsupportedError(f"{checkpoint.path}: is no causal model: {reason}")
+    if (other := why_not_causal(config.get_text_config(), modules)) is not None:
+        raise UnsupportedError(f"{checkpoint.path}: is no causal model: {other}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         check_finite(name, tensor)
     return model

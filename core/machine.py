@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectool import processors
+
 if TYPE_CHECKING:
     import torch
 
@@ -127,14 +129,41 @@ def _flags() -> set[str] | None:
     return None if flags is None else set(flags[1].split())
 
 
+def set_threads(asked: int | None) -> None:
+    """Let torch compute with so many threads. Not asked: as the environment says, or else as torch
+    does by itself, but no more than the system lets run at once."""
+    import torch
+
+    if asked is not None:
+        torch.set_num_threads(asked)
+    elif not any(os.environ.get(name) for name in processors.NUM_THREADS):
+        most = processors.allowed().threads
+        if most < torch.get_num_threads():
+            torch.set_num_threads(most)
+
+
+def _threads_reason(threads: int, allowed: processors.Allowed) -> str:
+    """Why torch computes with so many threads."""
+    for name in processors.NUM_THREADS:
+        if os.environ.get(name) == str(threads):
+            return f"{name} says so"
+    if threads == allowed.threads:
+        return allowed.reason or "one for each processor"
+    return "asked for, or torch's own choice"
+
+
 def describe() -> dict[str, Any]:
     """What belongs beside every measured number. Imports torch."""
     import torch
 
+    threads, allowed = torch.get_num_threads(), processors.allowed()
     found = {
         "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "cores": allowed.installed,
+        "cores_allowed": {"affinity": allowed.affinity, "quota": allowed.quota},
+        "threads": threads,
+        "threads_reason": _threads_reason(threads, allowed),
+        "spin": processors.spin_settings(os.environ),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

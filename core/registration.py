@@ -21,8 +21,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectool.checkpoint import DTYPES
+from spectool.checksums import Checking
 from spectool.errors import UnsupportedError
-from spectool.headers import FORMAT_VERSION, PACKED_INDEX, packed_entries, read_header
+from spectool.headers import (
+    FORMAT_VERSION,
+    PACKED_INDEX,
+    guards_of,
+    packed_entries,
+    read_checksums,
+    read_shards,
+)
 from spectool.packed import PackedEmbedding, field_specs, swap_in
 
 if TYPE_CHECKING:
@@ -30,6 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 QUANT_METHOD = "spectool"
+
+# Beside what `quantization_config` says of the model: whether its files are compared.
+CHECKSUMS = "checksums"
 
 
 class SpectoolConfig(QuantizationConfigMixin):
@@ -62,6 +73,12 @@ class SpectoolQuantizer(HfQuantizer):
     quantization_config: SpectoolConfig
     requires_calibration = True
 
+    def __init__(self, quantization_config: SpectoolConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # Asked of this load, and nothing that a saved configuration says.
+        self._checksums = quantization_config.__dict__.pop(CHECKSUMS, True)
+        self._checking: Checking | None = None
+
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         # The one hook that is given the configuration before the weight files are looked up.
         config.transformers_weights = PACKED_INDEX
@@ -75,11 +92,13 @@ class SpectoolQuantizer(HfQuantizer):
         pass
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        headers = {
-            entry.name: (DTYPES[entry.dtype], entry.shape)
-            for file in kwargs.get("checkpoint_files") or []
-            for entry in read_header(Path(file))[1]
-        }
+        headers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        if files := kwargs.get("checkpoint_files"):
+            index = Path(files[0]).with_name(PACKED_INDEX)
+            stored = read_checksums(index) if self._checksums else {}
+            tensors = read_shards(index, stored)[1].values()
+            headers = {entry.name: (DTYPES[entry.dtype], entry.shape) for entry in tensors}
+            self._checking = Checking(guards_of(tensors))
         with torch.device("meta"):
             swap_in(
                 model, self.quantization_config.modules, field_specs(headers), dtype=model.dtype
@@ -96,6 +115,8 @@ class SpectoolQuantizer(HfQuantizer):
                     like = part.like
                     del part.like
                     part.register_parameter("like", nn.Parameter(like, requires_grad=False))
+        if self._checking is not None:
+            self._checking.finish()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:

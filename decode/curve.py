@@ -13,6 +13,7 @@ import math
 import os
 import time
 from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from spectool.artifact import disk_errors
 from spectool.decode import tree
 from spectool.decode.target import Target
 from spectool.errors import SpectoolError
+from spectool.processors import Waiting
 
 # Sizes that are measured and chosen among, and the order of measuring: what matters most first.
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -32,6 +34,11 @@ _ORDER = (1, 8, 2, 32, 4, 16, 3, 64, 12, 6, 24, 48)
 _SECONDS, _TRIED = 0.7, 0.3
 _CONTEXT = 64
 _REPEATS = 5
+# Where a thread waits for a processor for a larger part of the time than this, others compute.
+BUSY = 0.1
+# A known curve is believed if T(1) is within this factor of what is seen at one of some passes
+# after a few tokens. Long contexts may have doubled it; two busy processes beside make it 10 times.
+_DOUBTFUL, _GLANCE, _GLANCES = 3.0, 8, 3
 # Where only T(1) is known, a further token is taken to cost this share of it.
 _SLOPE = 0.25
 # What a step says of all sizes, and what of its own at least: more while that is little known, as
@@ -40,12 +47,19 @@ _MOOD, _SHAPE, _MEASURED, _HICCUP = 0.25, 0.05, 4, 1.5
 
 
 class Curve:
-    """Seconds of a pass by the number of tokens in it. `found` says how it came about."""
+    """Seconds of a pass by the number of tokens in it. `found` says how it came about.
 
-    def __init__(self, points: dict[int, float], found: str = "measured") -> None:
+    One that is not `quiet` was measured or refined while other processes took processors away; it
+    is right now, and wrong later.
+    """
+
+    def __init__(
+        self, points: dict[int, float], found: str = "measured", *, quiet: bool = True
+    ) -> None:
         assert 1 in points
         self.points = points
         self.found = found
+        self.quiet = quiet
         self._visits = dict.fromkeys(points, _MEASURED)
         self._settle()
 
@@ -91,20 +105,28 @@ class Curve:
         return f"{one}, {ratios} times that" if shown else one
 
 
-@torch.inference_mode()
-def measure(target: Target) -> Curve:
-    """Passes of chains after a short context, the real mask and cache included, sizes in turns."""
+def _passes(target: Target, length: int) -> Callable[[int], float]:
+    """After a context of so many tokens: the seconds of a pass of a chain of some size."""
     vocabulary = target.vocab_size
-    length = max(1, min(_CONTEXT, target.context - max(SIZES)))
     cache = target.cache(1)
     target.ingest(cache, [[at % vocabulary for at in range(length)]])
-    began = time.perf_counter()
 
     def run(size: int) -> float:
         draft = tree.chain([at % vocabulary for at in range(size)], kind="deterministic")
         start = time.perf_counter()
         target.verify(cache, [draft]).logits_BNV[0, 0, 0].item()
         return time.perf_counter() - start
+
+    return run
+
+
+@torch.inference_mode()
+def measure(target: Target) -> Curve:
+    """Passes of chains after a short context, the real mask and cache included, sizes in turns."""
+    length = max(1, min(_CONTEXT, target.context - max(SIZES)))
+    run = _passes(target, length)
+    waiting = Waiting()
+    began = time.perf_counter()
 
     def late(limit: float) -> bool:
         return time.perf_counter() - began > limit
@@ -121,16 +143,28 @@ def measure(target: Target) -> Curve:
         if late(_SECONDS):
             break
         points[size] = min(run(size), points.get(size, math.inf))
-    return Curve(points, f"measured in {time.perf_counter() - began:.1f} s")
+    found = f"measured in {time.perf_counter() - began:.1f} s"
+    quiet = waiting.share() <= BUSY
+    return Curve(points, found if quiet else f"{found} beside other processes", quiet=quiet)
+
+
+@torch.inference_mode()
+def _agrees(target: Target, seconds: float) -> bool:
+    """Whether a pass of one token takes about so long now. The first one pays for what is made
+    once, and a slow one may be an accident."""
+    run = _passes(target, max(1, min(_GLANCE, target.context - 1)))
+    tries = (run(1) for _ in range(_GLANCES))
+    return any(seconds / _DOUBTFUL <= now <= seconds * _DOUBTFUL for now in tries)
 
 
 def curve_of(target: Target) -> Curve:
     """The curve that an earlier run left here for such a model, or a measured one, which is left.
 
     It is kept by architecture and size, dtype, device and threads: what a pass's time depends on.
+    One that is far from what is seen now is measured again.
     """
     known, key = read_curves(), machine_key(target)
-    if key in known:
+    if key in known and _agrees(target, known[key][1]):
         return Curve(dict(known[key]), "known from before")
     curve = measure(target)
     keep(target, curve)
@@ -138,12 +172,14 @@ def curve_of(target: Target) -> Curve:
 
 
 def keep(target: Target, curve: Curve) -> None:
-    """Leave the curve for later runs; one that cannot be left is no reason to fail."""
-    path = curves_path()
-    known = {
-        **read_curves(),
-        machine_key(target): {n: s for n, s in curve.points.items() if n in SIZES},
-    }
+    """Leave a quiet curve for later runs, behind those that were left before; one that cannot be
+    left is no reason to fail."""
+    if not curve.quiet:
+        return
+    path, key = curves_path(), machine_key(target)
+    known = read_curves()
+    known.pop(key, None)
+    known[key] = {n: s for n, s in curve.points.items() if n in SIZES}
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with disk_errors(path.parent):
@@ -156,7 +192,8 @@ def keep(target: Target, curve: Curve) -> None:
 
 
 def read_curves() -> dict[str, dict[int, float]]:
-    """All curves kept here, by what they are of; none where the file is absent or damaged."""
+    """All curves kept here, by what they are of, the newest last; none where the file is absent or
+    damaged."""
     try:
         said: Any = json.loads(curves_path().read_text(encoding="utf-8"))
         return {

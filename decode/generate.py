@@ -78,7 +78,8 @@ class Runner:
     be replaced with `use`. `spent` is where the time of all calls went. `dtype` and `device` are
     for models given as a path.
     `allow_other_target` takes draft heads of another checkpoint. `tune` sizes trees by what pays on
-    this machine also where a specification says nothing about it (`decode/tune.py`).
+    this machine also where a specification says nothing about it (`decode/tune.py`). `checksums`:
+    compare artifacts and heads with theirs when they are loaded.
 
     Raises:
         InputError: a checkpoint that cannot be read or decoded, a specification that is wrong.
@@ -95,16 +96,18 @@ class Runner:
         context: int | None = None,
         allow_other_target: bool = False,
         tune: bool = False,
+        checksums: bool = True,
     ) -> None:
         if isinstance(model, PreTrainedModel):
             if dtype is not None:
                 raise UsageError("dtype is for a model given as a path; convert the model itself")
         else:
             tokenizer = tokenizer or load_tokenizer(model)
-            model = load_model(model, dtype=dtype, device=device)
+            model = load_model(model, dtype=dtype, device=device, checksums=checksums)
         self.target = open_target(model, context=context)
         self.tokenizer = tokenizer
         self.allow_other_target = allow_other_target
+        self.checksums = checksums
         self.tune = tune
         self.drafter: Drafter
         self.use(draft)
@@ -138,6 +141,7 @@ class Runner:
             target=self.target,
             target_tokenizer=self.tokenizer,
             allow_other_target=self.allow_other_target,
+            checksums=self.checksums,
         )
         drafter = chained(drafter, self.target)
         tuned = self.tune if spec.tune is None else spec.tune
@@ -323,6 +327,7 @@ def generate(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     context: int | None = None,
+    checksums: bool = True,
     max_new_tokens: int = 128,
     seed: int = 0,
     stop: Sequence[str] = (),
@@ -338,7 +343,13 @@ def generate(
     Ctrl-C ends it with KeyboardInterrupt.
     """
     runner = Runner(
-        model, draft=draft, tokenizer=tokenizer, dtype=dtype, device=device, context=context
+        model,
+        draft=draft,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        context=context,
+        checksums=checksums,
     )
     return runner.generate(
         prompts,

@@ -22,6 +22,7 @@ from spectool.decode.row import Row
 from spectool.decode.sampling import Control
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
+from spectool.processors import Waiting
 
 # What is assumed of a node of a source that was never tried, and how many trials that is worth; of
 # a younger sibling, which can only stand where the elder falls; and of a level. Of a level it is
@@ -85,6 +86,8 @@ class Tuned(Drafter):
         self._drafting = 0.0
         self._handed_over = 0.0
         self._fed = (1, 1)
+        # Since the batch began.
+        self._waiting = Waiting()
 
     def kinds(self, control: Control) -> tuple[Kind, ...]:
         return self.drafter.kinds(control)
@@ -93,6 +96,7 @@ class Tuned(Drafter):
         self.drafter.attach(target)
 
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+        self._waiting = Waiting()
         self.drafter.begin(prompts, cache)
 
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
@@ -129,6 +133,8 @@ class Tuned(Drafter):
         self._rests = self._credit < (_AGAIN if self._rests else 0.0)
 
     def close(self) -> None:
+        if self._waiting.share() > curves.BUSY:
+            self.curve.quiet = False
         curves.keep(self._target, self.curve)
         self.drafter.close()
 

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spectool.artifact import ArtifactWriter, write_whole
 from spectool.checkpoint import read_tensor
+from spectool.checksums import Checksums
 from spectool.decode.cache import TextCache
 from spectool.decode.protocol import Lesson, Needs
 from spectool.decode.target import Target
@@ -133,17 +134,17 @@ def store(
     assert place is not None
     missing = [number for number in range(len(groups)) if not there[number]]
     for count, numbers in enumerate(parts(missing, processes.size), start=1):
-        digest = ""
+        sums: Checksums | None = None
         with processes.together():
             for number in processes.part(numbers):
                 group = groups[number]
                 tensors = as_tensors(group) | _read(target, needs, group, pass_tokens)
-                digest = write_whole(place / shards[number], tensors, {})
-        digests = processes.gather(digest)
+                sums = write_whole(place / shards[number], tensors, {})
+        written = processes.gather(sums)
         with processes.together():
-            for number, digest in zip(numbers, digests, strict=False):
-                if writer is not None:
-                    writer.adopt(shards[number], digest, {})
+            for number, sums in zip(numbers, written, strict=False):
+                if writer is not None and sums is not None:
+                    writer.adopt(shards[number], sums, {})
         done = len(groups) - len(missing) + min(len(missing), count * processes.size)
         say(f"{name} features stored: {done}/{len(groups)} shards")
     return Stored([place / shard for shard in shards], needs, target.device)

@@ -138,9 +138,12 @@ class Preparing:
             device=str(setting.device),
             runtime=setting.runtime,
             trust_remote_code=setting.trust_remote_code,
+            checksums=setting.checksums,
         )
         model.requires_grad_(False)
         self.say(f"{setting.name}: {describe_runtime(model)} on {setting.device}")
+        for note in setting.checkpoint.layout.notes:
+            self.say(note)
         return model
 
     def _make(self, keeping: ArtifactWriter | None, out: ArtifactWriter | None) -> Material:

@@ -112,6 +112,7 @@ class Setting:
     runtime: str
     seq_len: int
     trust_remote_code: bool = False
+    checksums: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

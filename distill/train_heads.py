@@ -110,6 +110,7 @@ def train_heads(
     processes: Processes = ALONE,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    checksums: bool = True,
     say: Say = lambda line: None,
     on_read: OnRead = lambda reading: None,
     announce: Callable[[Plan], None] = lambda plan: None,
@@ -130,7 +131,9 @@ def train_heads(
     began = time.monotonic()
     with processes.together():
         where = processes.device(check_device(device))
-        setting = _setting(model, job, dtype, where, runtime, revision, trust_remote_code)
+        setting = _setting(
+            model, job, dtype, where, runtime, revision, trust_remote_code, checksums
+        )
         preparing = _prepare(setting, job, out, overwrite, processes, say, on_read, announce)
         lines = None
         if metrics is not None and processes.first:
@@ -195,7 +198,7 @@ def train_heads(
             },
         )
         if writer is not None:
-            _write(writer, record, course.heads, stored)
+            record = _write(writer, record, course.heads, stored)
     return Report(
         record=record,
         parameters=sum(parameter.numel() for parameter in course.heads.parameters()),
@@ -283,7 +286,8 @@ def _prepare(
 def _begin(place: str, setting: Setting, job: Job) -> Beginning:
     """Raises: InputError: no heads of the method in this place."""
     config = read_config(setting.checkpoint.path, trust_remote_code=setting.trust_remote_code)
-    found = exchange.read(Path(place) if is_local(place) else fetch(place, None), config)
+    directory = Path(place) if is_local(place) else fetch(place, None)
+    found = exchange.read(directory, config, checksums=setting.checksums)
     if found.method != job.method:
         raise UsageError(f"--from {place}: holds {found.method} heads, not {job.method}")
     if found.tokenizer not in (None, setting.tokenizer_digest):
@@ -313,8 +317,10 @@ def _training(job: Job, course: Course, watch: Callable[..., None], store: _Shar
     )  # fmt: skip
 
 
-def _write(writer: ArtifactWriter, record: HeadsRecord, heads: Heads, dtype: torch.dtype) -> None:
-    """Turn what is beside OUT into OUT."""
+def _write(
+    writer: ArtifactWriter, record: HeadsRecord, heads: Heads, dtype: torch.dtype
+) -> HeadsRecord:
+    """Turn what is beside OUT into OUT. Returns the record as it is written, with checksums."""
     tensors = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in heads.state_dict().items()
@@ -324,7 +330,9 @@ def _write(writer: ArtifactWriter, record: HeadsRecord, heads: Heads, dtype: tor
     for shard in sorted(writer.manifest["shards"]):
         if shard != HEADS_FILE:
             writer.discard(shard)
+    record = replace(record, checksums=writer.checksums())
     writer.finish({HEADS: record.as_bytes()})
+    return record
 
 
 def _setting(
@@ -335,9 +343,12 @@ def _setting(
     runtime: str,
     revision: str | None,
     trust: bool,
+    checksums: bool,
 ) -> Setting:
     """Raises: InputError: no such checkpoint."""
-    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust)
+    checkpoint = open_checkpoint(
+        model, revision=revision, trust_remote_code=trust, checksums=checksums
+    )
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust)
     return Setting(
         name=str(model),
@@ -349,6 +360,7 @@ def _setting(
         runtime=runtime,
         seq_len=min(job.seq_len, checkpoint.layout.context or job.seq_len),
         trust_remote_code=trust,
+        checksums=checksums,
     )
 
 

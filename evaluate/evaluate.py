@@ -62,6 +62,7 @@ class Request:
     blockwise: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
+    checksums: bool = True
 
 
 def figures_of(request: Request) -> list[str]:
@@ -86,7 +87,9 @@ def evaluate(
         InputError: checkpoint, text, reference or options will not do.
     """
     trust = request.trust_remote_code
-    checkpoint = open_checkpoint(model, revision=request.revision, trust_remote_code=trust)
+    checkpoint = open_checkpoint(
+        model, revision=request.revision, trust_remote_code=trust, checksums=request.checksums
+    )
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust)
     vocabulary = _vocabulary(checkpoint.layout)
     reference: Reference | None = None
@@ -97,7 +100,9 @@ def evaluate(
             saved = SavedReference(Path(request.reference))
             reference = saved
         else:
-            other = open_checkpoint(request.reference, trust_remote_code=trust)
+            other = open_checkpoint(
+                request.reference, trust_remote_code=trust, checksums=request.checksums
+            )
     windows = _windows(checkpoint, tokenizer, request, saved, on_read)
     say(f"text: {', '.join(request.texts) or (request.reference if saved else BUILTIN)}")
     say(_protocol(windows))
@@ -213,6 +218,8 @@ def _protocol(windows: Windows) -> str:
 def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) -> Laws:
     device = check_device(request.device)
     dtype = parse_dtype(request.dtype) or default_dtype(checkpoint.layout, device)
+    for note in checkpoint.layout.notes:
+        say(note)
     wanted = resident_bytes(checkpoint.layout, dtype)
     if request.blockwise or wanted > MEMORY_SHARE * available_memory(device):
         say(f"{checkpoint.path}: run block by block ({wanted / 1e9:.2f} GB as a whole)")
@@ -229,6 +236,7 @@ def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) 
         device=request.device,
         runtime=request.runtime,
         trust_remote_code=request.trust_remote_code,
+        checksums=request.checksums,
     )
     say(f"{checkpoint.path}: {describe_runtime(model)} on {device}")
     return ResidentLaws(model)

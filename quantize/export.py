@@ -54,10 +54,13 @@ class Grid:
     zero_ng: Tensor | None
 
 
-def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) -> list[str]:
+def export(
+    path: str, out: Path, name: str, *, trust_remote_code: bool = False, checksums: bool = True
+) -> list[str]:
     """Write the packed checkpoint `path` to the directory `out`.
 
-    Returns command lines that serve it; none where no server is known to.
+    `checksums`: compare its files with theirs. Returns command lines that serve it; none where no
+    server is known to.
 
     Raises:
         UsageError: no such format, a checkpoint that is not packed, or OUT exists.
@@ -67,7 +70,7 @@ def export(path: str, out: Path, name: str, *, trust_remote_code: bool = False) 
         raise UsageError(f"--format {name}: expected one of {', '.join(FORMATS)} for a checkpoint")
     if out.exists():
         raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
-    checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code, checksums=checksums)
     check_places(checkpoint.path, out)
     if not checkpoint.layout.is_packed:
         raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")

@@ -502,6 +502,7 @@ def _small_files(
             "total_parameters": plan.num_parameters,
             "total_size": layout.num_bytes,
             "files": sorted([*shards, *files, PACKED_INDEX]),
+            "checksums": writer.checksums(),
         },
         "weight_map": {name: entry.path.name for name, entry in tensors.items()},
     }

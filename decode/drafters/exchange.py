@@ -36,7 +36,7 @@ from spectool.packed import EmbeddingRows
 from spectool.skeleton import build_meta
 
 from .eagle3 import Eagle3Heads
-from .heads import check_fit, fill, read_record, read_tensors
+from .heads import check_fit, fill, read_record, read_tensors, read_weights
 from .layer import layer_config
 from .trained import Heads
 
@@ -114,7 +114,13 @@ class Beginning:
 
 
 def export(
-    path: Path, model: str, out: Path, name: str, *, trust_remote_code: bool = False
+    path: Path,
+    model: str,
+    out: Path,
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    checksums: bool = True,
 ) -> list[str]:
     """Write the heads in `path` for the target `model` to the directory `out`.
 
@@ -137,7 +143,7 @@ def export(
     if out.exists():
         raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
     check_target(out, overwrite=False)
-    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, checksums=checksums)
     dtype = own_dtype(checkpoint.layout)
     target = Target(
         load_outside(
@@ -149,7 +155,7 @@ def export(
     )
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     check_fit(path, record, target, tokenizer, allow_other_target=False)
-    tensors = read_tensors(path / HEADS_FILE)
+    tensors = read_weights(path, record, check=checksums)
     drafter: Any = resolve(record.method, "drafter")
     heads: Heads = drafter.Heads(
         drafter.Heads.Config.from_dict(record.options), target.model, tensors.get("token_map")
@@ -176,8 +182,10 @@ def _way(method: str) -> str:
     )
 
 
-def read(place: Path, target: Any) -> Beginning:
+def read(place: Path, target: Any, *, checksums: bool = True) -> Beginning:
     """What lies in `place`, a directory of ours or in one of the formats, for a target's config.
+
+    With `checksums`, weights in a directory of ours are compared with theirs.
 
     Raises:
         CheckpointError: it is none of them, or damaged.
@@ -189,7 +197,7 @@ def read(place: Path, target: Any) -> Beginning:
             place=place,
             method=record.method,
             options=record.options,
-            tensors=read_tensors(place / HEADS_FILE),
+            tensors=read_weights(place, record, check=checksums),
             tokenizer=record.target.get("tokenizer"),
         )
     said = read_json(place / "config.json")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from spectool import checksums as sums
 from spectool import loading, methods
 from spectool.checkpoint import Checkpoint, read_tensor
 from spectool.decode.curve import machine_key
@@ -39,7 +40,8 @@ class HeadsRecord:
     right on held-out text, `conditional`: where those before it were (older records lack it).
     `tree`: paths of ranks, best first, with the share of held-out text that follows each.
     `tuned`: options of the drafter that were fastest, by model and machine
-    (`decode.curve.machine_key`), each with its speed over plain decoding.
+    (`decode.curve.machine_key`), each with its speed over plain decoding. `checksums`: those of
+    the weights by file (older records lack them).
     """
 
     method: str
@@ -52,6 +54,7 @@ class HeadsRecord:
     tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
     conditional: list[float] = field(default_factory=list)
     files: list[str] = field(default_factory=lambda: sorted([HEADS, HEADS_FILE]))
+    checksums: dict[str, dict[str, str]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def as_bytes(self) -> bytes:
@@ -113,11 +116,13 @@ def open_heads(
     target: Target,
     tokenizer: PreTrainedTokenizerBase | None,
     allow_other_target: bool,
+    checksums: bool = True,
 ) -> Drafter:
     """The drafter in a heads directory, on the target's device and in its dtype.
 
     `options` are those of the drafter, as `key=value,key=value`; for those that are not given,
-    what `tune` found for this model and machine stands before the defaults.
+    what `tune` found for this model and machine stands before the defaults. With `checksums` the
+    weights are compared with theirs.
 
     Raises:
         CheckpointError: damaged, or trained for another width, tokenizer or lineage.
@@ -125,7 +130,10 @@ def open_heads(
     record = read_record(path)
     check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
     drafter: Any = methods.resolve(record.method, "drafter")
-    tensors = read_tensors(path / HEADS_FILE)
+    tensors = read_weights(path, record, check=checksums)
+    note = f"{path}: {sums.NONE}"
+    if not record.checksums and note not in target.notes:
+        target.notes.append(note)
     token_map = tensors.get("token_map")
     heads: Heads = drafter.Heads(
         drafter.Heads.Config.from_dict(record.options),
@@ -142,9 +150,19 @@ def open_heads(
     return built
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, record: HeadsRecord, *, check: bool = True) -> dict[str, Tensor]:
+    """All tensors of a heads directory.
+
+    Raises:
+        CheckpointError: the file is damaged; with `check` also where only its checksum tells.
+    """
+    stored = sums.parse(record.checksums, path / HEADS) if check else {}
+    return read_tensors(path / HEADS_FILE, sums.guard(path / HEADS_FILE, stored))
+
+
+def read_tensors(file: Path, guard: sums.Guard | None = None) -> dict[str, Tensor]:
     """All tensors of a safetensors file."""
-    return {entry.name: read_tensor(entry) for entry in read_header(file)[1]}
+    return {entry.name: read_tensor(entry) for entry in read_header(file, guard=guard)[1]}
 
 
 def fill(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:

@@ -21,7 +21,7 @@ from spectool.decode.drafters.combined import Combined
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, UsageError
-from spectool.headers import HEADS
+from spectool.headers import HEADS, read_layout
 
 _AUTO = "ngram+recycle"
 # Closer than this to a name is a misspelling, farther away a hub id ("nope" is not "none").
@@ -86,10 +86,12 @@ def open_drafter(
     target: Target,
     target_tokenizer: PreTrainedTokenizerBase | None,
     allow_other_target: bool = False,
+    checksums: bool = True,
 ) -> Drafter:
     """The drafter of a specification, ready for this target; loads heads or a draft model.
 
     `allow_other_target` takes heads that were trained for another checkpoint of the same shape.
+    `checksums`: compare what is read with its own.
 
     Raises:
         InputError: what the specification names is damaged, or does not fit the target.
@@ -97,7 +99,13 @@ def open_drafter(
     return _joined(
         spec,
         [
-            _open(part, target, target_tokenizer, allow_other_target=allow_other_target)
+            _open(
+                part,
+                target,
+                target_tokenizer,
+                allow_other_target=allow_other_target,
+                checksums=checksums,
+            )
             for part in spec.parts
         ],
     )
@@ -132,6 +140,7 @@ def _open(
     target_tokenizer: PreTrainedTokenizerBase | None,
     *,
     allow_other_target: bool,
+    checksums: bool,
 ) -> Drafter:
     if part.path is None:
         return _named(part)
@@ -143,10 +152,14 @@ def _open(
             target=target,
             tokenizer=target_tokenizer,
             allow_other_target=allow_other_target,
+            checksums=checksums,
         )
     path = _local(part.path)
+    target.notes += read_layout(path).notes
     return drafter(
-        loading.load_model(path, dtype=target.dtype, device=str(target.device)),
+        loading.load_model(
+            path, dtype=target.dtype, device=str(target.device), checksums=checksums
+        ),
         part.config,
         target=target,
         tokenizer=loading.load_tokenizer(path),

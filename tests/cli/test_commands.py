@@ -252,6 +252,26 @@ def test_list_and_doctor(spectool: Spectool) -> None:
     assert spectool("list", "cheese").code == 2
     doctor = spectool("doctor", "--json").json
     assert doctor["packages"]["torch"] and doctor["machine"]["processor"]
+    found = doctor["machine"]
+    people = spectool("doctor").out
+    assert f"threads: {found['threads']} ({found['threads_reason']})" in people
+    assert "waiting threads: " in people
+
+
+def test_doctor_shows_the_newest_curves(
+    spectool: Spectool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "spectool").mkdir()
+    curves = {f"model {number}": {"1": 0.001, "2": 0.002} for number in range(8)}
+    (tmp_path / "spectool/curves.json").write_text(json.dumps(curves))
+    newest = spectool("doctor").out
+    assert [number for number in range(8) if f"model {number}: " in newest] == [3, 4, 5, 6, 7]
+    assert "and 3 older ones; --all shows them" in newest
+    everything = spectool("doctor", "--all").out
+    assert all(f"model {number}: " in everything for number in range(8))
+    assert "older ones" not in everything
+    assert spectool("doctor", "--json").json["passes"].keys() == curves.keys()
 
 
 def test_a_model_in_the_methods_place_gets_a_hint(

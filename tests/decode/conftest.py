@@ -106,11 +106,17 @@ def adversaries(scripted: Callable[..., Scripted]) -> Callable[[list[int], int],
 
 
 class Clock:
-    """Stands still unless it is moved, or is to move at every look. No test looks at a real one."""
+    """Stands still unless it is moved, or is to move at every look. No test looks at a real one.
+
+    Of its time the process waits the part `waits` for a processor.
+    """
 
     def __init__(self, tick: Callable[[], float] = lambda: 0.0) -> None:
-        self.now = 0.0
+        self.now = self.waits = 0.0
         self.tick = tick
+
+    def share(self) -> float:
+        return self.waits
 
     def perf_counter(self) -> float:
         self.now += self.tick()
@@ -121,8 +127,9 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What tuning and the measuring of passes take for the time."""
     made = Clock()
-    monkeypatch.setattr(curve, "time", made)
-    monkeypatch.setattr(tune, "time", made)
+    for module in (curve, tune):
+        monkeypatch.setattr(module, "time", made)
+        monkeypatch.setattr(module, "Waiting", lambda: made)
     return made
 
 

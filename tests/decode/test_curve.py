@@ -170,14 +170,66 @@ def test_a_curve_is_measured_once(
     clock.tick = lambda: 0.02
     target = Target(tiny("llama"))
     first = curves.curve_of(target)
-    curves.keep(Target(tiny("gpt2")), Curve({1: 9.0, 2: 9.5, 5: 10.0}))
+    curves.keep(Target(tiny("gpt2")), Curve({1: 0.03, 2: 0.04, 5: 0.05}))
     monkeypatch.setattr(curves, "measure", None)
     again = curves.curve_of(Target(tiny("llama")))
     assert again.points == first.points
     assert again.found == "known from before"
     # Only sizes that are chosen among are kept, and nothing but the file is left.
-    assert curves.curve_of(Target(tiny("gpt2"))).points == {1: 9.0, 2: 9.5}
+    assert curves.curve_of(Target(tiny("gpt2"))).points == {1: 0.03, 2: 0.04}
     assert [path for path in cache_folder.rglob("*") if path.is_file()] == [curves.curves_path()]
+
+
+def test_a_curve_of_a_busy_machine_is_not_left(tiny: Tiny, clock: Any, cache_folder: Path) -> None:
+    """Used now, and measured again by the next run."""
+    clock.tick, clock.waits = lambda: 0.4, 0.5
+    target = Target(tiny("llama"))
+    curve = curves.curve_of(target)
+    assert curve.found.endswith("beside other processes")
+    assert curves.read_curves() == {}
+    clock.waits = 0.0
+    assert not curves.curve_of(target).found.endswith("beside other processes")
+    assert curves.read_curves().keys() == {curves.machine_key(target)}
+
+
+@pytest.mark.parametrize(
+    ("factor", "believed"), [(1, True), (2, True), (0.5, True), (40, False), (0.02, False)]
+)
+def test_a_curve_from_before_that_is_far_off_is_measured_again(
+    tiny: Tiny, clock: Any, cache_folder: Path, factor: float, believed: bool
+) -> None:
+    clock.tick = lambda: 0.02
+    target = Target(tiny("llama"))
+    curves.keep(target, Curve({1: factor * 0.02, 2: factor * 0.03}))
+    found = curves.curve_of(target)
+    assert (found.found == "known from before") == believed
+    assert found.points[1] == pytest.approx(factor * 0.02 if believed else 0.02)
+    assert curves.read_curves()[curves.machine_key(target)] == found.points
+
+
+def test_one_slow_pass_is_no_reason_to_measure_again(
+    tiny: Tiny, clock: Any, cache_folder: Path
+) -> None:
+    target, passes = Target(tiny("llama")), []
+    own = target.verify
+
+    def verify(cache: Any, drafts: list[Draft]) -> Any:
+        passes.append(len(drafts[0]))
+        clock.now += 1.0 if len(passes) == 1 else 0.01
+        return own(cache, drafts)
+
+    target.verify = verify  # type: ignore[method-assign]
+    curves.keep(target, Curve({1: 0.01}))
+    assert curves.curve_of(target).found == "known from before"
+    assert passes == [1, 1]
+
+
+def test_the_newest_curve_comes_last(tiny: Tiny, cache_folder: Path) -> None:
+    targets = [Target(tiny(family)) for family in ("llama", "gpt2", "qwen3")]
+    for target in (*targets, targets[0]):
+        curves.keep(target, line(0.5))
+    keys = [curves.machine_key(target) for target in targets]
+    assert list(curves.read_curves()) == [keys[1], keys[2], keys[0]]
 
 
 def test_what_a_passs_time_depends_on_tells_curves_apart(

@@ -430,7 +430,17 @@ def test_closing_keeps_the_curve_and_closes_the_drafter(
     tuned = Tuned(inner, target, line(0.5))
     tuned.close()
     assert inner.closed
-    assert curves.curve_of(target).points == line(0.5).points
+    assert curves.read_curves() == {curves.machine_key(target): line(0.5).points}
+
+
+def test_a_curve_refined_on_a_busy_machine_is_not_kept(
+    tiny: Tiny, clock: Any, cache_folder: Path
+) -> None:
+    """Nor later: what the busy batch did to it is still in it."""
+    tuned = Tuned(Fixed(chain_of, clock), Target(tiny("llama")), line(0.5))
+    for clock.waits in (0.5, 0.0):
+        tuned.close()
+        assert curves.read_curves() == {}
 
 
 def test_it_is_the_drafter_that_it_tunes(clock: Any) -> None:

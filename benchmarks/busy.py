@@ -1,0 +1,116 @@
+"""Tokens a second of `spectool generate` where other processes keep the processors busy.
+
+    python benchmarks/busy.py --shared FOLDER [--out …/results/…json] [--busy 0 2] [--rounds 3]
+
+FOLDER holds `models/codestory-10M` (see its README). It is decoded itself, and widened to 100 M
+parameters (`widened.py`), which computes the same function at the cost of such a model. Each
+command runs in a process of its own: with one thread; with two whose spin is OpenMP's own; with
+two and the spin that the command line sets. Of several rounds, in which they take turns, the median
+counts. Other processes are loops that never end, one a processor; `--other-work` marks figures that
+were taken beside further ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from widened import widen
+
+from spectool.machine import describe
+from spectool.processors import NUM_THREADS, SPIN, WAIT_POLICY
+
+WIDTHS = {"hidden": 1024, "intermediate": 2944, "heads": 32}
+PROMPT = "def fibonacci(n):\n"
+# libgomp's own, written out: whoever sets it is left alone.
+OWN_SPIN = {"GOMP_SPINCOUNT": "300000"}
+WAYS: dict[str, tuple[int, dict[str, str]]] = {
+    "1 thread": (1, {}),
+    "2 threads, OpenMP's own spin": (2, OWN_SPIN),
+    "2 threads, bounded spin": (2, {}),
+}
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that compute and never wait."""
+    loop = [sys.executable, "-c", "while True: pass"]
+    running = [subprocess.Popen(loop) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def tokens_per_second(model: Path, threads: int, spin: dict[str, str], count: int) -> float:
+    decided = (*SPIN, WAIT_POLICY, *NUM_THREADS)
+    environ = {name: value for name, value in os.environ.items() if name not in decided}
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "spectool", "generate", str(model), "--prompt", PROMPT,
+            "--dtype", "float32", "--threads", str(threads), "--max-new-tokens", str(count),
+            "--draft", "none", "--json",
+        ],
+        capture_output=True, text=True, check=True, env={**environ, **spin},
+    )  # fmt: skip
+    return float(json.loads(done.stdout)["tokens_per_second"])
+
+
+def measure(model: Path, count: int, numbers: list[int], rounds: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for number in numbers:
+        speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+        with busy(number):
+            for _ in range(rounds):
+                for way, (threads, spin) in WAYS.items():
+                    speeds[way].append(tokens_per_second(model, threads, spin, count))
+        row = {way: statistics.median(each) for way, each in speeds.items()}
+        found[f"{number} busy processes beside"] = row
+        shown = ", ".join(f"{way} {speed:.1f}" for way, speed in row.items())
+        print(f"{model.name}, {number} busy processes: {shown} tokens/s", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--other-work", action="store_true")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    model = given.shared / "models/codestory-10M"
+    result: dict[str, Any] = {
+        "benchmark": "busy",
+        "machine": describe(),
+        "beside_other_work": given.other_work,
+        "rounds": given.rounds,
+        "new_tokens": given.tokens,
+        "spin": SPIN,
+        "tokens_per_second": {},
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        wide = Path(scratch) / "codestory-10M widened"
+        result["widened_parameters"] = widen(model, wide, **WIDTHS, dtype="float32")
+        for each in (model, wide):
+            found = measure(each, given.tokens, given.busy, given.rounds)
+            result["tokens_per_second"][each.name] = found
+            if given.out:
+                given.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What comparing an artifact's files with their checksums adds to loading it.
+
+Packs a random bf16 Llama of a billion parameters by `int8` (about 1.1 GB) and loads it in turns
+with and without the comparison: from the page cache, and from the disk after its pages were
+dropped. A packed model is mapped, not read, until its first pass, so a load is measured both by
+itself and until every weight was looked at once, as the first pass does; and unpacked to dense.
+
+    python benchmarks/checksums.py [--layers 14] [--rounds 7] [--busy] [--out …/results/…json]
+
+`--busy` marks figures that were taken beside other work. Whether the disk is one, or a cache of
+the host's, shows in the bytes a second that reading the dropped files takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from quantize_memory import write_checkpoint
+
+from spectool.loading import load_model
+from spectool.machine import describe
+
+CHUNK = 1 << 22
+
+
+def drop(files: list[Path]) -> None:
+    """Have the system forget the pages of these files."""
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def read(files: list[Path]) -> None:
+    buffer = bytearray(CHUNK)
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+
+
+def look(model: Any) -> None:
+    """Read every weight once."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.numel():
+            tensor.detach().reshape(-1).view(torch.uint8).amax()
+
+
+def measure(artifact: Path, files: list[Path], rounds: int) -> dict[str, Any]:
+    def load(checksums: bool, *, runtime: str = "packed", looks: bool = False) -> None:
+        model = load_model(artifact, runtime=runtime, checksums=checksums)
+        if looks:
+            look(model)
+
+    ways: dict[str, tuple[int, bool, Callable[[bool], None]]] = {
+        "cached, mapped only": (rounds, False, load),
+        "cached, every weight read": (rounds, False, lambda sums: load(sums, looks=True)),
+        "cached, unpacked to dense": (3, False, lambda sums: load(sums, runtime="dense")),
+        "disk, every weight read": (3, True, lambda sums: load(sums, looks=True)),
+    }
+    found = {}
+    for name, (count, dropped, way) in ways.items():
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        # One more: the first pair pays for what is made once.
+        for at in range(count + 1):
+            for checksums in (True, False) if at % 2 else (False, True):
+                gc.collect()
+                if dropped:
+                    drop(files)
+                began = time.perf_counter()
+                way(checksums)
+                seconds[checksums].append(time.perf_counter() - began)
+        best = {checksums: min(times[1:]) for checksums, times in seconds.items()}
+        found[name] = {
+            "seconds_without": best[False],
+            "seconds_with": best[True],
+            "added": best[True] / best[False] - 1,
+            "rounds": count,
+        }
+        print(name, json.dumps(found[name]), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--scratch", type=Path, help="where the artifact is written for a while")
+    given = parser.parse_args()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
+        model, artifact = Path(scratch) / "model", Path(scratch) / "artifact"
+        parameters, _ = write_checkpoint(model, given.layers)
+        command = ["quantize", "int8", str(model), str(artifact), "--device", "cpu"]
+        subprocess.run(
+            [sys.executable, "-m", "spectool", *command], check=True, capture_output=True
+        )
+        files = sorted(artifact.glob("*.safetensors"))
+        num_bytes = sum(file.stat().st_size for file in files)
+        speeds = {}
+        for name, prepare in (("disk", drop), ("page cache", read)):
+            prepare(files)
+            began = time.perf_counter()
+            read(files)
+            speeds[name] = num_bytes / (time.perf_counter() - began)
+        result = {
+            "benchmark": "checksums",
+            "machine": describe(),
+            "beside_other_work": given.busy,
+            "parameters": parameters,
+            "bytes": num_bytes,
+            "files": len(files),
+            "read_bytes_per_second": speeds,
+            "loads": measure(artifact, files, given.rounds),
+        }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if given.out:
+        given.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What was written is what is read: a flipped byte or another artifact's shard is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from transformers import AutoModelForCausalLM
+
+from spectool import checksums
+from spectool.artifact import ArtifactWriter
+from spectool.checkpoint import open_checkpoint
+from spectool.checksums import Checksums, Guard
+from spectool.errors import CheckpointError
+from spectool.headers import PACKED_INDEX, read_layout
+from spectool.loading import load_model
+from spectool.methods import resolve
+from spectool.quantize.run import Job, quantize
+from spectool.skeleton import Skeleton
+
+JOB = Job(method="rtn", config=resolve("rtn", "quantizer").Config(bits=4))
+SHARDS = [f"packed-0000{index}-of-00003.safetensors" for index in range(3)]
+
+
+@pytest.fixture(scope="module")
+def artifacts(
+    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Two artifacts of equal shapes; read-only."""
+    place = tmp_path_factory.mktemp("artifacts")
+    for seed in (0, 1):
+        quantize(checkpoint("llama", seed=seed), place / str(seed), JOB)
+    return place / "0", place / "1"
+
+
+@pytest.fixture
+def copied(artifacts: tuple[Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifacts[0], tmp_path / "copy"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def forget(path: Path) -> None:
+    """Make an artifact one of an older spectool."""
+    index = json.loads((path / PACKED_INDEX).read_text())
+    del index["metadata"]["checksums"]
+    (path / PACKED_INDEX).write_text(json.dumps(index))
+
+
+def test_checksums_are_those_of_the_definitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksums, "WINDOW", 1 << 14)
+    monkeypatch.setattr(checksums, "CHUNK", 1000)
+    for size in (1, (1 << 14) - 1, 1 << 14, (1 << 15) + 5):
+        data = torch.arange(size, dtype=torch.int32).numpy().tobytes()[:size]
+        (tmp_path / "x").write_bytes(data)
+        found = checksums.of_file(tmp_path / "x")
+        assert found.sha256 == hashlib.sha256(data).hexdigest()
+        assert found.xxh3_64 == xxhash.xxh3_64_hexdigest(data)
+        Guard(tmp_path / "x", found.xxh3_64).check()
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("kind", ["flipped", "foreign"])
+def test_a_shard_that_is_another_is_not_loaded(
+    artifacts: tuple[Path, Path], copied: Path, shard: str, kind: str
+) -> None:
+    if kind == "flipped":
+        flip(copied / shard)
+    else:
+        shutil.copy(artifacts[1] / shard, copied / shard)
+    for load in (load_model, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=f"{shard}: damaged, or not the file"):
+            load(copied)
+    load_model(copied, checksums=False)
+
+
+def test_the_way_of_loading_leaves_no_trace(copied: Path) -> None:
+    for model in (
+        load_model(copied),
+        load_model(copied, checksums=False),
+        AutoModelForCausalLM.from_pretrained(copied),
+    ):
+        assert "checksums" not in model.config.to_dict()["quantization_config"]
+
+
+def test_a_shard_is_compared_when_it_is_first_read_from(copied: Path) -> None:
+    """Block by block, the others are not touched."""
+    flip(copied / SHARDS[2])
+    checkpoint = open_checkpoint(copied)
+    skeleton = Skeleton(checkpoint.layout)
+    first, second = skeleton.blocks
+    assert skeleton.read(checkpoint, skeleton.tensors_of(first))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=SHARDS[2]):
+            skeleton.read(checkpoint, skeleton.tensors_of(second))
+    with pytest.raises(CheckpointError, match=SHARDS[2]):
+        checkpoint.fingerprint()
+    unchecked = open_checkpoint(copied, checksums=False)
+    assert skeleton.read(unchecked, skeleton.tensors_of(second))
+
+
+def test_a_shard_is_compared_once(artifacts: tuple[Path, Path], monkeypatch: Any) -> None:
+    checkpoint = open_checkpoint(artifacts[0])
+    read: list[Path] = []
+    own = checksums._xxh3
+    monkeypatch.setattr(checksums, "_xxh3", lambda path: read.append(path) or own(path))
+    for _ in range(2):
+        for name in checkpoint.layout.tensors:
+            checkpoint.read(name)
+    assert sorted(path.name for path in read) == SHARDS
+
+
+def test_an_older_artifact_loads_with_a_note(copied: Path) -> None:
+    assert read_layout(copied).notes == []
+    forget(copied)
+    flip(copied / SHARDS[1])
+    load_model(copied)
+    AutoModelForCausalLM.from_pretrained(copied)
+    assert read_layout(copied).notes == [
+        f"{copied}: has no checksums to compare its files with: an older spectool wrote it"
+    ]
+
+
+def test_a_dense_checkpoint_has_neither_checksums_nor_a_note(
+    checkpoint: Callable[..., Path],
+) -> None:
+    layout = read_layout(checkpoint("llama"))
+    assert not layout.checksums and not layout.guards and not layout.notes
+
+
+@pytest.mark.parametrize(
+    ("said", "refusal"),
+    [
+        (7, "cannot be read"),
+        ([], "cannot be read"),
+        ({SHARDS[0]: None}, "cannot be read"),
+        ({SHARDS[0]: {"sha256": "0"}}, "cannot be read"),
+        ({SHARDS[0]: {"sha256": "0", "xxh3_64": 1}}, "cannot be read"),
+        ({"../x": {"sha256": "0", "xxh3_64": "0"}}, "cannot be read"),
+        ({SHARDS[0]: {"sha256": "0", "xxh3_64": "0"}}, f"{SHARDS[1]}: has no checksum"),
+    ],
+)
+def test_checksums_that_cannot_be_right(copied: Path, said: Any, refusal: str) -> None:
+    index = json.loads((copied / PACKED_INDEX).read_text())
+    index["metadata"]["checksums"] = said
+    (copied / PACKED_INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=refusal):
+        load_model(copied)
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(
+    artifacts: tuple[Path, Path],
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the part before was left by a spectool that stored SHA-256 alone, and where a
+    shard was damaged meanwhile."""
+
+    def killed(self: ArtifactWriter, files: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactWriter, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(checkpoint("llama"), tmp_path / "out", JOB)
+    manifest = json.loads((tmp_path / "out.partial.json").read_text())
+    for said in manifest["shards"].values():
+        del said["xxh3_64"]
+    (tmp_path / "out.partial.json").write_text(json.dumps(manifest))
+    flip(tmp_path / "out.partial" / SHARDS[1])
+    quantize(checkpoint("llama"), tmp_path / "out", JOB)
+    for path in artifacts[0].iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_verifying_compares_both(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"data")
+    right = checksums.of_file(tmp_path / "x")
+    checksums.verify(tmp_path, {"x": right})
+    for wrong, kind in (
+        (Checksums("0", right.xxh3_64), "SHA-256"),
+        (Checksums(right.sha256, "0"), "XXH3"),
+    ):
+        with pytest.raises(CheckpointError, match=f"its {kind} is"):
+            checksums.verify(tmp_path, {"x": wrong})
