@@ -40,6 +40,7 @@ _CHUNK = 512
 _REFUSED = {
     "bloom": "its ALiBi biases are derived from a 2-D mask",
     "mpt": "its ALiBi biases are derived from column numbers",
+    "git": "its forward takes no 4-D mask in transformers 5.17",
     "gpt_neo": "its causal mask is derived from column numbers",
     "moshi": "its caches have a window that its masks have not",
 }
