@@ -9,19 +9,19 @@ from transformers import PreTrainedModel
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module | None:
-    """The decoder with the embedding of its tokens; None if transformers names none.
+    """The decoder, which has the embedding and not the output matrix; None if there is none.
 
-    transformers looks for it by name, and finds the output matrix of ModernBERT's decoder, which is
-    called so.
+    transformers looks for it by name. That finds the output matrix of ModernBERT's decoder, which
+    is called so, and all of Mllama's text model.
     """
-    source: Any = model
-    found: nn.Module | None = source.get_decoder()
-    if found is None or _holds_embedding(found, model):
+    found: nn.Module | None = model.get_decoder()  # type: ignore[no-untyped-call]
+    if found is None or _is_decoder(found, model):
         return found
-    base: nn.Module = model.base_model
-    return base if _holds_embedding(base, model) else found
+    inner = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return next((part for part in inner if _is_decoder(part, model)), found)
 
 
-def _holds_embedding(part: nn.Module, model: Any) -> bool:
-    table = model.get_input_embeddings()
-    return any(module is table for module in part.modules())
+def _is_decoder(part: nn.Module, model: Any) -> bool:
+    held = {id(module) for module in part.modules()}
+    table, output = model.get_input_embeddings(), model.get_output_embeddings()
+    return id(table) in held and id(output) not in held

@@ -233,6 +233,7 @@ class Runner:
                 )
                 for index, (prompt, limit, ends) in enumerate(jobs)
             ]
+            batch_size = batch_size if self.target.keeps_rows else 1
             try:
                 for start in range(0, len(rows), batch_size):
                     group = rows[start : start + batch_size]
@@ -260,6 +261,7 @@ class Runner:
 
     def _open(self, rows: list[Row], reuse: bool) -> TreeCache:
         prompts = [row.tokens for row in rows]
+        reuse = reuse and self.target.keeps_rows
         if not (reuse and self._cache is not None and len(self._cache.tokens) == len(rows)):
             self._cache = self.target.cache(len(rows))
         self._cache.keep_prefix(prompts)

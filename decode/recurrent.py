@@ -49,6 +49,8 @@ CHAINS = {
 }
 # Those whose scan begins with an empty state whatever came before.
 FORGETFUL = {"falcon_mamba", "jamba", "mamba", "recurrent_gemma", "zamba"}
+# Those whose modules keep the state, whatever cache is given.
+_IN_MODULES = {"recurrent_gemma"}
 _UNBOUNDED = (0.0, float("inf"))
 
 
@@ -74,6 +76,9 @@ class RecurrentTarget(Target):
         elif any(limit and tuple(limit) != _UNBOUNDED for limit in limits):
             self.plain = "passes of several tokens bound the time steps, those of one do not"
         self.takes_drafts = not self.plain
+        if self.name in _IN_MODULES:
+            self.keeps_rows = False
+            self.notes.append(f"{self.name}: its modules keep the state; one text after another")
 
     def _unfit(
         self, model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]

@@ -40,6 +40,7 @@ _CHUNK = 512
 _REFUSED = {
     "bloom": "its ALiBi biases are derived from a 2-D mask",
     "mpt": "its ALiBi biases are derived from column numbers",
+    "git": "its forward takes no 4-D mask in transformers 5.17",
     "gpt_neo": "its causal mask is derived from column numbers",
     "moshi": "its caches have a window that its masks have not",
 }
@@ -67,7 +68,8 @@ class Target:
     """A causal model as the loop sees it. `context` bounds prompt and new tokens together.
 
     `notes` says what had to be changed or bounded to run it rightly. `takes_drafts`: passes of
-    several tokens are right after others.
+    several tokens are right after others. `keeps_rows`: its caches hold all that a text leaves, so
+    that several can take turns.
 
     Raises:
         UnsupportedError: an architecture that tree passes cannot be right for.
@@ -75,6 +77,7 @@ class Target:
     """
 
     takes_drafts = True
+    keeps_rows = True
 
     def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
         config = model.config.get_text_config(decoder=True)

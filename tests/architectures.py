@@ -103,9 +103,13 @@ def examine(entry: Entry, scratch: Path, tell: Tell) -> None:
     """Build the entry's model and run every check on it."""
     place = scratch / "model"
     try:
-        model = shrunken.build(shrunken.tiny_config(entry.model_type, **entry.extra))
+        config = shrunken.tiny_config(entry.model_type, **entry.extra)
+        model = shrunken.build(config)
         tell("class", type(model).__name__)
         model.save_pretrained(place)
+        if type(model.config) not in AutoModelForCausalLM._model_mapping:
+            # The text's part of a model with other parts, which transformers opens as a whole.
+            config.save_pretrained(place)
         tokenizer().save_pretrained(place)
         theirs = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
         generator = torch.Generator().manual_seed(0)
@@ -230,7 +234,9 @@ def collect(file: Path, out: Path) -> None:
         "command": "python tests/architectures.py",
         "entries": rows,
     }
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(map(json.dumps, result.pop("entries")))
+    head = json.dumps(result, indent=1).removesuffix("\n}")
+    out.write_text(f'{head},\n "entries": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def main() -> None:

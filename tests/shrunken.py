@@ -166,7 +166,8 @@ def _tokens(said: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in said.items():
         if name in usual:
-            made[name] = usual[name]
+            # Whoever has no padding may not take some rightly.
+            made[name] = None if value is None else usual[name]
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             made[name] = VOCAB - 1 - len(made)
     return made

@@ -19,6 +19,12 @@ SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidd
         ("Llama", {**SIZES, "num_attention_heads": 2}, "LlamaModel"),
         # transformers takes its output matrix, `decoder`, for it.
         ("ModernBertDecoder", {**SIZES, "num_attention_heads": 2}, "ModernBertDecoderModel"),
+        # Here its whole text model, with the output matrix.
+        (
+            "MllamaText",
+            {**SIZES, "num_attention_heads": 2, "num_key_value_heads": 2},
+            "MllamaTextModel",
+        ),
         # The embedding lies inside of the inner decoder.
         (
             "OPT",
@@ -29,6 +35,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidd
 )
 def test_the_decoder_holds_the_embedding(name: str, options: dict[str, Any], kind: str) -> None:
     config = getattr(transformers, f"{name}Config")(**options, pad_token_id=0)
+    kind_of_model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = kind_of_model(config)
     assert type(decoder_of(model)).__name__ == kind

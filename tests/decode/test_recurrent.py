@@ -137,12 +137,23 @@ def test_some_families_decode_plainly(
     (result,) = runner.generate([prompt], max_new_tokens=9)
     assert result.token_ids == reference(model, prompt, 9)
     assert (result.forwards, result.drafted) == (9, 0)
-    (note,) = runner.target.notes
+    note = runner.target.notes[-1]
     assert note.startswith(f"{family}: passes of several tokens ")
     assert note.endswith("; decoding plainly")
     cache = runner.target.cache(1)
     with pytest.raises(UnsupportedError, match="takes no drafts: passes of several tokens"):
         runner.target.verify(cache, [tree.chain([3, 4], kind="deterministic")])
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_prompts_together_are_as_alone(
+    tiny: Tiny, family: str, endless: Any, reference: Any, prompt_of: Any
+) -> None:
+    """Also where modules keep the state (RecurrentGemma), which the next row would overwrite."""
+    model, prompts = endless(tiny(family)), [prompt_of(length) for length in (4, 9, 6)]
+    results = Runner(model).generate(prompts, max_new_tokens=6, batch_size=3)
+    for prompt, result in zip(prompts, results, strict=True):
+        assert result.token_ids == reference(model, prompt, 6)
 
 
 @pytest.mark.parametrize("family", PLAIN)
@@ -226,7 +237,7 @@ def test_sampled_text_is_that_of_plain_sampling(family: str, endless: Any, promp
         assert result.drafted > 0
 
 
-@pytest.mark.parametrize("family", [*KINDS, "mamba", "zamba"])
+@pytest.mark.parametrize("family", [*KINDS, "mamba", "zamba", "recurrent_gemma"])
 def test_a_kept_cache_goes_on_or_starts_over(
     tiny: Tiny, family: str, adversaries: Any, endless: Any, prompt_of: Any
 ) -> None:
