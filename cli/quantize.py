@@ -137,7 +137,8 @@ def quantize(
     """Compress MODEL into the directory OUT."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
-        from spectool.loading import check_device, parse_dtype
+        from spectool.dtypes import parse_dtype
+        from spectool.loading import check_device
         from spectool.quantize import auto, run
         from spectool.quantize.budget import Budget, widths
         from spectool.quantize.choice import Choice, read_plan, skipping

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectool import given
 from spectool.errors import CheckpointError
 
 # Bits of one element; sub-byte types pack several elements into a byte.
@@ -28,7 +29,7 @@ DTYPE_BITS = {
 DENSE_INDEX = "model.safetensors.index.json"
 DENSE_FILE = "model.safetensors"
 PACKED_INDEX = "packed.safetensors.index.json"
-HEADS = "spectool_heads.json"
+HEADS = given.HEADS
 HEADS_FILE = "heads.safetensors"
 
 # The newest layout of artifacts that is read here, and the one that is written.
@@ -100,8 +101,13 @@ class Layout:
         """Most tokens the model was made for; None where the configuration does not say."""
         text_config = self.config.get("text_config") or self.config
         for key in ("max_position_embeddings", "n_positions"):
-            if isinstance(text_config.get(key), int):
-                return int(text_config[key])
+            length = text_config.get(key)
+            if isinstance(length, int):
+                if length < 1:
+                    raise CheckpointError(
+                        f"{self.path}: config.json: {key} is {_brief(length)}, expected at least 1"
+                    )
+                return length
         return None
 
     @property
@@ -196,8 +202,8 @@ def read_header(path: Path) -> tuple[dict[str, str], list[TensorEntry]]:
         header = json.loads(raw)
         metadata = dict(header.pop("__metadata__", {}))
         entries = [_entry(path, 8 + length, name, said) for name, said in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its header is not a safetensors header") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+        raise CheckpointError(f"{path}: its header is not a safetensors header") from e
     entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
     end = 8 + length
     for entry in entries:
@@ -254,23 +260,18 @@ def read_layout(path: Path) -> Layout:
 
     Raises:
         CheckpointError: no directory, no configuration, no safetensors weights, a damaged file, or
-            an index that names absent files or tensors.
+            an index that names absent files or tensors; or something else than a checkpoint.
+        UnsupportedError: a drafter, an encoder-decoder or a diffusion pipeline.
     """
-    if not path.is_dir():
-        what = "is a file, not a checkpoint directory" if path.exists() else "no such directory"
-        raise CheckpointError(f"{path}: {what}")
-    if (path / "spectool_heads.json").exists() and not (path / "config.json").exists():
-        raise CheckpointError(f"{path}: draft heads, not a checkpoint")
+    given.check_place(path)
     config = read_json(path / "config.json")
+    given.check_config(path, config)
     index = next((path / n for n in (PACKED_INDEX, DENSE_INDEX) if (path / n).exists()), None)
     metadata: dict[str, str] = {}
     tensors: dict[str, TensorEntry] = {}
     if index is None:
         if not (path / DENSE_FILE).exists():
-            raise CheckpointError(
-                f"{path}: no safetensors weights ({DENSE_FILE} or {DENSE_INDEX})",
-                hint=_pickled(path),
-            )
+            raise given.without_weights(path, f"{DENSE_FILE} or {DENSE_INDEX}")
         metadata, entries = read_header(path / DENSE_FILE)
         tensors = {entry.name: entry for entry in entries}
     else:
@@ -299,9 +300,3 @@ def _indexed(index: Path) -> Iterator[tuple[dict[str, str], TensorEntry]]:
         if name not in found[file]:
             raise CheckpointError(f"{index}: says that {name} is in {file}, but it is not")
         yield metadata[file], found[file][name]
-
-
-def _pickled(path: Path) -> str | None:
-    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-        return "pickled weights are never read; save the model with safetensors first"
-    return None

@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -29,9 +37,11 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from spectool import contents, given
 from spectool.checkpoint import Checkpoint, read_tensor
-from spectool.errors import CheckpointError, UnsupportedError
-from spectool.headers import Layout
+from spectool.dtypes import with_plain_dtypes
+from spectool.errors import UnsupportedError, opening
+from spectool.headers import Layout, read_json
 from spectool.packed import PackedExperts, field_specs, swap_in
 
 
@@ -83,38 +93,17 @@ class Skeleton:
     def __init__(self, layout: Layout, *, trust_remote_code: bool = False) -> None:
         self.layout = layout
         self.config = read_config(layout.path, trust_remote_code=trust_remote_code)
-        self.model = build_meta(self.config, trust_remote_code=trust_remote_code)
-        self.decoder_name, self.blocks = find_blocks(self.model)
-        self.modules: dict[str, dict[str, Any]] = {}
-        if layout.is_packed:
-            self.modules = layout.modules
-            self.origins = {name: Origin(((name, name),), None) for name in layout.tensors}
-        elif layout.quantization is not None:
+        if layout.quantization is not None and not layout.is_packed:
             by = layout.quantization.get("quant_method", "an unnamed method")
             raise UnsupportedError(f"{layout.path}: is quantized by {by}, not by spectool")
-        else:
-            self.origins = _origins(self.model, layout.tensors)
-        wanted = self.model.state_dict()
-        expected = set(wanted) - {
-            name if said.get("expert") else f"{name}.weight" for name, said in self.modules.items()
-        }
-        if any(said.get("expert") for said in self.modules.values()):
-            expected -= {name.rpartition(".")[0] for name in self.modules}
-        tied = set(self.model.all_tied_weights_keys)
-        missing = sorted(expected - set(self.origins) - tied)
-        if missing:
-            raise CheckpointError(
-                f"{layout.path}: {len(missing)} tensors of {type(self.model).__name__} are in no "
-                f"file, among them {missing[0]}"
-            )
-        for name in wanted.keys() & self.origins.keys():
-            stored, converter = self.origins[name].stored, self.origins[name].converter
-            shape = layout.tensors[stored[0][0]].shape
-            if converter is None and shape != tuple(wanted[name].shape):
-                raise CheckpointError(
-                    f"{layout.path}: {name} is {list(shape)}, but the configuration says "
-                    f"{list(wanted[name].shape)}"
-                )
+        self.modules = layout.modules
+        self.model, self.origins = resolve(layout, self.config, trust_remote_code=trust_remote_code)
+        self.decoder_name, self.blocks = find_blocks(self.model)
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the stored tensors that no module takes."""
+        return unused_tensors(self.model, self.layout)
 
     def sites(self, block: str) -> list[Site]:
         """The packable matrices of a block, in the order of its modules."""
@@ -161,7 +150,8 @@ class Skeleton:
         found: dict[str, Tensor] = {}
         for name in names:
             if name not in found:
-                found.update(_realise(self.model, checkpoint, name, self.origins[name]))
+                get = functools.partial(_stored, checkpoint.layout)
+                found.update(_realise(self.model, get, name, self.origins[name]))
         return found
 
     def materialise(
@@ -236,32 +226,67 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedCon
         UnsupportedError: transformers does not know the model type.
         CheckpointError: the configuration contradicts itself.
     """
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code
-        )
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        hint = (
-            "--trust-remote-code runs the code in it" if "trust_remote_code" in str(error) else None
-        )
-        raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
-    except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: its config.json is not valid: {reason}") from error
+    said = read_json(path / "config.json")
+    given.check_config(path, said)
+    with opening(path, "its config.json is not valid"):
+        plain = with_plain_dtypes(said, path)
+        try:
+            if plain == said:
+                return _config_in(path, trust_remote_code)
+            return _config_of(plain, path, trust_remote_code)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            known = "trust_remote_code" in str(error)
+            if not known and said.get("model_type") in CONFIG_MAPPING:
+                raise
+            hint = "--trust-remote-code runs the code in it" if known else None
+            raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
+
+
+def _config_in(place: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        place, trust_remote_code=trust_remote_code
+    )
     return config
+
+
+def _config_of(said: Mapping[str, Any], path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration that `said` describes, as if it stood in `path`."""
+    remote = said.get("auto_map")
+    if isinstance(remote, dict):
+        # The code stays where it is.
+        own = {key: f"{path}--{value}" for key, value in remote.items() if "--" not in value}
+        said = {**said, "auto_map": {**remote, **own}}
+    with tempfile.TemporaryDirectory(prefix="spectool-") as place:
+        file = Path(place) / "config.json"
+        file.write_text(json.dumps(said), encoding="utf-8")
+        config = _config_in(file, trust_remote_code)
+    config._name_or_path = str(path)
+    return config
+
+
+# Configurations with a flag that their models do not read: these are decoders always.
+_DECODERS = ("gpt_neox", "gpt_neox_japanese", "trocr")
+
+
+def no_decoder(config: PreTrainedConfig) -> str | None:
+    """Why a model of this configuration is no causal decoder, if so."""
+    if given.is_encoder_decoder(config):
+        return given.ENCODER_DECODER
+    flagged = getattr(config, "is_decoder", True) is False and config.model_type not in _DECODERS
+    if flagged or getattr(config, "causal", True) is False:
+        return "an encoder here: each token sees those after it; spectool handles causal models"
+    return None
 
 
 def model_class(config: PreTrainedConfig) -> Any:
     """The auto class that opens this configuration: a causal model, else a multimodal wrapper.
 
     Raises:
-        UnsupportedError: neither knows it, or it is an encoder-decoder.
+        UnsupportedError: neither knows it, or it is no causal decoder.
     """
-    if config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"{config.model_type} is an encoder-decoder; spectool handles decoder-only models"
-        )
+    if (reason := no_decoder(config)) is not None:
+        raise UnsupportedError(f"{config.model_type} is {reason}")
     remote = getattr(config, "auto_map", None) or {}
     for auto in (AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         if type(config) in auto._model_mapping or auto.__name__ in remote:
@@ -270,18 +295,70 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 def build_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The whole model on the meta device, in eval mode."""
+    """The whole model on the meta device, in eval mode.
+
+    Raises:
+        CheckpointError: no model can be built of this configuration.
+    """
     dense = copy.deepcopy(config)
     if hasattr(dense, "quantization_config"):
         del dense.quantization_config
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class(config).from_config(
-            dense, trust_remote_code=trust_remote_code
-        )
-    # Fused expert kernels hide which expert saw which token; the plain loop shows it.
-    model.set_experts_implementation("eager")
+    kind = model_class(config)
+    where = config._name_or_path or config.model_type
+    with opening(where, "no model can be built of its config.json"):
+        with torch.device("meta"):
+            model: PreTrainedModel = kind.from_config(dense, trust_remote_code=trust_remote_code)
+        # Fused expert kernels hide which expert saw which token; the plain loop shows it.
+        model.set_experts_implementation("eager")
     model.train(False)
     return model
+
+
+def resolve(
+    layout: Layout, config: PreTrainedConfig, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, dict[str, Origin]]:
+    """The meta model of a dense or packed checkpoint, and where each of its tensors comes from.
+
+    Raises:
+        CheckpointError: tensors of the architecture are in no file, or have another shape.
+    """
+    with contents.bounded(layout):
+        model = build_meta(config, trust_remote_code=trust_remote_code)
+    with opening(layout.path, "its tensors do not fit its configuration"):
+        wanted = model.state_dict()
+        if layout.is_packed:
+            origins = {name: Origin(((name, name),), None) for name in layout.tensors}
+        else:
+            origins = _origins(model, layout.tensors)
+        modules = layout.modules
+        expected = set(wanted) - {
+            name if said.get("expert") else f"{name}.weight" for name, said in modules.items()
+        }
+        if any(said.get("expert") for said in modules.values()):
+            expected -= {name.rpartition(".")[0] for name in modules}
+        tied = set(model.all_tied_weights_keys)
+        contents.check_missing(model, layout, sorted(expected - set(origins) - tied))
+        for name in wanted.keys() & origins.keys():
+            shape = _shape_of(model, layout, name, origins[name])
+            contents.check_shape(layout, name, shape, wanted[name].shape)
+        contents.check_tables(model, layout)
+    return model, origins
+
+
+def _shape_of(model: PreTrainedModel, layout: Layout, name: str, origin: Origin) -> torch.Size:
+    """The shape of a model's tensor as it would be read, joined on the meta device if need be."""
+    if origin.converter is None:
+        return torch.Size(layout.tensors[origin.stored[0][0]].shape)
+    return _realise(model, functools.partial(_shell, layout), name, origin)[name].shape
+
+
+def unused_tensors(model: PreTrainedModel, layout: Layout) -> list[str]:
+    """Names of a dense checkpoint's stored tensors that no module of this model takes."""
+    if layout.quantization is not None:
+        return []
+    origins = _origins(model, layout.tensors)
+    taken = [key for origin in origins.values() for key, _ in origin.stored]
+    return contents.left_over(model, layout.tensors, taken)
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
@@ -394,10 +471,19 @@ def _targets(first: str, converter: WeightConverter) -> list[str]:
     return [first.replace(head, pattern) for pattern in converter.target_patterns]
 
 
+def _stored(layout: Layout, name: str) -> Tensor:
+    return read_tensor(layout.tensors[name])
+
+
+def _shell(layout: Layout, name: str) -> Tensor:
+    """A tensor of the stored shape without values."""
+    return torch.empty(layout.tensors[name].shape, device="meta")
+
+
 def _realise(
-    model: PreTrainedModel, checkpoint: Checkpoint, name: str, origin: Origin
+    model: PreTrainedModel, get: Callable[[str], Tensor], name: str, origin: Origin
 ) -> dict[str, Tensor]:
-    read = {key: read_tensor(checkpoint.layout.tensors[key]) for key, _ in origin.stored}
+    read = {key: get(key) for key, _ in origin.stored}
     if origin.converter is None:
         (tensor,) = read.values()
         return {name: tensor}

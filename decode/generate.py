@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Unpack
@@ -226,10 +227,9 @@ class Runner:
                 for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True))
             ]
             try:
-                for start in range(0, len(rows), batch_size):
-                    group = rows[start : start + batch_size]
+                for group in _groups(rows, batch_size):
                     if streamer is not None:
-                        if start:
+                        if group[0].index:
                             streamer.end()
                         streamer.put(torch.tensor([group[0].tokens]))
                     cache = self._open(group, reuse_cache)
@@ -252,10 +252,12 @@ class Runner:
 
     def _open(self, rows: list[Row], reuse: bool) -> TreeCache:
         prompts = [row.tokens for row in rows]
-        if not (reuse and self._cache is not None and len(self._cache.tokens) == len(rows)):
-            self._cache = self.target.cache(len(rows))
-        self._cache.keep_prefix(prompts)
-        return self._cache
+        context, cache = rows[0].context, self._cache if reuse else None
+        if cache is None or len(cache.tokens) != len(rows) or cache.context != context:
+            cache = self.target.cache(len(rows), context)
+        cache.keep_prefix(prompts)
+        self._cache = cache
+        return cache
 
     def _row(
         self,
@@ -274,7 +276,8 @@ class Runner:
         if len(tokens) > self.target.context:
             raise UsageError(
                 f"prompt {index + 1} has {len(tokens)} tokens; the context holds "
-                f"{self.target.context}"
+                f"{self.target.context}",
+                hint=self.target.bound,
             )
         row = Row(
             index=index,
@@ -282,7 +285,7 @@ class Runner:
             draws=draws,
             control=control,
             max_new_tokens=max_new_tokens,
-            context=self.target.context,
+            context=self.target.span(len(tokens) + max_new_tokens),
             eos=eos,
             text=TextStream(self.tokenizer, tokens, stop, live=live) if self.tokenizer else None,
         )
@@ -369,6 +372,14 @@ def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
             return start
         seen.add(run)
     return len(tokens)
+
+
+def _groups(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
+    """Rows to be decoded together: in order, so many at most, all of one context."""
+    for _, same in itertools.groupby(rows, key=lambda row: row.context):
+        group = list(same)
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
 
 
 def _pair(drafter: Drafter, control: Control, verify: str | None, lossy: bool) -> Pairing:

@@ -30,6 +30,7 @@ from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels import skinny
+from spectool.skeleton import no_decoder
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
 _CHUNK = 512
@@ -89,12 +90,28 @@ class Target:
         self._keeps_logits = "logits_to_keep" in accepted
         self._linears = skinny.suited(model.modules())
         self._most_rows = kernel_rows(self.dtype)
+        self._original, self.bound = _two_ranges(config), _bound_by(config)
         self.context = self._bound(config, context)
+        if self._original is not None:
+            self.notes.append(
+                f"texts of up to {self._original} tokens, new ones included, run with the short "
+                "rotary factors, longer ones with the long factors throughout"
+            )
         self._settle_attention()
 
-    def cache(self, batch: int) -> TreeCache:
-        """An empty cache for `batch` rows."""
-        return TreeCache(batch=batch, num_layers=self.num_layers, context=self.context)
+    def span(self, length: int) -> int:
+        """The context that a text of up to `length` tokens, new ones included, is read in.
+
+        Some models have two, with rotary factors of their own (longrope). One text keeps to one:
+        keys that are cached with the short factors mean nothing to the long ones.
+        """
+        if self._original is None or length > self._original:
+            return self.context
+        return min(self._original, self.context)
+
+    def cache(self, batch: int, context: int | None = None) -> TreeCache:
+        """An empty cache for `batch` rows, of this context as `span` has it."""
+        return TreeCache(batch=batch, num_layers=self.num_layers, context=context or self.context)
 
     @torch.inference_mode()
     def ingest(
@@ -324,7 +341,7 @@ class Target:
         lengths = cache.lengths
         seen = seen or lengths
         num_nodes, num_tail = visible_BNT.shape[1:]
-        positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=self.context - 1)
+        positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=cache.context - 1)
         cache.open(num_nodes, self.device, after=num_tail - num_nodes)
         positions_BT = positions_BT.to(self.device)
         visible_BNT = visible_BNT.to(self.device)
@@ -347,6 +364,7 @@ class Target:
         with (
             self._listen(needs) as features,
             self._inject(needs.inject, beside),
+            self._factors(cache.context),
             skinny.products(self._linears, self._most_rows),
         ):
             output = self.model(
@@ -403,6 +421,30 @@ class Target:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def _factors(self, context: int) -> Iterator[None]:
+        """During one pass, the rotary factors of this context, whatever the positions are.
+
+        transformers chooses the long ones by the largest position of a pass: one more is added.
+        """
+        if self._original is None or context <= self._original:
+            yield
+            return
+        before = _beside_position(self._original)
+        handles: list[Any] = []
+        for module in self._rotaries:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(_without_last))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @functools.cached_property
+    def _rotaries(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if _is_longrope(module)]
+
     def layers(self) -> nn.ModuleList:
         """The decoder layers, the first first.
 
@@ -419,8 +461,8 @@ class Target:
     ) -> str | None:
         """Why passes of trees cannot be right, if so."""
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if model.config.is_encoder_decoder:
-            return "it is an encoder-decoder"
+        if (reason := no_decoder(model.config)) is not None:
+            return f"it is {reason}"
         if is_recurrent(model, config):
             return "its recurrent state cannot go back to an earlier token, as a draft model's must"
         if config.model_type in _REFUSED:
@@ -444,7 +486,9 @@ class Target:
         if limit is None:
             return asked if asked is not None else 1 << 20
         if asked is not None and asked > limit:
-            raise UsageError(f"--context {asked}: {self.name} holds at most {limit} tokens")
+            raise UsageError(
+                f"--context {asked}: {self.name} holds at most {limit} tokens", hint=self.bound
+            )
         return asked if asked is not None else limit
 
     def _settle_attention(self) -> None:
@@ -563,18 +607,60 @@ def is_recurrent(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
 
 
 def _longest_context(config: PreTrainedConfig) -> int | None:
-    """Tokens that the model's positions are right for, if it says.
-
-    Dynamic and long RoPE change their frequencies beyond the original length according to the
-    longest position in a pass, so a draft would change the law of tokens before it: they end there.
-    """
+    """Tokens that the model's positions are right for, if it says."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
+    originals = _originals(config, "dynamic")
+    return min([limit, *originals]) if limit else limit
+
+
+def _originals(config: PreTrainedConfig, kind: str) -> list[int]:
+    """The original contexts of rotary embeddings of this kind, which change beyond it."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [part for part in rope.values() if isinstance(part, dict)]
-    for part in [rope, *nested]:
-        if part.get("rope_type") in ("dynamic", "longrope"):
-            original = part.get("original_max_position_embeddings")
-            original = original or getattr(config, "original_max_position_embeddings", None)
-            if original and limit:
-                limit = min(limit, int(original))
-    return limit
+    own = getattr(config, "original_max_position_embeddings", None)
+    found = [
+        part.get("original_max_position_embeddings") or own
+        for part in [rope, *nested]
+        if part.get("rope_type") == kind
+    ]
+    return [int(length) for length in found if length]
+
+
+def _two_ranges(config: PreTrainedConfig) -> int | None:
+    """The tokens up to which a model with two sets of rotary factors takes the short ones."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    originals = _originals(config, "longrope")
+    return min(originals) if originals and limit and min(originals) < limit else None
+
+
+def _bound_by(config: PreTrainedConfig) -> str | None:
+    """Why the context is shorter than the model's own, if so."""
+    if not _originals(config, "dynamic"):
+        return None
+    return (
+        "beyond that its dynamic rotary frequencies change with every further token, and with "
+        "them all keys that are cached"
+    )
+
+
+def _is_longrope(module: nn.Module) -> bool:
+    kind = getattr(module, "rope_type", None)
+    return kind == "longrope" or (isinstance(kind, dict) and "longrope" in kind.values())
+
+
+def _beside_position(position: int) -> Any:
+    """A hook that adds this position to those that a rotary embedding is asked for."""
+
+    def further(ids_BN: Tensor) -> Tensor:
+        return torch.cat([ids_BN, ids_BN.new_full((*ids_BN.shape[:-1], 1), position)], -1)
+
+    def hook(module: nn.Module, inputs: Any, options: Any) -> Any:
+        if "position_ids" in options:
+            return inputs, {**options, "position_ids": further(options["position_ids"])}
+        return (inputs[0], further(inputs[1]), *inputs[2:]), options
+
+    return hook
+
+
+def _without_last(module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> Any:
+    return tuple(part[..., :-1, :] for part in output)

@@ -16,6 +16,7 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.checkpoint import Checkpoint, open_checkpoint
+from spectool.dtypes import parse_dtype
 from spectool.errors import CheckpointError, UsageError
 from spectool.headers import DTYPE_BITS, Layout
 from spectool.loading import (
@@ -24,7 +25,6 @@ from spectool.loading import (
     describe_runtime,
     load_model,
     load_tokenizer,
-    parse_dtype,
     tokenizer_digest,
 )
 from spectool.machine import available_memory
