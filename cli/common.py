@@ -269,6 +269,8 @@ def open_runner(
     )
     tokenizer = loading.load_tokenizer(path, trust_remote_code=trust_remote_code)
     output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
+    if unused := loading.unused_of(opened, layout):
+        output.say(f"{model}: {unused}")
     runner = Runner(
         opened,
         draft=draft,

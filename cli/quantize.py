@@ -213,7 +213,8 @@ def quantize(
                 batch_size=batch_size,
             )
             show_plan(output, planned, skeleton)
-            output.result({"dry_run": True, "method": choice.method, **_planned(planned)})
+            result = {"dry_run": True, "method": choice.method, **_planned(planned)}
+            output.result({**result, "unused": skeleton.unused})
             return
         compute = parse_dtype(dtype)
         assert compute is not None
@@ -275,6 +276,8 @@ def _is_given(invocation: typer.Context, name: str) -> bool:
 
 def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
     """The plan for people, before anything is done."""
+    from spectool.contents import unused_line
+
     by_choice: dict[Any, int] = {}
     for block in plan.sites.values():
         for name in block:
@@ -298,6 +301,9 @@ def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         output.say(f"plan: {len(names)} left dense ({reason}): {names[0]}, …")
+    if skeleton.unused:
+        name = type(skeleton.model).__name__
+        output.say(f"plan: {unused_line(skeleton.unused, name)}; the artifact is without")
     beside = plan.outside_bytes / plan.file_bytes
     output.say(f"plan: everything{' else' if plan.outside else ''} outside the blocks is copied")
     if not plan.outside and plan.bits_linears < OFFERED_BELOW and beside > OFFERED_FROM:

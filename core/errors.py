@@ -2,6 +2,7 @@
 
 SpectoolError            1   the run failed after it began
 ├── Interrupted        130   Ctrl-C or SIGTERM; what was written can be resumed
+├── NotFinite            1   the model computes NaN or infinite values
 └── InputError           2   the input or the usage was wrong; nothing was changed
     ├── UsageError           an option, a name or a combination of them
     ├── CheckpointError      a checkpoint's files: missing, damaged, inconsistent
@@ -36,6 +37,10 @@ class SpectoolError(Exception):
 
 class Interrupted(SpectoolError):
     exit_code = 130
+
+
+class NotFinite(SpectoolError):
+    pass
 
 
 class InputError(SpectoolError):

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from spectool.errors import TextError, require
+from spectool.errors import CheckpointError, TextError, require
 
 BUILTIN = "built-in calibration text"
 TEXT_FIELDS = ("text", "content", "document", "story")
@@ -198,6 +198,22 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     ids: list[int] = encoding["input_ids"]
     return ids
+
+
+def check_ids(ids: Sequence[int], num_tokens: int, giver: str) -> None:
+    """Compare token ids with the rows of a model's embedding.
+
+    Raises:
+        CheckpointError: `giver` gives ids that the model has not.
+    """
+    wrong = next((each for each in (max(ids, default=0), min(ids, default=0))
+                  if not 0 <= each < num_tokens), None)  # fmt: skip
+    if wrong is not None:
+        raise CheckpointError(
+            f"{giver} gives id {wrong}, but the model has only {num_tokens} tokens",
+            hint="the tokenizer's files are another model's, or tokens were added to it and not to "
+            "the embedding",
+        )
 
 
 def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:

@@ -27,8 +27,10 @@ from spectool.decode.sampling import Control, Draws, Law
 from spectool.decode.text import TextStream
 from spectool.decode.tune import Tuned
 from spectool.decode.verify import Pairing, rule_for
-from spectool.errors import UsageError
+from spectool.errors import CheckpointError, NotFinite, UsageError
+from spectool.finite import first_not_finite, not_finite
 from spectool.loading import load_model, load_tokenizer
+from spectool.text import check_ids
 
 # Row, its newly committed tokens, the text they release, how many of its first characters came
 # from accepted drafts.
@@ -242,6 +244,8 @@ class Runner:
             except BaseException as error:
                 # The pass that was under way may have left its rows half written.
                 self._cache = None
+                if isinstance(error, NotFinite):
+                    raise self._blamed(error, rows) from error
                 if not (keep_interrupted and isinstance(error, KeyboardInterrupt)):
                     raise
                 for row in rows:
@@ -249,6 +253,14 @@ class Runner:
                     if on_tokens is not None and (tokens or text):
                         on_tokens(row.index, tokens, text, 0)
             return [_result(row, pairing.lossless) for row in rows]
+
+    def _blamed(self, error: NotFinite, rows: Sequence[Row]) -> NotFinite:
+        """The same error with the place in the model where values first are NaN or infinite."""
+        model = self.target.model
+        for row in rows:
+            if where := first_not_finite(model, torch.tensor([row.tokens])):
+                return not_finite(model.config._name_or_path or self.target.name, str(error), where)
+        return error
 
     def _open(self, rows: list[Row], reuse: bool) -> TreeCache:
         prompts = [row.tokens for row in rows]
@@ -279,6 +291,9 @@ class Runner:
                 f"{self.target.context}",
                 hint=self.target.bound,
             )
+        place = self.target.model.config._name_or_path or self.target.name
+        giver = f"{place}: its tokenizer" if isinstance(prompt, str) else f"prompt {index + 1}"
+        check_ids(tokens, self.target.num_tokens, giver)
         row = Row(
             index=index,
             tokens=tokens,
@@ -303,11 +318,21 @@ class Runner:
         return tokens
 
     def end_ids(self) -> frozenset[int]:
-        """End-of-text ids as the generation configuration has them, else the tokenizer's."""
+        """End-of-text ids as the generation configuration has them, else the tokenizer's.
+
+        Raises:
+            CheckpointError: they are no ids.
+        """
         for holder in (self.target.model.generation_config, self.tokenizer):
-            ids = getattr(holder, "eos_token_id", None)
-            if ids is not None:
-                return frozenset([ids] if isinstance(ids, int) else ids)
+            said = getattr(holder, "eos_token_id", None)
+            if said is not None:
+                ids = said if isinstance(said, (list, tuple)) else [said]
+                if not all(type(each) is int for each in ids):
+                    raise CheckpointError(
+                        f"{self.target.model.config._name_or_path}: generation_config.json: "
+                        f"eos_token_id is {said!r}, expected an id or a list of ids"
+                    )
+                return frozenset(ids)
         return frozenset()
 
 

@@ -317,6 +317,12 @@ class Target:
         return open_checkpoint(place) if (place / "config.json").is_file() else None
 
     @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding: the ids that a text may have."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
+
+    @property
     def width(self) -> int:
         """The size of the state that the output matrix reads."""
         width: int = self.model.get_output_embeddings().in_features
@@ -623,7 +629,7 @@ def _originals(config: PreTrainedConfig, kind: str) -> list[int]:
         for part in [rope, *nested]
         if part.get("rope_type") == kind
     ]
-    return [int(length) for length in found if length]
+    return [length for length in found if isinstance(length, int) and length > 0]
 
 
 def _two_ranges(config: PreTrainedConfig) -> int | None:

@@ -22,7 +22,7 @@ from spectool.loading import load_tokenizer, stated_dtype
 from spectool.machine import reproducible
 from spectool.options import Config
 from spectool.skeleton import Skeleton
-from spectool.text import encode, read_text
+from spectool.text import check_ids, encode, read_text
 from spectool.version import __version__
 
 from .budget import Budget, candidates, choose, forget, survey
@@ -368,7 +368,11 @@ def _encoded(
         template=job.template or None,
         max_characters=STREAMED_CHARACTERS * (samples + 1) * _length(skeleton, job.seq_len),
     )
-    return encode(tokenizer, text), tokenizer.bos_token_id
+    ids, bos = encode(tokenizer, text), tokenizer.bos_token_id
+    table: Any = skeleton.model.get_input_embeddings()
+    opening = [] if bos is None else [bos]
+    check_ids([*ids, *opening], table.num_embeddings, f"{checkpoint.path}: its tokenizer")
+    return ids, bos
 
 
 def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import loading, methods
-from spectool.checkpoint import Checkpoint, read_tensor
+from spectool.checkpoint import Checkpoint, check_finite, read_tensor
 from spectool.decode.curve import machine_key
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
@@ -127,6 +127,10 @@ def open_heads(
     drafter: Any = methods.resolve(record.method, "drafter")
     tensors = read_tensors(path / HEADS_FILE)
     token_map = tensors.get("token_map")
+    if token_map is not None:
+        check_map(path / HEADS_FILE, token_map, target.vocab_size)
+        if not (token_map.diff() > 0).all():
+            raise CheckpointError(f"{path / HEADS_FILE}: its token_map does not ascend")
     heads: Heads = drafter.Heads(
         drafter.Heads.Config.from_dict(record.options),
         target.model,
@@ -143,8 +147,22 @@ def open_heads(
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    return {entry.name: read_tensor(entry) for entry in read_header(file)[1]}
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: damaged, or values that are NaN or infinite.
+    """
+    found = {entry.name: read_tensor(entry) for entry in read_header(file)[1]}
+    for name, tensor in found.items():
+        check_finite(f"{file}: {name}", tensor)
+    return found
+
+
+def check_map(place: Path, ids: Tensor, vocab: int) -> None:
+    """Raises: CheckpointError: what heads guess are not distinct ids of so many tokens."""
+    whole = ids.ndim == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
+    if not whole or len(ids.unique()) != len(ids) or not ((ids >= 0) & (ids < vocab)).all():
+        raise CheckpointError(f"{place}: what it guesses are not distinct ids of {vocab} tokens")
 
 
 def fill(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:

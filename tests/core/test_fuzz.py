@@ -199,7 +199,7 @@ def open_all(path: Path) -> tuple[bool, list[BaseException]]:
             return open_one()
         except InputError as error:
             text, refused = str(error), True
-            if not text.strip() or len(text) > 1000:
+            if not text.strip() or len(text) > 2000:
                 wrong.append(AssertionError(f"no message to show: {text!r}"))
         except (Exception, TooLong) as error:
             wrong.append(error)
