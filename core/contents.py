@@ -16,10 +16,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
 from spectool.errors import CheckpointError
-from spectool.headers import Layout
+from spectool.headers import Layout, grouped
 
-# Groups of names that a line lists.
-_LISTED = 4
 # Bytes of tables that a model computes for itself, whatever its weights are.
 _FREE_TABLES = 1 << 28
 
@@ -37,7 +35,7 @@ def bounded(layout: Layout) -> Iterator[None]:
         CheckpointError: there are more: the configuration is another model's, or damaged.
     """
     # Experts may be stored together and built one by one; small models have few tensors.
-    most, found = 1000 + 10 * len(layout.tensors), 0
+    most, found = 500 + 10 * len(layout.tensors), 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal found
@@ -114,20 +112,6 @@ def left_over(model: Any, stored: Iterable[str], taken: Iterable[str]) -> list[s
             or any(pattern.search(name) for pattern in patterns)
         )
     ]
-
-
-def grouped(names: Sequence[str]) -> str:
-    """Names in one line: how many, and the first parts that they belong to."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        block = re.match(r"(.*?\.\d+)\.", name)
-        groups.setdefault(block[1] if block else name.partition(".")[0], []).append(name)
-    said = [
-        found[0] if len(found) == 1 else f"{part}.* ({len(found)})"
-        for part, found in groups.items()
-    ]
-    more = ", …" if len(said) > _LISTED else ""
-    return f"{', '.join(said[:_LISTED])}{more}"
 
 
 def unused_line(names: Sequence[str], model: str) -> str:

@@ -110,12 +110,39 @@ def refuse_adapter(path: Path) -> None:
         return
     said = _said(path / ADAPTER)
     kind, base = said.get("peft_type"), said.get("base_model_name_or_path")
-    of = f" of {base}" if isinstance(base, str) and base else ""
+    adapter = "a LoRA adapter" if kind == "LORA" else f"a {kind} adapter"
+    adapter += f" of {base}" if isinstance(base, str) and base else ""
+    if (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: holds {adapter} beside a checkpoint, which some readers would apply",
+            hint=f"merge it, or move {ADAPTER} away",
+        )
     raise CheckpointError(
-        f"{path}: is {'a LoRA' if kind == 'LORA' else f'a {kind}'} adapter{of}, not a checkpoint",
+        f"{path}: is {adapter}, not a checkpoint",
         hint="merge it into its base with peft first: AutoPeftModelForCausalLM.from_pretrained("
         f"{str(path)!r}).merge_and_unload().save_pretrained(DIRECTORY)",
     )
+
+
+def check_heads(path: Path) -> None:
+    """Look at a place in which draft heads are expected.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    if (path / HEADS).is_file():
+        return
+    if not path.is_dir():
+        what = "is a file, not a directory of draft heads" if path.exists() else "no such directory"
+        raise CheckpointError(f"{path}: {what}")
+    refuse_adapter(path)
+    if is_speculator(_said(path / "config.json")):
+        raise CheckpointError(
+            f"{path}: holds draft heads in another format",
+            hint=f"`spectool train-heads METHOD MODEL OUT --from {path} --steps 0` reads them",
+        )
+    kind = "is a checkpoint, not" if (path / "config.json").is_file() else "holds no"
+    raise CheckpointError(f"{path}: {kind} draft heads ({HEADS})")
 
 
 def without_weights(path: Path, expected: str) -> CheckpointError:

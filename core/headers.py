@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ HEADS_FILE = "heads.safetensors"
 
 # The newest layout of artifacts that is read here, and the one that is written.
 FORMAT_VERSION = 1
+
+# A tensor of a numbered block: the list's name and the number.
+_NUMBERED = re.compile(r"(.*?)\.(\d{1,9})\.")
+
+# Groups of names that a line lists.
+_LISTED = 4
 
 # A longer header than this is a damaged length field: the format's own limit.
 MAX_HEADER = 100_000_000
@@ -121,6 +128,45 @@ class Layout:
     @property
     def files(self) -> list[Path]:
         return sorted({entry.path for entry in self.tensors.values()})
+
+
+def past_the_last_block(layout: Layout) -> list[str]:
+    """Stored tensors of blocks that the configuration does not count, and of further heads.
+
+    Known from names alone: what else an architecture has no place for, only the model tells.
+    """
+    text_config = layout.config.get("text_config") or layout.config
+    counts = (text_config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers"))
+    count = next((each for each in counts if isinstance(each, int)), None)
+    by_list: dict[str, dict[str, int]] = {}
+    for name in layout.tensors:
+        if found := _NUMBERED.match(name):
+            by_list.setdefault(found[1], {})[name] = int(found[2])
+    # A tower for images may have more blocks, but not more weights.
+    blocks = max(
+        by_list.values(),
+        key=lambda names: sum(layout.tensors[name].num_bytes for name in names),
+        default={},
+    )
+    return sorted(
+        name
+        for name in layout.tensors
+        if name.startswith("mtp.") or (count is not None and blocks.get(name, -1) >= count)
+    )
+
+
+def grouped(names: Sequence[str]) -> str:
+    """Names in one line: how many, and the first parts that they belong to."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        block = re.match(r"(.*?\.\d+)\.", name)
+        groups.setdefault(block[1] if block else name.partition(".")[0], []).append(name)
+    said = [
+        found[0] if len(found) == 1 else f"{part}.* ({len(found)})"
+        for part, found in groups.items()
+    ]
+    more = ", …" if len(said) > _LISTED else ""
+    return f"{', '.join(said[:_LISTED])}{more}"
 
 
 def packed_entries(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

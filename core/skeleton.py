@@ -338,7 +338,7 @@ def resolve(
             expected -= {name.rpartition(".")[0] for name in modules}
         tied = set(model.all_tied_weights_keys)
         contents.check_missing(model, layout, sorted(expected - set(origins) - tied))
-        for name in wanted.keys() & origins.keys():
+        for name in sorted(wanted.keys() & origins.keys()):
             shape = _shape_of(model, layout, name, origins[name])
             contents.check_shape(layout, name, shape, wanted[name].shape)
         contents.check_tables(model, layout)

@@ -291,8 +291,12 @@ class Runner:
                 f"{self.target.context}",
                 hint=self.target.bound,
             )
-        place = self.target.model.config._name_or_path or self.target.name
-        giver = f"{place}: its tokenizer" if isinstance(prompt, str) else f"prompt {index + 1}"
+        known = 0 if self.tokenizer is None else len(self.tokenizer)
+        if isinstance(prompt, str) or max(tokens) < known:
+            place = self.target.model.config._name_or_path or self.target.name
+            giver = f"{place}: its tokenizer"
+        else:
+            giver = f"prompt {index + 1}"
         check_ids(tokens, self.target.num_tokens, giver)
         row = Row(
             index=index,

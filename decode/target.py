@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from spectool import machine
 from spectool.checkpoint import Checkpoint, open_checkpoint
-from spectool.decode import tree
+from spectool.decode import rotary, tree
 from spectool.decode.cache import TextCache, TreeCache
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
@@ -90,7 +90,8 @@ class Target:
         self._keeps_logits = "logits_to_keep" in accepted
         self._linears = skinny.suited(model.modules())
         self._most_rows = kernel_rows(self.dtype)
-        self._original, self.bound = _two_ranges(config), _bound_by(config)
+        self._original, self.bound = rotary.two_ranges(config), rotary.bound_by(config)
+        self._rotaries = rotary.longropes(model)
         self.context = self._bound(config, context)
         if self._original is not None:
             self.notes.append(
@@ -370,7 +371,7 @@ class Target:
         with (
             self._listen(needs) as features,
             self._inject(needs.inject, beside),
-            self._factors(cache.context),
+            rotary.long_factors(self._rotaries, self._original, cache.context),
             skinny.products(self._linears, self._most_rows),
         ):
             output = self.model(
@@ -427,30 +428,6 @@ class Target:
             for handle in handles:
                 handle.remove()
 
-    @contextmanager
-    def _factors(self, context: int) -> Iterator[None]:
-        """During one pass, the rotary factors of this context, whatever the positions are.
-
-        transformers chooses the long ones by the largest position of a pass: one more is added.
-        """
-        if self._original is None or context <= self._original:
-            yield
-            return
-        before = _beside_position(self._original)
-        handles: list[Any] = []
-        for module in self._rotaries:
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(_without_last))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @functools.cached_property
-    def _rotaries(self) -> list[nn.Module]:
-        return [module for module in self.model.modules() if _is_longrope(module)]
-
     def layers(self) -> nn.ModuleList:
         """The decoder layers, the first first.
 
@@ -488,7 +465,7 @@ class Target:
         return None
 
     def _bound(self, config: PreTrainedConfig, asked: int | None) -> int:
-        limit = _longest_context(config)
+        limit = rotary.longest_context(config)
         if limit is None:
             return asked if asked is not None else 1 << 20
         if asked is not None and asked > limit:
@@ -610,63 +587,3 @@ def is_recurrent(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ())
     recurrent = {"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"}
     return bool(model._is_stateful or kinds & recurrent)
-
-
-def _longest_context(config: PreTrainedConfig) -> int | None:
-    """Tokens that the model's positions are right for, if it says."""
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    originals = _originals(config, "dynamic")
-    return min([limit, *originals]) if limit else limit
-
-
-def _originals(config: PreTrainedConfig, kind: str) -> list[int]:
-    """The original contexts of rotary embeddings of this kind, which change beyond it."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [part for part in rope.values() if isinstance(part, dict)]
-    own = getattr(config, "original_max_position_embeddings", None)
-    found = [
-        part.get("original_max_position_embeddings") or own
-        for part in [rope, *nested]
-        if part.get("rope_type") == kind
-    ]
-    return [length for length in found if isinstance(length, int) and length > 0]
-
-
-def _two_ranges(config: PreTrainedConfig) -> int | None:
-    """The tokens up to which a model with two sets of rotary factors takes the short ones."""
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    originals = _originals(config, "longrope")
-    return min(originals) if originals and limit and min(originals) < limit else None
-
-
-def _bound_by(config: PreTrainedConfig) -> str | None:
-    """Why the context is shorter than the model's own, if so."""
-    if not _originals(config, "dynamic"):
-        return None
-    return (
-        "beyond that its dynamic rotary frequencies change with every further token, and with "
-        "them all keys that are cached"
-    )
-
-
-def _is_longrope(module: nn.Module) -> bool:
-    kind = getattr(module, "rope_type", None)
-    return kind == "longrope" or (isinstance(kind, dict) and "longrope" in kind.values())
-
-
-def _beside_position(position: int) -> Any:
-    """A hook that adds this position to those that a rotary embedding is asked for."""
-
-    def further(ids_BN: Tensor) -> Tensor:
-        return torch.cat([ids_BN, ids_BN.new_full((*ids_BN.shape[:-1], 1), position)], -1)
-
-    def hook(module: nn.Module, inputs: Any, options: Any) -> Any:
-        if "position_ids" in options:
-            return inputs, {**options, "position_ids": further(options["position_ids"])}
-        return (inputs[0], further(inputs[1]), *inputs[2:]), options
-
-    return hook
-
-
-def _without_last(module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> Any:
-    return tuple(part[..., :-1, :] for part in output)

@@ -67,7 +67,7 @@ class LawsReference:
         ref_BLV = self.laws(batch).to(logp_BLV.device)
         nll = -float(_chosen(ref_BLV, batch))
         if not math.isfinite(nll):
-            raise self.laws.not_finite(batch, f"-log p of the text is {nll}")
+            raise self.laws.not_finite(batch, f"its perplexity is {nll}")
         same = int((ref_BLV.argmax(-1) == logp_BLV.argmax(-1)).sum())
         return nll, divergence(ref_BLV, logp_BLV), same
 
@@ -104,7 +104,7 @@ def score(
         logp_BLV = laws(batch)
         nll = -float(_chosen(logp_BLV, batch))
         if not math.isfinite(nll):
-            raise laws.not_finite(batch, f"-log p of the text is {nll}")
+            raise laws.not_finite(batch, f"its perplexity is {nll}")
         sink(batch, logp_BLV)
         scores.num_tokens += logp_BLV.shape[0] * logp_BLV.shape[1]
         scores.nll += nll

@@ -479,12 +479,10 @@ def _guessed(place: Path, stored: Mapping[str, Tensor], size: int, vocab: int) -
         )
     ids, marks = torch.arange(size) + added, stored.get("t2d")
     check_map(place, ids, vocab)
-    if marks is not None:
-        said = marks.flatten().nonzero().flatten() if marks.dtype == torch.bool else marks
-        if len(marks) != vocab or (
-            marks.dtype == torch.bool and not torch.equal(said, ids.sort().values)
-        ):
-            raise CheckpointError(f"{place}: d2t and t2d do not name the same tokens")
+    if marks is not None and (
+        marks.shape != (vocab,) or not torch.equal(marks.nonzero()[:, 0], ids.sort().values)
+    ):
+        raise CheckpointError(f"{place}: d2t and t2d do not name the same tokens")
     return ids
 
 

@@ -23,6 +23,7 @@ from spectool.decode.curve import machine_key
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError
+from spectool.given import check_heads
 from spectool.headers import HEADS, HEADS_FILE, read_header, read_json
 
 from .trained import TOP, Heads
@@ -73,6 +74,7 @@ def read_record(path: Path) -> HeadsRecord:
     Raises:
         CheckpointError: damaged, or of a newer format.
     """
+    check_heads(path)
     found = read_json(path / HEADS)
     version = found.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -161,7 +163,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def check_map(place: Path, ids: Tensor, vocab: int) -> None:
     """Raises: CheckpointError: what heads guess are not distinct ids of so many tokens."""
     whole = ids.ndim == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
-    if not whole or len(ids.unique()) != len(ids) or not ((ids >= 0) & (ids < vocab)).all():
+    if not whole or len(set(ids.tolist())) != len(ids) or not ((ids >= 0) & (ids < vocab)).all():
         raise CheckpointError(f"{place}: what it guesses are not distinct ids of {vocab} tokens")
 
 
