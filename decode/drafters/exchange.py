@@ -29,7 +29,7 @@ from spectool.artifact import ArtifactWriter, check_target
 from spectool.checkpoint import open_checkpoint
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
-from spectool.given import refuse_adapter
+from spectool.given import check_place
 from spectool.headers import HEADS, HEADS_FILE, read_json
 from spectool.loading import load_outside, load_tokenizer, own_dtype
 from spectool.methods import resolve
@@ -193,7 +193,7 @@ def read(place: Path, target: Any) -> Beginning:
             tensors=read_tensors(place / HEADS_FILE),
             tokenizer=record.target.get("tokenizer"),
         )
-    refuse_adapter(place)
+    check_place(place)
     said = read_json(place / "config.json")
     if not (place / WEIGHTS).exists() and list(place.glob("*.bin")):
         raise UnsupportedError(
