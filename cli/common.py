@@ -36,8 +36,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16 or float16; default: the checkpoint's own, or float32 where the "
-        "processor would crawl."
+        help="float32, bfloat16, float16 or float64; default: the checkpoint's own, or float32 "
+        "where the processor would crawl."
     ),
 ]
 

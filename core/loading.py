@@ -128,7 +128,7 @@ def _open(
         require("compressed_tensors", extra="compressed", reason=f"{checkpoint.path}")
         # Else its modules have no weights before their first forward.
         quantized["dequantize"] = True
-    if checkpoint.layout.is_packed or not quantized:
+    if checkpoint.layout.is_packed or checkpoint.layout.quantization is None:
         # Before anything is allocated.
         resolve(checkpoint.layout, config, trust_remote_code=trust_remote_code)
     with opening(checkpoint.path, "transformers cannot load it"):

@@ -266,7 +266,7 @@ def _config_of(said: Mapping[str, Any], path: Path, trust_remote_code: bool) -> 
 
 
 # Configurations with a flag that their models do not read: these are decoders always.
-_DECODERS = ("gpt_neox", "gpt_neox_japanese", "trocr")
+_DECODERS = ("gpt_neox", "gpt_neox_japanese", "trocr", "evolla")
 
 
 def no_decoder(config: PreTrainedConfig) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from spectool import artifact
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
+from spectool.dtypes import with_plain_dtypes
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import FORMAT_VERSION, PACKED_INDEX, Layout, read_header
 from spectool.loading import load_tokenizer, stated_dtype
@@ -451,7 +452,8 @@ def _small_files(
         "modules": modules,
         "made_by": made_by,
     }
-    config = {**checkpoint.layout.config, "quantization_config": quantization}
+    plain = with_plain_dtypes(checkpoint.layout.config, checkpoint.path)
+    config = {**plain, "quantization_config": quantization}
     if stated_dtype(checkpoint.layout) is None:
         # Otherwise transformers takes the first tensor's, and that may be a field.
         dtypes = map(torch_dtype, checkpoint.layout.tensors.values())
