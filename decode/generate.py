@@ -292,7 +292,7 @@ class Runner:
                 hint=self.target.bound,
             )
         known = 0 if self.tokenizer is None else len(self.tokenizer)
-        if isinstance(prompt, str) or max(tokens) < known:
+        if isinstance(prompt, str) or 0 <= min(tokens) <= max(tokens) < known:
             place = self.target.model.config._name_or_path or self.target.name
             giver = f"{place}: its tokenizer"
         else:

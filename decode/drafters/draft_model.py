@@ -354,3 +354,10 @@ def _compare(
             f"the draft model's tokenizer is not the target's: {len(differing)} tokens differ, "
             f"{token!r} has id {own.get(token)} there and {wanted.get(token)} here"
         )
+    # Of tokens that were added to both tokenizers, but to one embedding only.
+    highest = min(max(own.values()) + 1, target.num_tokens)
+    if draft.num_tokens < highest:
+        raise UnsupportedError(
+            f"the draft model has {draft.num_tokens} tokens, the target's texts have ids up to "
+            f"{highest - 1}"
+        )

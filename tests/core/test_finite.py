@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from spectool.checkpoint import all_finite
 from spectool.finite import first_not_finite
-from tests.conftest import make_model
+
+from ..conftest import make_model
 
 IDS = torch.tensor([[3, 4, 5]])
 

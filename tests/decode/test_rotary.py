@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from spectool.decode.generate import Runner
 from spectool.errors import UsageError
-from tests.conftest import VOCAB, make_model
+
+from ..conftest import VOCAB, make_model
 
 ORIGINAL = 32
 LONGROPE = {
