@@ -37,8 +37,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16 or float16; default: the checkpoint's own, or float32 where the "
-        "processor would crawl."
+        help="float32, bfloat16, float16 or float64; default: the checkpoint's own, or float32 "
+        "where the processor would crawl."
     ),
 ]
 
@@ -291,6 +291,8 @@ def open_runner(
     )
     tokenizer = loading.load_tokenizer(path, trust_remote_code=trust_remote_code)
     output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
+    if unused := loading.unused_of(opened, layout):
+        output.say(f"{model}: {unused}")
     runner = Runner(
         opened,
         draft=draft,

@@ -141,7 +141,8 @@ def quantize(
     """Compress MODEL into the directory OUT."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
-        from spectool.loading import check_device, parse_dtype
+        from spectool.dtypes import parse_dtype
+        from spectool.loading import check_device
         from spectool.quantize import auto, run
         from spectool.quantize.budget import Budget, widths
         from spectool.quantize.choice import Choice, read_plan, skipping
@@ -216,7 +217,8 @@ def quantize(
                 batch_size=batch_size,
             )
             show_plan(output, planned, skeleton)
-            output.result({"dry_run": True, "method": choice.method, **_planned(planned)})
+            result = {"dry_run": True, "method": choice.method, **_planned(planned)}
+            output.result({**result, "unused": skeleton.unused})
             return
         compute = parse_dtype(dtype)
         assert compute is not None
@@ -279,6 +281,8 @@ def _is_given(invocation: typer.Context, name: str) -> bool:
 
 def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
     """The plan for people, before anything is done."""
+    from spectool.contents import unused_line
+
     by_choice: dict[Any, int] = {}
     for block in plan.sites.values():
         for name in block:
@@ -302,6 +306,9 @@ def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         output.say(f"plan: {len(names)} left dense ({reason}): {names[0]}, …")
+    if skeleton.unused:
+        name = type(skeleton.model).__name__
+        output.say(f"plan: {unused_line(skeleton.unused, name)}; the artifact is without")
     beside = plan.outside_bytes / plan.file_bytes
     output.say(f"plan: everything{' else' if plan.outside else ''} outside the blocks is copied")
     if not plan.outside and plan.bits_linears < OFFERED_BELOW and beside > OFFERED_FROM:

@@ -140,7 +140,7 @@ def train_heads(
         from spectool.distill import train_heads as room
         from spectool.distill.plan import Job
         from spectool.distill.processes import joined
-        from spectool.loading import parse_dtype
+        from spectool.dtypes import parse_dtype
 
         check_target(out, overwrite=overwrite)
         config = methods.resolve(method, "drafter").Heads.Config.from_dict(own)

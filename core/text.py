@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from spectool.errors import TextError, require
+from spectool.errors import CheckpointError, TextError, require
 from spectool.rows import Row, read_row
 from spectool.template import ENDING, Template, encode, ends_of, has_template, takes_tools, write
 
@@ -208,6 +208,22 @@ def read_prompts(
 def suited(row: Row, tokenizer: Any) -> Row:
     """The row as the tokenizer can take it: a question and its answer need no chat template."""
     return row.joined() if row.joins and not has_template(tokenizer) else row
+
+
+def check_ids(ids: Sequence[int], num_tokens: int, giver: str) -> None:
+    """Compare token ids with the rows of a model's embedding.
+
+    Raises:
+        CheckpointError: `giver` gives ids that the model has not.
+    """
+    wrong = next((each for each in (max(ids, default=0), min(ids, default=0))
+                  if not 0 <= each < num_tokens), None)  # fmt: skip
+    if wrong is not None:
+        raise CheckpointError(
+            f"{giver} gives id {wrong}, but the model has only {num_tokens} tokens",
+            hint="the tokenizer's files are another model's, or tokens were added to it and not to "
+            "the embedding",
+        )
 
 
 def _decode(path: Path) -> str:

@@ -66,6 +66,8 @@ class RecurrentTarget(Target):
 
     def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
         super().__init__(model, context=context)
+        # Its passes take the rotary factors that transformers chooses: the short ones.
+        self.context, self._original = self.span(1), None
         accepted = inspect.signature(model.forward).parameters
         self._state_name = "cache_params" if "cache_params" in accepted else "past_key_values"
         self._takes_positions = "position_ids" in accepted
@@ -92,9 +94,9 @@ class RecurrentTarget(Target):
     def _settle_attention(self) -> None:
         """Any will do: no pass has a mask of ours."""
 
-    def cache(self, batch: int) -> ReplayCache:
+    def cache(self, batch: int, context: int | None = None) -> ReplayCache:
         """Empty states for `batch` rows."""
-        return ReplayCache(batch=batch, context=self.context, config=self.model.config)
+        return ReplayCache(batch=batch, context=context or self.context, config=self.model.config)
 
     @torch.inference_mode()
     def ingest(

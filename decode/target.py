@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from spectool import machine
 from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, open_checkpoint
-from spectool.decode import tree
+from spectool.decode import rotary, tree
 from spectool.decode.cache import TextCache, TreeCache
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
@@ -96,12 +96,29 @@ class Target:
         self._keeps_logits = "logits_to_keep" in accepted
         self._linears = skinny.suited(model.modules())
         self._most_rows = kernel_rows(self.dtype)
+        self._original, self.bound = rotary.two_ranges(config), rotary.bound_by(config)
+        self._rotaries = rotary.longropes(model)
         self.context = self._bound(config, context)
+        if self._original is not None:
+            self.notes.append(
+                f"texts of up to {self._original} tokens, new ones included, run with the short "
+                "rotary factors, longer ones with the long factors throughout"
+            )
         self._settle_attention()
 
-    def cache(self, batch: int) -> TreeCache:
-        """An empty cache for `batch` rows."""
-        return TreeCache(batch=batch, num_layers=self.num_layers, context=self.context)
+    def span(self, length: int) -> int:
+        """The context that a text of up to `length` tokens, new ones included, is read in.
+
+        Some models have two, with rotary factors of their own (longrope). One text keeps to one:
+        keys that are cached with the short factors mean nothing to the long ones.
+        """
+        if self._original is None or length > self._original:
+            return self.context
+        return min(self._original, self.context)
+
+    def cache(self, batch: int, context: int | None = None) -> TreeCache:
+        """An empty cache for `batch` rows, of this context as `span` has it."""
+        return TreeCache(batch=batch, num_layers=self.num_layers, context=context or self.context)
 
     @torch.inference_mode()
     def ingest(
@@ -307,6 +324,12 @@ class Target:
         return open_checkpoint(place) if (place / "config.json").is_file() else None
 
     @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding: the ids that a text may have."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
+
+    @property
     def width(self) -> int:
         """The size of the state that the output matrix reads."""
         width: int = self.model.get_output_embeddings().in_features
@@ -331,7 +354,7 @@ class Target:
         lengths = cache.lengths
         seen = seen or lengths
         num_nodes, num_tail = visible_BNT.shape[1:]
-        positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=self.context - 1)
+        positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=cache.context - 1)
         cache.open(num_nodes, self.device, after=num_tail - num_nodes)
         positions_BT = positions_BT.to(self.device)
         visible_BNT = visible_BNT.to(self.device)
@@ -354,6 +377,7 @@ class Target:
         with (
             self._listen(needs) as features,
             self._inject(needs.inject, beside),
+            rotary.long_factors(self._rotaries, self._original, cache.context),
             skinny.products(self._linears, self._most_rows),
         ):
             output = self.model(
@@ -449,11 +473,13 @@ class Target:
         return None
 
     def _bound(self, config: PreTrainedConfig, asked: int | None) -> int:
-        limit = _longest_context(config)
+        limit = rotary.longest_context(config)
         if limit is None:
             return asked if asked is not None else 1 << 20
         if asked is not None and asked > limit:
-            raise UsageError(f"--context {asked}: {self.name} holds at most {limit} tokens")
+            raise UsageError(
+                f"--context {asked}: {self.name} holds at most {limit} tokens", hint=self.bound
+            )
         return asked if asked is not None else limit
 
     def _settle_attention(self) -> None:
@@ -569,21 +595,3 @@ def is_recurrent(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ())
     recurrent = {"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"}
     return bool(model._is_stateful or kinds & recurrent)
-
-
-def _longest_context(config: PreTrainedConfig) -> int | None:
-    """Tokens that the model's positions are right for, if it says.
-
-    Dynamic and long RoPE change their frequencies beyond the original length according to the
-    longest position in a pass, so a draft would change the law of tokens before it: they end there.
-    """
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [part for part in rope.values() if isinstance(part, dict)]
-    for part in [rope, *nested]:
-        if part.get("rope_type") in ("dynamic", "longrope"):
-            original = part.get("original_max_position_embeddings")
-            original = original or getattr(config, "original_max_position_embeddings", None)
-            if original and limit:
-                limit = min(limit, int(original))
-    return limit

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spectool.errors import TextError, UnsupportedError
+from spectool.errors import NotFinite, TextError, UnsupportedError
 from spectool.options import Config
 from spectool.packed import FieldSpec, PackedLinear
 from spectool.sites import Site
@@ -145,6 +145,14 @@ class Quantizer(Protocol):
 
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Any) -> PackedLinear: ...
+
+
+def overflow(name: str, what: str) -> NotFinite:
+    """The error of a block, or of a part of one, that computes no numbers."""
+    return NotFinite(
+        f"{name}: {what}",
+        hint="try --dtype float32; if it is so there too, the checkpoint is broken",
+    )
 
 
 def fit_each(

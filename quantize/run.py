@@ -16,6 +16,7 @@ from torch import Tensor
 from spectool import artifact
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
+from spectool.dtypes import with_plain_dtypes
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import FORMAT_VERSION, PACKED_INDEX, Layout, read_header
 from spectool.loading import load_tokenizer, stated_dtype
@@ -23,7 +24,7 @@ from spectool.machine import reproducible
 from spectool.options import Config
 from spectool.skeleton import Skeleton
 from spectool.template import encode
-from spectool.text import OnRead, read_text
+from spectool.text import OnRead, check_ids, read_text
 from spectool.version import __version__
 from spectool.walk import check_walkable
 
@@ -401,7 +402,11 @@ def _encoded(
         max_characters=STREAMED_CHARACTERS * (samples + 1) * _length(skeleton, job.seq_len),
         on_read=on_read,
     )
-    return encode(tokenizer, text), tokenizer.bos_token_id
+    ids, bos = encode(tokenizer, text), tokenizer.bos_token_id
+    table: Any = skeleton.model.get_input_embeddings()
+    opening = [] if bos is None else [bos]
+    check_ids([*ids, *opening], table.num_embeddings, f"{checkpoint.path}: its tokenizer")
+    return ids, bos
 
 
 def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:
@@ -484,7 +489,8 @@ def _small_files(
         "modules": modules,
         "made_by": made_by,
     }
-    config = {**checkpoint.layout.config, "quantization_config": quantization}
+    plain = with_plain_dtypes(checkpoint.layout.config, checkpoint.path)
+    config = {**plain, "quantization_config": quantization}
     # Where the source says that its weights lie; ours lie elsewhere.
     config.pop("transformers_weights", None)
     if untied:

@@ -14,7 +14,9 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.generate import Runner, generate
 from spectool.decode.row import Row
 from spectool.decode.text import TextStream
-from spectool.errors import SpectoolError, UsageError
+from spectool.errors import CheckpointError, SpectoolError, UsageError
+
+from ..conftest import VOCAB
 
 Tiny = Callable[..., PreTrainedModel]
 
@@ -339,3 +341,9 @@ def test_low_precision_stays_near_greedy(checkpoint: Callable[..., Path]) -> Non
         best = logits[at].max()
         ulp = 2.0 ** (torch.floor(torch.log2(best.abs())) - 7)
         assert best - logits[at, token] <= 8 * ulp
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 10**9])
+def test_ids_that_the_model_has_not_are_refused(tiny: Tiny, token: int) -> None:
+    with pytest.raises(CheckpointError, match=f"^prompt 2 gives id {token}, but the model has"):
+        Runner(tiny("llama")).generate([[3, 4], [3, token]], max_new_tokens=2)

@@ -193,15 +193,24 @@ def test_what_is_not_ours_is_refused(
         {"d2t": torch.zeros(29).long()},
         {"d2t": torch.full((30,), 1000)},
         {"d2t": torch.full((30,), -1)},
+        {"d2t": torch.zeros(30)},
+        {"d2t": None},
+        {"t2d": torch.zeros(320).bool()},
+        {"fc.weight": torch.full((32, 96), torch.nan)},
     ],
 )
 def test_ids_that_cannot_be_are_refused(
-    make: Make, train: Train, change: dict[str, torch.Tensor]
+    make: Make, train: Train, change: dict[str, torch.Tensor | None]
 ) -> None:
     source, _, served = make("llama", "eagle3", "eagle3", {"draft_vocab": 30})
     file = served / "model.safetensors"
-    save_file({**load_file(file), **change}, file)
-    with pytest.raises(CheckpointError, match=r"not distinct ids of 320|do not fit together"):
+    tensors = {**load_file(file), **change}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    message = (
+        r"not distinct ids of 320|expected 30 whole numbers|d2t is absent, but the output matrix "
+        r"has 30 rows and the target 320 tokens|do not name the same|3072 of 3072 weights are NaN"
+    )
+    with pytest.raises(CheckpointError, match=message):
         back(train, source, served, "eagle3")
 
 
@@ -228,6 +237,11 @@ def test_other_places_are_refused(
         back(train, source, served, "medusa")
     with pytest.raises(CheckpointError, match="absent"):
         back(train, source, tmp_path / "absent", "eagle3")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match="is a LoRA adapter"):
+        back(train, source, adapter, "eagle3")
     (served / "model.safetensors").rename(served / "pytorch_model.bin")
     with pytest.raises(UnsupportedError, match="pickled"):
         back(train, source, served, "eagle3")
