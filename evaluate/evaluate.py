@@ -28,7 +28,7 @@ from spectool.loading import (
     tokenizer_digest,
 )
 from spectool.machine import available_memory
-from spectool.text import BUILTIN, encode, read_text
+from spectool.text import BUILTIN, MIXED, builtin_text, encode, read_text
 
 from .fidelity import LawsReference, Reference, layer_errors, score
 from .reference import ReferenceWriter, SavedReference, expected_bytes
@@ -186,13 +186,16 @@ def _windows(
         raise UsageError(f"--window {length}: the model's context is {context}")
     if request.bos and tokenizer.bos_token_id is None:
         raise UsageError("--bos: the tokenizer has no start token")
-    text = read_text(
-        request.texts,
-        tokenizer,
-        field=request.text_field,
-        template=request.template or None,
-        max_characters=request.limit,
-    )
+    if request.texts:
+        text = read_text(
+            request.texts,
+            tokenizer,
+            field=request.text_field,
+            template=request.template or None,
+            max_characters=request.limit,
+        )
+    else:
+        text = builtin_text(MIXED)
     ids = encode(tokenizer, text[: request.limit])
     return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)
 

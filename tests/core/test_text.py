@@ -15,8 +15,18 @@ from typing import Any
 
 import pytest
 
+from spectool import text
 from spectool.errors import MissingExtra, TextError
-from spectool.text import encode, read_prompts, read_rows, read_text, render, template_arguments
+from spectool.stdlib import documents
+from spectool.text import (
+    builtin_text,
+    encode,
+    read_prompts,
+    read_rows,
+    read_text,
+    render,
+    template_arguments,
+)
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -297,3 +307,25 @@ def test_texts_and_prompts_of_blank_rows(write: Write) -> None:
 def test_encoding_adds_nothing_and_does_not_warn(chatty: Any) -> None:
     chatty.model_max_length = 4
     assert encode(chatty, "a b " * 50) == [0, 1] * 50
+
+
+def test_the_built_in_text() -> None:
+    """All kinds, each found in the whole, and all have their sources named."""
+    whole = builtin_text()
+    assert read_text([], None) == whole and 200_000 < len(whole) < 400_000
+    folder = Path(text.__file__).with_name("calibration")
+    kinds = [path.stem for path in sorted(folder.glob("*.txt"))]
+    assert kinds == ["code", "data", "languages", "mixed", "prose", "talk"]
+    places = [whole.index(builtin_text(kind).strip()) for kind in kinds]
+    assert places == sorted(places)
+    sources = (folder / "SOURCES.md").read_text("utf-8")
+    assert all(f"`{kind}.txt`" in sources for kind in kinds)
+
+
+@pytest.mark.slow
+def test_the_built_in_text_holds_no_held_out_code() -> None:
+    lines = set(builtin_text().splitlines())
+    for document in documents():
+        if document.held_out:
+            long = [line for line in document.text.splitlines() if len(line) > 60]
+            assert len(lines.intersection(long)) <= 0.1 * len(long) + 3, document.name
