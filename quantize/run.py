@@ -308,7 +308,8 @@ def _choices(job: Job) -> list[Choice]:
 def calibrates(job: Job) -> bool:
     """Whether texts run through the model.
 
-    Methods without statistics and without a fit run on weights alone, unless text is given."""
+    Methods without statistics and without a fit run on weights alone, unless text is given.
+    """
     asked = (job.calibration, job.budget, job.head)
     return any(each is not None for each in asked) or any(
         choice.calibrates for choice in _choices(job)
