@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spectool.quantize.auto import Picked
     from spectool.quantize.choice import Choice
     from spectool.quantize.plan import Plan
-    from spectool.quantize.run import Report
+    from spectool.quantize.run import Job, Report
     from spectool.skeleton import Skeleton
 
 
@@ -216,7 +216,7 @@ def quantize(
                 device=device,
                 batch_size=batch_size,
             )
-            show_plan(output, planned, skeleton)
+            show_plan(output, planned, skeleton, job)
             result = {"dry_run": True, "method": choice.method, **_planned(planned)}
             output.result({**result, "unused": skeleton.unused})
             return
@@ -233,7 +233,7 @@ def quantize(
                 overwrite=overwrite,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-                announce=lambda plan, skeleton: show_plan(output, plan, skeleton),
+                announce=lambda plan, skeleton: show_plan(output, plan, skeleton, job),
                 progress=output.progress,
                 say=output.say,
                 on_read=output.note,
@@ -279,7 +279,7 @@ def _is_given(invocation: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
+def show_plan(output: Output, plan: Plan, skeleton: Skeleton, job: Job) -> None:
     """The plan for people, before anything is done."""
     from spectool.contents import unused_line
 
@@ -316,6 +316,7 @@ def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
             f"plan: embedding and output matrix will be {beside:.0%} of the file; "
             "--embeddings int8 packs them too"
         )
+    _show_calibration(output, skeleton, job)
     buffers = plan.num_buffers * plan.buffer_bytes
     calibrated = f", activations {size(buffers)}" if buffers else ""
     device = f", device {size(plan.device_bytes)}" if plan.device_bytes else ""
@@ -328,6 +329,26 @@ def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
         f"{plan.bits_file:.3f} of the file"
     )
     output.start()
+
+
+def _show_calibration(output: Output, skeleton: Skeleton, job: Job) -> None:
+    """What text is calibrated on, if any is, and how much of it."""
+    from spectool.quantize.run import calibrates, sequence_length
+    from spectool.text import BUILTIN
+
+    if not calibrates(job):
+        return
+    length = sequence_length(skeleton, job.seq_len)
+    cut = f" (the model's context; --seq-len {job.seq_len} is cut)" if length < job.seq_len else ""
+    output.say(
+        f"plan: calibrated on {', '.join(job.calibration or [f'the {BUILTIN}'])}, at most "
+        f"{job.samples} sequences of {length} tokens{cut}"
+    )
+    if not job.calibration:
+        output.say(
+            "plan: --calibration FILE of text like what the model is for loses less, below 3 bits "
+            "much less"
+        )
 
 
 def _said(choice: Choice) -> str:

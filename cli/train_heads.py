@@ -213,6 +213,11 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
         f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
         f"({plan.taught_tokens} tokens taught); {plan.held_out} texts held out"
     )
+    if plan.seq_len < job.seq_len:
+        output.say(
+            f"plan: texts of at most {plan.seq_len} tokens, the model's context; --seq-len "
+            f"{job.seq_len} is cut"
+        )
     if plan.disk_bytes:
         output.say(f"plan: features kept in {job.store or 'OUT.partial'}, {size(plan.disk_bytes)}")
     if job.regenerate:

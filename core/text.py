@@ -23,7 +23,9 @@ from spectool.errors import CheckpointError, TextError, require
 from spectool.rows import Row, read_row
 from spectool.template import ENDING, Template, encode, ends_of, has_template, takes_tools, write
 
-BUILTIN = "built-in calibration text"
+BUILTIN = "built-in text"
+# Of its kinds, the one that holds something of all of them.
+MIXED = "mixed"
 ROW_KINDS = (".jsonl", ".json", ".ndjson")
 TEXT_KINDS = (".txt", ".md", ".py", ".raw", "")
 HUB_PREFIX = "hub:"
@@ -140,7 +142,7 @@ def read_text(
         TextError: as `read_rows`; or there is no text in them.
     """
     if not sources:
-        return resources.files("spectool").joinpath("calibration.txt").read_text("utf-8")
+        return builtin_text()
     texts: list[str] = []
     for source in sources:
         most = max_characters if source.startswith(HUB_PREFIX) else None
@@ -159,6 +161,20 @@ def read_text(
     if not joined.strip():
         raise TextError(f"{', '.join(sources)}: holds no text")
     return joined
+
+
+def builtin_text(kind: str | None = None) -> str:
+    """The text that is used where none is given: all its kinds one after another, or one of them.
+
+    `calibration/SOURCES.md` says where it comes from.
+    """
+    folder = resources.files("spectool").joinpath("calibration")
+    files = sorted(
+        (file for file in folder.iterdir() if file.name.endswith(".txt")),
+        key=lambda file: file.name,
+    )
+    wanted = [file for file in files if kind is None or file.name == f"{kind}.txt"]
+    return "\n\n".join(file.read_text("utf-8").strip() for file in wanted) + "\n"
 
 
 def read_prompts(

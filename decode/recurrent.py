@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Needs
 from spectool.decode.replay import ReplayCache
-from spectool.decode.target import Ingested, Pass, Target, is_recurrent, likeliest
+from spectool.decode.target import Ingested, Pass, Target, is_recurrent
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
 from spectool.kernels import skinny
@@ -110,19 +111,16 @@ class RecurrentTarget(Target):
         wanted = needs or Needs()
         logits: dict[int, Tensor] = {}
         features: list[dict[str, Tensor]] = [{} for _ in tokens]
-        top: list[list[list[int]]] = [[] for _ in tokens]
+        heard = replace(wanted, final=wanted.final or wanted.top > 0)
         for row, fresh in enumerate(tokens):
             if fresh:
-                num_logits = len(fresh) if wanted.top else 1
-                found = self._pass(cache, row, fresh, wanted, num_logits, certain=True)
-                logits_TV, features[row] = found
-                logits[row] = logits_TV[-1]
-                top[row] = likeliest(logits_TV, wanted.top).tolist() if wanted.top else []
+                logits_1V, features[row] = self._pass(cache, row, fresh, heard, 1, certain=True)
+                logits[row] = logits_1V[-1]
         assert logits, "nothing to feed"
         zeros_V = torch.zeros_like(next(iter(logits.values())))
         logits_BV = torch.stack([logits.get(row, zeros_V) for row in range(len(tokens))])
         cache.commit(tokens, [range(len(fresh)) for fresh in tokens])
-        return Ingested(logits_BV, features, top)
+        return self._ingested(logits_BV, features, wanted)
 
     @torch.inference_mode()
     def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:

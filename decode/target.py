@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,11 @@ class Pass:
 @dataclass(frozen=True, slots=True)
 class Ingested:
     """After committed tokens were fed: the last one's logits and, per row, features [T, D] and
-    the likeliest ids [T][K] after each."""
+    what computes the likeliest ids [T][K] after each."""
 
     logits_BV: Tensor
     features: list[dict[str, Tensor]]
-    top: list[list[list[int]]]
+    top: list[Callable[[], list[list[int]]]]
 
 
 class Target:
@@ -129,9 +129,9 @@ class Target:
         An empty row's logits are zeros.
         """
         wanted = needs or Needs()
+        heard = replace(wanted, final=wanted.final or wanted.top > 0)
         logits_BV: Tensor | None = None
         collected: list[list[dict[str, Tensor]]] = [[] for _ in tokens]
-        top: list[list[list[int]]] = [[] for _ in tokens]
         for start in range(0, max(map(len, tokens)), _CHUNK):
             parts = [list(row[start : start + _CHUNK]) for row in tokens]
             num_nodes = max(map(len, parts))
@@ -141,15 +141,13 @@ class Target:
                 if part and start + len(part) == len(tokens[row])
             }
             kept = sorted(set(ends.values())) or [num_nodes - 1]
-            if wanted.top:
-                kept = list(range(num_nodes))
             visible_NN = torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril()
             done = self._forward(
                 cache,
                 [part + [0] * (num_nodes - len(part)) for part in parts],
                 torch.arange(num_nodes).expand(len(parts), -1),
                 visible_NN.expand(len(parts), -1, -1),
-                wanted,
+                heard,
                 kept,
             )
             cache.commit(parts, [range(len(part)) for part in parts])
@@ -157,17 +155,40 @@ class Target:
                 logits_BV = done.logits_BNV.new_zeros(len(parts), done.logits_BNV.shape[-1])
             for row, end in ends.items():
                 logits_BV[row] = done.logits_BNV[row, kept.index(end)]
-            ids_BNK = likeliest(done.logits_BNV, wanted.top).tolist() if wanted.top else []
             for row, part in enumerate(parts):
-                if ids_BNK:
-                    top[row] += ids_BNK[row][: len(part)]
                 collected[row].append({k: v[row, : len(part)] for k, v in done.features.items()})
         assert logits_BV is not None, "nothing to feed"
         features = [
             {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
             for pieces in collected
         ]
+        return self._ingested(logits_BV, features, wanted)
+
+    def _ingested(
+        self, logits_BV: Tensor, features: list[dict[str, Tensor]], wanted: Needs
+    ) -> Ingested:
+        """What was asked for, of features that hold `final` wherever `top` was asked for."""
+        top: list[Callable[[], list[list[int]]]] = []
+        for row in features:
+            states_TD = row.get("final") if wanted.final else row.pop("final", None)
+            if states_TD is None or not wanted.top:
+                top.append(list)
+            else:
+                top.append(functools.partial(self._likeliest_after, states_TD, wanted.top))
         return Ingested(logits_BV, features, top)
+
+    @torch.inference_mode()
+    def _likeliest_after(self, states_TD: Tensor, count: int) -> list[list[int]]:
+        """The `count` likeliest ids [T][K] after states that the output matrix reads.
+
+        Scaled or bounded logits are in the order of the products, which are enough here.
+        """
+        head = self.model.get_output_embeddings()
+        found: list[list[int]] = []
+        with skinny.products(self._linears, self._most_rows):
+            for part_TD in torch.split(states_TD, _CHUNK):
+                found += likeliest(head(part_TD), count).tolist()
+        return found
 
     @torch.inference_mode()
     def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:

@@ -120,7 +120,8 @@ class Setting:
 class Plan:
     """What a training will do and take, known before the weights are read.
 
-    `disk_bytes` are of stored features, `needs` the features that these heads read.
+    `disk_bytes` are of stored features, `needs` the features that these heads read, `seq_len` the
+    most tokens of a text, which the model's context bounds.
     """
 
     parameters: int
@@ -131,6 +132,7 @@ class Plan:
     taught_tokens: int
     held_out: int
     steps: int
+    seq_len: int
     needs: Needs
 
 
@@ -210,6 +212,7 @@ def plan_of(
         taught_tokens=sum(sum(sample.taught) for sample in own),
         held_out=len(unseen),
         steps=len(steps_of(own, job, setting.seq_len)),
+        seq_len=setting.seq_len,
         needs=heads.needs,
     )
 

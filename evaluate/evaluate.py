@@ -31,7 +31,7 @@ from spectool.loading import (
 )
 from spectool.machine import available_memory
 from spectool.template import encode
-from spectool.text import BUILTIN, OnRead, check_ids, read_text
+from spectool.text import BUILTIN, MIXED, OnRead, builtin_text, check_ids, read_text
 
 from .fidelity import LawsReference, Reference, layer_errors, score
 from .reference import ReferenceWriter, SavedReference, expected_bytes
@@ -206,14 +206,17 @@ def _windows(
         raise UsageError(f"--window {length}: the model's context is {context}")
     if request.bos and tokenizer.bos_token_id is None:
         raise UsageError("--bos: the tokenizer has no start token")
-    text = read_text(
-        request.texts,
-        tokenizer,
-        field=request.text_field,
-        template=request.template or None,
-        max_characters=request.limit,
-        on_read=on_read,
-    )
+    if request.texts:
+        text = read_text(
+            request.texts,
+            tokenizer,
+            field=request.text_field,
+            template=request.template or None,
+            max_characters=request.limit,
+            on_read=on_read,
+        )
+    else:
+        text = builtin_text(MIXED)
     ids = encode(tokenizer, text[: request.limit])
     return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)
 

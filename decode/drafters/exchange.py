@@ -53,6 +53,8 @@ _CHAIN = 3
 # The version of speculators whose configuration is written.
 _SPECULATORS = "0.9.0"
 
+_UNSERVED = "`spectool generate --draft` runs them as they are"
+
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -241,7 +243,11 @@ def _write_medusa(
     if heads.own_output(0) is None and heads.frozen.bias_V is not None:
         biases.append(heads.frozen.bias_V)
     if any(bias.any() for bias in biases):
-        raise UnsupportedError("vllm-medusa has no place for the output matrices' biases")
+        raise UnsupportedError(
+            "vllm-medusa has no place for biases of output matrices, which these heads have of "
+            "their target's",
+            hint=_UNSERVED,
+        )
     written = {
         re.sub(r"^heads\.(\d+)\.blocks\.(\d+)\.", r"blocks.\1.layers.\2.",
                re.sub(r"^heads\.(\d+)\.lm_head\.", r"lm_heads.\1.", name)): tensor
@@ -311,7 +317,11 @@ def _eagle3_tensors(heads: Heads, tensors: Mapping[str, Tensor], vocab: int) -> 
     written = {name: tensor for name, tensor in tensors.items() if name != "token_map"}
     if heads.own_output(0) is None:
         if heads.frozen.bias_V is not None and heads.frozen.bias_V.any():
-            raise UnsupportedError("eagle3 has no place for the output matrix's bias")
+            raise UnsupportedError(
+                "eagle3 has no place for the bias of the target's output matrix, which these heads "
+                "share",
+                hint=f"train them without --shared-head; {_UNSERVED}",
+            )
         written["lm_head.weight"] = heads.frozen.weight_VD
     size = len(written["lm_head.weight"])
     if "token_map" in tensors:

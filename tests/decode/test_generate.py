@@ -232,7 +232,7 @@ def test_a_runner_opens_and_pairs_without_a_forward(
     opened.use(small)
     assert opened.drafter_name == "draft_model"
     opened.use("auto:tune=false")
-    assert opened.drafter_name == "ngram+recycle"
+    assert opened.drafter_name == "trigram+recycle"
 
 
 def test_sampling_follows_the_seed_and_the_row(opened: Runner) -> None:

@@ -16,6 +16,8 @@ from spectool.decode.drafters.heads import read_record
 from spectool.decode.generate import Runner
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
 from spectool.methods import METHODS
+from spectool.quantize.choice import Choice
+from spectool.quantize.run import Job, quantize
 
 from .conftest import Train
 
@@ -299,3 +301,28 @@ def test_formats_hold_what_the_table_says(tmp_path: Path) -> None:
     served = {form.method for form in exchange.FORMATS.values()}
     elsewhere = {name for name, row in METHODS.items() if row.trained and len(row.runs_in) > 1}
     assert served == elsewhere
+
+
+def test_heads_of_a_learnt_output_matrix(
+    train: Train, checkpoint: Checkpoint, data: str, tmp_path: Path
+) -> None:
+    """Its bias is in medusa's own matrices, which the format cannot hold; eagle3's have none."""
+    source, packed = checkpoint("llama", num_hidden_layers=4), tmp_path / "packed"
+    job = Job(
+        method="rtn",
+        config=Choice.from_text("rtn:group_size=16").config,
+        head=Choice.from_text("vq:codes=16,width=0,frequent=4,epochs=0"),
+        calibration=[data],
+        samples=2,
+        seq_len=48,
+    )
+    quantize(source, packed, job)
+    train(packed, "medusa", method="medusa", steps=1)
+    with pytest.raises(UnsupportedError, match="biases of output matrices") as caught:
+        exchange.export(tmp_path / "medusa", str(packed), tmp_path / "served", "vllm-medusa")
+    assert "generate --draft" in str(caught.value.hint)
+    train(packed, "eagle3", method="eagle3", steps=1)
+    exchange.export(tmp_path / "eagle3", str(packed), tmp_path / "served", "eagle3")
+    own = load_file(tmp_path / "eagle3/heads.safetensors")
+    served = load_file(tmp_path / "served/model.safetensors")
+    assert torch.equal(served["lm_head.weight"], own["lm_head.weight"])
