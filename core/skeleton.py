@@ -80,16 +80,30 @@ class Skeleton:
 
     def sites(self, block: str) -> list[Site]:
         """The packable matrices of a block, in the order of its modules."""
-        return list(find_sites(self.model.get_submodule(block), block, self._around(block)))
+        found = find_sites(self.model.get_submodule(block), block, self._around(block))
+        return [site for site in found if site.parameter not in self._shared]
 
     def dense(self, block: str) -> dict[str, str]:
         """The block's linear layers that are never packed, with the reason."""
-        return stay_dense(self.model.get_submodule(block), block, self._around(block))
+        module = self.model.get_submodule(block)
+        shared = (name for name in self._shared if name.startswith(f"{block}."))
+        return {
+            **{name.rpartition(".")[0]: "shares its weight with another block" for name in shared},
+            **stay_dense(module, block, self._around(block)),
+        }
 
-    def _around(self, block: str) -> tuple[type[nn.Module], ...]:
-        """Classes of the modules that a block lies in."""
+    @property
+    def _shared(self) -> set[str]:
+        """Weights of matrices inside the blocks that are tied to others (Zamba's)."""
+        ties = self.model.all_tied_weights_keys
+        inside = tuple(f"{block}." for block in self.blocks)
+        tied = {name for name in (*ties, *ties.values()) if name.startswith(inside)}
+        return {name for name in tied if self.model.get_parameter(name).ndim > 1}
+
+    def _around(self, block: str) -> tuple[nn.Module, ...]:
+        """The modules that a block lies in."""
         paths = {block[:end] for end in _ends(block)} - {block}
-        return tuple(type(self.model.get_submodule(path)) for path in sorted(paths))
+        return tuple(self.model.get_submodule(path) for path in sorted(paths))
 
     def outside(self, *, own_head: bool = False) -> list[Site]:
         """The embedding and the output matrix: one site if they are tied, unless the output gets
