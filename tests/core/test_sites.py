@@ -97,7 +97,7 @@ def test_a_weight_that_others_compute_with_stays_dense() -> None:
 
 
 def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    source = checkpoint("zamba")
+    source = checkpoint("zamba", num_hidden_layers=6, tie_word_embeddings=True)
     job = Job(method="int8", config=Int8.Config(), allow_dense=True)
     quantize(source, tmp_path / "out", job)
     ids_BL = torch.arange(20)[None]
