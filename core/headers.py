@@ -338,7 +338,7 @@ def _indexed(index: Path) -> Iterator[tuple[dict[str, str], TensorEntry]]:
     found: dict[str, dict[str, TensorEntry]] = {}
     metadata: dict[str, dict[str, str]] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
+        if Path(file).name != file or "\0" in file:
             raise CheckpointError(f"{index}: names {file!r}, which is not a file beside it")
         metadata[file], entries = read_header(index.parent / file)
         found[file] = {entry.name: entry for entry in entries}
