@@ -151,6 +151,7 @@ def chat(
             output,
             lossless=pairing.lossless,
         )
+        output.so_far = talk.figures
         before = signal.signal(signal.SIGTERM, talk.terminate)
         try:
             talk.run()

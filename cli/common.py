@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,8 +37,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16 or float16; default: the checkpoint's own, or float32 where the "
-        "processor would crawl."
+        help="float32, bfloat16, float16 or float64; default: the checkpoint's own, or float32 "
+        "where the processor would crawl."
     ),
 ]
 
@@ -102,7 +102,8 @@ Context = Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt 
 class Output:
     """Results to stdout, everything else to stderr; one JSON object instead where asked for.
 
-    `quiet`: another process says all that.
+    `quiet`: another process says all that. `so_far` gives what a run that fails has made by then,
+    which its result for programs holds beside the error.
     """
 
     def __init__(self, *, json_wanted: bool) -> None:
@@ -113,6 +114,7 @@ class Output:
         self.work_began = self.began
         self.finished = self.quiet = False
         self.readings: list[dict[str, Any]] = []
+        self.so_far: Callable[[], Mapping[str, Any]] = dict
         self._said = 0.0
 
     def say(self, line: str) -> None:
@@ -216,7 +218,8 @@ def _fail(output: Output, error: SpectoolError, debug: bool) -> None:
     if not output.finished:
         message = " ".join(str(error).split())
         with contextlib.suppress(OSError):
-            output.result({"error": {"message": message, "exit_code": error.exit_code}})
+            said = {"message": message, "exit_code": error.exit_code}
+            output.result({**output.so_far(), "error": said})
     raise typer.Exit(error.exit_code)
 
 
@@ -291,6 +294,8 @@ def open_runner(
     )
     tokenizer = loading.load_tokenizer(path, trust_remote_code=trust_remote_code)
     output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
+    if unused := loading.unused_of(opened, layout):
+        output.say(f"{model}: {unused}")
     runner = Runner(
         opened,
         draft=draft,

@@ -31,7 +31,7 @@ def inspect(
         if (path / HEADS).is_file():
             _inspect_heads(output, path, check)
             return
-        from spectool.headers import read_layout
+        from spectool.headers import grouped, past_the_last_block, read_layout
         from spectool.quantize.ledger import measure
 
         layout = read_layout(path)
@@ -67,6 +67,7 @@ def inspect(
                 }
                 for entry in ledger.entries
             ],
+            "unused": past_the_last_block(layout),
             "source": source,
             "made_by": made_by,
             "command": again,
@@ -85,6 +86,11 @@ def inspect(
             )
         if counted:
             output.show(f"the whole file: {ledger.file:.4f} bits per parameter")
+        if unused := result["unused"]:
+            output.show(
+                f"{len(unused)} tensors beyond the blocks that config.json counts, which a run "
+                f"leaves out: {grouped(unused)}"
+            )
         if source:
             output.show(f"source: {source.get('fingerprint', 'without a fingerprint')}")
         if again:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spectool.quantize.auto import Picked
     from spectool.quantize.choice import Choice
     from spectool.quantize.plan import Plan
-    from spectool.quantize.run import Report
+    from spectool.quantize.run import Job, Report
     from spectool.skeleton import Skeleton
 
 
@@ -141,7 +141,8 @@ def quantize(
     """Compress MODEL into the directory OUT."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
-        from spectool.loading import check_device, parse_dtype
+        from spectool.dtypes import parse_dtype
+        from spectool.loading import check_device
         from spectool.quantize import auto, run
         from spectool.quantize.budget import Budget, widths
         from spectool.quantize.choice import Choice, read_plan, skipping
@@ -215,8 +216,9 @@ def quantize(
                 device=device,
                 batch_size=batch_size,
             )
-            show_plan(output, planned, skeleton)
-            output.result({"dry_run": True, "method": choice.method, **_planned(planned)})
+            show_plan(output, planned, skeleton, job)
+            result = {"dry_run": True, "method": choice.method, **_planned(planned)}
+            output.result({**result, "unused": skeleton.unused})
             return
         compute = parse_dtype(dtype)
         assert compute is not None
@@ -231,7 +233,7 @@ def quantize(
                 overwrite=overwrite,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-                announce=lambda plan, skeleton: show_plan(output, plan, skeleton),
+                announce=lambda plan, skeleton: show_plan(output, plan, skeleton, job),
                 progress=output.progress,
                 say=output.say,
                 on_read=output.note,
@@ -277,8 +279,10 @@ def _is_given(invocation: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
+def show_plan(output: Output, plan: Plan, skeleton: Skeleton, job: Job) -> None:
     """The plan for people, before anything is done."""
+    from spectool.contents import unused_line
+
     by_choice: dict[Any, int] = {}
     for block in plan.sites.values():
         for name in block:
@@ -302,6 +306,9 @@ def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         output.say(f"plan: {len(names)} left dense ({reason}): {names[0]}, …")
+    if skeleton.unused:
+        name = type(skeleton.model).__name__
+        output.say(f"plan: {unused_line(skeleton.unused, name)}; the artifact is without")
     beside = plan.outside_bytes / plan.file_bytes
     output.say(f"plan: everything{' else' if plan.outside else ''} outside the blocks is copied")
     if not plan.outside and plan.bits_linears < OFFERED_BELOW and beside > OFFERED_FROM:
@@ -309,6 +316,7 @@ def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
             f"plan: embedding and output matrix will be {beside:.0%} of the file; "
             "--embeddings int8 packs them too"
         )
+    _show_calibration(output, skeleton, job)
     buffers = plan.num_buffers * plan.buffer_bytes
     calibrated = f", activations {size(buffers)}" if buffers else ""
     device = f", device {size(plan.device_bytes)}" if plan.device_bytes else ""
@@ -321,6 +329,26 @@ def show_plan(output: Output, plan: Plan, skeleton: Skeleton) -> None:
         f"{plan.bits_file:.3f} of the file"
     )
     output.start()
+
+
+def _show_calibration(output: Output, skeleton: Skeleton, job: Job) -> None:
+    """What text is calibrated on, if any is, and how much of it."""
+    from spectool.quantize.run import calibrates, sequence_length
+    from spectool.text import BUILTIN
+
+    if not calibrates(job):
+        return
+    length = sequence_length(skeleton, job.seq_len)
+    cut = f" (the model's context; --seq-len {job.seq_len} is cut)" if length < job.seq_len else ""
+    output.say(
+        f"plan: calibrated on {', '.join(job.calibration or [f'the {BUILTIN}'])}, at most "
+        f"{job.samples} sequences of {length} tokens{cut}"
+    )
+    if not job.calibration:
+        output.say(
+            "plan: --calibration FILE of text like what the model is for loses less, below 3 bits "
+            "much less"
+        )
 
 
 def _said(choice: Choice) -> str:

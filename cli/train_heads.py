@@ -140,7 +140,7 @@ def train_heads(
         from spectool.distill import train_heads as room
         from spectool.distill.plan import Job
         from spectool.distill.processes import joined
-        from spectool.loading import parse_dtype
+        from spectool.dtypes import parse_dtype
 
         check_target(out, overwrite=overwrite)
         config = methods.resolve(method, "drafter").Heads.Config.from_dict(own)
@@ -213,6 +213,11 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
         f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
         f"({plan.taught_tokens} tokens taught); {plan.held_out} texts held out"
     )
+    if plan.seq_len < job.seq_len:
+        output.say(
+            f"plan: texts of at most {plan.seq_len} tokens, the model's context; --seq-len "
+            f"{job.seq_len} is cut"
+        )
     if plan.disk_bytes:
         output.say(f"plan: features kept in {job.store or 'OUT.partial'}, {size(plan.disk_bytes)}")
     if job.regenerate:
@@ -273,7 +278,7 @@ TRAIN_HEADS = Verb(
             "begin", "steps", "epochs", "batch_tokens", "pack", "features", "learning_rate",
             "warmup", "optimizer", "autocast", "seed",
         ),
-        "Model": ("dtype", "runtime", "revision", "trust_remote_code"),
+        "Model": ("dtype", "runtime", "no_checksums", "revision", "trust_remote_code"),
         "Resources": ("device", "threads"),
         "Output": ("metrics", "overwrite", "json_output", "debug"),
     },

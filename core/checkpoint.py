@@ -121,7 +121,16 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
 
 
 def read_rows(entry: TensorEntry, rows: Sequence[int]) -> torch.Tensor:
-    """The given rows of a matrix in its file, [rows, columns]."""
+    """The given rows of a matrix in its file, [rows, columns].
+
+    Raises:
+        CheckpointError: it has no such row.
+    """
+    for row in rows:
+        if not 0 <= row < entry.shape[0]:
+            raise CheckpointError(
+                f"{entry.path}: {entry.name} has {entry.shape[0]} rows, and row {row} was asked for"
+            )
     return torch.cat([read_tensor(entry, rows=slice(row, row + 1)) for row in rows])
 
 
@@ -140,19 +149,24 @@ def same_values(first: TensorEntry, second: TensorEntry) -> bool:
     return True
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raises: CheckpointError: `tensor` holds NaN or infinite values."""
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
     if not tensor.is_floating_point():
-        return
+        return True
     # torch can neither sum eight-bit floats nor ask whether they are finite.
     tensor = tensor.float() if tensor.element_size() == 1 else tensor
     # The sum is not finite if any element is not; where it overflows by itself, the elements are
     # asked one by one. Half types are summed in float32: no temporary of the tensor's size.
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    if not torch.isfinite(tensor.sum(dtype=wide)):
+    return bool(torch.isfinite(tensor.sum(dtype=wide))) or bool(torch.isfinite(tensor).all())
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises: CheckpointError: `tensor` holds NaN or infinite values."""
+    if not all_finite(tensor):
+        tensor = tensor.float() if tensor.element_size() == 1 else tensor
         bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise CheckpointError(f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite")
+        raise CheckpointError(f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite")
 
 
 def _digest(entry: TensorEntry) -> str:

@@ -2,6 +2,7 @@
 
 SpectoolError            1   the run failed after it began
 ├── Interrupted        130   Ctrl-C or SIGTERM; what was written can be resumed
+├── NotFinite            1   the model computes NaN or infinite values
 └── InputError           2   the input or the usage was wrong; nothing was changed
     ├── UsageError           an option, a name or a combination of them
     ├── CheckpointError      a checkpoint's files: missing, damaged, inconsistent
@@ -19,6 +20,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
@@ -35,6 +37,10 @@ class SpectoolError(Exception):
 
 class Interrupted(SpectoolError):
     exit_code = 130
+
+
+class NotFinite(SpectoolError):
+    pass
 
 
 class InputError(SpectoolError):
@@ -79,6 +85,38 @@ def require(module: str, *, extra: str, reason: str) -> ModuleType:
             f"{reason} needs the package {package}, which is not installed",
             hint=f"pip install 'spectool[{extra}]'",
         ) from error
+
+
+# Characters of a foreign message that are shown.
+_LONGEST = 300
+
+
+@contextlib.contextmanager
+def opening(place: str | Path, problem: str) -> Iterator[None]:
+    """While open, whatever foreign code raises becomes the one line `place: problem: reason`.
+
+    For the calls that open files of others: these may contradict themselves in any way.
+
+    Raises:
+        CheckpointError: in place of any error but our own and a lack of memory.
+    """
+    try:
+        yield
+    except (SpectoolError, MemoryError):
+        raise
+    except BaseException as error:
+        # A panic in Rust, as of the tokenizers library, is no Exception.
+        kind = type(error).__name__
+        if not isinstance(error, Exception) and kind != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        if kind == "OutOfMemoryError" or "can't allocate memory" in reason:
+            raise
+        if isinstance(error, (LookupError, TypeError, AttributeError)) or not reason:
+            reason = f"{kind}: {reason}" if reason else kind
+        if len(reason) > _LONGEST:
+            reason = reason[:_LONGEST] + "..."
+        raise CheckpointError(f"{place}: {problem}: {reason}") from error
 
 
 @contextlib.contextmanager

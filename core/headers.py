@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spectool import checksums
+from spectool import checksums, given
 from spectool.checksums import Checksums, Guard
 from spectool.errors import CheckpointError
 
@@ -32,11 +33,17 @@ DENSE_INDEX = "model.safetensors.index.json"
 DENSE_FILE = "model.safetensors"
 PACKED_INDEX = "packed.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
-HEADS = "spectool_heads.json"
+HEADS = given.HEADS
 HEADS_FILE = "heads.safetensors"
 
 # The newest layout of artifacts that is read here, and the one that is written.
 FORMAT_VERSION = 1
+
+# A tensor of a numbered block: the list's name and the number.
+_NUMBERED = re.compile(r"(.*?)\.(\d{1,9})\.")
+
+# Groups of names that a line lists.
+_LISTED = 4
 
 # A longer header than this is a damaged length field: the format's own limit.
 MAX_HEADER = 100_000_000
@@ -112,8 +119,13 @@ class Layout:
         """Most tokens the model was made for; None where the configuration does not say."""
         text_config = self.config.get("text_config") or self.config
         for key in ("max_position_embeddings", "n_positions"):
-            if isinstance(text_config.get(key), int):
-                return int(text_config[key])
+            length = text_config.get(key)
+            if isinstance(length, int):
+                if length < 1:
+                    raise CheckpointError(
+                        f"{self.path}: config.json: {key} is {_brief(length)}, expected at least 1"
+                    )
+                return length
         return None
 
     @property
@@ -162,6 +174,45 @@ def _check_objects(path: Path, config: Mapping[str, Any]) -> None:
 def guards_of(entries: Iterable[TensorEntry]) -> list[Guard]:
     """The guards of the files that these tensors lie in, one for each."""
     return list(dict.fromkeys(entry.guard for entry in entries if entry.guard is not None))
+
+
+def past_the_last_block(layout: Layout) -> list[str]:
+    """Stored tensors of blocks that the configuration does not count, and of further heads.
+
+    Known from names alone: what else an architecture has no place for, only the model tells.
+    """
+    text_config = layout.config.get("text_config") or layout.config
+    counts = (text_config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers"))
+    count = next((each for each in counts if isinstance(each, int)), None)
+    by_list: dict[str, dict[str, int]] = {}
+    for name in layout.tensors:
+        if found := _NUMBERED.match(name):
+            by_list.setdefault(found[1], {})[name] = int(found[2])
+    # A tower for images may have more blocks, but not more weights.
+    blocks = max(
+        by_list.values(),
+        key=lambda names: sum(layout.tensors[name].num_bytes for name in names),
+        default={},
+    )
+    return sorted(
+        name
+        for name in layout.tensors
+        if name.startswith("mtp.") or (count is not None and blocks.get(name, -1) >= count)
+    )
+
+
+def grouped(names: Sequence[str]) -> str:
+    """Names in one line: how many, and the first parts that they belong to."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        block = re.match(r"(.*?\.\d+)\.", name)
+        groups.setdefault(block[1] if block else name.partition(".")[0], []).append(name)
+    said = [
+        found[0] if len(found) == 1 else f"{part}.* ({len(found)})"
+        for part, found in groups.items()
+    ]
+    more = ", …" if len(said) > _LISTED else ""
+    return f"{', '.join(said[:_LISTED])}{more}"
 
 
 def packed_entries(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -247,8 +298,8 @@ def read_header(
         header = json.loads(raw)
         metadata = dict(header.pop("__metadata__", {}))
         entries = [_entry(path, 8 + length, name, said, guard) for name, said in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its header is not a safetensors header") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+        raise CheckpointError(f"{path}: its header is not a safetensors header") from e
     entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
     end = 8 + length
     for entry in entries:
@@ -310,14 +361,12 @@ def read_layout(path: Path, *, check: bool = True) -> Layout:
 
     Raises:
         CheckpointError: no directory, no configuration, no safetensors weights, a damaged file, or
-            an index that names absent files or tensors.
+            an index that names absent files or tensors; or something else than a checkpoint.
+        UnsupportedError: a drafter, an encoder-decoder or a diffusion pipeline.
     """
-    if not path.is_dir():
-        what = "is a file, not a checkpoint directory" if path.exists() else "no such directory"
-        raise CheckpointError(f"{path}: {what}")
-    if (path / "spectool_heads.json").exists() and not (path / "config.json").exists():
-        raise CheckpointError(f"{path}: draft heads, not a checkpoint")
+    given.check_place(path)
     config = read_json(path / "config.json")
+    given.check_config(path, config)
     _check_objects(path, config)
     weights = _weights(path, config)
     stored = read_checksums(weights) if weights.name == PACKED_INDEX else {}
@@ -353,9 +402,7 @@ def _weights(path: Path, config: Mapping[str, Any]) -> Path:
         names = [DENSE_FILE, DENSE_INDEX]
     found = next((path / name for name in names if (path / name).is_file()), None)
     if found is None:
-        raise CheckpointError(
-            f"{path}: no safetensors weights ({' or '.join(names)})", hint=_pickled(path)
-        )
+        raise given.without_weights(path, " or ".join(names))
     return found
 
 
@@ -399,9 +446,3 @@ def read_shards(
         if name not in tensors:
             raise CheckpointError(f"{index}: says that {name} is in {file}, but it is not")
     return metadata, tensors
-
-
-def _pickled(path: Path) -> str | None:
-    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-        return "pickled weights are never read; save the model with safetensors first"
-    return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from spectool import given
 from spectool.errors import CheckpointError
 from spectool.headers import Layout, TensorEntry, read_json
 
@@ -79,9 +80,9 @@ def remote_layout(model: str, revision: str | None) -> Layout:
                 start=first,
                 num_bytes=last - first,
             )
-    return Layout(
-        path=Path(config).parent, config=read_json(Path(config)), tensors=tensors, metadata={}
-    )
+    said = read_json(Path(config))
+    given.check_config(Path(model), said)
+    return Layout(path=Path(config).parent, config=said, tensors=tensors, metadata={})
 
 
 def _unreachable(model: str, error: Exception) -> CheckpointError:

@@ -13,26 +13,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool import machine, registration
 from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_fingerprint
+from spectool.contents import unused_line
 from spectool.decoder import decoder_of
-from spectool.errors import CheckpointError, UnsupportedError, UsageError, require
+from spectool.dtypes import configured, parse_dtype
+from spectool.errors import CheckpointError, UnsupportedError, UsageError, opening, require
 from spectool.headers import Layout
 from spectool.packed import packed_modules, unpack_in_place
-from spectool.skeleton import Skeleton, model_class, read_config
+from spectool.skeleton import Skeleton, model_class, read_config, resolve, unused_tensors
 
 # `auto` unpacks where the dense weights take at most this share of the memory that is free.
 DENSE_SHARE = 0.5
 
 RUNTIMES = ("auto", "packed", "dense")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    """Raises: UsageError: not a dtype that models run in."""
-    if name is None or isinstance(name, torch.dtype):
-        return name
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def check_device(name: str) -> torch.device:
@@ -89,14 +81,13 @@ def load_outside(
 
 
 def stated_dtype(layout: Layout) -> torch.dtype | None:
-    """The dtype that a checkpoint says it is to run in."""
+    """The dtype that a checkpoint says it is to run in.
+
+    Raises:
+        CheckpointError: it says one that no model runs in.
+    """
     text_config = layout.config.get("text_config") or {}
-    places = (
-        layout.config.get("dtype"),
-        layout.config.get("torch_dtype"),
-        text_config.get("dtype"),
-    )
-    return parse_dtype(next(filter(None, places), None))
+    return configured(layout.config, layout.path) or configured(text_config, layout.path)
 
 
 def own_dtype(layout: Layout) -> torch.dtype:
@@ -145,7 +136,10 @@ def _open(
         quantized["dequantize"] = True
     if checkpoint.layout.is_packed:
         quantized[registration.CHECKSUMS] = bool(checkpoint.layout.guards)
-    try:
+    if checkpoint.layout.is_packed or checkpoint.layout.quantization is None:
+        # Before anything is allocated.
+        resolve(checkpoint.layout, config, trust_remote_code=trust_remote_code)
+    with opening(checkpoint.path, "transformers cannot load it"):
         model, info = model_class(config).from_pretrained(
             checkpoint.path,
             config=config,
@@ -154,11 +148,6 @@ def _open(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{checkpoint.path}: transformers cannot load it: {reason}"
-        ) from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         # Dense checkpoints of others often carry buffers that transformers no longer wants.
         found = sorted(map(str, info[kind]))
@@ -183,22 +172,24 @@ def load_tokenizer(
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    try:
+    own = Path(path) / "config.json"
+    config = read_config(own.parent, trust_remote_code=trust_remote_code) if own.is_file() else None
+    with opening(path, "no tokenizer that transformers can load"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
+            path, config=config, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{path}: no tokenizer that transformers can load"
-            + (f": {reason[0]}" if reason else "")
-        ) from error
     return tokenizer
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """`sha256:…` over tokens and their ids: equal where ids mean the same."""
     return text_fingerprint(tokenizer.get_vocab())
+
+
+def unused_of(model: PreTrainedModel, layout: Layout) -> str | None:
+    """A line for the header of a run on stored tensors that no module takes; None without such."""
+    names = unused_tensors(model, layout)
+    return unused_line(names, type(model).__name__) if names else None
 
 
 def describe_runtime(model: PreTrainedModel) -> str:

@@ -12,9 +12,11 @@ import copy
 import functools
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Literal
 
 import torch
@@ -59,10 +61,10 @@ class Site:
         return weight.T if self.transposed else weight
 
 
-def find_sites(block: nn.Module, prefix: str, around: tuple[Any, ...] = ()) -> Iterator[Site]:
+def find_sites(block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()) -> Iterator[Site]:
     """The packable matrices inside a module whose full name is `prefix`.
 
-    `around` are the classes of the modules that it lies in.
+    `around` are the modules that it lies in.
     """
     dense = stay_dense(block, prefix, around)
     for path, module in block.named_modules(prefix=prefix):
@@ -97,7 +99,7 @@ def find_sites(block: nn.Module, prefix: str, around: tuple[Any, ...] = ()) -> I
                     )
 
 
-def stay_dense(block: nn.Module, prefix: str, around: tuple[Any, ...] = ()) -> dict[str, str]:
+def stay_dense(block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()) -> dict[str, str]:
     """Linear layers of a module that are not packed, by full name, with the reason."""
     linears = {
         path: module
@@ -107,11 +109,11 @@ def stay_dense(block: nn.Module, prefix: str, around: tuple[Any, ...] = ()) -> d
     read = {
         f"{path}.{name}"
         for path, module in block.named_modules(prefix=prefix)
-        for own, name in _weights_read_by(_kind(module))
+        for own, name in _weights_read_by(module)
         if own
     }
     # Models around reach their blocks by a loop's variable: the end of the name tells.
-    ends = tuple(f".{name}" for kind in around for _, name in _weights_read_by(kind))
+    ends = tuple(f".{name}" for part in around for _, name in _weights_read_by(part))
     num_experts = _num_experts(block)
     found = {}
     for path, module in linears.items():
@@ -180,13 +182,36 @@ def computes_product(kind: type[nn.Module]) -> bool:
             return False
 
 
-@functools.cache
-def _weights_read_by(kind: type[nn.Module]) -> frozenset[tuple[bool, str]]:
-    """Paths of modules whose weight this class's methods compute with, and whether below `self`.
+def _weights_read_by(module: nn.Module) -> set[tuple[bool, str]]:
+    """Paths of modules whose weight this module's methods compute with, and whether below itself.
 
-    Read from the source, as running a module of any size is not to be had for a plan. What runs in
-    training only is left out: fused kernels of state-space models take the whole mixer then.
+    Read from the source, as running a module of any size is not to be had for a plan. Branches that
+    the module as it is does not take are left out: fused kernels of state-space models take the
+    whole mixer in training, Bloom slices its weights to imitate a way of training.
     """
+    return {
+        (own, path)
+        for own, path, guards in _reads_of(_kind(module))
+        if not any(_is_settled(guard, module, not taken) for guard, taken in guards)
+    }
+
+
+def _is_settled(guard: CodeType, module: nn.Module, value: bool) -> bool:
+    """Whether a condition has this value whatever the module is called with."""
+    names = vars(sys.modules[type(module).__module__])
+    try:
+        return bool(eval(guard, names, {"self": module})) is value
+    except Exception:
+        # It needs what only a call knows.
+        return False
+
+
+# A condition, and whether what stands in it is run where it holds.
+Guard = tuple[CodeType, bool]
+
+
+@functools.cache
+def _reads_of(kind: type[nn.Module]) -> frozenset[tuple[bool, str, tuple[Guard, ...]]]:
     reader = _Reader()
     for each in kind.__mro__:
         if each.__module__.partition(".")[0] == "torch" or each in (object, PreTrainedModel):
@@ -200,22 +225,26 @@ def _weights_read_by(kind: type[nn.Module]) -> frozenset[tuple[bool, str]]:
 
 
 class _Reader(ast.NodeVisitor):
-    """Collects `a.b` of every `x.a.b.weight` that is computed with in inference; x may be self."""
+    """Collects `a.b` of every `x.a.b.weight` that is computed with; x may be self."""
 
     def __init__(self) -> None:
-        self.found: set[tuple[bool, str]] = set()
+        self.found: set[tuple[bool, str, tuple[Guard, ...]]] = set()
+        self._guards: list[Guard] = []
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if not node.name.startswith(("__init__", "_init_", "reset_")):
             self.generic_visit(node)
 
-    def visit_If(self, node: ast.If) -> None:
-        if any(isinstance(part, ast.Attribute) and part.attr == "training"
-               for part in ast.walk(node.test)):  # fmt: skip
-            for part in node.orelse:
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
+        self.visit(node.test)
+        guard = compile(ast.Expression(node.test), "<condition>", "eval")
+        for branch, taken in ((node.body, True), (node.orelse, False)):
+            self._guards.append((guard, taken))
+            for part in branch if isinstance(branch, list) else [branch]:
                 self.visit(part)
-        else:
-            self.generic_visit(node)
+            self._guards.pop()
+
+    visit_IfExp = visit_If
 
     def visit_Call(self, node: ast.Call) -> None:
         if not (isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr")):
@@ -230,5 +259,5 @@ class _Reader(ast.NodeVisitor):
             parts.insert(0, inner.attr)
             inner = inner.value
         if node.attr == "weight" and parts and isinstance(inner, ast.Name):
-            self.found.add((inner.id == "self", ".".join(parts)))
+            self.found.add((inner.id == "self", ".".join(parts), tuple(self._guards)))
         self.generic_visit(node)

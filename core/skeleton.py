@@ -10,22 +10,32 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
+import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from spectool import contents, given
 from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, same_values
 from spectool.decoder import decoder_of
-from spectool.errors import CheckpointError, UnsupportedError
-from spectool.headers import Layout
+from spectool.dtypes import with_plain_dtypes
+from spectool.errors import UnsupportedError, opening
+from spectool.headers import Layout, read_json
 from spectool.origins import Origin, find_origins, read_origin, resolve_ties
 from spectool.packed import PackedExperts, field_specs, swap_in
 from spectool.sites import Site, find_sites, stay_dense
@@ -43,79 +53,57 @@ class Skeleton:
         self.layout = layout
         self.config = read_config(layout.path, trust_remote_code=trust_remote_code)
         self._trust_remote_code = trust_remote_code
-        self._built: dict[torch.dtype, PreTrainedModel] = {}
-        self.model = self.built_in(torch.float32)
+        if layout.quantization is not None and not layout.is_packed:
+            by = layout.quantization.get("quant_method", "an unnamed method")
+            raise UnsupportedError(f"{layout.path}: is quantized by {by}, not by spectool")
+        self.modules = layout.modules
+        found = resolve(layout, self.config, trust_remote_code=trust_remote_code, compare=True)
+        self.model, self.origins, self.untied = found
+        self._built = {torch.float32: self.model}
         self.decoder_name, self.blocks = find_blocks(self.model)
         decoder, text = self.model.get_submodule(self.decoder_name), self.config.get_text_config()
         if (reason := why_not_causal(text, decoder.modules())) is not None:
             raise UnsupportedError(f"{text.model_type} here is no causal model: {reason}")
-        self.modules: dict[str, dict[str, Any]] = {}
-        if layout.is_packed:
-            self.modules = layout.modules
-            self.origins = {name: Origin.of(name) for name in layout.tensors}
-        elif layout.quantization is not None:
-            by = layout.quantization.get("quant_method", "an unnamed method")
-            raise UnsupportedError(f"{layout.path}: is quantized by {by}, not by spectool")
-        else:
-            self.origins = find_origins(self.model, layout.tensors)
-        self.untied = resolve_ties(self.origins, self.model.all_tied_weights_keys, self._equal)
-        self._check()
 
-    def _equal(self, first: Origin, second: Origin) -> bool:
-        entries = [self.layout.tensors[origin.stored[0][0]] for origin in (first, second)]
-        return same_values(*entries)
-
-    def _check(self) -> None:
-        """Raises: CheckpointError: see the class."""
-        layout, wanted = self.layout, self.model.state_dict(keep_vars=True)
-        expected = set(wanted) - {
-            name if said.get("expert") else f"{name}.weight" for name, said in self.modules.items()
-        }
-        if any(said.get("expert") for said in self.modules.values()):
-            expected -= {name.rpartition(".")[0] for name in self.modules}
-        # A module that two others share has two names, and its tensors are stored under one.
-        shared = {id(wanted[name]) for name in wanted.keys() & self.origins.keys()}
-        optional = re.compile("|".join(self.model._keys_to_ignore_on_load_missing or ()) or "$^")
-        missing = sorted(
-            name
-            for name in expected - set(self.origins) - set(self.model.all_tied_weights_keys)
-            if id(wanted[name]) not in shared and not optional.search(name)
-        )
-        if missing:
-            raise CheckpointError(
-                f"{layout.path}: {len(missing)} tensors of {type(self.model).__name__} are in no "
-                f"file, among them {missing[0]}"
-            )
-        for name in wanted.keys() & self.origins.keys():
-            stored, converter = self.origins[name].stored, self.origins[name].converter
-            shape = layout.tensors[stored[0][0]].shape
-            if converter is None and shape != tuple(wanted[name].shape):
-                raise CheckpointError(
-                    f"{layout.path}: {name} is {list(shape)}, but the configuration says "
-                    f"{list(wanted[name].shape)}"
-                )
+    @property
+    def unused(self) -> list[str]:
+        """Names of the stored tensors that no module takes."""
+        return unused_tensors(self.model, self.layout)
 
     def built_in(self, dtype: torch.dtype) -> PreTrainedModel:
         """The meta model as transformers builds it to run in `dtype`: some tensors have another."""
         if dtype not in self._built:
             model = build_meta(self.config, dtype=dtype, trust_remote_code=self._trust_remote_code)
-            if self._built:
-                model.all_tied_weights_keys = dict(self.model.all_tied_weights_keys)
+            model.all_tied_weights_keys = dict(self.model.all_tied_weights_keys)
             self._built[dtype] = model
         return self._built[dtype]
 
     def sites(self, block: str) -> list[Site]:
         """The packable matrices of a block, in the order of its modules."""
-        return list(find_sites(self.model.get_submodule(block), block, self._around(block)))
+        found = find_sites(self.model.get_submodule(block), block, self._around(block))
+        return [site for site in found if site.parameter not in self._shared]
 
     def dense(self, block: str) -> dict[str, str]:
         """The block's linear layers that are never packed, with the reason."""
-        return stay_dense(self.model.get_submodule(block), block, self._around(block))
+        module = self.model.get_submodule(block)
+        shared = (name for name in self._shared if name.startswith(f"{block}."))
+        return {
+            **{name.rpartition(".")[0]: "shares its weight with another block" for name in shared},
+            **stay_dense(module, block, self._around(block)),
+        }
 
-    def _around(self, block: str) -> tuple[type[nn.Module], ...]:
-        """Classes of the modules that a block lies in."""
+    @property
+    def _shared(self) -> set[str]:
+        """Weights of matrices inside the blocks that are tied to others (Zamba's)."""
+        ties = self.model.all_tied_weights_keys
+        inside = tuple(f"{block}." for block in self.blocks)
+        tied = {name for name in (*ties, *ties.values()) if name.startswith(inside)}
+        return {name for name in tied if self.model.get_parameter(name).ndim > 1}
+
+    def _around(self, block: str) -> tuple[nn.Module, ...]:
+        """The modules that a block lies in."""
         paths = {block[:end] for end in _ends(block)} - {block}
-        return tuple(type(self.model.get_submodule(path)) for path in sorted(paths))
+        return tuple(self.model.get_submodule(path) for path in sorted(paths))
 
     def outside(self, *, own_head: bool = False) -> list[Site]:
         """The embedding and the output matrix: one site if they are tied, unless the output gets
@@ -275,19 +263,42 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedCon
         UnsupportedError: transformers does not know the model type.
         CheckpointError: the configuration contradicts itself.
     """
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code
-        )
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        hint = (
-            "--trust-remote-code runs the code in it" if "trust_remote_code" in str(error) else None
-        )
-        raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
-    except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: its config.json is not valid: {reason}") from error
+    said = read_json(path / "config.json")
+    given.check_config(path, said)
+    with opening(path, "its config.json is not valid"):
+        plain = with_plain_dtypes(said, path)
+        try:
+            if plain == said:
+                return _config_in(path, trust_remote_code)
+            return _config_of(plain, path, trust_remote_code)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            known = "trust_remote_code" in str(error)
+            if not known and said.get("model_type") in CONFIG_MAPPING:
+                raise
+            hint = "--trust-remote-code runs the code in it" if known else None
+            raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
+
+
+def _config_in(place: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        place, trust_remote_code=trust_remote_code
+    )
+    return config
+
+
+def _config_of(said: Mapping[str, Any], path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration that `said` describes, as if it stood in `path`."""
+    remote = said.get("auto_map")
+    if isinstance(remote, dict):
+        # The code stays where it is.
+        own = {key: f"{path}--{value}" for key, value in remote.items() if "--" not in value}
+        said = {**said, "auto_map": {**remote, **own}}
+    with tempfile.TemporaryDirectory(prefix="spectool-") as place:
+        file = Path(place) / "config.json"
+        file.write_text(json.dumps(said), encoding="utf-8")
+        config = _config_in(file, trust_remote_code)
+    config._name_or_path = str(path)
     return config
 
 
@@ -297,10 +308,8 @@ def model_class(config: PreTrainedConfig) -> Any:
     Raises:
         UnsupportedError: neither knows it, or it is an encoder-decoder.
     """
-    if config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"{config.model_type} is an encoder-decoder; spectool handles decoder-only models"
-        )
+    if given.is_encoder_decoder(config):
+        raise UnsupportedError(f"{config.model_type} is {given.ENCODER_DECODER}")
     remote = getattr(config, "auto_map", None) or {}
     for auto in (AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         if type(config) in auto._model_mapping or auto.__name__ in remote:
@@ -314,18 +323,101 @@ def build_meta(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The whole model on the meta device, in eval mode, as built to run in `dtype`."""
+    """The whole model on the meta device, in eval mode, as built to run in `dtype`.
+
+    Raises:
+        CheckpointError: no model can be built of this configuration.
+    """
     dense = copy.deepcopy(config)
     if hasattr(dense, "quantization_config"):
         del dense.quantization_config
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class(config).from_config(
-            dense, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    # Fused expert kernels hide which expert saw which token; the plain loop shows it.
-    model.set_experts_implementation("eager")
+    kind = model_class(config)
+    where = config._name_or_path or config.model_type
+    with opening(where, "no model can be built of its config.json"):
+        with torch.device("meta"):
+            model: PreTrainedModel = kind.from_config(
+                dense, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        # Fused expert kernels hide which expert saw which token; the plain loop shows it.
+        model.set_experts_implementation("eager")
     model.train(False)
     return model
+
+
+def resolve(
+    layout: Layout,
+    config: PreTrainedConfig,
+    *,
+    trust_remote_code: bool = False,
+    compare: bool = False,
+) -> tuple[PreTrainedModel, dict[str, Origin], bool]:
+    """The meta model of a dense or packed checkpoint, where each of its tensors comes from, and
+    whether matrices that the configuration ties are not.
+
+    Whether two stored matrices are tied is seen if they are to be read (`compare`).
+
+    Raises:
+        CheckpointError: tensors of the architecture are in no file, or have another shape.
+    """
+
+    def equal(first: Origin, second: Origin) -> bool:
+        entries = [layout.tensors[origin.stored[0][0]] for origin in (first, second)]
+        return not compare or same_values(*entries)
+
+    with contents.bounded(layout):
+        model = build_meta(config, trust_remote_code=trust_remote_code)
+    with opening(layout.path, "its tensors do not fit its configuration"):
+        wanted = model.state_dict(keep_vars=True)
+        if layout.is_packed:
+            origins = {name: Origin.of(name) for name in layout.tensors}
+        else:
+            origins = find_origins(model, layout.tensors)
+        for name in sorted(wanted.keys() & origins.keys()):
+            shape = _shape_of(model, layout, name, origins[name])
+            contents.check_shape(layout, name, shape, wanted[name].shape)
+        untied = resolve_ties(origins, model.all_tied_weights_keys, equal)
+        contents.check_missing(model, layout, _missing(model, layout, origins))
+        contents.check_tables(model, layout)
+    return model, origins, untied
+
+
+def _missing(model: PreTrainedModel, layout: Layout, origins: Mapping[str, Origin]) -> list[str]:
+    """Tensors of the architecture that are in no file."""
+    wanted, modules = model.state_dict(keep_vars=True), layout.modules
+    expected = set(wanted) - {
+        name if said.get("expert") else f"{name}.weight" for name, said in modules.items()
+    }
+    if any(said.get("expert") for said in modules.values()):
+        expected -= {name.rpartition(".")[0] for name in modules}
+    # A module that two others share has two names, and its tensors are stored under one.
+    shared = {id(wanted[name]) for name in wanted.keys() & origins.keys()}
+    optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "$^")
+    return sorted(
+        name
+        for name in expected - set(origins) - set(model.all_tied_weights_keys)
+        if id(wanted[name]) not in shared and not optional.search(name)
+    )
+
+
+def _shape_of(model: PreTrainedModel, layout: Layout, name: str, origin: Origin) -> torch.Size:
+    """The shape of a model's tensor as it would be read, joined on the meta device if need be."""
+    if origin.converter is None:
+        return torch.Size(layout.tensors[origin.stored[0][0]].shape)
+    return read_origin(model, functools.partial(_shell, layout), name, origin)[name].shape
+
+
+def _shell(layout: Layout, name: str) -> Tensor:
+    """A tensor of the stored shape without values."""
+    return torch.empty(layout.tensors[name].shape, device="meta")
+
+
+def unused_tensors(model: PreTrainedModel, layout: Layout) -> list[str]:
+    """Names of a dense checkpoint's stored tensors that no module of this model takes."""
+    if layout.quantization is not None:
+        return []
+    origins = find_origins(model, layout.tensors)
+    taken = [key for origin in origins.values() for key, _ in origin.stored]
+    return contents.left_over(model, layout.tensors, taken)
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:

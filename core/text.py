@@ -19,11 +19,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from spectool.errors import TextError, require
+from spectool.errors import CheckpointError, TextError, require
 from spectool.rows import Row, read_row
 from spectool.template import ENDING, Template, encode, ends_of, has_template, takes_tools, write
 
-BUILTIN = "built-in calibration text"
+BUILTIN = "built-in text"
+# Of its kinds, the one that holds something of all of them.
+MIXED = "mixed"
 ROW_KINDS = (".jsonl", ".json", ".ndjson")
 TEXT_KINDS = (".txt", ".md", ".py", ".raw", "")
 HUB_PREFIX = "hub:"
@@ -140,7 +142,7 @@ def read_text(
         TextError: as `read_rows`; or there is no text in them.
     """
     if not sources:
-        return resources.files("spectool").joinpath("calibration.txt").read_text("utf-8")
+        return builtin_text()
     texts: list[str] = []
     for source in sources:
         most = max_characters if source.startswith(HUB_PREFIX) else None
@@ -159,6 +161,20 @@ def read_text(
     if not joined.strip():
         raise TextError(f"{', '.join(sources)}: holds no text")
     return joined
+
+
+def builtin_text(kind: str | None = None) -> str:
+    """The text that is used where none is given: all its kinds one after another, or one of them.
+
+    `calibration/SOURCES.md` says where it comes from.
+    """
+    folder = resources.files("spectool").joinpath("calibration")
+    files = sorted(
+        (file for file in folder.iterdir() if file.name.endswith(".txt")),
+        key=lambda file: file.name,
+    )
+    wanted = [file for file in files if kind is None or file.name == f"{kind}.txt"]
+    return "\n\n".join(file.read_text("utf-8").strip() for file in wanted) + "\n"
 
 
 def read_prompts(
@@ -208,6 +224,22 @@ def read_prompts(
 def suited(row: Row, tokenizer: Any) -> Row:
     """The row as the tokenizer can take it: a question and its answer need no chat template."""
     return row.joined() if row.joins and not has_template(tokenizer) else row
+
+
+def check_ids(ids: Sequence[int], num_tokens: int, giver: str) -> None:
+    """Compare token ids with the rows of a model's embedding.
+
+    Raises:
+        CheckpointError: `giver` gives ids that the model has not.
+    """
+    wrong = next((each for each in (max(ids, default=0), min(ids, default=0))
+                  if not 0 <= each < num_tokens), None)  # fmt: skip
+    if wrong is not None:
+        raise CheckpointError(
+            f"{giver} gives id {wrong}, but the model has only {num_tokens} tokens",
+            hint="the tokenizer's files are another model's, or tokens were added to it and not to "
+            "the embedding",
+        )
 
 
 def _decode(path: Path) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Unpack
@@ -26,8 +27,10 @@ from spectool.decode.sampling import Control, Draws, Law
 from spectool.decode.text import TextStream
 from spectool.decode.tune import Tuned
 from spectool.decode.verify import Pairing, rule_for
-from spectool.errors import UsageError
+from spectool.errors import CheckpointError, NotFinite, UsageError
+from spectool.finite import first_not_finite, not_finite
 from spectool.loading import load_model, load_tokenizer
+from spectool.text import check_ids
 
 # Row, its newly committed tokens, the text they release, how many of its first characters came
 # from accepted drafts.
@@ -235,10 +238,9 @@ class Runner:
             ]
             batch_size = batch_size if self.target.keeps_rows else 1
             try:
-                for start in range(0, len(rows), batch_size):
-                    group = rows[start : start + batch_size]
+                for group in _groups(rows, batch_size):
                     if streamer is not None:
-                        if start:
+                        if group[0].index:
                             streamer.end()
                         streamer.put(torch.tensor([group[0].tokens]))
                     cache = self._open(group, reuse_cache)
@@ -251,6 +253,8 @@ class Runner:
             except BaseException as error:
                 # The pass that was under way may have left its rows half written.
                 self._cache = None
+                if isinstance(error, NotFinite):
+                    raise self._blamed(error, rows) from error
                 if not (keep_interrupted and isinstance(error, KeyboardInterrupt)):
                     raise
                 for row in rows:
@@ -259,13 +263,22 @@ class Runner:
                         on_tokens(row.index, tokens, text, 0)
             return [_result(row, pairing.lossless) for row in rows]
 
+    def _blamed(self, error: NotFinite, rows: Sequence[Row]) -> NotFinite:
+        """The same error with the place in the model where values first are NaN or infinite."""
+        model = self.target.model
+        for row in rows:
+            if where := first_not_finite(model, torch.tensor([row.tokens])):
+                return not_finite(model.config._name_or_path or self.target.name, str(error), where)
+        return error
+
     def _open(self, rows: list[Row], reuse: bool) -> TreeCache:
         prompts = [row.tokens for row in rows]
-        reuse = reuse and self.target.keeps_rows
-        if not (reuse and self._cache is not None and len(self._cache.tokens) == len(rows)):
-            self._cache = self.target.cache(len(rows))
-        self._cache.keep_prefix(prompts)
-        return self._cache
+        context, cache = rows[0].context, self._cache if reuse and self.target.keeps_rows else None
+        if cache is None or len(cache.tokens) != len(rows) or cache.context != context:
+            cache = self.target.cache(len(rows), context)
+        cache.keep_prefix(prompts)
+        self._cache = cache
+        return cache
 
     def _row(
         self,
@@ -284,15 +297,23 @@ class Runner:
         if len(tokens) > self.target.context:
             raise UsageError(
                 f"prompt {index + 1} has {len(tokens)} tokens; the context holds "
-                f"{self.target.context}"
+                f"{self.target.context}",
+                hint=self.target.bound,
             )
+        known = 0 if self.tokenizer is None else len(self.tokenizer)
+        if isinstance(prompt, str) or 0 <= min(tokens) <= max(tokens) < known:
+            place = self.target.model.config._name_or_path or self.target.name
+            giver = f"{place}: its tokenizer"
+        else:
+            giver = f"prompt {index + 1}"
+        check_ids(tokens, self.target.num_tokens, giver)
         row = Row(
             index=index,
             tokens=tokens,
             draws=draws,
             control=control,
             max_new_tokens=max_new_tokens,
-            context=self.target.context,
+            context=self.target.span(len(tokens) + max_new_tokens),
             eos=eos,
             text=TextStream(self.tokenizer, tokens, stop, live=live) if self.tokenizer else None,
         )
@@ -310,11 +331,21 @@ class Runner:
         return tokens
 
     def end_ids(self) -> frozenset[int]:
-        """End-of-text ids as the generation configuration has them, else the tokenizer's."""
+        """End-of-text ids as the generation configuration has them, else the tokenizer's.
+
+        Raises:
+            CheckpointError: they are no ids.
+        """
         for holder in (self.target.model.generation_config, self.tokenizer):
-            ids = getattr(holder, "eos_token_id", None)
-            if ids is not None:
-                return frozenset([ids] if isinstance(ids, int) else ids)
+            said = getattr(holder, "eos_token_id", None)
+            if said is not None:
+                ids = said if isinstance(said, (list, tuple)) else [said]
+                if not all(type(each) is int for each in ids):
+                    raise CheckpointError(
+                        f"{self.target.model.config._name_or_path}: generation_config.json: "
+                        f"eos_token_id is {said!r}, expected an id or a list of ids"
+                    )
+                return frozenset(ids)
         return frozenset()
 
 
@@ -393,6 +424,14 @@ def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
             return start
         seen.add(run)
     return len(tokens)
+
+
+def _groups(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
+    """Rows to be decoded together: in order, so many at most, all of one context."""
+    for _, same in itertools.groupby(rows, key=lambda row: row.context):
+        group = list(same)
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
 
 
 def _pair(drafter: Drafter, control: Control, verify: str | None, lossy: bool) -> Pairing:

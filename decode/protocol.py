@@ -31,7 +31,8 @@ class Needs:
 
     `layers`: outputs of these decoder layers (negative ones count from the end; -1 is the state
     before the final norm). `final`: the state after the final norm, which the head reads. `top`:
-    the ids of the that many likeliest tokens after every node, and after every prompt token.
+    the ids of the that many likeliest tokens after every node; those after every prompt token are
+    computed when the drafter asks for them.
     `laws`: the laws of all verified nodes, not only the verdict. `inject`: what rows beside a
     tree's nodes are at the input of a decoder layer, by its index, -1 for the embeddings.
     """
@@ -70,13 +71,15 @@ class Outcome:
 class Prompt:
     """One row after the prompt pass; `row.tokens` already ends with the first new token.
 
-    `logits_V` are those of the last prompt token, `features` [T, D] and `top` [T][K] those of all
-    its tokens, the last ones where others were found in a kept cache and not passed again.
+    `logits_V` are those of the last prompt token, `features` [T, D] those of all its tokens, the
+    last ones where others were found in a kept cache and not passed again. `top()` computes the
+    likeliest ids [T][K] after these: the output matrix reads a whole prompt for that, which a text
+    that ends with its first token never needs.
     """
 
     row: Row
     logits_V: Tensor
-    top: list[list[int]] = field(default_factory=list)
+    top: Callable[[], list[list[int]]] = list
     features: Features = field(default_factory=dict)
 
 

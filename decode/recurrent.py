@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Needs
 from spectool.decode.replay import ReplayCache
-from spectool.decode.target import Ingested, Pass, Target, is_recurrent, likeliest
+from spectool.decode.target import Ingested, Pass, Target, is_recurrent
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
 from spectool.kernels import skinny
@@ -66,6 +67,8 @@ class RecurrentTarget(Target):
 
     def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
         super().__init__(model, context=context)
+        # Its passes take the rotary factors that transformers chooses: the short ones.
+        self.context, self._original = self.span(1), None
         accepted = inspect.signature(model.forward).parameters
         self._state_name = "cache_params" if "cache_params" in accepted else "past_key_values"
         self._takes_positions = "position_ids" in accepted
@@ -92,9 +95,9 @@ class RecurrentTarget(Target):
     def _settle_attention(self) -> None:
         """Any will do: no pass has a mask of ours."""
 
-    def cache(self, batch: int) -> ReplayCache:
+    def cache(self, batch: int, context: int | None = None) -> ReplayCache:
         """Empty states for `batch` rows."""
-        return ReplayCache(batch=batch, context=self.context, config=self.model.config)
+        return ReplayCache(batch=batch, context=context or self.context, config=self.model.config)
 
     @torch.inference_mode()
     def ingest(
@@ -108,19 +111,16 @@ class RecurrentTarget(Target):
         wanted = needs or Needs()
         logits: dict[int, Tensor] = {}
         features: list[dict[str, Tensor]] = [{} for _ in tokens]
-        top: list[list[list[int]]] = [[] for _ in tokens]
+        heard = replace(wanted, final=wanted.final or wanted.top > 0)
         for row, fresh in enumerate(tokens):
             if fresh:
-                num_logits = len(fresh) if wanted.top else 1
-                found = self._pass(cache, row, fresh, wanted, num_logits, certain=True)
-                logits_TV, features[row] = found
-                logits[row] = logits_TV[-1]
-                top[row] = likeliest(logits_TV, wanted.top).tolist() if wanted.top else []
+                logits_1V, features[row] = self._pass(cache, row, fresh, heard, 1, certain=True)
+                logits[row] = logits_1V[-1]
         assert logits, "nothing to feed"
         zeros_V = torch.zeros_like(next(iter(logits.values())))
         logits_BV = torch.stack([logits.get(row, zeros_V) for row in range(len(tokens))])
         cache.commit(tokens, [range(len(fresh)) for fresh in tokens])
-        return Ingested(logits_BV, features, top)
+        return self._ingested(logits_BV, features, wanted)
 
     @torch.inference_mode()
     def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:

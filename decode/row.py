@@ -47,10 +47,14 @@ class Row:
         return self.tokens[self.num_prompt :]
 
     @property
+    def most(self) -> int:
+        """Tokens that prompt and output may have together."""
+        return min(self.num_prompt + self.max_new_tokens, self.context)
+
+    @property
     def room(self) -> int:
         """Tokens that may still follow."""
-        used = len(self.tokens)
-        return min(self.num_prompt + self.max_new_tokens, self.context) - used
+        return self.most - len(self.tokens)
 
     def extend(self, tokens: list[int]) -> list[str]:
         """Commit tokens one by one until one of them ends the row.

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from spectool.errors import SpectoolError, UsageError
+from spectool.errors import NotFinite, UsageError
 
 # The tokens that lead to each node, itself included: of every row of a batch, of every node.
 Contexts = Sequence[Sequence[Sequence[int]]]
@@ -225,9 +225,9 @@ def sound(logits: Tensor) -> Tensor:
     return logits.amax(-1).isfinite().all()
 
 
-def unsound(whose: str) -> SpectoolError:
+def unsound(whose: str) -> NotFinite:
     """What to say of logits that are not `sound`."""
-    return SpectoolError(
+    return NotFinite(
         f"{whose} gave logits that are NaN or infinite: its weights are damaged, or its dtype "
         "overflows",
         hint="try --dtype float32; if they are so there too, the checkpoint is broken",

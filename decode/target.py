@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from spectool import machine
 from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, open_checkpoint
-from spectool.decode import tree
+from spectool.decode import rotary, tree
 from spectool.decode.cache import TextCache, TreeCache
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
@@ -57,11 +57,11 @@ class Pass:
 @dataclass(frozen=True, slots=True)
 class Ingested:
     """After committed tokens were fed: the last one's logits and, per row, features [T, D] and
-    the likeliest ids [T][K] after each."""
+    what computes the likeliest ids [T][K] after each."""
 
     logits_BV: Tensor
     features: list[dict[str, Tensor]]
-    top: list[list[list[int]]]
+    top: list[Callable[[], list[list[int]]]]
 
 
 class Target:
@@ -96,12 +96,29 @@ class Target:
         self._keeps_logits = "logits_to_keep" in accepted
         self._linears = skinny.suited(model.modules())
         self._most_rows = kernel_rows(self.dtype)
+        self._original, self.bound = rotary.two_ranges(config), rotary.bound_by(config)
+        self._rotaries = rotary.longropes(model)
         self.context = self._bound(config, context)
+        if self._original is not None:
+            self.notes.append(
+                f"texts of up to {self._original} tokens, new ones included, run with the short "
+                "rotary factors, longer ones with the long factors throughout"
+            )
         self._settle_attention()
 
-    def cache(self, batch: int) -> TreeCache:
-        """An empty cache for `batch` rows."""
-        return TreeCache(batch=batch, num_layers=self.num_layers, context=self.context)
+    def span(self, length: int) -> int:
+        """The context that a text of up to `length` tokens, new ones included, is read in.
+
+        Some models have two, with rotary factors of their own (longrope). One text keeps to one:
+        keys that are cached with the short factors mean nothing to the long ones.
+        """
+        if self._original is None or length > self._original:
+            return self.context
+        return min(self._original, self.context)
+
+    def cache(self, batch: int, context: int | None = None) -> TreeCache:
+        """An empty cache for `batch` rows, of this context as `span` has it."""
+        return TreeCache(batch=batch, num_layers=self.num_layers, context=context or self.context)
 
     @torch.inference_mode()
     def ingest(
@@ -112,9 +129,9 @@ class Target:
         An empty row's logits are zeros.
         """
         wanted = needs or Needs()
+        heard = replace(wanted, final=wanted.final or wanted.top > 0)
         logits_BV: Tensor | None = None
         collected: list[list[dict[str, Tensor]]] = [[] for _ in tokens]
-        top: list[list[list[int]]] = [[] for _ in tokens]
         for start in range(0, max(map(len, tokens)), _CHUNK):
             parts = [list(row[start : start + _CHUNK]) for row in tokens]
             num_nodes = max(map(len, parts))
@@ -124,15 +141,13 @@ class Target:
                 if part and start + len(part) == len(tokens[row])
             }
             kept = sorted(set(ends.values())) or [num_nodes - 1]
-            if wanted.top:
-                kept = list(range(num_nodes))
             visible_NN = torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril()
             done = self._forward(
                 cache,
                 [part + [0] * (num_nodes - len(part)) for part in parts],
                 torch.arange(num_nodes).expand(len(parts), -1),
                 visible_NN.expand(len(parts), -1, -1),
-                wanted,
+                heard,
                 kept,
             )
             cache.commit(parts, [range(len(part)) for part in parts])
@@ -140,17 +155,40 @@ class Target:
                 logits_BV = done.logits_BNV.new_zeros(len(parts), done.logits_BNV.shape[-1])
             for row, end in ends.items():
                 logits_BV[row] = done.logits_BNV[row, kept.index(end)]
-            ids_BNK = likeliest(done.logits_BNV, wanted.top).tolist() if wanted.top else []
             for row, part in enumerate(parts):
-                if ids_BNK:
-                    top[row] += ids_BNK[row][: len(part)]
                 collected[row].append({k: v[row, : len(part)] for k, v in done.features.items()})
         assert logits_BV is not None, "nothing to feed"
         features = [
             {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
             for pieces in collected
         ]
+        return self._ingested(logits_BV, features, wanted)
+
+    def _ingested(
+        self, logits_BV: Tensor, features: list[dict[str, Tensor]], wanted: Needs
+    ) -> Ingested:
+        """What was asked for, of features that hold `final` wherever `top` was asked for."""
+        top: list[Callable[[], list[list[int]]]] = []
+        for row in features:
+            states_TD = row.get("final") if wanted.final else row.pop("final", None)
+            if states_TD is None or not wanted.top:
+                top.append(list)
+            else:
+                top.append(functools.partial(self._likeliest_after, states_TD, wanted.top))
         return Ingested(logits_BV, features, top)
+
+    @torch.inference_mode()
+    def _likeliest_after(self, states_TD: Tensor, count: int) -> list[list[int]]:
+        """The `count` likeliest ids [T][K] after states that the output matrix reads.
+
+        Scaled or bounded logits are in the order of the products, which are enough here.
+        """
+        head = self.model.get_output_embeddings()
+        found: list[list[int]] = []
+        with skinny.products(self._linears, self._most_rows):
+            for part_TD in torch.split(states_TD, _CHUNK):
+                found += likeliest(head(part_TD), count).tolist()
+        return found
 
     @torch.inference_mode()
     def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:
@@ -307,6 +345,12 @@ class Target:
         return open_checkpoint(place) if (place / "config.json").is_file() else None
 
     @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding: the ids that a text may have."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
+
+    @property
     def width(self) -> int:
         """The size of the state that the output matrix reads."""
         width: int = self.model.get_output_embeddings().in_features
@@ -331,7 +375,7 @@ class Target:
         lengths = cache.lengths
         seen = seen or lengths
         num_nodes, num_tail = visible_BNT.shape[1:]
-        positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=self.context - 1)
+        positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=cache.context - 1)
         cache.open(num_nodes, self.device, after=num_tail - num_nodes)
         positions_BT = positions_BT.to(self.device)
         visible_BNT = visible_BNT.to(self.device)
@@ -354,6 +398,7 @@ class Target:
         with (
             self._listen(needs) as features,
             self._inject(needs.inject, beside),
+            rotary.long_factors(self._rotaries, self._original, cache.context),
             skinny.products(self._linears, self._most_rows),
         ):
             output = self.model(
@@ -449,11 +494,13 @@ class Target:
         return None
 
     def _bound(self, config: PreTrainedConfig, asked: int | None) -> int:
-        limit = _longest_context(config)
+        limit = rotary.longest_context(config)
         if limit is None:
             return asked if asked is not None else 1 << 20
         if asked is not None and asked > limit:
-            raise UsageError(f"--context {asked}: {self.name} holds at most {limit} tokens")
+            raise UsageError(
+                f"--context {asked}: {self.name} holds at most {limit} tokens", hint=self.bound
+            )
         return asked if asked is not None else limit
 
     def _settle_attention(self) -> None:
@@ -569,21 +616,3 @@ def is_recurrent(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ())
     recurrent = {"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"}
     return bool(model._is_stateful or kinds & recurrent)
-
-
-def _longest_context(config: PreTrainedConfig) -> int | None:
-    """Tokens that the model's positions are right for, if it says.
-
-    Dynamic and long RoPE change their frequencies beyond the original length according to the
-    longest position in a pass, so a draft would change the law of tokens before it: they end there.
-    """
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [part for part in rope.values() if isinstance(part, dict)]
-    for part in [rope, *nested]:
-        if part.get("rope_type") in ("dynamic", "longrope"):
-            original = part.get("original_max_position_embeddings")
-            original = original or getattr(config, "original_max_position_embeddings", None)
-            if original and limit:
-                limit = min(limit, int(original))
-    return limit

@@ -24,8 +24,9 @@ from spectool.decode.generate import Runner
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.errors import TextError
-from spectool.loading import describe_runtime, load_model, load_outside
+from spectool.loading import describe_runtime, load_model, load_outside, unused_of
 from spectool.methods import resolve
+from spectool.text import check_ids
 
 from .features import Read, Stored, Texts, check_store, finish_store, names_of, open_store, store
 from .plan import Job, Setting
@@ -144,6 +145,8 @@ class Preparing:
         self.say(f"{setting.name}: {describe_runtime(model)} on {setting.device}")
         for note in setting.checkpoint.layout.notes:
             self.say(note)
+        if unused := unused_of(model, setting.checkpoint.layout):
+            self.say(f"{setting.name}: {unused}")
         return model
 
     def _make(self, keeping: ArtifactWriter | None, out: ArtifactWriter | None) -> Material:
@@ -200,7 +203,7 @@ class Preparing:
         """Texts to learn from, written by the target or by a server."""
         job, seq_len = self.job, self.setting.seq_len
         if self.server is not None:
-            return rewrite(
+            found = rewrite(
                 self.server,
                 group,
                 self.setting.tokenizer,
@@ -209,6 +212,11 @@ class Preparing:
                 seed=f"{job.seed}/{number}",
                 template=job.template or None,
             )
+            for sample in found:
+                check_ids(
+                    sample.tokens, runner.target.num_tokens, f"{self.setting.name}: its tokenizer"
+                )
+            return found
         return regenerate(
             runner,
             group,

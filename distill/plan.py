@@ -17,12 +17,13 @@ from spectool.decode.drafters.exchange import Beginning
 from spectool.decode.drafters.trained import Heads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
-from spectool.errors import CheckpointError, UnsupportedError, UsageError
+from spectool.errors import UnsupportedError, UsageError
 from spectool.loading import own_dtype
 from spectool.machine import available_memory
 from spectool.methods import resolve
 from spectool.options import Config
 from spectool.skeleton import build_meta, find_blocks, read_config
+from spectool.text import check_ids
 from spectool.training import OPTIMIZERS, check_optimizer
 from spectool.version import __version__
 
@@ -119,7 +120,8 @@ class Setting:
 class Plan:
     """What a training will do and take, known before the weights are read.
 
-    `disk_bytes` are of stored features, `needs` the features that these heads read.
+    `disk_bytes` are of stored features, `needs` the features that these heads read, `seq_len` the
+    most tokens of a text, which the model's context bounds.
     """
 
     parameters: int
@@ -130,6 +132,7 @@ class Plan:
     taught_tokens: int
     held_out: int
     steps: int
+    seq_len: int
     needs: Needs
 
 
@@ -161,12 +164,8 @@ def plan_of(
         raise UsageError(f"--pack: {job.method} heads learn from rows of one text only")
     output = skeleton.get_output_embeddings()
     vocab, width = output.out_features, output.in_features
-    highest = max(max(sample.tokens) for sample in (*own, *unseen))
-    if highest >= vocab:
-        raise CheckpointError(
-            f"{path}: its tokenizer gives id {highest}, but the model has only {vocab} tokens",
-            hint="the tokenizer's files are another model's",
-        )
+    for sample in (*own, *unseen):
+        check_ids(sample.tokens, vocab, f"{path}: its tokenizer")
     size = kind.num_guessed(job.config, vocab)
     if size > vocab:
         raise UsageError(f"--draft-vocab {size}: the target has {vocab} tokens")
@@ -213,6 +212,7 @@ def plan_of(
         taught_tokens=sum(sum(sample.taught) for sample in own),
         held_out=len(unseen),
         steps=len(steps_of(own, job, setting.seq_len)),
+        seq_len=setting.seq_len,
         needs=heads.needs,
     )
 

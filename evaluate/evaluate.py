@@ -7,6 +7,7 @@ A checkpoint that does not fit in memory is run block by block.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.checkpoint import Checkpoint, open_checkpoint
-from spectool.errors import CheckpointError, UsageError
+from spectool.dtypes import parse_dtype
+from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.headers import DTYPE_BITS, Layout
 from spectool.loading import (
     check_device,
@@ -24,12 +26,12 @@ from spectool.loading import (
     describe_runtime,
     load_model,
     load_tokenizer,
-    parse_dtype,
     tokenizer_digest,
+    unused_of,
 )
 from spectool.machine import available_memory
 from spectool.template import encode
-from spectool.text import BUILTIN, OnRead, read_text
+from spectool.text import BUILTIN, MIXED, OnRead, builtin_text, check_ids, read_text
 
 from .fidelity import LawsReference, Reference, layer_errors, score
 from .reference import ReferenceWriter, SavedReference, expected_bytes
@@ -104,6 +106,9 @@ def evaluate(
                 request.reference, trust_remote_code=trust, checksums=request.checksums
             )
     windows = _windows(checkpoint, tokenizer, request, saved, on_read)
+    giver = f"{checkpoint.path}: its tokenizer" if saved is None else f"{request.reference}"
+    for ids_SL in windows.groups:
+        check_ids([int(ids_SL.min()), int(ids_SL.max())], vocabulary, giver)
     say(f"text: {', '.join(request.texts) or (request.reference if saved else BUILTIN)}")
     say(_protocol(windows))
     if saved is not None:
@@ -138,6 +143,13 @@ def evaluate(
             sink=writer.add if writer else lambda batch, logp_BLV: None,
             progress=progress,
         )
+        figures = {"perplexity": scores.perplexity, "KL": scores.kl}
+        for name, value in figures.items():
+            if value is not None and not math.isfinite(value):
+                raise NotFinite(
+                    f"{model}: {name} is {value}: its logits are finite, but give the tokens that "
+                    "follow hardly any probability"
+                )
         if writer is not None:
             writer.finish(
                 {
@@ -194,14 +206,17 @@ def _windows(
         raise UsageError(f"--window {length}: the model's context is {context}")
     if request.bos and tokenizer.bos_token_id is None:
         raise UsageError("--bos: the tokenizer has no start token")
-    text = read_text(
-        request.texts,
-        tokenizer,
-        field=request.text_field,
-        template=request.template or None,
-        max_characters=request.limit,
-        on_read=on_read,
-    )
+    if request.texts:
+        text = read_text(
+            request.texts,
+            tokenizer,
+            field=request.text_field,
+            template=request.template or None,
+            max_characters=request.limit,
+            on_read=on_read,
+        )
+    else:
+        text = builtin_text(MIXED)
     ids = encode(tokenizer, text[: request.limit])
     return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)
 
@@ -229,6 +244,7 @@ def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) 
             dtype=dtype,
             device=device,
             trust_remote_code=request.trust_remote_code,
+            say=say,
         )
     model = load_model(
         checkpoint.path,
@@ -239,6 +255,8 @@ def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) 
         checksums=request.checksums,
     )
     say(f"{checkpoint.path}: {describe_runtime(model)} on {device}")
+    if unused := unused_of(model, checkpoint.layout):
+        say(f"{checkpoint.path}: {unused}")
     return ResidentLaws(model)
 
 

@@ -46,7 +46,11 @@ class Scores:
 
 
 class Reference(Protocol):
-    """Something a model can be compared with, batch by batch."""
+    """Something a model can be compared with, batch by batch.
+
+    Raises:
+        NotFinite: its own laws are no numbers.
+    """
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
         """The reference's summed -log p, the summed KL, and the number of equal top tokens."""
@@ -61,9 +65,21 @@ class LawsReference:
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
         ref_BLV = self.laws(batch).to(logp_BLV.device)
-        kl = torch.nn.functional.kl_div(logp_BLV, ref_BLV, reduction="sum", log_target=True)
+        nll = -float(_chosen(ref_BLV, batch))
+        if not math.isfinite(nll):
+            raise self.laws.not_finite(batch, f"its perplexity is {nll}")
         same = int((ref_BLV.argmax(-1) == logp_BLV.argmax(-1)).sum())
-        return -float(_chosen(ref_BLV, batch)), float(kl), same
+        return nll, divergence(ref_BLV, logp_BLV), same
+
+
+def divergence(ref: Tensor, ours: Tensor) -> float:
+    """The summed KL(reference || model) of log-probabilities [..., V]."""
+    kl = torch.nn.functional.kl_div(ours, ref, reduction="sum", log_target=True)
+    if not torch.isfinite(kl):
+        # Where the reference has no probability, what the model has does not count; 0 * inf is NaN.
+        p = ref.exp()
+        kl = torch.where(p > 0, p * (ref - ours), 0.0).sum()
+    return float(kl)
 
 
 def score(
@@ -76,15 +92,22 @@ def score(
     sink: Callable[[Batch, Tensor], None] = lambda batch, logp_BLV: None,
     progress: Progress = lambda done, total: None,
 ) -> Scores:
-    """Run all windows once; `sink` is shown every batch's laws. Sums are in double precision."""
+    """Run all windows once; `sink` is shown every batch's laws. Sums are in double precision.
+
+    Raises:
+        NotFinite: a law of the model or of the reference is NaN, or gives the text no probability.
+    """
     scores = Scores()
     if reference is not None:
         scores.reference_nll, scores.kl, scores.same_top = 0.0, 0.0, 0.0
     for batch in windows.batches(vocabulary, batch_size=batch_size):
         logp_BLV = laws(batch)
+        nll = -float(_chosen(logp_BLV, batch))
+        if not math.isfinite(nll):
+            raise laws.not_finite(batch, f"its perplexity is {nll}")
         sink(batch, logp_BLV)
         scores.num_tokens += logp_BLV.shape[0] * logp_BLV.shape[1]
-        scores.nll -= float(_chosen(logp_BLV, batch))
+        scores.nll += nll
         if reference is not None:
             assert scores.reference_nll is not None
             assert scores.kl is not None and scores.same_top is not None

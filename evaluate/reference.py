@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from spectool.artifact import disk_errors, write_safetensors
-from spectool.checkpoint import read_tensor
+from spectool.checkpoint import all_finite, read_tensor
 from spectool.errors import CheckpointError, InputError, UsageError
 from spectool.headers import TensorEntry, read_header
 
+from .fidelity import divergence
 from .windows import Batch, Windows
 
 FORMAT_VERSION = 1
@@ -147,12 +148,14 @@ class SavedReference:
         return bool(self.said["top_k"] == 0)
 
     def _rows(self, name: str, batch: Batch) -> Tensor:
+        entry = self.entries[name]
         before = sum(g.shape[0] * (g.shape[1] - 1) for g in self.windows.groups[: batch.group])
         per_window = batch.ids_BL.shape[1] - 1
         start = before + batch.rows.start * per_window
-        return read_tensor(
-            self.entries[name], rows=slice(start, before + batch.rows.stop * per_window)
-        )
+        rows = read_tensor(entry, rows=slice(start, before + batch.rows.stop * per_window))
+        if not all_finite(rows):
+            raise CheckpointError(f"{entry.path}: {name} holds values that are NaN or infinite")
+        return rows
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
         """See `fidelity.Reference`."""
@@ -160,9 +163,9 @@ class SavedReference:
         ref = self._rows("logp", batch)
         following = batch.ids_BL[:, 1:].reshape(-1, 1)
         if self.is_lossless:
-            kl = torch.nn.functional.kl_div(model, ref, reduction="sum", log_target=True)
             same = int((ref.argmax(-1) == model.argmax(-1)).sum())
-            return -float(ref.gather(-1, following).sum(dtype=torch.float64)), float(kl), same
+            nll = -float(ref.gather(-1, following).sum(dtype=torch.float64))
+            return nll, divergence(ref, model), same
         top = self._rows("top", batch).long()
         ours = model.gather(-1, top)
         kl = (ref.exp() * (ref - ours)).sum() + _rest(ref, ours)

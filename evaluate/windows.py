@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectool.checkpoint import Checkpoint
-from spectool.errors import TextError
+from spectool.checkpoint import Checkpoint, all_finite
+from spectool.contents import unused_line
+from spectool.errors import NotFinite, TextError
+from spectool.finite import first_not_finite, not_finite
 from spectool.skeleton import Skeleton
 from spectool.walk import Activations, Surroundings, run_block
 
@@ -91,6 +93,10 @@ class Laws(Protocol):
 
     def __call__(self, batch: Batch) -> Tensor: ...
 
+    def not_finite(self, batch: Batch, what: str) -> NotFinite:
+        """The error of figures that are NaN or infinite: where in the model that begins."""
+        ...
+
 
 class ResidentLaws:
     """The laws of a model in memory."""
@@ -103,6 +109,11 @@ class ResidentLaws:
         ids_BL = batch.ids_BL.to(self.model.device)
         logits_BLV = self.model(input_ids=ids_BL, use_cache=False).logits
         return log_laws(logits_BLV)
+
+    def not_finite(self, batch: Batch, what: str) -> NotFinite:
+        where = first_not_finite(self.model, batch.ids_BL)
+        name = self.model.config._name_or_path
+        return _unlikely(name, what) if where is None else not_finite(name, what, where)
 
 
 class BlockwiseLaws:
@@ -120,8 +131,12 @@ class BlockwiseLaws:
         device: torch.device,
         trust_remote_code: bool = False,
         batch_size: int = 4,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
+        self.name = str(checkpoint.path)
+        if skeleton.unused:
+            say(f"{self.name}: {unused_line(skeleton.unused, type(skeleton.model).__name__)}")
         self.around = Surroundings(skeleton, checkpoint, dtype=dtype, device=device, with_head=True)
         self.device = device
         self.hidden = [self._embed(ids_SL, dtype, batch_size) for ids_SL in windows.groups]
@@ -136,6 +151,8 @@ class BlockwiseLaws:
                 for rows in hidden.batches(batch_size):
                     call = self.around.calls(rows.stop - rows.start, ids_SL.shape[1])[index]
                     out_BLD = run_block(block, call, hidden.hidden_SLD[rows].to(device))
+                    if not all_finite(out_BLD):
+                        raise not_finite(self.name, "cannot be evaluated", name)
                     hidden.hidden_SLD[rows] = out_BLD.cpu()
 
     def _embed(self, ids_SL: Tensor, dtype: torch.dtype, batch_size: int) -> Activations:
@@ -145,12 +162,24 @@ class BlockwiseLaws:
             hidden = Activations(shape, dtype, file=Path(scratch) / "hidden" if large else None)
         for rows in hidden.batches(batch_size):
             hidden.hidden_SLD[rows] = self.around.embed(ids_SL[rows]).cpu()
+            if not all_finite(hidden.hidden_SLD[rows]):
+                raise not_finite(self.name, "cannot be evaluated", "the embedding")
         return hidden
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
         hidden_BLD = self.hidden[batch.group].hidden_SLD[batch.rows].to(self.device)
         return log_laws(self.around.logits(batch.ids_BL, hidden_BLD))
+
+    def not_finite(self, batch: Batch, what: str) -> NotFinite:
+        hidden_BLD = self.hidden[batch.group].hidden_SLD[batch.rows].to(self.device)
+        if all_finite(self.around.logits(batch.ids_BL, hidden_BLD)):
+            return _unlikely(self.name, what)
+        return not_finite(self.name, what, "the output matrix")
+
+
+def _unlikely(name: str, what: str) -> NotFinite:
+    return NotFinite(f"{name}: {what}: the model gives some of its tokens no probability at all")
 
 
 def log_laws(logits_BLV: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spectool.errors import TextError, UnsupportedError
+from spectool.errors import NotFinite, TextError, UnsupportedError
 from spectool.options import Config
 from spectool.packed import FieldSpec, PackedLinear
 from spectool.sites import Site
@@ -145,6 +145,14 @@ class Quantizer(Protocol):
 
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Any) -> PackedLinear: ...
+
+
+def overflow(name: str, what: str) -> NotFinite:
+    """The error of a block, or of a part of one, that computes no numbers."""
+    return NotFinite(
+        f"{name}: {what}",
+        hint="try --dtype float32; if it is so there too, the checkpoint is broken",
+    )
 
 
 def fit_each(
@@ -277,10 +285,12 @@ def windows(
     generator: torch.Generator,
     option: str = "--calibration",
 ) -> Tensor:
-    """Calibration sequences [S, L] of token ids, drawn at random places of a text.
+    """Calibration sequences [S, L] of token ids, one from a random place of each S-th of a text.
 
-    Each opens with the start token where the tokenizer has one: models expect it there, and its
-    absence shows in the statistics. At most as many as the text holds without overlap on average.
+    So all kinds of a text that holds several come in proportion, and no token comes twice; there
+    are no more sequences than the text holds. Each opens with the start token where the tokenizer
+    has one: models expect it there, and its absence shows in the statistics. Their order is random,
+    as some methods look at the first of them more closely.
 
     Raises:
         TextError: the text is shorter than one sequence.
@@ -292,9 +302,15 @@ def windows(
             hint="more text, or a smaller --seq-len",
         )
     samples = max(1, min(samples, len(ids) // inside))
-    places = torch.randint(0, len(ids) - inside + 1, (samples,), generator=generator)
+    edges = [part * len(ids) // samples for part in range(samples + 1)]
+    shares = torch.rand(samples, generator=generator).tolist()
+    places = [
+        start + int(share * (end - start - inside + 1))
+        for share, start, end in zip(shares, edges[:-1], edges[1:], strict=True)
+    ]
+    order = torch.randperm(samples, generator=generator).tolist()
     text = torch.tensor(ids)
-    rows = torch.stack([text[place : place + inside] for place in places.tolist()])
+    rows = torch.stack([text[places[part] : places[part] + inside] for part in order])
     if bos is None:
         return rows
     return torch.cat([torch.full((samples, 1), bos), rows], 1)

@@ -29,6 +29,7 @@ from spectool.skeleton import matches
 from .calibration import Quantizer
 
 DENSE = "dense"
+SKIP = "--skip"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,11 @@ class Rule:
     choice: Choice | None
     origin: str
 
+    @property
+    def is_skip(self) -> bool:
+        """Whether it is a `--skip` of the command line, not of a plan."""
+        return self.origin.startswith(SKIP)
+
     def means(self, name: str) -> bool:
         return matches(name, self.match)
 
@@ -103,7 +109,7 @@ class Rule:
 
 def skipping(patterns: Iterable[str]) -> list[Rule]:
     """The rules that `--skip` options are."""
-    return [Rule(pattern, None, f"--skip {pattern}") for pattern in patterns]
+    return [Rule(pattern, None, f"{SKIP} {pattern}") for pattern in patterns]
 
 
 def read_plan(path: Path) -> list[Rule]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +75,25 @@ def export(
     if not checkpoint.layout.is_packed:
         raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")
     skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
+    left_out: set[str] = set()
     for key, said in skeleton.modules.items():
         if not getattr(resolve(said["method"], "quantizer"), "is_matrix", True):
             raise UnsupportedError(
                 f"{key}: {said['method']} rounds inputs too, which no other tool would do",
                 hint="pack with olive",
             )
-        if said.get("bias"):
+        if said["options"].get("shortlist"):
             raise UnsupportedError(
-                f"{key}: was learnt with a bias, for which the architecture has no place",
-                hint="pack without --head",
+                f"{key}: a shortlist of {said['options']['shortlist']} tokens is ranked by one "
+                "matrix and decided by another, which no other tool would do",
+                hint="learn --head without shortlist",
             )
+        if said.get("bias") and skeleton.model.get_submodule(key).bias is None:
+            left_out.add(_zero_bias(checkpoint, skeleton, key))
     convert, configure = FORMATS[name]
-    parts = (skeleton.outside(), *map(skeleton.sites, skeleton.blocks))
-    sites = {site.name: site for part in parts for site in part}
+    sites = _sites(skeleton)
     config = configure(skeleton, sites)
-    shards = _shards(checkpoint, sites)
+    shards = _shards(checkpoint, left_out)
     said = checkpoint.layout.quantization or {}
     metadata = {key: said.get(key) for key in ("source", "made_by")}
     tensors: dict[str, str] = {}
@@ -115,6 +118,33 @@ def export(
     return [shlex.join(["vllm", "serve", str(out)])] if served else []
 
 
+def _zero_bias(checkpoint: Checkpoint, skeleton: Skeleton, key: str) -> str:
+    """The name of a learnt bias that the architecture has no place for, and that changes nothing.
+
+    Raises:
+        UnsupportedError: it does change something.
+    """
+    name = f"{key}.bias"
+    if checkpoint.read(name).any():
+        raise UnsupportedError(
+            f"{key}: was learnt with a bias, and the output matrix of "
+            f"{skeleton.config.model_type} has none in any other tool",
+            hint="spectool runs the packed checkpoint itself; to export, pack without --head",
+        )
+    return name
+
+
+def _sites(skeleton: Skeleton) -> dict[str, Site]:
+    """All sites by name. A learnt output matrix is a parameter of its own, whatever was tied."""
+    own_head = any(said.get("outside") == "head" for said in skeleton.modules.values())
+    parts = (skeleton.outside(own_head=own_head), *map(skeleton.sites, skeleton.blocks))
+    found = {site.name: site for part in parts for site in part}
+    for name, site in found.items():
+        if site.kind == "head":
+            found[name] = replace(site, parameter=f"{name}.weight")
+    return found
+
+
 def _is_served(groups: Mapping[str, Any]) -> bool:
     """Whether vLLM is known to read them: it joins q, k and v, which then must have one scheme."""
     return len(groups) == 1 and groups["group_0"]["weights"]["num_bits"] in SERVED_BITS
@@ -124,9 +154,11 @@ def _is_served(groups: Mapping[str, Any]) -> bool:
 Shard = tuple[dict[str, TensorEntry], list[str]]
 
 
-def _shards(checkpoint: Checkpoint, sites: Mapping[str, Site]) -> list[Shard]:
+def _shards(checkpoint: Checkpoint, left_out: Collection[str]) -> list[Shard]:
     found: dict[Path, Shard] = {}
     for key, entry in checkpoint.layout.tensors.items():
+        if key in left_out:
+            continue
         plain, packed = found.setdefault(entry.path, ({}, []))
         name, infix, _ = key.rpartition(".q.")
         if infix and name in checkpoint.layout.modules:
@@ -170,8 +202,15 @@ def _dense(
 
 
 def _dense_config(skeleton: Skeleton, sites: Mapping[str, Site]) -> dict[str, Any]:
-    config = skeleton.layout.config
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+    config = dict(skeleton.layout.config)
+    config.pop("quantization_config")
+    tied = skeleton.model.all_tied_weights_keys
+    if any(site.parameter in tied for site in sites.values() if site.kind == "head"):
+        # The output matrix is no longer the embedding.
+        config["tie_word_embeddings"] = False
+        if "text_config" in config:
+            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+    return config
 
 
 def _compressed(

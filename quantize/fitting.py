@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectool.errors import UnsupportedError
 from spectool.options import Config
 from spectool.packed import PackedLinear
 from spectool.walk import call_block
@@ -36,6 +35,7 @@ from .calibration import (
     Streams,
     Tick,
     fit_each,
+    overflow,
 )  # fmt: skip
 
 # ln c is taken of no smaller cosine: below, the squared errors alone turn the output round.
@@ -169,15 +169,12 @@ def fit_block(
     fall to zero by a cosine.
 
     Raises:
-        UnsupportedError: outputs that are not finite on the calibration text.
+        NotFinite: outputs that are NaN or infinite on the calibration text.
     """
     task = Task(block, streams)
     start = best = task.measure(linears)
     if not math.isfinite(start.loss):
-        raise UnsupportedError(
-            f"{block.name}: its output is not finite on the calibration text",
-            hint="--dtype float32",
-        )
+        raise overflow(block.name, "its output is NaN or infinite on the calibration text")
     best_epoch, kept, skipped = 0, _stored(linears), 0
     parts = {name: make_part(name, task.dtype) for name in linears}
     optimizers = make_optimizers(list(parts.values()))

@@ -86,7 +86,8 @@ def make_plan(
     sequence, `batch_tokens` of those run together.
 
     Raises:
-        UsageError: a rule that matches nothing, or a method that cannot do what it is named for.
+        UsageError: a rule that matches nothing, or only what earlier ones decide otherwise; a
+            method that cannot do what it is named for.
         UnsupportedError: nothing to pack, or more than a tenth of the blocks' weights left dense.
     """
     sites: dict[str, dict[str, Site]] = {}
@@ -96,8 +97,8 @@ def make_plan(
     inside, packed = 0, 0
     unused = list(rules)
     never: dict[str, str] = {}
-    for block in skeleton.blocks:
-        found = skeleton.sites(block)
+    found_by_block = [skeleton.sites(block) for block in skeleton.blocks]
+    for block, found in zip(skeleton.blocks, found_by_block, strict=True):
         unused = [rule for rule in unused if not any(rule.means(s.name) for s in found)]
         never |= (reasons := skeleton.dense(block))
         ruled = {site.name: _first(site, rules) for site in found}
@@ -143,6 +144,7 @@ def make_plan(
                     f"{unused[0].origin}: {site.tied} shares its matrix with {site.name}; name that"
                 )
         raise UsageError(f"{unused[0].origin}: matches no linear layer of the model")
+    _check_reached(rules, [*(site for each in found_by_block for site in each), *outside])
     if not packed:
         raise UnsupportedError(f"{skeleton.config.model_type}: nothing in it can be packed")
     if inside - packed > DENSE_LIMIT * inside and not allow_dense:
@@ -210,6 +212,29 @@ def check_codes(site: Site, choice: Choice) -> None:
     config, rows = choice.config, site.shape[0]
     if isinstance(config, VQ.Config) and config.codes > rows:
         raise UsageError(f"{site.name}: {choice} has more codes than the {rows} rows of it")
+
+
+def _check_reached(rules: Sequence[Rule], sites: Sequence[Site]) -> None:
+    """Raises: UsageError: a rule of a plan of which every layer is packed as an earlier one says.
+
+    What `--skip` takes from a plan is meant, and two rules that say the same do no harm.
+    """
+    deciding = [_first(site, rules) for site in sites]
+    reached = {id(rule) for rule in deciding}
+    for rule in rules:
+        if id(rule) in reached:
+            continue
+        earlier = [
+            other
+            for site, other in zip(sites, deciding, strict=True)
+            if other is not None and rule.means(site.name) and other.choice != rule.choice
+        ]
+        if any(not other.is_skip for other in earlier):
+            names = ", ".join(dict.fromkeys(other.origin for other in earlier))
+            raise UsageError(
+                f"{rule.origin}: decides nothing, for all that it matches is decided by {names}",
+                hint="the first rule that matches decides: put the narrower one first",
+            )
 
 
 def _first(site: Site, rules: Sequence[Rule]) -> Rule | None:

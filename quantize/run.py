@@ -16,6 +16,7 @@ from torch import Tensor
 from spectool import artifact
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
+from spectool.dtypes import with_plain_dtypes
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import FORMAT_VERSION, PACKED_INDEX, Layout, read_header
 from spectool.loading import load_tokenizer, stated_dtype
@@ -23,7 +24,7 @@ from spectool.machine import reproducible
 from spectool.options import Config
 from spectool.skeleton import Skeleton
 from spectool.template import encode
-from spectool.text import OnRead, read_text
+from spectool.text import OnRead, builtin_text, check_ids, read_text
 from spectool.version import __version__
 from spectool.walk import check_walkable
 
@@ -137,7 +138,7 @@ def prepare(
 
 
 def _plan(skeleton: Skeleton, job: Job, *, device: str, batch_size: int) -> Plan:
-    length = _length(skeleton, job.seq_len)
+    length = sequence_length(skeleton, job.seq_len)
     plan = make_plan(
         skeleton,
         job.choice if job.budget is None else job.budget.candidates[0],
@@ -145,13 +146,16 @@ def _plan(skeleton: Skeleton, job: Job, *, device: str, batch_size: int) -> Plan
         embeddings=job.embeddings,
         head=job.head,
         allow_dense=job.allow_dense,
-        calibration_tokens=job.samples * length if _calibrates(job) else 0,
+        calibration_tokens=job.samples * length if calibrates(job) else 0,
         sequence_tokens=length,
         batch_tokens=batch_size * length,
         on_device=device != "cpu",
     )
     # Before the blocks texts are tokenized, and with --preprocess the whole model learns.
-    host, there = TOKENIZED_BYTES * _characters(job.calibration or ()), 0
+    characters = _characters(job.calibration or ())
+    if calibrates(job) and not job.calibration:
+        characters = len(builtin_text())
+    host, there = TOKENIZED_BYTES * characters, 0
     if job.preprocess is not None:
         host = max(host, TOKENIZED_BYTES * _characters(job.preprocess.text))
         learning = bytes_needed(skeleton, plan, job.preprocess.batch_size * length)
@@ -209,7 +213,7 @@ def quantize(
     if job.budget is None:
         announce(plan, skeleton)
     ids_SL, opened = None, False
-    if _calibrates(job):
+    if calibrates(job):
         ids_SL, opened = _calibration_ids(
             checkpoint, skeleton, job, on_read, trust_remote_code=trust_remote_code
         )
@@ -221,6 +225,8 @@ def quantize(
             device=torch.device(device),
             with_head=job.head is not None,
         )
+        if len(ids_SL) < job.samples:
+            say(f"calibration: {len(ids_SL)} of {job.samples} sequences, all that the text holds")
     # How activations are computed decides the bytes where they decide anything.
     computed: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -319,15 +325,19 @@ def _choices(job: Job) -> list[Choice]:
     return [choice for choice in (*budgeted, job.embeddings, *ruled) if choice is not None]
 
 
-def _calibrates(job: Job) -> bool:
-    """Methods without statistics and without a fit run on weights alone, unless text is given."""
+def calibrates(job: Job) -> bool:
+    """Whether texts run through the model.
+
+    Methods without statistics and without a fit run on weights alone, unless text is given.
+    """
     asked = (job.calibration, job.budget, job.head)
     return any(each is not None for each in asked) or any(
         choice.calibrates for choice in _choices(job)
     )
 
 
-def _length(skeleton: Skeleton, seq_len: int) -> int:
+def sequence_length(skeleton: Skeleton, seq_len: int) -> int:
+    """Tokens of a calibration sequence: what is asked for, at most the model's context."""
     return min(seq_len, skeleton.layout.context or seq_len)
 
 
@@ -344,7 +354,7 @@ def _calibration_ids(
         checkpoint, skeleton, job, job.calibration or (), job.samples, trust_remote_code, on_read
     )
     generator = torch.Generator().manual_seed(job.seed)
-    length = _length(skeleton, job.seq_len)
+    length = sequence_length(skeleton, job.seq_len)
     ids_SL = windows(ids, samples=job.samples, length=length, bos=bos, generator=generator)
     return ids_SL, bos is not None
 
@@ -366,7 +376,7 @@ def _lessons(
         checkpoint, skeleton, job, asked.text, num_taught, trust_remote_code, on_read
     )
     generator = torch.Generator().manual_seed(job.seed)
-    length = _length(skeleton, job.seq_len)
+    length = sequence_length(skeleton, job.seq_len)
     cut = int((1 - HELD_OUT) * len(ids))
     taught_SL, held_out_SL = (
         windows(
@@ -398,10 +408,14 @@ def _encoded(
         tokenizer,
         field=job.text_field,
         template=job.template or None,
-        max_characters=STREAMED_CHARACTERS * (samples + 1) * _length(skeleton, job.seq_len),
+        max_characters=STREAMED_CHARACTERS * (samples + 1) * sequence_length(skeleton, job.seq_len),
         on_read=on_read,
     )
-    return encode(tokenizer, text), tokenizer.bos_token_id
+    ids, bos = encode(tokenizer, text), tokenizer.bos_token_id
+    table: Any = skeleton.model.get_input_embeddings()
+    opening = [] if bos is None else [bos]
+    check_ids([*ids, *opening], table.num_embeddings, f"{checkpoint.path}: its tokenizer")
+    return ids, bos
 
 
 def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:
@@ -484,7 +498,8 @@ def _small_files(
         "modules": modules,
         "made_by": made_by,
     }
-    config = {**checkpoint.layout.config, "quantization_config": quantization}
+    plain = with_plain_dtypes(checkpoint.layout.config, checkpoint.path)
+    config = {**plain, "quantization_config": quantization}
     # Where the source says that its weights lie; ours lie elsewhere.
     config.pop("transformers_weights", None)
     if untied:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from spectool.artifact import ArtifactWriter, Content, disk_errors
-from spectool.checkpoint import Checkpoint, check_finite, read_tensor
+from spectool.checkpoint import Checkpoint, all_finite, check_finite, read_tensor
 from spectool.errors import UnsupportedError
 from spectool.headers import read_header
 from spectool.machine import trim_memory
@@ -44,6 +45,7 @@ from .calibration import (
     Streams,
     Tick,
     fit_each,
+    overflow,
 )
 from .choice import Choice
 from .plan import LEARNT_HEAD, Plan
@@ -260,6 +262,8 @@ class BlockWalk:
             streams = Streams(*sides)
         for batch in batches:
             hidden_BLD = around.embed(self.ids_SL[batch]).cpu()
+            if not all_finite(hidden_BLD):
+                raise overflow("the embedding", "its output is NaN or infinite")
             streams.original.hidden_SLD[batch] = hidden_BLD
             if packed is not None:
                 hidden_BLD = packed.embed(self.ids_SL[batch]).cpu()
@@ -393,6 +397,11 @@ class BlockWalk:
         ]
         for key in seen_little:
             stats.pop(key, None)
+        for key, found in stats.items():
+            for statistic in found.wanted:
+                value = getattr(found, statistic)
+                if value is not None and not all_finite(value):
+                    raise overflow(key, f"{statistic} of its inputs is NaN or infinite")
         if hasattr(method, "fit"):
             with disk_errors(self.writer.partial):
                 fitted: Fitted = method.fit(block, streams, stats, choice.config, generator, tick)
@@ -404,11 +413,18 @@ class BlockWalk:
         """Stored bits per weight, and the relative squared error of the weights."""
         site = block.sites[key]
         module = filled(self.plan.choices[key], site, fields)
+        error = relative_error(block.weights[key], module)
+        if not math.isfinite(error):
+            raise UnsupportedError(
+                f"{key}: {self.plan.choices[key].method} cannot hold its weights, the largest is "
+                f"{float(block.weights[key].abs().max()):.3g}",
+                hint="leave it dense with --skip",
+            )
         stored_bytes = sum(value.numel() * value.element_size() for value in fields.values())
         return {
             "name": key,
             "bits": 8 * stored_bytes / site.num_weights,
-            "error": relative_error(block.weights[key], module),
+            "error": error,
         }
 
     def observe(self, block: Block, choice: Choice, streams: Streams) -> dict[str, LinearStats]:
@@ -467,7 +483,10 @@ class BlockWalk:
         """Replace one batch of a block's inputs by its outputs."""
         call = block.calls[batch.stop - batch.start]
         hidden_BLD = side.hidden_SLD[batch].to(self.device)
-        side.hidden_SLD[batch] = run_block(module, call, hidden_BLD).cpu()
+        out_BLD = run_block(module, call, hidden_BLD).cpu()
+        if not all_finite(out_BLD):
+            raise overflow(block.name, "its output is NaN or infinite on the calibration text")
+        side.hidden_SLD[batch] = out_BLD
 
     def _reload(self, block: Block, shard: str) -> nn.Module:
         """The block as the artifact's reader will see it."""

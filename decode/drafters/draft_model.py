@@ -144,7 +144,8 @@ class DraftModelDrafter(Drafter):
 
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
         self._order = [prompt.row.index for prompt in prompts]
-        self._cache = self._draft.cache(len(prompts))
+        longest = max(prompt.row.most for prompt in prompts)
+        self._cache = self._draft.cache(len(prompts), self._draft.span(longest))
         self._grown = []
 
     @torch.inference_mode()
@@ -321,7 +322,7 @@ class DraftModelDrafter(Drafter):
         """Proposals that the draft can make: its context and its vocabulary may be smaller."""
         if any(token >= self._draft.vocab_size for token in row.tokens[held:]):
             return 0
-        return max(0, min(self.config.depth, limit, self._draft.context - len(row.tokens)))
+        return max(0, min(self.config.depth, limit, self._cache.context - len(row.tokens)))
 
 
 def _top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -352,4 +353,11 @@ def _compare(
         raise UnsupportedError(
             f"the draft model's tokenizer is not the target's: {len(differing)} tokens differ, "
             f"{token!r} has id {own.get(token)} there and {wanted.get(token)} here"
+        )
+    # Of tokens that were added to both tokenizers, but to one embedding only.
+    highest = min(max(own.values()) + 1, target.num_tokens)
+    if draft.num_tokens < highest:
+        raise UnsupportedError(
+            f"the draft model has {draft.num_tokens} tokens, the target's texts have ids up to "
+            f"{highest - 1}"
         )

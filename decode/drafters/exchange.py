@@ -29,6 +29,7 @@ from spectool.artifact import ArtifactWriter, check_target
 from spectool.checkpoint import open_checkpoint
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
+from spectool.given import check_place
 from spectool.headers import HEADS, HEADS_FILE, read_json
 from spectool.loading import load_outside, load_tokenizer, own_dtype
 from spectool.methods import resolve
@@ -36,7 +37,7 @@ from spectool.packed import EmbeddingRows
 from spectool.skeleton import build_meta
 
 from .eagle3 import Eagle3Heads
-from .heads import check_fit, fill, read_record, read_tensors, read_weights
+from .heads import check_fit, check_map, fill, read_record, read_tensors, read_weights
 from .layer import layer_config
 from .trained import Heads
 
@@ -51,6 +52,8 @@ _NOT_OURS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output",
 _CHAIN = 3
 # The version of speculators whose configuration is written.
 _SPECULATORS = "0.9.0"
+
+_UNSERVED = "`spectool generate --draft` runs them as they are"
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -200,6 +203,7 @@ def read(place: Path, target: Any, *, checksums: bool = True) -> Beginning:
             tensors=read_weights(place, record, check=checksums),
             tokenizer=record.target.get("tokenizer"),
         )
+    check_place(place)
     said = read_json(place / "config.json")
     if not (place / WEIGHTS).exists() and list(place.glob("*.bin")):
         raise UnsupportedError(
@@ -239,7 +243,11 @@ def _write_medusa(
     if heads.own_output(0) is None and heads.frozen.bias_V is not None:
         biases.append(heads.frozen.bias_V)
     if any(bias.any() for bias in biases):
-        raise UnsupportedError("vllm-medusa has no place for the output matrices' biases")
+        raise UnsupportedError(
+            "vllm-medusa has no place for biases of output matrices, which these heads have of "
+            "their target's",
+            hint=_UNSERVED,
+        )
     written = {
         re.sub(r"^heads\.(\d+)\.blocks\.(\d+)\.", r"blocks.\1.layers.\2.",
                re.sub(r"^heads\.(\d+)\.lm_head\.", r"lm_heads.\1.", name)): tensor
@@ -309,7 +317,11 @@ def _eagle3_tensors(heads: Heads, tensors: Mapping[str, Tensor], vocab: int) -> 
     written = {name: tensor for name, tensor in tensors.items() if name != "token_map"}
     if heads.own_output(0) is None:
         if heads.frozen.bias_V is not None and heads.frozen.bias_V.any():
-            raise UnsupportedError("eagle3 has no place for the output matrix's bias")
+            raise UnsupportedError(
+                "eagle3 has no place for the bias of the target's output matrix, which these heads "
+                "share",
+                hint=f"train them without --shared-head; {_UNSERVED}",
+            )
         written["lm_head.weight"] = heads.frozen.weight_VD
     size = len(written["lm_head.weight"])
     if "token_map" in tensors:
@@ -443,7 +455,7 @@ def _read_eagle3(
     if "lm_head.weight" not in tensors:
         raise CheckpointError(f"{place}: lm_head.weight is absent")
     size = len(tensors["lm_head.weight"])
-    tensors["token_map"] = torch.arange(size) + stored.get("d2t", torch.zeros(size).long())
+    tensors["token_map"] = _guessed(place, stored, size, config.vocab_size)
     _sort_map(place, tensors, ["lm_head.weight"], config.vocab_size)
     whole = size == config.vocab_size
     # Of a large vocabulary a part is guessed unless all of it is asked for.
@@ -459,6 +471,37 @@ def _read_eagle3(
         tensors=tensors,
         embedding=stored.get("embed_tokens.weight"),
     )
+
+
+def _guessed(place: Path, stored: Mapping[str, Tensor], size: int, vocab: int) -> Tensor:
+    """The target's ids of an output matrix's rows: each one's place and what `d2t` adds to it.
+
+    Raises:
+        CheckpointError: `d2t` is absent, but there are not as many rows as tokens; or it has
+            another length, or says something else than `t2d`.
+    """
+    added = stored.get("d2t")
+    if added is None:
+        if size != vocab:
+            raise CheckpointError(
+                f"{place}: d2t is absent, but the output matrix has {size} rows and the target "
+                f"{vocab} tokens: nothing says which of them are guessed",
+                hint="the trainer that wrote the heads knows its d2t; heads of a reduced "
+                "vocabulary are useless without",
+            )
+        return torch.arange(size)
+    if added.shape != (size,) or added.is_floating_point():
+        raise CheckpointError(
+            f"{place}: d2t is {list(added.shape)} {str(added.dtype).removeprefix('torch.')}, "
+            f"expected {size} whole numbers, one a row of the output matrix"
+        )
+    ids, marks = torch.arange(size) + added, stored.get("t2d")
+    check_map(place, ids, vocab)
+    if marks is not None and (
+        marks.shape != (vocab,) or not torch.equal(marks.nonzero()[:, 0], ids.sort().values)
+    ):
+        raise CheckpointError(f"{place}: d2t and t2d do not name the same tokens")
+    return ids
 
 
 def _check_layer(place: Path, said: dict[str, Any], target: Any) -> None:
@@ -481,13 +524,12 @@ def _sort_map(place: Path, tensors: dict[str, Tensor], rows: list[str], vocab: i
         CheckpointError: they are not distinct ids of the target's vocabulary, one a row.
     """
     ids = tensors["token_map"]
-    distinct = ids.ndim == 1 and len(set(ids.tolist())) == len(ids)
-    if (
-        not distinct
-        or not ((ids >= 0) & (ids < vocab)).all()
-        or any(len(tensors[name]) != len(ids) for name in rows)
-    ):
-        raise CheckpointError(f"{place}: what it guesses are not distinct ids of {vocab} tokens")
+    check_map(place, ids, vocab)
+    for name in rows:
+        if len(tensors[name]) != len(ids):
+            raise CheckpointError(
+                f"{place}: {name} has {len(tensors[name])} rows, and {len(ids)} tokens are guessed"
+            )
     tensors["token_map"], order = ids.sort()
     for name in rows:
         tensors[name] = tensors[name][order]

@@ -19,11 +19,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import checksums as sums
 from spectool import loading, methods
-from spectool.checkpoint import Checkpoint, read_tensor
+from spectool.checkpoint import Checkpoint, check_finite, read_tensor
 from spectool.decode.curve import machine_key
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError
+from spectool.given import check_heads
 from spectool.headers import HEADS, HEADS_FILE, read_header, read_json
 
 from .trained import TOP, Heads
@@ -76,6 +77,7 @@ def read_record(path: Path) -> HeadsRecord:
     Raises:
         CheckpointError: damaged, or of a newer format.
     """
+    check_heads(path)
     found = read_json(path / HEADS)
     version = found.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -135,6 +137,10 @@ def open_heads(
     if not record.checksums and note not in target.notes:
         target.notes.append(note)
     token_map = tensors.get("token_map")
+    if token_map is not None:
+        check_map(path / HEADS_FILE, token_map, target.vocab_size)
+        if not (token_map.diff() > 0).all():
+            raise CheckpointError(f"{path / HEADS_FILE}: its token_map does not ascend")
     heads: Heads = drafter.Heads(
         drafter.Heads.Config.from_dict(record.options),
         target.model,
@@ -161,8 +167,22 @@ def read_weights(path: Path, record: HeadsRecord, *, check: bool = True) -> dict
 
 
 def read_tensors(file: Path, guard: sums.Guard | None = None) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    return {entry.name: read_tensor(entry) for entry in read_header(file, guard=guard)[1]}
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: damaged, or values that are NaN or infinite.
+    """
+    found = {entry.name: read_tensor(entry) for entry in read_header(file, guard=guard)[1]}
+    for name, tensor in found.items():
+        check_finite(f"{file}: {name}", tensor)
+    return found
+
+
+def check_map(place: Path, ids: Tensor, vocab: int) -> None:
+    """Raises: CheckpointError: what heads guess are not distinct ids of so many tokens."""
+    whole = ids.ndim == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
+    if not whole or len(set(ids.tolist())) != len(ids) or not ((ids >= 0) & (ids < vocab)).all():
+        raise CheckpointError(f"{place}: what it guesses are not distinct ids of {vocab} tokens")
 
 
 def fill(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:

@@ -96,8 +96,9 @@ class RecycleDrafter(Drafter):
             )
         for prompt in prompts:
             # The last of the row's tokens is already the answer to the prompt's last one.
-            own = prompt.row.tokens[-1 - len(prompt.top) : -1]
-            for token, top in zip(own, prompt.top, strict=True):
+            tops = prompt.top()
+            own = prompt.row.tokens[-1 - len(tops) : -1]
+            for token, top in zip(own, tops, strict=True):
                 self._learn(token, top)
 
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:

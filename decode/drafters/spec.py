@@ -23,7 +23,7 @@ from spectool.decode.target import Target
 from spectool.errors import CheckpointError, UsageError
 from spectool.headers import HEADS, read_layout
 
-_AUTO = "ngram+recycle"
+_AUTO = "trigram+recycle"
 # Closer than this to a name is a misspelling, farther away a hub id ("nope" is not "none").
 _MISSPELT = 0.8
 

@@ -27,10 +27,10 @@ from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Features, Lesson, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import Control, sound
 from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind, RankTree
-from spectool.errors import UnsupportedError
+from spectool.errors import NotFinite, UnsupportedError
 from spectool.kernels import skinny
 from spectool.options import option
 from spectool.packed import PackedLinear
@@ -497,11 +497,17 @@ class HeadLoss:
 
 
 def ranks_of(out_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_R: Tensor) -> Tensor:
-    """Ranks [R] of the labels among all guesses, 0 for the best; NEVER for a label of -1."""
+    """Ranks [R] of the labels among all guesses, 0 for the best; NEVER for a label of -1.
+
+    Raises:
+        NotFinite: logits that are NaN or infinite, of which none is the best.
+    """
     ranks = []
     for rows in _chunks(len(labels_R), len(weight_VD)):
         logits = F.linear(out_RD[rows], weight_VD, bias_V)
         labels = labels_R[rows]
+        if not sound(logits):
+            raise NotFinite("the heads' logits are NaN or infinite on held-out text")
         own = logits.gather(1, labels.clamp(min=0)[:, None])
         rank = (logits > own).sum(-1)
         ranks.append(torch.where(labels >= 0, rank, NEVER))

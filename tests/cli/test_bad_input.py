@@ -16,8 +16,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from spectool.artifact import ArtifactWriter
+from spectool.headers import past_the_last_block, read_layout
+from spectool.loading import load_model, unused_of
+from spectool.skeleton import Skeleton
 
 Spectool = Callable[..., Any]
 Checkpoint = Callable[..., Path]
@@ -274,3 +278,137 @@ def test_what_nobody_foresaw_is_one_line_and_one_object(
     assert done.code == 1 and "RuntimeError: surprise" in done.err
     assert done.json["error"]["exit_code"] == 1
     assert "Traceback" in spectool("inspect", tmp_path, "--debug").err
+
+
+def test_an_adapter_is_named_by_every_command(spectool: Spectool, tmp_path: Path) -> None:
+    said = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    place, out = tmp_path / "lora", tmp_path / "out"
+    place.mkdir()
+    (place / "adapter_config.json").write_text(json.dumps(said))
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 50)
+    for words in (
+        ["quantize", "int8", place, out],
+        ["quantize", "auto", place, out, "--bits", "0.3"],
+        ["train-heads", "medusa", place, out, "--data", text],
+        ["tune", place, place, "--prompts", text],
+        ["eval", place],
+        ["bench", place, "--prompts", text],
+        ["generate", place, "--prompt", "a"],
+        ["chat", place],
+        ["inspect", place],
+        ["export", place, out, "--format", "dense"],
+    ):
+        done = spectool(*words)
+        assert done.code == 2 and "is a LoRA adapter of org/base" in done.err, (words, done.err)
+        assert not out.exists()
+
+
+def test_stored_tensors_without_a_place_are_named(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    place = copy(checkpoint("llama"), tmp_path / "m")
+    tensors = load_file(place / "model.safetensors")
+    extra = {
+        name.replace("layers.1.", "layers.2."): tensor.clone()
+        for name, tensor in tensors.items()
+        if "layers.1." in name
+    }
+    ignored = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    more = {**extra, **ignored, "mtp.fc.weight": torch.ones(4, 4)}
+    save_file({**tensors, **more}, place / "model.safetensors", {"format": "pt"})
+    layout = read_layout(place)
+    wanted = sorted([*extra, "mtp.fc.weight"])
+    assert Skeleton(layout).unused == wanted == past_the_last_block(layout)
+    line = unused_of(load_model(place), layout)
+    assert line is not None and "10 stored tensors have no place in LlamaForCausalLM" in line
+    assert "model.layers.2.* (9), mtp.fc.weight" in line
+    done = spectool("generate", place, "--prompt", "a", "--max-new-tokens", 2, "--draft", "none")
+    assert done.code == 0 and "model.layers.2.* (9)" in done.err
+    dry = spectool("quantize", "rtn", place, tmp_path / "q", "--dry-run", "--json")
+    assert dry.json["unused"] == wanted and "model.layers.2.* (9)" in dry.err
+    assert spectool("inspect", place, "--json").json["unused"] == wanted
+    assert unused_of(load_model(checkpoint("llama")), read_layout(checkpoint("llama"))) is None
+
+
+def overflowing(path: Path, factor: float) -> None:
+    """Make weights that are finite, with a second block whose output is not."""
+    tensors = load_file(path / "model.safetensors")
+    for part in ("up_proj", "gate_proj"):
+        tensors[f"model.layers.1.mlp.{part}.weight"] *= factor
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def fails_at_the_second_block(done: Any) -> None:
+    errors = [line for line in done.err.splitlines() if line.startswith("error:")]
+    assert done.code == 1 and len(errors) == 1, done.err
+    assert "model.layers.1" in errors[0] and "NaN or infinite" in errors[0], errors
+
+
+def test_an_overflow_is_no_perplexity(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    good, model = checkpoint("llama"), copy(checkpoint("llama"), tmp_path / "model")
+    overflowing(model, 1e30)
+    how = ["--text", text, "--window", 64, "--limit", 400]
+    fails_at_the_second_block(spectool("eval", model, *how))
+    fails_at_the_second_block(spectool("eval", model, *how, "--blockwise"))
+    fails_at_the_second_block(spectool("eval", good, *how, "--reference", model))
+    assert spectool("eval", model, *how, "--json").json["error"]["exit_code"] == 1
+    done = spectool("generate", model, "--prompt", "a", "--draft", "none", "--max-new-tokens", 2)
+    fails_at_the_second_block(done)
+
+
+def test_an_overflow_ends_what_learns_from_text(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    model, out = copy(checkpoint("llama"), tmp_path / "model"), tmp_path / "out"
+    overflowing(model, 1e3)
+    how = ["--calibration", text, "--samples", 2, "--seq-len", 32, "--dtype", "float16"]
+    for method in ("rtn", "gptq"):
+        fails_at_the_second_block(spectool("quantize", method, model, out, *how, "--overwrite"))
+        assert not out.exists()
+    half = ["--data", text, "--seq-len", 64, "--dtype", "float16"]
+    fails_at_the_second_block(spectool("train-heads", "medusa", model, tmp_path / "h", *half))
+
+
+def test_a_token_beyond_the_embedding_is_one_message_everywhere(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model, out = copy(checkpoint("llama"), tmp_path / "model"), tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    tokenizer.save_pretrained(model)
+    text = tmp_path / "text.txt"
+    text.write_text("<|im_start|> Once upon a time there was\n" * 40)
+    for words in (
+        ["train-heads", "medusa", model, out, "--data", text, "--seq-len", 64],
+        ["quantize", "gptq", model, out, "--calibration", text, "--samples", 4, "--seq-len", 64],
+        ["eval", model, "--text", text, "--window", 64],
+        ["eval", model, "--text", text, "--window", 64, "--blockwise"],
+        ["generate", model, "--prompt", "<|im_start|>"],
+        ["bench", model, "--prompts", text, "--draft", "ngram"],
+    ):
+        done = spectool(*words)
+        refuses(done, f"{model}: its tokenizer gives id 320, but the model has only 320 tokens")
+
+
+@pytest.mark.parametrize(
+    "stored", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
+def test_a_float64_checkpoint(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path, stored: torch.dtype
+) -> None:
+    model, out = copy(checkpoint("llama", dtype=torch.float64), tmp_path / "model"), tmp_path / "o"
+    tensors = load_file(model / "model.safetensors")
+    tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    how = ["--text", text, "--limit", 400, "--window", 64, "--json"]
+    wanted = spectool("eval", checkpoint("llama"), *how).json["perplexity"]["value"]
+    assert spectool("quantize", "int8", model, out).code == 0
+    for place, near in ((model, 1e-4), (out, 0.05)):
+        found = spectool("eval", place, *how)
+        assert found.json["perplexity"]["value"] == pytest.approx(wanted, rel=near)
+        assert "float64" in found.err
+        words = ["--prompt", "def", "--max-new-tokens", 4, "--draft", "none"]
+        assert spectool("generate", place, *words).code == 0

@@ -65,7 +65,7 @@ def test_lines_of_stdin_are_messages(spectool: Spectool, model: Path) -> None:
     assert {*keys.split(), "context", "forgotten_turns", "drafted", "accepted"} <= said.keys()
     assert said["new_tokens"] == sum(len(answer["token_ids"]) for answer in said["answers"])
     assert (
-        said["drafter"] == "ngram+recycle" and said["lossless"] is True and said["context"] == 256
+        said["drafter"] == "trigram+recycle" and said["lossless"] is True and said["context"] == 256
     )
     statuses = [found for line in done.err.splitlines() if (found := STATUS.match(line))]
     assert [int(found[3]) for found in statuses] == [a["context_used"] for a in said["answers"]]
@@ -83,7 +83,7 @@ def test_drafters_change_nothing_and_a_lossy_rule_is_named(spectool: Spectool, m
     refused = spectool(*words, *lossy, stdin=stdin)
     assert refused.code == 2 and refused.json["error"]["exit_code"] == 2
     done = spectool(*words, *lossy, "--lossy", stdin=stdin)
-    assert done.json["lossless"] is False and "ngram+recycle, lossy" in done.err
+    assert done.json["lossless"] is False and "trigram+recycle, lossy" in done.err
 
 
 def test_raw_text_is_continued(spectool: Spectool, checkpoint: Checkpoint) -> None:
@@ -136,6 +136,17 @@ def test_what_a_script_must_not_miss(
     done = spectool("chat", model, stdin=line)
     assert done.code == 2 and re.search(said, done.err), done.err
     assert len([part for part in done.err.splitlines() if part.startswith("error:")]) == 1
+
+
+@pytest.mark.parametrize("line", [b"/load absent", b"word " * 300, b"\xff\xfe"])
+def test_a_line_that_fails_leaves_the_transcript(
+    spectool: Spectool, model: Path, line: bytes
+) -> None:
+    words = ["chat", model, "--max-new-tokens", 4, "--json"]
+    done = spectool(*words, stdin=b"def make\n" + line + b"\nnever\n")
+    assert done.code == 2 and done.json["error"]["exit_code"] == 2
+    (answer,) = done.json["answers"]
+    assert [m["content"] for m in done.json["messages"]] == ["def make", answer["text"]]
 
 
 def test_the_oldest_turns_go_visibly(

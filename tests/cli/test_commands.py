@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,45 @@ def test_dry_run_writes_nothing_and_foretells_the_bits(
     assert done.json["expected_bits_per_weight"]["linears"] == pytest.approx(linears)
 
 
+@pytest.mark.parametrize(
+    ("words", "said", "unsaid"),
+    [
+        (["rtn"], [], "calibrated"),
+        (["gptq"], ["the built-in text, at most 128 sequences of 256 tokens",
+                    "the model's context; --seq-len 2048 is cut", "--calibration FILE of text"],
+         "more of"),
+        (["gptq", "--seq-len", 64, "--samples", 3],
+         ["at most 3 sequences of 64 tokens", "--calibration FILE"], "is cut"),
+        (["gptq", "--calibration", "TEXT", "--seq-len", 257],
+         ["text.txt, at most 128 sequences of 256", "--seq-len 257 is cut"], "loses less"),
+        (["rtn", "--calibration", "TEXT", "--seq-len", 256], ["text.txt, at most"], "is cut"),
+    ],
+)  # fmt: skip
+def test_the_plan_says_what_is_calibrated_on(
+    spectool: Spectool,
+    checkpoint: Checkpoint,
+    text: Path,
+    tmp_path: Path,
+    words: list[Any],
+    said: list[str],
+    unsaid: str,
+) -> None:
+    method, *rest = (text if word == "TEXT" else word for word in words)
+    done = spectool("quantize", method, checkpoint("llama"), tmp_path / "out", *rest, "--dry-run")
+    assert done.code == 0, done.err
+    for line in said:
+        assert line in done.err
+    assert unsaid not in done.err
+
+
+def test_a_text_that_holds_fewer_sequences_says_so(
+    spectool: Spectool, checkpoint: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    words = ["--calibration", text, "--seq-len", 64, "--group-size", 16]
+    done = spectool("quantize", "gptq", checkpoint("llama"), tmp_path / "out", *words)
+    assert done.code == 0 and re.search(r"calibration: \d+ of 128 sequences, all that", done.err)
+
+
 def test_eval_compares_and_gates(
     spectool: Spectool, checkpoint: Checkpoint, packed: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -157,7 +197,7 @@ def test_generate_from_options_file_and_stdin(
     keys = "new_tokens seconds tokens_per_second forwards tokens_per_forward drafter lossless"
     assert set(keys.split()) <= result.keys()
     assert len(result["results"]) == 2 and result["lossless"] is True
-    assert result["drafter"] == "ngram+recycle"
+    assert result["drafter"] == "trigram+recycle"
     plain = spectool(
         "generate", model, "--prompts", prompts, "--max-new-tokens", 9, "--json", "--draft", "none",
         "--batch-size", 2,

@@ -34,6 +34,8 @@ def test_the_result_and_what_inspect_says_of_it(
     assert set(result["tree"]) == {"nodes", "depth"}
     assert "plan: medusa (num_heads=2" in done.err and "about" in done.err
 
+    assert "is cut" not in done.err
+
     again = spectool("train-heads", "medusa", source, out, "--data", text, *QUICK)
     assert again.code == 2 and "exists already" in again.err
     seen = spectool("inspect", out, "--json").json
@@ -57,6 +59,16 @@ def test_the_result_and_what_inspect_says_of_it(
     ).json  # fmt: skip
     assert written["drafter"] == "medusa"
     assert written["results"][0]["token_ids"] == plain["results"][0]["token_ids"]
+
+
+def test_the_plan_says_that_the_context_cuts_texts(
+    spectool: Spectool, checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    text.write_text(text.read_text()[:1500])
+    words = ["--data", text, *QUICK, "--steps", 1, "--seq-len", 300]
+    done = spectool("train-heads", "medusa", checkpoint("llama"), tmp_path / "heads", *words)
+    assert done.code == 0, done.err
+    assert "at most 256 tokens, the model's context; --seq-len 300 is cut" in done.err
 
 
 def test_inspect_says_all_that_was_asked(

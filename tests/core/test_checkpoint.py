@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spectool.artifact import write_safetensors
-from spectool.checkpoint import check_finite, open_checkpoint, read_tensor
+from spectool.checkpoint import check_finite, open_checkpoint, read_rows, read_tensor
 from spectool.errors import CheckpointError
 from spectool.headers import read_header
 
@@ -116,3 +116,13 @@ def test_opposite_infinities_and_sums_that_overflow() -> None:
     check_finite("w", torch.full((99,), 6e4, dtype=torch.float16))
     check_finite("w", torch.full((9,), 1e308, dtype=torch.float64))
     check_finite("w", torch.tensor([2**40]))
+
+
+@pytest.mark.parametrize("row", [-1, 3, 1 << 40])
+def test_no_row_beyond_a_tensor_is_read(tmp_path: Path, row: int) -> None:
+    tensors = {"a": torch.arange(6.0).view(3, 2), "b": torch.full((4, 2), 9.0)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    entry = next(e for e in read_header(tmp_path / "x.safetensors")[1] if e.name == "a")
+    assert torch.equal(read_rows(entry, [2, 0]), tensors["a"][[2, 0]])
+    with pytest.raises(CheckpointError, match=f"a has 3 rows, and row {row} was asked for"):
+        read_rows(entry, [0, row])

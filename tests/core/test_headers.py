@@ -173,7 +173,7 @@ def _index(path: Path, content: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (_no_config, "config.json: no such file"),
+        (_no_config, "no config.json"),
         (_no_weights, "no safetensors weights"),
         (_pickled_only, "no safetensors weights"),
         (_empty_weights, "hold no tensors"),

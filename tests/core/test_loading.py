@@ -74,7 +74,7 @@ def test_dense_experts_take_the_place_of_packed_ones(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dtype": "int4"}, "dtype int4: expected one of float32"),
+        ({"dtype": "int4"}, "dtype int4: expected float32"),
         ({"runtime": "fast"}, "runtime fast: expected one of auto"),
         ({"device": "abacus"}, "device abacus: expected cpu"),
     ],

@@ -63,13 +63,15 @@ class Reads(nn.Module):
         super().__init__()
         self.used, self.asked, self.trained = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
         self.inner = nn.Sequential(nn.Linear(4, 4))
-        self.called = nn.Linear(4, 4)
+        self.called, self.sliced = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.imitates = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.asked.weight.dtype) @ self.used.weight
         if self.training:
             return x @ self.trained.weight
-        return self.called(self.trained(self.asked(x)))
+        y: Tensor = x @ self.sliced.weight if self.imitates else self.sliced(x)
+        return self.called(self.trained(self.asked(y)))
 
 
 class Outer(nn.Module):
@@ -84,12 +86,28 @@ class Outer(nn.Module):
 
 
 def test_a_weight_that_others_compute_with_stays_dense() -> None:
-    outer = Outer()
+    outer = Outer().eval()
     block = outer.blocks[0]
     assert set(stay_dense(block, "blocks.0")) == {"blocks.0.used"}
-    found = stay_dense(block, "blocks.0", (Outer,))
+    found = stay_dense(block, "blocks.0", (outer,))
     assert set(found) == {"blocks.0.used", "blocks.0.called"}
     assert set(found.values()) == {"its weight is used outside its forward"}
+    block.imitates = True
+    assert "blocks.0.sliced" in stay_dense(block, "blocks.0")
+
+
+def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    source = checkpoint("zamba")
+    job = Job(method="int8", config=Int8.Config(), allow_dense=True)
+    quantize(source, tmp_path / "out", job)
+    ids_BL = torch.arange(20)[None]
+    models = AutoModelForCausalLM.from_pretrained(source).eval(), spectool.load(tmp_path / "out")
+    with torch.inference_mode():
+        want, got = (model(input_ids=ids_BL, use_cache=False).logits for model in models)
+    assert 0 < float((want - got).norm() / want.norm()) < 0.2
+    skeleton = Skeleton(read_layout(source))
+    reasons = [reason for block in skeleton.blocks for reason in skeleton.dense(block).values()]
+    assert "shares its weight with another block" in reasons
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen3_next", "jamba"])

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from spectool import text
 from spectool.errors import MissingExtra, TextError
+from spectool.stdlib import documents
 from spectool.template import encode, render, template_arguments
-from spectool.text import Reading, read_prompts, read_rows, read_text
+from spectool.text import Reading, builtin_text, read_prompts, read_rows, read_text
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -171,13 +173,13 @@ def test_calls_are_written_as_the_template_can(write: Write, spelled: Any) -> No
     assert str(told[0]).endswith("; tools left out: the chat template takes none")
     start = "{{ tools | length }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in "
     start += "m.tool_calls or [] %}{{ c.function.name + '-' + "
-    for written, text in (
+    for written, wanted in (
         ("c.function.arguments.a | string", "add-1"),
         # A template that wants JSON gets it.
         ("c.function.arguments", 'add-{"a": 1}'),
     ):
         spelled.chat_template = start + written + " }}{% endfor %}|{% endfor %}"
-        assert read_text([path], spelled) == f"1assistant:{text}|tool:2|"
+        assert read_text([path], spelled) == f"1assistant:{wanted}|tool:2|"
 
 
 def test_several_files_are_one_text(write: Write) -> None:
@@ -418,3 +420,25 @@ def test_texts_and_prompts_of_blank_rows(write: Write) -> None:
 def test_encoding_adds_nothing_and_does_not_warn(chatty: Any) -> None:
     chatty.model_max_length = 4
     assert encode(chatty, "a b " * 50) == [0, 1] * 50
+
+
+def test_the_built_in_text() -> None:
+    """All kinds, each found in the whole, and all have their sources named."""
+    whole = builtin_text()
+    assert read_text([], None) == whole and 200_000 < len(whole) < 400_000
+    folder = Path(text.__file__).with_name("calibration")
+    kinds = [path.stem for path in sorted(folder.glob("*.txt"))]
+    assert kinds == ["code", "data", "languages", "mixed", "prose", "talk"]
+    places = [whole.index(builtin_text(kind).strip()) for kind in kinds]
+    assert places == sorted(places)
+    sources = (folder / "SOURCES.md").read_text("utf-8")
+    assert all(f"`{kind}.txt`" in sources for kind in kinds)
+
+
+@pytest.mark.slow
+def test_the_built_in_text_holds_no_held_out_code() -> None:
+    lines = set(builtin_text().splitlines())
+    for document in documents():
+        if document.held_out:
+            long = [line for line in document.text.splitlines() if len(line) > 60]
+            assert len(lines.intersection(long)) <= 0.1 * len(long) + 3, document.name

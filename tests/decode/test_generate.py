@@ -14,7 +14,9 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.generate import Runner, generate
 from spectool.decode.row import Row
 from spectool.decode.text import TextStream
-from spectool.errors import SpectoolError, UsageError
+from spectool.errors import CheckpointError, SpectoolError, UsageError
+
+from ..conftest import VOCAB
 
 Tiny = Callable[..., PreTrainedModel]
 
@@ -230,7 +232,7 @@ def test_a_runner_opens_and_pairs_without_a_forward(
     opened.use(small)
     assert opened.drafter_name == "draft_model"
     opened.use("auto:tune=false")
-    assert opened.drafter_name == "ngram+recycle"
+    assert opened.drafter_name == "trigram+recycle"
 
 
 def test_sampling_follows_the_seed_and_the_row(opened: Runner) -> None:
@@ -339,3 +341,9 @@ def test_low_precision_stays_near_greedy(checkpoint: Callable[..., Path]) -> Non
         best = logits[at].max()
         ulp = 2.0 ** (torch.floor(torch.log2(best.abs())) - 7)
         assert best - logits[at, token] <= 8 * ulp
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 10**9])
+def test_ids_that_the_model_has_not_are_refused(tiny: Tiny, token: int) -> None:
+    with pytest.raises(CheckpointError, match=f"^prompt 2 gives id {token}, but the model has"):
+        Runner(tiny("llama")).generate([[3, 4], [3, token]], max_new_tokens=2)

@@ -157,8 +157,9 @@ def test_rows_of_one_batch_finish_apart(
         assert outcome.laws_NV is not None
         assert outcome.top == outcome.laws_NV.topk(3).indices.tolist()
     for prompt in drafter.prompts:
-        assert len(prompt.top) == prompt.row.num_prompt
-        assert prompt.top[-1] == prompt.logits_V.topk(3).indices.tolist()
+        top = prompt.top()
+        assert len(top) == prompt.row.num_prompt
+        assert top[-1] == prompt.logits_V.topk(3).indices.tolist()
 
 
 def test_outcomes_carry_the_features_of_their_tokens(

@@ -282,8 +282,9 @@ def test_prompts_in_chunks(tiny: Tiny, family: str, monkeypatch: Any, prompt_of:
     done = target.ingest(target.cache(3), prompts, needs)
     torch.testing.assert_close(done.logits_BV, expected.logits_BV, atol=1e-4, rtol=1e-4)
     for row, prompt in enumerate(prompts):
-        assert done.top[row] == expected.top[row]
-        assert len(done.top[row]) == len(prompt)
+        top = done.top[row]()
+        assert top == expected.top[row]()
+        assert len(top) == len(prompt)
         for name, feature in done.features[row].items():
             assert feature.shape == (len(prompt), 32)
             wanted = expected.features[row][name]
@@ -296,7 +297,8 @@ def test_an_empty_row_stays_as_it_is(tiny: Tiny) -> None:
     target = open_target(tiny("mamba2"))
     cache = target.cache(2)
     target.ingest(cache, [[5, 6], [7]])
-    done = target.ingest(cache, [[], [8]])
+    done = target.ingest(cache, [[], [8]], Needs(top=3))
+    assert [len(top()) for top in done.top] == [0, 1] and done.features[0] == {}
     assert not done.logits_BV[0].any()
     assert cache.tokens == [[5, 6], [7, 8]]
     drafts = [tree.chain([9, 10], kind="deterministic"), tree.root(11)]

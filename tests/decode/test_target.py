@@ -176,29 +176,6 @@ def test_context_is_the_models_or_less(tiny: Tiny) -> None:
         Target(model, context=300)
 
 
-def test_long_rope_ends_at_its_original_length() -> None:
-    """Past it the frequencies would depend on the longest position in a pass."""
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    model = small(
-        "Phi3",
-        hidden_size=16,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        max_position_embeddings=64,
-        original_max_position_embeddings=16,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 1e4,
-            "original_max_position_embeddings": 16,
-            **factors,
-        },
-    )
-    assert Target(model).context == 16
-
-
 @pytest.mark.parametrize(
     ("flags", "dtype", "rows"),
     [

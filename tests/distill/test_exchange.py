@@ -16,6 +16,8 @@ from spectool.decode.drafters.heads import read_record
 from spectool.decode.generate import Runner
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
 from spectool.methods import METHODS
+from spectool.quantize.choice import Choice
+from spectool.quantize.run import Job, quantize
 
 from .conftest import Train
 
@@ -193,15 +195,24 @@ def test_what_is_not_ours_is_refused(
         {"d2t": torch.zeros(29).long()},
         {"d2t": torch.full((30,), 1000)},
         {"d2t": torch.full((30,), -1)},
+        {"d2t": torch.zeros(30)},
+        {"d2t": None},
+        {"t2d": torch.zeros(320).bool()},
+        {"fc.weight": torch.full((32, 96), torch.nan)},
     ],
 )
 def test_ids_that_cannot_be_are_refused(
-    make: Make, train: Train, change: dict[str, torch.Tensor]
+    make: Make, train: Train, change: dict[str, torch.Tensor | None]
 ) -> None:
     source, _, served = make("llama", "eagle3", "eagle3", {"draft_vocab": 30})
     file = served / "model.safetensors"
-    save_file({**load_file(file), **change}, file)
-    with pytest.raises(CheckpointError, match=r"not distinct ids of 320|do not fit together"):
+    tensors = {**load_file(file), **change}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    message = (
+        r"not distinct ids of 320|expected 30 whole numbers|d2t is absent, but the output matrix "
+        r"has 30 rows and the target 320 tokens|do not name the same|3072 of 3072 weights are NaN"
+    )
+    with pytest.raises(CheckpointError, match=message):
         back(train, source, served, "eagle3")
 
 
@@ -228,6 +239,11 @@ def test_other_places_are_refused(
         back(train, source, served, "medusa")
     with pytest.raises(CheckpointError, match="absent"):
         back(train, source, tmp_path / "absent", "eagle3")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match="is a LoRA adapter"):
+        back(train, source, adapter, "eagle3")
     (served / "model.safetensors").rename(served / "pytorch_model.bin")
     with pytest.raises(UnsupportedError, match="pickled"):
         back(train, source, served, "eagle3")
@@ -285,3 +301,28 @@ def test_formats_hold_what_the_table_says(tmp_path: Path) -> None:
     served = {form.method for form in exchange.FORMATS.values()}
     elsewhere = {name for name, row in METHODS.items() if row.trained and len(row.runs_in) > 1}
     assert served == elsewhere
+
+
+def test_heads_of_a_learnt_output_matrix(
+    train: Train, checkpoint: Checkpoint, data: str, tmp_path: Path
+) -> None:
+    """Its bias is in medusa's own matrices, which the format cannot hold; eagle3's have none."""
+    source, packed = checkpoint("llama", num_hidden_layers=4), tmp_path / "packed"
+    job = Job(
+        method="rtn",
+        config=Choice.from_text("rtn:group_size=16").config,
+        head=Choice.from_text("vq:codes=16,width=0,frequent=4,epochs=0"),
+        calibration=[data],
+        samples=2,
+        seq_len=48,
+    )
+    quantize(source, packed, job)
+    train(packed, "medusa", method="medusa", steps=1)
+    with pytest.raises(UnsupportedError, match="biases of output matrices") as caught:
+        exchange.export(tmp_path / "medusa", str(packed), tmp_path / "served", "vllm-medusa")
+    assert "generate --draft" in str(caught.value.hint)
+    train(packed, "eagle3", method="eagle3", steps=1)
+    exchange.export(tmp_path / "eagle3", str(packed), tmp_path / "served", "eagle3")
+    own = load_file(tmp_path / "eagle3/heads.safetensors")
+    served = load_file(tmp_path / "served/model.safetensors")
+    assert torch.equal(served["lm_head.weight"], own["lm_head.weight"])

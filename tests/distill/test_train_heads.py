@@ -244,7 +244,7 @@ def test_heads_beside_a_checkpoint_are_found(
 ) -> None:
     source = tmp_path / "model"
     shutil.copytree(checkpoint("llama"), source)
-    assert Runner(source, draft="auto").drafter_name == "ngram+recycle"
+    assert Runner(source, draft="auto").drafter_name == "trigram+recycle"
     train(source)
     (tmp_path / "out").rename(source / "heads")
     assert Runner(source, draft="auto").drafter_name == "medusa"

@@ -35,7 +35,7 @@ HEADS = ("medusa", "hydra", "eagle3", "clover", "chimera", "ppd", "hidden-transf
 
 def job(method: str = "rtn", **more: Any) -> Job:
     config = resolve(method, "quantizer").Config(**OPTIONS.get(method, {}))
-    text = [str(Path(spectool.__file__).parent / "calibration.txt")]
+    text = [str(Path(spectool.__file__).parent / "calibration/mixed.txt")]
     return Job(method=method, config=config, calibration=text, samples=4, seq_len=32, **more)
 
 

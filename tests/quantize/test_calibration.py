@@ -376,6 +376,20 @@ def test_windows_are_pieces_of_the_text_after_the_start_token() -> None:
     assert torch.equal(rows, again)
 
 
+@pytest.mark.parametrize(("samples", "length"), [(6, 20), (10, 48), (20, 48), (400, 48)])
+def test_windows_are_even_over_the_text_and_never_overlap(samples: int, length: int) -> None:
+    """Of five kinds one after another each has its share of sequences, none of them in order."""
+    ids = list(range(1000))
+    generator = torch.Generator().manual_seed(1)
+    rows = windows(ids, samples=samples, length=length, bos=None, generator=generator)
+    assert rows.unique().numel() == rows.numel() and rows.shape[0] == min(samples, 1000 // length)
+    counts = (rows // 200).flatten().bincount(minlength=5)
+    assert counts.max() - counts.min() <= 2 * length
+    assert rows[:, 0].tolist() != sorted(rows[:, 0].tolist())
+    if samples == 400:
+        assert rows.numel() > 1000 - length, "all of it was used"
+
+
 def test_windows_without_a_start_token_reach_both_ends() -> None:
     ids = list(range(10))
     starts = set()

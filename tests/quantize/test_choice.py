@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from spectool.evaluate.windows import BlockwiseLaws, ResidentLaws, cut
 from spectool.headers import read_layout
 from spectool.packed import PackedEmbedding, PackedLinear, matrix_of
 from spectool.quantize import walk
-from spectool.quantize.choice import Choice, Rule, plan_text, read_plan
+from spectool.quantize.choice import Choice, Rule, plan_text, read_plan, skipping
 from spectool.quantize.export import export
 from spectool.quantize.int8 import Int8
 from spectool.quantize.ledger import measure
+from spectool.quantize.plan import make_plan
 from spectool.quantize.rtn import RTN
+from spectool.skeleton import Skeleton
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -62,6 +64,52 @@ def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         found: torch.Tensor = model(IDS_BL).logits
     return found
+
+
+@pytest.mark.parametrize(
+    ("entries", "behind", "ahead"),
+    [
+        (["*: rtn", "down_proj: int8"], "entry 2 (down_proj)", "entry 1 (*)"),
+        (["model: rtn", "lm_head: int8", "layers.1.mlp: dense"], "entry 3", "entry 1 (model)"),
+        (
+            ["layers.0: int8", "layers.1: rtn", "q_proj: nf4"],
+            "entry 3 (q_proj)",
+            r"entry 1 \(layers.0\), .*entry 2 \(layers.1\)",
+        ),
+        (["*: rtn", "lm_head: int8"], "entry 2 (lm_head)", "entry 1 (*)"),
+    ],
+)
+def test_a_rule_wholly_behind_earlier_ones_is_refused(
+    checkpoint: Checkpoints, tmp_path: Path, entries: list[str], behind: str, ahead: str
+) -> None:
+    with pytest.raises(UsageError, match="decides nothing") as caught:
+        planned(checkpoint("llama"), tmp_path, entries)
+    first, last = str(caught.value).split("decides nothing")
+    assert behind in first and (ahead in last or re.search(ahead, last))
+
+
+@pytest.mark.parametrize(
+    ("entries", "skip"),
+    [
+        (["down_proj: int8", "*: rtn"], []),
+        (["down_proj: int8", "down_proj: int8", "layers.0.mlp.down_proj: int8"], []),
+        (["down_proj: int8", "layers.0: nf4"], ["layers.0"]),
+        (["q_proj: dense", "layers.0.self_attn.q_proj: dense"], ["q_proj"]),
+    ],
+)
+def test_a_rule_that_says_the_same_or_is_skipped_is_not(
+    checkpoint: Checkpoints, tmp_path: Path, entries: list[str], skip: list[str]
+) -> None:
+    planned(checkpoint("llama"), tmp_path, entries, skip)
+
+
+def planned(source: Path, place: Path, entries: list[str], skip: Sequence[str] = ()) -> None:
+    lines = ["layers:"]
+    for entry in entries:
+        match, _, method = entry.partition(": ")
+        lines.append(f'- {{match: "{match}", method: {method}}}')
+    ruled = [*skipping(skip), *rules(place, "\n".join(lines))]
+    make_plan(Skeleton(read_layout(source)), INT8, rules=ruled, allow_dense=True)
 
 
 def test_the_first_rule_that_matches_decides(

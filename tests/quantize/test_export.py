@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
 
 import spectool
 from spectool.decode.generate import Runner
@@ -24,6 +24,33 @@ from spectool.quantize.rtn import RTN
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
 IDS = torch.arange(5, 45)[None]
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(100)))
+    return str(path)
+
+
+@pytest.fixture
+def phi(checkpoint: Checkpoints, tmp_path: Path) -> Callable[[bool], Path]:
+    """`phi(tied)`: a random model whose output matrix has a bias."""
+
+    def make(tied: bool) -> Path:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 56}
+        config = PhiConfig(
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+            bos_token_id=0, eos_token_id=1, pad_token_id=1, tie_word_embeddings=tied, **sizes,
+        )  # fmt: skip
+        model = PhiForCausalLM(config)
+        torch.nn.init.normal_(model.lm_head.bias)
+        model.save_pretrained(tmp_path / "phi")
+        AutoTokenizer.from_pretrained(checkpoint("llama")).save_pretrained(tmp_path / "phi")
+        return tmp_path / "phi"
+
+    return make
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -170,6 +197,49 @@ def test_what_it_cannot_hold(
         export(str(packed), tmp_path / "served", "compressed-tensors")
     assert caught.value.hint is not None and "--format dense" in caught.value.hint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def learnt(text_file: str, epochs: int) -> dict[str, Any]:
+    """A job that learns the output matrix."""
+    head = Choice.from_text(f"vq:codes=32,epochs={epochs}")
+    return {"head": head, "calibration": [text_file], "samples": 4, "seq_len": 32}
+
+
+@pytest.mark.parametrize(("tied", "embeddings"), [(False, None), (True, None), (True, "int8")])
+def test_a_learnt_output_matrix_where_the_architecture_has_a_bias(
+    phi: Callable[[bool], Path],
+    compress: Compress,
+    text_file: str,
+    tmp_path: Path,
+    tied: bool,
+    embeddings: str | None,
+) -> None:
+    job = learnt(text_file, epochs=1)
+    if embeddings is not None:
+        job["embeddings"] = Choice.from_text(embeddings)
+    packed = compress(phi(tied), "rtn", bits=8, group_size=16, job=job)
+    export(str(packed), tmp_path / "dense", "dense")
+    said = json.loads((tmp_path / "dense/config.json").read_text())
+    assert said["tie_word_embeddings"] is False
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert dense.lm_head.bias.any()
+    torch.testing.assert_close(logits(dense), logits(spectool.load(packed)))
+    torch.testing.assert_close(logits(spectool.load(tmp_path / "dense")), logits(dense))
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_learnt_bias_that_is_zero_is_left_out(
+    checkpoint: Checkpoints, compress: Compress, text_file: str, tmp_path: Path, epochs: int
+) -> None:
+    job = learnt(text_file, epochs)
+    packed = compress(checkpoint("llama-tied"), "rtn", bits=8, group_size=16, job=job)
+    if epochs:
+        with pytest.raises(UnsupportedError, match=r"learnt with a bias, and .* llama has none"):
+            export(str(packed), tmp_path / "dense", "dense")
+        return
+    export(str(packed), tmp_path / "dense", "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    torch.testing.assert_close(logits(dense), logits(spectool.load(packed)))
 
 
 def test_what_is_no_packed_checkpoint(

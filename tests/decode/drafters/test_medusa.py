@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from spectool.artifact import write_safetensors
 from spectool.decode.drafters import heads as shared_code
 from spectool.decode.drafters import trained
-from spectool.decode.drafters.heads import HeadsRecord, open_heads
+from spectool.decode.drafters.heads import HeadsRecord, open_heads, read_tensors
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
-from spectool.decode.drafters.trained import TOP
+from spectool.decode.drafters.trained import TOP, ranks_of
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Lesson
 from spectool.decode.target import Target
 from spectool.decode.tree import RankTree, best_paths
-from spectool.errors import CheckpointError
+from spectool.errors import CheckpointError, NotFinite
 from spectool.headers import HEADS, HEADS_FILE
 
 from ...conftest import VOCAB
@@ -356,3 +356,33 @@ def test_weights_that_are_not_the_records_are_refused(
             tokenizer=None,
             allow_other_target=False,
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("heads.0.blocks.0.weight", lambda t: t * torch.nan, "weights are NaN or infinite"),
+        ("heads.0.blocks.0.weight", lambda t: t + torch.inf, "weights are NaN or infinite"),
+        ("token_map", lambda t: t + 300, "not distinct ids of 320 tokens"),
+        ("token_map", lambda t: t * 0, "not distinct ids of 320 tokens"),
+        ("token_map", lambda t: t.flip(0), "does not ascend"),
+    ],
+)
+def test_weights_that_no_training_leaves_are_refused(
+    stored: Callable[..., Path],
+    checkpoint: Callable[..., Path],
+    name: str,
+    damage: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+) -> None:
+    path = stored(draft_vocab=30)
+    tensors = read_tensors(path / HEADS_FILE)
+    write_safetensors(path / HEADS_FILE, {**tensors, name: damage(tensors[name])}, {})
+    with pytest.raises(CheckpointError, match=message):
+        Runner(checkpoint("llama"), draft=str(path))
+
+
+def test_ranks_among_no_numbers_are_no_figure() -> None:
+    states_RD, weight_VD = torch.ones(2, 4), torch.full((5, 4), torch.nan)
+    with pytest.raises(NotFinite, match="NaN or infinite on held-out text"):
+        ranks_of(states_RD, weight_VD, None, torch.tensor([1, 2]))

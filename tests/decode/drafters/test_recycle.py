@@ -39,6 +39,22 @@ def row_of(tokens: list[int]) -> Row:
     )
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mamba2"])
+def test_a_text_of_one_token_costs_what_plain_decoding_costs(
+    tiny: Tiny, prompt_of: PromptOf, family: str
+) -> None:
+    """The output matrix reads the last token of a prompt only, until another token is wanted."""
+    model, read = tiny(family), []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, x, out: read.append(out.shape[-2]))
+    for draft in (None, "recycle", "trigram+recycle"):
+        Runner(model, draft=draft).generate([prompt_of(20)], max_new_tokens=1)
+    assert read == [1, 1, 1]
+    Runner(model, draft="recycle").generate([prompt_of(20)], max_new_tokens=2)
+    assert read[3:5] == [1, 20], "then the table learns the whole prompt"
+    hook.remove()
+
+
 def known(drafter: RecycleDrafter, token: int) -> list[int]:
     return list(drafter.table[token * RANKS : (token + 1) * RANKS])
 

@@ -32,7 +32,7 @@ def test_drafters_are_joined() -> None:
     spec = parse_spec("ngram:max_n=3+recycle:nodes=9")
     assert [part.name for part in spec.parts] == ["ngram", "recycle"]
     assert (spec.parts[0].config.max_n, spec.parts[1].config.nodes) == (3, 9)
-    assert [part.name for part in parse_spec("auto").parts] == ["ngram", "recycle"]
+    assert [part.name for part in parse_spec("auto").parts] == ["trigram", "recycle"]
     with pytest.raises(UsageError, match="no drafter is called 'recycl'"):
         parse_spec("ngram+recycl")
 

@@ -1,0 +1,294 @@
+"""What a user gave in place of a checkpoint, told from names and configuration alone.
+
+Everything that opens a MODEL asks here first, so that a LoRA adapter or a GGUF file costs one line
+that says what it is and what to do. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from spectool.errors import CheckpointError, UnsupportedError
+
+HEADS = "spectool_heads.json"
+ADAPTER = "adapter_config.json"
+PIPELINE = "model_index.json"
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Other programs' formats, by suffix.
+FOREIGN = {
+    ".onnx": "an ONNX model", ".tflite": "a TensorFlow Lite model", ".h5": "TensorFlow weights",
+    ".msgpack": "Flax weights", ".distcp": "the shards of a distributed training",
+    ".ggml": "a GGML file", ".engine": "a TensorRT engine",
+}  # fmt: skip
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+# Names of drafters' architectures. Eagle is also a family of vision-language models.
+_SPECULATOR = re.compile(r"medusa|speculator|eagle(?!\w*(vl|conditional))|draftmodel", re.I)
+_SPECULATOR_KEYS = ("speculators_model_type", "speculators_config", "medusa_num_heads",
+                    "eagle_config", "draft_vocab_size")  # fmt: skip
+
+# Numbers of things: whatever builds a list as long as one says must not meet a huge one.
+_COUNT = re.compile(r"^num_|_num_|^n_(layer|head)|layers?$|depth$")
+MOST_COUNTED = 100_000
+
+
+def check_place(path: Path) -> None:
+    """Look at a place in which a checkpoint is expected.
+
+    Raises:
+        CheckpointError: no directory, or one that holds something else.
+    """
+    if path.is_file():
+        raise _file(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory")
+    if (path / PIPELINE).is_file():
+        kind = _said(path / PIPELINE).get("_class_name")
+        raise UnsupportedError(
+            f"{path}: is a diffusion pipeline{f' ({kind})' if isinstance(kind, str) else ''}, not "
+            "a language model",
+            hint="spectool handles causal language models",
+        )
+    refuse_adapter(path)
+    if not (path / "config.json").exists():
+        raise _without_configuration(path)
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Look at the configuration of what is taken for a checkpoint in `path`.
+
+    Raises:
+        UnsupportedError: it is a drafter's or an encoder-decoder's.
+        CheckpointError: it asks for more parts than any model has.
+    """
+    if is_speculator(config):
+        base = _base_of(config)
+        name = " ".join(map(str, config.get("architectures") or ())) or config.get("model_type")
+        raise UnsupportedError(
+            f"{path}: is a drafter{f' ({name})' if name else ''}"
+            f"{f' for {base}' if base else ''}, not a model by itself",
+            hint="give the model that it drafts for; `spectool train-heads METHOD MODEL OUT "
+            f"--from {path} --steps 0` reads drafters of the formats that servers use",
+        )
+    if is_encoder_decoder(config):
+        raise UnsupportedError(f"{path}: {config.get('model_type')} is {ENCODER_DECODER}")
+    for key, value in _numbers(config):
+        if _COUNT.search(key) and abs(value) > MOST_COUNTED:
+            raise CheckpointError(f"{path}: config.json: {key} is {value}, more than any model has")
+
+
+ENCODER_DECODER = "an encoder-decoder; spectool handles decoder-only models"
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether a configuration, as JSON or as transformers', is of an encoder with a decoder."""
+    if isinstance(config, Mapping):
+        return config.get("is_encoder_decoder") is True
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def is_speculator(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one of draft heads, in any format."""
+    architectures = config.get("architectures")
+    names = [config.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
+    return any(key in config for key in _SPECULATOR_KEYS) or any(
+        _SPECULATOR.search(name) for name in names if isinstance(name, str)
+    )
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raises: CheckpointError: the directory holds a parameter-efficient adapter.
+
+    Beside a whole checkpoint too: transformers would apply it, other readers would not.
+    """
+    if not (path / ADAPTER).is_file():
+        return
+    said = _said(path / ADAPTER)
+    kind, base = said.get("peft_type"), said.get("base_model_name_or_path")
+    adapter = "a LoRA adapter" if kind == "LORA" else f"a {kind} adapter"
+    adapter += f" of {base}" if isinstance(base, str) and base else ""
+    if (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: holds {adapter} beside a checkpoint, which some readers would apply",
+            hint=f"merge it, or move {ADAPTER} away",
+        )
+    raise CheckpointError(
+        f"{path}: is {adapter}, not a checkpoint",
+        hint="merge it into its base with peft first: AutoPeftModelForCausalLM.from_pretrained("
+        f"{str(path)!r}).merge_and_unload().save_pretrained(DIRECTORY)",
+    )
+
+
+def check_heads(path: Path) -> None:
+    """Look at a place in which draft heads are expected.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    if (path / HEADS).is_file():
+        return
+    if not path.is_dir():
+        what = "is a file, not a directory of draft heads" if path.exists() else "no such directory"
+        raise CheckpointError(f"{path}: {what}")
+    refuse_adapter(path)
+    if is_speculator(_said(path / "config.json")):
+        raise CheckpointError(
+            f"{path}: holds draft heads in another format",
+            hint=f"`spectool train-heads METHOD MODEL OUT --from {path} --steps 0` reads them",
+        )
+    kind = "is a checkpoint, not" if (path / "config.json").is_file() else "holds no"
+    raise CheckpointError(f"{path}: {kind} draft heads ({HEADS})")
+
+
+def without_weights(path: Path, expected: str) -> CheckpointError:
+    """What to say of a directory with a configuration, but without the weights `expected`."""
+    found = _foreign(path)
+    if found is not None:
+        return found
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    if files:
+        return CheckpointError(
+            f"{path}: no {expected}, only {files[0]}",
+            hint="files of a checkpoint in several parts come with their index",
+        )
+    return CheckpointError(f"{path}: no safetensors weights ({expected})")
+
+
+def _file(path: Path) -> CheckpointError:
+    beside = f"give the directory that it lies in: {path.parent}"
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        return CheckpointError(f"{path}: cannot be read: {error.strerror}")
+    suffix = path.suffix.lower()
+    if magic == b"GGUF" or suffix == ".gguf":
+        return _gguf(path)
+    if suffix == ".safetensors":
+        return CheckpointError(f"{path}: is a file of weights, not a checkpoint", hint=beside)
+    if suffix in PICKLES or magic == b"PK\x03\x04" or magic[:1] == b"\x80":
+        return _pickled(path, "is a pickle")
+    if suffix in FOREIGN:
+        return CheckpointError(f"{path}: is {FOREIGN[suffix]}, not a checkpoint")
+    known = path.name == "config.json" or path.name in TOKENIZERS
+    return CheckpointError(
+        f"{path}: is a file, not a checkpoint directory", hint=beside if known else None
+    )
+
+
+def _without_configuration(path: Path) -> CheckpointError:
+    if (path / HEADS).exists():
+        return CheckpointError(
+            f"{path}: draft heads, not a checkpoint",
+            hint=f"give the model that they draft for, and them as --draft {path}",
+        )
+    if path.name.endswith(".partial"):
+        return CheckpointError(
+            f"{path}: is what an unfinished run wrote, not a checkpoint",
+            hint="the command that was stopped goes on from there when it is given again",
+        )
+    below = list(_checkpoints_below(path))
+    if below:
+        others = f" and {len(below) - 1} more" if len(below) > 1 else ""
+        return CheckpointError(
+            f"{path}: has no config.json, but there is a checkpoint below it",
+            hint=f"give {below[0]}{others}",
+        )
+    found = _foreign(path)
+    if found is not None:
+        return found
+    if any(path.glob("*.safetensors")):
+        return CheckpointError(
+            f"{path}: holds weights, but no config.json",
+            hint="copy the configuration and the tokenizer of the model beside them",
+        )
+    if any((path / name).is_file() for name in TOKENIZERS):
+        return CheckpointError(
+            f"{path}: holds a tokenizer, but no model: no config.json and no weights"
+        )
+    return CheckpointError(f"{path}: no checkpoint: {path / 'config.json'}: no such file")
+
+
+def _foreign(path: Path) -> CheckpointError | None:
+    """What to say of weights in another program's format; None where there are none."""
+    if any(path.glob("*.gguf")):
+        return _gguf(path)
+    pickles = sorted(file for suffix in PICKLES for file in path.glob(f"*{suffix}"))
+    weights = [file for file in pickles if file.name not in ("training_args.bin", "optimizer.pt")]
+    if weights:
+        return _pickled(path, f"no safetensors weights, only the pickle {weights[0].name}")
+    if (path / "params.json").is_file() and any(path.glob("consolidated*")):
+        return CheckpointError(
+            f"{path}: holds the maker's own format (params.json)",
+            hint="give the checkpoint in transformers' format, which the maker publishes too",
+        )
+    for suffix, what in FOREIGN.items():
+        if any(path.glob(f"*{suffix}")):
+            return CheckpointError(f"{path}: holds {what}, not safetensors weights")
+    return None
+
+
+def _gguf(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: is GGUF, a format of llama.cpp, which is not read",
+        hint="give the safetensors checkpoint that it was converted from",
+    )
+
+
+def _pickled(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {what}",
+        hint="pickled weights are never read; save the model with safetensors first: "
+        "AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(DIRECTORY)",
+    )
+
+
+def _checkpoints_below(path: Path) -> Iterator[Path]:
+    """Directories one level down, or snapshots of a hub cache, that hold a config.json.
+
+    The newest first where their names are numbered.
+    """
+    folders = [folder for folder in path.iterdir() if folder.is_dir()]
+    folders += [snap for snap in path.glob("snapshots/*") if snap.is_dir()]
+    found = [folder for folder in folders if (folder / "config.json").is_file()]
+    yield from sorted(found, key=lambda folder: (-_number(folder.name), folder.name))
+
+
+def _number(name: str) -> int:
+    digits = re.search(r"-(\d{1,12})$", name)
+    return int(digits[1]) if digits else -1
+
+
+def _base_of(config: Mapping[str, Any]) -> str | None:
+    """The model that a drafter says it drafts for."""
+    nested = config.get("speculators_config")
+    verifier = nested.get("verifier") if isinstance(nested, dict) else None
+    named = verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    found = named or config.get("base_model_name_or_path")
+    return found if isinstance(found, str) else None
+
+
+def _numbers(config: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """All whole numbers of a configuration with their keys, nested ones too."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _numbers(value, str(name))
+    elif isinstance(config, list):
+        for value in config:
+            yield from _numbers(value, key)
+    elif isinstance(config, (int, float)) and not isinstance(config, bool):
+        yield key, int(config) if abs(config) < float("inf") else MOST_COUNTED + 1
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """A JSON object, or nothing where the file holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

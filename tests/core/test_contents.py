@@ -1,0 +1,117 @@
+"""Files compared with what the configuration describes, before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from spectool.decode.generate import Runner
+from spectool.errors import CheckpointError, InputError, UnsupportedError
+from spectool.headers import read_layout
+from spectool.loading import load_model, load_tokenizer
+from spectool.skeleton import Skeleton, build_meta, read_config
+
+Checkpoint = Callable[..., Path]
+
+
+def edited(source: Path, place: Path, **changes: Any) -> Path:
+    """A copy with these changes to its configuration."""
+    shutil.copytree(source, place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, **changes}))
+    return place
+
+
+SIZES: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"vocab_size": 321}, r"is \[320, 32\], but the configuration says \[321, 32\]"),
+    ("llama", {"vocab_size": 10**12}, r"but the configuration says \[1000000000000, 32\]"),
+    ("llama", {"intermediate_size": 64}, r"is \[.*56.*\], but the configuration says \[.*64.*\]"),
+    ("llama", {"num_key_value_heads": 4}, r"_proj.weight is \[16, 32\], .* says \[32, 32\]"),
+    ("llama", {"num_hidden_layers": 3}, "tensors of LlamaForCausalLM are in no file"),
+    ("llama", {"num_hidden_layers": 99_000}, "describes more than .* parameters, but the files"),
+    ("llama", {"hidden_size": 0}, "config.json"),
+    ("gpt2", {"n_positions": 10**9}, r"is \[256, 32\], but the configuration says"),
+    ("qwen3_moe", {"num_local_experts": 3}, r"is \[4, .*\], but the configuration says \[3, "),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "said"), SIZES, ids=lambda part: str(part)[:30])
+def test_sizes_that_differ(
+    checkpoint: Checkpoint, tmp_path: Path, family: str, changes: dict[str, Any], said: str
+) -> None:
+    place = edited(checkpoint(family), tmp_path / "m", **changes)
+    for open_one in (load_model, lambda path: Skeleton(read_layout(path))):
+        with pytest.raises(CheckpointError, match=said) as caught:
+            open_one(place)
+        assert "\n" not in str(caught.value)
+
+
+def test_tables_that_no_weight_bounds(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    place = edited(checkpoint("llama"), tmp_path / "m", head_dim=8)
+    load_model(place)
+    config = read_config(place)
+    config.head_dim = 10**12
+    with pytest.raises(CheckpointError):
+        Skeleton(read_layout(edited(place, tmp_path / "n", head_dim=10**12)))
+
+
+def test_a_classifier_is_called_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    place = edited(
+        checkpoint("llama"), tmp_path / "m", architectures=["LlamaForSequenceClassification"]
+    )
+    tensors = load_file(place / "model.safetensors")
+    head = tensors.pop("lm_head.weight")
+    save_file({**tensors, "score.weight": head[:2].clone()}, place / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight") as caught:
+        load_model(place)
+    assert "LlamaForSequenceClassification" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("family", ["Bert", "Electra"])
+def test_encoders_are_refused_by_name(tmp_path: Path, family: str) -> None:
+    options = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16,
+               "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+    for is_decoder in (True, False):
+        config = getattr(transformers, f"{family}Config")(**options, is_decoder=is_decoder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        if is_decoder:
+            load_model(tmp_path)
+    for opened in (lambda: load_model(tmp_path), lambda: Skeleton(read_layout(tmp_path))):
+        with pytest.raises(UnsupportedError, match=r"no causal model: .* is_decoder false"):
+            opened()
+
+
+def test_an_encoder_decoder_that_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart"}))
+    with pytest.raises(UnsupportedError, match="bart is an encoder-decoder"):
+        build_meta(read_config(tmp_path))
+
+
+def test_odd_dtype_names_open_everywhere(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    place = edited(checkpoint("llama"), tmp_path / "m", dtype="torch.bfloat16")
+    assert load_model(place).dtype == torch.bfloat16
+    assert load_model(place).config._name_or_path == str(place)
+    assert load_tokenizer(place).vocab_size
+    assert Skeleton(read_layout(place)).config.dtype == torch.bfloat16
+    wrong = edited(checkpoint("llama"), tmp_path / "w", dtype="int3")
+    for open_one in (load_model, load_tokenizer, lambda path: Skeleton(read_layout(path))):
+        with pytest.raises(CheckpointError, match=r'config.json is not valid: dtype is "int3"'):
+            open_one(wrong)
+
+
+@pytest.mark.parametrize("said", [1.5, "x", [None], {"a": 1}])
+def test_end_ids_that_are_none(checkpoint: Checkpoint, tmp_path: Path, said: Any) -> None:
+    place = edited(checkpoint("llama"), tmp_path / "m")
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    with pytest.raises(InputError) as caught:
+        Runner(load_model(place), tokenizer=load_tokenizer(place)).end_ids()
+    assert "\n" not in str(caught.value)
