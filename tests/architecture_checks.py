@@ -29,7 +29,7 @@ from spectool.evaluate.windows import Batch, BlockwiseLaws, ResidentLaws, Window
 from spectool.loading import load_model
 from spectool.quantize.run import Job, quantize
 
-TEXT = Path(__file__).parent.parent / "core/calibration.txt"
+TEXT = Path(__file__).parent.parent / "core/calibration/mixed.txt"
 
 # Of a text whose windows are compared, and of what is decoded.
 SEQUENCES, LENGTH, NEW_TOKENS = 4, 40, 16
