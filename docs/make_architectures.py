@@ -40,7 +40,8 @@ Every model type that transformers' causal mapping knows, as a tiny random model
 - **heads**: `medusa` heads learn for a few steps and draft; the text is that of plain decoding.
 
 `no` with a number is a refusal in words, before work begins; what the numbers mean stands below.
-`plain` means that the drafters are accepted and every token is decoded plainly.
+`plain` means that the drafters are accepted and every token is decoded plainly; a percentage, that
+only so much of the blocks' weights is packed (with `--allow-dense`), the rest being no linear layers.
 """
 
 
@@ -124,11 +125,17 @@ def _cell(row: Any, names: Iterable[str], reasons: dict[str, list[str]], *, plai
     if "FAULT" in ends:
         return "FAULT"
     if ends == {"works"}:
-        return "plain" if plain else "yes"
+        return "plain" if plain else f"yes{_packed(checks)}"
     if ends == {"refused"}:
         return f"no ({', '.join(dict.fromkeys(str(number) for _, number in numbers))})"
     less = ", ".join(f"{name} ({number})" for name, number in numbers)
-    return f"{'plain' if plain else 'yes'}, not {less}"
+    return f"{'plain' if plain else 'yes'}{_packed(checks)}, not {less}"
+
+
+def _packed(checks: Any) -> str:
+    """The share of the blocks' weights that is packed, where more than a tenth is not."""
+    share = min((check["packed"] for check in checks.values() if "packed" in check), default=1)
+    return f" ({share:.0%})" if share < 0.9 else ""
 
 
 def _number(why: str, row: Any, reasons: dict[str, list[str]]) -> int:

@@ -29,7 +29,7 @@ from spectool.evaluate.windows import Batch, BlockwiseLaws, ResidentLaws, Window
 from spectool.loading import load_model
 from spectool.quantize.run import Job, quantize
 
-TEXT = Path(__file__).parent.parent / "core/calibration.txt"
+TEXT = Path(__file__).parent.parent / "core/calibration/mixed.txt"
 
 # Of a text whose windows are compared, and of what is decoded.
 SEQUENCES, LENGTH, NEW_TOKENS = 4, 40, 16
@@ -38,7 +38,7 @@ PROMPTS = (5, 11, 23)
 # Largest difference between two computations of the same numbers, relative to the largest number;
 # and what rounding to 8 and to 4 bits may do to half of the tokens' logits: where a layer chooses
 # (experts, keys), small errors choose otherwise.
-SAME, EIGHT_BITS, FOUR_BITS = 1e-4, 0.25, 0.8
+SAME, EIGHT_BITS, FOUR_BITS = 1e-4, 0.15, 0.4
 
 DRAFTERS = [n for n in methods.names("drafter") if n != "none" and n not in methods.trained()]
 

@@ -35,14 +35,14 @@ _AT_MOST = {
     48: """moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
         shared_experts_intermediate_size expert_ffn_hidden_size expert_dim
         moe_shared_expert_intermediate_size intermediate_size_mlp""",
-    32: "qk_head_dim image_size",
+    32: "qk_head_dim image_size index_topk",
     16: """head_dim swa_head_dim d_head dim_head kv_channels attention_head_size index_head_dim
         linear_head_dim linear_key_head_dim linear_value_head_dim v_head_dim swa_v_head_dim
         qk_nope_head_dim qk_rope_head_dim mamba_d_head mamba_head_dim kv_lora_rank q_lora_rank
         o_lora_rank mamba_dt_rank time_step_rank laurel_rank hidden_size_per_layer_input
         hc_lowrank adapter_rank sliding_window sliding_window_size local_attention window_size
         attention_window_size attention_chunk_size index_n_heads""",
-    8: """mamba_d_state state_size ssm_state_size rotary_dim num_centroids index_topk patch_size
+    8: """mamba_d_state state_size ssm_state_size rotary_dim num_centroids patch_size
         mamba_n_heads mamba_num_heads mamba_chunk_size chunk_size""",
     HEADS: """num_attention_heads n_head n_heads num_heads decoder_attention_heads attention_heads
         encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads
