@@ -65,7 +65,7 @@ class Skeleton:
         if (reason := why_not_causal(text, decoder.modules())) is not None:
             raise UnsupportedError(f"{text.model_type} here is no causal model: {reason}")
 
-    @property
+    @functools.cached_property
     def unused(self) -> list[str]:
         """Names of the stored tensors that no module takes."""
         return unused_tensors(self.model, self.layout)
@@ -84,7 +84,7 @@ class Skeleton:
         return [site for site in found if site.parameter not in self._shared]
 
     def dense(self, block: str) -> dict[str, str]:
-        """The block's linear layers that are never packed, with the reason."""
+        """The block's linear layers and routers that are never packed, with the reason."""
         module = self.model.get_submodule(block)
         shared = (name for name in self._shared if name.startswith(f"{block}."))
         return {
