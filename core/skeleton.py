@@ -61,9 +61,6 @@ class Skeleton:
         self.model, self.origins, self.untied = found
         self._built = {torch.float32: self.model}
         self.decoder_name, self.blocks = find_blocks(self.model)
-        decoder, text = self.model.get_submodule(self.decoder_name), self.config.get_text_config()
-        if (reason := why_not_causal(text, decoder.modules())) is not None:
-            raise UnsupportedError(f"{text.model_type} here is no causal model: {reason}")
 
     @functools.cached_property
     def unused(self) -> list[str]:
@@ -357,6 +354,7 @@ def resolve(
     Whether two stored matrices are tied is seen if they are to be read (`compare`).
 
     Raises:
+        UnsupportedError: a model that is not causal.
         CheckpointError: tensors of the architecture are in no file, or have another shape.
     """
 
@@ -366,6 +364,7 @@ def resolve(
 
     with contents.bounded(layout):
         model = build_meta(config, trust_remote_code=trust_remote_code)
+    check_causal(model, layout.path)
     with opening(layout.path, "its tensors do not fit its configuration"):
         wanted = model.state_dict(keep_vars=True)
         if layout.is_packed:
@@ -379,6 +378,14 @@ def resolve(
         contents.check_missing(model, layout, _missing(model, layout, origins))
         contents.check_tables(model, layout)
     return model, origins, untied
+
+
+def check_causal(model: PreTrainedModel, path: Path) -> None:
+    """Raises: UnsupportedError: logits of a token depend on later ones."""
+    decoder: nn.Module = decoder_of(model) or model
+    reason = why_not_causal(model.config.get_text_config(), decoder.modules())
+    if reason is not None:
+        raise UnsupportedError(f"{path}: is no causal model: {reason}")
 
 
 def _missing(model: PreTrainedModel, layout: Layout, origins: Mapping[str, Origin]) -> list[str]:
