@@ -145,6 +145,15 @@ class Skeleton:
                 found.update(read_origin(self.model, checkpoint.read, name, self.origins[name]))
         return found
 
+    def cast(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors in the dtypes that a model which runs in `dtype` has them in."""
+        model = self.built_in(dtype)
+        like = model.state_dict()
+        return {
+            name: _cast(name, tensor, like.get(name, tensor), model, dtype)
+            for name, tensor in tensors.items()
+        }
+
     def materialise(
         self,
         name: str,
