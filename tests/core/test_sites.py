@@ -118,6 +118,38 @@ def test_routers_stay_dense(checkpoint: Checkpoints, family: str) -> None:
     assert not any(name.endswith(("router", ".gate", "expert_gate")) for name in names)
 
 
+class Picks(nn.Module):
+    """A router whose own class multiplies with its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 8))
+
+
+def _layers(**named: nn.Module) -> nn.Module:
+    parent = nn.Module()
+    for name, module in named.items():
+        parent.add_module(name, module)
+    return parent
+
+
+def test_a_router_is_told_by_its_name_or_place_and_not_by_its_width_alone() -> None:
+    four = lambda: nn.Linear(8, 4)  # noqa: E731
+    experts = nn.ModuleList([_layers(gate_proj=four()) for _ in range(4)])
+    inside = _layers(down=nn.Linear(8, 16), mlp=_layers(fc=nn.Linear(16, 5)))
+    moe = _layers(
+        experts=experts, gate=inside, choose=four(), shared=_layers(up_proj=four()),
+        shared_gate=nn.Linear(8, 1),
+    )  # fmt: skip
+    attention = _layers(k_proj=four(), out_gate=nn.Linear(8, 32), forget_gate=_layers(f=four()))
+    block = _layers(moe=moe, attention=attention)
+    dense = {"moe.gate.down", "moe.gate.mlp.fc", "moe.choose", "moe.shared_gate"}
+    assert set(stay_dense(block, "b")) == {f"b.{name}" for name in dense}
+    # Experts may be of a kind that is not known, and a router no linear layer.
+    assert set(stay_dense(_layers(router=_layers(layer=four())), "")) == {"router.layer"}
+    assert set(stay_dense(_layers(experts=experts, gate=Picks()), "")) == {"gate"}
+
+
 @pytest.fixture(scope="module")
 def phimoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("phimoe")
