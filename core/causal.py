@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,8 @@ _OTHER_ORDERS = {
     "prophetnet": "it predicts several tokens at once, in streams of their own",
     "xlnet": "it predicts tokens in any order",
 }
+# transformers before 5.23 gives these no causal mask (measured with 5.17).
+_WITHOUT_MASK, _MENDED = {"big_bird", "doge"}, (5, 23)
 
 
 def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
@@ -28,6 +31,9 @@ def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
     """
     if config.model_type in _OTHER_ORDERS:
         return _OTHER_ORDERS[config.model_type]
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if config.model_type in _WITHOUT_MASK and version < _MENDED:
+        return f"transformers {transformers.__version__} gives it no causal mask"
     for key in ("is_causal", "causal"):
         if getattr(config, key, True) is False:
             return f"its configuration says {key} false"

@@ -41,7 +41,7 @@ Every model type that transformers' causal mapping knows, as a tiny random model
 
 `no` with a number is a refusal in words, before work begins; what the numbers mean stands below.
 `plain` means that the drafters are accepted and every token is decoded plainly; a percentage, that
-only so much of the blocks' weights is packed (with `--allow-dense`), the rest being no linear layers.
+only so much of the blocks' weights is packed (with `--allow-dense`), for the rest is not linear.
 """
 
 

@@ -63,3 +63,13 @@ def test_the_reason_is_there_where_logits_look_ahead(
     with torch.no_grad():
         first, second = model(input_ids=ids, use_cache=False).logits[:, :3]
     assert torch.allclose(first, second, atol=1e-5) == (reason is None)
+
+
+def test_what_an_older_transformers_makes_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("Doge", **SIZES, intermediate_size=16)
+    assert transformers.__version__.startswith("5.17") or (
+        why_not_causal(model.config, model.modules()) is None
+    )
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    reason = why_not_causal(model.config, model.modules())
+    assert reason == "transformers 5.17.0 gives it no causal mask"
