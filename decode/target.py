@@ -287,6 +287,10 @@ class Target:
             )
         return features
 
+    def check(self, needs: Needs) -> None:
+        """Raises: UnsupportedError: the features that are asked for are not [B, N, D]."""
+        self.read(torch.zeros(1, 2, dtype=torch.long), needs)
+
     def read_beside(
         self,
         kept: TextCache,
@@ -579,7 +583,15 @@ def kernel_rows(dtype: torch.dtype) -> int:
 def _capture(features: dict[str, Tensor], name: str) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         # A layer returns a tensor or a tuple, a decoder a ModelOutput; the state comes first.
-        features[name] = output if isinstance(output, Tensor) else output[0]
+        state = output if isinstance(output, Tensor) else output[0]
+        if state.ndim != 3:
+            # Gemma 3n has several side by side.
+            raise UnsupportedError(
+                f"{type(module).__name__}: its hidden states have more dimensions than batch, "
+                "length and width; heads that read them cannot be run",
+                hint="medusa and hydra heads read the last layer's alone",
+            )
+        features[name] = state
 
     return hook
 
