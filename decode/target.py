@@ -491,6 +491,9 @@ class Target:
             return f"its {', '.join(sorted(unknown))} layers are not known"
         if getattr(config, "attention_chunk_size", None):
             return "its chunked attention is not known"
+        window = getattr(config, "sliding_window", None)
+        if not isinstance(window, int | None):
+            return f"its sliding_window is {window!r}, expected a whole number"
         if getattr(config, "num_kv_shared_layers", 0):
             return "its layers share their keys and values"
         if not hasattr(config, "num_hidden_layers"):

@@ -276,6 +276,17 @@ def test_an_output_matrix_that_is_no_numbers_costs_the_same_line_block_by_block(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_model_of_images_is_named_by_every_command(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    model = copy(checkpoint("llama"), tmp_path / "model")
+    (model / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    said = "clip: transformers has no causal model for it"
+    refuses(spectool("eval", model, "--text", text), said)
+    refuses(spectool("generate", model, "--prompt", "a"), said)
+    refuses(spectool("quantize", "rtn", model, tmp_path / "out"), said)
+
+
 def test_whole_numbers_in_the_place_of_weights(
     spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
 ) -> None:
