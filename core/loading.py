@@ -17,13 +17,14 @@ from spectool.contents import unused_line
 from spectool.decoder import decoder_of
 from spectool.dtypes import configured, parse_dtype
 from spectool.errors import CheckpointError, UnsupportedError, UsageError, opening, require
-from spectool.headers import Layout
+from spectool.headers import Layout, read_json
 from spectool.packed import packed_modules, unpack_in_place
 from spectool.skeleton import Skeleton, model_class, read_config, resolve, unused_tensors
 
 # `auto` unpacks where the dense weights take at most this share of the memory that is free.
 DENSE_SHARE = 0.5
 
+GENERATION = "generation_config.json"
 RUNTIMES = ("auto", "packed", "dense")
 
 
@@ -139,6 +140,9 @@ def _open(
     if checkpoint.layout.is_packed or checkpoint.layout.quantization is None:
         # Before anything is allocated.
         resolve(checkpoint.layout, config, trust_remote_code=trust_remote_code)
+    if (checkpoint.path / GENERATION).exists():
+        # transformers goes on without a damaged one, and the model without its ends of text.
+        read_json(checkpoint.path / GENERATION)
     with opening(checkpoint.path, "transformers cannot load it"):
         model, info = model_class(config).from_pretrained(
             checkpoint.path,

@@ -276,6 +276,14 @@ def test_an_output_matrix_that_is_no_numbers_costs_the_same_line_block_by_block(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_ends_of_text_that_cannot_be_read_are_not_forgotten(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = copy(checkpoint("llama"), tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, ')
+    refuses(spectool("generate", model, "--prompt", "a"), "generation_config.json: not valid JSON")
+
+
 def test_a_model_of_images_is_named_by_every_command(
     spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
 ) -> None:
