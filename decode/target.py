@@ -288,6 +288,10 @@ class Target:
             )
         return features
 
+    def check(self, needs: Needs) -> None:
+        """Raises: UnsupportedError: the features that are asked for are not [B, N, D]."""
+        self.read(torch.zeros(1, 2, dtype=torch.long), needs)
+
     def read_beside(
         self,
         kept: TextCache,
@@ -488,6 +492,9 @@ class Target:
             return f"its {', '.join(sorted(unknown))} layers are not known"
         if getattr(config, "attention_chunk_size", None):
             return "its chunked attention is not known"
+        window = getattr(config, "sliding_window", None)
+        if not isinstance(window, int | None):
+            return f"its sliding_window is {window!r}, expected a whole number"
         if getattr(config, "num_kv_shared_layers", 0):
             return "its layers share their keys and values"
         if not hasattr(config, "num_hidden_layers"):
@@ -580,7 +587,15 @@ def kernel_rows(dtype: torch.dtype) -> int:
 def _capture(features: dict[str, Tensor], name: str) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         # A layer returns a tensor or a tuple, a decoder a ModelOutput; the state comes first.
-        features[name] = output if isinstance(output, Tensor) else output[0]
+        state = output if isinstance(output, Tensor) else output[0]
+        if state.ndim != 3:
+            # Gemma 3n has several side by side.
+            raise UnsupportedError(
+                f"{type(module).__name__}: its hidden states have more dimensions than batch, "
+                "length and width; heads that read them cannot be run",
+                hint="medusa and hydra heads read the last layer's alone",
+            )
+        features[name] = state
 
     return hook
 
