@@ -63,5 +63,5 @@ def doctor(
         for model in shown:
             output.show(f"  {model}: {curve.Curve(curves[model])}")
         if len(shown) < len(curves):
-            output.show(f"  and {len(curves) - len(shown)} older ones; --all shows them")
+            output.show(f"  {len(curves) - len(shown)} older: --all shows them")
         output.result({"machine": found, "packages": packages, "passes": curves})

@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,20 +94,41 @@ def guard(path: Path, stored: Mapping[str, Checksums]) -> Guard | None:
 
 
 class Checking:
-    """The comparison of several files, which goes on beside whatever else is done."""
+    """The comparison of several files, which goes on beside whatever else is done.
+
+    Nothing waits for its threads but `finish`: a load that fails or is interrupted ends at once,
+    however much is left to read.
+    """
 
     def __init__(self, guards: Iterable[Guard]) -> None:
-        from concurrent.futures import ThreadPoolExecutor
+        self._left = deque(guards)
+        self._found: list[Exception] = []
+        number = min(MOST_THREADS, processors.allowed().threads, len(self._left))
+        self._threads = [
+            threading.Thread(target=self._work, name="checksums", daemon=True)
+            for _ in range(number)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-        threads = min(MOST_THREADS, processors.allowed().threads)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="checksums")
-        self._running = [self._pool.submit(guard.check) for guard in guards]
+    def _work(self) -> None:
+        while not self._found:
+            try:
+                guard = self._left.popleft()
+            except IndexError:
+                return
+            try:
+                guard.check()
+            except Exception as error:
+                # Whatever it is: a file that was not compared must not pass.
+                self._found.append(error)
 
     def finish(self) -> None:
         """Wait for the end of it. Raises: CheckpointError: see `Guard.check`."""
-        with self._pool:
-            for each in self._running:
-                each.result()
+        for thread in self._threads:
+            thread.join()
+        if self._found:
+            raise self._found[0]
 
 
 def of_file(path: Path) -> Checksums:

@@ -32,8 +32,12 @@ _SPECULATOR = re.compile(r"medusa|speculator|eagle(?!\w*(vl|conditional))|draftm
 _SPECULATOR_KEYS = ("speculators_model_type", "speculators_config", "medusa_num_heads",
                     "eagle_config", "draft_vocab_size")  # fmt: skip
 
-# Numbers of things: whatever builds a list as long as one says must not meet a huge one.
-_COUNT = re.compile(r"^num_|_num_|^n_(layer|head)|layers?$|depth$")
+# Numbers of things: whatever builds a list as long as one says must not meet a huge one. What a
+# model has of weights, or learnt from, is a note, and large.
+_COUNT = re.compile(
+    r"(?!.*(param(eter)?s|tokens|samples|examples|steps|flops)$)"
+    r"(num_|.*_num_|n_(layer|head)|.*(layers?|depth)$)"
+)
 MOST_COUNTED = 100_000
 
 
@@ -78,7 +82,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     if is_encoder_decoder(config):
         raise UnsupportedError(f"{path}: {config.get('model_type')} is {ENCODER_DECODER}")
     for key, value in _numbers(config):
-        if _COUNT.search(key) and abs(value) > MOST_COUNTED:
+        if _COUNT.match(key) and abs(value) > MOST_COUNTED:
             raise CheckpointError(f"{path}: config.json: {key} is {value}, more than any model has")
 
 

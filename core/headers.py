@@ -437,7 +437,7 @@ def read_shards(
     tensors: dict[str, TensorEntry] = {}
     for file in sorted(set(weight_map.values())):
         path = index.parent / file
-        if path.name != file:
+        if path.name != file or "\0" in file:
             raise CheckpointError(f"{index}: names {file!r}, which is not a file beside it")
         own, entries = read_header(path, guard=checksums.guard(path, stored))
         metadata.update(own)

@@ -11,15 +11,20 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import machine, registration
-from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_fingerprint
 from spectool.contents import unused_line
-from spectool.decoder import decoder_of
 from spectool.dtypes import configured, parse_dtype
-from spectool.errors import CheckpointError, UnsupportedError, UsageError, opening, require
+from spectool.errors import CheckpointError, UsageError, opening, require
 from spectool.headers import Layout
 from spectool.packed import packed_modules, unpack_in_place
-from spectool.skeleton import Skeleton, model_class, read_config, resolve, unused_tensors
+from spectool.skeleton import (
+    Skeleton,
+    check_causal,
+    model_class,
+    read_config,
+    resolve,
+    unused_tensors,
+)
 
 # `auto` unpacks where the dense weights take at most this share of the memory that is free.
 DENSE_SHARE = 0.5
@@ -136,7 +141,8 @@ def _open(
         quantized["dequantize"] = True
     if checkpoint.layout.is_packed:
         quantized[registration.CHECKSUMS] = bool(checkpoint.layout.guards)
-    if checkpoint.layout.is_packed or checkpoint.layout.quantization is None:
+    resolved = checkpoint.layout.is_packed or checkpoint.layout.quantization is None
+    if resolved:
         # Before anything is allocated.
         resolve(checkpoint.layout, config, trust_remote_code=trust_remote_code)
     with opening(checkpoint.path, "transformers cannot load it"):
@@ -156,9 +162,8 @@ def _open(
             raise CheckpointError(
                 f"{checkpoint.path}: {len(found)} {word} tensors, among them {found[0]}"
             )
-    modules = (decoder_of(model) or model).modules()
-    if (other := why_not_causal(config.get_text_config(), modules)) is not None:
-        raise UnsupportedError(f"{checkpoint.path}: is no causal model: {other}")
+    if not resolved:
+        check_causal(model, checkpoint.path)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         check_finite(name, tensor)
     return model

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spectool.checkpoint import DTYPES
+from spectool.checkpoint import torch_dtype
 from spectool.checksums import Checking
 from spectool.errors import UnsupportedError
 from spectool.headers import (
@@ -97,7 +97,7 @@ class SpectoolQuantizer(HfQuantizer):
             index = Path(files[0]).with_name(PACKED_INDEX)
             stored = read_checksums(index) if self._checksums else {}
             tensors = read_shards(index, stored)[1].values()
-            headers = {entry.name: (DTYPES[entry.dtype], entry.shape) for entry in tensors}
+            headers = {entry.name: (torch_dtype(entry), entry.shape) for entry in tensors}
             self._checking = Checking(guards_of(tensors))
         with torch.device("meta"):
             swap_in(

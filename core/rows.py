@@ -300,7 +300,7 @@ class _Reader:
         turn = {key: value for key, value in turn.items() if value is not None}
         by = next((key for key in _ROLE_KEYS if isinstance(turn.get(key), str)), None)
         key = next((key for key in _CONTENT_KEYS if key in turn), None)
-        calls = turn.get("tool_calls") or turn.get("function_call")
+        calls = self.calls(field, turn.get("tool_calls") or turn.get("function_call") or [])
         if by is None or (key is None and not calls):
             raise TextError(
                 f"{self.place}: a turn of {field!r} has the fields {', '.join(turn) or '(none)'}; "
@@ -314,12 +314,23 @@ class _Reader:
             )
         content = "" if key is None else self.content(field, turn[key])
         if role == "call":
-            calls = _named_calls(_parsed(content))
+            found = _listed(_parsed(content))
+            calls = found if all(map(_is_call, found)) else []
             role, content = "assistant", "" if calls else content
         used = (*_ROLE_KEYS, key, "tool_calls", "function_call")
         rest = {name: value for name, value in turn.items() if name not in used}
         message = {"role": role or turn[by], "content": content, **rest}
-        return {**message, "tool_calls": _calls(calls)} if calls else message
+        return {**message, "tool_calls": list(map(_call, calls))} if calls else message
+
+    def calls(self, field: str, value: Any) -> list[Any]:
+        """A turn's calls of tools, also where they are written as JSON."""
+        calls = _listed(_parsed(value))
+        if all(map(_is_call, calls)):
+            return calls
+        raise TextError(
+            f"{self.place}: a turn of {field!r} calls a tool as {value!r:.60}; expected "
+            "an object with a name, or a list of these"
+        )
 
     def content(self, field: str, value: Any) -> str:
         """A turn's text, also where it comes in parts."""
@@ -378,25 +389,24 @@ def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _named_calls(calls: Any) -> list[Any]:
-    """The calls if these are some, else none."""
-    calls = calls if isinstance(calls, list) else [calls]
-    named = all(isinstance(call, Mapping) and "name" in call for call in calls)
-    return calls if named else []
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
-def _calls(calls: Any) -> list[Any]:
-    """Calls of tools as templates expect them: their arguments as an object."""
-    made = []
-    for call in map(_without_none, calls if isinstance(calls, list) else [calls]):
-        call = _tool(call) if isinstance(call, Mapping) else {}
-        function = call.get("function")
-        function = dict(function) if isinstance(function, Mapping) else {"name": str(call)}
-        arguments = _parsed(function.get("arguments", {}))
-        if arguments is not None:
-            function["arguments"] = arguments
-        made.append({**call, "function": function})
-    return made
+def _is_call(value: Any) -> bool:
+    """Whether this is a call of a tool, with its name in it or in its function."""
+    function = (value.get("function") or value) if isinstance(value, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
+
+
+def _call(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of a tool as templates expect it: its arguments as an object."""
+    call = _tool(_without_none(value))
+    function = dict(call["function"])
+    arguments = _parsed(function.get("arguments", {}))
+    if arguments is not None:
+        function["arguments"] = arguments
+    return {**call, "function": function}
 
 
 def _without_none(value: Any) -> Any:

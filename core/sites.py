@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Literal
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# What parts of a router's or a shared expert's gate's name are called.
-_ROUTER = re.compile(r"router|gate|gating|wg")
+# How the name of a router or of a shared expert's gate ends; gates of other kinds have it too.
+_GATE = re.compile(r"(.*_)?(gate|gating|wg)")
 
 # Asking for these of a weight is not computing with it.
 _METADATA = frozenset({"dtype", "device", "is_cuda"})
@@ -100,12 +100,8 @@ def find_sites(block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()
 
 
 def stay_dense(block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()) -> dict[str, str]:
-    """Linear layers of a module that are not packed, by full name, with the reason."""
-    linears = {
-        path: module
-        for path, module in block.named_modules(prefix=prefix)
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
+    """Linear layers of a module, and routers of any class, that are not packed, by full name, with
+    the reason."""
     read = {
         f"{path}.{name}"
         for path, module in block.named_modules(prefix=prefix)
@@ -114,11 +110,18 @@ def stay_dense(block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()
     }
     # Models around reach their blocks by a loop's variable: the end of the name tells.
     ends = tuple(f".{name}" for part in around for _, name in _weights_read_by(part))
-    num_experts = _num_experts(block)
+    experts = _experts_in(block)
     found = {}
-    for path, module in linears.items():
-        if _routes(path.removeprefix(prefix), module, num_experts):
+    for path, module in block.named_modules(prefix=prefix):
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim != 2:
+            continue
+        outputs = module.nf if isinstance(module, Conv1D) else len(weight)
+        # A router of any class: its weight is named by what it does, not as something unknown.
+        if _routes(path.removeprefix(prefix).strip("."), outputs, experts):
             found[path] = "chooses or weighs experts"
+        elif not isinstance(module, (nn.Linear, Conv1D)):
+            continue
         elif not computes_product(_kind(module)):
             found[path] = f"{type(module).__name__} is no plain linear layer"
         elif path in read or path.endswith(ends):
@@ -131,30 +134,41 @@ def _kind(module: nn.Module) -> Any:
     return type(module)
 
 
-def _routes(path: str, module: nn.Linear | Conv1D, num_experts: int) -> bool:
-    """Whether a layer chooses experts (an output each) or weighs a shared one (one output).
+def _routes(path: str, outputs: int, experts: Mapping[str, int]) -> bool:
+    """Whether a layer chooses experts or weighs a shared one, or is part of what does.
 
-    Models name it by what it does, or give it as many outputs as there are experts.
+    It is named a router; or it is a gate of about as many outputs as there are experts; or it lies
+    beside the experts, in a gate or with an output for each of them (one, for a shared expert).
+    The number alone tells nothing: keys and values may be as wide as there are experts.
     """
-    if not num_experts or ".experts." in path:
+    if "router" in path:
+        return True
+    if not experts or any(path.startswith(f"{each}.") for each in experts):
         return False
-    outputs = module.nf if isinstance(module, Conv1D) else module.weight.shape[0]
-    named = any(
-        _ROUTER.fullmatch(part.rpartition("_")[2]) or "router" in part for part in path.split(".")
-    )
+    most = max(experts.values())
     # A router may have some outputs more, for experts that do nothing.
-    return outputs in (1, num_experts) or (named and outputs <= 2 * num_experts)
+    if _GATE.fullmatch(path.rpartition(".")[2]) and outputs <= 2 * most:
+        return True
+    for place, number in experts.items():
+        around = place.rpartition(".")[0]
+        if around and not path.startswith(f"{around}."):
+            continue
+        beside, _, inner = path.removeprefix(f"{around}.").partition(".")
+        if _GATE.fullmatch(beside) if inner else outputs in (1, number):
+            return True
+    return False
 
 
-def _num_experts(block: nn.Module) -> int:
-    """The most experts that one layer of the module has; 0 where there are none."""
-    found = [0]
+def _experts_in(block: nn.Module) -> dict[str, int]:
+    """Where in a module its experts lie, and how many they are."""
+    found: dict[str, int] = {}
     for path, module in block.named_modules():
         if hasattr(module, "is_transposed"):
-            found += [len(w) for w in module.parameters(recurse=False) if w.ndim == 3]
+            fused = [len(w) for w in module.parameters(recurse=False) if w.ndim == 3]
+            found |= {path: max(fused)} if fused else {}
         elif isinstance(module, nn.ModuleList) and "expert" in path.rpartition(".")[2]:
-            found.append(len(module))
-    return max(found)
+            found[path] = len(module)
+    return found
 
 
 @functools.cache

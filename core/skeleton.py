@@ -61,11 +61,8 @@ class Skeleton:
         self.model, self.origins, self.untied = found
         self._built = {torch.float32: self.model}
         self.decoder_name, self.blocks = find_blocks(self.model)
-        decoder, text = self.model.get_submodule(self.decoder_name), self.config.get_text_config()
-        if (reason := why_not_causal(text, decoder.modules())) is not None:
-            raise UnsupportedError(f"{text.model_type} here is no causal model: {reason}")
 
-    @property
+    @functools.cached_property
     def unused(self) -> list[str]:
         """Names of the stored tensors that no module takes."""
         return unused_tensors(self.model, self.layout)
@@ -84,7 +81,7 @@ class Skeleton:
         return [site for site in found if site.parameter not in self._shared]
 
     def dense(self, block: str) -> dict[str, str]:
-        """The block's linear layers that are never packed, with the reason."""
+        """The block's linear layers and routers that are never packed, with the reason."""
         module = self.model.get_submodule(block)
         shared = (name for name in self._shared if name.startswith(f"{block}."))
         return {
@@ -147,6 +144,15 @@ class Skeleton:
             if name not in found:
                 found.update(read_origin(self.model, checkpoint.read, name, self.origins[name]))
         return found
+
+    def cast(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors in the dtypes that a model which runs in `dtype` has them in."""
+        model = self.built_in(dtype)
+        like = model.state_dict()
+        return {
+            name: _cast(name, tensor, like.get(name, tensor), model, dtype)
+            for name, tensor in tensors.items()
+        }
 
     def materialise(
         self,
@@ -357,6 +363,7 @@ def resolve(
     Whether two stored matrices are tied is seen if they are to be read (`compare`).
 
     Raises:
+        UnsupportedError: a model that is not causal.
         CheckpointError: tensors of the architecture are in no file, or have another shape.
     """
 
@@ -366,6 +373,7 @@ def resolve(
 
     with contents.bounded(layout):
         model = build_meta(config, trust_remote_code=trust_remote_code)
+    check_causal(model, layout.path)
     with opening(layout.path, "its tensors do not fit its configuration"):
         wanted = model.state_dict(keep_vars=True)
         if layout.is_packed:
@@ -379,6 +387,14 @@ def resolve(
         contents.check_missing(model, layout, _missing(model, layout, origins))
         contents.check_tables(model, layout)
     return model, origins, untied
+
+
+def check_causal(model: PreTrainedModel, path: Path) -> None:
+    """Raises: UnsupportedError: logits of a token depend on later ones."""
+    decoder: nn.Module = decoder_of(model) or model
+    reason = why_not_causal(model.config.get_text_config(), decoder.modules())
+    if reason is not None:
+        raise UnsupportedError(f"{path}: is no causal model: {reason}")
 
 
 def _missing(model: PreTrainedModel, layout: Layout, origins: Mapping[str, Origin]) -> list[str]:

@@ -139,9 +139,8 @@ class Surroundings:
         names = [name for name in needed if not ((by_rows or table is not None) and name == rows)]
         tensors: dict[str, Tensor] = {}
         for name in names:
-            for key, tensor in skeleton.read(checkpoint, [name]).items():
-                # Converted one by one, so that two copies of a large table never meet.
-                tensors[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            # Converted one by one, so that two copies of a large table never meet.
+            tensors |= skeleton.cast(skeleton.read(checkpoint, [name]), dtype)
         model: Any = skeleton.materialise("", tensors, dtype=dtype, device=device)
         if table is not None:
             packed = PackedEmbedding(model.get_input_embeddings(), table.to(device), dtype)

@@ -31,6 +31,7 @@ from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
 from spectool.decoder import decoder_of
 from spectool.errors import UnsupportedError, UsageError
+from spectool.given import is_encoder_decoder
 from spectool.kernels import skinny
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
@@ -470,7 +471,7 @@ class Target:
     ) -> str | None:
         """Why passes of trees cannot be right, if so."""
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if model.config.is_encoder_decoder:
+        if is_encoder_decoder(model.config):
             return "it is an encoder-decoder"
         modules = (decoder_of(model) or model).modules()
         if (reason := why_not_causal(config, modules)) is not None:

@@ -119,7 +119,8 @@ def check_dense(layout: Layout) -> None:
 def prepare(
     layout: Layout, job: Job, *, trust_remote_code: bool, device: str, batch_size: int = 4
 ) -> tuple[Skeleton, Plan]:
-    """The architecture and the plan, with a budget that without it; reads headers only.
+    """The architecture and the plan, with a budget that without it; reads headers only, and of
+    matrices that are tied and both stored the values.
 
     Raises:
         UsageError: rules that match nothing, or a budget that nothing fits.

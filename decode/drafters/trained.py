@@ -507,7 +507,10 @@ def ranks_of(out_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_R:
         logits = F.linear(out_RD[rows], weight_VD, bias_V)
         labels = labels_R[rows]
         if not sound(logits):
-            raise NotFinite("the heads' logits are NaN or infinite on held-out text")
+            raise NotFinite(
+                "the heads' logits are NaN or infinite on held-out text: training diverged",
+                hint="a lower --learning-rate",
+            )
         own = logits.gather(1, labels.clamp(min=0)[:, None])
         rank = (logits > own).sum(-1)
         ranks.append(torch.where(labels >= 0, rank, NEVER))

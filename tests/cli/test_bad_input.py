@@ -82,11 +82,13 @@ def infinite(path: Path) -> None:
 
 def absent_file(path: Path) -> None:
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "gone.safetensors"}}
+    (path / "model.safetensors").unlink()
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def absent_tensor(path: Path) -> None:
-    index = {"metadata": {}, "weight_map": {"model.gone": "model.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"model.gone": "model-1.safetensors"}}
+    (path / "model.safetensors").rename(path / "model-1.safetensors")
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 

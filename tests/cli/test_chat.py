@@ -239,7 +239,7 @@ def talk(screen: Terminal, file: Path, stop: Callable[[], None]) -> None:
     stop()
     screen.until("-- stopped")
     status = re.sub(r"\x1b\[[\d;]*m", "", screen.until("recycle")).strip()
-    assert re.fullmatch(r"-- \d+ tok/s, [\d.]+/fwd, \d+/16384,\s+ngram\+recycle", status)
+    assert re.fullmatch(r"-- \d+ tok/s, [\d.]+/fwd, \d+/16384,\s+trigram\+recycle", status)
     assert max(map(len, status.splitlines())) <= 40
     # What is typed at the prompt goes by Ctrl-C; the session stays.
     screen.until(PROMPT)

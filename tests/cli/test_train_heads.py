@@ -106,7 +106,7 @@ def test_inspect_says_all_that_was_asked(
         ({"--epochs": 2}, "--steps and --epochs exclude each other"),
         ({"--draft-vocab": 999}, "--draft-vocab 999: the target has 320 tokens"),
         ({"--num-heads": 0}, "--num-heads 0: must be at least 1"),
-        ({"--dtype": "int3"}, "dtype int3: expected one of"),
+        ({"--dtype": "int3"}, "dtype int3: expected float32, bfloat16"),
         ({"--optimizer": "sgd"}, "--optimizer sgd: expected one of adamw, adamw8bit"),
         ({"--features": "offline"}, "--features offline: expected online, hybrid or offline:DIR"),
         ({"--features": "offline:."}, ".: holds no features"),

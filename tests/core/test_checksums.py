@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from spectool import checksums
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import open_checkpoint
-from spectool.checksums import Checksums, Guard
+from spectool.checksums import Checking, Checksums, Guard
 from spectool.errors import CheckpointError
 from spectool.headers import PACKED_INDEX, read_layout
 from spectool.loading import load_model
@@ -197,3 +199,33 @@ def test_verifying_compares_both(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=f"its {kind} is"):
             checksums.verify(tmp_path, {"x": wrong})
+
+
+ABANDONED = """
+import pathlib, sys, time
+from spectool.checksums import Checking, Guard
+
+class Slow(Guard):
+    def check(self):
+        time.sleep(60)
+
+Checking([Slow(pathlib.Path(), "")])
+sys.exit("failed meanwhile")
+"""
+
+
+def test_a_run_that_fails_does_not_wait_for_the_comparison() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ABANDONED], capture_output=True, text=True, timeout=20
+    )
+    assert ended.returncode == 1 and ended.stderr == "failed meanwhile\n"
+
+
+def test_whatever_stops_a_comparison_is_raised() -> None:
+    class Broken(Guard):
+        def check(self) -> None:
+            raise ValueError("no map")
+
+    with pytest.raises(ValueError, match="no map"):
+        Checking([Broken(Path(), ""), Broken(Path(), "")]).finish()
+    Checking([]).finish()

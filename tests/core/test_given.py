@@ -127,4 +127,5 @@ def test_what_is_no_drafter_and_no_huge_number(tmp_path: Path) -> None:
     assert not is_speculator({"architectures": None, "model_type": "llama"})
     assert is_speculator({"architectures": ["EagleLlamaForCausalLM"]})
     large = {"max_position_embeddings": 10**7, "rope_theta": 5 * 10**8, "vocab_size": 262_144}
+    large |= {"num_parameters": 7 * 10**9, "num_training_tokens": 10**12, "n_params": 10**9}
     check_config(tmp_path, {**large, "num_hidden_layers": 126, "x": float("nan")})

@@ -183,6 +183,7 @@ def _index(path: Path, content: Any) -> None:
         (lambda path: _index(path, {"weight_map": {"a": "b.safetensors"}}), "no such file"),
         (lambda path: _index(path, {"weight_map": {"zz": SHARD}}), "says that zz is in"),
         (lambda path: _index(path, {"weight_map": {"a": "../x.safetensors"}}), "not a file beside"),
+        (lambda path: _index(path, {"weight_map": {"a": "x\0.safetensors"}}), "not a file beside"),
     ],
 )
 def test_damaged_directory(tmp_path: Path, damage: Broken, said: str) -> None:

@@ -185,3 +185,31 @@ def test_a_named_field_is_taken_as_it_is() -> None:
     assert roles(read_row(record, field="talk")) == "u:What is 3?|a:It is 3."
     assert read_row(record, field="list", prompts=True).text == "a"
     assert roles(read_row(record, field="list")) == "u:a|u:b"
+
+
+@pytest.mark.parametrize("calls", ["[]", "", [], None])
+def test_a_turn_that_calls_no_tool(calls: Any) -> None:
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    row = read_row({"messages": [turns[0], {**turns[1], "tool_calls": calls}]})
+    assert list(row.messages) == turns
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        '[{"name": "f", "arguments": {"x": 1}}]',
+        [{"name": "f", "arguments": '{"x": 1}', "function": None}],
+        {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}},
+    ],
+)
+def test_calls_of_tools_however_they_are_written(calls: Any) -> None:
+    row = read_row({"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]})
+    function = {"name": "f", "arguments": {"x": 1}}
+    assert row.messages[0]["tool_calls"] == [{"type": "function", "function": function}]
+
+
+@pytest.mark.parametrize("calls", ["f(1)", ["f"], [{"arguments": {}}]])
+def test_calls_without_a_name(calls: Any) -> None:
+    record = {"messages": [{"role": "assistant", "content": "a", "tool_calls": calls}]}
+    with pytest.raises(TextError, match=r"^f:3: a turn of 'messages' calls a tool as .*a name"):
+        read_row(record, place="f:3")

@@ -97,7 +97,7 @@ def test_a_weight_that_others_compute_with_stays_dense() -> None:
 
 
 def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    source = checkpoint("zamba")
+    source = checkpoint("zamba", num_hidden_layers=6, tie_word_embeddings=True)
     job = Job(method="int8", config=Int8.Config(), allow_dense=True)
     quantize(source, tmp_path / "out", job)
     ids_BL = torch.arange(20)[None]
@@ -116,6 +116,38 @@ def test_routers_stay_dense(checkpoint: Checkpoints, family: str) -> None:
     names = [site.name for block in skeleton.blocks for site in skeleton.sites(block)]
     assert any(".experts." in name for name in names)
     assert not any(name.endswith(("router", ".gate", "expert_gate")) for name in names)
+
+
+class Picks(nn.Module):
+    """A router whose own class multiplies with its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 8))
+
+
+def _layers(**named: nn.Module) -> nn.Module:
+    parent = nn.Module()
+    for name, module in named.items():
+        parent.add_module(name, module)
+    return parent
+
+
+def test_a_router_is_told_by_its_name_or_place_and_not_by_its_width_alone() -> None:
+    four = lambda: nn.Linear(8, 4)  # noqa: E731
+    experts = nn.ModuleList([_layers(gate_proj=four()) for _ in range(4)])
+    inside = _layers(down=nn.Linear(8, 16), mlp=_layers(fc=nn.Linear(16, 5)))
+    moe = _layers(
+        experts=experts, gate=inside, choose=four(), shared=_layers(up_proj=four()),
+        shared_gate=nn.Linear(8, 1),
+    )  # fmt: skip
+    attention = _layers(k_proj=four(), out_gate=nn.Linear(8, 32), forget_gate=_layers(f=four()))
+    block = _layers(moe=moe, attention=attention)
+    dense = {"moe.gate.down", "moe.gate.mlp.fc", "moe.choose", "moe.shared_gate"}
+    assert set(stay_dense(block, "b")) == {f"b.{name}" for name in dense}
+    # Experts may be of a kind that is not known, and a router no linear layer.
+    assert set(stay_dense(_layers(router=_layers(layer=four())), "")) == {"router.layer"}
+    assert set(stay_dense(_layers(experts=experts, gate=Picks()), "")) == {"gate"}
 
 
 @pytest.fixture(scope="module")

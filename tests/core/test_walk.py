@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from spectool.checkpoint import open_checkpoint
 from spectool.errors import UnsupportedError
@@ -96,6 +96,18 @@ def test_dtype_of_activations(checkpoint: Checkpoints) -> None:
     hidden_BLD = around.embed(IDS_BL)
     assert hidden_BLD.dtype == torch.bfloat16
     assert around.logits(IDS_BL, hidden_BLD).dtype == torch.bfloat16
+
+
+def test_a_norm_that_stays_in_float32_is_not_rounded_first(tmp_path: Path) -> None:
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.model.norm.weight)
+    model.save_pretrained(tmp_path)
+    norm = surroundings(tmp_path, torch.float16).model.model.norm.weight
+    assert norm.dtype == torch.float32 and torch.equal(norm, model.model.norm.weight)
 
 
 def test_calls_are_made_for_each_shape(checkpoint: Checkpoints) -> None:
