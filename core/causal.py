@@ -21,7 +21,8 @@ _OTHER_ORDERS = {
     "xlnet": "it predicts tokens in any order",
 }
 # transformers before 5.23 gives these no causal mask (measured with 5.17).
-_WITHOUT_MASK, _MENDED = {"big_bird", "doge"}, (5, 23)
+_WITHOUT_MASK = {"big_bird", "doge", "megatron-bert", "rembert", "roformer"}
+_MENDED = (5, 23)
 
 
 def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
