@@ -59,7 +59,8 @@ Device = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Processor threads; default: as many as run at once.")
+    int | None,
+    typer.Option(min=1, max=1024, help="Processor threads; default: as many as run at once."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 TrustRemoteCode = Annotated[

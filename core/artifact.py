@@ -193,8 +193,8 @@ class ArtifactWriter:
     def abandon(self) -> None:
         """Leave nothing: what was asked for cannot be made of this input."""
         with disk_errors(self.partial):
-            shutil.rmtree(self.partial)
-            self.manifest_path.unlink()
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.manifest_path.unlink(missing_ok=True)
 
     def finish(self, files: Mapping[str, bytes]) -> None:
         """Add the small files, and let the whole become OUT.
@@ -228,7 +228,10 @@ class ArtifactWriter:
     def __enter__(self) -> ArtifactWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, InputError) and not self.manifest["shards"]:
+            # Nothing to go on from.
+            self.abandon()
         self.close()
 
     def _save_manifest(self) -> None:

@@ -141,7 +141,9 @@ def same_values(first: TensorEntry, second: TensorEntry) -> bool:
         return False
     if not (first.path.is_file() and second.path.is_file()):
         return True
-    step = max(1, CHUNK * first.shape[0] // max(1, first.num_bytes)) if first.shape else 1
+    if not first.shape:
+        return torch.equal(read_tensor(first), read_tensor(second))
+    step = max(1, CHUNK * first.shape[0] // max(1, first.num_bytes))
     for start in range(0, first.shape[0], step):
         rows = slice(start, min(start + step, first.shape[0]))
         if not torch.equal(read_tensor(first, rows=rows), read_tensor(second, rows=rows)):

@@ -79,6 +79,21 @@ def check_shape(layout: Layout, name: str, stored: Sequence[int], wanted: Sequen
         )
 
 
+def check_kind(layout: Layout, name: str, stored: Sequence[str], wanted: Tensor) -> None:
+    """Raises: CheckpointError: whole numbers are stored where the architecture has weights.
+
+    transformers takes them for weights as they are, without the scales that they need.
+    """
+    if not isinstance(wanted, nn.Parameter) or not wanted.is_floating_point():
+        return
+    whole = next((each for each in stored if not each.startswith(("F", "BF"))), None)
+    if whole is not None:
+        raise CheckpointError(
+            f"{layout.path}: {name} is stored as {whole}, expected floating-point weights",
+            hint="give the checkpoint that it was quantized from",
+        )
+
+
 def check_tables(model: PreTrainedModel, layout: Layout) -> None:
     """Raises: CheckpointError: the model would compute tables far larger than its weights."""
     own = {name: _size(tensor) for name, tensor in model.named_buffers()}

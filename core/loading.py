@@ -15,7 +15,7 @@ from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_
 from spectool.contents import unused_line
 from spectool.dtypes import configured, parse_dtype
 from spectool.errors import CheckpointError, UsageError, opening, require
-from spectool.headers import Layout
+from spectool.headers import Layout, read_json
 from spectool.packed import packed_modules, unpack_in_place
 from spectool.skeleton import (
     Skeleton,
@@ -29,6 +29,7 @@ from spectool.skeleton import (
 # `auto` unpacks where the dense weights take at most this share of the memory that is free.
 DENSE_SHARE = 0.5
 
+GENERATION = "generation_config.json"
 RUNTIMES = ("auto", "packed", "dense")
 
 
@@ -145,6 +146,9 @@ def _open(
     if resolved:
         # Before anything is allocated.
         resolve(checkpoint.layout, config, trust_remote_code=trust_remote_code)
+    if (checkpoint.path / GENERATION).exists():
+        # transformers goes on without a damaged one, and the model without its ends of text.
+        read_json(checkpoint.path / GENERATION)
     with opening(checkpoint.path, "transformers cannot load it"):
         model, info = model_class(config).from_pretrained(
             checkpoint.path,

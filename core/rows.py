@@ -104,7 +104,7 @@ class Row:
             text, messages = None, self.messages
             while messages and messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
-            holds = any(message["role"] != "system" for message in messages)
+            holds = any(m["role"] != "system" and _says_something(m) for m in messages)
             whole = messages == self.messages
         if not holds:
             what = "holds nothing to answer" if whole else "holds nothing before its answer"
@@ -163,6 +163,8 @@ class _Reader:
         strings = [key for key, value in self.record.items() if _is_text(key, value)]
         if len(strings) == 1:
             return self.plain(strings[0])
+        if not self.record:
+            raise TextError(f"{self.place}: the row has no field with a value")
         raise TextError(
             f"{self.place}: no field that is surely the text among {', '.join(self.record)}",
             hint="name it with --field",
@@ -276,7 +278,7 @@ class _Reader:
         if system is not None and messages[0]["role"] != "system":
             messages = ({"role": "system", "content": self.record[system]}, *messages)
             fields = f"{system} + {fields}"
-        if not any(message["content"].strip() or "tool_calls" in message for message in messages):
+        if not any(map(_says_something, messages)):
             raise TextError(f"{self.place}: the turns of {fields} are empty")
         return Row(messages=tuple(messages), tools=self.tools(), joins=joins, fields=fields)
 
@@ -301,6 +303,11 @@ class _Reader:
         by = next((key for key in _ROLE_KEYS if isinstance(turn.get(key), str)), None)
         key = next((key for key in _CONTENT_KEYS if key in turn), None)
         calls = self.calls(field, turn.get("tool_calls") or turn.get("function_call") or [])
+        if by is None and "role" in turn:
+            raise TextError(
+                f"{self.place}: a turn of {field!r} has the role {json.dumps(turn['role'])[:60]}, "
+                "expected a name as user or assistant"
+            )
         if by is None or (key is None and not calls):
             raise TextError(
                 f"{self.place}: a turn of {field!r} has the fields {', '.join(turn) or '(none)'}; "
@@ -355,6 +362,10 @@ class _Reader:
         if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
             return tuple(map(_tool, map(_without_none, tools)))
         raise TextError(f"{self.place}: field 'tools' is no list of objects, nor JSON of one")
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message["content"].strip()) or "tool_calls" in message
 
 
 def _continued(question: str, answer: str | None, fields: str) -> Row:

@@ -206,44 +206,51 @@ def _weights_read_by(module: nn.Module) -> set[tuple[bool, str]]:
     return {
         (own, path)
         for own, path, guards in _reads_of(_kind(module))
-        if not any(_is_settled(guard, module, not taken) for guard, taken in guards)
+        if not any(_is_settled(guard, module, not guard.taken) for guard in guards)
     }
 
 
-def _is_settled(guard: CodeType, module: nn.Module, value: bool) -> bool:
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A condition in the source of a Python module, and whether what is read is where it holds."""
+
+    condition: CodeType
+    source: str
+    taken: bool
+
+
+def _is_settled(guard: Guard, module: nn.Module, value: bool) -> bool:
     """Whether a condition has this value whatever the module is called with."""
-    names = vars(sys.modules[type(module).__module__])
     try:
-        return bool(eval(guard, names, {"self": module})) is value
+        found = eval(guard.condition, vars(sys.modules[guard.source]), {"self": module})
+        return bool(found) is value
     except Exception:
         # It needs what only a call knows.
         return False
 
 
-# A condition, and whether what stands in it is run where it holds.
-Guard = tuple[CodeType, bool]
-
-
 @functools.cache
 def _reads_of(kind: type[nn.Module]) -> frozenset[tuple[bool, str, tuple[Guard, ...]]]:
-    reader = _Reader()
+    found: set[tuple[bool, str, tuple[Guard, ...]]] = set()
     for each in kind.__mro__:
         if each.__module__.partition(".")[0] == "torch" or each in (object, PreTrainedModel):
             continue
+        reader = _Reader(each.__module__)
         try:
             reader.visit(ast.parse(textwrap.dedent(inspect.getsource(each))))
         except (OSError, TypeError, SyntaxError):
             # A class without a source, made at run time say.
             continue
-    return frozenset(reader.found)
+        found |= reader.found
+    return frozenset(found)
 
 
 class _Reader(ast.NodeVisitor):
     """Collects `a.b` of every `x.a.b.weight` that is computed with; x may be self."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: str) -> None:
         self.found: set[tuple[bool, str, tuple[Guard, ...]]] = set()
-        self._guards: list[Guard] = []
+        self._source, self._guards = source, list[Guard]()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if not node.name.startswith(("__init__", "_init_", "reset_")):
@@ -251,9 +258,9 @@ class _Reader(ast.NodeVisitor):
 
     def visit_If(self, node: ast.If | ast.IfExp) -> None:
         self.visit(node.test)
-        guard = compile(ast.Expression(node.test), "<condition>", "eval")
+        condition = compile(ast.Expression(node.test), "<condition>", "eval")
         for branch, taken in ((node.body, True), (node.orelse, False)):
-            self._guards.append((guard, taken))
+            self._guards.append(Guard(condition, self._source, taken))
             for part in branch if isinstance(branch, list) else [branch]:
                 self.visit(part)
             self._guards.pop()

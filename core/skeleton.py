@@ -31,7 +31,7 @@ from transformers import (
 
 from spectool import contents, given
 from spectool.causal import why_not_causal
-from spectool.checkpoint import Checkpoint, same_values
+from spectool.checkpoint import Checkpoint, check_finite, same_values
 from spectool.decoder import decoder_of
 from spectool.dtypes import with_plain_dtypes
 from spectool.errors import UnsupportedError, opening
@@ -138,11 +138,21 @@ class Skeleton:
         return [name for name in self.origins if not name.startswith(prefixes)]
 
     def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors in their stored dtypes, merged as the architecture wants them."""
+        """The named tensors in their stored dtypes, merged as the architecture wants them.
+
+        Eight-bit floats, with which torch does not compute, come as bfloat16, which holds them.
+
+        Raises:
+            CheckpointError: weights that are NaN or infinite.
+        """
         found: dict[str, Tensor] = {}
         for name in names:
             if name not in found:
-                found.update(read_origin(self.model, checkpoint.read, name, self.origins[name]))
+                read = read_origin(self.model, checkpoint.read, name, self.origins[name])
+                for key, tensor in read.items():
+                    check_finite(key, tensor)
+                    eight_bit = tensor.is_floating_point() and tensor.element_size() == 1
+                    found[key] = tensor.bfloat16() if eight_bit else tensor
         return found
 
     def cast(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -383,6 +393,8 @@ def resolve(
         for name in sorted(wanted.keys() & origins.keys()):
             shape = _shape_of(model, layout, name, origins[name])
             contents.check_shape(layout, name, shape, wanted[name].shape)
+            stored = [layout.tensors[key].dtype for key, _ in origins[name].stored]
+            contents.check_kind(layout, name, stored, wanted[name])
         untied = resolve_ties(origins, model.all_tied_weights_keys, equal)
         contents.check_missing(model, layout, _missing(model, layout, origins))
         contents.check_tables(model, layout)

@@ -169,6 +169,8 @@ class Surroundings:
             try:
                 self._try(None if length is None else (None,) * length)
                 break
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
                 reason = reason or " ".join(str(error).split())
         else:

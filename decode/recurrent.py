@@ -19,9 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from spectool.decode.cache import TreeCache
+from spectool.decode.fit import is_recurrent
 from spectool.decode.protocol import Needs
 from spectool.decode.replay import ReplayCache
-from spectool.decode.target import Ingested, Pass, Target, is_recurrent
+from spectool.decode.target import Ingested, Pass, Target
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
 from spectool.kernels import skinny

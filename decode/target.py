@@ -23,28 +23,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spectool import machine
-from spectool.causal import why_not_causal
 from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.decode import rotary, tree
 from spectool.decode.cache import TextCache, TreeCache
+from spectool.decode.fit import why_unfit
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
 from spectool.decoder import decoder_of
 from spectool.errors import UnsupportedError, UsageError
-from spectool.given import is_encoder_decoder
 from spectool.kernels import skinny
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
 _CHUNK = 512
-
-# Models that derive positions, causality or windows from columns, not from mask and positions.
-_REFUSED = {
-    "bloom": "its ALiBi biases are derived from a 2-D mask",
-    "mpt": "its ALiBi biases are derived from column numbers",
-    "git": "its forward takes no 4-D mask in transformers 5.17",
-    "gpt_neo": "its causal mask is derived from column numbers",
-    "moshi": "its caches have a window that its masks have not",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +278,10 @@ class Target:
             )
         return features
 
+    def check(self, needs: Needs) -> None:
+        """Raises: UnsupportedError: the features that are asked for are not [B, N, D]."""
+        self.read(torch.zeros(1, 2, dtype=torch.long), needs)
+
     def read_beside(
         self,
         kept: TextCache,
@@ -470,29 +464,7 @@ class Target:
         self, model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]
     ) -> str | None:
         """Why passes of trees cannot be right, if so."""
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if is_encoder_decoder(model.config):
-            return "it is an encoder-decoder"
-        modules = (decoder_of(model) or model).modules()
-        if (reason := why_not_causal(config, modules)) is not None:
-            return f"it is no causal model: {reason}"
-        if is_recurrent(model, config):
-            return "its recurrent state cannot go back to an earlier token, as a draft model's must"
-        if config.model_type in _REFUSED:
-            return _REFUSED[config.model_type]
-        if getattr(config, "alibi", False):
-            return "its ALiBi biases are derived from a 2-D mask"
-        if not {"position_ids", "past_key_values", "attention_mask"} <= set(accepted):
-            return "its forward takes no position_ids, past_key_values or attention_mask"
-        if unknown := kinds - {"full_attention", "sliding_attention"}:
-            return f"its {', '.join(sorted(unknown))} layers are not known"
-        if getattr(config, "attention_chunk_size", None):
-            return "its chunked attention is not known"
-        if getattr(config, "num_kv_shared_layers", 0):
-            return "its layers share their keys and values"
-        if not hasattr(config, "num_hidden_layers"):
-            return "its configuration gives no number of layers"
-        return None
+        return why_unfit(model, config, accepted)
 
     def _bound(self, config: PreTrainedConfig, asked: int | None) -> int:
         limit = rotary.longest_context(config)
@@ -580,7 +552,15 @@ def kernel_rows(dtype: torch.dtype) -> int:
 def _capture(features: dict[str, Tensor], name: str) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         # A layer returns a tensor or a tuple, a decoder a ModelOutput; the state comes first.
-        features[name] = output if isinstance(output, Tensor) else output[0]
+        state = output if isinstance(output, Tensor) else output[0]
+        if state.ndim != 3:
+            # Gemma 3n has several side by side.
+            raise UnsupportedError(
+                f"{type(module).__name__}: its hidden states have more dimensions than batch, "
+                "length and width; heads that read them cannot be run",
+                hint="medusa and hydra heads read the last layer's alone",
+            )
+        features[name] = state
 
     return hook
 
@@ -610,10 +590,3 @@ def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
     if kinds is None:
         kinds = ["full_attention" if window is None else "sliding_attention"]
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
-
-
-def is_recurrent(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
-    """Whether a layer has a state that cannot go back to an earlier token."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    recurrent = {"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"}
-    return bool(model._is_stateful or kinds & recurrent)

@@ -154,6 +154,7 @@ class Preparing:
         with self.processes.together():
             model = self._load()
             runner = Runner(model, tokenizer=setting.tokenizer)
+            runner.target.check(self.needs)
         written = Written(keeping, self.processes, self.say)
         own = self.own
         if job.regenerate:

@@ -14,6 +14,7 @@ import transformers
 
 from spectool.checkpoint import Checkpoint, text_fingerprint
 from spectool.decode.drafters.exchange import Beginning
+from spectool.decode.drafters.heads import check_weights
 from spectool.decode.drafters.trained import Heads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
@@ -144,13 +145,15 @@ def plan_of(
     *,
     place: Path,
     processes: Processes,
+    begin: Beginning | None = None,
 ) -> Plan:
     """What the training will take. `place` is where features would be stored. Memory is that of
     all processes that share it.
 
     Raises:
         UnsupportedError: it does not fit, or cannot be done for this model or on this device.
-        CheckpointError: the tokenizer is another model's.
+        CheckpointError: the tokenizer is another model's, or the weights to begin with are of other
+            heads.
         UsageError: more draft tokens than tokens.
     """
     check_optimizer(job.optimizer, setting.device)
@@ -172,6 +175,8 @@ def plan_of(
     with torch.device("meta"):
         token_map = torch.empty(size, dtype=torch.long) if size else None
         heads = kind(job.config, skeleton, token_map)
+    if begin is not None:
+        check_weights(heads, begin.tensors, begin.place)
     if heads.needs.inject and job.features != "online":
         raise UsageError(
             f"--features {job.features}: {job.method} passes rows of its own through the target's "

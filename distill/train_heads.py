@@ -264,7 +264,9 @@ def _prepare(
             raise UsageError(
                 f"--draft-vocab: the heads in {job.begin} guess {known or vocab} tokens"
             )
-    plan = plan_of(setting, job, own, unseen, place=job.store or out, processes=processes)
+    plan = plan_of(
+        setting, job, own, unseen, place=job.store or out, processes=processes, begin=begin
+    )
     announce(plan)
     preparing = Preparing(
         job=job,

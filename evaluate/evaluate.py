@@ -30,6 +30,7 @@ from spectool.loading import (
     unused_of,
 )
 from spectool.machine import available_memory
+from spectool.skeleton import model_class, read_config
 from spectool.template import encode
 from spectool.text import BUILTIN, MIXED, OnRead, builtin_text, check_ids, read_text
 
@@ -92,6 +93,7 @@ def evaluate(
     checkpoint = open_checkpoint(
         model, revision=request.revision, trust_remote_code=trust, checksums=request.checksums
     )
+    model_class(read_config(checkpoint.path, trust_remote_code=trust))
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust)
     vocabulary = _vocabulary(checkpoint.layout)
     reference: Reference | None = None

@@ -187,6 +187,16 @@ def check_map(place: Path, ids: Tensor, vocab: int) -> None:
 
 def fill(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:
     """Give heads these weights. Raises: CheckpointError: those in `place` are not theirs."""
+    check_weights(heads, tensors, place)
+    heads.load_state_dict(tensors)
+
+
+def check_weights(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:
+    """Compare weights with heads, which may be on the meta device and get a bias or lose theirs.
+
+    Raises:
+        CheckpointError: they are of other heads.
+    """
     # A learnt output matrix has a bias that the original's has not, or the other way round: heads
     # have it of the model that they learnt on.
     outputs = {heads.own_output(k) for k in range(heads.num_heads)}
@@ -202,7 +212,10 @@ def fill(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:
             f"{place}: {name} is {stored.get(name, 'absent')}, expected "
             f"{wanted.get(name, 'no such tensor')}"
         )
-    heads.load_state_dict(tensors)
+    for name, tensor in heads.state_dict().items():
+        if tensor.is_floating_point() and not tensors[name].is_floating_point():
+            kind = str(tensors[name].dtype).removeprefix("torch.")
+            raise CheckpointError(f"{place}: {name} is {kind}, expected floating-point weights")
 
 
 def check_fit(

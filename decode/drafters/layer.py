@@ -191,12 +191,14 @@ def layer_config(model: PreTrainedModel) -> LlamaConfig:
         # No rotary positions, or several kinds, or of a part of the head only.
         rope = {"rope_type": "default", "rope_theta": 10000.0}
     head_width = first("head_dim", default=width // num_heads)
+    # Some models have another width in each layer, or several kinds of them.
+    widths = first("intermediate_size", "ffn_dim", "n_inner", default=4 * width)
     return LlamaConfig(
         hidden_size=width,
         num_attention_heads=num_heads,
         num_key_value_heads=first("num_key_value_heads", default=num_heads),
         head_dim=head_width + head_width % 2,
-        intermediate_size=first("intermediate_size", "ffn_dim", "n_inner", default=4 * width),
+        intermediate_size=max(widths) if isinstance(widths, (list, tuple)) else widths,
         rms_norm_eps=first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
         max_position_embeddings=first("max_position_embeddings", default=2048),
         rope_parameters=rope,

@@ -81,14 +81,14 @@ def infinite(path: Path) -> None:
 
 
 def absent_file(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "weights.safetensors")
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "gone.safetensors"}}
-    (path / "model.safetensors").unlink()
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def absent_tensor(path: Path) -> None:
-    index = {"metadata": {}, "weight_map": {"model.gone": "model-1.safetensors"}}
-    (path / "model.safetensors").rename(path / "model-1.safetensors")
+    (path / "model.safetensors").rename(path / "weights.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.gone": "weights.safetensors"}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -260,6 +260,73 @@ def test_weights_that_are_no_numbers_are_refused_by_every_command(
     refuses(spectool("generate", model, "--prompt", "a"), "NaN or infinite")
     refuses(spectool("eval", model, "--text", text), "NaN or infinite")
     refuses(spectool("bench", model, "--prompts", prompts), "NaN or infinite")
+
+
+def test_an_output_matrix_that_is_no_numbers_costs_the_same_line_block_by_block(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    model = copy(checkpoint("llama"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][7, 3] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    said = "lm_head.weight: 1 of 10240 weights are NaN or infinite"
+    refuses(spectool("eval", model, "--text", text), said)
+    refuses(spectool("eval", model, "--text", text, "--blockwise"), said)
+    refuses(spectool("quantize", "rtn", model, tmp_path / "out"), said)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_ends_of_text_that_cannot_be_read_are_not_forgotten(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = copy(checkpoint("llama"), tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, ')
+    refuses(spectool("generate", model, "--prompt", "a"), "generation_config.json: not valid JSON")
+
+
+def test_a_model_of_images_is_named_by_every_command(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    model = copy(checkpoint("llama"), tmp_path / "model")
+    (model / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    said = "clip: transformers has no causal model for it"
+    refuses(spectool("eval", model, "--text", text), said)
+    refuses(spectool("generate", model, "--prompt", "a"), said)
+    refuses(spectool("quantize", "rtn", model, tmp_path / "out"), said)
+
+
+def test_whole_numbers_in_the_place_of_weights(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    """As of a checkpoint whose `quantization_config` was lost."""
+    model = copy(checkpoint("llama"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = (50 * tensors[name]).to(torch.int8)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    said = f"{name} is stored as I8, expected floating-point weights"
+    refuses(spectool("eval", model, "--text", text), said)
+    refuses(spectool("eval", model, "--text", text, "--blockwise"), said)
+    refuses(spectool("generate", model, "--prompt", "a"), said)
+    refuses(spectool("quantize", "int8", model, tmp_path / "out"), said)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_eight_bit_floats_without_scales_are_weights(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = copy(checkpoint("llama"), tmp_path / "model")
+    tensors = {
+        name: tensor.to(torch.float8_e4m3fn) if tensor.ndim > 1 else tensor
+        for name, tensor in load_file(model / "model.safetensors").items()
+    }
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    done = spectool("quantize", "int8", model, tmp_path / "out")
+    assert done.code == 0, done.err
+    name = "model.layers.1.mlp.up_proj"
+    weight_NM = load_model(tmp_path / "out").get_submodule(name).dequantize()
+    error_NM = weight_NM - tensors[f"{name}.weight"].float()
+    assert error_NM.norm() < 0.01 * weight_NM.norm()
 
 
 @pytest.mark.parametrize(("data", "said"), [(b"\xff\xfe", "not UTF-8"), (b"", "no prompt")])

@@ -151,6 +151,9 @@ def test_a_label_is_never_the_text(record: dict[str, Any], prompts: bool) -> Non
         ({"messages": [{"speaker": "a", "line": "b"}]}, "has the fields speaker, line; expected"),
         ({"conversations": [{"from": "nobody", "value": "x"}]}, "is from 'nobody'; expected human"),
         ({"messages": [{"role": "user"}]}, "has the fields role; expected"),
+        ({"messages": [{"role": 1, "content": "x"}]}, "has the role 1, expected a name as user"),
+        ({}, "the row has no field with a value"),
+        ({"text": None}, "the row has no field with a value"),
         ({"messages": [{"role": "user", "content": {"image": 3}}]}, "content that is no text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "that is no text"),
         ({"conversations": [{"from": "human", "value": " "}]}, "turns of conversations are empty"),
@@ -167,6 +170,7 @@ def test_rows_that_will_not_do(record: dict[str, Any], said: str) -> None:
     "record",
     [
         {"messages": TALK[1:]},
+        {"messages": [{"role": "user", "content": " "}, *TALK[1:]]},
         {"messages": [{"role": "system", "content": "s"}, *TALK[1:]]},
         {"prompt": "", "completion": "x"},
         {"prompt": " \n"},

@@ -40,6 +40,13 @@ def sequential(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     return logits
 
 
+def test_a_window_that_is_no_number_is_refused(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    model.config.sliding_window = "16"
+    with pytest.raises(UnsupportedError, match="its sliding_window is '16', expected a whole"):
+        Target(model)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_node_sees_its_own_path(tiny: Tiny, family: str) -> None:
     """Two rows of unequal length, one past the window of 16; trees of unequal size."""

@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from spectool.artifact import ArtifactWriter
 from spectool.decode.drafters.heads import read_record
 from spectool.decode.generate import Runner
 from spectool.distill.train_heads import Job, Report, train_heads
+from spectool.errors import UnsupportedError
 from spectool.headers import HEADS_FILE
 from spectool.methods import resolve, trained
 from spectool.quantize import run as quantizing
 from spectool.quantize.choice import Choice
 from spectool.training import Training
 
+from ..conftest import tokenizer
 from .conftest import contents
 
 OPTIONS: dict[str, dict[str, Any]] = {"hydra-plain": {"variant": "plain"}}
@@ -96,6 +99,37 @@ def test_what_is_written_drafts_and_changes_nothing(
         results = runner.generate(prompts, max_new_tokens=24, batch_size=batch_size)
         assert [r.token_ids for r in results] == [r.token_ids for r in plain]
         assert all(r.drafted > 0 for r in results)
+
+
+@pytest.fixture(scope="module")
+def gemma3n(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with several hidden states between its layers, which have a width each."""
+    place = tmp_path_factory.mktemp("gemma3n")
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+        vocab_size_per_layer_input=320, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+        altup_num_inputs=2, laurel_rank=4, activation_sparsity_pattern=None,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("name", ["eagle3", "clover", "hidden-transfer"])
+def test_states_of_more_dimensions_are_refused_where_heads_read_them(
+    train: Train, gemma3n: Path, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(UnsupportedError, match="hidden states have more dimensions than batch"):
+        train(name, gemma3n, steps=1)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["hydra", pytest.param("chimera", marks=pytest.mark.slow)])
+def test_layers_of_several_widths_do_not_keep_heads_of_the_last_states_from_training(
+    train: Train, gemma3n: Path, name: str
+) -> None:
+    assert train(name, gemma3n, steps=1).steps == 1
 
 
 @pytest.mark.parametrize("family", ["llama-tied", pytest.param("llama", marks=pytest.mark.slow)])

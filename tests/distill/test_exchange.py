@@ -199,6 +199,7 @@ def test_what_is_not_ours_is_refused(
         {"d2t": None},
         {"t2d": torch.zeros(320).bool()},
         {"fc.weight": torch.full((32, 96), torch.nan)},
+        {"fc.weight": torch.ones(32, 96, dtype=torch.int8)},
     ],
 )
 def test_ids_that_cannot_be_are_refused(
@@ -211,6 +212,7 @@ def test_ids_that_cannot_be_are_refused(
     message = (
         r"not distinct ids of 320|expected 30 whole numbers|d2t is absent, but the output matrix "
         r"has 30 rows and the target 320 tokens|do not name the same|3072 of 3072 weights are NaN"
+        r"|fc.weight is int8, expected floating-point"
     )
     with pytest.raises(CheckpointError, match=message):
         back(train, source, served, "eagle3")
@@ -295,6 +297,7 @@ def test_training_goes_on_from_heads(train: Train, checkpoint: Checkpoint, tmp_p
     record.write_text(record.read_text().replace('"sha256:0', '"sha256:'))
     with pytest.raises(SpectoolError, match="is absent, expected"):
         train(source, "other", method="hydra", options={"num_heads": 5}, steps=0, begin=place)
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_formats_hold_what_the_table_says(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 import traceback
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from spectool.errors import CheckpointError, SpectoolError, UsageError
 from spectool.quantize import walk
@@ -312,18 +314,13 @@ def test_only_one_block_is_resident(
 
 
 def test_bad_weights_in_a_late_block_leave_the_early_ones(
-    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    source = checkpoint("llama", **LAYERS)
-    original = walk.BlockWalk.read
-
-    def read(self: walk.BlockWalk, block: str) -> dict[str, torch.Tensor]:
-        tensors = original(self, block)
-        if block == "model.layers.3":
-            tensors[f"{block}.mlp.down_proj.weight"][0, 0] = float("nan")
-        return tensors
-
-    monkeypatch.setattr(walk.BlockWalk, "read", read)
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama", **LAYERS), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.3.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.down_proj\.weight: 1 of"):
         quantize(source, tmp_path / "out", job())
     assert len(list((tmp_path / "out.partial").glob("packed-*"))) == 4

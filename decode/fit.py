@@ -1,0 +1,66 @@
+"""Which models a tree of tokens can be verified with: those with nothing but attention by mask,
+positions and cache. Others are refused by name, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from spectool.causal import why_not_causal
+from spectool.decoder import decoder_of
+from spectool.given import is_encoder_decoder
+
+# Models that derive positions, causality or windows from columns, not from mask and positions.
+_REFUSED = {
+    "bloom": "its ALiBi biases are derived from a 2-D mask",
+    "mpt": "its ALiBi biases are derived from column numbers",
+    "git": "its forward takes no 4-D mask in transformers 5.17",
+    "gpt_neo": "its causal mask is derived from column numbers",
+    "moshi": "its caches have a window that its masks have not",
+}
+
+# What a forward must take.
+_NEEDED = ("position_ids", "past_key_values", "attention_mask")
+
+
+def why_unfit(
+    model: PreTrainedModel, config: PreTrainedConfig, accepted: Container[str]
+) -> str | None:
+    """Why passes of trees cannot be right with a model, None if they can.
+
+    `config` is the text's, `accepted` are the parameters of the model's forward.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if is_encoder_decoder(model.config):
+        return "it is an encoder-decoder"
+    modules = (decoder_of(model) or model).modules()
+    if (reason := why_not_causal(config, modules)) is not None:
+        return f"it is no causal model: {reason}"
+    if is_recurrent(model, config):
+        return "its recurrent state cannot go back to an earlier token, as a draft model's must"
+    if config.model_type in _REFUSED:
+        return _REFUSED[config.model_type]
+    if getattr(config, "alibi", False):
+        return "its ALiBi biases are derived from a 2-D mask"
+    if not all(key in accepted for key in _NEEDED):
+        return f"its forward takes no {_NEEDED[0]}, {_NEEDED[1]} or {_NEEDED[2]}"
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        return f"its {', '.join(sorted(unknown))} layers are not known"
+    if getattr(config, "attention_chunk_size", None):
+        return "its chunked attention is not known"
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int | None):
+        return f"its sliding_window is {window!r}, expected a whole number"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "its layers share their keys and values"
+    if not hasattr(config, "num_hidden_layers"):
+        return "its configuration gives no number of layers"
+    return None
+
+
+def is_recurrent(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
+    """Whether a layer has a state that cannot go back to an earlier token."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    recurrent = {"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"}
+    return bool(model._is_stateful or kinds & recurrent)
