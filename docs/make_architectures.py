@@ -48,9 +48,9 @@ configuration has one (transformers zeroes Youtu's row of it when it loads, so t
 by block differ in that token's logit where the file has other values); layers that choose keys
 choose 32 of 40. Close means, of logits: those of half of the tokens are at most 15% off (found:
 {int8:.0%}; a single matrix of noise makes more than 60%); of a matrix: its squared error is at most
-half of its square (found: {matrix:.1%}). Logits after `gptq` are only asked to be nearer to the dense
-ones than an unrelated model's (found: {gptq:.0%} off, of 140%): random weights magnify what 4 bits do,
-and say nothing about the quality of real ones.
+half of its square (found: {matrix:.1%}). Logits after `gptq` are only asked to be nearer to the
+dense ones than an unrelated model's (found: {gptq:.0%} off, of 140%): random weights magnify what 4
+bits do, and say nothing about the quality of real ones.
 """
 
 
