@@ -6,6 +6,7 @@ few that take different ways.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -15,11 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+
+from spectool import methods
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 VERSION = ".".join(transformers.__version__.split(".")[:2])
+# What transformers itself does not build from a default configuration, or not without a package.
+NOT_BUILT = {
+    "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody",
+    "reformer",
+}  # fmt: skip
 SAMPLE = "llama,gemma3_text,gpt2,bloom,bert,mixtral,mamba,falcon_h1,gemma3n_text,rwkv"
 
 
@@ -46,6 +55,7 @@ def test_the_page_is_made_from_the_results() -> None:
 def test_no_fault_is_committed(file: Path) -> None:
     rows = json.loads(file.read_text("utf-8"))["entries"]
     assert [row["entry"] for row in rows if "FAULT" in ends(row).values()] == []
+    assert {row["entry"] for row in rows if "not built" in row} <= NOT_BUILT
 
 
 @pytest.mark.slow
@@ -61,3 +71,32 @@ def test_the_table_is_true_here(tmp_path: Path) -> None:
     assert found and {name: ends(row) for name, row in found.items()} == {
         name: ends(known[name]) for name in found
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int8", "gptq"])
+def test_a_wrong_matrix_is_a_fault(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check that passes whatever is packed would say nothing: one matrix's rows are reversed."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    checks: Any = importlib.import_module("architecture_checks")
+    shrunken: Any = importlib.import_module("shrunken")
+    place = tmp_path / "model"
+    model = shrunken.build(shrunken.tiny_config("llama"))
+    model.save_pretrained(place)
+    checks.tokenizer().save_pretrained(place)
+    ids = torch.randint(3, 500, (4, 40), generator=torch.Generator().manual_seed(0))
+    quantizer: Any = methods.resolve(method, "quantizer")
+    right, seen = quantizer.pack, []
+
+    def wrong(weight: torch.Tensor, *args: Any) -> Any:
+        seen.append(weight)
+        return right(weight.flip(0).contiguous() if len(seen) == 5 else weight, *args)
+
+    for pack, expected in ((right, "works"), (wrong, "FAULT")):
+        monkeypatch.setattr(quantizer, "pack", pack)
+        scratch = tmp_path / expected
+        scratch.mkdir()
+        subject = checks.Subject(place, scratch, model, ids)
+        assert checks.judge(checks.CHECKS[method], subject, causal=True)["result"] == expected
