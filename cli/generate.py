@@ -135,12 +135,12 @@ def generate(
         )
         seconds = time.perf_counter() - began
         runner.close()
-        if streams:
-            sys.stdout.write("\n")
-        elif not json_output:
+        if not (streams or json_output):
             for index, result in enumerate(results):
                 opening = _opening(found[index].given, tokenizer, first=index == 0)
-                sys.stdout.write(f"{opening}{result.text}\n")
+                sys.stdout.write(f"{opening}{result.text}")
+        if not json_output:
+            sys.stdout.write("\n")
         new_tokens = sum(len(result.token_ids) for result in results)
         forwards = sum(result.forwards for result in results)
         lossless = all(result.lossless for result in results)

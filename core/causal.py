@@ -22,7 +22,9 @@ _OTHER_ORDERS = {
 }
 # transformers before 5.23 gives these no causal mask (measured with 5.17).
 _WITHOUT_MASK = {"big_bird", "doge", "megatron-bert", "rembert", "roformer"}
-_MENDED = (5, 23)
+
+# What is mended in transformers is known of these two versions only.
+BEFORE_5_23 = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 
 
 def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
@@ -32,8 +34,7 @@ def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
     """
     if config.model_type in _OTHER_ORDERS:
         return _OTHER_ORDERS[config.model_type]
-    version = tuple(map(int, transformers.__version__.split(".")[:2]))
-    if config.model_type in _WITHOUT_MASK and version < _MENDED:
+    if config.model_type in _WITHOUT_MASK and BEFORE_5_23:
         return f"transformers {transformers.__version__} gives it no causal mask"
     for key in ("is_causal", "causal"):
         if getattr(config, key, True) is False:

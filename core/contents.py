@@ -63,8 +63,8 @@ def check_missing(model: PreTrainedModel, layout: Layout, missing: Sequence[str]
         if isinstance(name, str) and name != type(model).__name__
     ]
     raise CheckpointError(
-        f"{layout.path}: {len(missing)} tensors of {type(model).__name__} are in no file, among "
-        f"them {missing[0]}",
+        f"{layout.path}: tensors of {type(model).__name__} are in no file: {len(missing)}, the "
+        f"first {missing[0]}",
         hint=f"config.json calls it a {other[0]}, which is no causal language model"
         if other and not other[0].endswith(("ForCausalLM", "LMHeadModel"))
         else None,

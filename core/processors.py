@@ -20,19 +20,36 @@ PROC = Path("/proc")
 # How long a thread that waits for others keeps its processor. libgomp, which comes with torch for
 # Linux, spins for 300,000 rounds (about 3 ms) by default: where another process has the processor
 # of the thread that is waited for, that is lost at every barrier. The runtime of LLVM and Intel,
-# which other builds of torch use, counts whole milliseconds, 200 by default. Small products a
-# second with two threads on two processors that 17 threads wanted: libgomp 33, with 10,000 rounds
-# 493, with 1000 727, without any 1393; LLVM's 175, with 1 ms 123, without 1887. On an idle machine
-# a few rounds save waking a thread at every product.
-SPIN = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+# which other builds of torch use, counts whole milliseconds, 200 by default. Tokens a second of a
+# model of 2 M parameters, two threads on two processors: idle 247 with 300,000 rounds, 258 with
+# 10,000, 219 with 5000, 127 with 1000, as a thread must be woken at every product; beside two busy
+# processes 65 with 10,000 and 162 with 1000. LLVM's made 175 small products a second beside 17
+# threads by default, 123 with 1 ms, 1887 without.
+SPIN = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
+CONTENDED_SPIN = {**SPIN, "GOMP_SPINCOUNT": "1000"}
 WAIT_POLICY = "OMP_WAIT_POLICY"
 NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def bound_spin(environ: MutableMapping[str, str]) -> None:
+def bound_spin(environ: MutableMapping[str, str], proc: Path = PROC) -> None:
     """Have waiting threads give their processor away soon, unless the user said how they wait."""
     if not any(name in environ for name in (*SPIN, WAIT_POLICY)):
-        environ.update(SPIN)
+        environ.update(CONTENDED_SPIN if is_contended(proc) else SPIN)
+
+
+def is_contended(proc: Path = PROC, *, looks: int = 3) -> bool:
+    """Whether others run now and leave this process fewer processors than it would have threads."""
+    can = allowed(proc)
+    running = []
+    try:
+        for look in range(looks):
+            # What runs for a moment only is not there at the next look.
+            time.sleep(0.001 * (look > 0))
+            running.append(int((proc / "loadavg").read_text().split()[3].partition("/")[0]))
+    except (OSError, ValueError, IndexError):
+        return False
+    others = min(running) - 1
+    return others + can.threads > can.installed
 
 
 def spin_settings(environ: Mapping[str, str]) -> dict[str, str]:

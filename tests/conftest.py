@@ -331,3 +331,56 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip("no shared models and data here")
     return SHARED
+
+
+# Tests of which a sister runs in `make test`: together they would take it past three minutes.
+ALSO_SLOW = (
+    "cli/test_bad_input.py::test_a_stopped_run_exits_130_and_goes_on_later[15]",
+    "decode/drafters/test_clover.py::test_heads_learn_the_token_at_their_own_distance_and_no_other",
+    "decode/drafters/test_lossless.py::test_greedy_text_is_plain_text[chain-gemma3]",
+    "decode/drafters/test_lossless.py::test_greedy_text_is_plain_text[chain-llama]",
+    "decode/drafters/test_lossless.py::test_greedy_text_is_plain_text[rsd-s-llama]",
+    "decode/test_laws.py::test_planted_faults_are_found[chain rule on looked-up nodes]",
+    "decode/test_laws.py::test_the_law_is_the_targets[rsd-s]",
+    "decode/test_loop.py::test_rows_do_not_know_their_mates[draft_model-0.8]",
+    "distill/test_every_method.py::test_a_model_with_a_packed_embedding_and_head_is_taught[eagle3",
+    "distill/test_every_method.py::test_a_model_with_a_packed_embedding_and_head_is_taught[ppd",
+    "distill/test_every_method.py::test_a_stopped_run_goes_on_to_the_same_bytes[eagle3]",
+    "distill/test_every_method.py::test_a_stopped_run_goes_on_to_the_same_bytes[ppd]",
+    "distill/test_every_method.py::test_what_is_written_drafts_and_changes_nothing[eagle3-gpt2]",
+    "distill/test_every_method.py::test_where_the_output_matrix_is_learnt[chimera]",
+    "distill/test_exchange.py::test_eagle3_comes_back[gpt2-eagle3",
+    "distill/test_exchange.py::test_eagle3_comes_back[gemma3-speculators",
+    "distill/test_features.py::test_all_kinds_of_features_make_the_same_heads[chimera-gpt2]",
+    "distill/test_features.py::test_all_kinds_of_features_make_the_same_heads[clover-llama]",
+    "distill/test_features.py::test_all_kinds_of_features_make_the_same_heads[hydra-gemma3]",
+    "distill/test_processes.py::test_what_two_processes_tell_each_other",
+    "distill/test_train_heads.py::test_a_stopped_run_goes_on_to_the_same_bytes[4]",
+    "distill/test_train_heads.py::test_a_stopped_run_goes_on_to_the_same_bytes[7]",
+    "distill/test_train_heads.py::test_heads_computed_in_bfloat16_learn_as_in_float32[hydra]",
+    "quantize/test_budget.py::test_other_families[gpt2]",
+    "quantize/test_budget.py::test_other_families[qwen3_moe]",
+    "quantize/test_choice.py::test_blocks_are_calibrated_behind_the_packed_embedding[gemma3]",
+    "quantize/test_choice.py::test_embedding_and_head_are_packed_and_read_back[gpt_neox-rtn",
+    "quantize/test_jlcm.py::test_a_checkpoint_has_the_planned_bits_and_the_fit_gains[qwen3_moe]",
+    "quantize/test_preprocess.py::test_a_run_that_was_killed_ends_with_the_same_bytes",
+    "quantize/test_preprocess.py::test_the_reshaped_model_is_packed_as_the_original[gpt2]",
+    "quantize/test_preprocess.py::test_the_reshaped_model_is_packed_as_the_original[qwen3_moe]",
+    "quantize/test_run.py::test_family_through_both_doors[llama-tied-ptq161]",
+    "quantize/test_run.py::test_family_through_both_doors[mistral-rtn]",
+    "quantize/test_run.py::test_family_through_both_doors[opt-ptq161]",
+    "quantize/test_run.py::test_family_through_both_doors[qwen2-rtn]",
+    "quantize/test_run.py::test_family_through_both_doors[qwen3-rtn]",
+    "quantize/test_run.py::test_without_the_import_plain_transformers_refuses",
+    "quantize/test_scalar.py::test_a_checkpoint_has_the_planned_bits_and_every_block_gains[gpt2]",
+    "quantize/test_scalar.py::test_fields_say_the_matrix[42-123-2.0]",
+    "quantize/test_walk.py::test_killed_at_random_moments_it_ends_with_the_same_bytes[fitted]",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `ALSO_SLOW` names, before it is chosen by marks what runs."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(ALSO_SLOW):
+            item.add_marker(pytest.mark.slow)

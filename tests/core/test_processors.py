@@ -190,7 +190,31 @@ def test_the_command_line_bounds_the_spin_before_anything_runs(
     monkeypatch.setattr(cli.os, "environ", environ)
     monkeypatch.setattr(cli, "app", lambda: seen.append(dict(environ)))
     cli.main()
-    assert seen == [processors.SPIN]
+    assert seen in ([processors.SPIN], [processors.CONTENDED_SPIN])
+
+
+@pytest.mark.parametrize(
+    ("running", "installed", "threads", "spin"),
+    [
+        (1, 2, 2, processors.SPIN),
+        (2, 2, 2, processors.CONTENDED_SPIN),
+        (2, 2, 1, processors.SPIN),
+        (11, 16, 2, processors.SPIN),
+        (16, 16, 2, processors.CONTENDED_SPIN),
+        (None, 2, 2, processors.SPIN),
+    ],
+)
+def test_where_others_run_threads_spin_shorter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: int | None, installed: int,
+    threads: int, spin: dict[str, str],
+) -> None:  # fmt: skip
+    can = Allowed(installed=installed, affinity=threads, quota=None)
+    monkeypatch.setattr(processors, "allowed", lambda proc: can)
+    if running is not None:
+        (tmp_path / "loadavg").write_text(f"0.00 0.01 0.05 {running}/234 5678\n")
+    environ: dict[str, str] = {}
+    bound_spin(environ, tmp_path)
+    assert environ == spin
 
 
 def test_waiting_is_that_of_the_thread_that_waits_longest(tmp_path: Path) -> None:
