@@ -62,7 +62,8 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return new_BHSD
 
     def get_seq_length(self) -> int:
-        return max(self.cache.lengths)
+        # A layer that passed nothing (Mllama's for images) asks whether it has something to see.
+        return max(self.cache.lengths) if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.width, 0

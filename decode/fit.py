@@ -7,7 +7,7 @@ from collections.abc import Container
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from spectool.causal import BEFORE_5_23, why_not_causal
+from spectool.causal import why_not_causal
 from spectool.decoder import decoder_of
 from spectool.given import is_encoder_decoder
 
@@ -19,8 +19,6 @@ _REFUSED = {
     "gpt_neo": "its causal mask is derived from column numbers",
     "moshi": "its caches have a window that its masks have not",
 }
-if BEFORE_5_23:
-    _REFUSED["mllama_text_model"] = "its forward fails without an image in transformers 5.17"
 
 # What a forward must take.
 _NEEDED = ("position_ids", "past_key_values", "attention_mask")

@@ -68,7 +68,13 @@ def page() -> str:
         said = (result[key] for key in ("transformers", "torch", "date"))
         lines.append(f"| {' | '.join(said)} | `{result['command']}` |")
     lines += ["", f"## With transformers {newest['transformers']}", ""]
-    lines += [f"{_summary(newest)}", "", "| model type | " + " | ".join(COLUMNS) + " |"]
+    lines += [
+        _summary(newest),
+        "",
+        _accepted(newest),
+        "",
+        "| model type | " + " | ".join(COLUMNS) + " |",
+    ]
     lines.append("|---|" + "---|" * len(COLUMNS))
     built = [row for row in newest["entries"] if "checks" in row]
     for row in built:
@@ -130,6 +136,16 @@ def _summary(result: Any) -> str:
     )
 
 
+def _accepted(result: Any) -> str:
+    """In how many of the models that a drafter works with a draft was accepted."""
+    found = []
+    for name in (*COLUMNS["drafters"], *COLUMNS["heads"]):
+        checks = [row["checks"][name] for row in result["entries"] if name in row.get("checks", {})]
+        works = [check for check in checks if check["result"] == "works"]
+        found.append(f"{name} {sum(c.get('accepted', 0) > 0 for c in works)} of {len(works)}")
+    return f"A draft was accepted with {', '.join(found)}; others show rejections at most."
+
+
 def _cells(row: Any, reasons: dict[str, list[str]]) -> list[str]:
     """A row's cells; what is refused is added to the reasons."""
     plain = any("decoding plainly" in note for note in row.get("notes", []))
@@ -167,6 +183,7 @@ def _number(why: str, row: Any, reasons: dict[str, list[str]]) -> int:
     """The number of a reason, whatever model it names."""
     said = why.replace("MODEL: ", "").removeprefix(row["class"]).lstrip(": ")
     said = re.sub(r"^\S+ cannot be decoded by spectool: ", "", said)
+    said = re.sub(r"^(it |\S+ here )?is no causal model", "is no causal model", said)
     for name in (row["class"], row["entry"].partition(",")[0], row.get("type")):
         said = said.replace(f"{name}", "the model") if name else said
     reasons.setdefault(said, []).append(row["entry"])

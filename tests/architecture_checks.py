@@ -27,7 +27,7 @@ from spectool.distill.train_heads import train_heads
 from spectool.errors import InputError
 from spectool.evaluate.fidelity import layer_errors
 from spectool.evaluate.windows import Batch, BlockwiseLaws, Windows, log_laws
-from spectool.loading import load_model
+from spectool.loading import load_model, load_tokenizer
 from spectool.quantize.run import Job, quantize
 
 TEXT = Path(__file__).parent.parent / "core/calibration/mixed.txt"
@@ -110,7 +110,8 @@ class Subject:
     def decode(self, draft: str | None, prompts: list[list[int]]) -> list[list[int]]:
         """spectool's greedy text after prompts, all of them together."""
         heard: list[int] = []
-        runner = Runner(self.ours, tokenizer=tokenizer(), draft=draft, allow_other_target=False)
+        # As transformers opens it: some model types add tokens to it.
+        runner = Runner(self.ours, tokenizer=load_tokenizer(self.place), draft=draft)
         try:
             results = runner.generate(
                 prompts,

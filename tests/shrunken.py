@@ -74,7 +74,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "layer_types": ALTERNATING,
         "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in set(ALTERNATING)
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+            for kind in sorted(set(ALTERNATING))
         },
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2}},
@@ -119,7 +120,7 @@ def shrink(kind: type[PreTrainedConfig], extra: Mapping[str, Any]) -> PreTrained
         own = getattr(default, name, None)
         if isinstance(own, PreTrainedConfig):
             inner = OVERRIDES.get(own.model_type, {})
-            chosen[name] = shrink(type(own), {**inner, **extra.get(name, {})}).to_dict()
+            chosen[name] = shrink(type(own), {**inner, **extra.get(name, {})})
     for name, value in said.items():
         if isinstance(value, int) and name in SIZES:
             chosen[name] = SIZES[name] if name in EXACTLY else min(value, SIZES[name])

@@ -103,3 +103,13 @@ def test_nothing_is_copied_for_a_path_in_place(tiny: Tiny, monkeypatch: pytest.M
     monkeypatch.setattr(cache, "_trees", [])
     cache.commit([draft.tokens], [[0, 1]])
     assert cache.tokens == [[2, 3, 4, 5]]
+
+
+def test_a_layer_that_passes_nothing_has_seen_nothing() -> None:
+    """Mllama's layers for images ask, and would look at what is not there."""
+    cache = TreeCache(batch=1, num_layers=2, context=16)
+    cache.open(2, torch.device("cpu"))
+    rows_BHND = torch.ones(1, 1, 2, 4)
+    cache.update(rows_BHND, rows_BHND, 0)
+    cache.commit([[5, 6]], [[0, 1]])
+    assert [cache.get_seq_length(layer) for layer in (0, 1)] == [2, 0]
