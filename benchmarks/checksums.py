@@ -1,4 +1,4 @@
-"""What comparing an artifact's files with their checksums adds to loading it.
+"""Measure what comparing files with their checksums adds to loading an artifact.
 
 Packs a random bf16 Llama of a billion parameters by `int8` (about 1.1 GB) and loads it in turns
 with and without the comparison: from the page cache, and from the disk after its pages were

@@ -125,7 +125,7 @@ class Output:
         self.err.print(escape(line))
 
     def note(self, reading: Reading) -> None:
-        """What was read of a source of text; said once, though it is read for several models."""
+        """Note what was read of a source of text, once, though several models read it."""
         found = reading.as_dict()
         if found not in self.readings:
             self.readings.append(found)

@@ -148,7 +148,7 @@ def _run(output: Output, words: list[str]) -> dict[str, Any]:
 
 
 def _next_commands(out: Path, model: str, texts: dict[str, str]) -> list[list[str]]:
-    """What a user may paste next: talk, another drafter beside transformers' own, other bits."""
+    """List commands to paste next: talk, another drafter beside transformers' own, other bits."""
     packed = str(out / "packed")
     return [
         ["chat", packed, "--draft", str(out / "heads-of-packed")],

@@ -105,7 +105,7 @@ def inspect(
 
 
 def _sums(stored: Mapping[str, Any], checked: bool) -> dict[str, Any] | None:
-    """What programs hear: the SHA-256 of each file, and whether it was compared just now."""
+    """Return the SHA-256 of each file for programs, and whether it was compared just now."""
     if not stored:
         return None
     return {"checked": checked, "sha256": {name: each.sha256 for name, each in stored.items()}}

@@ -332,7 +332,7 @@ def show_plan(output: Output, plan: Plan, skeleton: Skeleton, job: Job) -> None:
 
 
 def _show_calibration(output: Output, skeleton: Skeleton, job: Job) -> None:
-    """What text is calibrated on, if any is, and how much of it."""
+    """Name the text that is calibrated on, if any, and how much of it."""
     from spectool.quantize.run import calibrates, sequence_length
     from spectool.text import BUILTIN
 

@@ -81,7 +81,7 @@ class Guard:
 
 
 def guard(path: Path, stored: Mapping[str, Checksums]) -> Guard | None:
-    """What compares one of the files that have checksums in `stored`; None if none has.
+    """Return the guard that compares a file with its checksum in `stored`; None without any.
 
     Raises:
         CheckpointError: others have one, and it has not.
