@@ -37,7 +37,7 @@ from torch import Tensor
 
 from spectool.errors import UsageError
 from spectool.evaluate.fidelity import score
-from spectool.evaluate.windows import Batch, ResidentLaws, Windows, cut
+from spectool.evaluate.windows import Batch, ResidentLogProbs, Windows, cut
 from spectool.headers import read_layout
 from spectool.loading import load_model, load_tokenizer
 from spectool.machine import describe
@@ -118,8 +118,8 @@ def write_texts(shared: Path, folder: Path) -> None:
 class Original:
     """The uncompressed model's laws on a text, computed once."""
 
-    def __init__(self, windows: Windows, laws: Callable[[Batch], Tensor], vocabulary: int) -> None:
-        self.kept = {_key(b): laws(b) for b in windows.batches(vocabulary)}
+    def __init__(self, windows: Windows, probs: Callable[[Batch], Tensor], vocabulary: int) -> None:
+        self.kept = {_key(b): probs(b) for b in windows.batches(vocabulary)}
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
         ref_BLV = self.kept[_key(batch)]
@@ -147,11 +147,11 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
     for text in texts:
         ids = encode(tokenizer, read_text([text], tokenizer))
         windows = cut(ids, length=window, bos=tokenizer.bos_token_id)
-        sides[Path(text).stem] = windows, Original(windows, ResidentLaws(original), vocabulary)
+        sides[Path(text).stem] = windows, Original(windows, ResidentLogProbs(original), vocabulary)
     rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     done = {_identity(row) for row in rows}
     if not done:
-        rows += _lost(sides, ResidentLaws(original), vocabulary, {"method": "original"})
+        rows += _lost(sides, ResidentLogProbs(original), vocabulary, {"method": "original"})
     for name, options in METHODS:
         method, _, way = name.partition(" ")
         kind = resolve(method, "quantizer")
@@ -191,7 +191,7 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
                 ledger = count_bits(read_layout(out))
                 said |= {"bits_linears": ledger.linears, "bits_file": ledger.file}
                 packed = load_model(out, dtype="float32", runtime="dense")
-                rows += _lost(sides, ResidentLaws(packed), vocabulary, said)
+                rows += _lost(sides, ResidentLogProbs(packed), vocabulary, said)
             found = {"benchmark": "fidelity", "machine": describe(), "model": Path(model).name}
             given.out.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
             print(name, options, seed, f"{said['seconds']:.0f} s", flush=True)
@@ -214,7 +214,7 @@ def _peak() -> int:
 
 def _lost(
     sides: dict[str, tuple[Windows, Original]],
-    laws: Callable[[Batch], Tensor],
+    probs: Callable[[Batch], Tensor],
     vocabulary: int,
     said: Row,
 ) -> list[Row]:
@@ -226,7 +226,7 @@ def _lost(
         def sink(batch: Batch, logp_BLV: Tensor, nll: list[float] = nll) -> None:
             nll += (-_chosen(batch, logp_BLV)).tolist()
 
-        scores = score(windows, laws, vocabulary, reference=original, sink=sink)
+        scores = score(windows, probs, vocabulary, reference=original, sink=sink)
         assert scores.kl is not None and scores.same_top is not None
         counts = [ids_SL.shape[1] - 1 for ids_SL in windows.groups for _ in ids_SL]
         rows.append(

@@ -110,7 +110,7 @@ def bench(
         sizes = _batch_sizes(batch_size)
         prepare_torch(threads)
         from spectool import text
-        from spectool.decode.sampling import Law
+        from spectool.decode.sampling import SamplingOptions
         from spectool.evaluate import bench as room
         from spectool.evaluate import picture
         from spectool.loading import describe_runtime
@@ -119,7 +119,7 @@ def bench(
         if plot is not None:
             picture.check_picture(plot)
 
-        law = Law(
+        sampling = SamplingOptions(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -165,7 +165,7 @@ def bench(
                     max_new_tokens=max_new_tokens,
                     batch_size=size,
                     with_peers=peers,
-                    law=law,
+                    sampling=sampling,
                     seed=seed,
                     verify=verify,
                     lossy=lossy,

@@ -127,9 +127,9 @@ def chat(
             tune=True,
         )
         from spectool.decode.chat import Chat, Options
-        from spectool.decode.sampling import Law
+        from spectool.decode.sampling import SamplingOptions
 
-        law = Law(
+        sampling = SamplingOptions(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -137,10 +137,10 @@ def chat(
             repetition_penalty=repetition_penalty,
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
-        pairing = runner.pairing(runner.drafter, verify=verify, lossy=lossy, **law)
+        pairing = runner.pairing(runner.drafter, verify=verify, lossy=lossy, **sampling)
         options = Options(
             max_new_tokens=max_new_tokens,
-            law=law,
+            sampling=sampling,
             seed=seed,
             stop=tuple(stop or ()),
             verify=verify,

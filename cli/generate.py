@@ -95,9 +95,9 @@ def generate(
             allow_other_target=allow_other_target,
             tune=True,
         )
-        from spectool.decode.sampling import Law
+        from spectool.decode.sampling import SamplingOptions
 
-        law = Law(
+        sampling = SamplingOptions(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -131,7 +131,7 @@ def generate(
             batch_size=batch_size,
             on_tokens=on_tokens if streams else None,
             keep_interrupted=True,
-            **law,
+            **sampling,
         )
         seconds = time.perf_counter() - began
         runner.close()

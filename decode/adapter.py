@@ -28,7 +28,7 @@ from spectool.decode.drafters.combined import Combined
 from spectool.decode.drafters.spec import open_plain, parse_spec
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Draws, SamplingParams
 from spectool.errors import UsageError
 
 # Criteria that need not be asked: what they say of a draft is known.
@@ -85,7 +85,7 @@ def _refuse(drafter: Drafter) -> None:
     for part in drafter.drafters if isinstance(drafter, Combined) else [drafter]:
         # `attach` is how a drafter comes by the model itself.
         attached = getattr(part.attach, "__func__", None) is not Drafter.attach
-        drawn = set(part.kinds(Control(temperature=1.0))) - {"deterministic"}
+        drawn = set(part.kinds(SamplingParams(temperature=1.0))) - {"deterministic"}
         if part.needs != Needs() or attached or drawn:
             raise UsageError(
                 f"{part.name} cannot draft for transformers' generate: it needs more than the text",
@@ -138,7 +138,7 @@ class Candidates(CandidateGenerator):
         if self._row is None:
             room = self._max_length
             row = self._row = Row(index=0, tokens=input_ids[0].tolist(), draws=Draws(0, 0),
-                                  control=Control(), max_new_tokens=room, context=room)  # fmt: skip
+                                  control=SamplingParams(), max_new_tokens=room, context=room)  # fmt: skip
             # Without the target's rows: who reads them is refused.
             cache = TreeCache(batch=1, num_layers=1, context=1)
             self._drafter.begin([Prompt(row=row, logits_V=scores[0, -1])], cache)

@@ -11,7 +11,7 @@ from spectool.decode.protocol import Drafter, Outcome, Prompt
 from spectool.decode.recurrent import RecurrentTarget
 from spectool.decode.replay import ReplayCache
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError, UsageError
@@ -34,7 +34,7 @@ class Chains(Drafter):
         self._target = target
         self._cache: ReplayCache | None = None
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return self.drafter.kinds(control)
 
     def attach(self, target: Target) -> None:
@@ -75,7 +75,7 @@ class FirstPath(Drafter):
         self.drafter, self.depth = drafter, depth
         self.name, self.needs = drafter.name, drafter.needs
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return self.drafter.kinds(control)
 
     def attach(self, target: Target) -> None:

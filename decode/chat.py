@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.artifact import disk_errors
 from spectool.decode.generate import Result, Runner
-from spectool.decode.sampling import Law
+from spectool.decode.sampling import SamplingOptions
 from spectool.errors import TextError, UsageError
 from spectool.headers import read_json
 from spectool.rows import Row
@@ -44,7 +44,7 @@ class Options:
     """How answers are generated; `Runner.generate` describes each. Turn n draws from seed + n."""
 
     max_new_tokens: int = 512
-    law: Law = field(default_factory=Law)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     seed: int = 0
     stop: tuple[str, ...] = ()
     verify: str | None = None
@@ -188,7 +188,7 @@ class Chat:
             stop=options.stop,
             verify=options.verify,
             lossy=options.lossy,
-            **options.law,
+            **options.sampling,
         )
         if not result.token_ids:
             raise KeyboardInterrupt

@@ -23,7 +23,7 @@ from spectool.decode.loop import Spent, decode
 from spectool.decode.protocol import Drafter
 from spectool.decode.recurrent import open_target
 from spectool.decode.row import FinishReason, Row
-from spectool.decode.sampling import Control, Draws, Law
+from spectool.decode.sampling import Draws, SamplingOptions, SamplingParams
 from spectool.decode.text import TextStream
 from spectool.decode.tune import Tuned
 from spectool.decode.verify import Pairing, rule_for
@@ -167,14 +167,14 @@ class Runner:
         *,
         verify: str | None = None,
         lossy: bool = False,
-        **law: Unpack[Law],
+        **sampling: Unpack[SamplingOptions],
     ) -> Pairing:
         """The rule that `generate` would verify this drafter with. Runs no forward.
 
         Raises:
             UsageError: a value outside its range, or a pair that is refused.
         """
-        return _pair(drafter, Control(**law), verify, lossy)
+        return _pair(drafter, SamplingParams(**sampling), verify, lossy)
 
     def generate(
         self,
@@ -191,11 +191,11 @@ class Runner:
         streamer: Streamer | None = None,
         reuse_cache: bool = False,
         keep_interrupted: bool = False,
-        **law: Unpack[Law],
+        **sampling: Unpack[SamplingOptions],
     ) -> list[Result]:
         """Continue every prompt (text, or token ids as they are), `batch_size` at a time.
 
-        `law` are the options of `sampling.Control`; without any, decoding is greedy.
+        `sampling` are the options of `sampling.SamplingParams`; without any, decoding is greedy.
         `on_tokens(i, tokens, text, drafted)` hears of prompt i's tokens as they are committed; they
         are never taken back, and the first `drafted` characters of the text came from accepted
         drafts. `streamer` is one of transformers': it is put each prompt, then the tokens of each
@@ -218,7 +218,7 @@ class Runner:
                 if batch_size > 1:
                     raise UsageError("a streamer hears one prompt at a time: batch size 1")
                 on_tokens = _putting(streamer, on_tokens)
-            control = Control(**law)
+            control = SamplingParams(**sampling)
             pairing = _pair(self.drafter, control, verify, lossy)
             if isinstance(max_new_tokens, int):
                 max_new_tokens = [max_new_tokens] * len(prompts)
@@ -285,7 +285,7 @@ class Runner:
         index: int,
         prompt: str | Sequence[int],
         draws: Draws,
-        control: Control,
+        control: SamplingParams,
         max_new_tokens: int,
         eos: frozenset[int],
         stop: Sequence[str],
@@ -367,7 +367,7 @@ def generate(
     batch_size: int = 1,
     on_tokens: OnTokens | None = None,
     streamer: Streamer | None = None,
-    **law: Unpack[Law],
+    **sampling: Unpack[SamplingOptions],
 ) -> list[Result]:
     """Continue each prompt once; `Runner` and `Runner.generate` describe the options.
 
@@ -392,7 +392,7 @@ def generate(
         batch_size=batch_size,
         on_tokens=on_tokens,
         streamer=streamer,
-        **law,
+        **sampling,
     )
 
 
@@ -434,7 +434,7 @@ def _groups(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
             yield group[start : start + batch_size]
 
 
-def _pair(drafter: Drafter, control: Control, verify: str | None, lossy: bool) -> Pairing:
+def _pair(drafter: Drafter, control: SamplingParams, verify: str | None, lossy: bool) -> Pairing:
     kinds = drafter.kinds(control)
     return rule_for(kinds, verify, temperature=control.temperature, lossy=lossy)
 

@@ -121,7 +121,7 @@ def _step(
     needs = drafter.needs
     done = target.verify(cache, drafts, needs)
     fed = time.perf_counter()
-    settled, top, laws_BNV = _judge(rows, drafts, done.logits_BNV, pairing, needs.top)
+    settled, top, probs_BNV = _judge(rows, drafts, done.logits_BNV, pairing, needs.top)
     # On a GPU the pass has only been enqueued before its verdict is read.
     passed = fed if target.device.type == "cpu" else time.perf_counter()
     commits, outcomes, paths = [], [], []
@@ -142,7 +142,7 @@ def _step(
                 draft=draft,
                 path=path,
                 next_token=new[taken - 1],
-                laws_NV=laws_BNV[b, nodes] if needs.laws else None,
+                probs_NV=probs_BNV[b, nodes] if needs.probs else None,
                 beside_NV=done.logits_BNV[b, len(draft) : draft.num_rows],
                 top=top[b][nodes] if needs.top else [],
                 features={name: f_BND[b, nodes] for name, f_BND in done.features.items()},
@@ -167,19 +167,19 @@ def _judge(
     """Every row's path and next token, the `top` likeliest ids after each node, and the laws."""
     control = rows[0].control
     contexts = _contexts(rows, drafts) if control.looks_back else None
-    laws_BNV = control.laws(logits_BNV, contexts)
+    probs_BNV = control.probs(logits_BNV, contexts)
     verdicts = [
-        pairing.rule(draft, laws_NV[: len(draft)], Turn(row.draws, len(row.tokens) - 1))
-        for row, draft, laws_NV in zip(rows, drafts, laws_BNV, strict=True)
+        pairing.rule(draft, probs_NV[: len(draft)], Turn(row.draws, len(row.tokens) - 1))
+        for row, draft, probs_NV in zip(rows, drafts, probs_BNV, strict=True)
     ]
     top_BNK = likeliest(logits_BNV, top) if top else None
     settled, ids = settle(drafts, verdicts, is_sound=sound(logits_BNV), top_BNK=top_BNK)
     if top_BNK is None:
-        return settled, [], laws_BNV
+        return settled, [], probs_BNV
     _, num_nodes, top = top_BNK.shape
     listed = [ids[start : start + top] for start in range(0, len(ids), top)]
     by_row = [listed[b * num_nodes : (b + 1) * num_nodes] for b in range(len(rows))]
-    return settled, by_row, laws_BNV
+    return settled, by_row, probs_BNV
 
 
 def _contexts(rows: Sequence[Row], drafts: Sequence[Draft]) -> Contexts:

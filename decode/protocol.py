@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ class Needs:
     before the final norm). `final`: the state after the final norm, which the head reads. `top`:
     the ids of the that many likeliest tokens after every node; those after every prompt token are
     computed when the drafter asks for them.
-    `laws`: the laws of all verified nodes, not only the verdict. `inject`: what rows beside a
+    `probs`: the laws of all verified nodes, not only the verdict. `inject`: what rows beside a
     tree's nodes are at the input of a decoder layer, by its index, -1 for the embeddings.
     """
 
     layers: tuple[int, ...] = ()
     final: bool = False
     top: int = 0
-    laws: bool = False
+    probs: bool = False
     inject: Mapping[int, Inject] = field(default_factory=dict)
 
 
@@ -53,7 +53,7 @@ class Outcome:
     """What became of one row's draft. Features are [N, D] each, one row per node, as is `top`.
 
     `path` holds the nodes that entered the cache, the root first; `next_token` is the new root.
-    Where the row finished, both end with it. `laws_NV` are what the rule judged by: scores when
+    Where the row finished, both end with it. `probs_NV` are what the rule judged by: scores when
     greedy. `beside_NV` are the logits of the rows beside the tree.
     """
 
@@ -61,7 +61,7 @@ class Outcome:
     draft: Draft
     path: list[int]
     next_token: int
-    laws_NV: Tensor | None = None
+    probs_NV: Tensor | None = None
     beside_NV: Tensor | None = None
     top: list[list[int]] = field(default_factory=list)
     features: Features = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Drafter(Protocol):
     needs: Needs
     combines: bool = True
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         """The kinds of nodes it proposes under these settings; the rule is chosen by them."""
 
     def attach(self, target: Target) -> None:

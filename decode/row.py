@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.text import TextStream
 
 FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
@@ -25,7 +25,7 @@ class Row:
     index: int
     tokens: list[int]
     draws: Draws
-    control: Control
+    control: SamplingParams
     max_new_tokens: int
     context: int
     eos: Collection[int] = ()

@@ -34,8 +34,8 @@ _MASK = (1 << 64) - 1
 _COLDEST, _HOTTEST = 1e-30, 1e30
 
 
-class Law(TypedDict, total=False):
-    """The options of a `Control` as keyword arguments of what makes one."""
+class SamplingOptions(TypedDict, total=False):
+    """The options of a `SamplingParams` as keyword arguments of what makes one."""
 
     temperature: float
     top_k: int
@@ -46,7 +46,7 @@ class Law(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Control:
+class SamplingParams:
     """The processors between a model's logits and a rule, in transformers' order.
 
     Temperature 0 means greedy; the filters `top_k`, `top_p` and `min_p` then change nothing. Off
@@ -108,10 +108,10 @@ class Control:
 
     @property
     def looks_back(self) -> bool:
-        """Whether `laws` needs the tokens before each node."""
+        """Whether `probs` needs the tokens before each node."""
         return bool(self.backward)
 
-    def laws(self, logits_BNV: Tensor, contexts: Contexts | None = None) -> Tensor:
+    def probs(self, logits_BNV: Tensor, contexts: Contexts | None = None) -> Tensor:
         """The law of the token after each node, fp32 [B, N, V]; when greedy, scores instead.
 
         Greedy laws are one-hot at the largest score (the lowest index on ties, as argmax has it):
@@ -180,7 +180,7 @@ class Source(Protocol):
     path; siblings are tested one after another, so each has its own.
     """
 
-    def pick(self, laws_MV: Tensor, depths: Sequence[int]) -> Tensor:
+    def pick(self, probs_MV: Tensor, depths: Sequence[int]) -> Tensor:
         """Token ids [M] drawn from the laws after nodes of these depths."""
 
     def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int], draw: int = 0) -> Tensor:
@@ -197,9 +197,9 @@ class Turn:
     draws: Draws
     position: int
 
-    def pick(self, laws_MV: Tensor, depths: Sequence[int]) -> Tensor:
-        numbers_M = self._numbers([depth + 1 for depth in depths], "token", 0, laws_MV.device)
-        return pick(laws_MV, numbers_M)
+    def pick(self, probs_MV: Tensor, depths: Sequence[int]) -> Tensor:
+        numbers_M = self._numbers([depth + 1 for depth in depths], "token", 0, probs_MV.device)
+        return pick(probs_MV, numbers_M)
 
     def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int], draw: int = 0) -> Tensor:
         # A product instead of a quotient: 0/0 cannot arise.
@@ -212,12 +212,12 @@ class Turn:
         return torch.tensor([drawn[n] for n in ahead], dtype=torch.float64, device=device)
 
 
-def pick(laws_MV: Tensor, uniform_M: Tensor) -> Tensor:
+def pick(probs_MV: Tensor, uniform_M: Tensor) -> Tensor:
     """Token ids [M] by inverting each law's cumulative sum; never one of probability 0."""
-    cumulative_MV = laws_MV.double().cumsum(-1)
+    cumulative_MV = probs_MV.double().cumsum(-1)
     threshold_M1 = uniform_M[:, None] * cumulative_MV[:, -1:]
     index_M1 = torch.searchsorted(cumulative_MV, threshold_M1, right=True)
-    return index_M1[:, 0].clamp_(max=laws_MV.shape[-1] - 1)
+    return index_M1[:, 0].clamp_(max=probs_MV.shape[-1] - 1)
 
 
 def sound(logits: Tensor) -> Tensor:

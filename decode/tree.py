@@ -24,7 +24,7 @@ Kind = Literal["deterministic", "iid", "distinct"]
 class Draft:
     """One row's tree. `kinds[0]`, the root's, means nothing.
 
-    `laws_NV[i]` is the law that the children of node i were drawn from (fp32, after warping, over
+    `probs_NV[i]` is the law that the children of node i were drawn from (fp32, after warping, over
     the target's vocabulary); needed where children are sampled. Trailing leaves have no row.
     `draws[i]` are the children of node i in the order in which they were drawn, one that was drawn
     again standing again; None where each was drawn once, in the order of the nodes. `sources[i]`
@@ -37,7 +37,7 @@ class Draft:
     tokens: list[int]
     parents: list[int]
     kinds: list[Kind]
-    laws_NV: Tensor | None = None
+    probs_NV: Tensor | None = None
     draws: dict[int, list[int]] | None = None
     sources: Sequence[Hashable] | None = None
     beside: Sequence[tuple[int, int]] = ()
@@ -87,9 +87,9 @@ def root(token: int) -> Draft:
     return Draft([token], [-1], ["deterministic"])
 
 
-def chain(tokens: Sequence[int], *, kind: Kind, laws_NV: Tensor | None = None) -> Draft:
+def chain(tokens: Sequence[int], *, kind: Kind, probs_NV: Tensor | None = None) -> Draft:
     """A single path: the root's token, then the proposals."""
-    return Draft(list(tokens), list(range(-1, len(tokens) - 1)), [kind] * len(tokens), laws_NV)
+    return Draft(list(tokens), list(range(-1, len(tokens) - 1)), [kind] * len(tokens), probs_NV)
 
 
 def first_path(draft: Draft, most: int | None = None) -> Draft:

@@ -19,7 +19,7 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.curve import SIZES, Curve
 from spectool.decode.protocol import Drafter, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.processors import Waiting
@@ -89,7 +89,7 @@ class Tuned(Drafter):
         # Since the batch began.
         self._waiting = Waiting()
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return self.drafter.kinds(control)
 
     def attach(self, target: Target) -> None:

@@ -36,21 +36,21 @@ class Verdict:
 Rule = Callable[[Draft, Tensor, Source], Verdict]
 
 
-def greedy(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+def greedy(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
     """Follow the child equal to the most likely token (Stern et al. 2018). Any scores will do."""
-    return Verdict(laws_NV.argmax(-1))
+    return Verdict(probs_NV.argmax(-1))
 
 
-def token_match(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+def token_match(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
     """Draw the target's own token once per node and follow the child that equals it.
 
     Exact for every draft: what is emitted is the target's draw, whatever was proposed. With the
     draws of `sampling.Turn` the text is even the one that plain sampling gives under the seed.
     """
-    return Verdict(source.pick(laws_NV, draft.depths))
+    return Verdict(source.pick(probs_NV, draft.depths))
 
 
-def rejection(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+def rejection(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
     """Test a node's children in the order drawn, each against what the ones before it left over.
 
     Child x from law q stands with min(1, r(x)/q(x)); where it falls, r becomes Norm[r - q]+; r
@@ -60,11 +60,11 @@ def rejection(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
     rejection, Jeon et al. 2024 (arXiv:2402.14160), algorithm 1. A deterministic child has a
     one-hot q. A residual that rounds to nothing stands for r = q, and r stays.
     """
-    family = _Family.of(draft, laws_NV.device)
-    r_MV, q_MV = laws_NV[family.parents], _drawn_from(draft, family.parents, laws_NV)
+    family = _Family.of(draft, probs_NV.device)
+    r_MV, q_MV = probs_NV[family.parents], _drawn_from(draft, family.parents, probs_NV)
     for draw, at, drawn in family.rounds():
         r_AV, q_AV = r_MV[at], q_MV[at]
-        token_A1 = _tokens(draft, drawn, laws_NV.device)[:, None]
+        token_A1 = _tokens(draft, drawn, probs_NV.device)[:, None]
         fixed = [a for a, node in enumerate(drawn) if draft.kinds[node] == "deterministic"]
         if fixed:
             q_AV[fixed] = torch.zeros_like(q_AV[fixed]).scatter_(1, token_A1[fixed], 1.0)
@@ -78,7 +78,7 @@ def rejection(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
             left_AV = q_AV[once].scatter_(1, token_A1[once], 0.0)
             left_AV /= left_AV.sum(-1, keepdim=True).clamp_(min=torch.finfo(left_AV.dtype).tiny)
             q_MV[[at[a] for a in once]] = left_AV
-    emit_NV = laws_NV.index_copy(0, family.parents, r_MV)
+    emit_NV = probs_NV.index_copy(0, family.parents, r_MV)
     return Verdict(source.pick(emit_NV, draft.depths), family.stands(len(draft)))
 
 
@@ -86,18 +86,18 @@ def rejection(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
 _HALVINGS = 30
 
 
-def k_seq(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+def k_seq(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
     """Test k independent children in turn, each with min(1, p(x) / (rho q(x))).
 
     Sun et al., SpecTr, 2023 (arXiv:2310.15141): rho in [1, k] is the root of
     1 - (1 - b)^k = rho b with b = sum min(q, p / rho), found by halving; where all fall, emit from
     Norm[p - min(q, p / rho) P / b]+ with P = 1 - (1 - b)^k.
     """
-    family = _Family.of(draft, laws_NV.device)
-    p_MV = laws_NV[family.parents].double()
-    q_MV = _drawn_from(draft, family.parents, laws_NV).double()
+    family = _Family.of(draft, probs_NV.device)
+    p_MV = probs_NV[family.parents].double()
+    q_MV = _drawn_from(draft, family.parents, probs_NV).double()
     k_M = torch.tensor(
-        [len(drawn) for drawn in family.children], dtype=torch.float64, device=laws_NV.device
+        [len(drawn) for drawn in family.children], dtype=torch.float64, device=probs_NV.device
     )
     low_M, high_M = torch.ones_like(k_M), k_M.clone()
     for _ in range(_HALVINGS):
@@ -110,14 +110,14 @@ def k_seq(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
     kept_MV = torch.minimum(q_MV, p_MV / high_M[:, None])
     share_M = kept_MV.sum(-1)
     for draw, at, drawn in family.rounds():
-        token_A1 = _tokens(draft, drawn, laws_NV.device)[:, None]
+        token_A1 = _tokens(draft, drawn, probs_NV.device)[:, None]
         p_A, q_A = p_MV[at].gather(1, token_A1)[:, 0], q_MV[at].gather(1, token_A1)[:, 0]
         depths = [draft.depths[node] for node in drawn]
         family.take(at, drawn, source.below(p_A, high_M[at] * q_A, depths, draw))
     all_M = 1 - (1 - share_M) ** k_M
     rest_MV = (p_MV - kept_MV * (all_M / share_M.clamp(min=1e-300))[:, None]).clamp_(min=0)
     rest_MV = torch.where(rest_MV.sum(-1, keepdim=True) > 0, rest_MV, p_MV)
-    emit_NV = laws_NV.index_copy(0, family.parents, rest_MV.to(laws_NV.dtype))
+    emit_NV = probs_NV.index_copy(0, family.parents, rest_MV.to(probs_NV.dtype))
     return Verdict(source.pick(emit_NV, draft.depths), family.stands(len(draft)))
 
 
@@ -125,19 +125,19 @@ def k_seq(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
 _TYPICAL, _TYPICAL_SHARE = 0.09, 0.3
 
 
-def typical(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+def typical(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
     """Let a node stand that the target finds likely enough: p(x) > min(0.09, 0.3 exp(-H(p))).
 
     Cai et al., Medusa, 2024 (arXiv:2401.10774), section 2.3.1. Changes the law of the text.
     """
-    entropy_N = torch.special.entr(laws_NV).sum(-1)
+    entropy_N = torch.special.entr(probs_NV).sum(-1)
     bound_N = (_TYPICAL_SHARE * (-entropy_N).exp()).clamp_(max=_TYPICAL)
     nodes = list(range(1, len(draft)))
-    token_N = _tokens(draft, nodes, laws_NV.device)
+    token_N = _tokens(draft, nodes, probs_NV.device)
     above = draft.parents[1:]
-    stands_N = laws_NV[above, token_N] > bound_N[above]
+    stands_N = probs_NV[above, token_N] > bound_N[above]
     accept_N = torch.cat([stands_N.new_ones(1), stands_N])
-    return Verdict(source.pick(laws_NV, draft.depths), accept_N)
+    return Verdict(source.pick(probs_NV, draft.depths), accept_N)
 
 
 @dataclass(slots=True)
@@ -173,12 +173,12 @@ class _Family:
         return accept_N
 
 
-def _drawn_from(draft: Draft, parents: Tensor, laws_NV: Tensor) -> Tensor:
+def _drawn_from(draft: Draft, parents: Tensor, probs_NV: Tensor) -> Tensor:
     """The laws [M, V] that the children of these nodes were drawn from; zeros where none is."""
-    if draft.laws_NV is None:
-        return torch.zeros_like(laws_NV[parents])
-    q_NV = torch.zeros_like(laws_NV)
-    q_NV[: len(draft.laws_NV)] = draft.laws_NV
+    if draft.probs_NV is None:
+        return torch.zeros_like(probs_NV[parents])
+    q_NV = torch.zeros_like(probs_NV)
+    q_NV[: len(draft.probs_NV)] = draft.probs_NV
     return q_NV[parents]
 
 

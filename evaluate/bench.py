@@ -20,7 +20,7 @@ import torch
 from spectool.decode.chains import FirstPath
 from spectool.decode.generate import Result, Runner, loop_start
 from spectool.decode.protocol import Drafter
-from spectool.decode.sampling import Control, Law
+from spectool.decode.sampling import SamplingOptions, SamplingParams
 from spectool.decode.tune import Tuned
 from spectool.errors import UsageError
 from spectool.evaluate import peers
@@ -59,7 +59,7 @@ def bench(
     max_new_tokens: int = 128,
     batch_size: int = 1,
     with_peers: bool = False,
-    law: Law | None = None,
+    sampling: SamplingOptions | None = None,
     seed: int = 0,
     verify: str | None = None,
     lossy: bool = False,
@@ -79,17 +79,17 @@ def bench(
     Raises:
         UsageError: a wrong option, or none of the prompts fits in the context.
     """
-    law = law or Law()
-    control = Control(**law)
+    sampling = sampling or SamplingOptions()
+    control = SamplingParams(**sampling)
     # Before any pass: a drafter or a rule that will not do is found at once.
     drafters = [runner.open(draft) for draft in drafts]
     for drafter in drafters:
-        runner.pairing(drafter, verify=verify, lossy=lossy, **law)
+        runner.pairing(drafter, verify=verify, lossy=lossy, **sampling)
     encoded = [runner._encode(prompt) for prompt in prompts]
     kept = _fitting(encoded, runner.target.context, min(LEAST_ROOM, max_new_tokens), say)
     texts = [encoded[i] for i in kept]
     own_ends = [ends[i] if ends else () for i in kept]
-    common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **law}
+    common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **sampling}
     plain = _decoder(runner, runner.open(None), common)
     # The same batches every time: a sampled text depends on its place in one.
     batches = _batches([categories[i] if categories else None for i in kept], batch_size)

@@ -34,9 +34,9 @@ from spectool.skeleton import model_class, read_config
 from spectool.template import encode
 from spectool.text import BUILTIN, MIXED, OnRead, builtin_text, check_ids, read_text
 
-from .fidelity import LawsReference, Reference, layer_errors, score
+from .fidelity import LogProbsReference, Reference, layer_errors, score
 from .reference import ReferenceWriter, SavedReference, expected_bytes
-from .windows import BlockwiseLaws, Laws, ResidentLaws, Windows, cut
+from .windows import BlockwiseLogProbs, LogProbs, ResidentLogProbs, Windows, cut
 
 # A model is opened whole if it takes at most this share of the memory that is free.
 MEMORY_SHARE = 0.7
@@ -134,11 +134,11 @@ def evaluate(
                 ReferenceWriter(request.save_reference, windows, vocabulary, top_k=request.top_k)
             )
         if other is not None:
-            reference = LawsReference(_laws(other, windows, request, say))
-        laws = _laws(checkpoint, windows, request, say)
+            reference = LogProbsReference(_log_probs(other, windows, request, say))
+        log_probs = _log_probs(checkpoint, windows, request, say)
         scores = score(
             windows,
-            laws,
+            log_probs,
             vocabulary,
             reference=reference,
             batch_size=request.batch_size,
@@ -232,7 +232,7 @@ def _protocol(windows: Windows) -> str:
     )
 
 
-def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) -> Laws:
+def _log_probs(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) -> LogProbs:
     device = check_device(request.device)
     dtype = parse_dtype(request.dtype) or default_dtype(checkpoint.layout, device)
     for note in checkpoint.layout.notes:
@@ -240,7 +240,7 @@ def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) 
     wanted = resident_bytes(checkpoint.layout, dtype)
     if request.blockwise or wanted > MEMORY_SHARE * available_memory(device):
         say(f"{checkpoint.path}: run block by block ({wanted / 1e9:.2f} GB as a whole)")
-        return BlockwiseLaws(
+        return BlockwiseLogProbs(
             checkpoint,
             windows,
             dtype=dtype,
@@ -259,7 +259,7 @@ def _laws(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) 
     say(f"{checkpoint.path}: {describe_runtime(model)} on {device}")
     if unused := unused_of(model, checkpoint.layout):
         say(f"{checkpoint.path}: {unused}")
-    return ResidentLaws(model)
+    return ResidentLogProbs(model)
 
 
 def resident_bytes(layout: Layout, dtype: torch.dtype) -> int:

@@ -20,7 +20,7 @@ from spectool.checkpoint import Checkpoint
 from spectool.packed import build_packed, field_specs, relative_error
 from spectool.skeleton import Skeleton
 
-from .windows import Batch, Laws, Windows
+from .windows import Batch, LogProbs, Windows
 
 # Told after each batch: scored tokens so far, scored tokens in all.
 Progress = Callable[[int, int], None]
@@ -57,17 +57,17 @@ class Reference(Protocol):
         ...
 
 
-class LawsReference:
+class LogProbsReference:
     """A reference whose laws can be computed here."""
 
-    def __init__(self, laws: Laws) -> None:
-        self.laws = laws
+    def __init__(self, log_probs: LogProbs) -> None:
+        self.log_probs = log_probs
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
-        ref_BLV = self.laws(batch).to(logp_BLV.device)
+        ref_BLV = self.log_probs(batch).to(logp_BLV.device)
         nll = -float(_chosen(ref_BLV, batch))
         if not math.isfinite(nll):
-            raise self.laws.not_finite(batch, f"its perplexity is {nll}")
+            raise self.log_probs.not_finite(batch, f"its perplexity is {nll}")
         same = int((ref_BLV.argmax(-1) == logp_BLV.argmax(-1)).sum())
         return nll, divergence(ref_BLV, logp_BLV), same
 
@@ -84,7 +84,7 @@ def divergence(ref: Tensor, ours: Tensor) -> float:
 
 def score(
     windows: Windows,
-    laws: Laws,
+    log_probs: LogProbs,
     vocabulary: int,
     *,
     reference: Reference | None = None,
@@ -101,10 +101,10 @@ def score(
     if reference is not None:
         scores.reference_nll, scores.kl, scores.same_top = 0.0, 0.0, 0.0
     for batch in windows.batches(vocabulary, batch_size=batch_size):
-        logp_BLV = laws(batch)
+        logp_BLV = log_probs(batch)
         nll = -float(_chosen(logp_BLV, batch))
         if not math.isfinite(nll):
-            raise laws.not_finite(batch, f"its perplexity is {nll}")
+            raise log_probs.not_finite(batch, f"its perplexity is {nll}")
         sink(batch, logp_BLV)
         scores.num_tokens += logp_BLV.shape[0] * logp_BLV.shape[1]
         scores.nll += nll

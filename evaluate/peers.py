@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Result, Runner
 from spectool.decode.protocol import Drafter
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tune import Tuned
 
@@ -34,7 +34,7 @@ def peers_of(
     runner: Runner,
     drafters: Sequence[Drafter],
     *,
-    control: Control,
+    control: SamplingParams,
     seed: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Decode]:
@@ -74,12 +74,12 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     ends: Sequence[Collection[int]],
-    control: Control,
+    control: SamplingParams,
     seed: int,
     options: dict[str, Any],
     assistant: Target | None,
 ) -> list[Result]:
-    model, law = runner.target.model, _law(control)
+    model, sampling = runner.target.model, _processors(control)
     results = []
     with _own_defaults(model), _count_forwards(model) as forwards:
         for index, (prompt, limit, own) in enumerate(zip(prompts, limits, ends, strict=True)):
@@ -99,7 +99,7 @@ def _generate(
                 eos_token_id=closing or None,
                 pad_token_id=closing[0] if closing else 0,
                 assistant_model=assisted_by,
-                **law,
+                **sampling,
                 **options,
             )
             results.append(
@@ -115,7 +115,7 @@ def _generate(
     return results
 
 
-def _law(control: Control) -> dict[str, Any]:
+def _processors(control: SamplingParams) -> dict[str, Any]:
     """The options of `generate` that mean the same law."""
     options = {
         "do_sample": not control.greedy,

@@ -88,7 +88,7 @@ def cut(ids: list[int], *, length: int, bos: int | None) -> Windows:
     return Windows(tuple(groups), length, bos)
 
 
-class Laws(Protocol):
+class LogProbs(Protocol):
     """Something that gives log-probabilities [B, L - 1, V] of each next token of a batch."""
 
     def __call__(self, batch: Batch) -> Tensor: ...
@@ -98,7 +98,7 @@ class Laws(Protocol):
         ...
 
 
-class ResidentLaws:
+class ResidentLogProbs:
     """The laws of a model in memory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -108,7 +108,7 @@ class ResidentLaws:
     def __call__(self, batch: Batch) -> Tensor:
         ids_BL = batch.ids_BL.to(self.model.device)
         logits_BLV = self.model(input_ids=ids_BL, use_cache=False).logits
-        return log_laws(logits_BLV)
+        return log_probs(logits_BLV)
 
     def not_finite(self, batch: Batch, what: str) -> NotFinite:
         where = first_not_finite(self.model, batch.ids_BL)
@@ -116,7 +116,7 @@ class ResidentLaws:
         return _unlikely(name, what) if where is None else not_finite(name, what, where)
 
 
-class BlockwiseLaws:
+class BlockwiseLogProbs:
     """The laws of a checkpoint of any size: all windows go through one block after another.
 
     One block and the hidden states of all windows are resident, the latter in a file if large.
@@ -169,7 +169,7 @@ class BlockwiseLaws:
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
         hidden_BLD = self.hidden[batch.group].hidden_SLD[batch.rows].to(self.device)
-        return log_laws(self.around.logits(batch.ids_BL, hidden_BLD))
+        return log_probs(self.around.logits(batch.ids_BL, hidden_BLD))
 
     def not_finite(self, batch: Batch, what: str) -> NotFinite:
         hidden_BLD = self.hidden[batch.group].hidden_SLD[batch.rows].to(self.device)
@@ -182,6 +182,6 @@ def _unlikely(name: str, what: str) -> NotFinite:
     return NotFinite(f"{name}: {what}: the model gives some of its tokens no probability at all")
 
 
-def log_laws(logits_BLV: Tensor) -> Tensor:
+def log_probs(logits_BLV: Tensor) -> Tensor:
     """Log-probabilities [B, L - 1, V] in float32; the last position predicts nothing scored."""
     return torch.log_softmax(logits_BLV[:, :-1].float(), -1)

@@ -356,17 +356,17 @@ def _divergence(
     finish: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The mean of KL(wanted || ours) over tokens; by two levels where there is one code a row."""
-    law_TV = wanted_TV.exp()
-    entropy_T = (law_TV * wanted_TV).sum(-1)
+    probs_TV = wanted_TV.exp()
+    entropy_T = (probs_TV * wanted_TV).sum(-1)
     if books.config.single and finish is Tensor.float:
         code_V, book_KD = books.codes_nSG[:, 0, 0], books.codebook()[0, 0]
         logit_TK = states_TD @ book_KD.T
         mass_K = log_mass(bias_V, code_V, len(book_KD))
-        law_TK = torch.zeros_like(logit_TK).index_add_(1, code_V, law_TV)
-        chosen_T = (law_TK * logit_TK).sum(-1) + law_TV @ bias_V
+        probs_TK = torch.zeros_like(logit_TK).index_add_(1, code_V, probs_TV)
+        chosen_T = (probs_TK * logit_TK).sum(-1) + probs_TV @ bias_V
         return (entropy_T - chosen_T + (logit_TK + mass_K).logsumexp(-1)).mean()
     logits_TV = finish(F.linear(states_TD, books.matrix(states_TD.shape[1]), bias_V))
-    return (entropy_T - (law_TV * logits_TV.log_softmax(-1)).sum(-1)).mean()
+    return (entropy_T - (probs_TV * logits_TV.log_softmax(-1)).sum(-1)).mean()
 
 
 def log_mass(bias_V: Tensor, code_V: Tensor, count: int) -> Tensor:

@@ -26,7 +26,7 @@ from spectool.distill import plan as heads_plan
 from spectool.distill.train_heads import train_heads
 from spectool.errors import InputError
 from spectool.evaluate.fidelity import layer_errors
-from spectool.evaluate.windows import Batch, BlockwiseLaws, Windows, log_laws
+from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows, log_probs
 from spectool.loading import load_model, load_tokenizer
 from spectool.quantize.run import Job, quantize
 
@@ -145,14 +145,14 @@ def resident(subject: Subject) -> dict[str, float]:
 
 def blockwise(subject: Subject) -> dict[str, float]:
     """Log-probabilities block by block are transformers' own."""
-    laws_BLV = laws_by_block(subject.place, subject.ids_BL)
+    probs_BLV = logits_by_block(subject.place, subject.ids_BL)
     subject.walks = True
-    return {"difference": same(laws_BLV, log_laws(subject.logits_BLV))}
+    return {"difference": same(probs_BLV, log_probs(subject.logits_BLV))}
 
 
-def laws_by_block(place: Path, ids_BL: Tensor) -> Tensor:
+def logits_by_block(place: Path, ids_BL: Tensor) -> Tensor:
     windows = Windows((ids_BL,), ids_BL.shape[1], None)
-    laws = BlockwiseLaws(
+    laws = BlockwiseLogProbs(
         open_checkpoint(place), windows, dtype=torch.float32, device=torch.device("cpu")
     )
     return laws(Batch(0, slice(0, len(ids_BL)), ids_BL))
@@ -169,8 +169,8 @@ def int8(subject: Subject) -> dict[str, float]:
     dense = load_model(out, dtype="float32", runtime="dense")
     same(forward(dense, subject.ids_BL), logits_BLV, "packed and unpacked")
     if subject.walks:
-        laws_BLV = laws_by_block(out, subject.ids_BL)
-        same(laws_BLV, log_laws(logits_BLV), "packed, whole and by block")
+        probs_BLV = logits_by_block(out, subject.ids_BL)
+        same(probs_BLV, log_probs(logits_BLV), "packed, whole and by block")
     return figures
 
 

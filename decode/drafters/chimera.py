@@ -11,7 +11,7 @@ t, and behind them the chain of trigrams g_{t+1} ... g_{t+1+j}, each row at its 
     y_j = the layer's output at the last row of [h_1 ... h_t ; g_{t+1} ... g_{t+1+j}],
 
 and head j (from 0) guesses x_{t+2+j} by U_j [h_t ; y_j]. Loss: the sum over j of the mean cross
-entropy against the text's tokens and, `law_weight` times, against the target's laws.
+entropy against the text's tokens and, `probs_weight` times, against the target's laws.
 
 Each U_j begins as the target's output matrix twice over. A step drafts a static tree, a pass of the
 layer per depth for all nodes that have children; keys and values of the target's states are kept,
@@ -89,7 +89,7 @@ class ChimeraHeads(Heads):
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         num_heads: int = option(4, "tokens guessed ahead", minimum=1, maximum=16)
-        law_weight: float = option(
+        probs_weight: float = option(
             1.0, "what the target's laws count beside the text's tokens", minimum=0
         )
         draft_vocab: int = option(
@@ -102,8 +102,8 @@ class ChimeraHeads(Heads):
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
-        self.law_weight = config.law_weight
-        self.learns = "both" if config.law_weight else "labels"
+        self.probs_weight = config.probs_weight
+        self.learns = "both" if config.probs_weight else "labels"
         shape = layer_config(model)
         self.rotary = Rotary(shape)
         self.trigram = Trigram(shape.hidden_size)

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UsageError
@@ -37,10 +37,10 @@ class Combined(Drafter):
             layers=tuple(sorted({n for drafter in drafters for n in drafter.needs.layers})),
             final=any(drafter.needs.final for drafter in drafters),
             top=max(drafter.needs.top for drafter in drafters),
-            laws=any(drafter.needs.laws for drafter in drafters),
+            probs=any(drafter.needs.probs for drafter in drafters),
         )
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def attach(self, target: Target) -> None:

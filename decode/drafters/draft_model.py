@@ -25,7 +25,7 @@ from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, pick, sound, unsound
+from spectool.decode.sampling import SamplingParams, pick, sound, unsound
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError
@@ -62,7 +62,7 @@ class _Growth:
     parents: list[int] = field(default_factory=list)
     live: list[bool] = field(default_factory=list)
     frontier: list[int] = field(default_factory=lambda: [-1])
-    laws: list[Tensor] = field(default_factory=list)
+    probs: list[Tensor] = field(default_factory=list)
     draws: dict[int, list[int]] = field(default_factory=dict)
     chains: list[int] = field(default_factory=list)
     scores: tuple[Tensor, Tensor] | None = None
@@ -96,12 +96,12 @@ class _Growth:
     def draft(self, kind: Kind) -> Draft:
         places = self.places()
         live = [node for node in places if node >= 0]
-        laws_NV = torch.stack(self.laws) if kind != "deterministic" and self.laws else None
+        probs_NV = torch.stack(self.probs) if kind != "deterministic" and self.probs else None
         return Draft(
             [self.row.tokens[-1], *(self.tokens[node] for node in live)],
             [-1, *(places[self.parents[node]] for node in live)],
             [kind] * (len(live) + 1),
-            laws_NV,
+            probs_NV,
             {places[at]: [places[node] for node in drawn] for at, drawn in self.draws.items()},
         )
 
@@ -137,7 +137,7 @@ class DraftModelDrafter(Drafter):
         self._grown: list[_Growth] = []
         self._num_fed = 0
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         if control.greedy:
             return ("deterministic",)
         return ("distinct",) if self.config.tree.startswith("rsd") else ("iid",)
@@ -203,7 +203,7 @@ class DraftModelDrafter(Drafter):
         self._num_fed = size
         return logits_BFV
 
-    def _expand(self, control: Control, level: int, logits_BFV: Tensor) -> None:
+    def _expand(self, control: SamplingParams, level: int, logits_BFV: Tensor) -> None:
         """Add a level to every row's tree, from the logits after its newest nodes.
 
         Raises:
@@ -215,17 +215,17 @@ class DraftModelDrafter(Drafter):
         contexts = None
         if control.looks_back:
             contexts = [[growth.context(at) for at in growth.frontier] for growth in self._grown]
-        laws_BFV = control.laws(logits_BFV, contexts)
+        probs_BFV = control.probs(logits_BFV, contexts)
         found: list[tuple[Tensor, Tensor]] = []
-        for growth, laws_FV in zip(self._grown, laws_BFV, strict=True):
+        for growth, probs_FV in zip(self._grown, probs_BFV, strict=True):
             if growth not in growing:
                 continue
-            laws_FV = laws_FV[: len(growth.frontier)]
+            probs_FV = probs_FV[: len(growth.frontier)]
             if not control.greedy:
-                missing = self._vocab_size - laws_FV.shape[1]
-                padded_FV = torch.nn.functional.pad(laws_FV, (0, missing)).to(self._device)
-                growth.laws += list(padded_FV)
-            found.append(self._choose(growth, level, laws_FV))
+                missing = self._vocab_size - probs_FV.shape[1]
+                padded_FV = torch.nn.functional.pad(probs_FV, (0, missing)).to(self._device)
+                growth.probs += list(padded_FV)
+            found.append(self._choose(growth, level, probs_FV))
         flat = torch.cat([part for pair in found for part in pair])
         *values, is_sound = torch.cat([flat, sound(logits_BFV).long()[None]]).tolist()
         if not is_sound:
@@ -237,24 +237,24 @@ class DraftModelDrafter(Drafter):
             self._add(growth, values[start : start + size], parents)
             start += 2 * size
 
-    def _choose(self, growth: _Growth, level: int, laws_FV: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, growth: _Growth, level: int, probs_FV: Tensor) -> tuple[Tensor, Tensor]:
         """The next level's tokens and, for each, which node of the frontier it follows."""
         row, config, position = growth.row, self.config, len(growth.row.tokens) + level
         if row.control.greedy:
-            return self._likeliest(growth, laws_FV)
+            return self._likeliest(growth, probs_FV)
         if config.tree in ("chain", "iid"):
             chains = growth.chains or [-1] * (config.width if config.tree == "iid" else 1)
             # Chains end before they are drawn on: to drop one for its token would bend the law.
             chains = chains[: config.nodes - sum(growth.live)]
             at = torch.tensor([growth.frontier.index(node) for node in chains], dtype=torch.long)
             numbers = [row.draws.uniform(position, "draft", c) for c in range(len(chains))]
-            uniform_C = torch.tensor(numbers, dtype=torch.float64, device=laws_FV.device)
-            at = at.to(laws_FV.device)
-            return pick(laws_FV[at], uniform_C), at
+            uniform_C = torch.tensor(numbers, dtype=torch.float64, device=probs_FV.device)
+            at = at.to(probs_FV.device)
+            return pick(probs_FV[at], uniform_C), at
         noise_FV = torch.stack(
-            [row.draws.gumbel(position, f, laws_FV.shape[1]) for f in range(len(laws_FV))]
-        ).to(laws_FV.device)
-        logq_FV = laws_FV.double().log()
+            [row.draws.gumbel(position, f, probs_FV.shape[1]) for f in range(len(probs_FV))]
+        ).to(probs_FV.device)
+        logq_FV = probs_FV.double().log()
         if config.tree == "rsd-c":
             return _top(logq_FV + noise_FV, self._branches(growth))
         return self._beam(growth, logq_FV, noise_FV)

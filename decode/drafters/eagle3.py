@@ -39,7 +39,7 @@ from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Features, Lesson, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
@@ -220,7 +220,7 @@ class Eagle3Drafter(Drafter):
         self._states: dict[int, Tensor] = {}
         self._linears = skinny.suited(heads.modules())
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     @torch.inference_mode()

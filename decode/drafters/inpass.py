@@ -29,7 +29,7 @@ from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Inject, Lesson, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
 
@@ -236,7 +236,7 @@ class InPassDrafter(Drafter):
         )
         self._guesses: dict[int, list[list[int]]] = {}
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:

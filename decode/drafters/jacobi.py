@@ -21,7 +21,7 @@ from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, pick
+from spectool.decode.sampling import SamplingParams, pick
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
 
@@ -40,7 +40,7 @@ class _Window:
     """Tokens predicted for a row's next positions, and the laws they were drawn from."""
 
     tokens: list[int]
-    laws_NV: Tensor | None
+    probs_NV: Tensor | None
 
 
 class JacobiDrafter(Drafter):
@@ -48,7 +48,7 @@ class JacobiDrafter(Drafter):
 
     name = "jacobi"
     Config = JacobiConfig
-    needs = Needs(laws=True)
+    needs = Needs(probs=True)
     combines = False
 
     def __init__(self, config: JacobiConfig | None = None) -> None:
@@ -56,7 +56,7 @@ class JacobiDrafter(Drafter):
         self._windows: dict[int, _Window] = {}
         self._indexes: dict[int, NgramIndex] = {}
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",) if control.greedy else ("iid", "deterministic")
 
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
@@ -70,36 +70,36 @@ class JacobiDrafter(Drafter):
         size = min(self.config.window, limit)
         window = self._windows.get(row.index) or _Window([], None)
         drawn = window.tokens[:size]
-        laws_NV = window.laws_NV[: len(drawn)] if window.laws_NV is not None and drawn else None
+        probs_NV = window.probs_NV[: len(drawn)] if window.probs_NV is not None and drawn else None
         index = self._indexes[row.index]
         index.extend(row.tokens)
         fresh = _fresh(row.tokens, drawn, index, size - len(drawn))
-        kind: Kind = "deterministic" if laws_NV is None else "iid"
+        kind: Kind = "deterministic" if probs_NV is None else "iid"
         kinds: list[Kind] = [kind] * (1 + len(drawn)) + ["deterministic"] * len(fresh)
         tokens = [row.tokens[-1], *drawn, *fresh]
-        return Draft(tokens, list(range(-1, len(tokens) - 1)), kinds, laws_NV)
+        return Draft(tokens, list(range(-1, len(tokens) - 1)), kinds, probs_NV)
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         """Draw every position after the new root from the law of the node before it."""
         found: list[tuple[Outcome, Tensor, Tensor]] = []
         for outcome in outcomes:
-            assert outcome.laws_NV is not None
+            assert outcome.probs_NV is not None
             # The node after the accepted path held what the new root replaced.
-            laws_NV = outcome.laws_NV[len(outcome.path) :]
+            probs_NV = outcome.probs_NV[len(outcome.path) :]
             if outcome.row.control.greedy:
-                tokens_N = laws_NV.argmax(-1)
+                tokens_N = probs_NV.argmax(-1)
             else:
                 start, draws = len(outcome.row.tokens), outcome.row.draws
-                numbers = [draws.uniform(start + at, "draft") for at in range(len(laws_NV))]
-                uniform_N = torch.tensor(numbers, dtype=torch.float64, device=laws_NV.device)
-                tokens_N = pick(laws_NV, uniform_N)
-            found.append((outcome, laws_NV, tokens_N))
+                numbers = [draws.uniform(start + at, "draft") for at in range(len(probs_NV))]
+                uniform_N = torch.tensor(numbers, dtype=torch.float64, device=probs_NV.device)
+                tokens_N = pick(probs_NV, uniform_N)
+            found.append((outcome, probs_NV, tokens_N))
         tokens = torch.cat([tokens_N for _, _, tokens_N in found]).tolist()
-        for outcome, laws_NV, _ in found:
-            own, tokens = tokens[: len(laws_NV)], tokens[len(laws_NV) :]
-            laws = None if outcome.row.control.greedy else laws_NV
-            self._windows[outcome.row.index] = _Window(own, laws)
+        for outcome, probs_NV, _ in found:
+            own, tokens = tokens[: len(probs_NV)], tokens[len(probs_NV) :]
+            probs = None if outcome.row.control.greedy else probs_NV
+            self._windows[outcome.row.index] = _Window(own, probs)
 
 
 def _fresh(tokens: Sequence[int], drawn: Sequence[int], index: NgramIndex, count: int) -> list[int]:

@@ -17,7 +17,7 @@ from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UsageError
 from spectool.options import option
@@ -118,7 +118,7 @@ class NgramDrafter(Drafter):
         self._indexes: dict[int, NgramIndex] = {}
         self._copies: dict[int, _Copy] = {}
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:

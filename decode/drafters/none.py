@@ -9,7 +9,7 @@ from spectool import options
 from spectool.decode import tree
 from spectool.decode.protocol import Drafter, Needs
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 
 
@@ -28,7 +28,7 @@ class NoDrafter(Drafter):
     def __init__(self, config: NoDraftConfig | None = None) -> None:
         self.config = config or NoDraftConfig()
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ()
 
     def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:

@@ -20,7 +20,7 @@ from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import CheckpointError
 from spectool.options import option
@@ -82,7 +82,7 @@ class RecycleDrafter(Drafter):
         if self.config.state:
             self._load(Path(self.config.state))
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:

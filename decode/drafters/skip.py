@@ -27,7 +27,7 @@ from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UnsupportedError
@@ -68,7 +68,7 @@ class SkipDrafter(Drafter):
         self._blocks: list[dict[nn.Module, Any]] = []
         self._generator = torch.Generator().manual_seed(0)
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def attach(self, target: Target) -> None:

@@ -27,7 +27,7 @@ from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Features, Lesson, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, sound
+from spectool.decode.sampling import SamplingParams, sound
 from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import NotFinite, UnsupportedError
@@ -45,10 +45,10 @@ NEVER = 1 << 30
 # Logits of one chunk take at most about this much.
 _CHUNK_BYTES = 1 << 25
 # The target's laws of a whole step are kept for all heads if they take no more.
-_LAWS_BYTES = 1 << 28
+_PROBS_BYTES = 1 << 28
 
 # Texts [S] and tokens u in them [S], and which of these: the laws [., V] of x_u.
-Law = Callable[[Tensor, Tensor, slice], Tensor]
+SamplingOptions = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +94,8 @@ class Heads(nn.Module):
     """Base of all heads, for a target. `token_map` [V] holds the target's ids of what they guess.
 
     A method says what it `needs`, by what it is trained, whether it learns the text's `labels`, the
-    target's `laws` or the sum of both, and its `decay`: head k's loss counts decay^k. Laws count
-    `law_weight`; `state_weight` is that of the smooth L1 distance (mean of D) from the target's
+    target's `probs` or the sum of both, and its `decay`: head k's loss counts decay^k. Laws count
+    `probs_weight`; `state_weight` is that of the smooth L1 distance (mean of D) from the target's
     state of such a law. One that `packs` learns from rows of several texts as from these alone; one
     that `begins_as_layers` takes weights of the target's layers, and nobody else reads any. It
     implements `states` and `step`, and `own_output` where a head has a matrix of its own.
@@ -104,7 +104,7 @@ class Heads(nn.Module):
     learning: ClassVar[Learning] = Learning()
     learns: Literal["labels", "laws", "both"] = "labels"
     decay: float = 1.0
-    law_weight: float = 1.0
+    probs_weight: float = 1.0
     state_weight: float = 0.0
     packs: ClassVar[bool] = False
     begins_as_layers: ClassVar[bool] = False
@@ -202,7 +202,7 @@ class Heads(nn.Module):
         places_BL = _any_ahead(taught_BL, self.num_heads)
         batch_R, place_R = self.choose(*places_BL.nonzero(as_tuple=True))
         counted = self._counted(taught_BL, lesson.segments_BL, batch_R, place_R)
-        law_of = self._laws(lesson, taught_BL) if self.learns != "labels" else None
+        probs_of = self._target_probs(lesson, taught_BL) if self.learns != "labels" else None
         places = total([int(counts_R.sum()) for counts_R in counted])
         outs: list[Tensor] = []
         slopes: list[Tensor] = []
@@ -217,7 +217,7 @@ class Heads(nn.Module):
                 out_SD,
                 k,
                 labels_BL[at_S, ahead_S],
-                None if law_of is None else functools.partial(law_of, at_S, ahead_S),
+                None if probs_of is None else functools.partial(probs_of, at_S, ahead_S),
                 lesson.features["final"][at_S, ahead_S - 1] if self.state_weight else None,
                 scale,
             )
@@ -296,7 +296,7 @@ class Heads(nn.Module):
             found.append(counts_R)
         return found
 
-    def _laws(self, lesson: Lesson, taught_BL: Tensor) -> Law:
+    def _target_probs(self, lesson: Lesson, taught_BL: Tensor) -> SamplingOptions:
         """The target's laws of taught tokens x_u, among what can be guessed: what it says at u - 1.
 
         Made once for all heads where they fit into the memory set aside for that.
@@ -305,19 +305,19 @@ class Heads(nn.Module):
         before_BL = F.pad(taught_BL[:, 1:], (0, 1))
         final_RD = final_BLD[before_BL]
         vocab = len(self.frozen.weight_VD)
-        if len(final_RD) * vocab * 4 > _LAWS_BYTES:
-            return lambda at_S, u_S, rows: self._law(final_BLD[at_S[rows], u_S[rows] - 1])
-        made = [self._law(final_RD[rows]) for rows in _chunks(len(final_RD), vocab)]
-        laws_RV = torch.cat(made) if made else final_RD.new_zeros(0, vocab)
+        if len(final_RD) * vocab * 4 > _PROBS_BYTES:
+            return lambda at_S, u_S, rows: self._probs(final_BLD[at_S[rows], u_S[rows] - 1])
+        made = [self._probs(final_RD[rows]) for rows in _chunks(len(final_RD), vocab)]
+        probs_RV = torch.cat(made) if made else final_RD.new_zeros(0, vocab)
         places_BL = before_BL.flatten().cumsum(0).view_as(before_BL) - 1
-        return lambda at_S, u_S, rows: laws_RV[places_BL[at_S[rows], u_S[rows] - 1]]
+        return lambda at_S, u_S, rows: probs_RV[places_BL[at_S[rows], u_S[rows] - 1]]
 
     def _losses(
         self,
         out_SD: Tensor,
         k: int,
         labels_S: Tensor,
-        law_of: Callable[[slice], Tensor] | None,
+        probs_of: Callable[[slice], Tensor] | None,
         teacher_SD: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, float, int]:
@@ -337,9 +337,9 @@ class Heads(nn.Module):
                 loss = logits.new_zeros(())
                 if self.learns != "laws":
                     loss = loss + F.cross_entropy(logits, labels_S[rows], reduction="sum")
-                if law_of is not None:
-                    of_laws = F.cross_entropy(logits, law_of(rows), reduction="sum")
-                    loss = loss + self.law_weight * of_laws
+                if probs_of is not None:
+                    of_probs = F.cross_entropy(logits, probs_of(rows), reduction="sum")
+                    loss = loss + self.probs_weight * of_probs
                 if teacher_SD is not None:
                     apart = F.smooth_l1_loss(
                         leaf_SD[rows].float(), teacher_SD[rows].float(), reduction="none"
@@ -352,7 +352,7 @@ class Heads(nn.Module):
         return slope_SD, total, right
 
     @torch.no_grad()
-    def _law(self, final_RD: Tensor) -> Tensor:
+    def _probs(self, final_RD: Tensor) -> Tensor:
         """The target's law [R, V] after these states, among what can be guessed."""
         self.frozen.to(self.dtype)
         products = F.linear(final_RD.to(self.dtype), self.frozen.weight_VD, self.frozen.bias_V)
@@ -394,7 +394,7 @@ class TreeDrafter(Drafter):
         self._states: dict[int, Tensor] = {}
         self._linears = skinny.suited(heads.modules())
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import spectool
 from spectool.checkpoint import open_checkpoint
 from spectool.errors import CheckpointError
-from spectool.evaluate.windows import Batch, BlockwiseLaws, Windows
+from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows
 from spectool.headers import DENSE_FILE, DENSE_INDEX, read_layout
 from spectool.quantize.int8 import Int8
 from spectool.quantize.run import Job, quantize
@@ -158,7 +158,7 @@ def _logits(model: torch.nn.Module) -> Tensor:
 
 def _assert_blockwise(place: Path, wanted_BLV: Tensor) -> None:
     windows = Windows((IDS_BL,), IDS_BL.shape[1], None)
-    laws = BlockwiseLaws(
+    laws = BlockwiseLogProbs(
         open_checkpoint(place), windows, dtype=torch.float32, device=torch.device("cpu")
     )
     found_BLV = laws(Batch(0, slice(0, 1), IDS_BL))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from spectool.decode import curve, tree, tune
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 
 Continuation = Callable[[Sequence[int], int], list[int]]
@@ -30,7 +30,7 @@ class Scripted(Drafter):
         self.outcomes: list[Outcome] = []
         self.prompts: list[Prompt] = []
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def begin(self, prompts: Sequence[Prompt], cache: Any) -> None:

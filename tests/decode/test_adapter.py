@@ -165,9 +165,9 @@ def test_sampled_text_follows_the_models_law(
     honest = adapter.Candidates.get_candidates
 
     def lying(self: Any, input_ids: torch.Tensor, **given: Any) -> Any:
-        text, laws = honest(self, input_ids)
+        text, probs = honest(self, input_ids)
         size = text.shape[1] - input_ids.shape[1]
-        return text, torch.zeros(1, size, 3) if size else laws
+        return text, torch.zeros(1, size, 3) if size else probs
 
     if planted:
         monkeypatch.setattr(adapter.Candidates, "get_candidates", lying)
@@ -176,12 +176,12 @@ def test_sampled_text_follows_the_models_law(
         text = prompt + run(model, prompt, max_new_tokens=600, do_sample=True, top_k=0)
     assert drafter.accepted > 100
     with torch.inference_mode():
-        laws_TV = model(torch.tensor([text])).logits[0].double().softmax(-1)
+        probs_TV = model(torch.tensor([text])).logits[0].double().softmax(-1)
 
     def deviation(guesses: list[tuple[int, int]]) -> float:
         came, size = 0.0, 0.0
         for at, guess in guesses:
-            p = float(laws_TV[at - 1, guess])
+            p = float(probs_TV[at - 1, guess])
             came, size = came + (text[at] == guess) - p, size + p * (1 - p)
         return abs(came) / size**0.5
 

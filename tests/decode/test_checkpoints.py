@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spectool.decode.generate import Result, Runner
-from spectool.decode.sampling import Control
+from spectool.decode.sampling import SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -104,15 +104,15 @@ def test_second_tokens_follow_the_targets_law(
     runner.use(draft if "llama" not in draft else str(shared / "models" / draft))
     prompt, size = [1, *range(400, 412), *range(400, 406)], 6000
     results = runner.generate([prompt] * size, max_new_tokens=3, batch_size=500, seed=2, **options)
-    control = Control(**options)
+    control = SamplingParams(**options)
     with torch.inference_mode():
         model = runner.target.model
-        first = control.laws(model(torch.tensor([prompt])).logits[:, -1:])[0, 0]
+        first = control.probs(model(torch.tensor([prompt])).logits[:, -1:])[0, 0]
         kept = first.nonzero()[:, 0]
         rows = torch.tensor([[*prompt, token] for token in kept.tolist()])
-        laws = control.laws(model(rows).logits[:, -1:])[:, 0]
+        probs = control.probs(model(rows).logits[:, -1:])[:, 0]
         ends = torch.tensor([token in runner.end_ids() for token in kept.tolist()])
-        expected = (first[kept] * ~ends) @ laws
+        expected = (first[kept] * ~ends) @ probs
     seen = [r.token_ids[1] for r in results if len(r.token_ids) > 1]
     counts = torch.bincount(torch.tensor(seen), minlength=len(expected)) / size
     distance = (counts - expected).abs().sum() / 2

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from spectool.decode import verify
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.generate import Runner
-from spectool.decode.sampling import Control, Draws, Source
+from spectool.decode.sampling import Draws, SamplingParams, Source
 from spectool.decode.tree import Draft, Kind
 from spectool.decode.verify import Verdict
 
@@ -49,25 +49,25 @@ def toy(seed: int, layers: int = 1) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def exact_law(model: PreTrainedModel, control: Control) -> dict[tuple[int, ...], float]:
+def exact_probs(model: PreTrainedModel, control: SamplingParams) -> dict[tuple[int, ...], float]:
     """The probability of each text of LENGTH tokens, from the model's own cacheless logits."""
     texts = list(itertools.product(range(VOCAB), repeat=LENGTH))
     logits = model(torch.tensor([PROMPT + list(text) for text in texts]), use_cache=False).logits
-    law = {}
+    probs = {}
     for text, logits_SV in zip(texts, logits, strict=True):
         rows = logits_SV[len(PROMPT) - 1 : -1]
         contexts = [PROMPT + list(text[:at]) for at in range(LENGTH)]
-        laws = control.laws(rows[None], [contexts])[0].double()
-        law[text] = float(laws[range(LENGTH), list(text)].prod())
-    return law
+        probs = control.probs(rows[None], [contexts])[0].double()
+        probs[text] = float(probs[range(LENGTH), list(text)].prod())
+    return probs
 
 
-def agrees(counts: Counter[tuple[int, ...]], law: dict[tuple[int, ...], float]) -> bool:
+def agrees(counts: Counter[tuple[int, ...]], probs: dict[tuple[int, ...], float]) -> bool:
     """Total variation below 1.5 times its noise floor, and chi-square with p above 1e-3."""
     size = sum(counts.values())
-    distance = sum(abs(counts[text] / size - p) for text, p in law.items()) / 2
-    floor = sum((2 * p * (1 - p) / (torch.pi * size)) ** 0.5 for p in law.values()) / 2
-    cells = [(counts[text], p * size) for text, p in law.items() if p * size >= 5]
+    distance = sum(abs(counts[text] / size - p) for text, p in probs.items()) / 2
+    floor = sum((2 * p * (1 - p) / (torch.pi * size)) ** 0.5 for p in probs.values()) / 2
+    cells = [(counts[text], p * size) for text, p in probs.items() if p * size >= 5]
     rest = (size - sum(c for c, _ in cells), size - sum(e for _, e in cells))
     if rest[1] >= 5:
         cells.append(rest)
@@ -129,13 +129,13 @@ def rule_of(pair: str) -> str | None:
 
 
 FILTERED = {"temperature": 0.8, "top_p": 0.9}
-LAWS = [{"temperature": 0.5, "top_p": 0.95}, FILTERED, {"temperature": 1.5, "top_p": 0.95}]
+FILTERS = [{"temperature": 0.5, "top_p": 0.95}, FILTERED, {"temperature": 1.5, "top_p": 0.95}]
 
 
 @pytest.mark.parametrize("pair", FEW)
 def test_the_law_is_the_targets(pair: str) -> None:
     counts = sample(runner_for(pair), SAMPLES, temperature=1.0, verify=rule_of(pair))
-    assert agrees(counts, exact_law(model_for(pair), Control(temperature=1.0)))
+    assert agrees(counts, exact_probs(model_for(pair), SamplingParams(temperature=1.0)))
 
 
 @pytest.mark.slow
@@ -145,12 +145,12 @@ def test_the_law_is_the_targets(pair: str) -> None:
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_law_is_the_targets_with_many_samples(pair: str, options: dict[str, float]) -> None:
     counts = sample(runner_for(pair), 30_000, verify=rule_of(pair), **options)
-    assert agrees(counts, exact_law(model_for(pair), Control(**options)))
+    assert agrees(counts, exact_probs(model_for(pair), SamplingParams(**options)))
 
 
 def test_filters_hold_in_the_loop() -> None:
     counts = sample(runner_for("chain"), SAMPLES, **FILTERED)
-    assert agrees(counts, exact_law(toy(0), Control(**FILTERED)))
+    assert agrees(counts, exact_probs(toy(0), SamplingParams(**FILTERED)))
 
 
 @pytest.mark.parametrize(
@@ -158,21 +158,21 @@ def test_filters_hold_in_the_loop() -> None:
     ["ngram", *(pytest.param(p, marks=pytest.mark.slow) for p in ("jacobi", "chain", "rsd-s"))],
 )
 def test_penalties_look_at_each_nodes_own_path(pair: str) -> None:
-    law = {"temperature": 1.0, "repetition_penalty": 1.7, "no_repeat_ngram_size": 3}
+    probs = {"temperature": 1.0, "repetition_penalty": 1.7, "no_repeat_ngram_size": 3}
     # More samples: this law is peaked, and the distance of few cells strays further.
-    counts = sample(runner_for(pair), 2 * SAMPLES, **law)
-    assert agrees(counts, exact_law(toy(0), Control(**law)))
+    counts = sample(runner_for(pair), 2 * SAMPLES, **probs)
+    assert agrees(counts, exact_probs(toy(0), SamplingParams(**probs)))
 
 
-def without_residual(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
-    verdict = verify.rejection(draft, laws_NV, source)
-    return Verdict(source.pick(laws_NV, draft.depths), verdict.accept_N)
+def without_residual(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+    verdict = verify.rejection(draft, probs_NV, source)
+    return Verdict(source.pick(probs_NV, draft.depths), verdict.accept_N)
 
 
-def always_likeliest(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+def always_likeliest(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
     """The fault of samplers whose root token stays greedy."""
-    emit_N = verify.token_match(draft, laws_NV, source).emit_N.clone()
-    emit_N[0] = laws_NV[0].argmax()
+    emit_N = verify.token_match(draft, probs_NV, source).emit_N.clone()
+    emit_N[0] = probs_NV[0].argmax()
     return Verdict(emit_N)
 
 
@@ -180,10 +180,10 @@ def reported(change: Callable[[Tensor], Tensor]) -> Callable[[Draft, Tensor, Sou
     """The rule, told that tokens were drawn from something they were not drawn from."""
     true_rule = verify.rejection
 
-    def rule(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
-        if draft.laws_NV is not None:
-            draft.laws_NV = change(draft.laws_NV)
-        return true_rule(draft, laws_NV, source)
+    def rule(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+        if draft.probs_NV is not None:
+            draft.probs_NV = change(draft.probs_NV)
+        return true_rule(draft, probs_NV, source)
 
     return rule
 
@@ -196,28 +196,28 @@ def shared_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 def as_if_drawn(kind: Kind) -> Callable[[Draft, Tensor, Source], Verdict]:
     """The rejection rule, told that nodes were drawn otherwise, from a flat law if from none."""
 
-    def rule(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+    def rule(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
         draft.kinds = [kind] * len(draft)
-        if draft.laws_NV is None:
-            draft.laws_NV = torch.full_like(laws_NV, 1 / VOCAB)
-        return verify.rejection(draft, laws_NV, source)
+        if draft.probs_NV is None:
+            draft.probs_NV = torch.full_like(probs_NV, 1 / VOCAB)
+        return verify.rejection(draft, probs_NV, source)
 
     return rule
 
 
-def pruned(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+def pruned(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
     """The fault of dropping what was drawn because it looks unlikely."""
-    if draft.laws_NV is not None and draft.laws_NV[0, draft.tokens[1]] < 0.4:
+    if draft.probs_NV is not None and draft.probs_NV[0, draft.tokens[1]] < 0.4:
         stays = [True] + [False] * (len(draft) - 1)
-        return Verdict(source.pick(laws_NV, draft.depths), torch.tensor(stays))
-    return verify.rejection(draft, laws_NV, source)
+        return Verdict(source.pick(probs_NV, draft.depths), torch.tensor(stays))
+    return verify.rejection(draft, probs_NV, source)
 
 
-def always_new(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+def always_new(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
     """The fault of a window that forgets which law its tokens were drawn from."""
-    if draft.laws_NV is not None:
-        draft.laws_NV = laws_NV[: len(draft.laws_NV)]
-    return verify.rejection(draft, laws_NV, source)
+    if draft.probs_NV is not None:
+        draft.probs_NV = probs_NV[: len(draft.probs_NV)]
+    return verify.rejection(draft, probs_NV, source)
 
 
 FAULTS: dict[str, tuple[str, str, Any]] = {
@@ -248,13 +248,13 @@ def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
     faulty = verify.Pairing(name, rule, True)
     monkeypatch.setattr("spectool.decode.generate.rule_for", lambda *given, **options: faulty)
     counts = sample(runner_for(pair), SAMPLES, temperature=1.0)
-    assert not agrees(counts, exact_law(toy(0), Control(temperature=1.0)))
+    assert not agrees(counts, exact_probs(toy(0), SamplingParams(temperature=1.0)))
 
 
 def test_a_shared_generator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     shared_draws(monkeypatch)
     counts = sample(runner_for("none"), SAMPLES, temperature=1.0)
-    assert not agrees(counts, exact_law(toy(0), Control(temperature=1.0)))
+    assert not agrees(counts, exact_probs(toy(0), SamplingParams(temperature=1.0)))
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if "+" not in pair and pair != "none"])

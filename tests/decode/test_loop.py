@@ -131,7 +131,7 @@ def test_rows_of_one_batch_finish_apart(
         row = 0 if tokens[:3] == prompts[0] else 1
         return [(prompts[row] + plain[row])[len(tokens) : len(tokens) + 7]]
 
-    drafter = scripted(oracle, Needs(laws=True, top=3, final=True))
+    drafter = scripted(oracle, Needs(probs=True, top=3, final=True))
     heard: dict[int, list[int]] = {0: [], 1: []}
     results = generate(
         model,
@@ -151,11 +151,11 @@ def test_rows_of_one_batch_finish_apart(
     ended = next(o for o in drafter.outcomes if o.row.index == 0)
     assert ended.next_token == eos
     assert ended.path == [0, 1, 2, 3]
-    assert ended.laws_NV is not None
-    assert ended.laws_NV.shape[0] == ended.features["final"].shape[0] == len(ended.draft)
+    assert ended.probs_NV is not None
+    assert ended.probs_NV.shape[0] == ended.features["final"].shape[0] == len(ended.draft)
     for outcome in drafter.outcomes:
-        assert outcome.laws_NV is not None
-        assert outcome.top == outcome.laws_NV.topk(3).indices.tolist()
+        assert outcome.probs_NV is not None
+        assert outcome.top == outcome.probs_NV.topk(3).indices.tolist()
     for prompt in drafter.prompts:
         top = prompt.top()
         assert len(top) == prompt.row.num_prompt

@@ -3,32 +3,32 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectool.decode.sampling import Control, Draws, Turn, pick, sound
+from spectool.decode.sampling import Draws, SamplingParams, Turn, pick, sound
 from spectool.errors import UsageError
 
 
-def laws(logits: torch.Tensor, **options: float) -> torch.Tensor:
-    return Control(**options).laws(logits[None])[0]
+def probs(logits: torch.Tensor, **options: float) -> torch.Tensor:
+    return SamplingParams(**options).probs(logits[None])[0]
 
 
 def test_law_is_the_tempered_softmax_in_fp32() -> None:
     logits = torch.randn(3, 7, dtype=torch.bfloat16)
-    law = laws(logits, temperature=0.5)
-    assert law.dtype == torch.float32
-    torch.testing.assert_close(law, (logits.float() / 0.5).softmax(-1))
+    found = probs(logits, temperature=0.5)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, (logits.float() / 0.5).softmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-30, 1e-6])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}])
 def test_a_very_cold_law_is_the_greedy_one(temperature: float, filters: dict[str, float]) -> None:
     logits = torch.tensor([[-40.0, 3.0, 2.99, -torch.inf], [5e4, -5e4, 0.0, 1.0]])
-    law = laws(logits, temperature=temperature, **filters)
-    assert law.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    found = probs(logits, temperature=temperature, **filters)
+    assert found.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
 
 
 def test_a_very_hot_law_is_flat_over_what_is_possible() -> None:
-    law = laws(torch.tensor([[4.0, -9.0, -torch.inf]]), temperature=1e300)
-    assert law.tolist() == [[0.5, 0.5, 0]]
+    found = probs(torch.tensor([[4.0, -9.0, -torch.inf]]), temperature=1e300)
+    assert found.tolist() == [[0.5, 0.5, 0]]
 
 
 def test_sound_logits_have_a_finite_largest_one() -> None:
@@ -40,18 +40,18 @@ def test_sound_logits_have_a_finite_largest_one() -> None:
 
 
 def test_greedy_picks_the_lowest_index_on_ties() -> None:
-    scores = laws(torch.tensor([[1.0, 3.0, 3.0, 3.0]]), temperature=0)
+    scores = probs(torch.tensor([[1.0, 3.0, 3.0, 3.0]]), temperature=0)
     assert scores.argmax(-1).tolist() == [1]
 
 
 def test_filters_keep_what_they_say() -> None:
     probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     logits = probabilities.log()
-    assert (laws(logits, temperature=1, top_k=2) > 0).tolist() == [[True, True, False, False]]
-    assert (laws(logits, temperature=1, top_p=0.6) > 0).tolist() == [[True, True, False, False]]
-    assert (laws(logits, temperature=1, min_p=0.2) > 0).tolist() == [[True, True, True, False]]
+    assert (probs(logits, temperature=1, top_k=2) > 0).tolist() == [[True, True, False, False]]
+    assert (probs(logits, temperature=1, top_p=0.6) > 0).tolist() == [[True, True, False, False]]
+    assert (probs(logits, temperature=1, min_p=0.2) > 0).tolist() == [[True, True, True, False]]
     torch.testing.assert_close(
-        laws(logits, temperature=1, top_k=2), torch.tensor([[0.625, 0.375, 0, 0]])
+        probs(logits, temperature=1, top_k=2), torch.tensor([[0.625, 0.375, 0, 0]])
     )
 
 
@@ -60,13 +60,13 @@ def test_filters_keep_what_they_say() -> None:
 )
 def test_values_outside_the_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
-        Control(**options)
+        SamplingParams(**options)
 
 
 def test_pick_inverts_the_law() -> None:
-    law = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    found = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     numbers = [0.0, 0.2499, 0.2501, 0.9999999]
-    picked = pick(law.expand(4, -1), torch.tensor(numbers, dtype=torch.float64))
+    picked = pick(found.expand(4, -1), torch.tensor(numbers, dtype=torch.float64))
     assert picked.tolist() == [1, 1, 3, 3]
 
 

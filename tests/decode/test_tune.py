@@ -23,7 +23,7 @@ from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.decode.tune import Rates, Tuned
@@ -37,7 +37,7 @@ def row_of(tokens: list[int], index: int = 0) -> Row:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=Control(),
+        control=SamplingParams(),
         max_new_tokens=1000,
         context=1000,
     )
@@ -78,7 +78,7 @@ class Fixed(Drafter):
         self.heard = 0
         self.closed = False
 
-    def kinds(self, control: Control) -> tuple[Kind, ...]:
+    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def begin(self, prompts: Sequence[Prompt], cache: Any) -> None:
@@ -446,7 +446,7 @@ def test_a_curve_refined_on_a_busy_machine_is_not_kept(
 def test_it_is_the_drafter_that_it_tunes(clock: Any) -> None:
     tuned = Tuned(NgramDrafter(), NONE, line(0))
     assert (tuned.name, tuned.needs) == ("ngram", NgramDrafter.needs)
-    assert tuned.kinds(Control()) == ("deterministic",)
+    assert tuned.kinds(SamplingParams()) == ("deterministic",)
     assert not tuned.combines
 
 

@@ -16,14 +16,14 @@ from spectool.decode.tree import Draft
 from spectool.decode.verify import Rule, Verdict, rule_for, settle, walk
 from spectool.errors import UsageError
 
-Laws = dict[tuple[int, ...], Tensor]
+LogProbs = dict[tuple[int, ...], Tensor]
 
 
 class Branches:
     """A source that replays one way things can go and knows its probability.
 
     With `late`, the token after a path is not chosen: `pick` gives each node a number of its own
-    and `laws` keep what it would be drawn from. For rules that follow tests, not tokens.
+    and `probs` keep what it would be drawn from. For rules that follow tests, not tokens.
     """
 
     def __init__(self, choices: Sequence[int], *, late: bool = False) -> None:
@@ -31,7 +31,7 @@ class Branches:
         self.sizes: list[int] = []
         self.weight = 1.0
         self.late = late
-        self.laws: Tensor | None = None
+        self.probs: Tensor | None = None
 
     def _choose(self, weights: Tensor) -> int:
         at = len(self.sizes)
@@ -41,11 +41,11 @@ class Branches:
         self.weight *= float(weights[self.choices[at]])
         return self.choices[at]
 
-    def pick(self, laws_MV: Tensor, depths: Sequence[int]) -> Tensor:
+    def pick(self, probs_MV: Tensor, depths: Sequence[int]) -> Tensor:
         if self.late:
-            self.laws = laws_MV / laws_MV.sum(-1, keepdim=True)
-            return torch.arange(len(laws_MV))
-        return torch.tensor([self._choose(law / law.sum()) for law in laws_MV])
+            self.probs = probs_MV / probs_MV.sum(-1, keepdim=True)
+            return torch.arange(len(probs_MV))
+        return torch.tensor([self._choose(probs / probs.sum()) for probs in probs_MV])
 
     def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int], draw: int = 0) -> Tensor:
         pairs = zip(p_M.tolist(), q_M.tolist(), strict=True)
@@ -55,19 +55,19 @@ class Branches:
 
 
 def outcomes(
-    rule: Rule, draft: Draft, laws_NV: Tensor, *, late: bool = False
+    rule: Rule, draft: Draft, probs_NV: Tensor, *, late: bool = False
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """Every committed sequence (the path's drafted tokens, then the emitted one), its weight."""
     choices: list[int] | None = []
     while choices is not None:
         source = Branches(choices, late=late)
-        if (verdict := rule(draft, laws_NV, source)) is not None and source.weight > 0:
+        if (verdict := rule(draft, probs_NV, source)) is not None and source.weight > 0:
             [(path, token)], _ = settle([draft], [verdict])
             drafted = tuple(draft.tokens[node] for node in path[1:])
-            if source.laws is None:
+            if source.probs is None:
                 yield (*drafted, token), source.weight
             else:
-                for last, share in enumerate(source.laws[token].tolist()):
+                for last, share in enumerate(source.probs[token].tolist()):
                     yield (*drafted, last), source.weight * share
         choices = source.choices
         while choices and choices[-1] + 1 == source.sizes[len(choices) - 1]:
@@ -75,7 +75,7 @@ def outcomes(
         choices = [*choices[:-1], choices[-1] + 1] if choices else None
 
 
-def random_laws(seed: int, vocab: int, length: int) -> Laws:
+def random_probs(seed: int, vocab: int, length: int) -> LogProbs:
     generator = torch.Generator().manual_seed(seed)
     table = {}
     for size in range(length):
@@ -85,7 +85,7 @@ def random_laws(seed: int, vocab: int, length: int) -> Laws:
     return table
 
 
-def sequence_law(p: Laws, vocab: int, length: int, start: tuple[int, ...] = ()) -> Laws:
+def sequence_probs(p: LogProbs, vocab: int, length: int, start: tuple[int, ...] = ()) -> LogProbs:
     """The law of every sequence of `length` tokens that goes on from `start`."""
     found = {}
     for rest in itertools.product(range(vocab), repeat=length - len(start)):
@@ -96,7 +96,7 @@ def sequence_law(p: Laws, vocab: int, length: int, start: tuple[int, ...] = ()) 
     return found
 
 
-def node_laws(p: Laws, draft: Draft) -> Tensor:
+def node_probs(p: LogProbs, draft: Draft) -> Tensor:
     rows = [p[tuple(draft.tokens[n] for n in draft.path(node)[1:])] for node in range(len(draft))]
     return torch.stack(rows)
 
@@ -104,7 +104,7 @@ def node_laws(p: Laws, draft: Draft) -> Tensor:
 def worst_error(
     rule: Rule,
     drafts: list[tuple[Draft, float]],
-    p: Laws,
+    p: LogProbs,
     vocab: int,
     length: int,
     *,
@@ -113,25 +113,25 @@ def worst_error(
     """Largest error of a sequence's probability after one step and plain sampling from there."""
     total = dict.fromkeys(itertools.product(range(vocab), repeat=length), 0.0)
     for draft, draft_weight in drafts:
-        for committed, weight in outcomes(rule, draft, node_laws(p, draft), late=late):
-            for whole, rest in sequence_law(p, vocab, length, committed).items():
+        for committed, weight in outcomes(rule, draft, node_probs(p, draft), late=late):
+            for whole, rest in sequence_probs(p, vocab, length, committed).items():
                 total[whole] += draft_weight * weight * float(rest)
-    exact = sequence_law(p, vocab, length)
+    exact = sequence_probs(p, vocab, length)
     return max(abs(total[whole] - float(exact[whole])) for whole in total)
 
 
 def sampled_chains(
-    q: Laws, vocab: int, depth: int, report: Callable[[Laws, tuple[int, ...]], Tensor]
+    q: LogProbs, vocab: int, depth: int, report: Callable[[LogProbs, tuple[int, ...]], Tensor]
 ) -> list[tuple[Draft, float]]:
     """All chains with their probabilities; `report` gives the law that is said to be theirs."""
     drafts = []
-    for tokens, weight in sequence_law(q, vocab, depth).items():
-        laws = torch.stack([report(q, tokens[:at]) for at in range(depth)])
-        drafts.append((tree.chain([0, *tokens], kind="iid", laws_NV=laws), float(weight)))
+    for tokens, weight in sequence_probs(q, vocab, depth).items():
+        probs = torch.stack([report(q, tokens[:at]) for at in range(depth)])
+        drafts.append((tree.chain([0, *tokens], kind="iid", probs_NV=probs), float(weight)))
     return drafts
 
 
-def truthful(q: Laws, prefix: tuple[int, ...]) -> Tensor:
+def truthful(q: LogProbs, prefix: tuple[int, ...]) -> Tensor:
     return q[prefix]
 
 
@@ -139,14 +139,14 @@ def truthful(q: Laws, prefix: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize(("vocab", "depth"), [(2, 2), (3, 2), (5, 1)])
 def test_rules_are_exact_for_sampled_chains(rule: Rule, vocab: int, depth: int) -> None:
     for seed in range(3):
-        p, q = random_laws(seed, vocab, depth + 1), random_laws(50 + seed, vocab, depth)
+        p, q = random_probs(seed, vocab, depth + 1), random_probs(50 + seed, vocab, depth)
         drafts = sampled_chains(q, vocab, depth, truthful)
         # The root of K-SEQ's equation is only as exact as its halving, but its law is for any.
         assert worst_error(rule, drafts, p, vocab, depth + 1, late=True) < 1e-12
 
 
 def test_rejection_is_exact_where_the_draft_is_right_and_where_it_has_no_laws() -> None:
-    p = random_laws(1, 3, 3)
+    p = random_probs(1, 3, 3)
     drafts = sampled_chains(p, 3, 2, truthful)
     assert worst_error(verify.rejection, drafts, p, 3, 3) < 1e-12
     fixed = [(tree.chain([0, 2, 1], kind="deterministic"), 1.0)]
@@ -156,22 +156,22 @@ def test_rejection_is_exact_where_the_draft_is_right_and_where_it_has_no_laws() 
 Grow = Callable[[Tensor, int], Iterator[tuple[tuple[int, ...], float]]]
 
 
-def drawn_iid(law: Tensor, count: int) -> Iterator[tuple[tuple[int, ...], float]]:
-    for tokens in itertools.product(range(len(law)), repeat=count):
-        yield tokens, float(law[list(tokens)].prod())
+def drawn_iid(probs: Tensor, count: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    for tokens in itertools.product(range(len(probs)), repeat=count):
+        yield tokens, float(probs[list(tokens)].prod())
 
 
-def drawn_distinct(law: Tensor, count: int) -> Iterator[tuple[tuple[int, ...], float]]:
-    for tokens in itertools.permutations(range(len(law)), count):
+def drawn_distinct(probs: Tensor, count: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    for tokens in itertools.permutations(range(len(probs)), count):
         weight, left = 1.0, 1.0
         for token in tokens:
-            weight *= float(law[token]) / left
-            left -= float(law[token])
+            weight *= float(probs[token]) / left
+            left -= float(probs[token])
         yield tokens, weight
 
 
 def sampled_trees(
-    q: Laws, kind: tree.Kind, counts: Sequence[Sequence[int]]
+    q: LogProbs, kind: tree.Kind, counts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[Draft, float]]:
     """All trees of two levels with their probabilities.
 
@@ -186,7 +186,7 @@ def sampled_trees(
         ):
             tokens, parents = [0, *distinct], [-1, *(0 for _ in distinct)]
             draws = {0: [1 + distinct.index(token) for token in first]}
-            laws, share = [q[()]], weight
+            probs, share = [q[()]], weight
             for child, (drawn, chance) in enumerate(seconds, start=1):
                 start = len(tokens)
                 own = list(dict.fromkeys(drawn))
@@ -194,10 +194,10 @@ def sampled_trees(
                 parents += [child] * len(own)
                 if drawn:
                     draws[child] = [start + own.index(token) for token in drawn]
-                laws.append(q[(distinct[child - 1],)])
+                probs.append(q[(distinct[child - 1],)])
                 share *= chance
             kinds: list[tree.Kind] = [kind] * len(tokens)
-            yield Draft(tokens, parents, kinds, torch.stack(laws), draws=draws), share
+            yield Draft(tokens, parents, kinds, torch.stack(probs), draws=draws), share
 
 
 SIBLINGS = [
@@ -219,14 +219,14 @@ def test_rules_are_exact_for_sampled_siblings(
     rule: Rule = {"rejection": verify.rejection, "k-seq": verify.k_seq}[name]
     length = 3 if counts[1] else 2
     for seed in range(1 if counts[1] else 2):
-        p, q = random_laws(seed, vocab, length), random_laws(50 + seed, vocab, length - 1)
+        p, q = random_probs(seed, vocab, length), random_probs(50 + seed, vocab, length - 1)
         drafts = list(sampled_trees(q, kind, counts))
         assert sum(weight for _, weight in drafts) == pytest.approx(1)
         assert worst_error(rule, drafts, p, vocab, length, late=True) < 1e-9
 
 
 def test_rejection_is_exact_for_fixed_trees_and_mixed_ones() -> None:
-    p, q = random_laws(3, 3, 3), random_laws(53, 3, 2)
+    p, q = random_probs(3, 3, 3), random_probs(53, 3, 2)
     fixed = [(random_tree(2, 3, 2, 3), 1.0)]
     assert worst_error(verify.rejection, fixed, p, 3, 3, late=True) < 1e-12
     mixed = []
@@ -235,7 +235,7 @@ def test_rejection_is_exact_for_fixed_trees_and_mixed_ones() -> None:
         draft = Draft(
             [0, token, 1, 2], [-1, 0, 0, 1], ["deterministic", "iid", *["deterministic"] * 2]
         )
-        draft.laws_NV = q[()][None]
+        draft.probs_NV = q[()][None]
         mixed.append((draft, weight))
     assert worst_error(verify.rejection, mixed, p, 3, 3, late=True) < 1e-12
 
@@ -244,16 +244,16 @@ def test_siblings_are_worth_their_nodes() -> None:
     """More draws are accepted more often, distinct ones and K-SEQ's more often than rejection's."""
 
     def share(rule: Rule, kind: tree.Kind, count: int) -> float:
-        p, q = random_laws(5, 4, 2), random_laws(55, 4, 1)
+        p, q = random_probs(5, 4, 2), random_probs(55, 4, 1)
         total = 0.0
         for draft, weight in sampled_trees(q, kind, [[count], []]):
-            for committed, chance in outcomes(rule, draft, node_laws(p, draft), late=True):
+            for committed, chance in outcomes(rule, draft, node_probs(p, draft), late=True):
                 total += weight * chance * (len(committed) > 1)
         return total
 
     one = share(verify.rejection, "iid", 1)
     assert one == pytest.approx(
-        float(torch.minimum(random_laws(5, 4, 2)[()], random_laws(55, 4, 1)[()]).sum())
+        float(torch.minimum(random_probs(5, 4, 2)[()], random_probs(55, 4, 1)[()]).sum())
     )
     two, apart = share(verify.rejection, "iid", 2), share(verify.rejection, "distinct", 2)
     assert one < two < apart
@@ -265,11 +265,11 @@ def test_siblings_are_worth_their_nodes() -> None:
 def test_typical_takes_the_longest_path_of_likely_tokens() -> None:
     draft = tree.trie(0, [[1], [2, 3]], nodes=3)
     flat, sharp = torch.full((8,), 0.125), torch.tensor([0.0, 0.0, 0.02, 0.98, 0, 0, 0, 0])
-    laws = torch.stack([flat, flat, sharp, sharp])
-    [(path, _)], _ = settle([draft], [verify.typical(draft, laws, Branches([]))])
+    probs = torch.stack([flat, flat, sharp, sharp])
+    [(path, _)], _ = settle([draft], [verify.typical(draft, probs, Branches([]))])
     assert [draft.tokens[node] for node in path] == [0, 2, 3]
-    laws[2] = sharp.flip(0)
-    [(path, _)], _ = settle([draft], [verify.typical(draft, laws, Branches([]))])
+    probs[2] = sharp.flip(0)
+    [(path, _)], _ = settle([draft], [verify.typical(draft, probs, Branches([]))])
     assert [draft.tokens[node] for node in path] == [0, 1]
 
 
@@ -281,45 +281,45 @@ def random_tree(seed: int, vocab: int, depth: int, paths: int) -> Draft:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_token_match_is_exact_for_any_tree(seed: int) -> None:
-    p = random_laws(seed, 3, 3)
+    p = random_probs(seed, 3, 3)
     drafts = [(random_tree(seed, 3, 2, 3), 1.0)]
     assert worst_error(verify.token_match, drafts, p, 3, 3) < 1e-12
 
 
 def test_token_match_is_exact_for_sampled_chains() -> None:
-    p, q = random_laws(0, 3, 3), random_laws(50, 3, 2)
+    p, q = random_probs(0, 3, 3), random_probs(50, 3, 2)
     assert worst_error(verify.token_match, sampled_chains(q, 3, 2, truthful), p, 3, 3) < 1e-12
 
 
-def without_residual(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
-    assert draft.laws_NV is not None
+def without_residual(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+    assert draft.probs_NV is not None
     x = torch.tensor(draft.tokens[1:])[:, None]
-    p_x, q_x = laws_NV[:-1].gather(1, x)[:, 0], draft.laws_NV.gather(1, x)[:, 0]
+    p_x, q_x = probs_NV[:-1].gather(1, x)[:, 0], draft.probs_NV.gather(1, x)[:, 0]
     accept = source.below(p_x, q_x, draft.depths[1:])
-    emit = source.pick(laws_NV, draft.depths)
+    emit = source.pick(probs_NV, draft.depths)
     return Verdict(emit, torch.cat([torch.ones(1, dtype=torch.bool), accept]))
 
 
-def drawn_per_child(draft: Draft, laws_NV: Tensor, source: Source) -> Verdict:
+def drawn_per_child(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
     """The fault of path-wise verification: a node's children are tested with draws of their own."""
-    emit_N = source.pick(laws_NV, draft.depths)
+    emit_N = source.pick(probs_NV, draft.depths)
     accept = [True]
     for node in range(1, len(draft)):
         parent = draft.parents[node]
-        own = source.pick(laws_NV[parent : parent + 1], [draft.depths[parent]])
+        own = source.pick(probs_NV[parent : parent + 1], [draft.depths[parent]])
         accept.append(int(own) == draft.tokens[node])
     return Verdict(emit_N, torch.tensor(accept))
 
 
 def test_planted_faults_are_found() -> None:
     """The same check must fail each of these, or it proves nothing."""
-    p, q = random_laws(0, 3, 3), random_laws(50, 3, 2)
+    p, q = random_probs(0, 3, 3), random_probs(50, 3, 2)
     swapped = sampled_chains(q, 3, 2, lambda q, prefix: q[prefix].flip(0))
     stale = sampled_chains(q, 3, 2, lambda q, prefix: q[()])
-    best = {prefix: int(law.argmax()) for prefix, law in q.items()}
+    best = {prefix: int(probs.argmax()) for prefix, probs in q.items()}
     top = (best[()], best[(best[()],)])
-    topk = tree.chain([0, *top], kind="deterministic", laws_NV=torch.stack([q[()], q[top[:1]]]))
-    as_if_drawn = tree.chain(topk.tokens, kind="iid", laws_NV=topk.laws_NV)
+    topk = tree.chain([0, *top], kind="deterministic", probs_NV=torch.stack([q[()], q[top[:1]]]))
+    as_if_drawn = tree.chain(topk.tokens, kind="iid", probs_NV=topk.probs_NV)
     faulty: list[tuple[Rule, list[tuple[Draft, float]]]] = [
         (without_residual, sampled_chains(q, 3, 2, truthful)),
         (verify.rejection, swapped),
@@ -358,12 +358,12 @@ def sibling_faults() -> Iterator[tuple[str, Rule, list[tuple[Draft, float]]]]:
     q = {(): torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)}
     distinct = list(sampled_trees(q, "distinct", [[2], []]))
     as_iid = [
-        (Draft(d.tokens, d.parents, ["iid"] * len(d), d.laws_NV, draws=d.draws), weight)
+        (Draft(d.tokens, d.parents, ["iid"] * len(d), d.probs_NV, draws=d.draws), weight)
         for d, weight in distinct
     ]
     yield "distinct children tested with the plain law", verify.rejection, as_iid
     merged = [
-        (Draft(d.tokens, d.parents, d.kinds, d.laws_NV), weight)
+        (Draft(d.tokens, d.parents, d.kinds, d.probs_NV), weight)
         for d, weight in sampled_trees(q, "iid", [[2], []])
     ]
     yield "a token that was drawn twice tested once", verify.k_seq, merged
@@ -372,11 +372,11 @@ def sibling_faults() -> Iterator[tuple[str, Rule, list[tuple[Draft, float]]]]:
         for d, weight in sampled_trees(q, "iid", [[1], []])
     ]
     yield "a sampled node dropped for its token", verify.rejection, pruned
-    by_law = []
+    by_probs = []
     for d, weight in distinct:
         first = sorted(d.draws[0], key=lambda node: -float(q[()][d.tokens[node]]))  # type: ignore[index]
-        by_law.append((Draft(d.tokens, d.parents, d.kinds, d.laws_NV, draws={0: first}), weight))
-    yield "children tested in the order of their law", verify.rejection, by_law
+        by_probs.append((Draft(d.tokens, d.parents, d.kinds, d.probs_NV, draws={0: first}), weight))
+    yield "children tested in the order of their law", verify.rejection, by_probs
 
 
 @pytest.mark.parametrize(("name", "rule", "drafts"), list(sibling_faults()))
@@ -384,7 +384,7 @@ def test_planted_faults_among_siblings_are_found(
     name: str, rule: Rule, drafts: list[tuple[Draft, float]]
 ) -> None:
     worst = max(
-        worst_error(rule, drafts, random_laws(seed, 3, 2), 3, 2, late=True) for seed in range(4)
+        worst_error(rule, drafts, random_probs(seed, 3, 2), 3, 2, late=True) for seed in range(4)
     )
     assert worst > 1e-2, name
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from spectool.evaluate.windows import Batch
 
 
-class TableLaws:
+class TableLogProbs:
     """The law of the next token depends on the last one only. `size` tokens."""
 
     size = 7
@@ -23,5 +23,5 @@ class TableLaws:
 
 
 @pytest.fixture
-def table_laws() -> type[TableLaws]:
-    return TableLaws
+def table_probs() -> type[TableLogProbs]:
+    return TableLogProbs

@@ -7,18 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.evaluate.fidelity import LawsReference, score
+from spectool.evaluate.fidelity import LogProbsReference, score
 from spectool.evaluate.windows import cut
 
 
 @pytest.mark.parametrize("bos", [None, 3])
-def test_sums_equal_the_definitions_token_by_token(bos: int | None, table_laws: Any) -> None:
+def test_sums_equal_the_definitions_token_by_token(bos: int | None, table_probs: Any) -> None:
     ids = torch.randint(
-        0, table_laws.size, (41,), generator=torch.Generator().manual_seed(1)
+        0, table_probs.size, (41,), generator=torch.Generator().manual_seed(1)
     ).tolist()
     windows = cut(ids, length=6, bos=bos)
-    ours, theirs = table_laws(2), table_laws(3)
-    scores = score(windows, ours, table_laws.size, reference=LawsReference(theirs), batch_size=2)
+    ours, theirs = table_probs(2), table_probs(3)
+    scores = score(
+        windows, ours, table_probs.size, reference=LogProbsReference(theirs), batch_size=2
+    )
     nll = reference_nll = kl = 0.0
     same = count = 0
     for group in windows.groups:
@@ -37,10 +39,10 @@ def test_sums_equal_the_definitions_token_by_token(bos: int | None, table_laws: 
     assert scores.same_top == same
 
 
-def test_a_model_equals_itself(table_laws: Any) -> None:
+def test_a_model_equals_itself(table_probs: Any) -> None:
     windows = cut([0, 1, 2, 3, 4, 5] * 5, length=6, bos=None)
-    laws = table_laws(0)
-    scores = score(windows, laws, table_laws.size, reference=LawsReference(laws))
+    log_probs = table_probs(0)
+    scores = score(windows, log_probs, table_probs.size, reference=LogProbsReference(log_probs))
     assert scores.kl == pytest.approx(0, abs=1e-6)
     assert scores.same_top == scores.num_tokens
     assert scores.perplexity == scores.reference_perplexity

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spectool.errors import CheckpointError, InputError, UsageError
-from spectool.evaluate.fidelity import LawsReference, score
+from spectool.evaluate.fidelity import LogProbsReference, score
 from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
 from spectool.evaluate.windows import Windows, cut
 
@@ -19,9 +19,9 @@ def windows(bos: int | None = 3) -> Windows:
     return cut(ids, length=6, bos=bos)
 
 
-def save(laws: Any, path: Path, top_k: int, bos: int | None = 3) -> SavedReference:
+def save(log_probs: Any, path: Path, top_k: int, bos: int | None = 3) -> SavedReference:
     with ReferenceWriter(path, windows(bos), VOCABULARY, top_k=top_k) as writer:
-        score(windows(bos), laws(3), VOCABULARY, sink=writer.add)
+        score(windows(bos), log_probs(3), VOCABULARY, sink=writer.add)
         writer.finish({})
     return SavedReference(path)
 
@@ -29,12 +29,12 @@ def save(laws: Any, path: Path, top_k: int, bos: int | None = 3) -> SavedReferen
 @pytest.mark.parametrize("bos", [None, 3])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_lossless_file_stands_for_the_reference(
-    tmp_path: Path, table_laws: Any, bos: int | None, batch_size: int
+    tmp_path: Path, table_probs: Any, bos: int | None, batch_size: int
 ) -> None:
-    saved = save(table_laws, tmp_path / "ref", 0, bos)
+    saved = save(table_probs, tmp_path / "ref", 0, bos)
     assert [g.tolist() for g in saved.windows.groups] == [g.tolist() for g in windows(bos).groups]
-    ours = table_laws(2)
-    live = score(windows(bos), ours, VOCABULARY, reference=LawsReference(table_laws(3)))
+    ours = table_probs(2)
+    live = score(windows(bos), ours, VOCABULARY, reference=LogProbsReference(table_probs(3)))
     read = score(saved.windows, ours, VOCABULARY, reference=saved, batch_size=batch_size)
     assert read.reference_nll == pytest.approx(live.reference_nll, rel=1e-9)
     assert read.kl == pytest.approx(live.kl, rel=1e-5)
@@ -44,11 +44,11 @@ def test_a_lossless_file_stands_for_the_reference(
 
 @pytest.mark.parametrize("top_k", [1, 3, 6])
 def test_top_k_bounds_the_kl_from_below_and_keeps_the_rest_exact(
-    tmp_path: Path, table_laws: Any, top_k: int
+    tmp_path: Path, table_probs: Any, top_k: int
 ) -> None:
-    saved = save(table_laws, tmp_path / "ref", top_k)
-    ours = table_laws(2)
-    live = score(windows(), ours, VOCABULARY, reference=LawsReference(table_laws(3)))
+    saved = save(table_probs, tmp_path / "ref", top_k)
+    ours = table_probs(2)
+    live = score(windows(), ours, VOCABULARY, reference=LogProbsReference(table_probs(3)))
     read = score(saved.windows, ours, VOCABULARY, reference=saved)
     assert read.reference_nll == pytest.approx(live.reference_nll, rel=1e-6)
     assert read.same_top == live.same_top
@@ -60,17 +60,17 @@ def test_top_k_bounds_the_kl_from_below_and_keeps_the_rest_exact(
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
-def test_the_stated_size_is_the_files_size(tmp_path: Path, table_laws: Any, top_k: int) -> None:
-    save(table_laws, tmp_path / "ref", top_k)
+def test_the_stated_size_is_the_files_size(tmp_path: Path, table_probs: Any, top_k: int) -> None:
+    save(table_probs, tmp_path / "ref", top_k)
     stated = expected_bytes(windows(), VOCABULARY, top_k)
     header = 1000
     assert stated <= (tmp_path / "ref").stat().st_size <= stated + header
 
 
-def test_an_existing_file_is_kept(tmp_path: Path, table_laws: Any) -> None:
+def test_an_existing_file_is_kept(tmp_path: Path, table_probs: Any) -> None:
     (tmp_path / "ref").write_text("mine")
     with pytest.raises(UsageError, match="exists already"):
-        save(table_laws, tmp_path / "ref", 0)
+        save(table_probs, tmp_path / "ref", 0)
     assert (tmp_path / "ref").read_text() == "mine"
 
 
@@ -87,7 +87,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> No
         ReferenceWriter(tmp_path / "absent" / "ref", windows(), VOCABULARY, top_k=0)
 
 
-def test_an_unfinished_file_leaves_nothing(tmp_path: Path, table_laws: Any) -> None:
+def test_an_unfinished_file_leaves_nothing(tmp_path: Path, table_probs: Any) -> None:
     with ReferenceWriter(tmp_path / "ref", windows(), VOCABULARY, top_k=0) as writer:
-        score(windows(), table_laws(3), VOCABULARY, sink=writer.add)
+        score(windows(), table_probs(3), VOCABULARY, sink=writer.add)
     assert list(tmp_path.iterdir()) == []

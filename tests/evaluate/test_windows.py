@@ -9,7 +9,7 @@ import torch
 import spectool
 from spectool.checkpoint import open_checkpoint
 from spectool.errors import TextError
-from spectool.evaluate.windows import BlockwiseLaws, ResidentLaws, cut
+from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job, quantize
 
@@ -56,8 +56,8 @@ def test_block_by_block_equals_resident(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 300, (90,), generator=generator).tolist()
     windows = cut(ids, length=20, bos=0)
-    resident = ResidentLaws(spectool.load(path))
-    blockwise = BlockwiseLaws(
+    resident = ResidentLogProbs(spectool.load(path))
+    blockwise = BlockwiseLogProbs(
         open_checkpoint(path), windows, dtype=torch.float32, device=torch.device("cpu")
     )
     for batch in windows.batches(320, batch_size=4):

@@ -19,7 +19,7 @@ from spectool.checkpoint import open_checkpoint
 from spectool.cli import app
 from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.evaluate import Request, evaluate
-from spectool.evaluate.windows import BlockwiseLaws, ResidentLaws, cut
+from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.headers import read_layout
 from spectool.packed import PackedEmbedding, PackedLinear, matrix_of
 from spectool.quantize import walk
@@ -313,10 +313,10 @@ def test_walked_blockwise_as_in_memory(checkpoint: Checkpoints, compress: Compre
     for family in ("llama", "llama-tied", "gemma3"):
         out = compress(checkpoint(family), "rtn", out=family, job={"embeddings": INT8})
         windows = cut(list(range(3, 60)), length=16, bos=0)
-        resident = ResidentLaws(spectool.load(out))
+        resident = ResidentLogProbs(spectool.load(out))
         opened = open_checkpoint(out)
         where = {"dtype": torch.float32, "device": torch.device("cpu")}
-        blockwise = BlockwiseLaws(opened, windows, **where)
+        blockwise = BlockwiseLogProbs(opened, windows, **where)
         for batch in windows.batches(300):
             assert torch.allclose(resident(batch), blockwise(batch), atol=1e-5)
 

@@ -47,12 +47,14 @@ def chain(heads: ChimeraHeads, final_LD: Tensor, tokens: list[int], run: Any) ->
     return torch.cat([final_LD[-1], y_LD[-1]])
 
 
-@pytest.mark.parametrize(("size", "law_weight"), [(None, 1.0), (11, 0.25), (11, 0.0)])
-def test_loss_and_gradient_are_those_of_the_equations(size: int | None, law_weight: float) -> None:
+@pytest.mark.parametrize(("size", "probs_weight"), [(None, 1.0), (11, 0.25), (11, 0.0)])
+def test_loss_and_gradient_are_those_of_the_equations(
+    size: int | None, probs_weight: float
+) -> None:
     """All places at once against the layer over each place's own sequence."""
     token_map = None if size is None else torch.tensor([0, 1, 3, 4, 6, 8, 9, 11, 12, 14, 16])
     model = bare_model(bias=True)
-    heads = make_heads(model, token_map=token_map, num_heads=3, law_weight=law_weight)
+    heads = make_heads(model, token_map=token_map, num_heads=3, probs_weight=probs_weight)
     lesson = make_lesson(length=15)
     done = heads.teach(lesson)
     found = {name: p.grad for name, p in heads.named_parameters()}
@@ -67,14 +69,14 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None, law_weig
             continue
         final_LD = lesson.features["final"][row]
         scores_V = model.output(final_LD[ahead - 1]).detach()
-        if law_weight and int(scores_V.argmax()) not in kept:
+        if probs_weight and int(scores_V.argmax()) not in kept:
             continue
         read = chain(heads, final_LD[: place + 1], tokens[:ahead], llama_layer)
         output: Any = heads.heads[j]
         logq_V = (output.weight @ read + output.bias).log_softmax(0)
         of_label = -logq_V[kept.index(tokens[ahead])]
-        of_law = -(scores_V[kept].softmax(0) * logq_V).sum()
-        losses[j].append(of_label + law_weight * of_law)
+        of_probs = -(scores_V[kept].softmax(0) * logq_V).sum()
+        losses[j].append(of_label + probs_weight * of_probs)
         right[j] += kept[int(logq_V.argmax())] == tokens[ahead]
     total = torch.zeros(())
     for j, values in enumerate(losses):

@@ -92,10 +92,10 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
                 continue
             out_D = chain(heads, h_LD[place], tokens[place + 2 : ahead])
             logits_V = model.output.weight.detach() @ out_D + model.output.bias.detach()
-            of_law = -(scores_V[kept].softmax(0) * logits_V[kept].log_softmax(0)).sum()
+            of_probs = -(scores_V[kept].softmax(0) * logits_V[kept].log_softmax(0)).sum()
             apart = (out_D - teacher_D).abs()
             smooth = torch.where(apart < 1, 0.5 * apart.square(), apart - 0.5).mean()
-            losses[i].append(of_law + 10 * smooth)
+            losses[i].append(of_probs + 10 * smooth)
             right[i] += kept[int(logits_V[kept].argmax())] == tokens[ahead]
     total = torch.zeros(())
     for i, values in enumerate(losses):

@@ -17,7 +17,7 @@ from spectool.decode.drafters.recycle import RecycleDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Needs, Outcome
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.tree import Draft
 from spectool.errors import UsageError
 
@@ -30,7 +30,7 @@ def row_of(tokens: list[int]) -> Row:
         index=0,
         tokens=list(tokens),
         draws=Draws(0, 0),
-        control=Control(),
+        control=SamplingParams(),
         max_new_tokens=100,
         context=256,
     )
@@ -94,10 +94,10 @@ def test_there_are_at_most_so_many_nodes_and_who_agrees_is_still_told(
 
 
 def test_needs_are_all_of_theirs(scripted: Scripted) -> None:
-    needs = [Needs(top=8), Needs(layers=(3, -1), final=True), Needs(layers=(0, 3), laws=True)]
+    needs = [Needs(top=8), Needs(layers=(3, -1), final=True), Needs(layers=(0, 3), probs=True)]
     drafters = [scripted(lambda tokens, limit: [], own) for own in needs]
     combined = Combined(drafters, 9)
-    assert combined.needs == Needs(top=8, layers=(-1, 0, 3), final=True, laws=True)
+    assert combined.needs == Needs(top=8, layers=(-1, 0, 3), final=True, probs=True)
     assert combined.name == "scripted+scripted+scripted"
 
 

@@ -13,7 +13,7 @@ from spectool.decode import target as target_module
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.generate import Runner, generate
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
 from spectool.errors import SpectoolError, UnsupportedError
 
@@ -32,7 +32,7 @@ def row_of(tokens: list[int], temperature: float, index: int = 0) -> Row:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=Control(temperature=temperature, top_k=5),
+        control=SamplingParams(temperature=temperature, top_k=5),
         max_new_tokens=100,
         context=256,
     )
@@ -54,15 +54,15 @@ def test_q_is_the_law_the_tokens_were_drawn_from(tiny: Tiny, begin: Begin, vocab
     begin(drafter, [row])
     draft = drafter.propose([row], [9])[0]
     assert draft.kinds[1:] == ["iid"] * 4
-    assert draft.laws_NV is not None
-    assert draft.laws_NV.shape == (4, 320)
+    assert draft.probs_NV is not None
+    assert draft.probs_NV.shape == (4, 320)
     with torch.inference_mode():
         logits = draft_model(torch.tensor([[5, 6, *draft.tokens]])).logits[0, 2:6, :320]
     kept = logits.topk(5).values[:, -1:]
     expected = (logits / 0.7).masked_fill(logits < kept, -torch.inf).softmax(-1)
-    torch.testing.assert_close(draft.laws_NV[:, : expected.shape[1]], expected)
-    assert (draft.laws_NV[:, expected.shape[1] :] == 0).all()
-    assert all(draft.laws_NV[i, token] > 0 for i, token in enumerate(draft.tokens[1:]))
+    torch.testing.assert_close(draft.probs_NV[:, : expected.shape[1]], expected)
+    assert (draft.probs_NV[:, expected.shape[1] :] == 0).all()
+    assert all(draft.probs_NV[i, token] > 0 for i, token in enumerate(draft.tokens[1:]))
 
 
 @pytest.mark.parametrize("accepted", [0, 2, 4])

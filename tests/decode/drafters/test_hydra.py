@@ -94,11 +94,11 @@ def test_loss_and_gradient_are_those_of_the_equations(variant: str) -> None:
             if ahead < 23 and lesson.taught_BL[row, ahead]:
                 tokens = lesson.tokens_BL[row].tolist()
                 logits_V = logits_of(heads, i, states[row][place], tokens[place + 1 : ahead])
-                law_V = nn.functional.one_hot(lesson.tokens_BL[row, ahead], 17).float()
+                probs_V = nn.functional.one_hot(lesson.tokens_BL[row, ahead], 17).float()
                 if variant == "plus":
                     teacher_D = lesson.features["final"][row, ahead - 1]
-                    law_V = (output.weight @ teacher_D + output.bias).softmax(-1).detach()
-                losses.append(-(law_V * torch.log_softmax(logits_V, -1)).sum())
+                    probs_V = (output.weight @ teacher_D + output.bias).softmax(-1).detach()
+                losses.append(-(probs_V * torch.log_softmax(logits_V, -1)).sum())
                 right += int(logits_V.argmax() == tokens[ahead])
         loss = torch.stack(losses)
         total = total + loss.mean()
@@ -132,7 +132,7 @@ def test_untrained_heads_say_what_the_target_says(
         logits_V = model(tokens_BL).logits[0, 4]
         states = list(heads.states(lesson, torch.tensor([0]), torch.tensor([4])))
         torch.testing.assert_close(
-            heads._law(features["final"][0, 4:5])[0], logits_V.softmax(-1), rtol=1e-4, atol=1e-6
+            heads._probs(features["final"][0, 4:5])[0], logits_V.softmax(-1), rtol=1e-4, atol=1e-6
         )
     for i, state_1D in enumerate(states):
         assert heads.guess(state_1D, i, 1).item() == logits_V.argmax()

@@ -66,13 +66,13 @@ def test_every_tree_keeps_the_budget(seed: int, rows: int, width: int) -> None:
         assert all(path[:-1] in [(), *tree.paths] for path in tree.paths)
         assert sum(tree.ends) == pytest.approx(1)
         assert tree.expected == pytest.approx(1 + sum(dict(paths)[path] for path in tree.paths))
-    law_S = stationary(trees)
-    assert law_S.sum().item() == pytest.approx(1)
+    probs_S = stationary(trees)
+    assert probs_S.sum().item() == pytest.approx(1)
     moved_S = torch.zeros(4, dtype=torch.float64)
-    for share, tree in zip(law_S.tolist(), trees, strict=True):
+    for share, tree in zip(probs_S.tolist(), trees, strict=True):
         for end, left in zip(tree.ends, tree.ahead, strict=True):
             moved_S[left] += share * end
-    torch.testing.assert_close(moved_S, law_S)
+    torch.testing.assert_close(moved_S, probs_S)
 
 
 def test_tokens_a_step_are_those_of_a_simulation() -> None:
@@ -207,9 +207,9 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make,
             for at, (row, place) in enumerate(zip(batch_R, place_R, strict=True)):
                 if place + 2 + k < 14:
                     logits_LV = model(lesson.tokens_BL[row][None]).logits[0]
-                    law_V = logits_LV[place + 1 + k].softmax(-1)
+                    probs_V = logits_LV[place + 1 + k].softmax(-1)
                     logq_V = model.lm_head(state_RD[at]).log_softmax(-1)
-                    losses.append(float(-(law_V * logq_V).sum()))
+                    losses.append(float(-(probs_V * logq_V).sum()))
             assert done.places[k] == len(losses)
             assert done.loss[k] == pytest.approx(sum(losses), rel=1e-4)
     finally:

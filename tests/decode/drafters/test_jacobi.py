@@ -15,7 +15,7 @@ from spectool.decode.drafters.jacobi import JacobiConfig, JacobiDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Outcome
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.tree import Draft
 
 Tiny = Callable[..., PreTrainedModel]
@@ -29,7 +29,7 @@ def row_of(tokens: list[int], index: int = 0) -> Row:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=Control(),
+        control=SamplingParams(),
         max_new_tokens=1000,
         context=1000,
     )
@@ -42,10 +42,10 @@ def step(drafter: JacobiDrafter, row: Row, following: Next, budget: int = 99) ->
     texts = [row.tokens + draft.tokens[1 : node + 1] for node in range(len(draft))]
     emit = [following(text) for text in texts]
     path, token = verify.walk(draft, emit, None)
-    laws_NV = torch.eye(320)[emit]
+    probs_NV = torch.eye(320)[emit]
     new = [*(draft.tokens[node] for node in path[1:]), token]
     row.tokens += new
-    drafter.observe([Outcome(row=row, draft=draft, path=path, next_token=token, laws_NV=laws_NV)])
+    drafter.observe([Outcome(row=row, draft=draft, path=path, next_token=token, probs_NV=probs_NV)])
     return new
 
 
@@ -106,11 +106,13 @@ class Recorded(JacobiDrafter):
 
 
 @torch.inference_mode()
-def laws_of(model: PreTrainedModel, before: list[int], draft: Draft, control: Control) -> Tensor:
+def probs_of(
+    model: PreTrainedModel, before: list[int], draft: Draft, control: SamplingParams
+) -> Tensor:
     """The laws after every node of a chain, [N, V], by the model alone."""
     text = torch.tensor([before + draft.tokens[1:]])
     logits = model(text, use_cache=False).logits[:, len(before) - 1 :]
-    return control.laws(logits)[0]
+    return control.probs(logits)[0]
 
 
 def test_a_greedy_window_is_the_likeliest_tokens_of_the_last_pass(
@@ -122,37 +124,39 @@ def test_a_greedy_window_is_the_likeliest_tokens_of_the_last_pass(
     for (before, draft, outcome), (_, after, _) in zip(
         drafter.rounds, drafter.rounds[1:], strict=False
     ):
-        best = laws_of(model, before, draft, Control()).argmax(-1).tolist()
+        best = probs_of(model, before, draft, SamplingParams()).argmax(-1).tolist()
         window = best[len(outcome.path) :][: len(after) - 1]
         assert after.tokens[1 : 1 + len(window)] == window
-        assert after.laws_NV is None
+        assert after.probs_NV is None
         assert set(after.kinds) == {"deterministic"}
 
 
 @pytest.mark.parametrize("law", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}])
 def test_a_drawn_window_comes_with_the_laws_of_the_last_pass(
-    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], law: dict[str, Any]
+    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], options: dict[str, Any]
 ) -> None:
     model, drafter = endless(tiny("llama")), Recorded(JacobiConfig(window=6))
     runner = Runner(model, draft=drafter)
-    result = runner.generate([prompt_of(12)], max_new_tokens=50, **law)[0]
+    result = runner.generate([prompt_of(12)], max_new_tokens=50, **options)[0]
     assert 0 < result.accepted < result.drafted
     drawn = 0
     for (before, draft, outcome), (_, after, _) in zip(
         drafter.rounds, drafter.rounds[1:], strict=False
     ):
-        assert outcome.laws_NV is not None
-        given_NV = outcome.laws_NV[len(outcome.path) :][: len(after) - 1]
+        assert outcome.probs_NV is not None
+        given_NV = outcome.probs_NV[len(outcome.path) :][: len(after) - 1]
         size = len(given_NV)
         if size == 0:
-            assert after.laws_NV is None
+            assert after.probs_NV is None
             continue
-        assert after.laws_NV is not None
+        assert after.probs_NV is not None
         # The laws that the tokens were drawn from, not ones like them.
-        assert torch.equal(after.laws_NV, given_NV)
-        expected_NV = laws_of(model, before, draft, Control(**law))[len(outcome.path) :][:size]
-        torch.testing.assert_close(after.laws_NV, expected_NV, atol=1e-4, rtol=1e-3)
-        assert all(after.laws_NV[at, after.tokens[1 + at]] > 0 for at in range(size))
+        assert torch.equal(after.probs_NV, given_NV)
+        expected_NV = probs_of(model, before, draft, SamplingParams(**options))[
+            len(outcome.path) :
+        ][:size]
+        torch.testing.assert_close(after.probs_NV, expected_NV, atol=1e-4, rtol=1e-3)
+        assert all(after.probs_NV[at, after.tokens[1 + at]] > 0 for at in range(size))
         assert after.kinds[1:] == ["iid"] * size + ["deterministic"] * (len(after) - 1 - size)
         drawn += size
     assert drawn > 20
@@ -163,15 +167,15 @@ def test_a_position_is_drawn_anew_in_every_round(
 ) -> None:
     """By the place of the token, so that two windows of a flat law are not the same."""
     drafter, row = JacobiDrafter(JacobiConfig(window=8)), row_of([5, 6])
-    row.control = Control(temperature=1.0)
+    row.control = SamplingParams(temperature=1.0)
     row.draws = Draws(3, 0)
     drafter.begin([], None)  # type: ignore[arg-type]
     windows = []
     for _ in range(2):
         draft = Draft([row.tokens[-1], *range(8)], list(range(-1, 8)), ["deterministic"] * 9)
         row.tokens.append(7)
-        laws_NV = torch.full((9, 320), 1 / 320)
-        drafter.observe([Outcome(row=row, draft=draft, path=[0], next_token=7, laws_NV=laws_NV)])
+        probs_NV = torch.full((9, 320), 1 / 320)
+        drafter.observe([Outcome(row=row, draft=draft, path=[0], next_token=7, probs_NV=probs_NV)])
         windows.append(drafter._windows[0].tokens)
     assert len(set(windows[0])) > 4
     assert windows[0] != windows[1]
@@ -194,9 +198,11 @@ def test_rows_have_their_own_window(begin: Begin) -> None:
     drafts = drafter.propose(rows, [2, 2])
     outcomes = []
     for row, draft, token in zip(rows, drafts, (100, 200), strict=True):
-        laws_NV = torch.eye(320)[token : token + 3]
+        probs_NV = torch.eye(320)[token : token + 3]
         row.tokens.append(token)
-        outcomes.append(Outcome(row=row, draft=draft, path=[0], next_token=token, laws_NV=laws_NV))
+        outcomes.append(
+            Outcome(row=row, draft=draft, path=[0], next_token=token, probs_NV=probs_NV)
+        )
     drafter.observe(outcomes)
     assert drafter.propose(rows[1:], [2])[0].tokens == [200, 201, 202]
     begin(drafter, rows)

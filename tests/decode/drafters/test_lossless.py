@@ -107,12 +107,12 @@ def test_the_context_ends_a_drafted_text_where_it_ends_a_plain_one(
 
 @pytest.mark.parametrize("name", MOST_SLOW)
 def test_penalties_leave_drafted_text_plain(tiny: Tiny, endless: Any, name: str) -> None:
-    law: dict[str, Any] = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
+    options: dict[str, Any] = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
     model = endless(tiny("llama-deep"))
     runner, prompts = open_on(model, name, tiny("llama", 1)), prompts_of(2)
-    drafted = runner.generate(prompts, max_new_tokens=30, batch_size=2, **law)
+    drafted = runner.generate(prompts, max_new_tokens=30, batch_size=2, **options)
     runner.use(None)
-    plain = runner.generate(prompts, max_new_tokens=30, **law)
+    plain = runner.generate(prompts, max_new_tokens=30, **options)
     assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
 
 

@@ -9,7 +9,7 @@ import torch
 from spectool.decode.drafters.ngram import NgramConfig, NgramDrafter, NgramIndex
 from spectool.decode.protocol import Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.tree import Draft
 from spectool.errors import UsageError
 
@@ -21,7 +21,7 @@ def row_of(tokens: list[int], index: int = 0) -> Row:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=Control(),
+        control=SamplingParams(),
         max_new_tokens=100,
         context=1000,
     )

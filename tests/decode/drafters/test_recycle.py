@@ -18,7 +18,7 @@ from spectool.decode.drafters.recycle import RANKS, RecycleConfig, RecycleDrafte
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Outcome, Prompt
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
@@ -33,7 +33,7 @@ def row_of(tokens: list[int]) -> Row:
         index=0,
         tokens=list(tokens),
         draws=Draws(0, 0),
-        control=Control(),
+        control=SamplingParams(),
         max_new_tokens=100,
         context=256,
     )

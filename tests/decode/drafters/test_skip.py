@@ -18,7 +18,7 @@ from spectool.decode.drafters import skip
 from spectool.decode.drafters.skip import SkipConfig, SkipDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
 from spectool.errors import UnsupportedError
 from spectool.kernels import skinny
@@ -33,7 +33,7 @@ def row_of(tokens: list[int], index: int = 0) -> Row:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=Control(),
+        control=SamplingParams(),
         max_new_tokens=100,
         context=256,
     )

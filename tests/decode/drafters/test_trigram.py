@@ -16,7 +16,7 @@ from spectool.decode.drafters import state
 from spectool.decode.drafters.trigram import TrigramConfig, TrigramDrafter, TrigramTable
 from spectool.decode.generate import Runner
 from spectool.decode.row import Row
-from spectool.decode.sampling import Control, Draws
+from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
 
@@ -30,7 +30,7 @@ def row_of(tokens: list[int], index: int = 0) -> Row:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=Control(),
+        control=SamplingParams(),
         max_new_tokens=100,
         context=1000,
     )
