@@ -93,7 +93,7 @@ def decode(
     return runner.generate(prompts, max_new_tokens=limits, temperature=temperature)
 
 
-def figures(results: Sequence[Result], categories: Sequence[str]) -> dict[str, Any]:
+def metrics(results: Sequence[Result], categories: Sequence[str]) -> dict[str, Any]:
     """Tokens per forward of all and of each category, with intervals."""
     found = {}
     for name in ("all", *dict.fromkeys(categories)):
@@ -222,7 +222,7 @@ def cross(found: dict[str, Any], model: Path, out: Path, given: Any, keep: Any) 
             for heads in (out / name, out / f"{name}-of-packed"):
                 results = decode(runner, f"{heads}:nodes=32", jobs, 0.0)
                 same = [a.token_ids == b.token_ids for a, b in zip(results, plain, strict=True)]
-                entry = {"identical": sum(same), **figures(results, categories)["all"]}
+                entry = {"identical": sum(same), **metrics(results, categories)["all"]}
                 found.setdefault("packed", {})[f"{heads.name} on {target.name}"] = entry
                 print(heads.name, target.name, entry, flush=True)
                 keep()
@@ -262,10 +262,10 @@ def decode_all(found: dict[str, Any], model: Path, out: Path, names: list[str], 
     for spec in [*FREE, *specs]:
         greedy = decode(runner, spec, jobs, 0.0)
         same = [a.token_ids == b.token_ids for a, b in zip(greedy, plain, strict=True)]
-        entry = {"identical": sum(same), "greedy": figures(greedy, categories)}
+        entry = {"identical": sum(same), "greedy": metrics(greedy, categories)}
         if "nodes=32" in spec:
             sampled = decode(runner, spec, [(text, 64) for text in texts], 0.8)
-            entry["temperature 0.8"] = figures(sampled, categories)
+            entry["temperature 0.8"] = metrics(sampled, categories)
             inner = runner.drafter
             if inner.combines:
                 entry["chains"] = [

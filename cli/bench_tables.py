@@ -6,10 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Figures = Mapping[str, Any]
+Metrics = Mapping[str, Any]
 
 
-def table(runs: Sequence[Figures]) -> Any:
+def table(runs: Sequence[Metrics]) -> Any:
     """One model's runs, with a row for each batch size, category and drafter."""
     several = len(runs) > 1
     by_category = any(len(run["categories"]) > 1 for run in runs)
@@ -47,7 +47,7 @@ def table(runs: Sequence[Figures]) -> Any:
     return _whole(made)
 
 
-def chains(run: Figures, deepest: int) -> Any:
+def chains(run: Metrics, deepest: int) -> Any:
     """Tokens per forward of every drafter's first paths, a column a depth."""
     made = _empty("drafter", *(f"chain of {depth}" for depth in range(1, deepest + 1)))
     for row in run["drafters"]:
@@ -55,7 +55,7 @@ def chains(run: Figures, deepest: int) -> Any:
     return _whole(made)
 
 
-def comparison(runs: Sequence[Figures]) -> Any:
+def comparison(runs: Sequence[Metrics]) -> Any:
     """The best of every run beside plain decoding of the reference, the last model, as batched."""
     several = len({run["batch_size"] for run in runs}) > 1
     made = _empty(
@@ -98,12 +98,12 @@ def _whole(made: Any) -> Any:
     return made
 
 
-def _over(row: Figures) -> list[str]:
+def _over(row: Metrics) -> list[str]:
     keys = ("speedup_over_transformers", "speedup_over_prompt_lookup")
     return [f"{row[key]:.2f}" if key in row else "-" for key in keys]
 
 
-def _split(row: Figures) -> str:
+def _split(row: Metrics) -> str:
     """Shares of the time that drafting and the loop itself took; the target's is the rest."""
     if "draft_share" not in row:
         return "-"

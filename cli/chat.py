@@ -151,13 +151,13 @@ def chat(
             output,
             lossless=pairing.lossless,
         )
-        output.so_far = talk.figures
+        output.so_far = talk.metrics
         before = signal.signal(signal.SIGTERM, talk.terminate)
         try:
             talk.run()
         finally:
             signal.signal(signal.SIGTERM, before)
-        output.result(talk.figures())
+        output.result(talk.metrics())
 
 
 class _Talk:
@@ -346,7 +346,7 @@ class _Talk:
 
     def stats(self) -> dict[str, str]:
         """The session's figures for people."""
-        said, forgotten = self.figures(), self.chat.forgotten
+        said, forgotten = self.metrics(), self.chat.forgotten
         return {
             "turns": f"{len(self.chat.turns)}" + (f", {forgotten} forgotten" if forgotten else ""),
             "context": f"{self.chat.context} tokens",
@@ -357,7 +357,7 @@ class _Talk:
             "drafted": f"{said['drafted']} tokens, {said['accepted']} accepted",
         }
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """The transcript and the session's figures for programs."""
         replies = self.chat.replies
         results = [reply.result for reply in replies]

@@ -98,7 +98,7 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             checksums=not no_checksums,
         )
-        gates = parse_gates(gate or (), room.figures_of(request))
+        gates = parse_gates(gate or (), room.metric_names(request))
         output.start()
         result = room.evaluate(
             model,

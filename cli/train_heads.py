@@ -171,10 +171,10 @@ def train_heads(
 
         seen = ""
 
-        def watch(step: int, total: int, figures: dict[str, Any], look: Any) -> None:
+        def watch(step: int, total: int, metrics: dict[str, Any], evaluation: Any) -> None:
             nonlocal seen
-            seen = _look(look) if look is not None else seen
-            output.progress(step, total, f"loss {figures['loss']:.3f}{seen}, steps")
+            seen = _look(evaluation) if evaluation is not None else seen
+            output.progress(step, total, f"loss {metrics['loss']:.3f}{seen}, steps")
 
         processes = stack.enter_context(joined(device))
         try:
@@ -211,7 +211,7 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
     )
     output.say(
         f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
-        f"({plan.taught_tokens} tokens taught); {plan.held_out} texts held out"
+        f"({plan.loss_tokens} tokens taught); {plan.held_out} texts held out"
     )
     if plan.seq_len < job.seq_len:
         output.say(
@@ -225,9 +225,9 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
         output.say(f"plan: {who} writes the answers anew first, temperature {job.temperature}")
 
 
-def _look(look: dict[str, Any]) -> str:
-    accuracy = " ".join(f"{share:.0%}" for share in look["accuracy"])
-    return f", held out {accuracy} by head and {look['score']:.2f} tokens per forward"
+def _look(evaluation: dict[str, Any]) -> str:
+    accuracy = " ".join(f"{share:.0%}" for share in evaluation["accuracy"])
+    return f", held out {accuracy} by head and {evaluation['score']:.2f} tokens per forward"
 
 
 def _finish(output: Output, out: Path, report: Report) -> None:

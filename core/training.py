@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spectool.errors import SpectoolError, UnsupportedError, require
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 # Bytes that an optimiser keeps of a parameter: two moments, in float32 or as 8-bit codes.
 OPTIMIZERS = {"adamw": 8, "adamw8bit": 2}
@@ -103,8 +103,8 @@ class Store(Protocol):
 class History:
     """What a run has seen: figures of its looks at held-out data, each with its `step`."""
 
-    looks: list[Figures] = field(default_factory=list)
-    best: Figures | None = None
+    evaluations: list[Metrics] = field(default_factory=list)
+    best: Metrics | None = None
     seconds: float = 0.0
 
 
@@ -125,9 +125,9 @@ class Training:
     module: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     recipe: Recipe
-    accumulate: Callable[[int], Figures]
-    evaluate: Callable[[], Figures]
-    watch: Callable[[int, Figures, Figures | None], None] = lambda step, figures, look: None
+    accumulate: Callable[[int], Metrics]
+    evaluate: Callable[[], Metrics]
+    watch: Callable[[int, Metrics, Metrics | None], None] = lambda step, metrics, evaluation: None
     store: Store | None = None
     save_seconds: float = 60.0
     save_share: float = 0.05
@@ -148,23 +148,23 @@ class Training:
                 for group, peak in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = share * peak
                 optimizer.zero_grad(set_to_none=True)
-            figures = self.accumulate(step)
-            if not math.isfinite(figures["loss"]):
+            metrics = self.accumulate(step)
+            if not math.isfinite(metrics["loss"]):
                 raise SpectoolError(
-                    f"the loss is {figures['loss']} at step {step + 1}: training diverged",
+                    f"the loss is {metrics['loss']} at step {step + 1}: training diverged",
                     hint="start anew with --overwrite and a lower learning rate",
                 )
             norm = nn.utils.clip_grad_norm_(self._parameters().values(), self.recipe.clip)
             for optimizer in self.optimizers:
                 optimizer.step()
-            figures["learning_rate"] = share * peaks[0][0]
-            figures["gradient_norm"] = float(norm)
-            figures["seconds"] = time.monotonic() - started
+            metrics["learning_rate"] = share * peaks[0][0]
+            metrics["gradient_norm"] = float(norm)
+            metrics["seconds"] = time.monotonic() - started
             step += 1
-            look = None
+            evaluation = None
             if step % self.recipe.every == 0 or step == self.recipe.steps:
                 best = self._look(step, best)
-                look = self.history.looks[-1]
+                evaluation = self.history.evaluations[-1]
             now = time.monotonic()
             self.history.seconds += now - began
             began = now
@@ -173,7 +173,7 @@ class Training:
                 self._save(step, best)
                 saved = time.monotonic()
                 cost = saved - now
-            self.watch(step, figures, look)
+            self.watch(step, metrics, evaluation)
         with torch.no_grad():
             for name, parameter in self._parameters().items():
                 parameter.copy_(best[name])
@@ -185,7 +185,7 @@ class Training:
     def _look(self, step: int, best: dict[str, Tensor]) -> dict[str, Tensor]:
         """Look at held-out data; the best weights so far, which may be those of now."""
         found = {"step": step, **self.evaluate()}
-        self.history.looks.append(found)
+        self.history.evaluations.append(found)
         if self.history.best is None or found["score"] > self.history.best["score"]:
             self.history.best = found
             best = {name: p.detach().cpu().clone() for name, p in self._parameters().items()}
@@ -204,7 +204,7 @@ class Training:
         said = {
             "numbers": numbers,
             "step": step,
-            "looks": self.history.looks,
+            "evaluations": self.history.evaluations,
             "best": self.history.best,
             "seconds": self.history.seconds,
         }
@@ -237,7 +237,7 @@ class Training:
                     state.setdefault(int(index), {})[name] = value
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.history = History(said["looks"], said["best"], said["seconds"])
+        self.history = History(said["evaluations"], said["best"], said["seconds"])
         best = {
             key.removeprefix("best."): value
             for key, value in tensors.items()

@@ -137,8 +137,14 @@ class Candidates(CandidateGenerator):
         """Tell the drafter what became of its draft; the step's tokens stand in the text now."""
         if self._row is None:
             room = self._max_length
-            row = self._row = Row(index=0, tokens=input_ids[0].tolist(), draws=Draws(0, 0),
-                                  control=SamplingParams(), max_new_tokens=room, context=room)  # fmt: skip
+            row = self._row = Row(
+                index=0,
+                tokens=input_ids[0].tolist(),
+                draws=Draws(0, 0),
+                control=SamplingParams(),
+                max_new_tokens=room,
+                context=room,
+            )
             # Without the target's rows: who reads them is refused.
             cache = TreeCache(batch=1, num_layers=1, context=1)
             self._drafter.begin([Prompt(row=row, logits_V=scores[0, -1])], cache)

@@ -84,17 +84,17 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lesson:
+class TrainingBatch:
     """Texts that trained drafters learn from: tokens [B, L] and features [B, L, D] of them all.
 
-    `taught_BL` marks the tokens whose prediction counts; padding at the right never does. Where
+    `loss_mask_BL` marks the tokens whose prediction counts; padding at the right never does. Where
     rows hold several texts, `segments_BL` says by numbers which token is of which, padding apart.
     `beside` passes rows beside the texts: `Target.read_beside` of these, for drafters that inject
     some.
     """
 
     tokens_BL: Tensor
-    taught_BL: Tensor
+    loss_mask_BL: Tensor
     features: Features
     segments_BL: Tensor | None = None
     beside: Callable[..., Tensor] | None = None

@@ -25,7 +25,7 @@ from spectool.artifact import ArtifactWriter, write_whole
 from spectool.checkpoint import read_tensor
 from spectool.checksums import Checksums
 from spectool.decode.cache import TextCache
-from spectool.decode.protocol import Lesson, Needs
+from spectool.decode.protocol import Needs, TrainingBatch
 from spectool.decode.target import Target
 from spectool.errors import UsageError
 from spectool.headers import TensorEntry, read_header, read_json
@@ -47,7 +47,7 @@ class Texts(Protocol):
     def samples(self) -> Sequence[Sample]:
         """All of them."""
 
-    def lesson(self, rows: Sequence[Sequence[int]]) -> Lesson:
+    def batch(self, rows: Sequence[Sequence[int]]) -> TrainingBatch:
         """A batch of rows, of one of them each or of several, with features."""
 
 
@@ -57,14 +57,14 @@ class Read:
     def __init__(self, target: Target, needs: Needs, samples: Sequence[Sample]) -> None:
         self.target, self.needs, self.samples = target, needs, samples
 
-    def lesson(self, rows: Sequence[Sequence[int]]) -> Lesson:
-        tokens_BL, taught_BL, segments_BL = _joined(self.samples, rows, self.target.device)
+    def batch(self, rows: Sequence[Sequence[int]]) -> TrainingBatch:
+        tokens_BL, loss_mask_BL, segments_BL = _joined(self.samples, rows, self.target.device)
         kept = TextCache(self.target.num_layers) if self.needs.inject else None
         features = self.target.read(tokens_BL, self.needs, segments_BL, keep=kept)
         beside = None if kept is None else functools.partial(self.target.read_beside, kept)
-        return Lesson(
+        return TrainingBatch(
             tokens_BL=tokens_BL,
-            taught_BL=taught_BL,
+            loss_mask_BL=loss_mask_BL,
             features=features,
             segments_BL=segments_BL,
             beside=beside,
@@ -89,8 +89,8 @@ class Stored:
                 self._places.append((features, start))
                 start += len(sample.tokens)
 
-    def lesson(self, rows: Sequence[Sequence[int]]) -> Lesson:
-        tokens_BL, taught_BL, segments_BL = _joined(self.samples, rows, self.device)
+    def batch(self, rows: Sequence[Sequence[int]]) -> TrainingBatch:
+        tokens_BL, loss_mask_BL, segments_BL = _joined(self.samples, rows, self.device)
         found: dict[str, list[Tensor]] = {}
         for row in rows:
             texts = [self._features(i) for i in row]
@@ -100,8 +100,11 @@ class Stored:
             name: pad_sequence(each, batch_first=True).to(self.device)
             for name, each in found.items()
         }
-        return Lesson(
-            tokens_BL=tokens_BL, taught_BL=taught_BL, features=features, segments_BL=segments_BL
+        return TrainingBatch(
+            tokens_BL=tokens_BL,
+            loss_mask_BL=loss_mask_BL,
+            features=features,
+            segments_BL=segments_BL,
         )
 
     def _features(self, i: int) -> dict[str, Tensor]:
@@ -250,8 +253,8 @@ def _read(
     starts = [0, *itertools.accumulate(len(sample.tokens) for sample in samples)]
     found: dict[str, Tensor] = {}
     for chosen in by_length(samples, range(len(samples)), pass_tokens):
-        lesson = Read(target, needs, samples).lesson([[i] for i in chosen])
-        for name, value_BLD in lesson.features.items():
+        batch = Read(target, needs, samples).batch([[i] for i in chosen])
+        for name, value_BLD in batch.features.items():
             if name not in found:
                 shape = (starts[-1], value_BLD.shape[-1])
                 found[name] = torch.empty(shape, dtype=value_BLD.dtype)
@@ -264,6 +267,6 @@ def _read(
 def _joined(
     samples: Sequence[Sample], rows: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    tokens_BL, taught_BL, segments_BL = join([[samples[i] for i in row] for row in rows])
+    tokens_BL, loss_mask_BL, segments_BL = join([[samples[i] for i in row] for row in rows])
     segments_BL = None if segments_BL is None else segments_BL.to(device)
-    return tokens_BL.to(device), taught_BL.to(device), segments_BL
+    return tokens_BL.to(device), loss_mask_BL.to(device), segments_BL

@@ -17,7 +17,7 @@ from spectool.artifact import disk_errors
 from spectool.errors import InputError, UsageError
 
 
-class Metrics:
+class MetricsFile:
     """Lines for `path`, each with its `step`. `run` names the run and says what it is.
 
     Raises:
@@ -39,13 +39,13 @@ class Metrics:
                     f"{path}: is not the metrics of this run", hint="move it away, or name another"
                 )
 
-    def add(self, step: int, figures: Mapping[str, Any]) -> None:
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a step's line. Lines of this step and later ones that were there are dropped."""
         with disk_errors(self.path):
             if self._fresh:
                 self._begin(step)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line({"step": step, **figures}))
+                file.write(_line({"step": step, **metrics}))
 
     def _begin(self, step: int) -> None:
         kept = [line for line in self._lines()[1:] if _step_of(line) < step]

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from spectool.checkpoint import Checkpoint, text_fingerprint
-from spectool.decode.drafters.exchange import Beginning
+from spectool.decode.drafters.exchange import PretrainedHeads
 from spectool.decode.drafters.heads import check_weights
 from spectool.decode.drafters.trained import Heads
 from spectool.decode.protocol import Needs
@@ -41,7 +41,7 @@ class Job:
     `steps` None: `epochs` over the data. `learning_rate` None: the method's own. `held_out`:
     samples to measure on, at most. `autocast`: the dtype in which the heads compute; their weights
     are float32 while they learn. `regenerate`: by the server at `regenerate_url` where there is
-    one (its only model, unless `regenerate_model` names one). `features`: see `material.py`.
+    one (its only model, unless `regenerate_model` names one). `features`: see `training_data.py`.
     `pack`: several texts a row.
 
     Raises:
@@ -102,7 +102,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class Setup:
     """What a job runs on: the target's checkpoint, as which it is known, and how it computes."""
 
     name: str
@@ -130,7 +130,7 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     samples: int
-    taught_tokens: int
+    loss_tokens: int
     held_out: int
     steps: int
     seq_len: int
@@ -138,14 +138,14 @@ class Plan:
 
 
 def plan_of(
-    setting: Setting,
+    setup: Setup,
     job: Job,
     own: Sequence[Sample],
     unseen: Sequence[Sample],
     *,
     place: Path,
     processes: Processes,
-    begin: Beginning | None = None,
+    begin: PretrainedHeads | None = None,
 ) -> Plan:
     """What the training will take. `place` is where features would be stored. Memory is that of
     all processes that share it.
@@ -156,8 +156,8 @@ def plan_of(
             heads.
         UsageError: more draft tokens than tokens.
     """
-    check_optimizer(job.optimizer, setting.device)
-    path, trust = setting.checkpoint.path, setting.trust_remote_code
+    check_optimizer(job.optimizer, setup.device)
+    path, trust = setup.checkpoint.path, setup.trust_remote_code
     config = read_config(path, trust_remote_code=trust)
     skeleton: Any = build_meta(config, trust_remote_code=trust)
     # Refuses architectures that cannot be drafted for, before anything is written.
@@ -188,7 +188,7 @@ def plan_of(
     # A packed target counts as what it is when unpacked; of one whose features are there, nothing
     # inside its layers is loaded.
     left_out = tuple(f"{block}." for block in find_blocks(skeleton)[1]) if stored else ()
-    memory_bytes = setting.dtype.itemsize * sum(
+    memory_bytes = setup.dtype.itemsize * sum(
         p.numel() for name, p in skeleton.named_parameters() if not name.startswith(left_out)
     )
     # Weights, two copies of the best and the gradient in float32; what the optimizer keeps.
@@ -197,27 +197,27 @@ def plan_of(
     memory_bytes += 0 if job.autocast is None else 2 * parameters
     if heads.own_output(0) is None:
         memory_bytes += 4 * width * (size or vocab)
-    if setting.device.type == "cpu":
+    if setup.device.type == "cpu":
         memory_bytes *= processes.local_size
-    _check_memory(memory_bytes, parameters, setting.device)
+    _check_memory(memory_bytes, parameters, setup.device)
     disk_bytes = 0
     if job.features == "hybrid" or (job.store is not None and not job.store.exists()):
         # What the target writes is as long as it may be.
         written = [*own, *unseen] if job.regenerate else unseen
         kept = [] if job.regenerate else own
-        num_tokens = setting.seq_len * len(written) + sum(len(s.tokens) for s in kept)
-        disk_bytes = store_bytes(heads.needs, width, setting.dtype, num_tokens)
+        num_tokens = setup.seq_len * len(written) + sum(len(s.tokens) for s in kept)
+        disk_bytes = store_bytes(heads.needs, width, setup.dtype, num_tokens)
         _check_disk(disk_bytes, place)
     return Plan(
         parameters=parameters,
-        file_bytes=parameters * own_dtype(setting.checkpoint.layout).itemsize,
+        file_bytes=parameters * own_dtype(setup.checkpoint.layout).itemsize,
         memory_bytes=memory_bytes,
         disk_bytes=disk_bytes,
         samples=len(own),
-        taught_tokens=sum(sum(sample.taught) for sample in own),
+        loss_tokens=sum(sum(sample.loss_mask) for sample in own),
         held_out=len(unseen),
-        steps=len(steps_of(own, job, setting.seq_len)),
-        seq_len=setting.seq_len,
+        steps=len(steps_of(own, job, setup.seq_len)),
+        seq_len=setup.seq_len,
         needs=heads.needs,
     )
 
@@ -262,11 +262,11 @@ def steps_of(samples: Sequence[Sample], job: Job, seq_len: int) -> list[list[lis
 
 
 def identity_of(
-    setting: Setting,
+    setup: Setup,
     job: Job,
     samples: Sequence[Sample],
     processes: Processes,
-    begin: Beginning | None,
+    begin: PretrainedHeads | None,
 ) -> dict[str, Any]:
     """All that decides the bytes: what is asked, what it is asked of, and how it is computed.
 
@@ -277,18 +277,18 @@ def identity_of(
         for key, value in asdict(job).items()
         if key not in ("config", "data", "text_field", "template", "regenerate_url")
     }
-    checkpoint = setting.checkpoint
+    checkpoint = setup.checkpoint
     return {
         **asked,
-        "seq_len": setting.seq_len,
+        "seq_len": setup.seq_len,
         "features": job.features.partition(":")[0],
         "options": job.config.as_dict(),
         "begin": None if begin is None else begin.digest,
-        "data": text_fingerprint([[sample.tokens, sample.taught] for sample in samples]),
+        "data": text_fingerprint([[sample.tokens, sample.loss_mask] for sample in samples]),
         "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
-        "dtype": str(setting.dtype).removeprefix("torch."),
-        "device": setting.device.type,
-        "runtime": setting.runtime,
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "device": setup.device.type,
+        "runtime": setup.runtime,
         "processes": processes.size,
         # Sums are split among threads, and training carries their last bits on.
         "threads": torch.get_num_threads(),

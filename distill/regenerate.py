@@ -32,7 +32,7 @@ def regenerate(
     easy to guess.
     """
     tokens: list[list[int]] = [[] for _ in samples]
-    taught: list[list[bool]] = [[] for _ in samples]
+    loss_mask: list[list[bool]] = [[] for _ in samples]
     stretches = [list(_stretches(sample)) for sample in samples]
     for turn in range(max(len(each) for each in stretches)):
         asked, limits = [], []
@@ -41,7 +41,7 @@ def regenerate(
                 continue
             before, answer = each[turn]
             tokens[index] += before
-            taught[index] += [False] * len(before)
+            loss_mask[index] += [False] * len(before)
             room = seq_len - len(tokens[index])
             if room >= 1 and answer and tokens[index]:
                 asked.append(index)
@@ -59,7 +59,7 @@ def regenerate(
             if cut_loops:
                 new = new[: loop_start(new)]
             tokens[index] += new
-            taught[index] += [True] * len(new)
+            loss_mask[index] += [True] * len(new)
             if result.finish_reason != "eos" or len(new) < len(result.token_ids):
                 stretches[index] = stretches[index][: turn + 1]
                 continue
@@ -69,21 +69,21 @@ def regenerate(
             ends = [place for place, token in enumerate(answer) if token in closing]
             after = answer[ends[-1] + 1 :] if ends else []
             tokens[index] += after
-            taught[index] += [False] * len(after)
+            loss_mask[index] += [False] * len(after)
     made = [
-        Sample(ids[:seq_len], marks[:seq_len]) for ids, marks in zip(tokens, taught, strict=True)
+        Sample(ids[:seq_len], marks[:seq_len]) for ids, marks in zip(tokens, loss_mask, strict=True)
     ]
-    return [sample for sample in made if sum(sample.taught) >= SHORTEST]
+    return [sample for sample in made if sum(sample.loss_mask) >= SHORTEST]
 
 
 def _stretches(sample: Sample) -> Iterator[tuple[list[int], list[int]]]:
     """Pairs of a stretch that is not taught and the taught one after it, in order."""
-    taught = [False] * sample.given + sample.taught[sample.given :]
+    loss_mask = [False] * sample.given + sample.loss_mask[sample.given :]
     before: list[int] = []
     start = 0
-    for is_taught, marks in itertools.groupby(taught):
+    for in_loss, marks in itertools.groupby(loss_mask):
         end = start + len(list(marks))
-        if is_taught:
+        if in_loss:
             yield before, sample.tokens[start:end]
             before = []
         else:

@@ -29,7 +29,7 @@ _SORTED_BATCHES = 32
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One text. `taught[i]` says whether the prediction of `tokens[i]` counts.
+    """One text. `loss_mask[i]` says whether the prediction of `tokens[i]` counts.
 
     `given` of its first tokens stay as they are when the target writes the text anew. `messages`
     are what a conversation was made of, for a server that applies a template of its own; `ends`
@@ -37,7 +37,7 @@ class Sample:
     """
 
     tokens: list[int]
-    taught: list[bool]
+    loss_mask: list[bool]
     given: int = 0
     messages: tuple[Message, ...] = ()
     ends: frozenset[int] = frozenset()
@@ -65,7 +65,7 @@ def read_samples(
         UnsupportedError: conversations need a fast tokenizer.
     """
     samples: list[Sample] = []
-    untaught: tuple[Row, str] | None = None
+    excluded: tuple[Row, str] | None = None
     ends: frozenset[int] | None = None
     for source in sources:
         most = max_tokens if source.startswith(HUB_PREFIX) else None
@@ -80,10 +80,10 @@ def read_samples(
             found = [
                 replace(sample, ends=ends or frozenset())
                 for sample in _samples(row, text, tokenizer, seq_len, template)
-                if sum(sample.taught) >= SHORTEST
+                if sum(sample.loss_mask) >= SHORTEST
             ]
-            if not found and untaught is None and _has_answer(row):
-                untaught = row, text
+            if not found and excluded is None and _has_answer(row):
+                excluded = row, text
             samples += found
             num_tokens += sum(len(sample.tokens) for sample in found)
             if most is not None and num_tokens >= most:
@@ -91,9 +91,9 @@ def read_samples(
         on_read(reading)
     if len(samples) >= 2:
         return samples
-    if untaught is not None and not any(_answers(*untaught, tokenizer, template)):
+    if excluded is not None and not any(_answers(*excluded, tokenizer, template)):
         raise TextError(
-            f"{untaught[0].place}: the chat template writes the assistant's answer so that it "
+            f"{excluded[0].place}: the chat template writes the assistant's answer so that it "
             f"cannot be found; {len(samples)} samples with something to learn, at least 2 needed",
             hint="give the template what leaves answers whole with --template-arg (key=value), or "
             "name a field of plain text with --field",
@@ -114,8 +114,8 @@ def _samples(
     elif row.answer:
         found = marked(tokenizer, text, [(row.answer, len(text))])
         opening = _opening(tokenizer)
-        tokens, taught = opening + found.tokens, [False] * len(opening) + found.taught
-        yield Sample(tokens[:seq_len], taught[:seq_len])
+        tokens, loss_mask = opening + found.tokens, [False] * len(opening) + found.loss_mask
+        yield Sample(tokens[:seq_len], loss_mask[:seq_len])
     else:
         yield from _pieces(text, tokenizer, seq_len)
 
@@ -141,7 +141,7 @@ def _conversation(
     found = marked(tokenizer, whole, list(_answers(row, whole, tokenizer, template)))
     return Sample(
         found.tokens[:seq_len],
-        found.taught[:seq_len],
+        found.loss_mask[:seq_len],
         messages=row.messages,
     )
 
@@ -170,7 +170,7 @@ def conversation(
     whole = asked + last["content"]
     spans = [*_answers(before, whole, tokenizer, template), (len(asked), len(whole))]
     found = marked(tokenizer, whole, spans)
-    return Sample(found.tokens[:seq_len], found.taught[:seq_len], messages=row.messages)
+    return Sample(found.tokens[:seq_len], found.loss_mask[:seq_len], messages=row.messages)
 
 
 def marked(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Sample:
@@ -185,10 +185,10 @@ def marked(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Sampl
             hint="render conversations yourself and name the field of plain text with --field",
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    taught = [
+    loss_mask = [
         any(a <= start and end <= b for a, b in spans) for start, end in encoded["offset_mapping"]
     ]
-    return Sample(encoded["input_ids"], taught)
+    return Sample(encoded["input_ids"], loss_mask)
 
 
 def _answers(
@@ -355,11 +355,11 @@ def pad(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     """Tokens [B, L] and marks [B, L], padded at the right with zeros that are not taught."""
     longest = max(len(sample.tokens) for sample in samples)
     tokens_BL = torch.zeros(len(samples), longest, dtype=torch.long)
-    taught_BL = torch.zeros(len(samples), longest, dtype=torch.bool)
+    loss_mask_BL = torch.zeros(len(samples), longest, dtype=torch.bool)
     for row, sample in enumerate(samples):
         tokens_BL[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
-        taught_BL[row, : len(sample.taught)] = torch.tensor(sample.taught)
-    return tokens_BL, taught_BL
+        loss_mask_BL[row, : len(sample.loss_mask)] = torch.tensor(sample.loss_mask)
+    return tokens_BL, loss_mask_BL
 
 
 def join(rows: Sequence[Sequence[Sample]]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -370,16 +370,16 @@ def join(rows: Sequence[Sequence[Sample]]) -> tuple[Tensor, Tensor, Tensor | Non
     joined = [
         Sample(
             [token for sample in row for token in sample.tokens],
-            [mark for sample in row for mark in sample.taught],
+            [mark for sample in row for mark in sample.loss_mask],
         )
         for row in rows
     ]
-    tokens_BL, taught_BL = pad(joined)
+    tokens_BL, loss_mask_BL = pad(joined)
     if all(len(row) == 1 for row in rows):
-        return tokens_BL, taught_BL, None
+        return tokens_BL, loss_mask_BL, None
     segments_BL = torch.full_like(tokens_BL, -1)
     for each_L, row in zip(segments_BL, rows, strict=True):
         lengths = torch.tensor([len(sample.tokens) for sample in row])
         numbers = torch.arange(len(row)).repeat_interleave(lengths)
         each_L[: len(numbers)] = numbers
-    return tokens_BL, taught_BL, segments_BL
+    return tokens_BL, loss_mask_BL, segments_BL

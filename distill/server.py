@@ -185,7 +185,7 @@ def rewrite(
     finally:
         # After a failure those that have not begun are not asked for.
         pool.shutdown(cancel_futures=True)
-    return [sample for sample in made if sample and sum(sample.taught) >= SHORTEST]
+    return [sample for sample in made if sample and sum(sample.loss_mask) >= SHORTEST]
 
 
 def _talk(
@@ -227,11 +227,11 @@ def _text(
     whole = prompt + answer.text
     found = marked(tokenizer, whole, [(len(prompt), len(whole))])
     tokens = [*opening, *found.tokens]
-    taught = [False] * len(opening) + found.taught
+    loss_mask = [False] * len(opening) + found.loss_mask
     if answer.whole and tokenizer.eos_token_id is not None:
         tokens.append(tokenizer.eos_token_id)
-        taught.append(True)
-    return Sample(tokens[:seq_len], taught[:seq_len])
+        loss_mask.append(True)
+    return Sample(tokens[:seq_len], loss_mask[:seq_len])
 
 
 def _seed(seed: str, turn: int) -> int:

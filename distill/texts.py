@@ -78,7 +78,7 @@ def as_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Samples one after the other, without what was given of them."""
     return {
         "tokens": torch.tensor([token for s in samples for token in s.tokens], dtype=torch.long),
-        "taught": torch.tensor([mark for s in samples for mark in s.taught], dtype=torch.bool),
+        "taught": torch.tensor([mark for s in samples for mark in s.loss_mask], dtype=torch.bool),
         "lengths": torch.tensor([len(s.tokens) for s in samples], dtype=torch.long),
     }
 
@@ -87,8 +87,8 @@ def as_samples(tensors: Mapping[str, Tensor]) -> list[Sample]:
     """The samples again."""
     lengths = tensors["lengths"].tolist()
     return [
-        Sample(tokens.tolist(), taught.tolist())
-        for tokens, taught in zip(
+        Sample(tokens.tolist(), loss_mask.tolist())
+        for tokens, loss_mask in zip(
             torch.split(tensors["tokens"], lengths),
             torch.split(tensors["taught"], lengths),
             strict=True,

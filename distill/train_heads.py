@@ -21,9 +21,9 @@ from torch import Tensor
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import open_checkpoint, text_fingerprint
 from spectool.decode.drafters import exchange
-from spectool.decode.drafters.exchange import Beginning
+from spectool.decode.drafters.exchange import PretrainedHeads
 from spectool.decode.drafters.heads import HeadsRecord, lineage
-from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, Learning
+from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, OptimizerDefaults
 from spectool.decode.tree import best_paths
 from spectool.errors import CheckpointError, TextError, UsageError
 from spectool.headers import HEADS, HEADS_FILE
@@ -38,19 +38,19 @@ from spectool.loading import (
 from spectool.methods import resolve
 from spectool.skeleton import read_config
 from spectool.text import OnRead
-from spectool.training import Figures, Recipe, Training, make_optimizer
+from spectool.training import Metrics, Recipe, Training, make_optimizer
 
-from .course import Course
-from .material import Preparing
-from .metrics import Metrics
-from .plan import Job, Plan, Setting, identity_of, plan_of
+from .metrics import MetricsFile
+from .plan import Job, Plan, Setup, identity_of, plan_of
 from .processes import ALONE, Processes
 from .samples import read_samples, split
 from .server import Server
 from .texts import Say, read_shard
+from .trainer import HeadTrainer
+from .training_data import DataPreparation
 
 # Looks at the held-out text over a whole training.
-_LOOKS = 20
+_NUM_EVALUATIONS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class Report:
     tokens_per_forward: float
     nodes: int
     depth: int
-    initial: Figures
+    initial: Metrics
 
 
 class _Shards:
@@ -115,13 +115,13 @@ def train_heads(
     on_read: OnRead = lambda reading: None,
     announce: Callable[[Plan], None] = lambda plan: None,
     start: Callable[[], None] = lambda: None,
-    watch: Callable[[int, int, Figures, Figures | None], None] = lambda *step: None,
+    watch: Callable[[int, int, Metrics, Metrics | None], None] = lambda *step: None,
 ) -> Report:
     """Train heads for `model` and write them to the directory `out`.
 
     `on_read` hears of each source of text, `announce` the plan before the weights are read, `start`
-    when the first step begins, `watch(step, steps, figures, look)` of every step; `look` are
-    held-out figures or None. All that `watch` hears goes to the file `metrics` as well. Of several
+    when the first step begins, `watch(step, steps, metrics, evaluation)` of every step;
+    `evaluation` are held-out metrics or None. All that `watch` hears goes to the file `metrics` as well. Of several
     `processes` all do this, with equal arguments, and the first one writes.
 
     Raises:
@@ -131,88 +131,87 @@ def train_heads(
     began = time.monotonic()
     with processes.together():
         where = processes.device(check_device(device))
-        setting = _setting(
-            model, job, dtype, where, runtime, revision, trust_remote_code, checksums
-        )
-        preparing = _prepare(setting, job, out, overwrite, processes, say, on_read, announce)
+        setup = _setup(model, job, dtype, where, runtime, revision, trust_remote_code, checksums)
+        preparation = _prepare(setup, job, out, overwrite, processes, say, on_read, announce)
         lines = None
         if metrics is not None and processes.first:
-            run = {"method": job.method, "run": text_fingerprint(preparing.identity)}
-            lines = Metrics(metrics, run)
-    job = preparing.job
+            run = {"method": job.method, "run": text_fingerprint(preparation.identity)}
+            lines = MetricsFile(metrics, run)
+    job = preparation.job
     with contextlib.ExitStack() as stack:
         writer: ArtifactWriter | None = None
         with processes.together():
             if processes.first:
                 writer = stack.enter_context(
-                    ArtifactWriter(out, identity=preparing.identity, overwrite=overwrite)
+                    ArtifactWriter(out, identity=preparation.identity, overwrite=overwrite)
                 )
-        material = preparing.material(writer)
-        width, vocab_size = material.target.width, material.target.vocab_size
-        course = Course(material, job, setting.seq_len, processes, preparing.begin)
+        training_data = preparation.training_data(writer)
+        width, vocab_size = training_data.target.width, training_data.target.vocab_size
+        trainer = HeadTrainer(training_data, job, setup.seq_len, processes, preparation.begin)
         # Where the features are stored, nothing but what the heads read of the target stays.
-        del material
-        if not len(course.ranks()):
+        del training_data
+        if not len(trainer.ranks()):
             if writer is not None:
                 writer.abandon()
             raise TextError(
                 f"{', '.join(job.data)}: the target wrote too little of its own to measure on",
                 hint="give more data, or a larger --held-out",
             )
-        if course.steps:
-            say(f"{course.steps} steps, about {course.steps * course.step_seconds() / 60:.1f} min")
+        if trainer.steps:
+            minutes = trainer.steps * trainer.step_seconds() / 60
+            say(f"{trainer.steps} steps, about {minutes:.1f} min")
 
-        def tell(step: int, figures: Figures, look: Figures | None) -> None:
+        def tell(step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
             if lines is not None:
-                _note(lines, step, figures, look, training.history.looks[0])
-            watch(step, course.steps, figures, look)
+                _note(lines, step, metrics, evaluation, training.history.evaluations[0])
+            watch(step, trainer.steps, metrics, evaluation)
 
-        training = _training(job, course, tell, _Shards(writer, processes))
+        training = _training(job, trainer, tell, _Shards(writer, processes))
         start()
         history = training.run()
         # Measured as they are stored.
-        stored = own_dtype(setting.checkpoint.layout)
-        course.heads.to(stored).float()
-        ranks_RK = course.ranks()
-        measured = course.figures(ranks_RK)
+        stored = own_dtype(setup.checkpoint.layout)
+        trainer.heads.to(stored).float()
+        ranks_RK = trainer.ranks()
+        measured = trainer.metrics(ranks_RK)
         paths = best_paths(ranks_RK, nodes=MOST_NODES, top=TOP)
         record = HeadsRecord(
             method=job.method,
             options=job.config.as_dict(),
             target={
-                "fingerprint": preparing.identity["source"]["fingerprint"],
-                "lineage": lineage(setting.checkpoint),
+                "fingerprint": preparation.identity["source"]["fingerprint"],
+                "lineage": lineage(setup.checkpoint),
                 "hidden_size": width,
                 "vocab_size": vocab_size,
-                "tokenizer": setting.tokenizer_digest,
+                "tokenizer": setup.tokenizer_digest,
             },
             accuracy=measured["accuracy"],
             conditional=measured["conditional"],
             tree=[list(path) for path, _ in paths],
             shares=[share for _, share in paths],
             training={
-                **preparing.identity,
-                "steps_done": course.steps,
+                **preparation.identity,
+                "steps_done": trainer.steps,
                 "places": len(ranks_RK),
-                "looks": history.looks,
+                "evaluations": history.evaluations,
             },
         )
         if writer is not None:
-            record = _write(writer, record, course.heads, stored)
+            record = _write(writer, record, trainer.heads, stored)
     return Report(
         record=record,
-        parameters=sum(parameter.numel() for parameter in course.heads.parameters()),
-        steps=course.steps,
+        parameters=sum(parameter.numel() for parameter in trainer.heads.parameters()),
+        steps=trainer.steps,
         seconds=time.monotonic() - began,
         tokens_per_forward=measured["score"],
-        nodes=min(course.nodes, len(paths)),
-        depth=max((len(path) for path, _ in paths[: course.nodes]), default=0),
-        initial=history.looks[0],
+        nodes=min(trainer.nodes, len(paths)),
+        depth=max((len(path) for path, _ in paths[: trainer.nodes]), default=0),
+        initial=history.evaluations[0],
     )
 
 
 def _prepare(
-    setting: Setting,
+    setup: Setup,
     job: Job,
     out: Path,
     overwrite: bool,
@@ -220,7 +219,7 @@ def _prepare(
     say: Say,
     on_read: OnRead,
     announce: Callable[[Plan], None],
-) -> Preparing:
+) -> DataPreparation:
     """Read the texts and make the plan; nothing is written yet.
 
     Raises:
@@ -228,18 +227,20 @@ def _prepare(
     """
     begin = None
     if job.begin is not None:
-        begin = _begin(job.begin, setting, job)
+        begin = _begin(job.begin, setup, job)
         # The method's options that were given; what is the default counts as not given.
         usual = type(job.config)().as_dict()
         given = {k: value for k, value in job.config.as_dict().items() if value != usual[k]}
         job = replace(job, config=type(job.config).from_dict({**begin.options, **given}))
     if job.learning_rate is None:
-        learning: Learning = resolve(job.method, "drafter").Heads.learning
-        job = replace(job, learning_rate=learning.rate)
+        optimizer_defaults: OptimizerDefaults = resolve(
+            job.method, "drafter"
+        ).Heads.optimizer_defaults
+        job = replace(job, learning_rate=optimizer_defaults.rate)
     samples = read_samples(
         job.data,
-        setting.tokenizer,
-        seq_len=setting.seq_len,
+        setup.tokenizer,
+        seq_len=setup.seq_len,
         field=job.text_field,
         template=job.template or None,
         # What the steps take, and as much again for what is held out and for choice.
@@ -250,11 +251,11 @@ def _prepare(
     if job.regenerate_url is not None:
         server = Server(job.regenerate_url, job.regenerate_model)
         job = replace(job, regenerate=True, regenerate_model=server.model)
-    taught, held_out = split(samples, held_out=job.held_out, seed=job.seed)
-    own, unseen = [samples[i] for i in taught], [samples[i] for i in held_out]
+    loss_mask, held_out = split(samples, held_out=job.held_out, seed=job.seed)
+    own, unseen = [samples[i] for i in loss_mask], [samples[i] for i in held_out]
     if begin is not None:
         vocab = (
-            read_config(setting.checkpoint.path, trust_remote_code=setting.trust_remote_code)
+            read_config(setup.checkpoint.path, trust_remote_code=setup.trust_remote_code)
             .get_text_config(decoder=True)
             .vocab_size
         )
@@ -265,55 +266,57 @@ def _prepare(
                 f"--draft-vocab: the heads in {job.begin} guess {known or vocab} tokens"
             )
     plan = plan_of(
-        setting, job, own, unseen, place=job.store or out, processes=processes, begin=begin
+        setup, job, own, unseen, place=job.store or out, processes=processes, begin=begin
     )
     announce(plan)
-    preparing = Preparing(
+    preparation = DataPreparation(
         job=job,
-        setting=setting,
+        setup=setup,
         own=own,
         unseen=unseen,
         needs=plan.needs,
-        identity=identity_of(setting, job, samples, processes, begin),
+        identity=identity_of(setup, job, samples, processes, begin),
         begin=begin,
         server=server,
         overwrite=overwrite,
         processes=processes,
         say=say,
     )
-    preparing.check()
-    return preparing
+    preparation.check()
+    return preparation
 
 
-def _begin(place: str, setting: Setting, job: Job) -> Beginning:
+def _begin(place: str, setup: Setup, job: Job) -> PretrainedHeads:
     """Raises: InputError: no heads of the method in this place."""
-    config = read_config(setting.checkpoint.path, trust_remote_code=setting.trust_remote_code)
+    config = read_config(setup.checkpoint.path, trust_remote_code=setup.trust_remote_code)
     directory = Path(place) if is_local(place) else fetch(place, None)
-    found = exchange.read(directory, config, checksums=setting.checksums)
+    found = exchange.read(directory, config, checksums=setup.checksums)
     if found.method != job.method:
         raise UsageError(f"--from {place}: holds {found.method} heads, not {job.method}")
-    if found.tokenizer not in (None, setting.tokenizer_digest):
+    if found.tokenizer not in (None, setup.tokenizer_digest):
         raise CheckpointError(f"{place}: its heads were trained with another tokenizer")
     return found
 
 
-def _training(job: Job, course: Course, watch: Callable[..., None], store: _Shards) -> Training:
-    learning = course.heads.learning
+def _training(
+    job: Job, trainer: HeadTrainer, watch: Callable[..., None], store: _Shards
+) -> Training:
+    optimizer_defaults = trainer.heads.optimizer_defaults
     assert job.learning_rate is not None
     optimizer = make_optimizer(
         job.optimizer,
-        course.heads.parameters(),
+        trainer.heads.parameters(),
         rate=job.learning_rate,
-        betas=learning.betas,
-        weight_decay=learning.weight_decay,
+        betas=optimizer_defaults.betas,
+        weight_decay=optimizer_defaults.weight_decay,
     )
     return Training(
-        module=course.heads,
+        module=trainer.heads,
         optimizers=[optimizer],
-        recipe=Recipe(steps=course.steps, warmup=job.warmup, final=learning.final,
-                      every=max(1, course.steps // _LOOKS)),
-        accumulate=course.accumulate,
-        evaluate=course.evaluate,
+        recipe=Recipe(steps=trainer.steps, warmup=job.warmup, final=optimizer_defaults.final,
+                      every=max(1, trainer.steps // _NUM_EVALUATIONS)),
+        accumulate=trainer.accumulate,
+        evaluate=trainer.evaluate,
         watch=watch,
         store=store,
     )  # fmt: skip
@@ -337,7 +340,7 @@ def _write(
     return record
 
 
-def _setting(
+def _setup(
     model: str | Path,
     job: Job,
     dtype: torch.dtype | None,
@@ -346,13 +349,13 @@ def _setting(
     revision: str | None,
     trust: bool,
     checksums: bool,
-) -> Setting:
+) -> Setup:
     """Raises: InputError: no such checkpoint."""
     checkpoint = open_checkpoint(
         model, revision=revision, trust_remote_code=trust, checksums=checksums
     )
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust)
-    return Setting(
+    return Setup(
         name=str(model),
         checkpoint=checkpoint,
         tokenizer=tokenizer,
@@ -367,10 +370,10 @@ def _setting(
 
 
 def _note(
-    lines: Metrics, step: int, figures: Figures, look: Figures | None, untrained: Figures
+    lines: MetricsFile, step: int, metrics: Metrics, evaluation: Metrics | None, untrained: Metrics
 ) -> None:
     """A step's line; before the first one, that of the untrained heads."""
     if step == 1:
         lines.add(0, {"held_out": untrained})
-    said = {**figures, "tokens_per_second": figures["tokens"] / max(1e-9, figures["seconds"])}
-    lines.add(step, said if look is None else {**said, "held_out": look})
+    said = {**metrics, "tokens_per_second": metrics["tokens"] / max(1e-9, metrics["seconds"])}
+    lines.add(step, said if evaluation is None else {**said, "held_out": evaluation})

@@ -261,7 +261,7 @@ def _side_by_side(
 ) -> dict[str, Any]:
     """Everyone's figures on the same prompts; the first is plain decoding, the last are peers."""
     first = timed[0].results
-    rows = [_figures(name, t.results, t.seconds) for name, t in zip(names, timed, strict=True)]
+    rows = [_metrics(name, t.results, t.seconds) for name, t in zip(names, timed, strict=True)]
     for row, one in zip(rows, timed, strict=True):
         row["speedup"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
         row["identical"] = None
@@ -293,7 +293,7 @@ def _step_speed(timed: Timed) -> float:
     return max(tokens, 1) / (timed.seconds - timed.prompt)
 
 
-def _figures(name: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:
+def _metrics(name: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:
     tokens = sum(len(result.token_ids) for result in results)
     forwards = sum(result.forwards for result in results)
     return {

@@ -68,7 +68,7 @@ class Request:
     checksums: bool = True
 
 
-def figures_of(request: Request) -> list[str]:
+def metric_names(request: Request) -> list[str]:
     """The figures that a gate may name."""
     known = ["perplexity.value", "perplexity.tokens", "perplexity.window"]
     if request.reference is not None:
@@ -145,8 +145,8 @@ def evaluate(
             sink=writer.add if writer else lambda batch, logp_BLV: None,
             progress=progress,
         )
-        figures = {"perplexity": scores.perplexity, "KL": scores.kl}
-        for name, value in figures.items():
+        metrics = {"perplexity": scores.perplexity, "KL": scores.kl}
+        for name, value in metrics.items():
             if value is not None and not math.isfinite(value):
                 raise NotFinite(
                     f"{model}: {name} is {value}: its logits are finite, but give the tokens that "

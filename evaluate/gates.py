@@ -43,7 +43,7 @@ class Gate:
         if value is None:
             raise UsageError(
                 f"--gate {self.expression!r}: there is no figure {self.key}; "
-                f"there are {', '.join(figures(result))}"
+                f"there are {', '.join(metrics(result))}"
             )
         holds = not math.isnan(value) and COMPARE[self.sign](value, self.bound)
         return {"expression": self.expression, "value": value, "holds": bool(holds)}
@@ -83,12 +83,12 @@ def lookup(result: Mapping[str, Any], key: str) -> float | None:
     return float(found) if isinstance(found, (int, float)) else None
 
 
-def figures(result: Mapping[str, Any], prefix: str = "") -> list[str]:
+def metrics(result: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The dotted keys of all numbers in a result."""
     found: list[str] = []
     for key, value in result.items():
         if isinstance(value, Mapping):
-            found += figures(value, f"{prefix}{key}.")
+            found += metrics(value, f"{prefix}{key}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             found.append(prefix + key)
     return found

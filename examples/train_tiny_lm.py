@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from spectool import machine
 from spectool.stdlib import conversations, documents
-from spectool.training import Figures, Recipe, Training
+from spectool.training import Metrics, Recipe, Training
 
 END, STOP = "<|endoftext|>", "<|end|>"
 SPECIAL = [END, "<|user|>", "<|assistant|>", "<|system|>", STOP]
@@ -116,7 +116,7 @@ def train(
         )
         return loss
 
-    def accumulate(step: int) -> Figures:
+    def accumulate(step: int) -> Metrics:
         generator = torch.Generator().manual_seed(seed + step)
         starts = torch.randint(0, len(text) - CONTEXT + 1, (BATCH,), generator=generator)
         loss = loss_of(torch.stack([text[start : start + CONTEXT] for start in starts.tolist()]))
@@ -124,16 +124,16 @@ def train(
         return {"loss": loss.item()}
 
     @torch.inference_mode()
-    def evaluate() -> Figures:
+    def evaluate() -> Metrics:
         losses = [loss_of(ids_BL).item() for ids_BL in torch.split(rows_SL, BATCH)]
         mean = sum(losses) / len(losses)
         return {"score": -mean, "loss": mean}
 
-    def watch(step: int, figures: Figures, look: Figures | None) -> None:
+    def watch(step: int, metrics: Metrics, look: Metrics | None) -> None:
         if look is not None:
             seconds = training.history.seconds
             print(
-                f"step {step}/{recipe.steps}, loss {figures['loss']:.3f}, held out "
+                f"step {step}/{recipe.steps}, loss {metrics['loss']:.3f}, held out "
                 f"{look['loss']:.3f}, {seconds:.0f} s, "
                 f"{step * BATCH * CONTEXT / seconds:.0f} tokens/s",
                 file=sys.stderr,
@@ -201,7 +201,7 @@ def main() -> None:
         },
         "tokens_seen": given.steps * BATCH * CONTEXT,
         "held_out_perplexity": math.exp(history.best["loss"]),
-        "looks": history.looks,
+        "looks": history.evaluations,
         "seconds": round(history.seconds),
         "machine": machine.describe(),
     }

@@ -35,14 +35,14 @@ from spectool.loading import load_model
 from spectool.machine import available_memory
 from spectool.sites import Site
 from spectool.skeleton import Skeleton
-from spectool.training import Figures, Recipe, Training, make_optimizer
+from spectool.training import Metrics, Recipe, Training, make_optimizer
 
 from .plan import Plan, saved_bytes
 
 # The share of the text, at its end, that is kept back to measure on; sequences of it at most.
 HELD_OUT = 0.1
 MOST_HELD_OUT = 32
-LOOKS = 10
+NUM_EVALUATIONS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,16 +58,16 @@ class Preprocess:
 
 
 @dataclass(frozen=True, slots=True)
-class Lessons:
+class TrainingWindows:
     """Sequences [S, L] to learn from, and to measure on."""
 
-    taught_SL: Tensor
+    train_SL: Tensor
     held_out_SL: Tensor
 
     @property
     def said(self) -> dict[str, str]:
         """What goes into records: no places."""
-        data = torch.cat([self.taught_SL, self.held_out_SL]).numpy().tobytes()
+        data = torch.cat([self.train_SL, self.held_out_SL]).numpy().tobytes()
         return {"text": f"sha256:{hashlib.sha256(data).hexdigest()}"}
 
 
@@ -84,7 +84,7 @@ class Reshaping:
     that of the run that left it."""
 
     asked: Preprocess
-    lessons: Lessons
+    windows: TrainingWindows
     scratch: Path
     identity: Mapping[str, Any]
     checkpoint: Checkpoint
@@ -123,7 +123,7 @@ class Reshaping:
                 raise UnsupportedError(
                     f"--preprocess: {site.name} is stored in parts that cannot be written back"
                 )
-        tokens = self.asked.batch_size * self.lessons.taught_SL.shape[1]
+        tokens = self.asked.batch_size * self.windows.train_SL.shape[1]
         wanted = bytes_needed(self.skeleton, self.plan, tokens)
         free = available_memory(self.device)
         if wanted > free:
@@ -139,21 +139,21 @@ class Reshaping:
         `pack(place)` packs the original.
         """
         scratch, record = self.scratch, self.scratch / "run.json"
-        first, merged, figures = scratch / "first", scratch / "merged", scratch / "figures.json"
+        first, merged, metrics = scratch / "first", scratch / "merged", scratch / "figures.json"
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(self.identity, sort_keys=True))
-            if not figures.exists():
+            if not metrics.exists():
                 if not first.exists():
                     pack(first)
                 found, weights = train(
-                    first, self.asked, self.lessons, list(self.sites),
+                    first, self.asked, self.windows, list(self.sites),
                     state=scratch / "state.safetensors", device=self.device, seed=self.seed,
                     trust_remote_code=self.trust_remote_code, say=self.say,
                 )  # fmt: skip
                 self._write(merged, weights)
-                figures.write_text(json.dumps(found))
-            perplexities: dict[str, float] = json.loads(figures.read_text())
+                metrics.write_text(json.dumps(found))
+            perplexities: dict[str, float] = json.loads(metrics.read_text())
         return merged, perplexities
 
     def _write(self, place: Path, weights: Mapping[str, Tensor]) -> None:
@@ -181,7 +181,7 @@ class Reshaping:
 def train(
     packed: Path,
     asked: Preprocess,
-    lessons: Lessons,
+    windows: TrainingWindows,
     modules: Sequence[str],
     *,
     state: Path,
@@ -196,7 +196,7 @@ def train(
     [n, m] by name.
     """
     peft = require("peft", extra="lora", reason="--preprocess")
-    taught_SL, held_out_SL = lessons.taught_SL, lessons.held_out_SL
+    train_SL, held_out_SL = windows.train_SL, windows.held_out_SL
     dense = _load(packed, device, trust_remote_code)
     torch.manual_seed(seed)
     config = peft.LoraConfig(
@@ -214,24 +214,24 @@ def train(
         logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
         return F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten())
 
-    def accumulate(step: int) -> Figures:
+    def accumulate(step: int) -> Metrics:
         model.train()
         first = step * asked.batch_size
-        rows = [row % len(taught_SL) for row in range(first, first + asked.batch_size)]
+        rows = [row % len(train_SL) for row in range(first, first + asked.batch_size)]
         torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(63))
-        value = loss(taught_SL[rows])
+        value = loss(train_SL[rows])
         torch.autograd.backward(value)
         return {"loss": float(value.detach())}
 
     @torch.no_grad()
-    def evaluate() -> Figures:
+    def evaluate() -> Metrics:
         model.eval()
         parts = torch.split(held_out_SL, asked.batch_size)
         total = sum(float(loss(ids_BL)) * len(ids_BL) for ids_BL in parts)
         mean = total / len(held_out_SL)
         return {"score": -mean, "perplexity": math.exp(mean)}
 
-    def watch(step: int, figures: Figures, look: Figures | None) -> None:
+    def watch(step: int, metrics: Metrics, look: Metrics | None) -> None:
         if look is not None:
             say(
                 f"preprocessing: {step}/{asked.steps} steps, held-out perplexity "
@@ -243,7 +243,9 @@ def train(
         optimizers=[
             make_optimizer("adamw", trained, rate=asked.rate, betas=(0.9, 0.999), weight_decay=0.0)
         ],
-        recipe=Recipe(steps=asked.steps, warmup=0.1, every=max(1, math.ceil(asked.steps / LOOKS))),
+        recipe=Recipe(
+            steps=asked.steps, warmup=0.1, every=max(1, math.ceil(asked.steps / NUM_EVALUATIONS))
+        ),
         accumulate=accumulate,
         evaluate=evaluate,
         watch=watch,
@@ -253,8 +255,8 @@ def train(
     merged: nn.Module = model.merge_and_unload()
     weights = {name: merged.get_parameter(f"{name}.weight").detach().cpu() for name in modules}
     assert history.best is not None
-    figures = {"packed": history.looks[0]["perplexity"], "merged": history.best["perplexity"]}
-    return figures, weights
+    metrics = {"packed": history.evaluations[0]["perplexity"], "merged": history.best["perplexity"]}
+    return metrics, weights
 
 
 def _load(place: Path, device: torch.device, trust_remote_code: bool) -> nn.Module:

@@ -33,7 +33,14 @@ from .calibration import windows
 from .choice import Choice, Rule, plan_text, skipping
 from .ledger import Ledger, measure
 from .plan import BASE_BYTES, Plan, make_plan
-from .preprocess import HELD_OUT, MOST_HELD_OUT, Lessons, Preprocess, Reshaping, bytes_needed
+from .preprocess import (
+    HELD_OUT,
+    MOST_HELD_OUT,
+    Preprocess,
+    Reshaping,
+    TrainingWindows,
+    bytes_needed,
+)
 from .walk import BlockWalk, Progress, entry_of
 
 # Files that go along with the weights; code only where remote code was allowed.
@@ -241,13 +248,13 @@ def quantize(
         computed["threads"] = torch.get_num_threads()
     made_by = {**_made_by(job, ids_SL, computed), "device": torch.device(device).type}
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
-    figures, reshape = None, None
+    metrics, reshape = None, None
     if job.preprocess is not None:
-        lessons = _lessons(checkpoint, skeleton, job, on_read, trust_remote_code=trust_remote_code)
-        made_by["preprocess"] = {**asdict(job.preprocess), **computed, **lessons.said}
+        windows = _windows(checkpoint, skeleton, job, on_read, trust_remote_code=trust_remote_code)
+        made_by["preprocess"] = {**asdict(job.preprocess), **computed, **windows.said}
         reshape = Reshaping(
             asked=job.preprocess,
-            lessons=lessons,
+            windows=windows,
             scratch=out.with_name(out.name + ".preprocess"),
             identity={"source": source, **made_by},
             checkpoint=checkpoint,
@@ -266,7 +273,7 @@ def quantize(
     ):
         reshaped = checkpoint
         if reshape is not None:
-            merged, figures = reshape.run(
+            merged, metrics = reshape.run(
                 lambda place: quantize(
                     checkpoint.path,
                     place,
@@ -300,7 +307,7 @@ def quantize(
             job = replace(job, budget=None, rules=(*job.rules, *chosen))
             walk.plan = plan = _plan(skeleton, job, device=device, batch_size=batch_size)
             announce(plan, skeleton)
-        report = Report(*walk.run(progress), figures)
+        report = Report(*walk.run(progress), metrics)
         forget(walk)
         writer.finish(
             _small_files(
@@ -360,26 +367,26 @@ def _calibration_ids(
     return ids_SL, bos is not None
 
 
-def _lessons(
+def _windows(
     checkpoint: Checkpoint,
     skeleton: Skeleton,
     job: Job,
     on_read: OnRead,
     *,
     trust_remote_code: bool,
-) -> Lessons:
+) -> TrainingWindows:
     """Sequences to reshape the model on: taught ones of the beginning of the text, held-out ones of
     its end, which share no token."""
     asked = job.preprocess
     assert asked is not None
-    num_taught = asked.steps * asked.batch_size
+    num_train = asked.steps * asked.batch_size
     ids, bos = _encoded(
-        checkpoint, skeleton, job, asked.text, num_taught, trust_remote_code, on_read
+        checkpoint, skeleton, job, asked.text, num_train, trust_remote_code, on_read
     )
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(skeleton, job.seq_len)
     cut = int((1 - HELD_OUT) * len(ids))
-    taught_SL, held_out_SL = (
+    train_SL, held_out_SL = (
         windows(
             part,
             samples=samples,
@@ -388,9 +395,9 @@ def _lessons(
             generator=generator,
             option="--preprocess",
         )
-        for part, samples in ((ids[:cut], num_taught), (ids[cut:], MOST_HELD_OUT))
+        for part, samples in ((ids[:cut], num_train), (ids[cut:], MOST_HELD_OUT))
     )
-    return Lessons(taught_SL, held_out_SL)
+    return TrainingWindows(train_SL, held_out_SL)
 
 
 def _encoded(

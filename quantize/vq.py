@@ -303,7 +303,7 @@ def fit_head(
         own_V += _shares(counts_V, books.codes_nSG[:, 0, 0])
     student = nn.ParameterDict({"bias_V": nn.Parameter(own_V)})
     size = max(1, int(HELD_OUT * len(states_TD)))
-    taught_TD, held_out_TD = states_TD[size:], states_TD[:size]
+    train_TD, held_out_TD = states_TD[size:], states_TD[:size]
     rows = max(STEP_TOKENS, STEP_LOGITS // len(weight_VD))
 
     def loss(part_TD: Tensor) -> Tensor:
@@ -316,9 +316,9 @@ def fit_head(
             each = [float(loss(part)) * len(part) for part in torch.split(held_out_TD, rows)]
         return sum(each) / len(held_out_TD)
 
-    figures: dict[str, Any] = {"nats_within_codes": bound, "loss_start": measure()}
-    best = (figures["loss_start"], 0, copy.deepcopy(books), own_V.clone())
-    steps = config.epochs * max(1, math.ceil(len(taught_TD) / rows))
+    metrics: dict[str, Any] = {"nats_within_codes": bound, "loss_start": measure()}
+    best = (metrics["loss_start"], 0, copy.deepcopy(books), own_V.clone())
+    steps = config.epochs * max(1, math.ceil(len(train_TD) / rows))
     groups = [
         {"params": [values], "lr": config.lr * float(values.detach().square().mean().sqrt())}
         for name, values in books.named_parameters()
@@ -328,11 +328,11 @@ def fit_head(
     alone = torch.tensor(apart, dtype=torch.long, device=device)
     done = 0
     for epoch in range(config.epochs):
-        order_T = torch.randperm(len(taught_TD), generator=generator)
+        order_T = torch.randperm(len(train_TD), generator=generator)
         for places_T in torch.split(order_T, rows):
             optimizer.zero_grad()
             with torch.enable_grad():
-                torch.autograd.backward(loss(taught_TD[places_T]))
+                torch.autograd.backward(loss(train_TD[places_T]))
             optimizer.step()
             schedule.step()
             done += 1
@@ -341,11 +341,11 @@ def fit_head(
         if now < best[0]:
             best = (now, epoch + 1, copy.deepcopy(books), student["bias_V"].detach().clone())
         books.reassign(weight_VD, hessian_DD, alone)
-    figures["loss_after"], figures["best_epoch"], books, own_V = best
+    metrics["loss_after"], metrics["best_epoch"], books, own_V = best
     fields = books.fields(weight_VD)
     used = [len(set(column.tolist())) for column in fields["codes"].T]
-    figures["codes_used"] = sum(used) / len(used)
-    return fields, own_V, figures
+    metrics["codes_used"] = sum(used) / len(used)
+    return fields, own_V, metrics
 
 
 def _divergence(

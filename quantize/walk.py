@@ -190,7 +190,7 @@ class BlockWalk:
         )
         weight_VD, bias_V = tensors[site.parameter], tensors.get(f"{site.name}.bias")
         config: Any = self.plan.choices[site.name].config
-        fields, own_V, figures = vq.fit_head(
+        fields, own_V, metrics = vq.fit_head(
             weight_VD.to(self.device),
             None if bias_V is None else bias_V.float().to(self.device),
             vq.Text(
@@ -213,7 +213,7 @@ class BlockWalk:
         contents[f"{site.name}.bias"] = own_V.to(weight_VD.dtype).cpu()
         shard = self._shard(len(self.skeleton.blocks))
         self.writer.write_shard(
-            shard, contents, self.metadata, {"layers": [layer], "head": figures}
+            shard, contents, self.metadata, {"layers": [layer], "head": metrics}
         )
 
     def _head_inputs(self, site: Site, streams: Streams) -> Tensor:

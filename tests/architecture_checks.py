@@ -160,10 +160,10 @@ def logits_by_block(place: Path, ids_BL: Tensor) -> Tensor:
 
 def int8(subject: Subject) -> dict[str, float]:
     """Packed to 8 bits it is close to dense, the same unpacked, loaded again and by block."""
-    out, figures = pack(subject, "int8")
+    out, metrics = pack(subject, "int8")
     packed = load_model(out, dtype="float32", runtime="packed")
     logits_BLV = forward(packed, subject.ids_BL)
-    figures["error"] = close(logits_BLV, subject.logits_BLV, EIGHT_BITS)
+    metrics["error"] = close(logits_BLV, subject.logits_BLV, EIGHT_BITS)
     if not torch.equal(forward(load_model(out, dtype="float32"), subject.ids_BL), logits_BLV):
         raise DifferenceError("loaded again it has other logits")
     dense = load_model(out, dtype="float32", runtime="dense")
@@ -171,32 +171,32 @@ def int8(subject: Subject) -> dict[str, float]:
     if subject.walks:
         probs_BLV = logits_by_block(out, subject.ids_BL)
         same(probs_BLV, log_probs(logits_BLV), "packed, whole and by block")
-    return figures
+    return metrics
 
 
 def gptq(subject: Subject) -> dict[str, float]:
     """Packed to 4 bits with text every matrix is close to its source, and logits are related."""
-    out, figures = pack(subject, "gptq", text=True, bits=4)
+    out, metrics = pack(subject, "gptq", text=True, bits=4)
     source = open_checkpoint(subject.place)
     worst = max(layer_errors(open_checkpoint(out), source), key=lambda layer: layer["error"])
     if not worst["error"] <= FOUR_BITS_MATRIX:
         raise DifferenceError(f"{worst['name']} is {worst['error']:.2f} off its source, squared")
-    figures["matrix"] = round(worst["error"], 4)
+    metrics["matrix"] = round(worst["error"], 4)
     logits_BLV = forward(load_model(out, dtype="float32"), subject.ids_BL)
-    figures["error"] = close(logits_BLV, subject.logits_BLV, FOUR_BITS_LOGITS)
-    return figures
+    metrics["error"] = close(logits_BLV, subject.logits_BLV, FOUR_BITS_LOGITS)
+    return metrics
 
 
 def pack(
     subject: Subject, method: str, *, text: bool = False, **options: Any
 ) -> tuple[Path, dict[str, float]]:
     """The checkpoint packed by a method, and which share of the blocks' matrices that is."""
-    out, figures = subject.scratch / method, {}
+    out, metrics = subject.scratch / method, {}
 
     def announce(plan: Any, skeleton: Any) -> None:
         blocks = [skeleton.model.get_submodule(block) for block in skeleton.blocks]
         whole = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
-        figures["packed"] = round(plan.num_weights / max(1, whole), 3)
+        metrics["packed"] = round(plan.num_weights / max(1, whole), 3)
 
     job = Job(
         method=method,
@@ -208,7 +208,7 @@ def pack(
     )
     with early(out):
         quantize(subject.place, out, job, announce=announce)
-    return out, figures
+    return out, metrics
 
 
 @contextlib.contextmanager
@@ -338,7 +338,7 @@ def judge(
 ) -> dict[str, Any]:
     """How a check ended."""
     try:
-        figures = check(subject)
+        metrics = check(subject)
     except InputError as error:
         said = " ".join(str(error).split())
         for place in (subject.place, subject.scratch):
@@ -351,7 +351,7 @@ def judge(
         return {"result": "FAULT", "why": f"raised {brief(error)}", "trace": trace(error)}
     if not causal:
         return {"result": "FAULT", "why": "runs a model whose logits look at later tokens"}
-    return {"result": "works", **figures}
+    return {"result": "works", **metrics}
 
 
 def trace(error: Exception) -> list[str]:

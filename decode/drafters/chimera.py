@@ -38,13 +38,13 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Features, Lesson, Needs, Prompt
+from spectool.decode.protocol import Features, Needs, Prompt, TrainingBatch
 from spectool.decode.row import Row
 from spectool.options import option
 
 from .layer import DecoderLayer, DraftCache, Rotary, Sight, attend_chains, layer_config
 from .medusa import residual_blocks
-from .trained import Heads, Learning, TreeConfig, TreeDrafter
+from .trained import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
 
 
 class Trigram(nn.Module):
@@ -97,13 +97,13 @@ class ChimeraHeads(Heads):
         )
 
     needs = Needs(final=True)
-    learning = Learning(rate=2e-4)
+    optimizer_defaults = OptimizerDefaults(rate=2e-4)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
         self.probs_weight = config.probs_weight
-        self.learns = "both" if config.probs_weight else "labels"
+        self.loss_target = "both" if config.probs_weight else "labels"
         shape = layer_config(model)
         self.rotary = Rotary(shape)
         self.trigram = Trigram(shape.hidden_size)
@@ -113,9 +113,9 @@ class ChimeraHeads(Heads):
         self.heads = nn.ModuleList(self._each)
         self.to(self.frozen.weight_VD)
 
-    def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
-        final_BLD = lesson.features["final"].to(self.dtype)
-        last = lesson.tokens_BL.shape[1] - 1
+    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+        final_BLD = batch.features["final"].to(self.dtype)
+        last = batch.tokens_BL.shape[1] - 1
         places_L = torch.arange(last + 1, device=final_BLD.device)
         rotary = self.rotary.at(places_L[None], final_BLD)
         layer, attention = self.ctx.layer, self.ctx.layer.self_attn
@@ -124,7 +124,7 @@ class ChimeraHeads(Heads):
         # What a chain's row reads of itself depends on its newest token alone: row j of place t is
         # row 0 of place t + j.
         window_L3 = (places_L[:, None] - torch.tensor([2, 1, 0]).to(places_L)).clamp(min=0)
-        trigram_BLD = self.trigram(self.embed(lesson.tokens_BL[:, window_L3]))
+        trigram_BLD = self.trigram(self.embed(batch.tokens_BL[:, window_L3]))
         q, k, v = attention.project(layer.input_layernorm(trigram_BLD), rotary)
         for j in range(self.num_heads):
             # Past the end there is nothing to learn, and something has to stand.

@@ -40,12 +40,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Features, Lesson, Needs, Prompt
+from spectool.decode.protocol import Features, Needs, Prompt, TrainingBatch
 from spectool.decode.row import Row
 from spectool.options import option
 
 from .layer import DecoderLayer, DraftCache, Rotary, Sight, final_scale, layer_config
-from .trained import Heads, Learning, TreeConfig, TreeDrafter
+from .trained import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
 
 # The size of the random numbers around what matrices begin as.
 _NOISE = 0.01
@@ -124,8 +124,8 @@ class CloverHeads(Heads):
     needs = Needs(layers=(-1,), final=True)
     packs = True
     begins_as_layers = True
-    learning = Learning(rate=1e-3, betas=(0.9, 0.95))
-    learns = "laws"
+    optimizer_defaults = OptimizerDefaults(rate=1e-3, betas=(0.9, 0.95))
+    loss_target = "laws"
     decay = 0.7
     state_weight = 10.0
 
@@ -167,19 +167,17 @@ class CloverHeads(Heads):
         state = self.regr.attn(state, token)
         return state, self.norm_regr(self.regr.mix(torch.cat([state, token], -1)))
 
-    def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
         # Past the end there is nothing to learn, and something has to stand.
-        last = lesson.tokens_BL.shape[1] - 1
-        before_BLD = lesson.features["layer -1"].to(self.dtype)
+        last = batch.tokens_BL.shape[1] - 1
+        before_BLD = batch.features["layer -1"].to(self.dtype)
         places_L = torch.arange(last + 1, device=before_BLD.device)
-        after_BLD = self.read(lesson.tokens_BL[:, (places_L + 1).clamp(max=last)])
-        h_BLD = self.augment(
-            before_BLD, after_BLD, self.rotary.text(before_BLD, lesson.segments_BL)
-        )
+        after_BLD = self.read(batch.tokens_BL[:, (places_L + 1).clamp(max=last)])
+        h_BLD = self.augment(before_BLD, after_BLD, self.rotary.text(before_BLD, batch.segments_BL))
         state_RD = h_BLD[batch_R, place_R]
         yield self.first(state_RD)
         for i in range(1, self.num_heads):
-            token_R = lesson.tokens_BL[batch_R, (place_R + 1 + i).clamp(max=last)]
+            token_R = batch.tokens_BL[batch_R, (place_R + 1 + i).clamp(max=last)]
             state_RD, out_RD = self.carry(state_RD, self.read(token_R))
             yield out_RD
 

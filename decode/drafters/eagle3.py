@@ -37,7 +37,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Features, Lesson, Needs, Outcome, Prompt
+from spectool.decode.protocol import Drafter, Features, Needs, Outcome, Prompt, TrainingBatch
 from spectool.decode.row import Row
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import kernel_rows
@@ -47,7 +47,7 @@ from spectool.kernels import skinny
 from spectool.options import option
 
 from .layer import Attention, DraftCache, Rotary, attend_chains, final_scale, layer_config
-from .trained import Heads, Learning, read_outcomes, read_prompts
+from .trained import Heads, OptimizerDefaults, read_outcomes, read_prompts
 
 # Of a larger vocabulary as many tokens are guessed, as published.
 _DRAFT_VOCAB = 32000
@@ -94,8 +94,8 @@ class Eagle3Heads(Heads):
             if not all(part.isdigit() for part in self.layers.split("-") if self.layers):
                 raise UsageError(f"--layers {self.layers}: expected numbers like 2-16-29")
 
-    learning = Learning(rate=5e-5, betas=(0.9, 0.95))
-    learns = "laws"
+    optimizer_defaults = OptimizerDefaults(rate=5e-5, betas=(0.9, 0.95))
+    loss_target = "laws"
     decay = 0.8
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
@@ -150,9 +150,9 @@ class Eagle3Heads(Heads):
         fused: Tensor = self.fc(torch.cat(states, -1).to(self.dtype))
         return fused
 
-    def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
-        state_BLD = self.fuse(lesson.features)
-        tokens_BL, attention = lesson.tokens_BL, self.midlayer.self_attn
+    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+        state_BLD = self.fuse(batch.features)
+        tokens_BL, attention = batch.tokens_BL, self.midlayer.self_attn
         places_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
         keys: list[Tensor] = []
         values: list[Tensor] = []

@@ -69,7 +69,7 @@ class Format:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beginning:
+class PretrainedHeads:
     """Weights to begin with, in our names. `embedding` and `output` are the target's as they were
     stored with them, where they were, `tokenizer` its tokenizer's digest."""
 
@@ -185,7 +185,7 @@ def _way(method: str) -> str:
     )
 
 
-def read(place: Path, target: Any, *, checksums: bool = True) -> Beginning:
+def read(place: Path, target: Any, *, checksums: bool = True) -> PretrainedHeads:
     """What lies in `place`, a directory of ours or in one of the formats, for a target's config.
 
     With `checksums`, weights in a directory of ours are compared with theirs.
@@ -196,7 +196,7 @@ def read(place: Path, target: Any, *, checksums: bool = True) -> Beginning:
     """
     if (place / HEADS).exists():
         record = read_record(place)
-        return Beginning(
+        return PretrainedHeads(
             place=place,
             method=record.method,
             options=record.options,
@@ -220,7 +220,7 @@ def read(place: Path, target: Any, *, checksums: bool = True) -> Beginning:
         raise CheckpointError(f"{place}: its files do not fit together: {reason}") from error
 
 
-def _read(place: Path, said: dict[str, Any], target: Any) -> Beginning:
+def _read(place: Path, said: dict[str, Any], target: Any) -> PretrainedHeads:
     """Heads in one of the formats, told by their configuration."""
     kind = said.get("speculators_model_type") or said.get("model_type")
     architectures = " ".join(map(str, said.get("architectures") or ()))
@@ -274,7 +274,7 @@ def _write_medusa(
 
 def _read_medusa(
     place: Path, said: dict[str, Any], stored: dict[str, Tensor], target: Any
-) -> Beginning:
+) -> PretrainedHeads:
     """Heads without biases get such of zero."""
     stored = {name.removeprefix("medusa_heads."): tensor for name, tensor in stored.items()}
     output = stored.pop("lm_heads.0.weight", None) if said.get("original_lm_head") else None
@@ -303,7 +303,7 @@ def _read_medusa(
         output = None if output is None else output[order]
     elif said.get("truncated_vocab_size", said.get("vocab_size")) != said.get("vocab_size"):
         raise CheckpointError(f"{place}: guesses a part of the tokens, but says not which")
-    return Beginning(
+    return PretrainedHeads(
         place=place,
         method="medusa",
         options={**options, "draft_vocab": 0 if token_map is None else len(token_map)},
@@ -430,7 +430,7 @@ def _fused(heads: Heads) -> dict[str, Any]:
 
 def _read_eagle3(
     place: Path, said: dict[str, Any], stored: dict[str, Tensor], target: Any
-) -> Beginning:
+) -> PretrainedHeads:
     config = target.get_text_config(decoder=True)
     layer = said.get("transformer_layer_config", said)
     for name in _NOT_OURS:
@@ -461,7 +461,7 @@ def _read_eagle3(
     # Of a large vocabulary a part is guessed unless all of it is asked for.
     if whole and not Eagle3Heads.num_guessed(Eagle3Heads.Config(), size):
         del tensors["token_map"]
-    return Beginning(
+    return PretrainedHeads(
         place=place,
         method="eagle3",
         options={

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectool import options
-from spectool.decode.protocol import Inject, Lesson, Needs
+from spectool.decode.protocol import Inject, Needs, TrainingBatch
 from spectool.errors import UnsupportedError, UsageError
 from spectool.options import option
 
@@ -68,9 +68,9 @@ class HiddenTransferHeads(InPassHeads):
     def rows(self) -> list[tuple[int, int]]:
         return [(slot, slot) for slot in range(self.num_heads)]
 
-    def put(self, lesson: Lesson) -> dict[int, Inject]:
+    def put(self, batch: TrainingBatch) -> dict[int, Inject]:
         return {
-            layer: functools.partial(self._carry, layer, lesson.features[f"layer {layer - 1}"])
+            layer: functools.partial(self._carry, layer, batch.features[f"layer {layer - 1}"])
             for layer in self.layers
         }
 

@@ -30,12 +30,12 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Features, Lesson, Needs, Prompt
+from spectool.decode.protocol import Features, Needs, Prompt, TrainingBatch
 from spectool.options import option
 
 from .layer import DecoderLayer, DraftCache, Rotary, layer_config
 from .medusa import residual_blocks
-from .trained import Heads, Learning, TreeConfig, TreeDrafter
+from .trained import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
 
 _DROPOUT = 0.2
 _BLOCKS = {"plain": 1, "plus": 4}
@@ -89,13 +89,13 @@ class HydraHeads(Heads):
 
     needs = Needs(final=True)
     packs = True
-    learning = Learning(rate=5e-4, weight_decay=0.1, final=0.33)
+    optimizer_defaults = OptimizerDefaults(rate=5e-4, weight_decay=0.1, final=0.33)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
         plus = config.variant == "plus"
-        self.learns = "laws" if plus else "labels"
+        self.loss_target = "laws" if plus else "labels"
         weight_VD = self.frozen.weight_VD
         self._each = [
             HydraHead(
@@ -112,15 +112,15 @@ class HydraHeads(Heads):
         self.rotary = Rotary(shape)
         self.prefix = DecoderLayer(shape).to(weight_VD) if plus else None
 
-    def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
-        state_BLD = lesson.features["final"].to(self.dtype)
+    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+        state_BLD = batch.features["final"].to(self.dtype)
         if self.prefix is not None:
-            state_BLD = self.prefix(state_BLD, self.rotary.text(state_BLD, lesson.segments_BL))
+            state_BLD = self.prefix(state_BLD, self.rotary.text(state_BLD, batch.segments_BL))
         parts = [state_BLD[batch_R, place_R]]
-        last = lesson.tokens_BL.shape[1] - 1
+        last = batch.tokens_BL.shape[1] - 1
         for i, head in enumerate(self._each):
             # Past the end there is nothing to learn, and something has to stand.
-            token_R = lesson.tokens_BL[batch_R, (place_R + 1 + i).clamp(max=last)]
+            token_R = batch.tokens_BL[batch_R, (place_R + 1 + i).clamp(max=last)]
             parts.append(self.embed(token_R))
             yield head(torch.cat(parts, -1))
 

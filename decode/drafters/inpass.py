@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Inject, Lesson, Outcome, Prompt
+from spectool.decode.protocol import Drafter, Inject, Outcome, Prompt, TrainingBatch
 from spectool.decode.row import Row
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
@@ -46,7 +46,7 @@ Path = tuple[int, ...]
 class InPassHeads(Heads):
     """Heads whose states come out of the target's pass; it implements `rows` and `put`."""
 
-    learns = "laws"
+    loss_target = "laws"
     config: Any
 
     @classmethod
@@ -59,7 +59,7 @@ class InPassHeads(Heads):
         """The whole set below a node, as `Draft.beside` with the node as 0; K groups, in order."""
         raise NotImplementedError
 
-    def put(self, lesson: Lesson) -> dict[int, Inject]:
+    def put(self, batch: TrainingBatch) -> dict[int, Inject]:
         """What to inject beside the texts of a lesson."""
         raise NotImplementedError
 
@@ -73,19 +73,19 @@ class InPassHeads(Heads):
         index_S = torch.cat(kept) if kept else batch_R
         return batch_R[index_S], place_R[index_S]
 
-    def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
-        assert lesson.beside is not None
-        inject, rows = self.put(lesson), self.rows
+    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+        assert batch.beside is not None
+        inject, rows = self.put(batch), self.rows
         # Each text's places side by side, padded with the first.
-        batch = len(lesson.tokens_BL)
-        count_B = torch.bincount(batch_R, minlength=batch)
+        num_texts = len(batch.tokens_BL)
+        count_B = torch.bincount(batch_R, minlength=num_texts)
         column_R = torch.arange(len(batch_R), device=batch_R.device)
         column_R = column_R - (count_B.cumsum(0) - count_B)[batch_R]
         most = int(count_B.max()) if len(batch_R) else 0
-        places_BA = torch.zeros(batch, max(1, most), dtype=torch.long, device=batch_R.device)
+        places_BA = torch.zeros(num_texts, max(1, most), dtype=torch.long, device=batch_R.device)
         places_BA[batch_R, column_R] = place_R
         found = [
-            lesson.beside(part_BA, rows, inject)
+            batch.beside(part_BA, rows, inject)
             for part_BA in torch.split(places_BA, _TOGETHER, dim=1)
         ]
         states_RXD = torch.cat(found, 1)[batch_R, column_R].to(self.dtype)

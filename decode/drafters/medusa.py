@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectool import options
-from spectool.decode.protocol import Lesson, Needs
+from spectool.decode.protocol import Needs, TrainingBatch
 from spectool.options import option
 
 from .trained import Heads, TreeDrafter
@@ -73,8 +73,8 @@ class MedusaHeads(Heads):
         ]
         self.heads = nn.ModuleList(self._each)
 
-    def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
-        state_RD = lesson.features["final"][batch_R, place_R].to(self.dtype)
+    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+        state_RD = batch.features["final"][batch_R, place_R].to(self.dtype)
         for head in self._each:
             yield head(state_RD)
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectool import options
-from spectool.decode.protocol import Inject, Lesson, Needs
+from spectool.decode.protocol import Inject, Needs, TrainingBatch
 from spectool.options import option
 from spectool.packed import matrix_of
 
 from .inpass import InPassDrafter, InPassHeads
-from .trained import Learning
+from .trained import OptimizerDefaults
 
 # Of the embeddings' own spread.
 _NOISE = 0.1
@@ -40,7 +40,7 @@ class PPDHeads(InPassHeads):
         ensemble: int = option(1, "embeddings of a prompt token", minimum=1, maximum=16)
         anchors: int = option(64, "places of a text to learn at in a step", minimum=1)
 
-    learning = Learning(rate=1e-2)
+    optimizer_defaults = OptimizerDefaults(rate=1e-2)
     decay = 0.8
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
@@ -59,7 +59,7 @@ class PPDHeads(InPassHeads):
         each = self.config.ensemble
         return [(max(0, slot + 1 - each), slot) for slot in range(self.num_heads * each)]
 
-    def put(self, lesson: Lesson) -> dict[int, Inject]:
+    def put(self, batch: TrainingBatch) -> dict[int, Inject]:
         return {-1: self._embed}
 
     def _embed(self, hidden_BND: Tensor, slots_BN: Tensor, owners_BN: Tensor) -> Tensor:

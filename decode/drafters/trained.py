@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Features, Lesson, Needs, Outcome, Prompt
+from spectool.decode.protocol import Drafter, Features, Needs, Outcome, Prompt, TrainingBatch
 from spectool.decode.row import Row
 from spectool.decode.sampling import SamplingParams, sound
 from spectool.decode.target import kernel_rows
@@ -52,7 +52,7 @@ SamplingOptions = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Learning:
+class OptimizerDefaults:
     """How a method is trained unless asked otherwise: AdamW, its peak rate and where that ends."""
 
     rate: float = 1e-3
@@ -101,8 +101,8 @@ class Heads(nn.Module):
     implements `states` and `step`, and `own_output` where a head has a matrix of its own.
     """
 
-    learning: ClassVar[Learning] = Learning()
-    learns: Literal["labels", "laws", "both"] = "labels"
+    optimizer_defaults: ClassVar[OptimizerDefaults] = OptimizerDefaults()
+    loss_target: Literal["labels", "laws", "both"] = "labels"
     decay: float = 1.0
     probs_weight: float = 1.0
     state_weight: float = 0.0
@@ -132,7 +132,7 @@ class Heads(nn.Module):
         """The places to learn at in a step, of those that have something to learn."""
         return batch_R, place_R
 
-    def states(self, lesson: Lesson, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
         """Of each head in turn, the states [R, D] that it guesses from at these places.
 
         Head k may read x_{t+1} ... x_{t+1+k} of the lesson, as if it had drafted them.
@@ -187,8 +187,8 @@ class Heads(nn.Module):
         places = logits.topk(min(count, logits.shape[-1])).indices
         return places if self.token_map is None else self.token_map[places]
 
-    def teach(
-        self, lesson: Lesson, total: Callable[[list[int]], list[int]] = lambda places: places
+    def compute_loss(
+        self, batch: TrainingBatch, total: Callable[[list[int]], list[int]] = lambda places: places
     ) -> HeadLoss:
         """Add a lesson's gradients; the sums of each head's losses and right guesses.
 
@@ -197,17 +197,17 @@ class Heads(nn.Module):
         """
         self.train()
         done = HeadLoss(self.num_heads)
-        labels_BL = self.labels(lesson.tokens_BL)
-        taught_BL = self._taught(lesson, labels_BL)
-        places_BL = _any_ahead(taught_BL, self.num_heads)
+        labels_BL = self.labels(batch.tokens_BL)
+        loss_mask_BL = self._loss_mask(batch, labels_BL)
+        places_BL = _any_ahead(loss_mask_BL, self.num_heads)
         batch_R, place_R = self.choose(*places_BL.nonzero(as_tuple=True))
-        counted = self._counted(taught_BL, lesson.segments_BL, batch_R, place_R)
-        probs_of = self._target_probs(lesson, taught_BL) if self.learns != "labels" else None
+        counted = self._counted(loss_mask_BL, batch.segments_BL, batch_R, place_R)
+        probs_of = self._target_probs(batch, loss_mask_BL) if self.loss_target != "labels" else None
         places = total([int(counts_R.sum()) for counts_R in counted])
         outs: list[Tensor] = []
         slopes: list[Tensor] = []
         with torch.enable_grad():
-            states = list(self.states(lesson, batch_R, place_R))
+            states = list(self.states(batch, batch_R, place_R))
         for k, out_RD in enumerate(states):
             counts_R = counted[k]
             at_S, ahead_S = batch_R[counts_R], place_R[counts_R] + 2 + k
@@ -218,7 +218,7 @@ class Heads(nn.Module):
                 k,
                 labels_BL[at_S, ahead_S],
                 None if probs_of is None else functools.partial(probs_of, at_S, ahead_S),
-                lesson.features["final"][at_S, ahead_S - 1] if self.state_weight else None,
+                batch.features["final"][at_S, ahead_S - 1] if self.state_weight else None,
                 scale,
             )
             slope_RD = torch.zeros_like(out_RD)
@@ -230,24 +230,24 @@ class Heads(nn.Module):
         return done
 
     @torch.no_grad()
-    def ranks(self, lesson: Lesson) -> Tensor:
+    def ranks(self, batch: TrainingBatch) -> Tensor:
         """Ranks [R, K] of the true tokens among each head's guesses, where all K are taught.
 
         Head k is measured after the true tokens, so these are ranks on the condition that what was
         drafted before it was right.
         """
-        assert lesson.segments_BL is None, "measured on texts that stand alone"
+        assert batch.segments_BL is None, "measured on texts that stand alone"
         self.eval()
-        taught_BL = lesson.taught_BL
+        loss_mask_BL = batch.loss_mask_BL
         # Place t drafts x_{t+2} ... x_{t+1+K} after the target's own x_{t+1}.
-        places_BL = taught_BL[:, 1 : max(1, taught_BL.shape[1] - self.num_heads)].clone()
+        places_BL = loss_mask_BL[:, 1 : max(1, loss_mask_BL.shape[1] - self.num_heads)].clone()
         for ahead in range(2, self.num_heads + 2):
-            places_BL &= taught_BL[:, ahead : ahead + places_BL.shape[1]]
+            places_BL &= loss_mask_BL[:, ahead : ahead + places_BL.shape[1]]
         batch_R, place_R = places_BL.nonzero(as_tuple=True)
-        labels_BL = self.labels(lesson.tokens_BL)
+        labels_BL = self.labels(batch.tokens_BL)
         columns = [
             ranks_of(state_RD, *self.output(k), labels_BL[batch_R, place_R + 2 + k])
-            for k, state_RD in enumerate(self.states(lesson, batch_R, place_R))
+            for k, state_RD in enumerate(self.states(batch, batch_R, place_R))
         ]
         return torch.stack(columns, 1)
 
@@ -264,45 +264,45 @@ class Heads(nn.Module):
         )
         return torch.where(self.token_map[places] == tokens, places, -1)
 
-    def _taught(self, lesson: Lesson, labels_BL: Tensor) -> Tensor:
+    def _loss_mask(self, batch: TrainingBatch, labels_BL: Tensor) -> Tensor:
         """Which tokens there is something to learn of."""
-        taught_BL = lesson.taught_BL
-        if self.learns != "laws":
-            taught_BL = taught_BL & (labels_BL >= 0)
-        if self.learns == "labels" or self.token_map is None:
-            return taught_BL
+        loss_mask_BL = batch.loss_mask_BL
+        if self.loss_target != "laws":
+            loss_mask_BL = loss_mask_BL & (labels_BL >= 0)
+        if self.loss_target == "labels" or self.token_map is None:
+            return loss_mask_BL
         # Of a law whose best token cannot be guessed, what is left says little.
-        final_BLD = lesson.features["final"]
+        final_BLD = batch.features["final"]
         best_BL = final_BLD.new_zeros(final_BLD.shape[:2], dtype=torch.long)
         output = self.frozen.output
         for row, final_LD in enumerate(final_BLD):
             for part in _chunks(len(final_LD), output.out_features):
                 best_BL[row, part] = output(final_LD[part]).argmax(-1)
         known_BL = self.labels(best_BL) >= 0
-        return taught_BL & F.pad(known_BL[:, :-1], (1, 0))
+        return loss_mask_BL & F.pad(known_BL[:, :-1], (1, 0))
 
     def _counted(
-        self, taught_BL: Tensor, segments_BL: Tensor | None, batch_R: Tensor, place_R: Tensor
+        self, loss_mask_BL: Tensor, segments_BL: Tensor | None, batch_R: Tensor, place_R: Tensor
     ) -> list[Tensor]:
         """Of each head, at which of the places [R] there is something to learn for it."""
-        length = taught_BL.shape[1]
+        length = loss_mask_BL.shape[1]
         found = []
         for k in range(self.num_heads):
             ahead_R = place_R + 2 + k
             counts_R, ahead_R = ahead_R < length, ahead_R.clamp(max=length - 1)
-            counts_R &= taught_BL[batch_R, ahead_R]
+            counts_R &= loss_mask_BL[batch_R, ahead_R]
             if segments_BL is not None:
                 counts_R &= segments_BL[batch_R, ahead_R] == segments_BL[batch_R, place_R]
             found.append(counts_R)
         return found
 
-    def _target_probs(self, lesson: Lesson, taught_BL: Tensor) -> SamplingOptions:
+    def _target_probs(self, batch: TrainingBatch, loss_mask_BL: Tensor) -> SamplingOptions:
         """The target's laws of taught tokens x_u, among what can be guessed: what it says at u - 1.
 
         Made once for all heads where they fit into the memory set aside for that.
         """
-        final_BLD = lesson.features["final"]
-        before_BL = F.pad(taught_BL[:, 1:], (0, 1))
+        final_BLD = batch.features["final"]
+        before_BL = F.pad(loss_mask_BL[:, 1:], (0, 1))
         final_RD = final_BLD[before_BL]
         vocab = len(self.frozen.weight_VD)
         if len(final_RD) * vocab * 4 > _PROBS_BYTES:
@@ -335,7 +335,7 @@ class Heads(nn.Module):
                 if self.own_output(k) is None:
                     logits = self.frozen.logits(logits)
                 loss = logits.new_zeros(())
-                if self.learns != "laws":
+                if self.loss_target != "laws":
                     loss = loss + F.cross_entropy(logits, labels_S[rows], reduction="sum")
                 if probs_of is not None:
                     of_probs = F.cross_entropy(logits, probs_of(rows), reduction="sum")
@@ -524,11 +524,11 @@ def frequent(tokens: Sequence[int], *, count: int, vocab: int) -> Tensor:
     return order[:count].sort().values
 
 
-def _any_ahead(taught_BL: Tensor, num_heads: int) -> Tensor:
+def _any_ahead(loss_mask_BL: Tensor, num_heads: int) -> Tensor:
     """The places [B, L] with something to learn for one of the heads at least."""
-    found_BL = torch.zeros_like(taught_BL)
+    found_BL = torch.zeros_like(loss_mask_BL)
     for ahead in range(2, 2 + num_heads):
-        found_BL[:, : max(0, taught_BL.shape[1] - ahead)] |= taught_BL[:, ahead:]
+        found_BL[:, : max(0, loss_mask_BL.shape[1] - ahead)] |= loss_mask_BL[:, ahead:]
     return found_BL
 
 

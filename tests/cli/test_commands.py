@@ -64,9 +64,9 @@ def test_quantize_and_inspect_say_what_the_files_hold(
     seen = spectool("inspect", out, "--json").json
     assert {"kind", "method", "modules", "bits_per_weight", "source", "command"} <= seen.keys()
     assert seen["kind"] == "packed" and seen["method"] == method
-    for figures in (result["bits_per_weight"], seen["bits_per_weight"]):
-        assert figures["linears"] == pytest.approx(linears, rel=1e-12)
-        assert figures["file"] == pytest.approx(file, rel=1e-12)
+    for metrics in (result["bits_per_weight"], seen["bits_per_weight"]):
+        assert metrics["linears"] == pytest.approx(linears, rel=1e-12)
+        assert metrics["file"] == pytest.approx(file, rel=1e-12)
     assert len(seen["modules"]) == 14
     people = spectool("inspect", out, "--layers")
     assert f"{linears:.4f} bits" in people.out and seen["command"] in people.out
@@ -237,14 +237,14 @@ def test_bench_exits_1_when_a_lossless_drafter_changes_the_output(
 ) -> None:
     from spectool.evaluate import bench
 
-    figures = bench._figures
+    metrics = bench._metrics
 
     def lie(name: str, results: Any, seconds: float) -> dict[str, Any]:
         if name == "ngram":
             results[0].token_ids[-1] ^= 1
-        return figures(name, results, seconds)
+        return metrics(name, results, seconds)
 
-    monkeypatch.setattr(bench, "_figures", lie)
+    monkeypatch.setattr(bench, "_metrics", lie)
     words = ["bench", checkpoint("llama"), "--prompts", prompts, "--max-new-tokens", 8]
     done = spectool(*words, "--draft", "ngram")
     assert done.code == 1 and "differs from plain decoding" in done.err

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectool import training as room
 from spectool.errors import MissingExtra, SpectoolError, UnsupportedError
-from spectool.training import Figures, Recipe, Training, check_optimizer, make_optimizer
+from spectool.training import Metrics, Recipe, Training, check_optimizer, make_optimizer
 
 
 def test_the_rate_rises_then_falls_along_a_cosine() -> None:
@@ -36,7 +36,7 @@ class Memory:
         return self.states[-1] if self.states else None
 
     def save(self, tensors: Mapping[str, Tensor], said: dict[str, Any]) -> None:
-        copied = {**said, "looks": list(said["looks"])}
+        copied = {**said, "evaluations": list(said["evaluations"])}
         self.states.append(({name: t.clone() for name, t in tensors.items()}, copied))
 
 
@@ -55,7 +55,7 @@ def make(
     module[0].bias.requires_grad_(False)
     looked: list[int] = []
 
-    def accumulate(step: int) -> Figures:
+    def accumulate(step: int) -> Metrics:
         if step == stop_at:
             raise Stop
         x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
@@ -63,7 +63,7 @@ def make(
         loss.backward()
         return {"loss": math.nan if step == bad_at else loss.item()}
 
-    def evaluate() -> Figures:
+    def evaluate() -> Metrics:
         looked.append(0)
         x = torch.ones(1, 5)
         return {"score": -float((module(x) - 0.3).square().sum().detach())}
@@ -95,20 +95,20 @@ def weights(training: Training) -> list[Tensor]:
 def test_the_best_look_is_kept() -> None:
     training = make(None)
     history = training.run()
-    assert [look["step"] for look in history.looks] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
-    assert history.best == max(history.looks, key=lambda look: float(look["score"]))
+    assert [look["step"] for look in history.evaluations] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
+    assert history.best == max(history.evaluations, key=lambda look: float(look["score"]))
     assert training.evaluate()["score"] == history.best["score"]
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 4, 17, 29])
 def test_a_stopped_run_ends_with_the_same_weights(stop_at: int) -> None:
     whole = make(None)
-    looks = whole.run().looks
+    looks = whole.run().evaluations
     store = Memory()
     with pytest.raises(Stop):
         make(store, stop_at=stop_at).run()
     again = make(store)
-    assert again.run().looks == looks
+    assert again.run().evaluations == looks
     assert all(map(torch.equal, weights(again), weights(whole)))
 
 

@@ -69,7 +69,7 @@ class Losses(dict[str, list[float]]):
     def watch(self, name: str) -> dict[str, Any]:
         """What a training takes to be heard."""
         heard = self.setdefault(name, [])
-        return {"watch": lambda step, steps, figures, look: heard.append(figures["loss"])}
+        return {"watch": lambda step, steps, metrics, evaluation: heard.append(metrics["loss"])}
 
 
 def storing_always(original: Any) -> Any:

@@ -17,10 +17,10 @@ from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill import features as room
 from spectool.distill import material, plan
-from spectool.distill.course import Course
 from spectool.distill.features import Read, store
 from spectool.distill.processes import ALONE
 from spectool.distill.samples import Sample
+from spectool.distill.trainer import HeadTrainer
 from spectool.errors import TextError, UnsupportedError, UsageError
 from spectool.methods import resolve
 
@@ -56,10 +56,10 @@ def test_a_lesson_of_stored_features_is_that_of_read_ones(
     assert [sample.tokens for sample in stored.samples] == [sample.tokens for sample in texts]
     chosen = [4, 0, 3]
     read, found = (
-        each.lesson([[i] for i in chosen]) for each in (Read(target, needs, texts), stored)
+        each.batch([[i] for i in chosen]) for each in (Read(target, needs, texts), stored)
     )
     assert torch.equal(read.tokens_BL, found.tokens_BL)
-    assert torch.equal(read.taught_BL, found.taught_BL)
+    assert torch.equal(read.loss_mask_BL, found.loss_mask_BL)
     assert set(read.features) == set(found.features) == {"final", "layer 0"}
     for name, value_BLD in read.features.items():
         assert found.features[name].dtype == dtype
@@ -185,11 +185,11 @@ def test_a_training_with_stored_features_that_was_stopped_goes_on(
     source = checkpoint("llama")
     train(source, "whole", features="hybrid")
 
-    def stopping(self: Course, step: int) -> Any:
+    def stopping(self: HeadTrainer, step: int) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Course, "accumulate", stopping)
+        patch.setattr(HeadTrainer, "accumulate", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(source, features="hybrid")
     assert list((tmp_path / "out.partial").glob("features-own-*"))
@@ -228,7 +228,7 @@ def test_other_targets_texts_and_features_are_refused(
 def test_too_little_text_leaves_neither_store_nor_heads(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(material.Preparing, "_write", lambda *arguments: [])
+    monkeypatch.setattr(material.DataPreparation, "_write", lambda *arguments: [])
     with pytest.raises(TextError, match="wrote too little of its own to learn on"):
         train(checkpoint("llama"), regenerate=True, features=f"offline:{tmp_path / 'features'}")
     assert not any(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spectool.distill.metrics import Metrics
+from spectool.distill.metrics import MetricsFile
 from spectool.errors import InputError, UsageError
 
 RUN = {"run": "one"}
@@ -21,7 +21,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def test_a_line_a_step_after_one_that_names_the_run(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, RUN)
+    metrics = MetricsFile(path, RUN)
     metrics.add(1, {"loss": 2.0, "gradient_norm": math.inf})
     metrics.add(2, {"loss": 1.0})
     assert lines_of(path) == [
@@ -31,12 +31,12 @@ def test_a_line_a_step_after_one_that_names_the_run(tmp_path: Path) -> None:
 
 def test_steps_that_are_taken_again_have_one_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, RUN)
+    metrics = MetricsFile(path, RUN)
     for step in range(1, 6):
         metrics.add(step, {"try": 1})
     with path.open("a") as file:
         file.write('{"step": 6, "tr')
-    again = Metrics(path, RUN)
+    again = MetricsFile(path, RUN)
     again.add(4, {"try": 2})
     assert [(line["step"], line["try"]) for line in lines_of(path)[1:]] == [
         (1, 1), (2, 1), (3, 1), (4, 2),
@@ -48,15 +48,15 @@ def test_another_file_is_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
     with pytest.raises(UsageError, match="is not the metrics of this run"):
-        Metrics(path, RUN)
+        MetricsFile(path, RUN)
     assert path.read_text() == content
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
-        Metrics(tmp_path, RUN)
+        MetricsFile(tmp_path, RUN)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
-        Metrics(tmp_path / "file" / "metrics.jsonl", RUN)
+        MetricsFile(tmp_path / "file" / "metrics.jsonl", RUN)
     with pytest.raises(InputError, match="cannot be written"):
-        Metrics(tmp_path / "absent" / "metrics.jsonl", RUN)
+        MetricsFile(tmp_path / "absent" / "metrics.jsonl", RUN)

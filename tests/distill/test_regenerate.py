@@ -24,7 +24,7 @@ def endless(monkeypatch: pytest.MonkeyPatch, tiny: Callable[..., PreTrainedModel
 def sample_of(*stretches: tuple[list[int], bool], given: int = 0) -> Sample:
     return Sample(
         [token for tokens, _ in stretches for token in tokens],
-        [taught for tokens, taught in stretches for _ in tokens],
+        [loss_mask for tokens, loss_mask in stretches for _ in tokens],
         given,
     )
 
@@ -43,7 +43,7 @@ def test_text_keeps_its_first_quarter_and_goes_on_as_the_target(
     )
     (plain,) = endless.generate([tokens[:20]], max_new_tokens=60)
     assert made.tokens == tokens[:20] + plain.token_ids
-    assert made.taught == [False] * 20 + [True] * 60
+    assert made.loss_mask == [False] * 20 + [True] * 60
 
 
 def test_turns_follow_the_answers_that_were_written(tiny: Callable[..., PreTrainedModel]) -> None:
@@ -69,7 +69,7 @@ def test_turns_follow_the_answers_that_were_written(tiny: Callable[..., PreTrain
     (made,) = regenerate(runner, [given], seq_len=200, temperature=0.0, seed=0, batch_size=2)
     first, second = [*range(200, 220), 1], [*range(250, 270), 1]
     assert made.tokens == [*ask, *first, 77, *again, *second, 77]
-    assert made.taught == [False] * 30 + [True] * 21 + [False] * 11 + [True] * 21 + [False]
+    assert made.loss_mask == [False] * 30 + [True] * 21 + [False] * 11 + [True] * 21 + [False]
     assert asked == [[ask], [[*ask, *first, 77, *again]]]
 
 
@@ -84,7 +84,7 @@ def test_the_templates_end_of_turn_ends_an_answer(endless: Runner) -> None:
     given = dataclasses.replace(given, ends=frozenset([end]))
     (made,) = regenerate(endless, [given], seq_len=200, temperature=0.0, seed=0, batch_size=2)
     after = [*ask, *free.token_ids[:length], 77, *again]
-    assert made.tokens[: len(after)] == after and made.taught[30:][:length] == [True] * length
+    assert made.tokens[: len(after)] == after and made.loss_mask[30:][:length] == [True] * length
 
 
 @pytest.mark.parametrize("cut_loops", [True, False])

@@ -72,7 +72,7 @@ def talk(tmp_path: Path) -> str:
 
 
 def taught_text(sample: Sample) -> str:
-    kept = [t for t, taught in zip(sample.tokens, sample.taught, strict=True) if taught]
+    kept = [t for t, loss_mask in zip(sample.tokens, sample.loss_mask, strict=True) if loss_mask]
     return tokenizer().decode(kept)
 
 
@@ -140,7 +140,7 @@ def test_of_a_text_with_its_answer_the_answer_is_taught(tmp_path: Path) -> None:
         rows[0]["completion"],
         "\n" + rows[1]["output"],
     ]
-    assert all(sample.tokens[0] == 0 and not sample.taught[0] for sample in samples)
+    assert all(sample.tokens[0] == 0 and not sample.loss_mask[0] for sample in samples)
     assert told[0].num_rows == 2
     # With a template an instruction is a turn; a text that goes on is none.
     samples = read_samples([str(path)], chatty(), seq_len=200)
@@ -162,7 +162,7 @@ def test_tools_are_in_all_that_is_rendered(tmp_path: Path) -> None:
 def test_conversations_are_cut_at_the_end(talk: str) -> None:
     whole = read_samples([talk], chatty(), seq_len=1000)[0]
     cut = read_samples([talk], chatty(), seq_len=len(whole.tokens) - 20)[0]
-    assert cut.tokens == whole.tokens[:-20] and cut.taught == whole.taught[:-20]
+    assert cut.tokens == whole.tokens[:-20] and cut.loss_mask == whole.loss_mask[:-20]
 
 
 def test_without_an_answer_there_is_nothing_to_learn(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_text_is_taught_whole_but_for_the_start_token(tmp_path: Path) -> None:
     text = "def f(x):\n    return x\n" * 40
     path.write_text(text)
     samples = read_samples([str(path)], tokenizer(), seq_len=50)
-    assert all(s.tokens[0] == 0 and s.taught == [False] + [True] * (len(s.tokens) - 1)
+    assert all(s.tokens[0] == 0 and s.loss_mask == [False] + [True] * (len(s.tokens) - 1)
                for s in samples)  # fmt: skip
     assert {len(s.tokens) for s in samples[:-1]} == {50}
     assert "".join(map(taught_text, samples)) == text[: len("".join(map(taught_text, samples)))]
@@ -220,9 +220,9 @@ def test_batches_hold_every_sample_once_an_epoch() -> None:
 
 
 def test_padding_is_never_taught() -> None:
-    tokens_BL, taught_BL = pad([Sample([3, 4], [False, True]), Sample([5, 6, 7], [True] * 3)])
+    tokens_BL, loss_mask_BL = pad([Sample([3, 4], [False, True]), Sample([5, 6, 7], [True] * 3)])
     assert tokens_BL.tolist() == [[3, 4, 0], [5, 6, 7]]
-    assert taught_BL.tolist() == [[False, True, False], [True, True, True]]
+    assert loss_mask_BL.tolist() == [[False, True, False], [True, True, True]]
 
 
 def test_packed_rows_hold_every_sample_once_an_epoch_and_little_else() -> None:
@@ -243,9 +243,9 @@ def test_packed_rows_hold_every_sample_once_an_epoch_and_little_else() -> None:
 
 def test_joined_rows_say_which_token_is_whose() -> None:
     one, two, three = (Sample([n] * n, [n > 1] * n) for n in (1, 2, 3))
-    tokens_BL, taught_BL, segments_BL = join([[three, one], [two]])
+    tokens_BL, loss_mask_BL, segments_BL = join([[three, one], [two]])
     assert tokens_BL.tolist() == [[3, 3, 3, 1], [2, 2, 0, 0]]
-    assert taught_BL.tolist() == [[True] * 3 + [False], [True, True, False, False]]
+    assert loss_mask_BL.tolist() == [[True] * 3 + [False], [True, True, False, False]]
     assert segments_BL is not None
     assert segments_BL.tolist() == [[0, 0, 0, 1], [0, 0, -1, -1]]
     tokens_BL, _, segments_BL = join([[one], [two]])

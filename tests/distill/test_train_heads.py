@@ -22,7 +22,7 @@ from spectool.artifact import ArtifactWriter, own_files
 from spectool.decode.drafters.heads import read_record
 from spectool.decode.generate import Runner
 from spectool.distill import material, plan, texts
-from spectool.distill.course import Course
+from spectool.distill.trainer import HeadTrainer
 from spectool.errors import CheckpointError, SpectoolError, TextError, UnsupportedError, UsageError
 from spectool.quantize import run as quantizing
 from spectool.quantize.rtn import RTN
@@ -77,7 +77,7 @@ def test_training_beats_no_training(
         trained.initial["score"]
     )
     assert trained.tokens_per_forward > untrained.tokens_per_forward + 0.05
-    assert trained.record.training["looks"][-1]["step"] == 60
+    assert trained.record.training["evaluations"][-1]["step"] == 60
 
 
 @pytest.mark.parametrize("options", [{"draft_vocab": 30}, {"shared_head": True, "num_layers": 2}])
@@ -114,15 +114,15 @@ def test_metrics_are_a_line_a_step_also_over_a_stop(
     source, path = checkpoint("llama"), tmp_path / "metrics.jsonl"
     where = {"metrics": path}
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
-    accumulate, calls = Course.accumulate, [0]
+    accumulate, calls = HeadTrainer.accumulate, [0]
 
-    def stopping(self: Course, step: int) -> Any:
+    def stopping(self: HeadTrainer, step: int) -> Any:
         calls[0] += 1
         if calls[0] == 7:
             raise KeyboardInterrupt
         return accumulate(self, step)
 
-    monkeypatch.setattr(Course, "accumulate", stopping)
+    monkeypatch.setattr(HeadTrainer, "accumulate", stopping)
     with pytest.raises(KeyboardInterrupt):
         train(source, where=where)
     stopped = path.read_text()
@@ -139,7 +139,7 @@ def test_metrics_are_a_line_a_step_also_over_a_stop(
         assert line["loss"] == pytest.approx(sum(line["losses"]) / 3)
         assert 0 < line["tokens"] <= 256 and line["gradient_norm"] > 0
     assert lines[1]["learning_rate"] == 1e-2 > lines[8]["learning_rate"]
-    assert [line["held_out"] for line in lines] == report.record.training["looks"]
+    assert [line["held_out"] for line in lines] == report.record.training["evaluations"]
     with pytest.raises(UsageError, match="is not the metrics of this run"):
         train(source, "other", where=where, seed=1)
     assert not list(tmp_path.glob("other*"))
@@ -179,7 +179,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert len(shards) == min(stop, len(written_texts) + 2)
 
     written[0] = 0
-    steps = _count(monkeypatch, Course, "accumulate")
+    steps = _count(monkeypatch, HeadTrainer, "accumulate")
     train(source, regenerate=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     # What was recorded is not done again. One step more is taken for its time.

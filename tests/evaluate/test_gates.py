@@ -5,7 +5,7 @@ import math
 import pytest
 
 from spectool.errors import UsageError
-from spectool.evaluate.gates import figures, parse_gates
+from spectool.evaluate.gates import metrics, parse_gates
 
 RESULT = {
     "perplexity": {"value": 4.0, "tokens": 100, "bos": True},
@@ -49,4 +49,4 @@ def test_an_unknown_figure_is_refused_before_anything_runs() -> None:
 
 
 def test_figures_are_the_numbers_only() -> None:
-    assert figures(RESULT) == ["perplexity.value", "perplexity.tokens", "perplexity_ratio", "kl"]
+    assert metrics(RESULT) == ["perplexity.value", "perplexity.tokens", "perplexity_ratio", "kl"]

@@ -123,14 +123,14 @@ def test_what_is_measured_on_is_not_learnt_from(
     path.write_text("\n".join(f"def run{n}(): return {n}" for n in range(1000, 3000)))
     original = room.train
 
-    def spy(packed: Path, asked: Preprocess, lessons: Any, *more: Any, **given: Any) -> Any:
-        seen.append(lessons)
-        return original(packed, asked, lessons, *more, **given)
+    def spy(packed: Path, asked: Preprocess, windows: Any, *more: Any, **given: Any) -> Any:
+        seen.append(windows)
+        return original(packed, asked, windows, *more, **given)
 
     monkeypatch.setattr(room, "train", spy)
     quantize(checkpoint("llama"), tmp_path / "out", job(str(path), steps=60))
-    (lessons,) = seen
-    texts = [tokenizer().batch_decode(ids) for ids in (lessons.taught_SL, lessons.held_out_SL)]
+    (windows,) = seen
+    texts = [tokenizer().batch_decode(ids) for ids in (windows.train_SL, windows.held_out_SL)]
     taught, held_out = ({int(n) for n in re.findall(r"run(\d{4})\(", " ".join(t))} for t in texts)
     assert len(taught) > 50 and len(held_out) > 10 and max(taught) < min(held_out)
 

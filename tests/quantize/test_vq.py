@@ -54,14 +54,14 @@ def head(vocab: int = 60, width: int = 12) -> tuple[Tensor, Text]:
 def fitted(bias_V: Tensor | None = None, **options: Any) -> tuple[VQLinear, dict[str, Any], Any]:
     weight_VD, text = head()
     config = VQ.Config(**options)
-    fields, own_V, figures = fit_head(
+    fields, own_V, metrics = fit_head(
         weight_VD, bias_V, text, config, Tensor.float, noise(), lambda line: None,
         lambda share: None,
     )  # fmt: skip
     linear = VQ.build(VQ.layout((60, 12), config), (60, 12), config)
     linear.q.load_state_dict(fields)
     linear.bias = torch.nn.Parameter(own_V, requires_grad=False)
-    return linear, figures, (weight_VD, text)
+    return linear, metrics, (weight_VD, text)
 
 
 def kl(linear: Any, weight_VD: Tensor, states_TD: Tensor) -> float:
@@ -142,14 +142,14 @@ def test_two_levels_are_the_softmax() -> None:
 def test_learning_lowers_the_kl_and_more_codes_more() -> None:
     found = []
     for codes in (12, 24, 48):
-        linear, figures, (weight_VD, _) = fitted(codes=codes, width=0, frequent=6)
-        assert figures["loss_after"] < 0.9 * figures["loss_start"]
+        linear, metrics, (weight_VD, _) = fitted(codes=codes, width=0, frequent=6)
+        assert metrics["loss_after"] < 0.9 * metrics["loss_start"]
         fresh_TD = torch.randn(400, 12, generator=noise(9))
         found.append(kl(linear, weight_VD, fresh_TD))
-        assert found[-1] < 1.6 * figures["loss_after"]
+        assert found[-1] < 1.6 * metrics["loss_after"]
     assert found == sorted(found, reverse=True)
-    _, figures, _ = fitted(codes=16, width=3)
-    assert figures["loss_after"] < 0.9 * figures["loss_start"] and figures["nats_within_codes"] == 0
+    _, metrics, _ = fitted(codes=16, width=3)
+    assert metrics["loss_after"] < 0.9 * metrics["loss_start"] and metrics["nats_within_codes"] == 0
 
 
 def test_special_and_frequent_tokens_share_with_nobody() -> None:
@@ -171,12 +171,12 @@ def test_the_bound_is_the_entropy_within_codes() -> None:
 def test_a_bias_that_is_there_stays() -> None:
     bias_V = 3 * torch.randn(60, generator=noise(5))
     weight_VD, _ = head()
-    linear, figures, (_, text) = fitted(bias_V, codes=32, width=3)
+    linear, metrics, (_, text) = fitted(bias_V, codes=32, width=3)
     with torch.inference_mode():
         wanted = (text.states_TD @ weight_VD.T + bias_V).log_softmax(-1)
         found = linear(text.states_TD).log_softmax(-1)
     apart = float((wanted.exp() * (wanted - found)).sum(-1).mean())
-    assert apart == pytest.approx(figures["loss_after"], rel=0.4) and apart < 0.1
+    assert apart == pytest.approx(metrics["loss_after"], rel=0.4) and apart < 0.1
 
 
 def test_a_shortlist_decides_by_its_rows() -> None:
@@ -228,8 +228,8 @@ def test_a_model_with_a_learnt_head(
         "seq_len": 48,
     }
     out = compress(source, "rtn", bits=8, group_size=16, job=job, reports=reports)
-    figures = reports[0].outside["head"]
-    assert figures["loss_after"] < figures["loss_start"]
+    metrics = reports[0].outside["head"]
+    assert metrics["loss_after"] < metrics["loss_start"]
     model: Any = spectool.load(out)
     output = model.get_output_embeddings()
     assert isinstance(output, PackedLinear) and output.bias is not None
@@ -243,7 +243,7 @@ def test_a_model_with_a_learnt_head(
     assert torch.equal(first, second)
     assert torch.allclose(unpacked, first, atol=1e-4)
     apart = float((wanted.exp() * (wanted - first.log_softmax(-1))).sum(-1).mean())
-    assert apart < 3 * figures["loss_after"] + 0.5
+    assert apart < 3 * metrics["loss_after"] + 0.5
     ledger = measure(read_layout(out))
     (entry,) = [entry for entry in ledger.entries if entry.outside]
     assert entry.name == reports[0].outside["layers"][-1]["name"]

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from spectool.decode.protocol import Lesson, Needs
+from spectool.decode.protocol import Needs, TrainingBatch
 
 
 def bare_model(width: int = 12, vocab: int = 17, *, bias: bool = False, seed: int = 3) -> Any:
@@ -40,7 +40,7 @@ class Bare:
         return self.output
 
 
-def make_lesson(
+def make_batch(
     rows: int = 3,
     length: int = 23,
     width: int = 12,
@@ -48,13 +48,13 @@ def make_lesson(
     *,
     needs: Needs | None = None,
     share: float = 0.8,
-) -> Lesson:
+) -> TrainingBatch:
     """Random texts, of which a random `share` of the tokens is taught."""
     generator = torch.Generator().manual_seed(5)
     names = ["final", *(f"layer {n}" for n in (needs.layers if needs else ()))]
-    return Lesson(
+    return TrainingBatch(
         tokens_BL=torch.randint(0, vocab, (rows, length), generator=generator),
-        taught_BL=torch.rand(rows, length, generator=generator) < share,
+        loss_mask_BL=torch.rand(rows, length, generator=generator) < share,
         features={name: torch.randn(rows, length, width, generator=generator) for name in names},
     )
 

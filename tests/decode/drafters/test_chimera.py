@@ -14,11 +14,11 @@ from transformers import LlamaConfig, PreTrainedModel
 from spectool.decode.drafters.chimera import ChimeraDrafter, ChimeraHeads
 from spectool.decode.drafters.trained import TOP
 from spectool.decode.generate import Runner
-from spectool.decode.protocol import Lesson
+from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
 
 from ...conftest import DENSE, VOCAB
-from .bare import bare_model, disturb, llama_layer, make_lesson
+from .bare import bare_model, disturb, llama_layer, make_batch
 
 PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [1, 0, 2], [0, 0, 1]]
 PATHS += [[1, 0, 2, 0]]
@@ -55,8 +55,8 @@ def test_loss_and_gradient_are_those_of_the_equations(
     token_map = None if size is None else torch.tensor([0, 1, 3, 4, 6, 8, 9, 11, 12, 14, 16])
     model = bare_model(bias=True)
     heads = make_heads(model, token_map=token_map, num_heads=3, probs_weight=probs_weight)
-    lesson = make_lesson(length=15)
-    done = heads.teach(lesson)
+    batch = make_batch(length=15)
+    done = heads.compute_loss(batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
@@ -64,10 +64,10 @@ def test_loss_and_gradient_are_those_of_the_equations(
     losses: list[list[Tensor]] = [[] for _ in range(3)]
     right = [0, 0, 0]
     for row, place, j in itertools.product(range(3), range(15), range(3)):
-        tokens, ahead = lesson.tokens_BL[row].tolist(), place + 2 + j
-        if ahead >= 15 or not lesson.taught_BL[row, ahead] or tokens[ahead] not in kept:
+        tokens, ahead = batch.tokens_BL[row].tolist(), place + 2 + j
+        if ahead >= 15 or not batch.loss_mask_BL[row, ahead] or tokens[ahead] not in kept:
             continue
-        final_LD = lesson.features["final"][row]
+        final_LD = batch.features["final"][row]
         scores_V = model.output(final_LD[ahead - 1]).detach()
         if probs_weight and int(scores_V.argmax()) not in kept:
             continue
@@ -99,10 +99,10 @@ def test_untrained_heads_say_what_the_target_says(
         nn.init.zeros_(matrix.weight)
     tokens_BL = torch.tensor([prompt_of(9)])
     features = Target(model).read(tokens_BL, heads.needs)
-    lesson = Lesson(tokens_BL=tokens_BL, taught_BL=tokens_BL >= 0, features=features)
+    batch = TrainingBatch(tokens_BL=tokens_BL, loss_mask_BL=tokens_BL >= 0, features=features)
     with torch.no_grad():
         logits_V = model(tokens_BL).logits[0, 4]
-        for j, read in enumerate(heads.states(lesson, torch.tensor([0]), torch.tensor([4]))):
+        for j, read in enumerate(heads.states(batch, torch.tensor([0]), torch.tensor([4]))):
             assert heads.guess(read, j, 1).item() == logits_V.argmax()
 
 
@@ -111,30 +111,32 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
     period = 11
     tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
     heads = ChimeraHeads(ChimeraHeads.Config(num_heads=3), bare_model(12, period), None)
-    lesson = Lesson(
+    batch = TrainingBatch(
         tokens_BL=tokens_BL,
-        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features={"final": torch.eye(12)[tokens_BL]},
     )
     # A random target's laws know nothing of these texts.
-    heads.learns = "labels"
+    heads.loss_target = "labels"
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(120):
         optimizer.zero_grad()
-        heads.teach(lesson)
+        heads.compute_loss(batch)
         optimizer.step()
-    assert (heads.ranks(lesson) == 0).all()
+    assert (heads.ranks(batch) == 0).all()
 
 
 def test_a_token_changes_the_heads_after_it_and_no_head_before() -> None:
     heads = make_heads(bare_model())
-    lesson = make_lesson(rows=1)
+    batch = make_batch(rows=1)
     place = (torch.tensor([0]), torch.tensor([10]))
-    before = list(heads.states(lesson, *place))
+    before = list(heads.states(batch, *place))
     for drafted in range(4):
-        changed = lesson.tokens_BL.clone()
+        changed = batch.tokens_BL.clone()
         changed[0, 11 + drafted] = (changed[0, 11 + drafted] + 1) % 17
-        other = Lesson(tokens_BL=changed, taught_BL=lesson.taught_BL, features=lesson.features)
+        other = TrainingBatch(
+            tokens_BL=changed, loss_mask_BL=batch.loss_mask_BL, features=batch.features
+        )
         after = heads.states(other, *place)
         differs = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
         assert differs == [j >= drafted for j in range(4)]
@@ -238,7 +240,7 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrain
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     heads = make_heads(model)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
-    heads.teach(make_lesson(width=32, vocab=VOCAB))
+    heads.compute_loss(make_batch(width=32, vocab=VOCAB))
     optimizer.step()
     assert all(parameter.grad is not None for parameter in heads.parameters())
     for name, parameter in model.named_parameters():

@@ -15,11 +15,11 @@ from spectool.decode.drafters import clover
 from spectool.decode.drafters.clover import CloverDrafter, CloverHeads
 from spectool.decode.drafters.trained import TOP
 from spectool.decode.generate import Runner
-from spectool.decode.protocol import Lesson
+from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
 
 from ...conftest import VOCAB
-from .bare import bare_model, disturb, llama_layer, make_lesson, rms
+from .bare import bare_model, disturb, llama_layer, make_batch, rms
 
 PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [1, 0, 2], [0, 0, 1]]
 PATHS += [[1, 0, 2, 0], [0, 0, 0, 0, 1]]
@@ -70,8 +70,8 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
     token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
     model = bare_model(bias=True)
     heads = make_heads(model, token_map=token_map, num_heads=3)
-    lesson = make_lesson(length=17, needs=heads.needs)
-    done = heads.teach(lesson)
+    batch = make_batch(length=17, needs=heads.needs)
+    done = heads.compute_loss(batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
@@ -79,13 +79,13 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
     losses: list[list[Tensor]] = [[] for _ in range(3)]
     right, skipped = [0, 0, 0], 0
     for row in range(3):
-        tokens = lesson.tokens_BL[row].tolist()
-        h_LD = h_of(heads, lesson.features["layer -1"][row, :-1], tokens[1:])
+        tokens = batch.tokens_BL[row].tolist()
+        h_LD = h_of(heads, batch.features["layer -1"][row, :-1], tokens[1:])
         for place, i in itertools.product(range(17), range(3)):
             ahead = place + 2 + i
-            if ahead >= 17 or not lesson.taught_BL[row, ahead]:
+            if ahead >= 17 or not batch.loss_mask_BL[row, ahead]:
                 continue
-            teacher_D = lesson.features["final"][row, ahead - 1]
+            teacher_D = batch.features["final"][row, ahead - 1]
             scores_V = model.output(teacher_D).detach()
             if int(scores_V.argmax()) not in kept:
                 skipped += 1
@@ -108,10 +108,10 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def lesson_of(model: PreTrainedModel, heads: CloverHeads, tokens: list[int]) -> Lesson:
+def batch_of(model: PreTrainedModel, heads: CloverHeads, tokens: list[int]) -> TrainingBatch:
     tokens_BL = torch.tensor([tokens])
     features = Target(model).read(tokens_BL, heads.needs)
-    return Lesson(tokens_BL=tokens_BL, taught_BL=tokens_BL >= 0, features=features)
+    return TrainingBatch(tokens_BL=tokens_BL, loss_mask_BL=tokens_BL >= 0, features=features)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "mixtral"])
@@ -128,11 +128,11 @@ def test_untrained_heads_say_what_the_target_says(
     for layer in heads.aug._each:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
-    lesson = lesson_of(model, heads, prompt_of(9))
+    batch = batch_of(model, heads, prompt_of(9))
     with torch.no_grad():
-        logits_V = model(lesson.tokens_BL).logits[0, 4]
-        for i, state_1D in enumerate(heads.states(lesson, torch.tensor([0]), torch.tensor([4]))):
-            torch.testing.assert_close(state_1D[0], lesson.features["final"][0, 4])
+        logits_V = model(batch.tokens_BL).logits[0, 4]
+        for i, state_1D in enumerate(heads.states(batch, torch.tensor([0]), torch.tensor([4]))):
+            torch.testing.assert_close(state_1D[0], batch.features["final"][0, 4])
             assert heads.guess(state_1D, i, 1).item() == logits_V.argmax()
 
 
@@ -155,19 +155,19 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
     tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
     heads = CloverHeads(CloverHeads.Config(num_heads=3), bare_model(12, period), None)
     state_BLD = torch.eye(12)[tokens_BL]
-    lesson = Lesson(
+    batch = TrainingBatch(
         tokens_BL=tokens_BL,
-        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features={"layer -1": state_BLD, "final": state_BLD},
     )
     # A random target's laws and states know nothing of these texts.
-    heads.learns, heads.state_weight = "labels", 0.0
+    heads.loss_target, heads.state_weight = "labels", 0.0
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(150):
         optimizer.zero_grad()
-        heads.teach(lesson)
+        heads.compute_loss(batch)
         optimizer.step()
-    assert (heads.ranks(lesson) == 0).all()
+    assert (heads.ranks(batch) == 0).all()
 
 
 def test_a_token_changes_the_heads_after_it_and_no_head_before(
@@ -177,12 +177,14 @@ def test_a_token_changes_the_heads_after_it_and_no_head_before(
     heads = make_heads(model)
     tokens = prompt_of(20)
     place = (torch.tensor([0]), torch.tensor([10]))
-    lesson = lesson_of(model, heads, tokens)
-    before = list(heads.states(lesson, *place))
+    batch = batch_of(model, heads, tokens)
+    before = list(heads.states(batch, *place))
     for drafted in range(5):
-        changed = lesson.tokens_BL.clone()
+        changed = batch.tokens_BL.clone()
         changed[0, 11 + drafted] += 1
-        other = Lesson(tokens_BL=changed, taught_BL=lesson.taught_BL, features=lesson.features)
+        other = TrainingBatch(
+            tokens_BL=changed, loss_mask_BL=batch.loss_mask_BL, features=batch.features
+        )
         after = heads.states(other, *place)
         differs = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
         assert differs == [i >= drafted for i in range(5)]
@@ -207,10 +209,10 @@ def test_trees_are_those_of_a_loop_over_their_paths(
     def checked(rows: Any, budget: Any) -> Any:
         drafts = propose(rows, budget)
         for row, draft in zip(rows, drafts, strict=True):
-            lesson = lesson_of(model, heads, row.tokens)
-            f_1LD = lesson.features["layer -1"][:, :-1]
+            batch = batch_of(model, heads, row.tokens)
+            f_1LD = batch.features["layer -1"][:, :-1]
             h_1LD = heads.augment(
-                f_1LD, heads.read(lesson.tokens_BL[:, 1:]), heads.rotary.text(f_1LD)
+                f_1LD, heads.read(batch.tokens_BL[:, 1:]), heads.rotary.text(f_1LD)
             )
             state_D = drafter._states[row.index]
             torch.testing.assert_close(state_D, h_1LD[0, -1], rtol=1e-4, atol=1e-5)
@@ -267,7 +269,7 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrain
     model = tiny("llama-tied")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     heads = make_heads(model)
-    heads.teach(make_lesson(width=32, vocab=VOCAB, needs=heads.needs))
+    heads.compute_loss(make_batch(width=32, vocab=VOCAB, needs=heads.needs))
     assert all(parameter.grad is not None for parameter in heads.parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])

@@ -15,11 +15,11 @@ from transformers import LlamaConfig, PreTrainedModel
 from spectool.decode.drafters import layer
 from spectool.decode.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Heads
 from spectool.decode.generate import Runner
-from spectool.decode.protocol import Lesson
+from spectool.decode.protocol import TrainingBatch
 from spectool.errors import UsageError
 
 from ...conftest import VOCAB
-from .bare import bare_model, disturb, make_lesson, rms
+from .bare import bare_model, disturb, make_batch, rms
 
 
 def make_heads(model: Any, *, token_map: Tensor | None = None, **options: Any) -> Eagle3Heads:
@@ -102,8 +102,8 @@ def test_training_is_drafting_step_by_step(
     token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
     model = bare_model(bias=True)
     heads = make_heads(model, token_map=token_map, ttt_steps=3)
-    lesson = make_lesson(rows=2, length=10, needs=heads.needs)
-    done = heads.teach(lesson)
+    batch = make_batch(rows=2, length=10, needs=heads.needs)
+    done = heads.compute_loss(batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
@@ -111,12 +111,12 @@ def test_training_is_drafting_step_by_step(
     total, skipped = torch.zeros(()), 0
     losses: list[list[Tensor]] = [[] for _ in range(3)]
     for row, place in itertools.product(range(2), range(8)):
-        tokens = lesson.tokens_BL[row].tolist()
-        features = {name: value[row] for name, value in lesson.features.items()}
+        tokens = batch.tokens_BL[row].tolist()
+        features = {name: value[row] for name, value in batch.features.items()}
         steps = StepByStep(heads, features, tokens).chain(place, tokens[place + 2 : place + 4])
         for s, y_D in enumerate(steps):
             ahead = place + 2 + s
-            if ahead >= 10 or not lesson.taught_BL[row, ahead]:
+            if ahead >= 10 or not batch.loss_mask_BL[row, ahead]:
                 continue
             teacher_V = model.output(features["final"][ahead - 1]).detach()
             if int(teacher_V.argmax()) not in known:
@@ -234,7 +234,7 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrain
     model = tiny("llama-tied")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     heads = make_heads(model, shared_head=True)
-    heads.teach(make_lesson(width=32, vocab=VOCAB, needs=heads.needs))
+    heads.compute_loss(make_batch(width=32, vocab=VOCAB, needs=heads.needs))
     assert all(parameter.grad is not None for parameter in heads.parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])
@@ -247,19 +247,19 @@ def test_steps_learn_the_token_at_their_own_distance_and_no_other() -> None:
     tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
     heads = Eagle3Heads(Eagle3Heads.Config(ttt_steps=3), bare_model(12, period), None)
     state_BLD = torch.eye(12)[tokens_BL]
-    lesson = Lesson(
+    batch = TrainingBatch(
         tokens_BL=tokens_BL,
-        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features={name: state_BLD for name in ("final", "layer 1", "layer 3", "layer 7")},
     )
     # A random target's laws know nothing of these texts.
-    heads.learns = "labels"
+    heads.loss_target = "labels"
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(150):
         optimizer.zero_grad()
-        heads.teach(lesson)
+        heads.compute_loss(batch)
         optimizer.step()
-    assert (heads.ranks(lesson) == 0).all()
+    assert (heads.ranks(batch) == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from spectool.decode.target import Target
 from spectool.errors import UnsupportedError, UsageError
 
 from .bare import bare_model
-from .test_inpass import lesson_of
+from .test_inpass import batch_of
 from .test_ppd import fall
 
 
@@ -70,7 +70,7 @@ def test_each_row_is_the_nodes_state_at_its_layer_times_its_matrix(
         for parameter in heads.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     tokens_BL = torch.tensor([prompt_of(12)])
-    lesson = lesson_of(target, heads, tokens_BL)
+    batch = batch_of(target, heads, tokens_BL)
     seen: dict[int, torch.Tensor] = {}
 
     def watch(layer: int) -> Any:
@@ -82,7 +82,7 @@ def test_each_row_is_the_nodes_state_at_its_layer_times_its_matrix(
     layers: Any = target.layers()
     handles = [layers[n].input_layernorm.register_forward_pre_hook(watch(n)) for n in (1, 2)]
     with torch.no_grad():
-        list(heads.states(lesson, torch.tensor([0]), torch.tensor([7])))
+        list(heads.states(batch, torch.tensor([0]), torch.tensor([7])))
         for handle in handles:
             handle.remove()
         states = model(tokens_BL, output_hidden_states=True).hidden_states

@@ -16,11 +16,11 @@ from spectool.decode.drafters.hydra import HydraDrafter, HydraHeads
 from spectool.decode.drafters.layer import DecoderLayer, Rotary
 from spectool.decode.drafters.trained import TOP
 from spectool.decode.generate import Runner
-from spectool.decode.protocol import Lesson
+from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
 
 from ...conftest import DENSE, VOCAB
-from .bare import bare_model, disturb, make_lesson
+from .bare import bare_model, disturb, make_batch
 
 PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [1, 0, 2], [0, 0, 1]]
 TREE = [(path, 0.1) for path in PATHS]
@@ -77,26 +77,26 @@ def attended(heads: HydraHeads, final_LD: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradient_are_those_of_the_equations(variant: str) -> None:
-    lesson = make_lesson()
+    batch = make_batch()
     heads = make_heads(bare_model(bias=True), variant=variant, num_heads=3)
     still(heads)
-    done = heads.teach(lesson)
+    done = heads.compute_loss(batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
     total = torch.zeros(())
-    states = [attended(heads, final_LD) for final_LD in lesson.features["final"]]
+    states = [attended(heads, final_LD) for final_LD in batch.features["final"]]
     output = heads.frozen.output
     for i in range(3):
         losses, right = [], 0
         for row, place in itertools.product(range(3), range(23)):
             ahead = place + 2 + i
-            if ahead < 23 and lesson.taught_BL[row, ahead]:
-                tokens = lesson.tokens_BL[row].tolist()
+            if ahead < 23 and batch.loss_mask_BL[row, ahead]:
+                tokens = batch.tokens_BL[row].tolist()
                 logits_V = logits_of(heads, i, states[row][place], tokens[place + 1 : ahead])
-                probs_V = nn.functional.one_hot(lesson.tokens_BL[row, ahead], 17).float()
+                probs_V = nn.functional.one_hot(batch.tokens_BL[row, ahead], 17).float()
                 if variant == "plus":
-                    teacher_D = lesson.features["final"][row, ahead - 1]
+                    teacher_D = batch.features["final"][row, ahead - 1]
                     probs_V = (output.weight @ teacher_D + output.bias).softmax(-1).detach()
                 losses.append(-(probs_V * torch.log_softmax(logits_V, -1)).sum())
                 right += int(logits_V.argmax() == tokens[ahead])
@@ -127,10 +127,10 @@ def test_untrained_heads_say_what_the_target_says(
         nn.init.zeros_(heads.prefix.mlp.down_proj.weight)
     tokens_BL = torch.randint(2, VOCAB, (1, 9))
     features = Target(model).read(tokens_BL, heads.needs)
-    lesson = Lesson(tokens_BL=tokens_BL, taught_BL=tokens_BL > 0, features=features)
+    batch = TrainingBatch(tokens_BL=tokens_BL, loss_mask_BL=tokens_BL > 0, features=features)
     with torch.no_grad():
         logits_V = model(tokens_BL).logits[0, 4]
-        states = list(heads.states(lesson, torch.tensor([0]), torch.tensor([4])))
+        states = list(heads.states(batch, torch.tensor([0]), torch.tensor([4])))
         torch.testing.assert_close(
             heads._probs(features["final"][0, 4:5])[0], logits_V.softmax(-1), rtol=1e-4, atol=1e-6
         )
@@ -146,20 +146,20 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other(variant: str) 
     tokens_BL = torch.stack([torch.arange(40) * step % period for step in steps])
     config = HydraHeads.Config(variant=variant, num_heads=3)
     heads = HydraHeads(config, bare_model(12, period), None)
-    lesson = Lesson(
+    batch = TrainingBatch(
         tokens_BL=tokens_BL,
-        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features={"final": torch.eye(12)[tokens_BL]},
     )
     # A random target's laws know nothing of these texts.
-    heads.learns = "labels"
+    heads.loss_target = "labels"
     still(heads)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(200):
         optimizer.zero_grad()
-        heads.teach(lesson)
+        heads.compute_loss(batch)
         optimizer.step()
-    assert (heads.ranks(lesson) == 0).all()
+    assert (heads.ranks(batch) == 0).all()
 
 
 def test_a_token_changes_what_follows_it_and_nothing_beside_it() -> None:
@@ -260,7 +260,7 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrain
     model = tiny("llama-tied")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     heads = make_heads(model, shared_head=True)
-    heads.teach(make_lesson(width=32, vocab=VOCAB))
+    heads.compute_loss(make_batch(width=32, vocab=VOCAB))
     assert all(parameter.grad is not None for parameter in heads.parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])

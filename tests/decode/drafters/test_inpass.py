@@ -23,7 +23,7 @@ from spectool.decode.drafters.inpass import (
 )
 from spectool.decode.drafters.ppd import PPDDrafter, PPDHeads
 from spectool.decode.generate import Runner
-from spectool.decode.protocol import Lesson, Needs
+from spectool.decode.protocol import Needs, TrainingBatch
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, best_paths
 from spectool.errors import UnsupportedError
@@ -138,11 +138,11 @@ def test_training_passes_the_rows_that_drafting_does(
     model = tiny(family)
     target, heads = Target(model), make_heads(model, name)
     texts = [prompt_of(23), prompt_of(23, seed=8)]
-    lesson = lesson_of(target, heads, torch.tensor(texts))
+    batch = batch_of(target, heads, torch.tensor(texts))
     place = 20
     batch_R, place_R = torch.tensor([0, 0, 1]), torch.tensor([3, place, place])
     with torch.no_grad():
-        states = list(heads.states(lesson, batch_R, place_R))
+        states = list(heads.states(batch, batch_R, place_R))
     drafter = METHODS[name][1](heads, TREE, InPassConfig(nodes=40))
     cache = target.cache(2)
     target.ingest(cache, [text[:place] for text in texts])
@@ -157,12 +157,12 @@ def test_training_passes_the_rows_that_drafting_does(
             torch.testing.assert_close(found_V, mean_KV[k], rtol=1e-3, atol=1e-4)
 
 
-def lesson_of(target: Target, heads: Any, tokens_BL: torch.Tensor) -> Any:
+def batch_of(target: Target, heads: Any, tokens_BL: torch.Tensor) -> Any:
     kept = TextCache(target.num_layers)
     features = target.read(tokens_BL, heads.needs, keep=kept)
-    return Lesson(
+    return TrainingBatch(
         tokens_BL=tokens_BL,
-        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features=features,
         beside=functools.partial(target.read_beside, kept),
     )
@@ -194,19 +194,19 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make,
         parameter.requires_grad_(False)
     try:
         heads, target = make_heads(model, name), Target(model)
-        lesson = lesson_of(target, heads, torch.tensor([prompt_of(14), prompt_of(14, seed=2)]))
-        done = heads.teach(lesson)
+        batch = batch_of(target, heads, torch.tensor([prompt_of(14), prompt_of(14, seed=2)]))
+        done = heads.compute_loss(batch)
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in heads.parameters())
         for key, parameter in model.named_parameters():
             assert parameter.grad is None and torch.equal(parameter, before[key])
         batch_R, place_R = torch.ones(2, 14 - 2).nonzero(as_tuple=True)
         with torch.no_grad():
-            states = list(heads.states(lesson, batch_R, place_R))
+            states = list(heads.states(batch, batch_R, place_R))
         for k, state_RD in enumerate(states):
             losses = []
             for at, (row, place) in enumerate(zip(batch_R, place_R, strict=True)):
                 if place + 2 + k < 14:
-                    logits_LV = model(lesson.tokens_BL[row][None]).logits[0]
+                    logits_LV = model(batch.tokens_BL[row][None]).logits[0]
                     probs_V = logits_LV[place + 1 + k].softmax(-1)
                     logq_V = model.lm_head(state_RD[at]).log_softmax(-1)
                     losses.append(float(-(probs_V * logq_V).sum()))

@@ -18,14 +18,14 @@ from spectool.decode.drafters.heads import HeadsRecord, open_heads, read_tensors
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
 from spectool.decode.drafters.trained import TOP, ranks_of
 from spectool.decode.generate import Runner
-from spectool.decode.protocol import Lesson
+from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
 from spectool.decode.tree import RankTree, best_paths
 from spectool.errors import CheckpointError, NotFinite
 from spectool.headers import HEADS, HEADS_FILE
 
 from ...conftest import VOCAB
-from .bare import bare_model, disturb, make_lesson
+from .bare import bare_model, disturb, make_batch
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "mistral", "gemma3", "gpt2", "opt", "gpt_neox"]
 FAMILIES += ["phi3", "mixtral"]
@@ -66,9 +66,9 @@ def test_untrained_heads_say_what_the_target_says(
 def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of three rows against one sum over heads and places."""
     monkeypatch.setattr(trained, "_CHUNK_BYTES", 3 * 4 * 17)
-    lesson = make_lesson()
+    batch = make_batch()
     heads = make_heads(bare_model(bias=True), num_heads=3, num_layers=2)
-    done = heads.teach(lesson)
+    done = heads.compute_loss(batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
@@ -77,13 +77,13 @@ def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.Monkey
         losses, right = [], 0
         for row, place in itertools.product(range(3), range(23)):
             ahead = place + 2 + k
-            if ahead < 23 and lesson.taught_BL[row, ahead]:
-                state_D = lesson.features["final"][row, place]
+            if ahead < 23 and batch.loss_mask_BL[row, ahead]:
+                state_D = batch.features["final"][row, place]
                 for block in head.blocks:  # type: ignore[union-attr]
                     z_D = block.weight @ state_D + block.bias
                     state_D = state_D + z_D * torch.sigmoid(z_D)
                 logits_V = head.lm_head.weight @ state_D + head.lm_head.bias  # type: ignore
-                label = lesson.tokens_BL[row, ahead]
+                label = batch.tokens_BL[row, ahead]
                 losses.append(-torch.log_softmax(logits_V, -1)[label])
                 right += int(logits_V.argmax() == label)
         loss = torch.stack(losses)
@@ -97,19 +97,19 @@ def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("size", [None, 5])
 def test_ranks_are_those_of_sorted_guesses(size: int | None) -> None:
-    lesson = make_lesson()
+    batch = make_batch()
     token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
     heads = make_heads(bare_model(), token_map=token_map, num_heads=2)
-    found = heads.ranks(lesson).tolist()
+    found = heads.ranks(batch).tolist()
     wanted = []
     for row, place in itertools.product(range(3), range(23)):
         # The target's own token, and those of both heads.
-        if place + 3 >= 23 or not lesson.taught_BL[row, place + 1 : place + 4].all():
+        if place + 3 >= 23 or not batch.loss_mask_BL[row, place + 1 : place + 4].all():
             continue
-        guesses = guesses_of(heads, lesson.features["final"][row, place])
+        guesses = guesses_of(heads, batch.features["final"][row, place])
         ranks = []
         for k in range(2):
-            token = int(lesson.tokens_BL[row, place + 2 + k])
+            token = int(batch.tokens_BL[row, place + 2 + k])
             ranks.append(guesses[k].index(token) if token in guesses[k] else None)
         wanted.append(ranks)
     assert len(found) == len(wanted) > 10
@@ -126,19 +126,19 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
     """On a cycle, head k is always right about x_{t+2+k}; states only tell x_t."""
     period, num_heads = 11, 4
     tokens_BL = (torch.arange(60) * 3 % period)[None]
-    lesson = Lesson(
+    batch = TrainingBatch(
         tokens_BL=tokens_BL,
-        taught_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
+        loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features={"final": torch.eye(12)[tokens_BL]},
     )
     heads = make_heads(bare_model(12, period), num_heads=num_heads)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
-        done = heads.teach(lesson)
+        done = heads.compute_loss(batch)
         optimizer.step()
     assert done.right == done.places
-    assert (heads.ranks(lesson) == 0).all()
+    assert (heads.ranks(batch) == 0).all()
     for token in range(period):
         guesses = guesses_of(heads, torch.eye(12)[token])
         assert [guess[0] for guess in guesses] == [(token + 3 * (2 + k)) % period for k in range(4)]
@@ -149,8 +149,8 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrain
     output: Any = model.get_output_embeddings()
     before = output.weight.detach().clone()
     heads = make_heads(model, shared_head=True)
-    lesson = make_lesson(width=32, vocab=VOCAB)
-    heads.teach(lesson)
+    batch = make_batch(width=32, vocab=VOCAB)
+    heads.compute_loss(batch)
     assert all(parameter.grad is not None for parameter in heads.parameters())
     assert output.weight.grad is None and torch.equal(output.weight, before)
     assert not any("lm_head" in name for name in heads.state_dict())

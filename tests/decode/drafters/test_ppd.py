@@ -15,20 +15,20 @@ from spectool.decode.target import Target
 
 from ...conftest import VOCAB
 from .bare import bare_model
-from .test_inpass import lesson_of
+from .test_inpass import batch_of
 
 
 def fall(heads: Heads, target: Target, *, rate: float) -> tuple[float, float]:
     """The summed loss before and after some steps on one text."""
     generator = torch.Generator().manual_seed(2)
     tokens_BL = torch.randint(2, VOCAB, (2, 24), generator=generator)
-    lesson = lesson_of(target, heads, tokens_BL)
+    batch = batch_of(target, heads, tokens_BL)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=rate)
     losses = []
     torch.manual_seed(0)
     for _ in range(30):
         optimizer.zero_grad()
-        losses.append(sum(heads.teach(lesson).means))
+        losses.append(sum(heads.compute_loss(batch).means))
         optimizer.step()
     return losses[0], losses[-1]
 

@@ -13,32 +13,32 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from spectool.decode.drafters.exchange import Beginning
+from spectool.decode.drafters.exchange import PretrainedHeads
 from spectool.decode.drafters.trained import MOST_NODES, TOP, HeadLoss, Heads, frequent
 from spectool.decode.tree import best_paths
 from spectool.methods import resolve
-from spectool.training import Figures
+from spectool.training import Metrics
 
-from .material import WRITTEN_TOGETHER, Material
 from .plan import Job, steps_of
 from .processes import Processes
 from .texts import parts
+from .training_data import WRITTEN_TOGETHER, TrainingData
 
 
-class Course:
+class HeadTrainer:
     """See the module docstring."""
 
     def __init__(
         self,
-        material: Material,
+        training_data: TrainingData,
         job: Job,
         seq_len: int,
         processes: Processes,
-        begin: Beginning | None = None,
+        begin: PretrainedHeads | None = None,
     ) -> None:
         """Raises: CheckpointError: what to `begin` with is not for this target."""
         self.processes = processes
-        target, self.own = material.target, material.own
+        target, self.own = training_data.target, training_data.own
         self.device = target.device
         samples = self.own.samples
         drafter = resolve(job.method, "drafter")
@@ -48,7 +48,10 @@ class Course:
         token_map = None if begin is None else begin.token_map
         if size and begin is None:
             said = [
-                t for s in samples for t, taught in zip(s.tokens, s.taught, strict=True) if taught
+                t
+                for s in samples
+                for t, loss_mask in zip(s.tokens, s.loss_mask, strict=True)
+                if loss_mask
             ]
             token_map = frequent(said, count=size, vocab=target.vocab_size).to(target.device)
         with self._chance("fresh"):
@@ -58,10 +61,12 @@ class Course:
         self.heads = fresh.to(target.device).float()
         self.batches = steps_of(samples, job, seq_len)
         self.steps = len(self.batches)
-        unseen = [[i] for i in range(len(material.unseen.samples))]
-        self.held_out = [material.unseen.lesson(part) for part in parts(unseen, WRITTEN_TOGETHER)]
+        unseen = [[i] for i in range(len(training_data.unseen.samples))]
+        self.held_out = [
+            training_data.unseen.batch(part) for part in parts(unseen, WRITTEN_TOGETHER)
+        ]
 
-    def accumulate(self, step: int) -> Figures:
+    def accumulate(self, step: int) -> Metrics:
         """The gradient of one batch; `loss` is the mean over heads, `tokens` are not padding.
 
         Of several processes each takes a part, which is none where there are fewer texts.
@@ -71,9 +76,9 @@ class Course:
         if own := processes.part(batch):
             # The first process draws as one alone would.
             chance = step if processes.first else f"{step}/{processes.rank}"
-            lesson = self.own.lesson(own)
+            batch = self.own.batch(own)
             with self._chance(chance), self._autocast():
-                done = self.heads.teach(lesson, self._total)
+                done = self.heads.compute_loss(batch, self._total)
         else:
             self._total(done.places)
         processes.sum_gradients(self.heads.parameters())
@@ -105,14 +110,14 @@ class Course:
     def ranks(self) -> Tensor:
         """Ranks [R, K] of the true tokens at all places of held-out text."""
         with self._autocast():
-            found = [self.heads.ranks(lesson) for lesson in self.held_out]
+            found = [self.heads.ranks(batch) for batch in self.held_out]
         return torch.cat(found) if found else torch.zeros(0, 0)
 
-    def evaluate(self) -> Figures:
+    def evaluate(self) -> Metrics:
         """The figures of the heads as they are now."""
-        return self.figures(self.ranks())
+        return self.metrics(self.ranks())
 
-    def figures(self, ranks_RK: Tensor) -> Figures:
+    def metrics(self, ranks_RK: Tensor) -> Metrics:
         """Held-out accuracies, and as `score` the tokens per forward that the best tree brings.
 
         `conditional[k]`: how often head k's first guess is right where those before it were.

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from spectool.artifact import ArtifactWriter
-from spectool.decode.drafters.exchange import Beginning
+from spectool.decode.drafters.exchange import PretrainedHeads
 from spectool.decode.drafters.trained import Heads
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Needs
@@ -29,7 +29,7 @@ from spectool.methods import resolve
 from spectool.text import check_ids
 
 from .features import Read, Stored, Texts, check_store, finish_store, names_of, open_store, store
-from .plan import Job, Setting
+from .plan import Job, Setup
 from .processes import Processes
 from .regenerate import regenerate
 from .samples import Sample
@@ -43,7 +43,7 @@ _HELD_OUT_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class TrainingData:
     """What is taught and measured on. `target` lacks its layers where nothing reads with them."""
 
     target: Target
@@ -52,7 +52,7 @@ class Material:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preparing:
+class DataPreparation:
     """The job, where it runs, the texts as they were given, and the features that are asked for.
 
     `key` is what decides the features of a store, `identity` what decides the bytes of OUT.
@@ -61,13 +61,13 @@ class Preparing:
     """
 
     job: Job
-    setting: Setting
+    setup: Setup
     own: Sequence[Sample]
     unseen: Sequence[Sample]
     needs: Needs
     identity: dict[str, Any]
     server: Server | None
-    begin: Beginning | None
+    begin: PretrainedHeads | None
     overwrite: bool
     processes: Processes
     say: Say
@@ -79,7 +79,7 @@ class Preparing:
         return {
             **{name: self.identity[name] for name in names},
             "target": self.identity["source"]["fingerprint"],
-            "tokenizer": self.setting.tokenizer_digest,
+            "tokenizer": self.setup.tokenizer_digest,
         }
 
     def check(self) -> None:
@@ -91,9 +91,9 @@ class Preparing:
         """The texts of an offline store that is whole. Raises: see `open_store`."""
         if self.job.store is None:
             return None
-        return open_store(self.job.store, self.key, self.needs, self.setting.device)
+        return open_store(self.job.store, self.key, self.needs, self.setup.device)
 
-    def material(self, writer: ArtifactWriter | None) -> Material:
+    def training_data(self, writer: ArtifactWriter | None) -> TrainingData:
         """Make it, and keep beside OUT or in the store what took time.
 
         The first process alone has a writer.
@@ -108,7 +108,7 @@ class Preparing:
                 self.say(f"features of {len(found[0].samples)} texts from {self.job.store}")
                 kind: type[Heads] = resolve(self.job.method, "drafter").Heads
                 target = Target(self._load()) if kind.begins_as_layers else self._outside()
-                return Material(target, *found)
+                return TrainingData(target, *found)
         with contextlib.ExitStack() as stack:
             keeping = writer
             with self.processes.together():
@@ -123,7 +123,7 @@ class Preparing:
         with self.processes.together():
             found = self.stored()
         assert found is not None
-        return Material(made.target, *found)
+        return TrainingData(made.target, *found)
 
     def _unfinished(self, place: Path) -> ArtifactWriter:
         names = ("batch_tokens", "device", "runtime", "threads", "versions")
@@ -132,28 +132,28 @@ class Preparing:
         return ArtifactWriter(place, identity=identity, overwrite=self.overwrite)
 
     def _load(self) -> PreTrainedModel:
-        setting = self.setting
+        setup = self.setup
         model = load_model(
-            setting.checkpoint.path,
-            dtype=setting.dtype,
-            device=str(setting.device),
-            runtime=setting.runtime,
-            trust_remote_code=setting.trust_remote_code,
-            checksums=setting.checksums,
+            setup.checkpoint.path,
+            dtype=setup.dtype,
+            device=str(setup.device),
+            runtime=setup.runtime,
+            trust_remote_code=setup.trust_remote_code,
+            checksums=setup.checksums,
         )
         model.requires_grad_(False)
-        self.say(f"{setting.name}: {describe_runtime(model)} on {setting.device}")
-        for note in setting.checkpoint.layout.notes:
+        self.say(f"{setup.name}: {describe_runtime(model)} on {setup.device}")
+        for note in setup.checkpoint.layout.notes:
             self.say(note)
-        if unused := unused_of(model, setting.checkpoint.layout):
-            self.say(f"{setting.name}: {unused}")
+        if unused := unused_of(model, setup.checkpoint.layout):
+            self.say(f"{setup.name}: {unused}")
         return model
 
-    def _make(self, keeping: ArtifactWriter | None, out: ArtifactWriter | None) -> Material:
-        job, setting = self.job, self.setting
+    def _make(self, keeping: ArtifactWriter | None, out: ArtifactWriter | None) -> TrainingData:
+        job, setup = self.job, self.setup
         with self.processes.together():
             model = self._load()
-            runner = Runner(model, tokenizer=setting.tokenizer)
+            runner = Runner(model, tokenizer=setup.tokenizer)
             runner.target.check(self.needs)
         written = Written(keeping, self.processes, self.say)
         own = self.own
@@ -174,7 +174,7 @@ class Preparing:
             lambda group, number: regenerate(
                 runner,
                 group,
-                seq_len=setting.seq_len,
+                seq_len=setup.seq_len,
                 seed=job.seed + number,
                 temperature=0.0,
                 batch_size=WRITTEN_TOGETHER,
@@ -184,7 +184,9 @@ class Preparing:
         )
         target = runner.target
         if job.features == "online":
-            return Material(target, Read(target, self.needs, own), Read(target, self.needs, unseen))
+            return TrainingData(
+                target, Read(target, self.needs, own), Read(target, self.needs, unseen)
+            )
         stored = [
             store(
                 keeping,
@@ -198,16 +200,16 @@ class Preparing:
             )
             for name, samples in (("own", own), ("held-out", unseen))
         ]
-        return Material(target, *stored)
+        return TrainingData(target, *stored)
 
     def _write(self, runner: Runner, group: Sequence[Sample], number: int) -> list[Sample]:
         """Texts to learn from, written by the target or by a server."""
-        job, seq_len = self.job, self.setting.seq_len
+        job, seq_len = self.job, self.setup.seq_len
         if self.server is not None:
             found = rewrite(
                 self.server,
                 group,
-                self.setting.tokenizer,
+                self.setup.tokenizer,
                 seq_len=seq_len,
                 temperature=job.temperature,
                 seed=f"{job.seed}/{number}",
@@ -215,7 +217,7 @@ class Preparing:
             )
             for sample in found:
                 check_ids(
-                    sample.tokens, runner.target.num_tokens, f"{self.setting.name}: its tokenizer"
+                    sample.tokens, runner.target.num_tokens, f"{self.setup.name}: its tokenizer"
                 )
             return found
         return regenerate(
@@ -228,12 +230,12 @@ class Preparing:
         )
 
     def _outside(self) -> Target:
-        setting = self.setting
+        setup = self.setup
         return Target(
             load_outside(
-                setting.checkpoint,
-                dtype=setting.dtype,
-                device=setting.device,
-                trust_remote_code=setting.trust_remote_code,
+                setup.checkpoint,
+                dtype=setup.dtype,
+                device=setup.device,
+                trust_remote_code=setup.trust_remote_code,
             )
         )
