@@ -50,7 +50,7 @@ from spectool.stdlib import documents
 from spectool.template import encode
 from spectool.text import read_text
 
-Row = dict[str, Any]
+Request = dict[str, Any]
 
 BASELINES = ("rtn", "hqq", "gptq", "nf4", "int8")
 GROUPS = (32, 64, 128, 0)
@@ -197,7 +197,7 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
             print(name, options, seed, f"{said['seconds']:.0f} s", flush=True)
 
 
-def _identity(row: Row) -> str:
+def _identity(row: Request) -> str:
     return json.dumps([row["method"], row.get("options"), row.get("seed")])
 
 
@@ -216,8 +216,8 @@ def _lost(
     sides: dict[str, tuple[Windows, Original]],
     probs: Callable[[Batch], Tensor],
     vocabulary: int,
-    said: Row,
-) -> list[Row]:
+    said: Request,
+) -> list[Request]:
     """A row for each text."""
     rows = []
     for text, (windows, original) in sides.items():
@@ -246,7 +246,7 @@ def _lost(
 class Point:
     """One method with its options on one text: the mean over seeds."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Request]) -> None:
         self.rows = rows
         self.method = rows[0]["method"]
         self.options = rows[0].get("options") or {}
@@ -308,7 +308,7 @@ def from_curve(point: Point, curve: Sequence[Point]) -> tuple[float, float, floa
 def points_of(file: Path) -> tuple[str, dict[str, list[Point]]]:
     """The model, and the points by text."""
     found = json.loads(file.read_text())
-    grouped: dict[str, dict[str, list[Row]]] = {}
+    grouped: dict[str, dict[str, list[Request]]] = {}
     for row in found["rows"]:
         key = json.dumps([row["method"], row.get("options")])
         grouped.setdefault(row["text"], {}).setdefault(key, []).append(row)

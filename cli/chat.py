@@ -137,7 +137,7 @@ def chat(
             repetition_penalty=repetition_penalty,
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
-        pairing = runner.pairing(runner.drafter, verify=verify, lossy=lossy, **sampling)
+        verification = runner.verification(runner.drafter, verify=verify, lossy=lossy, **sampling)
         options = Options(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
@@ -149,7 +149,7 @@ def chat(
         talk = _Talk(
             Chat(runner, tokenizer, options, system=system, raw=raw, template=template),
             output,
-            lossless=pairing.lossless,
+            lossless=verification.lossless,
         )
         output.so_far = talk.metrics
         before = signal.signal(signal.SIGTERM, talk.terminate)

@@ -26,8 +26,8 @@ from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.combined import Combined
 from spectool.decode.drafters.spec import open_plain, parse_spec
-from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
-from spectool.decode.row import Row
+from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.errors import UsageError
 
@@ -101,7 +101,7 @@ class Candidates(CandidateGenerator):
         self._max_length: int = config.max_length
         self._ends = [ends] if isinstance(ends, int) else ends or []
         self._criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, _KNOWN))
-        self._row: Row | None = None
+        self._row: Request | None = None
         self._draft = tree.root(0)
 
     # The base promises laws; None is what prompt lookup returns.
@@ -137,7 +137,7 @@ class Candidates(CandidateGenerator):
         """Tell the drafter what became of its draft; the step's tokens stand in the text now."""
         if self._row is None:
             room = self._max_length
-            row = self._row = Row(
+            row = self._row = Request(
                 index=0,
                 tokens=input_ids[0].tolist(),
                 draws=Draws(0, 0),
@@ -147,7 +147,7 @@ class Candidates(CandidateGenerator):
             )
             # Without the target's rows: who reads them is refused.
             cache = TreeCache(batch=1, num_layers=1, context=1)
-            self._drafter.begin([Prompt(row=row, logits_V=scores[0, -1])], cache)
+            self._drafter.begin([PrefilledPrompt(row=row, logits_V=scores[0, -1])], cache)
             return
         row = self._row
         new = input_ids[0, len(row.tokens) :].tolist()

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.combined import Combined
-from spectool.decode.protocol import Drafter, Outcome, Prompt
+from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
 from spectool.decode.recurrent import RecurrentTarget
 from spectool.decode.replay import ReplayCache
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
@@ -43,12 +43,12 @@ class Chains(Drafter):
         if self._target.plain and self.name != "none" and note not in target.notes:
             target.notes.append(note)
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         assert isinstance(cache, ReplayCache)
         self._cache = cache
         self.drafter.begin(prompts, cache)
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         assert self._cache is not None
         limits = [
             limit if len(self._cache.replayed(b)) < _MOST_REPLAYED else 0
@@ -81,10 +81,10 @@ class FirstPath(Drafter):
     def attach(self, target: Target) -> None:
         self.drafter.attach(target)
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self.drafter.begin(prompts, cache)
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         drafts = self.drafter.propose(rows, [min(most, self.depth) for most in budget])
         return [tree.first_path(draft, self.depth) for draft in drafts]
 

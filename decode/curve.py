@@ -43,7 +43,7 @@ _DOUBTFUL, _GLANCE, _GLANCES = 3.0, 8, 3
 _SLOPE = 0.25
 # What a step says of all sizes, and what of its own at least: more while that is little known, as
 # if measuring had been four steps. A hiccup counts as no more than so many times what was expected.
-_MOOD, _SHAPE, _MEASURED, _HICCUP = 0.25, 0.05, 4, 1.5
+_DRIFT, _SHAPE, _MEASURED, _OUTLIER = 0.25, 0.05, 4, 1.5
 
 
 class Curve:
@@ -89,12 +89,12 @@ class Curve:
         if tokens not in SIZES:
             return
         expected = self.points.get(tokens) or self.seconds(tokens)
-        change = min(max(seconds / expected, 1 / _HICCUP), _HICCUP) - 1
+        change = min(max(seconds / expected, 1 / _OUTLIER), _OUTLIER) - 1
         for size in self.points:
-            self.points[size] *= 1 + _MOOD * change
+            self.points[size] *= 1 + _DRIFT * change
         visits = self._visits.get(tokens, 0)
         self._visits[tokens] = visits + 1
-        own = _MOOD + max(_SHAPE, (1 - _MOOD) / (1 + visits))
+        own = _DRIFT + max(_SHAPE, (1 - _DRIFT) / (1 + visits))
         self.points[tokens] = expected * (1 + own * change)
         self._settle()
 
@@ -109,7 +109,7 @@ def _passes(target: Target, length: int) -> Callable[[int], float]:
     """After a context of so many tokens: the seconds of a pass of a chain of some size."""
     vocabulary = target.vocab_size
     cache = target.cache(1)
-    target.ingest(cache, [[at % vocabulary for at in range(length)]])
+    target.prefill(cache, [[at % vocabulary for at in range(length)]])
 
     def run(size: int) -> float:
         draft = tree.chain([at % vocabulary for at in range(size)], kind="deterministic")

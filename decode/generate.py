@@ -19,14 +19,14 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.chains import chained
 from spectool.decode.curve import Curve, curve_of
 from spectool.decode.drafters.spec import open_drafter, parse_spec
-from spectool.decode.loop import Spent, decode
+from spectool.decode.loop import Timings, decode
 from spectool.decode.protocol import Drafter
 from spectool.decode.recurrent import open_target
-from spectool.decode.row import FinishReason, Row
+from spectool.decode.request import FinishReason, Request
 from spectool.decode.sampling import Draws, SamplingOptions, SamplingParams
 from spectool.decode.text import TextStream
 from spectool.decode.tune import Tuned
-from spectool.decode.verify import Pairing, rule_for
+from spectool.decode.verify import Verification, rule_for
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.finite import first_not_finite, not_finite
 from spectool.loading import load_model, load_tokenizer
@@ -78,7 +78,7 @@ class Runner:
     """A loaded model with a drafter, for any number of prompts.
 
     `draft` is a specification (`drafters/spec.py`), a drafter, or None for plain decoding; it may
-    be replaced with `use`. `spent` is where the time of all calls went. `dtype` and `device` are
+    be replaced with `use`. `timings` is where the time of all calls went. `dtype` and `device` are
     for models given as a path.
     `allow_other_target` takes draft heads of another checkpoint. `tune` sizes trees by what pays on
     this machine also where a specification says nothing about it (`decode/tune.py`). `checksums`:
@@ -114,7 +114,7 @@ class Runner:
         self.tune = tune
         self.drafter: Drafter
         self.use(draft)
-        self.spent = Spent()
+        self.timings = Timings()
         self._cache: TreeCache | None = None
 
     @property
@@ -161,14 +161,14 @@ class Runner:
         """Keep on disk what the drafter learnt, where it was asked to."""
         self.drafter.close()
 
-    def pairing(
+    def verification(
         self,
         drafter: Drafter,
         *,
         verify: str | None = None,
         lossy: bool = False,
         **sampling: Unpack[SamplingOptions],
-    ) -> Pairing:
+    ) -> Verification:
         """The rule that `generate` would verify this drafter with. Runs no forward.
 
         Raises:
@@ -219,7 +219,7 @@ class Runner:
                     raise UsageError("a streamer hears one prompt at a time: batch size 1")
                 on_tokens = _putting(streamer, on_tokens)
             control = SamplingParams(**sampling)
-            pairing = _pair(self.drafter, control, verify, lossy)
+            verification = _pair(self.drafter, control, verify, lossy)
             if isinstance(max_new_tokens, int):
                 max_new_tokens = [max_new_tokens] * len(prompts)
             if min(max_new_tokens, default=1) < 1 or batch_size < 1:
@@ -245,10 +245,10 @@ class Runner:
                         streamer.put(torch.tensor([group[0].tokens]))
                     cache = self._open(group, reuse_cache)
                     for commit in decode(
-                        self.target, cache, self.drafter, group, pairing, self.spent
+                        self.target, cache, self.drafter, group, verification, self.timings
                     ):
                         if on_tokens is not None:
-                            commit.row.tell(commit.tokens, commit.text)
+                            commit.row.mark_reported(commit.tokens, commit.text)
                             on_tokens(commit.row.index, commit.tokens, commit.text, commit.drafted)
             except BaseException as error:
                 # The pass that was under way may have left its rows half written.
@@ -261,9 +261,9 @@ class Runner:
                     tokens, text = row.interrupt()
                     if on_tokens is not None and (tokens or text):
                         on_tokens(row.index, tokens, text, 0)
-            return [_result(row, pairing.lossless) for row in rows]
+            return [_result(row, verification.lossless) for row in rows]
 
-    def _blamed(self, error: NotFinite, rows: Sequence[Row]) -> NotFinite:
+    def _blamed(self, error: NotFinite, rows: Sequence[Request]) -> NotFinite:
         """The same error with the place in the model where values first are NaN or infinite."""
         model = self.target.model
         for row in rows:
@@ -271,7 +271,7 @@ class Runner:
                 return not_finite(model.config._name_or_path or self.target.name, str(error), where)
         return error
 
-    def _open(self, rows: list[Row], reuse: bool) -> TreeCache:
+    def _open(self, rows: list[Request], reuse: bool) -> TreeCache:
         prompts = [row.tokens for row in rows]
         context, cache = rows[0].context, self._cache if reuse and self.target.keeps_rows else None
         if cache is None or len(cache.tokens) != len(rows) or cache.context != context:
@@ -290,7 +290,7 @@ class Runner:
         eos: frozenset[int],
         stop: Sequence[str],
         live: bool,
-    ) -> Row:
+    ) -> Request:
         tokens = self._encode(prompt)
         if not tokens:
             raise UsageError(f"prompt {index + 1} is empty and the model has no start token")
@@ -307,7 +307,7 @@ class Runner:
         else:
             giver = f"prompt {index + 1}"
         check_ids(tokens, self.target.num_tokens, giver)
-        row = Row(
+        row = Request(
             index=index,
             tokens=tokens,
             draws=draws,
@@ -426,7 +426,7 @@ def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
     return len(tokens)
 
 
-def _groups(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
+def _groups(rows: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
     """Rows to be decoded together: in order, so many at most, all of one context."""
     for _, same in itertools.groupby(rows, key=lambda row: row.context):
         group = list(same)
@@ -434,12 +434,14 @@ def _groups(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
             yield group[start : start + batch_size]
 
 
-def _pair(drafter: Drafter, control: SamplingParams, verify: str | None, lossy: bool) -> Pairing:
+def _pair(
+    drafter: Drafter, control: SamplingParams, verify: str | None, lossy: bool
+) -> Verification:
     kinds = drafter.kinds(control)
     return rule_for(kinds, verify, temperature=control.temperature, lossy=lossy)
 
 
-def _result(row: Row, lossless: bool) -> Result:
+def _result(row: Request, lossless: bool) -> Result:
     assert row.finish_reason is not None
     return Result(
         token_ids=row.new_tokens,

@@ -3,7 +3,7 @@
 At the start of a step the cache holds every committed token but the last, the pending root. Each
 step feeds one tree per row, commits the accepted path in place and makes the rule's token the new
 root. Rows progress unequally; a finished one leaves the batch. A step synchronises with the device
-once, in `settle`. Suffixes: B batch, N nodes, V vocabulary.
+once, in `resolve_paths`. Suffixes: B batch, N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Outcome, Prompt
-from spectool.decode.row import Row
-from spectool.decode.sampling import Contexts, Turn, sound
-from spectool.decode.target import Target, likeliest
+from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
+from spectool.decode.request import Request
+from spectool.decode.sampling import Contexts, StepDraws, is_finite
+from spectool.decode.target import Target, top_ids
 from spectool.decode.tree import Draft
-from spectool.decode.verify import Pairing, settle
+from spectool.decode.verify import Verification, resolve_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,14 @@ class Commit:
     rule's own token.
     """
 
-    row: Row
+    row: Request
     tokens: list[int]
     text: str
     drafted: int
 
 
 @dataclass(slots=True)
-class Spent:
+class Timings:
     """Seconds so far: drafting, prompt passes, and the passes of steps. What is left is ours."""
 
     draft: float = 0.0
@@ -52,9 +52,9 @@ def decode(
     target: Target,
     cache: TreeCache,
     drafter: Drafter,
-    rows: Sequence[Row],
-    pairing: Pairing,
-    spent: Spent,
+    rows: Sequence[Request],
+    verification: Verification,
+    timings: Timings,
 ) -> Iterator[Commit]:
     """Complete all rows, yielding what is committed step by step.
 
@@ -66,41 +66,43 @@ def decode(
         cache.select([i for i, row in enumerate(rows) if row.finish_reason is None])
     if not alive:
         return
-    yield from _prompt_pass(target, cache, drafter, alive, pairing, spent)
+    yield from _prefill(target, cache, drafter, alive, verification, timings)
     alive = _drop_finished(cache, alive)
     while alive:
-        yield from _step(target, cache, drafter, alive, pairing, spent)
+        yield from _step(target, cache, drafter, alive, verification, timings)
         alive = _drop_finished(cache, alive)
 
 
-def _prompt_pass(
+def _prefill(
     target: Target,
     cache: TreeCache,
     drafter: Drafter,
-    rows: list[Row],
-    pairing: Pairing,
-    spent: Spent,
+    rows: list[Request],
+    verification: Verification,
+    timings: Timings,
 ) -> list[Commit]:
     """Feed the prompts and commit the first new token of each row: one forward, as plain as any."""
     began = time.perf_counter()
     fresh = [row.tokens[held:] for row, held in zip(rows, cache.lengths, strict=True)]
     drafts = [tree.root(row.tokens[-1]) for row in rows]
-    done = target.ingest(cache, fresh, drafter.needs)
-    settled, _, _ = _judge(rows, drafts, done.logits_BV[:, None], pairing)
-    spent.prompt += time.perf_counter() - began
+    done = target.prefill(cache, fresh, drafter.needs)
+    resolved, _, _ = _verify_drafts(rows, drafts, done.logits_BV[:, None], verification)
+    timings.prompt += time.perf_counter() - began
     commits, prompts = [], []
-    for b, (row, (_, token)) in enumerate(zip(rows, settled, strict=True)):
+    for b, (row, (_, token)) in enumerate(zip(rows, resolved, strict=True)):
         row.count([0], 0)
         (text,) = row.extend([token])
         commits.append(Commit(row, [token], text, drafted=0))
         prompts.append(
-            Prompt(row=row, logits_V=done.logits_BV[b], top=done.top[b], features=done.features[b])
+            PrefilledPrompt(
+                row=row, logits_V=done.logits_BV[b], top=done.top[b], features=done.features[b]
+            )
         )
     unfinished = [prompt for prompt in prompts if prompt.row.finish_reason is None]
     if unfinished:
         began = time.perf_counter()
         drafter.begin(unfinished, cache)
-        spent.draft += time.perf_counter() - began
+        timings.draft += time.perf_counter() - began
     return commits
 
 
@@ -108,9 +110,9 @@ def _step(
     target: Target,
     cache: TreeCache,
     drafter: Drafter,
-    rows: list[Row],
-    pairing: Pairing,
-    spent: Spent,
+    rows: list[Request],
+    verification: Verification,
+    timings: Timings,
 ) -> list[Commit]:
     # A node at depth d brings d + 1 tokens: itself, those above it and the rule's own.
     budget = [row.room - 1 for row in rows]
@@ -121,11 +123,13 @@ def _step(
     needs = drafter.needs
     done = target.verify(cache, drafts, needs)
     fed = time.perf_counter()
-    settled, top, probs_BNV = _judge(rows, drafts, done.logits_BNV, pairing, needs.top)
+    resolved, top, probs_BNV = _verify_drafts(
+        rows, drafts, done.logits_BNV, verification, needs.top
+    )
     # On a GPU the pass has only been enqueued before its verdict is read.
     passed = fed if target.device.type == "cpu" else time.perf_counter()
     commits, outcomes, paths = [], [], []
-    for b, (row, draft, (path, token)) in enumerate(zip(rows, drafts, settled, strict=True)):
+    for b, (row, draft, (path, token)) in enumerate(zip(rows, drafts, resolved, strict=True)):
         new = [draft.tokens[node] for node in path[1:]] + [token]
         texts = row.extend(new)
         taken = len(texts)
@@ -143,7 +147,7 @@ def _step(
                 path=path,
                 next_token=new[taken - 1],
                 probs_NV=probs_BNV[b, nodes] if needs.probs else None,
-                beside_NV=done.logits_BNV[b, len(draft) : draft.num_rows],
+                extra_logits_NV=done.logits_BNV[b, len(draft) : draft.num_rows],
                 top=top[b][nodes] if needs.top else [],
                 features={name: f_BND[b, nodes] for name, f_BND in done.features.items()},
             )
@@ -151,17 +155,17 @@ def _step(
     cache.commit([draft.tokens for draft in drafts], paths)
     committed = time.perf_counter()
     drafter.observe(outcomes)
-    spent.draft += proposed - began + time.perf_counter() - committed
-    spent.target += passed - proposed
+    timings.draft += proposed - began + time.perf_counter() - committed
+    timings.target += passed - proposed
     return commits
 
 
 @torch.inference_mode()
-def _judge(
-    rows: Sequence[Row],
+def _verify_drafts(
+    rows: Sequence[Request],
     drafts: Sequence[Draft],
     logits_BNV: Tensor,
-    pairing: Pairing,
+    verification: Verification,
     top: int = 0,
 ) -> tuple[list[tuple[list[int], int]], list[list[list[int]]], Tensor]:
     """Every row's path and next token, the `top` likeliest ids after each node, and the laws."""
@@ -169,20 +173,22 @@ def _judge(
     contexts = _contexts(rows, drafts) if control.looks_back else None
     probs_BNV = control.probs(logits_BNV, contexts)
     verdicts = [
-        pairing.rule(draft, probs_NV[: len(draft)], Turn(row.draws, len(row.tokens) - 1))
+        verification.rule(draft, probs_NV[: len(draft)], StepDraws(row.draws, len(row.tokens) - 1))
         for row, draft, probs_NV in zip(rows, drafts, probs_BNV, strict=True)
     ]
-    top_BNK = likeliest(logits_BNV, top) if top else None
-    settled, ids = settle(drafts, verdicts, is_sound=sound(logits_BNV), top_BNK=top_BNK)
+    top_BNK = top_ids(logits_BNV, top) if top else None
+    resolved, ids = resolve_paths(
+        drafts, verdicts, all_finite=is_finite(logits_BNV), top_BNK=top_BNK
+    )
     if top_BNK is None:
-        return settled, [], probs_BNV
+        return resolved, [], probs_BNV
     _, num_nodes, top = top_BNK.shape
     listed = [ids[start : start + top] for start in range(0, len(ids), top)]
     by_row = [listed[b * num_nodes : (b + 1) * num_nodes] for b in range(len(rows))]
-    return settled, by_row, probs_BNV
+    return resolved, by_row, probs_BNV
 
 
-def _contexts(rows: Sequence[Row], drafts: Sequence[Draft]) -> Contexts:
+def _contexts(rows: Sequence[Request], drafts: Sequence[Draft]) -> Contexts:
     return [
         [
             row.tokens + [draft.tokens[above] for above in draft.path(node)[1:]]
@@ -192,7 +198,7 @@ def _contexts(rows: Sequence[Row], drafts: Sequence[Draft]) -> Contexts:
     ]
 
 
-def _drop_finished(cache: TreeCache, rows: list[Row]) -> list[Row]:
+def _drop_finished(cache: TreeCache, rows: list[Request]) -> list[Request]:
     alive = [row for row in rows if row.finish_reason is None]
     # The last row stays in the cache when it ends: a later call may continue from it.
     if alive and len(alive) < len(rows):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 
@@ -54,21 +54,21 @@ class Outcome:
 
     `path` holds the nodes that entered the cache, the root first; `next_token` is the new root.
     Where the row finished, both end with it. `probs_NV` are what the rule judged by: scores when
-    greedy. `beside_NV` are the logits of the rows beside the tree.
+    greedy. `extra_logits_NV` are the logits of the rows beside the tree.
     """
 
-    row: Row
+    row: Request
     draft: Draft
     path: list[int]
     next_token: int
     probs_NV: Tensor | None = None
-    beside_NV: Tensor | None = None
+    extra_logits_NV: Tensor | None = None
     top: list[list[int]] = field(default_factory=list)
     features: Features = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class PrefilledPrompt:
     """One row after the prompt pass; `row.tokens` already ends with the first new token.
 
     `logits_V` are those of the last prompt token, `features` [T, D] those of all its tokens, the
@@ -77,7 +77,7 @@ class Prompt:
     that ends with its first token never needs.
     """
 
-    row: Row
+    row: Request
     logits_V: Tensor
     top: Callable[[], list[list[int]]] = list
     features: Features = field(default_factory=dict)
@@ -89,8 +89,8 @@ class TrainingBatch:
 
     `loss_mask_BL` marks the tokens whose prediction counts; padding at the right never does. Where
     rows hold several texts, `segments_BL` says by numbers which token is of which, padding apart.
-    `beside` passes rows beside the texts: `Target.read_beside` of these, for drafters that inject
-    some.
+    `beside` passes rows beside the texts: `Target.read_extra_rows` of these, for drafters that
+    inject some.
     """
 
     tokens_BL: Tensor
@@ -117,14 +117,14 @@ class Drafter(Protocol):
     def attach(self, target: Target) -> None:
         """The model that it will draft for, before any batch. What changes may go to its notes."""
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         """A new batch. What it holds of earlier ones it may keep only as knowledge of text.
 
         `cache` has the target's rows, those of `propose` then; a pass of the drafter's own may
         write into its tail and must commit nothing.
         """
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         """A tree per row whose node 0 is the row's last token; none deeper than its budget.
 
         Rows are those of `begin` that are unfinished, in the same order. Deterministic nodes

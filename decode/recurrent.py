@@ -22,7 +22,7 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.fit import is_recurrent
 from spectool.decode.protocol import Needs
 from spectool.decode.replay import ReplayCache
-from spectool.decode.target import Ingested, Pass, Target
+from spectool.decode.target import Pass, PrefillOutput, Target
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
 from spectool.kernels import skinny
@@ -93,7 +93,7 @@ class RecurrentTarget(Target):
             return "its recurrent state is known in transformers' own code alone"
         return None
 
-    def _settle_attention(self) -> None:
+    def _choose_attention(self) -> None:
         """Any will do: no pass has a mask of ours."""
 
     def cache(self, batch: int, context: int | None = None) -> ReplayCache:
@@ -101,9 +101,9 @@ class RecurrentTarget(Target):
         return ReplayCache(batch=batch, context=context or self.context, config=self.model.config)
 
     @torch.inference_mode()
-    def ingest(
+    def prefill(
         self, cache: TreeCache, tokens: Sequence[Sequence[int]], needs: Needs | None = None
-    ) -> Ingested:
+    ) -> PrefillOutput:
         """Feed and commit committed tokens; rows may be of any length, also empty.
 
         An empty row's logits are zeros.
@@ -121,7 +121,7 @@ class RecurrentTarget(Target):
         zeros_V = torch.zeros_like(next(iter(logits.values())))
         logits_BV = torch.stack([logits.get(row, zeros_V) for row in range(len(tokens))])
         cache.commit(tokens, [range(len(fresh)) for fresh in tokens])
-        return self._ingested(logits_BV, features, wanted)
+        return self._prefill_output(logits_BV, features, wanted)
 
     @torch.inference_mode()
     def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:

@@ -173,7 +173,7 @@ class Draws:
         return _mix(key + draw)
 
 
-class Source(Protocol):
+class StepRandom(Protocol):
     """Where a rule gets its randomness: one number a depth, and for tests one a depth and draw.
 
     Sharing numbers within a depth is exact, because only one node of a depth lies on the accepted
@@ -191,7 +191,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class StepDraws:
     """A request's draws in the step whose root is the token at `position`."""
 
     draws: Draws
@@ -220,13 +220,13 @@ def pick(probs_MV: Tensor, uniform_M: Tensor) -> Tensor:
     return index_M1[:, 0].clamp_(max=probs_MV.shape[-1] - 1)
 
 
-def sound(logits: Tensor) -> Tensor:
+def is_finite(logits: Tensor) -> Tensor:
     """Whether every law can be made: no NaN, no positive infinity, something to choose from."""
     return logits.amax(-1).isfinite().all()
 
 
-def unsound(whose: str) -> NotFinite:
-    """What to say of logits that are not `sound`."""
+def not_finite_logits(whose: str) -> NotFinite:
+    """What to say of logits that are not `is_finite`."""
     return NotFinite(
         f"{whose} gave logits that are NaN or infinite: its weights are damaged, or its dtype "
         "overflows",

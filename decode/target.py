@@ -46,7 +46,7 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class Ingested:
+class PrefillOutput:
     """After committed tokens were fed: the last one's logits and, per row, features [T, D] and
     what computes the likeliest ids [T][K] after each."""
 
@@ -95,7 +95,7 @@ class Target:
                 f"texts of up to {self._original} tokens, new ones included, run with the short "
                 "rotary factors, longer ones with the long factors throughout"
             )
-        self._settle_attention()
+        self._choose_attention()
 
     def span(self, length: int) -> int:
         """The context that a text of up to `length` tokens, new ones included, is read in.
@@ -112,9 +112,9 @@ class Target:
         return TreeCache(batch=batch, num_layers=self.num_layers, context=context or self.context)
 
     @torch.inference_mode()
-    def ingest(
+    def prefill(
         self, cache: TreeCache, tokens: Sequence[Sequence[int]], needs: Needs | None = None
-    ) -> Ingested:
+    ) -> PrefillOutput:
         """Feed and commit committed tokens, in chunks; rows may be of any length, also empty.
 
         An empty row's logits are zeros.
@@ -153,11 +153,11 @@ class Target:
             {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
             for pieces in collected
         ]
-        return self._ingested(logits_BV, features, wanted)
+        return self._prefill_output(logits_BV, features, wanted)
 
-    def _ingested(
+    def _prefill_output(
         self, logits_BV: Tensor, features: list[dict[str, Tensor]], wanted: Needs
-    ) -> Ingested:
+    ) -> PrefillOutput:
         """What was asked for, of features that hold `final` wherever `top` was asked for."""
         top: list[Callable[[], list[list[int]]]] = []
         for row in features:
@@ -166,7 +166,7 @@ class Target:
                 top.append(list)
             else:
                 top.append(functools.partial(self._likeliest_after, states_TD, wanted.top))
-        return Ingested(logits_BV, features, top)
+        return PrefillOutput(logits_BV, features, top)
 
     @torch.inference_mode()
     def _likeliest_after(self, states_TD: Tensor, count: int) -> list[list[int]]:
@@ -178,7 +178,7 @@ class Target:
         found: list[list[int]] = []
         with skinny.products(self._linears, self._most_rows):
             for part_TD in torch.split(states_TD, _CHUNK):
-                found += likeliest(head(part_TD), count).tolist()
+                found += top_ids(head(part_TD), count).tolist()
         return found
 
     @torch.inference_mode()
@@ -230,7 +230,7 @@ class Target:
             for node, parent in enumerate(row):
                 found.append(0 if parent == node else found[parent] + 1)
             depths.append(found)
-        visible_BNN = tree.closure(torch.tensor(parents), max(map(max, depths)))
+        visible_BNN = tree.ancestor_mask(torch.tensor(parents), max(map(max, depths)))
         return self._forward(
             cache,
             [list(row[fed:]) for row in tokens],
@@ -282,7 +282,7 @@ class Target:
         """Raises: UnsupportedError: the features that are asked for are not [B, N, D]."""
         self.read(torch.zeros(1, 2, dtype=torch.long), needs)
 
-    def read_beside(
+    def read_extra_rows(
         self,
         kept: TextCache,
         places_BA: Tensor,
@@ -301,7 +301,7 @@ class Target:
         for parent, _ in rows:
             parents.append(parent)
             depths.append(depths[parent] + 1)
-        own_XX = tree.closure(torch.tensor([parents]), max(depths))[0, 1:, 1:]
+        own_XX = tree.ancestor_mask(torch.tensor([parents]), max(depths))[0, 1:, 1:]
         # Chains of different places do not see each other.
         own_NN = torch.eye(num_places).kron(own_XX.float()).bool().to(self.device)
         places_BN = places_BA.repeat_interleave(num_own, 1).to(self.device)
@@ -476,7 +476,7 @@ class Target:
             )
         return asked if asked is not None else limit
 
-    def _settle_attention(self) -> None:
+    def _choose_attention(self) -> None:
         """Flash and flex kernels take no such masks: change to one that does, and say so."""
         given = self.model.config._attn_implementation
         if given in ("sdpa", "eager"):
@@ -533,7 +533,7 @@ def packed(segments_BL: Tensor) -> tuple[Tensor, Tensor]:
     return place_L - starts_BL, own_BLL.tril()
 
 
-def likeliest(logits_BNV: Tensor, count: int) -> Tensor:
+def top_ids(logits_BNV: Tensor, count: int) -> Tensor:
     """The ids of the `count` largest logits, the largest first; fewer in a smaller vocabulary."""
     return logits_BNV.topk(min(count, logits_BNV.shape[-1])).indices
 

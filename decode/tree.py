@@ -238,7 +238,7 @@ def best_paths(ranks_RK: Tensor, *, nodes: int, top: int) -> list[tuple[tuple[in
     return [(path, counts[path] / len(ranks_RK)) for path in order[:nodes]]
 
 
-def closure(parents_BN: Tensor, depth: int) -> Tensor:
+def ancestor_mask(parents_BN: Tensor, depth: int) -> Tensor:
     """Visibility inside trees [B, N, N]: node i sees j if j is i or an ancestor of i.
 
     A root and a padding node are their own parents; `depth` is that of the deepest node.

@@ -17,8 +17,8 @@ from spectool.decode import curve as curves
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.curve import SIZES, Curve
-from spectool.decode.protocol import Drafter, Outcome, Prompt
-from spectool.decode.row import Row
+from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
@@ -95,11 +95,11 @@ class Tuned(Drafter):
     def attach(self, target: Target) -> None:
         self.drafter.attach(target)
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._waiting = Waiting()
         self.drafter.begin(prompts, cache)
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         began = time.perf_counter()
         self._round += 1
         drafts = [tree.root(row.tokens[-1]) for row in rows]
@@ -122,8 +122,8 @@ class Tuned(Drafter):
             self._learn(outcome)
         self.drafter.observe(outcomes)
         plain = self.curve.seconds(rows)
-        spent = self._drafting + time.perf_counter() - began
-        gained = -spent / plain
+        timings = self._drafting + time.perf_counter() - began
+        gained = -timings / plain
         if nodes > 1:
             tokens = sum(len(outcome.path) for outcome in outcomes) / rows
             gained += tokens - self.curve.seconds(rows * nodes) / plain

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectool import methods
-from spectool.decode.sampling import Source, unsound
+from spectool.decode.sampling import StepRandom, not_finite_logits
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
 
@@ -33,24 +33,24 @@ class Verdict:
     accept_N: Tensor | None = None
 
 
-Rule = Callable[[Draft, Tensor, Source], Verdict]
+Rule = Callable[[Draft, Tensor, StepRandom], Verdict]
 
 
-def greedy(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+def greedy(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """Follow the child equal to the most likely token (Stern et al. 2018). Any scores will do."""
     return Verdict(probs_NV.argmax(-1))
 
 
-def token_match(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+def token_match(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """Draw the target's own token once per node and follow the child that equals it.
 
     Exact for every draft: what is emitted is the target's draw, whatever was proposed. With the
-    draws of `sampling.Turn` the text is even the one that plain sampling gives under the seed.
+    draws of `sampling.StepDraws` the text is even the one that plain sampling gives under the seed.
     """
-    return Verdict(source.pick(probs_NV, draft.depths))
+    return Verdict(rng.pick(probs_NV, draft.depths))
 
 
-def rejection(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+def rejection(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """Test a node's children in the order drawn, each against what the ones before it left over.
 
     Child x from law q stands with min(1, r(x)/q(x)); where it falls, r becomes Norm[r - q]+; r
@@ -69,7 +69,7 @@ def rejection(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
         if fixed:
             q_AV[fixed] = torch.zeros_like(q_AV[fixed]).scatter_(1, token_A1[fixed], 1.0)
         p_A, q_A = r_AV.gather(1, token_A1)[:, 0], q_AV.gather(1, token_A1)[:, 0]
-        family.take(at, drawn, source.below(p_A, q_A, [draft.depths[n] for n in drawn], draw))
+        family.take(at, drawn, rng.below(p_A, q_A, [draft.depths[n] for n in drawn], draw))
         rest_AV = (r_AV - q_AV).clamp_(min=0)
         sum_A1 = rest_AV.sum(-1, keepdim=True)
         r_MV[at] = torch.where(sum_A1 > 0, rest_AV / sum_A1, r_AV)
@@ -79,14 +79,14 @@ def rejection(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
             left_AV /= left_AV.sum(-1, keepdim=True).clamp_(min=torch.finfo(left_AV.dtype).tiny)
             q_MV[[at[a] for a in once]] = left_AV
     emit_NV = probs_NV.index_copy(0, family.parents, r_MV)
-    return Verdict(source.pick(emit_NV, draft.depths), family.stands(len(draft)))
+    return Verdict(rng.pick(emit_NV, draft.depths), family.stands(len(draft)))
 
 
 # Halvings of K-SEQ's factor: 2**-30 of it is below what fp32 laws resolve.
 _HALVINGS = 30
 
 
-def k_seq(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+def k_seq(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """Test k independent children in turn, each with min(1, p(x) / (rho q(x))).
 
     Sun et al., SpecTr, 2023 (arXiv:2310.15141): rho in [1, k] is the root of
@@ -113,19 +113,19 @@ def k_seq(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
         token_A1 = _tokens(draft, drawn, probs_NV.device)[:, None]
         p_A, q_A = p_MV[at].gather(1, token_A1)[:, 0], q_MV[at].gather(1, token_A1)[:, 0]
         depths = [draft.depths[node] for node in drawn]
-        family.take(at, drawn, source.below(p_A, high_M[at] * q_A, depths, draw))
+        family.take(at, drawn, rng.below(p_A, high_M[at] * q_A, depths, draw))
     all_M = 1 - (1 - share_M) ** k_M
     rest_MV = (p_MV - kept_MV * (all_M / share_M.clamp(min=1e-300))[:, None]).clamp_(min=0)
     rest_MV = torch.where(rest_MV.sum(-1, keepdim=True) > 0, rest_MV, p_MV)
     emit_NV = probs_NV.index_copy(0, family.parents, rest_MV.to(probs_NV.dtype))
-    return Verdict(source.pick(emit_NV, draft.depths), family.stands(len(draft)))
+    return Verdict(rng.pick(emit_NV, draft.depths), family.stands(len(draft)))
 
 
 # Medusa's: a token of this probability always stands, or of this share of exp(-entropy).
 _TYPICAL, _TYPICAL_SHARE = 0.09, 0.3
 
 
-def typical(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+def typical(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """Let a node stand that the target finds likely enough: p(x) > min(0.09, 0.3 exp(-H(p))).
 
     Cai et al., Medusa, 2024 (arXiv:2401.10774), section 2.3.1. Changes the law of the text.
@@ -137,7 +137,7 @@ def typical(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
     above = draft.parents[1:]
     stands_N = probs_NV[above, token_N] > bound_N[above]
     accept_N = torch.cat([stands_N.new_ones(1), stands_N])
-    return Verdict(source.pick(probs_NV, draft.depths), accept_N)
+    return Verdict(rng.pick(probs_NV, draft.depths), accept_N)
 
 
 @dataclass(slots=True)
@@ -204,35 +204,35 @@ def walk(draft: Draft, emit: Sequence[int], accept: Sequence[int] | None) -> tup
     return path, emit[node]
 
 
-def settle(
+def resolve_paths(
     drafts: Sequence[Draft],
     verdicts: Sequence[Verdict],
     *,
-    is_sound: Tensor | None = None,
+    all_finite: Tensor | None = None,
     top_BNK: Tensor | None = None,
 ) -> tuple[list[tuple[list[int], int]], list[int]]:
     """Path and next token of every row, and `top_BNK` laid out flat, in one transfer to the host.
 
     Raises:
-        SpectoolError: the laws that were judged by are not `sampling.sound`.
+        SpectoolError: the laws that were judged by are not `sampling.is_finite`.
     """
     flat = [verdict.emit_N for verdict in verdicts]
     flat += [verdict.accept_N.long() for verdict in verdicts if verdict.accept_N is not None]
-    num_judged = sum(map(len, flat))
+    num_verdicts = sum(map(len, flat))
     flat += [top_BNK.flatten()] if top_BNK is not None else []
-    flat += [is_sound.long()[None]] if is_sound is not None else []
+    flat += [all_finite.long()[None]] if all_finite is not None else []
     values = torch.cat(flat).tolist()
-    if is_sound is not None and not values.pop():
-        raise unsound("the model")
-    settled, start, tests = [], 0, sum(len(draft) for draft in drafts)
+    if all_finite is not None and not values.pop():
+        raise not_finite_logits("the model")
+    resolved, start, tests = [], 0, sum(len(draft) for draft in drafts)
     for draft, verdict in zip(drafts, verdicts, strict=True):
         emit, accept = values[start : start + len(draft)], None
         start += len(draft)
         if verdict.accept_N is not None:
             accept = values[tests : tests + len(draft)]
             tests += len(draft)
-        settled.append(walk(draft, emit, accept))
-    return settled, values[num_judged:]
+        resolved.append(walk(draft, emit, accept))
+    return resolved, values[num_verdicts:]
 
 
 # Kinds of nodes for which a rule keeps the target's law at temperatures above 0.
@@ -246,7 +246,7 @@ _EXACT: dict[str, set[Kind]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Pairing:
+class Verification:
     """A rule chosen for a kind of draft, and whether the pair keeps the target's law."""
 
     name: str
@@ -256,7 +256,7 @@ class Pairing:
 
 def rule_for(
     kinds: Collection[Kind], name: str | None, *, temperature: float, lossy: bool
-) -> Pairing:
+) -> Verification:
     """The rule to verify such drafts with; the best exact one if no name is given.
 
     At temperature 0 the laws are one-hot, every rule is the greedy one, and it is exact.
@@ -267,7 +267,7 @@ def rule_for(
     if name is not None:
         methods.row(name, "rule")
     if temperature == 0:
-        return Pairing("greedy", greedy, True)
+        return Verification("greedy", greedy, True)
     if name is None:
         # On deterministic nodes both accept as much, and token-match keeps the plain sampled text.
         name = "rejection" if set(kinds) - {"deterministic"} else "token-match"
@@ -284,4 +284,4 @@ def rule_for(
             f"{temperature:g}",
             hint="leave --verify out for an exact rule, or add --lossy",
         )
-    return Pairing(name, methods.resolve(name, "rule"), lossless)
+    return Verification(name, methods.resolve(name, "rule"), lossless)

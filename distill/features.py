@@ -61,7 +61,7 @@ class Read:
         tokens_BL, loss_mask_BL, segments_BL = _joined(self.samples, rows, self.target.device)
         kept = TextCache(self.target.num_layers) if self.needs.inject else None
         features = self.target.read(tokens_BL, self.needs, segments_BL, keep=kept)
-        beside = None if kept is None else functools.partial(self.target.read_beside, kept)
+        beside = None if kept is None else functools.partial(self.target.read_extra_rows, kept)
         return TrainingBatch(
             tokens_BL=tokens_BL,
             loss_mask_BL=loss_mask_BL,

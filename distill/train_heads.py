@@ -121,8 +121,8 @@ def train_heads(
 
     `on_read` hears of each source of text, `announce` the plan before the weights are read, `start`
     when the first step begins, `watch(step, steps, metrics, evaluation)` of every step;
-    `evaluation` are held-out metrics or None. All that `watch` hears goes to the file `metrics` as well. Of several
-    `processes` all do this, with equal arguments, and the first one writes.
+    `evaluation` are held-out metrics or None. All that `watch` hears goes to the file `metrics` as
+    well. Of several `processes` all do this, with equal arguments, and the first one writes.
 
     Raises:
         InputError: model, data or options will not do, or the place cannot be written.

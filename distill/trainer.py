@@ -54,7 +54,7 @@ class HeadTrainer:
                 if loss_mask
             ]
             token_map = frequent(said, count=size, vocab=target.vocab_size).to(target.device)
-        with self._chance("fresh"):
+        with self._seeded("fresh"):
             fresh: Heads = drafter.Heads(job.config, target.model, token_map)
         if begin is not None:
             begin.fill(fresh)
@@ -71,13 +71,13 @@ class HeadTrainer:
 
         Of several processes each takes a part, which is none where there are fewer texts.
         """
-        batch, processes = self.batches[step], self.processes
+        rows, processes = self.batches[step], self.processes
         done = HeadLoss(self.heads.num_heads)
-        if own := processes.part(batch):
+        if part := processes.part(rows):
             # The first process draws as one alone would.
-            chance = step if processes.first else f"{step}/{processes.rank}"
-            batch = self.own.batch(own)
-            with self._chance(chance), self._autocast():
+            seeded_by = step if processes.first else f"{step}/{processes.rank}"
+            batch = self.own.batch(part)
+            with self._seeded(seeded_by), self._autocast():
                 done = self.heads.compute_loss(batch, self._total)
         else:
             self._total(done.places)
@@ -88,7 +88,7 @@ class HeadTrainer:
         return {
             "loss": sum(means) / len(means),
             "losses": means,
-            "tokens": sum(len(self.own.samples[i].tokens) for row in batch for i in row),
+            "tokens": sum(len(self.own.samples[i].tokens) for row in rows for i in row),
         }
 
     def _total(self, places: list[int]) -> list[int]:
@@ -101,7 +101,7 @@ class HeadTrainer:
         )
 
     @contextmanager
-    def _chance(self, what: str | int) -> Iterator[None]:
+    def _seeded(self, what: str | int) -> Iterator[None]:
         """Random numbers by seed and step alone: a resumed run draws the same."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(random.Random(f"{self.seed}/{what}").getrandbits(63))

@@ -84,7 +84,7 @@ def bench(
     # Before any pass: a drafter or a rule that will not do is found at once.
     drafters = [runner.open(draft) for draft in drafts]
     for drafter in drafters:
-        runner.pairing(drafter, verify=verify, lossy=lossy, **sampling)
+        runner.verification(drafter, verify=verify, lossy=lossy, **sampling)
     encoded = [runner._encode(prompt) for prompt in prompts]
     kept = _fitting(encoded, runner.target.context, min(LEAST_ROOM, max_new_tokens), say)
     texts = [encoded[i] for i in kept]
@@ -230,7 +230,7 @@ def _time(
     decode: peers.Decode,
     jobs: Sequence[tuple[Sequence[int], int, Collection[int]]],
 ) -> Timed:
-    before = dataclasses.replace(runner.spent)
+    before = dataclasses.replace(runner.timings)
     start = time.perf_counter()
     prompts, limits, ends = zip(*jobs, strict=True)
     results = decode(prompts, limits, ends)
@@ -240,9 +240,9 @@ def _time(
     return Timed(
         results,
         seconds,
-        runner.spent.draft - before.draft,
-        runner.spent.prompt - before.prompt,
-        runner.spent.target - before.target,
+        runner.timings.draft - before.draft,
+        runner.timings.prompt - before.prompt,
+        runner.timings.target - before.target,
     )
 
 

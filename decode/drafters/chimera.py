@@ -38,8 +38,8 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Features, Needs, Prompt, TrainingBatch
-from spectool.decode.row import Row
+from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
+from spectool.decode.request import Request
 from spectool.options import option
 
 from .layer import DecoderLayer, DraftCache, Rotary, Sight, attend_chains, layer_config
@@ -166,7 +166,7 @@ class ChimeraDrafter(TreeDrafter):
             self._tails.append((torch.tensor(depths), visible_PT))
 
     @torch.inference_mode()
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._own.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
         super().begin(prompts, cache)
 
@@ -178,7 +178,9 @@ class ChimeraDrafter(TreeDrafter):
         states = self._own.feed([row[:-1] for row in tokens], [finals], self._heads.ctx.keep)
         self._states.update(zip(rows, states, strict=True))
 
-    def _level(self, rows: Sequence[Row], state_BD: Tensor, tokens_BN: Tensor, k: int) -> Tensor:
+    def _level(
+        self, rows: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
+    ) -> Tensor:
         if k == 0:
             self._own.select([row.index for row in rows])
         paths_PA = self._tree.levels[k].paths_PA

@@ -40,8 +40,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Features, Needs, Prompt, TrainingBatch
-from spectool.decode.row import Row
+from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
+from spectool.decode.request import Request
 from spectool.options import option
 
 from .layer import DecoderLayer, DraftCache, Rotary, Sight, final_scale, layer_config
@@ -204,7 +204,7 @@ class CloverDrafter(TreeDrafter):
         self._carried_BPD: Tensor | None = None
 
     @torch.inference_mode()
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         # Column t is made of the target's state at t and of the token after it.
         self._own.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
         super().begin(prompts, cache)
@@ -222,7 +222,9 @@ class CloverDrafter(TreeDrafter):
         states = self._own.feed(after, inputs, heads.augment)
         self._states.update(zip(rows, states, strict=True))
 
-    def _level(self, rows: Sequence[Row], state_BD: Tensor, tokens_BN: Tensor, k: int) -> Tensor:
+    def _level(
+        self, rows: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
+    ) -> Tensor:
         if k == 0:
             self._carried_BPD = state_BD[:, None]
             return self._heads.first(self._carried_BPD)

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Hashable, Sequence
 
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
-from spectool.decode.row import Row
+from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind, Trie
@@ -47,11 +47,11 @@ class Combined(Drafter):
         for drafter in self.drafters:
             drafter.attach(target)
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         for drafter in self.drafters:
             drafter.begin(prompts, cache)
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         drafted = [drafter.propose(rows, budget) for drafter in self.drafters]
         return [self._merge(drafts) for drafts in zip(*drafted, strict=True)]
 

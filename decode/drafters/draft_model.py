@@ -23,9 +23,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
-from spectool.decode.row import Row
-from spectool.decode.sampling import SamplingParams, pick, sound, unsound
+from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
+from spectool.decode.request import Request
+from spectool.decode.sampling import SamplingParams, is_finite, not_finite_logits, pick
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError
@@ -56,7 +56,7 @@ class _Growth:
     each of the `iid` chains has come to; `scores` are the beams' log q and perturbed log q.
     """
 
-    row: Row
+    row: Request
     depth: int
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -142,14 +142,14 @@ class DraftModelDrafter(Drafter):
             return ("deterministic",)
         return ("distinct",) if self.config.tree.startswith("rsd") else ("iid",)
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._order = [prompt.row.index for prompt in prompts]
         longest = max(prompt.row.most for prompt in prompts)
         self._cache = self._draft.cache(len(prompts), self._draft.span(longest))
         self._grown = []
 
     @torch.inference_mode()
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         """Feed what was committed since, then grow the trees level by level."""
         self._drop_finished(rows)
         self._grown = [
@@ -186,7 +186,7 @@ class DraftModelDrafter(Drafter):
     def _feed_committed(self) -> Tensor:
         pairs = zip(self._grown, self._cache.lengths, strict=True)
         pending = [growth.row.tokens[held:] if growth.depth else [] for growth, held in pairs]
-        return self._draft.ingest(self._cache, pending).logits_BV
+        return self._draft.prefill(self._cache, pending).logits_BV
 
     def _feed_level(self) -> Tensor:
         """Feed the newest nodes of all rows; logits [B, F, V] of them."""
@@ -227,9 +227,9 @@ class DraftModelDrafter(Drafter):
                 growth.probs += list(padded_FV)
             found.append(self._choose(growth, level, probs_FV))
         flat = torch.cat([part for pair in found for part in pair])
-        *values, is_sound = torch.cat([flat, sound(logits_BFV).long()[None]]).tolist()
-        if not is_sound:
-            raise unsound("the draft model")
+        *values, all_finite = torch.cat([flat, is_finite(logits_BFV).long()[None]]).tolist()
+        if not all_finite:
+            raise not_finite_logits("the draft model")
         start = 0
         for growth, (tokens, _) in zip(growing, found, strict=True):
             size = len(tokens)
@@ -312,13 +312,13 @@ class DraftModelDrafter(Drafter):
             chains.append(node)
         growth.chains = chains
 
-    def _drop_finished(self, rows: Sequence[Row]) -> None:
+    def _drop_finished(self, rows: Sequence[Request]) -> None:
         order = [row.index for row in rows]
         if order != self._order:
             self._cache.select([self._order.index(index) for index in order])
             self._order = order
 
-    def _depth(self, row: Row, held: int, limit: int) -> int:
+    def _depth(self, row: Request, held: int, limit: int) -> int:
         """Proposals that the draft can make: its context and its vocabulary may be smaller."""
         if any(token >= self._draft.vocab_size for token in row.tokens[held:]):
             return 0

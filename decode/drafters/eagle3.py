@@ -37,8 +37,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Features, Needs, Outcome, Prompt, TrainingBatch
-from spectool.decode.row import Row
+from spectool.decode.protocol import (
+    Drafter,
+    Features,
+    Needs,
+    Outcome,
+    PrefilledPrompt,
+    TrainingBatch,
+)
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind
@@ -224,7 +231,7 @@ class Eagle3Drafter(Drafter):
         return ("deterministic",)
 
     @torch.inference_mode()
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._states.clear()
         # Column t is made of the target's state at t and of the token after it.
         self._own.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
@@ -237,7 +244,7 @@ class Eagle3Drafter(Drafter):
             self._read([outcome.row.index for outcome in outcomes], *read_outcomes(outcomes))
 
     @torch.inference_mode()
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         deepest = min(max(budget), self.config.depth)
         if deepest == 0:
             return [tree.root(row.tokens[-1]) for row in rows]
@@ -324,7 +331,9 @@ class Eagle3Drafter(Drafter):
         token_map = self._heads.token_map
         return places if token_map is None else token_map[places]
 
-    def _best(self, rows: Sequence[Row], budget: Sequence[int], found: _Candidates) -> list[Draft]:
+    def _best(
+        self, rows: Sequence[Request], budget: Sequence[int], found: _Candidates
+    ) -> list[Draft]:
         """Of all candidates the likeliest; a parent is never less likely, and stands before."""
         scores_BC = torch.cat(found.scores, 1)
         order_BN = scores_BC.sort(dim=-1, descending=True, stable=True).indices[

@@ -87,15 +87,15 @@ def read_record(path: Path) -> HeadsRecord:
         )
     try:
         record = HeadsRecord(**found)
-        sound = (
+        is_finite = (
             isinstance(record.method, str)
             and all(isinstance(part, dict) for part in (record.options, record.target))
             and len(record.tree) == len(record.shares)
             and _is_tree(record.tree)
         )
     except TypeError:
-        sound = False
-    if not sound:
+        is_finite = False
+    if not is_finite:
         raise CheckpointError(f"{path}: {HEADS} is not the record of draft heads")
     return record
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Features, Needs, Prompt, TrainingBatch
+from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
 from spectool.options import option
 
 from .layer import DecoderLayer, DraftCache, Rotary, layer_config
@@ -152,7 +152,7 @@ class HydraDrafter(TreeDrafter):
         self._own = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
 
     @torch.inference_mode()
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         if self._own is not None:
             self._own.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
         super().begin(prompts, cache)

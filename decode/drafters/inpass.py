@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Inject, Outcome, Prompt, TrainingBatch
-from spectool.decode.row import Row
+from spectool.decode.protocol import Drafter, Inject, Outcome, PrefilledPrompt, TrainingBatch
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
@@ -239,10 +239,10 @@ class InPassDrafter(Drafter):
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._guesses.clear()
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         return [
             self._draft(row.tokens[-1], self._guesses.get(row.index, []), most)
             for row, most in zip(rows, budget, strict=True)
@@ -278,7 +278,7 @@ class InPassDrafter(Drafter):
 
     def _guess(self, outcome: Outcome) -> list[list[int]]:
         """The best tokens of each row ahead of the node where the path ended."""
-        assert outcome.beside_NV is not None
+        assert outcome.extra_logits_NV is not None
         draft, last = outcome.draft, outcome.path[-1]
         own, owner = [], list(range(draft.num_rows))
         for row, (parent, _) in enumerate(draft.beside, start=len(draft)):
@@ -287,7 +287,7 @@ class InPassDrafter(Drafter):
                 own.append(row - len(draft))
         if not own:
             return []
-        rows_NV = outcome.beside_NV[own]
+        rows_NV = outcome.extra_logits_NV[own]
         logits_KV = rows_NV.view(-1, self._width, rows_NV.shape[-1]).mean(1)
         found: list[list[int]] = logits_KV.topk(min(TOP, logits_KV.shape[-1])).indices.tolist()
         return found

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
-from spectool.decode.row import Row
+from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams, pick
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
@@ -59,14 +59,14 @@ class JacobiDrafter(Drafter):
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",) if control.greedy else ("iid", "deterministic")
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._windows = {}
         self._indexes = {prompt.row.index: NgramIndex(1, 4) for prompt in prompts}
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         return [self._draft(row, limit) for row, limit in zip(rows, budget, strict=True)]
 
-    def _draft(self, row: Row, limit: int) -> Draft:
+    def _draft(self, row: Request, limit: int) -> Draft:
         size = min(self.config.window, limit)
         window = self._windows.get(row.index) or _Window([], None)
         drawn = window.tokens[:size]

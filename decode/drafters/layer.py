@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Prompt
+from spectool.decode.protocol import PrefilledPrompt
 from spectool.decode.target import packed, tree_mask
 from spectool.decoder import decoder_of
 
@@ -235,7 +235,7 @@ class DraftCache:
         """Committed columns of each row."""
         return self._cache.lengths
 
-    def begin(self, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]]) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], tokens: Sequence[Sequence[int]]) -> None:
         """A new batch: `tokens[b]` name the columns that row b's prompt will have.
 
         Those of what the prompts did not pass anew are kept from the call before, as far as they

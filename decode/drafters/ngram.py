@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
-from spectool.decode.row import Row
+from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UsageError
@@ -121,17 +121,17 @@ class NgramDrafter(Drafter):
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         config = self.config
         self._indexes = {
             prompt.row.index: NgramIndex(config.min_n, config.max_n) for prompt in prompts
         }
         self._copies = {}
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         return [self._draft(row, limit) for row, limit in zip(rows, budget, strict=True)]
 
-    def _draft(self, row: Row, limit: int) -> Draft:
+    def _draft(self, row: Request, limit: int) -> Draft:
         tokens, index = row.tokens, self._indexes[row.index]
         index.extend(tokens)
         made = Trie(tokens[-1], self.config.nodes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.protocol import Drafter, Needs
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 
@@ -31,5 +31,5 @@ class NoDrafter(Drafter):
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ()
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         return [tree.root(row.tokens[-1]) for row in rows]

@@ -18,8 +18,8 @@ import torch
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
-from spectool.decode.row import Row
+from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import CheckpointError
@@ -85,7 +85,7 @@ class RecycleDrafter(Drafter):
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         vocabulary = prompts[0].logits_V.shape[-1]
         if not self.table:
             self.table = array("i", [-1]) * (vocabulary * RANKS)
@@ -101,7 +101,7 @@ class RecycleDrafter(Drafter):
             for token, top in zip(own, tops, strict=True):
                 self._learn(token, top)
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         return [self._draft(row.tokens[-1], limit) for row, limit in zip(rows, budget, strict=True)]
 
     def _draft(self, root: int, limit: int) -> Draft:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Needs, Prompt
-from spectool.decode.row import Row
+from spectool.decode.protocol import Drafter, Needs, PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind, Trie
@@ -86,19 +86,19 @@ class SkipDrafter(Drafter):
         if not self._blocks and note not in target.notes:
             target.notes.append(note)
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._cache = cache
         self.score = -1.0
 
     @torch.inference_mode()
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         if not self._blocks:
             return [tree.root(row.tokens[-1]) for row in rows]
         self._search(rows)
         deepest = min(self.config.depth, self.config.nodes)
         return self._draft(rows, [min(deepest, limit) for limit in budget])
 
-    def _search(self, rows: Sequence[Row]) -> None:
+    def _search(self, rows: Sequence[Request]) -> None:
         """Score the incumbent once on this text, then a new set a step."""
         new = len(rows[0].tokens) - rows[0].num_prompt
         if self.tried >= self.config.search or self.score > _ENOUGH or new <= _SCORED:
@@ -114,7 +114,7 @@ class SkipDrafter(Drafter):
         if score > self.score:
             self.score, self.skipped = score, candidate
 
-    def _score(self, rows: Sequence[Row], skipped: frozenset[int]) -> float:
+    def _score(self, rows: Sequence[Request], skipped: frozenset[int]) -> float:
         """Share of the first row's last tokens that the thinned model predicts.
 
         They pass once more, in the tail, and see of the cache what came before them.
@@ -129,7 +129,7 @@ class SkipDrafter(Drafter):
         expected_W = torch.tensor(rows[0].tokens[-_SCORED:], device=logits_BWV.device)
         return float((logits_BWV[0].argmax(-1) == expected_W).float().mean())
 
-    def _draft(self, rows: Sequence[Row], depths: Sequence[int]) -> list[Draft]:
+    def _draft(self, rows: Sequence[Request], depths: Sequence[int]) -> list[Draft]:
         chains = [[row.tokens[-1]] for row in rows]
         guesses: list[list[tuple[list[int], float]]] = [[] for _ in rows]
         open_rows = {b for b, depth in enumerate(depths) if depth > 0}

@@ -25,9 +25,16 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Features, Needs, Outcome, Prompt, TrainingBatch
-from spectool.decode.row import Row
-from spectool.decode.sampling import SamplingParams, sound
+from spectool.decode.protocol import (
+    Drafter,
+    Features,
+    Needs,
+    Outcome,
+    PrefilledPrompt,
+    TrainingBatch,
+)
+from spectool.decode.request import Request
+from spectool.decode.sampling import SamplingParams, is_finite
 from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import NotFinite, UnsupportedError
@@ -398,13 +405,13 @@ class TreeDrafter(Drafter):
         return ("deterministic",)
 
     @torch.inference_mode()
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._states.clear()
         with self._kernel():
             self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
 
     @torch.inference_mode()
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         deepest = min(max(budget), len(self._tree.levels))
         if deepest == 0:
             return [tree.root(row.tokens[-1]) for row in rows]
@@ -424,7 +431,9 @@ class TreeDrafter(Drafter):
             for tokens, most in zip(tokens_BN.tolist(), budget, strict=True)
         ]
 
-    def _level(self, rows: Sequence[Row], state_BD: Tensor, tokens_BN: Tensor, k: int) -> Tensor:
+    def _level(
+        self, rows: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
+    ) -> Tensor:
         """The states [B, P or 1, D] that the children of depth k's nodes are guessed from.
 
         Called for the tree's levels in turn; `tokens_BN` are known down to depth k.
@@ -451,7 +460,7 @@ class TreeDrafter(Drafter):
             self._states[row] = found["final"][-1].clone()
 
 
-def read_prompts(prompts: Sequence[Prompt]) -> tuple[list[list[int]], list[Features]]:
+def read_prompts(prompts: Sequence[PrefilledPrompt]) -> tuple[list[list[int]], list[Features]]:
     """The tokens that prompts passed anew and the one after, and the features of the former."""
     features = [prompt.features for prompt in prompts]
     sizes = [len(next(iter(found.values()))) for found in features]
@@ -506,7 +515,7 @@ def ranks_of(out_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_R:
     for rows in _chunks(len(labels_R), len(weight_VD)):
         logits = F.linear(out_RD[rows], weight_VD, bias_V)
         labels = labels_R[rows]
-        if not sound(logits):
+        if not is_finite(logits):
             raise NotFinite(
                 "the heads' logits are NaN or infinite on held-out text: training diverged",
                 hint="a lower --learning-rate",

@@ -17,8 +17,8 @@ import torch
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
-from spectool.decode.row import Row
+from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import CheckpointError
@@ -93,7 +93,7 @@ class TrigramDrafter(Drafter):
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], cache: TreeCache) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         if self._largest >= (vocabulary := prompts[0].logits_V.shape[-1]):
             raise CheckpointError(
                 f"{self.config.state}: holds token {self._largest}; the model has {vocabulary}"
@@ -101,7 +101,7 @@ class TrigramDrafter(Drafter):
         for prompt in prompts:
             self.table.learn(prompt.row.tokens)
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         return [self._draft(row.tokens, limit) for row, limit in zip(rows, budget, strict=True)]
 
     def _draft(self, tokens: Sequence[int], limit: int) -> Draft:

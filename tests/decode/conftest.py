@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode import curve, tree, tune
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 
@@ -36,7 +36,7 @@ class Scripted(Drafter):
     def begin(self, prompts: Sequence[Prompt], cache: Any) -> None:
         self.prompts = list(prompts)
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         drafts = []
         for row, limit in zip(rows, budget, strict=True):
             paths = [path[:limit] for path in self.script(list(row.tokens), limit)]
@@ -51,7 +51,7 @@ class Scripted(Drafter):
 def begin() -> Callable[..., None]:
     """`begin(drafter, rows)`: a batch whose prompts these rows are, without a target's passes."""
 
-    def run(drafter: Drafter, rows: Sequence[Row], cache: Any = None) -> None:
+    def run(drafter: Drafter, rows: Sequence[Request], cache: Any = None) -> None:
         prompts = [Prompt(row=row, logits_V=torch.zeros(320)) for row in rows]
         drafter.begin(prompts, cache)
 

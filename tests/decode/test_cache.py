@@ -17,7 +17,7 @@ def assert_rows_equal(cache: TreeCache, row: int, target: Target) -> None:
     """The cache's committed rows are those of a fresh prompt pass over the same tokens."""
     fresh = target.cache(1)
     tokens = cache.tokens[row]
-    target.ingest(fresh, [tokens])
+    target.prefill(fresh, [tokens])
     for mine, theirs in zip(cache.layers, fresh.layers, strict=True):
         for name in ("keys", "values"):
             torch.testing.assert_close(
@@ -33,7 +33,7 @@ def test_committed_rows_are_those_of_a_fresh_pass(tiny: Tiny, family: str) -> No
     """Ragged rows, branches that jump, across a doubling of the buffers."""
     target = Target(tiny(family))
     cache = target.cache(2)
-    target.ingest(cache, [list(range(2, 62)), list(range(2, 9))])
+    target.prefill(cache, [list(range(2, 62)), list(range(2, 9))])
     for _ in range(3):
         drafts = [
             tree.trie(70, [[71, 72], [73, 74, 75], [73, 76, 77]], nodes=9),
@@ -53,7 +53,7 @@ def test_buffers_double_up_to_the_context(tiny: Tiny) -> None:
     cache = target.cache(1)
     seen = []
     for _ in range(250):
-        target.ingest(cache, [[5]])
+        target.prefill(cache, [[5]])
         seen.append(cache.capacity)
     assert sorted(set(seen)) == [64, 128, 256]
 
@@ -61,7 +61,7 @@ def test_buffers_double_up_to_the_context(tiny: Tiny) -> None:
 def test_wide_trees_near_the_context_grow_the_buffers_once(tiny: Tiny) -> None:
     target = Target(tiny("llama"), context=100)
     cache = target.cache(1)
-    target.ingest(cache, [list(range(2, 62))])
+    target.prefill(cache, [list(range(2, 62))])
     seen = []
     for num_nodes in range(130, 170):
         draft = tree.trie(5, [[token] for token in range(2, num_nodes + 2)], nodes=num_nodes)
@@ -75,10 +75,10 @@ def test_wide_trees_near_the_context_grow_the_buffers_once(tiny: Tiny) -> None:
 def test_select_keeps_rows_in_order(tiny: Tiny) -> None:
     target = Target(tiny("llama"))
     cache = target.cache(3)
-    target.ingest(cache, [[2, 3], [4], [5, 6, 7]])
+    target.prefill(cache, [[2, 3], [4], [5, 6, 7]])
     cache.select([2, 0])
     assert cache.tokens == [[5, 6, 7], [2, 3]]
-    target.ingest(cache, [[8], [9, 10]])
+    target.prefill(cache, [[8], [9, 10]])
     for row in (0, 1):
         assert_rows_equal(cache, row, target)
 
@@ -86,9 +86,9 @@ def test_select_keeps_rows_in_order(tiny: Tiny) -> None:
 def test_keep_prefix_leaves_the_last_token_to_be_fed(tiny: Tiny) -> None:
     target = Target(tiny("llama"))
     cache = target.cache(2)
-    target.ingest(cache, [[2, 3, 4, 5], [6, 7, 8]])
+    target.prefill(cache, [[2, 3, 4, 5], [6, 7, 8]])
     assert cache.keep_prefix([[2, 3, 9, 9], [6, 7, 8]]) == [2, 2]
-    target.ingest(cache, [[9, 9], [8]])
+    target.prefill(cache, [[9, 9], [8]])
     assert cache.tokens == [[2, 3, 9, 9], [6, 7, 8]]
     for row in (0, 1):
         assert_rows_equal(cache, row, target)
@@ -97,7 +97,7 @@ def test_keep_prefix_leaves_the_last_token_to_be_fed(tiny: Tiny) -> None:
 def test_nothing_is_copied_for_a_path_in_place(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(tiny("llama"))
     cache = target.cache(1)
-    target.ingest(cache, [[2, 3]])
+    target.prefill(cache, [[2, 3]])
     draft = tree.chain([4, 5, 6], kind="deterministic")
     target.verify(cache, [draft])
     monkeypatch.setattr(cache, "_trees", [])

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 import spectool
 from spectool.decode.cache import TreeCache
 from spectool.decode.generate import Runner, generate
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.text import TextStream
 from spectool.errors import CheckpointError, SpectoolError, UsageError
 
@@ -150,8 +150,8 @@ def test_an_interrupted_text_was_streamed_whole(
         (type(opened.drafter), "propose"),
         (TextStream, "push"),
         (TextStream, "finish"),
-        (Row, "extend"),
-        (Row, "check_room"),
+        (Request, "extend"),
+        (Request, "check_room"),
         (TreeCache, "commit"),
         (TreeCache, "select"),
     ):
@@ -219,13 +219,13 @@ def test_a_runner_opens_and_pairs_without_a_forward(
 ) -> None:
     monkeypatch.setattr(opened.target, "ingest", None)
     small = opened.open(f"{checkpoint('llama', seed=1)}:depth=2")
-    assert opened.pairing(small, temperature=1).name == "rejection"
-    assert opened.pairing(opened.open("auto:tune=false"), temperature=1).name == "token-match"
-    assert opened.pairing(opened.open(None)).lossless
+    assert opened.verification(small, temperature=1).name == "rejection"
+    assert opened.verification(opened.open("auto:tune=false"), temperature=1).name == "token-match"
+    assert opened.verification(opened.open(None)).lossless
     with pytest.raises(UsageError, match="independent draws"):
-        opened.pairing(opened.open("ngram"), temperature=1, verify="k-seq")
+        opened.verification(opened.open("ngram"), temperature=1, verify="k-seq")
     with pytest.raises(UsageError, match="--top-p 2"):
-        opened.pairing(small, top_p=2)
+        opened.verification(small, top_p=2)
     with pytest.raises(UsageError, match="no drafter is called ''"):
         opened.open("")
     assert opened.drafter_name == "none"

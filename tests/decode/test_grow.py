@@ -40,7 +40,7 @@ def random_tree(seed: int) -> Draft:
 
 def opened(target: Target, prompts: list[list[int]]) -> TreeCache:
     cache = target.cache(len(prompts))
-    target.ingest(cache, prompts)
+    target.prefill(cache, prompts)
     return cache
 
 

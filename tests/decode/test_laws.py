@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from spectool.decode import verify
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.generate import Runner
-from spectool.decode.sampling import Draws, SamplingParams, Source
+from spectool.decode.sampling import Draws, SamplingParams, StepRandom
 from spectool.decode.tree import Draft, Kind
 from spectool.decode.verify import Verdict
 
@@ -164,26 +164,26 @@ def test_penalties_look_at_each_nodes_own_path(pair: str) -> None:
     assert agrees(counts, exact_probs(toy(0), SamplingParams(**probs)))
 
 
-def without_residual(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
-    verdict = verify.rejection(draft, probs_NV, source)
-    return Verdict(source.pick(probs_NV, draft.depths), verdict.accept_N)
+def without_residual(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
+    verdict = verify.rejection(draft, probs_NV, rng)
+    return Verdict(rng.pick(probs_NV, draft.depths), verdict.accept_N)
 
 
-def always_likeliest(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+def always_likeliest(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """The fault of samplers whose root token stays greedy."""
-    emit_N = verify.token_match(draft, probs_NV, source).emit_N.clone()
+    emit_N = verify.token_match(draft, probs_NV, rng).emit_N.clone()
     emit_N[0] = probs_NV[0].argmax()
     return Verdict(emit_N)
 
 
-def reported(change: Callable[[Tensor], Tensor]) -> Callable[[Draft, Tensor, Source], Verdict]:
+def reported(change: Callable[[Tensor], Tensor]) -> Callable[[Draft, Tensor, StepRandom], Verdict]:
     """The rule, told that tokens were drawn from something they were not drawn from."""
     true_rule = verify.rejection
 
-    def rule(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+    def rule(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
         if draft.probs_NV is not None:
             draft.probs_NV = change(draft.probs_NV)
-        return true_rule(draft, probs_NV, source)
+        return true_rule(draft, probs_NV, rng)
 
     return rule
 
@@ -193,31 +193,31 @@ def shared_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Draws, "_number", lambda self, position, purpose, draw: 77 << 50)
 
 
-def as_if_drawn(kind: Kind) -> Callable[[Draft, Tensor, Source], Verdict]:
+def as_if_drawn(kind: Kind) -> Callable[[Draft, Tensor, StepRandom], Verdict]:
     """The rejection rule, told that nodes were drawn otherwise, from a flat law if from none."""
 
-    def rule(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+    def rule(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
         draft.kinds = [kind] * len(draft)
         if draft.probs_NV is None:
             draft.probs_NV = torch.full_like(probs_NV, 1 / VOCAB)
-        return verify.rejection(draft, probs_NV, source)
+        return verify.rejection(draft, probs_NV, rng)
 
     return rule
 
 
-def pruned(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+def pruned(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """The fault of dropping what was drawn because it looks unlikely."""
     if draft.probs_NV is not None and draft.probs_NV[0, draft.tokens[1]] < 0.4:
         stays = [True] + [False] * (len(draft) - 1)
-        return Verdict(source.pick(probs_NV, draft.depths), torch.tensor(stays))
-    return verify.rejection(draft, probs_NV, source)
+        return Verdict(rng.pick(probs_NV, draft.depths), torch.tensor(stays))
+    return verify.rejection(draft, probs_NV, rng)
 
 
-def always_new(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+def always_new(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """The fault of a window that forgets which law its tokens were drawn from."""
     if draft.probs_NV is not None:
         draft.probs_NV = probs_NV[: len(draft.probs_NV)]
-    return verify.rejection(draft, probs_NV, source)
+    return verify.rejection(draft, probs_NV, rng)
 
 
 FAULTS: dict[str, tuple[str, str, Any]] = {
@@ -245,7 +245,7 @@ SLOW = {
 )
 def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pair, name, rule = FAULTS[fault]
-    faulty = verify.Pairing(name, rule, True)
+    faulty = verify.Verification(name, rule, True)
     monkeypatch.setattr("spectool.decode.generate.rule_for", lambda *given, **options: faulty)
     counts = sample(runner_for(pair), SAMPLES, temperature=1.0)
     assert not agrees(counts, exact_probs(toy(0), SamplingParams(temperature=1.0)))

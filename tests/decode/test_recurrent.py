@@ -175,7 +175,7 @@ def test_a_rejected_draft_leaves_no_trace(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     target = open_target(model)
     cache, fresh = target.cache(1), target.cache(1)
-    target.ingest(cache, [[5, 6, 7]])
+    target.prefill(cache, [[5, 6, 7]])
     draft = tree.chain([8, 9, 10, 11, 12], kind="deterministic")
     target.verify(cache, [draft])
     cache.commit([draft.tokens], [[0, 1]])
@@ -188,10 +188,10 @@ def test_a_rejected_draft_leaves_no_trace(tiny: Tiny, family: str) -> None:
     assert isinstance(cache, ReplayCache)
     assert cache.replayed(0) == []
     # fp32 of chunked scans: up to 3e-5 on logits of 5.
-    target.ingest(fresh, [[5, 6, 7, 8, 9]])
+    target.prefill(fresh, [[5, 6, 7, 8, 9]])
     expected = target.verify(fresh, [again]).logits_BNV
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    expected = target.ingest(target.cache(1), [[5, 6, 7, 8, 9, 20, 30]]).logits_BV
+    expected = target.prefill(target.cache(1), [[5, 6, 7, 8, 9, 20, 30]]).logits_BV
     torch.testing.assert_close(last[:, 0], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -199,7 +199,7 @@ def test_a_rejected_draft_leaves_no_trace(tiny: Tiny, family: str) -> None:
 def test_a_pass_that_is_not_committed_changes_nothing(tiny: Tiny, family: str) -> None:
     target = open_target(tiny(family))
     cache = target.cache(1)
-    target.ingest(cache, [[5, 6, 7]])
+    target.prefill(cache, [[5, 6, 7]])
     draft = tree.chain([8, 9], kind="deterministic")
     first = target.verify(cache, [draft]).logits_BNV
     for _ in range(3):
@@ -272,14 +272,14 @@ def test_prompts_in_chunks(tiny: Tiny, family: str, monkeypatch: Any, prompt_of:
     model, needs = tiny(family), Needs(final=True, layers=(0,), top=4)
     target = open_target(model)
     prompts = [prompt_of(size, seed=size) for size in (23, 1, 14)]
-    expected = target.ingest(target.cache(3), prompts, needs)
+    expected = target.prefill(target.cache(3), prompts, needs)
     head = model.get_output_embeddings()
     with torch.inference_mode():
         logits = head(torch.stack([row["final"][-1] for row in expected.features]))
     # Some models scale their logits.
     assert torch.equal(logits.argmax(-1), expected.logits_BV.argmax(-1))
     monkeypatch.setattr(recurrent, "_CHUNK", 7)
-    done = target.ingest(target.cache(3), prompts, needs)
+    done = target.prefill(target.cache(3), prompts, needs)
     torch.testing.assert_close(done.logits_BV, expected.logits_BV, atol=1e-4, rtol=1e-4)
     for row, prompt in enumerate(prompts):
         top = done.top[row]()
@@ -296,8 +296,8 @@ def test_prompts_in_chunks(tiny: Tiny, family: str, monkeypatch: Any, prompt_of:
 def test_an_empty_row_stays_as_it_is(tiny: Tiny) -> None:
     target = open_target(tiny("mamba2"))
     cache = target.cache(2)
-    target.ingest(cache, [[5, 6], [7]])
-    done = target.ingest(cache, [[], [8]], Needs(top=3))
+    target.prefill(cache, [[5, 6], [7]])
+    done = target.prefill(cache, [[], [8]], Needs(top=3))
     assert [len(top()) for top in done.top] == [0, 1] and done.features[0] == {}
     assert not done.logits_BV[0].any()
     assert cache.tokens == [[5, 6], [7, 8]]
@@ -305,7 +305,7 @@ def test_an_empty_row_stays_as_it_is(tiny: Tiny) -> None:
     done_pass = target.verify(cache, drafts, Needs(final=True))
     assert done_pass.logits_BNV.shape == (2, 2, 320)
     assert done_pass.features["final"].shape == (2, 2, 32)
-    expected = target.ingest(target.cache(1), [[5, 6, 9]]).logits_BV
+    expected = target.prefill(target.cache(1), [[5, 6, 9]]).logits_BV
     torch.testing.assert_close(done_pass.logits_BNV[0, :1], expected, atol=1e-4, rtol=1e-4)
 
 

@@ -33,7 +33,7 @@ def ids(length: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def likeliest(model: PreTrainedModel, text: list[int], begin: int, length: int) -> list[int]:
+def top_ids(model: PreTrainedModel, text: list[int], begin: int, length: int) -> list[int]:
     """What follows each token from `begin` on in one pass of the text, padded to a length."""
     padded = text + [3] * (length - len(text))
     logits_1LV = model(input_ids=torch.tensor([padded]), use_cache=False).logits
@@ -50,10 +50,10 @@ def test_each_text_has_the_factors_of_its_length(family: str, draft: str) -> Non
         (found,) = runner.generate([text], max_new_tokens=new)
         whole = text + found.token_ids
         length = len(whole) if len(whole) <= ORIGINAL else max(len(whole), ORIGINAL + 1)
-        assert found.token_ids == likeliest(model, whole, prompt, length)
+        assert found.token_ids == top_ids(model, whole, prompt, length)
         # After prefixes that end before it as well: nothing was read with the short ones.
         if len(whole) > ORIGINAL:
-            early = likeliest(model, whole[: prompt + 1], prompt, ORIGINAL + 1)
+            early = top_ids(model, whole[: prompt + 1], prompt, ORIGINAL + 1)
             assert found.token_ids[:1] == early
 
 

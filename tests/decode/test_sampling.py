@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectool.decode.sampling import Draws, SamplingParams, Turn, pick, sound
+from spectool.decode.sampling import Draws, SamplingParams, StepDraws, is_finite, pick
 from spectool.errors import UsageError
 
 
@@ -33,10 +33,10 @@ def test_a_very_hot_law_is_flat_over_what_is_possible() -> None:
 
 def test_sound_logits_have_a_finite_largest_one() -> None:
     fine = torch.tensor([[0.0, -torch.inf], [1.0, 2.0]])
-    assert sound(fine)
+    assert is_finite(fine)
     for wrong in (torch.nan, torch.inf):
-        assert not sound(torch.cat([fine, torch.tensor([[0.0, wrong]])]))
-    assert not sound(torch.full((1, 3), -torch.inf))
+        assert not is_finite(torch.cat([fine, torch.tensor([[0.0, wrong]])]))
+    assert not is_finite(torch.full((1, 3), -torch.inf))
 
 
 def test_greedy_picks_the_lowest_index_on_ties() -> None:
@@ -89,10 +89,10 @@ def test_draws_are_uniform() -> None:
 
 
 def test_siblings_share_a_number_and_rules_get_their_own() -> None:
-    turn = Turn(Draws(0, 0), 10)
+    turn = StepDraws(Draws(0, 0), 10)
     flat = torch.full((3, 1000), 1 / 1000)
     picked = turn.pick(flat, [0, 1, 1]).tolist()
     assert picked[1] == picked[2] != picked[0]
-    assert Turn(Draws(0, 0), 11).pick(flat[:1], [0]).tolist() == picked[1:2]
+    assert StepDraws(Draws(0, 0), 11).pick(flat[:1], [0]).tolist() == picked[1:2]
     assert turn.below(torch.ones(2), torch.ones(2), [1, 2]).all()
     assert not turn.below(torch.zeros(2), torch.ones(2), [1, 2]).any()

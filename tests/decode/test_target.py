@@ -55,7 +55,7 @@ def test_every_node_sees_its_own_path(tiny: Tiny, family: str) -> None:
     cache = target.cache(2)
     noise = random.Random(1)
     prompts = [[noise.randrange(2, 320) for _ in range(size)] for size in (21, 6)]
-    target.ingest(cache, prompts)
+    target.prefill(cache, prompts)
     drafts = [
         tree.trie(7, [[8, 9, 10], [8, 11], [12, 9]], nodes=9),
         tree.trie(13, [[14]], nodes=9),
@@ -78,7 +78,7 @@ def test_prompts_in_chunks(
     target = Target(model)
     prompts = [prompt_of(size, seed=size) for size in (23, 1, 14)]
     cache = target.cache(3)
-    done = target.ingest(cache, prompts, Needs(layers=(0, -1), final=True))
+    done = target.prefill(cache, prompts, Needs(layers=(0, -1), final=True))
     for row, prompt in enumerate(prompts):
         expected = sequential(model, prompt)
         torch.testing.assert_close(done.logits_BV[row], expected, atol=2e-4, rtol=1e-4)
@@ -101,7 +101,7 @@ def test_only_the_last_row_of_a_prompt_gets_logits(
     handle = head.register_forward_hook(lambda m, i, output: widths.append(output.shape[1]))
     target = Target(model)
     monkeypatch.setattr(target_module, "_CHUNK", 8)
-    target.ingest(target.cache(1), [list(range(2, 22))])
+    target.prefill(target.cache(1), [list(range(2, 22))])
     handle.remove()
     assert widths == [1, 1, 1]
 
@@ -111,7 +111,7 @@ def test_no_hooks_stay(tiny: Tiny) -> None:
     target = Target(model)
     # transformers keeps hooks of its own.
     before = [len(module._forward_hooks) for module in model.modules()]
-    target.ingest(target.cache(1), [[3, 4]], Needs(layers=(1,), final=True))
+    target.prefill(target.cache(1), [[3, 4]], Needs(layers=(1,), final=True))
     assert [len(module._forward_hooks) for module in model.modules()] == before
 
 
@@ -119,7 +119,7 @@ def test_features_of_tree_nodes(tiny: Tiny) -> None:
     model = tiny("llama")
     target = Target(model)
     cache = target.cache(1)
-    target.ingest(cache, [[3, 4]])
+    target.prefill(cache, [[3, 4]])
     done = target.verify(cache, [tree.trie(5, [[6], [7]], nodes=4)], Needs(final=True))
     with torch.inference_mode():
         logits = model.get_output_embeddings()(done.features["final"])

@@ -56,7 +56,7 @@ def test_closure_is_ancestry() -> None:
     ]
     parents = [[0, *d.parents[1:], *range(len(d), 12)] for d in drafts]
     deepest = max(max(d.depths) for d in drafts)
-    visible = tree.closure(torch.tensor(parents), deepest)
+    visible = tree.ancestor_mask(torch.tensor(parents), deepest)
     for row, draft in enumerate(drafts):
         for node in range(12):
             seen = set(draft.path(node)) if node < len(draft) else {node}

@@ -22,7 +22,7 @@ from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
@@ -32,8 +32,8 @@ Tiny = Callable[..., PreTrainedModel]
 NONE: Any = None
 
 
-def row_of(tokens: list[int], index: int = 0) -> Row:
-    return Row(
+def row_of(tokens: list[int], index: int = 0) -> Request:
+    return Request(
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
@@ -84,7 +84,7 @@ class Fixed(Drafter):
     def begin(self, prompts: Sequence[Prompt], cache: Any) -> None:
         pass
 
-    def propose(self, rows: Sequence[Row], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         self.budgets.append(budget[0])
         drafts = [self.draft(limit) for limit in budget]
         self.clock.now += self.seconds * max(max(draft.depths) for draft in drafts)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from spectool.decode import tree, verify
-from spectool.decode.sampling import Source
+from spectool.decode.sampling import StepRandom
 from spectool.decode.tree import Draft
-from spectool.decode.verify import Rule, Verdict, rule_for, settle, walk
+from spectool.decode.verify import Rule, Verdict, resolve_paths, rule_for, walk
 from spectool.errors import UsageError
 
 LogProbs = dict[tuple[int, ...], Tensor]
@@ -60,17 +60,17 @@ def outcomes(
     """Every committed sequence (the path's drafted tokens, then the emitted one), its weight."""
     choices: list[int] | None = []
     while choices is not None:
-        source = Branches(choices, late=late)
-        if (verdict := rule(draft, probs_NV, source)) is not None and source.weight > 0:
-            [(path, token)], _ = settle([draft], [verdict])
+        rng = Branches(choices, late=late)
+        if (verdict := rule(draft, probs_NV, rng)) is not None and rng.weight > 0:
+            [(path, token)], _ = resolve_paths([draft], [verdict])
             drafted = tuple(draft.tokens[node] for node in path[1:])
-            if source.probs is None:
-                yield (*drafted, token), source.weight
+            if rng.probs is None:
+                yield (*drafted, token), rng.weight
             else:
-                for last, share in enumerate(source.probs[token].tolist()):
-                    yield (*drafted, last), source.weight * share
-        choices = source.choices
-        while choices and choices[-1] + 1 == source.sizes[len(choices) - 1]:
+                for last, share in enumerate(rng.probs[token].tolist()):
+                    yield (*drafted, last), rng.weight * share
+        choices = rng.choices
+        while choices and choices[-1] + 1 == rng.sizes[len(choices) - 1]:
             choices.pop()
         choices = [*choices[:-1], choices[-1] + 1] if choices else None
 
@@ -266,10 +266,10 @@ def test_typical_takes_the_longest_path_of_likely_tokens() -> None:
     draft = tree.trie(0, [[1], [2, 3]], nodes=3)
     flat, sharp = torch.full((8,), 0.125), torch.tensor([0.0, 0.0, 0.02, 0.98, 0, 0, 0, 0])
     probs = torch.stack([flat, flat, sharp, sharp])
-    [(path, _)], _ = settle([draft], [verify.typical(draft, probs, Branches([]))])
+    [(path, _)], _ = resolve_paths([draft], [verify.typical(draft, probs, Branches([]))])
     assert [draft.tokens[node] for node in path] == [0, 2, 3]
     probs[2] = sharp.flip(0)
-    [(path, _)], _ = settle([draft], [verify.typical(draft, probs, Branches([]))])
+    [(path, _)], _ = resolve_paths([draft], [verify.typical(draft, probs, Branches([]))])
     assert [draft.tokens[node] for node in path] == [0, 1]
 
 
@@ -291,22 +291,22 @@ def test_token_match_is_exact_for_sampled_chains() -> None:
     assert worst_error(verify.token_match, sampled_chains(q, 3, 2, truthful), p, 3, 3) < 1e-12
 
 
-def without_residual(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+def without_residual(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     assert draft.probs_NV is not None
     x = torch.tensor(draft.tokens[1:])[:, None]
     p_x, q_x = probs_NV[:-1].gather(1, x)[:, 0], draft.probs_NV.gather(1, x)[:, 0]
-    accept = source.below(p_x, q_x, draft.depths[1:])
-    emit = source.pick(probs_NV, draft.depths)
+    accept = rng.below(p_x, q_x, draft.depths[1:])
+    emit = rng.pick(probs_NV, draft.depths)
     return Verdict(emit, torch.cat([torch.ones(1, dtype=torch.bool), accept]))
 
 
-def drawn_per_child(draft: Draft, probs_NV: Tensor, source: Source) -> Verdict:
+def drawn_per_child(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
     """The fault of path-wise verification: a node's children are tested with draws of their own."""
-    emit_N = source.pick(probs_NV, draft.depths)
+    emit_N = rng.pick(probs_NV, draft.depths)
     accept = [True]
     for node in range(1, len(draft)):
         parent = draft.parents[node]
-        own = source.pick(probs_NV[parent : parent + 1], [draft.depths[parent]])
+        own = rng.pick(probs_NV[parent : parent + 1], [draft.depths[parent]])
         accept.append(int(own) == draft.tokens[node])
     return Verdict(emit_N, torch.tensor(accept))
 
@@ -350,7 +350,10 @@ def test_settle_takes_rows_of_both_sorts() -> None:
         Verdict(torch.tensor([6, 7]), torch.tensor([True, False])),
     ]
     top = torch.tensor([[[8], [9]], [[3], [4]]])
-    assert settle([one, two], verdicts, top_BNK=top) == ([([0, 1], 5), ([0], 6)], [8, 9, 3, 4])
+    assert resolve_paths([one, two], verdicts, top_BNK=top) == (
+        [([0, 1], 5), ([0], 6)],
+        [8, 9, 3, 4],
+    )
 
 
 def sibling_faults() -> Iterator[tuple[str, Rule, list[tuple[Draft, float]]]]:
@@ -395,9 +398,9 @@ def test_default_rules_are_exact() -> None:
     assert rule_for(("deterministic",), None, temperature=1, lossy=False).name == "token-match"
     assert rule_for((), None, temperature=1, lossy=False).lossless
     for name in (None, "greedy", "token-match", "rejection", "k-seq", "typical"):
-        pairing = rule_for(("deterministic",), name, temperature=0, lossy=False)
-        assert pairing.rule is verify.greedy
-        assert pairing.lossless
+        verification = rule_for(("deterministic",), name, temperature=0, lossy=False)
+        assert verification.rule is verify.greedy
+        assert verification.lossless
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def test_time_is_split_and_compared_with_peers(tiny: Tiny) -> None:
         speed = row["tokens_per_second"]
         over = [row["speedup_over_transformers"], row["speedup_over_prompt_lookup"]]
         assert over == [speed / plain["tokens_per_second"], speed / lookup["tokens_per_second"]]
-        spent = row["draft_share"] * row["seconds"]
-        assert row["draft_ms"] == pytest.approx(1000 * spent / row["forwards"])
+        timings = row["draft_share"] * row["seconds"]
+        assert row["draft_ms"] == pytest.approx(1000 * timings / row["forwards"])
     assert result["drafters"][0]["draft_ms"] > result["baseline"]["draft_ms"]
     assert "draft_share" not in plain
 

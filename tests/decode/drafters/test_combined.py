@@ -16,7 +16,7 @@ from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.drafters.recycle import RecycleDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Needs, Outcome
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.tree import Draft
 from spectool.errors import UsageError
@@ -25,8 +25,8 @@ Scripted = Callable[..., Any]
 Path = tuple[int, ...]
 
 
-def row_of(tokens: list[int]) -> Row:
-    return Row(
+def row_of(tokens: list[int]) -> Request:
+    return Request(
         index=0,
         tokens=list(tokens),
         draws=Draws(0, 0),

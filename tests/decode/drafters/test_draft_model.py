@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from spectool.decode import target as target_module
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.generate import Runner, generate
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
 from spectool.errors import SpectoolError, UnsupportedError
@@ -27,8 +27,8 @@ def widened(model: PreTrainedModel, vocab: int) -> PreTrainedModel:
     return wide.eval()
 
 
-def row_of(tokens: list[int], temperature: float, index: int = 0) -> Row:
-    return Row(
+def row_of(tokens: list[int], temperature: float, index: int = 0) -> Request:
+    return Request(
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
@@ -41,7 +41,7 @@ def row_of(tokens: list[int], temperature: float, index: int = 0) -> Row:
 Begin = Callable[..., None]
 
 
-def outcome_of(row: Row, path: list[int]) -> Any:
+def outcome_of(row: Request, path: list[int]) -> Any:
     return type("Outcome", (), {"row": row, "path": path})()
 
 

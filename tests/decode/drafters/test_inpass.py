@@ -116,7 +116,7 @@ def test_nothing_real_sees_what_passes_beside(
     drafter = make_drafter(model, name, nodes=14)
     prompts = [prompt_of(21), prompt_of(5)]
     cache = target.cache(2)
-    target.ingest(cache, prompts)
+    target.prefill(cache, prompts)
     guesses = [[[5, 6, 7], [8, 9, 10], [11, 12, 13]][: drafter._heads.num_heads]] * 2
     drafts = [drafter._draft(3, guesses[0], 9), drafter._draft(4, [], 9)]
     assert all(draft.beside for draft in drafts) and len(drafts[0]) > 2
@@ -145,13 +145,13 @@ def test_training_passes_the_rows_that_drafting_does(
         states = list(heads.states(batch, batch_R, place_R))
     drafter = METHODS[name][1](heads, TREE, InPassConfig(nodes=40))
     cache = target.cache(2)
-    target.ingest(cache, [text[:place] for text in texts])
+    target.prefill(cache, [text[:place] for text in texts])
     drafts = [drafter._draft(text[place], [], 9) for text in texts]
     logits_BNV = target.verify(cache, drafts, heads.needs).logits_BNV
     width = len(heads.rows) // heads.num_heads
     for row in range(2):
-        beside_NV = logits_BNV[row, 1 : drafts[row].num_rows]
-        mean_KV = beside_NV.view(heads.num_heads, width, -1).mean(1)
+        extra_logits_NV = logits_BNV[row, 1 : drafts[row].num_rows]
+        mean_KV = extra_logits_NV.view(heads.num_heads, width, -1).mean(1)
         for k, state_RD in enumerate(states):
             found_V = heads.frozen.logits(heads.frozen.output(state_RD[1 + row]))
             torch.testing.assert_close(found_V, mean_KV[k], rtol=1e-3, atol=1e-4)
@@ -164,7 +164,7 @@ def batch_of(target: Target, heads: Any, tokens_BL: torch.Tensor) -> Any:
         tokens_BL=tokens_BL,
         loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features=features,
-        beside=functools.partial(target.read_beside, kept),
+        beside=functools.partial(target.read_extra_rows, kept),
     )
 
 

@@ -14,7 +14,7 @@ from spectool.decode import verify
 from spectool.decode.drafters.jacobi import JacobiConfig, JacobiDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Outcome
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.tree import Draft
 
@@ -24,8 +24,8 @@ Begin = Callable[..., None]
 Next = Callable[[list[int]], int]
 
 
-def row_of(tokens: list[int], index: int = 0) -> Row:
-    return Row(
+def row_of(tokens: list[int], index: int = 0) -> Request:
+    return Request(
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
@@ -35,7 +35,7 @@ def row_of(tokens: list[int], index: int = 0) -> Row:
     )
 
 
-def step(drafter: JacobiDrafter, row: Row, following: Next, budget: int = 99) -> list[int]:
+def step(drafter: JacobiDrafter, row: Request, following: Next, budget: int = 99) -> list[int]:
     """One greedy round with a made-up model; the tokens that it brought."""
     draft = drafter.propose([row], [budget])[0]
     assert draft.is_chain

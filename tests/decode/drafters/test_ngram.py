@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from spectool.decode.drafters.ngram import NgramConfig, NgramDrafter, NgramIndex
-from spectool.decode.protocol import Prompt
-from spectool.decode.row import Row
+from spectool.decode.protocol import PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.tree import Draft
 from spectool.errors import UsageError
@@ -16,8 +16,8 @@ from spectool.errors import UsageError
 NONE: Any = None
 
 
-def row_of(tokens: list[int], index: int = 0) -> Row:
-    return Row(
+def row_of(tokens: list[int], index: int = 0) -> Request:
+    return Request(
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
@@ -29,7 +29,7 @@ def row_of(tokens: list[int], index: int = 0) -> Row:
 
 def draft_of(tokens: list[int], *, budget: int = 99, **options: int) -> Draft:
     drafter, row = NgramDrafter(NgramConfig(**options)), row_of(tokens)
-    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1))], NONE)
+    drafter.begin([PrefilledPrompt(row=row, logits_V=torch.zeros(1))], NONE)
     return drafter.propose([row], [budget])[0]
 
 
@@ -99,12 +99,12 @@ def test_the_index_grows_to_what_a_search_finds() -> None:
 
 def test_rows_have_their_own_index() -> None:
     drafter, rows = NgramDrafter(), [row_of([1, 2, 3, 1, 2], 4), row_of([1, 2, 9, 1, 2], 7)]
-    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1)) for row in rows], NONE)
+    drafter.begin([PrefilledPrompt(row=row, logits_V=torch.zeros(1)) for row in rows], NONE)
     assert [d.tokens[1] for d in drafter.propose(rows, [1, 1])] == [3, 9]
     assert drafter.propose(rows[1:], [1])[0].tokens == [2, 9]
 
 
-def outcome_of(row: Row, draft: Draft, new: list[int]) -> Any:
+def outcome_of(row: Request, draft: Draft, new: list[int]) -> Any:
     """The row goes on with these tokens; the draft's nodes that say so are accepted."""
     path = [0]
     for token in new:
@@ -120,7 +120,7 @@ def outcome_of(row: Row, draft: Draft, new: list[int]) -> Any:
 def steps(source: list[int], output: list[int], **options: int) -> list[int]:
     """How many tokens each step brings when `output` follows `source`."""
     drafter, row = NgramDrafter(NgramConfig(**options)), row_of([*source, output[0]])
-    drafter.begin([Prompt(row=row, logits_V=torch.zeros(1))], NONE)
+    drafter.begin([PrefilledPrompt(row=row, logits_V=torch.zeros(1))], NONE)
     brought, left = [], output[1:]
     while left:
         draft = drafter.propose([row], [len(left) - 1])[0]

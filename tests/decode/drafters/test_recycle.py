@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from spectool.decode.drafters import recycle, state
 from spectool.decode.drafters.recycle import RANKS, RecycleConfig, RecycleDrafter, rank_tree
 from spectool.decode.generate import Runner
-from spectool.decode.protocol import Outcome, Prompt
-from spectool.decode.row import Row
+from spectool.decode.protocol import Outcome, PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft
@@ -28,8 +28,8 @@ Begin = Callable[..., None]
 PromptOf = Callable[..., list[int]]
 
 
-def row_of(tokens: list[int]) -> Row:
-    return Row(
+def row_of(tokens: list[int]) -> Request:
+    return Request(
         index=0,
         tokens=list(tokens),
         draws=Draws(0, 0),
@@ -86,10 +86,12 @@ def test_the_prompt_is_in_the_table(tiny: Tiny) -> None:
     """Each token with what was likeliest after its last occurrence."""
     model, prompt = tiny("llama"), [5, 9, 5, 7, 9, 31]
     target, drafter = Target(model), RecycleDrafter()
-    done = target.ingest(target.cache(1), [prompt], drafter.needs)
+    done = target.prefill(target.cache(1), [prompt], drafter.needs)
     first = int(done.logits_BV[0].argmax())
     row = row_of([*prompt, first])
-    drafter.begin([Prompt(row=row, logits_V=done.logits_BV[0], top=done.top[0])], target.cache(1))
+    drafter.begin(
+        [PrefilledPrompt(row=row, logits_V=done.logits_BV[0], top=done.top[0])], target.cache(1)
+    )
     logits = logits_of(model, prompt)
     for token, last in {5: 2, 7: 3, 9: 4, 31: 5}.items():
         assert_likeliest(known(drafter, token), logits[last])
@@ -240,7 +242,7 @@ def test_rows_that_share_the_table_keep_their_own_text(
 def test_a_table_of_32000_tokens_takes_at_most_2_mb() -> None:
     drafter = RecycleDrafter()
     none: Any = None
-    drafter.begin([Prompt(row=row_of([1]), logits_V=torch.zeros(32000))], none)
+    drafter.begin([PrefilledPrompt(row=row_of([1]), logits_V=torch.zeros(32000))], none)
     assert drafter.table.itemsize == 4
     assert drafter.table.itemsize * len(drafter.table) == 32000 * RANKS * 4 <= 2_000_000
 

@@ -17,7 +17,7 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.drafters import skip
 from spectool.decode.drafters.skip import SkipConfig, SkipDrafter
 from spectool.decode.generate import Runner
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
 from spectool.errors import UnsupportedError
@@ -28,8 +28,8 @@ Begin = Callable[..., None]
 FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "mixtral"]
 
 
-def row_of(tokens: list[int], index: int = 0) -> Row:
-    return Row(
+def row_of(tokens: list[int], index: int = 0) -> Request:
+    return Request(
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
@@ -52,14 +52,14 @@ def attached(model: PreTrainedModel, **options: int) -> tuple[SkipDrafter, Targe
 
 def begun(
     model: PreTrainedModel, begin: Begin, texts: list[list[int]], **options: int
-) -> tuple[SkipDrafter, list[Row], TreeCache]:
+) -> tuple[SkipDrafter, list[Request], TreeCache]:
     """A drafter of a batch whose cache holds all of these texts but their last tokens."""
     drafter, target = attached(model, **options)
     rows, cache = (
         [row_of(text, index) for index, text in enumerate(texts)],
         target.cache(len(texts)),
     )
-    target.ingest(cache, [text[:-1] for text in texts])
+    target.prefill(cache, [text[:-1] for text in texts])
     begin(drafter, rows, cache)
     return drafter, rows, cache
 
@@ -154,7 +154,7 @@ def test_large_matrices_are_skipped_too(monkeypatch: pytest.MonkeyPatch) -> None
     tokens = noise_of(0, 12)
     with drafter._thinned(skipped):
         expected = logits_of(model, tokens)[-1]
-        found = target.ingest(target.cache(1), [tokens]).logits_BV[0]
+        found = target.prefill(target.cache(1), [tokens]).logits_BV[0]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -230,10 +230,10 @@ def test_a_chain_ends_after_a_token_it_is_not_sure_of(
     shares = iter([[0.9, 0.7, 0.9], [0.9, 0.9, 0.81], [0.1, 0.9, 0.9], *[[0.9] * 3] * 3])
     own = skip._likeliest
 
-    def likeliest(logits_BV: Tensor) -> tuple[list[list[int]], list[float]]:
+    def top_ids(logits_BV: Tensor) -> tuple[list[list[int]], list[float]]:
         return own(logits_BV)[0], next(shares)
 
-    monkeypatch.setattr(skip, "_likeliest", likeliest)
+    monkeypatch.setattr(skip, "_likeliest", top_ids)
     assert [max(draft.depths) for draft in drafter.propose(rows, [9, 9, 9])] == [3, 1, 6]
 
 
@@ -319,7 +319,7 @@ def test_the_search_keeps_the_best_set(tiny: Tiny, monkeypatch: pytest.MonkeyPat
     scores = iter([0.5, 0.4, 0.7, 0.7, 0.6, 0.9, 1.0])
     asked: list[frozenset[int]] = []
 
-    def score(rows: list[Row], skipped: frozenset[int]) -> float:
+    def score(rows: list[Request], skipped: frozenset[int]) -> float:
         asked.append(skipped)
         return next(scores)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from spectool.decode.drafters import state
 from spectool.decode.drafters.trigram import TrigramConfig, TrigramDrafter, TrigramTable
 from spectool.decode.generate import Runner
-from spectool.decode.row import Row
+from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
@@ -25,8 +25,8 @@ Scores = dict[tuple[int, int], dict[int, float]]
 Flat = dict[tuple[int, int, int], float]
 
 
-def row_of(tokens: list[int], index: int = 0) -> Row:
-    return Row(
+def row_of(tokens: list[int], index: int = 0) -> Request:
+    return Request(
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
@@ -186,7 +186,7 @@ def test_every_committed_trigram_counts_once(
     assert held(drafter.table) == pytest.approx(flat(slow_scores(prompt + result.token_ids)))
 
 
-def kept(begin: Begin, row: Row, place: Path) -> tuple[TrigramDrafter, TrigramDrafter]:
+def kept(begin: Begin, row: Request, place: Path) -> tuple[TrigramDrafter, TrigramDrafter]:
     """A drafter that has learnt a text, and one that begins with what it kept."""
     first = TrigramDrafter(TrigramConfig(state=str(place)))
     begin(first, [row])

@@ -13,13 +13,13 @@ FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
 
 @dataclass(slots=True, kw_only=True)
-class Row:
+class Request:
     """A request; those of a batch share their `control`.
 
     `tokens` are the prompt's and all committed ones; the last is the pending root.
     `drafted` and `accepted` count nodes; `offered_at[d]` the steps whose draft reached depth d+1,
-    `accepted_at[d]` those whose committed path did. `told` counts the tokens and characters that
-    a listener has heard of.
+    `accepted_at[d]` those whose committed path did. `reported` counts the tokens and characters
+    that a listener has heard of.
     """
 
     index: int
@@ -37,7 +37,7 @@ class Row:
     accepted: int = 0
     offered_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
-    told: tuple[int, int] = (0, 0)
+    reported: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
@@ -93,9 +93,9 @@ class Row:
             full = len(self.tokens) >= self.num_prompt + self.max_new_tokens
             self.finish_reason = "length" if full else "context"
 
-    def tell(self, tokens: list[int], text: str) -> None:
+    def mark_reported(self, tokens: list[int], text: str) -> None:
         """Book what a listener is about to hear."""
-        self.told = (self.told[0] + len(tokens), self.told[1] + len(text))
+        self.reported = (self.reported[0] + len(tokens), self.reported[1] + len(text))
 
     def interrupt(self) -> tuple[list[int], str]:
         """End a row where it is; the tokens and the text that no listener has heard of.
@@ -115,7 +115,7 @@ class Row:
             self.finish_reason = "interrupted"
             self._close()
         text = "" if self.text is None else self.text.text
-        return self.new_tokens[self.told[0] :], text[self.told[1] :]
+        return self.new_tokens[self.reported[0] :], text[self.reported[1] :]
 
     def count(self, depths: list[int], num_accepted: int) -> None:
         """Book one step: the depths of its draft's nodes and how many of them were committed."""
