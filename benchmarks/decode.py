@@ -86,7 +86,7 @@ def main() -> None:
         for temperature in (0.0, 0.8):
             run[f"temperature {temperature}"] = spectool(
                 "bench", copy, *common, "--dtype", dtype, "--temperature", temperature,
-                "--peers", "--plot", out / f"{dtype}-{temperature}.png", *drafts(FAST),
+                "--baselines", "--plot", out / f"{dtype}-{temperature}.png", *drafts(FAST),
             )  # fmt: skip
             found[f"widened {dtype}"] = run
             keep()

@@ -33,6 +33,7 @@ from widened import widen
 
 from decode import WIDTHS, write_prompts
 from spectool import checksums
+from spectool.architecture import build_meta, read_config
 from spectool.checkpoint import open_checkpoint
 from spectool.decode.chains import FirstPath
 from spectool.decode.drafters.heads import lineage, read_record
@@ -42,7 +43,6 @@ from spectool.distill.regenerate import regenerate
 from spectool.distill.samples import read_samples
 from spectool.headers import HEADS, HEADS_FILE
 from spectool.methods import resolve
-from spectool.skeleton import build_meta, read_config
 
 # Each with the options that were best of a few in short trials.
 METHODS: dict[str, tuple[str, ...]] = {
@@ -118,8 +118,8 @@ def widen_heads(heads: Path, model: Path, wide: Path, out: Path) -> None:
     config = drafter.Heads.Config.from_dict(record.options)
     tensors = load_file(heads / HEADS_FILE)
     with torch.device("meta"):
-        skeleton = build_meta(read_config(wide))
-        made = drafter.Heads(config, skeleton, tensors.get("token_map"))
+        architecture = build_meta(read_config(wide))
+        made = drafter.Heads(config, architecture, tensors.get("token_map"))
     narrow, width = record.target["hidden_size"], WIDTHS["hidden"]
     widened = {}
     for name, wanted in made.state_dict().items():

@@ -57,10 +57,10 @@ def bench(
             "packed and dense."
         ),
     ] = None,
-    peers: Annotated[
+    baselines: Annotated[
         bool,
         typer.Option(
-            "--peers",
+            "--baselines",
             help="Also transformers' own generate: plain, with prompt lookup, and assisted by the "
             "draft checkpoints.",
         ),
@@ -81,7 +81,7 @@ def bench(
     no_repeat_ngram_size: NoRepeatNgramSize = 0,
     verify: Verify = None,
     lossy: Lossy = False,
-    chain: Annotated[
+    chain_lengths: Annotated[
         int,
         typer.Option(
             min=0, max=16, help="Also chains of 1 to N tokens, which is what most servers verify."
@@ -164,12 +164,12 @@ def bench(
                     ends=[prompt.ends for prompt in found],
                     max_new_tokens=max_new_tokens,
                     batch_size=size,
-                    with_peers=peers,
+                    with_baselines=baselines,
                     sampling=sampling,
                     seed=seed,
                     verify=verify,
                     lossy=lossy,
-                    chain=chain,
+                    chain_lengths=chain_lengths,
                     say=output.say,
                 )
                 runs.append({"model": path, "runtime": how, **result})
@@ -182,15 +182,15 @@ def bench(
             output.show(table(one))
             for run in one:
                 output.show(_kept(run))
-                if chain:
-                    output.show(chains(run, chain))
+                if chain_lengths:
+                    output.show(chains(run, chain_lengths))
         if len(runs) > len(sizes):
             output.show(comparison(runs))
         machine = describe()
         if plot is not None:
             picture.draw(runs, machine, plot)
             output.say(f"picture: {plot}")
-        output.result({"machine": machine, **runs[0], "beside": runs[1:]})
+        output.result({"machine": machine, **runs[0], "other_runs": runs[1:]})
         broken = [f"{name} on {run['model']}" for run in runs for name in room.broken_promises(run)]
         if broken:
             output.say(f"error: output differs from plain decoding in float32: {', '.join(broken)}")

@@ -13,14 +13,14 @@ def table(runs: Sequence[Metrics]) -> Any:
     """One model's runs, with a row for each batch size, category and drafter."""
     several = len(runs) > 1
     by_category = any(len(run["categories"]) > 1 for run in runs)
-    with_peers = any(run["peers"] for run in runs)
+    with_baselines = any(run["baselines"] for run in runs)
     made = _empty(
         *["batch"] * several,
         *["category"] * by_category,
         "drafter",
         "tok/s",
         "speed-up",
-        *["over\ngenerate", "over\nlookup"] * with_peers,
+        *["over\ngenerate", "over\nlookup"] * with_baselines,
         "tokens/\nforward",
         "accepted",
         "prompt/\ndraft/\nhost",
@@ -29,14 +29,14 @@ def table(runs: Sequence[Metrics]) -> Any:
     for run in runs:
         parts = [*run["categories"], {"category": "all", **run}] if by_category else [run]
         for part in parts:
-            for row in (part["baseline"], *part["drafters"], *part["peers"]):
+            for row in (part["baseline"], *part["drafters"], *part["baselines"]):
                 made.add_row(
                     *[str(run["batch_size"])] * several,
                     *[part.get("category")] * by_category,
                     row["name"] + ("" if row["lossless"] else " (lossy)"),
                     f"{row['tokens_per_second']:.1f}",
                     f"{row['speedup']:.2f}",
-                    *_over(row) * with_peers,
+                    *_over(row) * with_baselines,
                     f"{row['tokens_per_forward']:.2f}",
                     f"{row['accepted'] / row['drafted']:.0%}" if row["drafted"] else "-",
                     _split(row),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spectool.decode.generate import Runner
     from spectool.text import Prompt, Reading
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Off a terminal, progress is a line at most this often (seconds), besides the last one.
 QUIET_SECONDS = 60.0

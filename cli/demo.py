@@ -154,7 +154,7 @@ def _next_commands(out: Path, model: str, texts: dict[str, str]) -> list[list[st
         ["chat", packed, "--draft", str(out / "heads-of-packed")],
         [
             "bench", packed, "--prompts", texts["prompts"], "--limit", "4",
-            "--draft", "trigram+recycle:tune", "--peers",
+            "--draft", "trigram+recycle:tune", "--baselines",
         ],
         [
             "quantize", "gptq", model, str(out / "packed-3-bit"), "--bits", "3",
@@ -215,7 +215,7 @@ def _table(results: dict[str, dict[str, Any]]) -> Any:
         table.add_column(heading, justify="right")
     quantized, measured = results["quantize"], results["eval"]
     packed = results["bench"]
-    dense, original = packed["beside"]
+    dense, original = packed["other_runs"]
     table.add_row(
         "bits per weight, linears", "16", f"{quantized['bits_per_weight']['linears']:.3f}"
     )

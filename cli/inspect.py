@@ -176,10 +176,10 @@ def heads_command(found: dict[str, Any]) -> str | None:
         if training.get("features", "online") != "online":
             offline = training["features"] == "offline"
             words += ["--features", "offline:FEATURES" if offline else training["features"]]
-        if training.get("begin"):
-            words += ["--from", "HEADS"]
-        if training.get("pack"):
-            words.append("--pack")
+        if training.get("init_from"):
+            words += ["--init-from", "HEADS"]
+        if training.get("sequence_packing"):
+            words.append("--sequence-packing")
         if training.get("autocast"):
             words += ["--autocast", training["autocast"]]
         if training["regenerate"]:
@@ -222,9 +222,9 @@ def command(made_by: dict[str, Any]) -> str | None:
             for choice in budget["candidates"]:
                 words += ["--candidate", _choice(choice)]
         if made_by["rules"]:
-            words += ["--plan", "PLAN"]
-        if made_by["head"]:
-            words += ["--head", _choice(made_by["head"])]
+            words += ["--rules", "RULES"]
+        if made_by["lm_head"]:
+            words += ["--lm-head", _choice(made_by["lm_head"])]
         if made_by["embeddings"]:
             words += ["--embeddings", _choice(made_by["embeddings"])]
         for pattern in made_by["skip"]:

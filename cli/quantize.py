@@ -31,12 +31,12 @@ from spectool.cli.common import (
 from spectool.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from spectool.architecture import Architecture
     from spectool.headers import Layout
     from spectool.quantize.auto import Picked
     from spectool.quantize.choice import Choice
     from spectool.quantize.plan import Plan
     from spectool.quantize.run import Job, Report
-    from spectool.skeleton import Skeleton
 
 
 # Below so many bits a weight, and from this share of the file on, packing the embedding and the
@@ -85,11 +85,9 @@ def quantize(
     allow_dense: Annotated[
         bool, typer.Option("--allow-dense", help="Accept over 10% of block weights left dense.")
     ] = False,
-    plan: Annotated[
+    rules: Annotated[
         Path | None,
-        typer.Option(
-            help="Rules in YAML: which linears another method packs, or which stay dense."
-        ),
+        typer.Option(help="YAML file: which linears another method packs, or which stay dense."),
     ] = None,
     embeddings: Annotated[
         str | None,
@@ -98,7 +96,7 @@ def quantize(
             "a method that needs no text, such as int8."
         ),
     ] = None,
-    head: Annotated[
+    lm_head: Annotated[
         str | None,
         typer.Option(
             help="Learn the output matrix anew on the calibration text: vq or vq:key=value,… "
@@ -141,13 +139,13 @@ def quantize(
     """Compress MODEL into the directory OUT."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
+        from spectool.architecture import Architecture
         from spectool.dtypes import parse_dtype
         from spectool.loading import check_device
         from spectool.quantize import auto, run
         from spectool.quantize.budget import Budget, widths
-        from spectool.quantize.choice import Choice, read_plan, skipping
+        from spectool.quantize.choice import Choice, read_rules, skipping
         from spectool.quantize.preprocess import Preprocess
-        from spectool.skeleton import Skeleton
 
         if candidate and bits_budget is None:
             raise UsageError("--candidate: is what --bits-budget chooses from, which is not given")
@@ -156,9 +154,9 @@ def quantize(
                 if _is_given(invocation, name):
                     option = name.replace("_", "-")
                     raise UsageError(f"--{option}: is of --preprocess, which is not given")
-        rules = read_plan(plan) if plan else []
+        listed = read_rules(rules) if rules else []
         beside = Choice.from_text(embeddings) if embeddings else None
-        learnt = Choice.from_text(head) if head else None
+        learnt = Choice.from_text(lm_head) if lm_head else None
         budget = None
         if method in methods.names("chooser"):
             if bits_budget is not None:
@@ -166,11 +164,11 @@ def quantize(
             layout = _layout(model, revision)
             run.check_dense(layout)
             picked = auto.pick(
-                Skeleton(layout, trust_remote_code=trust_remote_code),
+                Architecture(layout, trust_remote_code=trust_remote_code),
                 auto.Auto.Config.from_dict(own),
-                rules=[*skipping(skip or ()), *rules],
+                rules=[*skipping(skip or ()), *listed],
                 embeddings=beside,
-                head=learnt,
+                lm_head=learnt,
                 allow_dense=allow_dense,
             )
             choice, beside, budget = picked.choice, picked.embeddings, picked.budget
@@ -186,9 +184,9 @@ def quantize(
         job = run.Job(
             method=choice.method,
             config=choice.config,
-            rules=rules,
+            rules=listed,
             embeddings=beside,
-            head=learnt,
+            lm_head=learnt,
             budget=budget,
             calibration=calibration,
             samples=samples,
@@ -209,16 +207,16 @@ def quantize(
         )
         check_device(device)
         if dry_run:
-            skeleton, planned = run.prepare(
+            architecture, planned = run.prepare(
                 _layout(model, revision),
                 job,
                 trust_remote_code=trust_remote_code,
                 device=device,
                 batch_size=batch_size,
             )
-            show_plan(output, planned, skeleton, job)
+            show_plan(output, planned, architecture, job)
             result = {"dry_run": True, "method": choice.method, **_planned(planned)}
-            output.result({**result, "unused": skeleton.unused})
+            output.result({**result, "unused": architecture.unused})
             return
         compute = parse_dtype(dtype)
         assert compute is not None
@@ -233,7 +231,7 @@ def quantize(
                 overwrite=overwrite,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-                announce=lambda plan, skeleton: show_plan(output, plan, skeleton, job),
+                announce=lambda plan, architecture: show_plan(output, plan, architecture, job),
                 progress=output.progress,
                 say=output.say,
                 on_read=output.note,
@@ -279,36 +277,36 @@ def _is_given(invocation: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def show_plan(output: Output, plan: Plan, skeleton: Skeleton, job: Job) -> None:
+def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) -> None:
     """The plan for people, before anything is done."""
     from spectool.contents import unused_line
 
     by_choice: dict[Any, int] = {}
-    for block in plan.sites.values():
+    for block in plan.matrices.values():
         for name in block:
             choice = plan.choices[name]
             by_choice[choice] = by_choice.get(choice, 0) + 1
-    num_sites = sum(by_choice.values())
+    num_matrices = sum(by_choice.values())
     ways = [
         f"{_said(choice)}{f' on {count}' if len(by_choice) > 1 else ''}"
         for choice, count in sorted(by_choice.items(), key=lambda item: -item[1])
     ]
     output.say(
-        f"plan: {', '.join(ways)}{' of' if len(ways) > 1 else ' on'} {num_sites} linears in "
-        f"{len(plan.sites)} blocks of {skeleton.config.model_type}, "
+        f"plan: {', '.join(ways)}{' of' if len(ways) > 1 else ' on'} {num_matrices} linears in "
+        f"{len(plan.matrices)} blocks of {architecture.config.model_type}, "
         f"{plan.num_weights / 1e6:.2f} M of {plan.num_parameters / 1e6:.2f} M parameters"
     )
-    for name, site in plan.outside.items():
-        also = f" and {site.tied}, which share it" if site.tied else ""
+    for name, matrix in plan.outside.items():
+        also = f" and {matrix.tied}, which share it" if matrix.tied else ""
         output.say(f"plan: {_said(plan.choices[name])} on {name}{also}")
     by_reason: dict[str, list[str]] = {}
     for name, reason in plan.skipped.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         output.say(f"plan: {len(names)} left dense ({reason}): {names[0]}, …")
-    if skeleton.unused:
-        name = type(skeleton.model).__name__
-        output.say(f"plan: {unused_line(skeleton.unused, name)}; the artifact is without")
+    if architecture.unused:
+        name = type(architecture.model).__name__
+        output.say(f"plan: {unused_line(architecture.unused, name)}; the artifact is without")
     beside = plan.outside_bytes / plan.file_bytes
     output.say(f"plan: everything{' else' if plan.outside else ''} outside the blocks is copied")
     if not plan.outside and plan.bits_linears < OFFERED_BELOW and beside > OFFERED_FROM:
@@ -316,7 +314,7 @@ def show_plan(output: Output, plan: Plan, skeleton: Skeleton, job: Job) -> None:
             f"plan: embedding and output matrix will be {beside:.0%} of the file; "
             "--embeddings int8 packs them too"
         )
-    _show_calibration(output, skeleton, job)
+    _show_calibration(output, architecture, job)
     buffers = plan.num_buffers * plan.buffer_bytes
     calibrated = f", activations {size(buffers)}" if buffers else ""
     device = f", device {size(plan.device_bytes)}" if plan.device_bytes else ""
@@ -331,14 +329,14 @@ def show_plan(output: Output, plan: Plan, skeleton: Skeleton, job: Job) -> None:
     output.start()
 
 
-def _show_calibration(output: Output, skeleton: Skeleton, job: Job) -> None:
+def _show_calibration(output: Output, architecture: Architecture, job: Job) -> None:
     """Name the text that is calibrated on, if any, and how much of it."""
     from spectool.quantize.run import calibrates, sequence_length
     from spectool.text import BUILTIN
 
     if not calibrates(job):
         return
-    length = sequence_length(skeleton, job.seq_len)
+    length = sequence_length(architecture, job.seq_len)
     cut = f" (the model's context; --seq-len {job.seq_len} is cut)" if length < job.seq_len else ""
     output.say(
         f"plan: calibrated on {', '.join(job.calibration or [f'the {BUILTIN}'])}, at most "
@@ -362,7 +360,7 @@ def _planned(plan: Plan) -> dict[str, Any]:
         "disk_bytes": plan.file_bytes,
         "host_bytes": plan.host_bytes,
         "device_bytes": plan.device_bytes,
-        "linears": [name for block in plan.sites.values() for name in block],
+        "linears": [name for block in plan.matrices.values() for name in block],
         "outside": list(plan.outside),
         "skipped": [{"name": name, "reason": why} for name, why in plan.skipped.items()],
     }
@@ -397,7 +395,7 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
             f"matrices with too few calibration tokens, packed without data: {len(data_free)} "
             f"({data_free[0]}, …)"
         )
-    if learnt := report.outside.get("head"):
+    if learnt := report.outside.get("lm_head"):
         output.show(
             f"output matrix: KL from the original on held-out calibration text "
             f"{learnt['loss_start']:.4f} at first, {learnt['loss_after']:.4f} learnt; "
@@ -420,7 +418,7 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
             "peak_device_bytes": on_device,
             "layers": report.layers,
             "preprocess": report.preprocess,
-            "head": report.outside.get("head"),
+            "lm_head": report.outside.get("lm_head"),
             "blocks": [
                 {key: block.get(key) for key in ("output_error", "data_free", "fits")}
                 for block in report.blocks
@@ -468,7 +466,8 @@ QUANTIZE = Verb(
     run=quantize,
     panels={
         "What to pack": (
-            "skip", "allow_dense", "plan", "bits_budget", "candidate", "embeddings", "head",
+            "skip", "allow_dense", "rules", "bits_budget", "candidate", "embeddings",
+            "lm_head",
             "revision", "trust_remote_code",
         ),
         "Calibration": ("calibration", "field", "template_arg", "samples", "seq_len", "seed"),

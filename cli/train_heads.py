@@ -49,10 +49,10 @@ def train_heads(
             help="Text to learn from: .txt, .jsonl, .parquet (.gz, .xz), hub:DATASET; repeatable."
         ),
     ] = None,
-    begin: Annotated[
+    init_from: Annotated[
         str | None,
         typer.Option(
-            "--from",
+            "--init-from",
             help="Go on from these heads: of train-heads, vLLM's Medusa, EAGLE-3 or speculators.",
         ),
     ] = None,
@@ -81,8 +81,11 @@ def train_heads(
     ] = 0.8,
     seq_len: Annotated[int, typer.Option(min=32, help="Most tokens of a text.")] = 1024,
     batch_tokens: Annotated[int, typer.Option(min=32, help="Tokens of a step, padded.")] = 4096,
-    pack: Annotated[
-        bool, typer.Option("--pack", help="Several texts in a row, which do not see each other.")
+    sequence_packing: Annotated[
+        bool,
+        typer.Option(
+            "--sequence-packing", help="Several texts in a row, which do not see each other."
+        ),
     ] = False,
     learning_rate: Annotated[
         float | None, typer.Option(min=0.0, help="Peak learning rate; default: the method's own.")
@@ -148,12 +151,12 @@ def train_heads(
             method=method,
             config=config,
             data=data,
-            begin=begin,
+            init_from=init_from,
             steps=steps,
             epochs=epochs or 1,
             seq_len=seq_len,
             batch_tokens=batch_tokens,
-            pack=pack,
+            sequence_packing=sequence_packing,
             learning_rate=learning_rate,
             warmup=warmup,
             features=features,
@@ -275,7 +278,8 @@ TRAIN_HEADS = Verb(
             "regenerate_url", "regenerate_model", "temperature",
         ),
         "Training": (
-            "begin", "steps", "epochs", "batch_tokens", "pack", "features", "learning_rate",
+            "init_from", "steps", "epochs", "batch_tokens", "sequence_packing", "features",
+            "learning_rate",
             "warmup", "optimizer", "autocast", "seed",
         ),
         "Model": ("dtype", "runtime", "no_checksums", "revision", "trust_remote_code"),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectool.architecture import find_blocks
 from spectool.checkpoint import all_finite
 from spectool.errors import NotFinite, UnsupportedError
-from spectool.skeleton import find_blocks
 
 HINT = "try --dtype float32; if it is so there too, the checkpoint is broken"
 

@@ -77,7 +77,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: is a drafter{f' ({name})' if name else ''}"
             f"{f' for {base}' if base else ''}, not a model by itself",
             hint="give the model that it drafts for; `spectool train-heads METHOD MODEL OUT "
-            f"--from {path} --steps 0` reads drafters of the formats that servers use",
+            f"--init-from {path} --steps 0` reads drafters of the formats that servers use",
         )
     if is_encoder_decoder(config):
         raise UnsupportedError(f"{path}: {config.get('model_type')} is {ENCODER_DECODER}")
@@ -143,7 +143,7 @@ def check_heads(path: Path) -> None:
     if is_speculator(_said(path / "config.json")):
         raise CheckpointError(
             f"{path}: holds draft heads in another format",
-            hint=f"`spectool train-heads METHOD MODEL OUT --from {path} --steps 0` reads them",
+            hint=f"`spectool train-heads METHOD MODEL OUT --init-from {path} --steps 0` reads them",
         )
     kind = "is a checkpoint, not" if (path / "config.json").is_file() else "holds no"
     raise CheckpointError(f"{path}: {kind} draft heads ({HEADS})")

@@ -20,6 +20,7 @@ from typing import Any
 from spectool import checksums, given
 from spectool.checksums import Checksums, Guard
 from spectool.errors import CheckpointError
+from spectool.formats import FORMAT_VERSION, upgrade_config
 
 # Bits of one element; sub-byte types pack several elements into a byte.
 DTYPE_BITS = {
@@ -37,7 +38,6 @@ HEADS = given.HEADS
 HEADS_FILE = "heads.safetensors"
 
 # The newest layout of artifacts that is read here, and the one that is written.
-FORMAT_VERSION = 1
 
 # A tensor of a numbered block: the list's name and the number.
 _NUMBERED = re.compile(r"(.*?)\.(\d{1,9})\.")
@@ -155,7 +155,8 @@ class Layout:
 
 def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     text_config = config.get("text_config") or {}
-    return config.get("quantization_config") or text_config.get("quantization_config") or None
+    found = config.get("quantization_config") or text_config.get("quantization_config") or None
+    return upgrade_config(found) if found and found.get("quant_method") == "spectool" else found
 
 
 def _check_objects(path: Path, config: Mapping[str, Any]) -> None:

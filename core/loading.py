@@ -11,20 +11,20 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import machine, registration
-from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_fingerprint
-from spectool.contents import unused_line
-from spectool.dtypes import configured, parse_dtype
-from spectool.errors import CheckpointError, UsageError, opening, require
-from spectool.headers import Layout, read_json
-from spectool.packed import packed_modules, unpack_in_place
-from spectool.skeleton import (
-    Skeleton,
+from spectool.architecture import (
+    Architecture,
     check_causal,
     model_class,
     read_config,
     resolve,
     unused_tensors,
 )
+from spectool.checkpoint import Checkpoint, check_finite, open_checkpoint, text_fingerprint
+from spectool.contents import unused_line
+from spectool.dtypes import configured, parse_dtype
+from spectool.errors import CheckpointError, UsageError, opening, require
+from spectool.headers import Layout, read_json
+from spectool.packed import packed_modules, unpack_in_place
 
 # `auto` unpacks where the dense weights take at most this share of the memory that is free.
 DENSE_SHARE = 0.5
@@ -79,9 +79,9 @@ def load_outside(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model with embeddings, output matrix and norms; its blocks have no weights."""
-    skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
-    tensors = skeleton.read(checkpoint, skeleton.tensors_outside())
-    module: Any = skeleton.materialise("", tensors, dtype=dtype, device=device)
+    architecture = Architecture(checkpoint.layout, trust_remote_code=trust_remote_code)
+    tensors = architecture.read(checkpoint, architecture.tensors_outside())
+    module: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
     model: PreTrainedModel = module
     return model
 

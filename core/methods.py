@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from spectool.errors import UsageError
 
-Kind = Literal["quantizer", "chooser", "drafter", "rule"]
+Kind = Literal["quantizer", "chooser", "drafter", "verifier"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
     "vq": Method(
         kind="quantizer",
         target="spectool.quantize.vq:VQ",
-        summary="Rows share vectors of a codebook; for output matrices, learnt by --head vq",
+        summary="Rows share vectors of a codebook; for output matrices, learnt by --lm-head vq",
         source="VQ-Logits, 2025 (arXiv:2505.10202); Zhu et al., SimVQ, 2024 (arXiv:2411.02038)",
         status="research",
     ),
@@ -218,21 +218,21 @@ METHODS: dict[str, Method] = {
         trained=True,
     ),
     "greedy": Method(
-        kind="rule",
+        kind="verifier",
         target="spectool.decode.verify:greedy",
         summary="Follow the child that equals the target's most likely token; exact for any draft",
         source="Stern et al., 2018 (arXiv:1811.03115)",
         runs_in=("spectool",),
     ),
     "token-match": Method(
-        kind="rule",
+        kind="verifier",
         target="spectool.decode.verify:token_match",
         summary="Draw the target's token once a node and follow the child that equals it; exact",
         source="Miao et al., SpecInfer, 2023 (arXiv:2305.09781), naive sampling",
         runs_in=("spectool",),
     ),
     "rejection": Method(
-        kind="rule",
+        kind="verifier",
         target="spectool.decode.verify:rejection",
         summary="Accept with min(1, p/q), siblings against what is left, else draw from the rest",
         source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318); "
@@ -240,14 +240,14 @@ METHODS: dict[str, Method] = {
         runs_in=("spectool",),
     ),
     "k-seq": Method(
-        kind="rule",
+        kind="verifier",
         target="spectool.decode.verify:k_seq",
         summary="Accept independent draws with min(1, p / (rho q)), rho chosen for their number",
         source="Sun et al., SpecTr, 2023 (arXiv:2310.15141)",
         runs_in=("spectool",),
     ),
     "typical": Method(
-        kind="rule",
+        kind="verifier",
         target="spectool.decode.verify:typical",
         summary="Accept what the target finds likely enough; changes the law, so only with --lossy",
         source="Cai et al., Medusa, 2024 (arXiv:2401.10774)",

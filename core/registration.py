@@ -23,8 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spectool.checkpoint import torch_dtype
 from spectool.checksums import Checking
 from spectool.errors import UnsupportedError
+from spectool.formats import FORMAT_VERSION, upgrade_config
 from spectool.headers import (
-    FORMAT_VERSION,
     PACKED_INDEX,
     guards_of,
     packed_entries,
@@ -59,12 +59,10 @@ class SpectoolConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **rest: Any,
     ) -> None:
-        said = {"modules": modules, "format_version": format_version, "source": source, **rest}
-        self.modules = packed_entries(said)
+        stored = {"modules": modules, "format_version": format_version, "source": source, **rest}
+        self.modules = packed_entries(stored)
+        self.__dict__.update(upgrade_config(stored), source=source or {})
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.format_version = format_version
-        self.source = source or {}
-        self.__dict__.update(rest)
 
 
 class SpectoolQuantizer(HfQuantizer):

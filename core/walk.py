@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectool.architecture import Architecture
 from spectool.checkpoint import Checkpoint, read_rows
 from spectool.errors import UnsupportedError
 from spectool.headers import TensorEntry
 from spectool.packed import EmbeddingRows, PackedEmbedding, PackedLinear
-from spectool.skeleton import Skeleton
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class Tap(nn.Module):
+class BlockProbe(nn.Module):
     """Stands in for a block: notes how it is called and passes on what it is told to.
 
     `more` are the values returned after the hidden states; None: these alone, in no tuple. `times`
@@ -100,7 +100,7 @@ class StoredRows(EmbeddingRows):
         return read_rows(self.entry, ids_N.tolist()).to(ids_N.device, self.dtype)
 
 
-class Surroundings:
+class ModelShell:
     """Embeddings, final norm and, if asked for, head of a checkpoint, with taps for blocks.
 
     `table` is a packed embedding that takes the place of the stored one.
@@ -111,37 +111,37 @@ class Surroundings:
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        architecture: Architecture,
         checkpoint: Checkpoint,
         *,
         dtype: torch.dtype,
         device: torch.device,
-        with_head: bool,
+        with_lm_head: bool,
         table: PackedLinear | None = None,
     ) -> None:
-        self.skeleton, self.device, self.with_head = skeleton, device, with_head
+        self.architecture, self.device, self.with_lm_head = architecture, device, with_lm_head
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        meta: Any = skeleton.model
+        meta: Any = architecture.model
         rows = f"{_name_of(meta, meta.get_input_embeddings())}.weight"
-        head = _name_of(meta, meta.get_output_embeddings())
-        origin = skeleton.origins.get(rows)
+        lm_head = _name_of(meta, meta.get_output_embeddings())
+        origin = architecture.origins.get(rows)
         by_rows = (
             origin is not None
             and origin.converter is None
-            and not (with_head and f"{head}.weight" not in skeleton.origins)
+            and not (with_lm_head and f"{lm_head}.weight" not in architecture.origins)
         )
         needed = [
             name
-            for name in skeleton.tensors_outside()
-            if _is_inside(name, skeleton.decoder_name)
-            or (with_head and _is_of_head(name, head, skeleton.decoder_name))
+            for name in architecture.tensors_outside()
+            if _is_inside(name, architecture.decoder_name)
+            or (with_lm_head and _is_of_lm_head(name, lm_head, architecture.decoder_name))
         ]
         names = [name for name in needed if not ((by_rows or table is not None) and name == rows)]
         tensors: dict[str, Tensor] = {}
         for name in names:
             # Converted one by one, so that two copies of a large table never meet.
-            tensors |= skeleton.cast(skeleton.read(checkpoint, [name]), dtype)
-        model: Any = skeleton.materialise("", tensors, dtype=dtype, device=device)
+            tensors |= architecture.cast(architecture.read(checkpoint, [name]), dtype)
+        model: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
         if table is not None:
             packed = PackedEmbedding(model.get_input_embeddings(), table.to(device), dtype)
             model.set_input_embeddings(packed)
@@ -151,10 +151,10 @@ class Surroundings:
             model.set_input_embeddings(
                 StoredRows(model.get_input_embeddings(), entry, dtype, device)
             )
-        self.taps = [Tap(model.get_submodule(block)) for block in skeleton.blocks]
-        for block, tap in zip(skeleton.blocks, self.taps, strict=True):
+        self.probes = [BlockProbe(model.get_submodule(block)) for block in architecture.blocks]
+        for block, probe in zip(architecture.blocks, self.probes, strict=True):
             parent, _, leaf = block.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, tap)
+            setattr(model.get_submodule(parent), leaf, probe)
         self.model = model
         self._probe()
 
@@ -175,19 +175,19 @@ class Surroundings:
                 reason = reason or " ".join(str(error).split())
         else:
             raise UnsupportedError(f"{name}: cannot be walked block by block: {reason}")
-        reached = sorted(set().union(*(tap.reached for tap in self.taps)))
+        reached = sorted(set().union(*(probe.reached for probe in self.probes)))
         if reached:
             raise UnsupportedError(
                 f"{name}: uses {', '.join(reached)} of its blocks from outside; it cannot be "
                 "walked block by block"
             )
-        more = self.taps[0].more
+        more = self.probes[0].more
         if more:
             # Whether anybody looks at what is returned beside the hidden states.
             marks = tuple(object() for _ in more)
             try:
                 self._try(marks)
-                passed = any(mark in _parts(tap.call) for tap in self.taps for mark in marks)
+                passed = any(mark in _parts(probe.call) for probe in self.probes for mark in marks)
             except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
                 passed = True
             if passed:
@@ -195,8 +195,8 @@ class Surroundings:
                     f"{name}: its blocks pass on more than hidden states; it cannot be walked "
                     "block by block"
                 )
-            for tap in self.taps:
-                tap.more = more
+            for probe in self.probes:
+                probe.more = more
 
     def _try(self, more: tuple[Any, ...] | None) -> None:
         """Run two tokens past the taps, which return `more` beside the hidden states.
@@ -205,20 +205,20 @@ class Surroundings:
             ValueError: hidden states are not [B, L, D] or change between blocks, or blocks are run
                 more than once.
         """
-        for tap in self.taps:
-            tap.more, tap.seen, tap.times = more, None, 0
+        for probe in self.probes:
+            probe.more, probe.seen, probe.times = more, None, 0
         ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        if self.with_head and self._forward(ids_BL).ndim != 3:
+        if self.with_lm_head and self._forward(ids_BL).ndim != 3:
             raise ValueError("logits have not three dimensions")
-        if not self.with_head:
+        if not self.with_lm_head:
             self.embed(ids_BL)
-        first = self.taps[0].seen
+        first = self.probes[0].seen
         if first is None or first.ndim != 3 or first.shape[:2] != (1, 2):
             raise ValueError("hidden states have more dimensions than batch, length and width")
-        for tap in self.taps:
-            if tap.times > 1:
+        for probe in self.probes:
+            if probe.times > 1:
                 raise ValueError("blocks are run more than once")
-            if tap.seen is None or not _equal(tap.seen, first):
+            if probe.seen is None or not _equal(probe.seen, first):
                 raise ValueError("hidden states are changed between the blocks")
 
     @torch.inference_mode()
@@ -231,9 +231,9 @@ class Surroundings:
     @torch.no_grad()
     def embed(self, ids_BL: Tensor) -> Tensor:
         """The first block's input [B, L, D] for these tokens."""
-        decoder = self.model.get_submodule(self.skeleton.decoder_name)
+        decoder = self.model.get_submodule(self.architecture.decoder_name)
         decoder(input_ids=ids_BL.to(self.device), use_cache=False)
-        seen = self.taps[0].seen
+        seen = self.probes[0].seen
         assert seen is not None
         return seen
 
@@ -244,7 +244,7 @@ class Surroundings:
             for token in (0, 1):
                 ids_BL = torch.full((batch, length), token, device=self.device)
                 self.embed(ids_BL)
-                recorded.append([tap.call for tap in self.taps if tap.call is not None])
+                recorded.append([probe.call for probe in self.probes if probe.call is not None])
             for first, second in zip(*recorded, strict=True):
                 if not _equal((first.args, first.kwargs), (second.args, second.kwargs)):
                     raise UnsupportedError(
@@ -257,11 +257,11 @@ class Surroundings:
     @torch.inference_mode()
     def logits(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
         """Logits [B, L, V] from the last block's output, by the model's own norm and head."""
-        self.taps[-1].override = hidden_BLD
+        self.probes[-1].override = hidden_BLD
         try:
             return self._forward(ids_BL.to(self.device))
         finally:
-            self.taps[-1].override = None
+            self.probes[-1].override = None
 
     def head_inputs(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
         """What the last block's output becomes before the output matrix [B, L, D]."""
@@ -277,20 +277,22 @@ class Surroundings:
 
 
 def check_walkable(
-    skeleton: Skeleton,
+    architecture: Architecture,
     checkpoint: Checkpoint,
     *,
     length: int,
     dtype: torch.dtype,
     device: torch.device,
-    with_head: bool,
+    with_lm_head: bool,
 ) -> None:
     """Make sure that blocks can be run one at a time, before anything is written.
 
     Raises:
-        UnsupportedError: see `Surroundings`.
+        UnsupportedError: see `ModelShell`.
     """
-    around = Surroundings(skeleton, checkpoint, dtype=dtype, device=device, with_head=with_head)
+    around = ModelShell(
+        architecture, checkpoint, dtype=dtype, device=device, with_lm_head=with_lm_head
+    )
     around.calls(1, length)
 
 
@@ -372,11 +374,11 @@ def _is_inside(name: str, module: str) -> bool:
     return not module or name.startswith(f"{module}.")
 
 
-def _is_of_head(name: str, head: str, decoder: str) -> bool:
+def _is_of_lm_head(name: str, lm_head: str, decoder: str) -> bool:
     """Whether a tensor outside the decoder has to do with logits: the output matrix, or a part of
     the model beside that in which the decoder lies. Towers for images lie in the same."""
-    return bool(head) and (
-        _is_inside(name, head) or name.partition(".")[0] != decoder.partition(".")[0]
+    return bool(lm_head) and (
+        _is_inside(name, lm_head) or name.partition(".")[0] != decoder.partition(".")[0]
     )
 
 

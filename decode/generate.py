@@ -26,7 +26,7 @@ from spectool.decode.request import FinishReason, Request
 from spectool.decode.sampling import Draws, SamplingOptions, SamplingParams
 from spectool.decode.text import TextStream
 from spectool.decode.tune import Tuned
-from spectool.decode.verify import Verification, rule_for
+from spectool.decode.verify import Verification, choose_verifier
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.finite import first_not_finite, not_finite
 from spectool.loading import load_model, load_tokenizer
@@ -438,7 +438,7 @@ def _pair(
     drafter: Drafter, control: SamplingParams, verify: str | None, lossy: bool
 ) -> Verification:
     kinds = drafter.kinds(control)
-    return rule_for(kinds, verify, temperature=control.temperature, lossy=lossy)
+    return choose_verifier(kinds, verify, temperature=control.temperature, lossy=lossy)
 
 
 def _result(row: Request, lossless: bool) -> Result:

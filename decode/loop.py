@@ -173,7 +173,9 @@ def _verify_drafts(
     contexts = _contexts(rows, drafts) if control.looks_back else None
     probs_BNV = control.probs(logits_BNV, contexts)
     verdicts = [
-        verification.rule(draft, probs_NV[: len(draft)], StepDraws(row.draws, len(row.tokens) - 1))
+        verification.verifier(
+            draft, probs_NV[: len(draft)], StepDraws(row.draws, len(row.tokens) - 1)
+        )
         for row, draft, probs_NV in zip(rows, drafts, probs_BNV, strict=True)
     ]
     top_BNK = top_ids(logits_BNV, top) if top else None

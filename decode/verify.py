@@ -6,7 +6,7 @@ emitted should the path end at a node. `walk` then reads path and next token off
 a step costs one transfer whatever the rule. Suffixes: N nodes, M nodes with children, A of these
 the ones with a child left to test, V vocabulary.
 
-Lossless is a property of the pair (kinds of nodes, rule): `rule_for`.
+Lossless is a property of the pair (kinds of nodes, rule): `choose_verifier`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Verdict:
     accept_N: Tensor | None = None
 
 
-Rule = Callable[[Draft, Tensor, StepRandom], Verdict]
+Verifier = Callable[[Draft, Tensor, StepRandom], Verdict]
 
 
 def greedy(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
@@ -250,11 +250,11 @@ class Verification:
     """A rule chosen for a kind of draft, and whether the pair keeps the target's law."""
 
     name: str
-    rule: Rule
+    verifier: Verifier
     lossless: bool
 
 
-def rule_for(
+def choose_verifier(
     kinds: Collection[Kind], name: str | None, *, temperature: float, lossy: bool
 ) -> Verification:
     """The rule to verify such drafts with; the best exact one if no name is given.
@@ -265,7 +265,7 @@ def rule_for(
         UsageError: no such rule, or an inexact pair without `lossy`.
     """
     if name is not None:
-        methods.row(name, "rule")
+        methods.row(name, "verifier")
     if temperature == 0:
         return Verification("greedy", greedy, True)
     if name is None:
@@ -284,4 +284,4 @@ def rule_for(
             f"{temperature:g}",
             hint="leave --verify out for an exact rule, or add --lossy",
         )
-    return Verification(name, methods.resolve(name, "rule"), lossless)
+    return Verification(name, methods.resolve(name, "verifier"), lossless)

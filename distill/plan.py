@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from spectool.architecture import build_meta, find_blocks, read_config
 from spectool.checkpoint import Checkpoint, text_fingerprint
 from spectool.decode.drafters.exchange import PretrainedHeads
 from spectool.decode.drafters.heads import check_weights
@@ -23,26 +24,26 @@ from spectool.loading import own_dtype
 from spectool.machine import available_memory
 from spectool.methods import resolve
 from spectool.options import Config
-from spectool.skeleton import build_meta, find_blocks, read_config
 from spectool.text import check_ids
 from spectool.training import OPTIMIZERS, check_optimizer
 from spectool.version import __version__
 
 from .features import FEATURES, store_bytes
 from .processes import Processes
-from .samples import Sample, batches, packs
+from .samples import Sample, batches, pack_sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """Everything that a training is asked to do, apart from where it runs.
 
-    `begin`: heads to go on from, a directory or a hub id; their options stand before the defaults.
+    `init_from`: heads to go on from, a directory or a hub id; their options stand before the
+    defaults.
     `steps` None: `epochs` over the data. `learning_rate` None: the method's own. `held_out`:
     samples to measure on, at most. `autocast`: the dtype in which the heads compute; their weights
     are float32 while they learn. `regenerate`: by the server at `regenerate_url` where there is
     one (its only model, unless `regenerate_model` names one). `features`: see `training_data.py`.
-    `pack`: several texts a row.
+    `sequence_packing`: several texts a row.
 
     Raises:
         UsageError: an optimizer, a dtype or a kind of features that is not known.
@@ -51,7 +52,7 @@ class Job:
     method: str
     config: Config
     data: Sequence[str]
-    begin: str | None = None
+    init_from: str | None = None
     steps: int | None = None
     epochs: int = 1
     seq_len: int = 1024
@@ -68,7 +69,7 @@ class Job:
     optimizer: str = "adamw"
     autocast: str | None = None
     features: str = "online"
-    pack: bool = False
+    sequence_packing: bool = False
     seed: int = 0
 
     @property
@@ -145,7 +146,7 @@ def plan_of(
     *,
     place: Path,
     processes: Processes,
-    begin: PretrainedHeads | None = None,
+    init_from: PretrainedHeads | None = None,
 ) -> Plan:
     """What the training will take. `place` is where features would be stored. Memory is that of
     all processes that share it.
@@ -159,13 +160,13 @@ def plan_of(
     check_optimizer(job.optimizer, setup.device)
     path, trust = setup.checkpoint.path, setup.trust_remote_code
     config = read_config(path, trust_remote_code=trust)
-    skeleton: Any = build_meta(config, trust_remote_code=trust)
+    architecture: Any = build_meta(config, trust_remote_code=trust)
     # Refuses architectures that cannot be drafted for, before anything is written.
-    Target(skeleton)
+    Target(architecture)
     kind: type[Heads] = resolve(job.method, "drafter").Heads
-    if job.pack and not kind.packs:
-        raise UsageError(f"--pack: {job.method} heads learn from rows of one text only")
-    output = skeleton.get_output_embeddings()
+    if job.sequence_packing and not kind.supports_packing:
+        raise UsageError(f"--sequence-packing: {job.method} heads learn from rows of one text only")
+    output = architecture.get_output_embeddings()
     vocab, width = output.out_features, output.in_features
     for sample in (*own, *unseen):
         check_ids(sample.tokens, vocab, f"{path}: its tokenizer")
@@ -174,9 +175,9 @@ def plan_of(
         raise UsageError(f"--draft-vocab {size}: the target has {vocab} tokens")
     with torch.device("meta"):
         token_map = torch.empty(size, dtype=torch.long) if size else None
-        heads = kind(job.config, skeleton, token_map)
-    if begin is not None:
-        check_weights(heads, begin.tensors, begin.place)
+        heads = kind(job.config, architecture, token_map)
+    if init_from is not None:
+        check_weights(heads, init_from.tensors, init_from.place)
     if heads.needs.inject and job.features != "online":
         raise UsageError(
             f"--features {job.features}: {job.method} passes rows of its own through the target's "
@@ -187,9 +188,9 @@ def plan_of(
     stored = (place / FEATURES).is_file() and not kind.begins_as_layers
     # A packed target counts as what it is when unpacked; of one whose features are there, nothing
     # inside its layers is loaded.
-    left_out = tuple(f"{block}." for block in find_blocks(skeleton)[1]) if stored else ()
+    left_out = tuple(f"{block}." for block in find_blocks(architecture)[1]) if stored else ()
     memory_bytes = setup.dtype.itemsize * sum(
-        p.numel() for name, p in skeleton.named_parameters() if not name.startswith(left_out)
+        p.numel() for name, p in architecture.named_parameters() if not name.startswith(left_out)
     )
     # Weights, two copies of the best and the gradient in float32; what the optimizer keeps.
     memory_bytes += (16 + OPTIMIZERS[job.optimizer]) * parameters
@@ -256,8 +257,8 @@ def steps_of(samples: Sequence[Sample], job: Job, seq_len: int) -> list[list[lis
         "epochs": job.epochs,
         "seed": job.seed,
     }
-    if job.pack:
-        return packs(samples, width=seq_len, **how)
+    if job.sequence_packing:
+        return pack_sequences(samples, width=seq_len, **how)
     return [[[index] for index in batch] for batch in batches(samples, **how)]
 
 
@@ -266,7 +267,7 @@ def identity_of(
     job: Job,
     samples: Sequence[Sample],
     processes: Processes,
-    begin: PretrainedHeads | None,
+    init_from: PretrainedHeads | None,
 ) -> dict[str, Any]:
     """All that decides the bytes: what is asked, what it is asked of, and how it is computed.
 
@@ -283,7 +284,7 @@ def identity_of(
         "seq_len": setup.seq_len,
         "features": job.features.partition(":")[0],
         "options": job.config.as_dict(),
-        "begin": None if begin is None else begin.digest,
+        "init_from": None if init_from is None else init_from.digest,
         "data": text_fingerprint([[sample.tokens, sample.loss_mask] for sample in samples]),
         "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
         "dtype": str(setup.dtype).removeprefix("torch."),

@@ -295,7 +295,7 @@ def batches(
     return found[:steps]
 
 
-def packs(
+def pack_sequences(
     samples: Sequence[Sample],
     *,
     width: int,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectool.architecture import read_config
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import open_checkpoint, text_fingerprint
 from spectool.decode.drafters import exchange
@@ -36,7 +37,6 @@ from spectool.loading import (
     tokenizer_digest,
 )
 from spectool.methods import resolve
-from spectool.skeleton import read_config
 from spectool.text import OnRead
 from spectool.training import Metrics, Recipe, Training, make_optimizer
 
@@ -147,7 +147,7 @@ def train_heads(
                 )
         training_data = preparation.training_data(writer)
         width, vocab_size = training_data.target.width, training_data.target.vocab_size
-        trainer = HeadTrainer(training_data, job, setup.seq_len, processes, preparation.begin)
+        trainer = HeadTrainer(training_data, job, setup.seq_len, processes, preparation.init_from)
         # Where the features are stored, nothing but what the heads read of the target stays.
         del training_data
         if not len(trainer.ranks()):
@@ -225,13 +225,13 @@ def _prepare(
     Raises:
         InputError: see `train_heads`.
     """
-    begin = None
-    if job.begin is not None:
-        begin = _begin(job.begin, setup, job)
+    init_from = None
+    if job.init_from is not None:
+        init_from = _begin(job.init_from, setup, job)
         # The method's options that were given; what is the default counts as not given.
         usual = type(job.config)().as_dict()
         given = {k: value for k, value in job.config.as_dict().items() if value != usual[k]}
-        job = replace(job, config=type(job.config).from_dict({**begin.options, **given}))
+        job = replace(job, config=type(job.config).from_dict({**init_from.options, **given}))
     if job.learning_rate is None:
         optimizer_defaults: OptimizerDefaults = resolve(
             job.method, "drafter"
@@ -253,20 +253,20 @@ def _prepare(
         job = replace(job, regenerate=True, regenerate_model=server.model)
     loss_mask, held_out = split(samples, held_out=job.held_out, seed=job.seed)
     own, unseen = [samples[i] for i in loss_mask], [samples[i] for i in held_out]
-    if begin is not None:
+    if init_from is not None:
         vocab = (
             read_config(setup.checkpoint.path, trust_remote_code=setup.trust_remote_code)
             .get_text_config(decoder=True)
             .vocab_size
         )
         size = resolve(job.method, "drafter").Heads.num_guessed(job.config, vocab)
-        known = 0 if begin.token_map is None else len(begin.token_map)
+        known = 0 if init_from.token_map is None else len(init_from.token_map)
         if size != known:
             raise UsageError(
-                f"--draft-vocab: the heads in {job.begin} guess {known or vocab} tokens"
+                f"--draft-vocab: the heads in {job.init_from} guess {known or vocab} tokens"
             )
     plan = plan_of(
-        setup, job, own, unseen, place=job.store or out, processes=processes, begin=begin
+        setup, job, own, unseen, place=job.store or out, processes=processes, init_from=init_from
     )
     announce(plan)
     preparation = DataPreparation(
@@ -275,8 +275,8 @@ def _prepare(
         own=own,
         unseen=unseen,
         needs=plan.needs,
-        identity=identity_of(setup, job, samples, processes, begin),
-        begin=begin,
+        identity=identity_of(setup, job, samples, processes, init_from),
+        init_from=init_from,
         server=server,
         overwrite=overwrite,
         processes=processes,
@@ -292,7 +292,7 @@ def _begin(place: str, setup: Setup, job: Job) -> PretrainedHeads:
     directory = Path(place) if is_local(place) else fetch(place, None)
     found = exchange.read(directory, config, checksums=setup.checksums)
     if found.method != job.method:
-        raise UsageError(f"--from {place}: holds {found.method} heads, not {job.method}")
+        raise UsageError(f"--init-from {place}: holds {found.method} heads, not {job.method}")
     if found.tokenizer not in (None, setup.tokenizer_digest):
         raise CheckpointError(f"{place}: its heads were trained with another tokenizer")
     return found

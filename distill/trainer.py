@@ -34,9 +34,9 @@ class HeadTrainer:
         job: Job,
         seq_len: int,
         processes: Processes,
-        begin: PretrainedHeads | None = None,
+        init_from: PretrainedHeads | None = None,
     ) -> None:
-        """Raises: CheckpointError: what to `begin` with is not for this target."""
+        """Raises: CheckpointError: what to `init_from` with is not for this target."""
         self.processes = processes
         target, self.own = training_data.target, training_data.own
         self.device = target.device
@@ -45,8 +45,8 @@ class HeadTrainer:
         self.nodes: int = drafter.Config().nodes
         self.seed, self.autocast = job.seed, job.autocast
         size = drafter.Heads.num_guessed(job.config, target.vocab_size)
-        token_map = None if begin is None else begin.token_map
-        if size and begin is None:
+        token_map = None if init_from is None else init_from.token_map
+        if size and init_from is None:
             said = [
                 t
                 for s in samples
@@ -56,8 +56,8 @@ class HeadTrainer:
             token_map = frequent(said, count=size, vocab=target.vocab_size).to(target.device)
         with self._seeded("fresh"):
             fresh: Heads = drafter.Heads(job.config, target.model, token_map)
-        if begin is not None:
-            begin.fill(fresh)
+        if init_from is not None:
+            init_from.fill(fresh)
         self.heads = fresh.to(target.device).float()
         self.batches = steps_of(samples, job, seq_len)
         self.steps = len(self.batches)

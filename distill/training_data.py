@@ -56,7 +56,8 @@ class DataPreparation:
     """The job, where it runs, the texts as they were given, and the features that are asked for.
 
     `key` is what decides the features of a store, `identity` what decides the bytes of OUT.
-    `server` writes the texts to learn from, where there is one; `begin` is what heads go on from.
+    `server` writes the texts to learn from, where there is one; `init_from` is what heads go on
+    from.
     `overwrite`: an unfinished store of something else gives way; a whole one never does.
     """
 
@@ -67,7 +68,7 @@ class DataPreparation:
     needs: Needs
     identity: dict[str, Any]
     server: Server | None
-    begin: PretrainedHeads | None
+    init_from: PretrainedHeads | None
     overwrite: bool
     processes: Processes
     say: Say

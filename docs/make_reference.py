@@ -51,8 +51,8 @@ def reference() -> str:
             lines += [f"Training it (`train-heads {name}`):", ""]
             lines += [*_table(_own(TRAIN_HEADS, name)), ""]
     lines += ["## Verification rules", "", "| `--verify` | |", "|---|---|"]
-    for name in methods.names("rule"):
-        row = methods.row(name, "rule")
+    for name in methods.names("verifier"):
+        row = methods.row(name, "verifier")
         lines.append(f"| `{name}` | {row.summary}. {row.source}. |")
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,7 @@ from spectool.decode.protocol import Drafter
 from spectool.decode.sampling import SamplingOptions, SamplingParams
 from spectool.decode.tune import Tuned
 from spectool.errors import UsageError
-from spectool.evaluate import peers
+from spectool.evaluate import baselines
 
 Say = Callable[[str], None]
 
@@ -58,22 +58,23 @@ def bench(
     ends: Sequence[Collection[int]] = (),
     max_new_tokens: int = 128,
     batch_size: int = 1,
-    with_peers: bool = False,
+    with_baselines: bool = False,
     sampling: SamplingOptions | None = None,
     seed: int = 0,
     verify: str | None = None,
     lossy: bool = False,
-    chain: int = 0,
+    chain_lengths: int = 0,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """`{baseline, drafters, peers, categories, prompts, kept_share, …}`; drafters in their order.
 
     `categories` may name each prompt's, and `ends` the tokens that end its answer besides the
-    model's own end of text. The result's categories hold `baseline`, `drafters` and `peers` as the
-    whole does, which is their sum. `identical` counts prompts whose tokens equal plain decoding's;
-    None when sampling, where equal laws and not equal tokens are promised. `step_speedup` leaves
+    model's own end of text. The result's categories hold `baseline`, `drafters` and `baselines` as
+    the whole does, which is their sum. `identical` counts prompts whose tokens equal plain
+    decoding's; None when sampling, where equal laws and not equal tokens are promised. `step_speedup` leaves
     out the prompts' passes, which drafting cannot shorten. Peers run one prompt at a time, so at
-    batch size 1 only. With `chain`, each drafter's `chain` lists its tokens per forward where only
+    batch size 1 only. With `chain_lengths`, each drafter's `chain` lists its tokens per forward where
+    only
     the first path of its trees is verified, 1, 2, ... and so many tokens deep.
 
     Raises:
@@ -110,10 +111,10 @@ def bench(
         drafter.attach(runner.target)
         decoder = _decoder(runner, drafter, {**common, "verify": verify, "lossy": lossy})
         contenders.append((draft, decoder))
-    if with_peers and batch_size == 1:
-        found = peers.peers_of(runner, drafters, control=control, seed=seed, say=say)
+    if with_baselines and batch_size == 1:
+        found = baselines.baselines_of(runner, drafters, control=control, seed=seed, say=say)
         contenders += found.items()
-    elif with_peers:
+    elif with_baselines:
         say(f"no peers at batch size {batch_size}: transformers' run one prompt at a time here")
     for _, decode in contenders[1:]:
         # The first prompt once untimed: buffers are made then.
@@ -133,10 +134,12 @@ def bench(
     whole = _side_by_side(names, [_sum(parts) for parts in timed], len(drafts), control.greedy)
     for row, drafter in zip(whole["drafters"], drafters, strict=True):
         inner = drafter.drafter if isinstance(drafter, Tuned) else drafter
-        if chain and not (inner.combines and set(inner.kinds(control)) == {"deterministic"}):
+        if chain_lengths and not (
+            inner.combines and set(inner.kinds(control)) == {"deterministic"}
+        ):
             say(f"{row['name']}: no chain of its own can be cut out of its drafts")
-        elif chain:
-            row["chain"] = _chain(runner, inner, chain, (texts, limits, own_ends), common)
+        elif chain_lengths:
+            row["chain"] = _chain(runner, inner, chain_lengths, (texts, limits, own_ends), common)
             say(f"{row['name']}, chains: {' '.join(f'{rate:.2f}' for rate in row['chain'])}")
     return {
         **whole,
@@ -212,7 +215,7 @@ def _batches(categories: Sequence[str | None], size: int) -> dict[str, list[list
     return found
 
 
-def _decoder(runner: Runner, drafter: Drafter, options: dict[str, Any]) -> peers.Decode:
+def _decoder(runner: Runner, drafter: Drafter, options: dict[str, Any]) -> baselines.Decode:
     def decode(
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
@@ -227,7 +230,7 @@ def _decoder(runner: Runner, drafter: Drafter, options: dict[str, Any]) -> peers
 
 def _time(
     runner: Runner,
-    decode: peers.Decode,
+    decode: baselines.Decode,
     jobs: Sequence[tuple[Sequence[int], int, Collection[int]]],
 ) -> Timed:
     before = dataclasses.replace(runner.timings)
@@ -281,9 +284,9 @@ def _side_by_side(
         row["draft_ms"] = 1000 * one.draft / max(1, row["forwards"])
         if others:
             speed = row["tokens_per_second"]
-            row["speedup_over_transformers"] = speed / speeds[peers.PLAIN]
-            row["speedup_over_prompt_lookup"] = speed / speeds[peers.PROMPT_LOOKUP]
-    return {"baseline": own[0], "drafters": own[1:], "peers": others}
+            row["speedup_over_transformers"] = speed / speeds[baselines.PLAIN]
+            row["speedup_over_prompt_lookup"] = speed / speeds[baselines.PROMPT_LOOKUP]
+    return {"baseline": own[0], "drafters": own[1:], "baselines": others}
 
 
 def _step_speed(timed: Timed) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from spectool.architecture import model_class, read_config
 from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.dtypes import parse_dtype
 from spectool.errors import CheckpointError, NotFinite, UsageError
@@ -30,7 +31,6 @@ from spectool.loading import (
     unused_of,
 )
 from spectool.machine import available_memory
-from spectool.skeleton import model_class, read_config
 from spectool.template import encode
 from spectool.text import BUILTIN, MIXED, OnRead, builtin_text, check_ids, read_text
 

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from spectool.architecture import Architecture
 from spectool.checkpoint import Checkpoint
 from spectool.packed import build_packed, field_specs, relative_error
-from spectool.skeleton import Skeleton
 
 from .windows import Batch, LogProbs, Windows
 
@@ -129,20 +129,20 @@ def layer_errors(
     packed: Checkpoint, source: Checkpoint, *, trust_remote_code: bool = False
 ) -> Iterator[dict[str, Any]]:
     """`{name, error}` of every packed matrix: the relative squared error of its weights."""
-    ours = Skeleton(packed.layout, trust_remote_code=trust_remote_code)
-    theirs = Skeleton(source.layout, trust_remote_code=trust_remote_code)
-    for part in (theirs.outside(), *map(theirs.sites, theirs.blocks)):
-        sites = [site for site in part if site.name in ours.modules]
-        tensors = theirs.read(source, dict.fromkeys(site.parameter for site in sites))
-        fields = [f"{site.name}.q." for site in sites]
+    ours = Architecture(packed.layout, trust_remote_code=trust_remote_code)
+    theirs = Architecture(source.layout, trust_remote_code=trust_remote_code)
+    for part in (theirs.outside(), *map(theirs.matrices, theirs.blocks)):
+        matrices = [matrix for matrix in part if matrix.name in ours.modules]
+        tensors = theirs.read(source, dict.fromkeys(matrix.parameter for matrix in matrices))
+        fields = [f"{matrix.name}.q." for matrix in matrices]
         codes = ours.read(packed, [key for key in ours.origins if key.startswith(tuple(fields))])
         specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in codes.items()})
-        for site in sites:
-            module = build_packed(ours.modules[site.name], specs[site.name])
+        for matrix in matrices:
+            module = build_packed(ours.modules[matrix.name], specs[matrix.name])
             module.q.load_state_dict(
-                {field: codes[f"{site.name}.q.{field}"] for field in specs[site.name]}
+                {field: codes[f"{matrix.name}.q.{field}"] for field in specs[matrix.name]}
             )
-            yield {"name": site.name, "error": relative_error(site.weight_nm(tensors), module)}
+            yield {"name": matrix.name, "error": relative_error(matrix.weight_nm(tensors), module)}
 
 
 def _exp(value: float) -> float:

@@ -65,11 +65,11 @@ def _matplotlib() -> Any:
 def _bars(panel: Any, run: Mapping[str, Any]) -> None:
     groups = [(part["category"], part) for part in run["categories"]]
     groups = [*groups, ("all", run)] if len(groups) > 1 else [("all prompts", run)]
-    drafters, peers = run["drafters"], run["peers"]
-    width = 0.8 / max(1, len(drafters) + len(peers))
-    for at, row in enumerate([*drafters, *peers]):
+    drafters, baselines = run["drafters"], run["baselines"]
+    width = 0.8 / max(1, len(drafters) + len(baselines))
+    for at, row in enumerate([*drafters, *baselines]):
         mine = at < len(drafters)
-        kind, index = ("drafters", at) if mine else ("peers", at - len(drafters))
+        kind, index = ("drafters", at) if mine else ("baselines", at - len(drafters))
         colours = _COLOURS if mine else _GREYS
         left = at * width - 0.4 + width / 2
         bars = panel.bar(
@@ -82,7 +82,7 @@ def _bars(panel: Any, run: Mapping[str, Any]) -> None:
             edgecolor="white",
             linewidth=0,
         )
-        if len(groups) * (len(drafters) + len(peers)) <= 24:
+        if len(groups) * (len(drafters) + len(baselines)) <= 24:
             paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
             panel.bar_label(bars, fmt="%.2f", fontsize=6, padding=2, bbox=paper)
     panel.axhline(1, color="black", linewidth=0.8, zorder=0)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectool.architecture import Architecture
 from spectool.checkpoint import Checkpoint, all_finite
 from spectool.contents import unused_line
 from spectool.errors import NotFinite, TextError
 from spectool.finite import first_not_finite, not_finite
-from spectool.skeleton import Skeleton
-from spectool.walk import Activations, Surroundings, run_block
+from spectool.walk import Activations, ModelShell, run_block
 
 # Logits of one batch take at most about this much.
 LOGITS_BYTES = 1 << 28
@@ -133,17 +133,20 @@ class BlockwiseLogProbs:
         batch_size: int = 4,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
+        architecture = Architecture(checkpoint.layout, trust_remote_code=trust_remote_code)
         self.name = str(checkpoint.path)
-        if skeleton.unused:
-            say(f"{self.name}: {unused_line(skeleton.unused, type(skeleton.model).__name__)}")
-        self.around = Surroundings(skeleton, checkpoint, dtype=dtype, device=device, with_head=True)
+        if architecture.unused:
+            kind = type(architecture.model).__name__
+            say(f"{self.name}: {unused_line(architecture.unused, kind)}")
+        self.around = ModelShell(
+            architecture, checkpoint, dtype=dtype, device=device, with_lm_head=True
+        )
         self.device = device
         self.hidden = [self._embed(ids_SL, dtype, batch_size) for ids_SL in windows.groups]
-        for index, name in enumerate(skeleton.blocks):
-            block = skeleton.materialise(
+        for index, name in enumerate(architecture.blocks):
+            block = architecture.materialise(
                 name,
-                skeleton.read(checkpoint, skeleton.tensors_of(name)),
+                architecture.read(checkpoint, architecture.tensors_of(name)),
                 dtype=dtype,
                 device=device,
             )

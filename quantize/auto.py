@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectool import options
+from spectool.architecture import Architecture
 from spectool.errors import UsageError
 from spectool.options import option
-from spectool.skeleton import Skeleton
 
 from .budget import Budget, widths
 from .choice import Choice, Rule
@@ -96,15 +96,15 @@ def parse_size(text: str) -> int:
 
 
 def pick(
-    skeleton: Skeleton,
+    architecture: Architecture,
     config: Auto.Config,
     *,
     rules: Sequence[Rule] = (),
     embeddings: Choice | None = None,
-    head: Choice | None = None,
+    lm_head: Choice | None = None,
     allow_dense: bool = False,
 ) -> Picked:
-    """The step to take. `rules`, `embeddings` and `head` are what the user asked for.
+    """The step to take. `rules`, `embeddings` and `lm_head` are what the user asked for.
 
     Raises:
         UsageError: neither a size nor bits are given, nothing fits, or matrices are too small for
@@ -114,11 +114,11 @@ def pick(
         picked = _by_bits(config.bits, embeddings)
         if config.bits < 2:
             own = make_plan(
-                skeleton,
+                architecture,
                 picked.choice,
                 rules=rules,
                 embeddings=picked.embeddings,
-                head=head,
+                lm_head=lm_head,
                 allow_dense=allow_dense,
             )
             _check_below_two(own, picked.choice, config.bits)
@@ -127,10 +127,10 @@ def pick(
         raise UsageError(
             "auto wants to know how small", hint="--bits 4, or --fit 24GiB for a size in memory"
         )
-    room, cache = parse_size(config.fit), cache_bytes(skeleton, config.context)
+    room, cache = parse_size(config.fit), cache_bytes(architecture, config.context)
     beside = f"and a cache of {config.context} tokens {_size(cache)}"
-    stored = {key for origin in skeleton.origins.values() for key, _ in origin.stored}
-    dense = sum(skeleton.layout.tensors[key].num_bytes for key in stored)
+    stored = {key for origin in architecture.origins.values() for key, _ in origin.stored}
+    dense = sum(architecture.layout.tensors[key].num_bytes for key in stored)
     if dense + cache <= room:
         raise UsageError(
             f"it fits as it is: weights take {_size(dense)} {beside}, of {config.fit}",
@@ -141,11 +141,11 @@ def pick(
         choice = Choice.from_text(step.choice)
         beside_blocks = embeddings or _embeddings(step.bits)
         plan = make_plan(
-            skeleton,
+            architecture,
             choice,
             rules=rules,
             embeddings=beside_blocks,
-            head=head,
+            lm_head=lm_head,
             allow_dense=allow_dense,
         )
         if plan.file_bytes + cache <= room:
@@ -172,14 +172,14 @@ def _by_bits(bits: float, embeddings: Choice | None) -> Picked:
 
 def _check_below_two(plan: Plan, choice: Choice, bits: float) -> None:
     """Raises: UsageError: what is stored a row takes it above, as in matrices with short rows."""
-    sites = [
-        site
-        for block in plan.sites.values()
-        for site in block.values()
-        if plan.choices[site.name] == choice
+    matrices = [
+        matrix
+        for block in plan.matrices.values()
+        for matrix in block.values()
+        if plan.choices[matrix.name] == choice
     ]
-    taken = 8 * sum(choice.stored_bytes(site.shape) for site in sites)
-    found = taken / max(1, sum(site.num_weights for site in sites))
+    taken = 8 * sum(choice.stored_bytes(matrix.shape) for matrix in matrices)
+    found = taken / max(1, sum(matrix.num_weights for matrix in matrices))
     # 1.6 is what it is known by, whatever the matrices.
     if found > (2 if bits == STEPS[-1].bits else bits):
         raise UsageError(
@@ -192,13 +192,13 @@ def _embeddings(bits: float) -> Choice | None:
     return Choice.from_text("int8") if bits < SMALL else None
 
 
-def cache_bytes(skeleton: Skeleton, tokens: int) -> int:
+def cache_bytes(architecture: Architecture, tokens: int) -> int:
     """Keys and values of so many tokens in a dtype of two bytes, of every layer."""
-    text: Any = skeleton.config.get_text_config()
+    text: Any = architecture.config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)
     width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     kept = getattr(text, "num_key_value_heads", None) or heads
-    return 4 * len(skeleton.blocks) * int(kept) * int(width) * tokens
+    return 4 * len(architecture.blocks) * int(kept) * int(width) * tokens
 
 
 def _size(num_bytes: int) -> str:

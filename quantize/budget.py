@@ -86,16 +86,16 @@ def candidates(plan: Plan, budget: Budget, rules: Sequence[Rule]) -> dict[str, t
     Raises:
         UsageError: the smallest of all do not fit.
     """
-    sites = [site for block in plan.sites.values() for site in block.values()]
+    matrices = [matrix for block in plan.matrices.values() for matrix in block.values()]
     pinned = {name for name in plan.choices if any(rule.means(name) for rule in rules)}
     found = {
-        site.name: (plan.choices[site.name],) if site.name in pinned else budget.candidates
-        for site in sites
+        matrix.name: (plan.choices[matrix.name],) if matrix.name in pinned else budget.candidates
+        for matrix in matrices
     }
-    for site in sites:
-        for choice in found[site.name]:
-            check_codes(site, choice)
-    least = sum(min(choice.stored_bytes(s.shape) for choice in found[s.name]) for s in sites)
+    for matrix in matrices:
+        for choice in found[matrix.name]:
+            check_codes(matrix, choice)
+    least = sum(min(choice.stored_bytes(s.shape) for choice in found[s.name]) for s in matrices)
     if 8 * least > budget.bits * plan.num_weights:
         raise UsageError(
             f"--bits-budget {budget.bits}: the smallest candidates take "
@@ -110,7 +110,7 @@ def survey(
     """The error of each matrix's candidates, in their order. What a killed run measured is kept."""
     streams = walk.start_streams()
     assert streams is not None
-    blocks = walk.skeleton.blocks
+    blocks = walk.architecture.blocks
     errors: dict[str, list[float]] = {}
     for index in range(len(blocks)):
         errors |= _step(walk, index, streams, wanted)
@@ -123,7 +123,7 @@ def _step(
     walk: BlockWalk, index: int, streams: Streams, wanted: Mapping[str, Sequence[Choice]]
 ) -> dict[str, list[float]]:
     """Measure one block, unless that is done, and advance the stream; all of it is freed then."""
-    name = walk.skeleton.blocks[index]
+    name = walk.architecture.blocks[index]
     block = walk.open(index, name, walk.read(name), streams)
     assert block.module is not None
     shard = f"survey-{index + 1:05d}.safetensors"
@@ -138,7 +138,7 @@ def _step(
 
 def forget(walk: BlockWalk) -> None:
     """Remove what a survey kept."""
-    for index in range(len(walk.skeleton.blocks)):
+    for index in range(len(walk.architecture.blocks)):
         walk.writer.discard(f"survey-{index + 1:05d}.safetensors")
 
 
@@ -158,13 +158,13 @@ def _measured(
     whole = sum(float(out_BLD.double().square().sum()) for out_BLD in before)
     # Of both streams only the original is known.
     alike = Streams(streams.original, streams.original)
-    errors = {name: [0.0] * len(wanted[name]) for name in block.sites}
-    asked = {choice.method: choice for name in block.sites for choice in wanted[name]}
+    errors = {name: [0.0] * len(wanted[name]) for name in block.matrices}
+    asked = {choice.method: choice for name in block.matrices for choice in wanted[name]}
     for method, like in asked.items():
         # One method's at a time: they are as large as what is packed.
         stats = walk.observe(block, like, alike)
-        for name, site in block.sites.items():
-            part = replace(block, sites={name: site}, weights={name: block.weights[name]})
+        for name, matrix in block.matrices.items():
+            part = replace(block, matrices={name: matrix}, weights={name: block.weights[name]})
             known = {key: stats[key] for key in {name} & stats.keys()}
             for place, choice in enumerate(wanted[name]):
                 if choice.method != method:
@@ -187,10 +187,10 @@ def _packed(
     choice: Choice,
 ) -> PackedLinear:
     """The one matrix of a part as a method packs it."""
-    ((name, site),) = part.sites.items()
+    ((name, matrix),) = part.matrices.items()
     generator = torch.Generator().manual_seed(seed_of(walk.seed, index))
     fitted = fit_each(choice.quantizer, part, stats, choice.config, generator, walk.device)
-    return filled(choice, site, fitted.fields[name]).to(walk.device)
+    return filled(choice, matrix, fitted.fields[name]).to(walk.device)
 
 
 def _through(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:
@@ -205,9 +205,12 @@ def choose(
     errors: Mapping[str, Sequence[float]],
 ) -> list[Rule]:
     """A rule for each matrix, within the budget."""
-    sites = {site.name: site for block in plan.sites.values() for site in block.values()}
+    matrices = {
+        matrix.name: matrix for block in plan.matrices.values() for matrix in block.values()
+    }
     sizes = {
-        name: [c.stored_bytes(site.shape) for c in wanted[name]] for name, site in sites.items()
+        name: [c.stored_bytes(matrix.shape) for c in wanted[name]]
+        for name, matrix in matrices.items()
     }
     chosen = {}
     for name, each in sizes.items():

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spectool.errors import NotFinite, TextError, UnsupportedError
+from spectool.matrices import Matrix
 from spectool.options import Config
 from spectool.packed import FieldSpec, PackedLinear
-from spectool.sites import Site
 from spectool.walk import Activations, Call
 
 Statistic = Literal["absmax", "mean_abs", "second_moment", "hessian", "sample"]
@@ -96,7 +96,7 @@ class Block:
     """
 
     name: str
-    sites: Mapping[str, Site]
+    matrices: Mapping[str, Matrix]
     weights: Mapping[str, Tensor]
     module: nn.Module | None = None
     calls: Mapping[int, Call] = field(default_factory=dict)
@@ -187,13 +187,13 @@ class Products(TorchFunctionMode):
     experts of a fused tensor are all seen alike. What becomes of one, `product` decides.
     """
 
-    def __init__(self, module: nn.Module, block: str, sites: Mapping[str, Site]) -> None:
+    def __init__(self, module: nn.Module, block: str, matrices: Mapping[str, Matrix]) -> None:
         super().__init__()
         self._names: dict[int, str] = {}
-        for name, site in sites.items():
-            weight: Tensor = module.get_parameter(site.parameter.removeprefix(block + "."))
-            if site.expert is not None:
-                weight = weight[site.expert]
+        for name, matrix in matrices.items():
+            weight: Tensor = module.get_parameter(matrix.parameter.removeprefix(block + "."))
+            if matrix.expert is not None:
+                weight = weight[matrix.expert]
             self._names[weight.data_ptr()] = name
 
     def product(
@@ -233,13 +233,13 @@ class Observer(Products):
         self,
         module: nn.Module,
         block: str,
-        sites: Mapping[str, Site],
+        matrices: Mapping[str, Matrix],
         wanted: tuple[Statistic, ...],
         *,
         opened: int = 0,
     ) -> None:
-        super().__init__(module, block, sites)
-        self.sites, self.wanted, self.opened = sites, wanted, opened
+        super().__init__(module, block, matrices)
+        self.matrices, self.wanted, self.opened = matrices, wanted, opened
         self.stats: dict[str, LinearStats] = {}
         self._last: Tensor | None = None
         self._shared: LinearStats | None = None
@@ -268,7 +268,7 @@ class Observer(Products):
         """Without the start tokens."""
         if not self.opened:
             return x_Tm
-        if self.sites[name].expert is None:
+        if self.matrices[name].expert is None:
             return x_Tm.view(-1, self.opened, x_Tm.shape[1])[:, 1:].flatten(0, 1)
         # An architecture may arrange its experts' rows in another way: then all of them count.
         if self._gathered is None or len(self._gathered) != len(x_Tm):

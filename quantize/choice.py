@@ -21,10 +21,10 @@ from typing import Any
 
 import yaml
 
+from spectool.architecture import matches
 from spectool.errors import UsageError
 from spectool.methods import resolve
 from spectool.options import Config
-from spectool.skeleton import matches
 
 from .calibration import Quantizer
 
@@ -112,7 +112,7 @@ def skipping(patterns: Iterable[str]) -> list[Rule]:
     return [Rule(pattern, None, f"{SKIP} {pattern}") for pattern in patterns]
 
 
-def read_plan(path: Path) -> list[Rule]:
+def read_rules(path: Path) -> list[Rule]:
     """The rules of a plan file.
 
     Raises:
@@ -122,21 +122,21 @@ def read_plan(path: Path) -> list[Rule]:
         said = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise UsageError(f"--plan {path}: {reason}") from error
+        raise UsageError(f"--rules {path}: {reason}") from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"--plan {path}: is not YAML: {reason}") from error
+        raise UsageError(f"--rules {path}: is not YAML: {reason}") from error
     layers = said.get("layers") if isinstance(said, dict) and len(said) == 1 else None
     if not isinstance(layers, list) or not layers:
         raise UsageError(
-            f"--plan {path}: expected one list `layers` with an entry "
+            f"--rules {path}: expected one list `layers` with an entry "
             "{match: NAME, method: METHOD, …} a rule"
         )
     return [_rule(path, number, entry) for number, entry in enumerate(layers, start=1)]
 
 
 def _rule(path: Path, number: int, entry: Any) -> Rule:
-    origin = f"--plan {path}: entry {number}"
+    origin = f"--rules {path}: entry {number}"
     if not isinstance(entry, dict) or not all(
         isinstance(entry.get(key), str) for key in ("match", "method")
     ):

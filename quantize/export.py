@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectool.architecture import Architecture
 from spectool.artifact import ArtifactWriter, Content
 from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import TensorEntry
 from spectool.kernels.pack import pack_bits
 from spectool.loading import own_dtype
+from spectool.matrices import Matrix
 from spectool.methods import resolve
 from spectool.packed import build_packed, field_specs
-from spectool.sites import Site
-from spectool.skeleton import Skeleton
 
 from .run import check_places, companions
 
@@ -74,9 +74,9 @@ def export(
     check_places(checkpoint.path, out)
     if not checkpoint.layout.is_packed:
         raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")
-    skeleton = Skeleton(checkpoint.layout, trust_remote_code=trust_remote_code)
+    architecture = Architecture(checkpoint.layout, trust_remote_code=trust_remote_code)
     left_out: set[str] = set()
-    for key, said in skeleton.modules.items():
+    for key, said in architecture.modules.items():
         if not getattr(resolve(said["method"], "quantizer"), "is_matrix", True):
             raise UnsupportedError(
                 f"{key}: {said['method']} rounds inputs too, which no other tool would do",
@@ -86,13 +86,13 @@ def export(
             raise UnsupportedError(
                 f"{key}: a shortlist of {said['options']['shortlist']} tokens is ranked by one "
                 "matrix and decided by another, which no other tool would do",
-                hint="learn --head without shortlist",
+                hint="learn --lm-head without shortlist",
             )
-        if said.get("bias") and skeleton.model.get_submodule(key).bias is None:
-            left_out.add(_zero_bias(checkpoint, skeleton, key))
+        if said.get("bias") and architecture.model.get_submodule(key).bias is None:
+            left_out.add(_zero_bias(checkpoint, architecture, key))
     convert, configure = FORMATS[name]
-    sites = _sites(skeleton)
-    config = configure(skeleton, sites)
+    matrices = _matrices(architecture)
+    config = configure(architecture, matrices)
     shards = _shards(checkpoint, left_out)
     said = checkpoint.layout.quantization or {}
     metadata = {key: said.get(key) for key in ("source", "made_by")}
@@ -102,7 +102,7 @@ def export(
         for index, (entries, packed) in enumerate(shards, start=1):
             shard = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
             contents: dict[str, Content] = dict(entries)
-            contents.update(convert(packed, sites, checkpoint, skeleton))
+            contents.update(convert(packed, matrices, checkpoint, architecture))
             writer.write_shard(shard, contents, metadata, {})
             tensors.update(dict.fromkeys(contents, shard))
             num_bytes += sum(_num_bytes(content) for content in contents.values())
@@ -118,7 +118,7 @@ def export(
     return [shlex.join(["vllm", "serve", str(out)])] if served else []
 
 
-def _zero_bias(checkpoint: Checkpoint, skeleton: Skeleton, key: str) -> str:
+def _zero_bias(checkpoint: Checkpoint, architecture: Architecture, key: str) -> str:
     """The name of a learnt bias that the architecture has no place for, and that changes nothing.
 
     Raises:
@@ -128,20 +128,23 @@ def _zero_bias(checkpoint: Checkpoint, skeleton: Skeleton, key: str) -> str:
     if checkpoint.read(name).any():
         raise UnsupportedError(
             f"{key}: was learnt with a bias, and the output matrix of "
-            f"{skeleton.config.model_type} has none in any other tool",
-            hint="spectool runs the packed checkpoint itself; to export, pack without --head",
+            f"{architecture.config.model_type} has none in any other tool",
+            hint="spectool runs the packed checkpoint itself; to export, pack without --lm-head",
         )
     return name
 
 
-def _sites(skeleton: Skeleton) -> dict[str, Site]:
+def _matrices(architecture: Architecture) -> dict[str, Matrix]:
     """All sites by name. A learnt output matrix is a parameter of its own, whatever was tied."""
-    own_head = any(said.get("outside") == "head" for said in skeleton.modules.values())
-    parts = (skeleton.outside(own_head=own_head), *map(skeleton.sites, skeleton.blocks))
-    found = {site.name: site for part in parts for site in part}
-    for name, site in found.items():
-        if site.kind == "head":
-            found[name] = replace(site, parameter=f"{name}.weight")
+    own_lm_head = any(said.get("outside") == "lm_head" for said in architecture.modules.values())
+    parts = (
+        architecture.outside(own_lm_head=own_lm_head),
+        *map(architecture.matrices, architecture.blocks),
+    )
+    found = {matrix.name: matrix for part in parts for matrix in part}
+    for name, matrix in found.items():
+        if matrix.kind == "lm_head":
+            found[name] = replace(matrix, parameter=f"{name}.weight")
     return found
 
 
@@ -178,7 +181,10 @@ def _fields(checkpoint: Checkpoint, name: str) -> Fields:
 
 
 def _dense(
-    packed: list[str], sites: Mapping[str, Site], checkpoint: Checkpoint, skeleton: Skeleton
+    packed: list[str],
+    matrices: Mapping[str, Matrix],
+    checkpoint: Checkpoint,
+    architecture: Architecture,
 ) -> dict[str, Tensor]:
     """The matrices under the names and in the shapes of the architecture."""
     dtype = own_dtype(checkpoint.layout)
@@ -190,22 +196,22 @@ def _dense(
         linear = build_packed(checkpoint.layout.modules[name], spec[name])
         linear.q.load_state_dict(fields)
         weight_nm = linear.dequantize().to(dtype)
-        site = sites[name]
-        weight = (weight_nm.T if site.transposed else weight_nm).contiguous()
-        if site.expert is None:
-            found[site.parameter] = weight
+        matrix = matrices[name]
+        weight = (weight_nm.T if matrix.transposed else weight_nm).contiguous()
+        if matrix.expert is None:
+            found[matrix.parameter] = weight
         else:
-            experts.setdefault(site.parameter, {})[site.expert] = weight
+            experts.setdefault(matrix.parameter, {})[matrix.expert] = weight
     for parameter, each in experts.items():
         found[parameter] = torch.stack([each[index] for index in range(len(each))])
     return found
 
 
-def _dense_config(skeleton: Skeleton, sites: Mapping[str, Site]) -> dict[str, Any]:
-    config = dict(skeleton.layout.config)
+def _dense_config(architecture: Architecture, matrices: Mapping[str, Matrix]) -> dict[str, Any]:
+    config = dict(architecture.layout.config)
     config.pop("quantization_config")
-    tied = skeleton.model.all_tied_weights_keys
-    if any(site.parameter in tied for site in sites.values() if site.kind == "head"):
+    tied = architecture.model.all_tied_weights_keys
+    if any(matrix.parameter in tied for matrix in matrices.values() if matrix.kind == "lm_head"):
         # The output matrix is no longer the embedding.
         config["tie_word_embeddings"] = False
         if "text_config" in config:
@@ -214,7 +220,10 @@ def _dense_config(skeleton: Skeleton, sites: Mapping[str, Site]) -> dict[str, An
 
 
 def _compressed(
-    packed: list[str], sites: Mapping[str, Site], checkpoint: Checkpoint, skeleton: Skeleton
+    packed: list[str],
+    matrices: Mapping[str, Matrix],
+    checkpoint: Checkpoint,
+    architecture: Architecture,
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in packed:
@@ -243,24 +252,26 @@ def grid_of(said: Mapping[str, Any], fields: Fields) -> Grid:
     )
 
 
-def _compressed_config(skeleton: Skeleton, sites: Mapping[str, Site]) -> dict[str, Any]:
+def _compressed_config(
+    architecture: Architecture, matrices: Mapping[str, Matrix]
+) -> dict[str, Any]:
     """The configuration, with a group of the format's for all matrices of one scheme.
 
     Raises:
         UnsupportedError: matrices that the format cannot hold.
     """
-    modules = skeleton.layout.modules
+    modules = architecture.layout.modules
     groups: dict[str, list[str]] = {}
     for name, said in modules.items():
-        _check_grid(name, said, sites[name])
+        _check_grid(name, said, matrices[name])
         groups.setdefault(json.dumps(_scheme(said)), []).append(name)
     linears = {
         name
-        for name, module in skeleton.model.named_modules()
+        for name, module in architecture.model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
     return {
-        **skeleton.layout.config,
+        **architecture.layout.config,
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -277,16 +288,16 @@ def _compressed_config(skeleton: Skeleton, sites: Mapping[str, Site]) -> dict[st
     }
 
 
-def _check_grid(name: str, said: Mapping[str, Any], site: Site) -> None:
+def _check_grid(name: str, said: Mapping[str, Any], matrix: Matrix) -> None:
     if said["method"] not in UNIFORM:
         raise UnsupportedError(
             f"{name}: compressed-tensors holds whole numbers on uniform grids; {said['method']} "
             "has none",
             hint="--format dense",
         )
-    if site.kind not in ("linear", "head"):
+    if matrix.kind not in ("linear", "lm_head"):
         raise UnsupportedError(
-            f"{name}: compressed-tensors holds linear layers, and this is none ({site.kind})",
+            f"{name}: compressed-tensors holds linear layers, and this is none ({matrix.kind})",
             hint="--format dense",
         )
     m, group_size = said["shape"][1], said["options"].get("group_size", 0)
@@ -322,8 +333,8 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-Convert = Callable[[list[str], Mapping[str, Site], Checkpoint, Skeleton], dict[str, Tensor]]
-Configure = Callable[[Skeleton, Mapping[str, Site]], dict[str, Any]]
+Convert = Callable[[list[str], Mapping[str, Matrix], Checkpoint, Architecture], dict[str, Tensor]]
+Configure = Callable[[Architecture, Mapping[str, Matrix]], dict[str, Any]]
 
 FORMATS: dict[str, tuple[Convert, Configure]] = {
     "dense": (_dense, _dense_config),

@@ -118,7 +118,7 @@ class Substitute(Products):
 
     def __init__(self, block: Block, modules: Mapping[str, nn.Module]) -> None:
         assert block.module is not None
-        super().__init__(block.module, block.name, block.sites)
+        super().__init__(block.module, block.name, block.matrices)
         self.modules = modules
 
     def product(
@@ -145,7 +145,7 @@ def begun(
     device = next(block.module.parameters()).device
     linears = {}
     for name, fields in fit_each(method, block, stats, config, generator, device).fields.items():
-        shape = block.sites[name].shape
+        shape = block.matrices[name].shape
         linears[name] = method.build(method.layout(shape, config), shape, config)
         linears[name].q.load_state_dict(fields)
         linears[name].to(device)

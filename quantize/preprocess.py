@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectool.architecture import Architecture
 from spectool.artifact import Content, disk_errors, write_whole
 from spectool.checkpoint import Checkpoint, read_tensor, torch_dtype
 from spectool.errors import UnsupportedError, UsageError, hushed, require
 from spectool.headers import read_header
 from spectool.loading import load_model
 from spectool.machine import available_memory
-from spectool.sites import Site
-from spectool.skeleton import Skeleton
+from spectool.matrices import Matrix
 from spectool.training import Metrics, Recipe, Training, make_optimizer
 
 from .plan import Plan, saved_bytes
@@ -71,10 +71,12 @@ class TrainingWindows:
         return {"text": f"sha256:{hashlib.sha256(data).hexdigest()}"}
 
 
-def bytes_needed(skeleton: Skeleton, plan: Plan, tokens: int) -> int:
+def bytes_needed(architecture: Architecture, plan: Plan, tokens: int) -> int:
     """Weights and what is merged of them in float32, and what a step of so many tokens keeps for
     its gradient."""
-    saved = sum(saved_bytes(skeleton, block.values(), tokens) for block in plan.sites.values())
+    saved = sum(
+        saved_bytes(architecture, block.values(), tokens) for block in plan.matrices.values()
+    )
     return 8 * plan.num_parameters + saved
 
 
@@ -88,7 +90,7 @@ class Reshaping:
     scratch: Path
     identity: Mapping[str, Any]
     checkpoint: Checkpoint
-    skeleton: Skeleton
+    architecture: Architecture
     plan: Plan
     device: torch.device
     seed: int
@@ -96,10 +98,10 @@ class Reshaping:
     say: Callable[[str], None]
 
     @property
-    def sites(self) -> dict[str, Site]:
+    def matrices(self) -> dict[str, Matrix]:
         """The matrices that get updates: experts of a fused tensor are no layers to add them to."""
-        found = (site for block in self.plan.sites.values() for site in block.values())
-        return {site.name: site for site in found if site.expert is None}
+        found = (matrix for block in self.plan.matrices.values() for matrix in block.values())
+        return {matrix.name: matrix for matrix in found if matrix.expert is None}
 
     def check(self, *, overwrite: bool) -> None:
         """Make sure that it can be done, before anything is.
@@ -118,13 +120,13 @@ class Reshaping:
                     hint="move it away, or start anew with --overwrite",
                 )
             shutil.rmtree(self.scratch)
-        for site in self.sites.values():
-            if self.skeleton.origins[site.parameter].converter is not None:
+        for matrix in self.matrices.values():
+            if self.architecture.origins[matrix.parameter].converter is not None:
                 raise UnsupportedError(
-                    f"--preprocess: {site.name} is stored in parts that cannot be written back"
+                    f"--preprocess: {matrix.name} is stored in parts that cannot be written back"
                 )
         tokens = self.asked.batch_size * self.windows.train_SL.shape[1]
-        wanted = bytes_needed(self.skeleton, self.plan, tokens)
+        wanted = bytes_needed(self.architecture, self.plan, tokens)
         free = available_memory(self.device)
         if wanted > free:
             raise UnsupportedError(
@@ -147,7 +149,7 @@ class Reshaping:
                 if not first.exists():
                     pack(first)
                 found, weights = train(
-                    first, self.asked, self.windows, list(self.sites),
+                    first, self.asked, self.windows, list(self.matrices),
                     state=scratch / "state.safetensors", device=self.device, seed=self.seed,
                     trust_remote_code=self.trust_remote_code, say=self.say,
                 )  # fmt: skip
@@ -162,14 +164,14 @@ class Reshaping:
         layout = self.checkpoint.layout
         stored = {
             key: layout.tensors[key]
-            for origin in self.skeleton.origins.values()
+            for origin in self.architecture.origins.values()
             for key, _ in origin.stored
         }
         contents: dict[str, Content] = dict(stored)
         for name, weight_nm in weights.items():
-            site = self.sites[name]
-            ((key, _),) = self.skeleton.origins[site.parameter].stored
-            weight = weight_nm.T if site.transposed else weight_nm
+            matrix = self.matrices[name]
+            ((key, _),) = self.architecture.origins[matrix.parameter].stored
+            weight = weight_nm.T if matrix.transposed else weight_nm
             contents[key] = weight.to(torch_dtype(stored[key])).contiguous()
         write_whole(place / "model.safetensors", contents, {})
         (place / "config.json").write_text(json.dumps(layout.config))

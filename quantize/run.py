@@ -14,15 +14,16 @@ import transformers
 from torch import Tensor
 
 from spectool import artifact
+from spectool.architecture import Architecture
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
 from spectool.dtypes import with_plain_dtypes
 from spectool.errors import UnsupportedError, UsageError
-from spectool.headers import FORMAT_VERSION, PACKED_INDEX, Layout, read_header
+from spectool.formats import FORMAT_VERSION
+from spectool.headers import PACKED_INDEX, Layout, read_header
 from spectool.loading import load_tokenizer, stated_dtype
 from spectool.machine import reproducible
 from spectool.options import Config
-from spectool.skeleton import Skeleton
 from spectool.template import encode
 from spectool.text import OnRead, builtin_text, check_ids, read_text
 from spectool.version import __version__
@@ -71,7 +72,7 @@ class Job:
     """Everything a quantization is asked to do, apart from where it runs.
 
     `method` and `config` are for the blocks' matrices that neither `skip` nor a rule names, and
-    `embeddings` for embedding and output matrix, which otherwise stay dense; `head` is for an
+    `embeddings` for embedding and output matrix, which otherwise stay dense; `lm_head` is for an
     output matrix that is learnt. With a `budget` those
     matrices are packed by what errors tell.
     """
@@ -80,7 +81,7 @@ class Job:
     config: Config
     rules: Sequence[Rule] = ()
     embeddings: Choice | None = None
-    head: Choice | None = None
+    lm_head: Choice | None = None
     budget: Budget | None = None
     calibration: Sequence[str] | None = None
     samples: int = 128
@@ -125,7 +126,7 @@ def check_dense(layout: Layout) -> None:
 
 def prepare(
     layout: Layout, job: Job, *, trust_remote_code: bool, device: str, batch_size: int = 4
-) -> tuple[Skeleton, Plan]:
+) -> tuple[Architecture, Plan]:
     """The architecture and the plan, with a budget that without it; reads headers only, and of
     matrices that are tied and both stored the values.
 
@@ -138,21 +139,21 @@ def prepare(
         for choice in _choices(job):
             if not choice.is_matrix:
                 raise UsageError(f"--preprocess learns matrices; {choice.method} rounds inputs too")
-    skeleton = Skeleton(layout, trust_remote_code=trust_remote_code)
-    plan = _plan(skeleton, job, device=device, batch_size=batch_size)
+    architecture = Architecture(layout, trust_remote_code=trust_remote_code)
+    plan = _plan(architecture, job, device=device, batch_size=batch_size)
     if job.budget is not None:
         candidates(plan, job.budget, job.rules)
-    return skeleton, plan
+    return architecture, plan
 
 
-def _plan(skeleton: Skeleton, job: Job, *, device: str, batch_size: int) -> Plan:
-    length = sequence_length(skeleton, job.seq_len)
+def _plan(architecture: Architecture, job: Job, *, device: str, batch_size: int) -> Plan:
+    length = sequence_length(architecture, job.seq_len)
     plan = make_plan(
-        skeleton,
+        architecture,
         job.choice if job.budget is None else job.budget.candidates[0],
         rules=[*skipping(job.skip), *job.rules],
         embeddings=job.embeddings,
-        head=job.head,
+        lm_head=job.lm_head,
         allow_dense=job.allow_dense,
         calibration_tokens=job.samples * length if calibrates(job) else 0,
         sequence_tokens=length,
@@ -166,7 +167,7 @@ def _plan(skeleton: Skeleton, job: Job, *, device: str, batch_size: int) -> Plan
     host, there = TOKENIZED_BYTES * characters, 0
     if job.preprocess is not None:
         host = max(host, TOKENIZED_BYTES * _characters(job.preprocess.text))
-        learning = bytes_needed(skeleton, plan, job.preprocess.batch_size * length)
+        learning = bytes_needed(architecture, plan, job.preprocess.batch_size * length)
         # From a device the matrices come back.
         host = max(host, 4 * plan.num_weights if plan.device_bytes else learning)
         there = BASE_BYTES + learning
@@ -194,7 +195,7 @@ def quantize(
     overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    announce: Callable[[Plan, Skeleton], None] = lambda plan, skeleton: None,
+    announce: Callable[[Plan, Architecture], None] = lambda plan, architecture: None,
     progress: Progress = lambda done, total, what: None,
     say: Callable[[str], None] = lambda line: None,
     on_read: OnRead = lambda reading: None,
@@ -211,7 +212,7 @@ def quantize(
     artifact.check_target(out, overwrite=overwrite)
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     check_places(checkpoint.path, out)
-    skeleton, plan = prepare(
+    architecture, plan = prepare(
         checkpoint.layout,
         job,
         trust_remote_code=trust_remote_code,
@@ -219,19 +220,19 @@ def quantize(
         batch_size=batch_size,
     )
     if job.budget is None:
-        announce(plan, skeleton)
+        announce(plan, architecture)
     ids_SL, opened = None, False
     if calibrates(job):
         ids_SL, opened = _calibration_ids(
-            checkpoint, skeleton, job, on_read, trust_remote_code=trust_remote_code
+            checkpoint, architecture, job, on_read, trust_remote_code=trust_remote_code
         )
         check_walkable(
-            skeleton,
+            architecture,
             checkpoint,
             length=ids_SL.shape[1],
             dtype=dtype,
             device=torch.device(device),
-            with_head=job.head is not None,
+            with_lm_head=job.lm_head is not None,
         )
         if len(ids_SL) < job.samples:
             say(f"calibration: {len(ids_SL)} of {job.samples} sequences, all that the text holds")
@@ -241,7 +242,7 @@ def quantize(
         "batch_size": batch_size,
     }
     kinds = [choice.quantizer for choice in _choices(job)]
-    if any(each is not None for each in (job.preprocess, job.budget, job.head)) or any(
+    if any(each is not None for each in (job.preprocess, job.budget, job.lm_head)) or any(
         hasattr(kind, "fit") or "hessian" in kind.statistics for kind in kinds
     ):
         # Sums are split among threads, and their last bits go into the codes.
@@ -250,7 +251,9 @@ def quantize(
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     metrics, reshape = None, None
     if job.preprocess is not None:
-        windows = _windows(checkpoint, skeleton, job, on_read, trust_remote_code=trust_remote_code)
+        windows = _windows(
+            checkpoint, architecture, job, on_read, trust_remote_code=trust_remote_code
+        )
         made_by["preprocess"] = {**asdict(job.preprocess), **computed, **windows.said}
         reshape = Reshaping(
             asked=job.preprocess,
@@ -258,7 +261,7 @@ def quantize(
             scratch=out.with_name(out.name + ".preprocess"),
             identity={"source": source, **made_by},
             checkpoint=checkpoint,
-            skeleton=skeleton,
+            architecture=architecture,
             plan=plan,
             device=torch.device(device),
             seed=job.seed,
@@ -286,10 +289,10 @@ def quantize(
                 )
             )
             reshaped = open_checkpoint(merged, trust_remote_code=trust_remote_code)
-            skeleton = Skeleton(reshaped.layout, trust_remote_code=trust_remote_code)
+            architecture = Architecture(reshaped.layout, trust_remote_code=trust_remote_code)
         walk = BlockWalk(
             checkpoint=reshaped,
-            skeleton=skeleton,
+            architecture=architecture,
             plan=plan,
             seed=job.seed,
             writer=writer,
@@ -305,8 +308,8 @@ def quantize(
             wanted = candidates(plan, job.budget, job.rules)
             chosen = choose(plan, job.budget, wanted, survey(walk, wanted, progress))
             job = replace(job, budget=None, rules=(*job.rules, *chosen))
-            walk.plan = plan = _plan(skeleton, job, device=device, batch_size=batch_size)
-            announce(plan, skeleton)
+            walk.plan = plan = _plan(architecture, job, device=device, batch_size=batch_size)
+            announce(plan, architecture)
         report = Report(*walk.run(progress), metrics)
         forget(walk)
         writer.finish(
@@ -317,7 +320,7 @@ def quantize(
                 writer,
                 source,
                 made_by,
-                untied=skeleton.untied,
+                untied=architecture.untied,
                 trust_remote_code=trust_remote_code,
             )
         )
@@ -338,20 +341,20 @@ def calibrates(job: Job) -> bool:
 
     Methods without statistics and without a fit run on weights alone, unless text is given.
     """
-    asked = (job.calibration, job.budget, job.head)
+    asked = (job.calibration, job.budget, job.lm_head)
     return any(each is not None for each in asked) or any(
         choice.calibrates for choice in _choices(job)
     )
 
 
-def sequence_length(skeleton: Skeleton, seq_len: int) -> int:
+def sequence_length(architecture: Architecture, seq_len: int) -> int:
     """Tokens of a calibration sequence: what is asked for, at most the model's context."""
-    return min(seq_len, skeleton.layout.context or seq_len)
+    return min(seq_len, architecture.layout.context or seq_len)
 
 
 def _calibration_ids(
     checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    architecture: Architecture,
     job: Job,
     on_read: OnRead,
     *,
@@ -359,17 +362,23 @@ def _calibration_ids(
 ) -> tuple[Tensor, bool]:
     """The calibration sequences [S, L], and whether each opens with a start token."""
     ids, bos = _encoded(
-        checkpoint, skeleton, job, job.calibration or (), job.samples, trust_remote_code, on_read
+        checkpoint,
+        architecture,
+        job,
+        job.calibration or (),
+        job.samples,
+        trust_remote_code,
+        on_read,
     )
     generator = torch.Generator().manual_seed(job.seed)
-    length = sequence_length(skeleton, job.seq_len)
+    length = sequence_length(architecture, job.seq_len)
     ids_SL = windows(ids, samples=job.samples, length=length, bos=bos, generator=generator)
     return ids_SL, bos is not None
 
 
 def _windows(
     checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    architecture: Architecture,
     job: Job,
     on_read: OnRead,
     *,
@@ -381,10 +390,10 @@ def _windows(
     assert asked is not None
     num_train = asked.steps * asked.batch_size
     ids, bos = _encoded(
-        checkpoint, skeleton, job, asked.text, num_train, trust_remote_code, on_read
+        checkpoint, architecture, job, asked.text, num_train, trust_remote_code, on_read
     )
     generator = torch.Generator().manual_seed(job.seed)
-    length = sequence_length(skeleton, job.seq_len)
+    length = sequence_length(architecture, job.seq_len)
     cut = int((1 - HELD_OUT) * len(ids))
     train_SL, held_out_SL = (
         windows(
@@ -402,7 +411,7 @@ def _windows(
 
 def _encoded(
     checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    architecture: Architecture,
     job: Job,
     sources: Sequence[str],
     samples: int,
@@ -416,11 +425,13 @@ def _encoded(
         tokenizer,
         field=job.text_field,
         template=job.template or None,
-        max_characters=STREAMED_CHARACTERS * (samples + 1) * sequence_length(skeleton, job.seq_len),
+        max_characters=STREAMED_CHARACTERS
+        * (samples + 1)
+        * sequence_length(architecture, job.seq_len),
         on_read=on_read,
     )
     ids, bos = encode(tokenizer, text), tokenizer.bos_token_id
-    table: Any = skeleton.model.get_input_embeddings()
+    table: Any = architecture.model.get_input_embeddings()
     opening = [] if bos is None else [bos]
     check_ids([*ids, *opening], table.num_embeddings, f"{checkpoint.path}: its tokenizer")
     return ids, bos
@@ -441,7 +452,7 @@ def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[
         "options": job.config.as_dict(),
         "rules": [rule.as_dict() for rule in job.rules],
         "embeddings": None if job.embeddings is None else job.embeddings.as_dict(),
-        "head": None if job.head is None else job.head.as_dict(),
+        "lm_head": None if job.lm_head is None else job.lm_head.as_dict(),
         "budget": None if job.budget is None else job.budget.as_dict(),
         "skip": sorted(job.skip),
         "allow_dense": job.allow_dense,
@@ -493,9 +504,9 @@ def _small_files(
     for shard in shards:
         tensors.update({entry.name: entry for entry in read_header(writer.path(shard))[1]})
     modules = {
-        key: entry_of(plan.choices[key], site)
-        for part in (plan.outside, *plan.sites.values())
-        for key, site in part.items()
+        key: entry_of(plan.choices[key], matrix)
+        for part in (plan.outside, *plan.matrices.values())
+        for key, matrix in part.items()
     }
     if job.rules:
         files[PLAN] = plan_text(job.rules).encode()
@@ -541,7 +552,10 @@ def _readme(job: Job, ledger: Ledger) -> str:
     options = json.dumps(job.config.as_dict(), sort_keys=True)
     more = [
         f"{place} by `{choice}`"
-        for place, choice in (("embedding and output matrix", job.embeddings), ("head", job.head))
+        for place, choice in (
+            ("embedding and output matrix", job.embeddings),
+            ("lm_head", job.lm_head),
+        )
         if choice is not None
     ]
     more += ["what `plan.yaml` names as it says"] if job.rules else []

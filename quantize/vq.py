@@ -1,4 +1,4 @@
-"""VQ-Logits (`vq`): rows share vectors of a codebook; made for output matrices (`--head vq`).
+"""VQ-Logits (`vq`): rows share vectors of a codebook; made for output matrices (`--lm-head vq`).
 
 With groups of `width` components, `stages` of codebooks and a code a row, group and stage,
 

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectool.architecture import Architecture
 from spectool.artifact import ArtifactWriter, Content, disk_errors
 from spectool.checkpoint import Checkpoint, all_finite, read_tensor
 from spectool.errors import UnsupportedError
 from spectool.headers import read_header
 from spectool.machine import trim_memory
+from spectool.matrices import Matrix
 from spectool.packed import PackedLinear, build_packed, relative_error
-from spectool.sites import Site
-from spectool.skeleton import Skeleton
-from spectool.walk import Activations, Call, Surroundings, final_logits, run_block
+from spectool.walk import Activations, Call, ModelShell, final_logits, run_block
 
 from . import vq
 from .calibration import (
@@ -70,7 +70,7 @@ class BlockWalk:
     """
 
     checkpoint: Checkpoint
-    skeleton: Skeleton
+    architecture: Architecture
     plan: Plan
     seed: int
     writer: ArtifactWriter
@@ -85,7 +85,7 @@ class BlockWalk:
 
     def run(self, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The reports of what lies outside the blocks, and of every block."""
-        blocks = self.skeleton.blocks
+        blocks = self.architecture.blocks
         self._copy_outside()
         missing = [i for i in range(len(blocks)) if not self._is_done(i)]
         head = self._learnt()
@@ -119,15 +119,15 @@ class BlockWalk:
         assert len(inside) == len(blocks)
         if head is not None:
             said = self.writer.report(self._shard(len(blocks))) or {}
-            outside = {"layers": outside["layers"] + said["layers"], "head": said["head"]}
+            outside = {"layers": outside["layers"] + said["layers"], "lm_head": said["lm_head"]}
         return outside, inside
 
-    def _learnt(self) -> Site | None:
+    def _learnt(self) -> Matrix | None:
         """The output matrix, if it is learnt."""
         found = (
-            site
-            for key, site in self.plan.outside.items()
-            if site.kind == "head" and self.plan.choices[key].method == LEARNT_HEAD
+            matrix
+            for key, matrix in self.plan.outside.items()
+            if matrix.kind == "lm_head" and self.plan.choices[key].method == LEARNT_HEAD
         )
         return next(found, None)
 
@@ -137,11 +137,11 @@ class BlockWalk:
 
     def _shard(self, index: int) -> str:
         """Shard 0 holds what belongs to no block, and one after the blocks a learnt head."""
-        total = len(self.skeleton.blocks) + 1 + (self._learnt() is not None)
+        total = len(self.architecture.blocks) + 1 + (self._learnt() is not None)
         return f"packed-{index + 1:05d}-of-{total:05d}.safetensors"
 
     def read(self, block: str) -> dict[str, Tensor]:
-        return self.skeleton.read(self.checkpoint, self.skeleton.tensors_of(block))
+        return self.architecture.read(self.checkpoint, self.architecture.tensors_of(block))
 
     def _copy_outside(self) -> None:
         """Write what belongs to no block, unless that is done."""
@@ -149,20 +149,22 @@ class BlockWalk:
         if self.writer.report(shard) is not None:
             return
         contents: dict[str, Content] = {}
-        sites, learnt = dict(self.plan.outside), self._learnt()
-        replaced = {name for site in sites.values() for name in self.skeleton.holding(site)}
+        matrices, learnt = dict(self.plan.outside), self._learnt()
+        replaced = {
+            name for matrix in matrices.values() for name in self.architecture.holding(matrix)
+        }
         layers = []
         if learnt is not None:
-            del sites[learnt.name]
+            del matrices[learnt.name]
             # A bias that it has comes with it.
             bias = f"{learnt.name}.bias"
             replaced.add(bias)
             # Read in vain unless it is damaged: that is to be known before hours of work.
-            for name in {learnt.parameter, bias} & self.skeleton.origins.keys():
-                self.skeleton.read(self.checkpoint, [name])
-        for key, site in sites.items():
-            tensors = self.skeleton.read(self.checkpoint, [site.parameter])
-            block = Block(key, {key: site}, {key: site.weight_nm(tensors)})
+            for name in {learnt.parameter, bias} & self.architecture.origins.keys():
+                self.architecture.read(self.checkpoint, [name])
+        for key, matrix in matrices.items():
+            tensors = self.architecture.read(self.checkpoint, [matrix.parameter])
+            block = Block(key, {key: matrix}, {key: matrix.weight_nm(tensors)})
             generator = torch.Generator().manual_seed(seed_of(self.seed, -1))
             choice = self.plan.choices[key]
             fields = fit_each(
@@ -170,61 +172,65 @@ class BlockWalk:
             ).fields[key]
             contents.update({f"{key}.q.{name}": value for name, value in fields.items()})
             layers.append(self._layer(key, block, fields))
-        for name in self.skeleton.tensors_outside():
+        for name in self.architecture.tensors_outside():
             if name in replaced:
                 continue
-            origin = self.skeleton.origins[name]
+            origin = self.architecture.origins[name]
             if origin.converter is None:
                 contents[name] = self.checkpoint.layout.tensors[origin.stored[0][0]]
             else:
-                contents.update(self.skeleton.read(self.checkpoint, [name]))
+                contents.update(self.architecture.read(self.checkpoint, [name]))
         self.writer.write_shard(shard, contents, self.metadata, {"layers": layers})
 
-    def _fit_head(self, site: Site, streams: Streams, tick: Tick) -> None:
+    def _fit_head(self, matrix: Matrix, streams: Streams, tick: Tick) -> None:
         """Learn the output matrix on what the packed blocks put out."""
         assert self.ids_SL is not None
-        states_TD = self._head_inputs(site, streams)
-        names = [site.parameter, f"{site.name}.bias"]
-        tensors = self.skeleton.read(
-            self.checkpoint, [name for name in names if name in self.skeleton.origins]
+        states_TD = self._head_inputs(matrix, streams)
+        names = [matrix.parameter, f"{matrix.name}.bias"]
+        tensors = self.architecture.read(
+            self.checkpoint, [name for name in names if name in self.architecture.origins]
         )
-        weight_VD, bias_V = tensors[site.parameter], tensors.get(f"{site.name}.bias")
-        config: Any = self.plan.choices[site.name].config
+        weight_VD, bias_V = tensors[matrix.parameter], tensors.get(f"{matrix.name}.bias")
+        config: Any = self.plan.choices[matrix.name].config
         fields, own_V, metrics = vq.fit_head(
             weight_VD.to(self.device),
             None if bias_V is None else bias_V.float().to(self.device),
             vq.Text(
                 states_TD,
                 torch.bincount(self.ids_SL.flatten(), minlength=len(weight_VD)).to(self.device),
-                vq.special_tokens(self.skeleton.config, len(weight_VD)),
+                vq.special_tokens(self.architecture.config, len(weight_VD)),
             ),
             config,
-            final_logits(self.skeleton.config),
-            torch.Generator().manual_seed(seed_of(self.seed, len(self.skeleton.blocks))),
+            final_logits(self.architecture.config),
+            torch.Generator().manual_seed(seed_of(self.seed, len(self.architecture.blocks))),
             self.say,
             tick,
         )
         fields = {name: value.cpu() for name, value in fields.items()}
-        block = Block(site.name, {site.name: site}, {site.name: weight_VD})
-        layer = self._layer(site.name, block, fields)
+        block = Block(matrix.name, {matrix.name: matrix}, {matrix.name: weight_VD})
+        layer = self._layer(matrix.name, block, fields)
         contents: dict[str, Content] = {
-            f"{site.name}.q.{name}": value for name, value in fields.items()
+            f"{matrix.name}.q.{name}": value for name, value in fields.items()
         }
-        contents[f"{site.name}.bias"] = own_V.to(weight_VD.dtype).cpu()
-        shard = self._shard(len(self.skeleton.blocks))
+        contents[f"{matrix.name}.bias"] = own_V.to(weight_VD.dtype).cpu()
+        shard = self._shard(len(self.architecture.blocks))
         self.writer.write_shard(
-            shard, contents, self.metadata, {"layers": [layer], "head": metrics}
+            shard, contents, self.metadata, {"layers": [layer], "lm_head": metrics}
         )
 
-    def _head_inputs(self, site: Site, streams: Streams) -> Tensor:
+    def _head_inputs(self, matrix: Matrix, streams: Streams) -> Tensor:
         """What the packed blocks' outputs become before the output matrix [T, D], on the host."""
         assert self.ids_SL is not None
-        around = Surroundings(
-            self.skeleton, self.checkpoint, dtype=self.dtype, device=self.device, with_head=True
+        around = ModelShell(
+            self.architecture,
+            self.checkpoint,
+            dtype=self.dtype,
+            device=self.device,
+            with_lm_head=True,
         )
         begin = 1 if self.opened else 0
         num, length = self.ids_SL.shape
-        states_SLD = torch.empty(num, length - begin, site.shape[1])
+        states_SLD = torch.empty(num, length - begin, matrix.shape[1])
         for batch in streams.packed.batches(self.batch_size):
             hidden_BLD = streams.packed.hidden_SLD[batch].to(self.device)
             found_BLD = around.head_inputs(self.ids_SL[batch], hidden_BLD)
@@ -235,12 +241,12 @@ class BlockWalk:
         if self.ids_SL is None:
             return None
         make = functools.partial(
-            Surroundings,
-            self.skeleton,
+            ModelShell,
+            self.architecture,
             self.checkpoint,
             dtype=self.dtype,
             device=self.device,
-            with_head=False,
+            with_lm_head=False,
         )
         around, table = make(), self._packed_table()
         packed = None if table is None else make(table=table)
@@ -274,8 +280,8 @@ class BlockWalk:
 
     def _packed_table(self) -> PackedLinear | None:
         """The embedding as the artifact's reader will see it, if it is packed; written first."""
-        for key, site in self.plan.outside.items():
-            if site.kind == "embedding":
+        for key, matrix in self.plan.outside.items():
+            if matrix.kind == "embedding":
                 self._copy_outside()
                 entries = read_header(self.writer.path(self._shard(-1)))[1]
                 fields = {
@@ -283,7 +289,7 @@ class BlockWalk:
                     for entry in entries
                     if entry.name.startswith(f"{key}.q.")
                 }
-                return filled(self.plan.choices[key], site, fields)
+                return filled(self.plan.choices[key], matrix, fields)
         return None
 
     def _step(
@@ -308,14 +314,14 @@ class BlockWalk:
         self, index: int, name: str, tensors: dict[str, Tensor], streams: Streams | None
     ) -> Block:
         """A block of these tensors as a quantizer sees it; with its module if there are streams."""
-        sites = self.plan.sites[name]
+        matrices = self.plan.matrices[name]
         block = Block(
             name=name,
-            sites=sites,
-            weights={key: site.weight_nm(tensors) for key, site in sites.items()},
+            matrices=matrices,
+            weights={key: matrix.weight_nm(tensors) for key, matrix in matrices.items()},
         )
         if streams is not None:
-            block.module = self.skeleton.materialise(
+            block.module = self.architecture.materialise(
                 name, tensors, dtype=self.dtype, device=self.device
             )
             block.calls = {size: calls[index] for size, calls in self.calls.items()}
@@ -332,7 +338,7 @@ class BlockWalk:
     ) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, index))
         groups: dict[Choice, list[str]] = {}
-        for key in block.sites:
+        for key in block.matrices:
             groups.setdefault(self.plan.choices[key], []).append(key)
         fields: dict[str, PackedFields] = {}
         seen_little: list[str] = []
@@ -340,19 +346,19 @@ class BlockWalk:
         for choice, keys in groups.items():
             part = replace(
                 block,
-                sites={key: block.sites[key] for key in keys},
+                matrices={key: block.matrices[key] for key in keys},
                 weights={key: block.weights[key] for key in keys},
             )
             fitted, unseen = self._fit(choice, part, streams, generator, tick)
             fields |= fitted.fields
             seen_little += unseen
             fits += [fitted.report] if fitted.report else []
-        taken = {site.parameter for site in block.sites.values()}
+        taken = {matrix.parameter for matrix in block.matrices.values()}
         contents: dict[str, Content] = {
             key: tensor for key, tensor in tensors.items() if key not in taken
         }
         layers = []
-        for key in block.sites:
+        for key in block.matrices:
             contents.update({f"{key}.q.{name}": value for name, value in fields[key].items()})
             layers.append(self._layer(key, block, fields[key]))
         report = {"layers": layers, "data_free": seen_little, "fits": fits}
@@ -377,11 +383,11 @@ class BlockWalk:
         stats = self.observe(block, choice, streams) if streams is not None else {}
         seen_little = [
             key
-            for key, site in block.sites.items()
+            for key, matrix in block.matrices.items()
             if method.statistics
             and (
                 key not in stats
-                or (site.expert is not None and stats[key].num_tokens < MIN_EXPERT_TOKENS)
+                or (matrix.expert is not None and stats[key].num_tokens < MIN_EXPERT_TOKENS)
             )
         ]
         for key in seen_little:
@@ -400,8 +406,8 @@ class BlockWalk:
 
     def _layer(self, key: str, block: Block, fields: PackedFields) -> dict[str, Any]:
         """Stored bits per weight, and the relative squared error of the weights."""
-        site = block.sites[key]
-        module = filled(self.plan.choices[key], site, fields)
+        matrix = block.matrices[key]
+        module = filled(self.plan.choices[key], matrix, fields)
         error = relative_error(block.weights[key], module)
         if not math.isfinite(error):
             raise UnsupportedError(
@@ -412,7 +418,7 @@ class BlockWalk:
         stored_bytes = sum(value.numel() * value.element_size() for value in fields.values())
         return {
             "name": key,
-            "bits": 8 * stored_bytes / site.num_weights,
+            "bits": 8 * stored_bytes / matrix.num_weights,
             "error": error,
         }
 
@@ -428,7 +434,7 @@ class BlockWalk:
             observer = Observer(
                 block.module,
                 block.name,
-                block.sites,
+                block.matrices,
                 tuple(wanted),
                 opened=inputs.hidden_SLD.shape[1] if self.opened else 0,
             )
@@ -480,13 +486,14 @@ class BlockWalk:
     def _reload(self, block: Block, shard: str) -> nn.Module:
         """The block as the artifact's reader will see it."""
         entries = read_header(self.writer.path(shard))[1]
-        return self.skeleton.materialise(
+        return self.architecture.materialise(
             block.name,
             {entry.name: read_tensor(entry) for entry in entries},
             dtype=self.dtype,
             device=self.device,
             modules={
-                key: entry_of(self.plan.choices[key], site) for key, site in block.sites.items()
+                key: entry_of(self.plan.choices[key], matrix)
+                for key, matrix in block.matrices.items()
             },
         )
 
@@ -495,24 +502,24 @@ def _tick(progress: Progress, done: int, total: int, share: float) -> None:
     progress(done + share, total, PACKED)
 
 
-def entry_of(choice: Choice, site: Site) -> dict[str, Any]:
+def entry_of(choice: Choice, matrix: Matrix) -> dict[str, Any]:
     """A matrix's line in the artifact's configuration."""
-    said: dict[str, Any] = {**choice.as_dict(), "shape": list(site.shape)}
-    if site.expert is not None:
+    said: dict[str, Any] = {**choice.as_dict(), "shape": list(matrix.shape)}
+    if matrix.expert is not None:
         said["expert"] = True
-    if site.kind in ("embedding", "head"):
-        said["outside"] = site.kind
-    if site.tied is not None:
-        said["tied"] = site.tied
-    if choice.method == LEARNT_HEAD and site.kind == "head":
+    if matrix.kind in ("embedding", "lm_head"):
+        said["outside"] = matrix.kind
+    if matrix.tied is not None:
+        said["tied"] = matrix.tied
+    if choice.method == LEARNT_HEAD and matrix.kind == "lm_head":
         said["bias"] = True
     return said
 
 
-def filled(choice: Choice, site: Site, fields: PackedFields) -> PackedLinear:
+def filled(choice: Choice, matrix: Matrix, fields: PackedFields) -> PackedLinear:
     """A packed matrix of these fields, on the host."""
     spec = {name: (value.dtype, tuple(value.shape)) for name, value in fields.items()}
-    linear = build_packed(entry_of(choice, site), spec)
+    linear = build_packed(entry_of(choice, matrix), spec)
     linear.q.load_state_dict(fields)
     return linear
 

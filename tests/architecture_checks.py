@@ -193,8 +193,8 @@ def pack(
     """The checkpoint packed by a method, and which share of the blocks' matrices that is."""
     out, metrics = subject.scratch / method, {}
 
-    def announce(plan: Any, skeleton: Any) -> None:
-        blocks = [skeleton.model.get_submodule(block) for block in skeleton.blocks]
+    def announce(plan: Any, architecture: Any) -> None:
+        blocks = [architecture.model.get_submodule(block) for block in architecture.blocks]
         whole = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
         metrics["packed"] = round(plan.num_weights / max(1, whole), 3)
 

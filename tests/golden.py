@@ -76,9 +76,9 @@ QUANTIZERS: dict[str, list[str]] = {
     "vq": ["vq", "--codes", "32"],
     "auto": ["auto", "--bits", "3"],
     "budget": ["gptq", "--bits-budget", "2.8", "--embeddings", "int8"],
-    "head": ["rtn", "--head", "vq:codes=64,steps=5"],
+    "head": ["rtn", "--lm-head", "vq:codes=64,steps=5"],
     "preprocess": ["gptq", "--bits", "2", "--preprocess", "{text}", "--preprocess-steps", "4"],
-    "rules": ["gptq", "--plan", "{rules}", "--skip", "*.down_proj", "--allow-dense"],
+    "rules": ["gptq", "--rules", "{rules}", "--skip", "*.down_proj", "--allow-dense"],
 }
 NO_TEXT = {"auto"}
 PARTS = ["quantize", "heads", "drafters", "eval"]
@@ -101,7 +101,14 @@ DRAFTERS: dict[str, list[str]] = {
 }
 HEADS: dict[str, list[str]] = {
     "medusa": ["medusa"],
-    "medusa-packed": ["medusa", "--pack", "--features", "hybrid", "--draft-vocab", "256"],
+    "medusa-packed": [
+        "medusa",
+        "--sequence-packing",
+        "--features",
+        "hybrid",
+        "--draft-vocab",
+        "256",
+    ],
     "hydra": ["hydra"],
     "hydra-plus": ["hydra", "--variant", "plus"],
     "eagle3": ["eagle3"],

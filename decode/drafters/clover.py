@@ -122,10 +122,10 @@ class CloverHeads(Heads):
         )
 
     needs = Needs(layers=(-1,), final=True)
-    packs = True
+    supports_packing = True
     begins_as_layers = True
     optimizer_defaults = OptimizerDefaults(rate=1e-3, betas=(0.9, 0.95))
-    loss_target = "laws"
+    loss_target = "probs"
     decay = 0.7
     state_weight = 10.0
 

@@ -102,7 +102,7 @@ class Eagle3Heads(Heads):
                 raise UsageError(f"--layers {self.layers}: expected numbers like 2-16-29")
 
     optimizer_defaults = OptimizerDefaults(rate=5e-5, betas=(0.9, 0.95))
-    loss_target = "laws"
+    loss_target = "probs"
     decay = 0.8
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
+from spectool.architecture import build_meta
 from spectool.artifact import ArtifactWriter, check_target
 from spectool.checkpoint import open_checkpoint
 from spectool.decode.target import Target
@@ -34,7 +35,6 @@ from spectool.headers import HEADS, HEADS_FILE, read_json
 from spectool.loading import load_outside, load_tokenizer, own_dtype
 from spectool.methods import resolve
 from spectool.packed import EmbeddingRows
-from spectool.skeleton import build_meta
 
 from .eagle3 import Eagle3Heads
 from .heads import check_fit, check_map, fill, read_record, read_tensors, read_weights

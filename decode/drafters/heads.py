@@ -24,12 +24,11 @@ from spectool.decode.curve import machine_key
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError
+from spectool.formats import FORMAT_VERSION, upgrade_heads
 from spectool.given import check_heads
 from spectool.headers import HEADS, HEADS_FILE, read_header, read_json
 
 from .trained import TOP, Heads
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,16 +85,16 @@ def read_record(path: Path) -> HeadsRecord:
             hint="install a newer spectool",
         )
     try:
-        record = HeadsRecord(**found)
-        is_finite = (
+        record = HeadsRecord(**upgrade_heads(found))
+        valid = (
             isinstance(record.method, str)
             and all(isinstance(part, dict) for part in (record.options, record.target))
             and len(record.tree) == len(record.shares)
             and _is_tree(record.tree)
         )
     except TypeError:
-        is_finite = False
-    if not is_finite:
+        valid = False
+    if not valid:
         raise CheckpointError(f"{path}: {HEADS} is not the record of draft heads")
     return record
 

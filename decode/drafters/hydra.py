@@ -88,14 +88,14 @@ class HydraHeads(Heads):
         )
 
     needs = Needs(final=True)
-    packs = True
+    supports_packing = True
     optimizer_defaults = OptimizerDefaults(rate=5e-4, weight_decay=0.1, final=0.33)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
         plus = config.variant == "plus"
-        self.loss_target = "laws" if plus else "labels"
+        self.loss_target = "probs" if plus else "labels"
         weight_VD = self.frozen.weight_VD
         self._each = [
             HydraHead(

@@ -46,7 +46,7 @@ Path = tuple[int, ...]
 class InPassHeads(Heads):
     """Heads whose states come out of the target's pass; it implements `rows` and `put`."""
 
-    loss_target = "laws"
+    loss_target = "probs"
     config: Any
 
     @classmethod

@@ -55,7 +55,7 @@ class MedusaHeads(Heads):
         )
 
     needs = Needs(final=True)
-    packs = True
+    supports_packing = True
     # A head further ahead is less often right, and less often reached (the paper's lambda_k).
     decay = 0.8
 

@@ -103,17 +103,17 @@ class Heads(nn.Module):
     A method says what it `needs`, by what it is trained, whether it learns the text's `labels`, the
     target's `probs` or the sum of both, and its `decay`: head k's loss counts decay^k. Laws count
     `probs_weight`; `state_weight` is that of the smooth L1 distance (mean of D) from the target's
-    state of such a law. One that `packs` learns from rows of several texts as from these alone; one
-    that `begins_as_layers` takes weights of the target's layers, and nobody else reads any. It
-    implements `states` and `step`, and `own_output` where a head has a matrix of its own.
+    state of such a law. One that `supports_packing` learns from rows of several texts as from these
+    alone; one that `begins_as_layers` takes weights of the target's layers, and nobody else reads
+    any. It implements `states` and `step`, and `own_output` where a head has a matrix of its own.
     """
 
     optimizer_defaults: ClassVar[OptimizerDefaults] = OptimizerDefaults()
-    loss_target: Literal["labels", "laws", "both"] = "labels"
+    loss_target: Literal["labels", "probs", "both"] = "labels"
     decay: float = 1.0
     probs_weight: float = 1.0
     state_weight: float = 0.0
-    packs: ClassVar[bool] = False
+    supports_packing: ClassVar[bool] = False
     begins_as_layers: ClassVar[bool] = False
     needs: Needs
     num_heads: int
@@ -274,7 +274,7 @@ class Heads(nn.Module):
     def _loss_mask(self, batch: TrainingBatch, labels_BL: Tensor) -> Tensor:
         """Which tokens there is something to learn of."""
         loss_mask_BL = batch.loss_mask_BL
-        if self.loss_target != "laws":
+        if self.loss_target != "probs":
             loss_mask_BL = loss_mask_BL & (labels_BL >= 0)
         if self.loss_target == "labels" or self.token_map is None:
             return loss_mask_BL
@@ -342,7 +342,7 @@ class Heads(nn.Module):
                 if self.own_output(k) is None:
                     logits = self.frozen.logits(logits)
                 loss = logits.new_zeros(())
-                if self.loss_target != "laws":
+                if self.loss_target != "probs":
                     loss = loss + F.cross_entropy(logits, labels_S[rows], reduction="sum")
                 if probs_of is not None:
                     of_probs = F.cross_entropy(logits, probs_of(rows), reduction="sum")

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from spectool.architecture import Architecture
 from spectool.artifact import ArtifactWriter
 from spectool.headers import past_the_last_block, read_layout
 from spectool.loading import load_model, unused_of
-from spectool.skeleton import Skeleton
 
 Spectool = Callable[..., Any]
 Checkpoint = Callable[..., Path]
@@ -388,7 +388,7 @@ def test_stored_tensors_without_a_place_are_named(
     save_file({**tensors, **more}, place / "model.safetensors", {"format": "pt"})
     layout = read_layout(place)
     wanted = sorted([*extra, "mtp.fc.weight"])
-    assert Skeleton(layout).unused == wanted == past_the_last_block(layout)
+    assert Architecture(layout).unused == wanted == past_the_last_block(layout)
     line = unused_of(load_model(place), layout)
     assert line is not None and "10 stored tensors have no place in LlamaForCausalLM" in line
     assert "model.layers.2.* (9), mtp.fc.weight" in line

@@ -31,7 +31,7 @@ def test_a_row_for_each_category_and_drafter(
 ) -> None:
     plot = tmp_path / "plot.svg"
     words = ["bench", checkpoint("llama"), "--prompts", mixed, "--max-new-tokens", 6]
-    words += ["--draft", "ngram", "--draft", checkpoint("llama", seed=1), "--peers"]
+    words += ["--draft", "ngram", "--draft", checkpoint("llama", seed=1), "--baselines"]
     if has_matplotlib():
         words += ["--plot", plot]
     done = spectool(*words)
@@ -62,12 +62,12 @@ def test_each_batch_size_is_a_run(
     spectool: Spectool, checkpoint: Checkpoint, prompts: Path
 ) -> None:
     words = ["bench", checkpoint("llama"), "--prompts", prompts, "--max-new-tokens", 6]
-    words += ["--draft", "ngram", "--batch-size", "1, 2,1", "--peers"]
+    words += ["--draft", "ngram", "--batch-size", "1, 2,1", "--baselines"]
     done = spectool(*words, "--json")
     assert done.code == 0, done.err
-    runs = [done.json, *done.json["beside"]]
+    runs = [done.json, *done.json["other_runs"]]
     assert [run["batch_size"] for run in runs] == [1, 2]
-    assert [len(run["peers"]) for run in runs] == [2, 0]
+    assert [len(run["baselines"]) for run in runs] == [2, 0]
     assert all(run["drafters"][0]["identical"] == 2 for run in runs)
     people = spectool(*words, "--reference", checkpoint("llama"))
     assert people.code == 0 and "batch" in people.out and "of the reference" in people.out
@@ -123,7 +123,14 @@ def test_chains_are_first_paths_so_many_tokens_deep(
 ) -> None:
     """A chain of depth k brings k + 1 tokens a forward at most; more depth never brings less."""
     words = ["bench", checkpoint("llama"), "--prompts", mixed, "--max-new-tokens", 24]
-    words += ["--draft", "ngram:min_n=1,nodes=24", "--draft", checkpoint("llama"), "--chain", 3]
+    words += [
+        "--draft",
+        "ngram:min_n=1,nodes=24",
+        "--draft",
+        checkpoint("llama"),
+        "--chain-lengths",
+        3,
+    ]
     done = spectool(*words, "--dtype", "float32", "--json")
     assert done.code == 0, done.err
     first, second = done.json["drafters"]

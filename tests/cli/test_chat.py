@@ -56,7 +56,7 @@ def test_lines_of_stdin_are_messages(spectool: Spectool, model: Path) -> None:
     done = spectool(*words, stdin="def make\n\nreturn the\r\n")
     assert done.code == 0, done.err
     said = spectool(*words, "--json", stdin="def make\n\nreturn the").json
-    assert said["schema_version"] == 1 and said["system"] == "be kind"
+    assert said["schema_version"] == 2 and said["system"] == "be kind"
     assert [m["content"] for m in said["messages"][::2]] == ["def make", "return the"]
     texts = [answer["text"] for answer in said["answers"]]
     assert texts == [m["content"] for m in said["messages"][1::2]]

@@ -144,7 +144,7 @@ def test_heads_are_compared_as_well(
             "medusa",
             source,
             tmp_path / "more",
-            "--from",
+            "--init-from",
             heads,
             "--data",
             text,

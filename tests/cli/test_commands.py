@@ -56,7 +56,7 @@ def test_quantize_and_inspect_say_what_the_files_hold(
     done = spectool("quantize", method, checkpoint("qwen3"), out, "--json")
     assert done.code == 0, done.err
     result = done.json
-    assert result["schema_version"] == 1
+    assert result["schema_version"] == 2
     wanted = {"out", "method", "bits_per_weight", "bytes", "seconds", "peak_rss_bytes", "layers"}
     assert wanted <= result.keys()
     assert {"name", "bits", "error"} == result["layers"][0].keys()

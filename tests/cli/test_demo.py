@@ -75,12 +75,12 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     assert steps["quantize"]["bits_per_weight"]["linears"] < 2
     assert all(fit["loss_after"] < fit["loss_start"]
                for fit in (block["fits"][0] for block in steps["quantize"]["blocks"]))  # fmt: skip
-    for run in (steps["bench"], *steps["bench"]["beside"]):
+    for run in (steps["bench"], *steps["bench"]["other_runs"]):
         assert all(row["identical"] == row["prompts"] for row in run["drafters"])
     for name in ("heads", "heads of packed"):
         heads = steps[name]
         assert heads["tokens_per_forward_estimate"] > heads["untrained_estimate"] + 0.3
-    for run in steps["bench"]["beside"]:
+    for run in steps["bench"]["other_runs"]:
         assert all(row["tokens_per_forward"] > 1.3 for row in run["drafters"][1:])
     assert "Traceback" not in done.stderr
     for command in result["next"]:

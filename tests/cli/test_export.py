@@ -28,7 +28,7 @@ def test_the_command(
         "medusa",
         source,
         tmp_path / "back",
-        "--from",
+        "--init-from",
         out,
         "--data",
         text,

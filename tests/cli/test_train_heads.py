@@ -76,12 +76,18 @@ def test_inspect_says_all_that_was_asked(
 ) -> None:
     source, out = checkpoint("llama"), tmp_path / "heads"
     text.write_text(text.read_text()[:1500])
-    asked = ("--pack", "--autocast", "bfloat16", "--features", f"offline:{tmp_path / 'kept'}")
+    asked = (
+        "--sequence-packing",
+        "--autocast",
+        "bfloat16",
+        "--features",
+        f"offline:{tmp_path / 'kept'}",
+    )
     done = spectool("train-heads", "medusa", source, out, "--data", text, *QUICK, *asked)
     assert done.code == 0, done.err
     assert f"plan: features kept in {tmp_path / 'kept'}" in done.err
     found = spectool("inspect", out, "--json").json
-    for said in ("--pack", "--autocast bfloat16", "--features offline:FEATURES"):
+    for said in ("--sequence-packing", "--autocast bfloat16", "--features offline:FEATURES"):
         assert said in found["command"]
     training = found["training"] | {
         "processes": 2, "optimizer": "adamw8bit", "regenerate": True, "regenerate_model": "tiny",
@@ -92,7 +98,7 @@ def test_inspect_says_all_that_was_asked(
     assert "--regenerate-url URL --regenerate-model tiny" in command
     # Heads from before there were these options.
     older = {key: training[key] for key in training if key not in (
-        "processes", "optimizer", "autocast", "features", "pack", "regenerate_model",
+        "processes", "optimizer", "autocast", "features", "sequence_packing", "regenerate_model",
     )}  # fmt: skip
     command = heads_command({**found, "training": older}) or ""
     assert command.startswith("spectool train-heads") and "--regenerate " in command

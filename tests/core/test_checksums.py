@@ -17,6 +17,7 @@ import xxhash
 from transformers import AutoModelForCausalLM
 
 from spectool import checksums
+from spectool.architecture import Architecture
 from spectool.artifact import ArtifactWriter
 from spectool.checkpoint import open_checkpoint
 from spectool.checksums import Checking, Checksums, Guard
@@ -25,7 +26,6 @@ from spectool.headers import PACKED_INDEX, read_layout
 from spectool.loading import load_model
 from spectool.methods import resolve
 from spectool.quantize.run import Job, quantize
-from spectool.skeleton import Skeleton
 
 JOB = Job(method="rtn", config=resolve("rtn", "quantizer").Config(bits=4))
 SHARDS = [f"packed-0000{index}-of-00003.safetensors" for index in range(3)]
@@ -102,16 +102,16 @@ def test_a_shard_is_compared_when_it_is_first_read_from(copied: Path) -> None:
     """Block by block, the others are not touched."""
     flip(copied / SHARDS[2])
     checkpoint = open_checkpoint(copied)
-    skeleton = Skeleton(checkpoint.layout)
-    first, second = skeleton.blocks
-    assert skeleton.read(checkpoint, skeleton.tensors_of(first))
+    architecture = Architecture(checkpoint.layout)
+    first, second = architecture.blocks
+    assert architecture.read(checkpoint, architecture.tensors_of(first))
     for _ in range(2):
         with pytest.raises(CheckpointError, match=SHARDS[2]):
-            skeleton.read(checkpoint, skeleton.tensors_of(second))
+            architecture.read(checkpoint, architecture.tensors_of(second))
     with pytest.raises(CheckpointError, match=SHARDS[2]):
         checkpoint.fingerprint()
     unchecked = open_checkpoint(copied, checksums=False)
-    assert skeleton.read(unchecked, skeleton.tensors_of(second))
+    assert architecture.read(unchecked, architecture.tensors_of(second))
 
 
 def test_a_shard_is_compared_once(artifacts: tuple[Path, Path], monkeypatch: Any) -> None:

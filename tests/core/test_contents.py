@@ -14,11 +14,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from spectool.architecture import Architecture, build_meta, read_config
 from spectool.decode.generate import Runner
 from spectool.errors import CheckpointError, InputError, UnsupportedError
 from spectool.headers import read_layout
 from spectool.loading import load_model, load_tokenizer
-from spectool.skeleton import Skeleton, build_meta, read_config
 
 Checkpoint = Callable[..., Path]
 
@@ -49,7 +49,7 @@ def test_sizes_that_differ(
     checkpoint: Checkpoint, tmp_path: Path, family: str, changes: dict[str, Any], said: str
 ) -> None:
     place = edited(checkpoint(family), tmp_path / "m", **changes)
-    for open_one in (load_model, lambda path: Skeleton(read_layout(path))):
+    for open_one in (load_model, lambda path: Architecture(read_layout(path))):
         with pytest.raises(CheckpointError, match=said) as caught:
             open_one(place)
         assert "\n" not in str(caught.value)
@@ -61,7 +61,7 @@ def test_tables_that_no_weight_bounds(checkpoint: Checkpoint, tmp_path: Path) ->
     config = read_config(place)
     config.head_dim = 10**12
     with pytest.raises(CheckpointError):
-        Skeleton(read_layout(edited(place, tmp_path / "n", head_dim=10**12)))
+        Architecture(read_layout(edited(place, tmp_path / "n", head_dim=10**12)))
 
 
 def test_a_classifier_is_called_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_encoders_are_refused_by_name(tmp_path: Path, family: str) -> None:
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
         if is_decoder:
             load_model(tmp_path)
-    for opened in (lambda: load_model(tmp_path), lambda: Skeleton(read_layout(tmp_path))):
+    for opened in (lambda: load_model(tmp_path), lambda: Architecture(read_layout(tmp_path))):
         with pytest.raises(UnsupportedError, match=r"no causal model: .* is_decoder false"):
             opened()
 
@@ -101,9 +101,9 @@ def test_odd_dtype_names_open_everywhere(checkpoint: Checkpoint, tmp_path: Path)
     assert load_model(place).dtype == torch.bfloat16
     assert load_model(place).config._name_or_path == str(place)
     assert load_tokenizer(place).vocab_size
-    assert Skeleton(read_layout(place)).config.dtype == torch.bfloat16
+    assert Architecture(read_layout(place)).config.dtype == torch.bfloat16
     wrong = edited(checkpoint("llama"), tmp_path / "w", dtype="int3")
-    for open_one in (load_model, load_tokenizer, lambda path: Skeleton(read_layout(path))):
+    for open_one in (load_model, load_tokenizer, lambda path: Architecture(read_layout(path))):
         with pytest.raises(CheckpointError, match=r'config.json is not valid: dtype is "int3"'):
             open_one(wrong)
 

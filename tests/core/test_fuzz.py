@@ -23,13 +23,13 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
+from spectool.architecture import Architecture
 from spectool.decode.generate import Runner
 from spectool.errors import InputError
 from spectool.headers import read_layout
 from spectool.loading import load_model, load_tokenizer
 from spectool.quantize import run
 from spectool.quantize.rtn import RTN
-from spectool.skeleton import Skeleton
 
 MUTANTS = int(os.environ.get("SPECTOOL_FUZZ", "2000"))
 SEED = os.environ.get("SPECTOOL_FUZZ_SEED", "0")
@@ -212,7 +212,7 @@ def open_all(path: Path) -> tuple[bool, list[BaseException]]:
     layout = attempt(lambda: read_layout(path))
     if layout is not None:
         attempt(lambda: layout.context)
-        attempt(lambda: Skeleton(layout))
+        attempt(lambda: Architecture(layout))
     model = attempt(lambda: load_model(path))
     tokenizer = attempt(lambda: load_tokenizer(path))
     if model is not None and tokenizer is not None:

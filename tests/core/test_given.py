@@ -66,9 +66,9 @@ DIRECTORIES: list[tuple[Files, str, str]] = [
             }
         },
         "for org/big",
-        "--from",
+        "--init-from",
     ),
-    ({"config.json": {"medusa_num_heads": 3}}, "is a drafter", "--from"),
+    ({"config.json": {"medusa_num_heads": 3}}, "is a drafter", "--init-from"),
     (
         {"config.json": {"model_type": "t5", "is_encoder_decoder": True}},
         "t5 is an encoder-decoder",

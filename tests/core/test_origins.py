@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import spectool
+from spectool.architecture import Architecture
 from spectool.checkpoint import open_checkpoint
 from spectool.errors import CheckpointError
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows
 from spectool.headers import DENSE_FILE, DENSE_INDEX, read_layout
 from spectool.quantize.int8 import Int8
 from spectool.quantize.run import Job, quantize
-from spectool.skeleton import Skeleton
 
 Checkpoints = Callable[..., Path]
 Tensors = dict[str, Tensor]
@@ -145,7 +145,7 @@ def test_absent_output_matrix_is_refused(checkpoint: Checkpoints, tmp_path: Path
     tensors = load_file(place / DENSE_FILE)
     del tensors[HEAD]
     _save(place, tensors)
-    for refused in (lambda: spectool.load(place), lambda: Skeleton(read_layout(place))):
+    for refused in (lambda: spectool.load(place), lambda: Architecture(read_layout(place))):
         with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
             refused()
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PhimoeConfig
 
 import spectool
+from spectool.architecture import Architecture
 from spectool.errors import UsageError
 from spectool.headers import read_layout
+from spectool.matrices import computes_product, find_matrices, stay_dense
 from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.int8 import Int8
 from spectool.quantize.plan import make_plan
 from spectool.quantize.run import Job, quantize
-from spectool.sites import computes_product, find_sites, stay_dense
-from spectool.skeleton import Skeleton
 
 Checkpoints = Callable[..., Path]
 
@@ -52,7 +52,7 @@ class Listens(nn.Linear):
 def test_a_subclass_is_plain_if_it_computes_the_product(kind: type[nn.Linear], plain: bool) -> None:
     assert computes_product(kind) is plain
     block = nn.Sequential(kind(6, 4), nn.Linear(4, 4))
-    names = [site.name for site in find_sites(block, "b")]
+    names = [matrix.name for matrix in find_matrices(block, "b")]
     assert names == (["b.0", "b.1"] if plain else ["b.1"])
     if not plain:
         assert stay_dense(block, "b") == {"b.0": f"{kind.__name__} is no plain linear layer"}
@@ -105,15 +105,19 @@ def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path:
     with torch.inference_mode():
         want, got = (model(input_ids=ids_BL, use_cache=False).logits for model in models)
     assert 0 < float((want - got).norm() / want.norm()) < 0.2
-    skeleton = Skeleton(read_layout(source))
-    reasons = [reason for block in skeleton.blocks for reason in skeleton.dense(block).values()]
+    architecture = Architecture(read_layout(source))
+    reasons = [
+        reason for block in architecture.blocks for reason in architecture.dense(block).values()
+    ]
     assert "shares its weight with another block" in reasons
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen3_next", "jamba"])
 def test_routers_stay_dense(checkpoint: Checkpoints, family: str) -> None:
-    skeleton = Skeleton(read_layout(checkpoint(family)))
-    names = [site.name for block in skeleton.blocks for site in skeleton.sites(block)]
+    architecture = Architecture(read_layout(checkpoint(family)))
+    names = [
+        matrix.name for block in architecture.blocks for matrix in architecture.matrices(block)
+    ]
     assert any(".experts." in name for name in names)
     assert not any(name.endswith(("router", ".gate", "expert_gate")) for name in names)
 
@@ -173,10 +177,10 @@ def test_router_that_is_a_subclass(phimoe: Path, tmp_path: Path) -> None:
 
 
 def test_rules_for_what_stays_dense(phimoe: Path) -> None:
-    skeleton = Skeleton(read_layout(phimoe))
+    architecture = Architecture(read_layout(phimoe))
     choice = Choice("int8", Int8.Config())
-    name = f"{skeleton.blocks[0]}.mlp.router"
-    skipped = make_plan(skeleton, choice, rules=[Rule("*.router", None, "--skip")]).skipped
+    name = f"{architecture.blocks[0]}.mlp.router"
+    skipped = make_plan(architecture, choice, rules=[Rule("*.router", None, "--skip")]).skipped
     assert skipped[name] == "chooses or weighs experts"
     with pytest.raises(UsageError, match=r"router stays dense: chooses"):
-        make_plan(skeleton, choice, rules=[Rule("*.router", choice, "rule 1")])
+        make_plan(architecture, choice, rules=[Rule("*.router", choice, "rule 1")])

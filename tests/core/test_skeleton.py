@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spectool
+from spectool.architecture import Architecture, matches, model_class, read_config
 from spectool.checkpoint import open_checkpoint
 from spectool.errors import CheckpointError, UnsupportedError
 from spectool.headers import read_layout
+from spectool.matrices import find_matrices
 from spectool.packed import packed_modules
 from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job, quantize
-from spectool.sites import find_sites
-from spectool.skeleton import Skeleton, matches, model_class, read_config
 
 Checkpoints = Callable[..., Path]
 
@@ -42,48 +42,52 @@ KNOWN = {
 
 @pytest.mark.parametrize("family", list(KNOWN))
 def test_blocks_and_matrices(checkpoint: Checkpoints, family: str) -> None:
-    skeleton = Skeleton(read_layout(checkpoint(family)))
+    architecture = Architecture(read_layout(checkpoint(family)))
     block, names = KNOWN[family]
-    assert skeleton.blocks == [block[:-1] + index for index in "01"]
-    sites = skeleton.sites(block)
-    assert [site.name for site in sites] == [f"{block}.{name}" for name in names]
+    assert architecture.blocks == [block[:-1] + index for index in "01"]
+    matrices = architecture.matrices(block)
+    assert [matrix.name for matrix in matrices] == [f"{block}.{name}" for name in names]
     model = AutoModelForCausalLM.from_pretrained(checkpoint(family))
     tensors = dict(model.named_parameters())
-    for site in sites:
-        weight_nm = site.weight_nm(tensors)
-        assert weight_nm.shape == site.shape
-        module = model.get_submodule(site.name)
-        x_m = torch.randn(1, site.shape[1])
+    for matrix in matrices:
+        weight_nm = matrix.weight_nm(tensors)
+        assert weight_nm.shape == matrix.shape
+        module = model.get_submodule(matrix.name)
+        x_m = torch.randn(1, matrix.shape[1])
         bias = module.bias if module.bias is not None else 0
         torch.testing.assert_close(module(x_m), x_m @ weight_nm.T + bias)
-    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    assert all(parameter.is_meta for parameter in architecture.model.parameters())
 
 
 def test_every_stored_tensor_is_in_a_block_or_outside(checkpoint: Checkpoints) -> None:
     for family in ("llama", "gpt2", "opt", "mixtral"):
         checkpoint_ = open_checkpoint(checkpoint(family))
-        skeleton = Skeleton(checkpoint_.layout)
-        inside = [name for block in skeleton.blocks for name in skeleton.tensors_of(block)]
-        names = inside + skeleton.tensors_outside()
+        architecture = Architecture(checkpoint_.layout)
+        inside = [name for block in architecture.blocks for name in architecture.tensors_of(block)]
+        names = inside + architecture.tensors_outside()
         assert len(names) == len(set(names))
-        read = skeleton.read(checkpoint_, names)
+        read = architecture.read(checkpoint_, names)
         want = AutoModelForCausalLM.from_pretrained(checkpoint(family)).state_dict()
         assert all(torch.equal(read[name], want[name]) for name in read)
-        tied = set(skeleton.model.all_tied_weights_keys)
+        tied = set(architecture.model.all_tied_weights_keys)
         assert set(want) - tied <= set(read)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_are_slices_of_fused_tensors(checkpoint: Checkpoints, family: str) -> None:
     checkpoint_ = open_checkpoint(checkpoint(family))
-    skeleton = Skeleton(checkpoint_.layout)
-    experts = [site for site in skeleton.sites(skeleton.blocks[0]) if site.expert is not None]
-    assert [site.expert for site in experts] == [0, 1, 2, 3] * 2
-    tensors = skeleton.read(checkpoint_, [site.parameter for site in experts])
-    for site in experts:
-        weight_nm = site.weight_nm(tensors)
-        assert weight_nm.shape == site.shape
-        assert torch.equal(weight_nm, tensors[site.parameter][site.expert])
+    architecture = Architecture(checkpoint_.layout)
+    experts = [
+        matrix
+        for matrix in architecture.matrices(architecture.blocks[0])
+        if matrix.expert is not None
+    ]
+    assert [matrix.expert for matrix in experts] == [0, 1, 2, 3] * 2
+    tensors = architecture.read(checkpoint_, [matrix.parameter for matrix in experts])
+    for matrix in experts:
+        weight_nm = matrix.weight_nm(tensors)
+        assert weight_nm.shape == matrix.shape
+        assert torch.equal(weight_nm, tensors[matrix.parameter][matrix.expert])
 
 
 def test_twelve_experts_keep_their_order(checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -119,8 +123,8 @@ def test_transposed_experts(tmp_path: Path) -> None:
     with torch.inference_mode():
         want, got = (part(input_ids=ids, use_cache=False).logits for part in (original, model))
         dense = spectool.load(tmp_path / "out", runtime="dense")(input_ids=ids, use_cache=False)
-    sites = list(find_sites(original.model.layers[0], "model.layers.0"))
-    assert {site.transposed for site in sites if site.expert is not None} == {True}
+    matrices = list(find_matrices(original.model.layers[0], "model.layers.0"))
+    assert {matrix.transposed for matrix in matrices if matrix.expert is not None} == {True}
     assert float((got - want).square().mean() / want.square().mean()) < 1e-3
     torch.testing.assert_close(dense.logits, got, rtol=1e-4, atol=1e-4)
 
@@ -193,12 +197,12 @@ def test_missing_tensor_is_named(checkpoint: Checkpoints, tmp_path: Path) -> Non
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"in no file: 1, the first model\.norm"):
-        Skeleton(read_layout(tmp_path / "source"))
+        Architecture(read_layout(tmp_path / "source"))
 
 
 def test_tied_head_may_be_absent_or_stored(checkpoint: Checkpoints, tmp_path: Path) -> None:
     source = checkpoint("llama-tied")
-    assert "lm_head.weight" not in Skeleton(read_layout(source)).origins
+    assert "lm_head.weight" not in Architecture(read_layout(source)).origins
     shutil.copytree(source, tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -262,7 +266,7 @@ def test_tensor_of_another_shape_is_named(
     tensors[name] = tensors[name][1:].clone()
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{name} is .*, but the configuration says"):
-        Skeleton(read_layout(tmp_path / "source"))
+        Architecture(read_layout(tmp_path / "source"))
 
 
 @pytest.mark.parametrize(

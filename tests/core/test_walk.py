@@ -12,12 +12,12 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig
 
+from spectool.architecture import Architecture
 from spectool.checkpoint import open_checkpoint
 from spectool.errors import UnsupportedError
 from spectool.quantize.gptq import GPTQ
 from spectool.quantize.run import Job, quantize
-from spectool.skeleton import Skeleton
-from spectool.walk import Activations, Call, Surroundings, Tap, run_block
+from spectool.walk import Activations, BlockProbe, Call, ModelShell, run_block
 
 from ..conftest import tokenizer
 
@@ -26,24 +26,26 @@ Checkpoints = Callable[..., Path]
 IDS_BL = torch.randint(2, 300, (3, 37), generator=torch.Generator().manual_seed(0))
 
 
-def surroundings(source: Path, dtype: torch.dtype = torch.float32) -> Surroundings:
+def shell(source: Path, dtype: torch.dtype = torch.float32) -> ModelShell:
     opened = open_checkpoint(source)
-    skeleton = Skeleton(opened.layout)
-    return Surroundings(skeleton, opened, dtype=dtype, device=torch.device("cpu"), with_head=True)
+    architecture = Architecture(opened.layout)
+    return ModelShell(
+        architecture, opened, dtype=dtype, device=torch.device("cpu"), with_lm_head=True
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt_neox"])
 def test_blocks_receive_what_the_model_gives_them(checkpoint: Checkpoints, family: str) -> None:
     source = checkpoint(family)
-    around = surroundings(source)
+    around = shell(source)
     model = AutoModelForCausalLM.from_pretrained(source)
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    for name in around.skeleton.blocks:
+    for name in around.architecture.blocks:
         model.get_submodule(name).register_forward_pre_hook(
             lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
         )
     hiddens = []
-    for name in around.skeleton.blocks:
+    for name in around.architecture.blocks:
         model.get_submodule(name).register_forward_hook(
             lambda m, args, out: hiddens.append(out[0] if isinstance(out, tuple) else out)
         )
@@ -69,30 +71,30 @@ def same(first: Any, second: Any) -> bool:
 
 
 def test_only_what_surrounds_the_blocks_is_loaded(checkpoint: Checkpoints) -> None:
-    around = surroundings(checkpoint("llama"))
+    around = shell(checkpoint("llama"))
     around.embed(torch.tensor([[7, 3, 7]]))
     real = {name: p.shape for name, p in around.model.named_parameters() if not p.is_meta}
     # Of the input embedding only the rows that a batch needs, and only while it does.
     assert around.model.model.embed_tokens.embedding.weight.shape[1] == 1
     assert set(real) == {"model.norm.weight", "lm_head.weight"}
-    tied = surroundings(checkpoint("llama-tied")).model
+    tied = shell(checkpoint("llama-tied")).model
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
 def test_without_head_only_rows_of_a_tied_table_are_loaded(checkpoint: Checkpoints) -> None:
     opened = open_checkpoint(checkpoint("llama-tied"))
-    skeleton = Skeleton(opened.layout)
+    architecture = Architecture(opened.layout)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
-    around = Surroundings(skeleton, opened, with_head=False, **where)
+    around = ModelShell(architecture, opened, with_lm_head=False, **where)
     hidden_BLD = around.embed(IDS_BL)
     table = opened.read("model.embed_tokens.weight")
     assert torch.equal(hidden_BLD, table[IDS_BL])
     assert around.model.lm_head.weight.is_meta
-    assert len(around.calls(2, 9)) == len(skeleton.blocks)
+    assert len(around.calls(2, 9)) == len(architecture.blocks)
 
 
 def test_dtype_of_activations(checkpoint: Checkpoints) -> None:
-    around = surroundings(checkpoint("llama"), torch.bfloat16)
+    around = shell(checkpoint("llama"), torch.bfloat16)
     hidden_BLD = around.embed(IDS_BL)
     assert hidden_BLD.dtype == torch.bfloat16
     assert around.logits(IDS_BL, hidden_BLD).dtype == torch.bfloat16
@@ -106,12 +108,12 @@ def test_a_norm_that_stays_in_float32_is_not_rounded_first(tmp_path: Path) -> No
     model = AutoModelForCausalLM.from_config(config)
     torch.nn.init.normal_(model.model.norm.weight)
     model.save_pretrained(tmp_path)
-    norm = surroundings(tmp_path, torch.float16).model.model.norm.weight
+    norm = shell(tmp_path, torch.float16).model.model.norm.weight
     assert norm.dtype == torch.float32 and torch.equal(norm, model.model.norm.weight)
 
 
 def test_calls_are_made_for_each_shape(checkpoint: Checkpoints) -> None:
-    around = surroundings(checkpoint("llama"))
+    around = shell(checkpoint("llama"))
     first = around.calls(2, 9)
     assert around.calls(2, 9) is first
     cos, _ = first[0].kwargs["position_embeddings"]
@@ -123,13 +125,13 @@ def test_calls_are_made_for_each_shape(checkpoint: Checkpoints) -> None:
 def test_model_whose_blocks_look_at_the_text_is_refused(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    around = surroundings(checkpoint("llama"))
-    original = Tap.forward
+    around = shell(checkpoint("llama"))
+    original = BlockProbe.forward
 
-    def forward(self: Tap, hidden_BLD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: BlockProbe, hidden_BLD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return original(self, hidden_BLD, *args, **kwargs, extra=hidden_BLD.sum())
 
-    monkeypatch.setattr(Tap, "forward", forward)
+    monkeypatch.setattr(BlockProbe, "forward", forward)
     with pytest.raises(UnsupportedError, match="cannot be walked block by block"):
         around.calls(1, 4)
 
@@ -137,15 +139,15 @@ def test_model_whose_blocks_look_at_the_text_is_refused(
 def test_tap_answers_for_its_block() -> None:
     block = nn.Linear(3, 3)
     block.attention_type = "full_attention"  # type: ignore[assignment]
-    tap = Tap(block)
-    assert tap.attention_type == "full_attention" and not list(tap.parameters())
+    probe = BlockProbe(block)
+    assert probe.attention_type == "full_attention" and not list(probe.parameters())
     x = torch.randn(1, 2, 3)
-    assert tap(x, 1, key=2) is x and tap.call == Call((1,), {"key": 2})
-    tap.more, tap.override = (None,), x + 1
-    assert tap(x) == (tap.override, None)
-    assert not tap.reached and tap.weight is block.weight and tap.reached == {"weight"}
+    assert probe(x, 1, key=2) is x and probe.call == Call((1,), {"key": 2})
+    probe.more, probe.override = (None,), x + 1
+    assert probe(x) == (probe.override, None)
+    assert not probe.reached and probe.weight is block.weight and probe.reached == {"weight"}
     with pytest.raises(AttributeError):
-        tap.nothing_of_this_name  # noqa: B018
+        probe.nothing_of_this_name  # noqa: B018
 
 
 @pytest.mark.parametrize("family", ["bamba", "falcon_h1", "mamba", "jamba"])
@@ -155,12 +157,12 @@ def test_blocks_one_by_one_are_the_model(
 ) -> None:
     source = checkpoint(family)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    around, opened = surroundings(source, dtype), open_checkpoint(source)
+    around, opened = shell(source, dtype), open_checkpoint(source)
     hidden_BLD = around.embed(IDS_BL)
-    skeleton = around.skeleton
-    for name, call in zip(skeleton.blocks, around.calls(*IDS_BL.shape), strict=True):
-        tensors = skeleton.read(opened, skeleton.tensors_of(name))
-        block = skeleton.materialise(name, tensors, dtype=dtype, device=torch.device("cpu"))
+    architecture = around.architecture
+    for name, call in zip(architecture.blocks, around.calls(*IDS_BL.shape), strict=True):
+        tensors = architecture.read(opened, architecture.tensors_of(name))
+        block = architecture.materialise(name, tensors, dtype=dtype, device=torch.device("cpu"))
         hidden_BLD = run_block(block, call, hidden_BLD)
     with torch.inference_mode():
         want = model(input_ids=IDS_BL, use_cache=False).logits

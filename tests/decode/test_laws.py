@@ -180,12 +180,12 @@ def reported(change: Callable[[Tensor], Tensor]) -> Callable[[Draft, Tensor, Ste
     """The rule, told that tokens were drawn from something they were not drawn from."""
     true_rule = verify.rejection
 
-    def rule(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
+    def verifier(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
         if draft.probs_NV is not None:
             draft.probs_NV = change(draft.probs_NV)
         return true_rule(draft, probs_NV, rng)
 
-    return rule
+    return verifier
 
 
 def shared_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,13 +196,13 @@ def shared_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 def as_if_drawn(kind: Kind) -> Callable[[Draft, Tensor, StepRandom], Verdict]:
     """The rejection rule, told that nodes were drawn otherwise, from a flat law if from none."""
 
-    def rule(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
+    def verifier(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
         draft.kinds = [kind] * len(draft)
         if draft.probs_NV is None:
             draft.probs_NV = torch.full_like(probs_NV, 1 / VOCAB)
         return verify.rejection(draft, probs_NV, rng)
 
-    return rule
+    return verifier
 
 
 def pruned(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
@@ -244,9 +244,11 @@ SLOW = {
     "fault", [pytest.param(f, marks=[pytest.mark.slow] if f in SLOW else []) for f in FAULTS]
 )
 def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair, name, rule = FAULTS[fault]
-    faulty = verify.Verification(name, rule, True)
-    monkeypatch.setattr("spectool.decode.generate.rule_for", lambda *given, **options: faulty)
+    pair, name, verifier = FAULTS[fault]
+    faulty = verify.Verification(name, verifier, True)
+    monkeypatch.setattr(
+        "spectool.decode.generate.choose_verifier", lambda *given, **options: faulty
+    )
     counts = sample(runner_for(pair), SAMPLES, temperature=1.0)
     assert not agrees(counts, exact_probs(toy(0), SamplingParams(temperature=1.0)))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from spectool.decode import tree, verify
 from spectool.decode.sampling import StepRandom
 from spectool.decode.tree import Draft
-from spectool.decode.verify import Rule, Verdict, resolve_paths, rule_for, walk
+from spectool.decode.verify import Verdict, Verifier, choose_verifier, resolve_paths, walk
 from spectool.errors import UsageError
 
 LogProbs = dict[tuple[int, ...], Tensor]
@@ -55,13 +55,13 @@ class Branches:
 
 
 def outcomes(
-    rule: Rule, draft: Draft, probs_NV: Tensor, *, late: bool = False
+    verifier: Verifier, draft: Draft, probs_NV: Tensor, *, late: bool = False
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """Every committed sequence (the path's drafted tokens, then the emitted one), its weight."""
     choices: list[int] | None = []
     while choices is not None:
         rng = Branches(choices, late=late)
-        if (verdict := rule(draft, probs_NV, rng)) is not None and rng.weight > 0:
+        if (verdict := verifier(draft, probs_NV, rng)) is not None and rng.weight > 0:
             [(path, token)], _ = resolve_paths([draft], [verdict])
             drafted = tuple(draft.tokens[node] for node in path[1:])
             if rng.probs is None:
@@ -102,7 +102,7 @@ def node_probs(p: LogProbs, draft: Draft) -> Tensor:
 
 
 def worst_error(
-    rule: Rule,
+    verifier: Verifier,
     drafts: list[tuple[Draft, float]],
     p: LogProbs,
     vocab: int,
@@ -113,7 +113,7 @@ def worst_error(
     """Largest error of a sequence's probability after one step and plain sampling from there."""
     total = dict.fromkeys(itertools.product(range(vocab), repeat=length), 0.0)
     for draft, draft_weight in drafts:
-        for committed, weight in outcomes(rule, draft, node_probs(p, draft), late=late):
+        for committed, weight in outcomes(verifier, draft, node_probs(p, draft), late=late):
             for whole, rest in sequence_probs(p, vocab, length, committed).items():
                 total[whole] += draft_weight * weight * float(rest)
     exact = sequence_probs(p, vocab, length)
@@ -137,12 +137,12 @@ def truthful(q: LogProbs, prefix: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize("rule", [verify.rejection, verify.k_seq])
 @pytest.mark.parametrize(("vocab", "depth"), [(2, 2), (3, 2), (5, 1)])
-def test_rules_are_exact_for_sampled_chains(rule: Rule, vocab: int, depth: int) -> None:
+def test_rules_are_exact_for_sampled_chains(verifier: Verifier, vocab: int, depth: int) -> None:
     for seed in range(3):
         p, q = random_probs(seed, vocab, depth + 1), random_probs(50 + seed, vocab, depth)
         drafts = sampled_chains(q, vocab, depth, truthful)
         # The root of K-SEQ's equation is only as exact as its halving, but its law is for any.
-        assert worst_error(rule, drafts, p, vocab, depth + 1, late=True) < 1e-12
+        assert worst_error(verifier, drafts, p, vocab, depth + 1, late=True) < 1e-12
 
 
 def test_rejection_is_exact_where_the_draft_is_right_and_where_it_has_no_laws() -> None:
@@ -216,13 +216,13 @@ SIBLINGS = [
 def test_rules_are_exact_for_sampled_siblings(
     name: str, kind: tree.Kind, vocab: int, counts: list[list[int]]
 ) -> None:
-    rule: Rule = {"rejection": verify.rejection, "k-seq": verify.k_seq}[name]
+    verifier: Verifier = {"rejection": verify.rejection, "k-seq": verify.k_seq}[name]
     length = 3 if counts[1] else 2
     for seed in range(1 if counts[1] else 2):
         p, q = random_probs(seed, vocab, length), random_probs(50 + seed, vocab, length - 1)
         drafts = list(sampled_trees(q, kind, counts))
         assert sum(weight for _, weight in drafts) == pytest.approx(1)
-        assert worst_error(rule, drafts, p, vocab, length, late=True) < 1e-9
+        assert worst_error(verifier, drafts, p, vocab, length, late=True) < 1e-9
 
 
 def test_rejection_is_exact_for_fixed_trees_and_mixed_ones() -> None:
@@ -243,11 +243,11 @@ def test_rejection_is_exact_for_fixed_trees_and_mixed_ones() -> None:
 def test_siblings_are_worth_their_nodes() -> None:
     """More draws are accepted more often, distinct ones and K-SEQ's more often than rejection's."""
 
-    def share(rule: Rule, kind: tree.Kind, count: int) -> float:
+    def share(verifier: Verifier, kind: tree.Kind, count: int) -> float:
         p, q = random_probs(5, 4, 2), random_probs(55, 4, 1)
         total = 0.0
         for draft, weight in sampled_trees(q, kind, [[count], []]):
-            for committed, chance in outcomes(rule, draft, node_probs(p, draft), late=True):
+            for committed, chance in outcomes(verifier, draft, node_probs(p, draft), late=True):
                 total += weight * chance * (len(committed) > 1)
         return total
 
@@ -320,7 +320,7 @@ def test_planted_faults_are_found() -> None:
     top = (best[()], best[(best[()],)])
     topk = tree.chain([0, *top], kind="deterministic", probs_NV=torch.stack([q[()], q[top[:1]]]))
     as_if_drawn = tree.chain(topk.tokens, kind="iid", probs_NV=topk.probs_NV)
-    faulty: list[tuple[Rule, list[tuple[Draft, float]]]] = [
+    faulty: list[tuple[Verifier, list[tuple[Draft, float]]]] = [
         (without_residual, sampled_chains(q, 3, 2, truthful)),
         (verify.rejection, swapped),
         (verify.rejection, stale),
@@ -328,8 +328,8 @@ def test_planted_faults_are_found() -> None:
         (verify.greedy, [(topk, 1.0)]),
         (drawn_per_child, [(tree.trie(0, [[0], [1]], nodes=2), 1.0)]),
     ]
-    for rule, drafts in faulty:
-        assert worst_error(rule, drafts, p, 3, 3) > 1e-2
+    for verifier, drafts in faulty:
+        assert worst_error(verifier, drafts, p, 3, 3) > 1e-2
 
 
 def test_walk_follows_the_longest_accepted_path() -> None:
@@ -356,7 +356,7 @@ def test_settle_takes_rows_of_both_sorts() -> None:
     )
 
 
-def sibling_faults() -> Iterator[tuple[str, Rule, list[tuple[Draft, float]]]]:
+def sibling_faults() -> Iterator[tuple[str, Verifier, list[tuple[Draft, float]]]]:
     """Faults seen in real code, each with the rule that it hides in."""
     q = {(): torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)}
     distinct = list(sampled_trees(q, "distinct", [[2], []]))
@@ -384,22 +384,25 @@ def sibling_faults() -> Iterator[tuple[str, Rule, list[tuple[Draft, float]]]]:
 
 @pytest.mark.parametrize(("name", "rule", "drafts"), list(sibling_faults()))
 def test_planted_faults_among_siblings_are_found(
-    name: str, rule: Rule, drafts: list[tuple[Draft, float]]
+    name: str, verifier: Verifier, drafts: list[tuple[Draft, float]]
 ) -> None:
     worst = max(
-        worst_error(rule, drafts, random_probs(seed, 3, 2), 3, 2, late=True) for seed in range(4)
+        worst_error(verifier, drafts, random_probs(seed, 3, 2), 3, 2, late=True)
+        for seed in range(4)
     )
     assert worst > 1e-2, name
 
 
 def test_default_rules_are_exact() -> None:
-    assert rule_for(("iid",), None, temperature=1, lossy=False).name == "rejection"
-    assert rule_for(("distinct",), None, temperature=1, lossy=False).name == "rejection"
-    assert rule_for(("deterministic",), None, temperature=1, lossy=False).name == "token-match"
-    assert rule_for((), None, temperature=1, lossy=False).lossless
+    assert choose_verifier(("iid",), None, temperature=1, lossy=False).name == "rejection"
+    assert choose_verifier(("distinct",), None, temperature=1, lossy=False).name == "rejection"
+    assert (
+        choose_verifier(("deterministic",), None, temperature=1, lossy=False).name == "token-match"
+    )
+    assert choose_verifier((), None, temperature=1, lossy=False).lossless
     for name in (None, "greedy", "token-match", "rejection", "k-seq", "typical"):
-        verification = rule_for(("deterministic",), name, temperature=0, lossy=False)
-        assert verification.rule is verify.greedy
+        verification = choose_verifier(("deterministic",), name, temperature=0, lossy=False)
+        assert verification.verifier is verify.greedy
         assert verification.lossless
 
 
@@ -409,22 +412,22 @@ def test_default_rules_are_exact() -> None:
 )
 def test_inexact_pairs_are_refused_or_said(kinds: tuple[tree.Kind, ...], name: str) -> None:
     with pytest.raises(UsageError, match="changes the law") as refusal:
-        rule_for(kinds, name, temperature=0.7, lossy=False)
+        choose_verifier(kinds, name, temperature=0.7, lossy=False)
     assert "--lossy" in str(refusal.value.hint)
-    assert not rule_for(kinds, name, temperature=0.7, lossy=True).lossless
+    assert not choose_verifier(kinds, name, temperature=0.7, lossy=True).lossless
 
 
 @pytest.mark.parametrize("kinds", [("deterministic",), ("distinct",), ("iid", "deterministic")])
 def test_k_seq_is_for_independent_draws(kinds: tuple[tree.Kind, ...]) -> None:
     with pytest.raises(UsageError, match="independent draws"):
-        rule_for(kinds, "k-seq", temperature=1, lossy=True)
-    assert rule_for(("iid",), "k-seq", temperature=1, lossy=False).lossless
+        choose_verifier(kinds, "k-seq", temperature=1, lossy=True)
+    assert choose_verifier(("iid",), "k-seq", temperature=1, lossy=False).lossless
 
 
 def test_lossy_does_not_spoil_an_exact_pair() -> None:
-    assert rule_for(("iid",), "token-match", temperature=1, lossy=True).lossless
+    assert choose_verifier(("iid",), "token-match", temperature=1, lossy=True).lossless
 
 
 def test_unknown_rule() -> None:
     with pytest.raises(UsageError, match="no rule is called 'chian'"):
-        rule_for((), "chian", temperature=0, lossy=False)
+        choose_verifier((), "chian", temperature=0, lossy=False)

@@ -42,7 +42,7 @@ def make(train: Train, checkpoint: Checkpoint, tmp_path: Path) -> Make:
 
 
 def back(train: Train, source: Path, served: Path, method: str, **options: Any) -> Path:
-    train(source, "back", method=method, options=options, steps=0, begin=str(served))
+    train(source, "back", method=method, options=options, steps=0, init_from=str(served))
     return served.parent / "back"
 
 
@@ -226,7 +226,7 @@ def test_an_embedding_in_half_precision_is_the_targets(
     train(source, "heads", method="eagle3", steps=0)
     exchange.export(tmp_path / "heads", str(source), tmp_path / "served", "speculators")
     where = {"dtype": torch.float32}
-    train(source, "back", method="eagle3", steps=0, begin=str(tmp_path / "served"), where=where)
+    train(source, "back", method="eagle3", steps=0, init_from=str(tmp_path / "served"), where=where)
     assert equal(tmp_path / "back", tmp_path / "heads")
 
 
@@ -280,23 +280,25 @@ def test_training_goes_on_from_heads(train: Train, checkpoint: Checkpoint, tmp_p
     source = checkpoint("llama")
     first = train(source, "first", method="hydra", steps=30)
     place = str(tmp_path / "first")
-    again = train(source, "again", method="hydra", steps=0, begin=place)
+    again = train(source, "again", method="hydra", steps=0, init_from=place)
     assert equal(tmp_path / "first", tmp_path / "again")
     assert again.initial["score"] == pytest.approx(first.tokens_per_forward)
-    assert again.record.training["begin"].startswith("sha256:")
-    assert first.record.training["begin"] is None
-    more = train(source, "more", method="hydra", steps=30, begin=place)
+    assert again.record.training["init_from"].startswith("sha256:")
+    assert first.record.training["init_from"] is None
+    more = train(source, "more", method="hydra", steps=30, init_from=place)
     assert more.tokens_per_forward >= first.tokens_per_forward
     assert not equal(tmp_path / "first", tmp_path / "more")
     with pytest.raises(UsageError, match=r"guess 320 tokens"):
-        train(source, "other", method="hydra", options={"draft_vocab": 30}, steps=0, begin=place)
+        train(
+            source, "other", method="hydra", options={"draft_vocab": 30}, steps=0, init_from=place
+        )
     record = tmp_path / "first" / "spectool_heads.json"
     record.write_text(record.read_text().replace('"tokenizer": "sha256:', '"tokenizer": "sha256:0'))
     with pytest.raises(CheckpointError, match="another tokenizer"):
-        train(source, "other", method="hydra", steps=0, begin=place)
+        train(source, "other", method="hydra", steps=0, init_from=place)
     record.write_text(record.read_text().replace('"sha256:0', '"sha256:'))
     with pytest.raises(SpectoolError, match="is absent, expected"):
-        train(source, "other", method="hydra", options={"num_heads": 5}, steps=0, begin=place)
+        train(source, "other", method="hydra", options={"num_heads": 5}, steps=0, init_from=place)
     assert not list(tmp_path.glob("other*"))
 
 

@@ -139,11 +139,13 @@ def test_packed_texts_are_taken_from_a_store_as_well(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, losses = checkpoint("llama"), Losses()
-    asked = {"method": "hydra", "learning_rate": 1e-4, "pack": True}
+    asked = {"method": "hydra", "learning_rate": 1e-4, "sequence_packing": True}
     for kind in ("online", "hybrid"):
         train(source, kind, features=kind, where=losses.watch(kind), **asked)
     assert losses["hybrid"] == pytest.approx(losses["online"], abs=1e-5)
-    assert json.loads((tmp_path / "online" / "spectool_heads.json").read_text())["training"]["pack"]
+    assert json.loads((tmp_path / "online" / "spectool_heads.json").read_text())["training"][
+        "sequence_packing"
+    ]
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])

@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from spectool.distill import samples as room
-from spectool.distill.samples import Sample, batches, join, packs, pad, read_samples, split
+from spectool.distill.samples import (
+    Sample,
+    batches,
+    join,
+    pad,
+    read_samples,
+    split,
+    pack_sequences,
+)
 from spectool.errors import TextError
 from spectool.rows import Row
 from spectool.text import Reading
@@ -229,16 +237,16 @@ def test_packed_rows_hold_every_sample_once_an_epoch_and_little_else() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(5, 90, (101,), generator=generator).tolist()
     samples = [Sample([1] * n, [True] * n) for n in lengths]
-    made = packs(samples, width=100, batch_tokens=300, steps=None, epochs=2, seed=3)
+    made = pack_sequences(samples, width=100, batch_tokens=300, steps=None, epochs=2, seed=3)
     seen = [index for step in made for row in step for index in row]
     assert sorted(seen) == sorted([*range(101)] * 2) and seen[:101] != seen[101:]
     rows = [sum(lengths[i] for i in row) for step in made for row in step]
     assert max(rows) <= 100 and sum(rows) > 0.97 * 100 * len(rows)
     assert {len(step) for step in made[: len(made) // 2 - 1]} == {3}
     how = {"width": 100, "batch_tokens": 300, "epochs": 1, "seed": 3}
-    assert packs(samples, steps=5, **how) == made[:5]
-    assert len(packs(samples, steps=len(made) + 4, **how)) == len(made) + 4
-    assert packs(samples[:1], steps=2, **{**how, "batch_tokens": 32}) == [[[0]], [[0]]]
+    assert pack_sequences(samples, steps=5, **how) == made[:5]
+    assert len(pack_sequences(samples, steps=len(made) + 4, **how)) == len(made) + 4
+    assert pack_sequences(samples[:1], steps=2, **{**how, "batch_tokens": 32}) == [[[0]], [[0]]]
 
 
 def test_joined_rows_say_which_token_is_whose() -> None:

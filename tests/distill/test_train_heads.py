@@ -356,8 +356,10 @@ def test_heads_that_cannot_tell_texts_apart_refuse_packed_rows(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spectool.decode.drafters.medusa.MedusaHeads.packs", False)
-    with pytest.raises(UsageError, match="--pack: medusa heads learn from rows of one text only"):
-        train(checkpoint("llama"), pack=True)
+    with pytest.raises(
+        UsageError, match="--sequence-packing: medusa heads learn from rows of one text only"
+    ):
+        train(checkpoint("llama"), sequence_packing=True)
     assert not any(tmp_path.iterdir())
 
 

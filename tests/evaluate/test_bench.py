@@ -45,7 +45,7 @@ def test_drafters_are_compared_in_order_on_the_same_limits(
         assert row["new_tokens"] == result["baseline"]["new_tokens"]
         assert row["lossless"]
     assert 0 < result["kept_share"] <= 1
-    assert result["categories"] == result["peers"] == []
+    assert result["categories"] == result["baselines"] == []
     assert broken_promises(result) == []
 
 
@@ -54,15 +54,17 @@ def test_answers_end_where_their_own_ends_are(tiny: Tiny) -> None:
     free = runner.generate(PROMPTS[:2], max_new_tokens=12)
     ends = [(), (free[1].token_ids[4],)]
     ended = runner.generate(PROMPTS[:2], max_new_tokens=12, eos=ends)
-    result = bench(runner, PROMPTS[:2], ["ngram"], ends=ends, max_new_tokens=12, with_peers=True)
+    result = bench(
+        runner, PROMPTS[:2], ["ngram"], ends=ends, max_new_tokens=12, with_baselines=True
+    )
     whole = sum(len(one.token_ids) for one in ended)
     assert len(ended[1].token_ids) <= 5 < len(free[1].token_ids)
     assert all(0 < row["new_tokens"] <= whole for row in rows_of(result))
-    assert result["drafters"][0]["identical"] == result["peers"][0]["identical"] == 2
+    assert result["drafters"][0]["identical"] == result["baselines"][0]["identical"] == 2
 
 
 def rows_of(part: dict[str, Any]) -> list[dict[str, Any]]:
-    return [part["baseline"], *part["drafters"], *part["peers"]]
+    return [part["baseline"], *part["drafters"], *part["baselines"]]
 
 
 def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
@@ -73,13 +75,13 @@ def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
         ["ngram:nodes=4", "recycle"],
         categories=["qa", None, "qa", "rag"],
         max_new_tokens=12,
-        with_peers=True,
+        with_baselines=True,
         say=said.append,
     )
     parts = result["categories"]
     assert [part["category"] for part in parts] == ["qa", "other", "rag"]
     assert [part["baseline"]["prompts"] for part in parts] == [2, 1, 1]
-    assert len(result["peers"]) == 2
+    assert len(result["baselines"]) == 2
     for at, whole in enumerate(rows_of(result)):
         by_category = [rows_of(part)[at] for part in parts]
         assert {row["name"] for row in by_category} == {whole["name"]}
@@ -90,13 +92,15 @@ def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
         assert whole["speedup"] == pytest.approx(whole["tokens_per_second"] / plain)
     # What came of each category is said.
     order = [line.rpartition(":")[0] for line in said if line.startswith(("qa, ", "rag, "))]
-    names = ["none", "ngram:nodes=4", "recycle", *(row["name"] for row in result["peers"])]
+    names = ["none", "ngram:nodes=4", "recycle", *(row["name"] for row in result["baselines"])]
     assert order == [f"{category}, {name}" for category in ("qa", "rag") for name in names]
 
 
 def test_time_is_split_and_compared_with_peers(tiny: Tiny) -> None:
-    result = bench(Runner(tiny("llama")), PROMPTS, ["recycle"], max_new_tokens=12, with_peers=True)
-    plain, lookup = result["peers"]
+    result = bench(
+        Runner(tiny("llama")), PROMPTS, ["recycle"], max_new_tokens=12, with_baselines=True
+    )
+    plain, lookup = result["baselines"]
     first = 0.0
     for row in (result["baseline"], *result["drafters"]):
         shares = [row[f"{part}_share"] for part in ("prompt", "draft", "target", "host")]
@@ -117,9 +121,9 @@ def test_time_is_split_and_compared_with_peers(tiny: Tiny) -> None:
 def test_peers_run_at_batch_size_1_only(tiny: Tiny) -> None:
     said: list[str] = []
     runner = Runner(tiny("llama"))
-    options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 2, "with_peers": True}
+    options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 2, "with_baselines": True}
     result = bench(runner, PROMPTS, ["ngram"], **options, say=said.append)
-    assert result["peers"] == [] and "speedup_over_transformers" not in result["drafters"][0]
+    assert result["baselines"] == [] and "speedup_over_transformers" not in result["drafters"][0]
     assert sum("one prompt at a time" in line for line in said) == 1
     assert result["batch_size"] == 2 and result["drafters"][0]["identical"] == 4
 
@@ -151,7 +155,7 @@ def test_sampling_counts_nothing_identical(tiny: Tiny) -> None:
         PROMPTS[:2],
         ["ngram"],
         max_new_tokens=8,
-        with_peers=True,
+        with_baselines=True,
         law={"temperature": 0.8, "top_k": 9},
     )
     assert all(row["identical"] is None for row in rows_of(result))

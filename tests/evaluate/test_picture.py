@@ -15,7 +15,7 @@ MACHINE = {"processor": "A processor", "threads": 2, "versions": {"spectool": "0
 def part(*speeds: float) -> dict[str, Any]:
     names = ["ngram", "/some/where/very/long/that/nobody/reads:depth=4", "transformers plain"]
     rows = [{"name": n, "speedup": s} for n, s in zip(names, speeds, strict=True)]
-    return {"drafters": rows[:2], "peers": rows[2:]}
+    return {"drafters": rows[:2], "baselines": rows[2:]}
 
 
 def run(batch_size: int, *categories: str) -> dict[str, Any]:
@@ -33,21 +33,21 @@ def run(batch_size: int, *categories: str) -> dict[str, Any]:
 def test_bars_and_small_print_are_in_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "bench.svg"
-    draw([run(1, "qa", "rag"), {**run(4, "qa"), "peers": []}], MACHINE, path)
+    draw([run(1, "qa", "rag"), {**run(4, "qa"), "baselines": []}], MACHINE, path)
     first = path.read_bytes()
     # Texts are drawn as outlines, and named in comments.
     for word in ("qa", "all", "speed-up over plain", "small: dense, float32, batch size 4",
                  "...ry/long/that/nobody/reads:depth=4", "1.50", "transformers plain",
                  "A processor, threads: 2; float32; 4 prompts; spectool 0.1.0"):  # fmt: skip
         assert f"<!-- {word} -->".encode() in first, word
-    draw([run(1, "qa", "rag"), {**run(4, "qa"), "peers": []}], MACHINE, path)
+    draw([run(1, "qa", "rag"), {**run(4, "qa"), "baselines": []}], MACHINE, path)
     assert path.read_bytes() == first and [path] == list(tmp_path.iterdir())
 
 
 def test_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "bench.PNG"
-    nothing = {**run(1), "drafters": [], "peers": []}
+    nothing = {**run(1), "drafters": [], "baselines": []}
     for one in (run(1, *"abcdefgh"), nothing):
         draw([one], MACHINE, path)
         assert path.read_bytes().startswith(b"\x89PNG")

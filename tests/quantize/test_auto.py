@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from spectool.architecture import Architecture
 from spectool.cli import app
 from spectool.errors import UsageError
 from spectool.headers import read_layout
@@ -17,7 +18,6 @@ from spectool.loading import load_model
 from spectool.quantize.auto import STEPS, Auto, cache_bytes, parse_size, pick
 from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.plan import make_plan
-from spectool.skeleton import Skeleton
 
 Checkpoints = Callable[..., Path]
 
@@ -46,24 +46,24 @@ def test_no_sizes(text: str) -> None:
 
 def test_the_first_step_that_fits(wide: Path) -> None:
     """Every step has its turn, from a room that only just holds it."""
-    skeleton = Skeleton(read_layout(wide))
-    cache = cache_bytes(skeleton, 100)
+    architecture = Architecture(read_layout(wide))
+    cache = cache_bytes(architecture, 100)
     sizes = []
     for step in STEPS:
         beside = Choice.from_text("int8") if step.bits < 3 else None
-        plan = make_plan(skeleton, Choice.from_text(step.choice), embeddings=beside)
+        plan = make_plan(architecture, Choice.from_text(step.choice), embeddings=beside)
         sizes.append(plan.file_bytes)
-        found = pick(skeleton, Auto.Config(fit=str(plan.file_bytes + cache), context=100))
+        found = pick(architecture, Auto.Config(fit=str(plan.file_bytes + cache), context=100))
         assert str(found.choice) == str(Choice.from_text(step.choice))
         assert found.embeddings == beside and found.budget is None
         assert step.why in found.why and "a cache of 100 tokens" in found.why
     assert sizes == sorted(sizes, reverse=True)
     with pytest.raises(UsageError, match="the smallest there is takes"):
-        pick(skeleton, Auto.Config(fit=str(sizes[-1] + cache - 1), context=100))
+        pick(architecture, Auto.Config(fit=str(sizes[-1] + cache - 1), context=100))
     with pytest.raises(UsageError, match="it fits as it is"):
-        pick(skeleton, Auto.Config(fit="1GB"))
+        pick(architecture, Auto.Config(fit="1GB"))
     with pytest.raises(UsageError, match="how small"):
-        pick(skeleton, Auto.Config())
+        pick(architecture, Auto.Config())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
@@ -77,7 +77,7 @@ def test_the_cache_is_as_large_as_transformers_makes_it(
     with torch.inference_mode():
         kept = model(torch.zeros(1, 10, dtype=torch.long), use_cache=True).past_key_values
     size = sum(2 * layer.keys.numel() + 2 * layer.values.numel() for layer in kept.layers)
-    assert cache_bytes(Skeleton(read_layout(source)), 10) == size
+    assert cache_bytes(Architecture(read_layout(source)), 10) == size
 
 
 @pytest.mark.parametrize(
@@ -87,25 +87,26 @@ def test_the_cache_is_as_large_as_transformers_makes_it(
      (7.0, "gptq", 7.0)],
 )  # fmt: skip
 def test_by_bits(wide: Path, bits: float, choice: str, budget: float | None) -> None:
-    found = pick(Skeleton(read_layout(wide)), Auto.Config(bits=bits))
+    found = pick(Architecture(read_layout(wide)), Auto.Config(bits=bits))
     assert str(found.choice) == choice
     assert (found.budget and found.budget.bits) == budget
     assert (found.embeddings is not None) == (bits < 3)
     own = Choice.from_text("rtn")
     assert (
-        pick(Skeleton(read_layout(wide)), Auto.Config(bits=bits), embeddings=own).embeddings == own
+        pick(Architecture(read_layout(wide)), Auto.Config(bits=bits), embeddings=own).embeddings
+        == own
     )
 
 
 def test_short_rows_do_not_go_below_two_bits(checkpoint: Checkpoints, wide: Path) -> None:
-    small = Skeleton(read_layout(checkpoint("llama")))
+    small = Architecture(read_layout(checkpoint("llama")))
     for bits in (1.6, 1.9):
         with pytest.raises(UsageError, match=r"ptq161 takes .* bits a weight"):
             pick(small, Auto.Config(bits=bits))
     pinned = [Rule("*.self_attn.*", Choice.from_text("rtn:bits=4,group_size=32"), "")]
-    assert pick(Skeleton(read_layout(wide)), Auto.Config(bits=1.6), rules=pinned).why
+    assert pick(Architecture(read_layout(wide)), Auto.Config(bits=1.6), rules=pinned).why
     with pytest.raises(UsageError, match=r"ptq161 takes 1\.\d+ bits a weight"):
-        pick(Skeleton(read_layout(wide)), Auto.Config(bits=1.61))
+        pick(Architecture(read_layout(wide)), Auto.Config(bits=1.61))
 
 
 def test_the_printed_command_makes_the_same(wide: Path, tmp_path: Path) -> None:

@@ -12,18 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from spectool.architecture import Architecture
 from spectool.cli import app
 from spectool.errors import UsageError
 from spectool.headers import read_layout
 from spectool.loading import load_model
 from spectool.quantize import budget as budgets
 from spectool.quantize.budget import Budget, candidates, choose, widths
-from spectool.quantize.choice import Choice, Rule, read_plan
+from spectool.quantize.choice import Choice, Rule, read_rules
 from spectool.quantize.gptq import GPTQ
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import Plan, make_plan
 from spectool.quantize.rtn import RTN
-from spectool.skeleton import Skeleton
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -39,7 +39,7 @@ def text_file(tmp_path: Path) -> str:
 
 
 def make(source: Path, **more: Any) -> Plan:
-    return make_plan(Skeleton(read_layout(source)), RTNS[0], **more)
+    return make_plan(Architecture(read_layout(source)), RTNS[0], **more)
 
 
 def test_all_widths_but_those_far_above() -> None:
@@ -55,32 +55,34 @@ def test_all_widths_but_those_far_above() -> None:
 def test_the_choice_is_about_the_best_there_is(checkpoint: Checkpoints, bits: float) -> None:
     """Against all combinations, over a block of random errors that fall with the width."""
     plan = make(checkpoint("llama"))
-    sites = dict(list(plan.sites["model.layers.0"].items())[:5])
+    matrices = dict(list(plan.matrices["model.layers.0"].items())[:5])
     plan = Plan(
         **{
             **{name: getattr(plan, name) for name in Plan.__slots__},
-            "sites": {"model.layers.0": sites},
-            "num_weights": sum(site.num_weights for site in sites.values()),
+            "sites": {"model.layers.0": matrices},
+            "num_weights": sum(matrix.num_weights for matrix in matrices.values()),
         }
     )
     generator = torch.Generator().manual_seed(int(10 * bits))
     errors = {
         name: torch.rand(4, generator=generator).sort(descending=True).values.tolist()
-        for name in sites
+        for name in matrices
     }
-    wanted = dict.fromkeys(sites, RTNS)
+    wanted = dict.fromkeys(matrices, RTNS)
     found = choose(plan, Budget(bits, RTNS), wanted, errors)
     picked = {rule.match: RTNS.index(rule.choice) for rule in found if rule.choice}
-    assert picked.keys() == sites.keys()
+    assert picked.keys() == matrices.keys()
 
     def size(picks: Any) -> int:
-        return sum(RTNS[i].stored_bytes(sites[n].shape) for n, i in zip(sites, picks, strict=True))
+        return sum(
+            RTNS[i].stored_bytes(matrices[n].shape) for n, i in zip(matrices, picks, strict=True)
+        )
 
     def error(picks: Any) -> float:
-        return sum(errors[n][i] for n, i in zip(sites, picks, strict=True))
+        return sum(errors[n][i] for n, i in zip(matrices, picks, strict=True))
 
     room = bits * plan.num_weights / 8
-    ours = [picked[name] for name in sites]
+    ours = [picked[name] for name in matrices]
     assert size(ours) <= room
     best = min(error(p) for p in itertools.product(range(4), repeat=5) if size(p) <= room)
     assert error(ours) <= 1.25 * best + 1e-9
@@ -133,7 +135,7 @@ def test_a_budget_is_kept_and_used(
     checkpoint: Checkpoints, compress: Compress, text_file: str
 ) -> None:
     source, text = checkpoint("llama"), {"calibration": [text_file], "samples": 4, "seq_len": 32}
-    pin = Rule("layers.0.self_attn.q_proj", RTNS[3], "--plan")
+    pin = Rule("layers.0.self_attn.q_proj", RTNS[3], "--rules")
     reports: list[Any] = []
     for bits in (4.2, 5.0, 6.0):
         job = {"budget": Budget(bits, RTNS), "rules": [pin], **text}
@@ -146,7 +148,7 @@ def test_a_budget_is_kept_and_used(
     assert errors[0] > errors[1] > errors[2]
     assert not list(out.glob("survey-*"))
     # The plan that it made, followed by hand.
-    rules = read_plan(out / "plan.yaml")
+    rules = read_rules(out / "plan.yaml")
     assert len(rules) == 1 + 14
     again = compress(source, "rtn", out="again", job={"rules": rules, **text})
     assert (out / "plan.yaml").read_bytes() == (again / "plan.yaml").read_bytes()

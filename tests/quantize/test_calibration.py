@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectool import methods
+from spectool.architecture import find_blocks
 from spectool.errors import TextError
+from spectool.matrices import find_matrices
 from spectool.methods import Method
 from spectool.packed import packed_modules
 from spectool.quantize.calibration import (
@@ -29,8 +31,6 @@ from spectool.quantize.calibration import (
     windows,
 )
 from spectool.quantize.rtn import RTN
-from spectool.sites import find_sites
-from spectool.skeleton import find_blocks
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -98,8 +98,8 @@ def observe(model: PreTrainedModel, ids_BL: Tensor, *, opened: int = 0) -> tuple
     """Statistics of the second block while the whole model runs in batches of four and two."""
     _, names = find_blocks(model)
     block = model.get_submodule(names[1])
-    sites = {site.name: site for site in find_sites(block, names[1])}
-    observer = Observer(block, names[1], sites, ALL, opened=opened)
+    matrices = {matrix.name: matrix for matrix in find_matrices(block, names[1])}
+    observer = Observer(block, names[1], matrices, ALL, opened=opened)
     with torch.inference_mode(), observer:
         for batch in (ids_BL[:4], ids_BL[4:]):
             model(input_ids=batch, use_cache=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import spectool
+from spectool.architecture import Architecture
 from spectool.checkpoint import open_checkpoint
 from spectool.cli import app
 from spectool.errors import CheckpointError, UsageError
@@ -23,13 +24,12 @@ from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.headers import read_layout
 from spectool.packed import PackedEmbedding, PackedLinear, matrix_of
 from spectool.quantize import walk
-from spectool.quantize.choice import Choice, Rule, plan_text, read_plan, skipping
+from spectool.quantize.choice import Choice, Rule, plan_text, read_rules, skipping
 from spectool.quantize.export import export
 from spectool.quantize.int8 import Int8
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
 from spectool.quantize.rtn import RTN
-from spectool.skeleton import Skeleton
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -57,7 +57,7 @@ layers:
 def rules(tmp_path: Path, text: str = PLAN) -> list[Rule]:
     path = tmp_path / "plan.yaml"
     path.write_text(text)
-    return read_plan(path)
+    return read_rules(path)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -109,7 +109,7 @@ def planned(source: Path, place: Path, entries: list[str], skip: Sequence[str] =
         match, _, method = entry.partition(": ")
         lines.append(f'- {{match: "{match}", method: {method}}}')
     ruled = [*skipping(skip), *rules(place, "\n".join(lines))]
-    make_plan(Skeleton(read_layout(source)), INT8, rules=ruled, allow_dense=True)
+    make_plan(Architecture(read_layout(source)), INT8, rules=ruled, allow_dense=True)
 
 
 def test_the_first_rule_that_matches_decides(
@@ -149,9 +149,11 @@ def test_the_first_rule_that_matches_decides(
         assert torch.equal(mixed[f"{name}.q.{field}"], alone[f"{name}.q.{field}"])
 
     # The artifact carries the plan that makes it again.
-    assert read_plan(out / "plan.yaml")[0].choice == Choice("rtn", RTN.Config(bits=8, group_size=0))
+    assert read_rules(out / "plan.yaml")[0].choice == Choice(
+        "rtn", RTN.Config(bits=8, group_size=0)
+    )
     again = compress(
-        source, "rtn", bits=4, out="again", job={**job, "rules": read_plan(out / "plan.yaml")}
+        source, "rtn", bits=4, out="again", job={**job, "rules": read_rules(out / "plan.yaml")}
     )
     for path in out.glob("*.safetensors"):
         assert load_file(path).keys() == load_file(again / path.name).keys()
@@ -180,7 +182,7 @@ def test_a_plan_and_its_text_are_the_same(tmp_path: Path) -> None:
         ("layers: [{match: q_proj, method: dense, bits: 3}]", "dense takes no options"),
         ("layers: [{match: layers.7, method: rtn}]", r"entry 1 \(layers.7\): matches no linear"),
         ("layers: [{match: lm_head, method: gptq}]", "gptq needs activations"),
-        ("layers: [{match: lm_head, method: vq, codes: 32}]", "vq is learnt, by --head vq"),
+        ("layers: [{match: lm_head, method: vq, codes: 32}]", "vq is learnt, by --lm-head vq"),
         ("layers: [{match: q_proj, method: scalar, bits: .nan}]", "--bits nan: must be finite"),
     ],
 )
@@ -190,7 +192,7 @@ def test_bad_plans_are_one_line(
     path = tmp_path / "plan.yaml"
     path.write_text(text)
     out = tmp_path / "out"
-    command = ["quantize", "rtn", str(checkpoint("llama")), str(out), "--plan", str(path)]
+    command = ["quantize", "rtn", str(checkpoint("llama")), str(out), "--rules", str(path)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2 and not out.exists() and not out.with_name("out.partial").exists()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
@@ -199,11 +201,11 @@ def test_bad_plans_are_one_line(
 
 def test_a_plan_that_is_absent(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
-        read_plan(tmp_path / "none.yaml")
+        read_rules(tmp_path / "none.yaml")
 
 
 def test_a_tied_head_cannot_be_packed_alone(checkpoint: Checkpoints, compress: Compress) -> None:
-    rule = Rule("lm_head", INT8, "--plan")
+    rule = Rule("lm_head", INT8, "--rules")
     with pytest.raises(UsageError, match=r"lm_head shares its matrix with model\.embed_tokens"):
         compress(checkpoint("llama-tied"), job={"rules": [rule]})
 
@@ -377,13 +379,13 @@ def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_pat
     command = ["quantize", "rtn", str(source), str(out), "--bits", "2", "--group-size", "0"]
     plain = runner.invoke(app, [*command, "--dry-run"])
     assert "--embeddings int8 packs them too" in plain.stderr
-    more = [*command, "--plan", str(path), "--embeddings", "int8"]
+    more = [*command, "--rules", str(path), "--embeddings", "int8"]
     done = runner.invoke(app, more)
     assert done.exit_code == 0, done.stderr
     assert "on 12, rtn (bits=8, group_size=128, symmetric=False) on 2 of 14 linears" in done.stderr
     assert "int8 on lm_head" in done.stderr and "packs them too" not in done.stderr
     said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)
-    assert said["command"].endswith("--plan PLAN --embeddings int8")
+    assert said["command"].endswith("--rules RULES --embeddings int8")
     assert runner.invoke(app, ["inspect", str(out)]).stdout.count("of the blocks") == 1
     bad = runner.invoke(app, [*command[:3], str(tmp_path / "b"), "--embeddings", "ptq161"])
     assert bad.exit_code == 2 and "--embeddings: ptq161 needs activations" in bad.stderr

@@ -202,7 +202,7 @@ def test_what_it_cannot_hold(
 def learnt(text_file: str, epochs: int) -> dict[str, Any]:
     """A job that learns the output matrix."""
     head = Choice.from_text(f"vq:codes=32,epochs={epochs}")
-    return {"head": head, "calibration": [text_file], "samples": 4, "seq_len": 32}
+    return {"lm_head": head, "calibration": [text_file], "samples": 4, "seq_len": 32}
 
 
 @pytest.mark.parametrize(("tied", "embeddings"), [(False, None), (True, None), (True, "int8")])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectool.architecture import Architecture
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.quantize.calibration import LinearStats
@@ -18,7 +19,6 @@ from spectool.quantize.gptq import GPTQ, compensate, feedback
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
 from spectool.quantize.rtn import RTN
-from spectool.skeleton import Skeleton
 
 
 def inputs(tokens: int, m: int, *, seed: int = 0) -> Tensor:
@@ -200,7 +200,7 @@ def test_a_checkpoint_has_the_planned_bits(
 ) -> None:
     source = checkpoint(family)
     said = make_plan(
-        Skeleton(read_layout(source)), Choice("gptq", GPTQ.Config(bits=3)), allow_dense=True
+        Architecture(read_layout(source)), Choice("gptq", GPTQ.Config(bits=3)), allow_dense=True
     )
     job = {"samples": 6, "seq_len": 32, "allow_dense": True}
     layout = read_layout(compress(source, "gptq", job=job, bits=3))

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spectool.architecture import Architecture
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.kernels.pack import pack_bits
+from spectool.matrices import find_matrices
 from spectool.quantize.calibration import Block, LinearStats, Streams
 from spectool.quantize.choice import Choice
 from spectool.quantize.jlcm import JLCM, JLCMLinear, Latent, Preferences
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
 from spectool.quantize.run import Report
-from spectool.sites import find_sites
-from spectool.skeleton import Skeleton
 from spectool.walk import Activations, Call
 
 SMALL_JOB = {"samples": 6, "seq_len": 32}
@@ -168,14 +168,14 @@ class Pair(nn.Module):
 def fit(**options: Any) -> Any:
     torch.manual_seed(0)
     module = Pair().requires_grad_(False)
-    sites = {site.name: site for site in find_sites(module, "b")}
-    weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in sites}
+    matrices = {matrix.name: matrix for matrix in find_matrices(module, "b")}
+    weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in matrices}
     original = Activations((6, 40, 40), torch.float32)
     packed = original.another()
     # Correlated inputs, or there is nothing to make up for.
     original.hidden_SLD.copy_(torch.randn(6, 40, 40) @ torch.randn(40, 40) / 3)
     packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 40, 40))
-    block = Block("b", sites, weights, module, dict.fromkeys((1, 2, 4), Call((), {})))
+    block = Block("b", matrices, weights, module, dict.fromkeys((1, 2, 4), Call((), {})))
     return JLCM.fit(
         block,
         Streams(original, packed),
@@ -234,7 +234,9 @@ def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
     source = checkpoint(family)
-    said = make_plan(Skeleton(read_layout(source)), Choice("jlcm", JLCM.Config()), allow_dense=True)
+    said = make_plan(
+        Architecture(read_layout(source)), Choice("jlcm", JLCM.Config()), allow_dense=True
+    )
     reports: list[Report] = []
     job = {**SMALL_JOB, "allow_dense": True}
     layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=10))

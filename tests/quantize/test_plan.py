@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spectool.architecture import Architecture
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.methods import resolve
@@ -24,7 +25,6 @@ from spectool.quantize.plan import Plan, make_plan
 from spectool.quantize.preprocess import Preprocess
 from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job, prepare
-from spectool.skeleton import Skeleton
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -35,7 +35,7 @@ def plan(
 ) -> Plan:
     choice = Choice(method, resolve(method, "quantizer").Config(**options or {}))
     rules = skipping(more.pop("skip", ()))
-    return make_plan(Skeleton(read_layout(source)), choice, rules=rules, **more)
+    return make_plan(Architecture(read_layout(source)), choice, rules=rules, **more)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_planned_bits_are_the_written_ones(
     assert ledger.packed_weights == said.num_weights
     assert ledger.num_parameters == said.num_parameters
     assert layout.num_bytes == said.file_bytes
-    assert len(ledger.entries) == sum(map(len, said.sites.values()))
+    assert len(ledger.entries) == sum(map(len, said.matrices.values()))
 
 
 def test_stray_integer_tensors_do_not_confuse_the_sizes(
@@ -91,7 +91,7 @@ def test_stray_integer_tensors_do_not_confuse_the_sizes(
 )
 def test_skip_patterns(checkpoint: Checkpoints, pattern: str, hit: int) -> None:
     said = plan(checkpoint("llama"), skip=[pattern], allow_dense=True)
-    assert len(said.skipped) == hit and 14 - hit == sum(map(len, said.sites.values()))
+    assert len(said.skipped) == hit and 14 - hit == sum(map(len, said.matrices.values()))
     assert set(said.skipped.values()) == {f"--skip {pattern}"}
 
 

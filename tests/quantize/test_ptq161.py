@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from spectool import packed
+from spectool.architecture import Architecture
 from spectool.cli import app
 from spectool.cli.common import Output
 from spectool.cli.quantize import show_fits
 from spectool.errors import NotFinite, UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.kernels.pack import unpack_bits
+from spectool.matrices import find_matrices
 from spectool.quantize.calibration import Block, LinearStats, Streams
 from spectool.quantize.choice import Choice
 from spectool.quantize.fitting import Task
@@ -37,8 +39,6 @@ from spectool.quantize.ptq161 import (
     num_salient,
 )
 from spectool.quantize.run import Report
-from spectool.sites import find_sites
-from spectool.skeleton import Skeleton
 from spectool.walk import Activations, Call
 
 Checkpoints = Callable[..., Path]
@@ -328,14 +328,14 @@ class Pair(nn.Module):
 def pair(dtype: torch.dtype = torch.float32) -> tuple[Block, Streams, dict[str, LinearStats]]:
     torch.manual_seed(0)
     module = Pair(40, 72).requires_grad_(False)
-    sites = {site.name: site for site in find_sites(module, "b")}
-    weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in sites}
+    matrices = {matrix.name: matrix for matrix in find_matrices(module, "b")}
+    weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in matrices}
     original = Activations((6, 20, 40), dtype)
     packed = original.another()
     original.hidden_SLD.copy_(torch.randn(6, 20, 40))
     packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 20, 40))
     calls = dict.fromkeys((1, 2, 4), Call((), {}))
-    block = Block("b", sites, weights, module.to(dtype), calls)
+    block = Block("b", matrices, weights, module.to(dtype), calls)
     stats = {
         "b.up": stats_of(original.hidden_SLD.flatten(0, 1)),
         "b.down": stats_of(torch.tanh(module.up(original.hidden_SLD)).flatten(0, 1)),
@@ -418,7 +418,7 @@ def test_what_is_reported_is_what_is_stored() -> None:
     block, streams, stats = pair()
     fitted = fit(epochs=5)
     linears = {
-        name: filled(fields, block.sites[name].shape, PTQ161.Config())
+        name: filled(fields, block.matrices[name].shape, PTQ161.Config())
         for name, fields in fitted.fields.items()
     }
     after = loss_by_loops(block.module, linears, streams)
@@ -496,7 +496,7 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
 ) -> None:
     source = checkpoint(family)
     said = make_plan(
-        Skeleton(read_layout(source)), Choice("ptq161", PTQ161.Config()), allow_dense=True
+        Architecture(read_layout(source)), Choice("ptq161", PTQ161.Config()), allow_dense=True
     )
     reports: list[Report] = []
     job = {**SMALL_JOB, "allow_dense": True}

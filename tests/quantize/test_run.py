@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spectool
+from spectool.architecture import Architecture
 from spectool.artifact import own_files
 from spectool.checkpoint import open_checkpoint
 from spectool.errors import CheckpointError, InputError, UnsupportedError, UsageError
@@ -26,8 +27,7 @@ from spectool.packed import packed_modules
 from spectool.quantize.ledger import measure
 from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job
-from spectool.skeleton import Skeleton
-from spectool.walk import Surroundings, run_block
+from spectool.walk import ModelShell, run_block
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -55,14 +55,14 @@ def logits(model: Any) -> torch.Tensor:
 def block_wise(path: Path) -> torch.Tensor:
     """Logits by walking the checkpoint's blocks one at a time."""
     checkpoint = open_checkpoint(path)
-    skeleton = Skeleton(checkpoint.layout)
+    architecture = Architecture(checkpoint.layout)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
-    around = Surroundings(skeleton, checkpoint, with_head=True, **where)
+    around = ModelShell(architecture, checkpoint, with_lm_head=True, **where)
     hidden_BLD = around.embed(IDS_BL)
     calls = around.calls(*IDS_BL.shape)
-    for name, call in zip(skeleton.blocks, calls, strict=True):
-        tensors = skeleton.read(checkpoint, skeleton.tensors_of(name))
-        block = skeleton.materialise(name, tensors, **where)
+    for name, call in zip(architecture.blocks, calls, strict=True):
+        tensors = architecture.read(checkpoint, architecture.tensors_of(name))
+        block = architecture.materialise(name, tensors, **where)
         hidden_BLD = run_block(block, call, hidden_BLD)
     return around.logits(IDS_BL, hidden_BLD)
 
@@ -233,7 +233,7 @@ def test_metadata_says_how_to_make_it_again(checkpoint: Checkpoints, compress: C
     out = compress(source, bits=3, job={"seed": 7})
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
     fingerprint = open_checkpoint(source).fingerprint()
-    assert quantization["quant_method"] == "spectool" and quantization["format_version"] == 1
+    assert quantization["quant_method"] == "spectool" and quantization["format_version"] == 2
     assert quantization["source"] == {"fingerprint": fingerprint, "revision": None}
     assert quantization["modules"]["model.layers.1.mlp.up_proj"] == {
         "method": "rtn",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import spectool
+from spectool.architecture import Architecture
 from spectool.errors import UnsupportedError, UsageError
 from spectool.headers import read_layout
 from spectool.quantize.calibration import LinearStats
@@ -21,7 +22,6 @@ from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
 from spectool.quantize.rtn import RTN
 from spectool.quantize.scalar import LEFT, WIDEST, Part, Scalar, ScalarLinear, allocate, room
-from spectool.skeleton import Skeleton
 
 GENERATOR = torch.Generator()
 
@@ -230,7 +230,7 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     job = {"calibration": [text_file], "samples": 6, "seq_len": 48}
     out = compress(source, "scalar", epochs=3, job=job, reports=reports)
     choice = Choice("scalar", Scalar.Config())
-    said = make_plan(Skeleton(read_layout(source)), choice)
+    said = make_plan(Architecture(read_layout(source)), choice)
     ledger = measure(read_layout(out))
     assert ledger.linears == pytest.approx(said.bits_linears)
     for block in reports[0].blocks:

@@ -14,6 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import spectool
+from spectool.architecture import Architecture
 from spectool.cli import app
 from spectool.decode.generate import Runner
 from spectool.errors import UnsupportedError, UsageError
@@ -25,7 +26,6 @@ from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
 from spectool.quantize.vq import VQ, Text, VQLinear, fit_head, log_mass, within_codes
-from spectool.skeleton import Skeleton
 
 GENERATOR = torch.Generator()
 IDS_BL = torch.tensor([[5, 9, 12, 7, 7, 3]])
@@ -42,7 +42,7 @@ def noise(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def head(vocab: int = 60, width: int = 12) -> tuple[Tensor, Text]:
+def lm_head(vocab: int = 60, width: int = 12) -> tuple[Tensor, Text]:
     """A matrix, and a text of it: what it likes best after random states."""
     weight_VD = torch.randn(vocab, width, generator=noise())
     states_TD = torch.randn(900, width, generator=noise(1))
@@ -52,7 +52,7 @@ def head(vocab: int = 60, width: int = 12) -> tuple[Tensor, Text]:
 
 
 def fitted(bias_V: Tensor | None = None, **options: Any) -> tuple[VQLinear, dict[str, Any], Any]:
-    weight_VD, text = head()
+    weight_VD, text = lm_head()
     config = VQ.Config(**options)
     fields, own_V, metrics = fit_head(
         weight_VD, bias_V, text, config, Tensor.float, noise(), lambda line: None,
@@ -170,7 +170,7 @@ def test_the_bound_is_the_entropy_within_codes() -> None:
 
 def test_a_bias_that_is_there_stays() -> None:
     bias_V = 3 * torch.randn(60, generator=noise(5))
-    weight_VD, _ = head()
+    weight_VD, _ = lm_head()
     linear, metrics, (_, text) = fitted(bias_V, codes=32, width=3)
     with torch.inference_mode():
         wanted = (text.states_TD @ weight_VD.T + bias_V).log_softmax(-1)
@@ -222,13 +222,13 @@ def test_a_model_with_a_learnt_head(
 ) -> None:
     source, reports = checkpoint(family), list[Any]()
     job = {
-        "head": Choice.from_text(spec + ",epochs=3"),
+        "lm_head": Choice.from_text(spec + ",epochs=3"),
         "calibration": [text_file],
         "samples": 12,
         "seq_len": 48,
     }
     out = compress(source, "rtn", bits=8, group_size=16, job=job, reports=reports)
-    metrics = reports[0].outside["head"]
+    metrics = reports[0].outside["lm_head"]
     assert metrics["loss_after"] < metrics["loss_start"]
     model: Any = spectool.load(out)
     output = model.get_output_embeddings()
@@ -247,8 +247,8 @@ def test_a_model_with_a_learnt_head(
     ledger = measure(read_layout(out))
     (entry,) = [entry for entry in ledger.entries if entry.outside]
     assert entry.name == reports[0].outside["layers"][-1]["name"]
-    planned = Skeleton(read_layout(source))
-    plan = make_plan(planned, Choice.from_text("rtn:bits=8,group_size=16"), head=job["head"])
+    planned = Architecture(read_layout(source))
+    plan = make_plan(planned, Choice.from_text("rtn:bits=8,group_size=16"), lm_head=job["lm_head"])
     assert plan.num_parameters == ledger.num_parameters
     headers = sum(file.stat().st_size for file in out.glob("*.safetensors")) - plan.file_bytes
     assert 0 < headers < 20000
@@ -270,7 +270,7 @@ def test_killed_before_the_head(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], text_file: str
 ) -> None:
     job = {
-        "head": Choice.from_text("vq:codes=64,epochs=1"), "calibration": [text_file],
+        "lm_head": Choice.from_text("vq:codes=64,epochs=1"), "calibration": [text_file],
         "samples": 6, "seq_len": 32,
     }  # fmt: skip
     source = checkpoint("llama-tied")
@@ -295,17 +295,17 @@ def test_the_command(checkpoint: Callable[..., Path], tmp_path: Path, text_file:
         ("int8", "only vq learns an output matrix"),
         ("vq:code=4", "unknown option 'code'"),
     ):
-        done = runner.invoke(app, [*command, "--head", wrong])
+        done = runner.invoke(app, [*command, "--lm-head", wrong])
         assert done.exit_code == 2 and said in done.stderr, done.stderr
         assert not list(tmp_path.glob("out*"))
     done = runner.invoke(app, ["quantize", "vq", *command[2:]])
     assert done.exit_code == 2 and "more codes than the 32 rows" in done.stderr
     assert not list(tmp_path.glob("out*"))
-    done = runner.invoke(app, [*command, "--head", "vq:codes=32", "--skip", "lm_head"])
-    assert done.exit_code == 2 and "--skip lm_head: lm_head is what --head learns" in done.stderr
-    done = runner.invoke(app, [*command, "--head", "vq:codes=32,epochs=1"])
+    done = runner.invoke(app, [*command, "--lm-head", "vq:codes=32", "--skip", "lm_head"])
+    assert done.exit_code == 2 and "--skip lm_head: lm_head is what --lm-head learns" in done.stderr
+    done = runner.invoke(app, [*command, "--lm-head", "vq:codes=32,epochs=1"])
     assert done.exit_code == 0, done.stderr
     assert "nats are left when their codes are known" in done.stderr
     assert "output matrix: KL from the original on held-out calibration text" in done.stdout
     said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)["command"]
-    assert "--head vq:codes=32,epochs=1,frequent=64," in said
+    assert "--lm-head vq:codes=32,epochs=1,frequent=64," in said

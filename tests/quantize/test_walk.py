@@ -182,7 +182,7 @@ def test_stopped_after_a_block(
         with pytest.MonkeyPatch.context() as patch:
 
             def spy(self: Any, index: int, *rest: Any, packed: list[str] = packed) -> Any:
-                packed.append(self.skeleton.blocks[index])
+                packed.append(self.architecture.blocks[index])
                 return original(self, index, *rest)
 
             patch.setattr(walk.BlockWalk, "_pack", spy)

@@ -33,7 +33,7 @@ _METADATA = frozenset({"dtype", "device", "is_cuda"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class Matrix:
     """One weight matrix that a quantizer may pack.
 
     `name` is the module's, or `<parameter>.<expert>` for a slice of a fused expert tensor;
@@ -43,7 +43,7 @@ class Site:
 
     name: str
     parameter: str
-    kind: Literal["linear", "conv1d", "expert", "embedding", "head"]
+    kind: Literal["linear", "conv1d", "expert", "embedding", "lm_head"]
     shape: tuple[int, int]
     transposed: bool
     expert: int | None = None
@@ -61,7 +61,9 @@ class Site:
         return weight.T if self.transposed else weight
 
 
-def find_sites(block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()) -> Iterator[Site]:
+def find_matrices(
+    block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()
+) -> Iterator[Matrix]:
     """The packable matrices inside a module whose full name is `prefix`.
 
     `around` are the modules that it lies in.
@@ -72,12 +74,12 @@ def find_sites(block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()
             continue
         if isinstance(module, nn.Linear):
             n, m = module.weight.shape
-            yield Site(
+            yield Matrix(
                 name=path, parameter=f"{path}.weight", kind="linear", shape=(n, m), transposed=False
             )
         elif isinstance(module, Conv1D):
             m, n = module.weight.shape
-            yield Site(
+            yield Matrix(
                 name=path, parameter=f"{path}.weight", kind="conv1d", shape=(n, m), transposed=True
             )
         elif hasattr(module, "is_transposed"):
@@ -89,7 +91,7 @@ def find_sites(block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()
                 if module.is_transposed:
                     n, m = m, n
                 for expert in range(num_experts):
-                    yield Site(
+                    yield Matrix(
                         name=f"{path}.{key}.{expert}",
                         parameter=f"{path}.{key}",
                         kind="expert",

@@ -30,7 +30,7 @@ _LOOKUP = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 3}
 Decode = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[Collection[int]]], list[Result]]
 
 
-def peers_of(
+def baselines_of(
     runner: Runner,
     drafters: Sequence[Drafter],
     *,

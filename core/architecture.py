@@ -36,12 +36,12 @@ from spectool.decoder import decoder_of
 from spectool.dtypes import with_plain_dtypes
 from spectool.errors import UnsupportedError, opening
 from spectool.headers import Layout, read_json
+from spectool.matrices import Matrix, find_matrices, stay_dense
 from spectool.origins import Origin, find_origins, read_origin, resolve_ties
 from spectool.packed import PackedExperts, field_specs, swap_in
-from spectool.sites import Site, find_sites, stay_dense
 
 
-class Skeleton:
+class Architecture:
     """The meta model of a checkpoint, dense or packed, with the names of its blocks and sites.
 
     Raises:
@@ -75,10 +75,10 @@ class Skeleton:
             self._built[dtype] = model
         return self._built[dtype]
 
-    def sites(self, block: str) -> list[Site]:
+    def matrices(self, block: str) -> list[Matrix]:
         """The packable matrices of a block, in the order of its modules."""
-        found = find_sites(self.model.get_submodule(block), block, self._around(block))
-        return [site for site in found if site.parameter not in self._shared]
+        found = find_matrices(self.model.get_submodule(block), block, self._around(block))
+        return [matrix for matrix in found if matrix.parameter not in self._shared]
 
     def dense(self, block: str) -> dict[str, str]:
         """The block's linear layers and routers that are never packed, with the reason."""
@@ -102,30 +102,32 @@ class Skeleton:
         paths = {block[:end] for end in _ends(block)} - {block}
         return tuple(self.model.get_submodule(path) for path in sorted(paths))
 
-    def outside(self, *, own_head: bool = False) -> list[Site]:
+    def outside(self, *, own_lm_head: bool = False) -> list[Matrix]:
         """The embedding and the output matrix: one site if they are tied, unless the output gets
         a matrix of its own."""
         names = {id(module): name for name, module in self.model.named_modules()}
         table: Any = self.model.get_input_embeddings()
         output: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        head = names.get(id(output), "")
-        tied = f"{head}.weight" in self.model.all_tied_weights_keys
+        lm_head = names.get(id(output), "")
+        tied = f"{lm_head}.weight" in self.model.all_tied_weights_keys
         found, name = [], names.get(id(table), "")
         if isinstance(table, nn.Embedding):
-            shared = head if tied and not own_head else None
+            shared = lm_head if tied and not own_lm_head else None
             found.append(_outside(name, f"{name}.weight", "embedding", table, shared))
-        if isinstance(output, nn.Linear) and (own_head or not tied):
-            found.append(_outside(head, f"{name if tied else head}.weight", "head", output))
+        if isinstance(output, nn.Linear) and (own_lm_head or not tied):
+            found.append(
+                _outside(lm_head, f"{name if tied else lm_head}.weight", "lm_head", output)
+            )
         return found
 
-    def holding(self, site: Site) -> set[str]:
+    def holding(self, matrix: Matrix) -> set[str]:
         """Names of the stored tensors that a site's codes take the place of."""
-        if site.kind == "head":
+        if matrix.kind == "lm_head":
             # A tied matrix stays: it is the embedding's.
-            return {f"{site.name}.weight"} & self.origins.keys()
-        names = {site.parameter}
-        if site.tied is not None:
-            names.add(f"{site.tied}.weight")
+            return {f"{matrix.name}.weight"} & self.origins.keys()
+        names = {matrix.parameter}
+        if matrix.tied is not None:
+            names.add(f"{matrix.tied}.weight")
         return names & self.origins.keys()
 
     def tensors_of(self, block: str) -> list[str]:
@@ -478,7 +480,7 @@ def _block_lists(decoder: nn.Module, names: Mapping[int, str]) -> list[nn.Module
         for module in decoder.modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
-        and any(find_sites(module[0], ""))
+        and any(find_matrices(module[0], ""))
         and all(id(child) in names for child in module)
         and not names[id(module)].startswith(towers)
     ]
@@ -487,12 +489,12 @@ def _block_lists(decoder: nn.Module, names: Mapping[int, str]) -> list[nn.Module
 def _outside(
     name: str,
     parameter: str,
-    kind: Literal["embedding", "head"],
+    kind: Literal["embedding", "lm_head"],
     module: nn.Linear | nn.Embedding,
     tied: str | None = None,
-) -> Site:
+) -> Matrix:
     rows, width = module.weight.shape
-    return Site(
+    return Matrix(
         name=name, parameter=parameter, kind=kind, shape=(rows, width), transposed=False, tied=tied
     )
 
