@@ -29,7 +29,7 @@ CONFIG_VALUES: dict[tuple[str, ...], dict[str, str]] = {
 
 def upgrade_config(quantization: Mapping[str, Any]) -> dict[str, Any]:
     """Return an artifact's `quantization_config` with the names and values of this version."""
-    if quantization.get("format_version") != 1:
+    if not _is_first(quantization):
         return dict(quantization)
     named: dict[str, Any] = _renamed(quantization, CONFIG_NAMES, CONFIG_VALUES)
     return named | {"format_version": FORMAT_VERSION}
@@ -37,10 +37,16 @@ def upgrade_config(quantization: Mapping[str, Any]) -> dict[str, Any]:
 
 def upgrade_heads(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of draft heads with the names of this version."""
-    if record.get("format_version") != 1:
+    if not _is_first(record):
         return dict(record)
     named: dict[str, Any] = _renamed(record, HEADS_NAMES, {})
     return named | {"format_version": FORMAT_VERSION}
+
+
+def _is_first(record: Mapping[str, Any]) -> bool:
+    version = record.get("format_version")
+    # True equals 1, and is a damaged number.
+    return type(version) is int and version == 1
 
 
 def _renamed(

@@ -71,10 +71,10 @@ def bench(
     `categories` may name each prompt's, and `ends` the tokens that end its answer besides the
     model's own end of text. The result's categories hold `baseline`, `drafters` and `baselines` as
     the whole does, which is their sum. `identical` counts prompts whose tokens equal plain
-    decoding's; None when sampling, where equal laws and not equal tokens are promised. `step_speedup` leaves
-    out the prompts' passes, which drafting cannot shorten. Peers run one prompt at a time, so at
-    batch size 1 only. With `chain_lengths`, each drafter's `chain` lists its tokens per forward where
-    only
+    decoding's; None when sampling, where equal distributions and not equal tokens are promised.
+    `step_speedup` leaves out the prompts' passes, which drafting cannot shorten. Baselines run one
+    prompt at a time, so at batch size 1 only. With `chain_lengths`, each drafter's `chain` lists
+    its tokens per forward where only
     the first path of its trees is verified, 1, 2, ... and so many tokens deep.
 
     Raises:

@@ -130,7 +130,7 @@ NAME = "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize(
     ("by", "said"),
     [
-        (_with("format_version", value=2), "has format 2"),
+        (_with("format_version", value=3), "has format 3"),
         (_without("modules", NAME, "shape"), f"the entry of {NAME} is"),
         (_without("modules", NAME, "method"), f"the entry of {NAME} is"),
         (_with("modules", NAME, "shape", value=[0, 0]), f"the entry of {NAME} is"),

@@ -206,7 +206,7 @@ def test_tensors_without_values(tmp_path: Path) -> None:
 
 
 ENTRY = {"method": "rtn", "options": {"bits": 4}, "shape": [3, 8]}
-PACKED = {"quant_method": "spectool", "format_version": 1, "modules": {"a.0": ENTRY}}
+PACKED = {"quant_method": "spectool", "format_version": 2, "modules": {"a.0": ENTRY}}
 
 
 def layout_of(tmp_path: Path, config: dict[str, Any]) -> Layout:
@@ -234,7 +234,7 @@ def test_packed_entries_are_found_wherever_they_stand(tmp_path: Path, source: An
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"format_version": 2}, "has format 2, this spectool reads up to 1"),
+        ({"format_version": 3}, "has format 3, this spectool reads up to 2"),
         ({"format_version": None}, "format_version is absent"),
         ({"format_version": "1"}, 'format_version is "1", expected a number'),
         ({"format_version": True}, "format_version is true"),
@@ -261,7 +261,7 @@ def test_packed_configuration_that_says_too_little(
         layout_of(tmp_path, {"quantization_config": {**PACKED, **changed}})
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}: config.json: ") and "\n" not in message
-    if changed == {"format_version": 2}:
+    if changed == {"format_version": 3}:
         assert caught.value.hint == "install a newer spectool"
 
 

@@ -34,7 +34,7 @@ def test_installing_again_changes_nothing() -> None:
 def test_configuration_keeps_what_it_does_not_know() -> None:
     said = {
         "quant_method": "spectool",
-        "format_version": 1,
+        "format_version": 2,
         "source": {"fingerprint": "sha256:0"},
         "modules": {"a": {"method": "rtn", "options": {}, "shape": [3, 8]}},
         "made_by": {"seed": 3},
@@ -45,7 +45,7 @@ def test_configuration_keeps_what_it_does_not_know() -> None:
 @pytest.mark.parametrize(
     ("said", "refusal"),
     [
-        ({"format_version": 2}, "has format 2, this spectool reads up to 1"),
+        ({"format_version": 3}, "has format 3, this spectool reads up to 2"),
         ({}, "modules is absent"),
         ({"modules": {"a": {"method": "rtn", "options": {}}}}, "the entry of a is"),
     ],

@@ -16,10 +16,10 @@ from spectool.distill.samples import (
     Sample,
     batches,
     join,
+    pack_sequences,
     pad,
     read_samples,
     split,
-    pack_sequences,
 )
 from spectool.errors import TextError
 from spectool.rows import Row

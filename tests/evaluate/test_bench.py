@@ -156,6 +156,6 @@ def test_sampling_counts_nothing_identical(tiny: Tiny) -> None:
         ["ngram"],
         max_new_tokens=8,
         with_baselines=True,
-        law={"temperature": 0.8, "top_k": 9},
+        sampling={"temperature": 0.8, "top_k": 9},
     )
     assert all(row["identical"] is None for row in rows_of(result))
