@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import io
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -38,15 +40,28 @@ MODEL = SHARED / "models/stories260K"
 DRAFT = SHARED / "models/llama2xs-279K"
 
 # The last commit before the re-cut.
-BEFORE = "HEAD"
+BEFORE = "86db14f"
 # Options, methods and values of the present tree that were called otherwise before.
-OPTIONS: dict[str, str] = {}
+OPTIONS: dict[str, str] = {
+    "--baselines": "--peers",
+    "--init-from": "--from",
+    "--lm-head": "--head",
+    "--rules": "--plan",
+    "--sequence-packing": "--pack",
+}
 # Keys of JSON before: how they are called now; "" if they are gone. New keys: `ADDED`.
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "begin": "init_from",
+    "beside": "other_runs",
+    "head": "lm_head",
+    "looks": "evaluations",
+    "pack": "sequence_packing",
+    "peers": "baselines",
+}
 ADDED: set[str] = set()
 
 # Figures of a run that no two runs share.
-UNSTEADY = re.compile(r"second|time|_ms|memory|bytes_per|speed|share|machine|curve|path|python")
+UNSTEADY = re.compile(r"second|time|_ms|memory|rss|bytes_per|speed|share|machine|curve|path|python")
 
 STORY = "Once upon a time there was a little {}. One day the {} went to the {} and saw a big {}. "
 NOUNS = ["girl", "dog", "park", "tree", "boy", "cat", "house", "ball", "bird", "shop", "bear"]
@@ -76,7 +91,7 @@ QUANTIZERS: dict[str, list[str]] = {
     "vq": ["vq", "--codes", "32"],
     "auto": ["auto", "--bits", "3"],
     "budget": ["gptq", "--bits-budget", "2.8", "--embeddings", "int8"],
-    "head": ["rtn", "--lm-head", "vq:codes=64,steps=5"],
+    "head": ["rtn", "--lm-head", "vq:codes=64,epochs=1"],
     "preprocess": ["gptq", "--bits", "2", "--preprocess", "{text}", "--preprocess-steps", "4"],
     "rules": ["gptq", "--rules", "{rules}", "--skip", "*.down_proj", "--allow-dense"],
 }
@@ -88,9 +103,9 @@ DRAFTERS: dict[str, list[str]] = {
     "recycle": ["recycle:nodes=8"],
     "trigram": ["trigram:nodes=8"],
     "trigram+recycle": ["trigram+recycle:nodes=8"],
-    "jacobi": ["jacobi:window=8"],
+    "jacobi": ["jacobi:window=8,tune=false"],
     "skip": ["skip:nodes=8,search=8"],
-    "draft-chain": [f"{DRAFT}:depth=3"],
+    "draft-chain": [f"{DRAFT}:depth=3,tune=false"],
     "draft-rsd-s": [f"{DRAFT}:tree=rsd-s,nodes=8"],
     "draft-iid": [f"{DRAFT}:tree=iid,nodes=8", "--verify", "k-seq"],
     "typical": ["recycle:nodes=8", "--verify", "typical", "--lossy"],
@@ -203,7 +218,7 @@ def write_inputs(place: Path) -> None:
     (place / "text.txt").write_text("\n\n".join("".join(stories[at : at + 3]) for at in range(598)))
     (place / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     (place / "rules.yaml").write_text(
-        "rules:\n"
+        "layers:\n"
         "- match: '*.layers.0.*'\n  method: int8\n"
         "- match: '*.layers.1.self_attn.*'\n  method: jlcm\n  bits: 2\n  epochs: 1\n"
         "- match: '*.layers.2.mlp.*'\n  keep: dense\n"
@@ -290,9 +305,14 @@ def run_case(
 def run_all(place: Path, parts: list[str], options: dict[str, str], reads: bool) -> dict[str, Any]:
     """Run the cases with the tree that is on the path; with `reads`, those that write nothing."""
     import torch
-    import transformers  # noqa: F401 (imported once, for all the processes forked from this one)
+    import transformers.models.llama.modeling_llama  # noqa: F401 (once, before any fork)
+
+    import spectool
 
     torch.set_num_threads(1)
+    for module in pkgutil.walk_packages(spectool.__path__, "spectool."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     from spectool.cli import main
 
     found = {}

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectool.decode import curve, tree, tune
-from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
+from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
@@ -28,12 +28,12 @@ class Scripted(Drafter):
         self.needs = needs
         self.script = script
         self.outcomes: list[Outcome] = []
-        self.prompts: list[Prompt] = []
+        self.prompts: list[PrefilledPrompt] = []
 
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], cache: Any) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: Any) -> None:
         self.prompts = list(prompts)
 
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
@@ -52,7 +52,7 @@ def begin() -> Callable[..., None]:
     """`begin(drafter, rows)`: a batch whose prompts these rows are, without a target's passes."""
 
     def run(drafter: Drafter, rows: Sequence[Request], cache: Any = None) -> None:
-        prompts = [Prompt(row=row, logits_V=torch.zeros(320)) for row in rows]
+        prompts = [PrefilledPrompt(row=row, logits_V=torch.zeros(320)) for row in rows]
         drafter.begin(prompts, cache)
 
     return run

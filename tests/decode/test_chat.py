@@ -304,7 +304,7 @@ def test_nothing_stays_of_an_answer_stopped_before_it_began(
 ) -> None:
     chat = start()
     with monkeypatch.context() as patch:
-        patch.setattr(chat.runner.target, "ingest", interrupt)
+        patch.setattr(chat.runner.target, "prefill", interrupt)
         with pytest.raises(KeyboardInterrupt):
             chat.answer(chat.prompt("def"), keep_interrupted=True)
     assert not chat.turns and not chat.replies
@@ -330,7 +330,7 @@ def test_take_back_and_forget(start: Callable[..., Chat]) -> None:
 
 
 def test_answers_follow_the_seed_and_change_when_asked_again(start: Callable[..., Chat]) -> None:
-    chat, other = (start(options={"temperature": 1.0}, seed=3) for _ in range(2))
+    chat, other = (start(sampling={"temperature": 1.0}, seed=3) for _ in range(2))
     texts = [ask(chat, "def").result.text, ask(chat, "return").result.text]
     assert texts == [ask(other, "def").result.text, ask(other, "return").result.text]
     assert chat.undo() == "return"

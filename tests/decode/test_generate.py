@@ -217,7 +217,7 @@ def test_nothing_is_decoded_before_the_end_where_nobody_listens(
 def test_a_runner_opens_and_pairs_without_a_forward(
     opened: Runner, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(opened.target, "ingest", None)
+    monkeypatch.setattr(opened.target, "prefill", None)
     small = opened.open(f"{checkpoint('llama', seed=1)}:depth=2")
     assert opened.verification(small, temperature=1).name == "rejection"
     assert opened.verification(opened.open("auto:tune=false"), temperature=1).name == "token-match"
@@ -280,7 +280,7 @@ def test_one_runner_for_many_prompts_and_drafters(opened: Runner, tiny: Tiny) ->
         ({"temperature": -1}, "--temperature -1"),
         ({"stop": [""]}, "must not be empty"),
         ({"temperature": 1, "verify": "greedy"}, "changes the law"),
-        ({"verify": "likely"}, "no rule is called"),
+        ({"verify": "likely"}, "no verifier is called"),
     ],
 )
 def test_wrong_options(opened: Runner, options: dict[str, Any], message: str) -> None:

@@ -53,13 +53,13 @@ def exact_probs(model: PreTrainedModel, control: SamplingParams) -> dict[tuple[i
     """The probability of each text of LENGTH tokens, from the model's own cacheless logits."""
     texts = list(itertools.product(range(VOCAB), repeat=LENGTH))
     logits = model(torch.tensor([PROMPT + list(text) for text in texts]), use_cache=False).logits
-    probs = {}
+    found = {}
     for text, logits_SV in zip(texts, logits, strict=True):
         rows = logits_SV[len(PROMPT) - 1 : -1]
         contexts = [PROMPT + list(text[:at]) for at in range(LENGTH)]
         probs = control.probs(rows[None], [contexts])[0].double()
-        probs[text] = float(probs[range(LENGTH), list(text)].prod())
-    return probs
+        found[text] = float(probs[range(LENGTH), list(text)].prod())
+    return found
 
 
 def agrees(counts: Counter[tuple[int, ...]], probs: dict[tuple[int, ...], float]) -> bool:

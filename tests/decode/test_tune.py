@@ -21,7 +21,7 @@ from spectool.decode.curve import SIZES, Curve
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.generate import Runner
-from spectool.decode.protocol import Drafter, Needs, Outcome, Prompt
+from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
@@ -81,7 +81,7 @@ class Fixed(Drafter):
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[Prompt], cache: Any) -> None:
+    def begin(self, prompts: Sequence[PrefilledPrompt], cache: Any) -> None:
         pass
 
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:

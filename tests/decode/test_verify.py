@@ -135,7 +135,7 @@ def truthful(q: LogProbs, prefix: tuple[int, ...]) -> Tensor:
     return q[prefix]
 
 
-@pytest.mark.parametrize("rule", [verify.rejection, verify.k_seq])
+@pytest.mark.parametrize("verifier", [verify.rejection, verify.k_seq])
 @pytest.mark.parametrize(("vocab", "depth"), [(2, 2), (3, 2), (5, 1)])
 def test_rules_are_exact_for_sampled_chains(verifier: Verifier, vocab: int, depth: int) -> None:
     for seed in range(3):
@@ -382,7 +382,7 @@ def sibling_faults() -> Iterator[tuple[str, Verifier, list[tuple[Draft, float]]]
     yield "children tested in the order of their law", verify.rejection, by_probs
 
 
-@pytest.mark.parametrize(("name", "rule", "drafts"), list(sibling_faults()))
+@pytest.mark.parametrize(("name", "verifier", "drafts"), list(sibling_faults()))
 def test_planted_faults_among_siblings_are_found(
     name: str, verifier: Verifier, drafts: list[tuple[Draft, float]]
 ) -> None:
@@ -429,5 +429,5 @@ def test_lossy_does_not_spoil_an_exact_pair() -> None:
 
 
 def test_unknown_rule() -> None:
-    with pytest.raises(UsageError, match="no rule is called 'chian'"):
+    with pytest.raises(UsageError, match="no verifier is called 'chian'"):
         choose_verifier((), "chian", temperature=0, lossy=False)

@@ -160,7 +160,7 @@ def test_where_the_output_matrix_is_learnt(
     choice, text = Choice.from_text("rtn:group_size=16"), str(tmp_path / "text.txt")
     head = Choice.from_text("vq:codes=16,epochs=2")
     job = quantizing.Job(
-        method="rtn", config=choice.config, head=head, calibration=[text], samples=4, seq_len=48
+        method="rtn", config=choice.config, lm_head=head, calibration=[text], samples=4, seq_len=48
     )
     quantizing.quantize(source, packed, job)
     train(name, source, "of-source")

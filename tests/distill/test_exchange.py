@@ -316,7 +316,7 @@ def test_heads_of_a_learnt_output_matrix(
     job = Job(
         method="rtn",
         config=Choice.from_text("rtn:group_size=16").config,
-        head=Choice.from_text("vq:codes=16,width=0,frequent=4,epochs=0"),
+        lm_head=Choice.from_text("vq:codes=16,width=0,frequent=4,epochs=0"),
         calibration=[data],
         samples=2,
         seq_len=48,

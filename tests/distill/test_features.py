@@ -16,7 +16,7 @@ from spectool.artifact import ArtifactWriter
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill import features as room
-from spectool.distill import material, plan
+from spectool.distill import plan, training_data
 from spectool.distill.features import Read, store
 from spectool.distill.processes import ALONE
 from spectool.distill.samples import Sample
@@ -102,7 +102,7 @@ def test_all_kinds_of_features_make_the_same_heads(
             assert not list(tmp_path.glob("*partial*"))
     assert (place / room.FEATURES).is_file()
     if not resolve(method, "drafter").Heads.begins_as_layers:
-        monkeypatch.setattr(material, "load_model", None)
+        monkeypatch.setattr(training_data, "load_model", None)
     before = contents(place)
     train(source, "again", features=f"offline:{place}", where=losses.watch("again"), **asked)
     assert losses["online"] == losses["hybrid"] == losses["offlin"] == losses["again"]
@@ -230,7 +230,7 @@ def test_other_targets_texts_and_features_are_refused(
 def test_too_little_text_leaves_neither_store_nor_heads(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(material.DataPreparation, "_write", lambda *arguments: [])
+    monkeypatch.setattr(training_data.DataPreparation, "_write", lambda *arguments: [])
     with pytest.raises(TextError, match="wrote too little of its own to learn on"):
         train(checkpoint("llama"), regenerate=True, features=f"offline:{tmp_path / 'features'}")
     assert not any(tmp_path.iterdir())

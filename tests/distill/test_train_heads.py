@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from spectool.artifact import ArtifactWriter, own_files
 from spectool.decode.drafters.heads import read_record
 from spectool.decode.generate import Runner
-from spectool.distill import material, plan, texts
+from spectool.distill import plan, texts, training_data
 from spectool.distill.trainer import HeadTrainer
 from spectool.errors import CheckpointError, SpectoolError, TextError, UnsupportedError, UsageError
 from spectool.quantize import run as quantizing
@@ -156,7 +156,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     """Stopped at the n-th shard that it writes: texts of the target, states, the heads."""
     source = checkpoint("llama")
     monkeypatch.setattr(texts, "_GROUP", 8)
-    written = _count(monkeypatch, material, "regenerate")
+    written = _count(monkeypatch, training_data, "regenerate")
     train(source, "whole", regenerate=True)
     all_texts = written[0]
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
@@ -291,7 +291,7 @@ def test_what_cannot_be_drafted_for_leaves_nothing(
 def test_held_out_text_without_a_place_for_all_heads(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(material, "_HELD_OUT_TOKENS", 16)
+    monkeypatch.setattr(training_data, "_HELD_OUT_TOKENS", 16)
     with pytest.raises(TextError, match="wrote too little of its own to measure on"):
         train(checkpoint("llama"), options={"num_heads": 16})
     assert not any(tmp_path.iterdir())
@@ -355,7 +355,7 @@ def test_a_tokenizer_of_another_model_is_one_line(
 def test_heads_that_cannot_tell_texts_apart_refuse_packed_rows(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spectool.decode.drafters.medusa.MedusaHeads.packs", False)
+    monkeypatch.setattr("spectool.decode.drafters.medusa.MedusaHeads.supports_packing", False)
     with pytest.raises(
         UsageError, match="--sequence-packing: medusa heads learn from rows of one text only"
     ):

@@ -131,7 +131,7 @@ def test_a_greedy_window_is_the_likeliest_tokens_of_the_last_pass(
         assert set(after.kinds) == {"deterministic"}
 
 
-@pytest.mark.parametrize("law", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}])
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}])
 def test_a_drawn_window_comes_with_the_laws_of_the_last_pass(
     tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], options: dict[str, Any]
 ) -> None:
