@@ -221,7 +221,7 @@ def write_inputs(place: Path) -> None:
         "layers:\n"
         "- match: '*.layers.0.*'\n  method: int8\n"
         "- match: '*.layers.1.self_attn.*'\n  method: jlcm\n  bits: 2\n  epochs: 1\n"
-        "- match: '*.layers.2.mlp.*'\n  keep: dense\n"
+        "- match: '*.layers.2.mlp.*'\n  method: dense\n"
     )
 
 
