@@ -67,6 +67,18 @@ class Architecture:
         """Names of the stored tensors that no module takes."""
         return unused_tensors(self.model, self.layout)
 
+    @functools.cached_property
+    def zeroed(self) -> dict[str, int]:
+        """Embeddings' weights whose row of the padding token transformers sets to zero when it
+        loads, whatever is stored (Youtu's), with that row."""
+        found = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                with opening(self.layout.path, "its padding token does not fit its embedding"):
+                    if _loses_padding(_owner(self.model, name), module):
+                        found[f"{name}.weight"] = module.padding_idx
+        return found
+
     def built_in(self, dtype: torch.dtype) -> PreTrainedModel:
         """The meta model as transformers builds it to run in `dtype`: some tensors have another."""
         if dtype not in self._built:
@@ -155,6 +167,8 @@ class Architecture:
                     check_finite(key, tensor)
                     eight_bit = tensor.is_floating_point() and tensor.element_size() == 1
                     found[key] = tensor.bfloat16() if eight_bit else tensor
+                    if key in self.zeroed:
+                        found[key][self.zeroed[key]] = 0
         return found
 
     def cast(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -249,6 +263,22 @@ def _ends(path: str) -> Iterator[int]:
     if path:
         yield from (at for at, sign in enumerate(path) if sign == ".")
         yield len(path)
+
+
+def _loses_padding(model: PreTrainedModel, embedding: nn.Embedding) -> bool:
+    """Whether the model, asked to fill an embedding that is loaded, empties the padding's row."""
+    if not type(model).__module__.startswith("transformers."):
+        # transformers does not ask foreign code about what is loaded.
+        return False
+    row = embedding.padding_idx
+    assert row is not None
+    loaded: Any = copy.copy(embedding)
+    weight: Any = nn.Parameter(torch.ones(row + 1, 1), requires_grad=False)
+    weight._is_hf_initialized = True
+    loaded._parameters = {**embedding._parameters, "weight": weight}
+    with torch.no_grad():
+        model._init_weights(loaded)  # type: ignore[no-untyped-call]
+    return not weight[row].any()
 
 
 def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:

@@ -6,6 +6,7 @@ was ever touched in this process's resident set, and the walk promises that only
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -141,6 +142,19 @@ def same_values(first: TensorEntry, second: TensorEntry) -> bool:
         return False
     if not (first.path.is_file() and second.path.is_file()):
         return True
+    # Of one checkpoint this is asked by whoever opens it, several times in a run.
+    return _compared(first, second, _stamp(first.path), _stamp(second.path))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def _compared(first: TensorEntry, second: TensorEntry, *stamps: tuple[int, int, int]) -> bool:
+    """Whether the values of two tensors of one shape and dtype are the same."""
     if not first.shape:
         return torch.equal(read_tensor(first), read_tensor(second))
     step = max(1, CHUNK * first.shape[0] // max(1, first.num_bytes))

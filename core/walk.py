@@ -25,6 +25,10 @@ from spectool.headers import TensorEntry
 from spectool.packed import EmbeddingRows, PackedEmbedding, PackedLinear
 
 
+class _Unlike(ValueError):
+    """Something that walking supposes of a model is not so; the words say what is instead."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """What a block is called with besides its hidden states."""
@@ -58,7 +62,9 @@ class BlockProbe(nn.Module):
         except AttributeError:
             return _Glance(object.__getattribute__(self, "block"), self.reached).see(name)
 
-    def forward(self, hidden_BLD: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_BLD: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if hidden_BLD is None:
+            raise _Unlike("its blocks are called with something else than hidden states first")
         self.seen, self.call = hidden_BLD, Call(args, kwargs)
         self.times += 1
         passed = hidden_BLD if self.override is None else self.override
@@ -88,16 +94,27 @@ class _Glance:
 
 
 class StoredRows(EmbeddingRows):
-    """An embedding that reads its rows from a file: a large table would outweigh the blocks."""
+    """An embedding that reads its rows from a file: a large table would outweigh the blocks.
+
+    The row `zeroed`, if any, counts as zeros.
+    """
 
     def __init__(
-        self, embedding: nn.Embedding, entry: TensorEntry, dtype: torch.dtype, device: torch.device
+        self,
+        embedding: nn.Embedding,
+        entry: TensorEntry,
+        dtype: torch.dtype,
+        device: torch.device,
+        zeroed: int | None,
     ) -> None:
         super().__init__(embedding, device)
-        self.entry, self.dtype = entry, dtype
+        self.entry, self.dtype, self.zeroed = entry, dtype, zeroed
 
     def rows(self, ids_N: Tensor) -> Tensor:
-        return read_rows(self.entry, ids_N.tolist()).to(ids_N.device, self.dtype)
+        rows_ND = read_rows(self.entry, ids_N.tolist()).to(ids_N.device, self.dtype)
+        if self.zeroed is not None:
+            rows_ND[ids_N == self.zeroed] = 0
+        return rows_ND
 
 
 class ModelShell:
@@ -148,9 +165,8 @@ class ModelShell:
         elif by_rows:
             assert origin is not None
             entry = checkpoint.layout.tensors[origin.stored[0][0]]
-            model.set_input_embeddings(
-                StoredRows(model.get_input_embeddings(), entry, dtype, device)
-            )
+            plain, zeroed = model.get_input_embeddings(), architecture.zeroed.get(rows)
+            model.set_input_embeddings(StoredRows(plain, entry, dtype, device, zeroed))
         self.probes = [BlockProbe(model.get_submodule(block)) for block in architecture.blocks]
         for block, probe in zip(architecture.blocks, self.probes, strict=True):
             parent, _, leaf = block.rpartition(".")
@@ -171,9 +187,13 @@ class ModelShell:
                 break
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
-                reason = reason or " ".join(str(error).split())
+            except _Unlike as error:
+                reason = reason or str(error)
+            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+                # It takes something else of its blocks: a tuple, a longer one, or none.
+                continue
         else:
+            reason = reason or "its blocks return other things than hidden states, alone or first"
             raise UnsupportedError(f"{name}: cannot be walked block by block: {reason}")
         reached = sorted(set().union(*(probe.reached for probe in self.probes)))
         if reached:
@@ -202,24 +222,24 @@ class ModelShell:
         """Run two tokens past the taps, which return `more` beside the hidden states.
 
         Raises:
-            ValueError: hidden states are not [B, L, D] or change between blocks, or blocks are run
+            _Unlike: hidden states are not [B, L, D] or change between blocks, or blocks are run
                 more than once.
         """
         for probe in self.probes:
             probe.more, probe.seen, probe.times = more, None, 0
         ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         if self.with_lm_head and self._forward(ids_BL).ndim != 3:
-            raise ValueError("logits have not three dimensions")
+            raise _Unlike("logits have not three dimensions")
         if not self.with_lm_head:
             self.embed(ids_BL)
         first = self.probes[0].seen
         if first is None or first.ndim != 3 or first.shape[:2] != (1, 2):
-            raise ValueError("hidden states have more dimensions than batch, length and width")
+            raise _Unlike("hidden states have more dimensions than batch, length and width")
         for probe in self.probes:
             if probe.times > 1:
-                raise ValueError("blocks are run more than once")
+                raise _Unlike("blocks are run more than once")
             if probe.seen is None or not _equal(probe.seen, first):
-                raise ValueError("hidden states are changed between the blocks")
+                raise _Unlike("hidden states are changed between the blocks")
 
     @torch.inference_mode()
     def _forward(self, ids_BL: Tensor) -> Tensor:
@@ -284,8 +304,10 @@ def check_walkable(
     dtype: torch.dtype,
     device: torch.device,
     with_lm_head: bool,
-) -> None:
+) -> ModelShell:
     """Make sure that blocks can be run one at a time, before anything is written.
+
+    Returns what surrounds them, which need not be built again.
 
     Raises:
         UnsupportedError: see `ModelShell`.
@@ -294,6 +316,7 @@ def check_walkable(
         architecture, checkpoint, dtype=dtype, device=device, with_lm_head=with_lm_head
     )
     around.calls(1, length)
+    return around
 
 
 class _Reached(Exception):

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from spectool.causal import why_not_causal
 from spectool.decoder import decoder_of
+from spectool.errors import UnsupportedError
 from spectool.given import is_encoder_decoder
 
 # Models that derive positions, causality or windows from columns, not from mask and positions.
@@ -24,21 +25,33 @@ _REFUSED = {
 _NEEDED = ("position_ids", "past_key_values", "attention_mask")
 
 
-def why_unfit(
-    model: PreTrainedModel, config: PreTrainedConfig, accepted: Container[str]
-) -> str | None:
-    """Why passes of trees cannot be right with a model, None if they can.
+def check_fit(model: PreTrainedModel, config: PreTrainedConfig, accepted: Container[str]) -> None:
+    """Make sure that passes of trees can be right with a model.
 
     `config` is the text's, `accepted` are the parameters of the model's forward.
+
+    Raises:
+        UnsupportedError: they cannot.
     """
+    if is_recurrent(model, config):
+        # Its own text is decoded nevertheless; see `recurrent.py`.
+        raise UnsupportedError(
+            f"{config.model_type} can neither be a draft model nor have heads trained for it: its "
+            "recurrent state cannot go back to an earlier token"
+        )
+    if (reason := _why_unfit(model, config, accepted)) is not None:
+        raise cannot_decode(config, reason)
+
+
+def _why_unfit(
+    model: PreTrainedModel, config: PreTrainedConfig, accepted: Container[str]
+) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if is_encoder_decoder(model.config):
         return "it is an encoder-decoder"
     modules = (decoder_of(model) or model).modules()
     if (reason := why_not_causal(config, modules)) is not None:
         return f"it is no causal model: {reason}"
-    if is_recurrent(model, config):
-        return "its recurrent state cannot go back to an earlier token, as a draft model's must"
     if config.model_type in _REFUSED:
         return _REFUSED[config.model_type]
     if getattr(config, "alibi", False):
@@ -57,6 +70,11 @@ def why_unfit(
     if not hasattr(config, "num_hidden_layers"):
         return "its configuration gives no number of layers"
     return None
+
+
+def cannot_decode(config: PreTrainedConfig, reason: str) -> UnsupportedError:
+    """Make the error that says why a model's text is not decoded at all."""
+    return UnsupportedError(f"{config.model_type} cannot be decoded by spectool: {reason}")
 
 
 def is_recurrent(model: PreTrainedModel, config: PreTrainedConfig) -> bool:

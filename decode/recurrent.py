@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from spectool.decode.cache import TreeCache
-from spectool.decode.fit import is_recurrent
+from spectool.decode.fit import cannot_decode, is_recurrent
 from spectool.decode.protocol import Needs
 from spectool.decode.replay import ReplayCache
 from spectool.decode.target import Pass, PrefillOutput, Target
@@ -84,14 +84,15 @@ class RecurrentTarget(Target):
             self.keeps_rows = False
             self.notes.append(f"{self.name}: its modules keep the state; one text after another")
 
-    def _unfit(
+    def _check_fit(
         self, model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]
-    ) -> str | None:
+    ) -> None:
         if config.model_type not in CHAINS | FORGETFUL:
-            return "its kind of recurrent state is not known"
+            raise cannot_decode(config, "its kind of recurrent state is not known")
         if not type(model).__module__.startswith("transformers."):
-            return "its recurrent state is known in transformers' own code alone"
-        return None
+            raise cannot_decode(
+                config, "its recurrent state is known in transformers' own code alone"
+            )
 
     def _choose_attention(self) -> None:
         """Any will do: no pass has a mask of ours."""

@@ -26,7 +26,7 @@ from spectool import machine
 from spectool.checkpoint import Checkpoint, open_checkpoint
 from spectool.decode import rotary, tree
 from spectool.decode.cache import TextCache, TreeCache
-from spectool.decode.fit import why_unfit
+from spectool.decode.fit import check_fit
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
 from spectool.decoder import decoder_of
@@ -73,8 +73,7 @@ class Target:
     def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
         config = model.config.get_text_config(decoder=True)
         accepted = inspect.signature(model.forward).parameters
-        if (reason := self._unfit(model, config, accepted)) is not None:
-            raise UnsupportedError(f"{config.model_type} cannot be decoded by spectool: {reason}")
+        self._check_fit(model, config, accepted)
         self.model: Any = model
         self.decoder: Any = decoder_of(model)
         self.name = config.model_type
@@ -460,11 +459,11 @@ class Target:
                 return module
         raise UnsupportedError(f"{self.name}: found no list of {self.num_layers} decoder layers")
 
-    def _unfit(
+    def _check_fit(
         self, model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]
-    ) -> str | None:
-        """Why passes of trees cannot be right, if so."""
-        return why_unfit(model, config, accepted)
+    ) -> None:
+        """Raises: UnsupportedError: passes of trees cannot be right."""
+        check_fit(model, config, accepted)
 
     def _bound(self, config: PreTrainedConfig, asked: int | None) -> int:
         limit = rotary.longest_context(config)

@@ -32,7 +32,7 @@ from .features import Read, Stored, Texts, check_store, finish_store, names_of, 
 from .plan import Job, Setup
 from .processes import Processes
 from .regenerate import regenerate
-from .samples import Sample
+from .samples import SHORTEST, Sample
 from .server import Server, rewrite
 from .texts import Say, Written
 
@@ -157,17 +157,6 @@ class DataPreparation:
             runner = Runner(model, tokenizer=setup.tokenizer)
             runner.target.check(self.needs)
         written = Written(keeping, self.processes, self.say)
-        own = self.own
-        if job.regenerate:
-            own = written("regenerated", own, functools.partial(self._write, runner))
-        if not own:
-            for each in {keeping, out}:
-                if each is not None:
-                    each.abandon()
-            raise TextError(
-                f"{', '.join(job.data)}: the target wrote too little of its own to learn on",
-                hint="give more data",
-            )
         # Always by the target itself, greedily, without loops: what the heads will have to draft.
         unseen = written(
             "held-out",
@@ -183,6 +172,20 @@ class DataPreparation:
                 cut_loops=True,
             ),
         )
+        own = self.own
+        # Not before it is known that heads can be measured: this may take long.
+        if job.regenerate and unseen:
+            own = written("regenerated", own, functools.partial(self._write, runner))
+        if not (own and unseen):
+            for each in {keeping, out}:
+                if each is not None:
+                    each.abandon()
+            raise TextError(
+                f"{', '.join(job.data)}: the target wrote too little of its own to "
+                f"{'learn' if unseen else 'measure'} on: each of its texts ends"
+                f"{'' if unseen else ' or repeats itself'} within {SHORTEST} tokens",
+                hint=f"give more data{'' if unseen else ', or a larger --held-out'}",
+            )
         target = runner.target
         if job.features == "online":
             return TrainingData(

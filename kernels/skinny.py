@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -136,15 +137,15 @@ def _build() -> Path:
     target = folder / f"skinny-{key.hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
-        compiled = partial.with_suffix(".o")
         quiet = {"check": True, "capture_output": True, "timeout": 120}
-        subprocess.run([compiler, *_FLAGS, "-c", _SOURCE, "-o", compiled], **quiet)  # type: ignore[call-overload]
-        # Linked without OpenMP: torch's own is loaded already, and two pools of threads would spin
-        # against each other.
-        subprocess.run([compiler, "-shared", compiled, "-o", partial], **quiet)  # type: ignore[call-overload]
-        compiled.unlink()
-        partial.replace(target)
+        # In a folder of its own: several processes may build at the same time.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            compiled, library = Path(scratch) / "skinny.o", Path(scratch) / "skinny.so"
+            subprocess.run([compiler, *_FLAGS, "-c", _SOURCE, "-o", compiled], **quiet)  # type: ignore[call-overload]
+            # Linked without OpenMP: torch's own is loaded already, and two pools of threads would
+            # spin against each other.
+            subprocess.run([compiler, "-shared", compiled, "-o", library], **quiet)  # type: ignore[call-overload]
+            library.replace(target)
     return target
 
 

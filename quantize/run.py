@@ -221,12 +221,12 @@ def quantize(
     )
     if job.budget is None:
         announce(plan, architecture)
-    ids_SL, opened = None, False
+    ids_SL, opened, around = None, False, None
     if calibrates(job):
         ids_SL, opened = _calibration_ids(
             checkpoint, architecture, job, on_read, trust_remote_code=trust_remote_code
         )
-        check_walkable(
+        around = check_walkable(
             architecture,
             checkpoint,
             length=ids_SL.shape[1],
@@ -234,6 +234,9 @@ def quantize(
             device=torch.device(device),
             with_lm_head=job.lm_head is not None,
         )
+        if job.lm_head is not None or job.preprocess is not None:
+            # With an output matrix that the blocks need not wait beside, or of other weights.
+            around = None
         if len(ids_SL) < job.samples:
             say(f"calibration: {len(ids_SL)} of {job.samples} sequences, all that the text holds")
     # How activations are computed decides the bytes where they decide anything.
@@ -302,6 +305,7 @@ def quantize(
             dtype=dtype,
             batch_size=batch_size,
             opened=opened,
+            around=around,
             say=say,
         )
         if job.budget is not None:

@@ -66,7 +66,7 @@ class BlockWalk:
 
     `ids_SL` are the calibration sequences, None where no activations are needed, and `opened` says
     that each begins with a start token; `metadata` goes into every shard's header; `dtype` is what
-    activations are computed in.
+    activations are computed in. `around`, if it is built already, is what surrounds the blocks.
     """
 
     checkpoint: Checkpoint
@@ -81,6 +81,7 @@ class BlockWalk:
     batch_size: int
     opened: bool = False
     say: Callable[[str], None] = lambda line: None
+    around: ModelShell | None = None
     calls: dict[int, list[Call]] = field(default_factory=dict)
 
     def run(self, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -248,7 +249,7 @@ class BlockWalk:
             device=self.device,
             with_lm_head=False,
         )
-        around, table = make(), self._packed_table()
+        around, table = self.around or make(), self._packed_table()
         packed = None if table is None else make(table=table)
         num, length = self.ids_SL.shape
         batches = [slice(i, i + self.batch_size) for i in range(0, num, self.batch_size)]

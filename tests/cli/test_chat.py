@@ -291,7 +291,9 @@ def test_a_session_at_a_terminal(
             monkeypatch.setattr(sys, name, file)
         player = threading.Thread(target=play)
         player.start()
-        words = ["chat", str(model), "--max-new-tokens", "9000"]
+        # Not tuned: where passes are slow, drafting may not pay, and nothing would be drafted.
+        draft = "trigram:tune=false+recycle:tune=false"
+        words = ["chat", str(model), "--max-new-tokens", "9000", "--draft", draft]
         with pytest.raises(SystemExit) as ended:
             app(words)
         player.join()

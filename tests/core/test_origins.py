@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import spectool
 from spectool.architecture import Architecture
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint import open_checkpoint, read_tensor
 from spectool.errors import CheckpointError
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows
-from spectool.headers import DENSE_FILE, DENSE_INDEX, read_layout
+from spectool.headers import DENSE_FILE, DENSE_INDEX, TensorEntry, read_layout
 from spectool.quantize.int8 import Int8
 from spectool.quantize.run import Job, quantize
 
@@ -137,6 +138,26 @@ def test_different_matrices_that_are_said_to_be_tied_are_packed_apart(
     assert json.loads((packed / "config.json").read_text())["tie_word_embeddings"] is False
     found_BLV = _logits(spectool.load(packed))
     assert float((found_BLV - wanted_BLV).norm() / wanted_BLV.norm()) < 0.05
+
+
+def test_matrices_that_are_tied_and_both_stored_are_compared_once(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, read = tmp_path / "model", []
+    shutil.copytree(checkpoint("llama", tie_word_embeddings=True), place)
+    tensors = load_file(place / DENSE_FILE)
+    _both_stored(place, tensors)
+
+    def reading(entry: TensorEntry, **rows: Any) -> torch.Tensor:
+        read.append(entry.name)
+        return read_tensor(entry, **rows)
+
+    monkeypatch.setattr("spectool.checkpoint.read_tensor", reading)
+    assert not any(Architecture(read_layout(place)).untied for _ in range(2))
+    assert sorted(read) == [HEAD, TABLE]
+    # Not where another file lies now.
+    _both_stored_and_different(place, tensors)
+    assert Architecture(read_layout(place)).untied
 
 
 def test_absent_output_matrix_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:

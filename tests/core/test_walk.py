@@ -20,6 +20,7 @@ from spectool.quantize.run import Job, quantize
 from spectool.walk import Activations, BlockProbe, Call, ModelShell, run_block
 
 from ..conftest import tokenizer
+from ..shrunken import build, tiny_config
 
 Checkpoints = Callable[..., Path]
 
@@ -157,6 +158,12 @@ def test_blocks_one_by_one_are_the_model(
 ) -> None:
     source = checkpoint(family)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    with torch.inference_mode():
+        want = model(input_ids=IDS_BL, use_cache=False).logits
+    assert torch.equal(logits_by_block(source, dtype), want)
+
+
+def logits_by_block(source: Path, dtype: torch.dtype) -> torch.Tensor:
     around, opened = shell(source, dtype), open_checkpoint(source)
     hidden_BLD = around.embed(IDS_BL)
     architecture = around.architecture
@@ -164,9 +171,44 @@ def test_blocks_one_by_one_are_the_model(
         tensors = architecture.read(opened, architecture.tensors_of(name))
         block = architecture.materialise(name, tensors, dtype=dtype, device=torch.device("cpu"))
         hidden_BLD = run_block(block, call, hidden_BLD)
+    return around.logits(IDS_BL, hidden_BLD)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["youtu", "llama"])
+def test_a_padding_row_is_what_transformers_makes_of_it(
+    tmp_path: Path, kind: str, tied: bool
+) -> None:
+    """Youtu's is zeros whatever is stored, Llama's what is stored."""
+    config = tiny_config(kind, tie_word_embeddings=tied)
+    config.pad_token_id = int(IDS_BL[0, 5])
+    build(config).save_pretrained(tmp_path)
+    opened = open_checkpoint(tmp_path)
+    stored_VD = opened.read("model.embed_tokens.weight")
+    assert stored_VD[config.pad_token_id].any()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    table_VD = model.get_input_embeddings().weight
+    assert table_VD[config.pad_token_id].any() == (kind == "llama")
     with torch.inference_mode():
         want = model(input_ids=IDS_BL, use_cache=False).logits
-    assert torch.equal(around.logits(IDS_BL, hidden_BLD), want)
+    torch.testing.assert_close(logits_by_block(tmp_path, torch.float32), want)
+    read = Architecture(opened.layout).read(opened, ["model.embed_tokens.weight"])
+    assert torch.equal(read["model.embed_tokens.weight"], table_VD)
+
+
+def test_what_surrounds_the_blocks_is_built_once(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, original = [], ModelShell.__init__
+
+    def counted(self: ModelShell, *args: Any, **kwargs: Any) -> None:
+        built.append(kwargs["with_lm_head"])
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ModelShell, "__init__", counted)
+    job = Job(method="gptq", config=GPTQ.Config(), samples=2, seq_len=8, allow_dense=True)
+    quantize(checkpoint("llama"), tmp_path / "out", job)
+    assert built == [False]
 
 
 REFUSED = {
@@ -200,6 +242,35 @@ def test_model_that_cannot_be_walked_is_refused_before_work_begins(
     with pytest.raises(UnsupportedError, match=reason):
         quantize(tmp_path / "model", tmp_path / "out", job)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "reason"),
+    [
+        ("hy_v4", {}, "hidden states have more dimensions than batch, length and width"),
+        ("reformer", {"is_decoder": True}, "called with something else than hidden states first"),
+    ],
+)
+def test_what_another_code_says_is_no_reason(
+    tmp_path: Path, kind: str, more: dict[str, Any], reason: str
+) -> None:
+    """Taps that return too little make these models raise errors of Python's own."""
+    model = build(tiny_config(kind, **more))
+    model.save_pretrained(tmp_path)
+    said = f"{type(model).__name__}: cannot be walked block by block: .*{reason}$"
+    with pytest.raises(UnsupportedError, match=said):
+        shell(tmp_path)
+
+
+def test_a_model_that_takes_nothing_of_its_blocks_is_refused_in_plain_words(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: BlockProbe, hidden_BLD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("unhashable type: 'list'")
+
+    monkeypatch.setattr(BlockProbe, "forward", forward)
+    with pytest.raises(UnsupportedError, match="its blocks return other things than hidden states"):
+        shell(checkpoint("llama"))
 
 
 def test_run_block_takes_tuples_and_tensors() -> None:

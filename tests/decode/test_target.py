@@ -151,7 +151,6 @@ def small(name: str, **options: Any) -> PreTrainedModel:
             },
             "column numbers",
         ),
-        ("Mamba", {"hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}, "recurrent"),
         (
             "Bert",
             {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},

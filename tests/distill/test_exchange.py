@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,32 @@ Checkpoint = Callable[..., Path]
 Make = Callable[..., tuple[Path, Path, Path]]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with heads and what they are exported to, by how they were made."""
+    kept: dict[str, Path] = defaultdict(lambda: tmp_path_factory.mktemp("made") / "kept")
+    return kept
+
+
 @pytest.fixture
-def make(train: Train, checkpoint: Checkpoint, tmp_path: Path) -> Make:
-    """`make(family, method, format, options)`: checkpoint, heads and what they are exported to."""
+def make(train: Train, checkpoint: Checkpoint, tmp_path: Path, made: dict[str, Path]) -> Make:
+    """`make(family, method, format, options)`: checkpoint, heads and what they are exported to.
+
+    The latter two are copies that a test may change.
+    """
 
     def run(
         family: str, method: str, name: str, options: dict[str, Any] | None = None
     ) -> tuple[Path, Path, Path]:
         layers = {"n_layer": 4} if family == "gpt2" else {"num_hidden_layers": 4}
         source = checkpoint(family, **({} if family == "gemma3" else layers))
-        train(source, "heads", method=method, options=options, steps=2)
-        exchange.export(tmp_path / "heads", str(source), tmp_path / "served", name)
+        kept = made[json.dumps([family, method, name, options])]
+        if kept.exists():
+            shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+        else:
+            train(source, "heads", method=method, options=options, steps=2)
+            exchange.export(tmp_path / "heads", str(source), tmp_path / "served", name)
+            shutil.copytree(tmp_path, kept)
         return source, tmp_path / "heads", tmp_path / "served"
 
     return run

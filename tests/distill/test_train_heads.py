@@ -28,7 +28,7 @@ from spectool.quantize import run as quantizing
 from spectool.quantize.rtn import RTN
 from spectool.training import Training
 
-from ..conftest import VOCAB, tokenizer
+from ..conftest import VOCAB, make_model, tokenizer
 from .conftest import Losses, Train, contents, storing_always
 
 
@@ -286,6 +286,28 @@ def test_what_cannot_be_drafted_for_leaves_nothing(
     with pytest.raises(UnsupportedError, match="bloom cannot be decoded"):
         train(source)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_recurrent_model_is_said_to_have_no_heads(
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"mamba2 can neither be .* nor have heads trained"):
+        train(checkpoint("mamba2"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_target_that_repeats_itself_is_refused_before_its_texts_are_written(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, model = tmp_path / "model", make_model("llama")
+    # All tokens are as likely, and the first of them is chosen for ever.
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    model.save_pretrained(source)
+    tokenizer().save_pretrained(source)
+    monkeypatch.setattr(material.DataPreparation, "_write", None)
+    with pytest.raises(TextError, match=r"to measure on: each .* repeats itself within 16 tokens"):
+        train(source, regenerate=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_held_out_text_without_a_place_for_all_heads(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -116,3 +117,25 @@ def test_a_compiler_that_fails_is_said(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "None the C compiler cannot build the kernel"
     assert not list(tmp_path.rglob("*.so"))
+
+
+@needs_compiler
+def test_several_processes_may_build_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps of one build the whole of another takes place."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    original, others = subprocess.run, []
+
+    def run(words: list[object], **options: Any) -> Any:
+        done = original(words, **options)
+        if not others:
+            others.append(None)
+            others[0] = skinny._build()
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run)
+    built = skinny._build()
+    assert others == [built]
+    assert [path.name for path in (tmp_path / "spectool/kernels").iterdir()] == [built.name]
+    ctypes.CDLL(str(built))
