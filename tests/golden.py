@@ -60,8 +60,10 @@ KEYS: dict[str, str] = {
 }
 ADDED: set[str] = set()
 
-# Figures of a run that no two runs share.
-UNSTEADY = re.compile(r"second|time|_ms|memory|rss|bytes_per|speed|share|machine|curve|path|python")
+# Figures of a run that no two runs share, and those that names in files and versions enter.
+UNSTEADY = re.compile(
+    r"schema_version|bytes|\.file$|second|time|_ms|memory|rss|bytes_per|speed|share|machine|curve|path|python"
+)
 
 STORY = "Once upon a time there was a little {}. One day the {} went to the {} and saw a big {}. "
 NOUNS = ["girl", "dog", "park", "tree", "boy", "cat", "house", "ball", "bird", "shop", "bear"]

@@ -304,7 +304,7 @@ def test_a_target_that_repeats_itself_is_refused_before_its_texts_are_written(
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     model.save_pretrained(source)
     tokenizer().save_pretrained(source)
-    monkeypatch.setattr(material.DataPreparation, "_write", None)
+    monkeypatch.setattr(training_data.DataPreparation, "_write", None)
     with pytest.raises(TextError, match=r"to measure on: each .* repeats itself within 16 tokens"):
         train(source, regenerate=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
