@@ -30,8 +30,8 @@ import torch
 import transformers
 from quantize_memory import write_checkpoint
 
-from spectool.loading import load_model
 from spectool.machine import describe
+from spectool.model.loading import load_model
 
 CHUNK = 1 << 22
 

@@ -35,20 +35,20 @@ import transformers
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from spectool.checkpoint.headers import read_layout
+from spectool.data.template import encode
+from spectool.data.text import read_text
 from spectool.errors import UsageError
 from spectool.evaluate.fidelity import score
 from spectool.evaluate.windows import Batch, ResidentLogProbs, Windows, cut
-from spectool.headers import read_layout
-from spectool.loading import load_model, load_tokenizer
+from spectool.examples.stdlib import documents
 from spectool.machine import describe
 from spectool.methods import resolve
+from spectool.model.loading import load_model, load_tokenizer
 from spectool.quantize.budget import Budget, widths
 from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure as count_bits
 from spectool.quantize.run import Job, Preprocess, quantize
-from spectool.stdlib import documents
-from spectool.template import encode
-from spectool.text import read_text
 
 Request = dict[str, Any]
 

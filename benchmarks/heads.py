@@ -32,17 +32,17 @@ from safetensors.torch import load_file, save_file
 from widened import widen
 
 from decode import WIDTHS, write_prompts
-from spectool import checksums
-from spectool.architecture import build_meta, read_config
-from spectool.checkpoint import open_checkpoint
-from spectool.decode.chains import FirstPath
-from spectool.decode.drafters.heads import lineage, read_record
+from spectool.checkpoint import checksums
+from spectool.checkpoint.headers import HEADS, HEADS_FILE
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Result, Runner, loop_start
+from spectool.decode.heads.artifact import lineage, read_record
+from spectool.decode.policy.chain import FirstPath
 from spectool.decode.protocol import Drafter
-from spectool.distill.regenerate import regenerate
-from spectool.distill.samples import read_samples
-from spectool.headers import HEADS, HEADS_FILE
+from spectool.distill.data.regenerate import regenerate
+from spectool.distill.data.samples import read_samples
 from spectool.methods import resolve
+from spectool.model.architecture import build_meta, read_config
 
 # Each with the options that were best of a few in short trials.
 METHODS: dict[str, tuple[str, ...]] = {

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spectool.stdlib import documents
+from spectool.examples.stdlib import documents
 
 RESULTS = Path(__file__).parent / "results"
 

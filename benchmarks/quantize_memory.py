@@ -32,7 +32,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from spectool.artifact import write_safetensors
+from spectool.checkpoint.artifact import write_safetensors
 from spectool.machine import describe
 
 WIDTH, INNER, VOCABULARY = 2048, 8192, 32000

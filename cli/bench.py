@@ -109,12 +109,12 @@ def bench(
     with session(json_wanted=json_output, debug=debug) as output:
         sizes = _batch_sizes(batch_size)
         prepare_torch(threads)
-        from spectool import text
+        from spectool.data import text
         from spectool.decode.sampling import SamplingOptions
         from spectool.evaluate import bench as room
         from spectool.evaluate import picture
-        from spectool.loading import describe_runtime
         from spectool.machine import describe
+        from spectool.model.loading import describe_runtime
 
         if plot is not None:
             picture.check_picture(plot)
@@ -221,7 +221,7 @@ def _kept(run: dict[str, Any]) -> str:
 
 def _targets(model: str, reference: str | None, runtime: str) -> list[tuple[str, str]]:
     """What to run, and how: MODEL alone, or a packed one in both ways and then its reference."""
-    from spectool.checkpoint import open_checkpoint
+    from spectool.checkpoint.tensors import open_checkpoint
 
     if reference is None:
         return [(model, runtime)]

@@ -23,8 +23,8 @@ from spectool.errors import Interrupted, SpectoolError, UsageError
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+    from spectool.data.text import Prompt, Reading
     from spectool.decode.generate import Runner
-    from spectool.text import Prompt, Reading
 
 SCHEMA_VERSION = 2
 
@@ -253,7 +253,7 @@ def prepare_torch(threads: int | None) -> None:
 
 def template_arguments(pairs: list[str] | None) -> dict[str, Any]:
     """`--template-arg` pairs as a dictionary."""
-    from spectool import template
+    from spectool.data import template
 
     return template.template_arguments(pairs or [])
 
@@ -276,10 +276,10 @@ def open_runner(
 ) -> tuple[Runner, PreTrainedTokenizerBase]:
     """The model and its drafter, opened, with header lines that say what runs."""
     prepare_torch(threads)
-    from spectool import loading
-    from spectool.checkpoint import open_checkpoint
+    from spectool.checkpoint.tensors import open_checkpoint
     from spectool.decode.generate import Runner
-    from spectool.decode.tune import Tuned
+    from spectool.decode.policy.tuned import Tuned
+    from spectool.model import loading
 
     checkpoint = open_checkpoint(
         model, revision=revision, trust_remote_code=trust_remote_code, checksums=checksums
@@ -327,7 +327,7 @@ def read_prompts(
     Raises:
         UsageError: given twice, or not at all.
     """
-    from spectool import text
+    from spectool.data import text
 
     if prompt and prompts:
         raise UsageError("--prompt and --prompts exclude each other")

@@ -115,7 +115,7 @@ def _claim(out: Path) -> None:
         UsageError: somebody else's, or a file.
         InputError: it cannot be made.
     """
-    from spectool.artifact import disk_errors
+    from spectool.checkpoint.artifact import disk_errors
 
     with disk_errors(out):
         own = (out / MARKER).is_file() or (out.is_dir() and not any(out.iterdir()))
@@ -165,7 +165,7 @@ def _next_commands(out: Path, model: str, texts: dict[str, str]) -> list[list[st
 
 def _write_texts(out: Path) -> dict[str, str]:
     """Text to learn from and, of files that nothing learnt from, text and prompts to measure on."""
-    from spectool.stdlib import conversations, documents
+    from spectool.examples.stdlib import conversations, documents
 
     known = list(documents())
     rows: list[dict[str, Any]] = []

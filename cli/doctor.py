@@ -35,7 +35,7 @@ def doctor(
     """Processor, memory, packages, and what runs here."""
     with session(json_wanted=json_output, debug=debug) as output:
         from spectool import machine
-        from spectool.decode import curve
+        from spectool.decode.policy import curve
         from spectool.kernels import skinny
 
         machine.set_threads(None)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from spectool.checkpoint.headers import HEADS
 from spectool.cli.common import Debug, Json, NoChecksums, TrustRemoteCode, prepare_torch, session
 from spectool.errors import UsageError
-from spectool.headers import HEADS
 
 
 def export(
@@ -34,11 +34,11 @@ def export(
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(None)
         if (Path(path) / HEADS).exists():
-            from spectool.decode.drafters import exchange
+            from spectool.decode.heads import convert
 
             if model is None:
                 raise UsageError("--model: heads are exported for the checkpoint they draft for")
-            lines = exchange.export(
+            lines = convert.export(
                 Path(path),
                 model,
                 out,

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from spectool.checkpoint.headers import HEADS, HEADS_FILE
 from spectool.cli.common import Debug, Json, Output, session, size
 from spectool.errors import CheckpointError
-from spectool.headers import HEADS, HEADS_FILE
 
 
 def inspect(
@@ -26,12 +26,12 @@ def inspect(
 ) -> None:
     """Contents, stored bits and origin of a checkpoint or of heads, read from headers only."""
     with session(json_wanted=json_output, debug=debug) as output:
-        from spectool import checksums
+        from spectool.checkpoint import checksums
 
         if (path / HEADS).is_file():
             _inspect_heads(output, path, check)
             return
-        from spectool.headers import grouped, past_the_last_block, read_layout
+        from spectool.checkpoint.headers import grouped, past_the_last_block, read_layout
         from spectool.quantize.ledger import measure
 
         layout = read_layout(path)
@@ -116,8 +116,8 @@ def _files(stored: Mapping[str, Any]) -> str:
 
 
 def _inspect_heads(output: Output, path: Path, check: bool) -> None:
-    from spectool import checksums
-    from spectool.headers import read_header, read_json
+    from spectool.checkpoint import checksums
+    from spectool.checkpoint.headers import read_header, read_json
 
     found = read_json(path / HEADS)
     entries = read_header(path / HEADS_FILE)[1]

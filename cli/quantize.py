@@ -31,8 +31,8 @@ from spectool.cli.common import (
 from spectool.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
-    from spectool.architecture import Architecture
-    from spectool.headers import Layout
+    from spectool.checkpoint.headers import Layout
+    from spectool.model.architecture import Architecture
     from spectool.quantize.auto import Picked
     from spectool.quantize.choice import Choice
     from spectool.quantize.plan import Plan
@@ -139,9 +139,9 @@ def quantize(
     """Compress MODEL into the directory OUT."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
-        from spectool.architecture import Architecture
-        from spectool.dtypes import parse_dtype
-        from spectool.loading import check_device
+        from spectool.checkpoint.dtypes import parse_dtype
+        from spectool.model.architecture import Architecture
+        from spectool.model.loading import check_device
         from spectool.quantize import auto, run
         from spectool.quantize.budget import Budget, widths
         from spectool.quantize.choice import Choice, read_rules, skipping
@@ -244,8 +244,8 @@ def quantize(
 
 def _layout(model: str, revision: str | None) -> Layout:
     """What the headers of a checkpoint say, of a hub id's too, which need not be fetched."""
-    from spectool import hub
-    from spectool.headers import read_layout
+    from spectool.checkpoint import hub
+    from spectool.checkpoint.headers import read_layout
 
     return read_layout(Path(model)) if hub.is_local(model) else hub.remote_layout(model, revision)
 
@@ -279,7 +279,7 @@ def _is_given(invocation: typer.Context, name: str) -> bool:
 
 def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) -> None:
     """The plan for people, before anything is done."""
-    from spectool.contents import unused_line
+    from spectool.checkpoint.contents import unused_line
 
     by_choice: dict[Any, int] = {}
     for block in plan.matrices.values():
@@ -331,8 +331,8 @@ def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) 
 
 def _show_calibration(output: Output, architecture: Architecture, job: Job) -> None:
     """Name the text that is calibrated on, if any, and how much of it."""
+    from spectool.data.text import BUILTIN
     from spectool.quantize.run import calibrates, sequence_length
-    from spectool.text import BUILTIN
 
     if not calibrates(job):
         return
@@ -368,7 +368,7 @@ def _planned(plan: Plan) -> dict[str, Any]:
 
 def finish(output: Output, method: str, out: Path, report: Report) -> None:
     """The figures users ask for, measured from the written files."""
-    from spectool.headers import read_layout
+    from spectool.checkpoint.headers import read_layout
     from spectool.machine import peak_device_bytes, peak_rss_bytes
     from spectool.quantize.ledger import measure
 

@@ -139,11 +139,11 @@ def train_heads(
         if steps is not None and epochs is not None:
             raise UsageError("--steps and --epochs exclude each other")
         prepare_torch(threads)
-        from spectool.artifact import check_target
+        from spectool.checkpoint.artifact import check_target
+        from spectool.checkpoint.dtypes import parse_dtype
         from spectool.distill import train_heads as room
         from spectool.distill.plan import Job
         from spectool.distill.processes import joined
-        from spectool.dtypes import parse_dtype
 
         check_target(out, overwrite=overwrite)
         config = methods.resolve(method, "drafter").Heads.Config.from_dict(own)

@@ -51,8 +51,8 @@ def tune(
 ) -> None:
     """Find the options of HEADS that are fastest on this machine, and keep them there."""
     with session(json_wanted=json_output, debug=debug) as output:
-        from spectool import text
-        from spectool.decode.drafters.heads import read_record
+        from spectool.data import text
+        from spectool.decode.heads.artifact import read_record
         from spectool.evaluate import tuning as room
 
         read_record(heads)

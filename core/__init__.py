@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from spectool import hook
 from spectool.errors import SpectoolError
 from spectool.methods import door
+from spectool.model import hook
 from spectool.version import __version__
 
 if TYPE_CHECKING:

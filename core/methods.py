@@ -33,69 +33,69 @@ class Method:
 METHODS: dict[str, Method] = {
     "rtn": Method(
         kind="quantizer",
-        target="spectool.quantize.rtn:RTN",
+        target="spectool.quantize.methods.rtn:RTN",
         summary="Round to nearest on a uniform grid, 2-8 bits, in groups along the input",
         source="folklore; the baseline of every quantization paper",
     ),
     "nf4": Method(
         kind="quantizer",
-        target="spectool.quantize.nf4:NF4",
+        target="spectool.quantize.methods.nf4:NF4",
         summary="4-bit normal-quantile codes in blocks, computed by bitsandbytes",
         source="Dettmers et al., QLoRA, 2023 (arXiv:2305.14314)",
     ),
     "int8": Method(
         kind="quantizer",
-        target="spectool.quantize.int8:Int8",
+        target="spectool.quantize.methods.int8:Int8",
         summary="8-bit codes with a scale a row: the weights of LLM.int8()",
         source="Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339)",
     ),
     "ptq161": Method(
         kind="quantizer",
-        target="spectool.quantize.ptq161:PTQ161",
+        target="spectool.quantize.methods.ptq161:PTQ161",
         summary="A fifth of the columns at 4 bits, signs with fitted scales for the rest: 1.6 bits",
         source="Zhao et al., PTQ1.61, 2025 (arXiv:2502.13179)",
     ),
     "gptq": Method(
         kind="quantizer",
-        target="spectool.quantize.gptq:GPTQ",
+        target="spectool.quantize.methods.gptq:GPTQ",
         summary="The grid of rtn; each input's rounding is made up for by those that follow",
         source="Frantar et al., GPTQ, 2022 (arXiv:2210.17323)",
     ),
     "hqq": Method(
         kind="quantizer",
-        target="spectool.quantize.hqq:HQQ",
+        target="spectool.quantize.methods.hqq:HQQ",
         summary="A grid whose zero points leave few large errors; no calibration",
         source="Badri and Shaji, HQQ, 2023 (mobiusml.github.io/hqq_blog)",
     ),
     "olive": Method(
         kind="quantizer",
-        target="spectool.quantize.olive:OliVe",
+        target="spectool.quantize.methods.olive:OliVe",
         summary="4 or 8 bits; an outlier takes the place of its neighbour, which becomes zero",
         source="Guo et al., OliVe, 2023 (arXiv:2304.07493)",
     ),
     "olive-activations": Method(
         kind="quantizer",
-        target="spectool.quantize.olive:OliVeActivations",
+        target="spectool.quantize.methods.olive:OliVeActivations",
         summary="The same with rounded inputs, decoded before the product: a study of accuracy",
         source="Guo et al., OliVe, 2023 (arXiv:2304.07493)",
         status="research",
     ),
     "jlcm": Method(
         kind="quantizer",
-        target="spectool.quantize.jlcm:JLCM",
+        target="spectool.quantize.methods.jlcm:JLCM",
         summary="Codebooks for groups of rows, fitted together with the codes; 1 to 4 bits",
         source="Yvinec et al., JLCM, 2023 (arXiv:2309.17361); details are ours",
     ),
     "scalar": Method(
         kind="quantizer",
-        target="spectool.quantize.scalar:Scalar",
+        target="spectool.quantize.methods.scalar:Scalar",
         summary="Levels of its own for every input, and bits where they count; 1 to 4 on average",
         source="codebooks of Hsu et al., QLAE, 2023 (arXiv:2305.18378); for weights they are ours",
         status="research",
     ),
     "vq": Method(
         kind="quantizer",
-        target="spectool.quantize.vq:VQ",
+        target="spectool.quantize.lm_head.vq:VQ",
         summary="Rows share vectors of a codebook; for output matrices, learnt by --lm-head vq",
         source="VQ-Logits, 2025 (arXiv:2505.10202); Zhu et al., SimVQ, 2024 (arXiv:2411.02038)",
         status="research",
@@ -290,7 +290,7 @@ def resolve(name: str, kind: Kind) -> Any:
 
 # What the public face opens: rooms above core, which core may not import by statement.
 DOORS = {
-    "load": "spectool.loading:load_model",
+    "load": "spectool.model.loading:load_model",
     "generate": "spectool.decode.generate:generate",
 }
 

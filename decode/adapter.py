@@ -25,10 +25,10 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.combined import Combined
-from spectool.decode.drafters.spec import open_plain, parse_spec
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.spec import open_plain, parse_spec
 from spectool.errors import UsageError
 
 # Criteria that need not be asked: what they say of a draft is known.

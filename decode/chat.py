@@ -20,13 +20,13 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from spectool.artifact import disk_errors
+from spectool.checkpoint.artifact import disk_errors
+from spectool.checkpoint.headers import read_json
+from spectool.data.rows import Row
+from spectool.data.template import ANSWER, encode, end_of_turn, render
 from spectool.decode.generate import Result, Runner
 from spectool.decode.sampling import SamplingOptions
 from spectool.errors import TextError, UsageError
-from spectool.headers import read_json
-from spectool.rows import Row
-from spectool.template import ANSWER, encode, end_of_turn, render
 
 FORMAT, FORMAT_VERSION = "spectool-chat", 1
 # The oldest turns go when less than this share of the context is left for the answer.

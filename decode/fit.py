@@ -7,10 +7,10 @@ from collections.abc import Container
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from spectool.causal import why_not_causal
-from spectool.decoder import decoder_of
+from spectool.checkpoint.foreign import is_encoder_decoder
 from spectool.errors import UnsupportedError
-from spectool.given import is_encoder_decoder
+from spectool.model.causal import why_not_causal
+from spectool.model.decoder import decoder_of
 
 # Models that derive positions, causality or windows from columns, not from mask and positions.
 _REFUSED = {

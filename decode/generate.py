@@ -15,22 +15,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from spectool.data.text import check_ids
 from spectool.decode.cache import TreeCache
-from spectool.decode.chains import chained
-from spectool.decode.curve import Curve, curve_of
-from spectool.decode.drafters.spec import open_drafter, parse_spec
 from spectool.decode.loop import Timings, decode
+from spectool.decode.policy.chain import chained
+from spectool.decode.policy.curve import Curve, curve_of
+from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
 from spectool.decode.recurrent import open_target
 from spectool.decode.request import FinishReason, Request
 from spectool.decode.sampling import Draws, SamplingOptions, SamplingParams
-from spectool.decode.text import TextStream
-from spectool.decode.tune import Tuned
+from spectool.decode.spec import open_drafter, parse_spec
+from spectool.decode.streaming import TextStream
 from spectool.decode.verify import Verification, choose_verifier
 from spectool.errors import CheckpointError, NotFinite, UsageError
-from spectool.finite import first_not_finite, not_finite
-from spectool.loading import load_model, load_tokenizer
-from spectool.text import check_ids
+from spectool.model.finite import first_not_finite, not_finite
+from spectool.model.loading import load_model, load_tokenizer
 
 # Row, its newly committed tokens, the text they release, how many of its first characters came
 # from accepted drafts.
@@ -81,8 +81,8 @@ class Runner:
     be replaced with `use`. `timings` is where the time of all calls went. `dtype` and `device` are
     for models given as a path.
     `allow_other_target` takes draft heads of another checkpoint. `tune` sizes trees by what pays on
-    this machine also where a specification says nothing about it (`decode/tune.py`). `checksums`:
-    compare artifacts and heads with theirs when they are loaded.
+    this machine also where a specification says nothing about it (`decode/policy/tuned.py`).
+    `checksums`: compare artifacts and heads with theirs when they are loaded.
 
     Raises:
         InputError: a checkpoint that cannot be read or decoded, a specification that is wrong.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from spectool.decode.sampling import Draws, SamplingParams
-from spectool.decode.text import TextStream
+from spectool.decode.streaming import TextStream
 
 FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spectool import machine
-from spectool.checkpoint import Checkpoint, open_checkpoint
+from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode import rotary, tree
 from spectool.decode.cache import TextCache, TreeCache
 from spectool.decode.fit import check_fit
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
-from spectool.decoder import decoder_of
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels import skinny
+from spectool.model.decoder import decoder_of
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
 _CHUNK = 512

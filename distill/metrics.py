@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectool.artifact import disk_errors
+from spectool.checkpoint.artifact import disk_errors
 from spectool.errors import InputError, UsageError
 
 

@@ -12,25 +12,24 @@ from typing import Any
 import torch
 import transformers
 
-from spectool.architecture import build_meta, find_blocks, read_config
-from spectool.checkpoint import Checkpoint, text_fingerprint
-from spectool.decode.drafters.exchange import PretrainedHeads
-from spectool.decode.drafters.heads import check_weights
-from spectool.decode.drafters.trained import Heads
+from spectool.checkpoint.tensors import Checkpoint, text_fingerprint
+from spectool.data.text import check_ids
+from spectool.decode.heads.artifact import check_weights
+from spectool.decode.heads.base import Heads
+from spectool.decode.heads.convert import PretrainedHeads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
+from spectool.distill.data.features import FEATURES, store_bytes
+from spectool.distill.data.samples import Sample, batches, pack_sequences
+from spectool.distill.processes import Processes
 from spectool.errors import UnsupportedError, UsageError
-from spectool.loading import own_dtype
 from spectool.machine import available_memory
 from spectool.methods import resolve
+from spectool.model.architecture import build_meta, find_blocks, read_config
+from spectool.model.loading import own_dtype
 from spectool.options import Config
-from spectool.text import check_ids
 from spectool.training import OPTIMIZERS, check_optimizer
 from spectool.version import __version__
-
-from .features import FEATURES, store_bytes
-from .processes import Processes
-from .samples import Sample, batches, pack_sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

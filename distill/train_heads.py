@@ -18,36 +18,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectool.architecture import read_config
-from spectool.artifact import ArtifactWriter
-from spectool.checkpoint import open_checkpoint, text_fingerprint
-from spectool.decode.drafters import exchange
-from spectool.decode.drafters.exchange import PretrainedHeads
-from spectool.decode.drafters.heads import HeadsRecord, lineage
-from spectool.decode.drafters.trained import MOST_NODES, TOP, Heads, OptimizerDefaults
+from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.headers import HEADS, HEADS_FILE
+from spectool.checkpoint.hub import fetch, is_local
+from spectool.checkpoint.tensors import open_checkpoint, text_fingerprint
+from spectool.data.text import OnRead
+from spectool.decode.heads import convert
+from spectool.decode.heads.artifact import HeadsRecord, lineage
+from spectool.decode.heads.base import MOST_NODES, TOP, Heads, OptimizerDefaults
+from spectool.decode.heads.convert import PretrainedHeads
 from spectool.decode.tree import best_paths
+from spectool.distill.data.samples import read_samples, split
+from spectool.distill.data.server import Server
+from spectool.distill.data.texts import Say, read_shard
+from spectool.distill.metrics import MetricsFile
+from spectool.distill.plan import Job, Plan, Setup, identity_of, plan_of
+from spectool.distill.processes import ALONE, Processes
+from spectool.distill.trainer import HeadTrainer
+from spectool.distill.training_data import DataPreparation
 from spectool.errors import CheckpointError, TextError, UsageError
-from spectool.headers import HEADS, HEADS_FILE
-from spectool.hub import fetch, is_local
-from spectool.loading import (
+from spectool.methods import resolve
+from spectool.model.architecture import read_config
+from spectool.model.loading import (
     check_device,
     default_dtype,
     load_tokenizer,
     own_dtype,
     tokenizer_digest,
 )
-from spectool.methods import resolve
-from spectool.text import OnRead
 from spectool.training import Metrics, Recipe, Training, make_optimizer
-
-from .metrics import MetricsFile
-from .plan import Job, Plan, Setup, identity_of, plan_of
-from .processes import ALONE, Processes
-from .samples import read_samples, split
-from .server import Server
-from .texts import Say, read_shard
-from .trainer import HeadTrainer
-from .training_data import DataPreparation
 
 # Looks at the held-out text over a whole training.
 _NUM_EVALUATIONS = 20
@@ -290,7 +289,7 @@ def _begin(place: str, setup: Setup, job: Job) -> PretrainedHeads:
     """Raises: InputError: no heads of the method in this place."""
     config = read_config(setup.checkpoint.path, trust_remote_code=setup.trust_remote_code)
     directory = Path(place) if is_local(place) else fetch(place, None)
-    found = exchange.read(directory, config, checksums=setup.checksums)
+    found = convert.read(directory, config, checksums=setup.checksums)
     if found.method != job.method:
         raise UsageError(f"--init-from {place}: holds {found.method} heads, not {job.method}")
     if found.tokenizer not in (None, setup.tokenizer_digest):

@@ -13,16 +13,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from spectool.decode.drafters.exchange import PretrainedHeads
-from spectool.decode.drafters.trained import MOST_NODES, TOP, HeadLoss, Heads, frequent
+from spectool.decode.heads.base import MOST_NODES, TOP, HeadLoss, Heads, frequent
+from spectool.decode.heads.convert import PretrainedHeads
 from spectool.decode.tree import best_paths
+from spectool.distill.data.texts import parts
+from spectool.distill.plan import Job, steps_of
+from spectool.distill.processes import Processes
+from spectool.distill.training_data import WRITTEN_TOGETHER, TrainingData
 from spectool.methods import resolve
 from spectool.training import Metrics
-
-from .plan import Job, steps_of
-from .processes import Processes
-from .texts import parts
-from .training_data import WRITTEN_TOGETHER, TrainingData
 
 
 class HeadTrainer:

@@ -17,24 +17,32 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spectool.artifact import ArtifactWriter
-from spectool.decode.drafters.exchange import PretrainedHeads
-from spectool.decode.drafters.trained import Heads
+from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.data.text import check_ids
 from spectool.decode.generate import Runner
+from spectool.decode.heads.base import Heads
+from spectool.decode.heads.convert import PretrainedHeads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
+from spectool.distill.data.features import (
+    Read,
+    Stored,
+    Texts,
+    check_store,
+    finish_store,
+    names_of,
+    open_store,
+    store,
+)
+from spectool.distill.data.regenerate import regenerate
+from spectool.distill.data.samples import SHORTEST, Sample
+from spectool.distill.data.server import Server, rewrite
+from spectool.distill.data.texts import Say, Written
+from spectool.distill.plan import Job, Setup
+from spectool.distill.processes import Processes
 from spectool.errors import TextError
-from spectool.loading import describe_runtime, load_model, load_outside, unused_of
 from spectool.methods import resolve
-from spectool.text import check_ids
-
-from .features import Read, Stored, Texts, check_store, finish_store, names_of, open_store, store
-from .plan import Job, Setup
-from .processes import Processes
-from .regenerate import regenerate
-from .samples import SHORTEST, Sample
-from .server import Server, rewrite
-from .texts import Say, Written
+from spectool.model.loading import describe_runtime, load_model, load_outside, unused_of
 
 # Texts that the target writes together.
 WRITTEN_TOGETHER = 8

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from spectool.decode.chains import FirstPath
 from spectool.decode.generate import Result, Runner, loop_start
+from spectool.decode.policy.chain import FirstPath
+from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
 from spectool.decode.sampling import SamplingOptions, SamplingParams
-from spectool.decode.tune import Tuned
 from spectool.errors import UsageError
 from spectool.evaluate import baselines
 

@@ -16,12 +16,18 @@ from typing import Any
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from spectool.architecture import model_class, read_config
-from spectool.checkpoint import Checkpoint, open_checkpoint
-from spectool.dtypes import parse_dtype
+from spectool.checkpoint.dtypes import parse_dtype
+from spectool.checkpoint.headers import DTYPE_BITS, Layout
+from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
+from spectool.data.template import encode
+from spectool.data.text import BUILTIN, MIXED, OnRead, builtin_text, check_ids, read_text
 from spectool.errors import CheckpointError, NotFinite, UsageError
-from spectool.headers import DTYPE_BITS, Layout
-from spectool.loading import (
+from spectool.evaluate.fidelity import LogProbsReference, Reference, layer_errors, score
+from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
+from spectool.evaluate.windows import BlockwiseLogProbs, LogProbs, ResidentLogProbs, Windows, cut
+from spectool.machine import available_memory
+from spectool.model.architecture import model_class, read_config
+from spectool.model.loading import (
     check_device,
     default_dtype,
     describe_runtime,
@@ -30,13 +36,6 @@ from spectool.loading import (
     tokenizer_digest,
     unused_of,
 )
-from spectool.machine import available_memory
-from spectool.template import encode
-from spectool.text import BUILTIN, MIXED, OnRead, builtin_text, check_ids, read_text
-
-from .fidelity import LogProbsReference, Reference, layer_errors, score
-from .reference import ReferenceWriter, SavedReference, expected_bytes
-from .windows import BlockwiseLogProbs, LogProbs, ResidentLogProbs, Windows, cut
 
 # A model is opened whole if it takes at most this share of the memory that is free.
 MEMORY_SHARE = 0.7

@@ -16,11 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spectool.architecture import Architecture
-from spectool.checkpoint import Checkpoint
-from spectool.packed import build_packed, field_specs, relative_error
-
-from .windows import Batch, LogProbs, Windows
+from spectool.checkpoint.tensors import Checkpoint
+from spectool.evaluate.windows import Batch, LogProbs, Windows
+from spectool.model.architecture import Architecture
+from spectool.model.packed import build_packed, field_specs, relative_error
 
 # Told after each batch: scored tokens so far, scored tokens in all.
 Progress = Callable[[int, int], None]

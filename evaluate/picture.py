@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectool.artifact import disk_errors
+from spectool.checkpoint.artifact import disk_errors
 from spectool.errors import UsageError, require
 
 SUFFIXES = (".png", ".svg")

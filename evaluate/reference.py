@@ -18,13 +18,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from spectool.artifact import disk_errors, write_safetensors
-from spectool.checkpoint import all_finite, read_tensor
+from spectool.checkpoint.artifact import disk_errors, write_safetensors
+from spectool.checkpoint.headers import TensorEntry, read_header
+from spectool.checkpoint.tensors import all_finite, read_tensor
 from spectool.errors import CheckpointError, InputError, UsageError
-from spectool.headers import TensorEntry, read_header
-
-from .fidelity import divergence
-from .windows import Batch, Windows
+from spectool.evaluate.fidelity import divergence
+from spectool.evaluate.windows import Batch, Windows
 
 FORMAT_VERSION = 1
 

@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectool.artifact import disk_errors
-from spectool.decode.curve import machine_key
-from spectool.decode.drafters.heads import read_record
+from spectool.checkpoint.artifact import disk_errors
+from spectool.checkpoint.headers import HEADS
 from spectool.decode.generate import Runner
+from spectool.decode.heads.artifact import read_record
+from spectool.decode.policy.curve import machine_key
 from spectool.evaluate.bench import Say, bench
-from spectool.headers import HEADS
 from spectool.methods import resolve
 from spectool.options import options_of
 

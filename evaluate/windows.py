@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectool.architecture import Architecture
-from spectool.checkpoint import Checkpoint, all_finite
-from spectool.contents import unused_line
+from spectool.checkpoint.contents import unused_line
+from spectool.checkpoint.tensors import Checkpoint, all_finite
 from spectool.errors import NotFinite, TextError
-from spectool.finite import first_not_finite, not_finite
-from spectool.walk import Activations, ModelShell, run_block
+from spectool.model.architecture import Architecture
+from spectool.model.blocks import Activations, ModelShell, run_block
+from spectool.model.finite import first_not_finite, not_finite
 
 # Logits of one batch take at most about this much.
 LOGITS_BYTES = 1 << 28

@@ -2,9 +2,9 @@
 
     python examples/train_tiny_lm.py OUT
 
-What it learns from lies on this machine (`spectool.stdlib`); a twentieth of the files is held out.
-Writes a transformers directory in bfloat16, with `training_record.json` beside the weights. With
-another Python the text, and so the weights, differ; the record says which it was.
+What it learns from lies on this machine (`spectool.examples.stdlib`); a twentieth of the files is
+held out. Writes a transformers directory in bfloat16, with `training_record.json` beside the
+weights. With another Python the text, and so the weights, differ; the record says which it was.
 
 Shapes: B windows of a batch, L tokens of each, V vocabulary.
 """
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spectool import machine
-from spectool.stdlib import conversations, documents
+from spectool.examples.stdlib import conversations, documents
 from spectool.training import Metrics, Recipe, Training
 
 END, STOP = "<|endoftext|>", "<|end|>"

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectool import options
-from spectool.architecture import Architecture
 from spectool.errors import UsageError
+from spectool.model.architecture import Architecture
 from spectool.options import option
-
-from .budget import Budget, widths
-from .choice import Choice, Rule
-from .plan import Plan, make_plan
+from spectool.quantize.budget import Budget, widths
+from spectool.quantize.choice import Choice, Rule
+from spectool.quantize.plan import Plan, make_plan
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40

@@ -24,15 +24,14 @@ from torch import Tensor
 
 from spectool.errors import UsageError
 from spectool.machine import trim_memory
+from spectool.model.blocks import run_block
+from spectool.model.packed import PackedLinear
 from spectool.options import options_of
-from spectool.packed import PackedLinear
-from spectool.walk import run_block
-
-from .calibration import Block, LinearStats, Streams, fit_each
-from .choice import Choice, Rule
-from .fitting import Substitute
-from .plan import Plan, check_codes
-from .walk import BlockWalk, Progress, filled, seed_of
+from spectool.quantize.calibration import Block, LinearStats, Streams, fit_each
+from spectool.quantize.choice import Choice, Rule
+from spectool.quantize.fitting import Substitute
+from spectool.quantize.plan import Plan, check_codes
+from spectool.quantize.walk import BlockWalk, Progress, filled, seed_of
 
 # Sequences that errors are measured on, at least, if there are so many.
 MEASURED = 8

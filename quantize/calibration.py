@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spectool.errors import NotFinite, TextError, UnsupportedError
-from spectool.matrices import Matrix
+from spectool.model.blocks import Activations, Call
+from spectool.model.matrices import Matrix
+from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import Config
-from spectool.packed import FieldSpec, PackedLinear
-from spectool.walk import Activations, Call
 
 Statistic = Literal["absmax", "mean_abs", "second_moment", "hessian", "sample"]
 Stream = Literal["original", "packed"]

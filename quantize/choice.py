@@ -21,12 +21,11 @@ from typing import Any
 
 import yaml
 
-from spectool.architecture import matches
 from spectool.errors import UsageError
 from spectool.methods import resolve
+from spectool.model.architecture import matches
 from spectool.options import Config
-
-from .calibration import Quantizer
+from spectool.quantize.calibration import Quantizer
 
 DENSE = "dense"
 SKIP = "--skip"

@@ -20,18 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectool.architecture import Architecture
-from spectool.artifact import ArtifactWriter, Content
-from spectool.checkpoint import Checkpoint, open_checkpoint
+from spectool.checkpoint.artifact import ArtifactWriter, Content
+from spectool.checkpoint.headers import TensorEntry
+from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
-from spectool.headers import TensorEntry
 from spectool.kernels.pack import pack_bits
-from spectool.loading import own_dtype
-from spectool.matrices import Matrix
 from spectool.methods import resolve
-from spectool.packed import build_packed, field_specs
-
-from .run import check_places, companions
+from spectool.model.architecture import Architecture
+from spectool.model.loading import own_dtype
+from spectool.model.matrices import Matrix
+from spectool.model.packed import build_packed, field_specs
+from spectool.quantize.run import check_places, companions
 
 Fields = dict[str, Tensor]
 

@@ -23,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectool.model.blocks import call_block
+from spectool.model.packed import PackedLinear
 from spectool.options import Config
-from spectool.packed import PackedLinear
-from spectool.walk import call_block
-
-from .calibration import (
+from spectool.quantize.calibration import (
     Block,
     Fitted,
     LinearStats,
@@ -36,7 +35,7 @@ from .calibration import (
     Tick,
     fit_each,
     overflow,
-)  # fmt: skip
+)
 
 # ln c is taken of no smaller cosine: below, the squared errors alone turn the output round.
 LEAST_COSINE = 0.01

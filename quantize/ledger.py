@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from spectool.headers import Layout
+from spectool.checkpoint.headers import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

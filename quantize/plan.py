@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import DTYPE_BITS
 from spectool.errors import UnsupportedError, UsageError
-from spectool.headers import DTYPE_BITS
-from spectool.matrices import Matrix
-
-from .choice import Choice, Rule
-from .vq import VQ, learning_bytes, special_tokens
+from spectool.model.architecture import Architecture
+from spectool.model.matrices import Matrix
+from spectool.quantize.choice import Choice, Rule
+from spectool.quantize.lm_head.vq import VQ, learning_bytes, special_tokens
 
 # What the interpreter with torch and transformers loaded holds, hashing threads included (measured:
 # 0.34 GB, 0.39 GB after the source was hashed; 0.46 GB with calibration of the smallest model).

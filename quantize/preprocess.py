@@ -27,17 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectool.architecture import Architecture
-from spectool.artifact import Content, disk_errors, write_whole
-from spectool.checkpoint import Checkpoint, read_tensor, torch_dtype
+from spectool.checkpoint.artifact import Content, disk_errors, write_whole
+from spectool.checkpoint.headers import read_header
+from spectool.checkpoint.tensors import Checkpoint, read_tensor, torch_dtype
 from spectool.errors import UnsupportedError, UsageError, hushed, require
-from spectool.headers import read_header
-from spectool.loading import load_model
 from spectool.machine import available_memory
-from spectool.matrices import Matrix
+from spectool.model.architecture import Architecture
+from spectool.model.loading import load_model
+from spectool.model.matrices import Matrix
+from spectool.quantize.plan import Plan, saved_bytes
 from spectool.training import Metrics, Recipe, Training, make_optimizer
-
-from .plan import Plan, saved_bytes
 
 # The share of the text, at its end, that is kept back to measure on; sequences of it at most.
 HELD_OUT = 0.1

@@ -13,28 +13,26 @@ import torch
 import transformers
 from torch import Tensor
 
-from spectool import artifact
-from spectool.architecture import Architecture
-from spectool.artifact import ArtifactWriter
-from spectool.checkpoint import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
-from spectool.dtypes import with_plain_dtypes
+from spectool.checkpoint import artifact
+from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.dtypes import with_plain_dtypes
+from spectool.checkpoint.formats import FORMAT_VERSION
+from spectool.checkpoint.headers import PACKED_INDEX, Layout, read_header
+from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
+from spectool.data.template import encode
+from spectool.data.text import OnRead, builtin_text, check_ids, read_text
 from spectool.errors import UnsupportedError, UsageError
-from spectool.formats import FORMAT_VERSION
-from spectool.headers import PACKED_INDEX, Layout, read_header
-from spectool.loading import load_tokenizer, stated_dtype
 from spectool.machine import reproducible
+from spectool.model.architecture import Architecture
+from spectool.model.blocks import check_walkable
+from spectool.model.loading import load_tokenizer, stated_dtype
 from spectool.options import Config
-from spectool.template import encode
-from spectool.text import OnRead, builtin_text, check_ids, read_text
-from spectool.version import __version__
-from spectool.walk import check_walkable
-
-from .budget import Budget, candidates, choose, forget, survey
-from .calibration import windows
-from .choice import Choice, Rule, plan_text, skipping
-from .ledger import Ledger, measure
-from .plan import BASE_BYTES, Plan, make_plan
-from .preprocess import (
+from spectool.quantize.budget import Budget, candidates, choose, forget, survey
+from spectool.quantize.calibration import windows
+from spectool.quantize.choice import Choice, Rule, plan_text, skipping
+from spectool.quantize.ledger import Ledger, measure
+from spectool.quantize.plan import BASE_BYTES, Plan, make_plan
+from spectool.quantize.preprocess import (
     HELD_OUT,
     MOST_HELD_OUT,
     Preprocess,
@@ -42,7 +40,8 @@ from .preprocess import (
     TrainingWindows,
     bytes_needed,
 )
-from .walk import BlockWalk, Progress, entry_of
+from spectool.quantize.walk import BlockWalk, Progress, entry_of
+from spectool.version import __version__
 
 # Files that go along with the weights; code only where remote code was allowed.
 COMPANIONS = (

@@ -22,18 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectool.architecture import Architecture
-from spectool.artifact import ArtifactWriter, Content, disk_errors
-from spectool.checkpoint import Checkpoint, all_finite, read_tensor
+from spectool.checkpoint.artifact import ArtifactWriter, Content, disk_errors
+from spectool.checkpoint.headers import read_header
+from spectool.checkpoint.tensors import Checkpoint, all_finite, read_tensor
 from spectool.errors import UnsupportedError
-from spectool.headers import read_header
 from spectool.machine import trim_memory
-from spectool.matrices import Matrix
-from spectool.packed import PackedLinear, build_packed, relative_error
-from spectool.walk import Activations, Call, ModelShell, final_logits, run_block
-
-from . import vq
-from .calibration import (
+from spectool.model.architecture import Architecture
+from spectool.model.blocks import Activations, Call, ModelShell, final_logits, run_block
+from spectool.model.matrices import Matrix
+from spectool.model.packed import PackedLinear, build_packed, relative_error
+from spectool.quantize.calibration import (
     MIN_EXPERT_TOKENS,
     Block,
     Fitted,
@@ -47,8 +45,9 @@ from .calibration import (
     fit_each,
     overflow,
 )
-from .choice import Choice
-from .plan import LEARNT_HEAD, Plan
+from spectool.quantize.choice import Choice
+from spectool.quantize.lm_head import vq
+from spectool.quantize.plan import LEARNT_HEAD, Plan
 
 # Activation buffers larger than this together live in files beside the shards.
 BUFFERS_IN_MEMORY = 8 << 30

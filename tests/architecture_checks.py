@@ -20,17 +20,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from spectool import methods
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.distill import plan as heads_plan
 from spectool.distill.train_heads import train_heads
 from spectool.errors import InputError
 from spectool.evaluate.fidelity import layer_errors
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows, log_probs
-from spectool.loading import load_model, load_tokenizer
+from spectool.model.loading import load_model, load_tokenizer
 from spectool.quantize.run import Job, quantize
 
-TEXT = Path(__file__).parent.parent / "core/calibration/mixed.txt"
+TEXT = Path(__file__).parent.parent / "core/data/calibration/mixed.txt"
 
 # Of a text whose windows are compared, and of what is decoded.
 SEQUENCES, LENGTH, NEW_TOKENS = 4, 40, 16

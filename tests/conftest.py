@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 320
-_TEXT = Path(__file__).parent.parent / "core/calibration/mixed.txt"
+_TEXT = Path(__file__).parent.parent / "core/data/calibration/mixed.txt"
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
 COMMON = {

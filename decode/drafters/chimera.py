@@ -38,13 +38,19 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from spectool import options
 from spectool.decode.cache import TreeCache
+from spectool.decode.drafters.medusa import residual_blocks
+from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
+from spectool.decode.heads.layer import (
+    DecoderLayer,
+    DraftCache,
+    Rotary,
+    Sight,
+    attend_chains,
+    layer_config,
+)
 from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
 from spectool.decode.request import Request
 from spectool.options import option
-
-from .layer import DecoderLayer, DraftCache, Rotary, Sight, attend_chains, layer_config
-from .medusa import residual_blocks
-from .trained import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
 
 
 class Trigram(nn.Module):

@@ -40,12 +40,18 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spectool import options
 from spectool.decode.cache import TreeCache
+from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
+from spectool.decode.heads.layer import (
+    DecoderLayer,
+    DraftCache,
+    Rotary,
+    Sight,
+    final_scale,
+    layer_config,
+)
 from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
 from spectool.decode.request import Request
 from spectool.options import option
-
-from .layer import DecoderLayer, DraftCache, Rotary, Sight, final_scale, layer_config
-from .trained import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
 
 # The size of the random numbers around what matrices begin as.
 _NOISE = 0.01

@@ -37,6 +37,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
+from spectool.decode.heads.base import Heads, OptimizerDefaults, read_outcomes, read_prompts
+from spectool.decode.heads.layer import (
+    Attention,
+    DraftCache,
+    Rotary,
+    attend_chains,
+    final_scale,
+    layer_config,
+)
 from spectool.decode.protocol import (
     Drafter,
     Features,
@@ -52,9 +61,6 @@ from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
 from spectool.kernels import skinny
 from spectool.options import option
-
-from .layer import Attention, DraftCache, Rotary, attend_chains, final_scale, layer_config
-from .trained import Heads, OptimizerDefaults, read_outcomes, read_prompts
 
 # Of a larger vocabulary as many tokens are guessed, as published.
 _DRAFT_VOCAB = 32000

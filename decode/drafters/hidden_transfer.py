@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectool import options
+from spectool.decode.heads.inpass import InPassDrafter, InPassHeads
 from spectool.decode.protocol import Inject, Needs, TrainingBatch
 from spectool.errors import UnsupportedError, UsageError
 from spectool.options import option
-
-from .inpass import InPassDrafter, InPassHeads
 
 
 class HiddenTransferHeads(InPassHeads):

@@ -30,12 +30,11 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode.cache import TreeCache
+from spectool.decode.drafters.medusa import residual_blocks
+from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
+from spectool.decode.heads.layer import DecoderLayer, DraftCache, Rotary, layer_config
 from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
 from spectool.options import option
-
-from .layer import DecoderLayer, DraftCache, Rotary, layer_config
-from .medusa import residual_blocks
-from .trained import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
 
 _DROPOUT = 0.2
 _BLOCKS = {"plain": 1, "plus": 4}

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from spectool import options
 from spectool.decode.cache import TreeCache
+from spectool.decode.drafters.ngram import NgramIndex, continuation
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams, pick
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
-
-from .ngram import NgramIndex, continuation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectool import options
+from spectool.decode.heads.base import Heads, TreeDrafter
 from spectool.decode.protocol import Needs, TrainingBatch
 from spectool.options import option
-
-from .trained import Heads, TreeDrafter
 
 
 class MedusaHead(nn.Module):

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectool import options
+from spectool.decode.heads.base import OptimizerDefaults
+from spectool.decode.heads.inpass import InPassDrafter, InPassHeads
 from spectool.decode.protocol import Inject, Needs, TrainingBatch
+from spectool.model.packed import matrix_of
 from spectool.options import option
-from spectool.packed import matrix_of
-
-from .inpass import InPassDrafter, InPassHeads
-from .trained import OptimizerDefaults
 
 # Of the embeddings' own spread.
 _NOISE = 0.1

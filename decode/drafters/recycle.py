@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from spectool import options
+from spectool.decode import draft_state
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -24,8 +25,6 @@ from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import CheckpointError
 from spectool.options import option
-
-from . import state
 
 # How often the token that follows is the table's first, second, ...: decides which ranks a tree of
 # a given size holds. Measured on greedy text of codestory-10M (stories, code, arithmetic, prose;
@@ -136,7 +135,7 @@ class RecycleDrafter(Drafter):
     def close(self) -> None:
         if self.config.state and self.table:
             table_VK = torch.tensor(self.table, dtype=torch.int32).view(-1, RANKS)
-            state.save(Path(self.config.state), self.name, {"table": table_VK})
+            draft_state.save(Path(self.config.state), self.name, {"table": table_VK})
 
     def _learn(self, token: int, top: list[int]) -> None:
         # A tiny vocabulary has fewer than RANKS likeliest tokens.
@@ -144,7 +143,7 @@ class RecycleDrafter(Drafter):
         self.table[start : start + len(top)] = array("i", top)
 
     def _load(self, path: Path) -> None:
-        table_VK = state.load(path, self.name).get("table")
+        table_VK = draft_state.load(path, self.name).get("table")
         if table_VK is not None:
             if table_VK.shape != (len(table_VK), RANKS) or table_VK.dtype != torch.int32:
                 raise CheckpointError(f"{path}: not a table of {RANKS} ids a token")

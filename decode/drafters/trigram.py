@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from spectool import options
+from spectool.decode import draft_state
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -23,8 +24,6 @@ from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import CheckpointError
 from spectool.options import option
-
-from . import state
 
 # The authors add 0.04 for every round that a trigram stays among the last 16 tokens, up to 3: about
 # so much for each occurrence, at two tokens a round. A quarter is exact in float32, as it is kept.
@@ -140,10 +139,10 @@ class TrigramDrafter(Drafter):
                 "trigrams": torch.tensor([row[:3] for row in rows], dtype=torch.int32).view(-1, 3),
                 "scores": torch.tensor([row[3] for row in rows], dtype=torch.float32),
             }
-            state.save(Path(self.config.state), self.name, tensors)
+            draft_state.save(Path(self.config.state), self.name, tensors)
 
     def _load(self, path: Path) -> None:
-        tensors = state.load(path, self.name)
+        tensors = draft_state.load(path, self.name)
         if not tensors:
             return
         trigrams_M3, scores_M = tensors.get("trigrams"), tensors.get("scores")

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from spectool.architecture import Architecture
-from spectool.artifact import ArtifactWriter
-from spectool.headers import past_the_last_block, read_layout
-from spectool.loading import load_model, unused_of
+from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.headers import past_the_last_block, read_layout
+from spectool.model.architecture import Architecture
+from spectool.model.loading import load_model, unused_of
 
 Spectool = Callable[..., Any]
 Checkpoint = Callable[..., Path]
@@ -342,7 +342,7 @@ def test_what_nobody_foresaw_is_one_line_and_one_object(
     def fail(*_: Any) -> None:
         raise RuntimeError("surprise")
 
-    monkeypatch.setattr("spectool.headers.read_layout", fail)
+    monkeypatch.setattr("spectool.checkpoint.headers.read_layout", fail)
     done = spectool("inspect", tmp_path, "--json")
     assert done.code == 1 and "RuntimeError: surprise" in done.err
     assert done.json["error"]["exit_code"] == 1

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from spectool.data.text import read_rows
 from spectool.machine import version
-from spectool.text import read_rows
 
 Spectool = Callable[..., Any]
 Checkpoint = Callable[..., Path]

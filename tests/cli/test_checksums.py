@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spectool.headers import HEADS, HEADS_FILE, PACKED_INDEX
+from spectool.checkpoint.headers import HEADS, HEADS_FILE, PACKED_INDEX
 from spectool.methods import resolve
 from spectool.quantize.run import Job, quantize
 

@@ -15,7 +15,7 @@ import typer
 
 from spectool.cli import QUANTIZE, app
 from spectool.cli.demo import _next_commands, _write_texts
-from spectool.stdlib import documents
+from spectool.examples.stdlib import documents
 
 from .conftest import Done
 

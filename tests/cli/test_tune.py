@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.decode.curve import machine_key
-from spectool.decode.drafters.heads import read_record
 from spectool.decode.generate import Runner
+from spectool.decode.heads.artifact import read_record
+from spectool.decode.policy.curve import machine_key
 
 Spectool = Callable[..., Any]
 

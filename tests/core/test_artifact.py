@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spectool.artifact import ArtifactWriter, check_target, own_files, write_safetensors
+from spectool.checkpoint.artifact import ArtifactWriter, check_target, own_files, write_safetensors
+from spectool.checkpoint.headers import PACKED_INDEX, read_header
 from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
-from spectool.headers import PACKED_INDEX, read_header
 
 IDENTITY = {"source": "s", "options": {"bits": 4}}
 SHARD = "packed-1.safetensors"
@@ -79,7 +79,7 @@ def test_equal_inputs_give_equal_bytes_in_any_order(tmp_path: Path) -> None:
 def test_copied_tensors_keep_their_bytes_and_are_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spectool.artifact.CHUNK", 64)
+    monkeypatch.setattr("spectool.checkpoint.artifact.CHUNK", 64)
     tensors = {"w": torch.randn(13, 7).bfloat16(), "ids": torch.arange(40)}
     save_file(tensors, tmp_path / "source")
     entries = {entry.name: entry for entry in read_header(tmp_path / "source")[1]}

@@ -9,8 +9,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spectool import causal
-from spectool.causal import why_not_causal
+from spectool.model import causal
+from spectool.model.causal import why_not_causal
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spectool.artifact import write_safetensors
-from spectool.checkpoint import check_finite, open_checkpoint, read_rows, read_tensor
+from spectool.checkpoint.artifact import write_safetensors
+from spectool.checkpoint.headers import read_header
+from spectool.checkpoint.tensors import check_finite, open_checkpoint, read_rows, read_tensor
 from spectool.errors import CheckpointError
-from spectool.headers import read_header
 
 Checkpoints = Callable[..., Path]
 

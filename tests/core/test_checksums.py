@@ -16,15 +16,15 @@ import torch
 import xxhash
 from transformers import AutoModelForCausalLM
 
-from spectool import checksums
-from spectool.architecture import Architecture
-from spectool.artifact import ArtifactWriter
-from spectool.checkpoint import open_checkpoint
-from spectool.checksums import Checking, Checksums, Guard
+from spectool.checkpoint import checksums
+from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.checksums import Checking, Checksums, Guard
+from spectool.checkpoint.headers import PACKED_INDEX, read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
-from spectool.headers import PACKED_INDEX, read_layout
-from spectool.loading import load_model
 from spectool.methods import resolve
+from spectool.model.architecture import Architecture
+from spectool.model.loading import load_model
 from spectool.quantize.run import Job, quantize
 
 JOB = Job(method="rtn", config=resolve("rtn", "quantizer").Config(bits=4))
@@ -203,7 +203,7 @@ def test_verifying_compares_both(tmp_path: Path) -> None:
 
 ABANDONED = """
 import pathlib, sys, time
-from spectool.checksums import Checking, Guard
+from spectool.checkpoint.checksums import Checking, Guard
 
 class Slow(Guard):
     def check(self):

@@ -14,11 +14,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spectool.architecture import Architecture, build_meta, read_config
+from spectool.checkpoint.headers import read_layout
 from spectool.decode.generate import Runner
 from spectool.errors import CheckpointError, InputError, UnsupportedError
-from spectool.headers import read_layout
-from spectool.loading import load_model, load_tokenizer
+from spectool.model.architecture import Architecture, build_meta, read_config
+from spectool.model.loading import load_model, load_tokenizer
 
 Checkpoint = Callable[..., Path]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from spectool.decoder import decoder_of
+from spectool.model.decoder import decoder_of
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.dtypes import configured, parse_dtype, with_plain_dtypes
+from spectool.checkpoint.dtypes import configured, parse_dtype, with_plain_dtypes
 from spectool.errors import CheckpointError, UsageError
 
 

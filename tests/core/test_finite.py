@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectool.checkpoint import all_finite
-from spectool.finite import first_not_finite
+from spectool.checkpoint.tensors import all_finite
+from spectool.model.finite import first_not_finite
 
 from ..conftest import make_model
 

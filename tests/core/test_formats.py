@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from spectool.formats import FORMAT_VERSION, upgrade_config, upgrade_heads
+from spectool.checkpoint.formats import FORMAT_VERSION, upgrade_config, upgrade_heads
 
 CONFIG: dict[str, Any] = {
     "quant_method": "spectool",

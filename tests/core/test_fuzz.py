@@ -23,13 +23,13 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import read_layout
 from spectool.decode.generate import Runner
 from spectool.errors import InputError
-from spectool.headers import read_layout
-from spectool.loading import load_model, load_tokenizer
+from spectool.model.architecture import Architecture
+from spectool.model.loading import load_model, load_tokenizer
 from spectool.quantize import run
-from spectool.quantize.rtn import RTN
+from spectool.quantize.methods.rtn import RTN
 
 MUTANTS = int(os.environ.get("SPECTOOL_FUZZ", "2000"))
 SEED = os.environ.get("SPECTOOL_FUZZ_SEED", "0")

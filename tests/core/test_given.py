@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from spectool.checkpoint.foreign import check_config, check_place, is_speculator
+from spectool.checkpoint.headers import read_layout
 from spectool.errors import InputError
-from spectool.given import check_config, check_place, is_speculator
-from spectool.headers import read_layout
 
 Files = Mapping[str, Any]
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spectool.errors import CheckpointError
-from spectool.headers import (
+from spectool.checkpoint.headers import (
     DENSE_FILE,
     DENSE_INDEX,
     PACKED_INDEX,
@@ -22,6 +21,7 @@ from spectool.headers import (
     read_json,
     read_layout,
 )
+from spectool.errors import CheckpointError
 
 F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 

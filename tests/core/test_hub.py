@@ -15,11 +15,11 @@ from huggingface_hub.errors import (
     NotASafetensorsRepoError,
 )
 
-from spectool import hub
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint import hub
+from spectool.checkpoint.headers import read_header, read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
-from spectool.headers import read_header, read_layout
-from spectool.quantize.rtn import RTN
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import Job, prepare
 
 Checkpoints = Callable[..., Path]

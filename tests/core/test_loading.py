@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spectool
+from spectool.checkpoint.headers import read_layout
 from spectool.errors import CheckpointError, InputError, UsageError
-from spectool.headers import read_layout
-from spectool.loading import default_dtype, describe_runtime, load_tokenizer
-from spectool.packed import PackedExperts, packed_modules
-from spectool.quantize.rtn import RTN
+from spectool.model.loading import default_dtype, describe_runtime, load_tokenizer
+from spectool.model.packed import PackedExperts, packed_modules
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import Job, quantize
 
 Checkpoints = Callable[..., Path]

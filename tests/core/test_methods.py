@@ -12,8 +12,8 @@ import torch
 from spectool import options
 from spectool.errors import UsageError
 from spectool.methods import DOORS, METHODS, door, names, resolve, row
+from spectool.model.packed import PackedLinear
 from spectool.options import options_of
-from spectool.packed import PackedLinear
 from spectool.quantize.calibration import Quantizer
 
 TESTS = Path(__file__).parent.parent

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import spectool
-from spectool.architecture import Architecture
-from spectool.checkpoint import open_checkpoint, read_tensor
+from spectool.checkpoint.headers import DENSE_FILE, DENSE_INDEX, TensorEntry, read_layout
+from spectool.checkpoint.tensors import open_checkpoint, read_tensor
 from spectool.errors import CheckpointError
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows
-from spectool.headers import DENSE_FILE, DENSE_INDEX, TensorEntry, read_layout
-from spectool.quantize.int8 import Int8
+from spectool.model.architecture import Architecture
+from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.run import Job, quantize
 
 Checkpoints = Callable[..., Path]
@@ -152,7 +152,7 @@ def test_matrices_that_are_tied_and_both_stored_are_compared_once(
         read.append(entry.name)
         return read_tensor(entry, **rows)
 
-    monkeypatch.setattr("spectool.checkpoint.read_tensor", reading)
+    monkeypatch.setattr("spectool.checkpoint.tensors.read_tensor", reading)
     assert not any(Architecture(read_layout(place)).untied for _ in range(2))
     assert sorted(read) == [HEAD, TABLE]
     # Not where another file lies now.

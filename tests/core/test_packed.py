@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectool.errors import CheckpointError, UsageError
-from spectool.packed import (
+from spectool.model.packed import (
     Fields,
     PackedExperts,
     PackedLinear,
@@ -185,7 +185,7 @@ def test_fields_are_grouped_by_the_module_they_belong_to() -> None:
 def test_error_at_any_size_of_weights(
     size: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spectool.packed.PIECE", 8)
+    monkeypatch.setattr("spectool.model.packed.PIECE", 8)
     module = filled()
     module.q.scale = torch.zeros(3).half()
     weight_nm = (torch.ones(3, 4) * size).to(dtype)

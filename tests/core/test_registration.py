@@ -14,9 +14,9 @@ from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
 )
 
-from spectool import hook
 from spectool.errors import CheckpointError
-from spectool.registration import SpectoolConfig, SpectoolQuantizer
+from spectool.model import hook
+from spectool.model.registration import SpectoolConfig, SpectoolQuantizer
 
 
 def test_registered_under_its_name() -> None:
@@ -74,7 +74,7 @@ def test_registration_follows_the_registry_and_leaves_no_trace(
     assert seen == [[1]] and sys.meta_path == finders
     assert module.__spec__ is not None
     assert module.__loader__ is module.__spec__.loader
-    assert type(module.__loader__).__module__ != "spectool.hook"
+    assert type(module.__loader__).__module__ != "spectool.model.hook"
 
 
 def test_importing_spectool_imports_neither_torch_nor_transformers() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from spectool.data.rows import Row, read_row
 from spectool.errors import TextError
-from spectool.rows import Row, read_row
 
 TALK = [
     {"role": "user", "content": "What is 3?"},

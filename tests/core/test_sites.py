@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PhimoeConfig
 
 import spectool
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import read_layout
 from spectool.errors import UsageError
-from spectool.headers import read_layout
-from spectool.matrices import computes_product, find_matrices, stay_dense
+from spectool.model.architecture import Architecture
+from spectool.model.matrices import computes_product, find_matrices, stay_dense
 from spectool.quantize.choice import Choice, Rule
-from spectool.quantize.int8 import Int8
+from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.plan import make_plan
 from spectool.quantize.run import Job, quantize
 

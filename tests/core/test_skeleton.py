@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spectool
-from spectool.architecture import Architecture, matches, model_class, read_config
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, UnsupportedError
-from spectool.headers import read_layout
-from spectool.matrices import find_matrices
-from spectool.packed import packed_modules
-from spectool.quantize.rtn import RTN
+from spectool.model.architecture import Architecture, matches, model_class, read_config
+from spectool.model.matrices import find_matrices
+from spectool.model.packed import packed_modules
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import Job, quantize
 
 Checkpoints = Callable[..., Path]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spectool.stdlib import LEFT_OUT, Document, conversations, documents
+from spectool.examples.stdlib import LEFT_OUT, Document, conversations, documents
 
 SOURCE = '''\
 """A module."""

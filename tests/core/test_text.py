@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from spectool import text
+from spectool.data import text
+from spectool.data.template import encode, render, template_arguments
+from spectool.data.text import Reading, builtin_text, read_prompts, read_rows, read_text
 from spectool.errors import MissingExtra, TextError
-from spectool.stdlib import documents
-from spectool.template import encode, render, template_arguments
-from spectool.text import Reading, builtin_text, read_prompts, read_rows, read_text
+from spectool.examples.stdlib import documents
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

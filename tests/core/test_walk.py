@@ -12,12 +12,12 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from spectool.architecture import Architecture
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError
-from spectool.quantize.gptq import GPTQ
+from spectool.model.architecture import Architecture
+from spectool.model.blocks import Activations, BlockProbe, Call, ModelShell, run_block
+from spectool.quantize.methods.gptq import GPTQ
 from spectool.quantize.run import Job, quantize
-from spectool.walk import Activations, BlockProbe, Call, ModelShell, run_block
 
 from ..conftest import tokenizer
 from ..shrunken import build, tiny_config

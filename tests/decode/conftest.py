@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectool.decode import curve, tree, tune
+from spectool.decode import tree
+from spectool.decode.policy import curve
+from spectool.decode.policy import tuned as tune
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams

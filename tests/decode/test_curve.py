@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectool.decode import curve as curves
-from spectool.decode.curve import SIZES, Curve
+from spectool.decode.policy import curve as curves
+from spectool.decode.policy.curve import SIZES, Curve
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft
 

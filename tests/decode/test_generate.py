@@ -13,7 +13,7 @@ import spectool
 from spectool.decode.cache import TreeCache
 from spectool.decode.generate import Runner, generate
 from spectool.decode.request import Request
-from spectool.decode.text import TextStream
+from spectool.decode.streaming import TextStream
 from spectool.errors import CheckpointError, SpectoolError, UsageError
 
 from ..conftest import VOCAB

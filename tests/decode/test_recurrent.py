@@ -9,16 +9,17 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from spectool.decode import chains, recurrent, tree
-from spectool.decode.curve import measure
+from spectool.decode import recurrent, tree
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
 from spectool.decode.generate import Runner
+from spectool.decode.policy import chain as chains
+from spectool.decode.policy.curve import measure
+from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Needs
 from spectool.decode.recurrent import CHAINS, FORGETFUL, RecurrentTarget, open_target
 from spectool.decode.replay import ReplayCache
 from spectool.decode.target import Target
-from spectool.decode.tune import Tuned
 from spectool.errors import UnsupportedError, UsageError
 
 from ..conftest import RECURRENT, make_model

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from spectool.decode.text import TextStream
+from spectool.decode.streaming import TextStream
 
 PIECES = ["</s>", " a", " b", "a", "b", "c", "ab", "ST", "OP", "STO", "P!", "Ã", "©", " "]
 

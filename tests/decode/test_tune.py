@@ -15,18 +15,19 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from spectool.decode import curve as curves
-from spectool.decode import tree, tune
-from spectool.decode.curve import SIZES, Curve
+from spectool.decode import tree
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.generate import Runner
+from spectool.decode.policy import curve as curves
+from spectool.decode.policy import tuned as tune
+from spectool.decode.policy.curve import SIZES, Curve
+from spectool.decode.policy.tuned import Rates, Tuned
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
-from spectool.decode.tune import Rates, Tuned
 
 Tiny = Callable[..., PreTrainedModel]
 NONE: Any = None

@@ -28,7 +28,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text((Path(__file__).parents[2] / "core/calibration/code.txt").read_text()[:1600])
+    path.write_text(
+        (Path(__file__).parents[2] / "core/data/calibration/code.txt").read_text()[:1600]
+    )
     return str(path)
 
 

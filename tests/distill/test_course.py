@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectool.decode.drafters.trained import Heads
+from spectool.decode.heads.base import Heads
 from spectool.decode.target import Target
-from spectool.distill.features import Read
-from spectool.distill.samples import Sample
+from spectool.distill.data.features import Read
+from spectool.distill.data.samples import Sample
 from spectool.methods import resolve
 
 

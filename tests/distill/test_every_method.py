@@ -14,12 +14,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from spectool.artifact import ArtifactWriter
-from spectool.decode.drafters.heads import read_record
+from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.headers import HEADS_FILE
 from spectool.decode.generate import Runner
+from spectool.decode.heads.artifact import read_record
 from spectool.distill.train_heads import Job, Report, train_heads
 from spectool.errors import UnsupportedError
-from spectool.headers import HEADS_FILE
 from spectool.methods import resolve, trained
 from spectool.quantize import run as quantizing
 from spectool.quantize.choice import Choice

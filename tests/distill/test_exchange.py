@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spectool.decode.drafters import exchange
-from spectool.decode.drafters.heads import read_record
 from spectool.decode.generate import Runner
+from spectool.decode.heads import convert
+from spectool.decode.heads.artifact import read_record
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
 from spectool.methods import METHODS
 from spectool.quantize.choice import Choice
@@ -51,7 +51,7 @@ def make(train: Train, checkpoint: Checkpoint, tmp_path: Path, made: dict[str, P
             shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
         else:
             train(source, "heads", method=method, options=options, steps=2)
-            exchange.export(tmp_path / "heads", str(source), tmp_path / "served", name)
+            convert.export(tmp_path / "heads", str(source), tmp_path / "served", name)
             shutil.copytree(tmp_path, kept)
         return source, tmp_path / "heads", tmp_path / "served"
 
@@ -241,7 +241,7 @@ def test_an_embedding_in_half_precision_is_the_targets(
     """Scaled in bfloat16 when it was written, in float32 where the training runs."""
     source = checkpoint("gemma3", dtype=torch.bfloat16)
     train(source, "heads", method="eagle3", steps=0)
-    exchange.export(tmp_path / "heads", str(source), tmp_path / "served", "speculators")
+    convert.export(tmp_path / "heads", str(source), tmp_path / "served", "speculators")
     where = {"dtype": torch.float32}
     train(source, "back", method="eagle3", steps=0, init_from=str(tmp_path / "served"), where=where)
     assert equal(tmp_path / "back", tmp_path / "heads")
@@ -267,9 +267,9 @@ def test_other_places_are_refused(
     with pytest.raises(UnsupportedError, match="pickled"):
         back(train, source, served, "eagle3")
     with pytest.raises(CheckpointError, match="trained for another checkpoint"):
-        exchange.export(heads, str(other), tmp_path / "new", "eagle3")
+        convert.export(heads, str(other), tmp_path / "new", "eagle3")
     with pytest.raises(UsageError, match="exists already"):
-        exchange.export(heads, str(source), served, "eagle3")
+        convert.export(heads, str(source), served, "eagle3")
     assert not (tmp_path / "new").exists()
 
 
@@ -279,15 +279,15 @@ def test_what_a_format_cannot_hold(
     source = checkpoint("gemma3")
     train(source, "scaled", method="eagle3", steps=0)
     with pytest.raises(UnsupportedError, match="this target scales it") as caught:
-        exchange.export(tmp_path / "scaled", str(source), tmp_path / "x", "eagle3")
+        convert.export(tmp_path / "scaled", str(source), tmp_path / "x", "eagle3")
     assert caught.value.hint is not None and "speculators" in caught.value.hint
     source = checkpoint("llama")
     train(source, "shallow", method="eagle3", steps=0)
     with pytest.raises(UnsupportedError, match="fuse three of the target's states, these heads 2"):
-        exchange.export(tmp_path / "shallow", str(source), tmp_path / "x", "eagle3")
+        convert.export(tmp_path / "shallow", str(source), tmp_path / "x", "eagle3")
     train(source, "hydra", method="hydra", steps=0)
     with pytest.raises(UnsupportedError, match="holds eagle3 heads, these are hydra") as caught:
-        exchange.export(tmp_path / "hydra", str(source), tmp_path / "x", "speculators")
+        convert.export(tmp_path / "hydra", str(source), tmp_path / "x", "speculators")
     assert caught.value.hint is not None and "no server reads hydra heads" in caught.value.hint
     assert not (tmp_path / "x").exists()
 
@@ -320,7 +320,7 @@ def test_training_goes_on_from_heads(train: Train, checkpoint: Checkpoint, tmp_p
 
 
 def test_formats_hold_what_the_table_says(tmp_path: Path) -> None:
-    served = {form.method for form in exchange.FORMATS.values()}
+    served = {form.method for form in convert.FORMATS.values()}
     elsewhere = {name for name, row in METHODS.items() if row.trained and len(row.runs_in) > 1}
     assert served == elsewhere
 
@@ -341,10 +341,10 @@ def test_heads_of_a_learnt_output_matrix(
     quantize(source, packed, job)
     train(packed, "medusa", method="medusa", steps=1)
     with pytest.raises(UnsupportedError, match="biases of output matrices") as caught:
-        exchange.export(tmp_path / "medusa", str(packed), tmp_path / "served", "vllm-medusa")
+        convert.export(tmp_path / "medusa", str(packed), tmp_path / "served", "vllm-medusa")
     assert "generate --draft" in str(caught.value.hint)
     train(packed, "eagle3", method="eagle3", steps=1)
-    exchange.export(tmp_path / "eagle3", str(packed), tmp_path / "served", "eagle3")
+    convert.export(tmp_path / "eagle3", str(packed), tmp_path / "served", "eagle3")
     own = load_file(tmp_path / "eagle3/heads.safetensors")
     served = load_file(tmp_path / "served/model.safetensors")
     assert torch.equal(served["lm_head.weight"], own["lm_head.weight"])

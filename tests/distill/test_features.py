@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.artifact import ArtifactWriter
+from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
-from spectool.distill import features as room
 from spectool.distill import plan, training_data
-from spectool.distill.features import Read, store
+from spectool.distill.data import features as room
+from spectool.distill.data.features import Read, store
+from spectool.distill.data.samples import Sample
 from spectool.distill.processes import ALONE
-from spectool.distill.samples import Sample
 from spectool.distill.trainer import HeadTrainer
 from spectool.errors import TextError, UnsupportedError, UsageError
 from spectool.methods import resolve

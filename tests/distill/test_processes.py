@@ -22,7 +22,7 @@ from .conftest import Train, contents
 # Small shards, so that both processes write some.
 SCRIPT = """
 import sys
-import spectool.distill.features as features, spectool.distill.texts as texts
+import spectool.distill.data.features as features, spectool.distill.data.texts as texts
 from spectool.cli import main
 features._SHARD_BYTES, texts._GROUP = 20_000, 4
 main()

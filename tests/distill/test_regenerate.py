@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from spectool.decode.generate import Runner
-from spectool.distill.regenerate import regenerate
-from spectool.distill.samples import Sample
+from spectool.distill.data.regenerate import regenerate
+from spectool.distill.data.samples import Sample
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.distill import samples as room
-from spectool.distill.samples import (
+from spectool.data.rows import Row
+from spectool.data.text import Reading
+from spectool.distill.data import samples as room
+from spectool.distill.data.samples import (
     Sample,
     batches,
     join,
@@ -22,8 +24,6 @@ from spectool.distill.samples import (
     split,
 )
 from spectool.errors import TextError
-from spectool.rows import Row
-from spectool.text import Reading
 
 from ..conftest import tokenizer
 

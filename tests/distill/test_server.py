@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from spectool.decode.drafters.heads import read_record
-from spectool.distill import server as room
-from spectool.distill import texts
-from spectool.distill.samples import Sample, read_samples
-from spectool.distill.server import Answer, Server, rewrite
+from spectool.data.text import encode
+from spectool.decode.heads.artifact import read_record
+from spectool.distill.data import server as room
+from spectool.distill.data import texts
+from spectool.distill.data.samples import Sample, read_samples
+from spectool.distill.data.server import Answer, Server, rewrite
 from spectool.errors import InputError, SpectoolError, UsageError
-from spectool.text import encode
 
 from ..conftest import tokenizer
 from .conftest import Train, contents

@@ -18,14 +18,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from spectool.artifact import ArtifactWriter, own_files
-from spectool.decode.drafters.heads import read_record
+from spectool.checkpoint.artifact import ArtifactWriter, own_files
 from spectool.decode.generate import Runner
-from spectool.distill import plan, texts, training_data
+from spectool.decode.heads.artifact import read_record
+from spectool.distill import plan, training_data
+from spectool.distill.data import texts
 from spectool.distill.trainer import HeadTrainer
 from spectool.errors import CheckpointError, SpectoolError, TextError, UnsupportedError, UsageError
 from spectool.quantize import run as quantizing
-from spectool.quantize.rtn import RTN
+from spectool.quantize.methods.rtn import RTN
 from spectool.training import Training
 
 from ..conftest import VOCAB, make_model, tokenizer

@@ -11,7 +11,7 @@ import pytest
 
 from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.evaluate import Request, evaluate
-from spectool.quantize.rtn import RTN
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import Job, quantize
 
 

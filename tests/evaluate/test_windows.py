@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import spectool
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import TextError
 from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
-from spectool.quantize.rtn import RTN
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import Job, quantize
 
 

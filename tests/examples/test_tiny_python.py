@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
-from spectool.loading import load_tokenizer
+from spectool.model.loading import load_tokenizer
 
 CHECKPOINT = Path(__file__).parent.parent.parent / "examples/tiny-python"
 CODE = "import os\n\n\nclass Reader:\n    def __init__(self, path):\n        self.path = path\n"

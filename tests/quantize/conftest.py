@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectool.methods import resolve
-from spectool.packed import PackedLinear
+from spectool.model.packed import PackedLinear
 from spectool.quantize.run import Job, Report, quantize
 
 

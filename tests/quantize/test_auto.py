@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import read_layout
 from spectool.cli import app
 from spectool.errors import UsageError
-from spectool.headers import read_layout
-from spectool.loading import load_model
+from spectool.model.architecture import Architecture
+from spectool.model.loading import load_model
 from spectool.quantize.auto import STEPS, Auto, cache_bytes, parse_size, pick
 from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.plan import make_plan

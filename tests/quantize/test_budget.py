@@ -12,18 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import read_layout
 from spectool.cli import app
 from spectool.errors import UsageError
-from spectool.headers import read_layout
-from spectool.loading import load_model
+from spectool.model.architecture import Architecture
+from spectool.model.loading import load_model
 from spectool.quantize import budget as budgets
 from spectool.quantize.budget import Budget, candidates, choose, widths
 from spectool.quantize.choice import Choice, Rule, read_rules
-from spectool.quantize.gptq import GPTQ
 from spectool.quantize.ledger import measure
+from spectool.quantize.methods.gptq import GPTQ
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import Plan, make_plan
-from spectool.quantize.rtn import RTN
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectool import methods
-from spectool.architecture import find_blocks
 from spectool.errors import TextError
-from spectool.matrices import find_matrices
 from spectool.methods import Method
-from spectool.packed import packed_modules
+from spectool.model.architecture import find_blocks
+from spectool.model.matrices import find_matrices
+from spectool.model.packed import packed_modules
 from spectool.quantize.calibration import (
     Block,
     Fitted,
@@ -30,7 +30,7 @@ from spectool.quantize.calibration import (
     Tick,
     windows,
 )
-from spectool.quantize.rtn import RTN
+from spectool.quantize.methods.rtn import RTN
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -326,7 +326,7 @@ class replaced_input:
 
 
 def calibration_ids(source: Path, text_file: str, *, samples: int, length: int) -> Tensor:
-    from spectool.loading import load_tokenizer
+    from spectool.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(source)
     ids = tokenizer(Path(text_file).read_text(), add_special_tokens=False)["input_ids"]

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import spectool
-from spectool.architecture import Architecture
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.evaluate import Request, evaluate
 from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
-from spectool.headers import read_layout
-from spectool.packed import PackedEmbedding, PackedLinear, matrix_of
+from spectool.model.architecture import Architecture
+from spectool.model.packed import PackedEmbedding, PackedLinear, matrix_of
 from spectool.quantize import walk
 from spectool.quantize.choice import Choice, Rule, plan_text, read_rules, skipping
 from spectool.quantize.export import export
-from spectool.quantize.int8 import Int8
 from spectool.quantize.ledger import measure
+from spectool.quantize.methods.int8 import Int8
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import make_plan
-from spectool.quantize.rtn import RTN
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]

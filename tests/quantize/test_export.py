@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForC
 import spectool
 from spectool.decode.generate import Runner
 from spectool.errors import UnsupportedError, UsageError
-from spectool.packed import packed_modules
+from spectool.model.packed import packed_modules
 from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.export import export
-from spectool.quantize.rtn import RTN
+from spectool.quantize.methods.rtn import RTN
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import read_layout
 from spectool.errors import UnsupportedError, UsageError
-from spectool.headers import read_layout
+from spectool.model.architecture import Architecture
 from spectool.quantize.calibration import LinearStats
 from spectool.quantize.choice import Choice
-from spectool.quantize.gptq import GPTQ, compensate, feedback
 from spectool.quantize.ledger import measure
+from spectool.quantize.methods.gptq import GPTQ, compensate, feedback
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import make_plan
-from spectool.quantize.rtn import RTN
 
 
 def inputs(tokens: int, m: int, *, seed: int = 0) -> Tensor:

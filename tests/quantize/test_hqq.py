@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectool.errors import UnsupportedError, UsageError
-from spectool.quantize.hqq import HQQ
+from spectool.quantize.methods.hqq import HQQ
 
 
 def reference(weight_nm: Tensor, bits: int, group_size: int) -> Tensor:

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import read_layout
 from spectool.errors import UnsupportedError, UsageError
-from spectool.headers import read_layout
 from spectool.kernels.pack import pack_bits
-from spectool.matrices import find_matrices
+from spectool.model.architecture import Architecture
+from spectool.model.blocks import Activations, Call
+from spectool.model.matrices import find_matrices
 from spectool.quantize.calibration import Block, LinearStats, Streams
 from spectool.quantize.choice import Choice
-from spectool.quantize.jlcm import JLCM, JLCMLinear, Latent, Preferences
 from spectool.quantize.ledger import measure
+from spectool.quantize.methods.jlcm import JLCM, JLCMLinear, Latent, Preferences
 from spectool.quantize.plan import make_plan
 from spectool.quantize.run import Report
-from spectool.walk import Activations, Call
 
 SMALL_JOB = {"samples": 6, "seq_len": 32}
 

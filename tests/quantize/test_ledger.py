@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectool.headers import read_layout
+from spectool.checkpoint.headers import read_layout
 from spectool.quantize.ledger import measure
 
 Checkpoints = Callable[..., Path]
@@ -56,7 +56,8 @@ def test_counting_needs_no_torch(checkpoint: Checkpoints, compress: Compress) ->
     out = compress(checkpoint("llama"))
     code = (
         "import sys, json; from pathlib import Path\n"
-        "from spectool.headers import read_layout; from spectool.quantize.ledger import measure\n"
+        "from spectool.checkpoint.headers import read_layout\n"
+        "from spectool.quantize.ledger import measure\n"
         "ledger = measure(read_layout(Path(sys.argv[1])))\n"
         "print(json.dumps([ledger.linears, ledger.file, 'torch' in sys.modules]))"
     )

@@ -119,7 +119,7 @@ def test_stored_bits(
 def test_without_the_library_the_extra_is_named(
     pack: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spectool.quantize import nf4
+    from spectool.quantize.methods import nf4
 
     nf4.bitsandbytes.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)

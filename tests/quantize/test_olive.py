@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 
 from spectool.errors import CheckpointError, UnsupportedError, UsageError
-from spectool.quantize.olive import FACTORS, FLINT4, INT4, INT8, TYPES, OliVe, Type, decode, encode
-from spectool.quantize.olive import search as search_rows
+from spectool.quantize.methods.olive import (
+    FACTORS,
+    FLINT4,
+    INT4,
+    INT8,
+    TYPES,
+    OliVe,
+    Type,
+    decode,
+    encode,
+)
+from spectool.quantize.methods.olive import search as search_rows
 
 NORMAL = {
     "int4": [*range(-7, 8)],

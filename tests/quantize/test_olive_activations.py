@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import spectool
+from spectool.checkpoint.headers import read_layout
 from spectool.errors import UnsupportedError, UsageError
-from spectool.headers import read_layout
 from spectool.quantize.calibration import SAMPLED, LinearStats
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
-from spectool.quantize.olive import FACTORS, TYPES, OliVe, OliVeActivations
+from spectool.quantize.methods.olive import FACTORS, TYPES, OliVe, OliVeActivations
 from spectool.quantize.preprocess import Preprocess
 
 GENERATOR = torch.Generator()

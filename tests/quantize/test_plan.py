@@ -15,15 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import read_layout
 from spectool.errors import UnsupportedError, UsageError
-from spectool.headers import read_layout
 from spectool.methods import resolve
+from spectool.model.architecture import Architecture
 from spectool.quantize.choice import Choice, skipping
 from spectool.quantize.ledger import measure
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import Plan, make_plan
 from spectool.quantize.preprocess import Preprocess
-from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job, prepare
 
 Checkpoints = Callable[..., Path]

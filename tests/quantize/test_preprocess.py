@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.errors import TextError, UnsupportedError, UsageError
-from spectool.headers import read_layout
 from spectool.quantize import preprocess as room
 from spectool.quantize import run
 from spectool.quantize.ledger import measure
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.preprocess import Preprocess
-from spectool.quantize.rtn import RTN
 from spectool.quantize.run import Job, quantize
 
 from ..conftest import tokenizer

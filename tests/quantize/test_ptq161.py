@@ -16,21 +16,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from spectool import packed
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import read_layout
 from spectool.cli import app
 from spectool.cli.common import Output
 from spectool.cli.quantize import show_fits
 from spectool.errors import NotFinite, UnsupportedError, UsageError
-from spectool.headers import read_layout
 from spectool.kernels.pack import unpack_bits
-from spectool.matrices import find_matrices
+from spectool.model import packed
+from spectool.model.architecture import Architecture
+from spectool.model.blocks import Activations, Call
+from spectool.model.matrices import find_matrices
 from spectool.quantize.calibration import Block, LinearStats, Streams
 from spectool.quantize.choice import Choice
 from spectool.quantize.fitting import Task
 from spectool.quantize.ledger import measure
-from spectool.quantize.plan import make_plan
-from spectool.quantize.ptq161 import (
+from spectool.quantize.methods.ptq161 import (
     PTQ161,
     WIDTHS,
     Part,
@@ -38,8 +38,8 @@ from spectool.quantize.ptq161 import (
     most_salient,
     num_salient,
 )
+from spectool.quantize.plan import make_plan
 from spectool.quantize.run import Report
-from spectool.walk import Activations, Call
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectool.errors import UnsupportedError, UsageError
-from spectool.quantize.rtn import RTN
+from spectool.quantize.methods.rtn import RTN
 
 GRIDS = [
     {"bits": bits, "group_size": group, "symmetric": symmetric}
@@ -71,7 +71,7 @@ def test_rows_packed_in_pieces_are_the_same(
 ) -> None:
     weight_nm = torch.randn(43, 123)
     whole = pack("rtn", weight_nm).fields
-    monkeypatch.setattr("spectool.quantize.rtn.PIECE", 500)
+    monkeypatch.setattr("spectool.quantize.methods.rtn.PIECE", 500)
     pieces = pack("rtn", weight_nm).fields
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
@@ -89,7 +89,7 @@ def test_unpacked_in_pieces_is_the_same(
     pack: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, symmetric: bool
 ) -> None:
     module = pack("rtn", torch.randn(43, 123), bits=3, symmetric=symmetric).module
-    monkeypatch.setattr("spectool.packed.PIECE", 500)
+    monkeypatch.setattr("spectool.model.packed.PIECE", 500)
     pieces = list(module.pieces())
     assert len(pieces) == 11 and torch.equal(torch.cat(pieces), module.dequantize())
 
@@ -103,8 +103,8 @@ from pathlib import Path
 
 import torch
 
-from spectool.packed import relative_error
-from spectool.quantize.rtn import RTN
+from spectool.model.packed import relative_error
+from spectool.quantize.methods.rtn import RTN
 
 
 def resident(key):

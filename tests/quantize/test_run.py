@@ -18,16 +18,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spectool
-from spectool.architecture import Architecture
-from spectool.artifact import own_files
-from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint.artifact import own_files
+from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, InputError, UnsupportedError, UsageError
-from spectool.headers import read_layout
-from spectool.packed import packed_modules
+from spectool.model.architecture import Architecture
+from spectool.model.blocks import ModelShell, run_block
+from spectool.model.packed import packed_modules
 from spectool.quantize.ledger import measure
-from spectool.quantize.rtn import RTN
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import Job
-from spectool.walk import ModelShell, run_block
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]

@@ -12,16 +12,24 @@ import torch
 from torch import Tensor
 
 import spectool
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import read_layout
 from spectool.errors import UnsupportedError, UsageError
-from spectool.headers import read_layout
+from spectool.model.architecture import Architecture
 from spectool.quantize.calibration import LinearStats
 from spectool.quantize.choice import Choice
 from spectool.quantize.codebook import levels
 from spectool.quantize.ledger import measure
+from spectool.quantize.methods.rtn import RTN
+from spectool.quantize.methods.scalar import (
+    LEFT,
+    WIDEST,
+    Part,
+    Scalar,
+    ScalarLinear,
+    allocate,
+    room,
+)
 from spectool.quantize.plan import make_plan
-from spectool.quantize.rtn import RTN
-from spectool.quantize.scalar import LEFT, WIDEST, Part, Scalar, ScalarLinear, allocate, room
 
 GENERATOR = torch.Generator()
 

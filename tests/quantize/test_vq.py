@@ -14,18 +14,18 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import spectool
-from spectool.architecture import Architecture
+from spectool.checkpoint.headers import read_layout
 from spectool.cli import app
 from spectool.decode.generate import Runner
 from spectool.errors import UnsupportedError, UsageError
-from spectool.headers import read_layout
-from spectool.packed import PackedLinear
+from spectool.model.architecture import Architecture
+from spectool.model.packed import PackedLinear
 from spectool.quantize import walk
 from spectool.quantize.choice import Choice
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
+from spectool.quantize.lm_head.vq import VQ, Text, VQLinear, fit_head, log_mass, within_codes
 from spectool.quantize.plan import make_plan
-from spectool.quantize.vq import VQ, Text, VQLinear, fit_head, log_mass, within_codes
 
 GENERATOR = torch.Generator()
 IDS_BL = torch.tensor([[5, 9, 12, 7, 7, 3]])

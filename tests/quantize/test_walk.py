@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from spectool.errors import CheckpointError, SpectoolError, UsageError
 from spectool.quantize import walk
 from spectool.quantize.budget import Budget, widths
-from spectool.quantize.ptq161 import PTQ161
-from spectool.quantize.rtn import RTN
+from spectool.quantize.methods.ptq161 import PTQ161
+from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import Job, Report, quantize
 
 Checkpoints = Callable[..., Path]

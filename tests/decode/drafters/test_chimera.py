@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from spectool.decode.drafters.chimera import ChimeraDrafter, ChimeraHeads
-from spectool.decode.drafters.trained import TOP
 from spectool.decode.generate import Runner
+from spectool.decode.heads.base import TOP
 from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
 

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from spectool.decode.drafters import clover
 from spectool.decode.drafters.clover import CloverDrafter, CloverHeads
-from spectool.decode.drafters.trained import TOP
 from spectool.decode.generate import Runner
+from spectool.decode.heads.base import TOP
 from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
-from spectool.decode.drafters import layer
 from spectool.decode.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Heads
 from spectool.decode.generate import Runner
+from spectool.decode.heads import layer
 from spectool.decode.protocol import TrainingBatch
 from spectool.errors import UsageError
 

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from spectool.decode.drafters.hydra import HydraDrafter, HydraHeads
-from spectool.decode.drafters.layer import DecoderLayer, Rotary
-from spectool.decode.drafters.trained import TOP
 from spectool.decode.generate import Runner
+from spectool.decode.heads.base import TOP
+from spectool.decode.heads.layer import DecoderLayer, Rotary
 from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
 

@@ -13,7 +13,9 @@ import torch
 
 from spectool.decode.cache import TextCache
 from spectool.decode.drafters.hidden_transfer import HiddenTransferDrafter, HiddenTransferHeads
-from spectool.decode.drafters.inpass import (
+from spectool.decode.drafters.ppd import PPDDrafter, PPDHeads
+from spectool.decode.generate import Runner
+from spectool.decode.heads.inpass import (
     InPassConfig,
     SparseTree,
     _ahead,
@@ -21,8 +23,6 @@ from spectool.decode.drafters.inpass import (
     stationary,
     tokens_a_step,
 )
-from spectool.decode.drafters.ppd import PPDDrafter, PPDHeads
-from spectool.decode.generate import Runner
 from spectool.decode.protocol import Needs, TrainingBatch
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, best_paths

@@ -11,18 +11,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectool.artifact import write_safetensors
-from spectool.decode.drafters import heads as shared_code
-from spectool.decode.drafters import trained
-from spectool.decode.drafters.heads import HeadsRecord, open_heads, read_tensors
+from spectool.checkpoint.artifact import write_safetensors
+from spectool.checkpoint.headers import HEADS, HEADS_FILE
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
-from spectool.decode.drafters.trained import TOP, ranks_of
 from spectool.decode.generate import Runner
+from spectool.decode.heads import artifact as shared_code
+from spectool.decode.heads import base
+from spectool.decode.heads.artifact import HeadsRecord, open_heads, read_tensors
+from spectool.decode.heads.base import TOP, ranks_of
 from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
 from spectool.decode.tree import RankTree, best_paths
 from spectool.errors import CheckpointError, NotFinite
-from spectool.headers import HEADS, HEADS_FILE
 
 from ...conftest import VOCAB
 from .bare import bare_model, disturb, make_batch
@@ -65,7 +65,7 @@ def test_untrained_heads_say_what_the_target_says(
 
 def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of three rows against one sum over heads and places."""
-    monkeypatch.setattr(trained, "_CHUNK_BYTES", 3 * 4 * 17)
+    monkeypatch.setattr(base, "_CHUNK_BYTES", 3 * 4 * 17)
     batch = make_batch()
     heads = make_heads(bare_model(bias=True), num_heads=3, num_layers=2)
     done = heads.compute_loss(batch)

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from spectool.decode.drafters.ppd import PPDDrafter, PPDHeads
-from spectool.decode.drafters.trained import Heads
+from spectool.decode.heads.base import Heads
 from spectool.decode.target import Target
 
 from ...conftest import VOCAB

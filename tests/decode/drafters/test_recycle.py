@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectool.decode.drafters import recycle, state
+from spectool.decode import draft_state
+from spectool.decode.drafters import recycle
 from spectool.decode.drafters.recycle import RANKS, RecycleConfig, RecycleDrafter, rank_tree
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Outcome, PrefilledPrompt
@@ -264,7 +265,7 @@ def test_a_kept_table_drafts_the_same(begin: Begin, tmp_path: Path) -> None:
 
 def test_a_kept_table_of_another_vocabulary_is_refused(begin: Begin, tmp_path: Path) -> None:
     place = tmp_path / "table"
-    state.save(place, "recycle", {"table": torch.zeros(99, RANKS, dtype=torch.int32)})
+    draft_state.save(place, "recycle", {"table": torch.zeros(99, RANKS, dtype=torch.int32)})
     drafter = RecycleDrafter(RecycleConfig(state=str(place)))
     with pytest.raises(CheckpointError, match="a table of 99 tokens; the model has 320"):
         begin(drafter, [row_of([4])])
@@ -276,7 +277,7 @@ def test_a_kept_table_of_another_vocabulary_is_refused(begin: Begin, tmp_path: P
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, table: Tensor) -> None:
     place = tmp_path / "table"
-    state.save(place, "recycle", {"table": table})
+    draft_state.save(place, "recycle", {"table": table})
     with pytest.raises(CheckpointError, match="not a table of 8 ids a token"):
         RecycleDrafter(RecycleConfig(state=str(place)))
     place.write_bytes(b"something else altogether")

@@ -7,12 +7,12 @@ import pytest
 from transformers import PreTrainedModel
 
 from spectool import methods
+from spectool.checkpoint.headers import HEADS
 from spectool.decode.drafters.draft_model import DraftModelDrafter
-from spectool.decode.drafters.heads import HeadsRecord
-from spectool.decode.drafters.spec import Part, open_drafter, parse_spec
+from spectool.decode.heads.artifact import HeadsRecord
+from spectool.decode.spec import Part, open_drafter, parse_spec
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, UsageError
-from spectool.headers import HEADS
 
 
 def one(text: str) -> Part:

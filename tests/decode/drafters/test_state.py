@@ -8,36 +8,36 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.artifact import write_safetensors
-from spectool.decode.drafters import state
+from spectool.checkpoint.artifact import write_safetensors
+from spectool.decode import draft_state
 from spectool.errors import CheckpointError, InputError, SpectoolError
 
 TENSORS = {"ids": torch.arange(6, dtype=torch.int32).view(2, 3), "scores": torch.rand(7)}
 
 
 def test_no_file_is_an_empty_state(tmp_path: Path) -> None:
-    assert state.load(tmp_path / "absent", "recycle") == {}
+    assert draft_state.load(tmp_path / "absent", "recycle") == {}
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path: Path) -> None:
     place = tmp_path / "state"
-    state.save(place, "recycle", TENSORS)
-    loaded = state.load(place, "recycle")
+    draft_state.save(place, "recycle", TENSORS)
+    loaded = draft_state.load(place, "recycle")
     assert loaded.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
     before = place.read_bytes()
-    state.save(place, "recycle", loaded)
+    draft_state.save(place, "recycle", loaded)
     assert place.read_bytes() == before
 
 
 def test_a_state_of_another_drafter_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "state"
-    state.save(place, "trigram", TENSORS)
+    draft_state.save(place, "trigram", TENSORS)
     with pytest.raises(CheckpointError, match="the state of trigram, not of recycle"):
-        state.load(place, "recycle")
+        draft_state.load(place, "recycle")
 
 
 @pytest.mark.parametrize(
@@ -45,15 +45,19 @@ def test_a_state_of_another_drafter_is_refused(tmp_path: Path) -> None:
     [
         {},
         {"format": "spectool-packed", "version": 1, "drafter": "recycle"},
-        {"format": state.FORMAT, "version": state.FORMAT_VERSION + 1, "drafter": "recycle"},
-        {"format": state.FORMAT, "drafter": "recycle"},
+        {
+            "format": draft_state.FORMAT,
+            "version": draft_state.FORMAT_VERSION + 1,
+            "drafter": "recycle",
+        },
+        {"format": draft_state.FORMAT, "drafter": "recycle"},
     ],
 )
 def test_another_format_is_refused(tmp_path: Path, said: dict[str, Any]) -> None:
     place = tmp_path / "state"
     write_safetensors(place, TENSORS, said)
     with pytest.raises(CheckpointError, match="no state of a drafter in version 1"):
-        state.load(place, "recycle")
+        draft_state.load(place, "recycle")
 
 
 def with_header(header: dict[str, Any]) -> bytes:
@@ -77,16 +81,16 @@ def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     place = tmp_path / "state"
     place.write_bytes(data)
     with pytest.raises(CheckpointError, match=str(place)):
-        state.load(place, "recycle")
+        draft_state.load(place, "recycle")
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        state.load(tmp_path, "recycle")
+        draft_state.load(tmp_path, "recycle")
 
 
 def test_a_newer_state_takes_the_place_of_an_older(tmp_path: Path) -> None:
     place = tmp_path / "state"
-    state.save(place, "recycle", TENSORS)
-    state.save(place, "recycle", {"other": torch.ones(1)})
-    assert state.load(place, "recycle").keys() == {"other"}
+    draft_state.save(place, "recycle", TENSORS)
+    draft_state.save(place, "recycle", {"other": torch.ones(1)})
+    assert draft_state.load(place, "recycle").keys() == {"other"}
     assert list(tmp_path.iterdir()) == [place]
 
 
@@ -94,22 +98,22 @@ def test_a_disk_that_fills_up_leaves_the_older_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "state"
-    state.save(place, "recycle", TENSORS)
+    draft_state.save(place, "recycle", TENSORS)
     before = place.read_bytes()
 
     def half_written(path: Path, *given: Any) -> None:
         path.write_bytes(before[:20])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(state, "write_safetensors", half_written)
+    monkeypatch.setattr(draft_state, "write_safetensors", half_written)
     with pytest.raises(SpectoolError, match="the disk is full"):
-        state.save(place, "recycle", {"other": torch.ones(1)})
+        draft_state.save(place, "recycle", {"other": torch.ones(1)})
     assert place.read_bytes() == before
 
 
 def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written: Not a directory$"):
-        state.save(tmp_path / "file" / "state", "recycle", TENSORS)
+        draft_state.save(tmp_path / "file" / "state", "recycle", TENSORS)
     with pytest.raises(SpectoolError, match=r"absent: No such file or directory$"):
-        state.save(tmp_path / "absent" / "state", "recycle", TENSORS)
+        draft_state.save(tmp_path / "absent" / "state", "recycle", TENSORS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectool.decode.drafters import state
+from spectool.decode import draft_state
 from spectool.decode.drafters.trigram import TrigramConfig, TrigramDrafter, TrigramTable
 from spectool.decode.generate import Runner
 from spectool.decode.request import Request
@@ -230,7 +230,7 @@ def test_an_empty_table_is_kept_too(begin: Begin, tmp_path: Path) -> None:
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     place = tmp_path / "table"
-    state.save(place, "trigram", tensors)
+    draft_state.save(place, "trigram", tensors)
     with pytest.raises(CheckpointError, match="not a table of trigrams with a score each"):
         TrigramDrafter(TrigramConfig(state=str(place)))
 

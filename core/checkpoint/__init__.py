@@ -1,0 +1,1 @@
+"""Checkpoints and artifacts as bytes: headers, tensors, writers. Builds no model."""

@@ -1,0 +1,93 @@
+"""Hub ids: what is fetched (safetensors, configuration, tokenizer, licence) and how it fails.
+
+All traffic goes through huggingface_hub, transformers' own client. Nothing here is needed for
+local directories.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from spectool.checkpoint import foreign
+from spectool.checkpoint.headers import Layout, TensorEntry, read_json
+from spectool.errors import CheckpointError
+
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+# Some repositories hold the same weights again in another layout.
+DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def is_local(model: str | Path) -> bool:
+    """Whether `model` means a directory here and not a hub id."""
+    text = str(model)
+    return (
+        isinstance(model, Path)
+        or Path(text).exists()
+        or not HUB_ID.fullmatch(text)
+        or text.startswith((".", "/", "~"))
+    )
+
+
+def fetch(model: str, revision: str | None, *, code: bool = False) -> Path:
+    """The local snapshot of a hub id, its folder named by the commit; with Python files if `code`.
+
+    Raises:
+        CheckpointError: no such id or revision, or the hub cannot be reached.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=[*PATTERNS, "*.py"] if code else PATTERNS,
+                ignore_patterns=DUPLICATES,
+            )
+        )
+    except Exception as error:
+        # The client's HTTP library changes with its version, and with it the roots of its errors.
+        raise _unreachable(model, error) from error
+
+
+def remote_layout(model: str, revision: str | None) -> Layout:
+    """Configuration and tensor headers of a hub id; no weights travel.
+
+    Raises:
+        CheckpointError: as `fetch`, or the repository holds no safetensors.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        config = huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
+        found = huggingface_hub.get_safetensors_metadata(model, revision=revision)
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{model}: holds no safetensors weights") from error
+    except Exception as error:
+        raise _unreachable(model, error) from error
+    tensors: dict[str, TensorEntry] = {}
+    for file, header in found.files_metadata.items():
+        for name, tensor in header.tensors.items():
+            first, last = tensor.data_offsets
+            tensors[name] = TensorEntry(
+                name=name,
+                dtype=tensor.dtype,
+                shape=tuple(tensor.shape),
+                path=Path(file),
+                start=first,
+                num_bytes=last - first,
+            )
+    said = read_json(Path(config))
+    foreign.check_config(Path(model), said)
+    return Layout(path=Path(config).parent, config=said, tensors=tensors, metadata={})
+
+
+def _unreachable(model: str, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CheckpointError(
+        f"{model}: no directory here, and the hub gave nothing: {reason}",
+        hint="a local checkpoint is given by its path",
+    )

@@ -1,0 +1,1 @@
+"""Texts, prompts and conversations out of files."""

@@ -1,0 +1,1 @@
+"""Checkpoints as transformers models: blocks, packed matrices, loading."""

@@ -1,0 +1,432 @@
+"""Running a checkpoint one block at a time, so that any size fits.
+
+The model's own forward is used for everything around the blocks: once to learn what each block is
+called with (masks, positions), and once at the end to turn hidden states into logits. In between,
+blocks are loaded, run and freed by the caller. Nothing is written per architecture.
+
+Shapes: S sequences, B sequences of a batch, L tokens of each, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectool.checkpoint.headers import TensorEntry
+from spectool.checkpoint.tensors import Checkpoint, read_rows
+from spectool.errors import UnsupportedError
+from spectool.model.architecture import Architecture
+from spectool.model.packed import EmbeddingRows, PackedEmbedding, PackedLinear
+
+
+class _Unlike(ValueError):
+    """Something that walking supposes of a model is not so; the words say what is instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a block is called with besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockProbe(nn.Module):
+    """Stands in for a block: notes how it is called and passes on what it is told to.
+
+    `more` are the values returned after the hidden states; None: these alone, in no tuple. `times`
+    counts the calls.
+    `reached` names what the model around does to the block besides calling it.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # Not registered as a child: models ask their blocks for attributes such as attention_type.
+        object.__setattr__(self, "block", block)
+        self.call: Call | None = None
+        self.seen: Tensor | None = None
+        self.override: Tensor | None = None
+        self.more: tuple[Any, ...] | None = None
+        self.times = 0
+        self.reached: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return _Glance(object.__getattribute__(self, "block"), self.reached).see(name)
+
+    def forward(self, hidden_BLD: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if hidden_BLD is None:
+            raise _Unlike("its blocks are called with something else than hidden states first")
+        self.seen, self.call = hidden_BLD, Call(args, kwargs)
+        self.times += 1
+        passed = hidden_BLD if self.override is None else self.override
+        return passed if self.more is None else (passed, *self.more)
+
+
+class _Glance:
+    """A module as its parent may look at it: plain attributes, of it and of modules inside.
+
+    Tensors and methods are given too, but noted in `reached`: a parent that uses them changes its
+    blocks, or computes with their weights, and the blocks that are run are copies.
+    """
+
+    def __init__(self, module: nn.Module, reached: set[str]) -> None:
+        self._module, self._reached = module, reached
+
+    def see(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        if isinstance(value, nn.Module):
+            return _Glance(value, self._reached)
+        if isinstance(value, Tensor) or callable(value):
+            self._reached.add(name)
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        return self.see(name)
+
+
+class StoredRows(EmbeddingRows):
+    """An embedding that reads its rows from a file: a large table would outweigh the blocks.
+
+    The row `zeroed`, if any, counts as zeros.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Embedding,
+        entry: TensorEntry,
+        dtype: torch.dtype,
+        device: torch.device,
+        zeroed: int | None,
+    ) -> None:
+        super().__init__(embedding, device)
+        self.entry, self.dtype, self.zeroed = entry, dtype, zeroed
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        rows_ND = read_rows(self.entry, ids_N.tolist()).to(ids_N.device, self.dtype)
+        if self.zeroed is not None:
+            rows_ND[ids_N == self.zeroed] = 0
+        return rows_ND
+
+
+class ModelShell:
+    """Embeddings, final norm and, if asked for, head of a checkpoint, with taps for blocks.
+
+    `table` is a packed embedding that takes the place of the stored one.
+
+    Raises:
+        UnsupportedError: the model does more between its blocks than pass hidden states on.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        with_lm_head: bool,
+        table: PackedLinear | None = None,
+    ) -> None:
+        self.architecture, self.device, self.with_lm_head = architecture, device, with_lm_head
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        meta: Any = architecture.model
+        rows = f"{_name_of(meta, meta.get_input_embeddings())}.weight"
+        lm_head = _name_of(meta, meta.get_output_embeddings())
+        origin = architecture.origins.get(rows)
+        by_rows = (
+            origin is not None
+            and origin.converter is None
+            and not (with_lm_head and f"{lm_head}.weight" not in architecture.origins)
+        )
+        needed = [
+            name
+            for name in architecture.tensors_outside()
+            if _is_inside(name, architecture.decoder_name)
+            or (with_lm_head and _is_of_lm_head(name, lm_head, architecture.decoder_name))
+        ]
+        names = [name for name in needed if not ((by_rows or table is not None) and name == rows)]
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            # Converted one by one, so that two copies of a large table never meet.
+            tensors |= architecture.cast(architecture.read(checkpoint, [name]), dtype)
+        model: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
+        if table is not None:
+            packed = PackedEmbedding(model.get_input_embeddings(), table.to(device), dtype)
+            model.set_input_embeddings(packed)
+        elif by_rows:
+            assert origin is not None
+            entry = checkpoint.layout.tensors[origin.stored[0][0]]
+            plain, zeroed = model.get_input_embeddings(), architecture.zeroed.get(rows)
+            model.set_input_embeddings(StoredRows(plain, entry, dtype, device, zeroed))
+        self.probes = [BlockProbe(model.get_submodule(block)) for block in architecture.blocks]
+        for block, probe in zip(architecture.blocks, self.probes, strict=True):
+            parent, _, leaf = block.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, probe)
+        self.model = model
+        self._probe()
+
+    def _probe(self) -> None:
+        """Find out what the model expects its blocks to return, and whether it can be walked.
+
+        Raises:
+            UnsupportedError: see the class.
+        """
+        name, reason = type(self.model).__name__, ""
+        for length in (None, 0, 1, 2, 3):
+            try:
+                self._try(None if length is None else (None,) * length)
+                break
+            except torch.OutOfMemoryError:
+                raise
+            except _Unlike as error:
+                reason = reason or str(error)
+            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+                # It takes something else of its blocks: a tuple, a longer one, or none.
+                continue
+        else:
+            reason = reason or "its blocks return other things than hidden states, alone or first"
+            raise UnsupportedError(f"{name}: cannot be walked block by block: {reason}")
+        reached = sorted(set().union(*(probe.reached for probe in self.probes)))
+        if reached:
+            raise UnsupportedError(
+                f"{name}: uses {', '.join(reached)} of its blocks from outside; it cannot be "
+                "walked block by block"
+            )
+        more = self.probes[0].more
+        if more:
+            # Whether anybody looks at what is returned beside the hidden states.
+            marks = tuple(object() for _ in more)
+            try:
+                self._try(marks)
+                passed = any(mark in _parts(probe.call) for probe in self.probes for mark in marks)
+            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+                passed = True
+            if passed:
+                raise UnsupportedError(
+                    f"{name}: its blocks pass on more than hidden states; it cannot be walked "
+                    "block by block"
+                )
+            for probe in self.probes:
+                probe.more = more
+
+    def _try(self, more: tuple[Any, ...] | None) -> None:
+        """Run two tokens past the taps, which return `more` beside the hidden states.
+
+        Raises:
+            _Unlike: hidden states are not [B, L, D] or change between blocks, or blocks are run
+                more than once.
+        """
+        for probe in self.probes:
+            probe.more, probe.seen, probe.times = more, None, 0
+        ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        if self.with_lm_head and self._forward(ids_BL).ndim != 3:
+            raise _Unlike("logits have not three dimensions")
+        if not self.with_lm_head:
+            self.embed(ids_BL)
+        first = self.probes[0].seen
+        if first is None or first.ndim != 3 or first.shape[:2] != (1, 2):
+            raise _Unlike("hidden states have more dimensions than batch, length and width")
+        for probe in self.probes:
+            if probe.times > 1:
+                raise _Unlike("blocks are run more than once")
+            if probe.seen is None or not _equal(probe.seen, first):
+                raise _Unlike("hidden states are changed between the blocks")
+
+    @torch.inference_mode()
+    def _forward(self, ids_BL: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids_BL, use_cache=False).logits
+        return logits
+
+    # Not inference mode: a quantizer differentiates through blocks that are called with the masks
+    # and positions recorded here, and autograd saves no inference tensors.
+    @torch.no_grad()
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        """The first block's input [B, L, D] for these tokens."""
+        decoder = self.model.get_submodule(self.architecture.decoder_name)
+        decoder(input_ids=ids_BL.to(self.device), use_cache=False)
+        seen = self.probes[0].seen
+        assert seen is not None
+        return seen
+
+    def calls(self, batch: int, length: int) -> list[Call]:
+        """How each block is called for `batch` sequences of `length` tokens without padding."""
+        if (batch, length) not in self._calls:
+            recorded = []
+            for token in (0, 1):
+                ids_BL = torch.full((batch, length), token, device=self.device)
+                self.embed(ids_BL)
+                recorded.append([probe.call for probe in self.probes if probe.call is not None])
+            for first, second in zip(*recorded, strict=True):
+                if not _equal((first.args, first.kwargs), (second.args, second.kwargs)):
+                    raise UnsupportedError(
+                        f"{type(self.model).__name__}: its blocks take inputs that depend on the "
+                        "text besides hidden states; it cannot be walked block by block"
+                    )
+            self._calls[batch, length] = recorded[0]
+        return self._calls[batch, length]
+
+    @torch.inference_mode()
+    def logits(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+        """Logits [B, L, V] from the last block's output, by the model's own norm and head."""
+        self.probes[-1].override = hidden_BLD
+        try:
+            return self._forward(ids_BL.to(self.device))
+        finally:
+            self.probes[-1].override = None
+
+    def head_inputs(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+        """What the last block's output becomes before the output matrix [B, L, D]."""
+        output: nn.Module = self.model.get_output_embeddings()
+        handle = output.register_forward_pre_hook(_stop)
+        try:
+            self.logits(ids_BL, hidden_BLD)
+        except _Reached as reached:
+            return reached.states_BLD
+        finally:
+            handle.remove()
+        raise AssertionError("the forward does not use the output matrix")
+
+
+def check_walkable(
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    *,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    with_lm_head: bool,
+) -> ModelShell:
+    """Make sure that blocks can be run one at a time, before anything is written.
+
+    Returns what surrounds them, which need not be built again.
+
+    Raises:
+        UnsupportedError: see `ModelShell`.
+    """
+    around = ModelShell(
+        architecture, checkpoint, dtype=dtype, device=device, with_lm_head=with_lm_head
+    )
+    around.calls(1, length)
+    return around
+
+
+class _Reached(Exception):
+    """Ends a forward at the output matrix, with what it would be multiplied with."""
+
+    def __init__(self, states_BLD: Tensor) -> None:
+        self.states_BLD = states_BLD
+
+
+def _stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    raise _Reached(args[0])
+
+
+def call_block(block: nn.Module, call: Call, hidden_BLD: Tensor) -> Tensor:
+    """One block's output [B, L, D], with gradients if they are enabled."""
+    out = block(hidden_BLD, *call.args, **call.kwargs)
+    result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    return result
+
+
+def run_block(block: nn.Module, call: Call, hidden_BLD: Tensor) -> Tensor:
+    """One block's output [B, L, D]."""
+    with torch.inference_mode():
+        return call_block(block, call, hidden_BLD)
+
+
+class Activations:
+    """Hidden states [S, L, D] of all sequences between two blocks, in memory or in a file.
+
+    The file loses its name at once, so that it vanishes with the process however that ends.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, *, file: Path | None = None
+    ) -> None:
+        self.file = file
+        size = shape[0] * shape[1] * shape[2]
+        if file is None:
+            self.hidden_SLD = torch.empty(shape, dtype=dtype)
+        else:
+            # Claimed now: a write through a memory map cannot report a full disk, it kills.
+            with file.open("wb") as claimed:
+                os.posix_fallocate(claimed.fileno(), 0, max(1, size * dtype.itemsize))
+            flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
+            file.unlink()
+            self.hidden_SLD = flat.view(shape)
+
+    def another(self) -> Activations:
+        """A further buffer of the same shape and dtype, in the same kind of place."""
+        num, length, width = self.hidden_SLD.shape
+        return Activations((num, length, width), self.hidden_SLD.dtype, file=self.file)
+
+    def batches(self, size: int) -> Iterator[slice]:
+        """Slices over the sequences, `size` at a time."""
+        for start in range(0, len(self.hidden_SLD), size):
+            yield slice(start, min(start + size, len(self.hidden_SLD)))
+
+
+def final_logits(config: Any) -> Callable[[Tensor], Tensor]:
+    """What makes of an output matrix's products a model's logits: as Cohere's and Granite's models
+    (scaled) and Gemma 2's (bounded) have them; for others they are these products, in float32."""
+    text = config.get_text_config(decoder=True)
+    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
+    bound = getattr(text, "final_logit_softcapping", None)
+    if scale == 1 and bound is None:
+        return Tensor.float
+
+    def finish(products: Tensor) -> Tensor:
+        scaled = products.float()
+        if scale != 1:
+            scaled = scaled * scale
+        return scaled if bound is None else bound * torch.tanh(scaled / bound)
+
+    return finish
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def _is_of_lm_head(name: str, lm_head: str, decoder: str) -> bool:
+    """Whether a tensor outside the decoder has to do with logits: the output matrix, or a part of
+    the model beside that in which the decoder lies. Towers for images lie in the same."""
+    return bool(lm_head) and (
+        _is_inside(name, lm_head) or name.partition(".")[0] != decoder.partition(".")[0]
+    )
+
+
+def _parts(call: Call | None) -> list[Any]:
+    """What a block was called with, out of tuples and lists."""
+    found: list[Any] = []
+    waiting: list[Any] = [] if call is None else [*call.args, *call.kwargs.values()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (tuple, list)):
+            waiting += value
+        elif not isinstance(value, Tensor):
+            found.append(value)
+    return found
+
+
+def _name_of(model: nn.Module, module: nn.Module | None) -> str:
+    return next((name for name, part in model.named_modules() if part is module), "")
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
+    return True

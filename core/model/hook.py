@@ -1,0 +1,59 @@
+"""Teach transformers spectool's format when transformers loads, and not before.
+
+`import spectool` must suffice for `AutoModelForCausalLM.from_pretrained`, yet `spectool --help`
+must not pay seconds for importing transformers. transformers has no entry points for quantizers,
+so a finder waits for its registry module and registers right after that module was executed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+REGISTRY = "transformers.quantizers.auto"
+
+
+def install() -> None:
+    """Register now if transformers' registry is loaded, else as soon as it is."""
+    if REGISTRY in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    importlib.import_module("spectool.model.registration")
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """The registry's own loader, followed by our registration."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        _register()

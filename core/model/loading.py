@@ -1,0 +1,213 @@
+"""Opening a checkpoint, dense or packed, as a transformers model; and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from spectool import machine
+from spectool.checkpoint.contents import unused_line
+from spectool.checkpoint.dtypes import configured, parse_dtype
+from spectool.checkpoint.headers import Layout, read_json
+from spectool.checkpoint.tensors import Checkpoint, check_finite, open_checkpoint, text_fingerprint
+from spectool.errors import CheckpointError, UsageError, opening, require
+from spectool.model import registration
+from spectool.model.architecture import (
+    Architecture,
+    check_causal,
+    model_class,
+    read_config,
+    resolve,
+    unused_tensors,
+)
+from spectool.model.packed import packed_modules, unpack_in_place
+
+# `auto` unpacks where the dense weights take at most this share of the memory that is free.
+DENSE_SHARE = 0.5
+
+GENERATION = "generation_config.json"
+RUNTIMES = ("auto", "packed", "dense")
+
+
+def check_device(name: str) -> torch.device:
+    """Raises: UsageError: no such device, or it is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name}: expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name}: this machine has no CUDA device that torch can use")
+    return device
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+    runtime: str = "packed",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    checksums: bool = True,
+) -> PreTrainedModel:
+    """See `spectool.load`."""
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
+    target = check_device(device)
+    checkpoint = open_checkpoint(
+        path, revision=revision, trust_remote_code=trust_remote_code, checksums=checksums
+    )
+    model = _open(checkpoint, parse_dtype(dtype), trust_remote_code=trust_remote_code)
+    moved: nn.Module = model
+    moved.to(target).eval()
+    if runtime == "dense" or (runtime == "auto" and _better_dense(model)):
+        unpack_in_place(model, dtype=model.dtype)
+    return model
+
+
+def load_outside(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model with embeddings, output matrix and norms; its blocks have no weights."""
+    architecture = Architecture(checkpoint.layout, trust_remote_code=trust_remote_code)
+    tensors = architecture.read(checkpoint, architecture.tensors_outside())
+    module: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
+    model: PreTrainedModel = module
+    return model
+
+
+def stated_dtype(layout: Layout) -> torch.dtype | None:
+    """The dtype that a checkpoint says it is to run in.
+
+    Raises:
+        CheckpointError: it says one that no model runs in.
+    """
+    text_config = layout.config.get("text_config") or {}
+    return configured(layout.config, layout.path) or configured(text_config, layout.path)
+
+
+def own_dtype(layout: Layout) -> torch.dtype:
+    """The dtype that a checkpoint is to run in."""
+    return stated_dtype(layout) or torch.float32
+
+
+def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
+    """What a command runs in: the own dtype, or float32 on a processor where that one crawls.
+
+    A processor without instructions for bfloat16 emulates it, and none here has any for float16
+    worth using; float32 holds the values of both exactly.
+    """
+    own = own_dtype(layout)
+    slow = own == torch.float16 or (own == torch.bfloat16 and not machine.has_bfloat16())
+    return torch.float32 if device.type == "cpu" and slow else own
+
+
+def _better_dense(model: PreTrainedModel) -> bool:
+    """Whether codes would be unpacked at every forward here, and memory holds them unpacked."""
+    # An output matrix that is learnt has a way of its own, whatever the blocks have.
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    packed = {name: part for name, part in packed_modules(model).items() if part is not output}
+    if not packed or any(module.has_kernel() for module in packed.values()):
+        return False
+    weights = sum(module.in_features * module.out_features for module in packed.values())
+    return weights * model.dtype.itemsize < DENSE_SHARE * machine.available_memory(model.device)
+
+
+def _open(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model with every tensor accounted for.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape.
+        UnsupportedError: a model that is not causal.
+    """
+    config = read_config(checkpoint.path, trust_remote_code=trust_remote_code)
+    model: PreTrainedModel
+    info: dict[str, Any]
+    quantized = getattr(config, "quantization_config", None) or {}
+    if quantized.get("quant_method") == "compressed-tensors":
+        require("compressed_tensors", extra="compressed", reason=f"{checkpoint.path}")
+        # Else its modules have no weights before their first forward.
+        quantized["dequantize"] = True
+    if checkpoint.layout.is_packed:
+        quantized[registration.CHECKSUMS] = bool(checkpoint.layout.guards)
+    resolved = checkpoint.layout.is_packed or checkpoint.layout.quantization is None
+    if resolved:
+        # Before anything is allocated.
+        resolve(checkpoint.layout, config, trust_remote_code=trust_remote_code)
+    if (checkpoint.path / GENERATION).exists():
+        # transformers goes on without a damaged one, and the model without its ends of text.
+        read_json(checkpoint.path / GENERATION)
+    with opening(checkpoint.path, "transformers cannot load it"):
+        model, info = model_class(config).from_pretrained(
+            checkpoint.path,
+            config=config,
+            # None would make transformers forget what the configuration says.
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        # Dense checkpoints of others often carry buffers that transformers no longer wants.
+        found = sorted(map(str, info[kind]))
+        if found and (kind != "unexpected_keys" or checkpoint.layout.is_packed):
+            word = kind.removesuffix("_keys")
+            raise CheckpointError(
+                f"{checkpoint.path}: {len(found)} {word} tensors, among them {found[0]}"
+            )
+    if not resolved:
+        check_causal(model, checkpoint.path)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        check_finite(name, tensor)
+    return model
+
+
+def load_tokenizer(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    own = Path(path) / "config.json"
+    config = read_config(own.parent, trust_remote_code=trust_remote_code) if own.is_file() else None
+    with opening(path, "no tokenizer that transformers can load"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, config=config, revision=revision, trust_remote_code=trust_remote_code
+        )
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """`sha256:…` over tokens and their ids: equal where ids mean the same."""
+    return text_fingerprint(tokenizer.get_vocab())
+
+
+def unused_of(model: PreTrainedModel, layout: Layout) -> str | None:
+    """A line for the header of a run on stored tensors that no module takes; None without such."""
+    names = unused_tensors(model, layout)
+    return unused_line(names, type(model).__name__) if names else None
+
+
+def describe_runtime(model: PreTrainedModel) -> str:
+    """What the weights run as, for the header of a run."""
+    packed = packed_modules(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if packed:
+        way = "by kernel" if all(m.has_kernel() for m in packed.values()) else "unpacked each time"
+        return f"{len(packed)} linears packed ({way}), {dtype}"
+    unpacked = getattr(model.config, "quantization_config", None) is not None
+    return f"{'unpacked to dense once' if unpacked else 'dense'}, {dtype}"

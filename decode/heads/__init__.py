@@ -1,0 +1,1 @@
+"""What trained drafters share: layers, their artifact, conversions."""

@@ -1,0 +1,254 @@
+"""The directory of trained heads, and whether it fits a target.
+
+A heads directory holds `heads.safetensors` and `spectool_heads.json`: method, options, the target
+with its lineage, accuracies, tree, training record. Neither times nor paths are in it, so equal
+inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from spectool import methods
+from spectool.checkpoint import checksums as sums
+from spectool.checkpoint.foreign import check_heads
+from spectool.checkpoint.formats import FORMAT_VERSION, upgrade_heads
+from spectool.checkpoint.headers import HEADS, HEADS_FILE, read_header, read_json
+from spectool.checkpoint.tensors import Checkpoint, check_finite, read_tensor
+from spectool.decode.heads.base import TOP, Heads
+from spectool.decode.policy.curve import machine_key
+from spectool.decode.protocol import Drafter
+from spectool.decode.target import Target
+from spectool.errors import CheckpointError
+from spectool.model import loading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsRecord:
+    """What `spectool_heads.json` says.
+
+    `target`: `lineage` (the fingerprint of the dense checkpoint), `fingerprint` (of the one trained
+    on), `hidden_size`, `vocab_size`, `tokenizer`. `accuracy`: how often each head's first guess is
+    right on held-out text, `conditional`: where those before it were (older records lack it).
+    `tree`: paths of ranks, best first, with the share of held-out text that follows each.
+    `tuned`: options of the drafter that were fastest, by model and machine
+    (`decode.curve.machine_key`), each with its speed over plain decoding. `checksums`: those of
+    the weights by file (older records lack them).
+    """
+
+    method: str
+    options: dict[str, Any]
+    target: dict[str, Any]
+    accuracy: list[float]
+    tree: list[list[int]]
+    shares: list[float]
+    training: dict[str, Any]
+    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    conditional: list[float] = field(default_factory=list)
+    files: list[str] = field(default_factory=lambda: sorted([HEADS, HEADS_FILE]))
+    checksums: dict[str, dict[str, str]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def as_bytes(self) -> bytes:
+        return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()
+
+    @property
+    def paths(self) -> list[tuple[tuple[int, ...], float]]:
+        """The tree's nodes, best first, each with its share."""
+        return [(tuple(path), share) for path, share in zip(self.tree, self.shares, strict=True)]
+
+    def expected(self, nodes: int) -> float:
+        """Tokens a forward that the best tree of so many nodes brings on held-out text."""
+        return 1 + sum(self.shares[:nodes])
+
+
+def read_record(path: Path) -> HeadsRecord:
+    """The record of a heads directory.
+
+    Raises:
+        CheckpointError: damaged, or of a newer format.
+    """
+    check_heads(path)
+    found = read_json(path / HEADS)
+    version = found.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: the heads have format {version}, this spectool reads up to {FORMAT_VERSION}",
+            hint="install a newer spectool",
+        )
+    try:
+        record = HeadsRecord(**upgrade_heads(found))
+        valid = (
+            isinstance(record.method, str)
+            and all(isinstance(part, dict) for part in (record.options, record.target))
+            and len(record.tree) == len(record.shares)
+            and _is_tree(record.tree)
+        )
+    except TypeError:
+        valid = False
+    if not valid:
+        raise CheckpointError(f"{path}: {HEADS} is not the record of draft heads")
+    return record
+
+
+def _is_tree(paths: list[list[int]]) -> bool:
+    """Whether these are distinct paths of ranks that can be guessed, parents first."""
+    seen: set[tuple[int, ...]] = {()}
+    for path in paths:
+        node = tuple(path)
+        if not node or node in seen or node[:-1] not in seen or not 0 <= node[-1] < TOP:
+            return False
+        seen.add(node)
+    return True
+
+
+def open_heads(
+    path: Path,
+    options: str,
+    *,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase | None,
+    allow_other_target: bool,
+    checksums: bool = True,
+) -> Drafter:
+    """The drafter in a heads directory, on the target's device and in its dtype.
+
+    `options` are those of the drafter, as `key=value,key=value`; for those that are not given,
+    what `tune` found for this model and machine stands before the defaults. With `checksums` the
+    weights are compared with theirs.
+
+    Raises:
+        CheckpointError: damaged, or trained for another width, tokenizer or lineage.
+    """
+    record = read_record(path)
+    check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
+    drafter: Any = methods.resolve(record.method, "drafter")
+    tensors = read_weights(path, record, check=checksums)
+    note = f"{path}: {sums.NONE}"
+    if not record.checksums and note not in target.notes:
+        target.notes.append(note)
+    token_map = tensors.get("token_map")
+    if token_map is not None:
+        check_map(path / HEADS_FILE, token_map, target.vocab_size)
+        if not (token_map.diff() > 0).all():
+            raise CheckpointError(f"{path / HEADS_FILE}: its token_map does not ascend")
+    heads: Heads = drafter.Heads(
+        drafter.Heads.Config.from_dict(record.options),
+        target.model,
+        None if token_map is None else token_map.to(target.device),
+    )
+    fill(heads, tensors, path / HEADS_FILE)
+    heads.to(target.device, target.dtype)
+    found = dict(record.tuned.get(machine_key(target), {}))
+    found.pop("speedup", None)
+    known = ",".join(f"{key}={value}" for key, value in found.items())
+    config = drafter.Config.from_text(f"{known},{options}")
+    built: Drafter = drafter(heads, record.paths, config)
+    return built
+
+
+def read_weights(path: Path, record: HeadsRecord, *, check: bool = True) -> dict[str, Tensor]:
+    """All tensors of a heads directory.
+
+    Raises:
+        CheckpointError: the file is damaged; with `check` also where only its checksum tells.
+    """
+    stored = sums.parse(record.checksums, path / HEADS) if check else {}
+    return read_tensors(path / HEADS_FILE, sums.guard(path / HEADS_FILE, stored))
+
+
+def read_tensors(file: Path, guard: sums.Guard | None = None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: damaged, or values that are NaN or infinite.
+    """
+    found = {entry.name: read_tensor(entry) for entry in read_header(file, guard=guard)[1]}
+    for name, tensor in found.items():
+        check_finite(f"{file}: {name}", tensor)
+    return found
+
+
+def check_map(place: Path, ids: Tensor, vocab: int) -> None:
+    """Raises: CheckpointError: what heads guess are not distinct ids of so many tokens."""
+    whole = ids.ndim == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
+    if not whole or len(set(ids.tolist())) != len(ids) or not ((ids >= 0) & (ids < vocab)).all():
+        raise CheckpointError(f"{place}: what it guesses are not distinct ids of {vocab} tokens")
+
+
+def fill(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:
+    """Give heads these weights. Raises: CheckpointError: those in `place` are not theirs."""
+    check_weights(heads, tensors, place)
+    heads.load_state_dict(tensors)
+
+
+def check_weights(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:
+    """Compare weights with heads, which may be on the meta device and get a bias or lose theirs.
+
+    Raises:
+        CheckpointError: they are of other heads.
+    """
+    # A learnt output matrix has a bias that the original's has not, or the other way round: heads
+    # have it of the model that they learnt on.
+    outputs = {heads.own_output(k) for k in range(heads.num_heads)}
+    for name, module in heads.named_modules():
+        bias = tensors.get(f"{name}.bias")
+        if module in outputs and (module.bias is None) != (bias is None):
+            module.bias = None if bias is None else nn.Parameter(torch.empty_like(bias))
+    wanted = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != stored:
+        name = sorted(wanted.items() ^ stored.items())[0][0]
+        raise CheckpointError(
+            f"{place}: {name} is {stored.get(name, 'absent')}, expected "
+            f"{wanted.get(name, 'no such tensor')}"
+        )
+    for name, tensor in heads.state_dict().items():
+        if tensor.is_floating_point() and not tensors[name].is_floating_point():
+            kind = str(tensors[name].dtype).removeprefix("torch.")
+            raise CheckpointError(f"{place}: {name} is {kind}, expected floating-point weights")
+
+
+def check_fit(
+    path: Path,
+    record: HeadsRecord,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    allow_other_target: bool,
+) -> None:
+    """Raises: CheckpointError: the heads were not trained for this model or an ancestor of it."""
+    said = record.target
+    for key, have in (("hidden_size", target.width), ("vocab_size", target.vocab_size)):
+        if said.get(key) != have:
+            raise CheckpointError(
+                f"{path}: its heads are for a target with {key} {said.get(key)}, this one has "
+                f"{have}"
+            )
+    if tokenizer is not None and said.get("tokenizer") != loading.tokenizer_digest(tokenizer):
+        raise CheckpointError(f"{path}: its heads were trained with another tokenizer")
+    if allow_other_target:
+        return
+    checkpoint = target.checkpoint
+    if checkpoint is not None and said.get("lineage") != lineage(checkpoint):
+        raise CheckpointError(
+            f"{path}: its heads were trained for another checkpoint than {checkpoint.path} or "
+            "what that was made from",
+            hint="--allow-other-target runs them all the same; the output stays the target's",
+        )
+
+
+def lineage(checkpoint: Checkpoint) -> str:
+    """The fingerprint of the dense checkpoint that this one is, or was packed from."""
+    if checkpoint.layout.is_packed:
+        source = (checkpoint.layout.quantization or {}).get("source") or {}
+        return str(source.get("fingerprint"))
+    return checkpoint.fingerprint()

@@ -1,0 +1,1 @@
+"""How much to draft: measured costs, tuned trees, chains."""

@@ -1,0 +1,1 @@
+"""Training text: samples, answers written anew, stored features."""

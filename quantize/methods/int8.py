@@ -1,0 +1,66 @@
+"""8-bit rows (`int8`): the weights of LLM.int8(), one scale a row.
+
+Stored as bitsandbytes keeps them: s = max|w| of the row, q = round(127 w / s), w' = s q / 127. The
+codes are computed here and not by that library, which takes float16 only: rows beyond 65504 would
+become zeros without a word, and small ones lose their digits (0.50.2).
+
+At run time activations stay as they are: LLM.int8() would also round them and choose outlier
+columns over the whole batch, so that a row's result depended on its neighbours; then no drafter
+could promise the same output as plain decoding.
+
+Source: Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339), section 2.
+Shapes: n outputs, m inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spectool import options
+from spectool.model.packed import FieldSpec, PackedLinear
+from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
+
+
+class Int8:
+    """The quantizer; see the module docstring."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        pass
+
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {}
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], config: Int8.Config) -> FieldSpec:
+        n, m = shape
+        return {"codes": (torch.int8, (n, m)), "scale": (torch.float32, (n,))}
+
+    @classmethod
+    def pack(
+        cls,
+        weight_nm: Tensor,
+        stats: LinearStats | None,
+        config: Int8.Config,
+        generator: torch.Generator,
+    ) -> PackedFields:
+        scale_n = weight_nm.abs().amax(-1).float()
+        # A row of zeros may have any positive divisor.
+        steps_n = 127 / torch.where(scale_n == 0, 1.0, scale_n)
+        codes_nm = (weight_nm * steps_n[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        return {"codes": codes_nm, "scale": scale_n}
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Int8.Config) -> Int8Linear:
+        return Int8Linear(spec, shape)
+
+
+class Int8Linear(PackedLinear):
+    """Fields: codes I8 [n, m], scale F32 [n]."""
+
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        return self.q.codes[rows].float() * (self.q.scale[rows] / 127)[:, None]

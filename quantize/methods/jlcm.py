@@ -1,0 +1,350 @@
+"""JLCM (`jlcm`): rows of a kind share a codebook; codebooks and codes are learned together.
+
+Rows are grouped by their shape (log of the spread, nine quantiles of w / spread; k-means). With g
+the group of row i, s_i a scale, C_g the group's K = 2^b levels and k_ij the code of a weight,
+
+    w'_ij = s_i C_g[k_ij].
+
+It begins with Lloyd's levels, weighted by the inputs' mean squares, and with codes that are taken
+one input after another as `gptq` takes them: later ones make up for the errors before. That wants
+wider levels than single weights do, so the codebook is tried 1 to 1.8 times as wide. Then s, C and
+the codes are fitted a block at a time (`fitting.py`). Codes are learned in one of two forms, both
+of which move a weight to neighbouring levels first. The latent form: a number u_ij a weight, k_ij =
+the nearest level to u_ij, and u takes the weight's own gradient (straight through). The preferences
+form: a number z_ijk a level, k_ij = argmax, and with G the gradient of w'_ij
+
+    dL/dz_ijk = s_i G sign(C_k - C_k*) d^2 / |C_k - C_k*|,    dL/dz_ijk* = 0,
+
+d the mean distance of neighbouring levels: what is far counts less (the proximal rule), where the
+derivative of a soft choice would weigh with the distance. Either is moved by plain gradient descent
+with momentum, relative to the matrix's mean gradient: per-weight rates would undo the weighting.
+
+Source: Yvinec et al., JLCM, 2023 (arXiv:2309.17361), of which no code and no full text was to be
+had. The rules above are those that its abstract and reviews tell; grouping, sizes and rates are
+ours, and so is the start, where the nearest codes lose more than learning wins back.
+Shapes: n outputs, m inputs, G groups, K levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectool import options
+from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
+from spectool.model.packed import FieldSpec, PackedLinear
+from spectool.options import option
+from spectool.quantize.calibration import (
+    Block,
+    Fitted,
+    LinearStats,
+    PackedFields,
+    Statistic,
+    Stream,
+    Streams,
+    Tick,
+)
+from spectool.quantize.codebook import Chosen, chosen_again, clusters, levels, nearest, within
+from spectool.quantize.fitting import begun, fit_block
+from spectool.quantize.methods.gptq import Feedback, compensate, feedback
+from spectool.quantize.methods.rtn import SCALE_MAX, SCALE_MIN, check_scale
+
+# Quantiles that describe a row's shape.
+SHAPE = 9
+# As `gptq` has it.
+DAMPING = 0.01
+# So many times as wide are codebooks tried.
+WIDTHS = (1.0, 1.2, 1.4, 1.6, 1.8)
+
+
+class JLCM:
+    """The quantizer; see the module docstring."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        bits: int = option(2, "bits of a code", minimum=1, maximum=4)
+        groups: int = option(8, "codebooks of a matrix", minimum=1, maximum=256)
+        form: Literal["latent", "preferences"] = option("latent", "what codes are learned by")
+        epochs: int = option(20, "passes over the calibration sequences", minimum=0)
+        lr: float = option(2e-4, "learning rate of levels, in spreads of a row", minimum=0)
+        lr_codes: float = option(
+            5e-4, "of codes: levels that the mean gradient moves a weight", minimum=0
+        )
+
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {"hessian": "packed"}
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], config: JLCM.Config) -> FieldSpec:
+        n, m = shape
+        return {
+            "codes": (torch.uint8, (n, packed_bytes(m, config.bits))),
+            "codebook": (torch.float16, (min(config.groups, n), 2**config.bits)),
+            "scale": (torch.float16, (n,)),
+            "group": (torch.uint8, (n,)),
+        }
+
+    @classmethod
+    def pack(
+        cls,
+        weight_nm: Tensor,
+        stats: LinearStats | None,
+        config: JLCM.Config,
+        generator: torch.Generator,
+    ) -> PackedFields:
+        """One matrix before the fit."""
+        weight_nm = weight_nm.float()
+        n, m = weight_nm.shape
+        scale_n = weight_nm.square().mean(1).sqrt()
+        check_scale(float(scale_n.max()))
+        scale_n = torch.where(scale_n == 0, 1.0, scale_n.clamp(SCALE_MIN)).half().float()
+        ratio_nm = weight_nm / scale_n[:, None]
+        group_n = clusters(_shape(ratio_nm, scale_n), config.groups, generator)
+        moment_m = torch.ones(m, device=weight_nm.device)
+        if stats is not None and stats.hessian is not None:
+            moment_m = stats.hessian.diagonal()
+        # What an error weighs in the output.
+        cost_nm = scale_n[:, None].square() * moment_m
+        codebook_GK = torch.zeros(min(config.groups, n), 2**config.bits, device=weight_nm.device)
+        for group in sorted(set(group_n.tolist())):
+            rows_n = group_n == group
+            codebook_GK[group] = levels(
+                ratio_nm[rows_n].flatten()[None], cost_nm[rows_n].flatten()[None], 2**config.bits
+            )[0]
+        if stats is None or stats.hessian is None:
+            codebook_GK = codebook_GK.half()
+            codes_nm = nearest(ratio_nm, codebook_GK[group_n].float())
+        else:
+            given = feedback(stats.hessian, DAMPING)
+            found = [
+                _compensated(ratio_nm, scale_n, (width * codebook_GK).half(), group_n, given)
+                for width in WIDTHS
+            ]
+            _, codebook_GK, codes_nm = min(found, key=lambda each: each[0])
+        return {
+            "codes": pack_bits(codes_nm, config.bits),
+            "codebook": codebook_GK,
+            "scale": scale_n.half(),
+            "group": group_n.to(torch.uint8),
+        }
+
+    @classmethod
+    def fit_bytes(cls, config: JLCM.Config) -> int:
+        """What chooses the codes with its gradient and momentum."""
+        return 12 if config.form == "latent" else 12 * 2**config.bits
+
+    @classmethod
+    def fit(
+        cls,
+        block: Block,
+        streams: Streams | None,
+        stats: dict[str, LinearStats],
+        config: JLCM.Config,
+        generator: torch.Generator,
+        tick: Tick,
+    ) -> Fitted:
+        if not block.weights:
+            return Fitted({})
+        assert streams is not None and block.module is not None
+        device = next(block.module.parameters()).device
+        linears: dict[str, JLCMLinear] = begun(cls, block, stats, config, generator)
+        before = {name: linear.codes() for name, linear in linears.items()}
+
+        def make_part(name: str, dtype: torch.dtype) -> nn.Module:
+            kind = Latent if config.form == "latent" else Preferences
+            return kind(linears[name], block.weights[name].to(device).float(), dtype)
+
+        def make_optimizers(parts: Sequence[nn.Module]) -> Sequence[torch.optim.Optimizer]:
+            each: list[Any] = list(parts)
+            return [
+                torch.optim.AdamW(
+                    [p for part in each for p in (part.codebook_GK, part.gain_n)],
+                    lr=config.lr,
+                    weight_decay=0.0,
+                ),
+                torch.optim.SGD(
+                    [{"params": [part.choice], "lr": config.lr_codes * part.unit} for part in each],
+                    momentum=0.9,
+                    dampening=0.9,
+                ),
+            ]
+
+        fitted = fit_block(
+            block,
+            streams,
+            linears,
+            make_part,
+            make_optimizers,
+            epochs=config.epochs,
+            generator=generator,
+            tick=tick,
+        )
+        moved = torch.cat([(linears[x].codes() - before[x]).abs().flatten() for x in linears])
+        flips = torch.bincount(moved.long(), minlength=3)
+        fitted.report["codes_moved"] = int(flips[1:].sum()) / moved.numel()
+        fitted.report["codes_moved_further"] = int(flips[2:].sum()) / moved.numel()
+        return fitted
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: JLCM.Config) -> JLCMLinear:
+        return JLCMLinear(spec, shape, config)
+
+
+def _compensated(
+    ratio_nm: Tensor,
+    scale_n: Tensor,
+    codebook_GK: Tensor,
+    group_n: Tensor,
+    given: Feedback,
+) -> tuple[float, Tensor, Tensor]:
+    """The squared error of the outputs, the codebook and the codes that `gptq`'s way leads to."""
+    level_nK = codebook_GK[group_n].float()
+    n, m = ratio_nm.shape
+    codes_mn = torch.empty(m, n, dtype=torch.uint8, device=ratio_nm.device)
+    order = given.order_m.tolist()
+
+    def round_column(j: int, ratio_mn: Tensor) -> Tensor:
+        code_n1 = nearest(ratio_mn[j, :, None], level_nK)
+        codes_mn[order[j]] = code_n1[:, 0]
+        return level_nK.gather(1, code_n1.long())[:, 0]
+
+    error_n = compensate(ratio_nm, given, m, round_column)
+    return float(scale_n.square() @ error_n), codebook_GK, codes_mn.T
+
+
+def _shape(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
+    """What rows are grouped by: the log of the spread and quantiles, each of unit variance."""
+    shares = torch.linspace(0, 1, SHAPE + 2, device=ratio_nm.device)[1:-1]
+    # Not `quantile`, which refuses large rows.
+    places = (shares * (ratio_nm.shape[1] - 1)).round().long()
+    found = torch.cat([scale_n.log()[:, None], ratio_nm.sort(1).values[:, places]], 1)
+    return (found - found.mean(0)) / found.std(0, correction=0).clamp(min=1e-6)
+
+
+class Learned(nn.Module):
+    """One matrix during the fit: scales as multiples of their start, levels, and what chooses
+    codes, which the two forms make of the weights."""
+
+    choice: nn.Parameter
+
+    def __init__(self, linear: JLCMLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear, self.dtype = linear, dtype
+        self.group_n = linear.q.group.long()
+        self.scale_n = linear.q.scale.float()
+        self.gain_n = nn.Parameter(torch.ones_like(self.scale_n))
+        self.codebook_GK = nn.Parameter(linear.q.codebook.float())
+        used_GK = self.codebook_GK.detach()[sorted(set(self.group_n.tolist()))]
+        # The mean distance of neighbouring levels.
+        self.unit = float(used_GK.diff(dim=1).mean())
+
+    def placed(self, weight_nm: Tensor) -> Tensor:
+        """The weights [n, m] in units of their scale, brought to where their codes are nearest."""
+        ratio_nm = weight_nm / self.scale_n[:, None]
+        return within(ratio_nm, self.levels().detach(), self.linear.codes())
+
+    def _relative(self, choice: Tensor) -> None:
+        """Let its gradient be relative to the matrix's mean."""
+
+        def scale(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                parameter.grad /= parameter.grad.abs().mean().clamp(min=1e-30)
+
+        choice.register_post_accumulate_grad_hook(scale)  # type: ignore[no-untyped-call]
+
+    def levels(self) -> Tensor:
+        """Each row's levels [n, K], ascending."""
+        return self.codebook_GK.sort(-1).values[self.group_n]
+
+    def chosen(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [n, m], and the levels that they choose [n, m], with gradients for both."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (chosen_again(self._product, x) * (self.scale_n * self.gain_n)).to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        _, value_nm = self.chosen(self.levels())
+        return F.linear(x, value_nm.to(self.dtype))
+
+    @torch.no_grad()
+    def store(self) -> None:
+        codes_nm, _ = self.chosen(self.levels())
+        fields = self.linear.q
+        fields.codes.copy_(pack_bits(codes_nm.to(torch.uint8), self.linear.bits))
+        fields.codebook.copy_(self.codebook_GK.sort(-1).values)
+        fields.scale.copy_((self.scale_n * self.gain_n).clamp(-SCALE_MAX, SCALE_MAX))
+
+
+class Latent(Learned):
+    """A number a weight, which goes to the nearest level."""
+
+    def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(linear, dtype)
+        self.choice = nn.Parameter(self.placed(weight_nm))
+        self._relative(self.choice)
+
+    def chosen(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
+        codes_nm = nearest(self.choice.detach(), level_nK.detach())
+        value_nm: Tensor = Chosen.apply(self.choice, level_nK, codes_nm)  # type: ignore[no-untyped-call]
+        return codes_nm, value_nm
+
+
+class Preferences(Learned):
+    """A number a weight and level, the largest of which is chosen."""
+
+    def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(linear, dtype)
+        ratio_nm1 = self.placed(weight_nm)[..., None]
+        level_n1K = self.levels().detach()[:, None]
+        # By distance, so that neighbours are the first to be preferred; a step of the mean gradient
+        # then moves a weight as far as in the latent form.
+        self.choice = nn.Parameter(-(ratio_nm1 - level_n1K).square() / (2 * self.unit))
+        self._relative(self.choice)
+
+    def chosen(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
+        codes_nm = self.choice.detach().argmax(-1)
+        value_nm: Tensor = Proximal.apply(self.choice, level_nK, codes_nm, self.unit)  # type: ignore[no-untyped-call]
+        return codes_nm, value_nm
+
+
+class Proximal(torch.autograd.Function):
+    """The chosen levels; preferences get the proximal rule's gradient, levels their own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, choice_nmK: Tensor, level_nK: Tensor, codes_nm: Tensor, unit: float
+    ) -> Tensor:
+        ctx.save_for_backward(level_nK, codes_nm)
+        ctx.unit = unit
+        return level_nK.gather(1, codes_nm)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (slope_nm,) = slopes
+        level_nK, codes_nm = ctx.saved_tensors
+        of_levels_nK = torch.zeros_like(level_nK).scatter_add_(1, codes_nm, slope_nm)
+        apart_nmK = level_nK[:, None] - level_nK.gather(1, codes_nm)[..., None]
+        near_nmK = torch.where(apart_nmK == 0, 0.0, ctx.unit**2 / apart_nmK)
+        return slope_nm[..., None] * near_nmK, of_levels_nK, None, None
+
+
+class JLCMLinear(PackedLinear):
+    """Fields: codes U8 [n, packed row], codebook F16 [G, K], scale F16 [n], group U8 [n]."""
+
+    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: JLCM.Config) -> None:
+        super().__init__(spec, shape)
+        self.bits = config.bits
+
+    def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """[n, m], int16."""
+        return unpack_bits(self.q.codes[rows], self.bits, self.in_features, torch.int16)
+
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        group_n, scale_n = self.q.group[rows].long(), self.q.scale[rows].float()
+        levels_nK = self.q.codebook.float()[group_n] * scale_n[:, None]
+        return levels_nK.gather(1, self.codes(rows).long())

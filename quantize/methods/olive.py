@@ -1,0 +1,346 @@
+"""OliVe (`olive`): outliers keep their size in the place of a neighbour, which becomes zero.
+
+Inputs 2t and 2t + 1 of a row form a pair. Codes stand for whole numbers, times the row's scale: of
+a normal type, or of the float type `abfloat`, whose codes begin above the normal range,
+
+    int4    -7 ... 7, two's complement          abfloat +-12, 16, 24, 32, 48, 64, 96
+    flint4  0, +-1, 2, 3, 4, 6, 8, 16           abfloat +-24, 32, 48, 64, 96, 128, 192
+    int8    -127 ... 127, two's complement      abfloat +-144 ... 2^15, four bits of exponent
+
+abfloat: +-(2^m + mantissa) 2^(exponent + bias), m mantissa bits. One code of the normal types is
+left out, 1000...0: in a pair it says that this is the zero beside an outlier, and that the other
+code is an abfloat. Of two outliers the smaller one becomes zero. With sigma and mu of the row and
+T = f max(|mu + 3 sigma|, |mu - 3 sigma|), the scale is T / (largest normal number); f is searched
+from 0.75 to 2.49 for the least squared error of the row with its zeros. Of the types of a width the
+one with the smaller error of the whole matrix is taken.
+
+`olive-activations` rounds the inputs in the same way: one scale and type a matrix, searched on the
+first calibration tokens. It is there to see what that costs: numbers are decoded before they are
+multiplied, which is no faster than the weights alone.
+
+Source: Guo et al., OliVe, 2023 (arXiv:2304.07493). Deviation from the authors' code: of two
+outliers they keep the first; the paper keeps the larger, as here.
+Shapes: n outputs, m inputs, p pairs, K numbers of a type and its outliers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectool import options
+from spectool.errors import CheckpointError
+from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
+from spectool.model.packed import FieldSpec, PackedLinear
+from spectool.options import option
+from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
+from spectool.quantize.methods.rtn import SCALE_MIN, check_scale
+
+# Rows are searched in pieces of about this many weights, which stay in cache.
+PIECE = 1 << 18
+
+FACTORS = [0.75 + 0.02 * step for step in range(88)]
+
+
+@dataclass(frozen=True, slots=True)
+class Type:
+    """Numbers by code, of normal values and of outliers; None where a code stands for neither."""
+
+    bits: int
+    normal: tuple[int | None, ...]
+    outlier: tuple[int | None, ...]
+
+    @property
+    def largest(self) -> int:
+        return max(value for value in self.normal if value is not None)
+
+    @property
+    def zero(self) -> int:
+        """The code that says: zero, beside an outlier."""
+        return 1 << (self.bits - 1)
+
+
+def _integers(bits: int) -> tuple[int | None, ...]:
+    half = 1 << (bits - 1)
+    return (*range(half), None, *range(1 - half, 0))
+
+
+def _signed(magnitudes: list[int | None]) -> tuple[int | None, ...]:
+    """Codes of a sign bit over a magnitude's."""
+    return (*magnitudes, *(None if value is None else -value for value in magnitudes))
+
+
+def _abfloat(exponent_bits: int, mantissa_bits: int, bias: int, limit: int) -> list[int | None]:
+    """Magnitudes by code; the first is left out, as its negative would be the sign of a zero."""
+    ones = 1 << mantissa_bits
+    values = [
+        (ones + mantissa) << (exponent + bias)
+        for exponent in range(1 << exponent_bits)
+        for mantissa in range(ones)
+    ]
+    return [None, *(value if value <= limit else None for value in values[1:])]
+
+
+INT4 = Type(4, _integers(4), _signed(_abfloat(2, 1, 2, 1 << 15)))
+FLINT4 = Type(
+    4,
+    (*(0, 1, 2, 3, 4, 6, 8, 16), None, *(-1, -2, -3, -4, -6, -8, -16)),
+    _signed(_abfloat(2, 1, 3, 1 << 15)),
+)
+INT8 = Type(8, _integers(8), _signed(_abfloat(4, 3, 4, 1 << 15)))
+TYPES = {4: (INT4, FLINT4), 8: (INT8,)}
+
+
+class OliVe:
+    """The quantizer; see the module docstring."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        bits: Literal[4, 8] = option(4, "bits of a code")
+
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {}
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], config: OliVe.Config) -> FieldSpec:
+        n, m = shape
+        return {
+            "codes": (torch.uint8, (n, packed_bytes(m + m % 2, config.bits))),
+            "scale": (torch.float16, (n,)),
+            "kind": (torch.uint8, (1,)),
+        }
+
+    @classmethod
+    def pack(
+        cls,
+        weight_nm: Tensor,
+        stats: LinearStats | None,
+        config: OliVe.Config,
+        generator: torch.Generator,
+    ) -> PackedFields:
+        weight_nm = F.pad(weight_nm.float(), (0, weight_nm.shape[1] % 2)).contiguous()
+        largest = float(_limits(weight_nm).max())
+        check_scale(FACTORS[-1] * largest / min(kind.largest for kind in TYPES[config.bits]))
+        best: tuple[float, int, Tensor] | None = None
+        for index, kind in enumerate(TYPES[config.bits]):
+            scale_n, error_n = search(weight_nm, kind)
+            error = float(error_n.double().sum())
+            if best is None or error < best[0]:
+                best = error, index, scale_n
+        assert best is not None
+        _, index, scale_n = best
+        kind = TYPES[config.bits][index]
+        codes_nm = torch.cat(
+            [encode(weight_nm[rows], scale_n[rows], kind) for rows in _row_slices(weight_nm)]
+        )
+        return {
+            "codes": pack_bits(codes_nm, config.bits),
+            "scale": scale_n.half(),
+            "kind": torch.tensor([index], dtype=torch.uint8, device=weight_nm.device),
+        }
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> OliVeLinear:
+        return OliVeLinear(spec, shape, config)
+
+
+class OliVeActivations(OliVe):
+    """The quantizer of weights and inputs; see the module docstring."""
+
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {"sample": "packed"}
+    is_matrix: ClassVar[bool] = False
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], config: OliVe.Config) -> FieldSpec:
+        more = {"input_scale": (torch.float32, (1,)), "input_kind": (torch.uint8, (1,))}
+        return {**super().layout(shape, config), **more}
+
+    @classmethod
+    def pack(
+        cls,
+        weight_nm: Tensor,
+        stats: LinearStats | None,
+        config: OliVe.Config,
+        generator: torch.Generator,
+    ) -> PackedFields:
+        """Inputs that no calibration token came to are left as they are: their scale is zero."""
+        fields = super().pack(weight_nm, stats, config, generator)
+        scale, index = 0.0, 0
+        if stats is not None and stats.sample is not None:
+            sample_Tm = F.pad(stats.sample, (0, stats.sample.shape[1] % 2))
+            scale, index = search_inputs(sample_Tm, TYPES[config.bits])
+        fields["input_scale"] = torch.tensor([scale], device=weight_nm.device)
+        fields["input_kind"] = torch.tensor([index], dtype=torch.uint8, device=weight_nm.device)
+        return fields
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> OliVeLinear:
+        return OliVeActivationsLinear(spec, shape, config)
+
+
+def search_inputs(sample_Tm: Tensor, kinds: tuple[Type, ...]) -> tuple[float, int]:
+    """The one scale of all inputs, and which of the types, with the least squared error."""
+    limit = float(_limits(sample_Tm.flatten()[None]))
+    best = (math.inf, 0.0, 0)
+    for index, kind in enumerate(kinds):
+        for factor in FACTORS if limit > 0 else ():
+            scale = factor / kind.largest * limit
+            scale_T = torch.full((len(sample_Tm),), scale, device=sample_Tm.device)
+            wrong = float((rounded(sample_Tm, scale_T, kind) - sample_Tm).double().square().sum())
+            best = min(best, (wrong, scale, index))
+    return best[1:]
+
+
+def search(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
+    """The scale of each row [n], as float16 holds it, and the squared error that it leaves [n]."""
+    found = [_search_rows(weight_nm[rows], kind) for rows in _row_slices(weight_nm)]
+    scales, errors = zip(*found, strict=True)
+    return torch.cat(scales), torch.cat(errors)
+
+
+def _limits(weight_nm: Tensor) -> Tensor:
+    """What three standard deviations reach to, of each row [n]."""
+    mean_n, spread_n = weight_nm.mean(1), 3 * weight_nm.std(1, correction=0)
+    return torch.maximum((mean_n + spread_n).abs(), (mean_n - spread_n).abs())
+
+
+def _search_rows(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
+    limit_n = _limits(weight_nm)
+    best_n = torch.full_like(limit_n, torch.inf)
+    scale_n = torch.ones_like(limit_n)
+    for factor in FACTORS:
+        tried_n = (factor / kind.largest * limit_n).half().float()
+        # Rows of zeros keep a scale of 1.
+        tried_n = torch.where(tried_n < SCALE_MIN, 1.0, tried_n)
+        error_n = (rounded(weight_nm, tried_n, kind) - weight_nm).square_().sum(1)
+        better_n = error_n < best_n
+        best_n = torch.where(better_n, error_n, best_n)
+        scale_n = torch.where(better_n, tried_n, scale_n)
+    return scale_n, best_n
+
+
+def rounded(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
+    """What the weights become, with these scales."""
+    number_nm, outlier_nm = _numbers(weight_nm, scale_n, kind)
+    return _paired(number_nm, outlier_nm, weight_nm) * scale_n[:, None]
+
+
+def _numbers(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
+    """The nearest numbers of the type and its outliers, of equal ones the lower; which are
+    outliers."""
+    values_K, between_K = _values(kind, weight_nm.device)
+    number_nm = values_K[torch.bucketize(weight_nm / scale_n[:, None], between_K)]
+    return number_nm, number_nm.abs() > kind.largest
+
+
+def _paired(number_nm: Tensor, outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
+    """Zeros for the victims: the neighbours of outliers, and of two the smaller one."""
+    return torch.where(_victims(outlier_nm, weight_nm), 0.0, number_nm)
+
+
+def _victims(outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
+    """Which of the weights [n, m] give their place to an outlier."""
+    even_np, odd_np = outlier_nm[:, ::2], outlier_nm[:, 1::2]
+    first_np = weight_nm[:, ::2].abs() >= weight_nm[:, 1::2].abs()
+    both_np = even_np & odd_np
+    even_gives_np = (odd_np & ~even_np) | (both_np & ~first_np)
+    odd_gives_np = (even_np & ~odd_np) | (both_np & first_np)
+    return torch.stack([even_gives_np, odd_gives_np], -1).flatten(1)
+
+
+def encode(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
+    """The codes [n, m], of an even number of weights a row."""
+    number_nm, outlier_nm = _numbers(weight_nm, scale_n, kind)
+    offset = max(value for value in kind.outlier if value is not None)
+    codes = torch.zeros(2 * offset + 1, dtype=torch.uint8, device=weight_nm.device)
+    for table in (kind.normal, kind.outlier):
+        for code, value in enumerate(table):
+            if value is not None:
+                codes[value + offset] = code
+    codes_nm = codes[number_nm.long() + offset]
+    return torch.where(_victims(outlier_nm, weight_nm), kind.zero, codes_nm)
+
+
+def _row_slices(weight_nm: Tensor) -> Iterator[slice]:
+    rows = max(1, PIECE // weight_nm.shape[1])
+    for start in range(0, len(weight_nm), rows):
+        yield slice(start, start + rows)
+
+
+@functools.cache
+def _values(kind: Type, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All numbers of a type and its outliers [K], and the middles between them [K - 1]."""
+    values = sorted(value for value in (*kind.normal, *kind.outlier) if value is not None)
+    with torch.inference_mode(False):
+        values_K = torch.tensor(values, dtype=torch.float32, device=device)
+        return values_K, (values_K[1:] + values_K[:-1]) / 2
+
+
+@functools.cache
+def _pairs(kind: Type, device: torch.device) -> Tensor:
+    """What two codes side by side stand for, [codes, codes, 2]; NaN where they cannot be."""
+    with torch.inference_mode(False):
+        normal_C, outlier_C = (
+            torch.tensor([float("nan") if value is None else value for value in table])
+            for table in (kind.normal, kind.outlier)
+        )
+        count = len(normal_C)
+        pairs_CC2 = torch.stack(torch.meshgrid(normal_C, normal_C, indexing="ij"), -1)
+        pairs_CC2[:, kind.zero] = torch.stack([outlier_C, torch.zeros(count)], -1)
+        pairs_CC2[kind.zero] = torch.stack([torch.zeros(count), outlier_C], -1)
+        pairs_CC2[kind.zero, kind.zero] = torch.nan
+        return pairs_CC2.to(device)
+
+
+def decode(codes_nm: Tensor, kind: Type) -> Tensor:
+    """The numbers [n, m] of codes, two a pair.
+
+    Raises:
+        CheckpointError: codes that no pair has.
+    """
+    found = _pairs(kind, codes_nm.device)[codes_nm[:, ::2].int(), codes_nm[:, 1::2].int()]
+    if found.isnan().any():
+        raise CheckpointError("the codes of an olive matrix are damaged: no such pair")
+    return found.flatten(1)
+
+
+class OliVeLinear(PackedLinear):
+    """Fields: codes U8 [n, packed row, an even number of codes], scale F16 [n], kind U8 [1]."""
+
+    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> None:
+        super().__init__(spec, shape)
+        self.bits = config.bits
+
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        types = TYPES[self.bits]
+        index = int(self.q.kind)
+        if index >= len(types):
+            raise CheckpointError(f"an olive matrix of {self.bits} bits has no type {index}")
+        columns = self.in_features + self.in_features % 2
+        codes_nm = unpack_bits(self.q.codes[rows], self.bits, columns)
+        number_nm = decode(codes_nm, types[index]) * self.q.scale[rows, None].float()
+        return number_nm[:, : self.in_features]
+
+
+class OliVeActivationsLinear(OliVeLinear):
+    """Fields more: input_scale F32 [1], input_kind U8 [1]."""
+
+    @property
+    def is_matrix(self) -> bool:
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.q.input_scale
+        if not scale:
+            return super().forward(x)
+        rows_Tm = F.pad(x.detach().float().flatten(0, -2), (0, self.in_features % 2))
+        kind = TYPES[self.bits][int(self.q.input_kind)]
+        near_Tm = rounded(rows_Tm, scale.expand(len(rows_Tm)), kind)[:, : self.in_features]
+        # Gradients pass as if nothing had been rounded.
+        return super().forward(x + (near_Tm.view(x.shape).to(x.dtype) - x.detach()))

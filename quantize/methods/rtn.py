@@ -1,0 +1,155 @@
+"""Round to nearest (`rtn`): every group of weights on a uniform grid between its extremes.
+
+Asymmetric: s = (max - min) / (2^b - 1) over the group and 0, z = round(-min / s),
+q = clamp(round(w / s) + z), w' = s (q - z). Symmetric: s = 2 max|w| / (2^b - 1), z = 2^(b-1), not
+stored. Groups run along the input; the last may be shorter. The scale is rounded to float16 before
+the codes are computed, so that the codes are nearest on the grid that is stored.
+
+Shapes: n outputs, m inputs, g groups, c columns of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectool import options
+from spectool.errors import UnsupportedError
+from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
+from spectool.model.packed import FieldSpec, PackedLinear
+from spectool.options import option
+from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
+
+# Rows are packed in pieces of about this many weights: float32 temporaries stay in cache and small.
+PIECE = 1 << 19
+
+# The smallest and largest positive float16. A smaller scale is raised to the smallest, which costs
+# a group nothing beside larger ones; a matrix of nothing else would become zeros, and is refused.
+SCALE_MIN, SCALE_MAX = 2.0**-24, 65504.0
+
+
+class RTN:
+    """The quantizer; see the module docstring for the grid."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        bits: int = option(4, "bits of a code", minimum=2, maximum=8)
+        group_size: int = option(128, "weights that share a scale; 0: a whole row", minimum=0)
+        symmetric: bool = option(False, "grid around zero, without a stored zero point")
+
+    statistics: ClassVar[Mapping[Statistic, Stream]] = {}
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], config: RTN.Config) -> FieldSpec:
+        n, m = shape
+        groups = -(-m // (config.group_size or m))
+        spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "codes": (torch.uint8, (n, packed_bytes(m, config.bits))),
+            "scale": (torch.float16, (n, groups)),
+        }
+        if not config.symmetric:
+            spec["zero"] = (torch.uint8, (n, groups))
+        return spec
+
+    @classmethod
+    def pack(
+        cls,
+        weight_nm: Tensor,
+        stats: LinearStats | None,
+        config: RTN.Config,
+        generator: torch.Generator,
+    ) -> PackedFields:
+        n, m = weight_nm.shape
+        layout = cls.layout((n, m), config)
+        fields = {
+            name: torch.empty(shape, dtype=dtype, device=weight_nm.device)
+            for name, (dtype, shape) in layout.items()
+        }
+        rows = max(1, PIECE // m)
+        largest_each = []
+        for start in range(0, n, rows):
+            packed, largest = _pack_rows(weight_nm[start : start + rows].float(), config)
+            largest_each.append(largest)
+            for name, value in packed.items():
+                fields[name][start : start + rows] = value
+        check_scale(float(torch.stack(largest_each).max()))
+        return fields
+
+    @classmethod
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: RTN.Config) -> RTNLinear:
+        return RTNLinear(spec, shape, config)
+
+
+def check_scale(largest: float) -> None:
+    """Raises: UnsupportedError: the largest scale of a matrix is none that float16 holds."""
+    if largest > SCALE_MAX or 0 < largest < SCALE_MIN:
+        raise UnsupportedError(
+            f"its weights need a scale of {largest:.3g}, and float16, which stores it, reaches "
+            f"from {SCALE_MIN:.3g} to {SCALE_MAX:.0f}",
+            hint="leave it dense with --skip, or rescale the checkpoint",
+        )
+
+
+def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> tuple[PackedFields, Tensor]:
+    """The fields of some rows, and the largest scale that they would have without a limit."""
+    m = weight_nm.shape[1]
+    stored_ng, zero_ng, largest = grid_of(weight_nm, config)
+    weight_ngc = _grouped(weight_nm, config.group_size)
+    codes_ngc = (weight_ngc / stored_ng.float()[..., None]).round_().add_(zero_ng[..., None])
+    codes_nm = codes_ngc.clamp_(0, 2**config.bits - 1).to(torch.uint8).flatten(1)[:, :m]
+    fields = {"codes": pack_bits(codes_nm, config.bits), "scale": stored_ng}
+    if not config.symmetric:
+        fields["zero"] = zero_ng.to(torch.uint8)
+    return fields, largest
+
+
+def grid_of(weight_nm: Tensor, config: RTN.Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales [n, g] as stored, zero points [n, g], and the largest scale that there would be
+    without a limit, of float32 weights."""
+    top = 2**config.bits - 1
+    weight_ngc = _grouped(weight_nm, config.group_size)
+    if config.symmetric:
+        scale_ng = weight_ngc.abs().amax(-1) * (2 / top)
+    else:
+        low_ng = weight_ngc.amin(-1).clamp_(max=0)
+        high_ng = weight_ngc.amax(-1).clamp_(min=0)
+        scale_ng = (high_ng - low_ng) / top
+    # A group of zeros may have any scale; 1 keeps the division finite and the zeros exact.
+    stored_ng = torch.where(scale_ng == 0, 1.0, scale_ng.clamp(SCALE_MIN, SCALE_MAX)).half()
+    if config.symmetric:
+        zero_ng = torch.full_like(scale_ng, 2 ** (config.bits - 1))
+    else:
+        zero_ng = (-low_ng / stored_ng.float()).round_().clamp_(0, top)
+    return stored_ng, zero_ng, scale_ng.max()
+
+
+def _grouped(rows_nm: Tensor, group_size: int) -> Tensor:
+    """[n, m] -> [n, g, c], the last group padded with zeros, which both grids contain."""
+    n, m = rows_nm.shape
+    columns = min(group_size or m, m)
+    # Padding by nothing would copy.
+    padded_nm = F.pad(rows_nm, (0, -m % columns)) if m % columns else rows_nm
+    return padded_nm.reshape(n, -1, columns)
+
+
+class RTNLinear(PackedLinear):
+    """Fields: codes U8 [n, packed row], scale F16 [n, g], zero U8 [n, g] unless symmetric."""
+
+    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: RTN.Config) -> None:
+        super().__init__(spec, shape)
+        self.config = config
+
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        codes_nm = unpack_bits(self.q.codes[rows], self.config.bits, self.in_features)
+        codes_ngc = _grouped(codes_nm, self.config.group_size).float()
+        if self.config.symmetric:
+            codes_ngc -= 2 ** (self.config.bits - 1)
+        else:
+            codes_ngc -= self.q.zero[rows].float()[..., None]
+        codes_ngc *= self.q.scale[rows].float()[..., None]
+        return codes_ngc.flatten(1)[:, : self.in_features]
