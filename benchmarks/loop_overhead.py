@@ -21,6 +21,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spectool.decode.generate import Runner
+from spectool.decode.target import Target
 from spectool.machine import describe
 
 NEW_TOKENS = 128
@@ -31,12 +32,12 @@ class _Bare:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.cache = DynamicCache(config=model.config)
+        self.cache = {Target(model).cache_name: DynamicCache(config=model.config)}
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int]) -> None:
         ids = torch.tensor([list(tokens)], device=self.model.device)
-        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **self.cache)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -4,7 +4,7 @@
         model.generate(**inputs, max_new_tokens=64)
 
 `generate` takes no source of candidates. It takes a loop as `custom_generate`, but then drops
-the streamer and the tokenizer of stop strings (5.17 to 5.23): who listens waits for ever. So the
+the streamer and the tokenizer of stop strings (5.17 to 5.24): who listens waits for ever. So the
 model is set to assisted decoding as by prompt lookup, and its method that makes candidates is
 replaced on this one object for the length of a block; a pipeline inside it drafts as well. They go
 without laws: transformers then takes the model's own token at each position, drawn or greedy, and

@@ -10,16 +10,25 @@ needs. Suffixes: B batch, H key-value heads, S columns, D head width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+# What forwards call their cache: transformers before 5.24 and code that comes with a checkpoint,
+# models of nothing but a state before 5.24, and transformers from 5.24 on.
+_ARGUMENTS = ("past_key_values", "cache_params", "cache")
+
 _FIRST_COLUMNS = 64
 # Columns beyond the context for the rejected nodes of a last tree; a wider tree doubles them.
 _TAIL = 128
+
+
+def cache_argument(accepted: Container[str]) -> str | None:
+    """Tell what a forward with these parameters calls its cache, None if it takes none."""
+    return next((name for name in _ARGUMENTS if name in accepted), None)
 
 
 class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -8,21 +8,25 @@ from collections.abc import Container
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spectool.checkpoint.foreign import is_encoder_decoder
+from spectool.decode.cache import cache_argument
 from spectool.errors import UnsupportedError
 from spectool.model.causal import why_not_causal
 from spectool.model.decoder import decoder_of
 
-# Models that derive positions, causality or windows from columns, not from mask and positions.
+# Models that derive positions, causality or windows from columns, not from mask and positions, or
+# that change the cache they are given.
 _REFUSED = {
     "bloom": "its ALiBi biases are derived from a 2-D mask",
     "mpt": "its ALiBi biases are derived from column numbers",
     "git": "its forward takes no 4-D mask in transformers 5.17",
     "gpt_neo": "its causal mask is derived from column numbers",
+    "xlm": "its causal mask is derived from column numbers",
     "moshi": "its caches have a window that its masks have not",
+    "dory": "its loops over layers add caches of their own to the one they are given",
 }
 
-# What a forward must take.
-_NEEDED = ("position_ids", "past_key_values", "attention_mask")
+# What a forward must take besides a cache.
+_NEEDED = ("position_ids", "attention_mask")
 
 
 def check_fit(model: PreTrainedModel, config: PreTrainedConfig, accepted: Container[str]) -> None:
@@ -56,8 +60,8 @@ def _why_unfit(
         return _REFUSED[config.model_type]
     if getattr(config, "alibi", False):
         return "its ALiBi biases are derived from a 2-D mask"
-    if not all(key in accepted for key in _NEEDED):
-        return f"its forward takes no {_NEEDED[0]}, {_NEEDED[1]} or {_NEEDED[2]}"
+    if cache_argument(accepted) is None or not all(key in accepted for key in _NEEDED):
+        return f"its forward takes no cache, {_NEEDED[0]} or {_NEEDED[1]}"
     if unknown := kinds - {"full_attention", "sliding_attention"}:
         return f"its {', '.join(sorted(unknown))} layers are not known"
     if getattr(config, "attention_chunk_size", None):

@@ -71,7 +71,6 @@ class RecurrentTarget(Target):
         # Its passes take the rotary factors that transformers chooses: the short ones.
         self.context, self._original = self.span(1), None
         accepted = inspect.signature(model.forward).parameters
-        self._state_name = "cache_params" if "cache_params" in accepted else "past_key_values"
         self._takes_positions = "position_ids" in accepted
         limits = [getattr(module, "time_step_limit", None) for module in model.modules()]
         self.plain = ""
@@ -183,7 +182,7 @@ class RecurrentTarget(Target):
             piece = fed[start : start + size]
             # 0 would ask for all of them.
             kept = max(1, min(num_logits - (len(fed) - start - len(piece)), len(piece)))
-            options: dict[str, Any] = {self._state_name: state}
+            options: dict[str, Any] = {self.cache_name: state}
             if self._takes_positions:
                 positions = torch.arange(len(piece), device=self.device) + begin + start
                 options["position_ids"] = positions[None]

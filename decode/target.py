@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from spectool import machine
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode import rotary, tree
-from spectool.decode.cache import TextCache, TreeCache
+from spectool.decode.cache import TextCache, TreeCache, cache_argument
 from spectool.decode.fit import check_fit
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
@@ -60,7 +60,7 @@ class Target:
 
     `notes` says what had to be changed or bounded to run it rightly. `takes_drafts`: passes of
     several tokens are right after others. `keeps_rows`: its caches hold all that a text leaves, so
-    that several can take turns.
+    that several can take turns. `cache_name` is what the model's forward calls its cache.
 
     Raises:
         UnsupportedError: an architecture that tree passes cannot be right for.
@@ -83,6 +83,9 @@ class Target:
         self.device = model.device
         self.dtype = model.dtype
         self._windows = _windows(config)
+        name = cache_argument(accepted)
+        assert name is not None, "a forward that takes no cache is refused"
+        self.cache_name = name
         self._keeps_logits = "logits_to_keep" in accepted
         self._linears = skinny.suited(model.modules())
         self._most_rows = kernel_rows(self.dtype)
@@ -257,6 +260,8 @@ class Target:
         autograd saves no inference tensors.
         """
         options: dict[str, Any] = {}
+        if keep is not None:
+            options[self._decoder_cache_name] = keep
         if segments_BL is not None:
             positions_BL, visible_BLL = packed(segments_BL.to(self.device))
             batch, length = positions_BL.shape
@@ -271,7 +276,6 @@ class Target:
         with self._listen(needs) as features:
             self.decoder(
                 input_ids=tokens_BL.to(self.device),
-                past_key_values=keep,
                 use_cache=keep is not None,
                 **options,
             )
@@ -327,8 +331,8 @@ class Target:
                 input_ids=torch.zeros_like(places_BN),
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=positions_BN,
-                past_key_values=kept,
                 use_cache=True,
+                **{self._decoder_cache_name: kept},
             )
         return features["final"].view(batch, num_places, num_own, -1)
 
@@ -337,6 +341,12 @@ class Target:
         """The directory that the model was loaded from; None if it came from nowhere."""
         place = Path(self.model.config._name_or_path or "")
         return open_checkpoint(place) if (place / "config.json").is_file() else None
+
+    @functools.cached_property
+    def _decoder_cache_name(self) -> str:
+        """What the decoder calls its cache; one that takes anything, as the model does."""
+        accepted = inspect.signature(self.decoder.forward).parameters
+        return cache_argument(accepted) or self.cache_name
 
     @property
     def num_tokens(self) -> int:
@@ -373,7 +383,7 @@ class Target:
         cache.open(num_nodes, self.device, after=num_tail - num_nodes)
         positions_BT = positions_BT.to(self.device)
         visible_BNT = visible_BNT.to(self.device)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {self.cache_name: cache}
         if kept is not None and self._keeps_logits:
             last = kept == [num_nodes - 1]
             options["logits_to_keep"] = 1 if last else torch.tensor(kept, device=self.device)
@@ -399,7 +409,6 @@ class Target:
                 input_ids=torch.tensor(tokens, device=self.device),
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=positions_BT[:, num_tail - num_nodes :],
-                past_key_values=cache,
                 use_cache=True,
                 **options,
             )

@@ -56,7 +56,7 @@ def in_passes(model: PreTrainedModel, tokens: list[int], sizes: list[int]) -> to
     state = transformers.DynamicCache(config=model.config)
     start = 0
     for size in sizes:
-        options: dict[str, Any] = {target._state_name: state}
+        options: dict[str, Any] = {target.cache_name: state}
         if target._takes_positions:
             options["position_ids"] = torch.arange(start, start + size)[None]
         ids = torch.tensor([tokens[start : start + size]])

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from spectool.decode import target as target_module
 from spectool.decode import tree
+from spectool.decode.cache import TextCache
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.errors import UnsupportedError, UsageError
@@ -126,6 +127,41 @@ def test_features_of_tree_nodes(tiny: Tiny) -> None:
         torch.testing.assert_close(logits, done.logits_BNV)
 
 
+class Older(LlamaForCausalLM):
+    """Names its cache as transformers before 5.24 does, whatever transformers runs it."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None,
+                past_key_values: Any = None, **rest: Any) -> Any:  # fmt: skip
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **rest)
+
+
+class Newer(LlamaForCausalLM):
+    """Names its cache as transformers 5.24 does."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None,
+                cache: Any = None, **rest: Any) -> Any:  # fmt: skip
+        return super().forward(input_ids, attention_mask, position_ids, cache, **rest)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Older, "past_key_values"), (Newer, "cache")])
+def test_the_cache_goes_by_the_name_that_the_forward_gives_it(
+    tiny: Tiny, kind: type[LlamaForCausalLM], name: str, prompt_of: Callable[..., list[int]]
+) -> None:
+    llama, prompt = tiny("llama"), prompt_of(9)
+    model: Any = kind(llama.config).eval()
+    model.load_state_dict(llama.state_dict())
+    target = Target(model)
+    assert target.cache_name == name
+    cache = target.cache(1)
+    target.prefill(cache, [prompt])
+    logits_BNV = target.verify(cache, [tree.trie(5, [[6]], nodes=2)]).logits_BNV
+    torch.testing.assert_close(logits_BNV[0, 1], sequential(llama, [*prompt, 5, 6]))
+    # The decoder has its own name for it.
+    kept = TextCache(target.num_layers)
+    target.read(torch.tensor([prompt]), Needs(final=True), keep=kept)
+    assert kept.length == len(prompt)
+
+
 def small(name: str, **options: Any) -> PreTrainedModel:
     config = getattr(transformers, name + "Config")(vocab_size=32, **options)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -149,6 +185,11 @@ def small(name: str, **options: Any) -> PreTrainedModel:
                 "num_heads": 2,
                 "attention_types": [[["local"], 1]],
             },
+            "column numbers",
+        ),
+        (
+            "XLM",
+            {"emb_dim": 8, "n_layers": 1, "n_heads": 2, "causal": True},
             "column numbers",
         ),
         (

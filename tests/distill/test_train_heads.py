@@ -29,7 +29,7 @@ from spectool.quantize import run as quantizing
 from spectool.quantize.methods.rtn import RTN
 from spectool.training import Training
 
-from ..conftest import VOCAB, make_model, tokenizer
+from ..conftest import VOCAB, tokenizer
 from .conftest import Losses, Train, contents, storing_always
 
 
@@ -298,9 +298,10 @@ def test_a_recurrent_model_is_said_to_have_no_heads(
 
 
 def test_a_target_that_repeats_itself_is_refused_before_its_texts_are_written(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, model = tmp_path / "model", make_model("llama")
+    source = tmp_path / "model"
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     # All tokens are as likely, and the first of them is chosen for ever.
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     model.save_pretrained(source)

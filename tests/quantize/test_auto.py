@@ -71,11 +71,16 @@ def test_the_cache_is_as_large_as_transformers_makes_it(
     checkpoint: Checkpoints, family: str
 ) -> None:
     import torch
+    from transformers import DynamicCache
+
+    from spectool.decode.target import Target
 
     source = checkpoint(family)
     model: Any = load_model(source, dtype="bfloat16")
+    kept = DynamicCache(config=model.config)
     with torch.inference_mode():
-        kept = model(torch.zeros(1, 10, dtype=torch.long), use_cache=True).past_key_values
+        ids_BL = torch.zeros(1, 10, dtype=torch.long)
+        model(ids_BL, use_cache=True, **{Target(model).cache_name: kept})
     size = sum(2 * layer.keys.numel() + 2 * layer.values.numel() for layer in kept.layers)
     assert cache_bytes(Architecture(read_layout(source)), 10) == size
 

@@ -216,10 +216,10 @@ def thinned_logits(
     model: PreTrainedModel, drafter: SkipDrafter, text: list[int], tokens: list[int]
 ) -> Tensor:
     """Logits after `tokens`, read by the thinned model after a text that the whole one read."""
-    past = DynamicCache(config=model.config)
-    model(torch.tensor([text]), past_key_values=past, use_cache=True)
+    past: Any = {Target(model).cache_name: DynamicCache(config=model.config)}
+    model(torch.tensor([text]), use_cache=True, **past)
     with drafter._thinned(drafter.skipped):
-        logits: Tensor = model(torch.tensor([tokens]), past_key_values=past).logits[0]
+        logits: Tensor = model(torch.tensor([tokens]), **past).logits[0]
     return logits
 
 
