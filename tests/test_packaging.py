@@ -24,7 +24,7 @@ ALLOWED = {
     "distill": {"distill", "core", "decode"},
     "evaluate": {"evaluate", "core", "decode"},
     "cli": {"cli", "core", "kernels", "quantize", "decode", "distill", "evaluate", "examples"},
-    "examples": {"core"},
+    "examples": {"examples", "core"},
 }
 
 

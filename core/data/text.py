@@ -176,7 +176,7 @@ def builtin_text(kind: str | None = None) -> str:
 
     `calibration/SOURCES.md` says where it comes from.
     """
-    folder = resources.files("spectool").joinpath("calibration")
+    folder = resources.files("spectool.data").joinpath("calibration")
     files = sorted(
         (file for file in folder.iterdir() if file.name.endswith(".txt")),
         key=lambda file: file.name,

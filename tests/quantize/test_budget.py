@@ -59,7 +59,7 @@ def test_the_choice_is_about_the_best_there_is(checkpoint: Checkpoints, bits: fl
     plan = Plan(
         **{
             **{name: getattr(plan, name) for name in Plan.__slots__},
-            "sites": {"model.layers.0": matrices},
+            "matrices": {"model.layers.0": matrices},
             "num_weights": sum(matrix.num_weights for matrix in matrices.values()),
         }
     )
