@@ -49,8 +49,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def train(tmp_path: Path) -> Train:
     data = tmp_path / "text.txt"
-    code = Path(__file__).parents[2] / "core/data/calibration/code.txt"
-    data.write_text(code.read_text()[:1600])
+    text = Path(__file__).parents[2] / "core/data/calibration/mixed.txt"
+    data.write_text(text.read_text()[:1600])
 
     def run(name: str, source: Path, out: str = "out", **asked: Any) -> Report:
         method = name.removesuffix("-plain")
