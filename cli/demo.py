@@ -115,7 +115,7 @@ def _claim(out: Path) -> None:
         UsageError: somebody else's, or a file.
         InputError: it cannot be made.
     """
-    from spectool.checkpoint.artifact import disk_errors
+    from spectool.files import disk_errors
 
     with disk_errors(out):
         own = (out / MARKER).is_file() or (out.is_dir() and not any(out.iterdir()))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
+
+from spectool.files import state_folder
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -91,9 +92,8 @@ def quiet_keys() -> Iterator[None]:
 
 
 def history_path() -> Path:
-    """Where messages of earlier sessions are kept, by the XDG rules."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "spectool" / "chat_history"
+    """Return the file that keeps the messages of earlier sessions."""
+    return state_folder() / "chat_history"
 
 
 def _history(say: Callable[[str], None]) -> History:

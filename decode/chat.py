@@ -11,7 +11,6 @@ import bisect
 import functools
 import json
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,13 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from spectool.checkpoint.artifact import disk_errors
 from spectool.checkpoint.headers import read_json
 from spectool.data.rows import Row
 from spectool.data.template import ANSWER, encode, end_of_turn, render
 from spectool.decode.generate import Result, Runner
 from spectool.decode.sampling import SamplingOptions
 from spectool.errors import TextError, UsageError
+from spectool.files import disk_errors, replacing
 
 FORMAT, FORMAT_VERSION = "spectool-chat", 1
 # The oldest turns go when less than this share of the context is left for the answer.
@@ -252,10 +251,8 @@ class Chat:
             "system": self.system,
             "messages": self.messages,
         }
-        with disk_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            partial = Path(scratch) / path.name
+        with replacing(path) as partial:
             partial.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation in place of this one.

@@ -5,17 +5,17 @@ One safetensors file, replaced as a whole; its header says which drafter wrote i
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from spectool.checkpoint.artifact import disk_errors, write_safetensors
+from spectool.checkpoint.artifact import write_safetensors
 from spectool.checkpoint.headers import read_header
 from spectool.checkpoint.tensors import read_tensor
 from spectool.errors import CheckpointError
+from spectool.files import replacing
 
 FORMAT, FORMAT_VERSION = "spectool-draft-state", 1
 
@@ -48,11 +48,5 @@ def save(path: Path, drafter: str, tensors: Mapping[str, Tensor]) -> None:
         SpectoolError: the disk is full.
     """
     said = {"format": FORMAT, "version": FORMAT_VERSION, "drafter": drafter}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with disk_errors(path.parent):
-            write_safetensors(partial, dict(tensors), said)
-            partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    with replacing(path) as partial:
+        write_safetensors(partial, dict(tensors), said)

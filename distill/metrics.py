@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectool.checkpoint.artifact import disk_errors
 from spectool.errors import InputError, UsageError
+from spectool.files import disk_errors, replacing
 
 
 class MetricsFile:
@@ -49,9 +49,8 @@ class MetricsFile:
 
     def _begin(self, step: int) -> None:
         kept = [line for line in self._lines()[1:] if _step_of(line) < step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in (self._head, *kept)), "utf-8")
-        temporary.rename(self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in (self._head, *kept)), "utf-8")
         self._fresh = False
 
     def _lines(self) -> list[str]:

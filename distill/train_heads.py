@@ -21,7 +21,7 @@ from torch import Tensor
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.headers import HEADS, HEADS_FILE
 from spectool.checkpoint.hub import fetch, is_local
-from spectool.checkpoint.tensors import open_checkpoint, text_fingerprint
+from spectool.checkpoint.tensors import open_checkpoint, read_tensors, text_fingerprint
 from spectool.data.text import OnRead
 from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import HeadsRecord, lineage
@@ -30,7 +30,7 @@ from spectool.decode.heads.convert import PretrainedHeads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.samples import read_samples, split
 from spectool.distill.data.server import Server
-from spectool.distill.data.texts import Say, read_shard
+from spectool.distill.data.texts import Say
 from spectool.distill.metrics import MetricsFile
 from spectool.distill.plan import Job, Plan, Setup, identity_of, plan_of
 from spectool.distill.processes import ALONE, Processes
@@ -84,7 +84,7 @@ class _Shards:
             if self._step(name) >= 0:
                 found = self.writer.path(name), self.writer.report(name) or {}
         found = self.processes.share(found)
-        return None if found is None else (read_shard(found[0]), found[1])
+        return None if found is None else (read_tensors(found[0]), found[1])
 
     def save(self, tensors: Mapping[str, Tensor], said: dict[str, Any]) -> None:
         if self.writer is not None:

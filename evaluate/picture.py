@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectool.checkpoint.artifact import disk_errors
 from spectool.errors import UsageError, require
+from spectool.files import replacing
 
 SUFFIXES = (".png", ".svg")
 # Okabe and Ito's colours, which the colour-blind tell apart, without the pale yellow. Hatches
@@ -47,13 +47,8 @@ def draw(runs: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], path: Pa
     figure.supxlabel(_small_print(runs, machine), fontsize=6, color="#555555")
     # Equal figures give equal bytes: no date, no ids drawn at random.
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    with disk_errors(path), plots.rc_context({"svg.hashsalt": "spectool"}):
-        try:
-            figure.savefig(temporary, dpi=200, metadata=metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, plots.rc_context({"svg.hashsalt": "spectool"}):
+        figure.savefig(temporary, dpi=200, metadata=metadata)
 
 
 def _matplotlib() -> Any:

@@ -18,12 +18,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from spectool.checkpoint.artifact import disk_errors, write_safetensors
+from spectool.checkpoint.artifact import write_safetensors
 from spectool.checkpoint.headers import TensorEntry, read_header
 from spectool.checkpoint.tensors import all_finite, read_tensor
 from spectool.errors import CheckpointError, InputError, UsageError
 from spectool.evaluate.fidelity import divergence
 from spectool.evaluate.windows import Batch, Windows
+from spectool.files import disk_errors
 
 FORMAT_VERSION = 1
 

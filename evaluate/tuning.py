@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectool.checkpoint.artifact import disk_errors
 from spectool.checkpoint.headers import HEADS
 from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
 from spectool.decode.policy.curve import machine_key
 from spectool.evaluate.bench import Say, bench
+from spectool.files import replacing
 from spectool.methods import resolve
 from spectool.options import options_of
 
@@ -56,10 +56,8 @@ def tune(
         say(f"{name} {shown}")
     best["speedup"] = round(speedup, 3)
     tuned = {**record.tuned, machine_key(runner.target): best}
-    partial = heads / f"{HEADS}.partial"
-    with disk_errors(heads):
+    with replacing(heads / HEADS) as partial:
         partial.write_bytes(dataclasses.replace(record, tuned=tuned).as_bytes())
-        partial.replace(heads / HEADS)
     return best
 
 

@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectool.checkpoint.artifact import Content, disk_errors, write_whole
+from spectool.checkpoint.artifact import Content, write_whole
 from spectool.checkpoint.headers import read_header
 from spectool.checkpoint.tensors import Checkpoint, read_tensor, torch_dtype
 from spectool.errors import UnsupportedError, UsageError, hushed, require
+from spectool.files import disk_errors
 from spectool.machine import available_memory
 from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectool.checkpoint.artifact import ArtifactWriter, Content, disk_errors
+from spectool.checkpoint.artifact import ArtifactWriter, Content
 from spectool.checkpoint.headers import read_header
 from spectool.checkpoint.tensors import Checkpoint, all_finite, read_tensor
 from spectool.errors import UnsupportedError
+from spectool.files import disk_errors
 from spectool.machine import trim_memory
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Activations, Call, ModelShell, final_logits, run_block

@@ -9,8 +9,6 @@ what spectool wrote: every artifact lists its own files.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -27,15 +25,10 @@ from spectool.checkpoint import checksums
 from spectool.checkpoint.checksums import Checksums, Summing
 from spectool.checkpoint.headers import HEADS, PACKED_INDEX, TensorEntry, read_json
 from spectool.checkpoint.tensors import CHUNK, DTYPES, check_finite, torch_dtype
-from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
+from spectool.errors import CheckpointError, InputError, UsageError
+from spectool.files import disk_errors
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-# What the disk answers where the place itself will not do, whatever is written.
-NOT_THERE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
-    errno.EISDIR,
-)  # fmt: skip
 
 # A tensor to write, or the stored bytes of one to copy as they are.
 Content = Tensor | TensorEntry
@@ -394,22 +387,3 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    """Say in one line what the disk refused, with the exit code that it means."""
-    try:
-        yield
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise SpectoolError(
-                f"{place}: the disk is full",
-                hint="what is written there is whole; make room and run the same command again",
-            ) from error
-        reason = error.strerror or str(error)
-        if error.errno in NOT_THERE:
-            raise InputError(f"{place}: cannot be written: {reason}") from error
-        raise SpectoolError(f"{place}: {reason}") from error

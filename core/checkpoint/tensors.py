@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from spectool.checkpoint import hub
-from spectool.checkpoint.headers import Layout, TensorEntry, read_layout
+from spectool.checkpoint.checksums import Guard
+from spectool.checkpoint.headers import Layout, TensorEntry, read_header, read_layout
 from spectool.errors import CheckpointError
 
 DTYPES = {
@@ -97,6 +98,15 @@ def open_checkpoint(
         return Checkpoint(read_layout(Path(model), check=checksums))
     path = hub.fetch(str(model), revision, code=trust_remote_code)
     return Checkpoint(read_layout(path, check=checksums), revision=path.name)
+
+
+def read_tensors(path: Path, *, guard: Guard | None = None) -> dict[str, torch.Tensor]:
+    """Read all tensors of a safetensors file; `guard` compares the file with its checksum first.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return {entry.name: read_tensor(entry) for entry in read_header(path, guard=guard)[1]}
 
 
 def read_tensor(entry: TensorEntry, *, rows: slice | None = None) -> torch.Tensor:

@@ -21,8 +21,8 @@ from spectool import methods
 from spectool.checkpoint import checksums as sums
 from spectool.checkpoint.foreign import check_heads
 from spectool.checkpoint.formats import FORMAT_VERSION, upgrade_heads
-from spectool.checkpoint.headers import HEADS, HEADS_FILE, read_header, read_json
-from spectool.checkpoint.tensors import Checkpoint, check_finite, read_tensor
+from spectool.checkpoint.headers import HEADS, HEADS_FILE, read_json
+from spectool.checkpoint.tensors import Checkpoint, check_finite, read_tensors
 from spectool.decode.heads.base import TOP, Heads
 from spectool.decode.policy.curve import machine_key
 from spectool.decode.protocol import Drafter
@@ -162,16 +162,16 @@ def read_weights(path: Path, record: HeadsRecord, *, check: bool = True) -> dict
         CheckpointError: the file is damaged; with `check` also where only its checksum tells.
     """
     stored = sums.parse(record.checksums, path / HEADS) if check else {}
-    return read_tensors(path / HEADS_FILE, sums.guard(path / HEADS_FILE, stored))
+    return read_finite_tensors(path / HEADS_FILE, sums.guard(path / HEADS_FILE, stored))
 
 
-def read_tensors(file: Path, guard: sums.Guard | None = None) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+def read_finite_tensors(file: Path, guard: sums.Guard | None = None) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
 
     Raises:
         CheckpointError: damaged, or values that are NaN or infinite.
     """
-    found = {entry.name: read_tensor(entry) for entry in read_header(file, guard=guard)[1]}
+    found = read_tensors(file, guard=guard)
     for name, tensor in found.items():
         check_finite(f"{file}: {name}", tensor)
     return found

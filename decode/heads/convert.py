@@ -34,8 +34,8 @@ from spectool.decode.heads.artifact import (
     check_fit,
     check_map,
     fill,
+    read_finite_tensors,
     read_record,
-    read_tensors,
     read_weights,
 )
 from spectool.decode.heads.base import Heads
@@ -230,7 +230,7 @@ def _read(place: Path, said: dict[str, Any], target: Any) -> PretrainedHeads:
     """Heads in one of the formats, told by their configuration."""
     kind = said.get("speculators_model_type") or said.get("model_type")
     architectures = " ".join(map(str, said.get("architectures") or ()))
-    tensors = read_tensors(place / WEIGHTS)
+    tensors = read_finite_tensors(place / WEIGHTS)
     if kind == "medusa":
         return _read_medusa(place, said, tensors, target)
     if kind == "eagle3" or ("speculators_model_type" not in said and "agle3" in architectures):

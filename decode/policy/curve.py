@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from typing import Any
 import torch
 
 from spectool import machine
-from spectool.checkpoint.artifact import disk_errors
 from spectool.decode import tree
 from spectool.decode.target import Target
 from spectool.errors import SpectoolError
+from spectool.files import cache_folder, disk_errors, replacing
 from spectool.processors import Waiting
 
 # Sizes that are measured and chosen among, and the order of measuring: what matters most first.
@@ -180,15 +179,10 @@ def keep(target: Target, curve: Curve) -> None:
     known = read_curves()
     known.pop(key, None)
     known[key] = {n: s for n, s in curve.points.items() if n in SIZES}
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with disk_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(SpectoolError), disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
             partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-    except SpectoolError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def read_curves() -> dict[str, dict[int, float]]:
@@ -207,8 +201,7 @@ def read_curves() -> dict[str, dict[int, float]]:
 
 def curves_path() -> Path:
     """Where curves are kept: the user's cache folder."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "spectool" / "curves.json"
+    return cache_folder() / "curves.json"
 
 
 def machine_key(target: Target) -> str:

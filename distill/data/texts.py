@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from spectool.checkpoint.artifact import ArtifactWriter
-from spectool.checkpoint.headers import read_header
-from spectool.checkpoint.tensors import read_tensor
+from spectool.checkpoint.tensors import read_tensors
 from spectool.distill.data.samples import Sample
 from spectool.distill.processes import Processes
 
@@ -69,7 +67,7 @@ class Written:
         if self.writer is not None:
             for number, shard in enumerate(shards):
                 if self.writer.report(shard) is not None:
-                    found[number] = as_samples(read_shard(self.writer.path(shard)))
+                    found[number] = as_samples(read_tensors(self.writer.path(shard)))
         return self.processes.share(found)
 
 
@@ -93,11 +91,6 @@ def as_samples(tensors: Mapping[str, Tensor]) -> list[Sample]:
             strict=True,
         )
     ]
-
-
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file."""
-    return {entry.name: read_tensor(entry) for entry in read_header(path)[1]}
 
 
 def parts(whole: Sequence[T], size: int) -> Iterator[Sequence[T]]:

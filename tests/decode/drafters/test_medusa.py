@@ -17,7 +17,7 @@ from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads import artifact as shared_code
 from spectool.decode.heads import base
-from spectool.decode.heads.artifact import HeadsRecord, open_heads, read_tensors
+from spectool.decode.heads.artifact import HeadsRecord, open_heads, read_finite_tensors
 from spectool.decode.heads.base import TOP, ranks_of
 from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
@@ -376,7 +376,7 @@ def test_weights_that_no_training_leaves_are_refused(
     message: str,
 ) -> None:
     path = stored(draft_vocab=30)
-    tensors = read_tensors(path / HEADS_FILE)
+    tensors = read_finite_tensors(path / HEADS_FILE)
     write_safetensors(path / HEADS_FILE, {**tensors, name: damage(tensors[name])}, {})
     with pytest.raises(CheckpointError, match=message):
         Runner(checkpoint("llama"), draft=str(path))

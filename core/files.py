@@ -1,0 +1,73 @@
+"""Write a file whole or not at all, and find the user's folders. Imports neither torch nor more."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from spectool.errors import InputError, SpectoolError
+
+# Answers of the operating system about a path that cannot be written, whatever the data.
+_NOT_WRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.EISDIR,
+)  # fmt: skip
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses inside the block into one line about `path`.
+
+    Raises:
+        InputError: the path cannot be written.
+        SpectoolError: the disk is full, or failed.
+    """
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise SpectoolError(
+                f"{path}: the disk is full",
+                hint="what is written there is whole; make room and run the same command again",
+            ) from error
+        reason = error.strerror or str(error)
+        if error.errno in _NOT_WRITABLE:
+            raise InputError(f"{path}: cannot be written: {reason}") from error
+        raise SpectoolError(f"{path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; the file written there replaces `path`.
+
+    If the block fails, `path` is what it was and nothing is left. The temporary name keeps the
+    ending of `path`, which tells some writers the format. Several processes may do it at once.
+
+    Raises:
+        InputError: the folder cannot be written.
+        SpectoolError: the disk is full, or failed.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    with disk_errors(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: spectool's in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectool"
+
+
+def state_folder() -> Path:
+    """Return the folder for what a user would miss: spectool's in the user's state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "spectool"
