@@ -413,7 +413,7 @@ def resolve(
         entries = [layout.tensors[origin.stored[0][0]] for origin in (first, second)]
         return not compare or same_values(*entries)
 
-    with contents.bounded(layout):
+    with contents.limit_parameters(layout):
         model = build_meta(config, trust_remote_code=trust_remote_code)
     check_causal(model, layout.path)
     with opening(layout.path, "its tensors do not fit its configuration"):
@@ -477,7 +477,7 @@ def unused_tensors(model: PreTrainedModel, layout: Layout) -> list[str]:
         return []
     origins = find_origins(model, layout.tensors)
     taken = [key for origin in origins.values() for key, _ in origin.stored]
-    return contents.left_over(model, layout.tensors, taken)
+    return contents.find_unused(model, layout.tensors, taken)
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
