@@ -167,7 +167,7 @@ def verify(folder: Path, stored: Mapping[str, Checksums]) -> None:
             f"{folder}: no checksums to compare with",
             hint="`quantize` and `train-heads` write them since spectool 0.2",
         )
-    unlisted = sorted({path.name for path in folder.glob("*.safetensors")} - said.keys())
+    unlisted = sorted({path.name for path in folder.glob("*.safetensors")} - stored.keys())
     if unlisted:
         raise CheckpointError(f"{folder / unlisted[0]}: has no checksum: it is no part of {folder}")
     for name, expected in sorted(stored.items()):

@@ -142,7 +142,7 @@ def read_rows(entry: TensorEntry, rows: Sequence[int]) -> torch.Tensor:
 
 
 def same_values(first: TensorEntry, second: TensorEntry) -> bool:
-    """Whether two stored tensors hold the same values; True if only their headers were downloaded."""
+    """Whether two stored tensors hold the same values; True if only headers were downloaded."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     if not (first.path.is_file() and second.path.is_file()):
@@ -176,8 +176,8 @@ def all_finite(tensor: torch.Tensor) -> bool:
         return True
     # torch has neither `sum` nor `isfinite` for 8-bit floats.
     tensor = tensor.float() if tensor.element_size() == 1 else tensor
-    # The sum is not finite if any element is not. Only if the sum is not finite, which may also be
-    # an overflow, are the elements tested: that takes a temporary of the tensor's size.
+    # The sum is not finite if any element is not; since it may also overflow, the elements are then
+    # tested one by one. Half types are summed in float32 without a temporary of the tensor's size.
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return bool(torch.isfinite(tensor.sum(dtype=wide))) or bool(torch.isfinite(tensor).all())
 
