@@ -239,7 +239,7 @@ def test_conversations_go_through_the_template(write: Write, chatty: Any) -> Non
     path = write("a.jsonl", [{"messages": messages}, {"turns": ["one", "two"]}])
     assert read_text([path], chatty) == "<user>hi<assistant>hello\n\n<user>one<user>two"
     # As a prompt a list of turns is its first turn, and the assistant is to speak: not twice.
-    rows = [row.question() for row in read_rows(path, prompts=True)]
+    rows = [row.cut_answer() for row in read_rows(path, prompts=True)]
     found = [render(row, chatty, prompt=True, template={"mood": "calm"}) for row in rows]
     assert found == ["<user>hi<assistant>(calm)", "<user>one<assistant>(calm)"]
     # As token ids, with nothing before what the template wrote.
