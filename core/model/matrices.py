@@ -68,7 +68,7 @@ def find_matrices(
 
     `around` are the modules that it lies in.
     """
-    dense = stay_dense(block, prefix, around)
+    dense = explain_dense(block, prefix, around)
     for path, module in block.named_modules(prefix=prefix):
         if path in dense:
             continue
@@ -101,7 +101,9 @@ def find_matrices(
                     )
 
 
-def stay_dense(block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()) -> dict[str, str]:
+def explain_dense(
+    block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()
+) -> dict[str, str]:
     """Linear layers of a module, and routers of any class, that are not packed, by full name, with
     the reason."""
     read = {

@@ -117,8 +117,8 @@ def test_a_shard_is_compared_when_it_is_first_read_from(copied: Path) -> None:
 def test_a_shard_is_compared_once(artifacts: tuple[Path, Path], monkeypatch: Any) -> None:
     checkpoint = open_checkpoint(artifacts[0])
     read: list[Path] = []
-    own = checksums._xxh3
-    monkeypatch.setattr(checksums, "_xxh3", lambda path: read.append(path) or own(path))
+    own = checksums._compute_xxh3
+    monkeypatch.setattr(checksums, "_compute_xxh3", lambda path: read.append(path) or own(path))
     for _ in range(2):
         for name in checkpoint.layout.tensors:
             checkpoint.read(name)
