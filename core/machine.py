@@ -144,10 +144,10 @@ def _threads_reason(threads: int, allowed: processors.Allowed) -> str:
     """Explain why torch computes with this number of threads."""
     for name in processors.NUM_THREADS:
         if os.environ.get(name) == str(threads):
-            return f"{name} says so"
+            return f"set by {name}"
     if threads == allowed.threads:
-        return allowed.reason or "one for each processor"
-    return "asked for, or torch's own choice"
+        return allowed.reason or "one per processor"
+    return "requested, or the default of torch"
 
 
 def describe() -> dict[str, Any]:

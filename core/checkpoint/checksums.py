@@ -96,7 +96,7 @@ def guard(path: Path, stored: Mapping[str, Checksums]) -> Guard | None:
     if not stored:
         return None
     if path.name not in stored:
-        raise CheckpointError(f"{path}: has no checksum, but {min(stored)} beside it has one")
+        raise CheckpointError(f"{path}: has no checksum, but {min(stored)} next to it has one")
     return Guard(path, stored[path.name].xxh3_64)
 
 

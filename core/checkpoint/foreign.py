@@ -121,7 +121,7 @@ def refuse_adapter(path: Path) -> None:
     if (path / "config.json").is_file():
         # transformers would apply it, other readers would not.
         raise CheckpointError(
-            f"{path}: holds {adapter} beside a checkpoint, which some readers would apply",
+            f"{path}: holds {adapter} next to a checkpoint, which some readers would apply",
             hint=f"merge it, or move {ADAPTER} away",
         )
     raise CheckpointError(
@@ -214,7 +214,7 @@ def _refuse_without_config(path: Path) -> CheckpointError:
     if any(path.glob("*.safetensors")):
         return CheckpointError(
             f"{path}: holds weights, but no config.json",
-            hint="copy the configuration and the tokenizer of the model beside them",
+            hint="copy the configuration and the tokenizer of the model into the same directory",
         )
     if any((path / name).is_file() for name in TOKENIZERS):
         return CheckpointError(
@@ -233,8 +233,8 @@ def _refuse_format(path: Path) -> CheckpointError | None:
         return _refuse_pickle(path, f"no safetensors weights, only the pickle {weights[0].name}")
     if (path / "params.json").is_file() and any(path.glob("consolidated*")):
         return CheckpointError(
-            f"{path}: holds the maker's own format (params.json)",
-            hint="give the checkpoint in transformers' format, which the maker publishes too",
+            f"{path}: holds the publisher's own format (params.json)",
+            hint="give the checkpoint in transformers' format, which the publisher offers too",
         )
     for suffix, what in FOREIGN.items():
         if any(path.glob(f"*{suffix}")):

@@ -410,7 +410,7 @@ def _weights(path: Path, config: Mapping[str, Any]) -> Path:
         if Path(named).name != named or not named.endswith((".safetensors", INDEX_SUFFIX)):
             raise CheckpointError(
                 f"{path}: config.json: transformers_weights is {_brief(named)}, expected a "
-                "safetensors file or index beside it"
+                "safetensors file or index in that directory"
             )
         names = [named]
     else:
@@ -454,7 +454,7 @@ def read_shards(
     for file in sorted(set(weight_map.values())):
         path = index.parent / file
         if path.name != file or "\0" in file:
-            raise CheckpointError(f"{index}: names {file!r}, which is not a file beside it")
+            raise CheckpointError(f"{index}: names {file!r}, which is not a file in its directory")
         file_metadata, entries = read_header(path, guard=checksums.guard(path, stored))
         metadata.update(file_metadata)
         tensors.update((entry.name, entry) for entry in entries)

@@ -92,6 +92,6 @@ def _unreachable(model: str, error: Exception) -> CheckpointError:
     """Make the error of a failed download."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CheckpointError(
-        f"{model}: no directory here, and the hub gave nothing: {reason}",
-        hint="a local checkpoint is given by its path",
+        f"{model}: no directory here, and the hub did not provide it: {reason}",
+        hint="give a local checkpoint by its path",
     )

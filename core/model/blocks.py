@@ -229,7 +229,7 @@ class ModelShell:
             probe.more, probe.seen, probe.times = more, None, 0
         ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         if self.with_lm_head and self._forward(ids_BL).ndim != 3:
-            raise _NotWalkable("logits have not three dimensions")
+            raise _NotWalkable("logits do not have three dimensions")
         if not self.with_lm_head:
             self.embed(ids_BL)
         first = self.probes[0].seen

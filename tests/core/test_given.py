@@ -26,7 +26,7 @@ DIRECTORIES: list[tuple[Files, str, str]] = [
     ({"adapter_config.json": b"{"}, "adapter", "merge"),
     (
         {"adapter_config.json": {"peft_type": "LORA"}, "config.json": {}, "model.safetensors": b""},
-        "beside a checkpoint",
+        "next to a checkpoint",
         "move adapter_config.json away",
     ),
     (
@@ -41,7 +41,7 @@ DIRECTORIES: list[tuple[Files, str, str]] = [
     ({"consolidated.00.pth": b"PK", "params.json": {}}, "consolidated.00.pth", "safetensors"),
     (
         {"consolidated.safetensors": b"", "params.json": {}},
-        "the maker's own format",
+        "the publisher's own format",
         "transformers' format",
     ),
     ({"config.json": {}, "model.onnx": b""}, "an ONNX model", ""),

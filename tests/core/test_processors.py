@@ -144,9 +144,9 @@ def test_affinity_is_that_of_this_process() -> None:
     ("asked", "environ", "threads", "reason"),
     [
         (None, {}, 2, "the cgroup's quota is 2.5 processors of 16"),
-        (5, {}, 5, "asked for, or torch's own choice"),
-        (None, {"OMP_NUM_THREADS": "7"}, 7, "OMP_NUM_THREADS says so"),
-        (3, {"OMP_NUM_THREADS": "7"}, 3, "asked for, or torch's own choice"),
+        (5, {}, 5, "requested, or the default of torch"),
+        (None, {"OMP_NUM_THREADS": "7"}, 7, "set by OMP_NUM_THREADS"),
+        (3, {"OMP_NUM_THREADS": "7"}, 3, "requested, or the default of torch"),
     ],
 )
 def test_who_decides_how_many_threads(
