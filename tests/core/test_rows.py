@@ -1,4 +1,4 @@
-"""Rows of data in all the layouts that people publish, as texts and as prompts."""
+"""Rows of data in the common published layouts, as texts and as prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOOL = {"name": "add", "description": "adds", "parameters": {"type": "object"}}
 
 
 def roles(row: Row) -> str:
-    """Turns in short: u:What is 3?|a:It is 3."""
+    """Abbreviate turns: u:What is 3?|a:It is 3."""
     return "|".join(f"{message['role'][0]}:{message['content']}" for message in row.messages)
 
 
@@ -146,7 +146,7 @@ def test_a_label_is_never_the_text(record: dict[str, Any], prompts: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         ({"messages": [{"speaker": "a", "line": "b"}]}, "has the fields speaker, line; expected"),
         ({"conversations": [{"from": "nobody", "value": "x"}]}, "is from 'nobody'; expected human"),
@@ -161,8 +161,8 @@ def test_a_label_is_never_the_text(record: dict[str, Any], prompts: bool) -> Non
         ({"messages": TALK, "tools": "none"}, "'tools' is no list of objects"),
     ],
 )  # fmt: skip
-def test_rows_that_will_not_do(record: dict[str, Any], said: str) -> None:
-    with pytest.raises(TextError, match=f"^f:7: .*{said}"):
+def test_rows_that_will_not_do(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(TextError, match=f"^f:7: .*{message}"):
         read_row(record, place="f:7")
 
 

@@ -1,4 +1,4 @@
-"""Which matrices can be packed: plain linear layers, and none whose weight others use."""
+"""Packable matrices: plain linear layers whose weight no other module computes with."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_weight_that_others_compute_with_stays_dense() -> None:
     assert "blocks.0.sliced" in explain_dense(block, "blocks.0")
 
 
-def test_weights_that_blocks_share_explain_dense(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path: Path) -> None:
     source = checkpoint("zamba", num_hidden_layers=6, tie_word_embeddings=True)
     job = Job(method="int8", config=Int8.Config(), allow_dense=True)
     quantize(source, tmp_path / "out", job)
@@ -113,7 +113,7 @@ def test_weights_that_blocks_share_explain_dense(checkpoint: Checkpoints, tmp_pa
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen3_next", "jamba"])
-def test_routers_explain_dense(checkpoint: Checkpoints, family: str) -> None:
+def test_routers_stay_dense(checkpoint: Checkpoints, family: str) -> None:
     architecture = Architecture(read_layout(checkpoint(family)))
     names = [
         matrix.name for block in architecture.blocks for matrix in architecture.matrices(block)
@@ -156,15 +156,15 @@ def test_a_router_is_told_by_its_name_or_place_and_not_by_its_width_alone() -> N
 
 @pytest.fixture(scope="module")
 def phimoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("phimoe")
+    path = tmp_path_factory.mktemp("phimoe")
     config = PhimoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
         initializer_range=0.2, max_position_embeddings=64,
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(place)
-    return place
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
 
 
 def test_router_that_is_a_subclass(phimoe: Path, tmp_path: Path) -> None:
