@@ -1,7 +1,7 @@
-"""spectool: compress language-model checkpoints, decode them faster, prove what was lost.
+"""spectool: quantize language-model checkpoints, decode them faster, measure what was lost.
 
-The public face is `__all__`; everything else may change. Importing this package imports neither
-torch nor transformers; it arranges that transformers learns spectool's format when it is loaded.
+The public names are in `__all__`; everything else may change. Importing this package imports
+neither torch nor transformers; spectool's format is registered when transformers is imported.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ def load(
     trust_remote_code: bool = False,
     checksums: bool = True,
 ) -> PreTrainedModel:
-    """The checkpoint at `path`, dense or packed by spectool, as a transformers model in eval mode.
+    """Load the checkpoint at `path`, dense or packed, as a transformers model in eval mode.
 
-    `dtype` is the type of activations and of weights that are not packed; None means the
-    checkpoint's own. `runtime` is `packed` (codes stay codes), `dense` (unpacked once, in place of
-    the codes) or `auto` (dense where no kernel works on the codes here and memory allows).
-    `checksums`: compare the files of a packed checkpoint with the checksums in its index.
+    `dtype`: of the activations and of the weights that are not packed; None: as the checkpoint
+    states. `runtime`: `packed` (weights stay in their codes), `dense` (weights are unpacked once,
+    at loading) or `auto` (`dense` where no kernel computes with the codes on this machine and
+    memory suffices). `checksums`: compare the files of a packed checkpoint with the checksums in
+    its index.
 
     Raises:
         InputError: the checkpoint is missing, damaged or incomplete.
@@ -56,7 +57,7 @@ def load(
 
 
 def generate(model: PreTrainedModel | str | Path, *, prompts: Sequence[str], **options: Any) -> Any:
-    """Continue each prompt; see `spectool.decode.generate.generate` for the options."""
+    """Generate a continuation of each prompt; options: `spectool.decode.generate.generate`."""
     return door("generate")(model, prompts=prompts, **options)
 
 

@@ -1,4 +1,4 @@
-"""`python -m spectool` does what `spectool` does (torchrun starts it this way)."""
+"""The entry point of `python -m spectool`, which torchrun uses."""
 
 from spectool.cli import main
 

@@ -1,17 +1,17 @@
-"""What can go wrong, and the exit code that says so.
+"""The tree of spectool's errors, with their exit codes.
 
 SpectoolError            1   the run failed after it began
-├── Interrupted        130   Ctrl-C or SIGTERM; what was written can be resumed
+├── Interrupted        130   Ctrl-C or SIGTERM; the run can be resumed
 ├── NotFinite            1   the model computes NaN or infinite values
 └── InputError           2   the input or the usage was wrong; nothing was changed
     ├── UsageError           an option, a name or a combination of them
     ├── CheckpointError      a checkpoint's files: missing, damaged, inconsistent
     ├── TextError            a text or prompt file
     ├── UnsupportedError     a model or a format that spectool cannot handle rightly
-    └── MissingExtra         an optional package is needed
+    └── MissingExtra         an optional package is not installed
 
-A message is one line: what was found, what was expected, what to do. `hint` goes on a line of
-its own.
+A message is one line: what was found, what was expected, what to do. `hint` is printed on a line
+of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import ClassVar
 
 
 class SpectoolError(Exception):
-    """Root of the tree; raised itself where a run failed through no fault of its input."""
+    """Base of all spectool errors; raised itself if a run fails and its input is not the cause."""
 
     exit_code: ClassVar[int] = 1
 
@@ -68,16 +68,14 @@ class MissingExtra(InputError):
 
 
 def require(module: str, *, extra: str, reason: str) -> ModuleType:
-    """Import an optional package, or say which extra brings it.
-
-    What it remarks on meanwhile is kept from the user: bitsandbytes, say, misses an optional
-    package for other processors.
+    """Import a module of an optional package; `extra` is the extra of spectool that installs it.
 
     Raises:
         MissingExtra: the package is not installed.
     """
     package = module.split(".")[0]
     try:
+        # The import may warn about packages that are not needed here, as that of bitsandbytes does.
         with hushed(package):
             return importlib.import_module(module)
     except ImportError as error:
@@ -87,25 +85,23 @@ def require(module: str, *, extra: str, reason: str) -> ModuleType:
         ) from error
 
 
-# Characters of a foreign message that are shown.
-_LONGEST = 300
+# Characters shown of a message of foreign code.
+_MAX_REASON = 300
 
 
 @contextlib.contextmanager
-def opening(place: str | Path, problem: str) -> Iterator[None]:
-    """While open, whatever foreign code raises becomes the one line `place: problem: reason`.
-
-    For the calls that open files of others: these may contradict themselves in any way.
+def opening(path: str | Path, problem: str) -> Iterator[None]:
+    """Turn the errors of foreign code that reads `path` into one line, `path: problem: reason`.
 
     Raises:
-        CheckpointError: in place of any error but our own and a lack of memory.
+        CheckpointError: instead of any error that is neither spectool's nor a lack of memory.
     """
     try:
         yield
     except (SpectoolError, MemoryError):
         raise
     except BaseException as error:
-        # A panic in Rust, as of the tokenizers library, is no Exception.
+        # A panic of Rust code (the tokenizers library) is not an Exception.
         kind = type(error).__name__
         if not isinstance(error, Exception) and kind != "PanicException":
             raise
@@ -114,14 +110,14 @@ def opening(place: str | Path, problem: str) -> Iterator[None]:
             raise
         if isinstance(error, (LookupError, TypeError, AttributeError)) or not reason:
             reason = f"{kind}: {reason}" if reason else kind
-        if len(reason) > _LONGEST:
-            reason = reason[:_LONGEST] + "..."
-        raise CheckpointError(f"{place}: {problem}: {reason}") from error
+        if len(reason) > _MAX_REASON:
+            reason = reason[:_MAX_REASON] + "..."
+        raise CheckpointError(f"{path}: {problem}: {reason}") from error
 
 
 @contextlib.contextmanager
 def hushed(package: str) -> Iterator[None]:
-    """While open, the package logs nothing below an error."""
+    """Suppress what the package logs below the level of errors."""
     logger = logging.getLogger(package)
     level = logger.level
     logger.setLevel(logging.ERROR)

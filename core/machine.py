@@ -1,4 +1,4 @@
-"""The machine a number came from: processor, memory, threads, versions."""
+"""Description of the machine (processor, memory, threads, versions), and its memory and threads."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def available_memory(device: torch.device | None = None) -> int:
-    """Bytes that can be had: of a CUDA device, or of the host without swapping.
+    """Return the free bytes of a CUDA device, or of the host without swapping.
 
-    The host's whole memory where the system does not say.
+    Where the system does not report free memory: the host's total memory.
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -32,35 +32,32 @@ def available_memory(device: torch.device | None = None) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
-        return found["MemAvailable"]
+        sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
+        return sizes["MemAvailable"]
     except (OSError, KeyError, ValueError, IndexError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def trim_memory() -> None:
-    """Give freed memory back to the system where the C library keeps it (glibc).
-
-    Tensors below 32 MB come from its arenas once it has seen larger ones freed; after a few blocks
-    of 67 M weights it held 200 MB that nobody used.
-    """
+    """Return freed memory that the C library (glibc) keeps to the system."""
+    # glibc serves tensors below 32 MB from its arenas once larger ones were freed; after a few
+    # blocks of 67 M weights the arenas kept 200 MB of freed memory.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Let sums on a CUDA device be taken in the same order each time, as on a processor.
+    """Compute deterministically on a CUDA device, where torch can; a CPU always does.
 
-    Where torch has no such way of computing something it does as usual. What cuBLAS is told in the
-    environment stays.
+    A setting for cuBLAS that is in the environment already is kept.
     """
     import torch
 
     if device.type == "cpu":
         yield
         return
-    # What cuBLAS needs for it; read when its first product is taken.
+    # Required for deterministic cuBLAS, which reads it at its first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -78,10 +75,8 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process ever held resident.
-
-    From /proc where there is one: a child's ru_maxrss begins at what its parent held.
-    """
+    """Return the peak resident memory of this process."""
+    # /proc first: a child's ru_maxrss starts at its parent's.
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) << 10
@@ -92,7 +87,7 @@ def peak_rss_bytes() -> int:
 
 
 def peak_device_bytes() -> int:
-    """The most memory that tensors of this process ever took on a CUDA device; 0 without one."""
+    """Return the peak memory of this process's tensors on a CUDA device; 0 without a device."""
     import torch
 
     devices = range(torch.cuda.device_count())
@@ -100,7 +95,7 @@ def peak_device_bytes() -> int:
 
 
 def processor() -> str:
-    """The processor's name as the system knows it."""
+    """Return the processor's model name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -111,17 +106,18 @@ def processor() -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor has instructions for bfloat16 products (True where it is unknown)."""
+    """Whether the processor has instructions for bfloat16 products (True if unknown)."""
     flags = _flags()
     return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
 
 
 def has_bfloat16_tiles() -> bool:
-    """Whether it multiplies whole tiles of bfloat16 (False where it is unknown)."""
+    """Whether the processor has instructions for tiles of bfloat16 (False if unknown)."""
     return "amx_bf16" in (_flags() or ())
 
 
 def _flags() -> set[str] | None:
+    """Read the processor's feature flags; None if unknown."""
     try:
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -129,35 +125,37 @@ def _flags() -> set[str] | None:
     return None if flags is None else set(flags[1].split())
 
 
-def set_threads(asked: int | None) -> None:
-    """Let torch compute with so many threads. Not asked: as the environment says, or else as torch
-    does by itself, but no more than the system lets run at once."""
+def set_threads(requested: int | None) -> None:
+    """Set the number of torch's threads.
+
+    None: as the environment sets it, else torch's default, but no more than can run at once.
+    """
     import torch
 
-    if asked is not None:
-        torch.set_num_threads(asked)
+    if requested is not None:
+        torch.set_num_threads(requested)
     elif not any(os.environ.get(name) for name in processors.NUM_THREADS):
-        most = processors.allowed().threads
-        if most < torch.get_num_threads():
-            torch.set_num_threads(most)
+        limit = processors.allowed().threads
+        if limit < torch.get_num_threads():
+            torch.set_num_threads(limit)
 
 
 def _threads_reason(threads: int, allowed: processors.Allowed) -> str:
-    """Why torch computes with so many threads."""
+    """Explain why torch computes with this number of threads."""
     for name in processors.NUM_THREADS:
         if os.environ.get(name) == str(threads):
-            return f"{name} says so"
+            return f"set by {name}"
     if threads == allowed.threads:
-        return allowed.reason or "one for each processor"
-    return "asked for, or torch's own choice"
+        return allowed.reason or "one per processor"
+    return "requested, or the default of torch"
 
 
 def describe() -> dict[str, Any]:
-    """What belongs beside every measured number. Imports torch."""
+    """Return the machine's description that is stored with every measurement. Imports torch."""
     import torch
 
     threads, allowed = torch.get_num_threads(), processors.allowed()
-    found = {
+    description = {
         "processor": processor(),
         "cores": allowed.installed,
         "cores_allowed": {"affinity": allowed.affinity, "quota": allowed.quota},
@@ -170,12 +168,12 @@ def describe() -> dict[str, Any]:
         "versions": {name: version(name) for name in ("spectool", "torch", "transformers")},
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        description["gpu"] = torch.cuda.get_device_name()
+    return description
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, None if it is not installed."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

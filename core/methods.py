@@ -1,7 +1,8 @@
-"""Every method spectool knows, one row each. Values are resolved on first use, never on import.
+"""The table of methods. Targets are resolved on first use, never on import.
 
-A row's target is `module:Class`; the class's file holds the method whole. To add a method: its
-file, its test of the same name, its row here. tests/core/test_methods.py walks the table.
+A target is `module:Class`, or `module:function` for a verifier; its file holds the whole method.
+To add a method: its file, its test of the same name, its row here. tests/core/test_methods.py
+checks every row.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ Kind = Literal["quantizer", "chooser", "drafter", "verifier"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A row. A chooser names a quantizer to `quantize` by. `status` is research for what nobody
-    should reach for first; `trained` is a drafter whose heads `train-heads` makes."""
+    """A method: its target, its line in lists and reference pages, and the paper it comes from.
+
+    A chooser picks a quantizer. `runs_in` are the programs that run the method's artifacts.
+    """
 
     kind: Kind
     target: str
     summary: str
     source: str
+    # "research": not recommended as a first choice.
     status: Literal["stable", "research"] = "stable"
     runs_in: tuple[str, ...] = ("spectool", "transformers")
+    # A drafter with draft heads, which `train-heads` trains.
     trained: bool = False
 
 
@@ -46,7 +51,7 @@ METHODS: dict[str, Method] = {
     "int8": Method(
         kind="quantizer",
         target="spectool.quantize.methods.int8:Int8",
-        summary="8-bit codes with a scale a row: the weights of LLM.int8()",
+        summary="8-bit codes with one scale per row: the weights of LLM.int8()",
         source="Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339)",
     ),
     "ptq161": Method(
@@ -58,7 +63,7 @@ METHODS: dict[str, Method] = {
     "gptq": Method(
         kind="quantizer",
         target="spectool.quantize.methods.gptq:GPTQ",
-        summary="The grid of rtn; each input's rounding is made up for by those that follow",
+        summary="The grid of rtn; each column's rounding error is compensated by later columns",
         source="Frantar et al., GPTQ, 2022 (arXiv:2210.17323)",
     ),
     "hqq": Method(
@@ -76,7 +81,7 @@ METHODS: dict[str, Method] = {
     "olive-activations": Method(
         kind="quantizer",
         target="spectool.quantize.methods.olive:OliVeActivations",
-        summary="The same with rounded inputs, decoded before the product: a study of accuracy",
+        summary="OliVe with inputs rounded too, decoded before the product: a study of accuracy",
         source="Guo et al., OliVe, 2023 (arXiv:2304.07493)",
         status="research",
     ),
@@ -89,63 +94,63 @@ METHODS: dict[str, Method] = {
     "scalar": Method(
         kind="quantizer",
         target="spectool.quantize.methods.scalar:Scalar",
-        summary="Levels of its own for every input, and bits where they count; 1 to 4 on average",
+        summary="A codebook per input and bits where they count; 1 to 4 bits on average",
         source="codebooks of Hsu et al., QLAE, 2023 (arXiv:2305.18378); for weights they are ours",
         status="research",
     ),
     "vq": Method(
         kind="quantizer",
         target="spectool.quantize.lm_head.vq:VQ",
-        summary="Rows share vectors of a codebook; for output matrices, learnt by --lm-head vq",
+        summary="Rows share vectors of a codebook; for the lm_head, trained by --lm-head vq",
         source="VQ-Logits, 2025 (arXiv:2505.10202); Zhu et al., SimVQ, 2024 (arXiv:2411.02038)",
         status="research",
     ),
     "auto": Method(
         kind="chooser",
         target="spectool.quantize.auto:Auto",
-        summary="Picks a quantizer for a size or a number of bits, and says why",
+        summary="Pick a quantizer for a size or a number of bits, and report why",
         source="the order that benchmarks/fidelity.py found",
         runs_in=("spectool",),
     ),
     "none": Method(
         kind="drafter",
         target="spectool.decode.drafters.none:NoDrafter",
-        summary="Plain decoding, one token a forward",
+        summary="Plain decoding, one token per forward",
         source="the baseline",
         runs_in=("spectool",),
     ),
     "ngram": Method(
         kind="drafter",
         target="spectool.decode.drafters.ngram:NgramDrafter",
-        summary="Continue as the longest recent n-gram did in prompt and output (prompt lookup)",
+        summary="Draft what followed the longest matching n-gram of the text (prompt lookup)",
         source="Saxena, Prompt Lookup Decoding, 2023",
         runs_in=("spectool",),
     ),
     "recycle": Method(
         kind="drafter",
         target="spectool.decode.drafters.recycle:RecycleDrafter",
-        summary="After a token, what the target found likely after it last time; a static tree",
+        summary="Draft the target's last top tokens after each token; a static tree",
         source="Luo et al., Token Recycling, 2024 (arXiv:2408.08696)",
         runs_in=("spectool",),
     ),
     "trigram": Method(
         kind="drafter",
         target="spectool.decode.drafters.trigram:TrigramDrafter",
-        summary="A table of trigrams learnt from the text; the likeliest tree by their scores",
+        summary="A table of trigrams counted in the text; the most probable tree by their scores",
         source="Liu et al., ADED, 2024 (arXiv:2406.18200)",
         runs_in=("spectool",),
     ),
     "jacobi": Method(
         kind="drafter",
         target="spectool.decode.drafters.jacobi:JacobiDrafter",
-        summary="The window of the last pass, predicted anew, is the next draft",
+        summary="Draft the target's predictions for the previous draft window (Jacobi iteration)",
         source="Teng et al., Speculative Jacobi Decoding, 2024 (arXiv:2410.01699)",
         runs_in=("spectool",),
     ),
     "skip": Method(
         kind="drafter",
         target="spectool.decode.drafters.skip:SkipDrafter",
-        summary="The model itself without some of its layers, chosen while it runs",
+        summary="Draft with the model itself without some layers, chosen while it runs",
         source="Xia et al., SWIFT, 2024 (arXiv:2410.06916)",
         runs_in=("spectool",),
     ),
@@ -160,7 +165,7 @@ METHODS: dict[str, Method] = {
     "medusa": Method(
         kind="drafter",
         target="spectool.decode.drafters.medusa:MedusaDrafter",
-        summary="Trained heads guess several tokens ahead at once; a static tree of their guesses",
+        summary="Trained heads predict several tokens ahead at once; a static tree",
         source="Cai et al., Medusa, 2024 (arXiv:2401.10774), Medusa-1",
         runs_in=("spectool", "vllm"),
         trained=True,
@@ -176,7 +181,7 @@ METHODS: dict[str, Method] = {
     "eagle3": Method(
         kind="drafter",
         target="spectool.decode.drafters.eagle3:Eagle3Drafter",
-        summary="A layer that reads three of the target's and goes on from its own; a dynamic tree",
+        summary="A trained layer over hidden states of three target layers; a dynamic tree",
         source="Li et al., EAGLE-3, 2025 (arXiv:2503.01840); tree of EAGLE-2 (arXiv:2406.16858)",
         runs_in=("spectool", "vllm", "sglang"),
         trained=True,
@@ -184,7 +189,7 @@ METHODS: dict[str, Method] = {
     "clover": Method(
         kind="drafter",
         target="spectool.decode.drafters.clover:CloverDrafter",
-        summary="Two layers over the text, then a state carried from token to token; a static tree",
+        summary="Two layers over the text, then a recurrent state per drafted token; a static tree",
         source="Xiao et al., Clover-2, 2024 (arXiv:2408.00264)",
         status="research",
         runs_in=("spectool",),
@@ -193,7 +198,7 @@ METHODS: dict[str, Method] = {
     "chimera": Method(
         kind="drafter",
         target="spectool.decode.drafters.chimera:ChimeraDrafter",
-        summary="Trigrams of drafted tokens look back over the target's states; a static tree",
+        summary="Trigrams of drafted tokens attend to the target's states; a static tree",
         source="Zeng et al., Chimera, 2024 (arXiv:2402.15758)",
         status="research",
         runs_in=("spectool",),
@@ -202,7 +207,7 @@ METHODS: dict[str, Method] = {
     "ppd": Method(
         kind="drafter",
         target="spectool.decode.drafters.ppd:PPDDrafter",
-        summary="Trained prompt tokens pass beside the tree, and guess ahead for the next one",
+        summary="Trained prompt tokens in the target's forward predict the next draft tree",
         source="Chen et al., Parallel Prompt Decoding, 2024 (arXiv:2405.18628)",
         status="research",
         runs_in=("spectool",),
@@ -211,7 +216,7 @@ METHODS: dict[str, Method] = {
     "hidden-transfer": Method(
         kind="drafter",
         target="spectool.decode.drafters.hidden_transfer:HiddenTransferDrafter",
-        summary="Middle states, carried ahead by trained matrices, pass on beside the tree",
+        summary="Trained matrices predict later tokens' middle states in the target's forward",
         source="Wu et al., Hidden Transfer, 2024 (arXiv:2404.12022)",
         status="research",
         runs_in=("spectool",),
@@ -220,21 +225,21 @@ METHODS: dict[str, Method] = {
     "greedy": Method(
         kind="verifier",
         target="spectool.decode.verify:greedy",
-        summary="Follow the child that equals the target's most likely token; exact for any draft",
+        summary="Accept the child equal to the target's most likely token; exact for any draft",
         source="Stern et al., 2018 (arXiv:1811.03115)",
         runs_in=("spectool",),
     ),
     "token-match": Method(
         kind="verifier",
         target="spectool.decode.verify:token_match",
-        summary="Draw the target's token once a node and follow the child that equals it; exact",
+        summary="Sample the target's token once per node and accept the child equal to it; exact",
         source="Miao et al., SpecInfer, 2023 (arXiv:2305.09781), naive sampling",
         runs_in=("spectool",),
     ),
     "rejection": Method(
         kind="verifier",
         target="spectool.decode.verify:rejection",
-        summary="Accept with min(1, p/q), siblings against what is left, else draw from the rest",
+        summary="Accept with min(1, p/q), siblings against the residual, else sample from it",
         source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318); "
         "Jeon et al., 2024 (arXiv:2402.14160)",
         runs_in=("spectool",),
@@ -242,14 +247,14 @@ METHODS: dict[str, Method] = {
     "k-seq": Method(
         kind="verifier",
         target="spectool.decode.verify:k_seq",
-        summary="Accept independent draws with min(1, p / (rho q)), rho chosen for their number",
+        summary="Accept independent drafts with min(1, p / (rho q)), rho chosen for their number",
         source="Sun et al., SpecTr, 2023 (arXiv:2310.15141)",
         runs_in=("spectool",),
     ),
     "typical": Method(
         kind="verifier",
         target="spectool.decode.verify:typical",
-        summary="Accept what the target finds likely enough; changes the law, so only with --lossy",
+        summary="Accept tokens of enough probability; changes the distribution, needs --lossy",
         source="Cai et al., Medusa, 2024 (arXiv:2401.10774)",
         runs_in=("spectool",),
     ),
@@ -257,17 +262,17 @@ METHODS: dict[str, Method] = {
 
 
 def names(kind: Kind) -> list[str]:
-    """The names of one kind, in the table's order."""
+    """List the names of one kind of method, in the table's order."""
     return [name for name, method in METHODS.items() if method.kind == kind]
 
 
 def trained() -> list[str]:
-    """The drafters that `train-heads` can train."""
+    """List the drafters that `train-heads` can train."""
     return [name for name, method in METHODS.items() if method.trained]
 
 
 def row(name: str, kind: Kind) -> Method:
-    """The row of a method.
+    """Look up a method by name.
 
     Raises:
         UsageError: no method of this kind has the name.
@@ -283,12 +288,16 @@ def row(name: str, kind: Kind) -> Method:
 
 
 def resolve(name: str, kind: Kind) -> Any:
-    """The class (or, for a rule, the function) behind a name. Imports its module."""
+    """Import a method's class, or a verifier's function.
+
+    Raises:
+        UsageError: see `row`.
+    """
     module, _, attribute = row(name, kind).target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-# What the public face opens: rooms above core, which core may not import by statement.
+# Targets of the public functions, in packages that core may not import by statement.
 DOORS = {
     "load": "spectool.model.loading:load_model",
     "generate": "spectool.decode.generate:generate",
@@ -296,6 +305,6 @@ DOORS = {
 
 
 def door(name: str) -> Any:
-    """The function behind one of `spectool`'s public names."""
+    """Import the function of one of spectool's public names."""
     module, _, attribute = DOORS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -1,4 +1,4 @@
-"""A method's options, defined once: a frozen dataclass whose fields carry type, default and help.
+"""Base of the methods' options: a frozen dataclass whose fields carry type, default and help.
 
 The command line, `:key=value` specifications, the artifact's metadata and the reference pages are
 all derived from such a `Config`. Imports nothing heavy.
@@ -20,14 +20,14 @@ from spectool.errors import UsageError
 def option(
     default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None
 ) -> Any:
-    """One field of a `Config`: its default, its line of help and the range of a number."""
+    """Return a field of a `Config` with its default, its help line and the range of a number."""
     bounds = {"help": help, "minimum": minimum, "maximum": maximum}
     return dataclasses.field(default=default, metadata=bounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """A field of a `Config` as the derived surfaces need it. `choices` is empty when free."""
+    """A field of a `Config`, resolved. `choices` is empty if any value of the type is allowed."""
 
     name: str
     type: type
@@ -40,13 +40,14 @@ class Option:
 
     @property
     def flag(self) -> str:
+        """The option's name on the command line."""
         return "--" + self.name.replace("_", "-")
 
     def parse(self, text: str) -> Any:
-        """The value written as `text`.
+        """Parse a value of this option.
 
         Raises:
-            UsageError: `text` is no value of this option's type.
+            UsageError: `text` is not a value of the option's type.
         """
         if self.optional and text.lower() == "none":
             return None
@@ -65,31 +66,30 @@ class Option:
 class Config:
     """Base of every method's options. Subclasses are dataclasses with the same three flags.
 
-    Subclasses put checks that involve several fields into `validate`; `super()` would not work in
-    a `__post_init__` of a slotted dataclass (the decorator makes a new class).
-
     Raises:
         UsageError: a value of the wrong type, outside its range or not among its choices.
     """
 
+    # Subclasses override `validate`: in a `__post_init__` of a slotted dataclass `super()` fails,
+    # since the decorator makes a new class.
     def __post_init__(self) -> None:
         for field in options_of(type(self)):
             _check(field, getattr(self, field.name))
         self.validate()
 
     def validate(self) -> None:
-        """Checks that involve more than one field."""
+        """Check what involves more than one field."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-safe values by name, as artifacts store them."""
+        """Return the values by name, as artifacts store them in JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The config with these values.
+        """Make a config of values by name.
 
         Raises:
-            UsageError: an unknown name, or a value that does not validate.
+            UsageError: an unknown name, or an invalid value.
         """
         known = [field.name for field in options_of(cls)]
         for name in values:
@@ -101,7 +101,11 @@ class Config:
 
     @classmethod
     def from_text(cls, pairs: str) -> Self:
-        """The config written as `key=value,key=value` (empty: all defaults)."""
+        """Parse `key=value,key=value` (empty: all defaults).
+
+        Raises:
+            UsageError: see `from_dict`.
+        """
         fields = {field.name: field for field in options_of(cls)}
         values: dict[str, Any] = {}
         for pair in filter(None, pairs.split(",")):
@@ -114,7 +118,7 @@ class Config:
 
 
 def options_of(config: type[Config]) -> Iterator[Option]:
-    """The options of a `Config` class, in the order they are written."""
+    """Yield the options of a `Config` class in the order of its fields."""
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         hint: Any = hints[field.name]
@@ -140,6 +144,11 @@ def options_of(config: type[Config]) -> Iterator[Option]:
 
 
 def _check(field: Option, value: Any) -> None:
+    """Check type, choices and range of one value.
+
+    Raises:
+        UsageError: see `Config`.
+    """
     if value is None and field.optional:
         return
     wanted: Any = (int, float) if field.type is float else field.type

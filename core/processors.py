@@ -1,7 +1,7 @@
-"""Which processors this process may use, how long its threads spin, and whether it waits for one.
+"""Processors that this process may use, how long its idle threads spin, and how long they wait.
 
-What the system allows is read from /proc and the cgroup's files. Nothing here imports torch, and
-the spin must be set before torch is: OpenMP reads it when it is loaded.
+Limits are read from /proc and the cgroup's files. Nothing here imports torch: OpenMP reads the spin
+settings when torch loads it, so they must be set before.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path, PurePosixPath
 
 PROC = Path("/proc")
 
-# How long a thread that waits for others keeps its processor. libgomp, which comes with torch for
-# Linux, spins for 300,000 rounds (about 3 ms) by default: where another process has the processor
-# of the thread that is waited for, that is lost at every barrier. The runtime of LLVM and Intel,
-# which other builds of torch use, counts whole milliseconds, 200 by default. Tokens a second of a
-# model of 2 M parameters, two threads on two processors: idle 247 with 300,000 rounds, 258 with
-# 10,000, 219 with 5000, 127 with 1000, as a thread must be woken at every product; beside two busy
-# processes 65 with 10,000 and 162 with 1000. LLVM's made 175 small products a second beside 17
-# threads by default, 123 with 1 ms, 1887 without.
+# How long a thread at a barrier spins before it gives up its processor. libgomp, which comes with
+# torch for Linux, spins for 300,000 rounds (about 3 ms) by default: if another process occupies the
+# processor of the thread that is waited for, 3 ms are lost at every barrier. The runtime of LLVM
+# and Intel, which other builds of torch use, counts whole milliseconds, 200 by default. Measured in
+# tokens per second of a model of 2 M parameters, two threads on two processors. Idle machine: 247
+# with 300,000 rounds, 258 with 10,000, 219 with 5000, 127 with 1000 (threads must be woken at every
+# product); next to two busy processes: 65 with 10,000, 162 with 1000. LLVM's runtime, next to 17
+# threads, in small products per second: 175 by default, 123 with 1 ms, 1887 with 0.
 SPIN = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
 CONTENDED_SPIN = {**SPIN, "GOMP_SPINCOUNT": "1000"}
 WAIT_POLICY = "OMP_WAIT_POLICY"
@@ -32,35 +32,35 @@ NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def bound_spin(environ: MutableMapping[str, str], proc: Path = PROC) -> None:
-    """Have waiting threads give their processor away soon, unless the user said how they wait."""
+    """Shorten the spin of waiting threads, unless the environment already sets how they wait."""
     if not any(name in environ for name in (*SPIN, WAIT_POLICY)):
         environ.update(CONTENDED_SPIN if is_contended(proc) else SPIN)
 
 
-def is_contended(proc: Path = PROC, *, looks: int = 3) -> bool:
-    """Whether others run now and leave this process fewer processors than it would have threads."""
-    can = allowed(proc)
+def is_contended(proc: Path = PROC, *, num_samples: int = 3) -> bool:
+    """Whether other processes leave fewer processors free now than this one has threads."""
+    limits = allowed(proc)
     running = []
     try:
-        for look in range(looks):
-            # What runs for a moment only is not there at the next look.
-            time.sleep(0.001 * (look > 0))
+        for sample in range(num_samples):
+            # The least of several samples leaves out threads that run for a moment only.
+            time.sleep(0.001 * (sample > 0))
             running.append(int((proc / "loadavg").read_text().split()[3].partition("/")[0]))
     except (OSError, ValueError, IndexError):
         return False
     others = min(running) - 1
-    return others + can.threads > can.installed
+    return others + limits.threads > limits.installed
 
 
 def spin_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the environment says about waiting threads."""
+    """Return the environment's settings for waiting threads."""
     return {name: environ[name] for name in (*SPIN, WAIT_POLICY) if name in environ}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowed:
-    """Processors that are `installed`, those that this process may run on (`affinity`), and how
-    many processors' time its cgroup gets (`quota`; None: all)."""
+    """Numbers of processors: `installed`, usable by this process (`affinity`), and the cgroup's
+    `quota` of processor time (in processors; None: unlimited)."""
 
     installed: int
     affinity: int
@@ -68,12 +68,12 @@ class Allowed:
 
     @property
     def threads(self) -> int:
-        """The most threads that can all run at once: a part of a processor is no further one."""
+        """Most threads that can run at once; a fraction of a processor does not count."""
         return max(1, min(self.affinity, math.floor(self.quota or self.affinity)))
 
     @property
     def reason(self) -> str | None:
-        """Why that is fewer than are installed."""
+        """Why `threads` is less than `installed`; None if it is not."""
         if self.threads == self.installed:
             return None
         if self.threads < self.affinity:
@@ -82,54 +82,54 @@ class Allowed:
 
 
 def allowed(proc: Path = PROC) -> Allowed:
-    """What the system lets this process use."""
+    """Read the limits on this process's processors."""
     installed = os.cpu_count() or 1
-    # Not every system says which processors those are.
+    # Only Linux reports the affinity.
     known = hasattr(os, "sched_getaffinity")
     affinity = len(os.sched_getaffinity(0)) if known else installed
     return Allowed(installed=installed, affinity=affinity, quota=cpu_quota(proc))
 
 
 def cpu_quota(proc: Path = PROC) -> float | None:
-    """Processors' worth of time that the process's cgroups get, the least of them and all those
-    around them; None where nothing is limited."""
+    """Read the least limit of the process's cgroups and their parents, in processors; None: no
+    limit."""
     limits: list[float] = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         mounts = list(_cgroup_mounts(proc))
         for line in (proc / "self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)
-            # The second version's only line names no controllers.
+            # The only line of version 2 names no controllers.
             kind = "cgroup2" if not controllers else "cgroup"
             if controllers and "cpu" not in controllers.split(","):
                 continue
-            for found, root, place in mounts:
-                if found == kind:
-                    limits += filter(None, map(_limit, _folders(place, root, group)))
+            for mounted_kind, root, mount in mounts:
+                if mounted_kind == kind:
+                    limits += filter(None, map(_limit, _folders(mount, root, group)))
     return min(limits, default=None)
 
 
 def _cgroup_mounts(proc: Path) -> Iterator[tuple[str, str, Path]]:
-    """Kind, the group that is mounted, and the place, of all that may limit processors."""
+    """Yield kind, mounted group and mount point of the cgroup mounts that may limit processors."""
     for line in (proc / "self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
-        root, place = before.split()[3:5]
+        root, mount = before.split()[3:5]
         kind, _, options = after.split(" ", 2)
         if kind == "cgroup2" or (kind == "cgroup" and "cpu" in options.split(",")):
-            # Spaces and the like are written as octal numbers.
-            yield kind, root, Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), place))
+            # The file writes spaces and other special characters as octal escapes.
+            yield kind, root, Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), mount))
 
 
-def _folders(place: Path, root: str, group: str) -> Iterator[Path]:
-    """The folders of a group and of all around it, as far as they are mounted."""
+def _folders(mount: Path, root: str, group: str) -> Iterator[Path]:
+    """Yield the folders of a group and of its parents, as far as they are mounted."""
     path = PurePosixPath(group)
-    # Inside a container another group than the mounted one may be named: that one is not seen.
+    # In a container the group may lie outside the mounted one; its folder is not visible then.
     inner = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
     for part in (inner, *inner.parents):
-        yield place / part
+        yield mount / part
 
 
 def _limit(folder: Path) -> float | None:
-    """The limit in a group's folder, of either version."""
+    """Read the limit in a group's folder (version 1 or 2), in processors; None: no limit."""
     try:
         if (folder / "cpu.max").exists():
             quota, _, period = (folder / "cpu.max").read_text().strip().partition(" ")
@@ -138,15 +138,15 @@ def _limit(folder: Path) -> float | None:
             period = (folder / "cpu.cfs_period_us").read_text().strip()
         share = int(quota) / int(period or 100_000)
     except (OSError, ValueError, ZeroDivisionError):
-        # "max" is no number, and the first version writes -1 for it.
+        # Version 2 writes "max" for no limit, version 1 writes -1.
         return None
     return share if share > 0 else None
 
 
 class Waiting:
-    """How long threads of this process wait for a processor, from now on.
+    """Time that this process's threads wait for a processor, from the construction on.
 
-    The scheduler counts that where the system is Linux; elsewhere nobody seems to wait.
+    Read from Linux's scheduler statistics; on other systems it is always 0.
     """
 
     def __init__(self, proc: Path = PROC) -> None:
@@ -155,7 +155,7 @@ class Waiting:
         self._before = self._waited()
 
     def share(self) -> float:
-        """The part of the time that the thread waited which waited longest."""
+        """Return the share of the elapsed time that the longest-waiting thread waited."""
         elapsed = time.perf_counter() - self._began
         longest = max(
             (now - self._before.get(thread, 0) for thread, now in self._waited().items()), default=0
@@ -163,10 +163,10 @@ class Waiting:
         return longest / 1e9 / elapsed if elapsed > 0 else 0.0
 
     def _waited(self) -> dict[str, int]:
-        """Nanoseconds that each thread could run and had no processor."""
-        found = {}
+        """Read how long each thread was runnable without a processor, in nanoseconds."""
+        waited = {}
         for path in self._proc.glob("self/task/*/schedstat"):
-            # Threads end meanwhile.
+            # A thread may end while its file is read.
             with contextlib.suppress(OSError, ValueError, IndexError):
-                found[path.parent.name] = int(path.read_text().split()[1])
-        return found
+                waited[path.parent.name] = int(path.read_text().split()[1])
+        return waited

@@ -1,8 +1,8 @@
-"""The one training loop: accumulate a gradient, step, look at held-out data, keep the best weights.
+"""Training loop: accumulate gradients, step, evaluate on held-out data, keep the best weights.
 
-Knows neither models nor losses. What happens at a step depends on the state and the step's number
-alone, and the state is stored whole, so a run that was killed ends with the same weights as one
-that was not. Nothing is pickled: tensors are stored as tensors, all else as JSON.
+Knows neither models nor losses. A step depends only on the stored state and its number, so an
+interrupted and resumed run ends with the same weights as an uninterrupted one. Nothing is pickled:
+tensors are stored as tensors, all else as JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spectool.errors import SpectoolError, UnsupportedError, require
 
 Metrics = dict[str, Any]
 
-# Bytes that an optimiser keeps of a parameter: two moments, in float32 or as 8-bit codes.
+# Bytes of optimizer state per parameter: two moments, in float32 or as 8-bit codes.
 OPTIMIZERS = {"adamw": 8, "adamw8bit": 2}
 
 
@@ -32,7 +32,7 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """One of `OPTIMIZERS`. Of small tensors also `adamw8bit` keeps float32 moments.
+    """Build one of `OPTIMIZERS`; `adamw8bit` keeps the moments of small tensors in float32.
 
     Raises:
         MissingExtra: `adamw8bit` without bitsandbytes.
@@ -45,11 +45,12 @@ def make_optimizer(
 
 
 def check_optimizer(name: str, device: torch.device) -> None:
-    """Take one step, on a matrix large enough for 8-bit codes.
+    """Take one step of an optimizer on a matrix large enough for 8-bit codes.
 
     Raises:
-        MissingExtra: its package is not installed.
-        UnsupportedError: it does not run on this device, as in bitsandbytes before 0.49 on a CPU.
+        MissingExtra: the optimizer's package is not installed.
+        UnsupportedError: the optimizer does not run on this device, as `adamw8bit` of bitsandbytes
+            before 0.49 on a CPU.
     """
     parameter = nn.Parameter(torch.ones(64, 128, device=device))
     parameter.grad = torch.ones_like(parameter)
@@ -57,7 +58,7 @@ def check_optimizer(name: str, device: torch.device) -> None:
     try:
         made.step()
     except Exception as error:
-        # A foreign kernel that is not there may fail in any way.
+        # A missing kernel of another package may raise any error.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnsupportedError(
             f"--optimizer {name} does not run on {device.type} here: {reason}",
@@ -67,11 +68,12 @@ def check_optimizer(name: str, device: torch.device) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How long and how fast. The learning rates of the optimisers' groups are peaks.
+    """Number of steps, learning-rate schedule, clipping and evaluation interval.
 
-    They rise over the first `warmup` share of the steps and fall along a cosine to the share
-    `final` of the peak. `clip` bounds the gradient's norm. Held-out data is looked at every `every`
-    steps, at the start and at the end.
+    The learning rates of the optimizers' groups are peaks. They rise linearly over the share
+    `warmup` of the steps and fall along a cosine to the share `final` of the peak. `clip` bounds
+    the gradient's norm. Held-out data is evaluated at the start, every `every` steps and at the
+    end.
     """
 
     steps: int
@@ -81,7 +83,7 @@ class Recipe:
     every: int = 100
 
     def share(self, step: int) -> float:
-        """The share of the peak learning rate at a step, counted from 0."""
+        """Return the share of the peak learning rate at a step, counted from 0."""
         rising = max(1, math.ceil(self.warmup * self.steps))
         if step < rising:
             return (step + 1) / rising
@@ -90,18 +92,18 @@ class Recipe:
 
 
 class Store(Protocol):
-    """Where a run's state outlives the process."""
+    """Storage of a run's state: tensors, and a record in JSON."""
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest whole state; None if there is none."""
+        """Read the newest complete state; None without one."""
 
-    def save(self, tensors: Mapping[str, Tensor], said: dict[str, Any]) -> None:
-        """Keep this state instead."""
+    def save(self, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+        """Replace the stored state."""
 
 
 @dataclass(slots=True)
 class History:
-    """What a run has seen: figures of its looks at held-out data, each with its `step`."""
+    """Metrics of a run's evaluations, each with its `step`, the best of them, and its duration."""
 
     evaluations: list[Metrics] = field(default_factory=list)
     best: Metrics | None = None
@@ -110,13 +112,14 @@ class History:
 
 @dataclass(slots=True, kw_only=True)
 class Training:
-    """A run over a module's parameters that require a gradient.
+    """A training run over the parameters of `module` that require a gradient.
 
-    `accumulate(step)` adds to the gradients and returns the step's figures, `loss` among them;
-    `evaluate()` returns figures with a `score`, of which the highest is kept. `watch(step, figures,
-    look)` hears of every step, its `learning_rate` (the first group's), its `gradient_norm` before
-    it was clipped and its `seconds`. The state is stored at most every `save_seconds`, and so
-    seldom that storing it takes `save_share` of the time at most.
+    `accumulate(step)` adds to the gradients and returns the step's metrics, `loss` among them.
+    `evaluate()` returns metrics with a `score`; the weights of the highest score are kept.
+    `watch(step, metrics, evaluation)` is called after every step; the metrics then include
+    `learning_rate` (of the first group), `gradient_norm` (before clipping) and `seconds`;
+    `evaluation` is None at steps without one. The state is stored at most every `save_seconds`, and
+    storing takes at most `save_share` of the time.
 
     Raises:
         SpectoolError: a loss that is NaN or infinite.
@@ -134,13 +137,13 @@ class Training:
     history: History = field(default_factory=History)
 
     def run(self) -> History:
-        """Train, and leave the best weights in the module."""
+        """Train, resuming from the store, and put the best weights into the module."""
         peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         step, best = self._resume()
         began = saved = time.monotonic()
         cost = 0.0
         if step == 0:
-            best = self._look(0, best)
+            best = self._evaluate(0, best)
         while step < self.recipe.steps:
             started = time.monotonic()
             share = self.recipe.share(step)
@@ -163,7 +166,7 @@ class Training:
             step += 1
             evaluation = None
             if step % self.recipe.every == 0 or step == self.recipe.steps:
-                best = self._look(step, best)
+                best = self._evaluate(step, best)
                 evaluation = self.history.evaluations[-1]
             now = time.monotonic()
             self.history.seconds += now - began
@@ -182,12 +185,12 @@ class Training:
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def _look(self, step: int, best: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Look at held-out data; the best weights so far, which may be those of now."""
-        found = {"step": step, **self.evaluate()}
-        self.history.evaluations.append(found)
-        if self.history.best is None or found["score"] > self.history.best["score"]:
-            self.history.best = found
+    def _evaluate(self, step: int, best: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Evaluate on held-out data; returns copies of the best weights so far."""
+        metrics = {"step": step, **self.evaluate()}
+        self.history.evaluations.append(metrics)
+        if self.history.best is None or metrics["score"] > self.history.best["score"]:
+            self.history.best = metrics
             best = {name: p.detach().cpu().clone() for name, p in self._parameters().items()}
         return best
 
@@ -201,46 +204,47 @@ class Training:
                 tensors[key] = value
             else:
                 numbers[key] = value
-        said = {
+        record = {
             "numbers": numbers,
             "step": step,
             "evaluations": self.history.evaluations,
             "best": self.history.best,
             "seconds": self.history.seconds,
         }
-        self.store.save(tensors, said)
+        self.store.save(tensors, record)
 
     def _optimizer_state(self) -> Iterator[tuple[str, Any]]:
-        """Tensors and numbers. bitsandbytes puts some of its own into a dictionary of theirs."""
+        """Yield the tensors and numbers of the optimizers' states with their keys."""
         for number, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 for key, value in state.items():
+                    # bitsandbytes nests some of its tensors in a dictionary.
                     parts = value if isinstance(value, dict) else {key: value}
                     for name, part in parts.items():
                         yield f"optimizer.{number}.{index}.{name}", part
 
     def _resume(self) -> tuple[int, dict[str, Tensor]]:
-        """Steps done and the best weights so far, everything else put back in its place."""
-        found = self.store.load() if self.store is not None else None
-        if found is None:
+        """Restore the stored state; returns the steps done and the best weights so far."""
+        stored = self.store.load() if self.store is not None else None
+        if stored is None:
             return 0, {}
-        tensors, said = found
+        tensors, record = stored
         with torch.no_grad():
             for name, parameter in self._parameters().items():
                 parameter.copy_(tensors[f"weights.{name}"])
         for number, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Any]] = {}
             prefix = f"optimizer.{number}."
-            for key, value in {**tensors, **said["numbers"]}.items():
+            for key, value in {**tensors, **record["numbers"]}.items():
                 if key.startswith(prefix):
                     index, _, name = key.removeprefix(prefix).partition(".")
                     state.setdefault(int(index), {})[name] = value
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.history = History(said["evaluations"], said["best"], said["seconds"])
+        self.history = History(record["evaluations"], record["best"], record["seconds"])
         best = {
             key.removeprefix("best."): value
             for key, value in tensors.items()
             if key.startswith("best.")
         }
-        return said["step"], best
+        return record["step"], best

@@ -1,1 +1,1 @@
-"""Checkpoints and artifacts as bytes: headers, tensors, writers. Builds no model."""
+"""Checkpoint and artifact files: headers, tensors, checksums, writers. Builds no model."""

@@ -1,10 +1,9 @@
-"""Writing an artifact so that nothing half-written is ever taken for whole, and nothing is lost.
+"""Resumable, atomic writing of artifacts.
 
-Everything goes to `OUT.partial/` beside OUT, one shard at a time: temporary name, sync, rename,
-then a line in the manifest `OUT.partial.json` with the shard's checksums. A killed run finds the
-manifest, checks it against what it is asked to do, and goes on after the last whole shard. OUT
-appears by one rename at the end; an older OUT gives way only then, and only if it holds nothing but
-what spectool wrote: every artifact lists its own files.
+Shards go to `OUT.partial/` next to OUT, one at a time: temporary name, sync, rename, then an entry
+with the shard's checksums in the manifest `OUT.partial.json`. A rerun compares the manifest with
+its own input and continues after the last complete shard. OUT appears by one rename at the end. An
+older OUT is replaced only then, and only if it holds no files but those its artifact lists.
 """
 
 from __future__ import annotations
@@ -30,26 +29,26 @@ from spectool.files import disk_errors
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# A tensor to write, or the stored bytes of one to copy as they are.
+# A tensor to write, or the entry of a stored one whose bytes are copied.
 Content = Tensor | TensorEntry
 
 
 class ArtifactWriter:
-    """Collects the shards of one artifact in `OUT.partial/` and turns it into OUT.
+    """Writer of one artifact: collects shards in `OUT.partial/`, then renames it to OUT.
 
-    `identity` is everything that decides the bytes: a rerun with another one does not resume.
+    `identity` is everything that determines the bytes; a run with another identity does not resume.
 
     Raises:
-        UsageError: OUT exists, is no artifact, or another run is writing it; or a partial run of
-            something else lies there.
-        InputError: the place cannot be written.
+        UsageError: OUT exists and may not be replaced, another run is writing it, or `OUT.partial`
+            holds an unfinished run with another identity.
+        InputError: the path cannot be written.
     """
 
     def __init__(self, out: Path, *, identity: dict[str, Any], overwrite: bool = False) -> None:
         self.out = out
         self.overwrite = overwrite
         self.partial = out.with_name(out.name + ".partial")
-        # Beside what it describes, so that it outlives the rename that makes OUT.
+        # Not inside `partial`: it must outlive the rename to OUT.
         self.manifest_path = out.with_name(out.name + ".partial.json")
         self.replaced = out.with_name(out.name + ".replaced")
         check_target(out, overwrite=overwrite)
@@ -62,7 +61,7 @@ class ArtifactWriter:
         try:
             with disk_errors(self.partial):
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._settle()
+                self._finish_replacing()
                 check_target(out, overwrite=overwrite)
                 self.manifest = self._resume(identity)
                 self._save_manifest()
@@ -73,8 +72,8 @@ class ArtifactWriter:
             self.close()
             raise
 
-    def _settle(self) -> None:
-        """Finish what a run that was killed between its last renames left of an older OUT."""
+    def _finish_replacing(self) -> None:
+        """Remove or restore the older OUT of a run that was killed between its last renames."""
         if self.replaced.exists():
             if self.out.exists() or not any(self.replaced.iterdir()):
                 shutil.rmtree(self.replaced)
@@ -82,24 +81,29 @@ class ArtifactWriter:
                 self.replaced.rename(self.out)
 
     def _resume(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """Return the manifest to continue with; removes what is not a complete shard.
+
+        Raises:
+            UsageError: see the class.
+        """
         fresh: dict[str, Any] = {"identity": identity, "shards": {}}
         present = sorted(path.name for path in self.partial.iterdir())
-        found = self._read_manifest()
-        if found is None and present:
+        manifest = self._read_manifest()
+        if manifest is None and present:
             raise UsageError(
                 f"{self.partial}: holds {present[0]}, which no spectool run left there",
                 hint="move that directory away, or choose another OUT",
             )
-        if found is None or not present:
+        if manifest is None or not present:
             return fresh
         changed = [
             key
-            for key in sorted({*identity, *found["identity"]})
-            if identity.get(key) != found["identity"].get(key)
+            for key in sorted({*identity, *manifest["identity"]})
+            if identity.get(key) != manifest["identity"].get(key)
         ]
         if changed and not self.overwrite:
             before, now = (
-                json.dumps(side.get(changed[0])) for side in (found["identity"], identity)
+                json.dumps(side.get(changed[0])) for side in (manifest["identity"], identity)
             )
             raise UsageError(
                 f"{self.partial}: holds an unfinished run with another {', '.join(changed)} "
@@ -107,30 +111,34 @@ class ArtifactWriter:
                 hint="finish it with the same input, or start anew with --overwrite",
             )
         if changed:
-            found = fresh
-        whole = {}
-        for name, said in found["shards"].items():
+            manifest = fresh
+        complete = {}
+        for name, record in manifest["shards"].items():
             if (self.partial / name).is_file():
                 sums = checksums.of_file(self.partial / name)
-                if sums.sha256 == said["sha256"]:
-                    whole[name] = {**sums.as_dict(), "report": said["report"]}
+                if sums.sha256 == record["sha256"]:
+                    complete[name] = {**sums.as_dict(), "report": record["report"]}
         for path in self.partial.iterdir():
-            if path.name not in whole:
+            if path.name not in complete:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return {"identity": identity, "shards": whole}
+        return {"identity": identity, "shards": complete}
 
     def _read_manifest(self) -> dict[str, Any] | None:
-        """What the last run recorded; None if there was none."""
+        """Read the last run's manifest; None without one.
+
+        Raises:
+            UsageError: the file is not a manifest.
+        """
         if not self.manifest_path.exists():
             return None
         try:
-            found = read_json(self.manifest_path)
-            shards = found["shards"]
-            if isinstance(found["identity"], dict) and all(
-                Path(name).name == name and isinstance(said["sha256"], str) and "report" in said
-                for name, said in shards.items()
+            manifest = read_json(self.manifest_path)
+            shards = manifest["shards"]
+            if isinstance(manifest["identity"], dict) and all(
+                Path(name).name == name and isinstance(record["sha256"], str) and "report" in record
+                for name, record in shards.items()
             ):
-                return found
+                return manifest
         except (CheckpointError, KeyError, TypeError, AttributeError):
             pass
         raise UsageError(
@@ -139,11 +147,12 @@ class ArtifactWriter:
         )
 
     def report(self, shard: str) -> Any | None:
-        """What was recorded with a finished shard; None if it is not finished."""
-        said = self.manifest["shards"].get(shard)
-        return said["report"] if said else None
+        """Return the report recorded with a finished shard; None if the shard is not finished."""
+        record = self.manifest["shards"].get(shard)
+        return record["report"] if record else None
 
     def path(self, shard: str) -> Path:
+        """Return the shard's path in `partial`."""
         return self.partial / shard
 
     def write_shard(
@@ -158,44 +167,44 @@ class ArtifactWriter:
         self.adopt(shard, write_whole(self.partial / shard, tensors, metadata), report)
 
     def adopt(self, shard: str, sums: Checksums, report: Any) -> None:
-        """Record a shard as finished that `write_whole` wrote into `partial`, in any process."""
+        """Record as finished a shard that `write_whole` wrote into `partial`, in any process."""
         with disk_errors(self.partial):
             self.manifest["shards"][shard] = {**sums.as_dict(), "report": report}
             self._save_manifest()
 
     def checksums(self) -> dict[str, dict[str, str]]:
-        """Those of all finished shards by name, as an artifact stores them."""
+        """Return the checksums of all finished shards by name, as an artifact stores them."""
         return {
-            shard: {"sha256": said["sha256"], "xxh3_64": said["xxh3_64"]}
-            for shard, said in self.manifest["shards"].items()
+            shard: {"sha256": record["sha256"], "xxh3_64": record["xxh3_64"]}
+            for shard, record in self.manifest["shards"].items()
         }
 
     def record(self, shard: str, report: Any) -> None:
-        """Replace what was recorded with a finished shard."""
+        """Replace the report recorded with a finished shard."""
         with disk_errors(self.partial):
             self.manifest["shards"][shard]["report"] = report
             self._save_manifest()
 
     def discard(self, shard: str) -> None:
-        """Forget a shard that only this run needed."""
+        """Remove a shard that only the run itself needed."""
         with disk_errors(self.partial):
             if self.manifest["shards"].pop(shard, None) is not None:
                 self._save_manifest()
             (self.partial / shard).unlink(missing_ok=True)
 
     def abandon(self) -> None:
-        """Leave nothing: what was asked for cannot be made of this input."""
+        """Remove the partial directory and the manifest."""
         with disk_errors(self.partial):
             shutil.rmtree(self.partial, ignore_errors=True)
             self.manifest_path.unlink(missing_ok=True)
 
     def finish(self, files: Mapping[str, bytes]) -> None:
-        """Add the small files, and let the whole become OUT.
+        """Add the small files and rename the partial directory to OUT.
 
-        One of them, the index or the heads' record, lists them all and the shards; see `own_files`.
+        One of `files`, the index or the heads' record, must list all files; see `own_files`.
 
         Raises:
-            UsageError: meanwhile OUT was made by someone else, or somebody put files into it.
+            UsageError: meanwhile another process made OUT, or added files to the older one.
         """
         with disk_errors(self.partial):
             for name, data in files.items():
@@ -203,17 +212,17 @@ class ArtifactWriter:
                 _write_synced(self.partial / name, data)
             os.fsync(self._lock)
             check_target(self.out, overwrite=self.overwrite)
-            gives_way = self.out.exists()
-            if gives_way:
+            replaces = self.out.exists()
+            if replaces:
                 self.out.rename(self.replaced)
             self.partial.rename(self.out)
             self.manifest_path.unlink()
-            if gives_way:
+            if replaces:
                 shutil.rmtree(self.replaced)
         self.close()
 
     def close(self) -> None:
-        """Release the lock; what was written stays for the next run."""
+        """Release the lock; the partial directory stays for the next run."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -223,7 +232,7 @@ class ArtifactWriter:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, InputError) and not self.manifest["shards"]:
-            # Nothing to go on from.
+            # No shard that a rerun could continue after.
             self.abandon()
         self.close()
 
@@ -235,28 +244,30 @@ class ArtifactWriter:
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-    """Raises: UsageError: OUT exists and may not, or must not, be replaced.
+    """Check that OUT can be written; called before a long run, and again when it writes.
 
-    InputError: its place is read-only. Asked before a long run begins, and again when it writes.
+    Raises:
+        UsageError: OUT exists without `overwrite`, or holds files that its artifact does not list.
+        InputError: the directory of OUT takes no new files.
     """
     with disk_errors(out):
         replaced = out.with_name(out.name + ".replaced")
-        stray = _stray(replaced) if replaced.exists() or replaced.is_symlink() else None
+        stray = _find_stray(replaced) if replaced.exists() or replaced.is_symlink() else None
         if stray is not None:
             raise UsageError(
                 f"{replaced}: {stray}, not written by spectool; an older OUT is moved there",
                 hint="move it away, or choose another OUT",
             )
         if not (out.exists() or out.is_symlink()):
-            place = next(parent for parent in out.absolute().parents if parent.exists())
-            if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-                raise InputError(f"{out}: cannot be written: {place} takes no new files")
+            folder = next(parent for parent in out.absolute().parents if parent.exists())
+            if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+                raise InputError(f"{out}: cannot be written: {folder} takes no new files")
             return
         if not overwrite:
             raise UsageError(
                 f"{out}: exists already", hint="--overwrite replaces it once the new one is whole"
             )
-        stray = _stray(out)
+        stray = _find_stray(out)
         if stray is not None:
             raise UsageError(
                 f"{out}: {stray}, not written by spectool, so --overwrite leaves it alone",
@@ -265,32 +276,32 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 
 
 def own_files(path: Path) -> set[str]:
-    """Names of all files of the artifact in this directory, as it lists them; empty if it is none.
+    """List the files that the artifact in this directory names as its own; empty without one.
 
-    A packed checkpoint lists them in its index's metadata, heads at the top of their record.
+    A packed checkpoint names them in its index's metadata, draft heads at the top of their record.
     """
-    found: set[str] = set()
+    listed: set[str] = set()
     for name in (PACKED_INDEX, HEADS):
         try:
-            said = read_json(path / name)
+            record = read_json(path / name)
         except CheckpointError:
             continue
-        metadata = said.get("metadata") if name == PACKED_INDEX else said
+        metadata = record.get("metadata") if name == PACKED_INDEX else record
         files = metadata.get("files") if isinstance(metadata, dict) else None
         if isinstance(files, list):
-            found.update(file for file in files if isinstance(file, str))
-    return found
+            listed.update(file for file in files if isinstance(file, str))
+    return listed
 
 
-def _stray(path: Path) -> str | None:
-    """What there is besides an artifact, as the end of a sentence about `path`; None if nothing."""
+def _find_stray(path: Path) -> str | None:
+    """Find something that no artifact wrote; returns the predicate of a sentence about `path`."""
     if path.is_symlink() or not path.is_dir():
         return "is a link" if path.is_symlink() else "is a file"
-    own = own_files(path)
-    folders = {str(parent) for file in own for parent in Path(file).parents}
+    listed = own_files(path)
+    folders = {str(parent) for file in listed for parent in Path(file).parents}
     for root, names, files in os.walk(path):
         for name, known in [(n, folders) for n in sorted(names)] + [
-            (f, own) for f in sorted(files)
+            (f, listed) for f in sorted(files)
         ]:
             entry = Path(root, name)
             relative = str(entry.relative_to(path))
@@ -300,7 +311,7 @@ def _stray(path: Path) -> str | None:
 
 
 def write_whole(path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]) -> Checksums:
-    """`write_safetensors` under a temporary name: the file is there whole or not at all.
+    """Write a safetensors file atomically, as `write_safetensors` under a temporary name.
 
     Raises:
         SpectoolError: the disk is full.
@@ -315,15 +326,14 @@ def write_whole(path: Path, tensors: Mapping[str, Content], metadata: dict[str, 
 def write_safetensors(
     path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]
 ) -> Checksums:
-    """Write a safetensors file, synced; returns the checksums of its bytes.
-
-    Written here rather than by the library for two reasons: the library orders metadata keys at
-    random (0.8.0), and equal inputs must give equal bytes; and tensors that are only copied can be
-    streamed through a small buffer. Tensors lie in order of element size, so all are aligned.
+    """Write a safetensors file and sync it; returns the checksums of its bytes.
 
     Raises:
         CheckpointError: a copied floating-point tensor holds NaN or infinite values.
     """
+    # Not the library's writer: it orders metadata keys at random (0.8.0), but equal inputs must
+    # give equal bytes; and it cannot stream copied tensors through a small buffer.
+    # Tensors lie in order of falling element size, so that all are aligned.
     order = sorted(tensors, key=lambda name: (-_dtype(tensors[name]).itemsize, name))
     header: dict[str, Any] = {
         "__metadata__": {"format": "pt", "spectool": json.dumps(metadata, sort_keys=True)}
@@ -346,7 +356,7 @@ def write_safetensors(
             summing.update(piece)
             file.write(piece)
         for name in order:
-            for data in _pieces(tensors[name]):
+            for data in _read_pieces(tensors[name]):
                 summing.update(data)
                 file.write(data)
         file.flush()
@@ -364,7 +374,12 @@ def _num_bytes(content: Content) -> int:
     return content.num_bytes
 
 
-def _pieces(content: Content) -> Iterator[memoryview]:
+def _read_pieces(content: Content) -> Iterator[memoryview]:
+    """Yield a tensor's bytes, a stored one's in pieces of `CHUNK`.
+
+    Raises:
+        CheckpointError: see `write_safetensors`.
+    """
     if isinstance(content, Tensor):
         flat = content.detach().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().data

@@ -1,8 +1,8 @@
-"""Checksums of an artifact's files: made while they are written, compared before they are used.
+"""Checksums of an artifact's files: computed at writing, compared before the first read.
 
-Every shard has two. SHA-256 is what `inspect --checksums` compares; XXH3 of 64 bits is quick enough
-to compare at every load. The module knows bytes and names of files; neither tensors nor torch.
-What `--help` does not need is imported on use.
+Every shard has two: SHA-256, which `inspect --checksums` compares, and XXH3 of 64 bits, fast enough
+to compare at every load. Knows neither tensors nor torch. Imports that `--help` does not need are
+made on use.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 from spectool import processors
 from spectool.errors import CheckpointError
 
-# Bytes mapped at once: each piece is a call without the interpreter's lock, and no more than this
-# of a file is in the resident set. Copying into a buffer first takes 1.5 times as long.
+# Bytes mapped at once: each window is hashed in one call without the interpreter's lock, and no
+# more of a file is resident. Copying into a buffer first takes 1.5 times as long.
 WINDOW = 1 << 26
-# Bytes read at once where every byte goes through SHA-256, which is the slower part.
+# Bytes read at once for both checksums; SHA-256 is slower than the read.
 CHUNK = 1 << 20
-# One thread compares about 10 GB of cached pages a second; a few reach what memory gives.
-MOST_THREADS = 4
+# One thread compares about 10 GB of cached pages per second; a few saturate the memory bandwidth.
+MAX_THREADS = 4
 
-# What is said of files that nothing is stored about.
+# Predicate of a sentence about an artifact without checksums.
 NONE = "has no checksums to compare its files with: an older spectool wrote it"
 
 
@@ -40,11 +40,12 @@ class Checksums:
     xxh3_64: str
 
     def as_dict(self) -> dict[str, str]:
+        """Return both by name, as JSON stores them."""
         return asdict(self)
 
 
 class Summing:
-    """Both checksums of bytes that come one piece after the other."""
+    """Incremental computation of both checksums."""
 
     def __init__(self) -> None:
         import hashlib
@@ -54,88 +55,98 @@ class Summing:
         self._sha256, self._xxh3 = hashlib.sha256(), xxhash.xxh3_64()
 
     def update(self, data: bytes | memoryview) -> None:
+        """Add the next bytes."""
         self._sha256.update(data)
         self._xxh3.update(data)
 
     def finish(self) -> Checksums:
+        """Return the checksums of all bytes added."""
         return Checksums(self._sha256.hexdigest(), self._xxh3.hexdigest())
 
 
 class Guard:
-    """A file and the XXH3 that it was written with; compared once, before its tensors are read."""
+    """A file and its expected XXH3, compared once, before tensors are read from it."""
 
     def __init__(self, path: Path, expected: str) -> None:
         self.path = path
         self.expected = expected
         self._lock = threading.Lock()
-        self._sound = False
+        self._matches = False
 
     def check(self) -> None:
-        """Raises: CheckpointError: the file's bytes are not those that were written."""
+        """Compare the file with its checksum, at the first call only.
+
+        Raises:
+            CheckpointError: the file differs from the one that was written.
+        """
         with self._lock:
-            if not self._sound:
-                found = _xxh3(self.path)
+            if not self._matches:
+                found = _compute_xxh3(self.path)
                 if found != self.expected:
                     raise _mismatch(self.path, "XXH3", found, self.expected)
-                self._sound = True
+                self._matches = True
 
 
 def guard(path: Path, stored: Mapping[str, Checksums]) -> Guard | None:
-    """Return the guard that compares a file with its checksum in `stored`; None without any.
+    """Return the guard of a file with its checksum in `stored`; None if `stored` is empty.
 
     Raises:
-        CheckpointError: others have one, and it has not.
+        CheckpointError: other files have a checksum and this one has none.
     """
     if not stored:
         return None
     if path.name not in stored:
-        raise CheckpointError(f"{path}: has no checksum, but {min(stored)} beside it has one")
+        raise CheckpointError(f"{path}: has no checksum, but {min(stored)} next to it has one")
     return Guard(path, stored[path.name].xxh3_64)
 
 
 class Checking:
-    """The comparison of several files, which goes on beside whatever else is done.
+    """Comparison of several files in background threads.
 
-    Nothing waits for its threads but `finish`: a load that fails or is interrupted ends at once,
-    however much is left to read.
+    Only `finish` waits for the threads: a load that fails or is interrupted ends at once.
     """
 
     def __init__(self, guards: Iterable[Guard]) -> None:
-        self._left = deque(guards)
-        self._found: list[Exception] = []
-        number = min(MOST_THREADS, processors.allowed().threads, len(self._left))
+        self._waiting = deque(guards)
+        self._errors: list[Exception] = []
+        num_threads = min(MAX_THREADS, processors.allowed().threads, len(self._waiting))
         self._threads = [
-            threading.Thread(target=self._work, name="checksums", daemon=True)
-            for _ in range(number)
+            threading.Thread(target=self._check_waiting, name="checksums", daemon=True)
+            for _ in range(num_threads)
         ]
         for thread in self._threads:
             thread.start()
 
-    def _work(self) -> None:
-        while not self._found:
+    def _check_waiting(self) -> None:
+        """Check one waiting file after another until none is left or one fails."""
+        while not self._errors:
             try:
-                guard = self._left.popleft()
+                guard = self._waiting.popleft()
             except IndexError:
                 return
             try:
                 guard.check()
             except Exception as error:
-                # Whatever it is: a file that was not compared must not pass.
-                self._found.append(error)
+                # Any error: a file that was not compared must not be accepted.
+                self._errors.append(error)
 
     def finish(self) -> None:
-        """Wait for the end of it. Raises: CheckpointError: see `Guard.check`."""
+        """Wait for the end of the comparison.
+
+        Raises:
+            CheckpointError: see `Guard.check`.
+        """
         for thread in self._threads:
             thread.join()
-        if self._found:
-            raise self._found[0]
+        if self._errors:
+            raise self._errors[0]
 
 
 def of_file(path: Path) -> Checksums:
-    """Both checksums of a file.
+    """Compute both checksums of a file.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     summing, buffer = Summing(), memoryview(bytearray(CHUNK))
     with _reading(path), path.open("rb", buffering=0) as file:
@@ -144,22 +155,22 @@ def of_file(path: Path) -> Checksums:
     return summing.finish()
 
 
-def verify(folder: Path, said: Mapping[str, Checksums]) -> None:
-    """Compare both checksums of all files in `folder` that `said` names.
+def verify(folder: Path, stored: Mapping[str, Checksums]) -> None:
+    """Compare both checksums of all files in `folder` with those in `stored`.
 
     Raises:
-        CheckpointError: there are none to compare with; a file is absent, is another, or holds
-            tensors and has no checksum.
+        CheckpointError: `stored` is empty; a file is absent or differs; or a safetensors file has
+            no checksum.
     """
-    if not said:
+    if not stored:
         raise CheckpointError(
             f"{folder}: no checksums to compare with",
             hint="`quantize` and `train-heads` write them since spectool 0.2",
         )
-    foreign = sorted({path.name for path in folder.glob("*.safetensors")} - said.keys())
-    if foreign:
-        raise CheckpointError(f"{folder / foreign[0]}: has no checksum: it is no part of {folder}")
-    for name, expected in sorted(said.items()):
+    unlisted = sorted({path.name for path in folder.glob("*.safetensors")} - stored.keys())
+    if unlisted:
+        raise CheckpointError(f"{folder / unlisted[0]}: has no checksum: it is no part of {folder}")
+    for name, expected in sorted(stored.items()):
         found = of_file(folder / name)
         if found.sha256 != expected.sha256:
             raise _mismatch(folder / name, "SHA-256", found.sha256, expected.sha256)
@@ -167,29 +178,34 @@ def verify(folder: Path, said: Mapping[str, Checksums]) -> None:
             raise _mismatch(folder / name, "XXH3", found.xxh3_64, expected.xxh3_64)
 
 
-def parse(said: Any, place: Path) -> dict[str, Checksums]:
-    """Checksums by file name, as an index or a record stores them; none where it has none.
+def parse(raw: Any, path: Path) -> dict[str, Checksums]:
+    """Parse checksums by file name from the index or record in `path`; None gives no checksums.
 
     Raises:
-        CheckpointError: they cannot be read.
+        CheckpointError: they are invalid.
     """
-    if said is None:
+    if raw is None:
         return {}
     try:
-        found = {name: Checksums(**each) for name, each in said.items()}
+        parsed = {name: Checksums(**entry) for name, entry in raw.items()}
         if all(
             Path(name).name == name
-            and isinstance(each.sha256, str)
-            and isinstance(each.xxh3_64, str)
-            for name, each in found.items()
+            and isinstance(sums.sha256, str)
+            and isinstance(sums.xxh3_64, str)
+            for name, sums in parsed.items()
         ):
-            return found
+            return parsed
     except (TypeError, AttributeError):
         pass
-    raise CheckpointError(f"{place}: its checksums cannot be read: expected two for each file")
+    raise CheckpointError(f"{path}: its checksums cannot be read: expected two for each file")
 
 
-def _xxh3(path: Path) -> str:
+def _compute_xxh3(path: Path) -> str:
+    """Compute the XXH3 of a file, in hexadecimal digits.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     import xxhash
 
     digest = xxhash.xxh3_64()
@@ -206,6 +222,7 @@ def _xxh3(path: Path) -> str:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
+    """Turn errors of reading `path` into a CheckpointError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -215,6 +232,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _mismatch(path: Path, kind: str, found: str, expected: str) -> CheckpointError:
+    """Make the error of a file with another checksum than expected."""
     return CheckpointError(
         f"{path}: damaged, or not the file that belongs here: its {kind} is {found}, "
         f"expected {expected}",

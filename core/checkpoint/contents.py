@@ -1,7 +1,7 @@
-"""What a checkpoint's files hold, compared with what its configuration describes.
+"""Comparison of the tensors in a checkpoint's files with those its configuration describes.
 
-The model is on the meta device or real; nothing here reads a tensor. Both sides must fit before
-anything is allocated: a configuration may ask for any size.
+The model is on the meta device or real; nothing here reads a tensor. Checked before anything is
+allocated, since a damaged configuration may ask for any size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from spectool.checkpoint.headers import Layout, grouped
 from spectool.errors import CheckpointError
 
-# Bytes of tables that a model computes for itself, whatever its weights are.
+# Bytes of computed buffers (tables of positions, masks) allowed to any model, however small.
 _FREE_TABLES = 1 << 28
 
 # Buffers that older versions of transformers stored and newer ones compute.
@@ -28,21 +28,21 @@ _COMPUTED = re.compile(
 
 
 @contextlib.contextmanager
-def bounded(layout: Layout) -> Iterator[None]:
-    """While open, modules may register so many parameters as the files have room for.
+def limit_parameters(layout: Layout) -> Iterator[None]:
+    """Limit the number of parameters that modules register to what the files may hold.
 
     Raises:
-        CheckpointError: there are more: the configuration is another model's, or damaged.
+        CheckpointError: more are registered: the configuration is another model's, or damaged.
     """
-    # Experts may be stored together and built one by one; small models have few tensors.
-    most, found = 500 + 10 * len(layout.tensors), 0
+    # 10 per tensor: experts may be stored fused and built one by one. 500: for models of few.
+    limit, registered = 500 + 10 * len(layout.tensors), 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal found
-        found += parameter is not None
-        if found > most:
+        nonlocal registered
+        registered += parameter is not None
+        if registered > limit:
             raise CheckpointError(
-                f"{layout.path}: config.json describes more than {most} parameters, but the files "
+                f"{layout.path}: config.json describes more than {limit} parameters, but the files "
                 f"hold {len(layout.tensors)} tensors"
             )
 
@@ -54,7 +54,11 @@ def bounded(layout: Layout) -> Iterator[None]:
 
 
 def check_missing(model: PreTrainedModel, layout: Layout, missing: Sequence[str]) -> None:
-    """Raises: CheckpointError: tensors of the architecture are in no file."""
+    """Check that `missing`, the tensors of the architecture that are in no file, is empty.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     if not missing:
         return
     other = [
@@ -72,7 +76,11 @@ def check_missing(model: PreTrainedModel, layout: Layout, missing: Sequence[str]
 
 
 def check_shape(layout: Layout, name: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
-    """Raises: CheckpointError: a tensor has another shape than the architecture's."""
+    """Check that a stored tensor has the shape of the architecture's.
+
+    Raises:
+        CheckpointError: it has another.
+    """
     if tuple(stored) != tuple(wanted):
         raise CheckpointError(
             f"{layout.path}: {name} is {list(stored)}, but the configuration says {list(wanted)}"
@@ -80,40 +88,46 @@ def check_shape(layout: Layout, name: str, stored: Sequence[int], wanted: Sequen
 
 
 def check_kind(layout: Layout, name: str, stored: Sequence[str], wanted: Tensor) -> None:
-    """Raises: CheckpointError: whole numbers are stored where the architecture has weights.
+    """Check that floating-point weights are not stored in integer dtypes.
 
-    transformers takes them for weights as they are, without the scales that they need.
+    Raises:
+        CheckpointError: one of the dtypes in `stored` is an integer type.
     """
     if not isinstance(wanted, nn.Parameter) or not wanted.is_floating_point():
         return
-    whole = next((each for each in stored if not each.startswith(("F", "BF"))), None)
-    if whole is not None:
+    integer = next((dtype for dtype in stored if not dtype.startswith(("F", "BF"))), None)
+    if integer is not None:
+        # transformers would load them as weights, without the scales that belong to them.
         raise CheckpointError(
-            f"{layout.path}: {name} is stored as {whole}, expected floating-point weights",
+            f"{layout.path}: {name} is stored as {integer}, expected floating-point weights",
             hint="give the checkpoint that it was quantized from",
         )
 
 
 def check_tables(model: PreTrainedModel, layout: Layout) -> None:
-    """Raises: CheckpointError: the model would compute tables far larger than its weights."""
-    own = {name: _size(tensor) for name, tensor in model.named_buffers()}
-    computed = {name: size for name, size in own.items() if name not in layout.tensors}
+    """Check that the buffers that the model computes are not far larger than its weights.
+
+    Raises:
+        CheckpointError: they are.
+    """
+    sizes = {name: _num_bytes(tensor) for name, tensor in model.named_buffers()}
+    computed = {name: size for name, size in sizes.items() if name not in layout.tensors}
     if sum(computed.values()) > _FREE_TABLES + layout.num_bytes:
-        name = max(computed, key=lambda each: computed[each])
+        name = max(computed, key=lambda buffer: computed[buffer])
         raise CheckpointError(
             f"{layout.path}: config.json asks for tables of {sum(computed.values()) / 1e9:.1f} GB "
             f"({name}), the weights are {layout.num_bytes / 1e9:.1f} GB"
         )
 
 
-def _size(tensor: Tensor) -> int:
+def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def left_over(model: Any, stored: Iterable[str], taken: Iterable[str]) -> list[str]:
-    """The stored tensors that no module takes, but those that every reader drops.
+def find_unused(model: Any, stored: Iterable[str], taken: Iterable[str]) -> list[str]:
+    """List the stored tensors that no module takes.
 
-    These are what the architecture itself says to ignore, and buffers that it computes.
+    Tensors that the architecture says to ignore, and buffers that it computes, are left out.
     """
     patterns = [re.compile(text) for text in model._keys_to_ignore_on_load_unexpected or ()]
     computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
@@ -130,7 +144,7 @@ def left_over(model: Any, stored: Iterable[str], taken: Iterable[str]) -> list[s
 
 
 def unused_line(names: Sequence[str], model: str) -> str:
-    """What a run says of stored tensors that it does not use."""
+    """Describe stored tensors that the model does not use, for the header of a run."""
     one = len(names) == 1
     return (
         f"{len(names)} stored tensor{' has' if one else 's have'} no place in {model} and "

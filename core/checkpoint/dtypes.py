@@ -1,4 +1,4 @@
-"""Names of the dtypes that models run in, as options and configurations write them."""
+"""Dtypes that models run in, by the names that options and configurations use."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ NAMES = {
     "double": torch.float64,
 }  # fmt: skip
 EXPECTED = "expected float32, bfloat16, float16 or float64"
-# Older files have the second.
+# Files of older versions of transformers have the second.
 KEYS = ("dtype", "torch_dtype")
 
 
-def named(value: Any) -> torch.dtype | None:
-    """The dtype of a name, however it is written; None for what names none."""
+def look_up(value: Any) -> torch.dtype | None:
+    """Return the dtype of a name in any spelling; None for anything else."""
     if not isinstance(value, str):
         return None
     return NAMES.get(value.strip().lower().removeprefix("torch."))
 
 
 def parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype that an option asks for.
+    """Parse the dtype of an option.
 
     Raises:
         UsageError: not a dtype that models run in.
     """
-    found = named(name) if isinstance(name, str) else name
-    if name is not None and found not in NAMES.values():
+    dtype = look_up(name) if isinstance(name, str) else name
+    if name is not None and dtype not in NAMES.values():
         raise UsageError(f"dtype {name}: {EXPECTED}")
-    return found
+    return dtype
 
 
 def configured(config: Mapping[str, Any], path: Path) -> torch.dtype | None:
-    """The dtype that a configuration in JSON states; None where it states none, or `auto`.
+    """Return the dtype that a configuration in JSON states; None without one, or for `auto`.
 
     Raises:
-        CheckpointError: it states something else.
+        CheckpointError: the configuration states something else.
     """
     for key in KEYS:
         value = config.get(key)
         if value is None or value == "auto":
             continue
-        found = named(value)
-        if found is None:
+        dtype = look_up(value)
+        if dtype is None:
             raise CheckpointError(
                 f"{path}: its config.json is not valid: {key} is {json.dumps(value)[:60]}, "
                 f"{EXPECTED}"
             )
-        return found
+        return dtype
     return None
 
 
 def with_plain_dtypes(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The same configuration with dtypes, nested ones too, written as transformers reads them.
+    """Return the configuration with all dtypes, nested ones too, in transformers' spelling.
 
     Raises:
         CheckpointError: see `configured`.

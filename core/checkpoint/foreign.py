@@ -1,7 +1,7 @@
-"""What a user gave in place of a checkpoint, told from names and configuration alone.
+"""Refusal of what is not a checkpoint, recognized from file names and configuration alone.
 
-Everything that opens a MODEL asks here first, so that a LoRA adapter or a GGUF file costs one line
-that says what it is and what to do. Imports neither torch nor transformers.
+Everything that opens a MODEL checks here first, so that a LoRA adapter or a GGUF file is refused
+with one line that says what it is and what to do. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ADAPTER = "adapter_config.json"
 PIPELINE = "model_index.json"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Other programs' formats, by suffix.
+# Formats of other programs, by suffix.
 FOREIGN = {
     ".onnx": "an ONNX model", ".tflite": "a TensorFlow Lite model", ".h5": "TensorFlow weights",
     ".msgpack": "Flax weights", ".distcp": "the shards of a distributed training",
@@ -27,32 +27,33 @@ FOREIGN = {
 }  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
-# Names of drafters' architectures. Eagle is also a family of vision-language models.
+# Architecture names of drafters. Eagle is also a family of vision-language models.
 _SPECULATOR = re.compile(r"medusa|speculator|eagle(?!\w*(vl|conditional))|draftmodel", re.I)
 _SPECULATOR_KEYS = ("speculators_model_type", "speculators_config", "medusa_num_heads",
                     "eagle_config", "draft_vocab_size")  # fmt: skip
 
-# Numbers of things: whatever builds a list as long as one says must not meet a huge one. What a
-# model has of weights, or learnt from, is a note, and large.
+# Keys of counts, as of layers: a list of so many modules is built, so a damaged huge count must be
+# refused. Numbers of parameters or of training tokens are large, and nothing is built from them.
 _COUNT = re.compile(
     r"(?!.*(param(eter)?s|tokens|samples|examples|steps|flops)$)"
     r"(num_|.*_num_|n_(layer|head)|.*(layers?|depth)$)"
 )
-MOST_COUNTED = 100_000
+MAX_COUNT = 100_000
 
 
 def check_place(path: Path) -> None:
-    """Look at a place in which a checkpoint is expected.
+    """Check that a path is a checkpoint directory.
 
     Raises:
         CheckpointError: no directory, or one that holds something else.
+        UnsupportedError: a diffusion pipeline.
     """
     if path.is_file():
-        raise _file(path)
+        raise _refuse_file(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     if (path / PIPELINE).is_file():
-        kind = _said(path / PIPELINE).get("_class_name")
+        kind = _read_object(path / PIPELINE).get("_class_name")
         raise UnsupportedError(
             f"{path}: is a diffusion pipeline{f' ({kind})' if isinstance(kind, str) else ''}, not "
             "a language model",
@@ -60,18 +61,18 @@ def check_place(path: Path) -> None:
         )
     refuse_adapter(path)
     if not (path / "config.json").exists():
-        raise _without_configuration(path)
+        raise _refuse_without_config(path)
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Look at the configuration of what is taken for a checkpoint in `path`.
+    """Check that a configuration is of a decoder-only model.
 
     Raises:
-        UnsupportedError: it is a drafter's or an encoder-decoder's.
-        CheckpointError: it asks for more parts than any model has.
+        UnsupportedError: the configuration is a drafter's or an encoder-decoder's.
+        CheckpointError: one of its counts is larger than any model's.
     """
     if is_speculator(config):
-        base = _base_of(config)
+        base = _find_base(config)
         name = " ".join(map(str, config.get("architectures") or ())) or config.get("model_type")
         raise UnsupportedError(
             f"{path}: is a drafter{f' ({name})' if name else ''}"
@@ -81,8 +82,8 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         )
     if is_encoder_decoder(config):
         raise UnsupportedError(f"{path}: {config.get('model_type')} is {ENCODER_DECODER}")
-    for key, value in _numbers(config):
-        if _COUNT.match(key) and abs(value) > MOST_COUNTED:
+    for key, value in _iterate_numbers(config):
+        if _COUNT.match(key) and abs(value) > MAX_COUNT:
             raise CheckpointError(f"{path}: config.json: {key} is {value}, more than any model has")
 
 
@@ -90,14 +91,14 @@ ENCODER_DECODER = "an encoder-decoder; spectool handles decoder-only models"
 
 
 def is_encoder_decoder(config: Any) -> bool:
-    """Whether a configuration, as JSON or as transformers', is of an encoder with a decoder."""
+    """Whether a configuration (JSON, or of transformers) is of an encoder-decoder."""
     if isinstance(config, Mapping):
         return config.get("is_encoder_decoder") is True
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def is_speculator(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is one of draft heads, in any format."""
+    """Whether a configuration is of a drafter, in any format."""
     architectures = config.get("architectures")
     names = [config.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
     return any(key in config for key in _SPECULATOR_KEYS) or any(
@@ -106,19 +107,21 @@ def is_speculator(config: Mapping[str, Any]) -> bool:
 
 
 def refuse_adapter(path: Path) -> None:
-    """Raises: CheckpointError: the directory holds a parameter-efficient adapter.
+    """Refuse a directory that holds a parameter-efficient adapter.
 
-    Beside a whole checkpoint too: transformers would apply it, other readers would not.
+    Raises:
+        CheckpointError: it does, alone or next to a checkpoint.
     """
     if not (path / ADAPTER).is_file():
         return
-    said = _said(path / ADAPTER)
-    kind, base = said.get("peft_type"), said.get("base_model_name_or_path")
+    adapter_config = _read_object(path / ADAPTER)
+    kind, base = adapter_config.get("peft_type"), adapter_config.get("base_model_name_or_path")
     adapter = "a LoRA adapter" if kind == "LORA" else f"a {kind} adapter"
     adapter += f" of {base}" if isinstance(base, str) and base else ""
     if (path / "config.json").is_file():
+        # transformers would apply it, other readers would not.
         raise CheckpointError(
-            f"{path}: holds {adapter} beside a checkpoint, which some readers would apply",
+            f"{path}: holds {adapter} next to a checkpoint, which some readers would apply",
             hint=f"merge it, or move {ADAPTER} away",
         )
     raise CheckpointError(
@@ -129,10 +132,10 @@ def refuse_adapter(path: Path) -> None:
 
 
 def check_heads(path: Path) -> None:
-    """Look at a place in which draft heads are expected.
+    """Check that a directory holds draft heads.
 
     Raises:
-        CheckpointError: it holds none.
+        CheckpointError: it holds none in spectool's format.
     """
     if (path / HEADS).is_file():
         return
@@ -140,7 +143,7 @@ def check_heads(path: Path) -> None:
         what = "is a file, not a directory of draft heads" if path.exists() else "no such directory"
         raise CheckpointError(f"{path}: {what}")
     refuse_adapter(path)
-    if is_speculator(_said(path / "config.json")):
+    if is_speculator(_read_object(path / "config.json")):
         raise CheckpointError(
             f"{path}: holds draft heads in another format",
             hint=f"`spectool train-heads METHOD MODEL OUT --init-from {path} --steps 0` reads them",
@@ -150,10 +153,10 @@ def check_heads(path: Path) -> None:
 
 
 def without_weights(path: Path, expected: str) -> CheckpointError:
-    """What to say of a directory with a configuration, but without the weights `expected`."""
-    found = _foreign(path)
-    if found is not None:
-        return found
+    """Make the error of a directory with a configuration, but without the weights `expected`."""
+    refusal = _refuse_format(path)
+    if refusal is not None:
+        return refusal
     files = sorted(file.name for file in path.glob("*.safetensors"))
     if files:
         return CheckpointError(
@@ -163,8 +166,9 @@ def without_weights(path: Path, expected: str) -> CheckpointError:
     return CheckpointError(f"{path}: no safetensors weights ({expected})")
 
 
-def _file(path: Path) -> CheckpointError:
-    beside = f"give the directory that it lies in: {path.parent}"
+def _refuse_file(path: Path) -> CheckpointError:
+    """Make the error of a file in place of a checkpoint directory."""
+    parent_hint = f"give the directory that it lies in: {path.parent}"
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -172,20 +176,21 @@ def _file(path: Path) -> CheckpointError:
         return CheckpointError(f"{path}: cannot be read: {error.strerror}")
     suffix = path.suffix.lower()
     if magic == b"GGUF" or suffix == ".gguf":
-        return _gguf(path)
+        return _refuse_gguf(path)
     if suffix == ".safetensors":
-        return CheckpointError(f"{path}: is a file of weights, not a checkpoint", hint=beside)
+        return CheckpointError(f"{path}: is a file of weights, not a checkpoint", hint=parent_hint)
     if suffix in PICKLES or magic == b"PK\x03\x04" or magic[:1] == b"\x80":
-        return _pickled(path, "is a pickle")
+        return _refuse_pickle(path, "is a pickle")
     if suffix in FOREIGN:
         return CheckpointError(f"{path}: is {FOREIGN[suffix]}, not a checkpoint")
     known = path.name == "config.json" or path.name in TOKENIZERS
     return CheckpointError(
-        f"{path}: is a file, not a checkpoint directory", hint=beside if known else None
+        f"{path}: is a file, not a checkpoint directory", hint=parent_hint if known else None
     )
 
 
-def _without_configuration(path: Path) -> CheckpointError:
+def _refuse_without_config(path: Path) -> CheckpointError:
+    """Make the error of a directory without config.json, by what it holds instead."""
     if (path / HEADS).exists():
         return CheckpointError(
             f"{path}: draft heads, not a checkpoint",
@@ -196,20 +201,20 @@ def _without_configuration(path: Path) -> CheckpointError:
             f"{path}: is what an unfinished run wrote, not a checkpoint",
             hint="the command that was stopped goes on from there when it is given again",
         )
-    below = list(_checkpoints_below(path))
+    below = list(_find_checkpoints_below(path))
     if below:
         others = f" and {len(below) - 1} more" if len(below) > 1 else ""
         return CheckpointError(
             f"{path}: has no config.json, but there is a checkpoint below it",
             hint=f"give {below[0]}{others}",
         )
-    found = _foreign(path)
-    if found is not None:
-        return found
+    refusal = _refuse_format(path)
+    if refusal is not None:
+        return refusal
     if any(path.glob("*.safetensors")):
         return CheckpointError(
             f"{path}: holds weights, but no config.json",
-            hint="copy the configuration and the tokenizer of the model beside them",
+            hint="copy the configuration and the tokenizer of the model into the same directory",
         )
     if any((path / name).is_file() for name in TOKENIZERS):
         return CheckpointError(
@@ -218,18 +223,18 @@ def _without_configuration(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: no checkpoint: {path / 'config.json'}: no such file")
 
 
-def _foreign(path: Path) -> CheckpointError | None:
-    """What to say of weights in another program's format; None where there are none."""
+def _refuse_format(path: Path) -> CheckpointError | None:
+    """Make the error of weights in another program's format; None without such weights."""
     if any(path.glob("*.gguf")):
-        return _gguf(path)
+        return _refuse_gguf(path)
     pickles = sorted(file for suffix in PICKLES for file in path.glob(f"*{suffix}"))
     weights = [file for file in pickles if file.name not in ("training_args.bin", "optimizer.pt")]
     if weights:
-        return _pickled(path, f"no safetensors weights, only the pickle {weights[0].name}")
+        return _refuse_pickle(path, f"no safetensors weights, only the pickle {weights[0].name}")
     if (path / "params.json").is_file() and any(path.glob("consolidated*")):
         return CheckpointError(
-            f"{path}: holds the maker's own format (params.json)",
-            hint="give the checkpoint in transformers' format, which the maker publishes too",
+            f"{path}: holds the publisher's own format (params.json)",
+            hint="give the checkpoint in transformers' format, which the publisher offers too",
         )
     for suffix, what in FOREIGN.items():
         if any(path.glob(f"*{suffix}")):
@@ -237,14 +242,16 @@ def _foreign(path: Path) -> CheckpointError | None:
     return None
 
 
-def _gguf(path: Path) -> CheckpointError:
+def _refuse_gguf(path: Path) -> CheckpointError:
+    """Make the error of a GGUF file."""
     return CheckpointError(
         f"{path}: is GGUF, a format of llama.cpp, which is not read",
         hint="give the safetensors checkpoint that it was converted from",
     )
 
 
-def _pickled(path: Path, what: str) -> CheckpointError:
+def _refuse_pickle(path: Path, what: str) -> CheckpointError:
+    """Make the error of pickled weights; `what` describes them."""
     return CheckpointError(
         f"{path}: {what}",
         hint="pickled weights are never read; save the model with safetensors first: "
@@ -252,47 +259,48 @@ def _pickled(path: Path, what: str) -> CheckpointError:
     )
 
 
-def _checkpoints_below(path: Path) -> Iterator[Path]:
-    """Directories one level down, or snapshots of a hub cache, that hold a config.json.
+def _find_checkpoints_below(path: Path) -> Iterator[Path]:
+    """Yield the directories one level down, or snapshots of a hub cache, with a config.json.
 
-    The newest first where their names are numbered.
+    Numbered ones come first, the highest number (the latest step) at the start.
     """
     folders = [folder for folder in path.iterdir() if folder.is_dir()]
     folders += [snap for snap in path.glob("snapshots/*") if snap.is_dir()]
-    found = [folder for folder in folders if (folder / "config.json").is_file()]
-    yield from sorted(found, key=lambda folder: (-_number(folder.name), folder.name))
+    checkpoints = [folder for folder in folders if (folder / "config.json").is_file()]
+    yield from sorted(checkpoints, key=lambda folder: (-_parse_step(folder.name), folder.name))
 
 
-def _number(name: str) -> int:
+def _parse_step(name: str) -> int:
+    """Return the number at the end of a directory's name; -1 without one."""
     digits = re.search(r"-(\d{1,12})$", name)
     return int(digits[1]) if digits else -1
 
 
-def _base_of(config: Mapping[str, Any]) -> str | None:
-    """The model that a drafter says it drafts for."""
+def _find_base(config: Mapping[str, Any]) -> str | None:
+    """Return the name of the model that a drafter's configuration drafts for; None without it."""
     nested = config.get("speculators_config")
     verifier = nested.get("verifier") if isinstance(nested, dict) else None
-    named = verifier.get("name_or_path") if isinstance(verifier, dict) else None
-    found = named or config.get("base_model_name_or_path")
-    return found if isinstance(found, str) else None
+    name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    base = name or config.get("base_model_name_or_path")
+    return base if isinstance(base, str) else None
 
 
-def _numbers(config: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """All whole numbers of a configuration with their keys, nested ones too."""
+def _iterate_numbers(config: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Yield all numbers of a configuration, nested ones too, as integers with their keys."""
     if isinstance(config, Mapping):
         for name, value in config.items():
-            yield from _numbers(value, str(name))
+            yield from _iterate_numbers(value, str(name))
     elif isinstance(config, list):
         for value in config:
-            yield from _numbers(value, key)
+            yield from _iterate_numbers(value, key)
     elif isinstance(config, (int, float)) and not isinstance(config, bool):
-        yield key, int(config) if abs(config) < float("inf") else MOST_COUNTED + 1
+        yield key, int(config) if abs(config) < float("inf") else MAX_COUNT + 1
 
 
-def _said(path: Path) -> dict[str, Any]:
-    """A JSON object, or nothing where the file holds none."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; empty if the file holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

@@ -1,9 +1,9 @@
-"""The version of what spectool writes, and the names of earlier versions as they are called now.
+"""The format version of what spectool writes, and conversion of names from earlier versions.
 
-An artifact's `quantization_config` and the record of draft heads carry `format_version`. What an
-older version named otherwise is renamed while it is read, so that the rest of the code knows the
-names of the present version alone. Unfinished runs and feature stores are not converted: they
-carry the same number and are refused if it is another.
+An artifact's `quantization_config` and the record of draft heads carry `format_version`. Names and
+values of older versions are converted while they are read, so the rest of the code uses those of
+this version only. Unfinished runs and feature stores are not converted: they carry the same number
+and are refused if it differs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 FORMAT_VERSION = 2
 
-# Names of format 1, from the top of the record down; `*` stands for every key of an object.
+# Keys of format 1 by their path from the top of the record; `*` stands for every key.
 CONFIG_NAMES: dict[tuple[str, ...], str] = {("made_by", "head"): "lm_head"}
 HEADS_NAMES: dict[tuple[str, ...], str] = {
     ("options", "law_weight"): "probs_weight",
@@ -21,48 +21,49 @@ HEADS_NAMES: dict[tuple[str, ...], str] = {
     ("training", "pack"): "sequence_packing",
     ("training", "looks"): "evaluations",
 }
-# Values of format 1, by the place where they stand.
+# Values of format 1 by the path of their key.
 CONFIG_VALUES: dict[tuple[str, ...], dict[str, str]] = {
     ("modules", "*", "outside"): {"head": "lm_head"}
 }
 
 
 def upgrade_config(quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an artifact's `quantization_config` with the names and values of this version."""
+    """Convert an artifact's `quantization_config` to the names and values of this version."""
     if not _is_first(quantization):
         return dict(quantization)
-    named: dict[str, Any] = _renamed(quantization, CONFIG_NAMES, CONFIG_VALUES)
-    return named | {"format_version": FORMAT_VERSION}
+    converted: dict[str, Any] = _rename(quantization, CONFIG_NAMES, CONFIG_VALUES)
+    return converted | {"format_version": FORMAT_VERSION}
 
 
 def upgrade_heads(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record of draft heads with the names of this version."""
+    """Convert the record of draft heads to the names of this version."""
     if not _is_first(record):
         return dict(record)
-    named: dict[str, Any] = _renamed(record, HEADS_NAMES, {})
-    return named | {"format_version": FORMAT_VERSION}
+    converted: dict[str, Any] = _rename(record, HEADS_NAMES, {})
+    return converted | {"format_version": FORMAT_VERSION}
 
 
 def _is_first(record: Mapping[str, Any]) -> bool:
+    """Whether a record has format 1."""
     version = record.get("format_version")
-    # True equals 1, and is a damaged number.
+    # `True == 1`, but true is not a version.
     return type(version) is int and version == 1
 
 
-def _renamed(
+def _rename(
     value: Any,
     names: Mapping[tuple[str, ...], str],
     values: Mapping[tuple[str, ...], Mapping[str, str]],
 ) -> Any:
-    """Return a copy of `value` with keys and values replaced; the paths begin at `value`."""
+    """Return a copy of `value` with keys and values replaced; paths start at `value`."""
     if () in values:
         return values[()].get(value, value) if isinstance(value, str) else value
     if not isinstance(value, Mapping):
         return value
-    found = {}
-    for key, each in value.items():
+    renamed = {}
+    for key, inner in value.items():
         inner_names = {path[1:]: new for path, new in names.items() if path[0] in (key, "*")}
         inner_values = {path[1:]: new for path, new in values.items() if path[0] in (key, "*")}
         new_key = inner_names.pop((), key)
-        found[new_key] = _renamed(each, inner_names, inner_values)
-    return found
+        renamed[new_key] = _rename(inner, inner_names, inner_values)
+    return renamed

@@ -1,8 +1,8 @@
-"""What a checkpoint directory says about itself, read without loading a tensor or torch.
+"""Configuration and tensor headers of a checkpoint directory, read without tensors and torch.
 
-A safetensors file is an 8-byte little-endian length, that many bytes of JSON and the tensors'
-bytes. Everything a header may claim wrongly is checked here, so that a damaged file costs the user
-one line and not a crash hours into a run.
+A safetensors file is an 8-byte little-endian length, a header of that many bytes of JSON and the
+tensors' bytes. Every claim of a header is checked here, so that a damaged file ends a run with one
+line before it starts, and not with a crash after hours.
 """
 
 from __future__ import annotations
@@ -37,23 +37,21 @@ INDEX_SUFFIX = ".safetensors.index.json"
 HEADS = foreign.HEADS
 HEADS_FILE = "heads.safetensors"
 
-# The newest layout of artifacts that is read here, and the one that is written.
-
 # A tensor of a numbered block: the list's name and the number.
 _NUMBERED = re.compile(r"(.*?)\.(\d{1,9})\.")
 
-# Groups of names that a line lists.
-_LISTED = 4
+# Most groups of names in one line.
+_MAX_GROUPS = 4
 
-# A longer header than this is a damaged length field: the format's own limit.
+# The format's limit on the header's bytes; a greater length is damaged.
 MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """One tensor in a file: `start` is the offset of its first byte from the file's beginning.
+    """A tensor in a file; `start` is the offset of its first byte from the file's beginning.
 
-    `guard` compares the file with its checksum before anything is read from it.
+    `guard` compares the file with its checksum before the first read.
     """
 
     name: str
@@ -65,10 +63,10 @@ class TensorEntry:
     guard: Guard | None = field(default=None, repr=False, compare=False)
 
     def open(self) -> io.BufferedReader:
-        """The file at the tensor's first byte.
+        """Open the file at the tensor's first byte.
 
         Raises:
-            CheckpointError: the file's bytes are not those that its checksum was made of.
+            CheckpointError: the file does not match its checksum.
         """
         if self.guard is not None:
             self.guard.check()
@@ -85,10 +83,10 @@ class TensorEntry:
 class Layout:
     """A checkpoint's configuration and the headers of all its tensors, by name.
 
-    `checksums` are those of an artifact's files; older ones have none.
+    `checksums`: of an artifact's files by name; empty for artifacts of older versions.
 
     Raises:
-        CheckpointError: what the configuration says about quantization cannot be read.
+        CheckpointError: the configuration's entries about quantization are invalid.
     """
 
     path: Path
@@ -106,17 +104,24 @@ class Layout:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """`quantization_config` as stored, whoever wrote it; None for a dense checkpoint."""
+        """`quantization_config` of any quantizer, an artifact's in the names of this version.
+
+        None for a dense checkpoint.
+        """
         return _quantization(self.config)
 
     @property
     def modules(self) -> dict[str, dict[str, Any]]:
-        """The packed matrices' entries by name; see `packed_entries`. None but in artifacts."""
+        """The packed matrices' entries by name; see `packed_entries`. Empty but for artifacts."""
         return packed_entries(self.quantization) if self.is_packed and self.quantization else {}
 
     @property
     def context(self) -> int | None:
-        """Most tokens the model was made for; None where the configuration does not say."""
+        """The model's context length in tokens; None if the configuration has none.
+
+        Raises:
+            CheckpointError: the length is below 1.
+        """
         text_config = self.config.get("text_config") or self.config
         for key in ("max_position_embeddings", "n_positions"):
             length = text_config.get(key)
@@ -130,37 +135,45 @@ class Layout:
 
     @property
     def is_packed(self) -> bool:
+        """Whether the checkpoint is an artifact of `quantize`."""
         return (self.quantization or {}).get("quant_method") == "spectool"
 
     @property
     def guards(self) -> list[Guard]:
-        """One for each file that is to be compared with its checksum."""
+        """The guards of the files that are compared with their checksums."""
         return guards_of(self.tensors.values())
 
     @property
     def notes(self) -> list[str]:
-        """What a run that reads the checkpoint says about it."""
+        """Lines that a run shows about the checkpoint."""
         if self.is_packed and not self.checksums:
             return [f"{self.path}: {checksums.NONE}"]
         return []
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.tensors.values())
 
     @property
     def files(self) -> list[Path]:
+        """Paths of the weight files, sorted."""
         return sorted({entry.path for entry in self.tensors.values()})
 
 
 def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Find `quantization_config` in a configuration or in that of its text model."""
     text_config = config.get("text_config") or {}
     found = config.get("quantization_config") or text_config.get("quantization_config") or None
     return upgrade_config(found) if found and found.get("quant_method") == "spectool" else found
 
 
 def _check_objects(path: Path, config: Mapping[str, Any]) -> None:
-    """Raises: CheckpointError: what ought to be objects of the configuration are none."""
+    """Check that the nested configurations are JSON objects.
+
+    Raises:
+        CheckpointError: one of them is something else.
+    """
     for key, parent in (
         ("text_config", config),
         ("quantization_config", config),
@@ -173,23 +186,24 @@ def _check_objects(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def guards_of(entries: Iterable[TensorEntry]) -> list[Guard]:
-    """The guards of the files that these tensors lie in, one for each."""
+    """List the guards of the files that hold these tensors, each once."""
     return list(dict.fromkeys(entry.guard for entry in entries if entry.guard is not None))
 
 
 def past_the_last_block(layout: Layout) -> list[str]:
-    """Stored tensors of blocks that the configuration does not count, and of further heads.
+    """List stored tensors of blocks beyond the configured number, and of MTP modules.
 
-    Known from names alone: what else an architecture has no place for, only the model tells.
+    Decided by names alone; other tensors without a module are known only once the model is built
+    (`contents.find_unused`).
     """
     text_config = layout.config.get("text_config") or layout.config
     counts = (text_config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers"))
     count = next((each for each in counts if isinstance(each, int)), None)
     by_list: dict[str, dict[str, int]] = {}
     for name in layout.tensors:
-        if found := _NUMBERED.match(name):
-            by_list.setdefault(found[1], {})[name] = int(found[2])
-    # A tower for images may have more blocks, but not more weights.
+        if match := _NUMBERED.match(name):
+            by_list.setdefault(match[1], {})[name] = int(match[2])
+    # The decoder's list has the most weights; a vision tower may have more blocks.
     blocks = max(
         by_list.values(),
         key=lambda names: sum(layout.tensors[name].num_bytes for name in names),
@@ -203,24 +217,24 @@ def past_the_last_block(layout: Layout) -> list[str]:
 
 
 def grouped(names: Sequence[str]) -> str:
-    """Names in one line: how many, and the first parts that they belong to."""
+    """Summarize tensor names in one line, as the first blocks or modules with their counts."""
     groups: dict[str, list[str]] = {}
     for name in names:
         block = re.match(r"(.*?\.\d+)\.", name)
         groups.setdefault(block[1] if block else name.partition(".")[0], []).append(name)
-    said = [
-        found[0] if len(found) == 1 else f"{part}.* ({len(found)})"
-        for part, found in groups.items()
+    parts = [
+        members[0] if len(members) == 1 else f"{group}.* ({len(members)})"
+        for group, members in groups.items()
     ]
-    more = ", …" if len(said) > _LISTED else ""
-    return f"{', '.join(said[:_LISTED])}{more}"
+    more = ", ..." if len(parts) > _MAX_GROUPS else ""
+    return f"{', '.join(parts[:_MAX_GROUPS])}{more}"
 
 
 def packed_entries(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries `{method, options, shape, …}` of an artifact's `quantization_config`.
+    """Return the checked entries `{method, options, shape, ...}` of an artifact's matrices.
 
     Raises:
-        CheckpointError: a newer format, or entries that say too little.
+        CheckpointError: a newer format, or incomplete entries.
     """
     version = quantization.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -238,32 +252,33 @@ def packed_entries(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     for key in ("source", "made_by"):
         if not isinstance(quantization.get(key) or {}, dict):
             raise CheckpointError(f"{key} is {_brief(quantization[key])}, expected an object")
-    for name, said in modules.items():
-        wanted = _wanting(name, said)
-        if wanted is not None:
-            raise CheckpointError(f"the entry of {name} is {_brief(said)}, expected {wanted}")
+    for name, entry in modules.items():
+        expected = _find_defect(name, entry)
+        if expected is not None:
+            raise CheckpointError(f"the entry of {name} is {_brief(entry)}, expected {expected}")
     return modules
 
 
-def _wanting(name: str, said: Any) -> str | None:
-    """What a packed matrix's entry fails to be; None if it is one."""
-    if not isinstance(said, dict):
+def _find_defect(name: str, entry: Any) -> str | None:
+    """Return what was expected of a packed matrix's invalid entry; None if the entry is valid."""
+    if not isinstance(entry, dict):
         return "an object"
-    if not isinstance(said.get("method"), str) or not isinstance(said.get("options"), dict):
+    if not isinstance(entry.get("method"), str) or not isinstance(entry.get("options"), dict):
         return "a method and its options"
-    shape = said.get("shape")
+    shape = entry.get("shape")
     if not isinstance(shape, list) or len(shape) != 2:
         return "a shape of two numbers"
     if not all(type(length) is int and length > 0 for length in shape):
         return "a shape of two numbers"
-    if "tied" in said and not isinstance(said["tied"], str):
+    if "tied" in entry and not isinstance(entry["tied"], str):
         return "the name of the matrix that it is tied to"
-    if said.get("expert") and not name.rpartition(".")[2].isdecimal():
+    if entry.get("expert") and not name.rpartition(".")[2].isdecimal():
         return "a name that ends with the expert's number"
     return None
 
 
 def _brief(value: Any) -> str:
+    """Format a JSON value for a message, in at most 60 characters."""
     text = "absent" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -271,12 +286,12 @@ def _brief(value: Any) -> str:
 def read_header(
     path: Path, *, guard: Guard | None = None
 ) -> tuple[dict[str, str], list[TensorEntry]]:
-    """The metadata and the tensors of one safetensors file, in the order of their bytes.
+    """Read metadata and tensor entries of one safetensors file, in the order of their bytes.
 
-    `guard` goes with all of them.
+    `guard` becomes that of every entry.
 
     Raises:
-        CheckpointError: the file is absent, empty or cut, or its header contradicts it.
+        CheckpointError: the file is absent, empty or truncated, or its header contradicts it.
     """
     try:
         size = path.stat().st_size
@@ -298,7 +313,7 @@ def read_header(
     try:
         header = json.loads(raw)
         metadata = dict(header.pop("__metadata__", {}))
-        entries = [_entry(path, 8 + length, name, said, guard) for name, said in header.items()]
+        entries = [_entry(path, 8 + length, name, raw, guard) for name, raw in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
         raise CheckpointError(f"{path}: its header is not a safetensors header") from e
     entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
@@ -315,19 +330,20 @@ def read_header(
 
 
 def _entry(
-    path: Path, base: int, name: str, said: dict[str, Any], guard: Guard | None
+    path: Path, base: int, name: str, raw: dict[str, Any], guard: Guard | None
 ) -> TensorEntry:
-    shape = tuple(int(length) for length in said["shape"])
-    first, last = said["data_offsets"]
-    bits = math.prod(shape) * DTYPE_BITS[said["dtype"]]
+    """Check one tensor's entry of a header; offsets count from `base`."""
+    shape = tuple(int(length) for length in raw["shape"])
+    first, last = raw["data_offsets"]
+    bits = math.prod(shape) * DTYPE_BITS[raw["dtype"]]
     if min(shape, default=0) < 0 or first < 0 or 8 * (last - first) != bits:
         raise CheckpointError(
-            f"{path}: {name} is {said['dtype']} {list(shape)}, which is not {last - first} bytes; "
+            f"{path}: {name} is {raw['dtype']} {list(shape)}, which is not {last - first} bytes; "
             "the header is damaged"
         )
     return TensorEntry(
         name=name,
-        dtype=said["dtype"],
+        dtype=raw["dtype"],
         shape=shape,
         path=path,
         start=base + first,
@@ -337,32 +353,32 @@ def _entry(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: absent, unreadable, or not one JSON object.
+        CheckpointError: the file is absent, unreadable, or not one JSON object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
-    return found
+    return value
 
 
 def read_layout(path: Path, *, check: bool = True) -> Layout:
-    """Configuration and headers of the checkpoint in directory `path`.
+    """Read configuration and headers of the checkpoint in directory `path`.
 
     With `check`, an artifact's files are compared with their checksums when tensors are read.
 
     Raises:
-        CheckpointError: no directory, no configuration, no safetensors weights, a damaged file, or
-            an index that names absent files or tensors; or something else than a checkpoint.
+        CheckpointError: not a checkpoint directory, no configuration, no safetensors weights, a
+            damaged file, or an index that names absent files or tensors.
         UnsupportedError: a drafter, an encoder-decoder or a diffusion pipeline.
     """
     foreign.check_place(path)
@@ -382,9 +398,7 @@ def read_layout(path: Path, *, check: bool = True) -> Layout:
 
 
 def _weights(path: Path, config: Mapping[str, Any]) -> Path:
-    """The file of weights or the index of its shards, where transformers looks for it too.
-
-    A single file comes before an index, which may be left over from an earlier save.
+    """Find the weight file, or the index of its shards, as transformers does.
 
     Raises:
         CheckpointError: there is none.
@@ -396,38 +410,39 @@ def _weights(path: Path, config: Mapping[str, Any]) -> Path:
         if Path(named).name != named or not named.endswith((".safetensors", INDEX_SUFFIX)):
             raise CheckpointError(
                 f"{path}: config.json: transformers_weights is {_brief(named)}, expected a "
-                "safetensors file or index beside it"
+                "safetensors file or index in that directory"
             )
         names = [named]
     else:
+        # The single file first: an index may be left over from an earlier save.
         names = [DENSE_FILE, DENSE_INDEX]
-    found = next((path / name for name in names if (path / name).is_file()), None)
-    if found is None:
+    weights = next((path / name for name in names if (path / name).is_file()), None)
+    if weights is None:
         raise foreign.without_weights(path, " or ".join(names))
-    return found
+    return weights
 
 
 def read_checksums(index: Path) -> dict[str, Checksums]:
-    """The checksums of an artifact's files by name, out of its index; none where it has none.
+    """Read the checksums of an artifact's files by name from its index; empty without any.
 
     Raises:
-        CheckpointError: they cannot be read.
+        CheckpointError: the index or its checksums are invalid.
     """
     metadata = read_json(index).get("metadata")
-    said = metadata.get("checksums") if isinstance(metadata, dict) else None
-    return checksums.parse(said, index)
+    stored = metadata.get("checksums") if isinstance(metadata, dict) else None
+    return checksums.parse(stored, index)
 
 
 def read_shards(
     index: Path, stored: Mapping[str, Checksums]
 ) -> tuple[dict[str, str], dict[str, TensorEntry]]:
-    """The metadata of all files that an index names, and their tensors by name.
+    """Read metadata and tensors (by name) of all files that an index names.
 
-    Like transformers, which reads all tensors of these files, whichever of them the index names.
-    Files are guarded by the checksums in `stored`, if there are any.
+    As in transformers, tensors of these files count even if the index does not list them. `stored`
+    are the checksums that guard the files; empty: none is compared.
 
     Raises:
-        CheckpointError: a damaged index or file, or one without a checksum among others with one.
+        CheckpointError: a damaged index or file, or a file that is missing in `stored`.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -439,9 +454,9 @@ def read_shards(
     for file in sorted(set(weight_map.values())):
         path = index.parent / file
         if path.name != file or "\0" in file:
-            raise CheckpointError(f"{index}: names {file!r}, which is not a file beside it")
-        own, entries = read_header(path, guard=checksums.guard(path, stored))
-        metadata.update(own)
+            raise CheckpointError(f"{index}: names {file!r}, which is not a file in its directory")
+        file_metadata, entries = read_header(path, guard=checksums.guard(path, stored))
+        metadata.update(file_metadata)
         tensors.update((entry.name, entry) for entry in entries)
     for name, file in weight_map.items():
         if name not in tensors:

@@ -1,7 +1,7 @@
-"""Hub ids: what is fetched (safetensors, configuration, tokenizer, licence) and how it fails.
+"""Download of checkpoints by hub id: safetensors, configuration, tokenizer and licence.
 
-All traffic goes through huggingface_hub, transformers' own client. Nothing here is needed for
-local directories.
+All traffic goes through huggingface_hub, transformers' own client. Local directories need nothing
+of this module but `is_local`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from spectool.checkpoint.headers import Layout, TensorEntry, read_json
 from spectool.errors import CheckpointError
 
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
-# Some repositories hold the same weights again in another layout.
+# Some repositories also hold the same weights in other layouts.
 DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def is_local(model: str | Path) -> bool:
-    """Whether `model` means a directory here and not a hub id."""
+    """Whether `model` is a local path and not a hub id."""
     text = str(model)
     return (
         isinstance(model, Path)
@@ -31,7 +31,9 @@ def is_local(model: str | Path) -> bool:
 
 
 def fetch(model: str, revision: str | None, *, code: bool = False) -> Path:
-    """The local snapshot of a hub id, its folder named by the commit; with Python files if `code`.
+    """Download a hub id; returns the local snapshot, a folder named by the commit.
+
+    `code`: download Python files too.
 
     Raises:
         CheckpointError: no such id or revision, or the hub cannot be reached.
@@ -48,28 +50,29 @@ def fetch(model: str, revision: str | None, *, code: bool = False) -> Path:
             )
         )
     except Exception as error:
-        # The client's HTTP library changes with its version, and with it the roots of its errors.
+        # The client's versions use different HTTP libraries, whose errors have no common base.
         raise _unreachable(model, error) from error
 
 
 def remote_layout(model: str, revision: str | None) -> Layout:
-    """Configuration and tensor headers of a hub id; no weights travel.
+    """Read configuration and tensor headers of a hub id without downloading weights.
 
     Raises:
         CheckpointError: as `fetch`, or the repository holds no safetensors.
+        UnsupportedError: see `foreign.check_config`.
     """
     import huggingface_hub
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     try:
-        config = huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
-        found = huggingface_hub.get_safetensors_metadata(model, revision=revision)
+        config_path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
+        repository = huggingface_hub.get_safetensors_metadata(model, revision=revision)
     except NotASafetensorsRepoError as error:
         raise CheckpointError(f"{model}: holds no safetensors weights") from error
     except Exception as error:
         raise _unreachable(model, error) from error
     tensors: dict[str, TensorEntry] = {}
-    for file, header in found.files_metadata.items():
+    for file, header in repository.files_metadata.items():
         for name, tensor in header.tensors.items():
             first, last = tensor.data_offsets
             tensors[name] = TensorEntry(
@@ -80,14 +83,15 @@ def remote_layout(model: str, revision: str | None) -> Layout:
                 start=first,
                 num_bytes=last - first,
             )
-    said = read_json(Path(config))
-    foreign.check_config(Path(model), said)
-    return Layout(path=Path(config).parent, config=said, tensors=tensors, metadata={})
+    config = read_json(Path(config_path))
+    foreign.check_config(Path(model), config)
+    return Layout(path=Path(config_path).parent, config=config, tensors=tensors, metadata={})
 
 
 def _unreachable(model: str, error: Exception) -> CheckpointError:
+    """Make the error of a failed download."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CheckpointError(
-        f"{model}: no directory here, and the hub gave nothing: {reason}",
-        hint="a local checkpoint is given by its path",
+        f"{model}: no directory here, and the hub did not provide it: {reason}",
+        hint="give a local checkpoint by its path",
     )

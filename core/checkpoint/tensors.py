@@ -1,7 +1,7 @@
-"""A checkpoint's tensors, one at a time, and what identifies it.
+"""Reading of a checkpoint's tensors, one at a time, and its fingerprint.
 
-Tensors are read with plain file reads into fresh memory. A memory map would keep every page that
-was ever touched in this process's resident set, and the walk promises that only one block is.
+Tensors are read into fresh memory. A memory map would keep every page that was read resident, but
+a block-wise run must hold one block at a time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
-# Larger pieces are no faster, and what a thread frees of them stays with the process.
+# Bytes read at once. Larger pieces are no faster, and memory that a thread frees stays allocated.
 CHUNK = 1 << 22
 
-# Keys of config.json that do not change what the weights compute, or that we write ourselves.
+# Keys of config.json that do not change what the weights compute, or that spectool writes.
 UNHASHED = {"quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
 
 
@@ -42,41 +42,42 @@ class Checkpoint:
 
     layout: Layout
     revision: str | None = None
-    # Reading every byte once is enough.
+    # Cache of `fingerprint`, which reads every byte; a list since the class is frozen.
     _fingerprints: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
+        """The checkpoint's directory."""
         return self.layout.path
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, in its stored dtype, in memory of its own.
+        """Read a tensor in its stored dtype.
 
         Raises:
-            CheckpointError: a dtype torch does not know, or the file shrank meanwhile.
+            CheckpointError: the dtype is not supported, or the file shrank meanwhile.
         """
         return read_tensor(self.layout.tensors[name])
 
     def fingerprint(self) -> str:
-        """`sha256:…` over configuration, tensor names, dtypes, shapes and all bytes.
+        """Return `sha256:...` of configuration, tensor names, dtypes, shapes and all bytes.
 
-        How tensors are spread over files does not matter. One thread a file: hashing releases the
-        interpreter lock and runs at about 1.4 GB/s a core.
+        The distribution of tensors over files does not matter.
         """
         if not self._fingerprints:
-            self._fingerprints.append(self._read_fingerprint())
+            self._fingerprints.append(self._compute_fingerprint())
         return self._fingerprints[0]
 
-    def _read_fingerprint(self) -> str:
+    def _compute_fingerprint(self) -> str:
         entries = sorted(self.layout.tensors.values(), key=lambda entry: entry.name)
+        # Threads: hashing releases the interpreter lock and takes about 1.4 GB/s per core.
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(_digest, entries))
+            digests = list(pool.map(_hash_tensor, entries))
         config = {key: self.layout.config[key] for key in self.layout.config.keys() - UNHASHED}
-        said = [
+        tensors = [
             (entry.name, entry.dtype, entry.shape, digest)
             for entry, digest in zip(entries, digests, strict=True)
         ]
-        text = json.dumps([config, said], sort_keys=True)
+        text = json.dumps([config, tensors], sort_keys=True)
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -87,12 +88,13 @@ def open_checkpoint(
     trust_remote_code: bool = False,
     checksums: bool = True,
 ) -> Checkpoint:
-    """The checkpoint in a local directory, or that of a hub id, fetched if need be.
+    """Open the checkpoint in a local directory, or of a hub id, downloaded if necessary.
 
-    `checksums`: compare each file of an artifact with its own before tensors are read from it.
+    `checksums`: compare each file of an artifact with its checksum before the first read.
 
     Raises:
-        CheckpointError: see `read_layout`; or the hub has no such thing.
+        CheckpointError: see `read_layout` and `hub.fetch`.
+        UnsupportedError: see `read_layout`.
     """
     if hub.is_local(model):
         return Checkpoint(read_layout(Path(model), check=checksums))
@@ -110,7 +112,7 @@ def read_tensors(path: Path, *, guard: Guard | None = None) -> dict[str, torch.T
 
 
 def read_tensor(entry: TensorEntry, *, rows: slice | None = None) -> torch.Tensor:
-    """One tensor from its file, or some of its rows. See `Checkpoint.read`."""
+    """Read a tensor from its file, or a slice of its rows. Raises as `Checkpoint.read`."""
     start, num_bytes, shape = entry.start, entry.num_bytes, entry.shape
     if rows is not None:
         row_bytes = entry.num_bytes // entry.shape[0]
@@ -125,17 +127,21 @@ def read_tensor(entry: TensorEntry, *, rows: slice | None = None) -> torch.Tenso
 
 
 def torch_dtype(entry: TensorEntry) -> torch.dtype:
-    """Raises: CheckpointError: a dtype that spectool does not read."""
+    """Return torch's dtype of a stored tensor.
+
+    Raises:
+        CheckpointError: spectool does not read this dtype.
+    """
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"{entry.path}: {entry.name} has the unknown dtype {entry.dtype}")
     return DTYPES[entry.dtype]
 
 
 def read_rows(entry: TensorEntry, rows: Sequence[int]) -> torch.Tensor:
-    """The given rows of a matrix in its file, [rows, columns].
+    """Read the rows of these numbers of a stored matrix, [rows, columns].
 
     Raises:
-        CheckpointError: it has no such row.
+        CheckpointError: the matrix has no such row.
     """
     for row in rows:
         if not 0 <= row < entry.shape[0]:
@@ -146,25 +152,24 @@ def read_rows(entry: TensorEntry, rows: Sequence[int]) -> torch.Tensor:
 
 
 def same_values(first: TensorEntry, second: TensorEntry) -> bool:
-    """Whether two stored tensors hold the same values; a hub's, of which only headers are here, are
-    taken to."""
+    """Whether two stored tensors hold the same values; True if only headers were downloaded."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     if not (first.path.is_file() and second.path.is_file()):
         return True
-    # Of one checkpoint this is asked by whoever opens it, several times in a run.
-    return _compared(first, second, _stamp(first.path), _stamp(second.path))
+    # Cached: a run opens a checkpoint several times. The stamps make the cache notice a write.
+    return _compare(first, second, _stamp(first.path), _stamp(second.path))
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is written."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    """Return inode, size and modification time of a file."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=64)
-def _compared(first: TensorEntry, second: TensorEntry, *stamps: tuple[int, int, int]) -> bool:
-    """Whether the values of two tensors of one shape and dtype are the same."""
+def _compare(first: TensorEntry, second: TensorEntry, *stamps: tuple[int, int, int]) -> bool:
+    """Compare the values of two stored tensors of one shape and dtype."""
     if not first.shape:
         return torch.equal(read_tensor(first), read_tensor(second))
     step = max(1, CHUNK * first.shape[0] // max(1, first.num_bytes))
@@ -179,23 +184,28 @@ def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite."""
     if not tensor.is_floating_point():
         return True
-    # torch can neither sum eight-bit floats nor ask whether they are finite.
+    # torch has neither `sum` nor `isfinite` for 8-bit floats.
     tensor = tensor.float() if tensor.element_size() == 1 else tensor
-    # The sum is not finite if any element is not; where it overflows by itself, the elements are
-    # asked one by one. Half types are summed in float32: no temporary of the tensor's size.
+    # The sum is not finite if any element is not; since it may also overflow, the elements are then
+    # tested one by one. Half types are summed in float32 without a temporary of the tensor's size.
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return bool(torch.isfinite(tensor.sum(dtype=wide))) or bool(torch.isfinite(tensor).all())
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raises: CheckpointError: `tensor` holds NaN or infinite values."""
+    """Check that no weight is NaN or infinite.
+
+    Raises:
+        CheckpointError: some are.
+    """
     if not all_finite(tensor):
         tensor = tensor.float() if tensor.element_size() == 1 else tensor
         bad = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite")
 
 
-def _digest(entry: TensorEntry) -> str:
+def _hash_tensor(entry: TensorEntry) -> str:
+    """Return the SHA-256 of a stored tensor's bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(CHUNK, entry.num_bytes)))
     with entry.open() as file:
@@ -210,6 +220,6 @@ def _digest(entry: TensorEntry) -> str:
 
 
 def text_fingerprint(value: Any) -> str:
-    """`sha256:…` of anything JSON can hold, such as calibration token ids."""
+    """Return `sha256:...` of a JSON value, such as lists of token ids."""
     text = json.dumps(value, sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

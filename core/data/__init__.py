@@ -1,1 +1,1 @@
-"""Texts, prompts and conversations out of files."""
+"""Reading of texts, prompts and conversations from files and data sets."""

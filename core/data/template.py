@@ -1,6 +1,6 @@
-"""The chat template: conversations written as text, and what ends a turn of theirs.
+"""Rendering of conversations by the chat template, and the tokens that end a turn.
 
-Imports neither torch nor transformers; the tokenizer that holds the template is handed in.
+Imports neither torch nor transformers; the tokenizer that holds the template is an argument.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from spectool.errors import TextError
 
 Template = Mapping[str, Any]
 
-# Arguments of `apply_chat_template` that say how a prompt ends: given, they win.
+# Arguments of `apply_chat_template` for the end of a prompt; the user's override the default.
 ENDING = ("add_generation_prompt", "continue_final_message")
-# Stands for an answer where a template is asked what it writes around one.
+# Placeholder of an answer, to find what a template writes after one.
 ANSWER = "zqxj"
 
 
 def has_template(tokenizer: Any) -> bool:
+    """Whether there is a tokenizer with a chat template."""
     return bool(tokenizer is not None and getattr(tokenizer, "chat_template", None))
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a long text, without special tokens, without the length warning."""
+    """Encode a text of any length, without special tokens and without the length warning."""
     encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     ids: list[int] = encoding["input_ids"]
     return ids
@@ -35,17 +36,19 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def render(
     row: Row, tokenizer: Any, *, template: Template | None = None, prompt: bool = False
 ) -> str:
-    """The row's text; a conversation goes through the tokenizer's chat template.
+    """Return a plain row's text, or render a conversation with the tokenizer's chat template.
+
+    `template`: arguments of the chat template. `prompt`: end with the start of an answer.
 
     Raises:
         TextError: a conversation, but the tokenizer has no template, or its template fails.
     """
     if row.text is not None:
         return row.text
-    place = f"{row.place}: " if row.place else ""
+    location = f"{row.place}: " if row.place else ""
     if not has_template(tokenizer):
         raise TextError(
-            f"{place}a conversation, but the tokenizer has no chat template",
+            f"{location}a conversation, but the tokenizer has no chat template",
             hint="name a plain field with --field; --field turns takes a first turn as it is",
         )
     given = dict(template or {})
@@ -57,37 +60,37 @@ def render(
     if row.tools and takes_tools(tokenizer):
         arguments.setdefault("tools", list(row.tools))
 
-    def written(*, as_json: bool) -> str:
-        messages = [_understood(m, str(tokenizer.chat_template), as_json) for m in row.messages]
-        found: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
-        return found
+    def apply(*, as_json: bool) -> str:
+        messages = [_adapt(m, str(tokenizer.chat_template), as_json) for m in row.messages]
+        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+        return rendered
 
     try:
         try:
-            return written(as_json=False)
+            return apply(as_json=False)
         except TypeError:
-            # Most templates write what a tool is called with from an object, some from its JSON.
-            return written(as_json=True)
+            # Most templates expect the arguments of a tool call as an object, some as its JSON.
+            return apply(as_json=True)
     except Exception as error:
-        # The template is a program from the checkpoint: it may fail in any way, also on purpose.
-        raise TextError(f"{place}the chat template refuses a conversation: {error}") from error
+        # The template is a program from the checkpoint: it may raise any error, also on purpose.
+        raise TextError(f"{location}the chat template refuses a conversation: {error}") from error
 
 
 def takes_tools(tokenizer: Any) -> bool:
-    """Whether the template describes tools to the model."""
+    """Whether the chat template uses descriptions of tools."""
     return "tools" in str(tokenizer.chat_template)
 
 
 def write(
     row: Row, tokenizer: Any, *, template: Template | None = None, prompt: bool = False
 ) -> str:
-    """As `render`, for a row of data: a conversation whose text is lost on the way is an error.
+    """Render a row of data as `render`, and check that a conversation's content is in the text.
 
     Raises:
-        TextError: as `render`; or the template writes nothing of what the turns say.
+        TextError: as `render`; or the template leaves out the content of all turns.
     """
     rendered = render(row, tokenizer, template=template, prompt=prompt)
-    if row.text is None and not _says(row, rendered, tokenizer, template, prompt):
+    if row.text is None and not _keeps_content(row, rendered, tokenizer, template, prompt):
         raise TextError(
             f"{row.place}: the chat template writes nothing of the turns of {row.fields}",
             hint="name another field with --field, or give the template what it asks for with "
@@ -99,7 +102,7 @@ def write(
 def end_of_turn(
     tokenizer: Any, messages: Sequence[Message], template: Template | None = None
 ) -> frozenset[int]:
-    """The special token that the template writes after the answer to these messages, if it does.
+    """Find the special token that the template writes after an answer to these messages, if any.
 
     Raises:
         TextError: the template fails.
@@ -112,9 +115,9 @@ def end_of_turn(
 
 
 def ends_of(row: Row, tokenizer: Any, template: Template | None = None) -> frozenset[int]:
-    """The end of a turn of this conversation, which the template could write.
+    """Find the special token that ends an answer in this conversation; empty if there is none.
 
-    None where it refuses to write another answer.
+    Empty also if the template refuses another answer.
     """
     answered = row.messages[-1]["role"] == "assistant"
     try:
@@ -124,21 +127,29 @@ def ends_of(row: Row, tokenizer: Any, template: Template | None = None) -> froze
 
 
 def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """`--template-arg key=value` pairs; values are JSON where they parse as it, else strings."""
-    found: dict[str, Any] = {}
+    """Parse `--template-arg key=value` pairs; values that are not valid JSON are strings.
+
+    Raises:
+        TextError: a pair without `=`.
+    """
+    arguments: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise TextError(f"--template-arg {pair}: expected key=value")
         try:
-            found[key] = json.loads(value)
+            arguments[key] = json.loads(value)
         except ValueError:
-            found[key] = value
-    return found
+            arguments[key] = value
+    return arguments
 
 
-def _understood(message: Message, source: str, as_json: bool) -> dict[str, Any]:
-    """The message as a template of this source knows it: one without tools reads plain turns."""
+def _adapt(message: Message, source: str, as_json: bool) -> dict[str, Any]:
+    """Adapt a message to a template with this source.
+
+    For templates without tools, calls and results become the content of plain turns. `as_json`:
+    write the arguments of calls as JSON.
+    """
     message = dict(message)
     if message["role"] == "tool" and "tool" not in source:
         message["role"] = "user"
@@ -152,27 +163,29 @@ def _understood(message: Message, source: str, as_json: bool) -> dict[str, Any]:
         return message
     if as_json:
         message["tool_calls"] = [
-            {**whole, "function": {**call, "arguments": json.dumps(call.get("arguments"))}}
-            for whole, call in zip(message["tool_calls"], calls, strict=True)
+            {**entry, "function": {**call, "arguments": json.dumps(call.get("arguments"))}}
+            for entry, call in zip(message["tool_calls"], calls, strict=True)
         ]
     return message
 
 
-def _says(row: Row, rendered: str, tokenizer: Any, template: Template | None, prompt: bool) -> bool:
-    """Whether something of what the turns say is in the text."""
+def _keeps_content(
+    row: Row, rendered: str, tokenizer: Any, template: Template | None, prompt: bool
+) -> bool:
+    """Whether the rendered text depends on the content of the turns."""
     if not rendered.strip():
         return False
     contents = [message["content"].strip() for message in row.messages]
     if any(content and content in rendered for content in contents):
         return True
-    # The template may trim or rewrite what is said: then another text would be written of less.
-    silent = tuple(
+    # The template may trim or rewrite content: then turns without content give another text.
+    emptied_turns = tuple(
         {key: "" if key == "content" else value for key, value in message.items()
          if key != "tool_calls"}
         for message in row.messages
     )  # fmt: skip
     try:
-        emptied = dataclasses.replace(row, messages=silent)
+        emptied = dataclasses.replace(row, messages=emptied_turns)
         return rendered != render(emptied, tokenizer, template=template, prompt=prompt)
     except TextError:
         return True

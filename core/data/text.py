@@ -1,8 +1,7 @@
-"""Texts and prompts: from files of several kinds to strings, and to prompts for a tokenizer.
+"""Reading of texts and prompts from files and hub data sets.
 
-Knows .txt, .jsonl, .json and .parquet, plain or as .gz or .xz, and hub data sets; `rows.py` knows
-what their rows hold. Imports neither torch nor transformers; a tokenizer is handed in where one is
-needed.
+Reads .txt, .jsonl, .json and .parquet, plain or as .gz or .xz; `rows.py` interprets the rows.
+Imports neither torch nor transformers; a tokenizer is an argument where one is needed.
 """
 
 from __future__ import annotations
@@ -32,18 +31,21 @@ from spectool.data.template import (
 from spectool.errors import CheckpointError, TextError, require
 
 BUILTIN = "built-in text"
-# Of its kinds, the one that holds something of all of them.
+# The kind of built-in text that mixes all other kinds.
 MIXED = "mixed"
 ROW_KINDS = (".jsonl", ".json", ".ndjson")
 TEXT_KINDS = (".txt", ".md", ".py", ".raw", "")
 HUB_PREFIX = "hub:"
 # Characters of the first row that a run shows.
-SHOWN = 80
+MAX_SHOWN = 80
 
 
 @dataclass(slots=True)
 class Reading:
-    """What was read of a source: how many rows, which fields and as what, and how it begins."""
+    """Summary of what was read from a source: number of rows, their fields, the first text.
+
+    `shapes` counts the rows by fields and by whether they are texts or conversations.
+    """
 
     source: str
     prompts: bool = False
@@ -53,9 +55,9 @@ class Reading:
     tools_left_out: bool = False
 
     def add(self, row: Row, written: str, tokenizer: Any) -> None:
-        """Take a row and its text into account."""
+        """Add a row and its text to the summary."""
         self.num_rows += 1
-        self.first = self.first or written.strip()[:SHOWN]
+        self.first = self.first or written.strip()[:MAX_SHOWN]
         self.shapes[f"{row.fields} as {'text' if row.text is not None else 'a conversation'}"] += 1
         self.tools_left_out |= bool(row.tools) and not takes_tools(tokenizer)
 
@@ -70,7 +72,7 @@ class Reading:
         return line + "; tools left out: the chat template takes none" * self.tools_left_out
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for programs."""
+        """Return the summary for `--json`."""
         return {
             "source": self.source,
             "rows": self.num_rows,
@@ -84,9 +86,10 @@ OnRead = Callable[[Reading], None]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is to be continued: a text, or token ids of a conversation that its template wrote.
+    """A prompt: a text, or the token ids of a conversation rendered by the chat template.
 
-    `ends`: what ends an answer besides the model's own end of text, the template's end of turn.
+    `ends`: tokens that end an answer in addition to the model's end of text: the template's end of
+    turn.
     """
 
     given: str | list[int]
@@ -95,10 +98,10 @@ class Prompt:
 
 
 def read_rows(source: str, *, field: str | None = None, prompts: bool = False) -> Iterator[Row]:
-    """The records of a file or a hub data set (`hub:OWNER/NAME[:CONFIG][:SPLIT]`).
+    """Read the rows of a file or a hub data set (`hub:OWNER/NAME[:CONFIG][:SPLIT]`).
 
-    A .txt file is one text; as a prompt file, one prompt a line. `rows.read_row` says what a row of
-    named fields is taken for.
+    A .txt file is one row, or with `prompts` one row per line. `rows.read_row` interprets rows of
+    named fields; `field` selects one of them.
 
     Raises:
         TextError: no such file, an unknown kind, empty, binary, or a row without the field.
@@ -141,28 +144,29 @@ def read_text(
     max_characters: int | None = None,
     on_read: OnRead = lambda reading: None,
 ) -> str:
-    """All records of all sources as one text, parted by blank lines; the built-in text for none.
+    """Read all rows of all sources as one text, separated by blank lines.
 
-    Hub data sets are streamed and may not end: of each, no more records are asked for once it gave
-    `max_characters`. Files are read whole. `on_read` hears of each source.
+    Without sources, the built-in text. Hub data sets are streamed and may be endless: each is read
+    up to `max_characters`; files are read whole. `on_read` is called with the summary of each
+    source.
 
     Raises:
-        TextError: as `read_rows`; or there is no text in them.
+        TextError: as `read_rows`; or the sources hold no text.
     """
     if not sources:
         return builtin_text()
     texts: list[str] = []
     for source in sources:
-        most = max_characters if source.startswith(HUB_PREFIX) else None
+        limit = max_characters if source.startswith(HUB_PREFIX) else None
         num_characters = 0
         reading = Reading(source)
         for row in read_rows(source, field=field):
             row = suited(row, tokenizer)
             texts.append(write(row, tokenizer, template=template))
             reading.add(row, texts[-1], tokenizer)
-            # With the blank line after it: a stream of empty rows ends as well.
+            # Counting the blank line ends a stream of empty rows as well.
             num_characters += len(texts[-1]) + 2
-            if most is not None and num_characters >= most:
+            if limit is not None and num_characters >= limit:
                 break
         on_read(reading)
     joined = "\n\n".join(texts)
@@ -172,9 +176,9 @@ def read_text(
 
 
 def builtin_text(kind: str | None = None) -> str:
-    """The text that is used where none is given: all its kinds one after another, or one of them.
+    """Return the built-in text: all kinds one after another, or one of them.
 
-    `calibration/SOURCES.md` says where it comes from.
+    Sources: `calibration/SOURCES.md`.
     """
     folder = resources.files("spectool.data").joinpath("calibration")
     files = sorted(
@@ -195,16 +199,15 @@ def read_prompts(
     per_category: int | None = None,
     on_read: OnRead = lambda reading: None,
 ) -> list[Prompt]:
-    """The first `limit` prompts of a file; of these the first `per_category` of each category.
+    """Read the first `limit` prompts of a file, of these the first `per_category` of each category.
 
-    A row that ends with an answer is a prompt up to there, unless `template` has one of `ENDING`.
-    Conversations come back as token ids: the chat template writes its own special tokens, and
-    encoding its text again would add the start token twice.
+    If a row ends with an answer, the prompt is the part before it, unless `template` has one of
+    `ENDING`.
 
     Raises:
-        TextError: as `read_rows`; or there is no prompt in it.
+        TextError: as `read_rows`; or the file holds no prompt.
     """
-    found: list[Prompt] = []
+    result: list[Prompt] = []
     seen: Counter[str | None] = Counter()
     ends: frozenset[int] | None = None
     reading = Reading(source, prompts=True)
@@ -214,43 +217,50 @@ def read_prompts(
             continue
         row = suited(row, tokenizer)
         if row.text is not None or not set(ENDING).intersection(template or ()):
-            row = row.question()
+            row = row.cut_answer()
         text = write(row, tokenizer, template=template, prompt=True)
         reading.add(row, text, tokenizer)
         if row.text is not None:
-            found.append(Prompt(text, row.category))
+            result.append(Prompt(text, row.category))
             continue
         if ends is None:
             ends = ends_of(row, tokenizer, template)
-        found.append(Prompt(encode(tokenizer, text), row.category, ends))
-    if not found:
+        # Token ids: the text holds the template's special tokens already, and encoding it as a
+        # plain text would add the start token again.
+        result.append(Prompt(encode(tokenizer, text), row.category, ends))
+    if not result:
         raise TextError(f"{source}: holds no prompt")
     on_read(reading)
-    return found
+    return result
 
 
 def suited(row: Row, tokenizer: Any) -> Row:
-    """The row as the tokenizer can take it: a question and its answer need no chat template."""
-    return row.joined() if row.joins and not has_template(tokenizer) else row
+    """Join a question and its answer into a plain text if the tokenizer has no chat template."""
+    return row.join_turns() if row.joinable and not has_template(tokenizer) else row
 
 
-def check_ids(ids: Sequence[int], num_tokens: int, giver: str) -> None:
-    """Compare token ids with the rows of a model's embedding.
+def check_ids(ids: Sequence[int], num_tokens: int, origin: str) -> None:
+    """Check that token ids are rows of a model's embedding; `origin` is where they come from.
 
     Raises:
-        CheckpointError: `giver` gives ids that the model has not.
+        CheckpointError: an id outside the embedding.
     """
-    wrong = next((each for each in (max(ids, default=0), min(ids, default=0))
-                  if not 0 <= each < num_tokens), None)  # fmt: skip
+    wrong = next((id for id in (max(ids, default=0), min(ids, default=0))
+                  if not 0 <= id < num_tokens), None)  # fmt: skip
     if wrong is not None:
         raise CheckpointError(
-            f"{giver} gives id {wrong}, but the model has only {num_tokens} tokens",
+            f"{origin} gives id {wrong}, but the model has only {num_tokens} tokens",
             hint="the tokenizer's files are another model's, or tokens were added to it and not to "
             "the embedding",
         )
 
 
 def _decode(path: Path) -> str:
+    """Read a plain or compressed UTF-8 text.
+
+    Raises:
+        TextError: unreadable, empty, not UTF-8, or binary.
+    """
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
     try:
         with opener(path, "rb") as file:
@@ -271,12 +281,17 @@ def _decode(path: Path) -> str:
 def _read(
     source: str, records: Iterator[tuple[int, Any]], field: str | None, prompts: bool
 ) -> Iterator[Row]:
+    """Interpret numbered records as rows."""
     for number, record in records:
         yield read_row(record, place=f"{source}:{number}", field=field, prompts=prompts)
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Lines of JSON, or the elements of one list, or one object over several lines."""
+    """Yield the numbered records of JSON lines, of one list, or of one object over several lines.
+
+    Raises:
+        TextError: invalid JSON.
+    """
     records, reason = _parse(text)
     if isinstance(records, (list, dict)):
         yield from enumerate(records if isinstance(records, list) else [records], 1)
@@ -293,6 +308,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _parse(text: str) -> tuple[Any, ValueError | RecursionError | None]:
+    """Parse JSON; returns the value, or None and the error."""
     try:
         return json.loads(text), None
     except (ValueError, RecursionError) as error:
@@ -300,6 +316,12 @@ def _parse(text: str) -> tuple[Any, ValueError | RecursionError | None]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the numbered records of a parquet file.
+
+    Raises:
+        TextError: not a parquet file.
+        MissingExtra: pyarrow is not installed.
+    """
     parquet = require("pyarrow.parquet", extra="data", reason=f"reading {path.name}")
     try:
         file = parquet.ParquetFile(path)
@@ -313,6 +335,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _hub_rows(source: str) -> Iterator[tuple[int, Any]]:
+    """Stream the numbered records of a hub data set.
+
+    Raises:
+        TextError: the data set cannot be read.
+        MissingExtra: datasets is not installed.
+    """
     datasets = require("datasets", extra="data", reason="reading a hub data set")
     name, *rest = source.removeprefix(HUB_PREFIX).split(":")
     config, split = (None, rest[0]) if len(rest) == 1 else (*rest, None, None)[:2]

@@ -1,1 +1,1 @@
-"""Checkpoints as transformers models: blocks, packed matrices, loading."""
+"""Checkpoints as transformers models: architecture, blocks, packed matrices, loading."""

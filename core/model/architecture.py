@@ -1,9 +1,9 @@
-"""A checkpoint's architecture without its weights: blocks, and what each of them is made of.
+"""A checkpoint's architecture without its weights: its blocks and their matrices.
 
 The model is built on the meta device from its configuration, so any size fits. Nothing here is
-written per architecture: the decoder's longest homogeneous list of modules is the list of blocks,
-and inside a block every plain linear layer, transposed Conv1D and fused 3-D expert tensor is a site
-that can be packed.
+written per architecture: the blocks are the decoder's list of modules with the most parameters, and
+inside a block every plain linear layer, transposed Conv1D and slice of a fused 3-D expert tensor
+can be packed.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from spectool.checkpoint.tensors import Checkpoint, check_finite, same_values
 from spectool.errors import UnsupportedError, opening
 from spectool.model.causal import why_not_causal
 from spectool.model.decoder import decoder_of
-from spectool.model.matrices import Matrix, find_matrices, stay_dense
+from spectool.model.matrices import Matrix, explain_dense, find_matrices
 from spectool.model.origins import Origin, find_origins, read_origin, resolve_ties
 from spectool.model.packed import PackedExperts, field_specs, swap_in
 
 
 class Architecture:
-    """The meta model of a checkpoint, dense or packed, with the names of its blocks and sites.
+    """The meta model of a checkpoint, dense or packed, with the names of its blocks and matrices.
 
     Raises:
-        UnsupportedError: an unknown or unsuitable architecture, or packed by another tool.
+        UnsupportedError: an unknown or unsuitable architecture, or quantized by another tool.
         CheckpointError: tensors of the architecture are in no file, or have another shape.
     """
 
@@ -57,8 +57,9 @@ class Architecture:
             by = layout.quantization.get("quant_method", "an unnamed method")
             raise UnsupportedError(f"{layout.path}: is quantized by {by}, not by spectool")
         self.modules = layout.modules
-        found = resolve(layout, self.config, trust_remote_code=trust_remote_code, compare=True)
-        self.model, self.origins, self.untied = found
+        self.model, self.origins, self.untied = resolve(
+            layout, self.config, trust_remote_code=trust_remote_code, compare=True
+        )
         self._built = {torch.float32: self.model}
         self.decoder_name, self.blocks = find_blocks(self.model)
 
@@ -69,18 +70,18 @@ class Architecture:
 
     @functools.cached_property
     def zeroed(self) -> dict[str, int]:
-        """Embeddings' weights whose row of the padding token transformers sets to zero when it
-        loads, whatever is stored (Youtu's), with that row."""
-        found = {}
+        """Names of embedding weights with the row of the padding token, if transformers sets that
+        row to zero at loading, whatever is stored (Youtu)."""
+        rows = {}
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 with opening(self.layout.path, "its padding token does not fit its embedding"):
-                    if _loses_padding(_owner(self.model, name), module):
-                        found[f"{name}.weight"] = module.padding_idx
-        return found
+                    if _zeroes_padding(_owner(self.model, name), module):
+                        rows[f"{name}.weight"] = module.padding_idx
+        return rows
 
     def built_in(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The meta model as transformers builds it to run in `dtype`: some tensors have another."""
+        """Return the meta model built to run in `dtype`; some tensors keep another dtype."""
         if dtype not in self._built:
             model = build_meta(self.config, dtype=dtype, trust_remote_code=self._trust_remote_code)
             model.all_tied_weights_keys = dict(self.model.all_tied_weights_keys)
@@ -88,54 +89,56 @@ class Architecture:
         return self._built[dtype]
 
     def matrices(self, block: str) -> list[Matrix]:
-        """The packable matrices of a block, in the order of its modules."""
-        found = find_matrices(self.model.get_submodule(block), block, self._around(block))
-        return [matrix for matrix in found if matrix.parameter not in self._shared]
+        """List the packable matrices of a block, in the order of its modules."""
+        matrices = find_matrices(self.model.get_submodule(block), block, self._parents(block))
+        return [matrix for matrix in matrices if matrix.parameter not in self._shared]
 
     def dense(self, block: str) -> dict[str, str]:
-        """The block's linear layers and routers that are never packed, with the reason."""
+        """Return the block's linear layers and routers that are never packed, with the reason."""
         module = self.model.get_submodule(block)
         shared = (name for name in self._shared if name.startswith(f"{block}."))
         return {
             **{name.rpartition(".")[0]: "shares its weight with another block" for name in shared},
-            **stay_dense(module, block, self._around(block)),
+            **explain_dense(module, block, self._parents(block)),
         }
 
     @property
     def _shared(self) -> set[str]:
-        """Weights of matrices inside the blocks that are tied to others (Zamba's)."""
+        """Names of weight matrices inside the blocks that are tied to others (Zamba)."""
         ties = self.model.all_tied_weights_keys
         inside = tuple(f"{block}." for block in self.blocks)
         tied = {name for name in (*ties, *ties.values()) if name.startswith(inside)}
         return {name for name in tied if self.model.get_parameter(name).ndim > 1}
 
-    def _around(self, block: str) -> tuple[nn.Module, ...]:
-        """The modules that a block lies in."""
+    def _parents(self, block: str) -> tuple[nn.Module, ...]:
+        """Return the modules that contain a block, outermost first."""
         paths = {block[:end] for end in _ends(block)} - {block}
         return tuple(self.model.get_submodule(path) for path in sorted(paths))
 
     def outside(self, *, own_lm_head: bool = False) -> list[Matrix]:
-        """The embedding and the output matrix: one site if they are tied, unless the output gets
-        a matrix of its own."""
+        """List the matrices outside the blocks: the embedding and the lm_head.
+
+        Tied ones are one matrix, unless `own_lm_head`: then the lm_head is a matrix of its own.
+        """
         names = {id(module): name for name, module in self.model.named_modules()}
         table: Any = self.model.get_input_embeddings()
         output: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         lm_head = names.get(id(output), "")
         tied = f"{lm_head}.weight" in self.model.all_tied_weights_keys
-        found, name = [], names.get(id(table), "")
+        matrices, name = [], names.get(id(table), "")
         if isinstance(table, nn.Embedding):
             shared = lm_head if tied and not own_lm_head else None
-            found.append(_outside(name, f"{name}.weight", "embedding", table, shared))
+            matrices.append(_outer_matrix(name, f"{name}.weight", "embedding", table, shared))
         if isinstance(output, nn.Linear) and (own_lm_head or not tied):
-            found.append(
-                _outside(lm_head, f"{name if tied else lm_head}.weight", "lm_head", output)
+            matrices.append(
+                _outer_matrix(lm_head, f"{name if tied else lm_head}.weight", "lm_head", output)
             )
-        return found
+        return matrices
 
     def holding(self, matrix: Matrix) -> set[str]:
-        """Names of the stored tensors that a site's codes take the place of."""
+        """Return the names of the stored tensors that a matrix's codes replace."""
         if matrix.kind == "lm_head":
-            # A tied matrix stays: it is the embedding's.
+            # A tied tensor is kept: the embedding still uses it.
             return {f"{matrix.name}.weight"} & self.origins.keys()
         names = {matrix.parameter}
         if matrix.tied is not None:
@@ -143,36 +146,37 @@ class Architecture:
         return names & self.origins.keys()
 
     def tensors_of(self, block: str) -> list[str]:
-        """Names of the block's tensors that are stored."""
+        """List the names of the block's tensors that are stored."""
         return [name for name in self.origins if name.startswith(block + ".")]
 
     def tensors_outside(self) -> list[str]:
-        """Names of the stored tensors that belong to no block: embeddings, norms, head, towers."""
+        """List the stored tensors of no block: embeddings, norms, lm_head, vision towers."""
         prefixes = tuple(block + "." for block in self.blocks)
         return [name for name in self.origins if not name.startswith(prefixes)]
 
     def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors in their stored dtypes, merged as the architecture wants them.
+        """Read the named tensors in their stored dtypes, merged as the architecture expects.
 
-        Eight-bit floats, with which torch does not compute, come as bfloat16, which holds them.
+        8-bit floats are converted to bfloat16, which represents them exactly.
 
         Raises:
             CheckpointError: weights that are NaN or infinite.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name in names:
-            if name not in found:
-                read = read_origin(self.model, checkpoint.read, name, self.origins[name])
-                for key, tensor in read.items():
+            if name not in tensors:
+                made = read_origin(self.model, checkpoint.read, name, self.origins[name])
+                for key, tensor in made.items():
                     check_finite(key, tensor)
+                    # torch does not compute with 8-bit floats.
                     eight_bit = tensor.is_floating_point() and tensor.element_size() == 1
-                    found[key] = tensor.bfloat16() if eight_bit else tensor
+                    tensors[key] = tensor.bfloat16() if eight_bit else tensor
                     if key in self.zeroed:
-                        found[key][self.zeroed[key]] = 0
-        return found
+                        tensors[key][self.zeroed[key]] = 0
+        return tensors
 
     def cast(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors in the dtypes that a model which runs in `dtype` has them in."""
+        """Cast tensors to the dtypes that they have in a model that runs in `dtype`."""
         model = self.built_in(dtype)
         like = model.state_dict()
         return {
@@ -189,10 +193,9 @@ class Architecture:
         device: torch.device,
         modules: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> nn.Module:
-        """A real copy of the submodule `name` with these tensors, in eval mode.
+        """Build a real copy of the submodule `name` with these tensors, in eval mode.
 
-        `modules` says which of its matrices are packed in `tensors`; by default those that the
-        checkpoint itself has packed.
+        `modules`: entries of the matrices that are packed in `tensors`; None: the checkpoint's.
         """
         model = self.built_in(dtype)
         module = self._copied(model, name)
@@ -202,7 +205,7 @@ class Architecture:
         with torch.device("meta"):
             swap_in(
                 module,
-                {key: said for key, said in packed.items() if key in specs},
+                {key: entry for key, entry in packed.items() if key in specs},
                 specs,
                 dtype=dtype,
                 prefix=name,
@@ -225,16 +228,12 @@ class Architecture:
                 if buffer is not None and not buffer.is_meta:
                     owner._buffers[key] = buffer.to(device)
         if isinstance(module, PreTrainedModel):
-            # What is packed has other ties than the architecture says.
+            # A mapping computed anew would contain ties that packing has resolved.
             module.tie_weights(recompute_mapping=False)
         return module.eval()
 
     def _copied(self, model: PreTrainedModel, name: str) -> nn.Module:
-        """A copy of a submodule in which buffers that no file holds have their values.
-
-        Modules fill such buffers themselves, or a module around them does (Falcon-H1's): all of
-        them are asked, inner ones first, in the model itself, where they find each other.
-        """
+        """Copy a submodule, with values in the buffers that no file holds."""
         module = model.get_submodule(name)
         unstored = [
             (path, owner._buffers, key)
@@ -243,12 +242,14 @@ class Architecture:
             if buffer is not None and (f"{path}.{key}" if path else key) not in self.origins
         ]
         empty = [buffers[key] for _, buffers, key in unstored]
-        asked = {path[:end] for path, _, _ in unstored for end in _ends(path)}
+        # Such a buffer is filled by its module or by one that contains it (Falcon-H1): all are
+        # initialised, inner ones first, inside the model, since they refer to each other.
+        owners = {path[:end] for path, _, _ in unstored for end in _ends(path)}
         try:
             for (_, buffers, key), buffer in zip(unstored, empty, strict=True):
                 buffers[key] = torch.empty_like(buffer, device="cpu")
             with torch.no_grad():
-                for path in sorted(asked, key=lambda path: (-len(path), path)):
+                for path in sorted(owners, key=lambda path: (-len(path), path)):
                     initialise: Any = _owner(model, path)._init_weights
                     initialise(model.get_submodule(path))
             return copy.deepcopy(module)
@@ -258,17 +259,17 @@ class Architecture:
 
 
 def _ends(path: str) -> Iterator[int]:
-    """Where the names of the modules around a module end in its name, its own included."""
+    """Yield the lengths of the prefixes of `path` that name a module, itself included."""
     yield 0
     if path:
         yield from (at for at, sign in enumerate(path) if sign == ".")
         yield len(path)
 
 
-def _loses_padding(model: PreTrainedModel, embedding: nn.Embedding) -> bool:
-    """Whether the model, asked to fill an embedding that is loaded, empties the padding's row."""
+def _zeroes_padding(model: PreTrainedModel, embedding: nn.Embedding) -> bool:
+    """Whether the model's initialisation sets the padding row of a loaded embedding to zero."""
     if not type(model).__module__.startswith("transformers."):
-        # transformers does not ask foreign code about what is loaded.
+        # transformers does not call it for loaded weights of remote code.
         return False
     row = embedding.padding_idx
     assert row is not None
@@ -282,7 +283,7 @@ def _loses_padding(model: PreTrainedModel, embedding: nn.Embedding) -> bool:
 
 
 def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The innermost model that holds the module: it knows how its buffers are made."""
+    """Return the innermost model that contains a module; its `_init_weights` fills buffers."""
     while True:
         module = model.get_submodule(name)
         if isinstance(module, PreTrainedModel):
@@ -293,68 +294,66 @@ def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
 def _cast(
     name: str, tensor: Tensor, like: Tensor, model: PreTrainedModel, dtype: torch.dtype
 ) -> Tensor:
-    """A tensor in the dtype that transformers would give it; fields of packed matrices as they are.
+    """Cast a tensor as transformers would; `like` is the meta tensor that it replaces.
 
-    `like` is the meta tensor whose place it takes.
+    Fields of packed matrices keep their dtype.
     """
     if not tensor.is_floating_point() or ".q." in name:
         return tensor
-    kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
-    own = (to for part, to in kept.items() if re.search(part.replace("*", ".*"), name))
-    return tensor.to(next(own, like.dtype if like.is_floating_point() else dtype))
+    by_pattern: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    planned = (to for part, to in by_pattern.items() if re.search(part.replace("*", ".*"), name))
+    return tensor.to(next(planned, like.dtype if like.is_floating_point() else dtype))
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a checkpoint.
+    """Read the configuration of a checkpoint.
 
     Raises:
         UnsupportedError: transformers does not know the model type.
         CheckpointError: the configuration contradicts itself.
     """
-    said = read_json(path / "config.json")
-    foreign.check_config(path, said)
+    raw = read_json(path / "config.json")
+    foreign.check_config(path, raw)
     with opening(path, "its config.json is not valid"):
-        plain = with_plain_dtypes(said, path)
+        plain = with_plain_dtypes(raw, path)
         try:
-            if plain == said:
-                return _config_in(path, trust_remote_code)
-            return _config_of(plain, path, trust_remote_code)
+            if plain == raw:
+                return _load_config(path, trust_remote_code)
+            return _make_config(plain, path, trust_remote_code)
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
-            known = "trust_remote_code" in str(error)
-            if not known and said.get("model_type") in CONFIG_MAPPING:
+            is_remote = "trust_remote_code" in str(error)
+            if not is_remote and raw.get("model_type") in CONFIG_MAPPING:
                 raise
-            hint = "--trust-remote-code runs the code in it" if known else None
+            hint = "--trust-remote-code runs the code in it" if is_remote else None
             raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
 
 
-def _config_in(place: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        place, trust_remote_code=trust_remote_code
-    )
+def _load_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     return config
 
 
-def _config_of(said: Mapping[str, Any], path: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The configuration that `said` describes, as if it stood in `path`."""
-    remote = said.get("auto_map")
+def _make_config(raw: Mapping[str, Any], path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Make a configuration of the JSON object `raw`, as if it were read from `path`."""
+    remote = raw.get("auto_map")
     if isinstance(remote, dict):
-        # The code stays where it is.
-        own = {key: f"{path}--{value}" for key, value in remote.items() if "--" not in value}
-        said = {**said, "auto_map": {**remote, **own}}
-    with tempfile.TemporaryDirectory(prefix="spectool-") as place:
-        file = Path(place) / "config.json"
-        file.write_text(json.dumps(said), encoding="utf-8")
-        config = _config_in(file, trust_remote_code)
+        # The remote code is still loaded from `path`.
+        local = {key: f"{path}--{value}" for key, value in remote.items() if "--" not in value}
+        raw = {**raw, "auto_map": {**remote, **local}}
+    with tempfile.TemporaryDirectory(prefix="spectool-") as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(raw), encoding="utf-8")
+        config = _load_config(file, trust_remote_code)
     config._name_or_path = str(path)
     return config
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """The auto class that opens this configuration: a causal model, else a multimodal wrapper.
+    """Return transformers' auto class for this configuration: causal, else image-text-to-text.
 
     Raises:
-        UnsupportedError: neither knows it, or it is an encoder-decoder.
+        UnsupportedError: neither class supports it, or it is an encoder-decoder.
     """
     if foreign.is_encoder_decoder(config):
         raise UnsupportedError(f"{config.model_type} is {foreign.ENCODER_DECODER}")
@@ -371,10 +370,11 @@ def build_meta(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The whole model on the meta device, in eval mode, as built to run in `dtype`.
+    """Build the whole model on the meta device, in eval mode, to run in `dtype`.
 
     Raises:
         CheckpointError: no model can be built of this configuration.
+        UnsupportedError: see `model_class`.
     """
     dense = copy.deepcopy(config)
     if hasattr(dense, "quantization_config"):
@@ -386,7 +386,7 @@ def build_meta(
             model: PreTrainedModel = kind.from_config(
                 dense, dtype=dtype, trust_remote_code=trust_remote_code
             )
-        # Fused expert kernels hide which expert saw which token; the plain loop shows it.
+        # Fused expert kernels do not expose the inputs of each expert; the eager loop does.
         model.set_experts_implementation("eager")
     model.train(False)
     return model
@@ -399,10 +399,10 @@ def resolve(
     trust_remote_code: bool = False,
     compare: bool = False,
 ) -> tuple[PreTrainedModel, dict[str, Origin], bool]:
-    """The meta model of a dense or packed checkpoint, where each of its tensors comes from, and
-    whether matrices that the configuration ties are not.
+    """Build the meta model of a dense or packed checkpoint and resolve its tensors' origins.
 
-    Whether two stored matrices are tied is seen if they are to be read (`compare`).
+    Returns the model, the origin of each stored tensor, and whether matrices that the configuration
+    ties are stored with different values; that is tested with `compare` only, which reads them.
 
     Raises:
         UnsupportedError: a model that is not causal.
@@ -413,7 +413,8 @@ def resolve(
         entries = [layout.tensors[origin.stored[0][0]] for origin in (first, second)]
         return not compare or same_values(*entries)
 
-    with contents.bounded(layout):
+    # Every check comes before anything of the model's size is allocated.
+    with contents.limit_parameters(layout):
         model = build_meta(config, trust_remote_code=trust_remote_code)
     check_causal(model, layout.path)
     with opening(layout.path, "its tensors do not fit its configuration"):
@@ -434,7 +435,11 @@ def resolve(
 
 
 def check_causal(model: PreTrainedModel, path: Path) -> None:
-    """Raises: UnsupportedError: logits of a token depend on later ones."""
+    """Check that a token's logits do not depend on later tokens.
+
+    Raises:
+        UnsupportedError: they do.
+    """
     decoder: nn.Module = decoder_of(model) or model
     reason = why_not_causal(model.config.get_text_config(), decoder.modules())
     if reason is not None:
@@ -442,14 +447,14 @@ def check_causal(model: PreTrainedModel, path: Path) -> None:
 
 
 def _missing(model: PreTrainedModel, layout: Layout, origins: Mapping[str, Origin]) -> list[str]:
-    """Tensors of the architecture that are in no file."""
+    """List the tensors of the architecture that are in no file."""
     wanted, modules = model.state_dict(keep_vars=True), layout.modules
     expected = set(wanted) - {
-        name if said.get("expert") else f"{name}.weight" for name, said in modules.items()
+        name if entry.get("expert") else f"{name}.weight" for name, entry in modules.items()
     }
-    if any(said.get("expert") for said in modules.values()):
+    if any(entry.get("expert") for entry in modules.values()):
         expected -= {name.rpartition(".")[0] for name in modules}
-    # A module that two others share has two names, and its tensors are stored under one.
+    # A module shared by two others has two names; its tensors are stored under one of them.
     shared = {id(wanted[name]) for name in wanted.keys() & origins.keys()}
     optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "$^")
     return sorted(
@@ -460,28 +465,28 @@ def _missing(model: PreTrainedModel, layout: Layout, origins: Mapping[str, Origi
 
 
 def _shape_of(model: PreTrainedModel, layout: Layout, name: str, origin: Origin) -> torch.Size:
-    """The shape of a model's tensor as it would be read, joined on the meta device if need be."""
+    """Return the shape that a model's tensor would be read with, converted on the meta device."""
     if origin.converter is None:
         return torch.Size(layout.tensors[origin.stored[0][0]].shape)
-    return read_origin(model, functools.partial(_shell, layout), name, origin)[name].shape
+    return read_origin(model, functools.partial(_meta_tensor, layout), name, origin)[name].shape
 
 
-def _shell(layout: Layout, name: str) -> Tensor:
-    """A tensor of the stored shape without values."""
+def _meta_tensor(layout: Layout, name: str) -> Tensor:
+    """Return a meta tensor of a stored tensor's shape."""
     return torch.empty(layout.tensors[name].shape, device="meta")
 
 
 def unused_tensors(model: PreTrainedModel, layout: Layout) -> list[str]:
-    """Names of a dense checkpoint's stored tensors that no module of this model takes."""
+    """List a dense checkpoint's stored tensors that no module of this model takes."""
     if layout.quantization is not None:
         return []
     origins = find_origins(model, layout.tensors)
     taken = [key for origin in origins.values() for key, _ in origin.stored]
-    return contents.left_over(model, layout.tensors, taken)
+    return contents.find_unused(model, layout.tensors, taken)
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
-    """The decoder's name in the model and the names of its blocks, in order.
+    """Return the decoder's name in the model and the names of its blocks, in order.
 
     Raises:
         UnsupportedError: the decoder has no list of blocks.
@@ -498,7 +503,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
 
 
 def _block_lists(decoder: nn.Module, names: Mapping[int, str]) -> list[nn.ModuleList]:
-    """Lists of modules with matrices inside a decoder, but for those of other models in it."""
+    """Find the decoder's lists of modules with matrices, without those of vision towers in it."""
     text = type(getattr(decoder, "config", None))
     towers = tuple(
         f"{names[id(part)]}."
@@ -516,13 +521,14 @@ def _block_lists(decoder: nn.Module, names: Mapping[int, str]) -> list[nn.Module
     ]
 
 
-def _outside(
+def _outer_matrix(
     name: str,
     parameter: str,
     kind: Literal["embedding", "lm_head"],
     module: nn.Linear | nn.Embedding,
     tied: str | None = None,
 ) -> Matrix:
+    """Describe the embedding or the lm_head as a matrix."""
     rows, width = module.weight.shape
     return Matrix(
         name=name, parameter=parameter, kind=kind, shape=(rows, width), transposed=False, tied=tied
@@ -530,7 +536,7 @@ def _outside(
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a `--skip` pattern means this name: a glob, or some of its dotted parts in order."""
+    """Whether a `--skip` pattern matches a name: a glob, or consecutive dotted parts of it."""
     if any(sign in pattern for sign in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return f".{pattern}." in f".{name}."

@@ -1,10 +1,10 @@
-"""Running a checkpoint one block at a time, so that any size fits.
+"""Block-by-block execution of a checkpoint, so that any size fits.
 
-The model's own forward is used for everything around the blocks: once to learn what each block is
-called with (masks, positions), and once at the end to turn hidden states into logits. In between,
-blocks are loaded, run and freed by the caller. Nothing is written per architecture.
+The model's own forward runs everything outside the blocks: first to record the arguments that each
+block is called with (masks, positions), at the end to turn hidden states into logits. In between,
+the caller loads, runs and frees the blocks. Nothing is written per architecture.
 
-Shapes: S sequences, B sequences of a batch, L tokens of each, D width, V vocabulary.
+Shapes: S sequences, B sequences of a batch, L tokens of each, D width, V vocabulary, N tokens.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from spectool.model.architecture import Architecture
 from spectool.model.packed import EmbeddingRows, PackedEmbedding, PackedLinear
 
 
-class _Unlike(ValueError):
-    """Something that walking supposes of a model is not so; the words say what is instead."""
+class _NotWalkable(ValueError):
+    """A property of a model that block-by-block execution cannot handle, described by the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a block is called with besides its hidden states."""
+    """Arguments of a block's call besides its hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class BlockProbe(nn.Module):
-    """Stands in for a block: notes how it is called and passes on what it is told to.
+    """Stand-in for a block: records its call and returns its input, or `override` if set.
 
-    `more` are the values returned after the hidden states; None: these alone, in no tuple. `times`
-    counts the calls.
-    `reached` names what the model around does to the block besides calling it.
+    `more`: values returned in a tuple after the hidden states; None: hidden states alone. `times`:
+    number of calls. `reached`: names of tensors and methods of the block that the model uses.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -60,43 +59,44 @@ class BlockProbe(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return _Glance(object.__getattribute__(self, "block"), self.reached).see(name)
+            return _BlockView(object.__getattribute__(self, "block"), self.reached)._view(name)
 
     def forward(self, hidden_BLD: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if hidden_BLD is None:
-            raise _Unlike("its blocks are called with something else than hidden states first")
+            raise _NotWalkable("its blocks are called with something else than hidden states first")
         self.seen, self.call = hidden_BLD, Call(args, kwargs)
         self.times += 1
         passed = hidden_BLD if self.override is None else self.override
         return passed if self.more is None else (passed, *self.more)
 
 
-class _Glance:
-    """A module as its parent may look at it: plain attributes, of it and of modules inside.
+class _BlockView:
+    """View of a module's attributes, and of those of modules inside, for the module's parent.
 
-    Tensors and methods are given too, but noted in `reached`: a parent that uses them changes its
-    blocks, or computes with their weights, and the blocks that are run are copies.
+    Uses of tensors and methods are recorded in `reached`: the blocks that run are copies, so the
+    parent must neither change its blocks nor compute with their weights.
     """
 
     def __init__(self, module: nn.Module, reached: set[str]) -> None:
         self._module, self._reached = module, reached
 
-    def see(self, name: str) -> Any:
+    def _view(self, name: str) -> Any:
+        """Return an attribute, a module as a view."""
         value = getattr(self._module, name)
         if isinstance(value, nn.Module):
-            return _Glance(value, self._reached)
+            return _BlockView(value, self._reached)
         if isinstance(value, Tensor) or callable(value):
             self._reached.add(name)
         return value
 
     def __getattr__(self, name: str) -> Any:
-        return self.see(name)
+        return self._view(name)
 
 
 class StoredRows(EmbeddingRows):
-    """An embedding that reads its rows from a file: a large table would outweigh the blocks.
+    """Embedding that reads the rows of a batch from a file: a table may be larger than a block.
 
-    The row `zeroed`, if any, counts as zeros.
+    `zeroed`: a row that counts as zeros, or None.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class StoredRows(EmbeddingRows):
 
 
 class ModelShell:
-    """Embeddings, final norm and, if asked for, head of a checkpoint, with taps for blocks.
+    """Embeddings, final norm and optionally lm_head of a checkpoint, with probes as its blocks.
 
-    `table` is a packed embedding that takes the place of the stored one.
+    `table`: a packed embedding that replaces the stored one.
 
     Raises:
         UnsupportedError: the model does more between its blocks than pass hidden states on.
@@ -156,7 +156,7 @@ class ModelShell:
         names = [name for name in needed if not ((by_rows or table is not None) and name == rows)]
         tensors: dict[str, Tensor] = {}
         for name in names:
-            # Converted one by one, so that two copies of a large table never meet.
+            # Cast one by one: only one tensor at a time is in memory in both dtypes.
             tensors |= architecture.cast(architecture.read(checkpoint, [name]), dtype)
         model: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
         if table is not None:
@@ -175,7 +175,7 @@ class ModelShell:
         self._probe()
 
     def _probe(self) -> None:
-        """Find out what the model expects its blocks to return, and whether it can be walked.
+        """Determine what the model expects its blocks to return; check that it can be walked.
 
         Raises:
             UnsupportedError: see the class.
@@ -187,10 +187,10 @@ class ModelShell:
                 break
             except torch.OutOfMemoryError:
                 raise
-            except _Unlike as error:
+            except _NotWalkable as error:
                 reason = reason or str(error)
             except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
-                # It takes something else of its blocks: a tuple, a longer one, or none.
+                # The model expects another return: a tuple, a longer one, or no tuple.
                 continue
         else:
             reason = reason or "its blocks return other things than hidden states, alone or first"
@@ -203,7 +203,7 @@ class ModelShell:
             )
         more = self.probes[0].more
         if more:
-            # Whether anybody looks at what is returned beside the hidden states.
+            # Unique objects show whether the model passes the other values on to later blocks.
             marks = tuple(object() for _ in more)
             try:
                 self._try(marks)
@@ -219,38 +219,38 @@ class ModelShell:
                 probe.more = more
 
     def _try(self, more: tuple[Any, ...] | None) -> None:
-        """Run two tokens past the taps, which return `more` beside the hidden states.
+        """Run two tokens through the probes, which return `more` after the hidden states.
 
         Raises:
-            _Unlike: hidden states are not [B, L, D] or change between blocks, or blocks are run
-                more than once.
+            _NotWalkable: hidden states are not [B, L, D] or change between blocks, or blocks are
+                run more than once.
         """
         for probe in self.probes:
             probe.more, probe.seen, probe.times = more, None, 0
         ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         if self.with_lm_head and self._forward(ids_BL).ndim != 3:
-            raise _Unlike("logits have not three dimensions")
+            raise _NotWalkable("logits do not have three dimensions")
         if not self.with_lm_head:
             self.embed(ids_BL)
         first = self.probes[0].seen
         if first is None or first.ndim != 3 or first.shape[:2] != (1, 2):
-            raise _Unlike("hidden states have more dimensions than batch, length and width")
+            raise _NotWalkable("hidden states have more dimensions than batch, length and width")
         for probe in self.probes:
             if probe.times > 1:
-                raise _Unlike("blocks are run more than once")
+                raise _NotWalkable("blocks are run more than once")
             if probe.seen is None or not _equal(probe.seen, first):
-                raise _Unlike("hidden states are changed between the blocks")
+                raise _NotWalkable("hidden states are changed between the blocks")
 
     @torch.inference_mode()
     def _forward(self, ids_BL: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=ids_BL, use_cache=False).logits
         return logits
 
-    # Not inference mode: a quantizer differentiates through blocks that are called with the masks
-    # and positions recorded here, and autograd saves no inference tensors.
+    # Not inference mode: quantizers differentiate through blocks called with the masks and
+    # positions recorded here, and autograd cannot save inference tensors.
     @torch.no_grad()
     def embed(self, ids_BL: Tensor) -> Tensor:
-        """The first block's input [B, L, D] for these tokens."""
+        """Compute the first block's input [B, L, D] for these tokens."""
         decoder = self.model.get_submodule(self.architecture.decoder_name)
         decoder(input_ids=ids_BL.to(self.device), use_cache=False)
         seen = self.probes[0].seen
@@ -258,9 +258,14 @@ class ModelShell:
         return seen
 
     def calls(self, batch: int, length: int) -> list[Call]:
-        """How each block is called for `batch` sequences of `length` tokens without padding."""
+        """Record each block's call for `batch` sequences of `length` tokens without padding.
+
+        Raises:
+            UnsupportedError: the arguments depend on the tokens.
+        """
         if (batch, length) not in self._calls:
             recorded = []
+            # Two different texts: their calls must be equal.
             for token in (0, 1):
                 ids_BL = torch.full((batch, length), token, device=self.device)
                 self.embed(ids_BL)
@@ -276,7 +281,7 @@ class ModelShell:
 
     @torch.inference_mode()
     def logits(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
-        """Logits [B, L, V] from the last block's output, by the model's own norm and head."""
+        """Compute logits [B, L, V] of the last block's output with the model's norm and lm_head."""
         self.probes[-1].override = hidden_BLD
         try:
             return self._forward(ids_BL.to(self.device))
@@ -284,7 +289,7 @@ class ModelShell:
             self.probes[-1].override = None
 
     def head_inputs(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
-        """What the last block's output becomes before the output matrix [B, L, D]."""
+        """Compute the lm_head's input [B, L, D] of the last block's output."""
         output: nn.Module = self.model.get_output_embeddings()
         handle = output.register_forward_pre_hook(_stop)
         try:
@@ -293,7 +298,7 @@ class ModelShell:
             return reached.states_BLD
         finally:
             handle.remove()
-        raise AssertionError("the forward does not use the output matrix")
+        raise AssertionError("the forward does not use the lm_head")
 
 
 def check_walkable(
@@ -305,22 +310,20 @@ def check_walkable(
     device: torch.device,
     with_lm_head: bool,
 ) -> ModelShell:
-    """Make sure that blocks can be run one at a time, before anything is written.
-
-    Returns what surrounds them, which need not be built again.
+    """Check that blocks can be run one at a time; returns the shell, for use without a rebuild.
 
     Raises:
         UnsupportedError: see `ModelShell`.
     """
-    around = ModelShell(
+    shell = ModelShell(
         architecture, checkpoint, dtype=dtype, device=device, with_lm_head=with_lm_head
     )
-    around.calls(1, length)
-    return around
+    shell.calls(1, length)
+    return shell
 
 
 class _Reached(Exception):
-    """Ends a forward at the output matrix, with what it would be multiplied with."""
+    """Ends a forward at the lm_head and carries the lm_head's input."""
 
     def __init__(self, states_BLD: Tensor) -> None:
         self.states_BLD = states_BLD
@@ -331,23 +334,20 @@ def _stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 
 def call_block(block: nn.Module, call: Call, hidden_BLD: Tensor) -> Tensor:
-    """One block's output [B, L, D], with gradients if they are enabled."""
+    """Compute one block's output [B, L, D], with gradients if they are enabled."""
     out = block(hidden_BLD, *call.args, **call.kwargs)
     result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
     return result
 
 
 def run_block(block: nn.Module, call: Call, hidden_BLD: Tensor) -> Tensor:
-    """One block's output [B, L, D]."""
+    """Compute one block's output [B, L, D] in inference mode."""
     with torch.inference_mode():
         return call_block(block, call, hidden_BLD)
 
 
 class Activations:
-    """Hidden states [S, L, D] of all sequences between two blocks, in memory or in a file.
-
-    The file loses its name at once, so that it vanishes with the process however that ends.
-    """
+    """Hidden states [S, L, D] of all sequences between two blocks, in memory or in a file."""
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, *, file: Path | None = None
@@ -357,38 +357,41 @@ class Activations:
         if file is None:
             self.hidden_SLD = torch.empty(shape, dtype=dtype)
         else:
-            # Claimed now: a write through a memory map cannot report a full disk, it kills.
+            # Allocated now: on a full disk, a later write to the memory map would kill the process.
             with file.open("wb") as claimed:
                 os.posix_fallocate(claimed.fileno(), 0, max(1, size * dtype.itemsize))
             flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
+            # Without a name, the file disappears with the process, however that ends.
             file.unlink()
             self.hidden_SLD = flat.view(shape)
 
     def another(self) -> Activations:
-        """A further buffer of the same shape and dtype, in the same kind of place."""
+        """Allocate another buffer of the same shape and dtype, in memory or in a file as this."""
         num, length, width = self.hidden_SLD.shape
         return Activations((num, length, width), self.hidden_SLD.dtype, file=self.file)
 
     def batches(self, size: int) -> Iterator[slice]:
-        """Slices over the sequences, `size` at a time."""
+        """Yield slices over the sequences, `size` at a time."""
         for start in range(0, len(self.hidden_SLD), size):
             yield slice(start, min(start + size, len(self.hidden_SLD)))
 
 
 def final_logits(config: Any) -> Callable[[Tensor], Tensor]:
-    """What makes of an output matrix's products a model's logits: as Cohere's and Granite's models
-    (scaled) and Gemma 2's (bounded) have them; for others they are these products, in float32."""
+    """Return the function that turns an lm_head's products into the model's logits, in float32.
+
+    Cohere's and Granite's models scale the products, Gemma 2's cap them by tanh.
+    """
     text = config.get_text_config(decoder=True)
     scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
-    bound = getattr(text, "final_logit_softcapping", None)
-    if scale == 1 and bound is None:
+    cap = getattr(text, "final_logit_softcapping", None)
+    if scale == 1 and cap is None:
         return Tensor.float
 
     def finish(products: Tensor) -> Tensor:
         scaled = products.float()
         if scale != 1:
             scaled = scaled * scale
-        return scaled if bound is None else bound * torch.tanh(scaled / bound)
+        return scaled if cap is None else cap * torch.tanh(scaled / cap)
 
     return finish
 
@@ -398,31 +401,36 @@ def _is_inside(name: str, module: str) -> bool:
 
 
 def _is_of_lm_head(name: str, lm_head: str, decoder: str) -> bool:
-    """Whether a tensor outside the decoder has to do with logits: the output matrix, or a part of
-    the model beside that in which the decoder lies. Towers for images lie in the same."""
+    """Whether a tensor outside the decoder is needed for logits.
+
+    True for the lm_head and for modules outside the decoder's top-level module, which also contains
+    the vision towers.
+    """
     return bool(lm_head) and (
         _is_inside(name, lm_head) or name.partition(".")[0] != decoder.partition(".")[0]
     )
 
 
 def _parts(call: Call | None) -> list[Any]:
-    """What a block was called with, out of tuples and lists."""
-    found: list[Any] = []
+    """List the arguments of a block's call except tensors, with tuples and lists flattened."""
+    parts: list[Any] = []
     waiting: list[Any] = [] if call is None else [*call.args, *call.kwargs.values()]
     while waiting:
         value = waiting.pop()
         if isinstance(value, (tuple, list)):
             waiting += value
         elif not isinstance(value, Tensor):
-            found.append(value)
-    return found
+            parts.append(value)
+    return parts
 
 
 def _name_of(model: nn.Module, module: nn.Module | None) -> str:
+    """Find a module's name in the model; empty if it is not part of it."""
     return next((name for name, part in model.named_modules() if part is module), "")
 
 
 def _equal(first: Any, second: Any) -> bool:
+    """Compare tensors, nested in tuples, lists and dictionaries; other values count as equal."""
     if isinstance(first, Tensor):
         return isinstance(second, Tensor) and torch.equal(first, second)
     if isinstance(first, (tuple, list)):

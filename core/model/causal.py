@@ -1,8 +1,7 @@
-"""Whether a model is causal: no token's logits may depend on later tokens.
+"""Check that a model is causal: no token's logits may depend on later tokens.
 
-transformers' causal mapping also knows encoders with an output matrix, which see the whole text
-unless their configuration makes a decoder of them, and models of other orders. Everything here
-supposes that the next token is predicted from those before it.
+transformers' mapping of causal models also contains encoders with an lm_head, which attend to the
+whole text unless their configuration makes them decoders, and models that predict in other orders.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-# What the configurations of these say does not decide it.
+# Model types that are not causal, whatever their configuration.
 _OTHER_ORDERS = {
     "cpmant": "it sees its prompt as a whole",
     "prophetnet": "it predicts several tokens at once, in streams of their own",
@@ -23,14 +22,14 @@ _OTHER_ORDERS = {
 # transformers before 5.23 gives these no causal mask (measured with 5.17).
 _WITHOUT_MASK = {"big_bird", "doge", "megatron-bert", "rembert", "roformer"}
 
-# What is mended in transformers is known of these two versions only.
+# Faults of transformers that version 5.23 no longer has; versions in between were not tried.
 BEFORE_5_23 = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 
 
 def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
-    """Why a token's logits depend on later ones, None if they do not.
+    """Explain why a token's logits depend on later ones; None if they do not.
 
-    `config` is the text's; `modules` are the decoder's, which know what they were built as.
+    `config`: of the text model; `modules`: of the decoder, as they were built.
     """
     if config.model_type in _OTHER_ORDERS:
         return _OTHER_ORDERS[config.model_type]
@@ -41,8 +40,8 @@ def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
             return f"its configuration says {key} false"
     if getattr(config, "use_bidirectional_attention", False) in (True, "all"):
         return "its configuration says use_bidirectional_attention"
-    # Not the configuration's: that of GPT-NeoX says false and means nothing by it. Nor a whole
-    # model's: XLM's says false where it is an encoder's half.
+    # Not the configuration's `is_decoder`: GPT-NeoX has false without an effect. Nor a whole
+    # model's: XLM has false in the encoder's part.
     layers = (part for part in modules if not isinstance(part, PreTrainedModel))
     if any(getattr(part, "is_decoder", True) is False for part in layers):
         return "its configuration says is_decoder false"

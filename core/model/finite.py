@@ -1,4 +1,4 @@
-"""Where values of a forward first are NaN or infinite."""
+"""Search for the first module of a forward whose output is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HINT = "try --dtype float32; if it is so there too, the checkpoint is broken"
 
 
 def not_finite(whose: str, what: str, where: str) -> NotFinite:
-    """The error of a run whose figures are no numbers: whose, which figure, and where it begins."""
+    """Make the error of a model (`whose`) whose result (`what`) is not finite from `where` on."""
     return NotFinite(
         f"{whose}: {what}: {where} is the first whose output is NaN or infinite", hint=HINT
     )
@@ -24,9 +24,9 @@ def not_finite(whose: str, what: str, where: str) -> NotFinite:
 
 @torch.no_grad()
 def first_not_finite(model: PreTrainedModel, ids_BL: Tensor) -> str | None:
-    """The first module whose output is not finite in a forward of these tokens; None if all are.
+    """Find the embedding, block or lm_head whose output is first not finite; None if all are.
 
-    The embedding, a block, or the output matrix. Runs the model once more.
+    Runs a forward of these tokens.
     """
     try:
         blocks = find_blocks(model)[1]
@@ -35,21 +35,21 @@ def first_not_finite(model: PreTrainedModel, ids_BL: Tensor) -> str | None:
     modules = {name: model.get_submodule(name) for name in blocks}
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[no-untyped-call]
         modules |= {name: module for name, module in model.named_modules() if module is part}
-    found: list[str] = []
+    first: list[str] = []
 
-    def watch(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             state = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(state, Tensor) and not all_finite(state):
-                found.append(name)
+            if not first and isinstance(state, Tensor) and not all_finite(state):
+                first.append(name)
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
     try:
-        called: Any = model
-        called(input_ids=ids_BL.to(model.device), use_cache=False)
+        forward: Any = model
+        forward(input_ids=ids_BL.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return first[0] if first else None

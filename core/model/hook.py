@@ -1,8 +1,8 @@
-"""Teach transformers spectool's format when transformers loads, and not before.
+"""Import hook that registers spectool's format with transformers once transformers is imported.
 
-`import spectool` must suffice for `AutoModelForCausalLM.from_pretrained`, yet `spectool --help`
-must not pay seconds for importing transformers. transformers has no entry points for quantizers,
-so a finder waits for its registry module and registers right after that module was executed.
+`import spectool` must suffice for `AutoModelForCausalLM.from_pretrained`, but `spectool --help`
+must not spend seconds on importing transformers. transformers has no entry points for quantizers,
+so a finder on `sys.meta_path` registers the format right after the registry module was executed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REGISTRY = "transformers.quantizers.auto"
 
 
 def install() -> None:
-    """Register now if transformers' registry is loaded, else as soon as it is."""
+    """Register the format now if transformers' registry is imported, else as soon as it is."""
     if REGISTRY in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -31,6 +31,8 @@ def _register() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    """Finder that wraps the loader of the registry module."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
@@ -44,7 +46,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The registry's own loader, followed by our registration."""
+    """Loader that runs the registry's own loader and then registers the format."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader

@@ -1,4 +1,4 @@
-"""Opening a checkpoint, dense or packed, as a transformers model; and its tokenizer."""
+"""Loading of a checkpoint, dense or packed, as a transformers model, and of its tokenizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from spectool.model.architecture import (
 )
 from spectool.model.packed import packed_modules, unpack_in_place
 
-# `auto` unpacks where the dense weights take at most this share of the memory that is free.
+# `auto` unpacks if the dense weights take at most this share of the free memory.
 DENSE_SHARE = 0.5
 
 GENERATION = "generation_config.json"
@@ -35,7 +35,11 @@ RUNTIMES = ("auto", "packed", "dense")
 
 
 def check_device(name: str) -> torch.device:
-    """Raises: UsageError: no such device, or it is not there."""
+    """Parse the name of a device.
+
+    Raises:
+        UsageError: an unknown name, or a device that is not available.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -57,7 +61,12 @@ def load_model(
     trust_remote_code: bool = False,
     checksums: bool = True,
 ) -> PreTrainedModel:
-    """See `spectool.load`."""
+    """Load a checkpoint as a transformers model; see `spectool.load`.
+
+    Raises:
+        UsageError: an invalid `runtime`, `dtype` or `device`.
+        InputError: see `spectool.load`.
+    """
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     target = check_device(device)
@@ -67,7 +76,7 @@ def load_model(
     model = _open(checkpoint, parse_dtype(dtype), trust_remote_code=trust_remote_code)
     moved: nn.Module = model
     moved.to(target).eval()
-    if runtime == "dense" or (runtime == "auto" and _better_dense(model)):
+    if runtime == "dense" or (runtime == "auto" and _is_better_dense(model)):
         unpack_in_place(model, dtype=model.dtype)
     return model
 
@@ -79,7 +88,7 @@ def load_outside(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model with embeddings, output matrix and norms; its blocks have no weights."""
+    """Load the model's embeddings, lm_head and norms only; its blocks stay on the meta device."""
     architecture = Architecture(checkpoint.layout, trust_remote_code=trust_remote_code)
     tensors = architecture.read(checkpoint, architecture.tensors_outside())
     module: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
@@ -88,34 +97,32 @@ def load_outside(
 
 
 def stated_dtype(layout: Layout) -> torch.dtype | None:
-    """The dtype that a checkpoint says it is to run in.
+    """Return the dtype that a checkpoint's configuration states; None without one.
 
     Raises:
-        CheckpointError: it says one that no model runs in.
+        CheckpointError: not a dtype that models run in.
     """
     text_config = layout.config.get("text_config") or {}
     return configured(layout.config, layout.path) or configured(text_config, layout.path)
 
 
 def own_dtype(layout: Layout) -> torch.dtype:
-    """The dtype that a checkpoint is to run in."""
+    """Return the dtype that a checkpoint states, else float32."""
     return stated_dtype(layout) or torch.float32
 
 
 def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
-    """What a command runs in: the own dtype, or float32 on a processor where that one crawls.
-
-    A processor without instructions for bfloat16 emulates it, and none here has any for float16
-    worth using; float32 holds the values of both exactly.
-    """
-    own = own_dtype(layout)
-    slow = own == torch.float16 or (own == torch.bfloat16 and not machine.has_bfloat16())
-    return torch.float32 if device.type == "cpu" and slow else own
+    """Return the dtype that commands run in: the checkpoint's, or float32 on a CPU slow in it."""
+    # A CPU without instructions for bfloat16 emulates it, and float16 is slow on all CPUs; float32
+    # represents the values of both exactly.
+    stated = own_dtype(layout)
+    slow = stated == torch.float16 or (stated == torch.bfloat16 and not machine.has_bfloat16())
+    return torch.float32 if device.type == "cpu" and slow else stated
 
 
-def _better_dense(model: PreTrainedModel) -> bool:
-    """Whether codes would be unpacked at every forward here, and memory holds them unpacked."""
-    # An output matrix that is learnt has a way of its own, whatever the blocks have.
+def _is_better_dense(model: PreTrainedModel) -> bool:
+    """Whether every forward would unpack the codes, and memory suffices for dense weights."""
+    # Without the lm_head: a fitted one may have a kernel although the blocks have none.
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     packed = {name: part for name, part in packed_modules(model).items() if part is not output}
     if not packed or any(module.has_kernel() for module in packed.values()):
@@ -127,10 +134,10 @@ def _better_dense(model: PreTrainedModel) -> bool:
 def _open(
     checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model with every tensor accounted for.
+    """Load the model with transformers, and check that every tensor was loaded.
 
     Raises:
-        CheckpointError: tensors are missing, left over or of another shape.
+        CheckpointError: tensors are missing, unexpected or of another shape.
         UnsupportedError: a model that is not causal.
     """
     config = read_config(checkpoint.path, trust_remote_code=trust_remote_code)
@@ -139,33 +146,33 @@ def _open(
     quantized = getattr(config, "quantization_config", None) or {}
     if quantized.get("quant_method") == "compressed-tensors":
         require("compressed_tensors", extra="compressed", reason=f"{checkpoint.path}")
-        # Else its modules have no weights before their first forward.
+        # Without it, the modules have no weights before their first forward.
         quantized["dequantize"] = True
     if checkpoint.layout.is_packed:
         quantized[registration.CHECKSUMS] = bool(checkpoint.layout.guards)
     resolved = checkpoint.layout.is_packed or checkpoint.layout.quantization is None
     if resolved:
-        # Before anything is allocated.
+        # Checks the tensors before anything is allocated.
         resolve(checkpoint.layout, config, trust_remote_code=trust_remote_code)
     if (checkpoint.path / GENERATION).exists():
-        # transformers goes on without a damaged one, and the model without its ends of text.
+        # Checked here: transformers ignores a damaged file, and the ids of the end of text with it.
         read_json(checkpoint.path / GENERATION)
     with opening(checkpoint.path, "transformers cannot load it"):
         model, info = model_class(config).from_pretrained(
             checkpoint.path,
             config=config,
-            # None would make transformers forget what the configuration says.
+            # With None, transformers would ignore the dtype in the configuration.
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        # Dense checkpoints of others often carry buffers that transformers no longer wants.
-        found = sorted(map(str, info[kind]))
-        if found and (kind != "unexpected_keys" or checkpoint.layout.is_packed):
+        # Unexpected tensors only in artifacts: dense checkpoints often hold outdated buffers.
+        names = sorted(map(str, info[kind]))
+        if names and (kind != "unexpected_keys" or checkpoint.layout.is_packed):
             word = kind.removesuffix("_keys")
             raise CheckpointError(
-                f"{checkpoint.path}: {len(found)} {word} tensors, among them {found[0]}"
+                f"{checkpoint.path}: {len(names)} {word} tensors, among them {names[0]}"
             )
     if not resolved:
         check_causal(model, checkpoint.path)
@@ -177,13 +184,14 @@ def _open(
 def load_tokenizer(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint.
+    """Load the tokenizer in a checkpoint's directory.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    own = Path(path) / "config.json"
-    config = read_config(own.parent, trust_remote_code=trust_remote_code) if own.is_file() else None
+    folder = Path(path)
+    has_config = (folder / "config.json").is_file()
+    config = read_config(folder, trust_remote_code=trust_remote_code) if has_config else None
     with opening(path, "no tokenizer that transformers can load"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, config=config, revision=revision, trust_remote_code=trust_remote_code
@@ -192,18 +200,18 @@ def load_tokenizer(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """`sha256:…` over tokens and their ids: equal where ids mean the same."""
+    """Return `sha256:...` of the vocabulary, equal for tokenizers with the same ids."""
     return text_fingerprint(tokenizer.get_vocab())
 
 
 def unused_of(model: PreTrainedModel, layout: Layout) -> str | None:
-    """A line for the header of a run on stored tensors that no module takes; None without such."""
+    """Describe stored tensors that no module takes, for the header of a run; None without any."""
     names = unused_tensors(model, layout)
     return unused_line(names, type(model).__name__) if names else None
 
 
 def describe_runtime(model: PreTrainedModel) -> str:
-    """What the weights run as, for the header of a run."""
+    """Describe how the model computes with its weights, for the header of a run."""
     packed = packed_modules(model)
     dtype = str(model.dtype).removeprefix("torch.")
     if packed:

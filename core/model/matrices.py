@@ -1,8 +1,10 @@
-"""The weight matrices inside a module: which of them can be packed, and why others stay dense.
+"""Weight matrices inside a module: which can be packed, and why others stay dense.
 
-A packed matrix takes the place of a module that does one thing, `y = x W^T + b`. Three kinds of
-linear layers look like that and are not: subclasses with another forward, layers whose weight
-somebody else multiplies with, and routers of experts, where a small error sends a token elsewhere.
+A packed matrix replaces a module that only computes `y = x W^T + b`. Three kinds of linear layers
+stay dense: subclasses with another forward, layers whose weight other modules compute with, and
+routers of experts, where a small error sends a token to another expert.
+
+Shapes: n outputs, m inputs; B, L, M, N of a trial input and weight.
 """
 
 from __future__ import annotations
@@ -25,20 +27,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# How the name of a router or of a shared expert's gate ends; gates of other kinds have it too.
+# Last part of the name of a router or of a shared expert's gate; other gates match as well.
 _GATE = re.compile(r"(.*_)?(gate|gating|wg)")
 
-# Asking for these of a weight is not computing with it.
+# Attributes of a weight that can be read without computing with it.
 _METADATA = frozenset({"dtype", "device", "is_cuda"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """One weight matrix that a quantizer may pack.
+    """A weight matrix that a quantizer may pack.
 
-    `name` is the module's, or `<parameter>.<expert>` for a slice of a fused expert tensor;
-    `parameter` the tensor that holds it. `shape` is (outputs, inputs) however it is stored. An
-    embedding may be `tied` to the output matrix of this name.
+    `name`: the module's, or `<parameter>.<expert>` for a slice of a fused expert tensor.
+    `parameter`: the name of the tensor that holds the matrix. `shape`: (outputs, inputs), also if
+    it is stored `transposed`. `tied`: the name of the lm_head that shares an embedding's weight.
     """
 
     name: str
@@ -51,10 +53,11 @@ class Matrix:
 
     @property
     def num_weights(self) -> int:
+        """Number of the matrix's elements."""
         return self.shape[0] * self.shape[1]
 
     def weight_nm(self, tensors: dict[str, Tensor]) -> Tensor:
-        """The matrix [outputs, inputs] out of the block's tensors; a view where possible."""
+        """Return the matrix [n, m] from the block's tensors, as a view."""
         weight = tensors[self.parameter]
         if self.expert is not None:
             weight = weight[self.expert]
@@ -64,11 +67,11 @@ class Matrix:
 def find_matrices(
     block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()
 ) -> Iterator[Matrix]:
-    """The packable matrices inside a module whose full name is `prefix`.
+    """Yield the packable matrices inside the module of name `prefix`.
 
-    `around` are the modules that it lies in.
+    `around`: the modules that contain it.
     """
-    dense = stay_dense(block, prefix, around)
+    dense = explain_dense(block, prefix, around)
     for path, module in block.named_modules(prefix=prefix):
         if path in dense:
             continue
@@ -83,7 +86,7 @@ def find_matrices(
                 name=path, parameter=f"{path}.weight", kind="conv1d", shape=(n, m), transposed=True
             )
         elif hasattr(module, "is_transposed"):
-            # transformers marks fused experts with its experts decorator.
+            # The attribute is set by transformers' decorator of fused experts.
             for key, weight in module.named_parameters(recurse=False):
                 if weight.ndim != 3:
                     continue
@@ -101,81 +104,85 @@ def find_matrices(
                     )
 
 
-def stay_dense(block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()) -> dict[str, str]:
-    """Linear layers of a module, and routers of any class, that are not packed, by full name, with
-    the reason."""
+def explain_dense(
+    block: nn.Module, prefix: str, around: tuple[nn.Module, ...] = ()
+) -> dict[str, str]:
+    """Return the reason for each linear layer, and each router of any class, that is not packed.
+
+    Names are full names, `prefix` that of `block`; `around`: the modules that contain it.
+    """
     read = {
         f"{path}.{name}"
         for path, module in block.named_modules(prefix=prefix)
-        for own, name in _weights_read_by(module)
-        if own
+        for of_self, name in _weights_read_by(module)
+        if of_self
     }
-    # Models around reach their blocks by a loop's variable: the end of the name tells.
+    # Modules around the block refer to blocks by a loop variable: only the name's end is known.
     ends = tuple(f".{name}" for part in around for _, name in _weights_read_by(part))
-    experts = _experts_in(block)
-    found = {}
+    experts = _find_experts(block)
+    reasons = {}
     for path, module in block.named_modules(prefix=prefix):
         weight = module._parameters.get("weight")
         if weight is None or weight.ndim != 2:
             continue
         outputs = module.nf if isinstance(module, Conv1D) else len(weight)
-        # A router of any class: its weight is named by what it does, not as something unknown.
-        if _routes(path.removeprefix(prefix).strip("."), outputs, experts):
-            found[path] = "chooses or weighs experts"
+        # First, so that a router of any class is named as a router.
+        if _is_router(path.removeprefix(prefix).strip("."), outputs, experts):
+            reasons[path] = "chooses or weighs experts"
         elif not isinstance(module, (nn.Linear, Conv1D)):
             continue
         elif not computes_product(_kind(module)):
-            found[path] = f"{type(module).__name__} is no plain linear layer"
+            reasons[path] = f"{type(module).__name__} is no plain linear layer"
         elif path in read or path.endswith(ends):
-            found[path] = "its weight is used outside its forward"
-    return found
+            reasons[path] = "its weight is used outside its forward"
+    return reasons
 
 
 def _kind(module: nn.Module) -> Any:
-    """The module's class, which type checkers take to have no hash: that of its objects is none."""
+    """Return the module's class, as Any: type checkers consider it unhashable."""
     return type(module)
 
 
-def _routes(path: str, outputs: int, experts: Mapping[str, int]) -> bool:
-    """Whether a layer chooses experts or weighs a shared one, or is part of what does.
+def _is_router(path: str, outputs: int, experts: Mapping[str, int]) -> bool:
+    """Whether a layer routes tokens to experts, weighs a shared expert, or is part of a router.
 
-    It is named a router; or it is a gate of about as many outputs as there are experts; or it lies
-    beside the experts, in a gate or with an output for each of them (one, for a shared expert).
-    The number alone tells nothing: keys and values may be as wide as there are experts.
+    `path` is the layer's name in the block; `experts` is the result of `_find_experts`.
     """
     if "router" in path:
         return True
-    if not experts or any(path.startswith(f"{each}.") for each in experts):
+    if not experts or any(path.startswith(f"{name}.") for name in experts):
         return False
     most = max(experts.values())
-    # A router may have some outputs more, for experts that do nothing.
+    # A gate with about as many outputs as experts: some more are for experts that do nothing.
     if _GATE.fullmatch(path.rpartition(".")[2]) and outputs <= 2 * most:
         return True
-    for place, number in experts.items():
-        around = place.rpartition(".")[0]
+    # Next to the experts: in a gate, or with one output for each expert (1 for a shared expert).
+    # The number of outputs alone does not suffice: keys and values may have as many.
+    for name, num_experts in experts.items():
+        around = name.rpartition(".")[0]
         if around and not path.startswith(f"{around}."):
             continue
-        beside, _, inner = path.removeprefix(f"{around}.").partition(".")
-        if _GATE.fullmatch(beside) if inner else outputs in (1, number):
+        sibling, _, inner = path.removeprefix(f"{around}.").partition(".")
+        if _GATE.fullmatch(sibling) if inner else outputs in (1, num_experts):
             return True
     return False
 
 
-def _experts_in(block: nn.Module) -> dict[str, int]:
-    """Where in a module its experts lie, and how many they are."""
-    found: dict[str, int] = {}
+def _find_experts(block: nn.Module) -> dict[str, int]:
+    """Return the number of experts by the name of the module in the block that holds them."""
+    numbers: dict[str, int] = {}
     for path, module in block.named_modules():
         if hasattr(module, "is_transposed"):
             fused = [len(w) for w in module.parameters(recurse=False) if w.ndim == 3]
-            found |= {path: max(fused)} if fused else {}
+            numbers |= {path: max(fused)} if fused else {}
         elif isinstance(module, nn.ModuleList) and "expert" in path.rpartition(".")[2]:
-            found[path] = len(module)
-    return found
+            numbers[path] = len(module)
+    return numbers
 
 
 @functools.cache
 def computes_product(kind: type[nn.Module]) -> bool:
-    """Whether layers of this class compute `y = x W^T + b` and nothing else, tried on numbers."""
+    """Whether layers of this class compute only `y = x W^T + b`, decided by a trial run."""
     if kind.forward in (nn.Linear.forward, Conv1D.forward):
         return True
     generator = torch.Generator().manual_seed(0)
@@ -187,71 +194,77 @@ def computes_product(kind: type[nn.Module]) -> bool:
         layer.weight.copy_(weight_NM if issubclass(kind, nn.Linear) else weight_NM.T)
         layer.bias.copy_(bias_N)
         tried = copy.copy(layer)
-        # The class alone: what its own initialisation would add is not known here.
+        # Only the class changes: the arguments of its constructor are unknown.
         tried.__class__ = kind
         try:
-            found = tried.eval()(x_BLM)
-            wanted = F.linear(x_BLM, weight_NM, bias_N)
-            return isinstance(found, Tensor) and torch.allclose(found, wanted, atol=1e-3)
+            y_BLN = tried.eval()(x_BLM)
+            expected_BLN = F.linear(x_BLM, weight_NM, bias_N)
+            return isinstance(y_BLN, Tensor) and torch.allclose(y_BLN, expected_BLN, atol=1e-3)
         except Exception:
-            # It needs more than a weight and a bias, so it does more than a product.
+            # The forward needs more than a weight and a bias, so it computes more than a product.
             return False
 
 
 def _weights_read_by(module: nn.Module) -> set[tuple[bool, str]]:
-    """Paths of modules whose weight this module's methods compute with, and whether below itself.
+    """Return the paths of modules whose weight this module's methods compute with.
 
-    Read from the source, as running a module of any size is not to be had for a plan. Branches that
-    the module as it is does not take are left out: fused kernels of state-space models take the
-    whole mixer in training, Bloom slices its weights to imitate a way of training.
+    Each with whether the path starts at the module itself. Read from the source code, since a plan
+    cannot run a module of any size.
     """
+    # Without branches that this module never takes: state-space models pass the whole mixer to
+    # fused kernels in training, Bloom slices its weights to imitate tensor-parallel training.
     return {
-        (own, path)
-        for own, path, guards in _reads_of(_kind(module))
-        if not any(_is_settled(guard, module, not guard.taken) for guard in guards)
+        (of_self, path)
+        for of_self, path, guards in _find_reads(_kind(module))
+        if not any(_is_constant(guard, module, not guard.taken) for guard in guards)
     }
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A condition in the source of a Python module, and whether what is read is where it holds."""
+    """A condition around a read in the source of a Python module.
+
+    `source`: the Python module's name. `taken`: whether the read is in the branch where the
+    condition holds.
+    """
 
     condition: CodeType
     source: str
     taken: bool
 
 
-def _is_settled(guard: Guard, module: nn.Module, value: bool) -> bool:
-    """Whether a condition has this value whatever the module is called with."""
+def _is_constant(guard: Guard, module: nn.Module, value: bool) -> bool:
+    """Whether a condition has this value in every call of the module."""
     try:
-        found = eval(guard.condition, vars(sys.modules[guard.source]), {"self": module})
-        return bool(found) is value
+        result = eval(guard.condition, vars(sys.modules[guard.source]), {"self": module})
+        return bool(result) is value
     except Exception:
-        # It needs what only a call knows.
+        # The condition depends on arguments of the call.
         return False
 
 
 @functools.cache
-def _reads_of(kind: type[nn.Module]) -> frozenset[tuple[bool, str, tuple[Guard, ...]]]:
-    found: set[tuple[bool, str, tuple[Guard, ...]]] = set()
-    for each in kind.__mro__:
-        if each.__module__.partition(".")[0] == "torch" or each in (object, PreTrainedModel):
+def _find_reads(kind: type[nn.Module]) -> frozenset[tuple[bool, str, tuple[Guard, ...]]]:
+    """Collect the reads of weights in a class and its bases; see `_WeightReads`."""
+    reads: set[tuple[bool, str, tuple[Guard, ...]]] = set()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] == "torch" or base in (object, PreTrainedModel):
             continue
-        reader = _Reader(each.__module__)
+        reader = _WeightReads(base.__module__)
         try:
-            reader.visit(ast.parse(textwrap.dedent(inspect.getsource(each))))
+            reader.visit(ast.parse(textwrap.dedent(inspect.getsource(base))))
         except (OSError, TypeError, SyntaxError):
-            # A class without a source, made at run time say.
+            # A class without a source, as one made at run time.
             continue
-        found |= reader.found
-    return frozenset(found)
+        reads |= reader.reads
+    return frozenset(reads)
 
 
-class _Reader(ast.NodeVisitor):
-    """Collects `a.b` of every `x.a.b.weight` that is computed with; x may be self."""
+class _WeightReads(ast.NodeVisitor):
+    """Collector of `x.a.b.weight` in computations: (whether x is self, `a.b`, the guards)."""
 
     def __init__(self, source: str) -> None:
-        self.found: set[tuple[bool, str, tuple[Guard, ...]]] = set()
+        self.reads: set[tuple[bool, str, tuple[Guard, ...]]] = set()
         self._source, self._guards = source, list[Guard]()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -282,5 +295,5 @@ class _Reader(ast.NodeVisitor):
             parts.insert(0, inner.attr)
             inner = inner.value
         if node.attr == "weight" and parts and isinstance(inner, ast.Name):
-            self.found.add((inner.id == "self", ".".join(parts), tuple(self._guards)))
+            self.reads.add((inner.id == "self", ".".join(parts), tuple(self._guards)))
         self.generic_visit(node)

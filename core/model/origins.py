@@ -1,8 +1,7 @@
-"""Which stored tensors each tensor of a model comes from, exactly as transformers reads them.
+"""Mapping from a model's tensors to the stored tensors they come from, as in transformers.
 
-The one place where names are resolved: renamings and conversions of an architecture, a base
-model's prefix that is there or not, the same tensor stored twice, matrices that are tied and
-stored under one name, the other, or both.
+Resolves an architecture's renamings and conversions, an optional base model's prefix, tensors that
+are stored twice, and tied matrices that are stored under either name or both.
 """
 
 from __future__ import annotations
@@ -26,21 +25,22 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a model's tensor comes from: the stored names, and the converter that joins them."""
+    """Origin of a model's tensor: the stored names, each with the converter's pattern that it
+    matches, and the converter that merges them (None: stored as it is)."""
 
     stored: tuple[tuple[str, str], ...]
     converter: WeightConverter | None
 
     @classmethod
     def of(cls, key: str) -> Origin:
-        """The tensor stored under this name, as it is."""
+        """Make the origin of a tensor that is stored under this name as it is."""
         return cls(((key, key),), None)
 
 
 def find_origins(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Origin]:
-    """For every tensor of the model that is stored, the stored tensors it comes from.
+    """Find the origin of every tensor of the model that is stored.
 
-    Of two stored tensors that mean the same one, the first in the order of names counts.
+    If several stored names map to one tensor, the first in the order of names counts.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -56,15 +56,15 @@ def find_origins(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Ori
         if name in wanted:
             parts.setdefault(name, []).append((key, pattern))
     origins: dict[str, Origin] = {}
-    for name, found in parts.items():
-        first, pattern = found[0]
+    for name, sources in parts.items():
+        first, pattern = sources[0]
         if pattern is None:
             origins[name] = Origin.of(first)
             continue
         converter = by_pattern[pattern]
-        joined = tuple((key, each) for key, each in found if each is not None)
-        for target in _targets(name, converter):
-            origins[target] = Origin(joined, converter)
+        merged = tuple((key, matched) for key, matched in sources if matched is not None)
+        for target in _list_targets(name, converter):
+            origins[target] = Origin(merged, converter)
     return origins
 
 
@@ -73,17 +73,17 @@ def resolve_ties(
     ties: dict[str, str],
     equal: Callable[[Origin, Origin], bool],
 ) -> bool:
-    """Let tied tensors have one origin, as transformers does, changing `origins` and `ties`.
+    """Give tied tensors one origin, as transformers does; changes `origins` and `ties` in place.
 
-    `ties` maps a tensor to the one whose values it shares. Where only the former is stored, it is
-    the latter's origin; where both are and `equal` says so, the latter counts; where they differ
-    they are not tied. Returns whether that was so for any.
+    `ties` maps a target to the source whose values it shares. Returns whether any pair is stored
+    with different values, and so is not tied.
     """
     untied = False
     for target, source in list(ties.items()):
         if target not in origins:
             continue
         if source not in origins:
+            # Only the target is stored: it is the source's origin.
             origins[source] = origins.pop(target)
         elif equal(origins[target], origins[source]):
             del origins[target]
@@ -94,19 +94,19 @@ def resolve_ties(
 
 
 def read_origin(model: PreTrainedModel, read: Read, name: str, origin: Origin) -> dict[str, Tensor]:
-    """The model's tensor `name`, and what its converter makes beside it; `read` gets a stored one.
+    """Read the model's tensor `name`, and the other tensors that its converter makes with it.
 
-    Tensors keep their stored dtype.
+    `read` reads one stored tensor. Stored dtypes are kept.
     """
     if origin.converter is None:
         return {name: read(origin.stored[0][0])}
     converter = copy.deepcopy(origin.converter)
     first = name
-    for own in origin.converter.target_patterns:
-        if own in name:
-            first = name.replace(own, origin.converter.target_patterns[0])
+    for target_pattern in origin.converter.target_patterns:
+        if target_pattern in name:
+            first = name.replace(target_pattern, origin.converter.target_patterns[0])
     for key, pattern in origin.stored:
-        # transformers annotates futures but takes tensors as well.
+        # Annotated as futures, but tensors are accepted as well.
         converter.add_tensor(first, key, pattern, read(key))  # type: ignore[arg-type]
     made = converter.convert(first, model=model, config=model.config)
     return {
@@ -115,7 +115,7 @@ def read_origin(model: PreTrainedModel, read: Read, name: str, origin: Origin) -
     }
 
 
-def _targets(first: str, converter: WeightConverter) -> list[str]:
-    """All names that a converter makes, given the first: it may split one tensor into several."""
-    head = converter.target_patterns[0]
-    return [first.replace(head, pattern) for pattern in converter.target_patterns]
+def _list_targets(first: str, converter: WeightConverter) -> list[str]:
+    """List the names of all tensors that a converter makes, given that of the first."""
+    first_pattern = converter.target_patterns[0]
+    return [first.replace(first_pattern, pattern) for pattern in converter.target_patterns]

@@ -1,11 +1,11 @@
-"""Packed matrices inside a transformers model: the module every method builds on, and the swap.
+"""Packed matrices in a transformers model: their modules, and their exchange with dense ones.
 
 A packed matrix is a set of named tensors ("fields") below `<module>.q.`; the method that wrote
-them says how they become a matrix again. `dequantize` is the specification of a format; a forward
-may do better, never differently. An embedding is a packed matrix whose rows are looked up; a tied
-output matrix is the same one.
+them defines how to unpack them. `dequantize` is the specification of a format; a `forward` may be
+faster but must compute the same. A packed embedding is a packed matrix whose rows are looked up; a
+tied lm_head shares its fields.
 
-Shapes: n outputs, m inputs, E experts.
+Shapes: n outputs, m inputs, N tokens, V vocabulary, D width, E experts.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from spectool.errors import CheckpointError
 from spectool.methods import resolve
 from spectool.options import Config
 
-# Rows are unpacked, and summed in double precision, in pieces of about this many weights.
+# Weights per piece of rows that is unpacked, or summed in double precision, at once.
 PIECE = 1 << 19
 
-# A field's name -> its dtype and shape: what a safetensors header says about it.
+# Dtype and shape of a packed matrix's fields by name, as in a safetensors header.
 FieldSpec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class Fields(nn.Module):
-    """The buffers of one packed matrix. They move between devices but never change their dtype."""
+    """Buffers of one packed matrix; they move between devices but keep their dtypes."""
 
     def __init__(self, spec: FieldSpec) -> None:
         super().__init__()
@@ -50,10 +50,10 @@ class Fields(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """Base of every method's runtime linear, `y = x W^T + b` with W in packed form.
+    """Base of every method's runtime linear, `y = x W^T + b` with packed W.
 
-    A subclass implements `rows`, or `dequantize` if its rows do not stand alone, and `forward`
-    where it has something faster.
+    A subclass implements `rows`, or `dequantize` if rows cannot be unpacked one by one, and
+    `forward` if it has a faster one.
     """
 
     q: Fields
@@ -67,19 +67,19 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """See `stand_in`."""
-        return stand_in(self.out_features, next(self.q.buffers()).device)
+        """See `make_placeholder`."""
+        return make_placeholder(self.out_features, next(self.q.buffers()).device)
 
     def dequantize(self) -> Tensor:
-        """The matrix W [n, m] in float32, exactly as the codes say."""
+        """Unpack the matrix W [n, m] in float32."""
         return self.rows(slice(None))
 
     def rows(self, rows: slice | Tensor) -> Tensor:
-        """Some of its rows, a slice or their numbers, so that the matrix need never be whole."""
+        """Unpack some rows, a slice or their numbers, in float32."""
         return self.dequantize()[rows]
 
     def pieces(self) -> Iterator[Tensor]:
-        """The same matrix from its first row to its last, in pieces of some rows."""
+        """Yield the unpacked matrix in pieces of consecutive rows."""
         if type(self).rows is PackedLinear.rows:
             yield self.dequantize()
             return
@@ -87,18 +87,18 @@ class PackedLinear(nn.Module):
             yield self.rows(rows)
 
     def row_slices(self) -> Iterator[slice]:
-        """All rows in pieces that stay in cache when they are unpacked."""
+        """Yield slices of all rows, small enough to stay in cache when they are unpacked."""
         size = max(1, PIECE // self.in_features)
         for start in range(0, self.out_features, size):
             yield slice(start, start + size)
 
     @property
     def is_matrix(self) -> bool:
-        """Whether `forward` is a product with one matrix, which can then take its place."""
+        """Whether `forward` is a product with one matrix, so that a dense linear may replace it."""
         return True
 
     def has_kernel(self) -> bool:
-        """Whether `forward` here works on the codes instead of unpacking them each time."""
+        """Whether `forward` computes with the codes on this machine instead of unpacking them."""
         return False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,21 +108,21 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def stand_in(rows: int, device: torch.device) -> Tensor:
-    """A weight for models that initialise their children or ask for a device.
+def make_placeholder(rows: int, device: torch.device) -> Tensor:
+    """Make a placeholder of a weight, for models that initialise their children or read a device.
 
-    It says that it needs no initialisation; a product with it fails, and what else is made of it is
-    NaN. Its width is not 0, for some divide by that.
+    It is marked as initialised. A product with it fails; any other result is NaN.
     """
-    absent = torch.full((1, 1), torch.nan, device=device).expand(rows, 1)
-    absent._is_hf_initialized = True  # type: ignore[attr-defined]
-    return absent
+    # Width 1, not 0: some models divide by the width.
+    placeholder = torch.full((1, 1), torch.nan, device=device).expand(rows, 1)
+    placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+    return placeholder
 
 
 class EmbeddingRows(nn.Module):
-    """Stands in for an embedding, whose weight it takes: `rows` gives those that a batch needs.
+    """Embedding that fetches only the rows of a batch's tokens, by a subclass's `rows`.
 
-    The original module does the rest, so that what it adds (a scale) stays.
+    Calls the original module on these rows, so that what it adds (a scale) is kept.
     """
 
     def __init__(self, embedding: nn.Embedding, device: torch.device | None = None) -> None:
@@ -130,35 +130,35 @@ class EmbeddingRows(nn.Module):
         self.embedding = embedding
         device = device or embedding.weight.device
         del embedding._parameters["weight"]
-        embedding.weight = stand_in(embedding.num_embeddings, device)
-        # It numbers rows of the whole table, and says something of gradients only.
+        embedding.weight = make_placeholder(embedding.num_embeddings, device)
+        # An index into the whole table, which matters for gradients only.
         embedding.padding_idx = None
 
     @property
     def weight(self) -> Tensor:
-        """See `stand_in`."""
+        """See `make_placeholder`."""
         weight: Tensor = self.embedding.weight
         return weight
 
     def rows(self, ids_N: Tensor) -> Tensor:
-        """The rows [N, D] of these tokens, in the dtype of activations."""
-        raise AssertionError("every kind defines this")
+        """Fetch the rows [N, D] of these tokens, in the dtype of activations."""
+        raise AssertionError("every subclass defines this")
 
     def forward(self, ids: Tensor) -> Tensor:
-        used_N, places = torch.unique(ids, return_inverse=True)
-        embedding, empty = self.embedding, self.embedding.weight
+        used_N, inverse = torch.unique(ids, return_inverse=True)
+        embedding, placeholder = self.embedding, self.embedding.weight
         embedding.weight = self.rows(used_N)
         try:
-            found: Tensor = embedding(places)
+            states: Tensor = embedding(inverse)
         finally:
-            embedding.weight = empty
-        return found
+            embedding.weight = placeholder
+        return states
 
 
 class PackedEmbedding(EmbeddingRows):
-    """An embedding whose table is a packed matrix [V, D], which a tied head may share.
+    """Embedding whose table is a packed matrix [V, D], which a tied lm_head may share.
 
-    `like` carries the dtype of activations, so that `.to(dtype)` keeps working; it holds nothing.
+    `like` is an empty tensor in the dtype of activations, so that `.to(dtype)` works.
     """
 
     q: Fields
@@ -167,13 +167,13 @@ class PackedEmbedding(EmbeddingRows):
     def __init__(self, embedding: nn.Embedding, packed: PackedLinear, dtype: torch.dtype) -> None:
         super().__init__(embedding)
         self.q = packed.q
-        # Its fields are this module's; as a child they would be found twice.
+        # Not a child: its fields are registered above, and would be found twice.
         self.__dict__["packed"] = packed
         self.register_buffer("like", torch.zeros(0, dtype=dtype), persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """See `stand_in`."""
+        """See `make_placeholder`."""
         packed: PackedLinear = self.__dict__["packed"]
         return packed.weight
 
@@ -182,24 +182,24 @@ class PackedEmbedding(EmbeddingRows):
         return packed.rows(ids_N).to(self.like.dtype)
 
     def dequantize(self) -> Tensor:
-        """The table [V, D] in float32."""
+        """Unpack the table [V, D] in float32."""
         packed: PackedLinear = self.__dict__["packed"]
         return packed.dequantize()
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """The weight of a linear or an embedding, packed or not."""
+    """Return the weight of a linear or an embedding, unpacked if it is packed."""
     if isinstance(module, (PackedLinear, PackedEmbedding)):
         return module.dequantize()
-    weight: Any = module.weight
-    found: Tensor = weight
-    return found
+    stored: Any = module.weight
+    weight: Tensor = stored
+    return weight
 
 
 class PackedExperts(nn.Module):
-    """Stands in for a fused expert tensor [E, …]: indexing it unpacks one expert's matrix.
+    """Replacement of a fused expert tensor [E, n, m] that unpacks one expert's matrix per index.
 
-    `like` carries the dtype of activations, so that `.to(dtype)` keeps working; it holds nothing.
+    `like` is an empty tensor in the dtype of activations, so that `.to(dtype)` works.
     """
 
     like: Tensor
@@ -221,41 +221,41 @@ class PackedExperts(nn.Module):
 
 
 class Packer(Protocol):
-    """What a quantizer's class offers to the loader; `Quantizer` in the room above adds to it."""
+    """Interface of a quantizer that loading needs; `Quantizer` in quantize extends it."""
 
     Config: type[Config]
 
     @classmethod
     def layout(cls, shape: tuple[int, int], config: Any) -> FieldSpec:
-        """The fields of a matrix of this shape."""
+        """Return the fields of a matrix of this shape."""
         ...
 
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Any) -> PackedLinear:
-        """The runtime linear with empty fields, on the current default device."""
+        """Build the runtime linear with empty fields, on the current default device."""
         ...
 
 
-def build_packed(said: Mapping[str, Any], spec: FieldSpec) -> PackedLinear:
-    """The runtime linear that an artifact's entry (`method`, `options`, `shape`) describes.
+def build_packed(entry: Mapping[str, Any], spec: FieldSpec) -> PackedLinear:
+    """Build the runtime linear of an artifact's entry (`method`, `options`, `shape`).
 
     Raises:
         CheckpointError: the stored fields are not those of such a matrix.
     """
-    packer: Packer = resolve(said["method"], "quantizer")
-    n, m = said["shape"]
-    config = packer.Config.from_dict(said["options"])
+    packer: Packer = resolve(entry["method"], "quantizer")
+    n, m = entry["shape"]
+    config = packer.Config.from_dict(entry["options"])
     expected = packer.layout((n, m), config)
     for field in sorted(spec.keys() | expected.keys()):
         if spec.get(field) != expected.get(field):
             raise CheckpointError(
-                f"field {field} of a packed {n} x {m} matrix is {_said(spec.get(field))}, "
-                f"expected {_said(expected.get(field))}"
+                f"field {field} of a packed {n} x {m} matrix is {_describe(spec.get(field))}, "
+                f"expected {_describe(expected.get(field))}"
             )
     return packer.build(spec, (n, m), config)
 
 
-def _said(header: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+def _describe(header: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "absent" if header is None else f"{header[0]} {list(header[1])}"
 
 
@@ -267,26 +267,26 @@ def swap_in(
     dtype: torch.dtype,
     prefix: str = "",
 ) -> None:
-    """Replace the named matrices of `model` by empty packed ones, biases kept.
+    """Replace the named matrices of `model` by empty packed ones; biases are kept.
 
-    An embedding that is `tied` to an output matrix takes the place of both.
+    An embedding that is `tied` to an lm_head replaces both.
 
-    `modules` are an artifact's entries by name, `specs` the fields' headers by the same names;
-    `prefix` is the name of `model` itself within them.
+    `modules`: an artifact's entries by name. `specs`: the fields of these matrices by name.
+    `prefix`: the name of `model` within these names.
 
     Raises:
         CheckpointError: a name that the model does not have, or fields that are absent.
     """
     experts: dict[str, dict[int, PackedLinear]] = {}
-    for name, said in modules.items():
+    for name, entry in modules.items():
         if name not in specs:
             raise CheckpointError(f"{name}: the artifact says it is packed, but holds no codes")
         local = name.removeprefix(prefix + ".") if prefix else name
         try:
-            packed = build_packed(said, specs[name])
+            packed = build_packed(entry, specs[name])
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from error
-        if said.get("expert"):
+        if entry.get("expert"):
             tensor, _, index = local.rpartition(".")
             experts.setdefault(tensor, {})[int(index)] = packed
             continue
@@ -294,20 +294,22 @@ def swap_in(
         old = getattr(parent, leaf)
         if isinstance(old, nn.Embedding):
             setattr(parent, leaf, PackedEmbedding(old, packed, dtype))
-            if "tied" not in said:
+            if "tied" not in entry:
                 continue
-            parent, leaf = _parent(model, said["tied"])
+            parent, leaf = _parent(model, entry["tied"])
             old = getattr(parent, leaf)
             ties: Any = model.all_tied_weights_keys
-            if ties.pop(f"{said['tied']}.weight", None) is None:
-                raise CheckpointError(f"{said['tied']}: the architecture does not tie it to {name}")
-            # The fields are the embedding's; transformers knows ties of parameters only.
+            if ties.pop(f"{entry['tied']}.weight", None) is None:
+                raise CheckpointError(
+                    f"{entry['tied']}: the architecture does not tie it to {name}"
+                )
+            # Not a child: the fields are the embedding's, and transformers ties only parameters.
             packed.__dict__["q"] = packed._modules.pop("q")
-        elif said.get("outside"):
-            # An output matrix of its own, whatever the architecture ties.
+        elif entry.get("outside"):
+            # An lm_head of its own, even if the architecture ties it.
             getattr(model, "all_tied_weights_keys", {}).pop(f"{local}.weight", None)
         packed.bias = old.bias
-        if said.get("bias") and old.bias is None:
+        if entry.get("bias") and old.bias is None:
             packed.bias = nn.Parameter(torch.empty(packed.out_features, dtype=dtype), False)
         setattr(parent, leaf, packed)
     for local, slices in experts.items():
@@ -315,11 +317,16 @@ def swap_in(
         transposed = bool(parent.is_transposed)
         del parent._parameters[leaf]
         setattr(parent, leaf, PackedExperts(slices, transposed=transposed, dtype=dtype))
-        # Only the loop over experts indexes the tensor; the fused kernels read it whole.
+        # Only the eager loop over experts indexes the tensor; fused kernels read all of it.
         parent.config._experts_implementation = "eager"
 
 
 def _parent(model: nn.Module, name: str) -> tuple[Any, str]:
+    """Return the module that holds `name`, and the attribute's name in it.
+
+    Raises:
+        CheckpointError: the model has no such module.
+    """
     path, _, leaf = name.rpartition(".")
     try:
         parent = model.get_submodule(path)
@@ -334,16 +341,16 @@ def field_specs(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """Group stored tensors `<name>.q.<field>` by name."""
-    found: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
+    specs: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
     for key, header in tensors.items():
         name, infix, field = key.rpartition(".q.")
         if infix:
-            found.setdefault(name, {})[field] = header
-    return found
+            specs.setdefault(name, {})[field] = header
+    return specs
 
 
 def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
-    """Put dense weights in the place of all codes, one matrix after another (`runtime="dense"`)."""
+    """Replace all packed matrices by dense ones, one after another (`runtime="dense"`)."""
     tables: dict[int, nn.Parameter] = {}
     for parent in list(model.modules()):
         for leaf, child in list(parent.named_children()):
@@ -358,7 +365,7 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
                 continue
             if isinstance(child, PackedLinear) and not child.is_matrix:
                 continue
-            # A tied head has the fields of the embedding.
+            # A tied lm_head has the fields of the embedding, and gets the same weight.
             if id(child.q) not in tables:
                 tables[id(child.q)] = nn.Parameter(child.dequantize().to(dtype), False)
             if isinstance(child, PackedEmbedding):
@@ -376,14 +383,12 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
-    """All packed linears of a model by name."""
+    """Return all packed linears of a model by name."""
     return {name: part for name, part in model.named_modules() if isinstance(part, PackedLinear)}
 
 
 def relative_error(weight_nm: Tensor, module: PackedLinear) -> float:
-    """Squared error of the unpacked matrix over the squared norm of `weight_nm`.
-
-    In double precision: squares of weights below 1e-23 or above 1e19 leave float32.
+    """Return the squared error of the unpacked matrix over the squared norm of `weight_nm`.
 
     Raises:
         CheckpointError: the two have different shapes.
@@ -394,14 +399,15 @@ def relative_error(weight_nm: Tensor, module: PackedLinear) -> float:
             f"a packed {shape[0]} x {shape[1]} matrix stands for one of "
             f"{' x '.join(map(str, weight_nm.shape))}; the checkpoints do not belong together"
         )
-    wrong, whole, done = 0.0, 0.0, 0
+    error, norm, done = 0.0, 0.0, 0
     rows = max(1, PIECE // shape[1])
     for piece_nm in module.pieces():
         for restored_rm in torch.split(piece_nm, rows):
+            # Double: squares of weights below 1e-23 or above 1e19 leave the range of float32.
             weight_rm = weight_nm[done : done + len(restored_rm)].double()
-            whole += float(weight_rm.square().sum())
-            wrong += float((restored_rm - weight_rm).square_().sum())
+            norm += float(weight_rm.square().sum())
+            error += float((restored_rm - weight_rm).square_().sum())
             done += len(restored_rm)
-    if whole == 0:
-        return math.inf if wrong else 0.0
-    return wrong / whole
+    if norm == 0:
+        return math.inf if error else 0.0
+    return error / norm

@@ -1,4 +1,4 @@
-"""spectool's format as transformers sees it. Importing this module registers it.
+"""spectool's quantizer for transformers; importing this module registers it.
 
 The weights lie in `packed-*.safetensors` on purpose: without `import spectool`, transformers
 would skip the unknown quantizer and fill the packed layers with random numbers after a warning.
@@ -34,17 +34,18 @@ from spectool.errors import UnsupportedError
 from spectool.model.packed import PackedEmbedding, field_specs, swap_in
 
 if TYPE_CHECKING:
-    # transformers.modeling_utils imports the registry, so this may run in the middle of it.
+    # Not at run time: transformers.modeling_utils imports the registry, so this module may be
+    # imported while that one is.
     from transformers import PreTrainedConfig, PreTrainedModel
 
 QUANT_METHOD = "spectool"
 
-# Beside what `quantization_config` says of the model: whether its files are compared.
+# Extra key of `quantization_config`, set for one load: whether files are compared.
 CHECKSUMS = "checksums"
 
 
 class SpectoolConfig(QuantizationConfigMixin):
-    """`quantization_config` of an artifact. Unknown keys are kept, so that saving loses nothing.
+    """`quantization_config` of an artifact. Unknown keys are kept and saved again.
 
     Raises:
         CheckpointError: see `packed_entries`.
@@ -66,27 +67,27 @@ class SpectoolConfig(QuantizationConfigMixin):
 
 
 class SpectoolQuantizer(HfQuantizer):
-    """Swaps packed linears in before transformers loads their fields like any other buffer."""
+    """Quantizer that swaps packed linears in, whose fields transformers then loads as buffers."""
 
     quantization_config: SpectoolConfig
     requires_calibration = True
 
     def __init__(self, quantization_config: SpectoolConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        # Asked of this load, and nothing that a saved configuration says.
+        # Removed: an option of this load, not part of the saved configuration.
         self._checksums = quantization_config.__dict__.pop(CHECKSUMS, True)
         self._checking: Checking | None = None
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        # The one hook that is given the configuration before the weight files are looked up.
+        # The only hook that gets the configuration before the weight files are looked up.
         config.transformers_weights = PACKED_INDEX
         return config
 
-    # transformers 5.17 does not know that hook, and calls this one there.
+    # transformers 5.17 has no such hook, and calls this one at that point.
     update_tp_plan = update_attn_implementation
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
-        # transformers would unfuse some experts for quantizers that know only nn.Linear.
+        # Overridden to do nothing: transformers would unfuse some experts.
         pass
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -107,7 +108,8 @@ class SpectoolQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         del model.config.transformers_weights
         if not any(parameter.is_floating_point() for parameter in model.parameters()):
-            # transformers asks a model's parameters for its dtype: norms without weights have none.
+            # transformers takes a model's dtype from its parameters; if norms have no weights and
+            # everything else is packed, there are none.
             for part in model.modules():
                 if isinstance(part, PackedEmbedding):
                     like = part.like

@@ -1,4 +1,4 @@
-"""Nothing half-written is taken for whole, nothing old is lost, and a rerun goes on."""
+"""Artifacts are written atomically, old ones are kept until then, and a rerun continues."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEMPLATE = "additional_chat_templates/tool.jinja"
 
 
 def small(*others: str) -> dict[str, bytes]:
-    """The small files of an artifact, whose index lists them and these others."""
+    """Make the small files of an artifact, whose index lists them and `others`."""
     files = ["config.json", PACKED_INDEX, *others]
     return {
         "config.json": b"{}",
@@ -188,12 +188,12 @@ def test_overwrite_leaves_alone_an_artifact_with_something_else_in_it(
     else:
         (out / PACKED_INDEX).write_text("{" if kind == "damaged index" else "{}")
     before = contents(tmp_path)
-    for place in (out, tmp_path / "other"):
+    for target in (out, tmp_path / "other"):
         with pytest.raises(UsageError) as caught:
-            complete(place, 2.0, overwrite=True)
+            complete(target, 2.0, overwrite=True)
         assert FOREIGN[kind] in str(caught.value) and "not written by spectool" in str(caught.value)
         assert "\n" not in str(caught.value) and "move it away" in str(caught.value.hint)
-        if place == out:
+        if target == out:
             # The same where an older OUT would go to: found before anything is computed.
             out.rename(tmp_path / "other.replaced")
     assert contents(tmp_path) == {
@@ -216,7 +216,7 @@ def test_foreign_file_where_the_older_out_would_go(tmp_path: Path) -> None:
 
 def test_what_appears_in_out_during_a_run_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for overwrite, said in ((False, "exists already"), (True, r"holds notes\.txt")):
+    for overwrite, message in ((False, "exists already"), (True, r"holds notes\.txt")):
         with ArtifactWriter(out, identity=IDENTITY, overwrite=overwrite) as writer:
             if writer.report(SHARD) is None:
                 writer.write_shard(SHARD, shard(1.0), {}, {"value": 1.0})
@@ -225,7 +225,7 @@ def test_what_appears_in_out_during_a_run_is_not_replaced(tmp_path: Path) -> Non
             else:
                 complete(tmp_path / "other")
                 (tmp_path / "other").rename(out)
-            with pytest.raises(UsageError, match=said):
+            with pytest.raises(UsageError, match=message):
                 writer.finish(small(SHARD))
     (out / "notes.txt").unlink()
     with ArtifactWriter(out, identity=IDENTITY, overwrite=True) as writer:
@@ -284,7 +284,7 @@ def test_left_over_manifest_without_a_run_does_not_matter(tmp_path: Path) -> Non
 
 
 def crash_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the process "die" right before the n-th rename or removal from now on."""
+    """Raise, as if the process died, right before the n-th rename or removal from now on."""
     count = iter(range(1, 100))
 
     def mortal(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -316,7 +316,7 @@ def test_a_death_before_any_rename_ends_with_the_same_bytes(
             complete(out, 2.0, overwrite=overwrite)
     whole = out.exists() and contents(out) == contents(tmp_path / "expected")
     if overwrite and not whole:
-        # The old one is whole, at its place or beside it for the moment between two renames.
+        # The old one is whole, at its path or next to it for the moment between two renames.
         assert contents(out if out.exists() else tmp_path / "out.replaced") == old
     if whole:
         assert call > 4 and not (tmp_path / "out.partial").exists()
@@ -347,16 +347,16 @@ def three_shards(out: Path) -> None:
 
 
 @pytest.fixture
-def open_place() -> Iterator[Path]:
-    """A directory that every user may read; pytest's own are closed to others."""
+def open_folder() -> Iterator[Path]:
+    """A directory that every user may read, unlike those that pytest makes."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
 @contextlib.contextmanager
-def without_rights(place: Path) -> Iterator[None]:
-    """Nothing below `place` may be changed: as nobody for root, whom no permission stops."""
+def without_rights(folder: Path) -> Iterator[None]:
+    """Forbid changes below `folder`; for root, whom no permission stops, become another user."""
     if os.geteuid() == 0:
         os.seteuid(65534)
         try:
@@ -364,7 +364,7 @@ def without_rights(place: Path) -> Iterator[None]:
         finally:
             os.seteuid(0)
         return
-    closed = [place, *place.rglob("*")]
+    closed = [folder, *folder.rglob("*")]
     for path in closed:
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
@@ -374,24 +374,24 @@ def without_rights(place: Path) -> Iterator[None]:
             path.chmod(0o755)
 
 
-@pytest.mark.parametrize("place", ["out", "a/b/out"])
-def test_read_only_target(open_place: Path, place: str) -> None:
+@pytest.mark.parametrize("target", ["out", "a/b/out"])
+def test_read_only_target(open_folder: Path, target: str) -> None:
     with (
-        without_rights(open_place),
+        without_rights(open_folder),
         pytest.raises(InputError, match="cannot be written") as caught,
     ):
-        three_shards(open_place / place)
+        three_shards(open_folder / target)
     assert caught.value.exit_code == 2
-    assert not any(open_place.iterdir())
+    assert not any(open_folder.iterdir())
 
 
-def test_unfinished_run_of_another_user(open_place: Path) -> None:
-    with ArtifactWriter(open_place / "out", identity={}) as writer:
+def test_unfinished_run_of_another_user(open_folder: Path) -> None:
+    with ArtifactWriter(open_folder / "out", identity={}) as writer:
         writer.write_shard("packed-0", {"w": torch.ones(1000)}, {}, 0)
-    before = contents(open_place)
-    with without_rights(open_place), pytest.raises(InputError, match="cannot be written"):
-        three_shards(open_place / "out")
-    assert contents(open_place) == before
+    before = contents(open_folder)
+    with without_rights(open_folder), pytest.raises(InputError, match="cannot be written"):
+        three_shards(open_folder / "out")
+    assert contents(open_folder) == before
 
 
 @pytest.mark.parametrize("length", [240, 250, 300, 5000])
@@ -401,7 +401,9 @@ def test_name_that_no_disk_takes(tmp_path: Path, length: int) -> None:
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place where nothing is made")
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="needs a folder where nothing can be made"
+)
 def test_place_that_cannot_be_made() -> None:
     with pytest.raises(InputError) as caught:
         complete(Path("/proc/x/out"))
@@ -410,7 +412,7 @@ def test_place_that_cannot_be_made() -> None:
 
 @contextlib.contextmanager
 def room_for(num_bytes: int) -> Iterator[None]:
-    """Files cannot grow beyond this; the kernel then refuses as it does on a full disk."""
+    """Limit the size of files; the kernel then refuses as it does on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

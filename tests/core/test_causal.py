@@ -1,4 +1,4 @@
-"""What is no causal model is told from what is, by what it was built as."""
+"""Models that are not causal are recognized by what they were built as."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def test_fingerprint_sees_one_bit_a_name_a_shape_and_the_configuration(
         path = tmp_path / str(len(seen))
         shutil.copytree(source, path)
         save_file(changed, path / "model.safetensors", metadata={"format": "pt"})
-        said = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps({**said, **config}))
+        stored = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**stored, **config}))
         return open_checkpoint(path).fingerprint()
 
     flipped = tensors[name].clone()

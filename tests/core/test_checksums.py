@@ -1,4 +1,4 @@
-"""What was written is what is read: a flipped byte or another artifact's shard is noticed."""
+"""A flipped byte or another artifact's shard is noticed when it is read."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ SHARDS = [f"packed-0000{index}-of-00003.safetensors" for index in range(3)]
 def artifacts(
     checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """Two artifacts of equal shapes; read-only."""
-    place = tmp_path_factory.mktemp("artifacts")
+    """Make two artifacts of equal shapes; tests only read them."""
+    folder = tmp_path_factory.mktemp("artifacts")
     for seed in (0, 1):
-        quantize(checkpoint("llama", seed=seed), place / str(seed), JOB)
-    return place / "0", place / "1"
+        quantize(checkpoint("llama", seed=seed), folder / str(seed), JOB)
+    return folder / "0", folder / "1"
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def flip(path: Path) -> None:
 
 
 def forget(path: Path) -> None:
-    """Make an artifact one of an older spectool."""
+    """Turn an artifact into one of an older spectool."""
     index = json.loads((path / PACKED_INDEX).read_text())
     del index["metadata"]["checksums"]
     (path / PACKED_INDEX).write_text(json.dumps(index))
@@ -99,7 +99,7 @@ def test_the_way_of_loading_leaves_no_trace(copied: Path) -> None:
 
 
 def test_a_shard_is_compared_when_it_is_first_read_from(copied: Path) -> None:
-    """Block by block, the others are not touched."""
+    """Read block by block, the other shards are not compared."""
     flip(copied / SHARDS[2])
     checkpoint = open_checkpoint(copied)
     architecture = Architecture(checkpoint.layout)
@@ -117,8 +117,8 @@ def test_a_shard_is_compared_when_it_is_first_read_from(copied: Path) -> None:
 def test_a_shard_is_compared_once(artifacts: tuple[Path, Path], monkeypatch: Any) -> None:
     checkpoint = open_checkpoint(artifacts[0])
     read: list[Path] = []
-    own = checksums._xxh3
-    monkeypatch.setattr(checksums, "_xxh3", lambda path: read.append(path) or own(path))
+    compute = checksums._compute_xxh3
+    monkeypatch.setattr(checksums, "_compute_xxh3", lambda path: read.append(path) or compute(path))
     for _ in range(2):
         for name in checkpoint.layout.tensors:
             checkpoint.read(name)
@@ -144,7 +144,7 @@ def test_a_dense_checkpoint_has_neither_checksums_nor_a_note(
 
 
 @pytest.mark.parametrize(
-    ("said", "refusal"),
+    ("stored", "refusal"),
     [
         (7, "cannot be read"),
         ([], "cannot be read"),
@@ -155,9 +155,9 @@ def test_a_dense_checkpoint_has_neither_checksums_nor_a_note(
         ({SHARDS[0]: {"sha256": "0", "xxh3_64": "0"}}, f"{SHARDS[1]}: has no checksum"),
     ],
 )
-def test_checksums_that_cannot_be_right(copied: Path, said: Any, refusal: str) -> None:
+def test_checksums_that_cannot_be_right(copied: Path, stored: Any, refusal: str) -> None:
     index = json.loads((copied / PACKED_INDEX).read_text())
-    index["metadata"]["checksums"] = said
+    index["metadata"]["checksums"] = stored
     (copied / PACKED_INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=refusal):
         load_model(copied)
@@ -169,8 +169,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where the part before was left by a spectool that stored SHA-256 alone, and where a
-    shard was damaged meanwhile."""
+    """Also if an older spectool, which stored SHA-256 alone, began it, or a shard was damaged."""
 
     def killed(self: ArtifactWriter, files: Any) -> None:
         raise KeyboardInterrupt
@@ -180,8 +179,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             quantize(checkpoint("llama"), tmp_path / "out", JOB)
     manifest = json.loads((tmp_path / "out.partial.json").read_text())
-    for said in manifest["shards"].values():
-        del said["xxh3_64"]
+    for record in manifest["shards"].values():
+        del record["xxh3_64"]
     (tmp_path / "out.partial.json").write_text(json.dumps(manifest))
     flip(tmp_path / "out.partial" / SHARDS[1])
     quantize(checkpoint("llama"), tmp_path / "out", JOB)

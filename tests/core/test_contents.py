@@ -23,12 +23,12 @@ from spectool.model.loading import load_model, load_tokenizer
 Checkpoint = Callable[..., Path]
 
 
-def edited(source: Path, place: Path, **changes: Any) -> Path:
-    """A copy with these changes to its configuration."""
-    shutil.copytree(source, place)
-    config = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps({**config, **changes}))
-    return place
+def edited(source: Path, path: Path, **changes: Any) -> Path:
+    """Copy a checkpoint and change its configuration."""
+    shutil.copytree(source, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    return path
 
 
 SIZES: list[tuple[str, dict[str, Any], str]] = [
@@ -44,35 +44,35 @@ SIZES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "changes", "said"), SIZES, ids=lambda part: str(part)[:30])
+@pytest.mark.parametrize(("family", "changes", "message"), SIZES, ids=lambda part: str(part)[:30])
 def test_sizes_that_differ(
-    checkpoint: Checkpoint, tmp_path: Path, family: str, changes: dict[str, Any], said: str
+    checkpoint: Checkpoint, tmp_path: Path, family: str, changes: dict[str, Any], message: str
 ) -> None:
-    place = edited(checkpoint(family), tmp_path / "m", **changes)
+    path = edited(checkpoint(family), tmp_path / "m", **changes)
     for open_one in (load_model, lambda path: Architecture(read_layout(path))):
-        with pytest.raises(CheckpointError, match=said) as caught:
-            open_one(place)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            open_one(path)
         assert "\n" not in str(caught.value)
 
 
 def test_tables_that_no_weight_bounds(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    place = edited(checkpoint("llama"), tmp_path / "m", head_dim=8)
-    load_model(place)
-    config = read_config(place)
+    path = edited(checkpoint("llama"), tmp_path / "m", head_dim=8)
+    load_model(path)
+    config = read_config(path)
     config.head_dim = 10**12
     with pytest.raises(CheckpointError):
-        Architecture(read_layout(edited(place, tmp_path / "n", head_dim=10**12)))
+        Architecture(read_layout(edited(path, tmp_path / "n", head_dim=10**12)))
 
 
 def test_a_classifier_is_called_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    place = edited(
+    path = edited(
         checkpoint("llama"), tmp_path / "m", architectures=["LlamaForSequenceClassification"]
     )
-    tensors = load_file(place / "model.safetensors")
+    tensors = load_file(path / "model.safetensors")
     head = tensors.pop("lm_head.weight")
-    save_file({**tensors, "score.weight": head[:2].clone()}, place / "model.safetensors")
+    save_file({**tensors, "score.weight": head[:2].clone()}, path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight") as caught:
-        load_model(place)
+        load_model(path)
     assert "LlamaForSequenceClassification" in (caught.value.hint or "")
 
 
@@ -97,21 +97,21 @@ def test_an_encoder_decoder_that_says_nothing(tmp_path: Path) -> None:
 
 
 def test_odd_dtype_names_open_everywhere(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    place = edited(checkpoint("llama"), tmp_path / "m", dtype="torch.bfloat16")
-    assert load_model(place).dtype == torch.bfloat16
-    assert load_model(place).config._name_or_path == str(place)
-    assert load_tokenizer(place).vocab_size
-    assert Architecture(read_layout(place)).config.dtype == torch.bfloat16
+    path = edited(checkpoint("llama"), tmp_path / "m", dtype="torch.bfloat16")
+    assert load_model(path).dtype == torch.bfloat16
+    assert load_model(path).config._name_or_path == str(path)
+    assert load_tokenizer(path).vocab_size
+    assert Architecture(read_layout(path)).config.dtype == torch.bfloat16
     wrong = edited(checkpoint("llama"), tmp_path / "w", dtype="int3")
     for open_one in (load_model, load_tokenizer, lambda path: Architecture(read_layout(path))):
         with pytest.raises(CheckpointError, match=r'config.json is not valid: dtype is "int3"'):
             open_one(wrong)
 
 
-@pytest.mark.parametrize("said", [1.5, "x", [None], {"a": 1}])
-def test_end_ids_that_are_none(checkpoint: Checkpoint, tmp_path: Path, said: Any) -> None:
-    place = edited(checkpoint("llama"), tmp_path / "m")
-    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+@pytest.mark.parametrize("end_ids", [1.5, "x", [None], {"a": 1}])
+def test_end_ids_that_are_none(checkpoint: Checkpoint, tmp_path: Path, end_ids: Any) -> None:
+    path = edited(checkpoint("llama"), tmp_path / "m")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": end_ids}))
     with pytest.raises(InputError) as caught:
-        Runner(load_model(place), tokenizer=load_tokenizer(place)).end_ids()
+        Runner(load_model(path), tokenizer=load_tokenizer(path)).end_ids()
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The decoder is what makes hidden states, whatever a model calls its parts."""
+"""The decoder is the part that computes hidden states, whatever the parts are called."""
 
 from __future__ import annotations
 

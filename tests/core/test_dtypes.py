@@ -1,4 +1,4 @@
-"""Dtypes by the names that files and users write."""
+"""Dtypes are recognized by the names that files and users write."""
 
 from __future__ import annotations
 

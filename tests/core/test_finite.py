@@ -1,4 +1,4 @@
-"""The first place of a forward whose values are no numbers."""
+"""The first module of a forward whose output is NaN or infinite is named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IDS = torch.tensor([[3, 4, 5]])
 
 
 @pytest.mark.parametrize(
-    ("tensor", "said"),
+    ("tensor", "finite"),
     [
         (torch.tensor([1.0, 2.0]), True),
         (torch.tensor([1, 2]), True),
@@ -29,8 +29,8 @@ IDS = torch.tensor([[3, 4, 5]])
         (torch.tensor([1.0, torch.nan]).to(torch.float8_e5m2), False),
     ],
 )
-def test_all_finite(tensor: torch.Tensor, said: bool) -> None:
-    assert all_finite(tensor) is said
+def test_all_finite(tensor: torch.Tensor, finite: bool) -> None:
+    assert all_finite(tensor) is finite
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What format 1 named otherwise is read under the names of the present version."""
+"""Names of format 1 are converted to those of the present version while reading."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: whatever their files say, opening them works or costs one line.
+"""Opening a damaged checkpoint works or ends with a message of one line.
 
 Slow: 2,000 mutants. SPECTOOL_FUZZ and SPECTOOL_FUZZ_SEED set how many, and from which seed.
 """
@@ -66,108 +66,106 @@ class TooLong(BaseException):
     pass
 
 
-def value_for(chance: random.Random, old: Any) -> Any:
-    """Something else in the place of a value, often nearly right."""
-    kind = chance.random()
+def value_for(rng: random.Random, old: Any) -> Any:
+    """Draw a replacement of a value, often nearly valid."""
+    kind = rng.random()
     if kind < 0.25 and isinstance(old, (int, float)) and not isinstance(old, bool):
-        return chance.choice([old + 1, old - 1, -old, old * 2, old * 10**6, float(old), str(old)])
+        return rng.choice([old + 1, old - 1, -old, old * 2, old * 10**6, float(old), str(old)])
     if kind < 0.4 and isinstance(old, list):
-        return chance.choice(
-            [old[:-1], [*old, *old], [*old, None], old[::-1], dict(enumerate(old))]
-        )
+        return rng.choice([old[:-1], [*old, *old], [*old, None], old[::-1], dict(enumerate(old))])
     if kind < 0.4 and isinstance(old, str):
-        return chance.choice([old.upper(), old + "x", old[:-1], [old], {"x": old}])
-    return copy.deepcopy(chance.choice(NUMBERS if chance.random() < 0.5 else ODD))
+        return rng.choice([old.upper(), old + "x", old[:-1], [old], {"x": old}])
+    return copy.deepcopy(rng.choice(NUMBERS if rng.random() < 0.5 else ODD))
 
 
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container of a JSON value with each of its keys."""
+def iterate_items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every container of a JSON value with each of its keys."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield value, key
-            yield from places(part)
+            yield from iterate_items(part)
     elif isinstance(value, list):
         # Of long lists, such as merges, the ends.
         for index in [*range(min(len(value), 4)), *range(max(4, len(value) - 2), len(value))]:
             yield value, index
-            yield from places(value[index])
+            yield from iterate_items(value[index])
 
 
-def mutate(chance: random.Random, value: Any) -> Any:
-    """Change one to three places of a JSON value, in place; or all of it."""
-    if chance.random() < 0.02:
-        return copy.deepcopy(chance.choice(ODD))
-    for _ in range(chance.choice([1, 1, 1, 2, 3])):
-        found = list(places(value))
+def mutate(rng: random.Random, value: Any) -> Any:
+    """Change one to three items of a JSON value in place, or replace all of it."""
+    if rng.random() < 0.02:
+        return copy.deepcopy(rng.choice(ODD))
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        found = list(iterate_items(value))
         if not found:
             break
-        holder, key = chance.choice(found)
-        if chance.random() < 0.2:
+        holder, key = rng.choice(found)
+        if rng.random() < 0.2:
             del holder[key]
         else:
-            holder[key] = value_for(chance, holder[key])
+            holder[key] = value_for(rng, holder[key])
     return value
 
 
-def in_config(chance: random.Random, data: bytes) -> bytes:
+def in_config(rng: random.Random, data: bytes) -> bytes:
     config = json.loads(data)
-    kind = chance.random()
+    kind = rng.random()
     if kind < 0.2:
-        name = chance.choice(ADDED)
-        config[name] = value_for(chance, config.get(name))
+        name = rng.choice(ADDED)
+        config[name] = value_for(rng, config.get(name))
     elif kind < 0.3:
         config["rope_parameters"] = {
-            "rope_type": chance.choice(ROPES),
+            "rope_type": rng.choice(ROPES),
             **{
-                key: value_for(chance, 1.0)
+                key: value_for(rng, 1.0)
                 for key in ("rope_theta", "factor", "short_factor", "long_factor", "beta_fast",
                             "original_max_position_embeddings", "attention_factor")
-                if chance.random() < 0.5
+                if rng.random() < 0.5
             },
         }  # fmt: skip
     elif kind < 0.37:
-        config["model_type"] = chance.choice(sorted(CONFIG_MAPPING.keys()))
+        config["model_type"] = rng.choice(sorted(CONFIG_MAPPING.keys()))
     else:
-        config = mutate(chance, config)
+        config = mutate(rng, config)
     return json.dumps(config).encode()
 
 
-def in_json(chance: random.Random, data: bytes) -> bytes:
-    return json.dumps(mutate(chance, json.loads(data))).encode()
+def in_json(rng: random.Random, data: bytes) -> bytes:
+    return json.dumps(mutate(rng, json.loads(data))).encode()
 
 
-def in_bytes(chance: random.Random, data: bytes) -> bytes:
-    """Cut, emptied, or some bytes changed."""
-    kind = chance.random()
+def in_bytes(rng: random.Random, data: bytes) -> bytes:
+    """Truncate the bytes, or change some of them."""
+    kind = rng.random()
     if kind < 0.3:
-        return data[: chance.randrange(len(data) + 1)]
+        return data[: rng.randrange(len(data) + 1)]
     changed = bytearray(data)
-    for _ in range(chance.choice([1, 2, 8])):
-        changed[chance.randrange(len(changed))] = chance.randrange(256)
+    for _ in range(rng.choice([1, 2, 8])):
+        changed[rng.randrange(len(changed))] = rng.randrange(256)
     return bytes(changed)
 
 
-def in_header(chance: random.Random, data: bytes) -> bytes:
-    """The header of a safetensors file, or the length before it."""
+def in_header(rng: random.Random, data: bytes) -> bytes:
+    """Damage the header of a safetensors file, or the length before it."""
     length = int.from_bytes(data[:8], "little")
     raw = data[8 : 8 + length]
-    kind = chance.random()
+    kind = rng.random()
     if kind < 0.2:
-        odd = chance.choice([0, 1, length - 1, length + 1, 2**40, 2**63, 2**64 - 1])
+        odd = rng.choice([0, 1, length - 1, length + 1, 2**40, 2**63, 2**64 - 1])
         return odd.to_bytes(8, "little") + data[8:]
     if kind < 0.4:
-        raw = in_bytes(chance, raw)
+        raw = in_bytes(rng, raw)
     else:
         header = json.loads(raw)
-        if chance.random() < 0.5:
+        if rng.random() < 0.5:
             # Whole, but of another architecture: a name or a shape is another.
-            name = chance.choice([key for key in header if key != "__metadata__"])
+            name = rng.choice([key for key in header if key != "__metadata__"])
             entry = header.pop(name)
-            if chance.random() < 0.5:
-                entry["shape"] = chance.choice([entry["shape"][::-1], [*entry["shape"], 1], []])
-            header[chance.choice([name, name + "x", f"model.{name}", "x"])] = entry
+            if rng.random() < 0.5:
+                entry["shape"] = rng.choice([entry["shape"][::-1], [*entry["shape"], 1], []])
+            header[rng.choice([name, name + "x", f"model.{name}", "x"])] = entry
         else:
-            header = mutate(chance, header)
+            header = mutate(rng, header)
         raw = json.dumps(header).encode()
     return len(raw).to_bytes(8, "little") + raw + data[8 + length :]
 
@@ -190,7 +188,7 @@ MUTATORS: list[tuple[str, Mutator, float]] = [
 
 
 def open_all(path: Path) -> tuple[bool, list[BaseException]]:
-    """Open a checkpoint in all ways there are: whether any was refused, and what went wrong."""
+    """Open a checkpoint in every way; returns whether any was refused, and unexpected errors."""
     refused, wrong = False, list[BaseException]()
 
     def attempt(open_one: Callable[[], Any]) -> Any:
@@ -222,7 +220,7 @@ def open_all(path: Path) -> tuple[bool, list[BaseException]]:
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """So much address space, and so much time for each mutant."""
+    """Limit the address space, and the time of each mutant."""
 
     def stop(number: int, frame: Any) -> None:
         raise TooLong(f"more than {SECONDS} s")
@@ -243,7 +241,7 @@ def limits() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory, checkpoint: Any) -> list[Path]:
-    """Checkpoints to damage: dense ones, in one file and in several, and a packed one."""
+    """Make checkpoints to damage: dense ones, in one file and in several, and a packed one."""
     found = [checkpoint(name) for name in FAMILIES]
     found.append(checkpoint("llama", max_shard_size="20KB"))
     long = Path(shutil.copytree(checkpoint("phi3"), tmp_path_factory.mktemp("longrope") / "model"))
@@ -255,22 +253,22 @@ def sources(tmp_path_factory: pytest.TempPathFactory, checkpoint: Any) -> list[P
     return [*found, packed]
 
 
-def mutant(chance: random.Random, source: Path) -> dict[Path, bytes] | None:
-    """The damaged file of a checkpoint; None where there is no such file."""
-    pattern, damage, _ = chance.choices(MUTATORS, [share for *_, share in MUTATORS])[0]
+def mutant(rng: random.Random, source: Path) -> dict[Path, bytes] | None:
+    """Damage a file of a checkpoint; None if the checkpoint has no such file."""
+    pattern, damage, _ = rng.choices(MUTATORS, [share for *_, share in MUTATORS])[0]
     files = sorted(source.glob(pattern))
     if not files and "model" in pattern:
         files = sorted(source.glob(pattern.replace("model", "packed")))
     if not files:
         return None
-    file = chance.choice(files)
+    file = rng.choice(files)
     data = file.read_bytes()
-    changed = damage(chance, data)
+    changed = damage(rng, data)
     return None if changed == data else {file: changed}
 
 
 def replace(files: dict[Path, bytes]) -> None:
-    """Put new files in the place of others, which may still be mapped into memory."""
+    """Replace files by new ones, since the old ones may still be mapped into memory."""
     for file, data in files.items():
         file.unlink()
         file.write_bytes(data)
@@ -280,7 +278,7 @@ def replace(files: dict[Path, bytes]) -> None:
 def test_a_damaged_checkpoint_opens_or_costs_one_line(
     sources: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    places: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
     examples: dict[str, str] = {}
     copies = [Path(shutil.copytree(source, tmp_path / str(i))) for i, source in enumerate(sources)]
@@ -288,9 +286,9 @@ def test_a_damaged_checkpoint_opens_or_costs_one_line(
     with limits():
         while done < MUTANTS:
             number += 1
-            chance = random.Random(f"{SEED}/{number}")
-            source = chance.choice(copies)
-            damaged = mutant(chance, source)
+            rng = random.Random(f"{SEED}/{number}")
+            source = rng.choice(copies)
+            damaged = mutant(rng, source)
             if damaged is None:
                 continue
             done += 1
@@ -309,10 +307,10 @@ def test_a_damaged_checkpoint_opens_or_costs_one_line(
                 frames = traceback.extract_tb(error.__traceback__)
                 where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1][:4])
                 key = f"{type(error).__name__} at {where}"
-                places[key] += 1
+                failures[key] += 1
                 (file,) = damaged
                 examples.setdefault(key, f"mutant {number} ({source.name}/{file.name}): {error}")
     with capfd.disabled():
         print(f"\n{dict(outcomes)} of {done} mutants, seed {SEED}")
-    listed = [f"{count} x {key}: {examples[key][:300]}" for key, count in places.most_common()]
+    listed = [f"{count} x {key}: {examples[key][:300]}" for key, count in failures.most_common()]
     assert not listed, "\n".join(listed)

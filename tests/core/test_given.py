@@ -1,4 +1,4 @@
-"""What is given in place of a checkpoint is named, with what to do."""
+"""What is given instead of a checkpoint is refused by name, with what to do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIRECTORIES: list[tuple[Files, str, str]] = [
     ({"adapter_config.json": b"{"}, "adapter", "merge"),
     (
         {"adapter_config.json": {"peft_type": "LORA"}, "config.json": {}, "model.safetensors": b""},
-        "beside a checkpoint",
+        "next to a checkpoint",
         "move adapter_config.json away",
     ),
     (
@@ -41,7 +41,7 @@ DIRECTORIES: list[tuple[Files, str, str]] = [
     ({"consolidated.00.pth": b"PK", "params.json": {}}, "consolidated.00.pth", "safetensors"),
     (
         {"consolidated.safetensors": b"", "params.json": {}},
-        "the maker's own format",
+        "the publisher's own format",
         "transformers' format",
     ),
     ({"config.json": {}, "model.onnx": b""}, "an ONNX model", ""),
@@ -79,24 +79,24 @@ DIRECTORIES: list[tuple[Files, str, str]] = [
 ]
 
 
-def fill(place: Path, files: Files) -> Path:
+def fill(path: Path, files: Files) -> Path:
     for name, content in files.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        (place / name).write_bytes(data)
-    return place
+        (path / name).write_bytes(data)
+    return path
 
 
-@pytest.mark.parametrize(("files", "said", "hint"), DIRECTORIES, ids=lambda part: str(part)[:40])
-def test_directories(tmp_path: Path, files: Files, said: str, hint: str) -> None:
+@pytest.mark.parametrize(("files", "message", "hint"), DIRECTORIES, ids=lambda part: str(part)[:40])
+def test_directories(tmp_path: Path, files: Files, message: str, hint: str) -> None:
     with pytest.raises(InputError) as caught:
         read_layout(fill(tmp_path, files))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert hint in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("model.safetensors", b"", "is a file of weights"),
         ("model.gguf", b"GGUF", "is GGUF"),
@@ -107,19 +107,19 @@ def test_directories(tmp_path: Path, files: Files, said: str, hint: str) -> None
         ("x.onnx", b"", "is an ONNX model"),
     ],
 )
-def test_files(tmp_path: Path, name: str, data: bytes, said: str) -> None:
+def test_files(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         check_place(tmp_path / name)
     with pytest.raises(InputError, match="no such directory"):
         check_place(tmp_path / "absent")
 
 
 def test_an_unfinished_artifact(tmp_path: Path) -> None:
-    place = tmp_path / "out.partial"
-    place.mkdir()
+    path = tmp_path / "out.partial"
+    path.mkdir()
     with pytest.raises(InputError, match="unfinished run"):
-        check_place(place)
+        check_place(path)
 
 
 def test_what_is_no_drafter_and_no_huge_number(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Headers that lie, files that are cut, indices that name what is absent: one line each."""
+"""Wrong headers, truncated files and indices of absent files: one line each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(path: Path, header: Any, num_bytes: int, *, length: int | None = None)
 
 
 def refusal(path: Path) -> str:
-    """The one line that reading the header of this file ends with."""
+    """Return the one line of the error that reading this file's header raises."""
     with pytest.raises(CheckpointError) as caught:
         read_header(path)
     message = str(caught.value)
@@ -103,7 +103,7 @@ def test_not_a_safetensors_header(tmp_path: Path, header: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"shape": [2, 3]}, "which is not 16 bytes"),
         ({"dtype": "F16"}, "which is not 16 bytes"),
@@ -114,9 +114,9 @@ def test_not_a_safetensors_header(tmp_path: Path, header: Any) -> None:
     ],
 )
 def test_header_that_lies_about_one_tensor(
-    tmp_path: Path, changed: dict[str, Any], said: str
+    tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
-    assert said in refusal(write(tmp_path / "x.safetensors", {"a": {**F32, **changed}}, 16))
+    assert message in refusal(write(tmp_path / "x.safetensors", {"a": {**F32, **changed}}, 16))
 
 
 def test_overlap(tmp_path: Path) -> None:
@@ -130,10 +130,12 @@ def test_gap_between_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "said"), [(15, "truncated"), (0, "truncated"), (17, "longer")]
+    ("num_bytes", "message"), [(15, "truncated"), (0, "truncated"), (17, "longer")]
 )
-def test_size_that_the_header_does_not_explain(tmp_path: Path, num_bytes: int, said: str) -> None:
-    assert said in refusal(write(tmp_path / "x.safetensors", {"a": F32}, num_bytes))
+def test_size_that_the_header_does_not_explain(
+    tmp_path: Path, num_bytes: int, message: str
+) -> None:
+    assert message in refusal(write(tmp_path / "x.safetensors", {"a": F32}, num_bytes))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "3", "\udcff"])
@@ -171,7 +173,7 @@ def _index(path: Path, content: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (_no_config, "no config.json"),
         (_no_weights, "no safetensors weights"),
@@ -182,18 +184,24 @@ def _index(path: Path, content: Any) -> None:
         (lambda path: _index(path, {"weight_map": {"a": 3}}), "does not map tensors"),
         (lambda path: _index(path, {"weight_map": {"a": "b.safetensors"}}), "no such file"),
         (lambda path: _index(path, {"weight_map": {"zz": SHARD}}), "says that zz is in"),
-        (lambda path: _index(path, {"weight_map": {"a": "../x.safetensors"}}), "not a file beside"),
-        (lambda path: _index(path, {"weight_map": {"a": "x\0.safetensors"}}), "not a file beside"),
+        (
+            lambda path: _index(path, {"weight_map": {"a": "../x.safetensors"}}),
+            "not a file in its directory",
+        ),
+        (
+            lambda path: _index(path, {"weight_map": {"a": "x\0.safetensors"}}),
+            "not a file in its directory",
+        ),
     ],
 )
-def test_damaged_directory(tmp_path: Path, damage: Broken, said: str) -> None:
+def test_damaged_directory(tmp_path: Path, damage: Broken, message: str) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / DENSE_FILE)
     (tmp_path / "config.json").write_text("{}")
     assert read_layout(tmp_path).num_bytes == 12
     damage(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         read_layout(tmp_path)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     if damage is _pickled_only:
         assert caught.value.hint is not None and "never read" in caught.value.hint
 
@@ -218,11 +226,11 @@ def layout_of(tmp_path: Path, config: dict[str, Any]) -> Layout:
 
 @pytest.mark.parametrize("source", [None, {}, {"fingerprint": "x"}])
 def test_packed_entries_are_found_wherever_they_stand(tmp_path: Path, source: Any) -> None:
-    said = {**PACKED, "source": source}
+    quantization = {**PACKED, "source": source}
     for config in (
-        {"quantization_config": said},
-        {"text_config": {"quantization_config": said}},
-        {"quantization_config": None, "text_config": {"quantization_config": said}},
+        {"quantization_config": quantization},
+        {"text_config": {"quantization_config": quantization}},
+        {"quantization_config": None, "text_config": {"quantization_config": quantization}},
     ):
         layout = layout_of(tmp_path, config)
         assert layout.is_packed and layout.modules == {"a.0": ENTRY}
@@ -232,7 +240,7 @@ def test_packed_entries_are_found_wherever_they_stand(tmp_path: Path, source: An
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"format_version": 3}, "has format 3, this spectool reads up to 2"),
         ({"format_version": None}, "format_version is absent"),
@@ -255,9 +263,9 @@ def test_packed_entries_are_found_wherever_they_stand(tmp_path: Path, source: An
     ],
 )
 def test_packed_configuration_that_says_too_little(
-    tmp_path: Path, changed: dict[str, Any], said: str
+    tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         layout_of(tmp_path, {"quantization_config": {**PACKED, **changed}})
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}: config.json: ") and "\n" not in message
@@ -281,8 +289,11 @@ def test_configuration_of_the_wrong_kind(tmp_path: Path, config: dict[str, Any])
 
 def test_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for path, said in ((tmp_path / "nowhere", "no such directory"), (tmp_path / "file", "a file")):
-        with pytest.raises(CheckpointError, match=said):
+    for path, message in (
+        (tmp_path / "nowhere", "no such directory"),
+        (tmp_path / "file", "a file"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
             read_layout(path)
 
 

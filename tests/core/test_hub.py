@@ -1,4 +1,4 @@
-"""Hub ids through stand-ins for huggingface_hub: nothing here reaches a network."""
+"""Hub ids, with fakes of huggingface_hub: nothing here uses a network."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_ids_and_paths(
 
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoints) -> list[Any]:
-    """The hub holds `owner/name`, which is the tiny llama; what was asked of it is listed."""
+    """Fake a hub that holds `owner/name`, the tiny llama; returns the list of its requests."""
     source, asked = checkpoint("llama"), []
 
     def metadata(model: str, *, revision: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Opening checkpoints: dtypes, runtimes, devices, tokenizers, and what is refused."""
+"""Loading of checkpoints: dtypes, runtimes, devices, tokenizers, and refusals."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ def test_dense_experts_take_the_place_of_packed_ones(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"dtype": "int4"}, "dtype int4: expected float32"),
         ({"runtime": "fast"}, "runtime fast: expected one of auto"),
         ({"device": "abacus"}, "device abacus: expected cpu"),
     ],
 )
-def test_wrong_options(artifact: Path, options: dict[str, str], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_wrong_options(artifact: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         spectool.load(artifact, **options)
 
 

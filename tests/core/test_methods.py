@@ -1,4 +1,4 @@
-"""The methods table: every row resolves, explains itself and has a test."""
+"""Every row of the methods table resolves, has a summary and a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dataclass's fields become flags, `key=value` pairs and metadata, and check themselves."""
+"""A dataclass's fields become flags, `key=value` pairs and metadata, and are validated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Example(options.Config):
     bits: int = option(4, "width", minimum=2, maximum=8)
     rate: float = option(0.5, "learning rate", minimum=0)
     fast: bool = option(False, "no waiting")
-    law: Literal["normal", "uniform"] = option("normal", "of the noise")
+    noise: Literal["normal", "uniform"] = option("normal", "of the noise")
     block: Literal[64, 128] = option(64, "size")
     limit: int | None = option(None, "no more than these")
     name_of_it: str = option("x", "called so")
@@ -29,12 +29,12 @@ class Example(options.Config):
 
 def test_options_in_order_with_everything_a_surface_needs() -> None:
     found = {field.name: field for field in options_of(Example)}
-    assert list(found) == ["bits", "rate", "fast", "law", "block", "limit", "name_of_it"]
+    assert list(found) == ["bits", "rate", "fast", "noise", "block", "limit", "name_of_it"]
     bits = found["bits"]
     assert (bits.type, bits.default, bits.help, bits.minimum, bits.maximum) == (
         int, 4, "width", 2, 8,
     )  # fmt: skip
-    assert found["law"].choices == ("normal", "uniform") and found["law"].type is str
+    assert found["noise"].choices == ("normal", "uniform") and found["noise"].type is str
     assert found["block"].choices == (64, 128) and found["block"].type is int
     assert found["limit"].optional and found["limit"].type is int
     assert found["name_of_it"].flag == "--name-of-it"
@@ -46,7 +46,7 @@ def test_options_in_order_with_everything_a_surface_needs() -> None:
         ("", {}),
         ("bits=3", {"bits": 3}),
         ("bits=3,fast=yes,rate=1e-3", {"bits": 3, "fast": True, "rate": 1e-3}),
-        ("fast=0, law=uniform ,block=128", {"fast": False, "law": "uniform", "block": 128}),
+        ("fast=0, noise=uniform ,block=128", {"fast": False, "noise": "uniform", "block": 128}),
         ("limit=none", {"limit": None}),
         ("limit=7,name-of-it=a b", {"limit": 7, "name_of_it": "a b"}),
     ],
@@ -56,7 +56,7 @@ def test_written_as_text(text: str, values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("bits", "expected key=value"),
         ("bits=x", "bits=x: expected int"),
@@ -65,14 +65,14 @@ def test_written_as_text(text: str, values: dict[str, Any]) -> None:
         ("bots=3", "unknown option 'bots'; known: bits, rate"),
         ("bits=1", "--bits 1: must be at least 2"),
         ("bits=9", "must be at most 8"),
-        ("law=cauchy", "expected one of normal, uniform"),
+        ("noise=cauchy", "expected one of normal, uniform"),
         ("block=65", "expected one of 64, 128"),
         ("fast=true,bits=5", "fast works up to 4 bits"),
         ("bits=none", "expected int"),
     ],
 )
-def test_refused_texts(text: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+def test_refused_texts(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
         Example.from_text(text)
     assert caught.value.exit_code == 2
 
@@ -80,7 +80,7 @@ def test_refused_texts(text: str, said: str) -> None:
 @pytest.mark.parametrize(
     "values",
     [{"bits": "4"}, {"bits": True}, {"bits": 4.0}, {"fast": 1}, {"rate": "x"}, {"bits": None},
-     {"law": 3}],
+     {"noise": 3}],
 )  # fmt: skip
 def test_refused_values(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

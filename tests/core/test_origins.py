@@ -1,4 +1,4 @@
-"""One reading of a checkpoint: resident, by blocks and quantized take transformers' tensors."""
+"""Loading, block-by-block runs and quantization read the same tensors as transformers."""
 
 from __future__ import annotations
 
@@ -30,72 +30,72 @@ IDS_BL = (torch.arange(20) * 7 % 61)[None]
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def _save(place: Path, tensors: Tensors) -> None:
-    (place / DENSE_FILE).unlink()
-    save_file({k: v.clone() for k, v in tensors.items()}, place / DENSE_FILE, {"format": "pt"})
+def _save(path: Path, tensors: Tensors) -> None:
+    (path / DENSE_FILE).unlink()
+    save_file({k: v.clone() for k, v in tensors.items()}, path / DENSE_FILE, {"format": "pt"})
 
 
-def _shard(place: Path, tensors: Tensors, scale: float = 1.0) -> dict[str, str]:
-    """Two shards with scaled matrices; the map from tensors to them."""
+def _shard(path: Path, tensors: Tensors, scale: float = 1.0) -> dict[str, str]:
+    """Write two shards with scaled matrices; returns the file of each tensor."""
     names, where = list(tensors), {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-0000{number}-of-00002.safetensors"
-        save_file({k: (tensors[k] * scale).clone() for k in part}, place / file, {"format": "pt"})
+        save_file({k: (tensors[k] * scale).clone() for k in part}, path / file, {"format": "pt"})
         where |= dict.fromkeys(part, file)
     return where
 
 
-def _index(place: Path, where: dict[str, str]) -> None:
-    (place / DENSE_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+def _index(path: Path, where: dict[str, str]) -> None:
+    (path / DENSE_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def _stale_index(place: Path, tensors: Tensors) -> None:
-    _index(place, _shard(place, tensors, 0.5))
+def _stale_index(path: Path, tensors: Tensors) -> None:
+    _index(path, _shard(path, tensors, 0.5))
 
 
-def _index_without_shards(place: Path, tensors: Tensors) -> None:
-    _index(place, dict.fromkeys(tensors, "model-00001-of-00002.safetensors"))
+def _index_without_shards(path: Path, tensors: Tensors) -> None:
+    _index(path, dict.fromkeys(tensors, "model-00001-of-00002.safetensors"))
 
 
-def _index_says_another_shard(place: Path, tensors: Tensors) -> None:
-    where = _shard(place, tensors)
+def _index_says_another_shard(path: Path, tensors: Tensors) -> None:
+    where = _shard(path, tensors)
     swapped = dict(zip(where, reversed(list(where.values())), strict=True))
-    (place / DENSE_FILE).unlink()
-    _index(place, swapped)
+    (path / DENSE_FILE).unlink()
+    _index(path, swapped)
 
 
-def _index_leaves_some_out(place: Path, tensors: Tensors) -> None:
-    where = _shard(place, tensors)
-    (place / DENSE_FILE).unlink()
-    _index(place, dict([*where.items()][:1] + [*where.items()][-1:]))
+def _index_leaves_some_out(path: Path, tensors: Tensors) -> None:
+    where = _shard(path, tensors)
+    (path / DENSE_FILE).unlink()
+    _index(path, dict([*where.items()][:1] + [*where.items()][-1:]))
 
 
-def _both_stored(place: Path, tensors: Tensors) -> None:
-    _save(place, {**tensors, HEAD: tensors[TABLE]})
+def _both_stored(path: Path, tensors: Tensors) -> None:
+    _save(path, {**tensors, HEAD: tensors[TABLE]})
 
 
-def _both_stored_and_different(place: Path, tensors: Tensors) -> None:
-    _save(place, {**tensors, HEAD: tensors[TABLE].flip(0)})
+def _both_stored_and_different(path: Path, tensors: Tensors) -> None:
+    _save(path, {**tensors, HEAD: tensors[TABLE].flip(0)})
 
 
-def _stored_as_head(place: Path, tensors: Tensors) -> None:
-    _save(place, {HEAD if key == TABLE else key: value for key, value in tensors.items()})
+def _stored_as_head(path: Path, tensors: Tensors) -> None:
+    _save(path, {HEAD if key == TABLE else key: value for key, value in tensors.items()})
 
 
-def _without_prefix(place: Path, tensors: Tensors) -> None:
-    _save(place, {key.removeprefix("model."): value for key, value in tensors.items()})
+def _without_prefix(path: Path, tensors: Tensors) -> None:
+    _save(path, {key.removeprefix("model."): value for key, value in tensors.items()})
 
 
-def _head_with_prefix(place: Path, tensors: Tensors) -> None:
-    _save(place, {**tensors, f"model.{HEAD}": tensors[TABLE].flip(0)})
+def _head_with_prefix(path: Path, tensors: Tensors) -> None:
+    _save(path, {**tensors, f"model.{HEAD}": tensors[TABLE].flip(0)})
 
 
-def _twice(place: Path, tensors: Tensors) -> None:
-    _save(place, {**tensors, **{k.removeprefix("model."): v * 2 for k, v in tensors.items()}})
+def _twice(path: Path, tensors: Tensors) -> None:
+    _save(path, {**tensors, **{k.removeprefix("model."): v * 2 for k, v in tensors.items()}})
 
 
-def _extra(place: Path, tensors: Tensors) -> None:
-    _save(place, {**tensors, "model.layers.2.mlp.up_proj.weight": torch.ones(4, 4),
+def _extra(path: Path, tensors: Tensors) -> None:
+    _save(path, {**tensors, "model.layers.2.mlp.up_proj.weight": torch.ones(4, 4),
                   "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})  # fmt: skip
 
 
@@ -110,14 +110,14 @@ LAYOUTS = [
 def test_every_reader_takes_the_same_tensors(
     checkpoint: Checkpoints, tmp_path: Path, layout: Callable[[Path, Tensors], None]
 ) -> None:
-    place = tmp_path / "model"
-    shutil.copytree(checkpoint("llama", tie_word_embeddings=True), place)
-    layout(place, load_file(place / DENSE_FILE))
-    wanted_BLV = _logits(AutoModelForCausalLM.from_pretrained(place).eval())
-    torch.testing.assert_close(_logits(spectool.load(place)), wanted_BLV, rtol=0, atol=0)
-    _assert_blockwise(place, wanted_BLV)
+    path = tmp_path / "model"
+    shutil.copytree(checkpoint("llama", tie_word_embeddings=True), path)
+    layout(path, load_file(path / DENSE_FILE))
+    wanted_BLV = _logits(AutoModelForCausalLM.from_pretrained(path).eval())
+    torch.testing.assert_close(_logits(spectool.load(path)), wanted_BLV, rtol=0, atol=0)
+    _assert_blockwise(path, wanted_BLV)
     job = Job(method="int8", config=Int8.Config())
-    quantize(place, tmp_path / "packed", job)
+    quantize(path, tmp_path / "packed", job)
     found_BLV = _logits(spectool.load(tmp_path / "packed"))
     assert float((found_BLV - wanted_BLV).norm() / wanted_BLV.norm()) < 0.1
     _assert_blockwise(tmp_path / "packed", found_BLV)
@@ -126,14 +126,14 @@ def test_every_reader_takes_the_same_tensors(
 def test_different_matrices_that_are_said_to_be_tied_are_packed_apart(
     checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    place = tmp_path / "model"
-    shutil.copytree(checkpoint("llama", tie_word_embeddings=True), place)
-    _both_stored_and_different(place, load_file(place / DENSE_FILE))
-    wanted_BLV = _logits(spectool.load(place))
+    path = tmp_path / "model"
+    shutil.copytree(checkpoint("llama", tie_word_embeddings=True), path)
+    _both_stored_and_different(path, load_file(path / DENSE_FILE))
+    wanted_BLV = _logits(spectool.load(path))
     from spectool.quantize.choice import Choice
 
     job = Job(method="int8", config=Int8.Config(), embeddings=Choice("int8", Int8.Config()))
-    quantize(place, tmp_path / "packed", job)
+    quantize(path, tmp_path / "packed", job)
     packed = tmp_path / "packed"
     assert json.loads((packed / "config.json").read_text())["tie_word_embeddings"] is False
     found_BLV = _logits(spectool.load(packed))
@@ -143,30 +143,30 @@ def test_different_matrices_that_are_said_to_be_tied_are_packed_apart(
 def test_matrices_that_are_tied_and_both_stored_are_compared_once(
     checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, read = tmp_path / "model", []
-    shutil.copytree(checkpoint("llama", tie_word_embeddings=True), place)
-    tensors = load_file(place / DENSE_FILE)
-    _both_stored(place, tensors)
+    path, read = tmp_path / "model", []
+    shutil.copytree(checkpoint("llama", tie_word_embeddings=True), path)
+    tensors = load_file(path / DENSE_FILE)
+    _both_stored(path, tensors)
 
     def reading(entry: TensorEntry, **rows: Any) -> torch.Tensor:
         read.append(entry.name)
         return read_tensor(entry, **rows)
 
     monkeypatch.setattr("spectool.checkpoint.tensors.read_tensor", reading)
-    assert not any(Architecture(read_layout(place)).untied for _ in range(2))
+    assert not any(Architecture(read_layout(path)).untied for _ in range(2))
     assert sorted(read) == [HEAD, TABLE]
     # Not where another file lies now.
-    _both_stored_and_different(place, tensors)
-    assert Architecture(read_layout(place)).untied
+    _both_stored_and_different(path, tensors)
+    assert Architecture(read_layout(path)).untied
 
 
 def test_absent_output_matrix_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    place = tmp_path / "model"
-    shutil.copytree(checkpoint("llama", tie_word_embeddings=False), place)
-    tensors = load_file(place / DENSE_FILE)
+    path = tmp_path / "model"
+    shutil.copytree(checkpoint("llama", tie_word_embeddings=False), path)
+    tensors = load_file(path / DENSE_FILE)
     del tensors[HEAD]
-    _save(place, tensors)
-    for refused in (lambda: spectool.load(place), lambda: Architecture(read_layout(place))):
+    _save(path, tensors)
+    for refused in (lambda: spectool.load(path), lambda: Architecture(read_layout(path))):
         with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
             refused()
 
@@ -177,11 +177,11 @@ def _logits(model: torch.nn.Module) -> Tensor:
     return logits
 
 
-def _assert_blockwise(place: Path, wanted_BLV: Tensor) -> None:
+def _assert_blockwise(path: Path, wanted_BLV: Tensor) -> None:
     windows = Windows((IDS_BL,), IDS_BL.shape[1], None)
-    laws = BlockwiseLogProbs(
-        open_checkpoint(place), windows, dtype=torch.float32, device=torch.device("cpu")
+    log_probs = BlockwiseLogProbs(
+        open_checkpoint(path), windows, dtype=torch.float32, device=torch.device("cpu")
     )
-    found_BLV = laws(Batch(0, slice(0, 1), IDS_BL))
+    found_BLV = log_probs(Batch(0, slice(0, 1), IDS_BL))
     wanted_BLV = torch.log_softmax(wanted_BLV[:, :-1].float(), -1)
     torch.testing.assert_close(found_BLV, wanted_BLV, rtol=0, atol=1e-4)

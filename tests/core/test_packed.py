@@ -1,4 +1,4 @@
-"""Fields keep their dtype, packed modules take the place of dense ones and give it back."""
+"""Fields keep their dtypes; packed modules replace dense ones and are replaced by them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPEC = {"codes": (torch.uint8, (3, 4)), "scale": (torch.float16, (3,))}
 
 
 class Plain(PackedLinear):
-    """Codes times scales, the simplest format there is."""
+    """Codes times scales, the simplest format."""
 
     def dequantize(self) -> Tensor:
         return self.q.codes.float() * self.q.scale.float()[:, None]
@@ -108,7 +108,7 @@ def test_build_checks_the_fields_against_the_shape() -> None:
     ):
         spec = {**RTN_SPEC, field: header}
         with pytest.raises(CheckpointError, match=f"field {field} of a packed 3 x 8 matrix is"):
-            build_packed(RTN, {name: said for name, said in spec.items() if said is not None})
+            build_packed(RTN, {name: header for name, header in spec.items() if header is not None})
 
 
 def test_build_refuses_unknown_methods_and_options() -> None:

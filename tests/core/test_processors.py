@@ -1,4 +1,4 @@
-"""Affinity, quotas of made-up cgroups, the spin of waiting threads, and waiting itself."""
+"""Affinity, quotas of fake cgroups, the spin of waiting threads, and time spent waiting."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from spectool import cli, machine, processors
 from spectool.processors import Allowed, Waiting, allowed, bound_spin, cpu_quota
 
-V1 = "33 25 0:28 {root} {place} rw,relatime - cgroup cgroup rw,cpu,cpuacct"
-V2 = "25 30 0:22 {root} {place} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
+V1 = "33 25 0:28 {root} {mount_point} rw,relatime - cgroup cgroup rw,cpu,cpuacct"
+V2 = "25 30 0:22 {root} {mount_point} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 # Others that are there too.
 REST = (
     "22 30 0:21 / /sys rw,nosuid shared:7 - sysfs sysfs rw\n"
@@ -20,18 +20,18 @@ REST = (
 )
 
 
-def tree(place: Path, *, mount: str, cgroup: str, root: str = "/") -> Path:
-    """A /proc in which this process is in that cgroup of a file system mounted at `place`."""
-    own = place / "proc/self"
-    own.mkdir(parents=True)
-    line = mount.format(root=root, place=str(place / "c g").replace(" ", "\\040"))
-    (own / "mountinfo").write_text(f"{REST}{line}\n")
-    (own / "cgroup").write_text(f"3:memory:/\n{cgroup}\n")
-    return place / "proc"
+def tree(base: Path, *, mount: str, cgroup: str, root: str = "/") -> Path:
+    """Make a /proc with this process in a cgroup, whose file system is mounted at `base/c g`."""
+    this = base / "proc/self"
+    this.mkdir(parents=True)
+    line = mount.format(root=root, mount_point=str(base / "c g").replace(" ", "\\040"))
+    (this / "mountinfo").write_text(f"{REST}{line}\n")
+    (this / "cgroup").write_text(f"3:memory:/\n{cgroup}\n")
+    return base / "proc"
 
 
-def limit(place: Path, group: str, text: str) -> None:
-    folder = place / "c g" / group
+def limit(base: Path, group: str, text: str) -> None:
+    folder = base / "c g" / group
     folder.mkdir(parents=True, exist_ok=True)
     if "cfs" in text:
         quota, period = text.removeprefix("cfs ").split()
@@ -89,7 +89,7 @@ def test_controllers_without_processors_do_not_count(tmp_path: Path) -> None:
         # The container's group is mounted, and seen by its name outside.
         ("/docker/1", "/docker/1", ""),
         ("/docker/1", "/docker/1/inner", "inner"),
-        # The name is of a place that is not mounted here.
+        # The group lies outside the mounted one.
         ("/", "/../../other", ""),
         ("/docker/1", "/", ""),
     ],
@@ -144,9 +144,9 @@ def test_affinity_is_that_of_this_process() -> None:
     ("asked", "environ", "threads", "reason"),
     [
         (None, {}, 2, "the cgroup's quota is 2.5 processors of 16"),
-        (5, {}, 5, "asked for, or torch's own choice"),
-        (None, {"OMP_NUM_THREADS": "7"}, 7, "OMP_NUM_THREADS says so"),
-        (3, {"OMP_NUM_THREADS": "7"}, 3, "asked for, or torch's own choice"),
+        (5, {}, 5, "requested, or the default of torch"),
+        (None, {"OMP_NUM_THREADS": "7"}, 7, "set by OMP_NUM_THREADS"),
+        (3, {"OMP_NUM_THREADS": "7"}, 3, "requested, or the default of torch"),
     ],
 )
 def test_who_decides_how_many_threads(
@@ -156,7 +156,7 @@ def test_who_decides_how_many_threads(
     threads: int,
     reason: str,
 ) -> None:
-    """A number that is asked for, the environment, the system, in this order."""
+    """The requested number counts first, then the environment, then the system."""
     for name in processors.NUM_THREADS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
@@ -218,16 +218,16 @@ def test_where_others_run_threads_spin_shorter(
 
 
 def test_waiting_is_that_of_the_thread_that_waits_longest(tmp_path: Path) -> None:
-    def tell(thread: int, ran: int, waited: int) -> None:
-        place = tmp_path / f"self/task/{thread}"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "schedstat").write_text(f"{ran} {waited} 3\n")
+    def record(thread: int, ran: int, waited: int) -> None:
+        folder = tmp_path / f"self/task/{thread}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "schedstat").write_text(f"{ran} {waited} 3\n")
 
-    tell(1, 10**9, 10**15)
-    tell(2, 10**9, 10**15)
+    record(1, 10**9, 10**15)
+    record(2, 10**9, 10**15)
     waiting = Waiting(tmp_path)
     assert waiting.share() == 0
     # A thread that began meanwhile counts as well; far longer than this test takes.
-    tell(3, 0, 10**12)
+    record(3, 0, 10**12)
     assert waiting.share() > 1
     assert Waiting(tmp_path / "nothing").share() == 0

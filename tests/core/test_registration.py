@@ -1,4 +1,4 @@
-"""transformers learns the format when it is loaded, whichever comes first, and once."""
+"""The format is registered once, whichever of transformers and spectool is imported first."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def test_installing_again_changes_nothing() -> None:
 
 
 def test_configuration_keeps_what_it_does_not_know() -> None:
-    said = {
+    stored = {
         "quant_method": "spectool",
         "format_version": 2,
         "source": {"fingerprint": "sha256:0"},
         "modules": {"a": {"method": "rtn", "options": {}, "shape": [3, 8]}},
         "made_by": {"seed": 3},
     }
-    assert SpectoolConfig.from_dict(said).to_dict() == said
+    assert SpectoolConfig.from_dict(stored).to_dict() == stored
 
 
 @pytest.mark.parametrize(
-    ("said", "refusal"),
+    ("stored", "refusal"),
     [
         ({"format_version": 3}, "has format 3, this spectool reads up to 2"),
         ({}, "modules is absent"),
         ({"modules": {"a": {"method": "rtn", "options": {}}}}, "the entry of a is"),
     ],
 )
-def test_configuration_that_cannot_be_read(said: dict[str, Any], refusal: str) -> None:
+def test_configuration_that_cannot_be_read(stored: dict[str, Any], refusal: str) -> None:
     with pytest.raises(CheckpointError, match=refusal):
-        SpectoolConfig(**said)
+        SpectoolConfig(**stored)
 
 
 def test_registration_follows_the_registry_and_leaves_no_trace(

@@ -1,4 +1,4 @@
-"""Rows of data in all the layouts that people publish, as texts and as prompts."""
+"""Rows of data in the common published layouts, as texts and as prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOOL = {"name": "add", "description": "adds", "parameters": {"type": "object"}}
 
 
 def roles(row: Row) -> str:
-    """Turns in short: u:What is 3?|a:It is 3."""
+    """Abbreviate turns: u:What is 3?|a:It is 3."""
     return "|".join(f"{message['role'][0]}:{message['content']}" for message in row.messages)
 
 
@@ -57,11 +57,11 @@ def roles(row: Row) -> str:
     ],
 )  # fmt: skip
 def test_a_question_and_its_answer(record: dict[str, Any]) -> None:
-    row, asked = read_row(record), read_row(record, prompts=True).question()
+    row, asked = read_row(record), read_row(record, prompts=True).cut_answer()
     # An input stands on a line below its instruction.
     assert roles(row).replace("\n", " ") == "u:What is 3?|a:It is 3."
     assert roles(asked) == roles(row).split("|")[0]
-    assert asked.fields == f"{row.fields} up to the answer" and asked.joins == row.joins
+    assert asked.fields == f"{row.fields} up to the answer" and asked.joinable == row.joinable
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_a_question_and_its_answer(record: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_a_text_and_how_it_goes_on(record: dict[str, Any], text: str, question: str | None) -> None:
     assert read_row(record).text == text
-    assert read_row(record, prompts=True).question().text == question
+    assert read_row(record, prompts=True).cut_answer().text == question
 
 
 def test_without_a_template_a_pair_is_its_lines() -> None:
-    row = read_row({"instruction": "Add", "input": "1 and 2", "output": "3"}).joined()
-    assert row.text == "Add\n1 and 2\n3" and row.question().text == "Add\n1 and 2"
+    row = read_row({"instruction": "Add", "input": "1 and 2", "output": "3"}).join_turns()
+    assert row.text == "Add\n1 and 2\n3" and row.cut_answer().text == "Add\n1 and 2"
     asked = read_row({"question": "What is 3?", "answer": 3}, prompts=True)
-    assert roles(asked) == "u:What is 3?" and asked.joins and asked.question() is asked
+    assert roles(asked) == "u:What is 3?" and asked.joinable and asked.cut_answer() is asked
     asked = read_row({"question": "What is 3?", "answer": ["3", "three"], "turns": 2}, prompts=True)
     assert roles(asked) == "u:What is 3?"
     row = read_row({"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]})
@@ -119,7 +119,7 @@ def test_calls_and_tools_are_those_that_templates_know() -> None:
         row = read_row(record)
         assert roles(row) == "s:s|u:1 and 1?|a:|t:2|a:2" and row.messages[2]["tool_calls"] == [call]
         assert row.tools == ({"type": "function", "function": TOOL},)
-        assert len(row.question().messages) == 4
+        assert len(row.cut_answer().messages) == 4
     # No call at all: what it says stays.
     odd = read_row({"conversations": [{"from": "function_call", "value": "add(1)"}]})
     assert roles(odd) == "a:add(1)"
@@ -146,7 +146,7 @@ def test_a_label_is_never_the_text(record: dict[str, Any], prompts: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         ({"messages": [{"speaker": "a", "line": "b"}]}, "has the fields speaker, line; expected"),
         ({"conversations": [{"from": "nobody", "value": "x"}]}, "is from 'nobody'; expected human"),
@@ -161,8 +161,8 @@ def test_a_label_is_never_the_text(record: dict[str, Any], prompts: bool) -> Non
         ({"messages": TALK, "tools": "none"}, "'tools' is no list of objects"),
     ],
 )  # fmt: skip
-def test_rows_that_will_not_do(record: dict[str, Any], said: str) -> None:
-    with pytest.raises(TextError, match=f"^f:7: .*{said}"):
+def test_rows_that_will_not_do(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(TextError, match=f"^f:7: .*{message}"):
         read_row(record, place="f:7")
 
 
@@ -179,7 +179,7 @@ def test_rows_that_will_not_do(record: dict[str, Any], said: str) -> None:
 )
 def test_rows_without_a_prompt(record: dict[str, Any]) -> None:
     with pytest.raises(TextError, match=r"^f:7: .*holds nothing .*; expected a prompt"):
-        read_row(record, place="f:7", prompts=True).question()
+        read_row(record, place="f:7", prompts=True).cut_answer()
 
 
 def test_a_named_field_is_taken_as_it_is() -> None:

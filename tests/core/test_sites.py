@@ -1,4 +1,4 @@
-"""Which matrices can be packed: plain linear layers, and none whose weight others use."""
+"""Packable matrices: plain linear layers whose weight no other module computes with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import spectool
 from spectool.checkpoint.headers import read_layout
 from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
-from spectool.model.matrices import computes_product, find_matrices, stay_dense
+from spectool.model.matrices import computes_product, explain_dense, find_matrices
 from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.plan import make_plan
@@ -55,7 +55,7 @@ def test_a_subclass_is_plain_if_it_computes_the_product(kind: type[nn.Linear], p
     names = [matrix.name for matrix in find_matrices(block, "b")]
     assert names == (["b.0", "b.1"] if plain else ["b.1"])
     if not plain:
-        assert stay_dense(block, "b") == {"b.0": f"{kind.__name__} is no plain linear layer"}
+        assert explain_dense(block, "b") == {"b.0": f"{kind.__name__} is no plain linear layer"}
 
 
 class Reads(nn.Module):
@@ -88,12 +88,12 @@ class Outer(nn.Module):
 def test_a_weight_that_others_compute_with_stays_dense() -> None:
     outer = Outer().eval()
     block = outer.blocks[0]
-    assert set(stay_dense(block, "blocks.0")) == {"blocks.0.used"}
-    found = stay_dense(block, "blocks.0", (outer,))
+    assert set(explain_dense(block, "blocks.0")) == {"blocks.0.used"}
+    found = explain_dense(block, "blocks.0", (outer,))
     assert set(found) == {"blocks.0.used", "blocks.0.called"}
     assert set(found.values()) == {"its weight is used outside its forward"}
     block.imitates = True
-    assert "blocks.0.sliced" in stay_dense(block, "blocks.0")
+    assert "blocks.0.sliced" in explain_dense(block, "blocks.0")
 
 
 def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -148,23 +148,23 @@ def test_a_router_is_told_by_its_name_or_place_and_not_by_its_width_alone() -> N
     attention = _layers(k_proj=four(), out_gate=nn.Linear(8, 32), forget_gate=_layers(f=four()))
     block = _layers(moe=moe, attention=attention)
     dense = {"moe.gate.down", "moe.gate.mlp.fc", "moe.choose", "moe.shared_gate"}
-    assert set(stay_dense(block, "b")) == {f"b.{name}" for name in dense}
+    assert set(explain_dense(block, "b")) == {f"b.{name}" for name in dense}
     # Experts may be of a kind that is not known, and a router no linear layer.
-    assert set(stay_dense(_layers(router=_layers(layer=four())), "")) == {"router.layer"}
-    assert set(stay_dense(_layers(experts=experts, gate=Picks()), "")) == {"gate"}
+    assert set(explain_dense(_layers(router=_layers(layer=four())), "")) == {"router.layer"}
+    assert set(explain_dense(_layers(experts=experts, gate=Picks()), "")) == {"gate"}
 
 
 @pytest.fixture(scope="module")
 def phimoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("phimoe")
+    path = tmp_path_factory.mktemp("phimoe")
     config = PhimoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
         initializer_range=0.2, max_position_embeddings=64,
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(place)
-    return place
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
 
 
 def test_router_that_is_a_subclass(phimoe: Path, tmp_path: Path) -> None:

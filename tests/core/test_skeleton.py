@@ -1,4 +1,4 @@
-"""Blocks, matrices and names of every family; wrappers, experts, refusals."""
+"""Blocks, matrices and tensor names of every family; wrappers, experts, refusals."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_tied_head_may_be_absent_or_stored(checkpoint: Checkpoints, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"model_type": "nonesuch"}, "unknown architecture"),
         ({}, "unknown architecture"),
@@ -222,9 +222,9 @@ def test_tied_head_may_be_absent_or_stored(checkpoint: Checkpoints, tmp_path: Pa
         ({"model_type": "vit"}, "vit: transformers has no causal model"),
     ],
 )
-def test_refused_architectures(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+def test_refused_architectures(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=said) as caught:
+    with pytest.raises(UnsupportedError, match=message) as caught:
         model_class(read_config(tmp_path))
     assert "\n" not in str(caught.value)
 

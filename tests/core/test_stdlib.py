@@ -1,4 +1,4 @@
-"""The standard library as text: what is left out, what is held out, what is asked."""
+"""The standard library as text: excluded files, held-out files, prompts."""
 
 from __future__ import annotations
 

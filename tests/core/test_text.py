@@ -1,4 +1,4 @@
-"""Every kind of file, row and damage that texts and prompts come in."""
+"""Texts and prompts of every kind of file and row, whole and damaged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Write = Callable[..., str]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """`write("a.jsonl", rows)`: a file of text, bytes or rows; its path as a string."""
+    """Return `write("a.jsonl", rows)`, which writes text, bytes or rows and returns the path."""
 
     def make(name: str, content: Any) -> str:
         path = tmp_path / name
@@ -51,7 +51,7 @@ def given(*arguments: Any, **options: Any) -> list[str | list[int]]:
 
 @pytest.fixture
 def spelled() -> Any:
-    """A tokenizer with a chat template that decodes to what was encoded."""
+    """Make a tokenizer with a chat template that decodes to the encoded text."""
     import copy
 
     from ..conftest import tokenizer
@@ -63,7 +63,7 @@ def spelled() -> Any:
 
 @pytest.fixture
 def chatty() -> Any:
-    """A tokenizer with a chat template."""
+    """Make a tokenizer with a chat template."""
     import copy
 
     from transformers import PreTrainedTokenizerFast
@@ -113,26 +113,26 @@ def test_what_was_read_is_told(write: Write, spelled: Any) -> None:
         "conversations": [{"from": "human", "value": "hi " * 40}, {"from": "gpt", "value": "a"}]
     }
     sources = [write("a.jsonl", [{"id": "x", **talk}, {"text": "one"}]), write("b.txt", "\n two")]
-    told: list[Reading] = []
-    read_text(sources, spelled, on_read=told.append)
+    summaries: list[Reading] = []
+    read_text(sources, spelled, on_read=summaries.append)
     begins = f"<user>{'hi ' * 40}"[:80]
-    assert [str(reading) for reading in told] == [
+    assert [str(reading) for reading in summaries] == [
         f"{sources[0]}: 2 rows, conversations as a conversation (1), text as text (1); "
         f'the first begins "{begins}"',
         f'{sources[1]}: 1 row, whole file as text; the first begins "two"',
     ]
-    assert told[0].as_dict() == {
+    assert summaries[0].as_dict() == {
         "source": sources[0],
         "rows": 2,
         "fields": {"conversations as a conversation": 1, "text as text": 1},
         "begins": begins,
     }
-    read_prompts(sources[0], spelled, limit=1, on_read=told.append)
-    assert "1 prompt, conversations up to the answer as a conversation; the" in str(told[2])
+    read_prompts(sources[0], spelled, limit=1, on_read=summaries.append)
+    assert "1 prompt, conversations up to the answer as a conversation; the" in str(summaries[2])
 
 
 def test_prompts_of_a_template_end_at_its_end_of_turn(write: Write, spelled: Any) -> None:
-    """Plain text beside them does not."""
+    """Plain text in the same file does not."""
     spelled.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
     path = write("a.jsonl", [{"turns": ["one"]}, {"prompt": "p"}])
     assert [prompt.ends for prompt in read_prompts(path, spelled)] == [{1}, frozenset()]
@@ -166,11 +166,12 @@ def test_calls_are_written_as_the_template_can(write: Write, spelled: Any) -> No
         {"from": "observation", "value": "2"},
     ]
     path = write("a.jsonl", [{"conversations": talk, "tools": [{"name": "add"}]}])
-    told: list[Reading] = []
+    summaries: list[Reading] = []
     assert (
-        read_text([path], spelled, on_read=told.append) == f"<assistant>{json.dumps(call)}<user>2"
+        read_text([path], spelled, on_read=summaries.append)
+        == f"<assistant>{json.dumps(call)}<user>2"
     )
-    assert str(told[0]).endswith("; tools left out: the chat template takes none")
+    assert str(summaries[0]).endswith("; tools left out: the chat template takes none")
     start = "{{ tools | length }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in "
     start += "m.tool_calls or [] %}{{ c.function.name + '-' + "
     for written, wanted in (
@@ -216,7 +217,7 @@ def test_a_named_field_wins(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "field", "said"),
+    ("row", "field", "message"),
     [
         ({"a": "x", "b": "y"}, None, "no field that is surely the text among a, b"),
         ({"n": 3}, None, "no field that is surely"),
@@ -227,9 +228,9 @@ def test_a_named_field_wins(write: Write) -> None:
         (3, None, "expected an object"),
     ],
 )
-def test_rows_without_a_text(write: Write, row: Any, field: str | None, said: str) -> None:
+def test_rows_without_a_text(write: Write, row: Any, field: str | None, message: str) -> None:
     path = write("a.jsonl", [{"text": "fine", "body": "fine"}, row])
-    with pytest.raises(TextError, match=said) as caught:
+    with pytest.raises(TextError, match=message) as caught:
         read_text([path], None, field=field)
     assert str(caught.value).startswith(f"{path}:2: ") and "\n" not in str(caught.value)
 
@@ -239,7 +240,7 @@ def test_conversations_go_through_the_template(write: Write, chatty: Any) -> Non
     path = write("a.jsonl", [{"messages": messages}, {"turns": ["one", "two"]}])
     assert read_text([path], chatty) == "<user>hi<assistant>hello\n\n<user>one<user>two"
     # As a prompt a list of turns is its first turn, and the assistant is to speak: not twice.
-    rows = [row.question() for row in read_rows(path, prompts=True)]
+    rows = [row.cut_answer() for row in read_rows(path, prompts=True)]
     found = [render(row, chatty, prompt=True, template={"mood": "calm"}) for row in rows]
     assert found == ["<user>hi<assistant>(calm)", "<user>one<assistant>(calm)"]
     # As token ids, with nothing before what the template wrote.
@@ -335,7 +336,7 @@ def test_hub_data_sets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Any hub data set is a stream without an end; the numbers of the rows asked for."""
+    """Fake an endless stream for any hub data set; returns the list of row numbers read."""
     asked: list[int] = []
 
     def load_dataset(*arguments: Any, **options: Any) -> Iterator[dict[str, str]]:
@@ -366,7 +367,7 @@ def test_prompts_of_a_stream_without_an_end(write: Write, endless: list[int]) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.txt", b"", "is empty"),
         ("a.txt", b" \n\t\n", "is empty"),
@@ -382,8 +383,8 @@ def test_prompts_of_a_stream_without_an_end(write: Write, endless: list[int]) ->
         ("a.tar.bz2", bz2.compress(b"x"), "unknown kind .bz2"),
     ],
 )
-def test_damaged_texts(write: Write, name: str, content: bytes, said: str) -> None:
-    with pytest.raises(TextError, match=said) as caught:
+def test_damaged_texts(write: Write, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(TextError, match=message) as caught:
         read_text([write(name, content)], None)
     assert "\n" not in str(caught.value)
 
@@ -423,14 +424,14 @@ def test_encoding_adds_nothing_and_does_not_warn(chatty: Any) -> None:
 
 
 def test_the_built_in_text() -> None:
-    """All kinds, each found in the whole, and all have their sources named."""
+    """The built-in text contains all kinds, and SOURCES.md names the source of each."""
     whole = builtin_text()
     assert read_text([], None) == whole and 200_000 < len(whole) < 400_000
     folder = Path(text.__file__).with_name("calibration")
     kinds = [path.stem for path in sorted(folder.glob("*.txt"))]
     assert kinds == ["code", "data", "languages", "mixed", "prose", "talk"]
-    places = [whole.index(builtin_text(kind).strip()) for kind in kinds]
-    assert places == sorted(places)
+    starts = [whole.index(builtin_text(kind).strip()) for kind in kinds]
+    assert starts == sorted(starts)
     sources = (folder / "SOURCES.md").read_text("utf-8")
     assert all(f"`{kind}.txt`" in sources for kind in kinds)
 

@@ -1,4 +1,4 @@
-"""The loop: schedule, best weights, and resumption to the same weights from any point."""
+"""The training loop: schedule, best weights, and resuming to the same weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_rate_rises_then_falls_along_a_cosine() -> None:
 
 
 class Memory:
-    """Keeps states as a file would: by value."""
+    """Store that copies states, as a file would."""
 
     def __init__(self) -> None:
         self.states: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
@@ -35,8 +35,8 @@ class Memory:
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return self.states[-1] if self.states else None
 
-    def save(self, tensors: Mapping[str, Tensor], said: dict[str, Any]) -> None:
-        copied = {**said, "evaluations": list(said["evaluations"])}
+    def save(self, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+        copied = {**record, "evaluations": list(record["evaluations"])}
         self.states.append(({name: t.clone() for name, t in tensors.items()}, copied))
 
 
@@ -47,13 +47,13 @@ class Stop(Exception):
 def make(
     store: Memory | None, *, stop_at: int = -1, bad_at: int = -1, optimizer: str = "adamw"
 ) -> Training:
-    """A linear map learnt from data that step numbers decide; its best look is not its last."""
+    """Make a training run of a linear map whose best evaluation is not its last."""
     torch.manual_seed(0)
     # Moments of less than 4096 weights stay float32.
     inside = 4 if optimizer == "adamw" else 1000
     module = nn.Sequential(nn.Linear(5, inside), nn.Linear(inside, 3))
     module[0].bias.requires_grad_(False)
-    looked: list[int] = []
+    evaluated: list[int] = []
 
     def accumulate(step: int) -> Metrics:
         if step == stop_at:
@@ -64,7 +64,7 @@ def make(
         return {"loss": math.nan if step == bad_at else loss.item()}
 
     def evaluate() -> Metrics:
-        looked.append(0)
+        evaluated.append(0)
         x = torch.ones(1, 5)
         return {"score": -float((module(x) - 0.3).square().sum().detach())}
 
@@ -92,23 +92,23 @@ def weights(training: Training) -> list[Tensor]:
     return [p.detach().clone() for p in training.module.parameters()]
 
 
-def test_the_best_look_is_kept() -> None:
+def test_the_best_evaluation_is_kept() -> None:
     training = make(None)
     history = training.run()
-    assert [look["step"] for look in history.evaluations] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
-    assert history.best == max(history.evaluations, key=lambda look: float(look["score"]))
+    assert [metrics["step"] for metrics in history.evaluations] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
+    assert history.best == max(history.evaluations, key=lambda metrics: float(metrics["score"]))
     assert training.evaluate()["score"] == history.best["score"]
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 4, 17, 29])
 def test_a_stopped_run_ends_with_the_same_weights(stop_at: int) -> None:
     whole = make(None)
-    looks = whole.run().evaluations
+    evaluations = whole.run().evaluations
     store = Memory()
     with pytest.raises(Stop):
         make(store, stop_at=stop_at).run()
     again = make(store)
-    assert again.run().evaluations == looks
+    assert again.run().evaluations == evaluations
     assert all(map(torch.equal, weights(again), weights(whole)))
 
 
@@ -125,9 +125,9 @@ def test_eight_bit_moments_are_stored_exactly(stop_at: int) -> None:
     store = Memory()
     with pytest.raises(Stop):
         make(store, stop_at=stop_at, optimizer="adamw8bit").run()
-    tensors, said = store.states[-1]
+    tensors, record = store.states[-1]
     assert tensors["optimizer.0.0.state1"].dtype == torch.uint8
-    assert said["numbers"]["optimizer.0.0.step"] == stop_at
+    assert record["numbers"]["optimizer.0.0.step"] == stop_at
     again = make(store, optimizer="adamw8bit")
     again.run()
     assert all(map(torch.equal, weights(again), weights(whole)))

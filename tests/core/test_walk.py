@@ -1,4 +1,4 @@
-"""Walking a model block by block: taps, calls, activations, and what cannot be walked."""
+"""Block-by-block runs: probes, calls, activations, and models that are refused."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_model_whose_blocks_look_at_the_text_is_refused(
         around.calls(1, 4)
 
 
-def test_tap_answers_for_its_block() -> None:
+def test_probe_answers_for_its_block() -> None:
     block = nn.Linear(3, 3)
     block.attention_type = "full_attention"  # type: ignore[assignment]
     probe = BlockProbe(block)
@@ -179,7 +179,7 @@ def logits_by_block(source: Path, dtype: torch.dtype) -> torch.Tensor:
 def test_a_padding_row_is_what_transformers_makes_of_it(
     tmp_path: Path, kind: str, tied: bool
 ) -> None:
-    """Youtu's is zeros whatever is stored, Llama's what is stored."""
+    """Youtu's padding row is zeros whatever is stored, Llama's is the stored one."""
     config = tiny_config(kind, tie_word_embeddings=tied)
     config.pad_token_id = int(IDS_BL[0, 5])
     build(config).save_pretrained(tmp_path)
@@ -254,11 +254,11 @@ def test_model_that_cannot_be_walked_is_refused_before_work_begins(
 def test_what_another_code_says_is_no_reason(
     tmp_path: Path, kind: str, more: dict[str, Any], reason: str
 ) -> None:
-    """Taps that return too little make these models raise errors of Python's own."""
+    """With probes that return too little, these models raise built-in errors of Python."""
     model = build(tiny_config(kind, **more))
     model.save_pretrained(tmp_path)
-    said = f"{type(model).__name__}: cannot be walked block by block: .*{reason}$"
-    with pytest.raises(UnsupportedError, match=said):
+    message = f"{type(model).__name__}: cannot be walked block by block: .*{reason}$"
+    with pytest.raises(UnsupportedError, match=message):
         shell(tmp_path)
 
 
