@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode import tree
 from spectool.decode.policy import curve
-from spectool.decode.policy import tuned as tune
+from spectool.decode.policy import tuned as tuned_module
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
@@ -129,7 +129,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What tuning and the measuring of passes take for the time."""
     made = Clock()
-    for module in (curve, tune):
+    for module in (curve, tuned_module):
         monkeypatch.setattr(module, "time", made)
         monkeypatch.setattr(module, "Waiting", lambda: made)
     return made

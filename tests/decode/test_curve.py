@@ -31,7 +31,7 @@ def test_a_curve_is_straight_between_what_is_known_and_beyond() -> None:
     assert found == pytest.approx([1.0, 1.5, 2.0, 2.5, 2.6, 2.7, 3.7])
 
 
-def test_a_curve_of_one_point_rises_by_what_is_assumed() -> None:
+def test_a_load_or_measure_one_point_rises_by_what_is_assumed() -> None:
     curve = Curve({1: 2.0})
     assert [curve.seconds(n) for n in (1, 2, 5)] == pytest.approx([2.0, 2.5, 4.0])
 
@@ -169,26 +169,28 @@ def test_a_curve_is_measured_once(
 ) -> None:
     clock.tick = lambda: 0.02
     target = Target(tiny("llama"))
-    first = curves.curve_of(target)
-    curves.keep(Target(tiny("gpt2")), Curve({1: 0.03, 2: 0.04, 5: 0.05}))
+    first = curves.load_or_measure(target)
+    curves.store_curve(Target(tiny("gpt2")), Curve({1: 0.03, 2: 0.04, 5: 0.05}))
     monkeypatch.setattr(curves, "measure", None)
-    again = curves.curve_of(Target(tiny("llama")))
+    again = curves.load_or_measure(Target(tiny("llama")))
     assert again.points == first.points
-    assert again.found == "known from before"
+    assert again.origin == "known from before"
     # Only sizes that are chosen among are kept, and nothing but the file is left.
-    assert curves.curve_of(Target(tiny("gpt2"))).points == {1: 0.03, 2: 0.04}
+    assert curves.load_or_measure(Target(tiny("gpt2"))).points == {1: 0.03, 2: 0.04}
     assert [path for path in cache_folder.rglob("*") if path.is_file()] == [curves.curves_path()]
 
 
-def test_a_curve_of_a_busy_machine_is_not_left(tiny: Tiny, clock: Any, cache_folder: Path) -> None:
+def test_a_load_or_measure_a_busy_machine_is_not_left(
+    tiny: Tiny, clock: Any, cache_folder: Path
+) -> None:
     """Used now, and measured again by the next run."""
     clock.tick, clock.waits = lambda: 0.4, 0.5
     target = Target(tiny("llama"))
-    curve = curves.curve_of(target)
-    assert curve.found.endswith("beside other processes")
+    curve = curves.load_or_measure(target)
+    assert curve.origin.endswith("while other processes ran")
     assert curves.read_curves() == {}
     clock.waits = 0.0
-    assert not curves.curve_of(target).found.endswith("beside other processes")
+    assert not curves.load_or_measure(target).origin.endswith("while other processes ran")
     assert curves.read_curves().keys() == {curves.machine_key(target)}
 
 
@@ -200,9 +202,9 @@ def test_a_curve_from_before_that_is_far_off_is_measured_again(
 ) -> None:
     clock.tick = lambda: 0.02
     target = Target(tiny("llama"))
-    curves.keep(target, Curve({1: factor * 0.02, 2: factor * 0.03}))
-    found = curves.curve_of(target)
-    assert (found.found == "known from before") == believed
+    curves.store_curve(target, Curve({1: factor * 0.02, 2: factor * 0.03}))
+    found = curves.load_or_measure(target)
+    assert (found.origin == "known from before") == believed
     assert found.points[1] == pytest.approx(factor * 0.02 if believed else 0.02)
     assert curves.read_curves()[curves.machine_key(target)] == found.points
 
@@ -219,15 +221,15 @@ def test_one_slow_pass_is_no_reason_to_measure_again(
         return own(cache, drafts)
 
     target.verify = verify  # type: ignore[method-assign]
-    curves.keep(target, Curve({1: 0.01}))
-    assert curves.curve_of(target).found == "known from before"
+    curves.store_curve(target, Curve({1: 0.01}))
+    assert curves.load_or_measure(target).origin == "known from before"
     assert passes == [1, 1]
 
 
 def test_the_newest_curve_comes_last(tiny: Tiny, cache_folder: Path) -> None:
     targets = [Target(tiny(family)) for family in ("llama", "gpt2", "qwen3")]
     for target in (*targets, targets[0]):
-        curves.keep(target, line(0.5))
+        curves.store_curve(target, line(0.5))
     keys = [curves.machine_key(target) for target in targets]
     assert list(curves.read_curves()) == [keys[1], keys[2], keys[0]]
 
@@ -271,8 +273,8 @@ def test_a_damaged_file_is_no_curve_and_is_replaced(
     path.parent.mkdir(parents=True)
     path.write_text(text.replace("KEY", curves.machine_key(target)))
     assert curves.read_curves() == {}
-    curve = curves.curve_of(target)
-    assert curve.found.startswith("measured")
+    curve = curves.load_or_measure(target)
+    assert curve.origin.startswith("measured")
     assert curves.read_curves() == {curves.machine_key(target): curve.points}
 
 
@@ -290,5 +292,5 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
         (place / blocked).parent.mkdir(parents=True, exist_ok=True)
         (place / blocked).write_text("")
     before = sorted(cache_folder.rglob("*"))
-    assert 1 in curves.curve_of(Target(tiny("llama"))).points
+    assert 1 in curves.load_or_measure(Target(tiny("llama"))).points
     assert sorted(cache_folder.rglob("*")) == before

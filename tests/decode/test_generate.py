@@ -151,7 +151,7 @@ def test_an_interrupted_text_was_streamed_whole(
         (TextStream, "push"),
         (TextStream, "finish"),
         (Request, "extend"),
-        (Request, "check_room"),
+        (Request, "finish_if_full"),
         (TreeCache, "commit"),
         (TreeCache, "select"),
     ):
@@ -222,7 +222,7 @@ def test_a_runner_opens_and_pairs_without_a_forward(
     assert opened.verification(small, temperature=1).name == "rejection"
     assert opened.verification(opened.open("auto:tune=false"), temperature=1).name == "token-match"
     assert opened.verification(opened.open(None)).lossless
-    with pytest.raises(UsageError, match="independent draws"):
+    with pytest.raises(UsageError, match="drawn independently"):
         opened.verification(opened.open("ngram"), temperature=1, verify="k-seq")
     with pytest.raises(UsageError, match="--top-p 2"):
         opened.verification(small, top_p=2)
@@ -279,7 +279,7 @@ def test_one_runner_for_many_prompts_and_drafters(opened: Runner, tiny: Tiny) ->
         ({"batch_size": 0}, "at least 1"),
         ({"temperature": -1}, "--temperature -1"),
         ({"stop": [""]}, "must not be empty"),
-        ({"temperature": 1, "verify": "greedy"}, "changes the law"),
+        ({"temperature": 1, "verify": "greedy"}, "changes the distribution"),
         ({"verify": "likely"}, "no verifier is called"),
     ],
 )

@@ -187,7 +187,7 @@ def test_a_rejected_draft_leaves_no_trace(tiny: Tiny, family: str) -> None:
     cache.commit([[30]], [[0]])
     assert cache.tokens == [[5, 6, 7, 8, 9, 20, 30]]
     assert isinstance(cache, ReplayCache)
-    assert cache.replayed(0) == []
+    assert cache.tokens_to_replay(0) == []
     # fp32 of chunked scans: up to 3e-5 on logits of 5.
     target.prefill(fresh, [[5, 6, 7, 8, 9]])
     expected = target.verify(fresh, [again]).logits_BNV

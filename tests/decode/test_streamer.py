@@ -136,5 +136,5 @@ def test_what_ctrl_c_leaves_is_heard_before_the_end(
 
 
 def test_a_batch_has_no_streamer(opened: Runner) -> None:
-    with pytest.raises(UsageError, match="a streamer hears one prompt at a time"):
+    with pytest.raises(UsageError, match="a streamer takes one prompt at a time"):
         opened.generate([[5], [6]], batch_size=2, streamer=Heard())

@@ -20,7 +20,7 @@ from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.policy import curve as curves
-from spectool.decode.policy import tuned as tune
+from spectool.decode.policy import tuned as tuned_module
 from spectool.decode.policy.curve import SIZES, Curve
 from spectool.decode.policy.tuned import Rates, Tuned
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
@@ -56,7 +56,7 @@ class Known(Rates):
         super().__init__()
         self.rates = rates
 
-    def of(self, key: Any, now: int, prior: float = 0.0) -> float:
+    def estimate(self, key: Any, now: int, prior: float = 0.0) -> float:
         return self.rates[key]
 
 
@@ -136,10 +136,10 @@ def random_draft(noise: random.Random, size: int) -> Draft:
 def test_a_rate_comes_to_how_often_nodes_stand(share: float) -> None:
     noise, rates = random.Random(1), Rates()
     for now in range(1500):
-        rates.learn("a", noise.random() < share, now)
-    assert rates.of("a", 1500) == pytest.approx(share, abs=0.06)
-    assert rates.of("b", 1500) == 0.4
-    assert rates.of("b", 1500, prior=0.7) == 0.7
+        rates.update("a", noise.random() < share, now)
+    assert rates.estimate("a", 1500) == pytest.approx(share, abs=0.06)
+    assert rates.estimate("b", 1500) == 0.4
+    assert rates.estimate("b", 1500, prior=0.7) == 0.7
 
 
 def test_a_rate_is_its_definition() -> None:
@@ -150,18 +150,18 @@ def test_a_rate_is_its_definition() -> None:
     for _ in range(40):
         now += noise.randrange(150)
         trials.append((now, noise.random() < 0.6))
-        rates.learn("a", trials[-1][1], now)
+        rates.update("a", trials[-1][1], now)
     now += 77
     weights = [0.5 ** ((now - then) / 400) for then, _ in trials]
     hits = sum(w for w, (_, stood) in zip(weights, trials, strict=True) if stood)
-    assert rates.of("a", now) == pytest.approx((hits + 2 * 0.4) / (sum(weights) + 2))
+    assert rates.estimate("a", now) == pytest.approx((hits + 2 * 0.4) / (sum(weights) + 2))
 
 
 def test_a_rate_is_forgotten_with_age() -> None:
     rates = Rates()
     for now in range(100):
-        rates.learn("a", False, now)
-    found = [rates.of("a", 100 + age) for age in (0, 400, 800, 4000, 40000)]
+        rates.update("a", False, now)
+    found = [rates.estimate("a", 100 + age) for age in (0, 400, 800, 4000, 40000)]
     assert found == sorted(found)
     assert found[0] < 0.01
     assert found[-1] == pytest.approx(0.4)
@@ -308,7 +308,7 @@ def test_nodes_count_where_their_parent_stood(clock: Any) -> None:
     tuned = Tuned(Fixed(lambda limit: whole, clock), NONE, line(0))
     for _ in range(50):
         play(tuned, lambda draft: [0, 1], line(0), clock)
-    found = [tuned.rates.of(key, 50) for key in [("a", 1), ("b", 1), ("c", 2), ("d", 2)]]
+    found = [tuned.rates.estimate(key, 50) for key in [("a", 1), ("b", 1), ("c", 2), ("d", 2)]]
     assert found == pytest.approx([1.0, 0.0, 0.0, 0.4], abs=0.03)
 
 
@@ -353,7 +353,7 @@ def test_a_bad_spell_is_outlived_by_what_was_gained(clock: Any) -> None:
         for _ in range(good):
             play(tuned, all_stand, line(0.1), clock)
         before = len(inner.budgets)
-        while not tuned._rests:
+        while not tuned._resting:
             play(tuned, none_stands, line(0.1), clock)
         lengths.append(len(inner.budgets) - before)
         for _ in range(400):
@@ -464,8 +464,8 @@ def test_greedy_text_does_not_depend_on_time(
     batch_size: int,
 ) -> None:
     """Of seven orders of magnitude, with gains enough to go on whatever drafting costs."""
-    monkeypatch.setattr(tune, "_START", 1e9)
-    monkeypatch.setattr(tune, "_MOST", 1e9)
+    monkeypatch.setattr(tuned_module, "_START_CREDIT", 1e9)
+    monkeypatch.setattr(tuned_module, "_MAX_CREDIT", 1e9)
     model = endless(tiny("llama"))
     prompts, limits = [prompt_of(size) for size in (12, 5, 20)], [24, 7, 17]
     runner = Runner(model)
@@ -501,7 +501,7 @@ def test_a_drafter_hears_of_rounds_that_it_was_not_asked_for(
         else runner.open(spec)
     )
     tuned = Tuned(inner, runner.target, line(0))
-    tuned._credit, tuned._rests = 0.25, True
+    tuned._credit, tuned._resting = 0.25, True
     runner.use(tuned)
     results = runner.generate(prompts, max_new_tokens=limits, batch_size=3)
     assert [r.token_ids for r in results] == [r.token_ids for r in plain]
@@ -516,8 +516,8 @@ def test_sampled_text_of_looked_up_drafts_is_plain_under_any_clock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is emitted is the target's own draw, whatever was fed."""
-    monkeypatch.setattr(tune, "_START", 1e9)
-    monkeypatch.setattr(tune, "_MOST", 1e9)
+    monkeypatch.setattr(tuned_module, "_START_CREDIT", 1e9)
+    monkeypatch.setattr(tuned_module, "_MAX_CREDIT", 1e9)
     runner, noise = Runner(endless(tiny("llama"))), random.Random(0)
     options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.7, "seed": 4}
     plain = runner.generate([prompt_of(15)], **options)[0]

@@ -411,7 +411,7 @@ def test_default_rules_are_exact() -> None:
     [(("deterministic",), "greedy"), (("iid",), "greedy"), (("iid",), "typical"), ((), "typical")],
 )
 def test_inexact_pairs_are_refused_or_said(kinds: tuple[tree.Kind, ...], name: str) -> None:
-    with pytest.raises(UsageError, match="changes the law") as refusal:
+    with pytest.raises(UsageError, match="changes the distribution") as refusal:
         choose_verifier(kinds, name, temperature=0.7, lossy=False)
     assert "--lossy" in str(refusal.value.hint)
     assert not choose_verifier(kinds, name, temperature=0.7, lossy=True).lossless
@@ -419,7 +419,7 @@ def test_inexact_pairs_are_refused_or_said(kinds: tuple[tree.Kind, ...], name: s
 
 @pytest.mark.parametrize("kinds", [("deterministic",), ("distinct",), ("iid", "deterministic")])
 def test_k_seq_is_for_independent_draws(kinds: tuple[tree.Kind, ...]) -> None:
-    with pytest.raises(UsageError, match="independent draws"):
+    with pytest.raises(UsageError, match="drawn independently"):
         choose_verifier(kinds, "k-seq", temperature=1, lossy=True)
     assert choose_verifier(("iid",), "k-seq", temperature=1, lossy=False).lossless
 
