@@ -48,9 +48,9 @@ class ReplayCache(TreeCache):
         return self.tokens[row][self._states[row].held :]
 
     def restart_if_ahead(self, row: int) -> DynamicCache | None:
-        """Return an empty state for all the row's tokens to pass, if a pass was never committed.
+        """Replace a state that went ahead of the committed tokens by an empty one, and return it.
 
-        None if the state is still that of committed tokens.
+        All the row's tokens must pass through it. Returns None if the state is not ahead.
         """
         state = self._states[row]
         if state.trial is not state.cache:

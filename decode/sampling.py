@@ -196,7 +196,7 @@ class StepRandom(Protocol):
         """Draw token ids [M] from the probabilities after nodes of these depths."""
 
     def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int], draw: int = 0) -> Tensor:
-        """Return for nodes of these depths true with probability min(1, p/q), as bools [M].
+        """Return bools [M] for nodes of these depths, true with probability min(1, p/q).
 
         `draw` counts the siblings that were tested before.
         """

@@ -110,7 +110,7 @@ def wrap_for_target(drafter: Drafter, target: Target) -> Drafter:
             )
         if part.needs.inject:
             raise UnsupportedError(
-                f"{part.name} cannot draft for {target.name}: it takes no rows besides a chain"
+                f"{part.name} cannot draft for {target.name}: a recurrent state takes no extra rows"
             )
         shape = getattr(getattr(part, "config", None), "tree", "chain")
         if part.name == "draft_model" and shape != "chain":
