@@ -1,10 +1,10 @@
-"""Keys and values of committed tokens, preallocated; the current tree is their exact tail.
+"""Keys and values of committed tokens, preallocated; those of the current tree follow directly.
 
-Row b holds `tokens[b]`, one column each from column 0 on; a pass writes its nodes at columns
-len(tokens[b]) and after, and `commit` gathers the accepted ones to the front of that tail, in
-place. What lies beyond is garbage that masks hide. Layers keep every row, sliding windows live in
-the masks (`target.py`): a window layer of transformers forgets rows that a rejected draft still
-needs. Suffixes: B batch, H key-value heads, S columns, D head width.
+Row b holds `tokens[b]`, one column each from column 0 on. A pass writes its nodes at columns
+len(tokens[b]) and after (the tail); `commit` gathers the accepted ones to the front of the tail, in
+place. Columns beyond are garbage that masks hide. Layers keep every column, and sliding windows are
+part of the masks (`target.py`): a window layer of transformers drops columns that are still needed
+after a rejected draft. Suffixes: B batch, H key-value heads, S columns, D head width.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# What forwards call their cache: transformers before 5.24 and code that comes with a checkpoint,
-# models of nothing but a state before 5.24, and transformers from 5.24 on.
+# Names of the cache argument of forwards: in transformers before 5.24 and in code that comes with a
+# checkpoint; in purely recurrent models before 5.24; in transformers from 5.24 on.
 _ARGUMENTS = ("past_key_values", "cache_params", "cache")
 
 _FIRST_COLUMNS = 64
@@ -27,12 +27,12 @@ _TAIL = 128
 
 
 def cache_argument(accepted: Container[str]) -> str | None:
-    """Tell what a forward with these parameters calls its cache, None if it takes none."""
+    """Return the name of the cache argument among these parameters; None if there is none."""
     return next((name for name in _ARGUMENTS if name in accepted), None)
 
 
 class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's buffers, [B, H, capacity, D] each; the cache says where to write."""
+    """The buffers of one layer, [B, H, capacity, D] each; the cache says where to write."""
 
     is_sliding = False
 
@@ -41,11 +41,13 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers for states like these."""
         self.keys = self._allocate(key_states)
         self.values = self._allocate(value_states)
         self.is_initialized = True
 
     def _allocate(self, like_BHND: Tensor) -> Tensor:
+        """Return a buffer of zeros for all columns."""
         batch, heads, _, width = like_BHND.shape
         # Zeros, not empty: a hidden column still meets a weight of 0, and 0 * NaN is NaN.
         return like_BHND.new_zeros(batch, heads, self.cache.capacity, width)
@@ -53,36 +55,40 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the pass's rows at each row's tail; return all columns up to the longest tail."""
+        """Write the pass's nodes at each row's tail; return all columns up to the longest tail."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         if self.keys.shape[2] < self.cache.capacity:
-            self.keys = self._grown(self.keys)
-            self.values = self._grown(self.values)
+            self.keys = self._enlarge(self.keys)
+            self.values = self._enlarge(self.values)
         self.cache.write(self.keys, key_states)
         self.cache.write(self.values, value_states)
         width = self.cache.width
         return self.keys[:, :, :width], self.values[:, :, :width]
 
-    def _grown(self, old_BHSD: Tensor) -> Tensor:
+    def _enlarge(self, old_BHSD: Tensor) -> Tensor:
+        """Return a larger buffer that begins with this one."""
         new_BHSD = self._allocate(old_BHSD)
         new_BHSD[:, :, : old_BHSD.shape[2]] = old_BHSD
         return new_BHSD
 
     def get_seq_length(self) -> int:
-        # A layer that passed nothing (Mllama's for images) asks whether it has something to see.
+        """Return the number of committed columns of the longest row."""
+        # Layers that no pass reached (Mllama's for images) must report 0.
         return max(self.cache.lengths) if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of columns of a mask, and its offset."""
         return self.cache.width, 0
 
     def get_max_length(self) -> int:
+        """Return -1: the length is not limited here."""
         return -1
 
 
 class TreeCache(Cache):
-    """The cache of a batch. `tokens[b]` are the committed tokens whose rows it holds.
+    """The cache of a batch. `tokens[b]` are the committed tokens of row b.
 
     Buffers double up to `context` columns and a tail.
     """
@@ -100,13 +106,13 @@ class TreeCache(Cache):
 
     @property
     def lengths(self) -> list[int]:
-        """Committed columns of each row."""
+        """Return the number of committed columns of each row."""
         return [len(tokens) for tokens in self.tokens]
 
     def open(self, num_nodes: int, device: torch.device, *, after: int = 0) -> None:
-        """Make room for a pass of `num_nodes` rows and settle where they are written.
+        """Make room for a pass of `num_nodes` nodes per row and choose the columns it writes.
 
-        `after` are the tail's columns that earlier passes of the same tree wrote.
+        `after` is the number of columns in the tail that earlier passes of the same tree wrote.
         """
         self._starts = [length + after for length in self.lengths]
         self.width = max(self._starts) + num_nodes
@@ -121,7 +127,7 @@ class TreeCache(Cache):
             self._columns_BN = starts_B1 + torch.arange(num_nodes, device=device)
 
     def write(self, buffer_BHSD: Tensor, rows_BHND: Tensor) -> None:
-        """Put the pass's rows into the columns that `open` settled."""
+        """Write the pass's states into the columns chosen by `open`."""
         if self._columns_BN is None:
             start = self._starts[0]
             buffer_BHSD[:, :, start : start + rows_BHND.shape[2]] = rows_BHND
@@ -133,7 +139,7 @@ class TreeCache(Cache):
     def commit(self, tokens: Sequence[Sequence[int]], paths: Sequence[Sequence[int]]) -> None:
         """Keep the nodes `paths[b]` (root first, ascending) of the pass just written.
 
-        `tokens[b]` are all tokens of row b's tree. Rows already in place are not copied.
+        `tokens[b]` are all tokens of row b's tree. Columns already in place are not copied.
         """
         for row, path in enumerate(paths):
             start = len(self.tokens[row])
@@ -168,7 +174,7 @@ class TreeCache(Cache):
             layer.values = layer.values[index]
 
     def keep_prefix(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Keep of each row the longest common prefix with its new prompt; return the lengths.
+        """Keep the longest common prefix of each row with its new prompt; return the lengths.
 
         The last token of a prompt is never kept: it must pass through the model for its logits.
         """
@@ -182,17 +188,19 @@ class TreeCache(Cache):
 
 
 class TextLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values of whole texts; what passes later is seen, and not kept."""
+    """One layer's keys and values of whole texts; states of later passes are seen but not kept."""
 
     is_sliding = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Store the keys and values of the texts."""
         self.keys, self.values = key_states, value_states
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Return the stored keys and values followed by these; store the first ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
@@ -201,19 +209,22 @@ class TextLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return keys, torch.cat([self.values, value_states], 2)
 
     def get_seq_length(self) -> int:
+        """Return the length of the texts."""
         return 0 if self.keys is None else self.keys.shape[2]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of columns of a mask, and its offset."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
+        """Return -1: the length is not limited here."""
         return -1
 
 
 class TextCache(Cache):
-    """Keys and values of texts that were read whole, for rows that pass beside them.
+    """Keys and values of whole texts, for extra rows that pass later.
 
-    Nothing is written in place, so autograd may go through what passes later.
+    Nothing is written in place, so gradients can flow through later passes.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -221,4 +232,5 @@ class TextCache(Cache):
 
     @property
     def length(self) -> int:
+        """Return the length of the texts."""
         return self.get_seq_length()

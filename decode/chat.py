@@ -1,8 +1,9 @@
-"""A conversation with a model: its turns, the prompt that they make, what no longer fits, files.
+"""A conversation with a model: its turns, the prompts made of them, dropping old turns, files.
 
-Knows no terminal. A turn's tokens are kept as they were generated, so that the next prompt begins
-with what the cache holds: encoding an answer's text again may cut it differently. They are used
-as far as the template writes the history that way; what it rewrites or drops is encoded anew.
+Knows no terminal. The tokens of a turn are kept as they were generated, so that the next prompt
+begins with what the cache holds: encoding an answer's text again may split it differently. They are
+used as far as the template writes the history unchanged; text that it rewrites or drops is encoded
+again.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from spectool.errors import TextError, UsageError
 from spectool.files import disk_errors, replacing
 
 FORMAT, FORMAT_VERSION = "spectool-chat", 1
-# The oldest turns go when less than this share of the context is left for the answer.
-ROOM = 0.25
-# A noncharacter: it marks where a control token in somebody's text is broken in two.
+# The oldest turns are dropped if less than this share of the context is left for the answer.
+_ANSWER_SHARE = 0.25
+# A noncharacter that marks where a control token in a user's or model's text is split in two.
 _BREAK = "\ufdd0"
 _UNSAFE = re.compile("[\ufdd0\ud800-\udfff]")
 
@@ -40,7 +41,7 @@ OnText = Callable[[str, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How answers are generated; `Runner.generate` describes each. Turn n draws from seed + n."""
+    """Options of generation, see `Runner.generate`; turn n draws from seed + n."""
 
     max_new_tokens: int = 512
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -52,16 +53,16 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A message and its answer. `known` are texts that a prompt may begin with, and their ids."""
+    """A message and its answer, with texts that a prompt may begin with and their ids."""
 
     message: str
     answer: str
-    known: tuple[tuple[str, list[int]], ...] = ()
+    encodings: tuple[tuple[str, list[int]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A message ready to be answered; `forgotten` of the oldest turns are not in its tokens."""
+    """A message ready to be answered; the `forgotten` oldest turns are not in its tokens."""
 
     message: str
     rendered: str
@@ -71,7 +72,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """An answer and what it cost; `used` tokens of the context are taken now."""
+    """An answer and its cost; `used` tokens of the context are now taken."""
 
     result: Result
     seconds: float
@@ -80,10 +81,10 @@ class Reply:
 
 @dataclass(slots=True)
 class Chat:
-    """A conversation. With `raw` it is plain text that the model continues, a message a line.
+    """A conversation. With `raw` it is plain text that the model continues, one message a line.
 
     `template` are arguments of the chat template. `forgotten` counts the oldest turns that no
-    longer fit; they stay in `turns`, so `save` loses nothing. An error leaves all as it was.
+    longer fit; they stay in `turns`, so `save` loses nothing. An error changes nothing.
 
     Raises:
         UsageError: the tokenizer has no chat template.
@@ -107,8 +108,8 @@ class Chat:
         added = self.tokenizer.added_tokens_decoder.values()
         specials = {token.content for token in added if token.special}
         specials.update(self.tokenizer.all_special_tokens)
-        self._specials = _first_characters(specials)
-        self._controls = _first_characters({*specials, *(token.content for token in added)})
+        self._specials = _control_pattern(specials)
+        self._controls = _control_pattern({*specials, *(token.content for token in added)})
         if not all(self.options.stop):
             raise UsageError("a stop string must not be empty")
         if not self.raw and not self.tokenizer.chat_template:
@@ -124,11 +125,12 @@ class Chat:
 
     @property
     def context(self) -> int:
+        """Return the context of the target."""
         return self.runner.target.context
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """All turns in the common form, without the system message."""
+        """Return all turns as messages with role and content, without the system message."""
         return [
             {"role": role, "content": content}
             for turn in self.turns
@@ -136,26 +138,29 @@ class Chat:
         ]
 
     def prompt(self, message: str) -> Prompt:
-        """The tokens that ask for an answer to `message`, without the turns that must go for it.
+        """Make the prompt for an answer to `message`, dropping as many old turns as needed.
 
         Raises:
             UsageError: the message alone is longer than the context.
             TextError: the template refuses the conversation.
         """
-        most = self.context - min(self.options.max_new_tokens, int(ROOM * self.context))
+        most = self.context - min(self.options.max_new_tokens, int(_ANSWER_SHARE * self.context))
 
         @functools.cache
-        def asked(forgotten: int) -> tuple[str, list[int]]:
+        def render_from(forgotten: int) -> tuple[str, list[int]]:
             rendered = self._render(self.turns[forgotten:], message)
             return rendered, self._encode(rendered)
 
         forgotten = self.forgotten
-        if len(asked(forgotten)[1]) > most:
-            # Not one by one: a long conversation may have been loaded.
+        if len(render_from(forgotten)[1]) > most:
+            # Bisection, as a long conversation may have been loaded.
             forgotten = bisect.bisect_left(
-                range(len(self.turns)), True, forgotten, key=lambda n: len(asked(n)[1]) <= most
+                range(len(self.turns)),
+                True,
+                forgotten,
+                key=lambda n: len(render_from(n)[1]) <= most,
             )
-        rendered, tokens = asked(forgotten)
+        rendered, tokens = render_from(forgotten)
         if len(tokens) >= self.context:
             raise UsageError(
                 f"the message makes a prompt of {len(tokens)} tokens; the context holds "
@@ -167,19 +172,19 @@ class Chat:
     def answer(
         self, prompt: Prompt, *, on_text: OnText | None = None, keep_interrupted: bool = False
     ) -> Reply:
-        """Generate the answer and take both into the conversation.
+        """Generate the answer and add message and answer to the conversation.
 
-        With `keep_interrupted`, Ctrl-C ends the answer, and what is there of it stays.
+        With `keep_interrupted`, Ctrl-C ends the answer and its beginning is kept.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C otherwise, or before there is anything to keep.
+            KeyboardInterrupt: Ctrl-C otherwise, or before the first token.
         """
         options = self.options
         began = time.perf_counter()
         (result,) = self.runner.generate(
             [prompt.tokens],
             eos=self._ends,
-            on_tokens=on_text and (lambda row, tokens, text, drafted: on_text(text, drafted)),
+            on_tokens=on_text and (lambda index, tokens, text, drafted: on_text(text, drafted)),
             reuse_cache=True,
             keep_interrupted=keep_interrupted,
             max_new_tokens=options.max_new_tokens,
@@ -192,14 +197,14 @@ class Chat:
         if not result.token_ids:
             raise KeyboardInterrupt
         seconds = time.perf_counter() - began
-        known = [(prompt.rendered, prompt.tokens)]
+        encodings = [(prompt.rendered, prompt.tokens)]
         if result.finish_reason != "stop":
-            # The end token is the template's to write; a stop string is not in the text.
+            # The template writes the end token; a stop string is not in the text, but in the ids.
             ids = result.token_ids[: -1 if result.finish_reason == "eos" else None]
-            answer = _broken(result.text, self._specials)
-            known.insert(0, (prompt.rendered + answer, prompt.tokens + ids))
+            answer = _mark_controls(result.text, self._specials)
+            encodings.insert(0, (prompt.rendered + answer, prompt.tokens + ids))
         self.forgotten = prompt.forgotten
-        self.turns.append(Turn(prompt.message, result.text, tuple(known)))
+        self.turns.append(Turn(prompt.message, result.text, tuple(encodings)))
         used = len(prompt.tokens) + len(result.token_ids)
         self.replies.append(Reply(result=result, seconds=seconds, used=used))
         return self.replies[-1]
@@ -208,7 +213,7 @@ class Chat:
         """Replace the system message.
 
         Raises:
-            TextError: the template knows none.
+            TextError: the template takes no system message.
         """
         before, self.system = self.system, system
         try:
@@ -218,15 +223,15 @@ class Chat:
             raise
 
     def reset(self) -> None:
-        """Forget all turns; the system message stays."""
+        """Forget all turns but keep the system message."""
         self.turns.clear()
         self.forgotten = 0
 
     def undo(self) -> str:
-        """Drop the last turn; returns its message.
+        """Drop the last turn; return its message.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is no turn.
         """
         if not self.turns:
             raise UsageError("there is no message yet")
@@ -235,35 +240,35 @@ class Chat:
         return turn.message
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
-        """Write the conversation as JSON, at once or not at all.
+        """Write the conversation as JSON, atomically.
 
         Raises:
-            InputError: the file exists, or its place cannot be written.
+            InputError: the file exists, or cannot be written.
         """
         with disk_errors(path):
             if path.is_dir():
                 raise UsageError(f"{path}: is a directory", hint="name a file in it")
             if path.exists() and not overwrite:
                 raise UsageError(f"{path}: exists already", hint=f"/save! {path} replaces it")
-        said = {
+        record = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "system": self.system,
             "messages": self.messages,
         }
         with replacing(path) as partial:
-            partial.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:
-        """Go on with a saved conversation in place of this one.
+        """Replace this conversation by a saved one.
 
         Raises:
-            InputError: no such file, or it is something else.
+            InputError: the file does not exist, or is something else.
         """
-        said = read_json(path)
-        if said.get("format") != FORMAT or said.get("version") != FORMAT_VERSION:
+        record = read_json(path)
+        if record.get("format") != FORMAT or record.get("version") != FORMAT_VERSION:
             raise UsageError(f"{path}: not a saved chat (format {FORMAT} {FORMAT_VERSION})")
-        system, turns = said.get("system"), _turns(said.get("messages"))
+        system, turns = record.get("system"), _parse_turns(record.get("messages"))
         if not isinstance(system, str | None) or turns is None:
             raise UsageError(f"{path}: damaged: expected pairs of a user's message and an answer")
         if system is not None:
@@ -272,74 +277,74 @@ class Chat:
         self.turns, self.forgotten = turns, 0
 
     def _render(self, turns: Sequence[Turn], message: str) -> str:
-        """The conversation up to where the answer begins, control tokens in people's text broken.
+        """Render the conversation up to where the answer begins, with its control tokens marked.
 
-        What the tokenizer calls special is broken in answers too. Its other added tokens are not:
-        templates look for the model's own `</think>`.
+        Special tokens are marked in answers too. Other added tokens are not: templates look for the
+        model's own `</think>`.
         """
-        system = None if self.system is None else _broken(self.system, self._controls)
+        system = None if self.system is None else _mark_controls(self.system, self._controls)
         if self.raw:
             written = system or ""
             for turn in (*turns, Turn(message, "")):
                 line = "\n" if written and not written.endswith("\n") else ""
-                written += line + _broken(turn.message, self._controls)
-                written += _broken(turn.answer, self._specials)
+                written += line + _mark_controls(turn.message, self._controls)
+                written += _mark_controls(turn.answer, self._specials)
             return written
         messages = [] if system is None else [{"role": "system", "content": system}]
         for turn in turns:
             messages += [
-                {"role": "user", "content": _broken(turn.message, self._controls)},
-                {"role": "assistant", "content": _broken(turn.answer, self._specials)},
+                {"role": "user", "content": _mark_controls(turn.message, self._controls)},
+                {"role": "assistant", "content": _mark_controls(turn.answer, self._specials)},
             ]
-        messages.append({"role": "user", "content": _broken(message, self._controls)})
+        messages.append({"role": "user", "content": _mark_controls(message, self._controls)})
         row = Row(messages=tuple(messages))
         return render(row, self.tokenizer, template=self.template, prompt=True)
 
     def _encode(self, rendered: str) -> list[int]:
-        """Token ids of a rendered conversation; of a part that is known, those it had."""
-        pairs = (pair for turn in reversed(self.turns) for pair in turn.known)
-        known = next((pair for pair in pairs if rendered.startswith(pair[0])), None)
-        if known is not None:
-            ids, rest = list(known[1]), rendered[len(known[0]) :].split(_BREAK)
+        """Encode a rendered conversation, reusing the ids of its longest stored beginning."""
+        pairs = (pair for turn in reversed(self.turns) for pair in turn.encodings)
+        encoding = next((pair for pair in pairs if rendered.startswith(pair[0])), None)
+        if encoding is not None:
+            ids, rest = list(encoding[1]), rendered[len(encoding[0]) :].split(_BREAK)
         else:
             first, *rest = rendered.split(_BREAK)
-            # A template writes the start token itself; plain text is opened as `generate` does.
+            # A template writes the start token itself; plain text starts as in `generate`.
             ids = self.tokenizer.encode("") if self.raw else []
             ids += encode(self.tokenizer, first)
         for piece in rest:
-            ids += self._continued(piece)
+            ids += self._encode_continuation(piece)
         return ids
 
-    def _continued(self, piece: str) -> list[int]:
-        """Token ids of text in the middle: some tokenizers put a space before all that begins."""
+    def _encode_continuation(self, piece: str) -> list[int]:
+        """Encode text in the middle, without the space that some tokenizers add at the start."""
         before = encode(self.tokenizer, "\n")
         ids = encode(self.tokenizer, "\n" + piece)
-        # Where the newline melts into what follows, there is no such space either.
+        # If the newline merges with the text, the tokenizer adds no space.
         if ids[: len(before)] == before:
             return ids[len(before) :]
         return encode(self.tokenizer, piece)
 
 
-def _first_characters(tokens: set[str]) -> re.Pattern[str]:
-    """Matches the first character of every occurrence of these tokens, overlapping ones too.
+def _control_pattern(tokens: set[str]) -> re.Pattern[str]:
+    """Make a pattern for the first character of every occurrence of these tokens, also overlapping.
 
-    Whitespace is text, also where a vocabulary adds it. A token of one character has no inside.
+    Whitespace counts as text, even as an added token. A token of one character cannot be split.
     """
     longer = sorted(token for token in tokens if len(token) > 1 and not token.isspace())
     return re.compile(f"(?:(?={'|'.join(map(re.escape, longer))}).)" if longer else "(?!)", re.S)
 
 
-def _broken(written: str, controls: re.Pattern[str]) -> str:
-    """The text with a mark inside each control token: parted there, it is encoded as plain text.
+def _mark_controls(written: str, controls: re.Pattern[str]) -> str:
+    """Put a mark inside each control token: split there, it is encoded as plain text.
 
     `apply_chat_template(sanitize_control_tokens=True)` does the same from transformers 5.20 on;
-    before, the flag goes to the template as a variable of its own, and nothing is broken.
+    before, the flag goes to the template as a variable of its own, and nothing is split.
     """
     return controls.sub(lambda match: match[0] + _BREAK, _UNSAFE.sub("", written))
 
 
-def _turns(messages: Any) -> list[Turn] | None:
-    """Pairs of a user's message and an answer as turns; None if these are something else."""
+def _parse_turns(messages: Any) -> list[Turn] | None:
+    """Convert pairs of a user's message and an answer to turns; None if malformed."""
     if not isinstance(messages, list) or len(messages) % 2:
         return None
     contents: list[str] = []

@@ -1,6 +1,6 @@
-"""What a drafter has learnt of texts, kept in a file between runs.
+"""Files of the statistics that a drafter keeps between runs.
 
-One safetensors file, replaced as a whole; its header says which drafter wrote it.
+One safetensors file, replaced as a whole; its header names the drafter that wrote it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORMAT, FORMAT_VERSION = "spectool-draft-state", 1
 
 
 def load(path: Path, drafter: str) -> dict[str, Tensor]:
-    """The tensors of a state; none if there is no such file yet.
+    """Read the tensors of a state file; none if there is no file yet.
 
     Raises:
         CheckpointError: the file is something else, or another drafter's.
@@ -30,23 +30,23 @@ def load(path: Path, drafter: str) -> dict[str, Tensor]:
         return {}
     metadata, entries = read_header(path)
     try:
-        said = dict(json.loads(metadata["spectool"]))
+        record = dict(json.loads(metadata["spectool"]))
     except (KeyError, ValueError, TypeError):
-        said = {}
-    if said.get("format") != FORMAT or said.get("version") != FORMAT_VERSION:
+        record = {}
+    if record.get("format") != FORMAT or record.get("version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: no state of a drafter in version {FORMAT_VERSION}")
-    if said.get("drafter") != drafter:
-        raise CheckpointError(f"{path}: the state of {said.get('drafter')}, not of {drafter}")
+    if record.get("drafter") != drafter:
+        raise CheckpointError(f"{path}: the state of {record.get('drafter')}, not of {drafter}")
     return {entry.name: read_tensor(entry) for entry in entries}
 
 
 def save(path: Path, drafter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write a state in place of an older one.
+    """Write a state file, replacing an older one.
 
     Raises:
-        InputError: the place cannot be written.
+        InputError: the file cannot be written.
         SpectoolError: the disk is full.
     """
-    said = {"format": FORMAT, "version": FORMAT_VERSION, "drafter": drafter}
+    record = {"format": FORMAT, "version": FORMAT_VERSION, "drafter": drafter}
     with replacing(path) as partial:
-        write_safetensors(partial, dict(tensors), said)
+        write_safetensors(partial, dict(tensors), record)

@@ -1,5 +1,8 @@
-"""Which models a tree of tokens can be verified with: those with nothing but attention by mask,
-positions and cache. Others are refused by name, with the reason."""
+"""The check that a model can verify trees of tokens.
+
+Such a model has no layers but attention steered by mask, positions and cache. Others are refused by
+name, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from spectool.errors import UnsupportedError
 from spectool.model.causal import why_not_causal
 from spectool.model.decoder import decoder_of
 
-# Models that derive positions, causality or windows from columns, not from mask and positions, or
-# that change the cache they are given.
+# Models that derive positions, causality or windows from column numbers instead of mask and
+# positions, or that change the cache they are given.
 _REFUSED = {
     "bloom": "its ALiBi biases are derived from a 2-D mask",
     "mpt": "its ALiBi biases are derived from column numbers",
@@ -25,20 +28,20 @@ _REFUSED = {
     "dory": "its loops over layers add caches of their own to the one they are given",
 }
 
-# What a forward must take besides a cache.
+# Arguments that a forward must take besides a cache.
 _NEEDED = ("position_ids", "attention_mask")
 
 
 def check_fit(model: PreTrainedModel, config: PreTrainedConfig, accepted: Container[str]) -> None:
-    """Make sure that passes of trees can be right with a model.
+    """Check that tree passes can be correct with a model.
 
-    `config` is the text's, `accepted` are the parameters of the model's forward.
+    `config` is that of the text model, `accepted` are the parameters of the model's forward.
 
     Raises:
         UnsupportedError: they cannot.
     """
     if is_recurrent(model, config):
-        # Its own text is decoded nevertheless; see `recurrent.py`.
+        # Decoding such a model works nevertheless: see `recurrent.py`.
         raise UnsupportedError(
             f"{config.model_type} can neither be a draft model nor have heads trained for it: its "
             "recurrent state cannot go back to an earlier token"
@@ -50,6 +53,7 @@ def check_fit(model: PreTrainedModel, config: PreTrainedConfig, accepted: Contai
 def _why_unfit(
     model: PreTrainedModel, config: PreTrainedConfig, accepted: Container[str]
 ) -> str | None:
+    """Explain why tree passes cannot be correct; None if they can."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if is_encoder_decoder(model.config):
         return "it is an encoder-decoder"
@@ -77,12 +81,12 @@ def _why_unfit(
 
 
 def cannot_decode(config: PreTrainedConfig, reason: str) -> UnsupportedError:
-    """Make the error that says why a model's text is not decoded at all."""
+    """Make the error for a model that cannot be decoded at all."""
     return UnsupportedError(f"{config.model_type} cannot be decoded by spectool: {reason}")
 
 
 def is_recurrent(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
-    """Whether a layer has a state that cannot go back to an earlier token."""
+    """Return whether a layer has a state that cannot go back to an earlier token."""
     kinds = set(getattr(config, "layer_types", None) or ())
     recurrent = {"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"}
     return bool(model._is_stateful or kinds & recurrent)

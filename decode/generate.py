@@ -1,4 +1,4 @@
-"""Continue prompts with any drafter: the library's door, and the runner that the commands keep."""
+"""Continue prompts with any drafter: `generate`, and the `Runner` that the commands use."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool.data.text import check_ids
 from spectool.decode.cache import TreeCache
 from spectool.decode.loop import Timings, decode
-from spectool.decode.policy.chain import chained
-from spectool.decode.policy.curve import Curve, curve_of
+from spectool.decode.policy.chain import wrap_for_target
+from spectool.decode.policy.curve import Curve, load_or_measure
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
 from spectool.decode.recurrent import open_target
@@ -32,13 +32,13 @@ from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.model.finite import first_not_finite, not_finite
 from spectool.model.loading import load_model, load_tokenizer
 
-# Row, its newly committed tokens, the text they release, how many of its first characters came
-# from accepted drafts.
+# Index of the prompt, its newly committed tokens, the text they release, and how many of the text's
+# first characters came from accepted drafts.
 OnTokens = Callable[[int, list[int], str, int], None]
 
 
 class Streamer(Protocol):
-    """What transformers' `BaseStreamer` promises: tokens [1, T] of a prompt or [T], then an end."""
+    """The interface of transformers' `BaseStreamer`: prompts [1, T], tokens [T], ends."""
 
     def put(self, value: Tensor) -> None: ...
 
@@ -51,12 +51,12 @@ LOOP_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One prompt's continuation.
+    """The continuation of one prompt.
 
-    `token_ids` are the new ones, with an end-of-text token and the token that completed a stop
+    `token_ids` are the new tokens, with an end-of-text token and the token that completed a stop
     string; `text` is cut before either and continues the prompt as written. `forwards` counts
-    passes of the target, the prompt's included: one a token when decoding plainly. `offered_at[d]`
-    counts the steps that drafted d+1 tokens deep, `accepted_at[d]` those that committed as deep.
+    passes of the target, the prompt's included: one per token in plain decoding. `offered_at[d]`
+    counts the steps that drafted d + 1 tokens deep, `accepted_at[d]` those that committed as deep.
     """
 
     token_ids: list[int]
@@ -71,18 +71,19 @@ class Result:
 
     @property
     def tokens_per_forward(self) -> float:
+        """Return the new tokens divided by the forwards of the target."""
         return len(self.token_ids) / max(1, self.forwards)
 
 
 class Runner:
     """A loaded model with a drafter, for any number of prompts.
 
-    `draft` is a specification (`drafters/spec.py`), a drafter, or None for plain decoding; it may
-    be replaced with `use`. `timings` is where the time of all calls went. `dtype` and `device` are
-    for models given as a path.
-    `allow_other_target` takes draft heads of another checkpoint. `tune` sizes trees by what pays on
-    this machine also where a specification says nothing about it (`decode/policy/tuned.py`).
-    `checksums`: compare artifacts and heads with theirs when they are loaded.
+    `draft` is a specification (`decode/spec.py`), a drafter, or None for plain decoding; `use`
+    replaces it. `dtype` and `device` are for models given as a path. `allow_other_target` accepts
+    draft heads of another checkpoint. `tune` sizes trees by what passes cost on this machine
+    (`decode/policy/tuned.py`) also where a specification does not ask for it. `checksums`: compare
+    artifacts and heads with their checksums when they are loaded. `timings` sums the seconds of
+    all calls.
 
     Raises:
         InputError: a checkpoint that cannot be read or decoded, a specification that is wrong.
@@ -119,26 +120,30 @@ class Runner:
 
     @property
     def drafter_name(self) -> str:
-        """The drafter's row in the table of methods; `auto` has become another by now."""
+        """Return the drafter's name in the table of methods; `auto` is resolved."""
         return self.drafter.name
 
     def use(self, draft: str | Drafter | None) -> None:
-        """Change the drafter."""
+        """Replace the drafter."""
         drafter = self.open(draft) if draft is None or isinstance(draft, str) else draft
-        # What is tuned was opened here.
-        self.drafter = drafter if isinstance(drafter, Tuned) else chained(drafter, self.target)
+        # `open` has already wrapped a Tuned drafter for the target.
+        self.drafter = (
+            drafter if isinstance(drafter, Tuned) else wrap_for_target(drafter, self.target)
+        )
         self.drafter.attach(self.target)
 
     def open(self, draft: str | None) -> Drafter:
-        """The drafter of a specification, for `use`.
+        """Open the drafter of a specification, for `use`.
 
-        Loads a draft model; runs no forward but what measures `curve`.
+        Loads draft heads or a draft model; runs no forward except to measure `curve`.
 
         Raises:
             InputError: the specification is wrong, or its checkpoint does not fit this model.
         """
         name = self.target.model.config._name_or_path
-        spec = parse_spec("none" if draft is None else draft, beside=Path(name) if name else None)
+        spec = parse_spec(
+            "none" if draft is None else draft, target_dir=Path(name) if name else None
+        )
         drafter = open_drafter(
             spec,
             target=self.target,
@@ -146,7 +151,7 @@ class Runner:
             allow_other_target=self.allow_other_target,
             checksums=self.checksums,
         )
-        drafter = chained(drafter, self.target)
+        drafter = wrap_for_target(drafter, self.target)
         tuned = self.tune if spec.tune is None else spec.tune
         if tuned and drafter.name != "none" and self.target.takes_drafts:
             return Tuned(drafter, self.target, self.curve)
@@ -154,11 +159,11 @@ class Runner:
 
     @functools.cached_property
     def curve(self) -> Curve:
-        """What passes cost here; measured when first asked for, which takes up to a second."""
-        return curve_of(self.target)
+        """Return the cost curve of passes; the first access may measure it, in up to a second."""
+        return load_or_measure(self.target)
 
     def close(self) -> None:
-        """Keep on disk what the drafter learnt, where it was asked to."""
+        """Write the drafter's statistics to disk, where the specification asks for it."""
         self.drafter.close()
 
     def verification(
@@ -169,12 +174,12 @@ class Runner:
         lossy: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Verification:
-        """The rule that `generate` would verify this drafter with. Runs no forward.
+        """Return the verifier that `generate` would use for this drafter. Runs no forward.
 
         Raises:
-            UsageError: a value outside its range, or a pair that is refused.
+            UsageError: a value outside its range, or a refused pair of drafter and verifier.
         """
-        return _pair(drafter, SamplingParams(**sampling), verify, lossy)
+        return _choose_verification(drafter, SamplingParams(**sampling), verify, lossy)
 
     def generate(
         self,
@@ -196,14 +201,15 @@ class Runner:
         """Continue every prompt (text, or token ids as they are), `batch_size` at a time.
 
         `sampling` are the options of `sampling.SamplingParams`; without any, decoding is greedy.
-        `on_tokens(i, tokens, text, drafted)` hears of prompt i's tokens as they are committed; they
-        are never taken back, and the first `drafted` characters of the text came from accepted
-        drafts. `streamer` is one of transformers': it is put each prompt, then the tokens of each
-        step, then ended, also where the call fails; one prompt at a time. `eos` are tokens that
-        end a text besides the model's own. `reuse_cache` continues from the longest common prefix
-        with the single row that the call before left, as a chat does. `max_new_tokens` and `eos`
-        may differ by prompt. With `keep_interrupted`, Ctrl-C ends the call with what is there:
-        `on_tokens` hears what it has not heard yet, and the unfinished have finish_reason
+        `on_tokens(i, tokens, text, drafted)` is called with the tokens of prompt i as they are
+        committed; no commit is ever undone, and the first `drafted` characters of the text came
+        from accepted drafts. `streamer` is one of transformers': `put` is called with each prompt
+        and then with the tokens of each step, `end` after each prompt and also where the call
+        fails; it takes one prompt at a time. `eos` are tokens that end a text besides the model's
+        own. `max_new_tokens` and `eos` may differ by prompt. `reuse_cache` continues from the
+        longest common prefix with the single request that the call before left, as a chat does.
+        With `keep_interrupted`, Ctrl-C ends the call and returns what is there: `on_tokens` is
+        called with what it did not get yet, and the unfinished results have finish_reason
         "interrupted".
 
         Raises:
@@ -213,13 +219,15 @@ class Runner:
         """
         with contextlib.ExitStack() as ending:
             if streamer is not None:
-                # The last prompt's end: who waits for it in another thread must not wait for ever.
+                # Another thread may wait for the last prompt's end: send it on errors too.
                 ending.callback(streamer.end)
                 if batch_size > 1:
-                    raise UsageError("a streamer hears one prompt at a time: batch size 1")
-                on_tokens = _putting(streamer, on_tokens)
+                    raise UsageError(
+                        "a streamer takes one prompt at a time: set the batch size to 1"
+                    )
+                on_tokens = _stream_too(streamer, on_tokens)
             control = SamplingParams(**sampling)
-            verification = _pair(self.drafter, control, verify, lossy)
+            verification = _choose_verification(self.drafter, control, verify, lossy)
             if isinstance(max_new_tokens, int):
                 max_new_tokens = [max_new_tokens] * len(prompts)
             if min(max_new_tokens, default=1) < 1 or batch_size < 1:
@@ -228,59 +236,63 @@ class Runner:
                 raise UsageError("stop strings need a tokenizer, and this model came without one")
             if not all(stop):
                 raise UsageError("a stop string must not be empty")
-            live, own_ends = on_tokens is not None, self.end_ids()
-            jobs = zip(prompts, max_new_tokens, _each(eos, len(prompts)), strict=True)
-            rows = [
-                self._row(
-                    index, prompt, Draws(seed, index), control, limit, own_ends | ends, stop, live
+            live, model_ends = on_tokens is not None, self.end_ids()
+            jobs = zip(prompts, max_new_tokens, _list_extra_ends(eos, len(prompts)), strict=True)
+            requests = [
+                self._make_request(
+                    index, prompt, Draws(seed, index), control, limit, model_ends | ends, stop, live
                 )
                 for index, (prompt, limit, ends) in enumerate(jobs)
             ]
-            batch_size = batch_size if self.target.keeps_rows else 1
+            batch_size = batch_size if self.target.state_in_cache else 1
             try:
-                for group in _groups(rows, batch_size):
+                for group in _batch_requests(requests, batch_size):
                     if streamer is not None:
                         if group[0].index:
                             streamer.end()
                         streamer.put(torch.tensor([group[0].tokens]))
-                    cache = self._open(group, reuse_cache)
+                    cache = self._open_cache(group, reuse_cache)
                     for commit in decode(
                         self.target, cache, self.drafter, group, verification, self.timings
                     ):
                         if on_tokens is not None:
-                            commit.row.mark_reported(commit.tokens, commit.text)
-                            on_tokens(commit.row.index, commit.tokens, commit.text, commit.drafted)
+                            commit.request.mark_reported(commit.tokens, commit.text)
+                            on_tokens(
+                                commit.request.index, commit.tokens, commit.text, commit.drafted
+                            )
             except BaseException as error:
-                # The pass that was under way may have left its rows half written.
+                # The interrupted pass may have left the cache half written.
                 self._cache = None
                 if isinstance(error, NotFinite):
-                    raise self._blamed(error, rows) from error
+                    raise self._locate_not_finite(error, requests) from error
                 if not (keep_interrupted and isinstance(error, KeyboardInterrupt)):
                     raise
-                for row in rows:
-                    tokens, text = row.interrupt()
+                for request in requests:
+                    tokens, text = request.interrupt()
                     if on_tokens is not None and (tokens or text):
-                        on_tokens(row.index, tokens, text, 0)
-            return [_result(row, verification.lossless) for row in rows]
+                        on_tokens(request.index, tokens, text, 0)
+            return [_make_result(request, verification.lossless) for request in requests]
 
-    def _blamed(self, error: NotFinite, rows: Sequence[Request]) -> NotFinite:
-        """The same error with the place in the model where values first are NaN or infinite."""
+    def _locate_not_finite(self, error: NotFinite, requests: Sequence[Request]) -> NotFinite:
+        """Return the error extended by the first module whose output is NaN or infinite."""
         model = self.target.model
-        for row in rows:
-            if where := first_not_finite(model, torch.tensor([row.tokens])):
+        for request in requests:
+            if where := first_not_finite(model, torch.tensor([request.tokens])):
                 return not_finite(model.config._name_or_path or self.target.name, str(error), where)
         return error
 
-    def _open(self, rows: list[Request], reuse: bool) -> TreeCache:
-        prompts = [row.tokens for row in rows]
-        context, cache = rows[0].context, self._cache if reuse and self.target.keeps_rows else None
-        if cache is None or len(cache.tokens) != len(rows) or cache.context != context:
-            cache = self.target.cache(len(rows), context)
+    def _open_cache(self, requests: list[Request], reuse: bool) -> TreeCache:
+        """Return a cache that holds as much of the prompts as the kept one allows."""
+        prompts = [request.tokens for request in requests]
+        context = requests[0].context
+        cache = self._cache if reuse and self.target.state_in_cache else None
+        if cache is None or len(cache.tokens) != len(requests) or cache.context != context:
+            cache = self.target.cache(len(requests), context)
         cache.keep_prefix(prompts)
         self._cache = cache
         return cache
 
-    def _row(
+    def _make_request(
         self,
         index: int,
         prompt: str | Sequence[int],
@@ -291,6 +303,12 @@ class Runner:
         stop: Sequence[str],
         live: bool,
     ) -> Request:
+        """Make the request of one prompt.
+
+        Raises:
+            UsageError: the prompt is empty or longer than the context.
+            CheckpointError: a token id that the model does not have.
+        """
         tokens = self._encode(prompt)
         if not tokens:
             raise UsageError(f"prompt {index + 1} is empty and the model has no start token")
@@ -298,16 +316,16 @@ class Runner:
             raise UsageError(
                 f"prompt {index + 1} has {len(tokens)} tokens; the context holds "
                 f"{self.target.context}",
-                hint=self.target.bound,
+                hint=self.target.context_reason,
             )
-        known = 0 if self.tokenizer is None else len(self.tokenizer)
-        if isinstance(prompt, str) or 0 <= min(tokens) <= max(tokens) < known:
-            place = self.target.model.config._name_or_path or self.target.name
-            giver = f"{place}: its tokenizer"
+        vocab_size = 0 if self.tokenizer is None else len(self.tokenizer)
+        if isinstance(prompt, str) or 0 <= min(tokens) <= max(tokens) < vocab_size:
+            name = self.target.model.config._name_or_path or self.target.name
+            origin = f"{name}: its tokenizer"
         else:
-            giver = f"prompt {index + 1}"
-        check_ids(tokens, self.target.num_tokens, giver)
-        row = Request(
+            origin = f"prompt {index + 1}"
+        check_ids(tokens, self.target.num_tokens, origin)
+        request = Request(
             index=index,
             tokens=tokens,
             draws=draws,
@@ -317,10 +335,11 @@ class Runner:
             eos=eos,
             text=TextStream(self.tokenizer, tokens, stop, live=live) if self.tokenizer else None,
         )
-        row.check_room()
-        return row
+        request.finish_if_full()
+        return request
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the prompt's token ids; an empty text becomes the start token, if there is one."""
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
@@ -331,19 +350,19 @@ class Runner:
         return tokens
 
     def end_ids(self) -> frozenset[int]:
-        """End-of-text ids as the generation configuration has them, else the tokenizer's.
+        """Return the end-of-text ids of the generation configuration, else the tokenizer's.
 
         Raises:
-            CheckpointError: they are no ids.
+            CheckpointError: eos_token_id is neither an id nor a list of ids.
         """
-        for holder in (self.target.model.generation_config, self.tokenizer):
-            said = getattr(holder, "eos_token_id", None)
-            if said is not None:
-                ids = said if isinstance(said, (list, tuple)) else [said]
+        for source in (self.target.model.generation_config, self.tokenizer):
+            found = getattr(source, "eos_token_id", None)
+            if found is not None:
+                ids = found if isinstance(found, (list, tuple)) else [found]
                 if not all(type(each) is int for each in ids):
                     raise CheckpointError(
                         f"{self.target.model.config._name_or_path}: generation_config.json: "
-                        f"eos_token_id is {said!r}, expected an id or a list of ids"
+                        f"eos_token_id is {found!r}, expected an id or a list of ids"
                     )
                 return frozenset(ids)
         return frozenset()
@@ -371,7 +390,7 @@ def generate(
 ) -> list[Result]:
     """Continue each prompt once; `Runner` and `Runner.generate` describe the options.
 
-    Ctrl-C ends it with KeyboardInterrupt.
+    Ctrl-C ends the call with KeyboardInterrupt.
     """
     runner = Runner(
         model,
@@ -396,27 +415,30 @@ def generate(
     )
 
 
-def _putting(streamer: Streamer, on_tokens: OnTokens | None) -> OnTokens:
-    """The listener, and a streamer of transformers beside it."""
+def _stream_too(streamer: Streamer, on_tokens: OnTokens | None) -> OnTokens:
+    """Return a callback that calls `on_tokens`, if given, and then the streamer."""
 
-    def hear(row: int, tokens: list[int], text: str, drafted: int) -> None:
+    def on_commit(index: int, tokens: list[int], text: str, drafted: int) -> None:
         if on_tokens is not None:
-            on_tokens(row, tokens, text, drafted)
+            on_tokens(index, tokens, text, drafted)
         if tokens:
             streamer.put(torch.tensor(tokens))
 
-    return hear
+    return on_commit
 
 
-def _each(eos: Collection[Any], num_prompts: int) -> list[frozenset[int]]:
-    """The end tokens of each prompt."""
+def _list_extra_ends(eos: Collection[Any], num_prompts: int) -> list[frozenset[int]]:
+    """Return the extra end-of-text ids of each prompt."""
     if any(not isinstance(end, int) for end in eos):
-        return [frozenset(own) for own in eos]
+        return [frozenset(ends) for ends in eos]
     return [frozenset(eos)] * num_prompts
 
 
 def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
-    """Where a run of `length` tokens that occurred before begins again; the end if nowhere."""
+    """Return where a run of `length` tokens that occurred before begins again.
+
+    Returns the number of tokens if no run is repeated.
+    """
     seen: set[tuple[int, ...]] = set()
     for start in range(len(tokens) - length + 1):
         run = tuple(tokens[start : start + length])
@@ -426,31 +448,33 @@ def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
     return len(tokens)
 
 
-def _groups(rows: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
-    """Rows to be decoded together: in order, so many at most, all of one context."""
-    for _, same in itertools.groupby(rows, key=lambda row: row.context):
+def _batch_requests(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
+    """Yield batches of at most `batch_size` consecutive requests of the same context."""
+    for _, same in itertools.groupby(requests, key=lambda request: request.context):
         group = list(same)
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
 
 
-def _pair(
+def _choose_verification(
     drafter: Drafter, control: SamplingParams, verify: str | None, lossy: bool
 ) -> Verification:
+    """Choose the verifier for the kinds of nodes that this drafter proposes."""
     kinds = drafter.kinds(control)
     return choose_verifier(kinds, verify, temperature=control.temperature, lossy=lossy)
 
 
-def _result(row: Request, lossless: bool) -> Result:
-    assert row.finish_reason is not None
+def _make_result(request: Request, lossless: bool) -> Result:
+    """Make the result of a finished request."""
+    assert request.finish_reason is not None
     return Result(
-        token_ids=row.new_tokens,
-        text=row.text.text if row.text is not None else "",
-        finish_reason=row.finish_reason,
-        forwards=row.forwards,
-        drafted=row.drafted,
-        accepted=row.accepted,
-        offered_at=row.offered_at,
-        accepted_at=row.accepted_at,
+        token_ids=request.new_tokens,
+        text=request.text.text if request.text is not None else "",
+        finish_reason=request.finish_reason,
+        forwards=request.forwards,
+        drafted=request.drafted,
+        accepted=request.accepted,
+        offered_at=request.offered_at,
+        accepted_at=request.accepted_at,
         lossless=lossless,
     )

@@ -1,9 +1,9 @@
 """The decode loop: draft, verify, accept, commit. Knows no method and no architecture.
 
 At the start of a step the cache holds every committed token but the last, the pending root. Each
-step feeds one tree per row, commits the accepted path in place and makes the rule's token the new
-root. Rows progress unequally; a finished one leaves the batch. A step synchronises with the device
-once, in `resolve_paths`. Suffixes: B batch, N nodes, V vocabulary.
+step feeds one tree per request, commits the accepted path in place and makes the verifier's token
+the new root. Requests progress unequally; a finished one leaves the batch. A step synchronises with
+the device once, in `resolve_paths`. Suffixes: B batch, N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from spectool.decode.verify import Verification, resolve_paths
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Tokens just committed to a row, and the text they release. Nothing is ever taken back.
+    """Tokens just committed to a request, and the text they release. No commit is ever undone.
 
     The first `drafted` characters of the text were released by accepted drafts, the rest by the
-    rule's own token.
+    verifier's own token.
     """
 
-    row: Request
+    request: Request
     tokens: list[int]
     text: str
     drafted: int
@@ -41,7 +41,10 @@ class Commit:
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds so far: drafting, prompt passes, and the passes of steps. What is left is ours."""
+    """Seconds so far: drafting, prompt passes, and the passes of steps.
+
+    The rest of the elapsed time is the loop's own overhead.
+    """
 
     draft: float = 0.0
     prompt: float = 0.0
@@ -52,18 +55,18 @@ def decode(
     target: Target,
     cache: TreeCache,
     drafter: Drafter,
-    rows: Sequence[Request],
+    requests: Sequence[Request],
     verification: Verification,
     timings: Timings,
 ) -> Iterator[Commit]:
-    """Complete all rows, yielding what is committed step by step.
+    """Complete all requests, yielding what is committed step by step.
 
-    `cache` has a row for each of `rows` and may hold a prefix of its prompt. Stopping to iterate
-    leaves every row with what was committed so far.
+    `cache` has a row for each of `requests` and may hold a prefix of its prompt. If iteration
+    stops early, every request keeps what was committed so far.
     """
-    alive = [row for row in rows if row.finish_reason is None]
-    if len(alive) < len(rows):
-        cache.select([i for i, row in enumerate(rows) if row.finish_reason is None])
+    alive = [request for request in requests if request.finish_reason is None]
+    if len(alive) < len(requests):
+        cache.select([i for i, request in enumerate(requests) if request.finish_reason is None])
     if not alive:
         return
     yield from _prefill(target, cache, drafter, alive, verification, timings)
@@ -77,25 +80,28 @@ def _prefill(
     target: Target,
     cache: TreeCache,
     drafter: Drafter,
-    rows: list[Request],
+    requests: list[Request],
     verification: Verification,
     timings: Timings,
 ) -> list[Commit]:
-    """Feed the prompts and commit the first new token of each row: one forward, as plain as any."""
+    """Feed the prompts in one forward and commit the first new token of each request.
+
+    This step is never drafted.
+    """
     began = time.perf_counter()
-    fresh = [row.tokens[held:] for row, held in zip(rows, cache.lengths, strict=True)]
-    drafts = [tree.root(row.tokens[-1]) for row in rows]
+    fresh = [request.tokens[held:] for request, held in zip(requests, cache.lengths, strict=True)]
+    drafts = [tree.root(request.tokens[-1]) for request in requests]
     done = target.prefill(cache, fresh, drafter.needs)
-    resolved, _, _ = _verify_drafts(rows, drafts, done.logits_BV[:, None], verification)
+    resolved, _, _ = _verify_drafts(requests, drafts, done.logits_BV[:, None], verification)
     timings.prompt += time.perf_counter() - began
     commits, prompts = [], []
-    for b, (row, (_, token)) in enumerate(zip(rows, resolved, strict=True)):
-        row.count([0], 0)
-        (text,) = row.extend([token])
-        commits.append(Commit(row, [token], text, drafted=0))
+    for b, (request, (_, token)) in enumerate(zip(requests, resolved, strict=True)):
+        request.count([0], 0)
+        (text,) = request.extend([token])
+        commits.append(Commit(request, [token], text, drafted=0))
         prompts.append(
             PrefilledPrompt(
-                row=row, logits_V=done.logits_BV[b], top=done.top[b], features=done.features[b]
+                row=request, logits_V=done.logits_BV[b], top=done.top[b], features=done.features[b]
             )
         )
     unfinished = [prompt for prompt in prompts if prompt.row.finish_reason is None]
@@ -110,39 +116,42 @@ def _step(
     target: Target,
     cache: TreeCache,
     drafter: Drafter,
-    rows: list[Request],
+    requests: list[Request],
     verification: Verification,
     timings: Timings,
 ) -> list[Commit]:
-    # A node at depth d brings d + 1 tokens: itself, those above it and the rule's own.
-    budget = [row.room - 1 for row in rows]
+    """Draft, verify and commit once for every request of the batch."""
+    # A node at depth d brings d + 1 tokens: itself, those above it and the verifier's own.
+    budget = [request.num_left - 1 for request in requests]
     began = time.perf_counter()
-    drafts = drafter.propose(rows, budget)
+    drafts = drafter.propose(requests, budget)
     proposed = time.perf_counter()
     assert all(max(d.depths) <= b for d, b in zip(drafts, budget, strict=True)), "over budget"
     needs = drafter.needs
     done = target.verify(cache, drafts, needs)
     fed = time.perf_counter()
     resolved, top, probs_BNV = _verify_drafts(
-        rows, drafts, done.logits_BNV, verification, needs.top
+        requests, drafts, done.logits_BNV, verification, needs.top
     )
     # On a GPU the pass has only been enqueued before its verdict is read.
     passed = fed if target.device.type == "cpu" else time.perf_counter()
     commits, outcomes, paths = [], [], []
-    for b, (row, draft, (path, token)) in enumerate(zip(rows, drafts, resolved, strict=True)):
+    for b, (request, draft, (path, token)) in enumerate(
+        zip(requests, drafts, resolved, strict=True)
+    ):
         new = [draft.tokens[node] for node in path[1:]] + [token]
-        texts = row.extend(new)
+        texts = request.extend(new)
         taken = len(texts)
-        # Where a token inside the path ended the row, it becomes the root and what follows drops.
+        # Where a token inside the path ended the request, it becomes the root; later ones drop.
         path = path[:taken]
-        row.count(draft.depths, min(taken, len(new) - 1))
+        request.count(draft.depths, min(taken, len(new) - 1))
         drafted = len("".join(texts[: len(new) - 1]))
-        commits.append(Commit(row, new[:taken], "".join(texts), drafted))
+        commits.append(Commit(request, new[:taken], "".join(texts), drafted))
         paths.append(path)
         nodes = slice(len(draft))
         outcomes.append(
             Outcome(
-                row=row,
+                row=request,
                 draft=draft,
                 path=path,
                 next_token=new[taken - 1],
@@ -162,21 +171,25 @@ def _step(
 
 @torch.inference_mode()
 def _verify_drafts(
-    rows: Sequence[Request],
+    requests: Sequence[Request],
     drafts: Sequence[Draft],
     logits_BNV: Tensor,
     verification: Verification,
     top: int = 0,
 ) -> tuple[list[tuple[list[int], int]], list[list[list[int]]], Tensor]:
-    """Every row's path and next token, the `top` likeliest ids after each node, and the laws."""
-    control = rows[0].control
-    contexts = _contexts(rows, drafts) if control.looks_back else None
+    """Run the verifier on every request's draft.
+
+    Returns each request's path and next token, the `top` likeliest ids after each node [B][N][K],
+    and the probabilities [B, N, V].
+    """
+    control = requests[0].control
+    contexts = _list_contexts(requests, drafts) if control.looks_back else None
     probs_BNV = control.probs(logits_BNV, contexts)
     verdicts = [
         verification.verifier(
-            draft, probs_NV[: len(draft)], StepDraws(row.draws, len(row.tokens) - 1)
+            draft, probs_NV[: len(draft)], StepDraws(request.draws, len(request.tokens) - 1)
         )
-        for row, draft, probs_NV in zip(rows, drafts, probs_BNV, strict=True)
+        for request, draft, probs_NV in zip(requests, drafts, probs_BNV, strict=True)
     ]
     top_BNK = top_ids(logits_BNV, top) if top else None
     resolved, ids = resolve_paths(
@@ -186,23 +199,25 @@ def _verify_drafts(
         return resolved, [], probs_BNV
     _, num_nodes, top = top_BNK.shape
     listed = [ids[start : start + top] for start in range(0, len(ids), top)]
-    by_row = [listed[b * num_nodes : (b + 1) * num_nodes] for b in range(len(rows))]
-    return resolved, by_row, probs_BNV
+    by_request = [listed[b * num_nodes : (b + 1) * num_nodes] for b in range(len(requests))]
+    return resolved, by_request, probs_BNV
 
 
-def _contexts(rows: Sequence[Request], drafts: Sequence[Draft]) -> Contexts:
+def _list_contexts(requests: Sequence[Request], drafts: Sequence[Draft]) -> Contexts:
+    """Return the tokens up to each node of each request's draft."""
     return [
         [
-            row.tokens + [draft.tokens[above] for above in draft.path(node)[1:]]
+            request.tokens + [draft.tokens[above] for above in draft.path(node)[1:]]
             for node in range(len(draft))
         ]
-        for row, draft in zip(rows, drafts, strict=True)
+        for request, draft in zip(requests, drafts, strict=True)
     ]
 
 
-def _drop_finished(cache: TreeCache, rows: list[Request]) -> list[Request]:
-    alive = [row for row in rows if row.finish_reason is None]
-    # The last row stays in the cache when it ends: a later call may continue from it.
-    if alive and len(alive) < len(rows):
-        cache.select([b for b, row in enumerate(rows) if row.finish_reason is None])
+def _drop_finished(cache: TreeCache, requests: list[Request]) -> list[Request]:
+    """Remove finished requests from the cache; return the others."""
+    alive = [request for request in requests if request.finish_reason is None]
+    # The last request stays in the cache when it ends: a later call may continue from it.
+    if alive and len(alive) < len(requests):
+        cache.select([b for b, request in enumerate(requests) if request.finish_reason is None])
     return alive

@@ -1,4 +1,4 @@
-"""What a drafter is, and what passes between it and the loop.
+"""The interface of drafters, and the data that the decode loop and a drafter exchange.
 
 Suffixes: N nodes of a tree, T tokens of a prompt, V vocabulary, D hidden width.
 """
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from spectool.decode.target import Target
 
 
-# What a layer reads: states [B, N, D], what each row stands for [B, N] (-1: a token) and the node
-# that it belongs to [B, N]; to the states with those of the rows beside the tree put in.
+# inject(hidden_BND, slot_BN, owner_BN) -> hidden_BND: replace the hidden states of extra rows (slot
+# >= 0; a token's is -1). The owner is the node that an extra row belongs to.
 Inject = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a drafter wants of the target's passes; nothing else is captured.
+    """The features that a drafter needs from the target's passes; nothing else is captured.
 
     `layers`: outputs of these decoder layers (negative ones count from the end; -1 is the state
-    before the final norm). `final`: the state after the final norm, which the head reads. `top`:
-    the ids of the that many likeliest tokens after every node; those after every prompt token are
-    computed when the drafter asks for them.
-    `probs`: the laws of all verified nodes, not only the verdict. `inject`: what rows beside a
-    tree's nodes are at the input of a decoder layer, by its index, -1 for the embeddings.
+    before the final norm). `final`: the state after the final norm, which the lm_head reads. `top`:
+    how many of the likeliest ids to return for every node; those after the prompt's tokens are
+    computed when the drafter asks for them. `probs`: the probabilities after all verified nodes,
+    not only the verdict. `inject`: by the index of a decoder layer, -1 for the embeddings, the
+    function that replaces the hidden states of extra rows at its input.
     """
 
     layers: tuple[int, ...] = ()
@@ -44,17 +44,18 @@ class Needs:
     inject: Mapping[int, Inject] = field(default_factory=dict)
 
 
-# By "layer <index as asked>" and "final".
+# States by name: "layer <index as in Needs.layers>" and "final".
 Features = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one row's draft. Features are [N, D] each, one row per node, as is `top`.
+    """The result of verifying one request's draft. `top` and features have one row per node.
 
     `path` holds the nodes that entered the cache, the root first; `next_token` is the new root.
-    Where the row finished, both end with it. `probs_NV` are what the rule judged by: scores when
-    greedy. `extra_logits_NV` are the logits of the rows beside the tree.
+    Where the request finished, both end with its last token. `probs_NV` are the probabilities that
+    the verifier used, or scores when greedy. `extra_logits_NV` are the logits of the extra rows,
+    features are [N, D] each.
     """
 
     row: Request
@@ -69,12 +70,12 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefilledPrompt:
-    """One row after the prompt pass; `row.tokens` already ends with the first new token.
+    """One request after the prompt pass; `row.tokens` already ends with the first new token.
 
-    `logits_V` are those of the last prompt token, `features` [T, D] those of all its tokens, the
-    last ones where others were found in a kept cache and not passed again. `top()` computes the
-    likeliest ids [T][K] after these: the output matrix reads a whole prompt for that, which a text
-    that ends with its first token never needs.
+    `logits_V` are those of the last prompt token. `features` [T, D] are those of the prompt's
+    tokens; where a prefix was found in a kept cache, only those of the tokens after it. `top()`
+    computes the likeliest ids [T][K] after these tokens: it costs a product of the lm_head with the
+    whole prompt, so a drafter that does not need it should not call it.
     """
 
     row: Request
@@ -85,12 +86,12 @@ class PrefilledPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingBatch:
-    """Texts that trained drafters learn from: tokens [B, L] and features [B, L, D] of them all.
+    """Texts that drafters are trained on: tokens [B, L] and their features [B, L, D].
 
-    `loss_mask_BL` marks the tokens whose prediction counts; padding at the right never does. Where
-    rows hold several texts, `segments_BL` says by numbers which token is of which, padding apart.
-    `beside` passes rows beside the texts: `Target.read_extra_rows` of these, for drafters that
-    inject some.
+    `loss_mask_BL` marks the tokens whose prediction is in the loss; padding at the right never is.
+    With sequence packing, `segments_BL` numbers the text that each token belongs to, padding
+    apart. `beside` passes extra rows next to the texts, for drafters that inject some: it is
+    `Target.read_extra_rows` of these texts.
     """
 
     tokens_BL: Tensor
@@ -101,10 +102,10 @@ class TrainingBatch:
 
 
 class Drafter(Protocol):
-    """Proposes trees of tokens. One object serves many batches, one batch at a time.
+    """A source of draft trees. One object serves many batches, one batch at a time.
 
-    `name` is its row in the table of methods. `combines`: it bears that other drafters add nodes to
-    its trees, or tuning leaves some out.
+    `name` is its entry in the table of methods. `combines`: other drafters may add nodes to its
+    trees, and tuning may drop some.
     """
 
     name: str
@@ -112,27 +113,30 @@ class Drafter(Protocol):
     combines: bool = True
 
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
-        """The kinds of nodes it proposes under these settings; the rule is chosen by them."""
+        """Return the kinds of nodes proposed under `control`; they decide the verifier."""
 
     def attach(self, target: Target) -> None:
-        """The model that it will draft for, before any batch. What changes may go to its notes."""
+        """Take the model to draft for, before any batch.
+
+        A change to the model that users should know of is added to `target.notes`.
+        """
 
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        """A new batch. What it holds of earlier ones it may keep only as knowledge of text.
+        """Start a new batch. Only statistics of text may be kept from earlier batches.
 
-        `cache` has the target's rows, those of `propose` then; a pass of the drafter's own may
-        write into its tail and must commit nothing.
+        `cache` has the target's rows, the same ones as for `propose`. A pass of the drafter's own
+        may write into the tail of the cache and must commit nothing.
         """
 
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        """A tree per row whose node 0 is the row's last token; none deeper than its budget.
+        """Return a tree per request: node 0 is its last token, no node is deeper than its budget.
 
-        Rows are those of `begin` that are unfinished, in the same order. Deterministic nodes
-        stand best first as far as that is known: any beginning of them is a tree.
+        `rows` are the unfinished requests of `begin`, in the same order. Deterministic nodes come
+        best first as far as that is known: any first n of them are a tree.
         """
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        """What became of the drafts, in the order of the rows proposed for."""
+        """Take the outcomes of the drafts, in the order of the requests of `propose`."""
 
     def close(self) -> None:
-        """No more batches: keep on disk what was asked to be kept."""
+        """Write to disk what the user asked to keep; no batch follows."""

@@ -1,9 +1,9 @@
 """Targets with a recurrent state: prompts, and drafts that are chains.
 
-A state cannot go back to an earlier token; `replay.py` tells how drafts are undone. Rows pass one
-by one: a state cannot be padded. Families are known by name, for some models of transformers 5.23
-silently ignore their state when several tokens follow it. Suffixes: B batch, N nodes, T tokens of
-a prompt, V vocabulary.
+A state cannot go back to an earlier token; `replay.py` undoes drafts by copies and replay. Rows
+pass one by one: a state cannot be padded. Families are listed by name, since some models of
+transformers 5.23 silently ignore their state when several tokens follow it. Suffixes: B batch, N
+nodes, T tokens of a prompt, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spectool.kernels import skinny
 # Tokens per pass of a prompt.
 _CHUNK = 512
 
-# Models that continue their state with several tokens at once as they do one by one.
+# Models for which a pass of several tokens after others equals passes of one token.
 CHAINS = {
     "bailing_hybrid",
     "bamba",
@@ -49,20 +49,20 @@ CHAINS = {
     "zamba2",
     "zaya",
 }
-# Those whose scan begins with an empty state whatever came before.
+# Models whose scan of several tokens starts from an empty state whatever came before.
 FORGETFUL = {"falcon_mamba", "jamba", "mamba", "recurrent_gemma", "zamba"}
-# Those whose modules keep the state, whatever cache is given.
+# Models whose modules hold the state, whatever cache is given.
 _IN_MODULES = {"recurrent_gemma"}
 _UNBOUNDED = (0.0, float("inf"))
 
 
 class RecurrentTarget(Target):
-    """A causal model with a recurrent state, as the loop sees it.
+    """A causal model with a recurrent state, as the decode loop sees it.
 
-    Where it takes no drafts, all but a prompt passes token by token, and `plain` says why.
+    If `takes_drafts` is false, all but the first pass is token by token, and `why_plain` says why.
 
     Raises:
-        UnsupportedError: a family that is not known to be right.
+        UnsupportedError: a family that is not known to be correct.
         UsageError: a context longer than the model's.
     """
 
@@ -73,19 +73,20 @@ class RecurrentTarget(Target):
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         limits = [getattr(module, "time_step_limit", None) for module in model.modules()]
-        self.plain = ""
+        self.why_plain = ""
         if self.name in FORGETFUL:
-            self.plain = "passes of several tokens ignore the state before them"
+            self.why_plain = "passes of several tokens ignore the state before them"
         elif any(limit and tuple(limit) != _UNBOUNDED for limit in limits):
-            self.plain = "passes of several tokens bound the time steps, those of one do not"
-        self.takes_drafts = not self.plain
+            self.why_plain = "passes of several tokens bound the time steps, those of one do not"
+        self.takes_drafts = not self.why_plain
         if self.name in _IN_MODULES:
-            self.keeps_rows = False
+            self.state_in_cache = False
             self.notes.append(f"{self.name}: its modules keep the state; one text after another")
 
     def _check_fit(
         self, model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]
     ) -> None:
+        """Raise UnsupportedError for a family whose recurrent state is not known."""
         if config.model_type not in CHAINS | FORGETFUL:
             raise cannot_decode(config, "its kind of recurrent state is not known")
         if not type(model).__module__.startswith("transformers."):
@@ -94,28 +95,27 @@ class RecurrentTarget(Target):
             )
 
     def _choose_attention(self) -> None:
-        """Any will do: no pass has a mask of ours."""
+        """Leave the attention as it is: these passes have no masks of ours."""
 
     def cache(self, batch: int, context: int | None = None) -> ReplayCache:
-        """Empty states for `batch` rows."""
+        """Return empty states for `batch` rows."""
         return ReplayCache(batch=batch, context=context or self.context, config=self.model.config)
 
     @torch.inference_mode()
     def prefill(
         self, cache: TreeCache, tokens: Sequence[Sequence[int]], needs: Needs | None = None
     ) -> PrefillOutput:
-        """Feed and commit committed tokens; rows may be of any length, also empty.
-
-        An empty row's logits are zeros.
-        """
+        """Feed and commit tokens; rows may be empty, and have zeros as logits then."""
         assert isinstance(cache, ReplayCache)
         wanted = needs or Needs()
         logits: dict[int, Tensor] = {}
         features: list[dict[str, Tensor]] = [{} for _ in tokens]
-        heard = replace(wanted, final=wanted.final or wanted.top > 0)
+        captured = replace(wanted, final=wanted.final or wanted.top > 0)
         for row, fresh in enumerate(tokens):
             if fresh:
-                logits_1V, features[row] = self._pass(cache, row, fresh, heard, 1, certain=True)
+                logits_1V, features[row] = self._run_pass(
+                    cache, row, fresh, captured, 1, certain=True
+                )
                 logits[row] = logits_1V[-1]
         assert logits, "nothing to feed"
         zeros_V = torch.zeros_like(next(iter(logits.values())))
@@ -125,34 +125,40 @@ class RecurrentTarget(Target):
 
     @torch.inference_mode()
     def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:
-        """Feed every row's chain; nothing is committed. Logits of row b past its end mean nothing.
+        """Feed every request's chain without committing. Logits past a row's end are undefined.
 
         Raises:
-            UnsupportedError: a draft that branches, or is more than the root where `plain`.
+            UnsupportedError: a draft that branches, or is more than the root where `why_plain`.
         """
         assert isinstance(cache, ReplayCache)
-        found = []
+        outputs = []
         for row, draft in enumerate(drafts):
-            if not draft.is_chain or (self.plain and len(draft) > 1):
-                takes = f"no drafts: {self.plain}" if self.plain else "chains only, not trees"
+            if not draft.is_chain or (self.why_plain and len(draft) > 1):
+                takes = (
+                    f"no drafts: {self.why_plain}" if self.why_plain else "chains only, not trees"
+                )
                 raise UnsupportedError(f"{self.name}, whose state is recurrent, takes {takes}")
             certain = len(draft) == 1
             wanted = needs or Needs()
-            found.append(self._pass(cache, row, draft.tokens, wanted, len(draft), certain=certain))
-        logits_BNV = pad_sequence([logits_NV for logits_NV, _ in found], batch_first=True)
-        names = found[0][1]
-        features = {n: pad_sequence([own[n] for _, own in found], batch_first=True) for n in names}
+            outputs.append(
+                self._run_pass(cache, row, draft.tokens, wanted, len(draft), certain=certain)
+            )
+        logits_BNV = pad_sequence([logits_NV for logits_NV, _ in outputs], batch_first=True)
+        names = outputs[0][1]
+        features = {
+            n: pad_sequence([by_name[n] for _, by_name in outputs], batch_first=True) for n in names
+        }
         return Pass(logits_BNV, features)
 
     def grow(self, *args: Any, **kwargs: Any) -> Pass:
-        """No pass of a drafter's own.
+        """Refuse a drafter's own pass.
 
         Raises:
             UnsupportedError: always; the state would have to go back.
         """
         raise UnsupportedError(f"{self.name}: a recurrent state takes no passes of a drafter's own")
 
-    def _pass(
+    def _run_pass(
         self,
         cache: ReplayCache,
         row: int,
@@ -162,11 +168,14 @@ class RecurrentTarget(Target):
         *,
         certain: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is to be replayed, then `tokens`: logits of the last ones, and features of all."""
-        if (state := cache.restarted(row)) is not None and cache.tokens[row]:
+        """Feed the tokens to replay, then `tokens`.
+
+        Returns the last `num_logits` logits, and the features of `tokens`.
+        """
+        if (state := cache.restart_if_ahead(row)) is not None and cache.tokens[row]:
             self._feed(state, cache.tokens[row], 0, Needs(), 1)
-        state = cache.attempt(row, certain=certain)
-        fed = [*cache.replayed(row), *tokens]
+        state = cache.begin_pass(row, certain=certain)
+        fed = [*cache.tokens_to_replay(row), *tokens]
         begin = len(cache.tokens[row]) + len(tokens) - len(fed)
         logits_NV, features = self._feed(state, fed, begin, needs, num_logits)
         return logits_NV, {name: feature[-len(tokens) :] for name, feature in features.items()}
@@ -174,13 +183,13 @@ class RecurrentTarget(Target):
     def _feed(
         self, state: DynamicCache, fed: Sequence[int], begin: int, needs: Needs, num_logits: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pass tokens from position `begin` on: logits of the last ones, and features of all."""
-        # Where passes of several tokens are wrong, the first is right, and as `generate` has it.
+        """Feed tokens from position `begin` on; return the last logits, and the features of all."""
+        # Where passes of several tokens are wrong, only the first pass may have several.
         size = _CHUNK if self.takes_drafts else 1 if begin else len(fed)
-        logits, heard = [], []
+        logits, captured = [], []
         for start in range(0, len(fed), size):
             piece = fed[start : start + size]
-            # 0 would ask for all of them.
+            # At least 1: transformers takes logits_to_keep=0 for all.
             kept = max(1, min(num_logits - (len(fed) - start - len(piece)), len(piece)))
             options: dict[str, Any] = {self.cache_name: state}
             if self._takes_positions:
@@ -189,15 +198,18 @@ class RecurrentTarget(Target):
             if self._keeps_logits:
                 options["logits_to_keep"] = kept
             ids = torch.tensor([piece], device=self.device)
-            with self._listen(needs) as features, skinny.products(self._linears, self._most_rows):
+            with (
+                self._capture_features(needs) as features,
+                skinny.products(self._linears, self._most_rows),
+            ):
                 output = self.model(input_ids=ids, use_cache=True, **options)
             logits.append(output.logits[0, -kept:])
-            heard.append(features)
-        whole = {name: torch.cat([piece[name][0] for piece in heard]) for name in heard[0]}
+            captured.append(features)
+        whole = {name: torch.cat([piece[name][0] for piece in captured]) for name in captured[0]}
         return torch.cat(logits)[-num_logits:], whole
 
 
 def open_target(model: PreTrainedModel, *, context: int | None = None) -> Target:
-    """The `Target` of a model, or its `RecurrentTarget`, whose errors it raises."""
+    """Open a model as a `Target`, or as a `RecurrentTarget` if it has a recurrent state."""
     recurrent = is_recurrent(model, model.config.get_text_config(decoder=True))
     return (RecurrentTarget if recurrent else Target)(model, context=context)

@@ -1,9 +1,9 @@
 """The cache of models whose state cannot go back to an earlier token: copies of it, and replay.
 
-A row has a transformers cache of its own, the state after its first `held` tokens, all of which are
-certain. A draft passes through a copy. Where all of it stands, the copy becomes the state; else the
-accepted tokens pass once more at the head of the next pass, which costs rows but no forward. A lone
-root is certain beforehand and advances the state itself.
+A row has a transformers cache of its own: the state after its first `held` tokens, all of them
+committed. A draft passes through a copy. Where all of it is accepted, the copy becomes the state;
+else the accepted tokens pass once more at the head of the next pass, which costs rows but no
+forward. A lone root needs no copy, as it is sure to be committed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from spectool.decode.cache import TreeCache
 class _State:
     """A row's `cache` after `held` tokens; `trial` is the one that the last pass went through.
 
-    `careful`: a pass was not committed, so the next ones go through copies, whatever they feed.
+    `careful`: a pass was not committed, so the next passes go through copies, whatever they feed.
     """
 
     cache: DynamicCache
@@ -32,7 +32,7 @@ class _State:
 
 
 class ReplayCache(TreeCache):
-    """`tokens[b]` are committed; those past what row b's state holds are replayed."""
+    """A cache that replays row b's committed tokens past those that its state holds."""
 
     def __init__(self, *, batch: int, context: int, config: PreTrainedConfig) -> None:
         super().__init__(batch=batch, num_layers=0, context=context)
@@ -40,28 +40,32 @@ class ReplayCache(TreeCache):
         self._states = [_State(self._empty()) for _ in range(batch)]
 
     def _empty(self) -> DynamicCache:
+        """Return an empty cache of transformers."""
         return DynamicCache(config=self._config)
 
-    def replayed(self, row: int) -> list[int]:
-        """The tokens that the row's next pass begins with."""
+    def tokens_to_replay(self, row: int) -> list[int]:
+        """Return the committed tokens that the row's next pass must begin with."""
         return self.tokens[row][self._states[row].held :]
 
-    def restarted(self, row: int) -> DynamicCache | None:
-        """An empty state for all the row's tokens to pass, if its own has gone ahead of them."""
+    def restart_if_ahead(self, row: int) -> DynamicCache | None:
+        """Replace a state that went ahead of the committed tokens by an empty one, and return it.
+
+        All the row's tokens must pass through it. Returns None if the state is not ahead.
+        """
         state = self._states[row]
         if state.trial is not state.cache:
             return None
         self._states[row] = _State(self._empty(), held=len(self.tokens[row]), careful=True)
         return self._states[row].cache
 
-    def attempt(self, row: int, *, certain: bool) -> DynamicCache:
-        """What the row's next pass goes through: its state if all of it is `certain`, or a copy."""
+    def begin_pass(self, row: int, *, certain: bool) -> DynamicCache:
+        """Return the cache for the row's next pass: its state if `certain`, else a copy."""
         state = self._states[row]
-        state.trial = state.cache if certain and not state.careful else _copied(state.cache)
+        state.trial = state.cache if certain and not state.careful else _copy_cache(state.cache)
         return state.trial
 
     def commit(self, tokens: Sequence[Sequence[int]], paths: Sequence[Sequence[int]]) -> None:
-        """Keep the nodes `paths[b]` of the chains just passed, and their state if these are all."""
+        """Keep the nodes `paths[b]` of the chains just passed; keep their state if all are."""
         for row, path in enumerate(paths):
             state = self._states[row]
             if not path:
@@ -75,7 +79,7 @@ class ReplayCache(TreeCache):
             self._states[row].trial = None
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget all but the first `length` tokens; where the state held more, all pass again."""
+        """Forget all but the first `length` tokens; if the state held more, start it over."""
         super().truncate(row, length)
         if self._states[row].held > length:
             self._states[row] = _State(self._empty())
@@ -86,13 +90,16 @@ class ReplayCache(TreeCache):
         self._states = [self._states[row] for row in rows]
 
 
-def _copied(cache: DynamicCache) -> DynamicCache:
-    """Recurrent and convolution states, in dicts, are written in place; keys and values never."""
+def _copy_cache(cache: DynamicCache) -> DynamicCache:
+    """Copy a cache as far as passes write in place.
+
+    Recurrent and convolution states, in dicts, are written in place; keys and values never.
+    """
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in made.layers:
         for name, value in list(vars(layer).items()):
             if isinstance(value, dict):
-                own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()}
-                setattr(layer, name, own)
+                copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()}
+                setattr(layer, name, copied)
     return made

@@ -1,4 +1,4 @@
-"""One request in flight: its committed tokens, when it ends, what it cost."""
+"""A request in flight: its committed tokens, its end and its counts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
 @dataclass(slots=True, kw_only=True)
 class Request:
-    """A request; those of a batch share their `control`.
+    """A request in flight; the requests of a batch share their `control`.
 
-    `tokens` are the prompt's and all committed ones; the last is the pending root.
-    `drafted` and `accepted` count nodes; `offered_at[d]` the steps whose draft reached depth d+1,
-    `accepted_at[d]` those whose committed path did. `reported` counts the tokens and characters
-    that a listener has heard of.
+    `tokens` are those of the prompt and all committed ones; the last one is the pending root.
+    `drafted` and `accepted` count nodes; `offered_at[d]` counts the steps whose draft reached
+    depth d + 1, `accepted_at[d]` those whose committed path did. `reported` counts the tokens and
+    the characters that were passed to the callback.
     """
 
     index: int
@@ -44,22 +44,23 @@ class Request:
 
     @property
     def new_tokens(self) -> list[int]:
+        """Return the committed tokens after the prompt."""
         return self.tokens[self.num_prompt :]
 
     @property
     def most(self) -> int:
-        """Tokens that prompt and output may have together."""
+        """Return how many tokens prompt and output may have together."""
         return min(self.num_prompt + self.max_new_tokens, self.context)
 
     @property
-    def room(self) -> int:
-        """Tokens that may still follow."""
+    def num_left(self) -> int:
+        """Return how many more tokens may be committed."""
         return self.most - len(self.tokens)
 
     def extend(self, tokens: list[int]) -> list[str]:
-        """Commit tokens one by one until one of them ends the row.
+        """Commit tokens one by one until one of them ends the request.
 
-        Returns the text that each of those taken releases. Text held back belongs to the token
+        Returns the text that each committed token releases. Text held back counts for the token
         that releases it.
         """
         released = []
@@ -73,13 +74,14 @@ class Request:
                 if self.text.stopped:
                     self.finish_reason = "stop"
             if self.finish_reason is None:
-                self.check_room()
+                self.finish_if_full()
             if self.finish_reason is not None:
                 released[-1] += self._close()
                 break
         return released
 
     def _close(self) -> str:
+        """Release the text held back and return it."""
         if self.text is None:
             return ""
         released = self.text.finish()
@@ -87,28 +89,28 @@ class Request:
             self.finish_reason = "stop"
         return released
 
-    def check_room(self) -> None:
-        """Finish the row if nothing may follow."""
-        if self.room <= 0:
+    def finish_if_full(self) -> None:
+        """Set `finish_reason` if no further token fits."""
+        if self.num_left <= 0:
             full = len(self.tokens) >= self.num_prompt + self.max_new_tokens
             self.finish_reason = "length" if full else "context"
 
     def mark_reported(self, tokens: list[int], text: str) -> None:
-        """Book what a listener is about to hear."""
+        """Count tokens and text that are about to be passed to the callback."""
         self.reported = (self.reported[0] + len(tokens), self.reported[1] + len(text))
 
     def interrupt(self) -> tuple[list[int], str]:
-        """End a row where it is; the tokens and the text that no listener has heard of.
+        """End the request where it is; return the tokens and the text that were not reported yet.
 
-        Ctrl-C may strike between any two instructions, so the tokens alone are believed, and
-        committed once more from the first.
+        Ctrl-C may strike between any two instructions, so only `tokens` is relied on: the new ones
+        are committed once more from the first.
         """
         tokens = self.new_tokens
         del self.tokens[self.num_prompt :]
         self.finish_reason = None
         if self.text is not None:
             self.text.reset()
-        self.check_room()
+        self.finish_if_full()
         if self.finish_reason is None:
             self.extend(tokens)
         if self.finish_reason is None:
@@ -118,7 +120,7 @@ class Request:
         return self.new_tokens[self.reported[0] :], text[self.reported[1] :]
 
     def count(self, depths: list[int], num_accepted: int) -> None:
-        """Book one step: the depths of its draft's nodes and how many of them were committed."""
+        """Count one step: the depths of its draft's nodes and how many were committed."""
         self.forwards += 1
         deepest = max(depths)
         missing = deepest - len(self.offered_at)

@@ -1,8 +1,8 @@
-"""Rotary positions whose frequencies depend on how long a text is.
+"""Rotary positions whose frequencies depend on the length of the text.
 
 - longrope has two sets of factors, for texts up to the original context and for longer ones.
-- dynamic frequencies change with every token beyond it, so what is cached would be wrong: texts end
-  there.
+- dynamic frequencies change with every token beyond it, which would make cached keys wrong: the
+  context ends there.
 
 Suffixes: B batch, N nodes.
 """
@@ -19,21 +19,21 @@ from transformers import PreTrainedConfig
 
 
 @contextmanager
-def long_factors(
+def use_long_factors(
     rotaries: Sequence[nn.Module], original: int | None, context: int
 ) -> Iterator[None]:
-    """During one pass of a text whose context goes beyond the original one, the long factors.
+    """Use the long factors during one pass, if the text's context goes beyond the original one.
 
-    transformers chooses them by the largest position of a pass: one more is added.
+    transformers chooses the factors by the largest position of a pass: one such position is added.
     """
     if original is None or context <= original:
         yield
         return
-    before = _beside_position(original)
+    before = _append_hook(original)
     handles: list[Any] = []
     for module in rotaries:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(_without_last))
+        handles.append(module.register_forward_hook(_drop_last))
     try:
         yield
     finally:
@@ -42,44 +42,44 @@ def long_factors(
 
 
 def longest_context(config: PreTrainedConfig) -> int | None:
-    """Tokens that the model's positions are right for, if it says."""
+    """Return the number of tokens that the model's positions are correct for, if known."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
-    originals = _originals(config, "dynamic")
+    originals = _list_original_contexts(config, "dynamic")
     return min([limit, *originals]) if limit else limit
 
 
-def _originals(config: PreTrainedConfig, kind: str) -> list[int]:
-    """The original contexts of rotary embeddings of this kind, which change beyond it."""
+def _list_original_contexts(config: PreTrainedConfig, kind: str) -> list[int]:
+    """Return the original contexts of rotary embeddings of this kind."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [part for part in rope.values() if isinstance(part, dict)]
-    own = getattr(config, "original_max_position_embeddings", None)
+    default = getattr(config, "original_max_position_embeddings", None)
     found = [
-        part.get("original_max_position_embeddings") or own
+        part.get("original_max_position_embeddings") or default
         for part in [rope, *nested]
         if part.get("rope_type") == kind
     ]
     return [length for length in found if isinstance(length, int) and length > 0]
 
 
-def two_ranges(config: PreTrainedConfig) -> int | None:
-    """The tokens up to which a model with two sets of rotary factors takes the short ones."""
+def find_original_context(config: PreTrainedConfig) -> int | None:
+    """Return the context up to which longrope uses the short factors; None without longrope."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
-    originals = _originals(config, "longrope")
+    originals = _list_original_contexts(config, "longrope")
     return min(originals) if originals and limit and min(originals) < limit else None
 
 
-def bound_by(config: PreTrainedConfig) -> str | None:
-    """Why the context is shorter than the model's own, if so."""
-    if not _originals(config, "dynamic"):
+def explain_context(config: PreTrainedConfig) -> str | None:
+    """Explain why the context is shorter than the model's own; None if it is not."""
+    if not _list_original_contexts(config, "dynamic"):
         return None
     return (
-        "beyond that its dynamic rotary frequencies change with every further token, and with "
-        "them all keys that are cached"
+        "the dynamic rotary frequencies change with every token beyond that, which makes cached "
+        "keys wrong"
     )
 
 
-def longropes(model: nn.Module) -> list[nn.Module]:
-    """The modules that make positions with two sets of factors."""
+def list_longrope_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that compute longrope positions."""
     kinds = [(module, getattr(module, "rope_type", None)) for module in model.modules()]
     return [
         module
@@ -88,19 +88,20 @@ def longropes(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _beside_position(position: int) -> Any:
-    """A hook that adds this position to those that a rotary embedding is asked for."""
+def _append_hook(position: int) -> Any:
+    """Make a pre-hook that appends this position to those of a rotary embedding."""
 
-    def further(ids_BN: Tensor) -> Tensor:
+    def append(ids_BN: Tensor) -> Tensor:
         return torch.cat([ids_BN, ids_BN.new_full((*ids_BN.shape[:-1], 1), position)], -1)
 
     def hook(module: nn.Module, inputs: Any, options: Any) -> Any:
         if "position_ids" in options:
-            return inputs, {**options, "position_ids": further(options["position_ids"])}
-        return (inputs[0], further(inputs[1]), *inputs[2:]), options
+            return inputs, {**options, "position_ids": append(options["position_ids"])}
+        return (inputs[0], append(inputs[1]), *inputs[2:]), options
 
     return hook
 
 
-def _without_last(module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> Any:
+def _drop_last(module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> Any:
+    """Drop the appended position from a rotary embedding's output."""
     return tuple(part[..., :-1, :] for part in output)

@@ -1,4 +1,4 @@
-"""From logits to laws, and from laws to tokens: warping, seeds, draws.
+"""From logits to probabilities, and from probabilities to tokens: warping, seeds, draws.
 
 Suffixes: B batch, N nodes, V vocabulary, M a subset of nodes.
 """
@@ -23,19 +23,20 @@ from transformers.generation.logits_process import (
 
 from spectool.errors import NotFinite, UsageError
 
-# The tokens that lead to each node, itself included: of every row of a batch, of every node.
+# By request of a batch and node: the tokens up to the node, itself included.
 Contexts = Sequence[Sequence[Sequence[int]]]
 
-# What a number is drawn for. Each (request, position, purpose, draw) has its own, so neither the
-# mates in a batch nor the shape of earlier drafts change it.
+# Purposes of random numbers. Each (request, position, purpose, draw) has its own number, so neither
+# the other requests of a batch nor the shape of earlier drafts change it.
 _PURPOSES = {"token": 1, "accept": 2, "draft": 3}
 _MASK = (1 << 64) - 1
-# Beyond these a law is one-hot or flat to the last bit of fp32; quotients that are NaN begin later.
+# Beyond these temperatures the probabilities are one-hot or flat to the last bit of fp32; quotients
+# become NaN only further out.
 _COLDEST, _HOTTEST = 1e-30, 1e30
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The options of a `SamplingParams` as keyword arguments of what makes one."""
+    """The options of `SamplingParams`, as keyword arguments of functions that make one."""
 
     temperature: float
     top_k: int
@@ -47,10 +48,11 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """The processors between a model's logits and a rule, in transformers' order.
+    """The logits processors before the verifier, in transformers' order.
 
-    Temperature 0 means greedy; the filters `top_k`, `top_p` and `min_p` then change nothing. Off
-    are `top_k` 0, `top_p` 1, `min_p` 0, `repetition_penalty` 1 and `no_repeat_ngram_size` 0.
+    Temperature 0 means greedy; the filters `top_k`, `top_p` and `min_p` then change nothing. These
+    values turn an option off: `top_k` 0, `top_p` 1, `min_p` 0, `repetition_penalty` 1,
+    `no_repeat_ngram_size` 0.
 
     Raises:
         UsageError: a value outside its range.
@@ -62,7 +64,7 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
-    backward: tuple[LogitsProcessor, ...] = field(init=False, repr=False, compare=False)
+    history_processors: tuple[LogitsProcessor, ...] = field(init=False, repr=False, compare=False)
     warpers: tuple[LogitsProcessor, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,11 +86,13 @@ class SamplingParams:
                 f"--no-repeat-ngram-size {self.no_repeat_ngram_size}: expected 0 (off) or a "
                 "positive number"
             )
-        backward: list[LogitsProcessor] = []
+        history_processors: list[LogitsProcessor] = []
         if self.repetition_penalty != 1:
-            backward.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+            history_processors.append(
+                RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
+            )
         if self.no_repeat_ngram_size:
-            backward.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+            history_processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
         warpers: list[LogitsProcessor] = []
         if self.temperature not in (0.0, 1.0):
             bounded = min(max(float(self.temperature), _COLDEST), _HOTTEST)
@@ -99,28 +103,29 @@ class SamplingParams:
             warpers.append(TopPLogitsWarper(self.top_p))
         if self.min_p > 0:
             warpers.append(MinPLogitsWarper(self.min_p))
-        object.__setattr__(self, "backward", tuple(backward))
+        object.__setattr__(self, "history_processors", tuple(history_processors))
         object.__setattr__(self, "warpers", tuple(warpers))
 
     @property
     def greedy(self) -> bool:
+        """Return whether decoding is greedy."""
         return self.temperature == 0
 
     @property
     def looks_back(self) -> bool:
-        """Whether `probs` needs the tokens before each node."""
-        return bool(self.backward)
+        """Return whether `probs` needs the tokens before each node."""
+        return bool(self.history_processors)
 
     def probs(self, logits_BNV: Tensor, contexts: Contexts | None = None) -> Tensor:
-        """The law of the token after each node, fp32 [B, N, V]; when greedy, scores instead.
+        """Return the probabilities after each node, fp32 [B, N, V]; scores instead when greedy.
 
-        Greedy laws are one-hot at the largest score (the lowest index on ties, as argmax has it):
-        building them would cost a vocabulary per node and say no more. Nodes that `contexts` does
-        not reach, the padding of small trees, are left as they are.
+        Greedy probabilities are one-hot at the largest score (the lowest index on ties, as in
+        argmax): building them would cost a vocabulary per node and add nothing. Nodes outside
+        `contexts`, the padding of small trees, are left as they are.
         """
         if self.looks_back:
-            assert contexts is not None, "the processors look at what leads to a node"
-            logits_BNV = self._look_back(logits_BNV.float(), contexts)
+            assert contexts is not None, "the processors need the tokens before each node"
+            logits_BNV = self._process_history(logits_BNV.float(), contexts)
         if self.greedy:
             return logits_BNV
         scores_NV = logits_BNV.flatten(0, 1).float()
@@ -128,22 +133,22 @@ class SamplingParams:
             # With 0 as the largest score no quotient overflows upwards, however cold it gets.
             scores_NV = scores_NV - scores_NV.amax(-1, keepdim=True)
         for warper in self.warpers:
-            # None of the four looks at the tokens.
+            # None of the four reads the token ids.
             scores_NV = warper(cast(torch.LongTensor, None), cast(torch.FloatTensor, scores_NV))
         return scores_NV.softmax(-1).view(logits_BNV.shape)
 
-    def _look_back(self, logits_BNV: Tensor, contexts: Contexts) -> Tensor:
-        """Apply the processors that need contexts, to all nodes with contexts of one length."""
+    def _process_history(self, logits_BNV: Tensor, contexts: Contexts) -> Tensor:
+        """Apply the processors that read contexts, to all contexts of one length at a time."""
         by_length: dict[int, list[tuple[int, int]]] = {}
-        for b, row in enumerate(contexts):
-            for n, context in enumerate(row):
+        for b, of_request in enumerate(contexts):
+            for n, context in enumerate(of_request):
                 by_length.setdefault(len(context), []).append((b, n))
         scores_BNV = logits_BNV.clone()
-        for places in by_length.values():
-            rows_M, nodes_M = zip(*places, strict=True)
-            ids_ML = torch.tensor([contexts[b][n] for b, n in places], device=logits_BNV.device)
+        for indices in by_length.values():
+            rows_M, nodes_M = zip(*indices, strict=True)
+            ids_ML = torch.tensor([contexts[b][n] for b, n in indices], device=logits_BNV.device)
             scores_MV = scores_BNV[rows_M, nodes_M]
-            for processor in self.backward:
+            for processor in self.history_processors:
                 scores_MV = processor(
                     cast(torch.LongTensor, ids_ML), cast(torch.FloatTensor, scores_MV)
                 )
@@ -152,39 +157,46 @@ class SamplingParams:
 
 
 class Draws:
-    """The random numbers of one request: a function of (seed, request, position, purpose, draw)."""
+    """The random numbers of one request.
+
+    Each is a function of (seed, request, position, purpose, draw).
+    """
 
     def __init__(self, seed: int, request: int) -> None:
         self._key = _mix(_mix(seed & _MASK) ^ (request & _MASK))
 
     def uniform(self, position: int, purpose: str, draw: int = 0) -> float:
-        """In [0, 1), with 53 random bits. `draw` numbers what is drawn for one purpose."""
+        """Return a number in [0, 1) with 53 random bits.
+
+        `draw` numbers the draws for one purpose.
+        """
         return (self._number(position, purpose, draw) >> 11) / (1 << 53)
 
     def gumbel(self, position: int, draw: int, size: int) -> Tensor:
-        """Standard Gumbel noise for drafting, fp64 [size], on the host."""
+        """Return standard Gumbel noise for drafting, fp64 [size], on the host."""
         # torch's generator keeps the low 32 bits of a seed.
         seed = self._number(position, "draft", draw) & 0xFFFFFFFF
         generator = torch.Generator().manual_seed(seed)
         return -torch.empty(size, dtype=torch.float64).exponential_(generator=generator).log()
 
     def _number(self, position: int, purpose: str, draw: int) -> int:
+        """Return 64 random bits."""
         key = _mix(self._key ^ _mix(position * len(_PURPOSES) + _PURPOSES[purpose]))
         return _mix(key + draw)
 
 
 class StepRandom(Protocol):
-    """Where a rule gets its randomness: one number a depth, and for tests one a depth and draw.
+    """The source of randomness of a verifier: a number per depth, and for tests per depth and draw.
 
     Sharing numbers within a depth is exact, because only one node of a depth lies on the accepted
     path; siblings are tested one after another, so each has its own.
     """
 
     def pick(self, probs_MV: Tensor, depths: Sequence[int]) -> Tensor:
-        """Token ids [M] drawn from the laws after nodes of these depths."""
+        """Draw token ids [M] from the probabilities after nodes of these depths."""
 
     def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int], draw: int = 0) -> Tensor:
-        """For nodes of these depths, true with probability min(1, p/q), as bools [M].
+        """Return bools [M] for nodes of these depths, true with probability min(1, p/q).
 
         `draw` counts the siblings that were tested before.
         """
@@ -192,7 +204,7 @@ class StepRandom(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepDraws:
-    """A request's draws in the step whose root is the token at `position`."""
+    """The draws of a request in the step whose root is the token at `position`."""
 
     draws: Draws
     position: int
@@ -202,7 +214,7 @@ class StepDraws:
         return pick(probs_MV, numbers_M)
 
     def below(self, p_M: Tensor, q_M: Tensor, depths: Sequence[int], draw: int = 0) -> Tensor:
-        # A product instead of a quotient: 0/0 cannot arise.
+        # u q < p instead of u < p / q: 0/0 cannot arise.
         return self._numbers(depths, "accept", draw, p_M.device) * q_M.double() < p_M.double()
 
     def _numbers(
@@ -213,7 +225,10 @@ class StepDraws:
 
 
 def pick(probs_MV: Tensor, uniform_M: Tensor) -> Tensor:
-    """Token ids [M] by inverting each law's cumulative sum; never one of probability 0."""
+    """Draw token ids [M] by inverting each row's cumulative sum.
+
+    No token of probability 0 is ever drawn.
+    """
     cumulative_MV = probs_MV.double().cumsum(-1)
     threshold_M1 = uniform_M[:, None] * cumulative_MV[:, -1:]
     index_M1 = torch.searchsorted(cumulative_MV, threshold_M1, right=True)
@@ -221,21 +236,24 @@ def pick(probs_MV: Tensor, uniform_M: Tensor) -> Tensor:
 
 
 def is_finite(logits: Tensor) -> Tensor:
-    """Whether every law can be made: no NaN, no positive infinity, something to choose from."""
+    """Return whether all logits define probabilities, as a scalar tensor.
+
+    No row may have NaN or positive infinity, and each needs a finite value.
+    """
     return logits.amax(-1).isfinite().all()
 
 
 def not_finite_logits(whose: str) -> NotFinite:
-    """What to say of logits that are not `is_finite`."""
+    """Make the error for logits that are not `is_finite`."""
     return NotFinite(
         f"{whose} gave logits that are NaN or infinite: its weights are damaged, or its dtype "
         "overflows",
-        hint="try --dtype float32; if they are so there too, the checkpoint is broken",
+        hint="try --dtype float32; if that fails too, the checkpoint is broken",
     )
 
 
 def _mix(value: int) -> int:
-    """The finalizer of splitmix64: 64 bits in, 64 well-mixed bits out."""
+    """Apply the finalizer of splitmix64: 64 bits in, 64 well-mixed bits out."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK

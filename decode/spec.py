@@ -1,8 +1,8 @@
-"""The one grammar of `--draft`: drafters joined by +, each with options as `:key=value,key=value`.
+"""The grammar of `--draft`: drafters joined by +, each with options as `:key=value,key=value`.
 
-A drafter is a name or a path, that of a heads directory or of a smaller checkpoint. `tune` among
-the options sizes trees by what pays on this machine (`decode/policy/tuned.py`). `auto` is the
-heads beside the target, in its directory's folder `heads`, or else what needs nothing, tuned
+A drafter is a name or a path, that of a heads directory or of a smaller checkpoint. The option
+`tune` sizes trees by the cost of passes on this machine (`decode/policy/tuned.py`). `auto` is the
+heads in the folder `heads` of the target's directory, or else drafters without weights; tuned
 either way.
 """
 
@@ -27,15 +27,16 @@ from spectool.errors import CheckpointError, UsageError
 from spectool.model import loading
 
 _AUTO = "trigram+recycle"
-# Closer than this to a name is a misspelling, farther away a hub id ("nope" is not "none").
+# A word at least this similar to a name is a misspelling, else a hub id ("nope" is not "none").
 _MISSPELT = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One drafter of a `--draft`. `path`: of the heads, or the checkpoint's, or its hub id.
+    """One drafter of a `--draft`.
 
-    `config` is what `options` say.
+    `path`: the heads directory, or the checkpoint's directory or hub id. `config` is parsed from
+    `options`.
     """
 
     name: str
@@ -46,17 +47,17 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftSpec:
-    """A parsed `--draft`. `tune` is None where it does not say."""
+    """A parsed `--draft`. `tune` is None where the text does not set it."""
 
     text: str
     parts: tuple[Part, ...]
     tune: bool | None
 
 
-def parse_spec(text: str, *, beside: Path | None = None) -> DraftSpec:
-    """Read `ngram:nodes=12`, `ngram+recycle:tune`, `./small:depth=4`, `./heads`, `auto`, ...
+def parse_spec(text: str, *, target_dir: Path | None = None) -> DraftSpec:
+    """Parse `ngram:nodes=12`, `ngram+recycle:tune`, `./small:depth=4`, `./heads`, `auto`, ...
 
-    `beside` is the target's directory, where `auto` looks for heads.
+    `target_dir` is the target's directory, where `auto` looks for heads.
 
     Raises:
         UsageError: an unknown name, a path that does not exist, an unknown or wrong option.
@@ -65,21 +66,21 @@ def parse_spec(text: str, *, beside: Path | None = None) -> DraftSpec:
     tune: bool | None = None
     is_auto = text.partition(":")[0] == "auto"
     if is_auto:
-        own = beside / "heads" if beside is not None else None
-        found = str(own) if own is not None and (own / HEADS).is_file() else _AUTO
+        heads_dir = target_dir / "heads" if target_dir is not None else None
+        found = str(heads_dir) if heads_dir is not None and (heads_dir / HEADS).is_file() else _AUTO
         text = found + text[len("auto") :]
     parts = []
-    whole = Path(_split(text)[0]).expanduser().is_dir()
-    for word in [text] if whole else text.split("+"):
-        head, items = _split(word)
-        said = [item for item in items if _key(item) == "tune"]
-        if said:
-            tune = said[-1].strip() == "tune" or _truth(said[-1])
-        elif tune is None and any(_key(item) == "nodes" for item in items):
-            # Who says how large a tree is to be wants that size.
+    is_path = Path(_split_options(text)[0]).expanduser().is_dir()
+    for word in [text] if is_path else text.split("+"):
+        name, items = _split_options(word)
+        tune_items = [item for item in items if _option_key(item) == "tune"]
+        if tune_items:
+            tune = tune_items[-1].strip() == "tune" or _parse_bool(tune_items[-1])
+        elif tune is None and any(_option_key(item) == "nodes" for item in items):
+            # A size set by the user is kept.
             tune = False
-        pairs = ",".join(item for item in items if _key(item) != "tune")
-        parts.append(_part(head, pairs))
+        pairs = ",".join(item for item in items if _option_key(item) != "tune")
+        parts.append(_parse_part(name, pairs))
     return DraftSpec(text=text, parts=tuple(parts), tune=True if is_auto and tune is None else tune)
 
 
@@ -91,18 +92,18 @@ def open_drafter(
     allow_other_target: bool = False,
     checksums: bool = True,
 ) -> Drafter:
-    """The drafter of a specification, ready for this target; loads heads or a draft model.
+    """Open the drafter of a specification for a target; loads heads or a draft model.
 
-    `allow_other_target` takes heads that were trained for another checkpoint of the same shape.
-    `checksums`: compare what is read with its own.
+    `allow_other_target` accepts heads that were trained for another checkpoint of the same shape.
+    `checksums`: compare files with their checksums.
 
     Raises:
-        InputError: what the specification names is damaged, or does not fit the target.
+        InputError: the heads or the checkpoint are damaged, or do not fit the target.
     """
-    return _joined(
+    return _combine(
         spec,
         [
-            _open(
+            _open_part(
                 part,
                 target,
                 target_tokenizer,
@@ -114,30 +115,32 @@ def open_drafter(
     )
 
 
-def open_plain(text: str) -> Drafter:
-    """The drafter of a specification that names neither heads nor a checkpoint.
+def open_standalone(text: str) -> Drafter:
+    """Open the drafter of a specification that names neither heads nor a checkpoint.
 
     Raises:
-        UsageError: one that does, or a wrong specification.
+        UsageError: it names some, or it is wrong.
     """
     spec = parse_spec(text)
     if any(part.path is not None for part in spec.parts):
         raise UsageError(f"{text!r} needs the model that it drafts for")
-    return _joined(spec, [_named(part) for part in spec.parts])
+    return _combine(spec, [_open_named(part) for part in spec.parts])
 
 
-def _joined(spec: DraftSpec, opened: list[Drafter]) -> Drafter:
+def _combine(spec: DraftSpec, opened: list[Drafter]) -> Drafter:
+    """Combine several drafters into one."""
     if len(opened) == 1:
         return opened[0]
     return Combined(opened, max(getattr(part.config, "nodes", 1) for part in spec.parts))
 
 
-def _named(part: Part) -> Drafter:
+def _open_named(part: Part) -> Drafter:
+    """Open a drafter that needs no files."""
     drafter: Drafter = methods.resolve(part.name, "drafter")(part.config)
     return drafter
 
 
-def _open(
+def _open_part(
     part: Part,
     target: Target,
     target_tokenizer: PreTrainedTokenizerBase | None,
@@ -145,8 +148,9 @@ def _open(
     allow_other_target: bool,
     checksums: bool,
 ) -> Drafter:
+    """Open one drafter, loading its heads or its checkpoint."""
     if part.path is None:
-        return _named(part)
+        return _open_named(part)
     drafter: Callable[..., Drafter] = methods.resolve(part.name, "drafter")
     if methods.METHODS[part.name].trained:
         return artifact.open_heads(
@@ -157,7 +161,7 @@ def _open(
             allow_other_target=allow_other_target,
             checksums=checksums,
         )
-    path = _local(part.path)
+    path = _fetch_checkpoint(part.path)
     target.notes += read_layout(path).notes
     return drafter(
         loading.load_model(
@@ -170,30 +174,33 @@ def _open(
     )
 
 
-def _key(item: str) -> str:
+def _option_key(item: str) -> str:
+    """Return the key of a `key=value` option."""
     return item.partition("=")[0].strip()
 
 
-def _truth(item: str) -> bool:
+def _parse_bool(item: str) -> bool:
+    """Parse the value of a boolean option."""
     value = item.partition("=")[2].strip().lower()
     if value not in ("true", "yes", "1", "false", "no", "0"):
         raise UsageError(f"{item}: expected true or false")
     return value in ("true", "yes", "1")
 
 
-def _split(word: str) -> tuple[str, list[str]]:
-    """What stands before the options, and the options one by one."""
-    head, colon, pairs = word.rpartition(":")
+def _split_options(word: str) -> tuple[str, list[str]]:
+    """Split a word into its name or path and its options."""
+    name, colon, pairs = word.rpartition(":")
     items = [item for item in pairs.split(",") if item]
-    if not colon or not all("=" in item or _key(item) == "tune" for item in items):
+    if not colon or not all("=" in item or _option_key(item) == "tune" for item in items):
         return word, []
-    return head, items
+    return name, items
 
 
-def _part(head: str, pairs: str) -> Part:
-    name, path = head, None
+def _parse_part(word: str, pairs: str) -> Part:
+    """Resolve a name or path and parse its options."""
+    name, path = word, None
     if name not in methods.names("drafter"):
-        name, path = "draft_model", _checkpoint(head)
+        name, path = "draft_model", _resolve_checkpoint(word)
         if (Path(path) / HEADS).is_file():
             name = artifact.read_record(Path(path)).method
     elif name == "draft_model":
@@ -210,30 +217,30 @@ def _part(head: str, pairs: str) -> Part:
     return Part(name=name, path=path, config=config, options=pairs)
 
 
-def _checkpoint(head: str) -> str:
-    """The directory or hub id that `head` means, as no drafter has this name.
+def _resolve_checkpoint(word: str) -> str:
+    """Return the directory or hub id that `word` means, as it is no drafter's name.
 
     Raises:
         UsageError: neither, or nearly a drafter's name.
     """
-    if head and Path(head).expanduser().is_dir():
-        return str(Path(head).expanduser()) if head.startswith("~") else head
+    if word and Path(word).expanduser().is_dir():
+        return str(Path(word).expanduser()) if word.startswith("~") else word
     names = methods.names("drafter")
-    close = difflib.get_close_matches(head, [*names, "auto"], n=1, cutoff=_MISSPELT)
-    if not head or close or hub.is_local(head):
+    close = difflib.get_close_matches(word, [*names, "auto"], n=1, cutoff=_MISSPELT)
+    if not word or close or hub.is_local(word):
         hint = "a draft model is given by its directory or hub id: --draft PATH:depth=4"
         if close:
             hint = f"did you mean {close[0]}?"
-        elif head.partition(":")[0] in names:
-            hint = f"options are written {head.partition(':')[0]}:key=value,key=value"
+        elif word.partition(":")[0] in names:
+            hint = f"options are written {word.partition(':')[0]}:key=value,key=value"
         raise UsageError(
-            f"no drafter is called {head!r}, and no directory; known: {', '.join(names)}", hint=hint
+            f"no drafter is called {word!r}, nor a directory; known: {', '.join(names)}", hint=hint
         )
-    return head
+    return word
 
 
-def _local(path: str) -> Path:
-    """The directory of a draft checkpoint, fetched if need be."""
+def _fetch_checkpoint(path: str) -> Path:
+    """Return the directory of a draft checkpoint, downloading it if need be."""
     if hub.is_local(path):
         return Path(path)
     try:

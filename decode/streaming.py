@@ -1,9 +1,9 @@
-"""Text out of tokens as they are committed: what later tokens cannot change, and no stop string.
+"""Incremental detokenization: text that later tokens cannot change, cut before stop strings.
 
-The tokenizer's decoding of the whole is the specification; a stream decodes a short window of it.
+The specification is the tokenizer's decoding of the whole; a stream decodes a short window of it.
 Two sorts of text may still change. The last character of a byte-level text is a replacement
-character while its bytes are not all there. And decoders with byte fallback read a run of byte
-tokens (`<0x0A>`) as one: a byte more that fits nowhere spoils every character of the run.
+character while some of its bytes are missing. And decoders with byte fallback read a run of byte
+tokens (`<0x0A>`) as one: one more byte that is invalid spoils every character of the run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextStream:
-    """Detokenizes one row. `text` is all text released so far; it never holds a stop string.
+    """The detokenizer of one request. `text` is all text released so far, never with a stop string.
 
-    It continues the prompt: the text of prompt and tokens together, without what it shares with
-    the prompt's. Text that may change is released when it no longer can, and text that may begin a
-    stop string when it no longer does. Not `live` and without stop strings, nothing is decoded
-    before `finish`.
+    The text continues the prompt: it is that of prompt and tokens together without the common
+    prefix with the prompt's. Text that may change is released when it no longer can, and text that
+    may begin a stop string when it no longer does. Not `live` and without stop strings, nothing is
+    decoded before `finish`.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class TextStream:
         self._stops = tuple(stops)
         self._stop_ends = {stop.encode()[-1] for stop in self._stops}
         self._live = live or bool(stops)
-        self._skipped = _skipped(tokenizer)
+        self._skipped = _list_skipped_ids(tokenizer)
         self._prompt = self._tail(prompt)
         self.reset()
 
     def reset(self) -> None:
-        """Begin again after the prompt."""
-        # The first _done characters of the window's text are dealt with; None: all those that it
-        # shares with the prompt's, which may itself end within a character.
+        """Start again after the prompt."""
+        # The first _done characters of the window's text were released or held; None: those of the
+        # common prefix with the prompt's text, which may itself end within a character.
         self._window = list(self._prompt)
         self._done: int | None = None
         self._held = ""
@@ -58,6 +58,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
+        """Return all text released so far."""
         return "".join(self._released)
 
     def push(self, token: int) -> str:
@@ -69,7 +70,7 @@ class TextStream:
         if not self._live:
             return ""
         if byte := _BYTE.fullmatch(piece):
-            # Should a stop string be complete, the text ends here and nothing can change it.
+            # If a stop string is complete, the text ends here, so no later byte can change it.
             ends = int(byte[1], 16) in self._stop_ends
             return self._take_stopped(self._decode()) if ends else ""
         now = self._decode()
@@ -81,14 +82,14 @@ class TextStream:
         return released
 
     def finish(self) -> str:
-        """Release what was held back: no token follows."""
+        """Release the text held back, as no token follows."""
         if self.stopped:
             return ""
         released = self._take(self._decode())
         return released if self.stopped else released + self._release(len(self._held))
 
     def _piece(self, token: int) -> str | None:
-        """The token as the vocabulary writes it; None or empty where decoding passes it over."""
+        """Return the token's piece in the vocabulary; None or empty if decoding skips it."""
         if token in self._skipped:
             return None
         piece = self._tokenizer.convert_ids_to_tokens(token)
@@ -96,7 +97,7 @@ class TextStream:
         return piece
 
     def _tail(self, tokens: Sequence[int]) -> list[int]:
-        """The last tokens that have a text, at least _KEPT, not beginning inside a run of bytes."""
+        """Return the last _KEPT or more tokens with a text, not starting inside a run of bytes."""
         kept: list[int] = []
         for token in reversed(tokens):
             if piece := self._piece(token):
@@ -106,6 +107,7 @@ class TextStream:
         return kept[::-1]
 
     def _decode(self, tokens: list[int] | None = None) -> str:
+        """Decode tokens, by default the window's."""
         text = self._tokenizer.decode(
             self._window if tokens is None else tokens,
             skip_special_tokens=True,
@@ -114,18 +116,20 @@ class TextStream:
         assert isinstance(text, str)
         return text
 
-    def _known(self, now: str) -> int:
+    def _count_taken(self, now: str) -> int:
+        """Return how many characters of the window's text were taken already."""
         if self._done is not None:
             return self._done
-        return _shared(self._decode(self._prompt), now)
+        return _count_shared(self._decode(self._prompt), now)
 
     def _take_stopped(self, now: str) -> str:
-        text = self._held + now[self._known(now) :]
+        """Take the window's text only if it completes a stop string."""
+        text = self._held + now[self._count_taken(now) :]
         return self._take(now) if any(stop in text for stop in self._stops) else ""
 
     def _take(self, now: str) -> str:
-        """Go on to the end of the window's text as it is `now`."""
-        known = self._known(now)
+        """Take the window's text up to its end; return the text it releases."""
+        known = self._count_taken(now)
         if len(now) > known:
             self._done = len(now)
         self._held += now[known:]
@@ -136,7 +140,7 @@ class TextStream:
         return self._release(len(self._held) - self._pending())
 
     def _pending(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Return the length of the longest end of the held text that begins a stop string."""
         longest = 0
         for stop in self._stops:
             for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
@@ -146,20 +150,21 @@ class TextStream:
         return longest
 
     def _release(self, end: int) -> str:
+        """Release the held text up to `end`."""
         released, self._held = self._held[:end], self._held[end:]
         if released:
             self._released.append(released)
         return released
 
 
-def _shared(one: str, other: str) -> int:
-    """How many characters both begin with."""
+def _count_shared(one: str, other: str) -> int:
+    """Return the length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _skipped(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens without a text of their own, as `decode(skip_special_tokens=True)` finds them."""
+def _list_skipped_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that `decode(skip_special_tokens=True)` skips."""
     if not tokenizer.is_fast:
         return frozenset(tokenizer.all_special_ids)
     added = tokenizer.added_tokens_decoder

@@ -1,4 +1,4 @@
-"""The only place that knows how transformers' models are called: masks, positions, features.
+"""The only module that knows how transformers' models are called: masks, positions, features.
 
 A pass feeds N nodes per row on top of the committed tokens in a `TreeCache`. Masks are 4-D,
 additive and in the model's dtype: boolean ones are silently added as 0/1 by eager attention.
@@ -39,7 +39,7 @@ _CHUNK = 512
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Logits [B, kept nodes, V] and the features asked for, [B, N, D] each."""
+    """The output of a pass: logits [B, kept nodes, V], and features [B, N, D] by name."""
 
     logits_BNV: Tensor
     features: dict[str, Tensor]
@@ -47,8 +47,9 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class PrefillOutput:
-    """After committed tokens were fed: the last one's logits and, per row, features [T, D] and
-    what computes the likeliest ids [T][K] after each."""
+    """The output of feeding committed tokens: the last logits of each row, and by row the features
+    [T, D] and a function that computes the likeliest ids [T][K] after each token.
+    """
 
     logits_BV: Tensor
     features: list[dict[str, Tensor]]
@@ -56,19 +57,21 @@ class PrefillOutput:
 
 
 class Target:
-    """A causal model as the loop sees it. `context` bounds prompt and new tokens together.
+    """A causal model as the decode loop sees it. `context` bounds prompt and new tokens together.
 
-    `notes` says what had to be changed or bounded to run it rightly. `takes_drafts`: passes of
-    several tokens are right after others. `keeps_rows`: its caches hold all that a text leaves, so
-    that several can take turns. `cache_name` is what the model's forward calls its cache.
+    `notes` lists what had to be changed or bounded to run the model correctly. `takes_drafts`: a
+    pass of several tokens is correct after other passes. `state_in_cache`: the cache holds all
+    state of a request, so requests can take turns. `cache_name` is the cache argument of the
+    model's forward. `context_reason` says why the context is shorter than the model's own, if it
+    is.
 
     Raises:
-        UnsupportedError: an architecture that tree passes cannot be right for.
+        UnsupportedError: an architecture for which tree passes cannot be correct.
         UsageError: a context longer than the model's.
     """
 
     takes_drafts = True
-    keeps_rows = True
+    state_in_cache = True
 
     def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
         config = model.config.get_text_config(decoder=True)
@@ -89,9 +92,10 @@ class Target:
         self._keeps_logits = "logits_to_keep" in accepted
         self._linears = skinny.suited(model.modules())
         self._most_rows = kernel_rows(self.dtype)
-        self._original, self.bound = rotary.two_ranges(config), rotary.bound_by(config)
-        self._rotaries = rotary.longropes(model)
-        self.context = self._bound(config, context)
+        self._original = rotary.find_original_context(config)
+        self.context_reason = rotary.explain_context(config)
+        self._rotaries = rotary.list_longrope_modules(model)
+        self.context = self._choose_context(config, context)
         if self._original is not None:
             self.notes.append(
                 f"texts of up to {self._original} tokens, new ones included, run with the short "
@@ -100,29 +104,26 @@ class Target:
         self._choose_attention()
 
     def span(self, length: int) -> int:
-        """The context that a text of up to `length` tokens, new ones included, is read in.
+        """Return the context to open for a text of up to `length` tokens, new ones included.
 
-        Some models have two, with rotary factors of their own (longrope). One text keeps to one:
-        keys that are cached with the short factors mean nothing to the long ones.
+        A text keeps to one of longrope's two sets of factors, each with its own context: keys
+        cached with the short factors are wrong under the long ones.
         """
         if self._original is None or length > self._original:
             return self.context
         return min(self._original, self.context)
 
     def cache(self, batch: int, context: int | None = None) -> TreeCache:
-        """An empty cache for `batch` rows, of this context as `span` has it."""
+        """Return an empty cache for `batch` rows, with a context as `span` returns it."""
         return TreeCache(batch=batch, num_layers=self.num_layers, context=context or self.context)
 
     @torch.inference_mode()
     def prefill(
         self, cache: TreeCache, tokens: Sequence[Sequence[int]], needs: Needs | None = None
     ) -> PrefillOutput:
-        """Feed and commit committed tokens, in chunks; rows may be of any length, also empty.
-
-        An empty row's logits are zeros.
-        """
+        """Feed and commit tokens in chunks; rows may be empty, and have zeros as logits then."""
         wanted = needs or Needs()
-        heard = replace(wanted, final=wanted.final or wanted.top > 0)
+        captured = replace(wanted, final=wanted.final or wanted.top > 0)
         logits_BV: Tensor | None = None
         collected: list[list[dict[str, Tensor]]] = [[] for _ in tokens]
         for start in range(0, max(map(len, tokens)), _CHUNK):
@@ -140,7 +141,7 @@ class Target:
                 [part + [0] * (num_nodes - len(part)) for part in parts],
                 torch.arange(num_nodes).expand(len(parts), -1),
                 visible_NN.expand(len(parts), -1, -1),
-                heard,
+                captured,
                 kept,
             )
             cache.commit(parts, [range(len(part)) for part in parts])
@@ -160,32 +161,32 @@ class Target:
     def _prefill_output(
         self, logits_BV: Tensor, features: list[dict[str, Tensor]], wanted: Needs
     ) -> PrefillOutput:
-        """What was asked for, of features that hold `final` wherever `top` was asked for."""
+        """Return what was asked for; `features` hold `final` wherever `top` was asked for."""
         top: list[Callable[[], list[list[int]]]] = []
-        for row in features:
-            states_TD = row.get("final") if wanted.final else row.pop("final", None)
+        for by_name in features:
+            states_TD = by_name.get("final") if wanted.final else by_name.pop("final", None)
             if states_TD is None or not wanted.top:
                 top.append(list)
             else:
-                top.append(functools.partial(self._likeliest_after, states_TD, wanted.top))
+                top.append(functools.partial(self._top_after, states_TD, wanted.top))
         return PrefillOutput(logits_BV, features, top)
 
     @torch.inference_mode()
-    def _likeliest_after(self, states_TD: Tensor, count: int) -> list[list[int]]:
-        """The `count` likeliest ids [T][K] after states that the output matrix reads.
+    def _top_after(self, states_TD: Tensor, count: int) -> list[list[int]]:
+        """Return the `count` likeliest ids [T][K] after states at the input of the lm_head.
 
-        Scaled or bounded logits are in the order of the products, which are enough here.
+        Scaled or soft-capped logits are in the order of the products, which suffices here.
         """
-        head = self.model.get_output_embeddings()
+        lm_head = self.model.get_output_embeddings()
         found: list[list[int]] = []
         with skinny.products(self._linears, self._most_rows):
             for part_TD in torch.split(states_TD, _CHUNK):
-                found += top_ids(head(part_TD), count).tolist()
+                found += top_ids(lm_head(part_TD), count).tolist()
         return found
 
     @torch.inference_mode()
     def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:
-        """Feed every row's tree; nothing is committed. Logits of row b past its tree mean nothing.
+        """Feed every request's tree without committing. Logits past a row's tree are undefined.
 
         Smaller trees are padded with nodes that see only themselves.
         """
@@ -203,10 +204,10 @@ class Target:
             for row in range(num_nodes, draft.num_rows):
                 owner[row] = owner[above[row]]
             owners.append(owner)
-        beside = None
+        extra = None
         if any(draft.beside for draft in drafts):
-            beside = (torch.tensor(slots, device=self.device), torch.tensor(owners).to(self.device))
-        return self.grow(cache, tokens, parents, needs=needs, beside=beside)
+            extra = (torch.tensor(slots, device=self.device), torch.tensor(owners).to(self.device))
+        return self.grow(cache, tokens, parents, needs=needs, extra=extra)
 
     @torch.inference_mode()
     def grow(
@@ -218,13 +219,13 @@ class Target:
         fed: int = 0,
         seen: Sequence[int] | None = None,
         needs: Needs | None = None,
-        beside: tuple[Tensor, Tensor] | None = None,
+        extra: tuple[Tensor, Tensor] | None = None,
     ) -> Pass:
-        """Feed the nodes from `fed` on of trees, or forests, whose first nodes are in the tail.
+        """Feed the nodes of trees from index `fed` on; those before it are in the tail already.
 
-        A node without a parent is its own; all rows have as many nodes. The rows see their first
-        `seen` committed tokens, all by default, and the nodes stand right after these. `beside`
-        are the last two arguments of what the drafter injects.
+        A node without a parent is its own parent (forests); all rows have as many nodes. Each row
+        sees its first `seen` committed tokens, all by default, and its nodes stand right after
+        these. `extra` are slots and owners [B, N] for `Needs.inject`.
         """
         depths: list[list[int]] = []
         for row in parents:
@@ -241,7 +242,7 @@ class Target:
             needs or Needs(),
             None,
             seen,
-            beside,
+            extra,
         )
 
     @torch.no_grad()
@@ -253,17 +254,17 @@ class Target:
         *,
         keep: TextCache | None = None,
     ) -> dict[str, Tensor]:
-        """Features [B, L, D] of whole texts, for training: no logits; keys and values to `keep`.
+        """Return features [B, L, D] of whole texts, for training; `keep` takes keys and values.
 
-        Rows are padded at the right, where causal attention does not look. Of several texts in a
-        row, as `segments_BL` numbers them, each is read as if it stood alone. Not inference mode:
-        autograd saves no inference tensors.
+        Rows are padded at the right, where causal attention does not look. With sequence packing,
+        `segments_BL` numbers the texts of a row, and each is read as if it stood alone. Not
+        inference mode: autograd cannot save inference tensors.
         """
         options: dict[str, Any] = {}
         if keep is not None:
             options[self._decoder_cache_name] = keep
         if segments_BL is not None:
-            positions_BL, visible_BLL = packed(segments_BL.to(self.device))
+            positions_BL, visible_BLL = isolate_texts(segments_BL.to(self.device))
             batch, length = positions_BL.shape
             masks = {
                 kind: tree_mask(
@@ -273,7 +274,7 @@ class Target:
             }
             options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
             options["position_ids"] = positions_BL
-        with self._listen(needs) as features:
+        with self._capture_features(needs) as features:
             self.decoder(
                 input_ids=tokens_BL.to(self.device),
                 use_cache=keep is not None,
@@ -282,36 +283,35 @@ class Target:
         return features
 
     def check(self, needs: Needs) -> None:
-        """Raises: UnsupportedError: the features that are asked for are not [B, N, D]."""
+        """Raise UnsupportedError if the features asked for are not [B, N, D]."""
         self.read(torch.zeros(1, 2, dtype=torch.long), needs)
 
     def read_extra_rows(
         self,
         kept: TextCache,
-        places_BA: Tensor,
+        anchors_BA: Tensor,
         rows: Sequence[tuple[int, int]],
         inject: Mapping[int, Inject],
     ) -> Tensor:
-        """States [B, A, X, D] after the final norm of rows beside texts, for training.
+        """Return states [B, A, X, D] after the final norm of extra rows of texts, for training.
 
-        At each of a text's A places there are X `rows`, a parent and what it stands for each as in
-        `Draft.beside`, where node 0 is the text's token at the place. They see the text up to it
-        and their own parents, and differentiate. `inject` hears of places of the text as the nodes
-        that rows belong to.
+        At each of a text's A anchors there are X `rows`, each a parent and a slot as in
+        `Draft.beside`, where node 0 is the text's token at the anchor. They see the text up to it
+        and their own parents, and are differentiable. `inject` gets anchors as the owners.
         """
-        (batch, num_places), num_own = places_BA.shape, len(rows)
+        (batch, num_anchors), num_extra = anchors_BA.shape, len(rows)
         parents, depths = [0], [0]
         for parent, _ in rows:
             parents.append(parent)
             depths.append(depths[parent] + 1)
-        own_XX = tree.ancestor_mask(torch.tensor([parents]), max(depths))[0, 1:, 1:]
-        # Chains of different places do not see each other.
-        own_NN = torch.eye(num_places).kron(own_XX.float()).bool().to(self.device)
-        places_BN = places_BA.repeat_interleave(num_own, 1).to(self.device)
-        depths_N = torch.tensor(depths[1:] * num_places, device=self.device)
-        positions_BN = (places_BN + depths_N).clamp_(max=self.context - 1)
-        text_BNL = torch.arange(kept.length, device=self.device) <= places_BN[..., None]
-        sees_BNS = torch.cat([text_BNL, own_NN.expand(batch, -1, -1)], -1)
+        sees_XX = tree.ancestor_mask(torch.tensor([parents]), max(depths))[0, 1:, 1:]
+        # Chains of different positions do not see each other.
+        sees_NN = torch.eye(num_anchors).kron(sees_XX.float()).bool().to(self.device)
+        anchors_BN = anchors_BA.repeat_interleave(num_extra, 1).to(self.device)
+        depths_N = torch.tensor(depths[1:] * num_anchors, device=self.device)
+        positions_BN = (anchors_BN + depths_N).clamp_(max=self.context - 1)
+        text_BNL = torch.arange(kept.length, device=self.device) <= anchors_BN[..., None]
+        sees_BNS = torch.cat([text_BNL, sees_NN.expand(batch, -1, -1)], -1)
         masks = {}
         for kind, window in self._windows.items():
             near_BNS = sees_BNS
@@ -322,41 +322,41 @@ class Target:
             hidden = torch.finfo(self.dtype).min
             mask_BNS = torch.zeros(near_BNS.shape, dtype=self.dtype, device=self.device)
             masks[kind] = mask_BNS.masked_fill_(~near_BNS, hidden)[:, None]
-        slots_BN = torch.tensor([slot for _, slot in rows] * num_places, device=self.device)
+        slots_BN = torch.tensor([slot for _, slot in rows] * num_anchors, device=self.device)
         with (
-            self._listen(Needs(final=True)) as features,
-            self._inject(inject, (slots_BN.expand(batch, -1), places_BN)),
+            self._capture_features(Needs(final=True)) as features,
+            self._inject_states(inject, (slots_BN.expand(batch, -1), anchors_BN)),
         ):
             self.decoder(
-                input_ids=torch.zeros_like(places_BN),
+                input_ids=torch.zeros_like(anchors_BN),
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=positions_BN,
                 use_cache=True,
                 **{self._decoder_cache_name: kept},
             )
-        return features["final"].view(batch, num_places, num_own, -1)
+        return features["final"].view(batch, num_anchors, num_extra, -1)
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint | None:
-        """The directory that the model was loaded from; None if it came from nowhere."""
-        place = Path(self.model.config._name_or_path or "")
-        return open_checkpoint(place) if (place / "config.json").is_file() else None
+        """Return the checkpoint that the model was loaded from, or None."""
+        path = Path(self.model.config._name_or_path or "")
+        return open_checkpoint(path) if (path / "config.json").is_file() else None
 
     @functools.cached_property
     def _decoder_cache_name(self) -> str:
-        """What the decoder calls its cache; one that takes anything, as the model does."""
+        """Return the name of the decoder's cache argument; by default the model's."""
         accepted = inspect.signature(self.decoder.forward).parameters
         return cache_argument(accepted) or self.cache_name
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the embedding: the ids that a text may have."""
+        """Return the number of rows of the embedding: ids are below it."""
         rows: int = self.model.get_input_embeddings().weight.shape[0]
         return rows
 
     @property
     def width(self) -> int:
-        """The size of the state that the output matrix reads."""
+        """Return the size of the state that the lm_head reads."""
         width: int = self.model.get_output_embeddings().in_features
         return width
 
@@ -369,16 +369,16 @@ class Target:
         needs: Needs,
         kept: list[int] | None,
         seen: Sequence[int] | None = None,
-        beside: tuple[Tensor, Tensor] | None = None,
+        extra: tuple[Tensor, Tensor] | None = None,
     ) -> Pass:
-        """One call of the model, for the last N of the tail's T nodes; `kept` ones get logits.
+        """Call the model for the last N of the tail's T nodes; only the nodes `kept` get logits.
 
-        Depths and visibility come on the host. Padding never reaches positions that the model has
-        not: learned tables end at the context.
+        Depths and visibility are on the host.
         """
         lengths = cache.lengths
         seen = seen or lengths
         num_nodes, num_tail = visible_BNT.shape[1:]
+        # Padding must not reach positions that the model does not have: learned tables end there.
         positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=cache.context - 1)
         cache.open(num_nodes, self.device, after=num_tail - num_nodes)
         positions_BT = positions_BT.to(self.device)
@@ -400,9 +400,9 @@ class Target:
             for kind, window in self._windows.items()
         }
         with (
-            self._listen(needs) as features,
-            self._inject(needs.inject, beside),
-            rotary.long_factors(self._rotaries, self._original, cache.context),
+            self._capture_features(needs) as features,
+            self._inject_states(needs.inject, extra),
+            rotary.use_long_factors(self._rotaries, self._original, cache.context),
             skinny.products(self._linears, self._most_rows),
         ):
             output = self.model(
@@ -418,17 +418,17 @@ class Target:
         return Pass(logits_BNV, features)
 
     @contextmanager
-    def _listen(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
-        """Capture what was asked for during one pass, by forward hooks."""
+    def _capture_features(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
+        """Capture the features asked for during one pass, by forward hooks."""
         features: dict[str, Tensor] = {}
         handles = []
         if needs.layers:
             layers = self.layers()
             for index in needs.layers:
-                hook = _capture(features, f"layer {index}")
+                hook = _capture_hook(features, f"layer {index}")
                 handles.append(layers[index].register_forward_hook(hook))
         if needs.final:
-            handles.append(self.decoder.register_forward_hook(_capture(features, "final")))
+            handles.append(self.decoder.register_forward_hook(_capture_hook(features, "final")))
         try:
             yield features
         finally:
@@ -436,19 +436,19 @@ class Target:
                 handle.remove()
 
     @contextmanager
-    def _inject(
-        self, inject: Mapping[int, Inject], beside: tuple[Tensor, Tensor] | None
+    def _inject_states(
+        self, inject: Mapping[int, Inject], extra: tuple[Tensor, Tensor] | None
     ) -> Iterator[None]:
-        """During one pass, let layers read what a drafter puts in place of rows beside the tree."""
+        """During one pass, replace the hidden states of extra rows at the inputs of layers."""
         handles = []
         for index, put in inject.items():
-            if beside is None:
+            if extra is None:
                 continue
             if index < 0:
-                hook = _replacing_output(put, *beside)
+                hook = _output_hook(put, *extra)
                 handles.append(self.model.get_input_embeddings().register_forward_hook(hook))
             else:
-                before = _replacing_input(put, *beside)
+                before = _input_hook(put, *extra)
                 layer = self.layers()[index]
                 handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         try:
@@ -458,11 +458,7 @@ class Target:
                 handle.remove()
 
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, the first first.
-
-        Raises:
-            UnsupportedError: the model keeps them in no list.
-        """
+        """Return the decoder layers; raise UnsupportedError if the model has no list of them."""
         for module in self.decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
                 return module
@@ -471,21 +467,23 @@ class Target:
     def _check_fit(
         self, model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]
     ) -> None:
-        """Raises: UnsupportedError: passes of trees cannot be right."""
+        """Raise UnsupportedError if tree passes cannot be correct with this model."""
         check_fit(model, config, accepted)
 
-    def _bound(self, config: PreTrainedConfig, asked: int | None) -> int:
+    def _choose_context(self, config: PreTrainedConfig, asked: int | None) -> int:
+        """Return the context asked for, else the model's; refuse a longer one."""
         limit = rotary.longest_context(config)
         if limit is None:
             return asked if asked is not None else 1 << 20
         if asked is not None and asked > limit:
             raise UsageError(
-                f"--context {asked}: {self.name} holds at most {limit} tokens", hint=self.bound
+                f"--context {asked}: {self.name} holds at most {limit} tokens",
+                hint=self.context_reason,
             )
         return asked if asked is not None else limit
 
     def _choose_attention(self) -> None:
-        """Flash and flex kernels take no such masks: change to one that does, and say so."""
+        """Replace an attention that takes no 4-D mask (flash, flex), and add a note."""
         given = self.model.config._attn_implementation
         if given in ("sdpa", "eager"):
             return
@@ -507,10 +505,10 @@ def tree_mask(
     seen: Sequence[int] | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """What each node sees, [B, 1, N, S] additive: its row's committed tokens and its path.
+    """Return the additive mask [B, 1, N, S]: a node sees its row's committed tokens and its path.
 
-    Of `lengths` committed columns the first `seen`, all by default; in layers with a window, keys
-    less than `window` positions back.
+    Of the `lengths` committed columns, a row sees the first `seen`, all by default; in layers with
+    a window, only keys less than `window` positions back.
     """
     batch, num_nodes, num_tail = visible_BNT.shape
     hidden, device = torch.finfo(dtype).min, visible_BNT.device
@@ -529,40 +527,42 @@ def tree_mask(
     return mask_B1NS
 
 
-def packed(segments_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [B, L] that begin anew with every text of a row, and what each token sees of the
-    others [B, L, L]: those of its own text up to itself."""
+def isolate_texts(segments_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions and visibility [B, L, L] for rows of several texts (sequence packing).
+
+    Positions [B, L] start at 0 with every text; a token sees its own text up to itself.
+    """
     length = segments_BL.shape[1]
-    place_L = torch.arange(length, device=segments_BL.device)
+    column_L = torch.arange(length, device=segments_BL.device)
     begins_BL = torch.ones_like(segments_BL, dtype=torch.bool)
     begins_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
-    starts_BL = torch.where(begins_BL, place_L, 0).cummax(-1).values
-    own_BLL = segments_BL[:, :, None] == segments_BL[:, None]
-    return place_L - starts_BL, own_BLL.tril()
+    starts_BL = torch.where(begins_BL, column_L, 0).cummax(-1).values
+    same_BLL = segments_BL[:, :, None] == segments_BL[:, None]
+    return column_L - starts_BL, same_BLL.tril()
 
 
 def top_ids(logits_BNV: Tensor, count: int) -> Tensor:
-    """The ids of the `count` largest logits, the largest first; fewer in a smaller vocabulary."""
+    """Return the ids of the `count` largest logits in descending order, or of all if fewer."""
     return logits_BNV.topk(min(count, logits_BNV.shape[-1])).indices
 
 
 def kernel_rows(dtype: torch.dtype) -> int:
-    """Up to how many rows a CPU's products of this dtype are faster by our kernel than by torch."""
+    """Return up to how many rows spectool's CPU kernel multiplies faster than torch."""
     if dtype == torch.bfloat16:
         if not machine.has_bfloat16():
-            # torch crawls there.
+            # torch is very slow there.
             return sys.maxsize
         if machine.has_bfloat16_tiles():
             return skinny.MOST_ROWS_BESIDE_TILES
     return skinny.MOST_ROWS
 
 
-def _capture(features: dict[str, Tensor], name: str) -> Any:
+def _capture_hook(features: dict[str, Tensor], name: str) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         # A layer returns a tensor or a tuple, a decoder a ModelOutput; the state comes first.
         state = output if isinstance(output, Tensor) else output[0]
         if state.ndim != 3:
-            # Gemma 3n has several side by side.
+            # Gemma 3n returns several states, stacked.
             raise UnsupportedError(
                 f"{type(module).__name__}: its hidden states have more dimensions than batch, "
                 "length and width; heads that read them cannot be run",
@@ -573,14 +573,14 @@ def _capture(features: dict[str, Tensor], name: str) -> Any:
     return hook
 
 
-def _replacing_output(put: Inject, slots_BN: Tensor, owners_BN: Tensor) -> Any:
+def _output_hook(put: Inject, slots_BN: Tensor, owners_BN: Tensor) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return put(output, slots_BN, owners_BN)
 
     return hook
 
 
-def _replacing_input(put: Inject, slots_BN: Tensor, owners_BN: Tensor) -> Any:
+def _input_hook(put: Inject, slots_BN: Tensor, owners_BN: Tensor) -> Any:
     def hook(module: nn.Module, inputs: Any, options: Any) -> Any:
         if inputs:
             return (put(inputs[0], slots_BN, owners_BN), *inputs[1:]), options
@@ -592,7 +592,7 @@ def _replacing_input(put: Inject, slots_BN: Tensor, owners_BN: Tensor) -> Any:
 
 
 def _windows(config: PreTrainedConfig) -> dict[str, int | None]:
-    """Kinds of attention layers and their windows, as transformers' own caches infer them."""
+    """Return kinds of attention layers and their windows, as transformers infers them."""
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if kinds is None:

@@ -1,8 +1,8 @@
 """Draft trees as flat arrays. Knows neither models nor vocabularies.
 
-Node 0 is the pending root: the last committed token, decided but not yet in the cache. Parents
-come before their children, siblings stand in the order in which they are to be tried. Tensor
-suffixes: B rows of the batch, N nodes of a tree (root included), V vocabulary.
+Node 0 is the pending root: the last committed token, which is not in the cache yet. Parents come
+before their children, siblings stand in the order in which they are to be tried. Tensor suffixes: B
+rows of the batch, N nodes of a tree (root included), V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# How a node came to be proposed: by looking up or ranking; drawn from its parent's law whatever its
-# siblings are; drawn from what that law leaves beside the siblings before it.
+# How a node was proposed: looked up or ranked; drawn from the distribution after its parent,
+# independently of its siblings; drawn from that distribution without the siblings before it.
 Kind = Literal["deterministic", "iid", "distinct"]
 
 
 @dataclass(slots=True)
 class Draft:
-    """One row's tree. `kinds[0]`, the root's, means nothing.
+    """The tree of one request. `kinds[0]`, the root's, means nothing.
 
-    `probs_NV[i]` is the law that the children of node i were drawn from (fp32, after warping, over
-    the target's vocabulary); needed where children are sampled. Trailing leaves have no row.
-    `draws[i]` are the children of node i in the order in which they were drawn, one that was drawn
-    again standing again; None where each was drawn once, in the order of the nodes. `sources[i]`
-    says where a node comes from: nodes of one source are about equally likely to be right, and no
-    source may depend on the token of a sampled node. `beside` are rows that pass with the tree and
-    are never committed, each as its parent, counted on from the nodes, and what it stands for
-    (`protocol.Needs.inject`).
+    `probs_NV[i]` are the probabilities that the children of node i were drawn from (fp32, after
+    warping, over the target's vocabulary); needed where children are sampled. Trailing leaves have
+    no row. `draws[i]` are the children of node i in the order of the draws, with repetitions; None
+    where each was drawn once, in the order of the nodes. `sources[i]` says how node i was found:
+    nodes of one source are about equally likely to be accepted, and no source may depend on the
+    token of a sampled node. `beside` are extra rows that pass with the tree and are never
+    committed: each is its parent (numbers continue after the nodes) and its slot
+    (`protocol.Inject`).
     """
 
     tokens: list[int]
@@ -56,16 +56,19 @@ class Draft:
 
     @property
     def is_chain(self) -> bool:
-        """Whether every node has at most one child."""
+        """Return whether every node has at most one child."""
         return self.depths[-1] == len(self.tokens) - 1
 
     @property
     def num_rows(self) -> int:
-        """Rows that pass through the target: nodes, and what stands beside them."""
+        """Return how many rows pass through the target: nodes and extra rows."""
         return len(self.tokens) + len(self.beside)
 
     def drawn(self) -> dict[int, list[int]]:
-        """`draws`, also where they are not given. Nodes without children are left out."""
+        """Return the children of each node in the order of the draws, also where `draws` is None.
+
+        Nodes without children are left out.
+        """
         if self.draws is not None:
             return self.draws
         children: dict[int, list[int]] = {}
@@ -74,7 +77,7 @@ class Draft:
         return children
 
     def path(self, node: int) -> list[int]:
-        """The nodes from the root to `node`, both included."""
+        """Return the nodes from the root to `node`, both included."""
         nodes = []
         while node >= 0:
             nodes.append(node)
@@ -83,19 +86,19 @@ class Draft:
 
 
 def root(token: int) -> Draft:
-    """The draft that proposes nothing."""
+    """Make the draft that proposes nothing."""
     return Draft([token], [-1], ["deterministic"])
 
 
 def chain(tokens: Sequence[int], *, kind: Kind, probs_NV: Tensor | None = None) -> Draft:
-    """A single path: the root's token, then the proposals."""
+    """Make the draft of a single path: the root's token, then the proposals."""
     return Draft(list(tokens), list(range(-1, len(tokens) - 1)), [kind] * len(tokens), probs_NV)
 
 
 def first_path(draft: Draft, most: int | None = None) -> Draft:
-    """The path of first children, for what can hold a chain only; of `most` proposals at most.
+    """Cut a draft to its path of first children, at most `most` proposals.
 
-    Not for drawn nodes.
+    Not for drawn nodes: their probabilities are left out.
     """
     nodes = [0]
     for node in range(1, len(draft)):
@@ -111,7 +114,7 @@ def first_path(draft: Draft, most: int | None = None) -> Draft:
 
 
 class Trie:
-    """Merges deterministic continuations of the root into one tree of at most `nodes` proposals."""
+    """A tree merged from deterministic continuations of the root, of at most `nodes` proposals."""
 
     def __init__(self, root_token: int, nodes: int) -> None:
         self.tokens = [root_token]
@@ -122,10 +125,11 @@ class Trie:
 
     @property
     def full(self) -> bool:
+        """Return whether no node can be added."""
         return len(self.tokens) > self.nodes
 
     def add(self, token: int, parent: int, source: Hashable = ()) -> int | None:
-        """The node of this token below `parent`, as it was or new; None where there is no room."""
+        """Return the node of this token below `parent`, adding it if there is room, else None."""
         node = self._known.get((parent, token))
         if node is None:
             if self.full:
@@ -146,12 +150,13 @@ class Trie:
             parent = node
 
     def draft(self) -> Draft:
+        """Return the tree as a draft."""
         kinds: list[Kind] = ["deterministic"] * len(self.tokens)
         return Draft(self.tokens, self.parents, kinds, sources=self.sources)
 
 
 def trie(root_token: int, paths: Iterable[Sequence[int]], *, nodes: int) -> Draft:
-    """The `Trie` of these paths, best first; stops reading them when it is full."""
+    """Make a `Trie` of these paths, best first; stop reading them when it is full."""
     made = Trie(root_token, nodes)
     for path in paths:
         made.extend(path)
@@ -162,11 +167,12 @@ def trie(root_token: int, paths: Iterable[Sequence[int]], *, nodes: int) -> Draf
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Where nodes of one depth of a tree come from.
+    """The nodes of one depth of a `RankTree`, and how to find them.
 
     `paths_PA` [parents, depth]: the nodes from the root to each node of the depth above that has
-    children; `above_P`: the places of those nodes' own parents in the level above, 0 for the root.
-    Of the C nodes themselves: `parent_C` among those parents, `rank_C` among its guesses.
+    children; `above_P`: the index of each such node's own parent in the level above, 0 for the
+    root. For the C nodes of this depth: `parent_C` is the index among those parents, `rank_C` the
+    rank among the parent's guesses.
     """
 
     paths_PA: Tensor
@@ -177,7 +183,7 @@ class Level:
 
 
 class RankTree:
-    """A tree of guesses whatever the tokens: each node is the rank of a guess after its parent.
+    """A static tree: each node is the rank of a guess after its parent, whatever the token.
 
     `paths` are the nodes, each as the ranks from the root down, parents before their children.
     """
@@ -185,9 +191,9 @@ class RankTree:
     def __init__(
         self, paths: Sequence[Sequence[int]], *, device: torch.device | str = "cpu"
     ) -> None:
-        places = {(): 0} | {tuple(path): node for node, path in enumerate(paths, start=1)}
+        node_of = {(): 0} | {tuple(path): node for node, path in enumerate(paths, start=1)}
         self.depths = [0, *map(len, paths)]
-        self.parents = [-1, *(places[tuple(path[:-1])] for path in paths)]
+        self.parents = [-1, *(node_of[tuple(path[:-1])] for path in paths)]
         self.sources = [(), *map(tuple, paths)]
         self.levels: list[Level] = []
         before = [-1]
@@ -195,36 +201,35 @@ class RankTree:
         for depth in range(1, 1 + max(self.depths)):
             nodes = [node for node, at in enumerate(self.depths) if at == depth]
             above = sorted({self.parents[node] for node in nodes})
-            higher = [before.index(self.parents[node]) for node in above]
-            ways = [[places[self.sources[node][:i]] for i in range(depth)] for node in above]
+            above_at = [before.index(self.parents[node]) for node in above]
+            to_parents = [[node_of[self.sources[node][:i]] for i in range(depth)] for node in above]
             parents = [above.index(self.parents[node]) for node in nodes]
             ranks = [self.sources[node][-1] for node in nodes]
-            columns = (ways, higher, nodes, parents, ranks)
+            columns = (to_parents, above_at, nodes, parents, ranks)
             self.levels.append(Level(*(torch.tensor(part, device=device) for part in columns)))
             before = above
         self._cuts = [self._cut(depth) for depth in range(1 + len(self.levels))]
 
     def draft(self, tokens: Sequence[int], depth: int) -> Draft:
-        """The draft with these tokens, the root's first, as far as it is no deeper than `depth`."""
+        """Return the draft of these tokens, the root's first, cut to `depth`."""
         kept, parents, sources = self._cuts[min(depth, len(self.levels))]
         kinds: list[Kind] = ["deterministic"] * len(kept)
         return Draft([tokens[node] for node in kept], parents, kinds, sources=sources)
 
     def _cut(self, depth: int) -> tuple[list[int], list[int], list[Hashable]]:
-        """The nodes of a shallower tree, their parents there and their sources."""
+        """Return the nodes no deeper than `depth`, their parents among these and their sources."""
         kept = [node for node, at in enumerate(self.depths) if at <= depth]
-        places = {node: place for place, node in enumerate(kept)}
-        parents = [-1, *(places[self.parents[node]] for node in kept[1:])]
+        index_of = {node: index for index, node in enumerate(kept)}
+        parents = [-1, *(index_of[self.parents[node]] for node in kept[1:])]
         return kept, parents, [self.sources[node] for node in kept]
 
 
 def best_paths(ranks_RK: Tensor, *, nodes: int, top: int) -> list[tuple[tuple[int, ...], float]]:
-    """The `nodes` paths of ranks that most texts follow, best first, each with its share of texts.
+    """Return the `nodes` paths of ranks that most texts follow, best first, with each one's share.
 
     `ranks_RK[r, k]` is the rank of the true token among the guesses at depth k + 1 of text r; only
-    ranks below `top` can be drafted. A share falls along a path, so parents come first and every
-    beginning of the list is the best tree of its size; 1 + the sum of its shares are the tokens it
-    brings a forward.
+    ranks below `top` can be drafted. Shares fall along a path, so parents come first, and the first
+    n paths are the best tree of n nodes; it brings 1 + the sum of its shares tokens per forward.
     """
     counts: Counter[tuple[int, ...]] = Counter()
     for ranks in ranks_RK.tolist():
@@ -239,9 +244,9 @@ def best_paths(ranks_RK: Tensor, *, nodes: int, top: int) -> list[tuple[tuple[in
 
 
 def ancestor_mask(parents_BN: Tensor, depth: int) -> Tensor:
-    """Visibility inside trees [B, N, N]: node i sees j if j is i or an ancestor of i.
+    """Return visibility inside trees [B, N, N]: node i sees node j if j is i or an ancestor of i.
 
-    A root and a padding node are their own parents; `depth` is that of the deepest node.
+    Roots and padding nodes are their own parents; `depth` is that of the deepest node.
     """
     num_nodes = parents_BN.shape[1]
     self_NN = torch.eye(num_nodes, dtype=torch.bool, device=parents_BN.device)

@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import (
 
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import PrefilledPrompt
-from spectool.decode.target import packed, tree_mask
+from spectool.decode.target import isolate_texts, tree_mask
 from spectool.model.decoder import decoder_of
 
 # Scores of a training step that are kept; to make them anew costs a ninth more time.
@@ -65,7 +65,7 @@ class Rotary:
     def text(self, like_BLD: Tensor, segments_BL: Tensor | None = None) -> Sight:
         """The sight of whole texts, for training; of several in a row each sees itself alone."""
         if segments_BL is not None:
-            positions_BL, visible_BLL = packed(segments_BL)
+            positions_BL, visible_BLL = isolate_texts(segments_BL)
             batch, length = positions_BL.shape
             mask_B1LL = tree_mask([0] * batch, positions_BL, visible_BLL, length, like_BLD.dtype)
             return Sight(self.at(positions_BL, like_BLD), mask_B1LL)

@@ -1,4 +1,4 @@
-"""Drafters for recurrent targets: chains only, and none while there is much to replay."""
+"""Wrappers of drafters for targets that verify chains only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError, UsageError
 
-# With so many tokens to replay, a row drafts nothing for a step, after which there are none.
+# A request with this many tokens to replay drafts nothing for one step, which clears them.
 _MOST_REPLAYED = 16
 
 
 class Chains(Drafter):
-    """Of a drafter's deterministic trees the first path; nothing while there is much to replay.
+    """A drafter for a recurrent target: first paths, or nothing while there is much to replay.
 
-    A draft whose drafter keeps account of it is left as it is.
+    Trees of a drafter with `combines` off are left as they are.
     """
 
     def __init__(self, drafter: Drafter, target: RecurrentTarget) -> None:
@@ -39,8 +39,8 @@ class Chains(Drafter):
 
     def attach(self, target: Target) -> None:
         self.drafter.attach(target)
-        note = f"{target.name}: {self._target.plain}; decoding plainly"
-        if self._target.plain and self.name != "none" and note not in target.notes:
+        note = f"{target.name}: {self._target.why_plain}; decoding plainly"
+        if self._target.why_plain and self.name != "none" and note not in target.notes:
             target.notes.append(note)
 
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
@@ -51,10 +51,10 @@ class Chains(Drafter):
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         assert self._cache is not None
         limits = [
-            limit if len(self._cache.replayed(b)) < _MOST_REPLAYED else 0
+            limit if len(self._cache.tokens_to_replay(b)) < _MOST_REPLAYED else 0
             for b, limit in enumerate(budget)
         ]
-        if self._target.plain:
+        if self._target.why_plain:
             limits = [0] * len(rows)
         drafts = self.drafter.propose(rows, limits)
         return [tree.first_path(draft) for draft in drafts] if self.combines else drafts
@@ -67,7 +67,7 @@ class Chains(Drafter):
 
 
 class FirstPath(Drafter):
-    """A drafter as a server runs it that knows chains only: the first path, so many tokens deep."""
+    """A drafter as in servers that verify chains only: the first path, cut to a depth."""
 
     combines = False
 
@@ -95,11 +95,11 @@ class FirstPath(Drafter):
         self.drafter.close()
 
 
-def chained(drafter: Drafter, target: Target) -> Drafter:
-    """The drafter as this target can take it.
+def wrap_for_target(drafter: Drafter, target: Target) -> Drafter:
+    """Wrap a drafter as far as this target requires.
 
     Raises:
-        InputError: a drafter of trees that cannot be cut, or of passes through the target's state.
+        InputError: the drafter needs uncut trees, or passes through the target's state.
     """
     if not isinstance(target, RecurrentTarget) or isinstance(drafter, Chains):
         return drafter
@@ -110,7 +110,7 @@ def chained(drafter: Drafter, target: Target) -> Drafter:
             )
         if part.needs.inject:
             raise UnsupportedError(
-                f"{part.name} cannot draft for {target.name}: nothing can pass beside its chains"
+                f"{part.name} cannot draft for {target.name}: a recurrent state takes no extra rows"
             )
         shape = getattr(getattr(part, "config", None), "tree", "chain")
         if part.name == "draft_model" and shape != "chain":

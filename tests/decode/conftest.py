@@ -1,4 +1,4 @@
-"""Drafters that know the answer, guess, or are always wrong; and a reference by transformers."""
+"""Scripted drafters (right, guessing, always wrong), clocks, and a reference by transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode import tree
 from spectool.decode.policy import curve
-from spectool.decode.policy import tuned as tune
+from spectool.decode.policy import tuned as tuned_module
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
@@ -23,7 +23,7 @@ Continuation = Callable[[Sequence[int], int], list[int]]
 
 
 class Scripted(Drafter):
-    """Drafts what `script(tokens, budget)` says: paths after the root, merged in their order."""
+    """A drafter of the paths after the root that `script(tokens, budget)` returns."""
 
     def __init__(self, script: Callable[[list[int], int], list[list[int]]], needs: Needs) -> None:
         self.name = "scripted"
@@ -40,9 +40,9 @@ class Scripted(Drafter):
 
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         drafts = []
-        for row, limit in zip(rows, budget, strict=True):
-            paths = [path[:limit] for path in self.script(list(row.tokens), limit)]
-            drafts.append(tree.trie(row.tokens[-1], paths, nodes=64))
+        for request, limit in zip(rows, budget, strict=True):
+            paths = [path[:limit] for path in self.script(list(request.tokens), limit)]
+            drafts.append(tree.trie(request.tokens[-1], paths, nodes=64))
         return drafts
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
@@ -51,10 +51,10 @@ class Scripted(Drafter):
 
 @pytest.fixture
 def begin() -> Callable[..., None]:
-    """`begin(drafter, rows)`: a batch whose prompts these rows are, without a target's passes."""
+    """`begin(drafter, requests)` starts a batch of these requests without passes of a target."""
 
-    def run(drafter: Drafter, rows: Sequence[Request], cache: Any = None) -> None:
-        prompts = [PrefilledPrompt(row=row, logits_V=torch.zeros(320)) for row in rows]
+    def run(drafter: Drafter, requests: Sequence[Request], cache: Any = None) -> None:
+        prompts = [PrefilledPrompt(row=request, logits_V=torch.zeros(320)) for request in requests]
         drafter.begin(prompts, cache)
 
     return run
@@ -62,7 +62,7 @@ def begin() -> Callable[..., None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose much where a neighbour keeps a core busy."""
+    """Use one thread: threads gain nothing on tiny tensors, and lose much on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,7 +76,7 @@ def scripted() -> Callable[..., Scripted]:
 
 @pytest.fixture
 def adversaries(scripted: Callable[..., Scripted]) -> Callable[[list[int], int], dict[str, Any]]:
-    """`adversaries(whole, vocab)`: drafters by name for a text whose continuation is `whole`."""
+    """`adversaries(whole, vocab)` makes drafters by name for the text `whole`."""
 
     def make(whole: list[int], vocab: int) -> dict[str, Any]:
         noise = random.Random(7)
@@ -85,7 +85,7 @@ def adversaries(scripted: Callable[..., Scripted]) -> Callable[[list[int], int],
             return [whole[len(tokens) : len(tokens) + 5]]
 
         def branching(tokens: list[int], limit: int) -> list[list[int]]:
-            """The truth for a random stretch, among siblings that leave it at every depth."""
+            """Return the truth for a random stretch, with siblings that leave it everywhere."""
             true = whole[len(tokens) : len(tokens) + noise.randint(0, 6)]
             paths = [
                 [*true[:at], *(noise.randrange(vocab) for _ in range(noise.randint(1, 3)))]
@@ -108,9 +108,9 @@ def adversaries(scripted: Callable[..., Scripted]) -> Callable[[list[int], int],
 
 
 class Clock:
-    """Stands still unless it is moved, or is to move at every look. No test looks at a real one.
+    """A clock that stands still unless moved, or ticks at every reading. No test reads a real one.
 
-    Of its time the process waits the part `waits` for a processor.
+    `waits` is the share of time that the process waits for a processor.
     """
 
     def __init__(self, tick: Callable[[], float] = lambda: 0.0) -> None:
@@ -127,9 +127,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """What tuning and the measuring of passes take for the time."""
+    """Replace the time that tuning and the measuring of passes read."""
     made = Clock()
-    for module in (curve, tune):
+    for module in (curve, tuned_module):
         monkeypatch.setattr(module, "time", made)
         monkeypatch.setattr(module, "Waiting", lambda: made)
     return made
@@ -137,14 +137,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this test's curves are kept, away from other tests' curves."""
+    """Keep this test's curves apart from those of other tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel], PreTrainedModel]:
-    """The model without an end-of-text token, for the length of the test."""
+    """`endless(model)` removes the end-of-text token for the length of the test."""
 
     def remove(model: PreTrainedModel) -> PreTrainedModel:
         monkeypatch.setattr(model.generation_config, "eos_token_id", None)
@@ -155,7 +155,7 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel], PreT
 
 @pytest.fixture
 def reference() -> Callable[..., list[int]]:
-    """`reference(model, prompt, n)`: the new tokens of transformers' own greedy generation."""
+    """`reference(model, prompt, n)` returns the new tokens of transformers' greedy generation."""
 
     def run(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
         ids = torch.tensor([prompt])
@@ -171,7 +171,7 @@ def reference() -> Callable[..., list[int]]:
 
 @pytest.fixture
 def prompt_of() -> Callable[..., list[int]]:
-    """`prompt_of(n)`: n random tokens; the second half repeats the first."""
+    """`prompt_of(n)` returns n random tokens; the second half repeats the first."""
 
     def make(length: int, *, seed: int = 0, vocab: int = 320) -> list[int]:
         noise = random.Random(seed)

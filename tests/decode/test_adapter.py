@@ -1,4 +1,4 @@
-"""Our drafters in transformers' own generate."""
+"""Drafters in transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def tokenizer(checkpoint: Callable[..., Path]) -> Any:
 
 @contextlib.contextmanager
 def passes(model: PreTrainedModel) -> Iterator[list[int]]:
-    """The rows of each of the model's passes."""
-    rows: list[int] = []
+    """Record the number of tokens of each of the model's passes."""
+    sizes: list[int] = []
     hook = model.register_forward_hook(
-        lambda module, given, named, out: rows.append(named["input_ids"].shape[1]),
+        lambda module, given, named, out: sizes.append(named["input_ids"].shape[1]),
         with_kwargs=True,
     )
-    yield rows
+    yield sizes
     hook.remove()
 
 
@@ -72,7 +72,7 @@ def test_greedy_text_is_transformers_own(
 
 
 class Watched(NgramDrafter):
-    """Keeps what it drafts and what becomes of it."""
+    """An n-gram drafter that records its drafts and their outcomes."""
 
     def __init__(self, config: NgramConfig | None = None) -> None:
         super().__init__(config)
@@ -102,11 +102,11 @@ class Watched(NgramDrafter):
 def test_accepted_drafts_save_passes(tiny: Tiny, endless: Any) -> None:
     model, drafter = endless(tiny("llama")), Watched()
     plain = run(model, [5, 6, 7], max_new_tokens=120)
-    with drafting(model, drafter) as given, passes(model) as rows:
+    with drafting(model, drafter) as given, passes(model) as sizes:
         assert given is drafter
         assert run(model, [5, 6, 7], max_new_tokens=120) == plain
-    assert len(rows) == 120 - drafter.accepted < 90
-    assert not drafter.closed, "whose drafter it is closes it"
+    assert len(sizes) == 120 - drafter.accepted < 90
+    assert not drafter.closed, "the owner of a drafter closes it"
 
 
 def oracle(whole: list[int]) -> Any:
@@ -114,7 +114,7 @@ def oracle(whole: list[int]) -> Any:
 
 
 class Ends(StoppingCriteria):
-    """Ends a text at its first token that a number divides."""
+    """A criterion that ends a text at its first token divisible by a number."""
 
     def __init__(self, divisor: int, start: int) -> None:
         self.divisor, self.start = divisor, start
@@ -127,7 +127,7 @@ class Ends(StoppingCriteria):
 def test_an_end_inside_a_draft_ends_the_text(
     tiny: Tiny, endless: Any, scripted: Any, tokenizer: Any
 ) -> None:
-    """By token, string, criterion or length, as when each token is a step."""
+    """A token, string, criterion or length ends it where it would in plain decoding."""
     model, prompt = endless(tiny("llama")), [5, 6, 7]
     new = run(model, prompt, max_new_tokens=40)
     words = [word for token in new if (word := tokenizer.decode(token)).isalnum()]
@@ -139,21 +139,21 @@ def test_an_end_inside_a_draft_ends_the_text(
     for case in cases:
         options = {"max_new_tokens": 40, **case}
         plain = run(model, prompt, **options)
-        with drafting(model, scripted(oracle(prompt + new))), passes(model) as rows:
+        with drafting(model, scripted(oracle(prompt + new))), passes(model) as sizes:
             assert run(model, prompt, **options) == plain, case
-        # Nothing is drafted before the first token, and an end is the model's to say.
-        assert len(rows) <= 2 + (len(plain) + 8) // 10, case
+        # No draft comes before the first token, and the end itself is never drafted.
+        assert len(sizes) <= 2 + (len(plain) + 8) // 10, case
 
 
 @pytest.mark.parametrize("planted", [False, True])
-def test_sampled_text_follows_the_models_law(
+def test_sampled_text_follows_the_models_distribution(
     monkeypatch: pytest.MonkeyPatch, planted: bool
 ) -> None:
-    """Any token, and what was drafted, comes as often as the model's law of the text before says.
+    """Tokens and drafted tokens occur as often as their probability given the text before.
 
-    Over a long text the sum of (came, or not) less the probability is a martingale: its square
-    grows as the sum of p (1 - p). The fault that the same check must find: drafts that claim to be
-    drawn from a flat law are accepted too often.
+    Over a long text the sum of (occurred, or not) less the probability is a martingale: its square
+    grows as the sum of p (1 - p). The planted fault that the same check must find: drafts that
+    claim to be drawn from a flat distribution are accepted too often.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -235,7 +235,7 @@ def test_what_was_asked_to_be_kept_is_kept(tiny: Tiny, tmp_path: Path) -> None:
     assert (tmp_path / "table").stat().st_size > 0
 
 
-def test_a_streamer_in_another_thread_hears_the_text(tiny: Tiny, tokenizer: Any) -> None:
+def test_a_streamer_in_another_thread_gets_the_text(tiny: Tiny, tokenizer: Any) -> None:
     model = tiny("llama")
     prompt = tokenizer("def make")["input_ids"]
     new = run(model, prompt, max_new_tokens=25)

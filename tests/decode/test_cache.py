@@ -1,3 +1,5 @@
+"""The cache of trees: commits, growth, selection of rows, kept prefixes."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,7 +16,7 @@ Tiny = Callable[..., PreTrainedModel]
 
 
 def assert_rows_equal(cache: TreeCache, row: int, target: Target) -> None:
-    """The cache's committed rows are those of a fresh prompt pass over the same tokens."""
+    """Check that a row's committed columns are those of a fresh prompt pass."""
     fresh = target.cache(1)
     tokens = cache.tokens[row]
     target.prefill(fresh, [tokens])
@@ -30,7 +32,7 @@ def assert_rows_equal(cache: TreeCache, row: int, target: Target) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt", "gpt_neox"])
 def test_committed_rows_are_those_of_a_fresh_pass(tiny: Tiny, family: str) -> None:
-    """Ragged rows, branches that jump, across a doubling of the buffers."""
+    """Also ragged rows, branches that jump, and a doubling of the buffers."""
     target = Target(tiny(family))
     cache = target.cache(2)
     target.prefill(cache, [list(range(2, 62)), list(range(2, 9))])
@@ -106,7 +108,7 @@ def test_nothing_is_copied_for_a_path_in_place(tiny: Tiny, monkeypatch: pytest.M
 
 
 def test_a_layer_that_passes_nothing_has_seen_nothing() -> None:
-    """Mllama's layers for images ask, and would look at what is not there."""
+    """Mllama's layers for images ask for the length of an unused layer."""
     cache = TreeCache(batch=1, num_layers=2, context=16)
     cache.open(2, torch.device("cpu"))
     rows_BHND = torch.ones(1, 1, 2, 4)

@@ -1,4 +1,4 @@
-"""The conversation without a terminal: its prompts, what is reused, what goes, files."""
+"""Conversations without a terminal: prompts, reuse of tokens, dropped turns, files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tokenizer(checkpoint: Callable[..., Path]) -> PreTrainedTokenizerFast:
 def start(
     tokenizer: PreTrainedTokenizerFast, endless: Any, tiny: Callable[..., PreTrainedModel]
 ) -> Callable[..., Chat]:
-    """`start(max_new_tokens=9, raw=True)`: a chat with the tiny Llama, which rarely ends a text."""
+    """`start(max_new_tokens=9, raw=True)` opens a chat with the tiny Llama."""
 
     def make(
         draft: str = "ngram:min_n=1", context: int | None = None, system: Any = None, **options: Any
@@ -65,7 +65,7 @@ def ask(chat: Chat, message: str) -> Any:
 
 @pytest.fixture
 def fed(tiny: Callable[..., PreTrainedModel]) -> Iterator[list[int]]:
-    """Tokens of every forward of the tiny Llama."""
+    """Record the number of tokens of every forward of the tiny Llama."""
     counts: list[int] = []
     hook = (
         tiny("llama")
@@ -84,13 +84,13 @@ def test_a_second_turn_feeds_only_what_is_new(
     first = chat.prompt("def make")
     answer = chat.answer(first).result.token_ids
     again = chat.tokenizer.encode(chat.turns[0].answer, add_special_tokens=False)
-    assert again != answer, "the test wants an answer that would be cut otherwise"
+    assert again != answer, "the test needs an answer that encodes to other tokens"
     second = chat.prompt("return the")
     assert second.tokens[: len(first.tokens) + len(answer)] == first.tokens + answer
     fed.clear()
     reply = chat.answer(second)
     new = len(second.tokens) - len(first.tokens) - len(answer)
-    # And the last token of the answer, which was chosen but had not passed through the model.
+    # The last token of the answer was chosen but had not passed through the model.
     assert fed[0] == new + 1
     assert len(fed) == reply.result.forwards
     assert reply.used == len(second.tokens) + 12
@@ -149,7 +149,7 @@ def test_nobodys_text_becomes_a_control_token(
     other.turns.append(Turn("a", "a"))
     prompt, expected = chat.prompt(text), other.prompt("a").tokens
     assert [t for t in prompt.tokens if t < 2] == [t for t in expected if t < 2]
-    # And nothing else of it is lost.
+    # The rest of the text is kept.
     plain = text.replace("\ufdd0", "").replace("\ud800", "")
     written = chat.tokenizer.decode(prompt.tokens)
     assert written == prompt.rendered.replace("\ufdd0", "")
@@ -159,7 +159,7 @@ def test_nobodys_text_becomes_a_control_token(
 def test_overlapping_and_ordinary_added_tokens(
     start: Callable[..., Chat], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """`<think>` is a control token in a message and the model's own word in an answer."""
+    """`<think>` is split in a message, and kept as the model's token in an answer."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<a|", "|b>"]})
     tokenizer.add_tokens(["<think>", "\t"])
     chat = start()
@@ -172,7 +172,7 @@ def test_overlapping_and_ordinary_added_tokens(
 
 
 def test_text_in_the_middle_gets_no_space_before_it(start: Callable[..., Chat]) -> None:
-    """As SentencePiece's tokenizers would put one before everything that begins."""
+    """SentencePiece's tokenizers put a space before every encoded text."""
     vocab = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", "▁", *"abcx<>/s\n"])}
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -276,12 +276,12 @@ def test_a_message_longer_than_the_context_changes_nothing(start: Callable[..., 
 
 def test_an_interrupted_answer_stays_and_the_next_turn_works(start: Callable[..., Chat]) -> None:
     whole = ask(start(max_new_tokens=40), "def make").result
-    chat, heard = start(max_new_tokens=40), 0
+    chat, received = start(max_new_tokens=40), 0
 
     def on_text(text: str, drafted: int) -> None:
-        nonlocal heard
-        heard += len(text)
-        if heard > 6:
+        nonlocal received
+        received += len(text)
+        if received > 6:
             raise KeyboardInterrupt
 
     prompt = chat.prompt("def make")
@@ -293,7 +293,7 @@ def test_an_interrupted_answer_stays_and_the_next_turn_works(start: Callable[...
     assert second.tokens[: reply.used] == prompt.tokens + reply.result.token_ids
     expected = chat.runner.generate([second.tokens], max_new_tokens=40)[0].token_ids
     assert chat.answer(second).result.token_ids == expected
-    heard = 0
+    received = 0
     with pytest.raises(KeyboardInterrupt):
         chat.answer(chat.prompt("x"), on_text=on_text)
     assert len(chat.turns) == len(chat.replies) == 2
@@ -323,7 +323,7 @@ def test_take_back_and_forget(start: Callable[..., Chat]) -> None:
     prompt = chat.prompt("return")
     chat.answer(prompt)
     assert chat.undo() == "return"
-    # The turn before is known by its tokens still.
+    # The tokens of the turn before are still known.
     assert chat.prompt("return") == prompt
     chat.reset()
     assert chat.prompt("return").tokens == start(system="be kind").prompt("return").tokens
@@ -358,7 +358,7 @@ def test_a_saved_conversation_comes_back(start: Callable[..., Chat], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("text", "not valid JSON"),
         ("[]", "expected a JSON object"),
@@ -373,7 +373,7 @@ def test_a_saved_conversation_comes_back(start: Callable[..., Chat], tmp_path: P
     ],
 )
 def test_a_file_that_is_something_else(
-    start: Callable[..., Chat], tmp_path: Path, content: Any, said: str
+    start: Callable[..., Chat], tmp_path: Path, content: Any, message: str
 ) -> None:
     if isinstance(content, dict):
         content = json.dumps({"format": "spectool-chat", "version": 1, **content})
@@ -381,7 +381,7 @@ def test_a_file_that_is_something_else(
     chat = start(system="be kind")
     ask(chat, "def")
     before = copy.copy(chat.turns)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         chat.load(tmp_path / "file")
     with pytest.raises(CheckpointError, match="no such file"):
         chat.load(tmp_path / "absent")

@@ -19,13 +19,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def prompts(many: list[str]) -> list[str]:
-    """The beginnings of 24 stories, of unequal length."""
+    """Return the beginnings of 24 stories, of unequal length."""
     return many[:24]
 
 
 @pytest.fixture(scope="module")
 def many(shared: Path) -> list[str]:
-    """The beginnings of 50 stories, of unequal length."""
+    """Return the beginnings of 50 stories, of unequal length."""
     text = gzip.decompress((shared / "data/text/tinystories_valid.txt.gz").read_bytes()).decode()
     stories = [story.strip() for story in text.split("\n\n") if len(story.strip()) > 300]
     return [" ".join(story.split()[: 4 + 3 * (i % 8)]) for i, story in enumerate(stories[:50])]
@@ -40,7 +40,7 @@ MODELS = ["stories260K", "llama2xs-279K", "TinyStories-656K", "babyllama-char-a"
           "babyllama-char-b", "codestory-10M"]  # fmt: skip
 PLAIN = ["ngram", "recycle", "trigram", "ngram+recycle", "jacobi", "skip", "ngram+recycle:tune"]
 TREES = ["depth=4", "tree=iid", "tree=rsd-c,width=2", "tree=rsd-s"]
-# A draft of the same tokenizer, where there is one.
+# Draft models with the same tokenizer, where there is one.
 SMALLER = {"stories260K": "llama2xs-279K", "babyllama-char-a": "babyllama-char-b"}
 PAIRS = [(model, draft) for model in MODELS for draft in PLAIN] + [
     (model, f"{{shared}}/models/{draft}:{tree}")
@@ -51,7 +51,7 @@ PAIRS = [(model, draft) for model in MODELS for draft in PLAIN] + [
 
 @pytest.fixture(scope="module")
 def plain(shared: Path, many: list[str]) -> Callable[[str], tuple[Runner, list[Result]]]:
-    """`plain(model)`: a runner and what it writes without a drafter, each model once."""
+    """`plain(model)` returns a runner and its results without a drafter, run once per model."""
 
     @functools.cache
     def run(name: str) -> tuple[Runner, list[Result]]:
@@ -97,10 +97,10 @@ def test_greedy_text_is_transformers_text(runner: Runner, prompts: list[str]) ->
 
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"temperature": 1.5, "top_p": 0.9}])
 @pytest.mark.parametrize("draft", ["none", "ngram:min_n=1", "llama2xs-279K"])
-def test_second_tokens_follow_the_targets_law(
+def test_second_tokens_follow_the_targets_distribution(
     shared: Path, runner: Runner, draft: str, options: dict[str, Any]
 ) -> None:
-    """Marginal of the second token: the mixture, over first tokens, of the target's laws."""
+    """The marginal of the second token is the mixture of probabilities over first tokens."""
     runner.use(draft if "llama" not in draft else str(shared / "models" / draft))
     prompt, size = [1, *range(400, 412), *range(400, 406)], 6000
     results = runner.generate([prompt] * size, max_new_tokens=3, batch_size=500, seed=2, **options)

@@ -1,4 +1,4 @@
-"""What passes cost: measured, refined, kept."""
+"""The cost curve of passes: measured, refined, stored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tiny = Callable[..., PreTrainedModel]
 
 
 def line(slope: float) -> Curve:
-    """A pass of n tokens takes 1 + slope (n - 1) seconds."""
+    """Return the curve of a pass of n tokens in 1 + slope (n - 1) seconds."""
     return Curve({1: 1.0, 64: 1.0 + 63 * slope})
 
 
@@ -31,7 +31,7 @@ def test_a_curve_is_straight_between_what_is_known_and_beyond() -> None:
     assert found == pytest.approx([1.0, 1.5, 2.0, 2.5, 2.6, 2.7, 3.7])
 
 
-def test_a_curve_of_one_point_rises_by_what_is_assumed() -> None:
+def test_a_load_or_measure_one_point_rises_by_what_is_assumed() -> None:
     curve = Curve({1: 2.0})
     assert [curve.seconds(n) for n in (1, 2, 5)] == pytest.approx([2.0, 2.5, 4.0])
 
@@ -58,14 +58,14 @@ def test_a_refined_curve_comes_to_what_steps_take() -> None:
     curve = line(0.5)
     for _ in range(150):
         curve.refine(1, 2.0)
-        # Was not measured: begins between its neighbours.
+        # 8 was not measured: it starts between its neighbours.
         curve.refine(8, 3.0)
     assert curve.seconds(1) == pytest.approx(2.0, rel=0.01)
     assert curve.seconds(8) == pytest.approx(3.0, rel=0.01)
 
 
 def test_all_sizes_follow_when_the_machine_becomes_slower() -> None:
-    """By how much is known for the size that was fed; for the others it is most of that."""
+    """The size that was fed follows in full, the others most of the way."""
     points = {1: 1.0, 2: 1.3, 8: 1.5, 32: 4.0}
     for fed in points:
         curve = Curve(dict(points))
@@ -77,7 +77,7 @@ def test_all_sizes_follow_when_the_machine_becomes_slower() -> None:
         assert 1.5 < others[0] < 2
 
 
-def test_a_first_visit_says_most_of_a_size() -> None:
+def test_a_first_visit_moves_a_size_most() -> None:
     """In full where it was not measured; in ever smaller parts where it was."""
     curve = Curve({1: 1.0, 64: 64.0})
     curve.refine(8, 10.0)
@@ -98,7 +98,7 @@ def test_sizes_that_are_not_chosen_among_change_nothing(tokens: int, seconds: fl
     assert curve.points == line(0.5).points
 
 
-def test_a_hiccup_counts_little_and_a_lasting_change_in_full() -> None:
+def test_an_outlier_counts_little_and_a_lasting_change_in_full() -> None:
     curve = line(0.5)
     curve.refine(1, 1e9)
     assert 1 < curve.seconds(1) < 1.25
@@ -107,7 +107,7 @@ def test_a_hiccup_counts_little_and_a_lasting_change_in_full() -> None:
     assert curve.seconds(1) == pytest.approx(50.0, rel=0.01)
 
 
-# --- Measuring and keeping ---
+# --- Measuring and storing ---
 
 
 @pytest.mark.parametrize("context", [2, 40, 63, 90, 256])
@@ -117,11 +117,11 @@ def test_measuring_stays_inside_the_context(
     monkeypatch.setattr(curves, "_REPEATS", 1)
     target = Target(tiny("gpt2"), context=context)
     ends = []
-    own = target.verify
+    real_verify = target.verify
 
     def verify(cache: Any, drafts: list[Draft]) -> Any:
         ends.append(cache.lengths[0] + len(drafts[0]))
-        return own(cache, drafts)
+        return real_verify(cache, drafts)
 
     target.verify = verify  # type: ignore[method-assign]
     curve = curves.measure(target)
@@ -132,8 +132,8 @@ def test_measuring_stays_inside_the_context(
 def test_measuring_takes_no_longer_than_it_may(tiny: Tiny, clock: Any) -> None:
     """A pass that has begun is finished, and one size is always known."""
     target, passes = Target(tiny("llama")), []
-    own = target.verify
-    target.verify = lambda *given: passes.append(given) or own(*given)  # type: ignore
+    real_verify = target.verify
+    target.verify = lambda *given: passes.append(given) or real_verify(*given)  # type: ignore
     clock.tick = lambda: 1.0
     assert set(curves.measure(target).points) == {1}
     # The first pass of a size does not count.
@@ -141,20 +141,20 @@ def test_measuring_takes_no_longer_than_it_may(tiny: Tiny, clock: Any) -> None:
     passes.clear()
     clock.tick = lambda: 0.01
     assert 1 < len(curves.measure(target).points) < len(SIZES)
-    # Every pass is two looks at the clock, and one whether time is left.
+    # Every pass reads the clock twice, and once more for the time left.
     assert len(passes) * 0.03 <= 0.73
 
 
 def test_sizes_take_turns(tiny: Tiny, clock: Any) -> None:
-    """A slow spell meets all of them alike; the least of each counts."""
+    """A slow spell slows all of them alike; the minimum of each counts."""
     target, fed = Target(tiny("llama")), []
-    own = target.verify
+    real_verify = target.verify
 
     def verify(cache: Any, drafts: list[Draft]) -> Any:
         fed.append(len(drafts[0]))
         # The first two rounds are in a slow spell.
         clock.now += (10 if len(fed) <= 2 * len(SIZES) else 1) * 1e-4 * (1 + len(drafts[0]))
-        return own(cache, drafts)
+        return real_verify(cache, drafts)
 
     target.verify = verify  # type: ignore[method-assign]
     points = curves.measure(target).points
@@ -169,26 +169,28 @@ def test_a_curve_is_measured_once(
 ) -> None:
     clock.tick = lambda: 0.02
     target = Target(tiny("llama"))
-    first = curves.curve_of(target)
-    curves.keep(Target(tiny("gpt2")), Curve({1: 0.03, 2: 0.04, 5: 0.05}))
+    first = curves.load_or_measure(target)
+    curves.store_curve(Target(tiny("gpt2")), Curve({1: 0.03, 2: 0.04, 5: 0.05}))
     monkeypatch.setattr(curves, "measure", None)
-    again = curves.curve_of(Target(tiny("llama")))
+    again = curves.load_or_measure(Target(tiny("llama")))
     assert again.points == first.points
-    assert again.found == "known from before"
+    assert again.origin == "known from before"
     # Only sizes that are chosen among are kept, and nothing but the file is left.
-    assert curves.curve_of(Target(tiny("gpt2"))).points == {1: 0.03, 2: 0.04}
+    assert curves.load_or_measure(Target(tiny("gpt2"))).points == {1: 0.03, 2: 0.04}
     assert [path for path in cache_folder.rglob("*") if path.is_file()] == [curves.curves_path()]
 
 
-def test_a_curve_of_a_busy_machine_is_not_left(tiny: Tiny, clock: Any, cache_folder: Path) -> None:
+def test_a_load_or_measure_a_busy_machine_is_not_left(
+    tiny: Tiny, clock: Any, cache_folder: Path
+) -> None:
     """Used now, and measured again by the next run."""
     clock.tick, clock.waits = lambda: 0.4, 0.5
     target = Target(tiny("llama"))
-    curve = curves.curve_of(target)
-    assert curve.found.endswith("beside other processes")
+    curve = curves.load_or_measure(target)
+    assert curve.origin.endswith("while other processes ran")
     assert curves.read_curves() == {}
     clock.waits = 0.0
-    assert not curves.curve_of(target).found.endswith("beside other processes")
+    assert not curves.load_or_measure(target).origin.endswith("while other processes ran")
     assert curves.read_curves().keys() == {curves.machine_key(target)}
 
 
@@ -200,9 +202,9 @@ def test_a_curve_from_before_that_is_far_off_is_measured_again(
 ) -> None:
     clock.tick = lambda: 0.02
     target = Target(tiny("llama"))
-    curves.keep(target, Curve({1: factor * 0.02, 2: factor * 0.03}))
-    found = curves.curve_of(target)
-    assert (found.found == "known from before") == believed
+    curves.store_curve(target, Curve({1: factor * 0.02, 2: factor * 0.03}))
+    found = curves.load_or_measure(target)
+    assert (found.origin == "known from before") == believed
     assert found.points[1] == pytest.approx(factor * 0.02 if believed else 0.02)
     assert curves.read_curves()[curves.machine_key(target)] == found.points
 
@@ -211,23 +213,23 @@ def test_one_slow_pass_is_no_reason_to_measure_again(
     tiny: Tiny, clock: Any, cache_folder: Path
 ) -> None:
     target, passes = Target(tiny("llama")), []
-    own = target.verify
+    real_verify = target.verify
 
     def verify(cache: Any, drafts: list[Draft]) -> Any:
         passes.append(len(drafts[0]))
         clock.now += 1.0 if len(passes) == 1 else 0.01
-        return own(cache, drafts)
+        return real_verify(cache, drafts)
 
     target.verify = verify  # type: ignore[method-assign]
-    curves.keep(target, Curve({1: 0.01}))
-    assert curves.curve_of(target).found == "known from before"
+    curves.store_curve(target, Curve({1: 0.01}))
+    assert curves.load_or_measure(target).origin == "known from before"
     assert passes == [1, 1]
 
 
 def test_the_newest_curve_comes_last(tiny: Tiny, cache_folder: Path) -> None:
     targets = [Target(tiny(family)) for family in ("llama", "gpt2", "qwen3")]
     for target in (*targets, targets[0]):
-        curves.keep(target, line(0.5))
+        curves.store_curve(target, line(0.5))
     keys = [curves.machine_key(target) for target in targets]
     assert list(curves.read_curves()) == [keys[1], keys[2], keys[0]]
 
@@ -271,8 +273,8 @@ def test_a_damaged_file_is_no_curve_and_is_replaced(
     path.parent.mkdir(parents=True)
     path.write_text(text.replace("KEY", curves.machine_key(target)))
     assert curves.read_curves() == {}
-    curve = curves.curve_of(target)
-    assert curve.found.startswith("measured")
+    curve = curves.load_or_measure(target)
+    assert curve.origin.startswith("measured")
     assert curves.read_curves() == {curves.machine_key(target): curve.points}
 
 
@@ -281,14 +283,14 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
     tiny: Tiny, clock: Any, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, blocked: str
 ) -> None:
     """A file where a folder should be, or a folder where the file should be."""
-    place = cache_folder / "cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    path = cache_folder / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
     clock.tick = lambda: 0.4
     if blocked.endswith("json"):
-        (place / blocked).mkdir(parents=True)
+        (path / blocked).mkdir(parents=True)
     else:
-        (place / blocked).parent.mkdir(parents=True, exist_ok=True)
-        (place / blocked).write_text("")
+        (path / blocked).parent.mkdir(parents=True, exist_ok=True)
+        (path / blocked).write_text("")
     before = sorted(cache_folder.rglob("*"))
-    assert 1 in curves.curve_of(Target(tiny("llama"))).points
+    assert 1 in curves.load_or_measure(Target(tiny("llama"))).points
     assert sorted(cache_folder.rglob("*")) == before

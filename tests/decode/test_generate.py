@@ -1,3 +1,5 @@
+"""`generate` and `Runner`: texts, stop strings, streams, caches, refused options."""
+
 from __future__ import annotations
 
 import copy
@@ -23,7 +25,7 @@ Tiny = Callable[..., PreTrainedModel]
 
 @pytest.fixture
 def opened(checkpoint: Callable[..., Path], endless: Any, tiny: Tiny) -> Runner:
-    """The tiny Llama with its tokenizer and no end-of-text token."""
+    """Open the tiny Llama with its tokenizer and no end-of-text token."""
     path = checkpoint("llama")
     return Runner(endless(tiny("llama")), tokenizer=AutoTokenizer.from_pretrained(path))
 
@@ -32,16 +34,16 @@ def stopped_text(text: str, stop: str) -> str:
     return text[: text.index(stop)]
 
 
-def test_the_door_opens_a_checkpoint(checkpoint: Callable[..., Path]) -> None:
+def test_the_public_function_opens_a_checkpoint(checkpoint: Callable[..., Path]) -> None:
     path = checkpoint("llama")
-    heard: list[str] = []
+    received: list[str] = []
     results = spectool.generate(
         path,
         prompts=["def make", "return the"],
         draft="ngram",
         max_new_tokens=12,
         dtype=torch.float32,
-        on_tokens=lambda row, tokens, text, drafted: heard.append(text),
+        on_tokens=lambda index, tokens, text, drafted: received.append(text),
     )
     plain = spectool.generate(path, prompts=["def make", "return the"], max_new_tokens=12)
     for result, other in zip(results, plain, strict=True):
@@ -49,7 +51,7 @@ def test_the_door_opens_a_checkpoint(checkpoint: Callable[..., Path]) -> None:
         assert result.text == other.text
         assert result.lossless
         assert other.forwards == len(other.token_ids)
-    assert "".join(heard) == "".join(result.text for result in results)
+    assert "".join(received) == "".join(result.text for result in results)
 
 
 def test_text_continues_the_prompt(opened: Runner) -> None:
@@ -90,21 +92,21 @@ def test_stop_strings_inside_an_accepted_path(
     text = plain[0].text
     stops = [text[at : at + 3] for at in range(1, len(text) - 3) if text[at : at + 3].isascii()]
     for stop in stops[::5]:
-        heard: dict[int, str] = {0: "", 1: ""}
+        received: dict[int, str] = {0: "", 1: ""}
 
-        def on_tokens(row: int, tokens: Sequence[int], text: str, drafted: int) -> None:
-            heard[row] += text  # noqa: B023
-            assert stop not in heard[row]  # noqa: B023
+        def on_tokens(index: int, tokens: Sequence[int], text: str, drafted: int) -> None:
+            received[index] += text  # noqa: B023
+            assert stop not in received[index]  # noqa: B023
 
         results = opened.generate(
             prompts, max_new_tokens=40, stop=[stop], batch_size=batch_size, on_tokens=on_tokens
         )
-        assert results[0].text == stopped_text(plain[0].text, stop) == heard[0]
+        assert results[0].text == stopped_text(plain[0].text, stop) == received[0]
         assert results[0].finish_reason == "stop"
         count = len(results[0].token_ids)
         assert results[0].token_ids == plain[0].token_ids[:count]
         assert stop in opened.tokenizer.decode(results[0].token_ids)
-        assert results[1].text == heard[1]
+        assert results[1].text == received[1]
 
 
 def test_end_of_text_ids_come_from_the_generation_config(
@@ -123,11 +125,11 @@ def test_end_of_text_ids_come_from_the_generation_config(
 def test_an_interrupted_text_was_streamed_whole(
     opened: Runner, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
-    """Ctrl-C at every call that a run makes of its drafter, rows, texts and listener in turn."""
+    """Ctrl-C strikes at every call to drafter, requests, texts, cache and callback in turn."""
     prompts = ["def make", "import torch", "return the"]
     opened.use("ngram:min_n=1")
     plain = opened.generate(prompts, max_new_tokens=12)
-    # Held back until what follows is known: the end of this text may begin the stop string.
+    # The end of this text may begin the stop string, so it is held back.
     options: dict[str, Any] = {"max_new_tokens": 12, "stop": [plain[0].text[3:5] + "\0"]}
     left = -1
 
@@ -151,7 +153,7 @@ def test_an_interrupted_text_was_streamed_whole(
         (TextStream, "push"),
         (TextStream, "finish"),
         (Request, "extend"),
-        (Request, "check_room"),
+        (Request, "finish_if_full"),
         (TreeCache, "commit"),
         (TreeCache, "select"),
     ):
@@ -162,9 +164,9 @@ def test_an_interrupted_text_was_streamed_whole(
         left, reasons = at, set()
         texts, tokens = [""] * 3, [list[int]() for _ in prompts]
 
-        def on_tokens(row: int, new: list[int], text: str, drafted: int) -> None:
-            texts[row] += text  # noqa: B023
-            tokens[row] += new  # noqa: B023
+        def on_tokens(index: int, new: list[int], text: str, drafted: int) -> None:
+            texts[index] += text  # noqa: B023
+            tokens[index] += new  # noqa: B023
             strike()
 
         results = opened.generate(
@@ -179,35 +181,39 @@ def test_an_interrupted_text_was_streamed_whole(
 
 
 def test_text_says_which_of_it_was_drafted(opened: Runner, scripted: Any) -> None:
-    """In every commit the drafted tokens' text comes first, and the last token is the rule's."""
+    """In every commit the drafted tokens' text comes first, then that of the verifier's token."""
     assert opened.tokenizer is not None
     prompt: list[int] = opened.tokenizer("def make")["input_ids"]
     new = opened.generate([prompt], max_new_tokens=30)[0].token_ids
     opened.use(scripted(lambda tokens, limit: [(prompt + new)[len(tokens) : len(tokens) + 3]]))
     stream = TextStream(opened.tokenizer, prompt)
-    heard: list[tuple[list[int], str, int]] = []
-    opened.generate([prompt], max_new_tokens=30, on_tokens=lambda row, *told: heard.append(told))
-    assert [len(tokens) for tokens, _, _ in heard] == [1, 4, 4, 4, 4, 4, 4, 4, 1]
-    for tokens, text, drafted in heard[:-1]:
+    received: list[tuple[list[int], str, int]] = []
+    opened.generate(
+        [prompt], max_new_tokens=30, on_tokens=lambda index, *commit: received.append(commit)
+    )
+    assert [len(tokens) for tokens, _, _ in received] == [1, 4, 4, 4, 4, 4, 4, 4, 1]
+    for tokens, text, drafted in received[:-1]:
         assert text[:drafted] == "".join(map(stream.push, tokens[:-1]))
         assert text[drafted:] == stream.push(tokens[-1])
-    heard.clear()
+    received.clear()
     # An end inside an accepted path was drafted like the rest of it.
     at = next(i for i in range(1, 30) if i % 4 and new[i] not in new[:i])
-    opened.generate([prompt], eos=[new[at]], on_tokens=lambda row, *told: heard.append(told))
-    tokens, text, drafted = heard[-1]
+    opened.generate(
+        [prompt], eos=[new[at]], on_tokens=lambda index, *commit: received.append(commit)
+    )
+    tokens, text, drafted = received[-1]
     assert tokens == new[at - at % 4 + 1 : at + 1] and drafted == len(text)
 
 
-def test_nothing_is_decoded_before_the_end_where_nobody_listens(
+def test_nothing_is_decoded_before_the_end_without_a_callback(
     opened: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = []
-    own = type(opened.tokenizer).decode
+    real_decode = type(opened.tokenizer).decode
     monkeypatch.setattr(
         type(opened.tokenizer),
         "decode",
-        lambda self, *given, **named: decoded.append(given) or own(self, *given, **named),
+        lambda self, *given, **named: decoded.append(given) or real_decode(self, *given, **named),
     )
     result = opened.generate(["def make"], max_new_tokens=30)[0]
     assert result.text
@@ -222,7 +228,7 @@ def test_a_runner_opens_and_pairs_without_a_forward(
     assert opened.verification(small, temperature=1).name == "rejection"
     assert opened.verification(opened.open("auto:tune=false"), temperature=1).name == "token-match"
     assert opened.verification(opened.open(None)).lossless
-    with pytest.raises(UsageError, match="independent draws"):
+    with pytest.raises(UsageError, match="drawn independently"):
         opened.verification(opened.open("ngram"), temperature=1, verify="k-seq")
     with pytest.raises(UsageError, match="--top-p 2"):
         opened.verification(small, top_p=2)
@@ -235,7 +241,7 @@ def test_a_runner_opens_and_pairs_without_a_forward(
     assert opened.drafter_name == "trigram+recycle"
 
 
-def test_sampling_follows_the_seed_and_the_row(opened: Runner) -> None:
+def test_sampling_follows_the_seed_and_the_prompt(opened: Runner) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.9}
     same = opened.generate(["def", "def"], seed=1, **options)
     again = opened.generate(["def", "def"], seed=1, batch_size=2, **options)
@@ -245,7 +251,7 @@ def test_sampling_follows_the_seed_and_the_row(opened: Runner) -> None:
 
 
 def test_a_kept_cache_changes_nothing_but_the_work(opened: Runner) -> None:
-    """As a chat goes on: the next prompt is the whole conversation so far and something new."""
+    """As in a chat: the next prompt is the conversation so far and something new."""
     first = opened.generate([[5, 6, 7, 8]], max_new_tokens=9)[0]
     longer = [5, 6, 7, 8, *first.token_ids, 9, 10, 11]
     fed: list[int] = []
@@ -279,7 +285,7 @@ def test_one_runner_for_many_prompts_and_drafters(opened: Runner, tiny: Tiny) ->
         ({"batch_size": 0}, "at least 1"),
         ({"temperature": -1}, "--temperature -1"),
         ({"stop": [""]}, "must not be empty"),
-        ({"temperature": 1, "verify": "greedy"}, "changes the law"),
+        ({"temperature": 1, "verify": "greedy"}, "changes the distribution"),
         ({"verify": "likely"}, "no verifier is called"),
     ],
 )
@@ -307,7 +313,7 @@ def test_a_very_low_temperature_is_greedy(opened: Runner) -> None:
         assert cold.token_ids == plain.token_ids
 
 
-def test_lossy_is_said(opened: Runner) -> None:
+def test_lossy_is_reported(opened: Runner) -> None:
     result = opened.generate(["def"], max_new_tokens=3, temperature=1, verify="greedy", lossy=True)
     assert not result[0].lossless
 
@@ -330,7 +336,7 @@ def test_an_empty_text_starts_from_the_start_token(opened: Runner) -> None:
 
 
 def test_low_precision_stays_near_greedy(checkpoint: Callable[..., Path]) -> None:
-    """In bfloat16 passes of unequal size round apart; every token is still close to the best."""
+    """In bfloat16 passes of unequal size round differently; every token is close to the best."""
     path = checkpoint("llama")
     runner = Runner(path, draft="ngram:min_n=1", dtype=torch.bfloat16)
     prompt = list(range(20, 30)) * 2

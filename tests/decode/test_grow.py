@@ -1,4 +1,4 @@
-"""A tree grown level by level in the tail is the tree that is verified at once."""
+"""A tree grown level by level in the tail equals the tree verified in one pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spectool.decode.tree import Draft
 
 Tiny = Callable[..., PreTrainedModel]
 FAMILIES = ["llama", "gemma3", "gpt2", "opt", "gpt_neox"]
-# How many nodes the levels of the trees have; the root is the first.
+# Nodes per level of the trees; the root is the first level.
 LEVELS = (1, 4, 3, 6, 2)
 
 
@@ -28,26 +28,26 @@ def noise_of(seed: int, size: int) -> list[int]:
 
 
 def random_tree(seed: int) -> Draft:
-    """A tree of LEVELS; where it branches is random."""
+    """Return a tree of LEVELS that branches at random."""
     noise = random.Random(seed)
     parents, above = [-1], [0]
     for size in LEVELS[1:]:
-        own = list(range(len(parents), len(parents) + size))
-        parents += [noise.choice(above) for _ in own]
-        above = own
+        level = list(range(len(parents), len(parents) + size))
+        parents += [noise.choice(above) for _ in level]
+        above = level
     return Draft(noise_of(seed, len(parents)), parents, ["deterministic"] * len(parents))
 
 
-def opened(target: Target, prompts: list[list[int]]) -> TreeCache:
+def prefilled(target: Target, prompts: list[list[int]]) -> TreeCache:
     cache = target.cache(len(prompts))
     target.prefill(cache, prompts)
     return cache
 
 
-def grown(
+def grow_by_levels(
     target: Target, cache: TreeCache, drafts: list[Draft], seen: list[int] | None = None
 ) -> Tensor:
-    """The logits of all nodes, [B, N, V], from a pass a level."""
+    """Return the logits of all nodes, [B, N, V], from one pass per level."""
     passes, fed = [], 0
     for size in LEVELS:
         end = fed + size
@@ -61,7 +61,7 @@ def grown(
 
 
 def tails(cache: TreeCache, size: int, lengths: list[int]) -> list[Tensor]:
-    """Keys and values of each row's first `size` nodes."""
+    """Return keys and values of each row's first `size` nodes."""
     return [
         kept[row, :, length : length + size].clone()
         for layer in cache._trees
@@ -85,17 +85,17 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-# The second are rows of unequal length; a window of 16 begins inside some and before others.
+# The second case has rows of unequal length; a window of 16 starts inside some, before others.
 @pytest.mark.parametrize("sizes", [(40,), (21, 6, 14, 1)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_level_by_level_is_all_at_once(tiny: Tiny, family: str, sizes: tuple[int, ...]) -> None:
     target = Target(tiny(family))
     prompts = [noise_of(size, size) for size in sizes]
     drafts = [random_tree(seed) for seed in range(len(sizes))]
-    whole, cache = opened(target, prompts), opened(target, prompts)
+    whole, cache = prefilled(target, prompts), prefilled(target, prompts)
     before = committed(cache)
     expected = target.verify(whole, drafts).logits_BNV
-    assert_close(grown(target, cache, drafts), expected)
+    assert_close(grow_by_levels(target, cache, drafts), expected)
     # Nothing was committed, and the tail holds what committing takes.
     assert cache.tokens == prompts
     assert all(map(torch.equal, committed(cache), before))
@@ -106,57 +106,57 @@ def test_level_by_level_is_all_at_once(tiny: Tiny, family: str, sizes: tuple[int
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_grown_path_can_be_committed(tiny: Tiny, family: str) -> None:
-    """What follows it is what follows the text that it makes."""
+    """Later logits are those after the committed text."""
     target, prompt, draft = Target(tiny(family)), noise_of(0, 23), random_tree(5)
-    cache = opened(target, [prompt])
-    grown(target, cache, [draft])
+    cache = prefilled(target, [prompt])
+    grow_by_levels(target, cache, [draft])
     path = draft.path(len(draft) - 1)
     cache.commit([draft.tokens], [path])
     text = prompt + [draft.tokens[node] for node in path]
     assert cache.tokens == [text]
     next_draft = tree.chain([7, 8], kind="deterministic")
     found = target.verify(cache, [next_draft]).logits_BNV
-    assert_close(found, target.verify(opened(target, [text]), [next_draft]).logits_BNV)
+    assert_close(found, target.verify(prefilled(target, [text]), [next_draft]).logits_BNV)
 
 
 def test_trees_of_a_forest_do_not_see_each_other(tiny: Tiny) -> None:
     """A node that is its own parent stands right after the committed tokens."""
     target, prompt = Target(tiny("gemma3")), noise_of(0, 20)
-    cache = opened(target, [prompt])
+    cache = prefilled(target, [prompt])
     tokens, parents = [5, 6, 7, 8, 9], [0, 1, 0, 1, 3]
     target.grow(cache, [tokens[:2]], [parents[:2]])
     found = target.grow(cache, [tokens], [parents], fed=2).logits_BNV[0]
     for node, path in zip((2, 3, 4), ([5, 7], [6, 8], [6, 8, 9]), strict=True):
         chain = tree.chain(path, kind="deterministic")
-        expected = target.verify(opened(target, [prompt]), [chain]).logits_BNV[0, -1]
+        expected = target.verify(prefilled(target, [prompt]), [chain]).logits_BNV[0, -1]
         assert_close(found[node - 2], expected)
 
 
 @pytest.mark.parametrize("seen", [(9, 30), (33, 17), (1, 2), (40, 31)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_see_as_much_of_their_cache_as_is_said(
+def test_rows_see_only_as_much_of_their_cache_as_asked(
     tiny: Tiny, family: str, seen: tuple[int, ...]
 ) -> None:
-    """As if it held no more: tokens, positions and windows."""
+    """As if the cache held no more: tokens, positions and windows."""
     target = Target(tiny(family))
     prompts = [noise_of(1, 40), noise_of(2, 31)]
     drafts = [random_tree(3), random_tree(4)]
-    cache = opened(target, prompts)
+    cache = prefilled(target, prompts)
     before = committed(cache)
     prefixes = [prompt[:size] for prompt, size in zip(prompts, seen, strict=True)]
-    expected = target.verify(opened(target, prefixes), drafts).logits_BNV
+    expected = target.verify(prefilled(target, prefixes), drafts).logits_BNV
     found = target.grow(
         cache, [d.tokens for d in drafts], [[0, *d.parents[1:]] for d in drafts], seen=seen
     )
     assert_close(found.logits_BNV, expected)
-    assert_close(grown(target, cache, drafts, list(seen)), expected)
+    assert_close(grow_by_levels(target, cache, drafts, list(seen)), expected)
     assert cache.tokens == prompts
     assert all(map(torch.equal, committed(cache), before))
 
 
 def test_a_row_that_sees_nothing_is_an_empty_one(tiny: Tiny) -> None:
     target = Target(tiny("llama"))
-    cache = opened(target, [noise_of(1, 12), noise_of(2, 5)])
+    cache = prefilled(target, [noise_of(1, 12), noise_of(2, 5)])
     chain = [3, 4, 5]
     found = target.grow(cache, [chain] * 2, [[0, 0, 1]] * 2, seen=[0, 5]).logits_BNV
     with torch.inference_mode():
@@ -167,8 +167,8 @@ def test_a_row_that_sees_nothing_is_an_empty_one(tiny: Tiny) -> None:
 def test_features_are_those_of_the_new_nodes(tiny: Tiny) -> None:
     target, prompt, draft = Target(tiny("llama")), noise_of(0, 9), random_tree(2)
     needs = Needs(layers=(0, -1), final=True)
-    expected = target.verify(opened(target, [prompt]), [draft], needs).features
-    cache, parents = opened(target, [prompt]), [[0, *draft.parents[1:]]]
+    expected = target.verify(prefilled(target, [prompt]), [draft], needs).features
+    cache, parents = prefilled(target, [prompt]), [[0, *draft.parents[1:]]]
     target.grow(cache, [draft.tokens[:5]], [parents[0][:5]])
     found = target.grow(cache, [draft.tokens], parents, fed=5, needs=needs).features
     assert found.keys() == expected.keys() == {"layer 0", "layer -1", "final"}
@@ -177,11 +177,11 @@ def test_features_are_those_of_the_new_nodes(tiny: Tiny) -> None:
 
 
 def test_a_tail_outgrows_the_buffers(tiny: Tiny) -> None:
-    """What earlier passes of the same tree wrote is there after they grew."""
+    """The columns of earlier passes of the tree are kept when the buffers grow."""
     target, prompt = Target(tiny("llama")), noise_of(0, 40)
     chain = tree.chain(noise_of(1, 80), kind="deterministic")
-    expected = target.verify(opened(target, [prompt]), [chain]).logits_BNV
-    cache, parents = opened(target, [prompt]), [0, *chain.parents[1:]]
+    expected = target.verify(prefilled(target, [prompt]), [chain]).logits_BNV
+    cache, parents = prefilled(target, [prompt]), [0, *chain.parents[1:]]
     capacity = cache.capacity
     target.grow(cache, [chain.tokens[:20]], [parents[:20]])
     assert cache.capacity == capacity

@@ -39,7 +39,7 @@ def test_greedy_equals_transformers_for_every_drafter(
     adversaries: Callable[..., dict[str, Any]],
     prompt_of: Callable[..., list[int]],
 ) -> None:
-    """Past the window of 16 and across a doubling of the cache at 64 columns."""
+    """Also past the window of 16 and across a doubling of the cache at 64 columns."""
     model, prompt = endless(tiny(family)), prompt_of(18)
     expected = reference(model, prompt, 60)
     drafters = adversaries(prompt + expected, 320)
@@ -86,10 +86,10 @@ def drafter_for(name: str, model: PreTrainedModel, other: PreTrainedModel) -> An
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("name", ["none", "ngram", "draft_model"])
-def test_rows_do_not_know_their_mates(
+def test_requests_do_not_affect_each_other(
     tiny: Tiny, endless: Any, name: str, temperature: float, prompt_of: Callable[..., list[int]]
 ) -> None:
-    """Unequal prompts and progress; a row that ends early leaves, the others go on."""
+    """With unequal prompts and progress; one that ends early leaves, the others go on."""
     model = endless(tiny("llama"))
     prompts = [prompt_of(size, seed=size) for size in (30, 1, 12)]
     drafter = drafter_for(name, model, tiny("llama", 1))
@@ -97,7 +97,7 @@ def test_rows_do_not_know_their_mates(
     together = runner.generate(
         prompts, max_new_tokens=40, batch_size=3, temperature=temperature, seed=5
     )
-    # Row i's seed is a function of i: alone it must stand in the same place.
+    # The seed is a function of the prompt's index: alone it must have the same index.
     alone = runner.generate(prompts, max_new_tokens=40, temperature=temperature, seed=5)
     for one, other in zip(together, alone, strict=True):
         assert one == other
@@ -117,10 +117,10 @@ def test_sampled_ngram_text_is_that_of_plain_sampling(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_rows_of_one_batch_finish_apart(
+def test_requests_of_one_batch_finish_apart(
     tiny: Tiny, endless: Any, monkeypatch: pytest.MonkeyPatch, batch_size: int, scripted: Any
 ) -> None:
-    """An end-of-text token inside an accepted path ends its row there; the bonus is dropped."""
+    """An end-of-text token inside an accepted path ends its request; the token after is dropped."""
     model, prompts = endless(tiny("llama")), [[5, 6, 7], [9, 8]]
     plain = [r.token_ids for r in generate(model, prompts, max_new_tokens=30)]
     eos = plain[0][4]
@@ -128,18 +128,18 @@ def test_rows_of_one_batch_finish_apart(
     monkeypatch.setattr(model.generation_config, "eos_token_id", [eos, 319])
 
     def oracle(tokens: list[int], limit: int) -> list[list[int]]:
-        row = 0 if tokens[:3] == prompts[0] else 1
-        return [(prompts[row] + plain[row])[len(tokens) : len(tokens) + 7]]
+        index = 0 if tokens[:3] == prompts[0] else 1
+        return [(prompts[index] + plain[index])[len(tokens) : len(tokens) + 7]]
 
     drafter = scripted(oracle, Needs(probs=True, top=3, final=True))
-    heard: dict[int, list[int]] = {0: [], 1: []}
+    received: dict[int, list[int]] = {0: [], 1: []}
     results = generate(
         model,
         prompts,
         draft=drafter,
         max_new_tokens=30,
         batch_size=batch_size,
-        on_tokens=lambda row, tokens, text, drafted: heard[row].extend(tokens),
+        on_tokens=lambda index, tokens, text, drafted: received[index].extend(tokens),
     )
     assert results[0].token_ids == plain[0][:5]
     assert results[0].finish_reason == "eos"
@@ -147,7 +147,7 @@ def test_rows_of_one_batch_finish_apart(
     assert results[0].accepted == 4
     stop = plain[1].index(eos) + 1 if eos in plain[1] else 30
     assert results[1].token_ids == plain[1][:stop]
-    assert [heard[0], heard[1]] == [r.token_ids for r in results]
+    assert [received[0], received[1]] == [r.token_ids for r in results]
     ended = next(o for o in drafter.outcomes if o.row.index == 0)
     assert ended.next_token == eos
     assert ended.path == [0, 1, 2, 3]
@@ -165,7 +165,7 @@ def test_rows_of_one_batch_finish_apart(
 def test_outcomes_carry_the_features_of_their_tokens(
     tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], scripted: Any
 ) -> None:
-    """What heads will learn and draft from: the state at every committed token, in order."""
+    """Heads are trained on and draft from the states of all committed tokens, in order."""
     model, prompt = endless(tiny("gemma3")), prompt_of(9)
     plain = prompt + generate(model, [prompt], max_new_tokens=12)[0].token_ids
     drafter = scripted(
@@ -195,7 +195,7 @@ def test_max_new_tokens_cuts_an_accepted_path(
 def test_context_ends_the_text(
     tiny: Tiny, endless: Any, family: str, adversaries: Callable[..., dict[str, Any]]
 ) -> None:
-    """Up to the last position that the model has (learned tables end at 256)."""
+    """The text goes up to the model's last position (learned tables end at 256)."""
     model, prompt = endless(tiny(family)), list(range(2, 242))
     result = generate(model, [prompt], max_new_tokens=50)[0]
     assert len(result.token_ids) == 16
@@ -242,17 +242,17 @@ def test_counts_by_depth(tiny: Tiny, endless: Any, scripted: Any) -> None:
 def test_interrupts_leave_what_is_there(
     tiny: Tiny, endless: Any, where: str, scripted: Any
 ) -> None:
-    """Only for those who ask: to others an interrupted run is no result."""
+    """Only with keep_interrupted: otherwise an interrupted run raises."""
     model, prompts = endless(tiny("llama")), [[5, 6, 7], [9, 8], [4]]
     plain = [r.token_ids for r in generate(model, prompts, max_new_tokens=12)]
-    heard: list[int] = []
+    received: list[int] = []
 
     def interrupt(at: int) -> None:
-        if len(heard) >= at:
+        if len(received) >= at:
             raise KeyboardInterrupt
 
-    def on_tokens(row: int, tokens: Sequence[int], text: str, drafted: int) -> None:
-        heard.extend(tokens)
+    def on_tokens(index: int, tokens: Sequence[int], text: str, drafted: int) -> None:
+        received.extend(tokens)
         if where == "callback":
             interrupt(15)
 
@@ -267,10 +267,10 @@ def test_interrupts_leave_what_is_there(
     reasons = [r.finish_reason for r in results]
     assert reasons == ["length", "interrupted", "interrupted"]
     assert [r.token_ids for r in results] == [plain[0], plain[1][:3], []]
-    heard.clear()
+    received.clear()
     with pytest.raises(KeyboardInterrupt):
         runner.generate(prompts, **options)
-    heard.clear()
+    received.clear()
     with pytest.raises(KeyboardInterrupt):
         generate(model, prompts, draft=scripted(script), **options)
 

@@ -1,3 +1,5 @@
+"""Targets with a recurrent state: chains, replay, kept caches, refusals."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -25,17 +27,17 @@ from spectool.errors import UnsupportedError, UsageError
 from ..conftest import RECURRENT, make_model
 
 Tiny = Callable[..., PreTrainedModel]
-# In transformers 5.23 these two bound time steps in passes of several tokens only.
+# In transformers 5.23 these two clamp time steps in passes of several tokens only.
 BOUNDING = {"zamba2", "nemotron_h"}
 CHAINED = [family for family in RECURRENT if family in CHAINS - BOUNDING]
 PLAIN = [family for family in RECURRENT if family not in CHAINED]
-# One of each kind: a scan, both kinds in a layer, delta rule, convolution alone, with a window.
+# One of each kind: a scan, scan and attention in a layer, delta rule, convolution, with a window.
 KINDS = ["mamba2", "falcon_h1", "qwen3_next", "lfm2", "lfm3"]
 
 
 @contextmanager
 def sizes_of(model: PreTrainedModel) -> Iterator[list[int]]:
-    """How many tokens each call of the model was given."""
+    """Record how many tokens each call of the model is given."""
     sizes: list[int] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
@@ -50,7 +52,7 @@ def sizes_of(model: PreTrainedModel) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def in_passes(model: PreTrainedModel, tokens: list[int], sizes: list[int]) -> torch.Tensor:
-    """The last logits by transformers alone, in passes of these sizes."""
+    """Return the last logits by transformers alone, in passes of these sizes."""
     target = open_target(model)
     assert isinstance(target, RecurrentTarget)
     state = transformers.DynamicCache(config=model.config)
@@ -114,7 +116,7 @@ def test_text_is_that_of_generate(
 def test_every_drafter_in_a_batch(
     family: str, spec: str, endless: Any, reference: Any, prompt_of: Any
 ) -> None:
-    """A text of few different tokens repeats itself, so that lookups find something."""
+    """A text of few different tokens repeats itself, so lookups find something."""
     model = endless(make_model(family, vocab_size=12))
     prompts = [prompt_of(size, seed=size, vocab=12) for size in (11, 4, 7)]
     limits = [24, 9, 16]
@@ -150,7 +152,7 @@ def test_some_families_decode_plainly(
 def test_prompts_together_are_as_alone(
     tiny: Tiny, family: str, endless: Any, reference: Any, prompt_of: Any
 ) -> None:
-    """Also where modules keep the state (RecurrentGemma), which the next row would overwrite."""
+    """Also if modules hold the state (RecurrentGemma), which the next prompt overwrites."""
     model, prompts = endless(tiny(family)), [prompt_of(length) for length in (4, 9, 6)]
     results = Runner(model).generate(prompts, max_new_tokens=6, batch_size=3)
     for prompt, result in zip(prompts, results, strict=True):
@@ -158,8 +160,8 @@ def test_prompts_together_are_as_alone(
 
 
 @pytest.mark.parametrize("family", PLAIN)
-def test_and_rightly_so(family: str) -> None:
-    """Once a chain no longer differs from single tokens, the family may be drafted for."""
+def test_chains_are_wrong_for_plain_families(family: str) -> None:
+    """A failure here means that the family may now be drafted for: passes of chains are correct."""
     model, tokens = make_model(family), list(range(5, 25))
     single = in_passes(model, tokens, [8] + 12 * [1])
     assert (in_passes(model, tokens, [8, 12]) - single).abs().max() > 1e-4
@@ -187,7 +189,7 @@ def test_a_rejected_draft_leaves_no_trace(tiny: Tiny, family: str) -> None:
     cache.commit([[30]], [[0]])
     assert cache.tokens == [[5, 6, 7, 8, 9, 20, 30]]
     assert isinstance(cache, ReplayCache)
-    assert cache.replayed(0) == []
+    assert cache.tokens_to_replay(0) == []
     # fp32 of chunked scans: up to 3e-5 on logits of 5.
     target.prefill(fresh, [[5, 6, 7, 8, 9]])
     expected = target.verify(fresh, [again]).logits_BNV
@@ -274,9 +276,9 @@ def test_prompts_in_chunks(tiny: Tiny, family: str, monkeypatch: Any, prompt_of:
     target = open_target(model)
     prompts = [prompt_of(size, seed=size) for size in (23, 1, 14)]
     expected = target.prefill(target.cache(3), prompts, needs)
-    head = model.get_output_embeddings()
+    lm_head = model.get_output_embeddings()
     with torch.inference_mode():
-        logits = head(torch.stack([row["final"][-1] for row in expected.features]))
+        logits = lm_head(torch.stack([row["final"][-1] for row in expected.features]))
     # Some models scale their logits.
     assert torch.equal(logits.argmax(-1), expected.logits_BV.argmax(-1))
     monkeypatch.setattr(recurrent, "_CHUNK", 7)
@@ -347,8 +349,8 @@ def test_what_stays_refused(tiny: Tiny) -> None:
     for spec in ("skip", "ngram+skip"):
         with pytest.raises(UnsupportedError, match="skip cannot draft for mamba2"):
             Runner(model, draft=spec)
-    said = "mamba2 can neither be a draft model nor have heads trained for it: .* cannot go back"
-    with pytest.raises(UnsupportedError, match=said):
+    message = "mamba2 can neither be a draft model nor have heads trained for it: .* cannot go back"
+    with pytest.raises(UnsupportedError, match=message):
         DraftModelDrafter(model, target=Target(tiny("llama")))
     target = open_target(model)
     with pytest.raises(UnsupportedError, match=r"mamba2.* takes chains only"):

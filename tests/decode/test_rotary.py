@@ -21,8 +21,10 @@ LONGROPE = {
 
 
 def longrope(family: str) -> PreTrainedModel:
-    own: dict[str, Any] = {"original_max_position_embeddings": ORIGINAL} if family == "phi3" else {}
-    model = make_model(family, rope_parameters=LONGROPE, **own)
+    overrides: dict[str, Any] = (
+        {"original_max_position_embeddings": ORIGINAL} if family == "phi3" else {}
+    )
+    model = make_model(family, rope_parameters=LONGROPE, **overrides)
     model.generation_config.eos_token_id = None
     return model
 
@@ -34,7 +36,7 @@ def ids(length: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def top_ids(model: PreTrainedModel, text: list[int], begin: int, length: int) -> list[int]:
-    """What follows each token from `begin` on in one pass of the text, padded to a length."""
+    """Return the top ids from token `begin` on in one pass of the text, padded to a length."""
     padded = text + [3] * (length - len(text))
     logits_1LV = model(input_ids=torch.tensor([padded]), use_cache=False).logits
     return logits_1LV[0, begin - 1 : len(text) - 1].argmax(-1).tolist()
@@ -51,7 +53,7 @@ def test_each_text_has_the_factors_of_its_length(family: str, draft: str) -> Non
         whole = text + found.token_ids
         length = len(whole) if len(whole) <= ORIGINAL else max(len(whole), ORIGINAL + 1)
         assert found.token_ids == top_ids(model, whole, prompt, length)
-        # After prefixes that end before it as well: nothing was read with the short ones.
+        # Also the first new token: nothing was read with the short factors.
         if len(whole) > ORIGINAL:
             early = top_ids(model, whole[: prompt + 1], prompt, ORIGINAL + 1)
             assert found.token_ids[:1] == early

@@ -1,3 +1,5 @@
+"""Probabilities from logits, and reproducible draws from them."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,7 +13,7 @@ def probs(logits: torch.Tensor, **options: float) -> torch.Tensor:
     return SamplingParams(**options).probs(logits[None])[0]
 
 
-def test_law_is_the_tempered_softmax_in_fp32() -> None:
+def test_probs_are_the_tempered_softmax_in_fp32() -> None:
     logits = torch.randn(3, 7, dtype=torch.bfloat16)
     found = probs(logits, temperature=0.5)
     assert found.dtype == torch.float32
@@ -20,18 +22,18 @@ def test_law_is_the_tempered_softmax_in_fp32() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-30, 1e-6])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}])
-def test_a_very_cold_law_is_the_greedy_one(temperature: float, filters: dict[str, float]) -> None:
+def test_very_cold_probs_are_one_hot(temperature: float, filters: dict[str, float]) -> None:
     logits = torch.tensor([[-40.0, 3.0, 2.99, -torch.inf], [5e4, -5e4, 0.0, 1.0]])
     found = probs(logits, temperature=temperature, **filters)
     assert found.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
 
 
-def test_a_very_hot_law_is_flat_over_what_is_possible() -> None:
+def test_very_hot_probs_are_flat_over_what_is_possible() -> None:
     found = probs(torch.tensor([[4.0, -9.0, -torch.inf]]), temperature=1e300)
     assert found.tolist() == [[0.5, 0.5, 0]]
 
 
-def test_sound_logits_have_a_finite_largest_one() -> None:
+def test_finite_logits_have_a_finite_largest_one() -> None:
     fine = torch.tensor([[0.0, -torch.inf], [1.0, 2.0]])
     assert is_finite(fine)
     for wrong in (torch.nan, torch.inf):
@@ -63,7 +65,7 @@ def test_values_outside_the_range_are_refused(options: dict[str, float]) -> None
         SamplingParams(**options)
 
 
-def test_pick_inverts_the_law() -> None:
+def test_pick_inverts_the_cumulative_sum() -> None:
     found = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     numbers = [0.0, 0.2499, 0.2501, 0.9999999]
     picked = pick(found.expand(4, -1), torch.tensor(numbers, dtype=torch.float64))
@@ -88,11 +90,11 @@ def test_draws_are_uniform() -> None:
     assert chi2 < 43.8  # 19 degrees of freedom, p = 0.001
 
 
-def test_siblings_share_a_number_and_rules_get_their_own() -> None:
-    turn = StepDraws(Draws(0, 0), 10)
+def test_siblings_share_a_number_per_purpose() -> None:
+    step = StepDraws(Draws(0, 0), 10)
     flat = torch.full((3, 1000), 1 / 1000)
-    picked = turn.pick(flat, [0, 1, 1]).tolist()
+    picked = step.pick(flat, [0, 1, 1]).tolist()
     assert picked[1] == picked[2] != picked[0]
     assert StepDraws(Draws(0, 0), 11).pick(flat[:1], [0]).tolist() == picked[1:2]
-    assert turn.below(torch.ones(2), torch.ones(2), [1, 2]).all()
-    assert not turn.below(torch.zeros(2), torch.ones(2), [1, 2]).any()
+    assert step.below(torch.ones(2), torch.ones(2), [1, 2]).all()
+    assert not step.below(torch.zeros(2), torch.ones(2), [1, 2]).any()

@@ -1,4 +1,4 @@
-"""transformers' streamers hear what is generated."""
+"""transformers' streamers get what is generated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from spectool.errors import UsageError
 PROMPTS = ["def make", "import torch", "return the"]
 
 
-class Heard(BaseStreamer):
+class Recorder(BaseStreamer):
+    """A streamer that records its calls."""
+
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
         self.values: list[list[int] | str] = []
@@ -40,29 +42,31 @@ def opened(checkpoint: Callable[..., Path], endless: Any) -> Runner:
     return runner
 
 
-@pytest.mark.parametrize("listening", [False, True])
-def test_prompts_then_steps_then_an_end_each(opened: Runner, listening: bool) -> None:
-    heard = Heard()
+@pytest.mark.parametrize("with_callback", [False, True])
+def test_prompts_then_steps_then_an_end_each(opened: Runner, with_callback: bool) -> None:
+    recorder = Recorder()
     steps: list[list[int]] = []
     prompts = [[5, 6, 7, 5, 6], [9, 8, 9]]
     results = opened.generate(
         prompts,
         max_new_tokens=20,
-        streamer=heard,
-        on_tokens=(lambda i, tokens, text, drafted: steps.append(tokens)) if listening else None,
+        streamer=recorder,
+        on_tokens=(lambda i, tokens, text, drafted: steps.append(tokens))
+        if with_callback
+        else None,
     )
-    middle = heard.values.index("end")
-    parts = heard.values[: middle + 1], heard.values[middle + 1 :]
+    middle = recorder.values.index("end")
+    parts = recorder.values[: middle + 1], recorder.values[middle + 1 :]
     for prompt, result, values in zip(prompts, results, parts, strict=True):
         assert values[0] == prompt
         assert [token for step in values[1:-1] for token in step] == result.token_ids
         assert len(values) - 2 == result.forwards
         assert values[-1] == "end" and values.count("end") == 1
-    assert heard.shapes[0] == (1, 5)
-    assert all(len(shape) == 1 for shape in heard.shapes[1 : middle - 1])
-    assert any(shape[0] > 1 for shape in heard.shapes[1:]), "nothing was accepted"
-    if listening:
-        assert steps == [v for v in heard.values if v not in [*prompts, "end"]]
+    assert recorder.shapes[0] == (1, 5)
+    assert all(len(shape) == 1 for shape in recorder.shapes[1 : middle - 1])
+    assert any(shape[0] > 1 for shape in recorder.shapes[1:]), "nothing was accepted"
+    if with_callback:
+        assert steps == [v for v in recorder.values if v not in [*prompts, "end"]]
     assert results == opened.generate(prompts, max_new_tokens=20)
 
 
@@ -78,7 +82,7 @@ def test_a_text_streamer_prints_the_text(
         assert capsys.readouterr().out == expected
 
 
-def test_an_iterator_in_another_thread_hears_the_text(checkpoint: Callable[..., Path]) -> None:
+def test_an_iterator_in_another_thread_gets_the_text(checkpoint: Callable[..., Path]) -> None:
     path = checkpoint("llama")
     tokenizer = Runner(path).tokenizer
     assert tokenizer is not None
@@ -103,18 +107,18 @@ def test_a_streamer_is_ended_when_generation_fails(
     opened: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for options in ({"temperature": -1.0}, {"stop": [""]}, {"batch_size": 2}):
-        heard = Heard()
+        recorder = Recorder()
         with pytest.raises(UsageError):
-            opened.generate([[5, 6]], streamer=heard, **options)
-        assert heard.values == ["end"]
-    heard = Heard()
+            opened.generate([[5, 6]], streamer=recorder, **options)
+        assert recorder.values == ["end"]
+    recorder = Recorder()
     monkeypatch.setattr(opened.target, "verify", None)
     with pytest.raises(TypeError):
-        opened.generate([[5, 6], [7]], streamer=heard)
-    assert heard.values[0] == [5, 6] and heard.values[2:] == ["end"]
+        opened.generate([[5, 6], [7]], streamer=recorder)
+    assert recorder.values[0] == [5, 6] and recorder.values[2:] == ["end"]
 
 
-def test_what_ctrl_c_leaves_is_heard_before_the_end(
+def test_what_ctrl_c_leaves_comes_before_the_end(
     opened: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observe, left = opened.drafter.observe, 3
@@ -126,15 +130,15 @@ def test_what_ctrl_c_leaves_is_heard_before_the_end(
             raise KeyboardInterrupt
         observe(outcomes)
 
-    # Between a commit and its announcement.
+    # Between a commit and its report to the streamer.
     monkeypatch.setattr(opened.drafter, "observe", struck)
-    heard = Heard()
-    results = opened.generate([[5, 6, 7]], streamer=heard, keep_interrupted=True)
+    recorder = Recorder()
+    results = opened.generate([[5, 6, 7]], streamer=recorder, keep_interrupted=True)
     assert results[0].finish_reason == "interrupted"
-    assert [token for step in heard.values[1:-1] for token in step] == results[0].token_ids
-    assert heard.values[-1] == "end" and heard.values.count("end") == 1
+    assert [token for step in recorder.values[1:-1] for token in step] == results[0].token_ids
+    assert recorder.values[-1] == "end" and recorder.values.count("end") == 1
 
 
 def test_a_batch_has_no_streamer(opened: Runner) -> None:
-    with pytest.raises(UsageError, match="a streamer hears one prompt at a time"):
-        opened.generate([[5], [6]], batch_size=2, streamer=Heard())
+    with pytest.raises(UsageError, match="a streamer takes one prompt at a time"):
+        opened.generate([[5], [6]], batch_size=2, streamer=Recorder())

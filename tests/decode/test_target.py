@@ -1,3 +1,5 @@
+"""Passes of trees through models of many families, and models that are refused."""
+
 from __future__ import annotations
 
 import copy
@@ -36,7 +38,7 @@ FAMILIES = [
 
 @torch.inference_mode()
 def sequential(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    """The last logits by transformers alone: no cache, no mask, no positions given."""
+    """Return the last logits by transformers alone: no cache, no mask, no positions given."""
     logits: torch.Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
     return logits
 
@@ -98,8 +100,8 @@ def test_only_the_last_row_of_a_prompt_gets_logits(
 ) -> None:
     model = tiny("llama")
     widths = []
-    head = model.get_output_embeddings()
-    handle = head.register_forward_hook(lambda m, i, output: widths.append(output.shape[1]))
+    lm_head = model.get_output_embeddings()
+    handle = lm_head.register_forward_hook(lambda m, i, output: widths.append(output.shape[1]))
     target = Target(model)
     monkeypatch.setattr(target_module, "_CHUNK", 8)
     target.prefill(target.cache(1), [list(range(2, 22))])
@@ -110,7 +112,7 @@ def test_only_the_last_row_of_a_prompt_gets_logits(
 def test_no_hooks_stay(tiny: Tiny) -> None:
     model = tiny("llama")
     target = Target(model)
-    # transformers keeps hooks of its own.
+    # transformers registers some hooks itself.
     before = [len(module._forward_hooks) for module in model.modules()]
     target.prefill(target.cache(1), [[3, 4]], Needs(layers=(1,), final=True))
     assert [len(module._forward_hooks) for module in model.modules()] == before
@@ -128,7 +130,7 @@ def test_features_of_tree_nodes(tiny: Tiny) -> None:
 
 
 class Older(LlamaForCausalLM):
-    """Names its cache as transformers before 5.24 does, whatever transformers runs it."""
+    """A Llama whose cache argument is named as before transformers 5.24."""
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None,
                 past_key_values: Any = None, **rest: Any) -> Any:  # fmt: skip
@@ -136,7 +138,7 @@ class Older(LlamaForCausalLM):
 
 
 class Newer(LlamaForCausalLM):
-    """Names its cache as transformers 5.24 does."""
+    """A Llama whose cache argument is named as in transformers 5.24."""
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None,
                 cache: Any = None, **rest: Any) -> Any:  # fmt: skip
@@ -156,7 +158,7 @@ def test_the_cache_goes_by_the_name_that_the_forward_gives_it(
     target.prefill(cache, [prompt])
     logits_BNV = target.verify(cache, [tree.trie(5, [[6]], nodes=2)]).logits_BNV
     torch.testing.assert_close(logits_BNV[0, 1], sequential(llama, [*prompt, 5, 6]))
-    # The decoder has its own name for it.
+    # The decoder's argument has another name.
     kept = TextCache(target.num_layers)
     target.read(torch.tensor([prompt]), Needs(final=True), keep=kept)
     assert kept.length == len(prompt)
@@ -252,19 +254,19 @@ def test_texts_of_one_row_are_read_as_if_alone(tiny: Tiny, family: str) -> None:
     longest = max(sum(map(len, row)) for row in rows)
     tokens_BL = torch.zeros(2, longest, dtype=torch.long)
     segments_BL = torch.full((2, longest), -1)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         flat = [token for text in row for token in text]
-        tokens_BL[place, : len(flat)] = torch.tensor(flat)
+        tokens_BL[index, : len(flat)] = torch.tensor(flat)
         numbers = [number for number, text in enumerate(row) for _ in text]
-        segments_BL[place, : len(flat)] = torch.tensor(numbers)
+        segments_BL[index, : len(flat)] = torch.tensor(numbers)
     needs = Needs(final=True, layers=(0,))
     found = target.read(tokens_BL, needs, segments_BL)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         start = 0
         for text in row:
             alone = target.read(torch.tensor([text]), needs)
             for name, value_1LD in alone.items():
                 torch.testing.assert_close(
-                    found[name][place, start : start + len(text)], value_1LD[0], atol=2e-5, rtol=0
+                    found[name][index, start : start + len(text)], value_1LD[0], atol=2e-5, rtol=0
                 )
             start += len(text)

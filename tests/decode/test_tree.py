@@ -1,3 +1,5 @@
+"""Draft trees: tries, chains, ancestor masks."""
+
 from __future__ import annotations
 
 import random
@@ -44,7 +46,7 @@ def test_parents_must_come_first() -> None:
         tree.Draft([1, 2, 3], [-1, 2, 0], ["deterministic"] * 3)
 
 
-def test_closure_is_ancestry() -> None:
+def test_ancestor_mask_is_ancestry() -> None:
     noise = random.Random(0)
     drafts = [
         tree.Draft(

@@ -1,4 +1,4 @@
-"""Rules against exact enumeration of everything that can happen, in fp64."""
+"""Verifiers against exact enumeration of every outcome, in fp64."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LogProbs = dict[tuple[int, ...], Tensor]
 
 
 class Branches:
-    """A source that replays one way things can go and knows its probability.
+    """A source of randomness that replays one outcome and knows its probability.
 
-    With `late`, the token after a path is not chosen: `pick` gives each node a number of its own
-    and `probs` keep what it would be drawn from. For rules that follow tests, not tokens.
+    With `late`, the token after a path is not chosen: `pick` returns a number per node, and `probs`
+    keep what the token would be drawn from. For verifiers that follow tests, not tokens.
     """
 
     def __init__(self, choices: Sequence[int], *, late: bool = False) -> None:
@@ -57,7 +57,7 @@ class Branches:
 def outcomes(
     verifier: Verifier, draft: Draft, probs_NV: Tensor, *, late: bool = False
 ) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Every committed sequence (the path's drafted tokens, then the emitted one), its weight."""
+    """Yield every committed sequence (drafted tokens, then the emitted one) and its weight."""
     choices: list[int] | None = []
     while choices is not None:
         rng = Branches(choices, late=late)
@@ -86,7 +86,7 @@ def random_probs(seed: int, vocab: int, length: int) -> LogProbs:
 
 
 def sequence_probs(p: LogProbs, vocab: int, length: int, start: tuple[int, ...] = ()) -> LogProbs:
-    """The law of every sequence of `length` tokens that goes on from `start`."""
+    """Return the probability of every sequence of `length` tokens that begins with `start`."""
     found = {}
     for rest in itertools.product(range(vocab), repeat=length - len(start)):
         whole, weight = (*start, *rest), torch.tensor(1.0, dtype=torch.float64)
@@ -110,7 +110,7 @@ def worst_error(
     *,
     late: bool = False,
 ) -> float:
-    """Largest error of a sequence's probability after one step and plain sampling from there."""
+    """Return the largest error of a sequence's probability after one step and plain sampling."""
     total = dict.fromkeys(itertools.product(range(vocab), repeat=length), 0.0)
     for draft, draft_weight in drafts:
         for committed, weight in outcomes(verifier, draft, node_probs(p, draft), late=late):
@@ -123,7 +123,7 @@ def worst_error(
 def sampled_chains(
     q: LogProbs, vocab: int, depth: int, report: Callable[[LogProbs, tuple[int, ...]], Tensor]
 ) -> list[tuple[Draft, float]]:
-    """All chains with their probabilities; `report` gives the law that is said to be theirs."""
+    """Return all chains and their weights; `report` gives the probabilities claimed for them."""
     drafts = []
     for tokens, weight in sequence_probs(q, vocab, depth).items():
         probs = torch.stack([report(q, tokens[:at]) for at in range(depth)])
@@ -137,15 +137,15 @@ def truthful(q: LogProbs, prefix: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize("verifier", [verify.rejection, verify.k_seq])
 @pytest.mark.parametrize(("vocab", "depth"), [(2, 2), (3, 2), (5, 1)])
-def test_rules_are_exact_for_sampled_chains(verifier: Verifier, vocab: int, depth: int) -> None:
+def test_verifiers_are_exact_for_sampled_chains(verifier: Verifier, vocab: int, depth: int) -> None:
     for seed in range(3):
         p, q = random_probs(seed, vocab, depth + 1), random_probs(50 + seed, vocab, depth)
         drafts = sampled_chains(q, vocab, depth, truthful)
-        # The root of K-SEQ's equation is only as exact as its halving, but its law is for any.
+        # rho is only as exact as its bisection, but K-SEQ is lossless for any rho.
         assert worst_error(verifier, drafts, p, vocab, depth + 1, late=True) < 1e-12
 
 
-def test_rejection_is_exact_where_the_draft_is_right_and_where_it_has_no_laws() -> None:
+def test_rejection_is_exact_where_the_draft_is_right_and_where_it_has_no_probs() -> None:
     p = random_probs(1, 3, 3)
     drafts = sampled_chains(p, 3, 2, truthful)
     assert worst_error(verify.rejection, drafts, p, 3, 3) < 1e-12
@@ -173,7 +173,7 @@ def drawn_distinct(probs: Tensor, count: int) -> Iterator[tuple[tuple[int, ...],
 def sampled_trees(
     q: LogProbs, kind: tree.Kind, counts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[Draft, float]]:
-    """All trees of two levels with their probabilities.
+    """Yield all trees of two levels with their probabilities.
 
     `counts[0][0]` tokens are drawn after the root, `counts[1][i]` after the i-th distinct one.
     """
@@ -187,15 +187,15 @@ def sampled_trees(
             tokens, parents = [0, *distinct], [-1, *(0 for _ in distinct)]
             draws = {0: [1 + distinct.index(token) for token in first]}
             probs, share = [q[()]], weight
-            for child, (drawn, chance) in enumerate(seconds, start=1):
+            for child, (drawn, prob) in enumerate(seconds, start=1):
                 start = len(tokens)
-                own = list(dict.fromkeys(drawn))
-                tokens += own
-                parents += [child] * len(own)
+                unique = list(dict.fromkeys(drawn))
+                tokens += unique
+                parents += [child] * len(unique)
                 if drawn:
-                    draws[child] = [start + own.index(token) for token in drawn]
+                    draws[child] = [start + unique.index(token) for token in drawn]
                 probs.append(q[(distinct[child - 1],)])
-                share *= chance
+                share *= prob
             kinds: list[tree.Kind] = [kind] * len(tokens)
             yield Draft(tokens, parents, kinds, torch.stack(probs), draws=draws), share
 
@@ -213,7 +213,7 @@ SIBLINGS = [
 
 
 @pytest.mark.parametrize(("name", "kind", "vocab", "counts"), SIBLINGS)
-def test_rules_are_exact_for_sampled_siblings(
+def test_verifiers_are_exact_for_sampled_siblings(
     name: str, kind: tree.Kind, vocab: int, counts: list[list[int]]
 ) -> None:
     verifier: Verifier = {"rejection": verify.rejection, "k-seq": verify.k_seq}[name]
@@ -241,14 +241,14 @@ def test_rejection_is_exact_for_fixed_trees_and_mixed_ones() -> None:
 
 
 def test_siblings_are_worth_their_nodes() -> None:
-    """More draws are accepted more often, distinct ones and K-SEQ's more often than rejection's."""
+    """More draws are accepted more often, and distinct ones and K-SEQ's most."""
 
     def share(verifier: Verifier, kind: tree.Kind, count: int) -> float:
         p, q = random_probs(5, 4, 2), random_probs(55, 4, 1)
         total = 0.0
         for draft, weight in sampled_trees(q, kind, [[count], []]):
-            for committed, chance in outcomes(verifier, draft, node_probs(p, draft), late=True):
-                total += weight * chance * (len(committed) > 1)
+            for committed, prob in outcomes(verifier, draft, node_probs(p, draft), late=True):
+                total += weight * prob * (len(committed) > 1)
         return total
 
     one = share(verify.rejection, "iid", 1)
@@ -258,7 +258,7 @@ def test_siblings_are_worth_their_nodes() -> None:
     two, apart = share(verify.rejection, "iid", 2), share(verify.rejection, "distinct", 2)
     assert one < two < apart
     assert two <= share(verify.k_seq, "iid", 2)
-    # SpecTr's bound: at least 1 - (1 - 1/k)^k of what any rule can accept, which is at most 1.
+    # SpecTr's bound: at least 1 - (1 - 1/k)^k of what any verifier can accept, which is at most 1.
     assert share(verify.k_seq, "iid", 2) >= 0.75 * two
 
 
@@ -301,18 +301,18 @@ def without_residual(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict
 
 
 def drawn_per_child(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
-    """The fault of path-wise verification: a node's children are tested with draws of their own."""
+    """A verifier that draws anew for each child, a fault of path-wise verification."""
     emit_N = rng.pick(probs_NV, draft.depths)
     accept = [True]
     for node in range(1, len(draft)):
         parent = draft.parents[node]
-        own = rng.pick(probs_NV[parent : parent + 1], [draft.depths[parent]])
-        accept.append(int(own) == draft.tokens[node])
+        drawn = rng.pick(probs_NV[parent : parent + 1], [draft.depths[parent]])
+        accept.append(int(drawn) == draft.tokens[node])
     return Verdict(emit_N, torch.tensor(accept))
 
 
 def test_planted_faults_are_found() -> None:
-    """The same check must fail each of these, or it proves nothing."""
+    """The same check must fail for each of these, or it proves nothing."""
     p, q = random_probs(0, 3, 3), random_probs(50, 3, 2)
     swapped = sampled_chains(q, 3, 2, lambda q, prefix: q[prefix].flip(0))
     stale = sampled_chains(q, 3, 2, lambda q, prefix: q[()])
@@ -343,7 +343,7 @@ def test_walk_follows_the_longest_accepted_path() -> None:
     assert walk(tree.root(4), [8], None) == ([0], 8)
 
 
-def test_settle_takes_rows_of_both_sorts() -> None:
+def test_resolve_paths_takes_verdicts_of_both_sorts() -> None:
     one, two = tree.chain([0, 1], kind="deterministic"), tree.chain([0, 1], kind="iid")
     verdicts = [
         Verdict(torch.tensor([1, 5])),
@@ -357,14 +357,14 @@ def test_settle_takes_rows_of_both_sorts() -> None:
 
 
 def sibling_faults() -> Iterator[tuple[str, Verifier, list[tuple[Draft, float]]]]:
-    """Faults seen in real code, each with the rule that it hides in."""
+    """Yield faults seen in real code, each with the verifier that it affects."""
     q = {(): torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)}
     distinct = list(sampled_trees(q, "distinct", [[2], []]))
     as_iid = [
         (Draft(d.tokens, d.parents, ["iid"] * len(d), d.probs_NV, draws=d.draws), weight)
         for d, weight in distinct
     ]
-    yield "distinct children tested with the plain law", verify.rejection, as_iid
+    yield "distinct children tested with unchanged probabilities", verify.rejection, as_iid
     merged = [
         (Draft(d.tokens, d.parents, d.kinds, d.probs_NV), weight)
         for d, weight in sampled_trees(q, "iid", [[2], []])
@@ -379,7 +379,7 @@ def sibling_faults() -> Iterator[tuple[str, Verifier, list[tuple[Draft, float]]]
     for d, weight in distinct:
         first = sorted(d.draws[0], key=lambda node: -float(q[()][d.tokens[node]]))  # type: ignore[index]
         by_probs.append((Draft(d.tokens, d.parents, d.kinds, d.probs_NV, draws={0: first}), weight))
-    yield "children tested in the order of their law", verify.rejection, by_probs
+    yield "children tested in the order of their probabilities", verify.rejection, by_probs
 
 
 @pytest.mark.parametrize(("name", "verifier", "drafts"), list(sibling_faults()))
@@ -393,7 +393,7 @@ def test_planted_faults_among_siblings_are_found(
     assert worst > 1e-2, name
 
 
-def test_default_rules_are_exact() -> None:
+def test_default_verifiers_are_exact() -> None:
     assert choose_verifier(("iid",), None, temperature=1, lossy=False).name == "rejection"
     assert choose_verifier(("distinct",), None, temperature=1, lossy=False).name == "rejection"
     assert (
@@ -410,8 +410,8 @@ def test_default_rules_are_exact() -> None:
     ("kinds", "name"),
     [(("deterministic",), "greedy"), (("iid",), "greedy"), (("iid",), "typical"), ((), "typical")],
 )
-def test_inexact_pairs_are_refused_or_said(kinds: tuple[tree.Kind, ...], name: str) -> None:
-    with pytest.raises(UsageError, match="changes the law") as refusal:
+def test_inexact_pairs_are_refused_or_reported(kinds: tuple[tree.Kind, ...], name: str) -> None:
+    with pytest.raises(UsageError, match="changes the distribution") as refusal:
         choose_verifier(kinds, name, temperature=0.7, lossy=False)
     assert "--lossy" in str(refusal.value.hint)
     assert not choose_verifier(kinds, name, temperature=0.7, lossy=True).lossless
@@ -419,7 +419,7 @@ def test_inexact_pairs_are_refused_or_said(kinds: tuple[tree.Kind, ...], name: s
 
 @pytest.mark.parametrize("kinds", [("deterministic",), ("distinct",), ("iid", "deterministic")])
 def test_k_seq_is_for_independent_draws(kinds: tuple[tree.Kind, ...]) -> None:
-    with pytest.raises(UsageError, match="independent draws"):
+    with pytest.raises(UsageError, match="drawn independently"):
         choose_verifier(kinds, "k-seq", temperature=1, lossy=True)
     assert choose_verifier(("iid",), "k-seq", temperature=1, lossy=False).lossless
 
@@ -428,6 +428,6 @@ def test_lossy_does_not_spoil_an_exact_pair() -> None:
     assert choose_verifier(("iid",), "token-match", temperature=1, lossy=True).lossless
 
 
-def test_unknown_rule() -> None:
+def test_unknown_verifier() -> None:
     with pytest.raises(UsageError, match="no verifier is called 'chian'"):
         choose_verifier((), "chian", temperature=0, lossy=False)

@@ -1,4 +1,4 @@
-"""The law of whole texts through the real loop, against exact enumeration on three tokens.
+"""The distribution of whole texts from the real loop, against exact enumeration on three tokens.
 
 The same check must reject planted faults, or it proves nothing.
 """
@@ -32,7 +32,7 @@ SAMPLES = 2000
 
 @functools.cache
 def toy(seed: int, layers: int = 1) -> PreTrainedModel:
-    """A Llama of three tokens whose laws are far from flat and differ between seeds."""
+    """Return a Llama of three tokens whose distributions are not flat and differ between seeds."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -50,7 +50,7 @@ def toy(seed: int, layers: int = 1) -> PreTrainedModel:
 
 @torch.inference_mode()
 def exact_probs(model: PreTrainedModel, control: SamplingParams) -> dict[tuple[int, ...], float]:
-    """The probability of each text of LENGTH tokens, from the model's own cacheless logits."""
+    """Return the probability of each text of LENGTH tokens, from cacheless logits."""
     texts = list(itertools.product(range(VOCAB), repeat=LENGTH))
     logits = model(torch.tensor([PROMPT + list(text) for text in texts]), use_cache=False).logits
     found = {}
@@ -63,7 +63,7 @@ def exact_probs(model: PreTrainedModel, control: SamplingParams) -> dict[tuple[i
 
 
 def agrees(counts: Counter[tuple[int, ...]], probs: dict[tuple[int, ...], float]) -> bool:
-    """Total variation below 1.5 times its noise floor, and chi-square with p above 1e-3."""
+    """Test total variation (below 1.5 times its noise floor) and chi-square (p above 1e-3)."""
     size = sum(counts.values())
     distance = sum(abs(counts[text] / size - p) for text, p in probs.items()) / 2
     floor = sum((2 * p * (1 - p) / (torch.pi * size)) ** 0.5 for p in probs.values()) / 2
@@ -85,7 +85,7 @@ def sample(runner: Runner, size: int, **options: Any) -> Counter[tuple[int, ...]
     return Counter(tuple(result.token_ids) for result in results)
 
 
-# Drafters by the options of their trees; "+rule" verifies with another rule than their own.
+# Drafters by the options of their trees; "+name" verifies with another verifier than the default.
 PAIRS = {
     "none": None,
     "ngram": "ngram:nodes=4,depth=2",
@@ -105,7 +105,7 @@ PAIRS = {
     "rsd-s": DraftModelConfig(depth=3, tree="rsd-s", width=2),
     "rsd-s+token-match": DraftModelConfig(depth=3, tree="rsd-s", width=2),
 }
-# What the others are special cases of; these run every time, all of them with `-m slow`.
+# The most general pairs run every time, all of them with `-m slow`.
 FEW = ["none", "ngram+rejection", "jacobi", "chain", "rsd-s"]
 
 
@@ -124,7 +124,7 @@ def runner_for(pair: str) -> Runner:
     return runner
 
 
-def rule_of(pair: str) -> str | None:
+def verifier_of(pair: str) -> str | None:
     return pair.partition("+")[2] or None
 
 
@@ -133,8 +133,8 @@ FILTERS = [{"temperature": 0.5, "top_p": 0.95}, FILTERED, {"temperature": 1.5, "
 
 
 @pytest.mark.parametrize("pair", FEW)
-def test_the_law_is_the_targets(pair: str) -> None:
-    counts = sample(runner_for(pair), SAMPLES, temperature=1.0, verify=rule_of(pair))
+def test_the_distribution_is_the_targets(pair: str) -> None:
+    counts = sample(runner_for(pair), SAMPLES, temperature=1.0, verify=verifier_of(pair))
     assert agrees(counts, exact_probs(model_for(pair), SamplingParams(temperature=1.0)))
 
 
@@ -143,8 +143,10 @@ def test_the_law_is_the_targets(pair: str) -> None:
     "options", [{"temperature": 0.5, "top_p": 0.95}, {"temperature": 1.5}, FILTERED]
 )
 @pytest.mark.parametrize("pair", PAIRS)
-def test_the_law_is_the_targets_with_many_samples(pair: str, options: dict[str, float]) -> None:
-    counts = sample(runner_for(pair), 30_000, verify=rule_of(pair), **options)
+def test_the_distribution_is_the_targets_with_many_samples(
+    pair: str, options: dict[str, float]
+) -> None:
+    counts = sample(runner_for(pair), 30_000, verify=verifier_of(pair), **options)
     assert agrees(counts, exact_probs(model_for(pair), SamplingParams(**options)))
 
 
@@ -159,7 +161,7 @@ def test_filters_hold_in_the_loop() -> None:
 )
 def test_penalties_look_at_each_nodes_own_path(pair: str) -> None:
     probs = {"temperature": 1.0, "repetition_penalty": 1.7, "no_repeat_ngram_size": 3}
-    # More samples: this law is peaked, and the distance of few cells strays further.
+    # More samples: this distribution is peaked, and the distance over few cells varies more.
     counts = sample(runner_for(pair), 2 * SAMPLES, **probs)
     assert agrees(counts, exact_probs(toy(0), SamplingParams(**probs)))
 
@@ -170,31 +172,33 @@ def without_residual(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict
 
 
 def always_likeliest(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
-    """The fault of samplers whose root token stays greedy."""
+    """A verifier that keeps the root token greedy, a fault of some samplers."""
     emit_N = verify.token_match(draft, probs_NV, rng).emit_N.clone()
     emit_N[0] = probs_NV[0].argmax()
     return Verdict(emit_N)
 
 
-def reported(change: Callable[[Tensor], Tensor]) -> Callable[[Draft, Tensor, StepRandom], Verdict]:
-    """The rule, told that tokens were drawn from something they were not drawn from."""
-    true_rule = verify.rejection
+def with_probs(
+    change: Callable[[Tensor], Tensor],
+) -> Callable[[Draft, Tensor, StepRandom], Verdict]:
+    """Run the rejection verifier with other probabilities than those drawn from."""
+    true_verifier = verify.rejection
 
     def verifier(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
         if draft.probs_NV is not None:
             draft.probs_NV = change(draft.probs_NV)
-        return true_rule(draft, probs_NV, rng)
+        return true_verifier(draft, probs_NV, rng)
 
     return verifier
 
 
 def shared_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fault of one generator for a whole batch, seeded alike for every row."""
+    """Plant one generator for a whole batch, seeded alike for every request."""
     monkeypatch.setattr(Draws, "_number", lambda self, position, purpose, draw: 77 << 50)
 
 
 def as_if_drawn(kind: Kind) -> Callable[[Draft, Tensor, StepRandom], Verdict]:
-    """The rejection rule, told that nodes were drawn otherwise, from a flat law if from none."""
+    """Run the rejection verifier with another kind of nodes, and flat probabilities if none."""
 
     def verifier(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
         draft.kinds = [kind] * len(draft)
@@ -206,7 +210,7 @@ def as_if_drawn(kind: Kind) -> Callable[[Draft, Tensor, StepRandom], Verdict]:
 
 
 def pruned(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
-    """The fault of dropping what was drawn because it looks unlikely."""
+    """A verifier that drops a drawn node because it is unlikely."""
     if draft.probs_NV is not None and draft.probs_NV[0, draft.tokens[1]] < 0.4:
         stays = [True] + [False] * (len(draft) - 1)
         return Verdict(rng.pick(probs_NV, draft.depths), torch.tensor(stays))
@@ -214,7 +218,7 @@ def pruned(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
 
 
 def always_new(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
-    """The fault of a window that forgets which law its tokens were drawn from."""
+    """A verifier that takes the target's new probabilities for those of the draft."""
     if draft.probs_NV is not None:
         draft.probs_NV = probs_NV[: len(draft.probs_NV)]
     return verify.rejection(draft, probs_NV, rng)
@@ -222,21 +226,21 @@ def always_new(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
 
 FAULTS: dict[str, tuple[str, str, Any]] = {
     "no residual": ("chain", "rejection", without_residual),
-    "swapped q": ("chain", "rejection", reported(lambda q_NV: q_NV.flip(-1))),
-    "stale q": ("chain", "rejection", reported(lambda q_NV: q_NV[:1].expand_as(q_NV))),
+    "swapped q": ("chain", "rejection", with_probs(lambda q_NV: q_NV.flip(-1))),
+    "stale q": ("chain", "rejection", with_probs(lambda q_NV: q_NV[:1].expand_as(q_NV))),
     "greedy root": ("ngram", "token_match", always_likeliest),
     "greedy plain": ("none", "token_match", always_likeliest),
-    "chain rule on distinct siblings": ("rsd-s", "rejection", as_if_drawn("iid")),
-    "chain rule on looked-up nodes": ("ngram", "rejection", as_if_drawn("iid")),
+    "chain verifier on distinct siblings": ("rsd-s", "rejection", as_if_drawn("iid")),
+    "chain verifier on looked-up nodes": ("ngram", "rejection", as_if_drawn("iid")),
     "a drawn node pruned": ("chain", "rejection", pruned),
     "k-seq on distinct siblings": ("rsd-c", "k_seq", verify.k_seq),
-    "jacobi with the new law as q": ("jacobi", "rejection", always_new),
+    "jacobi with the new probabilities as q": ("jacobi", "rejection", always_new),
 }
 
 
 SLOW = {
     "swapped q", "stale q", "k-seq on distinct siblings", "a drawn node pruned", "greedy plain",
-    "chain rule on distinct siblings", "jacobi with the new law as q",
+    "chain verifier on distinct siblings", "jacobi with the new probabilities as q",
 }  # fmt: skip
 
 
@@ -261,13 +265,17 @@ def test_a_shared_generator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if "+" not in pair and pair != "none"])
 def test_the_pairs_drafts_are_really_used(pair: str, clock: Any, cache_folder: Path) -> None:
-    """A law that is right because nothing was ever accepted or rejected would be no evidence.
+    """Exactness would be no evidence if nothing were ever accepted or rejected.
 
-    Every pass is taken for equally long: what tuning makes of this machine is another matter.
+    Every pass takes the same time, so that tuning decides alike on every machine.
     """
     clock.tick = lambda: 1e-3
     results = runner_for(pair).generate(
-        [PROMPT] * 100, max_new_tokens=LENGTH, batch_size=100, temperature=1.0, verify=rule_of(pair)
+        [PROMPT] * 100,
+        max_new_tokens=LENGTH,
+        batch_size=100,
+        temperature=1.0,
+        verify=verifier_of(pair),
     )
     drafted = sum(r.drafted for r in results)
     accepted = sum(r.accepted for r in results)

@@ -1,6 +1,6 @@
-"""What passes cost, what nodes are worth, and that the choice is the best of both.
+"""The acceptance rates of nodes, and trees that bring the most tokens per second.
 
-No test looks at a real clock.
+No test reads a real clock.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.policy import curve as curves
-from spectool.decode.policy import tuned as tune
+from spectool.decode.policy import tuned as tuned_module
 from spectool.decode.policy.curve import SIZES, Curve
 from spectool.decode.policy.tuned import Rates, Tuned
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
@@ -33,7 +33,7 @@ Tiny = Callable[..., PreTrainedModel]
 NONE: Any = None
 
 
-def row_of(tokens: list[int], index: int = 0) -> Request:
+def request_of(tokens: list[int], index: int = 0) -> Request:
     return Request(
         index=index,
         tokens=list(tokens),
@@ -45,23 +45,23 @@ def row_of(tokens: list[int], index: int = 0) -> Request:
 
 
 def line(slope: float) -> Curve:
-    """A pass of n tokens takes 1 + slope (n - 1) seconds."""
+    """Return the curve of a pass of n tokens in 1 + slope (n - 1) seconds."""
     return Curve({1: 1.0, 64: 1.0 + 63 * slope})
 
 
 class Known(Rates):
-    """Rates that are what they are."""
+    """Rates that are given."""
 
     def __init__(self, rates: dict[Any, float]) -> None:
         super().__init__()
         self.rates = rates
 
-    def of(self, key: Any, now: int, prior: float = 0.0) -> float:
+    def estimate(self, key: Any, now: int, prior: float = 0.0) -> float:
         return self.rates[key]
 
 
 class Fixed(Drafter):
-    """Proposes what it is told to, which takes `seconds`; keeps account of what it is asked."""
+    """A drafter of given trees, a level of which takes `seconds`; records its calls."""
 
     name = "fixed"
     needs = Needs()
@@ -76,7 +76,7 @@ class Fixed(Drafter):
     ) -> None:
         self.draft, self.clock, self.seconds, self.combines = draft, clock, seconds, combines
         self.budgets: list[int] = []
-        self.heard = 0
+        self.num_observed = 0
         self.closed = False
 
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
@@ -92,26 +92,26 @@ class Fixed(Drafter):
         return drafts
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        self.heard += 1
+        self.num_observed += 1
 
     def close(self) -> None:
         self.closed = True
 
 
 def play(tuned: Tuned, stands: Callable[[Draft], list[int]], passes: Curve, clock: Any) -> Draft:
-    """One round of one row: its draft, fed for as long as `passes` says."""
-    row = row_of([5])
-    draft = tuned.propose([row], [99])[0]
+    """Run one round of one request: its draft is fed for as long as `passes` says."""
+    request = request_of([5])
+    draft = tuned.propose([request], [99])[0]
     clock.now += passes.seconds(len(draft))
-    tuned.observe([Outcome(row=row, draft=draft, path=stands(draft), next_token=0)])
+    tuned.observe([Outcome(row=request, draft=draft, path=stands(draft), next_token=0)])
     return draft
 
 
-def none_stands(draft: Draft) -> list[int]:
+def accept_none(draft: Draft) -> list[int]:
     return [0]
 
 
-def all_stand(draft: Draft) -> list[int]:
+def accept_all(draft: Draft) -> list[int]:
     return draft.path(len(draft) - 1)
 
 
@@ -120,7 +120,7 @@ def chain_of(limit: int) -> Draft:
 
 
 def random_draft(noise: random.Random, size: int) -> Draft:
-    """A tree of `size` nodes of different tokens, the root included, of a few sources."""
+    """Return a tree of `size` nodes of different tokens, the root included, of a few sources."""
     return Draft(
         noise.sample(range(320), size),
         [-1, *(noise.randrange(node) for node in range(1, size))],
@@ -136,32 +136,32 @@ def random_draft(noise: random.Random, size: int) -> Draft:
 def test_a_rate_comes_to_how_often_nodes_stand(share: float) -> None:
     noise, rates = random.Random(1), Rates()
     for now in range(1500):
-        rates.learn("a", noise.random() < share, now)
-    assert rates.of("a", 1500) == pytest.approx(share, abs=0.06)
-    assert rates.of("b", 1500) == 0.4
-    assert rates.of("b", 1500, prior=0.7) == 0.7
+        rates.update("a", noise.random() < share, now)
+    assert rates.estimate("a", 1500) == pytest.approx(share, abs=0.06)
+    assert rates.estimate("b", 1500) == 0.4
+    assert rates.estimate("b", 1500, prior=0.7) == 0.7
 
 
 def test_a_rate_is_its_definition() -> None:
-    """Each trial weighs half after 400 rounds, and the prior as much as two of now."""
+    """Each trial weighs half after 400 rounds, and the prior as much as two new trials."""
     noise, rates = random.Random(2), Rates()
     trials: list[tuple[int, bool]] = []
     now = 0
     for _ in range(40):
         now += noise.randrange(150)
         trials.append((now, noise.random() < 0.6))
-        rates.learn("a", trials[-1][1], now)
+        rates.update("a", trials[-1][1], now)
     now += 77
     weights = [0.5 ** ((now - then) / 400) for then, _ in trials]
     hits = sum(w for w, (_, stood) in zip(weights, trials, strict=True) if stood)
-    assert rates.of("a", now) == pytest.approx((hits + 2 * 0.4) / (sum(weights) + 2))
+    assert rates.estimate("a", now) == pytest.approx((hits + 2 * 0.4) / (sum(weights) + 2))
 
 
 def test_a_rate_is_forgotten_with_age() -> None:
     rates = Rates()
     for now in range(100):
-        rates.learn("a", False, now)
-    found = [rates.of("a", 100 + age) for age in (0, 400, 800, 4000, 40000)]
+        rates.update("a", False, now)
+    found = [rates.estimate("a", 100 + age) for age in (0, 400, 800, 4000, 40000)]
     assert found == sorted(found)
     assert found[0] < 0.01
     assert found[-1] == pytest.approx(0.4)
@@ -176,7 +176,7 @@ def test_where_passes_cost_the_same_the_whole_tree_is_fed(clock: Any) -> None:
         whole = random_draft(noise, size)
         tuned = Tuned(Fixed(lambda limit, whole=whole: whole, clock), NONE, line(0))
         for _ in range(3):
-            draft = play(tuned, none_stands, line(0), clock)
+            draft = play(tuned, accept_none, line(0), clock)
             assert (draft.tokens, draft.parents) == (whole.tokens, whole.parents)
             assert draft.kinds == whole.kinds
             assert draft.sources == whole.sources
@@ -184,28 +184,28 @@ def test_where_passes_cost_the_same_the_whole_tree_is_fed(clock: Any) -> None:
 
 def test_where_a_token_costs_a_pass_nothing_is_fed(clock: Any) -> None:
     tuned = Tuned(Fixed(chain_of, clock), NONE, line(1))
-    sizes = [len(play(tuned, all_stand, line(1), clock)) for _ in range(100)]
+    sizes = [len(play(tuned, accept_all, line(1), clock)) for _ in range(100)]
     # Three probes, and no more.
     assert sum(size > 1 for size in sizes) <= 3
 
 
 def test_what_never_stands_is_fed_no_longer(clock: Any) -> None:
-    """It is tried again now and then, when it is old."""
+    """It is tried again now and then, once the rates are old."""
     tuned = Tuned(Fixed(chain_of, clock), NONE, line(0.1))
-    sizes = [len(play(tuned, none_stands, line(0.1), clock)) for _ in range(1500)]
+    sizes = [len(play(tuned, accept_none, line(0.1), clock)) for _ in range(1500)]
     assert sizes[0] > 1
     assert sum(size > 1 for size in sizes[30:130]) <= 4
     assert 1 <= sum(size > 1 for size in sizes[130:]) < 70
 
 
 def test_what_always_stands_is_fed_whole(clock: Any) -> None:
-    """9 tokens in 1.8 seconds are more than 4 in 1.3, where it may come to rest."""
+    """9 tokens in 1.8 seconds are more than 4 in 1.3, a local optimum on the way."""
     tuned = Tuned(Fixed(chain_of, clock), NONE, line(0.1))
-    sizes = [len(play(tuned, all_stand, line(0.1), clock)) for _ in range(60)]
+    sizes = [len(play(tuned, accept_all, line(0.1), clock)) for _ in range(60)]
     assert sizes[-20:] == [9] * 20
 
 
-def worths(rates: dict[Any, float], draft: Draft) -> list[float]:
+def node_probs(rates: dict[Any, float], draft: Draft) -> list[float]:
     assert draft.sources is not None
     found = [1.0]
     for node in range(1, len(draft)):
@@ -215,7 +215,7 @@ def worths(rates: dict[Any, float], draft: Draft) -> list[float]:
 
 
 def closed_sets(draft: Draft) -> list[tuple[int, ...]]:
-    """All sets of nodes that are trees: with the root, and each with its parent."""
+    """Return all sets of nodes that are trees: with the root, and each with its parent."""
     nodes = range(1, len(draft))
     return [
         (0, *chosen)
@@ -226,43 +226,48 @@ def closed_sets(draft: Draft) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("slope", [0.02, 0.1, 0.3])
-@pytest.mark.parametrize("rows", [1, 2])
-def test_the_fed_trees_bring_the_most_tokens_a_second(clock: Any, rows: int, slope: float) -> None:
-    """Against all trees that can be cut from small ones, of each size that is chosen among."""
-    noise, fed = random.Random(rows), set()
+@pytest.mark.parametrize("num_requests", [1, 2])
+def test_the_fed_trees_bring_the_most_tokens_a_second(
+    clock: Any, num_requests: int, slope: float
+) -> None:
+    """Against all trees that can be cut from small ones, for each size that is chosen among."""
+    noise, fed = random.Random(num_requests), set()
     for _ in range(25):
-        drafts = [random_draft(noise, noise.randint(1, 9)) for _ in range(rows)]
+        drafts = [random_draft(noise, noise.randint(1, 9)) for _ in range(num_requests)]
         left = iter(drafts)
         tuned = Tuned(Fixed(lambda limit, left=left: next(left), clock), NONE, line(slope))
         known = {key: noise.random() for key in itertools.product(range(5), range(1, 9))}
         tuned.rates = Known(known)
-        each = [worths(known, draft) for draft in drafts]
+        each = [node_probs(known, draft) for draft in drafts]
         largest = max(map(len, drafts))
         rates = {}
         for size in {*SIZES[:6], largest}:
             best = [
                 max(
-                    sum(worth[node] for node in chosen)
+                    sum(probs[node] for node in chosen)
                     for chosen in closed_sets(draft)
                     if len(chosen) <= size
                 )
-                for draft, worth in zip(drafts, each, strict=True)
+                for draft, probs in zip(drafts, each, strict=True)
             ]
-            rates[size] = sum(best) / line(slope).seconds(rows * size)
+            rates[size] = sum(best) / line(slope).seconds(num_requests * size)
         # Plain decoding wins where drafting is better by less than 3 %.
         rates[1] *= 1.03
-        kept = tuned.propose([row_of([5], at) for at in range(rows)], [99] * rows)
+        kept = tuned.propose(
+            [request_of([5], at) for at in range(num_requests)], [99] * num_requests
+        )
         size = max(map(len, kept))
-        places = [
+        kept_nodes = [
             [whole.tokens.index(token) for token in cut.tokens]
             for whole, cut in zip(drafts, kept, strict=True)
         ]
         tokens = sum(
-            sum(worth[node] for node in nodes) for worth, nodes in zip(each, places, strict=True)
+            sum(probs[node] for node in nodes)
+            for probs, nodes in zip(each, kept_nodes, strict=True)
         )
-        rate = tokens / line(slope).seconds(rows * size) * (1.03 if size == 1 else 1)
+        rate = tokens / line(slope).seconds(num_requests * size) * (1.03 if size == 1 else 1)
         assert rate == pytest.approx(max(rates.values()))
-        for whole, cut, nodes in zip(drafts, kept, places, strict=True):
+        for whole, cut, nodes in zip(drafts, kept, kept_nodes, strict=True):
             assert nodes == sorted(nodes)
             assert nodes[0] == 0
             assert cut.sources is not None and whole.sources is not None
@@ -274,11 +279,11 @@ def test_the_fed_trees_bring_the_most_tokens_a_second(clock: Any, rows: int, slo
 
 
 def test_the_time_of_drafting_counts(clock: Any) -> None:
-    """Where a draft was expensive to make, more of it is worth feeding."""
+    """If a draft was expensive to make, more of it is worth feeding."""
     sizes = []
     for seconds in (0.0, 0.5, 5.0):
         tuned = Tuned(Fixed(chain_of, clock, seconds=seconds), NONE, line(0.3))
-        sizes.append(len(tuned.propose([row_of([5])], [99])[0]))
+        sizes.append(len(tuned.propose([request_of([5])], [99])[0]))
     assert sizes == sorted(set(sizes))
 
 
@@ -294,7 +299,7 @@ def test_tokens_are_never_looked_at(clock: Any) -> None:
         tuned = Tuned(Fixed(lambda limit, left=left: next(left), clock), NONE, line(0.05))
         keys = itertools.product(range(30), range(1, 30))
         tuned.rates = Known({key: noise.random() for key in keys})
-        one, two = tuned.propose([row_of([5], 0), row_of([5], 1)], [99, 99])
+        one, two = tuned.propose([request_of([5], 0), request_of([5], 1)], [99, 99])
         assert one.sources == two.sources
         assert one.parents == two.parents
         fed.add(len(one))
@@ -302,13 +307,13 @@ def test_tokens_are_never_looked_at(clock: Any) -> None:
 
 
 def test_nodes_count_where_their_parent_stood(clock: Any) -> None:
-    """Of 0 - 1 - 3 and 0 - 2 - 4, path 0 1: 1 stood, 2 and 3 fell, of 4 nothing is known."""
+    """Of 0 - 1 - 3 and 0 - 2 - 4, path 0 1: 1 was accepted, 2 and 3 not, 4 was not tested."""
     kinds: list[Kind] = ["deterministic"] * 5
     whole = Draft([5, 6, 7, 8, 9], [-1, 0, 0, 1, 2], kinds, sources=[(), "a", "b", "c", "d"])
     tuned = Tuned(Fixed(lambda limit: whole, clock), NONE, line(0))
     for _ in range(50):
         play(tuned, lambda draft: [0, 1], line(0), clock)
-    found = [tuned.rates.of(key, 50) for key in [("a", 1), ("b", 1), ("c", 2), ("d", 2)]]
+    found = [tuned.rates.estimate(key, 50) for key in [("a", 1), ("b", 1), ("c", 2), ("d", 2)]]
     assert found == pytest.approx([1.0, 0.0, 0.0, 0.4], abs=0.03)
 
 
@@ -321,15 +326,15 @@ def test_nodes_count_where_their_parent_stood(clock: Any) -> None:
 def test_drafting_that_never_pays_costs_little(
     clock: Any, slope: float, seconds: float, combines: bool
 ) -> None:
-    """Two plain steps, a round that overdrew it, and 2 % of all."""
+    """At most two plain steps, a round that overdraws the credit, and 2 % of all steps."""
     inner = Fixed(chain_of, clock, seconds=seconds, combines=combines)
     tuned = Tuned(inner, NONE, line(slope))
     dearest, rounds = 0.0, 3000
     for _ in range(rounds):
         before = clock.now
-        play(tuned, none_stands, line(slope), clock)
+        play(tuned, accept_none, line(slope), clock)
         dearest = max(dearest, clock.now - before)
-    assert inner.heard == rounds
+    assert inner.num_observed == rounds
     assert clock.now <= rounds * 1.02 + 2 + dearest
     # It is not given up either, unless a draft takes as long as 32 steps.
     assert len(inner.budgets) >= 5 or seconds == 4
@@ -339,28 +344,28 @@ def test_drafting_that_pays_never_rests(clock: Any) -> None:
     inner = Fixed(chain_of, clock, seconds=0.1)
     tuned = Tuned(inner, NONE, line(0.1))
     for _ in range(200):
-        play(tuned, all_stand, line(0.1), clock)
+        play(tuned, accept_all, line(0.1), clock)
     # Rounds 4, 16 and 64 are plain.
     assert len(inner.budgets) == 197
 
 
 def test_a_bad_spell_is_outlived_by_what_was_gained(clock: Any) -> None:
-    """And longer than one at the beginning; after it, drafting goes on as soon as it pays."""
+    """Drafting lasts longer than in a bad start, and resumes as soon as it pays."""
     lengths = []
     for good in (0, 100):
         inner = Fixed(chain_of, clock, seconds=0.05)
         tuned = Tuned(inner, NONE, line(0.1))
         for _ in range(good):
-            play(tuned, all_stand, line(0.1), clock)
+            play(tuned, accept_all, line(0.1), clock)
         before = len(inner.budgets)
-        while not tuned._rests:
-            play(tuned, none_stands, line(0.1), clock)
+        while not tuned._resting:
+            play(tuned, accept_none, line(0.1), clock)
         lengths.append(len(inner.budgets) - before)
         for _ in range(400):
-            play(tuned, all_stand, line(0.1), clock)
+            play(tuned, accept_all, line(0.1), clock)
         before = len(inner.budgets)
         for _ in range(100):
-            assert len(play(tuned, all_stand, line(0.1), clock)) > 1
+            assert len(play(tuned, accept_all, line(0.1), clock)) > 1
         assert len(inner.budgets) == before + 100
     assert 1 < lengths[0] < lengths[1] / 3
 
@@ -369,7 +374,7 @@ def test_a_bad_spell_is_outlived_by_what_was_gained(clock: Any) -> None:
 
 
 def test_the_depth_is_where_tokens_stop_standing(clock: Any) -> None:
-    """A token more is tried now and then."""
+    """One token more is tried now and then."""
     inner = Fixed(chain_of, clock, combines=False)
     tuned = Tuned(inner, NONE, line(0.1))
     for _ in range(100):
@@ -379,14 +384,14 @@ def test_the_depth_is_where_tokens_stop_standing(clock: Any) -> None:
 
 
 def test_the_depth_brings_the_most_tokens_a_second(clock: Any) -> None:
-    """Against every depth, with rates of its own each and the time that a level takes to draft."""
+    """Against every depth, with random rates and costs of a level."""
     noise, found = random.Random(5), set()
     for _ in range(40):
         slope, seconds = noise.choice([0.02, 0.1, 0.3]), noise.choice([0.01, 0.1, 0.3])
         inner = Fixed(chain_of, clock, seconds=seconds, combines=False)
         tuned = Tuned(inner, NONE, line(slope))
-        # Learns what a level takes.
-        tuned.propose([row_of([5])], [99])
+        # Measures the cost of a level.
+        tuned.propose([request_of([5])], [99])
         known = {depth: noise.uniform(0.4, 1) for depth in range(1, 64)}
         tuned.rates = Known(known)
         rates, standing, tokens = {0: 1.0}, 1.0, 1.0
@@ -396,7 +401,7 @@ def test_the_depth_brings_the_most_tokens_a_second(clock: Any) -> None:
             rates[depth] = tokens / (line(slope).seconds(1 + depth) + depth * seconds)
         best = max(rates, key=lambda depth: rates[depth])
         inner.budgets.clear()
-        draft = tuned.propose([row_of([5])], [99])[0]
+        draft = tuned.propose([request_of([5])], [99])[0]
         assert inner.budgets == ([best] if best else [])
         assert max(draft.depths) == min(best, 8)
         found.add(best)
@@ -406,9 +411,9 @@ def test_the_depth_brings_the_most_tokens_a_second(clock: Any) -> None:
 def test_the_depth_stays_in_the_budget(clock: Any) -> None:
     inner = Fixed(chain_of, clock, combines=False)
     tuned = Tuned(inner, NONE, line(0))
-    # The first draft is a level deep, whatever it may bring: what a level costs is not known.
-    assert len(tuned.propose([row_of([5])], [99])[0]) == 2
-    drafts = tuned.propose([row_of([5], 0), row_of([5], 1)], [2, 0])
+    # The first draft is one level deep, since the cost of a level is not known.
+    assert len(tuned.propose([request_of([5])], [99])[0]) == 2
+    drafts = tuned.propose([request_of([5], 0), request_of([5], 1)], [2, 0])
     assert [len(draft) for draft in drafts] == [3, 1]
 
 
@@ -416,9 +421,9 @@ def test_levels_that_cost_more_than_they_bring_are_not_drafted(clock: Any) -> No
     inner = Fixed(chain_of, clock, seconds=1.5, combines=False)
     tuned = Tuned(inner, NONE, line(0))
     for _ in range(50):
-        play(tuned, all_stand, line(0), clock)
+        play(tuned, accept_all, line(0), clock)
     assert len(inner.budgets) == 1
-    assert inner.heard == 50
+    assert inner.num_observed == 50
 
 
 # --- In the loop ---
@@ -437,7 +442,7 @@ def test_closing_keeps_the_curve_and_closes_the_drafter(
 def test_a_curve_refined_on_a_busy_machine_is_not_kept(
     tiny: Tiny, clock: Any, cache_folder: Path
 ) -> None:
-    """Nor later: what the busy batch did to it is still in it."""
+    """Nor later: the curve still contains what the busy batch did to it."""
     tuned = Tuned(Fixed(chain_of, clock), Target(tiny("llama")), line(0.5))
     for clock.waits in (0.5, 0.0):
         tuned.close()
@@ -463,9 +468,9 @@ def test_greedy_text_does_not_depend_on_time(
     spec: str,
     batch_size: int,
 ) -> None:
-    """Of seven orders of magnitude, with gains enough to go on whatever drafting costs."""
-    monkeypatch.setattr(tune, "_START", 1e9)
-    monkeypatch.setattr(tune, "_MOST", 1e9)
+    """Times span seven orders of magnitude, with credit enough to go on whatever drafting costs."""
+    monkeypatch.setattr(tuned_module, "_START_CREDIT", 1e9)
+    monkeypatch.setattr(tuned_module, "_MAX_CREDIT", 1e9)
     model = endless(tiny("llama"))
     prompts, limits = [prompt_of(size) for size in (12, 5, 20)], [24, 7, 17]
     runner = Runner(model)
@@ -478,7 +483,7 @@ def test_greedy_text_does_not_depend_on_time(
             inner: Drafter = DraftModelDrafter(tiny("llama", 1), target=runner.target)
         else:
             inner = runner.open(spec)
-        # Random, too, and steeper or flatter.
+        # A random curve, steeper or flatter.
         points = {size: noise.uniform(0.5, 1) * (1 + seed / 10 * size) for size in SIZES}
         runner.use(Tuned(inner, runner.target, Curve(points)))
         results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
@@ -488,10 +493,10 @@ def test_greedy_text_does_not_depend_on_time(
 
 
 @pytest.mark.parametrize("spec", ["ngram+recycle", "trigram", "jacobi", "skip", "draft_model"])
-def test_a_drafter_hears_of_rounds_that_it_was_not_asked_for(
+def test_a_drafter_observes_rounds_that_it_did_not_draft_in(
     tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], clock: Any, spec: str
 ) -> None:
-    """It rests, or nothing pays, from the first round on and while rows leave the batch."""
+    """`observe` is called in rounds without a draft, also at the start and while requests leave."""
     runner = Runner(endless(tiny("llama-deep" if spec == "skip" else "llama")))
     prompts, limits = [prompt_of(12), prompt_of(7), prompt_of(9)], [24, 5, 15]
     plain = runner.generate(prompts, max_new_tokens=limits)
@@ -501,7 +506,7 @@ def test_a_drafter_hears_of_rounds_that_it_was_not_asked_for(
         else runner.open(spec)
     )
     tuned = Tuned(inner, runner.target, line(0))
-    tuned._credit, tuned._rests = 0.25, True
+    tuned._credit, tuned._resting = 0.25, True
     runner.use(tuned)
     results = runner.generate(prompts, max_new_tokens=limits, batch_size=3)
     assert [r.token_ids for r in results] == [r.token_ids for r in plain]
@@ -515,9 +520,9 @@ def test_sampled_text_of_looked_up_drafts_is_plain_under_any_clock(
     clock: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is emitted is the target's own draw, whatever was fed."""
-    monkeypatch.setattr(tune, "_START", 1e9)
-    monkeypatch.setattr(tune, "_MOST", 1e9)
+    """The emitted token is the target's own draw, whatever was fed."""
+    monkeypatch.setattr(tuned_module, "_START_CREDIT", 1e9)
+    monkeypatch.setattr(tuned_module, "_MAX_CREDIT", 1e9)
     runner, noise = Runner(endless(tiny("llama"))), random.Random(0)
     options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.7, "seed": 4}
     plain = runner.generate([prompt_of(15)], **options)[0]

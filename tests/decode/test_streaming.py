@@ -1,3 +1,5 @@
+"""Streamed text is the decoded whole, cut before stop strings."""
+
 from __future__ import annotations
 
 import random
@@ -16,7 +18,7 @@ PIECES = ["</s>", " a", " b", "a", "b", "c", "ab", "ST", "OP", "STO", "P!", "Ã"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level pieces; "Ã" and "©" are the two bytes of an é."""
+    """Return a tokenizer of byte-level pieces; "Ã" and "©" are the two bytes of an é."""
     vocab = {piece.replace(" ", "Ġ"): index for index, piece in enumerate(PIECES)}
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -99,7 +101,7 @@ SYLLABLES = ["▁", "▁a", "▁dog", "▁ran", "▁off", "x", "yz", "�", "▁
 
 @pytest.fixture(scope="module")
 def fallback() -> PreTrainedTokenizerFast:
-    """As SentencePiece's Llama has it: special tokens, 256 bytes, pieces; a first space strips."""
+    """Return a tokenizer like Llama's: special tokens, 256 bytes, pieces; strips a first space."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *SYLLABLES]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
@@ -120,7 +122,7 @@ def fallback() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def byte_level(checkpoint: Callable[..., Path]) -> PreTrainedTokenizerFast:
-    """The byte-level BPE of the tiny models."""
+    """Return the byte-level BPE of the tiny models."""
     loaded: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(checkpoint("llama"))
     return loaded
 
@@ -134,7 +136,7 @@ def bytes_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def whole_text(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """The specification: the decoded whole, without what it shares with the prompt's text."""
+    """Decode the whole and cut the common prefix with the prompt's text: the specification."""
     lead = tokenizer.decode(list(prompt), skip_special_tokens=True)
     whole: str = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
     shared = next((i for i, (a, b) in enumerate(zip(lead, whole, strict=False)) if a != b), None)
@@ -142,14 +144,14 @@ def whole_text(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> 
 
 
 def snippets(tokenizer: Any, noise: random.Random, pieces: Sequence[int]) -> list[int]:
-    """Tokens that mix any ids with whole and broken characters."""
+    """Return tokens that mix any ids with whole and broken characters."""
     tokens: list[int] = []
     for _ in range(noise.randint(0, 12)):
         kind = noise.randrange(4)
         if kind == 0:
             text = noise.choice(["😀", "é", "€😀", "\n", "a"])
-            own = tokenizer(text, add_special_tokens=False)["input_ids"]
-            tokens += own[: noise.choice([1, 2, 3, 9, 9, 9])]
+            encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens += encoded[: noise.choice([1, 2, 3, 9, 9, 9])]
         elif kind == 1:
             tokens += [noise.choice(pieces)] * noise.randint(1, 3)
         else:
@@ -159,7 +161,7 @@ def snippets(tokenizer: Any, noise: random.Random, pieces: Sequence[int]) -> lis
 
 def check_streams(tokenizer: Any, rounds: int, seed: int) -> None:
     noise = random.Random(seed)
-    # Ids beyond the vocabulary too: heads are padded.
+    # Also ids beyond the vocabulary: lm_heads are padded.
     pieces = range(len(tokenizer) + 3)
     for _ in range(rounds):
         prompt = snippets(tokenizer, noise, pieces)
@@ -213,7 +215,7 @@ def test_special_tokens_do_not_eat_a_space(fallback: PreTrainedTokenizerFast) ->
 
 
 def test_a_run_of_byte_tokens_counts_as_one(fallback: PreTrainedTokenizerFast) -> None:
-    """A byte that fits nowhere spoils the whole run, so nothing of it is released before."""
+    """An invalid byte spoils the whole run, so nothing of a run is released before its end."""
     prompt = named(fallback, "x")
     stream = TextStream(fallback, prompt)
     tokens = [*bytes_of(fallback, "é\n"), *named(fallback, "▁a")]
