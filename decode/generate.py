@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.data.text import check_ids
 from spectool.decode.cache import TreeCache
+from spectool.decode.control.base import Control
 from spectool.decode.loop import Timings, decode
 from spectool.decode.policy.chain import chained
 from spectool.decode.policy.curve import Curve, curve_of
@@ -187,6 +188,7 @@ class Runner:
         lossy: bool = False,
         batch_size: int = 1,
         eos: Collection[int] | Sequence[Collection[int]] = (),
+        controls: Sequence[Sequence[Control[Any]]] = (),
         on_tokens: OnTokens | None = None,
         streamer: Streamer | None = None,
         reuse_cache: bool = False,
@@ -202,7 +204,8 @@ class Runner:
         step, then ended, also where the call fails; one prompt at a time. `eos` are tokens that
         end a text besides the model's own. `reuse_cache` continues from the longest common prefix
         with the single row that the call before left, as a chat does. `max_new_tokens` and `eos`
-        may differ by prompt. With `keep_interrupted`, Ctrl-C ends the call with what is there:
+        may differ by prompt. `controls` are each prompt's own, applied after the
+        penalties. With `keep_interrupted`, Ctrl-C ends the call with what is there:
         `on_tokens` hears what it has not heard yet, and the unfinished have finish_reason
         "interrupted".
 
@@ -229,12 +232,21 @@ class Runner:
             if not all(stop):
                 raise UsageError("a stop string must not be empty")
             live, own_ends = on_tokens is not None, self.end_ids()
-            jobs = zip(prompts, max_new_tokens, _each(eos, len(prompts)), strict=True)
+            penalties, more = control.controls(), controls or [()] * len(prompts)
+            jobs = zip(prompts, max_new_tokens, _each(eos, len(prompts)), more, strict=True)
             rows = [
                 self._row(
-                    index, prompt, Draws(seed, index), control, limit, own_ends | ends, stop, live
+                    index,
+                    prompt,
+                    Draws(seed, index),
+                    control,
+                    (*penalties, *added),
+                    limit,
+                    own_ends | ends,
+                    stop,
+                    live,
                 )
-                for index, (prompt, limit, ends) in enumerate(jobs)
+                for index, (prompt, limit, ends, added) in enumerate(jobs)
             ]
             batch_size = batch_size if self.target.keeps_rows else 1
             try:
@@ -286,6 +298,7 @@ class Runner:
         prompt: str | Sequence[int],
         draws: Draws,
         control: SamplingParams,
+        controls: Sequence[Control[Any]],
         max_new_tokens: int,
         eos: frozenset[int],
         stop: Sequence[str],
@@ -312,6 +325,7 @@ class Runner:
             tokens=tokens,
             draws=draws,
             control=control,
+            controls=controls,
             max_new_tokens=max_new_tokens,
             context=self.target.span(len(tokens) + max_new_tokens),
             eos=eos,

@@ -19,7 +19,7 @@ from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import Contexts, StepDraws, is_finite
+from spectool.decode.sampling import StepDraws, is_finite
 from spectool.decode.target import Target, top_ids
 from spectool.decode.tree import Draft
 from spectool.decode.verify import Verification, resolve_paths
@@ -170,8 +170,7 @@ def _verify_drafts(
 ) -> tuple[list[tuple[list[int], int]], list[list[list[int]]], Tensor]:
     """Every row's path and next token, the `top` likeliest ids after each node, and the laws."""
     control = rows[0].control
-    contexts = _contexts(rows, drafts) if control.looks_back else None
-    probs_BNV = control.probs(logits_BNV, contexts)
+    probs_BNV = control.probs(_controlled(rows, drafts, logits_BNV))
     verdicts = [
         verification.verifier(
             draft, probs_NV[: len(draft)], StepDraws(row.draws, len(row.tokens) - 1)
@@ -190,14 +189,17 @@ def _verify_drafts(
     return resolved, by_row, probs_BNV
 
 
-def _contexts(rows: Sequence[Request], drafts: Sequence[Draft]) -> Contexts:
-    return [
-        [
-            row.tokens + [draft.tokens[above] for above in draft.path(node)[1:]]
-            for node in range(len(draft))
-        ]
-        for row, draft in zip(rows, drafts, strict=True)
-    ]
+def _controlled(rows: Sequence[Request], drafts: Sequence[Draft], logits_BNV: Tensor) -> Tensor:
+    """Return the logits as each request's controls change them, in fp32 where there are any."""
+    if not any(row.controls for row in rows):
+        return logits_BNV
+    logits_BNV = logits_BNV.to(torch.float32, copy=True)
+    for row, draft, logits_NV in zip(rows, drafts, logits_BNV, strict=True):
+        if row.controls:
+            nodes = row.control_states().along(draft.tokens, draft.parents)
+            for node, states in enumerate(nodes):
+                logits_NV[node] = states.process(logits_NV[node])
+    return logits_BNV
 
 
 def _drop_finished(cache: TreeCache, rows: list[Request]) -> list[Request]:

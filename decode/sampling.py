@@ -7,24 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypedDict, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessor,
     MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from spectool.decode.control.base import Control
+from spectool.decode.control.penalties import NoRepeatNgram, RepetitionPenalty
 from spectool.errors import NotFinite, UsageError
-
-# The tokens that lead to each node, itself included: of every row of a batch, of every node.
-Contexts = Sequence[Sequence[Sequence[int]]]
 
 # What a number is drawn for. Each (request, position, purpose, draw) has its own, so neither the
 # mates in a batch nor the shape of earlier drafts change it.
@@ -62,7 +59,6 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
-    backward: tuple[LogitsProcessor, ...] = field(init=False, repr=False, compare=False)
     warpers: tuple[LogitsProcessor, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,11 +80,6 @@ class SamplingParams:
                 f"--no-repeat-ngram-size {self.no_repeat_ngram_size}: expected 0 (off) or a "
                 "positive number"
             )
-        backward: list[LogitsProcessor] = []
-        if self.repetition_penalty != 1:
-            backward.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
-        if self.no_repeat_ngram_size:
-            backward.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
         warpers: list[LogitsProcessor] = []
         if self.temperature not in (0.0, 1.0):
             bounded = min(max(float(self.temperature), _COLDEST), _HOTTEST)
@@ -99,28 +90,27 @@ class SamplingParams:
             warpers.append(TopPLogitsWarper(self.top_p))
         if self.min_p > 0:
             warpers.append(MinPLogitsWarper(self.min_p))
-        object.__setattr__(self, "backward", tuple(backward))
         object.__setattr__(self, "warpers", tuple(warpers))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether `probs` needs the tokens before each node."""
-        return bool(self.backward)
+    def controls(self) -> list[Control[Any]]:
+        """Return the penalties as controls, in transformers' order."""
+        found: list[Control[Any]] = []
+        if self.repetition_penalty != 1:
+            found.append(RepetitionPenalty(float(self.repetition_penalty)))
+        if self.no_repeat_ngram_size:
+            found.append(NoRepeatNgram(self.no_repeat_ngram_size))
+        return found
 
-    def probs(self, logits_BNV: Tensor, contexts: Contexts | None = None) -> Tensor:
-        """The law of the token after each node, fp32 [B, N, V]; when greedy, scores instead.
+    def probs(self, logits_BNV: Tensor) -> Tensor:
+        """Return the probabilities of the token after each node, fp32 [B, N, V].
 
-        Greedy laws are one-hot at the largest score (the lowest index on ties, as argmax has it):
-        building them would cost a vocabulary per node and say no more. Nodes that `contexts` does
-        not reach, the padding of small trees, are left as they are.
+        `logits_BNV` are what the request's controls left of the model's. When greedy they are
+        returned as they are: one-hot rows would cost a vocabulary a node and say no more.
         """
-        if self.looks_back:
-            assert contexts is not None, "the processors look at what leads to a node"
-            logits_BNV = self._look_back(logits_BNV.float(), contexts)
         if self.greedy:
             return logits_BNV
         scores_NV = logits_BNV.flatten(0, 1).float()
@@ -131,24 +121,6 @@ class SamplingParams:
             # None of the four looks at the tokens.
             scores_NV = warper(cast(torch.LongTensor, None), cast(torch.FloatTensor, scores_NV))
         return scores_NV.softmax(-1).view(logits_BNV.shape)
-
-    def _look_back(self, logits_BNV: Tensor, contexts: Contexts) -> Tensor:
-        """Apply the processors that need contexts, to all nodes with contexts of one length."""
-        by_length: dict[int, list[tuple[int, int]]] = {}
-        for b, row in enumerate(contexts):
-            for n, context in enumerate(row):
-                by_length.setdefault(len(context), []).append((b, n))
-        scores_BNV = logits_BNV.clone()
-        for places in by_length.values():
-            rows_M, nodes_M = zip(*places, strict=True)
-            ids_ML = torch.tensor([contexts[b][n] for b, n in places], device=logits_BNV.device)
-            scores_MV = scores_BNV[rows_M, nodes_M]
-            for processor in self.backward:
-                scores_MV = processor(
-                    cast(torch.LongTensor, ids_ML), cast(torch.FloatTensor, scores_MV)
-                )
-            scores_BNV[rows_M, nodes_M] = scores_MV
-        return scores_BNV
 
 
 class Draws:
