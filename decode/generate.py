@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.data.text import check_ids
 from spectool.decode.cache import TreeCache
+from spectool.decode.control.base import Control
 from spectool.decode.loop import Timings, decode
 from spectool.decode.policy.chain import wrap_for_target
 from spectool.decode.policy.curve import Curve, load_or_measure
@@ -192,6 +193,7 @@ class Runner:
         lossy: bool = False,
         batch_size: int = 1,
         eos: Collection[int] | Sequence[Collection[int]] = (),
+        controls: Sequence[Sequence[Control[Any]]] = (),
         on_tokens: OnTokens | None = None,
         streamer: Streamer | None = None,
         reuse_cache: bool = False,
@@ -206,8 +208,9 @@ class Runner:
         from accepted drafts. `streamer` is one of transformers': `put` is called with each prompt
         and then with the tokens of each step, `end` after each prompt and also where the call
         fails; it takes one prompt at a time. `eos` are tokens that end a text besides the model's
-        own. `max_new_tokens` and `eos` may differ by prompt. `reuse_cache` continues from the
-        longest common prefix with the single request that the call before left, as a chat does.
+        own. `controls` are each prompt's own (`decode/control`), applied after the penalties.
+        `max_new_tokens`, `eos` and `controls` may differ by prompt. `reuse_cache` continues from
+        the longest common prefix with the single request that the call before left, as a chat does.
         With `keep_interrupted`, Ctrl-C ends the call and returns what is there: `on_tokens` is
         called with what it did not get yet, and the unfinished results have finish_reason
         "interrupted".
@@ -237,12 +240,22 @@ class Runner:
             if not all(stop):
                 raise UsageError("a stop string must not be empty")
             live, model_ends = on_tokens is not None, self.end_ids()
-            jobs = zip(prompts, max_new_tokens, _list_extra_ends(eos, len(prompts)), strict=True)
+            penalties, added = control.controls(), controls or [()] * len(prompts)
+            extra_ends = _list_extra_ends(eos, len(prompts))
+            jobs = zip(prompts, max_new_tokens, extra_ends, added, strict=True)
             requests = [
                 self._make_request(
-                    index, prompt, Draws(seed, index), control, limit, model_ends | ends, stop, live
+                    index,
+                    prompt,
+                    Draws(seed, index),
+                    control,
+                    (*penalties, *more),
+                    limit,
+                    model_ends | ends,
+                    stop,
+                    live,
                 )
-                for index, (prompt, limit, ends) in enumerate(jobs)
+                for index, (prompt, limit, ends, more) in enumerate(jobs)
             ]
             batch_size = batch_size if self.target.state_in_cache else 1
             try:
@@ -298,6 +311,7 @@ class Runner:
         prompt: str | Sequence[int],
         draws: Draws,
         control: SamplingParams,
+        controls: Sequence[Control[Any]],
         max_new_tokens: int,
         eos: frozenset[int],
         stop: Sequence[str],
@@ -330,6 +344,7 @@ class Runner:
             tokens=tokens,
             draws=draws,
             control=control,
+            controls=controls,
             max_new_tokens=max_new_tokens,
             context=self.target.span(len(tokens) + max_new_tokens),
             eos=eos,

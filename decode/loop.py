@@ -19,7 +19,7 @@ from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import Contexts, StepDraws, is_finite
+from spectool.decode.sampling import StepDraws, is_finite
 from spectool.decode.target import Target, top_ids
 from spectool.decode.tree import Draft
 from spectool.decode.verify import Verification, resolve_paths
@@ -182,9 +182,7 @@ def _verify_drafts(
     Returns each request's path and next token, the `top` likeliest ids after each node [B][N][K],
     and the probabilities [B, N, V].
     """
-    control = requests[0].control
-    contexts = _list_contexts(requests, drafts) if control.looks_back else None
-    probs_BNV = control.probs(logits_BNV, contexts)
+    probs_BNV = requests[0].control.probs(_apply_controls(requests, drafts, logits_BNV))
     verdicts = [
         verification.verifier(
             draft, probs_NV[: len(draft)], StepDraws(request.draws, len(request.tokens) - 1)
@@ -203,15 +201,19 @@ def _verify_drafts(
     return resolved, by_request, probs_BNV
 
 
-def _list_contexts(requests: Sequence[Request], drafts: Sequence[Draft]) -> Contexts:
-    """Return the tokens up to each node of each request's draft."""
-    return [
-        [
-            request.tokens + [draft.tokens[above] for above in draft.path(node)[1:]]
-            for node in range(len(draft))
-        ]
-        for request, draft in zip(requests, drafts, strict=True)
-    ]
+def _apply_controls(
+    requests: Sequence[Request], drafts: Sequence[Draft], logits_BNV: Tensor
+) -> Tensor:
+    """Return the logits as each request's controls change them, in fp32 where there are any."""
+    if not any(request.controls for request in requests):
+        return logits_BNV
+    logits_BNV = logits_BNV.to(torch.float32, copy=True)
+    for request, draft, logits_NV in zip(requests, drafts, logits_BNV, strict=True):
+        if request.controls:
+            nodes = request.control_states().along(draft.tokens, draft.parents)
+            for node, states in enumerate(nodes):
+                logits_NV[node] = states.process(logits_NV[node])
+    return logits_BNV
 
 
 def _drop_finished(cache: TreeCache, requests: list[Request]) -> list[Request]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from spectool.decode.control.base import Control, ControlStates
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.streaming import TextStream
 
@@ -26,6 +27,7 @@ class Request:
     tokens: list[int]
     draws: Draws
     control: SamplingParams
+    controls: Sequence[Control[Any]] = ()
     max_new_tokens: int
     context: int
     eos: Collection[int] = ()
@@ -38,6 +40,7 @@ class Request:
     offered_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     reported: tuple[int, int] = (0, 0)
+    _states: tuple[int, ControlStates] | None = None
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
@@ -56,6 +59,17 @@ class Request:
     def num_left(self) -> int:
         """Return how many more tokens may be committed."""
         return self.most - len(self.tokens)
+
+    def control_states(self) -> ControlStates:
+        """Return the states of the request's controls after all of its tokens."""
+        num_read, states = self._states or (0, None)
+        if states is None or num_read > len(self.tokens):
+            states = ControlStates.start(self.controls, self.tokens)
+        else:
+            for token in self.tokens[num_read:]:
+                states = states.advance(token)
+        self._states = len(self.tokens), states
+        return states
 
     def extend(self, tokens: list[int]) -> list[str]:
         """Commit tokens one by one until one of them ends the request.

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypedDict, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessor,
     MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from spectool.decode.control.base import Control
+from spectool.decode.control.penalties import NoRepeatNgram, RepetitionPenalty
 from spectool.errors import NotFinite, UsageError
-
-# By request of a batch and node: the tokens up to the node, itself included.
-Contexts = Sequence[Sequence[Sequence[int]]]
 
 # Purposes of random numbers. Each (request, position, purpose, draw) has its own number, so neither
 # the other requests of a batch nor the shape of earlier drafts change it.
@@ -64,7 +61,6 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
-    history_processors: tuple[LogitsProcessor, ...] = field(init=False, repr=False, compare=False)
     warpers: tuple[LogitsProcessor, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,13 +82,6 @@ class SamplingParams:
                 f"--no-repeat-ngram-size {self.no_repeat_ngram_size}: expected 0 (off) or a "
                 "positive number"
             )
-        history_processors: list[LogitsProcessor] = []
-        if self.repetition_penalty != 1:
-            history_processors.append(
-                RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
-            )
-        if self.no_repeat_ngram_size:
-            history_processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
         warpers: list[LogitsProcessor] = []
         if self.temperature not in (0.0, 1.0):
             bounded = min(max(float(self.temperature), _COLDEST), _HOTTEST)
@@ -103,7 +92,6 @@ class SamplingParams:
             warpers.append(TopPLogitsWarper(self.top_p))
         if self.min_p > 0:
             warpers.append(MinPLogitsWarper(self.min_p))
-        object.__setattr__(self, "history_processors", tuple(history_processors))
         object.__setattr__(self, "warpers", tuple(warpers))
 
     @property
@@ -111,21 +99,21 @@ class SamplingParams:
         """Return whether decoding is greedy."""
         return self.temperature == 0
 
-    @property
-    def looks_back(self) -> bool:
-        """Return whether `probs` needs the tokens before each node."""
-        return bool(self.history_processors)
+    def controls(self) -> list[Control[Any]]:
+        """Return the penalties as controls, in transformers' order."""
+        found: list[Control[Any]] = []
+        if self.repetition_penalty != 1:
+            found.append(RepetitionPenalty(float(self.repetition_penalty)))
+        if self.no_repeat_ngram_size:
+            found.append(NoRepeatNgram(self.no_repeat_ngram_size))
+        return found
 
-    def probs(self, logits_BNV: Tensor, contexts: Contexts | None = None) -> Tensor:
-        """Return the probabilities after each node, fp32 [B, N, V]; scores instead when greedy.
+    def probs(self, logits_BNV: Tensor) -> Tensor:
+        """Return the probabilities of the token after each node, fp32 [B, N, V].
 
-        Greedy probabilities are one-hot at the largest score (the lowest index on ties, as in
-        argmax): building them would cost a vocabulary per node and add nothing. Nodes outside
-        `contexts`, the padding of small trees, are left as they are.
+        `logits_BNV` are what the request's controls left of the model's. When greedy they are
+        returned as they are: one-hot rows would cost a vocabulary a node and say no more.
         """
-        if self.looks_back:
-            assert contexts is not None, "the processors need the tokens before each node"
-            logits_BNV = self._process_history(logits_BNV.float(), contexts)
         if self.greedy:
             return logits_BNV
         scores_NV = logits_BNV.flatten(0, 1).float()
@@ -136,24 +124,6 @@ class SamplingParams:
             # None of the four reads the token ids.
             scores_NV = warper(cast(torch.LongTensor, None), cast(torch.FloatTensor, scores_NV))
         return scores_NV.softmax(-1).view(logits_BNV.shape)
-
-    def _process_history(self, logits_BNV: Tensor, contexts: Contexts) -> Tensor:
-        """Apply the processors that read contexts, to all contexts of one length at a time."""
-        by_length: dict[int, list[tuple[int, int]]] = {}
-        for b, of_request in enumerate(contexts):
-            for n, context in enumerate(of_request):
-                by_length.setdefault(len(context), []).append((b, n))
-        scores_BNV = logits_BNV.clone()
-        for indices in by_length.values():
-            rows_M, nodes_M = zip(*indices, strict=True)
-            ids_ML = torch.tensor([contexts[b][n] for b, n in indices], device=logits_BNV.device)
-            scores_MV = scores_BNV[rows_M, nodes_M]
-            for processor in self.history_processors:
-                scores_MV = processor(
-                    cast(torch.LongTensor, ids_ML), cast(torch.FloatTensor, scores_MV)
-                )
-            scores_BNV[rows_M, nodes_M] = scores_MV
-        return scores_BNV
 
 
 class Draws:

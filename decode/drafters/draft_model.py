@@ -23,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
 from spectool.decode.cache import TreeCache
+from spectool.decode.control.base import ControlStates
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams, is_finite, not_finite_logits, pick
@@ -66,6 +67,7 @@ class _Growth:
     draws: dict[int, list[int]] = field(default_factory=dict)
     chains: list[int] = field(default_factory=list)
     scores: tuple[Tensor, Tensor] | None = None
+    states: dict[int, ControlStates] = field(default_factory=dict)
 
     def add(self, token: int, parent: int) -> int:
         self.tokens.append(token)
@@ -80,13 +82,14 @@ class _Growth:
             self.tokens.append(0)
             self.live.append(False)
 
-    def context(self, node: int) -> list[int]:
-        """The tokens that lead to a node, itself included."""
-        above: list[int] = []
-        while node >= 0:
-            above.append(self.tokens[node])
-            node = self.parents[node]
-        return self.row.tokens + above[::-1]
+    def control_states(self, node: int) -> ControlStates:
+        """Return the states of the request's controls at a node."""
+        if node < 0:
+            return self.row.control_states()
+        if node not in self.states:
+            above = self.control_states(self.parents[node])
+            self.states[node] = above.advance(self.tokens[node])
+        return self.states[node]
 
     def places(self) -> dict[int, int]:
         """The node of the finished draft for each node of the growth."""
@@ -212,10 +215,7 @@ class DraftModelDrafter(Drafter):
         # Ids that the target does not have cannot be drawn; those the draft lacks have q = 0.
         logits_BFV = logits_BFV[:, :, : self._vocab_size]
         growing = [growth for growth in self._grown if level < growth.depth and growth.frontier]
-        contexts = None
-        if control.looks_back:
-            contexts = [[growth.context(at) for at in growth.frontier] for growth in self._grown]
-        probs_BFV = control.probs(logits_BFV, contexts)
+        probs_BFV = control.probs(self._controlled(logits_BFV))
         found: list[tuple[Tensor, Tensor]] = []
         for growth, probs_FV in zip(self._grown, probs_BFV, strict=True):
             if growth not in growing:
@@ -236,6 +236,17 @@ class DraftModelDrafter(Drafter):
             parents = values[start + size : start + 2 * size]
             self._add(growth, values[start : start + size], parents)
             start += 2 * size
+
+    def _controlled(self, logits_BFV: Tensor) -> Tensor:
+        """Return the logits as each request's controls change them, in fp32 where there are any."""
+        if not any(growth.row.controls for growth in self._grown):
+            return logits_BFV
+        logits_BFV = logits_BFV.to(torch.float32, copy=True)
+        for growth, logits_FV in zip(self._grown, logits_BFV, strict=True):
+            if growth.row.controls:
+                for at, node in enumerate(growth.frontier):
+                    logits_FV[at] = growth.control_states(node).process(logits_FV[at])
+        return logits_BFV
 
     def _choose(self, growth: _Growth, level: int, probs_FV: Tensor) -> tuple[Tensor, Tensor]:
         """The next level's tokens and, for each, which node of the frontier it follows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spectool.decode import verify
+from spectool.decode.control.ban import BannedText, Vocabulary
+from spectool.decode.control.base import Control
+from spectool.decode.control.bias import LogitBias
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.sampling import Draws, SamplingParams, StepRandom
@@ -49,15 +52,23 @@ def toy(seed: int, layers: int = 1) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def exact_probs(model: PreTrainedModel, control: SamplingParams) -> dict[tuple[int, ...], float]:
-    """Return the probability of each text of LENGTH tokens, from cacheless logits."""
+def exact_probs(
+    model: PreTrainedModel, sampling: SamplingParams, controls: Sequence[Control[Any]] = ()
+) -> dict[tuple[int, ...], float]:
+    """Return the probability of each text of LENGTH tokens, from cacheless logits.
+
+    Each control starts anew from the whole text before each token.
+    """
     texts = list(itertools.product(range(VOCAB), repeat=LENGTH))
     logits = model(torch.tensor([PROMPT + list(text) for text in texts]), use_cache=False).logits
     found = {}
     for text, logits_SV in zip(texts, logits, strict=True):
         rows = logits_SV[len(PROMPT) - 1 : -1]
-        contexts = [PROMPT + list(text[:at]) for at in range(LENGTH)]
-        probs = control.probs(rows[None], [contexts])[0].double()
+        for at, row in enumerate(rows):
+            for control in (*sampling.controls(), *controls):
+                row = control.process(control.start(PROMPT + list(text[:at])), row)
+            rows[at] = row
+        probs = sampling.probs(rows[None])[0].double()
         found[text] = float(probs[range(LENGTH), list(text)].prod())
     return found
 
@@ -164,6 +175,36 @@ def test_penalties_look_at_each_nodes_own_path(pair: str) -> None:
     # More samples: this distribution is peaked, and the distance over few cells varies more.
     counts = sample(runner_for(pair), 2 * SAMPLES, **probs)
     assert agrees(counts, exact_probs(toy(0), SamplingParams(**probs)))
+
+
+# Single bytes and pairs of them: a banned text is completed across and within tokens.
+BYTES = Vocabulary([b"a", b"b", b"c", b"ab", b"bc", b"ca", b"", b"bca"][:VOCAB])
+
+
+@pytest.mark.parametrize(
+    "pair", [pytest.param(p, marks=[] if p in FEW else pytest.mark.slow) for p in PAIRS]
+)
+def test_controls_are_exact(pair: str) -> None:
+    """Requests of one batch have controls of their own; a third has none."""
+    ways: list[list[Control[Any]]] = [
+        [LogitBias({1: 1.5, 2: -0.7, 0: -torch.inf}), BannedText("bcab", BYTES)],
+        [BannedText("aa", BYTES)],
+        [],
+    ]
+    results = runner_for(pair).generate(
+        [PROMPT] * SAMPLES * len(ways),
+        max_new_tokens=LENGTH,
+        batch_size=999,
+        seed=11,
+        controls=ways * SAMPLES,
+        temperature=1.0,
+        verify=verifier_of(pair),
+    )
+    for at, controls in enumerate(ways):
+        counts = Counter(tuple(result.token_ids) for result in results[at :: len(ways)])
+        expected = exact_probs(model_for(pair), SamplingParams(temperature=1.0), controls)
+        assert all(expected[text] for text in counts), "an excluded text was written"
+        assert agrees(counts, expected)
 
 
 def without_residual(draft: Draft, probs_NV: Tensor, rng: StepRandom) -> Verdict:
