@@ -87,7 +87,7 @@ class Target:
         assert name is not None, "a forward that takes no cache is refused"
         self.cache_name = name
         self._keeps_logits = "logits_to_keep" in accepted
-        self._linears = skinny.suited(model.modules())
+        self._linears = skinny.eligible_linears(model.modules())
         self._most_rows = kernel_rows(self.dtype)
         self._original, self.bound = rotary.two_ranges(config), rotary.bound_by(config)
         self._rotaries = rotary.longropes(model)

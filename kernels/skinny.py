@@ -38,28 +38,28 @@ _PADDED = 32
 
 
 @functools.cache
-def compiled() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be built (`missing` says why)."""
     try:
-        return _load(_build())
+        return _open_library(_build_library())
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def missing() -> str | None:
     """Why torch's own products run instead, if they do."""
-    if compiled() is not None:
+    if load_library() is not None:
         return None
-    return "no C compiler" if _compiler() is None else "the C compiler cannot build the kernel"
+    return "no C compiler" if _find_compiler() is None else "the C compiler cannot build the kernel"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times weight [M, K] transposed, plus bias [M]; sums in float32, in x's dtype.
 
     Inference only, on the CPU; x and a contiguous weight are both float32 or both bfloat16, and
-    `compiled` gave kernels.
+    `load_library` gave kernels.
     """
-    kernels = compiled()
+    kernels = load_library()
     assert kernels is not None and x.dtype == weight.dtype
     height, width = weight.shape
     rows_NK = x.reshape(-1, width).contiguous()
@@ -82,8 +82,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out_NM.to(x.dtype).view(*x.shape[:-1], height)
 
 
-def suited(modules: Iterator[nn.Module]) -> list[nn.Linear]:
-    """The linears whose products `products` would take over; none without `compiled` kernels."""
+def eligible_linears(modules: Iterator[nn.Module]) -> list[nn.Linear]:
+    """The linears whose products `products` would take over; none without `load_library` kernels."""
     found = [
         module
         for module in modules
@@ -93,7 +93,7 @@ def suited(modules: Iterator[nn.Module]) -> list[nn.Linear]:
         and module.weight.numel() >= _SMALLEST
         and module.weight.is_contiguous()
     ]
-    return found if found and compiled() is not None else []
+    return found if found and load_library() is not None else []
 
 
 @contextlib.contextmanager
@@ -119,13 +119,13 @@ def _forward(module: nn.Linear, most_rows: int, x: Tensor) -> Tensor:
     return linear(x, module.weight, module.bias)
 
 
-def _compiler() -> str | None:
+def _find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
 
 
-def _build() -> Path:
+def _build_library() -> Path:
     """The shared library of this source for this processor, compiled unless it lies there."""
-    compiler = _compiler()
+    compiler = _find_compiler()
     if compiler is None:
         raise OSError("no C compiler")
     processor = platform.machine() + _processor_flags()
@@ -140,16 +140,16 @@ def _build() -> Path:
         quiet = {"check": True, "capture_output": True, "timeout": 120}
         # In a folder of its own: several processes may build at the same time.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            compiled, library = Path(scratch) / "skinny.o", Path(scratch) / "skinny.so"
-            subprocess.run([compiler, *_FLAGS, "-c", _SOURCE, "-o", compiled], **quiet)  # type: ignore[call-overload]
+            load_library, library = Path(scratch) / "skinny.o", Path(scratch) / "skinny.so"
+            subprocess.run([compiler, *_FLAGS, "-c", _SOURCE, "-o", load_library], **quiet)  # type: ignore[call-overload]
             # Linked without OpenMP: torch's own is loaded already, and two pools of threads would
             # spin against each other.
-            subprocess.run([compiler, "-shared", compiled, "-o", library], **quiet)  # type: ignore[call-overload]
+            subprocess.run([compiler, "-shared", load_library, "-o", library], **quiet)  # type: ignore[call-overload]
             library.replace(target)
     return target
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def _open_library(path: Path) -> ctypes.CDLL:
     for openmp in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
     kernels = ctypes.CDLL(str(path))

@@ -16,7 +16,7 @@ from torch import nn
 
 from spectool.kernels import skinny
 
-needs_compiler = pytest.mark.skipif(skinny.compiled() is None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(skinny.load_library() is None, reason="no C compiler here")
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_a_row_does_not_depend_on_its_mates(
 def test_modules_are_taken_over_and_given_back() -> None:
     big, small = nn.Linear(256, 128), nn.Linear(8, 8)
     model = nn.Sequential(big, nn.Linear(128, 256, bias=False), small, nn.LayerNorm(8))
-    found = skinny.suited(model.modules())
+    found = skinny.eligible_linears(model.modules())
     assert found == [big, model[1]]
     x = torch.randn(2, 3, 256)
     with torch.inference_mode():
