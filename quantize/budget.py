@@ -31,7 +31,7 @@ from spectool.quantize.calibration import Block, LinearStats, Streams, fit_each
 from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.fitting import Substitute
 from spectool.quantize.plan import Plan, check_codes
-from spectool.quantize.walk import BlockWalk, Progress, filled, seed_of
+from spectool.quantize.walk import BlockWalk, Progress, derive_seed, load_packed
 
 # Sequences that errors are measured on, at least, if there are so many.
 MEASURED = 8
@@ -79,14 +79,16 @@ def widths(choice: Choice, budget: float) -> tuple[Choice, ...]:
     )
 
 
-def candidates(plan: Plan, budget: Budget, rules: Sequence[Rule]) -> dict[str, tuple[Choice, ...]]:
+def list_candidates(
+    plan: Plan, budget: Budget, rules: Sequence[Rule]
+) -> dict[str, tuple[Choice, ...]]:
     """What each matrix may be packed by: its rule's choice where one names it.
 
     Raises:
         UsageError: the smallest of all do not fit.
     """
     matrices = [matrix for block in plan.matrices.values() for matrix in block.values()]
-    pinned = {name for name in plan.choices if any(rule.means(name) for rule in rules)}
+    pinned = {name for name in plan.choices if any(rule.matches(name) for rule in rules)}
     found = {
         matrix.name: (plan.choices[matrix.name],) if matrix.name in pinned else budget.candidates
         for matrix in matrices
@@ -128,20 +130,20 @@ def _step(
     shard = f"survey-{index + 1:05d}.safetensors"
     report: dict[str, list[float]] | None = walk.writer.report(shard)
     if report is None:
-        report = _measured(walk, index, block, streams, wanted)
+        report = _measure_block(walk, index, block, streams, wanted)
         walk.writer.write_shard(shard, {}, {}, report)
     for batch in streams.original.batches(walk.batch_size):
-        walk.through(block.module, block, streams.original, batch)
+        walk.advance_batch(block.module, block, streams.original, batch)
     return report
 
 
-def forget(walk: BlockWalk) -> None:
+def discard_survey(walk: BlockWalk) -> None:
     """Remove what a survey kept."""
     for index in range(len(walk.architecture.blocks)):
         walk.writer.discard(f"survey-{index + 1:05d}.safetensors")
 
 
-def _measured(
+def _measure_block(
     walk: BlockWalk,
     index: int,
     block: Block,
@@ -153,7 +155,7 @@ def _measured(
     count = -(-MEASURED // walk.batch_size)
     places = itertools.islice(streams.original.batches(walk.batch_size), count)
     batches = [streams.original.hidden_SLD[batch] for batch in places]
-    before = [_through(walk, block, hidden_BLD) for hidden_BLD in batches]
+    before = [_run_block(walk, block, hidden_BLD) for hidden_BLD in batches]
     whole = sum(float(out_BLD.double().square().sum()) for out_BLD in before)
     # Of both streams only the original is known.
     alike = Streams(streams.original, streams.original)
@@ -168,17 +170,17 @@ def _measured(
             for place, choice in enumerate(wanted[name]):
                 if choice.method != method:
                     continue
-                linear = _packed(walk, index, part, known, choice)
+                linear = _pack_matrix(walk, index, part, known, choice)
                 wrong = 0.0
                 with Substitute(part, {name: linear}):
                     for hidden_BLD, out_BLD in zip(batches, before, strict=True):
-                        apart_BLD = _through(walk, block, hidden_BLD) - out_BLD
+                        apart_BLD = _run_block(walk, block, hidden_BLD) - out_BLD
                         wrong += float(apart_BLD.double().square().sum())
                 errors[name][place] = wrong / whole if whole else 0.0
     return errors
 
 
-def _packed(
+def _pack_matrix(
     walk: BlockWalk,
     index: int,
     part: Block,
@@ -187,12 +189,12 @@ def _packed(
 ) -> PackedLinear:
     """The one matrix of a part as a method packs it."""
     ((name, matrix),) = part.matrices.items()
-    generator = torch.Generator().manual_seed(seed_of(walk.seed, index))
+    generator = torch.Generator().manual_seed(derive_seed(walk.seed, index))
     fitted = fit_each(choice.quantizer, part, stats, choice.config, generator, walk.device)
-    return filled(choice, matrix, fitted.fields[name]).to(walk.device)
+    return load_packed(choice, matrix, fitted.fields[name]).to(walk.device)
 
 
-def _through(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:
+def _run_block(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:
     assert block.module is not None
     return run_block(block.module, block.calls[len(hidden_BLD)], hidden_BLD.to(walk.device)).float()
 

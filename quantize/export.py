@@ -30,7 +30,7 @@ from spectool.model.architecture import Architecture
 from spectool.model.loading import own_dtype
 from spectool.model.matrices import Matrix
 from spectool.model.packed import build_packed, field_specs
-from spectool.quantize.run import check_places, companions
+from spectool.quantize.run import check_paths, read_companions
 
 Fields = dict[str, Tensor]
 
@@ -70,7 +70,7 @@ def export(
     if out.exists():
         raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
     checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code, checksums=checksums)
-    check_places(checkpoint.path, out)
+    check_paths(checkpoint.path, out)
     if not checkpoint.layout.is_packed:
         raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")
     architecture = Architecture(checkpoint.layout, trust_remote_code=trust_remote_code)
@@ -88,11 +88,11 @@ def export(
                 hint="learn --lm-head without shortlist",
             )
         if said.get("bias") and architecture.model.get_submodule(key).bias is None:
-            left_out.add(_zero_bias(checkpoint, architecture, key))
+            left_out.add(_check_zero_bias(checkpoint, architecture, key))
     convert, configure = FORMATS[name]
-    matrices = _matrices(architecture)
+    matrices = _find_matrices(architecture)
     config = configure(architecture, matrices)
-    shards = _shards(checkpoint, left_out)
+    shards = _list_shards(checkpoint, left_out)
     said = checkpoint.layout.quantization or {}
     metadata = {key: said.get(key) for key in ("source", "made_by")}
     tensors: dict[str, str] = {}
@@ -108,7 +108,7 @@ def export(
         index_file = {"metadata": {"total_size": num_bytes}, "weight_map": tensors}
         writer.finish(
             {
-                **companions(checkpoint.path, code=trust_remote_code),
+                **read_companions(checkpoint.path, code=trust_remote_code),
                 "config.json": _json(config),
                 "model.safetensors.index.json": _json(index_file),
             }
@@ -117,7 +117,7 @@ def export(
     return [shlex.join(["vllm", "serve", str(out)])] if served else []
 
 
-def _zero_bias(checkpoint: Checkpoint, architecture: Architecture, key: str) -> str:
+def _check_zero_bias(checkpoint: Checkpoint, architecture: Architecture, key: str) -> str:
     """The name of a learnt bias that the architecture has no place for, and that changes nothing.
 
     Raises:
@@ -133,7 +133,7 @@ def _zero_bias(checkpoint: Checkpoint, architecture: Architecture, key: str) -> 
     return name
 
 
-def _matrices(architecture: Architecture) -> dict[str, Matrix]:
+def _find_matrices(architecture: Architecture) -> dict[str, Matrix]:
     """All sites by name. A learnt output matrix is a parameter of its own, whatever was tied."""
     own_lm_head = any(said.get("outside") == "lm_head" for said in architecture.modules.values())
     parts = (
@@ -156,7 +156,7 @@ def _is_served(groups: Mapping[str, Any]) -> bool:
 Shard = tuple[dict[str, TensorEntry], list[str]]
 
 
-def _shards(checkpoint: Checkpoint, left_out: Collection[str]) -> list[Shard]:
+def _list_shards(checkpoint: Checkpoint, left_out: Collection[str]) -> list[Shard]:
     found: dict[Path, Shard] = {}
     for key, entry in checkpoint.layout.tensors.items():
         if key in left_out:
@@ -171,7 +171,7 @@ def _shards(checkpoint: Checkpoint, left_out: Collection[str]) -> list[Shard]:
     return [found[path] for path in sorted(found)]
 
 
-def _fields(checkpoint: Checkpoint, name: str) -> Fields:
+def _read_fields(checkpoint: Checkpoint, name: str) -> Fields:
     method, options = (checkpoint.layout.modules[name][key] for key in ("method", "options"))
     packer: Any = resolve(method, "quantizer")
     n, m = checkpoint.layout.modules[name]["shape"]
@@ -179,7 +179,7 @@ def _fields(checkpoint: Checkpoint, name: str) -> Fields:
     return {key: checkpoint.read(f"{name}.q.{key}") for key in wanted}
 
 
-def _dense(
+def _convert_dense(
     packed: list[str],
     matrices: Mapping[str, Matrix],
     checkpoint: Checkpoint,
@@ -190,7 +190,7 @@ def _dense(
     found: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name in packed:
-        fields = _fields(checkpoint, name)
+        fields = _read_fields(checkpoint, name)
         spec = field_specs({f"{name}.q.{k}": (v.dtype, tuple(v.shape)) for k, v in fields.items()})
         linear = build_packed(checkpoint.layout.modules[name], spec[name])
         linear.q.load_state_dict(fields)
@@ -206,7 +206,9 @@ def _dense(
     return found
 
 
-def _dense_config(architecture: Architecture, matrices: Mapping[str, Matrix]) -> dict[str, Any]:
+def _make_dense_config(
+    architecture: Architecture, matrices: Mapping[str, Matrix]
+) -> dict[str, Any]:
     config = dict(architecture.layout.config)
     config.pop("quantization_config")
     tied = architecture.model.all_tied_weights_keys
@@ -218,7 +220,7 @@ def _dense_config(architecture: Architecture, matrices: Mapping[str, Matrix]) ->
     return config
 
 
-def _compressed(
+def _convert_compressed(
     packed: list[str],
     matrices: Mapping[str, Matrix],
     checkpoint: Checkpoint,
@@ -227,7 +229,7 @@ def _compressed(
     found: dict[str, Tensor] = {}
     for name in packed:
         said = checkpoint.layout.modules[name]
-        grid = grid_of(said, _fields(checkpoint, name))
+        grid = read_grid(said, _read_fields(checkpoint, name))
         found[f"{name}.weight_packed"] = grid.codes.view(torch.int32)
         found[f"{name}.weight_scale"] = grid.scale_ng
         found[f"{name}.weight_shape"] = torch.tensor(said["shape"])
@@ -237,7 +239,7 @@ def _compressed(
     return found
 
 
-def grid_of(said: Mapping[str, Any], fields: Fields) -> Grid:
+def read_grid(said: Mapping[str, Any], fields: Fields) -> Grid:
     """The grid that the entry of a method in `UNIFORM` and its fields describe."""
     if said["method"] == "int8":
         codes_nm = (fields["codes"].int() + 128).to(torch.uint8)
@@ -251,7 +253,7 @@ def grid_of(said: Mapping[str, Any], fields: Fields) -> Grid:
     )
 
 
-def _compressed_config(
+def _make_compressed_config(
     architecture: Architecture, matrices: Mapping[str, Matrix]
 ) -> dict[str, Any]:
     """The configuration, with a group of the format's for all matrices of one scheme.
@@ -263,7 +265,7 @@ def _compressed_config(
     groups: dict[str, list[str]] = {}
     for name, said in modules.items():
         _check_grid(name, said, matrices[name])
-        groups.setdefault(json.dumps(_scheme(said)), []).append(name)
+        groups.setdefault(json.dumps(_make_scheme(said)), []).append(name)
     linears = {
         name
         for name, module in architecture.model.named_modules()
@@ -308,7 +310,7 @@ def _check_grid(name: str, said: Mapping[str, Any], matrix: Matrix) -> None:
         )
 
 
-def _scheme(said: Mapping[str, Any]) -> dict[str, Any]:
+def _make_scheme(said: Mapping[str, Any]) -> dict[str, Any]:
     options = said["options"]
     group_size = options.get("group_size", 0)
     grouped = 0 < group_size < said["shape"][1]
@@ -336,6 +338,6 @@ Convert = Callable[[list[str], Mapping[str, Matrix], Checkpoint, Architecture], 
 Configure = Callable[[Architecture, Mapping[str, Matrix]], dict[str, Any]]
 
 FORMATS: dict[str, tuple[Convert, Configure]] = {
-    "dense": (_dense, _dense_config),
-    "compressed-tensors": (_compressed, _compressed_config),
+    "dense": (_convert_dense, _make_dense_config),
+    "compressed-tensors": (_convert_compressed, _make_compressed_config),
 }

@@ -34,7 +34,7 @@ from spectool.quantize.calibration import (
     Streams,
     Tick,
     fit_each,
-    overflow,
+    not_finite,
 )
 
 # ln c is taken of no smaller cosine: below, the squared errors alone turn the output round.
@@ -50,7 +50,7 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class FitMetrics:
     """Mean loss over the calibration sequences, and the smallest of their cosines."""
 
     loss: float
@@ -105,11 +105,11 @@ class Task:
             torch.autograd.backward(loss_B.sum() * self.inputs.hidden_SLD[index].numel())
 
     @torch.no_grad()
-    def measure(self, modules: Mapping[str, nn.Module]) -> Measured:
+    def measure(self, modules: Mapping[str, nn.Module]) -> FitMetrics:
         each = [self.loss(batch, modules) for batch in self.batches]
         losses_S = torch.cat([loss_B for loss_B, _ in each])
         least = torch.cat([cosines for _, cosines in each], 1).min()
-        return Measured(float(losses_S.double().mean()), float(least))
+        return FitMetrics(float(losses_S.double().mean()), float(least))
 
 
 class Substitute(Products):
@@ -127,7 +127,7 @@ class Substitute(Products):
         return out if bias is None else out + bias
 
 
-def begun(
+def init_linears(
     method: Any,
     block: Block,
     stats: dict[str, LinearStats],
@@ -173,8 +173,8 @@ def fit_block(
     task = Task(block, streams)
     start = best = task.measure(linears)
     if not math.isfinite(start.loss):
-        raise overflow(block.name, "its output is NaN or infinite on the calibration text")
-    best_epoch, kept, skipped = 0, _stored(linears), 0
+        raise not_finite(block.name, "its output is NaN or infinite on the calibration text")
+    best_epoch, kept, skipped = 0, _copy_fields(linears), 0
     parts = {name: make_part(name, task.dtype) for name in linears}
     optimizers = make_optimizers(list(parts.values()))
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -202,7 +202,7 @@ def fit_block(
             part.store()  # type: ignore[operator]
         now = task.measure(linears)
         if now.loss < best.loss:
-            best, best_epoch, kept = now, epoch + 1, _stored(linears)
+            best, best_epoch, kept = now, epoch + 1, _copy_fields(linears)
     for name, linear in linears.items():
         linear.q.load_state_dict(kept[name])
     report: dict[str, Any] = {
@@ -212,15 +212,15 @@ def fit_block(
         "best_epoch": best_epoch,
         "steps_skipped": skipped,
     }
-    return Fitted({name: _on_host(fields) for name, fields in kept.items()}, report)
+    return Fitted({name: _to_host(fields) for name, fields in kept.items()}, report)
 
 
-def _stored(linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, Tensor]]:
+def _copy_fields(linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, Tensor]]:
     return {
         name: {field: value.clone() for field, value in linear.q.state_dict().items()}
         for name, linear in linears.items()
     }
 
 
-def _on_host(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_host(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in fields.items()}

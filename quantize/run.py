@@ -27,9 +27,9 @@ from spectool.model.architecture import Architecture
 from spectool.model.blocks import check_walkable
 from spectool.model.loading import load_tokenizer, stated_dtype
 from spectool.options import Config
-from spectool.quantize.budget import Budget, candidates, choose, forget, survey
-from spectool.quantize.calibration import windows
-from spectool.quantize.choice import Choice, Rule, plan_text, skipping
+from spectool.quantize.budget import Budget, choose, discard_survey, list_candidates, survey
+from spectool.quantize.calibration import sample_sequences
+from spectool.quantize.choice import Choice, Rule, format_rules, skipping
 from spectool.quantize.ledger import Ledger, measure
 from spectool.quantize.plan import BASE_BYTES, Plan, make_plan
 from spectool.quantize.preprocess import (
@@ -40,7 +40,7 @@ from spectool.quantize.preprocess import (
     TrainingWindows,
     bytes_needed,
 )
-from spectool.quantize.walk import BlockWalk, Progress, entry_of
+from spectool.quantize.walk import BlockWalk, Progress, make_entry
 from spectool.version import __version__
 
 # Files that go along with the weights; code only where remote code was allowed.
@@ -52,7 +52,7 @@ COMPANIONS = (
 
 
 # The rules that an artifact was made by, to make it again.
-PLAN = "plan.yaml"
+RULES_FILE = "plan.yaml"
 
 # Characters read of a streamed data set for every calibration token. English prose has about four
 # in a token; the rest leaves the drawing of sequences something to choose from.
@@ -135,13 +135,13 @@ def prepare(
     """
     check_dense(layout)
     if job.preprocess is not None:
-        for choice in _choices(job):
+        for choice in _list_choices(job):
             if not choice.is_matrix:
                 raise UsageError(f"--preprocess learns matrices; {choice.method} rounds inputs too")
     architecture = Architecture(layout, trust_remote_code=trust_remote_code)
     plan = _plan(architecture, job, device=device, batch_size=batch_size)
     if job.budget is not None:
-        candidates(plan, job.budget, job.rules)
+        list_candidates(plan, job.budget, job.rules)
     return architecture, plan
 
 
@@ -160,12 +160,12 @@ def _plan(architecture: Architecture, job: Job, *, device: str, batch_size: int)
         on_device=device != "cpu",
     )
     # Before the blocks texts are tokenized, and with --preprocess the whole model learns.
-    characters = _characters(job.calibration or ())
+    characters = _count_characters(job.calibration or ())
     if calibrates(job) and not job.calibration:
         characters = len(builtin_text())
     host, there = TOKENIZED_BYTES * characters, 0
     if job.preprocess is not None:
-        host = max(host, TOKENIZED_BYTES * _characters(job.preprocess.text))
+        host = max(host, TOKENIZED_BYTES * _count_characters(job.preprocess.text))
         learning = bytes_needed(architecture, plan, job.preprocess.batch_size * length)
         # From a device the matrices come back.
         host = max(host, 4 * plan.num_weights if plan.device_bytes else learning)
@@ -177,7 +177,7 @@ def _plan(architecture: Architecture, job: Job, *, device: str, batch_size: int)
     )
 
 
-def _characters(sources: Sequence[str]) -> int:
+def _count_characters(sources: Sequence[str]) -> int:
     """About how many characters the files among them hold; streamed data sets are small beside."""
     files = [path for path in map(Path, sources) if path.is_file()]
     return sum(path.stat().st_size * (PACKED if path.suffix in SMALLER else 1) for path in files)
@@ -210,7 +210,7 @@ def quantize(
     """
     artifact.check_target(out, overwrite=overwrite)
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-    check_places(checkpoint.path, out)
+    check_paths(checkpoint.path, out)
     architecture, plan = prepare(
         checkpoint.layout,
         job,
@@ -220,12 +220,12 @@ def quantize(
     )
     if job.budget is None:
         announce(plan, architecture)
-    ids_SL, opened, around = None, False, None
+    ids_SL, opened, shell = None, False, None
     if calibrates(job):
         ids_SL, opened = _calibration_ids(
             checkpoint, architecture, job, on_read, trust_remote_code=trust_remote_code
         )
-        around = check_walkable(
+        shell = check_walkable(
             architecture,
             checkpoint,
             length=ids_SL.shape[1],
@@ -235,7 +235,7 @@ def quantize(
         )
         if job.lm_head is not None or job.preprocess is not None:
             # With an output matrix that the blocks need not wait beside, or of other weights.
-            around = None
+            shell = None
         if len(ids_SL) < job.samples:
             say(f"calibration: {len(ids_SL)} of {job.samples} sequences, all that the text holds")
     # How activations are computed decides the bytes where they decide anything.
@@ -243,13 +243,13 @@ def quantize(
         "dtype": str(dtype).removeprefix("torch."),
         "batch_size": batch_size,
     }
-    kinds = [choice.quantizer for choice in _choices(job)]
+    kinds = [choice.quantizer for choice in _list_choices(job)]
     if any(each is not None for each in (job.preprocess, job.budget, job.lm_head)) or any(
         hasattr(kind, "fit") or "hessian" in kind.statistics for kind in kinds
     ):
         # Sums are split among threads, and their last bits go into the codes.
         computed["threads"] = torch.get_num_threads()
-    made_by = {**_made_by(job, ids_SL, computed), "device": torch.device(device).type}
+    made_by = {**_record_options(job, ids_SL, computed), "device": torch.device(device).type}
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     metrics, reshape = None, None
     if job.preprocess is not None:
@@ -304,19 +304,19 @@ def quantize(
             dtype=dtype,
             batch_size=batch_size,
             opened=opened,
-            around=around,
+            shell=shell,
             say=say,
         )
         if job.budget is not None:
-            wanted = candidates(plan, job.budget, job.rules)
+            wanted = list_candidates(plan, job.budget, job.rules)
             chosen = choose(plan, job.budget, wanted, survey(walk, wanted, progress))
             job = replace(job, budget=None, rules=(*job.rules, *chosen))
             walk.plan = plan = _plan(architecture, job, device=device, batch_size=batch_size)
             announce(plan, architecture)
         report = Report(*walk.run(progress), metrics)
-        forget(walk)
+        discard_survey(walk)
         writer.finish(
-            _small_files(
+            _make_small_files(
                 checkpoint,
                 plan,
                 job,
@@ -332,7 +332,7 @@ def quantize(
     return report
 
 
-def _choices(job: Job) -> list[Choice]:
+def _list_choices(job: Job) -> list[Choice]:
     """All that may be packed by."""
     ruled = [rule.choice for rule in job.rules]
     budgeted = job.budget.candidates if job.budget else (job.choice,)
@@ -346,7 +346,7 @@ def calibrates(job: Job) -> bool:
     """
     asked = (job.calibration, job.budget, job.lm_head)
     return any(each is not None for each in asked) or any(
-        choice.calibrates for choice in _choices(job)
+        choice.calibrates for choice in _list_choices(job)
     )
 
 
@@ -364,7 +364,7 @@ def _calibration_ids(
     trust_remote_code: bool,
 ) -> tuple[Tensor, bool]:
     """The calibration sequences [S, L], and whether each opens with a start token."""
-    ids, bos = _encoded(
+    ids, bos = _read_tokens(
         checkpoint,
         architecture,
         job,
@@ -375,7 +375,7 @@ def _calibration_ids(
     )
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(architecture, job.seq_len)
-    ids_SL = windows(ids, samples=job.samples, length=length, bos=bos, generator=generator)
+    ids_SL = sample_sequences(ids, samples=job.samples, length=length, bos=bos, generator=generator)
     return ids_SL, bos is not None
 
 
@@ -392,14 +392,14 @@ def _windows(
     asked = job.preprocess
     assert asked is not None
     num_train = asked.steps * asked.batch_size
-    ids, bos = _encoded(
+    ids, bos = _read_tokens(
         checkpoint, architecture, job, asked.text, num_train, trust_remote_code, on_read
     )
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(architecture, job.seq_len)
     cut = int((1 - HELD_OUT) * len(ids))
     train_SL, held_out_SL = (
-        windows(
+        sample_sequences(
             part,
             samples=samples,
             length=length,
@@ -412,7 +412,7 @@ def _windows(
     return TrainingWindows(train_SL, held_out_SL)
 
 
-def _encoded(
+def _read_tokens(
     checkpoint: Checkpoint,
     architecture: Architecture,
     job: Job,
@@ -440,7 +440,7 @@ def _encoded(
     return ids, bos
 
 
-def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:
+def _record_options(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:
     calibration = None
     if ids_SL is not None:
         calibration = {
@@ -470,13 +470,13 @@ def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[
     }
 
 
-def check_places(source: Path, out: Path) -> None:
+def check_paths(source: Path, out: Path) -> None:
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise UsageError(f"{out}: OUT must lie outside the source {source}, and not around it")
 
 
-def companions(place: Path, *, code: bool) -> dict[str, bytes]:
+def read_companions(place: Path, *, code: bool) -> dict[str, bytes]:
     """The files of a checkpoint that go along with its weights; with Python files if `code`."""
     return {
         str(path.relative_to(place)): path.read_bytes()
@@ -486,7 +486,7 @@ def companions(place: Path, *, code: bool) -> dict[str, bytes]:
     }
 
 
-def _small_files(
+def _make_small_files(
     checkpoint: Checkpoint,
     plan: Plan,
     job: Job,
@@ -501,18 +501,18 @@ def _small_files(
 
     `untied`: matrices that the source's configuration ties are not.
     """
-    files = companions(checkpoint.path, code=trust_remote_code)
+    files = read_companions(checkpoint.path, code=trust_remote_code)
     shards = sorted(writer.manifest["shards"])
     tensors = {}
     for shard in shards:
         tensors.update({entry.name: entry for entry in read_header(writer.path(shard))[1]})
     modules = {
-        key: entry_of(plan.choices[key], matrix)
+        key: make_entry(plan.choices[key], matrix)
         for part in (plan.outside, *plan.matrices.values())
         for key, matrix in part.items()
     }
     if job.rules:
-        files[PLAN] = plan_text(job.rules).encode()
+        files[RULES_FILE] = format_rules(job.rules).encode()
     quantization = {
         "quant_method": "spectool",
         "format_version": FORMAT_VERSION,

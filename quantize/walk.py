@@ -43,11 +43,11 @@ from spectool.quantize.calibration import (
     Streams,
     Tick,
     fit_each,
-    overflow,
+    not_finite,
 )
 from spectool.quantize.choice import Choice
 from spectool.quantize.lm_head import vq
-from spectool.quantize.plan import LEARNT_HEAD, Plan
+from spectool.quantize.plan import LM_HEAD_METHOD, Plan
 
 # Activation buffers larger than this together live in files beside the shards.
 BUFFERS_IN_MEMORY = 8 << 30
@@ -56,7 +56,7 @@ BUFFERS_IN_MEMORY = 8 << 30
 # it), blocks in all, what was done to them.
 Progress = Callable[[float, int, str], None]
 PACKED = "blocks packed"
-TAUGHT = "output matrix learnt"
+LM_HEAD_FITTED = "output matrix learnt"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class BlockWalk:
 
     `ids_SL` are the calibration sequences, None where no activations are needed, and `opened` says
     that each begins with a start token; `metadata` goes into every shard's header; `dtype` is what
-    activations are computed in. `around`, if it is built already, is what surrounds the blocks.
+    activations are computed in. `shell`, if it is built already, is what surrounds the blocks.
     """
 
     checkpoint: Checkpoint
@@ -80,7 +80,7 @@ class BlockWalk:
     batch_size: int
     opened: bool = False
     say: Callable[[str], None] = lambda line: None
-    around: ModelShell | None = None
+    shell: ModelShell | None = None
     calls: dict[int, list[Call]] = field(default_factory=dict)
 
     def run(self, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -88,7 +88,7 @@ class BlockWalk:
         blocks = self.architecture.blocks
         self._copy_outside()
         missing = [i for i in range(len(blocks)) if not self._is_done(i)]
-        head = self._learnt()
+        head = self._fitted_lm_head()
         head_missing = head is not None and self.writer.report(self._shard(len(blocks))) is None
         last = len(blocks) - 1 if head_missing else max(missing, default=-1)
         streams = self.start_streams() if last >= 0 else None
@@ -113,7 +113,7 @@ class BlockWalk:
                 progress(index + 1, len(blocks), PACKED)
         if head is not None and head_missing:
             assert streams is not None
-            self._fit_head(head, streams, lambda share: progress(share, 1, TAUGHT))
+            self._fit_lm_head(head, streams, lambda share: progress(share, 1, LM_HEAD_FITTED))
         reports = [self.writer.report(self._shard(i)) for i in range(-1, len(blocks))]
         outside, *inside = [report for report in reports if report is not None]
         assert len(inside) == len(blocks)
@@ -122,12 +122,12 @@ class BlockWalk:
             outside = {"layers": outside["layers"] + said["layers"], "lm_head": said["lm_head"]}
         return outside, inside
 
-    def _learnt(self) -> Matrix | None:
+    def _fitted_lm_head(self) -> Matrix | None:
         """The output matrix, if it is learnt."""
         found = (
             matrix
             for key, matrix in self.plan.outside.items()
-            if matrix.kind == "lm_head" and self.plan.choices[key].method == LEARNT_HEAD
+            if matrix.kind == "lm_head" and self.plan.choices[key].method == LM_HEAD_METHOD
         )
         return next(found, None)
 
@@ -137,7 +137,7 @@ class BlockWalk:
 
     def _shard(self, index: int) -> str:
         """Shard 0 holds what belongs to no block, and one after the blocks a learnt head."""
-        total = len(self.architecture.blocks) + 1 + (self._learnt() is not None)
+        total = len(self.architecture.blocks) + 1 + (self._fitted_lm_head() is not None)
         return f"packed-{index + 1:05d}-of-{total:05d}.safetensors"
 
     def read(self, block: str) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ class BlockWalk:
         if self.writer.report(shard) is not None:
             return
         contents: dict[str, Content] = {}
-        matrices, learnt = dict(self.plan.outside), self._learnt()
+        matrices, learnt = dict(self.plan.outside), self._fitted_lm_head()
         replaced = {
             name for matrix in matrices.values() for name in self.architecture.holding(matrix)
         }
@@ -165,7 +165,7 @@ class BlockWalk:
         for key, matrix in matrices.items():
             tensors = self.architecture.read(self.checkpoint, [matrix.parameter])
             block = Block(key, {key: matrix}, {key: matrix.weight_nm(tensors)})
-            generator = torch.Generator().manual_seed(seed_of(self.seed, -1))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, -1))
             choice = self.plan.choices[key]
             fields = fit_each(
                 choice.quantizer, block, {}, choice.config, generator, self.device
@@ -182,17 +182,17 @@ class BlockWalk:
                 contents.update(self.architecture.read(self.checkpoint, [name]))
         self.writer.write_shard(shard, contents, self.metadata, {"layers": layers})
 
-    def _fit_head(self, matrix: Matrix, streams: Streams, tick: Tick) -> None:
+    def _fit_lm_head(self, matrix: Matrix, streams: Streams, tick: Tick) -> None:
         """Learn the output matrix on what the packed blocks put out."""
         assert self.ids_SL is not None
-        states_TD = self._head_inputs(matrix, streams)
+        states_TD = self._lm_head_inputs(matrix, streams)
         names = [matrix.parameter, f"{matrix.name}.bias"]
         tensors = self.architecture.read(
             self.checkpoint, [name for name in names if name in self.architecture.origins]
         )
         weight_VD, bias_V = tensors[matrix.parameter], tensors.get(f"{matrix.name}.bias")
         config: Any = self.plan.choices[matrix.name].config
-        fields, own_V, metrics = vq.fit_head(
+        fields, own_V, metrics = vq.fit_lm_head(
             weight_VD.to(self.device),
             None if bias_V is None else bias_V.float().to(self.device),
             vq.Text(
@@ -202,7 +202,7 @@ class BlockWalk:
             ),
             config,
             final_logits(self.architecture.config),
-            torch.Generator().manual_seed(seed_of(self.seed, len(self.architecture.blocks))),
+            torch.Generator().manual_seed(derive_seed(self.seed, len(self.architecture.blocks))),
             self.say,
             tick,
         )
@@ -218,10 +218,10 @@ class BlockWalk:
             shard, contents, self.metadata, {"layers": [layer], "lm_head": metrics}
         )
 
-    def _head_inputs(self, matrix: Matrix, streams: Streams) -> Tensor:
+    def _lm_head_inputs(self, matrix: Matrix, streams: Streams) -> Tensor:
         """What the packed blocks' outputs become before the output matrix [T, D], on the host."""
         assert self.ids_SL is not None
-        around = ModelShell(
+        shell = ModelShell(
             self.architecture,
             self.checkpoint,
             dtype=self.dtype,
@@ -233,7 +233,7 @@ class BlockWalk:
         states_SLD = torch.empty(num, length - begin, matrix.shape[1])
         for batch in streams.packed.batches(self.batch_size):
             hidden_BLD = streams.packed.hidden_SLD[batch].to(self.device)
-            found_BLD = around.head_inputs(self.ids_SL[batch], hidden_BLD)
+            found_BLD = shell.head_inputs(self.ids_SL[batch], hidden_BLD)
             states_SLD[batch] = found_BLD[:, begin:]
         return states_SLD.flatten(0, 1)
 
@@ -248,11 +248,11 @@ class BlockWalk:
             device=self.device,
             with_lm_head=False,
         )
-        around, table = self.around or make(), self._packed_table()
+        shell, table = self.shell or make(), self._packed_table()
         packed = None if table is None else make(table=table)
         num, length = self.ids_SL.shape
         batches = [slice(i, i + self.batch_size) for i in range(0, num, self.batch_size)]
-        first = around.embed(self.ids_SL[:1])
+        first = shell.embed(self.ids_SL[:1])
         shape = (num, length, first.shape[-1])
         in_files = self.plan.num_buffers * self.plan.buffer_bytes > BUFFERS_IN_MEMORY
         with disk_errors(self.writer.partial):
@@ -266,16 +266,16 @@ class BlockWalk:
             )
             streams = Streams(*sides)
         for batch in batches:
-            hidden_BLD = around.embed(self.ids_SL[batch]).cpu()
+            hidden_BLD = shell.embed(self.ids_SL[batch]).cpu()
             if not all_finite(hidden_BLD):
-                raise overflow("the embedding", "its output is NaN or infinite")
+                raise not_finite("the embedding", "its output is NaN or infinite")
             streams.original.hidden_SLD[batch] = hidden_BLD
             if packed is not None:
                 hidden_BLD = packed.embed(self.ids_SL[batch]).cpu()
             streams.packed.hidden_SLD[batch] = hidden_BLD
         # A fit sees one sequence at a time.
         sizes = {1, *(len(self.ids_SL[batch]) for batch in batches)}
-        self.calls = {size: around.calls(size, length) for size in sizes}
+        self.calls = {size: shell.calls(size, length) for size in sizes}
         return streams
 
     def _packed_table(self) -> PackedLinear | None:
@@ -289,7 +289,7 @@ class BlockWalk:
                     for entry in entries
                     if entry.name.startswith(f"{key}.q.")
                 }
-                return filled(self.plan.choices[key], matrix, fields)
+                return load_packed(self.plan.choices[key], matrix, fields)
         return None
 
     def _step(
@@ -336,7 +336,7 @@ class BlockWalk:
         shard: str,
         tick: Tick,
     ) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, index))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, index))
         groups: dict[Choice, list[str]] = {}
         for key in block.matrices:
             groups.setdefault(self.plan.choices[key], []).append(key)
@@ -396,7 +396,7 @@ class BlockWalk:
             for statistic in found.wanted:
                 value = getattr(found, statistic)
                 if value is not None and not all_finite(value):
-                    raise overflow(key, f"{statistic} of its inputs is NaN or infinite")
+                    raise not_finite(key, f"{statistic} of its inputs is NaN or infinite")
         if hasattr(method, "fit"):
             with disk_errors(self.writer.partial):
                 fitted: Fitted = method.fit(block, streams, stats, choice.config, generator, tick)
@@ -407,7 +407,7 @@ class BlockWalk:
     def _layer(self, key: str, block: Block, fields: PackedFields) -> dict[str, Any]:
         """Stored bits per weight, and the relative squared error of the weights."""
         matrix = block.matrices[key]
-        module = filled(self.plan.choices[key], matrix, fields)
+        module = load_packed(self.plan.choices[key], matrix, fields)
         error = relative_error(block.weights[key], module)
         if not math.isfinite(error):
             raise UnsupportedError(
@@ -460,27 +460,29 @@ class BlockWalk:
         dense = block.module
         assert dense is not None
         for batch in streams.original.batches(self.batch_size):
-            self.through(dense, block, streams.original, batch)
+            self.advance_batch(dense, block, streams.original, batch)
         # One of the two modules at a time: the dense one has done its part.
         block.module = dense = None
         trim_memory()
         packed = self._reload(block, shard)
         wrong, all_of_it = 0.0, 0.0
         for batch in streams.packed.batches(self.batch_size):
-            self.through(packed, block, streams.packed, batch)
+            self.advance_batch(packed, block, streams.packed, batch)
             wanted = streams.original.hidden_SLD[batch].float()
             found = streams.packed.hidden_SLD[batch].float()
             wrong += float((wanted - found).square().sum())
             all_of_it += float(wanted.square().sum())
         return wrong / all_of_it if all_of_it else 0.0
 
-    def through(self, module: nn.Module, block: Block, side: Activations, batch: slice) -> None:
+    def advance_batch(
+        self, module: nn.Module, block: Block, side: Activations, batch: slice
+    ) -> None:
         """Replace one batch of a block's inputs by its outputs."""
         call = block.calls[batch.stop - batch.start]
         hidden_BLD = side.hidden_SLD[batch].to(self.device)
         out_BLD = run_block(module, call, hidden_BLD).cpu()
         if not all_finite(out_BLD):
-            raise overflow(block.name, "its output is NaN or infinite on the calibration text")
+            raise not_finite(block.name, "its output is NaN or infinite on the calibration text")
         side.hidden_SLD[batch] = out_BLD
 
     def _reload(self, block: Block, shard: str) -> nn.Module:
@@ -492,7 +494,7 @@ class BlockWalk:
             dtype=self.dtype,
             device=self.device,
             modules={
-                key: entry_of(self.plan.choices[key], matrix)
+                key: make_entry(self.plan.choices[key], matrix)
                 for key, matrix in block.matrices.items()
             },
         )
@@ -502,7 +504,7 @@ def _tick(progress: Progress, done: int, total: int, share: float) -> None:
     progress(done + share, total, PACKED)
 
 
-def entry_of(choice: Choice, matrix: Matrix) -> dict[str, Any]:
+def make_entry(choice: Choice, matrix: Matrix) -> dict[str, Any]:
     """A matrix's line in the artifact's configuration."""
     said: dict[str, Any] = {**choice.as_dict(), "shape": list(matrix.shape)}
     if matrix.expert is not None:
@@ -511,19 +513,19 @@ def entry_of(choice: Choice, matrix: Matrix) -> dict[str, Any]:
         said["outside"] = matrix.kind
     if matrix.tied is not None:
         said["tied"] = matrix.tied
-    if choice.method == LEARNT_HEAD and matrix.kind == "lm_head":
+    if choice.method == LM_HEAD_METHOD and matrix.kind == "lm_head":
         said["bias"] = True
     return said
 
 
-def filled(choice: Choice, matrix: Matrix, fields: PackedFields) -> PackedLinear:
+def load_packed(choice: Choice, matrix: Matrix, fields: PackedFields) -> PackedLinear:
     """A packed matrix of these fields, on the host."""
     spec = {name: (value.dtype, tuple(value.shape)) for name, value in fields.items()}
-    linear = build_packed(entry_of(choice, matrix), spec)
+    linear = build_packed(make_entry(choice, matrix), spec)
     linear.q.load_state_dict(fields)
     return linear
 
 
-def seed_of(seed: int, block: int) -> int:
+def derive_seed(seed: int, block: int) -> int:
     digest = hashlib.sha256(f"{seed}/{block}".encode()).digest()
     return int.from_bytes(digest[:7], "little")

@@ -157,7 +157,7 @@ def read_text(
         num_characters = 0
         reading = Reading(source)
         for row in read_rows(source, field=field):
-            row = eligible_linears(row, tokenizer)
+            row = suited(row, tokenizer)
             texts.append(write(row, tokenizer, template=template))
             reading.add(row, texts[-1], tokenizer)
             # With the blank line after it: a stream of empty rows ends as well.
@@ -212,7 +212,7 @@ def read_prompts(
         seen[row.category] += 1
         if per_category is not None and seen[row.category] > per_category:
             continue
-        row = eligible_linears(row, tokenizer)
+        row = suited(row, tokenizer)
         if row.text is not None or not set(ENDING).intersection(template or ()):
             row = row.question()
         text = write(row, tokenizer, template=template, prompt=True)
@@ -229,7 +229,7 @@ def read_prompts(
     return found
 
 
-def eligible_linears(row: Row, tokenizer: Any) -> Row:
+def suited(row: Row, tokenizer: Any) -> Row:
     """The row as the tokenizer can take it: a question and its answer need no chat template."""
     return row.joined() if row.joins and not has_template(tokenizer) else row
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectool.data.rows import Message, Row
 from spectool.data.template import ANSWER, Template, encode, ends_of, render, write
-from spectool.data.text import HUB_PREFIX, OnRead, Reading, read_rows, eligible_linears
+from spectool.data.text import HUB_PREFIX, OnRead, Reading, read_rows, suited
 from spectool.errors import TextError, UnsupportedError
 
 # Fewer tokens than this teach nothing worth a row of a batch.
@@ -72,7 +72,7 @@ def read_samples(
         num_tokens = 0
         reading = Reading(source)
         for row in read_rows(source, field=field):
-            row = eligible_linears(row, tokenizer)
+            row = suited(row, tokenizer)
             text = write(row, tokenizer, template=template)
             reading.add(row, text, tokenizer)
             if ends is None and row.text is None:

@@ -44,7 +44,7 @@ from spectool.errors import UsageError
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
 from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream, Tick
-from spectool.quantize.codebook import LinearCodebook, means, vectors
+from spectool.quantize.codebook import LinearCodebook, cluster_vectors, mean_by_label
 from spectool.quantize.methods.int8 import Int8
 
 # Added to H's diagonal, relative to its mean.
@@ -108,7 +108,9 @@ class VQ:
     ) -> PackedFields:
         """By the rows alone, all of which count alike."""
         weight_nm = weight_nm.float()
-        found = begin(weight_nm, weight_nm.new_ones(len(weight_nm)), None, (), config, generator)
+        found = init_books(
+            weight_nm, weight_nm.new_ones(len(weight_nm)), None, (), config, generator
+        )
         return found.fields(weight_nm)
 
     @classmethod
@@ -116,7 +118,7 @@ class VQ:
         return VQLinear(spec, shape, config)
 
 
-def learning_bytes(shape: tuple[int, int], config: Any) -> int:
+def lm_head_fit_bytes(shape: tuple[int, int], config: Any) -> int:
     """What teaching an output matrix of this shape takes besides its text: the matrix, the one that
     is made of the codes and its gradient, what each stage adds to it, and some laws over the
     tokens, all in float32; codes as indices, three times."""
@@ -166,9 +168,9 @@ class Books(nn.Module):
         """Each row takes the codes that are the nearest now, a stage after another; those `apart`
         keep theirs."""
         codebook_SGKW = self.codebook()
-        for g, group in enumerate(_groups(weight_nm, self.config.width)):
+        for g, group in enumerate(_split_columns(weight_nm, self.config.width)):
             left_nW = group.clone()
-            root_WW = _root(hessian_mm, g, group)
+            root_WW = _metric_root(hessian_mm, g, group)
             for s, book_KW in enumerate(codebook_SGKW[:, g]):
                 near_n = _nearest(left_nW @ root_WW, book_KW @ root_WW)
                 near_n[apart] = self.codes_nSG[apart, s, g]
@@ -184,14 +186,14 @@ def _matrix(codebook_SGKW: Tensor, codes_nSG: Tensor, columns: int) -> Tensor:
     return found_nSGW.sum(1).flatten(1)[:, :columns]
 
 
-def _groups(weight_nm: Tensor, width: int) -> list[Tensor]:
+def _split_columns(weight_nm: Tensor, width: int) -> list[Tensor]:
     """The columns in groups, the last one filled up with zeros."""
     m = weight_nm.shape[1]
     width = min(width or m, m)
     return list(torch.split(F.pad(weight_nm, (0, -m % width)), width, 1))
 
 
-def _root(hessian_mm: Tensor | None, g: int, group_nW: Tensor) -> Tensor:
+def _metric_root(hessian_mm: Tensor | None, g: int, group_nW: Tensor) -> Tensor:
     """Distances of a group's columns times this [W, W] are those in the metric H."""
     width = group_nW.shape[1]
     inner_WW = torch.eye(width, device=group_nW.device)
@@ -208,7 +210,7 @@ def _nearest(points_PW: Tensor, centres_KW: Tensor) -> Tensor:
     )
 
 
-def begin(
+def init_books(
     weight_nm: Tensor,
     weights_n: Tensor,
     hessian_mm: Tensor | None,
@@ -226,7 +228,7 @@ def begin(
     if config.codes > n:
         raise UsageError(f"--codes {config.codes}: the matrix has {n} rows")
     centres: list[list[Tensor]] = [[] for _ in range(config.stages)]
-    groups = _groups(weight_nm, config.width)
+    groups = _split_columns(weight_nm, config.width)
     device = weight_nm.device
     codes_nSG = torch.zeros(n, config.stages, len(groups), dtype=torch.long, device=device)
     alone = torch.tensor(apart, dtype=torch.long, device=device)
@@ -234,13 +236,15 @@ def begin(
     others[alone] = False
     shared = config.codes - len(apart)
     for g, group_nW in enumerate(groups):
-        root_WW = _root(hessian_mm, g, group_nW)
+        root_WW = _metric_root(hessian_mm, g, group_nW)
         left_nW = group_nW
         for s in range(config.stages):
-            label_P = vectors(left_nW[others] @ root_WW, weights_n[others], shared, generator)
+            label_P = cluster_vectors(
+                left_nW[others] @ root_WW, weights_n[others], shared, generator
+            )
             codes_nSG[others, s, g] = label_P
             codes_nSG[alone, s, g] = torch.arange(len(apart), device=device) + shared
-            book_KW = means(left_nW, weights_n, codes_nSG[:, s, g], config.codes)
+            book_KW = mean_by_label(left_nW, weights_n, codes_nSG[:, s, g], config.codes)
             centres[s].append(book_KW)
             left_nW = left_nW - book_KW[codes_nSG[:, s, g]]
     return Books(config, torch.stack([torch.stack(stage) for stage in centres]), codes_nSG)
@@ -256,7 +260,7 @@ def special_tokens(config: Any, vocabulary: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class FitText:
     """What a head is taught on: its inputs [T, D], on the host; the tokens [V] of the text,
     counted; and those that have codes of their own."""
 
@@ -265,10 +269,10 @@ class Text:
     special: tuple[int, ...]
 
 
-def fit_head(
+def fit_lm_head(
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    text: Text,
+    text: FitText,
     config: VQ.Config,
     finish: Callable[[Tensor], Tensor],
     generator: torch.Generator,
@@ -294,12 +298,12 @@ def fit_head(
     hessian_DD /= len(states_TD)
     hessian_DD.diagonal().add_(DAMPING * hessian_DD.diagonal().mean() + 1e-12)
     often_V = 1 + (1 + counts_V).log().float()
-    books = begin(weight_VD, often_V, hessian_DD, apart, config, generator)
-    bound = within_codes(counts_V, books.codes_nSG.flatten(1))
+    books = init_books(weight_VD, often_V, hessian_DD, apart, config, generator)
+    bound = token_entropy_within_codes(counts_V, books.codes_nSG.flatten(1))
     say(f"vq: of the text's tokens {bound:.3f} nats are left when their codes are known")
     own_V = weight_VD.new_zeros(len(weight_VD)) if bias_V is None else bias_V.float().clone()
     if config.single:
-        own_V += _shares(counts_V, books.codes_nSG[:, 0, 0])
+        own_V += _log_shares(counts_V, books.codes_nSG[:, 0, 0])
     student = nn.ParameterDict({"bias_V": nn.Parameter(own_V)})
     size = max(1, int(HELD_OUT * len(states_TD)))
     train_TD, held_out_TD = states_TD[size:], states_TD[:size]
@@ -377,7 +381,7 @@ def log_mass(bias_V: Tensor, code_V: Tensor, count: int) -> Tensor:
     return sums_K.log() + safe_K
 
 
-def within_codes(counts_V: Tensor, codes_VC: Tensor) -> float:
+def token_entropy_within_codes(counts_V: Tensor, codes_VC: Tensor) -> float:
     """H(token | code) of counted tokens, in nats."""
     _, code_V = torch.unique(codes_VC, dim=0, return_inverse=True)
     total = float(counts_V.sum())
@@ -388,7 +392,7 @@ def within_codes(counts_V: Tensor, codes_VC: Tensor) -> float:
     return max(0.0, float(-(counts_V * share_V.log()).sum() / total))
 
 
-def _shares(counts_V: Tensor, code_V: Tensor) -> Tensor:
+def _log_shares(counts_V: Tensor, code_V: Tensor) -> Tensor:
     """How the tokens of a code share it, as logarithms; each counted half a time more."""
     counted_V = counts_V + 0.5
     mass_K = counted_V.new_zeros(int(code_V.max()) + 1).index_add_(0, code_V, counted_V)

@@ -35,7 +35,7 @@ from spectool.kernels.pack import pack_bits
 from spectool.model.packed import FieldSpec
 from spectool.options import option
 from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
-from spectool.quantize.methods.rtn import RTN, RTNLinear, check_scale, grid_of
+from spectool.quantize.methods.rtn import RTN, RTNLinear, check_scale, fit_grid
 
 # Columns whose errors are brought into all later ones at once.
 SEGMENT = 128
@@ -70,9 +70,9 @@ class GPTQ:
             return RTN.pack(weight_nm, None, config, generator)
         n, m = weight_nm.shape
         columns, top = config.group_size or m, 2**config.bits - 1
-        given = feedback(stats.hessian, config.damping, by_size=config.act_order)
+        given = factor_hessian(stats.hessian, config.damping, by_size=config.act_order)
         order = given.order_m.tolist()
-        step_ng, zero_ng, largest = grid_of(weight_nm.float(), config)
+        step_ng, zero_ng, largest = fit_grid(weight_nm.float(), config)
         check_scale(float(largest))
         codes_mn = torch.empty(m, n, dtype=torch.uint8, device=weight_nm.device)
 
@@ -86,7 +86,7 @@ class GPTQ:
                     upper=False,
                     unitriangular=True,
                 )
-                grid = grid_of(best_cn.T, config)
+                grid = fit_grid(best_cn.T, config)
                 step_ng[:, group], zero_ng[:, group], largest = grid
                 check_scale(float(largest))
             group_j = order[j] // columns
@@ -108,7 +108,7 @@ class GPTQ:
 
 
 @dataclass(frozen=True, slots=True)
-class Feedback:
+class HessianFactor:
     """The order of the inputs [m]; in that order R_ij / R_jj [m, m] of the module docstring;
     R_jj^2 [m], what the squared error of an input's weights costs, made up for; and what was added
     to the diagonal of H [m]."""
@@ -119,9 +119,9 @@ class Feedback:
     added_m: Tensor
 
 
-def feedback(
+def factor_hessian(
     hessian_mm: Tensor, damping: float, *, by_size: bool = True, order_m: Tensor | None = None
-) -> Feedback:
+) -> HessianFactor:
     """How errors are made up for; `by_size`: the inputs of large activations first; or in a given
     order.
 
@@ -132,12 +132,12 @@ def feedback(
         order_m = torch.arange(len(hessian_mm), device=hessian_mm.device)
         if by_size:
             order_m = hessian_mm.diagonal().argsort(descending=True, stable=True)
-    return Feedback(order_m, *_factor(hessian_mm, order_m, damping))
+    return HessianFactor(order_m, *_factor(hessian_mm, order_m, damping))
 
 
 def compensate(
     weight_nm: Tensor,
-    given: Feedback,
+    given: HessianFactor,
     columns: int,
     round_column: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
@@ -155,7 +155,7 @@ def compensate(
     weight_mn = whole_mn.index_select(0, order_m)
     rows_mN = weight_mn.view(len(weight_mn), -1)
     excess_N = torch.zeros_like(rows_mN[0])
-    for start, end in _segments(len(weight_mn), columns):
+    for start, end in _segment_bounds(len(weight_mn), columns):
         errors_cn = whole_mn.index_select(0, order_m[start:end])
         errors_cN = errors_cn.view(len(errors_cn), -1)
         for j in range(start, end):
@@ -169,14 +169,14 @@ def compensate(
     return (given.cost_m @ rows_mN.square_() - excess_N).view(weight_mn.shape[1:])
 
 
-def _segments(m: int, columns: int) -> Iterator[tuple[int, int]]:
+def _segment_bounds(m: int, columns: int) -> Iterator[tuple[int, int]]:
     """Ends of segments: no group begins inside one, so that its weights are up to date."""
     cuts = sorted({*range(0, m, SEGMENT), *range(0, m, columns), m})
     yield from itertools.pairwise(cuts)
 
 
 def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Feedback` has beside the order; in double precision, as H is often singular.
+    """What `HessianFactor` has beside the order; in double precision, as H is often singular.
 
     Raises:
         UnsupportedError: the inputs are not finite, or H is singular with this damping.
@@ -210,6 +210,6 @@ def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor
     place_mm /= own_m
     upper_mm = torch.empty_like(hessian_mm)
     m = len(upper_mm)
-    for start, end in _segments(m, m):
+    for start, end in _segment_bounds(m, m):
         upper_mm[start:end] = place_mm[m - end : m - start].flip(0, 1)
     return upper_mm, own_m.square().flip(0).float(), added_m.flip(0).float()

@@ -49,9 +49,16 @@ from spectool.quantize.calibration import (
     Streams,
     Tick,
 )
-from spectool.quantize.codebook import Chosen, chosen_again, clusters, levels, nearest, within
-from spectool.quantize.fitting import begun, fit_block
-from spectool.quantize.methods.gptq import Feedback, compensate, feedback
+from spectool.quantize.codebook import (
+    SelectLevels,
+    clamp_to_cells,
+    cluster_rows,
+    fit_levels,
+    nearest_codes,
+    recompute_product,
+)
+from spectool.quantize.fitting import fit_block, init_linears
+from spectool.quantize.methods.gptq import HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import SCALE_MAX, SCALE_MIN, check_scale
 
 # Quantiles that describe a row's shape.
@@ -103,7 +110,7 @@ class JLCM:
         check_scale(float(scale_n.max()))
         scale_n = torch.where(scale_n == 0, 1.0, scale_n.clamp(SCALE_MIN)).half().float()
         ratio_nm = weight_nm / scale_n[:, None]
-        group_n = clusters(_shape(ratio_nm, scale_n), config.groups, generator)
+        group_n = cluster_rows(_describe_rows(ratio_nm, scale_n), config.groups, generator)
         moment_m = torch.ones(m, device=weight_nm.device)
         if stats is not None and stats.hessian is not None:
             moment_m = stats.hessian.diagonal()
@@ -112,16 +119,16 @@ class JLCM:
         codebook_GK = torch.zeros(min(config.groups, n), 2**config.bits, device=weight_nm.device)
         for group in sorted(set(group_n.tolist())):
             rows_n = group_n == group
-            codebook_GK[group] = levels(
+            codebook_GK[group] = fit_levels(
                 ratio_nm[rows_n].flatten()[None], cost_nm[rows_n].flatten()[None], 2**config.bits
             )[0]
         if stats is None or stats.hessian is None:
             codebook_GK = codebook_GK.half()
-            codes_nm = nearest(ratio_nm, codebook_GK[group_n].float())
+            codes_nm = nearest_codes(ratio_nm, codebook_GK[group_n].float())
         else:
-            given = feedback(stats.hessian, DAMPING)
+            given = factor_hessian(stats.hessian, DAMPING)
             found = [
-                _compensated(ratio_nm, scale_n, (width * codebook_GK).half(), group_n, given)
+                _round_compensated(ratio_nm, scale_n, (width * codebook_GK).half(), group_n, given)
                 for width in WIDTHS
             ]
             _, codebook_GK, codes_nm = min(found, key=lambda each: each[0])
@@ -151,11 +158,11 @@ class JLCM:
             return Fitted({})
         assert streams is not None and block.module is not None
         device = next(block.module.parameters()).device
-        linears: dict[str, JLCMLinear] = begun(cls, block, stats, config, generator)
+        linears: dict[str, JLCMLinear] = init_linears(cls, block, stats, config, generator)
         before = {name: linear.codes() for name, linear in linears.items()}
 
         def make_part(name: str, dtype: torch.dtype) -> nn.Module:
-            kind = Latent if config.form == "latent" else Preferences
+            kind = LatentCodes if config.form == "latent" else PreferenceCodes
             return kind(linears[name], block.weights[name].to(device).float(), dtype)
 
         def make_optimizers(parts: Sequence[nn.Module]) -> Sequence[torch.optim.Optimizer]:
@@ -194,12 +201,12 @@ class JLCM:
         return JLCMLinear(spec, shape, config)
 
 
-def _compensated(
+def _round_compensated(
     ratio_nm: Tensor,
     scale_n: Tensor,
     codebook_GK: Tensor,
     group_n: Tensor,
-    given: Feedback,
+    given: HessianFactor,
 ) -> tuple[float, Tensor, Tensor]:
     """The squared error of the outputs, the codebook and the codes that `gptq`'s way leads to."""
     level_nK = codebook_GK[group_n].float()
@@ -208,7 +215,7 @@ def _compensated(
     order = given.order_m.tolist()
 
     def round_column(j: int, ratio_mn: Tensor) -> Tensor:
-        code_n1 = nearest(ratio_mn[j, :, None], level_nK)
+        code_n1 = nearest_codes(ratio_mn[j, :, None], level_nK)
         codes_mn[order[j]] = code_n1[:, 0]
         return level_nK.gather(1, code_n1.long())[:, 0]
 
@@ -216,7 +223,7 @@ def _compensated(
     return float(scale_n.square() @ error_n), codebook_GK, codes_mn.T
 
 
-def _shape(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
+def _describe_rows(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
     """What rows are grouped by: the log of the spread and quantiles, each of unit variance."""
     shares = torch.linspace(0, 1, SHAPE + 2, device=ratio_nm.device)[1:-1]
     # Not `quantile`, which refuses large rows.
@@ -225,7 +232,7 @@ def _shape(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
     return (found - found.mean(0)) / found.std(0, correction=0).clamp(min=1e-6)
 
 
-class Learned(nn.Module):
+class TrainedMatrix(nn.Module):
     """One matrix during the fit: scales as multiples of their start, levels, and what chooses
     codes, which the two forms make of the weights."""
 
@@ -242,12 +249,12 @@ class Learned(nn.Module):
         # The mean distance of neighbouring levels.
         self.unit = float(used_GK.diff(dim=1).mean())
 
-    def placed(self, weight_nm: Tensor) -> Tensor:
+    def place_weights(self, weight_nm: Tensor) -> Tensor:
         """The weights [n, m] in units of their scale, brought to where their codes are nearest."""
         ratio_nm = weight_nm / self.scale_n[:, None]
-        return within(ratio_nm, self.levels().detach(), self.linear.codes())
+        return clamp_to_cells(ratio_nm, self.row_levels().detach(), self.linear.codes())
 
-    def _relative(self, choice: Tensor) -> None:
+    def _normalise_gradient(self, choice: Tensor) -> None:
         """Let its gradient be relative to the matrix's mean."""
 
         def scale(parameter: Tensor) -> None:
@@ -256,7 +263,7 @@ class Learned(nn.Module):
 
         choice.register_post_accumulate_grad_hook(scale)  # type: ignore[no-untyped-call]
 
-    def levels(self) -> Tensor:
+    def row_levels(self) -> Tensor:
         """Each row's levels [n, K], ascending."""
         return self.codebook_GK.sort(-1).values[self.group_n]
 
@@ -265,46 +272,46 @@ class Learned(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return (chosen_again(self._product, x) * (self.scale_n * self.gain_n)).to(x.dtype)
+        return (recompute_product(self._product, x) * (self.scale_n * self.gain_n)).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        _, value_nm = self.chosen(self.levels())
+        _, value_nm = self.chosen(self.row_levels())
         return F.linear(x, value_nm.to(self.dtype))
 
     @torch.no_grad()
     def store(self) -> None:
-        codes_nm, _ = self.chosen(self.levels())
+        codes_nm, _ = self.chosen(self.row_levels())
         fields = self.linear.q
         fields.codes.copy_(pack_bits(codes_nm.to(torch.uint8), self.linear.bits))
         fields.codebook.copy_(self.codebook_GK.sort(-1).values)
         fields.scale.copy_((self.scale_n * self.gain_n).clamp(-SCALE_MAX, SCALE_MAX))
 
 
-class Latent(Learned):
+class LatentCodes(TrainedMatrix):
     """A number a weight, which goes to the nearest level."""
 
     def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
-        self.choice = nn.Parameter(self.placed(weight_nm))
-        self._relative(self.choice)
+        self.choice = nn.Parameter(self.place_weights(weight_nm))
+        self._normalise_gradient(self.choice)
 
     def chosen(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
-        codes_nm = nearest(self.choice.detach(), level_nK.detach())
-        value_nm: Tensor = Chosen.apply(self.choice, level_nK, codes_nm)  # type: ignore[no-untyped-call]
+        codes_nm = nearest_codes(self.choice.detach(), level_nK.detach())
+        value_nm: Tensor = SelectLevels.apply(self.choice, level_nK, codes_nm)  # type: ignore[no-untyped-call]
         return codes_nm, value_nm
 
 
-class Preferences(Learned):
+class PreferenceCodes(TrainedMatrix):
     """A number a weight and level, the largest of which is chosen."""
 
     def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
-        ratio_nm1 = self.placed(weight_nm)[..., None]
-        level_n1K = self.levels().detach()[:, None]
+        ratio_nm1 = self.place_weights(weight_nm)[..., None]
+        level_n1K = self.row_levels().detach()[:, None]
         # By distance, so that neighbours are the first to be preferred; a step of the mean gradient
         # then moves a weight as far as in the latent form.
         self.choice = nn.Parameter(-(ratio_nm1 - level_n1K).square() / (2 * self.unit))
-        self._relative(self.choice)
+        self._normalise_gradient(self.choice)
 
     def chosen(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
         codes_nm = self.choice.detach().argmax(-1)

@@ -125,7 +125,7 @@ class OliVe:
         generator: torch.Generator,
     ) -> PackedFields:
         weight_nm = F.pad(weight_nm.float(), (0, weight_nm.shape[1] % 2)).contiguous()
-        largest = float(_limits(weight_nm).max())
+        largest = float(_three_sigma(weight_nm).max())
         check_scale(FACTORS[-1] * largest / min(kind.largest for kind in TYPES[config.bits]))
         best: tuple[float, int, Tensor] | None = None
         for index, kind in enumerate(TYPES[config.bits]):
@@ -186,13 +186,15 @@ class OliVeActivations(OliVe):
 
 def search_inputs(sample_Tm: Tensor, kinds: tuple[Type, ...]) -> tuple[float, int]:
     """The one scale of all inputs, and which of the types, with the least squared error."""
-    limit = float(_limits(sample_Tm.flatten()[None]))
+    limit = float(_three_sigma(sample_Tm.flatten()[None]))
     best = (math.inf, 0.0, 0)
     for index, kind in enumerate(kinds):
         for factor in FACTORS if limit > 0 else ():
             scale = factor / kind.largest * limit
             scale_T = torch.full((len(sample_Tm),), scale, device=sample_Tm.device)
-            wrong = float((rounded(sample_Tm, scale_T, kind) - sample_Tm).double().square().sum())
+            wrong = float(
+                (fake_quantize(sample_Tm, scale_T, kind) - sample_Tm).double().square().sum()
+            )
             best = min(best, (wrong, scale, index))
     return best[1:]
 
@@ -204,34 +206,34 @@ def search(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
     return torch.cat(scales), torch.cat(errors)
 
 
-def _limits(weight_nm: Tensor) -> Tensor:
+def _three_sigma(weight_nm: Tensor) -> Tensor:
     """What three standard deviations reach to, of each row [n]."""
     mean_n, spread_n = weight_nm.mean(1), 3 * weight_nm.std(1, correction=0)
     return torch.maximum((mean_n + spread_n).abs(), (mean_n - spread_n).abs())
 
 
 def _search_rows(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
-    limit_n = _limits(weight_nm)
+    limit_n = _three_sigma(weight_nm)
     best_n = torch.full_like(limit_n, torch.inf)
     scale_n = torch.ones_like(limit_n)
     for factor in FACTORS:
         tried_n = (factor / kind.largest * limit_n).half().float()
         # Rows of zeros keep a scale of 1.
         tried_n = torch.where(tried_n < SCALE_MIN, 1.0, tried_n)
-        error_n = (rounded(weight_nm, tried_n, kind) - weight_nm).square_().sum(1)
+        error_n = (fake_quantize(weight_nm, tried_n, kind) - weight_nm).square_().sum(1)
         better_n = error_n < best_n
         best_n = torch.where(better_n, error_n, best_n)
         scale_n = torch.where(better_n, tried_n, scale_n)
     return scale_n, best_n
 
 
-def rounded(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
+def fake_quantize(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
     """What the weights become, with these scales."""
-    number_nm, outlier_nm = _numbers(weight_nm, scale_n, kind)
-    return _paired(number_nm, outlier_nm, weight_nm) * scale_n[:, None]
+    number_nm, outlier_nm = _nearest_numbers(weight_nm, scale_n, kind)
+    return _zero_victims(number_nm, outlier_nm, weight_nm) * scale_n[:, None]
 
 
-def _numbers(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
+def _nearest_numbers(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
     """The nearest numbers of the type and its outliers, of equal ones the lower; which are
     outliers."""
     values_K, between_K = _values(kind, weight_nm.device)
@@ -239,12 +241,12 @@ def _numbers(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> tuple[Tensor, Te
     return number_nm, number_nm.abs() > kind.largest
 
 
-def _paired(number_nm: Tensor, outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
+def _zero_victims(number_nm: Tensor, outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
     """Zeros for the victims: the neighbours of outliers, and of two the smaller one."""
-    return torch.where(_victims(outlier_nm, weight_nm), 0.0, number_nm)
+    return torch.where(_find_victims(outlier_nm, weight_nm), 0.0, number_nm)
 
 
-def _victims(outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
+def _find_victims(outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
     """Which of the weights [n, m] give their place to an outlier."""
     even_np, odd_np = outlier_nm[:, ::2], outlier_nm[:, 1::2]
     first_np = weight_nm[:, ::2].abs() >= weight_nm[:, 1::2].abs()
@@ -256,7 +258,7 @@ def _victims(outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
 
 def encode(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
     """The codes [n, m], of an even number of weights a row."""
-    number_nm, outlier_nm = _numbers(weight_nm, scale_n, kind)
+    number_nm, outlier_nm = _nearest_numbers(weight_nm, scale_n, kind)
     offset = max(value for value in kind.outlier if value is not None)
     codes = torch.zeros(2 * offset + 1, dtype=torch.uint8, device=weight_nm.device)
     for table in (kind.normal, kind.outlier):
@@ -264,7 +266,7 @@ def encode(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
             if value is not None:
                 codes[value + offset] = code
     codes_nm = codes[number_nm.long() + offset]
-    return torch.where(_victims(outlier_nm, weight_nm), kind.zero, codes_nm)
+    return torch.where(_find_victims(outlier_nm, weight_nm), kind.zero, codes_nm)
 
 
 def _row_slices(weight_nm: Tensor) -> Iterator[slice]:
@@ -341,6 +343,6 @@ class OliVeActivationsLinear(OliVeLinear):
             return super().forward(x)
         rows_Tm = F.pad(x.detach().float().flatten(0, -2), (0, self.in_features % 2))
         kind = TYPES[self.bits][int(self.q.input_kind)]
-        near_Tm = rounded(rows_Tm, scale.expand(len(rows_Tm)), kind)[:, : self.in_features]
+        near_Tm = fake_quantize(rows_Tm, scale.expand(len(rows_Tm)), kind)[:, : self.in_features]
         # Gradients pass as if nothing had been rounded.
         return super().forward(x + (near_Tm.view(x.shape).to(x.dtype) - x.detach()))

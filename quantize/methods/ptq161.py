@@ -47,8 +47,8 @@ from spectool.quantize.calibration import (
     Streams,
     Tick,
 )
-from spectool.quantize.fitting import begun, fit_block
-from spectool.quantize.methods.gptq import Feedback, compensate, feedback
+from spectool.quantize.fitting import fit_block, init_linears
+from spectool.quantize.methods.gptq import HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import RTN, SCALE_MAX, check_scale
 
 # The salient columns' grid.
@@ -110,7 +110,7 @@ class PTQ161:
         """One matrix before the fit: r1 = r2 = 1."""
         weight_nm = weight_nm.float()
         num = num_salient(weight_nm.shape[1], config.ratio)
-        salient_m = most_salient(_sigma(weight_nm, stats, config), num)
+        salient_m = mask_salient(_column_saliency(weight_nm, stats, config), num)
         high = _pack_salient(weight_nm[:, salient_m], generator)
         rest_nr = weight_nm[:, ~salient_m]
         # Of no columns the mean is 0 here, not NaN.
@@ -124,9 +124,9 @@ class PTQ161:
         if config.compensate and stats is not None and stats.hessian is not None:
             moment_m = stats.hessian.diagonal()
             order_m = (moment_m + salient_m * moment_m.max()).argsort(descending=True, stable=True)
-            given = feedback(stats.hessian, DAMPING, order_m=order_m)
+            given = factor_hessian(stats.hessian, DAMPING, order_m=order_m)
             tried = [
-                _compensated(
+                _round_compensated(
                     weight_nm, salient_m, high, width * alpha_n, mu_n, stats.hessian, given
                 )
                 for width in WIDTHS
@@ -159,7 +159,7 @@ class PTQ161:
         if not block.weights:
             return Fitted({})
         assert streams is not None and block.module is not None
-        linears: dict[str, PTQ161Linear] = begun(cls, block, stats, config, generator)
+        linears: dict[str, PTQ161Linear] = init_linears(cls, block, stats, config, generator)
         fitted = fit_block(
             block,
             streams,
@@ -194,14 +194,14 @@ def num_salient(m: int, ratio: float) -> int:
     return k - spare if 10 * spare <= k else k
 
 
-def most_salient(sigma_m: Tensor, k: int) -> Tensor:
+def mask_salient(sigma_m: Tensor, k: int) -> Tensor:
     """Mask [m] of the k largest; of equal ones the first."""
     salient_m = torch.zeros(len(sigma_m), dtype=torch.bool, device=sigma_m.device)
     salient_m[sigma_m.argsort(descending=True, stable=True)[:k]] = True
     return salient_m
 
 
-def _sigma(weight_nm: Tensor, stats: LinearStats | None, config: PTQ161.Config) -> Tensor:
+def _column_saliency(weight_nm: Tensor, stats: LinearStats | None, config: PTQ161.Config) -> Tensor:
     """What ranks the columns; without statistics the mean of |w|.
 
     Raises:
@@ -234,14 +234,14 @@ def _pack_salient(weight_nk: Tensor, generator: torch.Generator) -> PackedFields
     }
 
 
-def _compensated(
+def _round_compensated(
     weight_nm: Tensor,
     salient_m: Tensor,
     high: PackedFields,
     alpha_n: Tensor,
     mu_n: Tensor,
     hessian_mm: Tensor,
-    given: Feedback,
+    given: HessianFactor,
 ) -> tuple[float, Tensor, Tensor, Tensor]:
     """The squared error of the outputs, codes of the salient columns, signs of the others, and the
     alpha that is best for them."""

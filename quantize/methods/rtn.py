@@ -98,8 +98,8 @@ def check_scale(largest: float) -> None:
 def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> tuple[PackedFields, Tensor]:
     """The fields of some rows, and the largest scale that they would have without a limit."""
     m = weight_nm.shape[1]
-    stored_ng, zero_ng, largest = grid_of(weight_nm, config)
-    weight_ngc = _grouped(weight_nm, config.group_size)
+    stored_ng, zero_ng, largest = fit_grid(weight_nm, config)
+    weight_ngc = _split_groups(weight_nm, config.group_size)
     codes_ngc = (weight_ngc / stored_ng.float()[..., None]).round_().add_(zero_ng[..., None])
     codes_nm = codes_ngc.clamp_(0, 2**config.bits - 1).to(torch.uint8).flatten(1)[:, :m]
     fields = {"codes": pack_bits(codes_nm, config.bits), "scale": stored_ng}
@@ -108,11 +108,11 @@ def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> tuple[PackedFields, Ten
     return fields, largest
 
 
-def grid_of(weight_nm: Tensor, config: RTN.Config) -> tuple[Tensor, Tensor, Tensor]:
+def fit_grid(weight_nm: Tensor, config: RTN.Config) -> tuple[Tensor, Tensor, Tensor]:
     """Scales [n, g] as stored, zero points [n, g], and the largest scale that there would be
     without a limit, of float32 weights."""
     top = 2**config.bits - 1
-    weight_ngc = _grouped(weight_nm, config.group_size)
+    weight_ngc = _split_groups(weight_nm, config.group_size)
     if config.symmetric:
         scale_ng = weight_ngc.abs().amax(-1) * (2 / top)
     else:
@@ -128,7 +128,7 @@ def grid_of(weight_nm: Tensor, config: RTN.Config) -> tuple[Tensor, Tensor, Tens
     return stored_ng, zero_ng, scale_ng.max()
 
 
-def _grouped(rows_nm: Tensor, group_size: int) -> Tensor:
+def _split_groups(rows_nm: Tensor, group_size: int) -> Tensor:
     """[n, m] -> [n, g, c], the last group padded with zeros, which both grids contain."""
     n, m = rows_nm.shape
     columns = min(group_size or m, m)
@@ -146,7 +146,7 @@ class RTNLinear(PackedLinear):
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         codes_nm = unpack_bits(self.q.codes[rows], self.config.bits, self.in_features)
-        codes_ngc = _grouped(codes_nm, self.config.group_size).float()
+        codes_ngc = _split_groups(codes_nm, self.config.group_size).float()
         if self.config.symmetric:
             codes_ngc -= 2 ** (self.config.bits - 1)
         else:

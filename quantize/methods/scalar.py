@@ -46,9 +46,15 @@ from spectool.quantize.calibration import (
     Streams,
     Tick,
 )
-from spectool.quantize.codebook import Chosen, chosen_again, levels, nearest, within
-from spectool.quantize.fitting import begun, fit_block
-from spectool.quantize.methods.gptq import Feedback, compensate, feedback
+from spectool.quantize.codebook import (
+    SelectLevels,
+    clamp_to_cells,
+    fit_levels,
+    nearest_codes,
+    recompute_product,
+)
+from spectool.quantize.fitting import fit_block, init_linears
+from spectool.quantize.methods.gptq import HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import SCALE_MAX, SCALE_MIN
 
 # As `gptq` has it.
@@ -81,7 +87,7 @@ class Scalar:
         n, m = shape
         return {
             "codes": (torch.uint8, (n, packed_bytes(int(config.bits * m), 1))),
-            "levels": (torch.float16, (room(m, config.bits),)),
+            "levels": (torch.float16, (max_levels(m, config.bits),)),
             "bits": (torch.uint8, (m,)),
         }
 
@@ -106,12 +112,12 @@ class Scalar:
         hessian_mm = torch.eye(m, device=weight_nm.device)
         if stats is not None and stats.hessian is not None:
             hessian_mm = stats.hessian
-        given = feedback(hessian_mm, DAMPING)
+        given = factor_hessian(hessian_mm, DAMPING)
         worth_m = torch.empty(m, device=weight_nm.device)
         worth_m[given.order_m] = given.cost_m
         bits_m = allocate(worth_m * weight_nm.var(0, correction=0), config.bits)
-        level_mK, codes_nm = _rounded(weight_nm, bits_m, given)
-        return _fields(level_mK, codes_nm, bits_m, config.bits)
+        level_mK, codes_nm = _round_compensated(weight_nm, bits_m, given)
+        return _make_fields(level_mK, codes_nm, bits_m, config.bits)
 
     @classmethod
     def fit_bytes(cls, config: Scalar.Config) -> int:
@@ -137,7 +143,7 @@ class Scalar:
             for name, known in stats.items()
             if known.hessian is not None
         }
-        linears: dict[str, ScalarLinear] = begun(cls, block, stats, config, generator)
+        linears: dict[str, ScalarLinear] = init_linears(cls, block, stats, config, generator)
 
         def make_part(name: str, dtype: torch.dtype) -> nn.Module:
             weight_nm = block.weights[name].to(device).float()
@@ -169,7 +175,7 @@ class Scalar:
         return ScalarLinear(spec, shape, config)
 
 
-def room(m: int, bits: float) -> int:
+def max_levels(m: int, bits: float) -> int:
     """Levels that are stored of a matrix with m inputs; those that no input has are zeros."""
     return int(ROOM * 2**bits * m)
 
@@ -180,7 +186,7 @@ def allocate(worth_m: Tensor, bits: float) -> Tensor:
     `worth_m` is what an input's error weighs times the variance of its weights.
     """
     worth = worth_m.double().tolist()
-    left, levels_left = int(bits * len(worth)), room(len(worth), bits) - len(worth)
+    left, levels_left = int(bits * len(worth)), max_levels(len(worth), bits) - len(worth)
     given = [0] * len(worth)
     # The first of equal ones first.
     queue = [(-value * (LEFT[0] - LEFT[1]), j) for j, value in enumerate(worth)]
@@ -199,7 +205,9 @@ def allocate(worth_m: Tensor, bits: float) -> Tensor:
     return torch.tensor(given, dtype=torch.uint8, device=worth_m.device)
 
 
-def _rounded(weight_nm: Tensor, bits_m: Tensor, given: Feedback) -> tuple[Tensor, Tensor]:
+def _round_compensated(
+    weight_nm: Tensor, bits_m: Tensor, given: HessianFactor
+) -> tuple[Tensor, Tensor]:
     """Levels [m, K] as stored, the last one repeated, and codes [n, m], a column after another:
     of the `WIDTHS`, all taken in one go, those of the least squared error of the outputs."""
     tries, (n, m) = len(WIDTHS), weight_nm.shape
@@ -211,14 +219,14 @@ def _rounded(weight_nm: Tensor, bits_m: Tensor, given: Feedback) -> tuple[Tensor
 
     def round_column(j: int, weight_mTn: Tensor) -> Tensor:
         column_Tn, place = weight_mTn[j], order[j]
-        level_TK = levels(column_Tn, torch.ones_like(column_Tn), 1 << bits[place])
+        level_TK = fit_levels(column_Tn, torch.ones_like(column_Tn), 1 << bits[place])
         middle_T1 = level_TK.mean(1, keepdim=True)
         level_TK = middle_T1 + wider_T1 * (level_TK - middle_T1)
         level_TK = level_TK.clamp(-SCALE_MAX, SCALE_MAX).half().float()
         count = level_TK.shape[1]
         level_TmK[:, place, :count] = level_TK
         level_TmK[:, place, count:] = level_TK[:, -1:]
-        code_Tn = nearest(column_Tn, level_TK)
+        code_Tn = nearest_codes(column_Tn, level_TK)
         codes_mTn[place] = code_Tn
         return level_TK.gather(1, code_Tn.long())
 
@@ -226,12 +234,12 @@ def _rounded(weight_nm: Tensor, bits_m: Tensor, given: Feedback) -> tuple[Tensor
     return level_TmK[best], codes_mTn[:, best].T
 
 
-def _fields(level_mK: Tensor, codes_nm: Tensor, bits_m: Tensor, bits: float) -> PackedFields:
+def _make_fields(level_mK: Tensor, codes_nm: Tensor, bits_m: Tensor, bits: float) -> PackedFields:
     m = len(bits_m)
     known_mK = (
         torch.arange(level_mK.shape[1], device=level_mK.device) < (1 << bits_m.long())[:, None]
     )
-    level_L = torch.zeros(room(m, bits), dtype=torch.float16, device=level_mK.device)
+    level_L = torch.zeros(max_levels(m, bits), dtype=torch.float16, device=level_mK.device)
     used = level_mK[known_mK].half()
     level_L[: len(used)] = used
     planes = []
@@ -266,8 +274,10 @@ class Part(nn.Module):
         # The mean distance of neighbouring levels.
         self.unit = float(apart_mK[apart_mK > 0].mean()) if (apart_mK > 0).any() else 1.0
         ratio_nm = weight_nm / self.spread_m
-        self.choice_nm = nn.Parameter(within(ratio_nm.T, self._ascending().detach(), codes_nm.T).T)
-        self.choice_nm.register_post_accumulate_grad_hook(_relative)  # type: ignore[no-untyped-call]
+        self.choice_nm = nn.Parameter(
+            clamp_to_cells(ratio_nm.T, self._ascending().detach(), codes_nm.T).T
+        )
+        self.choice_nm.register_post_accumulate_grad_hook(_normalise_gradient)  # type: ignore[no-untyped-call]
         # What the loss bends along a level: with its input's mean square and the weights that have
         # chosen it. Without this, levels of large inputs run away before others have moved.
         count_mK = torch.zeros_like(level_mK).scatter_add_(
@@ -278,7 +288,7 @@ class Part(nn.Module):
         def precondition(parameter: Tensor) -> None:
             if parameter.grad is not None:
                 parameter.grad /= bend_mK.clamp(min=1e-30)
-                _relative(parameter)
+                _normalise_gradient(parameter)
 
         self.level_mK.register_post_accumulate_grad_hook(precondition)  # type: ignore[no-untyped-call]
 
@@ -291,15 +301,15 @@ class Part(nn.Module):
     def chosen(self) -> tuple[Tensor, Tensor]:
         """Levels [m, K] with gradients, ascending, and codes [n, m]."""
         level_mK = self._ascending()
-        codes_nm = nearest(self.choice_nm.detach().T, level_mK.detach()).T
+        codes_nm = nearest_codes(self.choice_nm.detach().T, level_mK.detach()).T
         return level_mK, codes_nm
 
     def forward(self, x: Tensor) -> Tensor:
-        return chosen_again(self._product, x).to(x.dtype)
+        return recompute_product(self._product, x).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
         level_mK, codes_nm = self.chosen()
-        value_mn: Tensor = Chosen.apply(self.choice_nm.T, level_mK, codes_nm.T)  # type: ignore[no-untyped-call]
+        value_mn: Tensor = SelectLevels.apply(self.choice_nm.T, level_mK, codes_nm.T)  # type: ignore[no-untyped-call]
         return F.linear(x, (value_mn.T * self.spread_m).to(self.dtype))
 
     @torch.no_grad()
@@ -307,12 +317,12 @@ class Part(nn.Module):
         level_mK, codes_nm = self.chosen()
         level_mK = (level_mK * self.spread_m[:, None]).clamp(-SCALE_MAX, SCALE_MAX)
         fields = self.linear.q
-        made = _fields(level_mK, codes_nm, fields.bits, self.linear.bits)
+        made = _make_fields(level_mK, codes_nm, fields.bits, self.linear.bits)
         for name, value in made.items():
             fields.get_buffer(name).copy_(value)
 
 
-def _relative(parameter: Tensor) -> None:
+def _normalise_gradient(parameter: Tensor) -> None:
     """Make a gradient relative to the matrix's mean."""
     if parameter.grad is not None:
         sizes = parameter.grad.abs()

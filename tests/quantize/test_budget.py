@@ -18,7 +18,7 @@ from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model
 from spectool.quantize import budget as budgets
-from spectool.quantize.budget import Budget, candidates, choose, widths
+from spectool.quantize.budget import Budget, choose, list_candidates, widths
 from spectool.quantize.choice import Choice, Rule, read_rules
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.gptq import GPTQ
@@ -205,10 +205,10 @@ def test_several_methods_and_killed_while_measuring(
 def test_an_impossible_budget_is_one_line(checkpoint: Checkpoints, tmp_path: Path) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
     with pytest.raises(UsageError, match=r"the smallest candidates take 3\.\d+ bits a weight"):
-        candidates(make(source), Budget(2.0, RTNS), ())
+        list_candidates(make(source), Budget(2.0, RTNS), ())
     vq = Choice.from_text("vq:codes=4000")
     with pytest.raises(UsageError, match="more codes than the"):
-        candidates(make(source), Budget(9.0, (vq,)), ())
+        list_candidates(make(source), Budget(9.0, (vq,)), ())
     command = ["quantize", "rtn", str(source), str(out)]
     for more, said in (
         (["--bits-budget", "2", "--group-size", "16"], "the smallest candidates take"),

@@ -28,7 +28,7 @@ from spectool.quantize.calibration import (
     Stream,
     Streams,
     Tick,
-    windows,
+    sample_sequences,
 )
 from spectool.quantize.methods.rtn import RTN
 
@@ -330,7 +330,7 @@ def calibration_ids(source: Path, text_file: str, *, samples: int, length: int) 
 
     tokenizer = load_tokenizer(source)
     ids = tokenizer(Path(text_file).read_text(), add_special_tokens=False)["input_ids"]
-    return windows(
+    return sample_sequences(
         ids,
         samples=samples,
         length=length,
@@ -368,11 +368,13 @@ def test_experts_that_saw_few_tokens_are_packed_without_statistics_and_listed(
 def test_windows_are_pieces_of_the_text_after_the_start_token() -> None:
     ids = list(range(100, 1100))
     generator = torch.Generator().manual_seed(0)
-    rows = windows(ids, samples=7, length=42, bos=3, generator=generator)
+    rows = sample_sequences(ids, samples=7, length=42, bos=3, generator=generator)
     assert rows.shape == (7, 42) and (rows[:, 0] == 3).all()
     assert (rows[:, 2:] - rows[:, 1:-1] == 1).all() and rows[:, 1:].min() >= 100
     assert len(set(rows[:, 1].tolist())) == 7
-    again = windows(ids, samples=7, length=42, bos=3, generator=torch.Generator().manual_seed(0))
+    again = sample_sequences(
+        ids, samples=7, length=42, bos=3, generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(rows, again)
 
 
@@ -381,7 +383,7 @@ def test_windows_are_even_over_the_text_and_never_overlap(samples: int, length: 
     """Of five kinds one after another each has its share of sequences, none of them in order."""
     ids = list(range(1000))
     generator = torch.Generator().manual_seed(1)
-    rows = windows(ids, samples=samples, length=length, bos=None, generator=generator)
+    rows = sample_sequences(ids, samples=samples, length=length, bos=None, generator=generator)
     assert rows.unique().numel() == rows.numel() and rows.shape[0] == min(samples, 1000 // length)
     counts = (rows // 200).flatten().bincount(minlength=5)
     assert counts.max() - counts.min() <= 2 * length
@@ -395,18 +397,22 @@ def test_windows_without_a_start_token_reach_both_ends() -> None:
     starts = set()
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
-        row = windows(ids, samples=1, length=8, bos=None, generator=generator)
+        row = sample_sequences(ids, samples=1, length=8, bos=None, generator=generator)
         starts.add(int(row[0, 0]))
     assert starts == {0, 1, 2}
 
 
 def test_no_more_windows_than_the_text_holds() -> None:
     generator = torch.Generator()
-    assert len(windows([5] * 100, samples=128, length=30, bos=None, generator=generator)) == 3
-    assert len(windows([5] * 30, samples=128, length=30, bos=None, generator=generator)) == 1
+    assert (
+        len(sample_sequences([5] * 100, samples=128, length=30, bos=None, generator=generator)) == 3
+    )
+    assert (
+        len(sample_sequences([5] * 30, samples=128, length=30, bos=None, generator=generator)) == 1
+    )
 
 
 @pytest.mark.parametrize(("have", "bos"), [(29, None), (28, 0), (0, None)])
 def test_text_shorter_than_one_window(have: int, bos: int | None) -> None:
     with pytest.raises(TextError, match=f"has {have} tokens, fewer than one sequence of 30"):
-        windows([5] * have, samples=1, length=30, bos=bos, generator=torch.Generator())
+        sample_sequences([5] * have, samples=1, length=30, bos=bos, generator=torch.Generator())

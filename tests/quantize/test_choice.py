@@ -24,7 +24,7 @@ from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.model.architecture import Architecture
 from spectool.model.packed import PackedEmbedding, PackedLinear, matrix_of
 from spectool.quantize import walk
-from spectool.quantize.choice import Choice, Rule, plan_text, read_rules, skipping
+from spectool.quantize.choice import Choice, Rule, format_rules, read_rules, skipping
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.int8 import Int8
@@ -45,7 +45,7 @@ def text_file(tmp_path: Path) -> str:
 IDS_BL = torch.tensor([[5, 9, 12, 7, 7, 3]])
 INT8 = Choice("int8", Int8.Config())
 
-PLAN = """
+RULES_FILE = """
 layers:
 - {match: "*.down_proj", method: rtn, bits: 8, group_size: 0}
 - {match: layers.1.mlp, method: dense}
@@ -54,7 +54,7 @@ layers:
 """
 
 
-def rules(tmp_path: Path, text: str = PLAN) -> list[Rule]:
+def rules(tmp_path: Path, text: str = RULES_FILE) -> list[Rule]:
     path = tmp_path / "plan.yaml"
     path.write_text(text)
     return read_rules(path)
@@ -162,7 +162,7 @@ def test_the_first_rule_that_matches_decides(
 
 def test_a_plan_and_its_text_are_the_same(tmp_path: Path) -> None:
     first = rules(tmp_path)
-    second = rules(tmp_path, plan_text(first))
+    second = rules(tmp_path, format_rules(first))
     assert [(r.match, r.choice) for r in first] == [(r.match, r.choice) for r in second]
     assert str(first[0].choice) == "rtn:bits=8,group_size=0" and str(INT8) == "int8"
     assert Choice.from_text("rtn:bits=8,group_size=0") == first[0].choice

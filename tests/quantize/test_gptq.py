@@ -16,7 +16,7 @@ from spectool.model.architecture import Architecture
 from spectool.quantize.calibration import LinearStats
 from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure
-from spectool.quantize.methods.gptq import GPTQ, compensate, feedback
+from spectool.quantize.methods.gptq import GPTQ, compensate, factor_hessian
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import make_plan
 
@@ -102,7 +102,7 @@ def test_several_tries_at_once_and_what_they_err() -> None:
     x_Tm[:, ::9] = 0
     hessian_mm = stats_of(x_Tm).hessian
     assert hessian_mm is not None
-    given = feedback(hessian_mm, 0.01)
+    given = factor_hessian(hessian_mm, 0.01)
 
     def rounded(weight_Tnm: Tensor, step_T1: Tensor) -> tuple[Tensor, Tensor]:
         made_mTn = torch.empty(150, *weight_Tnm.shape[:-1])

@@ -19,7 +19,7 @@ from spectool.model.matrices import find_matrices
 from spectool.quantize.calibration import Block, LinearStats, Streams
 from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure
-from spectool.quantize.methods.jlcm import JLCM, JLCMLinear, Latent, Preferences
+from spectool.quantize.methods.jlcm import JLCM, JLCMLinear, LatentCodes, PreferenceCodes
 from spectool.quantize.plan import make_plan
 from spectool.quantize.run import Report
 
@@ -109,7 +109,7 @@ def by_hand() -> tuple[JLCMLinear, Tensor]:
 
 def test_gradients_of_the_latent_form() -> None:
     linear, weight_nm = by_hand()
-    part = Latent(linear, weight_nm, torch.float32)
+    part = LatentCodes(linear, weight_nm, torch.float32)
     assert torch.equal(part.choice.detach(), weight_nm / 2)
     x = torch.tensor([[1.0, -10.0]])
     part(x).sum().backward()
@@ -123,7 +123,7 @@ def test_gradients_of_the_latent_form() -> None:
 
 def test_gradients_of_the_proximal_rule() -> None:
     linear, weight_nm = by_hand()
-    part = Preferences(linear, weight_nm, torch.float32)
+    part = PreferenceCodes(linear, weight_nm, torch.float32)
     assert part.choice.detach().argmax(-1).tolist() == [[1, 2]]
     x = torch.tensor([[1.0, -10.0]])
     part(x).sum().backward()
@@ -137,7 +137,7 @@ def test_gradients_of_the_proximal_rule() -> None:
     torch.testing.assert_close(part.choice.grad, wanted / wanted.abs().mean())
 
 
-@pytest.mark.parametrize("form", [Latent, Preferences])
+@pytest.mark.parametrize("form", [LatentCodes, PreferenceCodes])
 def test_the_part_computes_what_it_stores(form: Any) -> None:
     weight_nm = two_kinds(10, 30)
     linear = start(weight_nm, bits=3, groups=2)

@@ -35,7 +35,7 @@ from spectool.quantize.methods.ptq161 import (
     WIDTHS,
     Part,
     PTQ161Linear,
-    most_salient,
+    mask_salient,
     num_salient,
 )
 from spectool.quantize.plan import make_plan
@@ -196,10 +196,10 @@ def test_product_by_shared_sums_is_the_dense_one(
 def test_exactly_k_columns_are_salient_whatever_the_ties(m: int, ratio: float) -> None:
     k = num_salient(m, ratio)
     for sigma_m in (torch.ones(m), torch.randint(0, 3, (m,)).float(), torch.rand(m)):
-        mask_m = most_salient(sigma_m, k)
+        mask_m = mask_salient(sigma_m, k)
         assert int(mask_m.sum()) == k
         assert not k or sigma_m[mask_m].min() >= sigma_m[~mask_m].max()
-    assert most_salient(torch.ones(m), k)[:k].all()
+    assert mask_salient(torch.ones(m), k)[:k].all()
     linear = start(torch.randn(3, m), ratio=ratio)
     assert int(linear.salient().sum()) == k == m - len(linear.q.col_r)
 

@@ -57,14 +57,14 @@ def block_wise(path: Path) -> torch.Tensor:
     checkpoint = open_checkpoint(path)
     architecture = Architecture(checkpoint.layout)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
-    around = ModelShell(architecture, checkpoint, with_lm_head=True, **where)
-    hidden_BLD = around.embed(IDS_BL)
-    calls = around.calls(*IDS_BL.shape)
+    shell = ModelShell(architecture, checkpoint, with_lm_head=True, **where)
+    hidden_BLD = shell.embed(IDS_BL)
+    calls = shell.calls(*IDS_BL.shape)
     for name, call in zip(architecture.blocks, calls, strict=True):
         tensors = architecture.read(checkpoint, architecture.tensors_of(name))
         block = architecture.materialise(name, tensors, **where)
         hidden_BLD = run_block(block, call, hidden_BLD)
-    return around.logits(IDS_BL, hidden_BLD)
+    return shell.logits(IDS_BL, hidden_BLD)
 
 
 def simulate(model: PreTrainedModel, packed: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from spectool.errors import UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
 from spectool.quantize.calibration import LinearStats
 from spectool.quantize.choice import Choice
-from spectool.quantize.codebook import levels
+from spectool.quantize.codebook import fit_levels
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.methods.scalar import (
@@ -27,7 +27,7 @@ from spectool.quantize.methods.scalar import (
     Scalar,
     ScalarLinear,
     allocate,
-    room,
+    max_levels,
 )
 from spectool.quantize.plan import make_plan
 
@@ -70,7 +70,7 @@ def test_bits_are_the_best_of_all_ways_to_share_them() -> None:
     for bits in (1.0, 1.5, 2.0, 3.0):
         worth_m = torch.rand(5, generator=noise).pow(3)
         found = allocate(worth_m, bits).tolist()
-        total, most = int(5 * bits), room(5, bits)
+        total, most = int(5 * bits), max_levels(5, bits)
 
         def error(given: Any, worth_m: Tensor = worth_m) -> float:
             return sum(float(w) * LEFT[b] for w, b in zip(worth_m, given, strict=True))
@@ -90,7 +90,7 @@ def test_levels_never_exceed_their_room() -> None:
         for power in (0, 3, 12):
             worth_m = torch.rand(97, generator=torch.Generator().manual_seed(1)).pow(power)
             given = allocate(worth_m, bits)
-            assert int((1 << given.long()).sum()) <= room(97, bits)
+            assert int((1 << given.long()).sum()) <= max_levels(97, bits)
             assert int(given.sum()) <= int(97 * bits)
     assert allocate(torch.ones(8), 2.0).tolist() == [2] * 8
 
@@ -121,7 +121,7 @@ def test_without_statistics_each_column_has_lloyds_levels() -> None:
     weight_nm = torch.randn(200, 6, generator=torch.Generator().manual_seed(3))
     linear, fields = made(weight_nm)
     assert fields["bits"].tolist() == [2] * 6
-    want_mK = levels(weight_nm.T.contiguous(), torch.ones(6, 200), 4)
+    want_mK = fit_levels(weight_nm.T.contiguous(), torch.ones(6, 200), 4)
     assert torch.allclose(linear.table(), want_mK, atol=2e-3)
     error = float((linear.dequantize() - weight_nm).square().mean() / weight_nm.var())
     assert error == pytest.approx(LEFT[2], rel=0.15)

@@ -24,7 +24,14 @@ from spectool.quantize import walk
 from spectool.quantize.choice import Choice
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
-from spectool.quantize.lm_head.vq import VQ, Text, VQLinear, fit_head, log_mass, within_codes
+from spectool.quantize.lm_head.vq import (
+    VQ,
+    FitText,
+    VQLinear,
+    fit_lm_head,
+    log_mass,
+    token_entropy_within_codes,
+)
 from spectool.quantize.plan import make_plan
 
 GENERATOR = torch.Generator()
@@ -42,19 +49,19 @@ def noise(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def lm_head(vocab: int = 60, width: int = 12) -> tuple[Tensor, Text]:
+def lm_head(vocab: int = 60, width: int = 12) -> tuple[Tensor, FitText]:
     """A matrix, and a text of it: what it likes best after random states."""
     weight_VD = torch.randn(vocab, width, generator=noise())
     states_TD = torch.randn(900, width, generator=noise(1))
     chosen_T = (states_TD @ weight_VD.T).argmax(-1)
     counts_V = torch.bincount(chosen_T, minlength=vocab)
-    return weight_VD, Text(states_TD, counts_V, (0, 1))
+    return weight_VD, FitText(states_TD, counts_V, (0, 1))
 
 
 def fitted(bias_V: Tensor | None = None, **options: Any) -> tuple[VQLinear, dict[str, Any], Any]:
     weight_VD, text = lm_head()
     config = VQ.Config(**options)
-    fields, own_V, metrics = fit_head(
+    fields, own_V, metrics = fit_lm_head(
         weight_VD, bias_V, text, config, Tensor.float, noise(), lambda line: None,
         lambda share: None,
     )  # fmt: skip
@@ -163,9 +170,9 @@ def test_special_and_frequent_tokens_share_with_nobody() -> None:
 def test_the_bound_is_the_entropy_within_codes() -> None:
     counts_V = torch.tensor([4.0, 4.0, 8.0, 0.0], dtype=torch.float64)
     codes_VC = torch.tensor([[0], [0], [1], [1]])
-    assert within_codes(counts_V, codes_VC) == pytest.approx(0.5 * math.log(2))
-    assert within_codes(counts_V, torch.arange(4)[:, None]) == 0
-    assert within_codes(torch.zeros(4, dtype=torch.float64), codes_VC) == 0
+    assert token_entropy_within_codes(counts_V, codes_VC) == pytest.approx(0.5 * math.log(2))
+    assert token_entropy_within_codes(counts_V, torch.arange(4)[:, None]) == 0
+    assert token_entropy_within_codes(torch.zeros(4, dtype=torch.float64), codes_VC) == 0
 
 
 def test_a_bias_that_is_there_stays() -> None:
