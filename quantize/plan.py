@@ -222,10 +222,16 @@ def _check_lm_head(architecture: Architecture, lm_head: Choice, outside: Sequenc
 
 
 def check_codes(matrix: Matrix, choice: Choice) -> None:
-    """Raises: UsageError: more codes than rows to share them."""
+    """Check that the matrix has a row for every code of `vq`.
+
+    Raises:
+        UsageError: more codes than rows.
+    """
     config, rows = choice.config, matrix.shape[0]
     if isinstance(config, VQ.Config) and config.codes > rows:
-        raise UsageError(f"{matrix.name}: {choice} has more codes than the {rows} rows of it")
+        raise UsageError(
+            f"{matrix.name}: {choice} has more codes than the {rows} rows of the matrix"
+        )
 
 
 def _check_reached(rules: Sequence[Rule], matrices: Sequence[Matrix]) -> None:

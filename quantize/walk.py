@@ -195,7 +195,7 @@ class BlockWalk:
         fields, own_V, metrics = vq.fit_lm_head(
             weight_VD.to(self.device),
             None if bias_V is None else bias_V.float().to(self.device),
-            vq.Text(
+            vq.FitText(
                 states_TD,
                 torch.bincount(self.ids_SL.flatten(), minlength=len(weight_VD)).to(self.device),
                 vq.special_tokens(self.architecture.config, len(weight_VD)),

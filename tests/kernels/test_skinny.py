@@ -93,7 +93,7 @@ def test_modules_are_taken_over_and_given_back() -> None:
 def test_without_a_compiler_nothing_is_taken_over(tmp_path: Path) -> None:
     script = (
         "import torch; from spectool.kernels import skinny; "
-        "assert skinny.suited(torch.nn.Linear(256, 256).modules()) == []; print(skinny.missing())"
+        "assert skinny.eligible_linears(torch.nn.Linear(256, 256).modules()) == []; print(skinny.missing())"
     )
     environment = {"PATH": "/nowhere", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
@@ -107,7 +107,7 @@ def test_a_compiler_that_fails_is_said(tmp_path: Path) -> None:
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    script = "from spectool.kernels import skinny; print(skinny.compiled(), skinny.missing())"
+    script = "from spectool.kernels import skinny; print(skinny.load_library(), skinny.missing())"
     environment = {
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(tmp_path),
@@ -131,11 +131,11 @@ def test_several_processes_may_build_at_the_same_time(
         done = original(words, **options)
         if not others:
             others.append(None)
-            others[0] = skinny._build()
+            others[0] = skinny._build_library()
         return done
 
     monkeypatch.setattr(subprocess, "run", run)
-    built = skinny._build()
+    built = skinny._build_library()
     assert others == [built]
     assert [path.name for path in (tmp_path / "spectool/kernels").iterdir()] == [built.name]
     ctypes.CDLL(str(built))

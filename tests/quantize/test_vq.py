@@ -259,7 +259,7 @@ def test_a_model_with_a_learnt_head(
     assert plan.num_parameters == ledger.num_parameters
     headers = sum(file.stat().st_size for file in out.glob("*.safetensors")) - plan.file_bytes
     assert 0 < headers < 20000
-    why = "a shortlist of 9 tokens" if "shortlist" in spec else "was learnt with a bias, and the"
+    why = "a shortlist of 9 tokens" if "shortlist" in spec else "was fitted with a bias, and the"
     with pytest.raises(UnsupportedError, match=why):
         export(str(out), out.with_name("exported"), "dense")
     # A drafter still changes nothing, with every control.
@@ -299,7 +299,7 @@ def test_the_command(checkpoint: Callable[..., Path], tmp_path: Path, text_file:
     for wrong, said in (
         ("vq:codes=4000", "lm_head: vq:codes=4000 has more codes than the 320 rows"),
         ("vq:codes=66,width=0", "2 special and 64 frequent tokens have codes of their own"),
-        ("int8", "only vq learns an output matrix"),
+        ("int8", "only vq fits an lm_head"),
         ("vq:code=4", "unknown option 'code'"),
     ):
         done = runner.invoke(app, [*command, "--lm-head", wrong])
@@ -309,7 +309,7 @@ def test_the_command(checkpoint: Callable[..., Path], tmp_path: Path, text_file:
     assert done.exit_code == 2 and "more codes than the 32 rows" in done.stderr
     assert not list(tmp_path.glob("out*"))
     done = runner.invoke(app, [*command, "--lm-head", "vq:codes=32", "--skip", "lm_head"])
-    assert done.exit_code == 2 and "--skip lm_head: lm_head is what --lm-head learns" in done.stderr
+    assert done.exit_code == 2 and "--skip lm_head: lm_head is fitted by --lm-head already" in done.stderr
     done = runner.invoke(app, [*command, "--lm-head", "vq:codes=32,epochs=1"])
     assert done.exit_code == 0, done.stderr
     assert "nats are left when their codes are known" in done.stderr
