@@ -58,7 +58,7 @@ def test_the_first_step_that_fits(wide: Path) -> None:
         assert found.embeddings == beside and found.budget is None
         assert step.why in found.why and "a cache of 100 tokens" in found.why
     assert sizes == sorted(sizes, reverse=True)
-    with pytest.raises(UsageError, match="the smallest there is takes"):
+    with pytest.raises(UsageError, match="the smallest method takes"):
         pick(architecture, Auto.Config(fit=str(sizes[-1] + cache - 1), context=100))
     with pytest.raises(UsageError, match="it fits as it is"):
         pick(architecture, Auto.Config(fit="1GB"))
@@ -132,7 +132,7 @@ def test_the_printed_command_makes_the_same(wide: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     both = ["quantize", "auto", str(wide), str(tmp_path / "b"), "--bits", "3"]
     for wrong, said in (
-        (["--fit", "1GB"], "one of them decides"),
+        (["--fit", "1GB"], "give only one of them"),
         (["--bits-budget", "3"], "leave --bits-budget out"),
         (["--dry-run", "--bits", "2.5"], "a budget of 2.5 measures"),
     ):

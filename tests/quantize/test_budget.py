@@ -183,7 +183,7 @@ def test_several_methods_and_killed_while_measuring(
     want = compress(source, "rtn", out="want", job=job)
     methods = {said["method"] for said in read_layout(want).modules.values()}
     assert methods < {"jlcm", "gptq", "int8"} and len(methods) > 1
-    original, times = budgets._measured, []
+    original, times = budgets._measure_block, []
 
     def stop(*given: Any) -> Any:
         times.append(1)
@@ -192,7 +192,7 @@ def test_several_methods_and_killed_while_measuring(
         return original(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budgets, "_measured", stop)
+        patch.setattr(budgets, "_measure_block", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(source, "rtn", job=job)
         assert len(times) == 2

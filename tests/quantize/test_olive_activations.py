@@ -158,7 +158,7 @@ def test_what_would_not_round_inputs_is_refused(
     job = {"calibration": [str(text)], "samples": 2, "seq_len": 32}
     with pytest.raises(UnsupportedError, match="an expert of a fused tensor"):
         compress(checkpoint("mixtral"), "olive-activations", job=job)
-    with pytest.raises(UsageError, match="--preprocess learns matrices"):
+    with pytest.raises(UsageError, match="--preprocess trains weights"):
         reshaped = {**job, "preprocess": Preprocess(text=[str(text)], steps=1)}
         compress(checkpoint("llama"), "olive-activations", job=reshaped)
     out = compress(checkpoint("llama"), "olive-activations", job=job)

@@ -283,7 +283,7 @@ def test_killed_before_the_head(
     source = checkpoint("llama-tied")
     want = compress(source, "rtn", job=job, out="want")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk.BlockWalk, "_fit_head", lambda *given: 1 / 0)
+        patch.setattr(walk.BlockWalk, "_fit_lm_head", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress(source, "rtn", job=job)
     out = compress(source, "rtn", job=job)
