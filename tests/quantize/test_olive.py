@@ -47,7 +47,7 @@ def test_numbers_are_those_of_the_paper(name: str) -> None:
     kind = KINDS[name]
     assert values(kind.normal) == NORMAL[name]
     assert values(kind.outlier) == sorted([*OUTLIER[name], *(-x for x in OUTLIER[name])])
-    assert kind.normal[kind.zero] is None and kind.outlier[kind.zero] is None
+    assert kind.normal[kind.victim] is None and kind.outlier[kind.victim] is None
     assert kind.outlier[0] is None, "a zero magnitude could not tell its sign"
     assert max(kind.normal, key=lambda x: x or 0) < min(OUTLIER[name])  # type: ignore[operator]
 
@@ -131,7 +131,7 @@ def test_codes_of_what_codes_say_are_the_same(kind: Type) -> None:
     assert torch.equal(encode(again_nm, scale_n, kind), codes_nm)
     torch.testing.assert_close((again_nm - weight_nm).square().sum(1), error_n)
     # A pair has one zero code at most, and that beside an outlier.
-    assert int((codes_nm.view(20, 32, 2) == kind.zero).sum(-1).max()) == 1
+    assert int((codes_nm.view(20, 32, 2) == kind.victim).sum(-1).max()) == 1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
