@@ -62,7 +62,7 @@ def test_the_first_step_that_fits(wide: Path) -> None:
         pick(architecture, Auto.Config(fit=str(sizes[-1] + cache - 1), context=100))
     with pytest.raises(UsageError, match="it fits as it is"):
         pick(architecture, Auto.Config(fit="1GB"))
-    with pytest.raises(UsageError, match="how small"):
+    with pytest.raises(UsageError, match="bits or a size"):
         pick(architecture, Auto.Config())
 
 

@@ -26,12 +26,12 @@ from spectool.quantize.run import Report
 SMALL_JOB = {"samples": 6, "seq_len": 32}
 
 
-def start(weight_nm: Tensor, moment_m: Tensor | None = None, **options: Any) -> JLCMLinear:
+def start(weight_nm: Tensor, diagonal_m: Tensor | None = None, **options: Any) -> JLCMLinear:
     config = JLCM.Config(**options)
     stats = None
-    if moment_m is not None:
+    if diagonal_m is not None:
         # Of inputs that have nothing to do with each other.
-        stats = LinearStats(("hessian",), 100, hessian=torch.diag(moment_m))
+        stats = LinearStats(("hessian",), 100, hessian=torch.diag(diagonal_m))
     fields = JLCM.pack(weight_nm, stats, config, torch.Generator().manual_seed(0))
     shape = (weight_nm.shape[0], weight_nm.shape[1])
     linear = JLCM.build(JLCM.layout(shape, config), shape, config)
@@ -54,8 +54,8 @@ def test_contract(check_contract: Callable[..., None], bits: int, groups: int) -
 
 
 def test_the_start_is_nearest_in_its_groups_levels() -> None:
-    weight_nm, moment_m = two_kinds(12, 60), torch.rand(60) + 0.1
-    linear = start(weight_nm, moment_m, bits=2, groups=2)
+    weight_nm, diagonal_m = two_kinds(12, 60), torch.rand(60) + 0.1
+    linear = start(weight_nm, diagonal_m, bits=2, groups=2)
     assert linear.q.group.tolist() == [0, 1] * 6
     for row, weight_m in enumerate(weight_nm):
         scale = float(linear.q.scale[row])
@@ -68,7 +68,7 @@ def test_the_start_is_nearest_in_its_groups_levels() -> None:
     for group in range(2):
         rows = slice(group, None, 2)
         codes, scale_n1 = linear.codes()[rows], linear.q.scale[rows, None].float()
-        cost_nm = scale_n1.square() * moment_m
+        cost_nm = scale_n1.square() * diagonal_m
         for code in range(4):
             own = codes == code
             mean = (cost_nm * weight_nm[rows] / scale_n1)[own].sum() / cost_nm.expand_as(own)[
@@ -91,9 +91,9 @@ def test_codes_take_the_inputs_into_account() -> None:
     """An input of great weight gets the levels that its weights need."""
     weight_nm = torch.randn(40, 50)
     weight_nm[:, 3] = 2.75
-    moment_m = torch.ones(50)
-    moment_m[3] = 1000
-    plain, aware = start(weight_nm, groups=1), start(weight_nm, moment_m, groups=1)
+    diagonal_m = torch.ones(50)
+    diagonal_m[3] = 1000
+    plain, aware = start(weight_nm, groups=1), start(weight_nm, diagonal_m, groups=1)
     apart = [float((x.dequantize()[:, 3] - 2.75).abs().mean()) for x in (plain, aware)]
     assert apart[1] < 0.2 * apart[0]
 
@@ -205,8 +205,8 @@ def test_rows_of_any_size() -> None:
     weight_nm = torch.randn(8, 40)
     weight_nm[2] *= 1e-9
     weight_nm[3] *= 1e4
-    for moment_m in (None, torch.rand(40)):
-        found_nm = start(weight_nm, moment_m).dequantize()
+    for diagonal_m in (None, torch.rand(40)):
+        found_nm = start(weight_nm, diagonal_m).dequantize()
         assert torch.isfinite(found_nm).all()
         assert float((found_nm - weight_nm)[3].norm() / weight_nm[3].norm()) < 0.6
 

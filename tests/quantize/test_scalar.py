@@ -21,8 +21,8 @@ from spectool.quantize.codebook import fit_levels
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.methods.scalar import (
-    LEFT,
-    WIDEST,
+    DISTORTION,
+    MAX_BITS,
     Part,
     Scalar,
     ScalarLinear,
@@ -68,16 +68,16 @@ def made(
 def test_bits_are_the_best_of_all_ways_to_share_them() -> None:
     noise = torch.Generator().manual_seed(0)
     for bits in (1.0, 1.5, 2.0, 3.0):
-        worth_m = torch.rand(5, generator=noise).pow(3)
-        found = allocate(worth_m, bits).tolist()
+        cost_m = torch.rand(5, generator=noise).pow(3)
+        found = allocate(cost_m, bits).tolist()
         total, most = int(5 * bits), max_levels(5, bits)
 
-        def error(given: Any, worth_m: Tensor = worth_m) -> float:
-            return sum(float(w) * LEFT[b] for w, b in zip(worth_m, given, strict=True))
+        def error(given: Any, cost_m: Tensor = cost_m) -> float:
+            return sum(float(w) * DISTORTION[b] for w, b in zip(cost_m, given, strict=True))
 
         every = [
             given
-            for given in itertools.product(range(WIDEST + 1), repeat=5)
+            for given in itertools.product(range(MAX_BITS + 1), repeat=5)
             if sum(given) <= total and sum(1 << b for b in given) <= most
         ]
         assert tuple(found) in every and sum(found) == total
@@ -88,8 +88,8 @@ def test_levels_never_exceed_their_room() -> None:
     """However unlike the inputs are."""
     for bits in (1.0, 2.0, 3.5, 4.0):
         for power in (0, 3, 12):
-            worth_m = torch.rand(97, generator=torch.Generator().manual_seed(1)).pow(power)
-            given = allocate(worth_m, bits)
+            cost_m = torch.rand(97, generator=torch.Generator().manual_seed(1)).pow(power)
+            given = allocate(cost_m, bits)
             assert int((1 << given.long()).sum()) <= max_levels(97, bits)
             assert int(given.sum()) <= int(97 * bits)
     assert allocate(torch.ones(8), 2.0).tolist() == [2] * 8
@@ -124,7 +124,7 @@ def test_without_statistics_each_column_has_lloyds_levels() -> None:
     want_mK = fit_levels(weight_nm.T.contiguous(), torch.ones(6, 200), 4)
     assert torch.allclose(linear.table(), want_mK, atol=2e-3)
     error = float((linear.dequantize() - weight_nm).square().mean() / weight_nm.var())
-    assert error == pytest.approx(LEFT[2], rel=0.15)
+    assert error == pytest.approx(DISTORTION[2], rel=0.15)
 
 
 def test_order_of_inputs_means_nothing() -> None:
