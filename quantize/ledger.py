@@ -38,10 +38,12 @@ class Ledger:
 
     @property
     def packed_weights(self) -> int:
+        """Weights of all packed matrices."""
         return sum(math.prod(entry.shape) for entry in self.entries)
 
     @property
     def num_parameters(self) -> int:
+        """Parameters of the model, packed and dense."""
         return self.packed_weights + self.dense_parameters
 
     @property

@@ -441,7 +441,7 @@ class VQLinear(PackedLinear):
         return _decode(self.q.codebook.float(), codes_nSG, self.in_features)
 
     def has_kernel(self) -> bool:
-        """With one code per row, products with the vectors are gathered; nothing is unpacked."""
+        """Return whether each row has one code: then products with the vectors are gathered."""
         return self.config.single and not self.config.shortlist
 
     def forward(self, x: Tensor) -> Tensor:
