@@ -216,8 +216,7 @@ def _check_lm_head(architecture: Architecture, lm_head: Choice, outside: Sequenc
     if lm_head.config.single and special + lm_head.config.frequent >= lm_head.config.codes:
         raise UsageError(
             f"--lm-head: {lm_head}: up to {special} special and {lm_head.config.frequent} frequent "
-            "tokens "
-            "have codes of their own, and others need some too"
+            "tokens have codes of their own, which leaves no code for the others"
         )
 
 

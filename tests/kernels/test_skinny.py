@@ -1,4 +1,4 @@
-"""The kernel against its twin, `torch.nn.functional.linear`, and against itself."""
+"""The kernel against `torch.nn.functional.linear`, and against itself."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_it_computes_what_torch_does(
 ) -> None:
     x, weight, bias = matrices(height, width, rows, dtype)
     exact = x.double() @ weight.double().T
-    for own_bias in (None, bias):
-        found = skinny.linear(x, weight, own_bias)
-        expected = exact if own_bias is None else exact + own_bias.double()
+    for maybe_bias in (None, bias):
+        found = skinny.linear(x, weight, maybe_bias)
+        expected = exact if maybe_bias is None else exact + maybe_bias.double()
         assert found.dtype == dtype
         # Sums are in float32; bfloat16 rounds the result to 8 bits.
         close = (
@@ -93,7 +93,8 @@ def test_modules_are_taken_over_and_given_back() -> None:
 def test_without_a_compiler_nothing_is_taken_over(tmp_path: Path) -> None:
     script = (
         "import torch; from spectool.kernels import skinny; "
-        "assert skinny.eligible_linears(torch.nn.Linear(256, 256).modules()) == []; print(skinny.missing())"
+        "assert skinny.eligible_linears(torch.nn.Linear(256, 256).modules()) == []; "
+        "print(skinny.missing())"
     )
     environment = {"PATH": "/nowhere", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
@@ -103,7 +104,7 @@ def test_without_a_compiler_nothing_is_taken_over(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_a_compiler_that_fails_is_said(tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_reported(tmp_path: Path) -> None:
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
@@ -123,7 +124,7 @@ def test_a_compiler_that_fails_is_said(tmp_path: Path) -> None:
 def test_several_processes_may_build_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two steps of one build the whole of another takes place."""
+    """A whole build runs between two steps of another."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     original, others = subprocess.run, []
 

@@ -1,4 +1,4 @@
-"""Statistics against hooks and loops; windows of calibration text."""
+"""Statistics against hooks and loops; sequences drawn from calibration text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ IDS_BL = torch.randint(2, 300, (6, 33), generator=torch.Generator().manual_seed(
 
 
 def statistics(x_Tm: Tensor) -> dict[str, Tensor]:
-    """The four statistics, token by token, in double precision."""
+    """Compute the four statistics token by token in double precision."""
     m = x_Tm.shape[1]
     found = {
         "absmax": torch.zeros(m), "mean_abs": torch.zeros(m), "second_moment": torch.zeros(m),
@@ -77,7 +77,7 @@ def test_running_statistics_equal_those_of_all_tokens(dtype: torch.dtype) -> Non
 
 
 def inputs_of(model: nn.Module, part: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
-    """What every linear and Conv1D of `part` was given, by name, over all runs."""
+    """Collect the inputs of every linear and Conv1D of `part` by name, over all runs."""
     seen: dict[str, list[Tensor]] = {}
     handles = [
         module.register_forward_hook(
@@ -95,7 +95,7 @@ def inputs_of(model: nn.Module, part: nn.Module, run: Callable[[], Any]) -> dict
 
 
 def observe(model: PreTrainedModel, ids_BL: Tensor, *, opened: int = 0) -> tuple[str, Observer]:
-    """Statistics of the second block while the whole model runs in batches of four and two."""
+    """Collect statistics of the second block while the model runs batches of four and two."""
     _, names = find_blocks(model)
     block = model.get_submodule(names[1])
     matrices = {matrix.name: matrix for matrix in find_matrices(block, names[1])}
@@ -142,7 +142,7 @@ def test_matrices_with_one_input_share_one_object(tiny: Callable[..., PreTrained
 
 
 def routed(model: PreTrainedModel, name: str, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [T, m] that reach the experts of a block, and the experts [T, k] they go to."""
+    """Return the inputs [T, m] of a block's experts, and the experts [T, k] of each token."""
     seen: list[tuple[Tensor, Tensor]] = []
     experts = next(
         module for module in model.get_submodule(name).modules() if hasattr(module, "is_transposed")
@@ -230,7 +230,7 @@ class Spy(RTN):
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The method `spy` in the table, and what it is shown."""
+    """Register a method `spy` that records its arguments."""
     row = Method(kind="quantizer", target=f"{__name__}:Spy", summary="", source="")
     monkeypatch.setitem(methods.METHODS, "spy", row)
     SEEN.clear()
@@ -311,7 +311,7 @@ def test_a_method_is_shown_both_streams_and_their_statistics(
 
 
 class replaced_input:
-    """While open, a block takes these hidden states instead of those it is given."""
+    """Replace the input of a block inside the context."""
 
     def __init__(self, block: nn.Module, hidden_SLD: Tensor) -> None:
         self.block, self.hidden_SLD = block, hidden_SLD
@@ -380,7 +380,7 @@ def test_windows_are_pieces_of_the_text_after_the_start_token() -> None:
 
 @pytest.mark.parametrize(("samples", "length"), [(6, 20), (10, 48), (20, 48), (400, 48)])
 def test_windows_are_even_over_the_text_and_never_overlap(samples: int, length: int) -> None:
-    """Of five kinds one after another each has its share of sequences, none of them in order."""
+    """Five kinds of text get sequences in proportion, in random order."""
     ids = list(range(1000))
     generator = torch.Generator().manual_seed(1)
     rows = sample_sequences(ids, samples=samples, length=length, bos=None, generator=generator)

@@ -1,4 +1,4 @@
-"""Several methods in one artifact: plan files, embeddings and output matrices."""
+"""Several methods in one artifact: rules files, embeddings and lm_heads."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_rule_wholly_behind_earlier_ones_is_refused(
     checkpoint: Checkpoints, tmp_path: Path, entries: list[str], behind: str, ahead: str
 ) -> None:
     with pytest.raises(UsageError, match="has no effect") as caught:
-        planned(checkpoint("llama"), tmp_path, entries)
+        make_plan_of(checkpoint("llama"), tmp_path, entries)
     first, last = str(caught.value).split("has no effect")
     assert behind in first and (ahead in last or re.search(ahead, last))
 
@@ -100,16 +100,16 @@ def test_a_rule_wholly_behind_earlier_ones_is_refused(
 def test_a_rule_that_says_the_same_or_is_skipped_is_not(
     checkpoint: Checkpoints, tmp_path: Path, entries: list[str], skip: list[str]
 ) -> None:
-    planned(checkpoint("llama"), tmp_path, entries, skip)
+    make_plan_of(checkpoint("llama"), tmp_path, entries, skip)
 
 
-def planned(source: Path, place: Path, entries: list[str], skip: Sequence[str] = ()) -> None:
+def make_plan_of(source: Path, path: Path, entries: list[str], skip: Sequence[str] = ()) -> None:
     lines = ["layers:"]
     for entry in entries:
         match, _, method = entry.partition(": ")
         lines.append(f'- {{match: "{match}", method: {method}}}')
-    ruled = [*skipping(skip), *rules(place, "\n".join(lines))]
-    make_plan(Architecture(read_layout(source)), INT8, rules=ruled, allow_dense=True)
+    all_rules = [*skipping(skip), *rules(path, "\n".join(lines))]
+    make_plan(Architecture(read_layout(source)), INT8, rules=all_rules, allow_dense=True)
 
 
 def test_the_first_rule_that_matches_decides(
@@ -125,18 +125,18 @@ def test_the_first_rule_that_matches_decides(
     source = checkpoint("llama")
     out = compress(source, "rtn", bits=4, job=job)
     modules = read_layout(out).modules
-    said = {
+    packed_by = {
         name: (entry["method"], entry["options"].get("bits")) for name, entry in modules.items()
     }
-    assert said.pop("lm_head") == ("int8", None)
+    assert packed_by.pop("lm_head") == ("int8", None)
     for layer in (0, 1):
         start = f"model.layers.{layer}"
-        assert said.pop(f"{start}.mlp.down_proj") == ("rtn", 8)
-        assert said.pop(f"{start}.self_attn.o_proj") == ("gptq", 3)
+        assert packed_by.pop(f"{start}.mlp.down_proj") == ("rtn", 8)
+        assert packed_by.pop(f"{start}.self_attn.o_proj") == ("gptq", 3)
         for part in "qkv":
-            assert said.pop(f"{start}.self_attn.{part}_proj") == ("rtn", 4)
+            assert packed_by.pop(f"{start}.self_attn.{part}_proj") == ("rtn", 4)
     # Of the second layer's MLP only what the rule before it takes is packed.
-    assert set(said) == {f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")}
+    assert set(packed_by) == {f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")}
 
     # What a rule packs is what its method alone packs.
     whole = compress(source, "rtn", bits=8, group_size=0, out="whole")
@@ -169,7 +169,7 @@ def test_a_plan_and_its_text_are_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("layers: [", "is not YAML"),
         ("- a", "one list `layers`"),
@@ -182,12 +182,15 @@ def test_a_plan_and_its_text_are_the_same(tmp_path: Path) -> None:
         ("layers: [{match: q_proj, method: dense, bits: 3}]", "dense takes no options"),
         ("layers: [{match: layers.7, method: rtn}]", r"entry 1 \(layers.7\): matches no linear"),
         ("layers: [{match: lm_head, method: gptq}]", "gptq needs activations"),
-        ("layers: [{match: lm_head, method: vq, codes: 32}]", "vq is fitted on text, by --lm-head vq"),
+        (
+            "layers: [{match: lm_head, method: vq, codes: 32}]",
+            "vq is fitted on text, by --lm-head vq",
+        ),
         ("layers: [{match: q_proj, method: scalar, bits: .nan}]", "--bits nan: must be finite"),
     ],
 )
 def test_bad_plans_are_one_line(
-    checkpoint: Checkpoints, tmp_path: Path, text: str, said: str
+    checkpoint: Checkpoints, tmp_path: Path, text: str, message: str
 ) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(text)
@@ -196,7 +199,7 @@ def test_bad_plans_are_one_line(
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2 and not out.exists() and not out.with_name("out.partial").exists()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert re.search(said, line)
+    assert re.search(message, line)
 
 
 def test_a_plan_that_is_absent(tmp_path: Path) -> None:
@@ -303,9 +306,9 @@ def test_a_tied_matrix_is_stored_once_and_counted_apart(
     assert not any("lm_head" in name for name in read_layout(out).tensors)
     # A tie to what the architecture does not tie, or does not have.
     config = json.loads((out / "config.json").read_text())
-    said = config["quantization_config"]["modules"]["model.embed_tokens"]
+    entry = config["quantization_config"]["modules"]["model.embed_tokens"]
     for wrong in ("model.layers.0.mlp.up_proj", "model.no_head"):
-        said["tied"] = wrong
+        entry["tied"] = wrong
         (out / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=f"{wrong}: the architecture"):
             spectool.load(out)
@@ -328,8 +331,8 @@ def test_layer_errors_name_what_lies_outside(
 ) -> None:
     source = checkpoint("llama")
     out = compress(source, "rtn", job={"embeddings": INT8})
-    said = evaluate(str(out), Request(texts=[text_file], window=32, reference=str(source)))
-    names = {layer["name"] for layer in said["layers"]}
+    metrics = evaluate(str(out), Request(texts=[text_file], window=32, reference=str(source)))
+    names = {layer["name"] for layer in metrics["layers"]}
     assert {"model.embed_tokens", "lm_head"} < names and len(names) == 16
 
 
@@ -384,8 +387,8 @@ def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_pat
     assert done.exit_code == 0, done.stderr
     assert "on 12, rtn (bits=8, group_size=128, symmetric=False) on 2 of 14 linears" in done.stderr
     assert "int8 on lm_head" in done.stderr and "packs them too" not in done.stderr
-    said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)
-    assert said["command"].endswith("--rules RULES --embeddings int8")
+    report = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)
+    assert report["command"].endswith("--rules RULES --embeddings int8")
     assert runner.invoke(app, ["inspect", str(out)]).stdout.count("of the blocks") == 1
     bad = runner.invoke(app, [*command[:3], str(tmp_path / "b"), "--embeddings", "ptq161"])
     assert bad.exit_code == 2 and "--embeddings: ptq161 needs activations" in bad.stderr

@@ -1,4 +1,4 @@
-"""Levels and clusters against searches that try everything."""
+"""Levels and clusters against exhaustive searches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def error(values_N: Tensor, weights_N: Tensor, level_K: Tensor) -> float:
 
 
 def best(values_N: Tensor, weights_N: Tensor, count: int) -> float:
-    """The least error of all ways to cut the sorted values into so many runs."""
+    """Return the least error of all cuts of the sorted values into `count` runs."""
     order = values_N.argsort()
     x, w = values_N[order].double(), weights_N[order].double()
     found = float("inf")
@@ -59,14 +59,16 @@ def test_levels_stand_still_under_a_further_round() -> None:
     codes_RN = nearest_codes(values_RN, level_RK.double())
     for row in range(3):
         for code in range(8):
-            own = codes_RN[row] == code
-            mean = (weights_RN[row, own] * values_RN[row, own]).sum() / weights_RN[row, own].sum()
+            members = codes_RN[row] == code
+            mean = (weights_RN[row, members] * values_RN[row, members]).sum() / weights_RN[
+                row, members
+            ].sum()
             assert float(level_RK[row, code]) == pytest.approx(float(mean), rel=1e-5)
 
 
 @pytest.mark.parametrize(("count", "wanted"), [(2, 0.363), (4, 0.118), (8, 0.0346), (16, 0.0096)])
 def test_gaussian_errors_are_those_of_the_best_quantizers(count: int, wanted: float) -> None:
-    """Max 1960, table I."""
+    """Compare with Max 1960, table I."""
     values_N = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     (level_K,) = fit_levels(values_N[None], torch.ones(1, len(values_N)), count)
     found = error(values_N, torch.ones(len(values_N)), level_K) / len(values_N)
@@ -121,7 +123,7 @@ def test_vectors_are_a_fixed_point_and_all_are_used() -> None:
 
 
 def test_a_linear_codebook_leaves_no_code_behind() -> None:
-    """On a mixture far from where all codes begin: only those that are hit would move alone."""
+    """With data far from all initial vectors, plain gradients would move only those in use."""
 
     def used(trained: str) -> float:
         generator = torch.Generator().manual_seed(0)

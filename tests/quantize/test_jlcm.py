@@ -1,4 +1,4 @@
-"""JLCM: its start, its two gradient rules by hand, and what the fit gains."""
+"""JLCM: initial codes, the gradients of both forms by hand, and the gain of the fit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def start(weight_nm: Tensor, diagonal_m: Tensor | None = None, **options: Any) -
 
 
 def two_kinds(n: int, m: int) -> Tensor:
-    """Every other row is bimodal, of another size."""
+    """Draw a matrix whose odd rows are bimodal and of another size."""
     torch.manual_seed(0)
     weight_nm = torch.randn(n, m)
     weight_nm[1::2] = 3 * (weight_nm[1::2].sign() + 0.1 * weight_nm[1::2])
@@ -70,10 +70,10 @@ def test_the_start_is_nearest_in_its_groups_levels() -> None:
         codes, scale_n1 = linear.codes()[rows], linear.q.scale[rows, None].float()
         cost_nm = scale_n1.square() * diagonal_m
         for code in range(4):
-            own = codes == code
-            mean = (cost_nm * weight_nm[rows] / scale_n1)[own].sum() / cost_nm.expand_as(own)[
-                own
-            ].sum()
+            members = codes == code
+            mean = (cost_nm * weight_nm[rows] / scale_n1)[members].sum() / cost_nm.expand_as(
+                members
+            )[members].sum()
             level = float(linear.q.codebook[group, code])
             assert level == pytest.approx(float(mean), abs=5e-3)
 
@@ -88,7 +88,7 @@ def test_more_groups_are_no_worse() -> None:
 
 
 def test_codes_take_the_inputs_into_account() -> None:
-    """An input of great weight gets the levels that its weights need."""
+    """Levels fit the weights of an input with a large Hessian entry."""
     weight_nm = torch.randn(40, 50)
     weight_nm[:, 3] = 2.75
     diagonal_m = torch.ones(50)
@@ -99,7 +99,7 @@ def test_codes_take_the_inputs_into_account() -> None:
 
 
 def by_hand() -> tuple[JLCMLinear, Tensor]:
-    """Two weights, three used levels of four: -1, 0, 3 (and 9), a scale of 2."""
+    """Make two weights with scale 2 that use three of four levels: -1, 0, 3 (and 9)."""
     linear = start(torch.tensor([[0.2, 5.0]]), groups=1)
     linear.q.codebook.copy_(torch.tensor([[-1.0, 0.0, 3.0, 9.0]]))
     linear.q.scale.fill_(2)
@@ -234,14 +234,14 @@ def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
     source = checkpoint(family)
-    said = make_plan(
+    plan = make_plan(
         Architecture(read_layout(source)), Choice("jlcm", JLCM.Config()), allow_dense=True
     )
     reports: list[Report] = []
     job = {**SMALL_JOB, "allow_dense": True}
     layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=10))
-    assert measure(layout).linears == said.bits_linears
-    assert layout.num_bytes == said.file_bytes
+    assert measure(layout).linears == plan.bits_linears
+    assert layout.num_bytes == plan.file_bytes
     fits = [block["fits"][0] for block in reports[0].blocks]
     assert all(fit["loss_after"] <= fit["loss_start"] for fit in fits)
     assert any(fit["loss_after"] < fit["loss_start"] for fit in fits)

@@ -1,4 +1,4 @@
-"""Shared vectors, and the output matrix that is learnt of them."""
+"""Shared vectors, and the lm_head fitted with them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def noise(seed: int = 0) -> torch.Generator:
 
 
 def lm_head(vocab: int = 60, width: int = 12) -> tuple[Tensor, FitText]:
-    """A matrix, and a text of it: what it likes best after random states."""
+    """Draw an lm_head, and a text of its top tokens after random states."""
     weight_VD = torch.randn(vocab, width, generator=noise())
     states_TD = torch.randn(900, width, generator=noise(1))
     chosen_T = (states_TD @ weight_VD.T).argmax(-1)
@@ -61,13 +61,13 @@ def lm_head(vocab: int = 60, width: int = 12) -> tuple[Tensor, FitText]:
 def fitted(bias_V: Tensor | None = None, **options: Any) -> tuple[VQLinear, dict[str, Any], Any]:
     weight_VD, text = lm_head()
     config = VQ.Config(**options)
-    fields, own_V, metrics = fit_lm_head(
+    fields, new_bias_V, metrics = fit_lm_head(
         weight_VD, bias_V, text, config, Tensor.float, noise(), lambda line: None,
         lambda share: None,
     )  # fmt: skip
     linear = VQ.build(VQ.layout((60, 12), config), (60, 12), config)
     linear.q.load_state_dict(fields)
-    linear.bias = torch.nn.Parameter(own_V, requires_grad=False)
+    linear.bias = torch.nn.Parameter(new_bias_V, requires_grad=False)
     return linear, metrics, (weight_VD, text)
 
 
@@ -131,7 +131,7 @@ def test_more_codes_and_more_stages_err_less() -> None:
 
 
 def test_two_levels_are_the_softmax() -> None:
-    """By the masses of codes, which need no logit of a token."""
+    """Compare with the factored softmax, which needs the logits of codes only."""
     linear, _, (_, text) = fitted(codes=16, width=0, frequent=6, epochs=2)
     code_V = linear.q.codes[:, 0].long()
     assert linear.bias is not None
@@ -296,23 +296,26 @@ def test_the_command(checkpoint: Callable[..., Path], tmp_path: Path, text_file:
     command = ["quantize", "rtn", str(source), str(out), "--calibration", text_file]
     command += ["--samples", "6", "--seq-len", "32"]
     runner = CliRunner()
-    for wrong, said in (
+    for wrong, message in (
         ("vq:codes=4000", "lm_head: vq:codes=4000 has more codes than the 320 rows"),
         ("vq:codes=66,width=0", "2 special and 64 frequent tokens have codes of their own"),
         ("int8", "only vq fits an lm_head"),
         ("vq:code=4", "unknown option 'code'"),
     ):
         done = runner.invoke(app, [*command, "--lm-head", wrong])
-        assert done.exit_code == 2 and said in done.stderr, done.stderr
+        assert done.exit_code == 2 and message in done.stderr, done.stderr
         assert not list(tmp_path.glob("out*"))
     done = runner.invoke(app, ["quantize", "vq", *command[2:]])
     assert done.exit_code == 2 and "more codes than the 32 rows" in done.stderr
     assert not list(tmp_path.glob("out*"))
     done = runner.invoke(app, [*command, "--lm-head", "vq:codes=32", "--skip", "lm_head"])
-    assert done.exit_code == 2 and "--skip lm_head: lm_head is fitted by --lm-head already" in done.stderr
+    assert (
+        done.exit_code == 2
+        and "--skip lm_head: lm_head is fitted by --lm-head already" in done.stderr
+    )
     done = runner.invoke(app, [*command, "--lm-head", "vq:codes=32,epochs=1"])
     assert done.exit_code == 0, done.stderr
     assert "entropy of the text's tokens given their codes" in done.stderr
     assert "output matrix: KL from the original on held-out calibration text" in done.stdout
-    said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)["command"]
-    assert "--lm-head vq:codes=32,epochs=1,frequent=64," in said
+    command = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)["command"]
+    assert "--lm-head vq:codes=32,epochs=1,frequent=64," in command
