@@ -21,7 +21,7 @@ from spectool.quantize.plan import make_plan
 
 Checkpoints = Callable[..., Path]
 
-# Wide enough for groups to cost little embeddings codes.
+# Wide enough for group scales to cost little relative to the codes.
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 320}
 
 

@@ -147,7 +147,7 @@ def test_a_budget_is_kept_and_used(
     errors = [report.blocks[-1]["output_error"] for report in reports]
     assert errors[0] > errors[1] > errors[2]
     assert not list(out.glob("survey-*"))
-    # The plan that it made, followed by hand.
+    # The rules that it wrote, given by hand.
     rules = read_rules(out / "plan.yaml")
     assert len(rules) == 1 + 14
     again = compress(source, "rtn", out="again", job={"rules": rules, **text})

@@ -180,7 +180,7 @@ def test_fused_experts_see_the_tokens_routed_to_them(
         assert_same(observer.stats[key], mine_Tm.detach())
 
 
-# A method that exists only here: it keeps what it was shown, and packs like rtn.
+# A method for this test only: it records its arguments and packs like rtn.
 SEEN: list[dict[str, Any]] = []
 
 

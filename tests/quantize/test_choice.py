@@ -135,10 +135,10 @@ def test_the_first_rule_that_matches_decides(
         assert packed_by.pop(f"{start}.self_attn.o_proj") == ("gptq", 3)
         for part in "qkv":
             assert packed_by.pop(f"{start}.self_attn.{part}_proj") == ("rtn", 4)
-    # Of the second layer's MLP only what the rule before it takes is packed.
+    # In the second layer's MLP only matrices of an earlier rule are packed.
     assert set(packed_by) == {f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")}
 
-    # What a rule packs is what its method alone packs.
+    # A rule packs a matrix to the same bytes as its method alone.
     whole = compress(source, "rtn", bits=8, group_size=0, out="whole")
     name = "model.layers.1.mlp.down_proj"
     mixed, alone = (
@@ -148,7 +148,7 @@ def test_the_first_rule_that_matches_decides(
     for field in ("codes", "scale", "zero"):
         assert torch.equal(mixed[f"{name}.q.{field}"], alone[f"{name}.q.{field}"])
 
-    # The artifact carries the plan that makes it again.
+    # The artifact contains the rules to make it again.
     assert read_rules(out / "plan.yaml")[0].choice == Choice(
         "rtn", RTN.Config(bits=8, group_size=0)
     )
@@ -247,7 +247,7 @@ def test_embedding_and_head_are_packed_and_read_back(
     ):
         theirs.weight = nn.Parameter(matrix_of(ours), requires_grad=False)
     assert torch.equal(logits(model), logits(dense))
-    # Unpacked, and exported, too.
+    # So does the dequantized model, and the exported one.
     unpacked: Any = spectool.load(out, runtime="dense")
     assert torch.equal(logits(unpacked), logits(dense))
     shared = unpacked.get_input_embeddings().weight is unpacked.get_output_embeddings().weight
@@ -256,10 +256,10 @@ def test_embedding_and_head_are_packed_and_read_back(
     exported: Any = spectool.load(out.with_name("exported"))
     wanted = unpacked.state_dict()
     for name, value in exported.state_dict().items():
-        # What was a Conv1D is unpacked as a linear.
+        # A Conv1D is dequantized as a linear.
         same = wanted[name]
         assert torch.equal(value, same) or (value.ndim == 2 and torch.equal(value, same.T)), name
-    # Products of experts round by where in its file a tensor begins.
+    # Products of experts round differently with the tensor's offset in its file.
     torch.testing.assert_close(logits(exported), logits(dense), rtol=0, atol=1e-5)
 
 
@@ -304,7 +304,7 @@ def test_a_tied_matrix_is_stored_once_and_counted_apart(
     (layer,) = reports[0].outside["layers"]
     assert layer["name"] == entry.name and 0 < layer["error"] < 1e-3
     assert not any("lm_head" in name for name in read_layout(out).tensors)
-    # A tie to what the architecture does not tie, or does not have.
+    # A tie that the architecture does not have, or to a missing matrix.
     config = json.loads((out / "config.json").read_text())
     entry = config["quantization_config"]["modules"]["model.embed_tokens"]
     for wrong in ("model.layers.0.mlp.up_proj", "model.no_head"):

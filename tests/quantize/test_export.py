@@ -128,7 +128,7 @@ def test_compressed_tensors_by_its_own_code(
         assert torch.equal(found, linear.dequantize().to(scale.dtype))
     read: Any = spectool.load(out)
     for name, linear in ours.items():
-        # It multiplies in the dtype of the scales.
+        # compressed-tensors dequantizes in the dtype of the scales.
         weight, wanted = read.get_submodule(name).weight, linear.dequantize()
         torch.testing.assert_close(weight, wanted.to(weight.dtype), rtol=2**-8, atol=0)
     (text,) = Runner(read).generate([[5, 6, 7]], max_new_tokens=8)

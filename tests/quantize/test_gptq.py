@@ -172,7 +172,7 @@ def test_inputs_that_were_never_seen_are_rounded_alone() -> None:
     x_Tm[:, 7] = 0
     found = packed(weight_nm, x_Tm, bits=8)
     assert float((found - weight_nm)[:, 7].abs().max()) < 0.05
-    # Nor do they take the others' compensation away, however small the activations are.
+    # They do not reduce the compensation of the others, however small the activations are.
     few, size = (
         float(((packed(weight_nm, x, bits=3) - weight_nm) @ x_Tm.T).square().sum())
         for x in (x_Tm, 1e-3 * x_Tm)

@@ -46,7 +46,7 @@ def test_equals_the_equations(pack: Callable[..., Any], bits: int, group_size: i
     weight_nm = torch.randn((12, 123), generator=torch.Generator().manual_seed(1)) * 0.03
     packed = pack("hqq", weight_nm, bits=bits, group_size=group_size)
     wanted = reference(weight_nm, bits, group_size)
-    # Rounds whose norms are level may be told apart by the last bit only.
+    # Rounds of equal norm may differ in the last bit only.
     apart_nm = (packed.module.dequantize() - wanted).abs() > 1e-6
     assert float(apart_nm.double().mean()) < 0.1
     found = (packed.module.dequantize() - weight_nm).abs().pow(0.7).sum()

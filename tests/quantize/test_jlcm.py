@@ -30,7 +30,7 @@ def start(weight_nm: Tensor, diagonal_m: Tensor | None = None, **options: Any) -
     config = JLCM.Config(**options)
     stats = None
     if diagonal_m is not None:
-        # Of inputs that have nothing to do with each other.
+        # Uncorrelated inputs.
         stats = LinearStats(("hessian",), 100, hessian=torch.diag(diagonal_m))
     fields = JLCM.pack(weight_nm, stats, config, torch.Generator().manual_seed(0))
     shape = (weight_nm.shape[0], weight_nm.shape[1])
@@ -172,7 +172,7 @@ def fit(**options: Any) -> Any:
     weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in matrices}
     original = Activations((6, 40, 40), torch.float32)
     packed = original.another()
-    # Correlated inputs, or there is nothing to make up for.
+    # Correlated inputs, or there is nothing to compensate.
     original.hidden_SLD.copy_(torch.randn(6, 40, 40) @ torch.randn(40, 40) / 3)
     packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 40, 40))
     block = Block("b", matrices, weights, module, dict.fromkeys((1, 2, 4), Call((), {})))

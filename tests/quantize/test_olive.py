@@ -130,7 +130,7 @@ def test_codes_of_what_codes_say_are_the_same(kind: Type) -> None:
     again_nm = decode(codes_nm, kind) * scale_n[:, None]
     assert torch.equal(encode(again_nm, scale_n, kind), codes_nm)
     torch.testing.assert_close((again_nm - weight_nm).square().sum(1), error_n)
-    # A pair has one zero code at most, and that beside an outlier.
+    # A pair has at most one victim, next to an outlier.
     assert int((codes_nm.view(20, 32, 2) == kind.victim).sum(-1).max()) == 1
 
 

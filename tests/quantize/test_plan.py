@@ -169,7 +169,7 @@ calibration = sys.argv[5:] or None
 job = Job(method=method, config=config, calibration=calibration, samples=8, seq_len=256)
 announce = lambda plan, architecture: plans.append(plan)
 quantize(sys.argv[1], Path(sys.argv[2]), job, announce=announce)
-# Not ru_maxrss: a child starts with its parent's.
+# Not ru_maxrss, which a child inherits from its parent.
 peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 print(json.dumps([peak, plans[0].host_bytes]))
 """

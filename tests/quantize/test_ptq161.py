@@ -452,7 +452,7 @@ def test_the_fit_in_half_precision(dtype: torch.dtype) -> None:
 
 def test_flipped_rows_are_counted() -> None:
     block, streams, stats = pair()
-    # The block wants one row the other way round than it is given for packing.
+    # The targets need one row with the opposite sign of the weights that are packed.
     block.weights["b.up"][5] *= -1
     block.module.down.weight[:, 5] *= 4
     block.weights["b.down"][:, 5] *= 4

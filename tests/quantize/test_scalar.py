@@ -201,12 +201,12 @@ def test_the_part_computes_what_it_stores() -> None:
     assert torch.allclose(linear.dequantize(), before, atol=2e-3)
     loss = part(x_Tm).square().sum()
     loss.backward()
-    # A weight's gradient passes straight to what chooses its code, relative to the mean.
+    # A weight's gradient passes straight through to its choice, relative to the mean.
     slope_nm = (2 * (x_Tm @ linear.dequantize().T)).T @ x_Tm * part.spread_m
     assert part.choice_nm.grad is not None and part.level_mK.grad is not None
     relative = slope_nm / slope_nm.abs().mean()
     assert torch.allclose(part.choice_nm.grad, relative, rtol=0.05, atol=0.05)
-    # A level's is that of all weights which chose it, over what the loss bends along it.
+    # A level gets the gradients of all its weights, divided by its curvature.
     codes, found = linear.codes(), []
     for j, i in ((3, 0), (20, 5)):
         hit = codes[:, j] == codes[i, j]

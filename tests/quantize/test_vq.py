@@ -262,7 +262,7 @@ def test_a_model_with_a_learnt_head(
     why = "a shortlist of 9 tokens" if "shortlist" in spec else "was fitted with a bias, and the"
     with pytest.raises(UnsupportedError, match=why):
         export(str(out), out.with_name("exported"), "dense")
-    # A drafter still changes nothing, with every control.
+    # Drafting still changes no output, with any sampling options.
     runner = Runner(out, dtype=torch.float32)
     for control in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
         plain = runner.generate([[5, 6, 7]], max_new_tokens=16, **control)

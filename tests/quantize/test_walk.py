@@ -275,7 +275,7 @@ def test_full_disk_is_resumable(
     if in_files:
         monkeypatch.setattr(walk, "BUFFERS_IN_MEMORY", 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Room for the embeddings (41 kB), but neither for a block (66 kB) nor for a buffer in a file.
+    # Disk space for the embeddings (41 kB), but not for a block (66 kB) or a buffer in a file.
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if not in_files else 42_500, hard))
     try:
         with pytest.raises(SpectoolError, match="the disk is full") as caught:
