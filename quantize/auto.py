@@ -204,8 +204,8 @@ def cache_bytes(architecture: Architecture, tokens: int) -> int:
     text: Any = architecture.config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)
     width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
-    kept = getattr(text, "num_key_value_heads", None) or heads
-    return 4 * len(architecture.blocks) * int(kept) * int(width) * tokens
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return 4 * len(architecture.blocks) * int(kv_heads) * int(width) * tokens
 
 
 def _format_size(num_bytes: int) -> str:

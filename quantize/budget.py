@@ -89,20 +89,22 @@ def list_candidates(
     """
     matrices = [matrix for block in plan.matrices.values() for matrix in block.values()]
     pinned = {name for name in plan.choices if any(rule.matches(name) for rule in rules)}
-    found = {
+    candidates = {
         matrix.name: (plan.choices[matrix.name],) if matrix.name in pinned else budget.candidates
         for matrix in matrices
     }
     for matrix in matrices:
-        for choice in found[matrix.name]:
+        for choice in candidates[matrix.name]:
             check_codes(matrix, choice)
-    least = sum(min(choice.stored_bytes(s.shape) for choice in found[s.name]) for s in matrices)
+    least = sum(
+        min(choice.stored_bytes(s.shape) for choice in candidates[s.name]) for s in matrices
+    )
     if 8 * least > budget.bits * plan.num_weights:
         raise UsageError(
             f"--bits-budget {budget.bits}: the smallest candidates take "
             f"{8 * least / plan.num_weights:.3f} bits a weight"
         )
-    return found
+    return candidates
 
 
 def survey(

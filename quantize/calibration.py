@@ -62,8 +62,8 @@ class LinearStats:
         for name in self.wanted:
             before = getattr(self, name)
             if name == "sample":
-                room = SAMPLED - (0 if before is None else len(before))
-                new = x_Tm[: max(0, room)].clone()
+                missing = SAMPLED - (0 if before is None else len(before))
+                new = x_Tm[: max(0, missing)].clone()
                 setattr(self, name, new if before is None else torch.cat([before, new]))
                 continue
             if name == "absmax":

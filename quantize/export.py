@@ -142,11 +142,11 @@ def _find_matrices(architecture: Architecture) -> dict[str, Matrix]:
         architecture.outside(own_lm_head=own_lm_head),
         *map(architecture.matrices, architecture.blocks),
     )
-    found = {matrix.name: matrix for part in parts for matrix in part}
-    for name, matrix in found.items():
+    matrices = {matrix.name: matrix for part in parts for matrix in part}
+    for name, matrix in matrices.items():
         if matrix.kind == "lm_head":
-            found[name] = replace(matrix, parameter=f"{name}.weight")
-    return found
+            matrices[name] = replace(matrix, parameter=f"{name}.weight")
+    return matrices
 
 
 def _is_served(groups: Mapping[str, Any]) -> bool:
@@ -161,18 +161,18 @@ Shard = tuple[dict[str, TensorEntry], list[str]]
 
 def _list_shards(checkpoint: Checkpoint, left_out: Collection[str]) -> list[Shard]:
     """List the checkpoint's shards, without the tensors `left_out`."""
-    found: dict[Path, Shard] = {}
+    shards: dict[Path, Shard] = {}
     for key, entry in checkpoint.layout.tensors.items():
         if key in left_out:
             continue
-        plain, packed = found.setdefault(entry.path, ({}, []))
+        plain, packed = shards.setdefault(entry.path, ({}, []))
         name, infix, _ = key.rpartition(".q.")
         if infix and name in checkpoint.layout.modules:
             if name not in packed:
                 packed.append(name)
         else:
             plain[key] = entry
-    return [found[path] for path in sorted(found)]
+    return [shards[path] for path in sorted(shards)]
 
 
 def _read_fields(checkpoint: Checkpoint, name: str) -> Fields:
@@ -192,7 +192,7 @@ def _convert_dense(
 ) -> dict[str, Tensor]:
     """Dequantize matrices, with the names and shapes of the architecture."""
     dtype = own_dtype(checkpoint.layout)
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name in packed:
         fields = _read_fields(checkpoint, name)
@@ -203,12 +203,12 @@ def _convert_dense(
         matrix = matrices[name]
         weight = (weight_nm.T if matrix.transposed else weight_nm).contiguous()
         if matrix.expert is None:
-            found[matrix.parameter] = weight
+            weights[matrix.parameter] = weight
         else:
             experts.setdefault(matrix.parameter, {})[matrix.expert] = weight
     for parameter, each in experts.items():
-        found[parameter] = torch.stack([each[index] for index in range(len(each))])
-    return found
+        weights[parameter] = torch.stack([each[index] for index in range(len(each))])
+    return weights
 
 
 def _make_dense_config(

@@ -98,20 +98,22 @@ def make_plan(
     outside = architecture.outside(own_lm_head=lm_head is not None)
     inside, packed = 0, 0
     unused = list(rules)
-    never: dict[str, str] = {}
+    kept_dense: dict[str, str] = {}
     found_by_block = [architecture.matrices(block) for block in architecture.blocks]
-    for block, found in zip(architecture.blocks, found_by_block, strict=True):
-        unused = [rule for rule in unused if not any(rule.matches(s.name) for s in found)]
-        never |= (reasons := architecture.dense(block))
-        ruled = {matrix.name: _deciding_rule(matrix, rules) for matrix in found}
+    for block, block_matrices in zip(architecture.blocks, found_by_block, strict=True):
+        unused = [rule for rule in unused if not any(rule.matches(s.name) for s in block_matrices)]
+        kept_dense |= (reasons := architecture.dense(block))
+        ruled = {matrix.name: _deciding_rule(matrix, rules) for matrix in block_matrices}
         # Experts of one fused tensor stay together: the tensor is either packed or not.
         dense = {
             matrix.parameter: rule.origin
-            for matrix in found
+            for matrix in block_matrices
             if (rule := ruled[matrix.name]) and not rule.choice
         }
-        matrices[block] = {matrix.name: matrix for matrix in found if matrix.parameter not in dense}
-        for matrix in found:
+        matrices[block] = {
+            matrix.name: matrix for matrix in block_matrices if matrix.parameter not in dense
+        }
+        for matrix in block_matrices:
             rule = ruled[matrix.name]
             if matrix.parameter in dense:
                 skipped[matrix.name] = dense[matrix.parameter]
@@ -126,7 +128,9 @@ def make_plan(
             check_codes(matrix, chosen)
             choices[matrix.name] = chosen
         skipped |= reasons
-        taken = {matrix.parameter for matrix in found} | {f"{name}.weight" for name in reasons}
+        taken = {matrix.parameter for matrix in block_matrices} | {
+            f"{name}.weight" for name in reasons
+        }
         for name, parameter in architecture.model.get_submodule(block).named_parameters(
             prefix=block
         ):
@@ -136,10 +140,10 @@ def make_plan(
         packed += sum(matrix.num_weights for matrix in matrices[block].values())
     unused = [rule for rule in unused if not any(rule.matches(s.name) for s in outside)]
     for rule in list(unused):
-        meant = next((name for name in never if rule.matches(name)), None)
-        if meant is not None and rule.choice is not None:
-            raise UsageError(f"{rule.origin}: {meant} stays dense: {never[meant]}")
-        if meant is not None:
+        matched = next((name for name in kept_dense if rule.matches(name)), None)
+        if matched is not None and rule.choice is not None:
+            raise UsageError(f"{rule.origin}: {matched} stays dense: {kept_dense[matched]}")
+        if matched is not None:
             unused.remove(rule)
     if unused:
         for matrix in outside:
@@ -168,20 +172,20 @@ def make_plan(
                 raise UsageError(f"{rule.origin}: {matrix.name} is fitted by --lm-head already")
             choices[matrix.name] = lm_head
             continue
-        found_choice = rule.choice if rule else embeddings
-        if found_choice is None:
+        outside_choice = rule.choice if rule else embeddings
+        if outside_choice is None:
             continue
         origin = rule.origin if rule else "--embeddings"
-        if found_choice.method == LM_HEAD_METHOD:
+        if outside_choice.method == LM_HEAD_METHOD:
             raise UsageError(
                 f"{origin}: {LM_HEAD_METHOD} is fitted on text, by --lm-head {LM_HEAD_METHOD}"
             )
-        if found_choice.calibrates:
+        if outside_choice.calibrates:
             raise UsageError(
-                f"{origin}: {found_choice.method} needs activations, which are collected for the "
+                f"{origin}: {outside_choice.method} needs activations, which are collected for the "
                 f"blocks only; pack {matrix.name} by a method without, such as int8 or rtn"
             )
-        choices[matrix.name] = found_choice
+        choices[matrix.name] = outside_choice
     return _add_sizes(
         architecture,
         matrices,
@@ -202,17 +206,17 @@ def _check_lm_head(architecture: Architecture, lm_head: Choice, outside: Sequenc
         UsageError: another method, or too few codes.
         UnsupportedError: the model has no lm_head.
     """
-    found = [matrix for matrix in outside if matrix.kind == "lm_head"]
+    lm_heads = [matrix for matrix in outside if matrix.kind == "lm_head"]
     if lm_head.method != LM_HEAD_METHOD:
         raise UsageError(
             f"--lm-head {lm_head.method}: only {LM_HEAD_METHOD} fits an lm_head",
             hint=f"--embeddings {lm_head.method} packs it",
         )
-    if not found:
+    if not lm_heads:
         raise UnsupportedError(f"--lm-head: {architecture.config.model_type} has no lm_head")
-    check_codes(found[0], lm_head)
+    check_codes(lm_heads[0], lm_head)
     assert isinstance(lm_head.config, VQ.Config)
-    special = len(special_tokens(architecture.config, found[0].shape[0]))
+    special = len(special_tokens(architecture.config, lm_heads[0].shape[0]))
     if lm_head.config.single and special + lm_head.config.frequent >= lm_head.config.codes:
         raise UsageError(
             f"--lm-head: {lm_head}: up to {special} special and {lm_head.config.frequent} frequent "
@@ -331,26 +335,26 @@ def _add_sizes(
     # two activation buffers. With a fit: also its state per weight, the saved activations of one
     # sequence, and two target buffers.
     working = block_weights * (element_bytes + 1) + 12 * largest
-    passing = learning = 0
+    transient = fit_bytes = 0
     if calibration_tokens:
         working += 8 * block_weights
         # Temporaries of a product over a batch, float32 (measured: 4.1 times input and output).
-        passing = 12 * batch_tokens * max(sum(matrix.shape) for matrix in inside)
+        transient = 12 * batch_tokens * max(sum(matrix.shape) for matrix in inside)
     kinds = {choice: choice.quantizer for choice in {choices[matrix.name] for matrix in inside}}
     fitting: list[tuple[Any, Any]] = [
         (kind, choice.config) for choice, kind in kinds.items() if hasattr(kind, "fit")
     ]
     if fitting:
-        learning = max(kind.fit_bytes(config) for kind, config in fitting) * block_weights
-        learning += max(
+        fit_bytes = max(kind.fit_bytes(config) for kind, config in fitting) * block_weights
+        fit_bytes += max(
             saved_bytes(architecture, s.values(), sequence_tokens) for s in matrices.values()
         )
     if any("hessian" in kind.statistics for kind in kinds.values()):
         # Hessians of a block; the largest also in double precision and as its factor. All are
         # freed before a fit.
         squares = [matrix.shape[1] ** 2 for matrix in inside]
-        passing += 4 * sum(squares) // len(matrices) + 12 * max(squares)
-    working += max(passing, learning)
+        transient += 4 * sum(squares) // len(matrices) + 12 * max(squares)
+    working += max(transient, fit_bytes)
     # Embedding and lm_head are packed one at a time, while no block is in memory.
     table = max((matrix.num_weights for matrix in packed_outside), default=0)
     lm_head_bytes = max(

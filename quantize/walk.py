@@ -414,9 +414,9 @@ class BlockWalk:
         ]
         for key in data_free:
             stats.pop(key, None)
-        for key, found in stats.items():
-            for statistic in found.wanted:
-                value = getattr(found, statistic)
+        for key, linear_stats in stats.items():
+            for statistic in linear_stats.wanted:
+                value = getattr(linear_stats, statistic)
                 if value is not None and not all_finite(value):
                     raise not_finite(key, f"{statistic} of its inputs is NaN or infinite")
         if hasattr(method, "fit"):
@@ -471,16 +471,16 @@ class BlockWalk:
             passes.append(observer.stats)
         # Routing can differ between the streams: keep experts that both route tokens to, with the
         # smaller number of tokens.
-        found, *others = passes or [{}]
-        for key in list(found):
+        stats, *others = passes or [{}]
+        for key in list(stats):
             for more, wanted in zip(others, list(by_stream.values())[1:], strict=True):
                 if key not in more:
-                    del found[key]
+                    del stats[key]
                     break
                 for statistic in wanted:
-                    setattr(found[key], statistic, getattr(more[key], statistic))
-                found[key].num_tokens = min(found[key].num_tokens, more[key].num_tokens)
-        return found
+                    setattr(stats[key], statistic, getattr(more[key], statistic))
+                stats[key].num_tokens = min(stats[key].num_tokens, more[key].num_tokens)
+        return stats
 
     def _advance(self, block: Block, streams: Streams, shard: str) -> float:
         """Advance both streams through the block; return the relative squared output error."""

@@ -206,8 +206,8 @@ def search_inputs(sample_Tm: Tensor, kinds: tuple[Type, ...]) -> tuple[float, in
 
 def search(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
     """Search the scale of each row [n], in float16 precision; also return its squared error [n]."""
-    found = [_search_rows(weight_nm[rows], kind) for rows in _row_slices(weight_nm)]
-    scales, errors = zip(*found, strict=True)
+    parts = [_search_rows(weight_nm[rows], kind) for rows in _row_slices(weight_nm)]
+    scales, errors = zip(*parts, strict=True)
     return torch.cat(scales), torch.cat(errors)
 
 
