@@ -142,7 +142,7 @@ def test_the_scratch_of_another_run_is_left_alone(
     scratch.mkdir()
     (scratch / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="something else than an unfinished run"):
+        with pytest.raises(UsageError, match="something other than an unfinished run"):
             quantize(source, out, job(text), overwrite=overwrite)
     assert (scratch / "notes.txt").read_text() == "mine"
     shutil.rmtree(scratch)
