@@ -148,7 +148,7 @@ def test_the_scratch_of_another_run_is_left_alone(
     shutil.rmtree(scratch)
     scratch.mkdir()
     (scratch / "run.json").write_text("{}")
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match="something other"):
         quantize(source, out, job(text))
     quantize(source, out, job(text, steps=2), overwrite=True)
     assert out.exists() and not scratch.exists()
