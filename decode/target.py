@@ -90,7 +90,7 @@ class Target:
         assert name is not None, "a forward that takes no cache is refused"
         self.cache_name = name
         self._keeps_logits = "logits_to_keep" in accepted
-        self._linears = skinny.suited(model.modules())
+        self._linears = skinny.eligible_linears(model.modules())
         self._most_rows = kernel_rows(self.dtype)
         self._original = rotary.find_original_context(config)
         self.context_reason = rotary.explain_context(config)

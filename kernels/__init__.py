@@ -1,1 +1,1 @@
-"""Bit packing and packed matrix products: tensors in, tensors out; knows no model."""
+"""Bit packing and matrix products with few rows: plain tensors, no models."""

@@ -1,10 +1,9 @@
-/* y[i][j] = sum over k of x[i][k] w[j][k]: few rows of x, many of w, which is read from memory once.
+/* y[i][j] = sum over k of x[i][k] w[j][k], for few rows of x and many of w; w is read once.
  *
- * Every product is summed along k in the same order whatever the other rows are, so a row's result
- * does not depend on its mates. A tile of ROWS rows of w and up to COLUMNS rows of x keeps its sums
- * in registers. x is packed into panels that tiles read front to back, for rows a power of two
- * apart would push each other out of the cache. While tiles compute, the next rows of w are
- * fetched, or memory would rest meanwhile.
+ * Every product is summed along k in a fixed order, so a row's result does not depend on the other
+ * rows. A tile of ROWS rows of w and up to COLUMNS rows of x keeps its sums in registers. x is
+ * copied into contiguous panels, because rows a power of two apart would evict each other from the
+ * cache. While a tile computes, the next rows of w are prefetched, to keep the memory busy.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -32,7 +31,7 @@
 typedef float vec __attribute__((vector_size(BYTES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(BYTES), aligned(4)));
 
-/* a b + c. Left to itself the compiler fuses it in some tiles and not in others. */
+/* a b + c. Explicit, because the compiler would fuse it in some tiles and not in others. */
 INLINE vec fused(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -51,11 +50,11 @@ INLINE vec paired(vec a, vec b, vec c) {
 #endif
 }
 
-/* Of bfloat16 in pairs, as float: the even ones, and the odd ones. */
+/* The even and the odd elements of a vector of bfloat16, as float. */
 INLINE vec even(vec v) { return (vec)((words)v << 16); }
 INLINE vec odd(vec v) { return (vec)((words)v & 0xffff0000u); }
 
-/* The vector at p, of which only the first `rest` bytes are there; zeros beyond them. */
+/* Load the vector at p, of which only the first `rest` bytes are valid; zeros beyond them. */
 INLINE vec load(const char *p, ptrdiff_t rest) {
     vec v = {0};
     memcpy(&v, p, rest < BYTES ? rest : BYTES);
@@ -74,7 +73,7 @@ INLINE float total(vec v) {
     return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
-/* A vector of each row of w times those of a panel: LANES floats or 2 LANES bfloat16. */
+/* Multiply a vector of each row of w with those of a panel: LANES floats or 2 LANES bfloat16. */
 INLINE void step(const int rows, const int columns, const int half, const vec *from, const vec *x,
                  vec sum[ROWS][COLUMNS]) {
     for (int c = 0; c < columns; c++)
@@ -89,7 +88,8 @@ INLINE void step(const int rows, const int columns, const int half, const vec *f
             }
 }
 
-/* A row of w has `size` bytes. Of the rows at `next` the first size >> share bytes are fetched. */
+/* Compute one tile. A row of w has `size` bytes; size >> share of each row at `next` are
+ * prefetched. */
 INLINE void tile(const int rows, const int columns, const int half, const vec *x, const char *w,
                  const float *bias, float *y, ptrdiff_t size, ptrdiff_t height, const char *next,
                  int share) {
@@ -113,11 +113,11 @@ INLINE void tile(const int rows, const int columns, const int half, const vec *x
 }
 
 INLINE void product(const int half, const char *x, const char *w, const float *bias, float *y,
-                    float *packed, ptrdiff_t count, ptrdiff_t width, ptrdiff_t height,
+                    float *scratch, ptrdiff_t count, ptrdiff_t width, ptrdiff_t height,
                     int threads) {
     const ptrdiff_t size = width * (half ? 2 : 4), steps = (size + BYTES - 1) / BYTES;
     const ptrdiff_t panels = (count + COLUMNS - 1) / COLUMNS;
-    vec *out = (vec *)packed;
+    vec *out = (vec *)scratch;
     for (ptrdiff_t p = 0; p < panels; p++)
         for (ptrdiff_t s = 0; s < steps; s++)
             for (ptrdiff_t i = p * count / panels; i < (p + 1) * count / panels; i++) {
@@ -126,7 +126,7 @@ INLINE void product(const int half, const char *x, const char *w, const float *b
                 if (half && !PAIRED) *out++ = odd(v);
             }
 
-    /* Every panel fetches its share of the next rows. */
+    /* Each panel prefetches its share of the next rows. */
     int share = 0;
     while (panels >> (share + 1)) share++;
     const ptrdiff_t whole = height / ROWS;
@@ -136,7 +136,7 @@ INLINE void product(const int half, const char *x, const char *w, const float *b
         const ptrdiff_t j = s < whole ? s * ROWS : s - whole + whole * ROWS;
         for (ptrdiff_t p = 0; p < panels; p++) {
             const ptrdiff_t i = p * count / panels, columns = (p + 1) * count / panels - i;
-            const vec *panel = (const vec *)packed + i * steps * (half && !PAIRED ? 2 : 1);
+            const vec *panel = (const vec *)scratch + i * steps * (half && !PAIRED ? 2 : 1);
             const char *next = w + (j + rows) * size + p * (size >> share);
 #define TILE(R, C)                                                                                 \
     tile(R, C, half, panel, w + j * size, bias ? bias + j : 0, y + i * height + j, size, height,   \
@@ -153,13 +153,13 @@ INLINE void product(const int half, const char *x, const char *w, const float *b
 }
 
 /* x [count, width] and w [height, width] of one type; bias [height] (or null) and y [count, height]
- * float; packed: count times (width rounded up to 64) floats, whatever they hold. */
-void product_float(const void *x, const void *w, const float *bias, float *y, float *packed,
+ * float; scratch: count times (width rounded up to 32) floats. */
+void product_float(const void *x, const void *w, const float *bias, float *y, float *scratch,
                    ptrdiff_t count, ptrdiff_t width, ptrdiff_t height, int threads) {
-    product(0, x, w, bias, y, packed, count, width, height, threads);
+    product(0, x, w, bias, y, scratch, count, width, height, threads);
 }
 
-void product_bfloat16(const void *x, const void *w, const float *bias, float *y, float *packed,
+void product_bfloat16(const void *x, const void *w, const float *bias, float *y, float *scratch,
                       ptrdiff_t count, ptrdiff_t width, ptrdiff_t height, int threads) {
-    product(1, x, w, bias, y, packed, count, width, height, threads);
+    product(1, x, w, bias, y, scratch, count, width, height, threads);
 }

@@ -1,1 +1,1 @@
-"""Weight quantization: the block walk, the ledger of stored bits, one file per method."""
+"""Weight quantization: the stages of a run, and one file per method in `methods` and `lm_head`."""

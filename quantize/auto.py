@@ -1,7 +1,7 @@
-"""`quantize auto`: a method and its options for a size, and why.
+"""Automatic choice of a method (`quantize auto`) for a number of bits or a size in memory.
 
-The steps below go from the most to the fewest bits, in the order that `benchmarks/fidelity.py`
-found them in: the first one that fits is taken. It chooses from headers alone.
+`STEPS` go from the most to the fewest bits, in the order measured by `benchmarks/fidelity.py`; the
+first one that fits is taken. Only headers are read.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40
 }  # fmt: skip
 
-# Below so many bits the embedding and the output matrix would be much of the file.
+# Below this many bits dense embeddings would be a large part of the file: they are packed too.
 SMALL = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Something to pack by, the whole bits that users know it by, and what speaks for it."""
+    """One step: a choice as written on a command line, its nominal bits, and why to take it."""
 
     choice: str
     bits: float
@@ -50,7 +50,7 @@ STEPS = (
 
 
 class Auto:
-    """No method of its own: it picks one."""
+    """Options of `auto`, which picks one of the other methods."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -58,18 +58,18 @@ class Auto:
             None, "bits of a code; a fraction is a --bits-budget", minimum=1.6, maximum=8
         )
         fit: str | None = option(None, "memory that weights and cache may take, as in 24GiB")
-        context: int = option(4096, "tokens of a cache that fits beside the weights", minimum=0)
+        context: int = option(4096, "tokens of the cache that --fit counts", minimum=0)
 
         def validate(self) -> None:
             if self.bits is not None and self.fit is not None:
-                raise UsageError("--bits and --fit: one of them decides")
+                raise UsageError("--bits and --fit: give only one of them")
             if self.fit is not None:
                 parse_size(self.fit)
 
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """What to pack by: the blocks' matrices, the rest, a budget; and why."""
+    """Result of `pick`: the choice for blocks and for embeddings, a budget if any, and why."""
 
     choice: Choice
     embeddings: Choice | None
@@ -78,20 +78,20 @@ class Picked:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `24GiB`, `500 MB`, `1e9`.
+    """Parse a size such as `24GiB`, `500 MB` or `1e9` into bytes.
 
     Raises:
-        UsageError: it is no size.
+        UsageError: not a positive size.
     """
     lower = text.strip().lower()
     unit = next(unit for unit in sorted(UNITS, key=len, reverse=True) if lower.endswith(unit))
     try:
-        found = int(float(lower.removesuffix(unit)) * UNITS[unit])
+        num_bytes = int(float(lower.removesuffix(unit)) * UNITS[unit])
     except (ValueError, OverflowError):
-        found = 0
-    if found <= 0:
+        num_bytes = 0
+    if num_bytes <= 0:
         raise UsageError(f"--fit {text}: expected a size such as 24GiB or 500MB")
-    return found
+    return num_bytes
 
 
 def pick(
@@ -103,16 +103,16 @@ def pick(
     lm_head: Choice | None = None,
     allow_dense: bool = False,
 ) -> Picked:
-    """The step to take. `rules`, `embeddings` and `lm_head` are what the user asked for.
+    """Pick a method for `config`; `rules`, `embeddings` and `lm_head` are the user's.
 
     Raises:
-        UsageError: neither a size nor bits are given, nothing fits, or matrices are too small for
-            less than two bits.
+        UsageError: neither bits nor a size are given, no step fits, or the matrices are too small
+            for fewer than two bits.
     """
     if config.bits is not None:
-        picked = _by_bits(config.bits, embeddings)
+        picked = _pick_by_bits(config.bits, embeddings)
         if config.bits < 2:
-            own = make_plan(
+            plan = make_plan(
                 architecture,
                 picked.choice,
                 rules=rules,
@@ -120,85 +120,94 @@ def pick(
                 lm_head=lm_head,
                 allow_dense=allow_dense,
             )
-            _check_below_two(own, picked.choice, config.bits)
+            _check_below_two(plan, picked.choice, config.bits)
         return picked
     if config.fit is None:
         raise UsageError(
-            "auto wants to know how small", hint="--bits 4, or --fit 24GiB for a size in memory"
+            "auto needs bits or a size", hint="--bits 4, or --fit 24GiB for a size in memory"
         )
-    room, cache = parse_size(config.fit), cache_bytes(architecture, config.context)
-    beside = f"and a cache of {config.context} tokens {_size(cache)}"
+    limit, cache = parse_size(config.fit), cache_bytes(architecture, config.context)
+    and_cache = f"and a cache of {config.context} tokens {_format_size(cache)}"
     stored = {key for origin in architecture.origins.values() for key, _ in origin.stored}
     dense = sum(architecture.layout.tensors[key].num_bytes for key in stored)
-    if dense + cache <= room:
+    if dense + cache <= limit:
         raise UsageError(
-            f"it fits as it is: weights take {_size(dense)} {beside}, of {config.fit}",
+            f"it fits as it is: weights take {_format_size(dense)} {and_cache}, of {config.fit}",
             hint="--bits makes it smaller still",
         )
-    plan = None
+    smallest = None
     for step in STEPS:
         choice = Choice.from_text(step.choice)
-        beside_blocks = embeddings or _embeddings(step.bits)
-        plan = make_plan(
+        for_embeddings = embeddings or _choose_embeddings(step.bits)
+        smallest = make_plan(
             architecture,
             choice,
             rules=rules,
-            embeddings=beside_blocks,
+            embeddings=for_embeddings,
             lm_head=lm_head,
             allow_dense=allow_dense,
         )
-        if plan.file_bytes + cache <= room:
-            why = f"{step.why}; weights will take {_size(plan.file_bytes)} {beside}"
-            return Picked(choice, beside_blocks, None, why)
-    assert plan is not None
+        if smallest.file_bytes + cache <= limit:
+            why = f"{step.why}; weights will take {_format_size(smallest.file_bytes)} {and_cache}"
+            return Picked(choice, for_embeddings, None, why)
+    assert smallest is not None
     raise UsageError(
-        f"--fit {config.fit}: the smallest there is takes {_size(plan.file_bytes)} {beside}",
+        f"--fit {config.fit}: the smallest method takes {_format_size(smallest.file_bytes)} "
+        f"{and_cache}",
         hint="a smaller --context, or a smaller model",
     )
 
 
-def _by_bits(bits: float, embeddings: Choice | None) -> Picked:
-    beside = embeddings or _embeddings(bits)
-    # Of steps with the same bits the last is what these bits are known by.
-    known = {step.bits: step for step in STEPS}
-    if bits in known or bits < 2:
-        step = known.get(bits, STEPS[-1])
-        return Picked(Choice.from_text(step.choice), beside, None, step.why)
+def _pick_by_bits(bits: float, embeddings: Choice | None) -> Picked:
+    """Pick the step of these bits, or a budget between two widths of gptq."""
+    for_embeddings = embeddings or _choose_embeddings(bits)
+    # The last of several steps with the same bits wins: it has no extra cost for small groups.
+    by_bits = {step.bits: step for step in STEPS}
+    if bits in by_bits or bits < 2:
+        step = by_bits.get(bits, STEPS[-1])
+        return Picked(Choice.from_text(step.choice), for_embeddings, None, step.why)
     choice = Choice.from_text("gptq")
     budget = Budget(bits, widths(choice, bits))
-    return Picked(choice, beside, budget, "between two widths: each matrix gets bits by its error")
+    why = "between two widths: each matrix gets bits by its error"
+    return Picked(choice, for_embeddings, budget, why)
 
 
 def _check_below_two(plan: Plan, choice: Choice, bits: float) -> None:
-    """Raises: UsageError: what is stored a row takes it above, as in matrices with short rows."""
+    """Check that the matrices packed by `choice` stay within `bits`, with all stored fields.
+
+    Raises:
+        UsageError: more bits, as in matrices with short rows, whose scales weigh more.
+    """
     matrices = [
         matrix
         for block in plan.matrices.values()
         for matrix in block.values()
         if plan.choices[matrix.name] == choice
     ]
-    taken = 8 * sum(choice.stored_bytes(matrix.shape) for matrix in matrices)
-    found = taken / max(1, sum(matrix.num_weights for matrix in matrices))
-    # 1.6 is what it is known by, whatever the matrices.
-    if found > (2 if bits == STEPS[-1].bits else bits):
+    stored_bits = 8 * sum(choice.stored_bytes(matrix.shape) for matrix in matrices)
+    taken = stored_bits / max(1, sum(matrix.num_weights for matrix in matrices))
+    # 1.6 is nominal: the actual bits depend on the shapes, and up to 2 are accepted.
+    if taken > (2 if bits == STEPS[-1].bits else bits):
         raise UsageError(
-            f"--bits {bits:g}: {choice} takes {found:.3f} bits a weight of these matrices",
-            hint=f"--bits {min(2, math.ceil(100 * found) / 100):g}",
+            f"--bits {bits:g}: {choice} takes {taken:.3f} bits a weight of these matrices",
+            hint=f"--bits {min(2, math.ceil(100 * taken) / 100):g}",
         )
 
 
-def _embeddings(bits: float) -> Choice | None:
+def _choose_embeddings(bits: float) -> Choice | None:
+    """Choose int8 for the embeddings below `SMALL` bits, else leave them dense."""
     return Choice.from_text("int8") if bits < SMALL else None
 
 
 def cache_bytes(architecture: Architecture, tokens: int) -> int:
-    """Keys and values of so many tokens in a dtype of two bytes, of every layer."""
+    """Return the bytes of the KV cache for `tokens` tokens, in a dtype of two bytes."""
     text: Any = architecture.config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)
     width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
-    kept = getattr(text, "num_key_value_heads", None) or heads
-    return 4 * len(architecture.blocks) * int(kept) * int(width) * tokens
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return 4 * len(architecture.blocks) * int(kv_heads) * int(width) * tokens
 
 
-def _size(num_bytes: int) -> str:
+def _format_size(num_bytes: int) -> str:
+    """Format bytes as GB or MB."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

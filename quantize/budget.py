@@ -1,13 +1,13 @@
-"""Bits where they count: each matrix's method and width by measured errors, under a size budget.
+"""Budget of bits: choose each matrix's method and width by measured errors (`--bits-budget`).
 
-Every candidate packs every matrix by itself; what the block puts out then, on some calibration
-sequences as the original model has them, against what it put out before, is its error
+Every candidate packs each matrix alone. With F the block, F' the block with that one matrix packed
+and X the block's inputs in the original model on some calibration sequences, its error is
 
     e = |F'(X) - F(X)|^2 / |F(X)|^2.
 
-Errors of matrices are taken to add up, those of blocks too. From the smallest candidates on, the
-change that saves the most error a byte is made until none fits. Methods with a fit are measured as
-they begin it.
+Errors of matrices and of blocks are assumed to add up. Starting with the smallest candidates, the
+change that saves the most error per byte is made until none fits. Methods with a fit are measured
+before it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from spectool.quantize.calibration import Block, LinearStats, Streams, fit_each
 from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.fitting import Substitute
 from spectool.quantize.plan import Plan, check_codes
-from spectool.quantize.walk import BlockWalk, Progress, filled, seed_of
+from spectool.quantize.walk import BlockWalk, Progress, derive_seed, load_packed
 
-# Sequences that errors are measured on, at least, if there are so many.
-MEASURED = 8
-# Widths above the budget that are worth a try.
+# Errors are measured on at least this many calibration sequences, if there are.
+NUM_MEASURED = 8
+# Candidate widths go up to this many bits above the budget.
 WIDER = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """At most so many stored bits a weight of the blocks' packed matrices, of these candidates."""
+    """Most stored bits per weight of the blocks' packed matrices, and the candidate methods."""
 
     bits: float
     candidates: tuple[Choice, ...]
@@ -51,148 +51,157 @@ class Budget:
             raise UsageError(f"--bits-budget {self.bits}: must be a number of bits")
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-safe, as artifacts store it."""
+        """Return the JSON-safe form stored in artifacts."""
         return {"bits": self.bits, "candidates": [choice.as_dict() for choice in self.candidates]}
 
 
 def widths(choice: Choice, budget: float) -> tuple[Choice, ...]:
-    """A method at all its widths, but for those far above the budget.
+    """Return a method's choices at all widths of up to `WIDER` bits above the budget.
 
     Raises:
-        UsageError: it has only one, or the budget is no number.
+        UsageError: the method has only one width, or the budget is not finite.
     """
     Budget(budget, ())
     option = next((o for o in options_of(type(choice.config)) if o.name == "bits"), None)
     if option is None:
         raise UsageError(
             f"--bits-budget: {choice.method} has one width",
-            hint="name what to choose from with --candidate METHOD:key=value, repeated",
+            hint="name the methods to choose from with --candidate METHOD:key=value, repeated",
         )
     known = option.choices
     if not known:
         assert option.minimum is not None and option.maximum is not None
         known = tuple(range(int(option.minimum), int(option.maximum) + 1))
-    wanted = [bits for bits in known if bits <= math.ceil(budget) + WIDER] or [known[0]]
+    tried = [bits for bits in known if bits <= math.ceil(budget) + WIDER] or [known[0]]
     return tuple(
         Choice(choice.method, dataclasses.replace(choice.config, bits=bits))  # type: ignore[call-arg]
-        for bits in wanted
+        for bits in tried
     )
 
 
-def candidates(plan: Plan, budget: Budget, rules: Sequence[Rule]) -> dict[str, tuple[Choice, ...]]:
-    """What each matrix may be packed by: its rule's choice where one names it.
+def list_candidates(
+    plan: Plan, budget: Budget, rules: Sequence[Rule]
+) -> dict[str, tuple[Choice, ...]]:
+    """List the candidates of each matrix by name: its rule's choice, or those of the budget.
 
     Raises:
-        UsageError: the smallest of all do not fit.
+        UsageError: the smallest candidates exceed the budget.
     """
     matrices = [matrix for block in plan.matrices.values() for matrix in block.values()]
-    pinned = {name for name in plan.choices if any(rule.means(name) for rule in rules)}
-    found = {
+    pinned = {name for name in plan.choices if any(rule.matches(name) for rule in rules)}
+    candidates = {
         matrix.name: (plan.choices[matrix.name],) if matrix.name in pinned else budget.candidates
         for matrix in matrices
     }
     for matrix in matrices:
-        for choice in found[matrix.name]:
+        for choice in candidates[matrix.name]:
             check_codes(matrix, choice)
-    least = sum(min(choice.stored_bytes(s.shape) for choice in found[s.name]) for s in matrices)
+    least = sum(
+        min(choice.stored_bytes(s.shape) for choice in candidates[s.name]) for s in matrices
+    )
     if 8 * least > budget.bits * plan.num_weights:
         raise UsageError(
             f"--bits-budget {budget.bits}: the smallest candidates take "
             f"{8 * least / plan.num_weights:.3f} bits a weight"
         )
-    return found
+    return candidates
 
 
 def survey(
-    walk: BlockWalk, wanted: Mapping[str, Sequence[Choice]], progress: Progress
+    walk: BlockWalk, candidates: Mapping[str, Sequence[Choice]], progress: Progress
 ) -> dict[str, list[float]]:
-    """The error of each matrix's candidates, in their order. What a killed run measured is kept."""
+    """Measure the error of each candidate, by matrix and in the candidates' order.
+
+    Finished blocks are recorded, so that an interrupted survey resumes.
+    """
     streams = walk.start_streams()
     assert streams is not None
     blocks = walk.architecture.blocks
     errors: dict[str, list[float]] = {}
     for index in range(len(blocks)):
-        errors |= _step(walk, index, streams, wanted)
+        errors |= _survey_block(walk, index, streams, candidates)
         trim_memory()
         progress(index + 1, len(blocks), "blocks measured")
     return errors
 
 
-def _step(
-    walk: BlockWalk, index: int, streams: Streams, wanted: Mapping[str, Sequence[Choice]]
+def _survey_block(
+    walk: BlockWalk, index: int, streams: Streams, candidates: Mapping[str, Sequence[Choice]]
 ) -> dict[str, list[float]]:
-    """Measure one block, unless that is done, and advance the stream; all of it is freed then."""
+    """Measure one block, unless that is recorded, and advance the original stream through it."""
     name = walk.architecture.blocks[index]
     block = walk.open(index, name, walk.read(name), streams)
     assert block.module is not None
     shard = f"survey-{index + 1:05d}.safetensors"
     report: dict[str, list[float]] | None = walk.writer.report(shard)
     if report is None:
-        report = _measured(walk, index, block, streams, wanted)
+        report = _measure_block(walk, index, block, streams, candidates)
         walk.writer.write_shard(shard, {}, {}, report)
     for batch in streams.original.batches(walk.batch_size):
-        walk.through(block.module, block, streams.original, batch)
+        walk.advance_batch(block.module, block, streams.original, batch)
     return report
 
 
-def forget(walk: BlockWalk) -> None:
-    """Remove what a survey kept."""
+def discard_survey(walk: BlockWalk) -> None:
+    """Remove the recorded errors of a survey."""
     for index in range(len(walk.architecture.blocks)):
         walk.writer.discard(f"survey-{index + 1:05d}.safetensors")
 
 
-def _measured(
+def _measure_block(
     walk: BlockWalk,
     index: int,
     block: Block,
     streams: Streams,
-    wanted: Mapping[str, Sequence[Choice]],
+    candidates: Mapping[str, Sequence[Choice]],
 ) -> dict[str, list[float]]:
+    """Measure the error of every candidate of one block's matrices."""
     assert block.module is not None
-    # Whole batches: of other sizes it is not known how the block is called.
-    count = -(-MEASURED // walk.batch_size)
-    places = itertools.islice(streams.original.batches(walk.batch_size), count)
-    batches = [streams.original.hidden_SLD[batch] for batch in places]
-    before = [_through(walk, block, hidden_BLD) for hidden_BLD in batches]
-    whole = sum(float(out_BLD.double().square().sum()) for out_BLD in before)
-    # Of both streams only the original is known.
-    alike = Streams(streams.original, streams.original)
-    errors = {name: [0.0] * len(wanted[name]) for name in block.matrices}
-    asked = {choice.method: choice for name in block.matrices for choice in wanted[name]}
-    for method, like in asked.items():
-        # One method's at a time: they are as large as what is packed.
-        stats = walk.observe(block, like, alike)
+    # Whole batches, as calls of the block are known for those sizes only.
+    count = -(-NUM_MEASURED // walk.batch_size)
+    slices = itertools.islice(streams.original.batches(walk.batch_size), count)
+    batches = [streams.original.hidden_SLD[batch] for batch in slices]
+    outputs = [_run_block(walk, block, hidden_BLD) for hidden_BLD in batches]
+    energy = sum(float(out_BLD.double().square().sum()) for out_BLD in outputs)
+    # The packed stream does not exist yet.
+    original_only = Streams(streams.original, streams.original)
+    errors = {name: [0.0] * len(candidates[name]) for name in block.matrices}
+    by_method = {choice.method: choice for name in block.matrices for choice in candidates[name]}
+    for method, example in by_method.items():
+        # Statistics can be as large as the block: hold those of one method at a time.
+        stats = walk.observe(block, example, original_only)
         for name, matrix in block.matrices.items():
             part = replace(block, matrices={name: matrix}, weights={name: block.weights[name]})
-            known = {key: stats[key] for key in {name} & stats.keys()}
-            for place, choice in enumerate(wanted[name]):
+            part_stats = {key: stats[key] for key in {name} & stats.keys()}
+            for position, choice in enumerate(candidates[name]):
                 if choice.method != method:
                     continue
-                linear = _packed(walk, index, part, known, choice)
-                wrong = 0.0
+                linear = _pack_matrix(walk, index, part, part_stats, choice)
+                squares = 0.0
                 with Substitute(part, {name: linear}):
-                    for hidden_BLD, out_BLD in zip(batches, before, strict=True):
-                        apart_BLD = _through(walk, block, hidden_BLD) - out_BLD
-                        wrong += float(apart_BLD.double().square().sum())
-                errors[name][place] = wrong / whole if whole else 0.0
+                    for hidden_BLD, out_BLD in zip(batches, outputs, strict=True):
+                        error_BLD = _run_block(walk, block, hidden_BLD) - out_BLD
+                        squares += float(error_BLD.double().square().sum())
+                errors[name][position] = squares / energy if energy else 0.0
     return errors
 
 
-def _packed(
+def _pack_matrix(
     walk: BlockWalk,
     index: int,
     part: Block,
     stats: dict[str, LinearStats],
     choice: Choice,
 ) -> PackedLinear:
-    """The one matrix of a part as a method packs it."""
+    """Pack the only matrix of `part`; consumes `stats`."""
     ((name, matrix),) = part.matrices.items()
-    generator = torch.Generator().manual_seed(seed_of(walk.seed, index))
+    generator = torch.Generator().manual_seed(derive_seed(walk.seed, index))
     fitted = fit_each(choice.quantizer, part, stats, choice.config, generator, walk.device)
-    return filled(choice, matrix, fitted.fields[name]).to(walk.device)
+    return load_packed(choice, matrix, fitted.fields[name]).to(walk.device)
 
 
-def _through(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:
+def _run_block(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:
+    """Return the block's output [B, L, D] in float32, on the walk's device."""
     assert block.module is not None
     return run_block(block.module, block.calls[len(hidden_BLD)], hidden_BLD.to(walk.device)).float()
 
@@ -200,15 +209,15 @@ def _through(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:
 def choose(
     plan: Plan,
     budget: Budget,
-    wanted: Mapping[str, Sequence[Choice]],
+    candidates: Mapping[str, Sequence[Choice]],
     errors: Mapping[str, Sequence[float]],
 ) -> list[Rule]:
-    """A rule for each matrix, within the budget."""
+    """Choose a candidate for each matrix within the budget; return a rule for each."""
     matrices = {
         matrix.name: matrix for block in plan.matrices.values() for matrix in block.values()
     }
     sizes = {
-        name: [c.stored_bytes(matrix.shape) for c in wanted[name]]
+        name: [c.stored_bytes(matrix.shape) for c in candidates[name]]
         for name, matrix in matrices.items()
     }
     chosen = {}
@@ -217,6 +226,7 @@ def choose(
         chosen[name] = ranked.index(min(ranked))
     left = int(budget.bits * plan.num_weights / 8) - sum(sizes[n][i] for n, i in chosen.items())
     while True:
+        # Error saved per further byte, for every change that still fits.
         gains = [
             ((errors[name][now] - errors[name][other]) / (size - sizes[name][now]), name, other)
             for name, now in chosen.items()
@@ -229,4 +239,4 @@ def choose(
         left -= sizes[name][other] - sizes[name][chosen[name]]
         chosen[name] = other
     origin = f"--bits-budget {budget.bits}"
-    return [Rule(name, wanted[name][index], origin) for name, index in chosen.items()]
+    return [Rule(name, candidates[name][index], origin) for name, index in chosen.items()]

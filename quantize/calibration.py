@@ -1,8 +1,8 @@
-"""What a quantizer is, and what it may know: a block, its inputs, and statistics of them.
+"""The quantizer interface and its calibration data: a block, its inputs and their statistics.
 
-A method sees one decoder block at a time. `Streams` are the block's inputs as the original and as
-the already packed blocks produce them; statistics are collected at the input of each matrix while
-the block runs, and only those that the method asks for.
+A method sees one decoder block at a time. `Streams` are the block's inputs as produced by the
+original blocks and by the blocks packed so far. Statistics are collected at the input of each
+matrix while the block runs, and only those that the method asks for.
 
 Shapes: n outputs, m inputs, T tokens, S sequences, L tokens of each, D width.
 """
@@ -28,19 +28,19 @@ Statistic = Literal["absmax", "mean_abs", "second_moment", "hessian", "sample"]
 Stream = Literal["original", "packed"]
 PackedFields = dict[str, Tensor]
 
-# Tokens of a sample at most.
+# Most tokens that the `sample` statistic keeps.
 SAMPLED = 512
 
-# An expert that saw fewer calibration tokens has no statistics worth using.
+# An expert with fewer calibration tokens is packed without data: its statistics are too noisy.
 MIN_EXPERT_TOKENS = 128
 
 
 @dataclass(slots=True)
 class LinearStats:
-    """Statistics of the input x [T, m] of one matrix; those not asked for stay None.
+    """Statistics of the input x [T, m] of one matrix, in float32; those not wanted stay None.
 
     absmax [m] = max_t |x|, mean_abs [m] = mean_t |x|, second_moment [m] = mean_t x^2,
-    hessian [m, m] = mean_t x x^T; sample [., m] the first tokens' inputs. All float32.
+    hessian [m, m] = mean_t x x^T, sample [., m] = inputs of the first `SAMPLED` tokens.
     """
 
     wanted: tuple[Statistic, ...]
@@ -52,7 +52,7 @@ class LinearStats:
     sample: Tensor | None = None
 
     def add(self, x_Tm: Tensor) -> None:
-        """Take in further tokens. Means are kept running, so that long texts do not overflow."""
+        """Update the statistics with further tokens x [T, m]."""
         x_Tm = x_Tm.float()
         count = len(x_Tm)
         if count == 0:
@@ -62,8 +62,8 @@ class LinearStats:
         for name in self.wanted:
             before = getattr(self, name)
             if name == "sample":
-                room = SAMPLED - (0 if before is None else len(before))
-                new = x_Tm[: max(0, room)].clone()
+                missing = SAMPLED - (0 if before is None else len(before))
+                new = x_Tm[: max(0, missing)].clone()
                 setattr(self, name, new if before is None else torch.cat([before, new]))
                 continue
             if name == "absmax":
@@ -76,12 +76,13 @@ class LinearStats:
                 new = x_Tm.square().mean(0)
             else:
                 new = (x_Tm.T @ x_Tm).div_(count)
+            # A running mean: a sum over a long text would lose digits or overflow.
             setattr(self, name, new if before is None else before.lerp_(new, share))
 
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """A block's inputs [S, L, D] through the original blocks and through the packed ones."""
+    """Inputs [S, L, D] of a block: outputs of the original blocks, and of the packed ones."""
 
     original: Activations
     packed: Activations
@@ -91,8 +92,8 @@ class Streams:
 class Block:
     """One decoder block as a quantizer sees it.
 
-    `module` is its dense copy, None where no calibration runs; `weights` its packable matrices
-    [n, m] by name, in the stored dtype; `call` how the module is called, by number of sequences.
+    `weights`: its packable matrices [n, m] by name, in the stored dtype. `module`: its dense copy,
+    None if no calibration runs. `calls`: how to call the module, by number of sequences.
     """
 
     name: str
@@ -104,26 +105,26 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What a method made of a block: each matrix's fields on the host, and figures of the fit.
+    """A packed block: each matrix's fields on the host, and the metrics of the fit.
 
-    `report` goes into the record of the block and is shown with the result; JSON-safe.
+    `report` is JSON-safe; it is stored with the block and shown with the result.
     """
 
     fields: dict[str, PackedFields]
     report: dict[str, Any] = field(default_factory=dict)
 
 
-# Told the share of the present block that is done.
+# Callback for progress within the current block: called with the share done, from 0 to 1.
 Tick = Callable[[float], None]
 
 
 class Quantizer(Protocol):
-    """A method's class: its options, what it needs, how it packs and what runs.
+    """Interface of a quantization method.
 
-    It implements `fit(block, streams, stats, config, generator, tick) -> Fitted` for a whole block
-    (and `fit_bytes(config)`, what that takes of memory a weight of the block), or `pack` for one
-    matrix; `fit_each` makes one of the other. `fit` uses its `stats` up. `statistics` says which
-    statistics it asks for, and of which stream.
+    A method implements `pack` for one matrix. One that trains on a whole block also implements
+    `fit(block, streams, stats, config, generator, tick) -> Fitted`, which consumes `stats`, and
+    `fit_bytes(config)`, the memory of a fit in bytes per weight of the block. `statistics` maps
+    each statistic that the method needs to the stream it is collected from.
     """
 
     Config: ClassVar[type[Config]]
@@ -131,7 +132,7 @@ class Quantizer(Protocol):
 
     @classmethod
     def layout(cls, shape: tuple[int, int], config: Any) -> FieldSpec:
-        """The fields that packing a matrix of this shape makes: the formula of its stored bits."""
+        """Return dtype and shape of every stored field of a matrix of this shape [n, m]."""
         ...
 
     @classmethod
@@ -141,17 +142,25 @@ class Quantizer(Protocol):
         stats: LinearStats | None,
         config: Any,
         generator: torch.Generator,
-    ) -> PackedFields: ...
+    ) -> PackedFields:
+        """Pack one matrix [n, m] into the fields of `layout`; without `stats` from weights alone.
+
+        Raises:
+            UnsupportedError: the method cannot represent the matrix.
+        """
+        ...
 
     @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Any) -> PackedLinear: ...
+    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Any) -> PackedLinear:
+        """Create the module that runs with such fields."""
+        ...
 
 
-def overflow(name: str, what: str) -> NotFinite:
-    """The error of a block, or of a part of one, that computes no numbers."""
+def not_finite(name: str, what: str) -> NotFinite:
+    """Create the error for a block or matrix whose activations are NaN or infinite."""
     return NotFinite(
         f"{name}: {what}",
-        hint="try --dtype float32; if it is so there too, the checkpoint is broken",
+        hint="try --dtype float32; if that fails too, the checkpoint is damaged",
     )
 
 
@@ -163,28 +172,28 @@ def fit_each(
     generator: torch.Generator,
     device: torch.device,
 ) -> Fitted:
-    """`fit` for methods that see one matrix at a time: packed on `device`, kept on the host.
+    """Pack the matrices of a block one by one on `device`; the fields are returned on the host.
 
-    `stats` are used up: those of a block can be larger than the block.
+    Consumes `stats`, which can be larger than the block itself.
 
     Raises:
-        UnsupportedError: the method cannot hold a matrix, which is named.
+        UnsupportedError: the method cannot represent a matrix; the message names it.
     """
-    found = {}
+    packed = {}
     for name, weight in block.weights.items():
         try:
             fields = method.pack(weight.to(device), stats.pop(name, None), config, generator)
         except UnsupportedError as error:
             raise UnsupportedError(f"{name}: {error}", hint=error.hint) from error
-        found[name] = {field: value.cpu() for field, value in fields.items()}
-    return Fitted(found)
+        packed[name] = {field: value.cpu() for field, value in fields.items()}
+    return Fitted(packed)
 
 
 class Products(TorchFunctionMode):
-    """While open, sees every matrix product of a block with a weight that it knows.
+    """Context that intercepts the products with a block's matrices; subclasses define `product`.
 
-    Products are recognised by their weight's address, so linears, transposed Conv1D and single
-    experts of a fused tensor are all seen alike. What becomes of one, `product` decides.
+    A product is recognised by the address of its weight. This covers linears, transposed Conv1D
+    and single experts of a fused tensor alike.
     """
 
     def __init__(self, module: nn.Module, block: str, matrices: Mapping[str, Matrix]) -> None:
@@ -199,8 +208,8 @@ class Products(TorchFunctionMode):
     def product(
         self, name: str, x: Tensor, bias: Tensor | None, original: Callable[[], Tensor]
     ) -> Tensor:
-        """The result of x [..., m] times the matrix `name`, plus the bias where there is one."""
-        raise AssertionError("both kinds define this")
+        """Return x [..., m] times the matrix `name`, plus its bias; `original()` computes it."""
+        raise AssertionError("subclasses define product")
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -222,11 +231,11 @@ class Products(TorchFunctionMode):
 
 
 class Observer(Products):
-    """Collects statistics at the input of every matrix product with a known weight.
+    """Context that collects statistics of the inputs of a block's matrices.
 
-    Matrices fed with the same tensor (q, k and v; gate and up) share one set of statistics, which
-    is computed once. `opened` is the length of the sequences if they open with a start token, whose
-    inputs are then left out (absmax would often be its alone); 0 if they do not.
+    Matrices with the same input tensor (q, k and v; gate and up) share one set of statistics.
+    `opened` is the length of the sequences if each opens with a start token, else 0. Inputs of
+    start tokens are left out: their outliers would often decide absmax alone.
     """
 
     def __init__(
@@ -243,14 +252,14 @@ class Observer(Products):
         self.stats: dict[str, LinearStats] = {}
         self._last: Tensor | None = None
         self._shared: LinearStats | None = None
-        self._gathered: Tensor | None = None
+        self._routed: Tensor | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # Experts are fed with the rows that were routed to them, taken out just before.
+        # An expert's input is indexed from the batch just before: keep the token indices.
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].ndim == 1:
-            self._gathered = args[1]
+            self._routed = args[1]
         return super().__torch_function__(func, types, args, kwargs)
 
     def product(
@@ -260,23 +269,23 @@ class Observer(Products):
             self.stats.setdefault(name, self._shared)
             return original()
         stats = self.stats.setdefault(name, LinearStats(self.wanted))
-        stats.add(self._counted(name, x.reshape(-1, x.shape[-1])))
+        stats.add(self._without_bos(name, x.reshape(-1, x.shape[-1])))
         self._last, self._shared = x, stats
         return original()
 
-    def _counted(self, name: str, x_Tm: Tensor) -> Tensor:
-        """Without the start tokens."""
+    def _without_bos(self, name: str, x_Tm: Tensor) -> Tensor:
+        """Return the inputs x [T, m] of the matrix `name` without those of start tokens."""
         if not self.opened:
             return x_Tm
         if self.matrices[name].expert is None:
             return x_Tm.view(-1, self.opened, x_Tm.shape[1])[:, 1:].flatten(0, 1)
-        # An architecture may arrange its experts' rows in another way: then all of them count.
-        if self._gathered is None or len(self._gathered) != len(x_Tm):
+        # Some architectures route tokens to experts in another way; then all tokens count.
+        if self._routed is None or len(self._routed) != len(x_Tm):
             return x_Tm
-        return x_Tm[self._gathered % self.opened != 0]
+        return x_Tm[self._routed % self.opened != 0]
 
 
-def windows(
+def sample_sequences(
     ids: list[int],
     *,
     samples: int,
@@ -285,16 +294,15 @@ def windows(
     generator: torch.Generator,
     option: str = "--calibration",
 ) -> Tensor:
-    """Calibration sequences [S, L] of token ids, one from a random place of each S-th of a text.
+    """Draw sequences [S, L] of token ids from a text, each from a random position of its S-th.
 
-    So all kinds of a text that holds several come in proportion, and no token comes twice; there
-    are no more sequences than the text holds. Each opens with the start token where the tokenizer
-    has one: models expect it there, and its absence shows in the statistics. Their order is random,
-    as some methods look at the first of them more closely.
+    Every part of a mixed text is thus sampled in proportion, and no token is drawn twice. S is
+    `samples`, or as many as the text holds. `option` is what the error message names.
 
     Raises:
         TextError: the text is shorter than one sequence.
     """
+    # Models expect a start token where the tokenizer has one; statistics without it differ.
     inside = length - (bos is not None)
     if len(ids) < inside:
         raise TextError(
@@ -304,13 +312,14 @@ def windows(
     samples = max(1, min(samples, len(ids) // inside))
     edges = [part * len(ids) // samples for part in range(samples + 1)]
     shares = torch.rand(samples, generator=generator).tolist()
-    places = [
+    starts = [
         start + int(share * (end - start - inside + 1))
         for share, start, end in zip(shares, edges[:-1], edges[1:], strict=True)
     ]
+    # In random order: some methods use only the first sequences for a statistic.
     order = torch.randperm(samples, generator=generator).tolist()
     text = torch.tensor(ids)
-    rows = torch.stack([text[places[part] : places[part] + inside] for part in order])
+    ids_SL = torch.stack([text[starts[part] : starts[part] + inside] for part in order])
     if bos is None:
-        return rows
-    return torch.cat([torch.full((samples, 1), bos), rows], 1)
+        return ids_SL
+    return torch.cat([torch.full((samples, 1), bos), ids_SL], 1)

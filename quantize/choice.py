@@ -1,13 +1,13 @@
-"""Which method packs which matrix: rules, as a plan file lists them.
+"""Choice of a method for each matrix, by the rules of a YAML file (`--rules`).
 
     layers:
     - {match: "*.down_proj", method: rtn, bits: 4, group_size: 64}
     - {match: model.layers.0, method: dense}
     - {match: lm_head, method: int8}
 
-The first rule that matches a matrix's name decides: a glob, or some of the name's dotted parts in
-order. What no rule matches is packed as the command line says; the embedding and the output matrix
-then stay dense.
+The first rule that matches a matrix's name decides; `match` is a glob, or consecutive dotted parts
+of the name. Matrices without a rule are packed by the method of the command line, except that the
+embedding and the lm_head stay dense.
 """
 
 from __future__ import annotations
@@ -33,58 +33,61 @@ SKIP = "--skip"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A method with its options."""
+    """A quantization method and its options."""
 
     method: str
     config: Config
 
     @property
     def quantizer(self) -> type[Quantizer]:
-        found: type[Quantizer] = resolve(self.method, "quantizer")
-        return found
+        """The method's class, imported on first use."""
+        method: type[Quantizer] = resolve(self.method, "quantizer")
+        return method
 
     @property
     def calibrates(self) -> bool:
-        """Whether it needs to see activations."""
+        """Whether the method needs calibration data."""
         return bool(self.quantizer.statistics) or hasattr(self.quantizer, "fit")
 
     @property
     def is_matrix(self) -> bool:
-        """Whether a dense matrix does the same."""
+        """Whether the packed module equals a dense matrix; False if it also rounds inputs."""
         return getattr(self.quantizer, "is_matrix", True)
 
     @functools.cache  # noqa: B019  Layers repeat each other, and choices are few.
     def stored_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of the fields of a matrix of this shape."""
+        """Return the bytes of the fields of a matrix of this shape."""
         layout = self.quantizer.layout(shape, self.config)
         return sum(dtype.itemsize * math.prod(size) for dtype, size in layout.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-safe, as artifacts store it."""
+        """Return the JSON-safe form stored in artifacts."""
         return {"method": self.method, "options": self.config.as_dict()}
 
     def __str__(self) -> str:
-        """As it is written on a command line, without what is the default."""
+        """Return the form written on a command line, without options at their defaults."""
         defaults = {field.name: field.default for field in fields(self.config)}
-        said = [f"{k}={v}" for k, v in self.config.as_dict().items() if v != defaults[k]]
-        return f"{self.method}:{','.join(said)}" if said else self.method
+        changed = [f"{k}={v}" for k, v in self.config.as_dict().items() if v != defaults[k]]
+        return f"{self.method}:{','.join(changed)}" if changed else self.method
 
     @classmethod
     def from_text(cls, text: str) -> Choice:
-        """The choice written as `METHOD` or `METHOD:key=value,key=value`.
+        """Parse `METHOD` or `METHOD:key=value,key=value`.
 
         Raises:
-            UsageError: an unknown method, or options that it does not have.
+            UsageError: unknown method, or options that the method does not have.
         """
         method, _, pairs = text.partition(":")
-        packer: type[Quantizer] = resolve(method, "quantizer")
-        return cls(method, packer.Config.from_text(pairs))
+        quantizer: type[Quantizer] = resolve(method, "quantizer")
+        return cls(method, quantizer.Config.from_text(pairs))
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What becomes of the matrices that `match` means; `choice` None leaves them dense. `origin` is
-    what messages call it by."""
+    """One rule: pack matrices whose names `match` by `choice`, or leave them dense if it is None.
+
+    `origin` says where the rule was given; error messages name it.
+    """
 
     match: str
     choice: Choice | None
@@ -92,14 +95,15 @@ class Rule:
 
     @property
     def is_skip(self) -> bool:
-        """Whether it is a `--skip` of the command line, not of a plan."""
+        """Whether the rule is a `--skip` of the command line, not from a file."""
         return self.origin.startswith(SKIP)
 
-    def means(self, name: str) -> bool:
+    def matches(self, name: str) -> bool:
+        """Return whether the rule applies to the matrix `name`."""
         return matches(name, self.match)
 
     def as_dict(self) -> dict[str, Any]:
-        """As a line of a plan."""
+        """Return the rule as an entry of a rules file."""
         if self.choice is None:
             return {"match": self.match, "method": DENSE}
         options = self.choice.config.as_dict()
@@ -107,34 +111,39 @@ class Rule:
 
 
 def skipping(patterns: Iterable[str]) -> list[Rule]:
-    """The rules that `--skip` options are."""
+    """Make a rule of each `--skip` pattern."""
     return [Rule(pattern, None, f"{SKIP} {pattern}") for pattern in patterns]
 
 
 def read_rules(path: Path) -> list[Rule]:
-    """The rules of a plan file.
+    """Read a rules file.
 
     Raises:
-        UsageError: no such file, or it is not a plan.
+        UsageError: the file cannot be read, or it is not a list of rules.
     """
     try:
-        said = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UsageError(f"--rules {path}: {reason}") from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--rules {path}: is not YAML: {reason}") from error
-    layers = said.get("layers") if isinstance(said, dict) and len(said) == 1 else None
+    layers = content.get("layers") if isinstance(content, dict) and len(content) == 1 else None
     if not isinstance(layers, list) or not layers:
         raise UsageError(
             f"--rules {path}: expected one list `layers` with an entry "
-            "{match: NAME, method: METHOD, …} a rule"
+            "{match: NAME, method: METHOD, ...} for each rule"
         )
-    return [_rule(path, number, entry) for number, entry in enumerate(layers, start=1)]
+    return [_parse_rule(path, number, entry) for number, entry in enumerate(layers, start=1)]
 
 
-def _rule(path: Path, number: int, entry: Any) -> Rule:
+def _parse_rule(path: Path, number: int, entry: Any) -> Rule:
+    """Parse the entry `number` of a rules file.
+
+    Raises:
+        UsageError: missing keys, unknown method or options.
+    """
     origin = f"--rules {path}: entry {number}"
     if not isinstance(entry, dict) or not all(
         isinstance(entry.get(key), str) for key in ("match", "method")
@@ -147,15 +156,15 @@ def _rule(path: Path, number: int, entry: Any) -> Rule:
             if options:
                 raise UsageError("dense takes no options")
             return Rule(entry["match"], None, origin)
-        packer: type[Quantizer] = resolve(entry["method"], "quantizer")
-        config = packer.Config.from_dict({str(key): value for key, value in options.items()})
+        quantizer: type[Quantizer] = resolve(entry["method"], "quantizer")
+        config = quantizer.Config.from_dict({str(key): value for key, value in options.items()})
     except UsageError as error:
         raise UsageError(f"{origin}: {error}", hint=error.hint) from error
     return Rule(entry["match"], Choice(entry["method"], config), origin)
 
 
-def plan_text(rules: Sequence[Rule]) -> str:
-    """The plan file that says these rules."""
+def format_rules(rules: Sequence[Rule]) -> str:
+    """Return the text of a rules file with these rules."""
     layers = [rule.as_dict() for rule in rules]
     text: str = yaml.safe_dump({"layers": layers}, sort_keys=False, width=1000)
     return text

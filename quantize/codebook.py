@@ -1,4 +1,4 @@
-"""Codebooks: the few values, or vectors, that many weights share.
+"""Codebooks: levels or vectors shared by many weights, and their fits by Lloyd and k-means.
 
 Shapes: R rows, N values of a row, K levels of a codebook, S starts, D components of a vector,
 P points.
@@ -13,28 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Rounds of Lloyd's algorithm at most; it stops by itself much sooner.
+# Most rounds of Lloyd's algorithm; it usually converges much sooner.
 ROUNDS = 100
-# Rounds of k-means on vectors at most.
+# Most rounds of k-means on vectors.
 VECTOR_ROUNDS = 25
-# How far from its level to the border of its cell a value may lie that is to be learned.
-INSIDE = 0.7
-# Points that a further centre is chosen among.
+# Trained values start at most this share of the way from their level to the border of its cell.
+CELL_SHARE = 0.7
+# Candidates for each further centre of greedy k-means++.
 DRAWN = 8
 
 
-def levels(values_RN: Tensor, weights_RN: Tensor, count: int) -> Tensor:
-    """Of each row the levels [R, K], ascending, that bring the least weighted squared error.
+def fit_levels(values_RN: Tensor, weights_RN: Tensor, count: int) -> Tensor:
+    """Fit `count` levels [R, K] to each row, ascending, for the least weighted squared error.
 
-    Lloyd's algorithm in one dimension (Lloyd 1957; Max 1960), on sorted values, so that a round
-    costs K searches a row: every value belongs to the nearest level, every level moves to the mean
-    of its values. From two starts, levels at equal shares of the weights and at equal distances;
-    the better end counts. A level without values, or a row with fewer different values than levels,
-    keeps levels that nothing uses. Values of weight 0 count nowhere. In double precision.
+    Lloyd's algorithm in one dimension (Lloyd 1957; Max 1960), in double precision: every value
+    belongs to its nearest level, every level moves to the mean of its values. Values of weight 0
+    are ignored. Rows with fewer distinct values than levels keep levels that no value uses.
     """
+    # On sorted values and prefix sums a round costs only K searches a row.
     values_RN, order_RN = values_RN.double().sort(-1)
     weights_RN = weights_RN.double().gather(-1, order_RN)
-    # A row of no weight at all counts its values alike.
+    # Rows whose weights are all 0 are fitted with equal weights.
     weights_RN = torch.where(weights_RN.sum(-1, keepdim=True) > 0, weights_RN, 1.0)
     mass_RN, first_RN, second_RN = (
         torch.nn.functional.pad(part.cumsum(-1), (1, 0))
@@ -43,10 +42,11 @@ def levels(values_RN: Tensor, weights_RN: Tensor, count: int) -> Tensor:
     shares_K = (torch.arange(count, device=values_RN.device) + 0.5) / count
     wanted_RK = mass_RN[:, -1:] * shares_K
     last = values_RN.shape[1] - 1
-    places_RK = torch.searchsorted(mass_RN[:, 1:].contiguous(), wanted_RK).clamp(max=last)
-    low_R1, high_R1 = _ends(values_RN, weights_RN)
+    index_RK = torch.searchsorted(mass_RN[:, 1:].contiguous(), wanted_RK).clamp(max=last)
+    # Two starts, levels at equal shares of the weight and at equal distances; the better fit wins.
+    low_R1, high_R1 = _value_range(values_RN, weights_RN)
     level_RSK = torch.stack(
-        [values_RN.gather(-1, places_RK), low_R1 + (high_R1 - low_R1) * shares_K], 1
+        [values_RN.gather(-1, index_RK), low_R1 + (high_R1 - low_R1) * shares_K], 1
     )
     level_RSK = _lloyd(values_RN, mass_RN, first_RN, level_RSK)
     error_RS = _error(values_RN, mass_RN, first_RN, second_RN, level_RSK)
@@ -54,15 +54,15 @@ def levels(values_RN: Tensor, weights_RN: Tensor, count: int) -> Tensor:
     return torch.where(first_R1, level_RSK[:, 0], level_RSK[:, 1]).float()
 
 
-def _ends(values_RN: Tensor, weights_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value [R, 1] that has a weight."""
+def _value_range(values_RN: Tensor, weights_RN: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value [R, 1] of positive weight."""
     low_R1 = torch.where(weights_RN > 0, values_RN, torch.inf).amin(-1, keepdim=True)
     high_R1 = torch.where(weights_RN > 0, values_RN, -torch.inf).amax(-1, keepdim=True)
     return low_R1, high_R1
 
 
 def _cells(values_RN: Tensor, level_RSK: Tensor) -> Tensor:
-    """Where the values of each level begin and end among the sorted ones, [R, S, K + 1]."""
+    """Return the borders [R, S, K + 1] between the levels' cells, as indices of sorted values."""
     middle_RSK = (level_RSK[..., 1:] + level_RSK[..., :-1]) / 2
     inner_RSK = torch.searchsorted(values_RN, middle_RSK.flatten(1), right=True)
     cells_RSK = torch.nn.functional.pad(inner_RSK.view(middle_RSK.shape), (1, 1))
@@ -71,11 +71,12 @@ def _cells(values_RN: Tensor, level_RSK: Tensor) -> Tensor:
 
 
 def _between(sums_RN: Tensor, cells_RSK: Tensor) -> Tensor:
-    """What is summed up within each cell [R, S, K], of sums up to each place."""
+    """Return the sum within each cell [R, S, K], from prefix sums."""
     return sums_RN.gather(-1, cells_RSK.flatten(1)).view(cells_RSK.shape).diff(dim=-1)
 
 
 def _lloyd(values_RN: Tensor, mass_RN: Tensor, first_RN: Tensor, level_RSK: Tensor) -> Tensor:
+    """Move levels [R, S, K] to the means of their cells until they stay."""
     for _ in range(ROUNDS):
         cells_RSK = _cells(values_RN, level_RSK)
         mass_RSK = _between(mass_RN, cells_RSK)
@@ -90,43 +91,42 @@ def _lloyd(values_RN: Tensor, mass_RN: Tensor, first_RN: Tensor, level_RSK: Tens
 def _error(
     values_RN: Tensor, mass_RN: Tensor, first_RN: Tensor, second_RN: Tensor, level_RSK: Tensor
 ) -> Tensor:
-    """The weighted squared error [R, S]: the sum of w (x - c)^2 over all cells."""
+    """Return the weighted squared error [R, S], the sum of w (x - c)^2 over all cells."""
     cells_RSK = _cells(values_RN, level_RSK)
     mass, first, second = (_between(part, cells_RSK) for part in (mass_RN, first_RN, second_RN))
     return (second - 2 * level_RSK * first + level_RSK.square() * mass).sum(-1)
 
 
-def nearest(values_RN: Tensor, level_RK: Tensor) -> Tensor:
-    """The place of the nearest level of its row for each value [R, N], uint8; levels ascend."""
+def nearest_codes(values_RN: Tensor, level_RK: Tensor) -> Tensor:
+    """Return the index [R, N], uint8, of each value's nearest level; levels ascend."""
     middle_RK = (level_RK[:, 1:] + level_RK[:, :-1]) / 2
     codes_RN = torch.zeros(values_RN.shape, dtype=torch.uint8, device=values_RN.device)
-    # For so few levels faster than a search.
+    # With at most 16 levels comparisons are faster than a search.
     for k in range(middle_RK.shape[1]):
         codes_RN += values_RN > middle_RK[:, k, None]
     return codes_RN
 
 
-def within(values_RN: Tensor, level_RK: Tensor, codes_RN: Tensor) -> Tensor:
-    """The values, each brought to where its code is the nearest one, and stays so when levels move.
+def clamp_to_cells(values_RN: Tensor, level_RK: Tensor, codes_RN: Tensor) -> Tensor:
+    """Clamp each value [R, N] into the cell of its code, at most `CELL_SHARE` towards a border.
 
-    Codes that make up for other errors are often not the nearest. A value just across the border
-    would fall back as soon as a level moves a little, and with it what its code made up for; so
-    none lies further than `INSIDE` of the way from its level to the next border.
+    Codes from error compensation are often not the nearest ones. A value at or across the border
+    would change its code as soon as a level moves a little, and undo the compensation.
     """
     codes_RN = codes_RN.long()
-    own_RN = level_RK.gather(1, codes_RN)
-    between_RK = torch.nn.functional.pad((level_RK[:, 1:] + level_RK[:, :-1]) / 2, (1, 1))
-    between_RK[:, 0], between_RK[:, -1] = -torch.inf, torch.inf
-    low_RN = own_RN + INSIDE * (between_RK.gather(1, codes_RN) - own_RN)
-    high_RN = own_RN + INSIDE * (between_RK.gather(1, codes_RN + 1) - own_RN)
+    level_RN = level_RK.gather(1, codes_RN)
+    border_RK = torch.nn.functional.pad((level_RK[:, 1:] + level_RK[:, :-1]) / 2, (1, 1))
+    border_RK[:, 0], border_RK[:, -1] = -torch.inf, torch.inf
+    low_RN = level_RN + CELL_SHARE * (border_RK.gather(1, codes_RN) - level_RN)
+    high_RN = level_RN + CELL_SHARE * (border_RK.gather(1, codes_RN + 1) - level_RN)
     return values_RN.clamp(low_RN, high_RN)
 
 
-class Chosen(torch.autograd.Function):
-    """The levels [R, N] that codes choose: `Chosen.apply(values_RN, level_RK, codes_RN)`.
+class SelectLevels(torch.autograd.Function):
+    """Levels [R, N] selected by codes: `SelectLevels.apply(values_RN, level_RK, codes_RN)`.
 
-    Values get the gradient of what was chosen for them, as if it were they (straight through), and
-    a level those of all that chose it.
+    The backward pass gives each value the gradient of its selected level (straight-through), and
+    each level the sum of the gradients where it was selected.
     """
 
     @staticmethod
@@ -138,22 +138,24 @@ class Chosen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None]:
         (slope_RN,), (codes_RN,) = slopes, ctx.saved_tensors
-        of_levels_RK = slope_RN.new_zeros(len(slope_RN), ctx.count)
-        return slope_RN, of_levels_RK.scatter_add_(1, codes_RN.long(), slope_RN), None
+        level_slope_RK = slope_RN.new_zeros(len(slope_RN), ctx.count)
+        return slope_RN, level_slope_RK.scatter_add_(1, codes_RN.long(), slope_RN), None
 
 
-def chosen_again(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A product with chosen levels, which the backward pass chooses again: kept, those of all
-    matrices of a block would be as large as the block. The product itself is not taken again."""
+def recompute_product(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Compute product(x), and its intermediates again in the backward pass.
+
+    Kept in between, the selected levels of all matrices of a block would be as large as the block.
+    """
     return checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 class LinearCodebook(nn.Module):
-    """A codebook C = E A while it is trained (SimVQ; Zhu et al. 2024, arXiv:2411.02038).
+    """Codebooks C = E A in training (SimVQ; Zhu et al. 2024, arXiv:2411.02038).
 
-    E [..., K, D] are the vectors that it begins with, of several codebooks at once. A, at first
-    the identity, moves all vectors of one, also those that nothing has chosen lately; E may learn
-    beside it, in units of its root mean square. What is stored and decoded by is C.
+    E [..., K, D] are the initial vectors, in units of their root mean square; A [..., D, D] begins
+    as the identity and moves all vectors of a codebook, also those that no point uses. Both are
+    trained; C is stored.
     """
 
     def __init__(self, basis_KD: Tensor) -> None:
@@ -163,17 +165,20 @@ class LinearCodebook(nn.Module):
         self.basis_KD = nn.Parameter(basis_KD / self.size)
         *books, _, width = basis_KD.shape
         eye_DD = torch.eye(width, device=basis_KD.device).expand(*books, width, width)
-        self.turn_DD = nn.Parameter(eye_DD.clone())
+        self.transform_DD = nn.Parameter(eye_DD.clone())
 
     def forward(self) -> Tensor:
-        """C [..., K, D]."""
-        return self.size * (self.basis_KD @ self.turn_DD)
+        """Return C [..., K, D]."""
+        return self.size * (self.basis_KD @ self.transform_DD)
 
 
-def vectors(points_PD: Tensor, weights_P: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Each point's code [P] among `count`: weighted k-means from points drawn by their weight.
+def cluster_vectors(
+    points_PD: Tensor, weights_P: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """Assign each point a code [P] below `count`, by weighted k-means.
 
-    A centre that loses all its points begins again at the point that is the furthest from its own.
+    Initial centres are points drawn by weight. A centre that loses all its points restarts at the
+    point furthest from its centre.
     """
     drawn_K = torch.multinomial(weights_P.double().cpu(), count, generator=generator)
     centres_KD = points_PD[drawn_K.to(points_PD.device)]
@@ -189,23 +194,23 @@ def vectors(points_PD: Tensor, weights_P: Tensor, count: int, generator: torch.G
             label_P[furthest_E] = empty_E
         elif torch.equal(before_P, label_P):
             break
-        centres_KD = means(points_PD, weights_P, label_P, count)
+        centres_KD = mean_by_label(points_PD, weights_P, label_P, count)
     return label_P
 
 
-def means(points_PD: Tensor, weights_P: Tensor, label_P: Tensor, count: int) -> Tensor:
-    """The weighted mean [K, D] of the points of each label; zeros where there are none."""
+def mean_by_label(points_PD: Tensor, weights_P: Tensor, label_P: Tensor, count: int) -> Tensor:
+    """Return the weighted mean [K, D] of each label's points; zeros for labels without points."""
     mass_K = weights_P.new_zeros(count).index_add_(0, label_P, weights_P)
     sums_KD = points_PD.new_zeros(count, points_PD.shape[1])
     sums_KD.index_add_(0, label_P, points_PD * weights_P[:, None])
     return sums_KD / mass_K.clamp(min=1e-30)[:, None]
 
 
-def clusters(points_PD: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Each point's cluster [P], of at most `count`: k-means, begun as greedy k-means++ begins.
+def cluster_rows(points_PD: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Assign each point to one of at most `count` clusters [P], numbered by first appearance.
 
-    (Arthur and Vassilvitskii 2007: of a few points drawn by their squared distance, the one that
-    lowers the others' most.) Clusters are numbered as their first points stand.
+    k-means from a greedy k-means++ start (Arthur and Vassilvitskii 2007): of `DRAWN` points, drawn
+    by squared distance, the one that lowers the sum of squared distances most.
     """
     points_PD = points_PD.double()
     count = min(count, len(points_PD))
@@ -229,7 +234,7 @@ def clusters(points_PD: Tensor, count: int, generator: torch.Generator) -> Tenso
         centres_KD = torch.where(
             size_K[:, None] > 0, sums_KD / size_K.clamp(min=1)[:, None], centres_KD
         )
-    found = list(dict.fromkeys(label_P.tolist()))
-    places_K = torch.zeros(len(centres_KD), dtype=torch.long, device=points_PD.device)
-    places_K[found] = torch.arange(len(found), device=points_PD.device)
-    return places_K[label_P]
+    used = list(dict.fromkeys(label_P.tolist()))
+    renamed_K = torch.zeros(len(centres_KD), dtype=torch.long, device=points_PD.device)
+    renamed_K[used] = torch.arange(len(used), device=points_PD.device)
+    return renamed_K[label_P]

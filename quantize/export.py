@@ -1,9 +1,9 @@
-"""Packed checkpoints for other tools: dense again, or in compressed-tensors' own layout.
+"""Export of packed checkpoints for other tools: dense, or in the format of compressed-tensors.
 
-`compressed-tensors` (`pack-quantized`; vLLM reads that of 4 and 8 bits) holds whole-number codes on
-uniform grids of 1 to 8 bits. Its rows are packed as ours are, lowest bits first into
-32-bit words, so codes move over as they are and nothing is rounded anew; zero points are packed
-down the rows. A method whose matrices are no such grids is refused.
+`compressed-tensors` (`pack-quantized`; vLLM reads it at 4 and 8 bits) stores integer codes on
+uniform grids of 1 to 8 bits. It bit-packs rows as spectool does, lowest bits first into 32-bit
+words, so codes are copied and nothing is rounded again; zero points are bit-packed along the
+outputs. Methods without a uniform grid are refused.
 
 Shapes: n outputs, m inputs, g groups.
 """
@@ -30,21 +30,21 @@ from spectool.model.architecture import Architecture
 from spectool.model.loading import own_dtype
 from spectool.model.matrices import Matrix
 from spectool.model.packed import build_packed, field_specs
-from spectool.quantize.run import check_places, companions
+from spectool.quantize.run import check_paths, read_companions
 
 Fields = dict[str, Tensor]
 
-# Methods whose matrices are whole numbers on uniform grids.
+# Methods that store integers on uniform grids.
 UNIFORM = ("rtn", "gptq", "int8")
-# Of `compressed-tensors`, what vLLM has kernels for with and without zero points.
+# Bits for which vLLM has kernels of `compressed-tensors` both with and without zero points.
 SERVED_BITS = (4, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """A matrix of whole numbers in steps: w = scale (code - zero), codes packed by `pack_bits`.
+    """Matrix on a uniform grid, w = scale (code - zero), with codes bit-packed by `pack_bits`.
 
-    Without zero points [n, g] these are 2^(bits - 1) everywhere.
+    `zero_ng` None means a zero point of 2^(bits - 1) everywhere.
     """
 
     bits: int
@@ -56,45 +56,45 @@ class Grid:
 def export(
     path: str, out: Path, name: str, *, trust_remote_code: bool = False, checksums: bool = True
 ) -> list[str]:
-    """Write the packed checkpoint `path` to the directory `out`.
+    """Write the packed checkpoint `path` to the directory `out` in the format `name`.
 
-    `checksums`: compare its files with theirs. Returns command lines that serve it; none where no
-    server is known to.
+    `checksums`: verify the files of the source. Returns command lines that serve the result; none
+    if no known server reads it.
 
     Raises:
-        UsageError: no such format, a checkpoint that is not packed, or OUT exists.
-        UnsupportedError: the format cannot hold it.
+        UsageError: unknown format, the checkpoint is not packed, or `out` exists.
+        UnsupportedError: the format cannot represent the checkpoint.
     """
     if name not in FORMATS:
         raise UsageError(f"--format {name}: expected one of {', '.join(FORMATS)} for a checkpoint")
     if out.exists():
         raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
     checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code, checksums=checksums)
-    check_places(checkpoint.path, out)
+    check_paths(checkpoint.path, out)
     if not checkpoint.layout.is_packed:
         raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")
     architecture = Architecture(checkpoint.layout, trust_remote_code=trust_remote_code)
     left_out: set[str] = set()
-    for key, said in architecture.modules.items():
-        if not getattr(resolve(said["method"], "quantizer"), "is_matrix", True):
+    for key, entry in architecture.modules.items():
+        if not getattr(resolve(entry["method"], "quantizer"), "is_matrix", True):
             raise UnsupportedError(
-                f"{key}: {said['method']} rounds inputs too, which no other tool would do",
+                f"{key}: {entry['method']} rounds inputs too, which no other tool would do",
                 hint="pack with olive",
             )
-        if said["options"].get("shortlist"):
+        if entry["options"].get("shortlist"):
             raise UnsupportedError(
-                f"{key}: a shortlist of {said['options']['shortlist']} tokens is ranked by one "
+                f"{key}: a shortlist of {entry['options']['shortlist']} tokens is ranked by one "
                 "matrix and decided by another, which no other tool would do",
-                hint="learn --lm-head without shortlist",
+                hint="fit --lm-head without shortlist",
             )
-        if said.get("bias") and architecture.model.get_submodule(key).bias is None:
-            left_out.add(_zero_bias(checkpoint, architecture, key))
+        if entry.get("bias") and architecture.model.get_submodule(key).bias is None:
+            left_out.add(_check_zero_bias(checkpoint, architecture, key))
     convert, configure = FORMATS[name]
-    matrices = _matrices(architecture)
+    matrices = _find_matrices(architecture)
     config = configure(architecture, matrices)
-    shards = _shards(checkpoint, left_out)
-    said = checkpoint.layout.quantization or {}
-    metadata = {key: said.get(key) for key in ("source", "made_by")}
+    shards = _list_shards(checkpoint, left_out)
+    quantization = checkpoint.layout.quantization or {}
+    metadata = {key: quantization.get(key) for key in ("source", "made_by")}
     tensors: dict[str, str] = {}
     num_bytes = 0
     with ArtifactWriter(out, identity={"export": name, "of": checkpoint.fingerprint()}) as writer:
@@ -108,7 +108,7 @@ def export(
         index_file = {"metadata": {"total_size": num_bytes}, "weight_map": tensors}
         writer.finish(
             {
-                **companions(checkpoint.path, code=trust_remote_code),
+                **read_companions(checkpoint.path, code=trust_remote_code),
                 "config.json": _json(config),
                 "model.safetensors.index.json": _json(index_file),
             }
@@ -117,80 +117,85 @@ def export(
     return [shlex.join(["vllm", "serve", str(out)])] if served else []
 
 
-def _zero_bias(checkpoint: Checkpoint, architecture: Architecture, key: str) -> str:
-    """The name of a learnt bias that the architecture has no place for, and that changes nothing.
+def _check_zero_bias(checkpoint: Checkpoint, architecture: Architecture, key: str) -> str:
+    """Check that the bias of a fitted lm_head is zero where the architecture has none.
+
+    Returns the bias's name.
 
     Raises:
-        UnsupportedError: it does change something.
+        UnsupportedError: the bias is not zero.
     """
     name = f"{key}.bias"
     if checkpoint.read(name).any():
         raise UnsupportedError(
-            f"{key}: was learnt with a bias, and the output matrix of "
+            f"{key}: was fitted with a bias, and the lm_head of "
             f"{architecture.config.model_type} has none in any other tool",
             hint="spectool runs the packed checkpoint itself; to export, pack without --lm-head",
         )
     return name
 
 
-def _matrices(architecture: Architecture) -> dict[str, Matrix]:
-    """All sites by name. A learnt output matrix is a parameter of its own, whatever was tied."""
-    own_lm_head = any(said.get("outside") == "lm_head" for said in architecture.modules.values())
+def _find_matrices(architecture: Architecture) -> dict[str, Matrix]:
+    """Find all packable matrices by name; a packed lm_head counts as untied."""
+    own_lm_head = any(entry.get("outside") == "lm_head" for entry in architecture.modules.values())
     parts = (
         architecture.outside(own_lm_head=own_lm_head),
         *map(architecture.matrices, architecture.blocks),
     )
-    found = {matrix.name: matrix for part in parts for matrix in part}
-    for name, matrix in found.items():
+    matrices = {matrix.name: matrix for part in parts for matrix in part}
+    for name, matrix in matrices.items():
         if matrix.kind == "lm_head":
-            found[name] = replace(matrix, parameter=f"{name}.weight")
-    return found
+            matrices[name] = replace(matrix, parameter=f"{name}.weight")
+    return matrices
 
 
 def _is_served(groups: Mapping[str, Any]) -> bool:
-    """Whether vLLM is known to read them: it joins q, k and v, which then must have one scheme."""
+    """Return whether vLLM reads these config groups."""
+    # vLLM fuses q, k and v, which then need one scheme.
     return len(groups) == 1 and groups["group_0"]["weights"]["num_bits"] in SERVED_BITS
 
 
-# Of a shard: the tensors that are stored as they are, and the names of its packed matrices.
+# The dense tensors of a shard, and the names of its packed matrices.
 Shard = tuple[dict[str, TensorEntry], list[str]]
 
 
-def _shards(checkpoint: Checkpoint, left_out: Collection[str]) -> list[Shard]:
-    found: dict[Path, Shard] = {}
+def _list_shards(checkpoint: Checkpoint, left_out: Collection[str]) -> list[Shard]:
+    """List the checkpoint's shards, without the tensors `left_out`."""
+    shards: dict[Path, Shard] = {}
     for key, entry in checkpoint.layout.tensors.items():
         if key in left_out:
             continue
-        plain, packed = found.setdefault(entry.path, ({}, []))
+        plain, packed = shards.setdefault(entry.path, ({}, []))
         name, infix, _ = key.rpartition(".q.")
         if infix and name in checkpoint.layout.modules:
             if name not in packed:
                 packed.append(name)
         else:
             plain[key] = entry
-    return [found[path] for path in sorted(found)]
+    return [shards[path] for path in sorted(shards)]
 
 
-def _fields(checkpoint: Checkpoint, name: str) -> Fields:
+def _read_fields(checkpoint: Checkpoint, name: str) -> Fields:
+    """Read the fields of one packed matrix."""
     method, options = (checkpoint.layout.modules[name][key] for key in ("method", "options"))
-    packer: Any = resolve(method, "quantizer")
+    quantizer: Any = resolve(method, "quantizer")
     n, m = checkpoint.layout.modules[name]["shape"]
-    wanted = packer.layout((n, m), packer.Config.from_dict(options))
-    return {key: checkpoint.read(f"{name}.q.{key}") for key in wanted}
+    layout = quantizer.layout((n, m), quantizer.Config.from_dict(options))
+    return {key: checkpoint.read(f"{name}.q.{key}") for key in layout}
 
 
-def _dense(
+def _convert_dense(
     packed: list[str],
     matrices: Mapping[str, Matrix],
     checkpoint: Checkpoint,
     architecture: Architecture,
 ) -> dict[str, Tensor]:
-    """The matrices under the names and in the shapes of the architecture."""
+    """Dequantize matrices, with the names and shapes of the architecture."""
     dtype = own_dtype(checkpoint.layout)
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name in packed:
-        fields = _fields(checkpoint, name)
+        fields = _read_fields(checkpoint, name)
         spec = field_specs({f"{name}.q.{k}": (v.dtype, tuple(v.shape)) for k, v in fields.items()})
         linear = build_packed(checkpoint.layout.modules[name], spec[name])
         linear.q.load_state_dict(fields)
@@ -198,72 +203,76 @@ def _dense(
         matrix = matrices[name]
         weight = (weight_nm.T if matrix.transposed else weight_nm).contiguous()
         if matrix.expert is None:
-            found[matrix.parameter] = weight
+            weights[matrix.parameter] = weight
         else:
             experts.setdefault(matrix.parameter, {})[matrix.expert] = weight
     for parameter, each in experts.items():
-        found[parameter] = torch.stack([each[index] for index in range(len(each))])
-    return found
+        weights[parameter] = torch.stack([each[index] for index in range(len(each))])
+    return weights
 
 
-def _dense_config(architecture: Architecture, matrices: Mapping[str, Matrix]) -> dict[str, Any]:
+def _make_dense_config(
+    architecture: Architecture, matrices: Mapping[str, Matrix]
+) -> dict[str, Any]:
+    """Return the model's configuration without quantization."""
     config = dict(architecture.layout.config)
     config.pop("quantization_config")
     tied = architecture.model.all_tied_weights_keys
     if any(matrix.parameter in tied for matrix in matrices.values() if matrix.kind == "lm_head"):
-        # The output matrix is no longer the embedding.
+        # The exported lm_head is untied from the embedding.
         config["tie_word_embeddings"] = False
         if "text_config" in config:
             config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
     return config
 
 
-def _compressed(
+def _convert_compressed(
     packed: list[str],
     matrices: Mapping[str, Matrix],
     checkpoint: Checkpoint,
     architecture: Architecture,
 ) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    """Convert matrices to the tensors of `compressed-tensors`."""
+    tensors: dict[str, Tensor] = {}
     for name in packed:
-        said = checkpoint.layout.modules[name]
-        grid = grid_of(said, _fields(checkpoint, name))
-        found[f"{name}.weight_packed"] = grid.codes.view(torch.int32)
-        found[f"{name}.weight_scale"] = grid.scale_ng
-        found[f"{name}.weight_shape"] = torch.tensor(said["shape"])
+        entry = checkpoint.layout.modules[name]
+        grid = read_grid(entry, _read_fields(checkpoint, name))
+        tensors[f"{name}.weight_packed"] = grid.codes.view(torch.int32)
+        tensors[f"{name}.weight_scale"] = grid.scale_ng
+        tensors[f"{name}.weight_shape"] = torch.tensor(entry["shape"])
         if grid.zero_ng is not None:
-            packed_gn = pack_bits(grid.zero_ng.T.contiguous(), grid.bits).view(torch.int32)
-            found[f"{name}.weight_zero_point"] = packed_gn.T.contiguous()
-    return found
+            zero_gn = pack_bits(grid.zero_ng.T.contiguous(), grid.bits).view(torch.int32)
+            tensors[f"{name}.weight_zero_point"] = zero_gn.T.contiguous()
+    return tensors
 
 
-def grid_of(said: Mapping[str, Any], fields: Fields) -> Grid:
-    """The grid that the entry of a method in `UNIFORM` and its fields describe."""
-    if said["method"] == "int8":
+def read_grid(entry: Mapping[str, Any], fields: Fields) -> Grid:
+    """Return the grid of a packed matrix, of its entry and its fields; for methods in `UNIFORM`."""
+    if entry["method"] == "int8":
         codes_nm = (fields["codes"].int() + 128).to(torch.uint8)
         scale_ng = fields["scale"][:, None] / 127
         return Grid(bits=8, codes=pack_bits(codes_nm, 8), scale_ng=scale_ng, zero_ng=None)
     return Grid(
-        bits=said["options"]["bits"],
+        bits=entry["options"]["bits"],
         codes=fields["codes"],
         scale_ng=fields["scale"],
         zero_ng=fields.get("zero"),
     )
 
 
-def _compressed_config(
+def _make_compressed_config(
     architecture: Architecture, matrices: Mapping[str, Matrix]
 ) -> dict[str, Any]:
-    """The configuration, with a group of the format's for all matrices of one scheme.
+    """Return the model's configuration for `compressed-tensors`, one config group per scheme.
 
     Raises:
-        UnsupportedError: matrices that the format cannot hold.
+        UnsupportedError: the format cannot represent a matrix.
     """
     modules = architecture.layout.modules
     groups: dict[str, list[str]] = {}
-    for name, said in modules.items():
-        _check_grid(name, said, matrices[name])
-        groups.setdefault(json.dumps(_scheme(said)), []).append(name)
+    for name, entry in modules.items():
+        _check_grid(name, entry, matrices[name])
+        groups.setdefault(json.dumps(_make_scheme(entry)), []).append(name)
     linears = {
         name
         for name, module in architecture.model.named_modules()
@@ -287,10 +296,15 @@ def _compressed_config(
     }
 
 
-def _check_grid(name: str, said: Mapping[str, Any], matrix: Matrix) -> None:
-    if said["method"] not in UNIFORM:
+def _check_grid(name: str, entry: Mapping[str, Any], matrix: Matrix) -> None:
+    """Check that `compressed-tensors` can represent a matrix.
+
+    Raises:
+        UnsupportedError: no uniform grid, no linear layer, or an incomplete last group.
+    """
+    if entry["method"] not in UNIFORM:
         raise UnsupportedError(
-            f"{name}: compressed-tensors holds whole numbers on uniform grids; {said['method']} "
+            f"{name}: compressed-tensors holds whole numbers on uniform grids; {entry['method']} "
             "has none",
             hint="--format dense",
         )
@@ -299,19 +313,20 @@ def _check_grid(name: str, said: Mapping[str, Any], matrix: Matrix) -> None:
             f"{name}: compressed-tensors holds linear layers, and this is none ({matrix.kind})",
             hint="--format dense",
         )
-    m, group_size = said["shape"][1], said["options"].get("group_size", 0)
+    m, group_size = entry["shape"][1], entry["options"].get("group_size", 0)
     if 0 < group_size < m and m % group_size:
         raise UnsupportedError(
             f"{name}: its {m} inputs are no whole number of groups of {group_size}, which "
-            "compressed-tensors wants",
+            "compressed-tensors requires",
             hint="pack with a --group-size that divides them, or --format dense",
         )
 
 
-def _scheme(said: Mapping[str, Any]) -> dict[str, Any]:
-    options = said["options"]
+def _make_scheme(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the quantization arguments of `compressed-tensors` for a packed matrix."""
+    options = entry["options"]
     group_size = options.get("group_size", 0)
-    grouped = 0 < group_size < said["shape"][1]
+    grouped = 0 < group_size < entry["shape"][1]
     return {
         "num_bits": options.get("bits", 8),
         "type": "int",
@@ -323,12 +338,14 @@ def _scheme(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _num_bytes(content: Content) -> int:
+    """Return the bytes of a tensor, in memory or in a file."""
     if isinstance(content, Tensor):
         return content.numel() * content.element_size()
     return content.num_bytes
 
 
 def _json(value: Any) -> bytes:
+    """Encode a JSON file."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -336,6 +353,6 @@ Convert = Callable[[list[str], Mapping[str, Matrix], Checkpoint, Architecture], 
 Configure = Callable[[Architecture, Mapping[str, Matrix]], dict[str, Any]]
 
 FORMATS: dict[str, tuple[Convert, Configure]] = {
-    "dense": (_dense, _dense_config),
-    "compressed-tensors": (_compressed, _compressed_config),
+    "dense": (_convert_dense, _make_dense_config),
+    "compressed-tensors": (_convert_compressed, _make_compressed_config),
 }

@@ -1,13 +1,13 @@
-"""A block's fit by what it puts out, for methods that learn what they store.
+"""Fit of a packed block to the original block's outputs, for methods that train stored values.
 
-With F the original block, F' the packed one, X the original model's activations and X' those that
-come through the blocks already packed, and c_a the mean over tokens of the cosine between F'(X')
-and its a-th target:
+With F the original and F' the packed block, X its inputs in the original model and X' those after
+the blocks packed so far, and c_1, c_2 the mean over tokens of the cosine between F'(X') and each
+target:
 
     loss = MSE(F'(X'), F(X)) + MSE(F'(X'), F(X')) - ln c_1 - ln c_2
 
-(Zhao et al., PTQ1.61, 2025, arXiv:2502.13179). One step a sequence; of all epochs that one is kept,
-or the start, whose stored form has the least loss.
+(Zhao et al., PTQ1.61, 2025, arXiv:2502.13179). One step per sequence. The epoch, or the start,
+whose stored fields have the least loss is kept.
 
 Shapes: B sequences of a batch, L tokens, D width.
 """
@@ -34,31 +34,31 @@ from spectool.quantize.calibration import (
     Streams,
     Tick,
     fit_each,
-    overflow,
+    not_finite,
 )
 
-# ln c is taken of no smaller cosine: below, the squared errors alone turn the output round.
+# Cosines are clamped to this in ln c; below it the squared errors alone drive the fit.
 LEAST_COSINE = 0.01
 
 
 class Part(Protocol):
-    """One matrix while it learns: a module called as a product, with what it makes stored."""
+    """Interface of one matrix in training: a module that computes the product with it."""
 
     def store(self) -> None:
-        """Write the present values into the packed linear's fields."""
+        """Write the current values into the packed linear's fields."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Mean loss over the calibration sequences, and the smallest of their cosines."""
+class FitMetrics:
+    """Mean loss over the calibration sequences, and the smallest cosine of any of them."""
 
     loss: float
     least_cosine: float
 
 
 class Task:
-    """What a block's fit is measured by: its inputs through the packed blocks and both targets."""
+    """Data of a block's fit: the inputs X' and both targets, F(X) and F(X')."""
 
     def __init__(self, block: Block, streams: Streams) -> None:
         assert block.module is not None
@@ -67,7 +67,7 @@ class Task:
         self.dtype = self.inputs.hidden_SLD.dtype
         self.device = next(block.module.parameters()).device
         self.batches = list(self.inputs.batches(max(block.calls)))
-        # Once, not once an epoch: that would be two forwards beside a step's three.
+        # Targets are computed once: per step they would add two forward passes.
         self.targets = (streams.original.another(), streams.packed.another())
         with torch.no_grad():
             for side, target in zip((streams.original, streams.packed), self.targets, strict=True):
@@ -78,42 +78,41 @@ class Task:
         return len(self.inputs.hidden_SLD)
 
     def _run(self, hidden_BLD: Tensor) -> Tensor:
+        """Return the block's output for a batch of inputs."""
         call = self.block.calls[len(hidden_BLD)]
         return call_block(self.module, call, hidden_BLD.to(self.device))
 
     def loss(self, batch: slice, modules: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
-        """The loss of each sequence [B], and its cosine with either target [2, B]."""
+        """Return the loss of each sequence [B] and its cosines with both targets [2, B]."""
         with Substitute(self.block, modules):
             out_BLD = self._run(self.inputs.hidden_SLD[batch]).float()
         loss_B, cosines = out_BLD.new_zeros(len(out_BLD)), []
         for target in self.targets:
-            wanted_BLD = target.hidden_SLD[batch].to(self.device).float()
-            cosine_B = F.cosine_similarity(out_BLD, wanted_BLD, dim=-1).mean(-1)
-            squares_B = (out_BLD - wanted_BLD).square().mean((1, 2))
+            target_BLD = target.hidden_SLD[batch].to(self.device).float()
+            cosine_B = F.cosine_similarity(out_BLD, target_BLD, dim=-1).mean(-1)
+            squares_B = (out_BLD - target_BLD).square().mean((1, 2))
             loss_B = loss_B + squares_B - cosine_B.clamp(min=LEAST_COSINE).log()
             cosines.append(cosine_B)
         return loss_B, torch.stack(cosines)
 
     def backward(self, index: int, modules: Mapping[str, nn.Module]) -> None:
-        """Gradients of one sequence's loss times the number of outputs.
-
-        Their size is then about that of the activations, which float16 can carry; AdamW does not
-        see the factor.
-        """
+        """Accumulate the gradients of one sequence's loss, scaled by its number of outputs."""
         with torch.enable_grad():
             loss_B, _ = self.loss(slice(index, index + 1), modules)
+            # Scaled like this gradients fit float16; AdamW is invariant to the factor.
             torch.autograd.backward(loss_B.sum() * self.inputs.hidden_SLD[index].numel())
 
     @torch.no_grad()
-    def measure(self, modules: Mapping[str, nn.Module]) -> Measured:
+    def measure(self, modules: Mapping[str, nn.Module]) -> FitMetrics:
+        """Measure all calibration sequences with these modules for the matrices."""
         each = [self.loss(batch, modules) for batch in self.batches]
         losses_S = torch.cat([loss_B for loss_B, _ in each])
         least = torch.cat([cosines for _, cosines in each], 1).min()
-        return Measured(float(losses_S.double().mean()), float(least))
+        return FitMetrics(float(losses_S.double().mean()), float(least))
 
 
 class Substitute(Products):
-    """While open, the products of a block are those of other modules with the same names."""
+    """Context that computes the products of a block by other modules, by matrix name."""
 
     def __init__(self, block: Block, modules: Mapping[str, nn.Module]) -> None:
         assert block.module is not None
@@ -127,18 +126,19 @@ class Substitute(Products):
         return out if bias is None else out + bias
 
 
-def begun(
+def init_linears(
     method: Any,
     block: Block,
     stats: dict[str, LinearStats],
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """The block's matrices as `pack` leaves them, in packed linears on the block's device; uses
-    `stats` up.
+    """Pack a block's matrices with `method.pack`, as packed linears on the block's device.
+
+    Consumes `stats`.
 
     Raises:
-        UnsupportedError: the method cannot hold a matrix, which is named.
+        UnsupportedError: the method cannot represent a matrix; the message names it.
     """
     assert block.module is not None
     device = next(block.module.parameters()).device
@@ -162,19 +162,19 @@ def fit_block(
     generator: torch.Generator,
     tick: Tick,
 ) -> Fitted:
-    """Fit the packed `linears` of a block, beginning with what is in them.
+    """Train the packed `linears` of a block from their current fields.
 
-    `make_part(name, dtype)` gives a matrix's `Part`, computing in this dtype. All learning rates
-    fall to zero by a cosine.
+    `make_part(name, dtype)` creates a matrix's `Part`, which computes in this dtype. All learning
+    rates decay to zero by a cosine.
 
     Raises:
-        NotFinite: outputs that are NaN or infinite on the calibration text.
+        NotFinite: the block's output is NaN or infinite on the calibration text.
     """
     task = Task(block, streams)
     start = best = task.measure(linears)
     if not math.isfinite(start.loss):
-        raise overflow(block.name, "its output is NaN or infinite on the calibration text")
-    best_epoch, kept, skipped = 0, _stored(linears), 0
+        raise not_finite(block.name, "its output is NaN or infinite on the calibration text")
+    best_epoch, best_fields, skipped = 0, _copy_fields(linears), 0
     parts = {name: make_part(name, task.dtype) for name in linears}
     optimizers = make_optimizers(list(parts.values()))
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -189,7 +189,7 @@ def fit_block(
                 optimizer.zero_grad()
             task.backward(index, parts)
             sums = torch.stack([p.grad.sum() for p in trained if p.grad is not None])
-            # A half type may overflow on one sequence; a mean of gradients never forgets its NaN.
+            # A half type may overflow on one sequence; its NaN would stay in the optimizer state.
             if sums.isfinite().all():
                 for optimizer in optimizers:
                     optimizer.step()
@@ -202,9 +202,9 @@ def fit_block(
             part.store()  # type: ignore[operator]
         now = task.measure(linears)
         if now.loss < best.loss:
-            best, best_epoch, kept = now, epoch + 1, _stored(linears)
+            best, best_epoch, best_fields = now, epoch + 1, _copy_fields(linears)
     for name, linear in linears.items():
-        linear.q.load_state_dict(kept[name])
+        linear.q.load_state_dict(best_fields[name])
     report: dict[str, Any] = {
         "loss_start": start.loss,
         "loss_after": best.loss,
@@ -212,15 +212,17 @@ def fit_block(
         "best_epoch": best_epoch,
         "steps_skipped": skipped,
     }
-    return Fitted({name: _on_host(fields) for name, fields in kept.items()}, report)
+    return Fitted({name: _to_host(fields) for name, fields in best_fields.items()}, report)
 
 
-def _stored(linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, Tensor]]:
+def _copy_fields(linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, Tensor]]:
+    """Copy the fields of packed linears, by matrix and field name."""
     return {
         name: {field: value.clone() for field, value in linear.q.state_dict().items()}
         for name, linear in linears.items()
     }
 
 
-def _on_host(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_host(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Move fields to host memory."""
     return {name: value.cpu() for name, value in fields.items()}

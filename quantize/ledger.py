@@ -1,7 +1,7 @@
-"""Bits really stored, counted from the headers of the written files. Imports no torch.
+"""Ledger of stored bits, counted from the headers of the written files. Imports no torch.
 
 `linears` = bits of all fields of the blocks' packed matrices / their weights; `file` = bits of all
-weight files / all parameters of the model. The nominal width of a method's codes appears nowhere.
+weight files / all parameters of the model. Nominal widths of codes are not used.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from spectool.checkpoint.headers import Layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One packed matrix: its method, its shape (outputs, inputs), the bytes of its fields; whether
-    it lies outside the blocks."""
+    """One packed matrix: shape is (outputs, inputs), `num_bytes` those of its fields."""
 
     name: str
     method: str
@@ -25,12 +24,13 @@ class Entry:
 
     @property
     def bits(self) -> float:
+        """Stored bits per weight."""
         return 8 * self.num_bytes / math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """What an artifact's weight files hold."""
+    """Contents of an artifact's weight files."""
 
     entries: tuple[Entry, ...]
     dense_parameters: int
@@ -38,10 +38,12 @@ class Ledger:
 
     @property
     def packed_weights(self) -> int:
+        """Weights of all packed matrices."""
         return sum(math.prod(entry.shape) for entry in self.entries)
 
     @property
     def num_parameters(self) -> int:
+        """Parameters of the model, packed and dense."""
         return self.packed_weights + self.dense_parameters
 
     @property
@@ -55,12 +57,12 @@ class Ledger:
 
     @property
     def file(self) -> float:
-        """Bits per parameter of the whole, headers included."""
+        """Bits per parameter of all weight files, headers included."""
         return 8 * self.file_bytes / self.num_parameters
 
 
 def measure(layout: Layout) -> Ledger:
-    """Count a checkpoint directory, packed or dense."""
+    """Count the stored bits of a checkpoint, packed or dense."""
     modules = layout.modules
     num_bytes = dict.fromkeys(modules, 0)
     dense = 0
@@ -74,12 +76,12 @@ def measure(layout: Layout) -> Ledger:
         entries=tuple(
             Entry(
                 name=name,
-                method=said["method"],
-                shape=(said["shape"][0], said["shape"][1]),
+                method=metadata["method"],
+                shape=(metadata["shape"][0], metadata["shape"][1]),
                 num_bytes=num_bytes[name],
-                outside="outside" in said,
+                outside="outside" in metadata,
             )
-            for name, said in modules.items()
+            for name, metadata in modules.items()
         ),
         dense_parameters=dense,
         file_bytes=sum(path.stat().st_size for path in layout.files),

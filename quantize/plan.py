@@ -1,7 +1,7 @@
-"""What a quantization will do, take and make, known from headers before anything is read.
+"""Plan of a quantization: methods per matrix, file size and memory, from headers alone.
 
-A plan needs the architecture and the shapes, not the weights, so it can be had for a hub id
-without fetching it.
+A plan needs the architecture and the shapes but no weights, so a model of the hub can be planned
+without downloading it.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from spectool.errors import UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
 from spectool.model.matrices import Matrix
 from spectool.quantize.choice import Choice, Rule
-from spectool.quantize.lm_head.vq import VQ, learning_bytes, special_tokens
+from spectool.quantize.lm_head.vq import VQ, lm_head_fit_bytes, special_tokens
 
-# What the interpreter with torch and transformers loaded holds, hashing threads included (measured:
-# 0.34 GB, 0.39 GB after the source was hashed; 0.46 GB with calibration of the smallest model).
+# Resident memory of a process with torch and transformers loaded (measured: 0.34 GB, 0.39 GB after
+# hashing the source; 0.46 GB with calibration of the smallest model).
 BASE_BYTES = 470_000_000
 
-# The allocator keeps much of what was freed (measured: 1.3 times what is alive at once).
+# Peak memory relative to live tensors, as the allocator keeps freed memory (measured: 1.3).
 RETAINED = 1.5
 
-# At most this share of the blocks' weights may stay dense without being asked for.
+# Largest share of the blocks' weights that stays dense without --allow-dense.
 DENSE_LIMIT = 0.10
 
-# The method of output matrices that are learnt.
-LEARNT_HEAD = "vq"
+# The only method that fits an lm_head.
+LM_HEAD_METHOD = "vq"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Sites to pack by block, and `outside` the blocks; the choice for each by name; names left
-    dense with the reason, and the sizes that follow.
+    """Matrices to pack with their methods, and the resulting sizes.
 
-    Bytes: `packed_bytes` of all fields of the blocks' matrices, which have `num_weights`;
-    `outside_bytes` of embedding and output matrix as they will be stored; `file_bytes` of the
-    weight files without headers, `host_bytes` and `device_bytes` resident at most, `buffer_bytes`
-    of one of the `num_buffers` activation buffers: a stream each, and for methods with a fit a
-    target each.
+    `matrices` by block and name, `outside` the blocks by name; `choices` by name; `skipped`: names
+    of dense matrices with the reason. Bytes: `packed_bytes` of the fields of the blocks' matrices,
+    which have `num_weights`; `outside_bytes` of embedding and lm_head as stored; `file_bytes` of
+    the weight files without headers; `host_bytes` and `device_bytes` are peak memory;
+    `buffer_bytes` of one activation buffer. `num_buffers`: one per stream, for methods with a fit
+    also one per target, and one for the inputs of a fitted lm_head.
     """
 
     matrices: Mapping[str, Mapping[str, Matrix]]
@@ -59,10 +59,12 @@ class Plan:
 
     @property
     def bits_linears(self) -> float:
+        """Bits per weight of the blocks' packed matrices."""
         return 8 * self.packed_bytes / self.num_weights
 
     @property
     def bits_file(self) -> float:
+        """Bits per parameter of all weight files."""
         return 8 * self.file_bytes / self.num_parameters
 
 
@@ -79,15 +81,16 @@ def make_plan(
     batch_tokens: int = 0,
     on_device: bool = False,
 ) -> Plan:
-    """The plan for a model. `choice` is for the blocks' matrices that no rule names, `embeddings`
-    for embedding and output matrix, `lm_head` for an output matrix that is learnt.
-    `calibration_tokens` is 0 where no activations are needed; `sequence_tokens` are those of one
-    sequence, `batch_tokens` of those run together.
+    """Make the plan for a model.
+
+    `choice` packs the blocks' matrices without a rule, `embeddings` the embedding and the lm_head;
+    `lm_head` is the method of a fitted lm_head. `calibration_tokens` is 0 if no activations are
+    needed; `sequence_tokens` are those of one sequence, `batch_tokens` of one batch.
 
     Raises:
-        UsageError: a rule that matches nothing, or only what earlier ones decide otherwise; a
-            method that cannot do what it is named for.
-        UnsupportedError: nothing to pack, or more than a tenth of the blocks' weights left dense.
+        UsageError: a rule matches no matrix, or only matrices that earlier rules decide otherwise;
+            a method cannot pack the matrix it is chosen for.
+        UnsupportedError: nothing to pack, or more than a tenth of the blocks' weights stay dense.
     """
     matrices: dict[str, dict[str, Matrix]] = {}
     choices: dict[str, Choice] = {}
@@ -95,35 +98,39 @@ def make_plan(
     outside = architecture.outside(own_lm_head=lm_head is not None)
     inside, packed = 0, 0
     unused = list(rules)
-    never: dict[str, str] = {}
+    kept_dense: dict[str, str] = {}
     found_by_block = [architecture.matrices(block) for block in architecture.blocks]
-    for block, found in zip(architecture.blocks, found_by_block, strict=True):
-        unused = [rule for rule in unused if not any(rule.means(s.name) for s in found)]
-        never |= (reasons := architecture.dense(block))
-        ruled = {matrix.name: _first(matrix, rules) for matrix in found}
+    for block, block_matrices in zip(architecture.blocks, found_by_block, strict=True):
+        unused = [rule for rule in unused if not any(rule.matches(s.name) for s in block_matrices)]
+        kept_dense |= (reasons := architecture.dense(block))
+        ruled = {matrix.name: _deciding_rule(matrix, rules) for matrix in block_matrices}
         # Experts of one fused tensor stay together: the tensor is either packed or not.
         dense = {
             matrix.parameter: rule.origin
-            for matrix in found
+            for matrix in block_matrices
             if (rule := ruled[matrix.name]) and not rule.choice
         }
-        matrices[block] = {matrix.name: matrix for matrix in found if matrix.parameter not in dense}
-        for matrix in found:
+        matrices[block] = {
+            matrix.name: matrix for matrix in block_matrices if matrix.parameter not in dense
+        }
+        for matrix in block_matrices:
             rule = ruled[matrix.name]
             if matrix.parameter in dense:
                 skipped[matrix.name] = dense[matrix.parameter]
                 continue
-            own = rule.choice if rule and rule.choice else choice
-            if matrix.expert is not None and not own.is_matrix:
+            chosen = rule.choice if rule and rule.choice else choice
+            if matrix.expert is not None and not chosen.is_matrix:
                 raise UnsupportedError(
-                    f"{matrix.name}: {own.method} rounds inputs of layers, and this is an "
+                    f"{matrix.name}: {chosen.method} rounds inputs of layers, and this is an "
                     "expert of a fused tensor",
-                    hint="a --rules that packs the experts by olive",
+                    hint="pack the experts by olive with --rules",
                 )
-            check_codes(matrix, own)
-            choices[matrix.name] = own
+            check_codes(matrix, chosen)
+            choices[matrix.name] = chosen
         skipped |= reasons
-        taken = {matrix.parameter for matrix in found} | {f"{name}.weight" for name in reasons}
+        taken = {matrix.parameter for matrix in block_matrices} | {
+            f"{name}.weight" for name in reasons
+        }
         for name, parameter in architecture.model.get_submodule(block).named_parameters(
             prefix=block
         ):
@@ -131,19 +138,19 @@ def make_plan(
             if parameter.ndim >= 2 and name not in taken:
                 skipped[name] = "not a linear layer"
         packed += sum(matrix.num_weights for matrix in matrices[block].values())
-    unused = [rule for rule in unused if not any(rule.means(s.name) for s in outside)]
+    unused = [rule for rule in unused if not any(rule.matches(s.name) for s in outside)]
     for rule in list(unused):
-        meant = next((name for name in never if rule.means(name)), None)
-        if meant is not None and rule.choice is not None:
-            raise UsageError(f"{rule.origin}: {meant} stays dense: {never[meant]}")
-        if meant is not None:
+        matched = next((name for name in kept_dense if rule.matches(name)), None)
+        if matched is not None and rule.choice is not None:
+            raise UsageError(f"{rule.origin}: {matched} stays dense: {kept_dense[matched]}")
+        if matched is not None:
             unused.remove(rule)
     if unused:
         for matrix in outside:
-            if matrix.tied is not None and unused[0].means(matrix.tied):
+            if matrix.tied is not None and unused[0].matches(matrix.tied):
                 raise UsageError(
-                    f"{unused[0].origin}: {matrix.tied} shares its matrix with {matrix.name}; "
-                    "name that"
+                    f"{unused[0].origin}: {matrix.tied} is tied to {matrix.name}; "
+                    f"name {matrix.name}"
                 )
         raise UsageError(f"{unused[0].origin}: matches no linear layer of the model")
     _check_reached(rules, [*(matrix for each in found_by_block for matrix in each), *outside])
@@ -153,31 +160,33 @@ def make_plan(
         named = ", ".join(list(skipped)[:3])
         raise UnsupportedError(
             f"{(inside - packed) / inside:.0%} of the blocks' weights would stay dense "
-            f"({named}, …); at most {DENSE_LIMIT:.0%} may",
+            f"({named}, ...); at most {DENSE_LIMIT:.0%} may",
             hint="--allow-dense accepts that",
         )
     if lm_head is not None:
         _check_lm_head(architecture, lm_head, outside)
     for matrix in outside:
-        rule = _first(matrix, rules)
+        rule = _deciding_rule(matrix, rules)
         if lm_head is not None and matrix.kind == "lm_head":
             if rule is not None:
-                raise UsageError(f"{rule.origin}: {matrix.name} is what --lm-head learns")
+                raise UsageError(f"{rule.origin}: {matrix.name} is fitted by --lm-head already")
             choices[matrix.name] = lm_head
             continue
-        found_choice = rule.choice if rule else embeddings
-        if found_choice is None:
+        outside_choice = rule.choice if rule else embeddings
+        if outside_choice is None:
             continue
         origin = rule.origin if rule else "--embeddings"
-        if found_choice.method == LEARNT_HEAD:
-            raise UsageError(f"{origin}: {LEARNT_HEAD} is learnt, by --lm-head {LEARNT_HEAD}")
-        if found_choice.calibrates:
+        if outside_choice.method == LM_HEAD_METHOD:
             raise UsageError(
-                f"{origin}: {found_choice.method} needs activations, which are collected for the "
-                f"blocks only; {matrix.name} takes a method that needs none, such as int8 or rtn"
+                f"{origin}: {LM_HEAD_METHOD} is fitted on text, by --lm-head {LM_HEAD_METHOD}"
             )
-        choices[matrix.name] = found_choice
-    return _sized(
+        if outside_choice.calibrates:
+            raise UsageError(
+                f"{origin}: {outside_choice.method} needs activations, which are collected for the "
+                f"blocks only; pack {matrix.name} by a method without, such as int8 or rtn"
+            )
+        choices[matrix.name] = outside_choice
+    return _add_sizes(
         architecture,
         matrices,
         {matrix.name: matrix for matrix in outside},
@@ -191,38 +200,52 @@ def make_plan(
 
 
 def _check_lm_head(architecture: Architecture, lm_head: Choice, outside: Sequence[Matrix]) -> None:
-    own = [matrix for matrix in outside if matrix.kind == "lm_head"]
-    if lm_head.method != LEARNT_HEAD:
+    """Check that `lm_head` can fit the model's lm_head.
+
+    Raises:
+        UsageError: another method, or too few codes.
+        UnsupportedError: the model has no lm_head.
+    """
+    lm_heads = [matrix for matrix in outside if matrix.kind == "lm_head"]
+    if lm_head.method != LM_HEAD_METHOD:
         raise UsageError(
-            f"--lm-head {lm_head.method}: only {LEARNT_HEAD} learns an output matrix",
+            f"--lm-head {lm_head.method}: only {LM_HEAD_METHOD} fits an lm_head",
             hint=f"--embeddings {lm_head.method} packs it",
         )
-    if not own:
-        raise UnsupportedError(f"{architecture.config.model_type}: --lm-head: has no output matrix")
-    check_codes(own[0], lm_head)
+    if not lm_heads:
+        raise UnsupportedError(f"--lm-head: {architecture.config.model_type} has no lm_head")
+    check_codes(lm_heads[0], lm_head)
     assert isinstance(lm_head.config, VQ.Config)
-    special = len(special_tokens(architecture.config, own[0].shape[0]))
+    special = len(special_tokens(architecture.config, lm_heads[0].shape[0]))
     if lm_head.config.single and special + lm_head.config.frequent >= lm_head.config.codes:
         raise UsageError(
             f"--lm-head: {lm_head}: up to {special} special and {lm_head.config.frequent} frequent "
-            "tokens "
-            "have codes of their own, and others need some too"
+            "tokens have codes of their own, which leaves no code for the others"
         )
 
 
 def check_codes(matrix: Matrix, choice: Choice) -> None:
-    """Raises: UsageError: more codes than rows to share them."""
+    """Check that the matrix has a row for every code of `vq`.
+
+    Raises:
+        UsageError: more codes than rows.
+    """
     config, rows = choice.config, matrix.shape[0]
     if isinstance(config, VQ.Config) and config.codes > rows:
-        raise UsageError(f"{matrix.name}: {choice} has more codes than the {rows} rows of it")
+        raise UsageError(
+            f"{matrix.name}: {choice} has more codes than the {rows} rows of the matrix"
+        )
 
 
 def _check_reached(rules: Sequence[Rule], matrices: Sequence[Matrix]) -> None:
-    """Raises: UsageError: a rule of a plan of which every layer is packed as an earlier one says.
+    """Check that every rule decides at least one matrix.
 
-    What `--skip` takes from a plan is meant, and two rules that say the same do no harm.
+    Rules that repeat an earlier choice are accepted, and those whose matrices `--skip` leaves out.
+
+    Raises:
+        UsageError: earlier rules decide all matrices of a rule, and otherwise than it.
     """
-    deciding = [_first(matrix, rules) for matrix in matrices]
+    deciding = [_deciding_rule(matrix, rules) for matrix in matrices]
     reached = {id(rule) for rule in deciding}
     for rule in rules:
         if id(rule) in reached:
@@ -230,21 +253,22 @@ def _check_reached(rules: Sequence[Rule], matrices: Sequence[Matrix]) -> None:
         earlier = [
             other
             for matrix, other in zip(matrices, deciding, strict=True)
-            if other is not None and rule.means(matrix.name) and other.choice != rule.choice
+            if other is not None and rule.matches(matrix.name) and other.choice != rule.choice
         ]
         if any(not other.is_skip for other in earlier):
             names = ", ".join(dict.fromkeys(other.origin for other in earlier))
             raise UsageError(
-                f"{rule.origin}: decides nothing, for all that it matches is decided by {names}",
+                f"{rule.origin}: has no effect, as earlier rules decide all its matches: {names}",
                 hint="the first rule that matches decides: put the narrower one first",
             )
 
 
-def _first(matrix: Matrix, rules: Sequence[Rule]) -> Rule | None:
-    return next((rule for rule in rules if rule.means(matrix.name)), None)
+def _deciding_rule(matrix: Matrix, rules: Sequence[Rule]) -> Rule | None:
+    """Return the first rule that matches, if any."""
+    return next((rule for rule in rules if rule.matches(matrix.name)), None)
 
 
-def _sized(
+def _add_sizes(
     architecture: Architecture,
     matrices: Mapping[str, Mapping[str, Matrix]],
     outside: Mapping[str, Matrix],
@@ -256,13 +280,14 @@ def _sized(
     *,
     on_device: bool,
 ) -> Plan:
+    """Compute the sizes of a plan; arguments as for `make_plan`."""
     inside = [matrix for block in matrices.values() for matrix in block.values()]
-    beside = [matrix for matrix in outside.values() if matrix.name in choices]
+    packed_outside = [matrix for matrix in outside.values() if matrix.name in choices]
 
     def field_bytes(matrix: Matrix) -> int:
         return choices[matrix.name].stored_bytes(matrix.shape)
 
-    # A checkpoint may hold tensors that the architecture does not know; they stay behind.
+    # Tensors of the checkpoint that the architecture does not know are not copied.
     stored = {
         key: architecture.layout.tensors[key]
         for origin in architecture.origins.values()
@@ -290,11 +315,11 @@ def _sized(
     num_weights = sum(matrix.num_weights for matrix in inside)
     packed_bytes = sum(map(field_bytes, inside))
     dense = [matrix for matrix in outside.values() if matrix.name not in choices]
-    outside_bytes = sum(map(field_bytes, beside)) + stored_bytes(dense)
-    learnt = [matrix for matrix in beside if choices[matrix.name].method == LEARNT_HEAD]
-    # Such a matrix has a bias, and where the architecture ties it nothing of it is stored yet.
-    biases = [s.shape[0] for s in learnt if f"{s.name}.bias" not in architecture.origins]
-    untied = [s.num_weights for s in learnt if not architecture.holding(s)]
+    outside_bytes = sum(map(field_bytes, packed_outside)) + stored_bytes(dense)
+    fitted = [matrix for matrix in packed_outside if choices[matrix.name].method == LM_HEAD_METHOD]
+    # A fitted lm_head adds a bias, and its matrix is new if the architecture ties it.
+    biases = [s.shape[0] for s in fitted if f"{s.name}.bias" not in architecture.origins]
+    untied = [s.num_weights for s in fitted if not architecture.holding(s)]
     outside_bytes += element_bytes * sum(biases)
     file_bytes = source_bytes - stored_bytes(inside) + packed_bytes
     file_bytes += outside_bytes - stored_bytes(outside.values())
@@ -305,39 +330,41 @@ def _sized(
     largest = max(matrix.num_weights for matrix in inside)
     width = getattr(architecture.config.get_text_config(), "hidden_size", 0)
     buffer_bytes = calibration_tokens * width * 4
-    # Data-free: a block as stored, its codes, and one matrix unpacked beside itself in float32.
-    # Calibrated: the block in float32 as well, what its packed twin unpacks while it runs, and two
-    # buffers of activations. With a fit: what it keeps of every matrix, what one sequence leaves
-    # for the backward pass, and two buffers of targets.
+    # Data-free: a block as stored, its codes, and one matrix with temporaries in float32.
+    # Calibrated: also the block in float32, the matrices that its packed module dequantizes, and
+    # two activation buffers. With a fit: also its state per weight, the saved activations of one
+    # sequence, and two target buffers.
     working = block_weights * (element_bytes + 1) + 12 * largest
-    passing = learning = 0
+    transient = fit_bytes = 0
     if calibration_tokens:
         working += 8 * block_weights
-        # Around a product of a whole batch, in float32 (measured: 4.1 times input and output).
-        passing = 12 * batch_tokens * max(sum(matrix.shape) for matrix in inside)
+        # Temporaries of a product over a batch, float32 (measured: 4.1 times input and output).
+        transient = 12 * batch_tokens * max(sum(matrix.shape) for matrix in inside)
     kinds = {choice: choice.quantizer for choice in {choices[matrix.name] for matrix in inside}}
     fitting: list[tuple[Any, Any]] = [
         (kind, choice.config) for choice, kind in kinds.items() if hasattr(kind, "fit")
     ]
     if fitting:
-        learning = max(kind.fit_bytes(config) for kind, config in fitting) * block_weights
-        learning += max(
+        fit_bytes = max(kind.fit_bytes(config) for kind, config in fitting) * block_weights
+        fit_bytes += max(
             saved_bytes(architecture, s.values(), sequence_tokens) for s in matrices.values()
         )
     if any("hessian" in kind.statistics for kind in kinds.values()):
-        # Of every matrix; the largest once more in double precision, where it is factored, and what
-        # comes of that. All are gone before a fit.
+        # Hessians of a block; the largest also in double precision and as its factor. All are
+        # freed before a fit.
         squares = [matrix.shape[1] ** 2 for matrix in inside]
-        passing += 4 * sum(squares) // len(matrices) + 12 * max(squares)
-    working += max(passing, learning)
-    # Embedding and output matrix are packed by themselves, before the blocks.
-    table = max((matrix.num_weights for matrix in beside), default=0)
-    taught = max((learning_bytes(s.shape, choices[s.name].config) for s in learnt), default=0)
-    working = int(RETAINED * max(working, (element_bytes + 5) * table, taught))
-    num_buffers = (4 if fitting else 2) + bool(learnt)
+        transient += 4 * sum(squares) // len(matrices) + 12 * max(squares)
+    working += max(transient, fit_bytes)
+    # Embedding and lm_head are packed one at a time, while no block is in memory.
+    table = max((matrix.num_weights for matrix in packed_outside), default=0)
+    lm_head_bytes = max(
+        (lm_head_fit_bytes(s.shape, choices[s.name].config) for s in fitted), default=0
+    )
+    working = int(RETAINED * max(working, (element_bytes + 5) * table, lm_head_bytes))
+    num_buffers = (4 if fitting else 2) + bool(fitted)
     return Plan(
         matrices=matrices,
-        outside={matrix.name: matrix for matrix in beside},
+        outside={matrix.name: matrix for matrix in packed_outside},
         choices=choices,
         skipped=skipped,
         num_weights=num_weights,
@@ -355,11 +382,10 @@ def _sized(
 
 
 def saved_bytes(architecture: Architecture, matrices: Iterable[Matrix], tokens: int) -> int:
-    """What the forward pass of a block over one sequence keeps for its gradients.
+    """Estimate the bytes that a block's forward pass over `tokens` saves for the backward pass.
 
-    Around each product about two tensors of its input's and of its output's size (measured with
-    Llama: 1.9), and a third while gradients flow; scores and probabilities where attention writes
-    them out.
+    Per product about three tensors of its input's and its output's size, one of them a gradient
+    (measured with Llama: 1.9 without it), and the attention scores where they are materialised.
     """
     text: Any = architecture.config.get_text_config()
     rows = 0

@@ -1,12 +1,12 @@
-"""Quantization preprocessing: reshape a model so that packing it again costs less.
+"""Quantization preprocessing: fine-tune a model so that packing it loses less.
 
-The model is packed once; low-rank updates (LoRA, Hu et al. 2021, arXiv:2106.09685, computed by
-peft) of the unpacked result learn the next token of a text; merged into it they give the model that
-is then packed in earnest: its weights stand where the method can hold them, and its activations are
-the targets. Its own perplexity is the ceiling of what packing it can reach.
+The model is packed and dequantized; LoRA updates of the result (Hu et al. 2021, arXiv:2106.09685,
+by peft) are trained on next-token prediction and merged. The merged model is then packed: its
+weights lie near values that the method can represent, and its activations are the targets. Its
+perplexity is a lower bound for that of the packed model.
 
 Source: Zhao et al., PTQ1.61, 2025 (arXiv:2502.13179), "quantization preprocessing". Deviation:
-updates of all packed linears; the authors leave the attention's output matrix out.
+updates of all packed linears; the authors leave out the output projection of attention.
 Shapes: S sequences, B of a step, L tokens.
 """
 
@@ -39,7 +39,7 @@ from spectool.model.matrices import Matrix
 from spectool.quantize.plan import Plan, saved_bytes
 from spectool.training import Metrics, Recipe, Training, make_optimizer
 
-# The share of the text, at its end, that is kept back to measure on; sequences of it at most.
+# Share of the text, at its end, that is held out, and the most sequences of it.
 HELD_OUT = 0.1
 MOST_HELD_OUT = 32
 NUM_EVALUATIONS = 10
@@ -47,8 +47,11 @@ NUM_EVALUATIONS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocess:
-    """`text`: files, as for calibration. `rank` and learning `rate` of the updates; `batch_size`
-    sequences a step."""
+    """Options of preprocessing.
+
+    `text`: files, as for calibration; `rank` and learning `rate` of LoRA; `batch_size` sequences
+    per step.
+    """
 
     text: Sequence[str]
     steps: int = 1000
@@ -59,21 +62,23 @@ class Preprocess:
 
 @dataclass(frozen=True, slots=True)
 class TrainingWindows:
-    """Sequences [S, L] to learn from, and to measure on."""
+    """Sequences [S, L] to train on, and held-out ones to measure on."""
 
     train_SL: Tensor
     held_out_SL: Tensor
 
     @property
-    def said(self) -> dict[str, str]:
-        """What goes into records: no places."""
+    def record(self) -> dict[str, str]:
+        """Fingerprint of the sequences for the artifact's metadata; contains no paths."""
         data = torch.cat([self.train_SL, self.held_out_SL]).numpy().tobytes()
         return {"text": f"sha256:{hashlib.sha256(data).hexdigest()}"}
 
 
 def bytes_needed(architecture: Architecture, plan: Plan, tokens: int) -> int:
-    """Weights and what is merged of them in float32, and what a step of so many tokens keeps for
-    its gradient."""
+    """Estimate the bytes of training: weights and merged weights in float32, saved activations.
+
+    `tokens` are those of one step.
+    """
     saved = sum(
         saved_bytes(architecture, block.values(), tokens) for block in plan.matrices.values()
     )
@@ -82,10 +87,9 @@ def bytes_needed(architecture: Architecture, plan: Plan, tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reshaping:
-    """One run of preprocessing. What is whole in `scratch` is taken from there, if `identity` is
-    that of the run that left it."""
+    """One run of preprocessing; resumes from `scratch` if `identity` matches the record there."""
 
-    asked: Preprocess
+    options: Preprocess
     windows: TrainingWindows
     scratch: Path
     identity: Mapping[str, Any]
@@ -99,24 +103,25 @@ class Reshaping:
 
     @property
     def matrices(self) -> dict[str, Matrix]:
-        """The matrices that get updates: experts of a fused tensor are no layers to add them to."""
-        found = (matrix for block in self.plan.matrices.values() for matrix in block.values())
-        return {matrix.name: matrix for matrix in found if matrix.expert is None}
+        """The matrices to update, by name."""
+        packed = (matrix for block in self.plan.matrices.values() for matrix in block.values())
+        # peft adds LoRA to modules; experts of a fused tensor are none.
+        return {matrix.name: matrix for matrix in packed if matrix.expert is None}
 
     def check(self, *, overwrite: bool) -> None:
-        """Make sure that it can be done, before anything is.
+        """Check that preprocessing can run; `overwrite` removes the scratch of another run.
 
         Raises:
-            UsageError: what lies in the place of the scratch directory is another's.
-            UnsupportedError: the model does not fit, or is stored in a way that cannot be reshaped.
+            UsageError: the scratch directory belongs to something else.
+            UnsupportedError: too little memory, or weights stored in a way that cannot be written.
             MissingExtra: peft is not installed.
         """
         require("peft", extra="lora", reason="--preprocess")
-        said, record = json.dumps(self.identity, sort_keys=True), self.scratch / "run.json"
-        if self.scratch.exists() and not (record.exists() and record.read_text() == said):
+        identity, record = json.dumps(self.identity, sort_keys=True), self.scratch / "run.json"
+        if self.scratch.exists() and not (record.exists() and record.read_text() == identity):
             if not (overwrite and record.exists()):
                 raise UsageError(
-                    f"{self.scratch}: holds something else than an unfinished run of this",
+                    f"{self.scratch}: holds something other than an unfinished run of this",
                     hint="move it away, or start anew with --overwrite",
                 )
             shutil.rmtree(self.scratch)
@@ -125,20 +130,20 @@ class Reshaping:
                 raise UnsupportedError(
                     f"--preprocess: {matrix.name} is stored in parts that cannot be written back"
                 )
-        tokens = self.asked.batch_size * self.windows.train_SL.shape[1]
-        wanted = bytes_needed(self.architecture, self.plan, tokens)
+        tokens = self.options.batch_size * self.windows.train_SL.shape[1]
+        needed = bytes_needed(self.architecture, self.plan, tokens)
         free = available_memory(self.device)
-        if wanted > free:
+        if needed > free:
             raise UnsupportedError(
                 f"--preprocess trains the whole model in float32, which takes about "
-                f"{wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+                f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
                 hint="a smaller --seq-len, or pack without it",
             )
 
     def run(self, pack: Callable[[Path], object]) -> tuple[Path, dict[str, float]]:
-        """The reshaped dense model's directory, and held-out perplexities `packed` and `merged`.
+        """Return the directory of the merged model, and perplexities `packed` and `merged`.
 
-        `pack(place)` packs the original.
+        `pack(path)` packs the original model into that directory.
         """
         scratch, record = self.scratch, self.scratch / "run.json"
         first, merged, metrics = scratch / "first", scratch / "merged", scratch / "figures.json"
@@ -148,19 +153,19 @@ class Reshaping:
             if not metrics.exists():
                 if not first.exists():
                     pack(first)
-                found, weights = train(
-                    first, self.asked, self.windows, list(self.matrices),
+                measured, weights = train(
+                    first, self.options, self.windows, list(self.matrices),
                     state=scratch / "state.safetensors", device=self.device, seed=self.seed,
                     trust_remote_code=self.trust_remote_code, say=self.say,
                 )  # fmt: skip
                 self._write(merged, weights)
-                metrics.write_text(json.dumps(found))
+                metrics.write_text(json.dumps(measured))
             perplexities: dict[str, float] = json.loads(metrics.read_text())
         return merged, perplexities
 
-    def _write(self, place: Path, weights: Mapping[str, Tensor]) -> None:
-        """The original checkpoint with these matrices [n, m] in it, by name."""
-        place.mkdir(exist_ok=True)
+    def _write(self, path: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the original checkpoint with some matrices [n, m] replaced, by name."""
+        path.mkdir(exist_ok=True)
         layout = self.checkpoint.layout
         stored = {
             key: layout.tensors[key]
@@ -173,16 +178,16 @@ class Reshaping:
             ((key, _),) = self.architecture.origins[matrix.parameter].stored
             weight = weight_nm.T if matrix.transposed else weight_nm
             contents[key] = weight.to(torch_dtype(stored[key])).contiguous()
-        write_whole(place / "model.safetensors", contents, {})
-        (place / "config.json").write_text(json.dumps(layout.config))
+        write_whole(path / "model.safetensors", contents, {})
+        (path / "config.json").write_text(json.dumps(layout.config))
         if self.trust_remote_code:
             for code in layout.path.glob("*.py"):
-                shutil.copy(code, place)
+                shutil.copy(code, path)
 
 
 def train(
     packed: Path,
-    asked: Preprocess,
+    options: Preprocess,
     windows: TrainingWindows,
     modules: Sequence[str],
     *,
@@ -192,21 +197,20 @@ def train(
     trust_remote_code: bool,
     say: Callable[[str], None],
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Train updates of the packed model's `modules`.
+    """Train LoRA updates of `modules` of the checkpoint `packed`.
 
-    Returns perplexities of held-out sequences, `packed` and `merged`, and the merged matrices
-    [n, m] by name.
+    Returns the held-out perplexities `packed` and `merged`, and the merged matrices [n, m] by name.
     """
     peft = require("peft", extra="lora", reason="--preprocess")
     train_SL, held_out_SL = windows.train_SL, windows.held_out_SL
     dense = _load(packed, device, trust_remote_code)
     torch.manual_seed(seed)
     config = peft.LoraConfig(
-        r=asked.rank, lora_alpha=asked.rank / 4, lora_dropout=0.1, target_modules=list(modules)
+        r=options.rank, lora_alpha=options.rank / 4, lora_dropout=0.1, target_modules=list(modules)
     )
     with warnings.catch_warnings(), hushed("bitsandbytes"):
-        # It looks for bitsandbytes, which misses another package, and asks transformers for an
-        # attribute that is about to be renamed.
+        # peft imports bitsandbytes, which complains of a missing package, and reads a deprecated
+        # attribute of transformers.
         warnings.simplefilter("ignore", FutureWarning)
         model: Any = peft.get_peft_model(dense, config)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -218,8 +222,9 @@ def train(
 
     def accumulate(step: int) -> Metrics:
         model.train()
-        first = step * asked.batch_size
-        rows = [row % len(train_SL) for row in range(first, first + asked.batch_size)]
+        first = step * options.batch_size
+        rows = [row % len(train_SL) for row in range(first, first + options.batch_size)]
+        # Dropout depends on seed and step only, so that a resumed run gives the same result.
         torch.manual_seed(random.Random(f"{seed}/{step}").getrandbits(63))
         value = loss(train_SL[rows])
         torch.autograd.backward(value)
@@ -228,25 +233,29 @@ def train(
     @torch.no_grad()
     def evaluate() -> Metrics:
         model.eval()
-        parts = torch.split(held_out_SL, asked.batch_size)
+        parts = torch.split(held_out_SL, options.batch_size)
         total = sum(float(loss(ids_BL)) * len(ids_BL) for ids_BL in parts)
         mean = total / len(held_out_SL)
         return {"score": -mean, "perplexity": math.exp(mean)}
 
-    def watch(step: int, metrics: Metrics, look: Metrics | None) -> None:
-        if look is not None:
+    def watch(step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
+        if evaluation is not None:
             say(
-                f"preprocessing: {step}/{asked.steps} steps, held-out perplexity "
-                f"{look['perplexity']:.3f}"
+                f"preprocessing: {step}/{options.steps} steps, held-out perplexity "
+                f"{evaluation['perplexity']:.3f}"
             )
 
     training = Training(
         module=model,
         optimizers=[
-            make_optimizer("adamw", trained, rate=asked.rate, betas=(0.9, 0.999), weight_decay=0.0)
+            make_optimizer(
+                "adamw", trained, rate=options.rate, betas=(0.9, 0.999), weight_decay=0.0
+            )
         ],
         recipe=Recipe(
-            steps=asked.steps, warmup=0.1, every=max(1, math.ceil(asked.steps / NUM_EVALUATIONS))
+            steps=options.steps,
+            warmup=0.1,
+            every=max(1, math.ceil(options.steps / NUM_EVALUATIONS)),
         ),
         accumulate=accumulate,
         evaluate=evaluate,
@@ -261,9 +270,10 @@ def train(
     return metrics, weights
 
 
-def _load(place: Path, device: torch.device, trust_remote_code: bool) -> nn.Module:
+def _load(path: Path, device: torch.device, trust_remote_code: bool) -> nn.Module:
+    """Load a checkpoint dequantized, in float32."""
     return load_model(
-        place,
+        path,
         dtype=torch.float32,
         device=str(device),
         runtime="dense",
@@ -272,12 +282,13 @@ def _load(place: Path, device: torch.device, trust_remote_code: bool) -> nn.Modu
 
 
 class _State:
-    """A training's state in one file."""
+    """Store of the training state, in one file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read tensors and metadata; None if nothing was saved."""
         if not self.file.exists():
             return None
         metadata, entries = read_header(self.file)
@@ -285,5 +296,6 @@ class _State:
             metadata["spectool"]
         )
 
-    def save(self, tensors: Mapping[str, Tensor], said: dict[str, Any]) -> None:
-        write_whole(self.file, {name: t.cpu() for name, t in tensors.items()}, said)
+    def save(self, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write tensors and metadata, replacing what was saved before."""
+        write_whole(self.file, {name: t.cpu() for name, t in tensors.items()}, metadata)

@@ -1,4 +1,4 @@
-"""Quantizing a checkpoint: from a job to an artifact."""
+"""Quantization of a checkpoint: from a job to an artifact."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from spectool.model.architecture import Architecture
 from spectool.model.blocks import check_walkable
 from spectool.model.loading import load_tokenizer, stated_dtype
 from spectool.options import Config
-from spectool.quantize.budget import Budget, candidates, choose, forget, survey
-from spectool.quantize.calibration import windows
-from spectool.quantize.choice import Choice, Rule, plan_text, skipping
+from spectool.quantize.budget import Budget, choose, discard_survey, list_candidates, survey
+from spectool.quantize.calibration import sample_sequences
+from spectool.quantize.choice import Choice, Rule, format_rules, skipping
 from spectool.quantize.ledger import Ledger, measure
 from spectool.quantize.plan import BASE_BYTES, Plan, make_plan
 from spectool.quantize.preprocess import (
@@ -40,10 +40,10 @@ from spectool.quantize.preprocess import (
     TrainingWindows,
     bytes_needed,
 )
-from spectool.quantize.walk import BlockWalk, Progress, entry_of
+from spectool.quantize.walk import BlockWalk, Progress, make_entry
 from spectool.version import __version__
 
-# Files that go along with the weights; code only where remote code was allowed.
+# Files copied with the weights; Python files only if remote code is trusted.
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "added_tokens.json",
     "chat_template*", "additional_chat_templates/*", "generation_config.json",
@@ -51,29 +51,27 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-# The rules that an artifact was made by, to make it again.
-PLAN = "plan.yaml"
+# File in the artifact with the rules that it was made by.
+RULES_FILE = "plan.yaml"
 
-# Characters read of a streamed data set for every calibration token. English prose has about four
-# in a token; the rest leaves the drawing of sequences something to choose from.
+# Characters read of a streamed data set per calibration token. English prose has about four per
+# token; the surplus lets sequences be drawn from different parts.
 STREAMED_CHARACTERS = 16
 
-# Bytes that a tokenizer holds of every character at once (measured with BPE of 1k and 6k tokens:
-# 154 to 158).
+# Peak bytes per character while tokenizing (measured with BPE of 1k and 6k tokens: 154 to 158).
 TOKENIZED_BYTES = 160
 
-# About how many times smaller English prose is in such files.
-SMALLER, PACKED = (".gz", ".xz", ".parquet"), 4
+# Suffixes of compressed texts, and the approximate compression ratio of English prose.
+COMPRESSED, COMPRESSION = (".gz", ".xz", ".parquet"), 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything a quantization is asked to do, apart from where it runs.
+    """All options of a quantization except where it runs.
 
-    `method` and `config` are for the blocks' matrices that neither `skip` nor a rule names, and
-    `embeddings` for embedding and output matrix, which otherwise stay dense; `lm_head` is for an
-    output matrix that is learnt. With a `budget` those
-    matrices are packed by what errors tell.
+    `method` and `config` pack the blocks' matrices that neither `skip` nor a rule names; with a
+    `budget` its candidates do, chosen by measured errors. `embeddings` packs the embedding and the
+    lm_head, which otherwise stay dense; `lm_head` is the method of a fitted lm_head.
     """
 
     method: str
@@ -94,15 +92,16 @@ class Job:
 
     @property
     def choice(self) -> Choice:
+        """The default method with its options."""
         return Choice(self.method, self.config)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was recorded of every block: layers, output error, fits, what was packed without data;
-    and the layers outside of them.
+    """Records of a quantization.
 
-    `preprocess`: held-out perplexities of the model packed at first, and of what that became.
+    `blocks`: layers, output error, fits and matrices packed without data, by block; `outside`: the
+    same of embedding and lm_head. `preprocess`: held-out perplexities `packed` and `merged`.
     """
 
     outside: dict[str, Any]
@@ -111,41 +110,48 @@ class Report:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
+        """Records of all packed matrices, outside the blocks first."""
         return [layer for part in (self.outside, *self.blocks) for layer in part["layers"]]
 
 
 def check_dense(layout: Layout) -> None:
-    """Raises: UnsupportedError: the source is quantized already."""
+    """Check that a checkpoint is not quantized.
+
+    Raises:
+        UnsupportedError: it is quantized already.
+    """
     if layout.quantization is not None:
         by = layout.quantization.get("quant_method", "an unnamed method")
         raise UnsupportedError(
-            f"{layout.path}: is quantized already ({by}); give the checkpoint it was made from"
+            f"{layout.path}: is quantized already ({by}); quantize the dense original instead"
         )
 
 
 def prepare(
     layout: Layout, job: Job, *, trust_remote_code: bool, device: str, batch_size: int = 4
 ) -> tuple[Architecture, Plan]:
-    """The architecture and the plan, with a budget that without it; reads headers only, and of
-    matrices that are tied and both stored the values.
+    """Return the architecture, and the plan of a job; for a budget that of its first candidate.
+
+    Reads headers only, except the values of tied matrices that are both stored.
 
     Raises:
-        UsageError: rules that match nothing, or a budget that nothing fits.
+        UsageError: a rule matches nothing, or no candidate fits the budget.
         UnsupportedError: the source is quantized already, or cannot be packed.
     """
     check_dense(layout)
     if job.preprocess is not None:
-        for choice in _choices(job):
+        for choice in _list_choices(job):
             if not choice.is_matrix:
-                raise UsageError(f"--preprocess learns matrices; {choice.method} rounds inputs too")
+                raise UsageError(f"--preprocess trains weights; {choice.method} rounds inputs too")
     architecture = Architecture(layout, trust_remote_code=trust_remote_code)
     plan = _plan(architecture, job, device=device, batch_size=batch_size)
     if job.budget is not None:
-        candidates(plan, job.budget, job.rules)
+        list_candidates(plan, job.budget, job.rules)
     return architecture, plan
 
 
 def _plan(architecture: Architecture, job: Job, *, device: str, batch_size: int) -> Plan:
+    """Make the plan of a job, with the memory of tokenizing and of preprocessing."""
     length = sequence_length(architecture, job.seq_len)
     plan = make_plan(
         architecture,
@@ -159,28 +165,30 @@ def _plan(architecture: Architecture, job: Job, *, device: str, batch_size: int)
         batch_tokens=batch_size * length,
         on_device=device != "cpu",
     )
-    # Before the blocks texts are tokenized, and with --preprocess the whole model learns.
-    characters = _characters(job.calibration or ())
+    # Peaks before the block walk: tokenizing, and training the whole model for --preprocess.
+    characters = _count_characters(job.calibration or ())
     if calibrates(job) and not job.calibration:
         characters = len(builtin_text())
-    host, there = TOKENIZED_BYTES * characters, 0
+    host, on_device = TOKENIZED_BYTES * characters, 0
     if job.preprocess is not None:
-        host = max(host, TOKENIZED_BYTES * _characters(job.preprocess.text))
-        learning = bytes_needed(architecture, plan, job.preprocess.batch_size * length)
-        # From a device the matrices come back.
-        host = max(host, 4 * plan.num_weights if plan.device_bytes else learning)
-        there = BASE_BYTES + learning
+        host = max(host, TOKENIZED_BYTES * _count_characters(job.preprocess.text))
+        training = bytes_needed(architecture, plan, job.preprocess.batch_size * length)
+        # After training on a device the merged matrices are copied to the host.
+        host = max(host, 4 * plan.num_weights if plan.device_bytes else training)
+        on_device = BASE_BYTES + training
     return replace(
         plan,
         host_bytes=max(plan.host_bytes, BASE_BYTES + host),
-        device_bytes=plan.device_bytes and max(plan.device_bytes, there),
+        device_bytes=plan.device_bytes and max(plan.device_bytes, on_device),
     )
 
 
-def _characters(sources: Sequence[str]) -> int:
-    """About how many characters the files among them hold; streamed data sets are small beside."""
+def _count_characters(sources: Sequence[str]) -> int:
+    """Estimate the characters in the files among `sources`; streamed data sets are negligible."""
     files = [path for path in map(Path, sources) if path.is_file()]
-    return sum(path.stat().st_size * (PACKED if path.suffix in SMALLER else 1) for path in files)
+    return sum(
+        path.stat().st_size * (COMPRESSION if path.suffix in COMPRESSED else 1) for path in files
+    )
 
 
 def quantize(
@@ -199,18 +207,19 @@ def quantize(
     say: Callable[[str], None] = lambda line: None,
     on_read: OnRead = lambda reading: None,
 ) -> Report:
-    """Compress the checkpoint `model` into the directory `out`.
+    """Quantize the checkpoint `model` into the directory `out`.
 
-    `dtype` is what calibration computes in; weights are packed from float32 always. `on_read` hears
-    of each source of text.
+    Calibration computes in `dtype`; weights are always packed from float32. Callbacks: `announce`
+    gets the plan before the work, `progress` the blocks done, `say` one-line notices, `on_read`
+    each source of text.
 
     Raises:
-        InputError: the checkpoint, the text, the options or the target will not do.
-        SpectoolError: the disk filled up; the same call goes on from there.
+        InputError: the checkpoint, the text, the options or `out` cannot be used.
+        SpectoolError: the disk is full; the same call resumes.
     """
     artifact.check_target(out, overwrite=overwrite)
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-    check_places(checkpoint.path, out)
+    check_paths(checkpoint.path, out)
     architecture, plan = prepare(
         checkpoint.layout,
         job,
@@ -220,12 +229,12 @@ def quantize(
     )
     if job.budget is None:
         announce(plan, architecture)
-    ids_SL, opened, around = None, False, None
+    ids_SL, opened, shell = None, False, None
     if calibrates(job):
         ids_SL, opened = _calibration_ids(
             checkpoint, architecture, job, on_read, trust_remote_code=trust_remote_code
         )
-        around = check_walkable(
+        shell = check_walkable(
             architecture,
             checkpoint,
             length=ids_SL.shape[1],
@@ -234,31 +243,32 @@ def quantize(
             with_lm_head=job.lm_head is not None,
         )
         if job.lm_head is not None or job.preprocess is not None:
-            # With an output matrix that the blocks need not wait beside, or of other weights.
-            around = None
+            # This shell holds the lm_head, which the block walk does not need in memory, or the
+            # weights before preprocessing. The walk creates its own.
+            shell = None
         if len(ids_SL) < job.samples:
             say(f"calibration: {len(ids_SL)} of {job.samples} sequences, all that the text holds")
-    # How activations are computed decides the bytes where they decide anything.
+    # Where activations matter, the stored bytes depend on how they are computed.
     computed: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "batch_size": batch_size,
     }
-    kinds = [choice.quantizer for choice in _choices(job)]
+    quantizers = [choice.quantizer for choice in _list_choices(job)]
     if any(each is not None for each in (job.preprocess, job.budget, job.lm_head)) or any(
-        hasattr(kind, "fit") or "hessian" in kind.statistics for kind in kinds
+        hasattr(each, "fit") or "hessian" in each.statistics for each in quantizers
     ):
-        # Sums are split among threads, and their last bits go into the codes.
+        # Sums are split among threads, and their last bits can change codes.
         computed["threads"] = torch.get_num_threads()
-    made_by = {**_made_by(job, ids_SL, computed), "device": torch.device(device).type}
+    made_by = {**_record_options(job, ids_SL, computed), "device": torch.device(device).type}
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     metrics, reshape = None, None
     if job.preprocess is not None:
         windows = _windows(
             checkpoint, architecture, job, on_read, trust_remote_code=trust_remote_code
         )
-        made_by["preprocess"] = {**asdict(job.preprocess), **computed, **windows.said}
+        made_by["preprocess"] = {**asdict(job.preprocess), **computed, **windows.record}
         reshape = Reshaping(
-            asked=job.preprocess,
+            options=job.preprocess,
             windows=windows,
             scratch=out.with_name(out.name + ".preprocess"),
             identity={"source": source, **made_by},
@@ -279,9 +289,9 @@ def quantize(
         reshaped = checkpoint
         if reshape is not None:
             merged, metrics = reshape.run(
-                lambda place: quantize(
+                lambda path: quantize(
                     checkpoint.path,
-                    place,
+                    path,
                     replace(job, preprocess=None),
                     device=device,
                     dtype=dtype,
@@ -304,19 +314,19 @@ def quantize(
             dtype=dtype,
             batch_size=batch_size,
             opened=opened,
-            around=around,
+            shell=shell,
             say=say,
         )
         if job.budget is not None:
-            wanted = candidates(plan, job.budget, job.rules)
-            chosen = choose(plan, job.budget, wanted, survey(walk, wanted, progress))
+            candidates = list_candidates(plan, job.budget, job.rules)
+            chosen = choose(plan, job.budget, candidates, survey(walk, candidates, progress))
             job = replace(job, budget=None, rules=(*job.rules, *chosen))
             walk.plan = plan = _plan(architecture, job, device=device, batch_size=batch_size)
             announce(plan, architecture)
         report = Report(*walk.run(progress), metrics)
-        forget(walk)
+        discard_survey(walk)
         writer.finish(
-            _small_files(
+            _make_small_files(
                 checkpoint,
                 plan,
                 job,
@@ -332,26 +342,27 @@ def quantize(
     return report
 
 
-def _choices(job: Job) -> list[Choice]:
-    """All that may be packed by."""
+def _list_choices(job: Job) -> list[Choice]:
+    """List every choice that the job may pack a matrix by."""
     ruled = [rule.choice for rule in job.rules]
     budgeted = job.budget.candidates if job.budget else (job.choice,)
     return [choice for choice in (*budgeted, job.embeddings, *ruled) if choice is not None]
 
 
 def calibrates(job: Job) -> bool:
-    """Whether texts run through the model.
+    """Return whether the job runs calibration text through the model.
 
-    Methods without statistics and without a fit run on weights alone, unless text is given.
+    Methods without statistics and without a fit need none; given text is used all the same, for
+    the output errors.
     """
-    asked = (job.calibration, job.budget, job.lm_head)
-    return any(each is not None for each in asked) or any(
-        choice.calibrates for choice in _choices(job)
+    needing_text = (job.calibration, job.budget, job.lm_head)
+    return any(each is not None for each in needing_text) or any(
+        choice.calibrates for choice in _list_choices(job)
     )
 
 
 def sequence_length(architecture: Architecture, seq_len: int) -> int:
-    """Tokens of a calibration sequence: what is asked for, at most the model's context."""
+    """Return the tokens of a calibration sequence: `seq_len`, at most the model's context."""
     return min(seq_len, architecture.layout.context or seq_len)
 
 
@@ -363,8 +374,8 @@ def _calibration_ids(
     *,
     trust_remote_code: bool,
 ) -> tuple[Tensor, bool]:
-    """The calibration sequences [S, L], and whether each opens with a start token."""
-    ids, bos = _encoded(
+    """Read the calibration sequences [S, L]; also return whether each opens with a start token."""
+    ids, bos = _read_tokens(
         checkpoint,
         architecture,
         job,
@@ -375,7 +386,7 @@ def _calibration_ids(
     )
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(architecture, job.seq_len)
-    ids_SL = windows(ids, samples=job.samples, length=length, bos=bos, generator=generator)
+    ids_SL = sample_sequences(ids, samples=job.samples, length=length, bos=bos, generator=generator)
     return ids_SL, bos is not None
 
 
@@ -387,19 +398,21 @@ def _windows(
     *,
     trust_remote_code: bool,
 ) -> TrainingWindows:
-    """Sequences to reshape the model on: taught ones of the beginning of the text, held-out ones of
-    its end, which share no token."""
-    asked = job.preprocess
-    assert asked is not None
-    num_train = asked.steps * asked.batch_size
-    ids, bos = _encoded(
-        checkpoint, architecture, job, asked.text, num_train, trust_remote_code, on_read
+    """Read the sequences of preprocessing, held-out ones from the end of the text.
+
+    The two kinds share no token.
+    """
+    options = job.preprocess
+    assert options is not None
+    num_train = options.steps * options.batch_size
+    ids, bos = _read_tokens(
+        checkpoint, architecture, job, options.text, num_train, trust_remote_code, on_read
     )
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(architecture, job.seq_len)
     cut = int((1 - HELD_OUT) * len(ids))
     train_SL, held_out_SL = (
-        windows(
+        sample_sequences(
             part,
             samples=samples,
             length=length,
@@ -412,7 +425,7 @@ def _windows(
     return TrainingWindows(train_SL, held_out_SL)
 
 
-def _encoded(
+def _read_tokens(
     checkpoint: Checkpoint,
     architecture: Architecture,
     job: Job,
@@ -421,7 +434,7 @@ def _encoded(
     trust_remote_code: bool,
     on_read: OnRead,
 ) -> tuple[list[int], int | None]:
-    """The tokens of a text, of which so many sequences are to be drawn; and the start token."""
+    """Read and tokenize text for `samples` sequences; return token ids and the start token."""
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
     text = read_text(
         sources,
@@ -435,12 +448,13 @@ def _encoded(
     )
     ids, bos = encode(tokenizer, text), tokenizer.bos_token_id
     table: Any = architecture.model.get_input_embeddings()
-    opening = [] if bos is None else [bos]
-    check_ids([*ids, *opening], table.num_embeddings, f"{checkpoint.path}: its tokenizer")
+    start = [] if bos is None else [bos]
+    check_ids([*ids, *start], table.num_embeddings, f"{checkpoint.path}: its tokenizer")
     return ids, bos
 
 
-def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:
+def _record_options(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:
+    """Return the job as JSON-safe metadata, with the calibration data and the versions used."""
     calibration = None
     if ids_SL is not None:
         calibration = {
@@ -470,23 +484,32 @@ def _made_by(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[
     }
 
 
-def check_places(source: Path, out: Path) -> None:
-    inner, outer = source.resolve(), out.resolve()
-    if inner == outer or inner in outer.parents or outer in inner.parents:
+def check_paths(source: Path, out: Path) -> None:
+    """Check that neither directory contains the other.
+
+    Raises:
+        UsageError: one contains the other, or they are the same.
+    """
+    source_path, out_path = source.resolve(), out.resolve()
+    if (
+        source_path == out_path
+        or source_path in out_path.parents
+        or out_path in source_path.parents
+    ):
         raise UsageError(f"{out}: OUT must lie outside the source {source}, and not around it")
 
 
-def companions(place: Path, *, code: bool) -> dict[str, bytes]:
-    """The files of a checkpoint that go along with its weights; with Python files if `code`."""
+def read_companions(folder: Path, *, code: bool) -> dict[str, bytes]:
+    """Read the files of a checkpoint that accompany its weights; with Python files if `code`."""
     return {
-        str(path.relative_to(place)): path.read_bytes()
+        str(path.relative_to(folder)): path.read_bytes()
         for pattern in ((*COMPANIONS, "*.py") if code else COMPANIONS)
-        for path in place.glob(pattern)
+        for path in folder.glob(pattern)
         if path.is_file()
     }
 
 
-def _small_files(
+def _make_small_files(
     checkpoint: Checkpoint,
     plan: Plan,
     job: Job,
@@ -497,22 +520,22 @@ def _small_files(
     untied: bool,
     trust_remote_code: bool,
 ) -> dict[str, bytes]:
-    """Everything but the shards: configuration, index, tokenizer, licence, README.
+    """Make all files except the shards: configuration, index, tokenizer, licence, README.
 
-    `untied`: matrices that the source's configuration ties are not.
+    `untied`: the source stores separately what its configuration declares tied.
     """
-    files = companions(checkpoint.path, code=trust_remote_code)
+    files = read_companions(checkpoint.path, code=trust_remote_code)
     shards = sorted(writer.manifest["shards"])
     tensors = {}
     for shard in shards:
         tensors.update({entry.name: entry for entry in read_header(writer.path(shard))[1]})
     modules = {
-        key: entry_of(plan.choices[key], matrix)
+        key: make_entry(plan.choices[key], matrix)
         for part in (plan.outside, *plan.matrices.values())
         for key, matrix in part.items()
     }
     if job.rules:
-        files[PLAN] = plan_text(job.rules).encode()
+        files[RULES_FILE] = format_rules(job.rules).encode()
     quantization = {
         "quant_method": "spectool",
         "format_version": FORMAT_VERSION,
@@ -522,12 +545,12 @@ def _small_files(
     }
     plain = with_plain_dtypes(checkpoint.layout.config, checkpoint.path)
     config = {**plain, "quantization_config": quantization}
-    # Where the source says that its weights lie; ours lie elsewhere.
+    # The source's weight files, which the artifact does not have.
     config.pop("transformers_weights", None)
     if untied:
         config["tie_word_embeddings"] = False
     if stated_dtype(checkpoint.layout) is None:
-        # Otherwise transformers takes the first tensor's, and that may be a field.
+        # Without it transformers takes the dtype of the first tensor, which may be a field.
         dtypes = map(torch_dtype, checkpoint.layout.tensors.values())
         first = next(dtype for dtype in dtypes if dtype.is_floating_point)
         config["dtype"] = str(first).removeprefix("torch.")
@@ -548,20 +571,22 @@ def _small_files(
 
 
 def _json(value: Any) -> bytes:
+    """Encode a JSON file."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _readme(job: Job, ledger: Ledger) -> str:
+    """Write the artifact's README."""
     options = json.dumps(job.config.as_dict(), sort_keys=True)
     more = [
-        f"{place} by `{choice}`"
-        for place, choice in (
-            ("embedding and output matrix", job.embeddings),
+        f"{matrices} by `{choice}`"
+        for matrices, choice in (
+            ("embedding and lm_head", job.embeddings),
             ("lm_head", job.lm_head),
         )
         if choice is not None
     ]
-    more += ["what `plan.yaml` names as it says"] if job.rules else []
+    more += [f"matrices named in `{RULES_FILE}` by its rules"] if job.rules else []
     return f"""# A checkpoint packed by spectool
 
 Method `{job.method}` with {options}{"".join(f"; {each}" for each in more)}.

@@ -1,10 +1,10 @@
-"""The block walk: load one block, look at it, pack it, write it, free it.
+"""Block walk: load one block, observe it, pack it, write it, free it.
 
-Whatever the checkpoint's size, one block and two activation buffers are resident (four where a
-method fits: its targets too). What is written for a block depends only on the source, the options,
-the calibration tokens and (seed, block); where a method fits, on the number of threads as well,
-which is recorded. The packed stream advances through the packed module as read back from its shard.
-So a run that was killed ends with the same bytes as one that was not.
+Only one block and two activation buffers are resident, whatever the checkpoint's size; a fit adds
+two buffers of targets. The bytes written for a block depend only on the source, the options, the
+calibration tokens, (seed, block) and, where recorded, the number of threads. The packed stream
+advances through the packed module as read back from its shard, so an interrupted and resumed run
+writes the same bytes as an uninterrupted one.
 
 Shapes: S sequences, B of a batch, L tokens, D width.
 """
@@ -44,29 +44,28 @@ from spectool.quantize.calibration import (
     Streams,
     Tick,
     fit_each,
-    overflow,
+    not_finite,
 )
 from spectool.quantize.choice import Choice
 from spectool.quantize.lm_head import vq
-from spectool.quantize.plan import LEARNT_HEAD, Plan
+from spectool.quantize.plan import LM_HEAD_METHOD, Plan
 
-# Activation buffers larger than this together live in files beside the shards.
+# Activation buffers that together exceed this are kept in files next to the shards.
 BUFFERS_IN_MEMORY = 8 << 30
 
-# What is told to whoever watches: blocks done (with the present one's share, where its method says
-# it), blocks in all, what was done to them.
+# Progress callback: blocks done, with the share of the current one; their total; a description.
 Progress = Callable[[float, int, str], None]
 PACKED = "blocks packed"
-TAUGHT = "output matrix learnt"
+LM_HEAD_FITTED = "lm_head fitted"
 
 
 @dataclass(slots=True, kw_only=True)
 class BlockWalk:
-    """One walk over a checkpoint's blocks.
+    """Walk over a checkpoint's blocks that writes one shard for each.
 
-    `ids_SL` are the calibration sequences, None where no activations are needed, and `opened` says
-    that each begins with a start token; `metadata` goes into every shard's header; `dtype` is what
-    activations are computed in. `around`, if it is built already, is what surrounds the blocks.
+    `ids_SL` are the calibration sequences, None if no activations are needed; `opened`: each begins
+    with a start token. `metadata` is written to every shard's header; activations are computed in
+    `dtype`. `shell` is the model around the blocks, if it was created before.
     """
 
     checkpoint: Checkpoint
@@ -81,28 +80,28 @@ class BlockWalk:
     batch_size: int
     opened: bool = False
     say: Callable[[str], None] = lambda line: None
-    around: ModelShell | None = None
+    shell: ModelShell | None = None
     calls: dict[int, list[Call]] = field(default_factory=dict)
 
     def run(self, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The reports of what lies outside the blocks, and of every block."""
+        """Pack everything that is not done; return the reports outside the blocks and per block."""
         blocks = self.architecture.blocks
         self._copy_outside()
         missing = [i for i in range(len(blocks)) if not self._is_done(i)]
-        head = self._learnt()
-        head_missing = head is not None and self.writer.report(self._shard(len(blocks))) is None
-        last = len(blocks) - 1 if head_missing else max(missing, default=-1)
+        lm_head = self._fitted_lm_head()
+        fits_lm_head = lm_head is not None and self.writer.report(self._shard(len(blocks))) is None
+        last = len(blocks) - 1 if fits_lm_head else max(missing, default=-1)
         streams = self.start_streams() if last >= 0 else None
-        # Finished blocks matter only for what flows through them.
+        # With streams, finished blocks are visited too, to advance the activations.
         visits = missing if streams is None else list(range(last + 1))
         with ThreadPoolExecutor(1) as reader:
             following: Future[dict[str, Tensor]] | None = None
             for visit, index in enumerate(visits):
                 name, present = blocks[index], following
-                # Reading ahead costs a second block of host memory: worth it beside a GPU only.
+                # Reading ahead holds a second block in host memory: worth it with a GPU only.
                 if self.device.type != "cpu" and visit + 1 < len(visits):
                     following = reader.submit(self.read, blocks[visits[visit + 1]])
-                # Bound to no name here, or this block would live until the next one is read.
+                # Not bound to a name, which would keep this block until the next one is read.
                 self._step(
                     index,
                     name,
@@ -112,61 +111,70 @@ class BlockWalk:
                 )
                 trim_memory()
                 progress(index + 1, len(blocks), PACKED)
-        if head is not None and head_missing:
+        if lm_head is not None and fits_lm_head:
             assert streams is not None
-            self._fit_head(head, streams, lambda share: progress(share, 1, TAUGHT))
+            self._fit_lm_head(lm_head, streams, lambda share: progress(share, 1, LM_HEAD_FITTED))
         reports = [self.writer.report(self._shard(i)) for i in range(-1, len(blocks))]
         outside, *inside = [report for report in reports if report is not None]
         assert len(inside) == len(blocks)
-        if head is not None:
-            said = self.writer.report(self._shard(len(blocks))) or {}
-            outside = {"layers": outside["layers"] + said["layers"], "lm_head": said["lm_head"]}
+        if lm_head is not None:
+            report = self.writer.report(self._shard(len(blocks))) or {}
+            outside = {
+                "layers": outside["layers"] + report["layers"],
+                "lm_head": report["lm_head"],
+            }
         return outside, inside
 
-    def _learnt(self) -> Matrix | None:
-        """The output matrix, if it is learnt."""
-        found = (
+    def _fitted_lm_head(self) -> Matrix | None:
+        """Return the lm_head if the plan fits one."""
+        fitted = (
             matrix
             for key, matrix in self.plan.outside.items()
-            if matrix.kind == "lm_head" and self.plan.choices[key].method == LEARNT_HEAD
+            if matrix.kind == "lm_head" and self.plan.choices[key].method == LM_HEAD_METHOD
         )
-        return next(found, None)
+        return next(fitted, None)
 
     def _is_done(self, index: int) -> bool:
+        """Return whether a block is written and, with calibration, its output error measured."""
         report = self.writer.report(self._shard(index))
         return report is not None and (self.ids_SL is None or "output_error" in report)
 
     def _shard(self, index: int) -> str:
-        """Shard 0 holds what belongs to no block, and one after the blocks a learnt head."""
-        total = len(self.architecture.blocks) + 1 + (self._learnt() is not None)
+        """Return the file name of a block's shard.
+
+        Index -1 is the shard of tensors outside the blocks, the number of blocks that of a fitted
+        lm_head.
+        """
+        total = len(self.architecture.blocks) + 1 + (self._fitted_lm_head() is not None)
         return f"packed-{index + 1:05d}-of-{total:05d}.safetensors"
 
     def read(self, block: str) -> dict[str, Tensor]:
+        """Read the tensors of a block."""
         return self.architecture.read(self.checkpoint, self.architecture.tensors_of(block))
 
     def _copy_outside(self) -> None:
-        """Write what belongs to no block, unless that is done."""
+        """Write the shard of tensors outside the blocks, unless that is done."""
         shard = self._shard(-1)
         if self.writer.report(shard) is not None:
             return
         contents: dict[str, Content] = {}
-        matrices, learnt = dict(self.plan.outside), self._learnt()
+        matrices, fitted = dict(self.plan.outside), self._fitted_lm_head()
         replaced = {
             name for matrix in matrices.values() for name in self.architecture.holding(matrix)
         }
         layers = []
-        if learnt is not None:
-            del matrices[learnt.name]
-            # A bias that it has comes with it.
-            bias = f"{learnt.name}.bias"
+        if fitted is not None:
+            del matrices[fitted.name]
+            # An existing bias is written with the fitted lm_head.
+            bias = f"{fitted.name}.bias"
             replaced.add(bias)
-            # Read in vain unless it is damaged: that is to be known before hours of work.
-            for name in {learnt.parameter, bias} & self.architecture.origins.keys():
+            # Read to detect damage now, not after hours of work.
+            for name in {fitted.parameter, bias} & self.architecture.origins.keys():
                 self.architecture.read(self.checkpoint, [name])
         for key, matrix in matrices.items():
             tensors = self.architecture.read(self.checkpoint, [matrix.parameter])
             block = Block(key, {key: matrix}, {key: matrix.weight_nm(tensors)})
-            generator = torch.Generator().manual_seed(seed_of(self.seed, -1))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, -1))
             choice = self.plan.choices[key]
             fields = fit_each(
                 choice.quantizer, block, {}, choice.config, generator, self.device
@@ -183,27 +191,27 @@ class BlockWalk:
                 contents.update(self.architecture.read(self.checkpoint, [name]))
         self.writer.write_shard(shard, contents, self.metadata, {"layers": layers})
 
-    def _fit_head(self, matrix: Matrix, streams: Streams, tick: Tick) -> None:
-        """Learn the output matrix on what the packed blocks put out."""
+    def _fit_lm_head(self, matrix: Matrix, streams: Streams, tick: Tick) -> None:
+        """Fit the lm_head on the outputs of the packed blocks, and write its shard."""
         assert self.ids_SL is not None
-        states_TD = self._head_inputs(matrix, streams)
+        states_TD = self._lm_head_inputs(matrix, streams)
         names = [matrix.parameter, f"{matrix.name}.bias"]
         tensors = self.architecture.read(
             self.checkpoint, [name for name in names if name in self.architecture.origins]
         )
         weight_VD, bias_V = tensors[matrix.parameter], tensors.get(f"{matrix.name}.bias")
         config: Any = self.plan.choices[matrix.name].config
-        fields, own_V, metrics = vq.fit_head(
+        fields, fitted_bias_V, metrics = vq.fit_lm_head(
             weight_VD.to(self.device),
             None if bias_V is None else bias_V.float().to(self.device),
-            vq.Text(
+            vq.FitText(
                 states_TD,
                 torch.bincount(self.ids_SL.flatten(), minlength=len(weight_VD)).to(self.device),
                 vq.special_tokens(self.architecture.config, len(weight_VD)),
             ),
             config,
             final_logits(self.architecture.config),
-            torch.Generator().manual_seed(seed_of(self.seed, len(self.architecture.blocks))),
+            torch.Generator().manual_seed(derive_seed(self.seed, len(self.architecture.blocks))),
             self.say,
             tick,
         )
@@ -213,32 +221,40 @@ class BlockWalk:
         contents: dict[str, Content] = {
             f"{matrix.name}.q.{name}": value for name, value in fields.items()
         }
-        contents[f"{matrix.name}.bias"] = own_V.to(weight_VD.dtype).cpu()
+        contents[f"{matrix.name}.bias"] = fitted_bias_V.to(weight_VD.dtype).cpu()
         shard = self._shard(len(self.architecture.blocks))
         self.writer.write_shard(
             shard, contents, self.metadata, {"layers": [layer], "lm_head": metrics}
         )
 
-    def _head_inputs(self, matrix: Matrix, streams: Streams) -> Tensor:
-        """What the packed blocks' outputs become before the output matrix [T, D], on the host."""
+    def _lm_head_inputs(self, matrix: Matrix, streams: Streams) -> Tensor:
+        """Compute the lm_head's inputs [T, D] after the packed blocks, on the host."""
         assert self.ids_SL is not None
-        around = ModelShell(
+        shell = ModelShell(
             self.architecture,
             self.checkpoint,
             dtype=self.dtype,
             device=self.device,
             with_lm_head=True,
         )
-        begin = 1 if self.opened else 0
+        # Start tokens are left out, as in the statistics.
+        first = 1 if self.opened else 0
         num, length = self.ids_SL.shape
-        states_SLD = torch.empty(num, length - begin, matrix.shape[1])
+        states_SLD = torch.empty(num, length - first, matrix.shape[1])
         for batch in streams.packed.batches(self.batch_size):
             hidden_BLD = streams.packed.hidden_SLD[batch].to(self.device)
-            found_BLD = around.head_inputs(self.ids_SL[batch], hidden_BLD)
-            states_SLD[batch] = found_BLD[:, begin:]
+            states_BLD = shell.head_inputs(self.ids_SL[batch], hidden_BLD)
+            states_SLD[batch] = states_BLD[:, first:]
         return states_SLD.flatten(0, 1)
 
     def start_streams(self) -> Streams | None:
+        """Embed the calibration sequences as inputs of the first block; None without calibration.
+
+        Also records how each block is called (`calls`).
+
+        Raises:
+            NotFinite: the embedding's output is NaN or infinite.
+        """
         if self.ids_SL is None:
             return None
         make = functools.partial(
@@ -249,11 +265,11 @@ class BlockWalk:
             device=self.device,
             with_lm_head=False,
         )
-        around, table = self.around or make(), self._packed_table()
+        shell, table = self.shell or make(), self._packed_table()
         packed = None if table is None else make(table=table)
         num, length = self.ids_SL.shape
         batches = [slice(i, i + self.batch_size) for i in range(0, num, self.batch_size)]
-        first = around.embed(self.ids_SL[:1])
+        first = shell.embed(self.ids_SL[:1])
         shape = (num, length, first.shape[-1])
         in_files = self.plan.num_buffers * self.plan.buffer_bytes > BUFFERS_IN_MEMORY
         with disk_errors(self.writer.partial):
@@ -267,20 +283,20 @@ class BlockWalk:
             )
             streams = Streams(*sides)
         for batch in batches:
-            hidden_BLD = around.embed(self.ids_SL[batch]).cpu()
+            hidden_BLD = shell.embed(self.ids_SL[batch]).cpu()
             if not all_finite(hidden_BLD):
-                raise overflow("the embedding", "its output is NaN or infinite")
+                raise not_finite("the embedding", "its output is NaN or infinite")
             streams.original.hidden_SLD[batch] = hidden_BLD
             if packed is not None:
                 hidden_BLD = packed.embed(self.ids_SL[batch]).cpu()
             streams.packed.hidden_SLD[batch] = hidden_BLD
-        # A fit sees one sequence at a time.
+        # A fit runs one sequence at a time, whatever the batch size.
         sizes = {1, *(len(self.ids_SL[batch]) for batch in batches)}
-        self.calls = {size: around.calls(size, length) for size in sizes}
+        self.calls = {size: shell.calls(size, length) for size in sizes}
         return streams
 
     def _packed_table(self) -> PackedLinear | None:
-        """The embedding as the artifact's reader will see it, if it is packed; written first."""
+        """Return the embedding as read back from its shard; None if it stays dense."""
         for key, matrix in self.plan.outside.items():
             if matrix.kind == "embedding":
                 self._copy_outside()
@@ -290,7 +306,7 @@ class BlockWalk:
                     for entry in entries
                     if entry.name.startswith(f"{key}.q.")
                 }
-                return filled(self.plan.choices[key], matrix, fields)
+                return load_packed(self.plan.choices[key], matrix, fields)
         return None
 
     def _step(
@@ -301,7 +317,7 @@ class BlockWalk:
         streams: Streams | None,
         tick: Tick,
     ) -> None:
-        """Pack and write one block, unless that is done, and advance both streams through it."""
+        """Pack and write one block unless that is done; advance both streams through it."""
         block = self.open(index, name, tensors, streams)
         shard = self._shard(index)
         report = self.writer.report(shard)
@@ -314,7 +330,7 @@ class BlockWalk:
     def open(
         self, index: int, name: str, tensors: dict[str, Tensor], streams: Streams | None
     ) -> Block:
-        """A block of these tensors as a quantizer sees it; with its module if there are streams."""
+        """Create the quantizer's view of a block; with its module if there are streams."""
         matrices = self.plan.matrices[name]
         block = Block(
             name=name,
@@ -337,12 +353,13 @@ class BlockWalk:
         shard: str,
         tick: Tick,
     ) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, index))
+        """Pack a block and write its shard; return its report."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, index))
         groups: dict[Choice, list[str]] = {}
         for key in block.matrices:
             groups.setdefault(self.plan.choices[key], []).append(key)
         fields: dict[str, PackedFields] = {}
-        seen_little: list[str] = []
+        data_free: list[str] = []
         fits = []
         for choice, keys in groups.items():
             part = replace(
@@ -350,9 +367,9 @@ class BlockWalk:
                 matrices={key: block.matrices[key] for key in keys},
                 weights={key: block.weights[key] for key in keys},
             )
-            fitted, unseen = self._fit(choice, part, streams, generator, tick)
+            fitted, without_data = self._fit(choice, part, streams, generator, tick)
             fields |= fitted.fields
-            seen_little += unseen
+            data_free += without_data
             fits += [fitted.report] if fitted.report else []
         taken = {matrix.parameter for matrix in block.matrices.values()}
         contents: dict[str, Content] = {
@@ -362,9 +379,9 @@ class BlockWalk:
         for key in block.matrices:
             contents.update({f"{key}.q.{name}": value for name, value in fields[key].items()})
             layers.append(self._layer(key, block, fields[key]))
-        report = {"layers": layers, "data_free": seen_little, "fits": fits}
+        report = {"layers": layers, "data_free": data_free, "fits": fits}
         self.writer.write_shard(shard, contents, self.metadata, report)
-        # From here on only the module counts: the stored tensors need not stay beside it.
+        # Only the module is needed from here on: free the stored tensors.
         block.weights = {}
         tensors.clear()
         trim_memory()
@@ -378,11 +395,16 @@ class BlockWalk:
         generator: torch.Generator,
         tick: Tick,
     ) -> tuple[Fitted, list[str]]:
-        """The block's matrices that one method packs, the others as they were; and the names of
-        those that too little text came to."""
+        """Pack the matrices of one choice; also return the names of those packed without data.
+
+        Raises:
+            NotFinite: statistics that are NaN or infinite.
+            UnsupportedError: the method cannot represent a matrix.
+        """
         method = choice.quantizer
         stats = self.observe(block, choice, streams) if streams is not None else {}
-        seen_little = [
+        # Experts with few calibration tokens, and matrices that no token reached.
+        data_free = [
             key
             for key, matrix in block.matrices.items()
             if method.statistics
@@ -391,29 +413,33 @@ class BlockWalk:
                 or (matrix.expert is not None and stats[key].num_tokens < MIN_EXPERT_TOKENS)
             )
         ]
-        for key in seen_little:
+        for key in data_free:
             stats.pop(key, None)
-        for key, found in stats.items():
-            for statistic in found.wanted:
-                value = getattr(found, statistic)
+        for key, linear_stats in stats.items():
+            for statistic in linear_stats.wanted:
+                value = getattr(linear_stats, statistic)
                 if value is not None and not all_finite(value):
-                    raise overflow(key, f"{statistic} of its inputs is NaN or infinite")
+                    raise not_finite(key, f"{statistic} of its inputs is NaN or infinite")
         if hasattr(method, "fit"):
             with disk_errors(self.writer.partial):
                 fitted: Fitted = method.fit(block, streams, stats, choice.config, generator, tick)
         else:
             fitted = fit_each(method, block, stats, choice.config, generator, self.device)
-        return fitted, seen_little
+        return fitted, data_free
 
     def _layer(self, key: str, block: Block, fields: PackedFields) -> dict[str, Any]:
-        """Stored bits per weight, and the relative squared error of the weights."""
+        """Return the record of a packed matrix: bits per weight, relative squared error of weights.
+
+        Raises:
+            UnsupportedError: the packed weights are not finite.
+        """
         matrix = block.matrices[key]
-        module = filled(self.plan.choices[key], matrix, fields)
+        module = load_packed(self.plan.choices[key], matrix, fields)
         error = relative_error(block.weights[key], module)
         if not math.isfinite(error):
             raise UnsupportedError(
-                f"{key}: {self.plan.choices[key].method} cannot hold its weights, the largest is "
-                f"{float(block.weights[key].abs().max()):.3g}",
+                f"{key}: {self.plan.choices[key].method} cannot represent its weights, the largest "
+                f"is {float(block.weights[key].abs().max()):.3g}",
                 hint="leave it dense with --skip",
             )
         stored_bytes = sum(value.numel() * value.element_size() for value in fields.values())
@@ -424,7 +450,7 @@ class BlockWalk:
         }
 
     def observe(self, block: Block, choice: Choice, streams: Streams) -> dict[str, LinearStats]:
-        """The statistics the method asks for, each at the stream it names."""
+        """Collect the statistics of a method, each from its stream, by matrix."""
         assert block.module is not None
         passes: list[dict[str, LinearStats]] = []
         by_stream: dict[Stream, list[Statistic]] = {}
@@ -444,48 +470,55 @@ class BlockWalk:
                     hidden_BLD = inputs.hidden_SLD[batch].to(self.device)
                     run_block(block.module, block.calls[len(hidden_BLD)], hidden_BLD)
             passes.append(observer.stats)
-        # Routing differs between the streams: an expert counts the tokens that both sent to it.
-        found, *others = passes or [{}]
-        for key in list(found):
+        # Routing can differ between the streams: keep experts that both route tokens to, with the
+        # smaller number of tokens.
+        stats, *others = passes or [{}]
+        for key in list(stats):
             for more, wanted in zip(others, list(by_stream.values())[1:], strict=True):
                 if key not in more:
-                    del found[key]
+                    del stats[key]
                     break
                 for statistic in wanted:
-                    setattr(found[key], statistic, getattr(more[key], statistic))
-                found[key].num_tokens = min(found[key].num_tokens, more[key].num_tokens)
-        return found
+                    setattr(stats[key], statistic, getattr(more[key], statistic))
+                stats[key].num_tokens = min(stats[key].num_tokens, more[key].num_tokens)
+        return stats
 
     def _advance(self, block: Block, streams: Streams, shard: str) -> float:
-        """Push both streams through the block; returns the relative squared error of its output."""
+        """Advance both streams through the block; return the relative squared output error."""
         dense = block.module
         assert dense is not None
         for batch in streams.original.batches(self.batch_size):
-            self.through(dense, block, streams.original, batch)
-        # One of the two modules at a time: the dense one has done its part.
+            self.advance_batch(dense, block, streams.original, batch)
+        # Free the dense module before the packed one is created.
         block.module = dense = None
         trim_memory()
         packed = self._reload(block, shard)
-        wrong, all_of_it = 0.0, 0.0
+        error, energy = 0.0, 0.0
         for batch in streams.packed.batches(self.batch_size):
-            self.through(packed, block, streams.packed, batch)
-            wanted = streams.original.hidden_SLD[batch].float()
-            found = streams.packed.hidden_SLD[batch].float()
-            wrong += float((wanted - found).square().sum())
-            all_of_it += float(wanted.square().sum())
-        return wrong / all_of_it if all_of_it else 0.0
+            self.advance_batch(packed, block, streams.packed, batch)
+            original_BLD = streams.original.hidden_SLD[batch].float()
+            packed_BLD = streams.packed.hidden_SLD[batch].float()
+            error += float((original_BLD - packed_BLD).square().sum())
+            energy += float(original_BLD.square().sum())
+        return error / energy if energy else 0.0
 
-    def through(self, module: nn.Module, block: Block, side: Activations, batch: slice) -> None:
-        """Replace one batch of a block's inputs by its outputs."""
+    def advance_batch(
+        self, module: nn.Module, block: Block, side: Activations, batch: slice
+    ) -> None:
+        """Replace one batch of the activations `side` by the module's outputs.
+
+        Raises:
+            NotFinite: outputs that are NaN or infinite.
+        """
         call = block.calls[batch.stop - batch.start]
         hidden_BLD = side.hidden_SLD[batch].to(self.device)
         out_BLD = run_block(module, call, hidden_BLD).cpu()
         if not all_finite(out_BLD):
-            raise overflow(block.name, "its output is NaN or infinite on the calibration text")
+            raise not_finite(block.name, "its output is NaN or infinite on the calibration text")
         side.hidden_SLD[batch] = out_BLD
 
     def _reload(self, block: Block, shard: str) -> nn.Module:
-        """The block as the artifact's reader will see it."""
+        """Create the packed block as read back from its shard."""
         entries = read_header(self.writer.path(shard))[1]
         return self.architecture.materialise(
             block.name,
@@ -493,38 +526,40 @@ class BlockWalk:
             dtype=self.dtype,
             device=self.device,
             modules={
-                key: entry_of(self.plan.choices[key], matrix)
+                key: make_entry(self.plan.choices[key], matrix)
                 for key, matrix in block.matrices.items()
             },
         )
 
 
 def _tick(progress: Progress, done: int, total: int, share: float) -> None:
+    """Report progress within the current block."""
     progress(done + share, total, PACKED)
 
 
-def entry_of(choice: Choice, matrix: Matrix) -> dict[str, Any]:
-    """A matrix's line in the artifact's configuration."""
-    said: dict[str, Any] = {**choice.as_dict(), "shape": list(matrix.shape)}
+def make_entry(choice: Choice, matrix: Matrix) -> dict[str, Any]:
+    """Make a packed matrix's entry in the artifact's configuration."""
+    entry: dict[str, Any] = {**choice.as_dict(), "shape": list(matrix.shape)}
     if matrix.expert is not None:
-        said["expert"] = True
+        entry["expert"] = True
     if matrix.kind in ("embedding", "lm_head"):
-        said["outside"] = matrix.kind
+        entry["outside"] = matrix.kind
     if matrix.tied is not None:
-        said["tied"] = matrix.tied
-    if choice.method == LEARNT_HEAD and matrix.kind == "lm_head":
-        said["bias"] = True
-    return said
+        entry["tied"] = matrix.tied
+    if choice.method == LM_HEAD_METHOD and matrix.kind == "lm_head":
+        entry["bias"] = True
+    return entry
 
 
-def filled(choice: Choice, matrix: Matrix, fields: PackedFields) -> PackedLinear:
-    """A packed matrix of these fields, on the host."""
+def load_packed(choice: Choice, matrix: Matrix, fields: PackedFields) -> PackedLinear:
+    """Create a packed module from its fields, on the host."""
     spec = {name: (value.dtype, tuple(value.shape)) for name, value in fields.items()}
-    linear = build_packed(entry_of(choice, matrix), spec)
+    linear = build_packed(make_entry(choice, matrix), spec)
     linear.q.load_state_dict(fields)
     return linear
 
 
-def seed_of(seed: int, block: int) -> int:
+def derive_seed(seed: int, block: int) -> int:
+    """Return the seed of a block, independent of the order in which blocks are packed."""
     digest = hashlib.sha256(f"{seed}/{block}".encode()).digest()
     return int.from_bytes(digest[:7], "little")

@@ -231,7 +231,7 @@ class Eagle3Drafter(Drafter):
         self._heads = heads.eval()
         self._own = DraftCache(heads.rotary, 1)
         self._states: dict[int, Tensor] = {}
-        self._linears = skinny.suited(heads.modules())
+        self._linears = skinny.eligible_linears(heads.modules())
 
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)

@@ -399,7 +399,7 @@ class TreeDrafter(Drafter):
         kept = [path for path, _ in paths if len(path) <= depth][: self.config.nodes]
         self._tree = RankTree(kept, device=heads.frozen.weight_VD.device)
         self._states: dict[int, Tensor] = {}
-        self._linears = skinny.suited(heads.modules())
+        self._linears = skinny.eligible_linears(heads.modules())
 
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)

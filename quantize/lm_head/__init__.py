@@ -1,1 +1,1 @@
-"""Methods that replace the output matrix."""
+"""Methods that fit a replacement for the lm_head."""

@@ -1,28 +1,27 @@
-"""VQ-Logits (`vq`): rows share vectors of a codebook; made for output matrices (`--lm-head vq`).
+"""VQ-Logits (`vq`): lm_head rows share vectors of a codebook (`--lm-head vq`).
 
-With groups of `width` components, `stages` of codebooks and a code a row, group and stage,
+With groups of `width` components, `stages` codebooks per group and one code per row, group and
+stage,
 
     w'_i = concat_g sum_s C_gs[k_igs],    logit_i = w'_i . h + b_i.
 
-With one code a row (width 0, one stage) tokens with the same code differ by b_i only, and the
-softmax has two exact levels: with M the code of a token and m_c = log sum_(i in c) e^(b_i),
+With one code per row (width 0, one stage) tokens that share a code differ only by their bias, and
+the softmax factors exactly: with M the code of a token and m_c = log sum_(i in c) e^(b_i),
 
     log P(i) = (l_M(i) + b_i) - log sum_c e^(l_c + m_c),    l = C h.
 
-What a token is, given its code, is then all context can never tell: at best the loss is higher by
-I(token; context | code), which H(token | code) of a text bounds; that bound is said before anything
-is trained. Frequent and special tokens have codes of their own.
+The loss is then higher by at least I(token; context | code), which is at most H(token | code); that
+entropy on the text is reported before training. Frequent and special tokens get dedicated codes.
 
-Codes are k-means' of the rows in the metric H = E[h h^T], tokens weighted by how often they come.
-The vectors are trained as C = E A, E the centres, A at first the identity, which moves them all at
-once (SimVQ); with them b, by KL(original || this) on calibration text; after each epoch a row takes
-the code that is then the nearest. A is folded in when it is stored, and codes that no row has go.
+Codes start as k-means of the rows in the metric H = E[h h^T], with tokens weighted by frequency.
+The vectors are trained as C = E A (SimVQ), together with b, by KL(original || vq) on calibration
+text; after each epoch every row is assigned its nearest codes again.
 
-With `shortlist` N, this ranks tokens only: the best N get their logits from rows at 8 bits, which
-are stored beside. That saves time and no memory.
+With `shortlist` N the shared vectors only rank tokens: the best N get exact logits from rows stored
+at 8 bits in addition. That saves time but no memory.
 
-Source: VQ-Logits, 2025 (arXiv:2505.10202), where the model is trained with such a head; bias,
-metric and training by an existing head are ours. Zhu et al., SimVQ, 2024 (arXiv:2411.02038).
+Source: VQ-Logits, 2025 (arXiv:2505.10202), where the model is trained with such an lm_head; bias,
+metric and distillation of an existing lm_head are ours. Zhu et al., SimVQ, 2024 (arXiv:2411.02038).
 Shapes: n rows (V tokens), m components (D width), K codes, S stages, G groups, W width of a group,
 T tokens of text.
 """
@@ -44,39 +43,46 @@ from spectool.errors import UsageError
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
 from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream, Tick
-from spectool.quantize.codebook import LinearCodebook, means, vectors
+from spectool.quantize.codebook import LinearCodebook, cluster_vectors, mean_by_label
 from spectool.quantize.methods.int8 import Int8
 
-# Added to H's diagonal, relative to its mean.
+# Added to the diagonal of H, relative to its mean.
 DAMPING = 0.01
-# Of the text, what the epochs are compared on.
+# Share of the text that is held out to compare epochs.
 HELD_OUT = 1 / 16
-# Logits of a step are about so many, and its tokens no fewer than that.
+# About as many logits per step, but at least this many tokens.
 STEP_LOGITS, STEP_TOKENS = 1 << 22, 256
 
 
 class VQ:
-    """The quantizer; see the module docstring."""
+    """VQ-Logits; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         codes: int = option(256, "vectors of a codebook", minimum=2, maximum=32767)
         width: int = option(4, "components that share a code; 0: the whole row", minimum=0)
-        stages: int = option(1, "codebooks, each for what those before left", minimum=1, maximum=8)
-        frequent: int = option(64, "with one code a row: most frequent tokens apart", minimum=0)
-        shortlist: int = option(0, "best tokens that 8-bit rows decide among; 0: none", minimum=0)
+        stages: int = option(
+            1, "codebooks, each for the residual of those before", minimum=1, maximum=8
+        )
+        frequent: int = option(
+            64, "most frequent tokens that get a dedicated code, with one code a row", minimum=0
+        )
+        shortlist: int = option(
+            0, "best tokens whose logits are computed from 8-bit rows; 0: none", minimum=0
+        )
         epochs: int = option(10, "passes over the calibration text", minimum=0)
         lr: float = option(0.02, "learning rate, in the vectors' own size", minimum=0)
 
         def validate(self) -> None:
             if self.single and self.frequent + 1 >= self.codes:
                 raise UsageError(
-                    f"--codes {self.codes}: {self.frequent} tokens kept apart leave none to share"
+                    f"--codes {self.codes}: {self.frequent} tokens with dedicated codes leave none "
+                    "to share"
                 )
 
         @property
         def single(self) -> bool:
-            """One code a row: the softmax has two levels."""
+            """Whether each row has one code, so that the softmax factors."""
             return self.width == 0 and self.stages == 1
 
     statistics: ClassVar[Mapping[Statistic, Stream]] = {}
@@ -106,27 +112,31 @@ class VQ:
         config: VQ.Config,
         generator: torch.Generator,
     ) -> PackedFields:
-        """By the rows alone, all of which count alike."""
+        """Pack one matrix by k-means of its rows, with equal weights and no training."""
         weight_nm = weight_nm.float()
-        found = begin(weight_nm, weight_nm.new_ones(len(weight_nm)), None, (), config, generator)
-        return found.fields(weight_nm)
+        books = init_books(
+            weight_nm, weight_nm.new_ones(len(weight_nm)), None, (), config, generator
+        )
+        return books.fields(weight_nm)
 
     @classmethod
     def build(cls, spec: FieldSpec, shape: tuple[int, int], config: VQ.Config) -> VQLinear:
         return VQLinear(spec, shape, config)
 
 
-def learning_bytes(shape: tuple[int, int], config: Any) -> int:
-    """What teaching an output matrix of this shape takes besides its text: the matrix, the one that
-    is made of the codes and its gradient, what each stage adds to it, and some laws over the
-    tokens, all in float32; codes as indices, three times."""
+def lm_head_fit_bytes(shape: tuple[int, int], config: Any) -> int:
+    """Estimate the bytes of fitting an lm_head of this shape, without its text.
+
+    In float32: the matrix, the decoded matrix and its gradient, the vectors of each stage, and
+    some distributions over the tokens of a step; three copies of the codes as int64.
+    """
     (tokens, columns), width = shape, config.width or shape[1]
     each: int = 12 + config.stages * (8 + 24 // width)
     return each * tokens * columns + 24 * max(STEP_LOGITS, STEP_TOKENS * tokens)
 
 
 class Books(nn.Module):
-    """Codes [n, S, G] and codebooks in training."""
+    """Codes [n, S, G] and codebooks [S, G, K, W] in training."""
 
     def __init__(self, config: VQ.Config, centres_SGKW: Tensor, codes_nSG: Tensor) -> None:
         super().__init__()
@@ -134,16 +144,17 @@ class Books(nn.Module):
         self.books = LinearCodebook(centres_SGKW)
 
     def codebook(self) -> Tensor:
-        """All of them folded, [S, G, K, W]."""
+        """Return the codebooks C = E A, [S, G, K, W]."""
         folded: Tensor = self.books()
         return folded
 
     def matrix(self, columns: int) -> Tensor:
-        return _matrix(self.codebook(), self.codes_nSG, columns)
+        """Decode the matrix [n, columns]."""
+        return _decode(self.codebook(), self.codes_nSG, columns)
 
     @torch.no_grad()
     def fields(self, weight_nm: Tensor) -> PackedFields:
-        """What is stored, unused codes left out and the rest moved up; zeros behind them."""
+        """Make the stored fields: unused vectors are dropped, and zeros fill the end."""
         n, m = weight_nm.shape
         folded, codes_nSG = torch.zeros_like(self.codebook()), torch.zeros_like(self.codes_nSG)
         for s, stage in enumerate(self.codebook()):
@@ -152,72 +163,74 @@ class Books(nn.Module):
                 folded[s, g, : len(used_K)] = book_KW[used_K]
                 codes_nSG[:, s, g] = renamed_n
         spec = VQ.layout((n, m), self.config)
-        found = {
+        fields = {
             "codes": codes_nSG.flatten(1).to(spec["codes"][0]),
             "codebook": folded.half(),
         }
         if self.config.shortlist:
             exact = Int8.pack(weight_nm, None, Int8.Config(), torch.Generator())
-            found |= {f"exact_{name}": value for name, value in exact.items()}
-        return found
+            fields |= {f"exact_{name}": value for name, value in exact.items()}
+        return fields
 
     @torch.no_grad()
-    def reassign(self, weight_nm: Tensor, hessian_mm: Tensor | None, apart: Tensor) -> None:
-        """Each row takes the codes that are the nearest now, a stage after another; those `apart`
-        keep theirs."""
+    def reassign(self, weight_nm: Tensor, hessian_mm: Tensor | None, dedicated: Tensor) -> None:
+        """Assign every row its nearest codes, stage by stage; rows `dedicated` keep theirs."""
         codebook_SGKW = self.codebook()
-        for g, group in enumerate(_groups(weight_nm, self.config.width)):
+        for g, group in enumerate(_split_columns(weight_nm, self.config.width)):
             left_nW = group.clone()
-            root_WW = _root(hessian_mm, g, group)
+            root_WW = _metric_root(hessian_mm, g, group)
             for s, book_KW in enumerate(codebook_SGKW[:, g]):
                 near_n = _nearest(left_nW @ root_WW, book_KW @ root_WW)
-                near_n[apart] = self.codes_nSG[apart, s, g]
+                near_n[dedicated] = self.codes_nSG[dedicated, s, g]
                 self.codes_nSG[:, s, g] = near_n
                 left_nW = left_nW - book_KW[near_n]
 
 
-def _matrix(codebook_SGKW: Tensor, codes_nSG: Tensor, columns: int) -> Tensor:
+def _decode(codebook_SGKW: Tensor, codes_nSG: Tensor, columns: int) -> Tensor:
+    """Decode codes [n, S, G] to the matrix [n, columns]."""
     stages, groups, codes, width = codebook_SGKW.shape
     first_SG = codes * torch.arange(stages * groups, device=codes_nSG.device)
-    places_nSG = codes_nSG + first_SG.view(stages, groups)
-    found_nSGW = F.embedding(places_nSG, codebook_SGKW.view(-1, width))
-    return found_nSGW.sum(1).flatten(1)[:, :columns]
+    index_nSG = codes_nSG + first_SG.view(stages, groups)
+    vectors_nSGW = F.embedding(index_nSG, codebook_SGKW.view(-1, width))
+    return vectors_nSGW.sum(1).flatten(1)[:, :columns]
 
 
-def _groups(weight_nm: Tensor, width: int) -> list[Tensor]:
-    """The columns in groups, the last one filled up with zeros."""
+def _split_columns(weight_nm: Tensor, width: int) -> list[Tensor]:
+    """Split the columns into groups [n, W], the last one padded with zeros."""
     m = weight_nm.shape[1]
     width = min(width or m, m)
     return list(torch.split(F.pad(weight_nm, (0, -m % width)), width, 1))
 
 
-def _root(hessian_mm: Tensor | None, g: int, group_nW: Tensor) -> Tensor:
-    """Distances of a group's columns times this [W, W] are those in the metric H."""
+def _metric_root(hessian_mm: Tensor | None, g: int, group_nW: Tensor) -> Tensor:
+    """Return a root R [W, W] of group g's part of the metric H: |x R| is the norm of x in H."""
     width = group_nW.shape[1]
     inner_WW = torch.eye(width, device=group_nW.device)
     if hessian_mm is not None:
-        found = hessian_mm[g * width : (g + 1) * width, g * width : (g + 1) * width]
-        inner_WW[: len(found), : len(found)] = found
+        part = hessian_mm[g * width : (g + 1) * width, g * width : (g + 1) * width]
+        inner_WW[: len(part), : len(part)] = part
     root_WW: Tensor = torch.linalg.cholesky(inner_WW)
     return root_WW
 
 
 def _nearest(points_PW: Tensor, centres_KW: Tensor) -> Tensor:
+    """Return the index of each point's nearest centre [P]."""
     return torch.cat(
         [torch.cdist(part, centres_KW).argmin(1) for part in torch.split(points_PW, 1 << 13)]
     )
 
 
-def begin(
+def init_books(
     weight_nm: Tensor,
     weights_n: Tensor,
     hessian_mm: Tensor | None,
-    apart: tuple[int, ...],
+    dedicated: tuple[int, ...],
     config: VQ.Config,
     generator: torch.Generator,
 ) -> Books:
-    """Codes and centres before any training. `hessian_mm` is H; tokens `apart` have codes of their
-    own.
+    """Initialise codes and codebooks by k-means in the metric H.
+
+    `weights_n` are the weights of the rows; tokens `dedicated` get codes that no other token has.
 
     Raises:
         UsageError: more codes than rows.
@@ -226,97 +239,101 @@ def begin(
     if config.codes > n:
         raise UsageError(f"--codes {config.codes}: the matrix has {n} rows")
     centres: list[list[Tensor]] = [[] for _ in range(config.stages)]
-    groups = _groups(weight_nm, config.width)
+    groups = _split_columns(weight_nm, config.width)
     device = weight_nm.device
     codes_nSG = torch.zeros(n, config.stages, len(groups), dtype=torch.long, device=device)
-    alone = torch.tensor(apart, dtype=torch.long, device=device)
+    dedicated_A = torch.tensor(dedicated, dtype=torch.long, device=device)
     others = torch.ones(n, dtype=torch.bool, device=device)
-    others[alone] = False
-    shared = config.codes - len(apart)
+    others[dedicated_A] = False
+    shared = config.codes - len(dedicated)
     for g, group_nW in enumerate(groups):
-        root_WW = _root(hessian_mm, g, group_nW)
+        root_WW = _metric_root(hessian_mm, g, group_nW)
         left_nW = group_nW
         for s in range(config.stages):
-            label_P = vectors(left_nW[others] @ root_WW, weights_n[others], shared, generator)
+            label_P = cluster_vectors(
+                left_nW[others] @ root_WW, weights_n[others], shared, generator
+            )
             codes_nSG[others, s, g] = label_P
-            codes_nSG[alone, s, g] = torch.arange(len(apart), device=device) + shared
-            book_KW = means(left_nW, weights_n, codes_nSG[:, s, g], config.codes)
+            codes_nSG[dedicated_A, s, g] = torch.arange(len(dedicated), device=device) + shared
+            book_KW = mean_by_label(left_nW, weights_n, codes_nSG[:, s, g], config.codes)
             centres[s].append(book_KW)
             left_nW = left_nW - book_KW[codes_nSG[:, s, g]]
     return Books(config, torch.stack([torch.stack(stage) for stage in centres]), codes_nSG)
 
 
 def special_tokens(config: Any, vocabulary: int) -> tuple[int, ...]:
-    """Tokens that a configuration names: those that begin, end and fill."""
-    found: list[int] = []
+    """Return the start, end and padding tokens of a model's configuration."""
+    tokens: list[int] = []
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        said = getattr(config.get_text_config(), key, None)
-        found += said if isinstance(said, list) else [said] if isinstance(said, int) else []
-    return tuple(token for token in dict.fromkeys(found) if 0 <= token < vocabulary)
+        value = getattr(config.get_text_config(), key, None)
+        tokens += value if isinstance(value, list) else [value] if isinstance(value, int) else []
+    return tuple(token for token in dict.fromkeys(tokens) if 0 <= token < vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """What a head is taught on: its inputs [T, D], on the host; the tokens [V] of the text,
-    counted; and those that have codes of their own."""
+class FitText:
+    """Training data of an lm_head: its inputs [T, D] on the host, counts of the text's tokens [V],
+    and the special tokens."""
 
     states_TD: Tensor
     counts_V: Tensor
     special: tuple[int, ...]
 
 
-def fit_head(
+def fit_lm_head(
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    text: Text,
+    text: FitText,
     config: VQ.Config,
     finish: Callable[[Tensor], Tensor],
     generator: torch.Generator,
     say: Callable[[str], None],
     tick: Tick,
 ) -> tuple[PackedFields, Tensor, dict[str, Any]]:
-    """The fields of an output matrix, its bias [V], and figures: nats of the text's tokens within
-    their codes, held-out KL from the original before and after.
+    """Fit an lm_head; return its fields, its bias [V] and metrics.
 
-    `finish` makes of the matrix's products what the model's logits are.
+    `finish` maps the products of the matrix to the model's logits. Metrics: H(token | code) of the
+    text in nats, held-out KL from the original before and after, the best epoch, codes in use.
     """
     weight_VD, device = weight_VD.float(), weight_VD.device
     counts_V = text.counts_V.double()
-    apart: tuple[int, ...] = ()
+    dedicated: tuple[int, ...] = ()
     if config.single:
         frequent = counts_V.argsort(descending=True, stable=True)[: config.frequent].tolist()
-        apart = tuple(dict.fromkeys((*text.special, *frequent)))
+        dedicated = tuple(dict.fromkeys((*text.special, *frequent)))
     states_TD = text.states_TD
     hessian_DD = torch.zeros(states_TD.shape[1], states_TD.shape[1], device=device)
     for part_TD in torch.split(states_TD, 1 << 13):
-        here_TD = part_TD.to(device)
-        hessian_DD.addmm_(here_TD.T, here_TD)
+        on_device_TD = part_TD.to(device)
+        hessian_DD.addmm_(on_device_TD.T, on_device_TD)
     hessian_DD /= len(states_TD)
     hessian_DD.diagonal().add_(DAMPING * hessian_DD.diagonal().mean() + 1e-12)
-    often_V = 1 + (1 + counts_V).log().float()
-    books = begin(weight_VD, often_V, hessian_DD, apart, config, generator)
-    bound = within_codes(counts_V, books.codes_nSG.flatten(1))
-    say(f"vq: of the text's tokens {bound:.3f} nats are left when their codes are known")
-    own_V = weight_VD.new_zeros(len(weight_VD)) if bias_V is None else bias_V.float().clone()
+    # Token weights for k-means: logarithmic, so that frequent tokens do not dominate.
+    frequency_V = 1 + (1 + counts_V).log().float()
+    books = init_books(weight_VD, frequency_V, hessian_DD, dedicated, config, generator)
+    entropy = token_entropy_within_codes(counts_V, books.codes_nSG.flatten(1))
+    say(f"vq: entropy of the text's tokens given their codes: {entropy:.3f} nats")
+    new_bias_V = weight_VD.new_zeros(len(weight_VD)) if bias_V is None else bias_V.float().clone()
     if config.single:
-        own_V += _shares(counts_V, books.codes_nSG[:, 0, 0])
-    student = nn.ParameterDict({"bias_V": nn.Parameter(own_V)})
+        # Tokens of a code start with their shares of the text.
+        new_bias_V += _log_shares(counts_V, books.codes_nSG[:, 0, 0])
+    student = nn.ParameterDict({"bias_V": nn.Parameter(new_bias_V)})
     size = max(1, int(HELD_OUT * len(states_TD)))
     train_TD, held_out_TD = states_TD[size:], states_TD[:size]
     rows = max(STEP_TOKENS, STEP_LOGITS // len(weight_VD))
 
     def loss(part_TD: Tensor) -> Tensor:
         part_TD = part_TD.to(device)
-        wanted_TV = finish(F.linear(part_TD, weight_VD, bias_V)).log_softmax(-1)
-        return _divergence(part_TD, wanted_TV, books, student["bias_V"], finish)
+        target_TV = finish(F.linear(part_TD, weight_VD, bias_V)).log_softmax(-1)
+        return _divergence(part_TD, target_TV, books, student["bias_V"], finish)
 
     def measure() -> float:
         with torch.no_grad():
             each = [float(loss(part)) * len(part) for part in torch.split(held_out_TD, rows)]
         return sum(each) / len(held_out_TD)
 
-    metrics: dict[str, Any] = {"nats_within_codes": bound, "loss_start": measure()}
-    best = (metrics["loss_start"], 0, copy.deepcopy(books), own_V.clone())
+    metrics: dict[str, Any] = {"nats_within_codes": entropy, "loss_start": measure()}
+    best = (metrics["loss_start"], 0, copy.deepcopy(books), new_bias_V.clone())
     steps = config.epochs * max(1, math.ceil(len(train_TD) / rows))
     groups = [
         {"params": [values], "lr": config.lr * float(values.detach().square().mean().sqrt())}
@@ -324,14 +341,14 @@ def fit_head(
     ] + [{"params": [student["bias_V"]], "lr": 10 * config.lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    alone = torch.tensor(apart, dtype=torch.long, device=device)
+    dedicated_A = torch.tensor(dedicated, dtype=torch.long, device=device)
     done = 0
     for epoch in range(config.epochs):
         order_T = torch.randperm(len(train_TD), generator=generator)
-        for places_T in torch.split(order_T, rows):
+        for batch_T in torch.split(order_T, rows):
             optimizer.zero_grad()
             with torch.enable_grad():
-                torch.autograd.backward(loss(train_TD[places_T]))
+                torch.autograd.backward(loss(train_TD[batch_T]))
             optimizer.step()
             schedule.step()
             done += 1
@@ -339,37 +356,38 @@ def fit_head(
         now = measure()
         if now < best[0]:
             best = (now, epoch + 1, copy.deepcopy(books), student["bias_V"].detach().clone())
-        books.reassign(weight_VD, hessian_DD, alone)
-    metrics["loss_after"], metrics["best_epoch"], books, own_V = best
+        books.reassign(weight_VD, hessian_DD, dedicated_A)
+    metrics["loss_after"], metrics["best_epoch"], books, new_bias_V = best
     fields = books.fields(weight_VD)
     used = [len(set(column.tolist())) for column in fields["codes"].T]
     metrics["codes_used"] = sum(used) / len(used)
-    return fields, own_V, metrics
+    return fields, new_bias_V, metrics
 
 
 def _divergence(
     states_TD: Tensor,
-    wanted_TV: Tensor,
+    target_TV: Tensor,
     books: Books,
     bias_V: Tensor,
     finish: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The mean of KL(wanted || ours) over tokens; by two levels where there is one code a row."""
-    probs_TV = wanted_TV.exp()
-    entropy_T = (probs_TV * wanted_TV).sum(-1)
+    """Compute the mean of KL(target || vq) over tokens; `target_TV` are log probabilities."""
+    probs_TV = target_TV.exp()
+    negative_entropy_T = (probs_TV * target_TV).sum(-1)
+    # With one code per row by the factored softmax, over codes instead of tokens.
     if books.config.single and finish is Tensor.float:
         code_V, book_KD = books.codes_nSG[:, 0, 0], books.codebook()[0, 0]
         logit_TK = states_TD @ book_KD.T
         mass_K = log_mass(bias_V, code_V, len(book_KD))
         probs_TK = torch.zeros_like(logit_TK).index_add_(1, code_V, probs_TV)
         chosen_T = (probs_TK * logit_TK).sum(-1) + probs_TV @ bias_V
-        return (entropy_T - chosen_T + (logit_TK + mass_K).logsumexp(-1)).mean()
+        return (negative_entropy_T - chosen_T + (logit_TK + mass_K).logsumexp(-1)).mean()
     logits_TV = finish(F.linear(states_TD, books.matrix(states_TD.shape[1]), bias_V))
-    return (entropy_T - (probs_TV * logits_TV.log_softmax(-1)).sum(-1)).mean()
+    return (negative_entropy_T - (probs_TV * logits_TV.log_softmax(-1)).sum(-1)).mean()
 
 
 def log_mass(bias_V: Tensor, code_V: Tensor, count: int) -> Tensor:
-    """m [K] of the module docstring; minus infinity for codes that nothing has."""
+    """Return m_c = log sum_(i in c) e^(b_i) for each code [K]; minus infinity for unused codes."""
     top_K = bias_V.new_full((count,), -torch.inf)
     top_K = top_K.scatter_reduce(0, code_V, bias_V.detach(), "amax")
     safe_K = torch.where(top_K.isfinite(), top_K, 0.0)
@@ -377,8 +395,8 @@ def log_mass(bias_V: Tensor, code_V: Tensor, count: int) -> Tensor:
     return sums_K.log() + safe_K
 
 
-def within_codes(counts_V: Tensor, codes_VC: Tensor) -> float:
-    """H(token | code) of counted tokens, in nats."""
+def token_entropy_within_codes(counts_V: Tensor, codes_VC: Tensor) -> float:
+    """Return H(token | code) of tokens with these counts, in nats."""
     _, code_V = torch.unique(codes_VC, dim=0, return_inverse=True)
     total = float(counts_V.sum())
     if total == 0:
@@ -388,16 +406,19 @@ def within_codes(counts_V: Tensor, codes_VC: Tensor) -> float:
     return max(0.0, float(-(counts_V * share_V.log()).sum() / total))
 
 
-def _shares(counts_V: Tensor, code_V: Tensor) -> Tensor:
-    """How the tokens of a code share it, as logarithms; each counted half a time more."""
+def _log_shares(counts_V: Tensor, code_V: Tensor) -> Tensor:
+    """Return the log of each token's share of its code's counts, with 1/2 added to each count."""
     counted_V = counts_V + 0.5
     mass_K = counted_V.new_zeros(int(code_V.max()) + 1).index_add_(0, code_V, counted_V)
     return (counted_V / mass_K[code_V]).log().float()
 
 
 class VQLinear(PackedLinear):
-    """Fields: codes U8 or I16 [n, S G], codebook F16 [S, G, K, W]; with a shortlist exact_codes
-    I8 [n, m] and exact_scale F32 [n]."""
+    """Packed linear of `vq`.
+
+    Fields: codes U8 or I16 [n, S G], codebook F16 [S, G, K, W]; with a shortlist also exact_codes
+    I8 [n, m] and exact_scale F32 [n].
+    """
 
     def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: VQ.Config) -> None:
         super().__init__(spec, shape)
@@ -408,18 +429,19 @@ class VQLinear(PackedLinear):
         return not self.config.shortlist
 
     def rows(self, rows: slice | Tensor) -> Tensor:
-        """With a shortlist those that decide."""
+        """Dequantize some rows; with a shortlist the 8-bit ones."""
         if self.config.shortlist:
             return self.q.exact_codes[rows].float() * (self.q.exact_scale[rows] / 127)[:, None]
         return self._shared(rows)
 
     def _shared(self, rows: slice | Tensor) -> Tensor:
+        """Decode some rows from the codebook."""
         stages = self.config.stages
         codes_nSG = torch.unflatten(self.q.codes[rows].long(), 1, (stages, -1))
-        return _matrix(self.q.codebook.float(), codes_nSG, self.in_features)
+        return _decode(self.q.codebook.float(), codes_nSG, self.in_features)
 
     def has_kernel(self) -> bool:
-        """With one code a row, products with the vectors are gathered; no matrix is unpacked."""
+        """Return whether each row has one code: then products with the vectors are gathered."""
         return self.config.single and not self.config.shortlist
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The quantizers, one file each."""
+"""Quantization methods, one file each."""

@@ -1,21 +1,20 @@
-"""GPTQ (`gptq`): round one input after another, and let later ones make up for the error.
+"""GPTQ (`gptq`): round column by column; later columns compensate for the error of earlier ones.
 
-With H = mean x x^T over the inputs as the packed blocks before produce them, and R the upper
-triangle with R R^T = H + damping mean(diag H) I, one column after another is rounded to q_j, on the
-grid of `rtn` the nearest to
+With H = mean x x^T over the inputs in the packed stream, and R the upper triangular matrix with
+R R^T = H + damping mean(diag H) I, column j is rounded to the value q_j of the grid of `rtn` that
+is nearest to
 
     v_j = w_j + sum_{i<j} (w_i - q_i) R_ij / R_jj.
 
-The authors' steps, w_k <- w_k - (w_j - q_j) U_jk / U_jj for all later k with U^T U = (R R^T)^-1,
-lead to the same (Chen et al., 2025), but to have U costs four times what R does.
+The authors' update, w_k <- w_k - (w_j - q_j) U_jk / U_jj for all k > j with U^T U = (R R^T)^-1, is
+equivalent (Chen et al., 2025), but U costs four times as much as R.
 
-With `act_order` columns come by falling H_jj, so that those that matter most err least, and groups
-have the grids of the original weights: what is stored is what `rtn` stores, with no order of
-columns beside it. Without it a group's grid is made when it is reached, of the weights as
-they then should be.
+With `act_order` columns are processed in decreasing order of H_jj, and grids are those of the
+original weights, so that the fields are those of `rtn` and no column order is stored. Without it
+the grid of a group is computed when the group is reached, from its compensated weights.
 
 Source: Frantar et al., GPTQ, 2022 (arXiv:2210.17323); Chen et al., The Geometry of LLM
-Quantization, 2025 (arXiv:2507.18553). Deviation: inputs that were always zero are rounded like
+Quantization, 2025 (arXiv:2507.18553). Deviation: inputs that are always zero are rounded like
 others; the authors set their weights to zero.
 Shapes: n outputs, m inputs, g groups, c columns of a segment.
 """
@@ -35,14 +34,14 @@ from spectool.kernels.pack import pack_bits
 from spectool.model.packed import FieldSpec
 from spectool.options import option
 from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
-from spectool.quantize.methods.rtn import RTN, RTNLinear, check_scale, grid_of
+from spectool.quantize.methods.rtn import RTN, RTNLinear, check_scale, fit_grid
 
-# Columns whose errors are brought into all later ones at once.
+# Errors of this many columns are applied to all later columns in one matrix product.
 SEGMENT = 128
 
 
 class GPTQ:
-    """The quantizer; see the module docstring."""
+    """GPTQ; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(RTN.Config):
@@ -65,28 +64,30 @@ class GPTQ:
         config: GPTQ.Config,
         generator: torch.Generator,
     ) -> PackedFields:
-        """Without statistics as `rtn`."""
+        """Pack one matrix; without a Hessian as `rtn` does."""
         if stats is None or stats.hessian is None:
             return RTN.pack(weight_nm, None, config, generator)
         n, m = weight_nm.shape
         columns, top = config.group_size or m, 2**config.bits - 1
-        given = feedback(stats.hessian, config.damping, by_size=config.act_order)
-        order = given.order_m.tolist()
-        step_ng, zero_ng, largest = grid_of(weight_nm.float(), config)
+        factor = factor_hessian(stats.hessian, config.damping, by_size=config.act_order)
+        order = factor.order_m.tolist()
+        step_ng, zero_ng, largest = fit_grid(weight_nm.float(), config)
         check_scale(float(largest))
         codes_mn = torch.empty(m, n, dtype=torch.uint8, device=weight_nm.device)
 
         def round_column(j: int, weight_mn: Tensor) -> Tensor:
             if not config.act_order and j and j % columns == 0:
+                # The grid of a new group, from the v that its columns would have with no rounding
+                # error inside the group.
                 group, inside = slice(j // columns, j // columns + 1), slice(j, j + columns)
                 whole_cn = weight_nm[:, inside].T.float()
                 best_cn = whole_cn + torch.linalg.solve_triangular(
-                    given.upper_mm[inside, inside].T,
+                    factor.upper_mm[inside, inside].T,
                     weight_mn[inside] - whole_cn,
                     upper=False,
                     unitriangular=True,
                 )
-                grid = grid_of(best_cn.T, config)
+                grid = fit_grid(best_cn.T, config)
                 step_ng[:, group], zero_ng[:, group], largest = grid
                 check_scale(float(largest))
             group_j = order[j] // columns
@@ -95,8 +96,8 @@ class GPTQ:
             codes_mn[order[j]] = code_n.to(torch.uint8)
             return step_n * (code_n - zero_n)
 
-        # Groups whose grids are known have no need of weights that are up to date when they begin.
-        compensate(weight_nm.float(), given, m if config.act_order else columns, round_column)
+        # With act_order grids are known, and no group needs its weights updated when it begins.
+        compensate(weight_nm.float(), factor, m if config.act_order else columns, round_column)
         fields = {"codes": pack_bits(codes_mn.T, config.bits), "scale": step_ng}
         if not config.symmetric:
             fields["zero"] = zero_ng.to(torch.uint8)
@@ -108,54 +109,56 @@ class GPTQ:
 
 
 @dataclass(frozen=True, slots=True)
-class Feedback:
-    """The order of the inputs [m]; in that order R_ij / R_jj [m, m] of the module docstring;
-    R_jj^2 [m], what the squared error of an input's weights costs, made up for; and what was added
-    to the diagonal of H [m]."""
+class HessianFactor:
+    """Factor R of a damped Hessian, R R^T = H + damping, with inputs in processing order."""
 
     order_m: Tensor
+    # R_ij / R_jj.
     upper_mm: Tensor
+    # R_jj^2, the cost of a squared error of column j with compensation.
     cost_m: Tensor
+    # What damping added to the diagonal of H.
     added_m: Tensor
 
 
-def feedback(
+def factor_hessian(
     hessian_mm: Tensor, damping: float, *, by_size: bool = True, order_m: Tensor | None = None
-) -> Feedback:
-    """How errors are made up for; `by_size`: the inputs of large activations first; or in a given
-    order.
+) -> HessianFactor:
+    """Factor a Hessian [m, m] with its inputs in the order `order_m`.
+
+    Without `order_m` inputs are ordered by decreasing H_jj if `by_size`, else kept in order.
 
     Raises:
-        UnsupportedError: the inputs are not finite, or H is singular with this damping.
+        UnsupportedError: the Hessian is not finite, or singular with this damping.
     """
     if order_m is None:
         order_m = torch.arange(len(hessian_mm), device=hessian_mm.device)
         if by_size:
             order_m = hessian_mm.diagonal().argsort(descending=True, stable=True)
-    return Feedback(order_m, *_factor(hessian_mm, order_m, damping))
+    return HessianFactor(order_m, *_factor(hessian_mm, order_m, damping))
 
 
 def compensate(
     weight_nm: Tensor,
-    given: Feedback,
+    factor: HessianFactor,
     columns: int,
     round_column: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
-    """Round the inputs in order, each time letting those that follow make up for the error; the
-    squared error of each output [n] then, as a mean over the inputs' tokens.
+    """Round the columns of a matrix in order, with compensation by later columns.
 
-    `round_column(j, weight_mn)` gives what the j-th in order becomes, [n], of weights [m, n] in
-    that order: the j-th with what makes up for all errors before it, and where a group of `columns`
-    begins all of the group with what makes up for those before; rows before j are spent. Several
-    tries at once, of weights [tries, n, m], are [tries, n] of [m, tries, n].
+    `round_column(j, weight_mn)` returns the rounded j-th column [n]. `weight_mn` is the matrix in
+    processing order; row j is compensated for all errors before j, and where a group of `columns`
+    begins all rows of the group are compensated for the errors before it. Rows before j hold
+    other values. Returns the squared error of each output [n], averaged over the tokens of H.
+    Several matrices [tries, n, m] are processed at once as [m, tries, n], with errors [tries, n].
     """
-    order_m, upper_mm = given.order_m, given.upper_mm
-    # An input's weights lie together, as they are taken together.
+    order_m, upper_mm = factor.order_m, factor.upper_mm
+    # Columns are made contiguous, as they are processed one by one.
     whole_mn = weight_nm.movedim(-1, 0)
     weight_mn = whole_mn.index_select(0, order_m)
     rows_mN = weight_mn.view(len(weight_mn), -1)
     excess_N = torch.zeros_like(rows_mN[0])
-    for start, end in _segments(len(weight_mn), columns):
+    for start, end in _segment_bounds(len(weight_mn), columns):
         errors_cn = whole_mn.index_select(0, order_m[start:end])
         errors_cN = errors_cn.view(len(errors_cn), -1)
         for j in range(start, end):
@@ -164,29 +167,29 @@ def compensate(
             weight_mn[j] -= rounded_n
             rows_mN[j + 1 : end].addr_(upper_mm[j, j + 1 : end], errors_cN[j - start])
         rows_mN[end:].addmm_(upper_mm[start:end, end:].T, errors_cN)
-        excess_N += given.added_m[start:end] @ errors_cN.square_()
-    # sum_j R_jj^2 (v_j - q_j)^2 = (w - q)^T R R^T (w - q), of which H is not all.
-    return (given.cost_m @ rows_mN.square_() - excess_N).view(weight_mn.shape[1:])
+        excess_N += factor.added_m[start:end] @ errors_cN.square_()
+    # sum_j R_jj^2 (v_j - q_j)^2 = (w - q)^T R R^T (w - q), which includes the damping: subtract it.
+    return (factor.cost_m @ rows_mN.square_() - excess_N).view(weight_mn.shape[1:])
 
 
-def _segments(m: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ends of segments: no group begins inside one, so that its weights are up to date."""
+def _segment_bounds(m: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each segment; every group of `columns` begins a segment."""
     cuts = sorted({*range(0, m, SEGMENT), *range(0, m, columns), m})
     yield from itertools.pairwise(cuts)
 
 
 def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Feedback` has beside the order; in double precision, as H is often singular.
+    """Compute the other fields of `HessianFactor`, in double precision as H is often singular.
 
     Raises:
-        UnsupportedError: the inputs are not finite, or H is singular with this damping.
+        UnsupportedError: the Hessian is not finite, or singular with this damping.
     """
     if not torch.isfinite(hessian_mm).all():
         raise UnsupportedError(
             "its inputs are not finite on the calibration text", hint="--dtype float32"
         )
-    # All in one place, as it is as large as a block of small models; turned round some rows at a
-    # time. The lower factor of H back to front is R back to front.
+    # R reversed is the lower Cholesky factor of H reversed. Computed in place and reversed in
+    # chunks to save memory: in double precision it can be as large as a block of a small model.
     wide_mm = torch.empty_like(hessian_mm, dtype=torch.float64)
     back_m = order_m.flip(0)
     parts = (torch.split(each, SEGMENT) for each in (wide_mm, back_m))
@@ -194,22 +197,22 @@ def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor
         wide_cm.copy_(hessian_mm[back_c[:, None], back_m])
     diagonal = wide_mm.diagonal()
     mean = float(diagonal.sum() / diagonal.count_nonzero().clamp(min=1)) or 1.0
-    # An input that was never seen: the error of its weights is nobody's matter.
+    # Inputs that were always zero: any value works, and the mean keeps the matrix regular.
     added_m = damping * mean + mean * (diagonal == 0)
     diagonal += added_m
-    # By columns, as LAPACK has it.
-    place_mm = wide_mm.T
-    failed = torch.zeros((), dtype=torch.int32, device=place_mm.device)
-    torch.linalg.cholesky_ex(place_mm, out=(place_mm, failed))
+    # Transposed into LAPACK's column order, so that the factor can overwrite its input.
+    factor_mm = wide_mm.T
+    failed = torch.zeros((), dtype=torch.int32, device=factor_mm.device)
+    torch.linalg.cholesky_ex(factor_mm, out=(factor_mm, failed))
     if failed:
         raise UnsupportedError(
-            f"the second moments of its inputs are singular with a damping of {damping}",
+            f"the Hessian of its inputs is singular with a damping of {damping}",
             hint="a larger --damping, or more calibration text",
         )
-    own_m = diagonal.clone()
-    place_mm /= own_m
+    diagonal_m = diagonal.clone()
+    factor_mm /= diagonal_m
     upper_mm = torch.empty_like(hessian_mm)
     m = len(upper_mm)
-    for start, end in _segments(m, m):
-        upper_mm[start:end] = place_mm[m - end : m - start].flip(0, 1)
-    return upper_mm, own_m.square().flip(0).float(), added_m.flip(0).float()
+    for start, end in _segment_bounds(m, m):
+        upper_mm[start:end] = factor_mm[m - end : m - start].flip(0, 1)
+    return upper_mm, diagonal_m.square().flip(0).float(), added_m.flip(0).float()

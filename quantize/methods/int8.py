@@ -1,12 +1,12 @@
-"""8-bit rows (`int8`): the weights of LLM.int8(), one scale a row.
+"""8-bit rows (`int8`): the weights of LLM.int8(), with one scale per row.
 
-Stored as bitsandbytes keeps them: s = max|w| of the row, q = round(127 w / s), w' = s q / 127. The
-codes are computed here and not by that library, which takes float16 only: rows beyond 65504 would
-become zeros without a word, and small ones lose their digits (0.50.2).
+s = max|w| of the row, q = round(127 w / s), w' = s q / 127, stored as bitsandbytes does. Codes are
+not computed by bitsandbytes, which takes float16 only (0.50.2): weights beyond 65504 would silently
+become zeros, and small ones would lose digits.
 
-At run time activations stay as they are: LLM.int8() would also round them and choose outlier
-columns over the whole batch, so that a row's result depended on its neighbours; then no drafter
-could promise the same output as plain decoding.
+Activations are not rounded: LLM.int8() chooses outlier columns over the whole batch, so a row's
+result would depend on the other rows, and drafting could not guarantee the output of plain
+decoding.
 
 Source: Dettmers et al., LLM.int8(), 2022 (arXiv:2208.07339), section 2.
 Shapes: n outputs, m inputs.
@@ -27,7 +27,7 @@ from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, 
 
 
 class Int8:
-    """The quantizer; see the module docstring."""
+    """The weights of LLM.int8(); see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -60,7 +60,7 @@ class Int8:
 
 
 class Int8Linear(PackedLinear):
-    """Fields: codes I8 [n, m], scale F32 [n]."""
+    """Packed linear of `int8`. Fields: codes I8 [n, m], scale F32 [n]."""
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         return self.q.codes[rows].float() * (self.q.scale[rows] / 127)[:, None]

@@ -1,28 +1,21 @@
-"""JLCM (`jlcm`): rows of a kind share a codebook; codebooks and codes are learned together.
+"""JLCM (`jlcm`): groups of rows share a codebook; codebooks and codes are trained jointly.
 
-Rows are grouped by their shape (log of the spread, nine quantiles of w / spread; k-means). With g
-the group of row i, s_i a scale, C_g the group's K = 2^b levels and k_ij the code of a weight,
+Rows are grouped by shape (k-means on the log of the spread and nine quantiles of w / spread). With
+g the group of row i, s_i its scale, C_g the group's K = 2^b levels and k_ij the code of a weight,
 
     w'_ij = s_i C_g[k_ij].
 
-It begins with Lloyd's levels, weighted by the inputs' mean squares, and with codes that are taken
-one input after another as `gptq` takes them: later ones make up for the errors before. That wants
-wider levels than single weights do, so the codebook is tried 1 to 1.8 times as wide. Then s, C and
-the codes are fitted a block at a time (`fitting.py`). Codes are learned in one of two forms, both
-of which move a weight to neighbouring levels first. The latent form: a number u_ij a weight, k_ij =
-the nearest level to u_ij, and u takes the weight's own gradient (straight through). The preferences
-form: a number z_ijk a level, k_ij = argmax, and with G the gradient of w'_ij
+Levels start as Lloyd's, weighted by the inputs' mean squares; codes start as those of column by
+column rounding with compensation, as in `gptq`, which works best with wider levels: the codebook is
+tried 1 to 1.8 times as wide. Then s, C and the codes are fitted per block (`fitting.py`). Codes are
+trained in one of two forms. `latent`: a number u_ij per weight, k_ij the level nearest to u_ij, and
+u gets the weight's gradient (straight-through). `preferences`: a number z_ijk per level, k_ij its
+argmax, with the proximal rule below. Both move a weight to neighbouring levels first.
 
-    dL/dz_ijk = s_i G sign(C_k - C_k*) d^2 / |C_k - C_k*|,    dL/dz_ijk* = 0,
-
-d the mean distance of neighbouring levels: what is far counts less (the proximal rule), where the
-derivative of a soft choice would weigh with the distance. Either is moved by plain gradient descent
-with momentum, relative to the matrix's mean gradient: per-weight rates would undo the weighting.
-
-Source: Yvinec et al., JLCM, 2023 (arXiv:2309.17361), of which no code and no full text was to be
-had. The rules above are those that its abstract and reviews tell; grouping, sizes and rates are
-ours, and so is the start, where the nearest codes lose more than learning wins back.
-Shapes: n outputs, m inputs, G groups, K levels.
+Source: Yvinec et al., JLCM, 2023 (arXiv:2309.17361); neither its code nor its full text was
+available. The forms follow its abstract and reviews. Grouping, sizes and learning rates are ours,
+and so is the start: from nearest codes training does not recover the loss.
+Shapes: n outputs, m inputs, G groups, K levels, F features of a row.
 """
 
 from __future__ import annotations
@@ -49,31 +42,38 @@ from spectool.quantize.calibration import (
     Streams,
     Tick,
 )
-from spectool.quantize.codebook import Chosen, chosen_again, clusters, levels, nearest, within
-from spectool.quantize.fitting import begun, fit_block
-from spectool.quantize.methods.gptq import Feedback, compensate, feedback
+from spectool.quantize.codebook import (
+    SelectLevels,
+    clamp_to_cells,
+    cluster_rows,
+    fit_levels,
+    nearest_codes,
+    recompute_product,
+)
+from spectool.quantize.fitting import fit_block, init_linears
+from spectool.quantize.methods.gptq import HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import SCALE_MAX, SCALE_MIN, check_scale
 
-# Quantiles that describe a row's shape.
-SHAPE = 9
-# As `gptq` has it.
+# Number of quantiles that describe a row's shape.
+NUM_QUANTILES = 9
+# The default of `gptq`.
 DAMPING = 0.01
-# So many times as wide are codebooks tried.
+# Codebooks are tried this many times as wide as Lloyd's.
 WIDTHS = (1.0, 1.2, 1.4, 1.6, 1.8)
 
 
 class JLCM:
-    """The quantizer; see the module docstring."""
+    """JLCM; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         bits: int = option(2, "bits of a code", minimum=1, maximum=4)
         groups: int = option(8, "codebooks of a matrix", minimum=1, maximum=256)
-        form: Literal["latent", "preferences"] = option("latent", "what codes are learned by")
+        form: Literal["latent", "preferences"] = option("latent", "how codes are trained")
         epochs: int = option(20, "passes over the calibration sequences", minimum=0)
         lr: float = option(2e-4, "learning rate of levels, in spreads of a row", minimum=0)
         lr_codes: float = option(
-            5e-4, "of codes: levels that the mean gradient moves a weight", minimum=0
+            5e-4, "learning rate of codes: levels per step of the mean gradient", minimum=0
         )
 
     statistics: ClassVar[Mapping[Statistic, Stream]] = {"hessian": "packed"}
@@ -96,35 +96,35 @@ class JLCM:
         config: JLCM.Config,
         generator: torch.Generator,
     ) -> PackedFields:
-        """One matrix before the fit."""
+        """Pack one matrix, as it is before the fit."""
         weight_nm = weight_nm.float()
         n, m = weight_nm.shape
         scale_n = weight_nm.square().mean(1).sqrt()
         check_scale(float(scale_n.max()))
         scale_n = torch.where(scale_n == 0, 1.0, scale_n.clamp(SCALE_MIN)).half().float()
         ratio_nm = weight_nm / scale_n[:, None]
-        group_n = clusters(_shape(ratio_nm, scale_n), config.groups, generator)
-        moment_m = torch.ones(m, device=weight_nm.device)
+        group_n = cluster_rows(_describe_rows(ratio_nm, scale_n), config.groups, generator)
+        diagonal_m = torch.ones(m, device=weight_nm.device)
         if stats is not None and stats.hessian is not None:
-            moment_m = stats.hessian.diagonal()
-        # What an error weighs in the output.
-        cost_nm = scale_n[:, None].square() * moment_m
+            diagonal_m = stats.hessian.diagonal()
+        # Weight of a squared error of the ratio in the output.
+        cost_nm = scale_n[:, None].square() * diagonal_m
         codebook_GK = torch.zeros(min(config.groups, n), 2**config.bits, device=weight_nm.device)
         for group in sorted(set(group_n.tolist())):
             rows_n = group_n == group
-            codebook_GK[group] = levels(
+            codebook_GK[group] = fit_levels(
                 ratio_nm[rows_n].flatten()[None], cost_nm[rows_n].flatten()[None], 2**config.bits
             )[0]
         if stats is None or stats.hessian is None:
             codebook_GK = codebook_GK.half()
-            codes_nm = nearest(ratio_nm, codebook_GK[group_n].float())
+            codes_nm = nearest_codes(ratio_nm, codebook_GK[group_n].float())
         else:
-            given = feedback(stats.hessian, DAMPING)
-            found = [
-                _compensated(ratio_nm, scale_n, (width * codebook_GK).half(), group_n, given)
+            factor = factor_hessian(stats.hessian, DAMPING)
+            tried = [
+                _round_compensated(ratio_nm, scale_n, (width * codebook_GK).half(), group_n, factor)
                 for width in WIDTHS
             ]
-            _, codebook_GK, codes_nm = min(found, key=lambda each: each[0])
+            _, codebook_GK, codes_nm = min(tried, key=lambda each: each[0])
         return {
             "codes": pack_bits(codes_nm, config.bits),
             "codebook": codebook_GK,
@@ -134,7 +134,7 @@ class JLCM:
 
     @classmethod
     def fit_bytes(cls, config: JLCM.Config) -> int:
-        """What chooses the codes with its gradient and momentum."""
+        """Return the bytes per weight of `choice`, its gradient and its momentum."""
         return 12 if config.form == "latent" else 12 * 2**config.bits
 
     @classmethod
@@ -151,12 +151,12 @@ class JLCM:
             return Fitted({})
         assert streams is not None and block.module is not None
         device = next(block.module.parameters()).device
-        linears: dict[str, JLCMLinear] = begun(cls, block, stats, config, generator)
+        linears: dict[str, JLCMLinear] = init_linears(cls, block, stats, config, generator)
         before = {name: linear.codes() for name, linear in linears.items()}
 
         def make_part(name: str, dtype: torch.dtype) -> nn.Module:
-            kind = Latent if config.form == "latent" else Preferences
-            return kind(linears[name], block.weights[name].to(device).float(), dtype)
+            form = LatentCodes if config.form == "latent" else PreferenceCodes
+            return form(linears[name], block.weights[name].to(device).float(), dtype)
 
         def make_optimizers(parts: Sequence[nn.Module]) -> Sequence[torch.optim.Optimizer]:
             each: list[Any] = list(parts)
@@ -166,6 +166,7 @@ class JLCM:
                     lr=config.lr,
                     weight_decay=0.0,
                 ),
+                # Not AdamW: rates per weight would undo the weighting of the gradients.
                 torch.optim.SGD(
                     [{"params": [part.choice], "lr": config.lr_codes * part.unit} for part in each],
                     momentum=0.9,
@@ -194,40 +195,45 @@ class JLCM:
         return JLCMLinear(spec, shape, config)
 
 
-def _compensated(
+def _round_compensated(
     ratio_nm: Tensor,
     scale_n: Tensor,
     codebook_GK: Tensor,
     group_n: Tensor,
-    given: Feedback,
+    factor: HessianFactor,
 ) -> tuple[float, Tensor, Tensor]:
-    """The squared error of the outputs, the codebook and the codes that `gptq`'s way leads to."""
+    """Round column by column with compensation.
+
+    Returns the squared error of the outputs, the codebook and the codes [n, m].
+    """
     level_nK = codebook_GK[group_n].float()
     n, m = ratio_nm.shape
     codes_mn = torch.empty(m, n, dtype=torch.uint8, device=ratio_nm.device)
-    order = given.order_m.tolist()
+    order = factor.order_m.tolist()
 
     def round_column(j: int, ratio_mn: Tensor) -> Tensor:
-        code_n1 = nearest(ratio_mn[j, :, None], level_nK)
+        code_n1 = nearest_codes(ratio_mn[j, :, None], level_nK)
         codes_mn[order[j]] = code_n1[:, 0]
         return level_nK.gather(1, code_n1.long())[:, 0]
 
-    error_n = compensate(ratio_nm, given, m, round_column)
+    error_n = compensate(ratio_nm, factor, m, round_column)
     return float(scale_n.square() @ error_n), codebook_GK, codes_mn.T
 
 
-def _shape(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
-    """What rows are grouped by: the log of the spread and quantiles, each of unit variance."""
-    shares = torch.linspace(0, 1, SHAPE + 2, device=ratio_nm.device)[1:-1]
-    # Not `quantile`, which refuses large rows.
-    places = (shares * (ratio_nm.shape[1] - 1)).round().long()
-    found = torch.cat([scale_n.log()[:, None], ratio_nm.sort(1).values[:, places]], 1)
-    return (found - found.mean(0)) / found.std(0, correction=0).clamp(min=1e-6)
+def _describe_rows(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
+    """Describe each row for grouping: log of the spread, and quantiles, each of unit variance."""
+    shares = torch.linspace(0, 1, NUM_QUANTILES + 2, device=ratio_nm.device)[1:-1]
+    # Not torch.quantile, which refuses large rows.
+    indices = (shares * (ratio_nm.shape[1] - 1)).round().long()
+    features_nF = torch.cat([scale_n.log()[:, None], ratio_nm.sort(1).values[:, indices]], 1)
+    return (features_nF - features_nF.mean(0)) / features_nF.std(0, correction=0).clamp(min=1e-6)
 
 
-class Learned(nn.Module):
-    """One matrix during the fit: scales as multiples of their start, levels, and what chooses
-    codes, which the two forms make of the weights."""
+class TrainedMatrix(nn.Module):
+    """One matrix in training: codebook, gains of the scales, and `choice`, which selects codes.
+
+    The two forms of `choice` are subclasses.
+    """
 
     choice: nn.Parameter
 
@@ -239,16 +245,16 @@ class Learned(nn.Module):
         self.gain_n = nn.Parameter(torch.ones_like(self.scale_n))
         self.codebook_GK = nn.Parameter(linear.q.codebook.float())
         used_GK = self.codebook_GK.detach()[sorted(set(self.group_n.tolist()))]
-        # The mean distance of neighbouring levels.
+        # Mean distance of neighbouring levels.
         self.unit = float(used_GK.diff(dim=1).mean())
 
-    def placed(self, weight_nm: Tensor) -> Tensor:
-        """The weights [n, m] in units of their scale, brought to where their codes are nearest."""
+    def place_weights(self, weight_nm: Tensor) -> Tensor:
+        """Return weights [n, m] in units of their scale, clamped to the cells of their codes."""
         ratio_nm = weight_nm / self.scale_n[:, None]
-        return within(ratio_nm, self.levels().detach(), self.linear.codes())
+        return clamp_to_cells(ratio_nm, self.row_levels().detach(), self.linear.codes())
 
-    def _relative(self, choice: Tensor) -> None:
-        """Let its gradient be relative to the matrix's mean."""
+    def _normalise_gradient(self, choice: Tensor) -> None:
+        """Divide gradients of `choice` by their mean size over the matrix."""
 
         def scale(parameter: Tensor) -> None:
             if parameter.grad is not None:
@@ -256,64 +262,73 @@ class Learned(nn.Module):
 
         choice.register_post_accumulate_grad_hook(scale)  # type: ignore[no-untyped-call]
 
-    def levels(self) -> Tensor:
-        """Each row's levels [n, K], ascending."""
+    def row_levels(self) -> Tensor:
+        """Return each row's levels [n, K], ascending."""
         return self.codebook_GK.sort(-1).values[self.group_n]
 
-    def chosen(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [n, m], and the levels that they choose [n, m], with gradients for both."""
+    def select(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
+        """Select codes [n, m]; also return their levels [n, m], differentiable."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return (chosen_again(self._product, x) * (self.scale_n * self.gain_n)).to(x.dtype)
+        return (recompute_product(self._product, x) * (self.scale_n * self.gain_n)).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        _, value_nm = self.chosen(self.levels())
+        _, value_nm = self.select(self.row_levels())
         return F.linear(x, value_nm.to(self.dtype))
 
     @torch.no_grad()
     def store(self) -> None:
-        codes_nm, _ = self.chosen(self.levels())
+        """Write the current codes, codebook and scales into the linear's fields."""
+        codes_nm, _ = self.select(self.row_levels())
         fields = self.linear.q
         fields.codes.copy_(pack_bits(codes_nm.to(torch.uint8), self.linear.bits))
         fields.codebook.copy_(self.codebook_GK.sort(-1).values)
         fields.scale.copy_((self.scale_n * self.gain_n).clamp(-SCALE_MAX, SCALE_MAX))
 
 
-class Latent(Learned):
-    """A number a weight, which goes to the nearest level."""
+class LatentCodes(TrainedMatrix):
+    """Latent form: `choice` is a number per weight, rounded to the nearest level."""
 
     def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
-        self.choice = nn.Parameter(self.placed(weight_nm))
-        self._relative(self.choice)
+        self.choice = nn.Parameter(self.place_weights(weight_nm))
+        self._normalise_gradient(self.choice)
 
-    def chosen(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
-        codes_nm = nearest(self.choice.detach(), level_nK.detach())
-        value_nm: Tensor = Chosen.apply(self.choice, level_nK, codes_nm)  # type: ignore[no-untyped-call]
+    def select(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
+        codes_nm = nearest_codes(self.choice.detach(), level_nK.detach())
+        value_nm: Tensor = SelectLevels.apply(self.choice, level_nK, codes_nm)  # type: ignore[no-untyped-call]
         return codes_nm, value_nm
 
 
-class Preferences(Learned):
-    """A number a weight and level, the largest of which is chosen."""
+class PreferenceCodes(TrainedMatrix):
+    """Preferences form: `choice` is a number per weight and level, of which the largest wins."""
 
     def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
-        ratio_nm1 = self.placed(weight_nm)[..., None]
-        level_n1K = self.levels().detach()[:, None]
-        # By distance, so that neighbours are the first to be preferred; a step of the mean gradient
-        # then moves a weight as far as in the latent form.
+        ratio_nm1 = self.place_weights(weight_nm)[..., None]
+        level_n1K = self.row_levels().detach()[:, None]
+        # Decreasing with the distance, so that neighbours win first; the scale makes a step of the
+        # mean gradient move a weight as far as in the latent form.
         self.choice = nn.Parameter(-(ratio_nm1 - level_n1K).square() / (2 * self.unit))
-        self._relative(self.choice)
+        self._normalise_gradient(self.choice)
 
-    def chosen(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
         codes_nm = self.choice.detach().argmax(-1)
         value_nm: Tensor = Proximal.apply(self.choice, level_nK, codes_nm, self.unit)  # type: ignore[no-untyped-call]
         return codes_nm, value_nm
 
 
 class Proximal(torch.autograd.Function):
-    """The chosen levels; preferences get the proximal rule's gradient, levels their own."""
+    """Levels selected by preferences, with the proximal rule as the gradient of the preferences.
+
+    With G the gradient of w'_ij, k* the selected level and d the mean distance of neighbouring
+    levels,
+
+        dL/dz_ijk = s_i G sign(C_k - C_k*) d^2 / |C_k - C_k*|,    dL/dz_ijk* = 0.
+
+    Distant levels get smaller gradients, while those of a softmax would grow with the distance.
+    """
 
     @staticmethod
     def forward(
@@ -327,21 +342,24 @@ class Proximal(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (slope_nm,) = slopes
         level_nK, codes_nm = ctx.saved_tensors
-        of_levels_nK = torch.zeros_like(level_nK).scatter_add_(1, codes_nm, slope_nm)
-        apart_nmK = level_nK[:, None] - level_nK.gather(1, codes_nm)[..., None]
-        near_nmK = torch.where(apart_nmK == 0, 0.0, ctx.unit**2 / apart_nmK)
-        return slope_nm[..., None] * near_nmK, of_levels_nK, None, None
+        level_slope_nK = torch.zeros_like(level_nK).scatter_add_(1, codes_nm, slope_nm)
+        distance_nmK = level_nK[:, None] - level_nK.gather(1, codes_nm)[..., None]
+        proximal_nmK = torch.where(distance_nmK == 0, 0.0, ctx.unit**2 / distance_nmK)
+        return slope_nm[..., None] * proximal_nmK, level_slope_nK, None, None
 
 
 class JLCMLinear(PackedLinear):
-    """Fields: codes U8 [n, packed row], codebook F16 [G, K], scale F16 [n], group U8 [n]."""
+    """Packed linear of `jlcm`.
+
+    Fields: codes U8 [n, bit-packed row], codebook F16 [G, K], scale F16 [n], group U8 [n].
+    """
 
     def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: JLCM.Config) -> None:
         super().__init__(spec, shape)
         self.bits = config.bits
 
     def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
-        """[n, m], int16."""
+        """Unpack codes [n, m] as int16."""
         return unpack_bits(self.q.codes[rows], self.bits, self.in_features, torch.int16)
 
     def rows(self, rows: slice | Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""NF4 (`nf4`): 4-bit codes on the quantiles of a normal law, in blocks of the flattened matrix.
+"""NF4 (`nf4`): 4-bit codes for quantiles of a normal distribution, in blocks of the flat matrix.
 
-Packing and products are bitsandbytes' own; spectool stores what bitsandbytes keeps in memory. The
-tables (the 16 levels, and the 256 of the nested scales) are constants of that library and are not
-stored. With `double_quant` the blocks' scales are 8-bit codes themselves, in blocks of 256.
+bitsandbytes packs and multiplies; its in-memory format is stored. The tables (16 levels, and 256
+for the nested scales) are constants of bitsandbytes and are not stored. With `double_quant` the
+blocks' scales are 8-bit codes themselves, in blocks of 256.
 
 Source: Dettmers et al., QLoRA, 2023 (arXiv:2305.14314), section 3. Shapes: n outputs, m inputs.
 """
@@ -24,18 +24,22 @@ from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
 from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
 
-# The block of the nested scales; bitsandbytes' products know no other.
+# Block size of the nested scales, the only one that bitsandbytes' products support.
 NESTED_BLOCK = 256
 
 
 @functools.cache
 def bitsandbytes() -> ModuleType:
-    """The library, imported only when a method needs it (five seconds)."""
+    """Import bitsandbytes, which takes five seconds and is done on first use only.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed.
+    """
     return require("bitsandbytes", extra="bnb", reason="this format")
 
 
 class NF4:
-    """The quantizer; see the module docstring."""
+    """NF4; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -84,14 +88,18 @@ class NF4:
 
 
 class NF4Linear(PackedLinear):
-    """Fields: codes U8 [n m / 2], scale F32 [blocks], or nested: scale U8 [blocks], scale_scale
-    F32 [blocks / 256], scale_offset F32 [1]."""
+    """Packed linear of `nf4`.
+
+    Fields: codes U8 [n m / 2], scale F32 [blocks]; with `double_quant` scale U8 [blocks],
+    scale_scale F32 [blocks / 256], scale_offset F32 [1].
+    """
 
     def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: NF4.Config) -> None:
         super().__init__(spec, shape)
         self.config = config
 
-    def _state(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    def _quant_state(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        """Create bitsandbytes' QuantState for a weight of this shape and dtype."""
         functional = bitsandbytes().functional
         device = str(self.q.codes.device)
         nested = {}
@@ -117,13 +125,13 @@ class NF4Linear(PackedLinear):
 
     def dequantize(self) -> Tensor:
         # Unpacked as one row: bitsandbytes 0.50.2 on a CPU starts a new block at every row, which
-        # is wrong where a block crosses into the next one (relative error 0.06 instead of 0.008).
-        flat = self._state((self.out_features * self.in_features,), torch.float32)
+        # is wrong where a block crosses rows (relative error 0.06 instead of 0.008).
+        flat = self._quant_state((self.out_features * self.in_features,), torch.float32)
         weight: Tensor = bitsandbytes().functional.dequantize_4bit(self.q.codes.view(-1, 1), flat)
         return weight.view(self.out_features, self.in_features)
 
     def has_kernel(self) -> bool:
-        # On a CPU bitsandbytes' general product unpacks the whole matrix at every call.
+        # On a CPU bitsandbytes' product unpacks the whole matrix at every call.
         return self.q.codes.is_cuda and self.in_features % self.config.block_size == 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,7 +140,7 @@ class NF4Linear(PackedLinear):
         out: Tensor = bitsandbytes().matmul_4bit(
             x,
             self.q.codes.view(-1, 1),
-            self._state((self.out_features, self.in_features), x.dtype),
+            self._quant_state((self.out_features, self.in_features), x.dtype),
             bias=self.bias,
         )
         return out
@@ -140,11 +148,13 @@ class NF4Linear(PackedLinear):
 
 @functools.cache
 def _levels(device: str) -> Tensor:
+    """Return the 16 levels of NF4."""
     levels: Tensor = bitsandbytes().functional.get_4bit_type("nf4", device=device)
     return levels
 
 
 @functools.cache
 def _nested_table(device: str) -> Tensor:
+    """Return the 256 levels of the nested scales."""
     table: Tensor = bitsandbytes().functional.create_dynamic_map().to(device)
     return table

@@ -1,22 +1,21 @@
-"""OliVe (`olive`): outliers keep their size in the place of a neighbour, which becomes zero.
+"""OliVe (`olive`): outlier-victim pairs; an outlier is stored at the cost of its neighbour.
 
-Inputs 2t and 2t + 1 of a row form a pair. Codes stand for whole numbers, times the row's scale: of
-a normal type, or of the float type `abfloat`, whose codes begin above the normal range,
+Inputs 2t and 2t + 1 of a row form a pair. Codes are integers times the row's scale, of a normal
+type or, for outliers, of the type `abfloat`, whose values begin above the normal range,
 
     int4    -7 ... 7, two's complement          abfloat +-12, 16, 24, 32, 48, 64, 96
     flint4  0, +-1, 2, 3, 4, 6, 8, 16           abfloat +-24, 32, 48, 64, 96, 128, 192
     int8    -127 ... 127, two's complement      abfloat +-144 ... 2^15, four bits of exponent
 
-abfloat: +-(2^m + mantissa) 2^(exponent + bias), m mantissa bits. One code of the normal types is
-left out, 1000...0: in a pair it says that this is the zero beside an outlier, and that the other
-code is an abfloat. Of two outliers the smaller one becomes zero. With sigma and mu of the row and
-T = f max(|mu + 3 sigma|, |mu - 3 sigma|), the scale is T / (largest normal number); f is searched
-from 0.75 to 2.49 for the least squared error of the row with its zeros. Of the types of a width the
-one with the smaller error of the whole matrix is taken.
+abfloat: +-(2^m + mantissa) 2^(exponent + bias), m mantissa bits. The code 1000...0 of the normal
+types marks the victim, a zero whose neighbour is an abfloat. Of two outliers in a pair the smaller
+becomes the victim. With mu and sigma of the row and T = f max(|mu + 3 sigma|, |mu - 3 sigma|), the
+scale is T / (largest normal value); f from 0.75 to 2.49 is searched for the least squared error of
+the row. The type of the given width with the least error of the matrix is used.
 
-`olive-activations` rounds the inputs in the same way: one scale and type a matrix, searched on the
-first calibration tokens. It is there to see what that costs: numbers are decoded before they are
-multiplied, which is no faster than the weights alone.
+`olive-activations` also rounds the inputs in this way, with one scale and type per matrix, searched
+on the first calibration tokens. It serves to measure the loss only: values are decoded before the
+product, so it is no faster than `olive`.
 
 Source: Guo et al., OliVe, 2023 (arXiv:2304.07493). Deviation from the authors' code: of two
 outliers they keep the first; the paper keeps the larger, as here.
@@ -43,15 +42,16 @@ from spectool.options import option
 from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
 from spectool.quantize.methods.rtn import SCALE_MIN, check_scale
 
-# Rows are searched in pieces of about this many weights, which stay in cache.
+# Rows are searched in pieces of about this many weights, to stay in cache.
 PIECE = 1 << 18
 
+# The values of f that are tried.
 FACTORS = [0.75 + 0.02 * step for step in range(88)]
 
 
 @dataclass(frozen=True, slots=True)
 class Type:
-    """Numbers by code, of normal values and of outliers; None where a code stands for neither."""
+    """Number type: values by code, of normal weights and of outliers; None for unused codes."""
 
     bits: int
     normal: tuple[int | None, ...]
@@ -59,26 +59,31 @@ class Type:
 
     @property
     def largest(self) -> int:
+        """The largest normal value."""
         return max(value for value in self.normal if value is not None)
 
     @property
-    def zero(self) -> int:
-        """The code that says: zero, beside an outlier."""
+    def victim(self) -> int:
+        """The code of a victim."""
         return 1 << (self.bits - 1)
 
 
 def _integers(bits: int) -> tuple[int | None, ...]:
+    """Return the values of two's complement by code, without the most negative one."""
     half = 1 << (bits - 1)
     return (*range(half), None, *range(1 - half, 0))
 
 
 def _signed(magnitudes: list[int | None]) -> tuple[int | None, ...]:
-    """Codes of a sign bit over a magnitude's."""
+    """Return the values of codes with a sign bit above the magnitude."""
     return (*magnitudes, *(None if value is None else -value for value in magnitudes))
 
 
 def _abfloat(exponent_bits: int, mantissa_bits: int, bias: int, limit: int) -> list[int | None]:
-    """Magnitudes by code; the first is left out, as its negative would be the sign of a zero."""
+    """Return the magnitudes of abfloat by code, up to `limit`.
+
+    The first one is not used: with the sign bit it would be the code of a victim.
+    """
     ones = 1 << mantissa_bits
     values = [
         (ones + mantissa) << (exponent + bias)
@@ -99,7 +104,7 @@ TYPES = {4: (INT4, FLINT4), 8: (INT8,)}
 
 
 class OliVe:
-    """The quantizer; see the module docstring."""
+    """OliVe on weights; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -125,7 +130,7 @@ class OliVe:
         generator: torch.Generator,
     ) -> PackedFields:
         weight_nm = F.pad(weight_nm.float(), (0, weight_nm.shape[1] % 2)).contiguous()
-        largest = float(_limits(weight_nm).max())
+        largest = float(_three_sigma(weight_nm).max())
         check_scale(FACTORS[-1] * largest / min(kind.largest for kind in TYPES[config.bits]))
         best: tuple[float, int, Tensor] | None = None
         for index, kind in enumerate(TYPES[config.bits]):
@@ -151,15 +156,15 @@ class OliVe:
 
 
 class OliVeActivations(OliVe):
-    """The quantizer of weights and inputs; see the module docstring."""
+    """OliVe on weights and inputs; see the module docstring."""
 
     statistics: ClassVar[Mapping[Statistic, Stream]] = {"sample": "packed"}
     is_matrix: ClassVar[bool] = False
 
     @classmethod
     def layout(cls, shape: tuple[int, int], config: OliVe.Config) -> FieldSpec:
-        more = {"input_scale": (torch.float32, (1,)), "input_kind": (torch.uint8, (1,))}
-        return {**super().layout(shape, config), **more}
+        extra = {"input_scale": (torch.float32, (1,)), "input_kind": (torch.uint8, (1,))}
+        return {**super().layout(shape, config), **extra}
 
     @classmethod
     def pack(
@@ -169,7 +174,7 @@ class OliVeActivations(OliVe):
         config: OliVe.Config,
         generator: torch.Generator,
     ) -> PackedFields:
-        """Inputs that no calibration token came to are left as they are: their scale is zero."""
+        """Pack one matrix; without calibration inputs the input scale is 0, and nothing rounds."""
         fields = super().pack(weight_nm, stats, config, generator)
         scale, index = 0.0, 0
         if stats is not None and stats.sample is not None:
@@ -185,78 +190,80 @@ class OliVeActivations(OliVe):
 
 
 def search_inputs(sample_Tm: Tensor, kinds: tuple[Type, ...]) -> tuple[float, int]:
-    """The one scale of all inputs, and which of the types, with the least squared error."""
-    limit = float(_limits(sample_Tm.flatten()[None]))
+    """Search the scale and the index of the type with the least squared error of the inputs."""
+    limit = float(_three_sigma(sample_Tm.flatten()[None]))
     best = (math.inf, 0.0, 0)
     for index, kind in enumerate(kinds):
         for factor in FACTORS if limit > 0 else ():
             scale = factor / kind.largest * limit
             scale_T = torch.full((len(sample_Tm),), scale, device=sample_Tm.device)
-            wrong = float((rounded(sample_Tm, scale_T, kind) - sample_Tm).double().square().sum())
-            best = min(best, (wrong, scale, index))
+            error = float(
+                (fake_quantize(sample_Tm, scale_T, kind) - sample_Tm).double().square().sum()
+            )
+            best = min(best, (error, scale, index))
     return best[1:]
 
 
 def search(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
-    """The scale of each row [n], as float16 holds it, and the squared error that it leaves [n]."""
-    found = [_search_rows(weight_nm[rows], kind) for rows in _row_slices(weight_nm)]
-    scales, errors = zip(*found, strict=True)
+    """Search the scale of each row [n], in float16 precision; also return its squared error [n]."""
+    parts = [_search_rows(weight_nm[rows], kind) for rows in _row_slices(weight_nm)]
+    scales, errors = zip(*parts, strict=True)
     return torch.cat(scales), torch.cat(errors)
 
 
-def _limits(weight_nm: Tensor) -> Tensor:
-    """What three standard deviations reach to, of each row [n]."""
+def _three_sigma(weight_nm: Tensor) -> Tensor:
+    """Return max(|mu + 3 sigma|, |mu - 3 sigma|) of each row [n]."""
     mean_n, spread_n = weight_nm.mean(1), 3 * weight_nm.std(1, correction=0)
     return torch.maximum((mean_n + spread_n).abs(), (mean_n - spread_n).abs())
 
 
 def _search_rows(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
-    limit_n = _limits(weight_nm)
+    """Search scales and errors of some rows; see `search`."""
+    limit_n = _three_sigma(weight_nm)
     best_n = torch.full_like(limit_n, torch.inf)
     scale_n = torch.ones_like(limit_n)
     for factor in FACTORS:
         tried_n = (factor / kind.largest * limit_n).half().float()
         # Rows of zeros keep a scale of 1.
         tried_n = torch.where(tried_n < SCALE_MIN, 1.0, tried_n)
-        error_n = (rounded(weight_nm, tried_n, kind) - weight_nm).square_().sum(1)
+        error_n = (fake_quantize(weight_nm, tried_n, kind) - weight_nm).square_().sum(1)
         better_n = error_n < best_n
         best_n = torch.where(better_n, error_n, best_n)
         scale_n = torch.where(better_n, tried_n, scale_n)
     return scale_n, best_n
 
 
-def rounded(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
-    """What the weights become, with these scales."""
-    number_nm, outlier_nm = _numbers(weight_nm, scale_n, kind)
-    return _paired(number_nm, outlier_nm, weight_nm) * scale_n[:, None]
+def fake_quantize(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
+    """Round weights [n, m] to the values that they are stored as, with scales [n]."""
+    number_nm, outlier_nm = _nearest_numbers(weight_nm, scale_n, kind)
+    return _zero_victims(number_nm, outlier_nm, weight_nm) * scale_n[:, None]
 
 
-def _numbers(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
-    """The nearest numbers of the type and its outliers, of equal ones the lower; which are
-    outliers."""
+def _nearest_numbers(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
+    """Return the nearest value of the type, the lower one of two, and a mask of outliers."""
     values_K, between_K = _values(kind, weight_nm.device)
     number_nm = values_K[torch.bucketize(weight_nm / scale_n[:, None], between_K)]
     return number_nm, number_nm.abs() > kind.largest
 
 
-def _paired(number_nm: Tensor, outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
-    """Zeros for the victims: the neighbours of outliers, and of two the smaller one."""
-    return torch.where(_victims(outlier_nm, weight_nm), 0.0, number_nm)
+def _zero_victims(number_nm: Tensor, outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
+    """Set the victims of outliers to zero."""
+    return torch.where(_find_victims(outlier_nm, weight_nm), 0.0, number_nm)
 
 
-def _victims(outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
-    """Which of the weights [n, m] give their place to an outlier."""
+def _find_victims(outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
+    """Return a mask [n, m] of victims: the neighbour of an outlier, or the smaller of two."""
     even_np, odd_np = outlier_nm[:, ::2], outlier_nm[:, 1::2]
     first_np = weight_nm[:, ::2].abs() >= weight_nm[:, 1::2].abs()
     both_np = even_np & odd_np
-    even_gives_np = (odd_np & ~even_np) | (both_np & ~first_np)
-    odd_gives_np = (even_np & ~odd_np) | (both_np & first_np)
-    return torch.stack([even_gives_np, odd_gives_np], -1).flatten(1)
+    even_victim_np = (odd_np & ~even_np) | (both_np & ~first_np)
+    odd_victim_np = (even_np & ~odd_np) | (both_np & first_np)
+    return torch.stack([even_victim_np, odd_victim_np], -1).flatten(1)
 
 
 def encode(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
-    """The codes [n, m], of an even number of weights a row."""
-    number_nm, outlier_nm = _numbers(weight_nm, scale_n, kind)
+    """Encode weights [n, m], m even, as codes [n, m]."""
+    number_nm, outlier_nm = _nearest_numbers(weight_nm, scale_n, kind)
     offset = max(value for value in kind.outlier if value is not None)
     codes = torch.zeros(2 * offset + 1, dtype=torch.uint8, device=weight_nm.device)
     for table in (kind.normal, kind.outlier):
@@ -264,10 +271,11 @@ def encode(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
             if value is not None:
                 codes[value + offset] = code
     codes_nm = codes[number_nm.long() + offset]
-    return torch.where(_victims(outlier_nm, weight_nm), kind.zero, codes_nm)
+    return torch.where(_find_victims(outlier_nm, weight_nm), kind.victim, codes_nm)
 
 
 def _row_slices(weight_nm: Tensor) -> Iterator[slice]:
+    """Yield slices of rows with about `PIECE` weights each."""
     rows = max(1, PIECE // weight_nm.shape[1])
     for start in range(0, len(weight_nm), rows):
         yield slice(start, start + rows)
@@ -275,7 +283,7 @@ def _row_slices(weight_nm: Tensor) -> Iterator[slice]:
 
 @functools.cache
 def _values(kind: Type, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All numbers of a type and its outliers [K], and the middles between them [K - 1]."""
+    """Return the sorted values of a type with its outliers [K], and their midpoints [K - 1]."""
     values = sorted(value for value in (*kind.normal, *kind.outlier) if value is not None)
     with torch.inference_mode(False):
         values_K = torch.tensor(values, dtype=torch.float32, device=device)
@@ -284,7 +292,7 @@ def _values(kind: Type, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _pairs(kind: Type, device: torch.device) -> Tensor:
-    """What two codes side by side stand for, [codes, codes, 2]; NaN where they cannot be."""
+    """Return the two values of each pair of codes [C, C, 2]; NaN for pairs that do not occur."""
     with torch.inference_mode(False):
         normal_C, outlier_C = (
             torch.tensor([float("nan") if value is None else value for value in table])
@@ -292,26 +300,29 @@ def _pairs(kind: Type, device: torch.device) -> Tensor:
         )
         count = len(normal_C)
         pairs_CC2 = torch.stack(torch.meshgrid(normal_C, normal_C, indexing="ij"), -1)
-        pairs_CC2[:, kind.zero] = torch.stack([outlier_C, torch.zeros(count)], -1)
-        pairs_CC2[kind.zero] = torch.stack([torch.zeros(count), outlier_C], -1)
-        pairs_CC2[kind.zero, kind.zero] = torch.nan
+        pairs_CC2[:, kind.victim] = torch.stack([outlier_C, torch.zeros(count)], -1)
+        pairs_CC2[kind.victim] = torch.stack([torch.zeros(count), outlier_C], -1)
+        pairs_CC2[kind.victim, kind.victim] = torch.nan
         return pairs_CC2.to(device)
 
 
 def decode(codes_nm: Tensor, kind: Type) -> Tensor:
-    """The numbers [n, m] of codes, two a pair.
+    """Decode codes [n, m], m even, to values [n, m].
 
     Raises:
-        CheckpointError: codes that no pair has.
+        CheckpointError: a pair of codes that does not occur.
     """
-    found = _pairs(kind, codes_nm.device)[codes_nm[:, ::2].int(), codes_nm[:, 1::2].int()]
-    if found.isnan().any():
+    pairs_np2 = _pairs(kind, codes_nm.device)[codes_nm[:, ::2].int(), codes_nm[:, 1::2].int()]
+    if pairs_np2.isnan().any():
         raise CheckpointError("the codes of an olive matrix are damaged: no such pair")
-    return found.flatten(1)
+    return pairs_np2.flatten(1)
 
 
 class OliVeLinear(PackedLinear):
-    """Fields: codes U8 [n, packed row, an even number of codes], scale F16 [n], kind U8 [1]."""
+    """Packed linear of `olive`.
+
+    Fields: codes U8 [n, bit-packed row of an even number of codes], scale F16 [n], kind U8 [1].
+    """
 
     def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> None:
         super().__init__(spec, shape)
@@ -329,7 +340,7 @@ class OliVeLinear(PackedLinear):
 
 
 class OliVeActivationsLinear(OliVeLinear):
-    """Fields more: input_scale F32 [1], input_kind U8 [1]."""
+    """Packed linear of `olive-activations`, with fields input_scale F32 [1], input_kind U8 [1]."""
 
     @property
     def is_matrix(self) -> bool:
@@ -341,6 +352,6 @@ class OliVeActivationsLinear(OliVeLinear):
             return super().forward(x)
         rows_Tm = F.pad(x.detach().float().flatten(0, -2), (0, self.in_features % 2))
         kind = TYPES[self.bits][int(self.q.input_kind)]
-        near_Tm = rounded(rows_Tm, scale.expand(len(rows_Tm)), kind)[:, : self.in_features]
-        # Gradients pass as if nothing had been rounded.
+        near_Tm = fake_quantize(rows_Tm, scale.expand(len(rows_Tm)), kind)[:, : self.in_features]
+        # Straight-through: gradients pass as if nothing had been rounded.
         return super().forward(x + (near_Tm.view(x.shape).to(x.dtype) - x.detach()))

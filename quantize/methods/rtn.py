@@ -1,9 +1,8 @@
-"""Round to nearest (`rtn`): every group of weights on a uniform grid between its extremes.
+"""Round to nearest (`rtn`): each group of weights on a uniform grid between its extremes.
 
 Asymmetric: s = (max - min) / (2^b - 1) over the group and 0, z = round(-min / s),
 q = clamp(round(w / s) + z), w' = s (q - z). Symmetric: s = 2 max|w| / (2^b - 1), z = 2^(b-1), not
-stored. Groups run along the input; the last may be shorter. The scale is rounded to float16 before
-the codes are computed, so that the codes are nearest on the grid that is stored.
+stored. Groups run along the inputs; the last may be shorter.
 
 Shapes: n outputs, m inputs, g groups, c columns of a group.
 """
@@ -25,16 +24,16 @@ from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
 from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
 
-# Rows are packed in pieces of about this many weights: float32 temporaries stay in cache and small.
+# Rows are packed in pieces of about this many weights, to keep float32 temporaries in cache.
 PIECE = 1 << 19
 
-# The smallest and largest positive float16. A smaller scale is raised to the smallest, which costs
-# a group nothing beside larger ones; a matrix of nothing else would become zeros, and is refused.
+# The smallest and largest positive float16. Smaller scales are raised to the smallest, which is
+# harmless next to larger ones; a matrix with no larger ones would become zeros and is refused.
 SCALE_MIN, SCALE_MAX = 2.0**-24, 65504.0
 
 
 class RTN:
-    """The quantizer; see the module docstring for the grid."""
+    """Round to nearest; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -71,13 +70,13 @@ class RTN:
             for name, (dtype, shape) in layout.items()
         }
         rows = max(1, PIECE // m)
-        largest_each = []
+        largest_scales = []
         for start in range(0, n, rows):
-            packed, largest = _pack_rows(weight_nm[start : start + rows].float(), config)
-            largest_each.append(largest)
-            for name, value in packed.items():
+            part, largest = _pack_rows(weight_nm[start : start + rows].float(), config)
+            largest_scales.append(largest)
+            for name, value in part.items():
                 fields[name][start : start + rows] = value
-        check_scale(float(torch.stack(largest_each).max()))
+        check_scale(float(torch.stack(largest_scales).max()))
         return fields
 
     @classmethod
@@ -86,20 +85,24 @@ class RTN:
 
 
 def check_scale(largest: float) -> None:
-    """Raises: UnsupportedError: the largest scale of a matrix is none that float16 holds."""
+    """Check that float16 can represent the largest scale of a matrix.
+
+    Raises:
+        UnsupportedError: the scale is too large or too small.
+    """
     if largest > SCALE_MAX or 0 < largest < SCALE_MIN:
         raise UnsupportedError(
-            f"its weights need a scale of {largest:.3g}, and float16, which stores it, reaches "
+            f"its weights need a scale of {largest:.3g}, and float16, which stores it, ranges "
             f"from {SCALE_MIN:.3g} to {SCALE_MAX:.0f}",
             hint="leave it dense with --skip, or rescale the checkpoint",
         )
 
 
 def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> tuple[PackedFields, Tensor]:
-    """The fields of some rows, and the largest scale that they would have without a limit."""
+    """Pack some rows; return their fields and their largest scale before clamping."""
     m = weight_nm.shape[1]
-    stored_ng, zero_ng, largest = grid_of(weight_nm, config)
-    weight_ngc = _grouped(weight_nm, config.group_size)
+    stored_ng, zero_ng, largest = fit_grid(weight_nm, config)
+    weight_ngc = _split_groups(weight_nm, config.group_size)
     codes_ngc = (weight_ngc / stored_ng.float()[..., None]).round_().add_(zero_ng[..., None])
     codes_nm = codes_ngc.clamp_(0, 2**config.bits - 1).to(torch.uint8).flatten(1)[:, :m]
     fields = {"codes": pack_bits(codes_nm, config.bits), "scale": stored_ng}
@@ -108,18 +111,21 @@ def _pack_rows(weight_nm: Tensor, config: RTN.Config) -> tuple[PackedFields, Ten
     return fields, largest
 
 
-def grid_of(weight_nm: Tensor, config: RTN.Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales [n, g] as stored, zero points [n, g], and the largest scale that there would be
-    without a limit, of float32 weights."""
+def fit_grid(weight_nm: Tensor, config: RTN.Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the grid of float32 weights [n, m].
+
+    Returns stored scales [n, g], zero points [n, g], and the largest scale before clamping.
+    """
     top = 2**config.bits - 1
-    weight_ngc = _grouped(weight_nm, config.group_size)
+    weight_ngc = _split_groups(weight_nm, config.group_size)
     if config.symmetric:
         scale_ng = weight_ngc.abs().amax(-1) * (2 / top)
     else:
         low_ng = weight_ngc.amin(-1).clamp_(max=0)
         high_ng = weight_ngc.amax(-1).clamp_(min=0)
         scale_ng = (high_ng - low_ng) / top
-    # A group of zeros may have any scale; 1 keeps the division finite and the zeros exact.
+    # Rounded to float16 before the codes are computed, so that codes are nearest on the stored
+    # grid. A group of zeros may have any scale; 1 keeps the division finite and the zeros exact.
     stored_ng = torch.where(scale_ng == 0, 1.0, scale_ng.clamp(SCALE_MIN, SCALE_MAX)).half()
     if config.symmetric:
         zero_ng = torch.full_like(scale_ng, 2 ** (config.bits - 1))
@@ -128,17 +134,20 @@ def grid_of(weight_nm: Tensor, config: RTN.Config) -> tuple[Tensor, Tensor, Tens
     return stored_ng, zero_ng, scale_ng.max()
 
 
-def _grouped(rows_nm: Tensor, group_size: int) -> Tensor:
-    """[n, m] -> [n, g, c], the last group padded with zeros, which both grids contain."""
+def _split_groups(rows_nm: Tensor, group_size: int) -> Tensor:
+    """Split rows [n, m] into groups [n, g, c], the last one padded with zeros."""
     n, m = rows_nm.shape
     columns = min(group_size or m, m)
-    # Padding by nothing would copy.
+    # Zeros are on every grid, so they change no scale. Padding by nothing would copy.
     padded_nm = F.pad(rows_nm, (0, -m % columns)) if m % columns else rows_nm
     return padded_nm.reshape(n, -1, columns)
 
 
 class RTNLinear(PackedLinear):
-    """Fields: codes U8 [n, packed row], scale F16 [n, g], zero U8 [n, g] unless symmetric."""
+    """Packed linear of `rtn` and `gptq`.
+
+    Fields: codes U8 [n, bit-packed row], scale F16 [n, g], zero U8 [n, g] unless symmetric.
+    """
 
     def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: RTN.Config) -> None:
         super().__init__(spec, shape)
@@ -146,7 +155,7 @@ class RTNLinear(PackedLinear):
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         codes_nm = unpack_bits(self.q.codes[rows], self.config.bits, self.in_features)
-        codes_ngc = _grouped(codes_nm, self.config.group_size).float()
+        codes_ngc = _split_groups(codes_nm, self.config.group_size).float()
         if self.config.symmetric:
             codes_ngc -= 2 ** (self.config.bits - 1)
         else:

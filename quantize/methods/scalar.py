@@ -1,23 +1,18 @@
-"""Scalar codebooks (`scalar`): every input has levels of its own, more of them where it matters.
+"""Scalar codebooks (`scalar`): a codebook per input, with more levels for more important inputs.
 
-With b_j bits for input j, K_j = 2^b_j levels v_j that all rows share, and codes k_ij,
+With b_j bits for input j, K_j = 2^b_j levels v_j shared by all rows, and codes k_ij,
 
     w'_ij = v_j[k_ij].
 
-No scale is stored, and inputs with large activations need no mask: they get more bits. With R as
-`gptq` has it, an error of column j weighs R_jj^2, and the best levels of b bits leave the share c_b
-of a Gaussian's variance; so bits go one at a time to the column where
+No scales are stored, and inputs with large activations need no mask, as they get more bits. Columns
+are rounded one by one with compensation as in `gptq`; the levels of a column are Lloyd's for its
+compensated weights, slightly widened as in `jlcm`. Levels and codes are then fitted per block
+(`fitting.py`), codes in the latent form of `jlcm`.
 
-    var_j R_jj^2 (c_b - c_(b+1))
-
-is the largest (reverse water-filling), until the mean is `bits`. Columns are then taken one after
-another as `gptq` takes them: the levels of a column are Lloyd's for the weights as they are by
-then, a little wider, as in `jlcm`. Levels and codes may be fitted a block at a time (`fitting.py`),
-codes in `jlcm`'s latent form.
-
-Source: the scalar codebooks a dimension of Hsu et al., QLAE, 2023 (arXiv:2305.18378), where they
-are a latent space's; for weights, with bits by water-filling and compensation, they are ours.
-Shapes: n outputs, m inputs, K levels of an input at most, L levels of all inputs, T tries.
+Source: scalar codebooks per dimension of Hsu et al., QLAE, 2023 (arXiv:2305.18378), there of a
+latent space; their use for weights, the allocation of bits and the compensation are ours.
+Shapes: n outputs, m inputs, K levels of an input at most, L levels of all inputs, T tries,
+B bits of a row.
 """
 
 from __future__ import annotations
@@ -46,32 +41,41 @@ from spectool.quantize.calibration import (
     Streams,
     Tick,
 )
-from spectool.quantize.codebook import Chosen, chosen_again, levels, nearest, within
-from spectool.quantize.fitting import begun, fit_block
-from spectool.quantize.methods.gptq import Feedback, compensate, feedback
+from spectool.quantize.codebook import (
+    SelectLevels,
+    clamp_to_cells,
+    fit_levels,
+    nearest_codes,
+    recompute_product,
+)
+from spectool.quantize.fitting import fit_block, init_linears
+from spectool.quantize.methods.gptq import HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import SCALE_MAX, SCALE_MIN
 
-# As `gptq` has it.
+# The default of `gptq`.
 DAMPING = 0.01
-WIDEST = 4
-# What is left of a Gaussian's variance by the best levels of 0, 1, … bits (Max 1960).
-LEFT = (1.0, 0.3634, 0.1175, 0.0345, 0.0095)
-# Levels that there is room for, over those of equal bits.
-ROOM = 1.5
-# So many times as wide as Lloyd's are levels tried.
+# Most bits of an input.
+MAX_BITS = 4
+# Share of a Gaussian's variance that the best levels of 0, 1, ... bits leave (Max 1960).
+DISTORTION = (1.0, 0.3634, 0.1175, 0.0345, 0.0095)
+# Storage for levels, relative to that of equal bits for all inputs.
+LEVEL_STORAGE = 1.5
+# Levels are tried this many times as wide as Lloyd's.
 WIDTHS = (1.0, 1.2, 1.4)
 
 
 class Scalar:
-    """The quantizer; see the module docstring."""
+    """Scalar codebooks; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
-        bits: float = option(2.0, "mean bits of a code", minimum=1, maximum=WIDEST)
+        bits: float = option(2.0, "mean bits of a code", minimum=1, maximum=MAX_BITS)
         epochs: int = option(4, "passes over the calibration sequences", minimum=0)
-        lr: float = option(5e-3, "of levels: cells that the mean gradient moves one", minimum=0)
+        lr: float = option(
+            5e-3, "learning rate of levels: cells per step of the mean gradient", minimum=0
+        )
         lr_codes: float = option(
-            5e-4, "of codes: cells that the mean gradient moves a weight", minimum=0
+            5e-4, "learning rate of codes: cells per step of the mean gradient", minimum=0
         )
 
     statistics: ClassVar[Mapping[Statistic, Stream]] = {"hessian": "packed"}
@@ -81,7 +85,7 @@ class Scalar:
         n, m = shape
         return {
             "codes": (torch.uint8, (n, packed_bytes(int(config.bits * m), 1))),
-            "levels": (torch.float16, (room(m, config.bits),)),
+            "levels": (torch.float16, (max_levels(m, config.bits),)),
             "bits": (torch.uint8, (m,)),
         }
 
@@ -93,29 +97,29 @@ class Scalar:
         config: Scalar.Config,
         generator: torch.Generator,
     ) -> PackedFields:
-        """One matrix before the fit; without statistics all inputs count alike."""
+        """Pack one matrix, as it is before the fit; without a Hessian by the identity."""
         weight_nm = weight_nm.float()
         m = weight_nm.shape[1]
         largest = float(weight_nm.abs().max())
         if largest > SCALE_MAX or 0 < largest < SCALE_MIN:
             raise UnsupportedError(
                 f"its weights reach {largest:.3g}, and float16, which stores their levels, "
-                f"reaches from {SCALE_MIN:.3g} to {SCALE_MAX:.0f}",
+                f"ranges from {SCALE_MIN:.3g} to {SCALE_MAX:.0f}",
                 hint="leave it dense with --skip, or rescale the checkpoint",
             )
         hessian_mm = torch.eye(m, device=weight_nm.device)
         if stats is not None and stats.hessian is not None:
             hessian_mm = stats.hessian
-        given = feedback(hessian_mm, DAMPING)
-        worth_m = torch.empty(m, device=weight_nm.device)
-        worth_m[given.order_m] = given.cost_m
-        bits_m = allocate(worth_m * weight_nm.var(0, correction=0), config.bits)
-        level_mK, codes_nm = _rounded(weight_nm, bits_m, given)
-        return _fields(level_mK, codes_nm, bits_m, config.bits)
+        factor = factor_hessian(hessian_mm, DAMPING)
+        cost_m = torch.empty(m, device=weight_nm.device)
+        cost_m[factor.order_m] = factor.cost_m
+        bits_m = allocate(cost_m * weight_nm.var(0, correction=0), config.bits)
+        level_mK, codes_nm = _round_compensated(weight_nm, bits_m, factor)
+        return _make_fields(level_mK, codes_nm, bits_m, config.bits)
 
     @classmethod
     def fit_bytes(cls, config: Scalar.Config) -> int:
-        """What chooses the codes with its gradient and momentum."""
+        """Return the bytes per weight of `choice_nm`, its gradient and its momentum."""
         return 12
 
     @classmethod
@@ -132,16 +136,17 @@ class Scalar:
             return Fitted({})
         assert streams is not None and block.module is not None
         device = next(block.module.parameters()).device
-        moments = {
-            name: known.hessian.diagonal().clone()
-            for name, known in stats.items()
-            if known.hessian is not None
+        # Copied, as packing consumes the statistics.
+        diagonals = {
+            name: linear_stats.hessian.diagonal().clone()
+            for name, linear_stats in stats.items()
+            if linear_stats.hessian is not None
         }
-        linears: dict[str, ScalarLinear] = begun(cls, block, stats, config, generator)
+        linears: dict[str, ScalarLinear] = init_linears(cls, block, stats, config, generator)
 
         def make_part(name: str, dtype: torch.dtype) -> nn.Module:
             weight_nm = block.weights[name].to(device).float()
-            return Part(linears[name], weight_nm, dtype, moments.get(name))
+            return Part(linears[name], weight_nm, dtype, diagonals.get(name))
 
         def make_optimizers(parts: Sequence[nn.Module]) -> Sequence[torch.optim.Optimizer]:
             each: list[Any] = list(parts)
@@ -150,7 +155,7 @@ class Scalar:
                 for part in each
                 for values, rate in ((part.level_mK, config.lr), (part.choice_nm, config.lr_codes))
             ]
-            # A level is few weights': its gradient's size says more than its sign.
+            # Not AdamW: few weights share a level, so the size of its gradient matters.
             return [torch.optim.SGD(groups, momentum=0.9, dampening=0.9)]
 
         return fit_block(
@@ -169,160 +174,173 @@ class Scalar:
         return ScalarLinear(spec, shape, config)
 
 
-def room(m: int, bits: float) -> int:
-    """Levels that are stored of a matrix with m inputs; those that no input has are zeros."""
-    return int(ROOM * 2**bits * m)
+def max_levels(m: int, bits: float) -> int:
+    """Return the number of stored levels of a matrix with m inputs; unused ones are zeros."""
+    return int(LEVEL_STORAGE * 2**bits * m)
 
 
-def allocate(worth_m: Tensor, bits: float) -> Tensor:
-    """The bits [m] of each input, uint8: int(bits m) together, or fewer if levels run out.
+def allocate(cost_m: Tensor, bits: float) -> Tensor:
+    """Allocate bits [m] to inputs by reverse water-filling, as uint8.
 
-    `worth_m` is what an input's error weighs times the variance of its weights.
+    `cost_m` is R_jj^2 of `gptq` times the variance of the column. The bits sum to int(bits m), or
+    less if the levels run out.
     """
-    worth = worth_m.double().tolist()
-    left, levels_left = int(bits * len(worth)), room(len(worth), bits) - len(worth)
-    given = [0] * len(worth)
-    # The first of equal ones first.
-    queue = [(-value * (LEFT[0] - LEFT[1]), j) for j, value in enumerate(worth)]
+    cost = cost_m.double().tolist()
+    bits_left, levels_left = int(bits * len(cost)), max_levels(len(cost), bits) - len(cost)
+    allocated = [0] * len(cost)
+    # The next bit goes to the input with the largest var_j R_jj^2 (c_b - c_(b+1)), c_b being the
+    # distortion at its b bits; of equal ones to the first.
+    queue = [(-value * (DISTORTION[0] - DISTORTION[1]), j) for j, value in enumerate(cost)]
     heapq.heapify(queue)
-    while left and queue:
+    while bits_left and queue:
         _, j = heapq.heappop(queue)
-        more = 1 << given[j]
-        if more > levels_left:
+        new_levels = 1 << allocated[j]
+        if new_levels > levels_left:
             continue
-        given[j] += 1
-        left -= 1
-        levels_left -= more
-        if given[j] < WIDEST:
-            gain = worth[j] * (LEFT[given[j]] - LEFT[given[j] + 1])
+        allocated[j] += 1
+        bits_left -= 1
+        levels_left -= new_levels
+        if allocated[j] < MAX_BITS:
+            gain = cost[j] * (DISTORTION[allocated[j]] - DISTORTION[allocated[j] + 1])
             heapq.heappush(queue, (-gain, j))
-    return torch.tensor(given, dtype=torch.uint8, device=worth_m.device)
+    return torch.tensor(allocated, dtype=torch.uint8, device=cost_m.device)
 
 
-def _rounded(weight_nm: Tensor, bits_m: Tensor, given: Feedback) -> tuple[Tensor, Tensor]:
-    """Levels [m, K] as stored, the last one repeated, and codes [n, m], a column after another:
-    of the `WIDTHS`, all taken in one go, those of the least squared error of the outputs."""
+def _round_compensated(
+    weight_nm: Tensor, bits_m: Tensor, factor: HessianFactor
+) -> tuple[Tensor, Tensor]:
+    """Round column by column with compensation, at the best of `WIDTHS`.
+
+    Returns levels [m, K] as stored, the last one of an input repeated, and codes [n, m].
+    """
     tries, (n, m) = len(WIDTHS), weight_nm.shape
-    bits, order = bits_m.tolist(), given.order_m.tolist()
-    wider_T1 = torch.tensor(WIDTHS, device=weight_nm.device)[:, None]
+    bits, order = bits_m.tolist(), factor.order_m.tolist()
+    width_T1 = torch.tensor(WIDTHS, device=weight_nm.device)[:, None]
     weight_Tnm = weight_nm.expand(tries, -1, -1)
     level_TmK = torch.empty(tries, m, 1 << max(bits), device=weight_nm.device)
     codes_mTn = torch.empty(m, tries, n, dtype=torch.uint8, device=weight_nm.device)
 
     def round_column(j: int, weight_mTn: Tensor) -> Tensor:
-        column_Tn, place = weight_mTn[j], order[j]
-        level_TK = levels(column_Tn, torch.ones_like(column_Tn), 1 << bits[place])
+        column_Tn, column = weight_mTn[j], order[j]
+        level_TK = fit_levels(column_Tn, torch.ones_like(column_Tn), 1 << bits[column])
         middle_T1 = level_TK.mean(1, keepdim=True)
-        level_TK = middle_T1 + wider_T1 * (level_TK - middle_T1)
+        level_TK = middle_T1 + width_T1 * (level_TK - middle_T1)
         level_TK = level_TK.clamp(-SCALE_MAX, SCALE_MAX).half().float()
         count = level_TK.shape[1]
-        level_TmK[:, place, :count] = level_TK
-        level_TmK[:, place, count:] = level_TK[:, -1:]
-        code_Tn = nearest(column_Tn, level_TK)
-        codes_mTn[place] = code_Tn
+        level_TmK[:, column, :count] = level_TK
+        level_TmK[:, column, count:] = level_TK[:, -1:]
+        code_Tn = nearest_codes(column_Tn, level_TK)
+        codes_mTn[column] = code_Tn
         return level_TK.gather(1, code_Tn.long())
 
-    best = int(compensate(weight_Tnm, given, m, round_column).sum(1).argmin())
+    best = int(compensate(weight_Tnm, factor, m, round_column).sum(1).argmin())
     return level_TmK[best], codes_mTn[:, best].T
 
 
-def _fields(level_mK: Tensor, codes_nm: Tensor, bits_m: Tensor, bits: float) -> PackedFields:
+def _make_fields(level_mK: Tensor, codes_nm: Tensor, bits_m: Tensor, bits: float) -> PackedFields:
+    """Make the stored fields of levels [m, K] and codes [n, m]."""
     m = len(bits_m)
-    known_mK = (
+    used_mK = (
         torch.arange(level_mK.shape[1], device=level_mK.device) < (1 << bits_m.long())[:, None]
     )
-    level_L = torch.zeros(room(m, bits), dtype=torch.float16, device=level_mK.device)
-    used = level_mK[known_mK].half()
+    level_L = torch.zeros(max_levels(m, bits), dtype=torch.float16, device=level_mK.device)
+    used = level_mK[used_mK].half()
     level_L[: len(used)] = used
     planes = []
-    for column in range(WIDEST):
-        planes.append((codes_nm >> column) & 1)
+    for bit in range(MAX_BITS):
+        planes.append((codes_nm >> bit) & 1)
     bits_nmb = torch.stack(planes, -1)
-    asked_mb = torch.arange(WIDEST, device=bits_m.device) < bits_m[:, None]
-    flat_nB = bits_nmb[:, asked_mb]
+    stored_mb = torch.arange(MAX_BITS, device=bits_m.device) < bits_m[:, None]
+    flat_nB = bits_nmb[:, stored_mb]
     flat_nB = F.pad(flat_nB, (0, int(bits * m) - flat_nB.shape[1]))
     return {"codes": pack_bits(flat_nB, 1), "levels": level_L, "bits": bits_m}
 
 
 class Part(nn.Module):
-    """One matrix during the fit: levels in spreads of their column, and a number a weight, which
-    goes to the nearest of them."""
+    """One matrix in training: levels, and a number per weight that is rounded to the nearest one.
+
+    Both are in units of the column's standard deviation. `diagonal_m` is the Hessian's diagonal.
+    """
 
     def __init__(
         self,
         linear: ScalarLinear,
         weight_nm: Tensor,
         dtype: torch.dtype,
-        moment_m: Tensor | None = None,
+        diagonal_m: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.linear, self.dtype = linear, dtype
-        if moment_m is None:
-            moment_m = torch.ones(weight_nm.shape[1], device=weight_nm.device)
+        if diagonal_m is None:
+            diagonal_m = torch.ones(weight_nm.shape[1], device=weight_nm.device)
         level_mK, codes_nm = linear.table(), linear.codes()
         self.spread_m = weight_nm.std(0, correction=0).clamp(min=SCALE_MIN)
         self.level_mK = nn.Parameter(level_mK / self.spread_m[:, None])
-        apart_mK = self.level_mK.detach().diff(dim=1)
-        # The mean distance of neighbouring levels.
-        self.unit = float(apart_mK[apart_mK > 0].mean()) if (apart_mK > 0).any() else 1.0
+        distance_mK = self.level_mK.detach().diff(dim=1)
+        # Mean distance of neighbouring levels; repeated ones are no neighbours.
+        self.unit = float(distance_mK[distance_mK > 0].mean()) if (distance_mK > 0).any() else 1.0
         ratio_nm = weight_nm / self.spread_m
-        self.choice_nm = nn.Parameter(within(ratio_nm.T, self._ascending().detach(), codes_nm.T).T)
-        self.choice_nm.register_post_accumulate_grad_hook(_relative)  # type: ignore[no-untyped-call]
-        # What the loss bends along a level: with its input's mean square and the weights that have
-        # chosen it. Without this, levels of large inputs run away before others have moved.
+        self.choice_nm = nn.Parameter(
+            clamp_to_cells(ratio_nm.T, self._ascending().detach(), codes_nm.T).T
+        )
+        self.choice_nm.register_post_accumulate_grad_hook(_normalise_gradient)  # type: ignore[no-untyped-call]
+        # Curvature of the loss along a level: its number of weights times the input's mean square.
+        # Without this preconditioner levels of large inputs diverge before others have moved.
         count_mK = torch.zeros_like(level_mK).scatter_add_(
             1, codes_nm.T.long(), torch.ones_like(weight_nm.T)
         )
-        bend_mK = count_mK * (moment_m * self.spread_m.square())[:, None]
+        curvature_mK = count_mK * (diagonal_m * self.spread_m.square())[:, None]
 
         def precondition(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                parameter.grad /= bend_mK.clamp(min=1e-30)
-                _relative(parameter)
+                parameter.grad /= curvature_mK.clamp(min=1e-30)
+                _normalise_gradient(parameter)
 
         self.level_mK.register_post_accumulate_grad_hook(precondition)  # type: ignore[no-untyped-call]
 
     def _ascending(self) -> Tensor:
-        """The levels [m, K]; infinite where an input has no more."""
+        """Return the levels [m, K], ascending; infinite beyond the levels of an input."""
         count_m1 = (1 << self.linear.q.bits.long())[:, None]
-        places_K = torch.arange(self.level_mK.shape[1], device=count_m1.device)
-        return self.level_mK.masked_fill(places_K >= count_m1, torch.inf).sort(-1).values
+        index_K = torch.arange(self.level_mK.shape[1], device=count_m1.device)
+        return self.level_mK.masked_fill(index_K >= count_m1, torch.inf).sort(-1).values
 
-    def chosen(self) -> tuple[Tensor, Tensor]:
-        """Levels [m, K] with gradients, ascending, and codes [n, m]."""
+    def select(self) -> tuple[Tensor, Tensor]:
+        """Return levels [m, K], ascending and differentiable, and the nearest codes [n, m]."""
         level_mK = self._ascending()
-        codes_nm = nearest(self.choice_nm.detach().T, level_mK.detach()).T
+        codes_nm = nearest_codes(self.choice_nm.detach().T, level_mK.detach()).T
         return level_mK, codes_nm
 
     def forward(self, x: Tensor) -> Tensor:
-        return chosen_again(self._product, x).to(x.dtype)
+        return recompute_product(self._product, x).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        level_mK, codes_nm = self.chosen()
-        value_mn: Tensor = Chosen.apply(self.choice_nm.T, level_mK, codes_nm.T)  # type: ignore[no-untyped-call]
+        level_mK, codes_nm = self.select()
+        value_mn: Tensor = SelectLevels.apply(self.choice_nm.T, level_mK, codes_nm.T)  # type: ignore[no-untyped-call]
         return F.linear(x, (value_mn.T * self.spread_m).to(self.dtype))
 
     @torch.no_grad()
     def store(self) -> None:
-        level_mK, codes_nm = self.chosen()
+        """Write the current codes and levels into the linear's fields."""
+        level_mK, codes_nm = self.select()
         level_mK = (level_mK * self.spread_m[:, None]).clamp(-SCALE_MAX, SCALE_MAX)
         fields = self.linear.q
-        made = _fields(level_mK, codes_nm, fields.bits, self.linear.bits)
-        for name, value in made.items():
+        new_fields = _make_fields(level_mK, codes_nm, fields.bits, self.linear.bits)
+        for name, value in new_fields.items():
             fields.get_buffer(name).copy_(value)
 
 
-def _relative(parameter: Tensor) -> None:
-    """Make a gradient relative to the matrix's mean."""
+def _normalise_gradient(parameter: Tensor) -> None:
+    """Divide a gradient by the mean size of its nonzero elements."""
     if parameter.grad is not None:
         sizes = parameter.grad.abs()
         parameter.grad /= (sizes.sum() / sizes.count_nonzero().clamp(min=1)).clamp(min=1e-30)
 
 
 class ScalarLinear(PackedLinear):
-    """Fields: codes U8 [n, packed row], levels F16 [L], bits U8 [m].
+    """Packed linear of `scalar`.
 
-    A row's codes follow each other, b_j bits of each, the lowest first; so do the levels.
+    Fields: codes U8 [n, bit-packed row], levels F16 [L], bits U8 [m]. A row holds b_j bits of each
+    code in order of the inputs, lowest bit first; levels are in the same order.
     """
 
     def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: Scalar.Config) -> None:
@@ -330,20 +348,20 @@ class ScalarLinear(PackedLinear):
         self.bits = config.bits
 
     def table(self) -> Tensor:
-        """The levels of each input [m, K], the last one repeated."""
+        """Return the levels of each input [m, K], the last one repeated."""
         count_m = 1 << self.q.bits.long()
-        places_K = torch.arange(int(count_m.max()), device=count_m.device)
+        index_K = torch.arange(int(count_m.max()), device=count_m.device)
         begin_m = count_m.cumsum(0) - count_m
-        return self.q.levels.float()[begin_m[:, None] + places_K.minimum(count_m[:, None] - 1)]
+        return self.q.levels.float()[begin_m[:, None] + index_K.minimum(count_m[:, None] - 1)]
 
     def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
-        """[n, m], uint8."""
+        """Unpack codes [n, m] as uint8."""
         bits_m = self.q.bits
         flat_nB = unpack_bits(self.q.codes[rows], 1, int(self.bits * self.in_features))
-        asked_mb = torch.arange(WIDEST, device=bits_m.device) < bits_m[:, None]
-        bits_nmb = flat_nB.new_zeros(len(flat_nB), self.in_features, WIDEST)
-        bits_nmb[:, asked_mb] = flat_nB[:, : int(asked_mb.sum())]
-        shifts_b = torch.arange(WIDEST, dtype=torch.uint8, device=bits_m.device)
+        stored_mb = torch.arange(MAX_BITS, device=bits_m.device) < bits_m[:, None]
+        bits_nmb = flat_nB.new_zeros(len(flat_nB), self.in_features, MAX_BITS)
+        bits_nmb[:, stored_mb] = flat_nB[:, : int(stored_mb.sum())]
+        shifts_b = torch.arange(MAX_BITS, dtype=torch.uint8, device=bits_m.device)
         return (bits_nmb << shifts_b).sum(-1, dtype=torch.uint8)
 
     def rows(self, rows: slice | Tensor) -> Tensor:

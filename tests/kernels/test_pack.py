@@ -12,10 +12,10 @@ SHAPES = [(4, 0), (1, 1), (3, 7), (2, 8), (5, 42), (2, 123), (3, 431)]
 
 
 def reference(codes_RC: Tensor, bits: int) -> Tensor:
-    """Little-endian within a row, rows padded to 32-bit words: one Python integer a row."""
+    """Pack each row as one Python integer: little-endian, padded to 32-bit words."""
     rows = []
     for row in codes_RC.tolist():
-        number = sum(code << (place * bits) for place, code in enumerate(row))
+        number = sum(code << (position * bits) for position, code in enumerate(row))
         words = (len(row) * bits + 31) // 32
         rows.append(list(number.to_bytes(4 * words, "little")))
     return torch.tensor(rows, dtype=torch.uint8)

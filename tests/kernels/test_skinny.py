@@ -1,4 +1,4 @@
-"""The kernel against its twin, `torch.nn.functional.linear`, and against itself."""
+"""The kernel against `torch.nn.functional.linear`, and against itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from spectool.kernels import skinny
 
-needs_compiler = pytest.mark.skipif(skinny.compiled() is None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(skinny.load_library() is None, reason="no C compiler here")
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def test_it_computes_what_torch_does(
 ) -> None:
     x, weight, bias = matrices(height, width, rows, dtype)
     exact = x.double() @ weight.double().T
-    for own_bias in (None, bias):
-        found = skinny.linear(x, weight, own_bias)
-        expected = exact if own_bias is None else exact + own_bias.double()
+    for maybe_bias in (None, bias):
+        found = skinny.linear(x, weight, maybe_bias)
+        expected = exact if maybe_bias is None else exact + maybe_bias.double()
         assert found.dtype == dtype
         # Sums are in float32; bfloat16 rounds the result to 8 bits.
         close = (
@@ -73,7 +73,7 @@ def test_a_row_does_not_depend_on_its_mates(
 def test_modules_are_taken_over_and_given_back() -> None:
     big, small = nn.Linear(256, 128), nn.Linear(8, 8)
     model = nn.Sequential(big, nn.Linear(128, 256, bias=False), small, nn.LayerNorm(8))
-    found = skinny.suited(model.modules())
+    found = skinny.eligible_linears(model.modules())
     assert found == [big, model[1]]
     x = torch.randn(2, 3, 256)
     with torch.inference_mode():
@@ -93,7 +93,8 @@ def test_modules_are_taken_over_and_given_back() -> None:
 def test_without_a_compiler_nothing_is_taken_over(tmp_path: Path) -> None:
     script = (
         "import torch; from spectool.kernels import skinny; "
-        "assert skinny.suited(torch.nn.Linear(256, 256).modules()) == []; print(skinny.missing())"
+        "assert skinny.eligible_linears(torch.nn.Linear(256, 256).modules()) == []; "
+        "print(skinny.missing())"
     )
     environment = {"PATH": "/nowhere", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
@@ -103,11 +104,11 @@ def test_without_a_compiler_nothing_is_taken_over(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_a_compiler_that_fails_is_said(tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_reported(tmp_path: Path) -> None:
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    script = "from spectool.kernels import skinny; print(skinny.compiled(), skinny.missing())"
+    script = "from spectool.kernels import skinny; print(skinny.load_library(), skinny.missing())"
     environment = {
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(tmp_path),
@@ -123,7 +124,7 @@ def test_a_compiler_that_fails_is_said(tmp_path: Path) -> None:
 def test_several_processes_may_build_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two steps of one build the whole of another takes place."""
+    """A whole build runs between two steps of another."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     original, others = subprocess.run, []
 
@@ -131,11 +132,11 @@ def test_several_processes_may_build_at_the_same_time(
         done = original(words, **options)
         if not others:
             others.append(None)
-            others[0] = skinny._build()
+            others[0] = skinny._build_library()
         return done
 
     monkeypatch.setattr(subprocess, "run", run)
-    built = skinny._build()
+    built = skinny._build_library()
     assert others == [built]
     assert [path.name for path in (tmp_path / "spectool/kernels").iterdir()] == [built.name]
     ctypes.CDLL(str(built))

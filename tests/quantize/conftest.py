@@ -1,4 +1,4 @@
-"""One matrix through one method, and a checkpoint through a whole run."""
+"""Fixtures that pack one matrix by a method, or quantize a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Packed:
 
     @property
     def error(self) -> float:
-        """Relative squared error of the matrix."""
+        """Return the relative squared error of the matrix."""
         weight = self.weight_nm.double()
         return float((self.module.dequantize() - weight).square().sum() / weight.square().sum())
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Matrices are so small here that threads only wait for one another."""
+    """Run with one thread: for such small matrices threads cost more than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,7 +67,7 @@ def pack(tmp_path: Path) -> Callable[..., Packed]:
 
 @pytest.fixture
 def check_contract(pack: Callable[..., Packed]) -> Callable[..., None]:
-    """What every method owes: see the assertions."""
+    """Check the contract of every method; see the assertions."""
 
     def check(method: str, weight_nm: Tensor, **options: Any) -> None:
         torch.manual_seed(0)

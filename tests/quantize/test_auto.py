@@ -1,4 +1,4 @@
-"""`quantize auto`: what it picks for a size, and the command that it prints."""
+"""`quantize auto`: the choice for a size, and the command that it prints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spectool.quantize.plan import make_plan
 
 Checkpoints = Callable[..., Path]
 
-# Wide enough for groups to cost little beside codes.
+# Wide enough for group scales to cost little relative to the codes.
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 320}
 
 
@@ -45,24 +45,24 @@ def test_no_sizes(text: str) -> None:
 
 
 def test_the_first_step_that_fits(wide: Path) -> None:
-    """Every step has its turn, from a room that only just holds it."""
+    """Every step is picked at a size that just fits it."""
     architecture = Architecture(read_layout(wide))
     cache = cache_bytes(architecture, 100)
     sizes = []
     for step in STEPS:
-        beside = Choice.from_text("int8") if step.bits < 3 else None
-        plan = make_plan(architecture, Choice.from_text(step.choice), embeddings=beside)
+        embeddings = Choice.from_text("int8") if step.bits < 3 else None
+        plan = make_plan(architecture, Choice.from_text(step.choice), embeddings=embeddings)
         sizes.append(plan.file_bytes)
         found = pick(architecture, Auto.Config(fit=str(plan.file_bytes + cache), context=100))
         assert str(found.choice) == str(Choice.from_text(step.choice))
-        assert found.embeddings == beside and found.budget is None
+        assert found.embeddings == embeddings and found.budget is None
         assert step.why in found.why and "a cache of 100 tokens" in found.why
     assert sizes == sorted(sizes, reverse=True)
-    with pytest.raises(UsageError, match="the smallest there is takes"):
+    with pytest.raises(UsageError, match="the smallest method takes"):
         pick(architecture, Auto.Config(fit=str(sizes[-1] + cache - 1), context=100))
     with pytest.raises(UsageError, match="it fits as it is"):
         pick(architecture, Auto.Config(fit="1GB"))
-    with pytest.raises(UsageError, match="how small"):
+    with pytest.raises(UsageError, match="bits or a size"):
         pick(architecture, Auto.Config())
 
 
@@ -96,10 +96,10 @@ def test_by_bits(wide: Path, bits: float, choice: str, budget: float | None) -> 
     assert str(found.choice) == choice
     assert (found.budget and found.budget.bits) == budget
     assert (found.embeddings is not None) == (bits < 3)
-    own = Choice.from_text("rtn")
+    rtn = Choice.from_text("rtn")
     assert (
-        pick(Architecture(read_layout(wide)), Auto.Config(bits=bits), embeddings=own).embeddings
-        == own
+        pick(Architecture(read_layout(wide)), Auto.Config(bits=bits), embeddings=rtn).embeddings
+        == rtn
     )
 
 
@@ -131,10 +131,10 @@ def test_the_printed_command_makes_the_same(wide: Path, tmp_path: Path) -> None:
     for path in out.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     both = ["quantize", "auto", str(wide), str(tmp_path / "b"), "--bits", "3"]
-    for wrong, said in (
-        (["--fit", "1GB"], "one of them decides"),
+    for wrong, message in (
+        (["--fit", "1GB"], "give only one of them"),
         (["--bits-budget", "3"], "leave --bits-budget out"),
         (["--dry-run", "--bits", "2.5"], "a budget of 2.5 measures"),
     ):
         done = runner.invoke(app, [*both, *wrong])
-        assert done.exit_code == 2 and said in done.stderr, done.stderr
+        assert done.exit_code == 2 and message in done.stderr, done.stderr

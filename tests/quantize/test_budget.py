@@ -1,4 +1,4 @@
-"""Widths by measured errors: the measuring, the choosing, and the command."""
+"""Bit budgets: measured errors, the choice of widths, and the command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model
 from spectool.quantize import budget as budgets
-from spectool.quantize.budget import Budget, candidates, choose, widths
+from spectool.quantize.budget import Budget, choose, list_candidates, widths
 from spectool.quantize.choice import Choice, Rule, read_rules
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.gptq import GPTQ
@@ -53,7 +53,7 @@ def test_all_widths_but_those_far_above() -> None:
 
 @pytest.mark.parametrize("bits", [3.8, 4.2, 4.9, 6.0, 9.1])
 def test_the_choice_is_about_the_best_there_is(checkpoint: Checkpoints, bits: float) -> None:
-    """Against all combinations, over a block of random errors that fall with the width."""
+    """Compare with all combinations, for random errors that fall with the width."""
     plan = make(checkpoint("llama"))
     matrices = dict(list(plan.matrices["model.layers.0"].items())[:5])
     plan = Plan(
@@ -81,17 +81,17 @@ def test_the_choice_is_about_the_best_there_is(checkpoint: Checkpoints, bits: fl
     def error(picks: Any) -> float:
         return sum(errors[n][i] for n, i in zip(matrices, picks, strict=True))
 
-    room = bits * plan.num_weights / 8
+    limit = bits * plan.num_weights / 8
     ours = [picked[name] for name in matrices]
-    assert size(ours) <= room
-    best = min(error(p) for p in itertools.product(range(4), repeat=5) if size(p) <= room)
+    assert size(ours) <= limit
+    best = min(error(p) for p in itertools.product(range(4), repeat=5) if size(p) <= limit)
     assert error(ours) <= 1.25 * best + 1e-9
 
 
 def test_measured_errors_are_those_of_one_packed_matrix(
     checkpoint: Checkpoints, compress: Compress, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slow way: the whole model with one matrix packed, its second block's output."""
+    """Compare with the second block's output in a whole model with one matrix packed."""
     seen: dict[str, Any] = {}
     real = budgets.survey
 
@@ -142,12 +142,12 @@ def test_a_budget_is_kept_and_used(
         out = compress(source, "rtn", out=str(bits), job=job, reports=reports)
         ledger = measure(read_layout(out))
         assert ledger.linears is not None and bits - 0.4 < ledger.linears <= bits
-        said = read_layout(out).modules["model.layers.0.self_attn.q_proj"]
-        assert said["options"]["bits"] == 8
+        entry = read_layout(out).modules["model.layers.0.self_attn.q_proj"]
+        assert entry["options"]["bits"] == 8
     errors = [report.blocks[-1]["output_error"] for report in reports]
     assert errors[0] > errors[1] > errors[2]
     assert not list(out.glob("survey-*"))
-    # The plan that it made, followed by hand.
+    # The rules that it wrote, given by hand.
     rules = read_rules(out / "plan.yaml")
     assert len(rules) == 1 + 14
     again = compress(source, "rtn", out="again", job={"rules": rules, **text})
@@ -181,9 +181,9 @@ def test_several_methods_and_killed_while_measuring(
     choices = tuple(map(Choice.from_text, ("jlcm:epochs=1", "gptq:bits=3,group_size=16", "int8")))
     job = {"budget": Budget(5.0, choices), "calibration": [text_file], "samples": 4, "seq_len": 32}
     want = compress(source, "rtn", out="want", job=job)
-    methods = {said["method"] for said in read_layout(want).modules.values()}
+    methods = {entry["method"] for entry in read_layout(want).modules.values()}
     assert methods < {"jlcm", "gptq", "int8"} and len(methods) > 1
-    original, times = budgets._measured, []
+    original, times = budgets._measure_block, []
 
     def stop(*given: Any) -> Any:
         times.append(1)
@@ -192,7 +192,7 @@ def test_several_methods_and_killed_while_measuring(
         return original(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budgets, "_measured", stop)
+        patch.setattr(budgets, "_measure_block", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(source, "rtn", job=job)
         assert len(times) == 2
@@ -205,12 +205,12 @@ def test_several_methods_and_killed_while_measuring(
 def test_an_impossible_budget_is_one_line(checkpoint: Checkpoints, tmp_path: Path) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
     with pytest.raises(UsageError, match=r"the smallest candidates take 3\.\d+ bits a weight"):
-        candidates(make(source), Budget(2.0, RTNS), ())
+        list_candidates(make(source), Budget(2.0, RTNS), ())
     vq = Choice.from_text("vq:codes=4000")
     with pytest.raises(UsageError, match="more codes than the"):
-        candidates(make(source), Budget(9.0, (vq,)), ())
+        list_candidates(make(source), Budget(9.0, (vq,)), ())
     command = ["quantize", "rtn", str(source), str(out)]
-    for more, said in (
+    for more, message in (
         (["--bits-budget", "2", "--group-size", "16"], "the smallest candidates take"),
         (["--candidate", "int8"], "--bits-budget chooses from, which is not given"),
         (["--bits-budget", "inf"], "must be a number of bits"),
@@ -218,7 +218,7 @@ def test_an_impossible_budget_is_one_line(checkpoint: Checkpoints, tmp_path: Pat
         (["--bits-budget", "4", "--candidate", "rtn:bits=9"], "must be at most 8"),
     ):
         done = CliRunner().invoke(app, [*command, *more])
-        assert done.exit_code == 2 and said in done.stderr, done.stderr
+        assert done.exit_code == 2 and message in done.stderr, done.stderr
         assert not list(tmp_path.iterdir())
 
 
@@ -232,5 +232,5 @@ def test_the_command_says_what_it_chose(
     done = runner.invoke(app, [*command, *more])
     assert done.exit_code == 0, done.stderr
     assert "blocks measured" in done.stderr and "of 14 linears" in done.stderr
-    said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)["command"]
-    assert "--bits-budget 4.5 --candidate rtn:bits=2,group_size=16,symmetric=False" in said
+    command = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)["command"]
+    assert "--bits-budget 4.5 --candidate rtn:bits=2,group_size=16,symmetric=False" in command

@@ -1,4 +1,4 @@
-"""Statistics against hooks and loops; windows of calibration text."""
+"""Statistics against hooks and loops; sequences drawn from calibration text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from spectool.quantize.calibration import (
     Stream,
     Streams,
     Tick,
-    windows,
+    sample_sequences,
 )
 from spectool.quantize.methods.rtn import RTN
 
@@ -40,7 +40,7 @@ IDS_BL = torch.randint(2, 300, (6, 33), generator=torch.Generator().manual_seed(
 
 
 def statistics(x_Tm: Tensor) -> dict[str, Tensor]:
-    """The four statistics, token by token, in double precision."""
+    """Compute the four statistics token by token in double precision."""
     m = x_Tm.shape[1]
     found = {
         "absmax": torch.zeros(m), "mean_abs": torch.zeros(m), "second_moment": torch.zeros(m),
@@ -77,7 +77,7 @@ def test_running_statistics_equal_those_of_all_tokens(dtype: torch.dtype) -> Non
 
 
 def inputs_of(model: nn.Module, part: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
-    """What every linear and Conv1D of `part` was given, by name, over all runs."""
+    """Collect the inputs of every linear and Conv1D of `part` by name, over all runs."""
     seen: dict[str, list[Tensor]] = {}
     handles = [
         module.register_forward_hook(
@@ -95,7 +95,7 @@ def inputs_of(model: nn.Module, part: nn.Module, run: Callable[[], Any]) -> dict
 
 
 def observe(model: PreTrainedModel, ids_BL: Tensor, *, opened: int = 0) -> tuple[str, Observer]:
-    """Statistics of the second block while the whole model runs in batches of four and two."""
+    """Collect statistics of the second block while the model runs batches of four and two."""
     _, names = find_blocks(model)
     block = model.get_submodule(names[1])
     matrices = {matrix.name: matrix for matrix in find_matrices(block, names[1])}
@@ -142,7 +142,7 @@ def test_matrices_with_one_input_share_one_object(tiny: Callable[..., PreTrained
 
 
 def routed(model: PreTrainedModel, name: str, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [T, m] that reach the experts of a block, and the experts [T, k] they go to."""
+    """Return the inputs [T, m] of a block's experts, and the experts [T, k] of each token."""
     seen: list[tuple[Tensor, Tensor]] = []
     experts = next(
         module for module in model.get_submodule(name).modules() if hasattr(module, "is_transposed")
@@ -180,7 +180,7 @@ def test_fused_experts_see_the_tokens_routed_to_them(
         assert_same(observer.stats[key], mine_Tm.detach())
 
 
-# A method that exists only here: it keeps what it was shown, and packs like rtn.
+# A method for this test only: it records its arguments and packs like rtn.
 SEEN: list[dict[str, Any]] = []
 
 
@@ -230,7 +230,7 @@ class Spy(RTN):
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The method `spy` in the table, and what it is shown."""
+    """Register a method `spy` that records its arguments."""
     row = Method(kind="quantizer", target=f"{__name__}:Spy", summary="", source="")
     monkeypatch.setitem(methods.METHODS, "spy", row)
     SEEN.clear()
@@ -311,7 +311,7 @@ def test_a_method_is_shown_both_streams_and_their_statistics(
 
 
 class replaced_input:
-    """While open, a block takes these hidden states instead of those it is given."""
+    """Replace the input of a block inside the context."""
 
     def __init__(self, block: nn.Module, hidden_SLD: Tensor) -> None:
         self.block, self.hidden_SLD = block, hidden_SLD
@@ -330,7 +330,7 @@ def calibration_ids(source: Path, text_file: str, *, samples: int, length: int) 
 
     tokenizer = load_tokenizer(source)
     ids = tokenizer(Path(text_file).read_text(), add_special_tokens=False)["input_ids"]
-    return windows(
+    return sample_sequences(
         ids,
         samples=samples,
         length=length,
@@ -368,20 +368,22 @@ def test_experts_that_saw_few_tokens_are_packed_without_statistics_and_listed(
 def test_windows_are_pieces_of_the_text_after_the_start_token() -> None:
     ids = list(range(100, 1100))
     generator = torch.Generator().manual_seed(0)
-    rows = windows(ids, samples=7, length=42, bos=3, generator=generator)
+    rows = sample_sequences(ids, samples=7, length=42, bos=3, generator=generator)
     assert rows.shape == (7, 42) and (rows[:, 0] == 3).all()
     assert (rows[:, 2:] - rows[:, 1:-1] == 1).all() and rows[:, 1:].min() >= 100
     assert len(set(rows[:, 1].tolist())) == 7
-    again = windows(ids, samples=7, length=42, bos=3, generator=torch.Generator().manual_seed(0))
+    again = sample_sequences(
+        ids, samples=7, length=42, bos=3, generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(rows, again)
 
 
 @pytest.mark.parametrize(("samples", "length"), [(6, 20), (10, 48), (20, 48), (400, 48)])
 def test_windows_are_even_over_the_text_and_never_overlap(samples: int, length: int) -> None:
-    """Of five kinds one after another each has its share of sequences, none of them in order."""
+    """Five kinds of text get sequences in proportion, in random order."""
     ids = list(range(1000))
     generator = torch.Generator().manual_seed(1)
-    rows = windows(ids, samples=samples, length=length, bos=None, generator=generator)
+    rows = sample_sequences(ids, samples=samples, length=length, bos=None, generator=generator)
     assert rows.unique().numel() == rows.numel() and rows.shape[0] == min(samples, 1000 // length)
     counts = (rows // 200).flatten().bincount(minlength=5)
     assert counts.max() - counts.min() <= 2 * length
@@ -395,18 +397,22 @@ def test_windows_without_a_start_token_reach_both_ends() -> None:
     starts = set()
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
-        row = windows(ids, samples=1, length=8, bos=None, generator=generator)
+        row = sample_sequences(ids, samples=1, length=8, bos=None, generator=generator)
         starts.add(int(row[0, 0]))
     assert starts == {0, 1, 2}
 
 
 def test_no_more_windows_than_the_text_holds() -> None:
     generator = torch.Generator()
-    assert len(windows([5] * 100, samples=128, length=30, bos=None, generator=generator)) == 3
-    assert len(windows([5] * 30, samples=128, length=30, bos=None, generator=generator)) == 1
+    assert (
+        len(sample_sequences([5] * 100, samples=128, length=30, bos=None, generator=generator)) == 3
+    )
+    assert (
+        len(sample_sequences([5] * 30, samples=128, length=30, bos=None, generator=generator)) == 1
+    )
 
 
 @pytest.mark.parametrize(("have", "bos"), [(29, None), (28, 0), (0, None)])
 def test_text_shorter_than_one_window(have: int, bos: int | None) -> None:
     with pytest.raises(TextError, match=f"has {have} tokens, fewer than one sequence of 30"):
-        windows([5] * have, samples=1, length=30, bos=bos, generator=torch.Generator())
+        sample_sequences([5] * have, samples=1, length=30, bos=bos, generator=torch.Generator())

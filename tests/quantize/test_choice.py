@@ -1,4 +1,4 @@
-"""Several methods in one artifact: plan files, embeddings and output matrices."""
+"""Several methods in one artifact: rules files, embeddings and lm_heads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.model.architecture import Architecture
 from spectool.model.packed import PackedEmbedding, PackedLinear, matrix_of
 from spectool.quantize import walk
-from spectool.quantize.choice import Choice, Rule, plan_text, read_rules, skipping
+from spectool.quantize.choice import Choice, Rule, format_rules, read_rules, skipping
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.int8 import Int8
@@ -45,7 +45,7 @@ def text_file(tmp_path: Path) -> str:
 IDS_BL = torch.tensor([[5, 9, 12, 7, 7, 3]])
 INT8 = Choice("int8", Int8.Config())
 
-PLAN = """
+RULES_FILE = """
 layers:
 - {match: "*.down_proj", method: rtn, bits: 8, group_size: 0}
 - {match: layers.1.mlp, method: dense}
@@ -54,7 +54,7 @@ layers:
 """
 
 
-def rules(tmp_path: Path, text: str = PLAN) -> list[Rule]:
+def rules(tmp_path: Path, text: str = RULES_FILE) -> list[Rule]:
     path = tmp_path / "plan.yaml"
     path.write_text(text)
     return read_rules(path)
@@ -82,9 +82,9 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_rule_wholly_behind_earlier_ones_is_refused(
     checkpoint: Checkpoints, tmp_path: Path, entries: list[str], behind: str, ahead: str
 ) -> None:
-    with pytest.raises(UsageError, match="decides nothing") as caught:
-        planned(checkpoint("llama"), tmp_path, entries)
-    first, last = str(caught.value).split("decides nothing")
+    with pytest.raises(UsageError, match="has no effect") as caught:
+        make_plan_of(checkpoint("llama"), tmp_path, entries)
+    first, last = str(caught.value).split("has no effect")
     assert behind in first and (ahead in last or re.search(ahead, last))
 
 
@@ -100,16 +100,16 @@ def test_a_rule_wholly_behind_earlier_ones_is_refused(
 def test_a_rule_that_says_the_same_or_is_skipped_is_not(
     checkpoint: Checkpoints, tmp_path: Path, entries: list[str], skip: list[str]
 ) -> None:
-    planned(checkpoint("llama"), tmp_path, entries, skip)
+    make_plan_of(checkpoint("llama"), tmp_path, entries, skip)
 
 
-def planned(source: Path, place: Path, entries: list[str], skip: Sequence[str] = ()) -> None:
+def make_plan_of(source: Path, path: Path, entries: list[str], skip: Sequence[str] = ()) -> None:
     lines = ["layers:"]
     for entry in entries:
         match, _, method = entry.partition(": ")
         lines.append(f'- {{match: "{match}", method: {method}}}')
-    ruled = [*skipping(skip), *rules(place, "\n".join(lines))]
-    make_plan(Architecture(read_layout(source)), INT8, rules=ruled, allow_dense=True)
+    all_rules = [*skipping(skip), *rules(path, "\n".join(lines))]
+    make_plan(Architecture(read_layout(source)), INT8, rules=all_rules, allow_dense=True)
 
 
 def test_the_first_rule_that_matches_decides(
@@ -125,20 +125,20 @@ def test_the_first_rule_that_matches_decides(
     source = checkpoint("llama")
     out = compress(source, "rtn", bits=4, job=job)
     modules = read_layout(out).modules
-    said = {
+    packed_by = {
         name: (entry["method"], entry["options"].get("bits")) for name, entry in modules.items()
     }
-    assert said.pop("lm_head") == ("int8", None)
+    assert packed_by.pop("lm_head") == ("int8", None)
     for layer in (0, 1):
         start = f"model.layers.{layer}"
-        assert said.pop(f"{start}.mlp.down_proj") == ("rtn", 8)
-        assert said.pop(f"{start}.self_attn.o_proj") == ("gptq", 3)
+        assert packed_by.pop(f"{start}.mlp.down_proj") == ("rtn", 8)
+        assert packed_by.pop(f"{start}.self_attn.o_proj") == ("gptq", 3)
         for part in "qkv":
-            assert said.pop(f"{start}.self_attn.{part}_proj") == ("rtn", 4)
-    # Of the second layer's MLP only what the rule before it takes is packed.
-    assert set(said) == {f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")}
+            assert packed_by.pop(f"{start}.self_attn.{part}_proj") == ("rtn", 4)
+    # In the second layer's MLP only matrices of an earlier rule are packed.
+    assert set(packed_by) == {f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")}
 
-    # What a rule packs is what its method alone packs.
+    # A rule packs a matrix to the same bytes as its method alone.
     whole = compress(source, "rtn", bits=8, group_size=0, out="whole")
     name = "model.layers.1.mlp.down_proj"
     mixed, alone = (
@@ -148,7 +148,7 @@ def test_the_first_rule_that_matches_decides(
     for field in ("codes", "scale", "zero"):
         assert torch.equal(mixed[f"{name}.q.{field}"], alone[f"{name}.q.{field}"])
 
-    # The artifact carries the plan that makes it again.
+    # The artifact contains the rules to make it again.
     assert read_rules(out / "plan.yaml")[0].choice == Choice(
         "rtn", RTN.Config(bits=8, group_size=0)
     )
@@ -162,14 +162,14 @@ def test_the_first_rule_that_matches_decides(
 
 def test_a_plan_and_its_text_are_the_same(tmp_path: Path) -> None:
     first = rules(tmp_path)
-    second = rules(tmp_path, plan_text(first))
+    second = rules(tmp_path, format_rules(first))
     assert [(r.match, r.choice) for r in first] == [(r.match, r.choice) for r in second]
     assert str(first[0].choice) == "rtn:bits=8,group_size=0" and str(INT8) == "int8"
     assert Choice.from_text("rtn:bits=8,group_size=0") == first[0].choice
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("layers: [", "is not YAML"),
         ("- a", "one list `layers`"),
@@ -182,12 +182,15 @@ def test_a_plan_and_its_text_are_the_same(tmp_path: Path) -> None:
         ("layers: [{match: q_proj, method: dense, bits: 3}]", "dense takes no options"),
         ("layers: [{match: layers.7, method: rtn}]", r"entry 1 \(layers.7\): matches no linear"),
         ("layers: [{match: lm_head, method: gptq}]", "gptq needs activations"),
-        ("layers: [{match: lm_head, method: vq, codes: 32}]", "vq is learnt, by --lm-head vq"),
+        (
+            "layers: [{match: lm_head, method: vq, codes: 32}]",
+            "vq is fitted on text, by --lm-head vq",
+        ),
         ("layers: [{match: q_proj, method: scalar, bits: .nan}]", "--bits nan: must be finite"),
     ],
 )
 def test_bad_plans_are_one_line(
-    checkpoint: Checkpoints, tmp_path: Path, text: str, said: str
+    checkpoint: Checkpoints, tmp_path: Path, text: str, message: str
 ) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(text)
@@ -196,7 +199,7 @@ def test_bad_plans_are_one_line(
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2 and not out.exists() and not out.with_name("out.partial").exists()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert re.search(said, line)
+    assert re.search(message, line)
 
 
 def test_a_plan_that_is_absent(tmp_path: Path) -> None:
@@ -206,7 +209,7 @@ def test_a_plan_that_is_absent(tmp_path: Path) -> None:
 
 def test_a_tied_head_cannot_be_packed_alone(checkpoint: Checkpoints, compress: Compress) -> None:
     rule = Rule("lm_head", INT8, "--rules")
-    with pytest.raises(UsageError, match=r"lm_head shares its matrix with model\.embed_tokens"):
+    with pytest.raises(UsageError, match=r"lm_head is tied to model\.embed_tokens"):
         compress(checkpoint("llama-tied"), job={"rules": [rule]})
 
 
@@ -244,7 +247,7 @@ def test_embedding_and_head_are_packed_and_read_back(
     ):
         theirs.weight = nn.Parameter(matrix_of(ours), requires_grad=False)
     assert torch.equal(logits(model), logits(dense))
-    # Unpacked, and exported, too.
+    # So does the dequantized model, and the exported one.
     unpacked: Any = spectool.load(out, runtime="dense")
     assert torch.equal(logits(unpacked), logits(dense))
     shared = unpacked.get_input_embeddings().weight is unpacked.get_output_embeddings().weight
@@ -253,10 +256,10 @@ def test_embedding_and_head_are_packed_and_read_back(
     exported: Any = spectool.load(out.with_name("exported"))
     wanted = unpacked.state_dict()
     for name, value in exported.state_dict().items():
-        # What was a Conv1D is unpacked as a linear.
+        # A Conv1D is dequantized as a linear.
         same = wanted[name]
         assert torch.equal(value, same) or (value.ndim == 2 and torch.equal(value, same.T)), name
-    # Products of experts round by where in its file a tensor begins.
+    # Products of experts round differently with the tensor's offset in its file.
     torch.testing.assert_close(logits(exported), logits(dense), rtol=0, atol=1e-5)
 
 
@@ -301,11 +304,11 @@ def test_a_tied_matrix_is_stored_once_and_counted_apart(
     (layer,) = reports[0].outside["layers"]
     assert layer["name"] == entry.name and 0 < layer["error"] < 1e-3
     assert not any("lm_head" in name for name in read_layout(out).tensors)
-    # A tie to what the architecture does not tie, or does not have.
+    # A tie that the architecture does not have, or to a missing matrix.
     config = json.loads((out / "config.json").read_text())
-    said = config["quantization_config"]["modules"]["model.embed_tokens"]
+    entry = config["quantization_config"]["modules"]["model.embed_tokens"]
     for wrong in ("model.layers.0.mlp.up_proj", "model.no_head"):
-        said["tied"] = wrong
+        entry["tied"] = wrong
         (out / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=f"{wrong}: the architecture"):
             spectool.load(out)
@@ -328,8 +331,8 @@ def test_layer_errors_name_what_lies_outside(
 ) -> None:
     source = checkpoint("llama")
     out = compress(source, "rtn", job={"embeddings": INT8})
-    said = evaluate(str(out), Request(texts=[text_file], window=32, reference=str(source)))
-    names = {layer["name"] for layer in said["layers"]}
+    metrics = evaluate(str(out), Request(texts=[text_file], window=32, reference=str(source)))
+    names = {layer["name"] for layer in metrics["layers"]}
     assert {"model.embed_tokens", "lm_head"} < names and len(names) == 16
 
 
@@ -384,8 +387,8 @@ def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_pat
     assert done.exit_code == 0, done.stderr
     assert "on 12, rtn (bits=8, group_size=128, symmetric=False) on 2 of 14 linears" in done.stderr
     assert "int8 on lm_head" in done.stderr and "packs them too" not in done.stderr
-    said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)
-    assert said["command"].endswith("--rules RULES --embeddings int8")
+    report = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)
+    assert report["command"].endswith("--rules RULES --embeddings int8")
     assert runner.invoke(app, ["inspect", str(out)]).stdout.count("of the blocks") == 1
     bad = runner.invoke(app, [*command[:3], str(tmp_path / "b"), "--embeddings", "ptq161"])
     assert bad.exit_code == 2 and "--embeddings: ptq161 needs activations" in bad.stderr

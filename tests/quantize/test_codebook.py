@@ -1,4 +1,4 @@
-"""Levels and clusters against searches that try everything."""
+"""Levels and clusters against exhaustive searches."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from spectool.quantize.codebook import (
-    INSIDE,
-    Chosen,
+    CELL_SHARE,
     LinearCodebook,
-    clusters,
-    levels,
-    means,
-    nearest,
-    vectors,
-    within,
+    SelectLevels,
+    clamp_to_cells,
+    cluster_rows,
+    cluster_vectors,
+    fit_levels,
+    mean_by_label,
+    nearest_codes,
 )
 
 
@@ -28,7 +28,7 @@ def error(values_N: Tensor, weights_N: Tensor, level_K: Tensor) -> float:
 
 
 def best(values_N: Tensor, weights_N: Tensor, count: int) -> float:
-    """The least error of all ways to cut the sorted values into so many runs."""
+    """Return the least error of all cuts of the sorted values into `count` runs."""
     order = values_N.argsort()
     x, w = values_N[order].double(), weights_N[order].double()
     found = float("inf")
@@ -47,7 +47,7 @@ def test_levels_are_near_the_best_of_all() -> None:
     shares = []
     for _ in range(40):
         values_N, weights_N = torch.randn(14), torch.rand(14) + 0.1
-        (level_K,) = levels(values_N[None], weights_N[None], 4)
+        (level_K,) = fit_levels(values_N[None], weights_N[None], 4)
         assert torch.equal(level_K, level_K.sort().values)
         shares.append(error(values_N, weights_N, level_K) / best(values_N, weights_N, 4))
     assert min(shares) > 1 - 1e-6 and sum(shares) / len(shares) < 1.15
@@ -55,20 +55,22 @@ def test_levels_are_near_the_best_of_all() -> None:
 
 def test_levels_stand_still_under_a_further_round() -> None:
     values_RN, weights_RN = torch.randn(3, 500).double(), torch.rand(3, 500).double()
-    level_RK = levels(values_RN, weights_RN, 8)
-    codes_RN = nearest(values_RN, level_RK.double())
+    level_RK = fit_levels(values_RN, weights_RN, 8)
+    codes_RN = nearest_codes(values_RN, level_RK.double())
     for row in range(3):
         for code in range(8):
-            own = codes_RN[row] == code
-            mean = (weights_RN[row, own] * values_RN[row, own]).sum() / weights_RN[row, own].sum()
+            members = codes_RN[row] == code
+            mean = (weights_RN[row, members] * values_RN[row, members]).sum() / weights_RN[
+                row, members
+            ].sum()
             assert float(level_RK[row, code]) == pytest.approx(float(mean), rel=1e-5)
 
 
 @pytest.mark.parametrize(("count", "wanted"), [(2, 0.363), (4, 0.118), (8, 0.0346), (16, 0.0096)])
 def test_gaussian_errors_are_those_of_the_best_quantizers(count: int, wanted: float) -> None:
-    """Max 1960, table I."""
+    """Compare with Max 1960, table I."""
     values_N = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    (level_K,) = levels(values_N[None], torch.ones(1, len(values_N)), count)
+    (level_K,) = fit_levels(values_N[None], torch.ones(1, len(values_N)), count)
     found = error(values_N, torch.ones(len(values_N)), level_K) / len(values_N)
     assert found == pytest.approx(wanted, rel=0.03)
 
@@ -76,14 +78,14 @@ def test_gaussian_errors_are_those_of_the_best_quantizers(count: int, wanted: fl
 def test_more_levels_than_values_and_rows_without_weight() -> None:
     values_RN = torch.tensor([[1.0, 2.0, 2.0], [3.0, 3.0, 3.0], [0.0, 5.0, 9.0]])
     weights_RN = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    level_RK = levels(values_RN, weights_RN, 4)
-    restored = level_RK.gather(1, nearest(values_RN, level_RK).long())
+    level_RK = fit_levels(values_RN, weights_RN, 4)
+    restored = level_RK.gather(1, nearest_codes(values_RN, level_RK).long())
     assert torch.isfinite(level_RK).all() and torch.equal(restored, values_RN)
 
 
 def test_values_without_weight_pull_nothing() -> None:
     values_RN, weights_RN = torch.tensor([[-50.0, 1.0, 2.0, 90.0]]), torch.tensor([[0, 1, 1, 0]])
-    assert levels(values_RN, weights_RN, 2).tolist() == [[1.0, 2.0]]
+    assert fit_levels(values_RN, weights_RN, 2).tolist() == [[1.0, 2.0]]
 
 
 def test_clusters_find_what_lies_apart() -> None:
@@ -91,25 +93,25 @@ def test_clusters_find_what_lies_apart() -> None:
     centres_KD = torch.tensor([[0.0, 0, 0], [9, 0, 0], [0, 9, 0], [0, 0, 9]])
     label_P = torch.arange(80) % 4
     points_PD = centres_KD[label_P] + torch.randn(80, 3, generator=generator)
-    found_P = clusters(points_PD, 4, generator)
+    found_P = cluster_rows(points_PD, 4, generator)
     assert torch.equal(found_P, label_P), "numbered as their first points stand"
     for seed in range(8):
-        again_P = clusters(points_PD, 4, torch.Generator().manual_seed(seed))
+        again_P = cluster_rows(points_PD, 4, torch.Generator().manual_seed(seed))
         assert torch.equal(again_P, found_P)
 
 
 def test_clusters_of_few_or_equal_points() -> None:
-    assert clusters(torch.zeros(5, 2), 3, torch.Generator()).tolist() == [0] * 5
-    assert clusters(torch.eye(3), 8, torch.Generator()).tolist() == [0, 1, 2]
+    assert cluster_rows(torch.zeros(5, 2), 3, torch.Generator()).tolist() == [0] * 5
+    assert cluster_rows(torch.eye(3), 8, torch.Generator()).tolist() == [0, 1, 2]
 
 
 def test_vectors_are_a_fixed_point_and_all_are_used() -> None:
     generator = torch.Generator().manual_seed(0)
     points_PD = torch.randn(300, 3, generator=generator)
     weights_P = torch.rand(300, generator=generator) + 0.1
-    label_P = vectors(points_PD, weights_P, 20, torch.Generator().manual_seed(1))
+    label_P = cluster_vectors(points_PD, weights_P, 20, torch.Generator().manual_seed(1))
     assert sorted(set(label_P.tolist())) == list(range(20))
-    centres_KD = means(points_PD, weights_P, label_P, 20)
+    centres_KD = mean_by_label(points_PD, weights_P, label_P, 20)
     for k in range(20):
         hit = label_P == k
         want = (points_PD[hit] * weights_P[hit, None]).sum(0) / weights_P[hit].sum()
@@ -117,17 +119,17 @@ def test_vectors_are_a_fixed_point_and_all_are_used() -> None:
     again_P = torch.cdist(points_PD, centres_KD).argmin(1)
     assert float((again_P != label_P).float().mean()) < 0.03
     with pytest.raises(RuntimeError):
-        vectors(points_PD[:5], weights_P[:5], 6, torch.Generator())
+        cluster_vectors(points_PD[:5], weights_P[:5], 6, torch.Generator())
 
 
 def test_a_linear_codebook_leaves_no_code_behind() -> None:
-    """On a mixture far from where all codes begin: only those that are hit would move alone."""
+    """With data far from all initial vectors, plain gradients would move only those in use."""
 
     def used(trained: str) -> float:
         generator = torch.Generator().manual_seed(0)
         middle_KD = 6 * torch.randn(32, 2, generator=generator) + 20
         book = LinearCodebook(torch.randn(256, 2, generator=generator))
-        values = {"basis": [book.basis_KD], "turn": [book.turn_DD]}[trained]
+        values = {"basis": [book.basis_KD], "turn": [book.transform_DD]}[trained]
         optimizer = torch.optim.Adam(values, lr=0.05)
         hit: set[int] = set()
         for step in range(600):
@@ -152,7 +154,7 @@ def test_the_gradient_of_chosen_levels() -> None:
     codes_RN = torch.randint(4, (3, 20), generator=generator, dtype=torch.uint8)
     values_RN.requires_grad_()
     level_RK.requires_grad_()
-    out_RN: Any = Chosen.apply(values_RN, level_RK, codes_RN)  # type: ignore[no-untyped-call]
+    out_RN: Any = SelectLevels.apply(values_RN, level_RK, codes_RN)  # type: ignore[no-untyped-call]
     out_RN.backward(slope_RN)
     assert values_RN.grad is not None and torch.equal(values_RN.grad, slope_RN)
     for r in range(3):
@@ -168,7 +170,7 @@ def test_a_gradient_of_one_code_reaches_all() -> None:
     book = LinearCodebook(start_KD)
     assert torch.allclose(book(), start_KD)
     book()[2].sum().backward()
-    assert book.turn_DD.grad is not None and bool((book.turn_DD.grad != 0).all())
+    assert book.transform_DD.grad is not None and bool((book.transform_DD.grad != 0).all())
     assert book.basis_KD.grad is not None and not book.basis_KD.grad[3].any()
 
 
@@ -176,7 +178,7 @@ def test_values_come_inside_their_cells() -> None:
     level_RK = torch.tensor([[-1.0, 0.0, 2.0]])
     values_RN = torch.tensor([[-5.0, 0.9, 5.0, -0.4, 0.1]])
     codes_RN = torch.tensor([[0, 2, 2, 0, 0]])
-    want = [-5.0, 2 - INSIDE, 5.0, -1 + 0.5 * INSIDE, -1 + 0.5 * INSIDE]
-    found_RN = within(values_RN, level_RK, codes_RN)
+    want = [-5.0, 2 - CELL_SHARE, 5.0, -1 + 0.5 * CELL_SHARE, -1 + 0.5 * CELL_SHARE]
+    found_RN = clamp_to_cells(values_RN, level_RK, codes_RN)
     assert found_RN[0].tolist() == pytest.approx(want)
-    assert torch.equal(nearest(found_RN, level_RK).long(), codes_RN)
+    assert torch.equal(nearest_codes(found_RN, level_RK).long(), codes_RN)

@@ -1,4 +1,4 @@
-"""Packed checkpoints in other tools' formats, read by these tools' own code."""
+"""Exports of packed checkpoints, read by the code of the other tools."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def text_file(tmp_path: Path) -> str:
 
 @pytest.fixture
 def phi(checkpoint: Checkpoints, tmp_path: Path) -> Callable[[bool], Path]:
-    """`phi(tied)`: a random model whose output matrix has a bias."""
+    """Return `phi(tied)`, which makes a random model whose lm_head has a bias."""
 
     def make(tied: bool) -> Path:
         torch.manual_seed(0)
@@ -102,7 +102,7 @@ def test_compressed_tensors_by_its_own_code(
     method: str,
     options: dict[str, Any],
 ) -> None:
-    """Matrix by matrix through its decompressor, and whole through transformers."""
+    """Decompress matrix by matrix, and load the whole model by transformers."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -111,31 +111,31 @@ def test_compressed_tensors_by_its_own_code(
     out = tmp_path / "served"
     lines = export(str(packed), out, "compressed-tensors")
     assert bool(lines) == (options.get("bits", 8) in (4, 8)), "what vLLM has kernels for"
-    said = json.loads((out / "config.json").read_text())["quantization_config"]
-    config = QuantizationConfig.model_validate(said)
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(quantization)
     scheme = config.config_groups["group_0"]
-    compressor = BaseCompressor.get_value_from_registry(said["format"])
+    compressor = BaseCompressor.get_value_from_registry(quantization["format"])
     stored, ours = weights(out), packed_modules(spectool.load(packed))
-    assert ours and said["ignore"] == ["lm_head"]
+    assert ours and quantization["ignore"] == ["lm_head"]
     for name, linear in ours.items():
-        own = {
+        tensors = {
             key.removeprefix(name + "."): tensor
             for key, tensor in stored.items()
             if key.startswith(name + ".weight_")
         }
-        found = compressor.decompress(own, scheme)["weight"]
-        scale = own["weight_scale"]
+        found = compressor.decompress(tensors, scheme)["weight"]
+        scale = tensors["weight_scale"]
         assert torch.equal(found, linear.dequantize().to(scale.dtype))
     read: Any = spectool.load(out)
     for name, linear in ours.items():
-        # It multiplies in the dtype of the scales.
+        # compressed-tensors dequantizes in the dtype of the scales.
         weight, wanted = read.get_submodule(name).weight, linear.dequantize()
         torch.testing.assert_close(weight, wanted.to(weight.dtype), rtol=2**-8, atol=0)
     (text,) = Runner(read).generate([[5, 6, 7]], max_new_tokens=8)
     greedy = read.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
     assert text.token_ids == greedy[0, 3:].tolist()
-    if said["config_groups"]["group_0"]["weights"]["symmetric"]:
-        # Of zero points that library's skeletons (0.20) have another shape than its own packing.
+    if quantization["config_groups"]["group_0"]["weights"]["symmetric"]:
+        # Zero points of that library's modules (0.20) have another shape than those it packs.
         theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         torch.testing.assert_close(
             logits(theirs), logits(spectool.load(packed)), rtol=2e-2, atol=2e-2
@@ -153,20 +153,20 @@ def test_several_schemes_are_groups_of_the_format(
     packed = compress(checkpoint("llama"), "rtn", bits=4, group_size=8, symmetric=True, job=job)
     out = tmp_path / "served"
     assert export(str(packed), out, "compressed-tensors") == []
-    said = json.loads((out / "config.json").read_text())["quantization_config"]
-    config = QuantizationConfig.model_validate(said)
-    compressor = BaseCompressor.get_value_from_registry(said["format"])
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(quantization)
+    compressor = BaseCompressor.get_value_from_registry(quantization["format"])
     stored, ours = weights(out), packed_modules(spectool.load(packed))
     found = {}
     for scheme in config.config_groups.values():
         for name in scheme.targets:
-            own = {
+            tensors = {
                 key.removeprefix(name + "."): tensor
                 for key, tensor in stored.items()
                 if key.startswith(name + ".weight_")
             }
-            found[name] = compressor.decompress(own, scheme)["weight"]
-            wanted = ours[name].dequantize().to(own["weight_scale"].dtype)
+            found[name] = compressor.decompress(tensors, scheme)["weight"]
+            wanted = ours[name].dequantize().to(tensors["weight_scale"].dtype)
             assert torch.equal(found[name], wanted)
     assert found.keys() == ours.keys() and len(config.config_groups) == 2
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -199,14 +199,14 @@ def test_what_it_cannot_hold(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def learnt(text_file: str, epochs: int) -> dict[str, Any]:
-    """A job that learns the output matrix."""
-    head = Choice.from_text(f"vq:codes=32,epochs={epochs}")
-    return {"lm_head": head, "calibration": [text_file], "samples": 4, "seq_len": 32}
+def fit_job(text_file: str, epochs: int) -> dict[str, Any]:
+    """Make the options of a job that fits the lm_head."""
+    lm_head = Choice.from_text(f"vq:codes=32,epochs={epochs}")
+    return {"lm_head": lm_head, "calibration": [text_file], "samples": 4, "seq_len": 32}
 
 
 @pytest.mark.parametrize(("tied", "embeddings"), [(False, None), (True, None), (True, "int8")])
-def test_a_learnt_output_matrix_where_the_architecture_has_a_bias(
+def test_a_fitted_lm_head_where_the_architecture_has_a_bias(
     phi: Callable[[bool], Path],
     compress: Compress,
     text_file: str,
@@ -214,13 +214,13 @@ def test_a_learnt_output_matrix_where_the_architecture_has_a_bias(
     tied: bool,
     embeddings: str | None,
 ) -> None:
-    job = learnt(text_file, epochs=1)
+    job = fit_job(text_file, epochs=1)
     if embeddings is not None:
         job["embeddings"] = Choice.from_text(embeddings)
     packed = compress(phi(tied), "rtn", bits=8, group_size=16, job=job)
     export(str(packed), tmp_path / "dense", "dense")
-    said = json.loads((tmp_path / "dense/config.json").read_text())
-    assert said["tie_word_embeddings"] is False
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     assert dense.lm_head.bias.any()
     torch.testing.assert_close(logits(dense), logits(spectool.load(packed)))
@@ -228,13 +228,13 @@ def test_a_learnt_output_matrix_where_the_architecture_has_a_bias(
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_a_learnt_bias_that_is_zero_is_left_out(
+def test_a_fitted_bias_that_is_zero_is_left_out(
     checkpoint: Checkpoints, compress: Compress, text_file: str, tmp_path: Path, epochs: int
 ) -> None:
-    job = learnt(text_file, epochs)
+    job = fit_job(text_file, epochs)
     packed = compress(checkpoint("llama-tied"), "rtn", bits=8, group_size=16, job=job)
     if epochs:
-        with pytest.raises(UnsupportedError, match=r"learnt with a bias, and .* llama has none"):
+        with pytest.raises(UnsupportedError, match=r"fitted with a bias, and .* llama has none"):
             export(str(packed), tmp_path / "dense", "dense")
         return
     export(str(packed), tmp_path / "dense", "dense")

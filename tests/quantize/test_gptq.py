@@ -1,4 +1,4 @@
-"""GPTQ against the same steps taken one matrix inverse at a time."""
+"""GPTQ against the authors' steps with a matrix inverse per column."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from spectool.model.architecture import Architecture
 from spectool.quantize.calibration import LinearStats
 from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure
-from spectool.quantize.methods.gptq import GPTQ, compensate, feedback
+from spectool.quantize.methods.gptq import GPTQ, compensate, factor_hessian
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import make_plan
 
 
 def inputs(tokens: int, m: int, *, seed: int = 0) -> Tensor:
-    """Correlated, and of very different sizes."""
+    """Draw correlated inputs of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(tokens, m, generator=generator) @ torch.randn(m, m, generator=generator)
     return mixed * torch.rand(m, generator=generator).square() * 3
@@ -46,8 +46,10 @@ def packed(weight_nm: Tensor, x_Tm: Tensor, **options: Any) -> Tensor:
 def reference(
     weight_nm: Tensor, x_Tm: Tensor, *, bits: int, group_size: int, act_order: bool, damping: float
 ) -> Tensor:
-    """After each input that is rounded, the least squares answer of all that are left: the optimal
-    brain surgeon's update, w_k -= e (H_RR^-1)_jk / (H_RR^-1)_jj, over the rest R."""
+    """Round column by column, each time with the least squares update of the remaining columns R.
+
+    The update is the optimal brain surgeon's: w_k -= e (H_RR^-1)_jk / (H_RR^-1)_jj.
+    """
     weight = weight_nm.double().clone()
     m = weight.shape[1]
     hessian = (x_Tm.double().T @ x_Tm.double()) / len(x_Tm)
@@ -76,9 +78,9 @@ def reference(
         code = ((weight[:, j] / scale).round() + zero).clamp(0, top)
         restored[:, j] = scale * (code - zero)
         inverse = hessian[left][:, left].inverse()
-        place = left.index(j)
-        error = (weight[:, j] - restored[:, j]) / inverse[place, place]
-        weight[:, left] -= error[:, None] * inverse[place]
+        position = left.index(j)
+        error = (weight[:, j] - restored[:, j]) / inverse[position, position]
+        weight[:, left] -= error[:, None] * inverse[position]
         left.remove(j)
     return restored
 
@@ -102,7 +104,7 @@ def test_several_tries_at_once_and_what_they_err() -> None:
     x_Tm[:, ::9] = 0
     hessian_mm = stats_of(x_Tm).hessian
     assert hessian_mm is not None
-    given = feedback(hessian_mm, 0.01)
+    given = factor_hessian(hessian_mm, 0.01)
 
     def rounded(weight_Tnm: Tensor, step_T1: Tensor) -> tuple[Tensor, Tensor]:
         made_mTn = torch.empty(150, *weight_Tnm.shape[:-1])
@@ -137,7 +139,7 @@ def test_contract(check_contract: Callable[..., None], options: dict[str, Any]) 
 def test_outputs_err_less_than_those_of_rounding(
     act_order: bool, bits: int, group_size: int
 ) -> None:
-    """Not of 2 bits in the inputs' own order: there the last groups carry too much."""
+    """2 bits without act_order are left out: there the last groups carry too much error."""
     weight_nm, x_Tm = torch.randn(64, 128), inputs(1500, 128)
     x_Tm, other = x_Tm[:1000], x_Tm[1000:]
     grid = {"bits": bits, "group_size": group_size}
@@ -170,7 +172,7 @@ def test_inputs_that_were_never_seen_are_rounded_alone() -> None:
     x_Tm[:, 7] = 0
     found = packed(weight_nm, x_Tm, bits=8)
     assert float((found - weight_nm)[:, 7].abs().max()) < 0.05
-    # Nor do they take the others' compensation away, however small the activations are.
+    # They do not reduce the compensation of the others, however small the activations are.
     few, size = (
         float(((packed(weight_nm, x, bits=3) - weight_nm) @ x_Tm.T).square().sum())
         for x in (x_Tm, 1e-3 * x_Tm)
@@ -199,10 +201,10 @@ def test_a_checkpoint_has_the_planned_bits(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
     source = checkpoint(family)
-    said = make_plan(
+    plan = make_plan(
         Architecture(read_layout(source)), Choice("gptq", GPTQ.Config(bits=3)), allow_dense=True
     )
     job = {"samples": 6, "seq_len": 32, "allow_dense": True}
     layout = read_layout(compress(source, "gptq", job=job, bits=3))
-    assert measure(layout).linears == said.bits_linears
-    assert layout.num_bytes == said.file_bytes
+    assert measure(layout).linears == plan.bits_linears
+    assert layout.num_bytes == plan.file_bytes

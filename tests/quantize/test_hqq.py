@@ -1,4 +1,4 @@
-"""HQQ against loops of its equations, and what its zero points are worth."""
+"""HQQ against loops of its equations, and against round to nearest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spectool.quantize.methods.hqq import HQQ
 
 
 def reference(weight_nm: Tensor, bits: int, group_size: int) -> Tensor:
-    """A group at a time, in double precision."""
+    """Optimise zero points group by group in double precision."""
     n, m = weight_nm.shape
     top, columns = 2**bits - 1, group_size or m
     restored = np.zeros((n, m))
@@ -46,7 +46,7 @@ def test_equals_the_equations(pack: Callable[..., Any], bits: int, group_size: i
     weight_nm = torch.randn((12, 123), generator=torch.Generator().manual_seed(1)) * 0.03
     packed = pack("hqq", weight_nm, bits=bits, group_size=group_size)
     wanted = reference(weight_nm, bits, group_size)
-    # Rounds whose norms are level may be told apart by the last bit only.
+    # Rounds of equal norm may differ in the last bit only.
     apart_nm = (packed.module.dequantize() - wanted).abs() > 1e-6
     assert float(apart_nm.double().mean()) < 0.1
     found = (packed.module.dequantize() - weight_nm).abs().pow(0.7).sum()
@@ -60,7 +60,7 @@ def test_contract(check_contract: Callable[..., None], options: dict[str, Any]) 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_less_error_than_rounding_on_heavy_tails(pack: Callable[..., Any], bits: int) -> None:
-    """At equal bits but for half a byte a group; by the norm, and at 2 bits by squares too."""
+    """HQQ wins by its norm, and at 2 bits by squares too, with half a byte more per group."""
     weight_nm = torch.distributions.StudentT(4.0).sample((64, 512))
     hqq, rtn = (pack(name, weight_nm, bits=bits, group_size=64) for name in ("hqq", "rtn"))
     norms = [float((p.module.dequantize() - weight_nm).abs().pow(0.7).sum()) for p in (hqq, rtn)]
@@ -80,7 +80,7 @@ def test_equal_weights_and_zeros_are_kept(pack: Callable[..., Any]) -> None:
 def test_groups_far_from_zero_stay_there(
     pack: Callable[..., Any], bits: int, spread: float
 ) -> None:
-    """Their zero points would be beyond float16 with steps as small as their spread."""
+    """With steps as small as their spread, their zero points would exceed float16."""
     weight_nm = 0.02 + spread * torch.rand(3, 66, generator=torch.Generator().manual_seed(0))
     found_nm = pack("hqq", weight_nm, bits=bits).module.dequantize()
     torch.testing.assert_close(found_nm, weight_nm, rtol=2e-3, atol=spread)

@@ -1,4 +1,4 @@
-"""JLCM: its start, its two gradient rules by hand, and what the fit gains."""
+"""JLCM: initial codes, the gradients of both forms by hand, and the gain of the fit."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from spectool.model.matrices import find_matrices
 from spectool.quantize.calibration import Block, LinearStats, Streams
 from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure
-from spectool.quantize.methods.jlcm import JLCM, JLCMLinear, Latent, Preferences
+from spectool.quantize.methods.jlcm import JLCM, JLCMLinear, LatentCodes, PreferenceCodes
 from spectool.quantize.plan import make_plan
 from spectool.quantize.run import Report
 
 SMALL_JOB = {"samples": 6, "seq_len": 32}
 
 
-def start(weight_nm: Tensor, moment_m: Tensor | None = None, **options: Any) -> JLCMLinear:
+def start(weight_nm: Tensor, diagonal_m: Tensor | None = None, **options: Any) -> JLCMLinear:
     config = JLCM.Config(**options)
     stats = None
-    if moment_m is not None:
-        # Of inputs that have nothing to do with each other.
-        stats = LinearStats(("hessian",), 100, hessian=torch.diag(moment_m))
+    if diagonal_m is not None:
+        # Uncorrelated inputs.
+        stats = LinearStats(("hessian",), 100, hessian=torch.diag(diagonal_m))
     fields = JLCM.pack(weight_nm, stats, config, torch.Generator().manual_seed(0))
     shape = (weight_nm.shape[0], weight_nm.shape[1])
     linear = JLCM.build(JLCM.layout(shape, config), shape, config)
@@ -40,7 +40,7 @@ def start(weight_nm: Tensor, moment_m: Tensor | None = None, **options: Any) -> 
 
 
 def two_kinds(n: int, m: int) -> Tensor:
-    """Every other row is bimodal, of another size."""
+    """Draw a matrix whose odd rows are bimodal and of another size."""
     torch.manual_seed(0)
     weight_nm = torch.randn(n, m)
     weight_nm[1::2] = 3 * (weight_nm[1::2].sign() + 0.1 * weight_nm[1::2])
@@ -54,8 +54,8 @@ def test_contract(check_contract: Callable[..., None], bits: int, groups: int) -
 
 
 def test_the_start_is_nearest_in_its_groups_levels() -> None:
-    weight_nm, moment_m = two_kinds(12, 60), torch.rand(60) + 0.1
-    linear = start(weight_nm, moment_m, bits=2, groups=2)
+    weight_nm, diagonal_m = two_kinds(12, 60), torch.rand(60) + 0.1
+    linear = start(weight_nm, diagonal_m, bits=2, groups=2)
     assert linear.q.group.tolist() == [0, 1] * 6
     for row, weight_m in enumerate(weight_nm):
         scale = float(linear.q.scale[row])
@@ -68,12 +68,12 @@ def test_the_start_is_nearest_in_its_groups_levels() -> None:
     for group in range(2):
         rows = slice(group, None, 2)
         codes, scale_n1 = linear.codes()[rows], linear.q.scale[rows, None].float()
-        cost_nm = scale_n1.square() * moment_m
+        cost_nm = scale_n1.square() * diagonal_m
         for code in range(4):
-            own = codes == code
-            mean = (cost_nm * weight_nm[rows] / scale_n1)[own].sum() / cost_nm.expand_as(own)[
-                own
-            ].sum()
+            members = codes == code
+            mean = (cost_nm * weight_nm[rows] / scale_n1)[members].sum() / cost_nm.expand_as(
+                members
+            )[members].sum()
             level = float(linear.q.codebook[group, code])
             assert level == pytest.approx(float(mean), abs=5e-3)
 
@@ -88,18 +88,18 @@ def test_more_groups_are_no_worse() -> None:
 
 
 def test_codes_take_the_inputs_into_account() -> None:
-    """An input of great weight gets the levels that its weights need."""
+    """Levels fit the weights of an input with a large Hessian entry."""
     weight_nm = torch.randn(40, 50)
     weight_nm[:, 3] = 2.75
-    moment_m = torch.ones(50)
-    moment_m[3] = 1000
-    plain, aware = start(weight_nm, groups=1), start(weight_nm, moment_m, groups=1)
+    diagonal_m = torch.ones(50)
+    diagonal_m[3] = 1000
+    plain, aware = start(weight_nm, groups=1), start(weight_nm, diagonal_m, groups=1)
     apart = [float((x.dequantize()[:, 3] - 2.75).abs().mean()) for x in (plain, aware)]
     assert apart[1] < 0.2 * apart[0]
 
 
 def by_hand() -> tuple[JLCMLinear, Tensor]:
-    """Two weights, three used levels of four: -1, 0, 3 (and 9), a scale of 2."""
+    """Make two weights with scale 2 that use three of four levels: -1, 0, 3 (and 9)."""
     linear = start(torch.tensor([[0.2, 5.0]]), groups=1)
     linear.q.codebook.copy_(torch.tensor([[-1.0, 0.0, 3.0, 9.0]]))
     linear.q.scale.fill_(2)
@@ -109,7 +109,7 @@ def by_hand() -> tuple[JLCMLinear, Tensor]:
 
 def test_gradients_of_the_latent_form() -> None:
     linear, weight_nm = by_hand()
-    part = Latent(linear, weight_nm, torch.float32)
+    part = LatentCodes(linear, weight_nm, torch.float32)
     assert torch.equal(part.choice.detach(), weight_nm / 2)
     x = torch.tensor([[1.0, -10.0]])
     part(x).sum().backward()
@@ -123,7 +123,7 @@ def test_gradients_of_the_latent_form() -> None:
 
 def test_gradients_of_the_proximal_rule() -> None:
     linear, weight_nm = by_hand()
-    part = Preferences(linear, weight_nm, torch.float32)
+    part = PreferenceCodes(linear, weight_nm, torch.float32)
     assert part.choice.detach().argmax(-1).tolist() == [[1, 2]]
     x = torch.tensor([[1.0, -10.0]])
     part(x).sum().backward()
@@ -137,7 +137,7 @@ def test_gradients_of_the_proximal_rule() -> None:
     torch.testing.assert_close(part.choice.grad, wanted / wanted.abs().mean())
 
 
-@pytest.mark.parametrize("form", [Latent, Preferences])
+@pytest.mark.parametrize("form", [LatentCodes, PreferenceCodes])
 def test_the_part_computes_what_it_stores(form: Any) -> None:
     weight_nm = two_kinds(10, 30)
     linear = start(weight_nm, bits=3, groups=2)
@@ -172,7 +172,7 @@ def fit(**options: Any) -> Any:
     weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in matrices}
     original = Activations((6, 40, 40), torch.float32)
     packed = original.another()
-    # Correlated inputs, or there is nothing to make up for.
+    # Correlated inputs, or there is nothing to compensate.
     original.hidden_SLD.copy_(torch.randn(6, 40, 40) @ torch.randn(40, 40) / 3)
     packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 40, 40))
     block = Block("b", matrices, weights, module, dict.fromkeys((1, 2, 4), Call((), {})))
@@ -205,8 +205,8 @@ def test_rows_of_any_size() -> None:
     weight_nm = torch.randn(8, 40)
     weight_nm[2] *= 1e-9
     weight_nm[3] *= 1e4
-    for moment_m in (None, torch.rand(40)):
-        found_nm = start(weight_nm, moment_m).dequantize()
+    for diagonal_m in (None, torch.rand(40)):
+        found_nm = start(weight_nm, diagonal_m).dequantize()
         assert torch.isfinite(found_nm).all()
         assert float((found_nm - weight_nm)[3].norm() / weight_nm[3].norm()) < 0.6
 
@@ -234,14 +234,14 @@ def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
     source = checkpoint(family)
-    said = make_plan(
+    plan = make_plan(
         Architecture(read_layout(source)), Choice("jlcm", JLCM.Config()), allow_dense=True
     )
     reports: list[Report] = []
     job = {**SMALL_JOB, "allow_dense": True}
     layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=10))
-    assert measure(layout).linears == said.bits_linears
-    assert layout.num_bytes == said.file_bytes
+    assert measure(layout).linears == plan.bits_linears
+    assert layout.num_bytes == plan.file_bytes
     fits = [block["fits"][0] for block in reports[0].blocks]
     assert all(fit["loss_after"] <= fit["loss_start"] for fit in fits)
     assert any(fit["loss_after"] < fit["loss_start"] for fit in fits)

@@ -28,7 +28,7 @@ SHAPES = [(42, 123), (43, 64), (5, 431), (1, 1), (3, 64)]
 
 
 def reference(weight_nm: Tensor, block_size: int) -> Tensor:
-    """W' with exact scales: each block over its largest magnitude, to the nearest level."""
+    """Compute W' with exact scales: each block over its largest magnitude, to the nearest level."""
     flat = weight_nm.float().reshape(-1)
     restored = []
     for start in range(0, len(flat), block_size):
@@ -79,8 +79,8 @@ def test_gaussian_yardstick_and_block_sizes(pack: Callable[..., Any]) -> None:
     errors = [
         pack("nf4", weight_nm, block_size=b, double_quant=False).error for b in (64, 256, 1024)
     ]
-    # The best 16 levels for a normal law leave 0.0096; blocks of 64 with one shared extreme less
-    # than uniform 4-bit groups of 128 (0.010).
+    # The best 16 levels for a normal distribution leave 0.0096; blocks of 64 with one shared
+    # extreme less than uniform 4-bit groups of 128 (0.010).
     assert 0.008 < errors[0] < 0.0096
     assert all(after > before for before, after in itertools.pairwise(errors))
 

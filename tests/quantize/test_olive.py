@@ -1,4 +1,4 @@
-"""OliVe against a search a pair at a time, and every byte that can be."""
+"""OliVe against a search pair by pair, and over every possible byte."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_numbers_are_those_of_the_paper(name: str) -> None:
     kind = KINDS[name]
     assert values(kind.normal) == NORMAL[name]
     assert values(kind.outlier) == sorted([*OUTLIER[name], *(-x for x in OUTLIER[name])])
-    assert kind.normal[kind.zero] is None and kind.outlier[kind.zero] is None
+    assert kind.normal[kind.victim] is None and kind.outlier[kind.victim] is None
     assert kind.outlier[0] is None, "a zero magnitude could not tell its sign"
     assert max(kind.normal, key=lambda x: x or 0) < min(OUTLIER[name])  # type: ignore[operator]
 
 
 def row_reference(row: Tensor, name: str) -> tuple[float, list[float]]:
-    """The least error of all factors, and the weights with it, a pair at a time."""
+    """Search all factors pair by pair; return the least error and its weights."""
     w = row.double().numpy()
     if len(w) % 2:
         w = np.append(w, 0.0)
@@ -81,7 +81,7 @@ def row_reference(row: Tensor, name: str) -> tuple[float, list[float]]:
 
 
 def heavy(n: int, m: int, seed: int = 1) -> Tensor:
-    """A tenth of the weights three times, one in a hundred fifteen times as large."""
+    """Draw weights of which a tenth are 3 times, and one in a hundred 15 times as large."""
     generator = torch.Generator().manual_seed(seed)
     weight_nm = torch.randn(n, m, generator=generator)
     chance_nm = torch.rand(n, m, generator=generator)
@@ -130,8 +130,8 @@ def test_codes_of_what_codes_say_are_the_same(kind: Type) -> None:
     again_nm = decode(codes_nm, kind) * scale_n[:, None]
     assert torch.equal(encode(again_nm, scale_n, kind), codes_nm)
     torch.testing.assert_close((again_nm - weight_nm).square().sum(1), error_n)
-    # A pair has one zero code at most, and that beside an outlier.
-    assert int((codes_nm.view(20, 32, 2) == kind.zero).sum(-1).max()) == 1
+    # A pair has at most one victim, next to an outlier.
+    assert int((codes_nm.view(20, 32, 2) == kind.victim).sum(-1).max()) == 1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -146,7 +146,7 @@ def test_bits_of_a_7b_matrix() -> None:
 
 
 def test_isolated_outliers_cost_less_than_clipping(pack: Callable[..., Any]) -> None:
-    """Against the best clipped grid of 4 bits a row, which has no room for them."""
+    """Compare with the best clipped 4-bit grid per row, which has no values for outliers."""
     weight_nm = torch.randn(64, 512, generator=torch.Generator().manual_seed(3))
     weight_nm[:, ::128] *= 20
     clipped_n = torch.full((64,), torch.inf)
@@ -159,13 +159,13 @@ def test_isolated_outliers_cost_less_than_clipping(pack: Callable[..., Any]) -> 
 
 
 def test_on_gaussians_it_is_about_as_good_as_a_grid(pack: Callable[..., Any]) -> None:
-    """A clipped grid of 15 steps leaves 0.0130 of the variance."""
+    """Compare with a clipped grid of 15 steps, which leaves 0.0130 of the variance."""
     weight_nm = torch.randn(64, 4096, generator=torch.Generator().manual_seed(4))
     assert 0.012 < pack("olive", weight_nm).error < 0.0132
 
 
 def test_outliers_everywhere_halve_the_matrix(pack: Callable[..., Any]) -> None:
-    """Pairs of outliers alone, beside many small weights: half of them have no place."""
+    """Where outliers come in pairs, half of them become victims."""
     weight_nm = 0.01 * torch.randn(4, 2048, generator=torch.Generator().manual_seed(5))
     weight_nm[:, :8] = torch.tensor([1.0, 0.9]).repeat(4)
     dense_nm = pack("olive", weight_nm).module.dequantize()

@@ -1,4 +1,4 @@
-"""OliVe's rounded inputs against rounding a pair at a time."""
+"""OliVe's rounded inputs against rounding pair by pair."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GENERATOR = torch.Generator()
 
 
 def outliers(tokens: int, m: int, *, seed: int = 0) -> Tensor:
-    """Inputs two columns of which are large, as those of language models."""
+    """Draw inputs with two large columns, as language models have them."""
     noise = torch.Generator().manual_seed(seed)
     x_Tm = torch.randn(tokens, m, generator=noise)
     x_Tm[:, m // 3] *= 20
@@ -46,7 +46,7 @@ def made(x_Tm: Tensor, bits: int = 4, *, seed: int = 1) -> tuple[Any, dict[str, 
 
 
 def round_slowly(row: list[float], scale: float, bits: int, index: int) -> list[float]:
-    """A row's inputs a pair at a time, in doubles."""
+    """Round the inputs of a row pair by pair in double precision."""
     kind = TYPES[bits][index]
     normal = [v for v in kind.normal if v is not None]
     everything = sorted([*normal, *(v for v in kind.outlier if v is not None)])
@@ -91,7 +91,7 @@ def test_scale_type_and_rounding_are_the_slow_ones(bits: int, m: int) -> None:
 
 
 def test_rounded_inputs_cost_less_with_outliers_kept() -> None:
-    """Beside a grid over the largest input, which the few large columns would widen."""
+    """Compare with a grid up to the largest input, which the few large columns widen."""
     x_Tm = outliers(256, 64)
     linear, _ = made(x_Tm)
     weight_nm = linear.dequantize()
@@ -158,7 +158,7 @@ def test_what_would_not_round_inputs_is_refused(
     job = {"calibration": [str(text)], "samples": 2, "seq_len": 32}
     with pytest.raises(UnsupportedError, match="an expert of a fused tensor"):
         compress(checkpoint("mixtral"), "olive-activations", job=job)
-    with pytest.raises(UsageError, match="--preprocess learns matrices"):
+    with pytest.raises(UsageError, match="--preprocess trains weights"):
         reshaped = {**job, "preprocess": Preprocess(text=[str(text)], steps=1)}
         compress(checkpoint("llama"), "olive-activations", job=reshaped)
     out = compress(checkpoint("llama"), "olive-activations", job=job)

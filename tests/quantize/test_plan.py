@@ -1,4 +1,4 @@
-"""What a plan says beforehand against what a run then makes; what it refuses."""
+"""Plans against the artifacts that runs make, and refusals."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_planned_bits_are_the_written_ones(
     if method == "nf4":
         pytest.importorskip("bitsandbytes")
     source = checkpoint(family, dtype=torch.bfloat16)
-    said = plan(source, method, options=options, allow_dense=True)
+    planned = plan(source, method, options=options, allow_dense=True)
     layout = read_layout(compress(source, method, job={"allow_dense": True}, **options))
     ledger = measure(layout)
-    assert ledger.linears == said.bits_linears
-    assert ledger.packed_weights == said.num_weights
-    assert ledger.num_parameters == said.num_parameters
-    assert layout.num_bytes == said.file_bytes
-    assert len(ledger.entries) == sum(map(len, said.matrices.values()))
+    assert ledger.linears == planned.bits_linears
+    assert ledger.packed_weights == planned.num_weights
+    assert ledger.num_parameters == planned.num_parameters
+    assert layout.num_bytes == planned.file_bytes
+    assert len(ledger.entries) == sum(map(len, planned.matrices.values()))
 
 
 def test_stray_integer_tensors_do_not_confuse_the_sizes(
@@ -72,11 +72,11 @@ def test_stray_integer_tensors_do_not_confuse_the_sizes(
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.self_attn.masked_bias"] = torch.zeros(1000, dtype=torch.int64)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    said = plan(source)
+    planned = plan(source)
     written = read_layout(compress(source))
     assert "model.layers.0.self_attn.masked_bias" not in written.tensors
-    assert said.file_bytes == written.num_bytes
-    assert said.num_parameters == measure(written).num_parameters
+    assert planned.file_bytes == written.num_bytes
+    assert planned.num_parameters == measure(written).num_parameters
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_stray_integer_tensors_do_not_confuse_the_sizes(
     ],
 )
 def test_skip_patterns(checkpoint: Checkpoints, pattern: str, hit: int) -> None:
-    said = plan(checkpoint("llama"), skip=[pattern], allow_dense=True)
-    assert len(said.skipped) == hit and 14 - hit == sum(map(len, said.matrices.values()))
-    assert set(said.skipped.values()) == {f"--skip {pattern}"}
+    planned = plan(checkpoint("llama"), skip=[pattern], allow_dense=True)
+    assert len(planned.skipped) == hit and 14 - hit == sum(map(len, planned.matrices.values()))
+    assert set(planned.skipped.values()) == {f"--skip {pattern}"}
 
 
 def test_skipped_matrices_are_copied_bit_for_bit(
@@ -112,8 +112,8 @@ def test_skipped_matrices_are_copied_bit_for_bit(
 
 def test_parts_of_names_are_matched_whole(checkpoint: Checkpoints) -> None:
     source = checkpoint("llama", num_hidden_layers=11)
-    said = plan(source, skip=["layers.1"], allow_dense=True)
-    assert {name.split(".")[2] for name in said.skipped} == {"1"}
+    planned = plan(source, skip=["layers.1"], allow_dense=True)
+    assert {name.split(".")[2] for name in planned.skipped} == {"1"}
 
 
 @pytest.mark.parametrize("pattern", ["k_projection", "layers.7", "*.nothing"])
@@ -125,8 +125,8 @@ def test_pattern_that_matches_nothing(checkpoint: Checkpoints, pattern: str) -> 
 
 def test_a_tenth_may_stay_dense_and_no_more(checkpoint: Checkpoints) -> None:
     source = checkpoint("llama", num_hidden_layers=11)
-    said = plan(source, skip=["layers.3"])
-    assert len(said.skipped) == 7
+    planned = plan(source, skip=["layers.3"])
+    assert len(planned.skipped) == 7
     with pytest.raises(UnsupportedError, match=r"18% of the blocks' weights would stay dense") as e:
         plan(source, skip=["layers.3", "layers.4"])
     assert e.value.hint is not None and "--allow-dense" in e.value.hint
@@ -139,14 +139,14 @@ def test_nothing_left_to_pack(checkpoint: Checkpoints) -> None:
 
 
 def test_experts_of_one_tensor_stay_together(checkpoint: Checkpoints) -> None:
-    said = plan(checkpoint("mixtral"), skip=["*.gate_up_proj.2"], allow_dense=True)
-    left = [name for name, why in said.skipped.items() if why.startswith("--skip")]
+    planned = plan(checkpoint("mixtral"), skip=["*.gate_up_proj.2"], allow_dense=True)
+    left = [name for name, why in planned.skipped.items() if why.startswith("--skip")]
     assert len(left) == 8 and {name.rpartition(".")[2] for name in left} == {"0", "1", "2", "3"}
 
 
 def test_routers_are_named_as_dense(checkpoint: Checkpoints) -> None:
-    said = plan(checkpoint("mixtral"), allow_dense=True)
-    assert list(said.skipped.values()) == ["chooses or weighs experts"] * 2
+    planned = plan(checkpoint("mixtral"), allow_dense=True)
+    assert list(planned.skipped.values()) == ["chooses or weighs experts"] * 2
 
 
 def test_buffers_follow_the_tokens(checkpoint: Checkpoints) -> None:
@@ -162,15 +162,16 @@ import json, re, sys
 from pathlib import Path
 from spectool.quantize.run import Job, quantize
 from spectool.methods import resolve
-said = []
+plans = []
 method, options = sys.argv[3], json.loads(sys.argv[4])
 config = resolve(method, "quantizer").Config(**options)
 calibration = sys.argv[5:] or None
 job = Job(method=method, config=config, calibration=calibration, samples=8, seq_len=256)
-quantize(sys.argv[1], Path(sys.argv[2]), job, announce=lambda plan, skeleton: said.append(plan))
-# Not ru_maxrss: a child starts with its parent's.
+announce = lambda plan, architecture: plans.append(plan)
+quantize(sys.argv[1], Path(sys.argv[2]), job, announce=announce)
+# Not ru_maxrss, which a child inherits from its parent.
 peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-print(json.dumps([peak, said[0].host_bytes]))
+print(json.dumps([peak, plans[0].host_bytes]))
 """
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing: what is reshaped, what stays, and that a killed run ends with the same bytes."""
+"""Preprocessing: which weights change, and that a killed run ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.errors import TextError, UnsupportedError, UsageError
-from spectool.quantize import preprocess as room
-from spectool.quantize import run
+from spectool.quantize import preprocess, run
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.preprocess import Preprocess
@@ -32,7 +31,7 @@ Checkpoints = Callable[..., Path]
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:
-    """Regular enough to be learnt in some steps."""
+    """Write a text that is regular enough to be learnt in a few steps."""
     path = tmp_path / "text.txt"
     path.write_text("def run(path: Path) -> None:\n    return path\n" * 400)
     return str(path)
@@ -68,8 +67,8 @@ def test_the_reshaped_model_is_packed_as_the_original(
     layout, scratch = read_layout(tmp_path / "out"), tmp_path / "out.preprocess"
     assert layout.quantization is not None
     assert layout.quantization["source"]["fingerprint"] == open_checkpoint(source).fingerprint()
-    said = layout.quantization["made_by"]["preprocess"]
-    assert said["text"].startswith("sha256:") and said["steps"] == 20
+    record = layout.quantization["made_by"]["preprocess"]
+    assert record["text"].startswith("sha256:") and record["steps"] == 20
     assert str(tmp_path) not in json.dumps(layout.config)
     assert measure(layout).linears == measure(read_layout(scratch / "first")).linears
     before, after = (load_file(p / "model.safetensors") for p in (source, scratch / "merged"))
@@ -98,12 +97,12 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
         if len(lines) in (3, 8):
             raise Killed
 
-    original = room.Training
+    original = preprocess.Training
 
     def storing(**given: Any) -> Any:
         return original(**given, save_seconds=-1, save_share=float("inf"))
 
-    monkeypatch.setattr(room, "Training", storing)
+    monkeypatch.setattr(preprocess, "Training", storing)
     for _ in range(2):
         with pytest.raises(Killed):
             quantize(source, out, job(text), say=say)
@@ -115,24 +114,24 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_what_is_measured_on_is_not_learnt_from(
+def test_held_out_text_is_not_trained_on(
     checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lines that are all different: no taught sequence shares a number with a held-out one."""
+    """All lines differ: no training sequence shares a number with a held-out one."""
     path, seen = tmp_path / "text.txt", []
     path.write_text("\n".join(f"def run{n}(): return {n}" for n in range(1000, 3000)))
-    original = room.train
+    original = preprocess.train
 
     def spy(packed: Path, asked: Preprocess, windows: Any, *more: Any, **given: Any) -> Any:
         seen.append(windows)
         return original(packed, asked, windows, *more, **given)
 
-    monkeypatch.setattr(room, "train", spy)
+    monkeypatch.setattr(preprocess, "train", spy)
     quantize(checkpoint("llama"), tmp_path / "out", job(str(path), steps=60))
     (windows,) = seen
     texts = [tokenizer().batch_decode(ids) for ids in (windows.train_SL, windows.held_out_SL)]
-    taught, held_out = ({int(n) for n in re.findall(r"run(\d{4})\(", " ".join(t))} for t in texts)
-    assert len(taught) > 50 and len(held_out) > 10 and max(taught) < min(held_out)
+    train, held_out = ({int(n) for n in re.findall(r"run(\d{4})\(", " ".join(t))} for t in texts)
+    assert len(train) > 50 and len(held_out) > 10 and max(train) < min(held_out)
 
 
 def test_the_scratch_of_another_run_is_left_alone(
@@ -143,13 +142,13 @@ def test_the_scratch_of_another_run_is_left_alone(
     scratch.mkdir()
     (scratch / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="something else than an unfinished run"):
+        with pytest.raises(UsageError, match="something other than an unfinished run"):
             quantize(source, out, job(text), overwrite=overwrite)
     assert (scratch / "notes.txt").read_text() == "mine"
     shutil.rmtree(scratch)
     scratch.mkdir()
     (scratch / "run.json").write_text("{}")
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match="something other"):
         quantize(source, out, job(text))
     quantize(source, out, job(text, steps=2), overwrite=True)
     assert out.exists() and not scratch.exists()
@@ -164,7 +163,7 @@ def test_what_is_refused(
     short.write_text(tokenizer().decode(ids[:50]))
     with pytest.raises(TextError, match=r"of --preprocess has .* fewer than one sequence"):
         quantize(source, tmp_path / "out", job(str(short)))
-    monkeypatch.setattr(room, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(preprocess, "available_memory", lambda device: 1000)
     with pytest.raises(UnsupportedError, match="trains the whole model"):
         quantize(source, tmp_path / "out", job(text))
     words = ["quantize", "rtn", str(source), str(tmp_path / "out")]

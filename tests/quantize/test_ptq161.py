@@ -35,7 +35,7 @@ from spectool.quantize.methods.ptq161 import (
     WIDTHS,
     Part,
     PTQ161Linear,
-    most_salient,
+    mask_salient,
     num_salient,
 )
 from spectool.quantize.plan import make_plan
@@ -60,14 +60,14 @@ def filled(fields: Any, shape: tuple[int, int], config: PTQ161.Config) -> PTQ161
 
 
 def start(weight_nm: Tensor, stats: LinearStats | None = None, **options: Any) -> PTQ161Linear:
-    """The linear of a matrix before any fit."""
+    """Make the packed linear of a matrix as it is before the fit."""
     config = PTQ161.Config(**options)
     fields = PTQ161.pack(weight_nm, stats, config, torch.Generator())
     return filled(fields, (weight_nm.shape[0], weight_nm.shape[1]), config)
 
 
 def reference(weight_nm: Tensor, sigma_m: Tensor, k: int) -> Tensor:
-    """W' before the fit, entry by entry; scales as float16 holds them."""
+    """Compute W' before the fit entry by entry, with scales in float16."""
     weight, sigma = weight_nm.numpy(), sigma_m.tolist()
     n, m = weight.shape
     salient = sorted(sorted(range(m), key=lambda j: (-sigma[j], j))[:k])
@@ -110,7 +110,7 @@ def with_hessian(x_Tm: Tensor) -> LinearStats:
 
 
 def leaning(tokens: int, m: int) -> Tensor:
-    """Inputs that depend on each other, the first ones large."""
+    """Draw correlated inputs, the first ones large."""
     generator = torch.Generator().manual_seed(2)
     x_Tm = torch.randn(tokens, m, generator=generator) @ torch.randn(m, m, generator=generator)
     x_Tm[:, : m // 4] *= 5
@@ -119,7 +119,7 @@ def leaning(tokens: int, m: int) -> Tensor:
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
 def test_compensation_equals_an_inverse_a_column(ratio: float) -> None:
-    """By the equations, with the inverse of what is left at every column."""
+    """Compare with the equations, with an inverse of the remaining Hessian per column."""
     n, m = 6, 12
     weight_nm = torch.randn(n, m, generator=torch.Generator().manual_seed(1)) * 0.03 + 0.01
     x_Tm = leaning(90, m)
@@ -137,26 +137,26 @@ def test_compensation_equals_an_inverse_a_column(ratio: float) -> None:
     alpha_n = (weight_nm[:, others].double() - mu_n[:, None]).abs().mean(1) if others else mu_n
     best: tuple[float, Tensor] = (float("inf"), weight_nm)
     for width in WIDTHS:
-        left, made = weight_nm.double(), torch.empty(n, m, dtype=torch.float64)
-        for place, j in enumerate(order):
-            rest = order[place:]
+        left, rounded = weight_nm.double(), torch.empty(n, m, dtype=torch.float64)
+        for position, j in enumerate(order):
+            rest = order[position:]
             inverse = torch.linalg.inv(damped[rest][:, rest])
             if j in salient:
                 code = ((left[:, j] / step_n).round() + zero_n).clamp(0, 15)
-                made[:, j] = step_n * (code - zero_n)
+                rounded[:, j] = step_n * (code - zero_n)
             else:
                 sign = torch.where(left[:, j] >= mu_n, 1.0, -1.0)
-                made[:, j] = mu_n + width * alpha_n * sign
-            error = (left[:, j] - made[:, j]) / inverse[0, 0]
+                rounded[:, j] = mu_n + width * alpha_n * sign
+            error = (left[:, j] - rounded[:, j]) / inverse[0, 0]
             left[:, rest] -= error[:, None] * inverse[0]
         for i in range(n if others else 0):
             # The best alpha on a line through the errors, found by its two ends.
             sign = torch.zeros(m, dtype=torch.float64)
-            sign[others] = (made[i, others] - mu_n[i]).sign()
-            apart = made[i] - weight_nm[i].double()
-            made[i] -= (sign @ hessian @ apart) / (sign @ hessian @ sign) * sign
-        apart = made - weight_nm.double()
-        best = min(best, (float(((apart @ hessian) * apart).sum()), made), key=lambda b: b[0])
+            sign[others] = (rounded[i, others] - mu_n[i]).sign()
+            apart = rounded[i] - weight_nm[i].double()
+            rounded[i] -= (sign @ hessian @ apart) / (sign @ hessian @ sign) * sign
+        apart = rounded - weight_nm.double()
+        best = min(best, (float(((apart @ hessian) * apart).sum()), rounded), key=lambda b: b[0])
     found = start(weight_nm, stats, ratio=ratio)
     torch.testing.assert_close(found.dequantize().double(), best[1], rtol=2e-3, atol=1e-4)
     if others:
@@ -196,10 +196,10 @@ def test_product_by_shared_sums_is_the_dense_one(
 def test_exactly_k_columns_are_salient_whatever_the_ties(m: int, ratio: float) -> None:
     k = num_salient(m, ratio)
     for sigma_m in (torch.ones(m), torch.randint(0, 3, (m,)).float(), torch.rand(m)):
-        mask_m = most_salient(sigma_m, k)
+        mask_m = mask_salient(sigma_m, k)
         assert int(mask_m.sum()) == k
         assert not k or sigma_m[mask_m].min() >= sigma_m[~mask_m].max()
-    assert most_salient(torch.ones(m), k)[:k].all()
+    assert mask_salient(torch.ones(m), k)[:k].all()
     linear = start(torch.randn(3, m), ratio=ratio)
     assert int(linear.salient().sum()) == k == m - len(linear.q.col_r)
 
@@ -245,7 +245,7 @@ def test_without_a_mean_alpha_is_the_best_scale_of_signs() -> None:
     linear = start(weight_nm, ratio=0.0)
     torch.testing.assert_close(linear.q.row_a.float(), weight_nm.abs().mean(1), rtol=1e-3, atol=0)
     assert float(linear.q.row_b.abs().max()) < 1e-6
-    # Relative squared error of signs for a normal law.
+    # Relative squared error of signs for a normal distribution.
     error = (linear.dequantize() - weight_nm).square().sum() / weight_nm.square().sum()
     assert float(error) == pytest.approx(1 - 2 / math.pi, rel=0.03)
 
@@ -313,7 +313,7 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 
 
 class Pair(nn.Module):
-    """A block of two matrices with a bend between them."""
+    """Block of two matrices with a nonlinearity between them."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -360,7 +360,7 @@ def fit(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
 
 
 def loss_by_loops(module: Pair, linears: dict[str, PTQ161Linear], streams: Streams) -> float:
-    """The loss, token by token, with dense products of the unpacked matrices."""
+    """Compute the loss token by token, by dense products with the dequantized matrices."""
     up, down = (linears[f"b.{leaf}"].dequantize().double() for leaf in ("up", "down"))
     dense_up, dense_down = module.up.weight.double(), module.down.weight.double()
     bias = module.up.bias.double()
@@ -452,7 +452,7 @@ def test_the_fit_in_half_precision(dtype: torch.dtype) -> None:
 
 def test_flipped_rows_are_counted() -> None:
     block, streams, stats = pair()
-    # The block wants one row the other way round than it is given for packing.
+    # The targets need one row with the opposite sign of the weights that are packed.
     block.weights["b.up"][5] *= -1
     block.module.down.weight[:, 5] *= 4
     block.weights["b.down"][:, 5] *= 4
@@ -495,15 +495,15 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     checkpoint: Checkpoints, compress: Compress, family: str
 ) -> None:
     source = checkpoint(family)
-    said = make_plan(
+    plan = make_plan(
         Architecture(read_layout(source)), Choice("ptq161", PTQ161.Config()), allow_dense=True
     )
     reports: list[Report] = []
     job = {**SMALL_JOB, "allow_dense": True}
     out = compress(source, "ptq161", job=job, reports=reports, epochs=2)
     layout = read_layout(out)
-    assert measure(layout).linears == said.bits_linears
-    assert layout.num_bytes == said.file_bytes
+    assert measure(layout).linears == plan.bits_linears
+    assert layout.num_bytes == plan.file_bytes
     (report,) = reports
     for block in report.blocks:
         assert block["fits"][0]["loss_after"] < block["fits"][0]["loss_start"]
@@ -571,9 +571,9 @@ def test_flipped_rows_and_turned_outputs_are_named(capsys: pytest.CaptureFixture
     show_fits(Output(json_wanted=False), [(0, fine)])
     assert capsys.readouterr().out.count("\n") == 1
     show_fits(Output(json_wanted=False), [(0, fine), (1, odd)])
-    said = capsys.readouterr().out
-    assert "0.500 to 1.000 of that at its start, lower in 1 of 2 fits" in said
-    assert "rows flipped by a negative scale: 3" in said and "in blocks 1: more" in said
+    output = capsys.readouterr().out
+    assert "0.500 to 1.000 of that at its start, lower in 1 of 2 fits" in output
+    assert "rows flipped by a negative scale: 3" in output and "in blocks 1: more" in output
 
 
 def test_a_block_left_dense_has_no_fit(

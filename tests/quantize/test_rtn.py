@@ -25,7 +25,7 @@ GRIDS = [
 
 
 def reference(weight_nm: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
-    """W' by the equations in the module's docstring, one group at a time."""
+    """Compute W' by the equations of the module's docstring, group by group."""
     weight = weight_nm.float().numpy()
     n, m = weight.shape
     top = 2**bits - 1
@@ -78,7 +78,7 @@ def test_rows_packed_in_pieces_are_the_same(
 
 @pytest.mark.parametrize("method", ["rtn", "hqq"])
 def test_a_group_wider_than_a_row_is_the_row(pack: Callable[..., Any], method: str) -> None:
-    """Nor is there memory for such a group."""
+    """Memory for such a group is never allocated."""
     weight_nm = torch.randn(6, 24)
     row, wider = (pack(method, weight_nm, group_size=size).fields for size in (0, 10**12))
     assert all(torch.equal(row[name], wider[name]) for name in row)
@@ -108,8 +108,8 @@ from spectool.quantize.methods.rtn import RTN
 
 
 def resident(key):
-    said = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(key + r":\s+(\d+)", said)[1])
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(key + r":\s+(\d+)", status)[1])
 
 
 def run(weight_nm):
@@ -138,7 +138,7 @@ print(resident("VmHWM") - before)
 def test_gaussian_yardsticks(pack: Callable[..., Any]) -> None:
     weight_nm = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
     errors = [pack("rtn", weight_nm, bits=bits).error for bits in range(2, 9)]
-    # Relative squared error of a min-max grid in groups of 128 of a normal law.
+    # Relative squared error of a min-max grid in groups of 128 of a normal distribution.
     for found, known in zip(errors, (0.25, 0.046, 0.010), strict=False):
         assert found == pytest.approx(known, rel=0.08)
     assert all(after < before / 3 for before, after in itertools.pairwise(errors))

@@ -1,4 +1,4 @@
-"""A checkpoint through a whole run: families, doors, companions, resuming, refusals."""
+"""Whole runs: model families, ways to load, companion files, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def block_wise(path: Path) -> torch.Tensor:
-    """Logits by walking the checkpoint's blocks one at a time."""
+    """Compute logits by walking the checkpoint's blocks one at a time."""
     checkpoint = open_checkpoint(path)
     architecture = Architecture(checkpoint.layout)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
-    around = ModelShell(architecture, checkpoint, with_lm_head=True, **where)
-    hidden_BLD = around.embed(IDS_BL)
-    calls = around.calls(*IDS_BL.shape)
+    shell = ModelShell(architecture, checkpoint, with_lm_head=True, **where)
+    hidden_BLD = shell.embed(IDS_BL)
+    calls = shell.calls(*IDS_BL.shape)
     for name, call in zip(architecture.blocks, calls, strict=True):
         tensors = architecture.read(checkpoint, architecture.tensors_of(name))
         block = architecture.materialise(name, tensors, **where)
         hidden_BLD = run_block(block, call, hidden_BLD)
-    return around.logits(IDS_BL, hidden_BLD)
+    return shell.logits(IDS_BL, hidden_BLD)
 
 
 def simulate(model: PreTrainedModel, packed: PreTrainedModel) -> None:
-    """Write the unpacked weights into the source's model, by name."""
+    """Write the dequantized weights into the source's model, by name."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, module in packed_modules(packed).items():
@@ -243,10 +243,10 @@ def test_metadata_says_how_to_make_it_again(checkpoint: Checkpoints, compress: C
     assert len(quantization["modules"]) == 14
     for path in out.glob("packed-*.safetensors"):
         with safe_open(path, "pt") as file:
-            said = json.loads(file.metadata()["spectool"])
-        assert said["seed"] == 7 and said["options"]["bits"] == 3
-        assert said["source"]["fingerprint"] == fingerprint
-        assert set(said["versions"]) == {"spectool", "torch", "transformers"}
+            metadata = json.loads(file.metadata()["spectool"])
+        assert metadata["seed"] == 7 and metadata["options"]["bits"] == 3
+        assert metadata["source"]["fingerprint"] == fingerprint
+        assert set(metadata["versions"]) == {"spectool", "torch", "transformers"}
 
 
 def test_artifact_that_lost_or_gained_a_tensor_is_refused(
@@ -384,7 +384,7 @@ def test_missing_tensor_is_named_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"model_type": "nonesuch", "architectures": ["NonesuchForCausalLM"]}, "nonesuch"),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "encoder-decoder"),
@@ -393,13 +393,13 @@ def test_missing_tensor_is_named_before_anything_is_written(
     ],
 )
 def test_architectures_that_cannot_be_done_are_refused_by_name(
-    tmp_path: Path, compress: Compress, config: dict[str, Any], said: str
+    tmp_path: Path, compress: Compress, config: dict[str, Any], message: str
 ) -> None:
     source = tmp_path / "source"
     source.mkdir()
     save_file({"x": torch.zeros(2)}, source / "model.safetensors")
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=said) as caught:
+    with pytest.raises(UnsupportedError, match=message) as caught:
         compress(source)
     assert "\n" not in str(caught.value)
 
@@ -434,8 +434,8 @@ def test_calibration_on_a_stream_without_an_end(
     monkeypatch.setitem(sys.modules, "datasets", fake)
     asks = {"calibration": ["hub:someone/stories"], "samples": 3, "seq_len": 32}
     out = compress(checkpoint("llama"), job=asks)
-    said = json.loads((out / "config.json").read_text())["quantization_config"]["made_by"]
-    assert said["calibration"]["samples"] == 3 and said["calibration"]["seq_len"] == 32
+    made_by = json.loads((out / "config.json").read_text())["quantization_config"]["made_by"]
+    assert made_by["calibration"]["samples"] == 3 and made_by["calibration"]["seq_len"] == 32
     assert asked < 100
 
 

@@ -1,4 +1,4 @@
-"""Scalar codebooks against slow references: the allocation, the bits, the columns."""
+"""Scalar codebooks against slow references: bit allocation, stored fields, columns."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from spectool.errors import UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
 from spectool.quantize.calibration import LinearStats
 from spectool.quantize.choice import Choice
-from spectool.quantize.codebook import levels
+from spectool.quantize.codebook import fit_levels
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.methods.scalar import (
-    LEFT,
-    WIDEST,
+    DISTORTION,
+    MAX_BITS,
     Part,
     Scalar,
     ScalarLinear,
     allocate,
-    room,
+    max_levels,
 )
 from spectool.quantize.plan import make_plan
 
@@ -42,7 +42,7 @@ def text_file(tmp_path: Path) -> str:
 
 
 def correlated(m: int, *, tokens: int = 400, seed: int = 0) -> Tensor:
-    """Inputs that depend on each other, some of them large."""
+    """Draw correlated inputs, some of them large."""
     noise = torch.Generator().manual_seed(seed)
     mixing = torch.randn(m, m, generator=noise) / m**0.5
     x_Tm = torch.randn(tokens, m, generator=noise) @ (torch.eye(m) + mixing)
@@ -68,36 +68,36 @@ def made(
 def test_bits_are_the_best_of_all_ways_to_share_them() -> None:
     noise = torch.Generator().manual_seed(0)
     for bits in (1.0, 1.5, 2.0, 3.0):
-        worth_m = torch.rand(5, generator=noise).pow(3)
-        found = allocate(worth_m, bits).tolist()
-        total, most = int(5 * bits), room(5, bits)
+        cost_m = torch.rand(5, generator=noise).pow(3)
+        found = allocate(cost_m, bits).tolist()
+        total, most = int(5 * bits), max_levels(5, bits)
 
-        def error(given: Any, worth_m: Tensor = worth_m) -> float:
-            return sum(float(w) * LEFT[b] for w, b in zip(worth_m, given, strict=True))
+        def error(given: Any, cost_m: Tensor = cost_m) -> float:
+            return sum(float(w) * DISTORTION[b] for w, b in zip(cost_m, given, strict=True))
 
         every = [
             given
-            for given in itertools.product(range(WIDEST + 1), repeat=5)
+            for given in itertools.product(range(MAX_BITS + 1), repeat=5)
             if sum(given) <= total and sum(1 << b for b in given) <= most
         ]
         assert tuple(found) in every and sum(found) == total
         assert error(found) <= 1.1 * min(map(error, every))
 
 
-def test_levels_never_exceed_their_room() -> None:
-    """However unlike the inputs are."""
+def test_levels_never_exceed_their_storage() -> None:
+    """Levels fit their storage however different the inputs are."""
     for bits in (1.0, 2.0, 3.5, 4.0):
         for power in (0, 3, 12):
-            worth_m = torch.rand(97, generator=torch.Generator().manual_seed(1)).pow(power)
-            given = allocate(worth_m, bits)
-            assert int((1 << given.long()).sum()) <= room(97, bits)
+            cost_m = torch.rand(97, generator=torch.Generator().manual_seed(1)).pow(power)
+            given = allocate(cost_m, bits)
+            assert int((1 << given.long()).sum()) <= max_levels(97, bits)
             assert int(given.sum()) <= int(97 * bits)
     assert allocate(torch.ones(8), 2.0).tolist() == [2] * 8
 
 
 @pytest.mark.parametrize(("n", "m", "bits"), [(42, 123, 2.0), (5, 431, 1.3), (1, 1, 4.0)])
-def test_fields_say_the_matrix(n: int, m: int, bits: float) -> None:
-    """Read bit by bit, in plain Python."""
+def test_fields_describe_the_matrix(n: int, m: int, bits: float) -> None:
+    """Read the fields bit by bit in plain Python."""
     weight_nm = torch.randn(n, m, generator=torch.Generator().manual_seed(0))
     linear, fields = made(weight_nm, correlated(m), bits=bits)
     widths = fields["bits"].tolist()
@@ -105,26 +105,26 @@ def test_fields_say_the_matrix(n: int, m: int, bits: float) -> None:
     starts = [sum(1 << b for b in widths[:j]) for j in range(m)]
     for i, row in enumerate(fields["codes"].tolist()):
         flat = [(byte >> bit) & 1 for byte in row for bit in range(8)]
-        place = 0
+        offset = 0
         for j, width in enumerate(widths):
-            code = sum(flat[place + t] << t for t in range(width))
-            place += width
+            code = sum(flat[offset + t] << t for t in range(width))
+            offset += width
             assert float(linear.dequantize()[i, j]) == stored[starts[j] + code]
-        assert not any(flat[place:]), "padding is zero"
+        assert not any(flat[offset:]), "padding is zero"
     assert not any(stored[sum(1 << b for b in widths) :])
     some = torch.tensor([n - 1, 0, n - 1])
     assert torch.equal(linear.rows(some), linear.dequantize()[some])
 
 
 def test_without_statistics_each_column_has_lloyds_levels() -> None:
-    """With H the identity nothing is made up for, and equal bits are plain codebooks."""
+    """With the identity as Hessian there is no compensation, and all inputs get equal bits."""
     weight_nm = torch.randn(200, 6, generator=torch.Generator().manual_seed(3))
     linear, fields = made(weight_nm)
     assert fields["bits"].tolist() == [2] * 6
-    want_mK = levels(weight_nm.T.contiguous(), torch.ones(6, 200), 4)
+    want_mK = fit_levels(weight_nm.T.contiguous(), torch.ones(6, 200), 4)
     assert torch.allclose(linear.table(), want_mK, atol=2e-3)
     error = float((linear.dequantize() - weight_nm).square().mean() / weight_nm.var())
-    assert error == pytest.approx(LEFT[2], rel=0.15)
+    assert error == pytest.approx(DISTORTION[2], rel=0.15)
 
 
 def test_order_of_inputs_means_nothing() -> None:
@@ -174,7 +174,7 @@ def test_contract(check_contract: Callable[..., None], bits: float) -> None:
 
 
 def test_bits_of_a_7b_matrix() -> None:
-    """16 x 1.5 x 2^b / n for the levels, 8 / n for their numbers."""
+    """Levels add 16 x 1.5 x 2^b / n bits per weight, their counts 8 / n."""
     layout = Scalar.layout((4096, 4096), Scalar.Config(bits=2.0))
     stored = sum(8 * dtype.itemsize * torch.Size(size).numel() for dtype, size in layout.values())
     assert stored / 4096**2 == pytest.approx(2 + 16 * 6 / 4096 + 8 / 4096)
@@ -201,12 +201,12 @@ def test_the_part_computes_what_it_stores() -> None:
     assert torch.allclose(linear.dequantize(), before, atol=2e-3)
     loss = part(x_Tm).square().sum()
     loss.backward()
-    # A weight's gradient passes straight to what chooses its code, relative to the mean.
+    # A weight's gradient passes straight through to its choice, relative to the mean.
     slope_nm = (2 * (x_Tm @ linear.dequantize().T)).T @ x_Tm * part.spread_m
     assert part.choice_nm.grad is not None and part.level_mK.grad is not None
     relative = slope_nm / slope_nm.abs().mean()
     assert torch.allclose(part.choice_nm.grad, relative, rtol=0.05, atol=0.05)
-    # A level's is that of all weights which chose it, over what the loss bends along it.
+    # A level gets the gradients of all its weights, divided by its curvature.
     codes, found = linear.codes(), []
     for j, i in ((3, 0), (20, 5)):
         hit = codes[:, j] == codes[i, j]
@@ -216,7 +216,7 @@ def test_the_part_computes_what_it_stores() -> None:
 
 
 def test_codes_that_are_not_the_nearest_survive_moving_levels() -> None:
-    """Codes that make up for other errors are what the fit begins with."""
+    """The fit starts from codes of error compensation, which are often not the nearest."""
     weight_nm, x_Tm = torch.randn(40, 33), correlated(33)
     linear, _ = made(weight_nm, x_Tm)
     before = linear.codes()
@@ -238,9 +238,9 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     job = {"calibration": [text_file], "samples": 6, "seq_len": 48}
     out = compress(source, "scalar", epochs=3, job=job, reports=reports)
     choice = Choice("scalar", Scalar.Config())
-    said = make_plan(Architecture(read_layout(source)), choice)
+    plan = make_plan(Architecture(read_layout(source)), choice)
     ledger = measure(read_layout(out))
-    assert ledger.linears == pytest.approx(said.bits_linears)
+    assert ledger.linears == pytest.approx(plan.bits_linears)
     for block in reports[0].blocks:
         (fit,) = block["fits"]
         assert fit["loss_after"] < fit["loss_start"]

@@ -1,4 +1,4 @@
-"""Shared vectors, and the output matrix that is learnt of them."""
+"""Shared vectors, and the lm_head fitted with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ from spectool.quantize import walk
 from spectool.quantize.choice import Choice
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
-from spectool.quantize.lm_head.vq import VQ, Text, VQLinear, fit_head, log_mass, within_codes
+from spectool.quantize.lm_head.vq import (
+    VQ,
+    FitText,
+    VQLinear,
+    fit_lm_head,
+    log_mass,
+    token_entropy_within_codes,
+)
 from spectool.quantize.plan import make_plan
 
 GENERATOR = torch.Generator()
@@ -42,25 +49,25 @@ def noise(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def lm_head(vocab: int = 60, width: int = 12) -> tuple[Tensor, Text]:
-    """A matrix, and a text of it: what it likes best after random states."""
+def lm_head(vocab: int = 60, width: int = 12) -> tuple[Tensor, FitText]:
+    """Draw an lm_head, and a text of its top tokens after random states."""
     weight_VD = torch.randn(vocab, width, generator=noise())
     states_TD = torch.randn(900, width, generator=noise(1))
     chosen_T = (states_TD @ weight_VD.T).argmax(-1)
     counts_V = torch.bincount(chosen_T, minlength=vocab)
-    return weight_VD, Text(states_TD, counts_V, (0, 1))
+    return weight_VD, FitText(states_TD, counts_V, (0, 1))
 
 
 def fitted(bias_V: Tensor | None = None, **options: Any) -> tuple[VQLinear, dict[str, Any], Any]:
     weight_VD, text = lm_head()
     config = VQ.Config(**options)
-    fields, own_V, metrics = fit_head(
+    fields, new_bias_V, metrics = fit_lm_head(
         weight_VD, bias_V, text, config, Tensor.float, noise(), lambda line: None,
         lambda share: None,
     )  # fmt: skip
     linear = VQ.build(VQ.layout((60, 12), config), (60, 12), config)
     linear.q.load_state_dict(fields)
-    linear.bias = torch.nn.Parameter(own_V, requires_grad=False)
+    linear.bias = torch.nn.Parameter(new_bias_V, requires_grad=False)
     return linear, metrics, (weight_VD, text)
 
 
@@ -124,7 +131,7 @@ def test_more_codes_and_more_stages_err_less() -> None:
 
 
 def test_two_levels_are_the_softmax() -> None:
-    """By the masses of codes, which need no logit of a token."""
+    """Compare with the factored softmax, which needs the logits of codes only."""
     linear, _, (_, text) = fitted(codes=16, width=0, frequent=6, epochs=2)
     code_V = linear.q.codes[:, 0].long()
     assert linear.bias is not None
@@ -163,9 +170,9 @@ def test_special_and_frequent_tokens_share_with_nobody() -> None:
 def test_the_bound_is_the_entropy_within_codes() -> None:
     counts_V = torch.tensor([4.0, 4.0, 8.0, 0.0], dtype=torch.float64)
     codes_VC = torch.tensor([[0], [0], [1], [1]])
-    assert within_codes(counts_V, codes_VC) == pytest.approx(0.5 * math.log(2))
-    assert within_codes(counts_V, torch.arange(4)[:, None]) == 0
-    assert within_codes(torch.zeros(4, dtype=torch.float64), codes_VC) == 0
+    assert token_entropy_within_codes(counts_V, codes_VC) == pytest.approx(0.5 * math.log(2))
+    assert token_entropy_within_codes(counts_V, torch.arange(4)[:, None]) == 0
+    assert token_entropy_within_codes(torch.zeros(4, dtype=torch.float64), codes_VC) == 0
 
 
 def test_a_bias_that_is_there_stays() -> None:
@@ -252,10 +259,10 @@ def test_a_model_with_a_learnt_head(
     assert plan.num_parameters == ledger.num_parameters
     headers = sum(file.stat().st_size for file in out.glob("*.safetensors")) - plan.file_bytes
     assert 0 < headers < 20000
-    why = "a shortlist of 9 tokens" if "shortlist" in spec else "was learnt with a bias, and the"
+    why = "a shortlist of 9 tokens" if "shortlist" in spec else "was fitted with a bias, and the"
     with pytest.raises(UnsupportedError, match=why):
         export(str(out), out.with_name("exported"), "dense")
-    # A drafter still changes nothing, with every control.
+    # Drafting still changes no output, with any sampling options.
     runner = Runner(out, dtype=torch.float32)
     for control in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
         plain = runner.generate([[5, 6, 7]], max_new_tokens=16, **control)
@@ -276,7 +283,7 @@ def test_killed_before_the_head(
     source = checkpoint("llama-tied")
     want = compress(source, "rtn", job=job, out="want")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk.BlockWalk, "_fit_head", lambda *given: 1 / 0)
+        patch.setattr(walk.BlockWalk, "_fit_lm_head", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress(source, "rtn", job=job)
     out = compress(source, "rtn", job=job)
@@ -289,23 +296,26 @@ def test_the_command(checkpoint: Callable[..., Path], tmp_path: Path, text_file:
     command = ["quantize", "rtn", str(source), str(out), "--calibration", text_file]
     command += ["--samples", "6", "--seq-len", "32"]
     runner = CliRunner()
-    for wrong, said in (
+    for wrong, message in (
         ("vq:codes=4000", "lm_head: vq:codes=4000 has more codes than the 320 rows"),
         ("vq:codes=66,width=0", "2 special and 64 frequent tokens have codes of their own"),
-        ("int8", "only vq learns an output matrix"),
+        ("int8", "only vq fits an lm_head"),
         ("vq:code=4", "unknown option 'code'"),
     ):
         done = runner.invoke(app, [*command, "--lm-head", wrong])
-        assert done.exit_code == 2 and said in done.stderr, done.stderr
+        assert done.exit_code == 2 and message in done.stderr, done.stderr
         assert not list(tmp_path.glob("out*"))
     done = runner.invoke(app, ["quantize", "vq", *command[2:]])
     assert done.exit_code == 2 and "more codes than the 32 rows" in done.stderr
     assert not list(tmp_path.glob("out*"))
     done = runner.invoke(app, [*command, "--lm-head", "vq:codes=32", "--skip", "lm_head"])
-    assert done.exit_code == 2 and "--skip lm_head: lm_head is what --lm-head learns" in done.stderr
+    assert (
+        done.exit_code == 2
+        and "--skip lm_head: lm_head is fitted by --lm-head already" in done.stderr
+    )
     done = runner.invoke(app, [*command, "--lm-head", "vq:codes=32,epochs=1"])
     assert done.exit_code == 0, done.stderr
-    assert "nats are left when their codes are known" in done.stderr
+    assert "entropy of the text's tokens given their codes" in done.stderr
     assert "output matrix: KL from the original on held-out calibration text" in done.stdout
-    said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)["command"]
-    assert "--lm-head vq:codes=32,epochs=1,frequent=64," in said
+    command = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)["command"]
+    assert "--lm-head vq:codes=32,epochs=1,frequent=64," in command

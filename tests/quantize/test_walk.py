@@ -1,4 +1,4 @@
-"""The walk: killed anywhere it ends with the same bytes; one block is resident; files or memory."""
+"""Block walk: resuming with the same bytes, memory of one block, buffers in files."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def text_file(tmp_path: Path) -> str:
 
 
 def job(text_file: str | None = None, **changes: Any) -> Job:
-    """Round to nearest; with a text, both streams are carried and output errors are measured."""
+    """Make a job of round to nearest; with a text, both streams run and errors are measured."""
     options = {"method": "rtn", "config": RTN.Config(bits=3), "samples": 5, "seq_len": 24}
     return Job(**{**options, "calibration": [text_file] if text_file else None, **changes})
 
 
 def fitted_job(**changes: Any) -> Job:
-    """A method that fits whole blocks by gradients, on the built-in text."""
+    """Make a job of a method that fits whole blocks, on the built-in text."""
     config = PTQ161.Config(epochs=1)
     return job(method="ptq161", config=config, **{"samples": 3, **changes})
 
@@ -59,7 +59,7 @@ def die(
     number: int = signal.SIGKILL,
     ready: Callable[[], bool] = lambda: True,
 ) -> int:
-    """Do it in a forked process that gets a signal `after` seconds since `ready`; its status."""
+    """Run a forked process that gets a signal `after` seconds past `ready`; return its status."""
     child = os.fork()
     if child == 0:
         try:
@@ -78,7 +78,7 @@ def die(
 
 
 def slowed(source: Path, out: Path, asked: Job) -> None:
-    """Quantize, a hundredth of a second a matrix, so that signals come in the middle of it."""
+    """Quantize at a hundredth of a second per matrix, so that signals arrive midway."""
     original = RTN.pack
 
     def pack(*arguments: Any) -> Any:
@@ -217,7 +217,7 @@ def test_changed_input_options_or_text_do_not_resume(
     before = contents(tmp_path / "out.partial")
     other = Path(text_file).with_name("other.txt")
     other.write_text(Path(text_file).read_text().replace("sheep", "goats"))
-    for model, asked, run, said in (
+    for model, asked, run, message in (
         (checkpoint("llama", seed=1, **LAYERS), job(text_file), {}, "another source"),
         (source, job(text_file, config=RTN.Config(bits=4)), {}, r'options \({"bits": 3'),
         (source, job(str(other)), {}, "another calibration"),
@@ -231,7 +231,7 @@ def test_changed_input_options_or_text_do_not_resume(
         (source, job(text_file), {"batch_size": 2}, "another calibration"),
         (source, job(text_file), {"dtype": torch.bfloat16}, "another calibration"),
     ):
-        with pytest.raises(UsageError, match=said) as caught:
+        with pytest.raises(UsageError, match=message) as caught:
             quantize(model, out, asked, **run)
         assert "\n" not in str(caught.value)
     assert contents(tmp_path / "out.partial") == before
@@ -275,7 +275,7 @@ def test_full_disk_is_resumable(
     if in_files:
         monkeypatch.setattr(walk, "BUFFERS_IN_MEMORY", 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Room for the embeddings (41 kB), but neither for a block (66 kB) nor for a buffer in a file.
+    # Disk space for the embeddings (41 kB), but not for a block (66 kB) or a buffer in a file.
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if not in_files else 42_500, hard))
     try:
         with pytest.raises(SpectoolError, match="the disk is full") as caught:
