@@ -119,27 +119,29 @@ class ChimeraHeads(Heads):
         self.heads = nn.ModuleList(self._each)
         self.to(self.frozen.weight_VD)
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
         final_BLD = batch.features["final"].to(self.dtype)
         last = batch.tokens_BL.shape[1] - 1
-        places_L = torch.arange(last + 1, device=final_BLD.device)
-        rotary = self.rotary.at(places_L[None], final_BLD)
+        positions_L = torch.arange(last + 1, device=final_BLD.device)
+        rotary = self.rotary.at(positions_L[None], final_BLD)
         layer, attention = self.ctx.layer, self.ctx.layer.self_attn
         _, key, value = attention.project(layer.input_layernorm(final_BLD), rotary)
         keys, values = [key], [value]
         # What a chain's row reads of itself depends on its newest token alone: row j of place t is
         # row 0 of place t + j.
-        window_L3 = (places_L[:, None] - torch.tensor([2, 1, 0]).to(places_L)).clamp(min=0)
+        window_L3 = (positions_L[:, None] - torch.tensor([2, 1, 0]).to(positions_L)).clamp(min=0)
         trigram_BLD = self.trigram(self.embed(batch.tokens_BL[:, window_L3]))
         q, k, v = attention.project(layer.input_layernorm(trigram_BLD), rotary)
         for j in range(self.num_heads):
             # Past the end there is nothing to learn, and something has to stand.
-            at_L = (places_L + 1 + j).clamp(max=last)
+            at_L = (positions_L + 1 + j).clamp(max=last)
             keys.append(k[:, :, at_L])
             values.append(v[:, :, at_L])
             attended_BLD = attention.merge(attend_chains(q[:, :, at_L], keys, values))
-            y_RD = layer.finish(trigram_BLD[batch_R, at_L[place_R]], attended_BLD[batch_R, place_R])
-            yield torch.cat([final_BLD[batch_R, place_R], y_RD], -1)
+            y_RD = layer.finish(
+                trigram_BLD[batch_R, at_L[position_R]], attended_BLD[batch_R, position_R]
+            )
+            yield torch.cat([final_BLD[batch_R, position_R], y_RD], -1)
 
     def own_output(self, k: int) -> nn.Linear | None:
         return self._each[k]
@@ -160,7 +162,7 @@ class ChimeraDrafter(TreeDrafter):
         config: TreeConfig | None = None,
     ) -> None:
         super().__init__(heads, paths, config)
-        self._own = DraftCache(heads.rotary, 1)
+        self._draft_cache = DraftCache(heads.rotary, 1)
         # Down to each depth, the nodes with children: how deep, and which the last of them see.
         self._tails: list[tuple[Tensor, Tensor]] = []
         nodes_T = torch.zeros(0, dtype=torch.long, device=heads.frozen.weight_VD.device)
@@ -173,22 +175,24 @@ class ChimeraDrafter(TreeDrafter):
 
     @torch.inference_mode()
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        self._own.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
+        self._draft_cache.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
         super().begin(prompts, cache)
 
     def _read(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
-        self._own.select(rows)
+        self._draft_cache.select(rows)
         finals = [found["final"].to(self._heads.dtype) for found in features]
-        states = self._own.feed([row[:-1] for row in tokens], [finals], self._heads.ctx.keep)
+        states = self._draft_cache.feed(
+            [row[:-1] for row in tokens], [finals], self._heads.ctx.keep
+        )
         self._states.update(zip(rows, states, strict=True))
 
     def _level(
         self, rows: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
     ) -> Tensor:
         if k == 0:
-            self._own.select([row.index for row in rows])
+            self._draft_cache.select([row.index for row in rows])
         paths_PA = self._tree.levels[k].paths_PA
         # A root's trigram begins with committed tokens.
         before = [[row.tokens[max(0, len(row.tokens) - 3)], row.tokens[-2]] for row in rows]
@@ -197,7 +201,7 @@ class ChimeraDrafter(TreeDrafter):
         trigram_BPD = self._heads.trigram(self._heads.embed(tokens_BP3))
         depths_T, visible_PT = self._tails[k]
         batch = len(rows)
-        y_BPD = self._own.grow(
+        y_BPD = self._draft_cache.grow(
             [trigram_BPD],
             depths_T.expand(batch, -1),
             visible_PT.expand(batch, -1, -1),

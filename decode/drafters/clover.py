@@ -173,17 +173,17 @@ class CloverHeads(Heads):
         state = self.regr.attn(state, token)
         return state, self.norm_regr(self.regr.mix(torch.cat([state, token], -1)))
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
         # Past the end there is nothing to learn, and something has to stand.
         last = batch.tokens_BL.shape[1] - 1
         before_BLD = batch.features["layer -1"].to(self.dtype)
-        places_L = torch.arange(last + 1, device=before_BLD.device)
-        after_BLD = self.read(batch.tokens_BL[:, (places_L + 1).clamp(max=last)])
+        positions_L = torch.arange(last + 1, device=before_BLD.device)
+        after_BLD = self.read(batch.tokens_BL[:, (positions_L + 1).clamp(max=last)])
         h_BLD = self.augment(before_BLD, after_BLD, self.rotary.text(before_BLD, batch.segments_BL))
-        state_RD = h_BLD[batch_R, place_R]
+        state_RD = h_BLD[batch_R, position_R]
         yield self.first(state_RD)
         for i in range(1, self.num_heads):
-            token_R = batch.tokens_BL[batch_R, (place_R + 1 + i).clamp(max=last)]
+            token_R = batch.tokens_BL[batch_R, (position_R + 1 + i).clamp(max=last)]
             state_RD, out_RD = self.carry(state_RD, self.read(token_R))
             yield out_RD
 
@@ -206,26 +206,26 @@ class CloverDrafter(TreeDrafter):
         config: TreeConfig | None = None,
     ) -> None:
         super().__init__(heads, paths, config)
-        self._own = DraftCache(heads.rotary, len(heads.aug.layers))
+        self._draft_cache = DraftCache(heads.rotary, len(heads.aug.layers))
         self._carried_BPD: Tensor | None = None
 
     @torch.inference_mode()
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         # Column t is made of the target's state at t and of the token after it.
-        self._own.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
+        self._draft_cache.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
         super().begin(prompts, cache)
 
     def _read(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
-        self._own.select(rows)
+        self._draft_cache.select(rows)
         heads, device = self._heads, self._heads.frozen.weight_VD.device
         after = [row[1:] for row in tokens]
         inputs = [
             [found["layer -1"].to(heads.dtype) for found in features],
             [heads.read(torch.tensor(row, device=device)) for row in after],
         ]
-        states = self._own.feed(after, inputs, heads.augment)
+        states = self._draft_cache.feed(after, inputs, heads.augment)
         self._states.update(zip(rows, states, strict=True))
 
     def _level(

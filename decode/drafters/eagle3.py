@@ -163,14 +163,14 @@ class Eagle3Heads(Heads):
         fused: Tensor = self.fc(torch.cat(states, -1).to(self.dtype))
         return fused
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
         state_BLD = self.fuse(batch.features)
         tokens_BL, attention = batch.tokens_BL, self.midlayer.self_attn
-        places_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        positions_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for step in range(self.num_heads):
-            rotary = self.rotary.at(places_L[None] + step, state_BLD)
+            rotary = self.rotary.at(positions_L[None] + step, state_BLD)
 
             def attend(read: Tensor, rotary: Any = rotary) -> Tensor:
                 q, k, v = attention.project(read, rotary)
@@ -179,9 +179,9 @@ class Eagle3Heads(Heads):
                 return attention.merge(attend_chains(q, keys, values))
 
             # Past the end there is nothing to learn, and something has to stand.
-            ahead_L = (places_L + 1 + step).clamp(max=len(places_L) - 1)
+            ahead_L = (positions_L + 1 + step).clamp(max=len(positions_L) - 1)
             state_BLD = self.midlayer(self.embed(tokens_BL[:, ahead_L]), state_BLD, attend)
-            yield self.norm(state_BLD[batch_R, place_R])
+            yield self.norm(state_BLD[batch_R, position_R])
 
     def own_output(self, k: int) -> nn.Linear | None:
         return self.lm_head
@@ -229,7 +229,7 @@ class Eagle3Drafter(Drafter):
         self.config = config or Eagle3Config()
         self.needs = heads.needs
         self._heads = heads.eval()
-        self._own = DraftCache(heads.rotary, 1)
+        self._draft_cache = DraftCache(heads.rotary, 1)
         self._states: dict[int, Tensor] = {}
         self._linears = skinny.suited(heads.modules())
 
@@ -240,7 +240,7 @@ class Eagle3Drafter(Drafter):
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._states.clear()
         # Column t is made of the target's state at t and of the token after it.
-        self._own.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
+        self._draft_cache.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
         with self._kernel():
             self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
 
@@ -254,7 +254,7 @@ class Eagle3Drafter(Drafter):
         deepest = min(max(budget), self.config.depth)
         if deepest == 0:
             return [tree.root(row.tokens[-1]) for row in rows]
-        self._own.select([row.index for row in rows])
+        self._draft_cache.select([row.index for row in rows])
         with self._kernel():
             found = self._grow(torch.stack([self._states[row.index] for row in rows]), deepest)
         return self._best(rows, budget, found)
@@ -266,12 +266,12 @@ class Eagle3Drafter(Drafter):
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
         """Let the layer read what was committed; its last outputs are where drafting begins."""
-        self._own.select(rows)
+        self._draft_cache.select(rows)
         device = self._heads.frozen.weight_VD.device
         after = [row[1:] for row in tokens]
         embedded = [self._heads.embed(torch.tensor(row, device=device)) for row in after]
         fused = [self._heads.fuse(found) for found in features]
-        states = self._own.feed(after, [embedded, fused], self._pass)
+        states = self._draft_cache.feed(after, [embedded, fused], self._pass)
         self._states.update(zip(rows, states, strict=True))
 
     def _pass(self, embedded_BND: Tensor, state_BND: Tensor, sight: Any) -> Tensor:
@@ -299,7 +299,7 @@ class Eagle3Drafter(Drafter):
                 self_BFF = torch.eye(num_nodes, dtype=torch.bool, device=device)
                 visible_BFT = torch.cat([visible_BFT, self_BFF.expand(batch, -1, -1)], -1)
                 depths += [level - 2] * num_nodes
-                state_BFD = self._own.grow(
+                state_BFD = self._draft_cache.grow(
                     [self._heads.embed(token_BF), state_BFD],
                     torch.tensor(depths).expand(batch, -1),
                     visible_BFT,

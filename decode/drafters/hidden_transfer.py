@@ -64,10 +64,10 @@ class HiddenTransferHeads(InPassHeads):
         self.needs = Needs(layers=tuple(read), final=True, inject=inject)
 
     @property
-    def rows(self) -> list[tuple[int, int]]:
+    def extra_rows(self) -> list[tuple[int, int]]:
         return [(slot, slot) for slot in range(self.num_heads)]
 
-    def put(self, batch: TrainingBatch) -> dict[int, Inject]:
+    def make_injections(self, batch: TrainingBatch) -> dict[int, Inject]:
         return {
             layer: functools.partial(self._carry, layer, batch.features[f"layer {layer - 1}"])
             for layer in self.layers

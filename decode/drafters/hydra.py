@@ -111,15 +111,15 @@ class HydraHeads(Heads):
         self.rotary = Rotary(shape)
         self.prefix = DecoderLayer(shape).to(weight_VD) if plus else None
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
         state_BLD = batch.features["final"].to(self.dtype)
         if self.prefix is not None:
             state_BLD = self.prefix(state_BLD, self.rotary.text(state_BLD, batch.segments_BL))
-        parts = [state_BLD[batch_R, place_R]]
+        parts = [state_BLD[batch_R, position_R]]
         last = batch.tokens_BL.shape[1] - 1
         for i, head in enumerate(self._each):
             # Past the end there is nothing to learn, and something has to stand.
-            token_R = batch.tokens_BL[batch_R, (place_R + 1 + i).clamp(max=last)]
+            token_R = batch.tokens_BL[batch_R, (position_R + 1 + i).clamp(max=last)]
             parts.append(self.embed(token_R))
             yield head(torch.cat(parts, -1))
 
@@ -148,21 +148,21 @@ class HydraDrafter(TreeDrafter):
     ) -> None:
         super().__init__(heads, paths, config)
         self._prefix = heads.prefix
-        self._own = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
+        self._draft_cache = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
 
     @torch.inference_mode()
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        if self._own is not None:
-            self._own.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
+        if self._draft_cache is not None:
+            self._draft_cache.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
         super().begin(prompts, cache)
 
     def _read(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
-        if self._own is None or self._prefix is None:
+        if self._draft_cache is None or self._prefix is None:
             super()._read(rows, tokens, features)
             return
         finals = [found["final"].to(self._heads.dtype) for found in features]
-        self._own.select(rows)
-        states = self._own.feed([row[:-1] for row in tokens], [finals], self._prefix)
+        self._draft_cache.select(rows)
+        states = self._draft_cache.feed([row[:-1] for row in tokens], [finals], self._prefix)
         self._states.update(zip(rows, states, strict=True))

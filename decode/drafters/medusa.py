@@ -72,8 +72,8 @@ class MedusaHeads(Heads):
         ]
         self.heads = nn.ModuleList(self._each)
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
-        state_RD = batch.features["final"][batch_R, place_R].to(self.dtype)
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
+        state_RD = batch.features["final"][batch_R, position_R].to(self.dtype)
         for head in self._each:
             yield head(state_RD)
 

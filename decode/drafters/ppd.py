@@ -54,11 +54,11 @@ class PPDHeads(InPassHeads):
         self.needs = Needs(final=True, inject={-1: self._embed})
 
     @property
-    def rows(self) -> list[tuple[int, int]]:
+    def extra_rows(self) -> list[tuple[int, int]]:
         each = self.config.ensemble
         return [(max(0, slot + 1 - each), slot) for slot in range(self.num_heads * each)]
 
-    def put(self, batch: TrainingBatch) -> dict[int, Inject]:
+    def make_injections(self, batch: TrainingBatch) -> dict[int, Inject]:
         return {-1: self._embed}
 
     def _embed(self, hidden_BND: Tensor, slots_BN: Tensor, owners_BN: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def test_trees_are_those_of_a_loop_over_their_paths(
     def checked(rows: Any, budget: Any) -> Any:
         drafts = propose(rows, budget)
         if max(budget) > 0:
-            assert drafter._own.lengths == [len(row.tokens) - 1 for row in rows]
+            assert drafter._draft_cache.lengths == [len(row.tokens) - 1 for row in rows]
         for row, draft in zip(rows, drafts, strict=True):
             final_LD = runner.target.read(torch.tensor([row.tokens[:-1]]), heads.needs)["final"][0]
             torch.testing.assert_close(drafter._states[row.index], final_LD[-1])
@@ -226,7 +226,7 @@ def test_drafting_goes_on_from_a_kept_prefix(
     (whole,) = fresh.generate([second], max_new_tokens=5)
     assert kept == whole and kept.drafted > 0
     drafters: list[Any] = [runner.drafter, fresh.drafter]
-    own, again = (drafter._own for drafter in drafters)
+    own, again = (drafter._draft_cache for drafter in drafters)
     assert own.lengths == again.lengths
     for mine, theirs in zip(own._cache.layers, again._cache.layers, strict=True):
         columns = slice(0, own.lengths[0])

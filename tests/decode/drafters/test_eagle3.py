@@ -175,7 +175,7 @@ def test_trees_are_those_of_a_search(
         drafts, deepest = propose(rows, budget), min(3, max(budget))
         if deepest == 0:
             return drafts
-        assert drafter._own.lengths == [len(row.tokens) - 1 for row in rows]
+        assert drafter._draft_cache.lengths == [len(row.tokens) - 1 for row in rows]
         for row, draft, limit in zip(rows, drafts, budget, strict=True):
             read = runner.target.read(torch.tensor([row.tokens[:-1]]), heads.needs)
             features = {name: value[0] for name, value in read.items()}
@@ -225,7 +225,7 @@ def test_drafting_goes_on_from_a_kept_prefix(
     (whole,) = fresh.generate([second], max_new_tokens=2)
     assert kept == whole
     drafters: list[Any] = [runner.drafter, fresh.drafter]
-    own, again = (drafter._own for drafter in drafters)
+    own, again = (drafter._draft_cache for drafter in drafters)
     assert own.lengths == again.lengths == [len(second) + 1]
     torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
 

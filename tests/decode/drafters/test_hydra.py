@@ -251,7 +251,7 @@ def test_prefix_attention_goes_on_from_a_kept_prefix(
     (whole,) = fresh.generate([second], max_new_tokens=2)
     assert kept == whole
     drafters: list[Any] = [runner.drafter, fresh.drafter]
-    own, again = (drafter._own for drafter in drafters)
+    own, again = (drafter._draft_cache for drafter in drafters)
     assert own.lengths == again.lengths == [len(second) + 1]
     torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
 

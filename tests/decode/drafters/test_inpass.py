@@ -18,10 +18,10 @@ from spectool.decode.generate import Runner
 from spectool.decode.heads.inpass import (
     InPassConfig,
     SparseTree,
-    _ahead,
+    _assign_rows,
     sparse_trees,
     stationary,
-    tokens_a_step,
+    tokens_per_step,
 )
 from spectool.decode.protocol import Needs, TrainingBatch
 from spectool.decode.target import Target
@@ -82,13 +82,13 @@ def test_tokens_a_step_are_those_of_a_simulation() -> None:
         tree = trees[state]
         tokens += tree.expected
         state = chance.choices(tree.ahead, tree.ends)[0]
-    assert tokens / steps == pytest.approx(tokens_a_step(trees), rel=0.01)
+    assert tokens / steps == pytest.approx(tokens_per_step(trees), rel=0.01)
 
 
 def test_rows_are_taken_where_they_are_worth_least() -> None:
     """Against all ways to give four rows to three nodes."""
     ends, expected = [0.2, 0.5, 0.3], [1.0, 1.6, 2.0, 2.1]
-    found = _ahead(ends, expected, 4)
+    found = _assign_rows(ends, expected, 4)
 
     def worth(ahead: Any) -> float:
         return sum(end * expected[left] for end, left in zip(ends, ahead, strict=True))
@@ -101,7 +101,7 @@ def test_more_candidates_are_taken_only_where_they_pay() -> None:
     """No guess is ever right: all rows go ahead of the root, and no tree has nodes."""
     trees = sparse_trees([((0,), 0.0), ((0, 0), 0.0)], num_heads=2, rows=6)
     assert all(tree.paths == [] for tree in trees)
-    assert tokens_a_step(trees) == pytest.approx(1)
+    assert tokens_per_step(trees) == pytest.approx(1)
     assert isinstance(trees[0], SparseTree)
 
 
@@ -140,15 +140,15 @@ def test_training_passes_the_rows_that_drafting_does(
     texts = [prompt_of(23), prompt_of(23, seed=8)]
     batch = batch_of(target, heads, torch.tensor(texts))
     place = 20
-    batch_R, place_R = torch.tensor([0, 0, 1]), torch.tensor([3, place, place])
+    batch_R, position_R = torch.tensor([0, 0, 1]), torch.tensor([3, place, place])
     with torch.no_grad():
-        states = list(heads.states(batch, batch_R, place_R))
+        states = list(heads.states(batch, batch_R, position_R))
     drafter = METHODS[name][1](heads, TREE, InPassConfig(nodes=40))
     cache = target.cache(2)
     target.prefill(cache, [text[:place] for text in texts])
     drafts = [drafter._draft(text[place], [], 9) for text in texts]
     logits_BNV = target.verify(cache, drafts, heads.needs).logits_BNV
-    width = len(heads.rows) // heads.num_heads
+    width = len(heads.extra_rows) // heads.num_heads
     for row in range(2):
         extra_logits_NV = logits_BNV[row, 1 : drafts[row].num_rows]
         mean_KV = extra_logits_NV.view(heads.num_heads, width, -1).mean(1)
@@ -199,12 +199,12 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make,
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in heads.parameters())
         for key, parameter in model.named_parameters():
             assert parameter.grad is None and torch.equal(parameter, before[key])
-        batch_R, place_R = torch.ones(2, 14 - 2).nonzero(as_tuple=True)
+        batch_R, position_R = torch.ones(2, 14 - 2).nonzero(as_tuple=True)
         with torch.no_grad():
-            states = list(heads.states(batch, batch_R, place_R))
+            states = list(heads.states(batch, batch_R, position_R))
         for k, state_RD in enumerate(states):
             losses = []
-            for at, (row, place) in enumerate(zip(batch_R, place_R, strict=True)):
+            for at, (row, place) in enumerate(zip(batch_R, position_R, strict=True)):
                 if place + 2 + k < 14:
                     logits_LV = model(batch.tokens_BL[row][None]).logits[0]
                     probs_V = logits_LV[place + 1 + k].softmax(-1)
@@ -220,8 +220,8 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make,
 def test_places_are_chosen_anew_and_no_more_than_asked(tiny: Make) -> None:
     heads = PPDHeads(PPDHeads.Config(anchors=3), tiny("llama"), None)
     batch_R = torch.tensor([0] * 9 + [2] * 2)
-    place_R = torch.arange(11)
-    chosen = [heads.choose(batch_R, place_R) for _ in range(4)]
+    position_R = torch.arange(11)
+    chosen = [heads.choose(batch_R, position_R) for _ in range(4)]
     for rows, places in chosen:
         assert rows.tolist() == [0, 0, 0, 2, 2]
         assert places[:3].tolist() == sorted(set(places[:3].tolist())) and places[3:].tolist() == [

@@ -54,8 +54,8 @@ def test_parameters_are_the_embeddings_alone() -> None:
 def test_embeddings_of_one_ensemble_see_only_their_like() -> None:
     heads = PPDHeads(PPDHeads.Config(num_heads=3, ensemble=2), bare_model(), None)
     # Rows 1 to 6 below a node 0; the parents of each, its like of the prompt token before.
-    assert [parent for parent, _ in heads.rows] == [0, 0, 1, 2, 3, 4]
-    assert [slot for _, slot in heads.rows] == [0, 1, 2, 3, 4, 5]
+    assert [parent for parent, _ in heads.extra_rows] == [0, 0, 1, 2, 3, 4]
+    assert [slot for _, slot in heads.extra_rows] == [0, 1, 2, 3, 4, 5]
     drafter = PPDDrafter(heads, [((0,), 0.5), ((0, 0), 0.2)])
     draft = drafter._draft(9, [[4, 5], [6, 7]], 8)
     for row, (parent, slot) in enumerate(draft.beside, start=len(draft)):
