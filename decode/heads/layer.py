@@ -94,7 +94,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.q_proj.out_features, config.hidden_size, bias=False)
 
     def project(self, x_BND: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Return queries, keys and values [B, H, N, E], the first two rotated to their positions."""
+        """Return queries, keys and values [B, H, N, E]; the first two with rotary positions."""
         parts = [
             layer(x_BND).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
