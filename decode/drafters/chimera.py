@@ -1,29 +1,28 @@
-"""Chimera: trigrams of drafted tokens that look back over the target's states.
+"""Chimera: heads over trigrams of drafted tokens that attend to the target's states.
 
-Zeng et al. 2024 (arXiv:2402.15758). The token x_u is drafted after as its trigram, with the two
-tokens before it (a text's first token stands for what is before the text):
+Zeng et al. 2024 (arXiv:2402.15758). A token x_u and the two tokens before it (the text's first
+token stands in for missing ones) give the trigram state
 
     z = [E x_{u-2} ; E x_{u-1} ; E x_u],   g_u = P (z + SiLU(W z + b)),
 
-E being the target's frozen embeddings. One decoder layer reads the target's last states up to place
-t, and behind them the chain of trigrams g_{t+1} ... g_{t+1+j}, each row at its token's position:
+with E the target's frozen embeddings. One decoder layer reads the target's final states up to
+position t, followed by the trigrams g_{t+1} ... g_{t+1+j}, each at its token's position:
 
     y_j = the layer's output at the last row of [h_1 ... h_t ; g_{t+1} ... g_{t+1+j}],
 
 and head j (from 0) guesses x_{t+2+j} by U_j [h_t ; y_j]. Loss: the sum over j of the mean cross
-entropy against the text's tokens and, `probs_weight` times, against the target's laws.
+entropy against the text's tokens and, `probs_weight` times, against the target's probabilities.
 
-Each U_j begins as the target's output matrix twice over. A step drafts a static tree, a pass of the
-layer per depth for all nodes that have children; keys and values of the target's states are kept,
-and what the layer would make of these is used by nobody and not computed.
+Each U_j starts as two copies of the target's lm_head, side by side. A step drafts a static tree
+with one pass of the layer per depth, over the nodes that have children.
 
-The authors' training feeds a chain the tokens that it guessed itself. Here it reads the text's own:
-the nodes of a tree are not only first guesses, and a head only matters where those before it were
-right, which is how it is measured too. Their released code leaves the target unfrozen and its
-second loss unused; here the target never changes.
+Differences: the authors train each head on the tokens that the chain itself guessed; here it reads
+the text's own tokens, since a tree holds more than first guesses and a head only matters where all
+earlier drafts were right. Their released code also trains the target and does not use the second
+loss; here the target is frozen.
 
-Shapes: B rows of a batch, L tokens, R places in texts, D width, N nodes or tokens, P nodes of a
-depth, A ancestors, T nodes in the tail.
+Shapes: B texts or requests of a batch, L tokens, R positions in texts, D width, N nodes or tokens,
+P nodes of a depth, A ancestors, T nodes in the tail.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ from spectool.options import option
 
 
 class Trigram(nn.Module):
-    """Three tokens' embeddings made one state."""
+    """Map from three tokens' embeddings to one state."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,21 +61,22 @@ class Trigram(nn.Module):
         self.proj = nn.Linear(3 * width, width, bias=False)
 
     def forward(self, embedded_3D: Tensor) -> Tensor:
-        """Of [..., 3, D] the states [..., D]."""
+        """Compute g [..., D] from embeddings [..., 3, D]."""
         z = embedded_3D.flatten(-2)
         state: Tensor = self.proj(z + F.silu(self.block(z)))
         return state
 
 
 class Context(nn.Module):
-    """The decoder layer over the target's states and the chains behind them."""
+    """Decoder layer over the target's states and the trigrams that follow them."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.layer = DecoderLayer(config)
 
     def keep(self, final_BND: Tensor, sight: Sight) -> Tensor:
-        """Put keys and values of the target's states into the cache; the states as they are."""
+        """Append the target's states to the cache as keys and values; return them unchanged."""
+        # The layer's outputs at these states are used nowhere, so they are not computed.
         assert sight.cache is not None
         attention = self.layer.self_attn
         _, k, v = attention.project(self.layer.input_layernorm(final_BND), sight.rotary)
@@ -84,19 +84,19 @@ class Context(nn.Module):
         return final_BND
 
     def forward(self, trigram_BND: Tensor, sight: Sight) -> Tensor:
-        """y of trigrams behind what the cache holds."""
+        """Compute y of trigrams that follow what the cache holds."""
         out: Tensor = self.layer(trigram_BND, sight)
         return out
 
 
 class ChimeraHeads(Heads):
-    """All heads; see the module docstring."""
+    """Chimera heads with the trigram map and the layer that they share."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         num_heads: int = option(4, "tokens guessed ahead", minimum=1, maximum=16)
         probs_weight: float = option(
-            1.0, "what the target's laws count beside the text's tokens", minimum=0
+            1.0, "weight of the loss against the target's probabilities", minimum=0
         )
         draft_vocab: int = option(
             0, "guess only the N commonest tokens of the data; 0: all", minimum=0
@@ -127,13 +127,13 @@ class ChimeraHeads(Heads):
         layer, attention = self.ctx.layer, self.ctx.layer.self_attn
         _, key, value = attention.project(layer.input_layernorm(final_BLD), rotary)
         keys, values = [key], [value]
-        # What a chain's row reads of itself depends on its newest token alone: row j of place t is
-        # row 0 of place t + j.
+        # A trigram depends on its last token's position alone: g of chain step j at position t is
+        # g of step 0 at position t + j, so each is computed once.
         window_L3 = (positions_L[:, None] - torch.tensor([2, 1, 0]).to(positions_L)).clamp(min=0)
         trigram_BLD = self.trigram(self.embed(batch.tokens_BL[:, window_L3]))
         q, k, v = attention.project(layer.input_layernorm(trigram_BLD), rotary)
         for j in range(self.num_heads):
-            # Past the end there is nothing to learn, and something has to stand.
+            # Clamped: positions past the end have no label, so their values are unused.
             at_L = (positions_L + 1 + j).clamp(max=last)
             keys.append(k[:, :, at_L])
             values.append(v[:, :, at_L])
@@ -148,7 +148,7 @@ class ChimeraHeads(Heads):
 
 
 class ChimeraDrafter(TreeDrafter):
-    """Drafts the heads' static tree, whose nodes are the tail of the layer's own cache."""
+    """Drafter of the heads' static tree; its nodes are the tail of the layer's cache."""
 
     name = "chimera"
     Heads = ChimeraHeads
@@ -163,7 +163,8 @@ class ChimeraDrafter(TreeDrafter):
     ) -> None:
         super().__init__(heads, paths, config)
         self._draft_cache = DraftCache(heads.rotary, 1)
-        # Down to each depth, the nodes with children: how deep, and which the last of them see.
+        # By depth: the depths of all nodes with children so far, and which of these nodes each of
+        # the newest may attend to.
         self._tails: list[tuple[Tensor, Tensor]] = []
         nodes_T = torch.zeros(0, dtype=torch.long, device=heads.frozen.weight_VD.device)
         depths: list[int] = []
@@ -200,7 +201,7 @@ class ChimeraDrafter(TreeDrafter):
         tokens_BP3 = torch.cat([before_BP2, tokens_BN[:, paths_PA]], -1)[..., -3:]
         trigram_BPD = self._heads.trigram(self._heads.embed(tokens_BP3))
         depths_T, visible_PT = self._tails[k]
-        batch = len(rows)
+        batch = len(requests)
         y_BPD = self._draft_cache.grow(
             [trigram_BPD],
             depths_T.expand(batch, -1),

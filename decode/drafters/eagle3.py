@@ -101,7 +101,7 @@ class Eagle3Heads(Heads):
         draft_vocab: int = option(
             0, "guess only the N commonest tokens of the data; 0: 32000, or all", minimum=0
         )
-        shared_head: bool = option(False, "guess with the target's output matrix")
+        shared_head: bool = option(False, "guess with the target's lm_head")
 
         def validate(self) -> None:
             if not all(part.isdigit() for part in self.layers.split("-") if self.layers):
@@ -178,7 +178,7 @@ class Eagle3Heads(Heads):
                 values.append(v)
                 return attention.merge(attend_chains(q, keys, values))
 
-            # Past the end there is nothing to learn, and something has to stand.
+            # Clamped: positions past the end have no label, so their values are unused.
             ahead_L = (positions_L + 1 + step).clamp(max=len(positions_L) - 1)
             state_BLD = self.midlayer(self.embed(tokens_BL[:, ahead_L]), state_BLD, attend)
             yield self.norm(state_BLD[batch_R, position_R])

@@ -83,7 +83,7 @@ class HydraHeads(Heads):
             0, "guess only the N commonest tokens of the data; 0: all", minimum=0
         )
         shared_head: bool = option(
-            False, "guess with the target's output matrix, not with one for each head"
+            False, "guess with the target's lm_head, not with one for each head"
         )
 
     needs = Needs(final=True)
@@ -118,7 +118,7 @@ class HydraHeads(Heads):
         parts = [state_BLD[batch_R, position_R]]
         last = batch.tokens_BL.shape[1] - 1
         for i, head in enumerate(self._each):
-            # Past the end there is nothing to learn, and something has to stand.
+            # Clamped: positions past the end have no label, so their values are unused.
             token_R = batch.tokens_BL[batch_R, (position_R + 1 + i).clamp(max=last)]
             parts.append(self.embed(token_R))
             yield head(torch.cat(parts, -1))
