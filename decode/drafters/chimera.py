@@ -180,23 +180,23 @@ class ChimeraDrafter(TreeDrafter):
         super().begin(prompts, cache)
 
     def _read(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
+        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
-        self._draft_cache.select(rows)
+        self._draft_cache.select(indices)
         finals = [found["final"].to(self._heads.dtype) for found in features]
-        states = self._draft_cache.feed(
-            [row[:-1] for row in tokens], [finals], self._heads.ctx.keep
-        )
-        self._states.update(zip(rows, states, strict=True))
+        labels = [committed[:-1] for committed in tokens]
+        states = self._draft_cache.feed(labels, [finals], self._heads.ctx.keep)
+        self._states.update(zip(indices, states, strict=True))
 
     def _level(
-        self, rows: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
+        self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
     ) -> Tensor:
         if k == 0:
-            self._draft_cache.select([row.index for row in rows])
+            self._draft_cache.select([request.index for request in requests])
         paths_PA = self._tree.levels[k].paths_PA
-        # A root's trigram begins with committed tokens.
-        before = [[row.tokens[max(0, len(row.tokens) - 3)], row.tokens[-2]] for row in rows]
+        # The trigrams of the root and its children begin with the committed tokens x_{t-1}, x_t.
+        texts = [request.tokens for request in requests]
+        before = [[tokens[max(0, len(tokens) - 3)], tokens[-2]] for tokens in texts]
         before_BP2 = torch.tensor(before).to(tokens_BN)[:, None].expand(-1, len(paths_PA), -1)
         tokens_BP3 = torch.cat([before_BP2, tokens_BN[:, paths_PA]], -1)[..., -3:]
         trigram_BPD = self._heads.trigram(self._heads.embed(tokens_BP3))
