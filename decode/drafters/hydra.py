@@ -1,20 +1,21 @@
-"""Hydra: Medusa's heads that also see the tokens drafted before theirs.
+"""Hydra: Medusa's heads that also read the tokens drafted before theirs.
 
 Ankner et al. 2024 (arXiv:2402.05109). Head i (from 0) guesses x_{t+2+i} from
 
     z = [h_t ; E x_{t+1} ; ... ; E x_{t+1+i}],   R z + SiLU(W z + b),
 
-then residual blocks x + SiLU(W x + b), then an output matrix U_i with a bias; E are the target's
-frozen embeddings. `plain` is that with one block, taught the text's tokens. `plus` (Hydra++) has
-four, dropout before each and before U_i, learns the target's laws, and in place of h_t reads a
-layer of attention over h_1 ... h_t ("prefix attention"), which keeps keys and values of its own.
+then residual blocks x + SiLU(W x + b), then an lm_head U_i with a bias; E are the target's frozen
+embeddings. `plain` has one block and is trained on the text's tokens. `plus` (Hydra++) has four
+blocks, dropout before each and before U_i, is trained on the target's probabilities, and replaces
+h_t by the output of a decoder layer over h_1 ... h_t ("prefix attention") with its own KV cache.
 Loss: the sum over heads of the mean cross entropy.
 
-R begins as what picks h_t out of z, W at zero and U_i as the target's output matrix, so untrained
-heads say what the target says of x_{t+1}; the authors begin with random R. A step drafts a static
-tree, one run of a head per depth for all its nodes.
+R starts by selecting h_t from z, W at zero and U_i as the target's lm_head, so that untrained heads
+predict what the target predicts for x_{t+1}; the authors start with a random R. A step drafts a
+static tree, with one call of a head per depth for all its nodes.
 
-Shapes: B rows of a batch, L tokens, R places in texts, D width, P nodes of a depth, A ancestors.
+Shapes: B texts or requests of a batch, L tokens, R positions in texts, D width, P nodes of a depth,
+A ancestors, Z = (i + 2) D.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _BLOCKS = {"plain": 1, "plus": 4}
 
 
 class HydraHead(nn.Module):
-    """Head i: its own way from z to a state, and its output matrix unless the target's serves."""
+    """Draft head i: maps z to a state; has its own lm_head unless it shares the target's."""
 
     def __init__(
         self, width: int, i: int, output: nn.Linear | None, num_layers: int, dropout: float
@@ -68,12 +69,12 @@ class HydraHead(nn.Module):
 
 
 class HydraHeads(Heads):
-    """All heads; see the module docstring."""
+    """Hydra heads; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         variant: Literal["plain", "plus"] = option(
-            "plus", "plus: with attention over the text, deeper heads and the target's laws"
+            "plus", "plus: attention over the text, deeper heads, the target's probabilities"
         )
         num_heads: int = option(4, "tokens guessed ahead", minimum=1, maximum=16)
         num_layers: int = option(
@@ -134,7 +135,7 @@ class HydraHeads(Heads):
 
 
 class HydraDrafter(TreeDrafter):
-    """Drafts the heads' static tree; prefix attention runs once over what was committed."""
+    """Drafter of the heads' static tree; prefix attention runs once over committed tokens."""
 
     name = "hydra"
     Heads = HydraHeads
@@ -157,12 +158,13 @@ class HydraDrafter(TreeDrafter):
         super().begin(prompts, cache)
 
     def _read(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
+        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
         if self._draft_cache is None or self._prefix is None:
-            super()._read(rows, tokens, features)
+            super()._read(indices, tokens, features)
             return
         finals = [found["final"].to(self._heads.dtype) for found in features]
-        self._draft_cache.select(rows)
-        states = self._draft_cache.feed([row[:-1] for row in tokens], [finals], self._prefix)
-        self._states.update(zip(rows, states, strict=True))
+        self._draft_cache.select(indices)
+        labels = [committed[:-1] for committed in tokens]
+        states = self._draft_cache.feed(labels, [finals], self._prefix)
+        self._states.update(zip(indices, states, strict=True))
