@@ -278,7 +278,7 @@ def test_a_kept_table_of_another_vocabulary_is_refused(begin: Begin, tmp_path: P
 def test_what_is_no_table_is_refused(tmp_path: Path, table: Tensor) -> None:
     place = tmp_path / "table"
     draft_state.save(place, "recycle", {"table": table})
-    with pytest.raises(CheckpointError, match="not a table of 8 ids a token"):
+    with pytest.raises(CheckpointError, match="not a table of 8 ids per token"):
         RecycleDrafter(RecycleConfig(state=str(place)))
     place.write_bytes(b"something else altogether")
     with pytest.raises(CheckpointError, match=r"damaged or not safetensors"):

@@ -228,12 +228,12 @@ def test_a_chain_ends_after_a_token_it_is_not_sure_of(
 ) -> None:
     drafter, rows, _ = begun(tiny("llama-deep"), begin, [noise_of(1, 9)] * 3, depth=6)
     shares = iter([[0.9, 0.7, 0.9], [0.9, 0.9, 0.81], [0.1, 0.9, 0.9], *[[0.9] * 3] * 3])
-    own = skip._likeliest
+    own = skip._take_likeliest
 
     def top_ids(logits_BV: Tensor) -> tuple[list[list[int]], list[float]]:
         return own(logits_BV)[0], next(shares)
 
-    monkeypatch.setattr(skip, "_likeliest", top_ids)
+    monkeypatch.setattr(skip, "_take_likeliest", top_ids)
     assert [max(draft.depths) for draft in drafter.propose(rows, [9, 9, 9])] == [3, 1, 6]
 
 
