@@ -41,7 +41,7 @@ _PADDING = 128
 class DraftModelConfig(options.Config):
     """Options of `draft_model`."""
 
-    depth: int = option(4, "tokens proposed in a row", minimum=1, maximum=64)
+    depth: int = option(4, "most proposed tokens on a path", minimum=1, maximum=64)
     tree: Literal["chain", "iid", "rsd-c", "rsd-s"] = option(
         "chain", "one chain, several, or a tree of a constant branching or of a beam"
     )

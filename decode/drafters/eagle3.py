@@ -192,7 +192,7 @@ class Eagle3Config(options.Config):
     """Options of `eagle3`."""
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(6, "most proposed tokens in a row", minimum=1, maximum=16)
+    depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=16)
     width: int = option(8, "nodes of a level that are expanded, and into how many", minimum=1)
 
 

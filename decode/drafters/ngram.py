@@ -37,7 +37,7 @@ class NgramConfig(options.Config):
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
     depth: int = option(
-        8, "most proposed tokens in a row, doubled while all are accepted", minimum=1
+        8, "most proposed tokens on a path, doubled while all are accepted", minimum=1
     )
     min_n: int = option(1, "shortest n-gram to look up", minimum=1, maximum=16)
     max_n: int = option(4, "longest n-gram to look up", minimum=1, maximum=16)

@@ -39,7 +39,7 @@ class RecycleConfig(options.Config):
     """Options of `recycle`."""
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(6, "most proposed tokens in a row", minimum=1, maximum=_DEEPEST)
+    depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=_DEEPEST)
     state: str | None = option(None, "file to keep the table in between runs")
 
 

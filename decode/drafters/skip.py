@@ -50,7 +50,7 @@ class SkipConfig(options.Config):
     """Options of `skip`."""
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(8, "most proposed tokens in a row", minimum=1, maximum=64)
+    depth: int = option(8, "most proposed tokens on a path", minimum=1, maximum=64)
     search: int = option(64, "sets of skipped blocks to try, one per step", minimum=0)
 
 

@@ -38,7 +38,7 @@ class TrigramConfig(options.Config):
     """Options of `trigram`."""
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(8, "most proposed tokens in a row", minimum=1, maximum=64)
+    depth: int = option(8, "most proposed tokens on a path", minimum=1, maximum=64)
     state: str | None = option(None, "file to keep the table in between runs")
 
 

@@ -379,7 +379,7 @@ class TreeConfig(options.Config):
     """Options of heads that draft a static tree."""
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=MOST_NODES)
-    depth: int = option(16, "most proposed tokens in a row", minimum=1, maximum=16)
+    depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
 
 
 class TreeDrafter(Drafter):

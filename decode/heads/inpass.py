@@ -6,8 +6,8 @@ rows attend to their node, its ancestors and earlier rows of their chain; nothin
 them, and they are never committed. So one pass verifies a tree and guesses the next one.
 
 The length of each node's chain is chosen as in PPD (Chen et al. 2024, arXiv:2405.18628, its
-"dynamic sparse tree"): if the accepted path ends at a node with s extra rows, the next tree is T_s,
-at most s deep (`_assign_rows`, `sparse_trees`).
+"dynamic sparse tree"): if the accepted path ends at a node whose chain goes s tokens ahead, the next
+tree is T_s, at most s deep (`_assign_rows`, `sparse_trees`).
 
 Shapes: B texts or requests of a batch, A positions of a text, K rows ahead of a node, R positions
 in texts, X extra rows of a node, S trees, D width, N rows of a pass, V vocabulary.
@@ -218,11 +218,11 @@ class InPassConfig(options.Config):
     nodes: int = option(
         32, "most rows of a pass, the root apart: proposed tokens and extra rows", minimum=1
     )
-    depth: int = option(16, "most proposed tokens in a row", minimum=1, maximum=16)
+    depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
 
 
 class InPassDrafter(Drafter):
-    """Drafter of T_s after a path that ended at a node with s rows ahead; it starts with T_0."""
+    """Drafter of T_s after a path whose last node's chain went s tokens ahead; T_0 at first."""
 
     Config = InPassConfig
     # Extra rows belong to the tree's nodes, so no drafter may add nodes or leave some out.
