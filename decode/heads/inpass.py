@@ -5,9 +5,9 @@ after a node at position t guesses x_{t+j+1}, a token that the next step may dra
 rows attend to their node, its ancestors and earlier rows of their chain; nothing else attends to
 them, and they are never committed. So one pass verifies a tree and guesses the next one.
 
-The length of each node's chain is chosen as in PPD (Chen et al. 2024, arXiv:2405.18628, its
-"dynamic sparse tree"): if the accepted path ends at a node whose chain goes s tokens ahead, the next
-tree is T_s, at most s deep (`_assign_rows`, `sparse_trees`).
+Chain lengths are chosen as in PPD (Chen et al. 2024, arXiv:2405.18628, "dynamic sparse tree"): if
+the accepted path ends at a node whose chain goes s tokens ahead, the next tree is T_s, at most s
+deep (`_assign_rows`, `sparse_trees`).
 
 Shapes: B texts or requests of a batch, A positions of a text, K rows ahead of a node, R positions
 in texts, X extra rows of a node, S trees, D width, N rows of a pass, V vocabulary.
