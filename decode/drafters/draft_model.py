@@ -131,7 +131,7 @@ class DraftModelDrafter(Drafter):
         self.config = config or DraftModelConfig()
         self._draft = Target(model)
         self._vocab_size = target.vocab_size
-        _compare(self._draft, target, tokenizer, target_tokenizer)
+        _check_vocabulary(self._draft, target, tokenizer, target_tokenizer)
         self._device = target.device
         self._order: list[int] = []
         self._cache = self._draft.cache(0)
@@ -154,7 +154,7 @@ class DraftModelDrafter(Drafter):
         """Feed newly committed tokens, then grow the trees level by level."""
         self._drop_finished(rows)
         self._grown = [
-            _Growth(request, self._depth(request, held, limit))
+            _Growth(request, self._limit_depth(request, held, limit))
             for request, held, limit in zip(rows, self._cache.lengths, budget, strict=True)
         ]
         self._num_fed = 0
@@ -259,19 +259,19 @@ class DraftModelDrafter(Drafter):
         ).to(probs_FV.device)
         logq_FV = probs_FV.double().log()
         if config.tree == "rsd-c":
-            return _top(logq_FV + noise_FV, self._branches(growth))
+            return _take_top(logq_FV + noise_FV, self._num_branches(growth))
         return self._beam(growth, logq_FV, noise_FV)
 
     def _choose_greedily(self, growth: _Growth, scores_FV: Tensor) -> tuple[Tensor, Tensor]:
         """Choose like `_choose`, but the likeliest tokens."""
         if self.config.tree == "rsd-c":
-            return _top(scores_FV, self._branches(growth))
+            return _take_top(scores_FV, self._num_branches(growth))
         if self.config.tree == "rsd-s":
             return self._beam(growth, scores_FV.double().log_softmax(-1), None)
         token_F = scores_FV.argmax(-1)
         return token_F, torch.zeros_like(token_F)
 
-    def _branches(self, growth: _Growth) -> int:
+    def _num_branches(self, growth: _Growth) -> int:
         """Return how many children each frontier node may have, whatever the tokens are."""
         room = self.config.nodes - sum(growth.live)
         return min(self.config.width, room // len(growth.frontier))
@@ -324,21 +324,21 @@ class DraftModelDrafter(Drafter):
             self._cache.select([self._order.index(index) for index in order])
             self._order = order
 
-    def _depth(self, request: Request, held: int, limit: int) -> int:
+    def _limit_depth(self, request: Request, held: int, limit: int) -> int:
         """Return how deep the draft can propose; its context and vocabulary may be smaller."""
         if any(token >= self._draft.vocab_size for token in request.tokens[held:]):
             return 0
         return max(0, min(self.config.depth, limit, self._cache.context - len(request.tokens)))
 
 
-def _top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _take_top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` best tokens of each node, without those of score -inf, and their nodes."""
     best = scores_FV.topk(min(count, scores_FV.shape[1]))
     real_FC = best.values > -torch.inf
     return best.indices[real_FC], real_FC.nonzero()[:, 0]
 
 
-def _compare(
+def _check_vocabulary(
     draft: Target,
     target: Target,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -356,16 +356,20 @@ def _compare(
                 "a draft model must share the target's tokenizer"
             )
         return
-    ours, theirs = tokenizer.get_vocab(), target_tokenizer.get_vocab()
-    if ours != theirs:
-        differing = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+    draft_vocab, target_vocab = tokenizer.get_vocab(), target_tokenizer.get_vocab()
+    if draft_vocab != target_vocab:
+        differing = sorted(
+            t
+            for t in draft_vocab.keys() | target_vocab.keys()
+            if draft_vocab.get(t) != target_vocab.get(t)
+        )
         token = differing[0]
         raise UnsupportedError(
             f"the draft model's tokenizer is not the target's: {len(differing)} tokens differ, "
-            f"{token!r} has id {ours.get(token)} there and {theirs.get(token)} here"
+            f"{token!r} has id {draft_vocab.get(token)} there and {target_vocab.get(token)} here"
         )
     # Tokens may have been added to both tokenizers but to the target's embedding alone.
-    highest = min(max(ours.values()) + 1, target.num_tokens)
+    highest = min(max(draft_vocab.values()) + 1, target.num_tokens)
     if draft.num_tokens < highest:
         raise UnsupportedError(
             f"the draft model has {draft.num_tokens} tokens, the target's texts have ids up to "
