@@ -37,7 +37,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.drafters.medusa import residual_blocks
+from spectool.decode.drafters.medusa import make_residual_blocks
 from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
 from spectool.decode.heads.layer import (
     DecoderLayer,
@@ -45,7 +45,7 @@ from spectool.decode.heads.layer import (
     Rotary,
     Sight,
     attend_chains,
-    layer_config,
+    make_layer_config,
 )
 from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
 from spectool.decode.request import Request
@@ -57,7 +57,7 @@ class Trigram(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.block = residual_blocks(3 * width, 1)[0]
+        self.block = make_residual_blocks(3 * width, 1)[0]
         self.proj = nn.Linear(3 * width, width, bias=False)
 
     def forward(self, embedded_3D: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class ChimeraHeads(Heads):
         self.num_heads = config.num_heads
         self.probs_weight = config.probs_weight
         self.loss_target = "both" if config.probs_weight else "labels"
-        shape = layer_config(model)
+        shape = make_layer_config(model)
         self.rotary = Rotary(shape)
         self.trigram = Trigram(shape.hidden_size)
         self.ctx = Context(shape)

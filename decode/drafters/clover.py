@@ -46,8 +46,8 @@ from spectool.decode.heads.layer import (
     DraftCache,
     Rotary,
     Sight,
-    final_scale,
-    layer_config,
+    make_layer_config,
+    read_final_scale,
 )
 from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
 from spectool.decode.request import Request
@@ -57,7 +57,7 @@ from spectool.options import option
 _NOISE = 0.01
 
 
-def near_identity(matrix: nn.Linear) -> nn.Linear:
+def init_near_identity(matrix: nn.Linear) -> nn.Linear:
     """Initialise a linear layer to return its first inputs, plus a little noise."""
     nn.init.eye_(matrix.weight)
     with torch.no_grad():
@@ -75,8 +75,8 @@ class ResAttn(nn.Module):
         # The published matrices are square, so attention heads divide the width evenly.
         self.num_heads = math.gcd(width, config.num_attention_heads)
         self.norm = LlamaRMSNorm(width, config.rms_norm_eps)
-        self.q_proj = near_identity(nn.Linear(width, width))
-        self.k_proj = near_identity(nn.Linear(width, width))
+        self.q_proj = init_near_identity(nn.Linear(width, width))
+        self.k_proj = init_near_identity(nn.Linear(width, width))
         self.v_proj = nn.Linear(width, width)
         nn.init.uniform_(self.v_proj.weight, -_NOISE, _NOISE)
         nn.init.zeros_(self.v_proj.bias)
@@ -114,7 +114,7 @@ class Regress(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.attn = ResAttn(config)
-        self.mix = near_identity(nn.Linear(2 * config.hidden_size, config.hidden_size))
+        self.mix = init_near_identity(nn.Linear(2 * config.hidden_size, config.hidden_size))
 
 
 class CloverHeads(Heads):
@@ -138,17 +138,17 @@ class CloverHeads(Heads):
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
-        shape = layer_config(model)
+        shape = make_layer_config(model)
         width, epsilon = shape.hidden_size, shape.rms_norm_eps
         self.rotary = Rotary(shape)
         self.attn_dec = ResAttn(shape)
         self.aug = Augment(shape, model)
         self.norm = LlamaRMSNorm(width, epsilon)
-        self.head0 = near_identity(nn.Linear(width, width))
+        self.head0 = init_near_identity(nn.Linear(width, width))
         self.norm_head0 = LlamaRMSNorm(width, epsilon)
         self.regr = Regress(shape)
         self.norm_regr = LlamaRMSNorm(width, epsilon)
-        scale_D = final_scale(model)
+        scale_D = read_final_scale(model)
         if scale_D is not None:
             for norm in (self.norm_head0, self.norm_regr):
                 norm.weight = nn.Parameter(scale_D.float().clone())

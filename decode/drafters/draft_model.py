@@ -366,7 +366,8 @@ def _check_vocabulary(
         token = differing[0]
         raise UnsupportedError(
             f"the draft model's tokenizer is not the target's: {len(differing)} tokens differ, "
-            f"{token!r} has id {draft_vocab.get(token)} there and {target_vocab.get(token)} here"
+            f"{token!r} has id {draft_vocab.get(token)} in it and {target_vocab.get(token)} in the "
+            "target's"
         )
     # Tokens may have been added to both tokenizers but to the target's embedding alone.
     highest = min(max(draft_vocab.values()) + 1, target.num_tokens)

@@ -37,14 +37,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.heads.base import Heads, OptimizerDefaults, read_outcomes, read_prompts
+from spectool.decode.heads.base import Heads, OptimizerDefaults, gather_outcomes, gather_prompts
 from spectool.decode.heads.layer import (
     Attention,
     DraftCache,
     Rotary,
     attend_chains,
-    final_scale,
-    layer_config,
+    make_layer_config,
+    read_final_scale,
 )
 from spectool.decode.protocol import (
     Drafter,
@@ -119,7 +119,7 @@ class Eagle3Heads(Heads):
         """
         super().__init__(config, model, token_map)
         self.num_heads = config.ttt_steps
-        shape = layer_config(model)
+        shape = make_layer_config(model)
         self.rotary = Rotary(shape)
         num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         fused = _choose_states(config.layers, num_layers)
@@ -137,7 +137,7 @@ class Eagle3Heads(Heads):
         """Initialise weights: fuse to the highest state alone, attend mostly to the row itself."""
         nn.init.zeros_(self.fc.weight)
         nn.init.eye_(self.fc.weight[:, -self.fc.out_features :])
-        scale_D = final_scale(model)
+        scale_D = read_final_scale(model)
         if scale_D is not None:
             self.norm.weight = nn.Parameter(scale_D.float().clone())
         attention = self.midlayer.self_attn
@@ -245,12 +245,12 @@ class Eagle3Drafter(Drafter):
         # Column t is computed from the target's state at t and the token after it.
         self._draft_cache.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
         with self._kernel():
-            self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
+            self._read([prompt.row.index for prompt in prompts], *gather_prompts(prompts))
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         with self._kernel():
-            self._read([outcome.row.index for outcome in outcomes], *read_outcomes(outcomes))
+            self._read([outcome.row.index for outcome in outcomes], *gather_outcomes(outcomes))
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:

@@ -31,9 +31,9 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.drafters.medusa import residual_blocks
+from spectool.decode.drafters.medusa import make_residual_blocks
 from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
-from spectool.decode.heads.layer import DecoderLayer, DraftCache, Rotary, layer_config
+from spectool.decode.heads.layer import DecoderLayer, DraftCache, Rotary, make_layer_config
 from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
 from spectool.options import option
 
@@ -54,7 +54,7 @@ class HydraHead(nn.Module):
         self.R = nn.Linear((i + 2) * width, width, bias=False)
         nn.init.zeros_(self.R.weight)
         nn.init.eye_(self.R.weight[:, :width])
-        self.blocks = residual_blocks(width, num_layers - 1)
+        self.blocks = make_residual_blocks(width, num_layers - 1)
         self.lm_head = output
         self.dropout = nn.Dropout(dropout)
 
@@ -108,7 +108,7 @@ class HydraHeads(Heads):
             for i in range(config.num_heads)
         ]
         self.heads = nn.ModuleList(self._each)
-        shape = layer_config(model)
+        shape = make_layer_config(model)
         self.rotary = Rotary(shape)
         self.prefix = DecoderLayer(shape).to(weight_VD) if plus else None
 

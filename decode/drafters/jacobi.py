@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.drafters.ngram import NgramIndex, continuation
+from spectool.decode.drafters.ngram import NgramIndex, continue_text
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams, pick
@@ -109,5 +109,5 @@ def _look_up(
     They only affect speed, since the next pass predicts these positions anew.
     """
     for _, end in index.matches([*tokens[-4:], *drawn]):
-        return continuation(tokens, end, count)
+        return continue_text(tokens, end, count)
     return [tokens[(len(tokens) + at) * 7919 % len(tokens)] for at in range(count)]

@@ -30,7 +30,7 @@ class MedusaHead(nn.Module):
 
     def __init__(self, width: int, output: nn.Linear | None, num_layers: int) -> None:
         super().__init__()
-        self.blocks = residual_blocks(width, num_layers)
+        self.blocks = make_residual_blocks(width, num_layers)
         self.lm_head = output
 
     def forward(self, state: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class MedusaHeads(Heads):
         return self._each[k].lm_head
 
 
-def residual_blocks(width: int, num_layers: int) -> nn.ModuleList:
+def make_residual_blocks(width: int, num_layers: int) -> nn.ModuleList:
     """Make W and b of `num_layers` blocks x + SiLU(W x + b); zero, so each starts as identity."""
     blocks = [nn.Linear(width, width) for _ in range(num_layers)]
     for block in blocks:

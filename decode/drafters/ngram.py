@@ -83,7 +83,7 @@ class NgramIndex:
                     yield n, end
 
 
-def continuation(tokens: Sequence[int], end: int, depth: int) -> list[int]:
+def continue_text(tokens: Sequence[int], end: int, depth: int) -> list[int]:
     """Return the `depth` tokens that follow index `end` of the text.
 
     Where the text ends before, the tokens repeat with period `len(tokens) - end`, so that a
@@ -146,7 +146,7 @@ class NgramDrafter(Drafter):
             if copy is not None and end == copy.end:
                 depth, copied = copy.depth, min(copy.length, 8)
             first = end if first is None else first
-            trie.extend(continuation(tokens, end, min(depth, limit)), (n, min(order, 3), copied))
+            trie.extend(continue_text(tokens, end, min(depth, limit)), (n, min(order, 3), copied))
             if trie.full:
                 break
         if first is None:

@@ -43,7 +43,7 @@ class RecycleConfig(options.Config):
     state: str | None = option(None, "file to keep the table in between runs")
 
 
-def rank_tree(nodes: int, depth: int) -> list[tuple[int, ...]]:
+def make_rank_tree(nodes: int, depth: int) -> list[tuple[int, ...]]:
     """Return the `nodes` likeliest paths of ranks, best first, parents before their children."""
     heap: list[tuple[float, tuple[int, ...]]] = [(-_SHARES[0], (0,))]
     paths: list[tuple[int, ...]] = []
@@ -74,7 +74,7 @@ class RecycleDrafter(Drafter):
 
     def __init__(self, config: RecycleConfig | None = None) -> None:
         self.config = config or RecycleConfig()
-        self._paths = rank_tree(self.config.nodes, self.config.depth)
+        self._paths = make_rank_tree(self.config.nodes, self.config.depth)
         nodes = {(): 0} | {path: node for node, path in enumerate(self._paths, start=1)}
         # Depth, parent and rank of each node.
         self._shape = [(len(path), nodes[path[:-1]], path[-1]) for path in self._paths]

@@ -129,7 +129,7 @@ class Heads(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("token_map", token_map)
-        self.frozen = _frozen(model, token_map)
+        self.frozen = _freeze(model, token_map)
 
     @classmethod
     def num_guessed(cls, config: Any, vocab_size: int) -> int:
@@ -210,7 +210,7 @@ class Heads(nn.Module):
         done = HeadLoss(self.num_heads)
         labels_BL = self.labels(batch.tokens_BL)
         loss_mask_BL = self._loss_mask(batch, labels_BL)
-        positions_BL = _any_ahead(loss_mask_BL, self.num_heads)
+        positions_BL = _mask_positions(loss_mask_BL, self.num_heads)
         batch_R, position_R = self.choose(*positions_BL.nonzero(as_tuple=True))
         masks = self._head_masks(loss_mask_BL, batch.segments_BL, batch_R, position_R)
         probs_of = self._target_probs(batch, loss_mask_BL) if self.loss_target != "labels" else None
@@ -290,7 +290,7 @@ class Heads(nn.Module):
         best_BL = final_BLD.new_zeros(final_BLD.shape[:2], dtype=torch.long)
         output = self.frozen.output
         for b, final_LD in enumerate(final_BLD):
-            for part in _chunks(len(final_LD), output.out_features):
+            for part in _split_rows(len(final_LD), output.out_features):
                 best_BL[b, part] = output(final_LD[part]).argmax(-1)
         known_BL = self.labels(best_BL) >= 0
         return loss_mask_BL & F.pad(known_BL[:, :-1], (1, 0))
@@ -322,7 +322,7 @@ class Heads(nn.Module):
         vocab = len(self.frozen.weight_VD)
         if len(final_RD) * vocab * 4 > _PROBS_BYTES:
             return lambda at_S, u_S, part: self._probs(final_BLD[at_S[part], u_S[part] - 1])
-        made = [self._probs(final_RD[part]) for part in _chunks(len(final_RD), vocab)]
+        made = [self._probs(final_RD[part]) for part in _split_rows(len(final_RD), vocab)]
         probs_RV = torch.cat(made) if made else final_RD.new_zeros(0, vocab)
         index_BL = before_BL.flatten().cumsum(0).view_as(before_BL) - 1
         return lambda at_S, u_S, part: probs_RV[index_BL[at_S[part], u_S[part] - 1]]
@@ -344,7 +344,7 @@ class Heads(nn.Module):
         leaf_SD = out_SD.detach().requires_grad_()
         total, right = 0.0, 0
         # In chunks: the logits of all positions at once would be the largest tensor of training.
-        for part in _chunks(len(labels_S), len(weight_VD)):
+        for part in _split_rows(len(labels_S), len(weight_VD)):
             with torch.enable_grad():
                 logits = F.linear(leaf_SD[part], weight_VD, bias_V).float()
                 if self.own_output(k) is None:
@@ -416,7 +416,7 @@ class TreeDrafter(Drafter):
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._states.clear()
         with self._kernel():
-            self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
+            self._read([prompt.row.index for prompt in prompts], *gather_prompts(prompts))
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
@@ -451,7 +451,7 @@ class TreeDrafter(Drafter):
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         with self._kernel():
-            self._read([outcome.row.index for outcome in outcomes], *read_outcomes(outcomes))
+            self._read([outcome.row.index for outcome in outcomes], *gather_outcomes(outcomes))
 
     def _kernel(self) -> AbstractContextManager[None]:
         """Use the small-batch matmul kernel in all layers of the heads."""
@@ -469,7 +469,7 @@ class TreeDrafter(Drafter):
             self._states[index] = found["final"][-1].clone()
 
 
-def read_prompts(prompts: Sequence[PrefilledPrompt]) -> tuple[list[list[int]], list[Features]]:
+def gather_prompts(prompts: Sequence[PrefilledPrompt]) -> tuple[list[list[int]], list[Features]]:
     """Return the prompt tokens just read with the token after them, and the former's features."""
     features = [prompt.features for prompt in prompts]
     sizes = [len(next(iter(found.values()))) for found in features]
@@ -477,7 +477,7 @@ def read_prompts(prompts: Sequence[PrefilledPrompt]) -> tuple[list[list[int]], l
     return tokens, features
 
 
-def read_outcomes(outcomes: Sequence[Outcome]) -> tuple[list[list[int]], list[Features]]:
+def gather_outcomes(outcomes: Sequence[Outcome]) -> tuple[list[list[int]], list[Features]]:
     """Return the tokens a step committed with the new root, and the former's features."""
     tokens = [
         [*(outcome.draft.tokens[node] for node in outcome.path), outcome.next_token]
@@ -521,7 +521,7 @@ def ranks_of(out_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_R:
         NotFinite: logits that are NaN or infinite.
     """
     ranks = []
-    for part in _chunks(len(labels_R), len(weight_VD)):
+    for part in _split_rows(len(labels_R), len(weight_VD)):
         logits = F.linear(out_RD[part], weight_VD, bias_V)
         labels = labels_R[part]
         if not is_finite(logits):
@@ -542,7 +542,7 @@ def frequent(tokens: Sequence[int], *, count: int, vocab: int) -> Tensor:
     return order[:count].sort().values
 
 
-def _any_ahead(loss_mask_BL: Tensor, num_heads: int) -> Tensor:
+def _mask_positions(loss_mask_BL: Tensor, num_heads: int) -> Tensor:
     """Mark the positions [B, L] where at least one head has a token to be trained on."""
     found_BL = torch.zeros_like(loss_mask_BL)
     for ahead in range(2, 2 + num_heads):
@@ -550,14 +550,14 @@ def _any_ahead(loss_mask_BL: Tensor, num_heads: int) -> Tensor:
     return found_BL
 
 
-def _chunks(num_rows: int, vocab: int) -> Iterator[slice]:
+def _split_rows(num_rows: int, vocab: int) -> Iterator[slice]:
     """Yield slices of `num_rows` rows whose fp32 logits fit into `_CHUNK_BYTES`."""
     size = max(1, _CHUNK_BYTES // (4 * vocab))
     for start in range(0, num_rows, size):
         yield slice(start, start + size)
 
 
-def _frozen(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
+def _freeze(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(output, (nn.Linear, PackedLinear)):
         raise UnsupportedError(
@@ -575,13 +575,13 @@ def _frozen(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
     return Frozen(
         weight_VD=weight_VD,
         bias_V=bias_V,
-        embed=_embedding(model),
+        embed=_make_embed(model),
         output=output,
         logits=final_logits(model.config),
     )
 
 
-def _embedding(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+def _make_embed(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     embedding: Any = model.get_input_embeddings()
 
     def embed(tokens: Tensor) -> Tensor:

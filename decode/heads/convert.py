@@ -37,7 +37,7 @@ from spectool.decode.heads.artifact import (
     read_weights,
 )
 from spectool.decode.heads.base import Heads
-from spectool.decode.heads.layer import layer_config
+from spectool.decode.heads.layer import make_layer_config
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
 from spectool.methods import resolve
@@ -371,7 +371,7 @@ def _write_eagle3(
             "eagle3 takes the target's embedding as it is stored, and this target scales it",
             hint="--format speculators has a place for the scaled one",
         )
-    layer = layer_config(model)
+    layer = make_layer_config(model)
     vocab = model.config.get_text_config(decoder=True).vocab_size
     written = _eagle3_tensors(heads, tensors, vocab)
     return {
@@ -415,7 +415,7 @@ def _write_speculators(
                 "architectures": model.config.architectures or [type(model).__name__],
             },
         },
-        "transformer_layer_config": _layer_entries(layer_config(model), config.vocab_size),
+        "transformer_layer_config": _layer_entries(make_layer_config(model), config.vocab_size),
         "draft_vocab_size": len(written["lm_head.weight"]),
         "eagle_aux_hidden_state_layer_ids": _fused_layer_ids(heads)[
             "eagle_aux_hidden_state_layer_ids"
@@ -559,7 +559,7 @@ def _check_layer(path: Path, entries: dict[str, Any], target: Any) -> None:
     Raises:
         UnsupportedError: it has another.
     """
-    wanted = layer_config(build_meta(target))
+    wanted = make_layer_config(build_meta(target))
     known = {name: value for name, value in entries.items() if value is not None}
     found = LlamaConfig.from_dict(known)
     for name in _LAYER:

@@ -7,7 +7,7 @@ them, and they are never committed. So one pass verifies a tree and guesses the 
 
 Chain lengths are chosen as in PPD (Chen et al. 2024, arXiv:2405.18628, "dynamic sparse tree"): if
 the accepted path ends at a node whose chain goes s tokens ahead, the next tree is T_s, at most s
-deep (`_assign_rows`, `sparse_trees`).
+deep (`_assign_rows`, `choose_trees`).
 
 Shapes: B texts or requests of a batch, A positions of a text, K rows ahead of a node, R positions
 in texts, X extra rows of a node, S trees, D width, N rows of a pass, V vocabulary.
@@ -101,7 +101,7 @@ class InPassHeads(Heads):
     def expected(self, paths: Sequence[tuple[RankPath, float]], nodes: int) -> float:
         width = len(self.extra_rows) // self.num_heads
         return tokens_per_step(
-            sparse_trees(paths, num_heads=self.num_heads, rows=nodes, width=width)
+            choose_trees(paths, num_heads=self.num_heads, rows=nodes, width=width)
         )
 
 
@@ -120,7 +120,7 @@ class SparseTree:
     expected: float
 
 
-def sparse_trees(
+def choose_trees(
     paths: Sequence[tuple[RankPath, float]], *, num_heads: int, rows: int, width: int = 1
 ) -> list[SparseTree]:
     """Choose the trees T_0 ... T_K that bring the most tokens per step in the long run.
@@ -146,11 +146,11 @@ def sparse_trees(
 
 def tokens_per_step(trees: Sequence[SparseTree]) -> float:
     """Return the mean number of tokens per step in the long run."""
-    shares = zip(stationary(trees).tolist(), trees, strict=True)
+    shares = zip(find_stationary(trees).tolist(), trees, strict=True)
     return float(sum(share * tree.expected for share, tree in shares))
 
 
-def stationary(trees: Sequence[SparseTree]) -> Tensor:
+def find_stationary(trees: Sequence[SparseTree]) -> Tensor:
     """Return the stationary distribution [S] over trees: how often each is drafted."""
     moves_SS = torch.zeros(len(trees), len(trees), dtype=torch.float64)
     for state, tree in enumerate(trees):
@@ -239,7 +239,7 @@ class InPassDrafter(Drafter):
         self._heads = heads.eval()
         self._extra_rows = heads.extra_rows
         self._width = len(self._extra_rows) // heads.num_heads
-        self.trees = sparse_trees(
+        self.trees = choose_trees(
             [(path, share) for path, share in paths if len(path) <= self.config.depth],
             num_heads=heads.num_heads,
             rows=self.config.nodes,

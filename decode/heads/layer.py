@@ -184,7 +184,7 @@ class DecoderLayer(nn.Module):
             self.load_state_dict(theirs)
 
 
-def layer_config(model: PreTrainedModel) -> LlamaConfig:
+def make_layer_config(model: PreTrainedModel) -> LlamaConfig:
     """Return the config of a Llama layer in the target's shape, with its positions and epsilon."""
     config: Any = model.config.get_text_config(decoder=True)
 
@@ -213,7 +213,7 @@ def layer_config(model: PreTrainedModel) -> LlamaConfig:
     )
 
 
-def final_scale(model: PreTrainedModel) -> Tensor | None:
+def read_final_scale(model: PreTrainedModel) -> Tensor | None:
     """Return the weight [D] of the target's last norm; None if that is not an RMS norm."""
     decoder: Any = decoder_of(model)
     norm = getattr(decoder, "norm", None)

@@ -197,5 +197,7 @@ def test_another_vocabulary_is_refused(tiny: Tiny) -> None:
 
     one, other = words("?", "a", "b"), words("?", "b", "a")
     DraftModelDrafter(tiny("llama", 1), target=target, tokenizer=one, target_tokenizer=one)
-    with pytest.raises(UnsupportedError, match="2 tokens differ, 'a' has id 2 there and 1 here"):
+    with pytest.raises(
+        UnsupportedError, match="2 tokens differ, 'a' has id 2 in it and 1 in the target's"
+    ):
         DraftModelDrafter(tiny("llama", 1), target=target, tokenizer=other, target_tokenizer=one)

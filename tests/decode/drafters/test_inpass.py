@@ -19,8 +19,8 @@ from spectool.decode.heads.inpass import (
     InPassConfig,
     SparseTree,
     _assign_rows,
-    sparse_trees,
-    stationary,
+    choose_trees,
+    find_stationary,
     tokens_per_step,
 )
 from spectool.decode.protocol import Needs, TrainingBatch
@@ -57,7 +57,7 @@ def random_paths(seed: int) -> list[tuple[tuple[int, ...], float]]:
 @pytest.mark.parametrize(("rows", "width"), [(5, 1), (12, 1), (30, 1), (30, 2), (200, 1)])
 def test_every_tree_keeps_the_budget(seed: int, rows: int, width: int) -> None:
     paths = random_paths(seed)
-    trees = sparse_trees(paths, num_heads=3, rows=rows, width=width)
+    trees = choose_trees(paths, num_heads=3, rows=rows, width=width)
     assert len(trees) == 4 and trees[0].paths == []
     for state, tree in enumerate(trees):
         assert len(tree.paths) + width * sum(tree.ahead) <= rows
@@ -66,7 +66,7 @@ def test_every_tree_keeps_the_budget(seed: int, rows: int, width: int) -> None:
         assert all(path[:-1] in [(), *tree.paths] for path in tree.paths)
         assert sum(tree.ends) == pytest.approx(1)
         assert tree.expected == pytest.approx(1 + sum(dict(paths)[path] for path in tree.paths))
-    probs_S = stationary(trees)
+    probs_S = find_stationary(trees)
     assert probs_S.sum().item() == pytest.approx(1)
     moved_S = torch.zeros(4, dtype=torch.float64)
     for share, tree in zip(probs_S.tolist(), trees, strict=True):
@@ -76,7 +76,7 @@ def test_every_tree_keeps_the_budget(seed: int, rows: int, width: int) -> None:
 
 
 def test_tokens_per_step_are_those_of_a_simulation() -> None:
-    trees = sparse_trees(random_paths(1), num_heads=3, rows=9)
+    trees = choose_trees(random_paths(1), num_heads=3, rows=9)
     rng, state, tokens, steps = random.Random(0), 0, 0.0, 40_000
     for _ in range(steps):
         tree = trees[state]
@@ -99,7 +99,7 @@ def test_rows_are_taken_where_they_are_worth_least() -> None:
 
 def test_more_candidates_are_taken_only_where_they_pay() -> None:
     """No guess is ever right: all extra rows belong to the root, and no tree has nodes."""
-    trees = sparse_trees([((0,), 0.0), ((0, 0), 0.0)], num_heads=2, rows=6)
+    trees = choose_trees([((0,), 0.0), ((0, 0), 0.0)], num_heads=2, rows=6)
     assert all(tree.paths == [] for tree in trees)
     assert tokens_per_step(trees) == pytest.approx(1)
     assert isinstance(trees[0], SparseTree)

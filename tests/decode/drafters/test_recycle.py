@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode import draft_state
 from spectool.decode.drafters import recycle
-from spectool.decode.drafters.recycle import RANKS, RecycleConfig, RecycleDrafter, rank_tree
+from spectool.decode.drafters.recycle import RANKS, RecycleConfig, RecycleDrafter, make_rank_tree
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -174,7 +174,7 @@ def test_a_tree_is_filled_from_the_table(begin: Begin) -> None:
     drafter = filled(begin, table, nodes=40, depth=4)
     draft = drafter.propose([request_of([0])], [9])[0]
     assert draft.sources is not None
-    assert draft.sources[1:] == rank_tree(40, 4)
+    assert draft.sources[1:] == make_rank_tree(40, 4)
     for node in range(1, len(draft)):
         path: Any = draft.sources[node]
         assert draft.sources[draft.parents[node]] == path[:-1]
@@ -191,9 +191,9 @@ def test_no_deeper_than_the_budget(begin: Begin, limit: int) -> None:
 @pytest.mark.parametrize(("nodes", "depth"), [(1, 1), (7, 2), (33, 3), (80, 6), (300, 8)])
 def test_rank_trees_are_nested(nodes: int, depth: int) -> None:
     """A smaller tree is a prefix of a larger one; better ranks come first."""
-    whole = rank_tree(nodes, depth)
+    whole = make_rank_tree(nodes, depth)
     assert len(whole) == len(set(whole)) == min(nodes, 8 if depth == 1 else nodes)
-    assert all(rank_tree(size, depth) == whole[:size] for size in range(1, len(whole) + 1, 6))
+    assert all(make_rank_tree(size, depth) == whole[:size] for size in range(1, len(whole) + 1, 6))
     for at, path in enumerate(whole):
         assert 1 <= len(path) <= depth
         assert len(path) == 1 or path[:-1] in whole[:at]
@@ -208,7 +208,7 @@ def test_a_rank_tree_has_the_likeliest_paths() -> None:
         for length in (1, 2, 3)
         for path in itertools.product(range(RANKS), repeat=length)
     ]
-    found = [math.prod(recycle._SHARES[rank] for rank in path) for path in rank_tree(100, 3)]
+    found = [math.prod(recycle._SHARES[rank] for rank in path) for path in make_rank_tree(100, 3)]
     assert found == pytest.approx(sorted(every, reverse=True)[:100])
 
 
