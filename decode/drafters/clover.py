@@ -87,6 +87,7 @@ class ResAttn(nn.Module):
             part.unflatten(-1, (self.num_heads, -1))
             for part in (self.q_proj(self.norm(state)), self.k_proj(token), self.v_proj(token))
         )
+        # With a single key a softmax would be 1 whatever the token; the cosine is the weight.
         gate = F.cosine_similarity(q, k, dim=-1)[..., None]
         out: Tensor = state + (gate * v).flatten(-2)
         return out
@@ -232,10 +233,12 @@ class CloverDrafter(TreeDrafter):
         self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
     ) -> Tensor:
         if k == 0:
+            # s_0 = h_t; head 0 has no recurrent step.
             self._carried_BPD = state_BD[:, None]
             return self._heads.first(self._carried_BPD)
         assert self._carried_BPD is not None
         level = self._tree.levels[k]
+        # s of each node from s of its parent and the node's own token.
         token_BPD = self._heads.read(tokens_BN[:, level.paths_PA[:, -1]])
         self._carried_BPD, out_BPD = self._heads.carry(
             self._carried_BPD[:, level.above_P], token_BPD

@@ -87,6 +87,7 @@ class HiddenTransferHeads(InPassHeads):
 
         Their nodes are rows of the same pass, or tokens of `text_BLD`, which was read before.
         """
+        # h: the node's input to this layer.
         source = hidden_BND if text_BLD is None else text_BLD
         index_BND = owners_BN[..., None].expand(-1, -1, source.shape[-1])
         node_BND = source.gather(1, index_BND).to(self.dtype)

@@ -51,6 +51,7 @@ class HydraHead(nn.Module):
         self.W = nn.Linear((i + 2) * width, width)
         nn.init.zeros_(self.W.weight)
         nn.init.zeros_(self.W.bias)
+        # R picks h_t out of z, so an untrained head returns the target's own state.
         self.R = nn.Linear((i + 2) * width, width, bias=False)
         nn.init.zeros_(self.R.weight)
         nn.init.eye_(self.R.weight[:, :width])
@@ -59,6 +60,7 @@ class HydraHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, z: Tensor) -> Tensor:
+        # R z + SiLU(W z + b), then x + SiLU(W x + b) per further block.
         z = self.dropout(z)
         state = self.R(z) + F.silu(self.W(z))
         for block in self.blocks:

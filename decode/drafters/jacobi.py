@@ -73,6 +73,7 @@ class JacobiDrafter(Drafter):
         index = self._indexes[request.index]
         index.extend(request.tokens)
         fresh = _look_up(request.tokens, drawn, index, size - len(drawn))
+        # Predicted tokens were drawn from q above temperature 0; looked-up ones never are.
         kind: Kind = "deterministic" if probs_NV is None else "iid"
         kinds: list[Kind] = [kind] * (1 + len(drawn)) + ["deterministic"] * len(fresh)
         tokens = [request.tokens[-1], *drawn, *fresh]
@@ -110,4 +111,5 @@ def _look_up(
     """
     for _, end in index.matches([*tokens[-4:], *drawn]):
         return continue_text(tokens, end, count)
+    # Spread over the text, reproducibly.
     return [tokens[(len(tokens) + at) * 7919 % len(tokens)] for at in range(count)]

@@ -223,6 +223,7 @@ class Heads(nn.Module):
             mask_R = masks[k]
             at_S, ahead_S = batch_R[mask_R], position_R[mask_R] + 2 + k
             out_SD = out_RD.detach()[mask_R]
+            # decay^k times the mean over the step's positions of this head.
             scale = self.decay**k / max(1, counts[k])
             grad_SD, loss, right = self._losses(
                 out_SD,
@@ -232,6 +233,8 @@ class Heads(nn.Module):
                 batch.features["final"][at_S, ahead_S - 1] if self.state_weight else None,
                 scale,
             )
+            # The loss ends at these states: one backward pass below carries all heads' gradients
+            # through what the heads share.
             grad_RD = torch.zeros_like(out_RD)
             grad_RD[mask_R] = grad_SD
             outs.append(out_RD)

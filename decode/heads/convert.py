@@ -265,12 +265,14 @@ def _write_medusa(
             "their target",
             hint=_UNSERVED,
         )
+    # heads.K.blocks.L -> blocks.K.layers.L, and heads.K.lm_head -> lm_heads.K.
     written = {
         re.sub(r"^heads\.(\d+)\.blocks\.(\d+)\.", r"blocks.\1.layers.\2.",
                re.sub(r"^heads\.(\d+)\.lm_head\.", r"lm_heads.\1.", name)): tensor
         for name, tensor in tensors.items() if name not in biased
     }  # fmt: skip
     shared = heads.own_output(0) is None
+    # A shared lm_head is stored once, as head 0's.
     if shared:
         written["lm_heads.0.weight"] = heads.frozen.weight_VD
     config = model.config.get_text_config(decoder=True)
