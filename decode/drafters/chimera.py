@@ -1,29 +1,28 @@
-"""Chimera: trigrams of drafted tokens that look back over the target's states.
+"""Chimera: heads over trigrams of drafted tokens that attend to the target's states.
 
-Zeng et al. 2024 (arXiv:2402.15758). The token x_u is drafted after as its trigram, with the two
-tokens before it (a text's first token stands for what is before the text):
+Zeng et al. 2024 (arXiv:2402.15758). A token x_u and the two tokens before it (the text's first
+token stands in for missing ones) give the trigram state
 
     z = [E x_{u-2} ; E x_{u-1} ; E x_u],   g_u = P (z + SiLU(W z + b)),
 
-E being the target's frozen embeddings. One decoder layer reads the target's last states up to place
-t, and behind them the chain of trigrams g_{t+1} ... g_{t+1+j}, each row at its token's position:
+with E the target's frozen embeddings. One decoder layer reads the target's final states up to
+position t, followed by the trigrams g_{t+1} ... g_{t+1+j}, each at its token's position:
 
     y_j = the layer's output at the last row of [h_1 ... h_t ; g_{t+1} ... g_{t+1+j}],
 
 and head j (from 0) guesses x_{t+2+j} by U_j [h_t ; y_j]. Loss: the sum over j of the mean cross
-entropy against the text's tokens and, `probs_weight` times, against the target's laws.
+entropy against the text's tokens and, `probs_weight` times, against the target's probabilities.
 
-Each U_j begins as the target's output matrix twice over. A step drafts a static tree, a pass of the
-layer per depth for all nodes that have children; keys and values of the target's states are kept,
-and what the layer would make of these is used by nobody and not computed.
+Each U_j starts as two copies of the target's lm_head, side by side. A step drafts a static tree
+with one pass of the layer per depth, over the nodes that have children.
 
-The authors' training feeds a chain the tokens that it guessed itself. Here it reads the text's own:
-the nodes of a tree are not only first guesses, and a head only matters where those before it were
-right, which is how it is measured too. Their released code leaves the target unfrozen and its
-second loss unused; here the target never changes.
+Differences: the authors train each head on the tokens that the chain itself guessed; here it reads
+the text's own tokens, since a tree holds more than first guesses and a head only matters where all
+earlier drafts were right. Their released code also trains the target and does not use the second
+loss; here the target is frozen.
 
-Shapes: B rows of a batch, L tokens, R places in texts, D width, N nodes or tokens, P nodes of a
-depth, A ancestors, T nodes in the tail.
+Shapes: B texts or requests of a batch, L tokens, R positions in texts, D width, N nodes or tokens,
+P nodes of a depth, A ancestors, T nodes in the tail.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.drafters.medusa import residual_blocks
+from spectool.decode.drafters.medusa import make_residual_blocks
 from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
 from spectool.decode.heads.layer import (
     DecoderLayer,
@@ -46,7 +45,7 @@ from spectool.decode.heads.layer import (
     Rotary,
     Sight,
     attend_chains,
-    layer_config,
+    make_layer_config,
 )
 from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
 from spectool.decode.request import Request
@@ -54,29 +53,30 @@ from spectool.options import option
 
 
 class Trigram(nn.Module):
-    """Three tokens' embeddings made one state."""
+    """Map from three tokens' embeddings to one state."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.block = residual_blocks(3 * width, 1)[0]
+        self.block = make_residual_blocks(3 * width, 1)[0]
         self.proj = nn.Linear(3 * width, width, bias=False)
 
     def forward(self, embedded_3D: Tensor) -> Tensor:
-        """Of [..., 3, D] the states [..., D]."""
+        """Compute g [..., D] from embeddings [..., 3, D]."""
         z = embedded_3D.flatten(-2)
         state: Tensor = self.proj(z + F.silu(self.block(z)))
         return state
 
 
 class Context(nn.Module):
-    """The decoder layer over the target's states and the chains behind them."""
+    """Decoder layer over the target's states and the trigrams that follow them."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.layer = DecoderLayer(config)
 
     def keep(self, final_BND: Tensor, sight: Sight) -> Tensor:
-        """Put keys and values of the target's states into the cache; the states as they are."""
+        """Append the target's states to the cache as keys and values; return them unchanged."""
+        # The layer's outputs at these states are used nowhere, so they are not computed.
         assert sight.cache is not None
         attention = self.layer.self_attn
         _, k, v = attention.project(self.layer.input_layernorm(final_BND), sight.rotary)
@@ -84,19 +84,19 @@ class Context(nn.Module):
         return final_BND
 
     def forward(self, trigram_BND: Tensor, sight: Sight) -> Tensor:
-        """y of trigrams behind what the cache holds."""
+        """Compute y of trigrams that follow what the cache holds."""
         out: Tensor = self.layer(trigram_BND, sight)
         return out
 
 
 class ChimeraHeads(Heads):
-    """All heads; see the module docstring."""
+    """Chimera heads with the trigram map and the layer that they share."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         num_heads: int = option(4, "tokens guessed ahead", minimum=1, maximum=16)
         probs_weight: float = option(
-            1.0, "what the target's laws count beside the text's tokens", minimum=0
+            1.0, "weight of the loss against the target's probabilities", minimum=0
         )
         draft_vocab: int = option(
             0, "guess only the N commonest tokens of the data; 0: all", minimum=0
@@ -110,7 +110,7 @@ class ChimeraHeads(Heads):
         self.num_heads = config.num_heads
         self.probs_weight = config.probs_weight
         self.loss_target = "both" if config.probs_weight else "labels"
-        shape = layer_config(model)
+        shape = make_layer_config(model)
         self.rotary = Rotary(shape)
         self.trigram = Trigram(shape.hidden_size)
         self.ctx = Context(shape)
@@ -119,34 +119,36 @@ class ChimeraHeads(Heads):
         self.heads = nn.ModuleList(self._each)
         self.to(self.frozen.weight_VD)
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
         final_BLD = batch.features["final"].to(self.dtype)
         last = batch.tokens_BL.shape[1] - 1
-        places_L = torch.arange(last + 1, device=final_BLD.device)
-        rotary = self.rotary.at(places_L[None], final_BLD)
+        positions_L = torch.arange(last + 1, device=final_BLD.device)
+        rotary = self.rotary.at(positions_L[None], final_BLD)
         layer, attention = self.ctx.layer, self.ctx.layer.self_attn
         _, key, value = attention.project(layer.input_layernorm(final_BLD), rotary)
         keys, values = [key], [value]
-        # What a chain's row reads of itself depends on its newest token alone: row j of place t is
-        # row 0 of place t + j.
-        window_L3 = (places_L[:, None] - torch.tensor([2, 1, 0]).to(places_L)).clamp(min=0)
+        # A trigram depends on its last token's position alone: g of chain step j at position t is
+        # g of step 0 at position t + j, so each is computed once.
+        window_L3 = (positions_L[:, None] - torch.tensor([2, 1, 0]).to(positions_L)).clamp(min=0)
         trigram_BLD = self.trigram(self.embed(batch.tokens_BL[:, window_L3]))
         q, k, v = attention.project(layer.input_layernorm(trigram_BLD), rotary)
         for j in range(self.num_heads):
-            # Past the end there is nothing to learn, and something has to stand.
-            at_L = (places_L + 1 + j).clamp(max=last)
+            # Clamped: positions past the end have no label, so their values are unused.
+            at_L = (positions_L + 1 + j).clamp(max=last)
             keys.append(k[:, :, at_L])
             values.append(v[:, :, at_L])
             attended_BLD = attention.merge(attend_chains(q[:, :, at_L], keys, values))
-            y_RD = layer.finish(trigram_BLD[batch_R, at_L[place_R]], attended_BLD[batch_R, place_R])
-            yield torch.cat([final_BLD[batch_R, place_R], y_RD], -1)
+            y_RD = layer.finish(
+                trigram_BLD[batch_R, at_L[position_R]], attended_BLD[batch_R, position_R]
+            )
+            yield torch.cat([final_BLD[batch_R, position_R], y_RD], -1)
 
     def own_output(self, k: int) -> nn.Linear | None:
         return self._each[k]
 
 
 class ChimeraDrafter(TreeDrafter):
-    """Drafts the heads' static tree, whose nodes are the tail of the layer's own cache."""
+    """Drafter of the heads' static tree; its nodes are the tail of the layer's cache."""
 
     name = "chimera"
     Heads = ChimeraHeads
@@ -160,8 +162,9 @@ class ChimeraDrafter(TreeDrafter):
         config: TreeConfig | None = None,
     ) -> None:
         super().__init__(heads, paths, config)
-        self._own = DraftCache(heads.rotary, 1)
-        # Down to each depth, the nodes with children: how deep, and which the last of them see.
+        self._draft_cache = DraftCache(heads.rotary, 1)
+        # By depth: the depths of all nodes with children so far, and which of these nodes each of
+        # the newest may attend to.
         self._tails: list[tuple[Tensor, Tensor]] = []
         nodes_T = torch.zeros(0, dtype=torch.long, device=heads.frozen.weight_VD.device)
         depths: list[int] = []
@@ -173,31 +176,33 @@ class ChimeraDrafter(TreeDrafter):
 
     @torch.inference_mode()
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        self._own.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
+        self._draft_cache.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
         super().begin(prompts, cache)
 
     def _read(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
+        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
-        self._own.select(rows)
+        self._draft_cache.select(indices)
         finals = [found["final"].to(self._heads.dtype) for found in features]
-        states = self._own.feed([row[:-1] for row in tokens], [finals], self._heads.ctx.keep)
-        self._states.update(zip(rows, states, strict=True))
+        labels = [committed[:-1] for committed in tokens]
+        states = self._draft_cache.feed(labels, [finals], self._heads.ctx.keep)
+        self._states.update(zip(indices, states, strict=True))
 
     def _level(
-        self, rows: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
+        self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
     ) -> Tensor:
         if k == 0:
-            self._own.select([row.index for row in rows])
+            self._draft_cache.select([request.index for request in requests])
         paths_PA = self._tree.levels[k].paths_PA
-        # A root's trigram begins with committed tokens.
-        before = [[row.tokens[max(0, len(row.tokens) - 3)], row.tokens[-2]] for row in rows]
+        # The trigrams of the root and its children begin with the committed tokens x_{t-1}, x_t.
+        texts = [request.tokens for request in requests]
+        before = [[tokens[max(0, len(tokens) - 3)], tokens[-2]] for tokens in texts]
         before_BP2 = torch.tensor(before).to(tokens_BN)[:, None].expand(-1, len(paths_PA), -1)
         tokens_BP3 = torch.cat([before_BP2, tokens_BN[:, paths_PA]], -1)[..., -3:]
         trigram_BPD = self._heads.trigram(self._heads.embed(tokens_BP3))
         depths_T, visible_PT = self._tails[k]
-        batch = len(rows)
-        y_BPD = self._own.grow(
+        batch = len(requests)
+        y_BPD = self._draft_cache.grow(
             [trigram_BPD],
             depths_T.expand(batch, -1),
             visible_PT.expand(batch, -1, -1),

@@ -1,29 +1,29 @@
-"""Clover-2: layers over the text, then a state that is carried from drafted token to drafted token.
+"""Clover-2: two layers over the text, then a recurrent state along the drafted tokens.
 
-Xiao et al. 2024 (arXiv:2408.00264). Tokens are read as e = the rows of the target's output matrix,
-frozen, and into a state x by attention with one key,
+Xiao et al. 2024 (arXiv:2408.00264). A token x_u is read as e_u, its row of the target's frozen
+lm_head, and enters a state x by attention with a single key:
 
-    ResAttn(x, e) = x + c * v(e),   c of each head = cosine of q(RMSNorm x) and k(e).
+    ResAttn(x, e) = x + c * v(e),   c per attention head = cosine of q(RMSNorm x) and k(e).
 
-At place t, with f_t the target's state before its last norm, once for all heads:
+With f_t the target's state at position t before its last norm, all heads share
 
-    h_t = norm(two decoder layers over ResAttn(f_1, e_2) ... ResAttn(f_t, e_{t+1})),
+    h_t = norm(two decoder layers over ResAttn(f_1, e_2) ... ResAttn(f_t, e_{t+1})).
 
-e_u being that of x_u. Head i (from 0) guesses x_{t+2+i}, with the target's output matrix, from
+Head i (from 0) guesses x_{t+2+i}, with the target's lm_head, from
 
     head 0:    norm(M_1 h_t)
     head i:    s_i = ResAttn(s_{i-1}, e_{t+1+i}),   s_0 = h_t,   norm(M_2 [s_i ; e_{t+1+i}]).
 
-Loss: the sum over i of 0.7^i times the mean of cross entropy against the target's laws and 10 times
-the smooth L1 distance from the target's state of that law.
+Loss: the sum over i of 0.7^i times the mean of: cross entropy against the target's probabilities,
+plus 10 times the smooth L1 distance from the target's final state that gives these.
 
-Before training c * v(e) is almost nothing, M_1 and M_2 nearly hand the state on and the last norms
-are the target's, so heads say about what two more layers make of the target's state. These begin as
-its own last layer where that is Llama's. A step drafts a static tree; a node's state is made once,
-from its parent's.
+Untrained heads come close to applying two more layers to the target's state: v is near zero, M_1
+and M_2 near the identity, the last norms are the target's, and the two layers are copies of its
+last layer if that is Llama's. A step drafts a static tree; each node's state is computed once, from
+its parent's.
 
-Shapes: B rows of a batch, L tokens, R places in texts, D width, N nodes or tokens, P nodes of a
-depth.
+Shapes: B texts or requests of a batch, L tokens, R positions in texts, D width, N nodes or tokens,
+P nodes of a depth.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from spectool.decode.heads.layer import (
     DraftCache,
     Rotary,
     Sight,
-    final_scale,
-    layer_config,
+    make_layer_config,
+    read_final_scale,
 )
 from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
 from spectool.decode.request import Request
 from spectool.options import option
 
-# The size of the random numbers around what matrices begin as.
+# The size of the random numbers that are added to initial weights.
 _NOISE = 0.01
 
 
-def near_identity(matrix: nn.Linear) -> nn.Linear:
-    """One that hands on the first of what it reads, almost."""
+def init_near_identity(matrix: nn.Linear) -> nn.Linear:
+    """Initialise a linear layer to return its first inputs, plus a little noise."""
     nn.init.eye_(matrix.weight)
     with torch.no_grad():
         matrix.weight += _NOISE * torch.rand_like(matrix.weight)
@@ -67,33 +67,34 @@ def near_identity(matrix: nn.Linear) -> nn.Linear:
 
 
 class ResAttn(nn.Module):
-    """A token read into a state; see the module docstring."""
+    """Residual attention of a state to a single token (the module's ResAttn)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        # The published matrices are square: a head is a share of the width.
+        # The published matrices are square, so attention heads divide the width evenly.
         self.num_heads = math.gcd(width, config.num_attention_heads)
         self.norm = LlamaRMSNorm(width, config.rms_norm_eps)
-        self.q_proj = near_identity(nn.Linear(width, width))
-        self.k_proj = near_identity(nn.Linear(width, width))
+        self.q_proj = init_near_identity(nn.Linear(width, width))
+        self.k_proj = init_near_identity(nn.Linear(width, width))
         self.v_proj = nn.Linear(width, width)
         nn.init.uniform_(self.v_proj.weight, -_NOISE, _NOISE)
         nn.init.zeros_(self.v_proj.bias)
 
     def forward(self, state: Tensor, token: Tensor) -> Tensor:
-        """Both [..., D]."""
+        """Return the new state; all of them are [..., D]."""
         q, k, v = (
             part.unflatten(-1, (self.num_heads, -1))
             for part in (self.q_proj(self.norm(state)), self.k_proj(token), self.v_proj(token))
         )
+        # With a single key a softmax would be 1 whatever the token; the cosine is the weight.
         gate = F.cosine_similarity(q, k, dim=-1)[..., None]
         out: Tensor = state + (gate * v).flatten(-2)
         return out
 
 
 class Augment(nn.Module):
-    """Two decoder layers; the published artifact's `aug`."""
+    """The two decoder layers, named as in the published checkpoint (`aug`)."""
 
     def __init__(self, config: LlamaConfig, model: PreTrainedModel) -> None:
         super().__init__()
@@ -109,16 +110,16 @@ class Augment(nn.Module):
 
 
 class Regress(nn.Module):
-    """What all heads but the first share."""
+    """The recurrent step and the matrix M_2, shared by all heads but the first."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.attn = ResAttn(config)
-        self.mix = near_identity(nn.Linear(2 * config.hidden_size, config.hidden_size))
+        self.mix = init_near_identity(nn.Linear(2 * config.hidden_size, config.hidden_size))
 
 
 class CloverHeads(Heads):
-    """All heads; see the module docstring."""
+    """Clover-2 heads; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -138,52 +139,52 @@ class CloverHeads(Heads):
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
-        shape = layer_config(model)
+        shape = make_layer_config(model)
         width, epsilon = shape.hidden_size, shape.rms_norm_eps
         self.rotary = Rotary(shape)
         self.attn_dec = ResAttn(shape)
         self.aug = Augment(shape, model)
         self.norm = LlamaRMSNorm(width, epsilon)
-        self.head0 = near_identity(nn.Linear(width, width))
+        self.head0 = init_near_identity(nn.Linear(width, width))
         self.norm_head0 = LlamaRMSNorm(width, epsilon)
         self.regr = Regress(shape)
         self.norm_regr = LlamaRMSNorm(width, epsilon)
-        scale_D = final_scale(model)
+        scale_D = read_final_scale(model)
         if scale_D is not None:
             for norm in (self.norm_head0, self.norm_regr):
                 norm.weight = nn.Parameter(scale_D.float().clone())
         self.to(self.frozen.weight_VD)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """e [..., D] of tokens, those among them that cannot be guessed too."""
+        """Return e [..., D] of tokens, also of those outside the heads' vocabulary."""
         return self.frozen.vectors(tokens).to(self.dtype)
 
     def augment(self, state_BND: Tensor, token_BND: Tensor, sight: Sight) -> Tensor:
-        """h of f and the e of the tokens after."""
+        """Compute h from the target's states f and the e of the tokens after them."""
         normed: Tensor = self.norm(self.aug(self.attn_dec(state_BND, token_BND), sight))
         return normed
 
     def first(self, state: Tensor) -> Tensor:
-        """What head 0 guesses from, after h."""
+        """Compute the state that head 0 guesses from: norm(M_1 h)."""
         normed: Tensor = self.norm_head0(self.head0(state))
         return normed
 
     def carry(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        """The next s, and what its head guesses from, after s and the e of a drafted token."""
+        """Compute the next s, and the state its head guesses from, given a drafted token's e."""
         state = self.regr.attn(state, token)
         return state, self.norm_regr(self.regr.mix(torch.cat([state, token], -1)))
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
-        # Past the end there is nothing to learn, and something has to stand.
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
+        # Clamped: positions past the end have no label, so their values are unused.
         last = batch.tokens_BL.shape[1] - 1
         before_BLD = batch.features["layer -1"].to(self.dtype)
-        places_L = torch.arange(last + 1, device=before_BLD.device)
-        after_BLD = self.read(batch.tokens_BL[:, (places_L + 1).clamp(max=last)])
+        positions_L = torch.arange(last + 1, device=before_BLD.device)
+        after_BLD = self.read(batch.tokens_BL[:, (positions_L + 1).clamp(max=last)])
         h_BLD = self.augment(before_BLD, after_BLD, self.rotary.text(before_BLD, batch.segments_BL))
-        state_RD = h_BLD[batch_R, place_R]
+        state_RD = h_BLD[batch_R, position_R]
         yield self.first(state_RD)
         for i in range(1, self.num_heads):
-            token_R = batch.tokens_BL[batch_R, (place_R + 1 + i).clamp(max=last)]
+            token_R = batch.tokens_BL[batch_R, (position_R + 1 + i).clamp(max=last)]
             state_RD, out_RD = self.carry(state_RD, self.read(token_R))
             yield out_RD
 
@@ -192,7 +193,7 @@ class CloverHeads(Heads):
 
 
 class CloverDrafter(TreeDrafter):
-    """Drafts the heads' static tree; the two layers run once over what was committed."""
+    """Drafter of the heads' static tree; the two layers run once over committed tokens."""
 
     name = "clover"
     Heads = CloverHeads
@@ -206,36 +207,38 @@ class CloverDrafter(TreeDrafter):
         config: TreeConfig | None = None,
     ) -> None:
         super().__init__(heads, paths, config)
-        self._own = DraftCache(heads.rotary, len(heads.aug.layers))
+        self._draft_cache = DraftCache(heads.rotary, len(heads.aug.layers))
         self._carried_BPD: Tensor | None = None
 
     @torch.inference_mode()
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        # Column t is made of the target's state at t and of the token after it.
-        self._own.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
+        # Column t is computed from the target's state at t and the token after it.
+        self._draft_cache.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
         super().begin(prompts, cache)
 
     def _read(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
+        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
-        self._own.select(rows)
+        self._draft_cache.select(indices)
         heads, device = self._heads, self._heads.frozen.weight_VD.device
-        after = [row[1:] for row in tokens]
+        after = [committed[1:] for committed in tokens]
         inputs = [
             [found["layer -1"].to(heads.dtype) for found in features],
-            [heads.read(torch.tensor(row, device=device)) for row in after],
+            [heads.read(torch.tensor(tokens, device=device)) for tokens in after],
         ]
-        states = self._own.feed(after, inputs, heads.augment)
-        self._states.update(zip(rows, states, strict=True))
+        states = self._draft_cache.feed(after, inputs, heads.augment)
+        self._states.update(zip(indices, states, strict=True))
 
     def _level(
-        self, rows: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
+        self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
     ) -> Tensor:
         if k == 0:
+            # s_0 = h_t; head 0 has no recurrent step.
             self._carried_BPD = state_BD[:, None]
             return self._heads.first(self._carried_BPD)
         assert self._carried_BPD is not None
         level = self._tree.levels[k]
+        # s of each node from s of its parent and the node's own token.
         token_BPD = self._heads.read(tokens_BN[:, level.paths_PA[:, -1]])
         self._carried_BPD, out_BPD = self._heads.carry(
             self._carried_BPD[:, level.above_P], token_BPD

@@ -1,4 +1,4 @@
-"""Several drafters as one: the first proposes, the others fill what is left of the tree."""
+"""A drafter that merges several: later ones fill what the earlier ones leave of the tree."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from spectool.errors import UsageError
 
 
 class Combined(Drafter):
-    """Merges the trees of drafters whose nodes are deterministic, in their order.
+    """Drafter that merges other drafters' trees of deterministic nodes, in the given order.
 
-    Drawn nodes are never merged: their law counts draws, and a node that two drafters propose is
-    one node here. A node's source tells its drafter and, where several propose it, that they agree.
+    Sampled nodes cannot be merged: verifying them counts draws, and a node that two drafters
+    propose is a single node here. A node's source names all the drafters that proposed it.
 
     Raises:
-        UsageError: one of the drafters keeps account of its own drafts alone.
+        UsageError: one of the drafters does not combine.
     """
 
     def __init__(self, drafters: Sequence[Drafter], nodes: int) -> None:
@@ -56,18 +56,20 @@ class Combined(Drafter):
         return [self._merge(drafts) for drafts in zip(*drafted, strict=True)]
 
     def _merge(self, drafts: Sequence[Draft]) -> Draft:
-        made = Trie(drafts[0].tokens[0], self.nodes)
+        """Merge one request's drafts, earlier drafters' nodes first, up to `nodes` nodes."""
+        trie = Trie(drafts[0].tokens[0], self.nodes)
         sources: dict[int, tuple[tuple[int, Hashable], ...]] = {}
         for which, draft in enumerate(drafts):
-            places: dict[int, int] = {0: 0}
-            own = draft.sources or [()] * len(draft)
+            # Nodes of this draft to nodes of the merged tree.
+            merged_nodes: dict[int, int] = {0: 0}
+            draft_sources = draft.sources or [()] * len(draft)
             for node in range(1, len(draft)):
-                above = places.get(draft.parents[node])
-                place = None if above is None else made.add(draft.tokens[node], above)
-                if place is not None:
-                    places[node] = place
-                    sources[place] = (*sources.get(place, ()), (which, own[node]))
-        merged = made.draft()
+                above = merged_nodes.get(draft.parents[node])
+                added = None if above is None else trie.add(draft.tokens[node], above)
+                if added is not None:
+                    merged_nodes[node] = added
+                    sources[added] = (*sources.get(added, ()), (which, draft_sources[node]))
+        merged = trie.draft()
         merged.sources = [(), *(sources[node] for node in range(1, len(merged)))]
         return merged
 

@@ -1,13 +1,14 @@
-"""A smaller checkpoint with the same tokenizer proposes a chain or a tree.
+"""Draft model: a smaller checkpoint with the same tokenizer proposes a chain or a tree.
 
 `chain`: Leviathan et al. 2023, Chen et al. 2023. `iid`: several chains drawn independently, SpecTr
 (Sun et al. 2023). `rsd-c` and `rsd-s`: trees of distinct siblings drawn by Gumbel noise, with a
 constant number of branches or as a stochastic beam (Jeon et al. 2024, Kool et al. 2019). Above
-temperature 0 tokens are drawn from the draft's warped law q, and the q they were really drawn from
-goes along. At 0 the trees hold the likeliest tokens instead: of each node (`rsd-c`) or of a beam.
+temperature 0 tokens are drawn from q, the draft's distribution after warping, and the drafts carry
+this q. At 0 the trees hold the likeliest tokens instead: of each node (`rsd-c`) or of a beam.
 
-The draft's cache holds committed tokens up to the root; what it proposes grows in the cache's tail,
-level by level. Suffixes: B rows, F nodes that are expanded, V target vocabulary.
+The draft's cache holds committed tokens up to the root; the proposed tree grows in the cache's
+tail, level by level. Suffixes: B requests, F nodes that are expanded, V target vocabulary, C chains
+(or children of a node).
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError
 from spectool.options import option
 
-# Heads of one family are padded to different multiples; without tokenizers to compare, a larger
+# Models of one family pad lm_head to different multiples. Without tokenizers to compare, a larger
 # difference than this means another vocabulary (the bound that llama.cpp uses).
 _PADDING = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftModelConfig(options.Config):
-    """Options of a draft checkpoint."""
+    """Options of `draft_model`."""
 
-    depth: int = option(4, "tokens proposed in a row", minimum=1, maximum=64)
+    depth: int = option(4, "most proposed tokens on a path", minimum=1, maximum=64)
     tree: Literal["chain", "iid", "rsd-c", "rsd-s"] = option(
         "chain", "one chain, several, or a tree of a constant branching or of a beam"
     )
@@ -51,13 +52,13 @@ class DraftModelConfig(options.Config):
 
 @dataclass(slots=True, eq=False)
 class _Growth:
-    """What is proposed for a row so far. Node -1 is the root, whose law comes first.
+    """A request's draft while it grows. Node -1 is the root; `probs` begin with the root's q.
 
-    `live` tells nodes from padding; `frontier` are the nodes to expand next. `chains` are where
-    each of the `iid` chains has come to; `scores` are the beams' log q and perturbed log q.
+    `live` is false for padding; `frontier` are the nodes to expand next. `chains`: the last node of
+    each `iid` chain. `scores`: the beams' log q and perturbed log q.
     """
 
-    row: Request
+    request: Request
     depth: int
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -85,35 +86,35 @@ class _Growth:
     def control_states(self, node: int) -> ControlStates:
         """Return the states of the request's controls at a node."""
         if node < 0:
-            return self.row.control_states()
+            return self.request.control_states()
         if node not in self.states:
             above = self.control_states(self.parents[node])
             self.states[node] = above.advance(self.tokens[node])
         return self.states[node]
 
-    def places(self) -> dict[int, int]:
-        """The node of the finished draft for each node of the growth."""
+    def number_nodes(self) -> dict[int, int]:
+        """Map each live node to its number in the finished draft, which has no padding."""
         live = [node for node, is_live in enumerate(self.live) if is_live]
-        return {-1: 0} | {node: place for place, node in enumerate(live, start=1)}
+        return {-1: 0} | {node: number for number, node in enumerate(live, start=1)}
 
     def draft(self, kind: Kind) -> Draft:
-        places = self.places()
-        live = [node for node in places if node >= 0]
+        numbers = self.number_nodes()
+        live = [node for node in numbers if node >= 0]
         probs_NV = torch.stack(self.probs) if kind != "deterministic" and self.probs else None
         return Draft(
-            [self.row.tokens[-1], *(self.tokens[node] for node in live)],
-            [-1, *(places[self.parents[node]] for node in live)],
+            [self.request.tokens[-1], *(self.tokens[node] for node in live)],
+            [-1, *(numbers[self.parents[node]] for node in live)],
             [kind] * (len(live) + 1),
             probs_NV,
-            {places[at]: [places[node] for node in drawn] for at, drawn in self.draws.items()},
+            {numbers[at]: [numbers[node] for node in drawn] for at, drawn in self.draws.items()},
         )
 
 
 class DraftModelDrafter(Drafter):
-    """Keeps a cache of its own, which follows the committed tokens row by row.
+    """Drafter by a smaller model, whose KV cache follows the committed tokens.
 
     Raises:
-        UnsupportedError: the draft's vocabulary is not the target's.
+        UnsupportedError: the draft model's vocabulary is not the target's.
     """
 
     name = "draft_model"
@@ -133,7 +134,7 @@ class DraftModelDrafter(Drafter):
         self.config = config or DraftModelConfig()
         self._draft = Target(model)
         self._vocab_size = target.vocab_size
-        _compare(self._draft, target, tokenizer, target_tokenizer)
+        _check_vocabulary(self._draft, target, tokenizer, target_tokenizer)
         self._device = target.device
         self._order: list[int] = []
         self._cache = self._draft.cache(0)
@@ -153,11 +154,11 @@ class DraftModelDrafter(Drafter):
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        """Feed what was committed since, then grow the trees level by level."""
+        """Feed newly committed tokens, then grow the trees level by level."""
         self._drop_finished(rows)
         self._grown = [
-            _Growth(row, self._depth(row, held, limit))
-            for row, held, limit in zip(rows, self._cache.lengths, budget, strict=True)
+            _Growth(request, self._limit_depth(request, held, limit))
+            for request, held, limit in zip(rows, self._cache.lengths, budget, strict=True)
         ]
         self._num_fed = 0
         control = rows[0].control
@@ -172,31 +173,31 @@ class DraftModelDrafter(Drafter):
         return [growth.draft(kind) for growth in self._grown]
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        """Keep of the tail what was accepted; the deepest proposals were never fed.
-
-        Nothing is there to keep of a step that it was not asked to draft for.
-        """
+        """Commit the accepted nodes to the draft's cache."""
+        # Empty where no draft was asked for in this step.
         if not self._grown:
             return
         paths = []
         for outcome, growth in zip(outcomes, self._grown, strict=True):
-            nodes = {place: node for node, place in growth.places().items()}
-            path = [nodes[place] for place in outcome.path[1:]]
+            nodes = {number: node for node, number in growth.number_nodes().items()}
+            path = [nodes[number] for number in outcome.path[1:]]
+            # The deepest level was proposed but never fed.
             paths.append([node for node in path if node < self._num_fed])
         self._cache.commit([growth.tokens for growth in self._grown], paths)
         self._grown = []
 
     def _feed_committed(self) -> Tensor:
+        """Feed committed tokens the cache lacks; return the logits [B, V] after the last ones."""
         pairs = zip(self._grown, self._cache.lengths, strict=True)
-        pending = [growth.row.tokens[held:] if growth.depth else [] for growth, held in pairs]
+        pending = [growth.request.tokens[held:] if growth.depth else [] for growth, held in pairs]
         return self._draft.prefill(self._cache, pending).logits_BV
 
     def _feed_level(self) -> Tensor:
-        """Feed the newest nodes of all rows; logits [B, F, V] of them."""
+        """Feed the newest nodes of all trees; return the logits [B, F, V] after them."""
         size = max(len(growth.tokens) for growth in self._grown)
         for growth in self._grown:
             growth.pad(size)
-        # Tops of the forest are their own parents there.
+        # `Target.grow` takes a node without a parent in the tail as its own parent.
         parents = [
             [node if parent < 0 else parent for node, parent in enumerate(growth.parents)]
             for growth in self._grown
@@ -207,12 +208,12 @@ class DraftModelDrafter(Drafter):
         return logits_BFV
 
     def _expand(self, control: SamplingParams, level: int, logits_BFV: Tensor) -> None:
-        """Add a level to every row's tree, from the logits after its newest nodes.
+        """Add a level to every tree, from the logits after its newest nodes.
 
         Raises:
             SpectoolError: the draft's logits are NaN or infinite.
         """
-        # Ids that the target does not have cannot be drawn; those the draft lacks have q = 0.
+        # Ids beyond the target's vocabulary are cut off; ids that the draft lacks get q = 0.
         logits_BFV = logits_BFV[:, :, : self._vocab_size]
         growing = [growth for growth in self._grown if level < growth.depth and growth.frontier]
         probs_BFV = control.probs(self._controlled(logits_BFV))
@@ -239,57 +240,60 @@ class DraftModelDrafter(Drafter):
 
     def _controlled(self, logits_BFV: Tensor) -> Tensor:
         """Return the logits as each request's controls change them, in fp32 where there are any."""
-        if not any(growth.row.controls for growth in self._grown):
+        if not any(growth.request.controls for growth in self._grown):
             return logits_BFV
         logits_BFV = logits_BFV.to(torch.float32, copy=True)
         for growth, logits_FV in zip(self._grown, logits_BFV, strict=True):
-            if growth.row.controls:
+            if growth.request.controls:
                 for at, node in enumerate(growth.frontier):
                     logits_FV[at] = growth.control_states(node).process(logits_FV[at])
         return logits_BFV
 
     def _choose(self, growth: _Growth, level: int, probs_FV: Tensor) -> tuple[Tensor, Tensor]:
-        """The next level's tokens and, for each, which node of the frontier it follows."""
-        row, config, position = growth.row, self.config, len(growth.row.tokens) + level
-        if row.control.greedy:
-            return self._likeliest(growth, probs_FV)
+        """Choose the next level's tokens and, for each, its parent's index in the frontier."""
+        request, config = growth.request, self.config
+        position = len(request.tokens) + level
+        if request.control.greedy:
+            return self._choose_greedily(growth, probs_FV)
         if config.tree in ("chain", "iid"):
             chains = growth.chains or [-1] * (config.width if config.tree == "iid" else 1)
-            # Chains end before they are drawn on: to drop one for its token would bend the law.
+            # Chains are dropped before their next token is drawn: dropping them by their token
+            # would change the distribution that the tokens follow.
             chains = chains[: config.nodes - sum(growth.live)]
             at = torch.tensor([growth.frontier.index(node) for node in chains], dtype=torch.long)
-            numbers = [row.draws.uniform(position, "draft", c) for c in range(len(chains))]
+            numbers = [request.draws.uniform(position, "draft", c) for c in range(len(chains))]
             uniform_C = torch.tensor(numbers, dtype=torch.float64, device=probs_FV.device)
             at = at.to(probs_FV.device)
             return pick(probs_FV[at], uniform_C), at
         noise_FV = torch.stack(
-            [row.draws.gumbel(position, f, probs_FV.shape[1]) for f in range(len(probs_FV))]
+            [request.draws.gumbel(position, f, probs_FV.shape[1]) for f in range(len(probs_FV))]
         ).to(probs_FV.device)
         logq_FV = probs_FV.double().log()
         if config.tree == "rsd-c":
-            return _top(logq_FV + noise_FV, self._branches(growth))
+            return _take_top(logq_FV + noise_FV, self._num_branches(growth))
         return self._beam(growth, logq_FV, noise_FV)
 
-    def _likeliest(self, growth: _Growth, scores_FV: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose_greedily(self, growth: _Growth, scores_FV: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose like `_choose`, but the likeliest tokens."""
         if self.config.tree == "rsd-c":
-            return _top(scores_FV, self._branches(growth))
+            return _take_top(scores_FV, self._num_branches(growth))
         if self.config.tree == "rsd-s":
             return self._beam(growth, scores_FV.double().log_softmax(-1), None)
         token_F = scores_FV.argmax(-1)
         return token_F, torch.zeros_like(token_F)
 
-    def _branches(self, growth: _Growth) -> int:
-        """Children that each node of the frontier may have; looks at no token."""
+    def _num_branches(self, growth: _Growth) -> int:
+        """Return how many children each frontier node may have, whatever the tokens are."""
         room = self.config.nodes - sum(growth.live)
         return min(self.config.width, room // len(growth.frontier))
 
     def _beam(
         self, growth: _Growth, logq_FV: Tensor, noise_FV: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The next beams: the largest log q of their paths, each perturbed by Gumbel noise.
+        """Choose the next beams: the paths of largest log q, perturbed by Gumbel noise if given.
 
-        Kool et al. 2019, algorithm 1: a child's noise is drawn on the condition that the largest
-        among siblings is its parent's.
+        Kool et al. 2019, algorithm 1: siblings' perturbed values are drawn on condition that their
+        maximum is their parent's.
         """
         width = min(self.config.width, self.config.nodes - sum(growth.live))
         zero_1 = logq_FV.new_zeros(1)
@@ -299,6 +303,7 @@ class DraftModelDrafter(Drafter):
         if noise_FV is not None:
             free_FV = log_FV + noise_FV
             highest_F1 = free_FV.amax(-1, keepdim=True)
+            # The numerically stable form from the paper's appendix.
             v_FV = perturbed_F[:, None] - free_FV + torch.log1p(-(free_FV - highest_F1).exp())
             score_FV = perturbed_F[:, None] - v_FV.clamp(min=0) - torch.log1p((-v_FV.abs()).exp())
             score_FV = score_FV.masked_fill(log_FV == -torch.inf, -torch.inf)
@@ -309,11 +314,12 @@ class DraftModelDrafter(Drafter):
         growth.scores = (log_FV.flatten()[kept], flat[kept])
         return kept % logq_FV.shape[1], kept // logq_FV.shape[1]
 
-    def _add(self, growth: _Growth, tokens: list[int], places: list[int]) -> None:
+    def _add(self, growth: _Growth, tokens: list[int], parents: list[int]) -> None:
+        """Add chosen tokens below their parents (frontier indices); equal siblings become one."""
         frontier, known = growth.frontier, dict[tuple[int, int], int]()
         growth.frontier, chains = [], []
-        for token, place in zip(tokens, places, strict=True):
-            parent = frontier[place]
+        for token, index in zip(tokens, parents, strict=True):
+            parent = frontier[index]
             node = known.get((parent, token))
             if node is None:
                 node = known[parent, token] = growth.add(token, parent)
@@ -323,33 +329,37 @@ class DraftModelDrafter(Drafter):
             chains.append(node)
         growth.chains = chains
 
-    def _drop_finished(self, rows: Sequence[Request]) -> None:
-        order = [row.index for row in rows]
+    def _drop_finished(self, requests: Sequence[Request]) -> None:
+        order = [request.index for request in requests]
         if order != self._order:
             self._cache.select([self._order.index(index) for index in order])
             self._order = order
 
-    def _depth(self, row: Request, held: int, limit: int) -> int:
-        """Proposals that the draft can make: its context and its vocabulary may be smaller."""
-        if any(token >= self._draft.vocab_size for token in row.tokens[held:]):
+    def _limit_depth(self, request: Request, held: int, limit: int) -> int:
+        """Return how deep the draft can propose; its context and vocabulary may be smaller."""
+        if any(token >= self._draft.vocab_size for token in request.tokens[held:]):
             return 0
-        return max(0, min(self.config.depth, limit, self._cache.context - len(row.tokens)))
+        return max(0, min(self.config.depth, limit, self._cache.context - len(request.tokens)))
 
 
-def _top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best tokens of each node, best first; those of probability 0 are left out."""
+def _take_top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` best tokens of each node, without those of score -inf, and their nodes."""
     best = scores_FV.topk(min(count, scores_FV.shape[1]))
     real_FC = best.values > -torch.inf
     return best.indices[real_FC], real_FC.nonzero()[:, 0]
 
 
-def _compare(
+def _check_vocabulary(
     draft: Target,
     target: Target,
     tokenizer: PreTrainedTokenizerBase | None,
     target_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Ids must mean the same in both models; sizes of the heads may differ by padding."""
+    """Check that ids mean the same in both models; their lm_heads may be padded differently.
+
+    Raises:
+        UnsupportedError: they do not.
+    """
     if tokenizer is None or target_tokenizer is None:
         if abs(draft.vocab_size - target.vocab_size) > _PADDING:
             raise UnsupportedError(
@@ -357,16 +367,21 @@ def _compare(
                 "a draft model must share the target's tokenizer"
             )
         return
-    own, wanted = tokenizer.get_vocab(), target_tokenizer.get_vocab()
-    if own != wanted:
-        differing = sorted(t for t in own.keys() | wanted.keys() if own.get(t) != wanted.get(t))
+    draft_vocab, target_vocab = tokenizer.get_vocab(), target_tokenizer.get_vocab()
+    if draft_vocab != target_vocab:
+        differing = sorted(
+            t
+            for t in draft_vocab.keys() | target_vocab.keys()
+            if draft_vocab.get(t) != target_vocab.get(t)
+        )
         token = differing[0]
         raise UnsupportedError(
             f"the draft model's tokenizer is not the target's: {len(differing)} tokens differ, "
-            f"{token!r} has id {own.get(token)} there and {wanted.get(token)} here"
+            f"{token!r} has id {draft_vocab.get(token)} in it and {target_vocab.get(token)} in the "
+            "target's"
         )
-    # Of tokens that were added to both tokenizers, but to one embedding only.
-    highest = min(max(own.values()) + 1, target.num_tokens)
+    # Tokens may have been added to both tokenizers but to the target's embedding alone.
+    highest = min(max(draft_vocab.values()) + 1, target.num_tokens)
     if draft.num_tokens < highest:
         raise UnsupportedError(
             f"the draft model has {draft.num_tokens} tokens, the target's texts have ids up to "

@@ -1,25 +1,25 @@
-"""EAGLE-3: one decoder layer that reads the target's states, then goes on from its own.
+"""EAGLE-3: one decoder layer that reads the target's states, then its own outputs.
 
-Li et al. 2025 (arXiv:2503.01840). At place t the states of three of the target's layers are fused,
-g_t = W [a_t ; b_t ; c_t]. The layer reads x_{t+1} and g_t,
+Li et al. 2025 (arXiv:2503.01840). At position t the states of three of the target's layers are
+fused to g_t = W [a_t ; b_t ; c_t]. The layer reads g_t and x_{t+1}:
 
     q, k, v from [norm(E x_{t+1}) ; norm(g_t)],   y = g_t + attention,   y_t = y + MLP(norm y),
 
-and an output matrix over norm(y_t) guesses x_{t+2}. A token further ahead it reads y_t in place of
-g_{t+1}, which the target has not made yet. Training does the same ("training-time test"): at step s
-the row at t reads the output of step s - 1 and x_{t+1+s}, stands at position t + s, and sees the
-target's rows up to t and its own chain. Loss: the sum over s of 0.8^s times the mean cross entropy
-against the target's laws, renormalised on the draft vocabulary; places where the target's best
-token is outside it are left out, and the mean is over those that are left (the authors' is over
-all).
+and an lm_head on norm(y_t) guesses x_{t+2}. For the next token it reads y_t in place of g_{t+1},
+which the target has not computed yet. Training does the same ("training-time test"): at step s the
+row at t reads x_{t+1+s} and the output of step s - 1, has the rotary position t + s, and attends to
+the first step's rows up to t and to its own chain. Loss: the sum over s of 0.8^s times the mean
+cross entropy against the target's probabilities, renormalised on the draft vocabulary. Positions
+where the target's best token is outside it do not count; the mean is over the others (the authors'
+is over all).
 
-A step drafts EAGLE-2's tree (Li et al. 2024, arXiv:2406.16858): of each level the `width` nodes
-with the largest probability of their path are expanded, each into its `width` likeliest tokens,
-and of all nodes the `nodes` best are kept. Its keys and values follow what the target committed,
-with the target's own states.
+A step drafts EAGLE-2's tree (Li et al. 2024, arXiv:2406.16858): on each level the `width` nodes
+with the most probable paths are expanded, each into its `width` likeliest tokens, and the `nodes`
+best of all nodes are kept. The layer's KV cache of committed tokens is computed from the target's
+states.
 
-Shapes: B rows of a batch, L tokens, R places in texts, D width, F nodes of a level, C candidates,
-T nodes in the tail.
+Shapes: B texts or requests of a batch, L tokens, R positions in texts, D width, F nodes of a level,
+C candidates, N nodes that are kept, T nodes in the tail, V draft vocabulary.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.heads.base import Heads, OptimizerDefaults, read_outcomes, read_prompts
+from spectool.decode.heads.base import Heads, OptimizerDefaults, gather_outcomes, gather_prompts
 from spectool.decode.heads.layer import (
     Attention,
     DraftCache,
     Rotary,
     attend_chains,
-    final_scale,
-    layer_config,
+    make_layer_config,
+    read_final_scale,
 )
 from spectool.decode.protocol import (
     Drafter,
@@ -62,16 +62,16 @@ from spectool.errors import UsageError
 from spectool.kernels import skinny
 from spectool.options import option
 
-# Of a larger vocabulary as many tokens are guessed, as published.
+# Draft vocabulary of targets that have a larger one, as published.
 _DRAFT_VOCAB = 32000
-# The score that a row begins to give itself.
-_SELF = 12.0
-# From so many layers on the states are those published.
+# The attention score that a row gives itself before training.
+_SELF_SCORE = 12.0
+# Targets with at least this many layers fuse the published states.
 _DEEP = 16
 
 
 class MidLayer(nn.Module):
-    """The decoder layer, named as in the authors' checkpoints."""
+    """The decoder layer, with module names as in the authors' checkpoints."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -92,16 +92,16 @@ class MidLayer(nn.Module):
 
 
 class Eagle3Heads(Heads):
-    """The layer with what it reads and guesses with; a head k is its step k."""
+    """The layer with its fusion matrix, norm and lm_head; head k is the layer's step k."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
-        ttt_steps: int = option(7, "tokens ahead that training goes on for", minimum=1, maximum=16)
+        ttt_steps: int = option(7, "tokens ahead that are trained", minimum=1, maximum=16)
         layers: str = option("", "states to fuse, like 2-16-29; empty: a low, a middle, a high one")
         draft_vocab: int = option(
             0, "guess only the N commonest tokens of the data; 0: 32000, or all", minimum=0
         )
-        shared_head: bool = option(False, "guess with the target's output matrix")
+        shared_head: bool = option(False, "guess with the target's lm_head")
 
         def validate(self) -> None:
             if not all(part.isdigit() for part in self.layers.split("-") if self.layers):
@@ -112,44 +112,44 @@ class Eagle3Heads(Heads):
     decay = 0.8
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
-        """
+        """Make untrained heads for a target.
+
         Raises:
-            UsageError: states to fuse that the target has not.
+            UsageError: the target lacks a state that is to be fused.
         """
         super().__init__(config, model, token_map)
         self.num_heads = config.ttt_steps
-        shape = layer_config(model)
+        shape = make_layer_config(model)
         self.rotary = Rotary(shape)
-        fused = _fused(config.layers, model.config.get_text_config(decoder=True).num_hidden_layers)
-        # State i is what layer i reads, so the output of the one before.
+        num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        fused = _choose_states(config.layers, num_layers)
+        # State i is the input of layer i, hence the output of layer i - 1.
         self.needs = Needs(layers=tuple(i - 1 for i in fused), final=True)
         width = shape.hidden_size
         self.fc = nn.Linear(len(fused) * width, width, bias=False)
         self.midlayer = MidLayer(shape)
         self.norm = LlamaRMSNorm(width, shape.rms_norm_eps)
-        self._begin(model)
+        self._init_weights(model)
         self.lm_head = None if config.shared_head else self.fresh_output(bias=False)
         self.to(self.frozen.weight_VD)
 
-    def _begin(self, model: PreTrainedModel) -> None:
-        """Begin with the highest state as it is, read at its own place.
-
-        Queries begin as the keys do, so that every row sees itself above all: random ones average
-        over the text, and a row's own token reaches nothing but through its value (codestory-10M,
-        60 steps of 1024 tokens: a loss of 5.59 in place of 5.69).
-        """
+    def _init_weights(self, model: PreTrainedModel) -> None:
+        """Initialise weights: fuse to the highest state alone, attend mostly to the row itself."""
         nn.init.zeros_(self.fc.weight)
         nn.init.eye_(self.fc.weight[:, -self.fc.out_features :])
-        scale_D = final_scale(model)
+        scale_D = read_final_scale(model)
         if scale_D is not None:
             self.norm.weight = nn.Parameter(scale_D.float().clone())
         attention = self.midlayer.self_attn
+        # Queries equal keys, so each row attends mostly to itself. Random queries average over the
+        # text and dilute the row's own token, which enters through its value alone (codestory-10M,
+        # 60 steps of 1024 tokens: loss 5.59 instead of 5.69).
         keys, width = attention.k_proj.weight, attention.head_width
-        # Of normed states of unit variance this makes scores of about _SELF.
-        nn.init.normal_(keys, std=(_SELF / width**0.5 / keys.shape[1]) ** 0.5)
-        heads = keys.detach().view(-1, width, keys.shape[1])
-        shared = attention.q_proj.out_features // keys.shape[0]
-        attention.q_proj.weight = nn.Parameter(heads.repeat_interleave(shared, 0).flatten(0, 1))
+        # With inputs of unit variance this std gives self-scores of about _SELF_SCORE.
+        nn.init.normal_(keys, std=(_SELF_SCORE / width**0.5 / keys.shape[1]) ** 0.5)
+        key_heads = keys.detach().view(-1, width, keys.shape[1])
+        group = attention.q_proj.out_features // keys.shape[0]
+        attention.q_proj.weight = nn.Parameter(key_heads.repeat_interleave(group, 0).flatten(0, 1))
 
     @classmethod
     def num_guessed(cls, config: Any, vocab_size: int) -> int:
@@ -158,19 +158,19 @@ class Eagle3Heads(Heads):
         return super().num_guessed(config, vocab_size)
 
     def fuse(self, features: Features) -> Tensor:
-        """g [..., D] of the target's states."""
+        """Compute g [..., D] from the target's states."""
         states = [features[f"layer {index}"] for index in self.needs.layers]
         fused: Tensor = self.fc(torch.cat(states, -1).to(self.dtype))
         return fused
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
         state_BLD = self.fuse(batch.features)
         tokens_BL, attention = batch.tokens_BL, self.midlayer.self_attn
-        places_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        positions_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for step in range(self.num_heads):
-            rotary = self.rotary.at(places_L[None] + step, state_BLD)
+            rotary = self.rotary.at(positions_L[None] + step, state_BLD)
 
             def attend(read: Tensor, rotary: Any = rotary) -> Tensor:
                 q, k, v = attention.project(read, rotary)
@@ -178,10 +178,10 @@ class Eagle3Heads(Heads):
                 values.append(v)
                 return attention.merge(attend_chains(q, keys, values))
 
-            # Past the end there is nothing to learn, and something has to stand.
-            ahead_L = (places_L + 1 + step).clamp(max=len(places_L) - 1)
+            # Clamped: positions past the end have no label, so their values are unused.
+            ahead_L = (positions_L + 1 + step).clamp(max=len(positions_L) - 1)
             state_BLD = self.midlayer(self.embed(tokens_BL[:, ahead_L]), state_BLD, attend)
-            yield self.norm(state_BLD[batch_R, place_R])
+            yield self.norm(state_BLD[batch_R, position_R])
 
     def own_output(self, k: int) -> nn.Linear | None:
         return self.lm_head
@@ -192,19 +192,22 @@ class Eagle3Config(options.Config):
     """Options of `eagle3`."""
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(6, "most proposed tokens in a row", minimum=1, maximum=16)
+    depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=16)
     width: int = option(8, "nodes of a level that are expanded, and into how many", minimum=1)
 
 
 @dataclass(slots=True)
 class _Candidates:
-    """All nodes of a growing tree, per row: token, parent among them (-1 the root), depth, and
-    log q of the path and of the node itself."""
+    """All nodes of the growing trees, one tensor [B, C] per level.
+
+    `parents` index the candidates (-1: the root); `path_logq` is log q of the path, `node_logq`
+    of the node given its parent.
+    """
 
     tokens: list[Tensor]
     parents: list[Tensor]
-    scores: list[Tensor]
-    own: list[Tensor]
+    path_logq: list[Tensor]
+    node_logq: list[Tensor]
     depths: list[int]
 
     @property
@@ -213,7 +216,7 @@ class _Candidates:
 
 
 class Eagle3Drafter(Drafter):
-    """Grows a tree from the layer's own laws; see the module docstring."""
+    """Drafter that grows a tree by the layer's own probabilities; see the module docstring."""
 
     name = "eagle3"
     Config = Eagle3Config
@@ -225,11 +228,11 @@ class Eagle3Drafter(Drafter):
         paths: Sequence[tuple[Sequence[int], float]],
         config: Eagle3Config | None = None,
     ) -> None:
-        """`paths`, the best static tree, is what it was measured by, not what it drafts."""
+        """Make the drafter; `paths`, the best static tree, only served to measure the heads."""
         self.config = config or Eagle3Config()
         self.needs = heads.needs
         self._heads = heads.eval()
-        self._own = DraftCache(heads.rotary, 1)
+        self._draft_cache = DraftCache(heads.rotary, 1)
         self._states: dict[int, Tensor] = {}
         self._linears = skinny.eligible_linears(heads.modules())
 
@@ -239,42 +242,44 @@ class Eagle3Drafter(Drafter):
     @torch.inference_mode()
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._states.clear()
-        # Column t is made of the target's state at t and of the token after it.
-        self._own.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
+        # Column t is computed from the target's state at t and the token after it.
+        self._draft_cache.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
         with self._kernel():
-            self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
+            self._read([prompt.row.index for prompt in prompts], *gather_prompts(prompts))
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         with self._kernel():
-            self._read([outcome.row.index for outcome in outcomes], *read_outcomes(outcomes))
+            self._read([outcome.row.index for outcome in outcomes], *gather_outcomes(outcomes))
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         deepest = min(max(budget), self.config.depth)
         if deepest == 0:
-            return [tree.root(row.tokens[-1]) for row in rows]
-        self._own.select([row.index for row in rows])
+            return [tree.root(request.tokens[-1]) for request in rows]
+        indices = [request.index for request in rows]
+        self._draft_cache.select(indices)
         with self._kernel():
-            found = self._grow(torch.stack([self._states[row.index] for row in rows]), deepest)
-        return self._best(rows, budget, found)
+            found = self._grow(torch.stack([self._states[index] for index in indices]), deepest)
+        return self._keep_best(rows, budget, found)
 
     def _kernel(self) -> AbstractContextManager[None]:
+        """Use the small-batch matmul kernel in all layers of the heads."""
         return skinny.products(self._linears, kernel_rows(self._heads.dtype))
 
     def _read(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
+        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
-        """Let the layer read what was committed; its last outputs are where drafting begins."""
-        self._own.select(rows)
+        """Feed committed tokens to the layer; keep its last outputs, where drafting starts."""
+        self._draft_cache.select(indices)
         device = self._heads.frozen.weight_VD.device
-        after = [row[1:] for row in tokens]
-        embedded = [self._heads.embed(torch.tensor(row, device=device)) for row in after]
+        after = [committed[1:] for committed in tokens]
+        embedded = [self._heads.embed(torch.tensor(tokens, device=device)) for tokens in after]
         fused = [self._heads.fuse(found) for found in features]
-        states = self._own.feed(after, [embedded, fused], self._pass)
-        self._states.update(zip(rows, states, strict=True))
+        states = self._draft_cache.feed(after, [embedded, fused], self._run_layer)
+        self._states.update(zip(indices, states, strict=True))
 
-    def _pass(self, embedded_BND: Tensor, state_BND: Tensor, sight: Any) -> Tensor:
+    def _run_layer(self, embedded_BND: Tensor, state_BND: Tensor, sight: Any) -> Tensor:
         midlayer = self._heads.midlayer
         out_BND: Tensor = midlayer(
             embedded_BND, state_BND, lambda read: midlayer.self_attn(read, sight)
@@ -282,10 +287,10 @@ class Eagle3Drafter(Drafter):
         return out_BND
 
     def _grow(self, state_BD: Tensor, deepest: int) -> _Candidates:
-        """Level by level: expand the best nodes of the last one."""
+        """Grow the trees level by level, expanding the best nodes of the level before."""
         batch, width, device = len(state_BD), self.config.width, state_BD.device
         made = _Candidates([], [], [], [], [])
-        # The root is the one node of its level, and was read with what was committed.
+        # The root is the only node of level 0, and was fed with the committed tokens.
         state_BFD = state_BD[:, None]
         score_BF = state_BD.new_zeros(batch, 1, dtype=torch.float32)
         at_BF = torch.full((batch, 1), -1, device=device)
@@ -295,15 +300,15 @@ class Eagle3Drafter(Drafter):
             if level > 1:
                 token_BF = torch.cat(made.tokens, 1).gather(1, at_BF)
                 num_nodes = token_BF.shape[1]
-                # Every node sees itself and what its parent sees.
+                # A node attends to itself and to whatever its parent attends to.
                 self_BFF = torch.eye(num_nodes, dtype=torch.bool, device=device)
                 visible_BFT = torch.cat([visible_BFT, self_BFF.expand(batch, -1, -1)], -1)
                 depths += [level - 2] * num_nodes
-                state_BFD = self._own.grow(
+                state_BFD = self._draft_cache.grow(
                     [self._heads.embed(token_BF), state_BFD],
                     torch.tensor(depths).expand(batch, -1),
                     visible_BFT,
-                    self._pass,
+                    self._run_layer,
                 )
             logq_BFV = self._logq(state_BFD)
             best = logq_BFV.topk(min(width, logq_BFV.shape[-1]))
@@ -312,12 +317,12 @@ class Eagle3Drafter(Drafter):
             base = made.count
             made.tokens.append(self._ids(best.indices).flatten(1))
             made.parents.append(at_BF.repeat_interleave(num_children, 1))
-            made.scores.append(score_BC)
-            made.own.append(best.values.flatten(1))
+            made.path_logq.append(score_BC)
+            made.node_logq.append(best.values.flatten(1))
             made.depths += [level] * score_BC.shape[1]
             score_BF, chosen_BF = score_BC.topk(min(width, score_BC.shape[1]))
             at_BF = base + chosen_BF
-            # The next level's nodes begin where their parents ended.
+            # The next level's nodes read their parents' output states.
             parent_BF = chosen_BF // num_children
             index_BFD = parent_BF[..., None].expand(-1, -1, state_BFD.shape[-1])
             state_BFD = state_BFD.gather(1, index_BFD)
@@ -326,55 +331,64 @@ class Eagle3Drafter(Drafter):
         return made
 
     def _logq(self, state_BFD: Tensor) -> Tensor:
+        """Return log q [B, F, V] after the layer's output states."""
         normed = self._heads.norm(state_BFD)
-        own = self._heads.lm_head
-        logits = (
-            nn.functional.linear(normed, *self._heads.output(0)) if own is None else own(normed)
-        )
+        lm_head = self._heads.lm_head
+        if lm_head is None:
+            logits = nn.functional.linear(normed, *self._heads.output(0))
+        else:
+            logits = lm_head(normed)
         return logits.float().log_softmax(-1)
 
-    def _ids(self, places: Tensor) -> Tensor:
+    def _ids(self, index: Tensor) -> Tensor:
+        """Return the target's ids of tokens of the draft vocabulary."""
         token_map = self._heads.token_map
-        return places if token_map is None else token_map[places]
+        return index if token_map is None else token_map[index]
 
-    def _best(
-        self, rows: Sequence[Request], budget: Sequence[int], found: _Candidates
+    def _keep_best(
+        self, requests: Sequence[Request], budget: Sequence[int], found: _Candidates
     ) -> list[Draft]:
-        """Of all candidates the likeliest; a parent is never less likely, and stands before."""
-        scores_BC = torch.cat(found.scores, 1)
+        """Make drafts of the `nodes` candidates with the most probable paths."""
+        # A parent's path is at least as probable as its children's, and a stable sort keeps it
+        # before them, so every prefix is a tree.
+        scores_BC = torch.cat(found.path_logq, 1)
         order_BN = scores_BC.sort(dim=-1, descending=True, stable=True).indices[
             :, : self.config.nodes
         ]
         kept = [torch.cat(part, 1).gather(1, order_BN) for part in (found.tokens, found.parents)]
-        share_BN = torch.cat(found.own, 1).gather(1, order_BN).exp()
-        tenths_BN = (10 * share_BN).long()
+        q_BN = torch.cat(found.node_logq, 1).gather(1, order_BN).exp()
+        # The source of a node is its q in tenths: equal sources are about equally often right.
+        tenths_BN = (10 * q_BN).long()
         columns = torch.stack([order_BN, *kept, tenths_BN], -1).tolist()
         drafts = []
-        for row, limit, nodes in zip(rows, budget, columns, strict=True):
-            places = {-1: 0}
-            tokens, parents, sources = [row.tokens[-1]], [-1], [-1]
-            for candidate, token, parent, tenths in nodes:
+        for request, limit, candidates in zip(requests, budget, columns, strict=True):
+            nodes = {-1: 0}
+            tokens, parents, sources = [request.tokens[-1]], [-1], [-1]
+            for candidate, token, parent, tenths in candidates:
                 if found.depths[candidate] <= limit:
-                    places[candidate] = len(tokens)
+                    nodes[candidate] = len(tokens)
                     tokens.append(token)
-                    parents.append(places[parent])
+                    parents.append(nodes[parent])
                     sources.append(tenths)
             kinds: list[Kind] = ["deterministic"] * len(tokens)
             drafts.append(Draft(tokens, parents, kinds, sources=sources))
         return drafts
 
 
-def _fused(asked: str, num_layers: int) -> list[int]:
-    """The states to fuse: as asked, or a low, a middle and a high one.
+def _choose_states(asked: str, num_layers: int) -> list[int]:
+    """Return the states to fuse: those `asked` for, or a low, a middle and a high one.
 
-    As published, 2, L / 2 and L - 3, where the last of these is near the end; of fewer layers the
-    last itself (8 layers, short training: a loss of 5.25 in place of 5.40).
+    Raises:
+        UsageError: the target lacks one of them.
     """
     if asked:
-        found = sorted({int(part) for part in asked.split("-")})
-        if found[0] < 1 or found[-1] > num_layers:
+        states = sorted({int(part) for part in asked.split("-")})
+        if states[0] < 1 or states[-1] > num_layers:
             raise UsageError(f"--layers {asked}: the target has states 1 to {num_layers}")
-        return found
+        return states
     if num_layers >= _DEEP:
+        # As published.
         return [2, num_layers // 2, num_layers - 3]
+    # In a shallow target L - 3 is far from the end; its last state works better (8 layers, short
+    # training: loss 5.25 instead of 5.40).
     return sorted({max(1, num_layers // 4), (num_layers + 1) // 2, num_layers})

@@ -1,20 +1,21 @@
-"""Hydra: Medusa's heads that also see the tokens drafted before theirs.
+"""Hydra: Medusa's heads that also read the tokens drafted before theirs.
 
 Ankner et al. 2024 (arXiv:2402.05109). Head i (from 0) guesses x_{t+2+i} from
 
     z = [h_t ; E x_{t+1} ; ... ; E x_{t+1+i}],   R z + SiLU(W z + b),
 
-then residual blocks x + SiLU(W x + b), then an output matrix U_i with a bias; E are the target's
-frozen embeddings. `plain` is that with one block, taught the text's tokens. `plus` (Hydra++) has
-four, dropout before each and before U_i, learns the target's laws, and in place of h_t reads a
-layer of attention over h_1 ... h_t ("prefix attention"), which keeps keys and values of its own.
+then residual blocks x + SiLU(W x + b), then an lm_head U_i with a bias; E are the target's frozen
+embeddings. `plain` has one block and is trained on the text's tokens. `plus` (Hydra++) has four
+blocks, dropout before each and before U_i, is trained on the target's probabilities, and replaces
+h_t by the output of a decoder layer over h_1 ... h_t ("prefix attention") with its own KV cache.
 Loss: the sum over heads of the mean cross entropy.
 
-R begins as what picks h_t out of z, W at zero and U_i as the target's output matrix, so untrained
-heads say what the target says of x_{t+1}; the authors begin with random R. A step drafts a static
-tree, one run of a head per depth for all its nodes.
+R starts by selecting h_t from z, W at zero and U_i as the target's lm_head, so that untrained heads
+predict what the target predicts for x_{t+1}; the authors start with a random R. A step drafts a
+static tree, with one call of a head per depth for all its nodes.
 
-Shapes: B rows of a batch, L tokens, R places in texts, D width, P nodes of a depth, A ancestors.
+Shapes: B texts or requests of a batch, L tokens, R positions in texts, D width, P nodes of a depth,
+A ancestors, Z = (i + 2) D.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.drafters.medusa import residual_blocks
+from spectool.decode.drafters.medusa import make_residual_blocks
 from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
-from spectool.decode.heads.layer import DecoderLayer, DraftCache, Rotary, layer_config
+from spectool.decode.heads.layer import DecoderLayer, DraftCache, Rotary, make_layer_config
 from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
 from spectool.options import option
 
@@ -41,7 +42,7 @@ _BLOCKS = {"plain": 1, "plus": 4}
 
 
 class HydraHead(nn.Module):
-    """Head i: its own way from z to a state, and its output matrix unless the target's serves."""
+    """Draft head i: maps z to a state; has its own lm_head unless it shares the target's."""
 
     def __init__(
         self, width: int, i: int, output: nn.Linear | None, num_layers: int, dropout: float
@@ -50,14 +51,16 @@ class HydraHead(nn.Module):
         self.W = nn.Linear((i + 2) * width, width)
         nn.init.zeros_(self.W.weight)
         nn.init.zeros_(self.W.bias)
+        # R picks h_t out of z, so an untrained head returns the target's own state.
         self.R = nn.Linear((i + 2) * width, width, bias=False)
         nn.init.zeros_(self.R.weight)
         nn.init.eye_(self.R.weight[:, :width])
-        self.blocks = residual_blocks(width, num_layers - 1)
+        self.blocks = make_residual_blocks(width, num_layers - 1)
         self.lm_head = output
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, z: Tensor) -> Tensor:
+        # R z + SiLU(W z + b), then x + SiLU(W x + b) per further block.
         z = self.dropout(z)
         state = self.R(z) + F.silu(self.W(z))
         for block in self.blocks:
@@ -68,12 +71,12 @@ class HydraHead(nn.Module):
 
 
 class HydraHeads(Heads):
-    """All heads; see the module docstring."""
+    """Hydra heads; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         variant: Literal["plain", "plus"] = option(
-            "plus", "plus: with attention over the text, deeper heads and the target's laws"
+            "plus", "plus: attention over the text, deeper heads, the target's probabilities"
         )
         num_heads: int = option(4, "tokens guessed ahead", minimum=1, maximum=16)
         num_layers: int = option(
@@ -83,7 +86,7 @@ class HydraHeads(Heads):
             0, "guess only the N commonest tokens of the data; 0: all", minimum=0
         )
         shared_head: bool = option(
-            False, "guess with the target's output matrix, not with one for each head"
+            False, "guess with the target's lm_head, not with one for each head"
         )
 
     needs = Needs(final=True)
@@ -107,19 +110,19 @@ class HydraHeads(Heads):
             for i in range(config.num_heads)
         ]
         self.heads = nn.ModuleList(self._each)
-        shape = layer_config(model)
+        shape = make_layer_config(model)
         self.rotary = Rotary(shape)
         self.prefix = DecoderLayer(shape).to(weight_VD) if plus else None
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
         state_BLD = batch.features["final"].to(self.dtype)
         if self.prefix is not None:
             state_BLD = self.prefix(state_BLD, self.rotary.text(state_BLD, batch.segments_BL))
-        parts = [state_BLD[batch_R, place_R]]
+        parts = [state_BLD[batch_R, position_R]]
         last = batch.tokens_BL.shape[1] - 1
         for i, head in enumerate(self._each):
-            # Past the end there is nothing to learn, and something has to stand.
-            token_R = batch.tokens_BL[batch_R, (place_R + 1 + i).clamp(max=last)]
+            # Clamped: positions past the end have no label, so their values are unused.
+            token_R = batch.tokens_BL[batch_R, (position_R + 1 + i).clamp(max=last)]
             parts.append(self.embed(token_R))
             yield head(torch.cat(parts, -1))
 
@@ -134,7 +137,7 @@ class HydraHeads(Heads):
 
 
 class HydraDrafter(TreeDrafter):
-    """Drafts the heads' static tree; prefix attention runs once over what was committed."""
+    """Drafter of the heads' static tree; prefix attention runs once over committed tokens."""
 
     name = "hydra"
     Heads = HydraHeads
@@ -148,21 +151,22 @@ class HydraDrafter(TreeDrafter):
     ) -> None:
         super().__init__(heads, paths, config)
         self._prefix = heads.prefix
-        self._own = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
+        self._draft_cache = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
 
     @torch.inference_mode()
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        if self._own is not None:
-            self._own.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
+        if self._draft_cache is not None:
+            self._draft_cache.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
         super().begin(prompts, cache)
 
     def _read(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
+        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
-        if self._own is None or self._prefix is None:
-            super()._read(rows, tokens, features)
+        if self._draft_cache is None or self._prefix is None:
+            super()._read(indices, tokens, features)
             return
         finals = [found["final"].to(self._heads.dtype) for found in features]
-        self._own.select(rows)
-        states = self._own.feed([row[:-1] for row in tokens], [finals], self._prefix)
-        self._states.update(zip(rows, states, strict=True))
+        self._draft_cache.select(indices)
+        labels = [committed[:-1] for committed in tokens]
+        states = self._draft_cache.feed(labels, [finals], self._prefix)
+        self._states.update(zip(indices, states, strict=True))

@@ -1,12 +1,12 @@
-"""Speculative Jacobi decoding: the window of the last pass, predicted anew, is the next draft.
+"""Speculative Jacobi decoding: each pass predicts the next draft window from the current one.
 
-Teng et al. 2024 (arXiv:2410.01699), for text. A pass over drafts x_1 ... x_W gives a law after
-each; beyond the accepted ones every position is drawn again from the law it has just got, and
-stands for test with that law in the next pass. It is exact because a token's own noise decides
-nothing before it, and because q stays the law that the token was drawn from. Fresh tokens at the
-end of the window are looked up in the text (a deterministic draft). At temperature 0 this is Jacobi
-decoding: each position holds the likeliest token, and what did not change stands. Suffixes: N
-nodes, V vocabulary.
+Teng et al. 2024 (arXiv:2410.01699), applied to text. A pass over drafts x_1 ... x_W gives a
+distribution after each. Every position after the accepted ones is redrawn from its new
+distribution, which is kept as q when the token is verified in the next pass. The output is exact
+because q is the distribution that the token was drawn from, and because the random number of a
+position is used for nothing before that position. Tokens that fill up the window are looked up in
+the text (deterministic nodes). At temperature 0 this is Jacobi decoding: each position takes the
+likeliest token, and tokens that stay the same are accepted. Suffixes: N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.drafters.ngram import NgramIndex, continuation
+from spectool.decode.drafters.ngram import NgramIndex, continue_text
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams, pick
@@ -36,14 +36,14 @@ class JacobiConfig(options.Config):
 
 @dataclass(slots=True)
 class _Window:
-    """Tokens predicted for a row's next positions, and the laws they were drawn from."""
+    """Tokens predicted for a request's next positions, and the q that each was drawn from."""
 
     tokens: list[int]
     probs_NV: Tensor | None
 
 
 class JacobiDrafter(Drafter):
-    """A window per row: a chain of drawn tokens, then of looked-up ones."""
+    """Drafter of one window per request: a chain of predicted, then of looked-up tokens."""
 
     name = "jacobi"
     Config = JacobiConfig
@@ -63,28 +63,29 @@ class JacobiDrafter(Drafter):
         self._indexes = {prompt.row.index: NgramIndex(1, 4) for prompt in prompts}
 
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        return [self._draft(row, limit) for row, limit in zip(rows, budget, strict=True)]
+        return [self._draft(request, limit) for request, limit in zip(rows, budget, strict=True)]
 
-    def _draft(self, row: Request, limit: int) -> Draft:
+    def _draft(self, request: Request, limit: int) -> Draft:
         size = min(self.config.window, limit)
-        window = self._windows.get(row.index) or _Window([], None)
+        window = self._windows.get(request.index) or _Window([], None)
         drawn = window.tokens[:size]
         probs_NV = window.probs_NV[: len(drawn)] if window.probs_NV is not None and drawn else None
-        index = self._indexes[row.index]
-        index.extend(row.tokens)
-        fresh = _fresh(row.tokens, drawn, index, size - len(drawn))
+        index = self._indexes[request.index]
+        index.extend(request.tokens)
+        fresh = _look_up(request.tokens, drawn, index, size - len(drawn))
+        # Predicted tokens were drawn from q above temperature 0; looked-up ones never are.
         kind: Kind = "deterministic" if probs_NV is None else "iid"
         kinds: list[Kind] = [kind] * (1 + len(drawn)) + ["deterministic"] * len(fresh)
-        tokens = [row.tokens[-1], *drawn, *fresh]
+        tokens = [request.tokens[-1], *drawn, *fresh]
         return Draft(tokens, list(range(-1, len(tokens) - 1)), kinds, probs_NV)
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        """Draw every position after the new root from the law of the node before it."""
+        """Draw every position after the new root from the probabilities of the node before it."""
         found: list[tuple[Outcome, Tensor, Tensor]] = []
         for outcome in outcomes:
             assert outcome.probs_NV is not None
-            # The node after the accepted path held what the new root replaced.
+            # The node after the accepted path is the one that the new root replaces.
             probs_NV = outcome.probs_NV[len(outcome.path) :]
             if outcome.row.control.greedy:
                 tokens_N = probs_NV.argmax(-1)
@@ -96,16 +97,19 @@ class JacobiDrafter(Drafter):
             found.append((outcome, probs_NV, tokens_N))
         tokens = torch.cat([tokens_N for _, _, tokens_N in found]).tolist()
         for outcome, probs_NV, _ in found:
-            own, tokens = tokens[: len(probs_NV)], tokens[len(probs_NV) :]
+            window, tokens = tokens[: len(probs_NV)], tokens[len(probs_NV) :]
             probs = None if outcome.row.control.greedy else probs_NV
-            self._windows[outcome.row.index] = _Window(own, probs)
+            self._windows[outcome.row.index] = _Window(window, probs)
 
 
-def _fresh(tokens: Sequence[int], drawn: Sequence[int], index: NgramIndex, count: int) -> list[int]:
-    """What the text goes on with after the window, as far as is known; then any of its tokens.
+def _look_up(
+    tokens: Sequence[int], drawn: Sequence[int], index: NgramIndex, count: int
+) -> list[int]:
+    """Return `count` tokens to follow the window: an n-gram's continuation, else arbitrary ones.
 
-    What they are decides speed only: the next pass predicts these positions from their context.
+    They only affect speed, since the next pass predicts these positions anew.
     """
     for _, end in index.matches([*tokens[-4:], *drawn]):
-        return continuation(tokens, end, count)
+        return continue_text(tokens, end, count)
+    # Spread over the text, reproducibly.
     return [tokens[(len(tokens) + at) * 7919 % len(tokens)] for at in range(count)]

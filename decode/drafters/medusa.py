@@ -1,13 +1,13 @@
-"""Medusa: heads on the target's last state, each guessing the token one place further ahead.
+"""Medusa: heads on the target's final state, each guessing one token further ahead.
 
-Cai et al. 2024 (arXiv:2401.10774), Medusa-1: the target stays frozen. Head k (from 0) reads h_t,
-the state that the target's output matrix reads at t, and guesses x_{t+2+k}: residual blocks
-x + SiLU(W x + b), then an output matrix U_k. W begins at zero and U_k as the target's own, so that
-before training every head says what the target says of x_{t+1}. Loss: the sum over k of 0.8^k times
+Cai et al. 2024 (arXiv:2401.10774), Medusa-1: the target is frozen. Head k (from 0) guesses
+x_{t+2+k} from h_t, the state that the target's lm_head reads at position t: residual blocks
+x + SiLU(W x + b), then an lm_head U_k. W starts at zero and U_k as the target's lm_head, so that
+untrained heads predict what the target predicts for x_{t+1}. Loss: the sum over k of 0.8^k times
 head k's mean cross entropy. A step drafts one static tree of the heads' top guesses, which do not
-depend on what was drafted before them.
+depend on the tokens drafted before them.
 
-Shapes: B rows of a batch, R places in texts, D width, P nodes of a depth.
+Shapes: B requests of a batch, R positions in texts, D width, A nodes of a path, P nodes of a depth.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from spectool.options import option
 
 
 class MedusaHead(nn.Module):
-    """One head: residual blocks, and its own output matrix unless the target's serves."""
+    """One draft head: residual blocks, and its own lm_head unless it shares the target's."""
 
     def __init__(self, width: int, output: nn.Linear | None, num_layers: int) -> None:
         super().__init__()
-        self.blocks = residual_blocks(width, num_layers)
+        self.blocks = make_residual_blocks(width, num_layers)
         self.lm_head = output
 
     def forward(self, state: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class MedusaHead(nn.Module):
 
 
 class MedusaHeads(Heads):
-    """All heads; see the module docstring."""
+    """Medusa heads; see the module docstring."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -50,7 +50,7 @@ class MedusaHeads(Heads):
             0, "guess only the N commonest tokens of the data; 0: all", minimum=0
         )
         shared_head: bool = option(
-            False, "guess with the target's output matrix, not with one for each head"
+            False, "guess with the target's lm_head, not with one for each head"
         )
 
     needs = Needs(final=True)
@@ -72,8 +72,8 @@ class MedusaHeads(Heads):
         ]
         self.heads = nn.ModuleList(self._each)
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
-        state_RD = batch.features["final"][batch_R, place_R].to(self.dtype)
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
+        state_RD = batch.features["final"][batch_R, position_R].to(self.dtype)
         for head in self._each:
             yield head(state_RD)
 
@@ -85,8 +85,8 @@ class MedusaHeads(Heads):
         return self._each[k].lm_head
 
 
-def residual_blocks(width: int, num_layers: int) -> nn.ModuleList:
-    """The W and b of so many blocks x + SiLU(W x + b), each of them nothing but x at first."""
+def make_residual_blocks(width: int, num_layers: int) -> nn.ModuleList:
+    """Make W and b of `num_layers` blocks x + SiLU(W x + b); zero, so each starts as identity."""
     blocks = [nn.Linear(width, width) for _ in range(num_layers)]
     for block in blocks:
         nn.init.zeros_(block.weight)
@@ -95,7 +95,7 @@ def residual_blocks(width: int, num_layers: int) -> nn.ModuleList:
 
 
 class MedusaDrafter(TreeDrafter):
-    """Drafts the heads' static tree."""
+    """Drafter of the heads' static tree."""
 
     name = "medusa"
     Heads = MedusaHeads

@@ -1,10 +1,11 @@
-"""Prompt lookup: continue as the longest recent n-gram did in prompt and output.
+"""Prompt lookup: propose what followed the latest n-gram when it occurred before.
 
-Saxena 2023; here with several distinct continuations merged into one tree, longest match first, and
-with an index that grows by the committed tokens only. While the output copies a stretch of the text
-the drafter follows it as Aggressive Decoding does (Sun et al. 2021): of equal matches the nearest
-ahead of where the copy has come to goes first, the draft doubles as long as all of it stands, and
-after an edit that matches nothing the copy is resumed one token further.
+Saxena 2023; here several distinct continuations are merged into one tree, longest match first, and
+the index grows by committed tokens only. While the output copies a passage of the text, the drafter
+follows it as Aggressive Decoding does (Sun et al. 2021): among equally long matches, the one that
+continues the copy (the nearest at or after its position) comes first; the draft's depth doubles
+while whole drafts are accepted; and after an edit that matches nothing, the copy resumes one token
+further on.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UsageError
 from spectool.options import option
 
-# Matches of one length that are looked at: a frequent n-gram's older continuations add little.
+# Latest matches of one length that are used: older ones add little.
 _RECENT = 16
-# Accepted in a row from one place, so many tokens count as a copy.
+# Tokens accepted one after the other from one passage that make it a copy.
 _COPYING = 3
-# Shorter matches say less than the place of a copy that was broken off.
+# Shorter matches come after an interrupted copy.
 _TRUSTED = 2
 
 
@@ -35,7 +36,9 @@ class NgramConfig(options.Config):
     """Options of `ngram`."""
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(8, "proposed tokens in a row, doubled while all stand", minimum=1)
+    depth: int = option(
+        8, "most proposed tokens on a path, doubled while all are accepted", minimum=1
+    )
     min_n: int = option(1, "shortest n-gram to look up", minimum=1, maximum=16)
     max_n: int = option(4, "longest n-gram to look up", minimum=1, maximum=16)
 
@@ -45,7 +48,7 @@ class NgramConfig(options.Config):
 
 
 class NgramIndex:
-    """Where each n-gram of a growing text ended, most recent last."""
+    """Index of a growing text: where each of its n-grams ended, most recent last."""
 
     def __init__(self, min_n: int, max_n: int) -> None:
         self._lengths = range(max_n, min_n - 1, -1)
@@ -53,7 +56,7 @@ class NgramIndex:
         self._num_indexed = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Index the text up to `tokens`, which begin with what was indexed before."""
+        """Index all of `tokens`, whose beginning was indexed before."""
         for end in range(self._num_indexed + 1, len(tokens) + 1):
             for n in self._lengths:
                 if n <= end:
@@ -61,29 +64,30 @@ class NgramIndex:
         self._num_indexed = len(tokens)
 
     def matches(self, tokens: Sequence[int], near: int | None = None) -> Iterator[tuple[int, int]]:
-        """(n, end) of earlier occurrences of the text's ending: longest and most recent first.
+        """Yield (n, end) of earlier occurrences of the text's last n tokens, longest n first.
 
-        `near`: of the matches of a length, the first that ends there or after comes before all.
+        Among those of one length the most recent come first; with `near`, the first that ends at
+        `near` or after it comes before all others.
         """
         size = len(tokens)
         for n in self._lengths:
             ends = self._ends.get(tuple(tokens[-n:]), ()) if n <= size else ()
             nearest = None
-            if near is not None and (place := bisect.bisect_left(ends, near)) < len(ends):
-                nearest = ends[place] if ends[place] < self._num_indexed else None
+            if near is not None and (index := bisect.bisect_left(ends, near)) < len(ends):
+                nearest = ends[index] if ends[index] < self._num_indexed else None
             if nearest is not None:
                 yield n, nearest
             for end in reversed(ends[-_RECENT - 1 :]):
-                # Nothing follows the text's own end.
+                # The match that ends where the text ends has no continuation.
                 if end not in (nearest, self._num_indexed):
                     yield n, end
 
 
-def continuation(tokens: Sequence[int], end: int, depth: int) -> list[int]:
-    """The `depth` tokens after place `end` of the text.
+def continue_text(tokens: Sequence[int], end: int, depth: int) -> list[int]:
+    """Return the `depth` tokens that follow index `end` of the text.
 
-    What runs into the end of the text goes on with its own continuation, so a text that repeats
-    itself is continued with its period.
+    Where the text ends before, the tokens repeat with period `len(tokens) - end`, so that a
+    repeating text is continued with its period.
     """
     found = list(tokens[end : end + depth])
     period = len(tokens) - end
@@ -94,10 +98,10 @@ def continuation(tokens: Sequence[int], end: int, depth: int) -> list[int]:
 
 @dataclass(slots=True)
 class _Copy:
-    """Where a row's text seems to be copied from: `end` is what the next token should equal.
+    """The passage that a request's text seems to copy.
 
-    `length` tokens of it were accepted in a row; `depth` is how far ahead to draft. `broken`: a
-    copy was followed until the last token.
+    The next token should equal the one at index `end`. `length`: tokens of the passage accepted one
+    after the other. `depth`: tokens to draft ahead. `broken`: the latest token ended a copy.
     """
 
     end: int
@@ -107,7 +111,7 @@ class _Copy:
 
 
 class NgramDrafter(Drafter):
-    """An index per row; a tree of its continuations per step, empty where nothing matches."""
+    """Drafter of a tree of continuations, from one index per request."""
 
     name = "ngram"
     Config = NgramConfig
@@ -129,33 +133,33 @@ class NgramDrafter(Drafter):
         self._copies = {}
 
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        return [self._draft(row, limit) for row, limit in zip(rows, budget, strict=True)]
+        return [self._draft(request, limit) for request, limit in zip(rows, budget, strict=True)]
 
-    def _draft(self, row: Request, limit: int) -> Draft:
-        tokens, index = row.tokens, self._indexes[row.index]
+    def _draft(self, request: Request, limit: int) -> Draft:
+        tokens, index = request.tokens, self._indexes[request.index]
         index.extend(tokens)
-        made = Trie(tokens[-1], self.config.nodes)
-        copy = self._copies.get(row.index)
+        trie = Trie(tokens[-1], self.config.nodes)
+        copy = self._copies.get(request.index)
         first: int | None = None
-        for order, (n, end) in enumerate(self._places(tokens, index, copy)):
+        for order, (n, end) in enumerate(self._matches(tokens, index, copy)):
             depth, copied = self.config.depth, 0
             if copy is not None and end == copy.end:
                 depth, copied = copy.depth, min(copy.length, 8)
             first = end if first is None else first
-            made.extend(continuation(tokens, end, min(depth, limit)), (n, min(order, 3), copied))
-            if made.full:
+            trie.extend(continue_text(tokens, end, min(depth, limit)), (n, min(order, 3), copied))
+            if trie.full:
                 break
         if first is None:
-            self._copies.pop(row.index, None)
+            self._copies.pop(request.index, None)
         elif copy is None or first != copy.end:
-            self._copies[row.index] = _Copy(first, 0, self.config.depth)
-        return made.draft()
+            self._copies[request.index] = _Copy(first, 0, self.config.depth)
+        return trie.draft()
 
-    def _places(
+    def _matches(
         self, tokens: Sequence[int], index: NgramIndex, copy: _Copy | None
     ) -> Iterator[tuple[int, int]]:
-        """What to continue from, best first, with the length of the match."""
-        # The token in the place of an edit matches nothing much; the copy may go on after it.
+        """Yield (length of the match, index to continue from), best first."""
+        # After an edited token only short matches are found; the copy is more likely to go on.
         resumed = copy is not None and copy.broken
         for n, end in index.matches(tokens, copy.end if copy else None):
             if copy is not None and resumed and n < _TRUSTED:
@@ -171,7 +175,7 @@ class NgramDrafter(Drafter):
             if copy is None:
                 continue
             tokens, draft = outcome.row.tokens, outcome.draft
-            # New since the proposal: the accepted path and the rule's token.
+            # New since the proposal: the accepted path and the verifier's token.
             start = len(tokens) - len(outcome.path)
             new = tokens[start:]
             same = 0

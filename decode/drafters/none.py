@@ -1,4 +1,4 @@
-"""Plain decoding: every step is one token, verified by nothing."""
+"""Plain decoding: one token per step, nothing drafted."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from spectool.decode.tree import Draft, Kind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoDraftConfig(options.Config):
-    """Nothing to choose."""
+    """Options of `none`: it has none."""
 
 
 class NoDrafter(Drafter):
-    """Proposes nothing."""
+    """Drafter that proposes nothing."""
 
     name = "none"
     Config = NoDraftConfig
@@ -32,4 +32,4 @@ class NoDrafter(Drafter):
         return ()
 
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        return [tree.root(row.tokens[-1]) for row in rows]
+        return [tree.root(request.tokens[-1]) for request in rows]

@@ -1,14 +1,15 @@
-"""Parallel Prompt Decoding: trained embeddings after a node, at which the target guesses ahead.
+"""Parallel Prompt Decoding: trained prompt tokens after a node, at which the target guesses ahead.
 
-Chen et al. 2024 (arXiv:2405.18628). Prompt token j (from 1) below a node at place t stands at
-position t + j and sees the node's context and the prompt tokens before it; the target's law there,
-averaged over `ensemble` embeddings of which each sees only its like, guesses x_{t+j+1}. Only the
-embeddings are trained: K n D numbers. Loss: the mean over j of 0.8^(j-1) times the cross entropy
-against the target's laws along its own text, at random places of each text; the target's keys and
-values of the text are computed once, and gradients flow through the prompt tokens' rows alone.
+Chen et al. 2024 (arXiv:2405.18628). Prompt token j (from 1) of a node at position t has position
+t + j and attends to the node's context and the prompt tokens before it. The target's logits there,
+averaged over an ensemble of n embeddings that do not attend to each other's chains, guess
+x_{t+j+1}. Only the embeddings are trained: K n D numbers. Loss: the sum over j of 0.8^(j-1) times
+the mean cross entropy against the target's probabilities along the text, at random positions of
+each text. The target's keys and values of the text are computed once, and gradients flow through
+the prompt tokens' rows alone.
 
-Embeddings begin at the mean of the target's, with a little noise so that those of an ensemble
-differ; the authors begin with the embeddings of words. Shapes: see `inpass`.
+Embeddings start at the mean of the target's, plus a little noise so that those of an ensemble
+differ; the authors start with the embeddings of words. Shapes: see `inpass`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from spectool.decode.protocol import Inject, Needs, TrainingBatch
 from spectool.model.packed import matrix_of
 from spectool.options import option
 
-# Of the embeddings' own spread.
+# Noise of initial embeddings, relative to the standard deviation of the target's.
 _NOISE = 0.1
 
 
@@ -37,7 +38,7 @@ class PPDHeads(InPassHeads):
     class Config(options.Config):
         num_heads: int = option(3, "prompt tokens: tokens guessed ahead", minimum=1, maximum=16)
         ensemble: int = option(1, "embeddings of a prompt token", minimum=1, maximum=16)
-        anchors: int = option(64, "places of a text to learn at in a step", minimum=1)
+        anchors: int = option(64, "positions of a text to train at in a step", minimum=1)
 
     optimizer_defaults = OptimizerDefaults(rate=1e-2)
     decay = 0.8
@@ -46,28 +47,30 @@ class PPDHeads(InPassHeads):
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
         vectors = matrix_of(model.get_input_embeddings()).detach()
-        begin_D, spread_D = vectors.float().mean(0), vectors.float().std(0)
+        mean_D, std_D = vectors.float().mean(0), vectors.float().std(0)
         noise_KND = torch.randn(
-            config.num_heads, config.ensemble, len(begin_D), device=begin_D.device
+            config.num_heads, config.ensemble, len(mean_D), device=mean_D.device
         )
-        self.prompt_embeds = nn.Parameter(begin_D + _NOISE * spread_D * noise_KND)
+        self.prompt_embeds = nn.Parameter(mean_D + _NOISE * std_D * noise_KND)
         self.needs = Needs(final=True, inject={-1: self._embed})
 
     @property
-    def rows(self) -> list[tuple[int, int]]:
-        each = self.config.ensemble
-        return [(max(0, slot + 1 - each), slot) for slot in range(self.num_heads * each)]
+    def extra_rows(self) -> list[tuple[int, int]]:
+        # Row `slot` of one prompt token follows the row of the same ensemble member before it.
+        size = self.config.ensemble
+        return [(max(0, slot + 1 - size), slot) for slot in range(self.num_heads * size)]
 
-    def put(self, batch: TrainingBatch) -> dict[int, Inject]:
+    def make_injections(self, batch: TrainingBatch) -> dict[int, Inject]:
         return {-1: self._embed}
 
     def _embed(self, hidden_BND: Tensor, slots_BN: Tensor, owners_BN: Tensor) -> Tensor:
-        own_BND = self.prompt_embeds.flatten(0, 1)[slots_BN.clamp(min=0)].to(hidden_BND.dtype)
-        return torch.where((slots_BN >= 0)[..., None], own_BND, hidden_BND)
+        """Replace the input embeddings of extra rows by the prompt tokens'."""
+        prompt_BND = self.prompt_embeds.flatten(0, 1)[slots_BN.clamp(min=0)].to(hidden_BND.dtype)
+        return torch.where((slots_BN >= 0)[..., None], prompt_BND, hidden_BND)
 
 
 class PPDDrafter(InPassDrafter):
-    """Drafts what the prompt tokens guessed in the pass before."""
+    """Drafter of what the prompt tokens guessed in the previous pass."""
 
     name = "ppd"
     Heads = PPDHeads

@@ -1,9 +1,9 @@
-"""Token Recycling: what the target found likely after a token last time is drafted after it again.
+"""Token Recycling: draft after each token what the target last found likely after it.
 
-Luo et al. 2024 (arXiv:2408.08696). A table holds, for each token, the ids that were likeliest after
-its latest verified occurrence, rejected ones included; a tree of ranks is filled from it level by
-level. Unlike the authors' release it is seeded from the prompt's own logits, knows which tokens it
-has never seen, and takes a tree of any size: theirs has 80 nodes whatever the device.
+Luo et al. 2024 (arXiv:2408.08696). A table holds for each token the ids that the target found
+likeliest after its latest occurrence, accepted or rejected; a tree of ranks is filled from the
+table level by level. Unlike the authors' release, the table is seeded from the prompt's logits,
+tokens that never occurred are left out, and the tree may have any size (theirs has 80 nodes).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from spectool.decode.tree import Draft, Kind
 from spectool.errors import CheckpointError
 from spectool.options import option
 
-# How often the token that follows is the table's first, second, ...: decides which ranks a tree of
-# a given size holds. Measured on greedy text of codestory-10M (stories, code, arithmetic, prose;
+# How often the next token is the table's first, second, ... entry, from which the best tree of a
+# given size follows. Measured on greedy text of codestory-10M (stories, code, arithmetic, prose;
 # 700 tokens, cut where it loops).
 _SHARES = (0.63, 0.13, 0.06, 0.036, 0.016, 0.008, 0.006, 0.005)
 RANKS = len(_SHARES)
@@ -39,32 +39,33 @@ class RecycleConfig(options.Config):
     """Options of `recycle`."""
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(6, "most proposed tokens in a row", minimum=1, maximum=_DEEPEST)
+    depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=_DEEPEST)
     state: str | None = option(None, "file to keep the table in between runs")
 
 
-def rank_tree(nodes: int, depth: int) -> list[tuple[int, ...]]:
-    """The `nodes` likeliest paths of ranks, best first, parents before their children."""
+def make_rank_tree(nodes: int, depth: int) -> list[tuple[int, ...]]:
+    """Return the `nodes` likeliest paths of ranks, best first, parents before their children."""
     heap: list[tuple[float, tuple[int, ...]]] = [(-_SHARES[0], (0,))]
-    found: list[tuple[int, ...]] = []
-    while heap and len(found) < nodes:
+    paths: list[tuple[int, ...]] = []
+    while heap and len(paths) < nodes:
         share, path = heapq.heappop(heap)
-        found.append(path)
+        paths.append(path)
         if path[-1] + 1 < RANKS:
             sibling = share / _SHARES[path[-1]] * _SHARES[path[-1] + 1]
             heapq.heappush(heap, (sibling, (*path[:-1], path[-1] + 1)))
         if len(path) < depth:
             heapq.heappush(heap, (share * _SHARES[0], (*path, 0)))
-    return found
+    return paths
 
 
 class RecycleDrafter(Drafter):
-    """The table of V x 8 ids of 4 bytes, on the host, -1 where a token was never seen.
+    """Drafter from a table [V, 8] of ids on the host; -1 where a token never occurred.
 
-    It outlives batches and, with `state`, runs.
+    The table is kept across batches and, with `state`, across runs.
 
     Raises:
-        CheckpointError: `state` is no table, or (at the first prompt) one of another vocabulary.
+        CheckpointError: the `state` file is no such table, or (at the first prompt) one of another
+            vocabulary.
     """
 
     name = "recycle"
@@ -73,10 +74,10 @@ class RecycleDrafter(Drafter):
 
     def __init__(self, config: RecycleConfig | None = None) -> None:
         self.config = config or RecycleConfig()
-        self._paths = rank_tree(self.config.nodes, self.config.depth)
-        places = {(): 0} | {path: node for node, path in enumerate(self._paths, start=1)}
+        self._paths = make_rank_tree(self.config.nodes, self.config.depth)
+        nodes = {(): 0} | {path: node for node, path in enumerate(self._paths, start=1)}
         # Depth, parent and rank of each node.
-        self._shape = [(len(path), places[path[:-1]], path[-1]) for path in self._paths]
+        self._shape = [(len(path), nodes[path[:-1]], path[-1]) for path in self._paths]
         self.table = array("i")
         if self.config.state:
             self._load(Path(self.config.state))
@@ -94,30 +95,31 @@ class RecycleDrafter(Drafter):
                 f"{vocabulary}"
             )
         for prompt in prompts:
-            # The last of the row's tokens is already the answer to the prompt's last one.
+            # The request's last token is already the one that follows the prompt.
             tops = prompt.top()
-            own = prompt.row.tokens[-1 - len(tops) : -1]
-            for token, top in zip(own, tops, strict=True):
+            tokens = prompt.row.tokens[-1 - len(tops) : -1]
+            for token, top in zip(tokens, tops, strict=True):
                 self._learn(token, top)
 
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        return [self._draft(row.tokens[-1], limit) for row, limit in zip(rows, budget, strict=True)]
+        pairs = zip(rows, budget, strict=True)
+        return [self._draft(request.tokens[-1], limit) for request, limit in pairs]
 
     def _draft(self, root: int, limit: int) -> Draft:
-        """The tree of ranks, without what the table does not know and what is too deep."""
+        """Fill the tree of ranks, without unknown tokens and nodes deeper than `limit`."""
         table, tokens, parents = self.table, [root], [-1]
         sources: list[Hashable] = [()]
-        # Of each node of the full tree, its place in the draft; -1 where it has none.
-        places = [0]
+        # From each node of the full tree to its node in the draft; -1: left out.
+        kept = [0]
         for path, (depth, above, rank) in zip(self._paths, self._shape, strict=True):
-            parent = places[above]
+            parent = kept[above]
             token = -1
             if parent >= 0 and depth <= limit:
                 token = table[tokens[parent] * RANKS + rank]
             if token < 0:
-                places.append(-1)
+                kept.append(-1)
                 continue
-            places.append(len(tokens))
+            kept.append(len(tokens))
             tokens.append(token)
             parents.append(parent)
             sources.append(path)
@@ -128,7 +130,7 @@ class RecycleDrafter(Drafter):
             tokens = outcome.draft.tokens
             for token, top in zip(tokens, outcome.top, strict=True):
                 self._learn(token, top)
-            # Of a token that stands in several places, the accepted one counts, the deepest last.
+            # Where a token is at several nodes the deepest accepted one counts, so it comes last.
             for node in outcome.path:
                 self._learn(tokens[node], outcome.top[node])
 
@@ -146,5 +148,5 @@ class RecycleDrafter(Drafter):
         table_VK = draft_state.load(path, self.name).get("table")
         if table_VK is not None:
             if table_VK.shape != (len(table_VK), RANKS) or table_VK.dtype != torch.int32:
-                raise CheckpointError(f"{path}: not a table of {RANKS} ids a token")
+                raise CheckpointError(f"{path}: not a table of {RANKS} ids per token")
             self.table = array("i", table_VK.flatten().tolist())

@@ -1,9 +1,9 @@
-"""A table of trigrams learnt from the text, and the best tree by their scores.
+"""Trigram table of the text, and the most probable tree by its scores.
 
-ADED (Liu et al. 2024, arXiv:2406.18200). The table maps two tokens to the scores of what followed
-them; it starts empty, or from a kept state, and learns the prompt and every committed token. The
-authors search the tree at random (150 rollouts); here the likeliest node is expanded next, which
-needs no randomness and takes microseconds.
+ADED (Liu et al. 2024, arXiv:2406.18200). The table maps two tokens to scores of the tokens that
+followed them. It starts empty, or from a saved state, and is updated with the prompt and every
+committed token. The authors search the tree at random (150 rollouts); here the likeliest node is
+expanded next, which needs no randomness and takes microseconds.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import CheckpointError
 from spectool.options import option
 
-# The authors add 0.04 for every round that a trigram stays among the last 16 tokens, up to 3: about
-# so much for each occurrence, at two tokens a round. A quarter is exact in float32, as it is kept.
+# The authors add 0.04 in every round that a trigram is among the last 16 tokens, up to a score of
+# 3. At two tokens a round that is about 0.3 per occurrence; 0.25 is exact in float32, in which
+# scores are stored.
 _GAIN, _HIGHEST = 0.25, 3.0
-# Successors kept of a pair, as in their corpus.
+# Successors that are kept of each pair, as in the authors' corpus.
 _SUCCESSORS = 12
 
 
@@ -37,27 +38,27 @@ class TrigramConfig(options.Config):
     """Options of `trigram`."""
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(8, "most proposed tokens in a row", minimum=1, maximum=64)
+    depth: int = option(8, "most proposed tokens on a path", minimum=1, maximum=64)
     state: str | None = option(None, "file to keep the table in between runs")
 
 
 class TrigramTable:
-    """Scores of tokens by the two before them."""
+    """Scores of tokens, by the two tokens before them."""
 
     def __init__(self) -> None:
         self._after: dict[tuple[int, int], dict[int, float]] = {}
 
     def learn(self, tokens: Sequence[int]) -> None:
-        """Every trigram of a stretch of text counts once."""
+        """Count every trigram of a piece of text."""
         for one, two, three in zip(tokens, tokens[1:], tokens[2:], strict=False):
             scores = self._after.setdefault((one, two), {})
             scores[three] = min(scores.get(three, 0.0) + _GAIN, _HIGHEST)
             if len(scores) > _SUCCESSORS:
-                # Not the newcomer, or none could ever come in.
+                # The new token is spared, or no new successor could ever enter a full entry.
                 del scores[min((s, t) for t, s in scores.items() if t != three)[1]]
 
     def after(self, one: int, two: int) -> list[tuple[float, int]]:
-        """(share of the score, token), the likeliest first."""
+        """Return (share of the scores, token) of what followed two tokens, the likeliest first."""
         scores = self._after.get((one, two), {})
         total = sum(scores.values())
         return sorted(((score / total, token) for token, score in scores.items()), reverse=True)
@@ -72,10 +73,11 @@ class TrigramTable:
 
 
 class TrigramDrafter(Drafter):
-    """One table for all rows; it outlives batches and, with `state`, runs.
+    """Drafter from one table, kept across batches and, with `state`, across runs.
 
     Raises:
-        CheckpointError: `state` is no table, or (at the first prompt) one of a larger vocabulary.
+        CheckpointError: the `state` file is no such table, or (at the first prompt) one of a larger
+            vocabulary.
     """
 
     name = "trigram"
@@ -101,32 +103,33 @@ class TrigramDrafter(Drafter):
             self.table.learn(prompt.row.tokens)
 
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        return [self._draft(row.tokens, limit) for row, limit in zip(rows, budget, strict=True)]
+        pairs = zip(rows, budget, strict=True)
+        return [self._draft(request.tokens, limit) for request, limit in pairs]
 
     def _draft(self, tokens: Sequence[int], limit: int) -> Draft:
-        """Best first: of all tokens that could come next to the tree, the likeliest path's."""
-        made = Trie(tokens[-1], self.config.nodes)
+        """Grow a tree best first: always add the node whose path has the largest probability."""
+        trie = Trie(tokens[-1], self.config.nodes)
         if len(tokens) < 2 or limit == 0:
-            return made.draft()
+            return trie.draft()
         depth = min(self.config.depth, limit)
-        # Negative share, then the order of discovery: equal inputs give equal trees.
+        # Ordered by negative probability, then by discovery, so that equal inputs give equal trees.
         heap: list[tuple[float, int, int, int, int, int]] = []
-        found = 0
+        num_found = 0
 
-        def discover(share: float, node: int, level: int, one: int, two: int) -> None:
-            nonlocal found
-            for part, token in self.table.after(one, two):
-                found += 1
-                heapq.heappush(heap, (-share * part, found, node, level, two, token))
+        def add_children(prob: float, node: int, level: int, one: int, two: int) -> None:
+            nonlocal num_found
+            for share, token in self.table.after(one, two):
+                num_found += 1
+                heapq.heappush(heap, (-prob * share, num_found, node, level, two, token))
 
-        discover(1.0, 0, 1, tokens[-2], tokens[-1])
-        while heap and not made.full:
-            share, _, parent, level, before, token = heapq.heappop(heap)
-            # How sure the path is, in eighths.
-            node = made.add(token, parent, int(-8 * share))
+        add_children(1.0, 0, 1, tokens[-2], tokens[-1])
+        while heap and not trie.full:
+            negative, _, parent, level, before, token = heapq.heappop(heap)
+            # The source is the path's probability in eighths.
+            node = trie.add(token, parent, int(-8 * negative))
             if node is not None and level < depth:
-                discover(-share, node, level + 1, before, token)
-        return made.draft()
+                add_children(-negative, node, level + 1, before, token)
+        return trie.draft()
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -134,10 +137,11 @@ class TrigramDrafter(Drafter):
 
     def close(self) -> None:
         if self.config.state:
-            rows = list(self.table)
+            entries = list(self.table)
+            trigrams, scores = [entry[:3] for entry in entries], [entry[3] for entry in entries]
             tensors = {
-                "trigrams": torch.tensor([row[:3] for row in rows], dtype=torch.int32).view(-1, 3),
-                "scores": torch.tensor([row[3] for row in rows], dtype=torch.float32),
+                "trigrams": torch.tensor(trigrams, dtype=torch.int32).view(-1, 3),
+                "scores": torch.tensor(scores, dtype=torch.float32),
             }
             draft_state.save(Path(self.config.state), self.name, tensors)
 

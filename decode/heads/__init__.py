@@ -1,1 +1,1 @@
-"""What trained drafters share: layers, their artifact, conversions."""
+"""Shared parts of trained drafters: base classes, layers, heads directories, conversion."""

@@ -1,7 +1,7 @@
-"""The directory of trained heads, and whether it fits a target.
+"""Directories of trained heads: read them, and check that they fit a target.
 
 A heads directory holds `heads.safetensors` and `spectool_heads.json`: method, options, the target
-with its lineage, accuracies, tree, training record. Neither times nor paths are in it, so equal
+with its lineage, accuracies, tree, training record. It records neither times nor paths, so equal
 inputs give equal bytes.
 """
 
@@ -33,15 +33,15 @@ from spectool.model import loading
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadsRecord:
-    """What `spectool_heads.json` says.
+    """Content of `spectool_heads.json`.
 
-    `target`: `lineage` (the fingerprint of the dense checkpoint), `fingerprint` (of the one trained
-    on), `hidden_size`, `vocab_size`, `tokenizer`. `accuracy`: how often each head's first guess is
-    right on held-out text, `conditional`: where those before it were (older records lack it).
-    `tree`: paths of ranks, best first, with the share of held-out text that follows each.
-    `tuned`: options of the drafter that were fastest, by model and machine
-    (`decode.curve.machine_key`), each with its speed over plain decoding. `checksums`: those of
-    the weights by file (older records lack them).
+    `target`: `lineage` (fingerprint of the dense checkpoint), `fingerprint` (of the checkpoint
+    trained on), `hidden_size`, `vocab_size`, `tokenizer` (digest). `accuracy`: how often each
+    head's first guess is right on held-out text; `conditional`: the same where all earlier heads
+    were right. `tree`: paths of ranks, best first; `shares`: the fraction of held-out text that
+    follows each. `tuned`: the fastest drafter options and their `speedup` over plain decoding, by
+    `decode.policy.curve.machine_key`. `checksums`: of the weights, by file. Older records have no
+    `conditional` and no `checksums`.
     """
 
     method: str
@@ -62,19 +62,19 @@ class HeadsRecord:
 
     @property
     def paths(self) -> list[tuple[tuple[int, ...], float]]:
-        """The tree's nodes, best first, each with its share."""
+        """Return the tree's paths of ranks, best first, each with its share."""
         return [(tuple(path), share) for path, share in zip(self.tree, self.shares, strict=True)]
 
     def expected(self, nodes: int) -> float:
-        """Tokens a forward that the best tree of so many nodes brings on held-out text."""
+        """Return the tokens per forward on held-out text with the best tree of `nodes` nodes."""
         return 1 + sum(self.shares[:nodes])
 
 
 def read_record(path: Path) -> HeadsRecord:
-    """The record of a heads directory.
+    """Read the record of a heads directory.
 
     Raises:
-        CheckpointError: damaged, or of a newer format.
+        CheckpointError: it is damaged, or of a newer format.
     """
     check_heads(path)
     found = read_json(path / HEADS)
@@ -100,7 +100,7 @@ def read_record(path: Path) -> HeadsRecord:
 
 
 def _is_tree(paths: list[list[int]]) -> bool:
-    """Whether these are distinct paths of ranks that can be guessed, parents first."""
+    """Return whether these are distinct paths of ranks below `TOP`, parents first."""
     seen: set[tuple[int, ...]] = {()}
     for path in paths:
         node = tuple(path)
@@ -119,14 +119,15 @@ def open_heads(
     allow_other_target: bool,
     checksums: bool = True,
 ) -> Drafter:
-    """The drafter in a heads directory, on the target's device and in its dtype.
+    """Load the drafter of a heads directory, on the target's device and in its dtype.
 
-    `options` are those of the drafter, as `key=value,key=value`; for those that are not given,
-    what `tune` found for this model and machine stands before the defaults. With `checksums` the
-    weights are compared with theirs.
+    `options`: drafter options as `key=value,key=value`. Options that are not given come from what
+    `tune` recorded for this model and machine, else from the defaults. With `checksums` the weights
+    are compared with their checksums.
 
     Raises:
-        CheckpointError: damaged, or trained for another width, tokenizer or lineage.
+        CheckpointError: it is damaged, or its heads were trained for another width, vocabulary,
+            tokenizer or lineage.
     """
     record = read_record(path)
     check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
@@ -147,19 +148,20 @@ def open_heads(
     )
     fill(heads, tensors, path / HEADS_FILE)
     heads.to(target.device, target.dtype)
-    found = dict(record.tuned.get(machine_key(target), {}))
-    found.pop("speedup", None)
-    known = ",".join(f"{key}={value}" for key, value in found.items())
-    config = drafter.Config.from_text(f"{known},{options}")
+    tuned = dict(record.tuned.get(machine_key(target), {}))
+    tuned.pop("speedup", None)
+    defaults = ",".join(f"{key}={value}" for key, value in tuned.items())
+    # Of a key that stands twice the later value holds, so given options win.
+    config = drafter.Config.from_text(f"{defaults},{options}")
     built: Drafter = drafter(heads, record.paths, config)
     return built
 
 
 def read_weights(path: Path, record: HeadsRecord, *, check: bool = True) -> dict[str, Tensor]:
-    """All tensors of a heads directory.
+    """Read all tensors of a heads directory.
 
     Raises:
-        CheckpointError: the file is damaged; with `check` also where only its checksum tells.
+        CheckpointError: the file is damaged, or with `check` its checksum differs.
     """
     stored = sums.parse(record.checksums, path / HEADS) if check else {}
     return read_finite_tensors(path / HEADS_FILE, sums.guard(path / HEADS_FILE, stored))
@@ -169,35 +171,45 @@ def read_finite_tensors(file: Path, guard: sums.Guard | None = None) -> dict[str
     """Read all tensors of a safetensors file.
 
     Raises:
-        CheckpointError: damaged, or values that are NaN or infinite.
+        CheckpointError: the file is damaged, or values are NaN or infinite.
     """
-    found = read_tensors(file, guard=guard)
-    for name, tensor in found.items():
+    tensors = read_tensors(file, guard=guard)
+    for name, tensor in tensors.items():
         check_finite(f"{file}: {name}", tensor)
-    return found
+    return tensors
 
 
-def check_map(place: Path, ids: Tensor, vocab: int) -> None:
-    """Raises: CheckpointError: what heads guess are not distinct ids of so many tokens."""
+def check_map(path: Path, ids: Tensor, vocab: int) -> None:
+    """Check that the ids of guessed tokens are distinct and below `vocab`.
+
+    Raises:
+        CheckpointError: they are not.
+    """
     whole = ids.ndim == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
     if not whole or len(set(ids.tolist())) != len(ids) or not ((ids >= 0) & (ids < vocab)).all():
-        raise CheckpointError(f"{place}: what it guesses are not distinct ids of {vocab} tokens")
+        raise CheckpointError(f"{path}: what it guesses are not distinct ids of {vocab} tokens")
 
 
-def fill(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:
-    """Give heads these weights. Raises: CheckpointError: those in `place` are not theirs."""
-    check_weights(heads, tensors, place)
+def fill(heads: Heads, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights that were read from `path` into heads.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes differ.
+    """
+    check_weights(heads, tensors, path)
     heads.load_state_dict(tensors)
 
 
-def check_weights(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> None:
-    """Compare weights with heads, which may be on the meta device and get a bias or lose theirs.
+def check_weights(heads: Heads, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Check that weights read from `path` fit heads, which may be on the meta device.
+
+    Adds a bias to the heads' lm_head, or removes it, as the weights have it.
 
     Raises:
-        CheckpointError: they are of other heads.
+        CheckpointError: names, shapes or dtypes differ.
     """
-    # A learnt output matrix has a bias that the original's has not, or the other way round: heads
-    # have it of the model that they learnt on.
+    # Heads take the lm_head's bias from the model that they were trained on, and a fitted lm_head
+    # may have a bias where the original has none, or the other way round.
     outputs = {heads.own_output(k) for k in range(heads.num_heads)}
     for name, module in heads.named_modules():
         bias = tensors.get(f"{name}.bias")
@@ -208,13 +220,13 @@ def check_weights(heads: Heads, tensors: Mapping[str, Tensor], place: Path) -> N
     if wanted != stored:
         name = sorted(wanted.items() ^ stored.items())[0][0]
         raise CheckpointError(
-            f"{place}: {name} is {stored.get(name, 'absent')}, expected "
+            f"{path}: {name} is {stored.get(name, 'absent')}, expected "
             f"{wanted.get(name, 'no such tensor')}"
         )
     for name, tensor in heads.state_dict().items():
         if tensor.is_floating_point() and not tensors[name].is_floating_point():
             kind = str(tensors[name].dtype).removeprefix("torch.")
-            raise CheckpointError(f"{place}: {name} is {kind}, expected floating-point weights")
+            raise CheckpointError(f"{path}: {name} is {kind}, expected floating-point weights")
 
 
 def check_fit(
@@ -225,29 +237,33 @@ def check_fit(
     *,
     allow_other_target: bool,
 ) -> None:
-    """Raises: CheckpointError: the heads were not trained for this model or an ancestor of it."""
-    said = record.target
-    for key, have in (("hidden_size", target.width), ("vocab_size", target.vocab_size)):
-        if said.get(key) != have:
+    """Check that heads were trained for this target or the checkpoint that it was packed from.
+
+    Raises:
+        CheckpointError: width, vocabulary, tokenizer or lineage differ.
+    """
+    recorded = record.target
+    for key, actual in (("hidden_size", target.width), ("vocab_size", target.vocab_size)):
+        if recorded.get(key) != actual:
             raise CheckpointError(
-                f"{path}: its heads are for a target with {key} {said.get(key)}, this one has "
-                f"{have}"
+                f"{path}: its heads are for a target with {key} {recorded.get(key)}, this one has "
+                f"{actual}"
             )
-    if tokenizer is not None and said.get("tokenizer") != loading.tokenizer_digest(tokenizer):
+    if tokenizer is not None and recorded.get("tokenizer") != loading.tokenizer_digest(tokenizer):
         raise CheckpointError(f"{path}: its heads were trained with another tokenizer")
     if allow_other_target:
         return
     checkpoint = target.checkpoint
-    if checkpoint is not None and said.get("lineage") != lineage(checkpoint):
+    if checkpoint is not None and recorded.get("lineage") != lineage(checkpoint):
         raise CheckpointError(
             f"{path}: its heads were trained for another checkpoint than {checkpoint.path} or "
-            "what that was made from",
-            hint="--allow-other-target runs them all the same; the output stays the target's",
+            "the one it was made from",
+            hint="--allow-other-target uses them anyway; the output stays the target's",
         )
 
 
 def lineage(checkpoint: Checkpoint) -> str:
-    """The fingerprint of the dense checkpoint that this one is, or was packed from."""
+    """Return the fingerprint of the dense checkpoint that this one is, or was packed from."""
     if checkpoint.layout.is_packed:
         source = (checkpoint.layout.quantization or {}).get("source") or {}
         return str(source.get("fingerprint"))

@@ -1,12 +1,13 @@
-"""What all trained drafters share: how heads read a target, learn, and fill a tree of guesses.
+"""Base classes of trained drafters: draft heads, their loss, and the drafter of a static tree.
 
-A head k sits at place t of a text, where the target has read x_t, and guesses x_{t+2+k}: the token
-after the target's own next one and k drafted ones. Methods differ in what the state is made of
-that the head's output matrix reads (`Heads.states`, `Heads.step`), and in whether they learn the
-text's tokens or the target's laws of them.
+At position t the target has read x_t. Draft head k (from 0) guesses x_{t+2+k}: the token that
+follows the target's own next token and k drafted ones. Methods differ in how they compute the state
+that lm_head turns into logits (`Heads.states`, `Heads.step`), and in whether they are trained on
+the text's tokens or on the target's probabilities.
 
-Shapes: B rows of a batch, L tokens of each, R places in texts, D width, V tokens that can be
-guessed, K heads, N nodes of a tree, P nodes of one depth, G guesses of one.
+Shapes: B texts of a batch, L tokens of a text, R positions in texts, S the positions of these that
+count for one head, D width, V tokens that can be guessed, K heads, N nodes of a tree, P nodes of
+one depth, A nodes of a path, G guesses of one head.
 """
 
 from __future__ import annotations
@@ -43,24 +44,24 @@ from spectool.model.blocks import final_logits
 from spectool.model.packed import PackedLinear
 from spectool.options import option
 
-# Guesses of a head that a tree may hold, and nodes that are kept of the best tree.
+# Best guesses of one head that a tree may hold, and nodes of the best tree that are stored.
 TOP = 10
 MOST_NODES = 64
-# The rank of a token that a head cannot guess at all.
+# The rank of a token that is not in the head's vocabulary.
 NEVER = 1 << 30
 
-# Logits of one chunk take at most about this much.
+# Largest size of one chunk of logits.
 _CHUNK_BYTES = 1 << 25
-# The target's laws of a whole step are kept for all heads if they take no more.
+# Largest size of the target's probabilities of one step that are kept for all heads.
 _PROBS_BYTES = 1 << 28
 
-# Texts [S] and tokens u in them [S], and which of these: the laws [., V] of x_u.
-SamplingOptions = Callable[[Tensor, Tensor, slice], Tensor]
+# (text [S], token index u [S], slice of S) -> the target's probabilities [slice, V] of x_u.
+ProbsOf = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerDefaults:
-    """How a method is trained unless asked otherwise: AdamW, its peak rate and where that ends."""
+    """AdamW settings of a method; the learning rate decays from `rate` to `final` times `rate`."""
 
     rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -70,11 +71,11 @@ class OptimizerDefaults:
 
 @dataclass(slots=True)
 class Frozen:
-    """What heads read of the target and never change; no part of their own state.
+    """Frozen weights of the target that heads read; not in the heads' state dict.
 
-    `weight_VD`, `bias_V`: the rows of the output matrix of what can be guessed. `embed` gives the
-    states [..., D] that the target begins with for tokens. `logits` makes of the output matrix's
-    products what the target's own logits are (bounded, or scaled, in some families).
+    `weight_VD`, `bias_V`: the target's lm_head, only the rows of tokens that can be guessed.
+    `embed`: tokens [...] to their input embeddings [..., D]. `output`: the whole lm_head.
+    `logits`: from lm_head's products to the target's logits (some families scale or cap them).
     """
 
     weight_VD: Tensor
@@ -84,28 +85,26 @@ class Frozen:
     logits: Callable[[Tensor], Tensor]
 
     def vectors(self, tokens: Tensor) -> Tensor:
-        """The output matrix's rows [..., D] of any tokens."""
+        """Return lm_head's rows [..., D] of the given tokens."""
         if isinstance(self.output, PackedLinear):
-            used_N, places = torch.unique(tokens, return_inverse=True)
-            return self.output.rows(used_N)[places]
+            used_N, index = torch.unique(tokens, return_inverse=True)
+            return self.output.rows(used_N)[index]
         return F.embedding(tokens, self.output.weight.detach())
 
     def to(self, dtype: torch.dtype) -> None:
-        """Once, not at every use: it is the largest matrix there is."""
+        """Cast the guessed rows of lm_head for good: a cast at every use would be slow."""
         if self.weight_VD.dtype != dtype:
             self.weight_VD = self.weight_VD.to(dtype)
             self.bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
 
 
 class Heads(nn.Module):
-    """Base of all heads, for a target. `token_map` [V] holds the target's ids of what they guess.
+    """Base of all draft heads. `token_map` [V]: the target's ids of the tokens that they guess.
 
-    A method says what it `needs`, by what it is trained, whether it learns the text's `labels`, the
-    target's `probs` or the sum of both, and its `decay`: head k's loss counts decay^k. Laws count
-    `probs_weight`; `state_weight` is that of the smooth L1 distance (mean of D) from the target's
-    state of such a law. One that `supports_packing` learns from rows of several texts as from these
-    alone; one that `begins_as_layers` takes weights of the target's layers, and nobody else reads
-    any. It implements `states` and `step`, and `own_output` where a head has a matrix of its own.
+    A method implements `states`, `step` and `own_output`. The loss is the sum over heads k of
+    decay^k times the mean over positions of: cross entropy against the text's `labels`, the
+    target's `probs` (times `probs_weight`) or both, plus `state_weight` times the smooth L1
+    distance (mean over D) from the target's final state at the token before.
     """
 
     optimizer_defaults: ClassVar[OptimizerDefaults] = OptimizerDefaults()
@@ -113,114 +112,120 @@ class Heads(nn.Module):
     decay: float = 1.0
     probs_weight: float = 1.0
     state_weight: float = 0.0
+    # Rows that hold several texts (sequence packing) give the same loss as these texts alone.
     supports_packing: ClassVar[bool] = False
+    # Initial weights are copied from the target's layers, so these must be loaded.
     begins_as_layers: ClassVar[bool] = False
     needs: Needs
     num_heads: int
     token_map: Tensor | None
 
     def __init__(self, config: Any, model: PreTrainedModel, token_map: Tensor | None) -> None:
-        """
+        """Make untrained heads for a target.
+
         Raises:
-            UnsupportedError: the target's output layer is no matrix that can be read.
+            UnsupportedError: the target's lm_head is neither a linear layer nor a packed one.
         """
         super().__init__()
         self.config = config
         self.register_buffer("token_map", token_map)
-        self.frozen = _frozen(model, token_map)
+        self.frozen = _freeze(model, token_map)
 
     @classmethod
     def num_guessed(cls, config: Any, vocab_size: int) -> int:
-        """How many of so many tokens heads of this kind guess; 0: all."""
+        """Return the size of the heads' vocabulary for this config; 0: the target's."""
         size: int = config.draft_vocab
         return size
 
-    def choose(self, batch_R: Tensor, place_R: Tensor) -> tuple[Tensor, Tensor]:
-        """The places to learn at in a step, of those that have something to learn."""
-        return batch_R, place_R
+    def choose(self, batch_R: Tensor, position_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Select the positions to train at in one step; by default all that have a label."""
+        return batch_R, position_R
 
-    def states(self, batch: TrainingBatch, batch_R: Tensor, place_R: Tensor) -> Iterator[Tensor]:
-        """Of each head in turn, the states [R, D] that it guesses from at these places.
+    def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
+        """Yield, head by head, the states [R, D] at these positions that lm_head reads.
 
-        Head k may read x_{t+1} ... x_{t+1+k} of the lesson, as if it had drafted them.
+        Head k may read x_{t+1} ... x_{t+1+k} of the text, as if it had drafted them.
         """
         raise NotImplementedError
 
     def step(self, state_BD: Tensor, path_BPA: Tensor, k: int) -> Tensor:
-        """The states [B, P or 1, D] that head k guesses from, after `state_BD` and these paths.
+        """Compute the states [B, P or 1, D] that head k guesses from while drafting.
 
-        A path is the root x_{t+1} and the drafted tokens below it, k + 1 in all.
+        Each path of `path_BPA` is the root x_{t+1} and k drafted tokens below it. The second
+        dimension is 1 where the path makes no difference.
         """
         raise NotImplementedError
 
     def own_output(self, k: int) -> nn.Linear | None:
-        """The output matrix of head k; None where the target's serves."""
+        """Return head k's own lm_head; None where it shares the target's."""
         raise NotImplementedError
 
     def fresh_output(self, *, bias: bool, inputs: int = 1) -> nn.Linear:
-        """An output matrix that begins as the target's own; a bias as the target's, or zero.
+        """Make an lm_head that starts as a copy of the target's (a missing bias as zero).
 
-        Over `inputs` states side by side, it begins as their sum's.
+        With several `inputs` it reads that many concatenated states and starts by adding them up.
         """
         vocab, width = self.frozen.weight_VD.shape
-        # Made on the meta device: the random numbers of a fresh layer would be thrown away.
-        own = nn.Linear(inputs * width, vocab, bias=bias, device="meta")
-        own.weight = nn.Parameter(self.frozen.weight_VD.repeat(1, inputs))
+        # On the meta device, since random initial weights would be thrown away.
+        lm_head = nn.Linear(inputs * width, vocab, bias=bias, device="meta")
+        lm_head.weight = nn.Parameter(self.frozen.weight_VD.repeat(1, inputs))
         if bias:
             bias_V = self.frozen.bias_V
             zeros_V = self.frozen.weight_VD.new_zeros(vocab)
-            own.bias = nn.Parameter(zeros_V if bias_V is None else bias_V.clone())
-        return own
+            lm_head.bias = nn.Parameter(zeros_V if bias_V is None else bias_V.clone())
+        return lm_head
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
     def output(self, k: int) -> tuple[Tensor, Tensor | None]:
-        """The output matrix of head k and its bias."""
-        if (own := self.own_output(k)) is not None:
-            return own.weight, own.bias
+        """Return the weight [V, D] and bias of head k's lm_head, its own or the target's."""
+        if (lm_head := self.own_output(k)) is not None:
+            return lm_head.weight, lm_head.bias
         self.frozen.to(self.dtype)
         return self.frozen.weight_VD, self.frozen.bias_V
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What the target begins with for tokens, [..., D]."""
+        """Return the target's input embeddings [..., D] of tokens."""
         return self.frozen.embed(tokens).to(self.dtype)
 
     def guess(self, state: Tensor, k: int, count: int) -> Tensor:
-        """The target's ids of head k's best guesses, [..., G]."""
-        own = self.own_output(k)
-        logits = F.linear(state, *self.output(k)) if own is None else own(state)
-        places = logits.topk(min(count, logits.shape[-1])).indices
-        return places if self.token_map is None else self.token_map[places]
+        """Return the target's ids [..., G] of head k's `count` best guesses."""
+        lm_head = self.own_output(k)
+        logits = F.linear(state, *self.output(k)) if lm_head is None else lm_head(state)
+        index = logits.topk(min(count, logits.shape[-1])).indices
+        return index if self.token_map is None else self.token_map[index]
 
     def compute_loss(
-        self, batch: TrainingBatch, total: Callable[[list[int]], list[int]] = lambda places: places
+        self, batch: TrainingBatch, total: Callable[[list[int]], list[int]] = lambda counts: counts
     ) -> HeadLoss:
-        """Add a lesson's gradients; the sums of each head's losses and right guesses.
+        """Add a batch's gradients to the parameters; return loss and accuracy sums by head.
 
-        A gradient is that of a mean over the places of a step. `total` makes these, by head, of the
-        lesson's, where the lesson is a part of the step. It is called once, by all parts.
+        The loss of a head is the mean over its positions in the whole step. Where this batch is
+        only a part of the step, `total` turns its counts by head into those of the step; it is
+        called exactly once per batch, so that it may be a collective operation.
         """
         self.train()
         done = HeadLoss(self.num_heads)
         labels_BL = self.labels(batch.tokens_BL)
         loss_mask_BL = self._loss_mask(batch, labels_BL)
-        places_BL = _any_ahead(loss_mask_BL, self.num_heads)
-        batch_R, place_R = self.choose(*places_BL.nonzero(as_tuple=True))
-        counted = self._counted(loss_mask_BL, batch.segments_BL, batch_R, place_R)
+        positions_BL = _mask_positions(loss_mask_BL, self.num_heads)
+        batch_R, position_R = self.choose(*positions_BL.nonzero(as_tuple=True))
+        masks = self._head_masks(loss_mask_BL, batch.segments_BL, batch_R, position_R)
         probs_of = self._target_probs(batch, loss_mask_BL) if self.loss_target != "labels" else None
-        places = total([int(counts_R.sum()) for counts_R in counted])
+        counts = total([int(mask_R.sum()) for mask_R in masks])
         outs: list[Tensor] = []
-        slopes: list[Tensor] = []
+        grads: list[Tensor] = []
         with torch.enable_grad():
-            states = list(self.states(batch, batch_R, place_R))
+            states = list(self.states(batch, batch_R, position_R))
         for k, out_RD in enumerate(states):
-            counts_R = counted[k]
-            at_S, ahead_S = batch_R[counts_R], place_R[counts_R] + 2 + k
-            out_SD = out_RD.detach()[counts_R]
-            scale = self.decay**k / max(1, places[k])
-            slope_SD, loss, right = self._losses(
+            mask_R = masks[k]
+            at_S, ahead_S = batch_R[mask_R], position_R[mask_R] + 2 + k
+            out_SD = out_RD.detach()[mask_R]
+            # decay^k times the mean over the step's positions of this head.
+            scale = self.decay**k / max(1, counts[k])
+            grad_SD, loss, right = self._losses(
                 out_SD,
                 k,
                 labels_BL[at_S, ahead_S],
@@ -228,96 +233,102 @@ class Heads(nn.Module):
                 batch.features["final"][at_S, ahead_S - 1] if self.state_weight else None,
                 scale,
             )
-            slope_RD = torch.zeros_like(out_RD)
-            slope_RD[counts_R] = slope_SD
+            # The loss ends at these states: one backward pass below carries all heads' gradients
+            # through what the heads share.
+            grad_RD = torch.zeros_like(out_RD)
+            grad_RD[mask_R] = grad_SD
             outs.append(out_RD)
-            slopes.append(slope_RD)
+            grads.append(grad_RD)
             done.add(k, loss, right, len(at_S))
-        torch.autograd.backward(outs, slopes)
+        torch.autograd.backward(outs, grads)
         return done
 
     @torch.no_grad()
     def ranks(self, batch: TrainingBatch) -> Tensor:
-        """Ranks [R, K] of the true tokens among each head's guesses, where all K are taught.
+        """Return the ranks [R, K] of the text's tokens among each head's guesses.
 
-        Head k is measured after the true tokens, so these are ranks on the condition that what was
-        drafted before it was right.
+        R are the positions whose next K + 1 tokens all count for the loss. Head k reads the text's
+        own tokens, so its ranks hold on condition that all earlier drafts were right.
         """
         assert batch.segments_BL is None, "measured on texts that stand alone"
         self.eval()
         loss_mask_BL = batch.loss_mask_BL
-        # Place t drafts x_{t+2} ... x_{t+1+K} after the target's own x_{t+1}.
-        places_BL = loss_mask_BL[:, 1 : max(1, loss_mask_BL.shape[1] - self.num_heads)].clone()
+        # At position t the heads draft x_{t+2} ... x_{t+1+K} after the target's own x_{t+1}.
+        positions_BL = loss_mask_BL[:, 1 : max(1, loss_mask_BL.shape[1] - self.num_heads)].clone()
         for ahead in range(2, self.num_heads + 2):
-            places_BL &= loss_mask_BL[:, ahead : ahead + places_BL.shape[1]]
-        batch_R, place_R = places_BL.nonzero(as_tuple=True)
+            positions_BL &= loss_mask_BL[:, ahead : ahead + positions_BL.shape[1]]
+        batch_R, position_R = positions_BL.nonzero(as_tuple=True)
         labels_BL = self.labels(batch.tokens_BL)
         columns = [
-            ranks_of(state_RD, *self.output(k), labels_BL[batch_R, place_R + 2 + k])
-            for k, state_RD in enumerate(self.states(batch, batch_R, place_R))
+            ranks_of(state_RD, *self.output(k), labels_BL[batch_R, position_R + 2 + k])
+            for k, state_RD in enumerate(self.states(batch, batch_R, position_R))
         ]
         return torch.stack(columns, 1)
 
     def expected(self, paths: Sequence[tuple[tuple[int, ...], float]], nodes: int) -> float:
-        """Tokens a forward by the best `paths` of held-out text, with so many proposed at once."""
+        """Return the expected tokens per forward with a tree of the `nodes` best `paths`.
+
+        Each path comes with the fraction of held-out text that follows it.
+        """
         return 1 + sum(share for _, share in paths[:nodes])
 
     def labels(self, tokens: Tensor) -> Tensor:
-        """Places of tokens among those that can be guessed; -1 for the others."""
+        """Return each token's index in the heads' vocabulary; -1 for tokens outside it."""
         if self.token_map is None:
             return tokens
-        places = torch.searchsorted(self.token_map, tokens.contiguous()).clamp_(
+        index = torch.searchsorted(self.token_map, tokens.contiguous()).clamp_(
             max=len(self.token_map) - 1
         )
-        return torch.where(self.token_map[places] == tokens, places, -1)
+        return torch.where(self.token_map[index] == tokens, index, -1)
 
     def _loss_mask(self, batch: TrainingBatch, labels_BL: Tensor) -> Tensor:
-        """Which tokens there is something to learn of."""
+        """Mark the tokens [B, L] whose prediction has a usable target."""
         loss_mask_BL = batch.loss_mask_BL
         if self.loss_target != "probs":
             loss_mask_BL = loss_mask_BL & (labels_BL >= 0)
         if self.loss_target == "labels" or self.token_map is None:
             return loss_mask_BL
-        # Of a law whose best token cannot be guessed, what is left says little.
+        # Without its best token, what remains of the target's distribution is mostly noise.
         final_BLD = batch.features["final"]
         best_BL = final_BLD.new_zeros(final_BLD.shape[:2], dtype=torch.long)
         output = self.frozen.output
-        for row, final_LD in enumerate(final_BLD):
-            for part in _chunks(len(final_LD), output.out_features):
-                best_BL[row, part] = output(final_LD[part]).argmax(-1)
+        for b, final_LD in enumerate(final_BLD):
+            for part in _split_rows(len(final_LD), output.out_features):
+                best_BL[b, part] = output(final_LD[part]).argmax(-1)
         known_BL = self.labels(best_BL) >= 0
         return loss_mask_BL & F.pad(known_BL[:, :-1], (1, 0))
 
-    def _counted(
-        self, loss_mask_BL: Tensor, segments_BL: Tensor | None, batch_R: Tensor, place_R: Tensor
+    def _head_masks(
+        self, loss_mask_BL: Tensor, segments_BL: Tensor | None, batch_R: Tensor, position_R: Tensor
     ) -> list[Tensor]:
-        """Of each head, at which of the places [R] there is something to learn for it."""
+        """Return, for each head, which of the positions [R] count for its loss."""
         length = loss_mask_BL.shape[1]
-        found = []
+        masks = []
         for k in range(self.num_heads):
-            ahead_R = place_R + 2 + k
-            counts_R, ahead_R = ahead_R < length, ahead_R.clamp(max=length - 1)
-            counts_R &= loss_mask_BL[batch_R, ahead_R]
+            ahead_R = position_R + 2 + k
+            mask_R, ahead_R = ahead_R < length, ahead_R.clamp(max=length - 1)
+            mask_R &= loss_mask_BL[batch_R, ahead_R]
             if segments_BL is not None:
-                counts_R &= segments_BL[batch_R, ahead_R] == segments_BL[batch_R, place_R]
-            found.append(counts_R)
-        return found
+                mask_R &= segments_BL[batch_R, ahead_R] == segments_BL[batch_R, position_R]
+            masks.append(mask_R)
+        return masks
 
-    def _target_probs(self, batch: TrainingBatch, loss_mask_BL: Tensor) -> SamplingOptions:
-        """The target's laws of taught tokens x_u, among what can be guessed: what it says at u - 1.
+    def _target_probs(self, batch: TrainingBatch, loss_mask_BL: Tensor) -> ProbsOf:
+        """Return a function that gives the target's probabilities of tokens x_u in the loss.
 
-        Made once for all heads where they fit into the memory set aside for that.
+        They are the softmax over the heads' vocabulary of the target's logits at u - 1, computed
+        once for all heads if they fit into `_PROBS_BYTES`, else at every call.
         """
         final_BLD = batch.features["final"]
         before_BL = F.pad(loss_mask_BL[:, 1:], (0, 1))
         final_RD = final_BLD[before_BL]
         vocab = len(self.frozen.weight_VD)
         if len(final_RD) * vocab * 4 > _PROBS_BYTES:
-            return lambda at_S, u_S, rows: self._probs(final_BLD[at_S[rows], u_S[rows] - 1])
-        made = [self._probs(final_RD[rows]) for rows in _chunks(len(final_RD), vocab)]
+            return lambda at_S, u_S, part: self._probs(final_BLD[at_S[part], u_S[part] - 1])
+        made = [self._probs(final_RD[part]) for part in _split_rows(len(final_RD), vocab)]
         probs_RV = torch.cat(made) if made else final_RD.new_zeros(0, vocab)
-        places_BL = before_BL.flatten().cumsum(0).view_as(before_BL) - 1
-        return lambda at_S, u_S, rows: probs_RV[places_BL[at_S[rows], u_S[rows] - 1]]
+        index_BL = before_BL.flatten().cumsum(0).view_as(before_BL) - 1
+        return lambda at_S, u_S, part: probs_RV[index_BL[at_S[part], u_S[part] - 1]]
 
     def _losses(
         self,
@@ -328,39 +339,39 @@ class Heads(nn.Module):
         teacher_SD: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, float, int]:
-        """Slope [S, D] of `scale` times the summed losses; that sum; the right guesses.
+        """Return d(scale * loss)/d(out_SD), the summed loss, and the number of right guesses.
 
-        Logits exist for a chunk of rows at a time: all of them would outweigh everything else.
-        Slopes of the output matrix are added to it where it learns.
+        Gradients of head k's own lm_head are accumulated in place.
         """
         weight_VD, bias_V = self.output(k)
         leaf_SD = out_SD.detach().requires_grad_()
         total, right = 0.0, 0
-        for rows in _chunks(len(labels_S), len(weight_VD)):
+        # In chunks: the logits of all positions at once would be the largest tensor of training.
+        for part in _split_rows(len(labels_S), len(weight_VD)):
             with torch.enable_grad():
-                logits = F.linear(leaf_SD[rows], weight_VD, bias_V).float()
+                logits = F.linear(leaf_SD[part], weight_VD, bias_V).float()
                 if self.own_output(k) is None:
                     logits = self.frozen.logits(logits)
                 loss = logits.new_zeros(())
                 if self.loss_target != "probs":
-                    loss = loss + F.cross_entropy(logits, labels_S[rows], reduction="sum")
+                    loss = loss + F.cross_entropy(logits, labels_S[part], reduction="sum")
                 if probs_of is not None:
-                    of_probs = F.cross_entropy(logits, probs_of(rows), reduction="sum")
-                    loss = loss + self.probs_weight * of_probs
+                    probs_loss = F.cross_entropy(logits, probs_of(part), reduction="sum")
+                    loss = loss + self.probs_weight * probs_loss
                 if teacher_SD is not None:
-                    apart = F.smooth_l1_loss(
-                        leaf_SD[rows].float(), teacher_SD[rows].float(), reduction="none"
+                    distance = F.smooth_l1_loss(
+                        leaf_SD[part].float(), teacher_SD[part].float(), reduction="none"
                     )
-                    loss = loss + self.state_weight * apart.mean(-1).sum()
+                    loss = loss + self.state_weight * distance.mean(-1).sum()
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-            right += int((logits.detach().argmax(-1) == labels_S[rows]).sum())
-        slope_SD = leaf_SD.grad if leaf_SD.grad is not None else torch.zeros_like(out_SD)
-        return slope_SD, total, right
+            right += int((logits.detach().argmax(-1) == labels_S[part]).sum())
+        grad_SD = leaf_SD.grad if leaf_SD.grad is not None else torch.zeros_like(out_SD)
+        return grad_SD, total, right
 
     @torch.no_grad()
     def _probs(self, final_RD: Tensor) -> Tensor:
-        """The target's law [R, V] after these states, among what can be guessed."""
+        """Return the target's probabilities [R, V] after these states, over what can be guessed."""
         self.frozen.to(self.dtype)
         products = F.linear(final_RD.to(self.dtype), self.frozen.weight_VD, self.frozen.bias_V)
         return self.frozen.logits(products).softmax(-1)
@@ -371,13 +382,13 @@ class TreeConfig(options.Config):
     """Options of heads that draft a static tree."""
 
     nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=MOST_NODES)
-    depth: int = option(16, "most proposed tokens in a row", minimum=1, maximum=16)
+    depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
 
 
 class TreeDrafter(Drafter):
-    """Drafts the static tree that was best on held-out text, level by level.
+    """Drafter of the static tree that was best on held-out text.
 
-    A level costs one run of its head, for all its nodes and all rows at once.
+    Each level is one call of its head, for all its nodes and all requests at once.
     """
 
     Config = TreeConfig
@@ -388,9 +399,9 @@ class TreeDrafter(Drafter):
         paths: Sequence[tuple[Sequence[int], float]],
         config: TreeConfig | None = None,
     ) -> None:
-        """`paths`: the tree's nodes as ranks, each with the share of texts that follow it.
+        """Build the tree from its nodes: `paths` of ranks, each with the share that follows it.
 
-        They stand best first, so that any beginning is a tree.
+        Paths come best first, so that any prefix of them is a tree.
         """
         self.config = config or TreeConfig()
         self.needs = heads.needs
@@ -408,18 +419,18 @@ class TreeDrafter(Drafter):
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._states.clear()
         with self._kernel():
-            self._read([prompt.row.index for prompt in prompts], *read_prompts(prompts))
+            self._read([prompt.row.index for prompt in prompts], *gather_prompts(prompts))
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         deepest = min(max(budget), len(self._tree.levels))
         if deepest == 0:
-            return [tree.root(row.tokens[-1]) for row in rows]
-        state_BD = torch.stack([self._states[row.index] for row in rows])
+            return [tree.root(request.tokens[-1]) for request in rows]
+        state_BD = torch.stack([self._states[request.index] for request in rows])
         tokens_BN = torch.zeros(
             len(rows), len(self._tree.depths), dtype=torch.long, device=state_BD.device
         )
-        tokens_BN[:, 0] = torch.tensor([row.tokens[-1] for row in rows])
+        tokens_BN[:, 0] = torch.tensor([request.tokens[-1] for request in rows])
         with self._kernel():
             for k, level in enumerate(self._tree.levels[:deepest]):
                 states = self._level(rows, state_BD, tokens_BN, k)
@@ -432,44 +443,45 @@ class TreeDrafter(Drafter):
         ]
 
     def _level(
-        self, rows: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
+        self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
     ) -> Tensor:
-        """The states [B, P or 1, D] that the children of depth k's nodes are guessed from.
+        """Compute the states [B, P or 1, D] from which the children of depth k are guessed.
 
-        Called for the tree's levels in turn; `tokens_BN` are known down to depth k.
+        Called level by level; `tokens_BN` are filled in down to depth k.
         """
         return self._heads.step(state_BD, tokens_BN[:, self._tree.levels[k].paths_PA], k)
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         with self._kernel():
-            self._read([outcome.row.index for outcome in outcomes], *read_outcomes(outcomes))
+            self._read([outcome.row.index for outcome in outcomes], *gather_outcomes(outcomes))
 
     def _kernel(self) -> AbstractContextManager[None]:
-        """Products of few rows by the kernel, in all that heads compute."""
+        """Use the small-batch matmul kernel in all layers of the heads."""
         return skinny.products(self._linears, kernel_rows(self._heads.dtype))
 
     def _read(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
+        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
     ) -> None:
-        """Keep the states to draft from next, by row, after tokens that were just committed.
+        """Read newly committed tokens; keep the state to draft from next by request index.
 
-        `tokens[b]` end with the new root, whose features there are none of yet.
+        `features[b]` are those of `tokens[b]` without its last token, the new root, which the
+        target has not read yet.
         """
-        for row, found in zip(rows, features, strict=True):
-            self._states[row] = found["final"][-1].clone()
+        for index, found in zip(indices, features, strict=True):
+            self._states[index] = found["final"][-1].clone()
 
 
-def read_prompts(prompts: Sequence[PrefilledPrompt]) -> tuple[list[list[int]], list[Features]]:
-    """The tokens that prompts passed anew and the one after, and the features of the former."""
+def gather_prompts(prompts: Sequence[PrefilledPrompt]) -> tuple[list[list[int]], list[Features]]:
+    """Return the prompt tokens just read with the token after them, and the former's features."""
     features = [prompt.features for prompt in prompts]
     sizes = [len(next(iter(found.values()))) for found in features]
     tokens = [p.row.tokens[-1 - size :] for p, size in zip(prompts, sizes, strict=True)]
     return tokens, features
 
 
-def read_outcomes(outcomes: Sequence[Outcome]) -> tuple[list[list[int]], list[Features]]:
-    """The tokens that steps committed and the one after, and the features of the former."""
+def gather_outcomes(outcomes: Sequence[Outcome]) -> tuple[list[list[int]], list[Features]]:
+    """Return the tokens a step committed with the new root, and the former's features."""
     tokens = [
         [*(outcome.draft.tokens[node] for node in outcome.path), outcome.next_token]
         for outcome in outcomes
@@ -483,7 +495,7 @@ def read_outcomes(outcomes: Sequence[Outcome]) -> tuple[list[list[int]], list[Fe
 
 @dataclass(slots=True)
 class HeadLoss:
-    """Sums by head: losses, right guesses, places. Sums add up exactly over batches and ranks."""
+    """Sums by head of losses, right guesses and positions; they add up over batches and ranks."""
 
     num_heads: int
     loss: list[float] = field(init=False)
@@ -506,53 +518,56 @@ class HeadLoss:
 
 
 def ranks_of(out_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_R: Tensor) -> Tensor:
-    """Ranks [R] of the labels among all guesses, 0 for the best; NEVER for a label of -1.
+    """Return the ranks [R] of the labels by logit, 0 for the best; NEVER for a label of -1.
 
     Raises:
-        NotFinite: logits that are NaN or infinite, of which none is the best.
+        NotFinite: logits that are NaN or infinite.
     """
     ranks = []
-    for rows in _chunks(len(labels_R), len(weight_VD)):
-        logits = F.linear(out_RD[rows], weight_VD, bias_V)
-        labels = labels_R[rows]
+    for part in _split_rows(len(labels_R), len(weight_VD)):
+        logits = F.linear(out_RD[part], weight_VD, bias_V)
+        labels = labels_R[part]
         if not is_finite(logits):
             raise NotFinite(
                 "the heads' logits are NaN or infinite on held-out text: training diverged",
                 hint="a lower --learning-rate",
             )
-        own = logits.gather(1, labels.clamp(min=0)[:, None])
-        rank = (logits > own).sum(-1)
+        label_logits = logits.gather(1, labels.clamp(min=0)[:, None])
+        rank = (logits > label_logits).sum(-1)
         ranks.append(torch.where(labels >= 0, rank, NEVER))
     return torch.cat(ranks) if ranks else labels_R.new_zeros(0)
 
 
 def frequent(tokens: Sequence[int], *, count: int, vocab: int) -> Tensor:
-    """The `count` ids that occur most often, ascending; of equals the lower ones."""
-    times_V = torch.bincount(torch.tensor(tokens), minlength=vocab)
-    order = torch.sort(times_V, descending=True, stable=True).indices
+    """Return the `count` most frequent ids in ascending order; ties go to the lower id."""
+    counts_V = torch.bincount(torch.tensor(tokens), minlength=vocab)
+    order = torch.sort(counts_V, descending=True, stable=True).indices
     return order[:count].sort().values
 
 
-def _any_ahead(loss_mask_BL: Tensor, num_heads: int) -> Tensor:
-    """The places [B, L] with something to learn for one of the heads at least."""
+def _mask_positions(loss_mask_BL: Tensor, num_heads: int) -> Tensor:
+    """Mark the positions [B, L] where at least one head has a token to be trained on."""
     found_BL = torch.zeros_like(loss_mask_BL)
     for ahead in range(2, 2 + num_heads):
         found_BL[:, : max(0, loss_mask_BL.shape[1] - ahead)] |= loss_mask_BL[:, ahead:]
     return found_BL
 
 
-def _chunks(num_rows: int, vocab: int) -> Iterator[slice]:
+def _split_rows(num_rows: int, vocab: int) -> Iterator[slice]:
+    """Yield slices of `num_rows` rows whose fp32 logits fit into `_CHUNK_BYTES`."""
     size = max(1, _CHUNK_BYTES // (4 * vocab))
     for start in range(0, num_rows, size):
         yield slice(start, start + size)
 
 
-def _frozen(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
+def _freeze(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(output, (nn.Linear, PackedLinear)):
-        raise UnsupportedError(f"heads need an output matrix, this model has {type(output)}")
+        raise UnsupportedError(
+            f"draft heads need a linear lm_head, this model's is {type(output).__name__}"
+        )
     if isinstance(output, PackedLinear):
-        # Heads read it at every step: unpacked once.
+        # Dequantized once, since heads read it at every step.
         weight_VD = output.dequantize().to(model.dtype)
     else:
         weight_VD = output.weight.detach()
@@ -563,13 +578,13 @@ def _frozen(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
     return Frozen(
         weight_VD=weight_VD,
         bias_V=bias_V,
-        embed=_embedding(model),
+        embed=_make_embed(model),
         output=output,
         logits=final_logits(model.config),
     )
 
 
-def _embedding(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+def _make_embed(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     embedding: Any = model.get_input_embeddings()
 
     def embed(tokens: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Decoder layers of a drafter's own, with keys and values of their own.
+"""Decoder layers of a drafter, and the KV cache of these layers.
 
-The layer is Llama's (RMS norms, rotary positions, gated MLP), in the target's shape whatever the
-target's own layers are; its modules are named as there. `DraftCache` keeps the rows that follow
-the target's committed tokens, and the tree that is being drafted as their tail.
+Layers are Llama's (RMS norms, rotary positions, gated MLP) with Llama's module names, in the
+target's shape whatever the target's own layers are. `DraftCache` holds the keys and values of
+committed tokens, and as its tail those of the tree that is being drafted.
 
-Suffixes: B rows, N nodes or tokens fed, T nodes in the tail, S keys, H heads of width E, D width.
+Suffixes: B requests or texts, L tokens of a text, N nodes or tokens fed, T nodes in the tail,
+S keys, H attention heads of width E, D width.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ from spectool.decode.protocol import PrefilledPrompt
 from spectool.decode.target import isolate_texts, tree_mask
 from spectool.model.decoder import decoder_of
 
-# Scores of a training step that are kept; to make them anew costs a ninth more time.
+# Largest size of attention scores that a training step keeps; recomputing them for the gradient
+# takes a ninth more time.
 _SCORE_BYTES = 1 << 26
-# Tokens of a prompt per pass: bounds the mask.
+# Tokens of a prompt per pass; bounds the mask.
 _CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """Where the rows of a pass stand and what they see.
+    """Rotary positions, mask and cache of one pass.
 
-    `rotary` are cosines and sines [B, N, E]. Without a mask rows see all before them in the pass,
-    as whole texts do; without a cache there is nothing else.
+    `rotary`: cosines and sines [B, N, E]. Without a mask attention is causal within the pass;
+    without a cache it covers the pass alone.
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -52,18 +54,21 @@ class Sight:
 
 
 class Rotary:
-    """The target's rotary positions, or plain ones. No module: casts must not reach its angles."""
+    """Rotary angles of the target, or plain ones; no module, so that casts do not round angles."""
 
     def __init__(self, config: LlamaConfig) -> None:
         self._angles = LlamaRotaryEmbedding(config)
 
     def at(self, positions_BN: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, N, E] in the dtype and on the device of `like`."""
-        found: tuple[Tensor, Tensor] = self._angles(like, positions_BN.to(like.device))
-        return found
+        """Return cosines and sines [B, N, E] in the dtype and on the device of `like`."""
+        rotary: tuple[Tensor, Tensor] = self._angles(like, positions_BN.to(like.device))
+        return rotary
 
     def text(self, like_BLD: Tensor, segments_BL: Tensor | None = None) -> Sight:
-        """The sight of whole texts, for training; of several in a row each sees itself alone."""
+        """Return the sight of whole texts, for training.
+
+        With `segments_BL`, texts packed into one row do not attend to each other.
+        """
         if segments_BL is not None:
             positions_BL, visible_BLL = isolate_texts(segments_BL)
             batch, length = positions_BL.shape
@@ -74,7 +79,7 @@ class Rotary:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over `inputs` states side by side, D each."""
+    """Grouped-query attention that reads `inputs` concatenated states [D]."""
 
     def __init__(self, config: LlamaConfig, index: int, *, inputs: int = 1) -> None:
         super().__init__()
@@ -89,7 +94,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.q_proj.out_features, config.hidden_size, bias=False)
 
     def project(self, x_BND: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Queries, keys and values, [B, H, N, E] each, the first two turned to their positions."""
+        """Return queries, keys and values [B, H, N, E]; the first two with rotary positions."""
         parts = [
             layer(x_BND).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
@@ -98,6 +103,7 @@ class Attention(nn.Module):
         return q, k, parts[2]
 
     def merge(self, out_BHNE: Tensor) -> Tensor:
+        """Concatenate the attention heads' outputs and project them to [B, N, D]."""
         merged: Tensor = self.o_proj(out_BHNE.transpose(1, 2).flatten(2))
         return merged
 
@@ -114,22 +120,23 @@ class Attention(nn.Module):
 
 
 def attend_chains(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """Attention [B, H, N, E] of every place's own chain of drafts, for training all at once.
+    """Compute attention [B, H, N, E] of a draft chain at every position at once, for training.
 
-    At step s the row at place t sees the first step's rows up to t, and of each later step the row
-    at t alone. `keys` and `values` are those of the steps 0 ... s, [B, H or fewer, N, E] each.
-    Large scores are made anew for the gradient: those of all steps would outweigh everything else.
+    At step s position t attends to the first step's keys up to t, and to the key at t of each later
+    step. `keys` and `values` are those of steps 0 ... s, [B, H or fewer, N, E] each.
     """
     batch, heads, length, _ = q.shape
     large = 4 * batch * heads * length**2 > _SCORE_BYTES
     if not (large and torch.is_grad_enabled()):
         return _attend(q, keys, values)
-    # More are added to the lists before the gradient is asked for.
+    # Large scores are recomputed for the gradient: all steps' scores would be the largest tensors
+    # of training. Tuples, since callers append to the lists before the backward pass.
     attended: Tensor = checkpoint(_attend, q, tuple(keys), tuple(values), use_reentrant=False)
     return attended
 
 
 def _attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Compute the attention of `attend_chains`, scores and all."""
     shared = q.shape[1] // keys[0].shape[1]
     keys = [k.repeat_interleave(shared, 1) for k in keys]
     values = [v.repeat_interleave(shared, 1) for v in values]
@@ -138,8 +145,8 @@ def _attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tens
     length = q.shape[2]
     later_NN = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     scores_BHNN = scores_BHNN.masked_fill(later_NN, -torch.inf)
-    own = [(q * k).sum(-1, keepdim=True) for k in keys[1:]]
-    weights = torch.cat([scores_BHNN, *own], -1).softmax(-1)
+    chain_scores = [(q * k).sum(-1, keepdim=True) for k in keys[1:]]
+    weights = torch.cat([scores_BHNN, *chain_scores], -1).softmax(-1)
     out_BHNE = weights[..., :length] @ values[0]
     for step, v in enumerate(values[1:]):
         out_BHNE = out_BHNE + weights[..., length + step, None] * v
@@ -147,7 +154,7 @@ def _attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tens
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm x), then + MLP(norm of that)."""
+    """Llama's decoder layer: h = x + attention(norm x), out = h + MLP(norm h)."""
 
     def __init__(self, config: LlamaConfig, index: int = 0) -> None:
         super().__init__()
@@ -160,25 +167,25 @@ class DecoderLayer(nn.Module):
         return self.finish(x_BND, self.self_attn(self.input_layernorm(x_BND), sight))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention, of states [..., D] and what that gave for them."""
+        """Apply what follows attention to states `x` [..., D] and their `attended` [..., D]."""
         x = x + attended
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
     def begin_as_last(self, model: PreTrainedModel) -> None:
-        """Take the weights of the target's last layer, where that is a Llama layer too."""
+        """Copy the weights of the target's last layer if it is a Llama layer of the same shape."""
         layers = getattr(decoder_of(model), "layers", None)
         config: Any = model.config.get_text_config(decoder=True)
-        # Gemma's first layers have the same names, another gate and other norms.
+        # Layers of the first Gemma have the same names, but another gate and other norms.
         if not layers or getattr(config, "hidden_act", None) != "silu":
             return
-        found, own = layers[-1].state_dict(), self.state_dict()
-        if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}:
-            self.load_state_dict(found)
+        theirs, ours = layers[-1].state_dict(), self.state_dict()
+        if {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}:
+            self.load_state_dict(theirs)
 
 
-def layer_config(model: PreTrainedModel) -> LlamaConfig:
-    """A Llama layer of the target's width, heads, MLP width, positions and epsilon."""
+def make_layer_config(model: PreTrainedModel) -> LlamaConfig:
+    """Return the config of a Llama layer in the target's shape, with its positions and epsilon."""
     config: Any = model.config.get_text_config(decoder=True)
 
     def first(*names: str, default: Any) -> Any:
@@ -188,10 +195,10 @@ def layer_config(model: PreTrainedModel) -> LlamaConfig:
     width, num_heads = config.hidden_size, config.num_attention_heads
     rope = dict(first("rope_parameters", default={}))
     if "rope_theta" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        # No rotary positions, or several kinds, or of a part of the head only.
+        # No rotary positions, several kinds of them, or only on a part of each attention head.
         rope = {"rope_type": "default", "rope_theta": 10000.0}
     head_width = first("head_dim", default=width // num_heads)
-    # Some models have another width in each layer, or several kinds of them.
+    # In some models it is a list: the MLP width differs by layer.
     widths = first("intermediate_size", "ffn_dim", "n_inner", default=4 * width)
     return LlamaConfig(
         hidden_size=width,
@@ -206,23 +213,23 @@ def layer_config(model: PreTrainedModel) -> LlamaConfig:
     )
 
 
-def final_scale(model: PreTrainedModel) -> Tensor | None:
-    """The weight [D] of the target's last RMS norm; None where it has another norm."""
+def read_final_scale(model: PreTrainedModel) -> Tensor | None:
+    """Return the weight [D] of the target's last norm; None if that is not an RMS norm."""
     decoder: Any = decoder_of(model)
     norm = getattr(decoder, "norm", None)
     if norm is None or "RMSNorm" not in type(norm).__name__:
         return None
     weight_D: Tensor = norm.weight.detach()
-    # Gemma's are stored as what is added to 1.
+    # Gemma stores the weight minus 1.
     return weight_D + 1 if "Gemma" in type(norm).__name__ else weight_D
 
 
 class DraftCache:
-    """Keys and values of a drafter's layers, a row's in step with what the target committed.
+    """KV cache of a drafter's layers, in step with what the target committed.
 
-    What a row's column was made of is named by a token, so that a later call that goes on from a
-    kept prefix finds how much of it still holds. Positions are columns: only differences matter to
-    rotary positions, so a beginning that was never seen is no harm.
+    Each column is labelled with a token, so that a later call that continues a kept prefix can
+    tell which columns are still valid. Positions are column indices; a prefix that was never read
+    only shifts them, and rotary attention depends on differences alone.
     """
 
     def __init__(self, rotary: Rotary, num_layers: int) -> None:
@@ -232,14 +239,14 @@ class DraftCache:
 
     @property
     def lengths(self) -> list[int]:
-        """Committed columns of each row."""
+        """Number of committed columns of each request."""
         return self._cache.lengths
 
     def begin(self, prompts: Sequence[PrefilledPrompt], tokens: Sequence[Sequence[int]]) -> None:
-        """A new batch: `tokens[b]` name the columns that row b's prompt will have.
+        """Start a batch: `tokens[b]` label the columns that prompt b will have.
 
-        Those of what the prompts did not pass anew are kept from the call before, as far as they
-        are there.
+        Columns of prompt tokens that the target found in its kept cache, and did not read again,
+        are kept from the previous call where their labels agree.
         """
         self._order = [prompt.row.index for prompt in prompts]
         context = prompts[0].row.context
@@ -247,17 +254,17 @@ class DraftCache:
             self._cache = TreeCache(
                 batch=len(prompts), num_layers=self._num_layers, context=context
             )
-        for row, (prompt, named) in enumerate(zip(prompts, tokens, strict=True)):
+        for b, (prompt, labels) in enumerate(zip(prompts, tokens, strict=True)):
             num_new = len(next(iter(prompt.features.values())))
-            pairs = zip(self._cache.tokens[row], named[: len(named) - num_new], strict=False)
+            pairs = zip(self._cache.tokens[b], labels[: len(labels) - num_new], strict=False)
             shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            self._cache.truncate(row, shared)
+            self._cache.truncate(b, shared)
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows of the batch, by their index."""
-        if list(rows) != self._order:
-            self._cache.select([self._order.index(row) for row in rows])
-            self._order = list(rows)
+    def select(self, indices: Sequence[int]) -> None:
+        """Keep only the requests with these indices, in this order."""
+        if list(indices) != self._order:
+            self._cache.select([self._order.index(index) for index in indices])
+            self._order = list(indices)
 
     def feed(
         self,
@@ -265,26 +272,26 @@ class DraftCache:
         inputs: Sequence[Sequence[Tensor]],
         run: Callable[..., Tensor],
     ) -> list[Tensor]:
-        """Commit columns; the output [D] at the last one of each row. None of the rows is empty.
+        """Commit columns; return the output [D] at each request's last one.
 
-        `inputs` are, one after the other, what `run(*inputs_BND, sight)` takes, [N, D] for each
-        row.
+        `tokens[b]`, never empty, label the new columns. `inputs` are the arguments of
+        `run(*inputs_BND, sight)`, each a sequence of [N, D] by request.
         """
         last: list[Tensor | None] = [None] * len(tokens)
         for start in range(0, max(map(len, tokens)), _CHUNK):
-            parts = [list(row[start : start + _CHUNK]) for row in tokens]
+            parts = [list(labels[start : start + _CHUNK]) for labels in tokens]
             padded = [
-                pad_sequence([x_ND[start : start + _CHUNK] for x_ND in each], batch_first=True)
-                for each in inputs
+                pad_sequence([x_ND[start : start + _CHUNK] for x_ND in xs], batch_first=True)
+                for xs in inputs
             ]
             num_nodes = max(map(len, parts))
             depths_BN = torch.arange(num_nodes).expand(len(parts), -1)
             visible_NN = torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril()
             out_BND = self.grow(padded, depths_BN, visible_NN.expand(len(parts), -1, -1), run)
             self._cache.commit(parts, [range(len(part)) for part in parts])
-            for row, part in enumerate(parts):
+            for b, part in enumerate(parts):
                 if part:
-                    last[row] = out_BND[row, len(part) - 1]
+                    last[b] = out_BND[b, len(part) - 1]
         return [state_D for state_D in last if state_D is not None]
 
     def grow(
@@ -294,9 +301,9 @@ class DraftCache:
         visible_BNT: Tensor,
         run: Callable[..., Tensor],
     ) -> Tensor:
-        """The outputs [B, N, D] of the tail's last N nodes; the first T - N are fed already.
+        """Feed the tail's last N of T nodes and return their outputs [B, N, D].
 
-        Depths count from the first column after the committed ones.
+        The first T - N were fed before. Depth 0 is the first column after the committed ones.
         """
         like = inputs[0]
         num_nodes, num_tail = visible_BNT.shape[1:]

@@ -1,4 +1,4 @@
-"""What heads see of a target, without a target: two matrices; and texts with random states."""
+"""A stand-in target of two matrices for draft heads, and training batches of random states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spectool.decode.protocol import Needs, TrainingBatch
 
 
 def bare_model(width: int = 12, vocab: int = 17, *, bias: bool = False, seed: int = 3) -> Any:
-    """Embeddings, an output layer and a configuration."""
+    """Make a stand-in target: an embedding, an lm_head and a config."""
     torch.manual_seed(seed)
     return Bare(nn.Embedding(vocab, width), nn.Linear(width, vocab, bias=bias))
 
@@ -34,7 +34,7 @@ class Bare:
         return self.embedding
 
     def get_decoder(self) -> None:
-        """There is none."""
+        """Return None: there is no decoder."""
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.output
@@ -49,7 +49,7 @@ def make_batch(
     needs: Needs | None = None,
     share: float = 0.8,
 ) -> TrainingBatch:
-    """Random texts, of which a random `share` of the tokens is taught."""
+    """Make random texts; a random `share` of their tokens counts for the loss."""
     generator = torch.Generator().manual_seed(5)
     names = ["final", *(f"layer {n}" for n in (needs.layers if needs else ()))]
     return TrainingBatch(
@@ -60,7 +60,7 @@ def make_batch(
 
 
 def disturb(heads: Any, *, seed: int = 1, size: float = 0.1) -> Any:
-    """Away from their start, so that guesses differ from head to head."""
+    """Add noise to all parameters, so that guesses differ from head to head."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -69,13 +69,13 @@ def disturb(heads: Any, *, seed: int = 1, size: float = 0.1) -> Any:
 
 
 def rms(x_D: Tensor, norm: Any) -> Tensor:
-    """An RMS norm as its equation has it."""
+    """Compute an RMS norm by its equation."""
     scaled: Tensor = norm.weight * x_D / (x_D.square().mean() + norm.variance_epsilon).sqrt()
     return scaled
 
 
 def llama_layer(layer: nn.Module, x_LD: Tensor) -> Tensor:
-    """The outputs [L, D] of transformers' own layer with this one's weights, for a `bare_model`."""
+    """Return the outputs [L, D] of transformers' layer with these weights, for a `bare_model`."""
     config = LlamaConfig(
         hidden_size=x_LD.shape[1],
         intermediate_size=2 * x_LD.shape[1],

@@ -32,7 +32,7 @@ def make_heads(model: Any, *, token_map: Tensor | None = None, **options: Any) -
 
 
 def trigram_of(heads: ChimeraHeads, tokens: list[int]) -> Tensor:
-    """g of the last of these tokens; they are a text from its beginning."""
+    """Compute g of the last of these tokens, which are a text from its beginning."""
     three = ([tokens[0]] * 2 + tokens)[-3:]
     z = torch.cat([heads.frozen.embed(torch.tensor(token)) for token in three])
     u = heads.trigram.block.weight @ z + heads.trigram.block.bias
@@ -40,7 +40,7 @@ def trigram_of(heads: ChimeraHeads, tokens: list[int]) -> Tensor:
 
 
 def chain(heads: ChimeraHeads, final_LD: Tensor, tokens: list[int], run: Any) -> Tensor:
-    """What the head after these tokens reads, of which the first L have the target's states."""
+    """Compute what the head after these tokens reads; the first L have the target's states."""
     length = len(final_LD)
     rows = [trigram_of(heads, tokens[:end]) for end in range(length + 1, len(tokens) + 1)]
     y_LD = run(heads.ctx.layer, torch.cat([final_LD, torch.stack(rows)]))
@@ -51,7 +51,7 @@ def chain(heads: ChimeraHeads, final_LD: Tensor, tokens: list[int], run: Any) ->
 def test_loss_and_gradient_are_those_of_the_equations(
     size: int | None, probs_weight: float
 ) -> None:
-    """All places at once against the layer over each place's own sequence."""
+    """All positions at once against the layer over each position's own sequence."""
     token_map = None if size is None else torch.tensor([0, 1, 3, 4, 6, 8, 9, 11, 12, 14, 16])
     model = bare_model(bias=True)
     heads = make_heads(model, token_map=token_map, num_heads=3, probs_weight=probs_weight)
@@ -63,20 +63,20 @@ def test_loss_and_gradient_are_those_of_the_equations(
     kept = list(range(17)) if token_map is None else token_map.tolist()
     losses: list[list[Tensor]] = [[] for _ in range(3)]
     right = [0, 0, 0]
-    for row, place, j in itertools.product(range(3), range(15), range(3)):
-        tokens, ahead = batch.tokens_BL[row].tolist(), place + 2 + j
+    for row, position, j in itertools.product(range(3), range(15), range(3)):
+        tokens, ahead = batch.tokens_BL[row].tolist(), position + 2 + j
         if ahead >= 15 or not batch.loss_mask_BL[row, ahead] or tokens[ahead] not in kept:
             continue
         final_LD = batch.features["final"][row]
         scores_V = model.output(final_LD[ahead - 1]).detach()
         if probs_weight and int(scores_V.argmax()) not in kept:
             continue
-        read = chain(heads, final_LD[: place + 1], tokens[:ahead], llama_layer)
+        read = chain(heads, final_LD[: position + 1], tokens[:ahead], llama_layer)
         output: Any = heads.heads[j]
         logq_V = (output.weight @ read + output.bias).log_softmax(0)
-        of_label = -logq_V[kept.index(tokens[ahead])]
-        of_probs = -(scores_V[kept].softmax(0) * logq_V).sum()
-        losses[j].append(of_label + probs_weight * of_probs)
+        label_loss = -logq_V[kept.index(tokens[ahead])]
+        probs_loss = -(scores_V[kept].softmax(0) * logq_V).sum()
+        losses[j].append(label_loss + probs_weight * probs_loss)
         right[j] += kept[int(logq_V.argmax())] == tokens[ahead]
     total = torch.zeros(())
     for j, values in enumerate(losses):
@@ -89,10 +89,10 @@ def test_loss_and_gradient_are_those_of_the_equations(
 
 
 @pytest.mark.parametrize("family", [*DENSE, "mixtral"])
-def test_untrained_heads_say_what_the_target_says(
+def test_untrained_heads_predict_what_the_target_predicts(
     tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]], family: str
 ) -> None:
-    """Once a random layer's states are taken away, whose products are added at first."""
+    """With the random layer's output set to zero, which lm_head adds to the target's state."""
     model = tiny(family)
     heads = ChimeraHeads(ChimeraHeads.Config(), model, None).eval()
     for matrix in (heads.trigram.proj, heads.ctx.layer.self_attn.o_proj):
@@ -107,7 +107,7 @@ def test_untrained_heads_say_what_the_target_says(
 
 
 def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
-    """Texts walk in steps that only their second token tells, so h_t alone cannot know."""
+    """Each text is a walk whose step size only two tokens reveal, so h_t alone is not enough."""
     period = 11
     tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
     heads = ChimeraHeads(ChimeraHeads.Config(num_heads=3), bare_model(12, period), None)
@@ -116,7 +116,7 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
         loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features={"final": torch.eye(12)[tokens_BL]},
     )
-    # A random target's laws know nothing of these texts.
+    # The probabilities of a random target say nothing about these texts.
     heads.loss_target = "labels"
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(120):
@@ -129,15 +129,15 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
 def test_a_token_changes_the_heads_after_it_and_no_head_before() -> None:
     heads = make_heads(bare_model())
     batch = make_batch(rows=1)
-    place = (torch.tensor([0]), torch.tensor([10]))
-    before = list(heads.states(batch, *place))
+    position = (torch.tensor([0]), torch.tensor([10]))
+    before = list(heads.states(batch, *position))
     for drafted in range(4):
         changed = batch.tokens_BL.clone()
         changed[0, 11 + drafted] = (changed[0, 11 + drafted] + 1) % 17
         other = TrainingBatch(
             tokens_BL=changed, loss_mask_BL=batch.loss_mask_BL, features=batch.features
         )
-        after = heads.states(other, *place)
+        after = heads.states(other, *position)
         differs = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
         assert differs == [j >= drafted for j in range(4)]
 
@@ -158,9 +158,9 @@ def test_trees_are_those_of_a_loop_over_their_paths(
     options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every node is the guess of that rank after its own path, all read anew from the text.
+    """Every node is the guess of its rank after its own path, recomputed from the text.
 
-    And the layer's own columns are those of exactly the committed tokens.
+    The layer's cache holds exactly the committed tokens.
     """
     model = tiny("llama")
     token_map = torch.arange(0, 120, 3) if "draft_vocab" in options else None
@@ -177,13 +177,15 @@ def test_trees_are_those_of_a_loop_over_their_paths(
     def checked(rows: Any, budget: Any) -> Any:
         drafts = propose(rows, budget)
         if max(budget) > 0:
-            assert drafter._own.lengths == [len(row.tokens) - 1 for row in rows]
-        for row, draft in zip(rows, drafts, strict=True):
-            final_LD = runner.target.read(torch.tensor([row.tokens[:-1]]), heads.needs)["final"][0]
-            torch.testing.assert_close(drafter._states[row.index], final_LD[-1])
+            assert drafter._draft_cache.lengths == [len(request.tokens) - 1 for request in rows]
+        for request, draft in zip(rows, drafts, strict=True):
+            final_LD = runner.target.read(torch.tensor([request.tokens[:-1]]), heads.needs)[
+                "final"
+            ][0]
+            torch.testing.assert_close(drafter._states[request.index], final_LD[-1])
             for node in range(1, len(draft)):
                 above = [draft.tokens[n] for n in draft.path(draft.parents[node])]
-                read = chain(heads, final_LD, row.tokens[:-1] + above, whole)
+                read = chain(heads, final_LD, request.tokens[:-1] + above, whole)
                 guesses = heads.guess(read, len(above) - 1, TOP)
                 assert draft.tokens[node] == guesses[draft.sources[node][-1]]
                 seen[0] += 1
@@ -214,7 +216,7 @@ def test_greedy_output_is_plain_decodings(
 def test_drafting_goes_on_from_a_kept_prefix(
     tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
 ) -> None:
-    """A chat's next turn passes only what is new, and drafts as a fresh run would."""
+    """A chat's next turn feeds only new tokens, and drafts as a fresh run would."""
     model = tiny("llama")
     heads = make_heads(model)
     first, more = prompt_of(20), prompt_of(6, seed=4)
@@ -226,16 +228,20 @@ def test_drafting_goes_on_from_a_kept_prefix(
     (whole,) = fresh.generate([second], max_new_tokens=5)
     assert kept == whole and kept.drafted > 0
     drafters: list[Any] = [runner.drafter, fresh.drafter]
-    own, again = (drafter._own for drafter in drafters)
-    assert own.lengths == again.lengths
-    for mine, theirs in zip(own._cache.layers, again._cache.layers, strict=True):
-        columns = slice(0, own.lengths[0])
-        torch.testing.assert_close(mine.keys[:, :, columns], theirs.keys[:, :, columns])
-        torch.testing.assert_close(mine.values[:, :, columns], theirs.values[:, :, columns])
+    kept_cache, fresh_cache = (drafter._draft_cache for drafter in drafters)
+    assert kept_cache.lengths == fresh_cache.lengths
+    for kept_layer, fresh_layer in zip(
+        kept_cache._cache.layers, fresh_cache._cache.layers, strict=True
+    ):
+        columns = slice(0, kept_cache.lengths[0])
+        torch.testing.assert_close(kept_layer.keys[:, :, columns], fresh_layer.keys[:, :, columns])
+        torch.testing.assert_close(
+            kept_layer.values[:, :, columns], fresh_layer.values[:, :, columns]
+        )
 
 
 def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
-    """The target stays as it is, bit by bit."""
+    """The target's weights stay bit-identical."""
     model = tiny("llama-tied")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     heads = make_heads(model)

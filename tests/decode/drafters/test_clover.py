@@ -33,7 +33,7 @@ def make_heads(model: Any, *, token_map: Tensor | None = None, **options: Any) -
 
 
 def res_attn(attn: Any, x_D: Tensor, e_D: Tensor) -> Tensor:
-    """A head after the other."""
+    """Compute ResAttn, one attention head after the other."""
     q = attn.q_proj.weight @ rms(x_D, attn.norm) + attn.q_proj.bias
     k = attn.k_proj.weight @ e_D + attn.k_proj.bias
     v = attn.v_proj.weight @ e_D + attn.v_proj.bias
@@ -45,7 +45,7 @@ def res_attn(attn: Any, x_D: Tensor, e_D: Tensor) -> Tensor:
 
 
 def h_of(heads: CloverHeads, f_LD: Tensor, tokens: list[int]) -> Tensor:
-    """h [L, D] of the states and the tokens after each, through transformers' own layers."""
+    """Compute h [L, D] from the states and the token after each, with transformers' layers."""
     e_LD = heads.frozen.output.weight[tokens].detach()
     x_LD = torch.stack([res_attn(heads.attn_dec, f, e) for f, e in zip(f_LD, e_LD, strict=True)])
     for layer in heads.aug.layers:
@@ -54,7 +54,7 @@ def h_of(heads: CloverHeads, f_LD: Tensor, tokens: list[int]) -> Tensor:
 
 
 def chain(heads: CloverHeads, h_D: Tensor, drafted: list[int]) -> Tensor:
-    """What the head after these drafted tokens guesses from."""
+    """Compute the state that the head after these drafted tokens guesses from."""
     if not drafted:
         return rms(heads.head0.weight @ h_D + heads.head0.bias, heads.norm_head0)
     s_D, e_D = h_D, h_D
@@ -81,8 +81,8 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
     for row in range(3):
         tokens = batch.tokens_BL[row].tolist()
         h_LD = h_of(heads, batch.features["layer -1"][row, :-1], tokens[1:])
-        for place, i in itertools.product(range(17), range(3)):
-            ahead = place + 2 + i
+        for position, i in itertools.product(range(17), range(3)):
+            ahead = position + 2 + i
             if ahead >= 17 or not batch.loss_mask_BL[row, ahead]:
                 continue
             teacher_D = batch.features["final"][row, ahead - 1]
@@ -90,12 +90,12 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
             if int(scores_V.argmax()) not in kept:
                 skipped += 1
                 continue
-            out_D = chain(heads, h_LD[place], tokens[place + 2 : ahead])
+            out_D = chain(heads, h_LD[position], tokens[position + 2 : ahead])
             logits_V = model.output.weight.detach() @ out_D + model.output.bias.detach()
-            of_probs = -(scores_V[kept].softmax(0) * logits_V[kept].log_softmax(0)).sum()
+            probs_loss = -(scores_V[kept].softmax(0) * logits_V[kept].log_softmax(0)).sum()
             apart = (out_D - teacher_D).abs()
             smooth = torch.where(apart < 1, 0.5 * apart.square(), apart - 0.5).mean()
-            losses[i].append(of_probs + 10 * smooth)
+            losses[i].append(probs_loss + 10 * smooth)
             right[i] += kept[int(logits_V[kept].argmax())] == tokens[ahead]
     total = torch.zeros(())
     for i, values in enumerate(losses):
@@ -115,13 +115,13 @@ def batch_of(model: PreTrainedModel, heads: CloverHeads, tokens: list[int]) -> T
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "mixtral"])
-def test_untrained_heads_say_what_the_target_says(
+def test_untrained_heads_predict_what_the_target_predicts(
     tiny: Callable[..., PreTrainedModel],
     prompt_of: Callable[..., list[int]],
     family: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without the random numbers around their matrices, and what the two layers add."""
+    """With the noise of initial weights and the output of the two layers set to zero."""
     monkeypatch.setattr(clover, "_NOISE", 0.0)
     model = tiny(family)
     heads = CloverHeads(CloverHeads.Config(), model, None).eval()
@@ -150,7 +150,7 @@ def test_layers_begin_as_the_targets_last_where_that_is_llamas(
 
 
 def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
-    """Texts walk in steps that only their second token tells, so f_t alone cannot know."""
+    """Each text is a walk whose step size only two tokens reveal, so f_t alone is not enough."""
     period = 11
     tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
     heads = CloverHeads(CloverHeads.Config(num_heads=3), bare_model(12, period), None)
@@ -160,7 +160,7 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
         loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features={"layer -1": state_BLD, "final": state_BLD},
     )
-    # A random target's laws and states know nothing of these texts.
+    # Probabilities and states of a random target say nothing about these texts.
     heads.loss_target, heads.state_weight = "labels", 0.0
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(150):
@@ -176,16 +176,16 @@ def test_a_token_changes_the_heads_after_it_and_no_head_before(
     model = tiny("llama")
     heads = make_heads(model)
     tokens = prompt_of(20)
-    place = (torch.tensor([0]), torch.tensor([10]))
+    position = (torch.tensor([0]), torch.tensor([10]))
     batch = batch_of(model, heads, tokens)
-    before = list(heads.states(batch, *place))
+    before = list(heads.states(batch, *position))
     for drafted in range(5):
         changed = batch.tokens_BL.clone()
         changed[0, 11 + drafted] += 1
         other = TrainingBatch(
             tokens_BL=changed, loss_mask_BL=batch.loss_mask_BL, features=batch.features
         )
-        after = heads.states(other, *place)
+        after = heads.states(other, *position)
         differs = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
         assert differs == [i >= drafted for i in range(5)]
 
@@ -197,7 +197,7 @@ def test_trees_are_those_of_a_loop_over_their_paths(
     options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every node is the guess of that rank after its own path, all read anew from the text."""
+    """Every node is the guess of its rank after its own path, recomputed from the text."""
     model = tiny("llama")
     token_map = torch.arange(0, 120, 3) if "draft_vocab" in options else None
     heads = make_heads(model, token_map=token_map, **options)
@@ -208,13 +208,13 @@ def test_trees_are_those_of_a_loop_over_their_paths(
 
     def checked(rows: Any, budget: Any) -> Any:
         drafts = propose(rows, budget)
-        for row, draft in zip(rows, drafts, strict=True):
-            batch = batch_of(model, heads, row.tokens)
+        for request, draft in zip(rows, drafts, strict=True):
+            batch = batch_of(model, heads, request.tokens)
             f_1LD = batch.features["layer -1"][:, :-1]
             h_1LD = heads.augment(
                 f_1LD, heads.read(batch.tokens_BL[:, 1:]), heads.rotary.text(f_1LD)
             )
-            state_D = drafter._states[row.index]
+            state_D = drafter._states[request.index]
             torch.testing.assert_close(state_D, h_1LD[0, -1], rtol=1e-4, atol=1e-5)
             for node in range(1, len(draft)):
                 above = [draft.tokens[n] for n in draft.path(draft.parents[node])[1:]]
@@ -248,7 +248,7 @@ def test_greedy_output_is_plain_decodings(
 def test_drafting_goes_on_from_a_kept_prefix(
     tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
 ) -> None:
-    """A chat's next turn passes only what is new, and drafts as a fresh run would."""
+    """A chat's next turn feeds only new tokens, and drafts as a fresh run would."""
     model = tiny("llama")
     heads = make_heads(model)
     first, more = prompt_of(20), prompt_of(6, seed=4)
@@ -260,8 +260,8 @@ def test_drafting_goes_on_from_a_kept_prefix(
     (whole,) = fresh.generate([second], max_new_tokens=2)
     assert kept == whole
     drafters: list[Any] = [runner.drafter, fresh.drafter]
-    own, again = (drafter._own for drafter in drafters)
-    assert own.lengths == again.lengths == [len(second) + 1]
+    kept_cache, fresh_cache = (drafter._draft_cache for drafter in drafters)
+    assert kept_cache.lengths == fresh_cache.lengths == [len(second) + 1]
     torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
 
 

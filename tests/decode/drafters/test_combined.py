@@ -25,7 +25,7 @@ Scripted = Callable[..., Any]
 Path = tuple[int, ...]
 
 
-def row_of(tokens: list[int]) -> Request:
+def request_of(tokens: list[int]) -> Request:
     return Request(
         index=0,
         tokens=list(tokens),
@@ -37,18 +37,18 @@ def row_of(tokens: list[int]) -> Request:
 
 
 def paths_of(draft: Draft) -> list[Path]:
-    """The tokens that lead to each node, in the order of the nodes; the root leads to itself."""
+    """Return the path of tokens to each node, in the order of the nodes."""
     return [tuple(draft.tokens[at] for at in draft.path(node)) for node in range(len(draft))]
 
 
 def random_paths(seed: int) -> list[list[int]]:
-    noise = random.Random(seed)
-    return [[noise.randrange(3) for _ in range(noise.randint(1, 4))] for _ in range(5)]
+    rng = random.Random(seed)
+    return [[rng.randrange(3) for _ in range(rng.randint(1, 4))] for _ in range(5)]
 
 
 def merged(scripted: Scripted, scripts: Sequence[list[list[int]]], nodes: int = 99) -> Draft:
     drafters = [scripted(lambda tokens, limit, paths=paths: paths) for paths in scripts]
-    return Combined(drafters, nodes).propose([row_of([9])], [20])[0]
+    return Combined(drafters, nodes).propose([request_of([9])], [20])[0]
 
 
 def test_the_tree_is_the_union_the_first_drafters_nodes_first(scripted: Scripted) -> None:
@@ -58,7 +58,7 @@ def test_the_tree_is_the_union_the_first_drafters_nodes_first(scripted: Scripted
         draft = merged(scripted, scripts)
         found = paths_of(draft)
         assert found == list(dict.fromkeys(path for paths in each for path in paths))
-        # Every node tells who proposed it.
+        # Every node's source names the drafters that proposed it.
         assert draft.sources is not None
         assert list(draft.sources[1:]) == [
             tuple((which, ()) for which, paths in enumerate(each) if path in paths)
@@ -70,17 +70,17 @@ def test_own_sources_are_kept() -> None:
     def drafter_of(sources: list[Any]) -> Any:
         draft = Draft([9, 1, 2], [-1, 0, 1], ["deterministic"] * 3, sources=[(), *sources])
         stub = NgramDrafter()
-        stub.propose = lambda rows, budget: [draft]  # type: ignore[method-assign]
+        stub.propose = lambda requests, budget: [draft]  # type: ignore[method-assign]
         return stub
 
     combined = Combined([drafter_of(["a", "b"]), drafter_of([7, 8])], 9)
-    draft = combined.propose([row_of([9])], [9])[0]
+    draft = combined.propose([request_of([9])], [9])[0]
     assert draft.tokens == [9, 1, 2]
     assert draft.sources == [(), ((0, "a"), (1, 7)), ((0, "b"), (1, 8))]
 
 
 @pytest.mark.parametrize("nodes", [1, 3, 7])
-def test_there_are_at_most_so_many_nodes_and_who_agrees_is_still_told(
+def test_nodes_are_bounded_and_a_nodes_source_names_all_its_proposers(
     scripted: Scripted, nodes: int
 ) -> None:
     for seed in range(0, 60, 2):
@@ -95,7 +95,7 @@ def test_there_are_at_most_so_many_nodes_and_who_agrees_is_still_told(
 
 def test_needs_are_all_of_theirs(scripted: Scripted) -> None:
     needs = [Needs(top=8), Needs(layers=(3, -1), final=True), Needs(layers=(0, 3), probs=True)]
-    drafters = [scripted(lambda tokens, limit: [], own) for own in needs]
+    drafters = [scripted(lambda tokens, limit: [], wanted) for wanted in needs]
     combined = Combined(drafters, 9)
     assert combined.needs == Needs(top=8, layers=(-1, 0, 3), final=True, probs=True)
     assert combined.name == "scripted+scripted+scripted"
@@ -109,7 +109,7 @@ def test_a_drafter_that_does_not_share_is_refused() -> None:
 def test_all_hear_of_everything(
     tiny: Callable[..., PreTrainedModel], endless: Any, scripted: Scripted
 ) -> None:
-    """The outcome's draft is the merged one, so each learns from the others' nodes."""
+    """The outcome's draft is the merged one, so each drafter observes the others' nodes."""
     drafters = [scripted(lambda tokens, limit, n=n: [[n, n + 1]]) for n in (40, 50)]
     combined = Combined(drafters, 9)
     Runner(endless(tiny("llama")), draft=combined).generate([[5, 6]], max_new_tokens=9)
@@ -119,7 +119,7 @@ def test_all_hear_of_everything(
     assert all(len(drafter.prompts) == 1 for drafter in drafters)
 
 
-def test_closing_reaches_all_whatever_one_says() -> None:
+def test_closing_reaches_all_even_if_one_fails() -> None:
     closed = []
 
     class Closing(NgramDrafter):

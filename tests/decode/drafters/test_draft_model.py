@@ -21,13 +21,13 @@ Tiny = Callable[..., PreTrainedModel]
 
 
 def widened(model: PreTrainedModel, vocab: int) -> PreTrainedModel:
-    """The model with a head and embedding of another size; the shared ids mean the same."""
+    """Resize the model's lm_head and embedding; shared ids keep their meaning."""
     wide = copy.deepcopy(model)
     wide.resize_token_embeddings(vocab, mean_resizing=False)
     return wide.eval()
 
 
-def row_of(tokens: list[int], temperature: float, index: int = 0) -> Request:
+def request_of(tokens: list[int], temperature: float, index: int = 0) -> Request:
     return Request(
         index=index,
         tokens=list(tokens),
@@ -41,18 +41,20 @@ def row_of(tokens: list[int], temperature: float, index: int = 0) -> Request:
 Begin = Callable[..., None]
 
 
-def outcome_of(row: Request, path: list[int]) -> Any:
-    return type("Outcome", (), {"row": row, "path": path})()
+def outcome_of(request: Request, path: list[int]) -> Any:
+    return type("Outcome", (), {"row": request, "path": path})()
 
 
 @pytest.mark.parametrize("vocab", [320, 384, 300])
-def test_q_is_the_law_the_tokens_were_drawn_from(tiny: Tiny, begin: Begin, vocab: int) -> None:
-    """Warped, over the target's vocabulary: zeros for ids that the draft lacks."""
+def test_q_is_the_distribution_the_tokens_were_drawn_from(
+    tiny: Tiny, begin: Begin, vocab: int
+) -> None:
+    """q is warped, and covers the target's vocabulary with zeros for ids that the draft lacks."""
     model, draft_model = tiny("llama"), widened(tiny("llama", 1), vocab)
     drafter = DraftModelDrafter(draft_model, target=Target(model))
-    row = row_of([5, 6, 7], 0.7)
-    begin(drafter, [row])
-    draft = drafter.propose([row], [9])[0]
+    request = request_of([5, 6, 7], 0.7)
+    begin(drafter, [request])
+    draft = drafter.propose([request], [9])[0]
     assert draft.kinds[1:] == ["iid"] * 4
     assert draft.probs_NV is not None
     assert draft.probs_NV.shape == (4, 320)
@@ -69,20 +71,20 @@ def test_q_is_the_law_the_tokens_were_drawn_from(tiny: Tiny, begin: Begin, vocab
 def test_the_cache_follows_what_was_accepted(
     tiny: Tiny, endless: Any, begin: Begin, accepted: int
 ) -> None:
-    """Also after full acceptance, where the last proposal was never fed."""
+    """Also after full acceptance, where the last drafted token was never fed."""
     model = endless(tiny("llama"))
     drafter = DraftModelDrafter(model, target=Target(model))
-    row = row_of([5, 6, 7], 0)
-    begin(drafter, [row])
+    request = request_of([5, 6, 7], 0)
+    begin(drafter, [request])
     for _ in range(3):
-        draft = drafter.propose([row], [9])[0]
-        row.tokens += [*draft.tokens[1 : accepted + 1], 11]
-        drafter.observe([outcome_of(row, list(range(accepted + 1)))])
+        draft = drafter.propose([request], [9])[0]
+        request.tokens += [*draft.tokens[1 : accepted + 1], 11]
+        drafter.observe([outcome_of(request, list(range(accepted + 1)))])
         held = drafter._cache.tokens[0]
-        assert held == row.tokens[: len(held)]
-        assert len(held) == len(row.tokens) - (2 if accepted == 4 else 1)
-    expected = generate(model, [row.tokens], max_new_tokens=4)[0].token_ids
-    assert drafter.propose([row], [9])[0].tokens[1:] == expected
+        assert held == request.tokens[: len(held)]
+        assert len(held) == len(request.tokens) - (2 if accepted == 4 else 1)
+    expected = generate(model, [request.tokens], max_new_tokens=4)[0].token_ids
+    assert drafter.propose([request], [9])[0].tokens[1:] == expected
 
 
 def test_no_deeper_than_budget_or_its_own_context(
@@ -91,9 +93,9 @@ def test_no_deeper_than_budget_or_its_own_context(
     model = tiny("llama")
     drafter = DraftModelDrafter(tiny("llama", 1), DraftModelConfig(depth=5), target=Target(model))
     monkeypatch.setattr(drafter._draft, "context", 20)
-    rows = [row_of([3] * size, 0, size) for size in (4, 17, 30, 6)]
-    begin(drafter, rows)
-    drafts = drafter.propose(rows, [9, 9, 9, 0])
+    requests = [request_of([3] * size, 0, size) for size in (4, 17, 30, 6)]
+    begin(drafter, requests)
+    drafts = drafter.propose(requests, [9, 9, 9, 0])
     assert [len(draft) - 1 for draft in drafts] == [5, 3, 0, 0]
 
 
@@ -110,7 +112,7 @@ def test_a_target_with_a_longer_context_than_its_draft(tiny: Tiny, endless: Any)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_draft_of_nan_weights_is_said(tiny: Tiny, temperature: float) -> None:
+def test_a_draft_of_nan_weights_is_refused(tiny: Tiny, temperature: float) -> None:
     broken = copy.deepcopy(tiny("llama", 1))
     broken.get_output_embeddings().weight.data[7] = torch.nan
     drafter = DraftModelDrafter(broken, target=Target(tiny("llama")))
@@ -119,7 +121,7 @@ def test_a_draft_of_nan_weights_is_said(tiny: Tiny, temperature: float) -> None:
 
 
 class Sealed(list[int]):
-    """Tokens that may be looked at from the end but not copied as a whole."""
+    """A list whose items may be read one by one, but which may not be copied as a whole."""
 
     def __iter__(self) -> Any:
         raise AssertionError("the whole text was walked through")
@@ -133,13 +135,13 @@ class Sealed(list[int]):
 
 def test_a_step_does_not_walk_through_the_text(tiny: Tiny, begin: Begin) -> None:
     drafter = DraftModelDrafter(tiny("llama", 1), target=Target(tiny("llama")))
-    row = row_of([5, 6, 7], 0)
-    begin(drafter, [row])
-    drafter.propose([row], [9])
-    row.tokens.append(8)
-    drafter.observe([outcome_of(row, [0])])
-    row.tokens = Sealed(row.tokens)
-    assert len(drafter.propose([row], [9])[0]) == 5
+    request = request_of([5, 6, 7], 0)
+    begin(drafter, [request])
+    drafter.propose([request], [9])
+    request.tokens.append(8)
+    drafter.observe([outcome_of(request, [0])])
+    request.tokens = Sealed(request.tokens)
+    assert len(drafter.propose([request], [9])[0]) == 5
 
 
 def test_prompts_are_fed_in_chunks_too(
@@ -172,14 +174,14 @@ def test_padded_heads_work_in_the_loop(
 
 def test_a_token_that_the_draft_has_not_ends_its_drafting(tiny: Tiny, begin: Begin) -> None:
     drafter = DraftModelDrafter(widened(tiny("llama"), 300), target=Target(tiny("llama")))
-    rows = [row_of([5, 310, 7], 0, 0), row_of([5, 6, 7], 0, 1)]
-    begin(drafter, rows)
+    requests = [request_of([5, 310, 7], 0, 0), request_of([5, 6, 7], 0, 1)]
+    begin(drafter, requests)
     for _ in range(2):
-        drafts = drafter.propose(rows, [9, 9])
+        drafts = drafter.propose(requests, [9, 9])
         assert [len(draft) - 1 for draft in drafts] == [0, 4]
-        for row in rows:
-            row.tokens.append(8)
-        drafter.observe([outcome_of(row, [0]) for row in rows])
+        for request in requests:
+            request.tokens.append(8)
+        drafter.observe([outcome_of(request, [0]) for request in requests])
 
 
 def test_another_vocabulary_is_refused(tiny: Tiny) -> None:
@@ -195,5 +197,7 @@ def test_another_vocabulary_is_refused(tiny: Tiny) -> None:
 
     one, other = words("?", "a", "b"), words("?", "b", "a")
     DraftModelDrafter(tiny("llama", 1), target=target, tokenizer=one, target_tokenizer=one)
-    with pytest.raises(UnsupportedError, match="2 tokens differ, 'a' has id 2 there and 1 here"):
+    with pytest.raises(
+        UnsupportedError, match="2 tokens differ, 'a' has id 2 in it and 1 in the target's"
+    ):
         DraftModelDrafter(tiny("llama", 1), target=target, tokenizer=other, target_tokenizer=one)

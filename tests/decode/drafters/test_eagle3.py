@@ -1,4 +1,4 @@
-"""EAGLE-3 against drafting step by step, its tree against a search, and output that stays plain."""
+"""EAGLE-3 against drafting step by step, its tree against a search, and unchanged output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_heads(model: Any, *, token_map: Tensor | None = None, **options: Any) -
 
 
 def turn(x_HE: Tensor, position: int, theta: float) -> Tensor:
-    """Rotary positions, a pair of channels at a time."""
+    """Apply rotary positions, one pair of channels at a time."""
     half = x_HE.shape[-1] // 2
     out = x_HE.clone()
     for pair in range(half):
@@ -41,25 +41,25 @@ def turn(x_HE: Tensor, position: int, theta: float) -> Tensor:
 
 
 class StepByStep:
-    """The equations, one row after the other: `read` rows of the text, then `draft` a chain."""
+    """The equations, one row after the other: first rows of the text, then of a drafted chain."""
 
     def __init__(self, heads: Eagle3Heads, features: dict[str, Tensor], tokens: list[int]) -> None:
-        """`features` [L, D] of the text's tokens."""
+        """Fuse the `features` [L, D] of the text's tokens."""
         self.heads, self.layer = heads, heads.midlayer
         states = torch.cat([features[f"layer {n}"] for n in heads.needs.layers], -1)
         self.fused = [heads.fc.weight @ state for state in states]
         self.tokens = tokens
 
-    def chain(self, place: int, drafted: list[int]) -> list[Tensor]:
-        """y of x_{t+1} and of each drafted token after it, at this place of the text."""
+    def chain(self, position: int, drafted: list[int]) -> list[Tensor]:
+        """Compute y of x_{t+1} and of each drafted token after it, with t the given position."""
         rows: list[tuple[Tensor, Tensor]] = []
         out = None
-        for t in range(place + 1):
+        for t in range(position + 1):
             out = self._row(rows, t, self.tokens[t + 1], self.fused[t])
         assert out is not None
         found = [out]
         for step, token in enumerate(drafted, start=1):
-            out = self._row(rows, place + step, token, out)
+            out = self._row(rows, position + step, token, out)
             found.append(out)
         return found
 
@@ -96,8 +96,8 @@ class StepByStep:
 def test_training_is_drafting_step_by_step(
     size: int | None, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses and gradients of all places at once against chains of one place after the other."""
-    # Scores kept, or made anew for the gradient.
+    """Losses and gradients of all positions at once against one position's chain at a time."""
+    # Scores are kept, or recomputed for the gradient.
     monkeypatch.setattr(layer, "_SCORE_BYTES", kept)
     token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
     model = bare_model(bias=True)
@@ -110,12 +110,14 @@ def test_training_is_drafting_step_by_step(
     known = list(range(17)) if token_map is None else token_map.tolist()
     total, skipped = torch.zeros(()), 0
     losses: list[list[Tensor]] = [[] for _ in range(3)]
-    for row, place in itertools.product(range(2), range(8)):
+    for row, position in itertools.product(range(2), range(8)):
         tokens = batch.tokens_BL[row].tolist()
         features = {name: value[row] for name, value in batch.features.items()}
-        steps = StepByStep(heads, features, tokens).chain(place, tokens[place + 2 : place + 4])
+        steps = StepByStep(heads, features, tokens).chain(
+            position, tokens[position + 2 : position + 4]
+        )
         for s, y_D in enumerate(steps):
-            ahead = place + 2 + s
+            ahead = position + 2 + s
             if ahead >= 10 or not batch.loss_mask_BL[row, ahead]:
                 continue
             teacher_V = model.output(features["final"][ahead - 1]).detach()
@@ -138,15 +140,15 @@ def test_training_is_drafting_step_by_step(
 def search(
     heads: Eagle3Heads, step: StepByStep, config: Eagle3Config, depth: int
 ) -> list[tuple[tuple[int, ...], float]]:
-    """EAGLE-2's expansion and rerank, one path after the other."""
-    place = len(step.tokens) - 2
+    """Return EAGLE-2's tree by expanding and reranking one path after the other."""
+    position = len(step.tokens) - 2
     token_map = range(VOCAB) if heads.token_map is None else heads.token_map.tolist()
     level: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     found: list[tuple[tuple[int, ...], float]] = []
     for _ in range(depth):
         children = []
         for path, score in level:
-            logq_V = step.logits(step.chain(place, list(path))[-1]).log_softmax(0)
+            logq_V = step.logits(step.chain(position, list(path))[-1]).log_softmax(0)
             best = logq_V.topk(config.width)
             for value, at in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 children.append(((*path, token_map[at]), score + value))
@@ -162,7 +164,7 @@ def test_trees_are_those_of_a_search(
     options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And its own keys are those of exactly the committed tokens."""
+    """The layer's cache holds exactly the committed tokens."""
     model = tiny("llama")
     token_map = torch.arange(0, 120, 3) if "draft_vocab" in options else None
     heads = make_heads(model, token_map=token_map, **options)
@@ -175,11 +177,11 @@ def test_trees_are_those_of_a_search(
         drafts, deepest = propose(rows, budget), min(3, max(budget))
         if deepest == 0:
             return drafts
-        assert drafter._own.lengths == [len(row.tokens) - 1 for row in rows]
-        for row, draft, limit in zip(rows, drafts, budget, strict=True):
-            read = runner.target.read(torch.tensor([row.tokens[:-1]]), heads.needs)
+        assert drafter._draft_cache.lengths == [len(request.tokens) - 1 for request in rows]
+        for request, draft, limit in zip(rows, drafts, budget, strict=True):
+            read = runner.target.read(torch.tensor([request.tokens[:-1]]), heads.needs)
             features = {name: value[0] for name, value in read.items()}
-            step = StepByStep(heads, features, row.tokens)
+            step = StepByStep(heads, features, request.tokens)
             wanted = search(heads, step, config, deepest)
             paths = [
                 tuple(draft.tokens[n] for n in draft.path(node)[1:]) for node in range(len(draft))
@@ -213,7 +215,7 @@ def test_greedy_output_is_plain_decodings(
 def test_drafting_goes_on_from_a_kept_prefix(
     tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
 ) -> None:
-    """A chat's next turn passes only what is new, and drafts as a fresh run would."""
+    """A chat's next turn feeds only new tokens, and drafts as a fresh run would."""
     model = tiny("llama")
     heads = make_heads(model)
     first, more = prompt_of(20), prompt_of(6, seed=4)
@@ -225,8 +227,8 @@ def test_drafting_goes_on_from_a_kept_prefix(
     (whole,) = fresh.generate([second], max_new_tokens=2)
     assert kept == whole
     drafters: list[Any] = [runner.drafter, fresh.drafter]
-    own, again = (drafter._own for drafter in drafters)
-    assert own.lengths == again.lengths == [len(second) + 1]
+    kept_cache, fresh_cache = (drafter._draft_cache for drafter in drafters)
+    assert kept_cache.lengths == fresh_cache.lengths == [len(second) + 1]
     torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
 
 
@@ -242,7 +244,7 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrain
 
 
 def test_steps_learn_the_token_at_their_own_distance_and_no_other() -> None:
-    """Texts walk in steps that only their second token tells."""
+    """Each text is a walk whose step size only two tokens reveal."""
     period = 11
     tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
     heads = Eagle3Heads(Eagle3Heads.Config(ttt_steps=3), bare_model(12, period), None)
@@ -252,7 +254,7 @@ def test_steps_learn_the_token_at_their_own_distance_and_no_other() -> None:
         loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features={name: state_BLD for name in ("final", "layer 1", "layer 3", "layer 7")},
     )
-    # A random target's laws know nothing of these texts.
+    # The probabilities of a random target say nothing about these texts.
     heads.loss_target = "labels"
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(150):
@@ -286,7 +288,7 @@ def test_layers_that_are_none(asked: str) -> None:
 
 
 def test_parameters_of_llama_3_8b() -> None:
-    """425 M as published, 294 M of them without the output matrix of 32000 tokens."""
+    """425 M as published, 294 M without the lm_head of 32000 tokens."""
     with torch.device("meta"):
         model = bare_model(4096, 128256)
         model.config = LlamaConfig(

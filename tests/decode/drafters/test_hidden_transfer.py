@@ -1,4 +1,4 @@
-"""Carried states: how many numbers, at which layers, and that they learn."""
+"""Hidden Transfer: number of parameters, choice of layers, and that training works."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_one_layer_is_too_few() -> None:
 def test_each_row_is_the_nodes_state_at_its_layer_times_its_matrix(
     tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
 ) -> None:
-    """What the layers read at the rows beside, seen from outside."""
+    """Inputs of the layers at the extra rows, captured by hooks."""
     model = tiny("llama-deep")
     target = Target(model)
     options = {"layers": "1-2-2"}

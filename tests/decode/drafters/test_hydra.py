@@ -32,15 +32,15 @@ def make_heads(model: Any, *, token_map: torch.Tensor | None = None, **options: 
     return heads.eval()
 
 
-def still(heads: HydraHeads) -> None:
-    """No dropout."""
+def disable_dropout(heads: HydraHeads) -> None:
+    """Disable dropout."""
     for module in heads.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
 
 def state_of(heads: HydraHeads, i: int, h_D: torch.Tensor, tokens: list[int]) -> torch.Tensor:
-    """Head i's state after h and these tokens, an equation a line."""
+    """Compute head i's state after h and these tokens, one equation per line."""
     head: Any = heads.heads[i]
     z = torch.cat([h_D, *(heads.frozen.embed(torch.tensor(token)) for token in tokens)])
     w = head.W.weight @ z + head.W.bias
@@ -58,7 +58,7 @@ def logits_of(heads: HydraHeads, i: int, h_D: torch.Tensor, tokens: list[int]) -
 
 
 def attended(heads: HydraHeads, final_LD: torch.Tensor) -> torch.Tensor:
-    """The states that heads read, by transformers' own decoder layer."""
+    """Compute the states that heads read, with transformers' decoder layer."""
     if heads.prefix is None:
         return final_LD
     config = LlamaConfig(
@@ -79,7 +79,7 @@ def attended(heads: HydraHeads, final_LD: torch.Tensor) -> torch.Tensor:
 def test_loss_and_gradient_are_those_of_the_equations(variant: str) -> None:
     batch = make_batch()
     heads = make_heads(bare_model(bias=True), variant=variant, num_heads=3)
-    still(heads)
+    disable_dropout(heads)
     done = heads.compute_loss(batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
@@ -89,11 +89,11 @@ def test_loss_and_gradient_are_those_of_the_equations(variant: str) -> None:
     output = heads.frozen.output
     for i in range(3):
         losses, right = [], 0
-        for row, place in itertools.product(range(3), range(23)):
-            ahead = place + 2 + i
+        for row, position in itertools.product(range(3), range(23)):
+            ahead = position + 2 + i
             if ahead < 23 and batch.loss_mask_BL[row, ahead]:
                 tokens = batch.tokens_BL[row].tolist()
-                logits_V = logits_of(heads, i, states[row][place], tokens[place + 1 : ahead])
+                logits_V = logits_of(heads, i, states[row][position], tokens[position + 1 : ahead])
                 probs_V = nn.functional.one_hot(batch.tokens_BL[row, ahead], 17).float()
                 if variant == "plus":
                     teacher_D = batch.features["final"][row, ahead - 1]
@@ -107,7 +107,7 @@ def test_loss_and_gradient_are_those_of_the_equations(variant: str) -> None:
     total.backward()
     prefix = {id(p) for p in heads.prefix.parameters()} if heads.prefix else set()
     for name, parameter in heads.named_parameters():
-        # transformers' layer has parameters of its own here.
+        # The reference ran transformers' layer on a copy of these parameters.
         if id(parameter) not in prefix:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
         else:
@@ -116,10 +116,10 @@ def test_loss_and_gradient_are_those_of_the_equations(variant: str) -> None:
 
 @pytest.mark.parametrize("family", [*DENSE, "mixtral"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_untrained_heads_say_what_the_target_says(
+def test_untrained_heads_predict_what_the_target_predicts(
     tiny: Callable[..., PreTrainedModel], family: str, variant: str
 ) -> None:
-    """Plain ones exactly; with attention, what its random layer adds is not the target's."""
+    """Plain heads exactly; those with attention once their random layer's output is zero."""
     model = tiny(family)
     heads = HydraHeads(HydraHeads.Config(variant=variant), model, None).eval()
     if heads.prefix is not None:
@@ -140,7 +140,7 @@ def test_untrained_heads_say_what_the_target_says(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_heads_learn_the_token_at_their_own_distance_and_no_other(variant: str) -> None:
-    """Texts walk in steps that only their second token tells, so h_t alone cannot know."""
+    """Each text is a walk whose step size only two tokens reveal, so h_t alone is not enough."""
     period = 11
     steps = [1, 3, 4, 7]
     tokens_BL = torch.stack([torch.arange(40) * step % period for step in steps])
@@ -151,9 +151,9 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other(variant: str) 
         loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features={"final": torch.eye(12)[tokens_BL]},
     )
-    # A random target's laws know nothing of these texts.
+    # The probabilities of a random target say nothing about these texts.
     heads.loss_target = "labels"
-    still(heads)
+    disable_dropout(heads)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(200):
         optimizer.zero_grad()
@@ -162,7 +162,7 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other(variant: str) 
     assert (heads.ranks(batch) == 0).all()
 
 
-def test_a_token_changes_what_follows_it_and_nothing_beside_it() -> None:
+def test_a_token_changes_what_follows_it_and_no_other_path() -> None:
     heads = make_heads(bare_model(), variant="plain")
     state_BD = torch.randn(2, 12)
     path_BPA = torch.randint(0, 17, (2, 3, 3))
@@ -183,7 +183,7 @@ def test_trees_are_those_of_a_loop_over_their_paths(
     options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every node is the guess of that rank after its own path, and prefix attention the whole's."""
+    """Nodes are the guesses of their rank after their path; prefix attention reads all tokens."""
     model = tiny("llama")
     token_map = torch.arange(0, 120, 3) if "draft_vocab" in options else None
     heads = make_heads(model, token_map=token_map, variant=variant, **options)
@@ -194,13 +194,13 @@ def test_trees_are_those_of_a_loop_over_their_paths(
 
     def checked(rows: Any, budget: Any) -> Any:
         drafts = propose(rows, budget)
-        for row, draft in zip(rows, drafts, strict=True):
-            tokens_1L = torch.tensor([row.tokens[:-1]])
+        for request, draft in zip(rows, drafts, strict=True):
+            tokens_1L = torch.tensor([request.tokens[:-1]])
             features = runner.target.read(tokens_1L, heads.needs)
             final_1LD = features["final"]
             if heads.prefix is not None:
                 final_1LD = heads.prefix(final_1LD, heads.rotary.text(final_1LD))
-            state_D = drafter._states[row.index]
+            state_D = drafter._states[request.index]
             torch.testing.assert_close(state_D, final_1LD[0, -1], rtol=1e-4, atol=1e-5)
             for node in range(1, len(draft)):
                 above = [draft.tokens[n] for n in draft.path(draft.parents[node])]
@@ -239,7 +239,7 @@ def test_greedy_output_is_plain_decodings(
 def test_prefix_attention_goes_on_from_a_kept_prefix(
     tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
 ) -> None:
-    """A chat's next turn passes only what is new, and drafts as a fresh run would."""
+    """A chat's next turn feeds only new tokens, and drafts as a fresh run would."""
     model = tiny("llama")
     heads = make_heads(model)
     first, more = prompt_of(20), prompt_of(6, seed=4)
@@ -251,8 +251,8 @@ def test_prefix_attention_goes_on_from_a_kept_prefix(
     (whole,) = fresh.generate([second], max_new_tokens=2)
     assert kept == whole
     drafters: list[Any] = [runner.drafter, fresh.drafter]
-    own, again = (drafter._own for drafter in drafters)
-    assert own.lengths == again.lengths == [len(second) + 1]
+    kept_cache, fresh_cache = (drafter._draft_cache for drafter in drafters)
+    assert kept_cache.lengths == fresh_cache.lengths == [len(second) + 1]
     torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
 
 
@@ -270,7 +270,7 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrain
 @pytest.mark.parametrize(
     ("options", "millions"),
     [
-        # 28 d^2 + 4 d V, biases beside; Hydra++ with its layer and 12 more blocks.
+        # 28 d^2 + 4 d V, without biases; Hydra++ has a decoder layer and 12 more blocks.
         ({"variant": "plain"}, 994.1),
         ({"variant": "plus"}, 994.1 + 202.4 + 12 * 4096 * 4097 / 1e6),
     ],

@@ -1,4 +1,4 @@
-"""Rows beside a tree: the trees' arithmetic, and that nothing real sees them."""
+"""Extra rows: how trees are chosen, and that no node attends to extra rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from spectool.decode.generate import Runner
 from spectool.decode.heads.inpass import (
     InPassConfig,
     SparseTree,
-    _ahead,
-    sparse_trees,
-    stationary,
-    tokens_a_step,
+    _assign_rows,
+    choose_trees,
+    find_stationary,
+    tokens_per_step,
 )
 from spectool.decode.protocol import Needs, TrainingBatch
 from spectool.decode.target import Target
@@ -57,7 +57,7 @@ def random_paths(seed: int) -> list[tuple[tuple[int, ...], float]]:
 @pytest.mark.parametrize(("rows", "width"), [(5, 1), (12, 1), (30, 1), (30, 2), (200, 1)])
 def test_every_tree_keeps_the_budget(seed: int, rows: int, width: int) -> None:
     paths = random_paths(seed)
-    trees = sparse_trees(paths, num_heads=3, rows=rows, width=width)
+    trees = choose_trees(paths, num_heads=3, rows=rows, width=width)
     assert len(trees) == 4 and trees[0].paths == []
     for state, tree in enumerate(trees):
         assert len(tree.paths) + width * sum(tree.ahead) <= rows
@@ -66,51 +66,49 @@ def test_every_tree_keeps_the_budget(seed: int, rows: int, width: int) -> None:
         assert all(path[:-1] in [(), *tree.paths] for path in tree.paths)
         assert sum(tree.ends) == pytest.approx(1)
         assert tree.expected == pytest.approx(1 + sum(dict(paths)[path] for path in tree.paths))
-    probs_S = stationary(trees)
+    probs_S = find_stationary(trees)
     assert probs_S.sum().item() == pytest.approx(1)
     moved_S = torch.zeros(4, dtype=torch.float64)
     for share, tree in zip(probs_S.tolist(), trees, strict=True):
-        for end, left in zip(tree.ends, tree.ahead, strict=True):
-            moved_S[left] += share * end
+        for end, ahead in zip(tree.ends, tree.ahead, strict=True):
+            moved_S[ahead] += share * end
     torch.testing.assert_close(moved_S, probs_S)
 
 
-def test_tokens_a_step_are_those_of_a_simulation() -> None:
-    trees = sparse_trees(random_paths(1), num_heads=3, rows=9)
-    chance, state, tokens, steps = random.Random(0), 0, 0.0, 40_000
+def test_tokens_per_step_are_those_of_a_simulation() -> None:
+    trees = choose_trees(random_paths(1), num_heads=3, rows=9)
+    rng, state, tokens, steps = random.Random(0), 0, 0.0, 40_000
     for _ in range(steps):
         tree = trees[state]
         tokens += tree.expected
-        state = chance.choices(tree.ahead, tree.ends)[0]
-    assert tokens / steps == pytest.approx(tokens_a_step(trees), rel=0.01)
+        state = rng.choices(tree.ahead, tree.ends)[0]
+    assert tokens / steps == pytest.approx(tokens_per_step(trees), rel=0.01)
 
 
 def test_rows_are_taken_where_they_are_worth_least() -> None:
-    """Against all ways to give four rows to three nodes."""
+    """Against all ways to assign four rows to three nodes."""
     ends, expected = [0.2, 0.5, 0.3], [1.0, 1.6, 2.0, 2.1]
-    found = _ahead(ends, expected, 4)
+    found = _assign_rows(ends, expected, 4)
 
     def worth(ahead: Any) -> float:
-        return sum(end * expected[left] for end, left in zip(ends, ahead, strict=True))
+        return sum(end * expected[ahead] for end, ahead in zip(ends, ahead, strict=True))
 
     ways = [way for way in itertools.product(range(4), repeat=3) if sum(way) == 4]
     assert sum(found) == 4 and worth(found) == pytest.approx(max(map(worth, ways)))
 
 
 def test_more_candidates_are_taken_only_where_they_pay() -> None:
-    """No guess is ever right: all rows go ahead of the root, and no tree has nodes."""
-    trees = sparse_trees([((0,), 0.0), ((0, 0), 0.0)], num_heads=2, rows=6)
+    """No guess is ever right: all extra rows belong to the root, and no tree has nodes."""
+    trees = choose_trees([((0,), 0.0), ((0, 0), 0.0)], num_heads=2, rows=6)
     assert all(tree.paths == [] for tree in trees)
-    assert tokens_a_step(trees) == pytest.approx(1)
+    assert tokens_per_step(trees) == pytest.approx(1)
     assert isinstance(trees[0], SparseTree)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt"])
-def test_nothing_real_sees_what_passes_beside(
-    tiny: Make, prompt_of: Make, family: str, name: str
-) -> None:
-    """Logits of a tree's nodes with and without the rows; unequal rows of a batch."""
+def test_no_node_attends_to_extra_rows(tiny: Make, prompt_of: Make, family: str, name: str) -> None:
+    """Logits of a tree's nodes with and without extra rows, for unequal texts of a batch."""
     model = tiny(family)
     target = Target(model)
     drafter = make_drafter(model, name, nodes=14)
@@ -131,24 +129,24 @@ def test_nothing_real_sees_what_passes_beside(
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt"])
-def test_training_passes_the_rows_that_drafting_does(
+def test_training_computes_the_states_that_drafting_does(
     tiny: Make, prompt_of: Make, family: str, name: str
 ) -> None:
-    """The states of whole texts' places give the guesses that a step makes there."""
+    """States at positions of whole texts give the guesses that a step makes there."""
     model = tiny(family)
     target, heads = Target(model), make_heads(model, name)
     texts = [prompt_of(23), prompt_of(23, seed=8)]
     batch = batch_of(target, heads, torch.tensor(texts))
-    place = 20
-    batch_R, place_R = torch.tensor([0, 0, 1]), torch.tensor([3, place, place])
+    position = 20
+    batch_R, position_R = torch.tensor([0, 0, 1]), torch.tensor([3, position, position])
     with torch.no_grad():
-        states = list(heads.states(batch, batch_R, place_R))
+        states = list(heads.states(batch, batch_R, position_R))
     drafter = METHODS[name][1](heads, TREE, InPassConfig(nodes=40))
     cache = target.cache(2)
-    target.prefill(cache, [text[:place] for text in texts])
-    drafts = [drafter._draft(text[place], [], 9) for text in texts]
+    target.prefill(cache, [text[:position] for text in texts])
+    drafts = [drafter._draft(text[position], [], 9) for text in texts]
     logits_BNV = target.verify(cache, drafts, heads.needs).logits_BNV
-    width = len(heads.rows) // heads.num_heads
+    width = len(heads.extra_rows) // heads.num_heads
     for row in range(2):
         extra_logits_NV = logits_BNV[row, 1 : drafts[row].num_rows]
         mean_KV = extra_logits_NV.view(heads.num_heads, width, -1).mean(1)
@@ -187,7 +185,7 @@ def test_greedy_output_is_plain_decodings(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make, name: str) -> None:
-    """And the loss is the cross entropy against the target's laws, place by place."""
+    """The loss is the cross entropy against the target's probabilities, position by position."""
     model = tiny("llama")
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     for parameter in model.parameters():
@@ -199,15 +197,15 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make,
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in heads.parameters())
         for key, parameter in model.named_parameters():
             assert parameter.grad is None and torch.equal(parameter, before[key])
-        batch_R, place_R = torch.ones(2, 14 - 2).nonzero(as_tuple=True)
+        batch_R, position_R = torch.ones(2, 14 - 2).nonzero(as_tuple=True)
         with torch.no_grad():
-            states = list(heads.states(batch, batch_R, place_R))
+            states = list(heads.states(batch, batch_R, position_R))
         for k, state_RD in enumerate(states):
             losses = []
-            for at, (row, place) in enumerate(zip(batch_R, place_R, strict=True)):
-                if place + 2 + k < 14:
+            for at, (row, position) in enumerate(zip(batch_R, position_R, strict=True)):
+                if position + 2 + k < 14:
                     logits_LV = model(batch.tokens_BL[row][None]).logits[0]
-                    probs_V = logits_LV[place + 1 + k].softmax(-1)
+                    probs_V = logits_LV[position + 1 + k].softmax(-1)
                     logq_V = model.lm_head(state_RD[at]).log_softmax(-1)
                     losses.append(float(-(probs_V * logq_V).sum()))
             assert done.places[k] == len(losses)
@@ -217,18 +215,20 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make,
             parameter.requires_grad_(True)
 
 
-def test_places_are_chosen_anew_and_no_more_than_asked(tiny: Make) -> None:
+def test_positions_are_chosen_anew_and_no_more_than_asked(tiny: Make) -> None:
     heads = PPDHeads(PPDHeads.Config(anchors=3), tiny("llama"), None)
     batch_R = torch.tensor([0] * 9 + [2] * 2)
-    place_R = torch.arange(11)
-    chosen = [heads.choose(batch_R, place_R) for _ in range(4)]
-    for rows, places in chosen:
+    position_R = torch.arange(11)
+    chosen = [heads.choose(batch_R, position_R) for _ in range(4)]
+    for rows, positions in chosen:
         assert rows.tolist() == [0, 0, 0, 2, 2]
-        assert places[:3].tolist() == sorted(set(places[:3].tolist())) and places[3:].tolist() == [
+        assert positions[:3].tolist() == sorted(set(positions[:3].tolist())) and positions[
+            3:
+        ].tolist() == [
             9,
             10,
         ]
-    assert len({tuple(places.tolist()) for _, places in chosen}) > 1
+    assert len({tuple(positions.tolist()) for _, positions in chosen}) > 1
 
 
 def test_recurrent_targets_are_refused(tiny: Make) -> None:

@@ -1,4 +1,4 @@
-"""The next window is what the last pass predicted, with the laws that it predicted it by."""
+"""The next window holds what the last pass predicted, with the q it was drawn from."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from spectool.decode.tree import Draft
 
 Tiny = Callable[..., PreTrainedModel]
 Begin = Callable[..., None]
-# The token that a made-up model finds likeliest after a text.
+# Gives the token that a made-up model finds likeliest after a text.
 Next = Callable[[list[int]], int]
 
 
-def row_of(tokens: list[int], index: int = 0) -> Request:
+def request_of(tokens: list[int], index: int = 0) -> Request:
     return Request(
         index=index,
         tokens=list(tokens),
@@ -35,17 +35,19 @@ def row_of(tokens: list[int], index: int = 0) -> Request:
     )
 
 
-def step(drafter: JacobiDrafter, row: Request, following: Next, budget: int = 99) -> list[int]:
-    """One greedy round with a made-up model; the tokens that it brought."""
-    draft = drafter.propose([row], [budget])[0]
+def step(drafter: JacobiDrafter, request: Request, following: Next, budget: int = 99) -> list[int]:
+    """Run one greedy step with a made-up model; return the committed tokens."""
+    draft = drafter.propose([request], [budget])[0]
     assert draft.is_chain
-    texts = [row.tokens + draft.tokens[1 : node + 1] for node in range(len(draft))]
+    texts = [request.tokens + draft.tokens[1 : node + 1] for node in range(len(draft))]
     emit = [following(text) for text in texts]
     path, token = verify.walk(draft, emit, None)
     probs_NV = torch.eye(320)[emit]
     new = [*(draft.tokens[node] for node in path[1:]), token]
-    row.tokens += new
-    drafter.observe([Outcome(row=row, draft=draft, path=path, next_token=token, probs_NV=probs_NV)])
+    request.tokens += new
+    drafter.observe(
+        [Outcome(row=request, draft=draft, path=path, next_token=token, probs_NV=probs_NV)]
+    )
     return new
 
 
@@ -54,45 +56,47 @@ def step(drafter: JacobiDrafter, row: Request, following: Next, budget: int = 99
 def test_a_text_that_repeats_itself_is_accepted_at_once(
     begin: Begin, window: int, period: int
 ) -> None:
-    row = row_of([at % period + 9 for at in range(9)])
+    request = request_of([at % period + 9 for at in range(9)])
     drafter = JacobiDrafter(JacobiConfig(window=window))
-    begin(drafter, [row])
+    begin(drafter, [request])
     for _ in range(3):
-        new = step(drafter, row, lambda text: (text[-1] - 9 + 1) % period + 9)
+        new = step(drafter, request, lambda text: (text[-1] - 9 + 1) % period + 9)
         assert len(new) == window + 1
 
 
 def test_a_fixed_point_is_accepted_at_once(begin: Begin) -> None:
-    """Where tokens depend on their place alone, one pass predicts all of the next window."""
-    row = row_of([300, 301, 302])
+    """Where tokens depend on their position alone, one pass predicts the whole next window."""
+    request = request_of([300, 301, 302])
     drafter = JacobiDrafter(JacobiConfig(window=6))
-    begin(drafter, [row])
+    begin(drafter, [request])
 
     def following(text: list[int]) -> int:
         return 37 * len(text) % 289
 
-    assert len(step(drafter, row, following)) == 1
+    assert len(step(drafter, request, following)) == 1
     # The first new token of that pass is the root, the next five are the window.
-    drafted = drafter.propose([row], [99])[0].tokens[:6]
+    drafted = drafter.propose([request], [99])[0].tokens[:6]
     assert drafted == [37 * at % 289 for at in range(3, 9)]
-    assert len(step(drafter, row, following)) >= 6
+    assert len(step(drafter, request, following)) >= 6
 
 
 def test_each_round_fixes_a_token_at_least(begin: Begin) -> None:
-    """Where each token depends on the one before, the right ones advance and never go back."""
-    row = row_of([1])
+    """Where each token depends on the one before, correct tokens advance and never go back."""
+    request = request_of([1])
     drafter = JacobiDrafter(JacobiConfig(window=8))
-    begin(drafter, [row])
-    brought = [len(step(drafter, row, lambda text: (5 * text[-1] + 3) % 320)) for _ in range(20)]
+    begin(drafter, [request])
+    brought = [
+        len(step(drafter, request, lambda text: (5 * text[-1] + 3) % 320)) for _ in range(20)
+    ]
     expected = [1]
-    while len(expected) < len(row.tokens):
+    while len(expected) < len(request.tokens):
         expected.append((5 * expected[-1] + 3) % 320)
-    assert row.tokens == expected
+    assert request.tokens == expected
     assert min(brought) == 1
 
 
 class Recorded(JacobiDrafter):
-    """Keeps each row's drafts and, after a round, what the loop said of them."""
+    """Drafter that records each request's drafts and outcomes."""
 
     def __init__(self, config: JacobiConfig) -> None:
         super().__init__(config)
@@ -109,7 +113,7 @@ class Recorded(JacobiDrafter):
 def probs_of(
     model: PreTrainedModel, before: list[int], draft: Draft, control: SamplingParams
 ) -> Tensor:
-    """The laws after every node of a chain, [N, V], by the model alone."""
+    """Return the probabilities [N, V] after every node of a chain, by the model alone."""
     text = torch.tensor([before + draft.tokens[1:]])
     logits = model(text, use_cache=False).logits[:, len(before) - 1 :]
     return control.probs(logits)[0]
@@ -132,7 +136,7 @@ def test_a_greedy_window_is_the_likeliest_tokens_of_the_last_pass(
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}])
-def test_a_drawn_window_comes_with_the_laws_of_the_last_pass(
+def test_a_drawn_window_comes_with_the_probabilities_of_the_last_pass(
     tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], options: dict[str, Any]
 ) -> None:
     model, drafter = endless(tiny("llama")), Recorded(JacobiConfig(window=6))
@@ -150,7 +154,7 @@ def test_a_drawn_window_comes_with_the_laws_of_the_last_pass(
             assert after.probs_NV is None
             continue
         assert after.probs_NV is not None
-        # The laws that the tokens were drawn from, not ones like them.
+        # Exactly the q that the tokens were drawn from, not a recomputed one.
         assert torch.equal(after.probs_NV, given_NV)
         expected_NV = probs_of(model, before, draft, SamplingParams(**options))[
             len(outcome.path) :
@@ -165,17 +169,19 @@ def test_a_drawn_window_comes_with_the_laws_of_the_last_pass(
 def test_a_position_is_drawn_anew_in_every_round(
     tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]]
 ) -> None:
-    """By the place of the token, so that two windows of a flat law are not the same."""
-    drafter, row = JacobiDrafter(JacobiConfig(window=8)), row_of([5, 6])
-    row.control = SamplingParams(temperature=1.0)
-    row.draws = Draws(3, 0)
+    """Random numbers differ by position, so two windows of a uniform distribution differ."""
+    drafter, request = JacobiDrafter(JacobiConfig(window=8)), request_of([5, 6])
+    request.control = SamplingParams(temperature=1.0)
+    request.draws = Draws(3, 0)
     drafter.begin([], None)  # type: ignore[arg-type]
     windows = []
     for _ in range(2):
-        draft = Draft([row.tokens[-1], *range(8)], list(range(-1, 8)), ["deterministic"] * 9)
-        row.tokens.append(7)
+        draft = Draft([request.tokens[-1], *range(8)], list(range(-1, 8)), ["deterministic"] * 9)
+        request.tokens.append(7)
         probs_NV = torch.full((9, 320), 1 / 320)
-        drafter.observe([Outcome(row=row, draft=draft, path=[0], next_token=7, probs_NV=probs_NV)])
+        drafter.observe(
+            [Outcome(row=request, draft=draft, path=[0], next_token=7, probs_NV=probs_NV)]
+        )
         windows.append(drafter._windows[0].tokens)
     assert len(set(windows[0])) > 4
     assert windows[0] != windows[1]
@@ -184,26 +190,29 @@ def test_a_position_is_drawn_anew_in_every_round(
 @pytest.mark.parametrize("window", [1, 5, 16])
 @pytest.mark.parametrize("budget", [0, 1, 3, 30])
 def test_a_window_is_no_longer_than_its_budget(begin: Begin, window: int, budget: int) -> None:
-    drafter, row = JacobiDrafter(JacobiConfig(window=window)), row_of([4, 5, 6, 4, 5])
-    begin(drafter, [row])
+    drafter, request = JacobiDrafter(JacobiConfig(window=window)), request_of([4, 5, 6, 4, 5])
+    begin(drafter, [request])
     for _ in range(3):
-        # First a window of the whole size, of which the next budget takes a part.
-        step(drafter, row, lambda text: 37 * len(text) % 289)
-        assert len(drafter.propose([row], [budget])[0]) == 1 + min(window, budget)
+        # The first window has full size; the next budget allows only a part of it.
+        step(drafter, request, lambda text: 37 * len(text) % 289)
+        assert len(drafter.propose([request], [budget])[0]) == 1 + min(window, budget)
 
 
-def test_rows_have_their_own_window(begin: Begin) -> None:
-    drafter, rows = JacobiDrafter(JacobiConfig(window=2)), [row_of([1, 2], 4), row_of([3, 4], 7)]
-    begin(drafter, rows)
-    drafts = drafter.propose(rows, [2, 2])
+def test_requests_have_their_own_window(begin: Begin) -> None:
+    drafter, requests = (
+        JacobiDrafter(JacobiConfig(window=2)),
+        [request_of([1, 2], 4), request_of([3, 4], 7)],
+    )
+    begin(drafter, requests)
+    drafts = drafter.propose(requests, [2, 2])
     outcomes = []
-    for row, draft, token in zip(rows, drafts, (100, 200), strict=True):
+    for request, draft, token in zip(requests, drafts, (100, 200), strict=True):
         probs_NV = torch.eye(320)[token : token + 3]
-        row.tokens.append(token)
+        request.tokens.append(token)
         outcomes.append(
-            Outcome(row=row, draft=draft, path=[0], next_token=token, probs_NV=probs_NV)
+            Outcome(row=request, draft=draft, path=[0], next_token=token, probs_NV=probs_NV)
         )
     drafter.observe(outcomes)
-    assert drafter.propose(rows[1:], [2])[0].tokens == [200, 201, 202]
-    begin(drafter, rows)
-    assert drafter.propose(rows[:1], [2])[0].tokens[1:] != [101, 102]
+    assert drafter.propose(requests[1:], [2])[0].tokens == [200, 201, 202]
+    begin(drafter, requests)
+    assert drafter.propose(requests[:1], [2])[0].tokens[1:] != [101, 102]

@@ -32,7 +32,7 @@ SPECS = {
 }
 
 
-# What looks up, what guesses, what skips, a chain and a tree; the others with the slow tests.
+# One drafter of each kind: lookup, heads, skip, a chain, a tree; the others run as slow tests.
 ONE_OF_A_KIND = ["ngram", "jacobi", "skip", "chain", "rsd-s"]
 MOST_SLOW = [
     pytest.param(name, marks=[] if name in ONE_OF_A_KIND else pytest.mark.slow) for name in SPECS
@@ -54,12 +54,12 @@ def open_on(model: PreTrainedModel, name: str, draft: PreTrainedModel) -> Runner
 
 
 def prompts_of(size: int) -> list[list[int]]:
-    """Texts of unequal length that repeat themselves here and there."""
-    noise = random.Random(size)
+    """Make prompts of unequal length that partly repeat themselves."""
+    rng = random.Random(size)
     made = []
     for _ in range(size):
-        part = [noise.randrange(2, 40) for _ in range(noise.randint(3, 12))]
-        made.append([*part, noise.randrange(2, 320), *part])
+        part = [rng.randrange(2, 40) for _ in range(rng.randint(3, 12))]
+        made.append([*part, rng.randrange(2, 320), *part])
     return made
 
 
@@ -117,7 +117,7 @@ def test_penalties_leave_drafted_text_plain(tiny: Tiny, endless: Any, name: str)
 
 
 @pytest.mark.parametrize("name", MOST_SLOW)
-def test_a_rows_sampled_text_does_not_depend_on_its_mates(
+def test_a_requests_sampled_text_does_not_depend_on_its_batch(
     tiny: Tiny, endless: Any, name: str
 ) -> None:
     if "tuned" in name:

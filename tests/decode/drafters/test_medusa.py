@@ -39,7 +39,7 @@ def make_heads(model: Any, *, token_map: torch.Tensor | None = None, **options: 
 
 
 def guesses_of(heads: MedusaHeads, state_D: torch.Tensor) -> list[list[int]]:
-    """The best guesses of each head."""
+    """Return the best guesses of each head."""
     path_11A = torch.zeros(1, 1, 1, dtype=torch.long)
     return [
         heads.guess(heads.step(state_D[None], path_11A, k), k, TOP)[0, 0].tolist()
@@ -49,7 +49,7 @@ def guesses_of(heads: MedusaHeads, state_D: torch.Tensor) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 3}, {"shared_head": True}])
-def test_untrained_heads_say_what_the_target_says(
+def test_untrained_heads_predict_what_the_target_predicts(
     tiny: Callable[..., PreTrainedModel], family: str, options: dict[str, Any]
 ) -> None:
     model = tiny(family)
@@ -64,7 +64,7 @@ def test_untrained_heads_say_what_the_target_says(
 
 
 def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of three rows against one sum over heads and places."""
+    """Chunks of three positions against one sum over heads and positions."""
     monkeypatch.setattr(base, "_CHUNK_BYTES", 3 * 4 * 17)
     batch = make_batch()
     heads = make_heads(bare_model(bias=True), num_heads=3, num_layers=2)
@@ -75,10 +75,10 @@ def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.Monkey
     total = torch.zeros(())
     for k, head in enumerate(heads.heads):
         losses, right = [], 0
-        for row, place in itertools.product(range(3), range(23)):
-            ahead = place + 2 + k
+        for row, position in itertools.product(range(3), range(23)):
+            ahead = position + 2 + k
             if ahead < 23 and batch.loss_mask_BL[row, ahead]:
-                state_D = batch.features["final"][row, place]
+                state_D = batch.features["final"][row, position]
                 for block in head.blocks:  # type: ignore[union-attr]
                     z_D = block.weight @ state_D + block.bias
                     state_D = state_D + z_D * torch.sigmoid(z_D)
@@ -102,28 +102,28 @@ def test_ranks_are_those_of_sorted_guesses(size: int | None) -> None:
     heads = make_heads(bare_model(), token_map=token_map, num_heads=2)
     found = heads.ranks(batch).tolist()
     wanted = []
-    for row, place in itertools.product(range(3), range(23)):
-        # The target's own token, and those of both heads.
-        if place + 3 >= 23 or not batch.loss_mask_BL[row, place + 1 : place + 4].all():
+    for row, position in itertools.product(range(3), range(23)):
+        # x_{t+1}, which the target predicts, and the tokens of both heads.
+        if position + 3 >= 23 or not batch.loss_mask_BL[row, position + 1 : position + 4].all():
             continue
-        guesses = guesses_of(heads, batch.features["final"][row, place])
+        guesses = guesses_of(heads, batch.features["final"][row, position])
         ranks = []
         for k in range(2):
-            token = int(batch.tokens_BL[row, place + 2 + k])
+            token = int(batch.tokens_BL[row, position + 2 + k])
             ranks.append(guesses[k].index(token) if token in guesses[k] else None)
         wanted.append(ranks)
     assert len(found) == len(wanted) > 10
     for ours, theirs in zip(found, wanted, strict=True):
         for mine, want in zip(ours, theirs, strict=True):
             if want is None:
-                # Among the guesses that are not kept, or no guess at all.
+                # Worse than the guesses that are kept, or outside the vocabulary.
                 assert mine >= TOP
             else:
                 assert mine == want
 
 
 def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
-    """On a cycle, head k is always right about x_{t+2+k}; states only tell x_t."""
+    """On a cycle, head k is always right about x_{t+2+k}, from states that only reveal x_t."""
     period, num_heads = 11, 4
     tokens_BL = (torch.arange(60) * 3 % period)[None]
     batch = TrainingBatch(
@@ -164,7 +164,7 @@ def test_best_paths_are_the_best_tree_of_every_size() -> None:
     assert all(rank < 3 for path in paths for rank in path)
 
     def gain(chosen: tuple[tuple[int, ...], ...]) -> int:
-        """Tokens beyond the first, over all texts: how deep each can follow."""
+        """Count accepted draft tokens over all texts."""
         total = 0
         for ranks in ranks_RK.tolist():
             depth = 0
@@ -229,13 +229,13 @@ def test_heads_that_know_the_text_bring_a_whole_path_every_step(
     monkeypatch.setattr(drafter, "observe", observe)
     (result,) = runner.generate([prompt], max_new_tokens=41)
     assert result.token_ids == plain.token_ids
-    # The prompt's pass brings one token, every other pass the four heads' and one more.
+    # The prompt's pass brings one token, every other pass four drafted ones and one more.
     assert result.forwards == 1 + 40 / 5
 
 
 @pytest.fixture
 def stored(tmp_path: Path, checkpoint: Callable[..., Path]) -> Callable[..., Path]:
-    """A heads directory for the tiny Llama, as training would write it."""
+    """Write a heads directory for the tiny Llama, as training would."""
 
     def write(*, change: dict[str, Any] | None = None, **options: Any) -> Path:
         runner = Runner(checkpoint("llama"))
@@ -278,10 +278,10 @@ def test_stored_heads_draft_the_same(
     path = stored(**options)
     runner = Runner(checkpoint("llama"), draft=f"{path}:nodes=7,depth=3")
     token_map = torch.arange(0, 120, 3) if options.get("draft_vocab") else None
-    again = make_heads(runner.target.model, token_map=token_map, **options)
+    reloaded = make_heads(runner.target.model, token_map=token_map, **options)
     drafter: Any = runner.drafter
     for state_D in torch.randn(3, 32):
-        assert guesses_of(drafter._heads, state_D) == guesses_of(again, state_D)
+        assert guesses_of(drafter._heads, state_D) == guesses_of(reloaded, state_D)
     assert drafter.config == MedusaDrafter.Config(nodes=7, depth=3)
     (result,) = runner.generate([[5, 6, 7]], max_new_tokens=20)
     runner.use(None)
@@ -382,7 +382,7 @@ def test_weights_that_no_training_leaves_are_refused(
         Runner(checkpoint("llama"), draft=str(path))
 
 
-def test_ranks_among_no_numbers_are_no_figure() -> None:
+def test_ranks_among_nan_logits_are_refused() -> None:
     states_RD, weight_VD = torch.ones(2, 4), torch.full((5, 4), torch.nan)
     with pytest.raises(NotFinite, match="NaN or infinite on held-out text"):
         ranks_of(states_RD, weight_VD, None, torch.tensor([1, 2]))

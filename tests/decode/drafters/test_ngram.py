@@ -16,7 +16,7 @@ from spectool.errors import UsageError
 NONE: Any = None
 
 
-def row_of(tokens: list[int], index: int = 0) -> Request:
+def request_of(tokens: list[int], index: int = 0) -> Request:
     return Request(
         index=index,
         tokens=list(tokens),
@@ -28,9 +28,9 @@ def row_of(tokens: list[int], index: int = 0) -> Request:
 
 
 def draft_of(tokens: list[int], *, budget: int = 99, **options: int) -> Draft:
-    drafter, row = NgramDrafter(NgramConfig(**options)), row_of(tokens)
-    drafter.begin([PrefilledPrompt(row=row, logits_V=torch.zeros(1))], NONE)
-    return drafter.propose([row], [budget])[0]
+    drafter, request = NgramDrafter(NgramConfig(**options)), request_of(tokens)
+    drafter.begin([PrefilledPrompt(row=request, logits_V=torch.zeros(1))], NONE)
+    return drafter.propose([request], [budget])[0]
 
 
 def test_longest_match_first_then_most_recent() -> None:
@@ -76,15 +76,15 @@ def slow_search(tokens: list[int], lengths: range) -> list[tuple[int, int]]:
 
 
 def test_the_index_grows_to_what_a_search_finds() -> None:
-    noise = random.Random(0)
+    rng = random.Random(0)
     for _ in range(30):
-        tokens = [noise.randrange(3)]
+        tokens = [rng.randrange(3)]
         index = NgramIndex(1, 3)
         for _ in range(12):
             index.extend(tokens)
             expected = slow_search(tokens, range(3, 0, -1))
             assert list(index.matches(tokens)) == expected
-            near = noise.randrange(len(tokens))
+            near = rng.randrange(len(tokens))
             ahead = [
                 min([e for n, e in expected if n == m and e >= near], default=None)
                 for m in (3, 2, 1)
@@ -94,18 +94,23 @@ def test_the_index_grows_to_what_a_search_finds() -> None:
             for m, first in zip((3, 2, 1), ahead, strict=True):
                 if first is not None:
                     assert next(e for n, e in found if n == m) == first
-            tokens += [noise.randrange(3) for _ in range(noise.randint(1, 2))]
+            tokens += [rng.randrange(3) for _ in range(rng.randint(1, 2))]
 
 
-def test_rows_have_their_own_index() -> None:
-    drafter, rows = NgramDrafter(), [row_of([1, 2, 3, 1, 2], 4), row_of([1, 2, 9, 1, 2], 7)]
-    drafter.begin([PrefilledPrompt(row=row, logits_V=torch.zeros(1)) for row in rows], NONE)
-    assert [d.tokens[1] for d in drafter.propose(rows, [1, 1])] == [3, 9]
-    assert drafter.propose(rows[1:], [1])[0].tokens == [2, 9]
+def test_requests_have_their_own_index() -> None:
+    drafter, requests = (
+        NgramDrafter(),
+        [request_of([1, 2, 3, 1, 2], 4), request_of([1, 2, 9, 1, 2], 7)],
+    )
+    drafter.begin(
+        [PrefilledPrompt(row=request, logits_V=torch.zeros(1)) for request in requests], NONE
+    )
+    assert [d.tokens[1] for d in drafter.propose(requests, [1, 1])] == [3, 9]
+    assert drafter.propose(requests[1:], [1])[0].tokens == [2, 9]
 
 
-def outcome_of(row: Request, draft: Draft, new: list[int]) -> Any:
-    """The row goes on with these tokens; the draft's nodes that say so are accepted."""
+def outcome_of(request: Request, draft: Draft, new: list[int]) -> Any:
+    """Commit the part of `new` that the draft has as a path, and one token more."""
     path = [0]
     for token in new:
         children = [n for n in range(len(draft)) if draft.parents[n] == path[-1]]
@@ -113,21 +118,21 @@ def outcome_of(row: Request, draft: Draft, new: list[int]) -> Any:
         if not stands:
             break
         path += stands
-    row.tokens += [draft.tokens[n] for n in path[1:]] + new[len(path) - 1 : len(path)]
-    return type("Outcome", (), {"row": row, "draft": draft, "path": path})()
+    request.tokens += [draft.tokens[n] for n in path[1:]] + new[len(path) - 1 : len(path)]
+    return type("Outcome", (), {"row": request, "draft": draft, "path": path})()
 
 
 def steps(source: list[int], output: list[int], **options: int) -> list[int]:
-    """How many tokens each step brings when `output` follows `source`."""
-    drafter, row = NgramDrafter(NgramConfig(**options)), row_of([*source, output[0]])
-    drafter.begin([PrefilledPrompt(row=row, logits_V=torch.zeros(1))], NONE)
+    """Return how many tokens each step brings when `output` follows `source`."""
+    drafter, request = NgramDrafter(NgramConfig(**options)), request_of([*source, output[0]])
+    drafter.begin([PrefilledPrompt(row=request, logits_V=torch.zeros(1))], NONE)
     brought, left = [], output[1:]
     while left:
-        draft = drafter.propose([row], [len(left) - 1])[0]
-        before = len(row.tokens)
-        outcome = outcome_of(row, draft, left)
+        draft = drafter.propose([request], [len(left) - 1])[0]
+        before = len(request.tokens)
+        outcome = outcome_of(request, draft, left)
         drafter.observe([outcome])
-        brought.append(len(row.tokens) - before)
+        brought.append(len(request.tokens) - before)
         left = left[brought[-1] :]
     return brought
 
@@ -142,7 +147,7 @@ def test_a_copy_is_resumed_after_an_edit() -> None:
     source = list(range(100, 140))
     output = [*source[:12], 7, *source[13:20], 8, *source[21:30]]
     brought = steps(source, output)
-    # To the first edit, over it, to the second, over it.
+    # Steps end before the first edit, after it, before the second, and at the end.
     assert brought == [9, 3, 8, 9]
     assert sum(brought) == len(output) - 1
 

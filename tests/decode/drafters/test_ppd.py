@@ -1,4 +1,4 @@
-"""Prompt tokens: how many numbers, what they see, and that they learn."""
+"""PPD: number of parameters, what prompt tokens attend to, and that training works."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .test_inpass import batch_of
 
 
 def fall(heads: Heads, target: Target, *, rate: float) -> tuple[float, float]:
-    """The summed loss before and after some steps on one text."""
+    """Train on two texts; return the summed loss before and after."""
     generator = torch.Generator().manual_seed(2)
     tokens_BL = torch.randint(2, VOCAB, (2, 24), generator=generator)
     batch = batch_of(target, heads, tokens_BL)
@@ -43,7 +43,7 @@ def test_training_lowers_the_loss(tiny: Callable[..., Any], ensemble: int) -> No
 
 
 def test_parameters_are_the_embeddings_alone() -> None:
-    """K n D numbers: 12,288 an ensemble of one at width 4096."""
+    """K n D numbers: 12,288 for an ensemble of one at width 4096."""
     model = bare_model(4096, 5)
     for ensemble in (1, 4):
         heads = PPDHeads(PPDHeads.Config(ensemble=ensemble), model, None)
@@ -51,11 +51,11 @@ def test_parameters_are_the_embeddings_alone() -> None:
         assert sum(p.numel() for p in heads.parameters()) == 12288 * ensemble
 
 
-def test_embeddings_of_one_ensemble_see_only_their_like() -> None:
+def test_members_of_an_ensemble_attend_only_to_their_own_rows() -> None:
     heads = PPDHeads(PPDHeads.Config(num_heads=3, ensemble=2), bare_model(), None)
-    # Rows 1 to 6 below a node 0; the parents of each, its like of the prompt token before.
-    assert [parent for parent, _ in heads.rows] == [0, 0, 1, 2, 3, 4]
-    assert [slot for _, slot in heads.rows] == [0, 1, 2, 3, 4, 5]
+    # Rows 1 to 6 of node 0: the parent is the same ensemble member of the prompt token before.
+    assert [parent for parent, _ in heads.extra_rows] == [0, 0, 1, 2, 3, 4]
+    assert [slot for _, slot in heads.extra_rows] == [0, 1, 2, 3, 4, 5]
     drafter = PPDDrafter(heads, [((0,), 0.5), ((0, 0), 0.2)])
     draft = drafter._draft(9, [[4, 5], [6, 7]], 8)
     for row, (parent, slot) in enumerate(draft.beside, start=len(draft)):

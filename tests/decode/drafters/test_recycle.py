@@ -1,4 +1,4 @@
-"""The table is what the model said last; trees are the likeliest ranks of it."""
+"""The table holds the model's latest predictions; trees hold its likeliest ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode import draft_state
 from spectool.decode.drafters import recycle
-from spectool.decode.drafters.recycle import RANKS, RecycleConfig, RecycleDrafter, rank_tree
+from spectool.decode.drafters.recycle import RANKS, RecycleConfig, RecycleDrafter, make_rank_tree
 from spectool.decode.generate import Runner
 from spectool.decode.protocol import Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -29,7 +29,7 @@ Begin = Callable[..., None]
 PromptOf = Callable[..., list[int]]
 
 
-def row_of(tokens: list[int]) -> Request:
+def request_of(tokens: list[int]) -> Request:
     return Request(
         index=0,
         tokens=list(tokens),
@@ -44,10 +44,10 @@ def row_of(tokens: list[int]) -> Request:
 def test_a_text_of_one_token_costs_what_plain_decoding_costs(
     tiny: Tiny, prompt_of: PromptOf, family: str
 ) -> None:
-    """The output matrix reads the last token of a prompt only, until another token is wanted."""
+    """lm_head reads only a prompt's last token, unless a second token is to be generated."""
     model, read = tiny(family), []
-    head = model.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, x, out: read.append(out.shape[-2]))
+    lm_head = model.get_output_embeddings()
+    hook = lm_head.register_forward_hook(lambda module, x, out: read.append(out.shape[-2]))
     for draft in (None, "recycle", "trigram+recycle"):
         Runner(model, draft=draft).generate([prompt_of(20)], max_new_tokens=1)
     assert read == [1, 1, 1]
@@ -61,37 +61,37 @@ def known(drafter: RecycleDrafter, token: int) -> list[int]:
 
 
 def assert_likeliest(ids: list[int], logits_V: Tensor) -> None:
-    """The ids of the largest logits in order; two that are equal up to rounding may be swapped."""
+    """Check for the ids of the largest logits in order, up to swaps of rounding size."""
     assert len(set(ids)) == RANKS
     torch.testing.assert_close(logits_V[ids], logits_V.topk(RANKS).values, atol=1e-4, rtol=1e-5)
 
 
 @torch.inference_mode()
 def logits_of(model: PreTrainedModel, tokens: list[int]) -> Tensor:
-    """The logits after every token, [T, V], by the model alone."""
+    """Return the logits [T, V] after every token, by the model alone."""
     logits: Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0]
     return logits
 
 
-def taught(begin: Begin, lessons: dict[int, list[int]], **options: Any) -> RecycleDrafter:
-    """A drafter whose table holds these rows, the first of them of the root."""
-    drafter, row = RecycleDrafter(RecycleConfig(**options)), row_of([next(iter(lessons))])
-    begin(drafter, [row])
-    for token, ids in lessons.items():
+def filled(begin: Begin, entries: dict[int, list[int]], **options: Any) -> RecycleDrafter:
+    """Make a drafter whose table holds these entries; the first one's token is the root."""
+    drafter, request = RecycleDrafter(RecycleConfig(**options)), request_of([next(iter(entries))])
+    begin(drafter, [request])
+    for token, ids in entries.items():
         draft = Draft([token], [-1], ["deterministic"])
-        drafter.observe([Outcome(row=row, draft=draft, path=[0], next_token=0, top=[ids])])
+        drafter.observe([Outcome(row=request, draft=draft, path=[0], next_token=0, top=[ids])])
     return drafter
 
 
 def test_the_prompt_is_in_the_table(tiny: Tiny) -> None:
-    """Each token with what was likeliest after its last occurrence."""
+    """Each token has what was likeliest after its last occurrence."""
     model, prompt = tiny("llama"), [5, 9, 5, 7, 9, 31]
     target, drafter = Target(model), RecycleDrafter()
     done = target.prefill(target.cache(1), [prompt], drafter.needs)
     first = int(done.logits_BV[0].argmax())
-    row = row_of([*prompt, first])
+    request = request_of([*prompt, first])
     drafter.begin(
-        [PrefilledPrompt(row=row, logits_V=done.logits_BV[0], top=done.top[0])], target.cache(1)
+        [PrefilledPrompt(row=request, logits_V=done.logits_BV[0], top=done.top[0])], target.cache(1)
     )
     logits = logits_of(model, prompt)
     for token, last in {5: 2, 7: 3, 9: 4, 31: 5}.items():
@@ -101,7 +101,7 @@ def test_the_prompt_is_in_the_table(tiny: Tiny) -> None:
 
 
 class Checked(RecycleDrafter):
-    """After every round compares the table's rows of verified tokens with the model's logits."""
+    """Drafter that, after every step, compares the table with the model's logits."""
 
     def __init__(self, config: RecycleConfig, model: PreTrainedModel) -> None:
         super().__init__(config)
@@ -113,7 +113,7 @@ class Checked(RecycleDrafter):
         for outcome in outcomes:
             draft, path = outcome.draft, outcome.path
             before = outcome.row.tokens[: -len(path)]
-            # The deepest accepted node of each token, or its last rejected one.
+            # Each token's deepest accepted node, or else its last rejected one.
             last = {draft.tokens[node]: node for node in range(len(draft))}
             last |= {draft.tokens[node]: node for node in path}
             for token, node in last.items():
@@ -135,27 +135,27 @@ def test_the_table_holds_the_logits_of_every_verified_node(
 
 
 @pytest.mark.parametrize("path", [[0], [0, 1], [0, 1, 3]])
-def test_of_a_token_in_several_places_the_deepest_accepted_counts(
+def test_of_a_token_at_several_nodes_the_deepest_accepted_counts(
     begin: Begin, path: list[int]
 ) -> None:
-    """The root is accepted, too."""
-    drafter, row = RecycleDrafter(), row_of([7])
-    begin(drafter, [row])
+    """The root counts as accepted."""
+    drafter, request = RecycleDrafter(), request_of([7])
+    begin(drafter, [request])
     draft = Draft([7, 8, 9, 7, 8, 7], [-1, 0, 0, 1, 2, 3], ["deterministic"] * 6)
     top = [[10 * node + rank for rank in range(RANKS)] for node in range(6)]
-    drafter.observe([Outcome(row=row, draft=draft, path=path, next_token=1, top=top)])
+    drafter.observe([Outcome(row=request, draft=draft, path=path, next_token=1, top=top)])
     assert known(drafter, 7) == top[max(node for node in path if draft.tokens[node] == 7)]
     assert known(drafter, 8) == top[1 if 1 in path else 4]
     assert known(drafter, 9) == top[2]
 
 
 def test_what_was_never_seen_is_not_drafted(begin: Begin) -> None:
-    drafter, row = RecycleDrafter(), row_of([7])
-    begin(drafter, [row])
-    assert drafter.propose([row], [9])[0].tokens == [7]
-    # A tiny vocabulary has fewer likeliest tokens than ranks.
-    drafter = taught(begin, {7: [3, 0, 4], 3: [7, 5]}, depth=3, nodes=64)
-    draft = drafter.propose([row], [9])[0]
+    drafter, request = RecycleDrafter(), request_of([7])
+    begin(drafter, [request])
+    assert drafter.propose([request], [9])[0].tokens == [7]
+    # With a tiny vocabulary there are fewer ids than ranks.
+    drafter = filled(begin, {7: [3, 0, 4], 3: [7, 5]}, depth=3, nodes=64)
+    draft = drafter.propose([request], [9])[0]
     assert sorted(draft.tokens[node] for node in range(len(draft)) if draft.parents[node] == 0) == [
         0,
         3,
@@ -169,31 +169,31 @@ def test_what_was_never_seen_is_not_drafted(begin: Begin) -> None:
 
 
 def test_a_tree_is_filled_from_the_table(begin: Begin) -> None:
-    """Each node's token is its rank in the row of its parent's token."""
-    rows = {token: [(7 * token + rank + 1) % 60 for rank in range(RANKS)] for token in range(60)}
-    drafter = taught(begin, rows, nodes=40, depth=4)
-    draft = drafter.propose([row_of([0])], [9])[0]
+    """Each node's token stands at its rank in the table entry of its parent's token."""
+    table = {token: [(7 * token + rank + 1) % 60 for rank in range(RANKS)] for token in range(60)}
+    drafter = filled(begin, table, nodes=40, depth=4)
+    draft = drafter.propose([request_of([0])], [9])[0]
     assert draft.sources is not None
-    assert draft.sources[1:] == rank_tree(40, 4)
+    assert draft.sources[1:] == make_rank_tree(40, 4)
     for node in range(1, len(draft)):
         path: Any = draft.sources[node]
         assert draft.sources[draft.parents[node]] == path[:-1]
-        assert draft.tokens[node] == rows[draft.tokens[draft.parents[node]]][path[-1]]
+        assert draft.tokens[node] == table[draft.tokens[draft.parents[node]]][path[-1]]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 9])
 def test_no_deeper_than_the_budget(begin: Begin, limit: int) -> None:
-    rows = {token: [(token + rank + 1) % 20 for rank in range(RANKS)] for token in range(20)}
-    drafter = taught(begin, rows, depth=5)
-    assert max(drafter.propose([row_of([0])], [limit])[0].depths) == min(limit, 5)
+    table = {token: [(token + rank + 1) % 20 for rank in range(RANKS)] for token in range(20)}
+    drafter = filled(begin, table, depth=5)
+    assert max(drafter.propose([request_of([0])], [limit])[0].depths) == min(limit, 5)
 
 
 @pytest.mark.parametrize(("nodes", "depth"), [(1, 1), (7, 2), (33, 3), (80, 6), (300, 8)])
 def test_rank_trees_are_nested(nodes: int, depth: int) -> None:
-    """A smaller one is a beginning, so every beginning is a tree and has each rank's betters."""
-    whole = rank_tree(nodes, depth)
+    """A smaller tree is a prefix of a larger one; better ranks come first."""
+    whole = make_rank_tree(nodes, depth)
     assert len(whole) == len(set(whole)) == min(nodes, 8 if depth == 1 else nodes)
-    assert all(rank_tree(size, depth) == whole[:size] for size in range(1, len(whole) + 1, 6))
+    assert all(make_rank_tree(size, depth) == whole[:size] for size in range(1, len(whole) + 1, 6))
     for at, path in enumerate(whole):
         assert 1 <= len(path) <= depth
         assert len(path) == 1 or path[:-1] in whole[:at]
@@ -208,7 +208,7 @@ def test_a_rank_tree_has_the_likeliest_paths() -> None:
         for length in (1, 2, 3)
         for path in itertools.product(range(RANKS), repeat=length)
     ]
-    found = [math.prod(recycle._SHARES[rank] for rank in path) for path in rank_tree(100, 3)]
+    found = [math.prod(recycle._SHARES[rank] for rank in path) for path in make_rank_tree(100, 3)]
     assert found == pytest.approx(sorted(every, reverse=True)[:100])
 
 
@@ -226,10 +226,10 @@ def test_the_size_of_the_tree_never_changes_the_text(
     assert len(drafted) == 4
 
 
-def test_rows_that_share_the_table_keep_their_own_text(
+def test_requests_that_share_the_table_keep_their_own_text(
     tiny: Tiny, endless: Any, prompt_of: PromptOf
 ) -> None:
-    """The table of one text is drafted from in the other."""
+    """Entries learnt from one text are used in the others."""
     runner = Runner(endless(tiny("llama")))
     prompts = [prompt_of(14), prompt_of(9), prompt_of(14)[3:]]
     plain = runner.generate(prompts, max_new_tokens=40)
@@ -243,32 +243,32 @@ def test_rows_that_share_the_table_keep_their_own_text(
 def test_a_table_of_32000_tokens_takes_at_most_2_mb() -> None:
     drafter = RecycleDrafter()
     none: Any = None
-    drafter.begin([PrefilledPrompt(row=row_of([1]), logits_V=torch.zeros(32000))], none)
+    drafter.begin([PrefilledPrompt(row=request_of([1]), logits_V=torch.zeros(32000))], none)
     assert drafter.table.itemsize == 4
     assert drafter.table.itemsize * len(drafter.table) == 32000 * RANKS * 4 <= 2_000_000
 
 
 def test_a_kept_table_drafts_the_same(begin: Begin, tmp_path: Path) -> None:
-    place = tmp_path / "table"
-    rows = {
+    path = tmp_path / "table"
+    table = {
         token: [(3 * token + rank) % 320 for rank in range(RANKS)] for token in range(0, 320, 2)
     }
-    first = taught(begin, rows, state=str(place))
+    first = filled(begin, table, state=str(path))
     first.close()
-    again = RecycleDrafter(RecycleConfig(state=str(place)))
-    assert again.table == first.table
-    begin(again, [row_of([4])])
-    expected, found = (drafter.propose([row_of([4])], [9])[0] for drafter in (first, again))
+    reloaded = RecycleDrafter(RecycleConfig(state=str(path)))
+    assert reloaded.table == first.table
+    begin(reloaded, [request_of([4])])
+    expected, found = (drafter.propose([request_of([4])], [9])[0] for drafter in (first, reloaded))
     assert len(found) > 9
     assert (found.tokens, found.parents) == (expected.tokens, expected.parents)
 
 
 def test_a_kept_table_of_another_vocabulary_is_refused(begin: Begin, tmp_path: Path) -> None:
-    place = tmp_path / "table"
-    draft_state.save(place, "recycle", {"table": torch.zeros(99, RANKS, dtype=torch.int32)})
-    drafter = RecycleDrafter(RecycleConfig(state=str(place)))
+    path = tmp_path / "table"
+    draft_state.save(path, "recycle", {"table": torch.zeros(99, RANKS, dtype=torch.int32)})
+    drafter = RecycleDrafter(RecycleConfig(state=str(path)))
     with pytest.raises(CheckpointError, match="a table of 99 tokens; the model has 320"):
-        begin(drafter, [row_of([4])])
+        begin(drafter, [request_of([4])])
 
 
 @pytest.mark.parametrize(
@@ -276,17 +276,17 @@ def test_a_kept_table_of_another_vocabulary_is_refused(begin: Begin, tmp_path: P
     [torch.zeros(320, 7, dtype=torch.int32), torch.zeros(320, RANKS), torch.zeros(320 * RANKS)],
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, table: Tensor) -> None:
-    place = tmp_path / "table"
-    draft_state.save(place, "recycle", {"table": table})
-    with pytest.raises(CheckpointError, match="not a table of 8 ids a token"):
-        RecycleDrafter(RecycleConfig(state=str(place)))
-    place.write_bytes(b"something else altogether")
+    path = tmp_path / "table"
+    draft_state.save(path, "recycle", {"table": table})
+    with pytest.raises(CheckpointError, match="not a table of 8 ids per token"):
+        RecycleDrafter(RecycleConfig(state=str(path)))
+    path.write_bytes(b"something else altogether")
     with pytest.raises(CheckpointError, match=r"damaged or not safetensors"):
-        RecycleDrafter(RecycleConfig(state=str(place)))
+        RecycleDrafter(RecycleConfig(state=str(path)))
 
 
 def test_nothing_is_kept_unasked(begin: Begin, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    taught(begin, {7: [1, 2]}).close()
+    filled(begin, {7: [1, 2]}).close()
     RecycleDrafter(RecycleConfig(state="table")).close()
     assert list(tmp_path.iterdir()) == []

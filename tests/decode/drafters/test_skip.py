@@ -1,4 +1,4 @@
-"""The thinned model is the model without blocks, for as long as it drafts and no longer."""
+"""The thinned model lacks the skipped blocks while it drafts, and only then."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Begin = Callable[..., None]
 FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "mixtral"]
 
 
-def row_of(tokens: list[int], index: int = 0) -> Request:
+def request_of(tokens: list[int], index: int = 0) -> Request:
     return Request(
         index=index,
         tokens=list(tokens),
@@ -39,29 +39,29 @@ def row_of(tokens: list[int], index: int = 0) -> Request:
     )
 
 
-def noise_of(seed: int, size: int) -> list[int]:
-    noise = random.Random(seed)
-    return [noise.randrange(2, 320) for _ in range(size)]
+def random_tokens(seed: int, size: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(2, 320) for _ in range(size)]
 
 
-def attached(model: PreTrainedModel, **options: int) -> tuple[SkipDrafter, Target]:
+def attach(model: PreTrainedModel, **options: int) -> tuple[SkipDrafter, Target]:
     drafter, target = SkipDrafter(SkipConfig(**options)), Target(model)
     drafter.attach(target)
     return drafter, target
 
 
-def begun(
+def begin_batch(
     model: PreTrainedModel, begin: Begin, texts: list[list[int]], **options: int
 ) -> tuple[SkipDrafter, list[Request], TreeCache]:
-    """A drafter of a batch whose cache holds all of these texts but their last tokens."""
-    drafter, target = attached(model, **options)
-    rows, cache = (
-        [row_of(text, index) for index, text in enumerate(texts)],
+    """Begin a batch whose cache holds all tokens of these texts but the last."""
+    drafter, target = attach(model, **options)
+    requests, cache = (
+        [request_of(text, index) for index, text in enumerate(texts)],
         target.cache(len(texts)),
     )
     target.prefill(cache, [text[:-1] for text in texts])
-    begin(drafter, rows, cache)
-    return drafter, rows, cache
+    begin(drafter, requests, cache)
+    return drafter, requests, cache
 
 
 @torch.inference_mode()
@@ -72,7 +72,7 @@ def logits_of(model: PreTrainedModel, tokens: list[int]) -> Tensor:
 
 @contextmanager
 def without_layers(layers: list[nn.Module]) -> Iterator[None]:
-    """These layers give what they were given."""
+    """Let these layers return their inputs."""
 
     def hook(module: nn.Module, given: Any, named: Any, output: Any) -> Any:
         hidden = given[0] if given else named["hidden_states"]
@@ -86,11 +86,11 @@ def without_layers(layers: list[nn.Module]) -> Iterator[None]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_has_two_blocks_and_is_nothing_without_them(tiny: Tiny, family: str) -> None:
-    """The first and the last layer have none to skip."""
+    """The first and the last layer are never skipped."""
     model = tiny(f"{family}-deep")
-    drafter, target = attached(model)
+    drafter, target = attach(model)
     assert len(drafter._blocks) == 2 * (5 - 2)
-    tokens = noise_of(0, 12)
+    tokens = random_tokens(0, 12)
     for layer in (1, 2, 3):
         with drafter._thinned(frozenset([2 * layer - 2, 2 * layer - 1])):
             found = logits_of(model, tokens)
@@ -103,7 +103,7 @@ def test_a_layer_has_two_blocks_and_is_nothing_without_them(tiny: Tiny, family: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_block_is_skipped_by_itself(tiny: Tiny, family: str) -> None:
     model = tiny(f"{family}-deep")
-    drafter, _ = attached(model)
+    drafter, _ = attach(model)
     found = []
     for at in range(len(drafter._blocks)):
         with drafter._thinned(frozenset([at])):
@@ -125,7 +125,7 @@ def test_what_blocks_return_besides_is_none(name: str, options: dict[str, Any]) 
     counts = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = getattr(transformers, f"{name}Config")(**sizes, **counts, **options)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    drafter, target = attached(model)
+    drafter, target = attach(model)
     with drafter._thinned(frozenset([0, 1])):
         found = [logits_of(model, [5, 6, 7]) for _ in range(2)]
     with without_layers([target.layers()[1]]):
@@ -135,7 +135,7 @@ def test_what_blocks_return_besides_is_none(name: str, options: dict[str, Any]) 
 
 
 def test_large_matrices_are_skipped_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target's passes have a kernel of their own for these, and OPT's MLP is two of them."""
+    """The target's passes replace forwards of linear layers too, and OPT's MLP is two of them."""
     monkeypatch.setattr(skinny, "compiled", lambda: True)
     monkeypatch.setattr(skinny, "linear", nn.functional.linear)
     config = transformers.OPTConfig(
@@ -149,9 +149,9 @@ def test_large_matrices_are_skipped_too(monkeypatch: pytest.MonkeyPatch) -> None
         init_std=0.2,
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    drafter, target = attached(model)
+    drafter, target = attach(model)
     skipped = frozenset(at for at in range(len(drafter._blocks)) if at % 2 == 1)
-    tokens = noise_of(0, 12)
+    tokens = random_tokens(0, 12)
     with drafter._thinned(skipped):
         expected = logits_of(model, tokens)[-1]
         found = target.prefill(target.cache(1), [tokens]).logits_BV[0]
@@ -159,7 +159,7 @@ def test_large_matrices_are_skipped_too(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_at_first_every_second_layer_is_skipped(tiny: Tiny) -> None:
-    assert attached(tiny("llama-deep"))[0].skipped == {0, 1, 4, 5}
+    assert attach(tiny("llama-deep"))[0].skipped == {0, 1, 4, 5}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -171,7 +171,7 @@ def test_with_nothing_skipped_all_drafts_are_accepted(
     batch_size: int,
 ) -> None:
     monkeypatch.setattr(skip, "_SURE", 0.0)
-    # The chain fills the tree, so no siblings fit; 1 + 4 * 7 tokens end with a full one.
+    # The chain fills the tree, so there are no siblings; 1 + 4 * 7 tokens take four full drafts.
     drafter = SkipDrafter(SkipConfig(nodes=6, depth=6, search=0))
     runner = Runner(endless(tiny("llama-deep")), draft=drafter)
     drafter.skipped = frozenset()
@@ -184,12 +184,12 @@ def test_with_nothing_skipped_all_drafts_are_accepted(
 def test_the_chain_is_what_the_thinned_model_finds_likeliest(
     tiny: Tiny, begin: Begin, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """After the target's own keys and values of the text, for rows of unequal length and budget."""
+    """Against the thinned model after the target's cache, for unequal lengths and budgets."""
     monkeypatch.setattr(skip, "_SURE", 0.0)
     model = tiny(f"{family}-deep")
-    texts = [noise_of(1, 21), noise_of(2, 6)]
-    drafter, rows, _ = begun(model, begin, texts, nodes=64, depth=5)
-    drafts = drafter.propose(rows, [9, 3])
+    texts = [random_tokens(1, 21), random_tokens(2, 6)]
+    drafter, requests, _ = begin_batch(model, begin, texts, nodes=64, depth=5)
+    drafts = drafter.propose(requests, [9, 3])
     for text, draft, depth in zip(texts, drafts, (5, 3), strict=True):
         assert max(draft.depths) == depth
         assert draft.tokens[0] == text[-1]
@@ -199,11 +199,11 @@ def test_the_chain_is_what_the_thinned_model_finds_likeliest(
             children = [n for n in range(len(draft)) if draft.parents[n] == node]
             if at < depth:
                 assert children[0] == spine[at + 1]
-                # The largest logits in order; two that are equal up to rounding may be swapped.
+                # The largest logits in order, up to swaps of rounding size.
                 found = logits_V[[draft.tokens[n] for n in children]]
                 best = logits_V.topk(len(children)).values
                 torch.testing.assert_close(found, best, atol=1e-4, rtol=1e-5)
-                # By how sure the chain is of its token: theirs of 3, 5, 8 or 10, itself included.
+                # By the probability of the chain's token: 3, 5, 8 or 10, the token itself included.
                 share = float(logits_V.softmax(-1).max())
                 wanted = 3 if share >= 0.95 else 5 if share >= 0.8 else 8 if share >= 0.5 else 10
                 assert len(children) == wanted
@@ -215,7 +215,7 @@ def test_the_chain_is_what_the_thinned_model_finds_likeliest(
 def thinned_logits(
     model: PreTrainedModel, drafter: SkipDrafter, text: list[int], tokens: list[int]
 ) -> Tensor:
-    """Logits after `tokens`, read by the thinned model after a text that the whole one read."""
+    """Return the thinned model's logits after `tokens`; the whole model read the text before."""
     past: Any = {Target(model).cache_name: DynamicCache(config=model.config)}
     model(torch.tensor([text]), use_cache=True, **past)
     with drafter._thinned(drafter.skipped):
@@ -226,38 +226,40 @@ def thinned_logits(
 def test_a_chain_ends_after_a_token_it_is_not_sure_of(
     tiny: Tiny, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drafter, rows, _ = begun(tiny("llama-deep"), begin, [noise_of(1, 9)] * 3, depth=6)
+    drafter, requests, _ = begin_batch(
+        tiny("llama-deep"), begin, [random_tokens(1, 9)] * 3, depth=6
+    )
     shares = iter([[0.9, 0.7, 0.9], [0.9, 0.9, 0.81], [0.1, 0.9, 0.9], *[[0.9] * 3] * 3])
-    own = skip._likeliest
+    take_likeliest = skip._take_likeliest
 
     def top_ids(logits_BV: Tensor) -> tuple[list[list[int]], list[float]]:
-        return own(logits_BV)[0], next(shares)
+        return take_likeliest(logits_BV)[0], next(shares)
 
-    monkeypatch.setattr(skip, "_likeliest", top_ids)
-    assert [max(draft.depths) for draft in drafter.propose(rows, [9, 9, 9])] == [3, 1, 6]
+    monkeypatch.setattr(skip, "_take_likeliest", top_ids)
+    assert [max(draft.depths) for draft in drafter.propose(requests, [9, 9, 9])] == [3, 1, 6]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_targets_cache_is_left_alone(tiny: Tiny, begin: Begin, family: str) -> None:
     """Drafting and scoring write into the tail only."""
-    texts = [noise_of(1, 60), noise_of(2, 45)]
-    drafter, rows, cache = begun(tiny(f"{family}-deep"), begin, texts)
+    texts = [random_tokens(1, 60), random_tokens(2, 45)]
+    drafter, requests, cache = begin_batch(tiny(f"{family}-deep"), begin, texts)
     # As if all but a few tokens had been generated.
-    for row in rows:
-        row.num_prompt = 5
+    for request in requests:
+        request.num_prompt = 5
 
     def committed() -> list[Tensor]:
         return [
-            kept[row, :, :length].clone()
+            kept[b, :, :length].clone()
             for layer in cache._trees
             for kept in (layer.keys, layer.values)
-            for row, length in enumerate(cache.lengths)
+            for b, length in enumerate(cache.lengths)
             if kept is not None
         ]
 
     before, held = committed(), [list(tokens) for tokens in cache.tokens]
     for _ in range(3):
-        drafter.propose(rows, [9, 2])
+        drafter.propose(requests, [9, 2])
     assert drafter.tried == 2
     assert cache.tokens == held
     assert len(before) == 2 * 2 * 5
@@ -270,9 +272,9 @@ def own_forwards(model: PreTrainedModel) -> list[str]:
 
 def test_the_model_is_whole_again_also_after_an_error(tiny: Tiny, begin: Begin) -> None:
     model = tiny("opt-deep")
-    text = noise_of(3, 12)
+    text = random_tokens(3, 12)
     plain = logits_of(model, text)
-    drafter, rows, _ = begun(model, begin, [text])
+    drafter, requests, _ = begin_batch(model, begin, [text])
     thinned = []
 
     def fail(module: nn.Module, given: Any) -> None:
@@ -282,14 +284,14 @@ def test_the_model_is_whole_again_also_after_an_error(tiny: Tiny, begin: Begin) 
     handle = model.get_output_embeddings().register_forward_pre_hook(fail)
     try:
         with pytest.raises(RuntimeError, match="out of memory"):
-            drafter.propose(rows, [9])
+            drafter.propose(requests, [9])
     finally:
         handle.remove()
     # Attention, fc1 and fc2 of the second and the fourth layer.
     assert len(thinned) == 6
     assert own_forwards(model) == []
     assert torch.equal(logits_of(model, text), plain)
-    drafter.propose(rows, [9])
+    drafter.propose(requests, [9])
     assert own_forwards(model) == []
 
 
@@ -297,46 +299,46 @@ def test_the_model_is_whole_again_also_after_an_error(tiny: Tiny, begin: Begin) 
 def test_a_set_is_scored_by_the_tokens_that_it_predicts(
     tiny: Tiny, begin: Begin, skipped: frozenset[int]
 ) -> None:
-    """The last 32 of the first row, against a pass by transformers alone."""
+    """The last 32 tokens of the first request, against a pass by transformers alone."""
     model = tiny("llama-deep")
-    half = noise_of(4, 11)
+    half = random_tokens(4, 11)
     with torch.inference_mode():
         text = model.generate(
             torch.tensor([half]), max_new_tokens=50, do_sample=False, eos_token_id=None
         )[0].tolist()
-    drafter, rows, _ = begun(model, begin, [text, noise_of(5, 40)])
+    drafter, requests, _ = begin_batch(model, begin, [text, random_tokens(5, 40)])
     drafter.skipped = skipped
     logits = thinned_logits(model, drafter, text[:-33], text[-33:-1])
     right = (logits.argmax(-1) == torch.tensor(text[-32:])).sum()
-    assert drafter._score(rows, skipped) == float(right / 32)
+    assert drafter._score(requests, skipped) == float(right / 32)
     if not skipped:
         assert right == 32
 
 
 def test_the_search_keeps_the_best_set(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter, _ = attached(tiny("llama-deep"), search=5)
-    first, row = drafter.skipped, row_of([5])
+    drafter, _ = attach(tiny("llama-deep"), search=5)
+    first, request = drafter.skipped, request_of([5])
     scores = iter([0.5, 0.4, 0.7, 0.7, 0.6, 0.9, 1.0])
     asked: list[frozenset[int]] = []
 
-    def score(rows: list[Request], skipped: frozenset[int]) -> float:
+    def score(requests: list[Request], skipped: frozenset[int]) -> float:
         asked.append(skipped)
         return next(scores)
 
     monkeypatch.setattr(drafter, "_score", score)
-    row.tokens += range(32)
-    drafter._search([row])
+    request.tokens += range(32)
+    drafter._search([request])
     assert asked == []
-    row.tokens.append(7)
+    request.tokens.append(7)
     kept = []
     for _ in range(9):
-        drafter._search([row])
+        drafter._search([request])
         kept.append(drafter.skipped)
-    # The incumbent is scored first; no more than `search` others are.
+    # The best set so far is scored first, then at most `search` others.
     assert asked[0] == first
     assert len(asked) == 6
     assert all(len(candidate) == int(6 * 0.45) for candidate in asked[1:])
-    # Those of the scores .5, .5, .7, .7, .7 and .9.
+    # The best scores after each step: .5, .5, .7, .7, .7 and .9.
     assert kept == [first, first, asked[2], asked[2], asked[2], *[asked[5]] * 4]
     assert drafter.score == 0.9
 
@@ -344,15 +346,15 @@ def test_the_search_keeps_the_best_set(tiny: Tiny, monkeypatch: pytest.MonkeyPat
 def test_the_search_ends_with_a_set_that_is_good_enough(
     tiny: Tiny, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The incumbent is scored anew on each text."""
-    drafter, _ = attached(tiny("llama-deep"))
-    row, calls = row_of([5]), []
-    row.tokens += range(40)
-    monkeypatch.setattr(drafter, "_score", lambda rows, skipped: calls.append(skipped) or 0.96)
+    """The best set so far is scored again on each text."""
+    drafter, _ = attach(tiny("llama-deep"))
+    request, calls = request_of([5]), []
+    request.tokens += range(40)
+    monkeypatch.setattr(drafter, "_score", lambda requests, skipped: calls.append(skipped) or 0.96)
     for _ in range(2):
-        begin(drafter, [row])
+        begin(drafter, [request])
         for _ in range(4):
-            drafter._search([row])
+            drafter._search([request])
     assert calls == [drafter.skipped] * 2
     assert drafter.tried == 0
 
@@ -367,7 +369,7 @@ def test_a_model_of_two_layers_decodes_plainly_and_says_so(tiny: Tiny, endless: 
     assert runner.target.notes == ["skip: a model of 2 layers has none to skip; decoding plainly"]
 
 
-def test_it_is_said_once(tiny: Tiny) -> None:
+def test_the_note_is_given_once(tiny: Tiny) -> None:
     """Also where the drafter is changed and chosen again, as in a chat."""
     runner = Runner(tiny("llama"))
     for draft in ("skip", "ngram", "skip"):

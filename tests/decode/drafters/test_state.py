@@ -21,27 +21,27 @@ def test_no_file_is_an_empty_state(tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path: Path) -> None:
-    place = tmp_path / "state"
-    draft_state.save(place, "recycle", TENSORS)
-    loaded = draft_state.load(place, "recycle")
+    path = tmp_path / "state"
+    draft_state.save(path, "recycle", TENSORS)
+    loaded = draft_state.load(path, "recycle")
     assert loaded.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
-    before = place.read_bytes()
-    draft_state.save(place, "recycle", loaded)
-    assert place.read_bytes() == before
+    before = path.read_bytes()
+    draft_state.save(path, "recycle", loaded)
+    assert path.read_bytes() == before
 
 
 def test_a_state_of_another_drafter_is_refused(tmp_path: Path) -> None:
-    place = tmp_path / "state"
-    draft_state.save(place, "trigram", TENSORS)
+    path = tmp_path / "state"
+    draft_state.save(path, "trigram", TENSORS)
     with pytest.raises(CheckpointError, match="the state of trigram, not of recycle"):
-        draft_state.load(place, "recycle")
+        draft_state.load(path, "recycle")
 
 
 @pytest.mark.parametrize(
-    "said",
+    "metadata",
     [
         {},
         {"format": "spectool-packed", "version": 1, "drafter": "recycle"},
@@ -53,11 +53,11 @@ def test_a_state_of_another_drafter_is_refused(tmp_path: Path) -> None:
         {"format": draft_state.FORMAT, "drafter": "recycle"},
     ],
 )
-def test_another_format_is_refused(tmp_path: Path, said: dict[str, Any]) -> None:
-    place = tmp_path / "state"
-    write_safetensors(place, TENSORS, said)
+def test_another_format_is_refused(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    path = tmp_path / "state"
+    write_safetensors(path, TENSORS, metadata)
     with pytest.raises(CheckpointError, match="no state of a drafter in version 1"):
-        draft_state.load(place, "recycle")
+        draft_state.load(path, "recycle")
 
 
 def with_header(header: dict[str, Any]) -> bytes:
@@ -78,28 +78,28 @@ def with_header(header: dict[str, Any]) -> bytes:
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
-    place = tmp_path / "state"
-    place.write_bytes(data)
-    with pytest.raises(CheckpointError, match=str(place)):
-        draft_state.load(place, "recycle")
+    path = tmp_path / "state"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=str(path)):
+        draft_state.load(path, "recycle")
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         draft_state.load(tmp_path, "recycle")
 
 
-def test_a_newer_state_takes_the_place_of_an_older(tmp_path: Path) -> None:
-    place = tmp_path / "state"
-    draft_state.save(place, "recycle", TENSORS)
-    draft_state.save(place, "recycle", {"other": torch.ones(1)})
-    assert draft_state.load(place, "recycle").keys() == {"other"}
-    assert list(tmp_path.iterdir()) == [place]
+def test_a_newer_state_replaces_an_older(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    draft_state.save(path, "recycle", TENSORS)
+    draft_state.save(path, "recycle", {"other": torch.ones(1)})
+    assert draft_state.load(path, "recycle").keys() == {"other"}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_disk_that_fills_up_leaves_the_older_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "state"
-    draft_state.save(place, "recycle", TENSORS)
-    before = place.read_bytes()
+    path = tmp_path / "state"
+    draft_state.save(path, "recycle", TENSORS)
+    before = path.read_bytes()
 
     def half_written(path: Path, *given: Any) -> None:
         path.write_bytes(before[:20])
@@ -107,11 +107,11 @@ def test_a_disk_that_fills_up_leaves_the_older_state(
 
     monkeypatch.setattr(draft_state, "write_safetensors", half_written)
     with pytest.raises(SpectoolError, match="the disk is full"):
-        draft_state.save(place, "recycle", {"other": torch.ones(1)})
-    assert place.read_bytes() == before
+        draft_state.save(path, "recycle", {"other": torch.ones(1)})
+    assert path.read_bytes() == before
 
 
-def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written: Not a directory$"):
         draft_state.save(tmp_path / "file" / "state", "recycle", TENSORS)

@@ -1,4 +1,4 @@
-"""Scores and trees against their definitions, written slowly."""
+"""Scores and trees against slow implementations of their definitions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Scores = dict[tuple[int, int], dict[int, float]]
 Flat = dict[tuple[int, int, int], float]
 
 
-def row_of(tokens: list[int], index: int = 0) -> Request:
+def request_of(tokens: list[int], index: int = 0) -> Request:
     return Request(
         index=index,
         tokens=list(tokens),
@@ -36,13 +36,13 @@ def row_of(tokens: list[int], index: int = 0) -> Request:
     )
 
 
-def noise_of(seed: int, size: int, vocab: int) -> list[int]:
-    noise = random.Random(seed)
-    return [noise.randrange(vocab) for _ in range(size)]
+def random_tokens(seed: int, size: int, vocab: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(vocab) for _ in range(size)]
 
 
 def slow_scores(tokens: list[int]) -> Scores:
-    """0.25 for each occurrence, up to 3; beyond 12 successors the lowest that is not new goes."""
+    """Count 0.25 per occurrence, up to 3; beyond 12 successors drop the lowest old one."""
     scores: Scores = {}
     for at in range(len(tokens) - 2):
         one, two, three = tokens[at : at + 3]
@@ -56,7 +56,7 @@ def slow_scores(tokens: list[int]) -> Scores:
 
 
 def slow_paths(scores: Scores, tokens: list[int], depth: int) -> dict[tuple[int, ...], float]:
-    """All continuations of up to `depth` tokens, each with the product of its shares."""
+    """Return all continuations of up to `depth` tokens, each with the product of its shares."""
     paths: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(depth):
         for path, share in list(paths.items()):
@@ -84,10 +84,10 @@ def paths_of(draft: Draft) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize(("size", "vocab"), [(42, 3), (123, 5), (431, 18), (900, 30)])
 def test_scores_are_their_definition(size: int, vocab: int) -> None:
-    """Learnt in stretches that overlap by two tokens, as rounds bring them."""
-    tokens, table = noise_of(size, size, vocab), TrigramTable()
-    # Of one pair more successors than are kept.
-    tokens += [token for three in noise_of(1, 90, 20) for token in (1, 2, three)]
+    """Learnt in pieces that overlap by two tokens, as steps bring them."""
+    tokens, table = random_tokens(size, size, vocab), TrigramTable()
+    # One pair gets more successors than are kept.
+    tokens += [token for three in random_tokens(1, 90, 20) for token in (1, 2, three)]
     table.learn(tokens[:10])
     for start in range(10, len(tokens), 7):
         table.learn(tokens[start - 2 : start + 7])
@@ -107,7 +107,7 @@ def test_a_pair_keeps_12_successors_and_lets_new_ones_in() -> None:
     for three in (*range(10, 22), *range(11, 22), 10):
         table.learn([1, 2, three])
     assert {token for _, token in table.after(1, 2)} == set(range(10, 22))
-    # Weaker than all, yet it is one of the others that goes.
+    # It has the lowest score, yet another one is dropped.
     table.learn([1, 2, 99])
     assert {token for _, token in table.after(1, 2)} == {*range(11, 22), 99}
     table.learn([1, 2, 98])
@@ -122,101 +122,103 @@ def test_a_score_ends_at_3() -> None:
 
 @pytest.mark.parametrize("nodes", [1, 6, 25, 1000])
 def test_the_tree_is_the_best_of_its_size(begin: Begin, nodes: int) -> None:
-    """Against all paths of up to three tokens; equally likely ones are as good as each other."""
+    """Against all paths of up to three tokens; equally likely ones are interchangeable."""
     for seed in range(8):
-        tokens = noise_of(seed, 90, 4)
-        drafter, row = TrigramDrafter(TrigramConfig(nodes=nodes, depth=3)), row_of(tokens)
-        begin(drafter, [row])
-        draft = drafter.propose([row], [9])[0]
+        tokens = random_tokens(seed, 90, 4)
+        drafter, request = TrigramDrafter(TrigramConfig(nodes=nodes, depth=3)), request_of(tokens)
+        begin(drafter, [request])
+        draft = drafter.propose([request], [9])[0]
         every = slow_paths(slow_scores(tokens), tokens, 3)
         found = paths_of(draft)
         assert len(found) == len(set(found)) == min(nodes, len(every))
         shares = [every[path] for path in found]
         assert shares == pytest.approx(sorted(every.values(), reverse=True)[:nodes])
         assert draft.sources is not None
-        # In eighths; a share on the border of two may be rounded into either.
+        # In eighths; a share between two of them may be rounded either way.
         for source, share in zip(draft.sources[1:], shares, strict=True):
             assert source in (int(8 * share - 1e-6), int(8 * share + 1e-6))
 
 
 def test_a_smaller_tree_is_a_beginning_of_a_larger(begin: Begin) -> None:
-    row = row_of(noise_of(3, 120, 6))
+    request = request_of(random_tokens(3, 120, 6))
     drafts = []
     for nodes in (4, 11, 50):
         drafter = TrigramDrafter(TrigramConfig(nodes=nodes))
-        begin(drafter, [row])
-        drafts.append(drafter.propose([row], [9])[0])
+        begin(drafter, [request])
+        drafts.append(drafter.propose([request], [9])[0])
     for small, large in itertools.pairwise(drafts):
         assert large.tokens[: len(small)] == small.tokens
         assert large.parents[: len(small)] == small.parents
 
 
 def test_equal_inputs_equal_trees(begin: Begin) -> None:
-    tokens = noise_of(5, 200, 7)
+    tokens = random_tokens(5, 200, 7)
     drafts = []
     for _ in range(2):
-        drafter, row = TrigramDrafter(), row_of(tokens)
-        begin(drafter, [row])
-        drafts += [drafter.propose([row], [9])[0] for _ in range(2)]
+        drafter, request = TrigramDrafter(), request_of(tokens)
+        begin(drafter, [request])
+        drafts += [drafter.propose([request], [9])[0] for _ in range(2)]
     assert all(draft == drafts[0] for draft in drafts)
     assert len(drafts[0]) == 33
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 20])
 def test_no_deeper_than_the_budget(begin: Begin, limit: int) -> None:
-    drafter, row = TrigramDrafter(TrigramConfig(depth=5)), row_of([4, 5, 6] * 4)
-    begin(drafter, [row])
-    assert max(drafter.propose([row], [limit])[0].depths) == min(limit, 5)
+    drafter, request = TrigramDrafter(TrigramConfig(depth=5)), request_of([4, 5, 6] * 4)
+    begin(drafter, [request])
+    assert max(drafter.propose([request], [limit])[0].depths) == min(limit, 5)
 
 
 @pytest.mark.parametrize("tokens", [[1], [1, 1], [1, 2, 3, 4]])
 def test_nothing_known_is_an_empty_draft(begin: Begin, tokens: list[int]) -> None:
-    drafter, row = TrigramDrafter(), row_of(tokens)
-    begin(drafter, [row])
-    assert drafter.propose([row], [9])[0].tokens == tokens[-1:]
+    drafter, request = TrigramDrafter(), request_of(tokens)
+    begin(drafter, [request])
+    assert drafter.propose([request], [9])[0].tokens == tokens[-1:]
 
 
 def test_every_committed_trigram_counts_once(
     tiny: Callable[..., PreTrainedModel], endless: Any, prompt_of: Callable[..., list[int]]
 ) -> None:
-    """However many tokens a round brings, the prompt's and those across rounds included."""
+    """Whatever a step brings; trigrams of the prompt and across steps included."""
     drafter, prompt = TrigramDrafter(), prompt_of(17)
     result = Runner(endless(tiny("llama")), draft=drafter).generate([prompt], max_new_tokens=60)[0]
     assert result.accepted > 0
     assert held(drafter.table) == pytest.approx(flat(slow_scores(prompt + result.token_ids)))
 
 
-def kept(begin: Begin, row: Request, place: Path) -> tuple[TrigramDrafter, TrigramDrafter]:
-    """A drafter that has learnt a text, and one that begins with what it kept."""
-    first = TrigramDrafter(TrigramConfig(state=str(place)))
-    begin(first, [row])
+def kept(begin: Begin, request: Request, path: Path) -> tuple[TrigramDrafter, TrigramDrafter]:
+    """Return a drafter that has learnt a text, and one that loaded its state."""
+    first = TrigramDrafter(TrigramConfig(state=str(path)))
+    begin(first, [request])
     first.close()
-    return first, TrigramDrafter(TrigramConfig(state=str(place)))
+    return first, TrigramDrafter(TrigramConfig(state=str(path)))
 
 
 def test_a_kept_table_is_the_same_to_the_last_bit(begin: Begin, tmp_path: Path) -> None:
-    """Scores are kept in float32; keeping them again gives equal bytes."""
-    first, again = kept(begin, row_of(noise_of(9, 600, 8)), tmp_path / "one")
+    """Scores are stored in float32; storing them again gives equal bytes."""
+    first, reloaded = kept(begin, request_of(random_tokens(9, 600, 8)), tmp_path / "one")
     scores = torch.tensor(list(held(first.table).values()), dtype=torch.float32)
-    assert dict(zip(held(first.table), scores.tolist(), strict=True)) == held(again.table)
-    again.config = TrigramConfig(state=str(tmp_path / "two"))
-    again.close()
+    assert dict(zip(held(first.table), scores.tolist(), strict=True)) == held(reloaded.table)
+    reloaded.config = TrigramConfig(state=str(tmp_path / "two"))
+    reloaded.close()
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_a_kept_table_drafts_the_same(begin: Begin, tmp_path: Path) -> None:
     """Equally likely tokens included."""
-    row = row_of(noise_of(9, 600, 8))
-    first, again = (drafter.propose([row], [9])[0] for drafter in kept(begin, row, tmp_path / "t"))
-    assert (first.tokens, first.parents) == (again.tokens, again.parents)
+    request = request_of(random_tokens(9, 600, 8))
+    first, reloaded = (
+        drafter.propose([request], [9])[0] for drafter in kept(begin, request, tmp_path / "t")
+    )
+    assert (first.tokens, first.parents) == (reloaded.tokens, reloaded.parents)
 
 
 def test_an_empty_table_is_kept_too(begin: Begin, tmp_path: Path) -> None:
-    place = str(tmp_path / "table")
-    TrigramDrafter(TrigramConfig(state=place)).close()
-    drafter, row = TrigramDrafter(TrigramConfig(state=place)), row_of([1, 2])
-    begin(drafter, [row])
-    assert drafter.propose([row], [9])[0].tokens == [2]
+    path = str(tmp_path / "table")
+    TrigramDrafter(TrigramConfig(state=path)).close()
+    drafter, request = TrigramDrafter(TrigramConfig(state=path)), request_of([1, 2])
+    begin(drafter, [request])
+    assert drafter.propose([request], [9])[0].tokens == [2]
 
 
 @pytest.mark.parametrize(
@@ -229,17 +231,17 @@ def test_an_empty_table_is_kept_too(begin: Begin, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    place = tmp_path / "table"
-    draft_state.save(place, "trigram", tensors)
+    path = tmp_path / "table"
+    draft_state.save(path, "trigram", tensors)
     with pytest.raises(CheckpointError, match="not a table of trigrams with a score each"):
-        TrigramDrafter(TrigramConfig(state=str(place)))
+        TrigramDrafter(TrigramConfig(state=str(path)))
 
 
 def test_a_kept_table_of_a_larger_vocabulary_is_refused(begin: Begin, tmp_path: Path) -> None:
-    place = tmp_path / "table"
-    first = TrigramDrafter(TrigramConfig(state=str(place)))
+    path = tmp_path / "table"
+    first = TrigramDrafter(TrigramConfig(state=str(path)))
     first.table.learn([5, 320, 6])
     first.close()
-    drafter = TrigramDrafter(TrigramConfig(state=str(place)))
+    drafter = TrigramDrafter(TrigramConfig(state=str(path)))
     with pytest.raises(CheckpointError, match="holds token 320; the model has 320"):
-        begin(drafter, [row_of([4])])
+        begin(drafter, [request_of([4])])
