@@ -176,7 +176,8 @@ def _measure_block(
             for position, choice in enumerate(candidates[name]):
                 if choice.method != method:
                     continue
-                linear = _pack_matrix(walk, index, part, part_stats, choice)
+                # Packing consumes the statistics it is given, and every width needs them.
+                linear = _pack_matrix(walk, index, part, dict(part_stats), choice)
                 squares = 0.0
                 with Substitute(part, {name: linear}):
                     for hidden_BLD, out_BLD in zip(batches, outputs, strict=True):

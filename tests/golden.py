@@ -92,7 +92,7 @@ QUANTIZERS: dict[str, list[str]] = {
     "ptq161": ["ptq161", "--epochs", "2"],
     "vq": ["vq", "--codes", "32"],
     "auto": ["auto", "--bits", "3"],
-    "budget": ["gptq", "--bits-budget", "2.8", "--embeddings", "int8"],
+    "budget": ["rtn", "--bits-budget", "2.8", "--embeddings", "int8"],
     "head": ["rtn", "--lm-head", "vq:codes=64,epochs=1"],
     "preprocess": ["gptq", "--bits", "2", "--preprocess", "{text}", "--preprocess-steps", "4"],
     "rules": ["gptq", "--rules", "{rules}", "--skip", "*.down_proj", "--allow-dense"],

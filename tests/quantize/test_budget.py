@@ -88,6 +88,32 @@ def test_the_choice_is_about_the_best_there_is(checkpoint: Checkpoints, bits: fl
     assert error(ours) <= 1.25 * best + 1e-9
 
 
+def test_every_width_is_measured_with_the_statistics_of_its_method(
+    checkpoint: Checkpoints, compress: Compress, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of a width does not depend on the widths that are measured before it."""
+    found: list[dict[str, list[float]]] = []
+    real = budgets.survey
+
+    def spy(*given: Any) -> Any:
+        found.append(real(*given))
+        return found[-1]
+
+    monkeypatch.setattr("spectool.quantize.run.survey", spy)
+    source = checkpoint("llama")
+    widths = [Choice.from_text(f"gptq:bits={bits},group_size=16") for bits in (3, 2)]
+    for candidates in (widths, widths[::-1]):
+        job = {
+            "budget": Budget(4.5, tuple(candidates)),
+            "calibration": [text_file],
+            "samples": 3,
+            "seq_len": 16,
+        }
+        compress(source, "gptq", out=f"out-{len(found)}", job=job)
+    for name, (error_3, error_2) in found[0].items():
+        assert found[1][name] == [error_2, error_3]
+
+
 def test_measured_errors_are_those_of_one_packed_matrix(
     checkpoint: Checkpoints, compress: Compress, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
