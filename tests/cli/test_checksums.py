@@ -54,9 +54,7 @@ def test_inspect_compares_files_if_asked(spectool: Spectool, artifact: Path, cop
     assert right["checked"] and right["sha256"].keys() == {
         path.name for path in artifact.glob("*.safetensors")
     }
-    assert (
-        "checksums: those of 3 files are right" in spectool("inspect", artifact, "--checksums").out
-    )
+    assert "checksums: 3 files verified" in spectool("inspect", artifact, "--checksums").out
     flip(copied / SHARD)
     # Headers alone are read otherwise.
     cheap = spectool("inspect", copied, "--json")
@@ -130,7 +128,7 @@ def test_heads_are_compared_as_well(
     )
     assert done.code == 0, done.err
     words = ("generate", source, "--draft", heads, "--prompt", "def", "--max-new-tokens", 2)
-    assert spectool("inspect", heads, "--checksums").out.endswith("those of 1 file are right\n")
+    assert spectool("inspect", heads, "--checksums").out.endswith("checksums: 1 file verified\n")
     assert spectool(*words).code == 0
     flip(heads / HEADS_FILE)
     assert spectool("inspect", heads).code == 0

@@ -16,7 +16,7 @@ import typer
 from safetensors import safe_open
 
 from spectool.cli import app
-from spectool.cli.common import _chosen
+from spectool.cli.common import _resolve_device
 from spectool.machine import reproducible
 
 Spectool = Callable[..., Any]
@@ -75,9 +75,9 @@ def test_quantize_and_inspect_say_what_the_files_hold(
 def test_a_device_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     context: Any = SimpleNamespace(resilient_parsing=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert _chosen(context, "auto") == "cuda" and _chosen(context, "cpu") == "cpu"
+    assert _resolve_device(context, "auto") == "cuda" and _resolve_device(context, "cpu") == "cpu"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert _chosen(context, "auto") == "cpu"
+    assert _resolve_device(context, "auto") == "cpu"
 
 
 def test_sums_in_one_order_only_while_it_is_asked_for() -> None:
@@ -318,7 +318,7 @@ def test_a_model_in_the_methods_place_gets_a_hint(
     spectool: Spectool, checkpoint: Checkpoint
 ) -> None:
     done = spectool("quantize", checkpoint("llama"), "out")
-    assert done.code == 2 and "the method comes first" in done.err
+    assert done.code == 2 and "give the method first" in done.err
     assert "did you mean rtn" in spectool("quantize", "rnt", "m", "o").err
 
 
@@ -338,7 +338,7 @@ def commands() -> list[tuple[str, Any]]:
 def test_every_option_says_what_it_is(name: str, command: Any) -> None:
     assert command.help
     for parameter in command.params:
-        assert parameter.help and parameter.help.endswith("."), f"{name} {parameter.name}"
+        assert parameter.help and not parameter.help.endswith("."), f"{name} {parameter.name}"
 
 
 def test_help_lists_commands_in_the_order_of_the_pipeline(spectool: Spectool) -> None:

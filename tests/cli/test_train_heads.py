@@ -43,7 +43,7 @@ def test_the_result_and_what_inspect_says_of_it(
     words = seen["command"].split()
     people = spectool("inspect", out)
     assert people.code == 0 and "medusa heads" in people.out
-    assert "where those before it were right: " in people.out
+    assert "given that earlier heads were right: " in people.out
 
     words = [{"MODEL": source, "OUT": tmp_path / "second", "DATA": text}.get(w, w) for w in words]
     assert spectool(*words[1:]).code == 0
@@ -85,7 +85,7 @@ def test_inspect_says_all_that_was_asked(
     )
     done = spectool("train-heads", "medusa", source, out, "--data", text, *QUICK, *asked)
     assert done.code == 0, done.err
-    assert f"plan: features kept in {tmp_path / 'kept'}" in done.err
+    assert f"plan: features stored in {tmp_path / 'kept'}" in done.err
     found = spectool("inspect", out, "--json").json
     for said in ("--sequence-packing", "--autocast bfloat16", "--features offline:FEATURES"):
         assert said in found["command"]

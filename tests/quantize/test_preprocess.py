@@ -170,7 +170,7 @@ def test_what_is_refused(
     words = ["quantize", "rtn", str(source), str(tmp_path / "out")]
     for option in ("--preprocess-steps", "--preprocess-rank", "--preprocess-rate"):
         done = CliRunner().invoke(app, [*words, option, "1"])
-        assert done.exit_code == 2 and f"{option}: is of --preprocess, which" in done.stderr
+        assert done.exit_code == 2 and f"{option}: only with --preprocess, which" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
 
