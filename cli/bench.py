@@ -52,8 +52,8 @@ def bench(
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            help="Drafter: a method, a directory of draft heads or a smaller checkpoint, with "
-            "options after it as :key=value,...; repeatable"
+            help="Drafter, directory of draft heads or smaller checkpoint: "
+            "NAME[:key=value,...]; repeatable"
         ),
     ] = None,
     reference: Annotated[
@@ -204,7 +204,7 @@ def bench(
         broken = [
             f"{name} on {run['model']}"
             for run in runs
-            for name in bench_module.broken_promises(run)
+            for name in bench_module.list_mismatches(run)
         ]
         if broken:
             output.say(f"error: output differs from plain decoding in float32: {', '.join(broken)}")

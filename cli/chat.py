@@ -78,8 +78,7 @@ def chat(
     draft: Annotated[
         str,
         typer.Option(
-            help="Drafter: a method, a directory of draft heads or a smaller checkpoint, with "
-            "options after it as :key=value,..."
+            help="Drafter, directory of draft heads or smaller checkpoint: NAME[:key=value,...]"
         ),
     ] = "auto",
     system: Annotated[str | None, typer.Option(help="System message")] = None,

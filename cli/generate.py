@@ -50,8 +50,7 @@ def generate(
     draft: Annotated[
         str,
         typer.Option(
-            help="Drafter: a method, a directory of draft heads or a smaller checkpoint, with "
-            "options after it as :key=value,..."
+            help="Drafter, directory of draft heads or smaller checkpoint: NAME[:key=value,...]"
         ),
     ] = "auto",
     max_new_tokens: MaxNewTokens = 128,

@@ -99,14 +99,13 @@ def quantize(
         str | None,
         typer.Option(
             help="Quantize the embedding and lm_head too, with a data-free method such as int8: "
-            "METHOD or METHOD:key=value,..."
+            "METHOD[:key=value,...]"
         ),
     ] = None,
     lm_head: Annotated[
         str | None,
         typer.Option(
-            help="Fit a quantized lm_head on the calibration text (research): vq or "
-            "vq:key=value,..."
+            help="Fit a quantized lm_head on the calibration text (research): vq[:key=value,...]"
         ),
     ] = None,
     bits_budget: Annotated[
@@ -120,7 +119,7 @@ def quantize(
     candidate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Candidate for --bits-budget: METHOD:key=value,...; repeatable; default: the "
+            help="Candidate for --bits-budget: METHOD[:key=value,...]; repeatable; default: the "
             "method at each of its --bits"
         ),
     ] = None,

@@ -113,9 +113,9 @@ def train_heads(
     features: Annotated[
         str,
         typer.Option(
-            help="Hidden states of MODEL that the heads read: computed at every step (online), computed once and "
-            "stored for this run (hybrid), or stored in a directory for later runs too "
-            "(offline:DIR)"
+            help="Hidden states of MODEL that the heads read: computed at every step (online), "
+            "computed once and stored for this run (hybrid), or stored in a directory for later "
+            "runs too (offline:DIR)"
         ),
     ] = "online",
     optimizer: Annotated[
@@ -169,7 +169,7 @@ def train_heads(
         from spectool.checkpoint.dtypes import parse_dtype
         from spectool.distill import train_heads as training
         from spectool.distill.plan import Job
-        from spectool.distill.processes import joined
+        from spectool.distill.processes import connect
 
         check_target(out, overwrite=overwrite)
         config = methods.resolve(method, "drafter").Heads.Config.from_dict(options)
@@ -205,7 +205,7 @@ def train_heads(
             latest = _describe_evaluation(evaluation) if evaluation is not None else latest
             output.progress(step, total, f"loss {metrics['loss']:.3f}{latest}, steps")
 
-        processes = stack.enter_context(joined(device))
+        processes = stack.enter_context(connect(device))
         try:
             report = training.train_heads(
                 model,

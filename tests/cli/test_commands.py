@@ -126,7 +126,7 @@ def test_dry_run_writes_nothing_and_foretells_the_bits(
     [
         (["rtn"], [], "calibrated"),
         (["gptq"], ["the built-in text, at most 128 sequences of 256 tokens",
-                    "the model's context; --seq-len 2048 is cut", "--calibration FILE of text"],
+                    "the model's context; --seq-len 2048 is cut", "--calibration FILE with text"],
          "more of"),
         (["gptq", "--seq-len", 64, "--samples", 3],
          ["at most 3 sequences of 64 tokens", "--calibration FILE"], "is cut"),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode.heads.base import Heads
 from spectool.decode.target import Target
-from spectool.distill.data.features import Read
+from spectool.distill.data.features import OnlineTexts
 from spectool.distill.data.samples import Sample
 from spectool.methods import resolve
 
@@ -51,7 +51,7 @@ def test_packed_texts_teach_what_they_teach_alone(
                 module.p = 0.0
         for parameter in heads.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-        done = heads.compute_loss(Read(target, heads.needs, samples).batch(rows))
+        done = heads.compute_loss(OnlineTexts(target, heads.needs, samples).batch(rows))
         found.append((done, {name: p.grad for name, p in heads.named_parameters()}))
     (alone, slopes), (packed, packed_slopes) = found
     assert packed.places == alone.places and packed.right == alone.right

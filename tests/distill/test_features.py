@@ -17,7 +17,7 @@ from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill import plan, training_data
 from spectool.distill.data import features as room
-from spectool.distill.data.features import Read, store
+from spectool.distill.data.features import OnlineTexts, store
 from spectool.distill.data.samples import Sample
 from spectool.distill.processes import ALONE
 from spectool.distill.trainer import HeadTrainer
@@ -56,7 +56,7 @@ def test_a_lesson_of_stored_features_is_that_of_read_ones(
     assert [sample.tokens for sample in stored.samples] == [sample.tokens for sample in texts]
     chosen = [4, 0, 3]
     read, found = (
-        each.batch([[i] for i in chosen]) for each in (Read(target, needs, texts), stored)
+        each.batch([[i] for i in chosen]) for each in (OnlineTexts(target, needs, texts), stored)
     )
     assert torch.equal(read.tokens_BL, found.tokens_BL)
     assert torch.equal(read.loss_mask_BL, found.loss_mask_BL)
@@ -159,7 +159,7 @@ def test_a_store_that_was_interrupted_goes_on(
     source = checkpoint("llama")
     monkeypatch.setattr(room, "_SHARD_BYTES", 30_000)
     train(source, "whole", features=f"offline:{tmp_path / 'whole-features'}")
-    read, done = room._read, [0]
+    read, done = room._compute_features, [0]
 
     def stopping(*arguments: Any) -> Any:
         if done[0] == stop:
@@ -168,12 +168,12 @@ def test_a_store_that_was_interrupted_goes_on(
         return read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_read", stopping)
+        patch.setattr(room, "_compute_features", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(source, features=f"offline:{tmp_path / 'features'}")
     assert not (tmp_path / "features").exists()
     done[0] = -1000
-    monkeypatch.setattr(room, "_read", stopping)
+    monkeypatch.setattr(room, "_compute_features", stopping)
     train(source, features=f"offline:{tmp_path / 'features'}")
     whole = contents(tmp_path / "whole-features")
     assert len(whole) > 4 and done[0] + 1000 == len(whole) - 1 - stop
@@ -195,7 +195,7 @@ def test_a_training_with_stored_features_that_was_stopped_goes_on(
         with pytest.raises(KeyboardInterrupt):
             train(source, features="hybrid")
     assert list((tmp_path / "out.partial").glob("features-own-*"))
-    monkeypatch.setattr(room, "_read", None)
+    monkeypatch.setattr(room, "_compute_features", None)
     train(source, features="hybrid")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -230,8 +230,8 @@ def test_other_targets_texts_and_features_are_refused(
 def test_too_little_text_leaves_neither_store_nor_heads(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_data.DataPreparation, "_write", lambda *arguments: [])
-    with pytest.raises(TextError, match="wrote too little of its own to learn on"):
+    monkeypatch.setattr(training_data.DataPreparation, "_regenerate", lambda *arguments: [])
+    with pytest.raises(TextError, match="generated too little text to train on"):
         train(checkpoint("llama"), regenerate=True, features=f"offline:{tmp_path / 'features'}")
     assert not any(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectool.distill.processes import ALONE, Processes, joined
+from spectool.distill.processes import ALONE, Processes, connect
 from spectool.errors import TextError, UsageError
 
 from .conftest import Train, contents
@@ -90,7 +90,7 @@ def test_one_process_has_nobody_to_ask() -> None:
     assert ALONE.device(torch.device("cuda:1")) == torch.device("cuda:1")
     with pytest.raises(TextError, match="nothing"), ALONE.together():
         raise TextError("nothing")
-    with joined("cpu") as found:
+    with connect("cpu") as found:
         assert found is ALONE
 
 
@@ -107,10 +107,10 @@ def test_a_device_cannot_be_shared() -> None:
 # What each of two processes sees, said to the test.
 TOLD = """
 import json, sys, torch
-from spectool.distill.processes import joined
+from spectool.distill.processes import connect
 from spectool.errors import SpectoolError, TextError
 
-with joined("cpu") as processes:
+with connect("cpu") as processes:
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     parameters[0].grad = torch.full((2,), 1.0 + processes.rank)
     if not processes.first:

@@ -176,7 +176,7 @@ def test_conversations_are_cut_at_the_end(talk: str) -> None:
 def test_without_an_answer_there_is_nothing_to_learn(tmp_path: Path) -> None:
     path = tmp_path / "asked.jsonl"
     path.write_text((json.dumps({"messages": TALK[:2]}) + "\n") * 5)
-    with pytest.raises(TextError, match=r"asked.jsonl: 0 samples with something to learn"):
+    with pytest.raises(TextError, match=r"asked.jsonl: 0 samples with tokens in the loss"):
         read_samples([str(path)], chatty(), seq_len=100)
 
 

@@ -273,7 +273,7 @@ def test_a_training_on_a_servers_words(
     [
         ({"regenerate_url": "localhost:8000"}, "expected http://HOST:PORT/v1"),
         ({"regenerate_url": "file:///etc"}, "expected http://HOST:PORT/v1"),
-        ({"regenerate_model": "x"}, "--regenerate-model is of the server"),
+        ({"regenerate_model": "x"}, "--regenerate-model: only with --regenerate-url"),
     ],
 )
 def test_wrong_places_are_one_line(

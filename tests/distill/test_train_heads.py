@@ -306,7 +306,7 @@ def test_a_target_that_repeats_itself_is_refused_before_its_texts_are_written(
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     model.save_pretrained(source)
     tokenizer().save_pretrained(source)
-    monkeypatch.setattr(training_data.DataPreparation, "_write", None)
+    monkeypatch.setattr(training_data.DataPreparation, "_regenerate", None)
     with pytest.raises(TextError, match=r"to measure on: each .* repeats itself within 16 tokens"):
         train(source, regenerate=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -316,7 +316,7 @@ def test_held_out_text_without_a_place_for_all_heads(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training_data, "_HELD_OUT_TOKENS", 16)
-    with pytest.raises(TextError, match="wrote too little of its own to measure on"):
+    with pytest.raises(TextError, match="generated too little text to evaluate on"):
         train(checkpoint("llama"), options={"num_heads": 16})
     assert not any(tmp_path.iterdir())
 
@@ -381,7 +381,7 @@ def test_heads_that_cannot_tell_texts_apart_refuse_packed_rows(
 ) -> None:
     monkeypatch.setattr("spectool.decode.drafters.medusa.MedusaHeads.supports_packing", False)
     with pytest.raises(
-        UsageError, match="--sequence-packing: medusa heads learn from rows of one text only"
+        UsageError, match="--sequence-packing: medusa heads support only one text per sequence"
     ):
         train(checkpoint("llama"), sequence_packing=True)
     assert not any(tmp_path.iterdir())

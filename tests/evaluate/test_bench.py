@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import spectool
 from spectool.decode.generate import Runner
 from spectool.errors import UsageError
-from spectool.evaluate.bench import bench, broken_promises, loop_start
+from spectool.evaluate.bench import bench, list_mismatches, loop_start
 
 Tiny = Callable[..., PreTrainedModel]
 PROMPTS = [[5, 6, 7, 5, 6], [9, 10, 11], [20, 21], [5, 6, 7, 8]]
@@ -46,7 +46,7 @@ def test_drafters_are_compared_in_order_on_the_same_limits(
         assert row["lossless"]
     assert 0 < result["kept_share"] <= 1
     assert result["categories"] == result["baselines"] == []
-    assert broken_promises(result) == []
+    assert list_mismatches(result) == []
 
 
 def test_answers_end_where_their_own_ends_are(tiny: Tiny) -> None:
@@ -130,9 +130,9 @@ def test_peers_run_at_batch_size_1_only(tiny: Tiny) -> None:
 
 def test_a_broken_promise_is_named_in_float32_only() -> None:
     row = {"name": "bad", "lossless": True, "identical": 1, "prompts": 2}
-    assert broken_promises({"dtype": "float32", "drafters": [row]}) == ["bad"]
-    assert broken_promises({"dtype": "bfloat16", "drafters": [row]}) == []
-    assert broken_promises({"dtype": "float32", "drafters": [{**row, "lossless": False}]}) == []
+    assert list_mismatches({"dtype": "float32", "drafters": [row]}) == ["bad"]
+    assert list_mismatches({"dtype": "bfloat16", "drafters": [row]}) == []
+    assert list_mismatches({"dtype": "float32", "drafters": [{**row, "lossless": False}]}) == []
 
 
 def test_prompts_that_do_not_fit_are_left_out_and_counted(tiny: Tiny) -> None:

@@ -64,7 +64,7 @@ def test_what_does_not_fit_together_is_refused(
     file = tmp_path / "reference"
     evaluate(path, Request(texts=[text], window=32, save_reference=file))
     for given in ({"texts": [text]}, {"window": 16}, {"bos": True}, {"limit": 9}):
-        with pytest.raises(UsageError, match="brings its own tokens"):
+        with pytest.raises(UsageError, match="contains the tokens"):
             evaluate(path, Request(reference=str(file), **given))
     short = checkpoint("llama", max_position_embeddings=16)
     with pytest.raises(UsageError, match="windows of 32 tokens"):
