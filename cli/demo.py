@@ -170,15 +170,15 @@ def _write_texts(out: Path) -> dict[str, str]:
 
     Returns the path of each, and the prompt to generate from as `sample`.
     """
-    from spectool.examples.stdlib import conversations, documents
+    from spectool.examples.stdlib import make_conversations, read_documents
 
-    library = list(documents())
+    library = list(read_documents())
     rows: list[dict[str, Any]] = []
     for number, document in enumerate(library):
         # Every fourth file, so that each part of the library and each kind of row is included.
         if not document.held_out and number % 4 == 0:
             rows.append({"text": document.text[:12_000]})
-            rows += [{"messages": talk} for talk in list(conversations(document))[:6]]
+            rows += [{"messages": talk} for talk in list(make_conversations(document))[:6]]
     train, total = [], 0
     for row in rows:
         line = json.dumps(row)

@@ -15,7 +15,7 @@ import typer
 
 from spectool.cli import QUANTIZE, app
 from spectool.cli.demo import _next_commands, _write_texts
-from spectool.examples.stdlib import documents
+from spectool.examples.stdlib import read_documents
 
 from .conftest import Done
 
@@ -24,7 +24,7 @@ def test_nothing_that_is_measured_on_is_learnt_from(tmp_path: Path) -> None:
     texts = _write_texts(tmp_path)
     train = [json.loads(line) for line in Path(texts["train"]).read_text().splitlines()]
     assert {"text", "messages"} == {key for row in train for key in row}
-    unseen = {document.text for document in documents() if document.held_out}
+    unseen = {document.text for document in read_documents() if document.held_out}
     taught = "".join(row.get("text", "") for row in train)
     prompts = [
         json.loads(line)["prompt"] for line in Path(texts["prompts"]).read_text().splitlines()

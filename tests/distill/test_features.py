@@ -251,6 +251,6 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 def test_methods_inside_the_targets_pass_store_no_features(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
-    with pytest.raises(UsageError, match=f"{method} passes rows of its own"):
+    with pytest.raises(UsageError, match=f"{method} passes extra rows"):
         train(checkpoint("llama"), method=method, features="hybrid")
     assert not any(tmp_path.iterdir())

@@ -124,7 +124,7 @@ def test_an_answer_that_loses_its_thought_is_taught_without_it(tmp_path: Path) -
 def test_a_template_that_hides_answers_is_named(talk: str) -> None:
     """Not the data."""
     shouting = THINKING.replace("| trim", "| upper | reverse")
-    with pytest.raises(TextError, match=r"talk.jsonl:1: the chat template writes") as caught:
+    with pytest.raises(TextError, match=r"talk.jsonl:1: the assistant.s answer cannot be located") as caught:
         read_samples([talk], chatty(shouting), seq_len=1000)
     assert caught.value.hint is not None
     assert "--template-arg" in caught.value.hint and "--field" in caught.value.hint

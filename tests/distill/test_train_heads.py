@@ -307,7 +307,7 @@ def test_a_target_that_repeats_itself_is_refused_before_its_texts_are_written(
     model.save_pretrained(source)
     tokenizer().save_pretrained(source)
     monkeypatch.setattr(training_data.DataPreparation, "_regenerate", None)
-    with pytest.raises(TextError, match=r"to measure on: each .* repeats itself within 16 tokens"):
+    with pytest.raises(TextError, match=r"to evaluate on: each .* repeats itself within 16 tokens"):
         train(source, regenerate=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
