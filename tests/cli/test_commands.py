@@ -1,4 +1,4 @@
-"""Each command end to end: what it prints for people and for programs, and its exit codes."""
+"""Each command end to end: its text and JSON output, and its exit codes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def packed(spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path) -> Path:
 
 
 def stored_bits(path: Path) -> tuple[float, float]:
-    """Bits per weight of packed linears, and of all files, counted with safetensors itself."""
+    """Count bits per weight of quantized linears, and of all files, with safetensors itself."""
     fields = weights = parameters = 0
     for file in path.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -42,8 +42,8 @@ def stored_bits(path: Path) -> tuple[float, float]:
                 else:
                     parameters += tensor.numel()
     config = json.loads((path / "config.json").read_text())
-    for said in config["quantization_config"]["modules"].values():
-        weights += math.prod(said["shape"])
+    for entry in config["quantization_config"]["modules"].values():
+        weights += math.prod(entry["shape"])
     file_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return 8 * fields / weights, 8 * file_bytes / (weights + parameters)
 
@@ -99,8 +99,8 @@ def test_the_command_that_inspect_prints_makes_the_same_bytes(
     done = spectool("quantize", "rtn", model, first, *options, *calibration)
     assert done.code == 0, done.err
     words = spectool("inspect", first, "--json").json["command"].split()
-    places = {"MODEL": model, "OUT": second, "TEXT": text}
-    done = spectool(*[places.get(word, word) for word in words[1:]])
+    paths = {"MODEL": model, "OUT": second, "TEXT": text}
+    done = spectool(*[paths.get(word, word) for word in words[1:]])
     assert done.code == 0, done.err
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir())
@@ -122,7 +122,7 @@ def test_dry_run_writes_nothing_and_foretells_the_bits(
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "unsaid"),
+    ("words", "present", "absent"),
     [
         (["rtn"], [], "calibrated"),
         (["gptq"], ["the built-in text, at most 128 sequences of 256 tokens",
@@ -141,15 +141,15 @@ def test_the_plan_says_what_is_calibrated_on(
     text: Path,
     tmp_path: Path,
     words: list[Any],
-    said: list[str],
-    unsaid: str,
+    present: list[str],
+    absent: str,
 ) -> None:
     method, *rest = (text if word == "TEXT" else word for word in words)
     done = spectool("quantize", method, checkpoint("llama"), tmp_path / "out", *rest, "--dry-run")
     assert done.code == 0, done.err
-    for line in said:
+    for line in present:
         assert line in done.err
-    assert unsaid not in done.err
+    assert absent not in done.err
 
 
 def test_a_text_that_holds_fewer_sequences_says_so(
@@ -348,8 +348,8 @@ def test_help_lists_commands_in_the_order_of_the_pipeline(spectool: Spectool) ->
         "Run", "generate", "chat", "export", "Look", "inspect", "list", "doctor", "demo",
     )  # fmt: skip
     # Titles stand behind a line, commands behind the frame.
-    places = [shown.index(f"{'─' if word.istitle() else '│'} {word} ") for word in words]
-    assert places == sorted(places)
+    order = [shown.index(f"{'─' if word.istitle() else '│'} {word} ") for word in words]
+    assert order == sorted(order)
     root: Any = typer.main.get_command(app)
     assert set(root.list_commands(None)) == set(root.commands)
 
@@ -372,8 +372,8 @@ def test_every_shared_option_stands_in_one_panel(verb: str, spectool: Spectool) 
     # The method's own options come first; `--help` is among the last.
     shown = spectool(verb, name, "--help").out
     titles = [f"Options of {name}", *found.panels]
-    places = [shown.index(f"─ {title} ─") for title in titles]
-    assert places == sorted(places) and shown.index("--help") > places[-1]
+    order = [shown.index(f"─ {title} ─") for title in titles]
+    assert order == sorted(order) and shown.index("--help") > order[-1]
     assert "─ Options ─" not in shown
 
 

@@ -1,4 +1,4 @@
-"""`train-heads` end to end: its result, `inspect` of it, and every kind of bad input."""
+"""`train-heads` end to end: its result, `inspect` of the heads, and bad input."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_inspect_says_all_that_was_asked(
     assert done.code == 0, done.err
     assert f"plan: features stored in {tmp_path / 'kept'}" in done.err
     found = spectool("inspect", out, "--json").json
-    for said in ("--sequence-packing", "--autocast bfloat16", "--features offline:FEATURES"):
-        assert said in found["command"]
+    for option in ("--sequence-packing", "--autocast bfloat16", "--features offline:FEATURES"):
+        assert option in found["command"]
     training = found["training"] | {
         "processes": 2, "optimizer": "adamw8bit", "regenerate": True, "regenerate_model": "tiny",
     }  # fmt: skip
@@ -168,6 +168,6 @@ def test_damaged_heads_are_one_line(spectool: Spectool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", methods.trained())
 def test_every_method_has_a_command(spectool: Spectool, name: str) -> None:
-    """No option of a method has the name of one of the training's own."""
+    """No option of a method has the name of a shared option of the training."""
     done = spectool("train-heads", name, "--help")
     assert done.code == 0 and "--learning-rate" in done.out

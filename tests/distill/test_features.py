@@ -1,4 +1,4 @@
-"""Features that are stored: the same heads come of them, and nobody else's are taken."""
+"""Stored features give the same heads, and stores of other data are refused."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from .conftest import Losses, Train, contents
 
 @pytest.fixture
 def texts() -> list[Sample]:
-    chance = random.Random(0)
+    rng = random.Random(0)
     lengths = (42, 17, 123, 16, 60)
-    return [Sample([chance.randrange(300) for _ in range(n)], [True] * n) for n in lengths]
+    return [Sample([rng.randrange(300) for _ in range(n)], [True] * n) for n in lengths]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,19 +92,19 @@ def test_all_kinds_of_features_make_the_same_heads(
     method: str,
     family: str,
 ) -> None:
-    """In float32, to the bit; from a whole store without the target's layers, but for clover."""
+    """Equal to the bit in float32; except for clover, a finished store loads no target layers."""
     source, losses = checkpoint(family), Losses()
     asked = {"method": method, "steps": None, "epochs": 2, "learning_rate": 1e-3}
-    place = tmp_path / "features"
-    for kind in ("online", "hybrid", f"offline:{place}"):
+    store_path = tmp_path / "features"
+    for kind in ("online", "hybrid", f"offline:{store_path}"):
         train(source, kind[:6], features=kind, where=losses.watch(kind[:6]), **asked)
         if kind == "hybrid":
             assert not list(tmp_path.glob("*partial*"))
-    assert (place / room.FEATURES).is_file()
+    assert (store_path / room.FEATURES).is_file()
     if not resolve(method, "drafter").Heads.begins_as_layers:
         monkeypatch.setattr(training_data, "load_model", None)
-    before = contents(place)
-    train(source, "again", features=f"offline:{place}", where=losses.watch("again"), **asked)
+    before = contents(store_path)
+    train(source, "again", features=f"offline:{store_path}", where=losses.watch("again"), **asked)
     assert losses["online"] == losses["hybrid"] == losses["offlin"] == losses["again"]
     heads = [
         (tmp_path / out / "heads.safetensors").read_bytes()
@@ -112,7 +112,7 @@ def test_all_kinds_of_features_make_the_same_heads(
     ]
     assert heads == heads[:1] * 4
     assert contents(tmp_path / "again") == contents(tmp_path / "offlin")
-    assert contents(place) == before
+    assert contents(store_path) == before
     text = (tmp_path / "again" / "spectool_heads.json").read_text()
     assert json.loads(text)["training"]["features"] == "offline" and str(tmp_path) not in text
 
@@ -120,7 +120,7 @@ def test_all_kinds_of_features_make_the_same_heads(
 def test_one_store_serves_other_heads_and_options(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """What the target wrote anew is in it as well."""
+    """The store contains the regenerated texts as well."""
     source = checkpoint("gpt2")
     asked = {"features": f"offline:{tmp_path / 'features'}", "regenerate": True}
     train(source, "one", **asked)
@@ -203,18 +203,18 @@ def test_a_training_with_stored_features_that_was_stopped_goes_on(
 def test_other_targets_texts_and_features_are_refused(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, place = checkpoint("llama"), tmp_path / "features"
-    asked = {"features": f"offline:{place}"}
+    source, store_path = checkpoint("llama"), tmp_path / "features"
+    asked = {"features": f"offline:{store_path}"}
     train(source, **asked)
     other = tmp_path / "other.txt"
     other.write_text("something else entirely, and long enough to be more than one text\n" * 30)
-    for change, said in (
+    for change, message in (
         ({"data": [str(other)]}, "made with another data "),
         ({"seed": 1}, r"made with another seed \(0, now 1\)"),
         ({"regenerate": True}, "made with another regenerate"),
         ({"where": {"dtype": torch.bfloat16}}, "made with another dtype"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             train(source, "new", **asked, **change)
     with pytest.raises(UsageError, match="made with another target"):
         train(checkpoint("llama", seed=1), "new", **asked)
@@ -240,7 +240,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "free")(1000)
-    monkeypatch.setattr(plan, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(plan, "disk_usage", lambda store_path: usage)
     for kind in ("hybrid", f"offline:{tmp_path / 'features'}"):
         with pytest.raises(UnsupportedError, match=r"features take .* GB, and 0\.0 GB are free"):
             train(checkpoint("llama"), features=kind)

@@ -51,19 +51,19 @@ def test_a_prompts_own_ends_are_the_same(tiny: Callable[..., PreTrainedModel]) -
         assert [r.token_ids for r in theirs] == [r.token_ids for r in ours]
 
 
-def test_penalties_are_the_same_law(tiny: Callable[..., PreTrainedModel]) -> None:
+def test_penalties_are_the_same_distribution(tiny: Callable[..., PreTrainedModel]) -> None:
     runner = Runner(tiny("llama"))
-    law = SamplingOptions(repetition_penalty=1.3, no_repeat_ngram_size=2)
-    plain = runner.generate(PROMPTS, max_new_tokens=LIMITS, **law)
-    for decode in open_baselines(runner, [], control=SamplingParams(**law), seed=0).values():
+    sampling = SamplingOptions(repetition_penalty=1.3, no_repeat_ngram_size=2)
+    plain = runner.generate(PROMPTS, max_new_tokens=LIMITS, **sampling)
+    for decode in open_baselines(runner, [], control=SamplingParams(**sampling), seed=0).values():
         assert [r.token_ids for r in decode(PROMPTS, LIMITS, ENDS)] == [r.token_ids for r in plain]
 
 
-def test_samples_follow_the_seed_and_the_law(tiny: Callable[..., PreTrainedModel]) -> None:
+def test_samples_follow_the_seed_and_the_distribution(tiny: Callable[..., PreTrainedModel]) -> None:
     runner = Runner(tiny("llama"))
 
-    def drawn(seed: int, **law: float) -> list[list[int]]:
-        decode = open_baselines(runner, [], control=SamplingParams(**law), seed=seed)[PLAIN]  # type: ignore[arg-type]
+    def drawn(seed: int, **sampling: float) -> list[list[int]]:
+        decode = open_baselines(runner, [], control=SamplingParams(**sampling), seed=seed)[PLAIN]  # type: ignore[arg-type]
         return [result.token_ids for result in decode(PROMPTS, LIMITS, ENDS)]
 
     hot = {"temperature": 1.2, "top_p": 0.95, "min_p": 0.01}
@@ -97,12 +97,12 @@ def test_one_assistant_for_each_checkpoint(
 def test_a_draft_with_another_head_or_a_short_context(
     tiny: Callable[..., PreTrainedModel], checkpoint: Callable[..., Path]
 ) -> None:
-    runner, said = Runner(tiny("gpt2")), list[str]()
+    runner, lines = Runner(tiny("gpt2")), list[str]()
     wide, short = checkpoint("gpt2", vocab_size=352), checkpoint("gpt2", n_positions=32)
     drafters = [runner.open(str(path)) for path in (wide, short)]
-    found = open_baselines(runner, drafters, control=SamplingParams(), seed=0, say=said.append)
-    assert list(found)[2:] == [f"{ASSISTED} by {short}"] and len(said) == 1
-    assert str(wide) in said[0] and "352" in said[0]
+    found = open_baselines(runner, drafters, control=SamplingParams(), seed=0, say=lines.append)
+    assert list(found)[2:] == [f"{ASSISTED} by {short}"] and len(lines) == 1
+    assert str(wide) in lines[0] and "352" in lines[0]
     # Without its learned positions the draft would fail on the second prompt.
     plain = runner.generate(PROMPTS, max_new_tokens=LIMITS)
     results = found[f"{ASSISTED} by {short}"](PROMPTS, LIMITS, ENDS)

@@ -1,4 +1,4 @@
-"""A step's gradient, however its texts are laid out."""
+"""The gradient of a step does not depend on how its texts are packed into rows."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from spectool.methods import resolve
 def test_packed_texts_teach_what_they_teach_alone(
     tiny: Callable[..., PreTrainedModel], family: str, method: str, options: dict[str, object]
 ) -> None:
-    """Labels never cross from one text to the next, and attention neither."""
+    """Neither labels nor attention cross from one text to the next."""
     target = Target(tiny(family))
-    chance = random.Random(0)
+    rng = random.Random(0)
     samples = [
         Sample(
-            [chance.randrange(2, 320) for _ in range(size)],
-            # Also a first token that is taught: nothing before it in its own text guesses it.
-            [i < 3 or chance.random() < 0.8 for i in range(size)],
+            [rng.randrange(2, 320) for _ in range(size)],
+            # First tokens are in the loss too, although no token of their text precedes them.
+            [i < 3 or rng.random() < 0.8 for i in range(size)],
         )
         for size in (40, 17, 23, 9, 31)
     ]
