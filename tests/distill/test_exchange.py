@@ -162,7 +162,7 @@ def test_eagle3_comes_back(
 
 
 def test_eagle3_of_others(make: Make, train: Train) -> None:
-    """Draft tokens in any order, SGLang's numbering of layers, an lm_head with a bias or foreign."""
+    """Draft tokens in any order, SGLang's numbering of layers, a biased or foreign lm_head."""
     source, heads, served = make("llama", "eagle3", "eagle3", {"draft_vocab": 30})
     file = served / "model.safetensors"
     tensors = load_file(file)
