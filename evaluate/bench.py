@@ -139,8 +139,8 @@ def bench(
         ):
             say(f"{row['name']}: no chains, since its drafts cannot be cut to their first path")
         elif chain_lengths:
-            jobs_all = (texts, limits, kept_ends)
-            row["chain"] = _measure_chains(runner, inner, chain_lengths, jobs_all, common)
+            all_jobs = (texts, limits, kept_ends)
+            row["chain"] = _measure_chains(runner, inner, chain_lengths, all_jobs, common)
             say(f"{row['name']}, chains: {' '.join(f'{rate:.2f}' for rate in row['chain'])}")
     return {
         **whole,
