@@ -296,26 +296,24 @@ def test_training_goes_on_from_heads(train: Train, checkpoint: Checkpoint, tmp_p
     """A training starts from the trained weights, on a quantized target as on the dense one."""
     source = checkpoint("llama")
     first = train(source, "first", method="hydra", steps=30)
-    first = str(tmp_path / "first")
-    again = train(source, "again", method="hydra", steps=0, init_from=first)
+    path = str(tmp_path / "first")
+    again = train(source, "again", method="hydra", steps=0, init_from=path)
     assert equal(tmp_path / "first", tmp_path / "again")
     assert again.initial["score"] == pytest.approx(first.tokens_per_forward)
     assert again.record.training["init_from"].startswith("sha256:")
     assert first.record.training["init_from"] is None
-    more = train(source, "more", method="hydra", steps=30, init_from=first)
+    more = train(source, "more", method="hydra", steps=30, init_from=path)
     assert more.tokens_per_forward >= first.tokens_per_forward
     assert not equal(tmp_path / "first", tmp_path / "more")
     with pytest.raises(UsageError, match=r"guess 320 tokens"):
-        train(
-            source, "other", method="hydra", options={"draft_vocab": 30}, steps=0, init_from=first
-        )
+        train(source, "other", method="hydra", options={"draft_vocab": 30}, steps=0, init_from=path)
     record = tmp_path / "first" / "spectool_heads.json"
     record.write_text(record.read_text().replace('"tokenizer": "sha256:', '"tokenizer": "sha256:0'))
     with pytest.raises(CheckpointError, match="another tokenizer"):
-        train(source, "other", method="hydra", steps=0, init_from=first)
+        train(source, "other", method="hydra", steps=0, init_from=path)
     record.write_text(record.read_text().replace('"sha256:0', '"sha256:'))
     with pytest.raises(SpectoolError, match="is absent, expected"):
-        train(source, "other", method="hydra", options={"num_heads": 5}, steps=0, init_from=first)
+        train(source, "other", method="hydra", options={"num_heads": 5}, steps=0, init_from=path)
     assert not list(tmp_path.glob("other*"))
 
 

@@ -184,5 +184,5 @@ def test_the_command_says_what_the_ceiling_is(
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)["preprocess"]
     assert result["merged"] < result["packed"]
-    assert f"{result['merged']:.3f} reshaped" in done.stderr
+    assert f"{result['merged']:.3f} after it" in done.stderr
     assert "preprocessing: 10/10 steps" in done.stderr and "kernels" not in done.stderr
