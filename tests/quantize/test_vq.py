@@ -306,6 +306,6 @@ def test_the_command(checkpoint: Callable[..., Path], tmp_path: Path, text_file:
     done = runner.invoke(app, [*command, "--lm-head", "vq:codes=32,epochs=1"])
     assert done.exit_code == 0, done.stderr
     assert "nats are left when their codes are known" in done.stderr
-    assert "output matrix: KL from the original on held-out calibration text" in done.stdout
+    assert "lm_head: KL from the original on held-out calibration text" in done.stdout
     said = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)["command"]
     assert "--lm-head vq:codes=32,epochs=1,frequent=64," in said
