@@ -1,13 +1,13 @@
-"""Tokens a second of `spectool generate` where other processes keep the processors busy.
+"""Measure the speed of `spectool generate` while other processes keep the CPU busy.
 
     python benchmarks/busy.py --shared FOLDER [--out …/results/…json] [--busy 0 2] [--rounds 3]
 
-FOLDER holds `models/codestory-10M` (see its README). It is decoded itself, and widened to 100 M
-parameters (`widened.py`), which computes the same function at the cost of such a model. Each
-command runs in a process of its own: with one thread; with two whose spin is OpenMP's own; with
-two and the spin that the command line sets. Of several rounds, in which they take turns, the median
-counts. Other processes are loops that never end, one a processor; `--other-work` marks figures that
-were taken beside further ones.
+FOLDER holds `models/codestory-10M` (see its README). The benchmark runs this model, and its copy
+widened to 100 M parameters (`widened.py`), which computes the same function at the cost of such a
+model. Each command runs in its own process: with one thread; with two threads and OpenMP's default
+spinning; with two threads and the bounded spinning that spectool sets. The settings alternate, and
+the median over several rounds is reported. The other processes are endless loops, one per
+processor; `--other-work` marks results measured while further work was running.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from spectool.processors import NUM_THREADS, SPIN, WAIT_POLICY
 
 WIDTHS = {"hidden": 1024, "intermediate": 2944, "heads": 32}
 PROMPT = "def fibonacci(n):\n"
-# libgomp's own, written out: whoever sets it is left alone.
+# libgomp's default written out: spectool does not change a value that is set.
 OWN_SPIN = {"GOMP_SPINCOUNT": "300000"}
-WAYS: dict[str, tuple[int, dict[str, str]]] = {
+SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
     "1 thread": (1, {}),
     "2 threads, OpenMP's own spin": (2, OWN_SPIN),
     "2 threads, bounded spin": (2, {}),
@@ -42,7 +42,7 @@ WAYS: dict[str, tuple[int, dict[str, str]]] = {
 
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
-    """So many processes that compute and never wait."""
+    """Run `count` processes that compute without pause."""
     loop = [sys.executable, "-c", "while True: pass"]
     running = [subprocess.Popen(loop) for _ in range(count)]
     try:
@@ -54,8 +54,9 @@ def busy(count: int) -> Iterator[None]:
 
 
 def tokens_per_second(model: Path, threads: int, spin: dict[str, str], count: int) -> float:
-    decided = (*SPIN, WAIT_POLICY, *NUM_THREADS)
-    environ = {name: value for name, value in os.environ.items() if name not in decided}
+    """Generate `count` tokens in a process of its own and return its tokens per second."""
+    controlled = (*SPIN, WAIT_POLICY, *NUM_THREADS)
+    environ = {name: value for name, value in os.environ.items() if name not in controlled}
     done = subprocess.run(
         [
             sys.executable, "-m", "spectool", "generate", str(model), "--prompt", PROMPT,
@@ -68,18 +69,19 @@ def tokens_per_second(model: Path, threads: int, spin: dict[str, str], count: in
 
 
 def measure(model: Path, count: int, numbers: list[int], rounds: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Return the median speed of each setting, for each number of busy processes."""
+    medians: dict[str, Any] = {}
     for number in numbers:
-        speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+        speeds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
         with busy(number):
             for _ in range(rounds):
-                for way, (threads, spin) in WAYS.items():
-                    speeds[way].append(tokens_per_second(model, threads, spin, count))
-        row = {way: statistics.median(each) for way, each in speeds.items()}
-        found[f"{number} busy processes beside"] = row
-        shown = ", ".join(f"{way} {speed:.1f}" for way, speed in row.items())
+                for setting, (threads, spin) in SETTINGS.items():
+                    speeds[setting].append(tokens_per_second(model, threads, spin, count))
+        row = {setting: statistics.median(each) for setting, each in speeds.items()}
+        medians[f"{number} busy processes beside"] = row
+        shown = ", ".join(f"{setting} {speed:.1f}" for setting, speed in row.items())
         print(f"{model.name}, {number} busy processes: {shown} tokens/s", flush=True)
-    return found
+    return medians
 
 
 def main() -> None:
@@ -105,8 +107,8 @@ def main() -> None:
         wide = Path(scratch) / "codestory-10M widened"
         result["widened_parameters"] = widen(model, wide, **WIDTHS, dtype="float32")
         for each in (model, wide):
-            found = measure(each, given.tokens, given.busy, given.rounds)
-            result["tokens_per_second"][each.name] = found
+            speeds = measure(each, given.tokens, given.busy, given.rounds)
+            result["tokens_per_second"][each.name] = speeds
             if given.out:
                 given.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -1,14 +1,14 @@
-"""Measure what comparing files with their checksums adds to loading an artifact.
+"""Measure the time that verifying checksums adds to loading an artifact.
 
-Packs a random bf16 Llama of a billion parameters by `int8` (about 1.1 GB) and loads it in turns
-with and without the comparison: from the page cache, and from the disk after its pages were
-dropped. A packed model is mapped, not read, until its first pass, so a load is measured both by
-itself and until every weight was looked at once, as the first pass does; and unpacked to dense.
+Quantizes a random bf16 Llama of a billion parameters with `int8` (about 1.1 GB) and loads it
+alternately with and without checksums, from the page cache and from disk after dropping its pages.
+The weights of a quantized model are memory-mapped and read in its first forward, so the benchmark
+times loading alone, loading and reading every weight once, and loading with unpacking to dense.
 
     python benchmarks/checksums.py [--layers 14] [--rounds 7] [--busy] [--out …/results/…json]
 
-`--busy` marks figures that were taken beside other work. Whether the disk is one, or a cache of
-the host's, shows in the bytes a second that reading the dropped files takes.
+`--busy` marks results measured while other work was running. The reported speed of reading the
+dropped files shows whether they come from a disk or from a cache of the host.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHUNK = 1 << 22
 
 
 def drop(files: list[Path]) -> None:
-    """Have the system forget the pages of these files."""
+    """Drop the pages of these files from the page cache."""
     for file in files:
         handle = os.open(file, os.O_RDONLY)
         try:
@@ -48,6 +48,7 @@ def drop(files: list[Path]) -> None:
 
 
 def read(files: list[Path]) -> None:
+    """Read files into the page cache."""
     buffer = bytearray(CHUNK)
     for file in files:
         with file.open("rb", buffering=0) as opened:
@@ -55,7 +56,7 @@ def read(files: list[Path]) -> None:
                 pass
 
 
-def look(model: Any) -> None:
+def read_weights(model: Any) -> None:
     """Read every weight once."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.numel():
@@ -63,38 +64,40 @@ def look(model: Any) -> None:
 
 
 def measure(artifact: Path, files: list[Path], rounds: int) -> dict[str, Any]:
-    def load(checksums: bool, *, runtime: str = "packed", looks: bool = False) -> None:
-        model = load_model(artifact, runtime=runtime, checksums=checksums)
-        if looks:
-            look(model)
+    """Time each way of loading with and without checksums."""
 
-    ways: dict[str, tuple[int, bool, Callable[[bool], None]]] = {
+    def load(checksums: bool, *, runtime: str = "packed", reads_weights: bool = False) -> None:
+        model = load_model(artifact, runtime=runtime, checksums=checksums)
+        if reads_weights:
+            read_weights(model)
+
+    loads: dict[str, tuple[int, bool, Callable[[bool], None]]] = {
         "cached, mapped only": (rounds, False, load),
-        "cached, every weight read": (rounds, False, lambda sums: load(sums, looks=True)),
+        "cached, every weight read": (rounds, False, lambda sums: load(sums, reads_weights=True)),
         "cached, unpacked to dense": (3, False, lambda sums: load(sums, runtime="dense")),
-        "disk, every weight read": (3, True, lambda sums: load(sums, looks=True)),
+        "disk, every weight read": (3, True, lambda sums: load(sums, reads_weights=True)),
     }
-    found = {}
-    for name, (count, dropped, way) in ways.items():
+    results = {}
+    for name, (count, dropped, run) in loads.items():
         seconds: dict[bool, list[float]] = {True: [], False: []}
-        # One more: the first pair pays for what is made once.
-        for at in range(count + 1):
-            for checksums in (True, False) if at % 2 else (False, True):
+        # One round more than counted: the first is a warm-up.
+        for number in range(count + 1):
+            for checksums in (True, False) if number % 2 else (False, True):
                 gc.collect()
                 if dropped:
                     drop(files)
                 began = time.perf_counter()
-                way(checksums)
+                run(checksums)
                 seconds[checksums].append(time.perf_counter() - began)
         best = {checksums: min(times[1:]) for checksums, times in seconds.items()}
-        found[name] = {
+        results[name] = {
             "seconds_without": best[False],
             "seconds_with": best[True],
             "added": best[True] / best[False] - 1,
             "rounds": count,
         }
-        print(name, json.dumps(found[name]), flush=True)
-    return found
+        print(name, json.dumps(results[name]), flush=True)
+    return results
 
 
 def main() -> None:
@@ -103,7 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--scratch", type=Path, help="where the artifact is written for a while")
+    parser.add_argument("--scratch", type=Path, help="directory for the temporary artifact")
     given = parser.parse_args()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:

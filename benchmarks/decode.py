@@ -1,13 +1,13 @@
-"""Drafters without training on a real checkpoint, and at the cost of a model of 400 M parameters.
+"""Benchmark training-free drafters on a real checkpoint, and at the cost of a 400 M model.
 
     python benchmarks/decode.py --shared FOLDER [--out DIR] [--dtype T ...] [--name NAME]
 
 FOLDER holds `models/codestory-10M` and `data` (see their README). Prompts are code, stories, prose
-and arithmetic that the checkpoint was not trained on. First every drafter on the checkpoint itself
-in float32, where greedy output must be that of plain decoding; then speed on its widened copy
-(`widened.py`), which computes the same function: greedy and at temperature 0.8, tuned trees beside
-fixed ones, and transformers' own `generate`, plain and with prompt lookup. Figures of the copy say
-nothing about the quality of a 400 M model, only about the cost of one.
+and arithmetic that the checkpoint was not trained on. First every drafter runs on the checkpoint
+itself in float32, where greedy output must equal plain decoding. Then speed is measured on its
+widened copy (`widened.py`), which computes the same function: greedy and at temperature 0.8, with
+tuned and with fixed trees, against transformers' `generate`, plain and with prompt lookup. The copy
+has the cost of a 400 M model, but not its quality.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ FAST = (
 
 
 def write_prompts(data: Path, path: Path, each: int) -> None:
-    """`each` unseen prompts of every category."""
+    """Write `each` held-out prompts of every category."""
     valid = gzip.decompress((data / "text/tinystories_valid.txt.gz").read_bytes()).decode()
     stories = [part for part in valid.split("\n\n") if len(part) > 300][7::11][:each]
     problems = list(rows(data / "prompts/humaneval.jsonl.gz"))[3 :: max(1, 160 // each)]
-    asked = itertools.islice(rows(data / "prompts/gsm8k_test.jsonl.gz"), 500, 500 + each)
+    questions = itertools.islice(rows(data / "prompts/gsm8k_test.jsonl.gz"), 500, 500 + each)
     books = list(rows(data / "text/books_heldout.jsonl.xz"))
     prose = [
-        " ".join(books[at % len(books)]["text"].split()[1000 + 40 * at : 1040 + 40 * at])
-        for at in range(each)
+        " ".join(books[i % len(books)]["text"].split()[1000 + 40 * i : 1040 + 40 * i])
+        for i in range(each)
     ]
     made: list[dict[str, Any]] = []
     made += [{"category": "code", "prompt": row["prompt"]} for row in problems[:each]]
     made += [{"category": "stories", "prompt": " ".join(t.split()[:30])} for t in stories]
     made += [{"category": "prose", "prompt": text} for text in prose]
-    made += [{"category": "arithmetic", "messages": chat(row)[:1]} for row in asked]
+    made += [{"category": "arithmetic", "messages": chat(row)[:1]} for row in questions]
     path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
 
 
@@ -72,12 +72,12 @@ def main() -> None:
     def drafts(names: tuple[str, ...]) -> list[str]:
         return [word for name in names for word in ("--draft", name)]
 
-    def keep() -> None:
-        text = json.dumps(found, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
+    def save() -> None:
+        text = json.dumps(results, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
         (RESULTS / f"{given.name}.json").write_text(text + "\n", encoding="utf-8")
 
-    found: dict[str, Any] = {"model": model.name, "kernel": skinny.missing() or "skinny"}
-    found["exact"] = spectool("bench", model, *common, "--dtype", "float32", *drafts(EXACT))
+    results: dict[str, Any] = {"model": model.name, "kernel": skinny.missing() or "skinny"}
+    results["exact"] = spectool("bench", model, *common, "--dtype", "float32", *drafts(EXACT))
     for dtype in given.dtype:
         copy = out / f"widened-{dtype}"
         parameters = widen(model, copy, **WIDTHS, dtype=dtype)
@@ -88,8 +88,8 @@ def main() -> None:
                 "bench", copy, *common, "--dtype", dtype, "--temperature", temperature,
                 "--baselines", "--plot", out / f"{dtype}-{temperature}.png", *drafts(FAST),
             )  # fmt: skip
-            found[f"widened {dtype}"] = run
-            keep()
+            results[f"widened {dtype}"] = run
+            save()
         shutil.rmtree(copy)
 
 

@@ -1,15 +1,15 @@
-"""Stored bits against what was lost: every method on given checkpoints and texts.
+"""Measure loss against stored bits, for every quantization method on given checkpoints and texts.
 
     python benchmarks/fidelity.py texts SHARED FOLDER
-    python benchmarks/fidelity.py measure MODEL CALIBRATION WINDOW TEXT … --out FILE [--only NAME …]
-    python benchmarks/fidelity.py report FILE … [--plot FILE]
+    python benchmarks/fidelity.py measure MODEL CALIBRATION WINDOW TEXT ... --out FILE [--only NAME]
+    python benchmarks/fidelity.py report FILE ... [--plot FILE]
 
-`texts` makes the texts of the published tables. `measure` packs the checkpoint by each method,
-calibrated on 64 sequences of 256 tokens of CALIBRATION (drawn twice, with two seeds, for methods
-that look at them), and compares the result with the original in float32 on each TEXT: windows
-opened with the start token, every token of the text scored. What is in FILE already is not measured
-again. `report` prints the tables, and says how far each method lies from the curve that the
-baselines draw; intervals are bootstrapped over windows, the same ones for both sides.
+`texts` writes the texts of the published tables. `measure` quantizes the checkpoint with each
+method, calibrated on 64 sequences of 256 tokens of CALIBRATION (with two seeds for methods that use
+them), and compares the result with the original in float32 on each TEXT, in windows that start with
+the BOS token. Results that FILE already holds are not measured again. `report` prints the tables
+and each method's distance from the curve of the baselines, with intervals by a paired bootstrap
+over windows.
 
 Shapes: S windows of a text.
 """
@@ -41,7 +41,7 @@ from spectool.data.text import read_text
 from spectool.errors import UsageError
 from spectool.evaluate.fidelity import score
 from spectool.evaluate.windows import Batch, ResidentLogProbs, Windows, cut
-from spectool.examples.stdlib import documents
+from spectool.examples.stdlib import read_documents
 from spectool.machine import describe
 from spectool.methods import resolve
 from spectool.model.loading import load_model, load_tokenizer
@@ -71,16 +71,15 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("scalar", {"bits": 3.0}),
 ]
 SAMPLES, SEQ_LEN = 64, 256
-# Characters of a text that is scored.
+# Number of characters of each text.
 LENGTH = 60000
 SEEDS = (0, 1)
-RESHAPED = {"steps": 200, "rate": 3e-4, "batch_size": 4}
+PREPROCESS = {"steps": 200, "rate": 3e-4, "batch_size": 4}
 DRAWS = 2000
 
 
 def write_texts(shared: Path, folder: Path) -> None:
-    """What the models are calibrated on, of the kinds that they were trained on, and 60,000
-    characters each of what they were not trained on."""
+    """Write calibration texts of the kinds that the models were trained on, and held-out texts."""
     data = shared / "data"
 
     def lines(name: str) -> list[Any]:
@@ -94,20 +93,20 @@ def write_texts(shared: Path, folder: Path) -> None:
         stories = file.read().replace("\n\n", "\n")
     with lzma.open(data / "text/books_heldout.jsonl.xz", "rt") as file:
         book = json.loads(file.readline())["text"]
-    taught = [row["text"] for row in lines("text/tinystories_train.jsonl.gz")[:600]]
+    train_stories = [row["text"] for row in lines("text/tinystories_train.jsonl.gz")[:600]]
     library = Path(sysconfig.get_paths()["stdlib"])
     code = [p.read_text() for n in ("json", "asyncio") for p in sorted((library / n).glob("*.py"))]
-    sources = [document for document in documents() if not document.held_out]
+    sources = [document for document in read_documents() if not document.held_out]
     random.Random(0).shuffle(sources)
     texts = {
         "stories": stories[:LENGTH],
         "arithmetic": "".join(chat(lines("prompts/gsm8k_test.jsonl.gz")))[:LENGTH],
         "book": book[:LENGTH],
-        "held-code": "\n".join(d.text for d in documents() if d.held_out)[:LENGTH],
+        "held-code": "\n".join(d.text for d in read_documents() if d.held_out)[:LENGTH],
         "calibration": "\n".join(
-            [*taught, *chat(lines("prompts/gsm8k_train.jsonl.gz")[:600]), *code]
+            [*train_stories, *chat(lines("prompts/gsm8k_train.jsonl.gz")[:600]), *code]
         ),
-        "calibration-stories": "\n".join(taught),
+        "calibration-stories": "\n".join(train_stories),
         "calibration-code": "\n".join(d.text for d in sources)[:1500000],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,30 +115,31 @@ def write_texts(shared: Path, folder: Path) -> None:
 
 
 class Original:
-    """The uncompressed model's laws on a text, computed once."""
+    """Log-probabilities of the original model on a text, computed once."""
 
     def __init__(self, windows: Windows, probs: Callable[[Batch], Tensor], vocabulary: int) -> None:
-        self.kept = {_key(b): probs(b) for b in windows.batches(vocabulary)}
+        self.log_probs = {_key(b): probs(b) for b in windows.batches(vocabulary)}
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
-        ref_BLV = self.kept[_key(batch)]
+        """See `spectool.evaluate.fidelity.Reference.compare`."""
+        ref_BLV = self.log_probs[_key(batch)]
         kl = torch.nn.functional.kl_div(logp_BLV, ref_BLV, reduction="sum", log_target=True)
         same = int((ref_BLV.argmax(-1) == logp_BLV.argmax(-1)).sum())
-        return float(-_chosen(batch, ref_BLV).sum()), float(kl), same
+        return float(-_sum_next_tokens(batch, ref_BLV).sum()), float(kl), same
 
 
 def _key(batch: Batch) -> tuple[int, int]:
     return batch.group, batch.rows.start
 
 
-def _chosen(batch: Batch, logp_BLV: Tensor) -> Tensor:
-    """The log-probability of each window's tokens together [B]."""
+def _sum_next_tokens(batch: Batch, logp_BLV: Tensor) -> Tensor:
+    """Sum the log-probabilities of each window's tokens [B]."""
     next_BL1 = batch.ids_BL[:, 1:, None]
     return logp_BLV.gather(-1, next_BL1).double().sum((1, 2))
 
 
 def measure(model: str, calibration: str, window: int, texts: Sequence[str], given: Any) -> None:
-    """Add the rows of one checkpoint to the file."""
+    """Measure every method on one checkpoint and add the rows to the file."""
     original = load_model(model, dtype="float32")
     vocabulary = original.config.vocab_size
     tokenizer = load_tokenizer(model)
@@ -151,18 +151,18 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
     rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     done = {_identity(row) for row in rows}
     if not done:
-        rows += _lost(sides, ResidentLogProbs(original), vocabulary, {"method": "original"})
+        rows += _score(sides, ResidentLogProbs(original), vocabulary, {"method": "original"})
     for name, options in METHODS:
-        method, _, way = name.partition(" ")
+        method, _, variant = name.partition(" ")
         kind = resolve(method, "quantizer")
         seeds = SEEDS if kind.statistics or hasattr(kind, "fit") else SEEDS[:1]
         for seed in seeds if name in (given.only or [name]) else ():
-            said = {"method": name, "options": options, "seed": seed}
-            if _identity(said) in done:
+            record = {"method": name, "options": options, "seed": seed}
+            if _identity(record) in done:
                 continue
-            own = {key: value for key, value in options.items() if key != "budget"}
-            choice, budget = Choice(method, kind.Config(**own)), None
-            if way == "mixed":
+            config = kind.Config(**{k: value for k, value in options.items() if k != "budget"})
+            choice, budget = Choice(method, config), None
+            if variant == "mixed":
                 budget = Budget(options["budget"], widths(choice, options["budget"]))
             job = Job(
                 method=method,
@@ -172,8 +172,8 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
                 samples=SAMPLES,
                 seq_len=SEQ_LEN,
                 seed=seed,
-                preprocess=Preprocess(text=[calibration], **RESHAPED)
-                if way == "reshaped"
+                preprocess=Preprocess(text=[calibration], **PREPROCESS)
+                if variant == "reshaped"
                 else None,
             )
             with tempfile.TemporaryDirectory() as scratch:
@@ -186,15 +186,15 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
                     # The padding of small matrices alone may take more than a budget.
                     print(name, options, error, flush=True)
                     continue
-                said["seconds"] = time.perf_counter() - began
-                said["bytes_needed"] = _peak() - resident
+                record["seconds"] = time.perf_counter() - began
+                record["bytes_needed"] = _peak() - resident
                 ledger = count_bits(read_layout(out))
-                said |= {"bits_linears": ledger.linears, "bits_file": ledger.file}
+                record |= {"bits_linears": ledger.linears, "bits_file": ledger.file}
                 packed = load_model(out, dtype="float32", runtime="dense")
-                rows += _lost(sides, ResidentLogProbs(packed), vocabulary, said)
-            found = {"benchmark": "fidelity", "machine": describe(), "model": Path(model).name}
-            given.out.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
-            print(name, options, seed, f"{said['seconds']:.0f} s", flush=True)
+                rows += _score(sides, ResidentLogProbs(packed), vocabulary, record)
+            header = {"benchmark": "fidelity", "machine": describe(), "model": Path(model).name}
+            given.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+            print(name, options, seed, f"{record['seconds']:.0f} s", flush=True)
 
 
 def _identity(row: Request) -> str:
@@ -202,36 +202,36 @@ def _identity(row: Request) -> str:
 
 
 def _reset_peak() -> int:
-    """Forget the peak of resident memory; what is resident now, in bytes."""
+    """Reset the peak of resident memory and return the bytes resident now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _peak()
 
 
 def _peak() -> int:
-    said = Path("/proc/self/status").read_text().split("VmHWM:")[1]
-    return 1024 * int(said.split()[0])
+    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
+    return 1024 * int(status.split()[0])
 
 
-def _lost(
+def _score(
     sides: dict[str, tuple[Windows, Original]],
     probs: Callable[[Batch], Tensor],
     vocabulary: int,
-    said: Request,
+    record: Request,
 ) -> list[Request]:
-    """A row for each text."""
+    """Score a model on each text; return a row per text, which extends `record`."""
     rows = []
     for text, (windows, original) in sides.items():
         nll: list[float] = []
 
         def sink(batch: Batch, logp_BLV: Tensor, nll: list[float] = nll) -> None:
-            nll += (-_chosen(batch, logp_BLV)).tolist()
+            nll += (-_sum_next_tokens(batch, logp_BLV)).tolist()
 
         scores = score(windows, probs, vocabulary, reference=original, sink=sink)
         assert scores.kl is not None and scores.same_top is not None
         counts = [ids_SL.shape[1] - 1 for ids_SL in windows.groups for _ in ids_SL]
         rows.append(
             {
-                **said,
+                **record,
                 "text": text,
                 "perplexity": scores.perplexity,
                 "kl": scores.kl / scores.num_tokens,
@@ -244,7 +244,7 @@ def _lost(
 
 
 class Point:
-    """One method with its options on one text: the mean over seeds."""
+    """Result of a method with its options on one text: the mean over seeds."""
 
     def __init__(self, rows: Sequence[Request]) -> None:
         self.rows = rows
@@ -256,18 +256,21 @@ class Point:
         self.nll = float(self.nll_S.sum() / self.tokens_S.sum())
 
     def mean(self, key: str) -> float:
+        """Average a field of the rows."""
         return sum(row[key] for row in self.rows) / len(self.rows)
 
     @property
     def name(self) -> str:
-        said = [f"{k.replace('group_size', 'g').replace('bits', 'b')}{v}"
+        options = [f"{k.replace('group_size', 'g').replace('bits', 'b')}{v}"
                 for k, v in self.options.items() if k != "epochs"]  # fmt: skip
-        return " ".join([f"`{self.method}`", *said])
+        return " ".join([f"`{self.method}`", *options])
 
 
 def interval(difference_S: Tensor, tokens_S: Tensor) -> tuple[float, float, float]:
-    """The ratio of perplexities that differences of the windows' nats mean, and 95 % of its
-    bootstrap."""
+    """Return the ratio of perplexities for differences of the windows' NLL, and its 95% interval.
+
+    The interval is bootstrapped over windows.
+    """
     generator = torch.Generator().manual_seed(0)
     size = len(tokens_S)
     drawn_DS = torch.randint(size, (DRAWS, size), generator=generator)
@@ -278,25 +281,25 @@ def interval(difference_S: Tensor, tokens_S: Tensor) -> tuple[float, float, floa
 
 
 def hull(points: Sequence[Point]) -> list[Point]:
-    """Those of the baselines that no mixture of others beats, by rising bits."""
+    """Return the lower convex hull of the points' NLL over bits, by increasing bits."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda p: (p.bits, p.nll)):
-        while len(kept) > 1 and _rise(kept[-2], kept[-1]) >= _rise(kept[-2], point):
+        while len(kept) > 1 and _slope(kept[-2], kept[-1]) >= _slope(kept[-2], point):
             kept.pop()
         if not kept or (point.bits > kept[-1].bits and point.nll < kept[-1].nll):
             kept.append(point)
     return kept
 
 
-def _rise(first: Point, second: Point) -> float:
+def _slope(first: Point, second: Point) -> float:
     return (second.nll - first.nll) / (second.bits - first.bits)
 
 
 def from_curve(point: Point, curve: Sequence[Point]) -> tuple[float, float, float]:
-    """The perplexity over that of the curve at the same bits, with its interval.
+    """Return the ratio of the perplexity to the curve's at the same bits, with its interval.
 
-    Left of its first point the curve goes on straight, as steep as it begins: less than a convex
-    curve would rise, so what lies below this lies below the curve.
+    Left of its first point the curve is extended straight with its first slope. A convex curve
+    would rise more, so a point below the extension is also below the curve.
     """
     right = next((i for i in range(1, len(curve)) if curve[i].bits >= point.bits), len(curve) - 1)
     first, second = curve[right - 1], curve[right]
@@ -305,21 +308,22 @@ def from_curve(point: Point, curve: Sequence[Point]) -> tuple[float, float, floa
     return interval(point.nll_S - curve_S, point.tokens_S)
 
 
-def points_of(file: Path) -> tuple[str, dict[str, list[Point]]]:
-    """The model, and the points by text."""
-    found = json.loads(file.read_text())
+def read_points(file: Path) -> tuple[str, dict[str, list[Point]]]:
+    """Read a result file: the model's name, and the points by text."""
+    result = json.loads(file.read_text())
     grouped: dict[str, dict[str, list[Request]]] = {}
-    for row in found["rows"]:
+    for row in result["rows"]:
         key = json.dumps([row["method"], row.get("options")])
         grouped.setdefault(row["text"], {}).setdefault(key, []).append(row)
     points = {text: [Point(rows) for rows in each.values()] for text, each in grouped.items()}
-    return found["model"], points
+    return result["model"], points
 
 
 def report(files: Sequence[Path], plot: Path | None) -> None:
+    """Print the tables of result files, and draw them."""
     panels = {}
     for file in files:
-        model, by_text = points_of(file)
+        model, by_text = read_points(file)
         for text, points in by_text.items():
             original = next(point for point in points if point.method == "original")
             curve = hull([point for point in points if point.method in BASELINES])
@@ -342,22 +346,23 @@ def report(files: Sequence[Path], plot: Path | None) -> None:
 
 
 def _line(point: Point, original: Point, curve: Sequence[Point]) -> str:
-    apart = interval(point.nll_S - original.nll_S, point.tokens_S)
+    over_original = interval(point.nll_S - original.nll_S, point.tokens_S)
     each = [row["perplexity"] for row in point.rows]
-    beside = "" if point.method in BASELINES else "{:.3f} ({:.3f}-{:.3f})".format(
+    over_curve = "" if point.method in BASELINES else "{:.3f} ({:.3f}-{:.3f})".format(
         *from_curve(point, curve)
     )  # fmt: skip
     return (
         f"| {point.name} | {point.bits:.3f} | {point.mean('bits_file'):.2f} "
-        f"| {math.exp(point.nll):.3f} | {apart[0]:.3f} ({apart[1]:.3f}-{apart[2]:.3f}) "
-        f"| {f'{(max(each) - min(each)) / min(each):.2%}' if len(each) > 1 else ''} | {beside} "
+        f"| {math.exp(point.nll):.3f} "
+        f"| {over_original[0]:.3f} ({over_original[1]:.3f}-{over_original[2]:.3f}) "
+        f"| {f'{(max(each) - min(each)) / min(each):.2%}' if len(each) > 1 else ''} | {over_curve} "
         f"| {point.mean('kl'):.4f} | {point.mean('top1_agreement'):.1%} "
         f"| {point.mean('seconds'):.0f} | {point.mean('bytes_needed') / 1e6:.0f} |"
     )
 
 
 def draw(panels: dict[tuple[str, str], Any], path: Path) -> None:
-    """A panel for each model and text: perplexity against stored bits of the linears."""
+    """Draw a panel per model and text: perplexity against stored bits of the linears."""
     columns = 3
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
@@ -371,14 +376,14 @@ def draw(panels: dict[tuple[str, str], Any], path: Path) -> None:
             [p.bits for p in curve], [math.exp(p.nll) for p in curve], color="lightgrey", lw=4
         )
         for method, colour in colours.items():
-            own = sorted((p.bits, math.exp(p.nll)) for p in points if p.method == method)
-            bits, perplexities = [bits for bits, _ in own], [value for _, value in own]
+            pairs = sorted((p.bits, math.exp(p.nll)) for p in points if p.method == method)
+            bits, perplexities = [bits for bits, _ in pairs], [value for _, value in pairs]
             axis.plot(
                 bits, perplexities, marker="o", markersize=3, lw=0.8, label=method, color=colour
             )
         reference = math.exp(original.nll)
         axis.axhline(reference, color="grey", linewidth=0.8)
-        axis.set(title=f"{model}, {text}", xlabel="stored bits a weight", ylabel="perplexity")
+        axis.set(title=f"{model}, {text}", xlabel="stored bits per weight", ylabel="perplexity")
         axis.set(ylim=(0.95 * reference, 1.3 * reference), xlim=(1.5, 5.0))
     axes[0].legend(fontsize=7, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "spectool"}):

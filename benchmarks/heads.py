@@ -1,16 +1,16 @@
-"""Draft heads side by side: trained alike, measured alike, and at the cost of a larger model.
+"""Compare draft heads: equal training and evaluation, and speed at the cost of a larger model.
 
     python benchmarks/heads.py --shared FOLDER [--out DIR] [--steps N] [--only NAME ...]
 
-FOLDER holds `models/codestory-10M` and `data` (see their README). The checkpoint first writes its
-own training text, at temperature 0.8 after beginnings of the kinds it learnt; every method then
-learns from equal tokens of that, as many as the slowest takes in six minutes of two cores.
-Prompts are code, stories, prose and arithmetic that neither the checkpoint nor the heads were
-trained on, cut where plain greedy decoding begins to repeat itself. Tokens per forward come from
-decoding, greedy and at temperature 0.8, in float32, with intervals by resampling the prompts (2.5
-to 97.5 %); greedy output must be that of plain decoding everywhere. Speed is that of the widened
-copy (`widened.py`) with widened heads, which compute the same function at the cost of 400 M
-parameters: it says nothing about the quality of heads of such a model.
+FOLDER holds `models/codestory-10M` and `data` (see their README). The checkpoint first generates
+the training text, at temperature 0.8 after prompts of the kinds that it was trained on. Every
+method then trains on the same number of tokens of it, as many as the slowest processes in six
+minutes on two cores. Prompts are code, stories, prose and arithmetic that neither the checkpoint
+nor the heads were trained on, cut where plain greedy decoding starts to repeat itself. Tokens per
+forward are measured in float32, greedy and at temperature 0.8, with intervals by resampling the
+prompts (2.5 to 97.5 %); greedy output must always equal plain decoding. Speed is measured on the
+widened copy (`widened.py`) with widened heads, which compute the same function at the cost of 400 M
+parameters, without the quality of heads of such a model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from spectool.distill.data.samples import read_samples
 from spectool.methods import resolve
 from spectool.model.architecture import build_meta, read_config
 
-# Each with the options that were best of a few in short trials.
+# Options that were the best of a few in short trials.
 METHODS: dict[str, tuple[str, ...]] = {
     "medusa": ("--learning-rate", "3e-3"),
     "hydra-plain": ("--variant", "plain", "--learning-rate", "3e-3"),
@@ -60,13 +60,13 @@ FREE_TUNED = ("ngram+recycle:tune", "trigram+recycle:tune")
 NODES = (8, 16, 32, 64)
 CHAINS = range(1, 8)
 PARTS = ("train", "decode", "packed", "speed")
-# Heads of these are trained on the packed model too, and run on both.
+# Heads of these methods are trained on the quantized model too, and run on both models.
 ON_PACKED = ("hydra",)
 SEQ_LEN, BATCH_TOKENS = 256, 2048
 
 
-def write_own_text(model: Path, texts: dict[str, Path], path: Path, tokens: int) -> float:
-    """Let the checkpoint go on from beginnings of the training texts; the seconds it took."""
+def generate_training_text(model: Path, texts: dict[str, Path], path: Path, tokens: int) -> float:
+    """Let the checkpoint continue the first tokens of training texts; return the seconds taken."""
     runner = Runner(model, dtype=torch.float32)
     assert runner.tokenizer is not None
     samples = read_samples([str(texts["train"])], runner.tokenizer, seq_len=SEQ_LEN)
@@ -88,30 +88,32 @@ def write_own_text(model: Path, texts: dict[str, Path], path: Path, tokens: int)
 def decode(
     runner: Runner, draft: str | Drafter | None, jobs: Any, temperature: float
 ) -> list[Result]:
+    """Decode the prompts of `jobs`, each with its limit of new tokens."""
     runner.use(draft)
     prompts, limits = [prompt for prompt, _ in jobs], [limit for _, limit in jobs]
     return runner.generate(prompts, max_new_tokens=limits, temperature=temperature)
 
 
 def metrics(results: Sequence[Result], categories: Sequence[str]) -> dict[str, Any]:
-    """Tokens per forward of all and of each category, with intervals."""
-    found = {}
+    """Compute tokens per forward of all results and of each category, with intervals."""
+    by_category = {}
     for name in ("all", *dict.fromkeys(categories)):
-        own = [r for r, c in zip(results, categories, strict=True) if name in ("all", c)]
-        chance = random.Random(0)
-        drawn = sorted(rate(chance.choices(own, k=len(own))) for _ in range(2000))
-        found[name] = {"mean": rate(own), "low": drawn[50], "high": drawn[1949]}
-    return found
+        chosen = [r for r, c in zip(results, categories, strict=True) if name in ("all", c)]
+        rng = random.Random(0)
+        drawn = sorted(rate(rng.choices(chosen, k=len(chosen))) for _ in range(2000))
+        by_category[name] = {"mean": rate(chosen), "low": drawn[50], "high": drawn[1949]}
+    return by_category
 
 
 def rate(results: Sequence[Result]) -> float:
+    """Compute tokens per forward."""
     return sum(len(r.token_ids) for r in results) / sum(r.forwards for r in results)
 
 
 def widen_heads(heads: Path, model: Path, wide: Path, out: Path) -> None:
-    """The heads in the widened copy's dimensions, zeros in what is new, as there.
+    """Write the heads with the widened copy's dimensions, padded with zeros.
 
-    Where states are read side by side each has its own part of the columns.
+    Where several states are concatenated, each keeps its own part of the columns.
     """
     record = read_record(heads)
     drafter = resolve(record.method, "drafter")
@@ -137,8 +139,8 @@ def widen_heads(heads: Path, model: Path, wide: Path, out: Path) -> None:
             for size, to in zip(old.shape, wanted.shape, strict=True)
         ]
         for corner in itertools.product(*parts):
-            into = tuple(slice(at, at + size) for at, _, size in corner)
-            new[into] = old[tuple(slice(at, at + size) for _, at, size in corner)]
+            into = tuple(slice(start, start + size) for start, _, size in corner)
+            new[into] = old[tuple(slice(start, start + size) for _, start, size in corner)]
         widened[name] = new
     opened = open_checkpoint(wide)
     target = {
@@ -161,79 +163,83 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=280)
     parser.add_argument("--each", type=int, default=6)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--dtype", default="bfloat16", help="of the widened copy")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the widened copy")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--name", default="heads-2-core-cpu")
     given = parser.parse_args()
     model, out = given.shared / "models/codestory-10M", given.out
     out.mkdir(parents=True, exist_ok=True)
     kept = RESULTS / f"{given.name}.json"
-    found: dict[str, Any] = {"model": model.name, "steps": given.steps}
+    report: dict[str, Any] = {"model": model.name, "steps": given.steps}
     if kept.exists() and set(given.parts) != set(PARTS):
-        found |= json.loads(kept.read_text(encoding="utf-8"))
+        report |= json.loads(kept.read_text(encoding="utf-8"))
 
-    def keep() -> None:
-        text = json.dumps(found, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
+    def save() -> None:
+        text = json.dumps(report, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
         kept.write_text(text + "\n", encoding="utf-8")
 
     if "train" in given.parts:
-        train(found, model, out, given, keep)
+        train(report, model, out, given, save)
     write_prompts(given.shared / "data", out / "prompts.jsonl", given.each)
     if "decode" in given.parts:
-        decode_all(found, model, out, given.only, keep)
+        decode_all(report, model, out, given.only, save)
     if "packed" in given.parts:
-        cross(found, model, out, given, keep)
+        cross(report, model, out, given, save)
     if "speed" in given.parts:
-        time_all(found, model, out, given, keep)
+        time_all(report, model, out, given, save)
 
 
-def train(found: dict[str, Any], model: Path, out: Path, given: Any, keep: Any) -> None:
-    """The training text, and every method's heads from equal tokens of it."""
-    own = out / "own.jsonl"
-    if not own.exists():
+def train(report: dict[str, Any], model: Path, out: Path, given: Any, save: Any) -> None:
+    """Generate the training text, and train each method's heads on equally many tokens of it."""
+    data = out / "own.jsonl"
+    if not data.exists():
         texts = write_texts(given.shared / "data", out / "texts")
         partial = out / "own.partial"
         tokens = given.steps * BATCH_TOKENS
-        found["own_text_seconds"] = write_own_text(model, texts, partial, tokens)
-        partial.rename(own)
+        report["own_text_seconds"] = generate_training_text(model, texts, partial, tokens)
+        partial.rename(data)
     for name in given.only:
-        done = train_one(name, model, out / name, own, given.steps)
-        found.setdefault("heads", {})[name] = {**done, "out": name}
-        keep()
+        done = train_one(name, model, out / name, data, given.steps)
+        report.setdefault("heads", {})[name] = {**done, "out": name}
+        save()
 
 
-def train_one(name: str, model: Path, heads: Path, own: Path, steps: int) -> dict[str, Any]:
+def train_one(name: str, model: Path, heads: Path, data: Path, steps: int) -> dict[str, Any]:
+    """Train the heads of one method."""
     return spectool(
-        "train-heads", name.removesuffix("-plain"), model, heads, "--data", own, "--seq-len",
+        "train-heads", name.removesuffix("-plain"), model, heads, "--data", data, "--seq-len",
         SEQ_LEN, "--batch-tokens", BATCH_TOKENS, "--steps", steps, *METHODS[name], "--overwrite",
     )  # fmt: skip
 
 
-def cross(found: dict[str, Any], model: Path, out: Path, given: Any, keep: Any) -> None:
-    """Heads of the model and of it at 3 bits, each run on both: greedy tokens a forward."""
+def cross(report: dict[str, Any], model: Path, out: Path, given: Any, save: Any) -> None:
+    """Run heads of the model and of its 3-bit version on both: greedy tokens per forward."""
     packed = out / "packed"
     if not packed.exists():
         spectool("quantize", "gptq", model, packed, "--bits", 3, "--calibration", out / "own.jsonl")
     for name in ON_PACKED:
         train_one(name, packed, out / f"{name}-of-packed", out / "own.jsonl", given.steps)
     for target in (model, packed):
-        runner, _, categories, jobs, plain = prompts_of(target, out)
+        runner, _, categories, jobs, plain = open_prompts(target, out)
         for name in ON_PACKED:
             for heads in (out / name, out / f"{name}-of-packed"):
                 results = decode(runner, f"{heads}:nodes=32", jobs, 0.0)
                 same = [a.token_ids == b.token_ids for a, b in zip(results, plain, strict=True)]
                 entry = {"identical": sum(same), **metrics(results, categories)["all"]}
-                found.setdefault("packed", {})[f"{heads.name} on {target.name}"] = entry
+                report.setdefault("packed", {})[f"{heads.name} on {target.name}"] = entry
                 print(heads.name, target.name, entry, flush=True)
-                keep()
+                save()
 
 
-def prompts_of(
+def open_prompts(
     model: Path, out: Path
 ) -> tuple[Runner, list[str], list[str], list[tuple[str, int]], list[Result]]:
-    """A model, the prompts' texts and categories; jobs, each up to where plain greedy text begins
-    to repeat itself, and that text."""
-    prompts = rows_of(out / "prompts.jsonl")
+    """Open a model and decode the prompts plainly.
+
+    Returns the runner, the prompts' texts and categories, the jobs, each cut where plain greedy
+    text starts to repeat itself, and the plain results of the jobs.
+    """
+    prompts = read_rows(out / "prompts.jsonl")
     runner = Runner(model, dtype=torch.float32)
     assert runner.tokenizer is not None
     texts = [
@@ -254,10 +260,10 @@ def prompts_of(
     return runner, texts, categories, jobs, plain
 
 
-def decode_all(found: dict[str, Any], model: Path, out: Path, names: list[str], keep: Any) -> None:
-    """Tokens per forward on held-out prompts, by nodes; greedy output is checked."""
-    runner, texts, categories, jobs, plain = prompts_of(model, out)
-    found["prompts"], found["new_tokens"] = len(jobs), sum(len(r.token_ids) for r in plain)
+def decode_all(report: dict[str, Any], model: Path, out: Path, names: list[str], save: Any) -> None:
+    """Measure tokens per forward on held-out prompts by number of nodes; compare greedy output."""
+    runner, texts, categories, jobs, plain = open_prompts(model, out)
+    report["prompts"], report["new_tokens"] = len(jobs), sum(len(r.token_ids) for r in plain)
     specs = [f"{out / name}:nodes={nodes}" for name in names for nodes in NODES]
     for spec in [*FREE, *specs]:
         greedy = decode(runner, spec, jobs, 0.0)
@@ -271,31 +277,32 @@ def decode_all(found: dict[str, Any], model: Path, out: Path, names: list[str], 
                 entry["chains"] = [
                     rate(decode(runner, FirstPath(inner, depth), jobs, 0.0)) for depth in CHAINS
                 ]
-        found.setdefault("decoded", {})[Path(spec).name] = entry
+        report.setdefault("decoded", {})[Path(spec).name] = entry
         print(spec, entry["identical"], entry["greedy"]["all"], flush=True)
-        keep()
+        save()
 
 
-def time_all(found: dict[str, Any], model: Path, out: Path, given: Any, keep: Any) -> None:
-    """Speed on the widened copy, of widened heads."""
+def time_all(report: dict[str, Any], model: Path, out: Path, given: Any, save: Any) -> None:
+    """Measure the speed of widened heads on the widened copy."""
     wide = out / f"widened-{given.dtype}"
     shutil.rmtree(wide, ignore_errors=True)
-    found["parameters_widened"] = widen(model, wide, **WIDTHS, dtype=given.dtype)
+    report["parameters_widened"] = widen(model, wide, **WIDTHS, dtype=given.dtype)
     shutil.rmtree(out / "wide", ignore_errors=True)
     drafts: list[Any] = [word for draft in FREE_TUNED for word in ("--draft", draft)]
     for name in given.only:
         widen_heads(out / name, model, wide, out / "wide" / name)
         drafts += ["--draft", f"{out / 'wide' / name}:tune"]
     for temperature in (0.0, 0.8):
-        found[f"widened, temperature {temperature}"] = spectool(
+        report[f"widened, temperature {temperature}"] = spectool(
             "bench", wide, "--prompts", out / "prompts.jsonl", "--max-new-tokens", 64,
             "--per-category", 3, "--dtype", given.dtype, "--temperature", temperature, *drafts,
         )  # fmt: skip
-        keep()
+        save()
     shutil.rmtree(wide)
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

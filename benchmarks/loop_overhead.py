@@ -1,11 +1,11 @@
-"""What the decode loop costs beside the model: plain decoding against bare forwards.
+"""Measure the overhead of the decode loop: plain decoding against bare forwards of the model.
 
     python benchmarks/loop_overhead.py [--out benchmarks/results/...json]
 
-A random Llama of about 134 M parameters decodes plainly, and after each step transformers' own
-forward of the same token, with its own cache and no sampling, stopping or text, is timed. By turns,
-token for token, so that whatever else the machine does hits both alike. The floor of a step is the
-weights' bytes over the memory's bandwidth, measured by summing a tensor of as many bytes.
+A random Llama of about 134 M parameters runs plain decoding. After each step, transformers' forward
+of the same token is timed, with a cache of its own and without sampling, stopping or text. The two
+alternate token by token, so that other load on the machine affects both. The floor of a step is the
+weights' bytes over the memory bandwidth, measured by summing a tensor of as many bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEW_TOKENS = 128
 
 
 class _Bare:
-    """Forwards of transformers with its own cache."""
+    """Forwards by transformers with its own cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -36,6 +36,7 @@ class _Bare:
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int]) -> None:
+        """Run the model on the next tokens, and wait until it is done."""
         ids = torch.tensor([list(tokens)], device=self.model.device)
         self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **self.cache)
         if self.model.device.type == "cuda":
@@ -43,12 +44,12 @@ class _Bare:
 
 
 def measure(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[float, float]:
-    """Median seconds a token: of the loop, and of bare forwards."""
+    """Return the median seconds per token of the loop and of bare forwards."""
     bare = _Bare(model)
     loop_seconds, bare_seconds = [], []
     feed, started = list(prompt), time.perf_counter()
 
-    def step(row: int, tokens: list[int], text: str, drafted: int) -> None:
+    def step(request: int, tokens: list[int], text: str, drafted: int) -> None:
         nonlocal feed, started
         between = time.perf_counter()
         bare.forward(feed)
@@ -58,12 +59,12 @@ def measure(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[float, float
         feed, started = tokens, time.perf_counter()
 
     Runner(model).generate([prompt], max_new_tokens=NEW_TOKENS, on_tokens=step)
-    # The first is the prompt's pass, and warms up.
+    # Without the first step, which is the prefill and a warm-up.
     return statistics.median(loop_seconds[1:]), statistics.median(bare_seconds[1:])
 
 
 def read_seconds(num_bytes: int) -> float:
-    """Seconds to read as many bytes from memory: the floor of one token's step."""
+    """Return the seconds to read `num_bytes` from memory, the floor of a token's step."""
     block = torch.ones(num_bytes // 4)
     block.sum()
     times = []

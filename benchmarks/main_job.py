@@ -1,11 +1,11 @@
-"""The main job on a real checkpoint: pack it, teach it to draft, measure all four combinations.
+"""Quantize a real checkpoint, train draft heads for both versions, measure all combinations.
 
     python benchmarks/main_job.py --shared FOLDER [--out DIR] [--steps N]
 
 FOLDER holds `models/codestory-10M` and `data` (see their README). Runs the commands a user would,
-each in its own process, and keeps what they said under results/. Heads are trained on the original
-and on the packed checkpoint, and once for no steps; greedy output in float32 must be that of plain
-decoding for every one of them on both. Nothing that is measured on was trained on.
+each in its own process, and stores their JSON under results/. Heads are trained on the original and
+on the quantized checkpoint, and once for no steps; in float32 the greedy output with each of them
+must equal plain decoding on both. Evaluation data was not trained on.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spectool.examples.stdlib import documents
+from spectool.examples.stdlib import read_documents
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a compressed JSON-lines file."""
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}[path.suffix]
     with opener(path, "rt", encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def chat(row: dict[str, Any]) -> list[dict[str, str]]:
+    """Make a conversation of a question and its answer."""
     return [
         {"role": "user", "content": row["question"]},
         {"role": "assistant", "content": row["answer"]},
@@ -41,12 +43,12 @@ def chat(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def write_texts(data: Path, out: Path) -> dict[str, Path]:
-    """Text of the kinds that the checkpoint learnt, to learn from; and unseen text of each kind."""
+    """Write training text of the kinds that the checkpoint was trained on, and held-out text."""
     train: list[dict[str, Any]] = [
         {"messages": chat(row)}
         for row in itertools.islice(rows(data / "prompts/gsm8k_train.jsonl.gz"), 1200)
     ]
-    code = [document for document in documents() if not document.held_out]
+    code = [document for document in read_documents() if not document.held_out]
     train += [{"text": document.text[:20_000]} for document in code[::8]]
     stories = rows(data / "text/tinystories_train.jsonl.gz")
     train += [{"text": row["text"]} for row in itertools.islice(stories, 800)]
@@ -54,19 +56,19 @@ def write_texts(data: Path, out: Path) -> dict[str, Path]:
     valid = gzip.decompress((data / "text/tinystories_valid.txt.gz").read_bytes()).decode()
     paragraphs = [part for part in valid.split("\n\n") if len(part) > 200]
     problems = list(rows(data / "prompts/humaneval.jsonl.gz"))
-    asked = list(itertools.islice(rows(data / "prompts/gsm8k_test.jsonl.gz"), 400))
+    questions = list(itertools.islice(rows(data / "prompts/gsm8k_test.jsonl.gz"), 400))
     prompts: list[dict[str, Any]] = [
         {"prompt": " ".join(part.split()[:30])} for part in paragraphs[:200:40]
     ]
     prompts += [{"prompt": problem["prompt"]} for problem in problems[::32][:5]]
-    prompts += [{"messages": chat(row)[:1]} for row in asked[:200:40]]
+    prompts += [{"messages": chat(row)[:1]} for row in questions[:200:40]]
     book = next(rows(data / "text/books_heldout.jsonl.xz"))["text"]
 
     files = {
         "train": "".join(json.dumps(row) + "\n" for row in train),
         "prompts": "".join(json.dumps(row) + "\n" for row in prompts),
         "stories": "\n".join(valid.split("\n\n"))[:100_000],
-        "arithmetic": "".join(json.dumps({"messages": chat(row)}) + "\n" for row in asked),
+        "arithmetic": "".join(json.dumps({"messages": chat(row)}) + "\n" for row in questions),
         "book": book[:100_000],
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -79,11 +81,11 @@ def write_texts(data: Path, out: Path) -> dict[str, Path]:
 
 
 def spectool(*words: object) -> dict[str, Any]:
-    """Run a command on the processor, show what it tells people, return its result."""
+    """Run a spectool command on the CPU, let its stderr through, and return its JSON result."""
     command = [sys.executable, "-m", "spectool", *map(str, words), "--json"]
     print("$ spectool", *map(str, words), file=sys.stderr, flush=True)
-    without = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=without)
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environ)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -97,12 +99,12 @@ def main() -> None:
     model, out = given.shared / "models/codestory-10M", given.out
     texts = write_texts(given.shared / "data", out)
     packed = out / "packed"
-    found: dict[str, Any] = {"model": model.name}
-    found["quantize"] = spectool(
+    results: dict[str, Any] = {"model": model.name}
+    results["quantize"] = spectool(
         "quantize", "ptq161", model, packed, "--calibration", texts["train"], "--seq-len", 256,
         "--samples", 64, "--epochs", 10, "--overwrite",
     )  # fmt: skip
-    found["eval"] = {
+    results["eval"] = {
         name: spectool("eval", packed, "--reference", model, "--text", texts[name], "--bos",
                        "--window", 512, "--dtype", "float32")
         for name in ("stories", "arithmetic", "book")
@@ -111,21 +113,21 @@ def main() -> None:
         ("untrained", model, 0), ("of-original", model, given.steps),
         ("of-packed", packed, given.steps),
     ):  # fmt: skip
-        found[name] = spectool(
+        results[name] = spectool(
             "train-heads", "medusa", target, out / name, "--data", texts["train"], "--steps", steps,
             "--seq-len", 512, "--batch-tokens", 2048, "--learning-rate", 3e-3, "--overwrite",
         )  # fmt: skip
     drafts = [word for name in ("untrained", "of-original", "of-packed")
               for word in ("--draft", out / name)]  # fmt: skip
     for dtype in ("float32", "bfloat16"):
-        found[dtype] = spectool(
+        results[dtype] = spectool(
             "bench", packed, "--reference", model, "--prompts", texts["prompts"], "--draft",
             "ngram", *drafts, "--dtype", dtype, "--max-new-tokens", 96,
         )  # fmt: skip
-    for run in (found["quantize"], *(found[name] for name in ("untrained", "of-original",
+    for run in (results["quantize"], *(results[name] for name in ("untrained", "of-original",
                                                               "of-packed"))):  # fmt: skip
         run["out"] = Path(run["out"]).name
-    text = json.dumps(found, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
+    text = json.dumps(results, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
     (RESULTS / "main-job-2-core-cpu.json").write_text(text + "\n", encoding="utf-8")
 
 

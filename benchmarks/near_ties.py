@@ -1,12 +1,12 @@
-"""Where drafted text leaves plain text in bfloat16: how many texts, and how near the choice was.
+"""Count texts that differ from plain decoding in bfloat16, and measure how close the choice was.
 
     python benchmarks/near_ties.py --shared FOLDER [--draft SPEC ...] [--out FILE.json]
 
-In float32 drafted greedy text is plain text. In bfloat16 a pass of several tokens rounds otherwise
-than passes of one, and where the two likeliest tokens are all but equal the other may win. Each
-text is compared with plain decoding's up to its first difference; there the gap between the
-target's two highest logits is taken, from a pass over the plain text, and set beside the gaps of
-all tokens. A fault of the decoder would flip tokens at any gap.
+In float32 greedy text with any drafter equals plain decoding. In bfloat16 a forward of several
+tokens rounds differently from forwards of one, so that one of two almost equally likely tokens may
+replace the other. Each text is compared with plain decoding up to its first difference. The gap
+there between the target's two highest logits, from a pass over the plain text, is compared with the
+gaps of all tokens: a bug of the decoder would change tokens at any gap.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DRAFTS = ("ngram", "recycle", "trigram", "jacobi", "skip")
 
 
 @torch.inference_mode()
-def gaps_of(runner: Runner, prompt: Sequence[int], new: Sequence[int]) -> list[float]:
-    """Of every new token, the target's highest logit less the second, as transformers finds it."""
+def compute_gaps(runner: Runner, prompt: Sequence[int], new: Sequence[int]) -> list[float]:
+    """Return the gap between the two highest logits at every new token, by transformers."""
     ids = torch.tensor([[*prompt, *new]])
     logits_TV = runner.target.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     best_T2 = logits_TV.topk(2).values
@@ -40,14 +40,15 @@ def gaps_of(runner: Runner, prompt: Sequence[int], new: Sequence[int]) -> list[f
 def compare(
     runner: Runner, draft: str, prompts: list[list[int]], plain: list[Any]
 ) -> dict[str, Any]:
+    """Compare a drafter's texts with plain decoding and collect the gaps at first differences."""
     runner.use(draft)
-    found = runner.generate(prompts, max_new_tokens=64)
+    drafted = runner.generate(prompts, max_new_tokens=64)
     flips = []
-    for prompt, ours, theirs in zip(prompts, found, plain, strict=True):
-        if ours.token_ids != theirs.token_ids:
-            pairs = enumerate(zip(ours.token_ids, theirs.token_ids, strict=False))
-            at = next(at for at, (one, other) in pairs if one != other)
-            flips.append(gaps_of(runner, prompt, theirs.token_ids)[at])
+    for prompt, ours, expected in zip(prompts, drafted, plain, strict=True):
+        if ours.token_ids != expected.token_ids:
+            pairs = enumerate(zip(ours.token_ids, expected.token_ids, strict=False))
+            position = next(i for i, (one, other) in pairs if one != other)
+            flips.append(compute_gaps(runner, prompt, expected.token_ids)[position])
     same = len(prompts) - len(flips)
     return {"draft": draft, "texts": len(prompts), "same": same, "gaps_at_flips": sorted(flips)}
 
@@ -60,17 +61,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     runner = Runner(given.shared / "models/codestory-10M", dtype=torch.bfloat16)
-    listed = Path("build/near_ties.jsonl")
-    listed.parent.mkdir(exist_ok=True)
-    write_prompts(given.shared / "data", listed, given.each)
-    rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
+    path = Path("build/near_ties.jsonl")
+    path.parent.mkdir(exist_ok=True)
+    write_prompts(given.shared / "data", path, given.each)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     texts = [row["prompt"] if "prompt" in row else row["messages"][0]["content"] for row in rows]
     prompts = [runner.tokenizer(text)["input_ids"] for text in texts]
     plain = runner.generate(prompts, max_new_tokens=64)
     gaps = [
         gap
         for prompt, result in zip(prompts, plain, strict=True)
-        for gap in gaps_of(runner, prompt, result.token_ids)
+        for gap in compute_gaps(runner, prompt, result.token_ids)
     ]
     result: dict[str, Any] = {
         "machine": describe(),

@@ -1,17 +1,17 @@
-"""Peak memory and speed of the block walk on a checkpoint of about a billion parameters.
+"""Measure peak memory and speed of quantization, block by block, on a billion parameters.
 
-Makes a random bf16 Llama on disk, packs it with `rtn` in a process of its own and compares its peak
-resident memory with the bound: 1.5 x (largest block in float32 + activation buffers) + 0.6 GB; once
-on weights alone, and once with calibration text, which runs every block. The floor for time is the
-disk: how long copying the source takes stands beside it.
+Makes a random bf16 Llama on disk, quantizes it with `rtn` in its own process, and compares the peak
+resident memory with a bound, 1.5 x (largest block in float32 + activation buffers) + 0.6 GB: once
+on weights alone, and once with calibration text, which runs every block. The time to copy the
+source on disk is reported as the floor for the time.
 
     python benchmarks/quantize_memory.py [--layers 14] [--out benchmarks/results/...json]
 
-With `--trained` two blocks of it are packed by the methods that learn, and by `gptq`: 8 sequences
-of 2048 tokens, one epoch. What all 14 blocks would take is extrapolated from the seconds of one;
+With `--trained`, two of its blocks are quantized by `gptq` and by the methods that train: 8
+sequences of 2048 tokens, one epoch. The time for all 14 blocks is extrapolated from that of one;
 with `--layers 14` it is measured.
 
-    python benchmarks/quantize_memory.py --trained [METHOD …] [--layers 2] [--device cuda]
+    python benchmarks/quantize_memory.py --trained [METHOD ...] [--layers 2] [--device cuda]
         [--dtype bfloat16] [--out benchmarks/results/...json]
 """
 
@@ -48,7 +48,7 @@ TRAINED_LENGTH = 2048
 
 
 def write_checkpoint(path: Path, layers: int) -> tuple[int, int]:
-    """A random Llama, a shard a block; returns its parameters and those of one block."""
+    """Write a random Llama, one shard per block; return its parameters and those of a block."""
     path.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
@@ -96,7 +96,7 @@ def write_checkpoint(path: Path, layers: int) -> tuple[int, int]:
 
 
 def write_tokenizer(path: Path) -> None:
-    """One token a byte: calibration needs some tokenizer, and any will do."""
+    """Write a tokenizer with one token per byte, since calibration needs a tokenizer."""
     bytes_only = Tokenizer(models.BPE())
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -106,6 +106,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 def measure(out: Path, command: list[str]) -> dict[str, Any]:
+    """Run a spectool command in its own process; return its JSON result and the seconds."""
     shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()
     done = subprocess.run(
@@ -117,7 +118,7 @@ def measure(out: Path, command: list[str]) -> dict[str, Any]:
 
 
 def copy_seconds(model: Path, out: Path) -> float:
-    """What the disk alone costs: the source read and written once, which is more than we write."""
+    """Return the seconds to copy the source, which writes more than quantization."""
     scratch = out.with_name("copy")
     began = time.perf_counter()
     shutil.copytree(model, scratch)
@@ -127,14 +128,17 @@ def copy_seconds(model: Path, out: Path) -> float:
 
 
 def write_text(scratch: Path, model: Path) -> Path:
+    """Write calibration text, and a tokenizer for the model."""
     text = scratch / "text.txt"
     text.write_text("the calibration text of a model whose weights are random " * 2000)
     write_tokenizer(model)
     return text
 
 
-def trained(methods: list[str], layers: int, device: str, dtype: str) -> Iterator[dict[str, Any]]:
-    """What learning some blocks takes, and from it what all would; again after each method."""
+def measure_trained(
+    methods: list[str], layers: int, device: str, dtype: str
+) -> Iterator[dict[str, Any]]:
+    """Measure each method on some blocks and extrapolate to all; yield the result so far."""
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
@@ -144,18 +148,19 @@ def trained(methods: list[str], layers: int, device: str, dtype: str) -> Iterato
         tokens += ["--batch-size", "1", "--device", device, "--dtype", dtype]
         for method in methods or TRAINED:
             command = ["quantize", method, str(model), str(out), *TRAINED[method]]
-            found = measure(out, [*command, "--calibration", str(text), *tokens])
-            # A stream each, and a target each where a method has a fit.
+            result = measure(out, [*command, "--calibration", str(text), *tokens])
+            # Buffers for the input and output of a block, and twice as many for a method that
+            # fits the block's outputs to the original's.
             buffers = (2 if method == "gptq" else 4) * 4 * SAMPLES * TRAINED_LENGTH * WIDTH
             bound = 1.5 * (4 * block + buffers) + 0.6e9
             rows[method] = {
                 "options": TRAINED[method],
-                "seconds": found["process_seconds"],
-                "extrapolated_hours_of_all": found["process_seconds"] / layers * BLOCKS / 3600,
-                "peak_rss_bytes": found["peak_rss_bytes"],
-                "peak_over_bound": found["peak_rss_bytes"] / bound,
-                "peak_device_bytes": found["peak_device_bytes"],
-                "bits_linears": found["bits_per_weight"]["linears"],
+                "seconds": result["process_seconds"],
+                "extrapolated_hours_of_all": result["process_seconds"] / layers * BLOCKS / 3600,
+                "peak_rss_bytes": result["peak_rss_bytes"],
+                "peak_over_bound": result["peak_rss_bytes"] / bound,
+                "peak_device_bytes": result["peak_device_bytes"],
+                "bits_linears": result["bits_per_weight"]["linears"],
             }
             print(json.dumps({method: rows[method]}), flush=True)
             yield {
@@ -180,7 +185,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.trained is not None:
         layers = arguments.layers or 2
-        for result in trained(arguments.trained, layers, arguments.device, arguments.dtype):
+        for result in measure_trained(arguments.trained, layers, arguments.device, arguments.dtype):
             if arguments.out:
                 arguments.out.write_text(json.dumps(result, indent=2) + "\n")
         return
@@ -189,7 +194,7 @@ def main() -> None:
         parameters, block = write_checkpoint(model, arguments.layers or BLOCKS)
         command = ["quantize", "rtn", str(model), str(out), "--bits", "4"]
         command += ["--device", arguments.device]
-        found = measure(out, command)
+        data_free = measure(out, command)
         bound = 1.5 * 4 * block + 0.6e9
         buffers = 2 * 4 * SAMPLES * LENGTH * WIDTH
         text = write_text(Path(scratch), model)
@@ -202,11 +207,11 @@ def main() -> None:
             "machine": describe(),
             "parameters": parameters,
             "block_parameters": block,
-            "peak_rss_bytes": found["peak_rss_bytes"],
+            "peak_rss_bytes": data_free["peak_rss_bytes"],
             "bound_bytes": bound,
-            "peak_over_bound": found["peak_rss_bytes"] / bound,
-            "seconds": found["process_seconds"],
-            "parameters_per_second": parameters / found["process_seconds"],
+            "peak_over_bound": data_free["peak_rss_bytes"] / bound,
+            "seconds": data_free["process_seconds"],
+            "parameters_per_second": parameters / data_free["process_seconds"],
             "copy_seconds": copy_seconds(model, out),
             "calibrated": {
                 "command": f"… --calibration TEXT --samples {SAMPLES} --seq-len {LENGTH}",

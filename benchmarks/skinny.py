@@ -1,10 +1,10 @@
-"""Products of few rows with large matrices: `kernels/skinny.c` against torch's own.
+"""Benchmark small-batch matmuls with large matrices: `kernels/skinny.c` against torch.
 
     python benchmarks/skinny.py [--out benchmarks/results/...json]
 
-The seven matrices of a layer of hidden size 2048, several times over, so that they are read from
-memory and not from a cache. Both multiply all of them by turns; the least of some rounds counts.
-The floor is the matrices' bytes over the memory's bandwidth, measured by summing as many bytes.
+Multiplies the seven matrices of a layer with hidden size 2048, in several copies, so that they are
+read from memory rather than from a cache. The two alternate; the minimum over some rounds counts.
+The floor is the matrices' bytes over the memory bandwidth, measured by summing as many bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 @torch.inference_mode()
 def measure(dtype: torch.dtype) -> dict[str, Any]:
+    """Time both for each number of rows."""
     weights = [torch.randn(shape).to(dtype) for _ in range(LAYERS) for shape in SHAPES]
     numel = sum(weight.numel() for weight in weights)
 
@@ -44,14 +45,14 @@ def measure(dtype: torch.dtype) -> dict[str, Any]:
     for count in ROWS:
         x = {width: torch.randn(count, width).to(dtype) for width in (2048, 5888)}
         pairs = [(seconds(skinny.linear, x), seconds(linear, x)) for _ in range(ROUNDS)]
-        own, torchs = (min(times) for times in zip(*pairs, strict=True))
+        ours, torchs = (min(times) for times in zip(*pairs, strict=True))
         rows.append(
             {
                 "rows": count,
-                "ms": 1e3 * own,
+                "ms": 1e3 * ours,
                 "torch_ms": 1e3 * torchs,
-                "speedup": torchs / own,
-                "gflops": 2e-9 * count * numel / own,
+                "speedup": torchs / ours,
+                "gflops": 2e-9 * count * numel / ours,
             }
         )
     floor = 1e3 * read_seconds(numel * dtype.itemsize)
@@ -64,18 +65,18 @@ def main() -> None:
     out = parser.parse_args().out
     if (missing := skinny.missing()) is not None:
         raise SystemExit(f"nothing to measure: {missing}")
-    found: dict[str, Any] = {"machine": describe()}
+    results: dict[str, Any] = {"machine": describe()}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        found[name] = measure(dtype)
-        print(f"{name}, {found[name]['weights'] / 1e6:.0f} M weights", end="")
-        print(f"; reading them takes {found[name]['floor_ms']:.1f} ms")
-        for row in found[name]["rows"]:
+        results[name] = measure(dtype)
+        print(f"{name}, {results[name]['weights'] / 1e6:.0f} M weights", end="")
+        print(f"; reading them takes {results[name]['floor_ms']:.1f} ms")
+        for row in results[name]["rows"]:
             print(
                 "{rows:3} rows {ms:7.1f} ms, torch {torch_ms:7.1f} ({speedup:.2f}x)".format(**row)
             )
     if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

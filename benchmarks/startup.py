@@ -1,8 +1,8 @@
-"""How long the command line takes to answer, against importing what it stands on.
+"""Measure the time of `spectool --help` against importing typer and rich.
 
     python benchmarks/startup.py [--out benchmarks/results/...json]
 
-The two commands alternate, so that a machine whose speed drifts is fair to both.
+The two commands alternate, so that drift of the machine's speed affects both.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 from spectool.machine import describe
 
 ROUNDS = 15
-PEER = [sys.executable, "-c", "import typer, rich"]
+BASELINE = [sys.executable, "-c", "import typer, rich"]
 OURS = [str(Path(sys.executable).with_name("spectool")), "--help"]
 
 
 def seconds(command: list[str], folder: str) -> float:
+    """Time a command in a process of its own."""
     began = time.perf_counter()
     subprocess.run(command, capture_output=True, check=True, cwd=folder)
     return time.perf_counter() - began
@@ -34,16 +35,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for command in (PEER, OURS):
+        for command in (BASELINE, OURS):
             seconds(command, folder)
-        pairs = [(seconds(PEER, folder), seconds(OURS, folder)) for _ in range(ROUNDS)]
+        pairs = [(seconds(BASELINE, folder), seconds(OURS, folder)) for _ in range(ROUNDS)]
     result = {
         "benchmark": "startup",
         "commands": ["python -c 'import typer, rich'", "spectool --help"],
         "machine": describe(),
-        "peer_seconds": statistics.median(peer for peer, _ in pairs),
+        "peer_seconds": statistics.median(baseline for baseline, _ in pairs),
         "help_seconds": statistics.median(ours for _, ours in pairs),
-        "ratio": statistics.median(ours / peer for peer, ours in pairs),
+        "ratio": statistics.median(ours / baseline for baseline, ours in pairs),
         "rounds": ROUNDS,
     }
     text = json.dumps(result, indent=2)

@@ -1,19 +1,20 @@
-"""A widened copy of a Llama checkpoint: the same function at the cost of a larger model.
+"""Write a widened copy of a Llama checkpoint: the same function at the cost of a larger model.
 
     python benchmarks/widened.py SOURCE OUT [--hidden N] [--intermediate N] [--heads N] [--dtype T]
 
-Small checkpoints with real text in them are easy to come by, but cost so little that a decoding
-method's speed says nothing about large models. Here every dimension is padded with zeros, so that
-the text stays and the cost grows. Padded channels, units and heads are exactly zero throughout;
-vocabulary, layers, head size, query heads a key-value head, tokenizer and generation settings stay.
+Small checkpoints that generate real text cost so little that a decoding method's speed on them says
+nothing about large models. Here every dimension is padded with zeros, which keeps the text and
+raises the cost. Padded channels, units and attention heads stay exactly zero; vocabulary, layers,
+head size, query heads per key-value head, tokenizer and generation settings are unchanged.
 
-An RMSNorm now averages over D channels, of which d are not zero. With S their sum of squares,
+An RMSNorm of the copy averages over D channels, of which d are not zero. With S their sum of
+squares,
 
     S / D + eps * d / D = (d / D) * (S / d + eps),
 
-so its quotients grow by sqrt(D / d), and weights times sqrt(d / D) take that back. In float32 this
-leaves rounding only; in float16 and bfloat16 the norms' weights are rounded once more, unless
-sqrt(d / D) is a power of two, and close choices between tokens may fall otherwise.
+so the normalized values grow by sqrt(D / d), and norm weights times sqrt(d / D) undo it. In float32
+only rounding differs; in float16 and bfloat16 the norm weights are rounded once more, unless
+sqrt(d / D) is a power of two, and close choices between tokens may change.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def widen(
         raise ValueError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
     config = _read_config(source)
     wide_config = _widen_config(config, hidden, intermediate, heads, dtype)
-    # SOURCE given as OUT is refused too, and shards of an earlier copy cannot stay beside this one.
+    # Refused, so that OUT is not SOURCE and holds no shards of an earlier copy.
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: name a new folder")
 
@@ -52,13 +53,13 @@ def widen(
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(source.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            # Names beyond the model's are a tied head's second copy, or old files' RoPE tables.
+            # Other names are a second copy of a tied lm_head, or RoPE tables of old files.
             for name in shapes.keys() & set(file.keys()):
                 tensor = file.get_tensor(name).float()
                 if name.endswith("norm.weight"):
                     tensor *= norm_scale
-                # Heads are contiguous rows of one size and query head i reads key-value head
-                # i // group, so the upper left corner keeps every head with its partner.
+                # Attention heads are contiguous rows of one size, and query head i uses key-value
+                # head i // group, so the upper left corner keeps each with its partner.
                 tensors[name] = torch.zeros(shapes[name], dtype=DTYPES[dtype])
                 tensors[name][tuple(slice(size) for size in tensor.shape)] = tensor
     if missing := shapes.keys() - tensors.keys():
@@ -66,7 +67,7 @@ def widen(
 
     out.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        # The tokenizer's files and the generation settings, whatever they are called.
+        # Copy the tokenizer's files and the generation settings, whatever their names.
         is_text = path.suffix in (".json", ".jinja", ".txt", ".model")
         if is_text and path.name != "config.json" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, out / path.name)
@@ -98,8 +99,10 @@ def _widen_config(
     assert config.num_key_value_heads is not None  # LlamaConfig fills it in, and head_dim
     group = config.num_attention_heads // config.num_key_value_heads
     if heads % group:
-        raise ValueError(f"{heads} heads are no multiple of {group}, the heads per key-value head")
-    # LlamaConfig asks for it even where head_dim is given.
+        raise ValueError(
+            f"{heads} heads are not a multiple of {group}, the heads per key-value head"
+        )
+    # LlamaConfig requires it even when head_dim is given.
     if hidden % heads:
         raise ValueError(f"hidden_size {hidden} is not a multiple of {heads} heads")
     return LlamaConfig.from_dict(
@@ -117,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    # With 8 layers, heads of 32 and a vocabulary of 4096: 399 M parameters.
+    # For 8 layers, head size 32 and a vocabulary of 4096 the defaults give 399 M parameters.
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=5888)
     parser.add_argument("--heads", type=int, default=64)

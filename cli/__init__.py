@@ -31,7 +31,7 @@ from spectool.cli.quantize import QUANTIZE
 from spectool.cli.train_heads import TRAIN_HEADS
 from spectool.version import __version__
 
-# What `--help` lists, in the order of the pipeline.
+# Commands as `--help` lists them, in the order of the pipeline.
 PANELS: dict[str, dict[str, Verb | Callable[..., None]]] = {
     "Compress": {"quantize": QUANTIZE},
     "Accelerate": {"train-heads": TRAIN_HEADS, "tune": tune.tune},
@@ -47,7 +47,7 @@ PANELS: dict[str, dict[str, Verb | Callable[..., None]]] = {
 
 
 class Pipeline(TyperGroup):
-    """The top command; typer would list plain commands before groups of them."""
+    """Top-level command group, in the order of PANELS: typer would list plain commands first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [name for commands in PANELS.values() for name in commands]
@@ -56,15 +56,15 @@ class Pipeline(TyperGroup):
 app = typer.Typer(
     name="spectool",
     cls=Pipeline,
-    help="Compress language-model checkpoints, decode faster without changing the output, and "
-    "measure what was lost.",
+    help="Quantize transformers checkpoints, speed up decoding without changing the output, and "
+    "measure what was lost",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"spectool {__version__}")
         raise typer.Exit
@@ -73,7 +73,8 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version"),
     ] = False,
 ) -> None:
     pass
@@ -84,10 +85,11 @@ for panel, commands in PANELS.items():
         if isinstance(command, Verb):
             app.add_typer(command.application(), name=name, rich_help_panel=panel)
         else:
-            app.command(name, rich_help_panel=panel)(command)
+            line = (command.__doc__ or "").removesuffix(".")
+            app.command(name, help=line, rich_help_panel=panel)(command)
 
 
 def main() -> None:
-    """The entry point of `spectool` and `python -m spectool`."""
+    """Run `spectool` or `python -m spectool`."""
     processors.bound_spin(os.environ)
     app()

@@ -1,4 +1,4 @@
-"""`spectool bench MODEL`: drafters side by side on this machine, with the equality check."""
+"""`spectool bench MODEL`: compare drafters on this machine and check that outputs are equal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spectool.cli.bench_tables import chains, comparison, table
+from spectool.cli.bench_tables import chain_table, comparison_table, drafter_table
 from spectool.cli.common import (
     AllowOtherTarget,
     Context,
@@ -44,34 +44,42 @@ from spectool.errors import UsageError
 def bench(
     model: Model,
     prompts: Annotated[
-        str, typer.Option(help="Prompts: .txt (one a line) or .jsonl (prompt, turns, messages).")
+        str,
+        typer.Option(
+            help="File of prompts: .txt (one per line) or .jsonl (prompt, turns or messages)"
+        ),
     ],
     draft: Annotated[
         list[str] | None,
-        typer.Option(help="Drafter, heads or smaller checkpoint, then :key=value; repeatable."),
+        typer.Option(
+            help="Drafter, directory of draft heads or smaller checkpoint: "
+            "NAME[:key=value,...]; repeatable"
+        ),
     ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Checkpoint to run beside MODEL, its original say; a packed MODEL then runs both "
-            "packed and dense."
+            help="Second checkpoint to compare with, such as the original of a quantized MODEL, "
+            "which then runs both packed and dense"
         ),
     ] = None,
     baselines: Annotated[
         bool,
         typer.Option(
             "--baselines",
-            help="Also transformers' own generate: plain, with prompt lookup, and assisted by the "
-            "draft checkpoints.",
+            help="Also run generate() of transformers: plain, with prompt lookup, and assisted by "
+            "the draft checkpoints",
         ),
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts")] = None,
     per_category: Annotated[
-        int | None, typer.Option(min=1, help="Of these, only the first N of each category.")
+        int | None,
+        typer.Option(min=1, help="Use only the first N prompts of each category, after --limit"),
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     batch_size: Annotated[
-        str, typer.Option(help="Prompts decoded together; 1,4,16 runs with each.")
+        str,
+        typer.Option(help="Number of prompts decoded together; a list such as 1,4,16 runs each"),
     ] = "1",
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -84,7 +92,9 @@ def bench(
     chain_lengths: Annotated[
         int,
         typer.Option(
-            min=0, max=16, help="Also chains of 1 to N tokens, which is what most servers verify."
+            min=0,
+            max=16,
+            help="Also measure drafts cut to chains of 1 to N tokens, as most servers verify",
         ),
     ] = 0,
     context: Context = None,
@@ -100,18 +110,18 @@ def bench(
     trust_remote_code: TrustRemoteCode = False,
     no_checksums: NoChecksums = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the speed-ups: a .png or .svg file to write.")
+        Path | None, typer.Option(help="Chart of the speed-ups to write: a .png or .svg file")
     ] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Speed of each drafter against plain decoding, and whether the output stayed the same."""
+    """Measure drafters against plain decoding and check that the output stays the same."""
     with session(json_wanted=json_output, debug=debug) as output:
-        sizes = _batch_sizes(batch_size)
+        sizes = _parse_batch_sizes(batch_size)
         prepare_torch(threads)
         from spectool.data import text
         from spectool.decode.sampling import SamplingOptions
-        from spectool.evaluate import bench as room
+        from spectool.evaluate import bench as bench_module
         from spectool.evaluate import picture
         from spectool.machine import describe
         from spectool.model.loading import describe_runtime
@@ -128,14 +138,14 @@ def bench(
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
         runs = []
-        for path, how in _targets(model, reference, runtime):
+        for path, path_runtime in _targets(model, reference, runtime):
             runner, tokenizer = open_runner(
                 output,
                 path,
                 draft=None,
                 dtype=dtype,
                 device=device,
-                runtime=how,
+                runtime=path_runtime,
                 context=context,
                 threads=threads,
                 revision=revision if path == model else None,
@@ -143,7 +153,7 @@ def bench(
                 checksums=not no_checksums,
                 allow_other_target=allow_other_target,
             )
-            found = text.read_prompts(
+            inputs = text.read_prompts(
                 prompts,
                 tokenizer,
                 field=field,
@@ -152,16 +162,16 @@ def bench(
                 per_category=per_category,
                 on_read=output.note,
             )
-            how = describe_runtime(runner.target.model)
+            description = describe_runtime(runner.target.model)
             for size in sizes:
                 if len(sizes) > 1:
                     output.say(f"batch size {size}")
-                result = room.bench(
+                result = bench_module.bench(
                     runner,
-                    [prompt.given for prompt in found],
+                    [prompt.given for prompt in inputs],
                     draft or (),
-                    categories=[prompt.category for prompt in found],
-                    ends=[prompt.ends for prompt in found],
+                    categories=[prompt.category for prompt in inputs],
+                    ends=[prompt.ends for prompt in inputs],
                     max_new_tokens=max_new_tokens,
                     batch_size=size,
                     with_baselines=baselines,
@@ -172,44 +182,48 @@ def bench(
                     chain_lengths=chain_lengths,
                     say=output.say,
                 )
-                runs.append({"model": path, "runtime": how, **result})
-            # Before the next model is read: two would not fit everywhere.
+                runs.append({"model": path, "runtime": description, **result})
+            # Free this model before the next one is loaded: both may not fit in memory.
             del runner
         for start in range(0, len(runs), len(sizes)):
-            one = runs[start : start + len(sizes)]
+            same_model = runs[start : start + len(sizes)]
             if len(runs) > len(sizes):
-                output.show(f"{one[0]['model']}: {one[0]['runtime']}")
-            output.show(table(one))
-            for run in one:
-                output.show(_kept(run))
+                output.show(f"{same_model[0]['model']}: {same_model[0]['runtime']}")
+            output.show(drafter_table(same_model))
+            for run in same_model:
+                output.show(_describe_cuts(run))
                 if chain_lengths:
-                    output.show(chains(run, chain_lengths))
+                    output.show(chain_table(run, chain_lengths))
         if len(runs) > len(sizes):
-            output.show(comparison(runs))
+            output.show(comparison_table(runs))
         machine = describe()
         if plot is not None:
             picture.draw(runs, machine, plot)
             output.say(f"picture: {plot}")
         output.result({"machine": machine, **runs[0], "other_runs": runs[1:]})
-        broken = [f"{name} on {run['model']}" for run in runs for name in room.broken_promises(run)]
+        broken = [
+            f"{name} on {run['model']}"
+            for run in runs
+            for name in bench_module.list_mismatches(run)
+        ]
         if broken:
             output.say(f"error: output differs from plain decoding in float32: {', '.join(broken)}")
             raise typer.Exit(1)
 
 
-def _batch_sizes(said: str) -> list[int]:
-    """The sizes in a comma list, each once.
+def _parse_batch_sizes(text: str) -> list[int]:
+    """Parse a comma-separated list of batch sizes and drop duplicates.
 
     Raises:
-        UsageError: a part that is no positive number.
+        UsageError: a part is not a positive number.
     """
-    parts = [part.strip() for part in said.split(",")]
+    parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--batch-size {said}: expected positive numbers, as 4 or 1,4,16")
+        raise UsageError(f"--batch-size {text}: expected positive numbers, as 4 or 1,4,16")
     return list(dict.fromkeys(map(int, parts)))
 
 
-def _kept(run: dict[str, Any]) -> str:
+def _describe_cuts(run: dict[str, Any]) -> str:
     line = (
         f"{run['kept_share']:.0%} of the plain output kept: {run['prompts_cut']} of "
         f"{run['prompts']} prompts cut where it began to repeat itself"
@@ -220,7 +234,13 @@ def _kept(run: dict[str, Any]) -> str:
 
 
 def _targets(model: str, reference: str | None, runtime: str) -> list[tuple[str, str]]:
-    """What to run, and how: MODEL alone, or a packed one in both ways and then its reference."""
+    """Return the checkpoints to run, each with its runtime, in order.
+
+    A quantized MODEL with a reference runs both packed and dense.
+
+    Raises:
+        UsageError: --runtime with a quantized MODEL and a reference.
+    """
     from spectool.checkpoint.tensors import open_checkpoint
 
     if reference is None:
@@ -228,5 +248,7 @@ def _targets(model: str, reference: str | None, runtime: str) -> list[tuple[str,
     if not open_checkpoint(model).layout.is_packed:
         return [(model, runtime), (reference, "auto")]
     if runtime != "auto":
-        raise UsageError("--reference runs a packed MODEL both packed and dense; no --runtime")
+        raise UsageError(
+            "--reference runs a quantized MODEL both packed and dense; leave --runtime out"
+        )
     return [(model, "packed"), (model, "dense"), (reference, "auto")]

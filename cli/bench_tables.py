@@ -1,4 +1,4 @@
-"""The tables that `spectool bench` prints."""
+"""Tables that `spectool bench` prints."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 Metrics = Mapping[str, Any]
 
 
-def table(runs: Sequence[Metrics]) -> Any:
-    """One model's runs, with a row for each batch size, category and drafter."""
+def drafter_table(runs: Sequence[Metrics]) -> Any:
+    """Build the table of one model's runs, with a row per batch size, category and drafter."""
     several = len(runs) > 1
     by_category = any(len(run["categories"]) > 1 for run in runs)
     with_baselines = any(run["baselines"] for run in runs)
-    made = _empty(
+    table = _empty_table(
         *["batch"] * several,
         *["category"] * by_category,
         "drafter",
@@ -30,43 +30,47 @@ def table(runs: Sequence[Metrics]) -> Any:
         parts = [*run["categories"], {"category": "all", **run}] if by_category else [run]
         for part in parts:
             for row in (part["baseline"], *part["drafters"], *part["baselines"]):
-                made.add_row(
+                table.add_row(
                     *[str(run["batch_size"])] * several,
                     *[part.get("category")] * by_category,
                     row["name"] + ("" if row["lossless"] else " (lossy)"),
                     f"{row['tokens_per_second']:.1f}",
                     f"{row['speedup']:.2f}",
-                    *_over(row) * with_baselines,
+                    *_baseline_speedups(row) * with_baselines,
                     f"{row['tokens_per_forward']:.2f}",
                     f"{row['accepted'] / row['drafted']:.0%}" if row["drafted"] else "-",
-                    _split(row),
+                    _time_shares(row),
                     "-" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
                 )
             if by_category or several:
-                made.add_section()
-    return _whole(made)
+                table.add_section()
+    return _fit_width(table)
 
 
-def chains(run: Metrics, deepest: int) -> Any:
-    """Tokens per forward of every drafter's first paths, a column a depth."""
-    made = _empty("drafter", *(f"chain of {depth}" for depth in range(1, deepest + 1)))
+def chain_table(run: Metrics, deepest: int) -> Any:
+    """Build the table of each drafter's tokens per forward, with a column per chain length."""
+    table = _empty_table("drafter", *(f"chain of {depth}" for depth in range(1, deepest + 1)))
     for row in run["drafters"]:
-        made.add_row(row["name"], *(f"{rate:.2f}" for rate in row.get("chain", [])))
-    return _whole(made)
+        table.add_row(row["name"], *(f"{rate:.2f}" for rate in row.get("chain", [])))
+    return _fit_width(table)
 
 
-def comparison(runs: Sequence[Metrics]) -> Any:
-    """The best of every run beside plain decoding of the reference, the last model, as batched."""
+def comparison_table(runs: Sequence[Metrics]) -> Any:
+    """Build the table of each run's fastest drafter, relative to plain decoding of the reference.
+
+    The reference is the last model of `runs`; speeds are compared at the same batch size.
+    """
     several = len({run["batch_size"] for run in runs}) > 1
-    made = _empty(
+    table = _empty_table(
         "runs", *["batch"] * several, "plain tok/s", "best tok/s", "drafter", "of the reference"
     )
+    # Later runs replace earlier ones, so that the reference's speeds remain.
     plain = {run["batch_size"]: run["baseline"]["tokens_per_second"] for run in runs}
     for run in runs:
         best = max(
             [run["baseline"], *run["drafters"]], key=lambda row: float(row["tokens_per_second"])
         )
-        made.add_row(
+        table.add_row(
             f"{run['model']}: {run['runtime']}",
             *[str(run["batch_size"])] * several,
             f"{run['baseline']['tokens_per_second']:.1f}",
@@ -74,37 +78,37 @@ def comparison(runs: Sequence[Metrics]) -> Any:
             best["name"],
             f"{best['tokens_per_second'] / plain[run['batch_size']]:.2f}",
         )
-    return _whole(made)
+    return _fit_width(table)
 
 
-def _empty(*headings: str) -> Any:
+def _empty_table(*headings: str) -> Any:
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE)
     for heading in headings:
         left = heading in ("runs", "category", "drafter")
-        # A path that is cut short could be any of several.
-        made.add_column(heading, justify="left" if left else "right", overflow="fold")
-    return made
+        # Folded rather than cut: a shortened path could be any of several.
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    return table
 
 
-def _whole(made: Any) -> Any:
-    """Off a terminal no cell is folded; on one, cells are rather than lines."""
+def _fit_width(table: Any) -> Any:
+    """Widen the table so that no cell is folded when stdout is not a terminal."""
     from rich.console import Console
 
     if not sys.stdout.isatty():
-        made.width = Console(width=1000).measure(made).maximum
-    return made
+        table.width = Console(width=1000).measure(table).maximum
+    return table
 
 
-def _over(row: Metrics) -> list[str]:
+def _baseline_speedups(row: Metrics) -> list[str]:
     keys = ("speedup_over_transformers", "speedup_over_prompt_lookup")
     return [f"{row[key]:.2f}" if key in row else "-" for key in keys]
 
 
-def _split(row: Metrics) -> str:
-    """Shares of the time that drafting and the loop itself took; the target's is the rest."""
+def _time_shares(row: Metrics) -> str:
+    """Format the shares of time for prompts, drafting and the loop; the target has the rest."""
     if "draft_share" not in row:
         return "-"
     return f"{row['prompt_share']:.0%}/{row['draft_share']:.0%}/{row['host_share']:.0%}"

@@ -1,4 +1,4 @@
-"""Commands whose first word is a method: a subcommand a method, its options from its dataclass."""
+"""Commands with one subcommand per method, whose options come from the method's dataclass."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verb:
-    """What is done by methods of one kind.
+    """A command with one subcommand for each method of a kind.
 
-    `run(method, own, **shared)` does it: `own` are the method's options, which `config(class)`
-    finds on its class; the other parameters' annotations are the shared options. `panels` groups
-    these by title in `--help`, behind the method's own; the last panel has `--help` as well.
+    `run(method, options, **shared)` runs it: `options` holds the values of the method's own
+    options, whose dataclass is `config(class)`; the annotations of the other parameters define the
+    shared options. `panels` groups the shared options by title in `--help`, after the method's
+    own; the last panel also holds `--help`.
     """
 
     name: str
@@ -37,11 +38,11 @@ class Verb:
     panels: Mapping[str, tuple[str, ...]]
 
     def application(self) -> typer.Typer:
-        """The command group, for the top command."""
+        """Return the typer application with a subcommand per method."""
         verb = self
 
         class MethodCommand(TyperCommand):
-            """A method's subcommand. Its options are looked up, and torch imported, only on use."""
+            """A method's subcommand, which reads its options, and imports torch, only when used."""
 
             def make_context(
                 self, info_name: Any, args: Any, parent: Any = None, **extra: Any
@@ -68,7 +69,7 @@ class Verb:
 
         app = typer.Typer(
             cls=MethodGroup,
-            help=f"{self.help}: spectool {self.name} METHOD MODEL OUT.",
+            help=f"{self.help}: spectool {self.name} METHOD MODEL OUT",
             no_args_is_help=True,
             subcommand_metavar="METHOD MODEL OUT",
         )
@@ -77,10 +78,14 @@ class Verb:
         return app
 
     def refuse(self, name: str) -> None:
-        """Raises: UsageError: it is no method, or one that this verb does not know."""
+        """Raise the error for a word that is no method of this command.
+
+        Raises:
+            UsageError: always.
+        """
         hint = None
         if Path(name).exists() or "/" in name:
-            hint = f"the method comes first: spectool {self.name} METHOD {name} OUT"
+            hint = f"give the method first: spectool {self.name} METHOD {name} OUT"
         try:
             methods.row(name, self.kind)
         except UsageError as error:
@@ -88,18 +93,18 @@ class Verb:
         raise UsageError(f"{name} is not for {self.name}; known: {', '.join(self.known())}")
 
     def command(self, name: str) -> Any:
-        """The click command of one method: the shared options and those of its `Config`."""
+        """Return the click command of one method, with the shared and the method's own options."""
         from spectool.options import options_of
 
         row = methods.METHODS[name]
         options = list(options_of(self.config(methods.resolve(name, row.kind))))
 
         def run(**values: Any) -> None:
-            own = {option.name: values.pop(option.name) for option in options}
-            self.run(name, own, **values)
+            given = {option.name: values.pop(option.name) for option in options}
+            self.run(name, given, **values)
 
         shared = inspect.signature(self.run, eval_str=True).parameters
-        parameters = [shared[key] for key in shared if key not in ("method", "own")]
+        parameters = [shared[key] for key in shared if key not in ("method", "options")]
         parameters += [
             inspect.Parameter(
                 option.name,
@@ -119,14 +124,14 @@ class Verb:
         return command
 
     def _group(self, parameters: list[Any]) -> None:
-        """Put shared options into their panels, and the parameters into the panels' order."""
+        """Set the panels of the shared options and sort the parameters by panel."""
         panel_of = {name: panel for panel, names in self.panels.items() for name in names}
         for parameter in parameters:
             if parameter.name in panel_of:
                 parameter.rich_help_panel = panel_of[parameter.name]
-        # Arguments and the method's own options are in no panel of these, and stay in front.
-        places = {name: place for place, name in enumerate(panel_of, start=1)}
-        parameters.sort(key=lambda parameter: places.get(parameter.name, 0))
+        # Arguments and the method's own options are in none of these panels, and stay in front.
+        order = {name: index for index, name in enumerate(panel_of, start=1)}
+        parameters.sort(key=lambda parameter: order.get(parameter.name, 0))
 
     def _command_class(self) -> type[TyperCommand]:
         last = list(self.panels)[-1]
@@ -155,4 +160,4 @@ def _help(option: Option) -> str:
         text += f" ({', '.join(map(str, option.choices))})"
     elif option.minimum is not None and option.maximum is not None:
         text += f" ({option.minimum} to {option.maximum})"
-    return text + "."
+    return text

@@ -53,9 +53,9 @@ COMMANDS = {
     "/reset": "forget all turns, keep the system message",
     "/system [TEXT]": "show or set the system message",
     "/edit": "take the last message back to change it",
-    "/stats": "what this session took",
+    "/stats": "show tokens, speed and context of this session",
     "/save FILE": "write the conversation as JSON; /save! FILE replaces a file",
-    "/load FILE": "go on with a saved conversation",
+    "/load FILE": "continue a saved conversation",
     "/exit": "leave, as Ctrl-D does",
 }
 KEYS = {
@@ -64,7 +64,7 @@ KEYS = {
     "Ctrl-C": "stop the answer, or clear the line",
     "//": "at the beginning of a message: a plain /",
 }
-# A model may write any character; a terminal would obey some of them.
+# Control characters in a model's text are shown as symbols, since a terminal would obey them.
 _VISIBLE = {
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
     0x7F: 0x2421,
@@ -76,16 +76,19 @@ _DRAFTED, _PLAIN = "\x1b[36m", "\x1b[39m"
 def chat(
     model: Model,
     draft: Annotated[
-        str, typer.Option(help="Drafter, heads or smaller checkpoint, then :key=value.")
+        str,
+        typer.Option(
+            help="Drafter, directory of draft heads or smaller checkpoint: NAME[:key=value,...]"
+        ),
     ] = "auto",
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message")] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="No chat template: plain text that the model continues.")
+        bool, typer.Option("--raw", help="Continue plain text without a chat template")
     ] = False,
     context: Context = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer")] = 512,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End an answer before this text; repeatable.")
+        list[str] | None, typer.Option(help="Stop an answer before this text; repeatable")
     ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -108,7 +111,7 @@ def chat(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Talk with a model. Off a terminal, every line of stdin is a message."""
+    """Chat with a model at a terminal, or answer each line of stdin as a message."""
     with session(json_wanted=json_output, debug=debug) as output:
         template = template_arguments(template_arg)
         runner, tokenizer = open_runner(
@@ -161,14 +164,14 @@ def chat(
 
 
 class _Talk:
-    """A conversation on a screen."""
+    """A conversation at a terminal or over pipes."""
 
     def __init__(self, chat: Chat, output: Output, *, lossless: bool) -> None:
         self.chat = chat
         self.output = output
         self.drafter = chat.runner.drafter_name + ("" if lossless else ", lossy")
         self.lossless = lossless
-        # Where answers and the editor go: never stdout where a program listens.
+        # Answers and the editor never go to stdout with --json.
         streams = [output.err] if output.json_wanted else [output.out, output.err]
         self.screen = next((stream for stream in streams if stream.file.isatty()), streams[0])
         self.stdin = sys.stdin
@@ -178,12 +181,12 @@ class _Talk:
         self.editor: LineEditor | None = None
 
     def terminate(self, signum: int, frame: FrameType | None) -> None:
-        """SIGTERM ends the session, Ctrl-C only an answer; both are KeyboardInterrupt below."""
+        """Handle SIGTERM, which ends the session, while Ctrl-C stops only an answer."""
         self.terminated = True
         raise KeyboardInterrupt
 
     def run(self) -> None:
-        """Take messages until there are no more."""
+        """Read and answer messages until the input ends."""
         if not self.interactive:
             for line in _lines(self.stdin.buffer if self.stdin else ()):
                 self.take(line)
@@ -206,7 +209,7 @@ class _Talk:
                 draft = self.attempt(line)
 
     def attempt(self, line: str) -> str:
-        """`take` at a terminal: what goes wrong is said, and a message is not lost."""
+        """Run `take` at a terminal, print errors, and return the line if it failed."""
         num_turns = len(self.chat.turns)
         try:
             return self.take(line)
@@ -221,7 +224,7 @@ class _Talk:
         return "" if _is_command(line) or len(self.chat.turns) > num_turns else line
 
     def take(self, line: str) -> str:
-        """Obey a command or answer a message; returns what the editor begins with next."""
+        """Run a command or answer a message; return the text that the editor starts with next."""
         if _is_command(line):
             name, *rest = line.split(maxsplit=1)
             return self.obey(name, "".join(rest).strip())
@@ -230,7 +233,7 @@ class _Talk:
         return ""
 
     def obey(self, name: str, rest: str) -> str:
-        """Run a command."""
+        """Run a command; return the text that the editor starts with next."""
         match name:
             case "/help":
                 for what, text in (*COMMANDS.items(), *KEYS.items()):
@@ -272,11 +275,11 @@ class _Talk:
         return ""
 
     def answer(self, message: str) -> None:
-        """Answer a message: text as it comes, then what it took."""
+        """Answer a message: print the text as it is generated, then its statistics."""
         prompt = self.chat.prompt(message)
-        gone, limit = prompt.forgotten - self.chat.forgotten, self.chat.context
-        if gone:
-            oldest = "the oldest turn goes" if gone == 1 else f"the {gone} oldest turns go"
+        dropped, limit = prompt.forgotten - self.chat.forgotten, self.chat.context
+        if dropped:
+            oldest = "the oldest turn goes" if dropped == 1 else f"the {dropped} oldest turns go"
             self.note(f"context full: {oldest}")
         shown = ""
 
@@ -308,7 +311,7 @@ class _Talk:
         self.say(self.status(reply), indent=3, style="dim")
 
     def write(self, text: str, colour: str | None = None) -> None:
-        """Put text on the screen as it is, in so far as a terminal may be trusted with it."""
+        """Write text to the screen, with control characters replaced on a terminal."""
         if self.screen.is_terminal:
             text = text.translate(_VISIBLE)
         if colour and text and self.coloured:
@@ -317,7 +320,7 @@ class _Talk:
         self.screen.file.flush()
 
     def say(self, line: str, *, indent: int = 0, style: str = "") -> None:
-        """A line that is no answer; at a terminal it wraps between words."""
+        """Print a line to stderr that is not part of an answer, wrapped on a terminal."""
         err = self.output.err
         if err.is_terminal:
             width = max(err.width, 30)
@@ -328,11 +331,11 @@ class _Talk:
         err.print(Text(line, style=style))
 
     def note(self, line: str) -> None:
-        """A line about an answer, told apart from its text without colour too."""
+        """Print a remark about an answer, marked with -- so that it stands out without colour."""
         self.say(f"-- {line}", indent=3, style="yellow")
 
     def status(self, reply: Reply) -> str:
-        """What an answer took, shorter on a narrow terminal."""
+        """Return the statistics of an answer, in short form on a narrow terminal."""
         result, used, limit = reply.result, reply.used, self.chat.context
         tokens, speed = len(result.token_ids), len(result.token_ids) / reply.seconds
         long = (
@@ -345,20 +348,20 @@ class _Talk:
         return f"-- {speed:.0f} tok/s, {forward}, {used}/{limit}, {self.drafter}"
 
     def stats(self) -> dict[str, str]:
-        """The session's figures for people."""
-        said, forgotten = self.metrics(), self.chat.forgotten
+        """Return the session's statistics as text for /stats."""
+        metrics, forgotten = self.metrics(), self.chat.forgotten
         return {
             "turns": f"{len(self.chat.turns)}" + (f", {forgotten} forgotten" if forgotten else ""),
             "context": f"{self.chat.context} tokens",
-            "tokens": f"{said['new_tokens']} in {len(self.chat.replies)} answers",
-            "speed": f"{said['tokens_per_second']:.1f} tok/s",
-            "forwards": f"{said['forwards']}, {said['tokens_per_forward']:.2f} tokens each",
+            "tokens": f"{metrics['new_tokens']} in {len(self.chat.replies)} answers",
+            "speed": f"{metrics['tokens_per_second']:.1f} tok/s",
+            "forwards": f"{metrics['forwards']}, {metrics['tokens_per_forward']:.2f} tokens each",
             "drafter": self.drafter,
-            "drafted": f"{said['drafted']} tokens, {said['accepted']} accepted",
+            "drafted": f"{metrics['drafted']} tokens, {metrics['accepted']} accepted",
         }
 
     def metrics(self) -> dict[str, Any]:
-        """The transcript and the session's figures for programs."""
+        """Return the transcript and the session's statistics for --json."""
         replies = self.chat.replies
         results = [reply.result for reply in replies]
         new_tokens = sum(len(result.token_ids) for result in results)
@@ -395,10 +398,10 @@ class _Talk:
 
 
 def _path(text: str) -> Path:
-    """A file that the user named.
+    """Return the path that the user gave.
 
     Raises:
-        UsageError: nothing can have this name.
+        UsageError: it is not a valid file name.
     """
     try:
         path = Path(text).expanduser()
@@ -417,10 +420,10 @@ def _turns(count: int) -> str:
 
 
 def _lines(stream: Any) -> Iterator[str]:
-    """The lines of piped text.
+    """Yield the lines of piped text.
 
     Raises:
-        UsageError: a line is no text.
+        UsageError: a line is not UTF-8.
     """
     for number, line in enumerate(stream, 1):
         try:

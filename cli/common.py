@@ -1,4 +1,4 @@
-"""What all subcommands share: options, output for people and for programs, errors to exit codes."""
+"""Shared parts of the subcommands: options, output as text or JSON, exit codes of errors."""
 
 from __future__ import annotations
 
@@ -28,83 +28,124 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 
-# Off a terminal, progress is a line at most this often (seconds), besides the last one.
+# Where stderr is no terminal, seconds between two lines of progress.
 QUIET_SECONDS = 60.0
 
-Model = Annotated[str, typer.Argument(help="Checkpoint: a local directory or a hub id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[str, typer.Argument(help="Checkpoint: local directory or Hugging Face hub id")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16, float16 or float64; default: the checkpoint's own, or float32 "
-        "where the processor would crawl."
+        help="Dtype to compute in: float32, bfloat16, float16 or float64; default: the "
+        "checkpoint's dtype, or float32 on a CPU that is slow in it"
     ),
 ]
 
 
-def _chosen(context: typer.Context, device: str) -> str:
+def _resolve_device(context: typer.Context, device: str) -> str:
     if device != "auto" or context.resilient_parsing:
         return device
     import torch
 
-    # A device for each process of torchrun's.
+    # torchrun starts one process per GPU: with fewer GPUs than processes, all compute on the CPU.
     wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return "cuda" if torch.cuda.device_count() >= wanted else "cpu"
 
 
 Device = Annotated[
     str,
-    typer.Option(help="cpu, cuda or cuda:N; auto: cuda where there is one.", callback=_chosen),
+    typer.Option(
+        help="Device: cpu, cuda, cuda:N, or auto (cuda if available)", callback=_resolve_device
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Random seed")]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, max=1024, help="Processor threads; default: as many as run at once."),
+    typer.Option(
+        min=1, max=1024, help="CPU threads; default: as many as the system runs at the same time"
+    ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a checkpoint from the hub")
+]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint"),
 ]
 Runtime = Annotated[
-    str, typer.Option(help="Packed weights as packed codes, unpacked (dense), or auto.")
+    str,
+    typer.Option(help="How to hold quantized weights: packed (as codes), dense (unpacked) or auto"),
 ]
 NoChecksums = Annotated[
     bool,
     typer.Option(
-        "--no-checksums", help="Load packed weights and heads without comparing checksums."
+        "--no-checksums", help="Load quantized weights and draft heads without verifying checksums"
     ),
 ]
-Field = Annotated[str | None, typer.Option(help="Field of .jsonl or .parquet rows to read.")]
-TemplateArg = Annotated[
-    list[str] | None, typer.Option(help="key=value for the chat template; repeatable.")
+Field = Annotated[
+    str | None, typer.Option(help="Field to read from the rows of .jsonl and .parquet files")
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to add to a prompt.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts decoded together.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(min=0, help="Sample among the K likeliest; 0: all.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample within this mass; 1: all.")]
-MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Least share of the top's mass.")]
+TemplateArg = Annotated[
+    list[str] | None,
+    typer.Option(help="Argument for the chat template, as key=value; repeatable"),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens per prompt")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of prompts decoded together")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy decoding")
+]
+TopK = Annotated[
+    int, typer.Option(min=0, help="Sample from the K most likely tokens only; 0: from all")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Sample from the most likely tokens up to this total probability; 1: from all",
+    ),
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Drop tokens below this share of the most likely token's probability; 0: none",
+    ),
+]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1: tokens that were there become less likely; 1: off.")
+    float,
+    typer.Option(help="Factor that makes tokens of the prompt and the output less likely; 1: off"),
 ]
 NoRepeatNgramSize = Annotated[
-    int, typer.Option(min=0, help="No run of so many tokens comes twice; 0: off.")
+    int, typer.Option(min=0, help="Let no n-gram of this size occur twice; 0: off")
 ]
-Verify = Annotated[str | None, typer.Option(help="Verification rule; default: the exact one.")]
-Lossy = Annotated[bool, typer.Option("--lossy", help="Allow a rule that changes the output's law.")]
+Verify = Annotated[
+    str | None,
+    typer.Option(help="Rule that accepts drafted tokens; default: the exact one for the drafter"),
+]
+Lossy = Annotated[
+    bool,
+    typer.Option("--lossy", help="Allow a verification rule that changes the output distribution"),
+]
 AllowOtherTarget = Annotated[
     bool,
-    typer.Option("--allow-other-target", help="Run heads that were trained for another model."),
+    typer.Option(
+        "--allow-other-target", help="Run draft heads that were trained for another model"
+    ),
 ]
-Context = Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt and output.")]
+Context = Annotated[
+    int | None, typer.Option(min=1, help="Maximum number of tokens of prompt and output together")
+]
 
 
 class Output:
-    """Results to stdout, everything else to stderr; one JSON object instead where asked for.
+    """Output of a command: results to stdout, all other lines to stderr.
 
-    `quiet`: another process says all that. `so_far` gives what a run that fails has made by then,
-    which its result for programs holds beside the error.
+    With --json the only output on stdout is one JSON object. `quiet`: print nothing, since another
+    process of the same run prints. `so_far` returns the partial result of a run that fails, which
+    the JSON object then holds next to the error.
     """
 
     def __init__(self, *, json_wanted: bool) -> None:
@@ -116,23 +157,23 @@ class Output:
         self.finished = self.quiet = False
         self.readings: list[dict[str, Any]] = []
         self.so_far: Callable[[], Mapping[str, Any]] = dict
-        self._said = 0.0
+        self._last_line = 0.0
 
     def say(self, line: str) -> None:
-        """A line for people, to stderr."""
+        """Print a line to stderr."""
         if self.quiet:
             return
         self.err.print(escape(line))
 
     def note(self, reading: Reading) -> None:
-        """Note what was read of a source of text, once, though several models read it."""
+        """Report what was read from a source of text, once even if several models read it."""
         found = reading.as_dict()
         if found not in self.readings:
             self.readings.append(found)
             self.say(str(reading))
 
     def complain(self, error: SpectoolError) -> None:
-        """One line of what went wrong, and one of what to do."""
+        """Print an error and its hint, each as one line."""
         if self.quiet:
             return
         self.err.print(f"[red]error[/red]: {escape(' '.join(str(error).split()))}")
@@ -140,7 +181,7 @@ class Output:
             self.err.print(f"\nhint: {escape(error.hint)}")
 
     def show(self, line: Any = "") -> None:
-        """A line or table of the result, to stdout unless a program listens there."""
+        """Print a line or table of the result to stdout, or to stderr with --json."""
         if self.quiet:
             return
         (self.err if self.json_wanted else self.out).print(
@@ -148,7 +189,7 @@ class Output:
         )
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """The result for programs, if one listens. Once: they expect one object."""
+        """Write the JSON object with --json. Called once: programs expect a single object."""
         assert not self.finished
         self.finished = True
         if self.json_wanted and not self.quiet:
@@ -158,13 +199,14 @@ class Output:
             sys.stdout.flush()
 
     def start(self) -> None:
-        """What comes next is what `progress` counts: the time before it does not tell its pace."""
-        self.work_began = self._said = time.monotonic()
+        """Start the clock of `progress`, so that its estimate leaves out the preparation."""
+        self.work_began = self._last_line = time.monotonic()
 
     def progress(self, done: float, total: int, what: str) -> None:
-        """One step of something long, or a share of one, with the time left from then on.
+        """Report the steps done, fractions included, and estimate the time left.
 
-        A line that is rewritten on a terminal; elsewhere a plain line, at most one a minute.
+        On a terminal one line is rewritten; elsewhere lines are at least QUIET_SECONDS apart,
+        apart from the first and the last.
         """
         if self.quiet:
             return
@@ -174,19 +216,19 @@ class Output:
         line = f"{what}: {count}/{total}, {_duration(left)} left"
         if self.err.is_terminal:
             self.err.print(escape(line), end="\n" if done == total else "\r")
-        elif done in (1, total) or now - self._said > QUIET_SECONDS:
-            self._said = now
+        elif done in (1, total) or now - self._last_line > QUIET_SECONDS:
+            self._last_line = now
             self.say(line)
 
 
 def is_other_process() -> bool:
-    """Whether torchrun started this process beside a first one, which speaks for all."""
+    """Return whether this is a torchrun process other than rank 0, the only one that prints."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK") != "0"
 
 
 @contextlib.contextmanager
 def session(*, json_wanted: bool = False, debug: bool = False) -> Iterator[Output]:
-    """Run a command's body: signals become resumable stops, errors one line and an exit code."""
+    """Run a command's body and turn errors and signals into one line and an exit code."""
     output = Output(json_wanted=json_wanted)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -203,7 +245,8 @@ def session(*, json_wanted: bool = False, debug: bool = False) -> Iterator[Outpu
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except Exception as error:
-        # Nobody else may know of it; there is one result all the same.
+        # Other processes may not see this error, so a quiet one prints it too, but not as JSON:
+        # only rank 0 writes the JSON object.
         output.quiet, output.json_wanted = False, json_wanted and not output.quiet
         reason = "out of memory" if "memory" in str(error).lower() else type(error).__name__
         line = f"{reason}: {error}" if str(error) else reason
@@ -219,8 +262,8 @@ def _fail(output: Output, error: SpectoolError, debug: bool) -> None:
     if not output.finished:
         message = " ".join(str(error).split())
         with contextlib.suppress(OSError):
-            said = {"message": message, "exit_code": error.exit_code}
-            output.result({**output.so_far(), "error": said})
+            record = {"message": message, "exit_code": error.exit_code}
+            output.result({**output.so_far(), "error": record})
     raise typer.Exit(error.exit_code)
 
 
@@ -229,9 +272,9 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 
 def _quiet_libraries() -> None:
-    """transformers' progress bars and advice are not ours to show; our own lines say what counts.
+    """Turn off the progress bars and advice of transformers and the hub client.
 
-    Set through the environment, so that nothing heavy is imported for it.
+    By environment variables, so that neither is imported for this.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -242,7 +285,7 @@ def _quiet_libraries() -> None:
 
 
 def prepare_torch(threads: int | None) -> None:
-    """Settings of a run that computes: threads, and no bars from transformers."""
+    """Import torch and transformers, set the number of threads, turn off progress bars."""
     import transformers
 
     from spectool import machine
@@ -252,7 +295,7 @@ def prepare_torch(threads: int | None) -> None:
 
 
 def template_arguments(pairs: list[str] | None) -> dict[str, Any]:
-    """`--template-arg` pairs as a dictionary."""
+    """Return `--template-arg` pairs as a dictionary."""
     from spectool.data import template
 
     return template.template_arguments(pairs or [])
@@ -274,7 +317,7 @@ def open_runner(
     tune: bool = False,
     checksums: bool = True,
 ) -> tuple[Runner, PreTrainedTokenizerBase]:
-    """The model and its drafter, opened, with header lines that say what runs."""
+    """Load a model, its tokenizer and its drafter, and print what runs."""
     prepare_torch(threads)
     from spectool.checkpoint.tensors import open_checkpoint
     from spectool.decode.generate import Runner
@@ -309,7 +352,7 @@ def open_runner(
     for note in (*layout.notes, *runner.target.notes):
         output.say(note)
     if isinstance(runner.drafter, Tuned):
-        output.say(f"drafting with {runner.drafter_name}, as far as it pays: {runner.curve}")
+        output.say(f"drafting with {runner.drafter_name} while that is faster: {runner.curve}")
     return runner, tokenizer
 
 
@@ -322,10 +365,10 @@ def read_prompts(
     field: str | None,
     template: list[str] | None,
 ) -> list[Prompt]:
-    """Prompts given as options, in a file, or on stdin.
+    """Return the prompts given as options, in a file, or on stdin.
 
     Raises:
-        UsageError: given twice, or not at all.
+        UsageError: prompts given in two ways, or none given.
     """
     from spectool.data import text
 
@@ -343,10 +386,10 @@ def read_prompts(
 
 
 def _standard_input() -> str:
-    """The text piped in.
+    """Read the text on stdin.
 
     Raises:
-        UsageError: nothing is, or it is no text.
+        UsageError: stdin is a terminal, empty, or not UTF-8.
     """
     text = ""
     if sys.stdin is not None and not sys.stdin.isatty():
@@ -360,7 +403,7 @@ def _standard_input() -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people, in decimal units."""
+    """Format a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -377,7 +420,7 @@ def _duration(seconds: float) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
+    """Replace NaN and infinity by None, since JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""`spectool demo`: the whole job on the bundled checkpoint, command by command."""
+"""`spectool demo`: quantize, train heads and measure on the bundled checkpoint."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ import typer
 from spectool.cli.common import Debug, Json, Output, Threads, prepare_torch, session, size
 from spectool.errors import Interrupted, SpectoolError, UsageError
 
-# At less than two bits a small model loses much; more than this would be a fault.
+# Below two bits a small model loses much; a higher ratio would point to a bug.
 GATE = "perplexity_ratio<=1.6"
 CHECKPOINT = "tiny-python"
 MARKER = ".spectool-demo"
 
-# Single tokens are looked up too: code repeats its names more than its phrases.
+# min_n=1 looks up single tokens too: code repeats names more often than phrases.
 NGRAM = "ngram:min_n=1,nodes=24"
 
-# What there is of text is more than a few minutes need.
+# Enough text for a run of a few minutes.
 TRAIN_CHARACTERS = 1_000_000
 HELD_OUT_CHARACTERS = 60_000
 NUM_PROMPTS = 8
 PROMPT_LINES = 24
-# About 400 tokens: the rest of the small context is for what is generated.
+# About 400 tokens, which leaves the rest of the context for generated text.
 PROMPT_CHARACTERS = 1000
 
 
 def demo(
-    out: Annotated[Path, typer.Argument(help="Directory for texts, checkpoint and heads.")] = Path(
+    out: Annotated[Path, typer.Argument(help="Directory for texts, checkpoint and heads")] = Path(
         "spectool-demo"
     ),
     threads: Threads = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compress the bundled checkpoint, train draft heads, show what was lost and gained, run it."""
+    """Quantize the bundled checkpoint, train draft heads, measure loss and speed-up, and run it."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
-        place = Path(str(resources.files("spectool.examples").joinpath(CHECKPOINT)))
-        # Short in a clone, as `make demo` runs there.
-        near = place.is_relative_to(Path.cwd())
-        model = str(place.relative_to(Path.cwd()) if near else place)
-        _claim(out)
+        path = Path(str(resources.files("spectool.examples").joinpath(CHECKPOINT)))
+        # A relative path keeps the commands short in a clone, where `make demo` runs.
+        inside = path.is_relative_to(Path.cwd())
+        model = str(path.relative_to(Path.cwd()) if inside else path)
+        _prepare_directory(out)
         texts = _write_texts(out)
-        packed, heads, own = out / "packed", out / "heads", out / "heads-of-packed"
+        packed, heads = out / "packed", out / "heads"
+        packed_heads = out / "heads-of-packed"
         output.say(
-            f"demo: {CHECKPOINT} and texts of this Python's standard library, its held-out files "
-            f"apart; all goes to {out}"
+            f"demo: {CHECKPOINT}, trained and measured on separate files of Python's standard "
+            f"library; writes to {out}"
         )
         train = [
             "--data", texts["train"], "--steps", "80", "--seq-len", "256", "--batch-tokens",
@@ -71,17 +72,17 @@ def demo(
                 "--samples", "32", "--seq-len", "256", "--epochs", "2", "--overwrite",
             ],
             "heads": ["train-heads", "medusa", model, str(heads), *train],
-            "heads of packed": ["train-heads", "medusa", str(packed), str(own), *train],
+            "heads of packed": ["train-heads", "medusa", str(packed), str(packed_heads), *train],
             "eval": [
                 "eval", str(packed), "--reference", model, "--text", texts["held-out"], "--bos",
                 "--window", "512", "--gate", GATE,
             ],
             "bench": [
                 "bench", str(packed), "--reference", model, *bench, "--draft", NGRAM,
-                "--draft", str(heads), "--draft", str(own),
+                "--draft", str(heads), "--draft", str(packed_heads),
             ],
             "generate": [
-                "generate", str(packed), "--prompt", texts["sample"], "--draft", str(own),
+                "generate", str(packed), "--prompt", texts["sample"], "--draft", str(packed_heads),
                 "--max-new-tokens", "80",
             ],
         }  # fmt: skip
@@ -93,62 +94,63 @@ def demo(
         output.show(f"\n{texts['sample']}{sample}\n")
         output.show(_table(results))
         seconds = time.monotonic() - output.began
-        held = results["eval"]["gates"][0]["holds"]
+        holds = results["eval"]["gates"][0]["holds"]
         output.show(
-            f"gate {GATE}: {'holds' if held else 'does not hold'}; greedy output identical with "
+            f"gate {GATE}: {'holds' if holds else 'does not hold'}; greedy output identical with "
             f"every drafter on every model; {seconds:.0f} s"
         )
-        # The environment's folder need not be on PATH, as after `make demo`.
+        # After `make demo` the environment's folder need not be on PATH.
         program = ["spectool"] if shutil.which("spectool") else [sys.executable, "-m", "spectool"]
         more = _next_commands(out, model, texts)
         commands = [shlex.join([*program, *words]) for words in more]
         output.show("\n".join(["\nto try next:", *(f"  {command}" for command in commands)]))
         output.result({"seconds": seconds, "steps": results, "next": commands})
-        if not held:
+        if not holds:
             raise typer.Exit(3)
 
 
-def _claim(out: Path) -> None:
-    """Make the demo's directory, or take one that a demo made: what lies there is written over.
+def _prepare_directory(out: Path) -> None:
+    """Create the demo's directory, or reuse one from an earlier demo, whose files are overwritten.
 
     Raises:
-        UsageError: somebody else's, or a file.
-        InputError: it cannot be made.
+        UsageError: `out` is a file, or a directory that no demo made.
+        InputError: it cannot be created.
     """
     from spectool.files import disk_errors
 
     with disk_errors(out):
-        own = (out / MARKER).is_file() or (out.is_dir() and not any(out.iterdir()))
-        if out.exists() and not own:
+        reusable = (out / MARKER).is_file() or (out.is_dir() and not any(out.iterdir()))
+        if out.exists() and not reusable:
             raise UsageError(
-                f"{out}: exists, and no demo made it", hint="give a directory that is not there"
+                f"{out}: exists, and no demo made it", hint="name a directory that does not exist"
             )
         out.mkdir(parents=True, exist_ok=True)
         (out / MARKER).touch()
 
 
 def _run(output: Output, words: list[str]) -> dict[str, Any]:
-    """Run a command as a shell would, with what it tells people shown; its result.
+    """Run a spectool command, let its stderr through, and return its JSON result.
 
     Raises:
-        Interrupted, SpectoolError: it failed; a gate that does not hold is told at the end.
+        Interrupted: the command was interrupted.
+        SpectoolError: the command failed; a failed gate (exit code 3) is reported at the end.
     """
     from spectool.cli import app
 
-    found = io.StringIO()
+    captured = io.StringIO()
     command: Any = typer.main.get_command(app)
-    with contextlib.redirect_stdout(found):
+    with contextlib.redirect_stdout(captured):
         code = command.main([*words, "--json"], prog_name="spectool", standalone_mode=False)
     if code == 130:
-        raise Interrupted("interrupted; the same command begins anew")
+        raise Interrupted("interrupted; the same command starts over")
     if code not in (None, 0, 3):
         raise SpectoolError(f"spectool {words[0]} ended with exit code {code}")
-    result: dict[str, Any] = json.loads(found.getvalue())
+    result: dict[str, Any] = json.loads(captured.getvalue())
     return result
 
 
 def _next_commands(out: Path, model: str, texts: dict[str, str]) -> list[list[str]]:
-    """List commands to paste next: talk, another drafter beside transformers' own, other bits."""
+    """Return commands to try next: chat, bench against transformers, and quantize with 3 bits."""
     packed = str(out / "packed")
     return [
         ["chat", packed, "--draft", str(out / "heads-of-packed")],
@@ -164,16 +166,19 @@ def _next_commands(out: Path, model: str, texts: dict[str, str]) -> list[list[st
 
 
 def _write_texts(out: Path) -> dict[str, str]:
-    """Text to learn from and, of files that nothing learnt from, text and prompts to measure on."""
-    from spectool.examples.stdlib import conversations, documents
+    """Write training text and, from held-out files, evaluation text and prompts.
 
-    known = list(documents())
+    Returns the path of each, and the prompt to generate from as `sample`.
+    """
+    from spectool.examples.stdlib import make_conversations, read_documents
+
+    library = list(read_documents())
     rows: list[dict[str, Any]] = []
-    for number, document in enumerate(known):
-        # Some of every part of the library, code and answers alike.
+    for number, document in enumerate(library):
+        # Every fourth file, so that each part of the library and each kind of row is included.
         if not document.held_out and number % 4 == 0:
             rows.append({"text": document.text[:12_000]})
-            rows += [{"messages": talk} for talk in list(conversations(document))[:6]]
+            rows += [{"messages": talk} for talk in list(make_conversations(document))[:6]]
     train, total = [], 0
     for row in rows:
         line = json.dumps(row)
@@ -181,11 +186,11 @@ def _write_texts(out: Path) -> dict[str, str]:
         if total > TRAIN_CHARACTERS:
             break
         train.append(line)
-    unseen = [
-        document.text for document in known if document.held_out and len(document.text) > 6000
+    held_out = [
+        document.text for document in library if document.held_out and len(document.text) > 6000
     ]
     prompts = []
-    for text in unseen:
+    for text in held_out:
         lines = text.splitlines(keepends=True)
         for start in (len(lines) // 3, 2 * len(lines) // 3):
             prompt = "".join(lines[start : start + PROMPT_LINES])
@@ -194,7 +199,7 @@ def _write_texts(out: Path) -> dict[str, str]:
     chosen = prompts[:: max(1, len(prompts) // NUM_PROMPTS)][:NUM_PROMPTS]
     files = {
         "train": (out / "train.jsonl", "\n".join(train) + "\n"),
-        "held-out": (out / "held-out.txt", "\n\n".join(unseen)[:HELD_OUT_CHARACTERS]),
+        "held-out": (out / "held-out.txt", "\n\n".join(held_out)[:HELD_OUT_CHARACTERS]),
         "prompts": (
             out / "prompts.jsonl",
             "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in chosen),
@@ -233,6 +238,6 @@ def _table(results: dict[str, dict[str, Any]]) -> Any:
             row = (run["baseline"], *run["drafters"])[index]
             cells.append(f"{row['tokens_per_second']:.0f} ({row['tokens_per_forward']:.2f})")
         table.add_row(f"{name}: tok/s (per forward)", *cells)
-    slow = packed["baseline"]
-    table.add_row("plain, unpacked at every forward", "", f"{slow['tokens_per_second']:.0f} (1.00)")
+    plain = packed["baseline"]["tokens_per_second"]
+    table.add_row("plain, unpacked at every forward", "", f"{plain:.0f} (1.00)")
     return table

@@ -1,4 +1,4 @@
-"""`spectool doctor`: what this machine can do, and which packages are there."""
+"""`spectool doctor`: hardware, packages and compiled kernels of this machine."""
 
 from __future__ import annotations
 
@@ -21,47 +21,48 @@ PACKAGES = {
 }
 
 
-# Curves that are shown unless all are asked for.
+# Cost curves shown without --all.
 NEWEST = 5
 
 
 def doctor(
     all_curves: Annotated[
-        bool, typer.Option("--all", help=f"All measured passes, not only the {NEWEST} newest.")
+        bool,
+        typer.Option("--all", help=f"Show all measured cost curves, not only the {NEWEST} newest"),
     ] = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Processor, memory, packages, and what runs here."""
+    """Show processor, memory, GPU, packages and compiled kernels of this machine."""
     with session(json_wanted=json_output, debug=debug) as output:
         from spectool import machine
         from spectool.decode.policy import curve
         from spectool.kernels import skinny
 
         machine.set_threads(None)
-        found: dict[str, Any] = machine.describe()
-        output.show(f"processor: {found['processor']}, {found['cores']} cores")
-        output.show(f"threads: {found['threads']} ({found['threads_reason']})")
-        spin = " ".join(f"{name}={value}" for name, value in found["spin"].items())
-        output.show(f"waiting threads: {spin or 'as OpenMP does by itself'}")
+        described: dict[str, Any] = machine.describe()
+        output.show(f"processor: {described['processor']}, {described['cores']} cores")
+        output.show(f"threads: {described['threads']} ({described['threads_reason']})")
+        spin = " ".join(f"{name}={value}" for name, value in described["spin"].items())
+        output.show(f"waiting threads: {spin or 'OpenMP defaults'}")
         output.show(
-            f"memory: {size(found['memory_bytes'])}, {size(machine.available_memory())} free"
+            f"memory: {size(described['memory_bytes'])}, {size(machine.available_memory())} free"
         )
-        output.show(f"gpu: {found.get('gpu', 'none that torch can use')}")
+        output.show(f"gpu: {described.get('gpu', 'none that torch can use')}")
         packages = {name: machine.version(name) for name in PACKAGES}
         for name, version in packages.items():
             extra = PACKAGES[name]
             absent = "not installed" + (f" (pip install 'spectool[{extra}]')" if extra else "")
             output.show(f"{name}: {version or absent}")
         absent_kernel = skinny.missing()
-        output.show(f"products of few rows: {absent_kernel or 'compiled kernel'}")
-        output.show("packed linears: unpacked in torch at every forward; no compiled kernel yet")
+        output.show(f"small-batch matmul kernel: {absent_kernel or 'compiled'}")
+        output.show("quantized linears: unpacked in torch at every forward; no kernel yet")
         curves = curve.read_curves()
         shown = list(curves) if all_curves else list(curves)[-NEWEST:]
         if shown:
-            output.show("passes measured here, for --draft auto and :tune:")
+            output.show("measured cost curves, for --draft auto and :tune:")
         for model in shown:
             output.show(f"  {model}: {curve.Curve(curves[model])}")
         if len(shown) < len(curves):
             output.show(f"  {len(curves) - len(shown)} older: --all shows them")
-        output.result({"machine": found, "packages": packages, "passes": curves})
+        output.result({"machine": described, "packages": packages, "passes": curves})

@@ -1,4 +1,4 @@
-"""The line editor of a conversation, by prompt_toolkit: several lines, history, paste, Ctrl-C."""
+"""Line editor of `chat`, on prompt_toolkit: several lines, history, paste, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 PROMPT = "> "
-# As wide as PROMPT: the lines of a message stand under each other.
+# As wide as PROMPT, so that the lines of a message align.
 _CONTINUATION = "  "
 
 
 class LineEditor:
-    """Reads messages from the terminal that `stream` writes to.
+    """Editor of messages on the terminal that `stream` writes to.
 
     Enter sends; Alt-Enter, or Enter after a backslash, begins a new line; pasted lines stay one
-    message. Ctrl-C clears what is typed.
+    message. Ctrl-C clears the text.
     """
 
     def __init__(self, stream: TextIO, say: Callable[[str], None]) -> None:
@@ -42,10 +42,10 @@ class LineEditor:
         )
 
     def read(self, default: str = "") -> str:
-        """The next message, from `default` on.
+        """Read the next message, with `default` as the text to edit.
 
         Raises:
-            EOFError: Ctrl-D.
+            EOFError: Ctrl-D was pressed.
         """
         return self._session.prompt(default=default)
 
@@ -64,7 +64,7 @@ def _keys() -> KeyBindings:
         else:
             buffer.validate_and_handle()
 
-    # The second is what a terminal keeps of it that was typed before the editor began to read.
+    # Alt-Enter typed before the editor starts to read arrives as escape, c-j.
     @keys.add("escape", "enter")
     @keys.add("escape", "c-j")
     def _(event: KeyPressEvent) -> None:
@@ -80,7 +80,7 @@ def _keys() -> KeyBindings:
 
 @contextlib.contextmanager
 def quiet_keys() -> Iterator[None]:
-    """Keys pressed while an answer appears are not shown inside it; the editor reads them later."""
+    """Turn off the terminal's echo, so that keys pressed do not appear inside an answer."""
     before = termios.tcgetattr(sys.stdin)
     quiet = before.copy()
     quiet[3] &= ~termios.ECHO
@@ -102,7 +102,7 @@ def _history(say: Callable[[str], None]) -> History:
     path = history_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # What somebody told a model is for nobody else to read.
+        # Readable by the user alone: messages may be private.
         path.touch(mode=0o600)
         with path.open("ab"):
             pass

@@ -1,4 +1,4 @@
-"""`spectool eval MODEL`: what did it lose."""
+"""`spectool eval MODEL`: perplexity, and the distance from a reference."""
 
 from __future__ import annotations
 
@@ -30,30 +30,41 @@ def evaluate(
     model: Model,
     reference: Annotated[
         str | None,
-        typer.Option(help="Checkpoint to compare with, or a file made by --save-reference."),
+        typer.Option(help="Checkpoint to compare with, or a file written by --save-reference"),
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text to evaluate on (.txt, .jsonl, .parquet, .gz, .xz); repeatable."),
+        typer.Option(
+            help="Evaluation text: .txt, .jsonl, .parquet (also .gz, .xz) or hub:DATASET; "
+            "repeatable"
+        ),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window; default: the context, ≤ 2048.")
+        int | None,
+        typer.Option(min=2, help="Tokens per window; default: the model's context, at most 2048"),
     ] = None,
     bos: Annotated[
-        bool, typer.Option("--bos", help="Open each window with the start token.")
+        bool, typer.Option("--bos", help="Start each window with the BOS token")
     ] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only the text's first N characters.")
+        int | None, typer.Option(min=1, help="Use only the first N characters of the text")
     ] = None,
     gate: Annotated[
         list[str] | None,
-        typer.Option(help="'KEY<=NUMBER'; exit code 3 if it does not hold; repeatable."),
+        typer.Option(
+            help="Condition on a metric, such as 'perplexity_ratio<=1.1': exit code 3 if it does "
+            "not hold; repeatable"
+        ),
     ] = None,
     save_reference: Annotated[
-        Path | None, typer.Option(help="Store the model's log-probabilities in this file.")
+        Path | None, typer.Option(help="File to write the model's log-probabilities to")
     ] = None,
     save_top_k: Annotated[
-        int, typer.Option(min=0, help="Keep only the K largest of them; 0: all, lossless.")
+        int,
+        typer.Option(
+            min=0,
+            help="Log-probabilities per position that --save-reference keeps; 0: all (lossless)",
+        ),
     ] = 0,
     field: Field = None,
     template_arg: TemplateArg = None,
@@ -61,10 +72,12 @@ def evaluate(
     device: Device = "auto",
     runtime: Runtime = "auto",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Windows run together; default: what fits.")
+        int | None,
+        typer.Option(min=1, help="Number of windows run together; default: as many as fit"),
     ] = None,
     blockwise: Annotated[
-        bool, typer.Option("--blockwise", help="Run block by block even if the model fits.")
+        bool,
+        typer.Option("--blockwise", help="Load and run one block at a time even if all would fit"),
     ] = False,
     threads: Threads = None,
     revision: Revision = None,
@@ -73,13 +86,13 @@ def evaluate(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of MODEL, and its distance from a reference on the same tokens."""
+    """Measure the perplexity of MODEL and its distance from a reference on the same tokens."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
-        from spectool.evaluate import evaluate as room
+        from spectool.evaluate import evaluate as evaluate_module
         from spectool.evaluate.gates import parse_gates
 
-        request = room.Request(
+        request = evaluate_module.Request(
             texts=text or (),
             text_field=field,
             template=template_arguments(template_arg),
@@ -98,16 +111,16 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             checksums=not no_checksums,
         )
-        gates = parse_gates(gate or (), room.metric_names(request))
+        gates = parse_gates(gate or (), evaluate_module.metric_names(request))
         output.start()
-        result = room.evaluate(
+        result = evaluate_module.evaluate(
             model,
             request,
             say=output.say,
             progress=lambda done, total: output.progress(done, total, "tokens scored"),
             on_read=output.note,
         )
-        result["gates"] = [one.check(result) for one in gates]
+        result["gates"] = [gate.check(result) for gate in gates]
         perplexity = result["perplexity"]
         output.show(f"perplexity: {perplexity['value']:.4f}")
         if "kl" in result:
@@ -119,9 +132,9 @@ def evaluate(
         if result.get("layers"):
             worst = max(result["layers"], key=lambda layer: float(layer["error"]))
             output.show(f"largest layer error: {worst['error']:.2e} ({worst['name']})")
-        for one in result["gates"]:
-            word = "holds" if one["holds"] else "does not hold"
-            output.show(f"gate {one['expression']}: {word} ({one['value']:.4g})")
+        for checked in result["gates"]:
+            word = "holds" if checked["holds"] else "does not hold"
+            output.show(f"gate {checked['expression']}: {word} ({checked['value']:.4g})")
         output.result(result)
-        if not all(one["holds"] for one in result["gates"]):
+        if not all(checked["holds"] for checked in result["gates"]):
             raise typer.Exit(3)

@@ -1,4 +1,4 @@
-"""`spectool export PATH OUT --format F`: for the tools that serve it elsewhere."""
+"""`spectool export PATH OUT --format F`: write artifacts in formats of other tools."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from spectool.errors import UsageError
 
 
 def export(
-    path: Annotated[str, typer.Argument(help="Packed checkpoint, or heads directory.")],
-    out: Annotated[Path, typer.Argument(help="Directory to make; must not exist.")],
+    path: Annotated[str, typer.Argument(help="Quantized checkpoint, or directory of draft heads")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist")],
     format: Annotated[
         str,
         typer.Option(
-            help="Of a checkpoint: dense, compressed-tensors; of heads: vllm-medusa, eagle3, "
-            "speculators."
+            help="Format to write: dense or compressed-tensors for a checkpoint; vllm-medusa, "
+            "eagle3 or speculators for draft heads"
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Of heads: the checkpoint that they draft for.")
+        str | None, typer.Option(help="Checkpoint that the draft heads draft for")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     no_checksums: NoChecksums = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a packed checkpoint, or draft heads, in a format that other tools read."""
+    """Write a quantized checkpoint or draft heads in a format that other tools read."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(None)
         if (Path(path) / HEADS).exists():
@@ -47,11 +47,11 @@ def export(
                 checksums=not no_checksums,
             )
         else:
-            from spectool.quantize import export as room
+            from spectool.quantize import export as export_module
 
             if model is not None:
-                raise UsageError(f"--model is for heads; {path} is none")
-            lines = room.export(
+                raise UsageError(f"--model: only for draft heads, and {path} holds none")
+            lines = export_module.export(
                 path, out, format, trust_remote_code=trust_remote_code, checksums=not no_checksums
             )
         output.show(

@@ -1,4 +1,4 @@
-"""`spectool generate MODEL`: run it, with any drafter."""
+"""`spectool generate MODEL`: continue prompts, with any drafter."""
 
 from __future__ import annotations
 
@@ -43,16 +43,19 @@ from spectool.errors import Interrupted
 
 def generate(
     model: Model,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeatable.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt to continue; repeatable")] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Prompts: .txt (one a line) or .jsonl.")
+        str | None, typer.Option(help="File of prompts: .txt (one per line) or .jsonl")
     ] = None,
     draft: Annotated[
-        str, typer.Option(help="Drafter, heads or smaller checkpoint, then :key=value.")
+        str,
+        typer.Option(
+            help="Drafter, directory of draft heads or smaller checkpoint: NAME[:key=value,...]"
+        ),
     ] = "auto",
     max_new_tokens: MaxNewTokens = 128,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End the output before this text; repeatable.")
+        list[str] | None, typer.Option(help="Stop the output before this text; repeatable")
     ] = None,
     batch_size: BatchSize = 1,
     temperature: Temperature = 0.0,
@@ -78,7 +81,7 @@ def generate(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue prompts given as options, in a file or on stdin."""
+    """Generate text from prompts given as options, in a file or on stdin."""
     with session(json_wanted=json_output, debug=debug) as output:
         runner, tokenizer = open_runner(
             output,
@@ -105,7 +108,7 @@ def generate(
             repetition_penalty=repetition_penalty,
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
-        found = read_prompts(
+        inputs = read_prompts(
             output, tokenizer, prompt=prompt, prompts=prompts, field=field, template=template_arg
         )
         streams = not json_output and batch_size == 1
@@ -115,14 +118,14 @@ def generate(
         def on_tokens(index: int, tokens: list[int], text: str, drafted: int) -> None:
             nonlocal shown
             if index != shown:
-                sys.stdout.write(_opening(found[index].given, tokenizer, first=shown < 0))
+                sys.stdout.write(_opening(inputs[index].given, tokenizer, first=shown < 0))
                 shown = index
             sys.stdout.write(text)
             sys.stdout.flush()
 
         results = runner.generate(
-            [one.given for one in found],
-            eos=[one.ends for one in found],
+            [one.given for one in inputs],
+            eos=[one.ends for one in inputs],
             max_new_tokens=max_new_tokens,
             seed=seed,
             stop=stop or (),
@@ -137,7 +140,7 @@ def generate(
         runner.close()
         if not (streams or json_output):
             for index, result in enumerate(results):
-                opening = _opening(found[index].given, tokenizer, first=index == 0)
+                opening = _opening(inputs[index].given, tokenizer, first=index == 0)
                 sys.stdout.write(f"{opening}{result.text}")
         if not json_output:
             sys.stdout.write("\n")
@@ -172,10 +175,10 @@ def generate(
             }
         )
         if any(result.finish_reason == "interrupted" for result in results):
-            raise Interrupted("interrupted; what was generated until then is above")
+            raise Interrupted("interrupted; the text generated so far is above")
 
 
 def _opening(prompt: str | list[int], tokenizer: Any, *, first: bool) -> str:
-    """What is written before a continuation: the prompt itself, so that the text reads whole."""
+    """Return the prompt's text, which is written before its continuation."""
     text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
     return text if first else f"\n{text}"

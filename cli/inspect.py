@@ -1,4 +1,4 @@
-"""`spectool inspect PATH`: what is in this directory, bit by bit, and how it was made."""
+"""`spectool inspect PATH`: contents, stored bits and origin of a directory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from spectool.errors import CheckpointError
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint or heads directory.")],
-    layers: Annotated[bool, typer.Option("--layers", help="List every packed matrix.")] = False,
+    path: Annotated[Path, typer.Argument(help="Directory of a checkpoint or of draft heads")],
+    layers: Annotated[bool, typer.Option("--layers", help="List every quantized matrix")] = False,
     check: Annotated[
-        bool, typer.Option("--checksums", help="Read all files and compare their SHA-256.")
+        bool, typer.Option("--checksums", help="Read all files and verify their SHA-256 checksums")
     ] = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Contents, stored bits and origin of a checkpoint or of heads, read from headers only."""
+    """Show contents, stored bits and origin of a checkpoint or draft heads, from headers only."""
     with session(json_wanted=json_output, debug=debug) as output:
         from spectool.checkpoint import checksums
 
@@ -45,7 +45,8 @@ def inspect(
         kind = "packed" if layout.is_packed else "quantized elsewhere" if quantization else "dense"
         methods = sorted({entry.method for entry in ledger.entries})
         method = ", ".join(methods) or quantization.get("quant_method")
-        # Others store several weights in a number: elements are no parameters there.
+        # Formats of other tools may store several weights in one element, so that counting elements
+        # would not count parameters.
         counted = bool(layout.is_packed or not quantization)
         result: dict[str, Any] = {
             "kind": kind,
@@ -81,8 +82,8 @@ def inspect(
         output.show(f"{path}: {kind} {result['model_type']}{holds} {size(ledger.file_bytes)}")
         if ledger.linears is not None:
             output.show(
-                f"{len(ledger.entries)} packed matrices ({method}): {ledger.linears:.4f} bits per "
-                f"weight{' of the blocks' if any(e.outside for e in ledger.entries) else ''}"
+                f"{len(ledger.entries)} quantized matrices ({method}): {ledger.linears:.4f} bits "
+                f"per weight{' of the blocks' if any(e.outside for e in ledger.entries) else ''}"
             )
         if counted:
             output.show(f"the whole file: {ledger.file:.4f} bits per parameter")
@@ -96,7 +97,7 @@ def inspect(
         if again:
             output.show(f"made by: {again}")
         if check:
-            output.show(f"checksums: those of {_files(layout.checksums)} are right")
+            output.show(f"checksums: {_count_files(layout.checksums)} verified")
         if layers:
             for entry in ledger.entries:
                 shape = "x".join(map(str, entry.shape))
@@ -111,7 +112,7 @@ def _sums(stored: Mapping[str, Any], checked: bool) -> dict[str, Any] | None:
     return {"checked": checked, "sha256": {name: each.sha256 for name, each in stored.items()}}
 
 
-def _files(stored: Mapping[str, Any]) -> str:
+def _count_files(stored: Mapping[str, Any]) -> str:
     return "1 file" if len(stored) == 1 else f"{len(stored)} files"
 
 
@@ -119,33 +120,33 @@ def _inspect_heads(output: Output, path: Path, check: bool) -> None:
     from spectool.checkpoint import checksums
     from spectool.checkpoint.headers import read_header, read_json
 
-    found = read_json(path / HEADS)
+    record = read_json(path / HEADS)
     entries = read_header(path / HEADS_FILE)[1]
-    stored = checksums.parse(found.get("checksums"), path / HEADS)
+    stored = checksums.parse(record.get("checksums"), path / HEADS)
     if check:
         checksums.verify(path, stored)
     result = {
-        **found,
+        **record,
         "kind": "heads",
         "parameters": sum(entry.num_elements for entry in entries if entry.name != "token_map"),
         "bytes": sum(entry.num_bytes for entry in entries),
-        "command": heads_command(found),
+        "command": heads_command(record),
         "checksums": _sums(stored, check),
     }
     output.show(
-        f"{path}: {found.get('method')} heads, {result['parameters'] / 1e6:.2f} M parameters in "
+        f"{path}: {record.get('method')} heads, {result['parameters'] / 1e6:.2f} M parameters in "
         f"{size(result['bytes'])}"
     )
     try:
-        accuracy = " ".join(f"{share:.1%}" for share in found["accuracy"])
+        accuracy = " ".join(f"{share:.1%}" for share in record["accuracy"])
         output.show(f"held-out accuracy by head: {accuracy}")
-        if conditional := " ".join(f"{share:.1%}" for share in found.get("conditional") or ()):
-            output.show(f"where those before it were right: {conditional}")
-        output.show(f"trained for: {found['target']['lineage']} and what is packed from it")
+        if conditional := " ".join(f"{share:.1%}" for share in record.get("conditional") or ()):
+            output.show(f"held-out accuracy given that earlier heads were right: {conditional}")
+        output.show(f"trained for: {record['target']['lineage']} and its quantized versions")
         for nodes in (8, 16, 32, 64):
-            if nodes <= len(found["tree"]):
+            if nodes <= len(record["tree"]):
                 output.show(
-                    f"best tree of {nodes} nodes: about {1 + sum(found['shares'][:nodes]):.2f} "
+                    f"best tree of {nodes} nodes: about {1 + sum(record['shares'][:nodes]):.2f} "
                     "tokens per forward"
                 )
     except (KeyError, TypeError) as error:
@@ -153,18 +154,21 @@ def _inspect_heads(output: Output, path: Path, check: bool) -> None:
     if result["command"]:
         output.show(f"made by: {result['command']}")
     if check:
-        output.show(f"checksums: those of {_files(stored)} are right")
+        output.show(f"checksums: {_count_files(stored)} verified")
     output.result(result)
 
 
-def heads_command(found: dict[str, Any]) -> str | None:
-    """The command that trains the heads again, from the same target and data."""
+def heads_command(record: dict[str, Any]) -> str | None:
+    """Return the command that trains the heads again, from the same target and data.
+
+    None if the record is incomplete.
+    """
     try:
-        training = found["training"]
+        training = record["training"]
         words = ["spectool"]
         if (processes := training.get("processes", 1)) > 1:
             words = ["torchrun", "--nproc-per-node", str(processes), "-m", "spectool"]
-        words += ["train-heads", found["method"], "MODEL", "OUT", "--data", "DATA"]
+        words += ["train-heads", record["method"], "MODEL", "OUT", "--data", "DATA"]
         length = "epochs" if training["steps"] is None else "steps"
         words += [f"--{length}", str(training[length])]
         for key in ("seq_len", "batch_tokens", "learning_rate", "warmup", "held_out", "seed"):
@@ -187,13 +191,13 @@ def heads_command(found: dict[str, Any]) -> str | None:
             server = ["--regenerate-url", "URL", "--regenerate-model", name]
             words += server if name else ["--regenerate"]
             words += ["--temperature", json.dumps(training["temperature"])]
-        return shlex.join(words + _options(found["options"]))
+        return shlex.join(words + _options(record["options"]))
     except (KeyError, TypeError, AttributeError):
         return None
 
 
 def _options(options: dict[str, Any]) -> list[str]:
-    """A method's options as they are written on the command line."""
+    """Return a method's options as command-line words."""
     words: list[str] = []
     for key, value in options.items():
         flag = key.replace("_", "-")
@@ -204,15 +208,15 @@ def _options(options: dict[str, Any]) -> list[str]:
     return words
 
 
-def _choice(said: dict[str, Any]) -> str:
-    pairs = [f"{key}={value}" for key, value in said["options"].items() if value is not None]
-    return f"{said['method']}:{','.join(pairs)}" if pairs else str(said["method"])
+def _choice(entry: dict[str, Any]) -> str:
+    pairs = [f"{key}={value}" for key, value in entry["options"].items() if value is not None]
+    return f"{entry['method']}:{','.join(pairs)}" if pairs else str(entry["method"])
 
 
 def command(made_by: dict[str, Any]) -> str | None:
-    """The command that makes the artifact again, from a source with the same fingerprint.
+    """Return the command that makes the artifact again, from a source with the same fingerprint.
 
-    None where the record does not say enough.
+    None if the record is incomplete.
     """
     try:
         words = ["spectool", "quantize", made_by["method"], "MODEL", "OUT"]

@@ -1,4 +1,4 @@
-"""`spectool list`: the methods that there are."""
+"""`spectool list`: all methods by kind."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from spectool.errors import UsageError
 
 def list_methods(
     kind: Annotated[
-        str | None, typer.Argument(help="Only this kind: quantizer, drafter or rule.")
+        str | None,
+        typer.Argument(help="Kind to list: quantizer, chooser, drafter or verifier; default: all"),
     ] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Also what is research and no first choice.")
-    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List research methods too")] = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Methods by kind, each with a line and its source."""
+    """List the methods by kind, each with a one-line summary."""
     with session(json_wanted=json_output, debug=debug) as output:
         kinds = get_args(methods.Kind)
         if kind is not None and kind.rstrip("s") not in kinds:
@@ -38,7 +37,7 @@ def list_methods(
             if row.kind != shown:
                 output.show(f"{row.kind}s")
                 shown = row.kind
-            others = ", ".join(place for place in row.runs_in if place != "spectool")
+            others = ", ".join(tool for tool in row.runs_in if tool != "spectool")
             output.show(
                 f"  {name:<{width}}  {row.summary}" + (f" [also in {others}]" if others else "")
             )

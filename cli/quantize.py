@@ -1,4 +1,4 @@
-"""`spectool quantize METHOD MODEL OUT`: a subcommand a method, its options from its dataclass."""
+"""`spectool quantize METHOD MODEL OUT`: a subcommand per method, options from its `Config`."""
 
 from __future__ import annotations
 
@@ -39,94 +39,101 @@ if TYPE_CHECKING:
     from spectool.quantize.run import Job, Report
 
 
-# Below so many bits a weight, and from this share of the file on, packing the embedding and the
-# output matrix is offered.
-OFFERED_BELOW = 3.0
-OFFERED_FROM = 0.2
+# --embeddings is suggested when the linears take fewer bits per weight than this and the embedding
+# and lm_head make up more than this share of the file.
+SUGGEST_BELOW_BITS = 3.0
+SUGGEST_ABOVE_SHARE = 0.2
 
 
 def quantize(
     method: str,
-    own: dict[str, Any],
+    options: dict[str, Any],
     invocation: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to make; must not exist.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist")],
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to calibrate on: .txt, .jsonl, .parquet (.gz, .xz), hub:DATASET; "
-            "repeatable. Methods that need none use it to measure output errors."
+            help="Calibration text: .txt, .jsonl, .parquet (also .gz, .xz) or hub:DATASET; "
+            "repeatable; data-free methods use it to measure output errors"
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration sequences")] = 128,
+    seq_len: Annotated[
+        int, typer.Option(min=2, help="Maximum tokens per calibration sequence")
+    ] = 2048,
     preprocess: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to reshape the model on first: pack it, train low-rank updates of the "
-            "result, merge them, pack again; repeatable. Needs the whole model in memory."
+            help="Text to train low-rank updates of the quantized model on, which are merged into "
+            "the weights before the final quantization; repeatable; needs memory for the whole "
+            "model"
         ),
     ] = None,
     preprocess_steps: Annotated[
-        int, typer.Option(min=1, help="Training steps for --preprocess.")
+        int, typer.Option(min=1, help="Training steps for --preprocess")
     ] = 1000,
     preprocess_rank: Annotated[
-        int, typer.Option(min=1, help="Rank of the updates of --preprocess.")
+        int, typer.Option(min=1, help="Rank of the low-rank updates for --preprocess")
     ] = 64,
     preprocess_rate: Annotated[
-        float, typer.Option(min=0.0, help="Peak learning rate for --preprocess.")
+        float, typer.Option(min=0.0, help="Peak learning rate for --preprocess")
     ] = 1e-4,
     field: Field = None,
     template_arg: TemplateArg = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="Leave linears of this name or glob dense; repeatable."),
+        typer.Option(help="Leave linears with this name or glob dense; repeatable"),
     ] = None,
     allow_dense: Annotated[
-        bool, typer.Option("--allow-dense", help="Accept over 10% of block weights left dense.")
+        bool,
+        typer.Option(
+            "--allow-dense", help="Quantize even if over 10% of the block weights stay dense"
+        ),
     ] = False,
     rules: Annotated[
         Path | None,
-        typer.Option(help="YAML file: which linears another method packs, or which stay dense."),
+        typer.Option(help="YAML file that sets another method, or dense, for some linears"),
     ] = None,
     embeddings: Annotated[
         str | None,
         typer.Option(
-            help="Pack the embedding and the output matrix too: METHOD or METHOD:key=value,…, of "
-            "a method that needs no text, such as int8."
+            help="Quantize the embedding and lm_head too, with a data-free method such as int8: "
+            "METHOD[:key=value,...]"
         ),
     ] = None,
     lm_head: Annotated[
         str | None,
         typer.Option(
-            help="Learn the output matrix anew on the calibration text: vq or vq:key=value,… "
-            "(research)."
+            help="Fit a quantized lm_head on the calibration text (research): vq[:key=value,...]"
         ),
     ] = None,
     bits_budget: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="Choose each linear's width by measured errors, at most so many stored bits a "
-            "weight together.",
+            help="Choose each linear's bits by measured errors, with this average of stored bits "
+            "per weight as the maximum",
         ),
     ] = None,
     candidate: Annotated[
         list[str] | None,
         typer.Option(
-            help="What --bits-budget chooses from: METHOD:key=value,…; repeatable. By default "
-            "METHOD at all its --bits."
+            help="Candidate for --bits-budget: METHOD[:key=value,...]; repeatable; default: the "
+            "method at each of its --bits"
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan; read headers only, write nothing.")
+        bool, typer.Option("--dry-run", help="Show the plan from the file headers; write nothing")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
+        bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences run together.")] = 4,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Number of calibration sequences run together")
+    ] = 4,
     dtype: Annotated[
-        str, typer.Option(help="What calibration computes in: float32, bfloat16, float16.")
+        str, typer.Option(help="Dtype of the calibration passes: float32, bfloat16 or float16")
     ] = "float32",
     device: Device = "auto",
     seed: Seed = 0,
@@ -136,7 +143,7 @@ def quantize(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compress MODEL into the directory OUT."""
+    """Quantize MODEL and write the result to the directory OUT."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
         from spectool.checkpoint.dtypes import parse_dtype
@@ -148,15 +155,15 @@ def quantize(
         from spectool.quantize.preprocess import Preprocess
 
         if candidate and bits_budget is None:
-            raise UsageError("--candidate: is what --bits-budget chooses from, which is not given")
+            raise UsageError("--candidate: only with --bits-budget, which is not given")
         if not preprocess:
             for name in ("preprocess_steps", "preprocess_rank", "preprocess_rate"):
                 if _is_given(invocation, name):
                     option = name.replace("_", "-")
-                    raise UsageError(f"--{option}: is of --preprocess, which is not given")
-        listed = read_rules(rules) if rules else []
-        beside = Choice.from_text(embeddings) if embeddings else None
-        learnt = Choice.from_text(lm_head) if lm_head else None
+                    raise UsageError(f"--{option}: only with --preprocess, which is not given")
+        rule_list = read_rules(rules) if rules else []
+        embeddings_choice = Choice.from_text(embeddings) if embeddings else None
+        lm_head_choice = Choice.from_text(lm_head) if lm_head else None
         budget = None
         if method in methods.names("chooser"):
             if bits_budget is not None:
@@ -165,28 +172,32 @@ def quantize(
             run.check_dense(layout)
             picked = auto.pick(
                 Architecture(layout, trust_remote_code=trust_remote_code),
-                auto.Auto.Config.from_dict(own),
-                rules=[*skipping(skip or ()), *listed],
-                embeddings=beside,
-                lm_head=learnt,
+                auto.Auto.Config.from_dict(options),
+                rules=[*skipping(skip or ()), *rule_list],
+                embeddings=embeddings_choice,
+                lm_head=lm_head_choice,
                 allow_dense=allow_dense,
             )
-            choice, beside, budget = picked.choice, picked.embeddings, picked.budget
+            choice, embeddings_choice, budget = picked.choice, picked.embeddings, picked.budget
             output.say(f"auto: {picked.why}")
-            output.say(f"auto: the same by hand: {_by_hand(picked, own, invocation)}")
+            output.say(f"auto: the same by hand: {_explicit_command(picked, options, invocation)}")
         else:
-            choice = Choice(method, methods.resolve(method, "quantizer").Config.from_dict(own))
+            config = methods.resolve(method, "quantizer").Config.from_dict(options)
+            choice = Choice(method, config)
             if bits_budget is not None:
                 given = tuple(map(Choice.from_text, candidate or ()))
                 budget = Budget(bits_budget, given or widths(choice, bits_budget))
         if dry_run and budget is not None:
-            raise UsageError(f"--dry-run reads headers only; a budget of {budget.bits:g} measures")
+            raise UsageError(
+                f"--dry-run reads headers only, but a budget of {budget.bits:g} bits needs "
+                "measured errors"
+            )
         job = run.Job(
             method=choice.method,
             config=choice.config,
-            rules=listed,
-            embeddings=beside,
-            lm_head=learnt,
+            rules=rule_list,
+            embeddings=embeddings_choice,
+            lm_head=lm_head_choice,
             budget=budget,
             calibration=calibration,
             samples=samples,
@@ -215,7 +226,7 @@ def quantize(
                 batch_size=batch_size,
             )
             show_plan(output, planned, architecture, job)
-            result = {"dry_run": True, "method": choice.method, **_planned(planned)}
+            result = {"dry_run": True, "method": choice.method, **_plan_record(planned)}
             output.result({**result, "unused": architecture.unused})
             return
         compute = parse_dtype(dtype)
@@ -237,21 +248,21 @@ def quantize(
                 on_read=output.note,
             )
         except KeyboardInterrupt:
-            again = "the same command goes on after the last whole block"
+            again = "run the same command to resume after the last finished block"
             raise Interrupted("interrupted", hint=again) from None
         finish(output, choice.method, out, report)
 
 
 def _layout(model: str, revision: str | None) -> Layout:
-    """What the headers of a checkpoint say, of a hub id's too, which need not be fetched."""
+    """Read the layout of a checkpoint from its headers, without downloading a hub checkpoint."""
     from spectool.checkpoint import hub
     from spectool.checkpoint.headers import read_layout
 
     return read_layout(Path(model)) if hub.is_local(model) else hub.remote_layout(model, revision)
 
 
-def _by_hand(picked: Picked, own: dict[str, Any], invocation: typer.Context) -> str:
-    """The command without `auto`, with the other options as they were given."""
+def _explicit_command(picked: Picked, options: dict[str, Any], invocation: typer.Context) -> str:
+    """Return the command that does without `auto`, with all other options as given."""
     words = ["spectool", "quantize", picked.choice.method]
     words += [str(invocation.params[name]) for name in ("model", "out")]
     if picked.budget is not None:
@@ -264,7 +275,7 @@ def _by_hand(picked: Picked, own: dict[str, Any], invocation: typer.Context) -> 
         words += ["--embeddings", str(picked.embeddings)]
     for parameter in invocation.command.params:
         name = parameter.name or ""
-        if not _is_given(invocation, name) or name in (*own, "model", "out", "embeddings"):
+        if not _is_given(invocation, name) or name in (*options, "model", "out", "embeddings"):
             continue
         given = invocation.params[name]
         for value in given if isinstance(given, list) else [given]:
@@ -278,7 +289,7 @@ def _is_given(invocation: typer.Context, name: str) -> bool:
 
 
 def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) -> None:
-    """The plan for people, before anything is done."""
+    """Print the plan before the run starts."""
     from spectool.checkpoint.contents import unused_line
 
     by_choice: dict[Any, int] = {}
@@ -287,32 +298,33 @@ def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) 
             choice = plan.choices[name]
             by_choice[choice] = by_choice.get(choice, 0) + 1
     num_matrices = sum(by_choice.values())
-    ways = [
-        f"{_said(choice)}{f' on {count}' if len(by_choice) > 1 else ''}"
+    counts = [
+        f"{_describe(choice)}{f' on {count}' if len(by_choice) > 1 else ''}"
         for choice, count in sorted(by_choice.items(), key=lambda item: -item[1])
     ]
     output.say(
-        f"plan: {', '.join(ways)}{' of' if len(ways) > 1 else ' on'} {num_matrices} linears in "
+        f"plan: {', '.join(counts)}{' of' if len(counts) > 1 else ' on'} {num_matrices} linears in "
         f"{len(plan.matrices)} blocks of {architecture.config.model_type}, "
         f"{plan.num_weights / 1e6:.2f} M of {plan.num_parameters / 1e6:.2f} M parameters"
     )
     for name, matrix in plan.outside.items():
         also = f" and {matrix.tied}, which share it" if matrix.tied else ""
-        output.say(f"plan: {_said(plan.choices[name])} on {name}{also}")
+        output.say(f"plan: {_describe(plan.choices[name])} on {name}{also}")
     by_reason: dict[str, list[str]] = {}
     for name, reason in plan.skipped.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
-        output.say(f"plan: {len(names)} left dense ({reason}): {names[0]}, …")
+        output.say(f"plan: {len(names)} left dense ({reason}): {names[0]}, ...")
     if architecture.unused:
         name = type(architecture.model).__name__
-        output.say(f"plan: {unused_line(architecture.unused, name)}; the artifact is without")
-    beside = plan.outside_bytes / plan.file_bytes
+        output.say(f"plan: {unused_line(architecture.unused, name)}; they are not written to OUT")
     output.say(f"plan: everything{' else' if plan.outside else ''} outside the blocks is copied")
-    if not plan.outside and plan.bits_linears < OFFERED_BELOW and beside > OFFERED_FROM:
+    share = plan.outside_bytes / plan.file_bytes
+    is_large = plan.bits_linears < SUGGEST_BELOW_BITS and share > SUGGEST_ABOVE_SHARE
+    if not plan.outside and is_large:
         output.say(
-            f"plan: embedding and output matrix will be {beside:.0%} of the file; "
-            "--embeddings int8 packs them too"
+            f"plan: embedding and lm_head will be {share:.0%} of the file; "
+            "--embeddings int8 quantizes them too"
         )
     _show_calibration(output, architecture, job)
     buffers = plan.num_buffers * plan.buffer_bytes
@@ -330,7 +342,7 @@ def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) 
 
 
 def _show_calibration(output: Output, architecture: Architecture, job: Job) -> None:
-    """Name the text that is calibrated on, if any, and how much of it."""
+    """Print the calibration text, if any, and how much of it is used."""
     from spectool.data.text import BUILTIN
     from spectool.quantize.run import calibrates, sequence_length
 
@@ -344,17 +356,17 @@ def _show_calibration(output: Output, architecture: Architecture, job: Job) -> N
     )
     if not job.calibration:
         output.say(
-            "plan: --calibration FILE of text like what the model is for loses less, below 3 bits "
-            "much less"
+            "plan: --calibration FILE with text of the kind the model will see loses less, much "
+            "less below 3 bits"
         )
 
 
-def _said(choice: Choice) -> str:
+def _describe(choice: Choice) -> str:
     options = ", ".join(f"{key}={value}" for key, value in choice.config.as_dict().items())
     return f"{choice.method}{f' ({options})' if options else ''}"
 
 
-def _planned(plan: Plan) -> dict[str, Any]:
+def _plan_record(plan: Plan) -> dict[str, Any]:
     return {
         "expected_bits_per_weight": {"linears": plan.bits_linears, "file": plan.bits_file},
         "disk_bytes": plan.file_bytes,
@@ -367,7 +379,7 @@ def _planned(plan: Plan) -> dict[str, Any]:
 
 
 def finish(output: Output, method: str, out: Path, report: Report) -> None:
-    """The figures users ask for, measured from the written files."""
+    """Print the result: sizes measured from the written files, errors, time and memory."""
     from spectool.checkpoint.headers import read_layout
     from spectool.machine import peak_device_bytes, peak_rss_bytes
     from spectool.quantize.ledger import measure
@@ -385,21 +397,21 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
     )
     if report.preprocess is not None:
         output.show(
-            "perplexity of held-out text of --preprocess: "
-            f"{report.preprocess['packed']:.3f} packed at first, "
-            f"{report.preprocess['merged']:.3f} reshaped, which packing it again cannot improve"
+            "held-out perplexity for --preprocess: "
+            f"{report.preprocess['packed']:.3f} quantized before training, "
+            f"{report.preprocess['merged']:.3f} after it (a lower bound for the final perplexity)"
         )
     data_free = [name for block in report.blocks for name in block["data_free"]]
     if data_free:
         output.show(
-            f"matrices with too few calibration tokens, packed without data: {len(data_free)} "
-            f"({data_free[0]}, …)"
+            f"matrices with too few calibration tokens, quantized without data: {len(data_free)} "
+            f"({data_free[0]}, ...)"
         )
-    if learnt := report.outside.get("lm_head"):
+    if lm_head := report.outside.get("lm_head"):
         output.show(
-            f"output matrix: KL from the original on held-out calibration text "
-            f"{learnt['loss_start']:.4f} at first, {learnt['loss_after']:.4f} learnt; "
-            f"{learnt['nats_within_codes']:.3f} nats of tokens within their codes"
+            f"lm_head: KL from the original on held-out calibration text "
+            f"{lm_head['loss_start']:.4f} before the fit, {lm_head['loss_after']:.4f} after it; "
+            f"entropy of a token given its code {lm_head['nats_within_codes']:.3f} nats"
         )
     fits = [(index, fit) for index, block in enumerate(report.blocks) for fit in block["fits"]]
     if fits:
@@ -428,7 +440,7 @@ def finish(output: Output, method: str, out: Path, report: Report) -> None:
 
 
 def show_fits(output: Output, numbered: list[tuple[int, dict[str, Any]]]) -> None:
-    """What the fits gained, each with its block's number."""
+    """Print what the fits of the blocks gained; `numbered` pairs a block's index and its fit."""
     fits = [fit for _, fit in numbered]
     shares = [fit["loss_after"] / (fit["loss_start"] or 1.0) for fit in fits]
     lower = sum(share < 1 for share in shares)
@@ -443,35 +455,35 @@ def show_fits(output: Output, numbered: list[tuple[int, dict[str, Any]]]) -> Non
     if moved:
         further = max(fit["codes_moved_further"] for fit in fits)
         output.show(
-            f"codes that moved: {min(moved):.1%} to {max(moved):.1%} of a block, by more than one "
-            f"level at most {further:.2%}"
+            f"codes changed: {min(moved):.1%} to {max(moved):.1%} of a block, at most "
+            f"{further:.2%} by more than one level"
         )
     turned = sorted({index for index, fit in numbered if fit["least_cosine"] <= 0})
     skipped = sum(fit["steps_skipped"] for fit in fits)
     if skipped:
-        output.show(f"steps left out because their gradient was not finite: {skipped}")
+        output.show(f"steps skipped for a gradient that was not finite: {skipped}")
     if turned:
         output.show(
-            "on some calibration text the output points away from the original's, in blocks "
-            f"{', '.join(map(str, turned))}: more --epochs, or more bits"
+            "output with a negative cosine to the original's on some calibration text, in blocks "
+            f"{', '.join(map(str, turned))}: try more --epochs, or more bits"
         )
 
 
 QUANTIZE = Verb(
     name="quantize",
-    help="Compress a checkpoint",
+    help="Quantize a checkpoint",
     kind="quantizer",
     known=lambda: [*methods.names("chooser"), *methods.names("quantizer")],
     config=lambda method: method.Config,
     run=quantize,
     panels={
-        "What to pack": (
+        "What to quantize": (
             "skip", "allow_dense", "rules", "bits_budget", "candidate", "embeddings",
             "lm_head",
             "revision", "trust_remote_code",
         ),
         "Calibration": ("calibration", "field", "template_arg", "samples", "seq_len", "seed"),
-        "Training before packing": (
+        "Training before quantization": (
             "preprocess", "preprocess_steps", "preprocess_rank", "preprocess_rate",
         ),
         "Resources": ("device", "dtype", "batch_size", "threads"),

@@ -1,4 +1,4 @@
-"""`spectool train-heads METHOD MODEL OUT`: train heads that draft for a checkpoint."""
+"""`spectool train-heads METHOD MODEL OUT`: train draft heads for a checkpoint."""
 
 from __future__ import annotations
 
@@ -40,84 +40,110 @@ if TYPE_CHECKING:
 
 def train_heads(
     method: str,
-    own: dict[str, Any],
+    options: dict[str, Any],
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Heads directory to make; must not exist.")],
+    out: Annotated[
+        Path, typer.Argument(help="Directory to write the draft heads to; must not exist")
+    ],
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to learn from: .txt, .jsonl, .parquet (.gz, .xz), hub:DATASET; repeatable."
+            help="Training text: .txt, .jsonl, .parquet (also .gz, .xz) or hub:DATASET; repeatable"
         ),
     ] = None,
     init_from: Annotated[
         str | None,
         typer.Option(
             "--init-from",
-            help="Go on from these heads: of train-heads, vLLM's Medusa, EAGLE-3 or speculators.",
+            help="Draft heads to start from, a directory or a hub id, in spectool's, vLLM's "
+            "Medusa, EAGLE-3 or speculators format",
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=0, help="Optimiser steps; 0 writes untrained heads.")
+        int | None, typer.Option(min=0, help="Optimizer steps; 0: write untrained heads")
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Passes over the data, in place of --steps; default 1."),
+        typer.Option(min=1, help="Passes over the training text, instead of --steps; default: 1"),
     ] = None,
     regenerate: Annotated[
         bool,
-        typer.Option("--regenerate", help="Let the model itself write the answers anew first."),
+        typer.Option(
+            "--regenerate",
+            help="Train on answers that MODEL generates in place of those in the data",
+        ),
     ] = False,
     regenerate_url: Annotated[
         str | None,
         typer.Option(
-            help="Let a server with OpenAI's protocol write the answers: http://HOST:PORT/v1."
+            help="OpenAI-compatible server that generates the answers to train on: "
+            "http://HOST:PORT/v1"
         ),
     ] = None,
     regenerate_model: Annotated[
-        str | None, typer.Option(help="Model name on that server; default: the only one it has.")
+        str | None,
+        typer.Option(
+            help="Model name on the --regenerate-url server; required if it serves several"
+        ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Sampling temperature for --regenerate.")
+        float,
+        typer.Option(min=0.0, help="Sampling temperature for --regenerate and --regenerate-url"),
     ] = 0.8,
-    seq_len: Annotated[int, typer.Option(min=32, help="Most tokens of a text.")] = 1024,
-    batch_tokens: Annotated[int, typer.Option(min=32, help="Tokens of a step, padded.")] = 4096,
+    seq_len: Annotated[
+        int, typer.Option(min=32, help="Maximum tokens per training sequence")
+    ] = 1024,
+    batch_tokens: Annotated[
+        int, typer.Option(min=32, help="Maximum tokens per step, padding included")
+    ] = 4096,
     sequence_packing: Annotated[
         bool,
         typer.Option(
-            "--sequence-packing", help="Several texts in a row, which do not see each other."
+            "--sequence-packing",
+            help="Pack several texts into each sequence, masked from each other",
         ),
     ] = False,
     learning_rate: Annotated[
-        float | None, typer.Option(min=0.0, help="Peak learning rate; default: the method's own.")
+        float | None, typer.Option(min=0.0, help="Peak learning rate; default: set by the method")
     ] = None,
     warmup: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Share of the steps in which the learning rate rises."),
+        typer.Option(min=0.0, max=1.0, help="Share of the steps with a rising learning rate"),
     ] = 0.05,
     features: Annotated[
         str,
         typer.Option(
-            help="What the model says of the text: read at every step (online), kept for this run "
-            "(hybrid), or kept in a directory for others too (offline:DIR)."
+            help="Hidden states of MODEL that the heads read: computed at every step (online), "
+            "computed once and stored for this run (hybrid), or stored in a directory for later "
+            "runs too (offline:DIR)"
         ),
     ] = "online",
     optimizer: Annotated[
-        str, typer.Option(help="adamw, or adamw8bit: its moments as 8-bit codes (bitsandbytes).")
+        str,
+        typer.Option(
+            help="Optimizer: adamw, or adamw8bit with its moments in 8 bits (bitsandbytes)"
+        ),
     ] = "adamw",
     autocast: Annotated[
         str | None,
-        typer.Option(help="bfloat16: compute the heads so; their weights stay float32."),
+        typer.Option(
+            help="Dtype the heads compute in, bfloat16; default: float32, as their weights"
+        ),
     ] = None,
     held_out: Annotated[
-        int, typer.Option(min=1, help="Most texts kept back to measure on; at most a fifth.")
+        int,
+        typer.Option(
+            min=1, help="Maximum number of texts held out for evaluation, at most a fifth"
+        ),
     ] = 32,
     metrics: Annotated[
-        Path | None, typer.Option(help="File for a line of JSON a step: losses, rates, times.")
+        Path | None,
+        typer.Option(help="File for losses, learning rates and times, one JSON line per step"),
     ] = None,
     field: Field = None,
     template_arg: TemplateArg = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")
+        bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete")
     ] = False,
     dtype: Dtype = None,
     device: Device = "auto",
@@ -135,18 +161,18 @@ def train_heads(
         output = stack.enter_context(session(json_wanted=json_output, debug=debug))
         output.quiet = is_other_process()
         if not data:
-            raise UsageError("no data", hint="--data FILE, of the kind of text to be drafted")
+            raise UsageError("no data", hint="--data FILE, with text like that to be generated")
         if steps is not None and epochs is not None:
             raise UsageError("--steps and --epochs exclude each other")
         prepare_torch(threads)
         from spectool.checkpoint.artifact import check_target
         from spectool.checkpoint.dtypes import parse_dtype
-        from spectool.distill import train_heads as room
+        from spectool.distill import train_heads as training
         from spectool.distill.plan import Job
-        from spectool.distill.processes import joined
+        from spectool.distill.processes import connect
 
         check_target(out, overwrite=overwrite)
-        config = methods.resolve(method, "drafter").Heads.Config.from_dict(own)
+        config = methods.resolve(method, "drafter").Heads.Config.from_dict(options)
         job = Job(
             method=method,
             config=config,
@@ -172,16 +198,16 @@ def train_heads(
             seed=seed,
         )
 
-        seen = ""
+        latest = ""
 
         def watch(step: int, total: int, metrics: dict[str, Any], evaluation: Any) -> None:
-            nonlocal seen
-            seen = _look(evaluation) if evaluation is not None else seen
-            output.progress(step, total, f"loss {metrics['loss']:.3f}{seen}, steps")
+            nonlocal latest
+            latest = _describe_evaluation(evaluation) if evaluation is not None else latest
+            output.progress(step, total, f"loss {metrics['loss']:.3f}{latest}, steps")
 
-        processes = stack.enter_context(joined(device))
+        processes = stack.enter_context(connect(device))
         try:
-            report = room.train_heads(
+            report = training.train_heads(
                 model,
                 out,
                 job,
@@ -201,7 +227,7 @@ def train_heads(
                 watch=watch,
             )
         except KeyboardInterrupt:
-            again = "the same command goes on from the last stored state"
+            again = "run the same command to resume from the last stored state"
             raise Interrupted("interrupted", hint=again) from None
         _finish(output, out, report)
 
@@ -214,7 +240,7 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
     )
     output.say(
         f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
-        f"({plan.loss_tokens} tokens taught); {plan.held_out} texts held out"
+        f"({plan.loss_tokens} tokens in the loss); {plan.held_out} texts held out"
     )
     if plan.seq_len < job.seq_len:
         output.say(
@@ -222,13 +248,14 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
             f"{job.seq_len} is cut"
         )
     if plan.disk_bytes:
-        output.say(f"plan: features kept in {job.store or 'OUT.partial'}, {size(plan.disk_bytes)}")
+        where = job.store or "OUT.partial"
+        output.say(f"plan: features stored in {where}, {size(plan.disk_bytes)}")
     if job.regenerate:
-        who = f"the server at {job.regenerate_url}" if job.regenerate_url else "the model"
-        output.say(f"plan: {who} writes the answers anew first, temperature {job.temperature}")
+        writer = f"the server at {job.regenerate_url}" if job.regenerate_url else "the model"
+        output.say(f"plan: {writer} generates the answers first, temperature {job.temperature}")
 
 
-def _look(evaluation: dict[str, Any]) -> str:
+def _describe_evaluation(evaluation: dict[str, Any]) -> str:
     accuracy = " ".join(f"{share:.0%}" for share in evaluation["accuracy"])
     return f", held out {accuracy} by head and {evaluation['score']:.2f} tokens per forward"
 
@@ -237,12 +264,12 @@ def _finish(output: Output, out: Path, report: Report) -> None:
     record = report.record
     output.show(
         f"{out}: {report.parameters / 1e6:.2f} M parameters, held-out accuracy by head "
-        f"{_shares(record.accuracy)}; where those before it were right "
-        f"{_shares(record.conditional)}"
+        f"{_percentages(record.accuracy)}; given that earlier heads were right "
+        f"{_percentages(record.conditional)}"
     )
     output.show(
         f"about {report.tokens_per_forward:.2f} tokens per forward with a tree of {report.nodes} "
-        f"nodes, {report.depth} deep; at first {report.initial['score']:.2f}"
+        f"nodes, {report.depth} deep; before training {report.initial['score']:.2f}"
     )
     output.show(f"{report.steps} steps, {report.seconds:.1f} s")
     output.result(
@@ -261,7 +288,7 @@ def _finish(output: Output, out: Path, report: Report) -> None:
     )
 
 
-def _shares(shares: list[float]) -> str:
+def _percentages(shares: list[float]) -> str:
     return " ".join(f"{share:.1%}" for share in shares)
 
 

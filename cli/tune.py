@@ -1,4 +1,4 @@
-"""`spectool tune HEADS MODEL`: how much to draft on this machine, kept with the heads."""
+"""`spectool tune HEADS MODEL`: find the fastest draft options here, and store them with HEADS."""
 
 from __future__ import annotations
 
@@ -29,12 +29,17 @@ from spectool.cli.common import (
 
 
 def tune(
-    heads: Annotated[Path, typer.Argument(help="Heads directory; what is found is kept in it.")],
+    heads: Annotated[
+        Path, typer.Argument(help="Directory of draft heads, which stores the result")
+    ],
     model: Model,
     prompts: Annotated[
-        str, typer.Option(help="Prompts: .txt (one a line) or .jsonl (prompt, turns, messages).")
+        str,
+        typer.Option(
+            help="File of prompts: .txt (one per line) or .jsonl (prompt, turns or messages)"
+        ),
     ],
-    limit: Annotated[int, typer.Option(min=1, help="Only the first N prompts.")] = 8,
+    limit: Annotated[int, typer.Option(min=1, help="Use only the first N prompts")] = 8,
     max_new_tokens: MaxNewTokens = 64,
     allow_other_target: AllowOtherTarget = False,
     field: Field = None,
@@ -49,11 +54,11 @@ def tune(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Find the options of HEADS that are fastest on this machine, and keep them there."""
+    """Find the draft options of HEADS that are fastest on this machine, and store them in HEADS."""
     with session(json_wanted=json_output, debug=debug) as output:
         from spectool.data import text
         from spectool.decode.heads.artifact import read_record
-        from spectool.evaluate import tuning as room
+        from spectool.evaluate import tuning
 
         read_record(heads)
         runner, tokenizer = open_runner(
@@ -70,7 +75,7 @@ def tune(
             checksums=not no_checksums,
             allow_other_target=allow_other_target,
         )
-        found = text.read_prompts(
+        inputs = text.read_prompts(
             prompts,
             tokenizer,
             field=field,
@@ -78,11 +83,11 @@ def tune(
             limit=limit,
             on_read=output.note,
         )
-        best = room.tune(
+        best = tuning.tune(
             runner,
             heads,
-            [prompt.given for prompt in found],
-            ends=[prompt.ends for prompt in found],
+            [prompt.given for prompt in inputs],
+            ends=[prompt.ends for prompt in inputs],
             max_new_tokens=max_new_tokens,
             say=output.say,
         )

@@ -1,1 +1,1 @@
-"""Teaching: training text, and what learns from it."""
+"""Training: texts, features of the target, and draft heads trained on both."""

@@ -1,8 +1,8 @@
-"""What a training tells of every step, as lines of JSON in a file beside the run.
+"""Training metrics of every step, as JSON lines in a file.
 
-An artifact holds neither times nor what led to it; this file does. The first line names the run,
-so that a run that goes on finds its own lines, drops those of steps that it takes again, and never
-writes into another run's file.
+The artifact itself holds no times, so that equal runs give equal bytes. The first line identifies
+the run: a resumed run keeps its own earlier lines, drops those of steps it repeats, and never
+writes to the file of another run.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from spectool.files import disk_errors, replacing
 
 
 class MetricsFile:
-    """Lines for `path`, each with its `step`. `run` names the run and says what it is.
+    """JSON lines in the file `path`, one per step. `run` identifies the run.
 
     Raises:
-        UsageError: the file is there and is not this run's.
-        InputError: its place cannot be written.
+        UsageError: the file exists and is of another run.
+        InputError: the file cannot be written.
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         self.path = path
-        self._head = json.dumps(run, sort_keys=True)
+        self._first_line = json.dumps(run, sort_keys=True)
         self._fresh = True
         if not path.absolute().parent.exists():
             raise InputError(f"{path}: cannot be written: its directory is not there")
         with disk_errors(path):
-            # Told now whether the place will do, not after an hour of work.
+            # Fail now if the file cannot be written, not after an hour of work.
             path.open("a").close()
-            if next(iter(self._lines()), self._head) != self._head:
+            if next(iter(self._lines()), self._first_line) != self._first_line:
                 raise UsageError(
-                    f"{path}: is not the metrics of this run", hint="move it away, or name another"
+                    f"{path}: is not the metrics of this run",
+                    hint="move it away, or name another file",
                 )
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append a step's line. Lines of this step and later ones that were there are dropped."""
+        """Append a step's line; the first call drops older lines of this step and later ones."""
         with disk_errors(self.path):
             if self._fresh:
                 self._begin(step)
@@ -50,11 +51,12 @@ class MetricsFile:
     def _begin(self, step: int) -> None:
         kept = [line for line in self._lines()[1:] if _step_of(line) < step]
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in (self._head, *kept)), "utf-8")
+            lines = (self._first_line, *kept)
+            temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
         self._fresh = False
 
     def _lines(self) -> list[str]:
-        """The whole lines that are there: a killed run may have left a part of one."""
+        """Read the complete lines of the file: a killed run may have left part of one."""
         return self.path.read_text("utf-8", errors="replace").split("\n")[:-1]
 
 
@@ -67,5 +69,5 @@ def _line(value: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity, and the norm of a gradient may be that."""
+    """Replace NaN and infinity by None: JSON has neither, and a gradient norm may be infinite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

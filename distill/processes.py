@@ -1,8 +1,8 @@
-"""Several processes that train the same heads, as torchrun starts them; or just this one.
+"""Data-parallel processes started by torchrun, or a single process.
 
-Each takes a part of every step's texts. What is added up are sums and counts, never means, so that
-parts of unequal size do not weigh wrongly. The first process alone writes and speaks; the others
-read what it wrote, so all of them see one disk.
+Each process takes a part of every step's texts. Sums and counts are reduced, never means, so that
+parts of unequal size are weighted correctly. Only the first process writes and prints; the others
+read its files, so all need the same disk.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from spectool.errors import SpectoolError, UsageError
 
 T = TypeVar("T")
 
-# The others wait at the next sum while one writes a long text or a large shard.
+# Processes wait at the next reduction while one generates long texts or writes a large shard.
 _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among `size`, of which `local_size` run on this machine."""
+    """Rank of this process among `size`, of which `local_size` run on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -40,20 +40,20 @@ class Processes:
         return self.rank == 0
 
     def part(self, whole: Sequence[T]) -> Sequence[T]:
-        """This process's share: neighbours, which are of like length, go to different ones."""
+        """Return this process's share: neighbours, which have similar lengths, are spread."""
         return whole[self.rank :: self.size]
 
     def device(self, device: torch.device) -> torch.device:
-        """The device of this process, where each has a CUDA device of its own.
+        """Return the device of this process: with CUDA, one per process.
 
         Raises:
-            UsageError: all are to share one.
+            UsageError: the processes would share a CUDA device.
         """
         if self.size == 1 or device.type != "cuda":
             return device
         if ":" in str(device):
             raise UsageError(
-                f"--device {device}: {self.size} processes, and each takes one of its own",
+                f"--device {device}: {self.size} processes, and each needs its own CUDA device",
                 hint="--device cuda",
             )
         if self.local_rank >= torch.cuda.device_count():
@@ -65,7 +65,7 @@ class Processes:
         return torch.device("cuda", self.local_rank)
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """The sums over all processes. Exact for counts."""
+        """Sum over all processes; exact for counts."""
         if self.size == 1:
             return list(numbers)
         summed = torch.tensor(numbers, dtype=torch.float64)
@@ -73,11 +73,10 @@ class Processes:
         return summed.tolist()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add the gradients of all processes up. Where none has one there is none afterwards.
+        """Sum the gradients of all processes; a parameter without a gradient anywhere keeps none.
 
-        By hand rather than by torch's wrapper of modules: that one averages, and hooks into a
-        single backward pass over what its forward returned, while heads make their gradients in
-        many passes over pieces.
+        Not by DistributedDataParallel, which averages and expects a single backward pass per step,
+        while heads run many backward passes over chunks.
         """
         if self.size == 1:
             return
@@ -90,23 +89,23 @@ class Processes:
                 dist.all_reduce(parameter.grad)
 
     def gather(self, value: T) -> list[T]:
-        """What all processes have, in their order."""
+        """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def share(self, value: T) -> T:
-        """What the first process has."""
+        """Return the value of the first process."""
         return self.gather(value)[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work of each process by itself, which goes on nowhere once it failed in one.
+        """Run a block in each process, and fail in all of them if it fails in one.
 
         Raises:
-            SpectoolError: in all of them, what went wrong in the first of those where it did.
+            SpectoolError: the error of the lowest rank that failed.
         """
         failed: SpectoolError | None = None
         try:
@@ -116,8 +115,8 @@ class Processes:
                 raise
             failed = error
         if self.size > 1:
-            told = None if failed is None else (type(failed), str(failed), failed.hint)
-            for kind, message, hint in filter(None, self.gather(told)):
+            record = None if failed is None else (type(failed), str(failed), failed.hint)
+            for kind, message, hint in filter(None, self.gather(record)):
                 raise kind(message, hint=hint) from failed
 
 
@@ -125,8 +124,8 @@ ALONE = Processes()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Processes]:
-    """The processes that torchrun started, connected until the end."""
+def connect(device: str) -> Iterator[Processes]:
+    """Connect the processes that torchrun started, until the end of the block."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE

@@ -1,9 +1,9 @@
-"""Training draft heads: from a job to a heads directory. Knows no method.
+"""Training of draft heads, from a job to a heads directory, for any method.
 
-The target reads the training text and its features are taught to the heads, at once or out of a
-store. Heads are measured on text that the target wrote itself, greedily, after held-out
-beginnings: that is what they will draft. All that costs time is kept beside OUT until the end, so a
-run that was killed goes on, and ends with the same bytes.
+The heads are trained on the target's features of the training text, computed online or read from a
+store. They are evaluated on text that the target generates greedily after held-out prompts, since
+that is what they will draft. Costly intermediate results are kept next to OUT until the end, so
+that an interrupted run resumes and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from spectool.distill.data.samples import read_samples, split
 from spectool.distill.data.server import Server
 from spectool.distill.data.texts import Say
 from spectool.distill.metrics import MetricsFile
-from spectool.distill.plan import Job, Plan, Setup, identity_of, plan_of
+from spectool.distill.plan import Job, Plan, Setup, make_identity, make_plan
 from spectool.distill.processes import ALONE, Processes
 from spectool.distill.trainer import HeadTrainer
 from spectool.distill.training_data import DataPreparation
@@ -48,13 +48,13 @@ from spectool.model.loading import (
 )
 from spectool.training import Metrics, Recipe, Training, make_optimizer
 
-# Looks at the held-out text over a whole training.
+# Number of evaluations on held-out text in a training.
 _NUM_EVALUATIONS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What came out of it; `tokens_per_forward` is the estimate for the drafter's default tree."""
+    """Result of a training; `tokens_per_forward` is estimated for the drafter's default tree."""
 
     record: HeadsRecord
     parameters: int
@@ -67,9 +67,9 @@ class Report:
 
 
 class _Shards:
-    """Two places for a run's state beside OUT: while one is written, the other is whole.
+    """Stored training state next to OUT, in two files, of which one is always complete.
 
-    The first process writes; all of them read.
+    The first process writes; all processes read.
     """
 
     NAMES = ("state-0.safetensors", "state-1.safetensors")
@@ -78,22 +78,24 @@ class _Shards:
         self.writer, self.processes = writer, processes
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        found = None
+        """Read the latest state, if any: tensors and report."""
+        latest = None
         if self.writer is not None:
             name = max(self.NAMES, key=self._step)
             if self._step(name) >= 0:
-                found = self.writer.path(name), self.writer.report(name) or {}
-        found = self.processes.share(found)
-        return None if found is None else (read_tensors(found[0]), found[1])
+                latest = self.writer.path(name), self.writer.report(name) or {}
+        latest = self.processes.share(latest)
+        return None if latest is None else (read_tensors(latest[0]), latest[1])
 
-    def save(self, tensors: Mapping[str, Tensor], said: dict[str, Any]) -> None:
+    def save(self, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
+        """Write a state in place of the older of the two."""
         if self.writer is not None:
-            self.writer.write_shard(min(self.NAMES, key=self._step), tensors, {}, said)
+            self.writer.write_shard(min(self.NAMES, key=self._step), tensors, {}, report)
 
     def _step(self, name: str) -> int:
-        """The step that a state was stored after; -1 where there is none."""
-        said = None if self.writer is None else self.writer.report(name)
-        return -1 if said is None else int(said["step"])
+        """Return the step after which a state was stored, -1 without a state."""
+        report = None if self.writer is None else self.writer.report(name)
+        return -1 if report is None else int(report["step"])
 
 
 def train_heads(
@@ -118,13 +120,14 @@ def train_heads(
 ) -> Report:
     """Train heads for `model` and write them to the directory `out`.
 
-    `on_read` hears of each source of text, `announce` the plan before the weights are read, `start`
-    when the first step begins, `watch(step, steps, metrics, evaluation)` of every step;
-    `evaluation` are held-out metrics or None. All that `watch` hears goes to the file `metrics` as
-    well. Of several `processes` all do this, with equal arguments, and the first one writes.
+    Callbacks: `on_read` after each source of text, `announce` with the plan before the weights are
+    read, `start` before the first step, `watch(step, steps, metrics, evaluation)` after every step,
+    where `evaluation` holds held-out metrics or is None. The arguments of `watch` are also written
+    to the file `metrics`. With several `processes` all call this with equal arguments, and the
+    first one writes.
 
     Raises:
-        InputError: model, data or options will not do, or the place cannot be written.
+        InputError: model, data or options are unusable, or `out` cannot be written.
         SpectoolError: the loss is not finite, or the disk is full.
     """
     began = time.monotonic()
@@ -147,28 +150,28 @@ def train_heads(
         training_data = preparation.training_data(writer)
         width, vocab_size = training_data.target.width, training_data.target.vocab_size
         trainer = HeadTrainer(training_data, job, setup.seq_len, processes, preparation.init_from)
-        # Where the features are stored, nothing but what the heads read of the target stays.
+        # With stored features only the parts of the target that the heads use remain in memory.
         del training_data
         if not len(trainer.ranks()):
             if writer is not None:
                 writer.abandon()
             raise TextError(
-                f"{', '.join(job.data)}: the target wrote too little of its own to measure on",
+                f"{', '.join(job.data)}: the target generated too little text to evaluate on",
                 hint="give more data, or a larger --held-out",
             )
         if trainer.steps:
             minutes = trainer.steps * trainer.step_seconds() / 60
             say(f"{trainer.steps} steps, about {minutes:.1f} min")
 
-        def tell(step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
+        def report_step(step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
             if lines is not None:
-                _note(lines, step, metrics, evaluation, training.history.evaluations[0])
+                _write_metrics(lines, step, metrics, evaluation, training.history.evaluations[0])
             watch(step, trainer.steps, metrics, evaluation)
 
-        training = _training(job, trainer, tell, _Shards(writer, processes))
+        training = _make_training(job, trainer, report_step, _Shards(writer, processes))
         start()
         history = training.run()
-        # Measured as they are stored.
+        # Evaluated in the precision in which they are stored.
         stored = own_dtype(setup.checkpoint.layout)
         trainer.heads.to(stored).float()
         ranks_RK = trainer.ranks()
@@ -219,17 +222,17 @@ def _prepare(
     on_read: OnRead,
     announce: Callable[[Plan], None],
 ) -> DataPreparation:
-    """Read the texts and make the plan; nothing is written yet.
+    """Read the texts and estimate the cost; nothing is written yet.
 
     Raises:
         InputError: see `train_heads`.
     """
     init_from = None
     if job.init_from is not None:
-        init_from = _begin(job.init_from, setup, job)
-        # The method's options that were given; what is the default counts as not given.
-        usual = type(job.config)().as_dict()
-        given = {k: value for k, value in job.config.as_dict().items() if value != usual[k]}
+        init_from = _read_pretrained(job.init_from, setup, job)
+        # Options given by the user override those of the heads; a default counts as not given.
+        defaults = type(job.config)().as_dict()
+        given = {k: value for k, value in job.config.as_dict().items() if value != defaults[k]}
         job = replace(job, config=type(job.config).from_dict({**init_from.options, **given}))
     if job.learning_rate is None:
         optimizer_defaults: OptimizerDefaults = resolve(
@@ -242,7 +245,7 @@ def _prepare(
         seq_len=setup.seq_len,
         field=job.text_field,
         template=job.template or None,
-        # What the steps take, and as much again for what is held out and for choice.
+        # Twice the tokens of all steps: a part is held out, and steps should differ.
         max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
         on_read=on_read,
     )
@@ -250,8 +253,9 @@ def _prepare(
     if job.regenerate_url is not None:
         server = Server(job.regenerate_url, job.regenerate_model)
         job = replace(job, regenerate=True, regenerate_model=server.model)
-    loss_mask, held_out = split(samples, held_out=job.held_out, seed=job.seed)
-    own, unseen = [samples[i] for i in loss_mask], [samples[i] for i in held_out]
+    train_indices, held_out_indices = split(samples, held_out=job.held_out, seed=job.seed)
+    train = [samples[i] for i in train_indices]
+    held_out = [samples[i] for i in held_out_indices]
     if init_from is not None:
         vocab = (
             read_config(setup.checkpoint.path, trust_remote_code=setup.trust_remote_code)
@@ -259,22 +263,28 @@ def _prepare(
             .vocab_size
         )
         size = resolve(job.method, "drafter").Heads.num_guessed(job.config, vocab)
-        known = 0 if init_from.token_map is None else len(init_from.token_map)
-        if size != known:
+        stored_size = 0 if init_from.token_map is None else len(init_from.token_map)
+        if size != stored_size:
             raise UsageError(
-                f"--draft-vocab: the heads in {job.init_from} guess {known or vocab} tokens"
+                f"--draft-vocab: the heads in {job.init_from} guess {stored_size or vocab} tokens"
             )
-    plan = plan_of(
-        setup, job, own, unseen, place=job.store or out, processes=processes, init_from=init_from
+    plan = make_plan(
+        setup,
+        job,
+        train,
+        held_out,
+        path=job.store or out,
+        processes=processes,
+        init_from=init_from,
     )
     announce(plan)
     preparation = DataPreparation(
         job=job,
         setup=setup,
-        own=own,
-        unseen=unseen,
+        train=train,
+        held_out=held_out,
         needs=plan.needs,
-        identity=identity_of(setup, job, samples, processes, init_from),
+        identity=make_identity(setup, job, samples, processes, init_from),
         init_from=init_from,
         server=server,
         overwrite=overwrite,
@@ -285,19 +295,23 @@ def _prepare(
     return preparation
 
 
-def _begin(place: str, setup: Setup, job: Job) -> PretrainedHeads:
-    """Raises: InputError: no heads of the method in this place."""
+def _read_pretrained(name: str, setup: Setup, job: Job) -> PretrainedHeads:
+    """Read the heads to start from, in a directory or a hub repository.
+
+    Raises:
+        InputError: they are of another method or tokenizer, or cannot be read.
+    """
     config = read_config(setup.checkpoint.path, trust_remote_code=setup.trust_remote_code)
-    directory = Path(place) if is_local(place) else fetch(place, None)
-    found = convert.read(directory, config, checksums=setup.checksums)
-    if found.method != job.method:
-        raise UsageError(f"--init-from {place}: holds {found.method} heads, not {job.method}")
-    if found.tokenizer not in (None, setup.tokenizer_digest):
-        raise CheckpointError(f"{place}: its heads were trained with another tokenizer")
-    return found
+    directory = Path(name) if is_local(name) else fetch(name, None)
+    heads = convert.read(directory, config, checksums=setup.checksums)
+    if heads.method != job.method:
+        raise UsageError(f"--init-from {name}: holds {heads.method} heads, not {job.method}")
+    if heads.tokenizer not in (None, setup.tokenizer_digest):
+        raise CheckpointError(f"{name}: its heads were trained with another tokenizer")
+    return heads
 
 
-def _training(
+def _make_training(
     job: Job, trainer: HeadTrainer, watch: Callable[..., None], store: _Shards
 ) -> Training:
     optimizer_defaults = trainer.heads.optimizer_defaults
@@ -324,7 +338,7 @@ def _training(
 def _write(
     writer: ArtifactWriter, record: HeadsRecord, heads: Heads, dtype: torch.dtype
 ) -> HeadsRecord:
-    """Turn what is beside OUT into OUT. Returns the record as it is written, with checksums."""
+    """Write the heads and finish OUT; return the record with checksums, as written."""
     tensors = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in heads.state_dict().items()
@@ -349,7 +363,11 @@ def _setup(
     trust: bool,
     checksums: bool,
 ) -> Setup:
-    """Raises: InputError: no such checkpoint."""
+    """Open the target's checkpoint and tokenizer.
+
+    Raises:
+        InputError: no usable checkpoint.
+    """
     checkpoint = open_checkpoint(
         model, revision=revision, trust_remote_code=trust, checksums=checksums
     )
@@ -368,11 +386,11 @@ def _setup(
     )
 
 
-def _note(
+def _write_metrics(
     lines: MetricsFile, step: int, metrics: Metrics, evaluation: Metrics | None, untrained: Metrics
 ) -> None:
-    """A step's line; before the first one, that of the untrained heads."""
+    """Write a step's line; before the first step's, a line for the untrained heads."""
     if step == 1:
         lines.add(0, {"held_out": untrained})
-    said = {**metrics, "tokens_per_second": metrics["tokens"] / max(1e-9, metrics["seconds"])}
-    lines.add(step, said if evaluation is None else {**said, "held_out": evaluation})
+    line = {**metrics, "tokens_per_second": metrics["tokens"] / max(1e-9, metrics["seconds"])}
+    lines.add(step, line if evaluation is None else {**line, "held_out": evaluation})

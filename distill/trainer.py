@@ -1,6 +1,6 @@
-"""The heads of a training, with what they are taught and measured on.
+"""Trainer of draft heads: losses and gradients per step, and metrics on held-out text.
 
-Shapes: B texts of a batch, L tokens of each, R places, K heads.
+Shapes: R positions in texts, K heads.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from torch import Tensor
 from spectool.decode.heads.base import MOST_NODES, TOP, HeadLoss, Heads, frequent
 from spectool.decode.heads.convert import PretrainedHeads
 from spectool.decode.tree import best_paths
-from spectool.distill.data.texts import parts
-from spectool.distill.plan import Job, steps_of
+from spectool.distill.data.texts import chunk
+from spectool.distill.plan import Job, make_batches
 from spectool.distill.processes import Processes
-from spectool.distill.training_data import WRITTEN_TOGETHER, TrainingData
+from spectool.distill.training_data import GENERATED_TOGETHER, TrainingData
 from spectool.methods import resolve
 from spectool.training import Metrics
 
 
 class HeadTrainer:
-    """See the module docstring."""
+    """Draft heads in training, with their batches and held-out batches.
+
+    Raises:
+        CheckpointError: the heads to `init_from` do not fit this target.
+    """
 
     def __init__(
         self,
@@ -35,64 +39,64 @@ class HeadTrainer:
         processes: Processes,
         init_from: PretrainedHeads | None = None,
     ) -> None:
-        """Raises: CheckpointError: what to `init_from` with is not for this target."""
         self.processes = processes
-        target, self.own = training_data.target, training_data.own
+        target, self.train = training_data.target, training_data.train
         self.device = target.device
-        samples = self.own.samples
+        samples = self.train.samples
         drafter = resolve(job.method, "drafter")
         self.nodes: int = drafter.Config().nodes
         self.seed, self.autocast = job.seed, job.autocast
         size = drafter.Heads.num_guessed(job.config, target.vocab_size)
         token_map = None if init_from is None else init_from.token_map
         if size and init_from is None:
-            said = [
-                t
-                for s in samples
-                for t, loss_mask in zip(s.tokens, s.loss_mask, strict=True)
-                if loss_mask
+            loss_tokens = [
+                token
+                for sample in samples
+                for token, in_loss in zip(sample.tokens, sample.loss_mask, strict=True)
+                if in_loss
             ]
-            token_map = frequent(said, count=size, vocab=target.vocab_size).to(target.device)
+            token_map = frequent(loss_tokens, count=size, vocab=target.vocab_size).to(target.device)
         with self._seeded("fresh"):
             fresh: Heads = drafter.Heads(job.config, target.model, token_map)
         if init_from is not None:
             init_from.fill(fresh)
         self.heads = fresh.to(target.device).float()
-        self.batches = steps_of(samples, job, seq_len)
+        self.batches = make_batches(samples, job, seq_len)
         self.steps = len(self.batches)
-        unseen = [[i] for i in range(len(training_data.unseen.samples))]
-        self.held_out = [
-            training_data.unseen.batch(part) for part in parts(unseen, WRITTEN_TOGETHER)
-        ]
+        held_out = training_data.held_out
+        rows = [[i] for i in range(len(held_out.samples))]
+        self.held_out = [held_out.batch(part) for part in chunk(rows, GENERATED_TOGETHER)]
 
     def accumulate(self, step: int) -> Metrics:
-        """The gradient of one batch; `loss` is the mean over heads, `tokens` are not padding.
+        """Add up the gradient of a step and return its metrics.
 
-        Of several processes each takes a part, which is none where there are fewer texts.
+        `losses` holds the mean loss of each head and `loss` their mean; `tokens` excludes padding.
+        Each process computes its part of the batch, which may be empty.
         """
         rows, processes = self.batches[step], self.processes
         done = HeadLoss(self.heads.num_heads)
         if part := processes.part(rows):
-            # The first process draws as one alone would.
+            # The first process draws the same random numbers as a single process.
             seeded_by = step if processes.first else f"{step}/{processes.rank}"
-            batch = self.own.batch(part)
+            batch = self.train.batch(part)
             with self._seeded(seeded_by), self._autocast():
                 done = self.heads.compute_loss(batch, self._total)
         else:
+            # Takes part in the reduction that the other processes wait for.
             self._total(done.places)
         processes.sum_gradients(self.heads.parameters())
         sums = processes.sum([*done.loss, *done.places])
         pairs = zip(sums[: len(done.loss)], sums[len(done.loss) :], strict=True)
-        means = [loss / max(1, places) for loss, places in pairs]
+        means = [loss / max(1, count) for loss, count in pairs]
         return {
             "loss": sum(means) / len(means),
             "losses": means,
-            "tokens": sum(len(self.own.samples[i].tokens) for row in rows for i in row),
+            "tokens": sum(len(self.train.samples[i].tokens) for row in rows for i in row),
         }
 
-    def _total(self, places: list[int]) -> list[int]:
-        """The places by head of a step, of those of this process."""
-        return [int(count) for count in self.processes.sum(places)]
+    def _total(self, counts: list[int]) -> list[int]:
+        """Sum each head's number of positions in the loss over all processes."""
+        return [int(count) for count in self.processes.sum(counts)]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -100,26 +104,27 @@ class HeadTrainer:
         )
 
     @contextmanager
-    def _seeded(self, what: str | int) -> Iterator[None]:
-        """Random numbers by seed and step alone: a resumed run draws the same."""
+    def _seeded(self, step: str | int) -> Iterator[None]:
+        """Seed torch from the seed and the step alone, so that a resumed run draws the same."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(random.Random(f"{self.seed}/{what}").getrandbits(63))
+            torch.manual_seed(random.Random(f"{self.seed}/{step}").getrandbits(63))
             yield
 
     def ranks(self) -> Tensor:
-        """Ranks [R, K] of the true tokens at all places of held-out text."""
+        """Return the ranks [R, K] of the true tokens among each head's guesses on held-out text."""
         with self._autocast():
-            found = [self.heads.ranks(batch) for batch in self.held_out]
-        return torch.cat(found) if found else torch.zeros(0, 0)
+            ranks = [self.heads.ranks(batch) for batch in self.held_out]
+        return torch.cat(ranks) if ranks else torch.zeros(0, 0)
 
     def evaluate(self) -> Metrics:
-        """The figures of the heads as they are now."""
+        """Return the held-out metrics of the current heads."""
         return self.metrics(self.ranks())
 
     def metrics(self, ranks_RK: Tensor) -> Metrics:
-        """Held-out accuracies, and as `score` the tokens per forward that the best tree brings.
+        """Compute accuracies by head and `score`, the tokens per forward with the best tree.
 
-        `conditional[k]`: how often head k's first guess is right where those before it were.
+        `conditional[k]`: accuracy of head k where the first guesses of all heads before it are
+        right.
         """
         right_RK = (ranks_RK == 0).double()
         reached_RK = right_RK.cumprod(-1)
@@ -132,7 +137,7 @@ class HeadTrainer:
         }
 
     def step_seconds(self) -> float:
-        """The time of a step, by trying the first; its gradient is thrown away."""
+        """Time the first step, whose gradient is discarded."""
         start = time.perf_counter()
         self.accumulate(0)
         self.heads.zero_grad(set_to_none=True)

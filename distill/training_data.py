@@ -1,9 +1,9 @@
-"""All that a training of heads needs of the target, made from a job's texts before it begins.
+"""Training data of draft heads: texts and the target's features, prepared before training.
 
-The target writes what is to be written anew, and the text to measure on. Then it stays and reads
-the texts whenever they are taught (`--features online`), or reads them once and goes: its features
-are stored beside OUT until the training is done (`hybrid`), or in a directory of their own that
-later trainings take them from, without the target's layers ever being loaded (`offline:DIR`).
+The target generates the evaluation text and, with --regenerate, the training text. Its features are
+then computed at every step (`--features online`), computed once and stored next to OUT until the
+training is done (`hybrid`), or stored in a directory of their own, which later runs read without
+loading the target's layers (`offline:DIR`).
 """
 
 from __future__ import annotations
@@ -25,54 +25,53 @@ from spectool.decode.heads.convert import PretrainedHeads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill.data.features import (
-    Read,
-    Stored,
+    OnlineTexts,
+    StoredTexts,
     Texts,
     check_store,
+    feature_names,
     finish_store,
-    names_of,
     open_store,
     store,
 )
 from spectool.distill.data.regenerate import regenerate
 from spectool.distill.data.samples import SHORTEST, Sample
 from spectool.distill.data.server import Server, rewrite
-from spectool.distill.data.texts import Say, Written
+from spectool.distill.data.texts import Say, TextWriter
 from spectool.distill.plan import Job, Setup
 from spectool.distill.processes import Processes
 from spectool.errors import TextError
 from spectool.methods import resolve
 from spectool.model.loading import describe_runtime, load_model, load_outside, unused_of
 
-# Texts that the target writes together.
-WRITTEN_TOGETHER = 8
-# Tokens that the target writes after each held-out beginning.
+# Number of texts that the target generates together.
+GENERATED_TOGETHER = 8
+# Maximum number of tokens that the target generates after each held-out prompt.
 _HELD_OUT_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """What is taught and measured on. `target` lacks its layers where nothing reads with them."""
+    """Target, training texts and held-out texts. Without need of them, `target` has no layers."""
 
     target: Target
-    own: Texts
-    unseen: Texts
+    train: Texts
+    held_out: Texts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataPreparation:
-    """The job, where it runs, the texts as they were given, and the features that are asked for.
+    """Preparation of training data: the job, its target, the texts as given, the features needed.
 
-    `key` is what decides the features of a store, `identity` what decides the bytes of OUT.
-    `server` writes the texts to learn from, where there is one; `init_from` is what heads go on
-    from.
-    `overwrite`: an unfinished store of something else gives way; a whole one never does.
+    `key` decides the features in a store, `identity` the bytes of OUT. `server` generates the
+    training texts, if one is used; `init_from` are the heads to start from. `overwrite`: replace an
+    unfinished store of another run; a finished store is never replaced.
     """
 
     job: Job
     setup: Setup
-    own: Sequence[Sample]
-    unseen: Sequence[Sample]
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
     needs: Needs
     identity: dict[str, Any]
     server: Server | None
@@ -83,6 +82,7 @@ class DataPreparation:
 
     @property
     def key(self) -> dict[str, Any]:
+        """Return everything that decides the features of a store."""
         names = ("data", "seq_len", "seed", "held_out", "regenerate", "temperature", "dtype",
                  "regenerate_model")  # fmt: skip
         return {
@@ -92,55 +92,64 @@ class DataPreparation:
         }
 
     def check(self) -> None:
-        """Raises: UsageError: what lies in the place of a store is not one for this job."""
+        """Check that the offline store, if it exists, is for this job.
+
+        Raises:
+            UsageError: it is not.
+        """
         if self.job.store is not None:
             check_store(self.job.store, self.key, self.needs)
 
-    def stored(self) -> tuple[Stored, Stored] | None:
-        """The texts of an offline store that is whole. Raises: see `open_store`."""
+    def stored(self) -> tuple[StoredTexts, StoredTexts] | None:
+        """Open the training and held-out texts of a finished offline store, if there is one.
+
+        Raises: see `open_store`.
+        """
         if self.job.store is None:
             return None
         return open_store(self.job.store, self.key, self.needs, self.setup.device)
 
     def training_data(self, writer: ArtifactWriter | None) -> TrainingData:
-        """Make it, and keep beside OUT or in the store what took time.
+        """Prepare the training data; generated texts and features are kept for a resumed run.
 
-        The first process alone has a writer.
+        Only the first process has a `writer`.
 
         Raises:
-            InputError: the store is another's, or its place cannot be written.
-            TextError: the target wrote too little.
+            InputError: the store is of another job, or cannot be written.
+            TextError: the target generated too little text.
         """
         with self.processes.together():
-            found = self.stored()
-            if found is not None:
-                self.say(f"features of {len(found[0].samples)} texts from {self.job.store}")
+            stored = self.stored()
+            if stored is not None:
+                self.say(f"features of {len(stored[0].samples)} texts from {self.job.store}")
                 kind: type[Heads] = resolve(self.job.method, "drafter").Heads
-                target = Target(self._load()) if kind.begins_as_layers else self._outside()
-                return TrainingData(target, *found)
+                target = Target(self._load()) if kind.begins_as_layers else self._load_shell()
+                return TrainingData(target, *stored)
         with contextlib.ExitStack() as stack:
-            keeping = writer
+            store_writer = writer
             with self.processes.together():
                 if writer is not None and self.job.store is not None:
-                    keeping = stack.enter_context(self._unfinished(self.job.store))
-            made = self._make(keeping, writer)
+                    store_writer = stack.enter_context(self._open_writer(self.job.store))
+            made = self._make(store_writer, writer)
             if self.job.store is None:
                 return made
             with self.processes.together():
-                if keeping is not None:
-                    finish_store(keeping, self.key, self.needs)
+                if store_writer is not None:
+                    finish_store(store_writer, self.key, self.needs)
         with self.processes.together():
-            found = self.stored()
-        assert found is not None
-        return TrainingData(made.target, *found)
+            stored = self.stored()
+        assert stored is not None
+        return TrainingData(made.target, *stored)
 
-    def _unfinished(self, place: Path) -> ArtifactWriter:
+    def _open_writer(self, path: Path) -> ArtifactWriter:
+        """Open the writer of an offline store, new or unfinished."""
         names = ("batch_tokens", "device", "runtime", "threads", "versions")
         identity = self.key | {name: self.identity[name] for name in names}
-        identity["features"] = names_of(self.needs)
-        return ArtifactWriter(place, identity=identity, overwrite=self.overwrite)
+        identity["features"] = feature_names(self.needs)
+        return ArtifactWriter(path, identity=identity, overwrite=self.overwrite)
 
     def _load(self) -> PreTrainedModel:
+        """Load the whole target and print how it runs."""
         setup = self.setup
         model = load_model(
             setup.checkpoint.path,
@@ -158,50 +167,61 @@ class DataPreparation:
             self.say(f"{setup.name}: {unused}")
         return model
 
-    def _make(self, keeping: ArtifactWriter | None, out: ArtifactWriter | None) -> TrainingData:
+    def _make(
+        self, store_writer: ArtifactWriter | None, out_writer: ArtifactWriter | None
+    ) -> TrainingData:
+        """Generate the texts and compute or store the features.
+
+        Raises:
+            TextError: the target generated too little text.
+        """
         job, setup = self.job, self.setup
         with self.processes.together():
             model = self._load()
             runner = Runner(model, tokenizer=setup.tokenizer)
             runner.target.check(self.needs)
-        written = Written(keeping, self.processes, self.say)
-        # Always by the target itself, greedily, without loops: what the heads will have to draft.
-        unseen = written(
+        generate = TextWriter(store_writer, self.processes, self.say)
+        # Evaluation text is always the target's own greedy output without loops, since that is what
+        # the heads will draft.
+        held_out = generate(
             "held-out",
-            self.unseen,
+            self.held_out,
             lambda group, number: regenerate(
                 runner,
                 group,
                 seq_len=setup.seq_len,
                 seed=job.seed + number,
                 temperature=0.0,
-                batch_size=WRITTEN_TOGETHER,
+                batch_size=GENERATED_TOGETHER,
                 most=_HELD_OUT_TOKENS,
                 cut_loops=True,
             ),
         )
-        own = self.own
-        # Not before it is known that heads can be measured: this may take long.
-        if job.regenerate and unseen:
-            own = written("regenerated", own, functools.partial(self._write, runner))
-        if not (own and unseen):
-            for each in {keeping, out}:
+        train = self.train
+        # After the evaluation text: regeneration may take long, and needs heads to be measurable.
+        if job.regenerate and held_out:
+            train = generate("regenerated", train, functools.partial(self._regenerate, runner))
+        if not (train and held_out):
+            for each in {store_writer, out_writer}:
                 if each is not None:
                     each.abandon()
             raise TextError(
-                f"{', '.join(job.data)}: the target wrote too little of its own to "
-                f"{'learn' if unseen else 'measure'} on: each of its texts ends"
-                f"{'' if unseen else ' or repeats itself'} within {SHORTEST} tokens",
-                hint=f"give more data{'' if unseen else ', or a larger --held-out'}",
+                f"{', '.join(job.data)}: the target generated too little text to "
+                f"{'train' if held_out else 'evaluate'} on: each of its texts ends"
+                f"{'' if held_out else ' or repeats itself'} within {SHORTEST} tokens",
+                hint=f"give more data{'' if held_out else ', or a larger --held-out'}",
             )
         target = runner.target
         if job.features == "online":
             return TrainingData(
-                target, Read(target, self.needs, own), Read(target, self.needs, unseen)
+                target,
+                OnlineTexts(target, self.needs, train),
+                OnlineTexts(target, self.needs, held_out),
             )
+        # The name "own" is part of the shards' file names.
         stored = [
             store(
-                keeping,
+                store_writer,
                 self.processes,
                 name,
                 target,
@@ -210,15 +230,15 @@ class DataPreparation:
                 pass_tokens=job.batch_tokens,
                 say=self.say,
             )
-            for name, samples in (("own", own), ("held-out", unseen))
+            for name, samples in (("own", train), ("held-out", held_out))
         ]
         return TrainingData(target, *stored)
 
-    def _write(self, runner: Runner, group: Sequence[Sample], number: int) -> list[Sample]:
-        """Texts to learn from, written by the target or by a server."""
+    def _regenerate(self, runner: Runner, group: Sequence[Sample], number: int) -> list[Sample]:
+        """Generate the training texts of a group anew, by the target or by a server."""
         job, seq_len = self.job, self.setup.seq_len
         if self.server is not None:
-            found = rewrite(
+            rewritten = rewrite(
                 self.server,
                 group,
                 self.setup.tokenizer,
@@ -227,21 +247,22 @@ class DataPreparation:
                 seed=f"{job.seed}/{number}",
                 template=job.template or None,
             )
-            for sample in found:
+            for sample in rewritten:
                 check_ids(
                     sample.tokens, runner.target.num_tokens, f"{self.setup.name}: its tokenizer"
                 )
-            return found
+            return rewritten
         return regenerate(
             runner,
             group,
             seq_len=seq_len,
             temperature=job.temperature,
             seed=job.seed + number,
-            batch_size=WRITTEN_TOGETHER,
+            batch_size=GENERATED_TOGETHER,
         )
 
-    def _outside(self) -> Target:
+    def _load_shell(self) -> Target:
+        """Load the target without its layers."""
         setup = self.setup
         return Target(
             load_outside(

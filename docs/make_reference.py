@@ -73,7 +73,7 @@ def _own(verb: Verb, name: str) -> list[Any]:
 
 
 def _command(command: Any) -> list[str]:
-    return [command.help.splitlines()[0], "", *_parameters(command), ""]
+    return [f"{command.help.splitlines()[0]}.", "", *_parameters(command), ""]
 
 
 def _parameters(command: Any) -> list[str]:

@@ -1,1 +1,1 @@
-"""What compression cost and what drafting gained: perplexity, fidelity, speed, gates."""
+"""Measurements: perplexity, distance from a reference, decoding speed, gates."""

@@ -1,7 +1,7 @@
-"""transformers' own `generate` on the same model, prompts and limits, for comparison in `bench`.
+"""Baselines of `bench`: transformers' `generate` on the same model, prompts and limits.
 
-Plain, with prompt lookup, and assisted by the draft checkpoints among the drafters. One prompt at a
-time: its lookup and assistance take no more.
+Plain, with prompt lookup, and assisted by the draft checkpoints among the drafters. Prompts run one
+at a time, since lookup and assistance of transformers support batch size 1 only.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from spectool.decode.target import Target
 PLAIN = "transformers plain"
 PROMPT_LOOKUP = "transformers prompt lookup"
 ASSISTED = "transformers assisted"
-# What the authors of prompt lookup decoding use, and longer n-grams first.
+# Settings of the authors of prompt lookup decoding.
 _LOOKUP = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 3}
 
-# Prompts, the most tokens to add to each, and what ends each besides the model's own end of text.
+# Decodes prompts, with the maximum number of new tokens and the additional end tokens of each.
 Decode = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[Collection[int]]], list[Result]]
 
 
-def baselines_of(
+def open_baselines(
     runner: Runner,
     drafters: Sequence[Drafter],
     *,
@@ -38,9 +38,9 @@ def baselines_of(
     seed: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Decode]:
-    """Ways to decode the runner's model with transformers alone, by name."""
+    """Return functions that decode the runner's model with transformers alone, by name."""
 
-    def peer(options: dict[str, Any], assistant: Target | None = None) -> Decode:
+    def make(options: dict[str, Any], assistant: Target | None = None) -> Decode:
         def decode(
             prompts: Sequence[Sequence[int]],
             limits: Sequence[int],
@@ -50,20 +50,22 @@ def baselines_of(
 
         return decode
 
-    found = {PLAIN: peer({}), PROMPT_LOOKUP: peer(_LOOKUP)}
-    drafts = {draft.model.config._name_or_path: draft for draft in map(_draft, drafters) if draft}
+    opened = {PLAIN: make({}), PROMPT_LOOKUP: make(_LOOKUP)}
+    models = filter(None, map(_draft_model, drafters))
+    drafts = {draft.model.config._name_or_path: draft for draft in models}
     for path, draft in drafts.items():
         if draft.vocab_size != runner.target.vocab_size:
             say(
-                f"no {ASSISTED} by {path}: transformers wants the target's "
-                f"{runner.target.vocab_size} rows in its head, it has {draft.vocab_size}"
+                f"no {ASSISTED} by {path}: transformers needs the target's vocabulary size "
+                f"{runner.target.vocab_size}, and its lm_head has {draft.vocab_size} rows"
             )
             continue
-        found[ASSISTED if len(drafts) == 1 else f"{ASSISTED} by {path}"] = peer({}, draft)
-    return found
+        opened[ASSISTED if len(drafts) == 1 else f"{ASSISTED} by {path}"] = make({}, draft)
+    return opened
 
 
-def _draft(drafter: Drafter) -> Target | None:
+def _draft_model(drafter: Drafter) -> Target | None:
+    """Return the draft model of a drafter that has one."""
     if isinstance(drafter, Tuned):
         drafter = drafter.drafter
     return drafter._draft if isinstance(drafter, DraftModelDrafter) else None
@@ -79,17 +81,17 @@ def _generate(
     options: dict[str, Any],
     assistant: Target | None,
 ) -> list[Result]:
-    model, sampling = runner.target.model, _processors(control)
+    model, sampling = runner.target.model, _sampling_options(control)
     results = []
-    with _own_defaults(model), _count_forwards(model) as forwards:
-        for index, (prompt, limit, own) in enumerate(zip(prompts, limits, ends, strict=True)):
-            closing = sorted(runner.end_ids().union(own))
-            # transformers draws from the global generator only.
+    with _empty_generation_config(model), _count_forwards(model) as forwards:
+        for index, (prompt, limit, extra) in enumerate(zip(prompts, limits, ends, strict=True)):
+            closing = sorted(runner.end_ids().union(extra))
+            # transformers samples with the global generator.
             torch.manual_seed(seed + index)
             ids_1L = torch.tensor([prompt], device=model.device)
             before = len(forwards)
             assisted_by = None
-            # Beyond its own context a draft proposes nothing, as in spectool.
+            # As in spectool, a draft model is not used beyond its context.
             if assistant is not None and len(prompt) + limit <= assistant.context:
                 assisted_by = assistant.model
             out_1L = model.generate(
@@ -115,8 +117,8 @@ def _generate(
     return results
 
 
-def _processors(control: SamplingParams) -> dict[str, Any]:
-    """The options of `generate` that mean the same law."""
+def _sampling_options(control: SamplingParams) -> dict[str, Any]:
+    """Return the options of `generate` that give the same distribution."""
     options = {
         "do_sample": not control.greedy,
         "repetition_penalty": float(control.repetition_penalty),
@@ -134,8 +136,8 @@ def _processors(control: SamplingParams) -> dict[str, Any]:
 
 
 @contextmanager
-def _own_defaults(model: Any) -> Iterator[None]:
-    """transformers fills what is not given from the checkpoint's settings; spectool does not."""
+def _empty_generation_config(model: Any) -> Iterator[None]:
+    """Remove the checkpoint's generation settings, which transformers would use as defaults."""
     settings = model.generation_config
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
@@ -146,7 +148,7 @@ def _own_defaults(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _count_forwards(model: Any) -> Iterator[list[None]]:
-    """A list that grows by one at every forward of the model."""
+    """Yield a list that grows by one element at every forward of the model."""
     forwards: list[None] = []
     hook = model.register_forward_pre_hook(lambda module, inputs: forwards.append(None))
     try:

@@ -1,9 +1,9 @@
-"""`bench`: drafters side by side on one machine, with the check that the output is unchanged.
+"""`bench`: compare drafters on one machine, and check that the output is unchanged.
 
-Plain decoding runs first and sets the texts; prompts whose plain output starts to repeat itself are
-cut there, since any drafter does well inside a loop. Then plain decoding, every drafter and, where
-asked for, transformers' own `generate` are timed on the same prompts with the same limits in one
-process: one after another on every prompt, or batch of them, so that all meet the machine's moods.
+Plain decoding runs first and sets each prompt's limit: output is cut where it starts to repeat
+itself, since any drafter is fast inside a loop. Then plain decoding, every drafter and, on request,
+transformers' `generate` are timed in one process with the same prompts and limits. They alternate
+on every batch of prompts, so that changes of the machine's speed affect all of them alike.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from spectool.evaluate import baselines
 
 Say = Callable[[str], None]
 
-# A prompt is left out where fewer new tokens than this, or than asked for, fit behind it.
+# A prompt is left out if the context has room for fewer new tokens than this, or than requested.
 LEAST_ROOM = 16
-# The category of prompts without one, in a file where others have one.
+# Category of prompts without one in a file with categories.
 NO_CATEGORY = "other"
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What came of some prompts, in how many seconds, and how many of them the runner booked."""
+    """Results of some prompts, and the seconds in all and by part, as the runner measured them."""
 
     results: list[Result]
     seconds: float
@@ -66,33 +66,33 @@ def bench(
     chain_lengths: int = 0,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """`{baseline, drafters, peers, categories, prompts, kept_share, …}`; drafters in their order.
+    """Time plain decoding, each drafter and the baselines; return `{baseline, drafters, ...}`.
 
-    `categories` may name each prompt's, and `ends` the tokens that end its answer besides the
-    model's own end of text. The result's categories hold `baseline`, `drafters` and `baselines` as
-    the whole does, which is their sum. `identical` counts prompts whose tokens equal plain
-    decoding's; None when sampling, where equal distributions and not equal tokens are promised.
-    `step_speedup` leaves out the prompts' passes, which drafting cannot shorten. Baselines run one
-    prompt at a time, so at batch size 1 only. With `chain_lengths`, each drafter's `chain` lists
-    its tokens per forward where only
-    the first path of its trees is verified, 1, 2, ... and so many tokens deep.
+    `categories`: the category of each prompt. `ends`: for each prompt, tokens that end its answer
+    in addition to the model's EOS tokens. In the result, each of `categories` holds `baseline`,
+    `drafters` and `baselines` like the whole, which is their sum. `identical` counts prompts with
+    the same tokens as plain decoding; it is None when sampling, which promises equal distributions
+    rather than equal tokens. `step_speedup` excludes the prefill, which drafting cannot shorten.
+    Baselines run at batch size 1 only. With `chain_lengths` N, each drafter's `chain` lists its
+    tokens per forward when only the first path of its trees is verified, cut to 1, 2, ..., N
+    tokens.
 
     Raises:
-        UsageError: a wrong option, or none of the prompts fits in the context.
+        UsageError: an option is invalid, or no prompt fits in the context.
     """
     sampling = sampling or SamplingOptions()
     control = SamplingParams(**sampling)
-    # Before any pass: a drafter or a rule that will not do is found at once.
+    # Opened and checked before any forward, so that an invalid drafter or rule fails at once.
     drafters = [runner.open(draft) for draft in drafts]
     for drafter in drafters:
         runner.verification(drafter, verify=verify, lossy=lossy, **sampling)
     encoded = [runner._encode(prompt) for prompt in prompts]
-    kept = _fitting(encoded, runner.target.context, min(LEAST_ROOM, max_new_tokens), say)
+    kept = _select_fitting(encoded, runner.target.context, min(LEAST_ROOM, max_new_tokens), say)
     texts = [encoded[i] for i in kept]
-    own_ends = [ends[i] if ends else () for i in kept]
+    kept_ends = [ends[i] if ends else () for i in kept]
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **sampling}
-    plain = _decoder(runner, runner.open(None), common)
-    # The same batches every time: a sampled text depends on its place in one.
+    plain = _make_decoder(runner, runner.open(None), common)
+    # The same batches for all, since a sampled text depends on its row in the batch.
     batches = _batches([categories[i] if categories else None for i in kept], batch_size)
     say(f"plain decoding of {len(texts)} prompts, to find loops and to warm up")
     limits, lengths = [0] * len(texts), [0] * len(texts)
@@ -100,7 +100,7 @@ def bench(
         free = plain(
             [texts[i] for i in batch],
             [max_new_tokens] * len(batch),
-            [own_ends[i] for i in batch],
+            [kept_ends[i] for i in batch],
         )
         for i, result in zip(batch, free, strict=True):
             lengths[i] = len(result.token_ids)
@@ -109,46 +109,47 @@ def bench(
     contenders = [("none", plain)]
     for draft, drafter in zip(drafts, drafters, strict=True):
         drafter.attach(runner.target)
-        decoder = _decoder(runner, drafter, {**common, "verify": verify, "lossy": lossy})
+        decoder = _make_decoder(runner, drafter, {**common, "verify": verify, "lossy": lossy})
         contenders.append((draft, decoder))
     if with_baselines and batch_size == 1:
-        found = baselines.baselines_of(runner, drafters, control=control, seed=seed, say=say)
-        contenders += found.items()
+        opened = baselines.open_baselines(runner, drafters, control=control, seed=seed, say=say)
+        contenders += opened.items()
     elif with_baselines:
-        say(f"no peers at batch size {batch_size}: transformers' run one prompt at a time here")
+        say(f"no baselines at batch size {batch_size}: transformers' run one prompt at a time here")
     for _, decode in contenders[1:]:
-        # The first prompt once untimed: buffers are made then.
-        decode(texts[:1], limits[:1], own_ends[:1])
+        # Warm-up: the first prompt allocates buffers, and is not timed.
+        decode(texts[:1], limits[:1], kept_ends[:1])
 
     timed: list[list[Timed]] = [[] for _ in contenders]
-    for category, own in batches.items():
+    for category, category_batches in batches.items():
         parts: list[list[Timed]] = [[] for _ in contenders]
-        for batch in own:
-            jobs = [(texts[i], limits[i], own_ends[i]) for i in batch]
+        for batch in category_batches:
+            jobs = [(texts[i], limits[i], kept_ends[i]) for i in batch]
             for (_, decode), done in zip(contenders, parts, strict=True):
                 done.append(_time(runner, decode, jobs))
         for (name, _), part, done in zip(contenders, parts, timed, strict=True):
             done.append(_sum(part))
             say(f"{category}, {name}: {done[-1]}" if category else f"{name}: {done[-1]}")
     names = [name for name, _ in contenders]
-    whole = _side_by_side(names, [_sum(parts) for parts in timed], len(drafts), control.greedy)
+    whole = _compare(names, [_sum(parts) for parts in timed], len(drafts), control.greedy)
     for row, drafter in zip(whole["drafters"], drafters, strict=True):
         inner = drafter.drafter if isinstance(drafter, Tuned) else drafter
         if chain_lengths and not (
             inner.combines and set(inner.kinds(control)) == {"deterministic"}
         ):
-            say(f"{row['name']}: no chain of its own can be cut out of its drafts")
+            say(f"{row['name']}: no chains, since its drafts cannot be cut to their first path")
         elif chain_lengths:
-            row["chain"] = _chain(runner, inner, chain_lengths, (texts, limits, own_ends), common)
+            all_jobs = (texts, limits, kept_ends)
+            row["chain"] = _measure_chains(runner, inner, chain_lengths, all_jobs, common)
             say(f"{row['name']}, chains: {' '.join(f'{rate:.2f}' for rate in row['chain'])}")
     return {
         **whole,
         "categories": [
             {
                 "category": category,
-                **_side_by_side(names, [parts[at] for parts in timed], len(drafts), control.greedy),
+                **_compare(names, [parts[index] for parts in timed], len(drafts), control.greedy),
             }
-            for at, category in enumerate(batches)
+            for index, category in enumerate(batches)
             if category
         ],
         "prompts": len(texts),
@@ -160,24 +161,24 @@ def bench(
     }
 
 
-def _chain(
+def _measure_chains(
     runner: Runner,
     drafter: Drafter,
     deepest: int,
     jobs: tuple[Sequence[Sequence[int]], Sequence[int], Sequence[Collection[int]]],
     options: dict[str, Any],
 ) -> list[float]:
-    """Tokens per forward of chains of 1, 2, ... tokens."""
+    """Return the tokens per forward with drafts cut to chains of 1, 2, ..., `deepest` tokens."""
     rates = []
     for depth in range(1, deepest + 1):
-        results = _decoder(runner, FirstPath(drafter, depth), options)(*jobs)
+        results = _make_decoder(runner, FirstPath(drafter, depth), options)(*jobs)
         tokens = sum(len(result.token_ids) for result in results)
         rates.append(tokens / sum(result.forwards for result in results))
     return rates
 
 
-def broken_promises(result: dict[str, Any]) -> list[str]:
-    """Drafters that promise plain decoding's output and did not keep it, in float32."""
+def list_mismatches(result: dict[str, Any]) -> list[str]:
+    """List the lossless drafters whose float32 output differs from plain decoding."""
     if result["dtype"] != "float32":
         return []
     return [
@@ -187,8 +188,14 @@ def broken_promises(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _fitting(encoded: Sequence[Sequence[int]], context: int, room: int, say: Say) -> list[int]:
-    """Which prompts leave room for new tokens."""
+def _select_fitting(
+    encoded: Sequence[Sequence[int]], context: int, room: int, say: Say
+) -> list[int]:
+    """Return the indices of the prompts that leave room for `room` new tokens.
+
+    Raises:
+        UsageError: there are none.
+    """
     kept = [i for i, ids in enumerate(encoded) if len(ids) + room <= context]
     if not kept:
         shortest = min(map(len, encoded), default=0)
@@ -205,23 +212,24 @@ def _fitting(encoded: Sequence[Sequence[int]], context: int, room: int, say: Say
 
 
 def _batches(categories: Sequence[str | None], size: int) -> dict[str, list[list[int]]]:
-    """The numbers of each category's prompts in batches; of "" if no prompt has a category."""
-    found: dict[str, list[list[int]]] = {}
-    for number, category in enumerate(categories):
-        own = found.setdefault(category or (NO_CATEGORY if any(categories) else ""), [[]])
-        if len(own[-1]) == size:
-            own.append([])
-        own[-1].append(number)
-    return found
+    """Group the indices of the prompts by category ("" without categories) and into batches."""
+    by_category: dict[str, list[list[int]]] = {}
+    for index, category in enumerate(categories):
+        name = category or (NO_CATEGORY if any(categories) else "")
+        batches = by_category.setdefault(name, [[]])
+        if len(batches[-1]) == size:
+            batches.append([])
+        batches[-1].append(index)
+    return by_category
 
 
-def _decoder(runner: Runner, drafter: Drafter, options: dict[str, Any]) -> baselines.Decode:
+def _make_decoder(runner: Runner, drafter: Drafter, options: dict[str, Any]) -> baselines.Decode:
     def decode(
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
         ends: Sequence[Collection[int]],
     ) -> list[Result]:
-        # Not `use`: what it has learnt of this target is to stay between categories.
+        # Not `use`, which would reset what the drafter adapts to this target.
         runner.drafter = drafter
         return runner.generate(prompts, max_new_tokens=limits, eos=ends, **options)
 
@@ -259,10 +267,10 @@ def _sum(parts: Sequence[Timed]) -> Timed:
     )
 
 
-def _side_by_side(
+def _compare(
     names: Sequence[str], timed: Sequence[Timed], num_drafters: int, greedy: bool
 ) -> dict[str, Any]:
-    """Everyone's figures on the same prompts; the first is plain decoding, the last are peers."""
+    """Compute the metrics of plain decoding, the drafters and the baselines, in this order."""
     first = timed[0].results
     rows = [_metrics(name, t.results, t.seconds) for name, t in zip(names, timed, strict=True)]
     for row, one in zip(rows, timed, strict=True):
@@ -270,12 +278,12 @@ def _side_by_side(
         row["identical"] = None
         if greedy and row is not rows[0]:
             row["identical"] = sum(
-                ours.token_ids == plain.token_ids
-                for ours, plain in zip(one.results, first, strict=True)
+                result.token_ids == plain.token_ids
+                for result, plain in zip(one.results, first, strict=True)
             )
-    own, others = rows[: 1 + num_drafters], rows[1 + num_drafters :]
+    ours, others = rows[: 1 + num_drafters], rows[1 + num_drafters :]
     speeds = {row["name"]: row["tokens_per_second"] for row in others}
-    for row, one in zip(own, timed, strict=False):
+    for row, one in zip(ours, timed, strict=False):
         row["draft_share"] = one.draft / one.seconds
         row["prompt_share"] = one.prompt / one.seconds
         row["target_share"] = one.target / one.seconds
@@ -286,13 +294,13 @@ def _side_by_side(
             speed = row["tokens_per_second"]
             row["speedup_over_transformers"] = speed / speeds[baselines.PLAIN]
             row["speedup_over_prompt_lookup"] = speed / speeds[baselines.PROMPT_LOOKUP]
-    return {"baseline": own[0], "drafters": own[1:], "baselines": others}
+    return {"baseline": ours[0], "drafters": ours[1:], "baselines": others}
 
 
 def _step_speed(timed: Timed) -> float:
-    """Tokens a second without the prompts' passes, and without the token that each brings."""
+    """Return tokens per second without the prefill and the first token, which prefill yields."""
     tokens = sum(len(result.token_ids) - 1 for result in timed.results)
-    # Or every text was of one token.
+    # At least 1, in case every output has a single token.
     return max(tokens, 1) / (timed.seconds - timed.prompt)
 
 

@@ -1,7 +1,7 @@
-"""`eval`: perplexity, distance from a reference, layer errors, as one result.
+"""`eval`: perplexity, distance from a reference, and layer errors in one result.
 
-The reference is a checkpoint, computed in the same run, or a file that `--save-reference` wrote.
-A checkpoint that does not fit in memory is run block by block.
+The reference is a checkpoint, run at the same time, or a file written by `--save-reference`. A
+checkpoint that does not fit in memory is run block by block.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from spectool.model.loading import (
     unused_of,
 )
 
-# A model is opened whole if it takes at most this share of the memory that is free.
+# A model is loaded whole if it takes at most this share of the free memory.
 MEMORY_SHARE = 0.7
 
-# Said once before something long: a line for people.
+# Prints a line about the run.
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to evaluate. `window` None means the model's context, at most 2048."""
+    """Options of an evaluation. `window` None: the model's context, at most 2048."""
 
     texts: Sequence[str] = ()
     text_field: str | None = None
@@ -68,7 +68,7 @@ class Request:
 
 
 def metric_names(request: Request) -> list[str]:
-    """The figures that a gate may name."""
+    """List the metrics that a gate may name."""
     known = ["perplexity.value", "perplexity.tokens", "perplexity.window"]
     if request.reference is not None:
         known += ["reference.perplexity", "perplexity_ratio", "kl", "top1_agreement"]
@@ -83,10 +83,12 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_read: OnRead = lambda reading: None,
 ) -> dict[str, Any]:
-    """The result of `spectool eval` without its gates. `on_read` hears of each source of text.
+    """Evaluate a checkpoint; return the result of `spectool eval` without its gates.
+
+    `on_read` is called after each source of text.
 
     Raises:
-        InputError: checkpoint, text, reference or options will not do.
+        InputError: checkpoint, text, reference or options are unusable.
     """
     trust = request.trust_remote_code
     checkpoint = open_checkpoint(
@@ -106,20 +108,20 @@ def evaluate(
             other = open_checkpoint(
                 request.reference, trust_remote_code=trust, checksums=request.checksums
             )
-    windows = _windows(checkpoint, tokenizer, request, saved, on_read)
-    giver = f"{checkpoint.path}: its tokenizer" if saved is None else f"{request.reference}"
+    windows = _cut_windows(checkpoint, tokenizer, request, saved, on_read)
+    origin = f"{checkpoint.path}: its tokenizer" if saved is None else f"{request.reference}"
     for ids_SL in windows.groups:
-        check_ids([int(ids_SL.min()), int(ids_SL.max())], vocabulary, giver)
+        check_ids([int(ids_SL.min()), int(ids_SL.max())], vocabulary, origin)
     say(f"text: {', '.join(request.texts) or (request.reference if saved else BUILTIN)}")
-    say(_protocol(windows))
+    say(_describe_protocol(windows))
     if saved is not None:
         _check_saved(saved, tokenizer, vocabulary, request)
     if other is not None:
-        theirs = load_tokenizer(other.path, trust_remote_code=trust)
-        if tokenizer_digest(theirs) != tokenizer_digest(tokenizer):
-            raise UsageError(f"{request.reference}: its tokenizer is another one than {model}'s")
+        other_tokenizer = load_tokenizer(other.path, trust_remote_code=trust)
+        if tokenizer_digest(other_tokenizer) != tokenizer_digest(tokenizer):
+            raise UsageError(f"{request.reference}: its tokenizer differs from {model}'s")
         if _vocabulary(other.layout) != vocabulary:
-            raise UsageError(f"{request.reference}: its output has another size than {model}'s")
+            raise UsageError(f"{request.reference}: its vocabulary size differs from {model}'s")
     with contextlib.ExitStack() as stack:
         writer = None
         if request.save_reference is not None:
@@ -127,14 +129,14 @@ def evaluate(
             kind = f"the {request.top_k} largest" if request.top_k else "all (lossless)"
             say(
                 f"{request.save_reference}: log-probabilities kept: {kind}; {size / 1e6:.1f} MB, "
-                "twice that while it is put together"
+                "twice that while the file is assembled"
             )
             writer = stack.enter_context(
                 ReferenceWriter(request.save_reference, windows, vocabulary, top_k=request.top_k)
             )
         if other is not None:
-            reference = LogProbsReference(_log_probs(other, windows, request, say))
-        log_probs = _log_probs(checkpoint, windows, request, say)
+            reference = LogProbsReference(_open_log_probs(other, windows, request, say))
+        log_probs = _open_log_probs(checkpoint, windows, request, say)
         scores = score(
             windows,
             log_probs,
@@ -148,8 +150,8 @@ def evaluate(
         for name, value in metrics.items():
             if value is not None and not math.isfinite(value):
                 raise NotFinite(
-                    f"{model}: {name} is {value}: its logits are finite, but give the tokens that "
-                    "follow hardly any probability"
+                    f"{model}: {name} is {value}: the logits are finite, but the tokens of the "
+                    "text have almost no probability"
                 )
         if writer is not None:
             writer.finish(
@@ -179,23 +181,28 @@ def evaluate(
         if source.get("fingerprint") == other.fingerprint():
             result["layers"] = list(layer_errors(checkpoint, other, trust_remote_code=trust))
         else:
-            say(f"{request.reference}: is not what {model} was made from; no layer errors")
+            say(f"{request.reference}: {model} was not quantized from it; no layer errors")
     return result
 
 
-def _windows(
+def _cut_windows(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     request: Request,
     saved: SavedReference | None,
     on_read: OnRead,
 ) -> Windows:
+    """Return the windows of the texts, or those of a saved reference.
+
+    Raises:
+        InputError: an option does not fit the model or the reference, or the text is too short.
+    """
     context = checkpoint.layout.context or 2048
     if saved is not None:
         given = {"text": request.texts, "window": request.window, "bos": request.bos}
         for name, value in {**given, "limit": request.limit}.items():
             if value:
-                raise UsageError(f"--reference FILE brings its own tokens; leave --{name} out")
+                raise UsageError(f"--reference FILE contains the tokens; leave --{name} out")
         if saved.windows.length > context:
             raise UsageError(
                 f"{request.reference}: has windows of {saved.windows.length} tokens; the model's "
@@ -206,7 +213,7 @@ def _windows(
     if length > context:
         raise UsageError(f"--window {length}: the model's context is {context}")
     if request.bos and tokenizer.bos_token_id is None:
-        raise UsageError("--bos: the tokenizer has no start token")
+        raise UsageError("--bos: the tokenizer has no BOS token")
     if request.texts:
         text = read_text(
             request.texts,
@@ -222,16 +229,19 @@ def _windows(
     return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)
 
 
-def _protocol(windows: Windows) -> str:
-    opened = "each opened with the start token, all text tokens scored"
-    plain = "no start token, each window's first token not scored, the text's rest dropped"
+def _describe_protocol(windows: Windows) -> str:
+    with_bos = "each starts with the BOS token, all text tokens scored"
+    plain = "no BOS token, the first token of each window not scored, the text's rest dropped"
     return (
         f"protocol: windows of {windows.length} tokens without overlap, "
-        f"{plain if windows.bos is None else opened}; {windows.num_tokens} tokens scored"
+        f"{plain if windows.bos is None else with_bos}; {windows.num_tokens} tokens scored"
     )
 
 
-def _log_probs(checkpoint: Checkpoint, windows: Windows, request: Request, say: Say) -> LogProbs:
+def _open_log_probs(
+    checkpoint: Checkpoint, windows: Windows, request: Request, say: Say
+) -> LogProbs:
+    """Load a checkpoint whole, or open it to run block by block."""
     device = check_device(request.device)
     dtype = parse_dtype(request.dtype) or default_dtype(checkpoint.layout, device)
     for note in checkpoint.layout.notes:
@@ -262,7 +272,7 @@ def _log_probs(checkpoint: Checkpoint, windows: Windows, request: Request, say: 
 
 
 def resident_bytes(layout: Layout, dtype: torch.dtype) -> int:
-    """Bytes of a checkpoint opened whole: codes as they are, other weights in `dtype`."""
+    """Return the bytes of a checkpoint in memory, with codes as stored and the rest in `dtype`."""
     total = 0
     for name, entry in layout.tensors.items():
         packed = ".q." in name and layout.is_packed
@@ -275,7 +285,7 @@ def _vocabulary(layout: Layout) -> int:
     text_config = layout.config.get("text_config") or {}
     size = layout.config.get("vocab_size") or text_config.get("vocab_size")
     if not isinstance(size, int):
-        raise CheckpointError(f"{layout.path}: its configuration names no vocab_size")
+        raise CheckpointError(f"{layout.path}: its configuration has no vocab_size")
     return size
 
 
@@ -285,7 +295,12 @@ def _check_saved(
     vocabulary: int,
     request: Request,
 ) -> None:
-    if saved.said["tokenizer"] != tokenizer_digest(tokenizer):
+    """Check that a saved reference fits the model.
+
+    Raises:
+        UsageError: it is of another tokenizer or vocabulary size.
+    """
+    if saved.metadata["tokenizer"] != tokenizer_digest(tokenizer):
         raise UsageError(f"{request.reference}: was made with another tokenizer")
-    if saved.said["vocabulary"] != vocabulary:
+    if saved.metadata["vocabulary"] != vocabulary:
         raise UsageError(f"{request.reference}: has another vocabulary size")

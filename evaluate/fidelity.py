@@ -21,13 +21,13 @@ from spectool.evaluate.windows import Batch, LogProbs, Windows
 from spectool.model.architecture import Architecture
 from spectool.model.packed import build_packed, field_specs, relative_error
 
-# Told after each batch: scored tokens so far, scored tokens in all.
+# Called after each batch with the tokens scored so far and the tokens in all.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
 class Scores:
-    """Sums over scored tokens; the reference's are None where there is none."""
+    """Sums over scored tokens; those of the reference are None without a reference."""
 
     num_tokens: int = 0
     nll: float = 0.0
@@ -45,37 +45,38 @@ class Scores:
 
 
 class Reference(Protocol):
-    """Something a model can be compared with, batch by batch.
+    """Reference that a model is compared with, batch by batch.
 
     Raises:
-        NotFinite: its own laws are no numbers.
+        NotFinite: the reference's log-probabilities are not finite.
     """
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
-        """The reference's summed -log p, the summed KL, and the number of equal top tokens."""
+        """Return the reference's summed -log p, the summed KL and the count of equal top tokens."""
         ...
 
 
 class LogProbsReference:
-    """A reference whose laws can be computed here."""
+    """Reference whose log-probabilities are computed in this run."""
 
     def __init__(self, log_probs: LogProbs) -> None:
         self.log_probs = log_probs
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
+        """See `Reference.compare`."""
         ref_BLV = self.log_probs(batch).to(logp_BLV.device)
-        nll = -float(_chosen(ref_BLV, batch))
+        nll = -float(_sum_next_tokens(ref_BLV, batch))
         if not math.isfinite(nll):
             raise self.log_probs.not_finite(batch, f"its perplexity is {nll}")
         same = int((ref_BLV.argmax(-1) == logp_BLV.argmax(-1)).sum())
-        return nll, divergence(ref_BLV, logp_BLV), same
+        return nll, sum_kl(ref_BLV, logp_BLV), same
 
 
-def divergence(ref: Tensor, ours: Tensor) -> float:
-    """The summed KL(reference || model) of log-probabilities [..., V]."""
+def sum_kl(ref: Tensor, ours: Tensor) -> float:
+    """Sum KL(reference || model) over log-probabilities [..., V]."""
     kl = torch.nn.functional.kl_div(ours, ref, reduction="sum", log_target=True)
     if not torch.isfinite(kl):
-        # Where the reference has no probability, what the model has does not count; 0 * inf is NaN.
+        # Terms with reference probability 0 are 0; computed as 0 * inf they would be NaN.
         p = ref.exp()
         kl = torch.where(p > 0, p * (ref - ours), 0.0).sum()
     return float(kl)
@@ -91,17 +92,20 @@ def score(
     sink: Callable[[Batch, Tensor], None] = lambda batch, logp_BLV: None,
     progress: Progress = lambda done, total: None,
 ) -> Scores:
-    """Run all windows once; `sink` is shown every batch's laws. Sums are in double precision.
+    """Run all windows once and sum the scores in double precision.
+
+    `sink` is called with every batch and its log-probabilities [B, L - 1, V].
 
     Raises:
-        NotFinite: a law of the model or of the reference is NaN, or gives the text no probability.
+        NotFinite: a log-probability of the model or the reference is NaN, or a token of the text
+            has probability 0.
     """
     scores = Scores()
     if reference is not None:
         scores.reference_nll, scores.kl, scores.same_top = 0.0, 0.0, 0.0
     for batch in windows.batches(vocabulary, batch_size=batch_size):
         logp_BLV = log_probs(batch)
-        nll = -float(_chosen(logp_BLV, batch))
+        nll = -float(_sum_next_tokens(logp_BLV, batch))
         if not math.isfinite(nll):
             raise log_probs.not_finite(batch, f"its perplexity is {nll}")
         sink(batch, logp_BLV)
@@ -118,8 +122,8 @@ def score(
     return scores
 
 
-def _chosen(logp_BLV: Tensor, batch: Batch) -> Tensor:
-    """The summed log-probability of the tokens that really follow."""
+def _sum_next_tokens(logp_BLV: Tensor, batch: Batch) -> Tensor:
+    """Sum the log-probabilities of the text's next tokens."""
     next_BL = batch.ids_BL[:, 1:].to(logp_BLV.device)
     return logp_BLV.gather(-1, next_BL[..., None]).sum(dtype=torch.float64)
 
@@ -127,17 +131,19 @@ def _chosen(logp_BLV: Tensor, batch: Batch) -> Tensor:
 def layer_errors(
     packed: Checkpoint, source: Checkpoint, *, trust_remote_code: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """`{name, error}` of every packed matrix: the relative squared error of its weights."""
-    ours = Architecture(packed.layout, trust_remote_code=trust_remote_code)
-    theirs = Architecture(source.layout, trust_remote_code=trust_remote_code)
-    for part in (theirs.outside(), *map(theirs.matrices, theirs.blocks)):
-        matrices = [matrix for matrix in part if matrix.name in ours.modules]
-        tensors = theirs.read(source, dict.fromkeys(matrix.parameter for matrix in matrices))
-        fields = [f"{matrix.name}.q." for matrix in matrices]
-        codes = ours.read(packed, [key for key in ours.origins if key.startswith(tuple(fields))])
+    """Yield `{name, error}` of each quantized matrix: the relative squared error of its weights."""
+    quantized = Architecture(packed.layout, trust_remote_code=trust_remote_code)
+    original = Architecture(source.layout, trust_remote_code=trust_remote_code)
+    for part in (original.outside(), *map(original.matrices, original.blocks)):
+        matrices = [matrix for matrix in part if matrix.name in quantized.modules]
+        tensors = original.read(source, dict.fromkeys(matrix.parameter for matrix in matrices))
+        prefixes = tuple(f"{matrix.name}.q." for matrix in matrices)
+        codes = quantized.read(
+            packed, [key for key in quantized.origins if key.startswith(prefixes)]
+        )
         specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in codes.items()})
         for matrix in matrices:
-            module = build_packed(ours.modules[matrix.name], specs[matrix.name])
+            module = build_packed(quantized.modules[matrix.name], specs[matrix.name])
             module.q.load_state_dict(
                 {field: codes[f"{matrix.name}.q.{field}"] for field in specs[matrix.name]}
             )

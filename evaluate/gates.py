@@ -1,6 +1,6 @@
-"""Gates: `--gate 'perplexity_ratio<=1.1'` turns a measured figure into an exit code.
+"""Gates: `--gate 'perplexity_ratio<=1.1'` turns a metric into an exit code.
 
-A key that the result does not have is the user's mistake; a figure that is not a number fails.
+A metric that the run does not have is a usage error; a metric that is NaN fails its gate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GATE = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(<=|>=|==|<|>)\s*(\S+)\s*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """A parsed gate: key, comparison, bound."""
+    """Parsed gate: metric, comparison, bound."""
 
     expression: str
     key: str
@@ -34,26 +34,26 @@ class Gate:
     bound: float
 
     def check(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """`{expression, value, holds}` for a finished result.
+        """Check a finished result; return `{expression, value, holds}`.
 
         Raises:
-            UsageError: the result has no such figure.
+            UsageError: the result has no such metric.
         """
         value = lookup(result, self.key)
         if value is None:
             raise UsageError(
-                f"--gate {self.expression!r}: there is no figure {self.key}; "
-                f"there are {', '.join(metrics(result))}"
+                f"--gate {self.expression!r}: there is no metric {self.key}; "
+                f"there are {', '.join(list_metrics(result))}"
             )
         holds = not math.isnan(value) and COMPARE[self.sign](value, self.bound)
         return {"expression": self.expression, "value": value, "holds": bool(holds)}
 
 
 def parse_gates(expressions: Sequence[str], known: Sequence[str]) -> list[Gate]:
-    """The gates written as `KEY<=NUMBER`, checked against the figures that there will be.
+    """Parse gates written as `KEY<=NUMBER`, with the metrics of this run as the known keys.
 
     Raises:
-        UsageError: not of that form, or a figure that this run will not have.
+        UsageError: a gate has another form, or its metric is not in `known`.
     """
     gates = []
     for expression in expressions:
@@ -66,7 +66,7 @@ def parse_gates(expressions: Sequence[str], known: Sequence[str]) -> list[Gate]:
             raise UsageError(f"--gate {expression!r}: expected KEY<=NUMBER (or >=, <, >, ==)")
         if match[1] not in known and f"{match[1]}.value" not in known:
             raise UsageError(
-                f"--gate {expression!r}: this run has no figure {match[1]}; "
+                f"--gate {expression!r}: this run has no metric {match[1]}; "
                 f"it has {', '.join(known)}"
             )
         gates.append(Gate(expression=expression, key=match[1], sign=match[2], bound=bound))
@@ -74,21 +74,21 @@ def parse_gates(expressions: Sequence[str], known: Sequence[str]) -> list[Gate]:
 
 
 def lookup(result: Mapping[str, Any], key: str) -> float | None:
-    """The figure under a dotted key; of an object, its `value`."""
-    found: Any = result
+    """Return the metric with a dotted key, or its `value` if it is an object; None if absent."""
+    value: Any = result
     for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    if isinstance(found, Mapping):
-        found = found.get("value")
-    return float(found) if isinstance(found, (int, float)) else None
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):
+        value = value.get("value")
+    return float(value) if isinstance(value, (int, float)) else None
 
 
-def metrics(result: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys of all numbers in a result."""
-    found: list[str] = []
+def list_metrics(result: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the dotted keys of all numbers in a result."""
+    keys: list[str] = []
     for key, value in result.items():
         if isinstance(value, Mapping):
-            found += metrics(value, f"{prefix}{key}.")
+            keys += list_metrics(value, f"{prefix}{key}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found.append(prefix + key)
-    return found
+            keys.append(prefix + key)
+    return keys

@@ -1,4 +1,4 @@
-"""The figures of `bench` as a picture: speed-up over plain decoding by category and drafter."""
+"""Chart of a `bench` result: speed-up over plain decoding by category and drafter."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from spectool.errors import UsageError, require
 from spectool.files import replacing
 
 SUFFIXES = (".png", ".svg")
-# Okabe and Ito's colours, which the colour-blind tell apart, without the pale yellow. Hatches
-# tell those apart that come after the last.
+# Okabe and Ito's colour-blind safe palette without its pale yellow. When the colours repeat,
+# hatches distinguish the bars.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _HATCHES = ("", "//", "..", "xx")
 _GREYS = ("#666666", "#999999", "#CCCCCC")
@@ -19,10 +19,10 @@ _LONGEST_NAME = 36
 
 
 def check_picture(path: Path) -> None:
-    """Whether a picture could be drawn and written there, before the long run that it shows.
+    """Check, before the long run, that a picture can be drawn and written to `path`.
 
     Raises:
-        UsageError: neither .png nor .svg, or no such folder.
+        UsageError: the name ends in neither .png nor .svg, or the folder does not exist.
         MissingExtra: matplotlib is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
@@ -33,26 +33,26 @@ def check_picture(path: Path) -> None:
 
 
 def draw(runs: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], path: Path) -> None:
-    """A panel for each run of `bench`, with a group of bars for each category and one for all."""
+    """Draw a panel per run of `bench`, with a group of bars per category and one for all."""
     plots, size = _matplotlib(), (8, 1 + 2.6 * len(runs))
     figure = plots.figure.Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(runs), squeeze=False)[:, 0]
     for panel, run in zip(panels, runs, strict=True):
         _bars(panel, run)
-    # The longest list of names: peers run at batch size 1 only.
+    # The panel with the most names has them all: baselines run at batch size 1 only.
     handles, labels = max((p.get_legend_handles_labels() for p in panels), key=lambda h: len(h[1]))
     columns = 3 if max(map(len, labels), default=0) <= _LONGEST_NAME // 2 else 2
     style = {"ncols": columns, "frameon": False, "fontsize": 8}
     figure.legend(handles, labels, loc="outside upper center", **style)
     figure.supxlabel(_small_print(runs, machine), fontsize=6, color="#555555")
-    # Equal figures give equal bytes: no date, no ids drawn at random.
+    # No date and no random ids, so that equal results give equal bytes.
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
     with replacing(path) as temporary, plots.rc_context({"svg.hashsalt": "spectool"}):
         figure.savefig(temporary, dpi=200, metadata=metadata)
 
 
 def _matplotlib() -> Any:
-    """With figures alone, which draw by Agg or as SVG: what looks for a display stays out."""
+    """Import matplotlib without pyplot, which would look for a display."""
     require("matplotlib.figure", extra="eval", reason="--plot")
     return require("matplotlib", extra="eval", reason="--plot")
 
@@ -62,11 +62,11 @@ def _bars(panel: Any, run: Mapping[str, Any]) -> None:
     groups = [*groups, ("all", run)] if len(groups) > 1 else [("all prompts", run)]
     drafters, baselines = run["drafters"], run["baselines"]
     width = 0.8 / max(1, len(drafters) + len(baselines))
-    for at, row in enumerate([*drafters, *baselines]):
-        mine = at < len(drafters)
-        kind, index = ("drafters", at) if mine else ("baselines", at - len(drafters))
-        colours = _COLOURS if mine else _GREYS
-        left = at * width - 0.4 + width / 2
+    for number, row in enumerate([*drafters, *baselines]):
+        is_drafter = number < len(drafters)
+        kind, index = ("drafters", number) if is_drafter else ("baselines", number - len(drafters))
+        colours = _COLOURS if is_drafter else _GREYS
+        left = number * width - 0.4 + width / 2
         bars = panel.bar(
             [group + left for group in range(len(groups))],
             [part[kind][index]["speedup"] for _, part in groups],
@@ -78,8 +78,8 @@ def _bars(panel: Any, run: Mapping[str, Any]) -> None:
             linewidth=0,
         )
         if len(groups) * (len(drafters) + len(baselines)) <= 24:
-            paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
-            panel.bar_label(bars, fmt="%.2f", fontsize=6, padding=2, bbox=paper)
+            background = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+            panel.bar_label(bars, fmt="%.2f", fontsize=6, padding=2, bbox=background)
     panel.axhline(1, color="black", linewidth=0.8, zorder=0)
     panel.set_xticks(range(len(groups)), [name for name, _ in groups], fontsize=8)
     panel.set_ylabel("speed-up over plain", fontsize=8)

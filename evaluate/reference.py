@@ -1,9 +1,8 @@
-"""A reference's laws in a file, so that the big original need not fit beside the small model.
+"""Log-probabilities of a reference in a file, so that the original need not be loaded again.
 
 The file holds the windows' tokens and, for every scored position, either all log-probabilities
-(float32: lossless) or the K largest with the log-probability of the token that follows. With K, the
-rest of the vocabulary counts as one event, so the KL is a lower bound; perplexity and top-1
-agreement stay exact.
+(float32: lossless) or the K largest and that of the next token. With K, the rest of the vocabulary
+counts as one event, so the KL is a lower bound; perplexity and top-1 agreement stay exact.
 
 Shapes: S windows, B of a batch, L tokens, V vocabulary, K kept.
 """
@@ -22,39 +21,39 @@ from spectool.checkpoint.artifact import write_safetensors
 from spectool.checkpoint.headers import TensorEntry, read_header
 from spectool.checkpoint.tensors import all_finite, read_tensor
 from spectool.errors import CheckpointError, InputError, UsageError
-from spectool.evaluate.fidelity import divergence
+from spectool.evaluate.fidelity import sum_kl
 from spectool.evaluate.windows import Batch, Windows
 from spectool.files import disk_errors
 
 FORMAT_VERSION = 1
 
-# A law may give a token no probability at all; a finite stand-in keeps the file free of infinities.
+# Replaces a log-probability of -inf, so that the file has finite values only.
 LOWEST = -1e30
 
 
 def expected_bytes(windows: Windows, vocabulary: int, top_k: int) -> int:
-    """Size of the file for these windows; `top_k` 0 keeps everything."""
+    """Return the size of the file for these windows; `top_k` 0 keeps the whole vocabulary."""
     each = 4 * vocabulary if top_k == 0 else 8 * min(top_k, vocabulary) + 4
     return windows.num_tokens * each + 4 * sum(ids.numel() for ids in windows.groups)
 
 
 class ReferenceWriter:
-    """Takes the laws of one batch after another, as they are scored; the file appears at the end.
+    """Writer of a reference file, batch by batch; the file appears when it is finished.
 
     Raises:
-        InputError: the file exists, or its place cannot be written.
+        InputError: the file exists, or cannot be written.
         SpectoolError: the disk is full.
     """
 
     def __init__(self, path: Path, windows: Windows, vocabulary: int, *, top_k: int) -> None:
         if path.exists():
-            raise UsageError(f"{path}: exists already", hint="remove it, or give another name")
+            raise UsageError(f"{path}: exists already", hint="remove it, or name another file")
         self.path, self.windows = path, windows
         self.kept = min(top_k, vocabulary) or vocabulary
         self.fields: dict[str, tuple[str, tuple[int, ...]]] = {"logp": ("F32", (self.kept,))}
         if top_k:
             self.fields |= {"top": ("I32", (self.kept,)), "chosen": ("F32", ())}
-        self.said = {
+        self.metadata = {
             "format_version": FORMAT_VERSION,
             "kind": "reference",
             "length": windows.length,
@@ -71,20 +70,20 @@ class ReferenceWriter:
         self.files = {name: part.open("wb") for name, part in self.parts.items()}
 
     def add(self, batch: Batch, logp_BLV: Tensor) -> None:
-        """Keep one batch's log-probabilities [B, L - 1, V]."""
+        """Write a batch's log-probabilities [B, L - 1, V]."""
         flat = logp_BLV.cpu().clamp(min=LOWEST).reshape(-1, logp_BLV.shape[-1])
         self.num_rows += len(flat)
         with disk_errors(self.path):
             if "top" not in self.fields:
                 _write(self.files["logp"], flat)
                 return
-            values, places = flat.topk(self.kept, dim=-1)
+            values, tokens = flat.topk(self.kept, dim=-1)
             _write(self.files["logp"], values)
-            _write(self.files["top"], places.to(torch.int32))
+            _write(self.files["top"], tokens.to(torch.int32))
             _write(self.files["chosen"], flat.gather(-1, batch.ids_BL[:, 1:].reshape(-1, 1))[:, 0])
 
     def finish(self, metadata: dict[str, Any]) -> None:
-        """Put the parts together under the file's name."""
+        """Assemble the parts into the file."""
         with disk_errors(self.path):
             for file in self.files.values():
                 file.close()
@@ -101,7 +100,7 @@ class ReferenceWriter:
             }
             ids = {f"ids.{i}": g.to(torch.int32) for i, g in enumerate(self.windows.groups)}
             whole = Path(self.scratch.name) / "whole"
-            write_safetensors(whole, {**ids, **entries}, {**metadata, **self.said})
+            write_safetensors(whole, {**ids, **entries}, {**metadata, **self.metadata})
             whole.rename(self.path)
 
     def __enter__(self) -> ReferenceWriter:
@@ -118,22 +117,23 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
 
 
 class SavedReference:
-    """A reference file, read a batch at a time.
+    """Reference file, read batch by batch.
 
     Raises:
-        CheckpointError: no reference file, or a damaged one.
+        CheckpointError: the file is not a reference file, or is damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        metadata, entries = read_header(path)
+        header, entries = read_header(path)
         try:
-            self.said: dict[str, Any] = json.loads(metadata["spectool"])
-            assert self.said["kind"] == "reference"
+            self.metadata: dict[str, Any] = json.loads(header["spectool"])
+            assert self.metadata["kind"] == "reference"
         except (KeyError, ValueError, AssertionError) as error:
             raise CheckpointError(f"{path}: not a reference file (--save-reference)") from error
-        if self.said["format_version"] > FORMAT_VERSION:
+        if self.metadata["format_version"] > FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: has format {self.said['format_version']}", hint="install a newer spectool"
+                f"{path}: has format {self.metadata['format_version']}",
+                hint="install a newer spectool",
             )
         self.entries = {entry.name: entry for entry in entries}
         groups = [
@@ -141,13 +141,18 @@ class SavedReference:
             for name in sorted(self.entries)
             if name.startswith("ids.")
         ]
-        self.windows = Windows(tuple(groups), self.said["length"], self.said["bos"])
+        self.windows = Windows(tuple(groups), self.metadata["length"], self.metadata["bos"])
 
     @property
     def is_lossless(self) -> bool:
-        return bool(self.said["top_k"] == 0)
+        return bool(self.metadata["top_k"] == 0)
 
     def _rows(self, name: str, batch: Batch) -> Tensor:
+        """Read the rows of a batch from a tensor of the file.
+
+        Raises:
+            CheckpointError: they are not finite.
+        """
         entry = self.entries[name]
         before = sum(g.shape[0] * (g.shape[1] - 1) for g in self.windows.groups[: batch.group])
         per_window = batch.ids_BL.shape[1] - 1
@@ -158,23 +163,23 @@ class SavedReference:
         return rows
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
-        """See `fidelity.Reference`."""
+        """See `fidelity.Reference.compare`."""
         model = logp_BLV.reshape(-1, logp_BLV.shape[-1]).cpu()
         ref = self._rows("logp", batch)
         following = batch.ids_BL[:, 1:].reshape(-1, 1)
         if self.is_lossless:
             same = int((ref.argmax(-1) == model.argmax(-1)).sum())
             nll = -float(ref.gather(-1, following).sum(dtype=torch.float64))
-            return nll, divergence(ref, model), same
+            return nll, sum_kl(ref, model), same
         top = self._rows("top", batch).long()
         ours = model.gather(-1, top)
-        kl = (ref.exp() * (ref - ours)).sum() + _rest(ref, ours)
+        kl = (ref.exp() * (ref - ours)).sum() + _rest_kl(ref, ours)
         same = int((top[:, 0] == model.argmax(-1)).sum())
         return -float(self._rows("chosen", batch).sum(dtype=torch.float64)), float(kl), same
 
 
-def _rest(ref: Tensor, ours: Tensor) -> Tensor:
-    """The KL's share of all tokens that were not kept, taken as one event."""
+def _rest_kl(ref: Tensor, ours: Tensor) -> Tensor:
+    """Sum the KL term of all tokens that were not kept, taken as one event."""
     p = (1 - ref.double().exp().sum(-1)).clamp(min=0)
     q = (1 - ours.double().exp().sum(-1)).clamp(min=1e-30)
     return torch.where(p > 0, p * (p.clamp(min=1e-30).log() - q.log()), 0.0).sum()

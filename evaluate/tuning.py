@@ -1,4 +1,4 @@
-"""`tune`: the drafter's options that are fastest on this machine, found by running them."""
+"""`tune`: measure which draft options are fastest on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spectool.files import replacing
 from spectool.methods import resolve
 from spectool.options import options_of
 
-# What is tried for options that decide how much is drafted, one after the other.
+# Values tried for each option that decides how much is drafted; options are tuned in this order.
 TRIED = {"nodes": (2, 4, 8, 16, 32, 64), "depth": (1, 2, 3, 4, 6, 8), "width": (2, 4, 8, 16)}
 
 
@@ -29,15 +29,14 @@ def tune(
     max_new_tokens: int = 64,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Find the fastest options for these prompts and leave them in the heads' record.
+    """Find the fastest options for these prompts and store them in the heads' record.
 
-    `ends` are the tokens that end each prompt's answer besides the model's own end of text.
-    Each option in turn is tried with those found before it; all of one option's values run in one
-    process on the same prompts, beside plain decoding. Returns what was found, `speedup` over
-    plain decoding among it.
+    `ends`: for each prompt, tokens that end its answer in addition to the model's EOS tokens.
+    Options are tuned one after the other; all values of an option run in one process on the same
+    prompts, next to plain decoding. Returns the options and `speedup` over plain decoding.
 
     Raises:
-        InputError: heads that do not fit, or a directory that cannot be written.
+        InputError: the heads do not fit the model, or their directory cannot be written.
     """
     record = read_record(heads)
     known = {option.name: option for option in options_of(resolve(record.method, "drafter").Config)}
@@ -48,8 +47,8 @@ def tune(
             continue
         tried = [{**best, name: value} for value in values if value <= _largest(known[name])]
         drafts = [f"{heads}:{','.join(f'{k}={v}' for k, v in each.items())}" for each in tried]
-        found = bench(runner, prompts, drafts, ends=ends, max_new_tokens=max_new_tokens)
-        speeds = [row["speedup"] for row in found["drafters"]]
+        result = bench(runner, prompts, drafts, ends=ends, max_new_tokens=max_new_tokens)
+        speeds = [row["speedup"] for row in result["drafters"]]
         speedup = max(speeds)
         best = tried[speeds.index(speedup)]
         shown = ", ".join(f"{each[name]}: {s:.2f}x" for each, s in zip(tried, speeds, strict=True))

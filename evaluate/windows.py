@@ -1,9 +1,9 @@
-"""A text cut into windows, and a model's laws on them.
+"""Windows of a text, and a model's log-probabilities on them.
 
-Protocol: windows do not overlap. Without a start token (the common one, which published tables
-use) each window holds L tokens of the text and L - 1 of them are scored; what remains of the text
-is dropped. With it, each window opens with the start token, which is not scored, and holds L - 1
-tokens of the text, all scored; the last window may be shorter.
+Protocol: windows do not overlap. Without a BOS token (the common protocol, used by published
+tables) each window holds L tokens of the text, of which L - 1 are scored; the text's rest is
+dropped. With a BOS token each window starts with it and holds L - 1 tokens of the text, all of
+which are scored; the last window may be shorter.
 
 Shapes: S windows, B of a batch, L tokens of each, V vocabulary.
 """
@@ -31,13 +31,13 @@ from spectool.model.finite import first_not_finite, not_finite
 # Logits of one batch take at most about this much.
 LOGITS_BYTES = 1 << 28
 
-# Hidden states of all windows larger than this lie in a temporary file.
+# Hidden states of all windows that take more bytes than this are kept in a temporary file.
 HIDDEN_IN_MEMORY = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some windows of one length: which group, which rows of it, and their ids [B, L]."""
+    """Windows of one length: the index of their group, their rows in it, and their ids [B, L]."""
 
     group: int
     rows: slice
@@ -46,7 +46,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """The windows of a text, grouped by length (one group, or two with a shorter last window)."""
+    """Windows of a text, grouped by length (one group, or two with a shorter last window)."""
 
     groups: tuple[Tensor, ...]
     length: int
@@ -54,11 +54,11 @@ class Windows:
 
     @property
     def num_tokens(self) -> int:
-        """Scored tokens."""
+        """Count the scored tokens."""
         return sum(len(ids_SL) * (ids_SL.shape[1] - 1) for ids_SL in self.groups)
 
     def batches(self, vocabulary: int, *, batch_size: int | None = None) -> Iterator[Batch]:
-        """All windows in order, as many at a time as keep the logits small."""
+        """Yield all windows in order, by default in batches with logits of up to LOGITS_BYTES."""
         for group, ids_SL in enumerate(self.groups):
             size = batch_size or max(1, LOGITS_BYTES // (4 * vocabulary * ids_SL.shape[1]))
             for start in range(0, len(ids_SL), size):
@@ -67,7 +67,7 @@ class Windows:
 
 
 def cut(ids: list[int], *, length: int, bos: int | None) -> Windows:
-    """Windows of `length` tokens; `bos` is the start token's id, None for the common protocol.
+    """Cut a text into windows of `length` tokens; `bos` is the BOS token's id, None without one.
 
     Raises:
         TextError: the text does not fill one window.
@@ -89,17 +89,17 @@ def cut(ids: list[int], *, length: int, bos: int | None) -> Windows:
 
 
 class LogProbs(Protocol):
-    """Something that gives log-probabilities [B, L - 1, V] of each next token of a batch."""
+    """Source of the log-probabilities [B, L - 1, V] of each next token of a batch."""
 
     def __call__(self, batch: Batch) -> Tensor: ...
 
     def not_finite(self, batch: Batch, what: str) -> NotFinite:
-        """The error of figures that are NaN or infinite: where in the model that begins."""
+        """Make the error for NaN or infinite scores, which names the first module that has them."""
         ...
 
 
 class ResidentLogProbs:
-    """The laws of a model in memory."""
+    """Log-probabilities of a model in memory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -113,13 +113,13 @@ class ResidentLogProbs:
     def not_finite(self, batch: Batch, what: str) -> NotFinite:
         where = first_not_finite(self.model, batch.ids_BL)
         name = self.model.config._name_or_path
-        return _unlikely(name, what) if where is None else not_finite(name, what, where)
+        return _zero_probability(name, what) if where is None else not_finite(name, what, where)
 
 
 class BlockwiseLogProbs:
-    """The laws of a checkpoint of any size: all windows go through one block after another.
+    """Log-probabilities of a checkpoint of any size: all windows pass one block after another.
 
-    One block and the hidden states of all windows are resident, the latter in a file if large.
+    One block is in memory at a time, and the hidden states of all windows, in a file if large.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class BlockwiseLogProbs:
         if architecture.unused:
             kind = type(architecture.model).__name__
             say(f"{self.name}: {unused_line(architecture.unused, kind)}")
-        self.around = ModelShell(
+        self.shell = ModelShell(
             architecture, checkpoint, dtype=dtype, device=device, with_lm_head=True
         )
         self.device = device
@@ -152,19 +152,19 @@ class BlockwiseLogProbs:
             )
             for ids_SL, hidden in zip(windows.groups, self.hidden, strict=True):
                 for rows in hidden.batches(batch_size):
-                    call = self.around.calls(rows.stop - rows.start, ids_SL.shape[1])[index]
+                    call = self.shell.calls(rows.stop - rows.start, ids_SL.shape[1])[index]
                     out_BLD = run_block(block, call, hidden.hidden_SLD[rows].to(device))
                     if not all_finite(out_BLD):
                         raise not_finite(self.name, "cannot be evaluated", name)
                     hidden.hidden_SLD[rows] = out_BLD.cpu()
 
     def _embed(self, ids_SL: Tensor, dtype: torch.dtype, batch_size: int) -> Activations:
-        shape = (len(ids_SL), ids_SL.shape[1], self.around.embed(ids_SL[:1]).shape[-1])
+        shape = (len(ids_SL), ids_SL.shape[1], self.shell.embed(ids_SL[:1]).shape[-1])
         large = math.prod(shape) * dtype.itemsize > HIDDEN_IN_MEMORY
         with tempfile.TemporaryDirectory(prefix="spectool-") as scratch:
             hidden = Activations(shape, dtype, file=Path(scratch) / "hidden" if large else None)
         for rows in hidden.batches(batch_size):
-            hidden.hidden_SLD[rows] = self.around.embed(ids_SL[rows]).cpu()
+            hidden.hidden_SLD[rows] = self.shell.embed(ids_SL[rows]).cpu()
             if not all_finite(hidden.hidden_SLD[rows]):
                 raise not_finite(self.name, "cannot be evaluated", "the embedding")
         return hidden
@@ -172,19 +172,19 @@ class BlockwiseLogProbs:
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
         hidden_BLD = self.hidden[batch.group].hidden_SLD[batch.rows].to(self.device)
-        return log_probs(self.around.logits(batch.ids_BL, hidden_BLD))
+        return log_probs(self.shell.logits(batch.ids_BL, hidden_BLD))
 
     def not_finite(self, batch: Batch, what: str) -> NotFinite:
         hidden_BLD = self.hidden[batch.group].hidden_SLD[batch.rows].to(self.device)
-        if all_finite(self.around.logits(batch.ids_BL, hidden_BLD)):
-            return _unlikely(self.name, what)
-        return not_finite(self.name, what, "the output matrix")
+        if all_finite(self.shell.logits(batch.ids_BL, hidden_BLD)):
+            return _zero_probability(self.name, what)
+        return not_finite(self.name, what, "the lm_head")
 
 
-def _unlikely(name: str, what: str) -> NotFinite:
+def _zero_probability(name: str, what: str) -> NotFinite:
     return NotFinite(f"{name}: {what}: the model gives some of its tokens no probability at all")
 
 
 def log_probs(logits_BLV: Tensor) -> Tensor:
-    """Log-probabilities [B, L - 1, V] in float32; the last position predicts nothing scored."""
+    """Return log-probabilities [B, L - 1, V] in float32, without the last position's."""
     return torch.log_softmax(logits_BLV[:, :-1].float(), -1)

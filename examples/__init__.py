@@ -1,1 +1,1 @@
-"""Scripts that a user runs, and the bundled checkpoint that one of them made."""
+"""Example scripts, and the bundled checkpoint made by one of them."""

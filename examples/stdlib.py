@@ -1,7 +1,7 @@
-"""Python's standard library as text: what the bundled checkpoint is trained and measured on.
+"""Python's standard library as text to train and evaluate the bundled checkpoint on.
 
-It lies on every machine that runs spectool. A twentieth of the files, chosen by their names, is
-held out: of training, calibration and heads alike. Imports neither torch nor transformers.
+Every machine that runs spectool has it. A twentieth of the files, chosen by a hash of their names,
+is held out of training, calibration and head training. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tests repeat themselves, code pages are tables of numbers; neither teaches a small model much.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+# Tests are repetitive and code pages are tables of numbers: poor training text.
+EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 HELD_OUT = 20
-# Longer answers would be cut by the small model's context.
+# In characters; longer answers would not fit the small model's context.
 LONGEST_ANSWER = 1200
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One source file: its name relative to the library, its text, whether it is held out."""
+    """Source file: its name relative to the library, its text, and whether it is held out."""
 
     name: str
     text: str
     held_out: bool
 
 
-def documents() -> Iterator[Document]:
-    """All sources, in the order of their names."""
+def read_documents() -> Iterator[Document]:
+    """Yield all source files, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if LEFT_OUT & set(name.parts):
+        if EXCLUDED & set(name.parts):
             continue
         try:
             text = path.read_text("utf-8")
@@ -47,12 +47,16 @@ def documents() -> Iterator[Document]:
             yield Document(name.as_posix(), text, held_out)
 
 
-def conversations(document: Document) -> Iterator[list[dict[str, str]]]:
-    """What something does, answered by its docstring; and its code, asked for by its first line."""
+def make_conversations(document: Document) -> Iterator[list[dict[str, str]]]:
+    """Yield conversations made of a file's docstrings.
+
+    For each class and function a question what it does, answered by its docstring; for each
+    function also a request to write it, answered by its code.
+    """
     lines = document.text.splitlines()
     try:
         with warnings.catch_warnings():
-            # Some old sources hold escapes that today's compiler warns of.
+            # Some old sources hold escape sequences that Python warns about.
             warnings.simplefilter("ignore")
             tree = ast.parse(document.text)
     except (SyntaxError, ValueError):
@@ -61,10 +65,10 @@ def conversations(document: Document) -> Iterator[list[dict[str, str]]]:
     for node in ast.walk(tree):
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             continue
-        said = ast.get_docstring(node)
-        if not said:
+        docstring = ast.get_docstring(node)
+        if not docstring:
             continue
-        brief = said.split("\n\n")[0].strip()
+        brief = docstring.split("\n\n")[0].strip()
         if len(brief) < LONGEST_ANSWER:
             yield _exchange(f"What does {node.name} in {module} do?", brief)
         source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))

@@ -2,9 +2,10 @@
 
     python examples/train_tiny_lm.py OUT
 
-What it learns from lies on this machine (`spectool.examples.stdlib`); a twentieth of the files is
-held out. Writes a transformers directory in bfloat16, with `training_record.json` beside the
-weights. With another Python the text, and so the weights, differ; the record says which it was.
+The training text is the standard library of this Python (`spectool.examples.stdlib`), of which a
+twentieth of the files is held out. Writes a transformers directory in bfloat16, with
+`training_record.json` next to the weights. Another version of Python has another text and gives
+other weights; the record names the version.
 
 Shapes: B windows of a batch, L tokens of each, V vocabulary.
 """
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spectool import machine
-from spectool.examples.stdlib import conversations, documents
+from spectool.examples.stdlib import make_conversations, read_documents
 from spectool.training import Metrics, Recipe, Training
 
 END, STOP = "<|endoftext|>", "<|end|>"
@@ -36,8 +37,7 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
-# Few tokens: the table of a larger vocabulary would outweigh the blocks, which are what spectool
-# compresses.
+# A small vocabulary, so that the blocks, which spectool compresses, outweigh the embedding.
 VOCABULARY = 1024
 CONTEXT = 512
 BATCH = 4
@@ -45,7 +45,7 @@ HELD_OUT_WINDOWS = 48
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; indentation stays together, as in tokenizers for code."""
+    """Train a byte-level BPE tokenizer, which keeps indentation together."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -69,6 +69,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Make the untrained model."""
     ends: list[Any] = [tokenizer.convert_tokens_to_ids(token) for token in (END, STOP)]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -92,7 +93,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts one after another, each opened with the end-of-text token."""
+    """Concatenate the tokens of all texts, each with the end-of-text token first."""
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     end = tokenizer.convert_tokens_to_ids(END)
     return torch.tensor([token for ids in encoded for token in (end, *ids)])
@@ -101,7 +102,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
 def train(
     model: LlamaForCausalLM, text: torch.Tensor, held_out: torch.Tensor, recipe: Recipe, seed: int
 ) -> Training:
-    """AdamW; the norms' gains are not decayed."""
+    """Train the model with AdamW, without weight decay on the norms, and print the progress."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -109,7 +110,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
     rows_SL = held_out[: HELD_OUT_WINDOWS * CONTEXT].view(-1, CONTEXT)
 
-    def loss_of(ids_BL: torch.Tensor) -> torch.Tensor:
+    def compute_loss(ids_BL: torch.Tensor) -> torch.Tensor:
         logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1]
         loss: torch.Tensor = torch.nn.functional.cross_entropy(
             logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten()
@@ -119,22 +120,24 @@ def train(
     def accumulate(step: int) -> Metrics:
         generator = torch.Generator().manual_seed(seed + step)
         starts = torch.randint(0, len(text) - CONTEXT + 1, (BATCH,), generator=generator)
-        loss = loss_of(torch.stack([text[start : start + CONTEXT] for start in starts.tolist()]))
+        loss = compute_loss(
+            torch.stack([text[start : start + CONTEXT] for start in starts.tolist()])
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.item()}
 
     @torch.inference_mode()
     def evaluate() -> Metrics:
-        losses = [loss_of(ids_BL).item() for ids_BL in torch.split(rows_SL, BATCH)]
+        losses = [compute_loss(ids_BL).item() for ids_BL in torch.split(rows_SL, BATCH)]
         mean = sum(losses) / len(losses)
         return {"score": -mean, "loss": mean}
 
-    def watch(step: int, metrics: Metrics, look: Metrics | None) -> None:
-        if look is not None:
+    def watch(step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
+        if evaluation is not None:
             seconds = training.history.seconds
             print(
                 f"step {step}/{recipe.steps}, loss {metrics['loss']:.3f}, held out "
-                f"{look['loss']:.3f}, {seconds:.0f} s, "
+                f"{evaluation['loss']:.3f}, {seconds:.0f} s, "
                 f"{step * BATCH * CONTEXT / seconds:.0f} tokens/s",
                 file=sys.stderr,
                 flush=True,
@@ -160,23 +163,23 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(given.seed)
 
-    known = list(documents())
-    code = [document.text for document in known if not document.held_out]
-    unseen = [document.text for document in known if document.held_out]
+    library = list(read_documents())
+    code = [document.text for document in library if not document.held_out]
+    held_out_code = [document.text for document in library if document.held_out]
     tokenizer = train_tokenizer(code)
     chats = [
         str(tokenizer.apply_chat_template(messages, tokenize=False))
-        for document in known
+        for document in library
         if not document.held_out
-        for messages in conversations(document)
+        for messages in make_conversations(document)
     ]
     texts = code + chats
     random.Random(given.seed).shuffle(texts)
-    text, held_out = encode(tokenizer, texts), encode(tokenizer, unseen)
+    text, held_out = encode(tokenizer, texts), encode(tokenizer, held_out_code)
     model = make_model(tokenizer)
     print(
         f"{len(code)} files and {len(chats)} conversations, {len(text) / 1e6:.2f} M tokens; "
-        f"{len(unseen)} files, {len(held_out) / 1e6:.2f} M tokens held out; "
+        f"{len(held_out_code)} files, {len(held_out) / 1e6:.2f} M tokens held out; "
         f"{model.num_parameters() / 1e6:.2f} M parameters",
         file=sys.stderr,
     )
@@ -197,7 +200,7 @@ def main() -> None:
             "conversations": len(chats),
             "tokens": len(text),
             "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
-            "held_out": sorted(document.name for document in known if document.held_out),
+            "held_out": sorted(document.name for document in library if document.held_out),
         },
         "tokens_seen": given.steps * BATCH * CONTEXT,
         "held_out_perplexity": math.exp(history.best["loss"]),

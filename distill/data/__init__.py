@@ -1,1 +1,1 @@
-"""Training text: samples, answers written anew, stored features."""
+"""Training text: samples, regenerated answers, stored features."""

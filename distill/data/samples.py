@@ -1,7 +1,7 @@
-"""Training text: token ids with a mark on those whose prediction is taught, and their batches.
+"""Training samples: token ids with a loss mask, and their batches. Knows no model.
 
-Of a conversation the assistant's turns are taught, found through the chat template itself; of plain
-text all tokens are. Knows no model.
+In a conversation the assistant's turns are in the loss, located with the chat template itself; in
+plain text all tokens are.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from spectool.data.template import ANSWER, Template, encode, ends_of, render, wr
 from spectool.data.text import HUB_PREFIX, OnRead, Reading, read_rows, suited
 from spectool.errors import TextError, UnsupportedError
 
-# Fewer tokens than this teach nothing worth a row of a batch.
+# Samples with fewer tokens in the loss than this are dropped.
 SHORTEST = 16
 
-# Samples are sorted by length within groups of this many batches: little padding, much mixing.
+# Samples are sorted by length within groups of this many batches: little padding, still shuffled.
 _SORTED_BATCHES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One text. `loss_mask[i]` says whether the prediction of `tokens[i]` counts.
+    """A text. `loss_mask[i]`: the prediction of `tokens[i]` is in the loss.
 
-    `given` of its first tokens stay as they are when the target writes the text anew. `messages`
-    are what a conversation was made of, for a server that applies a template of its own; `ends`
-    the tokens that end a turn in it.
+    `given`: number of first tokens that regeneration keeps as the prompt. `messages`: the
+    conversation before its template was applied, for a server with a template of its own. `ends`:
+    tokens that end a turn.
     """
 
     tokens: list[int]
@@ -53,16 +53,17 @@ def read_samples(
     max_tokens: int | None = None,
     on_read: OnRead = lambda reading: None,
 ) -> list[Sample]:
-    """The samples of all sources, at most `seq_len` tokens each; what has nothing to teach is left.
+    """Read the samples of all sources, at most `seq_len` tokens each.
 
-    Plain text is cut into as many samples as it fills, each opened with the start token where the
-    tokenizer has one; a conversation is one sample, cut at the end, and so is a question with its
-    answer, of which only the answer is taught. A hub data set may not end: of
-    each, no more is read once it gave `max_tokens`. `on_read` hears of each source.
+    Plain text is cut into samples, each with the start token first if the tokenizer has one; a
+    conversation is one sample, cut at the end, and so is a question with its answer, of which only
+    the answer is in the loss. Samples with less than SHORTEST tokens in the loss are dropped.
+    Reading a hub data set, which may be endless, stops at `max_tokens`. `on_read` is called after
+    each source.
 
     Raises:
-        TextError: see `read_rows`; or nothing in the data is taught.
-        UnsupportedError: conversations need a fast tokenizer.
+        TextError: see `read_rows`; or fewer than two samples remain.
+        UnsupportedError: conversations with a slow tokenizer.
     """
     samples: list[Sample] = []
     excluded: tuple[Row, str] | None = None
@@ -77,76 +78,72 @@ def read_samples(
             reading.add(row, text, tokenizer)
             if ends is None and row.text is None:
                 ends = ends_of(row, tokenizer, template)
-            found = [
+            made = [
                 replace(sample, ends=ends or frozenset())
-                for sample in _samples(row, text, tokenizer, seq_len, template)
+                for sample in _make_samples(row, text, tokenizer, seq_len, template)
                 if sum(sample.loss_mask) >= SHORTEST
             ]
-            if not found and excluded is None and _has_answer(row):
+            if not made and excluded is None and _has_answer(row):
                 excluded = row, text
-            samples += found
-            num_tokens += sum(len(sample.tokens) for sample in found)
+            samples += made
+            num_tokens += sum(len(sample.tokens) for sample in made)
             if most is not None and num_tokens >= most:
                 break
         on_read(reading)
     if len(samples) >= 2:
         return samples
-    if excluded is not None and not any(_answers(*excluded, tokenizer, template)):
+    if excluded is not None and not any(_find_answers(*excluded, tokenizer, template)):
         raise TextError(
-            f"{excluded[0].place}: the chat template writes the assistant's answer so that it "
-            f"cannot be found; {len(samples)} samples with something to learn, at least 2 needed",
-            hint="give the template what leaves answers whole with --template-arg (key=value), or "
-            "name a field of plain text with --field",
+            f"{excluded[0].place}: the assistant's answer cannot be located in the output of the "
+            f"chat template; {len(samples)} samples with tokens in the loss, at least 2 needed",
+            hint="set template arguments that leave answers unchanged with --template-arg "
+            "(key=value), or name a field of plain text with --field",
         )
     raise TextError(
-        f"{', '.join(sources)}: {len(samples)} samples with something to learn; at least 2 are "
-        "needed, one to learn from and one to measure on",
+        f"{', '.join(sources)}: {len(samples)} samples with tokens in the loss; at least 2 are "
+        "needed, one to train on and one to evaluate on",
         hint=f"a sample is a conversation with an assistant's answer, or {SHORTEST} tokens of text",
     )
 
 
-def _samples(
+def _make_samples(
     row: Row, text: str, tokenizer: Any, seq_len: int, template: Template | None
 ) -> Iterator[Sample]:
-    """What a row's text makes: pieces, or one sample where only its answers are taught."""
+    """Yield the samples of a row: pieces of plain text, or one sample with answers in the loss."""
     if row.text is None:
         yield _conversation(row, text, tokenizer, seq_len, template)
     elif row.answer:
-        found = marked(tokenizer, text, [(row.answer, len(text))])
-        opening = _opening(tokenizer)
-        tokens, loss_mask = opening + found.tokens, [False] * len(opening) + found.loss_mask
+        masked = mask_spans(tokenizer, text, [(row.answer, len(text))])
+        start = _start_tokens(tokenizer)
+        tokens, loss_mask = start + masked.tokens, [False] * len(start) + masked.loss_mask
         yield Sample(tokens[:seq_len], loss_mask[:seq_len])
     else:
-        yield from _pieces(text, tokenizer, seq_len)
+        yield from _cut_text(text, tokenizer, seq_len)
 
 
-def _opening(tokenizer: Any) -> list[int]:
+def _start_tokens(tokenizer: Any) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
-def _pieces(text: str, tokenizer: Any, seq_len: int) -> Iterator[Sample]:
+def _cut_text(text: str, tokenizer: Any, seq_len: int) -> Iterator[Sample]:
     tokens = encode(tokenizer, text)
-    opening = _opening(tokenizer)
+    opening = _start_tokens(tokenizer)
     inside = seq_len - len(opening)
     for start in range(0, len(tokens), inside):
         part = tokens[start : start + inside]
         marks = [False] * len(opening) + [True] * len(part)
-        # Plain text has no question to answer: a quarter of it stands for one.
+        # Plain text has no question: its first quarter serves as the prompt of a regeneration.
         yield Sample(opening + part, marks, given=len(opening) + len(part) // 4)
 
 
 def _conversation(
     row: Row, whole: str, tokenizer: Any, seq_len: int, template: Template | None
 ) -> Sample:
-    found = marked(tokenizer, whole, list(_answers(row, whole, tokenizer, template)))
-    return Sample(
-        found.tokens[:seq_len],
-        found.loss_mask[:seq_len],
-        messages=row.messages,
-    )
+    masked = mask_spans(tokenizer, whole, list(_find_answers(row, whole, tokenizer, template)))
+    return Sample(masked.tokens[:seq_len], masked.loss_mask[:seq_len], messages=row.messages)
 
 
-def conversation(
+def mask_conversation(
     row: Row,
     tokenizer: Any,
     seq_len: int,
@@ -154,13 +151,13 @@ def conversation(
     *,
     ended: bool = True,
 ) -> Sample:
-    """A conversation cut to `seq_len` tokens, its answers taught.
+    """Make the sample of a conversation, cut to `seq_len` tokens, with its answers in the loss.
 
-    Not `ended`: the last answer was cut, so that the template's mark of its end must not follow.
+    `ended` False: the last answer was cut off, so no end-of-turn token may follow it.
 
     Raises:
-        TextError: the template fails; or there is none.
-        UnsupportedError: a slow tokenizer.
+        TextError: the template fails, or the tokenizer has none.
+        UnsupportedError: the tokenizer is slow.
     """
     if ended:
         whole = render(row, tokenizer, template=template)
@@ -168,20 +165,20 @@ def conversation(
     before, last = replace(row, messages=row.messages[:-1]), row.messages[-1]
     asked = render(before, tokenizer, template=template, prompt=True)
     whole = asked + last["content"]
-    spans = [*_answers(before, whole, tokenizer, template), (len(asked), len(whole))]
-    found = marked(tokenizer, whole, spans)
-    return Sample(found.tokens[:seq_len], found.loss_mask[:seq_len], messages=row.messages)
+    spans = [*_find_answers(before, whole, tokenizer, template), (len(asked), len(whole))]
+    masked = mask_spans(tokenizer, whole, spans)
+    return Sample(masked.tokens[:seq_len], masked.loss_mask[:seq_len], messages=row.messages)
 
 
-def marked(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Sample:
-    """A text's tokens; those are taught that lie within one of the spans of characters.
+def mask_spans(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Sample:
+    """Tokenize a text; tokens within one of the spans of characters are in the loss.
 
     Raises:
-        UnsupportedError: a slow tokenizer, which does not tell where its tokens lie.
+        UnsupportedError: the tokenizer is slow and gives no character offsets.
     """
     if not tokenizer.is_fast:
         raise UnsupportedError(
-            "texts are masked by character positions, which this slow tokenizer does not tell",
+            "texts are masked by character offsets, which this slow tokenizer does not give",
             hint="render conversations yourself and name the field of plain text with --field",
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -191,62 +188,64 @@ def marked(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> Sampl
     return Sample(encoded["input_ids"], loss_mask)
 
 
-def _answers(
+def _find_answers(
     row: Row, whole: str, tokenizer: Any, template: Template | None
 ) -> Iterator[tuple[int, int]]:
-    """Where in the rendered conversation the assistant speaks, its end-of-turn mark included.
+    """Yield the spans of the assistant's answers in a rendered conversation, end of turn included.
 
-    An answer that the template writes later otherwise than when it was the last is left out: the
-    model does not answer so. Of one that only loses its thought the rest is there.
+    An answer that the template changes once further turns follow is left out, since the model does
+    not generate it so. If only its reasoning is removed, the rest of the answer is kept.
     """
 
-    def written(messages: Sequence[Message], *, prompt: bool = False) -> str:
+    def render_messages(messages: Sequence[Message], *, prompt: bool = False) -> str:
         some = replace(row, messages=tuple(messages))
         return render(some, tokenizer, template=template, prompt=prompt)
 
-    ways = [_by_prompt, _by_content]
+    finders = [_find_by_prompt, _find_by_content]
     if "add_generation_prompt" not in str(tokenizer.chat_template):
-        ways = [_by_content, _by_prompt]
+        finders = [_find_by_content, _find_by_prompt]
     for turn, message in enumerate(row.messages):
         if message.get("role") != "assistant" or turn == 0:
             continue
-        for way in ways:
+        for find in finders:
             # A template may refuse a conversation that ends here.
             with contextlib.suppress(TextError):
-                span = way(row.messages, turn, whole, written)
+                span = find(row.messages, turn, whole, render_messages)
                 if span is not None:
                     yield span
                     break
 
 
-def _by_prompt(
-    messages: Sequence[Message], turn: int, whole: str, written: Callable[..., str]
+def _find_by_prompt(
+    messages: Sequence[Message], turn: int, whole: str, render_messages: Callable[..., str]
 ) -> tuple[int, int] | None:
-    """The answer as what follows a rendering that asks for it; see `_answers`."""
-    asked, answered = written(messages[:turn], prompt=True), written(messages[: turn + 1])
+    """Find an answer as the text after the generation prompt."""
+    asked = render_messages(messages[:turn], prompt=True)
+    answered = render_messages(messages[: turn + 1])
     if answered.startswith(asked) and whole.startswith(answered):
         return len(asked), len(answered)
     return None
 
 
-def _by_content(
-    messages: Sequence[Message], turn: int, whole: str, written: Callable[..., str]
+def _find_by_content(
+    messages: Sequence[Message], turn: int, whole: str, render_messages: Callable[..., str]
 ) -> tuple[int, int] | None:
-    """The answer as what changes with its content, or with what follows its thought.
+    """Find an answer as the text that changes with its content.
 
-    Prompts of reasoning models open a thought that the answer is later written without.
+    For an answer with reasoning, also as the text that changes with the content after it:
+    templates of reasoning models open the reasoning in the prompt and drop it from later turns.
     """
     content = messages[turn]["content"]
-    thought, mark, said = content.rpartition("</think>")
-    for before, changed in [("", content), (thought + mark, said)][: 2 if mark else 1]:
+    reasoning, mark, reply = content.rpartition("</think>")
+    for before, changed in [("", content), (reasoning + mark, reply)][: 2 if mark else 1]:
         probe = [*messages[:turn], {**messages[turn], "content": before + ANSWER}]
-        start, found, rest = written([*probe, *messages[turn + 1 :]]).partition(ANSWER)
+        start, found, rest = render_messages([*probe, *messages[turn + 1 :]]).partition(ANSWER)
         begin, end = len(start), len(whole) - len(rest)
         if not (found and begin <= end and whole.startswith(start) and whole.endswith(rest)):
             continue
         is_kept = whole[begin:end].strip() == changed.strip()
-        if is_kept or whole.startswith(written(messages[: turn + 1])):
-            closing = written(probe).partition(ANSWER)[2]
+        if is_kept or whole.startswith(render_messages(messages[: turn + 1])):
+            closing = render_messages(probe).partition(ANSWER)[2]
             return begin, end + (len(closing) if rest.startswith(closing) else 0)
     return None
 
@@ -256,9 +255,9 @@ def _has_answer(row: Row) -> bool:
 
 
 def split(samples: Sequence[Sample], *, held_out: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the samples to learn from, and of at most `held_out` to measure on.
+    """Split samples into indices to train on and at most `held_out` indices to evaluate on.
 
-    At least one is held out, and at most a fifth.
+    At least one sample is held out, and at most a fifth.
     """
     order = list(range(len(samples)))
     random.Random(f"{seed}/split").shuffle(order)
@@ -274,22 +273,23 @@ def batches(
     epochs: int,
     seed: int,
 ) -> list[list[int]]:
-    """The samples of every step: all of them once an epoch, padded to at most `batch_tokens`.
+    """Group samples into batches of at most `batch_tokens` tokens, padding included.
 
-    A sample longer than that is a batch of its own. `steps` cuts or repeats; None: whole epochs.
+    A longer sample is a batch by itself. Each epoch has every sample once; with `steps`, epochs are
+    repeated and cut to that number of batches.
     """
     found: list[list[int]] = []
     epoch = 0
     while (epoch < epochs) if steps is None else (len(found) < steps):
-        chance = random.Random(f"{seed}/{epoch}")
+        rng = random.Random(f"{seed}/{epoch}")
         order = list(range(len(samples)))
-        chance.shuffle(order)
+        rng.shuffle(order)
         mean = sum(len(sample.tokens) for sample in samples) / len(samples)
         group = max(1, int(_SORTED_BATCHES * batch_tokens / mean))
         made: list[list[int]] = []
         for start in range(0, len(order), group):
             made += by_length(samples, order[start : start + group], batch_tokens)
-        chance.shuffle(made)
+        rng.shuffle(made)
         found += made
         epoch += 1
     return found[:steps]
@@ -304,47 +304,50 @@ def pack_sequences(
     epochs: int,
     seed: int,
 ) -> list[list[list[int]]]:
-    """As `batches`, but rows of several samples, each row at most `width` tokens: steps of rows."""
+    """Group samples into batches as `batches` does, but with several samples in each row.
+
+    A row has at most `width` tokens. Returns the sample indices by step and row.
+    """
     found: list[list[list[int]]] = []
     num_rows = max(1, batch_tokens // width)
     epoch = 0
     while (epoch < epochs) if steps is None else (len(found) < steps):
-        chance = random.Random(f"{seed}/{epoch}")
+        rng = random.Random(f"{seed}/{epoch}")
         order = list(range(len(samples)))
-        chance.shuffle(order)
+        rng.shuffle(order)
         mean = sum(len(sample.tokens) for sample in samples) / len(samples)
         group = max(1, int(_SORTED_BATCHES * batch_tokens / mean))
         rows: list[list[int]] = []
         for start in range(0, len(order), group):
             rows += _fill(samples, order[start : start + group], width)
-        chance.shuffle(rows)
+        rng.shuffle(rows)
         found += [rows[start : start + num_rows] for start in range(0, len(rows), num_rows)]
         epoch += 1
     return found[:steps]
 
 
 def _fill(samples: Sequence[Sample], chosen: Sequence[int], width: int) -> list[list[int]]:
-    """Rows of the chosen samples: the longest first, each into the first row that has room."""
+    """Pack the chosen samples into rows: longest first, each into the first row with room."""
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(chosen, key=lambda i: -len(samples[i].tokens)):
         length = len(samples[index].tokens)
-        place = next((row for row, left in enumerate(room) if left >= length), len(rows))
-        if place == len(rows):
+        row = next((row for row, left in enumerate(room) if left >= length), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(width)
-        rows[place].append(index)
-        room[place] -= length
+        rows[row].append(index)
+        room[row] -= length
     return rows
 
 
 def by_length(
     samples: Sequence[Sample], chosen: Sequence[int], batch_tokens: int
 ) -> list[list[int]]:
-    """The chosen samples from the shortest to the longest, so many together as may be."""
+    """Group the chosen samples by length into batches as large as `batch_tokens` allows."""
     made: list[list[int]] = [[]]
     for index in sorted(chosen, key=lambda i: len(samples[i].tokens)):
-        # The last one is the longest, and sets the width.
+        # This sample is the longest so far, so its length is the batch's width.
         if made[-1] and (len(made[-1]) + 1) * len(samples[index].tokens) > batch_tokens:
             made.append([])
         made[-1].append(index)
@@ -352,7 +355,7 @@ def by_length(
 
 
 def pad(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Tokens [B, L] and marks [B, L], padded at the right with zeros that are not taught."""
+    """Return tokens [B, L] and loss mask [B, L], padded on the right and masked out there."""
     longest = max(len(sample.tokens) for sample in samples)
     tokens_BL = torch.zeros(len(samples), longest, dtype=torch.long)
     loss_mask_BL = torch.zeros(len(samples), longest, dtype=torch.bool)
@@ -363,9 +366,10 @@ def pad(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
 
 
 def join(rows: Sequence[Sequence[Sample]]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `pad`, for rows of several samples, whose numbers [B, L] come third: -1 is padding.
+    """Concatenate the samples of each row and pad the rows.
 
-    None where every row is one sample.
+    Returns tokens, loss mask and segments [B, L], the index in its row of each token's sample, -1
+    for padding; None instead of segments if every row is one sample.
     """
     joined = [
         Sample(

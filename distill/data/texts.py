@@ -1,4 +1,4 @@
-"""Texts written anew, a group at a time, each kept beside OUT until the run is whole."""
+"""Generated texts, stored group by group next to OUT until the run is complete."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from spectool.checkpoint.tensors import read_tensors
 from spectool.distill.data.samples import Sample
 from spectool.distill.processes import Processes
 
-# Samples that are written anew between two records of it.
+# Number of samples that are generated and then stored together.
 _GROUP = 32
 
 Say = Callable[[str], None]
 T = TypeVar("T")
 
 
-class Written:
-    """Writes texts, or reads those that an earlier run left; see the module docstring.
+class TextWriter:
+    """Generation of texts in groups, which reuses the groups stored by an earlier run.
 
-    A group a process at a time; the first, which has the `writer`, keeps them.
+    Each process generates one group at a time; the first one, which has the `writer`, stores them.
     """
 
     def __init__(self, writer: ArtifactWriter | None, processes: Processes, say: Say) -> None:
@@ -36,14 +36,14 @@ class Written:
         samples: Sequence[Sample],
         write: Callable[[Sequence[Sample], int], list[Sample]],
     ) -> list[Sample]:
-        """The samples written anew by `write(group, number)`."""
-        groups = list(parts(samples, _GROUP))
+        """Generate the samples with `write(group, number)`; `name` starts the shards' names."""
+        groups = list(chunk(samples, _GROUP))
         shards = [f"{name}-{number:05d}.safetensors" for number in range(len(groups))]
         with self.processes.together():
-            found = self._kept(shards)
-        missing = [number for number in range(len(groups)) if number not in found]
-        began = said = time.monotonic()
-        for count, numbers in enumerate(parts(missing, self.processes.size), start=1):
+            finished = self._read_stored(shards)
+        missing = [number for number in range(len(groups)) if number not in finished]
+        began = last_line = time.monotonic()
+        for count, numbers in enumerate(chunk(missing, self.processes.size), start=1):
             made: list[Sample] = []
             with self.processes.together():
                 for number in self.processes.part(numbers):
@@ -51,28 +51,28 @@ class Written:
             gathered = self.processes.gather(as_tensors(made))
             with self.processes.together():
                 for number, tensors in zip(numbers, gathered, strict=False):
-                    found[number] = as_samples(tensors)
+                    finished[number] = as_samples(tensors)
                     if self.writer is not None:
                         self.writer.write_shard(shards[number], tensors, {}, {})
-            if count == 1 or time.monotonic() - said > 60:
-                said = time.monotonic()
-                left = (said - began) / count * (len(missing) / self.processes.size - count)
-                done = min(len(samples), len(found) * _GROUP)
+            if count == 1 or time.monotonic() - last_line > 60:
+                last_line = time.monotonic()
+                left = (last_line - began) / count * (len(missing) / self.processes.size - count)
+                done = min(len(samples), len(finished) * _GROUP)
                 self.say(f"{name} texts written: {done}/{len(samples)}, {max(0, left):.0f} s left")
-        return [sample for number in sorted(found) for sample in found[number]]
+        return [sample for number in sorted(finished) for sample in finished[number]]
 
-    def _kept(self, shards: Sequence[str]) -> dict[int, list[Sample]]:
-        """Groups of an earlier run, by number."""
-        found: dict[int, list[Sample]] = {}
+    def _read_stored(self, shards: Sequence[str]) -> dict[int, list[Sample]]:
+        """Read the groups stored by an earlier run, by number."""
+        stored: dict[int, list[Sample]] = {}
         if self.writer is not None:
             for number, shard in enumerate(shards):
                 if self.writer.report(shard) is not None:
-                    found[number] = as_samples(read_tensors(self.writer.path(shard)))
-        return self.processes.share(found)
+                    stored[number] = as_samples(read_tensors(self.writer.path(shard)))
+        return self.processes.share(stored)
 
 
 def as_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Samples one after the other, without what was given of them."""
+    """Concatenate samples into tensors of tokens, loss mask ("taught") and lengths."""
     return {
         "tokens": torch.tensor([token for s in samples for token in s.tokens], dtype=torch.long),
         "taught": torch.tensor([mark for s in samples for mark in s.loss_mask], dtype=torch.bool),
@@ -81,7 +81,7 @@ def as_tensors(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def as_samples(tensors: Mapping[str, Tensor]) -> list[Sample]:
-    """The samples again."""
+    """Split the tensors of `as_tensors` into samples."""
     lengths = tensors["lengths"].tolist()
     return [
         Sample(tokens.tolist(), loss_mask.tolist())
@@ -93,7 +93,7 @@ def as_samples(tensors: Mapping[str, Tensor]) -> list[Sample]:
     ]
 
 
-def parts(whole: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """The whole in pieces of that size, the last one smaller."""
+def chunk(whole: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Yield slices of `size` elements; the last one may be shorter."""
     for start in range(0, len(whole), size):
         yield whole[start : start + size]

@@ -99,7 +99,7 @@ def test_text_files_and_dtype_come_along(source: Path, tmp_path: Path) -> None:
         ({"hidden": 28}, "hidden_size 28 is smaller than the source's 32"),
         ({"intermediate": 55}, "intermediate_size 55 is smaller"),
         ({"heads": 2}, "num_attention_heads 2 is smaller"),
-        ({"heads": 7}, "7 heads are no multiple of 2"),
+        ({"heads": 7}, "7 heads are not a multiple of 2"),
         ({"heads": 10}, "84 is not a multiple of 10 heads"),
         ({"dtype": "int8"}, "dtype is int8, expected one of float32"),
     ],

@@ -1,4 +1,4 @@
-"""The command line in this process, and small inputs for it."""
+"""Fixtures that run the command line in this process, and small inputs for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spectool.cli import app
 
 @dataclass
 class Done:
-    """What a command printed and how it ended."""
+    """Output and exit code of a command."""
 
     code: int
     out: str
@@ -31,7 +31,7 @@ class Done:
 
 @pytest.fixture
 def spectool() -> Callable[..., Done]:
-    """`spectool("quantize", "rtn", model, out)` as a shell would run it."""
+    """Return `spectool("quantize", "rtn", model, out)`, which runs a command as a shell would."""
 
     def run(*words: object, stdin: str | bytes | None = None) -> Done:
         result = CliRunner().invoke(app, [str(word) for word in words], input=stdin)

@@ -131,10 +131,10 @@ def test_a_damaged_checkpoint(
     assert as_json.json["error"]["exit_code"] == 2
 
 
-def refuses(done: Any, said: str) -> None:
+def refuses(done: Any, message: str) -> None:
     assert done.code == 2, (done.code, done.err)
     errors = [line for line in done.err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and said in errors[0], done.err
+    assert len(errors) == 1 and message in errors[0], done.err
     assert "Traceback" not in done.err
 
 
@@ -151,7 +151,7 @@ def test_no_tokenizer(
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", "is empty"),
         (b"\n \n", "is empty"),
@@ -160,13 +160,13 @@ def test_no_tokenizer(
     ],
 )
 def test_a_text_that_is_none(
-    data: bytes, said: str, spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
+    data: bytes, message: str, spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.txt").write_bytes(data)
     model, bad = checkpoint("llama"), tmp_path / "bad.txt"
-    refuses(spectool("eval", model, "--text", bad), said)
-    refuses(spectool("bench", model, "--prompts", bad), said)
-    refuses(spectool("quantize", "rtn", model, tmp_path / "o", "--calibration", bad), said)
+    refuses(spectool("eval", model, "--text", bad), message)
+    refuses(spectool("bench", model, "--prompts", bad), message)
+    refuses(spectool("quantize", "rtn", model, tmp_path / "o", "--calibration", bad), message)
 
 
 def test_a_text_shorter_than_a_window(
@@ -269,10 +269,10 @@ def test_an_output_matrix_that_is_no_numbers_costs_the_same_line_block_by_block(
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"][7, 3] = torch.nan
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    said = "lm_head.weight: 1 of 10240 weights are NaN or infinite"
-    refuses(spectool("eval", model, "--text", text), said)
-    refuses(spectool("eval", model, "--text", text, "--blockwise"), said)
-    refuses(spectool("quantize", "rtn", model, tmp_path / "out"), said)
+    message = "lm_head.weight: 1 of 10240 weights are NaN or infinite"
+    refuses(spectool("eval", model, "--text", text), message)
+    refuses(spectool("eval", model, "--text", text, "--blockwise"), message)
+    refuses(spectool("quantize", "rtn", model, tmp_path / "out"), message)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -289,26 +289,26 @@ def test_a_model_of_images_is_named_by_every_command(
 ) -> None:
     model = copy(checkpoint("llama"), tmp_path / "model")
     (model / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    said = "clip: transformers has no causal model for it"
-    refuses(spectool("eval", model, "--text", text), said)
-    refuses(spectool("generate", model, "--prompt", "a"), said)
-    refuses(spectool("quantize", "rtn", model, tmp_path / "out"), said)
+    message = "clip: transformers has no causal model for it"
+    refuses(spectool("eval", model, "--text", text), message)
+    refuses(spectool("generate", model, "--prompt", "a"), message)
+    refuses(spectool("quantize", "rtn", model, tmp_path / "out"), message)
 
 
 def test_whole_numbers_in_the_place_of_weights(
     spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path, text: Path
 ) -> None:
-    """As of a checkpoint whose `quantization_config` was lost."""
+    """As in a checkpoint whose `quantization_config` was lost."""
     model = copy(checkpoint("llama"), tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = (50 * tensors[name]).to(torch.int8)
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    said = f"{name} is stored as I8, expected floating-point weights"
-    refuses(spectool("eval", model, "--text", text), said)
-    refuses(spectool("eval", model, "--text", text, "--blockwise"), said)
-    refuses(spectool("generate", model, "--prompt", "a"), said)
-    refuses(spectool("quantize", "int8", model, tmp_path / "out"), said)
+    message = f"{name} is stored as I8, expected floating-point weights"
+    refuses(spectool("eval", model, "--text", text), message)
+    refuses(spectool("eval", model, "--text", text, "--blockwise"), message)
+    refuses(spectool("generate", model, "--prompt", "a"), message)
+    refuses(spectool("quantize", "int8", model, tmp_path / "out"), message)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -329,11 +329,11 @@ def test_eight_bit_floats_without_scales_are_weights(
     assert error_NM.norm() < 0.01 * weight_NM.norm()
 
 
-@pytest.mark.parametrize(("data", "said"), [(b"\xff\xfe", "not UTF-8"), (b"", "no prompt")])
+@pytest.mark.parametrize(("data", "message"), [(b"\xff\xfe", "not UTF-8"), (b"", "no prompt")])
 def test_standard_input_that_is_no_prompt(
-    data: bytes, said: str, spectool: Spectool, checkpoint: Checkpoint
+    data: bytes, message: str, spectool: Spectool, checkpoint: Checkpoint
 ) -> None:
-    refuses(spectool("generate", checkpoint("llama"), stdin=data), said)
+    refuses(spectool("generate", checkpoint("llama"), stdin=data), message)
 
 
 def test_what_nobody_foresaw_is_one_line_and_one_object(
@@ -350,23 +350,23 @@ def test_what_nobody_foresaw_is_one_line_and_one_object(
 
 
 def test_an_adapter_is_named_by_every_command(spectool: Spectool, tmp_path: Path) -> None:
-    said = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
-    place, out = tmp_path / "lora", tmp_path / "out"
-    place.mkdir()
-    (place / "adapter_config.json").write_text(json.dumps(said))
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    path, out = tmp_path / "lora", tmp_path / "out"
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(config))
     text = tmp_path / "text.txt"
     text.write_text("one two three " * 50)
     for words in (
-        ["quantize", "int8", place, out],
-        ["quantize", "auto", place, out, "--bits", "0.3"],
-        ["train-heads", "medusa", place, out, "--data", text],
-        ["tune", place, place, "--prompts", text],
-        ["eval", place],
-        ["bench", place, "--prompts", text],
-        ["generate", place, "--prompt", "a"],
-        ["chat", place],
-        ["inspect", place],
-        ["export", place, out, "--format", "dense"],
+        ["quantize", "int8", path, out],
+        ["quantize", "auto", path, out, "--bits", "0.3"],
+        ["train-heads", "medusa", path, out, "--data", text],
+        ["tune", path, path, "--prompts", text],
+        ["eval", path],
+        ["bench", path, "--prompts", text],
+        ["generate", path, "--prompt", "a"],
+        ["chat", path],
+        ["inspect", path],
+        ["export", path, out, "--format", "dense"],
     ):
         done = spectool(*words)
         assert done.code == 2 and "is a LoRA adapter of org/base" in done.err, (words, done.err)
@@ -376,8 +376,8 @@ def test_an_adapter_is_named_by_every_command(spectool: Spectool, tmp_path: Path
 def test_stored_tensors_without_a_place_are_named(
     spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    place = copy(checkpoint("llama"), tmp_path / "m")
-    tensors = load_file(place / "model.safetensors")
+    path = copy(checkpoint("llama"), tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
     extra = {
         name.replace("layers.1.", "layers.2."): tensor.clone()
         for name, tensor in tensors.items()
@@ -385,18 +385,18 @@ def test_stored_tensors_without_a_place_are_named(
     }
     ignored = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     more = {**extra, **ignored, "mtp.fc.weight": torch.ones(4, 4)}
-    save_file({**tensors, **more}, place / "model.safetensors", {"format": "pt"})
-    layout = read_layout(place)
+    save_file({**tensors, **more}, path / "model.safetensors", {"format": "pt"})
+    layout = read_layout(path)
     wanted = sorted([*extra, "mtp.fc.weight"])
     assert Architecture(layout).unused == wanted == past_the_last_block(layout)
-    line = unused_of(load_model(place), layout)
+    line = unused_of(load_model(path), layout)
     assert line is not None and "10 stored tensors have no place in LlamaForCausalLM" in line
     assert "model.layers.2.* (9), mtp.fc.weight" in line
-    done = spectool("generate", place, "--prompt", "a", "--max-new-tokens", 2, "--draft", "none")
+    done = spectool("generate", path, "--prompt", "a", "--max-new-tokens", 2, "--draft", "none")
     assert done.code == 0 and "model.layers.2.* (9)" in done.err
-    dry = spectool("quantize", "rtn", place, tmp_path / "q", "--dry-run", "--json")
+    dry = spectool("quantize", "rtn", path, tmp_path / "q", "--dry-run", "--json")
     assert dry.json["unused"] == wanted and "model.layers.2.* (9)" in dry.err
-    assert spectool("inspect", place, "--json").json["unused"] == wanted
+    assert spectool("inspect", path, "--json").json["unused"] == wanted
     assert unused_of(load_model(checkpoint("llama")), read_layout(checkpoint("llama"))) is None
 
 
@@ -475,9 +475,9 @@ def test_a_float64_checkpoint(
     how = ["--text", text, "--limit", 400, "--window", 64, "--json"]
     wanted = spectool("eval", checkpoint("llama"), *how).json["perplexity"]["value"]
     assert spectool("quantize", "int8", model, out).code == 0
-    for place, near in ((model, 1e-4), (out, 0.05)):
-        found = spectool("eval", place, *how)
+    for path, near in ((model, 1e-4), (out, 0.05)):
+        found = spectool("eval", path, *how)
         assert found.json["perplexity"]["value"] == pytest.approx(wanted, rel=near)
         assert "float64" in found.err
         words = ["--prompt", "def", "--max-new-tokens", 4, "--draft", "none"]
-        assert spectool("generate", place, *words).code == 0
+        assert spectool("generate", path, *words).code == 0

@@ -1,4 +1,4 @@
-"""`spectool bench`: categories, batch sizes, peers, the picture, and options that are refused."""
+"""`spectool bench`: categories, batch sizes, baselines, the picture, and refused options."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def test_each_batch_size_is_a_run(
     assert people.code == 0 and "batch" in people.out and "of the reference" in people.out
 
 
-@pytest.mark.parametrize("said", ["", "0", "1,,4", "1,x", "-1", "2.5", "1;4"])
+@pytest.mark.parametrize("sizes", ["", "0", "1,,4", "1,x", "-1", "2.5", "1;4"])
 def test_batch_sizes_that_are_none(
-    said: str, spectool: Spectool, checkpoint: Checkpoint, prompts: Path
+    sizes: str, spectool: Spectool, checkpoint: Checkpoint, prompts: Path
 ) -> None:
-    done = spectool("bench", checkpoint("llama"), "--prompts", prompts, f"--batch-size={said}")
-    assert done.code == 2 and f"--batch-size {said}: expected positive numbers" in done.err
+    done = spectool("bench", checkpoint("llama"), "--prompts", prompts, f"--batch-size={sizes}")
+    assert done.code == 2 and f"--batch-size {sizes}: expected positive numbers" in done.err
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def has_matplotlib() -> bool:
 def test_chains_are_first_paths_so_many_tokens_deep(
     spectool: Spectool, checkpoint: Checkpoint, mixed: Path
 ) -> None:
-    """A chain of depth k brings k + 1 tokens a forward at most; more depth never brings less."""
+    """A chain of k tokens yields at most k + 1 tokens per forward, and a longer one never less."""
     words = ["bench", checkpoint("llama"), "--prompts", mixed, "--max-new-tokens", 24]
     words += [
         "--draft",
@@ -138,6 +138,6 @@ def test_chains_are_first_paths_so_many_tokens_deep(
     assert all(1 <= rate <= depth + 1 for depth, rate in enumerate(first["chain"], start=1))
     assert first["chain"][-1] <= first["tokens_per_forward"]
     # A draft model keeps account of the drafts that it made itself.
-    assert "chain" not in second and "no chain of its own" in done.err
+    assert "chain" not in second and "no chains, since" in done.err
     people = spectool(*words)
     assert "chain of 3" in people.out

@@ -1,4 +1,4 @@
-"""`chat` from a pipe in this process, and at a real terminal as a process of its own."""
+"""`chat` from a pipe in this process, and at a real terminal in a process of its own."""
 
 from __future__ import annotations
 
@@ -55,20 +55,22 @@ def test_lines_of_stdin_are_messages(spectool: Spectool, model: Path) -> None:
     words = ["chat", model, "--max-new-tokens", 9, "--system", "be kind"]
     done = spectool(*words, stdin="def make\n\nreturn the\r\n")
     assert done.code == 0, done.err
-    said = spectool(*words, "--json", stdin="def make\n\nreturn the").json
-    assert said["schema_version"] == 2 and said["system"] == "be kind"
-    assert [m["content"] for m in said["messages"][::2]] == ["def make", "return the"]
-    texts = [answer["text"] for answer in said["answers"]]
-    assert texts == [m["content"] for m in said["messages"][1::2]]
+    result = spectool(*words, "--json", stdin="def make\n\nreturn the").json
+    assert result["schema_version"] == 2 and result["system"] == "be kind"
+    assert [m["content"] for m in result["messages"][::2]] == ["def make", "return the"]
+    texts = [answer["text"] for answer in result["answers"]]
+    assert texts == [m["content"] for m in result["messages"][1::2]]
     assert done.out == "".join(text if text.endswith("\n") else text + "\n" for text in texts)
     keys = "new_tokens seconds tokens_per_second forwards tokens_per_forward drafter lossless"
-    assert {*keys.split(), "context", "forgotten_turns", "drafted", "accepted"} <= said.keys()
-    assert said["new_tokens"] == sum(len(answer["token_ids"]) for answer in said["answers"])
+    assert {*keys.split(), "context", "forgotten_turns", "drafted", "accepted"} <= result.keys()
+    assert result["new_tokens"] == sum(len(answer["token_ids"]) for answer in result["answers"])
     assert (
-        said["drafter"] == "trigram+recycle" and said["lossless"] is True and said["context"] == 256
+        result["drafter"] == "trigram+recycle"
+        and result["lossless"] is True
+        and result["context"] == 256
     )
     statuses = [found for line in done.err.splitlines() if (found := STATUS.match(line))]
-    assert [int(found[3]) for found in statuses] == [a["context_used"] for a in said["answers"]]
+    assert [int(found[3]) for found in statuses] == [a["context_used"] for a in result["answers"]]
     assert "-- cut at --max-new-tokens 9" in done.err
 
 
@@ -110,17 +112,17 @@ def test_commands_from_a_pipe(spectool: Spectool, model: Path, tmp_path: Path) -
     ]
     done = spectool(*words, "--json", stdin="\n".join(lines))
     assert done.code == 0, done.err
-    for said in (
+    for text in (
         "/save FILE", "there is no system message", "\nbe kind\n", "saved: 2 turns",
         "tokens    10 in 2 answers", "turns     2\n", "loaded: 2 turns",
     ):  # fmt: skip
-        assert said in done.err, said
+        assert text in done.err, text
     assert [m["content"] for m in done.json["messages"][::2]] == ["def", "/etc"]
     assert json.loads(file.read_text())["messages"] == done.json["messages"]
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("/hlep", "no command is called /hlep; the nearest is /help"),
         ("/edit", "/edit needs a terminal"),
@@ -131,10 +133,10 @@ def test_commands_from_a_pipe(spectool: Spectool, model: Path, tmp_path: Path) -
     ],
 )
 def test_what_a_script_must_not_miss(
-    spectool: Spectool, model: Path, line: str | bytes, said: str
+    spectool: Spectool, model: Path, line: str | bytes, message: str
 ) -> None:
     done = spectool("chat", model, stdin=line)
-    assert done.code == 2 and re.search(said, done.err), done.err
+    assert done.code == 2 and re.search(message, done.err), done.err
     assert len([part for part in done.err.splitlines() if part.startswith("error:")]) == 1
 
 
@@ -172,7 +174,7 @@ def test_control_tokens_in_a_message_are_text(spectool: Spectool, model: Path) -
 
 
 class Terminal:
-    """A terminal: what is typed at it, and what was written on it."""
+    """Terminal that takes keys and records the output."""
 
     def __init__(self, columns: int = 80) -> None:
         self.master, self.slave = os.openpty()
@@ -184,7 +186,7 @@ class Terminal:
         os.write(self.master, keys.encode())
 
     def until(self, pattern: str, seconds: float = 90.0) -> str:
-        """Read until the pattern is there; returns what came up to its end."""
+        """Read until the pattern appears; return the output up to its end."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen, re.S)):
             left = deadline - time.monotonic()
@@ -195,7 +197,7 @@ class Terminal:
         return passed
 
     def run(self, *words: object, **env: str) -> subprocess.Popen[bytes]:
-        """The command as a process that this terminal controls."""
+        """Run the command in a process that this terminal controls."""
         return subprocess.Popen(
             [sys.executable, "-m", "spectool", *map(str, words)],
             stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True,
@@ -212,7 +214,7 @@ def _take_terminal() -> None:
 
 @pytest.fixture
 def terminal() -> Iterator[Terminal]:
-    """A narrow one."""
+    """Open a narrow terminal."""
     opened = Terminal(columns=40)
     yield opened
     os.close(opened.master)
@@ -220,7 +222,7 @@ def terminal() -> Iterator[Terminal]:
 
 
 def endless(checkpoint: Checkpoint, path: Path) -> Path:
-    """A model that talks until somebody stops it."""
+    """Make a model that generates until it is stopped."""
     long = checkpoint("llama", max_position_embeddings=16384, eos_token_id=319)
     model = with_template(long, path, TEMPLATE.replace("</s>", "\n"))
     (model / "generation_config.json").unlink()
@@ -229,7 +231,7 @@ def endless(checkpoint: Checkpoint, path: Path) -> Path:
 
 
 def talk(screen: Terminal, file: Path, stop: Callable[[], None]) -> None:
-    """A session typed by somebody who presses Ctrl-C in every answer."""
+    """A session in which the user presses Ctrl-C in every answer."""
     screen.until(PROMPT)
     # Lines by Alt-Enter, after a backslash, and pasted; Enter sends them as one message.
     screen.type("def\x1b\rmake\\\r\x1b[200~one\rtwo\x1b[201~")
@@ -267,7 +269,7 @@ def talk(screen: Terminal, file: Path, stop: Callable[[], None]) -> None:
 def test_a_session_at_a_terminal(
     terminal: Terminal, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process: another would need seconds to import what it needs."""
+    """Runs in this process: another one would take seconds for its imports."""
     model = endless(checkpoint, tmp_path / "model")
     env = {**ENV, "NO_COLOR": "", "XDG_STATE_HOME": str(tmp_path), "COLUMNS": "40"}
     for name, value in env.items():

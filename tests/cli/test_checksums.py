@@ -1,4 +1,4 @@
-"""`inspect --checksums`, and what commands say of damaged files before they compute anything."""
+"""`inspect --checksums`, and the errors of commands for damaged files before any computation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARD = "packed-00001-of-00003.safetensors"
 
 @pytest.fixture(scope="module")
 def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read-only."""
+    """Make a read-only artifact."""
     out = tmp_path_factory.mktemp("artifact") / "out"
     job = Job(method="rtn", config=resolve("rtn", "quantizer").Config())
     quantize(checkpoint("llama"), out, job)
@@ -40,12 +40,12 @@ def flip(path: Path) -> None:
 
 
 def forget(path: Path, *keys: str) -> None:
-    """Make it what an older spectool wrote; `keys` lead to the checksums."""
+    """Remove the checksums under `keys`, as in files of an older spectool."""
     whole = json.loads(path.read_text())
-    place = whole
+    entry = whole
     for key in keys:
-        place = place[key]
-    del place["checksums"]
+        entry = entry[key]
+    del entry["checksums"]
     path.write_text(json.dumps(whole))
 
 
@@ -54,9 +54,7 @@ def test_inspect_compares_files_if_asked(spectool: Spectool, artifact: Path, cop
     assert right["checked"] and right["sha256"].keys() == {
         path.name for path in artifact.glob("*.safetensors")
     }
-    assert (
-        "checksums: those of 3 files are right" in spectool("inspect", artifact, "--checksums").out
-    )
+    assert "checksums: 3 files verified" in spectool("inspect", artifact, "--checksums").out
     flip(copied / SHARD)
     # Headers alone are read otherwise.
     cheap = spectool("inspect", copied, "--json")
@@ -130,7 +128,7 @@ def test_heads_are_compared_as_well(
     )
     assert done.code == 0, done.err
     words = ("generate", source, "--draft", heads, "--prompt", "def", "--max-new-tokens", 2)
-    assert spectool("inspect", heads, "--checksums").out.endswith("those of 1 file are right\n")
+    assert spectool("inspect", heads, "--checksums").out.endswith("checksums: 1 file verified\n")
     assert spectool(*words).code == 0
     flip(heads / HEADS_FILE)
     assert spectool("inspect", heads).code == 0

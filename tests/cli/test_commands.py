@@ -1,4 +1,4 @@
-"""Each command end to end: what it prints for people and for programs, and its exit codes."""
+"""Each command end to end: its text and JSON output, and its exit codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 from safetensors import safe_open
 
 from spectool.cli import app
-from spectool.cli.common import _chosen
+from spectool.cli.common import _resolve_device
 from spectool.machine import reproducible
 
 Spectool = Callable[..., Any]
@@ -31,7 +31,7 @@ def packed(spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path) -> Path:
 
 
 def stored_bits(path: Path) -> tuple[float, float]:
-    """Bits per weight of packed linears, and of all files, counted with safetensors itself."""
+    """Count bits per weight of quantized linears, and of all files, with safetensors itself."""
     fields = weights = parameters = 0
     for file in path.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -42,8 +42,8 @@ def stored_bits(path: Path) -> tuple[float, float]:
                 else:
                     parameters += tensor.numel()
     config = json.loads((path / "config.json").read_text())
-    for said in config["quantization_config"]["modules"].values():
-        weights += math.prod(said["shape"])
+    for entry in config["quantization_config"]["modules"].values():
+        weights += math.prod(entry["shape"])
     file_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return 8 * fields / weights, 8 * file_bytes / (weights + parameters)
 
@@ -75,9 +75,9 @@ def test_quantize_and_inspect_say_what_the_files_hold(
 def test_a_device_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     context: Any = SimpleNamespace(resilient_parsing=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert _chosen(context, "auto") == "cuda" and _chosen(context, "cpu") == "cpu"
+    assert _resolve_device(context, "auto") == "cuda" and _resolve_device(context, "cpu") == "cpu"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert _chosen(context, "auto") == "cpu"
+    assert _resolve_device(context, "auto") == "cpu"
 
 
 def test_sums_in_one_order_only_while_it_is_asked_for() -> None:
@@ -99,8 +99,8 @@ def test_the_command_that_inspect_prints_makes_the_same_bytes(
     done = spectool("quantize", "rtn", model, first, *options, *calibration)
     assert done.code == 0, done.err
     words = spectool("inspect", first, "--json").json["command"].split()
-    places = {"MODEL": model, "OUT": second, "TEXT": text}
-    done = spectool(*[places.get(word, word) for word in words[1:]])
+    paths = {"MODEL": model, "OUT": second, "TEXT": text}
+    done = spectool(*[paths.get(word, word) for word in words[1:]])
     assert done.code == 0, done.err
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir())
@@ -122,11 +122,11 @@ def test_dry_run_writes_nothing_and_foretells_the_bits(
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "unsaid"),
+    ("words", "present", "absent"),
     [
         (["rtn"], [], "calibrated"),
         (["gptq"], ["the built-in text, at most 128 sequences of 256 tokens",
-                    "the model's context; --seq-len 2048 is cut", "--calibration FILE of text"],
+                    "the model's context; --seq-len 2048 is cut", "--calibration FILE with text"],
          "more of"),
         (["gptq", "--seq-len", 64, "--samples", 3],
          ["at most 3 sequences of 64 tokens", "--calibration FILE"], "is cut"),
@@ -141,15 +141,15 @@ def test_the_plan_says_what_is_calibrated_on(
     text: Path,
     tmp_path: Path,
     words: list[Any],
-    said: list[str],
-    unsaid: str,
+    present: list[str],
+    absent: str,
 ) -> None:
     method, *rest = (text if word == "TEXT" else word for word in words)
     done = spectool("quantize", method, checkpoint("llama"), tmp_path / "out", *rest, "--dry-run")
     assert done.code == 0, done.err
-    for line in said:
+    for line in present:
         assert line in done.err
-    assert unsaid not in done.err
+    assert absent not in done.err
 
 
 def test_a_text_that_holds_fewer_sequences_says_so(
@@ -318,7 +318,7 @@ def test_a_model_in_the_methods_place_gets_a_hint(
     spectool: Spectool, checkpoint: Checkpoint
 ) -> None:
     done = spectool("quantize", checkpoint("llama"), "out")
-    assert done.code == 2 and "the method comes first" in done.err
+    assert done.code == 2 and "give the method first" in done.err
     assert "did you mean rtn" in spectool("quantize", "rnt", "m", "o").err
 
 
@@ -338,7 +338,7 @@ def commands() -> list[tuple[str, Any]]:
 def test_every_option_says_what_it_is(name: str, command: Any) -> None:
     assert command.help
     for parameter in command.params:
-        assert parameter.help and parameter.help.endswith("."), f"{name} {parameter.name}"
+        assert parameter.help and not parameter.help.endswith("."), f"{name} {parameter.name}"
 
 
 def test_help_lists_commands_in_the_order_of_the_pipeline(spectool: Spectool) -> None:
@@ -348,8 +348,8 @@ def test_help_lists_commands_in_the_order_of_the_pipeline(spectool: Spectool) ->
         "Run", "generate", "chat", "export", "Look", "inspect", "list", "doctor", "demo",
     )  # fmt: skip
     # Titles stand behind a line, commands behind the frame.
-    places = [shown.index(f"{'─' if word.istitle() else '│'} {word} ") for word in words]
-    assert places == sorted(places)
+    order = [shown.index(f"{'─' if word.istitle() else '│'} {word} ") for word in words]
+    assert order == sorted(order)
     root: Any = typer.main.get_command(app)
     assert set(root.list_commands(None)) == set(root.commands)
 
@@ -372,8 +372,8 @@ def test_every_shared_option_stands_in_one_panel(verb: str, spectool: Spectool) 
     # The method's own options come first; `--help` is among the last.
     shown = spectool(verb, name, "--help").out
     titles = [f"Options of {name}", *found.panels]
-    places = [shown.index(f"─ {title} ─") for title in titles]
-    assert places == sorted(places) and shown.index("--help") > places[-1]
+    order = [shown.index(f"─ {title} ─") for title in titles]
+    assert order == sorted(order) and shown.index("--help") > order[-1]
     assert "─ Options ─" not in shown
 
 

@@ -1,4 +1,4 @@
-"""The demo: its texts, and (slow) the whole of it as a user runs it."""
+"""The demo: its texts, and (slow) a whole run as a user starts it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 
 from spectool.cli import QUANTIZE, app
 from spectool.cli.demo import _next_commands, _write_texts
-from spectool.examples.stdlib import documents
+from spectool.examples.stdlib import read_documents
 
 from .conftest import Done
 
@@ -24,22 +24,22 @@ def test_nothing_that_is_measured_on_is_learnt_from(tmp_path: Path) -> None:
     texts = _write_texts(tmp_path)
     train = [json.loads(line) for line in Path(texts["train"]).read_text().splitlines()]
     assert {"text", "messages"} == {key for row in train for key in row}
-    unseen = {document.text for document in documents() if document.held_out}
-    taught = "".join(row.get("text", "") for row in train)
+    held_out = {document.text for document in read_documents() if document.held_out}
+    trained_on = "".join(row.get("text", "") for row in train)
     prompts = [
         json.loads(line)["prompt"] for line in Path(texts["prompts"]).read_text().splitlines()
     ]
     assert len(prompts) == 8 and texts["sample"] == prompts[0]
-    assert all(any(prompt.strip() in text for text in unseen) for prompt in prompts)
-    assert not any(prompt in taught for prompt in prompts)
-    assert Path(texts["held-out"]).read_text()[:200] in "".join(sorted(unseen))
+    assert all(any(prompt.strip() in text for text in held_out) for prompt in prompts)
+    assert not any(prompt in trained_on for prompt in prompts)
+    assert Path(texts["held-out"]).read_text()[:200] in "".join(sorted(held_out))
 
 
 def test_what_no_demo_made_is_left_alone(spectool: Callable[..., Done], tmp_path: Path) -> None:
     mine = tmp_path / "train.jsonl"
     mine.write_text("mine")
-    for place in (tmp_path, mine):
-        done = spectool("demo", place)
+    for out in (tmp_path, mine):
+        done = spectool("demo", out)
         assert done.code == 2 and "no demo made it" in done.err
     assert mine.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 

@@ -1,4 +1,4 @@
-"""`export`: the servers' lines that it ends with, and what it refuses."""
+"""`export`: the commands to serve the result, and refused input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`spectool inspect`: bits that equal the files, whatever the record of their making says."""
+"""`spectool inspect`: bits that match the files, even if their record is damaged."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_printed_command_makes_it_again(
 ) -> None:
     words = shlex.split(spectool("inspect", artifact, "--json").json["command"])
     assert words[0] == "spectool"
-    places = {"MODEL": checkpoint("llama"), "OUT": tmp_path / "again"}
-    assert spectool(*(places.get(word, word) for word in words[1:])).code == 0
+    paths = {"MODEL": checkpoint("llama"), "OUT": tmp_path / "again"}
+    assert spectool(*(paths.get(word, word) for word in words[1:])).code == 0
     for path in artifact.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -73,20 +73,20 @@ def test_dense_and_foreign_checkpoints(
 
 def _without(*keys: str) -> Change:
     def remove(config: dict[str, Any]) -> None:
-        place = config["quantization_config"]
+        entry = config["quantization_config"]
         for key in keys[:-1]:
-            place = place[key]
-        del place[keys[-1]]
+            entry = entry[key]
+        del entry[keys[-1]]
 
     return remove
 
 
 def _with(*keys: str, value: Any) -> Change:
     def write(config: dict[str, Any]) -> None:
-        place = config["quantization_config"]
+        entry = config["quantization_config"]
         for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
+            entry = entry[key]
+        entry[keys[-1]] = value
 
     return write
 
@@ -128,7 +128,7 @@ NAME = "model.layers.1.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
-    ("by", "said"),
+    ("by", "message"),
     [
         (_with("format_version", value=3), "has format 3"),
         (_without("modules", NAME, "shape"), f"the entry of {NAME} is"),
@@ -140,10 +140,10 @@ NAME = "model.layers.1.mlp.up_proj"
     ],
 )
 def test_damaged_record_is_one_line_for_every_command(
-    spectool: Spectool, artifact: Path, by: Change, said: str
+    spectool: Spectool, artifact: Path, by: Change, message: str
 ) -> None:
     change(artifact, by)
     for words in (("inspect", artifact), ("generate", artifact, "--prompt", "a")):
         done = spectool(*words)
         errors = [line for line in done.err.splitlines() if line.startswith("error:")]
-        assert done.code == 2 and len(errors) == 1 and said in errors[0], done.err
+        assert done.code == 2 and len(errors) == 1 and message in errors[0], done.err

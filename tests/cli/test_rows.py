@@ -1,4 +1,4 @@
-"""Rows of data on the command line: what was read is told, and turns end as templates say."""
+"""Rows of data on the command line: the report of what was read, and the ends of turns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def talkative(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
-    """`talkative(end)`: a checkpoint whose template ends a turn with that token."""
+    """Return `talkative(end)`, a checkpoint whose template ends a turn with that token."""
 
     def make(end: str) -> Path:
         path = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
@@ -41,7 +41,7 @@ def talkative(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[str]
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """A list of answered conversations that have an id."""
+    """Write a list of answered conversations with ids."""
     path = tmp_path / "rows.json"
     talk = [{"from": "human", "value": "def add"}, {"from": "gpt", "value": "return a + b\n" * 9}]
     path.write_text(json.dumps([{"id": f"QWJh_{n}", "conversations": talk} for n in range(3)]))

@@ -1,4 +1,4 @@
-"""`train-heads` end to end: its result, `inspect` of it, and every kind of bad input."""
+"""`train-heads` end to end: its result, `inspect` of the heads, and bad input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_result_and_what_inspect_says_of_it(
     words = seen["command"].split()
     people = spectool("inspect", out)
     assert people.code == 0 and "medusa heads" in people.out
-    assert "where those before it were right: " in people.out
+    assert "given that earlier heads were right: " in people.out
 
     words = [{"MODEL": source, "OUT": tmp_path / "second", "DATA": text}.get(w, w) for w in words]
     assert spectool(*words[1:]).code == 0
@@ -85,10 +85,10 @@ def test_inspect_says_all_that_was_asked(
     )
     done = spectool("train-heads", "medusa", source, out, "--data", text, *QUICK, *asked)
     assert done.code == 0, done.err
-    assert f"plan: features kept in {tmp_path / 'kept'}" in done.err
+    assert f"plan: features stored in {tmp_path / 'kept'}" in done.err
     found = spectool("inspect", out, "--json").json
-    for said in ("--sequence-packing", "--autocast bfloat16", "--features offline:FEATURES"):
-        assert said in found["command"]
+    for option in ("--sequence-packing", "--autocast bfloat16", "--features offline:FEATURES"):
+        assert option in found["command"]
     training = found["training"] | {
         "processes": 2, "optimizer": "adamw8bit", "regenerate": True, "regenerate_model": "tiny",
     }  # fmt: skip
@@ -168,6 +168,6 @@ def test_damaged_heads_are_one_line(spectool: Spectool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", methods.trained())
 def test_every_method_has_a_command(spectool: Spectool, name: str) -> None:
-    """No option of a method has the name of one of the training's own."""
+    """No option of a method has the name of a shared option of the training."""
     done = spectool("train-heads", name, "--help")
     assert done.code == 0 and "--learning-rate" in done.out

@@ -1,4 +1,4 @@
-"""`tune`: what it finds stands in the heads, and is taken where nothing else is said."""
+"""`tune`: the options are stored with the heads, and used as defaults."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spectool.examples.stdlib import LEFT_OUT, Document, conversations, documents
+from spectool.examples.stdlib import EXCLUDED, Document, make_conversations, read_documents
 
 SOURCE = '''\
 """A module."""
@@ -24,20 +24,20 @@ class Box:
 
 
 def test_documents_are_ordered_whole_and_partly_held_out() -> None:
-    found = list(documents())
+    found = list(read_documents())
     names = [document.name for document in found]
     assert names == sorted(set(names)) and len(names) > 200
-    assert not any(set(name.split("/")) & LEFT_OUT for name in names)
+    assert not any(set(name.split("/")) & EXCLUDED for name in names)
     held_out = [document for document in found if document.held_out]
     share = sum(len(d.text) for d in held_out) / sum(len(d.text) for d in found)
     assert 0.01 < share < 0.15
-    assert {d.name: d.held_out for d in documents()} == {d.name: d.held_out for d in found}
+    assert {d.name: d.held_out for d in read_documents()} == {d.name: d.held_out for d in found}
 
 
 def test_questions_are_answered_by_docstrings_and_code() -> None:
     asked = {
         talk[0]["content"]: talk[1]["content"]
-        for talk in conversations(Document("pkg/box.py", SOURCE, False))
+        for talk in make_conversations(Document("pkg/box.py", SOURCE, False))
     }
     assert asked == {
         "What does Box in pkg.box do?": "Holds one thing.",
@@ -49,4 +49,4 @@ def test_questions_are_answered_by_docstrings_and_code() -> None:
 
 
 def test_sources_of_other_languages_ask_nothing() -> None:
-    assert list(conversations(Document("old.py", "print 'python 2'", False))) == []
+    assert list(make_conversations(Document("old.py", "print 'python 2'", False))) == []

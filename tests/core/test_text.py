@@ -19,7 +19,7 @@ from spectool.data import text
 from spectool.data.template import encode, render, template_arguments
 from spectool.data.text import Reading, builtin_text, read_prompts, read_rows, read_text
 from spectool.errors import MissingExtra, TextError
-from spectool.examples.stdlib import documents
+from spectool.examples.stdlib import read_documents
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -439,7 +439,7 @@ def test_the_built_in_text() -> None:
 @pytest.mark.slow
 def test_the_built_in_text_holds_no_held_out_code() -> None:
     lines = set(builtin_text().splitlines())
-    for document in documents():
+    for document in read_documents():
         if document.held_out:
             long = [line for line in document.text.splitlines() if len(line) > 60]
             assert len(lines.intersection(long)) <= 0.1 * len(long) + 3, document.name

@@ -1,4 +1,4 @@
-"""Whole trainings of tiny heads in this process, and what they left."""
+"""Fixtures that train tiny heads in this process, and read what the training wrote."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def train(data: str, tmp_path: Path) -> Train:
-    """`train(checkpoint, "out", steps=…, options={…}, **where)`"""
+    """Return `train(checkpoint, "out", steps=..., options={...}, **where)`."""
 
     def run(
         source: Path,
@@ -66,16 +66,16 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 class Losses(dict[str, list[float]]):
-    """The losses of all steps, by the name of a training."""
+    """Losses of all steps, by the name of a training."""
 
     def watch(self, name: str) -> dict[str, Any]:
-        """What a training takes to be heard."""
+        """Return the keyword arguments that record the losses of a training."""
         heard = self.setdefault(name, [])
         return {"watch": lambda step, steps, metrics, evaluation: heard.append(metrics["loss"])}
 
 
 def storing_always(original: Any) -> Any:
-    """A training's `__init__` that stores the state after every step."""
+    """Return an `__init__` of Training that stores the state after every step."""
     return lambda self, **given: original(
         self, **{**given, "save_seconds": -1, "save_share": math.inf}
     )

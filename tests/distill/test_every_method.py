@@ -79,7 +79,7 @@ def train(tmp_path: Path) -> Train:
 def test_what_is_written_drafts_and_changes_nothing(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str, family: str
 ) -> None:
-    """Read back, the heads are those that were stored; and equal seeds give equal bytes."""
+    """Heads read back equal those that were stored, and equal seeds give equal bytes."""
     dtype = torch.bfloat16 if family == "llama" else torch.float32
     source = checkpoint(family, dtype=dtype)
     report = train(name, source)
@@ -104,17 +104,19 @@ def test_what_is_written_drafts_and_changes_nothing(
 
 @pytest.fixture(scope="module")
 def gemma3n(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with several hidden states between its layers, which have a width each."""
-    place = tmp_path_factory.mktemp("gemma3n")
+    """Make a model with several hidden states between its layers, each with its own width."""
+    path = tmp_path_factory.mktemp("gemma3n")
+    # Some random models end their texts too early to be evaluated on.
+    torch.manual_seed(3)
     config = transformers.Gemma3nTextConfig(
         vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
         vocab_size_per_layer_input=320, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
         altup_num_inputs=2, laurel_rank=4, activation_sparsity_pattern=None,
     )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(place)
-    tokenizer().save_pretrained(place)
-    return place
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
 
 
 @pytest.mark.parametrize("name", ["eagle3", "clover", "hidden-transfer"])
@@ -138,7 +140,7 @@ def test_layers_of_several_widths_do_not_keep_heads_of_the_last_states_from_trai
 def test_a_model_with_a_packed_embedding_and_head_is_taught(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str, family: str
 ) -> None:
-    """Heads of the packed model, and heads of the original on it."""
+    """Heads of the quantized model, and heads of the original, run on the quantized model."""
     source, packed = checkpoint(family), tmp_path / "packed"
     choice = Choice.from_text("rtn:group_size=16")
     job = quantizing.Job(method="rtn", config=choice.config, embeddings=choice)
@@ -156,7 +158,7 @@ def test_a_model_with_a_packed_embedding_and_head_is_taught(
 def test_where_the_output_matrix_is_learnt(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
-    """It has a bias, which the original's has not: their heads serve both all the same."""
+    """The fitted lm_head has a bias and the original has none; heads of each serve both."""
     source, packed = checkpoint("llama"), tmp_path / "packed"
     choice, text = Choice.from_text("rtn:group_size=16"), str(tmp_path / "text.txt")
     head = Choice.from_text("vq:codes=16,epochs=2")
@@ -183,7 +185,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    """Dropout and chosen places among what has to come again."""
+    """Dropout and chosen positions are among what must be drawn again."""
     source = checkpoint("llama")
     train(name, source, "whole", steps=5)
     original = Training.__init__
@@ -221,7 +223,7 @@ RATES = {"eagle3": 6e-3, "ppd": 2e-2, "clover": 1e-3}
 def test_a_short_training_pays_and_changes_nothing(
     train: Train, shared: Path, tmp_path: Path, name: str, model: str
 ) -> None:
-    """On a real checkpoint: better than no training, by estimate and by decoding."""
+    """On a real checkpoint training helps, by the estimate and by decoding."""
     source = shared / "models" / model
     data = tmp_path / "stories.jsonl"
     with gzip.open(shared / "data/text/tinystories_train.jsonl.gz", "rt") as file:

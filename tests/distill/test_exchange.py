@@ -1,4 +1,4 @@
-"""Heads in servers' formats: what is written computes the same, and comes back as it was."""
+"""Heads exported to formats of servers compute the same, and are read back unchanged."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Make = Callable[..., tuple[Path, Path, Path]]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders with heads and what they are exported to, by how they were made."""
+    """Directories of heads and of their exports, by how they were made."""
     kept: dict[str, Path] = defaultdict(lambda: tmp_path_factory.mktemp("made") / "kept")
     return kept
 
 
 @pytest.fixture
 def make(train: Train, checkpoint: Checkpoint, tmp_path: Path, made: dict[str, Path]) -> Make:
-    """`make(family, method, format, options)`: checkpoint, heads and what they are exported to.
+    """Return `make(family, method, format, options)`: checkpoint, heads and their export.
 
     The latter two are copies that a test may change.
     """
@@ -70,12 +70,12 @@ def equal(one: Path, other: Path) -> bool:
     )
 
 
-def said(path: Path) -> Any:
+def read_config(path: Path) -> Any:
     return json.loads((path / "config.json").read_text())
 
 
 def edit(path: Path, **changes: Any) -> None:
-    (path / "config.json").write_text(json.dumps({**said(path), **changes}))
+    (path / "config.json").write_text(json.dumps({**read_config(path), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_medusa_as_its_server_computes_it(
     make: Make, train: Train, options: dict[str, Any]
 ) -> None:
     source, heads, served = make("llama", "medusa", "vllm-medusa", options)
-    config, tensors = said(served), load_file(served / "model.safetensors")
+    config, tensors = read_config(served), load_file(served / "model.safetensors")
     assert config["model_type"] == "medusa" and config["medusa_fc_bias"] is True
     runner = Runner(source, draft=str(heads), dtype=torch.float32)
     own: Any = runner.drafter._heads.requires_grad_(False)  # type: ignore[attr-defined]
@@ -125,9 +125,9 @@ def test_medusa_as_its_server_computes_it(
 def test_eagle3_comes_back(
     make: Make, train: Train, family: str, name: str, options: dict[str, Any]
 ) -> None:
-    """The layer's names and meaning are those of the authors' code; that is not run here."""
+    """The layer has the names and meaning of the authors' code, which is not run here."""
     source, heads, served = make(family, "eagle3", name, options)
-    config, tensors = said(served), load_file(served / "model.safetensors")
+    config, tensors = read_config(served), load_file(served / "model.safetensors")
     layer = "midlayer." if name == "eagle3" else "layers.0."
     own = load_file(heads / "heads.safetensors")
     assert set(tensors) == {
@@ -162,7 +162,7 @@ def test_eagle3_comes_back(
 
 
 def test_eagle3_of_others(make: Make, train: Train) -> None:
-    """Guessed tokens in any order, SGLang's count of layers, a biased or a foreign head."""
+    """Draft tokens in any order, SGLang's numbering of layers, a biased or foreign lm_head."""
     source, heads, served = make("llama", "eagle3", "eagle3", {"draft_vocab": 30})
     file = served / "model.safetensors"
     tensors = load_file(file)
@@ -170,7 +170,7 @@ def test_eagle3_of_others(make: Make, train: Train) -> None:
     ids = (torch.arange(30) + tensors["d2t"])[order]
     shuffled = {"d2t": ids - torch.arange(30), "lm_head.weight": tensors["lm_head.weight"][order]}
     save_file({**tensors, **shuffled}, file)
-    config = said(served)
+    config = read_config(served)
     del config["eagle_aux_hidden_state_layer_ids"]
     (served / "config.json").write_text(json.dumps(config))
     assert equal(back(train, source, served, "eagle3", ttt_steps=2), heads)
@@ -238,7 +238,7 @@ def test_ids_that_cannot_be_are_refused(
 def test_an_embedding_in_half_precision_is_the_targets(
     train: Train, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """Scaled in bfloat16 when it was written, in float32 where the training runs."""
+    """The norm is scaled in bfloat16 when written, and in float32 during training."""
     source = checkpoint("gemma3", dtype=torch.bfloat16)
     train(source, "heads", method="eagle3", steps=0)
     convert.export(tmp_path / "heads", str(source), tmp_path / "served", "speculators")
@@ -293,29 +293,27 @@ def test_what_a_format_cannot_hold(
 
 
 def test_training_goes_on_from_heads(train: Train, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """On a packed target as on the dense one: what was learnt is what it begins with."""
+    """A training starts from the trained weights, on a quantized target as on the dense one."""
     source = checkpoint("llama")
     first = train(source, "first", method="hydra", steps=30)
-    place = str(tmp_path / "first")
-    again = train(source, "again", method="hydra", steps=0, init_from=place)
+    path = str(tmp_path / "first")
+    again = train(source, "again", method="hydra", steps=0, init_from=path)
     assert equal(tmp_path / "first", tmp_path / "again")
     assert again.initial["score"] == pytest.approx(first.tokens_per_forward)
     assert again.record.training["init_from"].startswith("sha256:")
     assert first.record.training["init_from"] is None
-    more = train(source, "more", method="hydra", steps=30, init_from=place)
+    more = train(source, "more", method="hydra", steps=30, init_from=path)
     assert more.tokens_per_forward >= first.tokens_per_forward
     assert not equal(tmp_path / "first", tmp_path / "more")
     with pytest.raises(UsageError, match=r"guess 320 tokens"):
-        train(
-            source, "other", method="hydra", options={"draft_vocab": 30}, steps=0, init_from=place
-        )
+        train(source, "other", method="hydra", options={"draft_vocab": 30}, steps=0, init_from=path)
     record = tmp_path / "first" / "spectool_heads.json"
     record.write_text(record.read_text().replace('"tokenizer": "sha256:', '"tokenizer": "sha256:0'))
     with pytest.raises(CheckpointError, match="another tokenizer"):
-        train(source, "other", method="hydra", steps=0, init_from=place)
+        train(source, "other", method="hydra", steps=0, init_from=path)
     record.write_text(record.read_text().replace('"sha256:0', '"sha256:'))
     with pytest.raises(SpectoolError, match="is absent, expected"):
-        train(source, "other", method="hydra", options={"num_heads": 5}, steps=0, init_from=place)
+        train(source, "other", method="hydra", options={"num_heads": 5}, steps=0, init_from=path)
     assert not list(tmp_path.glob("other*"))
 
 
@@ -328,7 +326,7 @@ def test_formats_hold_what_the_table_says(tmp_path: Path) -> None:
 def test_heads_of_a_learnt_output_matrix(
     train: Train, checkpoint: Checkpoint, data: str, tmp_path: Path
 ) -> None:
-    """Its bias is in medusa's own matrices, which the format cannot hold; eagle3's have none."""
+    """medusa's matrices then have a bias, which the format cannot hold; eagle3's have none."""
     source, packed = checkpoint("llama", num_hidden_layers=4), tmp_path / "packed"
     job = Job(
         method="rtn",

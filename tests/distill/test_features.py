@@ -1,4 +1,4 @@
-"""Features that are stored: the same heads come of them, and nobody else's are taken."""
+"""Stored features give the same heads, and stores of other data are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill import plan, training_data
 from spectool.distill.data import features as room
-from spectool.distill.data.features import Read, store
+from spectool.distill.data.features import OnlineTexts, store
 from spectool.distill.data.samples import Sample
 from spectool.distill.processes import ALONE
 from spectool.distill.trainer import HeadTrainer
@@ -30,9 +30,9 @@ from .conftest import Losses, Train, contents
 
 @pytest.fixture
 def texts() -> list[Sample]:
-    chance = random.Random(0)
+    rng = random.Random(0)
     lengths = (42, 17, 123, 16, 60)
-    return [Sample([chance.randrange(300) for _ in range(n)], [True] * n) for n in lengths]
+    return [Sample([rng.randrange(300) for _ in range(n)], [True] * n) for n in lengths]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,7 +56,7 @@ def test_a_lesson_of_stored_features_is_that_of_read_ones(
     assert [sample.tokens for sample in stored.samples] == [sample.tokens for sample in texts]
     chosen = [4, 0, 3]
     read, found = (
-        each.batch([[i] for i in chosen]) for each in (Read(target, needs, texts), stored)
+        each.batch([[i] for i in chosen]) for each in (OnlineTexts(target, needs, texts), stored)
     )
     assert torch.equal(read.tokens_BL, found.tokens_BL)
     assert torch.equal(read.loss_mask_BL, found.loss_mask_BL)
@@ -92,19 +92,19 @@ def test_all_kinds_of_features_make_the_same_heads(
     method: str,
     family: str,
 ) -> None:
-    """In float32, to the bit; from a whole store without the target's layers, but for clover."""
+    """Equal to the bit in float32; except for clover, a finished store loads no target layers."""
     source, losses = checkpoint(family), Losses()
     asked = {"method": method, "steps": None, "epochs": 2, "learning_rate": 1e-3}
-    place = tmp_path / "features"
-    for kind in ("online", "hybrid", f"offline:{place}"):
+    store_path = tmp_path / "features"
+    for kind in ("online", "hybrid", f"offline:{store_path}"):
         train(source, kind[:6], features=kind, where=losses.watch(kind[:6]), **asked)
         if kind == "hybrid":
             assert not list(tmp_path.glob("*partial*"))
-    assert (place / room.FEATURES).is_file()
+    assert (store_path / room.FEATURES).is_file()
     if not resolve(method, "drafter").Heads.begins_as_layers:
         monkeypatch.setattr(training_data, "load_model", None)
-    before = contents(place)
-    train(source, "again", features=f"offline:{place}", where=losses.watch("again"), **asked)
+    before = contents(store_path)
+    train(source, "again", features=f"offline:{store_path}", where=losses.watch("again"), **asked)
     assert losses["online"] == losses["hybrid"] == losses["offlin"] == losses["again"]
     heads = [
         (tmp_path / out / "heads.safetensors").read_bytes()
@@ -112,7 +112,7 @@ def test_all_kinds_of_features_make_the_same_heads(
     ]
     assert heads == heads[:1] * 4
     assert contents(tmp_path / "again") == contents(tmp_path / "offlin")
-    assert contents(place) == before
+    assert contents(store_path) == before
     text = (tmp_path / "again" / "spectool_heads.json").read_text()
     assert json.loads(text)["training"]["features"] == "offline" and str(tmp_path) not in text
 
@@ -120,7 +120,7 @@ def test_all_kinds_of_features_make_the_same_heads(
 def test_one_store_serves_other_heads_and_options(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """What the target wrote anew is in it as well."""
+    """The store contains the regenerated texts as well."""
     source = checkpoint("gpt2")
     asked = {"features": f"offline:{tmp_path / 'features'}", "regenerate": True}
     train(source, "one", **asked)
@@ -159,7 +159,7 @@ def test_a_store_that_was_interrupted_goes_on(
     source = checkpoint("llama")
     monkeypatch.setattr(room, "_SHARD_BYTES", 30_000)
     train(source, "whole", features=f"offline:{tmp_path / 'whole-features'}")
-    read, done = room._read, [0]
+    read, done = room._compute_features, [0]
 
     def stopping(*arguments: Any) -> Any:
         if done[0] == stop:
@@ -168,12 +168,12 @@ def test_a_store_that_was_interrupted_goes_on(
         return read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_read", stopping)
+        patch.setattr(room, "_compute_features", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(source, features=f"offline:{tmp_path / 'features'}")
     assert not (tmp_path / "features").exists()
     done[0] = -1000
-    monkeypatch.setattr(room, "_read", stopping)
+    monkeypatch.setattr(room, "_compute_features", stopping)
     train(source, features=f"offline:{tmp_path / 'features'}")
     whole = contents(tmp_path / "whole-features")
     assert len(whole) > 4 and done[0] + 1000 == len(whole) - 1 - stop
@@ -195,7 +195,7 @@ def test_a_training_with_stored_features_that_was_stopped_goes_on(
         with pytest.raises(KeyboardInterrupt):
             train(source, features="hybrid")
     assert list((tmp_path / "out.partial").glob("features-own-*"))
-    monkeypatch.setattr(room, "_read", None)
+    monkeypatch.setattr(room, "_compute_features", None)
     train(source, features="hybrid")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -203,18 +203,18 @@ def test_a_training_with_stored_features_that_was_stopped_goes_on(
 def test_other_targets_texts_and_features_are_refused(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, place = checkpoint("llama"), tmp_path / "features"
-    asked = {"features": f"offline:{place}"}
+    source, store_path = checkpoint("llama"), tmp_path / "features"
+    asked = {"features": f"offline:{store_path}"}
     train(source, **asked)
     other = tmp_path / "other.txt"
     other.write_text("something else entirely, and long enough to be more than one text\n" * 30)
-    for change, said in (
+    for change, message in (
         ({"data": [str(other)]}, "made with another data "),
         ({"seed": 1}, r"made with another seed \(0, now 1\)"),
         ({"regenerate": True}, "made with another regenerate"),
         ({"where": {"dtype": torch.bfloat16}}, "made with another dtype"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             train(source, "new", **asked, **change)
     with pytest.raises(UsageError, match="made with another target"):
         train(checkpoint("llama", seed=1), "new", **asked)
@@ -230,8 +230,8 @@ def test_other_targets_texts_and_features_are_refused(
 def test_too_little_text_leaves_neither_store_nor_heads(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_data.DataPreparation, "_write", lambda *arguments: [])
-    with pytest.raises(TextError, match="wrote too little of its own to learn on"):
+    monkeypatch.setattr(training_data.DataPreparation, "_regenerate", lambda *arguments: [])
+    with pytest.raises(TextError, match="generated too little text to train on"):
         train(checkpoint("llama"), regenerate=True, features=f"offline:{tmp_path / 'features'}")
     assert not any(tmp_path.iterdir())
 
@@ -240,7 +240,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "free")(1000)
-    monkeypatch.setattr(plan, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(plan, "disk_usage", lambda store_path: usage)
     for kind in ("hybrid", f"offline:{tmp_path / 'features'}"):
         with pytest.raises(UnsupportedError, match=r"features take .* GB, and 0\.0 GB are free"):
             train(checkpoint("llama"), features=kind)
@@ -251,6 +251,6 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 def test_methods_inside_the_targets_pass_store_no_features(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
-    with pytest.raises(UsageError, match=f"{method} passes rows of its own"):
+    with pytest.raises(UsageError, match=f"{method} passes extra rows"):
         train(checkpoint("llama"), method=method, features="hybrid")
     assert not any(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The lines of a training, and what a run that goes on makes of those that are there."""
+"""Metrics of a training, and how a resumed run treats the lines that exist."""
 
 from __future__ import annotations
 

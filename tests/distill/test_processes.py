@@ -1,4 +1,4 @@
-"""Several processes on one step: the sums are one process's, and one speaks for all."""
+"""Several processes on one step: the sums equal those of one process, and one process prints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectool.distill.processes import ALONE, Processes, joined
+from spectool.distill.processes import ALONE, Processes, connect
 from spectool.errors import TextError, UsageError
 
 from .conftest import Train, contents
@@ -30,7 +30,7 @@ main()
 
 
 def torchrun(script: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """Two processes of it."""
+    """Run the script in two processes."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -52,7 +52,7 @@ def script(tmp_path: Path) -> Path:
 def test_two_processes_train_as_one(
     train: Train, checkpoint: Callable[..., Path], data: str, tmp_path: Path, script: Path
 ) -> None:
-    """Also where a step has one text, which leaves one of them without."""
+    """Also where a step has a single text, so that one process has none."""
     source, lines = checkpoint("llama"), tmp_path / "one.jsonl"
     asked = {"steps": 12, "batch_tokens": 140, "regenerate": True, "learning_rate": 1e-3}
     train(source, "one", where={"metrics": lines}, temperature=0.0, features="hybrid", **asked)
@@ -90,7 +90,7 @@ def test_one_process_has_nobody_to_ask() -> None:
     assert ALONE.device(torch.device("cuda:1")) == torch.device("cuda:1")
     with pytest.raises(TextError, match="nothing"), ALONE.together():
         raise TextError("nothing")
-    with joined("cpu") as found:
+    with connect("cpu") as found:
         assert found is ALONE
 
 
@@ -104,13 +104,13 @@ def test_a_device_cannot_be_shared() -> None:
         pair.device(torch.device("cuda"))
 
 
-# What each of two processes sees, said to the test.
-TOLD = """
+# Each of two processes reports the errors that it sees to the test.
+ERRORS = """
 import json, sys, torch
-from spectool.distill.processes import joined
+from spectool.distill.processes import connect
 from spectool.errors import SpectoolError, TextError
 
-with joined("cpu") as processes:
+with connect("cpu") as processes:
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     parameters[0].grad = torch.full((2,), 1.0 + processes.rank)
     if not processes.first:
@@ -141,7 +141,7 @@ def test_what_two_processes_tell_each_other() -> None:
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", TOLD],
+            [sys.executable, "-c", ERRORS],
             env={
                 **os.environ,
                 **common,
@@ -168,7 +168,7 @@ def test_what_two_processes_tell_each_other() -> None:
 def test_two_processes_stop_and_go_on(
     checkpoint: Callable[..., Path], data: str, tmp_path: Path, script: Path
 ) -> None:
-    """Both read the state that the first one stored; the bytes are those of an undisturbed pair."""
+    """Both read the state that the first one stored; the bytes equal those without interruption."""
     script.write_text(
         "import sys, spectool.training as t\n"
         "t.Training.__init__.__kwdefaults__['save_seconds'] = -1\n"
@@ -196,15 +196,15 @@ def test_what_is_wrong_is_said_once(
 ) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "stray").touch()
-    for words, said in (
+    for words, message in (
         (("--data", tmp_path / "absent.txt"), "absent.txt: no such file"),
         (("--data", data, "--steps", 2, "--seq-len", 64, "--learning-rate", 1e30), "diverged"),
         (("--data", data, "--steps", 2, "--seq-len", 64), "holds stray, which no spectool run"),
     ):
         done = torchrun(
             script, "train-heads", "medusa", checkpoint("llama"),
-            tmp_path / ("out" if "stray" in said else "other"), *words,
+            tmp_path / ("out" if "stray" in message else "other"), *words,
         )  # fmt: skip
         assert done.returncode != 0
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and said in lines[0], done.stderr
+        assert len(lines) == 1 and message in lines[0], done.stderr

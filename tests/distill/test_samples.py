@@ -1,4 +1,4 @@
-"""What is taught of a conversation and of a text, and how samples become batches."""
+"""Loss masks of conversations and texts, and the batches of samples."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_an_answer_that_the_template_rewrites_is_not_taught(talk: str) -> None:
 
 @pytest.mark.parametrize("template", [THINKING, HYBRID, PLAIN, STRICT])
 def test_answers_are_found_however_the_template_asks_for_them(talk: str, template: str) -> None:
-    """From where the answer begins to its end of turn, also where prompts open a thought."""
+    """From the answer's first token to its end of turn, also where prompts open the reasoning."""
     (sample, _) = read_samples([talk], chatty(template), seq_len=1000)
     answers = [m["content"] for m in (TALK[2], TALK[4])]
     if template in (THINKING, STRICT):
@@ -107,7 +107,7 @@ def test_answers_are_found_however_the_template_asks_for_them(talk: str, templat
 
 
 def test_an_answer_that_loses_its_thought_is_taught_without_it(tmp_path: Path) -> None:
-    """In earlier turns; the last one is written with it."""
+    """The template drops the reasoning of earlier turns and keeps that of the last."""
     template = FORGETFUL.replace("')'", "'</think>'").replace(
         "[assistant]{%-", "[assistant]<think>{%-"
     )
@@ -116,15 +116,16 @@ def test_an_answer_that_loses_its_thought_is_taught_without_it(tmp_path: Path) -
     path = tmp_path / "talk.jsonl"
     path.write_text((json.dumps({"messages": rows}) + "\n") * 2)
     (sample, _) = read_samples([str(path)], chatty(template), seq_len=1000)
-    said = [m["content"] for m in (rows[2], rows[4])]
-    earlier, last = said[0].split("</think>")[-1], said[1].removeprefix("<think>")
+    answers = [m["content"] for m in (rows[2], rows[4])]
+    earlier, last = answers[0].split("</think>")[-1], answers[1].removeprefix("<think>")
     assert taught_text(sample) == f"{earlier}</s>\n{last}</s>\n"
 
 
 def test_a_template_that_hides_answers_is_named(talk: str) -> None:
-    """Not the data."""
+    """The error names the template, not the data."""
     shouting = THINKING.replace("| trim", "| upper | reverse")
-    with pytest.raises(TextError, match=r"talk.jsonl:1: the chat template writes") as caught:
+    message = r"talk.jsonl:1: the assistant.s answer cannot be located"
+    with pytest.raises(TextError, match=message) as caught:
         read_samples([talk], chatty(shouting), seq_len=1000)
     assert caught.value.hint is not None
     assert "--template-arg" in caught.value.hint and "--field" in caught.value.hint
@@ -142,14 +143,14 @@ def test_of_a_text_with_its_answer_the_answer_is_taught(tmp_path: Path) -> None:
         {"instruction": "Add these two", "input": "a and b", "output": "The sum is a + b. " * 4},
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    told: list[Reading] = []
-    samples = read_samples([str(path)], chatty(None), seq_len=200, on_read=told.append)
+    readings: list[Reading] = []
+    samples = read_samples([str(path)], chatty(None), seq_len=200, on_read=readings.append)
     assert [taught_text(sample) for sample in samples] == [
         rows[0]["completion"],
         "\n" + rows[1]["output"],
     ]
     assert all(sample.tokens[0] == 0 and not sample.loss_mask[0] for sample in samples)
-    assert told[0].num_rows == 2
+    assert readings[0].num_rows == 2
     # With a template an instruction is a turn; a text that goes on is none.
     samples = read_samples([str(path)], chatty(), seq_len=200)
     assert taught_text(samples[0]) == rows[0]["completion"]
@@ -176,7 +177,7 @@ def test_conversations_are_cut_at_the_end(talk: str) -> None:
 def test_without_an_answer_there_is_nothing_to_learn(tmp_path: Path) -> None:
     path = tmp_path / "asked.jsonl"
     path.write_text((json.dumps({"messages": TALK[:2]}) + "\n") * 5)
-    with pytest.raises(TextError, match=r"asked.jsonl: 0 samples with something to learn"):
+    with pytest.raises(TextError, match=r"asked.jsonl: 0 samples with tokens in the loss"):
         read_samples([str(path)], chatty(), seq_len=100)
 
 
@@ -205,8 +206,8 @@ def test_conversations_need_a_template(talk: str) -> None:
 
 def test_split_keeps_a_fifth_at_most_and_overlaps_nowhere() -> None:
     samples = [Sample([i] * 20, [True] * 20) for i in range(50)]
-    own, unseen = split(samples, held_out=32, seed=1)
-    assert sorted(own + unseen) == list(range(50)) and len(unseen) == 10
+    train, held_out = split(samples, held_out=32, seed=1)
+    assert sorted(train + held_out) == list(range(50)) and len(held_out) == 10
     assert split(samples, held_out=3, seed=1)[1] != split(samples, held_out=3, seed=2)[1]
     assert len(split(samples[:2], held_out=9, seed=0)[1]) == 1
 

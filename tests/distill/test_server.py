@@ -1,4 +1,4 @@
-"""Answers by a server: a stub that speaks the protocol, in a thread of this process."""
+"""Answers by a server: a stub with the protocol runs in a thread of this process."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ..conftest import tokenizer
 from .conftest import Train, contents
 from .test_samples import TALK, chatty, taught_text
 
-SAID = "It gives back what it was given, and raises nothing on the way there"
+REPLY = "It gives back what it was given, and raises nothing on the way there"
 
 
 @dataclass
 class Stub:
-    """What was asked of it, and what it answers: failures first, in order, then `said`."""
+    """Stub server: it records requests, and answers with its failures in order, then `reply`."""
 
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     failures: list[tuple[int, str]] = field(default_factory=list)
     models: list[str] = field(default_factory=lambda: ["tiny"])
-    said: Callable[[dict[str, Any]], tuple[str, str]] = lambda body: (SAID, "stop")
+    reply: Callable[[dict[str, Any]], tuple[str, str]] = lambda body: (REPLY, "stop")
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> tuple[int, str]:
@@ -48,7 +48,7 @@ class Stub:
                 return self.failures.pop(0)
         if path == "/v1/models":
             return 200, json.dumps({"data": [{"id": name} for name in self.models]})
-        text, reason = self.said(body)
+        text, reason = self.reply(body)
         shape = {"message": {"role": "assistant", "content": text}} if "chat" in path else {
             "text": text
         }  # fmt: skip
@@ -100,8 +100,8 @@ def test_the_shape_of_what_is_asked(stub: Stub, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(room.KEY, "secret")
     server = Server(stub.url + "/")
     assert server.model == "tiny"
-    assert server.chat(TALK[:2], **HOW) == Answer(SAID, True)
-    assert server.complete("def f(", **HOW, template={"thoughts": False}) == Answer(SAID, True)
+    assert server.chat(TALK[:2], **HOW) == Answer(REPLY, True)
+    assert server.complete("def f(", **HOW, template={"thoughts": False}) == Answer(REPLY, True)
     models, chat, text = stub.asked
     assert models == {"path": "/v1/models"}
     assert chat == {
@@ -125,7 +125,7 @@ def test_a_busy_server_is_asked_again_and_later(stub: Stub, status: int) -> None
     stub.failures = [(status, "busy")] * 3
     waits: list[float] = []
     server = Server(stub.url, "tiny", sleep=waits.append)
-    assert server.complete("x", **HOW).text == SAID
+    assert server.complete("x", **HOW).text == REPLY
     assert waits == [0.5, 1.0, 2.0] and len(stub.asked) == 4
     stub.failures = [(status, '{"error": {"message": "out of\\n memory"}}')] * 9
     with pytest.raises(SpectoolError, match=rf"completions: {status} .*: out of memory, 5 times"):
@@ -134,7 +134,7 @@ def test_a_busy_server_is_asked_again_and_later(stub: Stub, status: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "error", "said"),
+    ("status", "body", "error", "message"),
     [
         (404, '{"error": {"message": "no model tiny"}}', InputError, "404 Not Found: no model"),
         (401, "{}", InputError, "401 Unauthorized"),
@@ -146,10 +146,10 @@ def test_a_busy_server_is_asked_again_and_later(stub: Stub, status: int) -> None
     ],
 )
 def test_what_cannot_be_helped_is_one_line(
-    stub: Stub, status: int, body: str, error: type[SpectoolError], said: str
+    stub: Stub, status: int, body: str, error: type[SpectoolError], message: str
 ) -> None:
     stub.failures = [(status, body)]
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(error, match=message) as caught:
         Server(stub.url, "tiny").complete("x", **HOW)
     assert "\n" not in str(caught.value) and len(stub.asked) == 1
     assert (caught.value.hint == "its key is read from OPENAI_API_KEY") == (status == 401)
@@ -172,13 +172,13 @@ def test_several_models_must_be_named(stub: Stub, models: list[str]) -> None:
 
 
 def test_answers_follow_the_answers_that_were_written(stub: Stub, talk: str) -> None:
-    """The messages go as they are: the template is the server's business."""
-    stub.said = lambda body: (f"{SAID}: {len(body['messages'])}", "stop")
+    """Messages are sent unchanged: the server applies its template."""
+    stub.reply = lambda body: (f"{REPLY}: {len(body['messages'])}", "stop")
     samples = read_samples([talk], chatty(), seq_len=1000)[:1]
     (made,) = rewrite(
         Server(stub.url, "tiny"), samples, chatty(), seq_len=1000, temperature=0.0, seed="0/0"
     )
-    first, second = ({"role": "assistant", "content": f"{SAID}: {n}"} for n in (2, 4))
+    first, second = ({"role": "assistant", "content": f"{REPLY}: {n}"} for n in (2, 4))
     assert [each["messages"] for each in stub.asked] == [
         TALK[:2], [*TALK[:2], first, TALK[3]],
     ]  # fmt: skip
@@ -194,14 +194,14 @@ def test_answers_follow_the_answers_that_were_written(stub: Stub, talk: str) -> 
 
 
 def test_an_answer_that_was_cut_has_no_end(stub: Stub, talk: str) -> None:
-    stub.said = lambda body: (SAID, "length")
+    stub.reply = lambda body: (REPLY, "length")
     samples = read_samples([talk], chatty(), seq_len=1000)[:2]
     made = rewrite(
         Server(stub.url, "tiny"), samples, chatty(), seq_len=1000, temperature=0.0, seed="0/0"
     )
     assert len(stub.asked) == len(made) == 2
-    assert taught_text(made[0]) == SAID
-    assert tokenizer().decode(made[0].tokens).endswith("[assistant]" + SAID)
+    assert taught_text(made[0]) == REPLY
+    assert tokenizer().decode(made[0].tokens).endswith("[assistant]" + REPLY)
 
 
 def test_plain_text_goes_on_after_what_is_given(stub: Stub) -> None:
@@ -209,7 +209,7 @@ def test_plain_text_goes_on_after_what_is_given(stub: Stub) -> None:
     text = "def f(x):\n    return x\n" * 9
     tokens = [0, *encode(known, text)]
     sample = Sample(tokens, [False] + [True] * (len(tokens) - 1), given=20)
-    stub.said = lambda body: ("    return a value\n\ndef g(y, z):\n    return y", "stop")
+    stub.reply = lambda body: ("    return a value\n\ndef g(y, z):\n    return y", "stop")
     server = Server(stub.url, "tiny")
     how = {"temperature": 0.8, "seed": "0/0", "template": {"thoughts": False}}
     (made,) = rewrite(server, [sample], known, seq_len=70, **how)
@@ -218,11 +218,11 @@ def test_plain_text_goes_on_after_what_is_given(stub: Stub) -> None:
     assert asked["prompt"] == prompt and text.startswith(prompt)
     assert asked["max_tokens"] == 50 and "chat_template_kwargs" not in asked
     assert made.tokens[0] == 0 and made.tokens[-1] == known.eos_token_id
-    assert known.decode(made.tokens[1:-1]) == prompt + stub.said({})[0]
-    assert taught_text(made) == stub.said({})[0] + "</s>"
+    assert known.decode(made.tokens[1:-1]) == prompt + stub.reply({})[0]
+    assert taught_text(made) == stub.reply({})[0] + "</s>"
     (cut,) = rewrite(server, [sample], known, seq_len=40, **how)
     assert cut.tokens == made.tokens[:40]
-    stub.said = lambda body: ("too short", "length")
+    stub.reply = lambda body: ("too short", "length")
     assert rewrite(server, [sample], known, seq_len=70, **how) == []
 
 
@@ -235,7 +235,7 @@ def test_a_training_on_a_servers_words(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Groups that were written before a stop are not asked for again; the record names no place."""
+    """Groups generated before a stop are not requested again; the record holds no address."""
     monkeypatch.setattr(texts, "_GROUP", 8)
     monkeypatch.setattr(room, "_FIRST_WAIT", 0.0)
     # The stub drops connections below, and says so to stderr.
@@ -252,11 +252,11 @@ def test_a_training_on_a_servers_words(
     def dropping(body: dict[str, Any]) -> tuple[str, str]:
         if len(stub.asked) > 10:
             raise ConnectionError
-        return SAID, "stop"
+        return REPLY, "stop"
 
     with monkeypatch.context() as patch:
         stub.asked.clear()
-        patch.setattr(stub, "said", dropping)
+        patch.setattr(stub, "reply", dropping)
         with pytest.raises(SpectoolError, match="5 times"):
             train(source, **asked)
     stub.asked.clear()
@@ -269,15 +269,15 @@ def test_a_training_on_a_servers_words(
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ({"regenerate_url": "localhost:8000"}, "expected http://HOST:PORT/v1"),
         ({"regenerate_url": "file:///etc"}, "expected http://HOST:PORT/v1"),
-        ({"regenerate_model": "x"}, "--regenerate-model is of the server"),
+        ({"regenerate_model": "x"}, "--regenerate-model: only with --regenerate-url"),
     ],
 )
 def test_wrong_places_are_one_line(
-    train: Train, checkpoint: Callable[..., Path], asked: dict[str, str], said: str
+    train: Train, checkpoint: Callable[..., Path], asked: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         train(checkpoint("llama"), **asked)

@@ -1,4 +1,4 @@
-"""A whole training: what is written, that it is the same every time, and what is refused."""
+"""A whole training: its files, equal bytes every time, and refused input."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_is_written_is_whole_and_drafts(
 def test_training_beats_no_training(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A random target's text teaches little; slow tests ask more of a real one."""
+    """Text of a random target is hard to learn; slow tests require more on a real one."""
     source = checkpoint("llama")
     trained = train(source, steps=60, regenerate=True, temperature=0.0)
     untrained = train(source, "untrained", steps=0)
@@ -154,7 +154,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     stop: int,
 ) -> None:
-    """Stopped at the n-th shard that it writes: texts of the target, states, the heads."""
+    """The run stops at the n-th shard that it writes: generated texts, states, the heads."""
     source = checkpoint("llama")
     monkeypatch.setattr(texts, "_GROUP", 8)
     written = _count(monkeypatch, training_data, "regenerate")
@@ -175,7 +175,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
             train(source, regenerate=True)
     assert not (tmp_path / "out").exists()
     shards = json.loads((tmp_path / "out.partial.json").read_text())["shards"]
-    states = [said["report"]["step"] for name, said in shards.items() if "state" in name]
+    states = [entry["report"]["step"] for name, entry in shards.items() if "state" in name]
     written_texts = [name for name in shards if "state" not in name]
     assert len(shards) == min(stop, len(written_texts) + 2)
 
@@ -189,7 +189,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
 
 def _count(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
-    """How often a function is called from now on."""
+    """Count the calls of a function from now on."""
     original, calls = getattr(owner, name), [0]
 
     def counting(*arguments: Any, **given: Any) -> Any:
@@ -306,8 +306,8 @@ def test_a_target_that_repeats_itself_is_refused_before_its_texts_are_written(
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     model.save_pretrained(source)
     tokenizer().save_pretrained(source)
-    monkeypatch.setattr(training_data.DataPreparation, "_write", None)
-    with pytest.raises(TextError, match=r"to measure on: each .* repeats itself within 16 tokens"):
+    monkeypatch.setattr(training_data.DataPreparation, "_regenerate", None)
+    with pytest.raises(TextError, match=r"to evaluate on: each .* repeats itself within 16 tokens"):
         train(source, regenerate=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -316,7 +316,7 @@ def test_held_out_text_without_a_place_for_all_heads(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training_data, "_HELD_OUT_TOKENS", 16)
-    with pytest.raises(TextError, match="wrote too little of its own to measure on"):
+    with pytest.raises(TextError, match="generated too little text to evaluate on"):
         train(checkpoint("llama"), options={"num_heads": 16})
     assert not any(tmp_path.iterdir())
 
@@ -330,7 +330,7 @@ def test_a_loss_that_diverges_is_one_line(train: Train, checkpoint: Callable[...
 def test_heads_computed_in_bfloat16_learn_as_in_float32(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
-    """Their weights are float32 all along: steps too small for bfloat16 are not lost."""
+    """The heads' weights stay float32, so that steps too small for bfloat16 are not lost."""
     source, losses = checkpoint("llama"), Losses()
     for out, autocast in (("plain", None), ("one", "bfloat16"), ("two", "bfloat16")):
         asked = {"autocast": autocast, "learning_rate": 1e-4}
@@ -381,7 +381,7 @@ def test_heads_that_cannot_tell_texts_apart_refuse_packed_rows(
 ) -> None:
     monkeypatch.setattr("spectool.decode.drafters.medusa.MedusaHeads.supports_packing", False)
     with pytest.raises(
-        UsageError, match="--sequence-packing: medusa heads learn from rows of one text only"
+        UsageError, match="--sequence-packing: medusa heads support only one text per sequence"
     ):
         train(checkpoint("llama"), sequence_packing=True)
     assert not any(tmp_path.iterdir())
@@ -389,7 +389,7 @@ def test_heads_that_cannot_tell_texts_apart_refuse_packed_rows(
 
 @pytest.mark.slow
 def test_kill_at_random_moments(checkpoint: Callable[..., Path], data: str, tmp_path: Path) -> None:
-    """SIGKILL, eight times, then to the end: the bytes of an undisturbed run."""
+    """After eight SIGKILLs the finished run has the bytes of an uninterrupted one."""
     source = checkpoint("llama")
 
     def start(out: str) -> subprocess.Popen[bytes]:
@@ -405,11 +405,11 @@ def test_kill_at_random_moments(checkpoint: Callable[..., Path], data: str, tmp_
     began = time.monotonic()
     assert start("whole").wait() == 0
     length = time.monotonic() - began
-    chance = random.Random(0)
+    rng = random.Random(0)
     killed = 0
     for _ in range(8):
         process = start("out")
-        time.sleep(chance.uniform(0.25, 0.5) * length)
+        time.sleep(rng.uniform(0.25, 0.5) * length)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         if (tmp_path / "out").exists():

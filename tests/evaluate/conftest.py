@@ -1,4 +1,4 @@
-"""A toy model whose laws are a table, for checks against the definitions."""
+"""A toy model whose distributions are a table, for checks against the definitions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spectool.evaluate.windows import Batch
 
 
 class TableLogProbs:
-    """The law of the next token depends on the last one only. `size` tokens."""
+    """Model of `size` tokens whose next-token distribution depends on the last token only."""
 
     size = 7
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import spectool
 from spectool.decode.generate import Runner
 from spectool.errors import UsageError
-from spectool.evaluate.bench import bench, broken_promises, loop_start
+from spectool.evaluate.bench import bench, list_mismatches, loop_start
 
 Tiny = Callable[..., PreTrainedModel]
 PROMPTS = [[5, 6, 7, 5, 6], [9, 10, 11], [20, 21], [5, 6, 7, 8]]
@@ -46,7 +46,7 @@ def test_drafters_are_compared_in_order_on_the_same_limits(
         assert row["lossless"]
     assert 0 < result["kept_share"] <= 1
     assert result["categories"] == result["baselines"] == []
-    assert broken_promises(result) == []
+    assert list_mismatches(result) == []
 
 
 def test_answers_end_where_their_own_ends_are(tiny: Tiny) -> None:
@@ -68,7 +68,7 @@ def rows_of(part: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     result = bench(
         Runner(tiny("llama")),
         PROMPTS,
@@ -76,7 +76,7 @@ def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
         categories=["qa", None, "qa", "rag"],
         max_new_tokens=12,
         with_baselines=True,
-        say=said.append,
+        say=lines.append,
     )
     parts = result["categories"]
     assert [part["category"] for part in parts] == ["qa", "other", "rag"]
@@ -90,8 +90,8 @@ def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
         assert whole["identical"] == (None if at == 0 else 4)
         plain = result["baseline"]["tokens_per_second"]
         assert whole["speedup"] == pytest.approx(whole["tokens_per_second"] / plain)
-    # What came of each category is said.
-    order = [line.rpartition(":")[0] for line in said if line.startswith(("qa, ", "rag, "))]
+    # What came of each category is lines.
+    order = [line.rpartition(":")[0] for line in lines if line.startswith(("qa, ", "rag, "))]
     names = ["none", "ngram:nodes=4", "recycle", *(row["name"] for row in result["baselines"])]
     assert order == [f"{category}, {name}" for category in ("qa", "rag") for name in names]
 
@@ -118,32 +118,32 @@ def test_time_is_split_and_compared_with_peers(tiny: Tiny) -> None:
     assert "draft_share" not in plain
 
 
-def test_peers_run_at_batch_size_1_only(tiny: Tiny) -> None:
-    said: list[str] = []
+def test_baselines_run_at_batch_size_1_only(tiny: Tiny) -> None:
+    lines: list[str] = []
     runner = Runner(tiny("llama"))
     options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 2, "with_baselines": True}
-    result = bench(runner, PROMPTS, ["ngram"], **options, say=said.append)
+    result = bench(runner, PROMPTS, ["ngram"], **options, say=lines.append)
     assert result["baselines"] == [] and "speedup_over_transformers" not in result["drafters"][0]
-    assert sum("one prompt at a time" in line for line in said) == 1
+    assert sum("one prompt at a time" in line for line in lines) == 1
     assert result["batch_size"] == 2 and result["drafters"][0]["identical"] == 4
 
 
 def test_a_broken_promise_is_named_in_float32_only() -> None:
     row = {"name": "bad", "lossless": True, "identical": 1, "prompts": 2}
-    assert broken_promises({"dtype": "float32", "drafters": [row]}) == ["bad"]
-    assert broken_promises({"dtype": "bfloat16", "drafters": [row]}) == []
-    assert broken_promises({"dtype": "float32", "drafters": [{**row, "lossless": False}]}) == []
+    assert list_mismatches({"dtype": "float32", "drafters": [row]}) == ["bad"]
+    assert list_mismatches({"dtype": "bfloat16", "drafters": [row]}) == []
+    assert list_mismatches({"dtype": "float32", "drafters": [{**row, "lossless": False}]}) == []
 
 
 def test_prompts_that_do_not_fit_are_left_out_and_counted(tiny: Tiny) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     runner = Runner(tiny("llama"), context=20)
     # With 16 new tokens, 4 of the prompt fit; with the 15 asked for, 5.
     for most, left_out in ((30, 1), (15, 0)):
-        result = bench(runner, PROMPTS, ["ngram"], max_new_tokens=most, say=said.append)
+        result = bench(runner, PROMPTS, ["ngram"], max_new_tokens=most, say=lines.append)
         assert result["prompts_left_out"] == left_out
         assert result["drafters"][0]["identical"] == result["prompts"] == 4 - left_out
-    (line,) = [line for line in said if "left out" in line]
+    (line,) = [line for line in lines if "left out" in line]
     assert "1 of 4" in line and "context of 20" in line
     with pytest.raises(UsageError, match=r"no prompt fits in the context of 20 .* has 21"):
         bench(runner, [list(range(2, 23))], [])

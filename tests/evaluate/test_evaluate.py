@@ -39,8 +39,8 @@ def test_reference_by_checkpoint_and_by_file_agree(
     )
     read = evaluate(str(packed), Request(reference=str(file)))
     assert live["reference"]["perplexity"] == pytest.approx(dense["perplexity"]["value"])
-    for figure in ("perplexity_ratio", "kl", "top1_agreement"):
-        assert read[figure] == pytest.approx(live[figure], rel=1e-5)
+    for metric in ("perplexity_ratio", "kl", "top1_agreement"):
+        assert read[metric] == pytest.approx(live[metric], rel=1e-5)
     assert live["kl"] > 0 and not live["kl_is_lower_bound"]
     assert len(live["layers"]) == 14
     assert all(0 < layer["error"] < 0.02 for layer in live["layers"])
@@ -59,12 +59,12 @@ def test_what_does_not_fit_together_is_refused(
     with pytest.raises(UsageError, match="context is 256"):
         evaluate(path, Request(texts=[text], window=512))
     other = checkpoint("llama", vocab_size=352)
-    with pytest.raises(UsageError, match="another size"):
+    with pytest.raises(UsageError, match="vocabulary size differs"):
         evaluate(path, Request(texts=[text], window=32, reference=str(other)))
     file = tmp_path / "reference"
     evaluate(path, Request(texts=[text], window=32, save_reference=file))
     for given in ({"texts": [text]}, {"window": 16}, {"bos": True}, {"limit": 9}):
-        with pytest.raises(UsageError, match="brings its own tokens"):
+        with pytest.raises(UsageError, match="contains the tokens"):
             evaluate(path, Request(reference=str(file), **given))
     short = checkpoint("llama", max_position_embeddings=16)
     with pytest.raises(UsageError, match="windows of 32 tokens"):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from spectool.errors import UsageError
-from spectool.evaluate.gates import metrics, parse_gates
+from spectool.evaluate.gates import list_metrics, parse_gates
 
 RESULT = {
     "perplexity": {"value": 4.0, "tokens": 100, "bos": True},
@@ -44,9 +44,14 @@ def test_an_expression_of_another_form_is_refused(expression: str) -> None:
 
 
 def test_an_unknown_figure_is_refused_before_anything_runs() -> None:
-    with pytest.raises(UsageError, match="no figure speed"):
+    with pytest.raises(UsageError, match="no metric speed"):
         parse_gates(["speed>=1"], KNOWN)
 
 
 def test_figures_are_the_numbers_only() -> None:
-    assert metrics(RESULT) == ["perplexity.value", "perplexity.tokens", "perplexity_ratio", "kl"]
+    assert list_metrics(RESULT) == [
+        "perplexity.value",
+        "perplexity.tokens",
+        "perplexity_ratio",
+        "kl",
+    ]

@@ -381,12 +381,12 @@ def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_pat
     runner = CliRunner()
     command = ["quantize", "rtn", str(source), str(out), "--bits", "2", "--group-size", "0"]
     plain = runner.invoke(app, [*command, "--dry-run"])
-    assert "--embeddings int8 packs them too" in plain.stderr
+    assert "--embeddings int8 quantizes them too" in plain.stderr
     more = [*command, "--rules", str(path), "--embeddings", "int8"]
     done = runner.invoke(app, more)
     assert done.exit_code == 0, done.stderr
     assert "on 12, rtn (bits=8, group_size=128, symmetric=False) on 2 of 14 linears" in done.stderr
-    assert "int8 on lm_head" in done.stderr and "packs them too" not in done.stderr
+    assert "int8 on lm_head" in done.stderr and "quantizes them too" not in done.stderr
     report = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)
     assert report["command"].endswith("--rules RULES --embeddings int8")
     assert runner.invoke(app, ["inspect", str(out)]).stdout.count("of the blocks") == 1

@@ -169,7 +169,7 @@ def test_what_is_refused(
     words = ["quantize", "rtn", str(source), str(tmp_path / "out")]
     for option in ("--preprocess-steps", "--preprocess-rank", "--preprocess-rate"):
         done = CliRunner().invoke(app, [*words, option, "1"])
-        assert done.exit_code == 2 and f"{option}: is of --preprocess, which" in done.stderr
+        assert done.exit_code == 2 and f"{option}: only with --preprocess, which" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
 
@@ -183,5 +183,5 @@ def test_the_command_says_what_the_ceiling_is(
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)["preprocess"]
     assert result["merged"] < result["packed"]
-    assert f"{result['merged']:.3f} reshaped" in done.stderr
+    assert f"{result['merged']:.3f} after it" in done.stderr
     assert "preprocessing: 10/10 steps" in done.stderr and "kernels" not in done.stderr

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode.generate import Runner
 from spectool.decode.sampling import SamplingOptions, SamplingParams
-from spectool.evaluate.baselines import ASSISTED, PLAIN, PROMPT_LOOKUP, baselines_of
+from spectool.evaluate.baselines import ASSISTED, PLAIN, PROMPT_LOOKUP, open_baselines
 
 PROMPTS = [[5, 6, 7, 5, 6], list(range(30, 60)) * 2, [9]]
 LIMITS = [1, 24, 7]
@@ -29,7 +29,7 @@ def test_greedy_output_is_plain_decoding(
     runner = Runner(tiny(family))
     plain = runner.generate(PROMPTS, max_new_tokens=LIMITS)
     drafters = [runner.open(spec) for spec in ("ngram", draft + ":depth=2,tune")]
-    found = baselines_of(runner, drafters, control=SamplingParams(), seed=0)
+    found = open_baselines(runner, drafters, control=SamplingParams(), seed=0)
     assert list(found) == [PLAIN, PROMPT_LOOKUP, ASSISTED]
     for name, decode in found.items():
         results = decode(PROMPTS, LIMITS, ENDS)
@@ -46,24 +46,24 @@ def test_a_prompts_own_ends_are_the_same(tiny: Callable[..., PreTrainedModel]) -
     ends = [(), (plain[1].token_ids[3],), ()]
     ours = runner.generate(PROMPTS, max_new_tokens=LIMITS, eos=ends)
     assert len(ours[1].token_ids) <= 4 and ours[2].token_ids == plain[2].token_ids
-    for decode in baselines_of(runner, [], control=SamplingParams(), seed=0).values():
+    for decode in open_baselines(runner, [], control=SamplingParams(), seed=0).values():
         theirs = decode(PROMPTS, LIMITS, ends)
         assert [r.token_ids for r in theirs] == [r.token_ids for r in ours]
 
 
-def test_penalties_are_the_same_law(tiny: Callable[..., PreTrainedModel]) -> None:
+def test_penalties_are_the_same_distribution(tiny: Callable[..., PreTrainedModel]) -> None:
     runner = Runner(tiny("llama"))
-    law = SamplingOptions(repetition_penalty=1.3, no_repeat_ngram_size=2)
-    plain = runner.generate(PROMPTS, max_new_tokens=LIMITS, **law)
-    for decode in baselines_of(runner, [], control=SamplingParams(**law), seed=0).values():
+    sampling = SamplingOptions(repetition_penalty=1.3, no_repeat_ngram_size=2)
+    plain = runner.generate(PROMPTS, max_new_tokens=LIMITS, **sampling)
+    for decode in open_baselines(runner, [], control=SamplingParams(**sampling), seed=0).values():
         assert [r.token_ids for r in decode(PROMPTS, LIMITS, ENDS)] == [r.token_ids for r in plain]
 
 
-def test_samples_follow_the_seed_and_the_law(tiny: Callable[..., PreTrainedModel]) -> None:
+def test_samples_follow_the_seed_and_the_distribution(tiny: Callable[..., PreTrainedModel]) -> None:
     runner = Runner(tiny("llama"))
 
-    def drawn(seed: int, **law: float) -> list[list[int]]:
-        decode = baselines_of(runner, [], control=SamplingParams(**law), seed=seed)[PLAIN]  # type: ignore[arg-type]
+    def drawn(seed: int, **sampling: float) -> list[list[int]]:
+        decode = open_baselines(runner, [], control=SamplingParams(**sampling), seed=seed)[PLAIN]  # type: ignore[arg-type]
         return [result.token_ids for result in decode(PROMPTS, LIMITS, ENDS)]
 
     hot = {"temperature": 1.2, "top_p": 0.95, "min_p": 0.01}
@@ -79,7 +79,7 @@ def test_the_checkpoints_own_settings_change_nothing_and_stay(
     settings = runner.target.model.generation_config
     settings.repetition_penalty = 9.0
     (expected,) = runner.generate(PROMPTS[1:2], max_new_tokens=20)
-    for decode in baselines_of(runner, [], control=SamplingParams(), seed=0).values():
+    for decode in open_baselines(runner, [], control=SamplingParams(), seed=0).values():
         assert decode(PROMPTS[1:2], [20], [()])[0].token_ids == expected.token_ids
     assert runner.target.model.generation_config is settings
 
@@ -90,19 +90,19 @@ def test_one_assistant_for_each_checkpoint(
     runner = Runner(tiny("llama"))
     other = str(checkpoint("llama", seed=2))
     drafters = [runner.open(spec) for spec in (draft, draft + ":depth=1", other)]
-    names = list(baselines_of(runner, drafters, control=SamplingParams(), seed=0))
+    names = list(open_baselines(runner, drafters, control=SamplingParams(), seed=0))
     assert names[2:] == [f"{ASSISTED} by {path}" for path in (draft, other)]
 
 
 def test_a_draft_with_another_head_or_a_short_context(
     tiny: Callable[..., PreTrainedModel], checkpoint: Callable[..., Path]
 ) -> None:
-    runner, said = Runner(tiny("gpt2")), list[str]()
+    runner, lines = Runner(tiny("gpt2")), list[str]()
     wide, short = checkpoint("gpt2", vocab_size=352), checkpoint("gpt2", n_positions=32)
     drafters = [runner.open(str(path)) for path in (wide, short)]
-    found = baselines_of(runner, drafters, control=SamplingParams(), seed=0, say=said.append)
-    assert list(found)[2:] == [f"{ASSISTED} by {short}"] and len(said) == 1
-    assert str(wide) in said[0] and "352" in said[0]
+    found = open_baselines(runner, drafters, control=SamplingParams(), seed=0, say=lines.append)
+    assert list(found)[2:] == [f"{ASSISTED} by {short}"] and len(lines) == 1
+    assert str(wide) in lines[0] and "352" in lines[0]
     # Without its learned positions the draft would fail on the second prompt.
     plain = runner.generate(PROMPTS, max_new_tokens=LIMITS)
     results = found[f"{ASSISTED} by {short}"](PROMPTS, LIMITS, ENDS)

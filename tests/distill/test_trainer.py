@@ -1,4 +1,4 @@
-"""A step's gradient, however its texts are laid out."""
+"""The gradient of a step does not depend on how its texts are packed into rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode.heads.base import Heads
 from spectool.decode.target import Target
-from spectool.distill.data.features import Read
+from spectool.distill.data.features import OnlineTexts
 from spectool.distill.data.samples import Sample
 from spectool.methods import resolve
 
@@ -30,14 +30,14 @@ from spectool.methods import resolve
 def test_packed_texts_teach_what_they_teach_alone(
     tiny: Callable[..., PreTrainedModel], family: str, method: str, options: dict[str, object]
 ) -> None:
-    """Labels never cross from one text to the next, and attention neither."""
+    """Neither labels nor attention cross from one text to the next."""
     target = Target(tiny(family))
-    chance = random.Random(0)
+    rng = random.Random(0)
     samples = [
         Sample(
-            [chance.randrange(2, 320) for _ in range(size)],
-            # Also a first token that is taught: nothing before it in its own text guesses it.
-            [i < 3 or chance.random() < 0.8 for i in range(size)],
+            [rng.randrange(2, 320) for _ in range(size)],
+            # First tokens are in the loss too, although no token of their text precedes them.
+            [i < 3 or rng.random() < 0.8 for i in range(size)],
         )
         for size in (40, 17, 23, 9, 31)
     ]
@@ -51,7 +51,7 @@ def test_packed_texts_teach_what_they_teach_alone(
                 module.p = 0.0
         for parameter in heads.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-        done = heads.compute_loss(Read(target, heads.needs, samples).batch(rows))
+        done = heads.compute_loss(OnlineTexts(target, heads.needs, samples).batch(rows))
         found.append((done, {name: p.grad for name, p in heads.named_parameters()}))
     (alone, slopes), (packed, packed_slopes) = found
     assert packed.places == alone.places and packed.right == alone.right
