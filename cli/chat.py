@@ -16,11 +16,13 @@ from rich.text import Text
 
 from spectool.cli.common import (
     AllowOtherTarget,
+    Ban,
     Context,
     Debug,
     Device,
     Dtype,
     Json,
+    LogitBias,
     Lossy,
     MinP,
     Model,
@@ -96,6 +98,8 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     no_repeat_ngram_size: NoRepeatNgramSize = 0,
+    logit_bias: LogitBias = None,
+    ban: Ban = None,
     verify: Verify = None,
     lossy: Lossy = False,
     template_arg: TemplateArg = None,
@@ -148,6 +152,7 @@ def chat(
             stop=tuple(stop or ()),
             verify=verify,
             lossy=lossy,
+            controls=runner.make_controls(logit_bias=logit_bias or (), ban=ban or ()),
         )
         talk = _Talk(
             Chat(runner, tokenizer, options, system=system, raw=raw, template=template),

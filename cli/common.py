@@ -121,6 +121,17 @@ RepetitionPenalty = Annotated[
 NoRepeatNgramSize = Annotated[
     int, typer.Option(min=0, help="Let no n-gram of this size occur twice; 0: off")
 ]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--logit-bias",
+        help="TOKEN=VALUE: add a number to the logit of a token id, -inf to exclude it; repeatable",
+    ),
+]
+Ban = Annotated[
+    list[str] | None,
+    typer.Option("--ban", help="Text that the output never completes; repeatable"),
+]
 Verify = Annotated[
     str | None,
     typer.Option(help="Rule that accepts drafted tokens; default: the exact one for the drafter"),

@@ -10,6 +10,7 @@ import typer
 
 from spectool.cli.common import (
     AllowOtherTarget,
+    Ban,
     BatchSize,
     Context,
     Debug,
@@ -17,6 +18,7 @@ from spectool.cli.common import (
     Dtype,
     Field,
     Json,
+    LogitBias,
     Lossy,
     MaxNewTokens,
     MinP,
@@ -64,6 +66,8 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     no_repeat_ngram_size: NoRepeatNgramSize = 0,
+    logit_bias: LogitBias = None,
+    ban: Ban = None,
     verify: Verify = None,
     lossy: Lossy = False,
     context: Context = None,
@@ -111,6 +115,7 @@ def generate(
         inputs = read_prompts(
             output, tokenizer, prompt=prompt, prompts=prompts, field=field, template=template_arg
         )
+        controls = runner.make_controls(logit_bias=logit_bias or (), ban=ban or ())
         streams = not json_output and batch_size == 1
         began = time.perf_counter()
         shown = -1
@@ -132,6 +137,7 @@ def generate(
             verify=verify,
             lossy=lossy,
             batch_size=batch_size,
+            controls=[controls] * len(inputs),
             on_tokens=on_tokens if streams else None,
             keep_interrupted=True,
             **sampling,

@@ -23,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool.checkpoint.headers import read_json
 from spectool.data.rows import Row
 from spectool.data.template import ANSWER, encode, end_of_turn, render
+from spectool.decode.control.base import Control
 from spectool.decode.generate import Result, Runner
 from spectool.decode.sampling import SamplingOptions
 from spectool.errors import TextError, UsageError
@@ -49,6 +50,7 @@ class Options:
     stop: tuple[str, ...] = ()
     verify: str | None = None
     lossy: bool = False
+    controls: Sequence[Control[Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,7 @@ class Chat:
             stop=options.stop,
             verify=options.verify,
             lossy=options.lossy,
+            controls=[options.controls],
             **options.sampling,
         )
         if not result.token_ids:

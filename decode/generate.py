@@ -17,7 +17,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.data.text import check_ids
 from spectool.decode.cache import TreeCache
+from spectool.decode.control.ban import BannedText, Vocabulary, token_bytes
 from spectool.decode.control.base import Control
+from spectool.decode.control.bias import LogitBias, parse_biases
 from spectool.decode.loop import Timings, decode
 from spectool.decode.policy.chain import wrap_for_target
 from spectool.decode.policy.curve import Curve, load_or_measure
@@ -181,6 +183,26 @@ class Runner:
             UsageError: a value outside its range, or a refused pair of drafter and verifier.
         """
         return _choose_verification(drafter, SamplingParams(**sampling), verify, lossy)
+
+    def make_controls(
+        self, *, logit_bias: Sequence[str] = (), ban: Sequence[str] = ()
+    ) -> list[Control[Any]]:
+        """Return the controls that options describe, for `generate(controls=...)`.
+
+        `logit_bias` are `TOKEN=VALUE` items, `ban` the texts that an output never completes.
+
+        Raises:
+            UsageError: an item that is no such pair, an empty text, a ban without a tokenizer.
+        """
+        found: list[Control[Any]] = []
+        if logit_bias:
+            found.append(LogitBias(parse_biases(logit_bias, num_tokens=self.target.num_tokens)))
+        if ban:
+            if self.tokenizer is None:
+                raise UsageError("--ban needs a tokenizer, and this model came without one")
+            vocabulary = Vocabulary(token_bytes(self.tokenizer))
+            found += [BannedText(text, vocabulary) for text in ban]
+        return found
 
     def generate(
         self,

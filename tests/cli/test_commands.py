@@ -386,3 +386,31 @@ def test_the_reference_page_is_up_to_date() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (root / "docs/reference.md").read_text() == module.reference()
+
+
+def test_a_banned_text_is_never_written_and_a_bias_decides(
+    spectool: Spectool, checkpoint: Callable[..., Path]
+) -> None:
+    """Greedy text with its commonest piece banned, and one token that a bias forces."""
+    words = ["generate", checkpoint("llama"), "--prompt", "a b c", "--max-new-tokens", 24, "--json"]
+    (plain,) = spectool(*words).json["results"]
+    first = plain["token_ids"][0]
+    (changed,) = spectool(*words, "--logit-bias", f"{first}=-inf", "--ban", "e").json["results"]
+    assert changed["token_ids"][0] != first and "e" not in changed["text"]
+    (forced,) = spectool(*words, "--logit-bias", "7=1000", "--draft", "ngram").json["results"]
+    assert set(forced["token_ids"]) == {7}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--logit-bias", "9999=1"], "--logit-bias 9999=1: token ids of this model run from 0"),
+        (["--logit-bias", "x"], "expected TOKEN=VALUE"),
+        (["--ban", ""], "--ban: a text must not be empty"),
+    ],
+)
+def test_controls_that_mean_nothing_are_one_line(
+    spectool: Spectool, checkpoint: Callable[..., Path], words: list[str], message: str
+) -> None:
+    done = spectool("generate", checkpoint("llama"), "--prompt", "a", *words)
+    assert done.code == 2 and message in done.err and done.out == ""
