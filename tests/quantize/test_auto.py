@@ -134,7 +134,7 @@ def test_the_printed_command_makes_the_same(wide: Path, tmp_path: Path) -> None:
     for wrong, message in (
         (["--fit", "1GB"], "give only one of them"),
         (["--bits-budget", "3"], "leave --bits-budget out"),
-        (["--dry-run", "--bits", "2.5"], "a budget of 2.5 measures"),
+        (["--dry-run", "--bits", "2.5"], "a budget of 2.5 bits needs measured errors"),
     ):
         done = runner.invoke(app, [*both, *wrong])
         assert done.exit_code == 2 and message in done.stderr, done.stderr

@@ -573,7 +573,7 @@ def test_flipped_rows_and_turned_outputs_are_named(capsys: pytest.CaptureFixture
     show_fits(Output(json_wanted=False), [(0, fine), (1, odd)])
     output = capsys.readouterr().out
     assert "0.500 to 1.000 of that at its start, lower in 1 of 2 fits" in output
-    assert "rows flipped by a negative scale: 3" in output and "in blocks 1: more" in output
+    assert "rows flipped by a negative scale: 3" in output and "in blocks 1: try more" in output
 
 
 def test_a_block_left_dense_has_no_fit(

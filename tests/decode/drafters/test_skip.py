@@ -136,7 +136,7 @@ def test_what_blocks_return_besides_is_none(name: str, options: dict[str, Any]) 
 
 def test_large_matrices_are_skipped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target's passes replace forwards of linear layers too, and OPT's MLP is two of them."""
-    monkeypatch.setattr(skinny, "compiled", lambda: True)
+    monkeypatch.setattr(skinny, "load_library", lambda: True)
     monkeypatch.setattr(skinny, "linear", nn.functional.linear)
     config = transformers.OPTConfig(
         vocab_size=320,
