@@ -35,6 +35,8 @@ TEMPLATE = (
 PROMPT = r"\x1b\[\?2004h.*?>"
 DRAFTED = r"\x1b\[36m"
 ENV = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+# Not tuned: where passes are slow, drafting may not pay, and nothing would be drafted.
+DRAFT = "trigram:tune=false+recycle:tune=false"
 STATUS = re.compile(r"^-- (\d+) tokens, [\d.]+ tok/s, ([\d.]+) tokens per forward, context (\d+)/")
 
 
@@ -293,9 +295,7 @@ def test_a_session_at_a_terminal(
             monkeypatch.setattr(sys, name, file)
         player = threading.Thread(target=play)
         player.start()
-        # Not tuned: where passes are slow, drafting may not pay, and nothing would be drafted.
-        draft = "trigram:tune=false+recycle:tune=false"
-        words = ["chat", str(model), "--max-new-tokens", "9000", "--draft", draft]
+        words = ["chat", str(model), "--max-new-tokens", "9000", "--draft", DRAFT]
         with pytest.raises(SystemExit) as ended:
             app(words)
         player.join()
@@ -307,13 +307,14 @@ def test_a_session_at_a_terminal(
 @pytest.mark.slow
 def test_a_session_as_a_process(terminal: Terminal, checkpoint: Checkpoint, tmp_path: Path) -> None:
     model = endless(checkpoint, tmp_path / "model")
-    words = ["chat", model, "--max-new-tokens", 9000, "--threads", 1]
+    words = ["chat", model, "--max-new-tokens", 9000, "--threads", 1, "--draft", DRAFT]
     process = terminal.run(*words, NO_COLOR="", XDG_STATE_HOME=str(tmp_path))
     try:
         talk(terminal, tmp_path / "chat.json", lambda: terminal.type("\x03"))
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
+        process.wait()
     assert termios.tcgetattr(terminal.slave) == terminal.modes
 
 
@@ -335,6 +336,7 @@ def test_sigterm_ends_the_session(
         assert process.wait(timeout=60) == 130
     finally:
         process.kill()
+        process.wait()
     assert not re.search(DRAFTED, shown)
     assert termios.tcgetattr(terminal.slave) == terminal.modes
 
