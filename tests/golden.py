@@ -196,7 +196,8 @@ def cases(place: Path, parts: list[str]) -> Iterator[Case]:
         yield Case("doctor", ["doctor"], values=False)
         yield Case("plan", ["quantize", "rtn", model, str(out) + "-2", "--dry-run"], values=False)
         exported = str(place / "exported")
-        yield Case("export", ["export", str(out), exported], Path(exported), values=False)
+        words = ["export", str(out), exported, "--format", "dense"]
+        yield Case("export", words, Path(exported), values=False)
         bench = [
             "bench",
             model,
