@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
+from spectool.decode.control.base import ControlStates, apply_controls
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import StepDraws, is_finite
@@ -182,7 +183,8 @@ def _verify_drafts(
     Returns each request's path and next token, the `top` likeliest ids after each node [B][N][K],
     and the probabilities [B, N, V].
     """
-    probs_BNV = requests[0].control.probs(_apply_controls(requests, drafts, logits_BNV))
+    controlled_BNV = apply_controls(logits_BNV, _list_states(requests, drafts))
+    probs_BNV = requests[0].control.probs(controlled_BNV)
     verdicts = [
         verification.verifier(
             draft, probs_NV[: len(draft)], StepDraws(request.draws, len(request.tokens) - 1)
@@ -201,19 +203,14 @@ def _verify_drafts(
     return resolved, by_request, probs_BNV
 
 
-def _apply_controls(
-    requests: Sequence[Request], drafts: Sequence[Draft], logits_BNV: Tensor
-) -> Tensor:
-    """Return the logits as each request's controls change them, in fp32 where there are any."""
-    if not any(request.controls for request in requests):
-        return logits_BNV
-    logits_BNV = logits_BNV.to(torch.float32, copy=True)
-    for request, draft, logits_NV in zip(requests, drafts, logits_BNV, strict=True):
-        if request.controls:
-            nodes = request.control_states().along(draft.tokens, draft.parents)
-            for node, states in enumerate(nodes):
-                logits_NV[node] = states.process(logits_NV[node])
-    return logits_BNV
+def _list_states(requests: Sequence[Request], drafts: Sequence[Draft]) -> list[list[ControlStates]]:
+    """Return the control states at each node of each draft; none of requests without controls."""
+    return [
+        list(request.control_states().along(draft.tokens, draft.parents))
+        if request.controls
+        else []
+        for request, draft in zip(requests, drafts, strict=True)
+    ]
 
 
 def _drop_finished(cache: TreeCache, requests: list[Request]) -> list[Request]:

@@ -1,1 +1,1 @@
-"""What changes the logits of one request: penalties, biases, bans. One file each."""
+"""Controls: penalties, biases and bans on the logits of one request, one file each."""

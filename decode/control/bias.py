@@ -35,8 +35,9 @@ class LogitBias(Control[None]):
         return None
 
     def process(self, state: None, logits_V: Tensor) -> Tensor:
-        ids, values = self.ids.to(logits_V.device), self.values.to(logits_V)
-        logits_V[ids] += values
+        # A draft model may have fewer tokens than the target.
+        known = self.ids < len(logits_V)
+        logits_V[self.ids[known].to(logits_V.device)] += self.values[known].to(logits_V)
         return logits_V
 
 

@@ -34,7 +34,8 @@ class RepetitionPenalty(Control[Tensor]):
         return torch.cat([state, state.new_tensor([token])])
 
     def process(self, state: Tensor, logits_V: Tensor) -> Tensor:
-        ids = state.to(logits_V.device)
+        # A draft model may have fewer tokens than the target.
+        ids = state[state < len(logits_V)].to(logits_V.device)
         scores = logits_V[ids]
         # A token that stood twice is written twice with the same value.
         logits_V[ids] = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
@@ -81,5 +82,5 @@ class NoRepeatNgram(Control[_Seen]):
         excluded = set(state.table.get(state.recent, ()))
         excluded.update(token for run, token in state.pending if run == state.recent)
         if excluded:
-            logits_V[sorted(excluded)] = -torch.inf
+            logits_V[[token for token in excluded if token < len(logits_V)]] = -torch.inf
         return logits_V

@@ -24,7 +24,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.control.base import ControlStates
+from spectool.decode.control.base import ControlStates, apply_controls
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams, is_finite, not_finite_logits, pick
@@ -216,7 +216,13 @@ class DraftModelDrafter(Drafter):
         # Ids beyond the target's vocabulary are cut off; ids that the draft lacks get q = 0.
         logits_BFV = logits_BFV[:, :, : self._vocab_size]
         growing = [growth for growth in self._grown if level < growth.depth and growth.frontier]
-        probs_BFV = control.probs(self._controlled(logits_BFV))
+        states = [
+            [growth.control_states(node) for node in growth.frontier]
+            if growth.request.controls
+            else []
+            for growth in self._grown
+        ]
+        probs_BFV = control.probs(apply_controls(logits_BFV, states))
         found: list[tuple[Tensor, Tensor]] = []
         for growth, probs_FV in zip(self._grown, probs_BFV, strict=True):
             if growth not in growing:
@@ -237,17 +243,6 @@ class DraftModelDrafter(Drafter):
             parents = values[start + size : start + 2 * size]
             self._add(growth, values[start : start + size], parents)
             start += 2 * size
-
-    def _controlled(self, logits_BFV: Tensor) -> Tensor:
-        """Return the logits as each request's controls change them, in fp32 where there are any."""
-        if not any(growth.request.controls for growth in self._grown):
-            return logits_BFV
-        logits_BFV = logits_BFV.to(torch.float32, copy=True)
-        for growth, logits_FV in zip(self._grown, logits_BFV, strict=True):
-            if growth.request.controls:
-                for at, node in enumerate(growth.frontier):
-                    logits_FV[at] = growth.control_states(node).process(logits_FV[at])
-        return logits_BFV
 
     def _choose(self, growth: _Growth, level: int, probs_FV: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the next level's tokens and, for each, its parent's index in the frontier."""

@@ -1,1 +1,1 @@
-"""How much to draft: measured costs, tuned trees, chains."""
+"""Policies of draft size: measured costs, tuned trees, chains."""

@@ -1,4 +1,4 @@
-"""What is given instead of a checkpoint is refused by name, with what to do."""
+"""Other files than a checkpoint are refused by name, with what to do."""
 
 from __future__ import annotations
 

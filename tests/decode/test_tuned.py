@@ -190,7 +190,7 @@ def test_where_a_token_costs_a_pass_nothing_is_fed(clock: Any) -> None:
 
 
 def test_what_never_stands_is_fed_no_longer(clock: Any) -> None:
-    """It is tried again now and then, once the rates are old."""
+    """Drafting is tried again now and then, once the rates are old."""
     tuned = Tuned(Fixed(chain_of, clock), NONE, line(0.1))
     sizes = [len(play(tuned, accept_none, line(0.1), clock)) for _ in range(1500)]
     assert sizes[0] > 1

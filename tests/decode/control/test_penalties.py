@@ -5,6 +5,7 @@ import torch
 from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from spectool.decode.control.base import ControlStates
+from spectool.decode.control.bias import LogitBias
 from spectool.decode.control.penalties import NoRepeatNgram, RepetitionPenalty
 
 VOCAB = 11
@@ -37,6 +38,13 @@ def test_runs_that_were_there_are_excluded_as_by_transformers(length: int, size:
         for token in text[length // 2 :]:
             states = states.advance(token)
         assert torch.equal(states.process(logits[0].clone()), expected[0])
+
+
+def test_tokens_that_a_smaller_vocabulary_lacks_are_passed_over() -> None:
+    """A draft model may have fewer tokens than the text that it continues."""
+    controls = [RepetitionPenalty(2.0), NoRepeatNgram(2), LogitBias({9: 1.0, 1: 1.0})]
+    logits = ControlStates.start(controls, [0, 9, 0, 2, 0]).process(torch.ones(5))
+    assert logits.tolist() == [0.5, 2.0, -torch.inf, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("length", [3, 63, 64, 200])

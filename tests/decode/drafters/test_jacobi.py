@@ -65,7 +65,7 @@ def test_a_text_that_repeats_itself_is_accepted_at_once(
 
 
 def test_a_fixed_point_is_accepted_at_once(begin: Begin) -> None:
-    """Where tokens depend on their position alone, one pass predicts the whole next window."""
+    """One pass predicts the whole next window if tokens depend on their position alone."""
     request = request_of([300, 301, 302])
     drafter = JacobiDrafter(JacobiConfig(window=6))
     begin(drafter, [request])
@@ -81,7 +81,7 @@ def test_a_fixed_point_is_accepted_at_once(begin: Begin) -> None:
 
 
 def test_each_round_fixes_a_token_at_least(begin: Begin) -> None:
-    """Where each token depends on the one before, correct tokens advance and never go back."""
+    """Correct tokens advance and never go back if each token depends on the one before."""
     request = request_of([1])
     drafter = JacobiDrafter(JacobiConfig(window=8))
     begin(drafter, [request])
