@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from spectool.decode.generate import Result, Runner, loop_start
+from spectool.decode.options import SamplingParams
 from spectool.decode.policy.chain import FirstPath
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
-from spectool.decode.sampling import SamplingOptions, SamplingParams
 from spectool.errors import UsageError
 from spectool.evaluate import baselines
 
@@ -59,7 +59,7 @@ def bench(
     max_new_tokens: int = 128,
     batch_size: int = 1,
     with_baselines: bool = False,
-    sampling: SamplingOptions | None = None,
+    sampling: SamplingParams | None = None,
     seed: int = 0,
     verify: str | None = None,
     lossy: bool = False,
@@ -80,17 +80,17 @@ def bench(
     Raises:
         UsageError: an option is invalid, or no prompt fits in the context.
     """
-    sampling = sampling or SamplingOptions()
-    control = SamplingParams(**sampling)
+    control = sampling or SamplingParams()
+    sampled = control.as_dict()
     # Opened and checked before any forward, so that an invalid drafter or rule fails at once.
     drafters = [runner.open(draft) for draft in drafts]
     for drafter in drafters:
-        runner.verification(drafter, verify=verify, lossy=lossy, **sampling)
+        runner.verification(drafter, verify=verify, lossy=lossy, **sampled)
     encoded = [runner._encode(prompt) for prompt in prompts]
     kept = _select_fitting(encoded, runner.target.context, min(LEAST_ROOM, max_new_tokens), say)
     texts = [encoded[i] for i in kept]
     kept_ends = [ends[i] if ends else () for i in kept]
-    common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **sampling}
+    common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **sampled}
     plain = _make_decoder(runner, runner.open(None), common)
     # The same batches for all, since a sampled text depends on its row in the batch.
     batches = _batches([categories[i] if categories else None for i in kept], batch_size)

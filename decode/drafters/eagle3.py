@@ -46,6 +46,7 @@ from spectool.decode.heads.layer import (
     make_layer_config,
     read_final_scale,
 )
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import (
     Drafter,
     Features,
@@ -55,7 +56,6 @@ from spectool.decode.protocol import (
     TrainingBatch,
 )
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import (
     Drafter,
     Features,
@@ -35,7 +36,7 @@ from spectool.decode.protocol import (
     TrainingBatch,
 )
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams, is_finite
+from spectool.decode.sampling import is_finite
 from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import NotFinite, UnsupportedError

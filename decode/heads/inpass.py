@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.heads.base import TOP, Heads
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Inject, Outcome, PrefilledPrompt, TrainingBatch
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 import spectool
 from spectool.decode.generate import Runner
+from spectool.decode.options import SamplingParams
 from spectool.errors import UsageError
 from spectool.evaluate.bench import bench, list_mismatches, loop_start
 
@@ -156,6 +157,6 @@ def test_sampling_counts_nothing_identical(tiny: Tiny) -> None:
         ["ngram"],
         max_new_tokens=8,
         with_baselines=True,
-        sampling={"temperature": 0.8, "top_k": 9},
+        sampling=SamplingParams(temperature=0.8, top_k=9),
     )
     assert all(row["identical"] is None for row in rows_of(result))
