@@ -102,9 +102,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Target of a job: its checkpoint and tokenizer, and how it computes. `name`: as given."""
+    """Target of a job: its checkpoint and tokenizer, and how it computes."""
 
-    name: str
     checkpoint: Checkpoint
     tokenizer: Any
     tokenizer_digest: str
@@ -112,8 +111,6 @@ class Setup:
     device: torch.device
     runtime: str
     seq_len: int
-    trust_remote_code: bool = False
-    checksums: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +154,8 @@ def make_plan(
         UsageError: --draft-vocab exceeds the vocabulary, or sequence packing is not supported.
     """
     check_optimizer(job.optimizer, setup.device)
-    source, trust = setup.checkpoint.path, setup.trust_remote_code
-    config = read_config(source, trust_remote_code=trust)
-    architecture: Any = build_meta(config, trust_remote_code=trust)
+    config, trusted = read_config(setup.checkpoint), setup.checkpoint.trust_remote_code
+    architecture: Any = build_meta(config, trust_remote_code=trusted)
     # Raises for an unsupported architecture before anything is written.
     Target(architecture)
     kind: type[Heads] = resolve(job.method, "drafter").Heads
@@ -170,7 +166,7 @@ def make_plan(
     lm_head = architecture.get_output_embeddings()
     vocab, width = lm_head.out_features, lm_head.in_features
     for sample in (*train, *held_out):
-        check_ids(sample.tokens, vocab, f"{source}: its tokenizer")
+        check_ids(sample.tokens, vocab, f"{setup.checkpoint.path}: its tokenizer")
     size = kind.num_guessed(job.config, vocab)
     if size > vocab:
         raise UsageError(f"--draft-vocab {size}: the target has {vocab} tokens")

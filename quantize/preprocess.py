@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from spectool.checkpoint.artifact import Content, write_whole
 from spectool.checkpoint.headers import read_header
-from spectool.checkpoint.tensors import Checkpoint, read_tensor, torch_dtype
+from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, read_tensor, torch_dtype
 from spectool.errors import UnsupportedError, UsageError, hushed, require
 from spectool.files import disk_errors
 from spectool.machine import available_memory
@@ -98,7 +98,6 @@ class Reshaping:
     plan: Plan
     device: torch.device
     seed: int
-    trust_remote_code: bool
     say: Callable[[str], None]
 
     @property
@@ -153,10 +152,11 @@ class Reshaping:
             if not metrics.exists():
                 if not first.exists():
                     pack(first)
+                source = open_checkpoint(first, trust_remote_code=self.checkpoint.trust_remote_code)
                 measured, weights = train(
-                    first, self.options, self.windows, list(self.matrices),
+                    source, self.options, self.windows, list(self.matrices),
                     state=scratch / "state.safetensors", device=self.device, seed=self.seed,
-                    trust_remote_code=self.trust_remote_code, say=self.say,
+                    say=self.say,
                 )  # fmt: skip
                 self._write(merged, weights)
                 metrics.write_text(json.dumps(measured))
@@ -180,13 +180,13 @@ class Reshaping:
             contents[key] = weight.to(torch_dtype(stored[key])).contiguous()
         write_whole(path / "model.safetensors", contents, {})
         (path / "config.json").write_text(json.dumps(layout.config))
-        if self.trust_remote_code:
+        if self.checkpoint.trust_remote_code:
             for code in layout.path.glob("*.py"):
                 shutil.copy(code, path)
 
 
 def train(
-    packed: Path,
+    packed: Checkpoint,
     options: Preprocess,
     windows: TrainingWindows,
     modules: Sequence[str],
@@ -194,7 +194,6 @@ def train(
     state: Path,
     device: torch.device,
     seed: int,
-    trust_remote_code: bool,
     say: Callable[[str], None],
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train LoRA updates of `modules` of the checkpoint `packed`.
@@ -203,7 +202,7 @@ def train(
     """
     peft = require("peft", extra="lora", reason="--preprocess")
     train_SL, held_out_SL = windows.train_SL, windows.held_out_SL
-    dense = _load(packed, device, trust_remote_code)
+    dense = load_model(packed, dtype=torch.float32, device=str(device), runtime="dense")
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=options.rank, lora_alpha=options.rank / 4, lora_dropout=0.1, target_modules=list(modules)
@@ -268,17 +267,6 @@ def train(
     assert history.best is not None
     metrics = {"packed": history.evaluations[0]["perplexity"], "merged": history.best["perplexity"]}
     return metrics, weights
-
-
-def _load(path: Path, device: torch.device, trust_remote_code: bool) -> nn.Module:
-    """Load a checkpoint dequantized, in float32."""
-    return load_model(
-        path,
-        dtype=torch.float32,
-        device=str(device),
-        runtime="dense",
-        trust_remote_code=trust_remote_code,
-    )
 
 
 class _State:

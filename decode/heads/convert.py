@@ -26,7 +26,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from spectool.checkpoint.artifact import ArtifactWriter, check_target
 from spectool.checkpoint.foreign import check_place
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, read_json
-from spectool.checkpoint.tensors import open_checkpoint
+from spectool.checkpoint.tensors import Checkpoint
 from spectool.decode.drafters.eagle3 import Eagle3Heads
 from spectool.decode.heads.artifact import (
     check_fit,
@@ -127,16 +127,8 @@ class PretrainedHeads:
             raise CheckpointError(f"{self.place}: its {what} is not the target's")
 
 
-def export(
-    path: Path,
-    model: str,
-    out: Path,
-    name: str,
-    *,
-    trust_remote_code: bool = False,
-    checksums: bool = True,
-) -> list[str]:
-    """Convert the heads in `path`, trained for the target `model`, to format `name` in `out`.
+def export(path: Path, checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
+    """Convert the heads in `path`, trained for the target `checkpoint`, to a format in `out`.
 
     Returns command lines that serve them.
 
@@ -157,32 +149,24 @@ def export(
     if out.exists():
         raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
     check_target(out, overwrite=False)
-    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, checksums=checksums)
     dtype = own_dtype(checkpoint.layout)
-    target = Target(
-        load_outside(
-            checkpoint,
-            dtype=dtype,
-            device=torch.device("cpu"),
-            trust_remote_code=trust_remote_code,
-        )
-    )
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+    target = Target(load_outside(checkpoint, dtype=dtype, device=torch.device("cpu")))
+    tokenizer = load_tokenizer(checkpoint)
     check_fit(path, record, target, tokenizer, allow_other_target=False)
-    tensors = read_weights(path, record, check=checksums)
+    tensors = read_weights(path, record, check=checkpoint.checksums)
     drafter: Any = resolve(record.method, "drafter")
     heads: Heads = drafter.Heads(
         drafter.Heads.Config.from_dict(record.options), target.model, tensors.get("token_map")
     )
     fill(heads, tensors, path / HEADS_FILE)
-    config, written = form.write(heads, tensors, target.model, model)
+    config, written = form.write(heads, tensors, target.model, checkpoint.name)
     identity = {"export": name, "heads": record.target, "tensors": sorted(written)}
     with ArtifactWriter(out, identity=identity) as writer:
         metadata = {"method": record.method, "options": record.options, "target": record.target}
         contents = {key: value.contiguous() for key, value in written.items()}
         writer.write_shard(WEIGHTS, contents, metadata, {})
         writer.finish({"config.json": (json.dumps(config, indent=2) + "\n").encode()})
-    return form.serve(model, str(out), heads.num_heads)
+    return form.serve(checkpoint.name, str(out), heads.num_heads)
 
 
 def _where_served(method: str) -> str:
