@@ -227,8 +227,8 @@ def test_ids_that_cannot_be_are_refused(
     tensors = {**load_file(file), **change}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
     message = (
-        r"not distinct ids of 320|expected 30 whole numbers|d2t is absent, but the output matrix "
-        r"has 30 rows and the target 320 tokens|do not name the same|3072 of 3072 weights are NaN"
+        r"not distinct ids of 320|expected 30 whole numbers|d2t is absent, but lm_head has "
+        r"30 rows and the target 320 tokens|do not name the same|3072 of 3072 weights are NaN"
         r"|fc.weight is int8, expected floating-point"
     )
     with pytest.raises(CheckpointError, match=message):
