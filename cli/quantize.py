@@ -146,6 +146,7 @@ def quantize(
     """Quantize MODEL and write the result to the directory OUT."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
+        from spectool.checkpoint.dense import check_dense
         from spectool.checkpoint.dtypes import parse_dtype
         from spectool.model.architecture import Architecture
         from spectool.model.loading import check_device
@@ -169,7 +170,7 @@ def quantize(
             if bits_budget is not None:
                 raise UsageError("auto: --bits takes a fraction; leave --bits-budget out")
             layout = _layout(model, revision)
-            run.check_dense(layout)
+            check_dense(layout)
             picked = auto.pick(
                 Architecture(layout, trust_remote_code=trust_remote_code),
                 auto.Auto.Config.from_dict(options),
