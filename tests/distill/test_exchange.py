@@ -323,7 +323,7 @@ def test_formats_hold_what_the_table_says(tmp_path: Path) -> None:
     assert served == elsewhere
 
 
-def test_heads_of_a_learnt_output_matrix(
+def test_heads_of_a_learnt_lm_head(
     train: Train, checkpoint: Checkpoint, data: str, tmp_path: Path
 ) -> None:
     """medusa's matrices then have a bias, which the format cannot hold; eagle3's have none."""
@@ -338,7 +338,7 @@ def test_heads_of_a_learnt_output_matrix(
     )
     quantize(source, packed, job)
     train(packed, "medusa", method="medusa", steps=1)
-    with pytest.raises(UnsupportedError, match="biases of output matrices") as caught:
+    with pytest.raises(UnsupportedError, match="biases of lm_heads") as caught:
         convert.export(tmp_path / "medusa", str(packed), tmp_path / "served", "vllm-medusa")
     assert "generate --draft" in str(caught.value.hint)
     train(packed, "eagle3", method="eagle3", steps=1)
