@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import transformers
 from quantize_memory import write_checkpoint
@@ -134,7 +135,7 @@ def main() -> None:
             "read_bytes_per_second": speeds,
             "loads": measure(artifact, files, given.rounds),
         }
-    text = json.dumps(result, indent=2)
+    text = record.to_text(result)
     print(text)
     if given.out:
         given.out.write_text(text + "\n")

@@ -147,6 +147,7 @@ def quantize(
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
         from spectool.checkpoint.artifact import check_target
+        from spectool.checkpoint.dense import check_dense
         from spectool.checkpoint.dtypes import parse_dtype
         from spectool.checkpoint.tensors import open_checkpoint
         from spectool.model.architecture import Architecture
@@ -174,7 +175,7 @@ def quantize(
             if bits_budget is not None:
                 raise UsageError("auto: --bits takes a fraction; leave --bits-budget out")
             headers = opened(headers_only=True)
-            run.check_dense(headers.layout)
+            check_dense(headers)
             picked = auto.pick(
                 Architecture(headers),
                 auto.Auto.Config.from_dict(options),

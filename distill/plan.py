@@ -16,7 +16,7 @@ from spectool.checkpoint.tensors import Checkpoint, text_fingerprint
 from spectool.data.text import check_ids
 from spectool.decode.heads.artifact import check_weights
 from spectool.decode.heads.base import Heads
-from spectool.decode.heads.convert import PretrainedHeads
+from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill.data.features import FEATURES, store_bytes
@@ -174,7 +174,7 @@ def make_plan(
         token_map = torch.empty(size, dtype=torch.long) if size else None
         heads = kind(job.config, architecture, token_map)
     if init_from is not None:
-        check_weights(heads, init_from.tensors, init_from.place)
+        check_weights(heads, init_from.tensors, init_from.path)
     if heads.needs.inject and job.features != "online":
         raise UsageError(
             f"--features {job.features}: {job.method} passes extra rows through the target's "

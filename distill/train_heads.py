@@ -26,7 +26,7 @@ from spectool.data.text import OnRead
 from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import HeadsRecord, lineage
 from spectool.decode.heads.base import MOST_NODES, TOP, Heads, OptimizerDefaults
-from spectool.decode.heads.convert import PretrainedHeads
+from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.samples import read_samples, split
 from spectool.distill.data.server import Server

@@ -21,7 +21,7 @@ from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.data.text import check_ids
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import Heads
-from spectool.decode.heads.convert import PretrainedHeads
+from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill.data.features import (

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectool.checkpoint.artifact import ArtifactWriter, Content
+from spectool.checkpoint.artifact import ArtifactWriter, Content, check_paths
+from spectool.checkpoint.dense import read_companions
 from spectool.checkpoint.headers import TensorEntry
 from spectool.checkpoint.tensors import Checkpoint
 from spectool.errors import UnsupportedError, UsageError
@@ -30,7 +31,6 @@ from spectool.model.architecture import Architecture
 from spectool.model.loading import own_dtype
 from spectool.model.matrices import Matrix
 from spectool.model.packed import build_packed, field_specs
-from spectool.quantize.run import check_paths, read_companions
 
 Fields = dict[str, Tensor]
 

@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectool.checkpoint.artifact import Content, write_whole
+from spectool.checkpoint.artifact import write_whole
+from spectool.checkpoint.dense import read_small_files, replace_tensors
 from spectool.checkpoint.headers import read_header
-from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, read_tensor, torch_dtype
+from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, read_tensor
 from spectool.errors import UnsupportedError, UsageError, hushed, require
 from spectool.files import disk_errors
 from spectool.machine import available_memory
@@ -165,24 +166,17 @@ class Reshaping:
 
     def _write(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the original checkpoint with some matrices [n, m] replaced, by name."""
-        path.mkdir(exist_ok=True)
-        layout = self.checkpoint.layout
-        stored = {
-            key: layout.tensors[key]
-            for origin in self.architecture.origins.values()
-            for key, _ in origin.stored
-        }
-        contents: dict[str, Content] = dict(stored)
+        replaced = {}
         for name, weight_nm in weights.items():
             matrix = self.matrices[name]
             ((key, _),) = self.architecture.origins[matrix.parameter].stored
-            weight = weight_nm.T if matrix.transposed else weight_nm
-            contents[key] = weight.to(torch_dtype(stored[key])).contiguous()
-        write_whole(path / "model.safetensors", contents, {})
-        (path / "config.json").write_text(json.dumps(layout.config))
-        if self.checkpoint.trust_remote_code:
-            for code in layout.path.glob("*.py"):
-                shutil.copy(code, path)
+            replaced[key] = weight_nm.T if matrix.transposed else weight_nm
+        path.mkdir(exist_ok=True)
+        for file, contents in replace_tensors(self.checkpoint.layout, replaced):
+            write_whole(path / file, contents, {})
+        for file, data in read_small_files(self.checkpoint).items():
+            (path / file).parent.mkdir(exist_ok=True)
+            (path / file).write_bytes(data)
 
 
 def train(

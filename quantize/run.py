@@ -15,13 +15,14 @@ from torch import Tensor
 
 from spectool.checkpoint import artifact
 from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.dense import check_dense, read_companions
 from spectool.checkpoint.dtypes import with_plain_dtypes
 from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.headers import PACKED_INDEX, Layout, read_header
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
 from spectool.data.template import encode
 from spectool.data.text import OnRead, builtin_text, check_ids, read_text
-from spectool.errors import UnsupportedError, UsageError
+from spectool.errors import UsageError
 from spectool.machine import reproducible
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import check_walkable
@@ -42,14 +43,6 @@ from spectool.quantize.preprocess import (
 )
 from spectool.quantize.walk import BlockWalk, Progress, make_entry
 from spectool.version import __version__
-
-# Files copied with the weights; Python files only if remote code is trusted.
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "added_tokens.json",
-    "chat_template*", "additional_chat_templates/*", "generation_config.json",
-    "preprocessor_config.json", "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*",
-)  # fmt: skip
-
 
 # File in the artifact with the rules that it was made by.
 RULES_FILE = "plan.yaml"
@@ -114,19 +107,6 @@ class Report:
         return [layer for part in (self.outside, *self.blocks) for layer in part["layers"]]
 
 
-def check_dense(layout: Layout) -> None:
-    """Check that a checkpoint is not quantized.
-
-    Raises:
-        UnsupportedError: it is quantized already.
-    """
-    if layout.quantization is not None:
-        by = layout.quantization.get("quant_method", "an unnamed method")
-        raise UnsupportedError(
-            f"{layout.path}: is quantized already ({by}); quantize the dense original instead"
-        )
-
-
 def prepare(
     checkpoint: Checkpoint, job: Job, *, device: str, batch_size: int = 4
 ) -> tuple[Architecture, Plan]:
@@ -138,7 +118,7 @@ def prepare(
         UsageError: a rule matches nothing, or no candidate fits the budget.
         UnsupportedError: the source is quantized already, or cannot be packed.
     """
-    check_dense(checkpoint.layout)
+    check_dense(checkpoint)
     if job.preprocess is not None:
         for choice in _list_choices(job):
             if not choice.is_matrix:
@@ -216,7 +196,7 @@ def quantize(
         SpectoolError: the disk is full; the same call resumes.
     """
     artifact.check_target(out, overwrite=overwrite)
-    check_paths(checkpoint.path, out)
+    artifact.check_paths(checkpoint.path, out)
     architecture, plan = prepare(checkpoint, job, device=device, batch_size=batch_size)
     if job.budget is None:
         announce(plan, architecture)
@@ -453,32 +433,6 @@ def _record_options(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-    }
-
-
-def check_paths(source: Path, out: Path) -> None:
-    """Check that neither directory contains the other.
-
-    Raises:
-        UsageError: one contains the other, or they are the same.
-    """
-    source_path, out_path = source.resolve(), out.resolve()
-    if (
-        source_path == out_path
-        or source_path in out_path.parents
-        or out_path in source_path.parents
-    ):
-        raise UsageError(f"{out}: OUT must lie outside the source {source}, and not around it")
-
-
-def read_companions(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Read the files that accompany the weights; Python files too if they are trusted."""
-    patterns = (*COMPANIONS, "*.py") if checkpoint.trust_remote_code else COMPANIONS
-    return {
-        str(path.relative_to(checkpoint.path)): path.read_bytes()
-        for pattern in patterns
-        for path in checkpoint.path.glob(pattern)
-        if path.is_file()
     }
 
 

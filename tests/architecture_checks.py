@@ -155,10 +155,10 @@ def blockwise(subject: Subject) -> dict[str, float]:
 
 def logits_by_block(place: Path, ids_BL: Tensor) -> Tensor:
     windows = Windows((ids_BL,), ids_BL.shape[1], None)
-    laws = BlockwiseLogProbs(
+    log_probs_of = BlockwiseLogProbs(
         open_checkpoint(place), windows, dtype=torch.float32, device=torch.device("cpu")
     )
-    return laws(Batch(0, slice(0, len(ids_BL)), ids_BL))
+    return log_probs_of(Batch(0, slice(0, len(ids_BL)), ids_BL))
 
 
 def int8(subject: Subject) -> dict[str, float]:
@@ -332,8 +332,8 @@ CHECKS: dict[str, Callable[[Subject], dict[str, float]]] = {
 def brief(error: BaseException) -> str:
     """An exception in one line, with the place that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {said} ({Path(last.filename).name}:{last.lineno})"
+    reason = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {reason} ({Path(last.filename).name}:{last.lineno})"
 
 
 def judge(
@@ -343,13 +343,13 @@ def judge(
     try:
         metrics = check(subject)
     except InputError as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         for place in (subject.place, subject.scratch):
-            said = said.replace(str(place), "MODEL" if place == subject.place else "OUT")
-        return {"result": "refused", "why": said}
+            reason = reason.replace(str(place), "MODEL" if place == subject.place else "OUT")
+        return {"result": "refused", "why": reason}
     except DifferenceError as error:
-        said = str(error).replace(str(subject.place), "MODEL")
-        return {"result": "FAULT", "why": said}
+        reason = str(error).replace(str(subject.place), "MODEL")
+        return {"result": "FAULT", "why": reason}
     except Exception as error:
         return {"result": "FAULT", "why": f"raised {brief(error)}", "trace": trace(error)}
     if not causal:

@@ -228,8 +228,8 @@ def test_ids_that_cannot_be_are_refused(
     tensors = {**load_file(file), **change}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
     message = (
-        r"not distinct ids of 320|expected 30 whole numbers|d2t is absent, but the output matrix "
-        r"has 30 rows and the target 320 tokens|do not name the same|3072 of 3072 weights are NaN"
+        r"not distinct ids of 320|expected 30 whole numbers|d2t is absent, but lm_head has "
+        r"30 rows and the target 320 tokens|do not name the same|3072 of 3072 weights are NaN"
         r"|fc.weight is int8, expected floating-point"
     )
     with pytest.raises(CheckpointError, match=message):
@@ -324,7 +324,7 @@ def test_formats_hold_what_the_table_says(tmp_path: Path) -> None:
     assert served == elsewhere
 
 
-def test_heads_of_a_learnt_output_matrix(
+def test_heads_of_a_learnt_lm_head(
     train: Train, checkpoint: Checkpoint, data: str, tmp_path: Path
 ) -> None:
     """medusa's matrices then have a bias, which the format cannot hold; eagle3's have none."""
@@ -339,7 +339,7 @@ def test_heads_of_a_learnt_output_matrix(
     )
     quantize(open_checkpoint(source), packed, job)
     train(packed, "medusa", method="medusa", steps=1)
-    with pytest.raises(UnsupportedError, match="biases of output matrices") as caught:
+    with pytest.raises(UnsupportedError, match="biases of lm_heads") as caught:
         convert.export(
             tmp_path / "medusa", open_checkpoint(packed), tmp_path / "served", "vllm-medusa"
         )
