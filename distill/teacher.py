@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from spectool.decode import tree
 from spectool.decode.cache import cache_argument
 from spectool.decode.protocol import Inject, Needs
-from spectool.decode.target import Target, isolate_texts, tree_mask
+from spectool.decode.target import Target, isolate_texts
 
 
 class TextLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -89,14 +89,8 @@ def read_features(
         options[_decoder_cache_name(target)] = keep
     if segments_BL is not None:
         positions_BL, visible_BLL = isolate_texts(segments_BL.to(target.device))
-        batch, length = positions_BL.shape
-        masks = {
-            kind: tree_mask(
-                [0] * batch, positions_BL, visible_BLL, length, target.dtype, window=window
-            )
-            for kind, window in target.windows.items()
-        }
-        options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
+        lengths = [0] * len(positions_BL)
+        options["attention_mask"] = target.masks(lengths, positions_BL, visible_BLL)
         options["position_ids"] = positions_BL
     with target.capture_features(needs) as features:
         target.decoder(
