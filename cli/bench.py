@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,6 +14,9 @@ from spectool.decode.options import RunnerOptions, SamplingParams, VerifyOptions
 from spectool.errors import UsageError
 from spectool.options import Config, option
 from spectool.shared_options import TextOptions
+
+if TYPE_CHECKING:
+    from spectool.evaluate.bench import Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,7 @@ def bench(
     prepare_torch(load.threads)
     from spectool.evaluate import bench as bench_module
     from spectool.evaluate import picture
+    from spectool.evaluate.results import as_json
     from spectool.machine import describe
 
     if options.plot is not None:
@@ -78,7 +82,7 @@ def bench(
     for start in range(0, len(runs), num_sizes):
         same_model = runs[start : start + num_sizes]
         if len(runs) > num_sizes:
-            output.show(f"{same_model[0]['model']}: {same_model[0]['runtime']}")
+            output.show(f"{same_model[0].model}: {same_model[0].runtime}")
         output.show(drafter_table(same_model))
         for run in same_model:
             output.show(_describe_cuts(run))
@@ -90,9 +94,9 @@ def bench(
     if options.plot is not None:
         picture.draw(runs, machine, options.plot)
         output.say(f"picture: {options.plot}")
-    output.result({"machine": machine, **runs[0], "other_runs": runs[1:]})
+    output.result({"machine": machine, **as_json(runs[0]), "other_runs": as_json(runs[1:])})
     broken = [
-        f"{name} on {run['model']}" for run in runs for name in bench_module.list_mismatches(run)
+        f"{name} on {run.model}" for run in runs for name in bench_module.list_mismatches(run)
     ]
     if broken:
         output.say(f"error: output differs from plain decoding in float32: {', '.join(broken)}")
@@ -106,10 +110,9 @@ def _run(
     verification: VerifyOptions,
     sampling: SamplingParams,
     target: RunnerOptions,
-) -> list[dict[str, Any]]:
+) -> list[Run]:
     """Measure one model at each batch size. It is free again before the next one is loaded."""
     from spectool.evaluate import bench as bench_module
-    from spectool.model.loading import describe_runtime
 
     runner, tokenizer = open_runner(output, target)
     inputs = read_prompts(
@@ -125,34 +128,29 @@ def _run(
     for size in sizes:
         if len(sizes) > 1:
             output.say(f"batch size {size}")
-        result = bench_module.bench(
-            runner,
-            [prompt.given for prompt in inputs],
-            options.draft,
-            categories=[prompt.category for prompt in inputs],
-            ends=[prompt.ends for prompt in inputs],
+        how = bench_module.Options(
+            drafts=options.draft,
             max_new_tokens=options.max_new_tokens,
             batch_size=size,
-            with_baselines=options.baselines,
+            baselines=options.baselines,
             sampling=sampling,
             seed=verification.seed,
             verify=verification.verify,
             lossy=verification.lossy,
             chain_lengths=options.chain_lengths,
-            say=output.say,
         )
-        described = describe_runtime(runner.target.model)
-        runs.append({"model": target.model, "runtime": described, **result})
+        result = bench_module.bench(runner, inputs, how, say=output.say)
+        runs.append(replace(result, model=target.model))
     return runs
 
 
-def _describe_cuts(run: dict[str, Any]) -> str:
+def _describe_cuts(run: Run) -> str:
     line = (
-        f"{run['kept_share']:.0%} of the plain output kept: {run['prompts_cut']} of "
-        f"{run['prompts']} prompts cut where it began to repeat itself"
+        f"{run.kept_share:.0%} of the plain output kept: {run.prompts_cut} of "
+        f"{run.prompts} prompts cut where it began to repeat itself"
     )
-    if run["prompts_left_out"]:
-        line += f"; left out as too long for the context: {run['prompts_left_out']}"
+    if run.prompts_left_out:
+        line += f"; left out as too long for the context: {run.prompts_left_out}"
     return line
 
 

@@ -194,28 +194,16 @@ def open_runner(
 ) -> tuple[Runner, PreTrainedTokenizerBase]:
     """Load a model, its tokenizer and its drafter, and print what runs."""
     prepare_torch(options.threads)
-    from spectool.checkpoint.tensors import open_checkpoint
     from spectool.decode.generate import Runner
     from spectool.decode.policy.tuned import Tuned
     from spectool.model import loading
 
     model, device = options.model, options.resolve_device()
-    checkpoint = open_checkpoint(
-        model,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        checksums=options.checksums,
-    )
-    path, layout = checkpoint.path, checkpoint.layout
-    opened = loading.load_model(
-        path,
-        dtype=options.dtype or loading.default_dtype(layout, loading.check_device(device)),
-        device=device,
-        runtime=options.runtime,
-        trust_remote_code=options.trust_remote_code,
-        checksums=options.checksums,
-    )
-    tokenizer = loading.load_tokenizer(path, trust_remote_code=options.trust_remote_code)
+    checkpoint = options.open()
+    layout = checkpoint.layout
+    dtype = options.dtype or loading.default_dtype(layout, loading.check_device(device))
+    opened = loading.load_model(checkpoint, dtype=dtype, device=device, runtime=options.runtime)
+    tokenizer = loading.load_tokenizer(checkpoint)
     output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
     if unused := loading.unused_of(opened, layout):
         output.say(f"{model}: {unused}")

@@ -68,14 +68,11 @@ def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: L
         runtime=load.runtime,
         batch_size=options.batch_size,
         blockwise=options.blockwise,
-        revision=load.revision,
-        trust_remote_code=load.trust_remote_code,
-        checksums=load.checksums,
     )
     gates = parse_gates(options.gate, evaluate_module.metric_names(request))
     output.start()
     result = evaluate_module.evaluate(
-        load.model,
+        load.open(),
         request,
         say=output.say,
         progress=lambda done, total: output.progress(done, total, "tokens scored"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,22 +35,24 @@ class ExportOptions(Config):
 def export(output: Output, options: ExportOptions) -> None:
     """Write a quantized checkpoint or draft heads in a format that other tools read."""
     prepare_torch(None)
+    from spectool.checkpoint.tensors import open_checkpoint
+
     path, out, model, name = options.path, options.out, options.model, options.format
-    trust, checksums = options.trust_remote_code, options.checksums
+    opened = functools.partial(
+        open_checkpoint, trust_remote_code=options.trust_remote_code, checksums=options.checksums
+    )
     if (Path(path) / HEADS).exists():
         from spectool.decode.heads import convert
 
         if model is None:
             raise UsageError("--model: heads are exported for the checkpoint they draft for")
-        lines = convert.export(
-            Path(path), model, out, name, trust_remote_code=trust, checksums=checksums
-        )
+        lines = convert.export(Path(path), opened(model), out, name)
     else:
         from spectool.quantize import export as export_module
 
         if model is not None:
             raise UsageError(f"--model: only for draft heads, and {path} holds none")
-        lines = export_module.export(path, out, name, trust_remote_code=trust, checksums=checksums)
+        lines = export_module.export(opened(path), out, name)
     output.show(
         f"{out}: {name}" + ("; serve it with" if lines else ", which no server is known to read")
     )

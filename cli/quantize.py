@@ -18,7 +18,6 @@ from spectool.quantize.options import QuantizeOptions
 from spectool.shared_options import PlaceOptions, WriteOptions
 
 if TYPE_CHECKING:
-    from spectool.checkpoint.headers import Layout
     from spectool.model.architecture import Architecture
     from spectool.quantize.auto import Picked
     from spectool.quantize.choice import Choice, Rule
@@ -51,6 +50,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write the result to the directory OUT."""
     prepare_torch(load.threads)
+    from spectool.checkpoint.artifact import check_target
     from spectool.checkpoint.dtypes import parse_dtype
     from spectool.model.loading import check_device
     from spectool.quantize import run
@@ -60,29 +60,24 @@ def quantize(
     check_device(device)
     if write.dry_run:
         architecture, planned = run.prepare(
-            _layout(load),
-            job,
-            trust_remote_code=load.trust_remote_code,
-            device=device,
-            batch_size=options.batch_size,
+            load.open(headers_only=True), job, device=device, batch_size=options.batch_size
         )
         show_plan(output, planned, architecture, job)
         result = {"dry_run": True, "method": job.method, **_plan_record(planned)}
         output.result({**result, "unused": architecture.unused})
         return
+    check_target(write.out, overwrite=write.overwrite)
     compute = parse_dtype(options.dtype)
     assert compute is not None
     try:
         report = run.quantize(
-            load.model,
+            load.open(),
             write.out,
             job,
             device=device,
             dtype=compute,
             batch_size=options.batch_size,
             overwrite=write.overwrite,
-            revision=load.revision,
-            trust_remote_code=load.trust_remote_code,
             announce=lambda plan, architecture: show_plan(output, plan, architecture, job),
             progress=output.progress,
             say=output.say,
@@ -170,33 +165,24 @@ def _pick(
     Raises:
         UsageError: a budget is given too, or nothing fits.
     """
+    from spectool.checkpoint.dense import check_dense
     from spectool.model.architecture import Architecture
-    from spectool.quantize import auto, run
+    from spectool.quantize import auto
     from spectool.quantize.choice import skipping
 
     if options.bits_budget is not None:
         raise UsageError("auto: --bits takes a fraction; leave --bits-budget out")
-    layout = _layout(load)
-    run.check_dense(layout)
+    headers = load.open(headers_only=True)
+    check_dense(headers)
     assert isinstance(config, auto.Auto.Config)
     return auto.pick(
-        Architecture(layout, trust_remote_code=load.trust_remote_code),
+        Architecture(headers),
         config,
         rules=[*skipping(options.skip), *rules],
         embeddings=embeddings,
         lm_head=lm_head,
         allow_dense=options.allow_dense,
     )
-
-
-def _layout(load: PlaceOptions) -> Layout:
-    """Read the layout of a checkpoint from its headers, without downloading a hub checkpoint."""
-    from spectool.checkpoint import hub
-    from spectool.checkpoint.headers import read_layout
-
-    if hub.is_local(load.model):
-        return read_layout(Path(load.model))
-    return hub.remote_layout(load.model, load.revision)
 
 
 def _explicit_words(

@@ -57,9 +57,11 @@ def train_heads(
 
     device = load.resolve_device()
     with connect(device) as processes:
+        with processes.together():
+            checkpoint = load.open()
         try:
             report = training.train_heads(
-                load.model,
+                checkpoint,
                 write.out,
                 job,
                 dtype=parse_dtype(load.dtype),
@@ -68,9 +70,6 @@ def train_heads(
                 overwrite=write.overwrite,
                 metrics=write.metrics,
                 processes=processes,
-                revision=load.revision,
-                trust_remote_code=load.trust_remote_code,
-                checksums=load.checksums,
                 say=output.say,
                 on_read=output.note,
                 announce=lambda plan: _show_plan(output, job, plan),

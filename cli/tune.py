@@ -35,8 +35,7 @@ def tune(output: Output, options: TuneOptions, text: TextOptions, load: RunnerOp
     best = tuning.tune(
         runner,
         heads,
-        [prompt.given for prompt in inputs],
-        ends=[prompt.ends for prompt in inputs],
+        inputs,
         max_new_tokens=options.max_new_tokens,
         say=output.say,
     )

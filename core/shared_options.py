@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectool.data.template import template_arguments
 from spectool.options import Config, option
+
+if TYPE_CHECKING:
+    from spectool.checkpoint.tensors import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +25,23 @@ class CheckpointOptions(Config):
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the checkpoint", switch=True
     )
+
+    def open(self, *, headers_only: bool = False) -> Checkpoint:
+        """Open the checkpoint. `headers_only`: download no weights.
+
+        Raises:
+            CheckpointError: see `open_checkpoint`.
+        """
+        from spectool.checkpoint.tensors import open_checkpoint
+
+        return open_checkpoint(
+            self.model,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            # Quantizing has no such option: it reads no checkpoint of ours.
+            checksums=getattr(self, "checksums", True),
+            headers_only=headers_only,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from spectool import machine
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode import rotary, tree
-from spectool.decode.cache import TextCache, TreeCache, cache_argument
+from spectool.decode.cache import TreeCache, cache_argument
 from spectool.decode.fit import check_fit
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
@@ -85,7 +85,7 @@ class Target:
         self.vocab_size: int = config.vocab_size
         self.device = model.device
         self.dtype = model.dtype
-        self._windows = _windows(config)
+        self.windows = _windows(config)
         name = cache_argument(accepted)
         assert name is not None, "a forward that takes no cache is refused"
         self.cache_name = name
@@ -245,108 +245,11 @@ class Target:
             extra,
         )
 
-    @torch.no_grad()
-    def read(
-        self,
-        tokens_BL: Tensor,
-        needs: Needs,
-        segments_BL: Tensor | None = None,
-        *,
-        keep: TextCache | None = None,
-    ) -> dict[str, Tensor]:
-        """Return features [B, L, D] of whole texts, for training; `keep` takes keys and values.
-
-        Rows are padded at the right, where causal attention does not look. With sequence packing,
-        `segments_BL` numbers the texts of a row, and each is read as if it stood alone. Not
-        inference mode: autograd cannot save inference tensors.
-        """
-        options: dict[str, Any] = {}
-        if keep is not None:
-            options[self._decoder_cache_name] = keep
-        if segments_BL is not None:
-            positions_BL, visible_BLL = isolate_texts(segments_BL.to(self.device))
-            batch, length = positions_BL.shape
-            masks = {
-                kind: tree_mask(
-                    [0] * batch, positions_BL, visible_BLL, length, self.dtype, window=window
-                )
-                for kind, window in self._windows.items()
-            }
-            options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
-            options["position_ids"] = positions_BL
-        with self._capture_features(needs) as features:
-            self.decoder(
-                input_ids=tokens_BL.to(self.device),
-                use_cache=keep is not None,
-                **options,
-            )
-        return features
-
-    def check(self, needs: Needs) -> None:
-        """Raise UnsupportedError if the features asked for are not [B, N, D]."""
-        self.read(torch.zeros(1, 2, dtype=torch.long), needs)
-
-    def read_extra_rows(
-        self,
-        kept: TextCache,
-        anchors_BA: Tensor,
-        rows: Sequence[tuple[int, int]],
-        inject: Mapping[int, Inject],
-    ) -> Tensor:
-        """Return states [B, A, X, D] after the final norm of extra rows of texts, for training.
-
-        At each of a text's A anchors there are X `rows`, each a parent and a slot as in
-        `Draft.beside`, where node 0 is the text's token at the anchor. They see the text up to it
-        and their own parents, and are differentiable. `inject` gets anchors as the owners.
-        """
-        (batch, num_anchors), num_extra = anchors_BA.shape, len(rows)
-        parents, depths = [0], [0]
-        for parent, _ in rows:
-            parents.append(parent)
-            depths.append(depths[parent] + 1)
-        sees_XX = tree.ancestor_mask(torch.tensor([parents]), max(depths))[0, 1:, 1:]
-        # Chains of different positions do not see each other.
-        sees_NN = torch.eye(num_anchors).kron(sees_XX.float()).bool().to(self.device)
-        anchors_BN = anchors_BA.repeat_interleave(num_extra, 1).to(self.device)
-        depths_N = torch.tensor(depths[1:] * num_anchors, device=self.device)
-        positions_BN = (anchors_BN + depths_N).clamp_(max=self.context - 1)
-        text_BNL = torch.arange(kept.length, device=self.device) <= anchors_BN[..., None]
-        sees_BNS = torch.cat([text_BNL, sees_NN.expand(batch, -1, -1)], -1)
-        masks = {}
-        for kind, window in self._windows.items():
-            near_BNS = sees_BNS
-            if window is not None:
-                key_L = torch.arange(kept.length, device=self.device).expand(batch, -1)
-                key_BS = torch.cat([key_L, positions_BN], 1)
-                near_BNS = sees_BNS & (positions_BN[..., None] - key_BS[:, None] < window)
-            hidden = torch.finfo(self.dtype).min
-            mask_BNS = torch.zeros(near_BNS.shape, dtype=self.dtype, device=self.device)
-            masks[kind] = mask_BNS.masked_fill_(~near_BNS, hidden)[:, None]
-        slots_BN = torch.tensor([slot for _, slot in rows] * num_anchors, device=self.device)
-        with (
-            self._capture_features(Needs(final=True)) as features,
-            self._inject_states(inject, (slots_BN.expand(batch, -1), anchors_BN)),
-        ):
-            self.decoder(
-                input_ids=torch.zeros_like(anchors_BN),
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-                position_ids=positions_BN,
-                use_cache=True,
-                **{self._decoder_cache_name: kept},
-            )
-        return features["final"].view(batch, num_anchors, num_extra, -1)
-
     @functools.cached_property
     def checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint that the model was loaded from, or None."""
         path = Path(self.model.config._name_or_path or "")
         return open_checkpoint(path) if (path / "config.json").is_file() else None
-
-    @functools.cached_property
-    def _decoder_cache_name(self) -> str:
-        """Return the name of the decoder's cache argument; by default the model's."""
-        accepted = inspect.signature(self.decoder.forward).parameters
-        return cache_argument(accepted) or self.cache_name
 
     @property
     def num_tokens(self) -> int:
@@ -380,35 +283,23 @@ class Target:
         num_nodes, num_tail = visible_BNT.shape[1:]
         # Padding must not reach positions that the model does not have: learned tables end there.
         positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=cache.context - 1)
-        cache.open(num_nodes, self.device, after=num_tail - num_nodes)
-        positions_BT = positions_BT.to(self.device)
-        visible_BNT = visible_BNT.to(self.device)
+        cache.open(positions_BT, num_nodes, self.device)
         options: dict[str, Any] = {self.cache_name: cache}
         if kept is not None and self._keeps_logits:
             last = kept == [num_nodes - 1]
             options["logits_to_keep"] = 1 if last else torch.tensor(kept, device=self.device)
-        masks = {
-            kind: tree_mask(
-                lengths,
-                positions_BT,
-                visible_BNT,
-                cache.width,
-                self.dtype,
-                seen=seen,
-                window=window,
-            )
-            for kind, window in self._windows.items()
-        }
+        keys_BS = cache.positions_BS[:, : cache.width]
+        masks = self.masks(lengths, keys_BS, visible_BNT.to(self.device), seen)
         with (
-            self._capture_features(needs) as features,
-            self._inject_states(needs.inject, extra),
+            self.capture_features(needs) as features,
+            self.inject_states(needs.inject, extra),
             rotary.use_long_factors(self._rotaries, self._original, cache.context),
             skinny.products(self._linears, self._most_rows),
         ):
             output = self.model(
                 input_ids=torch.tensor(tokens, device=self.device),
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-                position_ids=positions_BT[:, num_tail - num_nodes :],
+                attention_mask=masks,
+                position_ids=positions_BT[:, num_tail - num_nodes :].to(self.device),
                 use_cache=True,
                 **options,
             )
@@ -417,8 +308,24 @@ class Target:
             logits_BNV = logits_BNV[:, kept]
         return Pass(logits_BNV, features)
 
+    def masks(
+        self,
+        lengths: Sequence[int],
+        positions_BS: Tensor,
+        visible_BNT: Tensor,
+        seen: Sequence[int] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the mask of a pass; if layers differ, one for each kind of layer."""
+        masks = {
+            kind: tree_mask(
+                lengths, positions_BS, visible_BNT, self.dtype, seen=seen, window=window
+            )
+            for kind, window in self.windows.items()
+        }
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
     @contextmanager
-    def _capture_features(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
+    def capture_features(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
         """Capture the features asked for during one pass, by forward hooks."""
         features: dict[str, Tensor] = {}
         handles = []
@@ -436,7 +343,7 @@ class Target:
                 handle.remove()
 
     @contextmanager
-    def _inject_states(
+    def inject_states(
         self, inject: Mapping[int, Inject], extra: tuple[Tensor, Tensor] | None
     ) -> Iterator[None]:
         """During one pass, replace the hidden states of extra rows at the inputs of layers."""
@@ -497,9 +404,8 @@ class Target:
 
 def tree_mask(
     lengths: Sequence[int],
-    positions_BT: Tensor,
+    positions_BS: Tensor,
     visible_BNT: Tensor,
-    width: int,
     dtype: torch.dtype,
     *,
     seen: Sequence[int] | None = None,
@@ -507,10 +413,11 @@ def tree_mask(
 ) -> Tensor:
     """Return the additive mask [B, 1, N, S]: a node sees its row's committed tokens and its path.
 
-    Of the `lengths` committed columns, a row sees the first `seen`, all by default; in layers with
-    a window, only keys less than `window` positions back.
+    `positions_BS` are the positions of all columns, on the host. Of the `lengths` committed
+    columns, a row sees the first `seen`, all by default; in layers with a window, only keys less
+    than `window` positions back.
     """
-    batch, num_nodes, num_tail = visible_BNT.shape
+    (batch, num_nodes, num_tail), width = visible_BNT.shape, positions_BS.shape[1]
     hidden, device = torch.finfo(dtype).min, visible_BNT.device
     seen = seen or lengths
     mask_B1NS = torch.full((batch, 1, num_nodes, width), hidden, dtype=dtype, device=device)
@@ -518,11 +425,10 @@ def tree_mask(
         mask_B1NS[row, :, :, : seen[row]] = 0
         tail_1NT = mask_B1NS[row, :, :, length : length + num_tail]
         tail_1NT.masked_fill_(visible_BNT[row], 0)
-    if window is not None and max(seen) + num_tail > window:
+    if window is not None and int(positions_BS.max()) >= window:
         for row, length in enumerate(lengths):
-            key_S = torch.arange(width, device=device)
-            key_S[length : length + num_tail] = positions_BT[row]
-            behind_NS = positions_BT[row, num_tail - num_nodes :, None] - key_S
+            key_S, end = positions_BS[row].to(device), length + num_tail
+            behind_NS = key_S[end - num_nodes : end, None] - key_S
             mask_B1NS[row, 0].masked_fill_(behind_NS >= window, hidden)
     return mask_B1NS
 

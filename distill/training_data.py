@@ -21,7 +21,7 @@ from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.data.text import check_ids
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import Heads
-from spectool.decode.heads.convert import PretrainedHeads
+from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill.data.features import (
@@ -40,6 +40,7 @@ from spectool.distill.data.server import Server, rewrite
 from spectool.distill.data.texts import Say, TextWriter
 from spectool.distill.plan import Job, Setup
 from spectool.distill.processes import Processes
+from spectool.distill.teacher import check_features
 from spectool.errors import TextError
 from spectool.methods import resolve
 from spectool.model.loading import describe_runtime, load_model, load_outside, unused_of
@@ -152,19 +153,14 @@ class DataPreparation:
         """Load the whole target and print how it runs."""
         setup = self.setup
         model = load_model(
-            setup.checkpoint.path,
-            dtype=setup.dtype,
-            device=str(setup.device),
-            runtime=setup.runtime,
-            trust_remote_code=setup.trust_remote_code,
-            checksums=setup.checksums,
+            setup.checkpoint, dtype=setup.dtype, device=str(setup.device), runtime=setup.runtime
         )
         model.requires_grad_(False)
-        self.say(f"{setup.name}: {describe_runtime(model)} on {setup.device}")
+        self.say(f"{setup.checkpoint.name}: {describe_runtime(model)} on {setup.device}")
         for note in setup.checkpoint.layout.notes:
             self.say(note)
         if unused := unused_of(model, setup.checkpoint.layout):
-            self.say(f"{setup.name}: {unused}")
+            self.say(f"{setup.checkpoint.name}: {unused}")
         return model
 
     def _make(
@@ -179,7 +175,7 @@ class DataPreparation:
         with self.processes.together():
             model = self._load()
             runner = Runner(model, tokenizer=setup.tokenizer)
-            runner.target.check(self.needs)
+            check_features(runner.target, self.needs)
         generate = TextWriter(store_writer, self.processes, self.say)
         # Evaluation text is always the target's own greedy output without loops, since that is what
         # the heads will draft.
@@ -248,9 +244,8 @@ class DataPreparation:
                 template=job.template or None,
             )
             for sample in rewritten:
-                check_ids(
-                    sample.tokens, runner.target.num_tokens, f"{self.setup.name}: its tokenizer"
-                )
+                origin = f"{self.setup.checkpoint.name}: its tokenizer"
+                check_ids(sample.tokens, runner.target.num_tokens, origin)
             return rewritten
         return regenerate(
             runner,
@@ -264,11 +259,4 @@ class DataPreparation:
     def _load_shell(self) -> Target:
         """Load the target without its layers."""
         setup = self.setup
-        return Target(
-            load_outside(
-                setup.checkpoint,
-                dtype=setup.dtype,
-                device=setup.device,
-                trust_remote_code=setup.trust_remote_code,
-            )
-        )
+        return Target(load_outside(setup.checkpoint, dtype=setup.dtype, device=setup.device))
