@@ -32,7 +32,8 @@ def text(tmp_path: Path) -> str:
 
 @pytest.fixture
 def packed(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
-    quantize(checkpoint("llama"), tmp_path / "packed", Job(method="rtn", config=RTN.Config()))
+    source = open_checkpoint(checkpoint("llama"))
+    quantize(source, tmp_path / "packed", Job(method="rtn", config=RTN.Config()))
     return tmp_path / "packed"
 
 
