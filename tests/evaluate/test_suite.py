@@ -93,7 +93,7 @@ def test_only_the_measures_that_are_named_run(
             run(packed, measures=[name], texts=[text])
     # The source of a packed model is another's.
     other = str(checkpoint("llama", seed=1))
-    with pytest.raises(UsageError, match="--measure layers needs .* was quantized"):
+    with pytest.raises(UsageError, match=r"--measure layers needs .* was quantized"):
         run(packed, measures=["layers"], reference=other)
     with pytest.raises(UsageError, match="no measure is called 'spede'"):
         run(packed, measures=["spede"])
