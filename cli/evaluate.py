@@ -1,4 +1,4 @@
-"""`spectool eval MODEL`: perplexity, and the distance from a reference."""
+"""`spectool eval MODEL`: run measures, and check gates on their metrics."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ class EvalOptions(Config):
         "Condition on a metric, such as 'perplexity_ratio<=1.1': exit code 3 if it does not hold; "
         "repeatable",
     )
+    measure: tuple[str, ...] = option(
+        (),
+        "What to measure (`spectool list measures`); repeatable; default: everything that the "
+        "other options allow",
+    )
+    prompts: str | None = option(None, "File of prompts for speed and losslessness: .txt or .jsonl")
+    draft: tuple[str, ...] = option(
+        (),
+        "Drafter, directory of draft heads or smaller checkpoint: NAME[:key=value,...]; "
+        "repeatable; default: auto",
+    )
+    max_new_tokens: int = option(128, "Maximum number of new tokens per prompt", minimum=1)
     save_reference: Path | None = option(None, "File to write the model's log-probabilities to")
     save_top_k: int = option(
         0,
@@ -48,12 +60,13 @@ class EvalOptions(Config):
 
 
 def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: LoadOptions) -> None:
-    """Measure the perplexity of MODEL and its distance from a reference on the same tokens."""
+    """Measure MODEL: perplexity, distance from a reference, speed and losslessness of drafting."""
     prepare_torch(load.threads)
-    from spectool.evaluate import evaluate as evaluate_module
-    from spectool.evaluate.gates import parse_gates
+    from spectool.evaluate.context import Context, Request
+    from spectool.evaluate.suite import evaluate as run_measures
 
-    request = evaluate_module.Request(
+    request = Request(
+        measures=options.measure,
         texts=options.text,
         text_field=reading.field,
         template=reading.template,
@@ -63,36 +76,30 @@ def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: L
         reference=options.reference,
         save_reference=options.save_reference,
         top_k=options.save_top_k,
+        prompts=options.prompts,
+        drafts=options.draft or ("auto",),
+        max_new_tokens=options.max_new_tokens,
         dtype=load.dtype,
         device=load.resolve_device(),
         runtime=load.runtime,
         batch_size=options.batch_size,
         blockwise=options.blockwise,
     )
-    gates = parse_gates(options.gate, evaluate_module.metric_names(request))
-    output.start()
-    result = evaluate_module.evaluate(
+    context = Context(
         load.open(),
         request,
         say=output.say,
         progress=lambda done, total: output.progress(done, total, "tokens scored"),
         on_read=output.note,
     )
-    result["gates"] = [gate.check(result) for gate in gates]
-    perplexity = result["perplexity"]
-    output.show(f"perplexity: {perplexity['value']:.4f}")
-    if "kl" in result:
-        output.show(f"reference perplexity: {result['reference']['perplexity']:.4f}")
-        output.show(f"perplexity ratio: {result['perplexity_ratio']:.4f}")
-        least = "at least " if result["kl_is_lower_bound"] else ""
-        output.show(f"KL from the reference: {least}{result['kl']:.3e} nats per token")
-        output.show(f"top-1 agreement: {result['top1_agreement']:.2%}")
-    if result.get("layers"):
-        worst = max(result["layers"], key=lambda layer: float(layer["error"]))
-        output.show(f"largest layer error: {worst['error']:.2e} ({worst['name']})")
-    for checked in result["gates"]:
-        word = "holds" if checked["holds"] else "does not hold"
-        output.show(f"gate {checked['expression']}: {word} ({checked['value']:.4g})")
-    output.result(result)
-    if not all(checked["holds"] for checked in result["gates"]):
+    output.start()
+    evaluation = run_measures(context, gates=options.gate)
+    for result in evaluation.measures:
+        for line in result.lines():
+            output.show(line)
+    for checked in evaluation.gates:
+        word = "holds" if checked.holds else "does not hold"
+        output.show(f"gate {checked.expression}: {word} ({checked.value:.4g})")
+    output.result(evaluation.as_json())
+    if not all(checked.holds for checked in evaluation.gates):
         raise typer.Exit(3)

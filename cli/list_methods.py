@@ -17,7 +17,7 @@ class ListOptions(Config):
 
     kind: str | None = option(
         None,
-        "Kind to list: quantizer, chooser, drafter or verifier; default: all",
+        "Kind to list: quantizer, chooser, drafter, verifier or measure; default: all",
         argument=True,
     )
     all: bool = option(False, "List research methods too", switch=True)
