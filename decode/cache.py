@@ -73,6 +73,21 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         new_BHSD[:, :, : old_BHSD.shape[2]] = old_BHSD
         return new_BHSD
 
+    def append(self, other: TreeLayer, like_BHSD: Tensor, sizes: tuple[int, int]) -> None:
+        """Append the rows of another layer; each of the two may be empty so far."""
+        heads, _, width = like_BHSD.shape[1:]
+        found = []
+        for name in ("keys", "values"):
+            parts = []
+            for layer, size in zip((self, other), sizes, strict=True):
+                old = getattr(layer, name)
+                if old is None:
+                    old = like_BHSD.new_zeros(size, heads, 0, width)
+                parts.append(self._enlarge(old))
+            found.append(torch.cat(parts))
+        self.keys, self.values = found
+        self.is_initialized = True
+
     def get_seq_length(self) -> int:
         """Return the number of committed columns of the longest row."""
         # Layers that no pass reached (Mllama's for images) must report 0.
@@ -169,9 +184,20 @@ class TreeCache(Cache):
             if layer.keys is None or layer.values is None:
                 continue
             if index is None:
-                index = torch.tensor(list(rows), device=layer.keys.device)
+                index = torch.tensor(list(rows), dtype=torch.long, device=layer.keys.device)
             layer.keys = layer.keys[index]
             layer.values = layer.values[index]
+
+    @torch.inference_mode()
+    def join(self, other: TreeCache) -> None:
+        """Append the rows of another cache of the same model; lengths may differ."""
+        self.capacity = max(self.capacity, other.capacity)
+        for layer, joined in zip(self._trees, other._trees, strict=True):
+            like = layer.keys if layer.keys is not None else joined.keys
+            if like is not None:
+                sizes = len(self.tokens), len(other.tokens)
+                layer.append(joined, like, sizes)
+        self.tokens += other.tokens
 
     def keep_prefix(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Keep the longest common prefix of each row with its new prompt; return the lengths.

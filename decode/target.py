@@ -196,16 +196,16 @@ class Target:
             num_nodes = len(draft)
             padding = range(draft.num_rows, num_rows)
             tokens.append(draft.tokens + [0] * (num_rows - num_nodes))
-            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.beside), *padding]
+            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.extra_rows), *padding]
             parents.append(above)
-            slots.append([-1] * num_nodes + [slot for _, slot in draft.beside])
+            slots.append([-1] * num_nodes + [slot for _, slot in draft.extra_rows])
             slots[-1] += [-1] * len(padding)
             owner = list(range(num_rows))
             for row in range(num_nodes, draft.num_rows):
                 owner[row] = owner[above[row]]
             owners.append(owner)
         extra = None
-        if any(draft.beside for draft in drafts):
+        if any(draft.extra_rows for draft in drafts):
             extra = (torch.tensor(slots, device=self.device), torch.tensor(owners).to(self.device))
         return self.grow(cache, tokens, parents, needs=needs, extra=extra)
 
@@ -296,8 +296,8 @@ class Target:
         """Return states [B, A, X, D] after the final norm of extra rows of texts, for training.
 
         At each of a text's A anchors there are X `rows`, each a parent and a slot as in
-        `Draft.beside`, where node 0 is the text's token at the anchor. They see the text up to it
-        and their own parents, and are differentiable. `inject` gets anchors as the owners.
+        `Draft.extra_rows`, where node 0 is the text's token at the anchor. They see the text up to
+        it and their own parents, and are differentiable. `inject` gets anchors as the owners.
         """
         (batch, num_anchors), num_extra = anchors_BA.shape, len(rows)
         parents, depths = [0], [0]
