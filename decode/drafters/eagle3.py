@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from spectool import options
 from spectool.decode import tree
-from spectool.decode.heads.base import Heads, HeadsDrafter, OptimizerDefaults
+from spectool.decode.heads.base import Heads, HeadsDrafter
 from spectool.decode.heads.layer import (
     Attention,
     DraftCache,
@@ -44,11 +44,12 @@ from spectool.decode.heads.layer import (
     make_layer_config,
     read_final_scale,
 )
-from spectool.decode.protocol import Features, Needs, TrainingBatch
+from spectool.decode.protocol import Features, Needs
 from spectool.decode.request import Request
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 # Draft vocabulary of targets that have a larger one, as published.
 _DRAFT_VOCAB = 32000
@@ -96,8 +97,7 @@ class Eagle3Heads(Heads):
                 raise UsageError(f"--layers {self.layers}: expected numbers like 2-16-29")
 
     optimizer_defaults = OptimizerDefaults(rate=5e-5, betas=(0.9, 0.95))
-    loss_target = "probs"
-    decay = 0.8
+    loss = LossSpec(target="probs", decay=0.8)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         """Make untrained heads for a target.
