@@ -25,7 +25,7 @@ from loop_overhead import read_seconds
 from main_job import RESULTS, chat, rows, spectool
 from widened import widen
 
-from spectool.kernels import skinny
+from spectool.kernels import registry
 
 WIDTHS = {"hidden": 2048, "intermediate": 5888, "heads": 64}
 EXACT = ("ngram", "recycle", "trigram", "ngram+recycle", "jacobi", "skip", "ngram+recycle:tune")
@@ -76,7 +76,13 @@ def main() -> None:
         text = json.dumps(results, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
         (RESULTS / f"{given.name}.json").write_text(text + "\n", encoding="utf-8")
 
-    results: dict[str, Any] = {"model": model.name, "kernel": skinny.missing() or "skinny"}
+    kernels = {
+        dtype: registry.choose("dense", "cpu", getattr(torch, dtype)) for dtype in given.dtype
+    }
+    results: dict[str, Any] = {
+        "model": model.name,
+        "kernel": {dtype: str(choice) for dtype, choice in kernels.items()},
+    }
     results["exact"] = spectool("bench", model, *common, "--dtype", "float32", *drafts(EXACT))
     for dtype in given.dtype:
         copy = out / f"widened-{dtype}"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -36,11 +35,11 @@ from spectool.decode.protocol import (
 )
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams, is_finite
-from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import NotFinite, UnsupportedError
-from spectool.kernels import skinny
+from spectool.kernels.registry import in_force
 from spectool.model.blocks import final_logits
+from spectool.model.kernels import give_kernels
 from spectool.model.packed import PackedLinear
 from spectool.options import option
 
@@ -410,7 +409,7 @@ class TreeDrafter(Drafter):
         kept = [path for path, _ in paths if len(path) <= depth][: self.config.nodes]
         self._tree = RankTree(kept, device=heads.frozen.weight_VD.device)
         self._states: dict[int, Tensor] = {}
-        self._linears = skinny.eligible_linears(heads.modules())
+        give_kernels(heads, heads.dtype)
 
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
@@ -418,7 +417,7 @@ class TreeDrafter(Drafter):
     @torch.inference_mode()
     def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._states.clear()
-        with self._kernel():
+        with in_force():
             self._read([prompt.row.index for prompt in prompts], *gather_prompts(prompts))
 
     @torch.inference_mode()
@@ -431,7 +430,7 @@ class TreeDrafter(Drafter):
             len(rows), len(self._tree.depths), dtype=torch.long, device=state_BD.device
         )
         tokens_BN[:, 0] = torch.tensor([request.tokens[-1] for request in rows])
-        with self._kernel():
+        with in_force():
             for k, level in enumerate(self._tree.levels[:deepest]):
                 states = self._level(rows, state_BD, tokens_BN, k)
                 guesses = self._heads.guess(states, k, TOP)
@@ -453,12 +452,8 @@ class TreeDrafter(Drafter):
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        with self._kernel():
+        with in_force():
             self._read([outcome.row.index for outcome in outcomes], *gather_outcomes(outcomes))
-
-    def _kernel(self) -> AbstractContextManager[None]:
-        """Use the small-batch matmul kernel in all layers of the heads."""
-        return skinny.products(self._linears, kernel_rows(self._heads.dtype))
 
     def _read(
         self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
