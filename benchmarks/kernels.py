@@ -11,12 +11,12 @@ product. The floor is the kernel's bytes over the memory bandwidth, measured by 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from loop_overhead import read_seconds
 from torch import Tensor
@@ -82,7 +82,7 @@ def main() -> None:
             times = ", ".join(f"{way} {ms:.1f} ms" for way, ms in row.items() if way != "rows")
             print(f"{row['rows']:5} rows: {times}")
     if given.out is not None:
-        given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        record.write(given.out, results)
 
 
 if __name__ == "__main__":
