@@ -198,7 +198,7 @@ class RecurrentTarget(Target):
             if self._keeps_logits:
                 options["logits_to_keep"] = kept
             ids = torch.tensor([piece], device=self.device)
-            with self._capture_features(needs) as features, in_force():
+            with self.capture_features(needs) as features, in_force():
                 output = self.model(input_ids=ids, use_cache=True, **options)
             logits.append(output.logits[0, -kept:])
             captured.append(features)
