@@ -36,10 +36,9 @@ def give_kernels(model: nn.Module, dtype: torch.dtype) -> None:
                 fields = dict(module.q.named_buffers())
                 shape = module.out_features, module.in_features
                 module.product = registry.prepare(module.format, fields, shape, dtype)
-        elif type(module) in (nn.Linear, KernelLinear):
-            weight: nn.Parameter = module.weight
-            n, m = weight.shape
-            product = registry.prepare("dense", {"weight": weight}, (n, m), weight.dtype)
+        elif isinstance(module, nn.Linear) and type(module) in (nn.Linear, KernelLinear):
+            weight, shape = module.weight, (module.out_features, module.in_features)
+            product = registry.prepare("dense", {"weight": weight}, shape, weight.dtype)
             if product is not None:
                 # Only the class changes: names, parameters and hooks stay.
                 module.__class__ = KernelLinear
