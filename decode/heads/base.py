@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,11 +34,11 @@ from spectool.decode.protocol import (
 )
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
-from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import UnsupportedError
-from spectool.kernels import skinny
+from spectool.kernels.registry import in_force
 from spectool.model.blocks import final_logits
+from spectool.model.kernels import give_kernels
 from spectool.model.packed import PackedLinear
 from spectool.options import option
 from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
@@ -208,7 +207,7 @@ class HeadsDrafter(Drafter):
         self._heads = heads.eval()
         self._draft_cache = draft_cache
         self._states: dict[Request, Tensor] = {}
-        self._linears = skinny.eligible_linears(heads.modules())
+        give_kernels(heads, heads.dtype)
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
@@ -229,12 +228,8 @@ class HeadsDrafter(Drafter):
         self._read_all([outcome.request for outcome in outcomes], *gather_outcomes(outcomes))
 
     def _read_all(self, requests: Sequence[Request], *read: Any) -> None:
-        with self._kernel():
+        with in_force():
             self._states.update(zip(requests, self._read(requests, *read), strict=True))
-
-    def _kernel(self) -> AbstractContextManager[None]:
-        """Use the small-batch matmul kernel in all layers of the heads."""
-        return skinny.products(self._linears, kernel_rows(self._heads.dtype))
 
     @abstractmethod
     def _read(
@@ -285,7 +280,7 @@ class TreeDrafter(HeadsDrafter):
             len(requests), len(self._tree.depths), dtype=torch.long, device=state_BD.device
         )
         tokens_BN[:, 0] = torch.tensor([request.tokens[-1] for request in requests])
-        with self._kernel():
+        with in_force():
             for k, level in enumerate(self._tree.levels[:deepest]):
                 states = self._level(requests, state_BD, tokens_BN, k)
                 guesses = self._heads.guess(states, k, TOP)
