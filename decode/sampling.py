@@ -12,12 +12,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from spectool.decode.options import SamplingParams
 from spectool.errors import NotFinite
 
 # Purposes of random numbers. Each (request, position, purpose, draw) has its own number, so neither
 # the other requests of a batch nor the shape of earlier drafts change it.
 _PURPOSES = {"token": 1, "accept": 2, "draft": 3}
 _MASK = (1 << 64) - 1
+
+
+def probs_by_row(samplings: Sequence[SamplingParams], logits_BNV: Tensor) -> list[Tensor]:
+    """Return each row's `SamplingParams.probs` [N, V]."""
+    if len(set(samplings)) == 1:
+        return list(samplings[0].probs(logits_BNV))
+    rows = torch.split(logits_BNV, 1)
+    return [each.probs(row_1NV)[0] for each, row_1NV in zip(samplings, rows, strict=True)]
 
 
 class Draws:
