@@ -1,4 +1,4 @@
-"""`spectool tune HEADS MODEL`: find the fastest draft options here, and store them with HEADS."""
+"""`spectool tune HEADS MODEL`: find the fastest draft options on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spectool.shared_options import TextOptions
 class TuneOptions(Config):
     """The draft heads to tune, and the prompts to tune them on."""
 
-    heads: Path = option(..., "Directory of draft heads, which stores the result", argument=True)
+    heads: Path = option(..., "Directory of draft heads", argument=True)
     prompts: str = option(
         ..., "File of prompts: .txt (one per line) or .jsonl (prompt, turns or messages)"
     )
@@ -24,7 +24,7 @@ class TuneOptions(Config):
 
 
 def tune(output: Output, options: TuneOptions, text: TextOptions, load: RunnerOptions) -> None:
-    """Find the draft options of HEADS that are fastest on this machine, and store them in HEADS."""
+    """Find the draft options of HEADS that are fastest on this machine, and keep them."""
     from spectool.decode.heads.artifact import read_record
     from spectool.evaluate import tuning
 
@@ -32,15 +32,8 @@ def tune(output: Output, options: TuneOptions, text: TextOptions, load: RunnerOp
     read_record(heads)
     runner, tokenizer = open_runner(output, load)
     inputs = read_prompts(output, options.prompts, tokenizer, text, limit=options.limit)
-    best = tuning.tune(
-        runner,
-        heads,
-        inputs,
-        max_new_tokens=options.max_new_tokens,
-        say=output.say,
-    )
-    chosen = ",".join(f"{key}={value}" for key, value in best.items() if key != "speedup")
-    output.show(f"{heads}: {chosen} here, {best['speedup']:.2f} times plain decoding")
-    if best["speedup"] < 1:
+    best = tuning.tune(runner, heads, inputs, max_new_tokens=options.max_new_tokens, say=output.say)
+    output.show(f"{heads}: {best} here, {best.speedup:.2f} times plain decoding")
+    if best.speedup < 1:
         output.say("plain decoding is faster on this machine; `--draft HEADS:tune` may choose")
-    output.result({"heads": str(heads), **best})
+    output.result({"heads": str(heads), **best.options, "speedup": best.speedup})
