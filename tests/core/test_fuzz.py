@@ -249,7 +249,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, checkpoint: Any) -> list[P
     (long / "config.json").write_text(json.dumps({**config, "rope_parameters": LONGROPE}))
     found.append(long)
     packed = tmp_path_factory.mktemp("packed") / "artifact"
-    run.quantize(found[0], packed, run.Job(method="rtn", config=RTN.Config(group_size=16)))
+    run.quantize(found[0], packed, run.QuantizeJob(method="rtn", config=RTN.Config(group_size=16)))
     return [*found, packed]
 
 

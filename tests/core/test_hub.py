@@ -20,7 +20,7 @@ from spectool.checkpoint.headers import read_header, read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import Job, prepare
+from spectool.quantize.run import QuantizeJob, prepare
 
 Checkpoints = Callable[..., Path]
 
@@ -93,7 +93,7 @@ def test_dry_run_reads_headers_only(fake_hub: list[Any], checkpoint: Checkpoints
     assert {n: (e.dtype, e.shape, e.num_bytes) for n, e in remote.tensors.items()} == {
         n: (e.dtype, e.shape, e.num_bytes) for n, e in local.tensors.items()
     }
-    job = Job(method="rtn", config=RTN.Config(bits=3))
+    job = QuantizeJob(method="rtn", config=RTN.Config(bits=3))
     plans = [
         prepare(layout, job, trust_remote_code=False, device="cpu")[1] for layout in (remote, local)
     ]

@@ -12,7 +12,7 @@ import pytest
 from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.evaluate import Request, evaluate
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 
 
 @pytest.fixture
@@ -24,7 +24,9 @@ def text(tmp_path: Path) -> str:
 
 @pytest.fixture
 def packed(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
-    quantize(checkpoint("llama"), tmp_path / "packed", Job(method="rtn", config=RTN.Config()))
+    quantize(
+        checkpoint("llama"), tmp_path / "packed", QuantizeJob(method="rtn", config=RTN.Config())
+    )
     return tmp_path / "packed"
 
 

@@ -13,12 +13,11 @@ from torch import Tensor
 from spectool.checkpoint.headers import read_layout
 from spectool.errors import UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
-from spectool.quantize.calibration import LinearStats
-from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.gptq import GPTQ, compensate, factor_hessian
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import make_plan
+from spectool.quantize.statistics import LinearStats
 
 
 def inputs(tokens: int, m: int, *, seed: int = 0) -> Tensor:
@@ -35,11 +34,9 @@ def stats_of(x_Tm: Tensor) -> LinearStats:
 
 
 def packed(weight_nm: Tensor, x_Tm: Tensor, **options: Any) -> Tensor:
-    config = GPTQ.Config(**options)
-    fields = GPTQ.pack(weight_nm, stats_of(x_Tm), config, torch.Generator())
-    spec = GPTQ.layout(tuple(weight_nm.shape), config)  # type: ignore[arg-type]
-    linear = GPTQ.build(spec, tuple(weight_nm.shape), config)  # type: ignore[arg-type]
-    linear.q.load_state_dict(fields)
+    quantizer, (n, m) = GPTQ(GPTQ.Config(**options)), weight_nm.shape
+    linear = quantizer.build((n, m))
+    linear.q.load_state_dict(quantizer.pack(weight_nm, stats_of(x_Tm), torch.Generator()))
     return linear.dequantize()
 
 
@@ -145,8 +142,8 @@ def test_outputs_err_less_than_those_of_rounding(
     grid = {"bits": bits, "group_size": group_size}
     found = packed(weight_nm, x_Tm, act_order=act_order, **grid)
     config = RTN.Config(**grid)
-    linear = RTN.build(RTN.layout((64, 128), config), (64, 128), config)
-    linear.q.load_state_dict(RTN.pack(weight_nm, None, config, torch.Generator()))
+    linear = RTN(config).build((64, 128))
+    linear.q.load_state_dict(RTN(config).pack(weight_nm, None, torch.Generator()))
     rounded = linear.dequantize()
     gptq, rtn = (float(((x - weight_nm) @ other.T).square().sum()) for x in (found, rounded))
     assert gptq < 0.8 * rtn
@@ -156,8 +153,8 @@ def test_without_correlations_it_is_rounding() -> None:
     weight_nm = torch.randn(8, 24)
     found = packed(weight_nm, torch.eye(24) * 3, bits=3, group_size=8)
     config = RTN.Config(bits=3, group_size=8)
-    linear = RTN.build(RTN.layout((8, 24), config), (8, 24), config)
-    linear.q.load_state_dict(RTN.pack(weight_nm, None, config, torch.Generator()))
+    linear = RTN(config).build((8, 24))
+    linear.q.load_state_dict(RTN(config).pack(weight_nm, None, torch.Generator()))
     assert torch.equal(found, linear.dequantize())
 
 
@@ -201,9 +198,7 @@ def test_a_checkpoint_has_the_planned_bits(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
     source = checkpoint(family)
-    plan = make_plan(
-        Architecture(read_layout(source)), Choice("gptq", GPTQ.Config(bits=3)), allow_dense=True
-    )
+    plan = make_plan(Architecture(read_layout(source)), GPTQ(GPTQ.Config(bits=3)), allow_dense=True)
     job = {"samples": 6, "seq_len": 32, "allow_dense": True}
     layout = read_layout(compress(source, "gptq", job=job, bits=3))
     assert measure(layout).linears == plan.bits_linears

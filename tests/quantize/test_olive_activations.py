@@ -14,11 +14,11 @@ from torch import Tensor
 import spectool
 from spectool.checkpoint.headers import read_layout
 from spectool.errors import UnsupportedError, UsageError
-from spectool.quantize.calibration import SAMPLED, LinearStats
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.olive import FACTORS, TYPES, OliVe, OliVeActivations
 from spectool.quantize.preprocess import Preprocess
+from spectool.quantize.statistics import SAMPLED, LinearStats
 
 GENERATOR = torch.Generator()
 
@@ -39,8 +39,8 @@ def made(x_Tm: Tensor, bits: int = 4, *, seed: int = 1) -> tuple[Any, dict[str, 
     stats = LinearStats(("sample",))
     stats.add(x_Tm)
     config = OliVe.Config(bits=bits)
-    fields = OliVeActivations.pack(weight_nm, stats, config, GENERATOR)
-    linear = OliVeActivations.build(OliVeActivations.layout((7, m), config), (7, m), config)
+    fields = OliVeActivations(config).pack(weight_nm, stats, GENERATOR)
+    linear = OliVeActivations(config).build((7, m))
     linear.q.load_state_dict(fields)
     return linear, fields
 
@@ -116,7 +116,7 @@ def test_gradients_pass_and_unseen_inputs_stay() -> None:
     linear.q.load_state_dict({**fields, "input_scale": torch.zeros(1)})
     with torch.inference_mode():
         assert torch.allclose(linear(x), x @ linear.dequantize().T, atol=1e-5)
-    fields = OliVeActivations.pack(torch.randn(3, 4), None, OliVe.Config(), GENERATOR)
+    fields = OliVeActivations(OliVe.Config()).pack(torch.randn(3, 4), None, GENERATOR)
     assert float(fields["input_scale"]) == 0
 
 
@@ -162,6 +162,6 @@ def test_what_would_not_round_inputs_is_refused(
         reshaped = {**job, "preprocess": Preprocess(text=[str(text)], steps=1)}
         compress(checkpoint("llama"), "olive-activations", job=reshaped)
     out = compress(checkpoint("llama"), "olive-activations", job=job)
-    with pytest.raises(UnsupportedError, match="rounds inputs too"):
+    with pytest.raises(UnsupportedError, match="olive-activations computes more"):
         export(str(out), tmp_path / "dense", "dense")
     assert not (tmp_path / "dense").exists()

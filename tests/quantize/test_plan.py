@@ -19,12 +19,12 @@ from spectool.checkpoint.headers import read_layout
 from spectool.errors import UnsupportedError, UsageError
 from spectool.methods import resolve
 from spectool.model.architecture import Architecture
-from spectool.quantize.choice import Choice, skipping
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.plan import Plan, make_plan
+from spectool.quantize.plan import QuantizePlan, make_plan
 from spectool.quantize.preprocess import Preprocess
-from spectool.quantize.run import Job, prepare
+from spectool.quantize.rules import skipping
+from spectool.quantize.run import QuantizeJob, prepare
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -32,10 +32,11 @@ Compress = Callable[..., Path]
 
 def plan(
     source: Path, method: str = "rtn", *, options: dict[str, Any] | None = None, **more: Any
-) -> Plan:
-    choice = Choice(method, resolve(method, "quantizer").Config(**options or {}))
+) -> QuantizePlan:
+    kind = resolve(method, "quantizer")
+    quantizer = kind(kind.Config(**options or {}))
     rules = skipping(more.pop("skip", ()))
-    return make_plan(Architecture(read_layout(source)), choice, rules=rules, **more)
+    return make_plan(Architecture(read_layout(source)), quantizer, rules=rules, **more)
 
 
 @pytest.mark.parametrize(
@@ -160,13 +161,13 @@ def test_buffers_follow_the_tokens(checkpoint: Checkpoints) -> None:
 MEASURE = r"""
 import json, re, sys
 from pathlib import Path
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 from spectool.methods import resolve
 plans = []
 method, options = sys.argv[3], json.loads(sys.argv[4])
 config = resolve(method, "quantizer").Config(**options)
 calibration = sys.argv[5:] or None
-job = Job(method=method, config=config, calibration=calibration, samples=8, seq_len=256)
+job = QuantizeJob(method=method, config=config, calibration=calibration, samples=8, seq_len=256)
 announce = lambda plan, architecture: plans.append(plan)
 quantize(sys.argv[1], Path(sys.argv[2]), job, announce=announce)
 # Not ru_maxrss, which a child inherits from its parent.
@@ -178,12 +179,14 @@ print(json.dumps([peak, plans[0].host_bytes]))
 def test_texts_and_reshaping_are_counted(checkpoint: Checkpoints, tmp_path: Path) -> None:
     layout, text = read_layout(checkpoint("llama")), tmp_path / "text.txt"
     text.write_bytes(bytes(10**7))
-    job = Job(method="rtn", config=RTN.Config(), calibration=[str(text)], samples=2, seq_len=32)
+    job = QuantizeJob(
+        method="rtn", config=RTN.Config(), calibration=[str(text)], samples=2, seq_len=32
+    )
     small = replace(job, calibration=None)
     twice = replace(job, calibration=[str(text), str(text)])
     reshaped = replace(small, preprocess=Preprocess(text=["none"], batch_size=4000))
 
-    def needs(job: Job, device: str = "cpu") -> Plan:
+    def needs(job: QuantizeJob, device: str = "cpu") -> QuantizePlan:
         return prepare(layout, job, trust_remote_code=False, device=device)[1]
 
     assert needs(job).host_bytes - needs(small).host_bytes > 10**9
