@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import record
 from widened import widen
 
 from spectool.machine import describe
@@ -110,8 +111,8 @@ def main() -> None:
             speeds = measure(each, given.tokens, given.busy, given.rounds)
             result["tokens_per_second"][each.name] = speeds
             if given.out:
-                given.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+                record.write(given.out, result)
+    print(record.to_text(result))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import transformers
 from quantize_memory import write_checkpoint
 
+import spectool
 from spectool.machine import describe
-from spectool.model.loading import load_model
 
 CHUNK = 1 << 22
 
@@ -67,7 +68,7 @@ def measure(artifact: Path, files: list[Path], rounds: int) -> dict[str, Any]:
     """Time each way of loading with and without checksums."""
 
     def load(checksums: bool, *, runtime: str = "packed", reads_weights: bool = False) -> None:
-        model = load_model(artifact, runtime=runtime, checksums=checksums)
+        model = spectool.load(artifact, runtime=runtime, checksums=checksums)
         if reads_weights:
             read_weights(model)
 
@@ -134,7 +135,7 @@ def main() -> None:
             "read_bytes_per_second": speeds,
             "loads": measure(artifact, files, given.rounds),
         }
-    text = json.dumps(result, indent=2)
+    text = record.to_text(result)
     print(text)
     if given.out:
         given.out.write_text(text + "\n")

@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from loop_overhead import read_seconds
 from main_job import RESULTS, chat, rows, spectool
@@ -73,7 +74,7 @@ def main() -> None:
         return [word for name in names for word in ("--draft", name)]
 
     def save() -> None:
-        text = json.dumps(results, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
+        text = record.to_text(results).replace(f"{out}/", "").replace(f"{model.parent}/", "")
         (RESULTS / f"{given.name}.json").write_text(text + "\n", encoding="utf-8")
 
     results: dict[str, Any] = {"model": model.name, "kernel": skinny.missing() or "skinny"}

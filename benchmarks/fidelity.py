@@ -33,9 +33,12 @@ import matplotlib
 import torch
 import transformers
 from matplotlib.figure import Figure
+from record import write
 from torch import Tensor
 
+import spectool
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.data.template import encode
 from spectool.data.text import read_text
 from spectool.errors import UsageError
@@ -44,7 +47,7 @@ from spectool.evaluate.windows import Batch, ResidentLogProbs, Windows, cut
 from spectool.examples.stdlib import read_documents
 from spectool.machine import describe
 from spectool.methods import resolve
-from spectool.model.loading import load_model, load_tokenizer
+from spectool.model.loading import load_tokenizer
 from spectool.quantize.budget import Budget, widths
 from spectool.quantize.ledger import measure as count_bits
 from spectool.quantize.run import Preprocess, QuantizeJob, quantize
@@ -139,9 +142,9 @@ def _sum_next_tokens(batch: Batch, logp_BLV: Tensor) -> Tensor:
 
 def measure(model: str, calibration: str, window: int, texts: Sequence[str], given: Any) -> None:
     """Measure every method on one checkpoint and add the rows to the file."""
-    original = load_model(model, dtype="float32")
+    original = spectool.load(model, dtype="float32")
     vocabulary = original.config.vocab_size
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(open_checkpoint(model))
     sides = {}
     for text in texts:
         ids = encode(tokenizer, read_text([text], tokenizer))
@@ -180,7 +183,7 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
                 resident = _reset_peak()
                 began = time.perf_counter()
                 try:
-                    quantize(model, out, job)
+                    quantize(open_checkpoint(model), out, job)
                 except UsageError as error:
                     # The padding of small matrices alone may take more than a budget.
                     print(name, options, error, flush=True)
@@ -189,10 +192,11 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
                 record["bytes_needed"] = _peak() - resident
                 ledger = count_bits(read_layout(out))
                 record |= {"bits_linears": ledger.linears, "bits_file": ledger.file}
-                packed = load_model(out, dtype="float32", runtime="dense")
+                packed = spectool.load(out, dtype="float32", runtime="dense")
                 rows += _score(sides, ResidentLogProbs(packed), vocabulary, record)
             header = {"benchmark": "fidelity", "machine": describe(), "model": Path(model).name}
-            given.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+            counts = {text: _count_tokens(windows) for text, (windows, _) in sides.items()}
+            write(given.out, {**header, "window_tokens": counts, "rows": rows})
             print(name, options, seed, f"{record['seconds']:.0f} s", flush=True)
 
 
@@ -227,7 +231,6 @@ def _score(
 
         scores = score(windows, probs, vocabulary, reference=original, sink=sink)
         assert scores.kl is not None and scores.same_top is not None
-        counts = [ids_SL.shape[1] - 1 for ids_SL in windows.groups for _ in ids_SL]
         rows.append(
             {
                 **record,
@@ -235,22 +238,29 @@ def _score(
                 "perplexity": scores.perplexity,
                 "kl": scores.kl / scores.num_tokens,
                 "top1_agreement": scores.same_top / scores.num_tokens,
-                "window_tokens": counts,
                 "window_nll": [round(value, 3) for value in nll],
             }
         )
     return rows
 
 
-class Point:
-    """Result of a method with its options on one text: the mean over seeds."""
+def _count_tokens(windows: Windows) -> list[int]:
+    """Return the number of scored tokens of each window."""
+    return [ids_SL.shape[1] - 1 for ids_SL in windows.groups for _ in ids_SL]
 
-    def __init__(self, rows: Sequence[Request]) -> None:
+
+class Point:
+    """Result of a method with its options on one text: the mean over seeds.
+
+    `window_tokens` are the numbers of scored tokens of the text's windows.
+    """
+
+    def __init__(self, rows: Sequence[Request], window_tokens: Sequence[int]) -> None:
         self.rows = rows
         self.method = rows[0]["method"]
         self.options = rows[0].get("options") or {}
         self.bits = rows[0].get("bits_linears", 16.0)
-        self.tokens_S = torch.tensor(rows[0]["window_tokens"], dtype=torch.float64)
+        self.tokens_S = torch.tensor(window_tokens, dtype=torch.float64)
         self.nll_S = torch.tensor([row["window_nll"] for row in rows], dtype=torch.float64).mean(0)
         self.nll = float(self.nll_S.sum() / self.tokens_S.sum())
 
@@ -314,7 +324,11 @@ def read_points(file: Path) -> tuple[str, dict[str, list[Point]]]:
     for row in result["rows"]:
         key = json.dumps([row["method"], row.get("options")])
         grouped.setdefault(row["text"], {}).setdefault(key, []).append(row)
-    points = {text: [Point(rows) for rows in each.values()] for text, each in grouped.items()}
+    counts = result["window_tokens"]
+    points = {
+        text: [Point(rows, counts[text]) for rows in each.values()]
+        for text, each in grouped.items()
+    }
     return result["model"], points
 
 

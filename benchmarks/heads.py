@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from main_job import RESULTS, spectool, write_texts
 from safetensors.torch import load_file, save_file
@@ -175,7 +176,7 @@ def main() -> None:
         report |= json.loads(kept.read_text(encoding="utf-8"))
 
     def save() -> None:
-        text = json.dumps(report, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
+        text = record.to_text(report).replace(f"{out}/", "").replace(f"{model.parent}/", "")
         kept.write_text(text + "\n", encoding="utf-8")
 
     if "train" in given.parts:

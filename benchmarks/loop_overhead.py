@@ -11,12 +11,12 @@ weights' bytes over the memory bandwidth, measured by summing a tensor of as man
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import record
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -99,7 +99,7 @@ def main() -> None:
         "floor_ms_per_token": 1e3 * read_seconds(4 * parameters),
         "new_tokens": NEW_TOKENS,
     }
-    text = json.dumps(result, indent=2)
+    text = record.to_text(result)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n")

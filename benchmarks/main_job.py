@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import record
+
 from spectool.examples.stdlib import read_documents
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,7 +129,7 @@ def main() -> None:
     for run in (results["quantize"], *(results[name] for name in ("untrained", "of-original",
                                                               "of-packed"))):  # fmt: skip
         run["out"] = Path(run["out"]).name
-    text = json.dumps(results, indent=1).replace(f"{out}/", "").replace(f"{model.parent}/", "")
+    text = record.to_text(results).replace(f"{out}/", "").replace(f"{model.parent}/", "")
     (RESULTS / "main-job-2-core-cpu.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
 from decode import write_prompts
@@ -89,7 +90,7 @@ def main() -> None:
         print(f"; the widest gap that flipped is {largest:.4f}, the median of all is", end="")
         print(f" {result['median_gap']:.2f}")
     if given.out is not None:
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        record.write(given.out, result)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -187,7 +188,7 @@ def main() -> None:
         layers = arguments.layers or 2
         for result in measure_trained(arguments.trained, layers, arguments.device, arguments.dtype):
             if arguments.out:
-                arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+                record.write(arguments.out, result)
         return
     with tempfile.TemporaryDirectory() as scratch:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
@@ -221,7 +222,7 @@ def main() -> None:
                 "seconds": calibrated["process_seconds"],
             },
         }
-    text = json.dumps(result, indent=2)
+    text = record.to_text(result)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n")

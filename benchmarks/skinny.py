@@ -10,12 +10,12 @@ The floor is the matrices' bytes over the memory bandwidth, measured by summing 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from loop_overhead import read_seconds
 from torch import Tensor
@@ -76,7 +76,7 @@ def main() -> None:
                 "{rows:3} rows {ms:7.1f} ms, torch {torch_ms:7.1f} ({speedup:.2f}x)".format(**row)
             )
     if out is not None:
-        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        record.write(out, results)
 
 
 if __name__ == "__main__":

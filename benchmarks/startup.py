@@ -8,13 +8,14 @@ The two commands alternate, so that drift of the machine's speed affects both.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import record
 
 from spectool.machine import describe
 
@@ -47,7 +48,7 @@ def main() -> None:
         "ratio": statistics.median(ours / baseline for baseline, ours in pairs),
         "rounds": ROUNDS,
     }
-    text = json.dumps(result, indent=2)
+    text = record.to_text(result)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -39,6 +40,9 @@ from spectool.cli.common import (
     template_arguments,
 )
 from spectool.errors import UsageError
+
+if TYPE_CHECKING:
+    from spectool.evaluate.bench import Run
 
 
 def bench(
@@ -123,8 +127,8 @@ def bench(
         from spectool.decode.sampling import SamplingOptions
         from spectool.evaluate import bench as bench_module
         from spectool.evaluate import picture
+        from spectool.evaluate.results import as_json
         from spectool.machine import describe
-        from spectool.model.loading import describe_runtime
 
         if plot is not None:
             picture.check_picture(plot)
@@ -162,33 +166,28 @@ def bench(
                 per_category=per_category,
                 on_read=output.note,
             )
-            description = describe_runtime(runner.target.model)
             for size in sizes:
                 if len(sizes) > 1:
                     output.say(f"batch size {size}")
-                result = bench_module.bench(
-                    runner,
-                    [prompt.given for prompt in inputs],
-                    draft or (),
-                    categories=[prompt.category for prompt in inputs],
-                    ends=[prompt.ends for prompt in inputs],
+                options = bench_module.Options(
+                    drafts=draft or (),
                     max_new_tokens=max_new_tokens,
                     batch_size=size,
-                    with_baselines=baselines,
+                    baselines=baselines,
                     sampling=sampling,
                     seed=seed,
                     verify=verify,
                     lossy=lossy,
                     chain_lengths=chain_lengths,
-                    say=output.say,
                 )
-                runs.append({"model": path, "runtime": description, **result})
+                result = bench_module.bench(runner, inputs, options, say=output.say)
+                runs.append(replace(result, model=path))
             # Free this model before the next one is loaded: both may not fit in memory.
             del runner
         for start in range(0, len(runs), len(sizes)):
             same_model = runs[start : start + len(sizes)]
             if len(runs) > len(sizes):
-                output.show(f"{same_model[0]['model']}: {same_model[0]['runtime']}")
+                output.show(f"{same_model[0].model}: {same_model[0].runtime}")
             output.show(drafter_table(same_model))
             for run in same_model:
                 output.show(_describe_cuts(run))
@@ -200,11 +199,9 @@ def bench(
         if plot is not None:
             picture.draw(runs, machine, plot)
             output.say(f"picture: {plot}")
-        output.result({"machine": machine, **runs[0], "other_runs": runs[1:]})
+        output.result({"machine": machine, **as_json(runs[0]), "other_runs": as_json(runs[1:])})
         broken = [
-            f"{name} on {run['model']}"
-            for run in runs
-            for name in bench_module.list_mismatches(run)
+            f"{name} on {run.model}" for run in runs for name in bench_module.list_mismatches(run)
         ]
         if broken:
             output.say(f"error: output differs from plain decoding in float32: {', '.join(broken)}")
@@ -223,13 +220,13 @@ def _parse_batch_sizes(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def _describe_cuts(run: dict[str, Any]) -> str:
+def _describe_cuts(run: Run) -> str:
     line = (
-        f"{run['kept_share']:.0%} of the plain output kept: {run['prompts_cut']} of "
-        f"{run['prompts']} prompts cut where it began to repeat itself"
+        f"{run.kept_share:.0%} of the plain output kept: {run.prompts_cut} of "
+        f"{run.prompts} prompts cut where it began to repeat itself"
     )
-    if run["prompts_left_out"]:
-        line += f"; left out as too long for the context: {run['prompts_left_out']}"
+    if run.prompts_left_out:
+        line += f"; left out as too long for the context: {run.prompts_left_out}"
     return line
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-Metrics = Mapping[str, Any]
+if TYPE_CHECKING:
+    from spectool.evaluate.bench import Row, Run
 
 
-def drafter_table(runs: Sequence[Metrics]) -> Any:
+def drafter_table(runs: Sequence[Run]) -> Any:
     """Build the table of one model's runs, with a row per batch size, category and drafter."""
     several = len(runs) > 1
-    by_category = any(len(run["categories"]) > 1 for run in runs)
-    with_baselines = any(run["baselines"] for run in runs)
+    by_category = any(len(run.categories) > 1 for run in runs)
+    with_baselines = any(run.baselines for run in runs)
     table = _empty_table(
         *["batch"] * several,
         *["category"] * by_category,
@@ -27,56 +28,54 @@ def drafter_table(runs: Sequence[Metrics]) -> Any:
         "identical",
     )
     for run in runs:
-        parts = [*run["categories"], {"category": "all", **run}] if by_category else [run]
+        parts = [*run.categories, run] if by_category else [run]
         for part in parts:
-            for row in (part["baseline"], *part["drafters"], *part["baselines"]):
+            for row in part.rows:
                 table.add_row(
-                    *[str(run["batch_size"])] * several,
-                    *[part.get("category")] * by_category,
-                    row["name"] + ("" if row["lossless"] else " (lossy)"),
-                    f"{row['tokens_per_second']:.1f}",
-                    f"{row['speedup']:.2f}",
+                    *[str(run.batch_size)] * several,
+                    *[part.category or "all"] * by_category,
+                    row.name + ("" if row.lossless else " (lossy)"),
+                    f"{row.tokens_per_second:.1f}",
+                    f"{row.speedup:.2f}",
                     *_baseline_speedups(row) * with_baselines,
-                    f"{row['tokens_per_forward']:.2f}",
-                    f"{row['accepted'] / row['drafted']:.0%}" if row["drafted"] else "-",
+                    f"{row.tokens_per_forward:.2f}",
+                    f"{row.accepted / row.drafted:.0%}" if row.drafted else "-",
                     _time_shares(row),
-                    "-" if row["identical"] is None else f"{row['identical']}/{row['prompts']}",
+                    "-" if row.identical is None else f"{row.identical}/{row.prompts}",
                 )
             if by_category or several:
                 table.add_section()
     return _fit_width(table)
 
 
-def chain_table(run: Metrics, deepest: int) -> Any:
+def chain_table(run: Run, deepest: int) -> Any:
     """Build the table of each drafter's tokens per forward, with a column per chain length."""
     table = _empty_table("drafter", *(f"chain of {depth}" for depth in range(1, deepest + 1)))
-    for row in run["drafters"]:
-        table.add_row(row["name"], *(f"{rate:.2f}" for rate in row.get("chain", [])))
+    for row in run.drafters:
+        table.add_row(row.name, *(f"{rate:.2f}" for rate in row.chain or ()))
     return _fit_width(table)
 
 
-def comparison_table(runs: Sequence[Metrics]) -> Any:
+def comparison_table(runs: Sequence[Run]) -> Any:
     """Build the table of each run's fastest drafter, relative to plain decoding of the reference.
 
     The reference is the last model of `runs`; speeds are compared at the same batch size.
     """
-    several = len({run["batch_size"] for run in runs}) > 1
+    several = len({run.batch_size for run in runs}) > 1
     table = _empty_table(
         "runs", *["batch"] * several, "plain tok/s", "best tok/s", "drafter", "of the reference"
     )
     # Later runs replace earlier ones, so that the reference's speeds remain.
-    plain = {run["batch_size"]: run["baseline"]["tokens_per_second"] for run in runs}
+    plain = {run.batch_size: run.baseline.tokens_per_second for run in runs}
     for run in runs:
-        best = max(
-            [run["baseline"], *run["drafters"]], key=lambda row: float(row["tokens_per_second"])
-        )
+        best = max([run.baseline, *run.drafters], key=lambda row: float(row.tokens_per_second))
         table.add_row(
-            f"{run['model']}: {run['runtime']}",
-            *[str(run["batch_size"])] * several,
-            f"{run['baseline']['tokens_per_second']:.1f}",
-            f"{best['tokens_per_second']:.1f}",
-            best["name"],
-            f"{best['tokens_per_second'] / plain[run['batch_size']]:.2f}",
+            f"{run.model}: {run.runtime}",
+            *[str(run.batch_size)] * several,
+            f"{run.baseline.tokens_per_second:.1f}",
+            f"{best.tokens_per_second:.1f}",
+            best.name,
+            f"{best.tokens_per_second / plain[run.batch_size]:.2f}",
         )
     return _fit_width(table)
 
@@ -102,13 +101,13 @@ def _fit_width(table: Any) -> Any:
     return table
 
 
-def _baseline_speedups(row: Metrics) -> list[str]:
-    keys = ("speedup_over_transformers", "speedup_over_prompt_lookup")
-    return [f"{row[key]:.2f}" if key in row else "-" for key in keys]
+def _baseline_speedups(row: Row) -> list[str]:
+    speedups = (row.speedup_over_transformers, row.speedup_over_prompt_lookup)
+    return ["-" if speedup is None else f"{speedup:.2f}" for speedup in speedups]
 
 
-def _time_shares(row: Metrics) -> str:
+def _time_shares(row: Row) -> str:
     """Format the shares of time for prompts, drafting and the loop; the target has the rest."""
-    if "draft_share" not in row:
+    if row.prompt_share is None:
         return "-"
-    return f"{row['prompt_share']:.0%}/{row['draft_share']:.0%}/{row['host_share']:.0%}"
+    return f"{row.prompt_share:.0%}/{row.draft_share:.0%}/{row.host_share:.0%}"

@@ -86,8 +86,7 @@ def tune(
         best = tuning.tune(
             runner,
             heads,
-            [prompt.given for prompt in inputs],
-            ends=[prompt.ends for prompt in inputs],
+            inputs,
             max_new_tokens=max_new_tokens,
             say=output.say,
         )

@@ -1,10 +1,12 @@
-"""Keys and values of committed tokens, preallocated; those of the current tree follow directly.
+"""The cache of a batch: committed tokens, one column each, and the tail of the current tree.
 
-Row b holds `tokens[b]`, one column each from column 0 on. A pass writes its nodes at columns
+Row b holds `tokens[b]` from column 0 on. `positions_BS` says at which position a column's token
+stands: masks read it, as the index of a column is no position. A pass writes its nodes at columns
 len(tokens[b]) and after (the tail); `commit` gathers the accepted ones to the front of the tail, in
-place. Columns beyond are garbage that masks hide. Layers keep every column, and sliding windows are
-part of the masks (`target.py`): a window layer of transformers drops columns that are still needed
-after a rejected draft. Suffixes: B batch, H key-value heads, S columns, D head width.
+place. Columns beyond are garbage that masks hide. How the columns of a layer are kept is up to its
+store (`kv/`). Stores keep every column, and sliding windows are part of the masks (`target.py`): a
+window layer of transformers drops columns that are still needed after a rejected draft. Suffixes: B
+batch, H key-value heads, N nodes, S columns, T nodes in the tail, D head width.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from spectool.decode.kv.base import Columns, KVStore, StoreFactory
+from spectool.decode.kv.dense import DenseStore
 
 # Names of the cache argument of forwards: in transformers before 5.24 and in code that comes with a
 # checkpoint; in purely recurrent models before 5.24; in transformers from 5.24 on.
@@ -31,56 +36,34 @@ def cache_argument(accepted: Container[str]) -> str | None:
     return next((name for name in _ARGUMENTS if name in accepted), None)
 
 
-class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """The buffers of one layer, [B, H, capacity, D] each; the cache says where to write."""
+class StoreLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """A layer's store as transformers' models see it."""
 
     is_sliding = False
 
-    def __init__(self, cache: TreeCache) -> None:
+    def __init__(self, cache: TreeCache, store: KVStore) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cache = cache
+        self._cache, self.store = cache, store
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffers for states like these."""
-        self.keys = self._allocate(key_states)
-        self.values = self._allocate(value_states)
-        self.is_initialized = True
-
-    def _allocate(self, like_BHND: Tensor) -> Tensor:
-        """Return a buffer of zeros for all columns."""
-        batch, heads, _, width = like_BHND.shape
-        # Zeros, not empty: a hidden column still meets a weight of 0, and 0 * NaN is NaN.
-        return like_BHND.new_zeros(batch, heads, self.cache.capacity, width)
+        """Do nothing: the store allocates its buffers when it is first written."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the pass's nodes at each row's tail; return all columns up to the longest tail."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        if self.keys.shape[2] < self.cache.capacity:
-            self.keys = self._enlarge(self.keys)
-            self.values = self._enlarge(self.values)
-        self.cache.write(self.keys, key_states)
-        self.cache.write(self.values, value_states)
-        width = self.cache.width
-        return self.keys[:, :, :width], self.values[:, :, :width]
-
-    def _enlarge(self, old_BHSD: Tensor) -> Tensor:
-        """Return a larger buffer that begins with this one."""
-        new_BHSD = self._allocate(old_BHSD)
-        new_BHSD[:, :, : old_BHSD.shape[2]] = old_BHSD
-        return new_BHSD
+        self.store.write_tail(key_states, value_states, self._cache.columns)
+        self.is_initialized = True
+        return self.store.view(self._cache.width)
 
     def get_seq_length(self) -> int:
         """Return the number of committed columns of the longest row."""
         # Layers that no pass reached (Mllama's for images) must report 0.
-        return max(self.cache.lengths) if self.is_initialized else 0
+        return max(self._cache.lengths) if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of columns of a mask, and its offset."""
-        return self.cache.width, 0
+        return self._cache.width, 0
 
     def get_max_length(self) -> int:
         """Return -1: the length is not limited here."""
@@ -93,47 +76,55 @@ class TreeCache(Cache):
     Buffers double up to `context` columns and a tail.
     """
 
-    def __init__(self, *, batch: int, num_layers: int, context: int) -> None:
-        self._trees = [TreeLayer(self) for _ in range(num_layers)]
-        super().__init__(layers=list(self._trees))
+    def __init__(
+        self, *, batch: int, num_layers: int, context: int, make_store: StoreFactory = DenseStore
+    ) -> None:
+        self.stores = [make_store() for _ in range(num_layers)]
+        super().__init__(layers=[StoreLayer(self, store) for store in self.stores])
         self.context = context
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
-        self.capacity = 0
-        self.width = 0
-        self._tail = _TAIL
-        self._starts: list[int] = []
-        self._columns_BN: Tensor | None = None
+        # On the host, where masks are decided.
+        self.positions_BS = torch.zeros(batch, 0, dtype=torch.long)
+        self.columns = Columns([], None, 0, 0)
+        self._tail, self._device = _TAIL, torch.device("cpu")
 
     @property
     def lengths(self) -> list[int]:
         """Return the number of committed columns of each row."""
         return [len(tokens) for tokens in self.tokens]
 
-    def open(self, num_nodes: int, device: torch.device, *, after: int = 0) -> None:
-        """Make room for a pass of `num_nodes` nodes per row and choose the columns it writes.
+    @property
+    def capacity(self) -> int:
+        """Return the number of columns that there is room for."""
+        return self.positions_BS.shape[1]
 
-        `after` is the number of columns in the tail that earlier passes of the same tree wrote.
+    @property
+    def width(self) -> int:
+        """Return the number of columns up to the longest tail of the last pass."""
+        return self.columns.width
+
+    def open(self, positions_BT: Tensor, num_nodes: int, device: torch.device) -> None:
+        """Make room for a pass of the tail's last `num_nodes` nodes; choose the columns it writes.
+
+        `positions_BT` are those of all nodes in the tail, on the host; earlier passes of the same
+        tree wrote the first ones.
         """
-        self._starts = [length + after for length in self.lengths]
-        self.width = max(self._starts) + num_nodes
-        if self.width > self.capacity:
-            if self.width > self.context + self._tail:
-                self._tail = max(2 * self._tail, self.width - self.context)
-            doubled = max(_FIRST_COLUMNS, 2 * self.capacity, self.width)
-            self.capacity = min(doubled, self.context + self._tail)
-        self._columns_BN = None
-        if len(set(self._starts)) > 1:
-            starts_B1 = torch.tensor(self._starts, device=device)[:, None]
-            self._columns_BN = starts_B1 + torch.arange(num_nodes, device=device)
-
-    def write(self, buffer_BHSD: Tensor, rows_BHND: Tensor) -> None:
-        """Write the pass's states into the columns chosen by `open`."""
-        if self._columns_BN is None:
-            start = self._starts[0]
-            buffer_BHSD[:, :, start : start + rows_BHND.shape[2]] = rows_BHND
-        else:
-            index_BHND = self._columns_BN[:, None, :, None].expand_as(rows_BHND)
-            buffer_BHSD.scatter_(2, index_BHND, rows_BHND)
+        lengths, num_tail = self.lengths, positions_BT.shape[1]
+        starts = [length + num_tail - num_nodes for length in lengths]
+        width, capacity = max(starts) + num_nodes, self.capacity
+        if width > capacity:
+            if width > self.context + self._tail:
+                self._tail = max(2 * self._tail, width - self.context)
+            doubled = max(_FIRST_COLUMNS, 2 * capacity, width)
+            capacity = min(doubled, self.context + self._tail)
+            self.positions_BS = _widen(self.positions_BS, capacity)
+        for row, length in enumerate(lengths):
+            self.positions_BS[row, length : length + num_tail] = positions_BT[row]
+        index_BN: Tensor | None = None
+        if len(set(starts)) > 1:
+            starts_B1 = torch.tensor(starts, device=device)[:, None]
+            index_BN = starts_B1 + torch.arange(num_nodes, device=device)
+        self.columns, self._device = Columns(starts, index_BN, width, capacity), device
 
     @torch.inference_mode()
     def commit(self, tokens: Sequence[Sequence[int]], paths: Sequence[Sequence[int]]) -> None:
@@ -145,15 +136,11 @@ class TreeCache(Cache):
             start = len(self.tokens[row])
             moved = next((i for i, node in enumerate(path) if node != i), None)
             if moved is not None:
-                into = slice(start + moved, start + len(path))
-                source: Tensor | None = None
-                for layer in self._trees:
-                    if layer.keys is None or layer.values is None:
-                        continue
-                    if source is None:
-                        source = start + torch.tensor(path[moved:], device=layer.keys.device)
-                    layer.keys[row, :, into] = layer.keys[row, :, source]
-                    layer.values[row, :, into] = layer.values[row, :, source]
+                source, into = start + torch.tensor(path[moved:]), start + moved
+                self.positions_BS[row, into : into + len(source)] = self.positions_BS[row, source]
+                source = source.to(self._device)
+                for store in self.stores:
+                    store.move(row, source, into)
             self.tokens[row].extend(tokens[row][node] for node in path)
 
     def truncate(self, row: int, length: int) -> None:
@@ -164,14 +151,26 @@ class TreeCache(Cache):
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows of the batch, in this order."""
         self.tokens = [self.tokens[row] for row in rows]
-        index: Tensor | None = None
-        for layer in self._trees:
-            if layer.keys is None or layer.values is None:
-                continue
-            if index is None:
-                index = torch.tensor(list(rows), device=layer.keys.device)
-            layer.keys = layer.keys[index]
-            layer.values = layer.values[index]
+        self.positions_BS = self.positions_BS[list(rows)]
+        index = torch.tensor(list(rows), device=self._device)
+        for store in self.stores:
+            store.select(index)
+
+    @torch.inference_mode()
+    def join(self, other: TreeCache) -> None:
+        """Append the rows of another cache of the same target and context; lengths may differ.
+
+        The other cache hands its rows over and is not to be used afterwards.
+        """
+        assert self.context == other.context, "rows of one cache share a context"
+        self.tokens += other.tokens
+        capacity = max(self.capacity, other.capacity)
+        self.positions_BS = torch.cat(
+            [_widen(self.positions_BS, capacity), _widen(other.positions_BS, capacity)]
+        )
+        self._device, self._tail = other._device, max(self._tail, other._tail)
+        for mine, theirs in zip(self.stores, other.stores, strict=True):
+            mine.join(theirs)
 
     def keep_prefix(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Keep the longest common prefix of each row with its new prompt; return the lengths.
@@ -185,6 +184,11 @@ class TreeCache(Cache):
             self.truncate(row, shared)
             kept.append(shared)
         return kept
+
+
+def _widen(positions_BS: Tensor, capacity: int) -> Tensor:
+    """Return positions of `capacity` columns that begin with these."""
+    return torch.nn.functional.pad(positions_BS, (0, capacity - positions_BS.shape[1]))
 
 
 class TextLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -89,6 +89,12 @@ class ReplayCache(TreeCache):
         super().select(rows)
         self._states = [self._states[row] for row in rows]
 
+    def join(self, other: TreeCache) -> None:
+        """Append the rows of another cache."""
+        assert isinstance(other, ReplayCache)
+        super().join(other)
+        self._states += other._states
+
 
 def _copy_cache(cache: DynamicCache) -> DynamicCache:
     """Copy a cache as far as passes write in place.

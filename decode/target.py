@@ -265,14 +265,8 @@ class Target:
             options[self._decoder_cache_name] = keep
         if segments_BL is not None:
             positions_BL, visible_BLL = isolate_texts(segments_BL.to(self.device))
-            batch, length = positions_BL.shape
-            masks = {
-                kind: tree_mask(
-                    [0] * batch, positions_BL, visible_BLL, length, self.dtype, window=window
-                )
-                for kind, window in self._windows.items()
-            }
-            options["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
+            lengths = [0] * len(positions_BL)
+            options["attention_mask"] = self._masks(lengths, positions_BL, visible_BLL)
             options["position_ids"] = positions_BL
         with self._capture_features(needs) as features:
             self.decoder(
@@ -380,25 +374,13 @@ class Target:
         num_nodes, num_tail = visible_BNT.shape[1:]
         # Padding must not reach positions that the model does not have: learned tables end there.
         positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=cache.context - 1)
-        cache.open(num_nodes, self.device, after=num_tail - num_nodes)
-        positions_BT = positions_BT.to(self.device)
-        visible_BNT = visible_BNT.to(self.device)
+        cache.open(positions_BT, num_nodes, self.device)
         options: dict[str, Any] = {self.cache_name: cache}
         if kept is not None and self._keeps_logits:
             last = kept == [num_nodes - 1]
             options["logits_to_keep"] = 1 if last else torch.tensor(kept, device=self.device)
-        masks = {
-            kind: tree_mask(
-                lengths,
-                positions_BT,
-                visible_BNT,
-                cache.width,
-                self.dtype,
-                seen=seen,
-                window=window,
-            )
-            for kind, window in self._windows.items()
-        }
+        keys_BS = cache.positions_BS[:, : cache.width]
+        masks = self._masks(lengths, keys_BS, visible_BNT.to(self.device), seen)
         with (
             self._capture_features(needs) as features,
             self._inject_states(needs.inject, extra),
@@ -407,8 +389,8 @@ class Target:
         ):
             output = self.model(
                 input_ids=torch.tensor(tokens, device=self.device),
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-                position_ids=positions_BT[:, num_tail - num_nodes :],
+                attention_mask=masks,
+                position_ids=positions_BT[:, num_tail - num_nodes :].to(self.device),
                 use_cache=True,
                 **options,
             )
@@ -416,6 +398,22 @@ class Target:
         if kept is not None and not self._keeps_logits:
             logits_BNV = logits_BNV[:, kept]
         return Pass(logits_BNV, features)
+
+    def _masks(
+        self,
+        lengths: Sequence[int],
+        positions_BS: Tensor,
+        visible_BNT: Tensor,
+        seen: Sequence[int] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the mask of a pass; if layers differ, one for each kind of layer."""
+        masks = {
+            kind: tree_mask(
+                lengths, positions_BS, visible_BNT, self.dtype, seen=seen, window=window
+            )
+            for kind, window in self._windows.items()
+        }
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @contextmanager
     def _capture_features(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
@@ -497,9 +495,8 @@ class Target:
 
 def tree_mask(
     lengths: Sequence[int],
-    positions_BT: Tensor,
+    positions_BS: Tensor,
     visible_BNT: Tensor,
-    width: int,
     dtype: torch.dtype,
     *,
     seen: Sequence[int] | None = None,
@@ -507,10 +504,11 @@ def tree_mask(
 ) -> Tensor:
     """Return the additive mask [B, 1, N, S]: a node sees its row's committed tokens and its path.
 
-    Of the `lengths` committed columns, a row sees the first `seen`, all by default; in layers with
-    a window, only keys less than `window` positions back.
+    `positions_BS` are the positions of all columns, on the host. Of the `lengths` committed
+    columns, a row sees the first `seen`, all by default; in layers with a window, only keys less
+    than `window` positions back.
     """
-    batch, num_nodes, num_tail = visible_BNT.shape
+    (batch, num_nodes, num_tail), width = visible_BNT.shape, positions_BS.shape[1]
     hidden, device = torch.finfo(dtype).min, visible_BNT.device
     seen = seen or lengths
     mask_B1NS = torch.full((batch, 1, num_nodes, width), hidden, dtype=dtype, device=device)
@@ -518,11 +516,10 @@ def tree_mask(
         mask_B1NS[row, :, :, : seen[row]] = 0
         tail_1NT = mask_B1NS[row, :, :, length : length + num_tail]
         tail_1NT.masked_fill_(visible_BNT[row], 0)
-    if window is not None and max(seen) + num_tail > window:
+    if window is not None and int(positions_BS.max()) >= window:
         for row, length in enumerate(lengths):
-            key_S = torch.arange(width, device=device)
-            key_S[length : length + num_tail] = positions_BT[row]
-            behind_NS = positions_BT[row, num_tail - num_nodes :, None] - key_S
+            key_S, end = positions_BS[row].to(device), length + num_tail
+            behind_NS = key_S[end - num_nodes : end, None] - key_S
             mask_B1NS[row, 0].masked_fill_(behind_NS >= window, hidden)
     return mask_B1NS
 

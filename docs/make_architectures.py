@@ -64,8 +64,8 @@ def page() -> str:
     lines = [INTRODUCTION.format(drafters=drafters, **largest)]
     lines += ["| transformers | torch | date | command |", "|---|---|---|---|"]
     for result in results:
-        said = (result[key] for key in ("transformers", "torch", "date"))
-        lines.append(f"| {' | '.join(said)} | `{result['command']}` |")
+        cells = (result[key] for key in ("transformers", "torch", "date"))
+        lines.append(f"| {' | '.join(cells)} | `{result['command']}` |")
     lines += ["", f"## With transformers {newest['transformers']}", ""]
     lines += [
         _summary(newest),
@@ -180,15 +180,15 @@ def _packed(checks: Any) -> str:
 
 def _number(why: str, row: Any, reasons: dict[str, list[str]]) -> int:
     """The number of a reason, whatever model it names."""
-    said = why.replace("MODEL: ", "").removeprefix(row["class"]).lstrip(": ")
-    said = re.sub(r"^\S+ cannot be decoded by spectool: ", "", said)
-    said = re.sub(r"^(it |\S+ here )?is no causal model", "is no causal model", said)
+    reason = why.replace("MODEL: ", "").removeprefix(row["class"]).lstrip(": ")
+    reason = re.sub(r"^\S+ cannot be decoded by spectool: ", "", reason)
+    reason = re.sub(r"^(it |\S+ here )?is no causal model", "is no causal model", reason)
     for name in (row["class"], row["entry"].partition(",")[0], row.get("type")):
-        said = said.replace(f"{name}", "the model") if name else said
+        reason = reason.replace(f"{name}", "the model") if name else reason
     # A model with other parts is refused by its text's type.
-    said = said.replace("the model_text", "the model")
-    reasons.setdefault(said, []).append(row["entry"])
-    return list(reasons).index(said) + 1
+    reason = reason.replace("the model_text", "the model")
+    reasons.setdefault(reason, []).append(row["entry"])
+    return list(reasons).index(reason) + 1
 
 
 def _differing(result: Any, newest: Any) -> list[str]:
@@ -200,9 +200,9 @@ def _differing(result: Any, newest: Any) -> list[str]:
         if other is None:
             lines.append(f"- {row['entry']}: known to this version only")
         elif "checks" not in row or "checks" not in other:
-            was, now_said = (said.get("not built", "built") for said in (row, other))
+            before, now_built = (each.get("not built", "built") for each in (row, other))
             if ("checks" in row) != ("checks" in other):
-                lines.append(f"- {row['entry']}: {was} (newer: {now_said})")
+                lines.append(f"- {row['entry']}: {before} (newer: {now_built})")
         else:
             changed = [
                 f"{name}: {check['result']}" + (f" ({check['why']})" if "why" in check else "")

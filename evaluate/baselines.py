@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,18 @@ ASSISTED = "transformers assisted"
 # Settings of the authors of prompt lookup decoding.
 _LOOKUP = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 3}
 
-# Decodes prompts, with the maximum number of new tokens and the additional end tokens of each.
-Decode = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[Collection[int]]], list[Result]]
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """A prompt to decode: up to `limit` new tokens; `ends` are end tokens besides the model's."""
+
+    tokens: Sequence[int]
+    limit: int
+    ends: Collection[int] = ()
+    category: str | None = None
+
+
+Decode = Callable[[Sequence[Job]], list[Result]]
 
 
 def open_baselines(
@@ -41,14 +52,7 @@ def open_baselines(
     """Return functions that decode the runner's model with transformers alone, by name."""
 
     def make(options: dict[str, Any], assistant: Target | None = None) -> Decode:
-        def decode(
-            prompts: Sequence[Sequence[int]],
-            limits: Sequence[int],
-            ends: Sequence[Collection[int]],
-        ) -> list[Result]:
-            return _generate(runner, prompts, limits, ends, control, seed, options, assistant)
-
-        return decode
+        return lambda jobs: _generate(runner, jobs, control, seed, options, assistant)
 
     opened = {PLAIN: make({}), PROMPT_LOOKUP: make(_LOOKUP)}
     models = filter(None, map(_draft_model, drafters))
@@ -73,9 +77,7 @@ def _draft_model(drafter: Drafter) -> Target | None:
 
 def _generate(
     runner: Runner,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    ends: Sequence[Collection[int]],
+    jobs: Sequence[Job],
     control: SamplingParams,
     seed: int,
     options: dict[str, Any],
@@ -84,20 +86,20 @@ def _generate(
     model, sampling = runner.target.model, _sampling_options(control)
     results = []
     with _empty_generation_config(model), _count_forwards(model) as forwards:
-        for index, (prompt, limit, extra) in enumerate(zip(prompts, limits, ends, strict=True)):
-            closing = sorted(runner.end_ids().union(extra))
+        for index, job in enumerate(jobs):
+            closing = sorted(runner.end_ids().union(job.ends))
             # transformers samples with the global generator.
             torch.manual_seed(seed + index)
-            ids_1L = torch.tensor([prompt], device=model.device)
+            ids_1L = torch.tensor([job.tokens], device=model.device)
             before = len(forwards)
             assisted_by = None
             # As in spectool, a draft model is not used beyond its context.
-            if assistant is not None and len(prompt) + limit <= assistant.context:
+            if assistant is not None and len(job.tokens) + job.limit <= assistant.context:
                 assisted_by = assistant.model
             out_1L = model.generate(
                 ids_1L,
                 attention_mask=torch.ones_like(ids_1L),
-                max_new_tokens=limit,
+                max_new_tokens=job.limit,
                 eos_token_id=closing or None,
                 pad_token_id=closing[0] if closing else 0,
                 assistant_model=assisted_by,
@@ -106,7 +108,7 @@ def _generate(
             )
             results.append(
                 Result(
-                    token_ids=out_1L[0, len(prompt) :].tolist(),
+                    token_ids=out_1L[0, len(job.tokens) :].tolist(),
                     text="",
                     finish_reason="length",
                     forwards=len(forwards) - before,

@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from spectool.data.text import Prompt
 from spectool.decode.generate import Result, Runner, loop_start
 from spectool.decode.policy.chain import FirstPath
 from spectool.decode.policy.tuned import Tuned
@@ -24,6 +24,8 @@ from spectool.decode.protocol import Drafter
 from spectool.decode.sampling import SamplingOptions, SamplingParams
 from spectool.errors import UsageError
 from spectool.evaluate import baselines
+from spectool.evaluate.baselines import Decode, Job
+from spectool.model.loading import describe_runtime
 
 Say = Callable[[str], None]
 
@@ -31,6 +33,88 @@ Say = Callable[[str], None]
 LEAST_ROOM = 16
 # Category of prompts without one in a file with categories.
 NO_CATEGORY = "other"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of a comparison.
+
+    With `chain_lengths` N, each drafter's `chain` lists its tokens per forward when only the first
+    path of its trees is verified, cut to 1, 2, ..., N tokens. `baselines`: also run transformers'
+    `generate`, at batch size 1 only.
+    """
+
+    drafts: Sequence[str] = ()
+    max_new_tokens: int = 128
+    batch_size: int = 1
+    baselines: bool = False
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    seed: int = 0
+    verify: str | None = None
+    lossy: bool = False
+    chain_lengths: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way to decode, measured on some prompts.
+
+    `identical` counts prompts with the same tokens as plain decoding; it is None for plain decoding
+    itself and when sampling, which promises equal distributions rather than equal tokens. The
+    shares are those of the seconds; `step_speedup` excludes the prefill, which drafting cannot
+    shorten; these are None for the baselines.
+    """
+
+    name: str
+    prompts: int
+    new_tokens: int
+    forwards: int
+    drafted: int
+    accepted: int
+    tokens_per_forward: float
+    tokens_per_second: float
+    seconds: float
+    lossless: bool
+    speedup: float
+    identical: int | None
+    prompt_share: float | None = None
+    draft_share: float | None = None
+    target_share: float | None = None
+    host_share: float | None = None
+    step_speedup: float | None = None
+    draft_ms: float | None = None
+    speedup_over_transformers: float | None = None
+    speedup_over_prompt_lookup: float | None = None
+    chain: list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Plain decoding, the drafters and transformers' `generate` on the prompts of a category."""
+
+    category: str | None = None
+    baseline: Row
+    drafters: list[Row]
+    baselines: list[Row]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [self.baseline, *self.drafters, *self.baselines]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run(Part):
+    """A comparison on all prompts, which is the sum of its categories."""
+
+    model: str
+    runtime: str
+    categories: list[Part]
+    prompts: int
+    prompts_left_out: int
+    batch_size: int
+    dtype: str
+    kept_share: float
+    prompts_cut: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,218 +127,207 @@ class Timed:
     prompt: float
     target: float
 
-    def __str__(self) -> str:
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(len(result.token_ids) for result in self.results) / self.seconds
+
+    @property
+    def tokens_per_forward(self) -> float:
         tokens = sum(len(result.token_ids) for result in self.results)
-        forwards = max(1, sum(result.forwards for result in self.results))
-        return f"{tokens / self.seconds:.1f} tok/s, {tokens / forwards:.2f} tokens per forward"
+        return tokens / max(1, sum(result.forwards for result in self.results))
+
+    @property
+    def step_speed(self) -> float:
+        """Tokens per second without the prefill and the first token, which prefill yields."""
+        tokens = sum(len(result.token_ids) - 1 for result in self.results)
+        # At least 1, in case every output has a single token.
+        return max(tokens, 1) / (self.seconds - self.prompt)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens_per_second:.1f} tok/s, {self.tokens_per_forward:.2f} tokens per forward"
+        )
 
 
 def bench(
     runner: Runner,
-    prompts: Sequence[str | Sequence[int]],
-    drafts: Sequence[str],
+    prompts: Sequence[Prompt],
+    options: Options,
     *,
-    categories: Sequence[str | None] = (),
-    ends: Sequence[Collection[int]] = (),
-    max_new_tokens: int = 128,
-    batch_size: int = 1,
-    with_baselines: bool = False,
-    sampling: SamplingOptions | None = None,
-    seed: int = 0,
-    verify: str | None = None,
-    lossy: bool = False,
-    chain_lengths: int = 0,
     say: Say = lambda line: None,
-) -> dict[str, Any]:
-    """Time plain decoding, each drafter and the baselines; return `{baseline, drafters, ...}`.
-
-    `categories`: the category of each prompt. `ends`: for each prompt, tokens that end its answer
-    in addition to the model's EOS tokens. In the result, each of `categories` holds `baseline`,
-    `drafters` and `baselines` like the whole, which is their sum. `identical` counts prompts with
-    the same tokens as plain decoding; it is None when sampling, which promises equal distributions
-    rather than equal tokens. `step_speedup` excludes the prefill, which drafting cannot shorten.
-    Baselines run at batch size 1 only. With `chain_lengths` N, each drafter's `chain` lists its
-    tokens per forward when only the first path of its trees is verified, cut to 1, 2, ..., N
-    tokens.
+) -> Run:
+    """Time plain decoding, each drafter and the baselines.
 
     Raises:
         UsageError: an option is invalid, or no prompt fits in the context.
     """
-    sampling = sampling or SamplingOptions()
-    control = SamplingParams(**sampling)
     # Opened and checked before any forward, so that an invalid drafter or rule fails at once.
-    drafters = [runner.open(draft) for draft in drafts]
+    drafters = [runner.open(draft) for draft in options.drafts]
     for drafter in drafters:
-        runner.verification(drafter, verify=verify, lossy=lossy, **sampling)
-    encoded = [runner._encode(prompt) for prompt in prompts]
-    kept = _select_fitting(encoded, runner.target.context, min(LEAST_ROOM, max_new_tokens), say)
-    texts = [encoded[i] for i in kept]
-    kept_ends = [ends[i] if ends else () for i in kept]
-    common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **sampling}
-    plain = _make_decoder(runner, runner.open(None), common)
+        runner.verification(drafter, verify=options.verify, lossy=options.lossy, **options.sampling)
+    jobs = _select_fitting(runner, prompts, options.max_new_tokens, say)
     # The same batches for all, since a sampled text depends on its row in the batch.
-    batches = _batches([categories[i] if categories else None for i in kept], batch_size)
-    say(f"plain decoding of {len(texts)} prompts, to find loops and to warm up")
-    limits, lengths = [0] * len(texts), [0] * len(texts)
+    batches = _make_batches(jobs, options.batch_size)
+    plain = _make_decoder(runner, runner.open(None), _as_plain(options))
+    say(f"plain decoding of {len(jobs)} prompts, to find loops and to warm up")
+    lengths = []
     for batch in itertools.chain(*batches.values()):
-        free = plain(
-            [texts[i] for i in batch],
-            [max_new_tokens] * len(batch),
-            [kept_ends[i] for i in batch],
-        )
-        for i, result in zip(batch, free, strict=True):
-            lengths[i] = len(result.token_ids)
-            limits[i] = max(1, loop_start(result.token_ids))
-
-    contenders = [("none", plain)]
-    for draft, drafter in zip(drafts, drafters, strict=True):
-        drafter.attach(runner.target)
-        decoder = _make_decoder(runner, drafter, {**common, "verify": verify, "lossy": lossy})
-        contenders.append((draft, decoder))
-    if with_baselines and batch_size == 1:
-        opened = baselines.open_baselines(runner, drafters, control=control, seed=seed, say=say)
-        contenders += opened.items()
-    elif with_baselines:
-        say(f"no baselines at batch size {batch_size}: transformers' run one prompt at a time here")
+        for job, result in zip(batch, plain(batch), strict=True):
+            job.limit = max(1, loop_start(result.token_ids))
+            lengths.append((len(result.token_ids), job.limit))
+    contenders = [("none", plain), *_open_contenders(runner, drafters, options, say)]
     for _, decode in contenders[1:]:
         # Warm-up: the first prompt allocates buffers, and is not timed.
-        decode(texts[:1], limits[:1], kept_ends[:1])
-
-    timed: list[list[Timed]] = [[] for _ in contenders]
-    for category, category_batches in batches.items():
-        parts: list[list[Timed]] = [[] for _ in contenders]
-        for batch in category_batches:
-            jobs = [(texts[i], limits[i], kept_ends[i]) for i in batch]
-            for (_, decode), done in zip(contenders, parts, strict=True):
-                done.append(_time(runner, decode, jobs))
-        for (name, _), part, done in zip(contenders, parts, timed, strict=True):
-            done.append(_sum(part))
-            say(f"{category}, {name}: {done[-1]}" if category else f"{name}: {done[-1]}")
-    names = [name for name, _ in contenders]
-    whole = _compare(names, [_sum(parts) for parts in timed], len(drafts), control.greedy)
-    for row, drafter in zip(whole["drafters"], drafters, strict=True):
-        inner = drafter.drafter if isinstance(drafter, Tuned) else drafter
-        if chain_lengths and not (
-            inner.combines and set(inner.kinds(control)) == {"deterministic"}
-        ):
-            say(f"{row['name']}: no chains, since its drafts cannot be cut to their first path")
-        elif chain_lengths:
-            all_jobs = (texts, limits, kept_ends)
-            row["chain"] = _measure_chains(runner, inner, chain_lengths, all_jobs, common)
-            say(f"{row['name']}, chains: {' '.join(f'{rate:.2f}' for rate in row['chain'])}")
-    return {
-        **whole,
-        "categories": [
-            {
-                "category": category,
-                **_compare(names, [parts[index] for parts in timed], len(drafts), control.greedy),
-            }
-            for index, category in enumerate(batches)
-            if category
+        decode(jobs[:1])
+    timed = {name: _time(runner, contenders, each, name, say) for name, each in batches.items()}
+    names, greedy = [name for name, _ in contenders], SamplingParams(**options.sampling).greedy
+    parts = [
+        _compare(names, each, len(drafters), greedy, name) for name, each in timed.items() if name
+    ]
+    sums = [_sum(each) for each in zip(*timed.values(), strict=True)]
+    whole = _compare(names, sums, len(drafters), greedy)
+    return Run(
+        model=runner.target.model.config._name_or_path,
+        runtime=describe_runtime(runner.target.model),
+        baseline=whole.baseline,
+        drafters=[
+            _add_chain(row, runner, drafter, jobs, options, say)
+            for row, drafter in zip(whole.drafters, drafters, strict=True)
         ],
-        "prompts": len(texts),
-        "prompts_left_out": len(prompts) - len(texts),
-        "batch_size": batch_size,
-        "dtype": str(runner.target.model.dtype).removeprefix("torch."),
-        "kept_share": sum(map(min, limits, lengths)) / sum(lengths),
-        "prompts_cut": sum(limit < length for limit, length in zip(limits, lengths, strict=True)),
-    }
+        baselines=whole.baselines,
+        categories=parts,
+        prompts=len(jobs),
+        prompts_left_out=len(prompts) - len(jobs),
+        batch_size=options.batch_size,
+        dtype=str(runner.target.model.dtype).removeprefix("torch."),
+        kept_share=sum(map(min, lengths)) / sum(length for length, _ in lengths),
+        prompts_cut=sum(limit < length for length, limit in lengths),
+    )
 
 
-def _measure_chains(
-    runner: Runner,
-    drafter: Drafter,
-    deepest: int,
-    jobs: tuple[Sequence[Sequence[int]], Sequence[int], Sequence[Collection[int]]],
-    options: dict[str, Any],
-) -> list[float]:
-    """Return the tokens per forward with drafts cut to chains of 1, 2, ..., `deepest` tokens."""
-    rates = []
-    for depth in range(1, deepest + 1):
-        results = _make_decoder(runner, FirstPath(drafter, depth), options)(*jobs)
-        tokens = sum(len(result.token_ids) for result in results)
-        rates.append(tokens / sum(result.forwards for result in results))
-    return rates
-
-
-def list_mismatches(result: dict[str, Any]) -> list[str]:
+def list_mismatches(run: Run) -> list[str]:
     """List the lossless drafters whose float32 output differs from plain decoding."""
-    if result["dtype"] != "float32":
-        return []
     return [
-        row["name"]
-        for row in result["drafters"]
-        if row["lossless"] and row["identical"] is not None and row["identical"] < row["prompts"]
+        row.name
+        for row in run.drafters
+        if run.dtype == "float32"
+        and row.lossless
+        and row.identical is not None
+        and row.identical < row.prompts
     ]
 
 
 def _select_fitting(
-    encoded: Sequence[Sequence[int]], context: int, room: int, say: Say
-) -> list[int]:
-    """Return the indices of the prompts that leave room for `room` new tokens.
+    runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int, say: Say
+) -> list[Job]:
+    """Return the prompts that leave room for new tokens.
 
     Raises:
         UsageError: there are none.
     """
-    kept = [i for i, ids in enumerate(encoded) if len(ids) + room <= context]
-    if not kept:
+    context, room = runner.target.context, min(LEAST_ROOM, max_new_tokens)
+    encoded = [runner._encode(prompt.given) for prompt in prompts]
+    jobs = [
+        Job(tokens=tokens, limit=max_new_tokens, ends=prompt.ends, category=prompt.category)
+        for prompt, tokens in zip(prompts, encoded, strict=True)
+        if len(tokens) + room <= context
+    ]
+    if not jobs:
         shortest = min(map(len, encoded), default=0)
         raise UsageError(
             f"no prompt fits in the context of {context} tokens with {room} new ones; the shortest "
             f"has {shortest}"
         )
-    if len(kept) < len(encoded):
+    if len(jobs) < len(prompts):
         say(
-            f"{len(encoded) - len(kept)} of {len(encoded)} prompts left out: with {room} new "
+            f"{len(prompts) - len(jobs)} of {len(prompts)} prompts left out: with {room} new "
             f"tokens they do not fit in the context of {context}"
         )
-    return kept
+    return jobs
 
 
-def _batches(categories: Sequence[str | None], size: int) -> dict[str, list[list[int]]]:
-    """Group the indices of the prompts by category ("" without categories) and into batches."""
-    by_category: dict[str, list[list[int]]] = {}
-    for index, category in enumerate(categories):
-        name = category or (NO_CATEGORY if any(categories) else "")
-        batches = by_category.setdefault(name, [[]])
+def _make_batches(jobs: Sequence[Job], size: int) -> dict[str | None, list[list[Job]]]:
+    """Group the prompts by category (None without categories) and into batches."""
+    unnamed = NO_CATEGORY if any(job.category for job in jobs) else None
+    by_category: dict[str | None, list[list[Job]]] = {}
+    for job in jobs:
+        batches = by_category.setdefault(job.category or unnamed, [[]])
         if len(batches[-1]) == size:
             batches.append([])
-        batches[-1].append(index)
+        batches[-1].append(job)
     return by_category
 
 
-def _make_decoder(runner: Runner, drafter: Drafter, options: dict[str, Any]) -> baselines.Decode:
-    def decode(
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-        ends: Sequence[Collection[int]],
-    ) -> list[Result]:
+def _as_plain(options: Options) -> Options:
+    return dataclasses.replace(options, verify=None, lossy=False)
+
+
+def _make_decoder(runner: Runner, drafter: Drafter, options: Options) -> Decode:
+    def decode(jobs: Sequence[Job]) -> list[Result]:
         # Not `use`, which would reset what the drafter adapts to this target.
         runner.drafter = drafter
-        return runner.generate(prompts, max_new_tokens=limits, eos=ends, **options)
+        return runner.generate(
+            [job.tokens for job in jobs],
+            max_new_tokens=[job.limit for job in jobs],
+            eos=[job.ends for job in jobs],
+            batch_size=options.batch_size,
+            seed=options.seed,
+            verify=options.verify,
+            lossy=options.lossy,
+            **options.sampling,
+        )
 
     return decode
 
 
+def _open_contenders(
+    runner: Runner, drafters: Sequence[Drafter], options: Options, say: Say
+) -> Iterator[tuple[str, Decode]]:
+    """Yield the drafters and then the baselines, each with its name."""
+    for draft, drafter in zip(options.drafts, drafters, strict=True):
+        drafter.attach(runner.target)
+        yield draft, _make_decoder(runner, drafter, options)
+    if options.baselines and options.batch_size == 1:
+        sampling = SamplingParams(**options.sampling)
+        yield from baselines.open_baselines(
+            runner, drafters, control=sampling, seed=options.seed, say=say
+        ).items()
+    elif options.baselines:
+        say(
+            f"no baselines at batch size {options.batch_size}: transformers' run one prompt at a "
+            "time here"
+        )
+
+
 def _time(
     runner: Runner,
-    decode: baselines.Decode,
-    jobs: Sequence[tuple[Sequence[int], int, Collection[int]]],
-) -> Timed:
-    before = dataclasses.replace(runner.timings)
-    start = time.perf_counter()
-    prompts, limits, ends = zip(*jobs, strict=True)
-    results = decode(prompts, limits, ends)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return Timed(
-        results,
-        seconds,
-        runner.timings.draft - before.draft,
-        runner.timings.prompt - before.prompt,
-        runner.timings.target - before.target,
-    )
+    contenders: Sequence[tuple[str, Decode]],
+    batches: Sequence[Sequence[Job]],
+    category: str | None,
+    say: Say,
+) -> list[Timed]:
+    """Time all contenders on the batches of a category, in turns."""
+    timed: list[list[Timed]] = [[] for _ in contenders]
+    for batch in batches:
+        for (_, decode), done in zip(contenders, timed, strict=True):
+            before = dataclasses.replace(runner.timings)
+            start = time.perf_counter()
+            results = decode(batch)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            done.append(
+                Timed(
+                    results,
+                    time.perf_counter() - start,
+                    runner.timings.draft - before.draft,
+                    runner.timings.prompt - before.prompt,
+                    runner.timings.target - before.target,
+                )
+            )
+    sums = [_sum(parts) for parts in timed]
+    for (name, _), whole in zip(contenders, sums, strict=True):
+        say(f"{category}, {name}: {whole}" if category else f"{name}: {whole}")
+    return sums
 
 
 def _sum(parts: Sequence[Timed]) -> Timed:
@@ -268,54 +341,73 @@ def _sum(parts: Sequence[Timed]) -> Timed:
 
 
 def _compare(
-    names: Sequence[str], timed: Sequence[Timed], num_drafters: int, greedy: bool
-) -> dict[str, Any]:
+    names: Sequence[str],
+    timed: Sequence[Timed],
+    num_drafters: int,
+    greedy: bool,
+    category: str | None = None,
+) -> Part:
     """Compute the metrics of plain decoding, the drafters and the baselines, in this order."""
-    first = timed[0].results
-    rows = [_metrics(name, t.results, t.seconds) for name, t in zip(names, timed, strict=True)]
-    for row, one in zip(rows, timed, strict=True):
-        row["speedup"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-        row["identical"] = None
-        if greedy and row is not rows[0]:
-            row["identical"] = sum(
-                result.token_ids == plain.token_ids
-                for result, plain in zip(one.results, first, strict=True)
-            )
-    ours, others = rows[: 1 + num_drafters], rows[1 + num_drafters :]
-    speeds = {row["name"]: row["tokens_per_second"] for row in others}
-    for row, one in zip(ours, timed, strict=False):
-        row["draft_share"] = one.draft / one.seconds
-        row["prompt_share"] = one.prompt / one.seconds
-        row["target_share"] = one.target / one.seconds
-        row["host_share"] = 1 - (one.draft + one.prompt + one.target) / one.seconds
-        row["step_speedup"] = _step_speed(one) / _step_speed(timed[0])
-        row["draft_ms"] = 1000 * one.draft / max(1, row["forwards"])
-        if others:
-            speed = row["tokens_per_second"]
-            row["speedup_over_transformers"] = speed / speeds[baselines.PLAIN]
-            row["speedup_over_prompt_lookup"] = speed / speeds[baselines.PROMPT_LOOKUP]
-    return {"baseline": ours[0], "drafters": ours[1:], "baselines": others}
+    rows = [
+        _make_row(name, each, timed[0], greedy) for name, each in zip(names, timed, strict=True)
+    ]
+    rows, others = rows[: 1 + num_drafters], rows[1 + num_drafters :]
+    speeds = {row.name: row.tokens_per_second for row in others}
+    rows = [
+        dataclasses.replace(
+            row,
+            prompt_share=each.prompt / each.seconds,
+            draft_share=each.draft / each.seconds,
+            target_share=each.target / each.seconds,
+            host_share=1 - (each.draft + each.prompt + each.target) / each.seconds,
+            step_speedup=each.step_speed / timed[0].step_speed,
+            draft_ms=1000 * each.draft / max(1, row.forwards),
+            speedup_over_transformers=_divide(row, speeds.get(baselines.PLAIN)),
+            speedup_over_prompt_lookup=_divide(row, speeds.get(baselines.PROMPT_LOOKUP)),
+        )
+        for row, each in zip(rows, timed, strict=False)
+    ]
+    return Part(category=category, baseline=rows[0], drafters=rows[1:], baselines=others)
 
 
-def _step_speed(timed: Timed) -> float:
-    """Return tokens per second without the prefill and the first token, which prefill yields."""
-    tokens = sum(len(result.token_ids) - 1 for result in timed.results)
-    # At least 1, in case every output has a single token.
-    return max(tokens, 1) / (timed.seconds - timed.prompt)
+def _divide(row: Row, speed: float | None) -> float | None:
+    return None if speed is None else row.tokens_per_second / speed
 
 
-def _metrics(name: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:
-    tokens = sum(len(result.token_ids) for result in results)
-    forwards = sum(result.forwards for result in results)
-    return {
-        "name": name,
-        "prompts": len(results),
-        "new_tokens": tokens,
-        "forwards": forwards,
-        "drafted": sum(result.drafted for result in results),
-        "accepted": sum(result.accepted for result in results),
-        "tokens_per_forward": tokens / max(1, forwards),
-        "tokens_per_second": tokens / seconds,
-        "seconds": seconds,
-        "lossless": all(result.lossless for result in results),
-    }
+def _make_row(name: str, timed: Timed, plain: Timed, greedy: bool) -> Row:
+    pairs = zip(timed.results, plain.results, strict=True)
+    same = sum(result.token_ids == other.token_ids for result, other in pairs)
+    return Row(
+        name=name,
+        prompts=len(timed.results),
+        new_tokens=sum(len(result.token_ids) for result in timed.results),
+        forwards=sum(result.forwards for result in timed.results),
+        drafted=sum(result.drafted for result in timed.results),
+        accepted=sum(result.accepted for result in timed.results),
+        tokens_per_forward=timed.tokens_per_forward,
+        tokens_per_second=timed.tokens_per_second,
+        seconds=timed.seconds,
+        lossless=all(result.lossless for result in timed.results),
+        speedup=timed.tokens_per_second / plain.tokens_per_second,
+        identical=same if greedy and timed is not plain else None,
+    )
+
+
+def _add_chain(
+    row: Row, runner: Runner, drafter: Drafter, jobs: Sequence[Job], options: Options, say: Say
+) -> Row:
+    """Add the tokens per forward with drafts cut to chains of 1, 2, ... tokens."""
+    if not options.chain_lengths:
+        return row
+    inner = drafter.drafter if isinstance(drafter, Tuned) else drafter
+    kinds = inner.kinds(SamplingParams(**options.sampling))
+    if not (inner.combines and set(kinds) == {"deterministic"}):
+        say(f"{row.name}: no chains, since its drafts cannot be cut to their first path")
+        return row
+    rates = []
+    for depth in range(1, options.chain_lengths + 1):
+        results = _make_decoder(runner, FirstPath(inner, depth), _as_plain(options))(jobs)
+        tokens = sum(len(result.token_ids) for result in results)
+        rates.append(tokens / sum(result.forwards for result in results))
+    say(f"{row.name}, chains: {' '.join(f'{rate:.2f}' for rate in rates)}")
+    return dataclasses.replace(row, chain=rates)

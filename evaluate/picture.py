@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spectool.errors import UsageError, require
+from spectool.evaluate.bench import Part, Run
 from spectool.files import replacing
 
 SUFFIXES = (".png", ".svg")
@@ -32,7 +33,7 @@ def check_picture(path: Path) -> None:
     _matplotlib()
 
 
-def draw(runs: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], path: Path) -> None:
+def draw(runs: Sequence[Run], machine: Mapping[str, Any], path: Path) -> None:
     """Draw a panel per run of `bench`, with a group of bars per category and one for all."""
     plots, size = _matplotlib(), (8, 1 + 2.6 * len(runs))
     figure = plots.figure.Figure(figsize=size, layout="constrained")
@@ -57,27 +58,26 @@ def _matplotlib() -> Any:
     return require("matplotlib", extra="eval", reason="--plot")
 
 
-def _bars(panel: Any, run: Mapping[str, Any]) -> None:
-    groups = [(part["category"], part) for part in run["categories"]]
+def _bars(panel: Any, run: Run) -> None:
+    groups: list[tuple[str | None, Part]] = [(part.category, part) for part in run.categories]
     groups = [*groups, ("all", run)] if len(groups) > 1 else [("all prompts", run)]
-    drafters, baselines = run["drafters"], run["baselines"]
-    width = 0.8 / max(1, len(drafters) + len(baselines))
-    for number, row in enumerate([*drafters, *baselines]):
-        is_drafter = number < len(drafters)
-        kind, index = ("drafters", number) if is_drafter else ("baselines", number - len(drafters))
+    width = 0.8 / max(1, len(run.rows) - 1)
+    for number, row in enumerate(run.rows[1:]):
+        is_drafter = number < len(run.drafters)
+        index = number if is_drafter else number - len(run.drafters)
         colours = _COLOURS if is_drafter else _GREYS
         left = number * width - 0.4 + width / 2
         bars = panel.bar(
             [group + left for group in range(len(groups))],
-            [part[kind][index]["speedup"] for _, part in groups],
+            [part.rows[1 + number].speedup for _, part in groups],
             width * 0.92,
-            label=_short(row["name"]),
+            label=_short(row.name),
             color=colours[index % len(colours)],
             hatch=_HATCHES[index // len(colours) % len(_HATCHES)],
             edgecolor="white",
             linewidth=0,
         )
-        if len(groups) * (len(drafters) + len(baselines)) <= 24:
+        if len(groups) * (len(run.rows) - 1) <= 24:
             background = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
             panel.bar_label(bars, fmt="%.2f", fontsize=6, padding=2, bbox=background)
     panel.axhline(1, color="black", linewidth=0.8, zorder=0)
@@ -89,17 +89,16 @@ def _bars(panel: Any, run: Mapping[str, Any]) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _title(run: Mapping[str, Any]) -> str:
-    name = Path(str(run["model"])).name or run["model"]
-    return f"{name}: {run['runtime']}, batch size {run['batch_size']}"
+def _title(run: Run) -> str:
+    return f"{Path(run.model).name or run.model}: {run.runtime}, batch size {run.batch_size}"
 
 
 def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else "..." + name[3 - _LONGEST_NAME :]
 
 
-def _small_print(runs: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
-    dtypes = ", ".join(sorted({run["dtype"] for run in runs}))
+def _small_print(runs: Sequence[Run], machine: Mapping[str, Any]) -> str:
+    dtypes = ", ".join(sorted({run.dtype for run in runs}))
     where = machine.get("gpu") or f"{machine['processor']}, threads: {machine['threads']}"
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    return f"{where}; {dtypes}; {runs[0]['prompts']} prompts; {versions}"
+    return f"{where}; {dtypes}; {runs[0].prompts} prompts; {versions}"

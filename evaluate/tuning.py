@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spectool.checkpoint.headers import HEADS
+from spectool.data.text import Prompt
 from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
 from spectool.decode.policy.curve import machine_key
-from spectool.evaluate.bench import Say, bench
+from spectool.evaluate.bench import Options, Say, bench
 from spectool.files import replacing
 from spectool.methods import resolve
 from spectool.options import options_of
@@ -23,15 +24,13 @@ TRIED = {"nodes": (2, 4, 8, 16, 32, 64), "depth": (1, 2, 3, 4, 6, 8), "width": (
 def tune(
     runner: Runner,
     heads: Path,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
-    ends: Sequence[Collection[int]] = (),
     max_new_tokens: int = 64,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Find the fastest options for these prompts and store them in the heads' record.
 
-    `ends`: for each prompt, tokens that end its answer in addition to the model's EOS tokens.
     Options are tuned one after the other; all values of an option run in one process on the same
     prompts, next to plain decoding. Returns the options and `speedup` over plain decoding.
 
@@ -47,8 +46,8 @@ def tune(
             continue
         tried = [{**best, name: value} for value in values if value <= _largest(known[name])]
         drafts = [f"{heads}:{','.join(f'{k}={v}' for k, v in each.items())}" for each in tried]
-        result = bench(runner, prompts, drafts, ends=ends, max_new_tokens=max_new_tokens)
-        speeds = [row["speedup"] for row in result["drafters"]]
+        result = bench(runner, prompts, Options(drafts=drafts, max_new_tokens=max_new_tokens))
+        speeds = [row.speedup for row in result.drafters]
         speedup = max(speeds)
         best = tried[speeds.index(speedup)]
         shown = ", ".join(f"{each[name]}: {s:.2f}x" for each, s in zip(tried, speeds, strict=True))

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from spectool.checkpoint import artifact
 from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.dense import check_dense, read_companions
 from spectool.checkpoint.dtypes import with_plain_dtypes
 from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.headers import PACKED_INDEX, Layout, read_header
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
 from spectool.data.template import encode
 from spectool.data.text import OnRead, builtin_text, check_ids, read_text
-from spectool.errors import UnsupportedError, UsageError
+from spectool.errors import UsageError
 from spectool.machine import reproducible
 from spectool.methods import resolve
 from spectool.model.architecture import Architecture
@@ -45,14 +46,6 @@ from spectool.quantize.preprocess import (
 from spectool.quantize.rules import Rule, format_rules, skipping
 from spectool.quantize.walk import BlockWalk, Progress, make_entry
 from spectool.version import __version__
-
-# Files copied with the weights; Python files only if remote code is trusted.
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "added_tokens.json",
-    "chat_template*", "additional_chat_templates/*", "generation_config.json",
-    "preprocessor_config.json", "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*",
-)  # fmt: skip
-
 
 # File in the artifact with the rules that it was made by.
 RULES_FILE = "plan.yaml"
@@ -118,21 +111,8 @@ class QuantizeReport:
         return [layer for part in (self.outside, *self.blocks) for layer in part["layers"]]
 
 
-def check_dense(layout: Layout) -> None:
-    """Check that a checkpoint is not quantized.
-
-    Raises:
-        UnsupportedError: it is quantized already.
-    """
-    if layout.quantization is not None:
-        by = layout.quantization.get("quant_method", "an unnamed method")
-        raise UnsupportedError(
-            f"{layout.path}: is quantized already ({by}); quantize the dense original instead"
-        )
-
-
 def prepare(
-    layout: Layout, job: QuantizeJob, *, trust_remote_code: bool, device: str, batch_size: int = 4
+    checkpoint: Checkpoint, job: QuantizeJob, *, device: str, batch_size: int = 4
 ) -> tuple[Architecture, QuantizePlan]:
     """Return the architecture, and the plan of a job; for a budget that of its first candidate.
 
@@ -142,12 +122,12 @@ def prepare(
         UsageError: a rule matches nothing, or no candidate fits the budget.
         UnsupportedError: the source is quantized already, or cannot be packed.
     """
-    check_dense(layout)
+    check_dense(checkpoint)
     if job.preprocess is not None:
         for quantizer in _list_quantizers(job):
             if quantizer.rounds_inputs:
                 raise UsageError(f"--preprocess trains weights; {quantizer.name} rounds inputs too")
-    architecture = Architecture(layout, trust_remote_code=trust_remote_code)
+    architecture = Architecture(checkpoint)
     plan = _plan(architecture, job, device=device, batch_size=batch_size)
     if job.budget is not None:
         list_candidates(plan, job.budget, job.rules)
@@ -198,7 +178,7 @@ def _count_characters(sources: Sequence[str]) -> int:
 
 
 def quantize(
-    model: str | Path,
+    checkpoint: Checkpoint,
     out: Path,
     job: QuantizeJob,
     *,
@@ -206,14 +186,12 @@ def quantize(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 4,
     overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     announce: Callable[[QuantizePlan, Architecture], None] = lambda plan, architecture: None,
     progress: Progress = lambda done, total, what: None,
     say: Callable[[str], None] = lambda line: None,
     on_read: OnRead = lambda reading: None,
 ) -> QuantizeReport:
-    """Quantize the checkpoint `model` into the directory `out`.
+    """Quantize a checkpoint into the directory `out`.
 
     Calibration computes in `dtype`; weights are always packed from float32. Callbacks: `announce`
     gets the plan before the work, `progress` the blocks done, `say` one-line notices, `on_read`
@@ -224,22 +202,13 @@ def quantize(
         SpectoolError: the disk is full; the same call resumes.
     """
     artifact.check_target(out, overwrite=overwrite)
-    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-    check_paths(checkpoint.path, out)
-    architecture, plan = prepare(
-        checkpoint.layout,
-        job,
-        trust_remote_code=trust_remote_code,
-        device=device,
-        batch_size=batch_size,
-    )
+    artifact.check_paths(checkpoint.path, out)
+    architecture, plan = prepare(checkpoint, job, device=device, batch_size=batch_size)
     if job.budget is None:
         announce(plan, architecture)
     ids_SL, opened, shell = None, False, None
     if calibrates(job):
-        ids_SL, opened = _calibration_ids(
-            checkpoint, architecture, job, on_read, trust_remote_code=trust_remote_code
-        )
+        ids_SL, opened = _calibration_ids(checkpoint, architecture, job, on_read)
         shell = check_walkable(
             architecture,
             checkpoint,
@@ -269,9 +238,7 @@ def quantize(
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     metrics, reshape = None, None
     if job.preprocess is not None:
-        windows = _windows(
-            checkpoint, architecture, job, on_read, trust_remote_code=trust_remote_code
-        )
+        windows = _windows(checkpoint, architecture, job, on_read)
         made_by["preprocess"] = {**asdict(job.preprocess), **computed, **windows.record}
         reshape = Reshaping(
             options=job.preprocess,
@@ -283,7 +250,6 @@ def quantize(
             plan=plan,
             device=torch.device(device),
             seed=job.seed,
-            trust_remote_code=trust_remote_code,
             say=say,
         )
         reshape.check(overwrite=overwrite)
@@ -296,18 +262,18 @@ def quantize(
         if reshape is not None:
             merged, metrics = reshape.run(
                 lambda path: quantize(
-                    checkpoint.path,
+                    checkpoint,
                     path,
                     replace(job, preprocess=None),
                     device=device,
                     dtype=dtype,
                     batch_size=batch_size,
-                    trust_remote_code=trust_remote_code,
                     progress=progress,
                 )
             )
-            reshaped = open_checkpoint(merged, trust_remote_code=trust_remote_code)
-            architecture = Architecture(reshaped.layout, trust_remote_code=trust_remote_code)
+            trusted = checkpoint.trust_remote_code
+            reshaped = open_checkpoint(merged, trust_remote_code=trusted)
+            architecture = Architecture(reshaped)
         walk = BlockWalk(
             checkpoint=reshaped,
             architecture=architecture,
@@ -340,7 +306,6 @@ def quantize(
                 source,
                 made_by,
                 untied=architecture.untied,
-                trust_remote_code=trust_remote_code,
             )
         )
     if reshape is not None:
@@ -377,18 +342,10 @@ def _calibration_ids(
     architecture: Architecture,
     job: QuantizeJob,
     on_read: OnRead,
-    *,
-    trust_remote_code: bool,
 ) -> tuple[Tensor, bool]:
     """Read the calibration sequences [S, L]; also return whether each opens with a start token."""
     ids, bos = _read_tokens(
-        checkpoint,
-        architecture,
-        job,
-        job.calibration or (),
-        job.samples,
-        trust_remote_code,
-        on_read,
+        checkpoint, architecture, job, job.calibration or (), job.samples, on_read
     )
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(architecture, job.seq_len)
@@ -401,8 +358,6 @@ def _windows(
     architecture: Architecture,
     job: QuantizeJob,
     on_read: OnRead,
-    *,
-    trust_remote_code: bool,
 ) -> TrainingWindows:
     """Read the sequences of preprocessing, held-out ones from the end of the text.
 
@@ -411,9 +366,7 @@ def _windows(
     options = job.preprocess
     assert options is not None
     num_train = options.steps * options.batch_size
-    ids, bos = _read_tokens(
-        checkpoint, architecture, job, options.text, num_train, trust_remote_code, on_read
-    )
+    ids, bos = _read_tokens(checkpoint, architecture, job, options.text, num_train, on_read)
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(architecture, job.seq_len)
     cut = int((1 - HELD_OUT) * len(ids))
@@ -437,11 +390,10 @@ def _read_tokens(
     job: QuantizeJob,
     sources: Sequence[str],
     samples: int,
-    trust_remote_code: bool,
     on_read: OnRead,
 ) -> tuple[list[int], int | None]:
     """Read and tokenize text for `samples` sequences; return token ids and the start token."""
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint)
     text = read_text(
         sources,
         tokenizer,
@@ -492,31 +444,6 @@ def _record_options(
     }
 
 
-def check_paths(source: Path, out: Path) -> None:
-    """Check that neither directory contains the other.
-
-    Raises:
-        UsageError: one contains the other, or they are the same.
-    """
-    source_path, out_path = source.resolve(), out.resolve()
-    if (
-        source_path == out_path
-        or source_path in out_path.parents
-        or out_path in source_path.parents
-    ):
-        raise UsageError(f"{out}: OUT must lie outside the source {source}, and not around it")
-
-
-def read_companions(folder: Path, *, code: bool) -> dict[str, bytes]:
-    """Read the files of a checkpoint that accompany its weights; with Python files if `code`."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for pattern in ((*COMPANIONS, "*.py") if code else COMPANIONS)
-        for path in folder.glob(pattern)
-        if path.is_file()
-    }
-
-
 def _make_small_files(
     checkpoint: Checkpoint,
     plan: QuantizePlan,
@@ -526,13 +453,12 @@ def _make_small_files(
     made_by: dict[str, Any],
     *,
     untied: bool,
-    trust_remote_code: bool,
 ) -> dict[str, bytes]:
     """Make all files except the shards: configuration, index, tokenizer, licence, README.
 
     `untied`: the source stores separately what its configuration declares tied.
     """
-    files = read_companions(checkpoint.path, code=trust_remote_code)
+    files = read_companions(checkpoint)
     shards = sorted(writer.manifest["shards"])
     tensors = {}
     for shard in shards:

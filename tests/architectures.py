@@ -73,8 +73,10 @@ def entries() -> list[Entry]:
         found.append(Entry(model_type))
         extra = DECODERS.get(model_type)
         with contextlib.suppress(Exception):
-            said = CONFIG_MAPPING[model_type]()
-            undecided = getattr(said, "is_decoder", None) is False and not said.is_encoder_decoder
+            config = CONFIG_MAPPING[model_type]()
+            undecided = (
+                getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder
+            )
             if undecided and model_type not in CAUSAL_ANYWAY:
                 extra = {"is_decoder": True}
         if extra is not None:
@@ -198,9 +200,9 @@ def keep(record: dict[str, Any], file: Path, end: Any) -> None:
         lines.write(json.dumps(record) + "\n")
     checks = record.get("checks", {})
     found = [check["result"] for check in checks.values()]
-    said = ", ".join(f"{found.count(kind)} {kind}" for kind in ("works", "refused", "FAULT"))
+    counts = ", ".join(f"{found.count(kind)} {kind}" for kind in ("works", "refused", "FAULT"))
     print(f"{record['entry']:36} {record['seconds']:6.1f} s  ", end="")
-    print(f"not built: {record['not built']}" if "not built" in record else said, flush=True)
+    print(f"not built: {record['not built']}" if "not built" in record else counts, flush=True)
     for name, check in checks.items():
         if check["result"] == "FAULT":
             print(f"    {name}: {check['why']}", flush=True)

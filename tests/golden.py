@@ -179,10 +179,10 @@ def cases(place: Path, parts: list[str]) -> Iterator[Case]:
     if "heads" in parts:
         drafters |= {f"heads-{label}": [f"{place / f'h-{label}'}:nodes=8"] for label in HEADS}
     for label, words in drafters.items():
-        for law in (["0"], ["0.8", "--seed", "0"], ["0.8", "--seed", "1"]):
-            draw = ["--draft", *words, "--temperature", *law]
+        for sampling in (["0"], ["0.8", "--seed", "0"], ["0.8", "--seed", "1"]):
+            draw = ["--draft", *words, "--temperature", *sampling]
             command = ["generate", model, "--prompts", str(prompts), "--max-new-tokens", "60"]
-            yield Case(f"generate {label} {' '.join(law)}", [*command, *draw])
+            yield Case(f"generate {label} {' '.join(sampling)}", [*command, *draw])
     if "eval" in parts:
         out = place / "q-for-eval"
         yield Case("quantize for eval", ["quantize", "rtn", model, str(out), "--bits", "3"], out)
@@ -289,11 +289,11 @@ def run_case(
         _, status = os.waitpid(child, 0)
         out.seek(0)
         err.seek(0)
-        said, remarks = out.read().decode().replace(str(place), "PLACE"), err.read().decode()
+        stdout, remarks = out.read().decode().replace(str(place), "PLACE"), err.read().decode()
     code = os.waitstatus_to_exitcode(status)
     if code:
         return {"exit code": code, "stderr": remarks[-1500:], "words": " ".join(words)}
-    pairs = list(leaves(json.loads(said)))
+    pairs = list(leaves(json.loads(stdout)))
     found: dict[str, Any] = {
         "exit code": 0,
         "keys": sorted({re.sub(r"\[\d+\]", "[]", at) for at, _ in pairs}),
@@ -350,9 +350,9 @@ def start(scratch: Path, tree: str, place: str, parts: list[str], *, reads: bool
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": str(scratch / f"cache-{tree}"),
     }
-    said = {"place": str(scratch / place), "parts": parts, "reads": reads, "out": str(out)}
-    said["options"] = OPTIONS if tree == "before" else {}
-    command = [sys.executable, str(Path(__file__).resolve()), "--run", json.dumps(said)]
+    job = {"place": str(scratch / place), "parts": parts, "reads": reads, "out": str(out)}
+    job["options"] = OPTIONS if tree == "before" else {}
+    command = [sys.executable, str(Path(__file__).resolve()), "--run", json.dumps(job)]
     subprocess.run(command, check=True, env=environment)
     return json.loads(out.read_text())
 
@@ -397,9 +397,9 @@ def main() -> int:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.run:
-        said = json.loads(given.run)
-        out = Path(said.pop("out"))
-        found = run_all(Path(said.pop("place")), **said)
+        job = json.loads(given.run)
+        out = Path(job.pop("out"))
+        found = run_all(Path(job.pop("place")), **job)
         out.write_text(json.dumps(found))
         return 0
     with tempfile.TemporaryDirectory() as made:

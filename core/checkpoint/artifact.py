@@ -275,6 +275,21 @@ def check_target(out: Path, *, overwrite: bool) -> None:
             )
 
 
+def check_paths(source: Path, out: Path) -> None:
+    """Check that neither directory contains the other.
+
+    Raises:
+        UsageError: one contains the other, or they are the same.
+    """
+    source_path, out_path = source.resolve(), out.resolve()
+    if (
+        source_path == out_path
+        or source_path in out_path.parents
+        or out_path in source_path.parents
+    ):
+        raise UsageError(f"{out}: OUT must lie outside the source {source}, and not around it")
+
+
 def own_files(path: Path) -> set[str]:
     """List the files that the artifact in this directory names as its own; empty without one.
 

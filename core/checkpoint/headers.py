@@ -385,7 +385,7 @@ def read_layout(path: Path, *, check: bool = True) -> Layout:
     config = read_json(path / "config.json")
     foreign.check_config(path, config)
     _check_objects(path, config)
-    weights = _weights(path, config)
+    weights = find_weights(path, config)
     stored = read_checksums(weights) if weights.name == PACKED_INDEX else {}
     if weights.suffix == ".safetensors":
         metadata, entries = read_header(weights)
@@ -397,7 +397,7 @@ def read_layout(path: Path, *, check: bool = True) -> Layout:
     return Layout(path=path, config=config, tensors=tensors, metadata=metadata, checksums=stored)
 
 
-def _weights(path: Path, config: Mapping[str, Any]) -> Path:
+def find_weights(path: Path, config: Mapping[str, Any]) -> Path:
     """Find the weight file, or the index of its shards, as transformers does.
 
     Raises:

@@ -71,8 +71,8 @@ class Rotary:
         """
         if segments_BL is not None:
             positions_BL, visible_BLL = isolate_texts(segments_BL)
-            batch, length = positions_BL.shape
-            mask_B1LL = tree_mask([0] * batch, positions_BL, visible_BLL, length, like_BLD.dtype)
+            lengths = [0] * len(positions_BL)
+            mask_B1LL = tree_mask(lengths, positions_BL, visible_BLL, like_BLD.dtype)
             return Sight(self.at(positions_BL, like_BLD), mask_B1LL)
         positions_1L = torch.arange(like_BLD.shape[1])[None]
         return Sight(self.at(positions_1L, like_BLD))
@@ -308,10 +308,9 @@ class DraftCache:
         like = inputs[0]
         num_nodes, num_tail = visible_BNT.shape[1:]
         lengths = self._cache.lengths
-        positions_BT = (torch.tensor(lengths)[:, None] + depths_BT.cpu()).to(like.device)
-        self._cache.open(num_nodes, like.device, after=num_tail - num_nodes)
-        mask_B1NS = tree_mask(
-            lengths, positions_BT, visible_BNT.to(like.device), self._cache.width, like.dtype
-        )
+        positions_BT = torch.tensor(lengths)[:, None] + depths_BT.cpu()
+        self._cache.open(positions_BT, num_nodes, like.device)
+        keys_BS = self._cache.positions_BS[:, : self._cache.width]
+        mask_B1NS = tree_mask(lengths, keys_BS, visible_BNT.to(like.device), like.dtype)
         rotary = self._rotary.at(positions_BT[:, num_tail - num_nodes :], like)
         return run(*inputs, Sight(rotary, mask_B1NS, self._cache))

@@ -237,14 +237,14 @@ def test_bench_exits_1_when_a_lossless_drafter_changes_the_output(
 ) -> None:
     from spectool.evaluate import bench
 
-    metrics = bench._metrics
+    make_row = bench._make_row
 
-    def lie(name: str, results: Any, seconds: float) -> dict[str, Any]:
+    def lie(name: str, timed: Any, *more: Any) -> Any:
         if name == "ngram":
-            results[0].token_ids[-1] ^= 1
-        return metrics(name, results, seconds)
+            timed.results[0].token_ids[-1] ^= 1
+        return make_row(name, timed, *more)
 
-    monkeypatch.setattr(bench, "_metrics", lie)
+    monkeypatch.setattr(bench, "_make_row", lie)
     words = ["bench", checkpoint("llama"), "--prompts", prompts, "--max-new-tokens", 8]
     done = spectool(*words, "--draft", "ngram")
     assert done.code == 1 and "differs from plain decoding" in done.err

@@ -20,14 +20,10 @@ def assert_rows_equal(cache: TreeCache, row: int, target: Target) -> None:
     fresh = target.cache(1)
     tokens = cache.tokens[row]
     target.prefill(fresh, [tokens])
-    for mine, theirs in zip(cache.layers, fresh.layers, strict=True):
-        for name in ("keys", "values"):
-            torch.testing.assert_close(
-                getattr(mine, name)[row, :, : len(tokens)],
-                getattr(theirs, name)[0, :, : len(tokens)],
-                atol=1e-5,
-                rtol=1e-5,
-            )
+    for mine, theirs in zip(cache.stores, fresh.stores, strict=True):
+        pairs = zip(mine.view(len(tokens)), theirs.view(len(tokens)), strict=True)
+        for found, expected in pairs:
+            torch.testing.assert_close(found[row], expected[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt", "gpt_neox"])
@@ -85,6 +81,35 @@ def test_select_keeps_rows_in_order(tiny: Tiny) -> None:
         assert_rows_equal(cache, row, target)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
+def test_joined_rows_continue_as_they_do_alone(tiny: Tiny, family: str) -> None:
+    """Lengths and capacities differ; the first cache may be empty."""
+    target = Target(tiny(family))
+    prompts = [list(range(2, 42)), list(range(50, 57)), list(range(60, 132))]
+    joined, alone = target.cache(0), [target.cache(1) for _ in prompts]
+    for cache, prompt in zip(alone, prompts, strict=True):
+        target.prefill(cache, [prompt])
+        given, before = target.cache(1), joined.lengths
+        target.prefill(given, [prompt])
+        kept = [[field.clone() for field in store.fields] for store in joined.stores]
+        joined.join(given)
+        assert joined.lengths == [*before, len(prompt)]
+        for store, fields in zip(joined.stores, kept, strict=True):
+            for field, held in zip(store.fields, fields, strict=False):
+                for row, length in enumerate(before):
+                    assert torch.equal(field[row, :, :length], held[row, :, :length])
+    drafts = [tree.trie(5 + b, [[6, 7], [8, 9 + b]], nodes=5) for b in range(3)]
+    paths = [[0, 3, 4], [0, 1], [0]]
+    for _ in range(3):
+        found = target.verify(joined, drafts).logits_BNV
+        for b, cache in enumerate(alone):
+            expected = target.verify(cache, [drafts[b]]).logits_BNV[0]
+            torch.testing.assert_close(found[b], expected, atol=1e-5, rtol=1e-5)
+            cache.commit([drafts[b].tokens], [paths[b]])
+        joined.commit([draft.tokens for draft in drafts], paths)
+        assert joined.tokens == [cache.tokens[0] for cache in alone]
+
+
 def test_keep_prefix_leaves_the_last_token_to_be_fed(tiny: Tiny) -> None:
     target = Target(tiny("llama"))
     cache = target.cache(2)
@@ -102,7 +127,7 @@ def test_nothing_is_copied_for_a_path_in_place(tiny: Tiny, monkeypatch: pytest.M
     target.prefill(cache, [[2, 3]])
     draft = tree.chain([4, 5, 6], kind="deterministic")
     target.verify(cache, [draft])
-    monkeypatch.setattr(cache, "_trees", [])
+    monkeypatch.setattr(cache, "stores", [])
     cache.commit([draft.tokens], [[0, 1]])
     assert cache.tokens == [[2, 3, 4, 5]]
 
@@ -110,7 +135,7 @@ def test_nothing_is_copied_for_a_path_in_place(tiny: Tiny, monkeypatch: pytest.M
 def test_a_layer_that_passes_nothing_has_seen_nothing() -> None:
     """Mllama's layers for images ask for the length of an unused layer."""
     cache = TreeCache(batch=1, num_layers=2, context=16)
-    cache.open(2, torch.device("cpu"))
+    cache.open(torch.arange(2)[None], 2, torch.device("cpu"))
     rows_BHND = torch.ones(1, 1, 2, 4)
     cache.update(rows_BHND, rows_BHND, 0)
     cache.commit([[5, 6]], [[0, 1]])

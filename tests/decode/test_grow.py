@@ -64,20 +64,18 @@ def tails(cache: TreeCache, size: int, lengths: list[int]) -> list[Tensor]:
     """Return keys and values of each row's first `size` nodes."""
     return [
         kept[row, :, length : length + size].clone()
-        for layer in cache._trees
-        for kept in (layer.keys, layer.values)
+        for store in cache.stores
+        for kept in store.fields
         for row, length in enumerate(lengths)
-        if kept is not None
     ]
 
 
 def committed(cache: TreeCache) -> list[Tensor]:
     return [
         kept[row, :, :length].clone()
-        for layer in cache._trees
-        for kept in (layer.keys, layer.values)
+        for store in cache.stores
+        for kept in store.fields
         for row, length in enumerate(cache.lengths)
-        if kept is not None
     ]
 
 

@@ -296,6 +296,25 @@ def test_prompts_in_chunks(tiny: Tiny, family: str, monkeypatch: Any, prompt_of:
         torch.testing.assert_close(read, expected.features[row]["final"], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", CHAINED[:1])
+def test_joined_rows_continue_as_they_do_alone(tiny: Tiny, family: str) -> None:
+    target, prompts = open_target(tiny(family)), [[5, 6, 7], [8, 9]]
+    joined = target.cache(0)
+    for prompt in prompts:
+        given = target.cache(1)
+        target.prefill(given, [prompt])
+        joined.join(given)
+    drafts = [tree.chain([10, 11], kind="deterministic"), tree.root(12)]
+    found = target.verify(joined, drafts).logits_BNV
+    joined.commit([draft.tokens for draft in drafts], [[0, 1], [0]])
+    assert joined.tokens == [[5, 6, 7, 10, 11], [8, 9, 12]]
+    for row, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
+        alone = target.cache(1)
+        target.prefill(alone, [prompt])
+        expected = target.verify(alone, [draft]).logits_BNV[0]
+        assert torch.equal(found[row, : len(draft)], expected)
+
+
 def test_an_empty_row_stays_as_it_is(tiny: Tiny) -> None:
     target = open_target(tiny("mamba2"))
     cache = target.cache(2)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from transformers import PreTrainedModel
 
 from spectool.decode.generate import Runner
 from spectool.decode.sampling import SamplingOptions, SamplingParams
-from spectool.evaluate.baselines import ASSISTED, PLAIN, PROMPT_LOOKUP, open_baselines
+from spectool.evaluate.baselines import ASSISTED, PLAIN, PROMPT_LOOKUP, Job, open_baselines
 
 PROMPTS = [[5, 6, 7, 5, 6], list(range(30, 60)) * 2, [9]]
 LIMITS = [1, 24, 7]
-ENDS: list[tuple[int, ...]] = [(), (), ()]
+JOBS = [Job(tokens=prompt, limit=limit) for prompt, limit in zip(PROMPTS, LIMITS, strict=True)]
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_greedy_output_is_plain_decoding(
     found = open_baselines(runner, drafters, control=SamplingParams(), seed=0)
     assert list(found) == [PLAIN, PROMPT_LOOKUP, ASSISTED]
     for name, decode in found.items():
-        results = decode(PROMPTS, LIMITS, ENDS)
+        results = decode(JOBS)
         assert [r.token_ids for r in results] == [r.token_ids for r in plain], name
         most = [len(r.token_ids) for r in results]
         assert all(1 <= r.forwards <= n for r, n in zip(results, most, strict=True))
@@ -47,7 +48,7 @@ def test_a_prompts_own_ends_are_the_same(tiny: Callable[..., PreTrainedModel]) -
     ours = runner.generate(PROMPTS, max_new_tokens=LIMITS, eos=ends)
     assert len(ours[1].token_ids) <= 4 and ours[2].token_ids == plain[2].token_ids
     for decode in open_baselines(runner, [], control=SamplingParams(), seed=0).values():
-        theirs = decode(PROMPTS, LIMITS, ends)
+        theirs = decode([replace(job, ends=own) for job, own in zip(JOBS, ends, strict=True)])
         assert [r.token_ids for r in theirs] == [r.token_ids for r in ours]
 
 
@@ -56,7 +57,7 @@ def test_penalties_are_the_same_distribution(tiny: Callable[..., PreTrainedModel
     sampling = SamplingOptions(repetition_penalty=1.3, no_repeat_ngram_size=2)
     plain = runner.generate(PROMPTS, max_new_tokens=LIMITS, **sampling)
     for decode in open_baselines(runner, [], control=SamplingParams(**sampling), seed=0).values():
-        assert [r.token_ids for r in decode(PROMPTS, LIMITS, ENDS)] == [r.token_ids for r in plain]
+        assert [r.token_ids for r in decode(JOBS)] == [r.token_ids for r in plain]
 
 
 def test_samples_follow_the_seed_and_the_distribution(tiny: Callable[..., PreTrainedModel]) -> None:
@@ -64,7 +65,7 @@ def test_samples_follow_the_seed_and_the_distribution(tiny: Callable[..., PreTra
 
     def drawn(seed: int, **sampling: float) -> list[list[int]]:
         decode = open_baselines(runner, [], control=SamplingParams(**sampling), seed=seed)[PLAIN]  # type: ignore[arg-type]
-        return [result.token_ids for result in decode(PROMPTS, LIMITS, ENDS)]
+        return [result.token_ids for result in decode(JOBS)]
 
     hot = {"temperature": 1.2, "top_p": 0.95, "min_p": 0.01}
     assert drawn(1, **hot) == drawn(1, **hot) != drawn(2, **hot)
@@ -80,7 +81,7 @@ def test_the_checkpoints_own_settings_change_nothing_and_stay(
     settings.repetition_penalty = 9.0
     (expected,) = runner.generate(PROMPTS[1:2], max_new_tokens=20)
     for decode in open_baselines(runner, [], control=SamplingParams(), seed=0).values():
-        assert decode(PROMPTS[1:2], [20], [()])[0].token_ids == expected.token_ids
+        assert decode([Job(tokens=PROMPTS[1], limit=20)])[0].token_ids == expected.token_ids
     assert runner.target.model.generation_config is settings
 
 
@@ -105,5 +106,5 @@ def test_a_draft_with_another_head_or_a_short_context(
     assert str(wide) in lines[0] and "352" in lines[0]
     # Without its learned positions the draft would fail on the second prompt.
     plain = runner.generate(PROMPTS, max_new_tokens=LIMITS)
-    results = found[f"{ASSISTED} by {short}"](PROMPTS, LIMITS, ENDS)
+    results = found[f"{ASSISTED} by {short}"](JOBS)
     assert [r.token_ids for r in results] == [r.token_ids for r in plain]

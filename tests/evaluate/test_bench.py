@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
 
 import spectool
+from spectool.data.text import Prompt
 from spectool.decode.generate import Runner
 from spectool.errors import UsageError
-from spectool.evaluate.bench import bench, list_mismatches, loop_start
+from spectool.evaluate.bench import Options, bench, list_mismatches, loop_start
+from spectool.evaluate.results import as_json
 
 Tiny = Callable[..., PreTrainedModel]
-PROMPTS = [[5, 6, 7, 5, 6], [9, 10, 11], [20, 21], [5, 6, 7, 8]]
+IDS = [[5, 6, 7, 5, 6], [9, 10, 11], [20, 21], [5, 6, 7, 8]]
+PROMPTS = [Prompt(ids) for ids in IDS]
 
 
 @pytest.mark.parametrize(
@@ -37,102 +40,97 @@ def test_drafters_are_compared_in_order_on_the_same_limits(
     path = checkpoint("llama")
     runner = Runner(spectool.load(path), tokenizer=None)
     drafts = ["ngram:nodes=4", str(checkpoint("llama", seed=1)) + ":depth=2"]
-    result = bench(runner, PROMPTS[:2], drafts, max_new_tokens=12)
-    assert [row["name"] for row in result["drafters"]] == drafts
-    assert result["baseline"]["tokens_per_forward"] == 1.0
-    for row in result["drafters"]:
-        assert row["identical"] == row["prompts"] == 2
-        assert row["new_tokens"] == result["baseline"]["new_tokens"]
-        assert row["lossless"]
-    assert 0 < result["kept_share"] <= 1
-    assert result["categories"] == result["baselines"] == []
+    result = bench(runner, PROMPTS[:2], Options(drafts=drafts, max_new_tokens=12))
+    assert [row.name for row in result.drafters] == drafts
+    assert result.baseline.tokens_per_forward == 1.0
+    for row in result.drafters:
+        assert row.identical == row.prompts == 2
+        assert row.new_tokens == result.baseline.new_tokens
+        assert row.lossless
+    assert 0 < result.kept_share <= 1
+    assert result.categories == result.baselines == []
+    assert result.model == str(path) and result.runtime == "dense, float32"
     assert list_mismatches(result) == []
 
 
 def test_answers_end_where_their_own_ends_are(tiny: Tiny) -> None:
     runner = Runner(tiny("llama"))
-    free = runner.generate(PROMPTS[:2], max_new_tokens=12)
+    free = runner.generate(IDS[:2], max_new_tokens=12)
     ends = [(), (free[1].token_ids[4],)]
-    ended = runner.generate(PROMPTS[:2], max_new_tokens=12, eos=ends)
-    result = bench(
-        runner, PROMPTS[:2], ["ngram"], ends=ends, max_new_tokens=12, with_baselines=True
-    )
+    ended = runner.generate(IDS[:2], max_new_tokens=12, eos=ends)
+    prompts = [
+        replace(prompt, ends=frozenset(own)) for prompt, own in zip(PROMPTS[:2], ends, strict=True)
+    ]
+    result = bench(runner, prompts, Options(drafts=["ngram"], max_new_tokens=12, baselines=True))
     whole = sum(len(one.token_ids) for one in ended)
     assert len(ended[1].token_ids) <= 5 < len(free[1].token_ids)
-    assert all(0 < row["new_tokens"] <= whole for row in rows_of(result))
-    assert result["drafters"][0]["identical"] == result["baselines"][0]["identical"] == 2
-
-
-def rows_of(part: dict[str, Any]) -> list[dict[str, Any]]:
-    return [part["baseline"], *part["drafters"], *part["baselines"]]
+    assert all(0 < row.new_tokens <= whole for row in result.rows)
+    assert result.drafters[0].identical == result.baselines[0].identical == 2
 
 
 def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
     lines: list[str] = []
-    result = bench(
-        Runner(tiny("llama")),
-        PROMPTS,
-        ["ngram:nodes=4", "recycle"],
-        categories=["qa", None, "qa", "rag"],
-        max_new_tokens=12,
-        with_baselines=True,
-        say=lines.append,
-    )
-    parts = result["categories"]
-    assert [part["category"] for part in parts] == ["qa", "other", "rag"]
-    assert [part["baseline"]["prompts"] for part in parts] == [2, 1, 1]
-    assert len(result["baselines"]) == 2
-    for at, whole in enumerate(rows_of(result)):
-        by_category = [rows_of(part)[at] for part in parts]
-        assert {row["name"] for row in by_category} == {whole["name"]}
+    names = ["qa", None, "qa", "rag"]
+    prompts = [replace(prompt, category=name) for prompt, name in zip(PROMPTS, names, strict=True)]
+    options = Options(drafts=["ngram:nodes=4", "recycle"], max_new_tokens=12, baselines=True)
+    result = bench(Runner(tiny("llama")), prompts, options, say=lines.append)
+    parts = result.categories
+    assert [part.category for part in parts] == ["qa", "other", "rag"]
+    assert [part.baseline.prompts for part in parts] == [2, 1, 1]
+    assert len(result.baselines) == 2
+    for at, whole in enumerate(result.rows):
+        by_category = [part.rows[at] for part in parts]
+        assert {row.name for row in by_category} == {whole.name}
         for key in ("prompts", "new_tokens", "forwards", "drafted", "accepted", "seconds"):
-            assert sum(row[key] for row in by_category) == pytest.approx(whole[key])
-        assert whole["identical"] == (None if at == 0 else 4)
-        plain = result["baseline"]["tokens_per_second"]
-        assert whole["speedup"] == pytest.approx(whole["tokens_per_second"] / plain)
+            total = sum(getattr(row, key) for row in by_category)
+            assert total == pytest.approx(getattr(whole, key))
+        assert whole.identical == (None if at == 0 else 4)
+        plain = result.baseline.tokens_per_second
+        assert whole.speedup == pytest.approx(whole.tokens_per_second / plain)
     # What came of each category is lines.
     order = [line.rpartition(":")[0] for line in lines if line.startswith(("qa, ", "rag, "))]
-    names = ["none", "ngram:nodes=4", "recycle", *(row["name"] for row in result["baselines"])]
-    assert order == [f"{category}, {name}" for category in ("qa", "rag") for name in names]
+    ways = ["none", "ngram:nodes=4", "recycle", *(row.name for row in result.baselines)]
+    assert order == [f"{category}, {way}" for category in ("qa", "rag") for way in ways]
 
 
 def test_time_is_split_and_compared_with_peers(tiny: Tiny) -> None:
-    result = bench(
-        Runner(tiny("llama")), PROMPTS, ["recycle"], max_new_tokens=12, with_baselines=True
-    )
-    plain, lookup = result["baselines"]
+    options = Options(drafts=["recycle"], max_new_tokens=12, baselines=True)
+    result = bench(Runner(tiny("llama")), PROMPTS, options)
+    plain, lookup = result.baselines
     first = 0.0
-    for row in (result["baseline"], *result["drafters"]):
-        shares = [row[f"{part}_share"] for part in ("prompt", "draft", "target", "host")]
+    for row in (result.baseline, *result.drafters):
+        shares = [getattr(row, f"{part}_share") for part in ("prompt", "draft", "target", "host")]
         assert sum(shares) == pytest.approx(1) and min(shares) > 0
         # The first token of each prompt comes from its own pass.
-        steps = (row["new_tokens"] - row["prompts"]) / (row["seconds"] * (1 - shares[0]))
+        steps = (row.new_tokens - row.prompts) / (row.seconds * (1 - shares[0]))
         first = first or steps
-        assert row["step_speedup"] == pytest.approx(steps / first)
-        speed = row["tokens_per_second"]
-        over = [row["speedup_over_transformers"], row["speedup_over_prompt_lookup"]]
-        assert over == [speed / plain["tokens_per_second"], speed / lookup["tokens_per_second"]]
-        timings = row["draft_share"] * row["seconds"]
-        assert row["draft_ms"] == pytest.approx(1000 * timings / row["forwards"])
-    assert result["drafters"][0]["draft_ms"] > result["baseline"]["draft_ms"]
-    assert "draft_share" not in plain
+        assert row.step_speedup == pytest.approx(steps / first)
+        speed = row.tokens_per_second
+        over = [row.speedup_over_transformers, row.speedup_over_prompt_lookup]
+        assert over == [speed / plain.tokens_per_second, speed / lookup.tokens_per_second]
+        timings = row.draft_share * row.seconds
+        assert row.draft_ms == pytest.approx(1000 * timings / row.forwards)
+    assert result.drafters[0].draft_ms > result.baseline.draft_ms
+    assert "draft_share" not in as_json(plain)
 
 
 def test_baselines_run_at_batch_size_1_only(tiny: Tiny) -> None:
     lines: list[str] = []
     runner = Runner(tiny("llama"))
-    options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 2, "with_baselines": True}
-    result = bench(runner, PROMPTS, ["ngram"], **options, say=lines.append)
-    assert result["baselines"] == [] and "speedup_over_transformers" not in result["drafters"][0]
+    options = Options(drafts=["ngram"], max_new_tokens=6, batch_size=2, baselines=True)
+    result = bench(runner, PROMPTS, options, say=lines.append)
+    assert result.baselines == [] and "speedup_over_transformers" not in as_json(result.drafters[0])
     assert sum("one prompt at a time" in line for line in lines) == 1
-    assert result["batch_size"] == 2 and result["drafters"][0]["identical"] == 4
+    assert result.batch_size == 2 and result.drafters[0].identical == 4
 
 
-def test_a_broken_promise_is_named_in_float32_only() -> None:
-    row = {"name": "bad", "lossless": True, "identical": 1, "prompts": 2}
-    assert list_mismatches({"dtype": "float32", "drafters": [row]}) == ["bad"]
-    assert list_mismatches({"dtype": "bfloat16", "drafters": [row]}) == []
-    assert list_mismatches({"dtype": "float32", "drafters": [{**row, "lossless": False}]}) == []
+def test_a_broken_promise_is_named_in_float32_only(tiny: Tiny) -> None:
+    run = bench(Runner(tiny("llama")), PROMPTS[:2], Options(drafts=["ngram"], max_new_tokens=4))
+    assert run.dtype == "float32" and list_mismatches(run) == []
+    bad = replace(run.drafters[0], identical=1)
+    assert list_mismatches(replace(run, drafters=[bad])) == ["ngram"]
+    assert list_mismatches(replace(run, drafters=[bad], dtype="bfloat16")) == []
+    assert list_mismatches(replace(run, drafters=[replace(bad, lossless=False)])) == []
 
 
 def test_prompts_that_do_not_fit_are_left_out_and_counted(tiny: Tiny) -> None:
@@ -140,22 +138,23 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(tiny: Tiny) -> None:
     runner = Runner(tiny("llama"), context=20)
     # With 16 new tokens, 4 of the prompt fit; with the 15 asked for, 5.
     for most, left_out in ((30, 1), (15, 0)):
-        result = bench(runner, PROMPTS, ["ngram"], max_new_tokens=most, say=lines.append)
-        assert result["prompts_left_out"] == left_out
-        assert result["drafters"][0]["identical"] == result["prompts"] == 4 - left_out
+        result = bench(
+            runner, PROMPTS, Options(drafts=["ngram"], max_new_tokens=most), say=lines.append
+        )
+        assert result.prompts_left_out == left_out
+        assert result.drafters[0].identical == result.prompts == 4 - left_out
     (line,) = [line for line in lines if "left out" in line]
     assert "1 of 4" in line and "context of 20" in line
     with pytest.raises(UsageError, match=r"no prompt fits in the context of 20 .* has 21"):
-        bench(runner, [list(range(2, 23))], [])
+        bench(runner, [Prompt(list(range(2, 23)))], Options())
 
 
 def test_sampling_counts_nothing_identical(tiny: Tiny) -> None:
-    result = bench(
-        Runner(tiny("llama")),
-        PROMPTS[:2],
-        ["ngram"],
+    options = Options(
+        drafts=["ngram"],
         max_new_tokens=8,
-        with_baselines=True,
+        baselines=True,
         sampling={"temperature": 0.8, "top_k": 9},
     )
-    assert all(row["identical"] is None for row in rows_of(result))
+    result = bench(Runner(tiny("llama")), PROMPTS[:2], options)
+    assert all(row.identical is None for row in result.rows)

@@ -1,53 +1,68 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spectool.errors import MissingExtra, UsageError
+from spectool.evaluate.bench import Part, Row, Run
 from spectool.evaluate.picture import check_picture, draw
 
 MACHINE = {"processor": "A processor", "threads": 2, "versions": {"spectool": "0.1.0"}}
 
 
-def part(*speeds: float) -> dict[str, Any]:
-    names = ["ngram", "/some/where/very/long/that/nobody/reads:depth=4", "transformers plain"]
-    rows = [{"name": n, "speedup": s} for n, s in zip(names, speeds, strict=True)]
-    return {"drafters": rows[:2], "baselines": rows[2:]}
+def rows(*speeds: float) -> dict[str, Any]:
+    names = [
+        "none",
+        "ngram",
+        "/some/where/very/long/that/nobody/reads:depth=4",
+        "transformers plain",
+    ]
+    counts = dict.fromkeys(("prompts", "new_tokens", "forwards", "drafted", "accepted"), 4)
+    rates = dict.fromkeys(("tokens_per_forward", "tokens_per_second", "seconds"), 1.0)
+    baseline, *made = (
+        Row(name=name, speedup=speed, lossless=True, identical=None, **counts, **rates)  # type: ignore[arg-type]
+        for name, speed in zip(names, (1.0, *speeds), strict=True)
+    )
+    return {"baseline": baseline, "drafters": made[:2], "baselines": made[2:]}
 
 
-def run(batch_size: int, *categories: str) -> dict[str, Any]:
-    return {
-        **part(1.5, 0.7, 1.0),
-        "categories": [{"category": name, **part(1.2, 0.8, 1.1)} for name in categories],
-        "model": "/models/small",
-        "runtime": "dense, float32",
-        "dtype": "float32",
-        "prompts": 4,
-        "batch_size": batch_size,
-    }
+def run(batch_size: int, *categories: str) -> Run:
+    return Run(
+        **rows(1.5, 0.7, 1.0),
+        categories=[Part(category=name, **rows(1.2, 0.8, 1.1)) for name in categories],
+        model="/models/small",
+        runtime="dense, float32",
+        dtype="float32",
+        prompts=4,
+        prompts_left_out=0,
+        batch_size=batch_size,
+        kept_share=1.0,
+        prompts_cut=0,
+    )
 
 
 def test_bars_and_small_print_are_in_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "bench.svg"
-    draw([run(1, "qa", "rag"), {**run(4, "qa"), "baselines": []}], MACHINE, path)
+    draw([run(1, "qa", "rag"), replace(run(4, "qa"), baselines=[])], MACHINE, path)
     first = path.read_bytes()
     # Texts are drawn as outlines, and named in comments.
     for word in ("qa", "all", "speed-up over plain", "small: dense, float32, batch size 4",
                  "...ry/long/that/nobody/reads:depth=4", "1.50", "transformers plain",
                  "A processor, threads: 2; float32; 4 prompts; spectool 0.1.0"):  # fmt: skip
         assert f"<!-- {word} -->".encode() in first, word
-    draw([run(1, "qa", "rag"), {**run(4, "qa"), "baselines": []}], MACHINE, path)
+    draw([run(1, "qa", "rag"), replace(run(4, "qa"), baselines=[])], MACHINE, path)
     assert path.read_bytes() == first and [path] == list(tmp_path.iterdir())
 
 
 def test_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "bench.PNG"
-    nothing = {**run(1), "drafters": [], "baselines": []}
+    nothing = replace(run(1), drafters=[], baselines=[])
     for one in (run(1, *"abcdefgh"), nothing):
         draw([one], MACHINE, path)
         assert path.read_bytes().startswith(b"\x89PNG")

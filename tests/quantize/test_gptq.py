@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
 from spectool.quantize.ledger import measure
@@ -198,7 +199,9 @@ def test_a_checkpoint_has_the_planned_bits(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
     source = checkpoint(family)
-    plan = make_plan(Architecture(read_layout(source)), GPTQ(GPTQ.Config(bits=3)), allow_dense=True)
+    plan = make_plan(
+        Architecture(open_checkpoint(source)), GPTQ(GPTQ.Config(bits=3)), allow_dense=True
+    )
     job = {"samples": 6, "seq_len": 32, "allow_dense": True}
     layout = read_layout(compress(source, "gptq", job=job, bits=3))
     assert measure(layout).linears == plan.bits_linears

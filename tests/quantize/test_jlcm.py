@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels.pack import pack_bits
 from spectool.model.architecture import Architecture
@@ -235,7 +236,7 @@ def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
     source = checkpoint(family)
-    plan = make_plan(Architecture(read_layout(source)), JLCM(), allow_dense=True)
+    plan = make_plan(Architecture(open_checkpoint(source)), JLCM(), allow_dense=True)
     reports: list[QuantizeReport] = []
     job = {**SMALL_JOB, "allow_dense": True}
     layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=10))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.cli.common import Output
 from spectool.cli.quantize import show_fits
@@ -498,7 +499,7 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     checkpoint: Checkpoints, compress: Compress, family: str
 ) -> None:
     source = checkpoint(family)
-    plan = make_plan(Architecture(read_layout(source)), PTQ161(), allow_dense=True)
+    plan = make_plan(Architecture(open_checkpoint(source)), PTQ161(), allow_dense=True)
     reports: list[QuantizeReport] = []
     job = {**SMALL_JOB, "allow_dense": True}
     out = compress(source, "ptq161", job=job, reports=reports, epochs=2)

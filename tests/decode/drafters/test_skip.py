@@ -251,10 +251,9 @@ def test_the_targets_cache_is_left_alone(tiny: Tiny, begin: Begin, family: str) 
     def committed() -> list[Tensor]:
         return [
             kept[b, :, :length].clone()
-            for layer in cache._trees
-            for kept in (layer.keys, layer.values)
+            for store in cache.stores
+            for kept in store.fields
             for b, length in enumerate(cache.lengths)
-            if kept is not None
         ]
 
     before, held = committed(), [list(tokens) for tokens in cache.tokens]

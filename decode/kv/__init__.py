@@ -1,0 +1,1 @@
+"""KV stores: how the keys and values of one layer are kept, one file each."""
