@@ -25,7 +25,6 @@ C candidates, N nodes that are kept, T nodes in the tail, V draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +36,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.heads.base import Heads, OptimizerDefaults, gather_outcomes, gather_prompts
+from spectool.decode.heads.base import Heads, gather_outcomes, gather_prompts
 from spectool.decode.heads.layer import (
     Attention,
     DraftCache,
@@ -52,15 +51,15 @@ from spectool.decode.protocol import (
     Needs,
     Outcome,
     PrefilledPrompt,
-    TrainingBatch,
 )
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
-from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
-from spectool.kernels import skinny
+from spectool.kernels.registry import in_force
+from spectool.model.kernels import give_kernels
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 # Draft vocabulary of targets that have a larger one, as published.
 _DRAFT_VOCAB = 32000
@@ -108,8 +107,7 @@ class Eagle3Heads(Heads):
                 raise UsageError(f"--layers {self.layers}: expected numbers like 2-16-29")
 
     optimizer_defaults = OptimizerDefaults(rate=5e-5, betas=(0.9, 0.95))
-    loss_target = "probs"
-    decay = 0.8
+    loss = LossSpec(target="probs", decay=0.8)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         """Make untrained heads for a target.
@@ -234,7 +232,7 @@ class Eagle3Drafter(Drafter):
         self._heads = heads.eval()
         self._draft_cache = DraftCache(heads.rotary, 1)
         self._states: dict[int, Tensor] = {}
-        self._linears = skinny.eligible_linears(heads.modules())
+        give_kernels(heads, heads.dtype)
 
     def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
@@ -244,12 +242,12 @@ class Eagle3Drafter(Drafter):
         self._states.clear()
         # Column t is computed from the target's state at t and the token after it.
         self._draft_cache.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
-        with self._kernel():
+        with in_force():
             self._read([prompt.row.index for prompt in prompts], *gather_prompts(prompts))
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        with self._kernel():
+        with in_force():
             self._read([outcome.row.index for outcome in outcomes], *gather_outcomes(outcomes))
 
     @torch.inference_mode()
@@ -259,13 +257,9 @@ class Eagle3Drafter(Drafter):
             return [tree.root(request.tokens[-1]) for request in rows]
         indices = [request.index for request in rows]
         self._draft_cache.select(indices)
-        with self._kernel():
+        with in_force():
             found = self._grow(torch.stack([self._states[index] for index in indices]), deepest)
         return self._keep_best(rows, budget, found)
-
-    def _kernel(self) -> AbstractContextManager[None]:
-        """Use the small-batch matmul kernel in all layers of the heads."""
-        return skinny.products(self._linears, kernel_rows(self._heads.dtype))
 
     def _read(
         self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
