@@ -21,8 +21,8 @@ Kind = Literal["quantizer", "lm_head", "chooser", "drafter", "verifier", "measur
 class Method:
     """A method: its target, its line in lists and reference pages, and the paper it comes from.
 
-    A method of kind `lm_head` fits an lm_head and is a quantizer too. A
-    chooser picks a quantizer. `runs_in` are the programs that run the method's artifacts.
+    A method of kind `lm_head` fits an lm_head and is a quantizer too; a chooser picks a quantizer.
+    `runs_in` are the programs that run the artifacts of a method.
     """
 
     kind: Kind
