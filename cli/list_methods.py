@@ -16,9 +16,7 @@ class ListOptions(Config):
     """Which methods are listed."""
 
     kind: str | None = option(
-        None,
-        "Kind to list: quantizer, chooser, drafter, verifier or measure; default: all",
-        argument=True,
+        None, f"Kind to list: {', '.join(get_args(methods.Kind))}; default: all", argument=True
     )
     all: bool = option(False, "List research methods too", switch=True)
 
@@ -35,7 +33,9 @@ def list_methods(output: Output, options: ListOptions) -> None:
         if (kind is None or row.kind == kind.rstrip("s"))
         and (options.all or row.status == "stable")
     ]
-    width = max(len(name) for name, _ in wanted)
+    width = max((len(name) for name, _ in wanted), default=0)
+    if not wanted:
+        output.show("none is stable; --all lists research methods too")
     shown = None
     for name, row in wanted:
         if row.kind != shown:

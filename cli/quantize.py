@@ -20,9 +20,10 @@ from spectool.shared_options import PlaceOptions, WriteOptions
 if TYPE_CHECKING:
     from spectool.model.architecture import Architecture
     from spectool.quantize.auto import Picked
-    from spectool.quantize.choice import Choice, Rule
-    from spectool.quantize.plan import Plan
-    from spectool.quantize.run import Job, Report
+    from spectool.quantize.base import Quantizer
+    from spectool.quantize.plan import QuantizePlan
+    from spectool.quantize.rules import Rule
+    from spectool.quantize.run import QuantizeJob, QuantizeReport
 
 
 # --embeddings is suggested when the linears take fewer bits per weight than this and the embedding
@@ -96,32 +97,33 @@ def _make_job(
     options: QuantizeOptions,
     load: PlaceOptions,
     write: QuantizeOutput,
-) -> Job:
+) -> QuantizeJob:
     """Return the job that the options describe, with what `auto` picks.
 
     Raises:
         UsageError: options that exclude each other, or that cannot be read.
     """
     from spectool.quantize import run
+    from spectool.quantize.base import parse_quantizer
     from spectool.quantize.budget import Budget, widths
-    from spectool.quantize.choice import Choice, read_rules
     from spectool.quantize.preprocess import Preprocess
+    from spectool.quantize.rules import read_rules
 
     rules = read_rules(options.rules) if options.rules else []
-    embeddings = Choice.from_text(options.embeddings) if options.embeddings else None
-    lm_head = Choice.from_text(options.lm_head) if options.lm_head else None
+    embeddings = parse_quantizer(options.embeddings) if options.embeddings else None
+    lm_head = parse_quantizer(options.lm_head) if options.lm_head else None
     budget = None
     if method in methods.names("chooser"):
         picked = _pick(config, options, load, rules, embeddings, lm_head)
-        choice, embeddings, budget = picked.choice, picked.embeddings, picked.budget
+        quantizer, embeddings, budget = picked.quantizer, picked.embeddings, picked.budget
         output.say(f"auto: {picked.why}")
         words = _explicit_words(picked, options, load, write)
         output.say(f"auto: the same by hand: {shlex.join(words)}")
     else:
-        choice = Choice(method, config)
+        quantizer = methods.resolve(method, "quantizer")(config)
         if options.bits_budget is not None:
-            given = tuple(map(Choice.from_text, options.candidate))
-            budget = Budget(options.bits_budget, given or widths(choice, options.bits_budget))
+            given = tuple(map(parse_quantizer, options.candidate))
+            budget = Budget(options.bits_budget, given or widths(quantizer, options.bits_budget))
     if write.dry_run and budget is not None:
         raise UsageError(
             f"--dry-run reads headers only, but a budget of {budget.bits:g} bits needs "
@@ -133,9 +135,9 @@ def _make_job(
         rank=options.preprocess_rank,
         rate=options.preprocess_rate,
     )
-    return run.Job(
-        method=choice.method,
-        config=choice.config,
+    return run.QuantizeJob(
+        method=quantizer.name,
+        config=quantizer.config,
         rules=rules,
         embeddings=embeddings,
         lm_head=lm_head,
@@ -157,8 +159,8 @@ def _pick(
     options: QuantizeOptions,
     load: PlaceOptions,
     rules: Sequence[Rule],
-    embeddings: Choice | None,
-    lm_head: Choice | None,
+    embeddings: Quantizer | None,
+    lm_head: Quantizer | None,
 ) -> Picked:
     """Let `auto` pick the method.
 
@@ -168,7 +170,7 @@ def _pick(
     from spectool.checkpoint.dense import check_dense
     from spectool.model.architecture import Architecture
     from spectool.quantize import auto
-    from spectool.quantize.choice import skipping
+    from spectool.quantize.rules import skipping
 
     if options.bits_budget is not None:
         raise UsageError("auto: --bits takes a fraction; leave --bits-budget out")
@@ -194,23 +196,25 @@ def _explicit_words(
         embeddings=None if picked.embeddings is None else str(picked.embeddings),
         bits_budget=None if picked.budget is None else picked.budget.bits,
     )
-    words = command_words(load, write, picked.choice.config, explicit)
-    return ["spectool", "quantize", picked.choice.method, *words]
+    words = command_words(load, write, picked.quantizer.config, explicit)
+    return ["spectool", "quantize", picked.quantizer.name, *words]
 
 
-def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) -> None:
+def show_plan(
+    output: Output, plan: QuantizePlan, architecture: Architecture, job: QuantizeJob
+) -> None:
     """Print the plan before the run starts."""
     from spectool.checkpoint.contents import unused_line
 
-    by_choice: dict[Any, int] = {}
+    by_method: dict[Any, int] = {}
     for block in plan.matrices.values():
         for name in block:
-            choice = plan.choices[name]
-            by_choice[choice] = by_choice.get(choice, 0) + 1
-    num_matrices = sum(by_choice.values())
+            quantizer = plan.quantizers[name]
+            by_method[quantizer] = by_method.get(quantizer, 0) + 1
+    num_matrices = sum(by_method.values())
     counts = [
-        f"{_describe(choice)}{f' on {count}' if len(by_choice) > 1 else ''}"
-        for choice, count in sorted(by_choice.items(), key=lambda item: -item[1])
+        f"{_describe(quantizer)}{f' on {count}' if len(by_method) > 1 else ''}"
+        for quantizer, count in sorted(by_method.items(), key=lambda item: -item[1])
     ]
     output.say(
         f"plan: {', '.join(counts)}{' of' if len(counts) > 1 else ' on'} {num_matrices} linears in "
@@ -219,7 +223,7 @@ def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) 
     )
     for name, matrix in plan.outside.items():
         also = f" and {matrix.tied}, which share it" if matrix.tied else ""
-        output.say(f"plan: {_describe(plan.choices[name])} on {name}{also}")
+        output.say(f"plan: {_describe(plan.quantizers[name])} on {name}{also}")
     by_reason: dict[str, list[str]] = {}
     for name, reason in plan.skipped.items():
         by_reason.setdefault(reason, []).append(name)
@@ -251,7 +255,7 @@ def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) 
     output.start()
 
 
-def _show_calibration(output: Output, architecture: Architecture, job: Job) -> None:
+def _show_calibration(output: Output, architecture: Architecture, job: QuantizeJob) -> None:
     """Print the calibration text, if any, and how much of it is used."""
     from spectool.data.text import BUILTIN
     from spectool.quantize.run import calibrates, sequence_length
@@ -271,12 +275,12 @@ def _show_calibration(output: Output, architecture: Architecture, job: Job) -> N
         )
 
 
-def _describe(choice: Choice) -> str:
-    options = ", ".join(f"{key}={value}" for key, value in choice.config.as_dict().items())
-    return f"{choice.method}{f' ({options})' if options else ''}"
+def _describe(quantizer: Quantizer) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in quantizer.config.as_dict().items())
+    return f"{quantizer.name}{f' ({options})' if options else ''}"
 
 
-def _plan_record(plan: Plan) -> dict[str, Any]:
+def _plan_record(plan: QuantizePlan) -> dict[str, Any]:
     return {
         "expected_bits_per_weight": {"linears": plan.bits_linears, "file": plan.bits_file},
         "disk_bytes": plan.file_bytes,
@@ -288,7 +292,7 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def finish(output: Output, method: str, out: Path, report: Report) -> None:
+def finish(output: Output, method: str, out: Path, report: QuantizeReport) -> None:
     """Print the result: sizes measured from the written files, errors, time and memory."""
     from spectool.checkpoint.headers import read_layout
     from spectool.machine import peak_device_bytes, peak_rss_bytes
