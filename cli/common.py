@@ -75,7 +75,10 @@ TrustRemoteCode = Annotated[
 ]
 Runtime = Annotated[
     str,
-    typer.Option(help="How to hold quantized weights: packed (as codes), dense (unpacked) or auto"),
+    typer.Option(
+        help="How to hold quantized weights: packed (as codes), dense (unpacked), or auto "
+        "(packed where a kernel computes with the codes)"
+    ),
 ]
 NoChecksums = Annotated[
     bool,

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectool.kernels import build
 from spectool.kernels.base import Fields, Kernel
 from spectool.kernels.dense import Dense
 from spectool.kernels.int8 import Int8
@@ -53,9 +52,9 @@ def choose(format: str, device: str, dtype: torch.dtype) -> Choice:
     kind = KERNELS.get((format, device, dtype))
     if kind is None:
         return Choice(None, f"no kernel for {format} in {str(dtype)[6:]} on {device}")
-    if (reason := build.missing(kind.source)) is not None:
-        return Choice(None, reason)
     kernel = kind(dtype)
+    if (reason := kernel.missing()) is not None:
+        return Choice(None, reason)
     kernel.check()
     return Choice(kernel)
 
