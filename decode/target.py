@@ -194,16 +194,16 @@ class Target:
             num_nodes = len(draft)
             padding = range(draft.num_rows, num_rows)
             tokens.append(draft.tokens + [0] * (num_rows - num_nodes))
-            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.beside), *padding]
+            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.extra_rows), *padding]
             parents.append(above)
-            slots.append([-1] * num_nodes + [slot for _, slot in draft.beside])
+            slots.append([-1] * num_nodes + [slot for _, slot in draft.extra_rows])
             slots[-1] += [-1] * len(padding)
             owner = list(range(num_rows))
             for row in range(num_nodes, draft.num_rows):
                 owner[row] = owner[above[row]]
             owners.append(owner)
         extra = None
-        if any(draft.beside for draft in drafts):
+        if any(draft.extra_rows for draft in drafts):
             extra = (torch.tensor(slots, device=self.device), torch.tensor(owners).to(self.device))
         return self.grow(cache, tokens, parents, needs=needs, extra=extra)
 

@@ -174,7 +174,7 @@ def test_trees_are_those_of_a_loop_over_their_paths(
             h_1LD = heads.augment(
                 f_1LD, heads.read(batch.tokens_BL[:, 1:]), heads.rotary.text(f_1LD)
             )
-            state_D = drafter._states[request.index]
+            state_D = drafter._states[request]
             torch.testing.assert_close(state_D, h_1LD[0, -1], rtol=1e-4, atol=1e-5)
             for node in range(1, len(draft)):
                 above = [draft.tokens[n] for n in draft.path(draft.parents[node])[1:]]

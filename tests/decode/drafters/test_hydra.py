@@ -181,7 +181,7 @@ def test_trees_are_those_of_a_loop_over_their_paths(
             final_1LD = features["final"]
             if heads.prefix is not None:
                 final_1LD = heads.prefix(final_1LD, heads.rotary.text(final_1LD))
-            state_D = drafter._states[request.index]
+            state_D = drafter._states[request]
             torch.testing.assert_close(state_D, final_1LD[0, -1], rtol=1e-4, atol=1e-5)
             for node in range(1, len(draft)):
                 above = [draft.tokens[n] for n in draft.path(draft.parents[node])]

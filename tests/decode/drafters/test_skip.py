@@ -32,7 +32,7 @@ def request_of(tokens: list[int], index: int = 0) -> Request:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=SamplingParams(),
+        sampling=SamplingParams(),
         max_new_tokens=100,
         context=256,
     )
@@ -344,13 +344,15 @@ def test_the_search_ends_with_a_set_that_is_good_enough(
 ) -> None:
     """The best set so far is scored again on each text."""
     drafter, _ = attach(tiny("llama-deep"))
-    request, calls = request_of([5]), []
-    request.tokens += range(40)
+    calls: list[Any] = []
     monkeypatch.setattr(drafter, "_score", lambda requests, skipped: calls.append(skipped) or 0.96)
     for _ in range(2):
+        request = request_of([5])
+        request.tokens += range(40)
         begin(drafter, [request])
         for _ in range(4):
             drafter._search([request])
+        drafter.remove(request)
     assert calls == [drafter.skipped] * 2
     assert drafter.tried == 0
 

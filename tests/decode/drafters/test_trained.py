@@ -87,6 +87,12 @@ def test_drafting_goes_on_from_a_kept_prefix(
     assert kept == whole and kept.drafted > 0
     kept_drafter: Any = runner.drafter
     fresh_drafter: Any = fresh.drafter
+    for found, wanted in zip(
+        getattr(kept_drafter, "_states", {}).values(),
+        getattr(fresh_drafter, "_states", {}).values(),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     if getattr(kept_drafter, "_draft_cache", None) is not None:
         kept_cache, fresh_cache = kept_drafter._draft_cache, fresh_drafter._draft_cache
         assert kept_cache.lengths == fresh_cache.lengths
