@@ -202,7 +202,9 @@ def open_runner(
     checkpoint = options.open()
     layout = checkpoint.layout
     dtype = options.dtype or loading.default_dtype(layout, loading.check_device(device))
-    opened = loading.load_model(checkpoint, dtype=dtype, device=device, runtime=options.runtime)
+    opened = loading.load_model(
+        checkpoint, dtype=dtype, device=device, runtime=options.runtime, for_decoding=True
+    )
     tokenizer = loading.load_tokenizer(checkpoint)
     output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
     if unused := loading.unused_of(opened, layout):
@@ -216,6 +218,8 @@ def open_runner(
         tune=tune,
         checksums=options.checksums,
     )
+    for format, choice in runner.target.kernels.items():
+        output.say(f"few rows times {format} matrices: {choice}")
     for note in (*layout.notes, *runner.target.notes):
         output.say(note)
     if isinstance(runner.drafter, Tuned):

@@ -82,7 +82,9 @@ class LoadOptions(PlaceOptions):
         "dtype, or float32 on a CPU that is slow in it",
     )
     runtime: str = option(
-        "auto", "How to hold quantized weights: packed (as codes), dense (unpacked) or auto"
+        "auto",
+        "How to hold quantized weights: packed (as codes), dense (unpacked), or auto (packed where "
+        "a kernel computes with the codes)",
     )
     checksums: bool = option(
         True, "Load quantized weights and draft heads without verifying checksums", switch=True

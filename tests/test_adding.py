@@ -12,10 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.evaluate.context import Context, Request
 from spectool.evaluate.suite import evaluate
+from spectool.kernels import registry
 from spectool.methods import METHODS, Method
 
 PAGES = sorted((Path(__file__).parent.parent / "docs/adding").glob("*.md"))
@@ -53,4 +55,17 @@ def check_measure(module: ModuleType, request: pytest.FixtureRequest) -> None:
     assert evaluation.gates[0].value == pytest.approx(math.log(perplexity.perplexity.value))
 
 
-CHECKS: dict[str, Check] = {"measure": check_measure}
+def check_kernel(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    key = "signs", "cpu", torch.float32
+    request.getfixturevalue("monkeypatch").setitem(registry.KERNELS, key, module.Signs)
+    kernel = registry.choose(*key).kernel
+    if kernel is None:
+        pytest.skip("no C compiler here")
+    fields = kernel.example(20, 50, torch.Generator().manual_seed(1))
+    choice, product = registry.prepare("signs", fields, (20, 50), torch.float32)
+    assert choice.kernel is kernel and product is not None
+    x = torch.randn(3, 50)
+    torch.testing.assert_close(product(x, None), kernel.twin(x, fields, None))
+
+
+CHECKS: dict[str, Check] = {"kernel": check_kernel, "measure": check_measure}
