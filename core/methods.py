@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from spectool.errors import UsageError
 
-Kind = Literal["quantizer", "chooser", "drafter", "verifier"]
+Kind = Literal["quantizer", "chooser", "drafter", "verifier", "kv"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,7 @@ class Method:
     trained: bool = False
 
 
+# A key is a method's name, with its kind in front (`kv:int8`) where another kind has that name.
 METHODS: dict[str, Method] = {
     "rtn": Method(
         kind="quantizer",
@@ -258,12 +259,26 @@ METHODS: dict[str, Method] = {
         source="Cai et al., Medusa, 2024 (arXiv:2401.10774)",
         runs_in=("spectool",),
     ),
+    "dense": Method(
+        kind="kv",
+        target="spectool.decode.kv.dense:DenseStore",
+        summary="Keys and values as the model computes them, in its dtype",
+        source="the baseline",
+        runs_in=("spectool",),
+    ),
+    "kv:int8": Method(
+        kind="kv",
+        target="spectool.decode.kv.int8:Int8Store",
+        summary="8-bit codes of keys and values: scales per group of a key, and per value",
+        source="the asymmetry of keys and values: Hooper et al., KVQuant, 2024 (arXiv:2401.18079)",
+        runs_in=("spectool",),
+    ),
 }
 
 
 def names(kind: Kind) -> list[str]:
     """List the names of one kind of method, in the table's order."""
-    return [name for name, method in METHODS.items() if method.kind == kind]
+    return [key.rpartition(":")[2] for key, method in METHODS.items() if method.kind == kind]
 
 
 def trained() -> list[str]:
@@ -277,7 +292,7 @@ def row(name: str, kind: Kind) -> Method:
     Raises:
         UsageError: no method of this kind has the name.
     """
-    method = METHODS.get(name)
+    method = METHODS.get(f"{kind}:{name}", METHODS.get(name))
     if method is None or method.kind != kind:
         close = difflib.get_close_matches(name, names(kind), n=1)
         raise UsageError(
