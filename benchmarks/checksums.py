@@ -31,8 +31,8 @@ import torch
 import transformers
 from quantize_memory import write_checkpoint
 
+import spectool
 from spectool.machine import describe
-from spectool.model.loading import load_model
 
 CHUNK = 1 << 22
 
@@ -68,7 +68,7 @@ def measure(artifact: Path, files: list[Path], rounds: int) -> dict[str, Any]:
     """Time each way of loading with and without checksums."""
 
     def load(checksums: bool, *, runtime: str = "packed", reads_weights: bool = False) -> None:
-        model = load_model(artifact, runtime=runtime, checksums=checksums)
+        model = spectool.load(artifact, runtime=runtime, checksums=checksums)
         if reads_weights:
             read_weights(model)
 

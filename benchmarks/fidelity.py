@@ -36,7 +36,9 @@ from matplotlib.figure import Figure
 from record import write
 from torch import Tensor
 
+import spectool
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.data.template import encode
 from spectool.data.text import read_text
 from spectool.errors import UsageError
@@ -45,7 +47,7 @@ from spectool.evaluate.windows import Batch, ResidentLogProbs, Windows, cut
 from spectool.examples.stdlib import read_documents
 from spectool.machine import describe
 from spectool.methods import resolve
-from spectool.model.loading import load_model, load_tokenizer
+from spectool.model.loading import load_tokenizer
 from spectool.quantize.budget import Budget, widths
 from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure as count_bits
@@ -141,9 +143,9 @@ def _sum_next_tokens(batch: Batch, logp_BLV: Tensor) -> Tensor:
 
 def measure(model: str, calibration: str, window: int, texts: Sequence[str], given: Any) -> None:
     """Measure every method on one checkpoint and add the rows to the file."""
-    original = load_model(model, dtype="float32")
+    original = spectool.load(model, dtype="float32")
     vocabulary = original.config.vocab_size
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(open_checkpoint(model))
     sides = {}
     for text in texts:
         ids = encode(tokenizer, read_text([text], tokenizer))
@@ -182,7 +184,7 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
                 resident = _reset_peak()
                 began = time.perf_counter()
                 try:
-                    quantize(model, out, job)
+                    quantize(open_checkpoint(model), out, job)
                 except UsageError as error:
                     # The padding of small matrices alone may take more than a budget.
                     print(name, options, error, flush=True)
@@ -191,7 +193,7 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
                 record["bytes_needed"] = _peak() - resident
                 ledger = count_bits(read_layout(out))
                 record |= {"bits_linears": ledger.linears, "bits_file": ledger.file}
-                packed = load_model(out, dtype="float32", runtime="dense")
+                packed = spectool.load(out, dtype="float32", runtime="dense")
                 rows += _score(sides, ResidentLogProbs(packed), vocabulary, record)
             header = {"benchmark": "fidelity", "machine": describe(), "model": Path(model).name}
             counts = {text: _count_tokens(windows) for text, (windows, _) in sides.items()}

@@ -338,16 +338,10 @@ def open_runner(
     checkpoint = open_checkpoint(
         model, revision=revision, trust_remote_code=trust_remote_code, checksums=checksums
     )
-    path, layout = checkpoint.path, checkpoint.layout
-    opened = loading.load_model(
-        path,
-        dtype=dtype or loading.default_dtype(layout, loading.check_device(device)),
-        device=device,
-        runtime=runtime,
-        trust_remote_code=trust_remote_code,
-        checksums=checksums,
-    )
-    tokenizer = loading.load_tokenizer(path, trust_remote_code=trust_remote_code)
+    layout = checkpoint.layout
+    dtype_or_default = dtype or loading.default_dtype(layout, loading.check_device(device))
+    opened = loading.load_model(checkpoint, dtype=dtype_or_default, device=device, runtime=runtime)
+    tokenizer = loading.load_tokenizer(checkpoint)
     output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
     if unused := loading.unused_of(opened, layout):
         output.say(f"{model}: {unused}")

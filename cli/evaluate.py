@@ -89,6 +89,7 @@ def evaluate(
     """Measure the perplexity of MODEL and its distance from a reference on the same tokens."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
+        from spectool.checkpoint.tensors import open_checkpoint
         from spectool.evaluate import evaluate as evaluate_module
         from spectool.evaluate.gates import parse_gates
 
@@ -107,14 +108,17 @@ def evaluate(
             runtime=runtime,
             batch_size=batch_size,
             blockwise=blockwise,
+        )
+        gates = parse_gates(gate or (), evaluate_module.metric_names(request))
+        output.start()
+        checkpoint = open_checkpoint(
+            model,
             revision=revision,
             trust_remote_code=trust_remote_code,
             checksums=not no_checksums,
         )
-        gates = parse_gates(gate or (), evaluate_module.metric_names(request))
-        output.start()
         result = evaluate_module.evaluate(
-            model,
+            checkpoint,
             request,
             say=output.say,
             progress=lambda done, total: output.progress(done, total, "tokens scored"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -33,27 +34,23 @@ def export(
     """Write a quantized checkpoint or draft heads in a format that other tools read."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(None)
+        from spectool.checkpoint.tensors import open_checkpoint
+
+        opened = functools.partial(
+            open_checkpoint, trust_remote_code=trust_remote_code, checksums=not no_checksums
+        )
         if (Path(path) / HEADS).exists():
             from spectool.decode.heads import convert
 
             if model is None:
                 raise UsageError("--model: heads are exported for the checkpoint they draft for")
-            lines = convert.export(
-                Path(path),
-                model,
-                out,
-                format,
-                trust_remote_code=trust_remote_code,
-                checksums=not no_checksums,
-            )
+            lines = convert.export(Path(path), opened(model), out, format)
         else:
             from spectool.quantize import export as export_module
 
             if model is not None:
                 raise UsageError(f"--model: only for draft heads, and {path} holds none")
-            lines = export_module.export(
-                path, out, format, trust_remote_code=trust_remote_code, checksums=not no_checksums
-            )
+            lines = export_module.export(opened(path), out, format)
         output.show(
             f"{out}: {format}"
             + ("; serve it with" if lines else ", which no server is known to read")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import time
 from pathlib import Path
@@ -31,7 +32,6 @@ from spectool.cli.common import (
 from spectool.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
-    from spectool.checkpoint.headers import Layout
     from spectool.model.architecture import Architecture
     from spectool.quantize.auto import Picked
     from spectool.quantize.choice import Choice
@@ -146,8 +146,10 @@ def quantize(
     """Quantize MODEL and write the result to the directory OUT."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
+        from spectool.checkpoint.artifact import check_target
         from spectool.checkpoint.dense import check_dense
         from spectool.checkpoint.dtypes import parse_dtype
+        from spectool.checkpoint.tensors import open_checkpoint
         from spectool.model.architecture import Architecture
         from spectool.model.loading import check_device
         from spectool.quantize import auto, run
@@ -155,6 +157,9 @@ def quantize(
         from spectool.quantize.choice import Choice, read_rules, skipping
         from spectool.quantize.preprocess import Preprocess
 
+        opened = functools.partial(
+            open_checkpoint, model, revision=revision, trust_remote_code=trust_remote_code
+        )
         if candidate and bits_budget is None:
             raise UsageError("--candidate: only with --bits-budget, which is not given")
         if not preprocess:
@@ -169,10 +174,10 @@ def quantize(
         if method in methods.names("chooser"):
             if bits_budget is not None:
                 raise UsageError("auto: --bits takes a fraction; leave --bits-budget out")
-            layout = _layout(model, revision)
-            check_dense(layout)
+            headers = opened(headers_only=True)
+            check_dense(headers)
             picked = auto.pick(
-                Architecture(layout, trust_remote_code=trust_remote_code),
+                Architecture(headers),
                 auto.Auto.Config.from_dict(options),
                 rules=[*skipping(skip or ()), *rule_list],
                 embeddings=embeddings_choice,
@@ -219,30 +224,24 @@ def quantize(
         )
         check_device(device)
         if dry_run:
-            architecture, planned = run.prepare(
-                _layout(model, revision),
-                job,
-                trust_remote_code=trust_remote_code,
-                device=device,
-                batch_size=batch_size,
-            )
+            headers = opened(headers_only=True)
+            architecture, planned = run.prepare(headers, job, device=device, batch_size=batch_size)
             show_plan(output, planned, architecture, job)
             result = {"dry_run": True, "method": choice.method, **_plan_record(planned)}
             output.result({**result, "unused": architecture.unused})
             return
+        check_target(out, overwrite=overwrite)
         compute = parse_dtype(dtype)
         assert compute is not None
         try:
             report = run.quantize(
-                model,
+                opened(),
                 out,
                 job,
                 device=device,
                 dtype=compute,
                 batch_size=batch_size,
                 overwrite=overwrite,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
                 announce=lambda plan, architecture: show_plan(output, plan, architecture, job),
                 progress=output.progress,
                 say=output.say,
@@ -252,14 +251,6 @@ def quantize(
             again = "run the same command to resume after the last finished block"
             raise Interrupted("interrupted", hint=again) from None
         finish(output, choice.method, out, report)
-
-
-def _layout(model: str, revision: str | None) -> Layout:
-    """Read the layout of a checkpoint from its headers, without downloading a hub checkpoint."""
-    from spectool.checkpoint import hub
-    from spectool.checkpoint.headers import read_layout
-
-    return read_layout(Path(model)) if hub.is_local(model) else hub.remote_layout(model, revision)
 
 
 def _explicit_command(picked: Picked, options: dict[str, Any], invocation: typer.Context) -> str:

@@ -167,6 +167,7 @@ def train_heads(
         prepare_torch(threads)
         from spectool.checkpoint.artifact import check_target
         from spectool.checkpoint.dtypes import parse_dtype
+        from spectool.checkpoint.tensors import open_checkpoint
         from spectool.distill import train_heads as training
         from spectool.distill.plan import Job
         from spectool.distill.processes import connect
@@ -206,9 +207,16 @@ def train_heads(
             output.progress(step, total, f"loss {metrics['loss']:.3f}{latest}, steps")
 
         processes = stack.enter_context(connect(device))
+        with processes.together():
+            checkpoint = open_checkpoint(
+                model,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                checksums=not no_checksums,
+            )
         try:
             report = training.train_heads(
-                model,
+                checkpoint,
                 out,
                 job,
                 dtype=parse_dtype(dtype),
@@ -217,9 +225,6 @@ def train_heads(
                 overwrite=overwrite,
                 metrics=metrics,
                 processes=processes,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                checksums=not no_checksums,
                 say=output.say,
                 on_read=output.note,
                 announce=lambda plan: _show_plan(output, job, plan),

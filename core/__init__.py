@@ -44,16 +44,13 @@ def load(
     Raises:
         InputError: the checkpoint is missing, damaged or incomplete.
     """
-    model: PreTrainedModel = door("load")(
-        path,
-        dtype=dtype,
-        device=device,
-        runtime=runtime,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        checksums=checksums,
+    from spectool.checkpoint.tensors import open_checkpoint
+    from spectool.model.loading import load_model
+
+    checkpoint = open_checkpoint(
+        path, revision=revision, trust_remote_code=trust_remote_code, checksums=checksums
     )
-    return model
+    return load_model(checkpoint, dtype=dtype, device=device, runtime=runtime)
 
 
 def generate(model: PreTrainedModel | str | Path, *, prompts: Sequence[str], **options: Any) -> Any:

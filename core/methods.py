@@ -313,10 +313,7 @@ def resolve(name: str, kind: Kind) -> Any:
 
 
 # Targets of the public functions, in packages that core may not import by statement.
-DOORS = {
-    "load": "spectool.model.loading:load_model",
-    "generate": "spectool.decode.generate:generate",
-}
+DOORS = {"generate": "spectool.decode.generate:generate"}
 
 
 def door(name: str) -> Any:

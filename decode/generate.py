@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.data.text import check_ids
 from spectool.decode.cache import TreeCache
 from spectool.decode.control.ban import BannedText, Vocabulary, token_bytes
@@ -111,8 +112,9 @@ class Runner:
             if dtype is not None:
                 raise UsageError("dtype is for a model given as a path; convert the model itself")
         else:
-            tokenizer = tokenizer or load_tokenizer(model)
-            model = load_model(model, dtype=dtype, device=device, checksums=checksums)
+            checkpoint = open_checkpoint(model, checksums=checksums)
+            tokenizer = tokenizer or load_tokenizer(checkpoint)
+            model = load_model(checkpoint, dtype=dtype, device=device)
         self.target = open_target(model, context=context, kv=kv)
         self.tokenizer = tokenizer
         self.allow_other_target = allow_other_target

@@ -18,7 +18,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import methods
 from spectool.checkpoint import hub
-from spectool.checkpoint.headers import HEADS, read_layout
+from spectool.checkpoint.headers import HEADS
+from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode.drafters.combined import Combined
 from spectool.decode.heads import artifact
 from spectool.decode.protocol import Drafter
@@ -161,15 +162,13 @@ def _open_part(
             allow_other_target=allow_other_target,
             checksums=checksums,
         )
-    path = _fetch_checkpoint(part.path)
-    target.notes += read_layout(path).notes
+    checkpoint = _open_checkpoint(part.path, checksums)
+    target.notes += checkpoint.layout.notes
     return drafter(
-        loading.load_model(
-            path, dtype=target.dtype, device=str(target.device), checksums=checksums
-        ),
+        loading.load_model(checkpoint, dtype=target.dtype, device=str(target.device)),
         part.config,
         target=target,
-        tokenizer=loading.load_tokenizer(path),
+        tokenizer=loading.load_tokenizer(checkpoint),
         target_tokenizer=target_tokenizer,
     )
 
@@ -239,13 +238,13 @@ def _resolve_checkpoint(word: str) -> str:
     return word
 
 
-def _fetch_checkpoint(path: str) -> Path:
-    """Return the directory of a draft checkpoint, downloading it if need be."""
-    if hub.is_local(path):
-        return Path(path)
+def _open_checkpoint(name: str, checksums: bool) -> Checkpoint:
+    """Open a draft checkpoint, downloading it if need be."""
     try:
-        return hub.fetch(path, None)
+        return open_checkpoint(name, checksums=checksums)
     except CheckpointError as error:
+        if hub.is_local(name):
+            raise
         known = ", ".join(methods.names("drafter"))
         raise CheckpointError(
             f"--draft {error}", hint=f"drafters are {known}, or a checkpoint by its path or hub id"

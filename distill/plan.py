@@ -16,7 +16,7 @@ from spectool.checkpoint.tensors import Checkpoint, text_fingerprint
 from spectool.data.text import check_ids
 from spectool.decode.heads.artifact import check_weights
 from spectool.decode.heads.base import Heads
-from spectool.decode.heads.convert import PretrainedHeads
+from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill.data.features import FEATURES, store_bytes
@@ -102,9 +102,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Target of a job: its checkpoint and tokenizer, and how it computes. `name`: as given."""
+    """Target of a job: its checkpoint and tokenizer, and how it computes."""
 
-    name: str
     checkpoint: Checkpoint
     tokenizer: Any
     tokenizer_digest: str
@@ -112,8 +111,6 @@ class Setup:
     device: torch.device
     runtime: str
     seq_len: int
-    trust_remote_code: bool = False
-    checksums: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +154,8 @@ def make_plan(
         UsageError: --draft-vocab exceeds the vocabulary, or sequence packing is not supported.
     """
     check_optimizer(job.optimizer, setup.device)
-    source, trust = setup.checkpoint.path, setup.trust_remote_code
-    config = read_config(source, trust_remote_code=trust)
-    architecture: Any = build_meta(config, trust_remote_code=trust)
+    config, trusted = read_config(setup.checkpoint), setup.checkpoint.trust_remote_code
+    architecture: Any = build_meta(config, trust_remote_code=trusted)
     # Raises for an unsupported architecture before anything is written.
     Target(architecture)
     kind: type[Heads] = resolve(job.method, "drafter").Heads
@@ -170,7 +166,7 @@ def make_plan(
     lm_head = architecture.get_output_embeddings()
     vocab, width = lm_head.out_features, lm_head.in_features
     for sample in (*train, *held_out):
-        check_ids(sample.tokens, vocab, f"{source}: its tokenizer")
+        check_ids(sample.tokens, vocab, f"{setup.checkpoint.path}: its tokenizer")
     size = kind.num_guessed(job.config, vocab)
     if size > vocab:
         raise UsageError(f"--draft-vocab {size}: the target has {vocab} tokens")
@@ -178,7 +174,7 @@ def make_plan(
         token_map = torch.empty(size, dtype=torch.long) if size else None
         heads = kind(job.config, architecture, token_map)
     if init_from is not None:
-        check_weights(heads, init_from.tensors, init_from.place)
+        check_weights(heads, init_from.tensors, init_from.path)
     if heads.needs.inject and job.features != "online":
         raise UsageError(
             f"--features {job.features}: {job.method} passes extra rows through the target's "

@@ -21,12 +21,12 @@ from torch import Tensor
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.headers import HEADS, HEADS_FILE
 from spectool.checkpoint.hub import fetch, is_local
-from spectool.checkpoint.tensors import open_checkpoint, read_tensors, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, read_tensors, text_fingerprint
 from spectool.data.text import OnRead
 from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import HeadsRecord, lineage
 from spectool.decode.heads.base import MOST_NODES, TOP, Heads, OptimizerDefaults
-from spectool.decode.heads.convert import PretrainedHeads
+from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.samples import read_samples, split
 from spectool.distill.data.server import Server
@@ -99,7 +99,7 @@ class _Shards:
 
 
 def train_heads(
-    model: str | Path,
+    checkpoint: Checkpoint,
     out: Path,
     job: Job,
     *,
@@ -109,16 +109,13 @@ def train_heads(
     overwrite: bool = False,
     metrics: Path | None = None,
     processes: Processes = ALONE,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    checksums: bool = True,
     say: Say = lambda line: None,
     on_read: OnRead = lambda reading: None,
     announce: Callable[[Plan], None] = lambda plan: None,
     start: Callable[[], None] = lambda: None,
     watch: Callable[[int, int, Metrics, Metrics | None], None] = lambda *step: None,
 ) -> Report:
-    """Train heads for `model` and write them to the directory `out`.
+    """Train heads for a checkpoint and write them to the directory `out`.
 
     Callbacks: `on_read` after each source of text, `announce` with the plan before the weights are
     read, `start` before the first step, `watch(step, steps, metrics, evaluation)` after every step,
@@ -127,13 +124,13 @@ def train_heads(
     first one writes.
 
     Raises:
-        InputError: model, data or options are unusable, or `out` cannot be written.
+        InputError: checkpoint, data or options are unusable, or `out` cannot be written.
         SpectoolError: the loss is not finite, or the disk is full.
     """
     began = time.monotonic()
     with processes.together():
         where = processes.device(check_device(device))
-        setup = _setup(model, job, dtype, where, runtime, revision, trust_remote_code, checksums)
+        setup = _setup(checkpoint, job, dtype, where, runtime)
         preparation = _prepare(setup, job, out, overwrite, processes, say, on_read, announce)
         lines = None
         if metrics is not None and processes.first:
@@ -257,11 +254,7 @@ def _prepare(
     train = [samples[i] for i in train_indices]
     held_out = [samples[i] for i in held_out_indices]
     if init_from is not None:
-        vocab = (
-            read_config(setup.checkpoint.path, trust_remote_code=setup.trust_remote_code)
-            .get_text_config(decoder=True)
-            .vocab_size
-        )
+        vocab = read_config(setup.checkpoint).get_text_config(decoder=True).vocab_size
         size = resolve(job.method, "drafter").Heads.num_guessed(job.config, vocab)
         stored_size = 0 if init_from.token_map is None else len(init_from.token_map)
         if size != stored_size:
@@ -301,9 +294,9 @@ def _read_pretrained(name: str, setup: Setup, job: Job) -> PretrainedHeads:
     Raises:
         InputError: they are of another method or tokenizer, or cannot be read.
     """
-    config = read_config(setup.checkpoint.path, trust_remote_code=setup.trust_remote_code)
+    config = read_config(setup.checkpoint)
     directory = Path(name) if is_local(name) else fetch(name, None)
-    heads = convert.read(directory, config, checksums=setup.checksums)
+    heads = convert.read(directory, config, checksums=setup.checkpoint.checksums)
     if heads.method != job.method:
         raise UsageError(f"--init-from {name}: holds {heads.method} heads, not {job.method}")
     if heads.tokenizer not in (None, setup.tokenizer_digest):
@@ -354,26 +347,19 @@ def _write(
 
 
 def _setup(
-    model: str | Path,
+    checkpoint: Checkpoint,
     job: Job,
     dtype: torch.dtype | None,
     device: torch.device,
     runtime: str,
-    revision: str | None,
-    trust: bool,
-    checksums: bool,
 ) -> Setup:
-    """Open the target's checkpoint and tokenizer.
+    """Open the target's tokenizer, and decide how the target computes.
 
     Raises:
-        InputError: no usable checkpoint.
+        InputError: no usable tokenizer.
     """
-    checkpoint = open_checkpoint(
-        model, revision=revision, trust_remote_code=trust, checksums=checksums
-    )
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust)
+    tokenizer = load_tokenizer(checkpoint)
     return Setup(
-        name=str(model),
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(tokenizer),
@@ -381,8 +367,6 @@ def _setup(
         device=device,
         runtime=runtime,
         seq_len=min(job.seq_len, checkpoint.layout.context or job.seq_len),
-        trust_remote_code=trust,
-        checksums=checksums,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spectool.decode.heads.base import MOST_NODES, TOP, HeadLoss, Heads, frequent
-from spectool.decode.heads.convert import PretrainedHeads
+from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.texts import chunk
 from spectool.distill.plan import Job, make_batches

@@ -21,7 +21,7 @@ from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.data.text import check_ids
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import Heads
-from spectool.decode.heads.convert import PretrainedHeads
+from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill.data.features import (
@@ -152,19 +152,14 @@ class DataPreparation:
         """Load the whole target and print how it runs."""
         setup = self.setup
         model = load_model(
-            setup.checkpoint.path,
-            dtype=setup.dtype,
-            device=str(setup.device),
-            runtime=setup.runtime,
-            trust_remote_code=setup.trust_remote_code,
-            checksums=setup.checksums,
+            setup.checkpoint, dtype=setup.dtype, device=str(setup.device), runtime=setup.runtime
         )
         model.requires_grad_(False)
-        self.say(f"{setup.name}: {describe_runtime(model)} on {setup.device}")
+        self.say(f"{setup.checkpoint.name}: {describe_runtime(model)} on {setup.device}")
         for note in setup.checkpoint.layout.notes:
             self.say(note)
         if unused := unused_of(model, setup.checkpoint.layout):
-            self.say(f"{setup.name}: {unused}")
+            self.say(f"{setup.checkpoint.name}: {unused}")
         return model
 
     def _make(
@@ -248,9 +243,8 @@ class DataPreparation:
                 template=job.template or None,
             )
             for sample in rewritten:
-                check_ids(
-                    sample.tokens, runner.target.num_tokens, f"{self.setup.name}: its tokenizer"
-                )
+                origin = f"{self.setup.checkpoint.name}: its tokenizer"
+                check_ids(sample.tokens, runner.target.num_tokens, origin)
             return rewritten
         return regenerate(
             runner,
@@ -264,11 +258,4 @@ class DataPreparation:
     def _load_shell(self) -> Target:
         """Load the target without its layers."""
         setup = self.setup
-        return Target(
-            load_outside(
-                setup.checkpoint,
-                dtype=setup.dtype,
-                device=setup.device,
-                trust_remote_code=setup.trust_remote_code,
-            )
-        )
+        return Target(load_outside(setup.checkpoint, dtype=setup.dtype, device=setup.device))

@@ -62,9 +62,6 @@ class Request:
     runtime: str = "auto"
     batch_size: int | None = None
     blockwise: bool = False
-    revision: str | None = None
-    trust_remote_code: bool = False
-    checksums: bool = True
 
 
 def metric_names(request: Request) -> list[str]:
@@ -76,7 +73,7 @@ def metric_names(request: Request) -> list[str]:
 
 
 def evaluate(
-    model: str,
+    checkpoint: Checkpoint,
     request: Request,
     *,
     say: Say = lambda line: None,
@@ -90,12 +87,8 @@ def evaluate(
     Raises:
         InputError: checkpoint, text, reference or options are unusable.
     """
-    trust = request.trust_remote_code
-    checkpoint = open_checkpoint(
-        model, revision=request.revision, trust_remote_code=trust, checksums=request.checksums
-    )
-    model_class(read_config(checkpoint.path, trust_remote_code=trust))
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust)
+    model_class(read_config(checkpoint))
+    tokenizer = load_tokenizer(checkpoint)
     vocabulary = _vocabulary(checkpoint.layout)
     reference: Reference | None = None
     other: Checkpoint | None = None
@@ -106,7 +99,9 @@ def evaluate(
             reference = saved
         else:
             other = open_checkpoint(
-                request.reference, trust_remote_code=trust, checksums=request.checksums
+                request.reference,
+                trust_remote_code=checkpoint.trust_remote_code,
+                checksums=checkpoint.checksums,
             )
     windows = _cut_windows(checkpoint, tokenizer, request, saved, on_read)
     origin = f"{checkpoint.path}: its tokenizer" if saved is None else f"{request.reference}"
@@ -117,11 +112,12 @@ def evaluate(
     if saved is not None:
         _check_saved(saved, tokenizer, vocabulary, request)
     if other is not None:
-        other_tokenizer = load_tokenizer(other.path, trust_remote_code=trust)
-        if tokenizer_digest(other_tokenizer) != tokenizer_digest(tokenizer):
-            raise UsageError(f"{request.reference}: its tokenizer differs from {model}'s")
+        if tokenizer_digest(load_tokenizer(other)) != tokenizer_digest(tokenizer):
+            raise UsageError(f"{request.reference}: its tokenizer differs from {checkpoint.name}'s")
         if _vocabulary(other.layout) != vocabulary:
-            raise UsageError(f"{request.reference}: its vocabulary size differs from {model}'s")
+            raise UsageError(
+                f"{request.reference}: its vocabulary size differs from {checkpoint.name}'s"
+            )
     with contextlib.ExitStack() as stack:
         writer = None
         if request.save_reference is not None:
@@ -150,8 +146,8 @@ def evaluate(
         for name, value in metrics.items():
             if value is not None and not math.isfinite(value):
                 raise NotFinite(
-                    f"{model}: {name} is {value}: the logits are finite, but the tokens of the "
-                    "text have almost no probability"
+                    f"{checkpoint.name}: {name} is {value}: the logits are finite, but the tokens "
+                    "of the text have almost no probability"
                 )
         if writer is not None:
             writer.finish(
@@ -179,9 +175,11 @@ def evaluate(
     if other is not None and checkpoint.layout.is_packed:
         source = (checkpoint.layout.quantization or {}).get("source") or {}
         if source.get("fingerprint") == other.fingerprint():
-            result["layers"] = list(layer_errors(checkpoint, other, trust_remote_code=trust))
+            result["layers"] = list(layer_errors(checkpoint, other))
         else:
-            say(f"{request.reference}: {model} was not quantized from it; no layer errors")
+            say(
+                f"{request.reference}: {checkpoint.name} was not quantized from it; no layer errors"
+            )
     return result
 
 
@@ -249,22 +247,8 @@ def _open_log_probs(
     wanted = resident_bytes(checkpoint.layout, dtype)
     if request.blockwise or wanted > MEMORY_SHARE * available_memory(device):
         say(f"{checkpoint.path}: run block by block ({wanted / 1e9:.2f} GB as a whole)")
-        return BlockwiseLogProbs(
-            checkpoint,
-            windows,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=request.trust_remote_code,
-            say=say,
-        )
-    model = load_model(
-        checkpoint.path,
-        dtype=dtype,
-        device=request.device,
-        runtime=request.runtime,
-        trust_remote_code=request.trust_remote_code,
-        checksums=request.checksums,
-    )
+        return BlockwiseLogProbs(checkpoint, windows, dtype=dtype, device=device, say=say)
+    model = load_model(checkpoint, dtype=dtype, device=request.device, runtime=request.runtime)
     say(f"{checkpoint.path}: {describe_runtime(model)} on {device}")
     if unused := unused_of(model, checkpoint.layout):
         say(f"{checkpoint.path}: {unused}")

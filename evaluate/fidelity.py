@@ -128,12 +128,9 @@ def _sum_next_tokens(logp_BLV: Tensor, batch: Batch) -> Tensor:
     return logp_BLV.gather(-1, next_BL[..., None]).sum(dtype=torch.float64)
 
 
-def layer_errors(
-    packed: Checkpoint, source: Checkpoint, *, trust_remote_code: bool = False
-) -> Iterator[dict[str, Any]]:
+def layer_errors(packed: Checkpoint, source: Checkpoint) -> Iterator[dict[str, Any]]:
     """Yield `{name, error}` of each quantized matrix: the relative squared error of its weights."""
-    quantized = Architecture(packed.layout, trust_remote_code=trust_remote_code)
-    original = Architecture(source.layout, trust_remote_code=trust_remote_code)
+    quantized, original = Architecture(packed), Architecture(source)
     for part in (original.outside(), *map(original.matrices, original.blocks)):
         matrices = [matrix for matrix in part if matrix.name in quantized.modules]
         tensors = original.read(source, dict.fromkeys(matrix.parameter for matrix in matrices))

@@ -129,11 +129,10 @@ class BlockwiseLogProbs:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        trust_remote_code: bool = False,
         batch_size: int = 4,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        architecture = Architecture(checkpoint.layout, trust_remote_code=trust_remote_code)
+        architecture = Architecture(checkpoint)
         self.name = str(checkpoint.path)
         if architecture.unused:
             kind = type(architecture.model).__name__

@@ -23,7 +23,7 @@ from torch import Tensor
 from spectool.checkpoint.artifact import ArtifactWriter, Content, check_paths
 from spectool.checkpoint.dense import read_companions
 from spectool.checkpoint.headers import TensorEntry
-from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
+from spectool.checkpoint.tensors import Checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels.pack import pack_bits
 from spectool.methods import resolve
@@ -53,13 +53,10 @@ class Grid:
     zero_ng: Tensor | None
 
 
-def export(
-    path: str, out: Path, name: str, *, trust_remote_code: bool = False, checksums: bool = True
-) -> list[str]:
-    """Write the packed checkpoint `path` to the directory `out` in the format `name`.
+def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
+    """Write a packed checkpoint to the directory `out` in the format `name`.
 
-    `checksums`: verify the files of the source. Returns command lines that serve the result; none
-    if no known server reads it.
+    Returns command lines that serve the result; none if no known server reads it.
 
     Raises:
         UsageError: unknown format, the checkpoint is not packed, or `out` exists.
@@ -69,11 +66,12 @@ def export(
         raise UsageError(f"--format {name}: expected one of {', '.join(FORMATS)} for a checkpoint")
     if out.exists():
         raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
-    checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code, checksums=checksums)
     check_paths(checkpoint.path, out)
     if not checkpoint.layout.is_packed:
-        raise UsageError(f"{path}: is not packed by spectool; there is nothing to export")
-    architecture = Architecture(checkpoint.layout, trust_remote_code=trust_remote_code)
+        raise UsageError(
+            f"{checkpoint.name}: is not packed by spectool; there is nothing to export"
+        )
+    architecture = Architecture(checkpoint)
     left_out: set[str] = set()
     for key, entry in architecture.modules.items():
         if not getattr(resolve(entry["method"], "quantizer"), "is_matrix", True):
@@ -108,7 +106,7 @@ def export(
         index_file = {"metadata": {"total_size": num_bytes}, "weight_map": tensors}
         writer.finish(
             {
-                **read_companions(checkpoint.path, code=trust_remote_code),
+                **read_companions(checkpoint),
                 "config.json": _json(config),
                 "model.safetensors.index.json": _json(index_file),
             }

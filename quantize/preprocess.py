@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from spectool.checkpoint.artifact import write_whole
 from spectool.checkpoint.dense import read_small_files, replace_tensors
 from spectool.checkpoint.headers import read_header
-from spectool.checkpoint.tensors import Checkpoint, read_tensor
+from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, read_tensor
 from spectool.errors import UnsupportedError, UsageError, hushed, require
 from spectool.files import disk_errors
 from spectool.machine import available_memory
@@ -99,7 +99,6 @@ class Reshaping:
     plan: Plan
     device: torch.device
     seed: int
-    trust_remote_code: bool
     say: Callable[[str], None]
 
     @property
@@ -154,10 +153,11 @@ class Reshaping:
             if not metrics.exists():
                 if not first.exists():
                     pack(first)
+                source = open_checkpoint(first, trust_remote_code=self.checkpoint.trust_remote_code)
                 measured, weights = train(
-                    first, self.options, self.windows, list(self.matrices),
+                    source, self.options, self.windows, list(self.matrices),
                     state=scratch / "state.safetensors", device=self.device, seed=self.seed,
-                    trust_remote_code=self.trust_remote_code, say=self.say,
+                    say=self.say,
                 )  # fmt: skip
                 self._write(merged, weights)
                 metrics.write_text(json.dumps(measured))
@@ -171,17 +171,16 @@ class Reshaping:
             matrix = self.matrices[name]
             ((key, _),) = self.architecture.origins[matrix.parameter].stored
             replaced[key] = weight_nm.T if matrix.transposed else weight_nm
-        layout = self.checkpoint.layout
         path.mkdir(exist_ok=True)
-        for file, contents in replace_tensors(layout, replaced):
+        for file, contents in replace_tensors(self.checkpoint.layout, replaced):
             write_whole(path / file, contents, {})
-        for file, data in read_small_files(layout, code=self.trust_remote_code).items():
+        for file, data in read_small_files(self.checkpoint).items():
             (path / file).parent.mkdir(exist_ok=True)
             (path / file).write_bytes(data)
 
 
 def train(
-    packed: Path,
+    packed: Checkpoint,
     options: Preprocess,
     windows: TrainingWindows,
     modules: Sequence[str],
@@ -189,7 +188,6 @@ def train(
     state: Path,
     device: torch.device,
     seed: int,
-    trust_remote_code: bool,
     say: Callable[[str], None],
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train LoRA updates of `modules` of the checkpoint `packed`.
@@ -198,7 +196,7 @@ def train(
     """
     peft = require("peft", extra="lora", reason="--preprocess")
     train_SL, held_out_SL = windows.train_SL, windows.held_out_SL
-    dense = _load(packed, device, trust_remote_code)
+    dense = load_model(packed, dtype=torch.float32, device=str(device), runtime="dense")
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=options.rank, lora_alpha=options.rank / 4, lora_dropout=0.1, target_modules=list(modules)
@@ -263,17 +261,6 @@ def train(
     assert history.best is not None
     metrics = {"packed": history.evaluations[0]["perplexity"], "merged": history.best["perplexity"]}
     return metrics, weights
-
-
-def _load(path: Path, device: torch.device, trust_remote_code: bool) -> nn.Module:
-    """Load a checkpoint dequantized, in float32."""
-    return load_model(
-        path,
-        dtype=torch.float32,
-        device=str(device),
-        runtime="dense",
-        trust_remote_code=trust_remote_code,
-    )
 
 
 class _State:

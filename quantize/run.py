@@ -108,7 +108,7 @@ class Report:
 
 
 def prepare(
-    layout: Layout, job: Job, *, trust_remote_code: bool, device: str, batch_size: int = 4
+    checkpoint: Checkpoint, job: Job, *, device: str, batch_size: int = 4
 ) -> tuple[Architecture, Plan]:
     """Return the architecture, and the plan of a job; for a budget that of its first candidate.
 
@@ -118,12 +118,12 @@ def prepare(
         UsageError: a rule matches nothing, or no candidate fits the budget.
         UnsupportedError: the source is quantized already, or cannot be packed.
     """
-    check_dense(layout)
+    check_dense(checkpoint)
     if job.preprocess is not None:
         for choice in _list_choices(job):
             if not choice.is_matrix:
                 raise UsageError(f"--preprocess trains weights; {choice.method} rounds inputs too")
-    architecture = Architecture(layout, trust_remote_code=trust_remote_code)
+    architecture = Architecture(checkpoint)
     plan = _plan(architecture, job, device=device, batch_size=batch_size)
     if job.budget is not None:
         list_candidates(plan, job.budget, job.rules)
@@ -172,7 +172,7 @@ def _count_characters(sources: Sequence[str]) -> int:
 
 
 def quantize(
-    model: str | Path,
+    checkpoint: Checkpoint,
     out: Path,
     job: Job,
     *,
@@ -180,14 +180,12 @@ def quantize(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 4,
     overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     announce: Callable[[Plan, Architecture], None] = lambda plan, architecture: None,
     progress: Progress = lambda done, total, what: None,
     say: Callable[[str], None] = lambda line: None,
     on_read: OnRead = lambda reading: None,
 ) -> Report:
-    """Quantize the checkpoint `model` into the directory `out`.
+    """Quantize a checkpoint into the directory `out`.
 
     Calibration computes in `dtype`; weights are always packed from float32. Callbacks: `announce`
     gets the plan before the work, `progress` the blocks done, `say` one-line notices, `on_read`
@@ -198,22 +196,13 @@ def quantize(
         SpectoolError: the disk is full; the same call resumes.
     """
     artifact.check_target(out, overwrite=overwrite)
-    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     artifact.check_paths(checkpoint.path, out)
-    architecture, plan = prepare(
-        checkpoint.layout,
-        job,
-        trust_remote_code=trust_remote_code,
-        device=device,
-        batch_size=batch_size,
-    )
+    architecture, plan = prepare(checkpoint, job, device=device, batch_size=batch_size)
     if job.budget is None:
         announce(plan, architecture)
     ids_SL, opened, shell = None, False, None
     if calibrates(job):
-        ids_SL, opened = _calibration_ids(
-            checkpoint, architecture, job, on_read, trust_remote_code=trust_remote_code
-        )
+        ids_SL, opened = _calibration_ids(checkpoint, architecture, job, on_read)
         shell = check_walkable(
             architecture,
             checkpoint,
@@ -243,9 +232,7 @@ def quantize(
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     metrics, reshape = None, None
     if job.preprocess is not None:
-        windows = _windows(
-            checkpoint, architecture, job, on_read, trust_remote_code=trust_remote_code
-        )
+        windows = _windows(checkpoint, architecture, job, on_read)
         made_by["preprocess"] = {**asdict(job.preprocess), **computed, **windows.record}
         reshape = Reshaping(
             options=job.preprocess,
@@ -257,7 +244,6 @@ def quantize(
             plan=plan,
             device=torch.device(device),
             seed=job.seed,
-            trust_remote_code=trust_remote_code,
             say=say,
         )
         reshape.check(overwrite=overwrite)
@@ -270,18 +256,18 @@ def quantize(
         if reshape is not None:
             merged, metrics = reshape.run(
                 lambda path: quantize(
-                    checkpoint.path,
+                    checkpoint,
                     path,
                     replace(job, preprocess=None),
                     device=device,
                     dtype=dtype,
                     batch_size=batch_size,
-                    trust_remote_code=trust_remote_code,
                     progress=progress,
                 )
             )
-            reshaped = open_checkpoint(merged, trust_remote_code=trust_remote_code)
-            architecture = Architecture(reshaped.layout, trust_remote_code=trust_remote_code)
+            trusted = checkpoint.trust_remote_code
+            reshaped = open_checkpoint(merged, trust_remote_code=trusted)
+            architecture = Architecture(reshaped)
         walk = BlockWalk(
             checkpoint=reshaped,
             architecture=architecture,
@@ -314,7 +300,6 @@ def quantize(
                 source,
                 made_by,
                 untied=architecture.untied,
-                trust_remote_code=trust_remote_code,
             )
         )
     if reshape is not None:
@@ -351,18 +336,10 @@ def _calibration_ids(
     architecture: Architecture,
     job: Job,
     on_read: OnRead,
-    *,
-    trust_remote_code: bool,
 ) -> tuple[Tensor, bool]:
     """Read the calibration sequences [S, L]; also return whether each opens with a start token."""
     ids, bos = _read_tokens(
-        checkpoint,
-        architecture,
-        job,
-        job.calibration or (),
-        job.samples,
-        trust_remote_code,
-        on_read,
+        checkpoint, architecture, job, job.calibration or (), job.samples, on_read
     )
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(architecture, job.seq_len)
@@ -375,8 +352,6 @@ def _windows(
     architecture: Architecture,
     job: Job,
     on_read: OnRead,
-    *,
-    trust_remote_code: bool,
 ) -> TrainingWindows:
     """Read the sequences of preprocessing, held-out ones from the end of the text.
 
@@ -385,9 +360,7 @@ def _windows(
     options = job.preprocess
     assert options is not None
     num_train = options.steps * options.batch_size
-    ids, bos = _read_tokens(
-        checkpoint, architecture, job, options.text, num_train, trust_remote_code, on_read
-    )
+    ids, bos = _read_tokens(checkpoint, architecture, job, options.text, num_train, on_read)
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(architecture, job.seq_len)
     cut = int((1 - HELD_OUT) * len(ids))
@@ -411,11 +384,10 @@ def _read_tokens(
     job: Job,
     sources: Sequence[str],
     samples: int,
-    trust_remote_code: bool,
     on_read: OnRead,
 ) -> tuple[list[int], int | None]:
     """Read and tokenize text for `samples` sequences; return token ids and the start token."""
-    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint)
     text = read_text(
         sources,
         tokenizer,
@@ -473,13 +445,12 @@ def _make_small_files(
     made_by: dict[str, Any],
     *,
     untied: bool,
-    trust_remote_code: bool,
 ) -> dict[str, bytes]:
     """Make all files except the shards: configuration, index, tokenizer, licence, README.
 
     `untied`: the source stores separately what its configuration declares tied.
     """
-    files = read_companions(checkpoint.path, code=trust_remote_code)
+    files = read_companions(checkpoint)
     shards = sorted(writer.manifest["shards"])
     tensors = {}
     for shard in shards:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import spectool
 from spectool import methods
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
@@ -27,7 +28,7 @@ from spectool.distill.train_heads import train_heads
 from spectool.errors import InputError
 from spectool.evaluate.fidelity import layer_errors
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows, log_probs
-from spectool.model.loading import load_model, load_tokenizer
+from spectool.model.loading import load_tokenizer
 from spectool.quantize.run import Job, quantize
 
 TEXT = Path(__file__).parent.parent / "core/data/calibration/mixed.txt"
@@ -88,7 +89,7 @@ class Subject:
 
     @functools.cached_property
     def ours(self) -> PreTrainedModel:
-        return load_model(self.place, dtype="float32")
+        return spectool.load(self.place, dtype="float32")
 
     @functools.cached_property
     def text(self) -> str:
@@ -111,7 +112,9 @@ class Subject:
         """spectool's greedy text after prompts, all of them together."""
         heard: list[int] = []
         # As transformers opens it: some model types add tokens to it.
-        runner = Runner(self.ours, tokenizer=load_tokenizer(self.place), draft=draft)
+        runner = Runner(
+            self.ours, tokenizer=load_tokenizer(open_checkpoint(self.place)), draft=draft
+        )
         try:
             results = runner.generate(
                 prompts,
@@ -161,12 +164,12 @@ def logits_by_block(place: Path, ids_BL: Tensor) -> Tensor:
 def int8(subject: Subject) -> dict[str, float]:
     """Packed to 8 bits it is close to dense, the same unpacked, loaded again and by block."""
     out, metrics = pack(subject, "int8")
-    packed = load_model(out, dtype="float32", runtime="packed")
+    packed = spectool.load(out, dtype="float32", runtime="packed")
     logits_BLV = forward(packed, subject.ids_BL)
     metrics["error"] = close(logits_BLV, subject.logits_BLV, EIGHT_BITS)
-    if not torch.equal(forward(load_model(out, dtype="float32"), subject.ids_BL), logits_BLV):
+    if not torch.equal(forward(spectool.load(out, dtype="float32"), subject.ids_BL), logits_BLV):
         raise DifferenceError("loaded again it has other logits")
-    dense = load_model(out, dtype="float32", runtime="dense")
+    dense = spectool.load(out, dtype="float32", runtime="dense")
     same(forward(dense, subject.ids_BL), logits_BLV, "packed and unpacked")
     if subject.walks:
         probs_BLV = logits_by_block(out, subject.ids_BL)
@@ -182,7 +185,7 @@ def gptq(subject: Subject) -> dict[str, float]:
     if not worst["error"] <= FOUR_BITS_MATRIX:
         raise DifferenceError(f"{worst['name']} is {worst['error']:.2f} off its source, squared")
     metrics["matrix"] = round(worst["error"], 4)
-    logits_BLV = forward(load_model(out, dtype="float32"), subject.ids_BL)
+    logits_BLV = forward(spectool.load(out, dtype="float32"), subject.ids_BL)
     metrics["error"] = close(logits_BLV, subject.logits_BLV, FOUR_BITS_LOGITS)
     return metrics
 
@@ -207,7 +210,7 @@ def pack(
         allow_dense=True,
     )
     with early(out):
-        quantize(subject.place, out, job, announce=announce)
+        quantize(open_checkpoint(subject.place), out, job, announce=announce)
     return out, metrics
 
 
@@ -277,7 +280,7 @@ def medusa(subject: Subject) -> dict[str, float]:
         held_out=6,
     )
     with early(out):
-        train_heads(subject.place, out, job, dtype=torch.float32)
+        train_heads(open_checkpoint(subject.place), out, job, dtype=torch.float32)
     plain = subject.plain
     agree("medusa", subject.decode(str(out), subject.prompts), "plain", plain)
     return subject.drafted

@@ -7,13 +7,12 @@ transformers loads the result as it loads the source.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from torch import Tensor
 
 from spectool.checkpoint.artifact import Content
 from spectool.checkpoint.headers import INDEX_SUFFIX, Layout, find_weights
-from spectool.checkpoint.tensors import torch_dtype
+from spectool.checkpoint.tensors import Checkpoint, torch_dtype
 from spectool.errors import UnsupportedError
 
 # Files copied with the weights; Python files only if remote code is trusted.
@@ -24,37 +23,37 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def check_dense(layout: Layout) -> None:
+def check_dense(checkpoint: Checkpoint) -> None:
     """Check that a checkpoint is not quantized.
 
     Raises:
         UnsupportedError: it is quantized already.
     """
-    if layout.quantization is not None:
-        by = layout.quantization.get("quant_method", "an unnamed method")
+    quantization = checkpoint.layout.quantization
+    if quantization is not None:
+        by = quantization.get("quant_method", "an unnamed method")
         raise UnsupportedError(
-            f"{layout.path}: is quantized already ({by}); take the dense original instead"
+            f"{checkpoint.path}: is quantized already ({by}); take the dense original instead"
         )
 
 
-def read_companions(folder: Path, *, code: bool) -> dict[str, bytes]:
-    """Read the files of a checkpoint that accompany its weights; with Python files if `code`."""
+def read_companions(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Read the files that accompany the weights; Python files too if they are trusted."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for pattern in ((*COMPANIONS, "*.py") if code else COMPANIONS)
-        for path in folder.glob(pattern)
+        str(path.relative_to(checkpoint.path)): path.read_bytes()
+        for pattern in ((*COMPANIONS, "*.py") if checkpoint.trust_remote_code else COMPANIONS)
+        for path in checkpoint.path.glob(pattern)
         if path.is_file()
     }
 
 
-def read_small_files(layout: Layout, *, code: bool) -> dict[str, bytes]:
+def read_small_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Read all files of a dense checkpoint but its weights: configuration, index, companions."""
-    files = read_companions(layout.path, code=code)
-    names = ["config.json"]
-    weights = find_weights(layout.path, layout.config)
+    names, path = ["config.json"], checkpoint.path
+    weights = find_weights(path, checkpoint.layout.config)
     if weights.name.endswith(INDEX_SUFFIX):
         names.append(weights.name)
-    return files | {name: (layout.path / name).read_bytes() for name in names}
+    return read_companions(checkpoint) | {name: (path / name).read_bytes() for name in names}
 
 
 def replace_tensors(

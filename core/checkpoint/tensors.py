@@ -38,10 +38,18 @@ UNHASHED = {"quantization_config", "transformers_version", "_name_or_path", "dty
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint directory. `revision` is the hub's commit, None for a local one."""
+    """An opened checkpoint directory, with the conditions under which it was opened.
+
+    `name`: as the user gave it. `revision`: the hub's commit, None for a local directory.
+    `trust_remote_code`: Python code that comes with it may run. `checksums`: files of spectool's
+    own, its draft heads' too, are compared with their checksums.
+    """
 
     layout: Layout
+    name: str
     revision: str | None = None
+    trust_remote_code: bool = False
+    checksums: bool = True
     # Cache of `fingerprint`, which reads every byte; a list since the class is frozen.
     _fingerprints: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -87,19 +95,30 @@ def open_checkpoint(
     revision: str | None = None,
     trust_remote_code: bool = False,
     checksums: bool = True,
+    headers_only: bool = False,
 ) -> Checkpoint:
     """Open the checkpoint in a local directory, or of a hub id, downloaded if necessary.
 
     `checksums`: compare each file of an artifact with its checksum before the first read.
+    `headers_only`: download no weights.
 
     Raises:
-        CheckpointError: see `read_layout` and `hub.fetch`.
+        CheckpointError: see `read_layout`, `hub.fetch` and `hub.remote_layout`.
         UnsupportedError: see `read_layout`.
     """
-    if hub.is_local(model):
-        return Checkpoint(read_layout(Path(model), check=checksums))
-    path = hub.fetch(str(model), revision, code=trust_remote_code)
-    return Checkpoint(read_layout(path, check=checksums), revision=path.name)
+    is_local = hub.is_local(model)
+    if headers_only and not is_local:
+        layout = hub.remote_layout(str(model), revision)
+    else:
+        path = Path(model) if is_local else hub.fetch(str(model), revision, code=trust_remote_code)
+        layout = read_layout(path, check=checksums)
+    return Checkpoint(
+        layout,
+        str(model),
+        revision=None if is_local else layout.path.name,
+        trust_remote_code=trust_remote_code,
+        checksums=checksums,
+    )
 
 
 def read_tensors(path: Path, *, guard: Guard | None = None) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ from transformers import (
 
 from spectool.checkpoint import contents, foreign
 from spectool.checkpoint.dtypes import with_plain_dtypes
-from spectool.checkpoint.headers import Layout, read_json
+from spectool.checkpoint.headers import Layout
 from spectool.checkpoint.tensors import Checkpoint, check_finite, same_values
 from spectool.errors import UnsupportedError, opening
 from spectool.model.causal import why_not_causal
@@ -49,17 +49,14 @@ class Architecture:
         CheckpointError: tensors of the architecture are in no file, or have another shape.
     """
 
-    def __init__(self, layout: Layout, *, trust_remote_code: bool = False) -> None:
-        self.layout = layout
-        self.config = read_config(layout.path, trust_remote_code=trust_remote_code)
-        self._trust_remote_code = trust_remote_code
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.layout = checkpoint, checkpoint.layout
+        layout, self.config = self.layout, read_config(checkpoint)
         if layout.quantization is not None and not layout.is_packed:
             by = layout.quantization.get("quant_method", "an unnamed method")
             raise UnsupportedError(f"{layout.path}: is quantized by {by}, not by spectool")
         self.modules = layout.modules
-        self.model, self.origins, self.untied = resolve(
-            layout, self.config, trust_remote_code=trust_remote_code, compare=True
-        )
+        self.model, self.origins, self.untied = resolve(checkpoint, self.config, compare=True)
         self._built = {torch.float32: self.model}
         self.decoder_name, self.blocks = find_blocks(self.model)
 
@@ -83,7 +80,8 @@ class Architecture:
     def built_in(self, dtype: torch.dtype) -> PreTrainedModel:
         """Return the meta model built to run in `dtype`; some tensors keep another dtype."""
         if dtype not in self._built:
-            model = build_meta(self.config, dtype=dtype, trust_remote_code=self._trust_remote_code)
+            trusted = self.checkpoint.trust_remote_code
+            model = build_meta(self.config, dtype=dtype, trust_remote_code=trusted)
             model.all_tied_weights_keys = dict(self.model.all_tied_weights_keys)
             self._built[dtype] = model
         return self._built[dtype]
@@ -305,21 +303,20 @@ def _cast(
     return tensor.to(next(planned, like.dtype if like.is_floating_point() else dtype))
 
 
-def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the configuration of a checkpoint.
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Make the configuration of a checkpoint.
 
     Raises:
         UnsupportedError: transformers does not know the model type.
         CheckpointError: the configuration contradicts itself.
     """
-    raw = read_json(path / "config.json")
-    foreign.check_config(path, raw)
+    path, raw, trusted = checkpoint.path, checkpoint.layout.config, checkpoint.trust_remote_code
     with opening(path, "its config.json is not valid"):
         plain = with_plain_dtypes(raw, path)
         try:
             if plain == raw:
-                return _load_config(path, trust_remote_code)
-            return _make_config(plain, path, trust_remote_code)
+                return _load_config(path, trusted)
+            return _make_config(plain, path, trusted)
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             is_remote = "trust_remote_code" in str(error)
@@ -329,12 +326,12 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedCon
             raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
 
 
-def _load_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+def _load_config(path: Path, trusted: bool) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
     return config
 
 
-def _make_config(raw: Mapping[str, Any], path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def _make_config(raw: Mapping[str, Any], path: Path, trusted: bool) -> PreTrainedConfig:
     """Make a configuration of the JSON object `raw`, as if it were read from `path`."""
     remote = raw.get("auto_map")
     if isinstance(remote, dict):
@@ -344,7 +341,7 @@ def _make_config(raw: Mapping[str, Any], path: Path, trust_remote_code: bool) ->
     with tempfile.TemporaryDirectory(prefix="spectool-") as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(raw), encoding="utf-8")
-        config = _load_config(file, trust_remote_code)
+        config = _load_config(file, trusted)
     config._name_or_path = str(path)
     return config
 
@@ -393,11 +390,7 @@ def build_meta(
 
 
 def resolve(
-    layout: Layout,
-    config: PreTrainedConfig,
-    *,
-    trust_remote_code: bool = False,
-    compare: bool = False,
+    checkpoint: Checkpoint, config: PreTrainedConfig, *, compare: bool = False
 ) -> tuple[PreTrainedModel, dict[str, Origin], bool]:
     """Build the meta model of a dense or packed checkpoint and resolve its tensors' origins.
 
@@ -408,6 +401,7 @@ def resolve(
         UnsupportedError: a model that is not causal.
         CheckpointError: tensors of the architecture are in no file, or have another shape.
     """
+    layout = checkpoint.layout
 
     def equal(first: Origin, second: Origin) -> bool:
         entries = [layout.tensors[origin.stored[0][0]] for origin in (first, second)]
@@ -415,7 +409,7 @@ def resolve(
 
     # Every check comes before anything of the model's size is allocated.
     with contents.limit_parameters(layout):
-        model = build_meta(config, trust_remote_code=trust_remote_code)
+        model = build_meta(config, trust_remote_code=checkpoint.trust_remote_code)
     check_causal(model, layout.path)
     with opening(layout.path, "its tensors do not fit its configuration"):
         wanted = model.state_dict(keep_vars=True)

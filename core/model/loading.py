@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from spectool import machine
 from spectool.checkpoint.contents import unused_line
 from spectool.checkpoint.dtypes import configured, parse_dtype
 from spectool.checkpoint.headers import Layout, read_json
-from spectool.checkpoint.tensors import Checkpoint, check_finite, open_checkpoint, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, check_finite, text_fingerprint
 from spectool.errors import CheckpointError, UsageError, opening, require
 from spectool.model import registration
 from spectool.model.architecture import (
@@ -52,14 +51,11 @@ def check_device(name: str) -> torch.device:
 
 
 def load_model(
-    path: str | Path,
+    checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     runtime: str = "packed",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    checksums: bool = True,
 ) -> PreTrainedModel:
     """Load a checkpoint as a transformers model; see `spectool.load`.
 
@@ -70,10 +66,7 @@ def load_model(
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     target = check_device(device)
-    checkpoint = open_checkpoint(
-        path, revision=revision, trust_remote_code=trust_remote_code, checksums=checksums
-    )
-    model = _open(checkpoint, parse_dtype(dtype), trust_remote_code=trust_remote_code)
+    model = _open(checkpoint, parse_dtype(dtype))
     moved: nn.Module = model
     moved.to(target).eval()
     if runtime == "dense" or (runtime == "auto" and _is_better_dense(model)):
@@ -82,14 +75,10 @@ def load_model(
 
 
 def load_outside(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    trust_remote_code: bool = False,
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """Load the model's embeddings, lm_head and norms only; its blocks stay on the meta device."""
-    architecture = Architecture(checkpoint.layout, trust_remote_code=trust_remote_code)
+    architecture = Architecture(checkpoint)
     tensors = architecture.read(checkpoint, architecture.tensors_outside())
     module: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
     model: PreTrainedModel = module
@@ -131,16 +120,14 @@ def _is_better_dense(model: PreTrainedModel) -> bool:
     return weights * model.dtype.itemsize < DENSE_SHARE * machine.available_memory(model.device)
 
 
-def _open(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool
-) -> PreTrainedModel:
+def _open(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     """Load the model with transformers, and check that every tensor was loaded.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape.
         UnsupportedError: a model that is not causal.
     """
-    config = read_config(checkpoint.path, trust_remote_code=trust_remote_code)
+    config = read_config(checkpoint)
     model: PreTrainedModel
     info: dict[str, Any]
     quantized = getattr(config, "quantization_config", None) or {}
@@ -153,7 +140,7 @@ def _open(
     resolved = checkpoint.layout.is_packed or checkpoint.layout.quantization is None
     if resolved:
         # Checks the tensors before anything is allocated.
-        resolve(checkpoint.layout, config, trust_remote_code=trust_remote_code)
+        resolve(checkpoint, config)
     if (checkpoint.path / GENERATION).exists():
         # Checked here: transformers ignores a damaged file, and the ids of the end of text with it.
         read_json(checkpoint.path / GENERATION)
@@ -163,7 +150,7 @@ def _open(
             config=config,
             # With None, transformers would ignore the dtype in the configuration.
             dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=checkpoint.trust_remote_code,
             output_loading_info=True,
         )
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -181,20 +168,16 @@ def _open(
     return model
 
 
-def load_tokenizer(
-    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a checkpoint's directory.
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    folder = Path(path)
-    has_config = (folder / "config.json").is_file()
-    config = read_config(folder, trust_remote_code=trust_remote_code) if has_config else None
-    with opening(path, "no tokenizer that transformers can load"):
+    config = read_config(checkpoint)
+    with opening(checkpoint.path, "no tokenizer that transformers can load"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, config=config, revision=revision, trust_remote_code=trust_remote_code
+            checkpoint.path, config=config, trust_remote_code=checkpoint.trust_remote_code
         )
     return tokenizer
 

@@ -16,6 +16,7 @@ import torch
 import xxhash
 from transformers import AutoModelForCausalLM
 
+import spectool
 from spectool.checkpoint import checksums
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.checksums import Checking, Checksums, Guard
@@ -24,7 +25,6 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
 from spectool.methods import resolve
 from spectool.model.architecture import Architecture
-from spectool.model.loading import load_model
 from spectool.quantize.run import Job, quantize
 
 JOB = Job(method="rtn", config=resolve("rtn", "quantizer").Config(bits=4))
@@ -38,7 +38,7 @@ def artifacts(
     """Make two artifacts of equal shapes; tests only read them."""
     folder = tmp_path_factory.mktemp("artifacts")
     for seed in (0, 1):
-        quantize(checkpoint("llama", seed=seed), folder / str(seed), JOB)
+        quantize(open_checkpoint(checkpoint("llama", seed=seed)), folder / str(seed), JOB)
     return folder / "0", folder / "1"
 
 
@@ -83,16 +83,16 @@ def test_a_shard_that_is_another_is_not_loaded(
         flip(copied / shard)
     else:
         shutil.copy(artifacts[1] / shard, copied / shard)
-    for load in (load_model, AutoModelForCausalLM.from_pretrained):
+    for load in (spectool.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(CheckpointError, match=f"{shard}: damaged, or not the file"):
             load(copied)
-    load_model(copied, checksums=False)
+    spectool.load(copied, checksums=False)
 
 
 def test_the_way_of_loading_leaves_no_trace(copied: Path) -> None:
     for model in (
-        load_model(copied),
-        load_model(copied, checksums=False),
+        spectool.load(copied),
+        spectool.load(copied, checksums=False),
         AutoModelForCausalLM.from_pretrained(copied),
     ):
         assert "checksums" not in model.config.to_dict()["quantization_config"]
@@ -102,7 +102,7 @@ def test_a_shard_is_compared_when_it_is_first_read_from(copied: Path) -> None:
     """Read block by block, the other shards are not compared."""
     flip(copied / SHARDS[2])
     checkpoint = open_checkpoint(copied)
-    architecture = Architecture(checkpoint.layout)
+    architecture = Architecture(checkpoint)
     first, second = architecture.blocks
     assert architecture.read(checkpoint, architecture.tensors_of(first))
     for _ in range(2):
@@ -129,7 +129,7 @@ def test_an_older_artifact_loads_with_a_note(copied: Path) -> None:
     assert read_layout(copied).notes == []
     forget(copied)
     flip(copied / SHARDS[1])
-    load_model(copied)
+    spectool.load(copied)
     AutoModelForCausalLM.from_pretrained(copied)
     assert read_layout(copied).notes == [
         f"{copied}: has no checksums to compare its files with: an older spectool wrote it"
@@ -160,7 +160,7 @@ def test_checksums_that_cannot_be_right(copied: Path, stored: Any, refusal: str)
     index["metadata"]["checksums"] = stored
     (copied / PACKED_INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=refusal):
-        load_model(copied)
+        spectool.load(copied)
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(
@@ -177,13 +177,13 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(ArtifactWriter, "finish", killed)
         with pytest.raises(KeyboardInterrupt):
-            quantize(checkpoint("llama"), tmp_path / "out", JOB)
+            quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", JOB)
     manifest = json.loads((tmp_path / "out.partial.json").read_text())
     for record in manifest["shards"].values():
         del record["xxh3_64"]
     (tmp_path / "out.partial.json").write_text(json.dumps(manifest))
     flip(tmp_path / "out.partial" / SHARDS[1])
-    quantize(checkpoint("llama"), tmp_path / "out", JOB)
+    quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", JOB)
     for path in artifacts[0].iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 

@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spectool.checkpoint.headers import read_layout
+import spectool
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.errors import CheckpointError, InputError, UnsupportedError
 from spectool.model.architecture import Architecture, build_meta, read_config
@@ -49,7 +50,7 @@ def test_sizes_that_differ(
     checkpoint: Checkpoint, tmp_path: Path, family: str, changes: dict[str, Any], message: str
 ) -> None:
     path = edited(checkpoint(family), tmp_path / "m", **changes)
-    for open_one in (load_model, lambda path: Architecture(read_layout(path))):
+    for open_one in (spectool.load, lambda path: Architecture(open_checkpoint(path))):
         with pytest.raises(CheckpointError, match=message) as caught:
             open_one(path)
         assert "\n" not in str(caught.value)
@@ -57,11 +58,9 @@ def test_sizes_that_differ(
 
 def test_tables_that_no_weight_bounds(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = edited(checkpoint("llama"), tmp_path / "m", head_dim=8)
-    load_model(path)
-    config = read_config(path)
-    config.head_dim = 10**12
+    spectool.load(path)
     with pytest.raises(CheckpointError):
-        Architecture(read_layout(edited(path, tmp_path / "n", head_dim=10**12)))
+        Architecture(open_checkpoint(edited(path, tmp_path / "n", head_dim=10**12)))
 
 
 def test_a_classifier_is_called_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -72,7 +71,7 @@ def test_a_classifier_is_called_one(checkpoint: Checkpoint, tmp_path: Path) -> N
     head = tensors.pop("lm_head.weight")
     save_file({**tensors, "score.weight": head[:2].clone()}, path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight") as caught:
-        load_model(path)
+        spectool.load(path)
     assert "LlamaForSequenceClassification" in (caught.value.hint or "")
 
 
@@ -84,28 +83,32 @@ def test_encoders_are_refused_by_name(tmp_path: Path, family: str) -> None:
         config = getattr(transformers, f"{family}Config")(**options, is_decoder=is_decoder)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
         if is_decoder:
-            load_model(tmp_path)
-    for opened in (lambda: load_model(tmp_path), lambda: Architecture(read_layout(tmp_path))):
+            spectool.load(tmp_path)
+    for opened in (
+        lambda: spectool.load(tmp_path),
+        lambda: Architecture(open_checkpoint(tmp_path)),
+    ):
         with pytest.raises(UnsupportedError, match=r"no causal model: .* is_decoder false"):
             opened()
 
 
 def test_an_encoder_decoder_that_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart"}))
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedError, match="bart is an encoder-decoder"):
-        build_meta(read_config(tmp_path))
+        build_meta(read_config(open_checkpoint(tmp_path)))
 
 
 def test_odd_dtype_names_open_everywhere(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = edited(checkpoint("llama"), tmp_path / "m", dtype="torch.bfloat16")
-    assert load_model(path).dtype == torch.bfloat16
-    assert load_model(path).config._name_or_path == str(path)
-    assert load_tokenizer(path).vocab_size
-    assert Architecture(read_layout(path)).config.dtype == torch.bfloat16
+    assert spectool.load(path).dtype == torch.bfloat16
+    assert spectool.load(path).config._name_or_path == str(path)
+    assert load_tokenizer(open_checkpoint(path)).vocab_size
+    assert Architecture(open_checkpoint(path)).config.dtype == torch.bfloat16
     wrong = edited(checkpoint("llama"), tmp_path / "w", dtype="int3")
-    for open_one in (load_model, load_tokenizer, lambda path: Architecture(read_layout(path))):
+    for open_one in (load_model, load_tokenizer, Architecture):
         with pytest.raises(CheckpointError, match=r'config.json is not valid: dtype is "int3"'):
-            open_one(wrong)
+            open_one(open_checkpoint(wrong))
 
 
 @pytest.mark.parametrize("end_ids", [1.5, "x", [None], {"a": 1}])
@@ -113,5 +116,5 @@ def test_end_ids_that_are_none(checkpoint: Checkpoint, tmp_path: Path, end_ids: 
     path = edited(checkpoint("llama"), tmp_path / "m")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": end_ids}))
     with pytest.raises(InputError) as caught:
-        Runner(load_model(path), tokenizer=load_tokenizer(path)).end_ids()
+        Runner(spectool.load(path), tokenizer=load_tokenizer(open_checkpoint(path))).end_ids()
     assert "\n" not in str(caught.value)

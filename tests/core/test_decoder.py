@@ -17,9 +17,9 @@ SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidd
     ("name", "options", "kind"),
     [
         ("Llama", {**SIZES, "num_attention_heads": 2}, "LlamaModel"),
-        # transformers takes its output matrix, `decoder`, for it.
+        # transformers takes its lm_head, `decoder`, for it.
         ("ModernBertDecoder", {**SIZES, "num_attention_heads": 2}, "ModernBertDecoderModel"),
-        # Here its whole text model, with the output matrix.
+        # Here its whole text model, with the lm_head.
         (
             "MllamaText",
             {**SIZES, "num_attention_heads": 2, "num_key_value_heads": 2},

@@ -23,11 +23,12 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from spectool.checkpoint.headers import read_layout
+import spectool
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.errors import InputError
 from spectool.model.architecture import Architecture
-from spectool.model.loading import load_model, load_tokenizer
+from spectool.model.loading import load_tokenizer
 from spectool.quantize import run
 from spectool.quantize.methods.rtn import RTN
 
@@ -207,12 +208,12 @@ def open_all(path: Path) -> tuple[bool, list[BaseException]]:
             wrong.append(error)
         return None
 
-    layout = attempt(lambda: read_layout(path))
-    if layout is not None:
-        attempt(lambda: layout.context)
-        attempt(lambda: Architecture(layout))
-    model = attempt(lambda: load_model(path))
-    tokenizer = attempt(lambda: load_tokenizer(path))
+    opened = attempt(lambda: open_checkpoint(path))
+    if opened is not None:
+        attempt(lambda: opened.layout.context)
+        attempt(lambda: Architecture(opened))
+    model = attempt(lambda: spectool.load(path))
+    tokenizer = attempt(lambda: load_tokenizer(open_checkpoint(path)))
     if model is not None and tokenizer is not None:
         attempt(lambda: Runner(model, tokenizer=tokenizer).end_ids())
     return refused, wrong
@@ -249,7 +250,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory, checkpoint: Any) -> list[P
     (long / "config.json").write_text(json.dumps({**config, "rope_parameters": LONGROPE}))
     found.append(long)
     packed = tmp_path_factory.mktemp("packed") / "artifact"
-    run.quantize(found[0], packed, run.Job(method="rtn", config=RTN.Config(group_size=16)))
+    run.quantize(
+        open_checkpoint(found[0]), packed, run.Job(method="rtn", config=RTN.Config(group_size=16))
+    )
     return [*found, packed]
 
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from spectool.checkpoint import hub
-from spectool.checkpoint.headers import read_header, read_layout
+from spectool.checkpoint.headers import read_header
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
 from spectool.quantize.methods.rtn import RTN
@@ -86,17 +86,16 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, checkpoint: Checkpoints) -> list[A
 
 
 def test_dry_run_reads_headers_only(fake_hub: list[Any], checkpoint: Checkpoints) -> None:
-    remote = hub.remote_layout("owner/name", "main")
+    remote = open_checkpoint("owner/name", revision="main", headers_only=True)
     assert fake_hub == [("config.json", "owner/name", "main"), ("headers", "owner/name", "main")]
-    local = read_layout(checkpoint("llama"))
-    assert remote.config == local.config and remote.num_bytes == local.num_bytes
-    assert {n: (e.dtype, e.shape, e.num_bytes) for n, e in remote.tensors.items()} == {
-        n: (e.dtype, e.shape, e.num_bytes) for n, e in local.tensors.items()
+    local = open_checkpoint(checkpoint("llama"), headers_only=True)
+    there, here = remote.layout, local.layout
+    assert there.config == here.config and there.num_bytes == here.num_bytes
+    assert {n: (e.dtype, e.shape, e.num_bytes) for n, e in there.tensors.items()} == {
+        n: (e.dtype, e.shape, e.num_bytes) for n, e in here.tensors.items()
     }
     job = Job(method="rtn", config=RTN.Config(bits=3))
-    plans = [
-        prepare(layout, job, trust_remote_code=False, device="cpu")[1] for layout in (remote, local)
-    ]
+    plans = [prepare(each, job, device="cpu")[1] for each in (remote, local)]
     assert plans[0] == plans[1] and plans[0].num_weights > 0
 
 
@@ -110,6 +109,7 @@ def test_fetched_checkpoint_knows_its_commit(fake_hub: list[Any], checkpoint: Ch
     open_checkpoint("owner/name", trust_remote_code=True)
     assert "*.py" in fake_hub[-1][3]
     assert open_checkpoint(checkpoint("llama")).revision is None
+    assert opened.name == "owner/name" and not opened.trust_remote_code
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import nn
 
 import spectool
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, InputError, UsageError
 from spectool.model.loading import default_dtype, describe_runtime, load_tokenizer
 from spectool.model.packed import PackedExperts, packed_modules
@@ -26,7 +27,7 @@ Checkpoints = Callable[..., Path]
 @pytest.fixture
 def artifact(checkpoint: Checkpoints, tmp_path: Path) -> Path:
     out = tmp_path / "artifact"
-    quantize(checkpoint("llama"), out, Job(method="rtn", config=RTN.Config()))
+    quantize(open_checkpoint(checkpoint("llama")), out, Job(method="rtn", config=RTN.Config()))
     return out
 
 
@@ -60,7 +61,7 @@ def test_dense_experts_take_the_place_of_packed_ones(
     checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     job = Job(method="rtn", config=RTN.Config(), allow_dense=True)
-    quantize(checkpoint("mixtral"), tmp_path / "out", job)
+    quantize(open_checkpoint(checkpoint("mixtral")), tmp_path / "out", job)
     packed, dense = (spectool.load(tmp_path / "out", runtime=r) for r in ("packed", "dense"))
     assert any(isinstance(part, PackedExperts) for part in packed.modules())
     assert not any(isinstance(part, PackedExperts) for part in dense.modules())
@@ -129,7 +130,7 @@ def test_places_without_a_model(tmp_path: Path) -> None:
 
 
 def test_tokenizer(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(checkpoint("llama"))
+    tokenizer = load_tokenizer(open_checkpoint(checkpoint("llama")))
     assert tokenizer.decode(tokenizer.encode("def test", add_special_tokens=False)) == "def test"
     source = tmp_path / "source"
     shutil.copytree(checkpoint("llama"), source)
@@ -139,7 +140,7 @@ def test_tokenizer(checkpoint: Checkpoints, tmp_path: Path) -> None:
         if damage is not None:
             (source / "tokenizer.json").write_bytes(damage)
         with pytest.raises(CheckpointError, match="no tokenizer that transformers can load") as e:
-            load_tokenizer(source)
+            load_tokenizer(open_checkpoint(source))
         assert "\n" not in str(e.value)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import spectool
-from spectool.checkpoint.headers import DENSE_FILE, DENSE_INDEX, TensorEntry, read_layout
+from spectool.checkpoint.headers import DENSE_FILE, DENSE_INDEX, TensorEntry
 from spectool.checkpoint.tensors import open_checkpoint, read_tensor
 from spectool.errors import CheckpointError
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows
@@ -117,7 +117,7 @@ def test_every_reader_takes_the_same_tensors(
     torch.testing.assert_close(_logits(spectool.load(path)), wanted_BLV, rtol=0, atol=0)
     _assert_blockwise(path, wanted_BLV)
     job = Job(method="int8", config=Int8.Config())
-    quantize(path, tmp_path / "packed", job)
+    quantize(open_checkpoint(path), tmp_path / "packed", job)
     found_BLV = _logits(spectool.load(tmp_path / "packed"))
     assert float((found_BLV - wanted_BLV).norm() / wanted_BLV.norm()) < 0.1
     _assert_blockwise(tmp_path / "packed", found_BLV)
@@ -133,7 +133,7 @@ def test_different_matrices_that_are_said_to_be_tied_are_packed_apart(
     from spectool.quantize.choice import Choice
 
     job = Job(method="int8", config=Int8.Config(), embeddings=Choice("int8", Int8.Config()))
-    quantize(path, tmp_path / "packed", job)
+    quantize(open_checkpoint(path), tmp_path / "packed", job)
     packed = tmp_path / "packed"
     assert json.loads((packed / "config.json").read_text())["tie_word_embeddings"] is False
     found_BLV = _logits(spectool.load(packed))
@@ -153,11 +153,11 @@ def test_matrices_that_are_tied_and_both_stored_are_compared_once(
         return read_tensor(entry, **rows)
 
     monkeypatch.setattr("spectool.checkpoint.tensors.read_tensor", reading)
-    assert not any(Architecture(read_layout(path)).untied for _ in range(2))
+    assert not any(Architecture(open_checkpoint(path)).untied for _ in range(2))
     assert sorted(read) == [HEAD, TABLE]
     # Not where another file lies now.
     _both_stored_and_different(path, tensors)
-    assert Architecture(read_layout(path)).untied
+    assert Architecture(open_checkpoint(path)).untied
 
 
 def test_absent_output_matrix_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_absent_output_matrix_is_refused(checkpoint: Checkpoints, tmp_path: Path
     tensors = load_file(path / DENSE_FILE)
     del tensors[HEAD]
     _save(path, tensors)
-    for refused in (lambda: spectool.load(path), lambda: Architecture(read_layout(path))):
+    for refused in (lambda: spectool.load(path), lambda: Architecture(open_checkpoint(path))):
         with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
             refused()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PhimoeConfig
 
 import spectool
-from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.model.matrices import computes_product, explain_dense, find_matrices
@@ -99,13 +99,13 @@ def test_a_weight_that_others_compute_with_stays_dense() -> None:
 def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path: Path) -> None:
     source = checkpoint("zamba", num_hidden_layers=6, tie_word_embeddings=True)
     job = Job(method="int8", config=Int8.Config(), allow_dense=True)
-    quantize(source, tmp_path / "out", job)
+    quantize(open_checkpoint(source), tmp_path / "out", job)
     ids_BL = torch.arange(20)[None]
     models = AutoModelForCausalLM.from_pretrained(source).eval(), spectool.load(tmp_path / "out")
     with torch.inference_mode():
         want, got = (model(input_ids=ids_BL, use_cache=False).logits for model in models)
     assert 0 < float((want - got).norm() / want.norm()) < 0.2
-    architecture = Architecture(read_layout(source))
+    architecture = Architecture(open_checkpoint(source))
     reasons = [
         reason for block in architecture.blocks for reason in architecture.dense(block).values()
     ]
@@ -114,7 +114,7 @@ def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen3_next", "jamba"])
 def test_routers_stay_dense(checkpoint: Checkpoints, family: str) -> None:
-    architecture = Architecture(read_layout(checkpoint(family)))
+    architecture = Architecture(open_checkpoint(checkpoint(family)))
     names = [
         matrix.name for block in architecture.blocks for matrix in architecture.matrices(block)
     ]
@@ -168,7 +168,7 @@ def phimoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_router_that_is_a_subclass(phimoe: Path, tmp_path: Path) -> None:
-    quantize(phimoe, tmp_path / "out", Job(method="int8", config=Int8.Config()))
+    quantize(open_checkpoint(phimoe), tmp_path / "out", Job(method="int8", config=Int8.Config()))
     ids_BL = torch.arange(20)[None]
     models = AutoModelForCausalLM.from_pretrained(phimoe).eval(), spectool.load(tmp_path / "out")
     with torch.inference_mode():
@@ -177,7 +177,7 @@ def test_router_that_is_a_subclass(phimoe: Path, tmp_path: Path) -> None:
 
 
 def test_rules_for_what_stays_dense(phimoe: Path) -> None:
-    architecture = Architecture(read_layout(phimoe))
+    architecture = Architecture(open_checkpoint(phimoe))
     choice = Choice("int8", Int8.Config())
     name = f"{architecture.blocks[0]}.mlp.router"
     skipped = make_plan(architecture, choice, rules=[Rule("*.router", None, "--skip")]).skipped

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spectool
-from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, UnsupportedError
 from spectool.model.architecture import Architecture, matches, model_class, read_config
@@ -42,7 +41,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("family", list(KNOWN))
 def test_blocks_and_matrices(checkpoint: Checkpoints, family: str) -> None:
-    architecture = Architecture(read_layout(checkpoint(family)))
+    architecture = Architecture(open_checkpoint(checkpoint(family)))
     block, names = KNOWN[family]
     assert architecture.blocks == [block[:-1] + index for index in "01"]
     matrices = architecture.matrices(block)
@@ -62,7 +61,7 @@ def test_blocks_and_matrices(checkpoint: Checkpoints, family: str) -> None:
 def test_every_stored_tensor_is_in_a_block_or_outside(checkpoint: Checkpoints) -> None:
     for family in ("llama", "gpt2", "opt", "mixtral"):
         checkpoint_ = open_checkpoint(checkpoint(family))
-        architecture = Architecture(checkpoint_.layout)
+        architecture = Architecture(checkpoint_)
         inside = [name for block in architecture.blocks for name in architecture.tensors_of(block)]
         names = inside + architecture.tensors_outside()
         assert len(names) == len(set(names))
@@ -76,7 +75,7 @@ def test_every_stored_tensor_is_in_a_block_or_outside(checkpoint: Checkpoints) -
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_are_slices_of_fused_tensors(checkpoint: Checkpoints, family: str) -> None:
     checkpoint_ = open_checkpoint(checkpoint(family))
-    architecture = Architecture(checkpoint_.layout)
+    architecture = Architecture(checkpoint_)
     experts = [
         matrix
         for matrix in architecture.matrices(architecture.blocks[0])
@@ -94,7 +93,7 @@ def test_twelve_experts_keep_their_order(checkpoint: Checkpoints, tmp_path: Path
     # As text, 10 and 11 come before 2.
     source = checkpoint("qwen3_moe", num_experts=12)
     job = Job(method="rtn", config=RTN.Config(bits=8), allow_dense=True)
-    quantize(source, tmp_path / "out", job)
+    quantize(open_checkpoint(source), tmp_path / "out", job)
     model, original = spectool.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(source)
     parameters = dict(original.named_parameters())
     experts = {n: m for n, m in packed_modules(model).items() if ".experts." in n}
@@ -117,7 +116,7 @@ def test_transposed_experts(tmp_path: Path) -> None:
     original = GptOssForCausalLM(config).eval()
     original.save_pretrained(tmp_path / "source")
     job = Job(method="rtn", config=RTN.Config(bits=8, group_size=16), allow_dense=True)
-    quantize(tmp_path / "source", tmp_path / "out", job)
+    quantize(open_checkpoint(tmp_path / "source"), tmp_path / "out", job)
     model = spectool.load(tmp_path / "out")
     ids = torch.arange(20)[None]
     with torch.inference_mode():
@@ -174,7 +173,7 @@ def test_multimodal_wrappers_keep_their_towers(
         samples=3,
         seq_len=20,
     )
-    report = quantize(source, tmp_path / "out", job)
+    report = quantize(open_checkpoint(source), tmp_path / "out", job)
     assert len(report.blocks) == 2 and all("language_model" in row["name"] for row in report.layers)
     if calibrated:
         assert all(0 < block["output_error"] < 0.1 for block in report.blocks)
@@ -197,19 +196,29 @@ def test_missing_tensor_is_named(checkpoint: Checkpoints, tmp_path: Path) -> Non
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"in no file: 1, the first model\.norm"):
-        Architecture(read_layout(tmp_path / "source"))
+        Architecture(open_checkpoint(tmp_path / "source"))
 
 
 def test_tied_head_may_be_absent_or_stored(checkpoint: Checkpoints, tmp_path: Path) -> None:
     source = checkpoint("llama-tied")
-    assert "lm_head.weight" not in Architecture(read_layout(source)).origins
+    assert "lm_head.weight" not in Architecture(open_checkpoint(source)).origins
     shutil.copytree(source, tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
-    quantize(tmp_path / "source", tmp_path / "out", Job(method="rtn", config=RTN.Config()))
+    quantize(
+        open_checkpoint(tmp_path / "source"),
+        tmp_path / "out",
+        Job(method="rtn", config=RTN.Config()),
+    )
     model = spectool.load(tmp_path / "out")
     assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
+
+
+def write_checkpoint(path: Path, config: dict[str, Any]) -> None:
+    """Write a checkpoint of one tensor with this configuration."""
+    (path / "config.json").write_text(json.dumps(config))
+    save_file({"weight": torch.ones(1)}, path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -223,9 +232,9 @@ def test_tied_head_may_be_absent_or_stored(checkpoint: Checkpoints, tmp_path: Pa
     ],
 )
 def test_refused_architectures(tmp_path: Path, config: dict[str, Any], message: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_checkpoint(tmp_path, config)
     with pytest.raises(UnsupportedError, match=message) as caught:
-        model_class(read_config(tmp_path))
+        model_class(read_config(open_checkpoint(tmp_path)))
     assert "\n" not in str(caught.value)
 
 
@@ -240,18 +249,18 @@ def test_refused_architectures(tmp_path: Path, config: dict[str, Any], message: 
     ],
 )
 def test_configurations_that_contradict_themselves(tmp_path: Path, config: dict[str, Any]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    write_checkpoint(tmp_path, {"model_type": "llama", **config})
     with pytest.raises(CheckpointError, match=r"config\.json is not valid") as caught:
-        read_config(tmp_path)
+        read_config(open_checkpoint(tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_code_from_the_checkpoint_needs_permission(tmp_path: Path) -> None:
     remote = {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "zz", "auto_map": remote}))
+    write_checkpoint(tmp_path, {"model_type": "zz", "auto_map": remote})
     (tmp_path / "x.py").write_text("raise SystemExit('ran')")
     with pytest.raises(UnsupportedError, match="unknown architecture") as caught:
-        read_config(tmp_path)
+        read_config(open_checkpoint(tmp_path))
     assert caught.value.hint is not None and "--trust-remote-code" in caught.value.hint
 
 
@@ -266,7 +275,7 @@ def test_tensor_of_another_shape_is_named(
     tensors[name] = tensors[name][1:].clone()
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{name} is .*, but the configuration says"):
-        Architecture(read_layout(tmp_path / "source"))
+        Architecture(open_checkpoint(tmp_path / "source"))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ IDS_BL = torch.randint(2, 300, (3, 37), generator=torch.Generator().manual_seed(
 
 def shell(source: Path, dtype: torch.dtype = torch.float32) -> ModelShell:
     opened = open_checkpoint(source)
-    architecture = Architecture(opened.layout)
+    architecture = Architecture(opened)
     return ModelShell(
         architecture, opened, dtype=dtype, device=torch.device("cpu"), with_lm_head=True
     )
@@ -84,7 +84,7 @@ def test_only_what_surrounds_the_blocks_is_loaded(checkpoint: Checkpoints) -> No
 
 def test_without_head_only_rows_of_a_tied_table_are_loaded(checkpoint: Checkpoints) -> None:
     opened = open_checkpoint(checkpoint("llama-tied"))
-    architecture = Architecture(opened.layout)
+    architecture = Architecture(opened)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
     around = ModelShell(architecture, opened, with_lm_head=False, **where)
     hidden_BLD = around.embed(IDS_BL)
@@ -192,7 +192,7 @@ def test_a_padding_row_is_what_transformers_makes_of_it(
     with torch.inference_mode():
         want = model(input_ids=IDS_BL, use_cache=False).logits
     torch.testing.assert_close(logits_by_block(tmp_path, torch.float32), want)
-    read = Architecture(opened.layout).read(opened, ["model.embed_tokens.weight"])
+    read = Architecture(opened).read(opened, ["model.embed_tokens.weight"])
     assert torch.equal(read["model.embed_tokens.weight"], table_VD)
 
 
@@ -207,7 +207,7 @@ def test_what_surrounds_the_blocks_is_built_once(
 
     monkeypatch.setattr(ModelShell, "__init__", counted)
     job = Job(method="gptq", config=GPTQ.Config(), samples=2, seq_len=8, allow_dense=True)
-    quantize(checkpoint("llama"), tmp_path / "out", job)
+    quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job)
     assert built == [False]
 
 
@@ -240,7 +240,7 @@ def test_model_that_cannot_be_walked_is_refused_before_work_begins(
     tokenizer().save_pretrained(tmp_path / "model")
     job = Job(method="gptq", config=GPTQ.Config(), samples=2, seq_len=8, allow_dense=True)
     with pytest.raises(UnsupportedError, match=reason):
-        quantize(tmp_path / "model", tmp_path / "out", job)
+        quantize(open_checkpoint(tmp_path / "model"), tmp_path / "out", job)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

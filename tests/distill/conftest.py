@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.distill.plan import Job
 from spectool.distill.train_heads import Report, train_heads
 from spectool.methods import resolve
@@ -56,7 +57,7 @@ def train(data: str, tmp_path: Path) -> Train:
                 "learning_rate": 1e-2, **asked,
             },
         )  # fmt: skip
-        return train_heads(source, tmp_path / out, job, **(where or {}))
+        return train_heads(open_checkpoint(source), tmp_path / out, job, **(where or {}))
 
     return run
 

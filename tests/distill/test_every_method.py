@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.headers import HEADS_FILE
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
 from spectool.distill.train_heads import Job, Report, train_heads
@@ -63,7 +64,7 @@ def train(tmp_path: Path) -> Train:
                 **asked,
             },
         )  # fmt: skip
-        return train_heads(source, tmp_path / out, job)
+        return train_heads(open_checkpoint(source), tmp_path / out, job)
 
     return run
 
@@ -144,7 +145,7 @@ def test_a_model_with_a_packed_embedding_and_head_is_taught(
     source, packed = checkpoint(family), tmp_path / "packed"
     choice = Choice.from_text("rtn:group_size=16")
     job = quantizing.Job(method="rtn", config=choice.config, embeddings=choice)
-    quantizing.quantize(source, packed, job)
+    quantizing.quantize(open_checkpoint(source), packed, job)
     runner = Runner(packed, dtype=torch.float32)
     plain = runner.generate([[5, 6, 7]], max_new_tokens=24)
     for index, taught_on in enumerate((source, packed)):
@@ -165,7 +166,7 @@ def test_where_the_output_matrix_is_learnt(
     job = quantizing.Job(
         method="rtn", config=choice.config, lm_head=head, calibration=[text], samples=4, seq_len=48
     )
-    quantizing.quantize(source, packed, job)
+    quantizing.quantize(open_checkpoint(source), packed, job)
     train(name, source, "of-source")
     train(name, packed, "of-packed")
     for target in (source, packed):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import read_record
@@ -51,7 +52,7 @@ def make(train: Train, checkpoint: Checkpoint, tmp_path: Path, made: dict[str, P
             shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
         else:
             train(source, "heads", method=method, options=options, steps=2)
-            convert.export(tmp_path / "heads", str(source), tmp_path / "served", name)
+            convert.export(tmp_path / "heads", open_checkpoint(source), tmp_path / "served", name)
             shutil.copytree(tmp_path, kept)
         return source, tmp_path / "heads", tmp_path / "served"
 
@@ -227,8 +228,8 @@ def test_ids_that_cannot_be_are_refused(
     tensors = {**load_file(file), **change}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
     message = (
-        r"not distinct ids of 320|expected 30 whole numbers|d2t is absent, but the output matrix "
-        r"has 30 rows and the target 320 tokens|do not name the same|3072 of 3072 weights are NaN"
+        r"not distinct ids of 320|expected 30 whole numbers|d2t is absent, but lm_head has "
+        r"30 rows and the target 320 tokens|do not name the same|3072 of 3072 weights are NaN"
         r"|fc.weight is int8, expected floating-point"
     )
     with pytest.raises(CheckpointError, match=message):
@@ -241,7 +242,7 @@ def test_an_embedding_in_half_precision_is_the_targets(
     """The norm is scaled in bfloat16 when written, and in float32 during training."""
     source = checkpoint("gemma3", dtype=torch.bfloat16)
     train(source, "heads", method="eagle3", steps=0)
-    convert.export(tmp_path / "heads", str(source), tmp_path / "served", "speculators")
+    convert.export(tmp_path / "heads", open_checkpoint(source), tmp_path / "served", "speculators")
     where = {"dtype": torch.float32}
     train(source, "back", method="eagle3", steps=0, init_from=str(tmp_path / "served"), where=where)
     assert equal(tmp_path / "back", tmp_path / "heads")
@@ -267,9 +268,9 @@ def test_other_places_are_refused(
     with pytest.raises(UnsupportedError, match="pickled"):
         back(train, source, served, "eagle3")
     with pytest.raises(CheckpointError, match="trained for another checkpoint"):
-        convert.export(heads, str(other), tmp_path / "new", "eagle3")
+        convert.export(heads, open_checkpoint(other), tmp_path / "new", "eagle3")
     with pytest.raises(UsageError, match="exists already"):
-        convert.export(heads, str(source), served, "eagle3")
+        convert.export(heads, open_checkpoint(source), served, "eagle3")
     assert not (tmp_path / "new").exists()
 
 
@@ -279,15 +280,15 @@ def test_what_a_format_cannot_hold(
     source = checkpoint("gemma3")
     train(source, "scaled", method="eagle3", steps=0)
     with pytest.raises(UnsupportedError, match="this target scales it") as caught:
-        convert.export(tmp_path / "scaled", str(source), tmp_path / "x", "eagle3")
+        convert.export(tmp_path / "scaled", open_checkpoint(source), tmp_path / "x", "eagle3")
     assert caught.value.hint is not None and "speculators" in caught.value.hint
     source = checkpoint("llama")
     train(source, "shallow", method="eagle3", steps=0)
     with pytest.raises(UnsupportedError, match="fuse three of the target's states, these heads 2"):
-        convert.export(tmp_path / "shallow", str(source), tmp_path / "x", "eagle3")
+        convert.export(tmp_path / "shallow", open_checkpoint(source), tmp_path / "x", "eagle3")
     train(source, "hydra", method="hydra", steps=0)
     with pytest.raises(UnsupportedError, match="holds eagle3 heads, these are hydra") as caught:
-        convert.export(tmp_path / "hydra", str(source), tmp_path / "x", "speculators")
+        convert.export(tmp_path / "hydra", open_checkpoint(source), tmp_path / "x", "speculators")
     assert caught.value.hint is not None and "no server reads hydra heads" in caught.value.hint
     assert not (tmp_path / "x").exists()
 
@@ -323,7 +324,7 @@ def test_formats_hold_what_the_table_says(tmp_path: Path) -> None:
     assert served == elsewhere
 
 
-def test_heads_of_a_learnt_output_matrix(
+def test_heads_of_a_learnt_lm_head(
     train: Train, checkpoint: Checkpoint, data: str, tmp_path: Path
 ) -> None:
     """medusa's matrices then have a bias, which the format cannot hold; eagle3's have none."""
@@ -336,13 +337,15 @@ def test_heads_of_a_learnt_output_matrix(
         samples=2,
         seq_len=48,
     )
-    quantize(source, packed, job)
+    quantize(open_checkpoint(source), packed, job)
     train(packed, "medusa", method="medusa", steps=1)
-    with pytest.raises(UnsupportedError, match="biases of output matrices") as caught:
-        convert.export(tmp_path / "medusa", str(packed), tmp_path / "served", "vllm-medusa")
+    with pytest.raises(UnsupportedError, match="biases of lm_heads") as caught:
+        convert.export(
+            tmp_path / "medusa", open_checkpoint(packed), tmp_path / "served", "vllm-medusa"
+        )
     assert "generate --draft" in str(caught.value.hint)
     train(packed, "eagle3", method="eagle3", steps=1)
-    convert.export(tmp_path / "eagle3", str(packed), tmp_path / "served", "eagle3")
+    convert.export(tmp_path / "eagle3", open_checkpoint(packed), tmp_path / "served", "eagle3")
     own = load_file(tmp_path / "eagle3/heads.safetensors")
     served = load_file(tmp_path / "served/model.safetensors")
     assert torch.equal(served["lm_head.weight"], own["lm_head.weight"])

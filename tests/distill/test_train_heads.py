@@ -19,6 +19,7 @@ import transformers
 from safetensors.torch import load_file
 
 from spectool.checkpoint.artifact import ArtifactWriter, own_files
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
 from spectool.distill import plan, training_data
@@ -224,7 +225,7 @@ def test_heads_fit_what_is_packed_from_their_target_and_the_other_way_round(
     source = checkpoint("llama")
     job = quantizing.Job(method="rtn", config=RTN.Config())
     packed = tmp_path / "packed"
-    quantizing.quantize(source, packed, job)
+    quantizing.quantize(open_checkpoint(source), packed, job)
     train(source, "of-original")
     train(packed, "of-packed")
     original, compressed = (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.evaluate import Request, evaluate
 from spectool.quantize.methods.rtn import RTN
@@ -24,7 +25,11 @@ def text(tmp_path: Path) -> str:
 
 @pytest.fixture
 def packed(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
-    quantize(checkpoint("llama"), tmp_path / "packed", Job(method="rtn", config=RTN.Config()))
+    quantize(
+        open_checkpoint(checkpoint("llama")),
+        tmp_path / "packed",
+        Job(method="rtn", config=RTN.Config()),
+    )
     return tmp_path / "packed"
 
 
@@ -33,11 +38,12 @@ def test_reference_by_checkpoint_and_by_file_agree(
 ) -> None:
     file = tmp_path / "reference"
     request = Request(texts=[text], window=32, save_reference=file)
-    dense = evaluate(str(checkpoint("llama")), request)
+    dense = evaluate(open_checkpoint(checkpoint("llama")), request)
     live = evaluate(
-        str(packed), Request(texts=[text], window=32, reference=str(checkpoint("llama")))
+        open_checkpoint(packed),
+        Request(texts=[text], window=32, reference=str(checkpoint("llama"))),
     )
-    read = evaluate(str(packed), Request(reference=str(file)))
+    read = evaluate(open_checkpoint(packed), Request(reference=str(file)))
     assert live["reference"]["perplexity"] == pytest.approx(dense["perplexity"]["value"])
     for metric in ("perplexity_ratio", "kl", "top1_agreement"):
         assert read[metric] == pytest.approx(live[metric], rel=1e-5)
@@ -47,8 +53,8 @@ def test_reference_by_checkpoint_and_by_file_agree(
 
 
 def test_block_by_block_gives_the_same_figures(packed: Path, text: str) -> None:
-    whole = evaluate(str(packed), Request(texts=[text], window=32))
-    parts = evaluate(str(packed), Request(texts=[text], window=32, blockwise=True))
+    whole = evaluate(open_checkpoint(packed), Request(texts=[text], window=32))
+    parts = evaluate(open_checkpoint(packed), Request(texts=[text], window=32, blockwise=True))
     assert parts["perplexity"]["value"] == pytest.approx(whole["perplexity"]["value"], rel=1e-6)
 
 
@@ -57,20 +63,23 @@ def test_what_does_not_fit_together_is_refused(
 ) -> None:
     path = str(checkpoint("llama"))
     with pytest.raises(UsageError, match="context is 256"):
-        evaluate(path, Request(texts=[text], window=512))
+        evaluate(open_checkpoint(path), Request(texts=[text], window=512))
     other = checkpoint("llama", vocab_size=352)
     with pytest.raises(UsageError, match="vocabulary size differs"):
-        evaluate(path, Request(texts=[text], window=32, reference=str(other)))
+        evaluate(open_checkpoint(path), Request(texts=[text], window=32, reference=str(other)))
     file = tmp_path / "reference"
-    evaluate(path, Request(texts=[text], window=32, save_reference=file))
+    evaluate(open_checkpoint(path), Request(texts=[text], window=32, save_reference=file))
     for given in ({"texts": [text]}, {"window": 16}, {"bos": True}, {"limit": 9}):
         with pytest.raises(UsageError, match="contains the tokens"):
-            evaluate(path, Request(reference=str(file), **given))
+            evaluate(open_checkpoint(path), Request(reference=str(file), **given))
     short = checkpoint("llama", max_position_embeddings=16)
     with pytest.raises(UsageError, match="windows of 32 tokens"):
-        evaluate(str(short), Request(reference=str(file)))
+        evaluate(open_checkpoint(short), Request(reference=str(file)))
     with pytest.raises(CheckpointError, match="no such directory"):
-        evaluate(path, Request(texts=[text], window=32, reference=str(tmp_path / "absent")))
+        evaluate(
+            open_checkpoint(path),
+            Request(texts=[text], window=32, reference=str(tmp_path / "absent")),
+        )
 
 
 @pytest.mark.slow
@@ -82,7 +91,7 @@ def test_published_perplexities_of_small_models(
         stories = file.read()
     (tmp_path / "text.txt").write_text(re.sub(r"\n\n+", "\n", stories)[:200_000])
     request = Request(texts=[str(tmp_path / "text.txt")], bos=True)
-    result = evaluate(str(shared / "models" / name), request)
+    result = evaluate(open_checkpoint(shared / "models" / name), request)
     assert result["perplexity"]["tokens"] == 97105
     assert result["perplexity"]["value"] == pytest.approx(expected, rel=1e-3)
 
@@ -93,6 +102,6 @@ def test_published_perplexity_of_codestory(shared: Path, tmp_path: Path) -> None
         book = json.loads(next(iter(file)))["text"][:200_000]
     (tmp_path / "text.txt").write_text(book)
     request = Request(texts=[str(tmp_path / "text.txt")], bos=True, window=512, dtype="float32")
-    result = evaluate(str(shared / "models/codestory-10M"), request)
+    result = evaluate(open_checkpoint(shared / "models/codestory-10M"), request)
     assert result["perplexity"]["tokens"] == 66239
     assert result["perplexity"]["value"] == pytest.approx(121.850, rel=1e-3)

@@ -52,7 +52,7 @@ def test_block_by_block_equals_resident(
     if packed:
         path = tmp_path / "packed"
         job = Job(method="rtn", config=RTN.Config())
-        quantize(checkpoint(family), path, job)
+        quantize(open_checkpoint(checkpoint(family)), path, job)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 300, (90,), generator=generator).tolist()
     windows = cut(ids, length=20, bos=0)

@@ -28,7 +28,7 @@ def test_it_is_small_and_says_how_it_was_made() -> None:
 
 def test_it_knows_python_and_turns() -> None:
     runner = Runner(CHECKPOINT, dtype=torch.float32)
-    tokenizer = load_tokenizer(CHECKPOINT)
+    tokenizer = load_tokenizer(open_checkpoint(CHECKPOINT))
     ids = tokenizer(CODE, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         logits = runner.target.model(input_ids=ids).logits[0, :-1]

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import spectool
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.methods import names, resolve
 from spectool.quantize.budget import Budget, widths
@@ -57,13 +58,13 @@ def test_packed_on_the_device_as_on_the_processor(
         pytest.importorskip("bitsandbytes")
     source = checkpoint("llama", **WIDE)
     reports = {
-        device: quantize(source, tmp_path / device, job(method), device=device)
+        device: quantize(open_checkpoint(source), tmp_path / device, job(method), device=device)
         for device in ("cpu", "cuda")
     }
     for ours, theirs in zip(reports["cpu"].blocks, reports["cuda"].blocks, strict=True):
         assert theirs["output_error"] == pytest.approx(ours["output_error"], rel=0.1)
     again = tmp_path / "again"
-    quantize(source, again, job(method), device="cuda")
+    quantize(open_checkpoint(source), again, job(method), device="cuda")
     assert tensors(again) == tensors(tmp_path / "cuda")
     for runtime in ("dense", "packed"):
         here, there = (logits(again, device, runtime=runtime) for device in ("cpu", "cuda"))
@@ -86,7 +87,7 @@ def test_everything_at_once(
     )
     source = checkpoint(family, dtype=dtype)
     for place in ("once", "again"):
-        quantize(source, tmp_path / place, wanted, device="cuda", dtype=dtype)
+        quantize(open_checkpoint(source), tmp_path / place, wanted, device="cuda", dtype=dtype)
     assert tensors(tmp_path / "once") == tensors(tmp_path / "again")
     here, there = (logits(tmp_path / "once", d, dtype="float32") for d in ("cpu", "cuda"))
     torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-3)
@@ -97,7 +98,9 @@ def test_preprocessed_on_the_device(checkpoint: Checkpoint, tmp_path: Path) -> N
     text = job().calibration
     assert text is not None
     wanted = job("ptq161", preprocess=Preprocess(text=text, steps=4, rate=1e-3))
-    report = quantize(checkpoint("llama", **WIDE), tmp_path / "out", wanted, device="cuda")
+    report = quantize(
+        open_checkpoint(checkpoint("llama", **WIDE)), tmp_path / "out", wanted, device="cuda"
+    )
     assert report.preprocess is not None
     assert all(value > 1 for value in report.preprocess.values())
 
@@ -121,7 +124,7 @@ def test_heads_taught_and_used_on_the_device(
 ) -> None:
     """On a packed checkpoint, from the command line."""
     packed = tmp_path / "packed"
-    quantize(checkpoint("llama-deep"), packed, job(), device="cuda")
+    quantize(open_checkpoint(checkpoint("llama-deep")), packed, job(), device="cuda")
     on_device = ("--device", "cuda", "--json")
 
     def run(*words: object) -> dict[str, Any]:

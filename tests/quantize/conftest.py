@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.methods import resolve
 from spectool.model.packed import PackedLinear
 from spectool.quantize.run import Job, Report, quantize
@@ -133,7 +134,7 @@ def compress(tmp_path: Path) -> Callable[..., Path]:
         asked = Job(
             method=method, config=resolve(method, "quantizer").Config(**options), **(job or {})
         )
-        report = quantize(source, tmp_path / out, asked, **(run or {}))
+        report = quantize(open_checkpoint(source), tmp_path / out, asked, **(run or {}))
         if reports is not None:
             reports.append(report)
         return tmp_path / out

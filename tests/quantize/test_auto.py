@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from spectool.checkpoint.headers import read_layout
+import spectool
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
-from spectool.model.loading import load_model
 from spectool.quantize.auto import STEPS, Auto, cache_bytes, parse_size, pick
 from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.plan import make_plan
@@ -46,7 +46,7 @@ def test_no_sizes(text: str) -> None:
 
 def test_the_first_step_that_fits(wide: Path) -> None:
     """Every step is picked at a size that just fits it."""
-    architecture = Architecture(read_layout(wide))
+    architecture = Architecture(open_checkpoint(wide))
     cache = cache_bytes(architecture, 100)
     sizes = []
     for step in STEPS:
@@ -76,13 +76,13 @@ def test_the_cache_is_as_large_as_transformers_makes_it(
     from spectool.decode.target import Target
 
     source = checkpoint(family)
-    model: Any = load_model(source, dtype="bfloat16")
+    model: Any = spectool.load(source, dtype="bfloat16")
     kept = DynamicCache(config=model.config)
     with torch.inference_mode():
         ids_BL = torch.zeros(1, 10, dtype=torch.long)
         model(ids_BL, use_cache=True, **{Target(model).cache_name: kept})
     size = sum(2 * layer.keys.numel() + 2 * layer.values.numel() for layer in kept.layers)
-    assert cache_bytes(Architecture(read_layout(source)), 10) == size
+    assert cache_bytes(Architecture(open_checkpoint(source)), 10) == size
 
 
 @pytest.mark.parametrize(
@@ -92,26 +92,26 @@ def test_the_cache_is_as_large_as_transformers_makes_it(
      (7.0, "gptq", 7.0)],
 )  # fmt: skip
 def test_by_bits(wide: Path, bits: float, choice: str, budget: float | None) -> None:
-    found = pick(Architecture(read_layout(wide)), Auto.Config(bits=bits))
+    found = pick(Architecture(open_checkpoint(wide)), Auto.Config(bits=bits))
     assert str(found.choice) == choice
     assert (found.budget and found.budget.bits) == budget
     assert (found.embeddings is not None) == (bits < 3)
     rtn = Choice.from_text("rtn")
     assert (
-        pick(Architecture(read_layout(wide)), Auto.Config(bits=bits), embeddings=rtn).embeddings
+        pick(Architecture(open_checkpoint(wide)), Auto.Config(bits=bits), embeddings=rtn).embeddings
         == rtn
     )
 
 
 def test_short_rows_do_not_go_below_two_bits(checkpoint: Checkpoints, wide: Path) -> None:
-    small = Architecture(read_layout(checkpoint("llama")))
+    small = Architecture(open_checkpoint(checkpoint("llama")))
     for bits in (1.6, 1.9):
         with pytest.raises(UsageError, match=r"ptq161 takes .* bits a weight"):
             pick(small, Auto.Config(bits=bits))
     pinned = [Rule("*.self_attn.*", Choice.from_text("rtn:bits=4,group_size=32"), "")]
-    assert pick(Architecture(read_layout(wide)), Auto.Config(bits=1.6), rules=pinned).why
+    assert pick(Architecture(open_checkpoint(wide)), Auto.Config(bits=1.6), rules=pinned).why
     with pytest.raises(UsageError, match=r"ptq161 takes 1\.\d+ bits a weight"):
-        pick(Architecture(read_layout(wide)), Auto.Config(bits=1.61))
+        pick(Architecture(open_checkpoint(wide)), Auto.Config(bits=1.61))
 
 
 def test_the_printed_command_makes_the_same(wide: Path, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import spectool
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
-from spectool.model.loading import load_model
 from spectool.quantize import budget as budgets
 from spectool.quantize.budget import Budget, choose, list_candidates, widths
 from spectool.quantize.choice import Choice, Rule, read_rules
@@ -39,7 +40,7 @@ def text_file(tmp_path: Path) -> str:
 
 
 def make(source: Path, **more: Any) -> Plan:
-    return make_plan(Architecture(read_layout(source)), RTNS[0], **more)
+    return make_plan(Architecture(open_checkpoint(source)), RTNS[0], **more)
 
 
 def test_all_widths_but_those_far_above() -> None:
@@ -133,7 +134,7 @@ def test_measured_errors_are_those_of_one_packed_matrix(
     name = "model.layers.1.mlp.down_proj"
     outputs = []
     for bits in (None, 2, 3):
-        model: Any = load_model(source)
+        model: Any = spectool.load(source)
         if bits is not None:
             linear = model.get_submodule(name)
             config = RTN.Config(bits=bits, group_size=16)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectool import methods
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import TextError
 from spectool.methods import Method
 from spectool.model.architecture import find_blocks
@@ -328,7 +329,7 @@ class replaced_input:
 def calibration_ids(source: Path, text_file: str, *, samples: int, length: int) -> Tensor:
     from spectool.model.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(open_checkpoint(source))
     ids = tokenizer(Path(text_file).read_text(), add_special_tokens=False)["input_ids"]
     return sample_sequences(
         ids,

@@ -109,7 +109,7 @@ def make_plan_of(source: Path, path: Path, entries: list[str], skip: Sequence[st
         match, _, method = entry.partition(": ")
         lines.append(f'- {{match: "{match}", method: {method}}}')
     all_rules = [*skipping(skip), *rules(path, "\n".join(lines))]
-    make_plan(Architecture(read_layout(source)), INT8, rules=all_rules, allow_dense=True)
+    make_plan(Architecture(open_checkpoint(source)), INT8, rules=all_rules, allow_dense=True)
 
 
 def test_the_first_rule_that_matches_decides(
@@ -252,7 +252,7 @@ def test_embedding_and_head_are_packed_and_read_back(
     assert torch.equal(logits(unpacked), logits(dense))
     shared = unpacked.get_input_embeddings().weight is unpacked.get_output_embeddings().weight
     assert shared == tied
-    export(out, out.with_name("exported"), "dense")
+    export(open_checkpoint(out), out.with_name("exported"), "dense")
     exported: Any = spectool.load(out.with_name("exported"))
     wanted = unpacked.state_dict()
     for name, value in exported.state_dict().items():
@@ -331,7 +331,9 @@ def test_layer_errors_name_what_lies_outside(
 ) -> None:
     source = checkpoint("llama")
     out = compress(source, "rtn", job={"embeddings": INT8})
-    metrics = evaluate(str(out), Request(texts=[text_file], window=32, reference=str(source)))
+    metrics = evaluate(
+        open_checkpoint(out), Request(texts=[text_file], window=32, reference=str(source))
+    )
     names = {layer["name"] for layer in metrics["layers"]}
     assert {"model.embed_tokens", "lm_head"} < names and len(names) == 16
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM
 
 import spectool
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.errors import UnsupportedError, UsageError
 from spectool.model.packed import packed_modules
@@ -74,7 +75,7 @@ def test_dense_again(
     options: dict[str, Any],
 ) -> None:
     packed = compress(checkpoint(family), method, job={"allow_dense": True}, **options)
-    (line,) = export(str(packed), tmp_path / "dense", "dense")
+    (line,) = export(open_checkpoint(packed), tmp_path / "dense", "dense")
     assert line == f"vllm serve {tmp_path / 'dense'}"
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     torch.testing.assert_close(logits(dense), logits(spectool.load(packed)))
@@ -109,7 +110,7 @@ def test_compressed_tensors_by_its_own_code(
     job = {"samples": 2, "seq_len": 16} if method == "gptq" else {}
     packed = compress(checkpoint(family), method, job=job, **options)
     out = tmp_path / "served"
-    lines = export(str(packed), out, "compressed-tensors")
+    lines = export(open_checkpoint(packed), out, "compressed-tensors")
     assert bool(lines) == (options.get("bits", 8) in (4, 8)), "what vLLM has kernels for"
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(quantization)
@@ -152,7 +153,7 @@ def test_several_schemes_are_groups_of_the_format(
     job = {"rules": [wide], "embeddings": None}
     packed = compress(checkpoint("llama"), "rtn", bits=4, group_size=8, symmetric=True, job=job)
     out = tmp_path / "served"
-    assert export(str(packed), out, "compressed-tensors") == []
+    assert export(open_checkpoint(packed), out, "compressed-tensors") == []
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(quantization)
     compressor = BaseCompressor.get_value_from_registry(quantization["format"])
@@ -194,7 +195,7 @@ def test_what_it_cannot_hold(
 ) -> None:
     packed = compress(checkpoint(family), method, job={"allow_dense": True}, **options)
     with pytest.raises(UnsupportedError, match=message) as caught:
-        export(str(packed), tmp_path / "served", "compressed-tensors")
+        export(open_checkpoint(packed), tmp_path / "served", "compressed-tensors")
     assert caught.value.hint is not None and "--format dense" in caught.value.hint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -218,7 +219,7 @@ def test_a_fitted_lm_head_where_the_architecture_has_a_bias(
     if embeddings is not None:
         job["embeddings"] = Choice.from_text(embeddings)
     packed = compress(phi(tied), "rtn", bits=8, group_size=16, job=job)
-    export(str(packed), tmp_path / "dense", "dense")
+    export(open_checkpoint(packed), tmp_path / "dense", "dense")
     config = json.loads((tmp_path / "dense/config.json").read_text())
     assert config["tie_word_embeddings"] is False
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
@@ -235,9 +236,9 @@ def test_a_fitted_bias_that_is_zero_is_left_out(
     packed = compress(checkpoint("llama-tied"), "rtn", bits=8, group_size=16, job=job)
     if epochs:
         with pytest.raises(UnsupportedError, match=r"fitted with a bias, and .* llama has none"):
-            export(str(packed), tmp_path / "dense", "dense")
+            export(open_checkpoint(packed), tmp_path / "dense", "dense")
         return
-    export(str(packed), tmp_path / "dense", "dense")
+    export(open_checkpoint(packed), tmp_path / "dense", "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     torch.testing.assert_close(logits(dense), logits(spectool.load(packed)))
 
@@ -247,11 +248,11 @@ def test_what_is_no_packed_checkpoint(
 ) -> None:
     source = checkpoint("llama")
     with pytest.raises(UsageError, match="is not packed by spectool"):
-        export(str(source), tmp_path / "x", "dense")
+        export(open_checkpoint(source), tmp_path / "x", "dense")
     packed = compress(source)
     with pytest.raises(UsageError, match="must lie outside"):
-        export(str(packed), packed / "served", "dense")
+        export(open_checkpoint(packed), packed / "served", "dense")
     with pytest.raises(UsageError, match="expected one of dense, compressed-tensors"):
-        export(str(packed), tmp_path / "x", "gguf")
+        export(open_checkpoint(packed), tmp_path / "x", "gguf")
     with pytest.raises(UsageError, match="exists already"):
-        export(str(packed), packed, "dense")
+        export(open_checkpoint(packed), packed, "dense")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
 from spectool.quantize.calibration import LinearStats
@@ -202,7 +203,7 @@ def test_a_checkpoint_has_the_planned_bits(
 ) -> None:
     source = checkpoint(family)
     plan = make_plan(
-        Architecture(read_layout(source)), Choice("gptq", GPTQ.Config(bits=3)), allow_dense=True
+        Architecture(open_checkpoint(source)), Choice("gptq", GPTQ.Config(bits=3)), allow_dense=True
     )
     job = {"samples": 6, "seq_len": 32, "allow_dense": True}
     layout = read_layout(compress(source, "gptq", job=job, bits=3))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels.pack import pack_bits
 from spectool.model.architecture import Architecture
@@ -235,7 +236,7 @@ def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
 ) -> None:
     source = checkpoint(family)
     plan = make_plan(
-        Architecture(read_layout(source)), Choice("jlcm", JLCM.Config()), allow_dense=True
+        Architecture(open_checkpoint(source)), Choice("jlcm", JLCM.Config()), allow_dense=True
     )
     reports: list[Report] = []
     job = {**SMALL_JOB, "allow_dense": True}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import spectool
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.quantize.calibration import SAMPLED, LinearStats
 from spectool.quantize.export import export
@@ -163,5 +164,5 @@ def test_what_would_not_round_inputs_is_refused(
         compress(checkpoint("llama"), "olive-activations", job=reshaped)
     out = compress(checkpoint("llama"), "olive-activations", job=job)
     with pytest.raises(UnsupportedError, match="rounds inputs too"):
-        export(str(out), tmp_path / "dense", "dense")
+        export(open_checkpoint(out), tmp_path / "dense", "dense")
     assert not (tmp_path / "dense").exists()

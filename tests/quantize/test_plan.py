@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import spectool
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.methods import resolve
 from spectool.model.architecture import Architecture
@@ -35,7 +37,7 @@ def plan(
 ) -> Plan:
     choice = Choice(method, resolve(method, "quantizer").Config(**options or {}))
     rules = skipping(more.pop("skip", ()))
-    return make_plan(Architecture(read_layout(source)), choice, rules=rules, **more)
+    return make_plan(Architecture(open_checkpoint(source)), choice, rules=rules, **more)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,6 @@ def test_skipped_matrices_are_copied_bit_for_bit(
     for index in (0, 1):
         name = f"model.layers.{index}.mlp.down_proj.weight"
         assert torch.equal(stored[name], original[name])
-    import spectool
 
     assert type(spectool.load(out).model.layers[0].mlp.down_proj) is torch.nn.Linear
 
@@ -168,7 +169,7 @@ config = resolve(method, "quantizer").Config(**options)
 calibration = sys.argv[5:] or None
 job = Job(method=method, config=config, calibration=calibration, samples=8, seq_len=256)
 announce = lambda plan, architecture: plans.append(plan)
-quantize(sys.argv[1], Path(sys.argv[2]), job, announce=announce)
+quantize(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), job, announce=announce)
 # Not ru_maxrss, which a child inherits from its parent.
 peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 print(json.dumps([peak, plans[0].host_bytes]))
@@ -176,7 +177,7 @@ print(json.dumps([peak, plans[0].host_bytes]))
 
 
 def test_texts_and_reshaping_are_counted(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    layout, text = read_layout(checkpoint("llama")), tmp_path / "text.txt"
+    source, text = open_checkpoint(checkpoint("llama")), tmp_path / "text.txt"
     text.write_bytes(bytes(10**7))
     job = Job(method="rtn", config=RTN.Config(), calibration=[str(text)], samples=2, seq_len=32)
     small = replace(job, calibration=None)
@@ -184,7 +185,7 @@ def test_texts_and_reshaping_are_counted(checkpoint: Checkpoints, tmp_path: Path
     reshaped = replace(small, preprocess=Preprocess(text=["none"], batch_size=4000))
 
     def needs(job: Job, device: str = "cpu") -> Plan:
-        return prepare(layout, job, trust_remote_code=False, device=device)[1]
+        return prepare(source, job, device=device)[1]
 
     assert needs(job).host_bytes - needs(small).host_bytes > 10**9
     assert needs(twice).host_bytes - needs(job).host_bytes > 10**9

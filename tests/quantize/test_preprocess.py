@@ -61,7 +61,7 @@ def test_the_reshaped_model_is_packed_as_the_original(
 ) -> None:
     source = checkpoint(family)
     monkeypatch.setattr(run.shutil, "rmtree", lambda path: None)
-    report = quantize(source, tmp_path / "out", job(text))
+    report = quantize(open_checkpoint(source), tmp_path / "out", job(text))
     assert report.preprocess is not None
     assert report.preprocess["merged"] < report.preprocess["packed"] - 1
     layout, scratch = read_layout(tmp_path / "out"), tmp_path / "out.preprocess"
@@ -83,7 +83,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
     checkpoint: Checkpoints, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("llama")
-    quantize(source, tmp_path / "whole", job(text))
+    quantize(open_checkpoint(source), tmp_path / "whole", job(text))
     assert not (tmp_path / "whole.preprocess").exists()
     out = tmp_path / "out"
 
@@ -105,8 +105,8 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
     monkeypatch.setattr(preprocess, "Training", storing)
     for _ in range(2):
         with pytest.raises(Killed):
-            quantize(source, out, job(text), say=say)
-    quantize(source, out, job(text), say=say)
+            quantize(open_checkpoint(source), out, job(text), say=say)
+    quantize(open_checkpoint(source), out, job(text), say=say)
     assert len(lines) > 8, "the third run went on from the second"
     assert [line.split(":")[1].split("/")[0].strip() for line in lines] == [
         str(step) for step in sorted({int(line.split(":")[1].split("/")[0]) for line in lines})
@@ -127,7 +127,7 @@ def test_held_out_text_is_not_trained_on(
         return original(packed, asked, windows, *more, **given)
 
     monkeypatch.setattr(preprocess, "train", spy)
-    quantize(checkpoint("llama"), tmp_path / "out", job(str(path), steps=60))
+    quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job(str(path), steps=60))
     (windows,) = seen
     texts = [tokenizer().batch_decode(ids) for ids in (windows.train_SL, windows.held_out_SL)]
     train, held_out = ({int(n) for n in re.findall(r"run(\d{4})\(", " ".join(t))} for t in texts)
@@ -143,14 +143,14 @@ def test_the_scratch_of_another_run_is_left_alone(
     (scratch / "notes.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(UsageError, match="something other than an unfinished run"):
-            quantize(source, out, job(text), overwrite=overwrite)
+            quantize(open_checkpoint(source), out, job(text), overwrite=overwrite)
     assert (scratch / "notes.txt").read_text() == "mine"
     shutil.rmtree(scratch)
     scratch.mkdir()
     (scratch / "run.json").write_text("{}")
     with pytest.raises(UsageError, match="something other"):
-        quantize(source, out, job(text))
-    quantize(source, out, job(text, steps=2), overwrite=True)
+        quantize(open_checkpoint(source), out, job(text))
+    quantize(open_checkpoint(source), out, job(text, steps=2), overwrite=True)
     assert out.exists() and not scratch.exists()
 
 
@@ -162,10 +162,10 @@ def test_what_is_refused(
     ids = tokenizer().encode(Path(text).read_text())
     short.write_text(tokenizer().decode(ids[:50]))
     with pytest.raises(TextError, match=r"of --preprocess has .* fewer than one sequence"):
-        quantize(source, tmp_path / "out", job(str(short)))
+        quantize(open_checkpoint(source), tmp_path / "out", job(str(short)))
     monkeypatch.setattr(preprocess, "available_memory", lambda device: 1000)
     with pytest.raises(UnsupportedError, match="trains the whole model"):
-        quantize(source, tmp_path / "out", job(text))
+        quantize(open_checkpoint(source), tmp_path / "out", job(text))
     words = ["quantize", "rtn", str(source), str(tmp_path / "out")]
     for option in ("--preprocess-steps", "--preprocess-rank", "--preprocess-rate"):
         done = CliRunner().invoke(app, [*words, option, "1"])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.cli.common import Output
 from spectool.cli.quantize import show_fits
@@ -496,7 +497,7 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
 ) -> None:
     source = checkpoint(family)
     plan = make_plan(
-        Architecture(read_layout(source)), Choice("ptq161", PTQ161.Config()), allow_dense=True
+        Architecture(open_checkpoint(source)), Choice("ptq161", PTQ161.Config()), allow_dense=True
     )
     reports: list[Report] = []
     job = {**SMALL_JOB, "allow_dense": True}

@@ -55,7 +55,7 @@ def logits(model: Any) -> torch.Tensor:
 def block_wise(path: Path) -> torch.Tensor:
     """Compute logits by walking the checkpoint's blocks one at a time."""
     checkpoint = open_checkpoint(path)
-    architecture = Architecture(checkpoint.layout)
+    architecture = Architecture(checkpoint)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
     shell = ModelShell(architecture, checkpoint, with_lm_head=True, **where)
     hidden_BLD = shell.embed(IDS_BL)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import spectool
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
 from spectool.quantize.calibration import LinearStats
@@ -238,7 +239,7 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     job = {"calibration": [text_file], "samples": 6, "seq_len": 48}
     out = compress(source, "scalar", epochs=3, job=job, reports=reports)
     choice = Choice("scalar", Scalar.Config())
-    plan = make_plan(Architecture(read_layout(source)), choice)
+    plan = make_plan(Architecture(open_checkpoint(source)), choice)
     ledger = measure(read_layout(out))
     assert ledger.linears == pytest.approx(plan.bits_linears)
     for block in reports[0].blocks:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import spectool
 from spectool.checkpoint.headers import read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.decode.generate import Runner
 from spectool.errors import UnsupportedError, UsageError
@@ -254,14 +255,14 @@ def test_a_model_with_a_learnt_head(
     ledger = measure(read_layout(out))
     (entry,) = [entry for entry in ledger.entries if entry.outside]
     assert entry.name == reports[0].outside["layers"][-1]["name"]
-    planned = Architecture(read_layout(source))
+    planned = Architecture(open_checkpoint(source))
     plan = make_plan(planned, Choice.from_text("rtn:bits=8,group_size=16"), lm_head=job["lm_head"])
     assert plan.num_parameters == ledger.num_parameters
     headers = sum(file.stat().st_size for file in out.glob("*.safetensors")) - plan.file_bytes
     assert 0 < headers < 20000
     why = "a shortlist of 9 tokens" if "shortlist" in spec else "was fitted with a bias, and the"
     with pytest.raises(UnsupportedError, match=why):
-        export(str(out), out.with_name("exported"), "dense")
+        export(open_checkpoint(out), out.with_name("exported"), "dense")
     # Drafting still changes no output, with any sampling options.
     runner = Runner(out, dtype=torch.float32)
     for control in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):

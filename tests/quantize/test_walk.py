@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, SpectoolError, UsageError
 from spectool.quantize import walk
 from spectool.quantize.budget import Budget, widths
@@ -87,7 +88,7 @@ def slowed(source: Path, out: Path, asked: Job) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RTN, "pack", pack)
-        quantize(source, out, asked)
+        quantize(open_checkpoint(source), out, asked)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -99,7 +100,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     asked = fitted_job() if kind == "fitted" else job(text_file if kind == "calibrated" else None)
     # A fitted block takes longer: some blocks are whole when the signal comes.
     longest = 0.6 if kind == "fitted" else 0.3
-    want = quantize(source, tmp_path / "undisturbed", asked)
+    want = quantize(open_checkpoint(source), tmp_path / "undisturbed", asked)
     out, moments = tmp_path / "out", random.Random(0)
     killed = 0
     for _ in range(6):
@@ -110,7 +111,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         assert status == 0 or os.WIFSIGNALED(status)
     assert killed
     if not out.exists():
-        assert quantize(source, out, asked) == want
+        assert quantize(open_checkpoint(source), out, asked) == want
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert not out.with_name("out.partial").exists()
 
@@ -124,21 +125,24 @@ def test_ten_kills_of_a_real_checkpoint(shared: Path, tmp_path: Path, method: st
     if method == "ptq161":
         asked = fitted_job(samples=16, seq_len=64)
     began = time.perf_counter()
-    want = quantize(source, tmp_path / "undisturbed", asked)
+    want = quantize(open_checkpoint(source), tmp_path / "undisturbed", asked)
     whole = time.perf_counter() - began
     moments = random.Random(1)
     for number in range(10):
         out = tmp_path / str(number)
-        die(lambda out=out: quantize(source, out, asked), moments.uniform(0, 1.1) * whole)
+        die(
+            lambda out=out: quantize(open_checkpoint(source), out, asked),
+            moments.uniform(0, 1.1) * whole,
+        )
         if not out.exists():
-            assert quantize(source, out, asked) == want
+            assert quantize(open_checkpoint(source), out, asked) == want
         assert contents(out) == contents(tmp_path / "undisturbed")
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_ctrl_c_leaves_something_resumable(checkpoint: Checkpoints, tmp_path: Path) -> None:
     source, out = checkpoint("llama", **LAYERS), tmp_path / "out"
-    quantize(source, tmp_path / "undisturbed", job())
+    quantize(open_checkpoint(source), tmp_path / "undisturbed", job())
 
     def slowly() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -153,7 +157,7 @@ def test_ctrl_c_leaves_something_resumable(checkpoint: Checkpoints, tmp_path: Pa
     before = contents(tmp_path / "out.partial")
     done = [name for name in before if name.endswith(".safetensors")]
     assert 2 <= len(done) < 6
-    quantize(source, out, job())
+    quantize(open_checkpoint(source), out, job())
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
@@ -166,7 +170,7 @@ def test_stopped_after_a_block(
     checkpoint: Checkpoints, tmp_path: Path, text_file: str, calibrated: bool
 ) -> None:
     source, asked = checkpoint("llama", **LAYERS), job(text_file if calibrated else None)
-    want = quantize(source, tmp_path / "undisturbed", asked)
+    want = quantize(open_checkpoint(source), tmp_path / "undisturbed", asked)
     original = walk.BlockWalk._pack
     for blocks in (1, 3, 5):
         out = tmp_path / str(blocks)
@@ -177,7 +181,7 @@ def test_stopped_after_a_block(
                 raise Stop
 
         with pytest.raises(Stop):
-            quantize(source, out, asked, progress=stop)
+            quantize(open_checkpoint(source), out, asked, progress=stop)
         packed: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
 
@@ -186,7 +190,7 @@ def test_stopped_after_a_block(
                 return original(self, index, *rest)
 
             patch.setattr(walk.BlockWalk, "_pack", spy)
-            assert quantize(source, out, asked) == want
+            assert quantize(open_checkpoint(source), out, asked) == want
         assert packed == [f"model.layers.{index}" for index in range(blocks, 5)]
         assert contents(out) == contents(tmp_path / "undisturbed")
 
@@ -198,7 +202,7 @@ def test_output_errors_grow_along_the_blocks_and_shrink_with_bits(
     errors = []
     for bits in (2, 4, 8):
         asked = job(text_file, config=RTN.Config(bits=bits))
-        report = quantize(source, tmp_path / str(bits), asked)
+        report = quantize(open_checkpoint(source), tmp_path / str(bits), asked)
         errors.append([block["output_error"] for block in report.blocks])
         assert all(error > 0 for error in errors[-1])
     assert all(few > more > most for few, more, most in zip(*errors, strict=True))
@@ -213,7 +217,7 @@ def test_changed_input_options_or_text_do_not_resume(
         raise Stop
 
     with pytest.raises(Stop):
-        quantize(source, out, job(text_file), progress=stop)
+        quantize(open_checkpoint(source), out, job(text_file), progress=stop)
     before = contents(tmp_path / "out.partial")
     other = Path(text_file).with_name("other.txt")
     other.write_text(Path(text_file).read_text().replace("sheep", "goats"))
@@ -232,7 +236,7 @@ def test_changed_input_options_or_text_do_not_resume(
         (source, job(text_file), {"dtype": torch.bfloat16}, "another calibration"),
     ):
         with pytest.raises(UsageError, match=message) as caught:
-            quantize(model, out, asked, **run)
+            quantize(open_checkpoint(model), out, asked, **run)
         assert "\n" not in str(caught.value)
     assert contents(tmp_path / "out.partial") == before
 
@@ -246,7 +250,7 @@ def test_buffers_in_files_give_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = checkpoint(family)
-    want = quantize(source, tmp_path / "memory", job(text_file))
+    want = quantize(open_checkpoint(source), tmp_path / "memory", job(text_file))
     monkeypatch.setattr(walk, "BUFFERS_IN_MEMORY", 0)
     mapped: list[str] = []
     from_file = torch.from_file
@@ -256,7 +260,7 @@ def test_buffers_in_files_give_the_same_bytes(
         return from_file(filename, **options)
 
     monkeypatch.setattr(torch, "from_file", watch)
-    assert quantize(source, tmp_path / "files", job(text_file)) == want
+    assert quantize(open_checkpoint(source), tmp_path / "files", job(text_file)) == want
     assert {"activations-original.bin", "activations-packed.bin"} == set(mapped)
     assert contents(tmp_path / "files") == contents(tmp_path / "memory")
 
@@ -271,7 +275,7 @@ def test_full_disk_is_resumable(
 ) -> None:
     source = checkpoint("llama-tied", intermediate_size=600)
     asked = job(text_file, method="rtn", config=RTN.Config(bits=8), samples=12)
-    want = quantize(source, tmp_path / "undisturbed", asked)
+    want = quantize(open_checkpoint(source), tmp_path / "undisturbed", asked)
     if in_files:
         monkeypatch.setattr(walk, "BUFFERS_IN_MEMORY", 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -279,11 +283,11 @@ def test_full_disk_is_resumable(
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if not in_files else 42_500, hard))
     try:
         with pytest.raises(SpectoolError, match="the disk is full") as caught:
-            quantize(source, tmp_path / "out", asked)
+            quantize(open_checkpoint(source), tmp_path / "out", asked)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.exit_code == 1
-    assert quantize(source, tmp_path / "out", asked) == want
+    assert quantize(open_checkpoint(source), tmp_path / "out", asked) == want
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
@@ -309,7 +313,7 @@ def test_only_one_block_is_resident(
     asked = job(None if how == "weights alone" else text_file)
     if how == "a budget":
         asked = job(text_file, budget=Budget(4.0, widths(asked.choice, 4.0)))
-    quantize(source, tmp_path / "out", asked)
+    quantize(open_checkpoint(source), tmp_path / "out", asked)
     assert len(alive) == 5 * 9 * (1 + (how == "a budget"))
 
 
@@ -322,12 +326,12 @@ def test_bad_weights_in_a_late_block_leave_the_early_ones(
     tensors["model.layers.3.mlp.down_proj.weight"][0, 0] = float("nan")
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.down_proj\.weight: 1 of"):
-        quantize(source, tmp_path / "out", job())
+        quantize(open_checkpoint(source), tmp_path / "out", job())
     assert len(list((tmp_path / "out.partial").glob("packed-*"))) == 4
 
 
 def test_reports_name_every_matrix_once(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    report: Report = quantize(checkpoint("llama"), tmp_path / "out", job())
+    report: Report = quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job())
     names = [layer["name"] for layer in report.layers]
     assert len(names) == len(set(names)) == 14
     assert all(0 < layer["error"] < 0.2 and 3 < layer["bits"] < 8 for layer in report.layers)

@@ -1,0 +1,1 @@
+"""Formats of draft heads that servers read, one file each."""
