@@ -36,12 +36,13 @@ class Columns:
 
 
 class KVStore(ABC):
-    """The keys and values of one layer; `fields` [B, H, S, any] are missing before the first pass.
+    """The keys and values of one layer. `fields` [B, H, S, any]: none before the first pass.
 
-    The class of its options is `Config`.
+    A codec with options sets `Config` and the type of `config`.
     """
 
     Config: ClassVar[type[options.Config]] = options.Config
+    config: options.Config
 
     def __init__(self, config: Any = None) -> None:
         self.config = config or self.Config()

@@ -41,6 +41,7 @@ class Int8Store(KVStore):
     """Codes in int8, scales in bfloat16; a view computes keys and values in the model's dtype."""
 
     Config = Int8Config
+    config: Int8Config
 
     def encode(self, keys_BHND: Tensor, values_BHND: Tensor) -> Sequence[Tensor]:
         self._dtype = keys_BHND.dtype
@@ -58,7 +59,7 @@ def _round(x_BHND: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Return codes [B, H, N, D] and scales [B, H, N, g] of groups of at most `group` channels."""
     width = x_BHND.shape[-1]
     size = max(size for size in range(1, min(group, width) + 1) if width % size == 0)
-    x_BHNgc = x_BHND.float().unflatten(-1, (-1, size))
+    x_BHNgc = x_BHND.float().reshape(*x_BHND.shape[:-1], -1, size)
     scales_BHNg = (x_BHNgc.abs().amax(-1) / 127).bfloat16()
     # A group of zeros has the codes 0.
     divisor_BHNg1 = scales_BHNg.float().masked_fill(scales_BHNg == 0, 1)[..., None]
@@ -68,5 +69,5 @@ def _round(x_BHND: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def _restore(codes_BHSD: Tensor, scales_BHSg: Tensor) -> Tensor:
     """Return s q in float32."""
-    groups_BHSgc = codes_BHSD.unflatten(-1, (scales_BHSg.shape[-1], -1))
+    groups_BHSgc = codes_BHSD.reshape(*scales_BHSg.shape, -1)
     return (groups_BHSgc * scales_BHSg.float()[..., None]).flatten(-2)
