@@ -84,23 +84,6 @@ class PrefilledPrompt:
     features: Features = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingBatch:
-    """Texts that drafters are trained on: tokens [B, L] and their features [B, L, D].
-
-    `loss_mask_BL` marks the tokens whose prediction is in the loss; padding at the right never is.
-    With sequence packing, `segments_BL` numbers the text that each token belongs to, padding
-    apart. `beside` passes extra rows next to the texts, for drafters that inject some: it is
-    `Target.read_extra_rows` of these texts.
-    """
-
-    tokens_BL: Tensor
-    loss_mask_BL: Tensor
-    features: Features
-    segments_BL: Tensor | None = None
-    beside: Callable[..., Tensor] | None = None
-
-
 class Drafter(Protocol):
     """A source of draft trees. One object serves many batches, one batch at a time.
 

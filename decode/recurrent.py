@@ -207,7 +207,7 @@ class RecurrentTarget(Target):
                 options["logits_to_keep"] = kept
             ids = torch.tensor([piece], device=self.device)
             with (
-                self._capture_features(needs) as features,
+                self.capture_features(needs) as features,
                 skinny.products(self._linears, self._most_rows),
             ):
                 output = self.model(input_ids=ids, use_cache=True, **options)

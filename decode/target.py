@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from spectool import machine
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode import rotary, tree
-from spectool.decode.cache import TextCache, TreeCache, cache_argument
+from spectool.decode.cache import TreeCache, cache_argument
 from spectool.decode.fit import check_fit
 from spectool.decode.kv.base import parse_kv
 from spectool.decode.protocol import Inject, Needs
@@ -92,7 +92,7 @@ class Target:
         self.vocab_size: int = config.vocab_size
         self.device = model.device
         self.dtype = model.dtype
-        self._windows = _windows(config)
+        self.windows = _windows(config)
         name = cache_argument(accepted)
         assert name is not None, "a forward that takes no cache is refused"
         self.cache_name = name
@@ -257,102 +257,11 @@ class Target:
             extra,
         )
 
-    @torch.no_grad()
-    def read(
-        self,
-        tokens_BL: Tensor,
-        needs: Needs,
-        segments_BL: Tensor | None = None,
-        *,
-        keep: TextCache | None = None,
-    ) -> dict[str, Tensor]:
-        """Return features [B, L, D] of whole texts, for training; `keep` takes keys and values.
-
-        Rows are padded at the right, where causal attention does not look. With sequence packing,
-        `segments_BL` numbers the texts of a row, and each is read as if it stood alone. Not
-        inference mode: autograd cannot save inference tensors.
-        """
-        options: dict[str, Any] = {}
-        if keep is not None:
-            options[self._decoder_cache_name] = keep
-        if segments_BL is not None:
-            positions_BL, visible_BLL = isolate_texts(segments_BL.to(self.device))
-            lengths = [0] * len(positions_BL)
-            options["attention_mask"] = self._masks(lengths, positions_BL, visible_BLL)
-            options["position_ids"] = positions_BL
-        with self._capture_features(needs) as features:
-            self.decoder(
-                input_ids=tokens_BL.to(self.device),
-                use_cache=keep is not None,
-                **options,
-            )
-        return features
-
-    def check(self, needs: Needs) -> None:
-        """Raise UnsupportedError if the features asked for are not [B, N, D]."""
-        self.read(torch.zeros(1, 2, dtype=torch.long), needs)
-
-    def read_extra_rows(
-        self,
-        kept: TextCache,
-        anchors_BA: Tensor,
-        rows: Sequence[tuple[int, int]],
-        inject: Mapping[int, Inject],
-    ) -> Tensor:
-        """Return states [B, A, X, D] after the final norm of extra rows of texts, for training.
-
-        At each of a text's A anchors there are X `rows`, each a parent and a slot as in
-        `Draft.beside`, where node 0 is the text's token at the anchor. They see the text up to it
-        and their own parents, and are differentiable. `inject` gets anchors as the owners.
-        """
-        (batch, num_anchors), num_extra = anchors_BA.shape, len(rows)
-        parents, depths = [0], [0]
-        for parent, _ in rows:
-            parents.append(parent)
-            depths.append(depths[parent] + 1)
-        sees_XX = tree.ancestor_mask(torch.tensor([parents]), max(depths))[0, 1:, 1:]
-        # Chains of different positions do not see each other.
-        sees_NN = torch.eye(num_anchors).kron(sees_XX.float()).bool().to(self.device)
-        anchors_BN = anchors_BA.repeat_interleave(num_extra, 1).to(self.device)
-        depths_N = torch.tensor(depths[1:] * num_anchors, device=self.device)
-        positions_BN = (anchors_BN + depths_N).clamp_(max=self.context - 1)
-        text_BNL = torch.arange(kept.length, device=self.device) <= anchors_BN[..., None]
-        sees_BNS = torch.cat([text_BNL, sees_NN.expand(batch, -1, -1)], -1)
-        masks = {}
-        for kind, window in self._windows.items():
-            near_BNS = sees_BNS
-            if window is not None:
-                key_L = torch.arange(kept.length, device=self.device).expand(batch, -1)
-                key_BS = torch.cat([key_L, positions_BN], 1)
-                near_BNS = sees_BNS & (positions_BN[..., None] - key_BS[:, None] < window)
-            hidden = torch.finfo(self.dtype).min
-            mask_BNS = torch.zeros(near_BNS.shape, dtype=self.dtype, device=self.device)
-            masks[kind] = mask_BNS.masked_fill_(~near_BNS, hidden)[:, None]
-        slots_BN = torch.tensor([slot for _, slot in rows] * num_anchors, device=self.device)
-        with (
-            self._capture_features(Needs(final=True)) as features,
-            self._inject_states(inject, (slots_BN.expand(batch, -1), anchors_BN)),
-        ):
-            self.decoder(
-                input_ids=torch.zeros_like(anchors_BN),
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-                position_ids=positions_BN,
-                use_cache=True,
-                **{self._decoder_cache_name: kept},
-            )
-        return features["final"].view(batch, num_anchors, num_extra, -1)
-
     @functools.cached_property
     def checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint that the model was loaded from, or None."""
         path = Path(self.model.config._name_or_path or "")
         return open_checkpoint(path) if (path / "config.json").is_file() else None
-
-    @functools.cached_property
-    def _decoder_cache_name(self) -> str:
-        """Return the name of the decoder's cache argument; by default the model's."""
-        accepted = inspect.signature(self.decoder.forward).parameters
-        return cache_argument(accepted) or self.cache_name
 
     @property
     def num_tokens(self) -> int:
@@ -392,10 +301,10 @@ class Target:
             last = kept == [num_nodes - 1]
             options["logits_to_keep"] = 1 if last else torch.tensor(kept, device=self.device)
         keys_BS = cache.positions_BS[:, : cache.width]
-        masks = self._masks(lengths, keys_BS, visible_BNT.to(self.device), seen)
+        masks = self.masks(lengths, keys_BS, visible_BNT.to(self.device), seen)
         with (
-            self._capture_features(needs) as features,
-            self._inject_states(needs.inject, extra),
+            self.capture_features(needs) as features,
+            self.inject_states(needs.inject, extra),
             rotary.use_long_factors(self._rotaries, self._original, cache.context),
             skinny.products(self._linears, self._most_rows),
         ):
@@ -412,7 +321,7 @@ class Target:
             logits_BNV = logits_BNV[:, kept]
         return Pass(logits_BNV, features)
 
-    def _masks(
+    def masks(
         self,
         lengths: Sequence[int],
         positions_BS: Tensor,
@@ -424,12 +333,12 @@ class Target:
             kind: tree_mask(
                 lengths, positions_BS, visible_BNT, self.dtype, seen=seen, window=window
             )
-            for kind, window in self._windows.items()
+            for kind, window in self.windows.items()
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @contextmanager
-    def _capture_features(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
+    def capture_features(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
         """Capture the features asked for during one pass, by forward hooks."""
         features: dict[str, Tensor] = {}
         handles = []
@@ -447,7 +356,7 @@ class Target:
                 handle.remove()
 
     @contextmanager
-    def _inject_states(
+    def inject_states(
         self, inject: Mapping[int, Inject], extra: tuple[Tensor, Tensor] | None
     ) -> Iterator[None]:
         """During one pass, replace the hidden states of extra rows at the inputs of layers."""

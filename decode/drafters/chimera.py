@@ -38,7 +38,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.medusa import make_residual_blocks
-from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
+from spectool.decode.heads.base import Heads, TreeConfig, TreeDrafter
 from spectool.decode.heads.layer import (
     DecoderLayer,
     DraftCache,
@@ -47,9 +47,10 @@ from spectool.decode.heads.layer import (
     attend_chains,
     make_layer_config,
 )
-from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
+from spectool.decode.protocol import Features, Needs, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 
 class Trigram(nn.Module):
@@ -108,8 +109,9 @@ class ChimeraHeads(Heads):
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
-        self.probs_weight = config.probs_weight
-        self.loss_target = "both" if config.probs_weight else "labels"
+        self.loss = LossSpec(
+            target="both" if config.probs_weight else "labels", probs_weight=config.probs_weight
+        )
         shape = make_layer_config(model)
         self.rotary = Rotary(shape)
         self.trigram = Trigram(shape.hidden_size)

@@ -40,7 +40,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spectool import options
 from spectool.decode.cache import TreeCache
-from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
+from spectool.decode.heads.base import Heads, TreeConfig, TreeDrafter
 from spectool.decode.heads.layer import (
     DecoderLayer,
     DraftCache,
@@ -49,9 +49,10 @@ from spectool.decode.heads.layer import (
     make_layer_config,
     read_final_scale,
 )
-from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
+from spectool.decode.protocol import Features, Needs, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 # The size of the random numbers that are added to initial weights.
 _NOISE = 0.01
@@ -132,9 +133,7 @@ class CloverHeads(Heads):
     supports_packing = True
     begins_as_layers = True
     optimizer_defaults = OptimizerDefaults(rate=1e-3, betas=(0.9, 0.95))
-    loss_target = "probs"
-    decay = 0.7
-    state_weight = 10.0
+    loss = LossSpec(target="probs", decay=0.7, state_weight=10.0)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)

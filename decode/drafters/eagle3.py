@@ -37,7 +37,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.heads.base import Heads, OptimizerDefaults, gather_outcomes, gather_prompts
+from spectool.decode.heads.base import Heads, gather_outcomes, gather_prompts
 from spectool.decode.heads.layer import (
     Attention,
     DraftCache,
@@ -52,7 +52,6 @@ from spectool.decode.protocol import (
     Needs,
     Outcome,
     PrefilledPrompt,
-    TrainingBatch,
 )
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
@@ -61,6 +60,7 @@ from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
 from spectool.kernels import skinny
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 # Draft vocabulary of targets that have a larger one, as published.
 _DRAFT_VOCAB = 32000
@@ -108,8 +108,7 @@ class Eagle3Heads(Heads):
                 raise UsageError(f"--layers {self.layers}: expected numbers like 2-16-29")
 
     optimizer_defaults = OptimizerDefaults(rate=5e-5, betas=(0.9, 0.95))
-    loss_target = "probs"
-    decay = 0.8
+    loss = LossSpec(target="probs", decay=0.8)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         """Make untrained heads for a target.

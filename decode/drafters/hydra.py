@@ -32,10 +32,11 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.medusa import make_residual_blocks
-from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
+from spectool.decode.heads.base import Heads, TreeConfig, TreeDrafter
 from spectool.decode.heads.layer import DecoderLayer, DraftCache, Rotary, make_layer_config
-from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
+from spectool.decode.protocol import Features, Needs, PrefilledPrompt
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 _DROPOUT = 0.2
 _BLOCKS = {"plain": 1, "plus": 4}
@@ -97,7 +98,7 @@ class HydraHeads(Heads):
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
         plus = config.variant == "plus"
-        self.loss_target = "probs" if plus else "labels"
+        self.loss = LossSpec(target="probs" if plus else "labels")
         weight_VD = self.frozen.weight_VD
         self._each = [
             HydraHead(

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.heads.base import TOP, Heads
-from spectool.decode.protocol import Drafter, Inject, Outcome, PrefilledPrompt, TrainingBatch
+from spectool.decode.protocol import Drafter, Inject, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
+from spectool.training import LossSpec, TrainingBatch
 
 # Sizes that are tried for each tree, in candidate nodes.
 _SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -47,7 +48,7 @@ class InPassHeads(Heads):
     A method implements `extra_rows` and `make_injections`.
     """
 
-    loss_target = "probs"
+    loss = LossSpec(target="probs")
     config: Any
 
     @classmethod
@@ -75,7 +76,7 @@ class InPassHeads(Heads):
         return batch_R[index_S], position_R[index_S]
 
     def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
-        assert batch.beside is not None
+        assert batch.extra_rows is not None
         inject, rows = self.make_injections(batch), self.extra_rows
         # One row of positions per text; shorter rows are padded with position 0.
         num_texts = len(batch.tokens_BL)
@@ -86,7 +87,7 @@ class InPassHeads(Heads):
         positions_BA = torch.zeros(num_texts, max(1, most), dtype=torch.long, device=batch_R.device)
         positions_BA[batch_R, column_R] = position_R
         found = [
-            batch.beside(part_BA, rows, inject)
+            batch.extra_rows(part_BA, rows, inject)
             for part_BA in torch.split(positions_BA, _POSITIONS_PER_PASS, dim=1)
         ]
         states_RXD = torch.cat(found, 1)[batch_R, column_R].to(self.dtype)
