@@ -157,7 +157,7 @@ class TreeCache(Cache):
         """Keep these rows of the batch, in this order."""
         self.tokens = [self.tokens[row] for row in rows]
         self.positions_BS = self.positions_BS[list(rows)]
-        index = torch.tensor(list(rows), device=self._device)
+        index = torch.tensor(list(rows), dtype=torch.long, device=self._device)
         for store in self.stores:
             store.select(index)
 
@@ -168,6 +168,7 @@ class TreeCache(Cache):
         The other cache hands its rows over and is not to be used afterwards.
         """
         assert self.context == other.context, "rows of one cache share a context"
+        rows = len(self.tokens), len(other.tokens)
         self.tokens += other.tokens
         capacity = max(self.capacity, other.capacity)
         self.positions_BS = torch.cat(
@@ -175,7 +176,7 @@ class TreeCache(Cache):
         )
         self._device, self._tail = other._device, max(self._tail, other._tail)
         for mine, theirs in zip(self.stores, other.stores, strict=True):
-            mine.join(theirs)
+            mine.join(theirs, rows)
 
     def keep_prefix(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Keep the longest common prefix of each row with its new prompt; return the lengths.

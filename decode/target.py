@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from spectool import machine
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode import rotary, tree
 from spectool.decode.cache import TreeCache, cache_argument
@@ -31,8 +29,9 @@ from spectool.decode.kv.base import parse_kv
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError, UsageError
-from spectool.kernels import skinny
+from spectool.kernels.registry import in_force
 from spectool.model.decoder import decoder_of
+from spectool.model.kernels import give_kernels
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
 _CHUNK = 512
@@ -97,8 +96,7 @@ class Target:
         assert name is not None, "a forward that takes no cache is refused"
         self.cache_name = name
         self._keeps_logits = "logits_to_keep" in accepted
-        self._linears = skinny.eligible_linears(model.modules())
-        self._most_rows = kernel_rows(self.dtype)
+        give_kernels(model, self.dtype)
         self._original = rotary.find_original_context(config)
         self.context_reason = rotary.explain_context(config)
         self._rotaries = rotary.list_longrope_modules(model)
@@ -191,7 +189,7 @@ class Target:
         """
         lm_head = self.model.get_output_embeddings()
         found: list[list[int]] = []
-        with skinny.products(self._linears, self._most_rows):
+        with in_force():
             for part_TD in torch.split(states_TD, _CHUNK):
                 found += top_ids(lm_head(part_TD), count).tolist()
         return found
@@ -208,16 +206,16 @@ class Target:
             num_nodes = len(draft)
             padding = range(draft.num_rows, num_rows)
             tokens.append(draft.tokens + [0] * (num_rows - num_nodes))
-            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.beside), *padding]
+            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.extra_rows), *padding]
             parents.append(above)
-            slots.append([-1] * num_nodes + [slot for _, slot in draft.beside])
+            slots.append([-1] * num_nodes + [slot for _, slot in draft.extra_rows])
             slots[-1] += [-1] * len(padding)
             owner = list(range(num_rows))
             for row in range(num_nodes, draft.num_rows):
                 owner[row] = owner[above[row]]
             owners.append(owner)
         extra = None
-        if any(draft.beside for draft in drafts):
+        if any(draft.extra_rows for draft in drafts):
             extra = (torch.tensor(slots, device=self.device), torch.tensor(owners).to(self.device))
         return self.grow(cache, tokens, parents, needs=needs, extra=extra)
 
@@ -306,7 +304,7 @@ class Target:
             self.capture_features(needs) as features,
             self.inject_states(needs.inject, extra),
             rotary.use_long_factors(self._rotaries, self._original, cache.context),
-            skinny.products(self._linears, self._most_rows),
+            in_force(),
         ):
             output = self.model(
                 input_ids=torch.tensor(tokens, device=self.device),
@@ -463,17 +461,6 @@ def isolate_texts(segments_BL: Tensor) -> tuple[Tensor, Tensor]:
 def top_ids(logits_BNV: Tensor, count: int) -> Tensor:
     """Return the ids of the `count` largest logits in descending order, or of all if fewer."""
     return logits_BNV.topk(min(count, logits_BNV.shape[-1])).indices
-
-
-def kernel_rows(dtype: torch.dtype) -> int:
-    """Return up to how many rows spectool's CPU kernel multiplies faster than torch."""
-    if dtype == torch.bfloat16:
-        if not machine.has_bfloat16():
-            # torch is very slow there.
-            return sys.maxsize
-        if machine.has_bfloat16_tiles():
-            return skinny.MOST_ROWS_BESIDE_TILES
-    return skinny.MOST_ROWS
 
 
 def _capture_hook(features: dict[str, Tensor], name: str) -> Any:

@@ -116,7 +116,7 @@ def read_extra_rows(
     """Return states [B, A, X, D] after the final norm of extra rows of texts, for training.
 
     At each of a text's A anchors there are X `rows`, each a parent and a slot as in
-    `Draft.beside`, where node 0 is the text's token at the anchor. They see the text up to it
+    `Draft.extra_rows`, where node 0 is the text's token at the anchor. They see the text up to it
     and their own parents, and are differentiable. `inject` gets anchors as the owners.
     """
     (batch, num_anchors), num_extra = anchors_BA.shape, len(rows)

@@ -11,8 +11,8 @@ guessed, K heads, N nodes of a tree, P nodes of one depth, A nodes of a path, G 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
+from spectool.decode.heads.layer import DraftCache
 from spectool.decode.protocol import (
     Drafter,
     Features,
@@ -33,11 +34,11 @@ from spectool.decode.protocol import (
 )
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
-from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import UnsupportedError
-from spectool.kernels import skinny
+from spectool.kernels.registry import in_force
 from spectool.model.blocks import final_logits
+from spectool.model.kernels import give_kernels
 from spectool.model.packed import PackedLinear
 from spectool.options import option
 from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
@@ -195,7 +196,56 @@ class TreeConfig(options.Config):
     depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
 
 
-class TreeDrafter(Drafter):
+class HeadsDrafter(Drafter):
+    """A drafter that drafts from one state per request, computed from the committed tokens.
+
+    `draft_cache` holds what layers of the heads keep of these tokens.
+    """
+
+    def __init__(self, heads: Heads, draft_cache: DraftCache | None = None) -> None:
+        self.needs = heads.needs
+        self._heads = heads.eval()
+        self._draft_cache = draft_cache
+        self._states: dict[Request, Tensor] = {}
+        give_kernels(heads, heads.dtype)
+
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
+        return ("deterministic",)
+
+    @torch.inference_mode()
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+        if self._draft_cache is not None:
+            self._draft_cache.take_over(prompts)
+        self._read_all([prompt.request for prompt in prompts], *gather_prompts(prompts))
+
+    def remove(self, request: Request) -> None:
+        self._states.pop(request, None)
+        if self._draft_cache is not None:
+            self._draft_cache.remove(request)
+
+    @torch.inference_mode()
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        self._read_all([outcome.request for outcome in outcomes], *gather_outcomes(outcomes))
+
+    def _read_all(self, requests: Sequence[Request], *read: Any) -> None:
+        with in_force():
+            self._states.update(zip(requests, self._read(requests, *read), strict=True))
+
+    @abstractmethod
+    def _read(
+        self,
+        requests: Sequence[Request],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[Features],
+    ) -> list[Tensor]:
+        """Read newly committed tokens; return each request's state [D] to draft from.
+
+        `features[b]` are those of `tokens[b]` without its last token, the new root, which the
+        target has not read yet.
+        """
+
+
+class TreeDrafter(HeadsDrafter):
     """Drafter of the static tree that was best on held-out text.
 
     Each level is one call of its head, for all its nodes and all requests at once.
@@ -208,42 +258,31 @@ class TreeDrafter(Drafter):
         heads: Heads,
         paths: Sequence[tuple[Sequence[int], float]],
         config: TreeConfig | None = None,
+        draft_cache: DraftCache | None = None,
     ) -> None:
         """Build the tree from its nodes: `paths` of ranks, each with the share that follows it.
 
         Paths come best first, so that any prefix of them is a tree.
         """
+        super().__init__(heads, draft_cache)
         self.config = config or TreeConfig()
-        self.needs = heads.needs
-        self._heads = heads.eval()
         depth = min(self.config.depth, heads.num_heads)
         kept = [path for path, _ in paths if len(path) <= depth][: self.config.nodes]
         self._tree = RankTree(kept, device=heads.frozen.weight_VD.device)
-        self._states: dict[int, Tensor] = {}
-        self._linears = skinny.eligible_linears(heads.modules())
-
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",)
 
     @torch.inference_mode()
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        self._states.clear()
-        with self._kernel():
-            self._read([prompt.row.index for prompt in prompts], *gather_prompts(prompts))
-
-    @torch.inference_mode()
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         deepest = min(max(budget), len(self._tree.levels))
         if deepest == 0:
-            return [tree.root(request.tokens[-1]) for request in rows]
-        state_BD = torch.stack([self._states[request.index] for request in rows])
+            return [tree.root(request.tokens[-1]) for request in requests]
+        state_BD = torch.stack([self._states[request] for request in requests])
         tokens_BN = torch.zeros(
-            len(rows), len(self._tree.depths), dtype=torch.long, device=state_BD.device
+            len(requests), len(self._tree.depths), dtype=torch.long, device=state_BD.device
         )
-        tokens_BN[:, 0] = torch.tensor([request.tokens[-1] for request in rows])
-        with self._kernel():
+        tokens_BN[:, 0] = torch.tensor([request.tokens[-1] for request in requests])
+        with in_force():
             for k, level in enumerate(self._tree.levels[:deepest]):
-                states = self._level(rows, state_BD, tokens_BN, k)
+                states = self._level(requests, state_BD, tokens_BN, k)
                 guesses = self._heads.guess(states, k, TOP)
                 guesses_BPG = guesses.expand(-1, len(level.paths_PA), -1)
                 tokens_BN[:, level.nodes_C] = guesses_BPG[:, level.parent_C, level.rank_C]
@@ -261,32 +300,20 @@ class TreeDrafter(Drafter):
         """
         return self._heads.step(state_BD, tokens_BN[:, self._tree.levels[k].paths_PA], k)
 
-    @torch.inference_mode()
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
-        with self._kernel():
-            self._read([outcome.row.index for outcome in outcomes], *gather_outcomes(outcomes))
-
-    def _kernel(self) -> AbstractContextManager[None]:
-        """Use the small-batch matmul kernel in all layers of the heads."""
-        return skinny.products(self._linears, kernel_rows(self._heads.dtype))
-
     def _read(
-        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
-    ) -> None:
-        """Read newly committed tokens; keep the state to draft from next by request index.
-
-        `features[b]` are those of `tokens[b]` without its last token, the new root, which the
-        target has not read yet.
-        """
-        for index, found in zip(indices, features, strict=True):
-            self._states[index] = found["final"][-1].clone()
+        self,
+        requests: Sequence[Request],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[Features],
+    ) -> list[Tensor]:
+        return [found["final"][-1].clone() for found in features]
 
 
 def gather_prompts(prompts: Sequence[PrefilledPrompt]) -> tuple[list[list[int]], list[Features]]:
     """Return the prompt tokens just read with the token after them, and the former's features."""
     features = [prompt.features for prompt in prompts]
     sizes = [len(next(iter(found.values()))) for found in features]
-    tokens = [p.row.tokens[-1 - size :] for p, size in zip(prompts, sizes, strict=True)]
+    tokens = [p.request.tokens[-1 - size :] for p, size in zip(prompts, sizes, strict=True)]
     return tokens, features
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -223,23 +222,6 @@ def test_context_is_the_models_or_less(tiny: Tiny) -> None:
     assert Target(model, context=40).context == 40
     with pytest.raises(UsageError, match="--context 300: gpt2 holds at most 256"):
         Target(model, context=300)
-
-
-@pytest.mark.parametrize(
-    ("flags", "dtype", "rows"),
-    [
-        ("fma avx2", torch.float32, 64),
-        ("fma avx2", torch.bfloat16, sys.maxsize),
-        ("avx2 avx512_bf16", torch.bfloat16, 64),
-        ("avx512_bf16 amx_bf16 amx_tile", torch.bfloat16, 4),
-        ("avx512_bf16 amx_bf16 amx_tile", torch.float32, 64),
-    ],
-)
-def test_the_kernel_yields_to_torch_where_torch_is_faster(
-    monkeypatch: pytest.MonkeyPatch, flags: str, dtype: torch.dtype, rows: int
-) -> None:
-    monkeypatch.setattr("spectool.machine._flags", lambda: set(flags.split()))
-    assert target_module.kernel_rows(dtype) == rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -185,7 +185,7 @@ def test_trees_are_those_of_a_loop_over_their_paths(
             final_LD = read_features(
                 runner.target, torch.tensor([request.tokens[:-1]]), heads.needs
             )["final"][0]
-            torch.testing.assert_close(drafter._states[request.index], final_LD[-1])
+            torch.testing.assert_close(drafter._states[request], final_LD[-1])
             for node in range(1, len(draft)):
                 above = [draft.tokens[n] for n in draft.path(draft.parents[node])]
                 read = chain(heads, final_LD, request.tokens[:-1] + above, whole)

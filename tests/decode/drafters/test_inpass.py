@@ -119,7 +119,7 @@ def test_no_node_attends_to_extra_rows(tiny: Make, prompt_of: Make, family: str,
     target.prefill(cache, prompts)
     guesses = [[[5, 6, 7], [8, 9, 10], [11, 12, 13]][: drafter._heads.num_heads]] * 2
     drafts = [drafter._draft(3, guesses[0], 9), drafter._draft(4, [], 9)]
-    assert all(draft.beside for draft in drafts) and len(drafts[0]) > 2
+    assert all(draft.extra_rows for draft in drafts) and len(drafts[0]) > 2
     bare = [Draft(d.tokens, d.parents, d.kinds) for d in drafts]
     logits_BNV = target.verify(cache, drafts, drafter.needs).logits_BNV
     alone_BNV = target.verify(cache, bare, Needs()).logits_BNV

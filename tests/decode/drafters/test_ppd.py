@@ -59,11 +59,11 @@ def test_members_of_an_ensemble_attend_only_to_their_own_rows() -> None:
     assert [slot for _, slot in heads.extra_rows] == [0, 1, 2, 3, 4, 5]
     drafter = PPDDrafter(heads, [((0,), 0.5), ((0, 0), 0.2)])
     draft = drafter._draft(9, [[4, 5], [6, 7]], 8)
-    for row, (parent, slot) in enumerate(draft.beside, start=len(draft)):
+    for row, (parent, slot) in enumerate(draft.extra_rows, start=len(draft)):
         if slot < 2:
             assert parent < len(draft)
         else:
-            above = draft.beside[parent - len(draft)]
+            above = draft.extra_rows[parent - len(draft)]
             assert above[1] == slot - 2 and parent < row
 
 
