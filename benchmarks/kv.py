@@ -20,6 +20,7 @@ import record
 import torch
 from torch import Tensor
 
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.data.text import read_text
 from spectool.decode import tree
 from spectool.decode.generate import Runner
@@ -76,11 +77,12 @@ def main() -> None:
     parser.add_argument("--draft", default="ngram:min_n=1")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    tokenizer: Any = load_tokenizer(arguments.model)
+    checkpoint = open_checkpoint(arguments.model)
+    tokenizer: Any = load_tokenizer(checkpoint)
     text = read_text([arguments.text], tokenizer)[: 1 << 17]
     rows: list[dict[str, Any]] = []
     for dtype in arguments.dtypes:
-        model = load_model(arguments.model, dtype=dtype)
+        model = load_model(checkpoint, dtype=dtype)
         exact: list[Tensor] = []
         for kv in arguments.stores:
             runner = Runner(model, tokenizer=tokenizer, kv=kv)

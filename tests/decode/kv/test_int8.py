@@ -104,7 +104,7 @@ def test_a_column_depends_on_its_token_alone(dtype: torch.dtype) -> None:
     for row in range(3):
         moved.move(row, 4 + torch.arange(8, -1, -1), 0)
     alone = written(Int8Store(), keys[:1], values[:1])
-    alone.join(written(Int8Store(), keys[1:], values[1:]))
+    alone.join(written(Int8Store(), keys[1:], values[1:]), (1, 2))
     alone.select(torch.tensor([2, 0, 1]))
     alone.select(torch.tensor([1, 2, 0]))
     for store in (one_by_one, moved, alone):
