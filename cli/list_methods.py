@@ -14,9 +14,7 @@ from spectool.errors import UsageError
 def list_methods(
     kind: Annotated[
         str | None,
-        typer.Argument(
-            help="Kind to list: quantizer, chooser, drafter, verifier, kv or measure; default: all"
-        ),
+        typer.Argument(help=f"Kind to list: {', '.join(get_args(methods.Kind))}; default: all"),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="List research methods too")] = False,
     json_output: Json = False,
@@ -33,7 +31,9 @@ def list_methods(
             if (kind is None or row.kind == kind.rstrip("s"))
             and (everything or row.status == "stable")
         ]
-        width = max(len(name) for name, _ in wanted)
+        width = max((len(name) for name, _ in wanted), default=0)
+        if not wanted:
+            output.show("none is stable; --all lists research methods too")
         shown = None
         for name, row in wanted:
             if row.kind != shown:

@@ -14,14 +14,15 @@ from typing import Any, Literal
 
 from spectool.errors import UsageError
 
-Kind = Literal["quantizer", "chooser", "drafter", "verifier", "kv", "measure"]
+Kind = Literal["quantizer", "lm_head", "chooser", "drafter", "verifier", "kv", "measure"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """A method: its target, its line in lists and reference pages, and the paper it comes from.
 
-    A chooser picks a quantizer. `runs_in` are the programs that run the method's artifacts.
+    A method of kind `lm_head` fits an lm_head and is a quantizer too; a chooser picks a quantizer.
+    `runs_in` are the programs that run the artifacts of a method.
     """
 
     kind: Kind
@@ -33,6 +34,10 @@ class Method:
     runs_in: tuple[str, ...] = ("spectool", "transformers")
     # A drafter with draft heads, which `train-heads` trains.
     trained: bool = False
+
+    def serves_as(self, kind: Kind) -> bool:
+        """Return whether a method of this kind can be had by this name."""
+        return kind == self.kind or (kind, self.kind) == ("quantizer", "lm_head")
 
 
 # A key is a method's name, with its kind in front (`kv:int8`) where another kind has that name.
@@ -100,7 +105,7 @@ METHODS: dict[str, Method] = {
         status="research",
     ),
     "vq": Method(
-        kind="quantizer",
+        kind="lm_head",
         target="spectool.quantize.lm_head.vq:VQ",
         summary="Rows share vectors of a codebook; for the lm_head, trained by --lm-head vq",
         source="VQ-Logits, 2025 (arXiv:2505.10202); Zhu et al., SimVQ, 2024 (arXiv:2411.02038)",
@@ -313,7 +318,7 @@ METHODS: dict[str, Method] = {
 
 def names(kind: Kind) -> list[str]:
     """List the names of one kind of method, in the table's order."""
-    return [key.rpartition(":")[2] for key, method in METHODS.items() if method.kind == kind]
+    return [key.rpartition(":")[2] for key, method in METHODS.items() if method.serves_as(kind)]
 
 
 def trained() -> list[str]:
@@ -328,7 +333,7 @@ def row(name: str, kind: Kind) -> Method:
         UsageError: no method of this kind has the name.
     """
     method = METHODS.get(f"{kind}:{name}", METHODS.get(name))
-    if method is None or method.kind != kind:
+    if method is None or not method.serves_as(kind):
         close = difflib.get_close_matches(name, names(kind), n=1)
         raise UsageError(
             f"no {kind} is called {name!r}; known: {', '.join(names(kind))}",
