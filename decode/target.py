@@ -96,7 +96,7 @@ class Target:
         assert name is not None, "a forward that takes no cache is refused"
         self.cache_name = name
         self._keeps_logits = "logits_to_keep" in accepted
-        give_kernels(model, self.dtype)
+        self.kernels = give_kernels(model, self.dtype)
         self._original = rotary.find_original_context(config)
         self.context_reason = rotary.explain_context(config)
         self._rotaries = rotary.list_longrope_modules(model)
