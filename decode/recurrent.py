@@ -44,8 +44,16 @@ class RecurrentTarget(Target):
         UsageError: a context longer than the model's.
     """
 
-    def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
-        super().__init__(model, context=context)
+    def __init__(
+        self, model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
+    ) -> None:
+        super().__init__(model, context=context, kv=kv)
+        if kv != "dense":
+            raise UnsupportedError(
+                f"--kv {kv} is not for {self.name}: its state is recurrent, and transformers' own "
+                "cache holds it",
+                hint="leave out --kv",
+            )
         # Its passes take the rotary factors that transformers chooses: the short ones.
         self.context, self._original = self.span(1), None
         accepted = inspect.signature(model.forward).parameters
@@ -184,7 +192,7 @@ class RecurrentTarget(Target):
         return torch.cat(logits)[-num_logits:], whole
 
 
-def open_target(model: PreTrainedModel, *, context: int | None = None) -> Target:
+def open_target(model: PreTrainedModel, *, context: int | None = None, kv: str = "dense") -> Target:
     """Open a model as a `Target`, or as a `RecurrentTarget` if it has a recurrent state."""
     recurrent = is_recurrent(model, model.config.get_text_config(decoder=True))
-    return (RecurrentTarget if recurrent else Target)(model, context=context)
+    return (RecurrentTarget if recurrent else Target)(model, context=context, kv=kv)
