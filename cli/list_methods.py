@@ -28,8 +28,8 @@ def list_methods(output: Output, options: ListOptions) -> None:
     if kind is not None and kind.rstrip("s") not in kinds:
         raise UsageError(f"no kind is called {kind!r}; known: {', '.join(kinds)}")
     wanted = [
-        (name, row)
-        for name, row in methods.METHODS.items()
+        (key.rpartition(":")[2], row)
+        for key, row in methods.METHODS.items()
         if (kind is None or row.kind == kind.rstrip("s"))
         and (options.all or row.status == "stable")
     ]
