@@ -17,18 +17,19 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.data.text import check_ids
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.control.ban import BannedText, Vocabulary, token_bytes
 from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias, parse_biases
 from spectool.decode.loop import Timings, decode
+from spectool.decode.options import SamplingOptions, SamplingParams
 from spectool.decode.policy.chain import wrap_for_target
 from spectool.decode.policy.curve import Curve, load_or_measure
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
 from spectool.decode.recurrent import open_target
 from spectool.decode.request import FinishReason, Request
-from spectool.decode.sampling import Draws, SamplingOptions, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.spec import open_drafter, parse_spec
 from spectool.decode.streaming import TextStream
 from spectool.decode.verify import Verification, choose_verifier
@@ -83,8 +84,9 @@ class Runner:
     """A loaded model with a drafter, for any number of prompts.
 
     `draft` is a specification (`decode/spec.py`), a drafter, or None for plain decoding; `use`
-    replaces it. `dtype` and `device` are for models given as a path. `allow_other_target` accepts
-    draft heads of another checkpoint. `tune` sizes trees by what passes cost on this machine
+    replaces it. `dtype` and `device` are for models given as a path. `kv` names the store of keys
+    and values (`decode/kv/`): `dense`, `int8`, `int8:group=64`. `allow_other_target` accepts draft
+    heads of another checkpoint. `tune` sizes trees by what passes cost on this machine
     (`decode/policy/tuned.py`) also where a specification does not ask for it. `checksums`: compare
     artifacts and heads with their checksums when they are loaded. `timings` sums the seconds of
     all calls.
@@ -102,6 +104,7 @@ class Runner:
         dtype: torch.dtype | str | None = None,
         device: str = "cpu",
         context: int | None = None,
+        kv: str = "dense",
         allow_other_target: bool = False,
         tune: bool = False,
         checksums: bool = True,
@@ -113,7 +116,7 @@ class Runner:
             checkpoint = open_checkpoint(model, checksums=checksums)
             tokenizer = tokenizer or load_tokenizer(checkpoint)
             model = load_model(checkpoint, dtype=dtype, device=device)
-        self.target = open_target(model, context=context)
+        self.target = open_target(model, context=context, kv=kv)
         self.tokenizer = tokenizer
         self.allow_other_target = allow_other_target
         self.checksums = checksums
@@ -121,7 +124,7 @@ class Runner:
         self.drafter: Drafter
         self.use(draft)
         self.timings = Timings()
-        self._cache: TreeCache | None = None
+        self._cache: BatchCache | None = None
         self._last: list[Request] = []
 
     @property
@@ -324,7 +327,7 @@ class Runner:
                 return not_finite(model.config._name_or_path or self.target.name, str(error), where)
         return error
 
-    def _open_cache(self, requests: list[Request], reuse: bool) -> TreeCache:
+    def _open_cache(self, requests: list[Request], reuse: bool) -> BatchCache:
         """Return a cache that holds as much of the prompts as the kept one allows."""
         prompts = [request.tokens for request in requests]
         context = requests[0].context
@@ -422,6 +425,7 @@ def generate(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     context: int | None = None,
+    kv: str = "dense",
     checksums: bool = True,
     max_new_tokens: int = 128,
     seed: int = 0,
@@ -444,6 +448,7 @@ def generate(
         dtype=dtype,
         device=device,
         context=context,
+        kv=kv,
         checksums=checksums,
     )
     return runner.generate(

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode import tree
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.heads.layer import DraftCache
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import (
     Drafter,
     Features,
@@ -33,7 +34,6 @@ from spectool.decode.protocol import (
     PrefilledPrompt,
 )
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import UnsupportedError
 from spectool.kernels.registry import in_force
@@ -213,7 +213,7 @@ class HeadsDrafter(Drafter):
         return ("deterministic",)
 
     @torch.inference_mode()
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         if self._draft_cache is not None:
             self._draft_cache.take_over(prompts)
         self._read_all([prompt.request for prompt in prompts], *gather_prompts(prompts))

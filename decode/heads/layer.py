@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -51,7 +52,7 @@ class Sight:
 
     rotary: tuple[Tensor, Tensor]
     mask_B1NS: Tensor | None = None
-    cache: TreeCache | None = None
+    cache: Cache | None = None
 
 
 class Rotary:
@@ -221,8 +222,10 @@ def read_final_scale(model: PreTrainedModel) -> Tensor | None:
     if norm is None or "RMSNorm" not in type(norm).__name__:
         return None
     weight_D: Tensor = norm.weight.detach()
-    # Gemma stores the weight minus 1.
-    return weight_D + 1 if "Gemma" in type(norm).__name__ else weight_D
+    # Gemma and others store the weight minus 1: the norm of ones shows what it multiplies by.
+    with torch.no_grad():
+        scale_D: Tensor = norm(torch.ones_like(weight_D))
+    return weight_D + (scale_D - weight_D).mean().round()
 
 
 class DraftCache:
@@ -343,4 +346,4 @@ class DraftCache:
         keys_BS = cache.positions_BS[:, : cache.width]
         mask_B1NS = tree_mask(lengths, keys_BS, visible_BNT.to(like.device), like.dtype)
         rotary = self._rotary.at(positions_BT[:, num_tail - num_nodes :], like)
-        return run(*inputs, Sight(rotary, mask_B1NS, cache))
+        return run(*inputs, Sight(rotary, mask_B1NS, cache.model_cache))
