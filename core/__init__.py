@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     # For editors and type checkers; `__getattr__` does the same at run time.
     from spectool.decode.adapter import drafting
     from spectool.decode.generate import Result, Runner, generate
-    from spectool.decode.sampling import SamplingParams
+    from spectool.decode.options import SamplingParams
     from spectool.model.loading import load
     from spectool.quantize import quantize
 
@@ -37,7 +37,7 @@ __all__ = [
 _PLACES = {
     "Result": "spectool.decode.generate",
     "Runner": "spectool.decode.generate",
-    "SamplingParams": "spectool.decode.sampling",
+    "SamplingParams": "spectool.decode.options",
     "drafting": "spectool.decode.adapter",
     "generate": "spectool.decode.generate",
     "load": "spectool.model.loading",
