@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.data.text import check_ids
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.control.ban import BannedText, Vocabulary, token_bytes
 from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias, parse_biases
@@ -124,7 +124,7 @@ class Runner:
         self.drafter: Drafter
         self.use(draft)
         self.timings = Timings()
-        self._cache: TreeCache | None = None
+        self._cache: BatchCache | None = None
         self._last: list[Request] = []
 
     @property
@@ -327,7 +327,7 @@ class Runner:
                 return not_finite(model.config._name_or_path or self.target.name, str(error), where)
         return error
 
-    def _open_cache(self, requests: list[Request], reuse: bool) -> TreeCache:
+    def _open_cache(self, requests: list[Request], reuse: bool) -> BatchCache:
         """Return a cache that holds as much of the prompts as the kept one allows."""
         prompts = [request.tokens for request in requests]
         context = requests[0].context

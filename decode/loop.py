@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spectool.decode import tree
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.control.base import ControlStates, apply_controls
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -54,7 +54,7 @@ class Timings:
 
 def decode(
     target: Target,
-    cache: TreeCache,
+    cache: BatchCache,
     drafter: Drafter,
     requests: Sequence[Request],
     verification: Verification,
@@ -80,7 +80,7 @@ def decode(
 
 def _prefill(
     target: Target,
-    cache: TreeCache,
+    cache: BatchCache,
     drafter: Drafter,
     requests: list[Request],
     verification: Verification,
@@ -123,7 +123,7 @@ def _prefill(
 
 def _step(
     target: Target,
-    cache: TreeCache,
+    cache: BatchCache,
     drafter: Drafter,
     requests: list[Request],
     verification: Verification,
@@ -221,7 +221,7 @@ def _list_states(requests: Sequence[Request], drafts: Sequence[Draft]) -> list[l
     ]
 
 
-def _drop_finished(cache: TreeCache, drafter: Drafter, requests: list[Request]) -> list[Request]:
+def _drop_finished(cache: BatchCache, drafter: Drafter, requests: list[Request]) -> list[Request]:
     """Remove finished requests from cache and drafter; return the others."""
     alive = [request for request in requests if request.finish_reason is None]
     # The last request stays in the cache when it ends: a later call may continue from it.
