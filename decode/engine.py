@@ -1,6 +1,6 @@
 """The engine: requests that share the passes of a target, and join and leave between steps.
 
-A step feeds one chunk of waiting prompts, then drafts, verifies and commits once for every running
+A step feeds one chunk of waiting prompts, or drafts, verifies and commits once for every running
 request. Before its draft is fed, the cache holds all committed tokens of a request but the last,
 the pending root; the accepted path is committed in place, and the verifier's token is the new root.
 The engine knows no method and no architecture. Drafting apart, a step synchronises with the device
@@ -104,6 +104,8 @@ class Engine:
         self._waiting: deque[tuple[Request, bool]] = deque()
         self._joining: _Joining | None = None
         self._running: list[Request] = []
+        # Whether the last step fed prompts.
+        self._fed = False
         # The request that ended last stays in the cache: the next one may continue it.
         self._kept: Request | None = None
 
@@ -129,14 +131,19 @@ class Engine:
                 request.interrupt()
 
     def step(self) -> list[Event]:
-        """Feed a chunk of prompts, then decode once; return what was committed, ends and errors."""
+        """Feed a chunk of prompts, or decode once; return what was committed, ends and errors.
+
+        The two take turns while there is work for both.
+        """
         events = self._sweep()
+        if self._running and self._fed:
+            self._fed = False
+            return events + self._decode()
         self._admit()
         if self._joining is not None:
-            events += self._prefill(self._joining)
-        if self._running:
-            events += self._decode()
-        return events
+            self._fed = True
+            return events + self._prefill(self._joining)
+        return events + (self._decode() if self._running else [])
 
     def close(self) -> None:
         """Forget all requests, also in the drafter; needed after an error inside a step."""

@@ -117,20 +117,16 @@ def test_requests_have_the_tokens_that_they_have_alone(
 def test_a_long_prompt_does_not_keep_others_waiting(
     tiny: Tiny, endless: Any, prompt_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step feeds one chunk of it, and brings those that run a token."""
+    """Every other step feeds one chunk of it, and the one after brings those that run a token."""
     monkeypatch.setattr(engine_module, "CHUNK", 16)
     runner = Runner(endless(tiny("llama")))
     engine = runner.engine(2)
     short, long = (runner.make_request(prompt_of(size), max_new_tokens=20) for size in (5, 50))
     for request in (short, long):
         engine.submit(request)
-    brought = []
-    for _ in range(6):
-        events = engine.step()
-        brought.append({id(e.request): len(e.tokens) for e in events if e.request is long})
-        assert [len(e.tokens) for e in events if e.request is short][-1:] == [1]
-    # The short prompt's step, three chunks of 16, then the last one and a first token.
-    assert [bool(each) for each in brought] == [False] * 4 + [True] * 2
+    brought = [[e.request for e in engine.step()] for _ in range(11)]
+    # Prefill of the short one, then four chunks of the long one, the last with its first token.
+    assert brought == [[short], *[[short], []] * 3, [short], [long], [short, long], [short, long]]
 
 
 def test_a_free_row_is_taken_at_once(tiny: Tiny, endless: Any, prompt_of: Any) -> None:
@@ -144,8 +140,8 @@ def test_a_free_row_is_taken_at_once(tiny: Tiny, endless: Any, prompt_of: Any) -
     while engine.busy:
         engine.step()
         steps += 1
-    # Groups of two would take 39 + 9 + 9 steps.
-    assert steps <= 40 + 2
+    # Groups of two would take 39 + 9 + 9 steps, and a prefill each.
+    assert steps == 39 + 4
 
 
 def test_a_request_whose_logits_are_no_numbers_ends_alone(
@@ -225,8 +221,8 @@ def test_cancel_frees_a_row(
     requests = [runner.make_request(prompt, max_new_tokens=30) for prompt in prompts]
     engine = runner.engine(3)
     ids = [engine.submit(request) for request in requests]
-    engine.step()
-    engine.step()
+    for _ in range(4):
+        engine.step()
     engine.cancel(ids[which])
     cancelled = requests[which]
     before = list(cancelled.new_tokens)
@@ -250,6 +246,7 @@ def test_a_request_that_joins_without_room_to_draft_leaves_the_draft_model_right
     first = runner.make_request(prompt_of(9), max_new_tokens=20)
     engine = runner.engine(3)
     engine.submit(first)
-    engine.step()
+    for _ in range(2):
+        engine.step()
     run(engine, [runner.make_request(prompt_of(6, seed=s), max_new_tokens=2) for s in (1, 2)])
     assert first.new_tokens == runner.generate([prompt_of(9)], max_new_tokens=20)[0].token_ids
