@@ -20,13 +20,14 @@ from spectool.decode.control.ban import BannedText, Vocabulary, token_bytes
 from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias, parse_biases
 from spectool.decode.engine import Engine, Timings
+from spectool.decode.options import SamplingOptions, SamplingParams
 from spectool.decode.policy.chain import wrap_for_target
 from spectool.decode.policy.curve import Curve, load_or_measure
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
 from spectool.decode.recurrent import open_target
 from spectool.decode.request import FinishReason, Request
-from spectool.decode.sampling import Draws, SamplingOptions, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.spec import open_drafter, parse_spec
 from spectool.decode.streaming import TextStream
 from spectool.decode.verify import Verification, choose_verifier
@@ -81,8 +82,9 @@ class Runner:
     """A loaded model with a drafter, for any number of prompts.
 
     `draft` is a specification (`decode/spec.py`), a drafter, or None for plain decoding; `use`
-    replaces it. `dtype` and `device` are for models given as a path. `allow_other_target` accepts
-    draft heads of another checkpoint. `tune` sizes trees by what passes cost on this machine
+    replaces it. `dtype` and `device` are for models given as a path. `kv` names the store of keys
+    and values (`decode/kv/`): `dense`, `int8`, `int8:group=64`. `allow_other_target` accepts draft
+    heads of another checkpoint. `tune` sizes trees by what passes cost on this machine
     (`decode/policy/tuned.py`) also where a specification does not ask for it. `checksums`: compare
     artifacts and heads with their checksums when they are loaded. `timings` sums the seconds of
     all calls.
@@ -100,6 +102,7 @@ class Runner:
         dtype: torch.dtype | str | None = None,
         device: str = "cpu",
         context: int | None = None,
+        kv: str = "dense",
         allow_other_target: bool = False,
         tune: bool = False,
         checksums: bool = True,
@@ -111,7 +114,7 @@ class Runner:
             checkpoint = open_checkpoint(model, checksums=checksums)
             tokenizer = tokenizer or load_tokenizer(checkpoint)
             model = load_model(checkpoint, dtype=dtype, device=device)
-        self.target = open_target(model, context=context)
+        self.target = open_target(model, context=context, kv=kv)
         self.tokenizer = tokenizer
         self.allow_other_target = allow_other_target
         self.checksums = checksums
@@ -441,6 +444,7 @@ def generate(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     context: int | None = None,
+    kv: str = "dense",
     checksums: bool = True,
     max_new_tokens: int = 128,
     seed: int = 0,
@@ -463,6 +467,7 @@ def generate(
         dtype=dtype,
         device=device,
         context=context,
+        kv=kv,
         checksums=checksums,
     )
     return runner.generate(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from spectool.decode.control.base import Control, ControlStates
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.options import SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.streaming import TextStream
 from spectool.decode.verify import GREEDY, Verification
 

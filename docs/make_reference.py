@@ -16,6 +16,7 @@ import typer
 from spectool import methods
 from spectool.cli import app
 from spectool.cli.by_method import Verb
+from spectool.cli.derive import PANELS
 from spectool.cli.quantize import QUANTIZE
 from spectool.cli.train_heads import TRAIN_HEADS
 
@@ -50,6 +51,16 @@ def reference() -> str:
         if row.trained:
             lines += [f"Training it (`train-heads {name}`):", ""]
             lines += [*_table(_own(TRAIN_HEADS, name)), ""]
+    lines += ["## Keys and values", "", "Options are written `--kv name:key=value`.", ""]
+    for name in methods.names("kv"):
+        lines += [
+            f"### kv {name}",
+            "",
+            *_row(methods.row(name, "kv")),
+            "",
+            *_options(name, "kv"),
+            "",
+        ]
     lines += ["## Verification rules", "", "| `--verify` | |", "|---|---|"]
     for name in methods.names("verifier"):
         row = methods.row(name, "verifier")
@@ -66,8 +77,9 @@ def _verb(verb: Verb, example: str) -> Iterator[str]:
     yield from (f"{verb.help}. Options of every method; each method's own are below.", "")
     parameters = verb.command(example).params
     yield from (*_table([p for p in parameters if p.param_type_name == "argument"]), "")
-    for panel, names in verb.panels.items():
-        yield from (f"{panel}:", "", *_table([p for p in parameters if p.name in names]), "")
+    for panel in PANELS:
+        if found := [p for p in parameters if getattr(p, "rich_help_panel", None) == panel]:
+            yield from (f"{panel}:", "", *_table(found), "")
 
 
 def _own(verb: Verb, name: str) -> list[Any]:
@@ -103,10 +115,10 @@ def _row(row: methods.Method) -> Iterator[str]:
     yield f"{row.summary}. Source: {row.source}. Runs in: {', '.join(row.runs_in)}."
 
 
-def _options(name: str) -> list[str]:
+def _options(name: str, kind: methods.Kind = "drafter") -> list[str]:
     from spectool.options import options_of
 
-    found = list(options_of(methods.resolve(name, "drafter").Config))
+    found = list(options_of(methods.resolve(name, kind).Config))
     if not found:
         return ["No options."]
     lines = ["| option | default | |", "|---|---|---|"]

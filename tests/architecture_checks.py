@@ -29,7 +29,7 @@ from spectool.errors import InputError
 from spectool.evaluate.measures.layers import layer_errors
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows, log_probs
 from spectool.model.loading import load_tokenizer
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 
 TEXT = Path(__file__).parent.parent / "core/data/calibration/mixed.txt"
 
@@ -201,7 +201,7 @@ def pack(
         whole = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
         metrics["packed"] = round(plan.num_weights / max(1, whole), 3)
 
-    job = Job(
+    job = QuantizeJob(
         method=method,
         config=methods.resolve(method, "quantizer").Config(**options),
         calibration=[subject.text] if text else None,

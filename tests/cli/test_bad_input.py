@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from spectool import load
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.headers import past_the_last_block, read_layout
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.model.architecture import Architecture
 from spectool.model.loading import unused_of
 
@@ -359,7 +360,7 @@ def test_an_adapter_is_named_by_every_command(spectool: Spectool, tmp_path: Path
     text.write_text("one two three " * 50)
     for words in (
         ["quantize", "int8", path, out],
-        ["quantize", "auto", path, out, "--bits", "0.3"],
+        ["quantize", "auto", path, out, "--bits", "2"],
         ["train-heads", "medusa", path, out, "--data", text],
         ["tune", path, path, "--prompts", text],
         ["eval", path],
@@ -389,8 +390,8 @@ def test_stored_tensors_without_a_place_are_named(
     save_file({**tensors, **more}, path / "model.safetensors", {"format": "pt"})
     layout = read_layout(path)
     wanted = sorted([*extra, "mtp.fc.weight"])
-    assert Architecture(layout).unused == wanted == past_the_last_block(layout)
-    line = unused_of(spectool.load(path), layout)
+    assert Architecture(open_checkpoint(path)).unused == wanted == past_the_last_block(layout)
+    line = unused_of(load(path), layout)
     assert line is not None and "10 stored tensors have no place in LlamaForCausalLM" in line
     assert "model.layers.2.* (9), mtp.fc.weight" in line
     done = spectool("generate", path, "--prompt", "a", "--max-new-tokens", 2, "--draft", "none")
@@ -398,7 +399,7 @@ def test_stored_tensors_without_a_place_are_named(
     dry = spectool("quantize", "rtn", path, tmp_path / "q", "--dry-run", "--json")
     assert dry.json["unused"] == wanted and "model.layers.2.* (9)" in dry.err
     assert spectool("inspect", path, "--json").json["unused"] == wanted
-    assert unused_of(spectool.load(checkpoint("llama")), read_layout(checkpoint("llama"))) is None
+    assert unused_of(load(checkpoint("llama")), read_layout(checkpoint("llama"))) is None
 
 
 def overflowing(path: Path, factor: float) -> None:

@@ -22,7 +22,7 @@ from spectool.quantize import preprocess, run
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.preprocess import Preprocess
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 
 from ..conftest import tokenizer
 
@@ -37,8 +37,8 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def job(text: str, **asked: Any) -> Job:
-    return Job(
+def job(text: str, **asked: Any) -> QuantizeJob:
+    return QuantizeJob(
         method="rtn",
         config=RTN.Config(bits=2, group_size=16),
         seq_len=32,
