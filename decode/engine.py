@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from spectool.decode import tree
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
 from spectool.decode.request import Request, apply_controls
 from spectool.decode.sampling import StepDraws, not_finite_logits, probs_by_row
@@ -67,7 +67,7 @@ class _Joining:
     """
 
     requests: list[Request]
-    cache: TreeCache
+    cache: BatchCache
     after: Request | None
     done: list[PrefillOutput] = field(default_factory=list)
 

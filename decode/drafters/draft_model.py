@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.control.base import ControlStates
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome
@@ -196,7 +196,7 @@ class DraftModelDrafter(Drafter):
         self._cache.commit([growth.tokens for growth in self._grown], paths)
         self._grown = []
 
-    def _feed_committed(self, fresh: TreeCache) -> Tensor:
+    def _feed_committed(self, fresh: BatchCache) -> Tensor:
         """Feed committed tokens that the cache lacks, and the texts of new requests into `fresh`.
 
         Returns the logits [B, V] after each text. New texts pass apart from the others, which would

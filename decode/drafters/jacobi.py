@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectool import options
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.drafters.ngram import NgramIndex, continue_text
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
@@ -62,7 +62,7 @@ class JacobiDrafter(Drafter):
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",) if sampling.greedy else ("iid", "deterministic")
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         for prompt in prompts:
             self._windows[prompt.request] = _Window(NgramIndex(1, 4))
 

@@ -18,7 +18,7 @@ import torch
 
 from spectool import options
 from spectool.decode import draft_state
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -85,7 +85,7 @@ class RecycleDrafter(Drafter):
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         vocabulary = prompts[0].logits_V.shape[-1]
         if not self.table:
             self.table = array("i", [-1]) * (vocabulary * RANKS)

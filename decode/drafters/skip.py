@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from spectool import families, options
 from spectool.decode import tree
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, PrefilledPrompt
 from spectool.decode.request import Request
@@ -84,7 +84,7 @@ class SkipDrafter(Drafter):
         if not self._blocks and note not in target.notes:
             target.notes.append(note)
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         self._cache = cache
 
     def remove(self, request: Request) -> None:

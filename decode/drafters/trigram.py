@@ -17,7 +17,7 @@ import torch
 
 from spectool import options
 from spectool.decode import draft_state
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -94,7 +94,7 @@ class TrigramDrafter(Drafter):
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         if self._largest >= (vocabulary := prompts[0].logits_V.shape[-1]):
             raise CheckpointError(
                 f"{self.config.state}: holds token {self._largest}; the model has {vocabulary}"

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode import tree
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.heads.layer import DraftCache
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import (
@@ -213,7 +213,7 @@ class HeadsDrafter(Drafter):
         return ("deterministic",)
 
     @torch.inference_mode()
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         if self._draft_cache is not None:
             self._draft_cache.take_over(prompts)
         self._read_all([prompt.request for prompt in prompts], *gather_prompts(prompts))
