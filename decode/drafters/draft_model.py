@@ -24,10 +24,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
 from spectool.decode.cache import BatchCache
-from spectool.decode.control.base import ControlStates, apply_controls
+from spectool.decode.control.base import ControlStates
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome
-from spectool.decode.request import Request
+from spectool.decode.request import Request, apply_controls
 from spectool.decode.sampling import is_finite, not_finite_logits, pick, probs_by_row
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
@@ -153,6 +153,7 @@ class DraftModelDrafter(Drafter):
             left = [b for b, other in enumerate(self._requests) if other is not request]
             self._cache.select(left)
             self._requests = [self._requests[b] for b in left]
+            self._grown = [growth for growth in self._grown if growth.request is not request]
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
@@ -236,14 +237,13 @@ class DraftModelDrafter(Drafter):
         # Ids beyond the target's vocabulary are cut off; ids that the draft lacks get q = 0.
         logits_BFV = logits_BFV[:, :, : self._vocab_size]
         growing = [growth for growth in self._grown if level < growth.depth and growth.frontier]
-        states = [
-            [growth.control_states(node) for node in growth.frontier]
-            if growth.request.controls
-            else []
-            for growth in self._grown
-        ]
-        samplings = [growth.request.sampling for growth in self._grown]
-        probs = probs_by_row(samplings, apply_controls(logits_BFV, states))
+        grown = self._grown
+        controlled_BFV = apply_controls(
+            [growth.request for growth in grown],
+            logits_BFV,
+            lambda b: map(grown[b].control_states, grown[b].frontier),
+        )
+        probs = probs_by_row([growth.request.sampling for growth in grown], controlled_BFV)
         found: list[tuple[Tensor, Tensor]] = []
         for growth, probs_FV in zip(self._grown, probs, strict=True):
             if growth not in growing:

@@ -1,4 +1,4 @@
-"""The loop's text is plain greedy text, whatever is drafted, and ends where it should."""
+"""The engine's text is plain greedy text, whatever is drafted, and ends where it should."""
 
 from __future__ import annotations
 
@@ -281,5 +281,4 @@ def test_the_cache_holds_all_but_the_last_token(tiny: Tiny, endless: Any, script
     drafter = scripted(lambda tokens, _: [plain[len(tokens) : len(tokens) + 4]])
     runner = Runner(model, draft=drafter)
     result = runner.generate([prompt], max_new_tokens=9)[0]
-    assert runner._cache is not None
-    assert runner._cache.tokens == [prompt + result.token_ids[:-1]]
+    assert runner.engine().cache.tokens == [prompt + result.token_ids[:-1]]
