@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from spectool.cli.common import (
     Json,
     Model,
     NoChecksums,
+    Output,
     Revision,
     Runtime,
     TemplateArg,
@@ -24,6 +25,9 @@ from spectool.cli.common import (
     session,
     template_arguments,
 )
+
+if TYPE_CHECKING:
+    from spectool.evaluate.evaluate import Plan, Request
 
 
 def evaluate(
@@ -110,7 +114,7 @@ def evaluate(
             blockwise=blockwise,
         )
         gates = parse_gates(gate or (), evaluate_module.metric_names(request))
-        output.start()
+        output.show_plan = lambda plan: _show_plan(output, request, plan)
         checkpoint = open_checkpoint(
             model,
             revision=revision,
@@ -120,9 +124,7 @@ def evaluate(
         result = evaluate_module.evaluate(
             checkpoint,
             request,
-            say=output.say,
-            progress=lambda done, total: output.progress(done, total, "tokens scored"),
-            on_read=output.note,
+            reporter=output,
         )
         result["gates"] = [gate.check(result) for gate in gates]
         perplexity = result["perplexity"]
@@ -142,3 +144,22 @@ def evaluate(
         output.result(result)
         if not all(checked["holds"] for checked in result["gates"]):
             raise typer.Exit(3)
+
+
+def _show_plan(output: Output, request: Request, plan: Plan) -> None:
+    """Print what is scored, and what is kept of it."""
+    windows = plan.windows
+    output.say(f"text: {plan.text}")
+    scored = "no BOS token, the first token of each window not scored, the text's rest dropped"
+    if windows.bos is not None:
+        scored = "each starts with the BOS token, all text tokens scored"
+    output.say(
+        f"protocol: windows of {windows.length} tokens without overlap, {scored}; "
+        f"{windows.num_tokens} tokens scored"
+    )
+    if plan.saved_bytes is not None:
+        kept = f"the {request.top_k} largest" if request.top_k else "all (lossless)"
+        output.say(
+            f"{request.save_reference}: log-probabilities kept: {kept}; "
+            f"{plan.saved_bytes / 1e6:.1f} MB, twice that while the file is assembled"
+        )

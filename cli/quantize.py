@@ -29,6 +29,7 @@ from spectool.cli.common import (
     size,
     template_arguments,
 )
+from spectool.cli.events import unused_line
 from spectool.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -225,12 +226,13 @@ def quantize(
         check_device(device)
         if dry_run:
             headers = opened(headers_only=True)
-            architecture, planned = run.prepare(headers, job, device=device, batch_size=batch_size)
-            show_plan(output, planned, architecture, job)
+            planned = run.prepare(headers, job, device=device, batch_size=batch_size)
+            show_plan(output, planned, job)
             result = {"dry_run": True, "method": choice.method, **_plan_record(planned)}
-            output.result({**result, "unused": architecture.unused})
+            output.result({**result, "unused": planned.architecture.unused})
             return
         check_target(out, overwrite=overwrite)
+        output.show_plan = lambda plan: show_plan(output, plan, job)
         compute = parse_dtype(dtype)
         assert compute is not None
         try:
@@ -242,10 +244,7 @@ def quantize(
                 dtype=compute,
                 batch_size=batch_size,
                 overwrite=overwrite,
-                announce=lambda plan, architecture: show_plan(output, plan, architecture, job),
-                progress=output.progress,
-                say=output.say,
-                on_read=output.note,
+                reporter=output,
             )
         except KeyboardInterrupt:
             again = "run the same command to resume after the last finished block"
@@ -280,10 +279,9 @@ def _is_given(invocation: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) -> None:
+def show_plan(output: Output, plan: Plan, job: Job) -> None:
     """Print the plan before the run starts."""
-    from spectool.checkpoint.contents import unused_line
-
+    architecture = plan.architecture
     by_choice: dict[Any, int] = {}
     for block in plan.matrices.values():
         for name in block:
@@ -330,7 +328,6 @@ def show_plan(output: Output, plan: Plan, architecture: Architecture, job: Job) 
         f"plan: expected bits per weight: {plan.bits_linears:.3f} of the linears, "
         f"{plan.bits_file:.3f} of the file"
     )
-    output.start()
 
 
 def _show_calibration(output: Output, architecture: Architecture, job: Job) -> None:

@@ -81,14 +81,14 @@ def tune(
             field=field,
             template=template_arguments(template_arg) or None,
             limit=limit,
-            on_read=output.note,
+            reporter=output,
         )
         best = tuning.tune(
             runner,
             heads,
             inputs,
             max_new_tokens=max_new_tokens,
-            say=output.say,
+            reporter=output,
         )
         options = ",".join(f"{key}={value}" for key, value in best.items() if key != "speedup")
         output.show(f"{heads}: {options} here, {best['speedup']:.2f} times plain decoding")

@@ -8,40 +8,42 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.checkpoint.dtypes import parse_dtype
-from spectool.checkpoint.headers import DTYPE_BITS, Layout
+from spectool.checkpoint.headers import Layout
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.data.template import encode
-from spectool.data.text import BUILTIN, MIXED, OnRead, builtin_text, check_ids, read_text
+from spectool.data.text import BUILTIN, MIXED, builtin_text, check_ids, read_text
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.evaluate.fidelity import LogProbsReference, Reference, layer_errors, score
 from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
-from spectool.evaluate.windows import BlockwiseLogProbs, LogProbs, ResidentLogProbs, Windows, cut
+from spectool.evaluate.windows import (
+    BlockwiseLogProbs,
+    LogProbs,
+    ResidentLogProbs,
+    Windows,
+    cut,
+    resident_bytes,
+)
 from spectool.machine import available_memory
 from spectool.model.architecture import model_class, read_config
 from spectool.model.loading import (
     check_device,
     default_dtype,
-    describe_runtime,
     load_model,
     load_tokenizer,
     tokenizer_digest,
-    unused_of,
 )
+from spectool.report import SILENT, NotItsSource, Reporter
 
 # A model is loaded whole if it takes at most this share of the free memory.
 MEMORY_SHARE = 0.7
-
-# Prints a line about the run.
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,18 @@ class Request:
     blockwise: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Estimate of an evaluation: what it scores, and the size of the reference to save, if any.
+
+    `text`: names of its sources.
+    """
+
+    text: str
+    windows: Windows
+    saved_bytes: int | None
+
+
 def metric_names(request: Request) -> list[str]:
     """List the metrics that a gate may name."""
     known = ["perplexity.value", "perplexity.tokens", "perplexity.window"]
@@ -76,13 +90,9 @@ def evaluate(
     checkpoint: Checkpoint,
     request: Request,
     *,
-    say: Say = lambda line: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    on_read: OnRead = lambda reading: None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint; return the result of `spectool eval` without its gates.
-
-    `on_read` is called after each source of text.
 
     Raises:
         InputError: checkpoint, text, reference or options are unusable.
@@ -103,12 +113,15 @@ def evaluate(
                 trust_remote_code=checkpoint.trust_remote_code,
                 checksums=checkpoint.checksums,
             )
-    windows = _cut_windows(checkpoint, tokenizer, request, saved, on_read)
+    windows = _cut_windows(checkpoint, tokenizer, request, saved, reporter)
     origin = f"{checkpoint.path}: its tokenizer" if saved is None else f"{request.reference}"
     for ids_SL in windows.groups:
         check_ids([int(ids_SL.min()), int(ids_SL.max())], vocabulary, origin)
-    say(f"text: {', '.join(request.texts) or (request.reference if saved else BUILTIN)}")
-    say(_describe_protocol(windows))
+    saved_bytes = None
+    if request.save_reference is not None:
+        saved_bytes = expected_bytes(windows, vocabulary, request.top_k)
+    text = ", ".join(request.texts) or (str(request.reference) if saved else BUILTIN)
+    reporter.plan(Plan(text=text, windows=windows, saved_bytes=saved_bytes))
     if saved is not None:
         _check_saved(saved, tokenizer, vocabulary, request)
     if other is not None:
@@ -121,18 +134,12 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         writer = None
         if request.save_reference is not None:
-            size = expected_bytes(windows, vocabulary, request.top_k)
-            kind = f"the {request.top_k} largest" if request.top_k else "all (lossless)"
-            say(
-                f"{request.save_reference}: log-probabilities kept: {kind}; {size / 1e6:.1f} MB, "
-                "twice that while the file is assembled"
-            )
             writer = stack.enter_context(
                 ReferenceWriter(request.save_reference, windows, vocabulary, top_k=request.top_k)
             )
         if other is not None:
-            reference = LogProbsReference(_open_log_probs(other, windows, request, say))
-        log_probs = _open_log_probs(checkpoint, windows, request, say)
+            reference = LogProbsReference(_open_log_probs(other, windows, request, reporter))
+        log_probs = _open_log_probs(checkpoint, windows, request, reporter)
         scores = score(
             windows,
             log_probs,
@@ -140,7 +147,7 @@ def evaluate(
             reference=reference,
             batch_size=request.batch_size,
             sink=writer.add if writer else lambda batch, logp_BLV: None,
-            progress=progress,
+            reporter=reporter,
         )
         metrics = {"perplexity": scores.perplexity, "KL": scores.kl}
         for name, value in metrics.items():
@@ -177,9 +184,7 @@ def evaluate(
         if source.get("fingerprint") == other.fingerprint():
             result["layers"] = list(layer_errors(checkpoint, other))
         else:
-            say(
-                f"{request.reference}: {checkpoint.name} was not quantized from it; no layer errors"
-            )
+            reporter.event(NotItsSource(checkpoint.name, str(request.reference)))
     return result
 
 
@@ -188,7 +193,7 @@ def _cut_windows(
     tokenizer: PreTrainedTokenizerBase,
     request: Request,
     saved: SavedReference | None,
-    on_read: OnRead,
+    reporter: Reporter,
 ) -> Windows:
     """Return the windows of the texts, or those of a saved reference.
 
@@ -219,7 +224,7 @@ def _cut_windows(
             field=request.text_field,
             template=request.template or None,
             max_characters=request.limit,
-            on_read=on_read,
+            reporter=reporter,
         )
     else:
         text = builtin_text(MIXED)
@@ -227,42 +232,24 @@ def _cut_windows(
     return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)
 
 
-def _describe_protocol(windows: Windows) -> str:
-    with_bos = "each starts with the BOS token, all text tokens scored"
-    plain = "no BOS token, the first token of each window not scored, the text's rest dropped"
-    return (
-        f"protocol: windows of {windows.length} tokens without overlap, "
-        f"{plain if windows.bos is None else with_bos}; {windows.num_tokens} tokens scored"
-    )
-
-
 def _open_log_probs(
-    checkpoint: Checkpoint, windows: Windows, request: Request, say: Say
+    checkpoint: Checkpoint, windows: Windows, request: Request, reporter: Reporter
 ) -> LogProbs:
     """Load a checkpoint whole, or open it to run block by block."""
     device = check_device(request.device)
     dtype = parse_dtype(request.dtype) or default_dtype(checkpoint.layout, device)
-    for note in checkpoint.layout.notes:
-        say(note)
     wanted = resident_bytes(checkpoint.layout, dtype)
     if request.blockwise or wanted > MEMORY_SHARE * available_memory(device):
-        say(f"{checkpoint.path}: run block by block ({wanted / 1e9:.2f} GB as a whole)")
-        return BlockwiseLogProbs(checkpoint, windows, dtype=dtype, device=device, say=say)
-    model = load_model(checkpoint, dtype=dtype, device=request.device, runtime=request.runtime)
-    say(f"{checkpoint.path}: {describe_runtime(model)} on {device}")
-    if unused := unused_of(model, checkpoint.layout):
-        say(f"{checkpoint.path}: {unused}")
-    return ResidentLogProbs(model)
-
-
-def resident_bytes(layout: Layout, dtype: torch.dtype) -> int:
-    """Return the bytes of a checkpoint in memory, with codes as stored and the rest in `dtype`."""
-    total = 0
-    for name, entry in layout.tensors.items():
-        packed = ".q." in name and layout.is_packed
-        bits = DTYPE_BITS[entry.dtype] if packed else 8 * dtype.itemsize
-        total += entry.num_elements * bits // 8
-    return total
+        return BlockwiseLogProbs(checkpoint, windows, dtype=dtype, device=device, reporter=reporter)
+    return ResidentLogProbs(
+        load_model(
+            checkpoint,
+            dtype=dtype,
+            device=request.device,
+            runtime=request.runtime,
+            reporter=reporter,
+        )
+    )
 
 
 def _vocabulary(layout: Layout) -> int:

@@ -20,9 +20,9 @@ from spectool.checkpoint.tensors import Checkpoint
 from spectool.evaluate.windows import Batch, LogProbs, Windows
 from spectool.model.architecture import Architecture
 from spectool.model.packed import build_packed, field_specs, relative_error
+from spectool.report import SILENT, Reporter
 
 # Called after each batch with the tokens scored so far and the tokens in all.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ def score(
     reference: Reference | None = None,
     batch_size: int | None = None,
     sink: Callable[[Batch, Tensor], None] = lambda batch, logp_BLV: None,
-    progress: Progress = lambda done, total: None,
+    reporter: Reporter = SILENT,
 ) -> Scores:
     """Run all windows once and sum the scores in double precision.
 
@@ -118,7 +118,7 @@ def score(
             scores.reference_nll += nll
             scores.kl += kl
             scores.same_top += same
-        progress(scores.num_tokens, windows.num_tokens)
+        reporter.progress(scores.num_tokens, windows.num_tokens, "tokens scored")
     return scores
 
 

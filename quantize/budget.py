@@ -31,7 +31,7 @@ from spectool.quantize.calibration import Block, LinearStats, Streams, fit_each
 from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.fitting import Substitute
 from spectool.quantize.plan import Plan, check_codes
-from spectool.quantize.walk import BlockWalk, Progress, derive_seed, load_packed
+from spectool.quantize.walk import BlockWalk, derive_seed, load_packed
 
 # Errors are measured on at least this many calibration sequences, if there are.
 NUM_MEASURED = 8
@@ -107,9 +107,7 @@ def list_candidates(
     return candidates
 
 
-def survey(
-    walk: BlockWalk, candidates: Mapping[str, Sequence[Choice]], progress: Progress
-) -> dict[str, list[float]]:
+def survey(walk: BlockWalk, candidates: Mapping[str, Sequence[Choice]]) -> dict[str, list[float]]:
     """Measure the error of each candidate, by matrix and in the candidates' order.
 
     Finished blocks are recorded, so that an interrupted survey resumes.
@@ -121,7 +119,7 @@ def survey(
     for index in range(len(blocks)):
         errors |= _survey_block(walk, index, streams, candidates)
         trim_memory()
-        progress(index + 1, len(blocks), "blocks measured")
+        walk.reporter.progress(index + 1, len(blocks), "blocks measured")
     return errors
 
 

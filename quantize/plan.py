@@ -7,7 +7,7 @@ without downloading it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from spectool.checkpoint.headers import DTYPE_BITS
@@ -43,6 +43,7 @@ class Plan:
     also one per target, and one for the inputs of a fitted lm_head.
     """
 
+    architecture: Architecture = field(repr=False, compare=False)
     matrices: Mapping[str, Mapping[str, Matrix]]
     outside: Mapping[str, Matrix]
     choices: Mapping[str, Choice]
@@ -363,6 +364,7 @@ def _add_sizes(
     working = int(RETAINED * max(working, (element_bytes + 5) * table, lm_head_bytes))
     num_buffers = (4 if fitting else 2) + bool(fitted)
     return Plan(
+        architecture=architecture,
         matrices=matrices,
         outside={matrix.name: matrix for matrix in packed_outside},
         choices=choices,

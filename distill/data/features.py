@@ -29,9 +29,10 @@ from spectool.decode.cache import TextCache
 from spectool.decode.protocol import Needs, TrainingBatch
 from spectool.decode.target import Target
 from spectool.distill.data.samples import Sample, by_length, join
-from spectool.distill.data.texts import Say, as_samples, as_tensors, chunk
+from spectool.distill.data.texts import as_samples, as_tensors, chunk
 from spectool.distill.processes import Processes
 from spectool.errors import UsageError
+from spectool.report import Reporter
 
 FEATURES = "spectool_features.json"
 FORMAT_VERSION = 1
@@ -124,7 +125,7 @@ def store(
     samples: Sequence[Sample],
     *,
     pass_tokens: int,
-    say: Say,
+    reporter: Reporter,
 ) -> StoredTexts:
     """Write the missing shards of these texts, one shard per process at a time.
 
@@ -151,7 +152,7 @@ def store(
                 if writer is not None and sums is not None:
                     writer.adopt(shards[number], sums, {})
         done = len(groups) - len(missing) + min(len(missing), count * processes.size)
-        say(f"{name} features stored: {done}/{len(groups)} shards")
+        reporter.progress(done, len(groups), f"shards of {name} features stored")
     return StoredTexts([directory / shard for shard in shards], needs, target.device)
 
 

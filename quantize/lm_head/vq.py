@@ -287,7 +287,6 @@ def fit_lm_head(
     config: VQ.Config,
     finish: Callable[[Tensor], Tensor],
     generator: torch.Generator,
-    say: Callable[[str], None],
     tick: Tick,
 ) -> tuple[PackedFields, Tensor, dict[str, Any]]:
     """Fit an lm_head; return its fields, its bias [V] and metrics.
@@ -312,7 +311,6 @@ def fit_lm_head(
     frequency_V = 1 + (1 + counts_V).log().float()
     books = init_books(weight_VD, frequency_V, hessian_DD, dedicated, config, generator)
     entropy = token_entropy_within_codes(counts_V, books.codes_nSG.flatten(1))
-    say(f"vq: entropy of the text's tokens given their codes: {entropy:.3f} nats")
     new_bias_V = weight_VD.new_zeros(len(weight_VD)) if bias_V is None else bias_V.float().clone()
     if config.single:
         # Tokens of a code start with their shares of the text.

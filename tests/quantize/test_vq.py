@@ -63,8 +63,7 @@ def fitted(bias_V: Tensor | None = None, **options: Any) -> tuple[VQLinear, dict
     weight_VD, text = lm_head()
     config = VQ.Config(**options)
     fields, new_bias_V, metrics = fit_lm_head(
-        weight_VD, bias_V, text, config, Tensor.float, noise(), lambda line: None,
-        lambda share: None,
+        weight_VD, bias_V, text, config, Tensor.float, noise(), lambda share: None,
     )  # fmt: skip
     linear = VQ.build(VQ.layout((60, 12), config), (60, 12), config)
     linear.q.load_state_dict(fields)
