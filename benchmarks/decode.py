@@ -26,7 +26,7 @@ from loop_overhead import read_seconds
 from main_job import RESULTS, chat, rows, spectool
 from widened import widen
 
-from spectool.kernels import skinny
+from spectool.kernels import registry
 
 WIDTHS = {"hidden": 2048, "intermediate": 5888, "heads": 64}
 EXACT = ("ngram", "recycle", "trigram", "ngram+recycle", "jacobi", "skip", "ngram+recycle:tune")
@@ -77,7 +77,8 @@ def main() -> None:
         text = record.to_text(results).replace(f"{out}/", "").replace(f"{model.parent}/", "")
         (RESULTS / f"{given.name}.json").write_text(text + "\n", encoding="utf-8")
 
-    results: dict[str, Any] = {"model": model.name, "kernel": skinny.missing() or "skinny"}
+    kernel = str(registry.choose("dense", "cpu", torch.float32))
+    results: dict[str, Any] = {"model": model.name, "kernel": kernel}
     results["exact"] = spectool("bench", model, *common, "--dtype", "float32", *drafts(EXACT))
     for dtype in given.dtype:
         copy = out / f"widened-{dtype}"

@@ -127,6 +127,7 @@ def bench(
         from spectool.decode.sampling import SamplingOptions
         from spectool.evaluate import bench as bench_module
         from spectool.evaluate import picture
+        from spectool.evaluate.measures.losslessness import list_mismatches
         from spectool.evaluate.results import as_json
         from spectool.machine import describe
 
@@ -200,9 +201,7 @@ def bench(
             picture.draw(runs, machine, plot)
             output.say(f"picture: {plot}")
         output.result({"machine": machine, **as_json(runs[0]), "other_runs": as_json(runs[1:])})
-        broken = [
-            f"{name} on {run.model}" for run in runs for name in bench_module.list_mismatches(run)
-        ]
+        broken = [f"{name} on {run.model}" for run in runs for name in list_mismatches(run)]
         if broken:
             output.say(f"error: output differs from plain decoding in float32: {', '.join(broken)}")
             raise typer.Exit(1)

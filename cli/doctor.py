@@ -37,7 +37,7 @@ def doctor(
     with session(json_wanted=json_output, debug=debug) as output:
         from spectool import machine
         from spectool.decode.policy import curve
-        from spectool.kernels import skinny
+        from spectool.kernels import registry
 
         machine.set_threads(None)
         described: dict[str, Any] = machine.describe()
@@ -54,9 +54,16 @@ def doctor(
             extra = PACKAGES[name]
             absent = "not installed" + (f" (pip install 'spectool[{extra}]')" if extra else "")
             output.show(f"{name}: {version or absent}")
-        absent_kernel = skinny.missing()
-        output.show(f"small-batch matmul kernel: {absent_kernel or 'compiled'}")
-        output.show("quantized linears: unpacked in torch at every forward; no kernel yet")
+        output.show("matrices times few rows of activations, on a processor:")
+        kernels = {
+            f"{format}, {str(dtype).removeprefix('torch.')}": str(
+                registry.choose(format, device, dtype)
+            )
+            for format, device, dtype in registry.KERNELS
+        }
+        for name, choice in kernels.items():
+            output.show(f"  {name}: {choice}")
+        output.show("  other formats: unpacked by torch at every pass")
         curves = curve.read_curves()
         shown = list(curves) if all_curves else list(curves)[-NEWEST:]
         if shown:
@@ -65,4 +72,6 @@ def doctor(
             output.show(f"  {model}: {curve.Curve(curves[model])}")
         if len(shown) < len(curves):
             output.show(f"  {len(curves) - len(shown)} older: --all shows them")
-        output.result({"machine": described, "packages": packages, "passes": curves})
+        output.result(
+            {"machine": described, "packages": packages, "kernels": kernels, "passes": curves}
+        )

@@ -1,4 +1,4 @@
-"""`spectool eval MODEL`: perplexity, and the distance from a reference."""
+"""`spectool eval MODEL`: run measures, and check gates on their metrics."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from spectool.cli.common import (
     Dtype,
     Field,
     Json,
+    MaxNewTokens,
     Model,
     NoChecksums,
     Output,
@@ -27,7 +28,7 @@ from spectool.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from spectool.evaluate.evaluate import Plan, Request
+    from spectool.evaluate.context import Plan, Request
 
 
 def evaluate(
@@ -60,6 +61,25 @@ def evaluate(
             "not hold; repeatable"
         ),
     ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to measure (`spectool list measures`); repeatable; default: everything "
+            "that the other options allow"
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="File of prompts for speed and losslessness: .txt or .jsonl"),
+    ] = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Drafter, directory of draft heads or smaller checkpoint: "
+            "NAME[:key=value,...]; repeatable; default: auto"
+        ),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
     save_reference: Annotated[
         Path | None, typer.Option(help="File to write the model's log-probabilities to")
     ] = None,
@@ -90,14 +110,15 @@ def evaluate(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the perplexity of MODEL and its distance from a reference on the same tokens."""
+    """Measure MODEL: perplexity, distance from a reference, speed and losslessness of drafting."""
     with session(json_wanted=json_output, debug=debug) as output:
         prepare_torch(threads)
         from spectool.checkpoint.tensors import open_checkpoint
-        from spectool.evaluate import evaluate as evaluate_module
-        from spectool.evaluate.gates import parse_gates
+        from spectool.evaluate.context import Context, Request
+        from spectool.evaluate.suite import evaluate as run_measures
 
-        request = evaluate_module.Request(
+        request = Request(
+            measures=measure or (),
             texts=text or (),
             text_field=field,
             template=template_arguments(template_arg),
@@ -107,13 +128,15 @@ def evaluate(
             reference=reference,
             save_reference=save_reference,
             top_k=save_top_k,
+            prompts=prompts,
+            drafts=draft or ("auto",),
+            max_new_tokens=max_new_tokens,
             dtype=dtype,
             device=device,
             runtime=runtime,
             batch_size=batch_size,
             blockwise=blockwise,
         )
-        gates = parse_gates(gate or (), evaluate_module.metric_names(request))
         output.show_plan = lambda plan: _show_plan(output, request, plan)
         checkpoint = open_checkpoint(
             model,
@@ -121,28 +144,16 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             checksums=not no_checksums,
         )
-        result = evaluate_module.evaluate(
-            checkpoint,
-            request,
-            reporter=output,
-        )
-        result["gates"] = [gate.check(result) for gate in gates]
-        perplexity = result["perplexity"]
-        output.show(f"perplexity: {perplexity['value']:.4f}")
-        if "kl" in result:
-            output.show(f"reference perplexity: {result['reference']['perplexity']:.4f}")
-            output.show(f"perplexity ratio: {result['perplexity_ratio']:.4f}")
-            least = "at least " if result["kl_is_lower_bound"] else ""
-            output.show(f"KL from the reference: {least}{result['kl']:.3e} nats per token")
-            output.show(f"top-1 agreement: {result['top1_agreement']:.2%}")
-        if result.get("layers"):
-            worst = max(result["layers"], key=lambda layer: float(layer["error"]))
-            output.show(f"largest layer error: {worst['error']:.2e} ({worst['name']})")
-        for checked in result["gates"]:
-            word = "holds" if checked["holds"] else "does not hold"
-            output.show(f"gate {checked['expression']}: {word} ({checked['value']:.4g})")
-        output.result(result)
-        if not all(checked["holds"] for checked in result["gates"]):
+        context = Context(checkpoint, request, reporter=output)
+        evaluation = run_measures(context, gates=gate or ())
+        for result in evaluation.measures:
+            for line in result.lines():
+                output.show(line)
+        for checked in evaluation.gates:
+            word = "holds" if checked.holds else "does not hold"
+            output.show(f"gate {checked.expression}: {word} ({checked.value:.4g})")
+        output.result(evaluation.as_json())
+        if not all(checked.holds for checked in evaluation.gates):
             raise typer.Exit(3)
 
 

@@ -14,7 +14,9 @@ from spectool.errors import UsageError
 def list_methods(
     kind: Annotated[
         str | None,
-        typer.Argument(help="Kind to list: quantizer, chooser, drafter or verifier; default: all"),
+        typer.Argument(
+            help="Kind to list: quantizer, chooser, drafter, verifier or measure; default: all"
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="List research methods too")] = False,
     json_output: Json = False,

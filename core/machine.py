@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import platform
-import re
 import resource
 import sys
 import warnings
@@ -103,26 +102,6 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor has instructions for bfloat16 products (True if unknown)."""
-    flags = _flags()
-    return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
-
-
-def has_bfloat16_tiles() -> bool:
-    """Whether the processor has instructions for tiles of bfloat16 (False if unknown)."""
-    return "amx_bf16" in (_flags() or ())
-
-
-def _flags() -> set[str] | None:
-    """Read the processor's feature flags; None if unknown."""
-    try:
-        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        return None
-    return None if flags is None else set(flags[1].split())
 
 
 def set_threads(requested: int | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from spectool.errors import UsageError
 
-Kind = Literal["quantizer", "chooser", "drafter", "verifier"]
+Kind = Literal["quantizer", "chooser", "drafter", "verifier", "measure"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,6 +256,41 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.verify:typical",
         summary="Accept tokens of enough probability; changes the distribution, needs --lossy",
         source="Cai et al., Medusa, 2024 (arXiv:2401.10774)",
+        runs_in=("spectool",),
+    ),
+    "perplexity": Method(
+        kind="measure",
+        target="spectool.evaluate.measures.perplexity:Perplexity",
+        summary="exp of the mean negative log-likelihood of a text's tokens",
+        source="Jelinek et al., 1977",
+        runs_in=("spectool",),
+    ),
+    "divergence": Method(
+        kind="measure",
+        target="spectool.evaluate.measures.divergence:Divergence",
+        summary="KL divergence from a reference, and how often both prefer the same token",
+        source="Kullback and Leibler, 1951",
+        runs_in=("spectool",),
+    ),
+    "layers": Method(
+        kind="measure",
+        target="spectool.evaluate.measures.layers:Layers",
+        summary="Relative squared error of each packed matrix",
+        source="folklore",
+        runs_in=("spectool",),
+    ),
+    "speed": Method(
+        kind="measure",
+        target="spectool.evaluate.measures.speed:Speed",
+        summary="Tokens per second with each drafter, next to plain decoding",
+        source="a comparison in one process, in turns",
+        runs_in=("spectool",),
+    ),
+    "losslessness": Method(
+        kind="measure",
+        target="spectool.evaluate.measures.losslessness:Losslessness",
+        summary="Share of prompts whose drafted output is plain decoding's",
+        source="token for token, greedy",
         runs_in=("spectool",),
     ),
 }

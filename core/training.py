@@ -1,8 +1,9 @@
 """Training loop: accumulate gradients, step, evaluate on held-out data, keep the best weights.
 
-Knows neither models nor losses. A step depends only on the stored state and its number, so an
-interrupted and resumed run ends with the same weights as an uninterrupted one. Nothing is pickled:
-tensors are stored as tensors, all else as JSON.
+Knows neither models nor losses, only the data that draft heads share with theirs. A step depends
+only on the stored state and its number, so an interrupted and resumed run ends with the same
+weights as an uninterrupted one. Nothing is pickled: tensors are stored as tensors, all else as
+JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,48 @@ Metrics = dict[str, Any]
 
 # Bytes of optimizer state per parameter: two moments, in float32 or as 8-bit codes.
 OPTIMIZERS = {"adamw": 8, "adamw8bit": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingBatch:
+    """Texts that drafters are trained on: tokens [B, L] and their features [B, L, D].
+
+    `loss_mask_BL` marks the tokens whose prediction is in the loss; padding at the right never is.
+    With sequence packing, `segments_BL` numbers the text that each token belongs to, padding
+    apart. `extra_rows(anchors_BA, rows, inject)` passes extra rows next to the texts, for drafters
+    that inject some (`distill.teacher.read_extra_rows`).
+    """
+
+    tokens_BL: Tensor
+    loss_mask_BL: Tensor
+    features: Mapping[str, Tensor]
+    segments_BL: Tensor | None = None
+    extra_rows: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSpec:
+    """Loss of draft heads: the sum over heads k of decay^k times the mean over positions.
+
+    `target`: cross entropy against the text's `labels`, the target's `probs` (times
+    `probs_weight`) or both; plus `state_weight` times the smooth L1 distance (mean over the width)
+    from the target's final state at the token before.
+    """
+
+    target: Literal["labels", "probs", "both"] = "labels"
+    decay: float = 1.0
+    probs_weight: float = 1.0
+    state_weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerDefaults:
+    """AdamW settings of a method; the learning rate decays from `rate` to `final` times `rate`."""
+
+    rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    final: float = 0.0
 
 
 def make_optimizer(

@@ -149,18 +149,18 @@ class Candidates(CandidateGenerator):
                 index=0,
                 tokens=input_ids[0].tolist(),
                 draws=Draws(0, 0),
-                control=SamplingParams(),
+                sampling=SamplingParams(),
                 max_new_tokens=self._max_length,
                 context=self._max_length,
             )
             # An empty cache: drafters that read the target's rows were refused.
             cache = TreeCache(batch=1, num_layers=1, context=1)
-            self._drafter.begin([PrefilledPrompt(row=request, logits_V=scores[0, -1])], cache)
+            self._drafter.add([PrefilledPrompt(request=request, logits_V=scores[0, -1])], cache)
             return
         request = self._request
         new = input_ids[0, len(request.tokens) :].tolist()
         request.tokens += new
         path = list(range(len(new)))
         self._drafter.observe(
-            [Outcome(row=request, draft=self._draft, path=path, next_token=new[-1])]
+            [Outcome(request=request, draft=self._draft, path=path, next_token=new[-1])]
         )

@@ -152,7 +152,7 @@ class TreeCache(Cache):
         """Keep these rows of the batch, in this order."""
         self.tokens = [self.tokens[row] for row in rows]
         self.positions_BS = self.positions_BS[list(rows)]
-        index = torch.tensor(list(rows), device=self._device)
+        index = torch.tensor(list(rows), dtype=torch.long, device=self._device)
         for store in self.stores:
             store.select(index)
 
@@ -163,6 +163,7 @@ class TreeCache(Cache):
         The other cache hands its rows over and is not to be used afterwards.
         """
         assert self.context == other.context, "rows of one cache share a context"
+        rows = len(self.tokens), len(other.tokens)
         self.tokens += other.tokens
         capacity = max(self.capacity, other.capacity)
         self.positions_BS = torch.cat(
@@ -170,7 +171,7 @@ class TreeCache(Cache):
         )
         self._device, self._tail = other._device, max(self._tail, other._tail)
         for mine, theirs in zip(self.stores, other.stores, strict=True):
-            mine.join(theirs)
+            mine.join(theirs, rows)
 
     def keep_prefix(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Keep the longest common prefix of each row with its new prompt; return the lengths.
@@ -189,52 +190,3 @@ class TreeCache(Cache):
 def _widen(positions_BS: Tensor, capacity: int) -> Tensor:
     """Return positions of `capacity` columns that begin with these."""
     return torch.nn.functional.pad(positions_BS, (0, capacity - positions_BS.shape[1]))
-
-
-class TextLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values of whole texts; states of later passes are seen but not kept."""
-
-    is_sliding = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Store the keys and values of the texts."""
-        self.keys, self.values = key_states, value_states
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return the stored keys and values followed by these; store the first ones."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            return key_states, value_states
-        assert self.keys is not None and self.values is not None
-        keys = torch.cat([self.keys, key_states], 2)
-        return keys, torch.cat([self.values, value_states], 2)
-
-    def get_seq_length(self) -> int:
-        """Return the length of the texts."""
-        return 0 if self.keys is None else self.keys.shape[2]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns of a mask, and its offset."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return -1: the length is not limited here."""
-        return -1
-
-
-class TextCache(Cache):
-    """Keys and values of whole texts, for extra rows that pass later.
-
-    Nothing is written in place, so gradients can flow through later passes.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[TextLayer() for _ in range(num_layers)])  # type: ignore
-
-    @property
-    def length(self) -> int:
-        """Return the length of the texts."""
-        return self.get_seq_length()

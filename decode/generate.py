@@ -122,6 +122,7 @@ class Runner:
         self.use(draft)
         self.timings = Timings()
         self._cache: TreeCache | None = None
+        self._last: list[Request] = []
 
     @property
     def drafter_name(self) -> str:
@@ -289,8 +290,13 @@ class Runner:
                             streamer.end()
                         streamer.put(torch.tensor([group[0].tokens]))
                     cache = self._open_cache(group, reuse_cache)
+                    last, self._last = self._last, group
+                    after = last[0] if reuse_cache and len(last) == 1 else None
+                    for request in last:
+                        if request is not after:
+                            self.drafter.remove(request)
                     for commit in decode(
-                        self.target, cache, self.drafter, group, verification, self.timings
+                        self.target, cache, self.drafter, group, verification, self.timings, after
                     ):
                         if on_tokens is not None:
                             commit.request.mark_reported(commit.tokens, commit.text)
@@ -367,7 +373,7 @@ class Runner:
             index=index,
             tokens=tokens,
             draws=draws,
-            control=control,
+            sampling=control,
             controls=controls,
             max_new_tokens=max_new_tokens,
             context=self.target.span(len(tokens) + max_new_tokens),

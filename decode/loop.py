@@ -20,7 +20,7 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.control.base import ControlStates, apply_controls
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import StepDraws, is_finite
+from spectool.decode.sampling import StepDraws, is_finite, probs_by_row
 from spectool.decode.target import Target, top_ids
 from spectool.decode.tree import Draft
 from spectool.decode.verify import Verification, resolve_paths
@@ -59,22 +59,23 @@ def decode(
     requests: Sequence[Request],
     verification: Verification,
     timings: Timings,
+    after: Request | None = None,
 ) -> Iterator[Commit]:
     """Complete all requests, yielding what is committed step by step.
 
-    `cache` has a row for each of `requests` and may hold a prefix of its prompt. If iteration
-    stops early, every request keeps what was committed so far.
+    `cache` has a row for each of `requests` and may hold a prefix of its prompt, which it has from
+    the request `after`. If iteration stops early, every request keeps what was committed so far.
     """
     alive = [request for request in requests if request.finish_reason is None]
     if len(alive) < len(requests):
         cache.select([i for i, request in enumerate(requests) if request.finish_reason is None])
     if not alive:
         return
-    yield from _prefill(target, cache, drafter, alive, verification, timings)
-    alive = _drop_finished(cache, alive)
+    yield from _prefill(target, cache, drafter, alive, verification, timings, after)
+    alive = _drop_finished(cache, drafter, alive)
     while alive:
         yield from _step(target, cache, drafter, alive, verification, timings)
-        alive = _drop_finished(cache, alive)
+        alive = _drop_finished(cache, drafter, alive)
 
 
 def _prefill(
@@ -84,6 +85,7 @@ def _prefill(
     requests: list[Request],
     verification: Verification,
     timings: Timings,
+    after: Request | None,
 ) -> list[Commit]:
     """Feed the prompts in one forward and commit the first new token of each request.
 
@@ -102,13 +104,19 @@ def _prefill(
         commits.append(Commit(request, [token], text, drafted=0))
         prompts.append(
             PrefilledPrompt(
-                row=request, logits_V=done.logits_BV[b], top=done.top[b], features=done.features[b]
+                request=request,
+                logits_V=done.logits_BV[b],
+                top=done.top[b],
+                features=done.features[b],
+                after=after,
             )
         )
-    unfinished = [prompt for prompt in prompts if prompt.row.finish_reason is None]
+    unfinished = [prompt for prompt in prompts if prompt.request.finish_reason is None]
     if unfinished:
         began = time.perf_counter()
-        drafter.begin(unfinished, cache)
+        drafter.add(unfinished, cache)
+        if after is not None:
+            drafter.remove(after)
         timings.draft += time.perf_counter() - began
     return commits
 
@@ -131,7 +139,7 @@ def _step(
     needs = drafter.needs
     done = target.verify(cache, drafts, needs)
     fed = time.perf_counter()
-    resolved, top, probs_BNV = _verify_drafts(
+    resolved, top, probs = _verify_drafts(
         requests, drafts, done.logits_BNV, verification, needs.top
     )
     # On a GPU the pass has only been enqueued before its verdict is read.
@@ -152,11 +160,11 @@ def _step(
         nodes = slice(len(draft))
         outcomes.append(
             Outcome(
-                row=request,
+                request=request,
                 draft=draft,
                 path=path,
                 next_token=new[taken - 1],
-                probs_NV=probs_BNV[b, nodes] if needs.probs else None,
+                probs_NV=probs[b][nodes] if needs.probs else None,
                 extra_logits_NV=done.logits_BNV[b, len(draft) : draft.num_rows],
                 top=top[b][nodes] if needs.top else [],
                 features={name: f_BND[b, nodes] for name, f_BND in done.features.items()},
@@ -177,30 +185,30 @@ def _verify_drafts(
     logits_BNV: Tensor,
     verification: Verification,
     top: int = 0,
-) -> tuple[list[tuple[list[int], int]], list[list[list[int]]], Tensor]:
+) -> tuple[list[tuple[list[int], int]], list[list[list[int]]], list[Tensor]]:
     """Run the verifier on every request's draft.
 
     Returns each request's path and next token, the `top` likeliest ids after each node [B][N][K],
-    and the probabilities [B, N, V].
+    and each request's probabilities [N, V].
     """
     controlled_BNV = apply_controls(logits_BNV, _list_states(requests, drafts))
-    probs_BNV = requests[0].control.probs(controlled_BNV)
+    probs = probs_by_row([request.sampling for request in requests], controlled_BNV)
     verdicts = [
         verification.verifier(
             draft, probs_NV[: len(draft)], StepDraws(request.draws, len(request.tokens) - 1)
         )
-        for request, draft, probs_NV in zip(requests, drafts, probs_BNV, strict=True)
+        for request, draft, probs_NV in zip(requests, drafts, probs, strict=True)
     ]
     top_BNK = top_ids(logits_BNV, top) if top else None
     resolved, ids = resolve_paths(
         drafts, verdicts, all_finite=is_finite(logits_BNV), top_BNK=top_BNK
     )
     if top_BNK is None:
-        return resolved, [], probs_BNV
+        return resolved, [], probs
     _, num_nodes, top = top_BNK.shape
     listed = [ids[start : start + top] for start in range(0, len(ids), top)]
     by_request = [listed[b * num_nodes : (b + 1) * num_nodes] for b in range(len(requests))]
-    return resolved, by_request, probs_BNV
+    return resolved, by_request, probs
 
 
 def _list_states(requests: Sequence[Request], drafts: Sequence[Draft]) -> list[list[ControlStates]]:
@@ -213,10 +221,13 @@ def _list_states(requests: Sequence[Request], drafts: Sequence[Draft]) -> list[l
     ]
 
 
-def _drop_finished(cache: TreeCache, requests: list[Request]) -> list[Request]:
-    """Remove finished requests from the cache; return the others."""
+def _drop_finished(cache: TreeCache, drafter: Drafter, requests: list[Request]) -> list[Request]:
+    """Remove finished requests from cache and drafter; return the others."""
     alive = [request for request in requests if request.finish_reason is None]
     # The last request stays in the cache when it ends: a later call may continue from it.
     if alive and len(alive) < len(requests):
         cache.select([b for b, request in enumerate(requests) if request.finish_reason is None])
+        for request in requests:
+            if request.finish_reason is not None:
+                drafter.remove(request)
     return alive

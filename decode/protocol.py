@@ -5,6 +5,7 @@ Suffixes: N nodes of a tree, T tokens of a prompt, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -58,7 +59,7 @@ class Outcome:
     features are [N, D] each.
     """
 
-    row: Request
+    request: Request
     draft: Draft
     path: list[int]
     next_token: int
@@ -70,39 +71,23 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefilledPrompt:
-    """One request after the prompt pass; `row.tokens` already ends with the first new token.
+    """One request after the prompt pass; `request.tokens` already ends with the first new token.
 
     `logits_V` are those of the last prompt token. `features` [T, D] are those of the prompt's
-    tokens; where a prefix was found in a kept cache, only those of the tokens after it. `top()`
-    computes the likeliest ids [T][K] after these tokens: it costs a product of the lm_head with the
-    whole prompt, so a drafter that does not need it should not call it.
+    tokens; where the cache of the ended request `after` held a prefix, only those of the tokens
+    after it. `top()` computes the likeliest ids [T][K] after these tokens: it costs a product of
+    the lm_head with the whole prompt, so a drafter that does not need it should not call it.
     """
 
-    row: Request
+    request: Request
     logits_V: Tensor
     top: Callable[[], list[list[int]]] = list
     features: Features = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingBatch:
-    """Texts that drafters are trained on: tokens [B, L] and their features [B, L, D].
-
-    `loss_mask_BL` marks the tokens whose prediction is in the loss; padding at the right never is.
-    With sequence packing, `segments_BL` numbers the text that each token belongs to, padding
-    apart. `beside` passes extra rows next to the texts, for drafters that inject some: it is
-    `Target.read_extra_rows` of these texts.
-    """
-
-    tokens_BL: Tensor
-    loss_mask_BL: Tensor
-    features: Features
-    segments_BL: Tensor | None = None
-    beside: Callable[..., Tensor] | None = None
+    after: Request | None = None
 
 
 class Drafter(Protocol):
-    """A source of draft trees. One object serves many batches, one batch at a time.
+    """A source of draft trees, for requests that come and go.
 
     `name` is its entry in the table of methods. `combines`: other drafters may add nodes to its
     trees, and tuning may drop some.
@@ -112,31 +97,37 @@ class Drafter(Protocol):
     needs: Needs
     combines: bool = True
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
-        """Return the kinds of nodes proposed under `control`; they decide the verifier."""
+    @abstractmethod
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
+        """Return the kinds of nodes proposed under `sampling`; they decide the verifier."""
 
     def attach(self, target: Target) -> None:
-        """Take the model to draft for, before any batch.
+        """Take the model to draft for, before any request.
 
         A change to the model that users should know of is added to `target.notes`.
         """
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        """Start a new batch. Only statistics of text may be kept from earlier batches.
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+        """Begin to draft for these requests, beside those that were added before.
 
         `cache` has the target's rows, the same ones as for `propose`. A pass of the drafter's own
-        may write into the tail of the cache and must commit nothing.
+        may write into the tail of the cache and must commit nothing. The request that a prompt
+        comes `after` is removed next: what is known of their common prefix may be taken over.
         """
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def remove(self, request: Request) -> None:
+        """Forget a request, also one that was never added; statistics of text may be kept."""
+
+    @abstractmethod
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         """Return a tree per request: node 0 is its last token, no node is deeper than its budget.
 
-        `rows` are the unfinished requests of `begin`, in the same order. Deterministic nodes come
-        best first as far as that is known: any first n of them are a tree.
+        `requests` are all that were added and not removed, in the same order. Deterministic nodes
+        come best first as far as that is known: any first n of them are a tree.
         """
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         """Take the outcomes of the drafts, in the order of the requests of `propose`."""
 
     def close(self) -> None:
-        """Write to disk what the user asked to keep; no batch follows."""
+        """Write to disk what the user asked to keep; no request follows."""

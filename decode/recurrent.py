@@ -25,7 +25,7 @@ from spectool.decode.replay import ReplayCache
 from spectool.decode.target import Pass, PrefillOutput, Target
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
-from spectool.kernels import skinny
+from spectool.kernels.registry import in_force
 
 # Tokens per pass of a prompt.
 _CHUNK = 512
@@ -198,10 +198,7 @@ class RecurrentTarget(Target):
             if self._keeps_logits:
                 options["logits_to_keep"] = kept
             ids = torch.tensor([piece], device=self.device)
-            with (
-                self._capture_features(needs) as features,
-                skinny.products(self._linears, self._most_rows),
-            ):
+            with self.capture_features(needs) as features, in_force():
                 output = self.model(input_ids=ids, use_cache=True, **options)
             logits.append(output.logits[0, -kept:])
             captured.append(features)

@@ -13,9 +13,9 @@ from spectool.decode.streaming import TextStream
 FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """A request in flight; the requests of a batch share their `control`.
+    """A request in flight. `index` is its number within its call.
 
     `tokens` are those of the prompt and all committed ones; the last one is the pending root.
     `drafted` and `accepted` count nodes; `offered_at[d]` counts the steps whose draft reached
@@ -26,7 +26,7 @@ class Request:
     index: int
     tokens: list[int]
     draws: Draws
-    control: SamplingParams
+    sampling: SamplingParams
     controls: Sequence[Control[Any]] = ()
     max_new_tokens: int
     context: int

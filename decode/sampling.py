@@ -126,6 +126,14 @@ class SamplingParams:
         return scores_NV.softmax(-1).view(logits_BNV.shape)
 
 
+def probs_by_row(samplings: Sequence[SamplingParams], logits_BNV: Tensor) -> list[Tensor]:
+    """Return each row's `SamplingParams.probs` [N, V]."""
+    if len(set(samplings)) == 1:
+        return list(samplings[0].probs(logits_BNV))
+    rows = torch.split(logits_BNV, 1)
+    return [each.probs(row_1NV)[0] for each, row_1NV in zip(samplings, rows, strict=True)]
+
+
 class Draws:
     """The random numbers of one request.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from spectool import machine
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode import rotary, tree
-from spectool.decode.cache import TextCache, TreeCache, cache_argument
+from spectool.decode.cache import TreeCache, cache_argument
 from spectool.decode.fit import check_fit
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError, UsageError
-from spectool.kernels import skinny
+from spectool.kernels.registry import in_force
 from spectool.model.decoder import decoder_of
+from spectool.model.kernels import give_kernels
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
 _CHUNK = 512
@@ -85,13 +84,12 @@ class Target:
         self.vocab_size: int = config.vocab_size
         self.device = model.device
         self.dtype = model.dtype
-        self._windows = _windows(config)
+        self.windows = _windows(config)
         name = cache_argument(accepted)
         assert name is not None, "a forward that takes no cache is refused"
         self.cache_name = name
         self._keeps_logits = "logits_to_keep" in accepted
-        self._linears = skinny.eligible_linears(model.modules())
-        self._most_rows = kernel_rows(self.dtype)
+        give_kernels(model, self.dtype)
         self._original = rotary.find_original_context(config)
         self.context_reason = rotary.explain_context(config)
         self._rotaries = rotary.list_longrope_modules(model)
@@ -179,7 +177,7 @@ class Target:
         """
         lm_head = self.model.get_output_embeddings()
         found: list[list[int]] = []
-        with skinny.products(self._linears, self._most_rows):
+        with in_force():
             for part_TD in torch.split(states_TD, _CHUNK):
                 found += top_ids(lm_head(part_TD), count).tolist()
         return found
@@ -196,16 +194,16 @@ class Target:
             num_nodes = len(draft)
             padding = range(draft.num_rows, num_rows)
             tokens.append(draft.tokens + [0] * (num_rows - num_nodes))
-            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.beside), *padding]
+            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.extra_rows), *padding]
             parents.append(above)
-            slots.append([-1] * num_nodes + [slot for _, slot in draft.beside])
+            slots.append([-1] * num_nodes + [slot for _, slot in draft.extra_rows])
             slots[-1] += [-1] * len(padding)
             owner = list(range(num_rows))
             for row in range(num_nodes, draft.num_rows):
                 owner[row] = owner[above[row]]
             owners.append(owner)
         extra = None
-        if any(draft.beside for draft in drafts):
+        if any(draft.extra_rows for draft in drafts):
             extra = (torch.tensor(slots, device=self.device), torch.tensor(owners).to(self.device))
         return self.grow(cache, tokens, parents, needs=needs, extra=extra)
 
@@ -245,102 +243,11 @@ class Target:
             extra,
         )
 
-    @torch.no_grad()
-    def read(
-        self,
-        tokens_BL: Tensor,
-        needs: Needs,
-        segments_BL: Tensor | None = None,
-        *,
-        keep: TextCache | None = None,
-    ) -> dict[str, Tensor]:
-        """Return features [B, L, D] of whole texts, for training; `keep` takes keys and values.
-
-        Rows are padded at the right, where causal attention does not look. With sequence packing,
-        `segments_BL` numbers the texts of a row, and each is read as if it stood alone. Not
-        inference mode: autograd cannot save inference tensors.
-        """
-        options: dict[str, Any] = {}
-        if keep is not None:
-            options[self._decoder_cache_name] = keep
-        if segments_BL is not None:
-            positions_BL, visible_BLL = isolate_texts(segments_BL.to(self.device))
-            lengths = [0] * len(positions_BL)
-            options["attention_mask"] = self._masks(lengths, positions_BL, visible_BLL)
-            options["position_ids"] = positions_BL
-        with self._capture_features(needs) as features:
-            self.decoder(
-                input_ids=tokens_BL.to(self.device),
-                use_cache=keep is not None,
-                **options,
-            )
-        return features
-
-    def check(self, needs: Needs) -> None:
-        """Raise UnsupportedError if the features asked for are not [B, N, D]."""
-        self.read(torch.zeros(1, 2, dtype=torch.long), needs)
-
-    def read_extra_rows(
-        self,
-        kept: TextCache,
-        anchors_BA: Tensor,
-        rows: Sequence[tuple[int, int]],
-        inject: Mapping[int, Inject],
-    ) -> Tensor:
-        """Return states [B, A, X, D] after the final norm of extra rows of texts, for training.
-
-        At each of a text's A anchors there are X `rows`, each a parent and a slot as in
-        `Draft.beside`, where node 0 is the text's token at the anchor. They see the text up to it
-        and their own parents, and are differentiable. `inject` gets anchors as the owners.
-        """
-        (batch, num_anchors), num_extra = anchors_BA.shape, len(rows)
-        parents, depths = [0], [0]
-        for parent, _ in rows:
-            parents.append(parent)
-            depths.append(depths[parent] + 1)
-        sees_XX = tree.ancestor_mask(torch.tensor([parents]), max(depths))[0, 1:, 1:]
-        # Chains of different positions do not see each other.
-        sees_NN = torch.eye(num_anchors).kron(sees_XX.float()).bool().to(self.device)
-        anchors_BN = anchors_BA.repeat_interleave(num_extra, 1).to(self.device)
-        depths_N = torch.tensor(depths[1:] * num_anchors, device=self.device)
-        positions_BN = (anchors_BN + depths_N).clamp_(max=self.context - 1)
-        text_BNL = torch.arange(kept.length, device=self.device) <= anchors_BN[..., None]
-        sees_BNS = torch.cat([text_BNL, sees_NN.expand(batch, -1, -1)], -1)
-        masks = {}
-        for kind, window in self._windows.items():
-            near_BNS = sees_BNS
-            if window is not None:
-                key_L = torch.arange(kept.length, device=self.device).expand(batch, -1)
-                key_BS = torch.cat([key_L, positions_BN], 1)
-                near_BNS = sees_BNS & (positions_BN[..., None] - key_BS[:, None] < window)
-            hidden = torch.finfo(self.dtype).min
-            mask_BNS = torch.zeros(near_BNS.shape, dtype=self.dtype, device=self.device)
-            masks[kind] = mask_BNS.masked_fill_(~near_BNS, hidden)[:, None]
-        slots_BN = torch.tensor([slot for _, slot in rows] * num_anchors, device=self.device)
-        with (
-            self._capture_features(Needs(final=True)) as features,
-            self._inject_states(inject, (slots_BN.expand(batch, -1), anchors_BN)),
-        ):
-            self.decoder(
-                input_ids=torch.zeros_like(anchors_BN),
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-                position_ids=positions_BN,
-                use_cache=True,
-                **{self._decoder_cache_name: kept},
-            )
-        return features["final"].view(batch, num_anchors, num_extra, -1)
-
     @functools.cached_property
     def checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint that the model was loaded from, or None."""
         path = Path(self.model.config._name_or_path or "")
         return open_checkpoint(path) if (path / "config.json").is_file() else None
-
-    @functools.cached_property
-    def _decoder_cache_name(self) -> str:
-        """Return the name of the decoder's cache argument; by default the model's."""
-        accepted = inspect.signature(self.decoder.forward).parameters
-        return cache_argument(accepted) or self.cache_name
 
     @property
     def num_tokens(self) -> int:
@@ -380,12 +287,12 @@ class Target:
             last = kept == [num_nodes - 1]
             options["logits_to_keep"] = 1 if last else torch.tensor(kept, device=self.device)
         keys_BS = cache.positions_BS[:, : cache.width]
-        masks = self._masks(lengths, keys_BS, visible_BNT.to(self.device), seen)
+        masks = self.masks(lengths, keys_BS, visible_BNT.to(self.device), seen)
         with (
-            self._capture_features(needs) as features,
-            self._inject_states(needs.inject, extra),
+            self.capture_features(needs) as features,
+            self.inject_states(needs.inject, extra),
             rotary.use_long_factors(self._rotaries, self._original, cache.context),
-            skinny.products(self._linears, self._most_rows),
+            in_force(),
         ):
             output = self.model(
                 input_ids=torch.tensor(tokens, device=self.device),
@@ -399,7 +306,7 @@ class Target:
             logits_BNV = logits_BNV[:, kept]
         return Pass(logits_BNV, features)
 
-    def _masks(
+    def masks(
         self,
         lengths: Sequence[int],
         positions_BS: Tensor,
@@ -411,12 +318,12 @@ class Target:
             kind: tree_mask(
                 lengths, positions_BS, visible_BNT, self.dtype, seen=seen, window=window
             )
-            for kind, window in self._windows.items()
+            for kind, window in self.windows.items()
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @contextmanager
-    def _capture_features(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
+    def capture_features(self, needs: Needs) -> Iterator[dict[str, Tensor]]:
         """Capture the features asked for during one pass, by forward hooks."""
         features: dict[str, Tensor] = {}
         handles = []
@@ -434,7 +341,7 @@ class Target:
                 handle.remove()
 
     @contextmanager
-    def _inject_states(
+    def inject_states(
         self, inject: Mapping[int, Inject], extra: tuple[Tensor, Tensor] | None
     ) -> Iterator[None]:
         """During one pass, replace the hidden states of extra rows at the inputs of layers."""
@@ -541,17 +448,6 @@ def isolate_texts(segments_BL: Tensor) -> tuple[Tensor, Tensor]:
 def top_ids(logits_BNV: Tensor, count: int) -> Tensor:
     """Return the ids of the `count` largest logits in descending order, or of all if fewer."""
     return logits_BNV.topk(min(count, logits_BNV.shape[-1])).indices
-
-
-def kernel_rows(dtype: torch.dtype) -> int:
-    """Return up to how many rows spectool's CPU kernel multiplies faster than torch."""
-    if dtype == torch.bfloat16:
-        if not machine.has_bfloat16():
-            # torch is very slow there.
-            return sys.maxsize
-        if machine.has_bfloat16_tiles():
-            return skinny.MOST_ROWS_BESIDE_TILES
-    return skinny.MOST_ROWS
 
 
 def _capture_hook(features: dict[str, Tensor], name: str) -> Any:

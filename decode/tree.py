@@ -29,9 +29,8 @@ class Draft:
     no row. `draws[i]` are the children of node i in the order of the draws, with repetitions; None
     where each was drawn once, in the order of the nodes. `sources[i]` says how node i was found:
     nodes of one source are about equally likely to be accepted, and no source may depend on the
-    token of a sampled node. `beside` are extra rows that pass with the tree and are never
-    committed: each is its parent (numbers continue after the nodes) and its slot
-    (`protocol.Inject`).
+    token of a sampled node. `extra_rows` pass with the tree and are never committed: each
+    is its parent (numbers continue after the nodes) and its slot (`protocol.Inject`).
     """
 
     tokens: list[int]
@@ -40,7 +39,7 @@ class Draft:
     probs_NV: Tensor | None = None
     draws: dict[int, list[int]] | None = None
     sources: Sequence[Hashable] | None = None
-    beside: Sequence[tuple[int, int]] = ()
+    extra_rows: Sequence[tuple[int, int]] = ()
     depths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +61,7 @@ class Draft:
     @property
     def num_rows(self) -> int:
         """Return how many rows pass through the target: nodes and extra rows."""
-        return len(self.tokens) + len(self.beside)
+        return len(self.tokens) + len(self.extra_rows)
 
     def drawn(self) -> dict[int, list[int]]:
         """Return the children of each node in the order of the draws, also where `draws` is None.

@@ -24,7 +24,7 @@ from spectool.checkpoint.hub import fetch, is_local
 from spectool.checkpoint.tensors import Checkpoint, read_tensors, text_fingerprint
 from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import HeadsRecord, lineage
-from spectool.decode.heads.base import MOST_NODES, TOP, Heads, OptimizerDefaults
+from spectool.decode.heads.base import MOST_NODES, TOP, Heads
 from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.samples import read_samples, split
@@ -45,7 +45,7 @@ from spectool.model.loading import (
     tokenizer_digest,
 )
 from spectool.report import SILENT, Reporter, Several, TrainingStarts
-from spectool.training import Metrics, Recipe, Training, make_optimizer
+from spectool.training import Metrics, OptimizerDefaults, Recipe, Training, make_optimizer
 
 # Number of evaluations on held-out text in a training.
 _NUM_EVALUATIONS = 20

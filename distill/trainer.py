@@ -13,10 +13,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from spectool.decode.heads.base import MOST_NODES, TOP, HeadLoss, Heads, frequent
+from spectool.decode.heads.base import MOST_NODES, TOP, Heads
 from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.texts import chunk
+from spectool.distill.losses import HeadLoss, compute_loss, rank_labels, top_tokens
 from spectool.distill.plan import Job, make_batches
 from spectool.distill.processes import Processes
 from spectool.distill.training_data import GENERATED_TOGETHER, TrainingData
@@ -55,7 +56,8 @@ class HeadTrainer:
                 for token, in_loss in zip(sample.tokens, sample.loss_mask, strict=True)
                 if in_loss
             ]
-            token_map = frequent(loss_tokens, count=size, vocab=target.vocab_size).to(target.device)
+            token_map = top_tokens(loss_tokens, count=size, vocab=target.vocab_size)
+            token_map = token_map.to(target.device)
         with self._seeded("fresh"):
             fresh: Heads = drafter.Heads(job.config, target.model, token_map)
         if init_from is not None:
@@ -80,12 +82,12 @@ class HeadTrainer:
             seeded_by = step if processes.first else f"{step}/{processes.rank}"
             batch = self.train.batch(part)
             with self._seeded(seeded_by), self._autocast():
-                done = self.heads.compute_loss(batch, self._total)
+                done = compute_loss(self.heads, batch, self._total)
         else:
             # Takes part in the reduction that the other processes wait for.
-            self._total(done.places)
+            self._total(done.counts)
         processes.sum_gradients(self.heads.parameters())
-        sums = processes.sum([*done.loss, *done.places])
+        sums = processes.sum([*done.loss, *done.counts])
         pairs = zip(sums[: len(done.loss)], sums[len(done.loss) :], strict=True)
         means = [loss / max(1, count) for loss, count in pairs]
         return {
@@ -113,7 +115,7 @@ class HeadTrainer:
     def ranks(self) -> Tensor:
         """Return the ranks [R, K] of the true tokens among each head's guesses on held-out text."""
         with self._autocast():
-            ranks = [self.heads.ranks(batch) for batch in self.held_out]
+            ranks = [rank_labels(self.heads, batch) for batch in self.held_out]
         return torch.cat(ranks) if ranks else torch.zeros(0, 0)
 
     def evaluate(self) -> Metrics:

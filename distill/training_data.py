@@ -40,6 +40,7 @@ from spectool.distill.data.server import Server, rewrite
 from spectool.distill.data.texts import TextWriter
 from spectool.distill.plan import Job, Setup
 from spectool.distill.processes import Processes
+from spectool.distill.teacher import check_features
 from spectool.errors import TextError
 from spectool.methods import resolve
 from spectool.model.loading import load_model, load_outside
@@ -175,7 +176,7 @@ class DataPreparation:
         with self.processes.together():
             model = self._load()
             runner = Runner(model, tokenizer=setup.tokenizer)
-            runner.target.check(self.needs)
+            check_features(runner.target, self.needs)
         generate = TextWriter(store_writer, self.processes, self.reporter)
         # Evaluation text is always the target's own greedy output without loops, since that is what
         # the heads will draft.

@@ -54,6 +54,10 @@ def reference() -> str:
     for name in methods.names("verifier"):
         row = methods.row(name, "verifier")
         lines.append(f"| `{name}` | {row.summary}. {row.source}. |")
+    lines += ["", "## Measures", "", "| `--measure` | | metrics for `--gate` |", "|---|---|---|"]
+    for name in methods.names("measure"):
+        metrics = ", ".join(f"`{each}`" for each in methods.resolve(name, "measure").metrics())
+        lines.append(f"| `{name}` | {methods.row(name, 'measure').summary} | {metrics} |")
     return "\n".join(lines) + "\n"
 
 

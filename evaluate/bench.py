@@ -209,18 +209,6 @@ def bench(
     )
 
 
-def list_mismatches(run: Run) -> list[str]:
-    """List the lossless drafters whose float32 output differs from plain decoding."""
-    return [
-        row.name
-        for row in run.drafters
-        if run.dtype == "float32"
-        and row.lossless
-        and row.identical is not None
-        and row.identical < row.prompts
-    ]
-
-
 def _select_fitting(
     runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int, reporter: Reporter
 ) -> list[Job]:

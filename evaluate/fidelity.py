@@ -1,7 +1,4 @@
-"""Perplexity of a model, and its distance from a reference on the same tokens.
-
-perplexity = exp(mean over scored tokens of -log p(token)); KL = mean of KL(reference || model) in
-nats per token; top-1 agreement = share of positions where both have the same most likely token.
+"""One pass of a model, and of a reference, over the windows of a text.
 
 Shapes: B windows, L tokens, V vocabulary.
 """
@@ -9,39 +6,34 @@ Shapes: B windows, L tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from spectool.checkpoint.tensors import Checkpoint
 from spectool.evaluate.windows import Batch, LogProbs, Windows
-from spectool.model.architecture import Architecture
-from spectool.model.packed import build_packed, field_specs, relative_error
 from spectool.report import SILENT, Reporter
-
-# Called after each batch with the tokens scored so far and the tokens in all.
 
 
 @dataclass(slots=True)
 class Scores:
-    """Sums over scored tokens; those of the reference are None without a reference."""
+    """Sums over scored tokens; the last three are of a reference, and 0 without one."""
 
     num_tokens: int = 0
     nll: float = 0.0
-    reference_nll: float | None = None
-    kl: float | None = None
-    same_top: float | None = None
+    reference_nll: float = 0.0
+    kl: float = 0.0
+    same_top: int = 0
 
     @property
     def perplexity(self) -> float:
         return _exp(self.nll / self.num_tokens)
 
     @property
-    def reference_perplexity(self) -> float | None:
-        return None if self.reference_nll is None else _exp(self.reference_nll / self.num_tokens)
+    def reference_perplexity(self) -> float:
+        return _exp(self.reference_nll / self.num_tokens)
 
 
 class Reference(Protocol):
@@ -101,8 +93,6 @@ def score(
             has probability 0.
     """
     scores = Scores()
-    if reference is not None:
-        scores.reference_nll, scores.kl, scores.same_top = 0.0, 0.0, 0.0
     for batch in windows.batches(vocabulary, batch_size=batch_size):
         logp_BLV = log_probs(batch)
         nll = -float(_sum_next_tokens(logp_BLV, batch))
@@ -112,8 +102,6 @@ def score(
         scores.num_tokens += logp_BLV.shape[0] * logp_BLV.shape[1]
         scores.nll += nll
         if reference is not None:
-            assert scores.reference_nll is not None
-            assert scores.kl is not None and scores.same_top is not None
             nll, kl, same = reference.compare(batch, logp_BLV)
             scores.reference_nll += nll
             scores.kl += kl
@@ -126,25 +114,6 @@ def _sum_next_tokens(logp_BLV: Tensor, batch: Batch) -> Tensor:
     """Sum the log-probabilities of the text's next tokens."""
     next_BL = batch.ids_BL[:, 1:].to(logp_BLV.device)
     return logp_BLV.gather(-1, next_BL[..., None]).sum(dtype=torch.float64)
-
-
-def layer_errors(packed: Checkpoint, source: Checkpoint) -> Iterator[dict[str, Any]]:
-    """Yield `{name, error}` of each quantized matrix: the relative squared error of its weights."""
-    quantized, original = Architecture(packed), Architecture(source)
-    for part in (original.outside(), *map(original.matrices, original.blocks)):
-        matrices = [matrix for matrix in part if matrix.name in quantized.modules]
-        tensors = original.read(source, dict.fromkeys(matrix.parameter for matrix in matrices))
-        prefixes = tuple(f"{matrix.name}.q." for matrix in matrices)
-        codes = quantized.read(
-            packed, [key for key in quantized.origins if key.startswith(prefixes)]
-        )
-        specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in codes.items()})
-        for matrix in matrices:
-            module = build_packed(quantized.modules[matrix.name], specs[matrix.name])
-            module.q.load_state_dict(
-                {field: codes[f"{matrix.name}.q.{field}"] for field in specs[matrix.name]}
-            )
-            yield {"name": matrix.name, "error": relative_error(matrix.weight_nm(tensors), module)}
 
 
 def _exp(value: float) -> float:

@@ -1,6 +1,6 @@
 """Gates: `--gate 'perplexity_ratio<=1.1'` turns a metric into an exit code.
 
-A metric that the run does not have is a usage error; a metric that is NaN fails its gate.
+A metric that no measure of the run has is a usage error; a metric that is NaN fails its gate.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
 
 from spectool.errors import UsageError
+from spectool.evaluate.measures.base import Measure
 
 COMPARE = {
     "<=": operator.le,
@@ -24,33 +25,34 @@ COMPARE = {
 GATE = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(<=|>=|==|<|>)\s*(\S+)\s*")
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A gate after the run: the value of its metric, and whether it holds."""
+
+    expression: str
+    value: float
+    holds: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
     """Parsed gate: metric, comparison, bound."""
 
     expression: str
-    key: str
+    metric: str
     sign: str
     bound: float
 
-    def check(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Check a finished result; return `{expression, value, holds}`.
-
-        Raises:
-            UsageError: the result has no such metric.
-        """
-        value = lookup(result, self.key)
-        if value is None:
-            raise UsageError(
-                f"--gate {self.expression!r}: there is no metric {self.key}; "
-                f"there are {', '.join(list_metrics(result))}"
-            )
+    def check(self, results: Sequence[Measure]) -> Checked:
+        """Compare the metric, which one of the results has."""
+        (result,) = (each for each in results if self.metric in each.metrics())
+        value = float(reduce(getattr, self.metric.split("."), result))  # type: ignore[arg-type]
         holds = not math.isnan(value) and COMPARE[self.sign](value, self.bound)
-        return {"expression": self.expression, "value": value, "holds": bool(holds)}
+        return Checked(self.expression, value, bool(holds))
 
 
 def parse_gates(expressions: Sequence[str], known: Sequence[str]) -> list[Gate]:
-    """Parse gates written as `KEY<=NUMBER`, with the metrics of this run as the known keys.
+    """Parse gates written as `METRIC<=NUMBER`; `x` is short for a metric `x.value`.
 
     Raises:
         UsageError: a gate has another form, or its metric is not in `known`.
@@ -64,31 +66,11 @@ def parse_gates(expressions: Sequence[str], known: Sequence[str]) -> list[Gate]:
             bound = math.nan
         if match is None or math.isnan(bound):
             raise UsageError(f"--gate {expression!r}: expected KEY<=NUMBER (or >=, <, >, ==)")
-        if match[1] not in known and f"{match[1]}.value" not in known:
+        metric = next((name for name in (match[1], f"{match[1]}.value") if name in known), None)
+        if metric is None:
             raise UsageError(
                 f"--gate {expression!r}: this run has no metric {match[1]}; "
                 f"it has {', '.join(known)}"
             )
-        gates.append(Gate(expression=expression, key=match[1], sign=match[2], bound=bound))
+        gates.append(Gate(expression=expression, metric=metric, sign=match[2], bound=bound))
     return gates
-
-
-def lookup(result: Mapping[str, Any], key: str) -> float | None:
-    """Return the metric with a dotted key, or its `value` if it is an object; None if absent."""
-    value: Any = result
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    if isinstance(value, Mapping):
-        value = value.get("value")
-    return float(value) if isinstance(value, (int, float)) else None
-
-
-def list_metrics(result: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List the dotted keys of all numbers in a result."""
-    keys: list[str] = []
-    for key, value in result.items():
-        if isinstance(value, Mapping):
-            keys += list_metrics(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            keys.append(prefix + key)
-    return keys

@@ -26,7 +26,7 @@ from spectool.decode.generate import Runner
 from spectool.distill import plan as heads_plan
 from spectool.distill.train_heads import train_heads
 from spectool.errors import InputError
-from spectool.evaluate.fidelity import layer_errors
+from spectool.evaluate.measures.layers import layer_errors
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows, log_probs
 from spectool.model.loading import load_tokenizer
 from spectool.quantize.run import Job, quantize
@@ -182,10 +182,10 @@ def gptq(subject: Subject) -> dict[str, float]:
     """Packed to 4 bits with text every matrix is close to its source, and logits are related."""
     out, metrics = pack(subject, "gptq", text=True, bits=4)
     source = open_checkpoint(subject.place)
-    worst = max(layer_errors(open_checkpoint(out), source), key=lambda layer: layer["error"])
-    if not worst["error"] <= FOUR_BITS_MATRIX:
-        raise DifferenceError(f"{worst['name']} is {worst['error']:.2f} off its source, squared")
-    metrics["matrix"] = round(worst["error"], 4)
+    worst = max(layer_errors(open_checkpoint(out), source), key=lambda layer: layer.error)
+    if not worst.error <= FOUR_BITS_MATRIX:
+        raise DifferenceError(f"{worst.name} is {worst['error']:.2f} off its source, squared")
+    metrics["matrix"] = round(worst.error, 4)
     logits_BLV = forward(spectool.load(out, dtype="float32"), subject.ids_BL)
     metrics["error"] = close(logits_BLV, subject.logits_BLV, FOUR_BITS_LOGITS)
     return metrics

@@ -14,6 +14,7 @@ from spectool.checkpoint.dtypes import configured, parse_dtype
 from spectool.checkpoint.headers import Layout, read_json
 from spectool.checkpoint.tensors import Checkpoint, check_finite, text_fingerprint
 from spectool.errors import CheckpointError, UsageError, opening, require
+from spectool.kernels import cpu
 from spectool.model import registration
 from spectool.model.architecture import (
     Architecture,
@@ -116,7 +117,7 @@ def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
     # A CPU without instructions for bfloat16 emulates it, and float16 is slow on all CPUs; float32
     # represents the values of both exactly.
     stated = own_dtype(layout)
-    slow = stated == torch.float16 or (stated == torch.bfloat16 and not machine.has_bfloat16())
+    slow = stated == torch.float16 or (stated == torch.bfloat16 and not cpu.has_bfloat16())
     return torch.float32 if device.type == "cpu" and slow else stated
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectool.errors import CheckpointError
+from spectool.kernels.registry import Product
 from spectool.methods import resolve
 from spectool.options import Config
 
@@ -53,11 +54,14 @@ class PackedLinear(nn.Module):
     """Base of every method's runtime linear, `y = x W^T + b` with packed W.
 
     A subclass implements `rows`, or `dequantize` if rows cannot be unpacked one by one, and
-    `forward` if it has a faster one.
+    `forward` if it has a faster one. `format` names the rows of the kernels' table, if there are
+    any.
     """
 
+    format: ClassVar[str | None] = None
     q: Fields
     bias: nn.Parameter | None
+    product: Product | None = None
 
     def __init__(self, spec: FieldSpec, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -102,6 +106,8 @@ class PackedLinear(nn.Module):
         return False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.product is not None and self.product.takes(x):
+            return self.product(x, self.bias)
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:

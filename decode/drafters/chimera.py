@@ -36,9 +36,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from spectool import options
-from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.medusa import make_residual_blocks
-from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
+from spectool.decode.heads.base import Heads, TreeConfig, TreeDrafter
 from spectool.decode.heads.layer import (
     DecoderLayer,
     DraftCache,
@@ -47,9 +46,10 @@ from spectool.decode.heads.layer import (
     attend_chains,
     make_layer_config,
 )
-from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
+from spectool.decode.protocol import Features, Needs
 from spectool.decode.request import Request
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 
 class Trigram(nn.Module):
@@ -108,8 +108,9 @@ class ChimeraHeads(Heads):
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
-        self.probs_weight = config.probs_weight
-        self.loss_target = "both" if config.probs_weight else "labels"
+        self.loss = LossSpec(
+            target="both" if config.probs_weight else "labels", probs_weight=config.probs_weight
+        )
         shape = make_layer_config(model)
         self.rotary = Rotary(shape)
         self.trigram = Trigram(shape.hidden_size)
@@ -154,6 +155,7 @@ class ChimeraDrafter(TreeDrafter):
     Heads = ChimeraHeads
     needs = ChimeraHeads.needs
     _heads: ChimeraHeads
+    _draft_cache: DraftCache
 
     def __init__(
         self,
@@ -161,8 +163,7 @@ class ChimeraDrafter(TreeDrafter):
         paths: Sequence[tuple[Sequence[int], float]],
         config: TreeConfig | None = None,
     ) -> None:
-        super().__init__(heads, paths, config)
-        self._draft_cache = DraftCache(heads.rotary, 1)
+        super().__init__(heads, paths, config, DraftCache(heads.rotary, 1))
         # By depth: the depths of all nodes with children so far, and which of these nodes each of
         # the newest may attend to.
         self._tails: list[tuple[Tensor, Tensor]] = []
@@ -174,25 +175,18 @@ class ChimeraDrafter(TreeDrafter):
             visible_PT = (level.paths_PA[:, :, None] == nodes_T).any(1)
             self._tails.append((torch.tensor(depths), visible_PT))
 
-    @torch.inference_mode()
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        self._draft_cache.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
-        super().begin(prompts, cache)
-
     def _read(
-        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
-    ) -> None:
-        self._draft_cache.select(indices)
+        self,
+        requests: Sequence[Request],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[Features],
+    ) -> list[Tensor]:
         finals = [found["final"].to(self._heads.dtype) for found in features]
-        labels = [committed[:-1] for committed in tokens]
-        states = self._draft_cache.feed(labels, [finals], self._heads.ctx.keep)
-        self._states.update(zip(indices, states, strict=True))
+        return self._draft_cache.feed(requests, tokens, [finals], self._heads.ctx.keep)
 
     def _level(
         self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
     ) -> Tensor:
-        if k == 0:
-            self._draft_cache.select([request.index for request in requests])
         paths_PA = self._tree.levels[k].paths_PA
         # The trigrams of the root and its children begin with the committed tokens x_{t-1}, x_t.
         texts = [request.tokens for request in requests]

@@ -39,8 +39,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spectool import options
-from spectool.decode.cache import TreeCache
-from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
+from spectool.decode.heads.base import Heads, TreeConfig, TreeDrafter
 from spectool.decode.heads.layer import (
     DecoderLayer,
     DraftCache,
@@ -49,9 +48,10 @@ from spectool.decode.heads.layer import (
     make_layer_config,
     read_final_scale,
 )
-from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
+from spectool.decode.protocol import Features, Needs
 from spectool.decode.request import Request
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 # The size of the random numbers that are added to initial weights.
 _NOISE = 0.01
@@ -132,9 +132,7 @@ class CloverHeads(Heads):
     supports_packing = True
     begins_as_layers = True
     optimizer_defaults = OptimizerDefaults(rate=1e-3, betas=(0.9, 0.95))
-    loss_target = "probs"
-    decay = 0.7
-    state_weight = 10.0
+    loss = LossSpec(target="probs", decay=0.7, state_weight=10.0)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
@@ -199,6 +197,7 @@ class CloverDrafter(TreeDrafter):
     Heads = CloverHeads
     needs = CloverHeads.needs
     _heads: CloverHeads
+    _draft_cache: DraftCache
 
     def __init__(
         self,
@@ -206,28 +205,23 @@ class CloverDrafter(TreeDrafter):
         paths: Sequence[tuple[Sequence[int], float]],
         config: TreeConfig | None = None,
     ) -> None:
-        super().__init__(heads, paths, config)
-        self._draft_cache = DraftCache(heads.rotary, len(heads.aug.layers))
+        # Column t is computed from the target's state at t and the token after it.
+        draft_cache = DraftCache(heads.rotary, len(heads.aug.layers), ahead=True)
+        super().__init__(heads, paths, config, draft_cache)
         self._carried_BPD: Tensor | None = None
 
-    @torch.inference_mode()
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        # Column t is computed from the target's state at t and the token after it.
-        self._draft_cache.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
-        super().begin(prompts, cache)
-
     def _read(
-        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
-    ) -> None:
-        self._draft_cache.select(indices)
+        self,
+        requests: Sequence[Request],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[Features],
+    ) -> list[Tensor]:
         heads, device = self._heads, self._heads.frozen.weight_VD.device
-        after = [committed[1:] for committed in tokens]
         inputs = [
             [found["layer -1"].to(heads.dtype) for found in features],
-            [heads.read(torch.tensor(tokens, device=device)) for tokens in after],
+            [heads.read(torch.tensor(committed[1:], device=device)) for committed in tokens],
         ]
-        states = self._draft_cache.feed(after, inputs, heads.augment)
-        self._states.update(zip(indices, states, strict=True))
+        return self._draft_cache.feed(requests, tokens, inputs, heads.augment)
 
     def _level(
         self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int

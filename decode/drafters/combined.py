@@ -40,19 +40,23 @@ class Combined(Drafter):
             probs=any(drafter.needs.probs for drafter in drafters),
         )
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def attach(self, target: Target) -> None:
         for drafter in self.drafters:
             drafter.attach(target)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         for drafter in self.drafters:
-            drafter.begin(prompts, cache)
+            drafter.add(prompts, cache)
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        drafted = [drafter.propose(rows, budget) for drafter in self.drafters]
+    def remove(self, request: Request) -> None:
+        for drafter in self.drafters:
+            drafter.remove(request)
+
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+        drafted = [drafter.propose(requests, budget) for drafter in self.drafters]
         return [self._merge(drafts) for drafts in zip(*drafted, strict=True)]
 
     def _merge(self, drafts: Sequence[Draft]) -> Draft:

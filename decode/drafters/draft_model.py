@@ -25,9 +25,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.control.base import ControlStates, apply_controls
-from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
+from spectool.decode.protocol import Drafter, Needs, Outcome
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams, is_finite, not_finite_logits, pick
+from spectool.decode.sampling import (
+    SamplingParams,
+    is_finite,
+    not_finite_logits,
+    pick,
+    probs_by_row,
+)
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError
@@ -136,41 +142,49 @@ class DraftModelDrafter(Drafter):
         self._vocab_size = target.vocab_size
         _check_vocabulary(self._draft, target, tokenizer, target_tokenizer)
         self._device = target.device
-        self._order: list[int] = []
+        # The requests whose rows the cache has.
+        self._requests: list[Request] = []
         self._cache = self._draft.cache(0)
         self._grown: list[_Growth] = []
         self._num_fed = 0
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
-        if control.greedy:
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
+        if sampling.greedy:
             return ("deterministic",)
         return ("distinct",) if self.config.tree.startswith("rsd") else ("iid",)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        self._order = [prompt.row.index for prompt in prompts]
-        longest = max(prompt.row.most for prompt in prompts)
-        self._cache = self._draft.cache(len(prompts), self._draft.span(longest))
-        self._grown = []
+    def remove(self, request: Request) -> None:
+        if request in self._requests:
+            left = [b for b, other in enumerate(self._requests) if other is not request]
+            self._cache.select(left)
+            self._requests = [self._requests[b] for b in left]
 
     @torch.inference_mode()
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         """Feed newly committed tokens, then grow the trees level by level."""
-        self._drop_finished(rows)
+        new = requests[len(self._requests) :]
+        fresh = self._draft.cache(len(new), self._draft.span(requests[0].context))
+        lengths = self._cache.lengths if self._requests else []
         self._grown = [
-            _Growth(request, self._limit_depth(request, held, limit))
-            for request, held, limit in zip(rows, self._cache.lengths, budget, strict=True)
+            _Growth(request, self._limit_depth(request, held, limit, fresh.context))
+            for request, held, limit in zip(
+                requests, [*lengths, *fresh.lengths], budget, strict=True
+            )
         ]
         self._num_fed = 0
-        control = rows[0].control
         deepest = max(growth.depth for growth in self._grown)
+        logits_BFV = self._feed_committed(fresh)[:, None] if deepest else None
+        if not self._requests:
+            self._cache = fresh
+        elif new:
+            self._cache.join(fresh)
+        self._requests = list(requests)
         for level in range(deepest):
-            if level == 0:
-                logits_BFV = self._feed_committed()[:, None]
-            else:
+            if level > 0:
                 logits_BFV = self._feed_level()
-            self._expand(control, level, logits_BFV)
-        (kind,) = self.kinds(control)
-        return [growth.draft(kind) for growth in self._grown]
+            assert logits_BFV is not None
+            self._expand(level, logits_BFV)
+        return [growth.draft(*self.kinds(growth.request.sampling)) for growth in self._grown]
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         """Commit the accepted nodes to the draft's cache."""
@@ -186,11 +200,22 @@ class DraftModelDrafter(Drafter):
         self._cache.commit([growth.tokens for growth in self._grown], paths)
         self._grown = []
 
-    def _feed_committed(self) -> Tensor:
-        """Feed committed tokens the cache lacks; return the logits [B, V] after the last ones."""
-        pairs = zip(self._grown, self._cache.lengths, strict=True)
-        pending = [growth.request.tokens[held:] if growth.depth else [] for growth, held in pairs]
-        return self._draft.prefill(self._cache, pending).logits_BV
+    def _feed_committed(self, fresh: TreeCache) -> Tensor:
+        """Feed committed tokens that the cache lacks, and the texts of new requests into `fresh`.
+
+        Returns the logits [B, V] after each text. New texts pass apart from the others, which would
+        be padded to their lengths.
+        """
+        known = len(self._requests)
+        found: list[Tensor | None] = []
+        for cache, grown in ((self._cache, self._grown[:known]), (fresh, self._grown[known:])):
+            pairs = zip(grown, cache.lengths, strict=True)
+            pending = [each.request.tokens[held:] if each.depth else [] for each, held in pairs]
+            fed = self._draft.prefill(cache, pending).logits_BV if any(pending) else None
+            found += [None] * len(grown) if fed is None else list(fed)
+        like_V = next(logits_V for logits_V in found if logits_V is not None)
+        zeros_V = torch.zeros_like(like_V)
+        return torch.stack([zeros_V if logits_V is None else logits_V for logits_V in found])
 
     def _feed_level(self) -> Tensor:
         """Feed the newest nodes of all trees; return the logits [B, F, V] after them."""
@@ -207,7 +232,7 @@ class DraftModelDrafter(Drafter):
         self._num_fed = size
         return logits_BFV
 
-    def _expand(self, control: SamplingParams, level: int, logits_BFV: Tensor) -> None:
+    def _expand(self, level: int, logits_BFV: Tensor) -> None:
         """Add a level to every tree, from the logits after its newest nodes.
 
         Raises:
@@ -222,13 +247,14 @@ class DraftModelDrafter(Drafter):
             else []
             for growth in self._grown
         ]
-        probs_BFV = control.probs(apply_controls(logits_BFV, states))
+        samplings = [growth.request.sampling for growth in self._grown]
+        probs = probs_by_row(samplings, apply_controls(logits_BFV, states))
         found: list[tuple[Tensor, Tensor]] = []
-        for growth, probs_FV in zip(self._grown, probs_BFV, strict=True):
+        for growth, probs_FV in zip(self._grown, probs, strict=True):
             if growth not in growing:
                 continue
             probs_FV = probs_FV[: len(growth.frontier)]
-            if not control.greedy:
+            if not growth.request.sampling.greedy:
                 missing = self._vocab_size - probs_FV.shape[1]
                 padded_FV = torch.nn.functional.pad(probs_FV, (0, missing)).to(self._device)
                 growth.probs += list(padded_FV)
@@ -248,7 +274,7 @@ class DraftModelDrafter(Drafter):
         """Choose the next level's tokens and, for each, its parent's index in the frontier."""
         request, config = growth.request, self.config
         position = len(request.tokens) + level
-        if request.control.greedy:
+        if request.sampling.greedy:
             return self._choose_greedily(growth, probs_FV)
         if config.tree in ("chain", "iid"):
             chains = growth.chains or [-1] * (config.width if config.tree == "iid" else 1)
@@ -324,17 +350,11 @@ class DraftModelDrafter(Drafter):
             chains.append(node)
         growth.chains = chains
 
-    def _drop_finished(self, requests: Sequence[Request]) -> None:
-        order = [request.index for request in requests]
-        if order != self._order:
-            self._cache.select([self._order.index(index) for index in order])
-            self._order = order
-
-    def _limit_depth(self, request: Request, held: int, limit: int) -> int:
+    def _limit_depth(self, request: Request, held: int, limit: int, context: int) -> int:
         """Return how deep the draft can propose; its context and vocabulary may be smaller."""
         if any(token >= self._draft.vocab_size for token in request.tokens[held:]):
             return 0
-        return max(0, min(self.config.depth, limit, self._cache.context - len(request.tokens)))
+        return max(0, min(self.config.depth, limit, context - len(request.tokens)))
 
 
 def _take_top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:

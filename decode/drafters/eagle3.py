@@ -25,7 +25,6 @@ C candidates, N nodes that are kept, T nodes in the tail, V draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from spectool import options
 from spectool.decode import tree
-from spectool.decode.cache import TreeCache
-from spectool.decode.heads.base import Heads, OptimizerDefaults, gather_outcomes, gather_prompts
+from spectool.decode.heads.base import Heads, HeadsDrafter
 from spectool.decode.heads.layer import (
     Attention,
     DraftCache,
@@ -46,21 +44,13 @@ from spectool.decode.heads.layer import (
     make_layer_config,
     read_final_scale,
 )
-from spectool.decode.protocol import (
-    Drafter,
-    Features,
-    Needs,
-    Outcome,
-    PrefilledPrompt,
-    TrainingBatch,
-)
+from spectool.decode.protocol import Features, Needs
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
-from spectool.decode.target import kernel_rows
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
-from spectool.kernels import skinny
+from spectool.kernels.registry import in_force
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 # Draft vocabulary of targets that have a larger one, as published.
 _DRAFT_VOCAB = 32000
@@ -108,8 +98,7 @@ class Eagle3Heads(Heads):
                 raise UsageError(f"--layers {self.layers}: expected numbers like 2-16-29")
 
     optimizer_defaults = OptimizerDefaults(rate=5e-5, betas=(0.9, 0.95))
-    loss_target = "probs"
-    decay = 0.8
+    loss = LossSpec(target="probs", decay=0.8)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         """Make untrained heads for a target.
@@ -215,12 +204,14 @@ class _Candidates:
         return len(self.depths)
 
 
-class Eagle3Drafter(Drafter):
+class Eagle3Drafter(HeadsDrafter):
     """Drafter that grows a tree by the layer's own probabilities; see the module docstring."""
 
     name = "eagle3"
     Config = Eagle3Config
     Heads = Eagle3Heads
+    _heads: Eagle3Heads
+    _draft_cache: DraftCache
 
     def __init__(
         self,
@@ -229,55 +220,31 @@ class Eagle3Drafter(Drafter):
         config: Eagle3Config | None = None,
     ) -> None:
         """Make the drafter; `paths`, the best static tree, only served to measure the heads."""
-        self.config = config or Eagle3Config()
-        self.needs = heads.needs
-        self._heads = heads.eval()
-        self._draft_cache = DraftCache(heads.rotary, 1)
-        self._states: dict[int, Tensor] = {}
-        self._linears = skinny.eligible_linears(heads.modules())
-
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",)
-
-    @torch.inference_mode()
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        self._states.clear()
         # Column t is computed from the target's state at t and the token after it.
-        self._draft_cache.begin(prompts, [prompt.row.tokens[1:] for prompt in prompts])
-        with self._kernel():
-            self._read([prompt.row.index for prompt in prompts], *gather_prompts(prompts))
+        super().__init__(heads, DraftCache(heads.rotary, 1, ahead=True))
+        self.config = config or Eagle3Config()
 
     @torch.inference_mode()
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
-        with self._kernel():
-            self._read([outcome.row.index for outcome in outcomes], *gather_outcomes(outcomes))
-
-    @torch.inference_mode()
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         deepest = min(max(budget), self.config.depth)
         if deepest == 0:
-            return [tree.root(request.tokens[-1]) for request in rows]
-        indices = [request.index for request in rows]
-        self._draft_cache.select(indices)
-        with self._kernel():
-            found = self._grow(torch.stack([self._states[index] for index in indices]), deepest)
-        return self._keep_best(rows, budget, found)
-
-    def _kernel(self) -> AbstractContextManager[None]:
-        """Use the small-batch matmul kernel in all layers of the heads."""
-        return skinny.products(self._linears, kernel_rows(self._heads.dtype))
+            return [tree.root(request.tokens[-1]) for request in requests]
+        with in_force():
+            found = self._grow(torch.stack([self._states[r] for r in requests]), deepest)
+        return self._keep_best(requests, budget, found)
 
     def _read(
-        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
-    ) -> None:
-        """Feed committed tokens to the layer; keep its last outputs, where drafting starts."""
-        self._draft_cache.select(indices)
+        self,
+        requests: Sequence[Request],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[Features],
+    ) -> list[Tensor]:
         device = self._heads.frozen.weight_VD.device
-        after = [committed[1:] for committed in tokens]
-        embedded = [self._heads.embed(torch.tensor(tokens, device=device)) for tokens in after]
-        fused = [self._heads.fuse(found) for found in features]
-        states = self._draft_cache.feed(after, [embedded, fused], self._run_layer)
-        self._states.update(zip(indices, states, strict=True))
+        inputs = [
+            [self._heads.embed(torch.tensor(each[1:], device=device)) for each in tokens],
+            [self._heads.fuse(found) for found in features],
+        ]
+        return self._draft_cache.feed(requests, tokens, inputs, self._run_layer)
 
     def _run_layer(self, embedded_BND: Tensor, state_BND: Tensor, sight: Any) -> Tensor:
         midlayer = self._heads.midlayer

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode.heads.inpass import InPassDrafter, InPassHeads
-from spectool.decode.protocol import Inject, Needs, TrainingBatch
+from spectool.decode.protocol import Inject, Needs
 from spectool.errors import UnsupportedError, UsageError
 from spectool.options import option
+from spectool.training import TrainingBatch
 
 
 class HiddenTransferHeads(InPassHeads):

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectool import options
-from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.medusa import make_residual_blocks
-from spectool.decode.heads.base import Heads, OptimizerDefaults, TreeConfig, TreeDrafter
+from spectool.decode.heads.base import Heads, TreeConfig, TreeDrafter
 from spectool.decode.heads.layer import DecoderLayer, DraftCache, Rotary, make_layer_config
-from spectool.decode.protocol import Features, Needs, PrefilledPrompt, TrainingBatch
+from spectool.decode.protocol import Features, Needs
+from spectool.decode.request import Request
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 _DROPOUT = 0.2
 _BLOCKS = {"plain": 1, "plus": 4}
@@ -97,7 +98,7 @@ class HydraHeads(Heads):
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
         plus = config.variant == "plus"
-        self.loss_target = "probs" if plus else "labels"
+        self.loss = LossSpec(target="probs" if plus else "labels")
         weight_VD = self.frozen.weight_VD
         self._each = [
             HydraHead(
@@ -149,24 +150,17 @@ class HydraDrafter(TreeDrafter):
         paths: Sequence[tuple[Sequence[int], float]],
         config: TreeConfig | None = None,
     ) -> None:
-        super().__init__(heads, paths, config)
+        draft_cache = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
+        super().__init__(heads, paths, config, draft_cache)
         self._prefix = heads.prefix
-        self._draft_cache = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
-
-    @torch.inference_mode()
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        if self._draft_cache is not None:
-            self._draft_cache.begin(prompts, [prompt.row.tokens[:-1] for prompt in prompts])
-        super().begin(prompts, cache)
 
     def _read(
-        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
-    ) -> None:
+        self,
+        requests: Sequence[Request],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[Features],
+    ) -> list[Tensor]:
         if self._draft_cache is None or self._prefix is None:
-            super()._read(indices, tokens, features)
-            return
+            return super()._read(requests, tokens, features)
         finals = [found["final"].to(self._heads.dtype) for found in features]
-        self._draft_cache.select(indices)
-        labels = [committed[:-1] for committed in tokens]
-        states = self._draft_cache.feed(labels, [finals], self._prefix)
-        self._states.update(zip(indices, states, strict=True))
+        return self._draft_cache.feed(requests, tokens, [finals], self._prefix)

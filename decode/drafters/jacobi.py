@@ -12,7 +12,7 @@ likeliest token, and tokens that stay the same are accepted. Suffixes: N nodes, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,10 +36,14 @@ class JacobiConfig(options.Config):
 
 @dataclass(slots=True)
 class _Window:
-    """Tokens predicted for a request's next positions, and the q that each was drawn from."""
+    """Tokens predicted for a request's next positions, and the q that each was drawn from.
 
-    tokens: list[int]
-    probs_NV: Tensor | None
+    `index` is that of the request's text.
+    """
+
+    index: NgramIndex
+    tokens: list[int] = field(default_factory=list)
+    probs_NV: Tensor | None = None
 
 
 class JacobiDrafter(Drafter):
@@ -52,27 +56,30 @@ class JacobiDrafter(Drafter):
 
     def __init__(self, config: JacobiConfig | None = None) -> None:
         self.config = config or JacobiConfig()
-        self._windows: dict[int, _Window] = {}
-        self._indexes: dict[int, NgramIndex] = {}
+        self._windows: dict[Request, _Window] = {}
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",) if control.greedy else ("iid", "deterministic")
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
+        return ("deterministic",) if sampling.greedy else ("iid", "deterministic")
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        self._windows = {}
-        self._indexes = {prompt.row.index: NgramIndex(1, 4) for prompt in prompts}
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+        for prompt in prompts:
+            self._windows[prompt.request] = _Window(NgramIndex(1, 4))
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        return [self._draft(request, limit) for request, limit in zip(rows, budget, strict=True)]
+    def remove(self, request: Request) -> None:
+        self._windows.pop(request, None)
+
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+        return [
+            self._draft(request, limit) for request, limit in zip(requests, budget, strict=True)
+        ]
 
     def _draft(self, request: Request, limit: int) -> Draft:
         size = min(self.config.window, limit)
-        window = self._windows.get(request.index) or _Window([], None)
+        window = self._windows[request]
         drawn = window.tokens[:size]
         probs_NV = window.probs_NV[: len(drawn)] if window.probs_NV is not None and drawn else None
-        index = self._indexes[request.index]
-        index.extend(request.tokens)
-        fresh = _look_up(request.tokens, drawn, index, size - len(drawn))
+        window.index.extend(request.tokens)
+        fresh = _look_up(request.tokens, drawn, window.index, size - len(drawn))
         # Predicted tokens were drawn from q above temperature 0; looked-up ones never are.
         kind: Kind = "deterministic" if probs_NV is None else "iid"
         kinds: list[Kind] = [kind] * (1 + len(drawn)) + ["deterministic"] * len(fresh)
@@ -87,19 +94,19 @@ class JacobiDrafter(Drafter):
             assert outcome.probs_NV is not None
             # The node after the accepted path is the one that the new root replaces.
             probs_NV = outcome.probs_NV[len(outcome.path) :]
-            if outcome.row.control.greedy:
+            if outcome.request.sampling.greedy:
                 tokens_N = probs_NV.argmax(-1)
             else:
-                start, draws = len(outcome.row.tokens), outcome.row.draws
+                start, draws = len(outcome.request.tokens), outcome.request.draws
                 numbers = [draws.uniform(start + at, "draft") for at in range(len(probs_NV))]
                 uniform_N = torch.tensor(numbers, dtype=torch.float64, device=probs_NV.device)
                 tokens_N = pick(probs_NV, uniform_N)
             found.append((outcome, probs_NV, tokens_N))
         tokens = torch.cat([tokens_N for _, _, tokens_N in found]).tolist()
         for outcome, probs_NV, _ in found:
-            window, tokens = tokens[: len(probs_NV)], tokens[len(probs_NV) :]
-            probs = None if outcome.row.control.greedy else probs_NV
-            self._windows[outcome.row.index] = _Window(window, probs)
+            window = self._windows[outcome.request]
+            window.tokens, tokens = tokens[: len(probs_NV)], tokens[len(probs_NV) :]
+            window.probs_NV = None if outcome.request.sampling.greedy else probs_NV
 
 
 def _look_up(

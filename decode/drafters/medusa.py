@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode.heads.base import Heads, TreeDrafter
-from spectool.decode.protocol import Needs, TrainingBatch
+from spectool.decode.protocol import Needs
 from spectool.options import option
+from spectool.training import LossSpec, TrainingBatch
 
 
 class MedusaHead(nn.Module):
@@ -56,7 +57,7 @@ class MedusaHeads(Heads):
     needs = Needs(final=True)
     supports_packing = True
     # A head further ahead is less often right, and less often reached (the paper's lambda_k).
-    decay = 0.8
+    loss = LossSpec(decay=0.8)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)

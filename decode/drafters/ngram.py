@@ -119,27 +119,30 @@ class NgramDrafter(Drafter):
 
     def __init__(self, config: NgramConfig | None = None) -> None:
         self.config = config or NgramConfig()
-        self._indexes: dict[int, NgramIndex] = {}
-        self._copies: dict[int, _Copy] = {}
+        self._indexes: dict[Request, NgramIndex] = {}
+        self._copies: dict[Request, _Copy] = {}
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        config = self.config
-        self._indexes = {
-            prompt.row.index: NgramIndex(config.min_n, config.max_n) for prompt in prompts
-        }
-        self._copies = {}
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+        for prompt in prompts:
+            self._indexes[prompt.request] = NgramIndex(self.config.min_n, self.config.max_n)
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        return [self._draft(request, limit) for request, limit in zip(rows, budget, strict=True)]
+    def remove(self, request: Request) -> None:
+        self._indexes.pop(request, None)
+        self._copies.pop(request, None)
+
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+        return [
+            self._draft(request, limit) for request, limit in zip(requests, budget, strict=True)
+        ]
 
     def _draft(self, request: Request, limit: int) -> Draft:
-        tokens, index = request.tokens, self._indexes[request.index]
+        tokens, index = request.tokens, self._indexes[request]
         index.extend(tokens)
         trie = Trie(tokens[-1], self.config.nodes)
-        copy = self._copies.get(request.index)
+        copy = self._copies.get(request)
         first: int | None = None
         for order, (n, end) in enumerate(self._matches(tokens, index, copy)):
             depth, copied = self.config.depth, 0
@@ -150,9 +153,9 @@ class NgramDrafter(Drafter):
             if trie.full:
                 break
         if first is None:
-            self._copies.pop(request.index, None)
+            self._copies.pop(request, None)
         elif copy is None or first != copy.end:
-            self._copies[request.index] = _Copy(first, 0, self.config.depth)
+            self._copies[request] = _Copy(first, 0, self.config.depth)
         return trie.draft()
 
     def _matches(
@@ -171,10 +174,10 @@ class NgramDrafter(Drafter):
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
-            copy = self._copies.get(outcome.row.index)
+            copy = self._copies.get(outcome.request)
             if copy is None:
                 continue
-            tokens, draft = outcome.row.tokens, outcome.draft
+            tokens, draft = outcome.request.tokens, outcome.draft
             # New since the proposal: the accepted path and the verifier's token.
             start = len(tokens) - len(outcome.path)
             new = tokens[start:]

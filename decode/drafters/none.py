@@ -28,8 +28,8 @@ class NoDrafter(Drafter):
     def __init__(self, config: NoDraftConfig | None = None) -> None:
         self.config = config or NoDraftConfig()
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ()
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        return [tree.root(request.tokens[-1]) for request in rows]
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+        return [tree.root(request.tokens[-1]) for request in requests]

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectool import options
-from spectool.decode.heads.base import OptimizerDefaults
 from spectool.decode.heads.inpass import InPassDrafter, InPassHeads
-from spectool.decode.protocol import Inject, Needs, TrainingBatch
+from spectool.decode.protocol import Inject, Needs
 from spectool.model.packed import matrix_of
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 # Noise of initial embeddings, relative to the standard deviation of the target's.
 _NOISE = 0.1
@@ -41,7 +41,7 @@ class PPDHeads(InPassHeads):
         anchors: int = option(64, "positions of a text to train at in a step", minimum=1)
 
     optimizer_defaults = OptimizerDefaults(rate=1e-2)
-    decay = 0.8
+    loss = LossSpec(target="probs", decay=0.8)
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)

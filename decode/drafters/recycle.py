@@ -61,7 +61,7 @@ def make_rank_tree(nodes: int, depth: int) -> list[tuple[int, ...]]:
 class RecycleDrafter(Drafter):
     """Drafter from a table [V, 8] of ids on the host; -1 where a token never occurred.
 
-    The table is kept across batches and, with `state`, across runs.
+    The table is kept across requests and, with `state`, across runs.
 
     Raises:
         CheckpointError: the `state` file is no such table, or (at the first prompt) one of another
@@ -82,10 +82,10 @@ class RecycleDrafter(Drafter):
         if self.config.state:
             self._load(Path(self.config.state))
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         vocabulary = prompts[0].logits_V.shape[-1]
         if not self.table:
             self.table = array("i", [-1]) * (vocabulary * RANKS)
@@ -97,12 +97,12 @@ class RecycleDrafter(Drafter):
         for prompt in prompts:
             # The request's last token is already the one that follows the prompt.
             tops = prompt.top()
-            tokens = prompt.row.tokens[-1 - len(tops) : -1]
+            tokens = prompt.request.tokens[-1 - len(tops) : -1]
             for token, top in zip(tokens, tops, strict=True):
                 self._learn(token, top)
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        pairs = zip(rows, budget, strict=True)
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+        pairs = zip(requests, budget, strict=True)
         return [self._draft(request.tokens[-1], limit) for request, limit in pairs]
 
     def _draft(self, root: int, limit: int) -> Draft:

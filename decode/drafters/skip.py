@@ -55,7 +55,7 @@ class SkipConfig(options.Config):
 
 
 class SkipDrafter(Drafter):
-    """Drafter by the thinned target; the set of skipped blocks is kept across batches."""
+    """Drafter by the thinned target; the set of skipped blocks is kept across requests."""
 
     name = "skip"
     Config = SkipConfig
@@ -65,11 +65,12 @@ class SkipDrafter(Drafter):
         self.config = config or SkipConfig()
         self.score = -1.0
         self.tried = 0
+        self._scored: Request | None = None
         self.skipped: frozenset[int] = frozenset()
         self._blocks: list[dict[nn.Module, Any]] = []
         self._generator = torch.Generator().manual_seed(0)
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
     def attach(self, target: Target) -> None:
@@ -87,20 +88,25 @@ class SkipDrafter(Drafter):
         if not self._blocks and note not in target.notes:
             target.notes.append(note)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._cache = cache
-        self.score = -1.0
+
+    def remove(self, request: Request) -> None:
+        if request is self._scored:
+            self._scored = None
 
     @torch.inference_mode()
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         if not self._blocks:
-            return [tree.root(request.tokens[-1]) for request in rows]
-        self._search(rows)
+            return [tree.root(request.tokens[-1]) for request in requests]
+        self._search(requests)
         deepest = min(self.config.depth, self.config.nodes)
-        return self._draft(rows, [min(deepest, limit) for limit in budget])
+        return self._draft(requests, [min(deepest, limit) for limit in budget])
 
     def _search(self, requests: Sequence[Request]) -> None:
-        """Score the best set once on this text, then one random set per step."""
+        """Score the best set once on the first request's text, then one random set per step."""
+        if requests[0] is not self._scored:
+            self._scored, self.score = requests[0], -1.0
         new = len(requests[0].tokens) - requests[0].num_prompt
         if self.tried >= self.config.search or self.score > _ENOUGH or new <= _SCORED:
             return

@@ -73,7 +73,7 @@ class TrigramTable:
 
 
 class TrigramDrafter(Drafter):
-    """Drafter from one table, kept across batches and, with `state`, across runs.
+    """Drafter from one table, kept across requests and, with `state`, across runs.
 
     Raises:
         CheckpointError: the `state` file is no such table, or (at the first prompt) one of a larger
@@ -91,19 +91,19 @@ class TrigramDrafter(Drafter):
         if self.config.state:
             self._load(Path(self.config.state))
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         if self._largest >= (vocabulary := prompts[0].logits_V.shape[-1]):
             raise CheckpointError(
                 f"{self.config.state}: holds token {self._largest}; the model has {vocabulary}"
             )
         for prompt in prompts:
-            self.table.learn(prompt.row.tokens)
+            self.table.learn(prompt.request.tokens)
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        pairs = zip(rows, budget, strict=True)
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+        pairs = zip(requests, budget, strict=True)
         return [self._draft(request.tokens, limit) for request, limit in pairs]
 
     def _draft(self, tokens: Sequence[int], limit: int) -> Draft:
@@ -133,7 +133,7 @@ class TrigramDrafter(Drafter):
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
-            self.table.learn(outcome.row.tokens[-2 - len(outcome.path) :])
+            self.table.learn(outcome.request.tokens[-2 - len(outcome.path) :])
 
     def close(self) -> None:
         if self.config.state:

@@ -5,18 +5,16 @@ follows the target's own next token and k drafted ones. Methods differ in how th
 that lm_head turns into logits (`Heads.states`, `Heads.step`), and in whether they are trained on
 the text's tokens or on the target's probabilities.
 
-Shapes: B texts of a batch, L tokens of a text, R positions in texts, S the positions of these that
-count for one head, D width, V tokens that can be guessed, K heads, N nodes of a tree, P nodes of
-one depth, A nodes of a path, G guesses of one head.
+Shapes: B texts of a batch, L tokens of a text, R positions in texts, D width, V tokens that can be
+guessed, K heads, N nodes of a tree, P nodes of one depth, A nodes of a path, G guesses of one head.
 """
 
 from __future__ import annotations
 
-import functools
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,47 +24,28 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
+from spectool.decode.heads.layer import DraftCache
 from spectool.decode.protocol import (
     Drafter,
     Features,
     Needs,
     Outcome,
     PrefilledPrompt,
-    TrainingBatch,
 )
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams, is_finite
-from spectool.decode.target import kernel_rows
+from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind, RankTree
-from spectool.errors import NotFinite, UnsupportedError
-from spectool.kernels import skinny
+from spectool.errors import UnsupportedError
+from spectool.kernels.registry import in_force
 from spectool.model.blocks import final_logits
+from spectool.model.kernels import give_kernels
 from spectool.model.packed import PackedLinear
 from spectool.options import option
+from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 # Best guesses of one head that a tree may hold, and nodes of the best tree that are stored.
 TOP = 10
 MOST_NODES = 64
-# The rank of a token that is not in the head's vocabulary.
-NEVER = 1 << 30
-
-# Largest size of one chunk of logits.
-_CHUNK_BYTES = 1 << 25
-# Largest size of the target's probabilities of one step that are kept for all heads.
-_PROBS_BYTES = 1 << 28
-
-# (text [S], token index u [S], slice of S) -> the target's probabilities [slice, V] of x_u.
-ProbsOf = Callable[[Tensor, Tensor, slice], Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerDefaults:
-    """AdamW settings of a method; the learning rate decays from `rate` to `final` times `rate`."""
-
-    rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    final: float = 0.0
 
 
 @dataclass(slots=True)
@@ -101,17 +80,12 @@ class Frozen:
 class Heads(nn.Module):
     """Base of all draft heads. `token_map` [V]: the target's ids of the tokens that they guess.
 
-    A method implements `states`, `step` and `own_output`. The loss is the sum over heads k of
-    decay^k times the mean over positions of: cross entropy against the text's `labels`, the
-    target's `probs` (times `probs_weight`) or both, plus `state_weight` times the smooth L1
-    distance (mean over D) from the target's final state at the token before.
+    A method implements `states`, `step` and `own_output`. It names how it is trained by `loss` and
+    `optimizer_defaults`.
     """
 
     optimizer_defaults: ClassVar[OptimizerDefaults] = OptimizerDefaults()
-    loss_target: Literal["labels", "probs", "both"] = "labels"
-    decay: float = 1.0
-    probs_weight: float = 1.0
-    state_weight: float = 0.0
+    loss: LossSpec = LossSpec()
     # Rows that hold several texts (sequence packing) give the same loss as these texts alone.
     supports_packing: ClassVar[bool] = False
     # Initial weights are copied from the target's layers, so these must be loaded.
@@ -197,74 +171,6 @@ class Heads(nn.Module):
         index = logits.topk(min(count, logits.shape[-1])).indices
         return index if self.token_map is None else self.token_map[index]
 
-    def compute_loss(
-        self, batch: TrainingBatch, total: Callable[[list[int]], list[int]] = lambda counts: counts
-    ) -> HeadLoss:
-        """Add a batch's gradients to the parameters; return loss and accuracy sums by head.
-
-        The loss of a head is the mean over its positions in the whole step. Where this batch is
-        only a part of the step, `total` turns its counts by head into those of the step; it is
-        called exactly once per batch, so that it may be a collective operation.
-        """
-        self.train()
-        done = HeadLoss(self.num_heads)
-        labels_BL = self.labels(batch.tokens_BL)
-        loss_mask_BL = self._loss_mask(batch, labels_BL)
-        positions_BL = _mask_positions(loss_mask_BL, self.num_heads)
-        batch_R, position_R = self.choose(*positions_BL.nonzero(as_tuple=True))
-        masks = self._head_masks(loss_mask_BL, batch.segments_BL, batch_R, position_R)
-        probs_of = self._target_probs(batch, loss_mask_BL) if self.loss_target != "labels" else None
-        counts = total([int(mask_R.sum()) for mask_R in masks])
-        outs: list[Tensor] = []
-        grads: list[Tensor] = []
-        with torch.enable_grad():
-            states = list(self.states(batch, batch_R, position_R))
-        for k, out_RD in enumerate(states):
-            mask_R = masks[k]
-            at_S, ahead_S = batch_R[mask_R], position_R[mask_R] + 2 + k
-            out_SD = out_RD.detach()[mask_R]
-            # decay^k times the mean over the step's positions of this head.
-            scale = self.decay**k / max(1, counts[k])
-            grad_SD, loss, right = self._losses(
-                out_SD,
-                k,
-                labels_BL[at_S, ahead_S],
-                None if probs_of is None else functools.partial(probs_of, at_S, ahead_S),
-                batch.features["final"][at_S, ahead_S - 1] if self.state_weight else None,
-                scale,
-            )
-            # The loss ends at these states: one backward pass below carries all heads' gradients
-            # through what the heads share.
-            grad_RD = torch.zeros_like(out_RD)
-            grad_RD[mask_R] = grad_SD
-            outs.append(out_RD)
-            grads.append(grad_RD)
-            done.add(k, loss, right, len(at_S))
-        torch.autograd.backward(outs, grads)
-        return done
-
-    @torch.no_grad()
-    def ranks(self, batch: TrainingBatch) -> Tensor:
-        """Return the ranks [R, K] of the text's tokens among each head's guesses.
-
-        R are the positions whose next K + 1 tokens all count for the loss. Head k reads the text's
-        own tokens, so its ranks hold on condition that all earlier drafts were right.
-        """
-        assert batch.segments_BL is None, "measured on texts that stand alone"
-        self.eval()
-        loss_mask_BL = batch.loss_mask_BL
-        # At position t the heads draft x_{t+2} ... x_{t+1+K} after the target's own x_{t+1}.
-        positions_BL = loss_mask_BL[:, 1 : max(1, loss_mask_BL.shape[1] - self.num_heads)].clone()
-        for ahead in range(2, self.num_heads + 2):
-            positions_BL &= loss_mask_BL[:, ahead : ahead + positions_BL.shape[1]]
-        batch_R, position_R = positions_BL.nonzero(as_tuple=True)
-        labels_BL = self.labels(batch.tokens_BL)
-        columns = [
-            ranks_of(state_RD, *self.output(k), labels_BL[batch_R, position_R + 2 + k])
-            for k, state_RD in enumerate(self.states(batch, batch_R, position_R))
-        ]
-        return torch.stack(columns, 1)
-
     def expected(self, paths: Sequence[tuple[tuple[int, ...], float]], nodes: int) -> float:
         """Return the expected tokens per forward with a tree of the `nodes` best `paths`.
 
@@ -281,101 +187,6 @@ class Heads(nn.Module):
         )
         return torch.where(self.token_map[index] == tokens, index, -1)
 
-    def _loss_mask(self, batch: TrainingBatch, labels_BL: Tensor) -> Tensor:
-        """Mark the tokens [B, L] whose prediction has a usable target."""
-        loss_mask_BL = batch.loss_mask_BL
-        if self.loss_target != "probs":
-            loss_mask_BL = loss_mask_BL & (labels_BL >= 0)
-        if self.loss_target == "labels" or self.token_map is None:
-            return loss_mask_BL
-        # Without its best token, what remains of the target's distribution is mostly noise.
-        final_BLD = batch.features["final"]
-        best_BL = final_BLD.new_zeros(final_BLD.shape[:2], dtype=torch.long)
-        output = self.frozen.output
-        for b, final_LD in enumerate(final_BLD):
-            for part in _split_rows(len(final_LD), output.out_features):
-                best_BL[b, part] = output(final_LD[part]).argmax(-1)
-        known_BL = self.labels(best_BL) >= 0
-        return loss_mask_BL & F.pad(known_BL[:, :-1], (1, 0))
-
-    def _head_masks(
-        self, loss_mask_BL: Tensor, segments_BL: Tensor | None, batch_R: Tensor, position_R: Tensor
-    ) -> list[Tensor]:
-        """Return, for each head, which of the positions [R] count for its loss."""
-        length = loss_mask_BL.shape[1]
-        masks = []
-        for k in range(self.num_heads):
-            ahead_R = position_R + 2 + k
-            mask_R, ahead_R = ahead_R < length, ahead_R.clamp(max=length - 1)
-            mask_R &= loss_mask_BL[batch_R, ahead_R]
-            if segments_BL is not None:
-                mask_R &= segments_BL[batch_R, ahead_R] == segments_BL[batch_R, position_R]
-            masks.append(mask_R)
-        return masks
-
-    def _target_probs(self, batch: TrainingBatch, loss_mask_BL: Tensor) -> ProbsOf:
-        """Return a function that gives the target's probabilities of tokens x_u in the loss.
-
-        They are the softmax over the heads' vocabulary of the target's logits at u - 1, computed
-        once for all heads if they fit into `_PROBS_BYTES`, else at every call.
-        """
-        final_BLD = batch.features["final"]
-        before_BL = F.pad(loss_mask_BL[:, 1:], (0, 1))
-        final_RD = final_BLD[before_BL]
-        vocab = len(self.frozen.weight_VD)
-        if len(final_RD) * vocab * 4 > _PROBS_BYTES:
-            return lambda at_S, u_S, part: self._probs(final_BLD[at_S[part], u_S[part] - 1])
-        made = [self._probs(final_RD[part]) for part in _split_rows(len(final_RD), vocab)]
-        probs_RV = torch.cat(made) if made else final_RD.new_zeros(0, vocab)
-        index_BL = before_BL.flatten().cumsum(0).view_as(before_BL) - 1
-        return lambda at_S, u_S, part: probs_RV[index_BL[at_S[part], u_S[part] - 1]]
-
-    def _losses(
-        self,
-        out_SD: Tensor,
-        k: int,
-        labels_S: Tensor,
-        probs_of: Callable[[slice], Tensor] | None,
-        teacher_SD: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, float, int]:
-        """Return d(scale * loss)/d(out_SD), the summed loss, and the number of right guesses.
-
-        Gradients of head k's own lm_head are accumulated in place.
-        """
-        weight_VD, bias_V = self.output(k)
-        leaf_SD = out_SD.detach().requires_grad_()
-        total, right = 0.0, 0
-        # In chunks: the logits of all positions at once would be the largest tensor of training.
-        for part in _split_rows(len(labels_S), len(weight_VD)):
-            with torch.enable_grad():
-                logits = F.linear(leaf_SD[part], weight_VD, bias_V).float()
-                if self.own_output(k) is None:
-                    logits = self.frozen.logits(logits)
-                loss = logits.new_zeros(())
-                if self.loss_target != "probs":
-                    loss = loss + F.cross_entropy(logits, labels_S[part], reduction="sum")
-                if probs_of is not None:
-                    probs_loss = F.cross_entropy(logits, probs_of(part), reduction="sum")
-                    loss = loss + self.probs_weight * probs_loss
-                if teacher_SD is not None:
-                    distance = F.smooth_l1_loss(
-                        leaf_SD[part].float(), teacher_SD[part].float(), reduction="none"
-                    )
-                    loss = loss + self.state_weight * distance.mean(-1).sum()
-            (loss * scale).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-            right += int((logits.detach().argmax(-1) == labels_S[part]).sum())
-        grad_SD = leaf_SD.grad if leaf_SD.grad is not None else torch.zeros_like(out_SD)
-        return grad_SD, total, right
-
-    @torch.no_grad()
-    def _probs(self, final_RD: Tensor) -> Tensor:
-        """Return the target's probabilities [R, V] after these states, over what can be guessed."""
-        self.frozen.to(self.dtype)
-        products = F.linear(final_RD.to(self.dtype), self.frozen.weight_VD, self.frozen.bias_V)
-        return self.frozen.logits(products).softmax(-1)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeConfig(options.Config):
@@ -385,7 +196,56 @@ class TreeConfig(options.Config):
     depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
 
 
-class TreeDrafter(Drafter):
+class HeadsDrafter(Drafter):
+    """A drafter that drafts from one state per request, computed from the committed tokens.
+
+    `draft_cache` holds what layers of the heads keep of these tokens.
+    """
+
+    def __init__(self, heads: Heads, draft_cache: DraftCache | None = None) -> None:
+        self.needs = heads.needs
+        self._heads = heads.eval()
+        self._draft_cache = draft_cache
+        self._states: dict[Request, Tensor] = {}
+        give_kernels(heads, heads.dtype)
+
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
+        return ("deterministic",)
+
+    @torch.inference_mode()
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+        if self._draft_cache is not None:
+            self._draft_cache.take_over(prompts)
+        self._read_all([prompt.request for prompt in prompts], *gather_prompts(prompts))
+
+    def remove(self, request: Request) -> None:
+        self._states.pop(request, None)
+        if self._draft_cache is not None:
+            self._draft_cache.remove(request)
+
+    @torch.inference_mode()
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        self._read_all([outcome.request for outcome in outcomes], *gather_outcomes(outcomes))
+
+    def _read_all(self, requests: Sequence[Request], *read: Any) -> None:
+        with in_force():
+            self._states.update(zip(requests, self._read(requests, *read), strict=True))
+
+    @abstractmethod
+    def _read(
+        self,
+        requests: Sequence[Request],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[Features],
+    ) -> list[Tensor]:
+        """Read newly committed tokens; return each request's state [D] to draft from.
+
+        `features[b]` are those of `tokens[b]` without its last token, the new root, which the
+        target has not read yet.
+        """
+
+
+class TreeDrafter(HeadsDrafter):
     """Drafter of the static tree that was best on held-out text.
 
     Each level is one call of its head, for all its nodes and all requests at once.
@@ -398,42 +258,31 @@ class TreeDrafter(Drafter):
         heads: Heads,
         paths: Sequence[tuple[Sequence[int], float]],
         config: TreeConfig | None = None,
+        draft_cache: DraftCache | None = None,
     ) -> None:
         """Build the tree from its nodes: `paths` of ranks, each with the share that follows it.
 
         Paths come best first, so that any prefix of them is a tree.
         """
+        super().__init__(heads, draft_cache)
         self.config = config or TreeConfig()
-        self.needs = heads.needs
-        self._heads = heads.eval()
         depth = min(self.config.depth, heads.num_heads)
         kept = [path for path, _ in paths if len(path) <= depth][: self.config.nodes]
         self._tree = RankTree(kept, device=heads.frozen.weight_VD.device)
-        self._states: dict[int, Tensor] = {}
-        self._linears = skinny.eligible_linears(heads.modules())
-
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",)
 
     @torch.inference_mode()
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        self._states.clear()
-        with self._kernel():
-            self._read([prompt.row.index for prompt in prompts], *gather_prompts(prompts))
-
-    @torch.inference_mode()
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         deepest = min(max(budget), len(self._tree.levels))
         if deepest == 0:
-            return [tree.root(request.tokens[-1]) for request in rows]
-        state_BD = torch.stack([self._states[request.index] for request in rows])
+            return [tree.root(request.tokens[-1]) for request in requests]
+        state_BD = torch.stack([self._states[request] for request in requests])
         tokens_BN = torch.zeros(
-            len(rows), len(self._tree.depths), dtype=torch.long, device=state_BD.device
+            len(requests), len(self._tree.depths), dtype=torch.long, device=state_BD.device
         )
-        tokens_BN[:, 0] = torch.tensor([request.tokens[-1] for request in rows])
-        with self._kernel():
+        tokens_BN[:, 0] = torch.tensor([request.tokens[-1] for request in requests])
+        with in_force():
             for k, level in enumerate(self._tree.levels[:deepest]):
-                states = self._level(rows, state_BD, tokens_BN, k)
+                states = self._level(requests, state_BD, tokens_BN, k)
                 guesses = self._heads.guess(states, k, TOP)
                 guesses_BPG = guesses.expand(-1, len(level.paths_PA), -1)
                 tokens_BN[:, level.nodes_C] = guesses_BPG[:, level.parent_C, level.rank_C]
@@ -451,32 +300,20 @@ class TreeDrafter(Drafter):
         """
         return self._heads.step(state_BD, tokens_BN[:, self._tree.levels[k].paths_PA], k)
 
-    @torch.inference_mode()
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
-        with self._kernel():
-            self._read([outcome.row.index for outcome in outcomes], *gather_outcomes(outcomes))
-
-    def _kernel(self) -> AbstractContextManager[None]:
-        """Use the small-batch matmul kernel in all layers of the heads."""
-        return skinny.products(self._linears, kernel_rows(self._heads.dtype))
-
     def _read(
-        self, indices: Sequence[int], tokens: Sequence[Sequence[int]], features: Sequence[Features]
-    ) -> None:
-        """Read newly committed tokens; keep the state to draft from next by request index.
-
-        `features[b]` are those of `tokens[b]` without its last token, the new root, which the
-        target has not read yet.
-        """
-        for index, found in zip(indices, features, strict=True):
-            self._states[index] = found["final"][-1].clone()
+        self,
+        requests: Sequence[Request],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[Features],
+    ) -> list[Tensor]:
+        return [found["final"][-1].clone() for found in features]
 
 
 def gather_prompts(prompts: Sequence[PrefilledPrompt]) -> tuple[list[list[int]], list[Features]]:
     """Return the prompt tokens just read with the token after them, and the former's features."""
     features = [prompt.features for prompt in prompts]
     sizes = [len(next(iter(found.values()))) for found in features]
-    tokens = [p.row.tokens[-1 - size :] for p, size in zip(prompts, sizes, strict=True)]
+    tokens = [p.request.tokens[-1 - size :] for p, size in zip(prompts, sizes, strict=True)]
     return tokens, features
 
 
@@ -491,73 +328,6 @@ def gather_outcomes(outcomes: Sequence[Outcome]) -> tuple[list[list[int]], list[
         for outcome in outcomes
     ]
     return tokens, features
-
-
-@dataclass(slots=True)
-class HeadLoss:
-    """Sums by head of losses, right guesses and positions; they add up over batches and ranks."""
-
-    num_heads: int
-    loss: list[float] = field(init=False)
-    right: list[int] = field(init=False)
-    places: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.loss = [0.0] * self.num_heads
-        self.right = [0] * self.num_heads
-        self.places = [0] * self.num_heads
-
-    def add(self, head: int, loss: float, right: int, places: int) -> None:
-        self.loss[head] += loss
-        self.right[head] += right
-        self.places[head] += places
-
-    @property
-    def means(self) -> list[float]:
-        return [loss / max(1, n) for loss, n in zip(self.loss, self.places, strict=True)]
-
-
-def ranks_of(out_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_R: Tensor) -> Tensor:
-    """Return the ranks [R] of the labels by logit, 0 for the best; NEVER for a label of -1.
-
-    Raises:
-        NotFinite: logits that are NaN or infinite.
-    """
-    ranks = []
-    for part in _split_rows(len(labels_R), len(weight_VD)):
-        logits = F.linear(out_RD[part], weight_VD, bias_V)
-        labels = labels_R[part]
-        if not is_finite(logits):
-            raise NotFinite(
-                "the heads' logits are NaN or infinite on held-out text: training diverged",
-                hint="a lower --learning-rate",
-            )
-        label_logits = logits.gather(1, labels.clamp(min=0)[:, None])
-        rank = (logits > label_logits).sum(-1)
-        ranks.append(torch.where(labels >= 0, rank, NEVER))
-    return torch.cat(ranks) if ranks else labels_R.new_zeros(0)
-
-
-def frequent(tokens: Sequence[int], *, count: int, vocab: int) -> Tensor:
-    """Return the `count` most frequent ids in ascending order; ties go to the lower id."""
-    counts_V = torch.bincount(torch.tensor(tokens), minlength=vocab)
-    order = torch.sort(counts_V, descending=True, stable=True).indices
-    return order[:count].sort().values
-
-
-def _mask_positions(loss_mask_BL: Tensor, num_heads: int) -> Tensor:
-    """Mark the positions [B, L] where at least one head has a token to be trained on."""
-    found_BL = torch.zeros_like(loss_mask_BL)
-    for ahead in range(2, 2 + num_heads):
-        found_BL[:, : max(0, loss_mask_BL.shape[1] - ahead)] |= loss_mask_BL[:, ahead:]
-    return found_BL
-
-
-def _split_rows(num_rows: int, vocab: int) -> Iterator[slice]:
-    """Yield slices of `num_rows` rows whose fp32 logits fit into `_CHUNK_BYTES`."""
-    size = max(1, _CHUNK_BYTES // (4 * vocab))
-    for start in range(0, num_rows, size):
-        yield slice(start, start + size)
 
 
 def _freeze(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from spectool import options
-from spectool.decode.cache import TreeCache
 from spectool.decode.heads.base import TOP, Heads
-from spectool.decode.protocol import Drafter, Inject, Outcome, PrefilledPrompt, TrainingBatch
+from spectool.decode.protocol import Drafter, Inject, Outcome
 from spectool.decode.request import Request
 from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
+from spectool.training import LossSpec, TrainingBatch
 
 # Sizes that are tried for each tree, in candidate nodes.
 _SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -47,7 +47,7 @@ class InPassHeads(Heads):
     A method implements `extra_rows` and `make_injections`.
     """
 
-    loss_target = "probs"
+    loss = LossSpec(target="probs")
     config: Any
 
     @classmethod
@@ -57,7 +57,7 @@ class InPassHeads(Heads):
 
     @property
     def extra_rows(self) -> list[tuple[int, int]]:
-        """All extra rows of a node, as in `Draft.beside` with the node as 0; K groups, in order."""
+        """All extra rows of a node (as in `Draft`, with the node as 0): K groups, in order."""
         raise NotImplementedError
 
     def make_injections(self, batch: TrainingBatch) -> dict[int, Inject]:
@@ -75,7 +75,7 @@ class InPassHeads(Heads):
         return batch_R[index_S], position_R[index_S]
 
     def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
-        assert batch.beside is not None
+        assert batch.extra_rows is not None
         inject, rows = self.make_injections(batch), self.extra_rows
         # One row of positions per text; shorter rows are padded with position 0.
         num_texts = len(batch.tokens_BL)
@@ -86,7 +86,7 @@ class InPassHeads(Heads):
         positions_BA = torch.zeros(num_texts, max(1, most), dtype=torch.long, device=batch_R.device)
         positions_BA[batch_R, column_R] = position_R
         found = [
-            batch.beside(part_BA, rows, inject)
+            batch.extra_rows(part_BA, rows, inject)
             for part_BA in torch.split(positions_BA, _POSITIONS_PER_PASS, dim=1)
         ]
         states_RXD = torch.cat(found, 1)[batch_R, column_R].to(self.dtype)
@@ -245,24 +245,24 @@ class InPassDrafter(Drafter):
             rows=self.config.nodes,
             width=self._width,
         )
-        self._guesses: dict[int, list[list[int]]] = {}
+        self._guesses: dict[Request, list[list[int]]] = {}
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        self._guesses.clear()
+    def remove(self, request: Request) -> None:
+        self._guesses.pop(request, None)
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         return [
-            self._draft(request.tokens[-1], self._guesses.get(request.index, []), most)
-            for request, most in zip(rows, budget, strict=True)
+            self._draft(request.tokens[-1], self._guesses.get(request, []), most)
+            for request, most in zip(requests, budget, strict=True)
         ]
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
-            self._guesses[outcome.row.index] = self._guess(outcome)
+            self._guesses[outcome.request] = self._guess(outcome)
 
     def _draft(self, root: int, guesses: Sequence[Sequence[int]], most: int) -> Draft:
         """Make the tree for these guesses, at most `most` deep, with its nodes' extra rows."""
@@ -285,14 +285,14 @@ class InPassDrafter(Drafter):
                     for parent, slot in self._extra_rows[: length * self._width]
                 ]
         kinds: list[Kind] = ["deterministic"] * len(tokens)
-        return Draft(tokens, parents, kinds, sources=list(nodes), beside=extra_rows)
+        return Draft(tokens, parents, kinds, sources=list(nodes), extra_rows=extra_rows)
 
     def _guess(self, outcome: Outcome) -> list[list[int]]:
         """Return the best tokens at each depth, from the extra rows of the path's last node."""
         assert outcome.extra_logits_NV is not None
         draft, last = outcome.draft, outcome.path[-1]
         kept, owner = [], list(range(draft.num_rows))
-        for row, (parent, _) in enumerate(draft.beside, start=len(draft)):
+        for row, (parent, _) in enumerate(draft.extra_rows, start=len(draft)):
             owner[row] = owner[parent]
             if owner[row] == last:
                 kept.append(row - len(draft))

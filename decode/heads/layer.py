@@ -30,6 +30,7 @@ from transformers.models.llama.modeling_llama import (
 
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import PrefilledPrompt
+from spectool.decode.request import Request
 from spectool.decode.target import isolate_texts, tree_mask
 from spectool.model.decoder import decoder_of
 
@@ -228,58 +229,70 @@ class DraftCache:
     """KV cache of a drafter's layers, in step with what the target committed.
 
     Each column is labelled with a token, so that a later call that continues a kept prefix can
-    tell which columns are still valid. Positions are column indices; a prefix that was never read
-    only shifts them, and rotary attention depends on differences alone.
+    tell which columns are still valid: that of the state which was read, or with `ahead` the one
+    after it. Positions are column indices; a prefix that was never read only shifts them, and
+    rotary attention depends on differences alone.
     """
 
-    def __init__(self, rotary: Rotary, num_layers: int) -> None:
-        self._rotary, self._num_layers = rotary, num_layers
+    def __init__(self, rotary: Rotary, num_layers: int, *, ahead: bool = False) -> None:
+        self._rotary, self._num_layers, self._ahead = rotary, num_layers, ahead
         self._cache = TreeCache(batch=0, num_layers=num_layers, context=0)
-        self._order: list[int] = []
+        self._requests: list[Request] = []
 
     @property
     def lengths(self) -> list[int]:
         """Number of committed columns of each request."""
         return self._cache.lengths
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], tokens: Sequence[Sequence[int]]) -> None:
-        """Start a batch: `tokens[b]` label the columns that prompt b will have.
+    def take_over(self, prompts: Sequence[PrefilledPrompt]) -> None:
+        """Give the columns of the request that a prompt comes `after` to the prompt's request.
 
-        Columns of prompt tokens that the target found in its kept cache, and did not read again,
-        are kept from the previous call where their labels agree.
+        Kept are those of prompt tokens that the target did not read again, where labels agree.
         """
-        self._order = [prompt.row.index for prompt in prompts]
-        context = prompts[0].row.context
-        if len(self._cache.tokens) != len(prompts) or self._cache.context != context:
-            self._cache = TreeCache(
-                batch=len(prompts), num_layers=self._num_layers, context=context
-            )
-        for b, (prompt, labels) in enumerate(zip(prompts, tokens, strict=True)):
-            num_new = len(next(iter(prompt.features.values())))
-            pairs = zip(self._cache.tokens[b], labels[: len(labels) - num_new], strict=False)
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            self._cache.truncate(b, shared)
+        for prompt in prompts:
+            if prompt.after in self._requests:
+                row = self._requests.index(prompt.after)
+                self._requests[row] = prompt.request
+                labels = self._label(prompt.request.tokens)
+                num_new = len(next(iter(prompt.features.values())))
+                kept = labels[: len(labels) - num_new]
+                pairs = zip(self._cache.tokens[row], kept, strict=False)
+                shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                self._cache.truncate(row, shared)
 
-    def select(self, indices: Sequence[int]) -> None:
-        """Keep only the requests with these indices, in this order."""
-        if list(indices) != self._order:
-            self._cache.select([self._order.index(index) for index in indices])
-            self._order = list(indices)
+    def remove(self, request: Request) -> None:
+        """Drop a request's columns, if it has any."""
+        if request in self._requests:
+            left = [b for b, other in enumerate(self._requests) if other is not request]
+            self._cache.select(left)
+            self._requests = [self._requests[b] for b in left]
+
+    def _label(self, tokens: Sequence[int]) -> list[int]:
+        """Return the labels of the columns of committed tokens, the new root last."""
+        return list(tokens[1:] if self._ahead else tokens[:-1])
 
     def feed(
         self,
+        requests: Sequence[Request],
         tokens: Sequence[Sequence[int]],
         inputs: Sequence[Sequence[Tensor]],
         run: Callable[..., Tensor],
     ) -> list[Tensor]:
         """Commit columns; return the output [D] at each request's last one.
 
-        `tokens[b]`, never empty, label the new columns. `inputs` are the arguments of
-        `run(*inputs_BND, sight)`, each a sequence of [N, D] by request.
+        These are all requests of the cache, or new ones that join it. `tokens[b]` are newly
+        committed ones and the new root. `inputs` are the arguments of `run(*inputs_BND, sight)`,
+        each a sequence of [N, D] by request.
         """
+        cache, joins = self._cache, list(requests) != self._requests
+        if joins:
+            assert not set(requests) & set(self._requests)
+            context = requests[0].context
+            cache = TreeCache(batch=len(requests), num_layers=self._num_layers, context=context)
         last: list[Tensor | None] = [None] * len(tokens)
-        for start in range(0, max(map(len, tokens)), _CHUNK):
-            parts = [list(labels[start : start + _CHUNK]) for labels in tokens]
+        columns = [self._label(committed) for committed in tokens]
+        for start in range(0, max(map(len, columns)), _CHUNK):
+            parts = [labels[start : start + _CHUNK] for labels in columns]
             padded = [
                 pad_sequence([x_ND[start : start + _CHUNK] for x_ND in xs], batch_first=True)
                 for xs in inputs
@@ -287,11 +300,17 @@ class DraftCache:
             num_nodes = max(map(len, parts))
             depths_BN = torch.arange(num_nodes).expand(len(parts), -1)
             visible_NN = torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril()
-            out_BND = self.grow(padded, depths_BN, visible_NN.expand(len(parts), -1, -1), run)
-            self._cache.commit(parts, [range(len(part)) for part in parts])
+            visible_BNN = visible_NN.expand(len(parts), -1, -1)
+            out_BND = self._pass(cache, padded, depths_BN, visible_BNN, run)
+            cache.commit(parts, [range(len(part)) for part in parts])
             for b, part in enumerate(parts):
                 if part:
                     last[b] = out_BND[b, len(part) - 1]
+        if joins and self._requests:
+            self._cache.join(cache)
+        elif joins:
+            self._cache = cache
+        self._requests += list(requests) if joins else []
         return [state_D for state_D in last if state_D is not None]
 
     def grow(
@@ -305,12 +324,23 @@ class DraftCache:
 
         The first T - N were fed before. Depth 0 is the first column after the committed ones.
         """
+        return self._pass(self._cache, inputs, depths_BT, visible_BNT, run)
+
+    def _pass(
+        self,
+        cache: TreeCache,
+        inputs: Sequence[Tensor],
+        depths_BT: Tensor,
+        visible_BNT: Tensor,
+        run: Callable[..., Tensor],
+    ) -> Tensor:
+        """Run `run` on nodes that follow the committed columns of `cache`."""
         like = inputs[0]
         num_nodes, num_tail = visible_BNT.shape[1:]
-        lengths = self._cache.lengths
+        lengths = cache.lengths
         positions_BT = torch.tensor(lengths)[:, None] + depths_BT.cpu()
-        self._cache.open(positions_BT, num_nodes, like.device)
-        keys_BS = self._cache.positions_BS[:, : self._cache.width]
+        cache.open(positions_BT, num_nodes, like.device)
+        keys_BS = cache.positions_BS[:, : cache.width]
         mask_B1NS = tree_mask(lengths, keys_BS, visible_BNT.to(like.device), like.dtype)
         rotary = self._rotary.at(positions_BT[:, num_tail - num_nodes :], like)
-        return run(*inputs, Sight(rotary, mask_B1NS, self._cache))
+        return run(*inputs, Sight(rotary, mask_B1NS, cache))

@@ -74,15 +74,19 @@ class KVStore(ABC):
         """Keep these rows, in this order."""
         self.fields = [field[rows] for field in self.fields]
 
-    def join(self, other: KVStore) -> None:
-        """Append the rows of another store; a store without fields has no rows."""
-        if not (self.fields and other.fields):
-            self.fields = self.fields or list(other.fields)
+    def join(self, other: KVStore, rows: tuple[int, int]) -> None:
+        """Append the rows of another store; `rows` are the numbers of both, maybe still empty."""
+        like = self.fields or other.fields
+        if not like:
             return
-        capacity = max(self.fields[0].shape[2], other.fields[0].shape[2])
+        parts = [
+            store.fields or [field.new_zeros(count, *field.shape[1:]) for field in like]
+            for store, count in zip((self, other), rows, strict=True)
+        ]
+        capacity = max(fields[0].shape[2] for fields in parts)
         self.fields = [
-            torch.cat([_enlarge(mine, capacity), _enlarge(theirs, capacity)])
-            for mine, theirs in zip(self.fields, other.fields, strict=True)
+            torch.cat([_enlarge(field, capacity) for field in pair])
+            for pair in zip(*parts, strict=True)
         ]
 
     @property

@@ -34,8 +34,8 @@ class Chains(Drafter):
         self._target = target
         self._cache: ReplayCache | None = None
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
-        return self.drafter.kinds(control)
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
+        return self.drafter.kinds(sampling)
 
     def attach(self, target: Target) -> None:
         self.drafter.attach(target)
@@ -43,20 +43,23 @@ class Chains(Drafter):
         if self._target.why_plain and self.name != "none" and note not in target.notes:
             target.notes.append(note)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         assert isinstance(cache, ReplayCache)
         self._cache = cache
-        self.drafter.begin(prompts, cache)
+        self.drafter.add(prompts, cache)
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def remove(self, request: Request) -> None:
+        self.drafter.remove(request)
+
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         assert self._cache is not None
         limits = [
             limit if len(self._cache.tokens_to_replay(b)) < _MOST_REPLAYED else 0
             for b, limit in enumerate(budget)
         ]
         if self._target.why_plain:
-            limits = [0] * len(rows)
-        drafts = self.drafter.propose(rows, limits)
+            limits = [0] * len(requests)
+        drafts = self.drafter.propose(requests, limits)
         return [tree.first_path(draft) for draft in drafts] if self.combines else drafts
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
@@ -75,17 +78,20 @@ class FirstPath(Drafter):
         self.drafter, self.depth = drafter, depth
         self.name, self.needs = drafter.name, drafter.needs
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
-        return self.drafter.kinds(control)
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
+        return self.drafter.kinds(sampling)
 
     def attach(self, target: Target) -> None:
         self.drafter.attach(target)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
-        self.drafter.begin(prompts, cache)
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+        self.drafter.add(prompts, cache)
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        drafts = self.drafter.propose(rows, [min(most, self.depth) for most in budget])
+    def remove(self, request: Request) -> None:
+        self.drafter.remove(request)
+
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+        drafts = self.drafter.propose(requests, [min(most, self.depth) for most in budget])
         return [tree.first_path(draft, self.depth) for draft in drafts]
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:

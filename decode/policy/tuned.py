@@ -90,29 +90,32 @@ class Tuned(Drafter):
         # Since the batch began.
         self._waiting = Waiting()
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
-        return self.drafter.kinds(control)
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
+        return self.drafter.kinds(sampling)
 
     def attach(self, target: Target) -> None:
         self.drafter.attach(target)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
         self._waiting = Waiting()
-        self.drafter.begin(prompts, cache)
+        self.drafter.add(prompts, cache)
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def remove(self, request: Request) -> None:
+        self.drafter.remove(request)
+
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         began = time.perf_counter()
         self._round += 1
-        drafts = [tree.root(request.tokens[-1]) for request in rows]
+        drafts = [tree.root(request.tokens[-1]) for request in requests]
         if not self._resting and self._round not in _PLAIN_ROUNDS:
             if self.drafter.combines:
-                drafts = self._cut(self.drafter.propose(rows, budget), began)
-            elif depth := self._best_depth(len(rows)):
-                drafts = self.drafter.propose(rows, [min(depth, most) for most in budget])
+                drafts = self._cut(self.drafter.propose(requests, budget), began)
+            elif depth := self._best_depth(len(requests)):
+                drafts = self.drafter.propose(requests, [min(depth, most) for most in budget])
                 self._update_level_cost(drafts, time.perf_counter() - began)
         self._proposed_at = time.perf_counter()
         self._drafting = self._proposed_at - began
-        self._last_shape = (len(rows), max(draft.num_rows for draft in drafts))
+        self._last_shape = (len(requests), max(draft.num_rows for draft in drafts))
         return drafts
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:

@@ -25,14 +25,15 @@ from spectool.checkpoint.artifact import ArtifactWriter, write_whole
 from spectool.checkpoint.checksums import Checksums
 from spectool.checkpoint.headers import TensorEntry, read_header, read_json
 from spectool.checkpoint.tensors import read_tensor
-from spectool.decode.cache import TextCache
-from spectool.decode.protocol import Needs, TrainingBatch
+from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill.data.samples import Sample, by_length, join
 from spectool.distill.data.texts import as_samples, as_tensors, chunk
 from spectool.distill.processes import Processes
+from spectool.distill.teacher import TextCache, read_extra_rows, read_features
 from spectool.errors import UsageError
 from spectool.report import Reporter
+from spectool.training import TrainingBatch
 
 FEATURES = "spectool_features.json"
 FORMAT_VERSION = 1
@@ -60,16 +61,16 @@ class OnlineTexts:
     def batch(self, rows: Sequence[Sequence[int]]) -> TrainingBatch:
         tokens_BL, loss_mask_BL, segments_BL = _join_batch(self.samples, rows, self.target.device)
         cache = TextCache(self.target.num_layers) if self.needs.inject else None
-        features = self.target.read(tokens_BL, self.needs, segments_BL, keep=cache)
+        features = read_features(self.target, tokens_BL, self.needs, segments_BL, keep=cache)
         extra_rows = (
-            None if cache is None else functools.partial(self.target.read_extra_rows, cache)
+            None if cache is None else functools.partial(read_extra_rows, self.target, cache)
         )
         return TrainingBatch(
             tokens_BL=tokens_BL,
             loss_mask_BL=loss_mask_BL,
             features=features,
             segments_BL=segments_BL,
-            beside=extra_rows,
+            extra_rows=extra_rows,
         )
 
 
@@ -227,7 +228,7 @@ def check_store(path: Path, key: dict[str, Any], needs: Needs) -> list[str] | No
 
 
 def feature_names(needs: Needs) -> list[str]:
-    """Return the names of the needed features, as in the result of `Target.read`."""
+    """Return the names of the needed features, as in the result of `read_features`."""
     return [f"layer {index}" for index in needs.layers] + ["final"] * needs.final
 
 

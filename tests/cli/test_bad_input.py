@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from spectool import load
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.headers import past_the_last_block
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.model.architecture import Architecture
-from spectool.model.loading import load_model
 
 Spectool = Callable[..., Any]
 Checkpoint = Callable[..., Path]
@@ -325,7 +325,7 @@ def test_eight_bit_floats_without_scales_are_weights(
     done = spectool("quantize", "int8", model, tmp_path / "out")
     assert done.code == 0, done.err
     name = "model.layers.1.mlp.up_proj"
-    weight_NM = load_model(open_checkpoint(tmp_path / "out")).get_submodule(name).dequantize()
+    weight_NM = load(tmp_path / "out").get_submodule(name).dequantize()
     error_NM = weight_NM - tensors[f"{name}.weight"].float()
     assert error_NM.norm() < 0.01 * weight_NM.norm()
 

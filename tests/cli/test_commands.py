@@ -296,6 +296,10 @@ def test_list_and_doctor(spectool: Spectool) -> None:
     people = spectool("doctor").out
     assert f"threads: {found['threads']} ({found['threads_reason']})" in people
     assert "waiting threads: " in people
+    assert {"dense, bfloat16", "int8, float32"} <= doctor["kernels"].keys()
+    for name, choice in doctor["kernels"].items():
+        assert re.fullmatch(r"torch \(.+\)|kernel( for up to \d+ rows)?", choice)
+        assert f"  {name}: {choice}\n" in people
 
 
 def test_doctor_shows_the_newest_curves(

@@ -17,7 +17,8 @@ from spectool.data.text import Reading
 from spectool.decode.drafters.medusa import MedusaHeads
 from spectool.distill.plan import Job as HeadsJob
 from spectool.distill.train_heads import train_heads
-from spectool.evaluate.evaluate import Request, evaluate
+from spectool.evaluate.context import Context, Request
+from spectool.evaluate.suite import evaluate
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import Job, quantize
 from spectool.report import Loaded, ShortCalibration, TrainingStarts, TrainingStep
@@ -74,7 +75,7 @@ def test_a_reporter_hears_an_evaluation(checkpoint: Callable[..., Path], text: P
     for blockwise in (False, True):
         heard = Heard()
         request = Request(texts=[str(text)], window=32, limit=400, blockwise=blockwise)
-        evaluate(open_checkpoint(checkpoint("llama")), request, reporter=heard)
+        evaluate(Context(open_checkpoint(checkpoint("llama")), request, reporter=heard))
         (plan,) = heard.plans
         assert plan.text == str(text) and plan.windows.length == 32
         assert heard.ticks[-1][:2] == (plan.windows.num_tokens, plan.windows.num_tokens)

@@ -168,7 +168,7 @@ def test_a_command_runs_in_the_own_dtype_unless_it_crawls(
     checkpoint: Checkpoints,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("spectool.machine.has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr("spectool.kernels.cpu.has_bfloat16", lambda: has_bfloat16)
     path = checkpoint("llama", dtype=stored)
     assert default_dtype(read_layout(path), torch.device("cpu")) == want
     assert default_dtype(read_layout(path), torch.device("cuda")) == stored

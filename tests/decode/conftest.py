@@ -32,15 +32,15 @@ class Scripted(Drafter):
         self.outcomes: list[Outcome] = []
         self.prompts: list[PrefilledPrompt] = []
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: Any) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: Any) -> None:
         self.prompts = list(prompts)
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         drafts = []
-        for request, limit in zip(rows, budget, strict=True):
+        for request, limit in zip(requests, budget, strict=True):
             paths = [path[:limit] for path in self.script(list(request.tokens), limit)]
             drafts.append(tree.trie(request.tokens[-1], paths, nodes=64))
         return drafts
@@ -54,8 +54,10 @@ def begin() -> Callable[..., None]:
     """`begin(drafter, requests)` starts a batch of these requests without passes of a target."""
 
     def run(drafter: Drafter, requests: Sequence[Request], cache: Any = None) -> None:
-        prompts = [PrefilledPrompt(row=request, logits_V=torch.zeros(320)) for request in requests]
-        drafter.begin(prompts, cache)
+        prompts = [
+            PrefilledPrompt(request=request, logits_V=torch.zeros(320)) for request in requests
+        ]
+        drafter.add(prompts, cache)
 
     return run
 

@@ -89,9 +89,9 @@ class Watched(NgramDrafter):
 
     def observe(self, outcomes: Any) -> None:
         (outcome,) = outcomes
-        assert outcome.draft.is_chain and outcome.row.tokens[-1] == outcome.next_token
+        assert outcome.draft.is_chain and outcome.request.tokens[-1] == outcome.next_token
         path = [outcome.draft.tokens[node] for node in outcome.path]
-        assert outcome.row.tokens[-1 - len(path) : -1] == path
+        assert outcome.request.tokens[-1 - len(path) : -1] == path
         self.accepted += len(path) - 1
         super().observe(outcomes)
 

@@ -148,7 +148,7 @@ def test_requests_of_one_batch_finish_apart(
     stop = plain[1].index(eos) + 1 if eos in plain[1] else 30
     assert results[1].token_ids == plain[1][:stop]
     assert [received[0], received[1]] == [r.token_ids for r in results]
-    ended = next(o for o in drafter.outcomes if o.row.index == 0)
+    ended = next(o for o in drafter.outcomes if o.request.index == 0)
     assert ended.next_token == eos
     assert ended.path == [0, 1, 2, 3]
     assert ended.probs_NV is not None
@@ -158,7 +158,7 @@ def test_requests_of_one_batch_finish_apart(
         assert outcome.top == outcome.probs_NV.topk(3).indices.tolist()
     for prompt in drafter.prompts:
         top = prompt.top()
-        assert len(top) == prompt.row.num_prompt
+        assert len(top) == prompt.request.num_prompt
         assert top[-1] == prompt.logits_V.topk(3).indices.tolist()
 
 

@@ -22,6 +22,7 @@ from spectool.decode.protocol import Needs
 from spectool.decode.recurrent import CHAINS, FORGETFUL, RecurrentTarget, open_target
 from spectool.decode.replay import ReplayCache
 from spectool.decode.target import Target
+from spectool.distill.teacher import read_features
 from spectool.errors import UnsupportedError, UsageError
 
 from ..conftest import RECURRENT, make_model
@@ -292,7 +293,7 @@ def test_prompts_in_chunks(tiny: Tiny, family: str, monkeypatch: Any, prompt_of:
             assert feature.shape == (len(prompt), 32)
             wanted = expected.features[row][name]
             torch.testing.assert_close(feature, wanted, atol=1e-4, rtol=1e-4)
-        read = target.read(torch.tensor([prompt]), Needs(final=True))["final"][0]
+        read = read_features(target, torch.tensor([prompt]), Needs(final=True))["final"][0]
         torch.testing.assert_close(read, expected.features[row]["final"], atol=1e-4, rtol=1e-4)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from spectool.decode import target as target_module
 from spectool.decode import tree
-from spectool.decode.cache import TextCache
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
+from spectool.distill.teacher import TextCache, read_features
 from spectool.errors import UnsupportedError, UsageError
 
 Tiny = Callable[..., PreTrainedModel]
@@ -160,7 +159,7 @@ def test_the_cache_goes_by_the_name_that_the_forward_gives_it(
     torch.testing.assert_close(logits_BNV[0, 1], sequential(llama, [*prompt, 5, 6]))
     # The decoder's argument has another name.
     kept = TextCache(target.num_layers)
-    target.read(torch.tensor([prompt]), Needs(final=True), keep=kept)
+    read_features(target, torch.tensor([prompt]), Needs(final=True), keep=kept)
     assert kept.length == len(prompt)
 
 
@@ -225,23 +224,6 @@ def test_context_is_the_models_or_less(tiny: Tiny) -> None:
         Target(model, context=300)
 
 
-@pytest.mark.parametrize(
-    ("flags", "dtype", "rows"),
-    [
-        ("fma avx2", torch.float32, 64),
-        ("fma avx2", torch.bfloat16, sys.maxsize),
-        ("avx2 avx512_bf16", torch.bfloat16, 64),
-        ("avx512_bf16 amx_bf16 amx_tile", torch.bfloat16, 4),
-        ("avx512_bf16 amx_bf16 amx_tile", torch.float32, 64),
-    ],
-)
-def test_the_kernel_yields_to_torch_where_torch_is_faster(
-    monkeypatch: pytest.MonkeyPatch, flags: str, dtype: torch.dtype, rows: int
-) -> None:
-    monkeypatch.setattr("spectool.machine._flags", lambda: set(flags.split()))
-    assert target_module.kernel_rows(dtype) == rows
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_of_one_row_are_read_as_if_alone(tiny: Tiny, family: str) -> None:
     """Three texts and two, the longest past the window of 16; padding at the end."""
@@ -260,11 +242,11 @@ def test_texts_of_one_row_are_read_as_if_alone(tiny: Tiny, family: str) -> None:
         numbers = [number for number, text in enumerate(row) for _ in text]
         segments_BL[index, : len(flat)] = torch.tensor(numbers)
     needs = Needs(final=True, layers=(0,))
-    found = target.read(tokens_BL, needs, segments_BL)
+    found = read_features(target, tokens_BL, needs, segments_BL)
     for index, row in enumerate(rows):
         start = 0
         for text in row:
-            alone = target.read(torch.tensor([text]), needs)
+            alone = read_features(target, torch.tensor([text]), needs)
             for name, value_1LD in alone.items():
                 torch.testing.assert_close(
                     found[name][index, start : start + len(text)], value_1LD[0], atol=2e-5, rtol=0

@@ -38,7 +38,7 @@ def request_of(tokens: list[int], index: int = 0) -> Request:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=SamplingParams(),
+        sampling=SamplingParams(),
         max_new_tokens=1000,
         context=1000,
     )
@@ -79,13 +79,13 @@ class Fixed(Drafter):
         self.num_observed = 0
         self.closed = False
 
-    def kinds(self, control: SamplingParams) -> tuple[Kind, ...]:
+    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def begin(self, prompts: Sequence[PrefilledPrompt], cache: Any) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: Any) -> None:
         pass
 
-    def propose(self, rows: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
+    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         self.budgets.append(budget[0])
         drafts = [self.draft(limit) for limit in budget]
         self.clock.now += self.seconds * max(max(draft.depths) for draft in drafts)
@@ -103,7 +103,7 @@ def play(tuned: Tuned, stands: Callable[[Draft], list[int]], passes: Curve, cloc
     request = request_of([5])
     draft = tuned.propose([request], [99])[0]
     clock.now += passes.seconds(len(draft))
-    tuned.observe([Outcome(row=request, draft=draft, path=stands(draft), next_token=0)])
+    tuned.observe([Outcome(request=request, draft=draft, path=stands(draft), next_token=0)])
     return draft
 
 

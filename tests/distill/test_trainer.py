@@ -14,6 +14,7 @@ from spectool.decode.heads.base import Heads
 from spectool.decode.target import Target
 from spectool.distill.data.features import OnlineTexts
 from spectool.distill.data.samples import Sample
+from spectool.distill.losses import compute_loss
 from spectool.methods import resolve
 
 
@@ -51,10 +52,10 @@ def test_packed_texts_teach_what_they_teach_alone(
                 module.p = 0.0
         for parameter in heads.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-        done = heads.compute_loss(OnlineTexts(target, heads.needs, samples).batch(rows))
+        done = compute_loss(heads, OnlineTexts(target, heads.needs, samples).batch(rows))
         found.append((done, {name: p.grad for name, p in heads.named_parameters()}))
     (alone, slopes), (packed, packed_slopes) = found
-    assert packed.places == alone.places and packed.right == alone.right
+    assert packed.counts == alone.counts and packed.right == alone.right
     assert packed.loss == pytest.approx(alone.loss, rel=1e-5)
     for name, slope in slopes.items():
         assert slope is not None

@@ -11,7 +11,8 @@ import spectool
 from spectool.data.text import Prompt
 from spectool.decode.generate import Runner
 from spectool.errors import UsageError
-from spectool.evaluate.bench import Options, bench, list_mismatches, loop_start
+from spectool.evaluate.bench import Options, bench, loop_start
+from spectool.evaluate.measures.losslessness import list_mismatches
 from spectool.evaluate.results import as_json
 from spectool.report import NoBaselines, PromptsLeftOut, Timing
 

@@ -5,14 +5,21 @@ import math
 import pytest
 
 from spectool.errors import UsageError
-from spectool.evaluate.gates import list_metrics, parse_gates
+from spectool.evaluate.gates import Checked, parse_gates
+from spectool.evaluate.measures.divergence import Divergence, ReferenceModel
+from spectool.evaluate.measures.perplexity import Perplexity, Protocol
 
-RESULT = {
-    "perplexity": {"value": 4.0, "tokens": 100, "bos": True},
-    "perplexity_ratio": 1.05,
-    "kl": math.nan,
-}
-KNOWN = ["perplexity.value", "perplexity.tokens", "perplexity_ratio", "kl"]
+RESULTS = [
+    Perplexity(perplexity=Protocol(value=4.0, tokens=100, window=8, bos=True)),
+    Divergence(
+        reference=ReferenceModel(perplexity=3.8),
+        perplexity_ratio=1.05,
+        kl=math.nan,
+        kl_is_lower_bound=False,
+        top1_agreement=0.9,
+    ),
+]
+KNOWN = [metric for result in RESULTS for metric in result.metrics()]
 
 
 @pytest.mark.parametrize(
@@ -28,13 +35,13 @@ KNOWN = ["perplexity.value", "perplexity.tokens", "perplexity_ratio", "kl"]
 )
 def test_a_gate_compares(expression: str, value: float, holds: bool) -> None:
     (gate,) = parse_gates([expression], KNOWN)
-    assert gate.check(RESULT) == {"expression": expression, "value": value, "holds": holds}
+    assert gate.check(RESULTS) == Checked(expression, value, holds)
 
 
 @pytest.mark.parametrize("sign", ["<=", ">=", "<", ">", "=="])
 def test_a_figure_that_is_no_number_fails_every_gate(sign: str) -> None:
     (gate,) = parse_gates([f"kl{sign}1"], KNOWN)
-    assert gate.check(RESULT)["holds"] is False
+    assert gate.check(RESULTS).holds is False
 
 
 @pytest.mark.parametrize("expression", ["", "kl", "kl<=", "kl<=x", "kl=1", "kl<=nan", "1<=kl"])
@@ -48,10 +55,13 @@ def test_an_unknown_figure_is_refused_before_anything_runs() -> None:
         parse_gates(["speed>=1"], KNOWN)
 
 
-def test_figures_are_the_numbers_only() -> None:
-    assert list_metrics(RESULT) == [
+def test_metrics_are_the_numbers_only() -> None:
+    assert KNOWN == [
         "perplexity.value",
         "perplexity.tokens",
+        "perplexity.window",
+        "reference.perplexity",
         "perplexity_ratio",
         "kl",
+        "top1_agreement",
     ]

@@ -19,7 +19,7 @@ from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.errors import CheckpointError, UsageError
-from spectool.evaluate.evaluate import Request, evaluate
+from spectool.evaluate.measures.layers import layer_errors
 from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.model.architecture import Architecture
 from spectool.model.packed import PackedEmbedding, PackedLinear, matrix_of
@@ -326,15 +326,11 @@ def test_walked_blockwise_as_in_memory(checkpoint: Checkpoints, compress: Compre
             assert torch.allclose(resident(batch), blockwise(batch), atol=1e-5)
 
 
-def test_layer_errors_name_what_lies_outside(
-    checkpoint: Checkpoints, compress: Compress, text_file: str
-) -> None:
+def test_layer_errors_name_what_lies_outside(checkpoint: Checkpoints, compress: Compress) -> None:
     source = checkpoint("llama")
     out = compress(source, "rtn", job={"embeddings": INT8})
-    metrics = evaluate(
-        open_checkpoint(out), Request(texts=[text_file], window=32, reference=str(source))
-    )
-    names = {layer["name"] for layer in metrics["layers"]}
+    errors = layer_errors(open_checkpoint(out), open_checkpoint(source))
+    names = {layer.name for layer in errors}
     assert {"model.embed_tokens", "lm_head"} < names and len(names) == 16
 
 

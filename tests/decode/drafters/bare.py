@@ -10,7 +10,8 @@ from torch.func import functional_call
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from spectool.decode.protocol import Needs, TrainingBatch
+from spectool.decode.protocol import Needs
+from spectool.training import TrainingBatch
 
 
 def bare_model(width: int = 12, vocab: int = 17, *, bias: bool = False, seed: int = 3) -> Any:

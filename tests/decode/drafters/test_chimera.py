@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from transformers import LlamaConfig, PreTrainedModel
 from spectool.decode.drafters.chimera import ChimeraDrafter, ChimeraHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import TOP
-from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
+from spectool.distill.losses import compute_loss, rank_labels
+from spectool.distill.teacher import read_features
+from spectool.training import TrainingBatch
 
 from ...conftest import DENSE, VOCAB
 from .bare import bare_model, disturb, llama_layer, make_batch
@@ -56,7 +59,7 @@ def test_loss_and_gradient_are_those_of_the_equations(
     model = bare_model(bias=True)
     heads = make_heads(model, token_map=token_map, num_heads=3, probs_weight=probs_weight)
     batch = make_batch(length=15)
-    done = heads.compute_loss(batch)
+    done = compute_loss(heads, batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
@@ -81,7 +84,7 @@ def test_loss_and_gradient_are_those_of_the_equations(
     total = torch.zeros(())
     for j, values in enumerate(losses):
         total = total + torch.stack(values).mean()
-        assert done.places[j] == len(values) > 3 and done.right[j] == right[j]
+        assert done.counts[j] == len(values) > 3 and done.right[j] == right[j]
         assert done.loss[j] == pytest.approx(torch.stack(values).sum().item(), rel=1e-4)
     total.backward()
     for name, parameter in heads.named_parameters():
@@ -98,7 +101,7 @@ def test_untrained_heads_predict_what_the_target_predicts(
     for matrix in (heads.trigram.proj, heads.ctx.layer.self_attn.o_proj):
         nn.init.zeros_(matrix.weight)
     tokens_BL = torch.tensor([prompt_of(9)])
-    features = Target(model).read(tokens_BL, heads.needs)
+    features = read_features(Target(model), tokens_BL, heads.needs)
     batch = TrainingBatch(tokens_BL=tokens_BL, loss_mask_BL=tokens_BL >= 0, features=features)
     with torch.no_grad():
         logits_V = model(tokens_BL).logits[0, 4]
@@ -117,13 +120,13 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
         features={"final": torch.eye(12)[tokens_BL]},
     )
     # The probabilities of a random target say nothing about these texts.
-    heads.loss_target = "labels"
+    heads.loss = replace(heads.loss, target="labels")
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(120):
         optimizer.zero_grad()
-        heads.compute_loss(batch)
+        compute_loss(heads, batch)
         optimizer.step()
-    assert (heads.ranks(batch) == 0).all()
+    assert (rank_labels(heads, batch) == 0).all()
 
 
 def test_a_token_changes_the_heads_after_it_and_no_head_before() -> None:
@@ -179,10 +182,10 @@ def test_trees_are_those_of_a_loop_over_their_paths(
         if max(budget) > 0:
             assert drafter._draft_cache.lengths == [len(request.tokens) - 1 for request in rows]
         for request, draft in zip(rows, drafts, strict=True):
-            final_LD = runner.target.read(torch.tensor([request.tokens[:-1]]), heads.needs)[
-                "final"
-            ][0]
-            torch.testing.assert_close(drafter._states[request.index], final_LD[-1])
+            final_LD = read_features(
+                runner.target, torch.tensor([request.tokens[:-1]]), heads.needs
+            )["final"][0]
+            torch.testing.assert_close(drafter._states[request], final_LD[-1])
             for node in range(1, len(draft)):
                 above = [draft.tokens[n] for n in draft.path(draft.parents[node])]
                 read = chain(heads, final_LD, request.tokens[:-1] + above, whole)
@@ -242,7 +245,7 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrain
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     heads = make_heads(model)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
-    heads.compute_loss(make_batch(width=32, vocab=VOCAB))
+    compute_loss(heads, make_batch(width=32, vocab=VOCAB))
     optimizer.step()
     assert all(parameter.grad is not None for parameter in heads.parameters())
     for name, parameter in model.named_parameters():

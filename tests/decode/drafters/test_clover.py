@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from spectool.decode.drafters import clover
 from spectool.decode.drafters.clover import CloverDrafter, CloverHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import TOP
-from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
+from spectool.distill.losses import compute_loss, rank_labels
+from spectool.distill.teacher import read_features
+from spectool.training import TrainingBatch
 
 from ...conftest import VOCAB
 from .bare import bare_model, disturb, llama_layer, make_batch, rms
@@ -71,7 +74,7 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
     model = bare_model(bias=True)
     heads = make_heads(model, token_map=token_map, num_heads=3)
     batch = make_batch(length=17, needs=heads.needs)
-    done = heads.compute_loss(batch)
+    done = compute_loss(heads, batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
@@ -100,7 +103,7 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
     total = torch.zeros(())
     for i, values in enumerate(losses):
         total = total + 0.7**i * torch.stack(values).mean()
-        assert done.places[i] == len(values) and done.right[i] == right[i]
+        assert done.counts[i] == len(values) and done.right[i] == right[i]
         assert done.loss[i] == pytest.approx(torch.stack(values).sum().item(), rel=1e-4)
     assert (skipped > 0) == (size is not None)
     total.backward()
@@ -110,7 +113,7 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
 
 def batch_of(model: PreTrainedModel, heads: CloverHeads, tokens: list[int]) -> TrainingBatch:
     tokens_BL = torch.tensor([tokens])
-    features = Target(model).read(tokens_BL, heads.needs)
+    features = read_features(Target(model), tokens_BL, heads.needs)
     return TrainingBatch(tokens_BL=tokens_BL, loss_mask_BL=tokens_BL >= 0, features=features)
 
 
@@ -161,13 +164,13 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
         features={"layer -1": state_BLD, "final": state_BLD},
     )
     # Probabilities and states of a random target say nothing about these texts.
-    heads.loss_target, heads.state_weight = "labels", 0.0
+    heads.loss = replace(heads.loss, target="labels", state_weight=0.0)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(150):
         optimizer.zero_grad()
-        heads.compute_loss(batch)
+        compute_loss(heads, batch)
         optimizer.step()
-    assert (heads.ranks(batch) == 0).all()
+    assert (rank_labels(heads, batch) == 0).all()
 
 
 def test_a_token_changes_the_heads_after_it_and_no_head_before(
@@ -214,7 +217,7 @@ def test_trees_are_those_of_a_loop_over_their_paths(
             h_1LD = heads.augment(
                 f_1LD, heads.read(batch.tokens_BL[:, 1:]), heads.rotary.text(f_1LD)
             )
-            state_D = drafter._states[request.index]
+            state_D = drafter._states[request]
             torch.testing.assert_close(state_D, h_1LD[0, -1], rtol=1e-4, atol=1e-5)
             for node in range(1, len(draft)):
                 above = [draft.tokens[n] for n in draft.path(draft.parents[node])[1:]]
@@ -262,14 +265,15 @@ def test_drafting_goes_on_from_a_kept_prefix(
     drafters: list[Any] = [runner.drafter, fresh.drafter]
     kept_cache, fresh_cache = (drafter._draft_cache for drafter in drafters)
     assert kept_cache.lengths == fresh_cache.lengths == [len(second) + 1]
-    torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
+    (kept_state,), (fresh_state,) = (drafter._states.values() for drafter in drafters)
+    torch.testing.assert_close(kept_state, fresh_state)
 
 
 def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
     model = tiny("llama-tied")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     heads = make_heads(model)
-    heads.compute_loss(make_batch(width=32, vocab=VOCAB, needs=heads.needs))
+    compute_loss(heads, make_batch(width=32, vocab=VOCAB, needs=heads.needs))
     assert all(parameter.grad is not None for parameter in heads.parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])

@@ -30,7 +30,7 @@ def request_of(tokens: list[int]) -> Request:
         index=0,
         tokens=list(tokens),
         draws=Draws(0, 0),
-        control=SamplingParams(),
+        sampling=SamplingParams(),
         max_new_tokens=100,
         context=256,
     )

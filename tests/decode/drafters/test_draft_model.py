@@ -32,7 +32,7 @@ def request_of(tokens: list[int], temperature: float, index: int = 0) -> Request
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=SamplingParams(temperature=temperature, top_k=5),
+        sampling=SamplingParams(temperature=temperature, top_k=5),
         max_new_tokens=100,
         context=256,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from transformers import LlamaConfig, PreTrainedModel
 from spectool.decode.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Heads
 from spectool.decode.generate import Runner
 from spectool.decode.heads import layer
-from spectool.decode.protocol import TrainingBatch
+from spectool.distill.losses import compute_loss, rank_labels
+from spectool.distill.teacher import read_features
 from spectool.errors import UsageError
+from spectool.training import TrainingBatch
 
 from ...conftest import VOCAB
 from .bare import bare_model, disturb, make_batch, rms
@@ -103,7 +106,7 @@ def test_training_is_drafting_step_by_step(
     model = bare_model(bias=True)
     heads = make_heads(model, token_map=token_map, ttt_steps=3)
     batch = make_batch(rows=2, length=10, needs=heads.needs)
-    done = heads.compute_loss(batch)
+    done = compute_loss(heads, batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
@@ -129,7 +132,7 @@ def test_training_is_drafting_step_by_step(
             losses[s].append(-(teacher_V[known].softmax(0) * logq_V).sum())
     for s, values in enumerate(losses):
         total = total + 0.8**s * torch.stack(values).mean()
-        assert done.places[s] == len(values)
+        assert done.counts[s] == len(values)
         assert done.loss[s] == pytest.approx(torch.stack(values).sum().item(), rel=1e-4)
     assert (skipped > 0) == (size is not None)
     total.backward()
@@ -179,7 +182,7 @@ def test_trees_are_those_of_a_search(
             return drafts
         assert drafter._draft_cache.lengths == [len(request.tokens) - 1 for request in rows]
         for request, draft, limit in zip(rows, drafts, budget, strict=True):
-            read = runner.target.read(torch.tensor([request.tokens[:-1]]), heads.needs)
+            read = read_features(runner.target, torch.tensor([request.tokens[:-1]]), heads.needs)
             features = {name: value[0] for name, value in read.items()}
             step = StepByStep(heads, features, request.tokens)
             wanted = search(heads, step, config, deepest)
@@ -229,14 +232,15 @@ def test_drafting_goes_on_from_a_kept_prefix(
     drafters: list[Any] = [runner.drafter, fresh.drafter]
     kept_cache, fresh_cache = (drafter._draft_cache for drafter in drafters)
     assert kept_cache.lengths == fresh_cache.lengths == [len(second) + 1]
-    torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
+    (kept_state,), (fresh_state,) = (drafter._states.values() for drafter in drafters)
+    torch.testing.assert_close(kept_state, fresh_state)
 
 
 def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
     model = tiny("llama-tied")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     heads = make_heads(model, shared_head=True)
-    heads.compute_loss(make_batch(width=32, vocab=VOCAB, needs=heads.needs))
+    compute_loss(heads, make_batch(width=32, vocab=VOCAB, needs=heads.needs))
     assert all(parameter.grad is not None for parameter in heads.parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])
@@ -255,13 +259,13 @@ def test_steps_learn_the_token_at_their_own_distance_and_no_other() -> None:
         features={name: state_BLD for name in ("final", "layer 1", "layer 3", "layer 7")},
     )
     # The probabilities of a random target say nothing about these texts.
-    heads.loss_target = "labels"
+    heads.loss = replace(heads.loss, target="labels")
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(150):
         optimizer.zero_grad()
-        heads.compute_loss(batch)
+        compute_loss(heads, batch)
         optimizer.step()
-    assert (heads.ranks(batch) == 0).all()
+    assert (rank_labels(heads, batch) == 0).all()
 
 
 @pytest.mark.parametrize(

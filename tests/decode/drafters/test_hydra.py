@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from spectool.decode.drafters.hydra import HydraDrafter, HydraHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import TOP
 from spectool.decode.heads.layer import DecoderLayer, Rotary
-from spectool.decode.protocol import TrainingBatch
 from spectool.decode.target import Target
+from spectool.distill.losses import compute_loss, compute_probs, rank_labels
+from spectool.distill.teacher import read_features
+from spectool.training import TrainingBatch
 
 from ...conftest import DENSE, VOCAB
 from .bare import bare_model, disturb, make_batch
@@ -80,7 +83,7 @@ def test_loss_and_gradient_are_those_of_the_equations(variant: str) -> None:
     batch = make_batch()
     heads = make_heads(bare_model(bias=True), variant=variant, num_heads=3)
     disable_dropout(heads)
-    done = heads.compute_loss(batch)
+    done = compute_loss(heads, batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
@@ -102,7 +105,7 @@ def test_loss_and_gradient_are_those_of_the_equations(variant: str) -> None:
                 right += int(logits_V.argmax() == tokens[ahead])
         loss = torch.stack(losses)
         total = total + loss.mean()
-        assert done.places[i] == len(losses) and done.right[i] == right
+        assert done.counts[i] == len(losses) and done.right[i] == right
         assert done.loss[i] == pytest.approx(loss.sum().item(), rel=1e-4)
     total.backward()
     prefix = {id(p) for p in heads.prefix.parameters()} if heads.prefix else set()
@@ -126,13 +129,16 @@ def test_untrained_heads_predict_what_the_target_predicts(
         nn.init.zeros_(heads.prefix.self_attn.o_proj.weight)
         nn.init.zeros_(heads.prefix.mlp.down_proj.weight)
     tokens_BL = torch.randint(2, VOCAB, (1, 9))
-    features = Target(model).read(tokens_BL, heads.needs)
+    features = read_features(Target(model), tokens_BL, heads.needs)
     batch = TrainingBatch(tokens_BL=tokens_BL, loss_mask_BL=tokens_BL > 0, features=features)
     with torch.no_grad():
         logits_V = model(tokens_BL).logits[0, 4]
         states = list(heads.states(batch, torch.tensor([0]), torch.tensor([4])))
         torch.testing.assert_close(
-            heads._probs(features["final"][0, 4:5])[0], logits_V.softmax(-1), rtol=1e-4, atol=1e-6
+            compute_probs(heads, features["final"][0, 4:5])[0],
+            logits_V.softmax(-1),
+            rtol=1e-4,
+            atol=1e-6,
         )
     for i, state_1D in enumerate(states):
         assert heads.guess(state_1D, i, 1).item() == logits_V.argmax()
@@ -152,14 +158,14 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other(variant: str) 
         features={"final": torch.eye(12)[tokens_BL]},
     )
     # The probabilities of a random target say nothing about these texts.
-    heads.loss_target = "labels"
+    heads.loss = replace(heads.loss, target="labels")
     disable_dropout(heads)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
     for _ in range(200):
         optimizer.zero_grad()
-        heads.compute_loss(batch)
+        compute_loss(heads, batch)
         optimizer.step()
-    assert (heads.ranks(batch) == 0).all()
+    assert (rank_labels(heads, batch) == 0).all()
 
 
 def test_a_token_changes_what_follows_it_and_no_other_path() -> None:
@@ -196,11 +202,11 @@ def test_trees_are_those_of_a_loop_over_their_paths(
         drafts = propose(rows, budget)
         for request, draft in zip(rows, drafts, strict=True):
             tokens_1L = torch.tensor([request.tokens[:-1]])
-            features = runner.target.read(tokens_1L, heads.needs)
+            features = read_features(runner.target, tokens_1L, heads.needs)
             final_1LD = features["final"]
             if heads.prefix is not None:
                 final_1LD = heads.prefix(final_1LD, heads.rotary.text(final_1LD))
-            state_D = drafter._states[request.index]
+            state_D = drafter._states[request]
             torch.testing.assert_close(state_D, final_1LD[0, -1], rtol=1e-4, atol=1e-5)
             for node in range(1, len(draft)):
                 above = [draft.tokens[n] for n in draft.path(draft.parents[node])]
@@ -253,14 +259,15 @@ def test_prefix_attention_goes_on_from_a_kept_prefix(
     drafters: list[Any] = [runner.drafter, fresh.drafter]
     kept_cache, fresh_cache = (drafter._draft_cache for drafter in drafters)
     assert kept_cache.lengths == fresh_cache.lengths == [len(second) + 1]
-    torch.testing.assert_close(drafters[0]._states[0], drafters[1]._states[0])
+    (kept_state,), (fresh_state,) = (drafter._states.values() for drafter in drafters)
+    torch.testing.assert_close(kept_state, fresh_state)
 
 
 def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
     model = tiny("llama-tied")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     heads = make_heads(model, shared_head=True)
-    heads.compute_loss(make_batch(width=32, vocab=VOCAB))
+    compute_loss(heads, make_batch(width=32, vocab=VOCAB))
     assert all(parameter.grad is not None for parameter in heads.parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])

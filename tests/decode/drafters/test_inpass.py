@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.decode.cache import TextCache
 from spectool.decode.drafters.hidden_transfer import HiddenTransferDrafter, HiddenTransferHeads
 from spectool.decode.drafters.ppd import PPDDrafter, PPDHeads
 from spectool.decode.generate import Runner
@@ -23,10 +22,13 @@ from spectool.decode.heads.inpass import (
     find_stationary,
     tokens_per_step,
 )
-from spectool.decode.protocol import Needs, TrainingBatch
+from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, best_paths
+from spectool.distill.losses import compute_loss
+from spectool.distill.teacher import TextCache, read_extra_rows, read_features
 from spectool.errors import UnsupportedError
+from spectool.training import TrainingBatch
 
 from .bare import disturb
 
@@ -117,7 +119,7 @@ def test_no_node_attends_to_extra_rows(tiny: Make, prompt_of: Make, family: str,
     target.prefill(cache, prompts)
     guesses = [[[5, 6, 7], [8, 9, 10], [11, 12, 13]][: drafter._heads.num_heads]] * 2
     drafts = [drafter._draft(3, guesses[0], 9), drafter._draft(4, [], 9)]
-    assert all(draft.beside for draft in drafts) and len(drafts[0]) > 2
+    assert all(draft.extra_rows for draft in drafts) and len(drafts[0]) > 2
     bare = [Draft(d.tokens, d.parents, d.kinds) for d in drafts]
     logits_BNV = target.verify(cache, drafts, drafter.needs).logits_BNV
     alone_BNV = target.verify(cache, bare, Needs()).logits_BNV
@@ -157,12 +159,12 @@ def test_training_computes_the_states_that_drafting_does(
 
 def batch_of(target: Target, heads: Any, tokens_BL: torch.Tensor) -> Any:
     kept = TextCache(target.num_layers)
-    features = target.read(tokens_BL, heads.needs, keep=kept)
+    features = read_features(target, tokens_BL, heads.needs, keep=kept)
     return TrainingBatch(
         tokens_BL=tokens_BL,
         loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
         features=features,
-        beside=functools.partial(target.read_extra_rows, kept),
+        extra_rows=functools.partial(read_extra_rows, target, kept),
     )
 
 
@@ -193,7 +195,7 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make,
     try:
         heads, target = make_heads(model, name), Target(model)
         batch = batch_of(target, heads, torch.tensor([prompt_of(14), prompt_of(14, seed=2)]))
-        done = heads.compute_loss(batch)
+        done = compute_loss(heads, batch)
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in heads.parameters())
         for key, parameter in model.named_parameters():
             assert parameter.grad is None and torch.equal(parameter, before[key])
@@ -208,7 +210,7 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make,
                     probs_V = logits_LV[position + 1 + k].softmax(-1)
                     logq_V = model.lm_head(state_RD[at]).log_softmax(-1)
                     losses.append(float(-(probs_V * logq_V).sum()))
-            assert done.places[k] == len(losses)
+            assert done.counts[k] == len(losses)
             assert done.loss[k] == pytest.approx(sum(losses), rel=1e-4)
     finally:
         for parameter in model.parameters():

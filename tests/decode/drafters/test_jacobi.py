@@ -29,7 +29,7 @@ def request_of(tokens: list[int], index: int = 0) -> Request:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=SamplingParams(),
+        sampling=SamplingParams(),
         max_new_tokens=1000,
         context=1000,
     )
@@ -46,7 +46,7 @@ def step(drafter: JacobiDrafter, request: Request, following: Next, budget: int 
     new = [*(draft.tokens[node] for node in path[1:]), token]
     request.tokens += new
     drafter.observe(
-        [Outcome(row=request, draft=draft, path=path, next_token=token, probs_NV=probs_NV)]
+        [Outcome(request=request, draft=draft, path=path, next_token=token, probs_NV=probs_NV)]
     )
     return new
 
@@ -104,7 +104,7 @@ class Recorded(JacobiDrafter):
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
-            before = outcome.row.tokens[: -len(outcome.path)]
+            before = outcome.request.tokens[: -len(outcome.path)]
             self.rounds.append((before, outcome.draft, outcome))
         super().observe(outcomes)
 
@@ -167,22 +167,22 @@ def test_a_drawn_window_comes_with_the_probabilities_of_the_last_pass(
 
 
 def test_a_position_is_drawn_anew_in_every_round(
-    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]]
+    begin: Begin,
 ) -> None:
     """Random numbers differ by position, so two windows of a uniform distribution differ."""
     drafter, request = JacobiDrafter(JacobiConfig(window=8)), request_of([5, 6])
-    request.control = SamplingParams(temperature=1.0)
+    request.sampling = SamplingParams(temperature=1.0)
     request.draws = Draws(3, 0)
-    drafter.begin([], None)  # type: ignore[arg-type]
+    begin(drafter, [request])
     windows = []
     for _ in range(2):
         draft = Draft([request.tokens[-1], *range(8)], list(range(-1, 8)), ["deterministic"] * 9)
         request.tokens.append(7)
         probs_NV = torch.full((9, 320), 1 / 320)
         drafter.observe(
-            [Outcome(row=request, draft=draft, path=[0], next_token=7, probs_NV=probs_NV)]
+            [Outcome(request=request, draft=draft, path=[0], next_token=7, probs_NV=probs_NV)]
         )
-        windows.append(drafter._windows[0].tokens)
+        windows.append(drafter._windows[request].tokens)
     assert len(set(windows[0])) > 4
     assert windows[0] != windows[1]
 
@@ -210,7 +210,7 @@ def test_requests_have_their_own_window(begin: Begin) -> None:
         probs_NV = torch.eye(320)[token : token + 3]
         request.tokens.append(token)
         outcomes.append(
-            Outcome(row=request, draft=draft, path=[0], next_token=token, probs_NV=probs_NV)
+            Outcome(request=request, draft=draft, path=[0], next_token=token, probs_NV=probs_NV)
         )
     drafter.observe(outcomes)
     assert drafter.propose(requests[1:], [2])[0].tokens == [200, 201, 202]

@@ -16,13 +16,14 @@ from spectool.checkpoint.headers import HEADS, HEADS_FILE
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads import artifact as shared_code
-from spectool.decode.heads import base
 from spectool.decode.heads.artifact import HeadsRecord, open_heads, read_finite_tensors
-from spectool.decode.heads.base import TOP, ranks_of
-from spectool.decode.protocol import TrainingBatch
+from spectool.decode.heads.base import TOP
 from spectool.decode.target import Target
 from spectool.decode.tree import RankTree, best_paths
+from spectool.distill.losses import compute_loss, rank_labels, ranks_of
+from spectool.distill.teacher import read_features
 from spectool.errors import CheckpointError, NotFinite
+from spectool.training import TrainingBatch
 
 from ...conftest import VOCAB
 from .bare import bare_model, disturb, make_batch
@@ -56,7 +57,7 @@ def test_untrained_heads_predict_what_the_target_predicts(
     heads = MedusaHeads(MedusaHeads.Config(**options), model, None).eval()
     target = Target(model)
     tokens_BL = torch.randint(2, VOCAB, (1, 9))
-    final_D = target.read(tokens_BL, heads.needs)["final"][0, -1]
+    final_D = read_features(target, tokens_BL, heads.needs)["final"][0, -1]
     with torch.inference_mode():
         logits_V = model(tokens_BL).logits[0, -1]
         guesses = guesses_of(heads, final_D)
@@ -65,10 +66,10 @@ def test_untrained_heads_predict_what_the_target_predicts(
 
 def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of three positions against one sum over heads and positions."""
-    monkeypatch.setattr(base, "_CHUNK_BYTES", 3 * 4 * 17)
+    monkeypatch.setattr("spectool.distill.losses._CHUNK_BYTES", 3 * 4 * 17)
     batch = make_batch()
     heads = make_heads(bare_model(bias=True), num_heads=3, num_layers=2)
-    done = heads.compute_loss(batch)
+    done = compute_loss(heads, batch)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
@@ -88,7 +89,7 @@ def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.Monkey
                 right += int(logits_V.argmax() == label)
         loss = torch.stack(losses)
         total = total + 0.8**k * loss.mean()
-        assert done.places[k] == len(losses) and done.right[k] == right
+        assert done.counts[k] == len(losses) and done.right[k] == right
         assert done.loss[k] == pytest.approx(loss.sum().item(), rel=1e-5)
     total.backward()
     for name, parameter in heads.named_parameters():
@@ -100,7 +101,7 @@ def test_ranks_are_those_of_sorted_guesses(size: int | None) -> None:
     batch = make_batch()
     token_map = None if size is None else torch.tensor([1, 4, 8, 9, 16])
     heads = make_heads(bare_model(), token_map=token_map, num_heads=2)
-    found = heads.ranks(batch).tolist()
+    found = rank_labels(heads, batch).tolist()
     wanted = []
     for row, position in itertools.product(range(3), range(23)):
         # x_{t+1}, which the target predicts, and the tokens of both heads.
@@ -135,10 +136,10 @@ def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
     optimizer = torch.optim.AdamW(heads.parameters(), lr=0.05)
     for _ in range(60):
         optimizer.zero_grad()
-        done = heads.compute_loss(batch)
+        done = compute_loss(heads, batch)
         optimizer.step()
-    assert done.right == done.places
-    assert (heads.ranks(batch) == 0).all()
+    assert done.right == done.counts
+    assert (rank_labels(heads, batch) == 0).all()
     for token in range(period):
         guesses = guesses_of(heads, torch.eye(12)[token])
         assert [guess[0] for guess in guesses] == [(token + 3 * (2 + k)) % period for k in range(4)]
@@ -150,7 +151,7 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrain
     before = output.weight.detach().clone()
     heads = make_heads(model, shared_head=True)
     batch = make_batch(width=32, vocab=VOCAB)
-    heads.compute_loss(batch)
+    compute_loss(heads, batch)
     assert all(parameter.grad is not None for parameter in heads.parameters())
     assert output.weight.grad is None and torch.equal(output.weight, before)
     assert not any("lm_head" in name for name in heads.state_dict())

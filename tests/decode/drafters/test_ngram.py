@@ -21,7 +21,7 @@ def request_of(tokens: list[int], index: int = 0) -> Request:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=SamplingParams(),
+        sampling=SamplingParams(),
         max_new_tokens=100,
         context=1000,
     )
@@ -29,7 +29,7 @@ def request_of(tokens: list[int], index: int = 0) -> Request:
 
 def draft_of(tokens: list[int], *, budget: int = 99, **options: int) -> Draft:
     drafter, request = NgramDrafter(NgramConfig(**options)), request_of(tokens)
-    drafter.begin([PrefilledPrompt(row=request, logits_V=torch.zeros(1))], NONE)
+    drafter.add([PrefilledPrompt(request=request, logits_V=torch.zeros(1))], NONE)
     return drafter.propose([request], [budget])[0]
 
 
@@ -102,8 +102,8 @@ def test_requests_have_their_own_index() -> None:
         NgramDrafter(),
         [request_of([1, 2, 3, 1, 2], 4), request_of([1, 2, 9, 1, 2], 7)],
     )
-    drafter.begin(
-        [PrefilledPrompt(row=request, logits_V=torch.zeros(1)) for request in requests], NONE
+    drafter.add(
+        [PrefilledPrompt(request=request, logits_V=torch.zeros(1)) for request in requests], NONE
     )
     assert [d.tokens[1] for d in drafter.propose(requests, [1, 1])] == [3, 9]
     assert drafter.propose(requests[1:], [1])[0].tokens == [2, 9]
@@ -119,13 +119,13 @@ def outcome_of(request: Request, draft: Draft, new: list[int]) -> Any:
             break
         path += stands
     request.tokens += [draft.tokens[n] for n in path[1:]] + new[len(path) - 1 : len(path)]
-    return type("Outcome", (), {"row": request, "draft": draft, "path": path})()
+    return type("Outcome", (), {"request": request, "draft": draft, "path": path})()
 
 
 def steps(source: list[int], output: list[int], **options: int) -> list[int]:
     """Return how many tokens each step brings when `output` follows `source`."""
     drafter, request = NgramDrafter(NgramConfig(**options)), request_of([*source, output[0]])
-    drafter.begin([PrefilledPrompt(row=request, logits_V=torch.zeros(1))], NONE)
+    drafter.add([PrefilledPrompt(request=request, logits_V=torch.zeros(1))], NONE)
     brought, left = [], output[1:]
     while left:
         draft = drafter.propose([request], [len(left) - 1])[0]

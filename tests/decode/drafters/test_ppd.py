@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from spectool.decode.drafters.ppd import PPDDrafter, PPDHeads
 from spectool.decode.heads.base import Heads
 from spectool.decode.target import Target
+from spectool.distill.losses import compute_loss
 
 from ...conftest import VOCAB
 from .bare import bare_model
@@ -28,7 +29,7 @@ def fall(heads: Heads, target: Target, *, rate: float) -> tuple[float, float]:
     torch.manual_seed(0)
     for _ in range(30):
         optimizer.zero_grad()
-        losses.append(sum(heads.compute_loss(batch).means))
+        losses.append(sum(compute_loss(heads, batch).means))
         optimizer.step()
     return losses[0], losses[-1]
 
@@ -58,11 +59,11 @@ def test_members_of_an_ensemble_attend_only_to_their_own_rows() -> None:
     assert [slot for _, slot in heads.extra_rows] == [0, 1, 2, 3, 4, 5]
     drafter = PPDDrafter(heads, [((0,), 0.5), ((0, 0), 0.2)])
     draft = drafter._draft(9, [[4, 5], [6, 7]], 8)
-    for row, (parent, slot) in enumerate(draft.beside, start=len(draft)):
+    for row, (parent, slot) in enumerate(draft.extra_rows, start=len(draft)):
         if slot < 2:
             assert parent < len(draft)
         else:
-            above = draft.beside[parent - len(draft)]
+            above = draft.extra_rows[parent - len(draft)]
             assert above[1] == slot - 2 and parent < row
 
 

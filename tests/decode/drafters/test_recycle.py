@@ -34,7 +34,7 @@ def request_of(tokens: list[int]) -> Request:
         index=0,
         tokens=list(tokens),
         draws=Draws(0, 0),
-        control=SamplingParams(),
+        sampling=SamplingParams(),
         max_new_tokens=100,
         context=256,
     )
@@ -79,7 +79,7 @@ def filled(begin: Begin, entries: dict[int, list[int]], **options: Any) -> Recyc
     begin(drafter, [request])
     for token, ids in entries.items():
         draft = Draft([token], [-1], ["deterministic"])
-        drafter.observe([Outcome(row=request, draft=draft, path=[0], next_token=0, top=[ids])])
+        drafter.observe([Outcome(request=request, draft=draft, path=[0], next_token=0, top=[ids])])
     return drafter
 
 
@@ -90,8 +90,9 @@ def test_the_prompt_is_in_the_table(tiny: Tiny) -> None:
     done = target.prefill(target.cache(1), [prompt], drafter.needs)
     first = int(done.logits_BV[0].argmax())
     request = request_of([*prompt, first])
-    drafter.begin(
-        [PrefilledPrompt(row=request, logits_V=done.logits_BV[0], top=done.top[0])], target.cache(1)
+    drafter.add(
+        [PrefilledPrompt(request=request, logits_V=done.logits_BV[0], top=done.top[0])],
+        target.cache(1),
     )
     logits = logits_of(model, prompt)
     for token, last in {5: 2, 7: 3, 9: 4, 31: 5}.items():
@@ -112,7 +113,7 @@ class Checked(RecycleDrafter):
         super().observe(outcomes)
         for outcome in outcomes:
             draft, path = outcome.draft, outcome.path
-            before = outcome.row.tokens[: -len(path)]
+            before = outcome.request.tokens[: -len(path)]
             # Each token's deepest accepted node, or else its last rejected one.
             last = {draft.tokens[node]: node for node in range(len(draft))}
             last |= {draft.tokens[node]: node for node in path}
@@ -143,7 +144,7 @@ def test_of_a_token_at_several_nodes_the_deepest_accepted_counts(
     begin(drafter, [request])
     draft = Draft([7, 8, 9, 7, 8, 7], [-1, 0, 0, 1, 2, 3], ["deterministic"] * 6)
     top = [[10 * node + rank for rank in range(RANKS)] for node in range(6)]
-    drafter.observe([Outcome(row=request, draft=draft, path=path, next_token=1, top=top)])
+    drafter.observe([Outcome(request=request, draft=draft, path=path, next_token=1, top=top)])
     assert known(drafter, 7) == top[max(node for node in path if draft.tokens[node] == 7)]
     assert known(drafter, 8) == top[1 if 1 in path else 4]
     assert known(drafter, 9) == top[2]
@@ -243,7 +244,7 @@ def test_requests_that_share_the_table_keep_their_own_text(
 def test_a_table_of_32000_tokens_takes_at_most_2_mb() -> None:
     drafter = RecycleDrafter()
     none: Any = None
-    drafter.begin([PrefilledPrompt(row=request_of([1]), logits_V=torch.zeros(32000))], none)
+    drafter.add([PrefilledPrompt(request=request_of([1]), logits_V=torch.zeros(32000))], none)
     assert drafter.table.itemsize == 4
     assert drafter.table.itemsize * len(drafter.table) == 32000 * RANKS * 4 <= 2_000_000
 

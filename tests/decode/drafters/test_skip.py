@@ -21,7 +21,6 @@ from spectool.decode.request import Request
 from spectool.decode.sampling import Draws, SamplingParams
 from spectool.decode.target import Target
 from spectool.errors import UnsupportedError
-from spectool.kernels import skinny
 
 Tiny = Callable[..., PreTrainedModel]
 Begin = Callable[..., None]
@@ -33,7 +32,7 @@ def request_of(tokens: list[int], index: int = 0) -> Request:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=SamplingParams(),
+        sampling=SamplingParams(),
         max_new_tokens=100,
         context=256,
     )
@@ -134,10 +133,8 @@ def test_what_blocks_return_besides_is_none(name: str, options: dict[str, Any]) 
         torch.testing.assert_close(each, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_large_matrices_are_skipped_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target's passes replace forwards of linear layers too, and OPT's MLP is two of them."""
-    monkeypatch.setattr(skinny, "load_library", lambda: True)
-    monkeypatch.setattr(skinny, "linear", nn.functional.linear)
+def test_matrices_with_a_kernel_are_skipped_too() -> None:
+    """OPT's MLP is two linear layers of the decoder layer."""
     config = transformers.OPTConfig(
         vocab_size=320,
         hidden_size=32,
@@ -347,13 +344,15 @@ def test_the_search_ends_with_a_set_that_is_good_enough(
 ) -> None:
     """The best set so far is scored again on each text."""
     drafter, _ = attach(tiny("llama-deep"))
-    request, calls = request_of([5]), []
-    request.tokens += range(40)
+    calls: list[Any] = []
     monkeypatch.setattr(drafter, "_score", lambda requests, skipped: calls.append(skipped) or 0.96)
     for _ in range(2):
+        request = request_of([5])
+        request.tokens += range(40)
         begin(drafter, [request])
         for _ in range(4):
             drafter._search([request])
+        drafter.remove(request)
     assert calls == [drafter.skipped] * 2
     assert drafter.tried == 0
 

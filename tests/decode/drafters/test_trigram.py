@@ -30,7 +30,7 @@ def request_of(tokens: list[int], index: int = 0) -> Request:
         index=index,
         tokens=list(tokens),
         draws=Draws(0, index),
-        control=SamplingParams(),
+        sampling=SamplingParams(),
         max_new_tokens=100,
         context=1000,
     )

@@ -1,0 +1,46 @@
+"""Kernels of a model's linear layers, which get them once, when a model is opened for decoding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectool.kernels import registry
+from spectool.model.packed import PackedExperts, PackedLinear
+
+
+class KernelLinear(nn.Linear):
+    """Linear layer that computes with a kernel where kernels are in force."""
+
+    product: registry.Product | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.product is not None and self.product.takes(x):
+            return self.product(x, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+def give_kernels(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the linears of a model, with activations of a dtype, the kernels that there are here.
+
+    Raises:
+        RuntimeError: a kernel computes wrong products on this machine.
+    """
+    experts: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            experts.update(module.children())
+        elif isinstance(module, PackedLinear):
+            if module.format is not None and module not in experts:
+                fields = dict(module.q.named_buffers())
+                shape = module.out_features, module.in_features
+                module.product = registry.prepare(module.format, fields, shape, dtype)
+        elif isinstance(module, nn.Linear) and type(module) in (nn.Linear, KernelLinear):
+            weight, shape = module.weight, (module.out_features, module.in_features)
+            product = registry.prepare("dense", {"weight": weight}, shape, weight.dtype)
+            if product is not None:
+                # Only the class changes: names, parameters and hooks stay.
+                module.__class__ = KernelLinear
+            if isinstance(module, KernelLinear):
+                module.product = product

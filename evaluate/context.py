@@ -1,0 +1,319 @@
+"""What the measures of one evaluation share: opened once, and run over the text once.
+
+The reference is a checkpoint, run at the same time, or a file written by `--save-reference`. A
+checkpoint that does not fit in memory is run block by block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from spectool.checkpoint.dtypes import parse_dtype
+from spectool.checkpoint.headers import Layout
+from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
+from spectool.data.template import encode
+from spectool.data.text import (
+    BUILTIN,
+    MIXED,
+    Prompt,
+    builtin_text,
+    check_ids,
+    read_prompts,
+    read_text,
+)
+from spectool.decode.generate import Runner
+from spectool.errors import CheckpointError, NotFinite, UsageError
+from spectool.evaluate.bench import Options, Run, bench
+from spectool.evaluate.fidelity import LogProbsReference, Reference, Scores, score
+from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
+from spectool.evaluate.windows import (
+    BlockwiseLogProbs,
+    LogProbs,
+    ResidentLogProbs,
+    Windows,
+    cut,
+    resident_bytes,
+)
+from spectool.machine import available_memory
+from spectool.model.architecture import model_class, read_config
+from spectool.model.loading import (
+    check_device,
+    default_dtype,
+    load_model,
+    load_tokenizer,
+    tokenizer_digest,
+)
+from spectool.report import SILENT, NotItsSource, Reporter
+
+# A model is loaded whole if it takes at most this share of the free memory.
+MEMORY_SHARE = 0.7
+
+# What an evaluation may have or lack: attributes of the context.
+Need = Literal["windows", "reference", "source", "prompts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Options of an evaluation. `window` None: the model's context, at most 2048.
+
+    `measures`: all whose needs are given, if empty.
+    """
+
+    measures: Sequence[str] = ()
+    texts: Sequence[str] = ()
+    text_field: str | None = None
+    template: Mapping[str, object] = field(default_factory=dict)
+    window: int | None = None
+    bos: bool = False
+    limit: int | None = None
+    reference: str | None = None
+    save_reference: Path | None = None
+    top_k: int = 0
+    prompts: str | None = None
+    drafts: Sequence[str] = ("auto",)
+    max_new_tokens: int = 128
+    dtype: str | None = None
+    device: str = "cpu"
+    runtime: str = "auto"
+    batch_size: int | None = None
+    blockwise: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Estimate of an evaluation on text: its tokens, and the size of the reference to save, if any.
+
+    `text`: names of its sources.
+    """
+
+    text: str
+    windows: Windows
+    saved_bytes: int | None
+
+
+class Context:
+    """A checkpoint with what it is measured on. A part is None where the request has none.
+
+    A part raises InputError where it does not fit the checkpoint.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, request: Request, *, reporter: Reporter = SILENT
+    ) -> None:
+        self.checkpoint, self.request, self.reporter = checkpoint, request, reporter
+        # What the measures that run need.
+        self.needs: set[Need] = set()
+        self.device = check_device(request.device)
+        model_class(read_config(checkpoint))
+        self.tokenizer = load_tokenizer(checkpoint)
+        self.vocabulary = _vocabulary(checkpoint.layout)
+
+    @cached_property
+    def reference(self) -> SavedReference | Checkpoint | None:
+        """The model to compare with: its log-probabilities in a file, or its checkpoint."""
+        path = self.request.reference
+        if path is None:
+            return None
+        if Path(path).is_file():
+            saved = SavedReference(Path(path))
+            if saved.metadata["tokenizer"] != tokenizer_digest(self.tokenizer):
+                raise UsageError(f"{path}: was made with another tokenizer")
+            if saved.metadata["vocabulary"] != self.vocabulary:
+                raise UsageError(f"{path}: has another vocabulary size")
+            return saved
+        other = open_checkpoint(
+            path,
+            trust_remote_code=self.checkpoint.trust_remote_code,
+            checksums=self.checkpoint.checksums,
+        )
+        if tokenizer_digest(load_tokenizer(other)) != tokenizer_digest(self.tokenizer):
+            raise UsageError(f"{path}: its tokenizer differs from {self.checkpoint.name}'s")
+        if _vocabulary(other.layout) != self.vocabulary:
+            raise UsageError(f"{path}: its vocabulary size differs from {self.checkpoint.name}'s")
+        return other
+
+    @cached_property
+    def source(self) -> Checkpoint | None:
+        """The reference, if the checkpoint was quantized from it."""
+        other = self.reference
+        if not isinstance(other, Checkpoint) or not self.checkpoint.layout.is_packed:
+            return None
+        made_from = (self.checkpoint.layout.quantization or {}).get("source") or {}
+        if made_from.get("fingerprint") == other.fingerprint():
+            return other
+        self.reporter.event(NotItsSource(self.checkpoint.name, other.name))
+        return None
+
+    @cached_property
+    def windows(self) -> Windows:
+        """The windows of the texts, or those of a reference in a file."""
+        request, saved = self.request, self.reference
+        if isinstance(saved, SavedReference):
+            _check_windows(request, saved, self._context_length)
+            windows, origin, text = saved.windows, str(request.reference), request.reference
+        else:
+            windows = self._cut_windows()
+            origin = f"{self.checkpoint.path}: its tokenizer"
+            text = ", ".join(request.texts) or BUILTIN
+        for ids_SL in windows.groups:
+            check_ids([int(ids_SL.min()), int(ids_SL.max())], self.vocabulary, origin)
+        saved_bytes = None
+        if request.save_reference is not None:
+            saved_bytes = expected_bytes(windows, self.vocabulary, request.top_k)
+        self.reporter.plan(Plan(text=str(text), windows=windows, saved_bytes=saved_bytes))
+        return windows
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The sums of one pass over the windows, which also writes `--save-reference`."""
+        request, windows = self.request, self.windows
+        with contextlib.ExitStack() as stack:
+            writer = self._open_writer(stack)
+            reference: Reference | None = None
+            if "reference" in self.needs:
+                if isinstance(self.reference, Checkpoint):
+                    reference = LogProbsReference(self._open_log_probs(self.reference))
+                else:
+                    reference = self.reference
+            scores = score(
+                windows,
+                self._open_log_probs(self.checkpoint),
+                self.vocabulary,
+                reference=reference,
+                batch_size=request.batch_size,
+                sink=writer.add if writer else lambda batch, logp_BLV: None,
+                reporter=self.reporter,
+            )
+            for name, value in {"perplexity": scores.perplexity, "KL": scores.kl}.items():
+                if not math.isfinite(value):
+                    raise NotFinite(
+                        f"{self.checkpoint.name}: {name} is {value}: the logits are finite, but "
+                        "the tokens of the text have almost no probability"
+                    )
+            if writer is not None:
+                writer.finish(
+                    {
+                        "source": self.checkpoint.fingerprint(),
+                        "tokenizer": tokenizer_digest(self.tokenizer),
+                    }
+                )
+        return scores
+
+    @cached_property
+    def prompts(self) -> list[Prompt] | None:
+        """The prompts that are continued."""
+        request = self.request
+        if request.prompts is None:
+            return None
+        return read_prompts(
+            request.prompts,
+            self.tokenizer,
+            field=request.text_field,
+            template=dict(request.template) or None,
+            reporter=self.reporter,
+        )
+
+    @cached_property
+    def decoding(self) -> Run:
+        """The comparison of the drafters with plain decoding on the prompts, greedy."""
+        assert self.prompts is not None
+        request = self.request
+        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer)
+        options = Options(drafts=request.drafts, max_new_tokens=request.max_new_tokens)
+        return bench(runner, self.prompts, options, reporter=self.reporter)
+
+    @property
+    def _context_length(self) -> int:
+        return self.checkpoint.layout.context or 2048
+
+    def _cut_windows(self) -> Windows:
+        """Cut the texts into windows.
+
+        Raises:
+            InputError: an option does not fit the model, or the text is too short.
+        """
+        request, tokenizer, context = self.request, self.tokenizer, self._context_length
+        length = request.window or min(context, 2048)
+        if length > context:
+            raise UsageError(f"--window {length}: the model's context is {context}")
+        if request.bos and tokenizer.bos_token_id is None:
+            raise UsageError("--bos: the tokenizer has no BOS token")
+        if request.texts:
+            text = read_text(
+                request.texts,
+                tokenizer,
+                field=request.text_field,
+                template=dict(request.template) or None,
+                max_characters=request.limit,
+                reporter=self.reporter,
+            )
+        else:
+            text = builtin_text(MIXED)
+        ids = encode(tokenizer, text[: request.limit])
+        return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)
+
+    def _open_writer(self, stack: contextlib.ExitStack) -> ReferenceWriter | None:
+        request = self.request
+        if request.save_reference is None:
+            return None
+        return stack.enter_context(
+            ReferenceWriter(
+                request.save_reference, self.windows, self.vocabulary, top_k=request.top_k
+            )
+        )
+
+    def _open_log_probs(self, checkpoint: Checkpoint) -> LogProbs:
+        """Load a checkpoint whole, or open it to run block by block."""
+        dtype = self._dtype(checkpoint)
+        wanted = resident_bytes(checkpoint.layout, dtype)
+        if self.request.blockwise or wanted > MEMORY_SHARE * available_memory(self.device):
+            return BlockwiseLogProbs(
+                checkpoint, self.windows, dtype=dtype, device=self.device, reporter=self.reporter
+            )
+        return ResidentLogProbs(self._load(checkpoint))
+
+    def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
+        return parse_dtype(self.request.dtype) or default_dtype(checkpoint.layout, self.device)
+
+    def _load(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        return load_model(
+            checkpoint,
+            dtype=self._dtype(checkpoint),
+            device=self.request.device,
+            runtime=self.request.runtime,
+            reporter=self.reporter,
+        )
+
+
+def _check_windows(request: Request, saved: SavedReference, context: int) -> None:
+    """Check that no option contradicts a saved reference, and that its windows fit.
+
+    Raises:
+        UsageError: one does, or they do not.
+    """
+    given = {"text": request.texts, "window": request.window, "bos": request.bos}
+    for name, value in {**given, "limit": request.limit}.items():
+        if value:
+            raise UsageError(f"--reference FILE contains the tokens; leave --{name} out")
+    if saved.windows.length > context:
+        raise UsageError(
+            f"{request.reference}: has windows of {saved.windows.length} tokens; the model's "
+            f"context is {context}"
+        )
+
+
+def _vocabulary(layout: Layout) -> int:
+    text_config = layout.config.get("text_config") or {}
+    size = layout.config.get("vocab_size") or text_config.get("vocab_size")
+    if not isinstance(size, int):
+        raise CheckpointError(f"{layout.path}: its configuration has no vocab_size")
+    return size

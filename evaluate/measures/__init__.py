@@ -1,0 +1,1 @@
+"""The measures of `eval`, one a file."""

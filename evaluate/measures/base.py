@@ -1,0 +1,42 @@
+"""The interface of measures: what `eval` can find out about a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, Self, get_type_hints
+
+from spectool.evaluate.context import Context, Need
+
+
+class Measure(ABC):
+    """A frozen dataclass whose fields are the keys of the result's JSON, made by `run`.
+
+    `needs` are attributes of the context. They are opened before any measure runs, so that what
+    does not fit is refused at once; a measure without one of them does not run.
+    """
+
+    needs: ClassVar[tuple[Need, ...]]
+
+    @classmethod
+    @abstractmethod
+    def run(cls, context: Context) -> Self:
+        """Measure the checkpoint."""
+
+    @abstractmethod
+    def lines(self) -> Iterator[str]:
+        """Yield the lines that a run shows."""
+
+    @classmethod
+    def metrics(cls) -> list[str]:
+        """List the names of the numbers among the fields, dotted, which gates may compare."""
+        return list(_numbers(cls))
+
+
+def _numbers(kind: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _numbers(hint, f"{prefix}{name}.")
+        elif hint in (int, float):
+            yield prefix + name

@@ -1,0 +1,112 @@
+"""Base of the kernels: products of few rows of activations with a large matrix, on a CPU.
+
+In decoding few rows meet large matrices, and the time goes into reading these. The C files share
+`few_rows.h`, which reads a matrix once for all rows and sums each row in a fixed order, so the
+result of a row does not depend on the other rows, to the last bit.
+
+Shapes: n outputs and m inputs of a matrix, N rows of activations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from spectool.kernels import build
+
+# A matrix's stored tensors by name.
+Fields = Mapping[str, Tensor]
+
+# A matrix as a C file reads it: its rows, and the factor of each row, if rows have factors.
+Operands = tuple[Tensor, Tensor | None]
+
+# `few_rows.h` reads rows in steps of up to 32 elements; scratch rows are padded to that.
+_PADDED = 32
+
+
+class Kernel(ABC):
+    """Products with matrices of one format, for activations of one dtype.
+
+    `source` is the C file's name. `smallest`: for matrices of fewer weights the call costs more
+    than it saves. `most_rows`: beyond so many rows another way is faster.
+    """
+
+    source: ClassVar[str]
+    smallest: ClassVar[int] = 1
+    most_rows: int
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    @abstractmethod
+    def prepare(self, fields: Fields) -> Operands:
+        """Return what `linear` reads of a matrix; called once, when a model is loaded."""
+
+    @abstractmethod
+    def matrix(self, fields: Fields) -> Tensor:
+        """Unpack the matrix W [n, m] in float32."""
+
+    @abstractmethod
+    def example(self, n: int, m: int, generator: torch.Generator) -> Fields:
+        """Return the fields of a random matrix, for the self-test."""
+
+    def linear(self, x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
+        """Compute x [..., m] times W transposed, plus bias [n], summed in float32, in x's dtype.
+
+        Inference only.
+        """
+        weight, scale = operands
+        n, m = weight.shape
+        x_Nm = x.reshape(-1, m).contiguous()
+        scratch = torch.empty(len(x_Nm) * -(-m // _PADDED) * _PADDED, dtype=torch.float32)
+        out_Nn = torch.empty(len(x_Nm), n, dtype=torch.float32)
+        bias_n = None if bias is None else bias.to(torch.float32)
+        assert x.dtype == self.dtype
+        tensors = (x_Nm, weight, scale, bias_n, out_Nn, scratch)
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        _load(self.source, self.dtype)(*pointers, len(x_Nm), m, n, torch.get_num_threads())
+        return out_Nn.to(x.dtype).view(*x.shape[:-1], n)
+
+    def twin(self, x: Tensor, fields: Fields, bias: Tensor | None) -> Tensor:
+        """Compute the same in torch: the specification of `linear`."""
+        bias_n = None if bias is None else bias.float()
+        return linear(x.float(), self.matrix(fields), bias_n).to(x.dtype)
+
+    def check(self) -> None:
+        """Compare a small product with the twin's.
+
+        Raises:
+            RuntimeError: they differ by more than rounding.
+        """
+        generator = torch.Generator().manual_seed(0)
+        # Whole tiles, single rows and a rest of a step.
+        n, m, num_rows = 13, 77, 7
+        fields = self.example(n, m, generator)
+        x_Nm = torch.randn(num_rows, m, generator=generator).to(self.dtype)
+        bias_n = torch.randn(n, generator=generator).to(self.dtype)
+        found_Nn = self.linear(x_Nm, self.prepare(fields), bias_n).float()
+        expected_Nn = self.twin(x_Nm, fields, bias_n).float()
+        tolerance = 2e-2 if self.dtype == torch.bfloat16 else 1e-5
+        if not (found_Nn - expected_Nn).norm() <= tolerance * expected_Nn.norm():
+            raise RuntimeError(
+                f"the kernel {self.source} for {self.dtype} computes wrong products on this "
+                "machine; please report it, with the output of spectool doctor"
+            )
+
+
+@functools.cache
+def _load(source: str, dtype: torch.dtype) -> Any:
+    """Load the product of a C file for activations of a dtype."""
+    library = build.load_library(source)
+    assert library is not None, "the registry chooses kernels that can be built"
+    run = library.product_bfloat16 if dtype == torch.bfloat16 else library.product_float
+    run.argtypes = [*[ctypes.c_void_p] * 6, *[ctypes.c_ssize_t] * 3, ctypes.c_int]
+    run.restype = None
+    return run

@@ -1,0 +1,114 @@
+"""The kernels by format, device and dtype of the activations, and where they are in force.
+
+A kernel runs only inside `in_force`, which passes of the decode loop and of draft heads enter.
+Outside (evaluation, calibration, training) the same modules compute with torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectool.kernels import build
+from spectool.kernels.base import Fields, Kernel
+from spectool.kernels.dense import Dense
+from spectool.kernels.int8 import Int8
+
+KERNELS: dict[tuple[str, str, torch.dtype], type[Kernel]] = {
+    ("dense", "cpu", torch.float32): Dense,
+    ("dense", "cpu", torch.bfloat16): Dense,
+    ("int8", "cpu", torch.float32): Int8,
+    ("int8", "cpu", torch.bfloat16): Int8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The kernel that multiplies with matrices of a format here, or None and why."""
+
+    kernel: Kernel | None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.kernel is None:
+            return f"torch ({self.reason})"
+        most = self.kernel.most_rows
+        return "kernel" if most == sys.maxsize else f"kernel for up to {most} rows"
+
+
+@functools.cache
+def choose(format: str, device: str, dtype: torch.dtype) -> Choice:
+    """Choose the kernel for a format on a type of device, compiled and tested.
+
+    Raises:
+        RuntimeError: the kernel computes wrong products here.
+    """
+    kind = KERNELS.get((format, device, dtype))
+    if kind is None:
+        return Choice(None, f"no kernel for {format} in {str(dtype)[6:]} on {device}")
+    if (reason := build.missing(kind.source)) is not None:
+        return Choice(None, reason)
+    kernel = kind(dtype)
+    kernel.check()
+    return Choice(kernel)
+
+
+class _Force(threading.local):
+    on = False
+
+
+_force = _Force()
+
+
+@contextmanager
+def in_force() -> Iterator[None]:
+    """Let matrices that have a kernel use it, in this thread."""
+    before, _force.on = _force.on, True
+    try:
+        yield
+    finally:
+        _force.on = before
+
+
+class Product:
+    """The product with one matrix, prepared for its kernel."""
+
+    def __init__(self, kernel: Kernel, fields: Fields, num_inputs: int) -> None:
+        self._kernel = kernel
+        self._dtype = kernel.dtype
+        self._operands = kernel.prepare(fields)
+        self._most_values = kernel.most_rows * num_inputs
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether kernels are in force, and x has the dtype and few enough rows for this one."""
+        return _force.on and x.dtype is self._dtype and x.numel() <= self._most_values
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x [..., m] times the matrix transposed, plus bias [n]."""
+        return self._kernel.linear(x, self._operands, bias)
+
+
+def prepare(
+    format: str, fields: Fields, shape: tuple[int, int], dtype: torch.dtype
+) -> Product | None:
+    """Prepare a matrix [n, m] for its kernel; None if it is too small or has none here.
+
+    Raises:
+        RuntimeError: see `choose`.
+    """
+    key = format, next(iter(fields.values())).device.type, dtype
+    kind = KERNELS.get(key)
+    # The compiler starts only for a model that needs it.
+    if kind is None or shape[0] * shape[1] < kind.smallest:
+        return None
+    kernel = choose(*key).kernel
+    if kernel is None or not all(field.is_contiguous() for field in fields.values()):
+        return None
+    return Product(kernel, fields, shape[1])

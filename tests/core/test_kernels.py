@@ -1,0 +1,68 @@
+"""Linears of a model get their kernels once, and use them only where kernels are in force."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from spectool.kernels import registry
+from spectool.model.kernels import KernelLinear, give_kernels
+
+needs_kernel = pytest.mark.skipif(
+    registry.choose("dense", "cpu", torch.float32).kernel is None, reason="no kernel here"
+)
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(256, 128), nn.Linear(128, 256, bias=False), nn.Linear(8, 8), nn.LayerNorm(8)
+    )
+
+
+@needs_kernel
+@torch.inference_mode()
+def test_large_linears_use_their_kernel_within_the_context_only() -> None:
+    model = make_model()
+    big, x = model[0], torch.randn(2, 3, 256)
+    plain = big(x)
+    give_kernels(model, torch.float32)
+    give_kernels(model, torch.float32)
+    assert [type(layer) for layer in model[:3]] == [KernelLinear, KernelLinear, nn.Linear]
+    kernel = registry.choose("dense", "cpu", torch.float32).kernel
+    assert kernel is not None
+    expected = kernel.linear(x, (big.weight, None), big.bias)
+    assert torch.equal(big(x), plain)
+    with registry.in_force():
+        assert torch.equal(big(x), expected) and not torch.equal(plain, expected)
+        # More rows than pay are torch's.
+        many = torch.randn(kernel.most_rows + 1, 256)
+        assert torch.equal(big(many), nn.functional.linear(many, big.weight, big.bias))
+    assert torch.equal(big(x), plain)
+
+
+@needs_kernel
+@torch.inference_mode()
+def test_a_model_with_kernels_can_be_copied_cast_and_changed() -> None:
+    model = make_model()[:1]
+    give_kernels(model, torch.float32)
+    x = torch.randn(3, 256)
+    copied = copy.deepcopy(model)
+    copied[0].weight.mul_(2)
+    copied[0].bias.zero_()
+    model[0].bias.zero_()
+    with registry.in_force():
+        assert torch.equal(copied(x), 2 * model(x))
+        half = copied.to(torch.float64)
+        assert torch.equal(half(x.double()), nn.functional.linear(x.double(), half[0].weight))
+    give_kernels(half, torch.float64)
+    assert half[0].product is None
+
+
+def test_matrices_of_other_devices_and_dtypes_are_left_alone() -> None:
+    for layer in (nn.Linear(512, 512, device="meta"), nn.Linear(512, 512).half()):
+        give_kernels(layer, torch.float32)
+        assert type(layer) is nn.Linear
