@@ -49,9 +49,8 @@ from spectool.machine import describe
 from spectool.methods import resolve
 from spectool.model.loading import load_tokenizer
 from spectool.quantize.budget import Budget, widths
-from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure as count_bits
-from spectool.quantize.run import Job, Preprocess, quantize
+from spectool.quantize.run import Preprocess, QuantizeJob, quantize
 
 Request = dict[str, Any]
 
@@ -158,18 +157,18 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
     for name, options in METHODS:
         method, _, variant = name.partition(" ")
         kind = resolve(method, "quantizer")
-        seeds = SEEDS if kind.statistics or hasattr(kind, "fit") else SEEDS[:1]
+        seeds = SEEDS if kind().calibrates else SEEDS[:1]
         for seed in seeds if name in (given.only or [name]) else ():
             record = {"method": name, "options": options, "seed": seed}
             if _identity(record) in done:
                 continue
             config = kind.Config(**{k: value for k, value in options.items() if k != "budget"})
-            choice, budget = Choice(method, config), None
+            quantizer, budget = kind(config), None
             if variant == "mixed":
-                budget = Budget(options["budget"], widths(choice, options["budget"]))
-            job = Job(
+                budget = Budget(options["budget"], widths(quantizer, options["budget"]))
+            job = QuantizeJob(
                 method=method,
-                config=choice.config,
+                config=config,
                 budget=budget,
                 calibration=[calibration],
                 samples=SAMPLES,

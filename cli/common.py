@@ -78,7 +78,10 @@ TrustRemoteCode = Annotated[
 ]
 Runtime = Annotated[
     str,
-    typer.Option(help="How to hold quantized weights: packed (as codes), dense (unpacked) or auto"),
+    typer.Option(
+        help="How to hold quantized weights: packed (as codes), dense (unpacked), or auto "
+        "(packed where a kernel computes with the codes)"
+    ),
 ]
 NoChecksums = Annotated[
     bool,
@@ -366,7 +369,12 @@ def open_runner(
     layout = checkpoint.layout
     dtype_or_default = dtype or loading.default_dtype(layout, loading.check_device(device))
     opened = loading.load_model(
-        checkpoint, dtype=dtype_or_default, device=device, runtime=runtime, reporter=output
+        checkpoint,
+        dtype=dtype_or_default,
+        device=device,
+        runtime=runtime,
+        for_decoding=True,
+        reporter=output,
     )
     tokenizer = loading.load_tokenizer(checkpoint)
     runner = Runner(
@@ -378,6 +386,8 @@ def open_runner(
         tune=tune,
         checksums=checksums,
     )
+    for format, choice in runner.target.kernels.items():
+        output.say(f"few rows times {format} matrices: {choice}")
     for note in runner.target.notes:
         output.say(note)
     if isinstance(runner.drafter, Tuned):

@@ -14,9 +14,7 @@ from spectool.errors import UsageError
 def list_methods(
     kind: Annotated[
         str | None,
-        typer.Argument(
-            help="Kind to list: quantizer, chooser, drafter, verifier or measure; default: all"
-        ),
+        typer.Argument(help=f"Kind to list: {', '.join(get_args(methods.Kind))}; default: all"),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="List research methods too")] = False,
     json_output: Json = False,
@@ -28,16 +26,18 @@ def list_methods(
         if kind is not None and kind.rstrip("s") not in kinds:
             raise UsageError(f"no kind is called {kind!r}; known: {', '.join(kinds)}")
         wanted = [
-            (name, row)
-            for name, row in methods.METHODS.items()
+            (key.rpartition(":")[2], row)
+            for key, row in methods.METHODS.items()
             if (kind is None or row.kind == kind.rstrip("s"))
             and (everything or row.status == "stable")
         ]
-        width = max(len(name) for name, _ in wanted)
+        width = max((len(name) for name, _ in wanted), default=0)
+        if not wanted:
+            output.show("none is stable; --all lists research methods too")
         shown = None
         for name, row in wanted:
             if row.kind != shown:
-                output.show(f"{row.kind}s")
+                output.show("kv" if row.kind == "kv" else f"{row.kind}s")
                 shown = row.kind
             others = ", ".join(tool for tool in row.runs_in if tool != "spectool")
             output.show(

@@ -35,9 +35,9 @@ from spectool.errors import Interrupted, UsageError
 if TYPE_CHECKING:
     from spectool.model.architecture import Architecture
     from spectool.quantize.auto import Picked
-    from spectool.quantize.choice import Choice
-    from spectool.quantize.plan import Plan
-    from spectool.quantize.run import Job, Report
+    from spectool.quantize.base import Quantizer
+    from spectool.quantize.plan import QuantizePlan
+    from spectool.quantize.run import QuantizeJob, QuantizeReport
 
 
 # --embeddings is suggested when the linears take fewer bits per weight than this and the embedding
@@ -154,9 +154,10 @@ def quantize(
         from spectool.model.architecture import Architecture
         from spectool.model.loading import check_device
         from spectool.quantize import auto, run
+        from spectool.quantize.base import parse_quantizer
         from spectool.quantize.budget import Budget, widths
-        from spectool.quantize.choice import Choice, read_rules, skipping
         from spectool.quantize.preprocess import Preprocess
+        from spectool.quantize.rules import read_rules, skipping
 
         opened = functools.partial(
             open_checkpoint, model, revision=revision, trust_remote_code=trust_remote_code
@@ -169,8 +170,8 @@ def quantize(
                     option = name.replace("_", "-")
                     raise UsageError(f"--{option}: only with --preprocess, which is not given")
         rule_list = read_rules(rules) if rules else []
-        embeddings_choice = Choice.from_text(embeddings) if embeddings else None
-        lm_head_choice = Choice.from_text(lm_head) if lm_head else None
+        embedding_method = parse_quantizer(embeddings) if embeddings else None
+        lm_head_method = parse_quantizer(lm_head) if lm_head else None
         budget = None
         if method in methods.names("chooser"):
             if bits_budget is not None:
@@ -181,30 +182,30 @@ def quantize(
                 Architecture(headers),
                 auto.Auto.Config.from_dict(options),
                 rules=[*skipping(skip or ()), *rule_list],
-                embeddings=embeddings_choice,
-                lm_head=lm_head_choice,
+                embeddings=embedding_method,
+                lm_head=lm_head_method,
                 allow_dense=allow_dense,
             )
-            choice, embeddings_choice, budget = picked.choice, picked.embeddings, picked.budget
+            quantizer, embedding_method, budget = picked.quantizer, picked.embeddings, picked.budget
             output.say(f"auto: {picked.why}")
             output.say(f"auto: the same by hand: {_explicit_command(picked, options, invocation)}")
         else:
-            config = methods.resolve(method, "quantizer").Config.from_dict(options)
-            choice = Choice(method, config)
+            kind: type[Quantizer] = methods.resolve(method, "quantizer")
+            quantizer = kind(kind.Config.from_dict(options))
             if bits_budget is not None:
-                given = tuple(map(Choice.from_text, candidate or ()))
-                budget = Budget(bits_budget, given or widths(choice, bits_budget))
+                given = tuple(map(parse_quantizer, candidate or ()))
+                budget = Budget(bits_budget, given or widths(quantizer, bits_budget))
         if dry_run and budget is not None:
             raise UsageError(
                 f"--dry-run reads headers only, but a budget of {budget.bits:g} bits needs "
                 "measured errors"
             )
-        job = run.Job(
-            method=choice.method,
-            config=choice.config,
+        job = run.QuantizeJob(
+            method=quantizer.name,
+            config=quantizer.config,
             rules=rule_list,
-            embeddings=embeddings_choice,
-            lm_head=lm_head_choice,
+            embeddings=embedding_method,
+            lm_head=lm_head_method,
             budget=budget,
             calibration=calibration,
             samples=samples,
@@ -228,7 +229,7 @@ def quantize(
             headers = opened(headers_only=True)
             planned = run.prepare(headers, job, device=device, batch_size=batch_size)
             show_plan(output, planned, job)
-            result = {"dry_run": True, "method": choice.method, **_plan_record(planned)}
+            result = {"dry_run": True, "method": quantizer.name, **_plan_record(planned)}
             output.result({**result, "unused": planned.architecture.unused})
             return
         check_target(out, overwrite=overwrite)
@@ -249,16 +250,16 @@ def quantize(
         except KeyboardInterrupt:
             again = "run the same command to resume after the last finished block"
             raise Interrupted("interrupted", hint=again) from None
-        finish(output, choice.method, out, report)
+        finish(output, quantizer.name, out, report)
 
 
 def _explicit_command(picked: Picked, options: dict[str, Any], invocation: typer.Context) -> str:
     """Return the command that does without `auto`, with all other options as given."""
-    words = ["spectool", "quantize", picked.choice.method]
+    words = ["spectool", "quantize", picked.quantizer.name]
     words += [str(invocation.params[name]) for name in ("model", "out")]
     if picked.budget is not None:
         words += ["--bits-budget", f"{picked.budget.bits:g}"]
-    pairs = str(picked.choice).partition(":")[2]
+    pairs = str(picked.quantizer).partition(":")[2]
     for pair in filter(None, pairs.split(",")):
         key, _, value = pair.partition("=")
         words += [f"--{key.replace('_', '-')}", value]
@@ -279,18 +280,18 @@ def _is_given(invocation: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def show_plan(output: Output, plan: Plan, job: Job) -> None:
+def show_plan(output: Output, plan: QuantizePlan, job: QuantizeJob) -> None:
     """Print the plan before the run starts."""
     architecture = plan.architecture
-    by_choice: dict[Any, int] = {}
+    by_method: dict[Any, int] = {}
     for block in plan.matrices.values():
         for name in block:
-            choice = plan.choices[name]
-            by_choice[choice] = by_choice.get(choice, 0) + 1
-    num_matrices = sum(by_choice.values())
+            quantizer = plan.quantizers[name]
+            by_method[quantizer] = by_method.get(quantizer, 0) + 1
+    num_matrices = sum(by_method.values())
     counts = [
-        f"{_describe(choice)}{f' on {count}' if len(by_choice) > 1 else ''}"
-        for choice, count in sorted(by_choice.items(), key=lambda item: -item[1])
+        f"{_describe(quantizer)}{f' on {count}' if len(by_method) > 1 else ''}"
+        for quantizer, count in sorted(by_method.items(), key=lambda item: -item[1])
     ]
     output.say(
         f"plan: {', '.join(counts)}{' of' if len(counts) > 1 else ' on'} {num_matrices} linears in "
@@ -299,7 +300,7 @@ def show_plan(output: Output, plan: Plan, job: Job) -> None:
     )
     for name, matrix in plan.outside.items():
         also = f" and {matrix.tied}, which share it" if matrix.tied else ""
-        output.say(f"plan: {_describe(plan.choices[name])} on {name}{also}")
+        output.say(f"plan: {_describe(plan.quantizers[name])} on {name}{also}")
     by_reason: dict[str, list[str]] = {}
     for name, reason in plan.skipped.items():
         by_reason.setdefault(reason, []).append(name)
@@ -330,7 +331,7 @@ def show_plan(output: Output, plan: Plan, job: Job) -> None:
     )
 
 
-def _show_calibration(output: Output, architecture: Architecture, job: Job) -> None:
+def _show_calibration(output: Output, architecture: Architecture, job: QuantizeJob) -> None:
     """Print the calibration text, if any, and how much of it is used."""
     from spectool.data.text import BUILTIN
     from spectool.quantize.run import calibrates, sequence_length
@@ -350,12 +351,12 @@ def _show_calibration(output: Output, architecture: Architecture, job: Job) -> N
         )
 
 
-def _describe(choice: Choice) -> str:
-    options = ", ".join(f"{key}={value}" for key, value in choice.config.as_dict().items())
-    return f"{choice.method}{f' ({options})' if options else ''}"
+def _describe(quantizer: Quantizer) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in quantizer.config.as_dict().items())
+    return f"{quantizer.name}{f' ({options})' if options else ''}"
 
 
-def _plan_record(plan: Plan) -> dict[str, Any]:
+def _plan_record(plan: QuantizePlan) -> dict[str, Any]:
     return {
         "expected_bits_per_weight": {"linears": plan.bits_linears, "file": plan.bits_file},
         "disk_bytes": plan.file_bytes,
@@ -367,7 +368,7 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def finish(output: Output, method: str, out: Path, report: Report) -> None:
+def finish(output: Output, method: str, out: Path, report: QuantizeReport) -> None:
     """Print the result: sizes measured from the written files, errors, time and memory."""
     from spectool.checkpoint.headers import read_layout
     from spectool.machine import peak_device_bytes, peak_rss_bytes

@@ -1,4 +1,4 @@
-"""`spectool tune HEADS MODEL`: find the fastest draft options here, and store them with HEADS."""
+"""`spectool tune HEADS MODEL`: find the fastest draft options on this machine."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ from spectool.cli.common import (
 
 
 def tune(
-    heads: Annotated[
-        Path, typer.Argument(help="Directory of draft heads, which stores the result")
-    ],
+    heads: Annotated[Path, typer.Argument(help="Directory of draft heads")],
     model: Model,
     prompts: Annotated[
         str,
@@ -54,7 +52,7 @@ def tune(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Find the draft options of HEADS that are fastest on this machine, and store them in HEADS."""
+    """Find the draft options of HEADS that are fastest on this machine, and keep them."""
     with session(json_wanted=json_output, debug=debug) as output:
         from spectool.data import text
         from spectool.decode.heads.artifact import read_record
@@ -83,15 +81,8 @@ def tune(
             limit=limit,
             reporter=output,
         )
-        best = tuning.tune(
-            runner,
-            heads,
-            inputs,
-            max_new_tokens=max_new_tokens,
-            reporter=output,
-        )
-        options = ",".join(f"{key}={value}" for key, value in best.items() if key != "speedup")
-        output.show(f"{heads}: {options} here, {best['speedup']:.2f} times plain decoding")
-        if best["speedup"] < 1:
+        best = tuning.tune(runner, heads, inputs, max_new_tokens=max_new_tokens, reporter=output)
+        output.show(f"{heads}: {best} here, {best.speedup:.2f} times plain decoding")
+        if best.speedup < 1:
             output.say("plain decoding is faster on this machine; `--draft HEADS:tune` may choose")
-        output.result({"heads": str(heads), **best})
+        output.result({"heads": str(heads), **best.options, "speedup": best.speedup})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from spectool.errors import InputError, SpectoolError
 
@@ -66,6 +68,29 @@ def replacing(path: Path) -> Iterator[Path]:
 def cache_folder() -> Path:
     """Return the folder for what can be made again: spectool's in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectool"
+
+
+def read_cache(name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of the cache folder; empty if it is absent or damaged."""
+    try:
+        found: Any = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_cache(name: str, value: dict[str, Any]) -> None:
+    """Write a JSON object to a file of the cache folder.
+
+    Raises:
+        InputError: the folder cannot be written.
+        SpectoolError: the disk is full, or failed.
+    """
+    path = cache_folder() / name
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def state_folder() -> Path:

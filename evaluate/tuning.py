@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spectool.checkpoint.headers import HEADS
 from spectool.data.text import Prompt
 from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
-from spectool.decode.policy.curve import machine_key
+from spectool.decode.policy.fastest import Fastest, store_fastest
 from spectool.evaluate.bench import Options, bench
-from spectool.files import replacing
 from spectool.methods import resolve
 from spectool.options import options_of
 from spectool.report import SILENT, OptionTuned, Reporter
@@ -29,18 +26,18 @@ def tune(
     *,
     max_new_tokens: int = 64,
     reporter: Reporter = SILENT,
-) -> dict[str, Any]:
-    """Find the fastest options for these prompts and store them in the heads' record.
+) -> Fastest:
+    """Find the fastest options for these prompts and keep them for this machine.
 
     Options are tuned one after the other; all values of an option run in one process on the same
-    prompts, next to plain decoding. Returns the options and `speedup` over plain decoding.
+    prompts, next to plain decoding.
 
     Raises:
-        InputError: the heads do not fit the model, or their directory cannot be written.
+        InputError: the heads do not fit the model, or the cache folder cannot be written.
     """
     record = read_record(heads)
     known = {option.name: option for option in options_of(resolve(record.method, "drafter").Config)}
-    best: dict[str, Any] = {}
+    best: dict[str, int] = {}
     speedup = 0.0
     for name, values in TRIED.items():
         if name not in known:
@@ -53,11 +50,9 @@ def tune(
         best = tried[speeds.index(speedup)]
         by_value = {each[name]: speed for each, speed in zip(tried, speeds, strict=True)}
         reporter.event(OptionTuned(name, by_value))
-    best["speedup"] = round(speedup, 3)
-    tuned = {**record.tuned, machine_key(runner.target): best}
-    with replacing(heads / HEADS) as partial:
-        partial.write_bytes(dataclasses.replace(record, tuned=tuned).as_bytes())
-    return best
+    found = Fastest(best, round(speedup, 3))
+    store_fastest(record.fingerprint, runner.target, found)
+    return found
 
 
 def _largest(option: Any) -> float:

@@ -15,9 +15,10 @@ from spectool import options
 from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.options import option
+from spectool.quantize.base import Quantizer, parse_quantizer
 from spectool.quantize.budget import Budget, widths
-from spectool.quantize.choice import Choice, Rule
-from spectool.quantize.plan import Plan, make_plan
+from spectool.quantize.plan import QuantizePlan, make_plan
+from spectool.quantize.rules import Rule
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40
@@ -29,9 +30,9 @@ SMALL = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step: a choice as written on a command line, its nominal bits, and why to take it."""
+    """One step: a quantizer as written on a command line, its nominal bits, and why to take it."""
 
-    choice: str
+    method: str
     bits: float
     why: str
 
@@ -69,10 +70,10 @@ class Auto:
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """Result of `pick`: the choice for blocks and for embeddings, a budget if any, and why."""
+    """Result of `pick`: the quantizer for blocks and for embeddings, a budget if any, and why."""
 
-    choice: Choice
-    embeddings: Choice | None
+    quantizer: Quantizer
+    embeddings: Quantizer | None
     budget: Budget | None
     why: str
 
@@ -99,8 +100,8 @@ def pick(
     config: Auto.Config,
     *,
     rules: Sequence[Rule] = (),
-    embeddings: Choice | None = None,
-    lm_head: Choice | None = None,
+    embeddings: Quantizer | None = None,
+    lm_head: Quantizer | None = None,
     allow_dense: bool = False,
 ) -> Picked:
     """Pick a method for `config`; `rules`, `embeddings` and `lm_head` are the user's.
@@ -114,13 +115,13 @@ def pick(
         if config.bits < 2:
             plan = make_plan(
                 architecture,
-                picked.choice,
+                picked.quantizer,
                 rules=rules,
                 embeddings=picked.embeddings,
                 lm_head=lm_head,
                 allow_dense=allow_dense,
             )
-            _check_below_two(plan, picked.choice, config.bits)
+            _check_below_two(plan, picked.quantizer, config.bits)
         return picked
     if config.fit is None:
         raise UsageError(
@@ -137,11 +138,11 @@ def pick(
         )
     smallest = None
     for step in STEPS:
-        choice = Choice.from_text(step.choice)
+        quantizer = parse_quantizer(step.method)
         for_embeddings = embeddings or _choose_embeddings(step.bits)
         smallest = make_plan(
             architecture,
-            choice,
+            quantizer,
             rules=rules,
             embeddings=for_embeddings,
             lm_head=lm_head,
@@ -149,7 +150,7 @@ def pick(
         )
         if smallest.file_bytes + cache <= limit:
             why = f"{step.why}; weights will take {_format_size(smallest.file_bytes)} {and_cache}"
-            return Picked(choice, for_embeddings, None, why)
+            return Picked(quantizer, for_embeddings, None, why)
     assert smallest is not None
     raise UsageError(
         f"--fit {config.fit}: the smallest method takes {_format_size(smallest.file_bytes)} "
@@ -158,22 +159,22 @@ def pick(
     )
 
 
-def _pick_by_bits(bits: float, embeddings: Choice | None) -> Picked:
+def _pick_by_bits(bits: float, embeddings: Quantizer | None) -> Picked:
     """Pick the step of these bits, or a budget between two widths of gptq."""
     for_embeddings = embeddings or _choose_embeddings(bits)
     # The last of several steps with the same bits wins: it has no extra cost for small groups.
     by_bits = {step.bits: step for step in STEPS}
     if bits in by_bits or bits < 2:
         step = by_bits.get(bits, STEPS[-1])
-        return Picked(Choice.from_text(step.choice), for_embeddings, None, step.why)
-    choice = Choice.from_text("gptq")
-    budget = Budget(bits, widths(choice, bits))
+        return Picked(parse_quantizer(step.method), for_embeddings, None, step.why)
+    quantizer = parse_quantizer("gptq")
+    budget = Budget(bits, widths(quantizer, bits))
     why = "between two widths: each matrix gets bits by its error"
-    return Picked(choice, for_embeddings, budget, why)
+    return Picked(quantizer, for_embeddings, budget, why)
 
 
-def _check_below_two(plan: Plan, choice: Choice, bits: float) -> None:
-    """Check that the matrices packed by `choice` stay within `bits`, with all stored fields.
+def _check_below_two(plan: QuantizePlan, quantizer: Quantizer, bits: float) -> None:
+    """Check that the matrices packed by `quantizer` stay within `bits`, with all stored fields.
 
     Raises:
         UsageError: more bits, as in matrices with short rows, whose scales weigh more.
@@ -182,21 +183,21 @@ def _check_below_two(plan: Plan, choice: Choice, bits: float) -> None:
         matrix
         for block in plan.matrices.values()
         for matrix in block.values()
-        if plan.choices[matrix.name] == choice
+        if plan.quantizers[matrix.name] == quantizer
     ]
-    stored_bits = 8 * sum(choice.stored_bytes(matrix.shape) for matrix in matrices)
+    stored_bits = 8 * sum(quantizer.stored_bytes(matrix.shape) for matrix in matrices)
     taken = stored_bits / max(1, sum(matrix.num_weights for matrix in matrices))
     # 1.6 is nominal: the actual bits depend on the shapes, and up to 2 are accepted.
     if taken > (2 if bits == STEPS[-1].bits else bits):
         raise UsageError(
-            f"--bits {bits:g}: {choice} takes {taken:.3f} bits a weight of these matrices",
+            f"--bits {bits:g}: {quantizer} takes {taken:.3f} bits a weight of these matrices",
             hint=f"--bits {min(2, math.ceil(100 * taken) / 100):g}",
         )
 
 
-def _choose_embeddings(bits: float) -> Choice | None:
+def _choose_embeddings(bits: float) -> Quantizer | None:
     """Choose int8 for the embeddings below `SMALL` bits, else leave them dense."""
-    return Choice.from_text("int8") if bits < SMALL else None
+    return parse_quantizer("int8") if bits < SMALL else None
 
 
 def cache_bytes(architecture: Architecture, tokens: int) -> int:

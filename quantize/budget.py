@@ -27,10 +27,11 @@ from spectool.machine import trim_memory
 from spectool.model.blocks import run_block
 from spectool.model.packed import PackedLinear
 from spectool.options import options_of
-from spectool.quantize.calibration import Block, LinearStats, Streams, fit_each
-from spectool.quantize.choice import Choice, Rule
+from spectool.quantize.base import Block, Quantizer, Streams
 from spectool.quantize.fitting import Substitute
-from spectool.quantize.plan import Plan, check_codes
+from spectool.quantize.plan import QuantizePlan, check_shape
+from spectool.quantize.rules import Rule
+from spectool.quantize.statistics import LinearStats
 from spectool.quantize.walk import BlockWalk, derive_seed, load_packed
 
 # Errors are measured on at least this many calibration sequences, if there are.
@@ -44,7 +45,7 @@ class Budget:
     """Most stored bits per weight of the blocks' packed matrices, and the candidate methods."""
 
     bits: float
-    candidates: tuple[Choice, ...]
+    candidates: tuple[Quantizer, ...]
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.bits):
@@ -52,20 +53,23 @@ class Budget:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON-safe form stored in artifacts."""
-        return {"bits": self.bits, "candidates": [choice.as_dict() for choice in self.candidates]}
+        return {
+            "bits": self.bits,
+            "candidates": [quantizer.as_dict() for quantizer in self.candidates],
+        }
 
 
-def widths(choice: Choice, budget: float) -> tuple[Choice, ...]:
-    """Return a method's choices at all widths of up to `WIDER` bits above the budget.
+def widths(quantizer: Quantizer, budget: float) -> tuple[Quantizer, ...]:
+    """Return a method's quantizers at all widths of up to `WIDER` bits above the budget.
 
     Raises:
         UsageError: the method has only one width, or the budget is not finite.
     """
     Budget(budget, ())
-    option = next((o for o in options_of(type(choice.config)) if o.name == "bits"), None)
+    option = next((o for o in options_of(type(quantizer.config)) if o.name == "bits"), None)
     if option is None:
         raise UsageError(
-            f"--bits-budget: {choice.method} has one width",
+            f"--bits-budget: {quantizer.name} has one width",
             hint="name the methods to choose from with --candidate METHOD:key=value, repeated",
         )
     known = option.choices
@@ -74,30 +78,29 @@ def widths(choice: Choice, budget: float) -> tuple[Choice, ...]:
         known = tuple(range(int(option.minimum), int(option.maximum) + 1))
     tried = [bits for bits in known if bits <= math.ceil(budget) + WIDER] or [known[0]]
     return tuple(
-        Choice(choice.method, dataclasses.replace(choice.config, bits=bits))  # type: ignore[call-arg]
-        for bits in tried
+        type(quantizer)(dataclasses.replace(quantizer.config, bits=bits)) for bits in tried
     )
 
 
 def list_candidates(
-    plan: Plan, budget: Budget, rules: Sequence[Rule]
-) -> dict[str, tuple[Choice, ...]]:
-    """List the candidates of each matrix by name: its rule's choice, or those of the budget.
+    plan: QuantizePlan, budget: Budget, rules: Sequence[Rule]
+) -> dict[str, tuple[Quantizer, ...]]:
+    """List the candidates of each matrix by name: its rule's quantizer, or those of the budget.
 
     Raises:
         UsageError: the smallest candidates exceed the budget.
     """
     matrices = [matrix for block in plan.matrices.values() for matrix in block.values()]
-    pinned = {name for name in plan.choices if any(rule.matches(name) for rule in rules)}
+    pinned = {name for name in plan.quantizers if any(rule.matches(name) for rule in rules)}
     candidates = {
-        matrix.name: (plan.choices[matrix.name],) if matrix.name in pinned else budget.candidates
+        matrix.name: (plan.quantizers[matrix.name],) if matrix.name in pinned else budget.candidates
         for matrix in matrices
     }
     for matrix in matrices:
-        for choice in candidates[matrix.name]:
-            check_codes(matrix, choice)
+        for quantizer in candidates[matrix.name]:
+            check_shape(matrix, quantizer)
     least = sum(
-        min(choice.stored_bytes(s.shape) for choice in candidates[s.name]) for s in matrices
+        min(quantizer.stored_bytes(s.shape) for quantizer in candidates[s.name]) for s in matrices
     )
     if 8 * least > budget.bits * plan.num_weights:
         raise UsageError(
@@ -107,7 +110,9 @@ def list_candidates(
     return candidates
 
 
-def survey(walk: BlockWalk, candidates: Mapping[str, Sequence[Choice]]) -> dict[str, list[float]]:
+def survey(
+    walk: BlockWalk, candidates: Mapping[str, Sequence[Quantizer]]
+) -> dict[str, list[float]]:
     """Measure the error of each candidate, by matrix and in the candidates' order.
 
     Finished blocks are recorded, so that an interrupted survey resumes.
@@ -124,7 +129,7 @@ def survey(walk: BlockWalk, candidates: Mapping[str, Sequence[Choice]]) -> dict[
 
 
 def _survey_block(
-    walk: BlockWalk, index: int, streams: Streams, candidates: Mapping[str, Sequence[Choice]]
+    walk: BlockWalk, index: int, streams: Streams, candidates: Mapping[str, Sequence[Quantizer]]
 ) -> dict[str, list[float]]:
     """Measure one block, unless that is recorded, and advance the original stream through it."""
     name = walk.architecture.blocks[index]
@@ -151,7 +156,7 @@ def _measure_block(
     index: int,
     block: Block,
     streams: Streams,
-    candidates: Mapping[str, Sequence[Choice]],
+    candidates: Mapping[str, Sequence[Quantizer]],
 ) -> dict[str, list[float]]:
     """Measure the error of every candidate of one block's matrices."""
     assert block.module is not None
@@ -164,18 +169,20 @@ def _measure_block(
     # The packed stream does not exist yet.
     original_only = Streams(streams.original, streams.original)
     errors = {name: [0.0] * len(candidates[name]) for name in block.matrices}
-    by_method = {choice.method: choice for name in block.matrices for choice in candidates[name]}
+    by_method = {
+        quantizer.name: quantizer for name in block.matrices for quantizer in candidates[name]
+    }
     for method, example in by_method.items():
         # Statistics can be as large as the block: hold those of one method at a time.
         stats = walk.observe(block, example, original_only)
         for name, matrix in block.matrices.items():
             part = replace(block, matrices={name: matrix}, weights={name: block.weights[name]})
             part_stats = {key: stats[key] for key in {name} & stats.keys()}
-            for position, choice in enumerate(candidates[name]):
-                if choice.method != method:
+            for position, quantizer in enumerate(candidates[name]):
+                if quantizer.name != method:
                     continue
                 # Packing consumes the statistics it is given, and every width needs them.
-                linear = _pack_matrix(walk, index, part, dict(part_stats), choice)
+                linear = _pack_matrix(walk, index, part, dict(part_stats), quantizer)
                 squares = 0.0
                 with Substitute(part, {name: linear}):
                     for hidden_BLD, out_BLD in zip(batches, outputs, strict=True):
@@ -190,13 +197,13 @@ def _pack_matrix(
     index: int,
     part: Block,
     stats: dict[str, LinearStats],
-    choice: Choice,
+    quantizer: Quantizer,
 ) -> PackedLinear:
     """Pack the only matrix of `part`; consumes `stats`."""
     ((name, matrix),) = part.matrices.items()
     generator = torch.Generator().manual_seed(derive_seed(walk.seed, index))
-    fitted = fit_each(choice.quantizer, part, stats, choice.config, generator, walk.device)
-    return load_packed(choice, matrix, fitted.fields[name]).to(walk.device)
+    fields = quantizer.pack_each(part, stats, generator)[name]
+    return load_packed(quantizer, matrix, fields).to(walk.device)
 
 
 def _run_block(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:
@@ -206,9 +213,9 @@ def _run_block(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:
 
 
 def choose(
-    plan: Plan,
+    plan: QuantizePlan,
     budget: Budget,
-    candidates: Mapping[str, Sequence[Choice]],
+    candidates: Mapping[str, Sequence[Quantizer]],
     errors: Mapping[str, Sequence[float]],
 ) -> list[Rule]:
     """Choose a candidate for each matrix within the budget; return a rule for each."""

@@ -26,11 +26,10 @@ from spectool.checkpoint.headers import TensorEntry
 from spectool.checkpoint.tensors import Checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels.pack import pack_bits
-from spectool.methods import resolve
 from spectool.model.architecture import Architecture
 from spectool.model.loading import own_dtype
 from spectool.model.matrices import Matrix
-from spectool.model.packed import build_packed, field_specs
+from spectool.model.packed import build_packed, field_specs, packer_of
 
 Fields = dict[str, Tensor]
 
@@ -74,16 +73,12 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
     architecture = Architecture(checkpoint)
     left_out: set[str] = set()
     for key, entry in architecture.modules.items():
-        if not getattr(resolve(entry["method"], "quantizer"), "is_matrix", True):
+        if not packer_of(entry).build(entry["shape"]).is_matrix:
             raise UnsupportedError(
-                f"{key}: {entry['method']} rounds inputs too, which no other tool would do",
-                hint="pack with olive",
-            )
-        if entry["options"].get("shortlist"):
-            raise UnsupportedError(
-                f"{key}: a shortlist of {entry['options']['shortlist']} tokens is ranked by one "
-                "matrix and decided by another, which no other tool would do",
-                hint="fit --lm-head without shortlist",
+                f"{key}: {packer_of(entry)} computes more than a product with one matrix, which no "
+                "other tool would do",
+                hint="pack with a method that does not, as olive for olive-activations, or without "
+                "shortlist",
             )
         if entry.get("bias") and architecture.model.get_submodule(key).bias is None:
             left_out.add(_check_zero_bias(checkpoint, architecture, key))
@@ -175,11 +170,9 @@ def _list_shards(checkpoint: Checkpoint, left_out: Collection[str]) -> list[Shar
 
 def _read_fields(checkpoint: Checkpoint, name: str) -> Fields:
     """Read the fields of one packed matrix."""
-    method, options = (checkpoint.layout.modules[name][key] for key in ("method", "options"))
-    quantizer: Any = resolve(method, "quantizer")
-    n, m = checkpoint.layout.modules[name]["shape"]
-    layout = quantizer.layout((n, m), quantizer.Config.from_dict(options))
-    return {key: checkpoint.read(f"{name}.q.{key}") for key in layout}
+    entry = checkpoint.layout.modules[name]
+    n, m = entry["shape"]
+    return {key: checkpoint.read(f"{name}.q.{key}") for key in packer_of(entry).layout((n, m))}
 
 
 def _convert_dense(

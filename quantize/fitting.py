@@ -15,9 +15,10 @@ Shapes: B sequences of a batch, L tokens, D width.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,28 +26,28 @@ from torch import Tensor, nn
 
 from spectool.model.blocks import call_block
 from spectool.model.packed import PackedLinear
-from spectool.options import Config
-from spectool.quantize.calibration import (
+from spectool.quantize.base import (
     Block,
+    FitReport,
     Fitted,
-    LinearStats,
-    Products,
+    PackedFields,
+    Quantizer,
     Streams,
     Tick,
-    fit_each,
     not_finite,
 )
+from spectool.quantize.statistics import LinearStats, Products
 
 # Cosines are clamped to this in ln c; below it the squared errors alone drive the fit.
 LEAST_COSINE = 0.01
 
 
-class Part(Protocol):
-    """Interface of one matrix in training: a module that computes the product with it."""
+class Part(nn.Module, ABC):
+    """One matrix in training: a module that computes the product with it."""
 
+    @abstractmethod
     def store(self) -> None:
         """Write the current values into the packed linear's fields."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,6 @@ class Task:
         self.block, self.module = block, block.module
         self.inputs = streams.packed
         self.dtype = self.inputs.hidden_SLD.dtype
-        self.device = next(block.module.parameters()).device
         self.batches = list(self.inputs.batches(max(block.calls)))
         # Targets are computed once: per step they would add two forward passes.
         self.targets = (streams.original.another(), streams.packed.another())
@@ -80,7 +80,7 @@ class Task:
     def _run(self, hidden_BLD: Tensor) -> Tensor:
         """Return the block's output for a batch of inputs."""
         call = self.block.calls[len(hidden_BLD)]
-        return call_block(self.module, call, hidden_BLD.to(self.device))
+        return call_block(self.module, call, hidden_BLD.to(self.block.device))
 
     def loss(self, batch: slice, modules: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
         """Return the loss of each sequence [B] and its cosines with both targets [2, B]."""
@@ -88,7 +88,7 @@ class Task:
             out_BLD = self._run(self.inputs.hidden_SLD[batch]).float()
         loss_B, cosines = out_BLD.new_zeros(len(out_BLD)), []
         for target in self.targets:
-            target_BLD = target.hidden_SLD[batch].to(self.device).float()
+            target_BLD = target.hidden_SLD[batch].to(self.block.device).float()
             cosine_B = F.cosine_similarity(out_BLD, target_BLD, dim=-1).mean(-1)
             squares_B = (out_BLD - target_BLD).square().mean((1, 2))
             loss_B = loss_B + squares_B - cosine_B.clamp(min=LEAST_COSINE).log()
@@ -126,93 +126,138 @@ class Substitute(Products):
         return out if bias is None else out + bias
 
 
-def init_linears(
-    method: Any,
-    block: Block,
-    stats: dict[str, LinearStats],
-    config: Config,
-    generator: torch.Generator,
-) -> dict[str, Any]:
-    """Pack a block's matrices with `method.pack`, as packed linears on the block's device.
+class BlockQuantizer(Quantizer):
+    """Quantizer that packs the matrices of a block and then trains them together.
 
-    Consumes `stats`.
-
-    Raises:
-        UnsupportedError: the method cannot represent a matrix; the message names it.
+    Its `Config` has `epochs`. `fit` may be overridden by one that trains otherwise.
     """
-    assert block.module is not None
-    device = next(block.module.parameters()).device
-    linears = {}
-    for name, fields in fit_each(method, block, stats, config, generator, device).fields.items():
-        shape = block.matrices[name].shape
-        linears[name] = method.build(method.layout(shape, config), shape, config)
-        linears[name].q.load_state_dict(fields)
-        linears[name].to(device)
-    return linears
+
+    @abstractmethod
+    def fit_bytes(self) -> int:
+        """Return the memory of a fit in bytes per weight of the block."""
+
+    @abstractmethod
+    def make_part(
+        self, linear: Any, weight_nm: Tensor, diagonal_m: Tensor | None, dtype: torch.dtype
+    ) -> Part:
+        """Create the trained form of a packed linear, which computes in `dtype`.
+
+        `weight_nm` is the original matrix as stored, `diagonal_m` that of its Hessian, if any.
+        """
+
+    @abstractmethod
+    def make_optimizers(self, parts: Sequence[Any]) -> Sequence[torch.optim.Optimizer]:
+        """Create the optimizers of all parts of a block."""
+
+    def extend_report(
+        self, report: FitReport, before: Mapping[str, PackedFields], linears: Mapping[str, Any]
+    ) -> FitReport:
+        """Add the method's own metrics, of the fields before the fit and the fitted linears."""
+        return report
+
+    @property
+    def calibrates(self) -> bool:
+        return True
+
+    def fit(
+        self,
+        block: Block,
+        streams: Streams | None,
+        stats: dict[str, LinearStats],
+        generator: torch.Generator,
+        tick: Tick,
+    ) -> Fitted:
+        """Pack each matrix, and train all from there; learning rates decay to zero by a cosine.
+
+        Raises:
+            UnsupportedError: the method cannot represent a matrix; the message names it.
+            NotFinite: the block's output is NaN or infinite on the calibration text.
+        """
+        assert streams is not None
+        # Copied, as packing consumes the statistics.
+        diagonals = {
+            name: each.hessian.diagonal().clone()
+            for name, each in stats.items()
+            if each.hessian is not None
+        }
+        linears: dict[str, PackedLinear] = {}
+        for name, fields in self.pack_each(block, stats, generator).items():
+            linears[name] = self.build(block.matrices[name].shape)
+            linears[name].q.load_state_dict(fields)
+            linears[name].to(block.device)
+        task = Task(block, streams)
+        start = best = task.measure(linears)
+        if not math.isfinite(start.loss):
+            raise not_finite(block.name, "its output is NaN or infinite on the calibration text")
+        before = best_fields = _copy_fields(linears)
+        best_epoch, skipped, epochs = 0, 0, self.config.epochs
+        parts = {
+            name: self.make_part(linear, block.weights[name], diagonals.get(name), task.dtype)
+            for name, linear in linears.items()
+        }
+        trainer = _Trainer(task, parts, self.make_optimizers(list(parts.values())), epochs)
+        for epoch in range(epochs):
+            skipped += trainer.run_epoch(epoch, generator, tick)
+            for part in parts.values():
+                part.store()
+            now = task.measure(linears)
+            if now.loss < best.loss:
+                best, best_epoch, best_fields = now, epoch + 1, _copy_fields(linears)
+        for name, linear in linears.items():
+            linear.q.load_state_dict(best_fields[name])
+        report = FitReport(
+            loss_start=start.loss,
+            loss_after=best.loss,
+            least_cosine=best.least_cosine,
+            best_epoch=best_epoch,
+            steps_skipped=skipped,
+        )
+        return Fitted(
+            {
+                name: {key: value.cpu() for key, value in fields.items()}
+                for name, fields in best_fields.items()
+            },
+            self.extend_report(report, before, linears),
+        )
 
 
-def fit_block(
-    block: Block,
-    streams: Streams,
-    linears: Mapping[str, PackedLinear],
-    make_part: Callable[[str, torch.dtype], nn.Module],
-    make_optimizers: Callable[[Sequence[nn.Module]], Sequence[torch.optim.Optimizer]],
-    *,
-    epochs: int,
-    generator: torch.Generator,
-    tick: Tick,
-) -> Fitted:
-    """Train the packed `linears` of a block from their current fields.
+class _Trainer:
+    """Optimizers of a block's parts, with their schedules."""
 
-    `make_part(name, dtype)` creates a matrix's `Part`, which computes in this dtype. All learning
-    rates decay to zero by a cosine.
+    def __init__(
+        self,
+        task: Task,
+        parts: Mapping[str, Part],
+        optimizers: Sequence[torch.optim.Optimizer],
+        epochs: int,
+    ) -> None:
+        self.task, self.parts, self.optimizers = task, parts, optimizers
+        self.trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        self.num_steps = epochs * len(task)
+        self.schedules = [
+            torch.optim.lr_scheduler.CosineAnnealingLR(o, max(1, self.num_steps))
+            for o in optimizers
+        ]
 
-    Raises:
-        NotFinite: the block's output is NaN or infinite on the calibration text.
-    """
-    task = Task(block, streams)
-    start = best = task.measure(linears)
-    if not math.isfinite(start.loss):
-        raise not_finite(block.name, "its output is NaN or infinite on the calibration text")
-    best_epoch, best_fields, skipped = 0, _copy_fields(linears), 0
-    parts = {name: make_part(name, task.dtype) for name in linears}
-    optimizers = make_optimizers(list(parts.values()))
-    trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    num_steps = epochs * len(task)
-    schedules = [
-        torch.optim.lr_scheduler.CosineAnnealingLR(o, max(1, num_steps)) for o in optimizers
-    ]
-    for epoch in range(epochs):
-        order = torch.randperm(len(task), generator=generator).tolist()
-        for step, index in enumerate(order, epoch * len(task) + 1):
-            for optimizer in optimizers:
+    def run_epoch(self, epoch: int, generator: torch.Generator, tick: Tick) -> int:
+        """Train on each sequence once; return the number of steps that were skipped."""
+        skipped = 0
+        order = torch.randperm(len(self.task), generator=generator).tolist()
+        for step, index in enumerate(order, epoch * len(self.task) + 1):
+            for optimizer in self.optimizers:
                 optimizer.zero_grad()
-            task.backward(index, parts)
-            sums = torch.stack([p.grad.sum() for p in trained if p.grad is not None])
+            self.task.backward(index, self.parts)
+            sums = torch.stack([p.grad.sum() for p in self.trained if p.grad is not None])
             # A half type may overflow on one sequence; its NaN would stay in the optimizer state.
             if sums.isfinite().all():
-                for optimizer in optimizers:
+                for optimizer in self.optimizers:
                     optimizer.step()
             else:
                 skipped += 1
-            for schedule in schedules:
+            for schedule in self.schedules:
                 schedule.step()
-            tick(step / (num_steps + 1))
-        for part in parts.values():
-            part.store()  # type: ignore[operator]
-        now = task.measure(linears)
-        if now.loss < best.loss:
-            best, best_epoch, best_fields = now, epoch + 1, _copy_fields(linears)
-    for name, linear in linears.items():
-        linear.q.load_state_dict(best_fields[name])
-    report: dict[str, Any] = {
-        "loss_start": start.loss,
-        "loss_after": best.loss,
-        "least_cosine": best.least_cosine,
-        "best_epoch": best_epoch,
-        "steps_skipped": skipped,
-    }
-    return Fitted({name: _to_host(fields) for name, fields in best_fields.items()}, report)
+            tick(step / (self.num_steps + 1))
+        return skipped
 
 
 def _copy_fields(linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, Tensor]]:
@@ -221,8 +266,3 @@ def _copy_fields(linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, Ten
         name: {field: value.clone() for field, value in linear.q.state_dict().items()}
         for name, linear in linears.items()
     }
-
-
-def _to_host(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Move fields to host memory."""
-    return {name: value.cpu() for name, value in fields.items()}

@@ -12,10 +12,13 @@ from typing import Any
 
 from spectool.checkpoint.headers import DTYPE_BITS
 from spectool.errors import UnsupportedError, UsageError
+from spectool.methods import names
 from spectool.model.architecture import Architecture
 from spectool.model.matrices import Matrix
-from spectool.quantize.choice import Choice, Rule
-from spectool.quantize.lm_head.vq import VQ, lm_head_fit_bytes, special_tokens
+from spectool.quantize.base import Quantizer
+from spectool.quantize.fitting import BlockQuantizer
+from spectool.quantize.lm_head.base import LmHeadQuantizer, special_tokens
+from spectool.quantize.rules import Rule
 
 # Resident memory of a process with torch and transformers loaded (measured: 0.34 GB, 0.39 GB after
 # hashing the source; 0.46 GB with calibration of the smallest model).
@@ -27,15 +30,13 @@ RETAINED = 1.5
 # Largest share of the blocks' weights that stays dense without --allow-dense.
 DENSE_LIMIT = 0.10
 
-# The only method that fits an lm_head.
-LM_HEAD_METHOD = "vq"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class QuantizePlan:
     """Matrices to pack with their methods, and the resulting sizes.
 
-    `matrices` by block and name, `outside` the blocks by name; `choices` by name; `skipped`: names
+    `matrices` by block and name, `outside` the blocks by name, of these `lm_head` if it is fitted;
+    `quantizers` by name; `skipped`: names
     of dense matrices with the reason. Bytes: `packed_bytes` of the fields of the blocks' matrices,
     which have `num_weights`; `outside_bytes` of embedding and lm_head as stored; `file_bytes` of
     the weight files without headers; `host_bytes` and `device_bytes` are peak memory;
@@ -46,7 +47,8 @@ class Plan:
     architecture: Architecture = field(repr=False, compare=False)
     matrices: Mapping[str, Mapping[str, Matrix]]
     outside: Mapping[str, Matrix]
-    choices: Mapping[str, Choice]
+    lm_head: Matrix | None
+    quantizers: Mapping[str, Quantizer]
     skipped: Mapping[str, str]
     num_weights: int
     num_parameters: int
@@ -71,22 +73,22 @@ class Plan:
 
 def make_plan(
     architecture: Architecture,
-    choice: Choice,
+    quantizer: Quantizer,
     *,
     rules: Sequence[Rule] = (),
-    embeddings: Choice | None = None,
-    lm_head: Choice | None = None,
+    embeddings: Quantizer | None = None,
+    lm_head: Quantizer | None = None,
     allow_dense: bool = False,
     calibration_tokens: int = 0,
     sequence_tokens: int = 0,
     batch_tokens: int = 0,
     on_device: bool = False,
-) -> Plan:
+) -> QuantizePlan:
     """Make the plan for a model.
 
-    `choice` packs the blocks' matrices without a rule, `embeddings` the embedding and the lm_head;
-    `lm_head` is the method of a fitted lm_head. `calibration_tokens` is 0 if no activations are
-    needed; `sequence_tokens` are those of one sequence, `batch_tokens` of one batch.
+    `quantizer` packs the blocks' matrices without a rule, `embeddings` the embedding and the
+    lm_head; `lm_head` fits the lm_head. `calibration_tokens` is 0 if no activations
+    are needed; `sequence_tokens` are those of one sequence, `batch_tokens` of one batch.
 
     Raises:
         UsageError: a rule matches no matrix, or only matrices that earlier rules decide otherwise;
@@ -94,7 +96,7 @@ def make_plan(
         UnsupportedError: nothing to pack, or more than a tenth of the blocks' weights stay dense.
     """
     matrices: dict[str, dict[str, Matrix]] = {}
-    choices: dict[str, Choice] = {}
+    quantizers: dict[str, Quantizer] = {}
     skipped: dict[str, str] = {}
     outside = architecture.outside(own_lm_head=lm_head is not None)
     inside, packed = 0, 0
@@ -109,7 +111,7 @@ def make_plan(
         dense = {
             matrix.parameter: rule.origin
             for matrix in block_matrices
-            if (rule := ruled[matrix.name]) and not rule.choice
+            if (rule := ruled[matrix.name]) and not rule.quantizer
         }
         matrices[block] = {
             matrix.name: matrix for matrix in block_matrices if matrix.parameter not in dense
@@ -119,15 +121,15 @@ def make_plan(
             if matrix.parameter in dense:
                 skipped[matrix.name] = dense[matrix.parameter]
                 continue
-            chosen = rule.choice if rule and rule.choice else choice
-            if matrix.expert is not None and not chosen.is_matrix:
+            chosen = rule.quantizer if rule and rule.quantizer else quantizer
+            if matrix.expert is not None and chosen.rounds_inputs:
                 raise UnsupportedError(
-                    f"{matrix.name}: {chosen.method} rounds inputs of layers, and this is an "
+                    f"{matrix.name}: {chosen.name} rounds inputs of layers, and this is an "
                     "expert of a fused tensor",
                     hint="pack the experts by olive with --rules",
                 )
-            check_codes(matrix, chosen)
-            choices[matrix.name] = chosen
+            check_shape(matrix, chosen)
+            quantizers[matrix.name] = chosen
         skipped |= reasons
         taken = {matrix.parameter for matrix in block_matrices} | {
             f"{name}.weight" for name in reasons
@@ -142,7 +144,7 @@ def make_plan(
     unused = [rule for rule in unused if not any(rule.matches(s.name) for s in outside)]
     for rule in list(unused):
         matched = next((name for name in kept_dense if rule.matches(name)), None)
-        if matched is not None and rule.choice is not None:
+        if matched is not None and rule.quantizer is not None:
             raise UsageError(f"{rule.origin}: {matched} stays dense: {kept_dense[matched]}")
         if matched is not None:
             unused.remove(rule)
@@ -164,34 +166,33 @@ def make_plan(
             f"({named}, ...); at most {DENSE_LIMIT:.0%} may",
             hint="--allow-dense accepts that",
         )
-    if lm_head is not None:
-        _check_lm_head(architecture, lm_head, outside)
+    fitting = None if lm_head is None else _check_lm_head(architecture, lm_head, outside)
     for matrix in outside:
         rule = _deciding_rule(matrix, rules)
         if lm_head is not None and matrix.kind == "lm_head":
             if rule is not None:
                 raise UsageError(f"{rule.origin}: {matrix.name} is fitted by --lm-head already")
-            choices[matrix.name] = lm_head
+            quantizers[matrix.name] = lm_head
             continue
-        outside_choice = rule.choice if rule else embeddings
-        if outside_choice is None:
+        outside_quantizer = rule.quantizer if rule else embeddings
+        if outside_quantizer is None:
             continue
         origin = rule.origin if rule else "--embeddings"
-        if outside_choice.method == LM_HEAD_METHOD:
+        if isinstance(outside_quantizer, LmHeadQuantizer):
+            name = outside_quantizer.name
+            raise UsageError(f"{origin}: {name} is fitted on text, by --lm-head {name}")
+        if outside_quantizer.calibrates:
             raise UsageError(
-                f"{origin}: {LM_HEAD_METHOD} is fitted on text, by --lm-head {LM_HEAD_METHOD}"
+                f"{origin}: {outside_quantizer.name} needs activations, which are collected for "
+                f"the blocks only; pack {matrix.name} by a method without, such as int8 or rtn"
             )
-        if outside_choice.calibrates:
-            raise UsageError(
-                f"{origin}: {outside_choice.method} needs activations, which are collected for the "
-                f"blocks only; pack {matrix.name} by a method without, such as int8 or rtn"
-            )
-        choices[matrix.name] = outside_choice
+        quantizers[matrix.name] = outside_quantizer
     return _add_sizes(
         architecture,
         matrices,
         {matrix.name: matrix for matrix in outside},
-        choices,
+        fitting,
+        quantizers,
         skipped,
         calibration_tokens,
         sequence_tokens,
@@ -200,48 +201,43 @@ def make_plan(
     )
 
 
-def _check_lm_head(architecture: Architecture, lm_head: Choice, outside: Sequence[Matrix]) -> None:
-    """Check that `lm_head` can fit the model's lm_head.
+def _check_lm_head(
+    architecture: Architecture, lm_head: Quantizer, outside: Sequence[Matrix]
+) -> LmHeadQuantizer:
+    """Check that `lm_head` can fit the model's lm_head, and return it.
 
     Raises:
-        UsageError: another method, or too few codes.
+        UsageError: another kind of method, or one that cannot fit this lm_head.
         UnsupportedError: the model has no lm_head.
     """
-    lm_heads = [matrix for matrix in outside if matrix.kind == "lm_head"]
-    if lm_head.method != LM_HEAD_METHOD:
+    if not isinstance(lm_head, LmHeadQuantizer):
         raise UsageError(
-            f"--lm-head {lm_head.method}: only {LM_HEAD_METHOD} fits an lm_head",
-            hint=f"--embeddings {lm_head.method} packs it",
+            f"--lm-head {lm_head.name}: only {', '.join(names('lm_head'))} fits an lm_head",
+            hint=f"--embeddings {lm_head.name} packs it",
         )
-    if not lm_heads:
+    matrix = next((matrix for matrix in outside if matrix.kind == "lm_head"), None)
+    if matrix is None:
         raise UnsupportedError(f"--lm-head: {architecture.config.model_type} has no lm_head")
-    check_codes(lm_heads[0], lm_head)
-    assert isinstance(lm_head.config, VQ.Config)
-    special = len(special_tokens(architecture.config, lm_heads[0].shape[0]))
-    if lm_head.config.single and special + lm_head.config.frequent >= lm_head.config.codes:
-        raise UsageError(
-            f"--lm-head: {lm_head}: up to {special} special and {lm_head.config.frequent} frequent "
-            "tokens have codes of their own, which leaves no code for the others"
-        )
+    num_special = len(special_tokens(architecture.config, matrix.shape[0]))
+    if misfit := lm_head.find_lm_head_misfit(matrix.shape, num_special):
+        raise UsageError(f"{matrix.name}: {misfit}")
+    return lm_head
 
 
-def check_codes(matrix: Matrix, choice: Choice) -> None:
-    """Check that the matrix has a row for every code of `vq`.
+def check_shape(matrix: Matrix, quantizer: Quantizer) -> None:
+    """Check that a method can pack matrices of this shape.
 
     Raises:
-        UsageError: more codes than rows.
+        UsageError: it cannot.
     """
-    config, rows = choice.config, matrix.shape[0]
-    if isinstance(config, VQ.Config) and config.codes > rows:
-        raise UsageError(
-            f"{matrix.name}: {choice} has more codes than the {rows} rows of the matrix"
-        )
+    if misfit := quantizer.find_misfit(matrix.shape):
+        raise UsageError(f"{matrix.name}: {misfit}")
 
 
 def _check_reached(rules: Sequence[Rule], matrices: Sequence[Matrix]) -> None:
     """Check that every rule decides at least one matrix.
 
-    Rules that repeat an earlier choice are accepted, and those whose matrices `--skip` leaves out.
+    Rules that repeat an earlier one are accepted, and those whose matrices `--skip` leaves out.
 
     Raises:
         UsageError: earlier rules decide all matrices of a rule, and otherwise than it.
@@ -254,7 +250,7 @@ def _check_reached(rules: Sequence[Rule], matrices: Sequence[Matrix]) -> None:
         earlier = [
             other
             for matrix, other in zip(matrices, deciding, strict=True)
-            if other is not None and rule.matches(matrix.name) and other.choice != rule.choice
+            if other is not None and rule.matches(matrix.name) and other.quantizer != rule.quantizer
         ]
         if any(not other.is_skip for other in earlier):
             names = ", ".join(dict.fromkeys(other.origin for other in earlier))
@@ -273,20 +269,21 @@ def _add_sizes(
     architecture: Architecture,
     matrices: Mapping[str, Mapping[str, Matrix]],
     outside: Mapping[str, Matrix],
-    choices: Mapping[str, Choice],
+    lm_head: LmHeadQuantizer | None,
+    quantizers: Mapping[str, Quantizer],
     skipped: Mapping[str, str],
     calibration_tokens: int,
     sequence_tokens: int,
     batch_tokens: int,
     *,
     on_device: bool,
-) -> Plan:
+) -> QuantizePlan:
     """Compute the sizes of a plan; arguments as for `make_plan`."""
     inside = [matrix for block in matrices.values() for matrix in block.values()]
-    packed_outside = [matrix for matrix in outside.values() if matrix.name in choices]
+    packed_outside = [matrix for matrix in outside.values() if matrix.name in quantizers]
 
     def field_bytes(matrix: Matrix) -> int:
-        return choices[matrix.name].stored_bytes(matrix.shape)
+        return quantizers[matrix.name].stored_bytes(matrix.shape)
 
     # Tensors of the checkpoint that the architecture does not know are not copied.
     stored = {
@@ -315,9 +312,9 @@ def _add_sizes(
     )
     num_weights = sum(matrix.num_weights for matrix in inside)
     packed_bytes = sum(map(field_bytes, inside))
-    dense = [matrix for matrix in outside.values() if matrix.name not in choices]
+    dense = [matrix for matrix in outside.values() if matrix.name not in quantizers]
     outside_bytes = sum(map(field_bytes, packed_outside)) + stored_bytes(dense)
-    fitted = [matrix for matrix in packed_outside if choices[matrix.name].method == LM_HEAD_METHOD]
+    fitted = [] if lm_head is None else [m for m in packed_outside if m.kind == "lm_head"]
     # A fitted lm_head adds a bias, and its matrix is new if the architecture ties it.
     biases = [s.shape[0] for s in fitted if f"{s.name}.bias" not in architecture.origins]
     untied = [s.num_weights for s in fitted if not architecture.holding(s)]
@@ -341,16 +338,14 @@ def _add_sizes(
         working += 8 * block_weights
         # Temporaries of a product over a batch, float32 (measured: 4.1 times input and output).
         transient = 12 * batch_tokens * max(sum(matrix.shape) for matrix in inside)
-    kinds = {choice: choice.quantizer for choice in {choices[matrix.name] for matrix in inside}}
-    fitting: list[tuple[Any, Any]] = [
-        (kind, choice.config) for choice, kind in kinds.items() if hasattr(kind, "fit")
-    ]
+    used = {quantizers[matrix.name] for matrix in inside}
+    fitting = [quantizer for quantizer in used if isinstance(quantizer, BlockQuantizer)]
     if fitting:
-        fit_bytes = max(kind.fit_bytes(config) for kind, config in fitting) * block_weights
+        fit_bytes = max(quantizer.fit_bytes() for quantizer in fitting) * block_weights
         fit_bytes += max(
             saved_bytes(architecture, s.values(), sequence_tokens) for s in matrices.values()
         )
-    if any("hessian" in kind.statistics for kind in kinds.values()):
+    if any("hessian" in quantizer.statistics for quantizer in used):
         # Hessians of a block; the largest also in double precision and as its factor. All are
         # freed before a fit.
         squares = [matrix.shape[1] ** 2 for matrix in inside]
@@ -359,15 +354,16 @@ def _add_sizes(
     # Embedding and lm_head are packed one at a time, while no block is in memory.
     table = max((matrix.num_weights for matrix in packed_outside), default=0)
     lm_head_bytes = max(
-        (lm_head_fit_bytes(s.shape, choices[s.name].config) for s in fitted), default=0
+        (lm_head.fit_lm_head_bytes(s.shape) for s in fitted if lm_head is not None), default=0
     )
     working = int(RETAINED * max(working, (element_bytes + 5) * table, lm_head_bytes))
     num_buffers = (4 if fitting else 2) + bool(fitted)
-    return Plan(
+    return QuantizePlan(
         architecture=architecture,
         matrices=matrices,
         outside={matrix.name: matrix for matrix in packed_outside},
-        choices=choices,
+        lm_head=fitted[0] if fitted else None,
+        quantizers=quantizers,
         skipped=skipped,
         num_weights=num_weights,
         num_parameters=sum(entry.num_elements for entry in stored.values())

@@ -37,7 +37,7 @@ from spectool.machine import available_memory
 from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model
 from spectool.model.matrices import Matrix
-from spectool.quantize.plan import Plan, saved_bytes
+from spectool.quantize.plan import QuantizePlan, saved_bytes
 from spectool.report import Reporter
 from spectool.training import Metrics, Recipe, Training, make_optimizer
 
@@ -76,7 +76,7 @@ class TrainingWindows:
         return {"text": f"sha256:{hashlib.sha256(data).hexdigest()}"}
 
 
-def bytes_needed(architecture: Architecture, plan: Plan, tokens: int) -> int:
+def bytes_needed(architecture: Architecture, plan: QuantizePlan, tokens: int) -> int:
     """Estimate the bytes of training: weights and merged weights in float32, saved activations.
 
     `tokens` are those of one step.
@@ -97,7 +97,7 @@ class Reshaping:
     identity: Mapping[str, Any]
     checkpoint: Checkpoint
     architecture: Architecture
-    plan: Plan
+    plan: QuantizePlan
     device: torch.device
     seed: int
     reporter: Reporter

@@ -24,15 +24,17 @@ from spectool.data.template import encode
 from spectool.data.text import builtin_text, check_ids, read_text
 from spectool.errors import UsageError
 from spectool.machine import reproducible
+from spectool.methods import resolve
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import check_walkable
 from spectool.model.loading import load_tokenizer, stated_dtype
 from spectool.options import Config
+from spectool.quantize.base import Quantizer
 from spectool.quantize.budget import Budget, choose, discard_survey, list_candidates, survey
 from spectool.quantize.calibration import sample_sequences
-from spectool.quantize.choice import Choice, Rule, format_rules, skipping
+from spectool.quantize.fitting import BlockQuantizer
 from spectool.quantize.ledger import Ledger, measure
-from spectool.quantize.plan import BASE_BYTES, Plan, make_plan
+from spectool.quantize.plan import BASE_BYTES, QuantizePlan, make_plan
 from spectool.quantize.preprocess import (
     HELD_OUT,
     MOST_HELD_OUT,
@@ -41,6 +43,7 @@ from spectool.quantize.preprocess import (
     TrainingWindows,
     bytes_needed,
 )
+from spectool.quantize.rules import Rule, format_rules, skipping
 from spectool.quantize.walk import BlockWalk, make_entry
 from spectool.report import SILENT, Reporter, ShortCalibration
 from spectool.version import __version__
@@ -60,7 +63,7 @@ COMPRESSED, COMPRESSION = (".gz", ".xz", ".parquet"), 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class QuantizeJob:
     """All options of a quantization except where it runs.
 
     `method` and `config` pack the blocks' matrices that neither `skip` nor a rule names; with a
@@ -71,8 +74,8 @@ class Job:
     method: str
     config: Config
     rules: Sequence[Rule] = ()
-    embeddings: Choice | None = None
-    lm_head: Choice | None = None
+    embeddings: Quantizer | None = None
+    lm_head: Quantizer | None = None
     budget: Budget | None = None
     calibration: Sequence[str] | None = None
     samples: int = 128
@@ -85,13 +88,14 @@ class Job:
     preprocess: Preprocess | None = None
 
     @property
-    def choice(self) -> Choice:
+    def quantizer(self) -> Quantizer:
         """The default method with its options."""
-        return Choice(self.method, self.config)
+        kind: type[Quantizer] = resolve(self.method, "quantizer")
+        return kind(self.config)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class QuantizeReport:
     """Records of a quantization.
 
     `blocks`: layers, output error, fits and matrices packed without data, by block; `outside`: the
@@ -108,7 +112,9 @@ class Report:
         return [layer for part in (self.outside, *self.blocks) for layer in part["layers"]]
 
 
-def prepare(checkpoint: Checkpoint, job: Job, *, device: str, batch_size: int = 4) -> Plan:
+def prepare(
+    checkpoint: Checkpoint, job: QuantizeJob, *, device: str, batch_size: int = 4
+) -> QuantizePlan:
     """Return the plan of a job; for a budget that of its first candidate.
 
     Reads headers only, except the values of tied matrices that are both stored.
@@ -119,9 +125,9 @@ def prepare(checkpoint: Checkpoint, job: Job, *, device: str, batch_size: int = 
     """
     check_dense(checkpoint)
     if job.preprocess is not None:
-        for choice in _list_choices(job):
-            if not choice.is_matrix:
-                raise UsageError(f"--preprocess trains weights; {choice.method} rounds inputs too")
+        for quantizer in _list_quantizers(job):
+            if quantizer.rounds_inputs:
+                raise UsageError(f"--preprocess trains weights; {quantizer.name} rounds inputs too")
     architecture = Architecture(checkpoint)
     plan = _plan(architecture, job, device=device, batch_size=batch_size)
     if job.budget is not None:
@@ -129,12 +135,14 @@ def prepare(checkpoint: Checkpoint, job: Job, *, device: str, batch_size: int = 
     return plan
 
 
-def _plan(architecture: Architecture, job: Job, *, device: str, batch_size: int) -> Plan:
+def _plan(
+    architecture: Architecture, job: QuantizeJob, *, device: str, batch_size: int
+) -> QuantizePlan:
     """Make the plan of a job, with the memory of tokenizing and of preprocessing."""
     length = sequence_length(architecture, job.seq_len)
     plan = make_plan(
         architecture,
-        job.choice if job.budget is None else job.budget.candidates[0],
+        job.quantizer if job.budget is None else job.budget.candidates[0],
         rules=[*skipping(job.skip), *job.rules],
         embeddings=job.embeddings,
         lm_head=job.lm_head,
@@ -173,14 +181,14 @@ def _count_characters(sources: Sequence[str]) -> int:
 def quantize(
     checkpoint: Checkpoint,
     out: Path,
-    job: Job,
+    job: QuantizeJob,
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 4,
     overwrite: bool = False,
     reporter: Reporter = SILENT,
-) -> Report:
+) -> QuantizeReport:
     """Quantize a checkpoint into the directory `out`.
 
     Calibration computes in `dtype`; weights are always packed from float32.
@@ -217,9 +225,9 @@ def quantize(
         "dtype": str(dtype).removeprefix("torch."),
         "batch_size": batch_size,
     }
-    quantizers = [choice.quantizer for choice in _list_choices(job)]
+    quantizers = _list_quantizers(job)
     if any(each is not None for each in (job.preprocess, job.budget, job.lm_head)) or any(
-        hasattr(each, "fit") or "hessian" in each.statistics for each in quantizers
+        isinstance(each, BlockQuantizer) or "hessian" in each.statistics for each in quantizers
     ):
         # Sums are split among threads, and their last bits can change codes.
         computed["threads"] = torch.get_num_threads()
@@ -284,7 +292,7 @@ def quantize(
             job = replace(job, budget=None, rules=(*job.rules, *chosen))
             walk.plan = plan = _plan(architecture, job, device=device, batch_size=batch_size)
             reporter.plan(plan)
-        report = Report(*walk.run(), metrics)
+        report = QuantizeReport(*walk.run(), metrics)
         discard_survey(walk)
         writer.finish(
             _make_small_files(
@@ -312,14 +320,14 @@ class _Progress(Reporter):
         self._outer.progress(done, total, what)
 
 
-def _list_choices(job: Job) -> list[Choice]:
-    """List every choice that the job may pack a matrix by."""
-    ruled = [rule.choice for rule in job.rules]
-    budgeted = job.budget.candidates if job.budget else (job.choice,)
-    return [choice for choice in (*budgeted, job.embeddings, *ruled) if choice is not None]
+def _list_quantizers(job: QuantizeJob) -> list[Quantizer]:
+    """List every quantizer that the job may pack a matrix by."""
+    ruled = [rule.quantizer for rule in job.rules]
+    budgeted = job.budget.candidates if job.budget else (job.quantizer,)
+    return [quantizer for quantizer in (*budgeted, job.embeddings, *ruled) if quantizer is not None]
 
 
-def calibrates(job: Job) -> bool:
+def calibrates(job: QuantizeJob) -> bool:
     """Return whether the job runs calibration text through the model.
 
     Methods without statistics and without a fit need none; given text is used all the same, for
@@ -327,7 +335,7 @@ def calibrates(job: Job) -> bool:
     """
     needing_text = (job.calibration, job.budget, job.lm_head)
     return any(each is not None for each in needing_text) or any(
-        choice.calibrates for choice in _list_choices(job)
+        quantizer.calibrates for quantizer in _list_quantizers(job)
     )
 
 
@@ -339,7 +347,7 @@ def sequence_length(architecture: Architecture, seq_len: int) -> int:
 def _calibration_ids(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    job: Job,
+    job: QuantizeJob,
     reporter: Reporter,
 ) -> tuple[Tensor, bool]:
     """Read the calibration sequences [S, L]; also return whether each opens with a start token."""
@@ -355,7 +363,7 @@ def _calibration_ids(
 def _windows(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    job: Job,
+    job: QuantizeJob,
     reporter: Reporter,
 ) -> TrainingWindows:
     """Read the sequences of preprocessing, held-out ones from the end of the text.
@@ -386,7 +394,7 @@ def _windows(
 def _read_tokens(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    job: Job,
+    job: QuantizeJob,
     sources: Sequence[str],
     samples: int,
     reporter: Reporter,
@@ -410,7 +418,9 @@ def _read_tokens(
     return ids, bos
 
 
-def _record_options(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -> dict[str, Any]:
+def _record_options(
+    job: QuantizeJob, ids_SL: Tensor | None, computed: dict[str, Any]
+) -> dict[str, Any]:
     """Return the job as JSON-safe metadata, with the calibration data and the versions used."""
     calibration = None
     if ids_SL is not None:
@@ -443,8 +453,8 @@ def _record_options(job: Job, ids_SL: Tensor | None, computed: dict[str, Any]) -
 
 def _make_small_files(
     checkpoint: Checkpoint,
-    plan: Plan,
-    job: Job,
+    plan: QuantizePlan,
+    job: QuantizeJob,
     writer: ArtifactWriter,
     source: dict[str, Any],
     made_by: dict[str, Any],
@@ -461,7 +471,7 @@ def _make_small_files(
     for shard in shards:
         tensors.update({entry.name: entry for entry in read_header(writer.path(shard))[1]})
     modules = {
-        key: make_entry(plan.choices[key], matrix)
+        key: make_entry(plan.quantizers[key], matrix)
         for part in (plan.outside, *plan.matrices.values())
         for key, matrix in part.items()
     }
@@ -506,16 +516,16 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _readme(job: Job, ledger: Ledger) -> str:
+def _readme(job: QuantizeJob, ledger: Ledger) -> str:
     """Write the artifact's README."""
     options = json.dumps(job.config.as_dict(), sort_keys=True)
     more = [
-        f"{matrices} by `{choice}`"
-        for matrices, choice in (
+        f"{matrices} by `{quantizer}`"
+        for matrices, quantizer in (
             ("embedding and lm_head", job.embeddings),
             ("lm_head", job.lm_head),
         )
-        if choice is not None
+        if quantizer is not None
     ]
     more += [f"matrices named in `{RULES_FILE}` by its rules"] if job.rules else []
     return f"""# A checkpoint packed by spectool

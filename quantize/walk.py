@@ -15,7 +15,7 @@ import functools
 import hashlib
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,23 +31,19 @@ from spectool.model.architecture import Architecture
 from spectool.model.blocks import Activations, Call, ModelShell, final_logits, run_block
 from spectool.model.matrices import Matrix
 from spectool.model.packed import PackedLinear, build_packed, relative_error
-from spectool.quantize.calibration import (
-    MIN_EXPERT_TOKENS,
+from spectool.quantize.base import (
     Block,
     Fitted,
-    LinearStats,
-    Observer,
     PackedFields,
-    Statistic,
+    Quantizer,
     Stream,
     Streams,
     Tick,
-    fit_each,
     not_finite,
 )
-from spectool.quantize.choice import Choice
-from spectool.quantize.lm_head import vq
-from spectool.quantize.plan import LM_HEAD_METHOD, Plan
+from spectool.quantize.lm_head.base import LmHead, LmHeadQuantizer, special_tokens
+from spectool.quantize.plan import QuantizePlan
+from spectool.quantize.statistics import MIN_EXPERT_TOKENS, LinearStats, Observer, Statistic
 from spectool.report import SILENT, Reporter
 
 # Activation buffers that together exceed this are kept in files next to the shards.
@@ -68,7 +64,7 @@ class BlockWalk:
 
     checkpoint: Checkpoint
     architecture: Architecture
-    plan: Plan
+    plan: QuantizePlan
     seed: int
     writer: ArtifactWriter
     metadata: dict[str, Any]
@@ -86,7 +82,7 @@ class BlockWalk:
         blocks = self.architecture.blocks
         self._copy_outside()
         missing = [i for i in range(len(blocks)) if not self._is_done(i)]
-        lm_head = self._fitted_lm_head()
+        lm_head = self.plan.lm_head
         fits_lm_head = lm_head is not None and self.writer.report(self._shard(len(blocks))) is None
         last = len(blocks) - 1 if fits_lm_head else max(missing, default=-1)
         streams = self.start_streams() if last >= 0 else None
@@ -129,15 +125,6 @@ class BlockWalk:
         """Report the share done of a block."""
         self.reporter.progress(index + share, len(self.architecture.blocks), PACKED)
 
-    def _fitted_lm_head(self) -> Matrix | None:
-        """Return the lm_head if the plan fits one."""
-        fitted = (
-            matrix
-            for key, matrix in self.plan.outside.items()
-            if matrix.kind == "lm_head" and self.plan.choices[key].method == LM_HEAD_METHOD
-        )
-        return next(fitted, None)
-
     def _is_done(self, index: int) -> bool:
         """Return whether a block is written and, with calibration, its output error measured."""
         report = self.writer.report(self._shard(index))
@@ -149,7 +136,7 @@ class BlockWalk:
         Index -1 is the shard of tensors outside the blocks, the number of blocks that of a fitted
         lm_head.
         """
-        total = len(self.architecture.blocks) + 1 + (self._fitted_lm_head() is not None)
+        total = len(self.architecture.blocks) + 1 + (self.plan.lm_head is not None)
         return f"packed-{index + 1:05d}-of-{total:05d}.safetensors"
 
     def read(self, block: str) -> dict[str, Tensor]:
@@ -162,7 +149,7 @@ class BlockWalk:
         if self.writer.report(shard) is not None:
             return
         contents: dict[str, Content] = {}
-        matrices, fitted = dict(self.plan.outside), self._fitted_lm_head()
+        matrices, fitted = dict(self.plan.outside), self.plan.lm_head
         replaced = {
             name for matrix in matrices.values() for name in self.architecture.holding(matrix)
         }
@@ -177,12 +164,10 @@ class BlockWalk:
                 self.architecture.read(self.checkpoint, [name])
         for key, matrix in matrices.items():
             tensors = self.architecture.read(self.checkpoint, [matrix.parameter])
-            block = Block(key, {key: matrix}, {key: matrix.weight_nm(tensors)})
+            weights = {key: matrix.weight_nm(tensors)}
+            block = Block(name=key, matrices={key: matrix}, weights=weights, device=self.device)
             generator = torch.Generator().manual_seed(derive_seed(self.seed, -1))
-            choice = self.plan.choices[key]
-            fields = fit_each(
-                choice.quantizer, block, {}, choice.config, generator, self.device
-            ).fields[key]
+            fields = self.plan.quantizers[key].pack_each(block, {}, generator)[key]
             contents.update({f"{key}.q.{name}": value for name, value in fields.items()})
             layers.append(self._layer(key, block, fields))
         for name in self.architecture.tensors_outside():
@@ -204,30 +189,36 @@ class BlockWalk:
             self.checkpoint, [name for name in names if name in self.architecture.origins]
         )
         weight_VD, bias_V = tensors[matrix.parameter], tensors.get(f"{matrix.name}.bias")
-        config: Any = self.plan.choices[matrix.name].config
-        fields, fitted_bias_V, metrics = vq.fit_lm_head(
-            weight_VD.to(self.device),
-            None if bias_V is None else bias_V.float().to(self.device),
-            vq.FitText(
-                states_TD,
-                torch.bincount(self.ids_SL.flatten(), minlength=len(weight_VD)).to(self.device),
-                vq.special_tokens(self.architecture.config, len(weight_VD)),
+        quantizer = self.plan.quantizers[matrix.name]
+        assert isinstance(quantizer, LmHeadQuantizer)
+        counts_V = torch.bincount(self.ids_SL.flatten(), minlength=len(weight_VD))
+        fitted = quantizer.fit_lm_head(
+            LmHead(
+                weight_VD=weight_VD.to(self.device).float(),
+                bias_V=None if bias_V is None else bias_V.float().to(self.device),
+                finish=final_logits(self.architecture.config),
+                states_TD=states_TD,
+                counts_V=counts_V.to(self.device),
+                special=special_tokens(self.architecture.config, len(weight_VD)),
             ),
-            config,
-            final_logits(self.architecture.config),
             torch.Generator().manual_seed(derive_seed(self.seed, len(self.architecture.blocks))),
             tick,
         )
-        fields = {name: value.cpu() for name, value in fields.items()}
-        block = Block(matrix.name, {matrix.name: matrix}, {matrix.name: weight_VD})
+        fields = {name: value.cpu() for name, value in fitted.fields.items()}
+        block = Block(
+            name=matrix.name,
+            matrices={matrix.name: matrix},
+            weights={matrix.name: weight_VD},
+            device=self.device,
+        )
         layer = self._layer(matrix.name, block, fields)
         contents: dict[str, Content] = {
             f"{matrix.name}.q.{name}": value for name, value in fields.items()
         }
-        contents[f"{matrix.name}.bias"] = fitted_bias_V.to(weight_VD.dtype).cpu()
+        contents[f"{matrix.name}.bias"] = fitted.bias_V.to(weight_VD.dtype).cpu()
         shard = self._shard(len(self.architecture.blocks))
         self.writer.write_shard(
-            shard, contents, self.metadata, {"layers": [layer], "lm_head": metrics}
+            shard, contents, self.metadata, {"layers": [layer], "lm_head": asdict(fitted.report)}
         )
 
     def _lm_head_inputs(self, matrix: Matrix, streams: Streams) -> Tensor:
@@ -309,7 +300,7 @@ class BlockWalk:
                     for entry in entries
                     if entry.name.startswith(f"{key}.q.")
                 }
-                return load_packed(self.plan.choices[key], matrix, fields)
+                return load_packed(self.plan.quantizers[key], matrix, fields)
         return None
 
     def _step(
@@ -339,6 +330,7 @@ class BlockWalk:
             name=name,
             matrices=matrices,
             weights={key: matrix.weight_nm(tensors) for key, matrix in matrices.items()},
+            device=self.device,
         )
         if streams is not None:
             block.module = self.architecture.materialise(
@@ -358,22 +350,22 @@ class BlockWalk:
     ) -> dict[str, Any]:
         """Pack a block and write its shard; return its report."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, index))
-        groups: dict[Choice, list[str]] = {}
+        groups: dict[Quantizer, list[str]] = {}
         for key in block.matrices:
-            groups.setdefault(self.plan.choices[key], []).append(key)
+            groups.setdefault(self.plan.quantizers[key], []).append(key)
         fields: dict[str, PackedFields] = {}
         data_free: list[str] = []
         fits = []
-        for choice, keys in groups.items():
+        for quantizer, keys in groups.items():
             part = replace(
                 block,
                 matrices={key: block.matrices[key] for key in keys},
                 weights={key: block.weights[key] for key in keys},
             )
-            fitted, without_data = self._fit(choice, part, streams, generator, tick)
+            fitted, without_data = self._fit(quantizer, part, streams, generator, tick)
             fields |= fitted.fields
             data_free += without_data
-            fits += [fitted.report] if fitted.report else []
+            fits += [fitted.report.as_dict()] if fitted.report else []
         taken = {matrix.parameter for matrix in block.matrices.values()}
         contents: dict[str, Content] = {
             key: tensor for key, tensor in tensors.items() if key not in taken
@@ -392,25 +384,24 @@ class BlockWalk:
 
     def _fit(
         self,
-        choice: Choice,
+        quantizer: Quantizer,
         block: Block,
         streams: Streams | None,
         generator: torch.Generator,
         tick: Tick,
     ) -> tuple[Fitted, list[str]]:
-        """Pack the matrices of one choice; also return the names of those packed without data.
+        """Pack the matrices of one quantizer; also return the names of those packed without data.
 
         Raises:
             NotFinite: statistics that are NaN or infinite.
             UnsupportedError: the method cannot represent a matrix.
         """
-        method = choice.quantizer
-        stats = self.observe(block, choice, streams) if streams is not None else {}
+        stats = self.observe(block, quantizer, streams) if streams is not None else {}
         # Experts with few calibration tokens, and matrices that no token reached.
         data_free = [
             key
             for key, matrix in block.matrices.items()
-            if method.statistics
+            if quantizer.statistics
             and (
                 key not in stats
                 or (matrix.expert is not None and stats[key].num_tokens < MIN_EXPERT_TOKENS)
@@ -423,12 +414,9 @@ class BlockWalk:
                 value = getattr(linear_stats, statistic)
                 if value is not None and not all_finite(value):
                     raise not_finite(key, f"{statistic} of its inputs is NaN or infinite")
-        if hasattr(method, "fit"):
-            with disk_errors(self.writer.partial):
-                fitted: Fitted = method.fit(block, streams, stats, choice.config, generator, tick)
-        else:
-            fitted = fit_each(method, block, stats, choice.config, generator, self.device)
-        return fitted, data_free
+        # A fit allocates buffers of targets, in files if they are large.
+        with disk_errors(self.writer.partial):
+            return quantizer.fit(block, streams, stats, generator, tick), data_free
 
     def _layer(self, key: str, block: Block, fields: PackedFields) -> dict[str, Any]:
         """Return the record of a packed matrix: bits per weight, relative squared error of weights.
@@ -437,12 +425,12 @@ class BlockWalk:
             UnsupportedError: the packed weights are not finite.
         """
         matrix = block.matrices[key]
-        module = load_packed(self.plan.choices[key], matrix, fields)
+        module = load_packed(self.plan.quantizers[key], matrix, fields)
         error = relative_error(block.weights[key], module)
         if not math.isfinite(error):
             raise UnsupportedError(
-                f"{key}: {self.plan.choices[key].method} cannot represent its weights, the largest "
-                f"is {float(block.weights[key].abs().max()):.3g}",
+                f"{key}: {self.plan.quantizers[key].name} cannot represent its weights, the "
+                f"largest is {float(block.weights[key].abs().max()):.3g}",
                 hint="leave it dense with --skip",
             )
         stored_bytes = sum(value.numel() * value.element_size() for value in fields.values())
@@ -452,12 +440,14 @@ class BlockWalk:
             "error": error,
         }
 
-    def observe(self, block: Block, choice: Choice, streams: Streams) -> dict[str, LinearStats]:
+    def observe(
+        self, block: Block, quantizer: Quantizer, streams: Streams
+    ) -> dict[str, LinearStats]:
         """Collect the statistics of a method, each from its stream, by matrix."""
         assert block.module is not None
         passes: list[dict[str, LinearStats]] = []
         by_stream: dict[Stream, list[Statistic]] = {}
-        for statistic, stream in choice.quantizer.statistics.items():
+        for statistic, stream in quantizer.statistics.items():
             by_stream.setdefault(stream, []).append(statistic)
         for stream, wanted in by_stream.items():
             inputs: Activations = getattr(streams, stream)
@@ -529,30 +519,30 @@ class BlockWalk:
             dtype=self.dtype,
             device=self.device,
             modules={
-                key: make_entry(self.plan.choices[key], matrix)
+                key: make_entry(self.plan.quantizers[key], matrix)
                 for key, matrix in block.matrices.items()
             },
         )
 
 
-def make_entry(choice: Choice, matrix: Matrix) -> dict[str, Any]:
+def make_entry(quantizer: Quantizer, matrix: Matrix) -> dict[str, Any]:
     """Make a packed matrix's entry in the artifact's configuration."""
-    entry: dict[str, Any] = {**choice.as_dict(), "shape": list(matrix.shape)}
+    entry: dict[str, Any] = {**quantizer.as_dict(), "shape": list(matrix.shape)}
     if matrix.expert is not None:
         entry["expert"] = True
     if matrix.kind in ("embedding", "lm_head"):
         entry["outside"] = matrix.kind
     if matrix.tied is not None:
         entry["tied"] = matrix.tied
-    if choice.method == LM_HEAD_METHOD and matrix.kind == "lm_head":
+    if matrix.kind == "lm_head" and isinstance(quantizer, LmHeadQuantizer):
         entry["bias"] = True
     return entry
 
 
-def load_packed(choice: Choice, matrix: Matrix, fields: PackedFields) -> PackedLinear:
+def load_packed(quantizer: Quantizer, matrix: Matrix, fields: PackedFields) -> PackedLinear:
     """Create a packed module from its fields, on the host."""
     spec = {name: (value.dtype, tuple(value.shape)) for name, value in fields.items()}
-    linear = build_packed(make_entry(choice, matrix), spec)
+    linear = build_packed(make_entry(quantizer, matrix), spec)
     linear.q.load_state_dict(fields)
     return linear
 

@@ -29,7 +29,7 @@ from spectool.errors import InputError
 from spectool.evaluate.measures.layers import layer_errors
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows, log_probs
 from spectool.model.loading import load_tokenizer
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 from spectool.report import Reporter
 
 TEXT = Path(__file__).parent.parent / "core/data/calibration/mixed.txt"
@@ -204,7 +204,7 @@ def pack(
     """The checkpoint packed by a method, and which share of the blocks' matrices that is."""
     out, metrics = subject.scratch / method, {}
 
-    job = Job(
+    job = QuantizeJob(
         method=method,
         config=methods.resolve(method, "quantizer").Config(**options),
         calibration=[subject.text] if text else None,

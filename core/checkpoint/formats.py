@@ -36,9 +36,13 @@ def upgrade_config(quantization: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_heads(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the record of draft heads to the names of this version."""
+    """Convert the record of draft heads to the names of this version.
+
+    `tuned` is left out: it held times of a machine, which are in the cache folder now.
+    """
+    record = {key: value for key, value in record.items() if key != "tuned"}
     if not _is_first(record):
-        return dict(record)
+        return record
     converted: dict[str, Any] = _rename(record, HEADS_NAMES, {})
     return converted | {"format_version": FORMAT_VERSION}
 

@@ -24,6 +24,7 @@ from spectool.model.architecture import (
     resolve,
     unused_tensors,
 )
+from spectool.model.kernels import give_kernels
 from spectool.model.packed import packed_modules, unpack_in_place
 from spectool.report import SILENT, Loaded, Reporter
 
@@ -57,9 +58,12 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     runtime: str = "packed",
+    for_decoding: bool = False,
     reporter: Reporter = SILENT,
 ) -> PreTrainedModel:
     """Load a checkpoint as a transformers model; see `spectool.load`.
+
+    With `for_decoding`, `auto` leaves packed what the passes of decoding have a kernel for.
 
     Raises:
         UsageError: an invalid `runtime`, `dtype` or `device`.
@@ -71,6 +75,8 @@ def load_model(
     model = _open(checkpoint, parse_dtype(dtype))
     moved: nn.Module = model
     moved.to(target).eval()
+    if runtime == "auto" and for_decoding:
+        give_kernels(model, model.dtype)
     if runtime == "dense" or (runtime == "auto" and _is_better_dense(model)):
         unpack_in_place(model, dtype=model.dtype)
     reporter.event(
@@ -122,13 +128,14 @@ def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
 
 
 def _is_better_dense(model: PreTrainedModel) -> bool:
-    """Whether every forward would unpack the codes, and memory suffices for dense weights."""
-    # Without the lm_head: a fitted one may have a kernel although the blocks have none.
+    """Whether every pass would unpack the codes, and memory suffices for dense weights."""
+    # Matrices with a kernel of the table stay packed in any case. Without the lm_head: a fitted
+    # one may have a kernel although the blocks have none.
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    packed = {name: part for name, part in packed_modules(model).items() if part is not output}
-    if not packed or any(module.has_kernel() for module in packed.values()):
+    packed = [part for part in packed_modules(model).values() if part is not output]
+    if not packed or any(module.has_kernel() for module in packed):
         return False
-    weights = sum(module.in_features * module.out_features for module in packed.values())
+    weights = sum(part.in_features * part.out_features for part in packed if part.product is None)
     return weights * model.dtype.itemsize < DENSE_SHARE * machine.available_memory(model.device)
 
 
@@ -204,7 +211,8 @@ def describe_runtime(model: PreTrainedModel) -> str:
     packed = packed_modules(model)
     dtype = str(model.dtype).removeprefix("torch.")
     if packed:
-        way = "by kernel" if all(m.has_kernel() for m in packed.values()) else "unpacked each time"
+        by_kernel = all(m.has_kernel() or m.product is not None for m in packed.values())
+        way = "by kernel" if by_kernel else "unpacked each time"
         return f"{len(packed)} linears packed ({way}), {dtype}"
     unpacked = getattr(model.config, "quantization_config", None) is not None
     return f"{'unpacked to dense once' if unpacked else 'dense'}, {dtype}"

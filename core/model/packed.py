@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from spectool.errors import CheckpointError
 from spectool.kernels.registry import Product
 from spectool.methods import resolve
-from spectool.options import Config
 
 # Weights per piece of rows that is unpacked, or summed in double precision, at once.
 PIECE = 1 << 19
@@ -229,17 +228,18 @@ class PackedExperts(nn.Module):
 class Packer(Protocol):
     """Interface of a quantizer that loading needs; `Quantizer` in quantize extends it."""
 
-    Config: type[Config]
-
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: Any) -> FieldSpec:
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
         """Return the fields of a matrix of this shape."""
-        ...
 
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Any) -> PackedLinear:
+    def build(self, shape: tuple[int, int]) -> PackedLinear:
         """Build the runtime linear with empty fields, on the current default device."""
-        ...
+
+
+def packer_of(entry: Mapping[str, Any]) -> Packer:
+    """Create the quantizer of an artifact's entry (`method`, `options`)."""
+    kind: Any = resolve(entry["method"], "quantizer")
+    packer: Packer = kind(kind.Config.from_dict(entry["options"]))
+    return packer
 
 
 def build_packed(entry: Mapping[str, Any], spec: FieldSpec) -> PackedLinear:
@@ -248,17 +248,15 @@ def build_packed(entry: Mapping[str, Any], spec: FieldSpec) -> PackedLinear:
     Raises:
         CheckpointError: the stored fields are not those of such a matrix.
     """
-    packer: Packer = resolve(entry["method"], "quantizer")
-    n, m = entry["shape"]
-    config = packer.Config.from_dict(entry["options"])
-    expected = packer.layout((n, m), config)
+    packer, (n, m) = packer_of(entry), entry["shape"]
+    expected = packer.layout((n, m))
     for field in sorted(spec.keys() | expected.keys()):
         if spec.get(field) != expected.get(field):
             raise CheckpointError(
                 f"field {field} of a packed {n} x {m} matrix is {_describe(spec.get(field))}, "
                 f"expected {_describe(expected.get(field))}"
             )
-    return packer.build(spec, (n, m), config)
+    return packer.build((n, m))
 
 
 def _describe(header: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
@@ -356,7 +354,7 @@ def field_specs(
 
 
 def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
-    """Replace all packed matrices by dense ones, one after another (`runtime="dense"`)."""
+    """Replace the packed matrices that have no kernel by dense ones, one after another."""
     tables: dict[int, nn.Parameter] = {}
     for parent in list(model.modules()):
         for leaf, child in list(parent.named_children()):
@@ -369,7 +367,8 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
                 continue
             if not isinstance(child, (PackedLinear, PackedEmbedding)):
                 continue
-            if isinstance(child, PackedLinear) and not child.is_matrix:
+            packed = child.__dict__["packed"] if isinstance(child, PackedEmbedding) else child
+            if packed.product is not None or (packed is child and not packed.is_matrix):
                 continue
             # A tied lm_head has the fields of the embedding, and gets the same weight.
             if id(child.q) not in tables:

@@ -7,6 +7,7 @@ inputs give equal bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,7 @@ from spectool.checkpoint.formats import FORMAT_VERSION, upgrade_heads
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, read_json
 from spectool.checkpoint.tensors import Checkpoint, check_finite, read_tensors
 from spectool.decode.heads.base import TOP, Heads
-from spectool.decode.policy.curve import machine_key
+from spectool.decode.policy.fastest import read_fastest
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError
@@ -39,9 +40,8 @@ class HeadsRecord:
     trained on), `hidden_size`, `vocab_size`, `tokenizer` (digest). `accuracy`: how often each
     head's first guess is right on held-out text; `conditional`: the same where all earlier heads
     were right. `tree`: paths of ranks, best first; `shares`: the fraction of held-out text that
-    follows each. `tuned`: the fastest drafter options and their `speedup` over plain decoding, by
-    `decode.policy.curve.machine_key`. `checksums`: of the weights, by file. Older records have no
-    `conditional` and no `checksums`.
+    follows each. `checksums`: of the weights, by file. Older records have no `conditional` and no
+    `checksums`.
     """
 
     method: str
@@ -51,7 +51,6 @@ class HeadsRecord:
     tree: list[list[int]]
     shares: list[float]
     training: dict[str, Any]
-    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
     conditional: list[float] = field(default_factory=list)
     files: list[str] = field(default_factory=lambda: sorted([HEADS, HEADS_FILE]))
     checksums: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -59,6 +58,11 @@ class HeadsRecord:
 
     def as_bytes(self) -> bytes:
         return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()
+
+    @property
+    def fingerprint(self) -> str:
+        """Return `sha256:...` of the record, which has the checksums of the weights."""
+        return f"sha256:{hashlib.sha256(self.as_bytes()).hexdigest()}"
 
     @property
     def paths(self) -> list[tuple[tuple[int, ...], float]]:
@@ -122,7 +126,7 @@ def open_heads(
     """Load the drafter of a heads directory, on the target's device and in its dtype.
 
     `options`: drafter options as `key=value,key=value`. Options that are not given come from what
-    `tune` recorded for this model and machine, else from the defaults. With `checksums` the weights
+    `tune` found for this model and machine, else from the defaults. With `checksums` the weights
     are compared with their checksums.
 
     Raises:
@@ -148,9 +152,7 @@ def open_heads(
     )
     fill(heads, tensors, path / HEADS_FILE)
     heads.to(target.device, target.dtype)
-    tuned = dict(record.tuned.get(machine_key(target), {}))
-    tuned.pop("speedup", None)
-    defaults = ",".join(f"{key}={value}" for key, value in tuned.items())
+    defaults = read_fastest(record.fingerprint, target) or ""
     # Of a key that stands twice the later value holds, so given options win.
     config = drafter.Config.from_text(f"{defaults},{options}")
     built: Drafter = drafter(heads, record.paths, config)

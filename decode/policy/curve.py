@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,9 +19,11 @@ from spectool import machine
 from spectool.decode import tree
 from spectool.decode.target import Target
 from spectool.errors import SpectoolError
-from spectool.files import cache_folder, disk_errors, replacing
+from spectool.files import read_cache, write_cache
 from spectool.processors import Waiting
 
+# The curves' file in the cache folder.
+FILE = "curves.json"
 # Sizes that are measured and chosen among, and the order of measuring, most important first.
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _ORDER = (1, 8, 2, 32, 4, 16, 3, 64, 12, 6, 24, 48)
@@ -181,32 +180,23 @@ def store_curve(target: Target, curve: Curve) -> None:
     """
     if not curve.quiet:
         return
-    path, key = curves_path(), machine_key(target)
-    stored = read_curves()
+    stored, key = read_curves(), machine_key(target)
     stored.pop(key, None)
     stored[key] = {n: s for n, s in curve.points.items() if n in SIZES}
-    with contextlib.suppress(SpectoolError), disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    with contextlib.suppress(SpectoolError):
+        write_cache(FILE, stored)
 
 
 def read_curves() -> dict[str, dict[int, float]]:
     """Read all stored curves by `machine_key`, the newest last; none if the file is damaged."""
     try:
-        record: Any = json.loads(curves_path().read_text(encoding="utf-8"))
         return {
-            str(key): {int(n): float(seconds) for n, seconds in points.items()}
-            for key, points in record.items()
+            key: {int(n): float(seconds) for n, seconds in points.items()}
+            for key, points in read_cache(FILE).items()
             if min(points.values()) > 0 and "1" in points
         }
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError):
         return {}
-
-
-def curves_path() -> Path:
-    """Return the path of the stored curves, in the user's cache folder."""
-    return cache_folder() / "curves.json"
 
 
 def machine_key(target: Target) -> str:

@@ -30,9 +30,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,20 +41,23 @@ from spectool import options
 from spectool.errors import UsageError
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
-from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream, Tick
+from spectool.quantize.base import PackedFields, Tick
 from spectool.quantize.codebook import LinearCodebook, cluster_vectors, mean_by_label
+from spectool.quantize.lm_head.base import FittedLmHead, LmHead, LmHeadQuantizer, LmHeadReport
+from spectool.quantize.methods.gptq import DAMPING
 from spectool.quantize.methods.int8 import Int8
+from spectool.quantize.statistics import LinearStats
 
-# Added to the diagonal of H, relative to its mean.
-DAMPING = 0.01
 # Share of the text that is held out to compare epochs.
 HELD_OUT = 1 / 16
 # About as many logits per step, but at least this many tokens.
 STEP_LOGITS, STEP_TOKENS = 1 << 22, 256
 
 
-class VQ:
+class VQ(LmHeadQuantizer):
     """VQ-Logits; see the module docstring."""
+
+    name = "vq"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -85,54 +87,117 @@ class VQ:
             """Whether each row has one code, so that the softmax factors."""
             return self.width == 0 and self.stages == 1
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {}
+    config: Config
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: VQ.Config) -> FieldSpec:
+    def find_misfit(self, shape: tuple[int, int]) -> str:
+        if self.config.codes <= shape[0]:
+            return ""
+        return f"{self} has more codes than the {shape[0]} rows of the matrix"
+
+    def find_lm_head_misfit(self, shape: tuple[int, int], num_special: int) -> str:
+        frequent = self.config.frequent
+        if self.config.single and num_special + frequent >= self.config.codes:
+            return (
+                f"{self}: up to {num_special} special and {frequent} frequent tokens have codes of "
+                "their own, which leaves no code for the others"
+            )
+        return self.find_misfit(shape)
+
+    def fit_lm_head_bytes(self, shape: tuple[int, int]) -> int:
+        """Estimate the bytes of a fit.
+
+        In float32: the matrix, the decoded matrix and its gradient, the vectors of each stage, and
+        some distributions over the tokens of a step; three copies of the codes as int64.
+        """
+        (tokens, columns), width = shape, self.config.width or shape[1]
+        each: int = 12 + self.config.stages * (8 + 24 // width)
+        return each * tokens * columns + 24 * max(STEP_LOGITS, STEP_TOKENS * tokens)
+
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
         n, m = shape
-        width = min(config.width or m, m)
-        groups, codes = -(-m // width), min(config.codes, n)
+        width = min(self.config.width or m, m)
+        groups, codes = -(-m // width), min(self.config.codes, n)
         spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "codes": (
                 torch.uint8 if codes <= 256 else torch.int16,
-                (n, groups * config.stages),
+                (n, groups * self.config.stages),
             ),
-            "codebook": (torch.float16, (config.stages, groups, codes, width)),
+            "codebook": (torch.float16, (self.config.stages, groups, codes, width)),
         }
-        if config.shortlist:
-            exact = Int8.layout(shape, Int8.Config())
+        if self.config.shortlist:
+            exact = Int8().layout(shape)
             spec |= {f"exact_{name}": value for name, value in exact.items()}
         return spec
 
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: VQ.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         """Pack one matrix by k-means of its rows, with equal weights and no training."""
         weight_nm = weight_nm.float()
         books = init_books(
-            weight_nm, weight_nm.new_ones(len(weight_nm)), None, (), config, generator
+            weight_nm, weight_nm.new_ones(len(weight_nm)), None, (), self.config, generator
         )
         return books.fields(weight_nm)
 
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: VQ.Config) -> VQLinear:
-        return VQLinear(spec, shape, config)
+    def build(self, shape: tuple[int, int]) -> VQLinear:
+        return VQLinear(self.layout(shape), shape, self.config)
 
-
-def lm_head_fit_bytes(shape: tuple[int, int], config: Any) -> int:
-    """Estimate the bytes of fitting an lm_head of this shape, without its text.
-
-    In float32: the matrix, the decoded matrix and its gradient, the vectors of each stage, and
-    some distributions over the tokens of a step; three copies of the codes as int64.
-    """
-    (tokens, columns), width = shape, config.width or shape[1]
-    each: int = 12 + config.stages * (8 + 24 // width)
-    return each * tokens * columns + 24 * max(STEP_LOGITS, STEP_TOKENS * tokens)
+    def fit_lm_head(
+        self,
+        lm_head: LmHead,
+        generator: torch.Generator,
+        tick: Tick,
+    ) -> FittedLmHead:
+        config, weight_VD = self.config, lm_head.weight_VD
+        counts_V, device = lm_head.counts_V.double(), weight_VD.device
+        dedicated: tuple[int, ...] = ()
+        if config.single:
+            frequent = counts_V.argsort(descending=True, stable=True)[: config.frequent].tolist()
+            dedicated = tuple(dict.fromkeys((*lm_head.special, *frequent)))
+        dedicated_A = torch.tensor(dedicated, dtype=torch.long, device=device)
+        hessian_DD = _input_hessian(lm_head.states_TD, device)
+        # Token weights for k-means: logarithmic, so that frequent tokens do not dominate.
+        frequency_V = 1 + (1 + counts_V).log().float()
+        books = init_books(weight_VD, frequency_V, hessian_DD, dedicated, config, generator)
+        entropy = token_entropy_within_codes(counts_V, books.codes_nSG.flatten(1))
+        bias_V = torch.zeros_like(weight_VD[:, 0])
+        if lm_head.bias_V is not None:
+            bias_V = lm_head.bias_V.clone()
+        if config.single:
+            # Tokens of a code start with their shares of the text.
+            bias_V += _log_shares(counts_V, books.codes_nSG[:, 0, 0])
+        student = Distillation(lm_head, books, bias_V)
+        start = student.measure()
+        best = (start, 0, copy.deepcopy(books), bias_V.clone())
+        steps = config.epochs * max(1, math.ceil(len(student.train_TD) / student.rows))
+        optimizer = student.make_optimizer(config.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+        done = 0
+        for epoch in range(config.epochs):
+            order_T = torch.randperm(len(student.train_TD), generator=generator)
+            for batch_T in torch.split(order_T, student.rows):
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    torch.autograd.backward(student.loss(student.train_TD[batch_T]))
+                optimizer.step()
+                schedule.step()
+                done += 1
+                tick(done / (steps + 1))
+            now = student.measure()
+            if now < best[0]:
+                best = (now, epoch + 1, copy.deepcopy(books), student.bias_V.detach().clone())
+            books.reassign(weight_VD, hessian_DD, dedicated_A)
+        loss, best_epoch, books, bias_V = best
+        fields = books.fields(weight_VD)
+        used = [len(set(column.tolist())) for column in fields["codes"].T]
+        report = LmHeadReport(
+            nats_within_codes=entropy,
+            loss_start=start,
+            loss_after=loss,
+            best_epoch=best_epoch,
+            codes_used=sum(used) / len(used),
+        )
+        return FittedLmHead(fields, bias_V, report)
 
 
 class Books(nn.Module):
@@ -162,13 +227,13 @@ class Books(nn.Module):
                 used_K, renamed_n = torch.unique(self.codes_nSG[:, s, g], return_inverse=True)
                 folded[s, g, : len(used_K)] = book_KW[used_K]
                 codes_nSG[:, s, g] = renamed_n
-        spec = VQ.layout((n, m), self.config)
+        spec = VQ(self.config).layout((n, m))
         fields = {
             "codes": codes_nSG.flatten(1).to(spec["codes"][0]),
             "codebook": folded.half(),
         }
         if self.config.shortlist:
-            exact = Int8.pack(weight_nm, None, Int8.Config(), torch.Generator())
+            exact = Int8().pack(weight_nm, None, torch.Generator())
             fields |= {f"exact_{name}": value for name, value in exact.items()}
         return fields
 
@@ -261,105 +326,49 @@ def init_books(
     return Books(config, torch.stack([torch.stack(stage) for stage in centres]), codes_nSG)
 
 
-def special_tokens(config: Any, vocabulary: int) -> tuple[int, ...]:
-    """Return the start, end and padding tokens of a model's configuration."""
-    tokens: list[int] = []
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config.get_text_config(), key, None)
-        tokens += value if isinstance(value, list) else [value] if isinstance(value, int) else []
-    return tuple(token for token in dict.fromkeys(tokens) if 0 <= token < vocabulary)
+class Distillation:
+    """Codes, codebooks and bias in training, by KL from the original lm_head's logits."""
+
+    def __init__(self, lm_head: LmHead, books: Books, bias_V: Tensor) -> None:
+        self.lm_head, self.books, self.bias_V = lm_head, books, nn.Parameter(bias_V)
+        size = max(1, int(HELD_OUT * len(lm_head.states_TD)))
+        self.train_TD, self.held_out_TD = lm_head.states_TD[size:], lm_head.states_TD[:size]
+        # Tokens of a step.
+        self.rows = max(STEP_TOKENS, STEP_LOGITS // len(lm_head.weight_VD))
+
+    def loss(self, states_TD: Tensor) -> Tensor:
+        """Compute the mean KL over tokens with these inputs."""
+        weight_VD, finish = self.lm_head.weight_VD, self.lm_head.finish
+        states_TD = states_TD.to(weight_VD.device)
+        target_TV = finish(F.linear(states_TD, weight_VD, self.lm_head.bias_V)).log_softmax(-1)
+        return _divergence(states_TD, target_TV, self.books, self.bias_V, finish)
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Compute the mean KL over the held-out tokens."""
+        parts = torch.split(self.held_out_TD, self.rows)
+        return sum(float(self.loss(part)) * len(part) for part in parts) / len(self.held_out_TD)
+
+    def make_optimizer(self, rate: float) -> torch.optim.Optimizer:
+        """Create the optimizer; rates of vectors are in their own size."""
+        groups = [
+            {"params": [values], "lr": rate * float(values.detach().square().mean().sqrt())}
+            for values in self.books.parameters()
+        ]
+        return torch.optim.AdamW(
+            [*groups, {"params": [self.bias_V], "lr": 10 * rate}], weight_decay=0.0
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class FitText:
-    """Training data of an lm_head: its inputs [T, D] on the host, counts of the text's tokens [V],
-    and the special tokens."""
-
-    states_TD: Tensor
-    counts_V: Tensor
-    special: tuple[int, ...]
-
-
-def fit_lm_head(
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    text: FitText,
-    config: VQ.Config,
-    finish: Callable[[Tensor], Tensor],
-    generator: torch.Generator,
-    tick: Tick,
-) -> tuple[PackedFields, Tensor, dict[str, Any]]:
-    """Fit an lm_head; return its fields, its bias [V] and metrics.
-
-    `finish` maps the products of the matrix to the model's logits. Metrics: H(token | code) of the
-    text in nats, held-out KL from the original before and after, the best epoch, codes in use.
-    """
-    weight_VD, device = weight_VD.float(), weight_VD.device
-    counts_V = text.counts_V.double()
-    dedicated: tuple[int, ...] = ()
-    if config.single:
-        frequent = counts_V.argsort(descending=True, stable=True)[: config.frequent].tolist()
-        dedicated = tuple(dict.fromkeys((*text.special, *frequent)))
-    states_TD = text.states_TD
+def _input_hessian(states_TD: Tensor, device: torch.device) -> Tensor:
+    """Compute the damped H = mean h h^T [D, D] of inputs."""
     hessian_DD = torch.zeros(states_TD.shape[1], states_TD.shape[1], device=device)
     for part_TD in torch.split(states_TD, 1 << 13):
         on_device_TD = part_TD.to(device)
         hessian_DD.addmm_(on_device_TD.T, on_device_TD)
     hessian_DD /= len(states_TD)
     hessian_DD.diagonal().add_(DAMPING * hessian_DD.diagonal().mean() + 1e-12)
-    # Token weights for k-means: logarithmic, so that frequent tokens do not dominate.
-    frequency_V = 1 + (1 + counts_V).log().float()
-    books = init_books(weight_VD, frequency_V, hessian_DD, dedicated, config, generator)
-    entropy = token_entropy_within_codes(counts_V, books.codes_nSG.flatten(1))
-    new_bias_V = weight_VD.new_zeros(len(weight_VD)) if bias_V is None else bias_V.float().clone()
-    if config.single:
-        # Tokens of a code start with their shares of the text.
-        new_bias_V += _log_shares(counts_V, books.codes_nSG[:, 0, 0])
-    student = nn.ParameterDict({"bias_V": nn.Parameter(new_bias_V)})
-    size = max(1, int(HELD_OUT * len(states_TD)))
-    train_TD, held_out_TD = states_TD[size:], states_TD[:size]
-    rows = max(STEP_TOKENS, STEP_LOGITS // len(weight_VD))
-
-    def loss(part_TD: Tensor) -> Tensor:
-        part_TD = part_TD.to(device)
-        target_TV = finish(F.linear(part_TD, weight_VD, bias_V)).log_softmax(-1)
-        return _divergence(part_TD, target_TV, books, student["bias_V"], finish)
-
-    def measure() -> float:
-        with torch.no_grad():
-            each = [float(loss(part)) * len(part) for part in torch.split(held_out_TD, rows)]
-        return sum(each) / len(held_out_TD)
-
-    metrics: dict[str, Any] = {"nats_within_codes": entropy, "loss_start": measure()}
-    best = (metrics["loss_start"], 0, copy.deepcopy(books), new_bias_V.clone())
-    steps = config.epochs * max(1, math.ceil(len(train_TD) / rows))
-    groups = [
-        {"params": [values], "lr": config.lr * float(values.detach().square().mean().sqrt())}
-        for name, values in books.named_parameters()
-    ] + [{"params": [student["bias_V"]], "lr": 10 * config.lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    dedicated_A = torch.tensor(dedicated, dtype=torch.long, device=device)
-    done = 0
-    for epoch in range(config.epochs):
-        order_T = torch.randperm(len(train_TD), generator=generator)
-        for batch_T in torch.split(order_T, rows):
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                torch.autograd.backward(loss(train_TD[batch_T]))
-            optimizer.step()
-            schedule.step()
-            done += 1
-            tick(done / (steps + 1))
-        now = measure()
-        if now < best[0]:
-            best = (now, epoch + 1, copy.deepcopy(books), student["bias_V"].detach().clone())
-        books.reassign(weight_VD, hessian_DD, dedicated_A)
-    metrics["loss_after"], metrics["best_epoch"], books, new_bias_V = best
-    fields = books.fields(weight_VD)
-    used = [len(set(column.tolist())) for column in fields["codes"].T]
-    metrics["codes_used"] = sum(used) / len(used)
-    return fields, new_bias_V, metrics
+    return hessian_DD
 
 
 def _divergence(

@@ -22,7 +22,7 @@ Shapes: n outputs, m inputs, g groups, c columns of a segment.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,52 +31,49 @@ from torch import Tensor
 
 from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits
-from spectool.model.packed import FieldSpec
 from spectool.options import option
-from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
-from spectool.quantize.methods.rtn import RTN, RTNLinear, check_scale, fit_grid
+from spectool.quantize.base import PackedFields, Statistics
+from spectool.quantize.methods.rtn import RTN, check_scale, fit_grid
+from spectool.quantize.statistics import LinearStats
 
 # Errors of this many columns are applied to all later columns in one matrix product.
 SEGMENT = 128
 
+# Added to the diagonal of H by default, relative to its mean.
+DAMPING = 0.01
 
-class GPTQ:
+
+class GPTQ(RTN):
     """GPTQ; see the module docstring."""
+
+    name = "gptq"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(RTN.Config):
         act_order: bool = option(True, "round inputs of large activations first")
         damping: float = option(
-            0.01, "added to the diagonal of H, relative to its mean", minimum=0, maximum=1
+            DAMPING, "added to the diagonal of H, relative to its mean", minimum=0, maximum=1
         )
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {"hessian": "packed"}
+    config: Config
+    statistics: ClassVar[Statistics] = {"hessian": "packed"}
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: GPTQ.Config) -> FieldSpec:
-        return RTN.layout(shape, config)
-
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: GPTQ.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         """Pack one matrix; without a Hessian as `rtn` does."""
         if stats is None or stats.hessian is None:
-            return RTN.pack(weight_nm, None, config, generator)
+            return super().pack(weight_nm, None, generator)
         n, m = weight_nm.shape
-        columns, top = config.group_size or m, 2**config.bits - 1
-        factor = factor_hessian(stats.hessian, config.damping, by_size=config.act_order)
+        columns, top = self.config.group_size or m, 2**self.config.bits - 1
+        factor = factor_hessian(stats.hessian, self.config.damping, by_size=self.config.act_order)
         order = factor.order_m.tolist()
-        step_ng, zero_ng, largest = fit_grid(weight_nm.float(), config)
+        step_ng, zero_ng, largest = fit_grid(weight_nm.float(), self.config)
         check_scale(float(largest))
         codes_mn = torch.empty(m, n, dtype=torch.uint8, device=weight_nm.device)
 
         def round_column(j: int, weight_mn: Tensor) -> Tensor:
-            if not config.act_order and j and j % columns == 0:
+            if not self.config.act_order and j and j % columns == 0:
                 # The grid of a new group, from the v that its columns would have with no rounding
                 # error inside the group.
                 group, inside = slice(j // columns, j // columns + 1), slice(j, j + columns)
@@ -87,7 +84,7 @@ class GPTQ:
                     upper=False,
                     unitriangular=True,
                 )
-                grid = fit_grid(best_cn.T, config)
+                grid = fit_grid(best_cn.T, self.config)
                 step_ng[:, group], zero_ng[:, group], largest = grid
                 check_scale(float(largest))
             group_j = order[j] // columns
@@ -97,15 +94,11 @@ class GPTQ:
             return step_n * (code_n - zero_n)
 
         # With act_order grids are known, and no group needs its weights updated when it begins.
-        compensate(weight_nm.float(), factor, m if config.act_order else columns, round_column)
-        fields = {"codes": pack_bits(codes_mn.T, config.bits), "scale": step_ng}
-        if not config.symmetric:
+        compensate(weight_nm.float(), factor, m if self.config.act_order else columns, round_column)
+        fields = {"codes": pack_bits(codes_mn.T, self.config.bits), "scale": step_ng}
+        if not self.config.symmetric:
             fields["zero"] = zero_ng.to(torch.uint8)
         return fields
-
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: GPTQ.Config) -> RTNLinear:
-        return RTNLinear(spec, shape, config)
 
 
 @dataclass(frozen=True, slots=True)

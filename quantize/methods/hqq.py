@@ -18,9 +18,7 @@ Shapes: n outputs, m inputs, g groups, c columns of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +28,9 @@ from spectool import options
 from spectool.kernels.pack import pack_bits
 from spectool.model.packed import FieldSpec
 from spectool.options import option
-from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
+from spectool.quantize.base import PackedFields, Quantizer
 from spectool.quantize.methods.rtn import PIECE, RTN, SCALE_MAX, SCALE_MIN, RTNLinear, check_scale
+from spectool.quantize.statistics import LinearStats
 
 ROUNDS = 20
 # p, the initial beta and its growth per round, as the authors have them.
@@ -41,37 +40,32 @@ BETA, GROWTH = 10.0, 1.01
 LARGEST_EXACT = 2048
 
 
-class HQQ:
+class HQQ(Quantizer):
     """HQQ; see the module docstring."""
+
+    name = "hqq"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         bits: int = option(4, "bits of a code", minimum=2, maximum=8)
         group_size: int = option(64, "weights that share a scale; 0: a whole row", minimum=0)
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {}
+    config: Config
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: HQQ.Config) -> FieldSpec:
-        spec = RTN.layout(shape, _rtn_config(config))
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
+        spec = RTN(_rtn_config(self.config)).layout(shape)
         return {**spec, "zero": (torch.float16, spec["zero"][1])}
 
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: HQQ.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         rows = max(1, PIECE // weight_nm.shape[1])
-        parts = [_pack_rows(part.float(), config) for part in torch.split(weight_nm, rows)]
+        parts = [_pack_rows(part.float(), self.config) for part in torch.split(weight_nm, rows)]
         check_scale(max(largest for _, largest in parts))
         return {name: torch.cat([fields[name] for fields, _ in parts]) for name in parts[0][0]}
 
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: HQQ.Config) -> RTNLinear:
-        return RTNLinear(spec, shape, _rtn_config(config))
+    def build(self, shape: tuple[int, int]) -> RTNLinear:
+        return RTNLinear(self.layout(shape), shape, _rtn_config(self.config))
 
 
 def _rtn_config(config: HQQ.Config) -> RTN.Config:

@@ -14,39 +14,34 @@ Shapes: n outputs, m inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from spectool import options
 from spectool.model.packed import FieldSpec, PackedLinear
-from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
+from spectool.quantize.base import PackedFields, Quantizer
+from spectool.quantize.statistics import LinearStats
 
 
-class Int8:
+class Int8(Quantizer):
     """The weights of LLM.int8(); see the module docstring."""
+
+    name = "int8"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         pass
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {}
+    config: Config
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: Int8.Config) -> FieldSpec:
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
         n, m = shape
         return {"codes": (torch.int8, (n, m)), "scale": (torch.float32, (n,))}
 
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: Int8.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         scale_n = weight_nm.abs().amax(-1).float()
         # A row of zeros may have any positive divisor.
@@ -54,9 +49,8 @@ class Int8:
         codes_nm = (weight_nm * steps_n[:, None]).round_().clamp_(-127, 127).to(torch.int8)
         return {"codes": codes_nm, "scale": scale_n}
 
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Int8.Config) -> Int8Linear:
-        return Int8Linear(spec, shape)
+    def build(self, shape: tuple[int, int]) -> Int8Linear:
+        return Int8Linear(self.layout(shape), shape)
 
 
 class Int8Linear(PackedLinear):
@@ -65,4 +59,4 @@ class Int8Linear(PackedLinear):
     format = "int8"
 
     def rows(self, rows: slice | Tensor) -> Tensor:
-        return self.q.codes[rows].float() * (self.q.scale[rows] / 127)[:, None]
+        return self.q.codes[rows].float().mul_((self.q.scale[rows] / 127)[:, None])

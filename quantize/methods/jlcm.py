@@ -20,8 +20,9 @@ Shapes: n outputs, m inputs, G groups, K levels, F features of a row.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,16 +33,7 @@ from spectool import options
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
-from spectool.quantize.calibration import (
-    Block,
-    Fitted,
-    LinearStats,
-    PackedFields,
-    Statistic,
-    Stream,
-    Streams,
-    Tick,
-)
+from spectool.quantize.base import FitReport, PackedFields, Statistics
 from spectool.quantize.codebook import (
     SelectLevels,
     clamp_to_cells,
@@ -50,20 +42,21 @@ from spectool.quantize.codebook import (
     nearest_codes,
     recompute_product,
 )
-from spectool.quantize.fitting import fit_block, init_linears
-from spectool.quantize.methods.gptq import HessianFactor, compensate, factor_hessian
+from spectool.quantize.fitting import BlockQuantizer, Part
+from spectool.quantize.methods.gptq import DAMPING, HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import SCALE_MAX, SCALE_MIN, check_scale
+from spectool.quantize.statistics import LinearStats
 
 # Number of quantiles that describe a row's shape.
 NUM_QUANTILES = 9
-# The default of `gptq`.
-DAMPING = 0.01
 # Codebooks are tried this many times as wide as Lloyd's.
 WIDTHS = (1.0, 1.2, 1.4, 1.6, 1.8)
 
 
-class JLCM:
+class JLCM(BlockQuantizer):
     """JLCM; see the module docstring."""
+
+    name = "jlcm"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -76,25 +69,20 @@ class JLCM:
             5e-4, "learning rate of codes: levels per step of the mean gradient", minimum=0
         )
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {"hessian": "packed"}
+    config: Config
+    statistics: ClassVar[Statistics] = {"hessian": "packed"}
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: JLCM.Config) -> FieldSpec:
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
         n, m = shape
         return {
-            "codes": (torch.uint8, (n, packed_bytes(m, config.bits))),
-            "codebook": (torch.float16, (min(config.groups, n), 2**config.bits)),
+            "codes": (torch.uint8, (n, packed_bytes(m, self.config.bits))),
+            "codebook": (torch.float16, (min(self.config.groups, n), 2**self.config.bits)),
             "scale": (torch.float16, (n,)),
             "group": (torch.uint8, (n,)),
         }
 
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: JLCM.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         """Pack one matrix, as it is before the fit."""
         weight_nm = weight_nm.float()
@@ -103,17 +91,18 @@ class JLCM:
         check_scale(float(scale_n.max()))
         scale_n = torch.where(scale_n == 0, 1.0, scale_n.clamp(SCALE_MIN)).half().float()
         ratio_nm = weight_nm / scale_n[:, None]
-        group_n = cluster_rows(_describe_rows(ratio_nm, scale_n), config.groups, generator)
+        group_n = cluster_rows(_describe_rows(ratio_nm, scale_n), self.config.groups, generator)
         diagonal_m = torch.ones(m, device=weight_nm.device)
         if stats is not None and stats.hessian is not None:
             diagonal_m = stats.hessian.diagonal()
         # Weight of a squared error of the ratio in the output.
         cost_nm = scale_n[:, None].square() * diagonal_m
-        codebook_GK = torch.zeros(min(config.groups, n), 2**config.bits, device=weight_nm.device)
+        levels = 2**self.config.bits
+        codebook_GK = torch.zeros(min(self.config.groups, n), levels, device=weight_nm.device)
         for group in sorted(set(group_n.tolist())):
             rows_n = group_n == group
             codebook_GK[group] = fit_levels(
-                ratio_nm[rows_n].flatten()[None], cost_nm[rows_n].flatten()[None], 2**config.bits
+                ratio_nm[rows_n].flatten()[None], cost_nm[rows_n].flatten()[None], levels
             )[0]
         if stats is None or stats.hessian is None:
             codebook_GK = codebook_GK.half()
@@ -126,73 +115,56 @@ class JLCM:
             ]
             _, codebook_GK, codes_nm = min(tried, key=lambda each: each[0])
         return {
-            "codes": pack_bits(codes_nm, config.bits),
+            "codes": pack_bits(codes_nm, self.config.bits),
             "codebook": codebook_GK,
             "scale": scale_n.half(),
             "group": group_n.to(torch.uint8),
         }
 
-    @classmethod
-    def fit_bytes(cls, config: JLCM.Config) -> int:
+    def fit_bytes(self) -> int:
         """Return the bytes per weight of `choice`, its gradient and its momentum."""
-        return 12 if config.form == "latent" else 12 * 2**config.bits
+        return 12 if self.config.form == "latent" else 12 * 2**self.config.bits
 
-    @classmethod
-    def fit(
-        cls,
-        block: Block,
-        streams: Streams | None,
-        stats: dict[str, LinearStats],
-        config: JLCM.Config,
-        generator: torch.Generator,
-        tick: Tick,
-    ) -> Fitted:
-        if not block.weights:
-            return Fitted({})
-        assert streams is not None and block.module is not None
-        device = next(block.module.parameters()).device
-        linears: dict[str, JLCMLinear] = init_linears(cls, block, stats, config, generator)
-        before = {name: linear.codes() for name, linear in linears.items()}
+    def make_part(
+        self, linear: Any, weight_nm: Tensor, diagonal_m: Tensor | None, dtype: torch.dtype
+    ) -> TrainedMatrix:
+        form = LatentCodes if self.config.form == "latent" else PreferenceCodes
+        return form(linear, weight_nm.to(linear.q.codes.device).float(), dtype)
 
-        def make_part(name: str, dtype: torch.dtype) -> nn.Module:
-            form = LatentCodes if config.form == "latent" else PreferenceCodes
-            return form(linears[name], block.weights[name].to(device).float(), dtype)
+    def make_optimizers(self, parts: Sequence[Any]) -> Sequence[torch.optim.Optimizer]:
+        rate = self.config.lr_codes
+        return [
+            torch.optim.AdamW(
+                [p for part in parts for p in (part.codebook_GK, part.gain_n)],
+                lr=self.config.lr,
+                weight_decay=0.0,
+            ),
+            # Not AdamW: rates per weight would undo the weighting of the gradients.
+            torch.optim.SGD(
+                [{"params": [part.choice], "lr": rate * part.unit} for part in parts],
+                momentum=0.9,
+                dampening=0.9,
+            ),
+        ]
 
-        def make_optimizers(parts: Sequence[nn.Module]) -> Sequence[torch.optim.Optimizer]:
-            each: list[Any] = list(parts)
-            return [
-                torch.optim.AdamW(
-                    [p for part in each for p in (part.codebook_GK, part.gain_n)],
-                    lr=config.lr,
-                    weight_decay=0.0,
-                ),
-                # Not AdamW: rates per weight would undo the weighting of the gradients.
-                torch.optim.SGD(
-                    [{"params": [part.choice], "lr": config.lr_codes * part.unit} for part in each],
-                    momentum=0.9,
-                    dampening=0.9,
-                ),
-            ]
-
-        fitted = fit_block(
-            block,
-            streams,
-            linears,
-            make_part,
-            make_optimizers,
-            epochs=config.epochs,
-            generator=generator,
-            tick=tick,
+    def extend_report(
+        self, report: FitReport, before: Mapping[str, PackedFields], linears: Mapping[str, Any]
+    ) -> FitReport:
+        moved = []
+        for name, linear in linears.items():
+            columns = linear.in_features
+            old_nm = unpack_bits(before[name]["codes"], self.config.bits, columns, torch.int16)
+            moved.append((linear.codes() - old_nm).abs().flatten())
+        flips = torch.bincount(torch.cat(moved).long(), minlength=3)
+        total = int(flips.sum())
+        return replace(
+            report,
+            codes_moved=int(flips[1:].sum()) / total,
+            codes_moved_further=int(flips[2:].sum()) / total,
         )
-        moved = torch.cat([(linears[x].codes() - before[x]).abs().flatten() for x in linears])
-        flips = torch.bincount(moved.long(), minlength=3)
-        fitted.report["codes_moved"] = int(flips[1:].sum()) / moved.numel()
-        fitted.report["codes_moved_further"] = int(flips[2:].sum()) / moved.numel()
-        return fitted
 
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: JLCM.Config) -> JLCMLinear:
-        return JLCMLinear(spec, shape, config)
+    def build(self, shape: tuple[int, int]) -> JLCMLinear:
+        return JLCMLinear(self.layout(shape), shape, self.config)
 
 
 def _round_compensated(
@@ -229,7 +201,7 @@ def _describe_rows(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
     return (features_nF - features_nF.mean(0)) / features_nF.std(0, correction=0).clamp(min=1e-6)
 
 
-class TrainedMatrix(nn.Module):
+class TrainedMatrix(Part):
     """One matrix in training: codebook, gains of the scales, and `choice`, which selects codes.
 
     The two forms of `choice` are subclasses.
@@ -266,9 +238,9 @@ class TrainedMatrix(nn.Module):
         """Return each row's levels [n, K], ascending."""
         return self.codebook_GK.sort(-1).values[self.group_n]
 
+    @abstractmethod
     def select(self, level_nK: Tensor) -> tuple[Tensor, Tensor]:
         """Select codes [n, m]; also return their levels [n, m], differentiable."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return (recompute_product(self._product, x) * (self.scale_n * self.gain_n)).to(x.dtype)

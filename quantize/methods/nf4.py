@@ -10,10 +10,9 @@ Source: Dettmers et al., QLoRA, 2023 (arXiv:2305.14314), section 3. Shapes: n ou
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from spectool import options
 from spectool.errors import require
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
-from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
+from spectool.quantize.base import PackedFields, Quantizer
+from spectool.quantize.statistics import LinearStats
 
 # Block size of the nested scales, the only one that bitsandbytes' products support.
 NESTED_BLOCK = 256
@@ -38,22 +38,23 @@ def bitsandbytes() -> ModuleType:
     return require("bitsandbytes", extra="bnb", reason="this format")
 
 
-class NF4:
+class NF4(Quantizer):
     """NF4; see the module docstring."""
+
+    name = "nf4"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         block_size: Literal[64, 128, 256, 512, 1024] = option(64, "weights that share a scale")
         double_quant: bool = option(True, "store the scales as 8-bit codes too")
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {}
+    config: Config
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: NF4.Config) -> FieldSpec:
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
         size = shape[0] * shape[1]
-        blocks = -(-size // config.block_size)
+        blocks = -(-size // self.config.block_size)
         codes = {"codes": (torch.uint8, (-(-size // 2),))}
-        if not config.double_quant:
+        if not self.config.double_quant:
             return {**codes, "scale": (torch.float32, (blocks,))}
         return {
             **codes,
@@ -62,29 +63,23 @@ class NF4:
             "scale_offset": (torch.float32, (1,)),
         }
 
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: NF4.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         codes, state = bitsandbytes().functional.quantize_4bit(
             weight_nm.float().contiguous(),
-            blocksize=config.block_size,
-            compress_statistics=config.double_quant,
+            blocksize=self.config.block_size,
+            compress_statistics=self.config.double_quant,
             quant_type="nf4",
         )
         fields = {"codes": codes.view(-1), "scale": state.absmax}
-        if config.double_quant:
+        if self.config.double_quant:
             fields["scale_scale"] = state.state2.absmax
             fields["scale_offset"] = state.offset.reshape(1)
         return fields
 
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: NF4.Config) -> NF4Linear:
-        return NF4Linear(spec, shape, config)
+    def build(self, shape: tuple[int, int]) -> NF4Linear:
+        return NF4Linear(self.layout(shape), shape, self.config)
 
 
 class NF4Linear(PackedLinear):

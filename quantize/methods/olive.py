@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -39,8 +39,9 @@ from spectool.errors import CheckpointError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
-from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
+from spectool.quantize.base import PackedFields, Quantizer, Statistics
 from spectool.quantize.methods.rtn import SCALE_MIN, check_scale
+from spectool.quantize.statistics import LinearStats
 
 # Rows are searched in pieces of about this many weights, to stay in cache.
 PIECE = 1 << 18
@@ -103,90 +104,79 @@ INT8 = Type(8, _integers(8), _signed(_abfloat(4, 3, 4, 1 << 15)))
 TYPES = {4: (INT4, FLINT4), 8: (INT8,)}
 
 
-class OliVe:
+class OliVe(Quantizer):
     """OliVe on weights; see the module docstring."""
+
+    name = "olive"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         bits: Literal[4, 8] = option(4, "bits of a code")
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {}
+    config: Config
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: OliVe.Config) -> FieldSpec:
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
         n, m = shape
         return {
-            "codes": (torch.uint8, (n, packed_bytes(m + m % 2, config.bits))),
+            "codes": (torch.uint8, (n, packed_bytes(m + m % 2, self.config.bits))),
             "scale": (torch.float16, (n,)),
             "kind": (torch.uint8, (1,)),
         }
 
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: OliVe.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         weight_nm = F.pad(weight_nm.float(), (0, weight_nm.shape[1] % 2)).contiguous()
         largest = float(_three_sigma(weight_nm).max())
-        check_scale(FACTORS[-1] * largest / min(kind.largest for kind in TYPES[config.bits]))
+        check_scale(FACTORS[-1] * largest / min(kind.largest for kind in TYPES[self.config.bits]))
         best: tuple[float, int, Tensor] | None = None
-        for index, kind in enumerate(TYPES[config.bits]):
+        for index, kind in enumerate(TYPES[self.config.bits]):
             scale_n, error_n = search(weight_nm, kind)
             error = float(error_n.double().sum())
             if best is None or error < best[0]:
                 best = error, index, scale_n
         assert best is not None
         _, index, scale_n = best
-        kind = TYPES[config.bits][index]
+        kind = TYPES[self.config.bits][index]
         codes_nm = torch.cat(
             [encode(weight_nm[rows], scale_n[rows], kind) for rows in _row_slices(weight_nm)]
         )
         return {
-            "codes": pack_bits(codes_nm, config.bits),
+            "codes": pack_bits(codes_nm, self.config.bits),
             "scale": scale_n.half(),
             "kind": torch.tensor([index], dtype=torch.uint8, device=weight_nm.device),
         }
 
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> OliVeLinear:
-        return OliVeLinear(spec, shape, config)
+    def build(self, shape: tuple[int, int]) -> OliVeLinear:
+        return OliVeLinear(self.layout(shape), shape, self.config)
 
 
 class OliVeActivations(OliVe):
     """OliVe on weights and inputs; see the module docstring."""
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {"sample": "packed"}
-    is_matrix: ClassVar[bool] = False
+    name = "olive-activations"
+    statistics: ClassVar[Statistics] = {"sample": "packed"}
+    rounds_inputs = True
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: OliVe.Config) -> FieldSpec:
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
         extra = {"input_scale": (torch.float32, (1,)), "input_kind": (torch.uint8, (1,))}
-        return {**super().layout(shape, config), **extra}
+        return {**super().layout(shape), **extra}
 
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: OliVe.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         """Pack one matrix; without calibration inputs the input scale is 0, and nothing rounds."""
-        fields = super().pack(weight_nm, stats, config, generator)
+        fields = super().pack(weight_nm, stats, generator)
         scale, index = 0.0, 0
         if stats is not None and stats.sample is not None:
             sample_Tm = F.pad(stats.sample, (0, stats.sample.shape[1] % 2))
-            scale, index = search_inputs(sample_Tm, TYPES[config.bits])
+            scale, index = search_inputs(sample_Tm, TYPES[self.config.bits])
         fields["input_scale"] = torch.tensor([scale], device=weight_nm.device)
         fields["input_kind"] = torch.tensor([index], dtype=torch.uint8, device=weight_nm.device)
         return fields
 
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> OliVeLinear:
-        return OliVeActivationsLinear(spec, shape, config)
+    def build(self, shape: tuple[int, int]) -> OliVeLinear:
+        return OliVeActivationsLinear(self.layout(shape), shape, self.config)
 
 
 def search_inputs(sample_Tm: Tensor, kinds: tuple[Type, ...]) -> tuple[float, int]:

@@ -21,9 +21,9 @@ Shapes: n outputs, m inputs, k salient of them, r others.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,25 +34,15 @@ from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
-from spectool.quantize.calibration import (
-    Block,
-    Fitted,
-    LinearStats,
-    PackedFields,
-    Statistic,
-    Stream,
-    Streams,
-    Tick,
-)
-from spectool.quantize.fitting import fit_block, init_linears
-from spectool.quantize.methods.gptq import HessianFactor, compensate, factor_hessian
+from spectool.quantize.base import FitReport, PackedFields, Statistics
+from spectool.quantize.fitting import BlockQuantizer, Part
+from spectool.quantize.methods.gptq import DAMPING, HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import RTN, SCALE_MAX, check_scale
+from spectool.quantize.statistics import LinearStats
 
 # Grid of the salient columns.
-SALIENT = RTN.Config(bits=4, group_size=0)
+SALIENT = RTN(RTN.Config(bits=4, group_size=0))
 
-# The default of `gptq`.
-DAMPING = 0.01
 # alpha is tried this many times as large as without compensation.
 WIDTHS = (1.0, 1.2, 1.4, 1.6, 1.8)
 
@@ -60,8 +50,10 @@ WIDTHS = (1.0, 1.2, 1.4, 1.6, 1.8)
 FITTED_FIELDS = ("row_a", "row_b", "col_r")
 
 
-class PTQ161:
+class PTQ161(BlockQuantizer):
     """PTQ1.61; see the module docstring."""
+
+    name = "ptq161"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -73,16 +65,16 @@ class PTQ161:
         compensate: bool = option(True, "compensate rounding errors by later columns, as gptq does")
         lr: float = option(3e-2, "learning rate at the start, relative to the scales", minimum=0)
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {
+    config: Config
+    statistics: ClassVar[Statistics] = {
         "absmax": "original",
         "mean_abs": "original",
         "hessian": "packed",
     }
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: PTQ161.Config) -> FieldSpec:
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
         n, m = shape
-        k = num_salient(m, config.ratio)
+        k = num_salient(m, self.config.ratio)
         return {
             "mask": (torch.uint8, (packed_bytes(m, 1),)),
             "hi": (torch.uint8, (n, packed_bytes(k, 4))),
@@ -94,18 +86,13 @@ class PTQ161:
             "col_r": (torch.float16, (m - k,)),
         }
 
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: PTQ161.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         """Pack one matrix, as it is before the fit: r1 = r2 = 1."""
         weight_nm = weight_nm.float()
-        num = num_salient(weight_nm.shape[1], config.ratio)
-        salient_m = mask_salient(_column_saliency(weight_nm, stats, config), num)
+        num = num_salient(weight_nm.shape[1], self.config.ratio)
+        salient_m = mask_salient(_column_saliency(weight_nm, stats, self.config), num)
         high = _pack_salient(weight_nm[:, salient_m], generator)
         rest_nr = weight_nm[:, ~salient_m]
         # Without other columns the mean is 0, not NaN.
@@ -116,7 +103,7 @@ class PTQ161:
         alpha_n = rest_nr.abs().sum(1) / max(1, rest_nr.shape[1])
         check_scale(float((alpha_n + mu_n.abs()).max()))
         signs_nr = rest_nr >= 0
-        if config.compensate and stats is not None and stats.hessian is not None:
+        if self.config.compensate and stats is not None and stats.hessian is not None:
             diagonal_m = stats.hessian.diagonal()
             # Salient columns first, each kind in decreasing order of H_jj.
             rank_m = diagonal_m + salient_m * diagonal_m.max()
@@ -138,46 +125,27 @@ class PTQ161:
             "col_r": torch.ones(rest_nr.shape[1], dtype=torch.float16, device=weight_nm.device),
         }
 
-    @classmethod
-    def fit_bytes(cls, config: PTQ161.Config) -> int:
+    def fit_bytes(self) -> int:
         """Return the bytes per weight of signs and salient columns in the compute dtype."""
         return 4
 
-    @classmethod
-    def fit(
-        cls,
-        block: Block,
-        streams: Streams | None,
-        stats: dict[str, LinearStats],
-        config: PTQ161.Config,
-        generator: torch.Generator,
-        tick: Tick,
-    ) -> Fitted:
-        if not block.weights:
-            return Fitted({})
-        assert streams is not None and block.module is not None
-        linears: dict[str, PTQ161Linear] = init_linears(cls, block, stats, config, generator)
-        fitted = fit_block(
-            block,
-            streams,
-            linears,
-            lambda name, dtype: Part(linears[name], dtype),
-            lambda parts: [
-                torch.optim.AdamW(
-                    [p for part in parts for p in part.parameters()], lr=config.lr, weight_decay=0.0
-                )
-            ],
-            epochs=config.epochs,
-            generator=generator,
-            tick=tick,
-        )
-        flipped = sum(int((fields["row_a"] < 0).sum()) for fields in fitted.fields.values())
-        fitted.report["rows_flipped"] = flipped
-        return fitted
+    def make_part(
+        self, linear: Any, weight_nm: Tensor, diagonal_m: Tensor | None, dtype: torch.dtype
+    ) -> TrainedScales:
+        return TrainedScales(linear, dtype)
 
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: PTQ161.Config) -> PTQ161Linear:
-        return PTQ161Linear(spec, shape)
+    def make_optimizers(self, parts: Sequence[nn.Module]) -> Sequence[torch.optim.Optimizer]:
+        trained = [p for part in parts for p in part.parameters()]
+        return [torch.optim.AdamW(trained, lr=self.config.lr, weight_decay=0.0)]
+
+    def extend_report(
+        self, report: FitReport, before: Mapping[str, PackedFields], linears: Mapping[str, Any]
+    ) -> FitReport:
+        flipped = sum(int((linear.q.row_a < 0).sum()) for linear in linears.values())
+        return replace(report, rows_flipped=flipped)
+
+    def build(self, shape: tuple[int, int]) -> PTQ161Linear:
+        return PTQ161Linear(self.layout(shape), shape)
 
 
 def num_salient(m: int, ratio: float) -> int:
@@ -225,7 +193,7 @@ def _pack_salient(weight_nk: Tensor, generator: torch.Generator) -> PackedFields
             "hi_scale": torch.ones(n, dtype=torch.float16, device=weight_nk.device),
             "hi_zero": torch.zeros(n, dtype=torch.uint8, device=weight_nk.device),
         }
-    fields = RTN.pack(weight_nk, None, SALIENT, generator)
+    fields = SALIENT.pack(weight_nk, None, generator)
     return {
         "hi": fields["codes"],
         "hi_scale": fields["scale"][:, 0],
@@ -278,7 +246,7 @@ def _round_compensated(
     return error, hi, lo, alpha_n + gain_n
 
 
-class Part(nn.Module):
+class TrainedScales(Part):
     """One matrix in training: alpha, r1 and r2, with constant signs and salient columns.
 
     alpha is trained as a multiple `gain_n` of its start, so that one learning rate suits all three

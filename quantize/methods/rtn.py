@@ -9,9 +9,7 @@ Shapes: n outputs, m inputs, g groups, c columns of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,8 @@ from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
-from spectool.quantize.calibration import LinearStats, PackedFields, Statistic, Stream
+from spectool.quantize.base import PackedFields, Quantizer
+from spectool.quantize.statistics import LinearStats
 
 # Rows are packed in pieces of about this many weights, to keep float32 temporaries in cache.
 PIECE = 1 << 19
@@ -32,8 +31,10 @@ PIECE = 1 << 19
 SCALE_MIN, SCALE_MAX = 2.0**-24, 65504.0
 
 
-class RTN:
+class RTN(Quantizer):
     """Round to nearest; see the module docstring."""
+
+    name = "rtn"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -41,30 +42,24 @@ class RTN:
         group_size: int = option(128, "weights that share a scale; 0: a whole row", minimum=0)
         symmetric: bool = option(False, "grid around zero, without a stored zero point")
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {}
+    config: Config
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: RTN.Config) -> FieldSpec:
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
         n, m = shape
-        groups = -(-m // (config.group_size or m))
+        groups = -(-m // (self.config.group_size or m))
         spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "codes": (torch.uint8, (n, packed_bytes(m, config.bits))),
+            "codes": (torch.uint8, (n, packed_bytes(m, self.config.bits))),
             "scale": (torch.float16, (n, groups)),
         }
-        if not config.symmetric:
+        if not self.config.symmetric:
             spec["zero"] = (torch.uint8, (n, groups))
         return spec
 
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: RTN.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         n, m = weight_nm.shape
-        layout = cls.layout((n, m), config)
+        layout = self.layout((n, m))
         fields = {
             name: torch.empty(shape, dtype=dtype, device=weight_nm.device)
             for name, (dtype, shape) in layout.items()
@@ -72,16 +67,15 @@ class RTN:
         rows = max(1, PIECE // m)
         largest_scales = []
         for start in range(0, n, rows):
-            part, largest = _pack_rows(weight_nm[start : start + rows].float(), config)
+            part, largest = _pack_rows(weight_nm[start : start + rows].float(), self.config)
             largest_scales.append(largest)
             for name, value in part.items():
                 fields[name][start : start + rows] = value
         check_scale(float(torch.stack(largest_scales).max()))
         return fields
 
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: RTN.Config) -> RTNLinear:
-        return RTNLinear(spec, shape, config)
+    def build(self, shape: tuple[int, int]) -> RTNLinear:
+        return RTNLinear(self.layout(shape), shape, self.config)
 
 
 def check_scale(largest: float) -> None:

@@ -18,7 +18,7 @@ B bits of a row.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,16 +31,7 @@ from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
-from spectool.quantize.calibration import (
-    Block,
-    Fitted,
-    LinearStats,
-    PackedFields,
-    Statistic,
-    Stream,
-    Streams,
-    Tick,
-)
+from spectool.quantize.base import PackedFields, Statistics
 from spectool.quantize.codebook import (
     SelectLevels,
     clamp_to_cells,
@@ -48,12 +39,11 @@ from spectool.quantize.codebook import (
     nearest_codes,
     recompute_product,
 )
-from spectool.quantize.fitting import fit_block, init_linears
-from spectool.quantize.methods.gptq import HessianFactor, compensate, factor_hessian
+from spectool.quantize.fitting import BlockQuantizer, Part
+from spectool.quantize.methods.gptq import DAMPING, HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import SCALE_MAX, SCALE_MIN
+from spectool.quantize.statistics import LinearStats
 
-# The default of `gptq`.
-DAMPING = 0.01
 # Most bits of an input.
 MAX_BITS = 4
 # Share of a Gaussian's variance that the best levels of 0, 1, ... bits leave (Max 1960).
@@ -64,8 +54,10 @@ LEVEL_STORAGE = 1.5
 WIDTHS = (1.0, 1.2, 1.4)
 
 
-class Scalar:
+class Scalar(BlockQuantizer):
     """Scalar codebooks; see the module docstring."""
+
+    name = "scalar"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
@@ -78,24 +70,19 @@ class Scalar:
             5e-4, "learning rate of codes: cells per step of the mean gradient", minimum=0
         )
 
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {"hessian": "packed"}
+    config: Config
+    statistics: ClassVar[Statistics] = {"hessian": "packed"}
 
-    @classmethod
-    def layout(cls, shape: tuple[int, int], config: Scalar.Config) -> FieldSpec:
+    def layout(self, shape: tuple[int, int]) -> FieldSpec:
         n, m = shape
         return {
-            "codes": (torch.uint8, (n, packed_bytes(int(config.bits * m), 1))),
-            "levels": (torch.float16, (max_levels(m, config.bits),)),
+            "codes": (torch.uint8, (n, packed_bytes(int(self.config.bits * m), 1))),
+            "levels": (torch.float16, (max_levels(m, self.config.bits),)),
             "bits": (torch.uint8, (m,)),
         }
 
-    @classmethod
     def pack(
-        cls,
-        weight_nm: Tensor,
-        stats: LinearStats | None,
-        config: Scalar.Config,
-        generator: torch.Generator,
+        self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
         """Pack one matrix, as it is before the fit; without a Hessian by the identity."""
         weight_nm = weight_nm.float()
@@ -113,65 +100,34 @@ class Scalar:
         factor = factor_hessian(hessian_mm, DAMPING)
         cost_m = torch.empty(m, device=weight_nm.device)
         cost_m[factor.order_m] = factor.cost_m
-        bits_m = allocate(cost_m * weight_nm.var(0, correction=0), config.bits)
+        bits_m = allocate(cost_m * weight_nm.var(0, correction=0), self.config.bits)
         level_mK, codes_nm = _round_compensated(weight_nm, bits_m, factor)
-        return _make_fields(level_mK, codes_nm, bits_m, config.bits)
+        return _make_fields(level_mK, codes_nm, bits_m, self.config.bits)
 
-    @classmethod
-    def fit_bytes(cls, config: Scalar.Config) -> int:
+    def fit_bytes(self) -> int:
         """Return the bytes per weight of `choice_nm`, its gradient and its momentum."""
         return 12
 
-    @classmethod
-    def fit(
-        cls,
-        block: Block,
-        streams: Streams | None,
-        stats: dict[str, LinearStats],
-        config: Scalar.Config,
-        generator: torch.Generator,
-        tick: Tick,
-    ) -> Fitted:
-        if not block.weights:
-            return Fitted({})
-        assert streams is not None and block.module is not None
-        device = next(block.module.parameters()).device
-        # Copied, as packing consumes the statistics.
-        diagonals = {
-            name: linear_stats.hessian.diagonal().clone()
-            for name, linear_stats in stats.items()
-            if linear_stats.hessian is not None
-        }
-        linears: dict[str, ScalarLinear] = init_linears(cls, block, stats, config, generator)
+    def make_part(
+        self, linear: Any, weight_nm: Tensor, diagonal_m: Tensor | None, dtype: torch.dtype
+    ) -> TrainedMatrix:
+        weight_nm = weight_nm.to(linear.q.codes.device).float()
+        return TrainedMatrix(linear, weight_nm, dtype, diagonal_m)
 
-        def make_part(name: str, dtype: torch.dtype) -> nn.Module:
-            weight_nm = block.weights[name].to(device).float()
-            return Part(linears[name], weight_nm, dtype, diagonals.get(name))
+    def make_optimizers(self, parts: Sequence[Any]) -> Sequence[torch.optim.Optimizer]:
+        groups = [
+            {"params": [values], "lr": rate * part.unit}
+            for part in parts
+            for values, rate in (
+                (part.level_mK, self.config.lr),
+                (part.choice_nm, self.config.lr_codes),
+            )
+        ]
+        # Not AdamW: few weights share a level, so the size of its gradient matters.
+        return [torch.optim.SGD(groups, momentum=0.9, dampening=0.9)]
 
-        def make_optimizers(parts: Sequence[nn.Module]) -> Sequence[torch.optim.Optimizer]:
-            each: list[Any] = list(parts)
-            groups = [
-                {"params": [values], "lr": rate * part.unit}
-                for part in each
-                for values, rate in ((part.level_mK, config.lr), (part.choice_nm, config.lr_codes))
-            ]
-            # Not AdamW: few weights share a level, so the size of its gradient matters.
-            return [torch.optim.SGD(groups, momentum=0.9, dampening=0.9)]
-
-        return fit_block(
-            block,
-            streams,
-            linears,
-            make_part,
-            make_optimizers,
-            epochs=config.epochs,
-            generator=generator,
-            tick=tick,
-        )
-
-    @classmethod
-    def build(cls, spec: FieldSpec, shape: tuple[int, int], config: Scalar.Config) -> ScalarLinear:
-        return ScalarLinear(spec, shape, config)
+    def build(self, shape: tuple[int, int]) -> ScalarLinear:
+        return ScalarLinear(self.layout(shape), shape, self.config)
 
 
 def max_levels(m: int, bits: float) -> int:
@@ -256,7 +212,7 @@ def _make_fields(level_mK: Tensor, codes_nm: Tensor, bits_m: Tensor, bits: float
     return {"codes": pack_bits(flat_nB, 1), "levels": level_L, "bits": bits_m}
 
 
-class Part(nn.Module):
+class TrainedMatrix(Part):
     """One matrix in training: levels, and a number per weight that is rounded to the nearest one.
 
     Both are in units of the column's standard deviation. `diagonal_m` is the Hessian's diagonal.

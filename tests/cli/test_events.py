@@ -20,7 +20,7 @@ from spectool.distill.train_heads import train_heads
 from spectool.evaluate.context import Context, Request
 from spectool.evaluate.suite import evaluate
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 from spectool.report import Loaded, ShortCalibration, TrainingStarts, TrainingStep
 
 from ..heard import Heard
@@ -45,7 +45,9 @@ def test_a_reporter_hears_a_quantization(
     checkpoint: Callable[..., Path], tmp_path: Path, text: Path
 ) -> None:
     heard = Heard()
-    job = Job(method="rtn", config=RTN.Config(), calibration=[str(text)], samples=999, seq_len=32)
+    job = QuantizeJob(
+        method="rtn", config=RTN.Config(), calibration=[str(text)], samples=999, seq_len=32
+    )
     quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job, reporter=heard)
     (plan,) = heard.plans
     assert set(plan.matrices) == {"model.layers.0", "model.layers.1"}

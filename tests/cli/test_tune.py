@@ -1,7 +1,9 @@
-"""`tune`: the options are stored with the heads, and used as defaults."""
+"""`tune`: the options are kept for this machine, and used as defaults."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 
 from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
-from spectool.decode.policy.curve import machine_key
+from spectool.decode.policy.fastest import FILE, read_fastest
+from spectool.files import cache_folder
 
 Spectool = Callable[..., Any]
 
@@ -31,7 +34,7 @@ def test_what_is_found_is_what_drafts(
     assert spectool("train-heads", method, source, heads, "--data", text, *quick).code == 0
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("from pathlib\nimport os\n")
-    before = read_record(heads)
+    before = {path.name: path.read_bytes() for path in heads.iterdir()}
     done = spectool(
         "tune", heads, source, "--prompts", prompts, "--max-new-tokens", 6, "--json", "--dtype",
         "float32",
@@ -39,17 +42,27 @@ def test_what_is_found_is_what_drafts(
     assert done.code == 0, done.err
     assert "nodes 2: " in done.err and "depth 1: " in done.err
     assert len(done.json) - 4 == options and done.json["speedup"] > 0
-    assert sorted(path.name for path in heads.iterdir()) == sorted(before.files)
+    assert {path.name: path.read_bytes() for path in heads.iterdir()} == before
 
-    record = read_record(heads)
     runner = Runner(source, draft=str(heads), dtype=torch.float32)
-    found = record.tuned[machine_key(runner.target)]
     config: Any = runner.drafter.config  # type: ignore[attr-defined]
-    assert {"nodes": config.nodes, "depth": config.depth}.items() <= found.items()
+    assert {"nodes": config.nodes, "depth": config.depth}.items() <= done.json.items()
+    found = read_fastest(read_record(heads).fingerprint, runner.target)
+    assert found is not None and found.speedup == done.json["speedup"]
+    shutil.copytree(heads, tmp_path / "copy")
+    assert (
+        Runner(source, draft=str(tmp_path / "copy"), dtype=torch.float32).drafter.config == config
+    )  # type: ignore[attr-defined]
     runner.use(f"{heads}:nodes=3")
     assert runner.drafter.config.nodes == 3  # type: ignore[attr-defined]
     other = Runner(source, draft=str(heads), dtype=torch.bfloat16)
     assert other.drafter.config.nodes == 32  # type: ignore[attr-defined]
+    # Heads of before held the times of a machine; a damaged file is none.
+    old = json.loads(before["spectool_heads.json"]) | {"tuned": {"here": {"nodes": 2}}}
+    (heads / "spectool_heads.json").write_text(json.dumps(old))
+    (cache_folder() / FILE).write_text("{")
+    again = Runner(source, draft=str(heads), dtype=torch.float32)
+    assert again.drafter.config.nodes == 32  # type: ignore[attr-defined]
 
 
 def test_what_are_no_heads(

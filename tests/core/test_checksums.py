@@ -25,9 +25,9 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
 from spectool.methods import resolve
 from spectool.model.architecture import Architecture
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 
-JOB = Job(method="rtn", config=resolve("rtn", "quantizer").Config(bits=4))
+JOB = QuantizeJob(method="rtn", config=resolve("rtn", "quantizer").Config(bits=4))
 SHARDS = [f"packed-0000{index}-of-00003.safetensors" for index in range(3)]
 
 

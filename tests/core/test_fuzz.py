@@ -251,7 +251,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory, checkpoint: Any) -> list[P
     found.append(long)
     packed = tmp_path_factory.mktemp("packed") / "artifact"
     run.quantize(
-        open_checkpoint(found[0]), packed, run.Job(method="rtn", config=RTN.Config(group_size=16))
+        open_checkpoint(found[0]),
+        packed,
+        run.QuantizeJob(method="rtn", config=RTN.Config(group_size=16)),
     )
     return [*found, packed]
 

@@ -20,7 +20,7 @@ from spectool.checkpoint.headers import read_header
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import Job, prepare
+from spectool.quantize.run import QuantizeJob, prepare
 
 Checkpoints = Callable[..., Path]
 
@@ -94,7 +94,7 @@ def test_dry_run_reads_headers_only(fake_hub: list[Any], checkpoint: Checkpoints
     assert {n: (e.dtype, e.shape, e.num_bytes) for n, e in there.tensors.items()} == {
         n: (e.dtype, e.shape, e.num_bytes) for n, e in here.tensors.items()
     }
-    job = Job(method="rtn", config=RTN.Config(bits=3))
+    job = QuantizeJob(method="rtn", config=RTN.Config(bits=3))
     plans = [prepare(each, job, device="cpu") for each in (remote, local)]
     assert plans[0] == plans[1] and plans[0].num_weights > 0
 

@@ -19,7 +19,7 @@ from spectool.errors import CheckpointError, InputError, UsageError
 from spectool.model.loading import default_dtype, describe_runtime, load_tokenizer
 from spectool.model.packed import PackedExperts, packed_modules
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 
 Checkpoints = Callable[..., Path]
 
@@ -27,7 +27,9 @@ Checkpoints = Callable[..., Path]
 @pytest.fixture
 def artifact(checkpoint: Checkpoints, tmp_path: Path) -> Path:
     out = tmp_path / "artifact"
-    quantize(open_checkpoint(checkpoint("llama")), out, Job(method="rtn", config=RTN.Config()))
+    quantize(
+        open_checkpoint(checkpoint("llama")), out, QuantizeJob(method="rtn", config=RTN.Config())
+    )
     return out
 
 
@@ -60,7 +62,7 @@ def test_runtimes(artifact: Path, checkpoint: Checkpoints) -> None:
 def test_dense_experts_take_the_place_of_packed_ones(
     checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    job = Job(method="rtn", config=RTN.Config(), allow_dense=True)
+    job = QuantizeJob(method="rtn", config=RTN.Config(), allow_dense=True)
     quantize(open_checkpoint(checkpoint("mixtral")), tmp_path / "out", job)
     packed, dense = (spectool.load(tmp_path / "out", runtime=r) for r in ("packed", "dense"))
     assert any(isinstance(part, PackedExperts) for part in packed.modules())

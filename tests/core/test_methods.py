@@ -14,7 +14,7 @@ from spectool.errors import UsageError
 from spectool.methods import DOORS, METHODS, door, names, resolve, row
 from spectool.model.packed import PackedLinear
 from spectool.options import options_of
-from spectool.quantize.calibration import Quantizer
+from spectool.quantize.base import Quantizer, parse_quantizer
 
 TESTS = Path(__file__).parent.parent
 
@@ -44,13 +44,13 @@ def test_options_have_help_and_are_frozen(name: str) -> None:
 
 @pytest.mark.parametrize("name", names("quantizer"))
 def test_quantizer_keeps_its_contract(name: str) -> None:
-    method: type[Quantizer] = resolve(name, "quantizer")
-    assert hasattr(method, "pack") or hasattr(method, "fit")
-    config = method.Config()
+    quantizer: Quantizer = resolve(name, "quantizer")()
+    assert quantizer.name == name
+    assert quantizer == parse_quantizer(name) and str(quantizer) == name
     for shape in ((42, 123), (1, 1), (64, 256)):
-        spec = method.layout(shape, config)
+        spec = quantizer.layout(shape)
         with torch.device("meta"):
-            module = method.build(spec, shape, config)
+            module = quantizer.build(shape)
         assert isinstance(module, PackedLinear)
         found = {key: (t.dtype, tuple(t.shape)) for key, t in module.q.named_buffers()}
         assert found == spec

@@ -21,7 +21,7 @@ from spectool.errors import CheckpointError
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows
 from spectool.model.architecture import Architecture
 from spectool.quantize.methods.int8 import Int8
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 
 Checkpoints = Callable[..., Path]
 Tensors = dict[str, Tensor]
@@ -116,7 +116,7 @@ def test_every_reader_takes_the_same_tensors(
     wanted_BLV = _logits(AutoModelForCausalLM.from_pretrained(path).eval())
     torch.testing.assert_close(_logits(spectool.load(path)), wanted_BLV, rtol=0, atol=0)
     _assert_blockwise(path, wanted_BLV)
-    job = Job(method="int8", config=Int8.Config())
+    job = QuantizeJob(method="int8", config=Int8.Config())
     quantize(open_checkpoint(path), tmp_path / "packed", job)
     found_BLV = _logits(spectool.load(tmp_path / "packed"))
     assert float((found_BLV - wanted_BLV).norm() / wanted_BLV.norm()) < 0.1
@@ -130,9 +130,8 @@ def test_different_matrices_that_are_said_to_be_tied_are_packed_apart(
     shutil.copytree(checkpoint("llama", tie_word_embeddings=True), path)
     _both_stored_and_different(path, load_file(path / DENSE_FILE))
     wanted_BLV = _logits(spectool.load(path))
-    from spectool.quantize.choice import Choice
 
-    job = Job(method="int8", config=Int8.Config(), embeddings=Choice("int8", Int8.Config()))
+    job = QuantizeJob(method="int8", config=Int8.Config(), embeddings=Int8())
     quantize(open_checkpoint(path), tmp_path / "packed", job)
     packed = tmp_path / "packed"
     assert json.loads((packed / "config.json").read_text())["tie_word_embeddings"] is False

@@ -17,10 +17,10 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.model.matrices import computes_product, explain_dense, find_matrices
-from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.plan import make_plan
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.rules import Rule
+from spectool.quantize.run import QuantizeJob, quantize
 
 Checkpoints = Callable[..., Path]
 
@@ -98,7 +98,7 @@ def test_a_weight_that_others_compute_with_stays_dense() -> None:
 
 def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path: Path) -> None:
     source = checkpoint("zamba", num_hidden_layers=6, tie_word_embeddings=True)
-    job = Job(method="int8", config=Int8.Config(), allow_dense=True)
+    job = QuantizeJob(method="int8", config=Int8.Config(), allow_dense=True)
     quantize(open_checkpoint(source), tmp_path / "out", job)
     ids_BL = torch.arange(20)[None]
     models = AutoModelForCausalLM.from_pretrained(source).eval(), spectool.load(tmp_path / "out")
@@ -168,7 +168,9 @@ def phimoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_router_that_is_a_subclass(phimoe: Path, tmp_path: Path) -> None:
-    quantize(open_checkpoint(phimoe), tmp_path / "out", Job(method="int8", config=Int8.Config()))
+    quantize(
+        open_checkpoint(phimoe), tmp_path / "out", QuantizeJob(method="int8", config=Int8.Config())
+    )
     ids_BL = torch.arange(20)[None]
     models = AutoModelForCausalLM.from_pretrained(phimoe).eval(), spectool.load(tmp_path / "out")
     with torch.inference_mode():
@@ -178,7 +180,7 @@ def test_router_that_is_a_subclass(phimoe: Path, tmp_path: Path) -> None:
 
 def test_rules_for_what_stays_dense(phimoe: Path) -> None:
     architecture = Architecture(open_checkpoint(phimoe))
-    choice = Choice("int8", Int8.Config())
+    choice = Int8()
     name = f"{architecture.blocks[0]}.mlp.router"
     skipped = make_plan(architecture, choice, rules=[Rule("*.router", None, "--skip")]).skipped
     assert skipped[name] == "chooses or weighs experts"

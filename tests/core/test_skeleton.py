@@ -21,7 +21,7 @@ from spectool.model.architecture import Architecture, matches, model_class, read
 from spectool.model.matrices import find_matrices
 from spectool.model.packed import packed_modules
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 
 Checkpoints = Callable[..., Path]
 
@@ -92,7 +92,7 @@ def test_experts_are_slices_of_fused_tensors(checkpoint: Checkpoints, family: st
 def test_twelve_experts_keep_their_order(checkpoint: Checkpoints, tmp_path: Path) -> None:
     # As text, 10 and 11 come before 2.
     source = checkpoint("qwen3_moe", num_experts=12)
-    job = Job(method="rtn", config=RTN.Config(bits=8), allow_dense=True)
+    job = QuantizeJob(method="rtn", config=RTN.Config(bits=8), allow_dense=True)
     quantize(open_checkpoint(source), tmp_path / "out", job)
     model, original = spectool.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(source)
     parameters = dict(original.named_parameters())
@@ -115,7 +115,7 @@ def test_transposed_experts(tmp_path: Path) -> None:
     )  # fmt: skip
     original = GptOssForCausalLM(config).eval()
     original.save_pretrained(tmp_path / "source")
-    job = Job(method="rtn", config=RTN.Config(bits=8, group_size=16), allow_dense=True)
+    job = QuantizeJob(method="rtn", config=RTN.Config(bits=8, group_size=16), allow_dense=True)
     quantize(open_checkpoint(tmp_path / "source"), tmp_path / "out", job)
     model = spectool.load(tmp_path / "out")
     ids = torch.arange(20)[None]
@@ -166,7 +166,7 @@ def test_multimodal_wrappers_keep_their_towers(
     for path in checkpoint("llama").glob("tokenizer*"):
         shutil.copy(path, source)
     (tmp_path / "text.txt").write_text("one two three four five six " * 60)
-    job = Job(
+    job = QuantizeJob(
         method="rtn",
         config=RTN.Config(bits=8),
         calibration=[str(tmp_path / "text.txt")] if calibrated else None,
@@ -209,7 +209,7 @@ def test_tied_head_may_be_absent_or_stored(checkpoint: Checkpoints, tmp_path: Pa
     quantize(
         open_checkpoint(tmp_path / "source"),
         tmp_path / "out",
-        Job(method="rtn", config=RTN.Config()),
+        QuantizeJob(method="rtn", config=RTN.Config()),
     )
     model = spectool.load(tmp_path / "out")
     assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])

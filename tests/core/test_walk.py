@@ -17,7 +17,7 @@ from spectool.errors import UnsupportedError
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Activations, BlockProbe, Call, ModelShell, run_block
 from spectool.quantize.methods.gptq import GPTQ
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 
 from ..conftest import tokenizer
 from ..shrunken import build, tiny_config
@@ -206,7 +206,7 @@ def test_what_surrounds_the_blocks_is_built_once(
         original(self, *args, **kwargs)
 
     monkeypatch.setattr(ModelShell, "__init__", counted)
-    job = Job(method="gptq", config=GPTQ.Config(), samples=2, seq_len=8, allow_dense=True)
+    job = QuantizeJob(method="gptq", config=GPTQ.Config(), samples=2, seq_len=8, allow_dense=True)
     quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job)
     assert built == [False]
 
@@ -238,7 +238,7 @@ def test_model_that_cannot_be_walked_is_refused_before_work_begins(
     config = getattr(transformers, f"{prefix}Config")(**common | options)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    job = Job(method="gptq", config=GPTQ.Config(), samples=2, seq_len=8, allow_dense=True)
+    job = QuantizeJob(method="gptq", config=GPTQ.Config(), samples=2, seq_len=8, allow_dense=True)
     with pytest.raises(UnsupportedError, match=reason):
         quantize(open_checkpoint(tmp_path / "model"), tmp_path / "out", job)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

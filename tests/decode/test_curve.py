@@ -177,7 +177,9 @@ def test_a_curve_is_measured_once(
     assert again.origin == "known from before"
     # Only sizes that are chosen among are kept, and nothing but the file is left.
     assert curves.load_or_measure(Target(tiny("gpt2"))).points == {1: 0.03, 2: 0.04}
-    assert [path for path in cache_folder.rglob("*") if path.is_file()] == [curves.curves_path()]
+    assert [path for path in cache_folder.rglob("*") if path.is_file()] == [
+        cache_folder / "spectool" / curves.FILE
+    ]
 
 
 def test_a_load_or_measure_a_busy_machine_is_not_left(
@@ -269,7 +271,7 @@ def test_a_damaged_file_is_no_curve_and_is_replaced(
 ) -> None:
     clock.tick = lambda: 0.4
     target = Target(tiny("llama"))
-    path = curves.curves_path()
+    path = cache_folder / "spectool" / curves.FILE
     path.parent.mkdir(parents=True)
     path.write_text(text.replace("KEY", curves.machine_key(target)))
     assert curves.read_curves() == {}

@@ -23,7 +23,7 @@ from spectool.distill.train_heads import Job, Report, train_heads
 from spectool.errors import UnsupportedError
 from spectool.methods import resolve, trained
 from spectool.quantize import run as quantizing
-from spectool.quantize.choice import Choice
+from spectool.quantize.base import parse_quantizer
 from spectool.training import Training
 
 from ..conftest import tokenizer
@@ -143,8 +143,8 @@ def test_a_model_with_a_packed_embedding_and_head_is_taught(
 ) -> None:
     """Heads of the quantized model, and heads of the original, run on the quantized model."""
     source, packed = checkpoint(family), tmp_path / "packed"
-    choice = Choice.from_text("rtn:group_size=16")
-    job = quantizing.Job(method="rtn", config=choice.config, embeddings=choice)
+    choice = parse_quantizer("rtn:group_size=16")
+    job = quantizing.QuantizeJob(method="rtn", config=choice.config, embeddings=choice)
     quantizing.quantize(open_checkpoint(source), packed, job)
     runner = Runner(packed, dtype=torch.float32)
     plain = runner.generate([[5, 6, 7]], max_new_tokens=24)
@@ -161,9 +161,9 @@ def test_where_the_output_matrix_is_learnt(
 ) -> None:
     """The fitted lm_head has a bias and the original has none; heads of each serve both."""
     source, packed = checkpoint("llama"), tmp_path / "packed"
-    choice, text = Choice.from_text("rtn:group_size=16"), str(tmp_path / "text.txt")
-    head = Choice.from_text("vq:codes=16,epochs=2")
-    job = quantizing.Job(
+    choice, text = parse_quantizer("rtn:group_size=16"), str(tmp_path / "text.txt")
+    head = parse_quantizer("vq:codes=16,epochs=2")
+    job = quantizing.QuantizeJob(
         method="rtn", config=choice.config, lm_head=head, calibration=[text], samples=4, seq_len=48
     )
     quantizing.quantize(open_checkpoint(source), packed, job)

@@ -19,8 +19,8 @@ from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import read_record
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
 from spectool.methods import METHODS
-from spectool.quantize.choice import Choice
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.base import parse_quantizer
+from spectool.quantize.run import QuantizeJob, quantize
 
 from .conftest import Train
 
@@ -329,10 +329,10 @@ def test_heads_of_a_learnt_lm_head(
 ) -> None:
     """medusa's matrices then have a bias, which the format cannot hold; eagle3's have none."""
     source, packed = checkpoint("llama", num_hidden_layers=4), tmp_path / "packed"
-    job = Job(
+    job = QuantizeJob(
         method="rtn",
-        config=Choice.from_text("rtn:group_size=16").config,
-        lm_head=Choice.from_text("vq:codes=16,width=0,frequent=4,epochs=0"),
+        config=parse_quantizer("rtn:group_size=16").config,
+        lm_head=parse_quantizer("vq:codes=16,width=0,frequent=4,epochs=0"),
         calibration=[data],
         samples=2,
         seq_len=48,

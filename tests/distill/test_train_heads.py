@@ -224,7 +224,7 @@ def test_heads_fit_what_is_packed_from_their_target_and_the_other_way_round(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = checkpoint("llama")
-    job = quantizing.Job(method="rtn", config=RTN.Config())
+    job = quantizing.QuantizeJob(method="rtn", config=RTN.Config())
     packed = tmp_path / "packed"
     quantizing.quantize(open_checkpoint(source), packed, job)
     train(source, "of-original")

@@ -16,7 +16,7 @@ from spectool.evaluate.context import Context, Request
 from spectool.evaluate.suite import evaluate
 from spectool.methods import names, resolve
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 from spectool.report import PlainDecoding
 
 from ..heard import Heard
@@ -36,7 +36,7 @@ def text(tmp_path: Path) -> str:
 @pytest.fixture
 def packed(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     source = open_checkpoint(checkpoint("llama"))
-    quantize(source, tmp_path / "packed", Job(method="rtn", config=RTN.Config()))
+    quantize(source, tmp_path / "packed", QuantizeJob(method="rtn", config=RTN.Config()))
     return tmp_path / "packed"
 
 

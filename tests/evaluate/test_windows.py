@@ -11,7 +11,7 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import TextError
 from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 
 
 def test_without_start_token_the_rest_is_dropped() -> None:
@@ -51,7 +51,7 @@ def test_block_by_block_equals_resident(
     path = checkpoint(family)
     if packed:
         path = tmp_path / "packed"
-        job = Job(method="rtn", config=RTN.Config())
+        job = QuantizeJob(method="rtn", config=RTN.Config())
         quantize(open_checkpoint(checkpoint(family)), path, job)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 300, (90,), generator=generator).tolist()

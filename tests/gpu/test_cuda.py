@@ -15,10 +15,11 @@ import spectool
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.methods import names, resolve
+from spectool.quantize.base import parse_quantizer
 from spectool.quantize.budget import Budget, widths
-from spectool.quantize.choice import Choice, Rule
 from spectool.quantize.preprocess import Preprocess
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.rules import Rule
+from spectool.quantize.run import QuantizeJob, quantize
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,10 +35,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 HEADS = ("medusa", "hydra", "eagle3", "clover", "chimera", "ppd", "hidden-transfer")
 
 
-def job(method: str = "rtn", **more: Any) -> Job:
+def job(method: str = "rtn", **more: Any) -> QuantizeJob:
     config = resolve(method, "quantizer").Config(**OPTIONS.get(method, {}))
     text = [str(Path(spectool.__file__).parent / "calibration/mixed.txt")]
-    return Job(method=method, config=config, calibration=text, samples=4, seq_len=32, **more)
+    return QuantizeJob(
+        method=method, config=config, calibration=text, samples=4, seq_len=32, **more
+    )
 
 
 def tensors(artifact: Path) -> dict[str, bytes]:
@@ -77,13 +80,13 @@ def test_everything_at_once(
     family: str, dtype: torch.dtype, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """A budget beside a rule that trains, packed embeddings and a learnt head."""
-    choice = Choice.from_text("gptq")
+    choice = parse_quantizer("gptq")
     wanted = job(
         "gptq",
         budget=Budget(4.5, widths(choice, 4.5)),
-        rules=[Rule("*.0.*", Choice.from_text("jlcm:epochs=1"), "a rule")],
-        embeddings=Choice.from_text("int8"),
-        head=Choice.from_text("vq:codes=16,epochs=1"),
+        rules=[Rule("*.0.*", parse_quantizer("jlcm:epochs=1"), "a rule")],
+        embeddings=parse_quantizer("int8"),
+        head=parse_quantizer("vq:codes=16,epochs=1"),
     )
     source = checkpoint(family, dtype=dtype)
     for place in ("once", "again"):

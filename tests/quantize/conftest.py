@@ -14,25 +14,21 @@ from torch import Tensor
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.methods import resolve
 from spectool.model.packed import PackedLinear
-from spectool.quantize.run import Job, Report, quantize
+from spectool.quantize.run import QuantizeJob, QuantizeReport, quantize
 
 
 class Packed:
     """A matrix packed by a method: its fields, and the runtime linear read back from a file."""
 
     def __init__(self, path: Path, method: str, weight_nm: Tensor, options: dict[str, Any]) -> None:
-        packer = resolve(method, "quantizer")
-        self.config = packer.Config(**options)
+        kind = resolve(method, "quantizer")
+        packer = kind(kind.Config(**options))
         self.weight_nm = weight_nm
         self.fields: dict[str, Tensor] = packer.pack(
-            weight_nm, None, self.config, torch.Generator().manual_seed(0)
+            weight_nm, None, torch.Generator().manual_seed(0)
         )
-        self.layout = dict(packer.layout(tuple(weight_nm.shape), self.config))
-        self.module: PackedLinear = packer.build(
-            {name: (t.dtype, tuple(t.shape)) for name, t in self.fields.items()},
-            tuple(weight_nm.shape),
-            self.config,
-        )
+        self.layout = dict(packer.layout(tuple(weight_nm.shape)))
+        self.module: PackedLinear = packer.build(tuple(weight_nm.shape))
         save_file({name: tensor.contiguous() for name, tensor in self.fields.items()}, path)
         self.module.q.load_state_dict(load_file(path))
         self.module.eval()
@@ -128,10 +124,10 @@ def compress(tmp_path: Path) -> Callable[..., Path]:
         out: str = "out",
         job: dict[str, Any] | None = None,
         run: dict[str, Any] | None = None,
-        reports: list[Report] | None = None,
+        reports: list[QuantizeReport] | None = None,
         **options: Any,
     ) -> Path:
-        asked = Job(
+        asked = QuantizeJob(
             method=method, config=resolve(method, "quantizer").Config(**options), **(job or {})
         )
         report = quantize(open_checkpoint(source), tmp_path / out, asked, **(run or {}))

@@ -16,8 +16,9 @@ from spectool.cli import app
 from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.quantize.auto import STEPS, Auto, cache_bytes, parse_size, pick
-from spectool.quantize.choice import Choice, Rule
+from spectool.quantize.base import parse_quantizer
 from spectool.quantize.plan import make_plan
+from spectool.quantize.rules import Rule
 
 Checkpoints = Callable[..., Path]
 
@@ -50,11 +51,11 @@ def test_the_first_step_that_fits(wide: Path) -> None:
     cache = cache_bytes(architecture, 100)
     sizes = []
     for step in STEPS:
-        embeddings = Choice.from_text("int8") if step.bits < 3 else None
-        plan = make_plan(architecture, Choice.from_text(step.choice), embeddings=embeddings)
+        embeddings = parse_quantizer("int8") if step.bits < 3 else None
+        plan = make_plan(architecture, parse_quantizer(step.method), embeddings=embeddings)
         sizes.append(plan.file_bytes)
         found = pick(architecture, Auto.Config(fit=str(plan.file_bytes + cache), context=100))
-        assert str(found.choice) == str(Choice.from_text(step.choice))
+        assert str(found.quantizer) == str(parse_quantizer(step.method))
         assert found.embeddings == embeddings and found.budget is None
         assert step.why in found.why and "a cache of 100 tokens" in found.why
     assert sizes == sorted(sizes, reverse=True)
@@ -93,10 +94,10 @@ def test_the_cache_is_as_large_as_transformers_makes_it(
 )  # fmt: skip
 def test_by_bits(wide: Path, bits: float, choice: str, budget: float | None) -> None:
     found = pick(Architecture(open_checkpoint(wide)), Auto.Config(bits=bits))
-    assert str(found.choice) == choice
+    assert str(found.quantizer) == choice
     assert (found.budget and found.budget.bits) == budget
     assert (found.embeddings is not None) == (bits < 3)
-    rtn = Choice.from_text("rtn")
+    rtn = parse_quantizer("rtn")
     assert (
         pick(Architecture(open_checkpoint(wide)), Auto.Config(bits=bits), embeddings=rtn).embeddings
         == rtn
@@ -108,7 +109,7 @@ def test_short_rows_do_not_go_below_two_bits(checkpoint: Checkpoints, wide: Path
     for bits in (1.6, 1.9):
         with pytest.raises(UsageError, match=r"ptq161 takes .* bits a weight"):
             pick(small, Auto.Config(bits=bits))
-    pinned = [Rule("*.self_attn.*", Choice.from_text("rtn:bits=4,group_size=32"), "")]
+    pinned = [Rule("*.self_attn.*", parse_quantizer("rtn:bits=4,group_size=32"), "")]
     assert pick(Architecture(open_checkpoint(wide)), Auto.Config(bits=1.6), rules=pinned).why
     with pytest.raises(UsageError, match=r"ptq161 takes 1\.\d+ bits a weight"):
         pick(Architecture(open_checkpoint(wide)), Auto.Config(bits=1.61))

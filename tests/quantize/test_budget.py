@@ -19,17 +19,18 @@ from spectool.cli import app
 from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.quantize import budget as budgets
+from spectool.quantize.base import parse_quantizer
 from spectool.quantize.budget import Budget, choose, list_candidates, widths
-from spectool.quantize.choice import Choice, Rule, read_rules
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.gptq import GPTQ
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.plan import Plan, make_plan
+from spectool.quantize.plan import QuantizePlan, make_plan
+from spectool.quantize.rules import Rule, read_rules
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
 
-RTNS = tuple(Choice("rtn", RTN.Config(bits=bits, group_size=16)) for bits in (2, 3, 4, 8))
+RTNS = tuple(RTN(RTN.Config(bits=bits, group_size=16)) for bits in (2, 3, 4, 8))
 
 
 @pytest.fixture
@@ -39,17 +40,17 @@ def text_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def make(source: Path, **more: Any) -> Plan:
+def make(source: Path, **more: Any) -> QuantizePlan:
     return make_plan(Architecture(open_checkpoint(source)), RTNS[0], **more)
 
 
 def test_all_widths_but_those_far_above() -> None:
-    found = widths(Choice("gptq", GPTQ.Config(group_size=32)), 2.5)
+    found = widths(GPTQ(GPTQ.Config(group_size=32)), 2.5)
     assert [choice.config.as_dict()["bits"] for choice in found] == [2, 3, 4, 5]
     assert all(choice.config.as_dict()["group_size"] == 32 for choice in found)
-    assert [str(choice) for choice in widths(Choice.from_text("olive"), 5.0)] == ["olive"]
+    assert [str(choice) for choice in widths(parse_quantizer("olive"), 5.0)] == ["olive"]
     with pytest.raises(UsageError, match="ptq161 has one width"):
-        widths(Choice.from_text("ptq161"), 2.0)
+        widths(parse_quantizer("ptq161"), 2.0)
 
 
 @pytest.mark.parametrize("bits", [3.8, 4.2, 4.9, 6.0, 9.1])
@@ -57,9 +58,9 @@ def test_the_choice_is_about_the_best_there_is(checkpoint: Checkpoints, bits: fl
     """Compare with all combinations, for random errors that fall with the width."""
     plan = make(checkpoint("llama"))
     matrices = dict(list(plan.matrices["model.layers.0"].items())[:5])
-    plan = Plan(
+    plan = QuantizePlan(
         **{
-            **{name: getattr(plan, name) for name in Plan.__slots__},
+            **{name: getattr(plan, name) for name in QuantizePlan.__slots__},
             "matrices": {"model.layers.0": matrices},
             "num_weights": sum(matrix.num_weights for matrix in matrices.values()),
         }
@@ -71,7 +72,7 @@ def test_the_choice_is_about_the_best_there_is(checkpoint: Checkpoints, bits: fl
     }
     wanted = dict.fromkeys(matrices, RTNS)
     found = choose(plan, Budget(bits, RTNS), wanted, errors)
-    picked = {rule.match: RTNS.index(rule.choice) for rule in found if rule.choice}
+    picked = {rule.match: RTNS.index(rule.quantizer) for rule in found if rule.quantizer}
     assert picked.keys() == matrices.keys()
 
     def size(picks: Any) -> int:
@@ -102,7 +103,7 @@ def test_every_width_is_measured_with_the_statistics_of_its_method(
 
     monkeypatch.setattr("spectool.quantize.run.survey", spy)
     source = checkpoint("llama")
-    widths = [Choice.from_text(f"gptq:bits={bits},group_size=16") for bits in (3, 2)]
+    widths = [parse_quantizer(f"gptq:bits={bits},group_size=16") for bits in (3, 2)]
     for candidates in (widths, widths[::-1]):
         job = {
             "budget": Budget(4.5, tuple(candidates)),
@@ -137,10 +138,9 @@ def test_measured_errors_are_those_of_one_packed_matrix(
         model: Any = spectool.load(source)
         if bits is not None:
             linear = model.get_submodule(name)
-            config = RTN.Config(bits=bits, group_size=16)
-            spec = RTN.layout(tuple(linear.weight.shape), config)
-            packed = RTN.build(spec, tuple(linear.weight.shape), config)
-            fields = RTN.pack(linear.weight.data, None, config, torch.Generator())
+            quantizer = RTN(RTN.Config(bits=bits, group_size=16))
+            packed = quantizer.build(tuple(linear.weight.shape))
+            fields = quantizer.pack(linear.weight.data, None, torch.Generator())
             packed.q.load_state_dict(fields)
             linear.weight.data = packed.dequantize()
         kept: list[Any] = []
@@ -205,7 +205,7 @@ def test_several_methods_and_killed_while_measuring(
     checkpoint: Checkpoints, compress: Compress, text_file: str
 ) -> None:
     source = checkpoint("llama")
-    choices = tuple(map(Choice.from_text, ("jlcm:epochs=1", "gptq:bits=3,group_size=16", "int8")))
+    choices = tuple(map(parse_quantizer, ("jlcm:epochs=1", "gptq:bits=3,group_size=16", "int8")))
     job = {"budget": Budget(5.0, choices), "calibration": [text_file], "samples": 4, "seq_len": 32}
     want = compress(source, "rtn", out="want", job=job)
     methods = {entry["method"] for entry in read_layout(want).modules.values()}
@@ -233,7 +233,7 @@ def test_an_impossible_budget_is_one_line(checkpoint: Checkpoints, tmp_path: Pat
     source, out = checkpoint("llama"), tmp_path / "out"
     with pytest.raises(UsageError, match=r"the smallest candidates take 3\.\d+ bits a weight"):
         list_candidates(make(source), Budget(2.0, RTNS), ())
-    vq = Choice.from_text("vq:codes=4000")
+    vq = parse_quantizer("vq:codes=4000")
     with pytest.raises(UsageError, match="more codes than the"):
         list_candidates(make(source), Budget(9.0, (vq,)), ())
     command = ["quantize", "rtn", str(source), str(out)]

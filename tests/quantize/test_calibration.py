@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,18 +19,10 @@ from spectool.methods import Method
 from spectool.model.architecture import find_blocks
 from spectool.model.matrices import find_matrices
 from spectool.model.packed import packed_modules
-from spectool.quantize.calibration import (
-    Block,
-    Fitted,
-    LinearStats,
-    Observer,
-    Statistic,
-    Stream,
-    Streams,
-    Tick,
-    sample_sequences,
-)
+from spectool.quantize.base import Block, FitReport, Fitted, Statistics, Streams, Tick
+from spectool.quantize.calibration import sample_sequences
 from spectool.quantize.methods.rtn import RTN
+from spectool.quantize.statistics import LinearStats, Observer, Statistic
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -186,28 +177,19 @@ SEEN: list[dict[str, Any]] = []
 
 
 class Spy(RTN):
-    @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config(RTN.Config):
-        pass
-
-    statistics: ClassVar[Mapping[Statistic, Stream]] = {
+    name = "spy"
+    statistics: ClassVar[Statistics] = {
         "absmax": "original",
         "hessian": "packed",
         "mean_abs": "packed",
         "second_moment": "original",
     }
 
-    @classmethod
-    def fit_bytes(cls, config: Spy.Config) -> int:
-        return 0
-
-    @classmethod
     def fit(
-        cls,
+        self,
         block: Block,
         streams: Streams | None,
-        stats: Mapping[str, LinearStats],
-        config: Spy.Config,
+        stats: dict[str, LinearStats],
         generator: torch.Generator,
         tick: Tick,
     ) -> Fitted:
@@ -222,11 +204,15 @@ class Spy(RTN):
             }
         )
         tick(0.5)
-        packed = {
-            key: cls.pack(weight, stats.get(key), config, generator)
-            for key, weight in block.weights.items()
-        }
-        return Fitted(packed, {"seen": len(SEEN)})
+        report = FitReport(
+            loss_start=1.0,
+            loss_after=1.0,
+            least_cosine=1.0,
+            best_epoch=0,
+            steps_skipped=0,
+            rows_flipped=len(SEEN),
+        )
+        return Fitted(self.pack_each(block, dict(stats), generator), report)
 
 
 @pytest.fixture

@@ -24,12 +24,13 @@ from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.model.architecture import Architecture
 from spectool.model.packed import PackedEmbedding, PackedLinear, matrix_of
 from spectool.quantize import walk
-from spectool.quantize.choice import Choice, Rule, format_rules, read_rules, skipping
+from spectool.quantize.base import parse_quantizer
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import make_plan
+from spectool.quantize.rules import Rule, format_rules, read_rules, skipping
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -43,7 +44,7 @@ def text_file(tmp_path: Path) -> str:
 
 
 IDS_BL = torch.tensor([[5, 9, 12, 7, 7, 3]])
-INT8 = Choice("int8", Int8.Config())
+INT8 = Int8()
 
 RULES_FILE = """
 layers:
@@ -149,9 +150,7 @@ def test_the_first_rule_that_matches_decides(
         assert torch.equal(mixed[f"{name}.q.{field}"], alone[f"{name}.q.{field}"])
 
     # The artifact contains the rules to make it again.
-    assert read_rules(out / "plan.yaml")[0].choice == Choice(
-        "rtn", RTN.Config(bits=8, group_size=0)
-    )
+    assert read_rules(out / "plan.yaml")[0].quantizer == RTN(RTN.Config(bits=8, group_size=0))
     again = compress(
         source, "rtn", bits=4, out="again", job={**job, "rules": read_rules(out / "plan.yaml")}
     )
@@ -163,9 +162,9 @@ def test_the_first_rule_that_matches_decides(
 def test_a_plan_and_its_text_are_the_same(tmp_path: Path) -> None:
     first = rules(tmp_path)
     second = rules(tmp_path, format_rules(first))
-    assert [(r.match, r.choice) for r in first] == [(r.match, r.choice) for r in second]
-    assert str(first[0].choice) == "rtn:bits=8,group_size=0" and str(INT8) == "int8"
-    assert Choice.from_text("rtn:bits=8,group_size=0") == first[0].choice
+    assert [(r.match, r.quantizer) for r in first] == [(r.match, r.quantizer) for r in second]
+    assert str(first[0].quantizer) == "rtn:bits=8,group_size=0" and str(INT8) == "int8"
+    assert parse_quantizer("rtn:bits=8,group_size=0") == first[0].quantizer
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,7 @@ def test_embedding_and_head_are_packed_and_read_back(
     checkpoint: Checkpoints, compress: Compress, family: str, choice: str
 ) -> None:
     source = checkpoint(family)
-    job = {"embeddings": Choice.from_text(choice), "allow_dense": True}
+    job = {"embeddings": parse_quantizer(choice), "allow_dense": True}
     out = compress(source, "rtn", bits=8, group_size=16, job=job)
     layout = read_layout(out)
     model: Any = spectool.load(out)
@@ -279,7 +278,7 @@ def test_blocks_are_calibrated_behind_the_packed_embedding(
         return streams
 
     monkeypatch.setattr(walk.BlockWalk, "start_streams", spy)
-    source, coarse = checkpoint(family), Choice.from_text("rtn:bits=2,group_size=8")
+    source, coarse = checkpoint(family), parse_quantizer("rtn:bits=2,group_size=8")
     out = compress(source, "gptq", job={"embeddings": coarse})
     ((ids_SL, original_SLD, packed_SLD),) = seen
     for path, found_SLD in ((source, original_SLD), (out, packed_SLD)):

@@ -18,9 +18,10 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.errors import UnsupportedError, UsageError
 from spectool.model.packed import packed_modules
-from spectool.quantize.choice import Choice, Rule
+from spectool.quantize.base import parse_quantizer
 from spectool.quantize.export import export
 from spectool.quantize.methods.rtn import RTN
+from spectool.quantize.rules import Rule
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -149,7 +150,7 @@ def test_several_schemes_are_groups_of_the_format(
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    wide = Rule("down_proj", Choice("rtn", RTN.Config(bits=8, group_size=8, symmetric=True)), "")
+    wide = Rule("down_proj", RTN(RTN.Config(bits=8, group_size=8, symmetric=True)), "")
     job = {"rules": [wide], "embeddings": None}
     packed = compress(checkpoint("llama"), "rtn", bits=4, group_size=8, symmetric=True, job=job)
     out = tmp_path / "served"
@@ -202,7 +203,7 @@ def test_what_it_cannot_hold(
 
 def fit_job(text_file: str, epochs: int) -> dict[str, Any]:
     """Make the options of a job that fits the lm_head."""
-    lm_head = Choice.from_text(f"vq:codes=32,epochs={epochs}")
+    lm_head = parse_quantizer(f"vq:codes=32,epochs={epochs}")
     return {"lm_head": lm_head, "calibration": [text_file], "samples": 4, "seq_len": 32}
 
 
@@ -217,7 +218,7 @@ def test_a_fitted_lm_head_where_the_architecture_has_a_bias(
 ) -> None:
     job = fit_job(text_file, epochs=1)
     if embeddings is not None:
-        job["embeddings"] = Choice.from_text(embeddings)
+        job["embeddings"] = parse_quantizer(embeddings)
     packed = compress(phi(tied), "rtn", bits=8, group_size=16, job=job)
     export(open_checkpoint(packed), tmp_path / "dense", "dense")
     config = json.loads((tmp_path / "dense/config.json").read_text())

@@ -14,12 +14,11 @@ from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
-from spectool.quantize.calibration import LinearStats
-from spectool.quantize.choice import Choice
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.gptq import GPTQ, compensate, factor_hessian
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import make_plan
+from spectool.quantize.statistics import LinearStats
 
 
 def inputs(tokens: int, m: int, *, seed: int = 0) -> Tensor:
@@ -36,11 +35,9 @@ def stats_of(x_Tm: Tensor) -> LinearStats:
 
 
 def packed(weight_nm: Tensor, x_Tm: Tensor, **options: Any) -> Tensor:
-    config = GPTQ.Config(**options)
-    fields = GPTQ.pack(weight_nm, stats_of(x_Tm), config, torch.Generator())
-    spec = GPTQ.layout(tuple(weight_nm.shape), config)  # type: ignore[arg-type]
-    linear = GPTQ.build(spec, tuple(weight_nm.shape), config)  # type: ignore[arg-type]
-    linear.q.load_state_dict(fields)
+    quantizer, (n, m) = GPTQ(GPTQ.Config(**options)), weight_nm.shape
+    linear = quantizer.build((n, m))
+    linear.q.load_state_dict(quantizer.pack(weight_nm, stats_of(x_Tm), torch.Generator()))
     return linear.dequantize()
 
 
@@ -146,8 +143,8 @@ def test_outputs_err_less_than_those_of_rounding(
     grid = {"bits": bits, "group_size": group_size}
     found = packed(weight_nm, x_Tm, act_order=act_order, **grid)
     config = RTN.Config(**grid)
-    linear = RTN.build(RTN.layout((64, 128), config), (64, 128), config)
-    linear.q.load_state_dict(RTN.pack(weight_nm, None, config, torch.Generator()))
+    linear = RTN(config).build((64, 128))
+    linear.q.load_state_dict(RTN(config).pack(weight_nm, None, torch.Generator()))
     rounded = linear.dequantize()
     gptq, rtn = (float(((x - weight_nm) @ other.T).square().sum()) for x in (found, rounded))
     assert gptq < 0.8 * rtn
@@ -157,8 +154,8 @@ def test_without_correlations_it_is_rounding() -> None:
     weight_nm = torch.randn(8, 24)
     found = packed(weight_nm, torch.eye(24) * 3, bits=3, group_size=8)
     config = RTN.Config(bits=3, group_size=8)
-    linear = RTN.build(RTN.layout((8, 24), config), (8, 24), config)
-    linear.q.load_state_dict(RTN.pack(weight_nm, None, config, torch.Generator()))
+    linear = RTN(config).build((8, 24))
+    linear.q.load_state_dict(RTN(config).pack(weight_nm, None, torch.Generator()))
     assert torch.equal(found, linear.dequantize())
 
 
@@ -203,7 +200,7 @@ def test_a_checkpoint_has_the_planned_bits(
 ) -> None:
     source = checkpoint(family)
     plan = make_plan(
-        Architecture(open_checkpoint(source)), Choice("gptq", GPTQ.Config(bits=3)), allow_dense=True
+        Architecture(open_checkpoint(source)), GPTQ(GPTQ.Config(bits=3)), allow_dense=True
     )
     job = {"samples": 6, "seq_len": 32, "allow_dense": True}
     layout = read_layout(compress(source, "gptq", job=job, bits=3))

@@ -17,12 +17,12 @@ from spectool.kernels.pack import pack_bits
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Activations, Call
 from spectool.model.matrices import find_matrices
-from spectool.quantize.calibration import Block, LinearStats, Streams
-from spectool.quantize.choice import Choice
+from spectool.quantize.base import Block, Streams
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.jlcm import JLCM, JLCMLinear, LatentCodes, PreferenceCodes
 from spectool.quantize.plan import make_plan
-from spectool.quantize.run import Report
+from spectool.quantize.run import QuantizeReport
+from spectool.quantize.statistics import LinearStats
 
 SMALL_JOB = {"samples": 6, "seq_len": 32}
 
@@ -33,9 +33,9 @@ def start(weight_nm: Tensor, diagonal_m: Tensor | None = None, **options: Any) -
     if diagonal_m is not None:
         # Uncorrelated inputs.
         stats = LinearStats(("hessian",), 100, hessian=torch.diag(diagonal_m))
-    fields = JLCM.pack(weight_nm, stats, config, torch.Generator().manual_seed(0))
+    fields = JLCM(config).pack(weight_nm, stats, torch.Generator().manual_seed(0))
     shape = (weight_nm.shape[0], weight_nm.shape[1])
-    linear = JLCM.build(JLCM.layout(shape, config), shape, config)
+    linear = JLCM(config).build(shape)
     linear.q.load_state_dict(fields)
     return linear
 
@@ -176,30 +176,31 @@ def fit(**options: Any) -> Any:
     # Correlated inputs, or there is nothing to compensate.
     original.hidden_SLD.copy_(torch.randn(6, 40, 40) @ torch.randn(40, 40) / 3)
     packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 40, 40))
-    block = Block("b", matrices, weights, module, dict.fromkeys((1, 2, 4), Call((), {})))
-    return JLCM.fit(
-        block,
-        Streams(original, packed),
-        {},
-        JLCM.Config(**options),
-        torch.Generator().manual_seed(0),
-        lambda share: None,
+    block = Block(
+        name="b",
+        matrices=matrices,
+        weights=weights,
+        device=torch.device("cpu"),
+        module=module,
+        calls=dict.fromkeys((1, 2, 4), Call((), {})),
     )
+    generator, streams = torch.Generator().manual_seed(0), Streams(original, packed)
+    return JLCM(JLCM.Config(**options)).fit(block, streams, {}, generator, lambda share: None)
 
 
 @pytest.mark.parametrize("form", ["latent", "preferences"])
 def test_learning_gains_and_moves_codes_to_their_neighbours(form: str) -> None:
     report = fit(form=form, epochs=12, lr=1e-3, lr_codes=3e-3).report
     levels_alone = fit(form=form, epochs=12, lr=1e-3, lr_codes=0.0).report
-    assert report["loss_after"] < 0.8 * levels_alone["loss_after"]
-    assert levels_alone["loss_after"] < levels_alone["loss_start"]
-    assert 0.01 < report["codes_moved"] < 0.5
-    assert report["codes_moved_further"] < 0.1 * report["codes_moved"]
+    assert report.loss_after < 0.8 * levels_alone.loss_after
+    assert levels_alone.loss_after < levels_alone.loss_start
+    assert 0.01 < report.codes_moved < 0.5
+    assert report.codes_moved_further < 0.1 * report.codes_moved
 
 
 def test_no_epochs_keep_the_start() -> None:
     report = fit(epochs=0).report
-    assert report["loss_after"] == report["loss_start"] and report["codes_moved"] == 0
+    assert report.loss_after == report.loss_start and report.codes_moved == 0
 
 
 def test_rows_of_any_size() -> None:
@@ -235,10 +236,8 @@ def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
 ) -> None:
     source = checkpoint(family)
-    plan = make_plan(
-        Architecture(open_checkpoint(source)), Choice("jlcm", JLCM.Config()), allow_dense=True
-    )
-    reports: list[Report] = []
+    plan = make_plan(Architecture(open_checkpoint(source)), JLCM(), allow_dense=True)
+    reports: list[QuantizeReport] = []
     job = {**SMALL_JOB, "allow_dense": True}
     layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=10))
     assert measure(layout).linears == plan.bits_linears

@@ -140,7 +140,7 @@ def test_contract(check_contract: Callable[..., None], bits: int) -> None:
 
 
 def test_bits_of_a_7b_matrix() -> None:
-    spec = OliVe.layout((4096, 4096), OliVe.Config())
+    spec = OliVe(OliVe.Config()).layout((4096, 4096))
     stored = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in spec.values())
     assert 8 * stored / 4096**2 == pytest.approx(4 + 16 / 4096, abs=1e-6)
 

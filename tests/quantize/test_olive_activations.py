@@ -15,11 +15,11 @@ import spectool
 from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
-from spectool.quantize.calibration import SAMPLED, LinearStats
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.olive import FACTORS, TYPES, OliVe, OliVeActivations
 from spectool.quantize.preprocess import Preprocess
+from spectool.quantize.statistics import SAMPLED, LinearStats
 
 GENERATOR = torch.Generator()
 
@@ -40,8 +40,8 @@ def made(x_Tm: Tensor, bits: int = 4, *, seed: int = 1) -> tuple[Any, dict[str, 
     stats = LinearStats(("sample",))
     stats.add(x_Tm)
     config = OliVe.Config(bits=bits)
-    fields = OliVeActivations.pack(weight_nm, stats, config, GENERATOR)
-    linear = OliVeActivations.build(OliVeActivations.layout((7, m), config), (7, m), config)
+    fields = OliVeActivations(config).pack(weight_nm, stats, GENERATOR)
+    linear = OliVeActivations(config).build((7, m))
     linear.q.load_state_dict(fields)
     return linear, fields
 
@@ -117,7 +117,7 @@ def test_gradients_pass_and_unseen_inputs_stay() -> None:
     linear.q.load_state_dict({**fields, "input_scale": torch.zeros(1)})
     with torch.inference_mode():
         assert torch.allclose(linear(x), x @ linear.dequantize().T, atol=1e-5)
-    fields = OliVeActivations.pack(torch.randn(3, 4), None, OliVe.Config(), GENERATOR)
+    fields = OliVeActivations(OliVe.Config()).pack(torch.randn(3, 4), None, GENERATOR)
     assert float(fields["input_scale"]) == 0
 
 

@@ -21,12 +21,12 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.methods import resolve
 from spectool.model.architecture import Architecture
-from spectool.quantize.choice import Choice, skipping
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.plan import Plan, make_plan
+from spectool.quantize.plan import QuantizePlan, make_plan
 from spectool.quantize.preprocess import Preprocess
-from spectool.quantize.run import Job, prepare
+from spectool.quantize.rules import skipping
+from spectool.quantize.run import QuantizeJob, prepare
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -34,10 +34,11 @@ Compress = Callable[..., Path]
 
 def plan(
     source: Path, method: str = "rtn", *, options: dict[str, Any] | None = None, **more: Any
-) -> Plan:
-    choice = Choice(method, resolve(method, "quantizer").Config(**options or {}))
+) -> QuantizePlan:
+    kind = resolve(method, "quantizer")
+    quantizer = kind(kind.Config(**options or {}))
     rules = skipping(more.pop("skip", ()))
-    return make_plan(Architecture(open_checkpoint(source)), choice, rules=rules, **more)
+    return make_plan(Architecture(open_checkpoint(source)), quantizer, rules=rules, **more)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ import json, re, sys
 from pathlib import Path
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.report import Reporter
-from spectool.quantize.run import Job, quantize
+from spectool.quantize.run import QuantizeJob, quantize
 from spectool.methods import resolve
 
 class Heard(Reporter):
@@ -173,7 +174,7 @@ class Heard(Reporter):
 method, options = sys.argv[3], json.loads(sys.argv[4])
 config = resolve(method, "quantizer").Config(**options)
 calibration = sys.argv[5:] or None
-job = Job(method=method, config=config, calibration=calibration, samples=8, seq_len=256)
+job = QuantizeJob(method=method, config=config, calibration=calibration, samples=8, seq_len=256)
 reporter = Heard()
 quantize(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), job, reporter=reporter)
 # Not ru_maxrss, which a child inherits from its parent.
@@ -185,12 +186,14 @@ print(json.dumps([peak, reporter.heard.host_bytes]))
 def test_texts_and_reshaping_are_counted(checkpoint: Checkpoints, tmp_path: Path) -> None:
     source, text = open_checkpoint(checkpoint("llama")), tmp_path / "text.txt"
     text.write_bytes(bytes(10**7))
-    job = Job(method="rtn", config=RTN.Config(), calibration=[str(text)], samples=2, seq_len=32)
+    job = QuantizeJob(
+        method="rtn", config=RTN.Config(), calibration=[str(text)], samples=2, seq_len=32
+    )
     small = replace(job, calibration=None)
     twice = replace(job, calibration=[str(text), str(text)])
     reshaped = replace(small, preprocess=Preprocess(text=["none"], batch_size=4000))
 
-    def needs(job: Job, device: str = "cpu") -> Plan:
+    def needs(job: QuantizeJob, device: str = "cpu") -> QuantizePlan:
         return prepare(source, job, device=device)
 
     assert needs(job).host_bytes - needs(small).host_bytes > 10**9

@@ -27,20 +27,20 @@ from spectool.model import packed
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Activations, Call
 from spectool.model.matrices import find_matrices
-from spectool.quantize.calibration import Block, LinearStats, Streams
-from spectool.quantize.choice import Choice
+from spectool.quantize.base import Block, Streams
 from spectool.quantize.fitting import Task
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.ptq161 import (
     PTQ161,
     WIDTHS,
-    Part,
     PTQ161Linear,
+    TrainedScales,
     mask_salient,
     num_salient,
 )
 from spectool.quantize.plan import make_plan
-from spectool.quantize.run import Report
+from spectool.quantize.run import QuantizeReport
+from spectool.quantize.statistics import LinearStats
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -55,7 +55,7 @@ def stats_of(x_Tm: Tensor) -> LinearStats:
 
 
 def filled(fields: Any, shape: tuple[int, int], config: PTQ161.Config) -> PTQ161Linear:
-    linear = PTQ161.build(PTQ161.layout(shape, config), shape, config)
+    linear = PTQ161(config).build(shape)
     linear.q.load_state_dict(fields, assign=True)
     return linear
 
@@ -63,7 +63,7 @@ def filled(fields: Any, shape: tuple[int, int], config: PTQ161.Config) -> PTQ161
 def start(weight_nm: Tensor, stats: LinearStats | None = None, **options: Any) -> PTQ161Linear:
     """Make the packed linear of a matrix as it is before the fit."""
     config = PTQ161.Config(**options)
-    fields = PTQ161.pack(weight_nm, stats, config, torch.Generator())
+    fields = PTQ161(config).pack(weight_nm, stats, torch.Generator())
     return filled(fields, (weight_nm.shape[0], weight_nm.shape[1]), config)
 
 
@@ -214,7 +214,7 @@ def test_number_of_salient_columns(m: int, k: int) -> None:
 
 
 def bits(shape: tuple[int, int], config: PTQ161.Config) -> float:
-    spec = PTQ161.layout(shape, config).values()
+    spec = PTQ161(config).layout(shape).values()
     return 8 * sum(dtype.itemsize * math.prod(size) for dtype, size in spec) / math.prod(shape)
 
 
@@ -336,7 +336,14 @@ def pair(dtype: torch.dtype = torch.float32) -> tuple[Block, Streams, dict[str, 
     original.hidden_SLD.copy_(torch.randn(6, 20, 40))
     packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 20, 40))
     calls = dict.fromkeys((1, 2, 4), Call((), {}))
-    block = Block("b", matrices, weights, module.to(dtype), calls)
+    block = Block(
+        name="b",
+        matrices=matrices,
+        weights=weights,
+        device=torch.device("cpu"),
+        module=module.to(dtype),
+        calls=calls,
+    )
     stats = {
         "b.up": stats_of(original.hidden_SLD.flatten(0, 1)),
         "b.down": stats_of(torch.tanh(module.up(original.hidden_SLD)).flatten(0, 1)),
@@ -350,14 +357,9 @@ def start_of(block: Block, stats: dict[str, LinearStats]) -> dict[str, PTQ161Lin
 
 def fit(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     block, streams, stats = pair(dtype)
-    return PTQ161.fit(
-        block,
-        streams,
-        stats,
-        PTQ161.Config(**options),
-        torch.Generator().manual_seed(0),
-        lambda share: None,
-    )
+    generator = torch.Generator().manual_seed(0)
+    config = PTQ161.Config(**options)
+    return PTQ161(config).fit(block, streams, stats, generator, lambda share: None)
 
 
 def loss_by_loops(module: Pair, linears: dict[str, PTQ161Linear], streams: Streams) -> float:
@@ -392,7 +394,7 @@ def test_the_loss_is_that_of_the_equations() -> None:
 def test_products_and_gradients_of_the_fit_are_those_of_the_stored_matrix() -> None:
     block, _, stats = pair()
     linear = start_of(block, stats)["b.up"]
-    part = Part(linear, torch.float32)
+    part = TrainedScales(linear, torch.float32)
     with torch.no_grad():
         for parameter in part.parameters():
             parameter.mul_(1 + 0.2 * torch.randn(parameter.shape))
@@ -424,8 +426,8 @@ def test_what_is_reported_is_what_is_stored() -> None:
     }
     after = loss_by_loops(block.module, linears, streams)
     before = loss_by_loops(block.module, start_of(block, stats), streams)
-    assert fitted.report["loss_after"] == pytest.approx(after, rel=1e-5)
-    assert fitted.report["loss_start"] == pytest.approx(before, rel=1e-5)
+    assert fitted.report.loss_after == pytest.approx(after, rel=1e-5)
+    assert fitted.report.loss_start == pytest.approx(before, rel=1e-5)
     assert after < 0.95 * before
     again = fit(epochs=5)
     assert again.report == fitted.report
@@ -437,8 +439,8 @@ def test_what_is_reported_is_what_is_stored() -> None:
 def test_a_fit_that_does_not_help_leaves_the_start(options: dict[str, Any]) -> None:
     block, _, stats = pair()
     fitted = fit(**options)
-    assert fitted.report["loss_after"] == fitted.report["loss_start"]
-    assert fitted.report["best_epoch"] == 0
+    assert fitted.report.loss_after == fitted.report.loss_start
+    assert fitted.report.best_epoch == 0
     for name, linear in start_of(block, stats).items():
         for field, value in linear.q.named_buffers():
             assert torch.equal(value, fitted.fields[name][field])
@@ -447,8 +449,8 @@ def test_a_fit_that_does_not_help_leaves_the_start(options: dict[str, Any]) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_fit_in_half_precision(dtype: torch.dtype) -> None:
     report = fit(dtype, epochs=4).report
-    assert report["loss_after"] < 0.97 * report["loss_start"]
-    assert report["loss_after"] == pytest.approx(fit(epochs=4).report["loss_after"], rel=0.05)
+    assert report.loss_after < 0.97 * report.loss_start
+    assert report.loss_after == pytest.approx(fit(epochs=4).report.loss_after, rel=0.05)
 
 
 def test_flipped_rows_are_counted() -> None:
@@ -458,9 +460,9 @@ def test_flipped_rows_are_counted() -> None:
     block.module.down.weight[:, 5] *= 4
     block.weights["b.down"][:, 5] *= 4
     config = PTQ161.Config(ratio=0.0, epochs=8, lr=0.3)
-    fitted = PTQ161.fit(block, streams, stats, config, torch.Generator(), lambda share: None)
+    fitted = PTQ161(config).fit(block, streams, stats, torch.Generator(), lambda share: None)
     negative = sum(int((fields["row_a"] < 0).sum()) for fields in fitted.fields.values())
-    assert fitted.report["rows_flipped"] == negative >= 1
+    assert fitted.report.rows_flipped == negative >= 1
 
 
 def test_an_inverted_output_is_seen_and_pulled_round() -> None:
@@ -471,7 +473,7 @@ def test_an_inverted_output_is_seen_and_pulled_round() -> None:
     linears = start_of(block, stats)
     found = task.measure(linears)
     assert found.least_cosine < 0 and math.isfinite(found.loss)
-    parts = {name: Part(linear, torch.float32) for name, linear in linears.items()}
+    parts = {name: TrainedScales(linear, torch.float32) for name, linear in linears.items()}
     task.backward(0, parts)
     assert all(float(part.gain_n.grad.abs().max()) > 0 for part in parts.values())
 
@@ -480,14 +482,15 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
     block, streams, stats = pair()
     streams.packed.hidden_SLD[3, 2, 1] = math.nan
     with pytest.raises(NotFinite, match="b: its output is NaN or infinite") as caught:
-        PTQ161.fit(block, streams, stats, PTQ161.Config(), torch.Generator(), lambda share: None)
+        PTQ161().fit(block, streams, stats, torch.Generator(), lambda share: None)
     assert "--dtype float32" in (caught.value.hint or "")
 
 
 def test_progress_rises_and_stays_below_the_whole() -> None:
     block, streams, stats = pair()
     shares: list[float] = []
-    PTQ161.fit(block, streams, stats, PTQ161.Config(epochs=2), torch.Generator(), shares.append)
+    quantizer = PTQ161(PTQ161.Config(epochs=2))
+    quantizer.fit(block, streams, stats, torch.Generator(), shares.append)
     assert len(shares) == 12 and shares == sorted(shares) and 0 < shares[0] < shares[-1] < 1
 
 
@@ -496,10 +499,8 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     checkpoint: Checkpoints, compress: Compress, family: str
 ) -> None:
     source = checkpoint(family)
-    plan = make_plan(
-        Architecture(open_checkpoint(source)), Choice("ptq161", PTQ161.Config()), allow_dense=True
-    )
-    reports: list[Report] = []
+    plan = make_plan(Architecture(open_checkpoint(source)), PTQ161(), allow_dense=True)
+    reports: list[QuantizeReport] = []
     job = {**SMALL_JOB, "allow_dense": True}
     out = compress(source, "ptq161", job=job, reports=reports, epochs=2)
     layout = read_layout(out)

@@ -113,7 +113,7 @@ def resident(key):
 
 
 def run(weight_nm):
-    fields = RTN.pack(weight_nm, None, config, torch.Generator())
+    fields = RTN(config).pack(weight_nm, None, torch.Generator())
     spec = {name: (t.dtype, tuple(t.shape)) for name, t in fields.items()}
     module = RTN.build(spec, tuple(weight_nm.shape), config)
     module.q.load_state_dict(fields)

@@ -27,7 +27,7 @@ from spectool.model.blocks import ModelShell, run_block
 from spectool.model.packed import packed_modules
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import Job
+from spectool.quantize.run import QuantizeJob
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -440,5 +440,5 @@ def test_calibration_on_a_stream_without_an_end(
 
 
 def test_job_is_plain_data() -> None:
-    job = Job(method="rtn", config=RTN.Config())
+    job = QuantizeJob(method="rtn", config=RTN.Config())
     assert job.samples == 128 and job.seq_len == 2048 and job.skip == ()

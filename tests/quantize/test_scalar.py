@@ -16,21 +16,20 @@ from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
-from spectool.quantize.calibration import LinearStats
-from spectool.quantize.choice import Choice
 from spectool.quantize.codebook import fit_levels
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.methods.scalar import (
     DISTORTION,
     MAX_BITS,
-    Part,
     Scalar,
     ScalarLinear,
+    TrainedMatrix,
     allocate,
     max_levels,
 )
 from spectool.quantize.plan import make_plan
+from spectool.quantize.statistics import LinearStats
 
 GENERATOR = torch.Generator()
 
@@ -59,9 +58,9 @@ def made(
         stats = LinearStats(("hessian",))
         stats.add(x_Tm)
     config = Scalar.Config(**options)
-    fields = Scalar.pack(weight_nm, stats, config, GENERATOR)
+    fields = Scalar(config).pack(weight_nm, stats, GENERATOR)
     shape = (weight_nm.shape[0], weight_nm.shape[1])
-    linear = Scalar.build(Scalar.layout(shape, config), shape, config)
+    linear = Scalar(config).build(shape)
     linear.q.load_state_dict(fields)
     return linear, fields
 
@@ -151,8 +150,8 @@ def test_errors_fall_with_bits_and_lie_below_a_grid() -> None:
     assert errors == sorted(errors, reverse=True)
     for bits, error in ((2, errors[2]), (3, errors[3])):
         config = RTN.Config(bits=bits, group_size=0)
-        grid = RTN.build(RTN.layout((64, 96), config), (64, 96), config)
-        grid.q.load_state_dict(RTN.pack(weight_nm, None, config, GENERATOR))
+        grid = RTN(config).build((64, 96))
+        grid.q.load_state_dict(RTN(config).pack(weight_nm, None, GENERATOR))
         assert error < 0.5 * output_error(grid, weight_nm, x_Tm)
 
 
@@ -176,7 +175,7 @@ def test_contract(check_contract: Callable[..., None], bits: float) -> None:
 
 def test_bits_of_a_7b_matrix() -> None:
     """Levels add 16 x 1.5 x 2^b / n bits per weight, their counts 8 / n."""
-    layout = Scalar.layout((4096, 4096), Scalar.Config(bits=2.0))
+    layout = Scalar(Scalar.Config(bits=2.0)).layout((4096, 4096))
     stored = sum(8 * dtype.itemsize * torch.Size(size).numel() for dtype, size in layout.values())
     assert stored / 4096**2 == pytest.approx(2 + 16 * 6 / 4096 + 8 / 4096)
 
@@ -195,7 +194,7 @@ def test_the_part_computes_what_it_stores() -> None:
     weight_nm, x_Tm = torch.randn(20, 33), correlated(33)
     linear, _ = made(weight_nm, x_Tm, bits=2.2)
     before = linear.dequantize()
-    part = Part(linear, weight_nm, torch.float32)
+    part = TrainedMatrix(linear, weight_nm, torch.float32)
     with torch.no_grad():
         assert torch.allclose(part(x_Tm), x_Tm @ before.T, atol=1e-3)
     part.store()
@@ -221,7 +220,7 @@ def test_codes_that_are_not_the_nearest_survive_moving_levels() -> None:
     weight_nm, x_Tm = torch.randn(40, 33), correlated(33)
     linear, _ = made(weight_nm, x_Tm)
     before = linear.codes()
-    part = Part(linear, weight_nm, torch.float32)
+    part = TrainedMatrix(linear, weight_nm, torch.float32)
     with torch.no_grad():
         for factor in (0.99, 1.02):
             part.level_mK *= factor
@@ -238,7 +237,7 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     source, reports = checkpoint(family), list[Any]()
     job = {"calibration": [text_file], "samples": 6, "seq_len": 48}
     out = compress(source, "scalar", epochs=3, job=job, reports=reports)
-    choice = Choice("scalar", Scalar.Config())
+    choice = Scalar()
     plan = make_plan(Architecture(open_checkpoint(source)), choice)
     ledger = measure(read_layout(out))
     assert ledger.linears == pytest.approx(plan.bits_linears)

@@ -22,14 +22,13 @@ from spectool.errors import UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
 from spectool.model.packed import PackedLinear
 from spectool.quantize import walk
-from spectool.quantize.choice import Choice
+from spectool.quantize.base import parse_quantizer
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
+from spectool.quantize.lm_head.base import LmHead, LmHeadReport
 from spectool.quantize.lm_head.vq import (
     VQ,
-    FitText,
     VQLinear,
-    fit_lm_head,
     log_mass,
     token_entropy_within_codes,
 )
@@ -50,25 +49,28 @@ def noise(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def lm_head(vocab: int = 60, width: int = 12) -> tuple[Tensor, FitText]:
+def lm_head(bias_V: Tensor | None = None, vocab: int = 60, width: int = 12) -> LmHead:
     """Draw an lm_head, and a text of its top tokens after random states."""
     weight_VD = torch.randn(vocab, width, generator=noise())
     states_TD = torch.randn(900, width, generator=noise(1))
     chosen_T = (states_TD @ weight_VD.T).argmax(-1)
-    counts_V = torch.bincount(chosen_T, minlength=vocab)
-    return weight_VD, FitText(states_TD, counts_V, (0, 1))
+    return LmHead(
+        weight_VD=weight_VD,
+        bias_V=bias_V,
+        finish=Tensor.float,
+        states_TD=states_TD,
+        counts_V=torch.bincount(chosen_T, minlength=vocab),
+        special=(0, 1),
+    )
 
 
-def fitted(bias_V: Tensor | None = None, **options: Any) -> tuple[VQLinear, dict[str, Any], Any]:
-    weight_VD, text = lm_head()
-    config = VQ.Config(**options)
-    fields, new_bias_V, metrics = fit_lm_head(
-        weight_VD, bias_V, text, config, Tensor.float, noise(), lambda share: None,
-    )  # fmt: skip
-    linear = VQ.build(VQ.layout((60, 12), config), (60, 12), config)
-    linear.q.load_state_dict(fields)
-    linear.bias = torch.nn.Parameter(new_bias_V, requires_grad=False)
-    return linear, metrics, (weight_VD, text)
+def fitted(bias_V: Tensor | None = None, **options: Any) -> tuple[VQLinear, LmHeadReport, LmHead]:
+    original, quantizer = lm_head(bias_V), VQ(VQ.Config(**options))
+    found = quantizer.fit_lm_head(original, noise(), lambda share: None)
+    linear = quantizer.build((60, 12))
+    linear.q.load_state_dict(found.fields)
+    linear.bias = torch.nn.Parameter(found.bias_V, requires_grad=False)
+    return linear, found.report, original
 
 
 def kl(linear: Any, weight_VD: Tensor, states_TD: Tensor) -> float:
@@ -81,8 +83,8 @@ def kl(linear: Any, weight_VD: Tensor, states_TD: Tensor) -> float:
 def test_a_code_for_every_row_loses_nothing() -> None:
     weight_nm = torch.randn(20, 12, generator=noise()).half().float()
     config = VQ.Config(codes=20, width=0, frequent=0)
-    fields = VQ.pack(weight_nm, None, config, noise())
-    linear = VQ.build(VQ.layout((20, 12), config), (20, 12), config)
+    fields = VQ(config).pack(weight_nm, None, noise())
+    linear = VQ(config).build((20, 12))
     linear.q.load_state_dict(fields)
     assert torch.equal(linear.dequantize(), weight_nm)
     x_Tm = torch.randn(5, 12, generator=noise(2))
@@ -94,8 +96,8 @@ def test_a_code_for_every_row_loses_nothing() -> None:
 def test_rows_are_sums_of_what_codes_name(width: int, stages: int) -> None:
     weight_nm = torch.randn(40, 12, generator=noise())
     config = VQ.Config(codes=8, width=width, stages=stages, frequent=0)
-    fields = VQ.pack(weight_nm, None, config, noise())
-    linear = VQ.build(VQ.layout((40, 12), config), (40, 12), config)
+    fields = VQ(config).pack(weight_nm, None, noise())
+    linear = VQ(config).build((40, 12))
     linear.q.load_state_dict(fields)
     size = width or 12
     groups = math.ceil(12 / size)
@@ -117,8 +119,8 @@ def test_more_codes_and_more_stages_err_less() -> None:
 
     def error(**options: Any) -> float:
         config = VQ.Config(**{"frequent": 0, **options})
-        linear = VQ.build(VQ.layout((200, 16), config), (200, 16), config)
-        linear.q.load_state_dict(VQ.pack(weight_nm, None, config, noise()))
+        linear = VQ(config).build((200, 16))
+        linear.q.load_state_dict(VQ(config).pack(weight_nm, None, noise()))
         return float((linear.dequantize() - weight_nm).square().sum())
 
     for changes in (
@@ -132,7 +134,7 @@ def test_more_codes_and_more_stages_err_less() -> None:
 
 def test_two_levels_are_the_softmax() -> None:
     """Compare with the factored softmax, which needs the logits of codes only."""
-    linear, _, (_, text) = fitted(codes=16, width=0, frequent=6, epochs=2)
+    linear, _, text = fitted(codes=16, width=0, frequent=6, epochs=2)
     code_V = linear.q.codes[:, 0].long()
     assert linear.bias is not None
     mass_K = log_mass(linear.bias, code_V, 16)
@@ -149,18 +151,18 @@ def test_two_levels_are_the_softmax() -> None:
 def test_learning_lowers_the_kl_and_more_codes_more() -> None:
     found = []
     for codes in (12, 24, 48):
-        linear, metrics, (weight_VD, _) = fitted(codes=codes, width=0, frequent=6)
-        assert metrics["loss_after"] < 0.9 * metrics["loss_start"]
+        linear, metrics, original = fitted(codes=codes, width=0, frequent=6)
+        assert metrics.loss_after < 0.9 * metrics.loss_start
         fresh_TD = torch.randn(400, 12, generator=noise(9))
-        found.append(kl(linear, weight_VD, fresh_TD))
-        assert found[-1] < 1.6 * metrics["loss_after"]
+        found.append(kl(linear, original.weight_VD, fresh_TD))
+        assert found[-1] < 1.6 * metrics.loss_after
     assert found == sorted(found, reverse=True)
     _, metrics, _ = fitted(codes=16, width=3)
-    assert metrics["loss_after"] < 0.9 * metrics["loss_start"] and metrics["nats_within_codes"] == 0
+    assert metrics.loss_after < 0.9 * metrics.loss_start and metrics.nats_within_codes == 0
 
 
 def test_special_and_frequent_tokens_share_with_nobody() -> None:
-    linear, _, (_, text) = fitted(codes=16, width=0, frequent=6)
+    linear, _, text = fitted(codes=16, width=0, frequent=6)
     codes = linear.q.codes[:, 0].tolist()
     apart = {*text.special, *text.counts_V.argsort(descending=True, stable=True)[:6].tolist()}
     assert all(codes.count(codes[token]) == 1 for token in apart)
@@ -177,17 +179,16 @@ def test_the_bound_is_the_entropy_within_codes() -> None:
 
 def test_a_bias_that_is_there_stays() -> None:
     bias_V = 3 * torch.randn(60, generator=noise(5))
-    weight_VD, _ = lm_head()
-    linear, metrics, (_, text) = fitted(bias_V, codes=32, width=3)
+    linear, metrics, text = fitted(bias_V, codes=32, width=3)
     with torch.inference_mode():
-        wanted = (text.states_TD @ weight_VD.T + bias_V).log_softmax(-1)
+        wanted = (text.states_TD @ text.weight_VD.T + bias_V).log_softmax(-1)
         found = linear(text.states_TD).log_softmax(-1)
     apart = float((wanted.exp() * (wanted - found)).sum(-1).mean())
-    assert apart == pytest.approx(metrics["loss_after"], rel=0.4) and apart < 0.1
+    assert apart == pytest.approx(metrics.loss_after, rel=0.4) and apart < 0.1
 
 
 def test_a_shortlist_decides_by_its_rows() -> None:
-    plain, _, (weight_VD, text) = fitted(codes=16, width=3)
+    plain, _, text = fitted(codes=16, width=3)
     linear, _, _ = fitted(codes=16, width=3, shortlist=8)
     x_TD = text.states_TD[:50]
     assert linear.bias is not None and plain.bias is not None
@@ -200,7 +201,7 @@ def test_a_shortlist_decides_by_its_rows() -> None:
     rest = torch.ones_like(found, dtype=torch.bool).scatter(-1, best, False)
     assert torch.allclose(found[rest], rough[rest], atol=1e-4)
     assert torch.allclose(found, alone, atol=1e-5), "rows do not depend on each other"
-    top = (x_TD @ weight_VD.T).argmax(-1)
+    top = (x_TD @ text.weight_VD.T).argmax(-1)
     agree = [float((logits.argmax(-1) == top).float().mean()) for logits in (found, rough)]
     assert agree[0] > agree[1]
 
@@ -213,7 +214,7 @@ def test_contract(check_contract: Callable[..., None], options: dict[str, Any]) 
 def test_what_cannot_be_is_refused() -> None:
     weight_nm = torch.randn(20, 8)
     with pytest.raises(UsageError, match="--codes 21: the matrix has 20 rows"):
-        VQ.pack(weight_nm, None, VQ.Config(codes=21), noise())
+        VQ(VQ.Config(codes=21)).pack(weight_nm, None, noise())
     with pytest.raises(UsageError, match="leave none to share"):
         VQ.Config(codes=16, width=0, frequent=16)
 
@@ -229,7 +230,7 @@ def test_a_model_with_a_learnt_head(
 ) -> None:
     source, reports = checkpoint(family), list[Any]()
     job = {
-        "lm_head": Choice.from_text(spec + ",epochs=3"),
+        "lm_head": parse_quantizer(spec + ",epochs=3"),
         "calibration": [text_file],
         "samples": 12,
         "seq_len": 48,
@@ -255,11 +256,11 @@ def test_a_model_with_a_learnt_head(
     (entry,) = [entry for entry in ledger.entries if entry.outside]
     assert entry.name == reports[0].outside["layers"][-1]["name"]
     planned = Architecture(open_checkpoint(source))
-    plan = make_plan(planned, Choice.from_text("rtn:bits=8,group_size=16"), lm_head=job["lm_head"])
+    plan = make_plan(planned, parse_quantizer("rtn:bits=8,group_size=16"), lm_head=job["lm_head"])
     assert plan.num_parameters == ledger.num_parameters
     headers = sum(file.stat().st_size for file in out.glob("*.safetensors")) - plan.file_bytes
     assert 0 < headers < 20000
-    why = "a shortlist of 9 tokens" if "shortlist" in spec else "was fitted with a bias, and the"
+    why = "shortlist=9,.* more than a product" if "shortlist" in spec else "was fitted with a bias"
     with pytest.raises(UnsupportedError, match=why):
         export(open_checkpoint(out), out.with_name("exported"), "dense")
     # Drafting still changes no output, with any sampling options.
@@ -277,7 +278,7 @@ def test_killed_before_the_head(
     checkpoint: Callable[..., Path], compress: Callable[..., Path], text_file: str
 ) -> None:
     job = {
-        "lm_head": Choice.from_text("vq:codes=64,epochs=1"), "calibration": [text_file],
+        "lm_head": parse_quantizer("vq:codes=64,epochs=1"), "calibration": [text_file],
         "samples": 6, "seq_len": 32,
     }  # fmt: skip
     source = checkpoint("llama-tied")

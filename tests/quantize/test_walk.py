@@ -24,7 +24,7 @@ from spectool.quantize import walk
 from spectool.quantize.budget import Budget, widths
 from spectool.quantize.methods.ptq161 import PTQ161
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import Job, Report, quantize
+from spectool.quantize.run import QuantizeJob, QuantizeReport, quantize
 from spectool.report import Reporter
 
 Checkpoints = Callable[..., Path]
@@ -39,13 +39,13 @@ def text_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def job(text_file: str | None = None, **changes: Any) -> Job:
+def job(text_file: str | None = None, **changes: Any) -> QuantizeJob:
     """Make a job of round to nearest; with a text, both streams run and errors are measured."""
     options = {"method": "rtn", "config": RTN.Config(bits=3), "samples": 5, "seq_len": 24}
-    return Job(**{**options, "calibration": [text_file] if text_file else None, **changes})
+    return QuantizeJob(**{**options, "calibration": [text_file] if text_file else None, **changes})
 
 
-def fitted_job(**changes: Any) -> Job:
+def fitted_job(**changes: Any) -> QuantizeJob:
     """Make a job of a method that fits whole blocks, on the built-in text."""
     config = PTQ161.Config(epochs=1)
     return job(method="ptq161", config=config, **{"samples": 3, **changes})
@@ -79,7 +79,7 @@ def die(
     return os.waitpid(child, 0)[1]
 
 
-def slowed(source: Path, out: Path, asked: Job) -> None:
+def slowed(source: Path, out: Path, asked: QuantizeJob) -> None:
     """Quantize at a hundredth of a second per matrix, so that signals arrive midway."""
     original = RTN.pack
 
@@ -317,7 +317,7 @@ def test_only_one_block_is_resident(
     source = checkpoint("llama", **LAYERS)
     asked = job(None if how == "weights alone" else text_file)
     if how == "a budget":
-        asked = job(text_file, budget=Budget(4.0, widths(asked.choice, 4.0)))
+        asked = job(text_file, budget=Budget(4.0, widths(asked.quantizer, 4.0)))
     quantize(open_checkpoint(source), tmp_path / "out", asked)
     assert len(alive) == 5 * 9 * (1 + (how == "a budget"))
 
@@ -336,7 +336,7 @@ def test_bad_weights_in_a_late_block_leave_the_early_ones(
 
 
 def test_reports_name_every_matrix_once(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    report: Report = quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job())
+    report: QuantizeReport = quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job())
     names = [layer["name"] for layer in report.layers]
     assert len(names) == len(set(names)) == 14
     assert all(0 < layer["error"] < 0.2 and 3 < layer["bits"] < 8 for layer in report.layers)

@@ -1,4 +1,4 @@
-"""Choice of a method for each matrix, by the rules of a YAML file (`--rules`).
+"""Rules that choose a method for each matrix, from a YAML file (`--rules`).
 
     layers:
     - {match: "*.down_proj", method: rtn, bits: 4, group_size: 64}
@@ -12,10 +12,8 @@ embedding and the lm_head stay dense.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,73 +22,21 @@ import yaml
 from spectool.errors import UsageError
 from spectool.methods import resolve
 from spectool.model.architecture import matches
-from spectool.options import Config
-from spectool.quantize.calibration import Quantizer
+from spectool.quantize.base import Quantizer
 
 DENSE = "dense"
 SKIP = "--skip"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A quantization method and its options."""
-
-    method: str
-    config: Config
-
-    @property
-    def quantizer(self) -> type[Quantizer]:
-        """The method's class, imported on first use."""
-        method: type[Quantizer] = resolve(self.method, "quantizer")
-        return method
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether the method needs calibration data."""
-        return bool(self.quantizer.statistics) or hasattr(self.quantizer, "fit")
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the packed module equals a dense matrix; False if it also rounds inputs."""
-        return getattr(self.quantizer, "is_matrix", True)
-
-    @functools.cache  # noqa: B019  Layers repeat each other, and choices are few.
-    def stored_bytes(self, shape: tuple[int, int]) -> int:
-        """Return the bytes of the fields of a matrix of this shape."""
-        layout = self.quantizer.layout(shape, self.config)
-        return sum(dtype.itemsize * math.prod(size) for dtype, size in layout.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON-safe form stored in artifacts."""
-        return {"method": self.method, "options": self.config.as_dict()}
-
-    def __str__(self) -> str:
-        """Return the form written on a command line, without options at their defaults."""
-        defaults = {field.name: field.default for field in fields(self.config)}
-        changed = [f"{k}={v}" for k, v in self.config.as_dict().items() if v != defaults[k]]
-        return f"{self.method}:{','.join(changed)}" if changed else self.method
-
-    @classmethod
-    def from_text(cls, text: str) -> Choice:
-        """Parse `METHOD` or `METHOD:key=value,key=value`.
-
-        Raises:
-            UsageError: unknown method, or options that the method does not have.
-        """
-        method, _, pairs = text.partition(":")
-        quantizer: type[Quantizer] = resolve(method, "quantizer")
-        return cls(method, quantizer.Config.from_text(pairs))
-
-
-@dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule: pack matrices whose names `match` by `choice`, or leave them dense if it is None.
+    """One rule: pack matrices whose names `match`, or leave them dense if `quantizer` is None.
 
     `origin` says where the rule was given; error messages name it.
     """
 
     match: str
-    choice: Choice | None
+    quantizer: Quantizer | None
     origin: str
 
     @property
@@ -104,10 +50,10 @@ class Rule:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the rule as an entry of a rules file."""
-        if self.choice is None:
+        if self.quantizer is None:
             return {"match": self.match, "method": DENSE}
-        options = self.choice.config.as_dict()
-        return {"match": self.match, "method": self.choice.method, **options}
+        options = self.quantizer.config.as_dict()
+        return {"match": self.match, "method": self.quantizer.name, **options}
 
 
 def skipping(patterns: Iterable[str]) -> list[Rule]:
@@ -156,11 +102,11 @@ def _parse_rule(path: Path, number: int, entry: Any) -> Rule:
             if options:
                 raise UsageError("dense takes no options")
             return Rule(entry["match"], None, origin)
-        quantizer: type[Quantizer] = resolve(entry["method"], "quantizer")
-        config = quantizer.Config.from_dict({str(key): value for key, value in options.items()})
+        kind: type[Quantizer] = resolve(entry["method"], "quantizer")
+        config = kind.Config.from_dict({str(key): value for key, value in options.items()})
     except UsageError as error:
         raise UsageError(f"{origin}: {error}", hint=error.hint) from error
-    return Rule(entry["match"], Choice(entry["method"], config), origin)
+    return Rule(entry["match"], kind(config), origin)
 
 
 def format_rules(rules: Sequence[Rule]) -> str:
