@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from spectool.checkpoint.tensors import open_checkpoint
+from spectool.decode.generate import Runner
 from spectool.evaluate.context import Context, Request
 from spectool.evaluate.suite import evaluate
 from spectool.kernels import registry
@@ -68,4 +69,23 @@ def check_kernel(module: ModuleType, request: pytest.FixtureRequest) -> None:
     torch.testing.assert_close(product(x, None), kernel.twin(x, fields, None))
 
 
-CHECKS: dict[str, Check] = {"kernel": check_kernel, "measure": check_measure}
+def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    row = Method(kind="kv", target="added_kv:HalfStore", summary="...", source="...")
+    add_method(request, "half", row)
+    model, prompt = request.getfixturevalue("tiny")("llama"), [[5, 6, 7, 5, 6, 7, 5]]
+    runner = Runner(model, draft="ngram:min_n=1", kv="half:scale=2")
+    (drafted,) = runner.generate(prompt, max_new_tokens=20)
+    assert isinstance(runner.target.cache(1).stores[0], module.HalfStore)
+    # Keys and values of 2 layers, 2 heads and 8 channels, 2 bytes each.
+    assert runner.target.kv_token_bytes == 2 * 2 * 2 * 8 * 2
+    runner.use(None)
+    (plain,) = runner.generate(prompt, max_new_tokens=20)
+    assert drafted.token_ids == plain.token_ids
+
+
+# A check for each page.
+CHECKS: dict[str, Check] = {
+    "kernel": check_kernel,
+    "kv": check_kv,
+    "measure": check_measure,
+}
