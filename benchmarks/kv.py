@@ -97,7 +97,7 @@ def main() -> None:
                 {
                     "dtype": dtype,
                     "kv": kv,
-                    "bytes_per_token": runner.target.kv_token_bytes,
+                    "bytes_per_token": runner.target.kv_bytes_per_token,
                     **compare(exact, found, windows),
                     "drafted_as_plain": count_equal(runner, arguments.draft, prompts),
                     "prompts": len(prompts),
