@@ -7,26 +7,24 @@ from dataclasses import dataclass
 
 from spectool import options
 from spectool.decode import tree
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoDraftConfig(options.Config):
-    """Options of `none`: it has none."""
 
 
 class NoDrafter(Drafter):
     """Drafter that proposes nothing."""
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `none`: it has none."""
+
     name = "none"
-    Config = NoDraftConfig
     needs = Needs()
 
-    def __init__(self, config: NoDraftConfig | None = None) -> None:
-        self.config = config or NoDraftConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ()

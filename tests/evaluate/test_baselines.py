@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectool.decode.generate import Runner
-from spectool.decode.sampling import SamplingOptions, SamplingParams
+from spectool.decode.options import SamplingOptions, SamplingParams
 from spectool.evaluate.baselines import ASSISTED, PLAIN, PROMPT_LOOKUP, Job, open_baselines
 
 PROMPTS = [[5, 6, 7, 5, 6], list(range(30, 60)) * 2, [9]]
