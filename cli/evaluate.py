@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from spectool.cli.common import Output, prepare_torch
+from spectool.decode.options import CacheOptions
 from spectool.evaluate.options import EvalOptions
-from spectool.shared_options import LoadOptions
 
 if TYPE_CHECKING:
     from spectool.evaluate.context import Plan
 
 
-def evaluate(output: Output, options: EvalOptions, load: LoadOptions) -> None:
+def evaluate(output: Output, options: EvalOptions, load: CacheOptions) -> None:
     """Measure MODEL: perplexity, distance from a reference, speed and losslessness of drafting."""
     prepare_torch(load.threads)
     from spectool.evaluate.context import Context
@@ -27,6 +27,7 @@ def evaluate(output: Output, options: EvalOptions, load: LoadOptions) -> None:
         dtype=load.dtype,
         device=load.resolve_device(),
         runtime=load.runtime,
+        kv=load.kv,
         reporter=output,
     )
     evaluation = run_measures(context, gates=options.gate)

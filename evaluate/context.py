@@ -37,6 +37,7 @@ from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
 from spectool.evaluate.windows import (
     BlockwiseLogProbs,
+    CachedLogProbs,
     LogProbs,
     ResidentLogProbs,
     Windows,
@@ -76,7 +77,8 @@ class Plan:
 class Context:
     """A checkpoint with what it is measured on. A part is None where the options give none.
 
-    A part raises InputError where it does not fit the checkpoint.
+    `kv` is the store of the checkpoint's keys and values; a reference keeps them as they are. A
+    part raises InputError where it does not fit the checkpoint.
     """
 
     def __init__(
@@ -87,12 +89,14 @@ class Context:
         dtype: str | None = None,
         device: str = "cpu",
         runtime: str = "auto",
+        kv: str = "dense",
         reporter: Reporter = SILENT,
     ) -> None:
         self.checkpoint, self.options, self.reporter = checkpoint, options, reporter
         # What the measures that run need.
         self.needs: set[Need] = set()
         self.dtype, self.device, self.runtime = dtype, check_device(device), runtime
+        self.kv = kv
         model_class(read_config(checkpoint))
         self.tokenizer = load_tokenizer(checkpoint)
         self.vocabulary = _vocabulary(checkpoint.layout)
@@ -166,7 +170,7 @@ class Context:
                     reference = self.reference
             scores = score(
                 windows,
-                self._open_log_probs(self.checkpoint),
+                self._open_log_probs(self.checkpoint, self.kv),
                 self.vocabulary,
                 reference=reference,
                 batch_size=options.batch_size,
@@ -206,7 +210,7 @@ class Context:
     def decoding(self) -> Run:
         """The comparison of the drafters with plain decoding on the prompts, greedy."""
         assert self.prompts is not None
-        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer)
+        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer, kv=self.kv)
         how = Options(
             drafts=self.options.draft or ("auto",), max_new_tokens=self.options.max_new_tokens
         )
@@ -252,15 +256,22 @@ class Context:
             )
         )
 
-    def _open_log_probs(self, checkpoint: Checkpoint) -> LogProbs:
-        """Load a checkpoint whole, or open it to run block by block."""
+    def _open_log_probs(self, checkpoint: Checkpoint, kv: str = "dense") -> LogProbs:
+        """Load a checkpoint whole, or open it to run block by block.
+
+        Raises:
+            UsageError: keys and values are to be kept in a cache, and it cannot be loaded whole.
+        """
         dtype = self._dtype(checkpoint)
         wanted = resident_bytes(checkpoint.layout, dtype)
         if self.options.blockwise or wanted > MEMORY_SHARE * available_memory(self.device):
+            if kv != "dense":
+                raise UsageError(f"--kv {kv} needs the whole model; block by block has no cache")
             return BlockwiseLogProbs(
                 checkpoint, self.windows, dtype=dtype, device=self.device, reporter=self.reporter
             )
-        return ResidentLogProbs(self._load(checkpoint))
+        model = self._load(checkpoint)
+        return ResidentLogProbs(model) if kv == "dense" else CachedLogProbs(model, kv)
 
     def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         return parse_dtype(self.dtype) or default_dtype(checkpoint.layout, self.device)
