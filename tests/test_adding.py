@@ -91,7 +91,7 @@ def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
     (drafted,) = runner.generate(prompt, max_new_tokens=20)
     assert isinstance(runner.target.cache(1).stores[0], module.HalfStore)
     # Keys and values of 2 layers, 2 heads and 8 channels, 2 bytes each.
-    assert runner.target.kv_token_bytes == 2 * 2 * 2 * 8 * 2
+    assert runner.target.kv_bytes_per_token == 2 * 2 * 2 * 8 * 2
     runner.use(None)
     (plain,) = runner.generate(prompt, max_new_tokens=20)
     assert drafted.token_ids == plain.token_ids
