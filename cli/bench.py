@@ -57,6 +57,10 @@ class BenchOptions(Config):
     )
     plot: Path | None = option(None, "Chart of the speed-ups to write: a .png or .svg file")
 
+    def validate(self) -> None:
+        if not self.batch_size:
+            raise UsageError("--batch-size : expected positive numbers, as 4 or 1,4,16")
+
 
 def bench(
     output: Output,
@@ -137,7 +141,7 @@ def _run(
             lossy=verification.lossy,
             chain_lengths=options.chain_lengths,
         )
-        result = bench_module.bench(runner, inputs, how, say=output.say)
+        result = bench_module.bench(runner, inputs, how, reporter=output)
         runs.append(replace(result, model=target.model))
     if kept := describe_kv(runner):
         output.say(kept)

@@ -8,17 +8,17 @@ writes to the file of another run.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spectool.errors import InputError, UsageError
-from spectool.files import disk_errors, replacing
+from spectool.files import disk_errors, finite, replacing
+from spectool.report import Reporter, TrainingStep
 
 
-class MetricsFile:
-    """JSON lines in the file `path`, one per step. `run` identifies the run.
+class MetricsFile(Reporter):
+    """JSON lines in the file `path`, one per reported step. `run` identifies the run.
 
     Raises:
         UsageError: the file exists and is of another run.
@@ -40,13 +40,21 @@ class MetricsFile:
                     hint="move it away, or name another file",
                 )
 
-    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def event(self, event: Any) -> None:
         """Append a step's line; the first call drops older lines of this step and later ones."""
+        if not isinstance(event, TrainingStep):
+            return
+        line = {"step": event.step, **event.metrics}
+        if event.metrics:
+            line["tokens_per_second"] = line["tokens"] / max(1e-9, line["seconds"])
+        if event.evaluation is not None:
+            line["held_out"] = event.evaluation
         with disk_errors(self.path):
             if self._fresh:
-                self._begin(step)
+                self._begin(event.step)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line({"step": step, **metrics}))
+                # A gradient norm may be infinite.
+                file.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
     def _begin(self, step: int) -> None:
         kept = [line for line in self._lines()[1:] if _step_of(line) < step]
@@ -62,12 +70,3 @@ class MetricsFile:
 
 def _step_of(line: str) -> int:
     return int(json.loads(line)["step"])
-
-
-def _line(value: Mapping[str, Any]) -> str:
-    return json.dumps({key: _finite(part) for key, part in value.items()}, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity by None: JSON has neither, and a gradient norm may be infinite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -28,10 +28,12 @@ from spectool.checkpoint.tensors import read_tensor
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill.data.samples import Sample, by_length, join
-from spectool.distill.data.texts import Say, as_samples, as_tensors, chunk
+from spectool.distill.data.texts import as_samples, as_tensors, chunk
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import TextCache, read_extra_rows, read_features
 from spectool.errors import UsageError
+from spectool.files import json_bytes
+from spectool.report import Reporter
 from spectool.training import TrainingBatch
 
 FEATURES = "spectool_features.json"
@@ -125,7 +127,7 @@ def store(
     samples: Sequence[Sample],
     *,
     pass_tokens: int,
-    say: Say,
+    reporter: Reporter,
 ) -> StoredTexts:
     """Write the missing shards of these texts, one shard per process at a time.
 
@@ -152,7 +154,7 @@ def store(
                 if writer is not None and sums is not None:
                     writer.adopt(shards[number], sums, {})
         done = len(groups) - len(missing) + min(len(missing), count * processes.size)
-        say(f"{name} features stored: {done}/{len(groups)} shards")
+        reporter.progress(done, len(groups), f"shards of {name} features stored")
     return StoredTexts([directory / shard for shard in shards], needs, target.device)
 
 
@@ -171,8 +173,7 @@ def finish_store(writer: ArtifactWriter, key: dict[str, Any], needs: Needs) -> N
         "shards": shards,
         "files": sorted([FEATURES, *shards]),
     }
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    writer.finish({FEATURES: text.encode()})
+    writer.finish({FEATURES: json_bytes(record)})
 
 
 def open_store(
