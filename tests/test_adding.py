@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
-from spectool.evaluate.context import Context, Request
+from spectool.evaluate.context import Context
+from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
 from spectool.kernels import registry
 from spectool.methods import METHODS, Method
+from spectool.shared_options import LoadOptions
 
 PAGES = sorted((Path(__file__).parent.parent / "docs/adding").glob("*.md"))
 # A check takes the module of the skeleton and pytest's request, for fixtures.
@@ -46,9 +47,10 @@ def add_method(request: pytest.FixtureRequest, name: str, method: Method) -> Non
 def check_measure(module: ModuleType, request: pytest.FixtureRequest) -> None:
     row = Method(kind="measure", target="added_measure:CrossEntropy", summary="...", source="...")
     add_method(request, "cross-entropy", row)
-    checkpoint = open_checkpoint(request.getfixturevalue("checkpoint")("llama"))
-    options = Request(measures=["perplexity", "cross-entropy"], window=32, limit=2000)
-    evaluation = evaluate(Context(checkpoint, options), gates=["cross_entropy>0"])
+    load = LoadOptions(model=str(request.getfixturevalue("checkpoint")("llama")), device="cpu")
+    chosen, gates = ("perplexity", "cross-entropy"), ("cross_entropy>0",)
+    options = EvalOptions(measure=chosen, window=32, limit=2000, gate=gates)
+    evaluation = evaluate(Context(load, options))
     perplexity: Any
     perplexity, added = evaluation.measures
     assert evaluation.as_json()["cross_entropy"] == evaluation.gates[0].value
