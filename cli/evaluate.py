@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from spectool.cli.common import Output, prepare_torch
+from spectool.decode.options import CacheOptions
 from spectool.evaluate.options import EvalOptions
-from spectool.shared_options import LoadOptions, TextOptions
+from spectool.shared_options import TextOptions
 
 if TYPE_CHECKING:
     from spectool.evaluate.context import Plan
 
 
-def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: LoadOptions) -> None:
+def evaluate(
+    output: Output, options: EvalOptions, reading: TextOptions, load: CacheOptions
+) -> None:
     """Measure MODEL: perplexity, distance from a reference, speed and losslessness of drafting."""
     prepare_torch(load.threads)
     from spectool.evaluate.context import Context

@@ -30,6 +30,7 @@ from spectool.data.text import (
     read_text,
 )
 from spectool.decode.generate import Runner
+from spectool.decode.options import CacheOptions
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.evaluate.bench import Options, Run, bench
 from spectool.evaluate.fidelity import LogProbsReference, Reference, Scores, score
@@ -37,6 +38,7 @@ from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
 from spectool.evaluate.windows import (
     BlockwiseLogProbs,
+    CachedLogProbs,
     LogProbs,
     ResidentLogProbs,
     Windows,
@@ -53,7 +55,7 @@ from spectool.model.loading import (
     tokenizer_digest,
 )
 from spectool.report import SILENT, NotItsSource, Reporter
-from spectool.shared_options import LoadOptions, TextOptions
+from spectool.shared_options import TextOptions
 
 # A model is loaded whole if it takes at most this share of the free memory.
 MEMORY_SHARE = 0.7
@@ -82,7 +84,7 @@ class Context:
 
     def __init__(
         self,
-        load: LoadOptions,
+        load: CacheOptions,
         options: EvalOptions,
         reading: TextOptions | None = None,
         *,
@@ -167,7 +169,7 @@ class Context:
                     reference = self.reference
             scores = score(
                 windows,
-                self._open_log_probs(self.checkpoint),
+                self._open_log_probs(self.checkpoint, self.load.kv),
                 self.vocabulary,
                 reference=reference,
                 batch_size=options.batch_size,
@@ -206,7 +208,7 @@ class Context:
         """The comparison of the drafters with plain decoding on the prompts, greedy."""
         assert self.prompts is not None
         drafts = self.options.draft or ("auto",)
-        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer)
+        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer, kv=self.load.kv)
         options = Options(drafts=drafts, max_new_tokens=self.options.max_new_tokens)
         return bench(runner, self.prompts, options, reporter=self.reporter)
 
@@ -250,15 +252,22 @@ class Context:
             )
         )
 
-    def _open_log_probs(self, checkpoint: Checkpoint) -> LogProbs:
-        """Load a checkpoint whole, or open it to run block by block."""
+    def _open_log_probs(self, checkpoint: Checkpoint, kv: str = "dense") -> LogProbs:
+        """Load a checkpoint whole, or open it to run block by block.
+
+        Raises:
+            UsageError: keys and values are to be kept in a cache, and it cannot be loaded whole.
+        """
         dtype = self._dtype(checkpoint)
         wanted = resident_bytes(checkpoint.layout, dtype)
         if self.options.blockwise or wanted > MEMORY_SHARE * available_memory(self.device):
+            if kv != "dense":
+                raise UsageError(f"--kv {kv} needs the whole model; block by block has no cache")
             return BlockwiseLogProbs(
                 checkpoint, self.windows, dtype=dtype, device=self.device, reporter=self.reporter
             )
-        return ResidentLogProbs(self._load(checkpoint))
+        model = self._load(checkpoint)
+        return ResidentLogProbs(model) if kv == "dense" else CachedLogProbs(model, kv)
 
     def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         return parse_dtype(self.load.dtype) or default_dtype(checkpoint.layout, self.device)

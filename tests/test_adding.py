@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 import textwrap
@@ -13,14 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
+from spectool.checkpoint.tensors import open_checkpoint
+from spectool.cli.common import SCHEMA_VERSION
+from spectool.cli.derive import Command, configs_of, derive
 from spectool.decode.generate import Runner
+from spectool.decode.options import CacheOptions
 from spectool.evaluate.context import Context
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
 from spectool.kernels import registry
 from spectool.methods import METHODS, Method
-from spectool.shared_options import LoadOptions
 
 PAGES = sorted((Path(__file__).parent.parent / "docs/adding").glob("*.md"))
 # A check takes the module of the skeleton and pytest's request, for fixtures.
@@ -44,10 +50,19 @@ def add_method(request: pytest.FixtureRequest, name: str, method: Method) -> Non
     request.getfixturevalue("monkeypatch").setitem(METHODS, name, method)
 
 
+def check_command(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    app = typer.Typer()
+    app.command("count", cls=Command)(derive(module.count, configs_of(module.count)))
+    checkpoint = request.getfixturevalue("checkpoint")("llama")
+    for words, number in (([], len(open_checkpoint(checkpoint).layout.tensors)), (["--blocks"], 2)):
+        done = CliRunner().invoke(app, [str(checkpoint), *words, "--json"])
+        assert json.loads(done.stdout) == {"schema_version": SCHEMA_VERSION, "count": number}
+
+
 def check_measure(module: ModuleType, request: pytest.FixtureRequest) -> None:
     row = Method(kind="measure", target="added_measure:CrossEntropy", summary="...", source="...")
     add_method(request, "cross-entropy", row)
-    load = LoadOptions(model=str(request.getfixturevalue("checkpoint")("llama")), device="cpu")
+    load = CacheOptions(model=str(request.getfixturevalue("checkpoint")("llama")), device="cpu")
     chosen, gates = ("perplexity", "cross-entropy"), ("cross_entropy>0",)
     options = EvalOptions(measure=chosen, window=32, limit=2000, gate=gates)
     evaluation = evaluate(Context(load, options))
@@ -79,7 +94,7 @@ def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
     (drafted,) = runner.generate(prompt, max_new_tokens=20)
     assert isinstance(runner.target.cache(1).stores[0], module.HalfStore)
     # Keys and values of 2 layers, 2 heads and 8 channels, 2 bytes each.
-    assert runner.target.kv_token_bytes == 2 * 2 * 2 * 8 * 2
+    assert runner.target.kv_bytes_per_token == 2 * 2 * 2 * 8 * 2
     runner.use(None)
     (plain,) = runner.generate(prompt, max_new_tokens=20)
     assert drafted.token_ids == plain.token_ids
@@ -87,6 +102,7 @@ def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
 
 # A check for each page.
 CHECKS: dict[str, Check] = {
+    "command": check_command,
     "kernel": check_kernel,
     "kv": check_kv,
     "measure": check_measure,

@@ -15,6 +15,7 @@ from spectool.cli.common import Output
 from spectool.cli.events import describe
 from spectool.data.text import Reading
 from spectool.decode.drafters.medusa import MedusaHeads
+from spectool.decode.options import CacheOptions
 from spectool.distill.plan import Job as HeadsJob
 from spectool.distill.train_heads import train_heads
 from spectool.evaluate.context import Context
@@ -23,7 +24,6 @@ from spectool.evaluate.suite import evaluate
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import QuantizeJob, quantize
 from spectool.report import Loaded, ShortCalibration, TrainingStarts, TrainingStep
-from spectool.shared_options import LoadOptions
 
 from ..heard import Heard
 
@@ -79,7 +79,7 @@ def test_a_reporter_hears_an_evaluation(checkpoint: Callable[..., Path], text: P
     for blockwise in (False, True):
         heard = Heard()
         options = EvalOptions(text=(str(text),), window=32, limit=400, blockwise=blockwise)
-        load = LoadOptions(model=str(checkpoint("llama")), device="cpu")
+        load = CacheOptions(model=str(checkpoint("llama")), device="cpu")
         evaluate(Context(load, options, reporter=heard))
         (plan,) = heard.plans
         assert plan.text == str(text) and plan.windows.length == 32

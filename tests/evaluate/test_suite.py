@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from spectool.checkpoint.tensors import open_checkpoint
+from spectool.decode.options import CacheOptions
 from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.context import Context
 from spectool.evaluate.options import EvalOptions
@@ -19,13 +20,12 @@ from spectool.methods import names, resolve
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import QuantizeJob, quantize
 from spectool.report import PlainDecoding
-from spectool.shared_options import LoadOptions
 
 from ..heard import Heard
 
 
 def run(model: str | Path, *, dtype: str | None = None, **options: Any) -> dict[str, Any]:
-    load = LoadOptions(model=str(model), dtype=dtype, device="cpu")
+    load = CacheOptions(model=str(model), dtype=dtype, device="cpu")
     return evaluate(Context(load, EvalOptions(**options))).as_json()
 
 
@@ -123,7 +123,7 @@ def test_drafting_is_measured_on_prompts_once(
         max_new_tokens=8,
         gate=("losslessness>=1", "speed.tokens_per_second>0"),
     )
-    load = LoadOptions(model=str(checkpoint("llama")), dtype="float32", device="cpu")
+    load = CacheOptions(model=str(checkpoint("llama")), dtype="float32", device="cpu")
     evaluation = evaluate(Context(load, options, reporter=heard))
     assert all(gate.holds for gate in evaluation.gates)
     result = evaluation.as_json()
