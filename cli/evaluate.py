@@ -9,23 +9,28 @@ import typer
 from spectool.cli.common import Output, prepare_torch
 from spectool.decode.options import CacheOptions
 from spectool.evaluate.options import EvalOptions
-from spectool.shared_options import TextOptions
 
 if TYPE_CHECKING:
     from spectool.evaluate.context import Plan
 
 
-def evaluate(
-    output: Output, options: EvalOptions, reading: TextOptions, load: CacheOptions
-) -> None:
+def evaluate(output: Output, options: EvalOptions, load: CacheOptions) -> None:
     """Measure MODEL: perplexity, distance from a reference, speed and losslessness of drafting."""
     prepare_torch(load.threads)
     from spectool.evaluate.context import Context
     from spectool.evaluate.suite import evaluate as run_measures
 
     output.show_plan = lambda plan: _show_plan(output, options, plan)
-    context = Context(load, options, reading, reporter=output)
-    evaluation = run_measures(context)
+    context = Context(
+        load.open(),
+        options,
+        dtype=load.dtype,
+        device=load.resolve_device(),
+        runtime=load.runtime,
+        kv=load.kv,
+        reporter=output,
+    )
+    evaluation = run_measures(context, gates=options.gate)
     for result in evaluation.measures:
         for line in result.lines():
             output.show(line)

@@ -30,7 +30,6 @@ from spectool.data.text import (
     read_text,
 )
 from spectool.decode.generate import Runner
-from spectool.decode.options import CacheOptions
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.evaluate.bench import Options, Run, bench
 from spectool.evaluate.fidelity import LogProbsReference, Reference, Scores, score
@@ -55,7 +54,6 @@ from spectool.model.loading import (
     tokenizer_digest,
 )
 from spectool.report import SILENT, NotItsSource, Reporter
-from spectool.shared_options import TextOptions
 
 # A model is loaded whole if it takes at most this share of the free memory.
 MEMORY_SHARE = 0.7
@@ -77,25 +75,28 @@ class Plan:
 
 
 class Context:
-    """A checkpoint with what it is measured on. A part is None where no option gives it.
+    """A checkpoint with what it is measured on. A part is None where the options give none.
 
-    A part raises InputError where it does not fit the checkpoint.
+    `kv` is the store of the checkpoint's keys and values; a reference keeps them as they are. A
+    part raises InputError where it does not fit the checkpoint.
     """
 
     def __init__(
         self,
-        load: CacheOptions,
+        checkpoint: Checkpoint,
         options: EvalOptions,
-        reading: TextOptions | None = None,
         *,
+        dtype: str | None = None,
+        device: str = "cpu",
+        runtime: str = "auto",
+        kv: str = "dense",
         reporter: Reporter = SILENT,
     ) -> None:
-        self.load, self.options, self.reporter = load, options, reporter
-        self.reading = reading or TextOptions()
-        self.checkpoint = checkpoint = load.open()
+        self.checkpoint, self.options, self.reporter = checkpoint, options, reporter
         # What the measures that run need.
         self.needs: set[Need] = set()
-        self.device = check_device(load.resolve_device())
+        self.dtype, self.device, self.runtime = dtype, check_device(device), runtime
+        self.kv = kv
         model_class(read_config(checkpoint))
         self.tokenizer = load_tokenizer(checkpoint)
         self.vocabulary = _vocabulary(checkpoint.layout)
@@ -169,7 +170,7 @@ class Context:
                     reference = self.reference
             scores = score(
                 windows,
-                self._open_log_probs(self.checkpoint, self.load.kv),
+                self._open_log_probs(self.checkpoint, self.kv),
                 self.vocabulary,
                 reference=reference,
                 batch_size=options.batch_size,
@@ -198,8 +199,8 @@ class Context:
         return read_prompts(
             options.prompts,
             self.tokenizer,
-            field=self.reading.field,
-            template=self.reading.template or None,
+            field=options.field,
+            template=options.template or None,
             reporter=self.reporter,
         )
 
@@ -207,10 +208,11 @@ class Context:
     def decoding(self) -> Run:
         """The comparison of the drafters with plain decoding on the prompts, greedy."""
         assert self.prompts is not None
-        drafts = self.options.draft or ("auto",)
-        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer, kv=self.load.kv)
-        options = Options(drafts=drafts, max_new_tokens=self.options.max_new_tokens)
-        return bench(runner, self.prompts, options, reporter=self.reporter)
+        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer, kv=self.kv)
+        how = Options(
+            drafts=self.options.draft or ("auto",), max_new_tokens=self.options.max_new_tokens
+        )
+        return bench(runner, self.prompts, how, reporter=self.reporter)
 
     @property
     def _context_length(self) -> int:
@@ -232,8 +234,8 @@ class Context:
             text = read_text(
                 options.text,
                 tokenizer,
-                field=self.reading.field,
-                template=self.reading.template or None,
+                field=options.field,
+                template=options.template or None,
                 max_characters=options.limit,
                 reporter=self.reporter,
             )
@@ -270,14 +272,14 @@ class Context:
         return ResidentLogProbs(model) if kv == "dense" else CachedLogProbs(model, kv)
 
     def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
-        return parse_dtype(self.load.dtype) or default_dtype(checkpoint.layout, self.device)
+        return parse_dtype(self.dtype) or default_dtype(checkpoint.layout, self.device)
 
     def _load(self, checkpoint: Checkpoint) -> PreTrainedModel:
         return load_model(
             checkpoint,
             dtype=self._dtype(checkpoint),
             device=str(self.device),
-            runtime=self.load.runtime,
+            runtime=self.runtime,
             reporter=self.reporter,
         )
 

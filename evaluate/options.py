@@ -1,15 +1,16 @@
-"""The options of an evaluation."""
+"""Options of an evaluation. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectool.options import Config, option
+from spectool.options import option
+from spectool.shared_options import TextOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalOptions(Config):
+class EvalOptions(TextOptions):
     """What is measured, and on which text."""
 
     reference: str | None = option(

@@ -21,7 +21,6 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli.common import SCHEMA_VERSION
 from spectool.cli.derive import Command, configs_of, derive
 from spectool.decode.generate import Runner
-from spectool.decode.options import CacheOptions
 from spectool.evaluate.context import Context
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
@@ -62,10 +61,9 @@ def check_command(module: ModuleType, request: pytest.FixtureRequest) -> None:
 def check_measure(module: ModuleType, request: pytest.FixtureRequest) -> None:
     row = Method(kind="measure", target="added_measure:CrossEntropy", summary="...", source="...")
     add_method(request, "cross-entropy", row)
-    load = CacheOptions(model=str(request.getfixturevalue("checkpoint")("llama")), device="cpu")
-    chosen, gates = ("perplexity", "cross-entropy"), ("cross_entropy>0",)
-    options = EvalOptions(measure=chosen, window=32, limit=2000, gate=gates)
-    evaluation = evaluate(Context(load, options))
+    checkpoint = open_checkpoint(request.getfixturevalue("checkpoint")("llama"))
+    options = EvalOptions(measure=("perplexity", "cross-entropy"), window=32, limit=2000)
+    evaluation = evaluate(Context(checkpoint, options), gates=["cross_entropy>0"])
     perplexity: Any
     perplexity, added = evaluation.measures
     assert evaluation.as_json()["cross_entropy"] == evaluation.gates[0].value
