@@ -195,7 +195,6 @@ def open_runner(
     """Load a model, its tokenizer and its drafter, and print what runs."""
     prepare_torch(options.threads)
     from spectool.decode.generate import Runner
-    from spectool.decode.policy.tuned import Tuned
     from spectool.model import loading
 
     model, device = options.model, options.resolve_device()
@@ -222,7 +221,7 @@ def open_runner(
         output.say(f"few rows times {format} matrices: {choice}")
     for note in (*layout.notes, *runner.target.notes):
         output.say(note)
-    if isinstance(runner.drafter, Tuned):
+    if runner.is_tuned:
         output.say(f"drafting with {runner.drafter_name} while that is faster: {runner.curve}")
     return runner, tokenizer
 

@@ -17,7 +17,6 @@ from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
 from spectool.decode.generate import Runner
 from spectool.decode.policy import chain as chains
 from spectool.decode.policy.curve import measure
-from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Needs
 from spectool.decode.recurrent import RecurrentTarget, open_target
 from spectool.decode.replay import ReplayCache
@@ -139,7 +138,7 @@ def test_some_families_decode_plainly(
 ) -> None:
     model, prompt = endless(tiny(family)), prompt_of(8)
     runner = Runner(model, draft="ngram+recycle:tune")
-    assert not isinstance(runner.drafter, Tuned)
+    assert not runner.is_tuned
     (result,) = runner.generate([prompt], max_new_tokens=9)
     assert result.token_ids == reference(model, prompt, 9)
     assert (result.forwards, result.drafted) == (9, 0)

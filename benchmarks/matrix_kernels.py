@@ -1,6 +1,6 @@
 """Benchmark the kernels for few rows with large matrices against torch.
 
-    python benchmarks/kernels.py [--formats int8,...] [--out benchmarks/results/...json]
+    python benchmarks/matrix_kernels.py [--formats int8,...] [--out benchmarks/results/...json]
 
 Multiplies the seven matrices of a layer with hidden size 2048, in several copies, so that they are
 read from memory rather than from a cache. The ways alternate; the minimum over some rounds counts.
