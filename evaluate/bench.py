@@ -392,15 +392,17 @@ def _add_chain(
     """Add the tokens per forward with drafts cut to chains of 1, 2, ... tokens."""
     if not options.chain_lengths:
         return row
-    inner = drafter.drafter if isinstance(drafter, Tuned) else drafter
-    kinds = inner.kinds(options.sampling)
-    if not (inner.combines and set(kinds) == {"deterministic"}):
+    kinds = drafter.kinds(options.sampling)
+    if not (drafter.combines and set(kinds) == {"deterministic"}):
         reporter.event(ChainRates(row.name, None))
         return row
-    rates = []
+    policies, rates = drafter.policies, []
+    untuned = [policy for policy in policies if not isinstance(policy, Tuned)]
     for depth in range(1, options.chain_lengths + 1):
-        results = _make_decoder(runner, FirstPath(inner, depth), _as_plain(options))(jobs)
+        drafter.policies = [*untuned, FirstPath(depth)]
+        results = _make_decoder(runner, drafter, _as_plain(options))(jobs)
         tokens = sum(len(result.token_ids) for result in results)
         rates.append(tokens / sum(result.forwards for result in results))
+    drafter.policies = policies
     reporter.event(ChainRates(row.name, rates))
     return dataclasses.replace(row, chain=rates)
