@@ -27,7 +27,7 @@ from spectool.kernels.base import Kernel
 from spectool.machine import describe
 
 SHAPES = [(2048, 2048)] * 4 + [(5888, 2048)] * 2 + [(2048, 5888)]
-LAYERS, ROUNDS = 4, 4
+LAYERS, ROUNDS = 3, 3
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 

@@ -165,7 +165,7 @@ def bench(
                 template=template_arguments(template_arg) or None,
                 limit=limit,
                 per_category=per_category,
-                on_read=output.note,
+                reporter=output,
             )
             for size in sizes:
                 if len(sizes) > 1:
@@ -181,7 +181,7 @@ def bench(
                     lossy=lossy,
                     chain_lengths=chain_lengths,
                 )
-                result = bench_module.bench(runner, inputs, options, say=output.say)
+                result = bench_module.bench(runner, inputs, options, reporter=output)
                 runs.append(replace(result, model=path))
             # Free this model before the next one is loaded: both may not fit in memory.
             del runner

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from spectool.cli.common import (
     MaxNewTokens,
     Model,
     NoChecksums,
+    Output,
     Revision,
     Runtime,
     TemplateArg,
@@ -25,6 +26,9 @@ from spectool.cli.common import (
     session,
     template_arguments,
 )
+
+if TYPE_CHECKING:
+    from spectool.evaluate.context import Plan, Request
 
 
 def evaluate(
@@ -133,20 +137,14 @@ def evaluate(
             batch_size=batch_size,
             blockwise=blockwise,
         )
+        output.show_plan = lambda plan: _show_plan(output, request, plan)
         checkpoint = open_checkpoint(
             model,
             revision=revision,
             trust_remote_code=trust_remote_code,
             checksums=not no_checksums,
         )
-        context = Context(
-            checkpoint,
-            request,
-            say=output.say,
-            progress=lambda done, total: output.progress(done, total, "tokens scored"),
-            on_read=output.note,
-        )
-        output.start()
+        context = Context(checkpoint, request, reporter=output)
         evaluation = run_measures(context, gates=gate or ())
         for result in evaluation.measures:
             for line in result.lines():
@@ -157,3 +155,22 @@ def evaluate(
         output.result(evaluation.as_json())
         if not all(checked.holds for checked in evaluation.gates):
             raise typer.Exit(3)
+
+
+def _show_plan(output: Output, request: Request, plan: Plan) -> None:
+    """Print what is scored, and what is kept of it."""
+    windows = plan.windows
+    output.say(f"text: {plan.text}")
+    scored = "no BOS token, the first token of each window not scored, the text's rest dropped"
+    if windows.bos is not None:
+        scored = "each starts with the BOS token, all text tokens scored"
+    output.say(
+        f"protocol: windows of {windows.length} tokens without overlap, {scored}; "
+        f"{windows.num_tokens} tokens scored"
+    )
+    if plan.saved_bytes is not None:
+        kept = f"the {request.top_k} largest" if request.top_k else "all (lossless)"
+        output.say(
+            f"{request.save_reference}: log-probabilities kept: {kept}; "
+            f"{plan.saved_bytes / 1e6:.1f} MB, twice that while the file is assembled"
+        )

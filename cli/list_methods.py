@@ -26,8 +26,8 @@ def list_methods(
         if kind is not None and kind.rstrip("s") not in kinds:
             raise UsageError(f"no kind is called {kind!r}; known: {', '.join(kinds)}")
         wanted = [
-            (name, row)
-            for name, row in methods.METHODS.items()
+            (key.rpartition(":")[2], row)
+            for key, row in methods.METHODS.items()
             if (kind is None or row.kind == kind.rstrip("s"))
             and (everything or row.status == "stable")
         ]
@@ -37,7 +37,7 @@ def list_methods(
         shown = None
         for name, row in wanted:
             if row.kind != shown:
-                output.show(f"{row.kind}s")
+                output.show("kv" if row.kind == "kv" else f"{row.kind}s")
                 shown = row.kind
             others = ", ".join(tool for tool in row.runs_in if tool != "spectool")
             output.show(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,14 +30,16 @@ from spectool.cli.common import (
     size,
     template_arguments,
 )
+from spectool.cli.events import unused_line
 from spectool.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from spectool.model.architecture import Architecture
     from spectool.quantize.auto import Picked
-    from spectool.quantize.base import Quantizer
+    from spectool.quantize.base import FitReport, Quantizer
+    from spectool.quantize.job import QuantizeJob
     from spectool.quantize.plan import QuantizePlan
-    from spectool.quantize.run import QuantizeJob, QuantizeReport
+    from spectool.quantize.report import QuantizeReport
 
 
 # --embeddings is suggested when the linears take fewer bits per weight than this and the embedding
@@ -154,7 +157,8 @@ def quantize(
         from spectool.model.loading import check_device
         from spectool.quantize import auto, run
         from spectool.quantize.base import parse_quantizer
-        from spectool.quantize.budget import Budget, widths
+        from spectool.quantize.budget import widths
+        from spectool.quantize.job import Budget, QuantizeJob
         from spectool.quantize.preprocess import Preprocess
         from spectool.quantize.rules import read_rules, skipping
 
@@ -199,7 +203,7 @@ def quantize(
                 f"--dry-run reads headers only, but a budget of {budget.bits:g} bits needs "
                 "measured errors"
             )
-        job = run.QuantizeJob(
+        job = QuantizeJob(
             method=quantizer.name,
             config=quantizer.config,
             rules=rule_list,
@@ -226,12 +230,13 @@ def quantize(
         check_device(device)
         if dry_run:
             headers = opened(headers_only=True)
-            architecture, planned = run.prepare(headers, job, device=device, batch_size=batch_size)
-            show_plan(output, planned, architecture, job)
+            planned = run.prepare(headers, job, device=device, batch_size=batch_size)
+            show_plan(output, planned, job)
             result = {"dry_run": True, "method": quantizer.name, **_plan_record(planned)}
-            output.result({**result, "unused": architecture.unused})
+            output.result({**result, "unused": planned.architecture.unused})
             return
         check_target(out, overwrite=overwrite)
+        output.show_plan = lambda plan: show_plan(output, plan, job)
         compute = parse_dtype(dtype)
         assert compute is not None
         try:
@@ -243,10 +248,7 @@ def quantize(
                 dtype=compute,
                 batch_size=batch_size,
                 overwrite=overwrite,
-                announce=lambda plan, architecture: show_plan(output, plan, architecture, job),
-                progress=output.progress,
-                say=output.say,
-                on_read=output.note,
+                reporter=output,
             )
         except KeyboardInterrupt:
             again = "run the same command to resume after the last finished block"
@@ -281,12 +283,9 @@ def _is_given(invocation: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def show_plan(
-    output: Output, plan: QuantizePlan, architecture: Architecture, job: QuantizeJob
-) -> None:
+def show_plan(output: Output, plan: QuantizePlan, job: QuantizeJob) -> None:
     """Print the plan before the run starts."""
-    from spectool.checkpoint.contents import unused_line
-
+    architecture = plan.architecture
     by_method: dict[Any, int] = {}
     for block in plan.matrices.values():
         for name in block:
@@ -333,17 +332,15 @@ def show_plan(
         f"plan: expected bits per weight: {plan.bits_linears:.3f} of the linears, "
         f"{plan.bits_file:.3f} of the file"
     )
-    output.start()
 
 
 def _show_calibration(output: Output, architecture: Architecture, job: QuantizeJob) -> None:
     """Print the calibration text, if any, and how much of it is used."""
     from spectool.data.text import BUILTIN
-    from spectool.quantize.run import calibrates, sequence_length
 
-    if not calibrates(job):
+    if not job.needs_text:
         return
-    length = sequence_length(architecture, job.seq_len)
+    length = job.sequence_length(architecture)
     cut = f" (the model's context; --seq-len {job.seq_len} is cut)" if length < job.seq_len else ""
     output.say(
         f"plan: calibrated on {', '.join(job.calibration or [f'the {BUILTIN}'])}, at most "
@@ -382,33 +379,31 @@ def finish(output: Output, method: str, out: Path, report: QuantizeReport) -> No
     layout = read_layout(out)
     ledger = measure(layout)
     seconds = time.monotonic() - output.began
-    worst = max(report.layers, key=lambda layer: layer["error"])
+    worst = max(report.layers, key=lambda layer: layer.error)
     output.show(
         f"{out}: {size(ledger.file_bytes)}, {ledger.linears:.3f} bits per weight of the linears, "
         f"{ledger.file:.3f} of the file"
     )
-    output.show(
-        f"largest relative squared error of a linear: {worst['error']:.2e} ({worst['name']})"
-    )
+    output.show(f"largest relative squared error of a linear: {worst.error:.2e} ({worst.name})")
     if report.preprocess is not None:
         output.show(
             "held-out perplexity for --preprocess: "
             f"{report.preprocess['packed']:.3f} quantized before training, "
             f"{report.preprocess['merged']:.3f} after it (a lower bound for the final perplexity)"
         )
-    data_free = [name for block in report.blocks for name in block["data_free"]]
+    data_free = [name for block in report.blocks for name in block.data_free]
     if data_free:
         output.show(
             f"matrices with too few calibration tokens, quantized without data: {len(data_free)} "
             f"({data_free[0]}, ...)"
         )
-    if lm_head := report.outside.get("lm_head"):
+    if lm_head := report.outside.lm_head:
         output.show(
             f"lm_head: KL from the original on held-out calibration text "
-            f"{lm_head['loss_start']:.4f} before the fit, {lm_head['loss_after']:.4f} after it; "
-            f"entropy of a token given its code {lm_head['nats_within_codes']:.3f} nats"
+            f"{lm_head.loss_start:.4f} before the fit, {lm_head.loss_after:.4f} after it; "
+            f"entropy of a token given its code {lm_head.nats_within_codes:.3f} nats"
         )
-    fits = [(index, fit) for index, block in enumerate(report.blocks) for fit in block["fits"]]
+    fits = [(index, fit) for index, block in enumerate(report.blocks) for fit in block.fits]
     if fits:
         show_fits(output, fits)
     on_device = peak_device_bytes()
@@ -423,38 +418,38 @@ def finish(output: Output, method: str, out: Path, report: QuantizeReport) -> No
             "seconds": seconds,
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": on_device,
-            "layers": report.layers,
+            "layers": [asdict(layer) for layer in report.layers],
             "preprocess": report.preprocess,
-            "lm_head": report.outside.get("lm_head"),
+            "lm_head": report.outside.as_json()["lm_head"],
             "blocks": [
-                {key: block.get(key) for key in ("output_error", "data_free", "fits")}
+                {key: value for key, value in block.as_json().items() if key != "layers"}
                 for block in report.blocks
             ],
         }
     )
 
 
-def show_fits(output: Output, numbered: list[tuple[int, dict[str, Any]]]) -> None:
+def show_fits(output: Output, numbered: list[tuple[int, FitReport]]) -> None:
     """Print what the fits of the blocks gained; `numbered` pairs a block's index and its fit."""
     fits = [fit for _, fit in numbered]
-    shares = [fit["loss_after"] / (fit["loss_start"] or 1.0) for fit in fits]
+    shares = [fit.loss_after / (fit.loss_start or 1.0) for fit in fits]
     lower = sum(share < 1 for share in shares)
     output.show(
         f"block loss after the fit: {min(shares):.3f} to {max(shares):.3f} of that at its start, "
         f"lower in {lower} of {len(fits)} fits"
     )
-    flipped = sum(fit.get("rows_flipped", 0) for fit in fits)
+    flipped = sum(fit.rows_flipped or 0 for fit in fits)
     if flipped:
         output.show(f"rows flipped by a negative scale: {flipped}")
-    moved = [fit["codes_moved"] for fit in fits if "codes_moved" in fit]
+    moved = [fit.codes_moved for fit in fits if fit.codes_moved is not None]
     if moved:
-        further = max(fit["codes_moved_further"] for fit in fits)
+        further = max(fit.codes_moved_further or 0 for fit in fits)
         output.show(
             f"codes changed: {min(moved):.1%} to {max(moved):.1%} of a block, at most "
             f"{further:.2%} by more than one level"
         )
-    turned = sorted({index for index, fit in numbered if fit["least_cosine"] <= 0})
-    skipped = sum(fit["steps_skipped"] for fit in fits)
+    turned = sorted({index for index, fit in numbered if fit.least_cosine <= 0})
+    skipped = sum(fit.steps_skipped for fit in fits)
     if skipped:
         output.show(f"steps skipped for a gradient that was not finite: {skipped}")
     if turned:

@@ -199,13 +199,7 @@ def train_heads(
             seed=seed,
         )
 
-        latest = ""
-
-        def watch(step: int, total: int, metrics: dict[str, Any], evaluation: Any) -> None:
-            nonlocal latest
-            latest = _describe_evaluation(evaluation) if evaluation is not None else latest
-            output.progress(step, total, f"loss {metrics['loss']:.3f}{latest}, steps")
-
+        output.show_plan = lambda plan: _show_plan(output, job, plan)
         processes = stack.enter_context(connect(device))
         with processes.together():
             checkpoint = open_checkpoint(
@@ -225,11 +219,7 @@ def train_heads(
                 overwrite=overwrite,
                 metrics=metrics,
                 processes=processes,
-                say=output.say,
-                on_read=output.note,
-                announce=lambda plan: _show_plan(output, job, plan),
-                start=output.start,
-                watch=watch,
+                reporter=output,
             )
         except KeyboardInterrupt:
             again = "run the same command to resume from the last stored state"
@@ -258,11 +248,6 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
     if job.regenerate:
         writer = f"the server at {job.regenerate_url}" if job.regenerate_url else "the model"
         output.say(f"plan: {writer} generates the answers first, temperature {job.temperature}")
-
-
-def _describe_evaluation(evaluation: dict[str, Any]) -> str:
-    accuracy = " ".join(f"{share:.0%}" for share in evaluation["accuracy"])
-    return f", held out {accuracy} by head and {evaluation['score']:.2f} tokens per forward"
 
 
 def _finish(output: Output, out: Path, report: Report) -> None:

@@ -79,9 +79,9 @@ def tune(
             field=field,
             template=template_arguments(template_arg) or None,
             limit=limit,
-            on_read=output.note,
+            reporter=output,
         )
-        best = tuning.tune(runner, heads, inputs, max_new_tokens=max_new_tokens, say=output.say)
+        best = tuning.tune(runner, heads, inputs, max_new_tokens=max_new_tokens, reporter=output)
         output.show(f"{heads}: {best} here, {best.speedup:.2f} times plain decoding")
         if best.speedup < 1:
             output.say("plain decoding is faster on this machine; `--draft HEADS:tune` may choose")

@@ -96,3 +96,8 @@ def write_cache(name: str, value: dict[str, Any]) -> None:
 def state_folder() -> Path:
     """Return the folder for what a user would miss: spectool's in the user's state."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "spectool"
+
+
+def json_bytes(value: Any) -> bytes:
+    """Encode a JSON file, indented and with sorted keys."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

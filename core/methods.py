@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from spectool.errors import UsageError
 
-Kind = Literal["quantizer", "lm_head", "chooser", "drafter", "verifier", "measure"]
+Kind = Literal["quantizer", "lm_head", "chooser", "drafter", "verifier", "kv", "measure"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,7 @@ class Method:
         return kind == self.kind or (kind, self.kind) == ("quantizer", "lm_head")
 
 
+# A key is a method's name, with its kind in front (`kv:int8`) where another kind has that name.
 METHODS: dict[str, Method] = {
     "rtn": Method(
         kind="quantizer",
@@ -263,6 +264,20 @@ METHODS: dict[str, Method] = {
         source="Cai et al., Medusa, 2024 (arXiv:2401.10774)",
         runs_in=("spectool",),
     ),
+    "dense": Method(
+        kind="kv",
+        target="spectool.decode.kv.dense:DenseStore",
+        summary="Keys and values as the model computes them, in its dtype",
+        source="the baseline",
+        runs_in=("spectool",),
+    ),
+    "kv:int8": Method(
+        kind="kv",
+        target="spectool.decode.kv.int8:Int8Store",
+        summary="8-bit codes of keys and values: scales per group of a key, and per value",
+        source="the asymmetry of keys and values: Hooper et al., KVQuant, 2024 (arXiv:2401.18079)",
+        runs_in=("spectool",),
+    ),
     "perplexity": Method(
         kind="measure",
         target="spectool.evaluate.measures.perplexity:Perplexity",
@@ -303,7 +318,7 @@ METHODS: dict[str, Method] = {
 
 def names(kind: Kind) -> list[str]:
     """List the names of one kind of method, in the table's order."""
-    return [name for name, method in METHODS.items() if method.serves_as(kind)]
+    return [key.rpartition(":")[2] for key, method in METHODS.items() if method.serves_as(kind)]
 
 
 def trained() -> list[str]:
@@ -317,7 +332,7 @@ def row(name: str, kind: Kind) -> Method:
     Raises:
         UsageError: no method of this kind has the name.
     """
-    method = METHODS.get(name)
+    method = METHODS.get(f"{kind}:{name}", METHODS.get(name))
     if method is None or not method.serves_as(kind):
         close = difflib.get_close_matches(name, names(kind), n=1)
         raise UsageError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spectool.errors import SpectoolError, UnsupportedError, require
+from spectool.report import SILENT, Reporter, TrainingStep
 
 Metrics = dict[str, Any]
 
@@ -155,25 +156,25 @@ class History:
 
 @dataclass(slots=True, kw_only=True)
 class Training:
-    """A training run over the parameters of `module` that require a gradient.
+    """A training run over the parameters of `module` that require a gradient, called `name`.
 
     `accumulate(step)` adds to the gradients and returns the step's metrics, `loss` among them.
     `evaluate()` returns metrics with a `score`; the weights of the highest score are kept.
-    `watch(step, metrics, evaluation)` is called after every step; the metrics then include
-    `learning_rate` (of the first group), `gradient_norm` (before clipping) and `seconds`;
-    `evaluation` is None at steps without one. The state is stored at most every `save_seconds`, and
+    Every step is reported, its metrics with `learning_rate` (of the first group), `gradient_norm`
+    (before clipping) and `seconds`. The state is stored at most every `save_seconds`, and
     storing takes at most `save_share` of the time.
 
     Raises:
         SpectoolError: a loss that is NaN or infinite.
     """
 
+    name: str
     module: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     recipe: Recipe
     accumulate: Callable[[int], Metrics]
     evaluate: Callable[[], Metrics]
-    watch: Callable[[int, Metrics, Metrics | None], None] = lambda step, metrics, evaluation: None
+    reporter: Reporter = SILENT
     store: Store | None = None
     save_seconds: float = 60.0
     save_share: float = 0.05
@@ -187,6 +188,7 @@ class Training:
         cost = 0.0
         if step == 0:
             best = self._evaluate(0, best)
+            self._report(0, {}, self.history.evaluations[-1])
         while step < self.recipe.steps:
             started = time.monotonic()
             share = self.recipe.share(step)
@@ -219,11 +221,15 @@ class Training:
                 self._save(step, best)
                 saved = time.monotonic()
                 cost = saved - now
-            self.watch(step, metrics, evaluation)
+            self._report(step, metrics, evaluation)
         with torch.no_grad():
             for name, parameter in self._parameters().items():
                 parameter.copy_(best[name])
         return self.history
+
+    def _report(self, step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
+        of = self.name, step, self.recipe.steps
+        self.reporter.event(TrainingStep(*of, metrics, evaluation))
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}

@@ -99,6 +99,11 @@ class TreeCache(Cache):
         return self.positions_BS.shape[1]
 
     @property
+    def token_bytes(self) -> int:
+        """Return the bytes of one token in all layers; 0 before the first pass."""
+        return sum(store.token_bytes for store in self.stores)
+
+    @property
     def width(self) -> int:
         """Return the number of columns up to the longest tail of the last pass."""
         return self.columns.width

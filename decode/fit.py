@@ -13,20 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from spectool.checkpoint.foreign import is_encoder_decoder
 from spectool.decode.cache import cache_argument
 from spectool.errors import UnsupportedError
+from spectool.families import family
 from spectool.model.causal import why_not_causal
 from spectool.model.decoder import decoder_of
-
-# Models that derive positions, causality or windows from column numbers instead of mask and
-# positions, or that change the cache they are given.
-_REFUSED = {
-    "bloom": "its ALiBi biases are derived from a 2-D mask",
-    "mpt": "its ALiBi biases are derived from column numbers",
-    "git": "its forward takes no 4-D mask in transformers 5.17",
-    "gpt_neo": "its causal mask is derived from column numbers",
-    "xlm": "its causal mask is derived from column numbers",
-    "moshi": "its caches have a window that its masks have not",
-    "dory": "its loops over layers add caches of their own to the one they are given",
-}
 
 # Arguments that a forward must take besides a cache.
 _NEEDED = ("position_ids", "attention_mask")
@@ -60,8 +49,8 @@ def _why_unfit(
     modules = (decoder_of(model) or model).modules()
     if (reason := why_not_causal(config, modules)) is not None:
         return f"it is no causal model: {reason}"
-    if config.model_type in _REFUSED:
-        return _REFUSED[config.model_type]
+    if (reason := family(config).no_trees) is not None:
+        return reason
     if getattr(config, "alibi", False):
         return "its ALiBi biases are derived from a 2-D mask"
     if cache_argument(accepted) is None or not all(key in accepted for key in _NEEDED):

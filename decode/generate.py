@@ -83,8 +83,9 @@ class Runner:
     """A loaded model with a drafter, for any number of prompts.
 
     `draft` is a specification (`decode/spec.py`), a drafter, or None for plain decoding; `use`
-    replaces it. `dtype` and `device` are for models given as a path. `allow_other_target` accepts
-    draft heads of another checkpoint. `tune` sizes trees by what passes cost on this machine
+    replaces it. `dtype` and `device` are for models given as a path. `kv` names the store of keys
+    and values (`decode/kv/`): `dense`, `int8`, `int8:group=64`. `allow_other_target` accepts draft
+    heads of another checkpoint. `tune` sizes trees by what passes cost on this machine
     (`decode/policy/tuned.py`) also where a specification does not ask for it. `checksums`: compare
     artifacts and heads with their checksums when they are loaded. `timings` sums the seconds of
     all calls.
@@ -102,6 +103,7 @@ class Runner:
         dtype: torch.dtype | str | None = None,
         device: str = "cpu",
         context: int | None = None,
+        kv: str = "dense",
         allow_other_target: bool = False,
         tune: bool = False,
         checksums: bool = True,
@@ -113,7 +115,7 @@ class Runner:
             checkpoint = open_checkpoint(model, checksums=checksums)
             tokenizer = tokenizer or load_tokenizer(checkpoint)
             model = load_model(checkpoint, dtype=dtype, device=device)
-        self.target = open_target(model, context=context)
+        self.target = open_target(model, context=context, kv=kv)
         self.tokenizer = tokenizer
         self.allow_other_target = allow_other_target
         self.checksums = checksums
@@ -422,6 +424,7 @@ def generate(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     context: int | None = None,
+    kv: str = "dense",
     checksums: bool = True,
     max_new_tokens: int = 128,
     seed: int = 0,
@@ -444,6 +447,7 @@ def generate(
         dtype=dtype,
         device=device,
         context=context,
+        kv=kv,
         checksums=checksums,
     )
     return runner.generate(

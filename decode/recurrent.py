@@ -1,9 +1,9 @@
 """Targets with a recurrent state: prompts, and drafts that are chains.
 
 A state cannot go back to an earlier token; `replay.py` undoes drafts by copies and replay. Rows
-pass one by one: a state cannot be padded. Families are listed by name, since some models of
-transformers 5.23 silently ignore their state when several tokens follow it. Suffixes: B batch, N
-nodes, T tokens of a prompt, V vocabulary.
+pass one by one: a state cannot be padded. Families are listed by name (`families.py`), since some
+silently ignore their state when several tokens follow it. Suffixes: B batch, N nodes, T tokens of a
+prompt, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,34 +25,12 @@ from spectool.decode.replay import ReplayCache
 from spectool.decode.target import Pass, PrefillOutput, Target
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
+from spectool.families import FAMILIES, family
 from spectool.kernels.registry import in_force
 
 # Tokens per pass of a prompt.
 _CHUNK = 512
 
-# Models for which a pass of several tokens after others equals passes of one token.
-CHAINS = {
-    "bailing_hybrid",
-    "bamba",
-    "falcon_h1",
-    "granitemoehybrid",
-    "kimi_linear",
-    "lfm2",
-    "lfm2_moe",
-    "lfm3",
-    "mamba2",
-    "nemotron_h",
-    "olmo_hybrid",
-    "qwen3_5_moe_text",
-    "qwen3_5_text",
-    "qwen3_next",
-    "zamba2",
-    "zaya",
-}
-# Models whose scan of several tokens starts from an empty state whatever came before.
-FORGETFUL = {"falcon_mamba", "jamba", "mamba", "recurrent_gemma", "zamba"}
-# Models whose modules hold the state, whatever cache is given.
-_IN_MODULES = {"recurrent_gemma"}
 _UNBOUNDED = (0.0, float("inf"))
 
 
@@ -66,20 +44,28 @@ class RecurrentTarget(Target):
         UsageError: a context longer than the model's.
     """
 
-    def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
-        super().__init__(model, context=context)
+    def __init__(
+        self, model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
+    ) -> None:
+        super().__init__(model, context=context, kv=kv)
+        if kv != "dense":
+            raise UnsupportedError(
+                f"--kv {kv} is not for {self.name}: its state is recurrent, and transformers' own "
+                "cache holds it",
+                hint="leave out --kv",
+            )
         # Its passes take the rotary factors that transformers chooses: the short ones.
         self.context, self._original = self.span(1), None
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         limits = [getattr(module, "time_step_limit", None) for module in model.modules()]
-        self.why_plain = ""
-        if self.name in FORGETFUL:
+        self.why_plain, known = "", FAMILIES[self.name]
+        if known.state == "ignored":
             self.why_plain = "passes of several tokens ignore the state before them"
         elif any(limit and tuple(limit) != _UNBOUNDED for limit in limits):
             self.why_plain = "passes of several tokens bound the time steps, those of one do not"
         self.takes_drafts = not self.why_plain
-        if self.name in _IN_MODULES:
+        if known.state_in_modules:
             self.state_in_cache = False
             self.notes.append(f"{self.name}: its modules keep the state; one text after another")
 
@@ -87,7 +73,7 @@ class RecurrentTarget(Target):
         self, model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]
     ) -> None:
         """Raise UnsupportedError for a family whose recurrent state is not known."""
-        if config.model_type not in CHAINS | FORGETFUL:
+        if family(config).state is None:
             raise cannot_decode(config, "its kind of recurrent state is not known")
         if not type(model).__module__.startswith("transformers."):
             raise cannot_decode(
@@ -206,7 +192,7 @@ class RecurrentTarget(Target):
         return torch.cat(logits)[-num_logits:], whole
 
 
-def open_target(model: PreTrainedModel, *, context: int | None = None) -> Target:
+def open_target(model: PreTrainedModel, *, context: int | None = None, kv: str = "dense") -> Target:
     """Open a model as a `Target`, or as a `RecurrentTarget` if it has a recurrent state."""
     recurrent = is_recurrent(model, model.config.get_text_config(decoder=True))
-    return (RecurrentTarget if recurrent else Target)(model, context=context)
+    return (RecurrentTarget if recurrent else Target)(model, context=context, kv=kv)

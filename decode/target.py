@@ -25,6 +25,7 @@ from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode import rotary, tree
 from spectool.decode.cache import TreeCache, cache_argument
 from spectool.decode.fit import check_fit
+from spectool.decode.kv.base import parse_kv
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError, UsageError
@@ -58,6 +59,8 @@ class PrefillOutput:
 class Target:
     """A causal model as the decode loop sees it. `context` bounds prompt and new tokens together.
 
+    `kv` names the store of its keys and values (`parse_kv`); `kv_token_bytes` are those of a token
+    in all layers, known after the first pass.
     `notes` lists what had to be changed or bounded to run the model correctly. `takes_drafts`: a
     pass of several tokens is correct after other passes. `state_in_cache`: the cache holds all
     state of a request, so requests can take turns. `cache_name` is the cache argument of the
@@ -72,7 +75,11 @@ class Target:
     takes_drafts = True
     state_in_cache = True
 
-    def __init__(self, model: PreTrainedModel, *, context: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
+    ) -> None:
+        self.kv, self.kv_token_bytes = kv, 0
+        self._make_store = parse_kv(kv)
         config = model.config.get_text_config(decoder=True)
         accepted = inspect.signature(model.forward).parameters
         self._check_fit(model, config, accepted)
@@ -89,7 +96,7 @@ class Target:
         assert name is not None, "a forward that takes no cache is refused"
         self.cache_name = name
         self._keeps_logits = "logits_to_keep" in accepted
-        give_kernels(model, self.dtype)
+        self.kernels = give_kernels(model, self.dtype)
         self._original = rotary.find_original_context(config)
         self.context_reason = rotary.explain_context(config)
         self._rotaries = rotary.list_longrope_modules(model)
@@ -113,7 +120,12 @@ class Target:
 
     def cache(self, batch: int, context: int | None = None) -> TreeCache:
         """Return an empty cache for `batch` rows, with a context as `span` returns it."""
-        return TreeCache(batch=batch, num_layers=self.num_layers, context=context or self.context)
+        return TreeCache(
+            batch=batch,
+            num_layers=self.num_layers,
+            context=context or self.context,
+            make_store=self._make_store,
+        )
 
     @torch.inference_mode()
     def prefill(
@@ -301,6 +313,7 @@ class Target:
                 use_cache=True,
                 **options,
             )
+        self.kv_token_bytes = self.kv_token_bytes or cache.token_bytes
         logits_BNV = output.logits
         if kept is not None and not self._keeps_logits:
             logits_BNV = logits_BNV[:, kept]

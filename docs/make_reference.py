@@ -50,6 +50,16 @@ def reference() -> str:
         if row.trained:
             lines += [f"Training it (`train-heads {name}`):", ""]
             lines += [*_table(_own(TRAIN_HEADS, name)), ""]
+    lines += ["## Keys and values", "", "Options are written `--kv name:key=value`.", ""]
+    for name in methods.names("kv"):
+        lines += [
+            f"### kv {name}",
+            "",
+            *_row(methods.row(name, "kv")),
+            "",
+            *_options(name, "kv"),
+            "",
+        ]
     lines += ["## Verification rules", "", "| `--verify` | |", "|---|---|"]
     for name in methods.names("verifier"):
         row = methods.row(name, "verifier")
@@ -103,10 +113,10 @@ def _row(row: methods.Method) -> Iterator[str]:
     yield f"{row.summary}. Source: {row.source}. Runs in: {', '.join(row.runs_in)}."
 
 
-def _options(name: str) -> list[str]:
+def _options(name: str, kind: methods.Kind = "drafter") -> list[str]:
     from spectool.options import options_of
 
-    found = list(options_of(methods.resolve(name, "drafter").Config))
+    found = list(options_of(methods.resolve(name, kind).Config))
     if not found:
         return ["No options."]
     lines = ["| option | default | |", "|---|---|---|"]

@@ -57,6 +57,10 @@ class Kernel(ABC):
     def example(self, n: int, m: int, generator: torch.Generator) -> Fields:
         """Return the fields of a random matrix, for the self-test."""
 
+    def missing(self) -> str | None:
+        """Return why the kernel cannot run on this machine; None if it can."""
+        return build.missing(self.source)
+
     def linear(self, x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
         """Compute x [..., m] times W transposed, plus bias [n], summed in float32, in x's dtype.
 

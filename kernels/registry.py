@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectool.kernels import build
 from spectool.kernels.base import Fields, Kernel
 from spectool.kernels.dense import Dense
 from spectool.kernels.int8 import Int8
@@ -53,9 +52,9 @@ def choose(format: str, device: str, dtype: torch.dtype) -> Choice:
     kind = KERNELS.get((format, device, dtype))
     if kind is None:
         return Choice(None, f"no kernel for {format} in {str(dtype)[6:]} on {device}")
-    if (reason := build.missing(kind.source)) is not None:
-        return Choice(None, reason)
     kernel = kind(dtype)
+    if (reason := kernel.missing()) is not None:
+        return Choice(None, reason)
     kernel.check()
     return Choice(kernel)
 
@@ -97,18 +96,18 @@ class Product:
 
 def prepare(
     format: str, fields: Fields, shape: tuple[int, int], dtype: torch.dtype
-) -> Product | None:
-    """Prepare a matrix [n, m] for its kernel; None if it is too small or has none here.
+) -> tuple[Choice, Product | None]:
+    """Choose the kernel for a matrix [n, m], and prepare the matrix for it.
 
     Raises:
         RuntimeError: see `choose`.
     """
     key = format, next(iter(fields.values())).device.type, dtype
     kind = KERNELS.get(key)
-    # The compiler starts only for a model that needs it.
-    if kind is None or shape[0] * shape[1] < kind.smallest:
-        return None
-    kernel = choose(*key).kernel
-    if kernel is None or not all(field.is_contiguous() for field in fields.values()):
-        return None
-    return Product(kernel, fields, shape[1])
+    if kind is not None and shape[0] * shape[1] < kind.smallest:
+        # Not chosen, so a model of small matrices does not start the compiler.
+        return Choice(None, f"matrices of fewer than {kind.smallest} weights"), None
+    choice = choose(*key)
+    if choice.kernel is None or not all(field.is_contiguous() for field in fields.values()):
+        return choice, None
+    return choice, Product(choice.kernel, fields, shape[1])

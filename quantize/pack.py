@@ -32,8 +32,8 @@ from spectool.model.packed import PackedLinear, build_packed, relative_error
 from spectool.model.shell import ModelShell, final_logits
 from spectool.quantize.base import (
     Block,
-    Fitted,
     FitReport,
+    Fitted,
     PackedFields,
     Quantizer,
     Streams,

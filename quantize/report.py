@@ -76,4 +76,5 @@ class QuantizeReport:
     @property
     def layers(self) -> list[LayerReport]:
         """All packed matrices, outside the blocks first."""
-        return [layer for part in (self.outside, *self.blocks) for layer in part.layers]
+        inside = (layer for block in self.blocks for layer in block.layers)
+        return [*self.outside.layers, *inside]

@@ -12,10 +12,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from spectool.checkpoint.tensors import open_checkpoint
+from spectool.decode.generate import Runner
 from spectool.evaluate.context import Context, Request
 from spectool.evaluate.suite import evaluate
+from spectool.kernels import registry
 from spectool.methods import METHODS, Method
 
 PAGES = sorted((Path(__file__).parent.parent / "docs/adding").glob("*.md"))
@@ -53,4 +56,36 @@ def check_measure(module: ModuleType, request: pytest.FixtureRequest) -> None:
     assert evaluation.gates[0].value == pytest.approx(math.log(perplexity.perplexity.value))
 
 
-CHECKS: dict[str, Check] = {"measure": check_measure}
+def check_kernel(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    key = "signs", "cpu", torch.float32
+    request.getfixturevalue("monkeypatch").setitem(registry.KERNELS, key, module.Signs)
+    kernel = registry.choose(*key).kernel
+    if kernel is None:
+        pytest.skip("no C compiler here")
+    fields = kernel.example(20, 50, torch.Generator().manual_seed(1))
+    choice, product = registry.prepare("signs", fields, (20, 50), torch.float32)
+    assert choice.kernel is kernel and product is not None
+    x = torch.randn(3, 50)
+    torch.testing.assert_close(product(x, None), kernel.twin(x, fields, None))
+
+
+def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    row = Method(kind="kv", target="added_kv:HalfStore", summary="...", source="...")
+    add_method(request, "half", row)
+    model, prompt = request.getfixturevalue("tiny")("llama"), [[5, 6, 7, 5, 6, 7, 5]]
+    runner = Runner(model, draft="ngram:min_n=1", kv="half:scale=2")
+    (drafted,) = runner.generate(prompt, max_new_tokens=20)
+    assert isinstance(runner.target.cache(1).stores[0], module.HalfStore)
+    # Keys and values of 2 layers, 2 heads and 8 channels, 2 bytes each.
+    assert runner.target.kv_token_bytes == 2 * 2 * 2 * 8 * 2
+    runner.use(None)
+    (plain,) = runner.generate(prompt, max_new_tokens=20)
+    assert drafted.token_ids == plain.token_ids
+
+
+# A check for each page.
+CHECKS: dict[str, Check] = {
+    "kernel": check_kernel,
+    "kv": check_kv,
+    "measure": check_measure,
+}

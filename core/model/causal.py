@@ -13,17 +13,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-# Model types that are not causal, whatever their configuration.
-_OTHER_ORDERS = {
-    "cpmant": "it sees its prompt as a whole",
-    "prophetnet": "it predicts several tokens at once, in streams of their own",
-    "xlnet": "it predicts tokens in any order",
-}
-# transformers before 5.23 gives these no causal mask (measured with 5.17).
-_WITHOUT_MASK = {"big_bird", "doge", "megatron-bert", "rembert", "roformer"}
+from spectool.families import family
 
-# Faults of transformers that version 5.23 no longer has; versions in between were not tried.
-BEFORE_5_23 = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
@@ -31,10 +23,9 @@ def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
 
     `config`: of the text model; `modules`: of the decoder, as they were built.
     """
-    if config.model_type in _OTHER_ORDERS:
-        return _OTHER_ORDERS[config.model_type]
-    if config.model_type in _WITHOUT_MASK and BEFORE_5_23:
-        return f"transformers {transformers.__version__} gives it no causal mask"
+    known = family(config)
+    if known.not_causal is not None and (known.until is None or known.until > VERSION):
+        return known.not_causal
     for key in ("is_causal", "causal"):
         if getattr(config, key, True) is False:
             return f"its configuration says {key} false"

@@ -21,26 +21,34 @@ class KernelLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-def give_kernels(model: nn.Module, dtype: torch.dtype) -> None:
+def give_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.Choice]:
     """Give the linears of a model, with activations of a dtype, the kernels that there are here.
+
+    Returns the choice for each format of the table that the model has.
 
     Raises:
         RuntimeError: a kernel computes wrong products on this machine.
     """
+    choices: dict[str, registry.Choice] = {}
     experts: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, PackedExperts):
+            # Their matrices are unpacked, not multiplied with.
             experts.update(module.children())
-        elif isinstance(module, PackedLinear):
-            if module.format is not None and module not in experts:
-                fields = dict(module.q.named_buffers())
-                shape = module.out_features, module.in_features
-                module.product = registry.prepare(module.format, fields, shape, dtype)
+        elif isinstance(module, PackedLinear) and module.format and module not in experts:
+            fields, format = dict(module.q.named_buffers()), module.format
+            shape = module.out_features, module.in_features
+            choice, module.product = registry.prepare(format, fields, shape, dtype)
+            choices[format] = choice
         elif isinstance(module, nn.Linear) and type(module) in (nn.Linear, KernelLinear):
             weight, shape = module.weight, (module.out_features, module.in_features)
-            product = registry.prepare("dense", {"weight": weight}, shape, weight.dtype)
+            choice, product = registry.prepare("dense", {"weight": weight}, shape, weight.dtype)
             if product is not None:
                 # Only the class changes: names, parameters and hooks stay.
                 module.__class__ = KernelLinear
             if isinstance(module, KernelLinear):
                 module.product = product
+            # Small matrices beside large ones are not worth a word.
+            if product is not None or "dense" not in choices:
+                choices["dense"] = choice
+    return choices

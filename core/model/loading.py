@@ -10,7 +10,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import machine
-from spectool.checkpoint.contents import unused_line
 from spectool.checkpoint.dtypes import configured, parse_dtype
 from spectool.checkpoint.headers import Layout, read_json
 from spectool.checkpoint.tensors import Checkpoint, check_finite, text_fingerprint
@@ -25,7 +24,9 @@ from spectool.model.architecture import (
     resolve,
     unused_tensors,
 )
+from spectool.model.kernels import give_kernels
 from spectool.model.packed import packed_modules, unpack_in_place
+from spectool.report import SILENT, Loaded, Reporter
 
 # `auto` unpacks if the dense weights take at most this share of the free memory.
 DENSE_SHARE = 0.5
@@ -57,8 +58,12 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     runtime: str = "packed",
+    for_decoding: bool = False,
+    reporter: Reporter = SILENT,
 ) -> PreTrainedModel:
     """Load a checkpoint as a transformers model; see `spectool.load`.
+
+    With `for_decoding`, `auto` leaves packed what the passes of decoding have a kernel for.
 
     Raises:
         UsageError: an invalid `runtime`, `dtype` or `device`.
@@ -70,8 +75,20 @@ def load_model(
     model = _open(checkpoint, parse_dtype(dtype))
     moved: nn.Module = model
     moved.to(target).eval()
+    if runtime == "auto" and for_decoding:
+        give_kernels(model, model.dtype)
     if runtime == "dense" or (runtime == "auto" and _is_better_dense(model)):
         unpack_in_place(model, dtype=model.dtype)
+    reporter.event(
+        Loaded(
+            name=checkpoint.name,
+            kind=type(model).__name__,
+            device=device,
+            runtime=describe_runtime(model),
+            unused=unused_tensors(model, checkpoint.layout),
+            notes=checkpoint.layout.notes,
+        )
+    )
     return model
 
 
@@ -111,13 +128,14 @@ def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
 
 
 def _is_better_dense(model: PreTrainedModel) -> bool:
-    """Whether every forward would unpack the codes, and memory suffices for dense weights."""
-    # Without the lm_head: a fitted one may have a kernel although the blocks have none.
+    """Whether every pass would unpack the codes, and memory suffices for dense weights."""
+    # Matrices with a kernel of the table stay packed in any case. Without the lm_head: a fitted
+    # one may have a kernel although the blocks have none.
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    packed = {name: part for name, part in packed_modules(model).items() if part is not output}
-    if not packed or any(module.has_kernel() for module in packed.values()):
+    packed = [part for part in packed_modules(model).values() if part is not output]
+    if not packed or any(module.has_kernel() for module in packed):
         return False
-    weights = sum(module.in_features * module.out_features for module in packed.values())
+    weights = sum(part.in_features * part.out_features for part in packed if part.product is None)
     return weights * model.dtype.itemsize < DENSE_SHARE * machine.available_memory(model.device)
 
 
@@ -188,18 +206,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return text_fingerprint(tokenizer.get_vocab())
 
 
-def unused_of(model: PreTrainedModel, layout: Layout) -> str | None:
-    """Describe stored tensors that no module takes, for the header of a run; None without any."""
-    names = unused_tensors(model, layout)
-    return unused_line(names, type(model).__name__) if names else None
-
-
 def describe_runtime(model: PreTrainedModel) -> str:
     """Describe how the model computes with its weights, for the header of a run."""
     packed = packed_modules(model)
     dtype = str(model.dtype).removeprefix("torch.")
     if packed:
-        way = "by kernel" if all(m.has_kernel() for m in packed.values()) else "unpacked each time"
+        by_kernel = all(m.has_kernel() or m.product is not None for m in packed.values())
+        way = "by kernel" if by_kernel else "unpacked each time"
         return f"{len(packed)} linears packed ({way}), {dtype}"
     unpacked = getattr(model.config, "quantization_config", None) is not None
     return f"{'unpacked to dense once' if unpacked else 'dense'}, {dtype}"

@@ -354,7 +354,7 @@ def field_specs(
 
 
 def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
-    """Replace all packed matrices by dense ones, one after another (`runtime="dense"`)."""
+    """Replace the packed matrices that have no kernel by dense ones, one after another."""
     tables: dict[int, nn.Parameter] = {}
     for parent in list(model.modules()):
         for leaf, child in list(parent.named_children()):
@@ -367,7 +367,8 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
                 continue
             if not isinstance(child, (PackedLinear, PackedEmbedding)):
                 continue
-            if isinstance(child, PackedLinear) and not child.is_matrix:
+            packed = child.__dict__["packed"] if isinstance(child, PackedEmbedding) else child
+            if packed.product is not None or (packed is child and not packed.is_matrix):
                 continue
             # A tied lm_head has the fields of the embedding, and gets the same weight.
             if id(child.q) not in tables:

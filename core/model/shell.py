@@ -8,6 +8,7 @@ Shapes: B sequences of a batch, L tokens of each, D width, V vocabulary, N token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from spectool.checkpoint.headers import TensorEntry
 from spectool.checkpoint.tensors import read_rows
 from spectool.errors import UnsupportedError
+from spectool.families import LOGITS_CAP, LOGITS_FACTORS, family
 from spectool.model.architecture import Architecture
 from spectool.model.packed import EmbeddingRows, PackedEmbedding, PackedLinear
 
@@ -311,11 +313,13 @@ def _stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
 def final_logits(config: Any) -> Callable[[Tensor], Tensor]:
     """Return the function that turns an lm_head's products into the model's logits, in float32.
 
-    Cohere's and Granite's models scale the products, Gemma 2's cap them by tanh.
+    Some families scale the products, or cap them by tanh (`families.py`).
     """
     text = config.get_text_config(decoder=True)
-    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
-    cap = getattr(text, "final_logit_softcapping", None)
+    scale = getattr(text, "logits_scaling", None) or 1
+    scale = scale if family(text).logits_scaling == "multiplies" else 1 / scale
+    scale *= math.prod(getattr(text, key, None) or 1 for key in LOGITS_FACTORS)
+    cap = getattr(text, LOGITS_CAP, None)
     if scale == 1 and cap is None:
         return Tensor.float
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectool import options
+from spectool import families, options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Drafter, Needs, PrefilledPrompt
@@ -39,10 +39,6 @@ _SHARE, _SCORED, _ENOUGH, _SURE = 0.45, 32, 0.95, 0.8
 # (least probability of the likeliest token, number of its siblings); the authors' numbers include
 # the token itself.
 _SIBLINGS = ((0.95, 2), (0.8, 4), (0.5, 7), (0.0, 9))
-
-# Names of a layer's blocks in transformers; each returns what is added to the residual stream.
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_MLP = ("mlp", "block_sparse_moe", "feed_forward", "feedforward")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,8 +198,8 @@ def _find_blocks(name: str, layer: nn.Module) -> list[dict[nn.Module, Any]]:
         UnsupportedError: the layer has no attention or MLP block of a known name.
     """
     children = dict(layer.named_children())
-    attention = next((children[key] for key in _ATTENTION if key in children), None)
-    mlp = next((children[key] for key in _MLP if key in children), None)
+    attention = next((children[key] for key in families.ATTENTION if key in children), None)
+    mlp = next((children[key] for key in families.MLP if key in children), None)
     if attention is None:
         raise UnsupportedError(f"skip: found no attention block in a layer of {name}")
     if mlp is not None:

@@ -221,8 +221,10 @@ def read_final_scale(model: PreTrainedModel) -> Tensor | None:
     if norm is None or "RMSNorm" not in type(norm).__name__:
         return None
     weight_D: Tensor = norm.weight.detach()
-    # Gemma stores the weight minus 1.
-    return weight_D + 1 if "Gemma" in type(norm).__name__ else weight_D
+    # Gemma and others store the weight minus 1: the norm of ones shows what it multiplies by.
+    with torch.no_grad():
+        scale_D: Tensor = norm(torch.ones_like(weight_D))
+    return weight_D + (scale_D - weight_D).mean().round()
 
 
 class DraftCache:

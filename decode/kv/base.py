@@ -9,12 +9,16 @@ D head width.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from spectool import methods, options
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +36,16 @@ class Columns:
 
 
 class KVStore(ABC):
-    """The keys and values of one layer; `fields` [B, H, S, ...] are empty before the first pass."""
+    """The keys and values of one layer. `fields` [B, H, S, any]: none before the first pass.
 
-    def __init__(self) -> None:
+    A codec with options sets `Config` and the type of `config`.
+    """
+
+    Config: ClassVar[type[options.Config]] = options.Config
+    config: options.Config
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config or self.Config()
         self.fields: list[Tensor] = []
 
     @abstractmethod
@@ -97,6 +108,17 @@ class KVStore(ABC):
 
 # Makes the empty store of one layer.
 StoreFactory = Callable[[], KVStore]
+
+
+def parse_kv(text: str) -> StoreFactory:
+    """Parse the name of a store with its options: `dense`, `int8`, `int8:group=64`.
+
+    Raises:
+        UsageError: an unknown name, an unknown or wrong option.
+    """
+    name, _, pairs = text.partition(":")
+    store: type[KVStore] = methods.resolve(name, "kv")
+    return functools.partial(store, store.Config.from_text(pairs))
 
 
 def _enlarge(field_BHSX: Tensor, capacity: int) -> Tensor:

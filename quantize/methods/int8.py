@@ -59,4 +59,4 @@ class Int8Linear(PackedLinear):
     format = "int8"
 
     def rows(self, rows: slice | Tensor) -> Tensor:
-        return self.q.codes[rows].float() * (self.q.scale[rows] / 127)[:, None]
+        return self.q.codes[rows].float().mul_((self.q.scale[rows] / 127)[:, None])

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, PACKED_INDEX
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.methods import resolve
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.job import QuantizeJob
+from spectool.quantize.run import quantize
 
 from .conftest import Done
 
@@ -24,7 +26,7 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     """Make a read-only artifact."""
     out = tmp_path_factory.mktemp("artifact") / "out"
     job = QuantizeJob(method="rtn", config=resolve("rtn", "quantizer").Config())
-    quantize(checkpoint("llama"), out, job)
+    quantize(open_checkpoint(checkpoint("llama")), out, job)
     return out
 
 

@@ -68,7 +68,7 @@ def test_the_reason_is_there_where_logits_look_ahead(
 
 def test_what_an_older_transformers_makes_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small("Doge", **SIZES, intermediate_size=16)
-    for before, reason in ((False, None), (True, "gives it no causal mask")):
-        monkeypatch.setattr(causal, "BEFORE_5_23", before)
+    for version, reason in (((5, 23), None), ((5, 17), "gives it no causal mask")):
+        monkeypatch.setattr(causal, "VERSION", version)
         found = why_not_causal(model.config, model.modules())
         assert (found is None) == (reason is None) and (reason or "") in (found or "")

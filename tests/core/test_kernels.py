@@ -29,8 +29,8 @@ def test_large_linears_use_their_kernel_within_the_context_only() -> None:
     model = make_model()
     big, x = model[0], torch.randn(2, 3, 256)
     plain = big(x)
-    give_kernels(model, torch.float32)
-    give_kernels(model, torch.float32)
+    for _ in range(2):
+        assert str(give_kernels(model, torch.float32)["dense"]) == "kernel for up to 64 rows"
     assert [type(layer) for layer in model[:3]] == [KernelLinear, KernelLinear, nn.Linear]
     kernel = registry.choose("dense", "cpu", torch.float32).kernel
     assert kernel is not None
@@ -63,6 +63,10 @@ def test_a_model_with_kernels_can_be_copied_cast_and_changed() -> None:
 
 
 def test_matrices_of_other_devices_and_dtypes_are_left_alone() -> None:
-    for layer in (nn.Linear(512, 512, device="meta"), nn.Linear(512, 512).half()):
-        give_kernels(layer, torch.float32)
+    for layer, reason in (
+        (nn.Linear(512, 512, device="meta"), "no kernel for dense in float32 on meta"),
+        (nn.Linear(512, 512).half(), "no kernel for dense in float16 on cpu"),
+        (nn.Linear(8, 8), "matrices of fewer than 32768 weights"),
+    ):
+        assert str(give_kernels(layer, torch.float32)["dense"]) == f"torch ({reason})"
         assert type(layer) is nn.Linear

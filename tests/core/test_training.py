@@ -69,6 +69,7 @@ def make(
         return {"score": -float((module(x) - 0.3).square().sum().detach())}
 
     return Training(
+        name="linear",
         module=module,
         optimizers=[
             make_optimizer(

@@ -19,17 +19,19 @@ from spectool.decode.policy import chain as chains
 from spectool.decode.policy.curve import measure
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Needs
-from spectool.decode.recurrent import CHAINS, FORGETFUL, RecurrentTarget, open_target
+from spectool.decode.recurrent import RecurrentTarget, open_target
 from spectool.decode.replay import ReplayCache
 from spectool.decode.target import Target
 from spectool.distill.teacher import read_features
 from spectool.errors import UnsupportedError, UsageError
+from spectool.families import families
 
 from ..conftest import RECURRENT, make_model
 
 Tiny = Callable[..., PreTrainedModel]
 # In transformers 5.23 these two clamp time steps in passes of several tokens only.
 BOUNDING = {"zamba2", "nemotron_h"}
+CHAINS = families(state="continues")
 CHAINED = [family for family in RECURRENT if family in CHAINS - BOUNDING]
 PLAIN = [family for family in RECURRENT if family not in CHAINED]
 # One of each kind: a scan, scan and attention in a layer, delta rule, convolution, with a window.
@@ -69,7 +71,7 @@ def in_passes(model: PreTrainedModel, tokens: list[int], sizes: list[int]) -> to
 
 
 def test_every_family_is_here() -> None:
-    assert set(RECURRENT) == CHAINS | FORGETFUL
+    assert set(RECURRENT) == CHAINS | families(state="ignored")
 
 
 @pytest.mark.parametrize("family", CHAINED)

@@ -27,10 +27,12 @@ from spectool.distill.data import texts
 from spectool.distill.trainer import HeadTrainer
 from spectool.errors import CheckpointError, SpectoolError, TextError, UnsupportedError, UsageError
 from spectool.quantize import run as quantizing
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
 from spectool.training import Training
 
 from ..conftest import VOCAB, tokenizer
+from ..heard import Heard
 from .conftest import Losses, Train, contents, storing_always
 
 
@@ -223,7 +225,7 @@ def test_heads_fit_what_is_packed_from_their_target_and_the_other_way_round(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = checkpoint("llama")
-    job = quantizing.QuantizeJob(method="rtn", config=RTN.Config())
+    job = QuantizeJob(method="rtn", config=RTN.Config())
     packed = tmp_path / "packed"
     quantizing.quantize(open_checkpoint(source), packed, job)
     train(source, "of-original")
@@ -360,13 +362,16 @@ def test_the_plan_counts_what_the_options_take(
     checkpoint: Callable[..., Path], train: Train
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    plans = []
-    where = {"announce": plans.append}
+    heard = Heard()
+    where = {"reporter": heard}
     source = checkpoint("llama")
     for number, options in enumerate(({}, {"optimizer": "adamw8bit"}, {"autocast": "bfloat16"})):
         train(source, f"out{number}", steps=0, where=where, **options)
-    plain, eight, cast = (plan.memory_bytes for plan in plans)
-    assert plain - eight == 6 * plans[0].parameters and cast - plain == 2 * plans[0].parameters
+    plain, eight, cast = (plan.memory_bytes for plan in heard.plans)
+    assert (
+        plain - eight == 6 * heard.plans[0].parameters
+        and cast - plain == 2 * heard.plans[0].parameters
+    )
 
 
 def test_a_tokenizer_of_another_model_is_one_line(

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spectool.decode.drafters import clover
 from spectool.decode.drafters.clover import CloverDrafter, CloverHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import TOP
 from spectool.decode.target import Target
-from spectool.distill.losses import compute_loss, rank_labels
+from spectool.distill.losses import compute_loss
 from spectool.distill.teacher import read_features
 from spectool.training import TrainingBatch
 
-from ...conftest import VOCAB
 from .bare import bare_model, disturb, llama_layer, make_batch, rms
 
 PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [1, 0, 2], [0, 0, 1]]
@@ -152,47 +150,6 @@ def test_layers_begin_as_the_targets_last_where_that_is_llamas(
         assert all(same) if family in ("llama", "mistral") else not any(same)
 
 
-def test_heads_learn_the_token_at_their_own_distance_and_no_other() -> None:
-    """Each text is a walk whose step size only two tokens reveal, so f_t alone is not enough."""
-    period = 11
-    tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
-    heads = CloverHeads(CloverHeads.Config(num_heads=3), bare_model(12, period), None)
-    state_BLD = torch.eye(12)[tokens_BL]
-    batch = TrainingBatch(
-        tokens_BL=tokens_BL,
-        loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
-        features={"layer -1": state_BLD, "final": state_BLD},
-    )
-    # Probabilities and states of a random target say nothing about these texts.
-    heads.loss = replace(heads.loss, target="labels", state_weight=0.0)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
-    for _ in range(150):
-        optimizer.zero_grad()
-        compute_loss(heads, batch)
-        optimizer.step()
-    assert (rank_labels(heads, batch) == 0).all()
-
-
-def test_a_token_changes_the_heads_after_it_and_no_head_before(
-    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
-) -> None:
-    model = tiny("llama")
-    heads = make_heads(model)
-    tokens = prompt_of(20)
-    position = (torch.tensor([0]), torch.tensor([10]))
-    batch = batch_of(model, heads, tokens)
-    before = list(heads.states(batch, *position))
-    for drafted in range(5):
-        changed = batch.tokens_BL.clone()
-        changed[0, 11 + drafted] += 1
-        other = TrainingBatch(
-            tokens_BL=changed, loss_mask_BL=batch.loss_mask_BL, features=batch.features
-        )
-        after = heads.states(other, *position)
-        differs = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
-        assert differs == [i >= drafted for i in range(5)]
-
-
 @pytest.mark.parametrize("options", [{}, {"draft_vocab": 40}])
 def test_trees_are_those_of_a_loop_over_their_paths(
     tiny: Callable[..., PreTrainedModel],
@@ -230,63 +187,3 @@ def test_trees_are_those_of_a_loop_over_their_paths(
     with torch.inference_mode():
         runner.generate([prompt_of(n) for n in (9, 30, 2)], max_new_tokens=12, batch_size=3)
     assert seen[0] > 100
-
-
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "opt"])
-def test_greedy_output_is_plain_decodings(
-    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]], family: str
-) -> None:
-    model = tiny(family)
-    prompts = [prompt_of(length, seed=length) for length in (1, 7, 40, 19)]
-    limits = [30, 3, 1, 24]
-    runner = Runner(model)
-    plain = runner.generate(prompts, max_new_tokens=limits)
-    runner.use(CloverDrafter(make_heads(model), TREE))
-    for batch_size in (1, 3):
-        results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
-        assert [r.token_ids for r in results] == [r.token_ids for r in plain]
-        assert all(r.drafted > 0 for r in results[:2]) and all(r.lossless for r in results)
-
-
-def test_drafting_goes_on_from_a_kept_prefix(
-    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
-) -> None:
-    """A chat's next turn feeds only new tokens, and drafts as a fresh run would."""
-    model = tiny("llama")
-    heads = make_heads(model)
-    first, more = prompt_of(20), prompt_of(6, seed=4)
-    runner = Runner(model, draft=CloverDrafter(heads, TREE))
-    (turn,) = runner.generate([first], max_new_tokens=10, reuse_cache=True)
-    second = first + turn.token_ids + more
-    (kept,) = runner.generate([second], max_new_tokens=2, reuse_cache=True)
-    fresh = Runner(model, draft=CloverDrafter(heads, TREE))
-    (whole,) = fresh.generate([second], max_new_tokens=2)
-    assert kept == whole
-    drafters: list[Any] = [runner.drafter, fresh.drafter]
-    kept_cache, fresh_cache = (drafter._draft_cache for drafter in drafters)
-    assert kept_cache.lengths == fresh_cache.lengths == [len(second) + 1]
-    (kept_state,), (fresh_state,) = (drafter._states.values() for drafter in drafters)
-    torch.testing.assert_close(kept_state, fresh_state)
-
-
-def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
-    model = tiny("llama-tied")
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    heads = make_heads(model)
-    compute_loss(heads, make_batch(width=32, vocab=VOCAB, needs=heads.needs))
-    assert all(parameter.grad is not None for parameter in heads.parameters())
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is None and torch.equal(parameter, before[name])
-    assert not any(len(value) == VOCAB for value in heads.state_dict().values())
-
-
-def test_parameters_of_7b() -> None:
-    """As published for Llama 7B, 556 M: two layers of 202.4 M and 9 d^2."""
-    with torch.device("meta"):
-        model = bare_model(4096, 32000)
-        model.config = LlamaConfig(
-            hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000
-        )
-        heads = CloverHeads(CloverHeads.Config(), model, None)
-    found = sum(p.numel() for p in heads.parameters()) / 1e6
-    assert found == pytest.approx(556, abs=0.5)

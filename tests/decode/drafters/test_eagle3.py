@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +15,9 @@ from transformers import LlamaConfig, PreTrainedModel
 from spectool.decode.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Heads
 from spectool.decode.generate import Runner
 from spectool.decode.heads import layer
-from spectool.distill.losses import compute_loss, rank_labels
+from spectool.distill.losses import compute_loss
 from spectool.distill.teacher import read_features
 from spectool.errors import UsageError
-from spectool.training import TrainingBatch
 
 from ...conftest import VOCAB
 from .bare import bare_model, disturb, make_batch, rms
@@ -197,75 +195,6 @@ def test_trees_are_those_of_a_search(
     with torch.inference_mode():
         runner.generate([prompt_of(n) for n in (9, 14, 2)], max_new_tokens=[6, 4, 5], batch_size=3)
     assert seen[0] > 40
-
-
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "opt"])
-def test_greedy_output_is_plain_decodings(
-    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]], family: str
-) -> None:
-    model = tiny(family)
-    prompts = [prompt_of(length, seed=length) for length in (1, 7, 40, 19)]
-    limits = [30, 3, 1, 24]
-    runner = Runner(model)
-    plain = runner.generate(prompts, max_new_tokens=limits)
-    runner.use(Eagle3Drafter(make_heads(model), []))
-    for batch_size in (1, 3):
-        results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
-        assert [r.token_ids for r in results] == [r.token_ids for r in plain]
-        assert all(r.drafted > 0 for r in results[:2]) and all(r.lossless for r in results)
-
-
-def test_drafting_goes_on_from_a_kept_prefix(
-    tiny: Callable[..., PreTrainedModel], prompt_of: Callable[..., list[int]]
-) -> None:
-    """A chat's next turn feeds only new tokens, and drafts as a fresh run would."""
-    model = tiny("llama")
-    heads = make_heads(model)
-    first, more = prompt_of(20), prompt_of(6, seed=4)
-    runner = Runner(model, draft=Eagle3Drafter(heads, []))
-    (turn,) = runner.generate([first], max_new_tokens=10, reuse_cache=True)
-    second = first + turn.token_ids + more
-    (kept,) = runner.generate([second], max_new_tokens=2, reuse_cache=True)
-    fresh = Runner(model, draft=Eagle3Drafter(heads, []))
-    (whole,) = fresh.generate([second], max_new_tokens=2)
-    assert kept == whole
-    drafters: list[Any] = [runner.drafter, fresh.drafter]
-    kept_cache, fresh_cache = (drafter._draft_cache for drafter in drafters)
-    assert kept_cache.lengths == fresh_cache.lengths == [len(second) + 1]
-    (kept_state,), (fresh_state,) = (drafter._states.values() for drafter in drafters)
-    torch.testing.assert_close(kept_state, fresh_state)
-
-
-def test_gradients_reach_the_heads_and_nothing_else(tiny: Callable[..., PreTrainedModel]) -> None:
-    model = tiny("llama-tied")
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    heads = make_heads(model, shared_head=True)
-    compute_loss(heads, make_batch(width=32, vocab=VOCAB, needs=heads.needs))
-    assert all(parameter.grad is not None for parameter in heads.parameters())
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is None and torch.equal(parameter, before[name])
-    assert not any("lm_head" in name for name in heads.state_dict())
-
-
-def test_steps_learn_the_token_at_their_own_distance_and_no_other() -> None:
-    """Each text is a walk whose step size only two tokens reveal."""
-    period = 11
-    tokens_BL = torch.stack([torch.arange(40) * step % period for step in (1, 3, 4, 7)])
-    heads = Eagle3Heads(Eagle3Heads.Config(ttt_steps=3), bare_model(12, period), None)
-    state_BLD = torch.eye(12)[tokens_BL]
-    batch = TrainingBatch(
-        tokens_BL=tokens_BL,
-        loss_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool),
-        features={name: state_BLD for name in ("final", "layer 1", "layer 3", "layer 7")},
-    )
-    # The probabilities of a random target say nothing about these texts.
-    heads.loss = replace(heads.loss, target="labels")
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=0.01)
-    for _ in range(150):
-        optimizer.zero_grad()
-        compute_loss(heads, batch)
-        optimizer.step()
-    assert (rank_labels(heads, batch) == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -169,39 +169,21 @@ def batch_of(target: Target, heads: Any, tokens_BL: torch.Tensor) -> Any:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "opt"])
-def test_greedy_output_is_plain_decodings(
-    tiny: Make, prompt_of: Make, family: str, name: str
+def test_the_loss_is_the_cross_entropy_against_the_target(
+    tiny: Make, prompt_of: Make, name: str
 ) -> None:
-    model = tiny(family)
-    prompts = [prompt_of(length, seed=length) for length in (1, 7, 40, 19)]
-    limits = [30, 3, 1, 24]
-    runner = Runner(model)
-    plain = runner.generate(prompts, max_new_tokens=limits)
-    runner.use(make_drafter(model, name))
-    for batch_size in (1, 3):
-        results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
-        assert [r.token_ids for r in results] == [r.token_ids for r in plain]
-        assert results[0].drafted > 0 and all(r.lossless for r in results)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make, name: str) -> None:
-    """The loss is the cross entropy against the target's probabilities, position by position."""
+    """Against the equation at each position and head."""
     model = tiny("llama")
-    before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    heads = make_heads(model, name)
+    batch = batch_of(Target(model), heads, torch.tensor([prompt_of(14), prompt_of(14, seed=2)]))
+    model.requires_grad_(False)
     try:
-        heads, target = make_heads(model, name), Target(model)
-        batch = batch_of(target, heads, torch.tensor([prompt_of(14), prompt_of(14, seed=2)]))
         done = compute_loss(heads, batch)
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in heads.parameters())
-        for key, parameter in model.named_parameters():
-            assert parameter.grad is None and torch.equal(parameter, before[key])
-        batch_R, position_R = torch.ones(2, 14 - 2).nonzero(as_tuple=True)
-        with torch.no_grad():
-            states = list(heads.states(batch, batch_R, position_R))
+    finally:
+        model.requires_grad_(True)
+    batch_R, position_R = torch.ones(2, 14 - 2).nonzero(as_tuple=True)
+    with torch.no_grad():
+        states = list(heads.states(batch, batch_R, position_R))
         for k, state_RD in enumerate(states):
             losses = []
             for at, (row, position) in enumerate(zip(batch_R, position_R, strict=True)):
@@ -212,9 +194,6 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Make, prompt_of: Make,
                     losses.append(float(-(probs_V * logq_V).sum()))
             assert done.counts[k] == len(losses)
             assert done.loss[k] == pytest.approx(sum(losses), rel=1e-4)
-    finally:
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
 
 
 def test_positions_are_chosen_anew_and_no_more_than_asked(tiny: Make) -> None:

@@ -44,8 +44,8 @@ def test_all_drafters_are_here() -> None:
     assert known - {"none", "draft_model"} <= set(SPECS)
 
 
-def open_on(model: PreTrainedModel, name: str, draft: PreTrainedModel) -> Runner:
-    how, runner = SPECS[name], Runner(model)
+def open_on(model: PreTrainedModel, name: str, draft: PreTrainedModel, kv: str = "dense") -> Runner:
+    how, runner = SPECS[name], Runner(model, kv=kv)
     if isinstance(how, DraftModelConfig):
         runner.use(DraftModelDrafter(draft, how, target=runner.target))
     else:
