@@ -37,14 +37,15 @@ class LmHead:
 class LmHeadReport:
     """Metrics of a fitted lm_head: held-out KL from the original before and after, the best epoch.
 
-    `nats_within_codes` is H(token | code) of the text, `codes_used` their mean number by codebook.
+    `nats_within_codes` is H(token | code) of the text, `codes_used` their mean number by codebook;
+    None for methods without shared codes.
     """
 
-    nats_within_codes: float
     loss_start: float
     loss_after: float
     best_epoch: int
-    codes_used: float
+    nats_within_codes: float | None = None
+    codes_used: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
