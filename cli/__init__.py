@@ -27,6 +27,7 @@ from spectool.cli import (
     tune,
 )
 from spectool.cli.by_method import Verb
+from spectool.cli.derive import Command, configs_of, derive
 from spectool.cli.quantize import QUANTIZE
 from spectool.cli.train_heads import TRAIN_HEADS
 from spectool.version import __version__
@@ -86,7 +87,8 @@ for panel, commands in PANELS.items():
             app.add_typer(command.application(), name=name, rich_help_panel=panel)
         else:
             line = (command.__doc__ or "").removesuffix(".")
-            app.command(name, help=line, rich_help_panel=panel)(command)
+            run = derive(command, configs_of(command))
+            app.command(name, cls=Command, help=line, rich_help_panel=panel)(run)
 
 
 def main() -> None:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from spectool import methods
 from spectool.cli.common import session
+from spectool.cli.derive import Command, configs_of, derive
 from spectool.errors import UsageError
-
-if TYPE_CHECKING:
-    from spectool.options import Config, Option
+from spectool.options import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verb:
     """A command with one subcommand for each method of a kind.
 
-    `run(method, options, **shared)` runs it: `options` holds the values of the method's own
-    options, whose dataclass is `config(class)`; the annotations of the other parameters define the
-    shared options. `panels` groups the shared options by title in `--help`, after the method's
-    own; the last panel also holds `--help`.
+    `run(output, method, config, ...)` runs it: `config` holds the method's own options, whose class
+    is `config(method)`; the other parameters are `Config`s with the options of all methods.
     """
 
     name: str
@@ -35,7 +31,6 @@ class Verb:
     known: Callable[[], list[str]]
     config: Callable[[Any], type[Config]]
     run: Callable[..., None]
-    panels: Mapping[str, tuple[str, ...]]
 
     def application(self) -> typer.Typer:
         """Return the typer application with a subcommand per method."""
@@ -93,71 +88,13 @@ class Verb:
         raise UsageError(f"{name} is not for {self.name}; known: {', '.join(self.known())}")
 
     def command(self, name: str) -> Any:
-        """Return the click command of one method, with the shared and the method's own options."""
-        from spectool.options import options_of
-
+        """Return the click command of one method, with the method's own options first."""
         row = methods.METHODS[name]
-        options = list(options_of(self.config(methods.resolve(name, row.kind))))
-
-        def run(**values: Any) -> None:
-            given = {option.name: values.pop(option.name) for option in options}
-            self.run(name, given, **values)
-
-        shared = inspect.signature(self.run, eval_str=True).parameters
-        parameters = [shared[key] for key in shared if key not in ("method", "options")]
-        parameters += [
-            inspect.Parameter(
-                option.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=option.default,
-                annotation=Annotated[_annotation(option), _typer_option(option, name)],
-            )
-            for option in options
-        ]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        own = self.config(methods.resolve(name, row.kind))
+        configs = {**configs_of(self.run), "config": own}
+        run = derive(self.run, configs, own=f"Options of {name}", method=name)
         run.__doc__ = row.summary
         single = typer.Typer(add_completion=False)
-        single.command(name, cls=self._command_class())(run)
+        single.command(name, cls=Command)(run)
         command: Any = typer.main.get_command(single)
-        self._group(command.params)
         return command
-
-    def _group(self, parameters: list[Any]) -> None:
-        """Set the panels of the shared options and sort the parameters by panel."""
-        panel_of = {name: panel for panel, names in self.panels.items() for name in names}
-        for parameter in parameters:
-            if parameter.name in panel_of:
-                parameter.rich_help_panel = panel_of[parameter.name]
-        # Arguments and the method's own options are in none of these panels, and stay in front.
-        order = {name: index for index, name in enumerate(panel_of, start=1)}
-        parameters.sort(key=lambda parameter: order.get(parameter.name, 0))
-
-    def _command_class(self) -> type[TyperCommand]:
-        last = list(self.panels)[-1]
-
-        class Panelled(TyperCommand):
-            def get_help_option(self, ctx: Any) -> Any:
-                option: Any = super().get_help_option(ctx)
-                if option is not None:
-                    option.rich_help_panel = last
-                return option
-
-        return Panelled
-
-
-def _annotation(option: Option) -> Any:
-    return option.type | None if option.optional else option.type
-
-
-def _typer_option(option: Option, method: str) -> Any:
-    return typer.Option(help=_help(option), rich_help_panel=f"Options of {method}")
-
-
-def _help(option: Option) -> str:
-    text = option.help[0].upper() + option.help[1:]
-    if option.choices:
-        text += f" ({', '.join(map(str, option.choices))})"
-    elif option.minimum is not None and option.maximum is not None:
-        text += f" ({option.minimum} to {option.maximum})"
-    return text

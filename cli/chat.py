@@ -7,44 +7,18 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.text import Text
 
-from spectool.cli.common import (
-    AllowOtherTarget,
-    Ban,
-    Context,
-    Debug,
-    Device,
-    Dtype,
-    Json,
-    LogitBias,
-    Lossy,
-    MinP,
-    Model,
-    NoChecksums,
-    NoRepeatNgramSize,
-    Output,
-    RepetitionPenalty,
-    Revision,
-    Runtime,
-    Seed,
-    Temperature,
-    TemplateArg,
-    Threads,
-    TopK,
-    TopP,
-    TrustRemoteCode,
-    Verify,
-    open_runner,
-    session,
-    template_arguments,
-)
+from spectool.cli.common import Output, open_runner, record, totals
+from spectool.data.template import template_arguments
+from spectool.decode.options import DrafterOptions, RequestOptions, SamplingParams
 from spectool.errors import Interrupted, SpectoolError, UsageError
+from spectool.options import Config, option
 
 if TYPE_CHECKING:
     from spectool.cli.editor import LineEditor
@@ -75,97 +49,53 @@ _VISIBLE = {
 _DRAFTED, _PLAIN = "\x1b[36m", "\x1b[39m"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions(Config):
+    """How a conversation is held."""
+
+    system: str | None = option(None, "System message")
+    raw: bool = option(False, "Continue plain text without a chat template", switch=True)
+    max_new_tokens: int = option(512, "Maximum tokens per answer", minimum=1)
+    template_arg: tuple[str, ...] = option(
+        (), "Argument for the chat template, as key=value; repeatable"
+    )
+
+
 def chat(
-    model: Model,
-    draft: Annotated[
-        str,
-        typer.Option(
-            help="Drafter, directory of draft heads or smaller checkpoint: NAME[:key=value,...]"
-        ),
-    ] = "auto",
-    system: Annotated[str | None, typer.Option(help="System message")] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue plain text without a chat template")
-    ] = False,
-    context: Context = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer")] = 512,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Stop an answer before this text; repeatable")
-    ] = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    no_repeat_ngram_size: NoRepeatNgramSize = 0,
-    logit_bias: LogitBias = None,
-    ban: Ban = None,
-    verify: Verify = None,
-    lossy: Lossy = False,
-    template_arg: TemplateArg = None,
-    dtype: Dtype = None,
-    device: Device = "auto",
-    runtime: Runtime = "auto",
-    seed: Seed = 0,
-    threads: Threads = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    no_checksums: NoChecksums = False,
-    allow_other_target: AllowOtherTarget = False,
-    json_output: Json = False,
-    debug: Debug = False,
+    output: Output,
+    options: ChatOptions,
+    request: RequestOptions,
+    sampling: SamplingParams,
+    load: DrafterOptions,
 ) -> None:
     """Chat with a model at a terminal, or answer each line of stdin as a message."""
-    with session(json_wanted=json_output, debug=debug) as output:
-        template = template_arguments(template_arg)
-        runner, tokenizer = open_runner(
-            output,
-            model,
-            draft=draft,
-            dtype=dtype,
-            device=device,
-            runtime=runtime,
-            context=context,
-            threads=threads,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            checksums=not no_checksums,
-            allow_other_target=allow_other_target,
-            tune=True,
-        )
-        from spectool.decode.chat import Chat, Options
-        from spectool.decode.sampling import SamplingOptions
+    template = template_arguments(options.template_arg)
+    runner, tokenizer = open_runner(output, load, draft=load.draft, tune=True)
+    from spectool.decode.chat import Chat, Options
 
-        sampling = SamplingOptions(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-        )
-        verification = runner.verification(runner.drafter, verify=verify, lossy=lossy, **sampling)
-        options = Options(
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            stop=tuple(stop or ()),
-            verify=verify,
-            lossy=lossy,
-            controls=runner.make_controls(logit_bias=logit_bias or (), ban=ban or ()),
-        )
-        talk = _Talk(
-            Chat(runner, tokenizer, options, system=system, raw=raw, template=template),
-            output,
-            lossless=verification.lossless,
-        )
-        output.so_far = talk.metrics
-        before = signal.signal(signal.SIGTERM, talk.terminate)
-        try:
-            talk.run()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        output.result(talk.metrics())
+    verification = runner.verification(
+        runner.drafter, verify=request.verify, lossy=request.lossy, **sampling.as_dict()
+    )
+    answering = Options(
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        seed=request.seed,
+        stop=request.stop,
+        verify=request.verify,
+        lossy=request.lossy,
+        controls=runner.make_controls(logit_bias=request.logit_bias, ban=request.ban),
+    )
+    conversation = Chat(
+        runner, tokenizer, answering, system=options.system, raw=options.raw, template=template
+    )
+    talk = _Talk(conversation, output, lossless=verification.lossless)
+    output.so_far = talk.metrics
+    before = signal.signal(signal.SIGTERM, talk.terminate)
+    try:
+        talk.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    output.result(talk.metrics())
 
 
 class _Talk:
@@ -369,20 +299,12 @@ class _Talk:
         """Return the transcript and the session's statistics for --json."""
         replies = self.chat.replies
         results = [reply.result for reply in replies]
-        new_tokens = sum(len(result.token_ids) for result in results)
-        forwards = sum(result.forwards for result in results)
-        seconds = sum(reply.seconds for reply in replies)
         return {
             "system": self.chat.system,
             "messages": self.chat.messages,
             "answers": [
                 {
-                    "text": reply.result.text,
-                    "token_ids": reply.result.token_ids,
-                    "forwards": reply.result.forwards,
-                    "drafted": reply.result.drafted,
-                    "accepted": reply.result.accepted,
-                    "finish_reason": reply.result.finish_reason,
+                    **record(reply.result),
                     "context_used": reply.used,
                     "seconds": reply.seconds,
                 }
@@ -390,11 +312,7 @@ class _Talk:
             ],
             "forgotten_turns": self.chat.forgotten,
             "context": self.chat.context,
-            "new_tokens": new_tokens,
-            "seconds": seconds,
-            "tokens_per_second": new_tokens / seconds if seconds else 0.0,
-            "forwards": forwards,
-            "tokens_per_forward": new_tokens / max(1, forwards),
+            **totals(results, sum(reply.seconds for reply in replies)),
             "drafted": sum(result.drafted for result in results),
             "accepted": sum(result.accepted for result in results),
             "drafter": self.chat.runner.drafter_name,

@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -27,134 +27,14 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from spectool.data.text import Prompt
-    from spectool.decode.generate import Runner
+    from spectool.decode.generate import Result, Runner
+    from spectool.decode.options import RunnerOptions
+    from spectool.shared_options import TextOptions
 
 SCHEMA_VERSION = 2
 
 # Where stderr is no terminal, seconds between two lines of progress.
 QUIET_SECONDS = 60.0
-
-Model = Annotated[str, typer.Argument(help="Checkpoint: local directory or Hugging Face hub id")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="Dtype to compute in: float32, bfloat16, float16 or float64; default: the "
-        "checkpoint's dtype, or float32 on a CPU that is slow in it"
-    ),
-]
-
-
-def _resolve_device(context: typer.Context, device: str) -> str:
-    if device != "auto" or context.resilient_parsing:
-        return device
-    import torch
-
-    # torchrun starts one process per GPU: with fewer GPUs than processes, all compute on the CPU.
-    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return "cuda" if torch.cuda.device_count() >= wanted else "cpu"
-
-
-Device = Annotated[
-    str,
-    typer.Option(
-        help="Device: cpu, cuda, cuda:N, or auto (cuda if available)", callback=_resolve_device
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Random seed")]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1, max=1024, help="CPU threads; default: as many as the system runs at the same time"
-    ),
-]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a checkpoint from the hub")
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint"),
-]
-Runtime = Annotated[
-    str,
-    typer.Option(
-        help="How to hold quantized weights: packed (as codes), dense (unpacked), or auto "
-        "(packed where a kernel computes with the codes)"
-    ),
-]
-NoChecksums = Annotated[
-    bool,
-    typer.Option(
-        "--no-checksums", help="Load quantized weights and draft heads without verifying checksums"
-    ),
-]
-Field = Annotated[
-    str | None, typer.Option(help="Field to read from the rows of .jsonl and .parquet files")
-]
-TemplateArg = Annotated[
-    list[str] | None,
-    typer.Option(help="Argument for the chat template, as key=value; repeatable"),
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens per prompt")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Number of prompts decoded together")]
-Temperature = Annotated[
-    float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy decoding")
-]
-TopK = Annotated[
-    int, typer.Option(min=0, help="Sample from the K most likely tokens only; 0: from all")
-]
-TopP = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        help="Sample from the most likely tokens up to this total probability; 1: from all",
-    ),
-]
-MinP = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        help="Drop tokens below this share of the most likely token's probability; 0: none",
-    ),
-]
-RepetitionPenalty = Annotated[
-    float,
-    typer.Option(help="Factor that makes tokens of the prompt and the output less likely; 1: off"),
-]
-NoRepeatNgramSize = Annotated[
-    int, typer.Option(min=0, help="Let no n-gram of this size occur twice; 0: off")
-]
-LogitBias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--logit-bias",
-        help="TOKEN=VALUE: add a number to the logit of a token id, -inf to exclude it; repeatable",
-    ),
-]
-Ban = Annotated[
-    list[str] | None,
-    typer.Option("--ban", help="Text that the output never completes; repeatable"),
-]
-Verify = Annotated[
-    str | None,
-    typer.Option(help="Rule that accepts drafted tokens; default: the exact one for the drafter"),
-]
-Lossy = Annotated[
-    bool,
-    typer.Option("--lossy", help="Allow a verification rule that changes the output distribution"),
-]
-AllowOtherTarget = Annotated[
-    bool,
-    typer.Option(
-        "--allow-other-target", help="Run draft heads that were trained for another model"
-    ),
-]
-Context = Annotated[
-    int | None, typer.Option(min=1, help="Maximum number of tokens of prompt and output together")
-]
 
 
 class Output(Reporter):
@@ -171,7 +51,8 @@ class Output(Reporter):
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self.began = time.monotonic()
         self.work_began = self.began
-        self.finished = self.quiet = False
+        self.finished = False
+        self.quiet = is_other_process()
         self.readings: list[dict[str, Any]] = []
         self.so_far: Callable[[], Mapping[str, Any]] = dict
         self.show_plan: Callable[[Any], None] = lambda plan: None
@@ -333,46 +214,22 @@ def prepare_torch(threads: int | None) -> None:
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def template_arguments(pairs: list[str] | None) -> dict[str, Any]:
-    """Return `--template-arg` pairs as a dictionary."""
-    from spectool.data import template
-
-    return template.template_arguments(pairs or [])
-
-
 def open_runner(
-    output: Output,
-    model: str,
-    *,
-    draft: str | None,
-    dtype: str | None,
-    device: str,
-    runtime: str,
-    context: int | None,
-    threads: int | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    allow_other_target: bool = False,
-    tune: bool = False,
-    checksums: bool = True,
+    output: Output, options: RunnerOptions, *, draft: str | None = None, tune: bool = False
 ) -> tuple[Runner, PreTrainedTokenizerBase]:
     """Load a model, its tokenizer and its drafter, and print what runs."""
-    prepare_torch(threads)
-    from spectool.checkpoint.tensors import open_checkpoint
+    prepare_torch(options.threads)
     from spectool.decode.generate import Runner
     from spectool.decode.policy.tuned import Tuned
     from spectool.model import loading
 
-    checkpoint = open_checkpoint(
-        model, revision=revision, trust_remote_code=trust_remote_code, checksums=checksums
-    )
-    layout = checkpoint.layout
-    dtype_or_default = dtype or loading.default_dtype(layout, loading.check_device(device))
+    checkpoint, device = options.open(), options.resolve_device()
+    own = loading.default_dtype(checkpoint.layout, loading.check_device(device))
     opened = loading.load_model(
         checkpoint,
-        dtype=dtype_or_default,
+        dtype=options.dtype or own,
         device=device,
-        runtime=runtime,
+        runtime=options.runtime,
         for_decoding=True,
         reporter=output,
     )
@@ -381,10 +238,10 @@ def open_runner(
         opened,
         draft=draft,
         tokenizer=tokenizer,
-        context=context,
-        allow_other_target=allow_other_target,
+        context=options.context,
+        allow_other_target=options.allow_other_target,
         tune=tune,
-        checksums=checksums,
+        checksums=options.checksums,
     )
     for format, choice in runner.target.kernels.items():
         output.say(f"few rows times {format} matrices: {choice}")
@@ -396,35 +253,47 @@ def open_runner(
 
 
 def read_prompts(
-    output: Output,
-    tokenizer: Any,
-    *,
-    prompt: list[str] | None,
-    prompts: str | None,
-    field: str | None,
-    template: list[str] | None,
+    output: Output, path: str, tokenizer: Any, text: TextOptions, **limits: int | None
 ) -> list[Prompt]:
-    """Return the prompts given as options, in a file, or on stdin.
+    """Read the prompts of a file, and report what was read."""
+    from spectool.data.text import read_prompts
 
-    Raises:
-        UsageError: prompts given in two ways, or none given.
-    """
-    from spectool.data import text
-
-    if prompt and prompts:
-        raise UsageError("--prompt and --prompts exclude each other")
-    if prompts:
-        return text.read_prompts(
-            prompts,
-            tokenizer,
-            field=field,
-            template=template_arguments(template) or None,
-            reporter=output,
-        )
-    return [text.Prompt(given) for given in prompt or [_standard_input()]]
+    return read_prompts(
+        path,
+        tokenizer,
+        field=text.field,
+        template=text.template or None,
+        reporter=output,
+        **limits,
+    )
 
 
-def _standard_input() -> str:
+def record(result: Result) -> dict[str, Any]:
+    """Return the JSON object of one continuation."""
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "forwards": result.forwards,
+        "drafted": result.drafted,
+        "accepted": result.accepted,
+        "finish_reason": result.finish_reason,
+    }
+
+
+def totals(results: Sequence[Result], seconds: float) -> dict[str, Any]:
+    """Return the number of tokens and forwards of several continuations, and the speed."""
+    new_tokens = sum(len(result.token_ids) for result in results)
+    forwards = sum(result.forwards for result in results)
+    return {
+        "new_tokens": new_tokens,
+        "seconds": seconds,
+        "tokens_per_second": new_tokens / seconds if seconds else 0.0,
+        "forwards": forwards,
+        "tokens_per_forward": new_tokens / max(1, forwards),
+    }
+
+
+def standard_input() -> str:
     """Read the text on stdin.
 
     Raises:

@@ -9,14 +9,16 @@ import shlex
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from spectool.cli.common import Debug, Json, Output, Threads, prepare_torch, session, size
+from spectool.cli.common import Output, prepare_torch, size
 from spectool.errors import Interrupted, SpectoolError, UsageError
+from spectool.options import Config, option
 
 # Below two bits a small model loses much; a higher ratio would point to a bug.
 GATE = "perplexity_ratio<=1.6"
@@ -35,78 +37,86 @@ PROMPT_LINES = 24
 PROMPT_CHARACTERS = 1000
 
 
-def demo(
-    out: Annotated[Path, typer.Argument(help="Directory for texts, checkpoint and heads")] = Path(
-        "spectool-demo"
-    ),
-    threads: Threads = None,
-    json_output: Json = False,
-    debug: Debug = False,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions(Config):
+    """Where the demo writes, and on how many threads it runs."""
+
+    out: Path = option(
+        Path("spectool-demo"), "Directory for texts, checkpoint and heads", argument=True
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads; default: as many as the system runs at the same time",
+        minimum=1,
+        maximum=1024,
+    )
+
+
+def demo(output: Output, options: DemoOptions) -> None:
     """Quantize the bundled checkpoint, train draft heads, measure loss and speed-up, and run it."""
-    with session(json_wanted=json_output, debug=debug) as output:
-        prepare_torch(threads)
-        path = Path(str(resources.files("spectool.examples").joinpath(CHECKPOINT)))
-        # A relative path keeps the commands short in a clone, where `make demo` runs.
-        inside = path.is_relative_to(Path.cwd())
-        model = str(path.relative_to(Path.cwd()) if inside else path)
-        _prepare_directory(out)
-        texts = _write_texts(out)
-        packed, heads = out / "packed", out / "heads"
-        packed_heads = out / "heads-of-packed"
-        output.say(
-            f"demo: {CHECKPOINT}, trained and measured on separate files of Python's standard "
-            f"library; writes to {out}"
-        )
-        train = [
-            "--data", texts["train"], "--steps", "80", "--seq-len", "256", "--batch-tokens",
-            "1024", "--learning-rate", "3e-3", "--held-out", "12", "--overwrite",
-        ]  # fmt: skip
-        bench = [
-            "--prompts", texts["prompts"], "--limit", "4", "--max-new-tokens", "64",
-            "--dtype", "float32",
-        ]  # fmt: skip
-        steps: dict[str, list[str]] = {
-            "quantize": [
-                "quantize", "ptq161", model, str(packed), "--calibration", texts["train"],
-                "--samples", "32", "--seq-len", "256", "--epochs", "2", "--overwrite",
-            ],
-            "heads": ["train-heads", "medusa", model, str(heads), *train],
-            "heads of packed": ["train-heads", "medusa", str(packed), str(packed_heads), *train],
-            "eval": [
-                "eval", str(packed), "--reference", model, "--text", texts["held-out"], "--bos",
-                "--window", "512", "--gate", GATE,
-            ],
-            "bench": [
-                "bench", str(packed), "--reference", model, *bench, "--draft", NGRAM,
-                "--draft", str(heads), "--draft", str(packed_heads),
-            ],
-            "generate": [
-                "generate", str(packed), "--prompt", texts["sample"], "--draft", str(packed_heads),
-                "--max-new-tokens", "80",
-            ],
-        }  # fmt: skip
-        results: dict[str, dict[str, Any]] = {}
-        for number, (name, words) in enumerate(steps.items(), start=1):
-            output.say(f"\n[{number}/{len(steps)}] $ spectool {shlex.join(words)}")
-            results[name] = _run(output, words)
-        sample = results["generate"]["results"][0]["text"]
-        output.show(f"\n{texts['sample']}{sample}\n")
-        output.show(_table(results))
-        seconds = time.monotonic() - output.began
-        holds = results["eval"]["gates"][0]["holds"]
-        output.show(
-            f"gate {GATE}: {'holds' if holds else 'does not hold'}; greedy output identical with "
-            f"every drafter on every model; {seconds:.0f} s"
-        )
-        # After `make demo` the environment's folder need not be on PATH.
-        program = ["spectool"] if shutil.which("spectool") else [sys.executable, "-m", "spectool"]
-        more = _next_commands(out, model, texts)
-        commands = [shlex.join([*program, *words]) for words in more]
-        output.show("\n".join(["\nto try next:", *(f"  {command}" for command in commands)]))
-        output.result({"seconds": seconds, "steps": results, "next": commands})
-        if not holds:
-            raise typer.Exit(3)
+    prepare_torch(options.threads)
+    out = options.out
+    path = Path(str(resources.files("spectool.examples").joinpath(CHECKPOINT)))
+    # A relative path keeps the commands short in a clone, where `make demo` runs.
+    inside = path.is_relative_to(Path.cwd())
+    model = str(path.relative_to(Path.cwd()) if inside else path)
+    _prepare_directory(out)
+    texts = _write_texts(out)
+    packed, heads = out / "packed", out / "heads"
+    packed_heads = out / "heads-of-packed"
+    output.say(
+        f"demo: {CHECKPOINT}, trained and measured on separate files of Python's standard "
+        f"library; writes to {out}"
+    )
+    train = [
+        "--data", texts["train"], "--steps", "80", "--seq-len", "256", "--batch-tokens",
+        "1024", "--learning-rate", "3e-3", "--held-out", "12", "--overwrite",
+    ]  # fmt: skip
+    bench = [
+        "--prompts", texts["prompts"], "--limit", "4", "--max-new-tokens", "64",
+        "--dtype", "float32",
+    ]  # fmt: skip
+    steps: dict[str, list[str]] = {
+        "quantize": [
+            "quantize", "ptq161", model, str(packed), "--calibration", texts["train"],
+            "--samples", "32", "--seq-len", "256", "--epochs", "2", "--overwrite",
+        ],
+        "heads": ["train-heads", "medusa", model, str(heads), *train],
+        "heads of packed": ["train-heads", "medusa", str(packed), str(packed_heads), *train],
+        "eval": [
+            "eval", str(packed), "--reference", model, "--text", texts["held-out"], "--bos",
+            "--window", "512", "--gate", GATE,
+        ],
+        "bench": [
+            "bench", str(packed), "--reference", model, *bench, "--draft", NGRAM,
+            "--draft", str(heads), "--draft", str(packed_heads),
+        ],
+        "generate": [
+            "generate", str(packed), "--prompt", texts["sample"], "--draft", str(packed_heads),
+            "--max-new-tokens", "80",
+        ],
+    }  # fmt: skip
+    results: dict[str, dict[str, Any]] = {}
+    for number, (name, words) in enumerate(steps.items(), start=1):
+        output.say(f"\n[{number}/{len(steps)}] $ spectool {shlex.join(words)}")
+        results[name] = _run(output, words)
+    sample = results["generate"]["results"][0]["text"]
+    output.show(f"\n{texts['sample']}{sample}\n")
+    output.show(_table(results))
+    seconds = time.monotonic() - output.began
+    holds = results["eval"]["gates"][0]["holds"]
+    output.show(
+        f"gate {GATE}: {'holds' if holds else 'does not hold'}; greedy output identical with "
+        f"every drafter on every model; {seconds:.0f} s"
+    )
+    # After `make demo` the environment's folder need not be on PATH.
+    program = ["spectool"] if shutil.which("spectool") else [sys.executable, "-m", "spectool"]
+    more = _next_commands(out, model, texts)
+    commands = [shlex.join([*program, *words]) for words in more]
+    output.show("\n".join(["\nto try next:", *(f"  {command}" for command in commands)]))
+    output.result({"seconds": seconds, "steps": results, "next": commands})
+    if not holds:
+        raise typer.Exit(3)
 
 
 def _prepare_directory(out: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
-import typer
-
-from spectool.cli.common import Debug, Json, session, size
+from spectool.cli.common import Output, size
+from spectool.options import Config, option
 
 PACKAGES = {
     "torch": None,
@@ -20,58 +20,58 @@ PACKAGES = {
     "compressed-tensors": "compressed",
 }
 
-
 # Cost curves shown without --all.
 NEWEST = 5
 
 
-def doctor(
-    all_curves: Annotated[
-        bool,
-        typer.Option("--all", help=f"Show all measured cost curves, not only the {NEWEST} newest"),
-    ] = False,
-    json_output: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show processor, memory, GPU, packages and compiled kernels of this machine."""
-    with session(json_wanted=json_output, debug=debug) as output:
-        from spectool import machine
-        from spectool.decode.policy import curve
-        from spectool.kernels import registry
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorOptions(Config):
+    """What is shown."""
 
-        machine.set_threads(None)
-        described: dict[str, Any] = machine.describe()
-        output.show(f"processor: {described['processor']}, {described['cores']} cores")
-        output.show(f"threads: {described['threads']} ({described['threads_reason']})")
-        spin = " ".join(f"{name}={value}" for name, value in described["spin"].items())
-        output.show(f"waiting threads: {spin or 'OpenMP defaults'}")
-        output.show(
-            f"memory: {size(described['memory_bytes'])}, {size(machine.available_memory())} free"
+    all: bool = option(
+        False, f"Show all measured cost curves, not only the {NEWEST} newest", switch=True
+    )
+
+
+def doctor(output: Output, options: DoctorOptions) -> None:
+    """Show processor, memory, GPU, packages and compiled kernels of this machine."""
+    from spectool import machine
+    from spectool.decode.policy import curve
+    from spectool.kernels import registry
+
+    machine.set_threads(None)
+    described: dict[str, Any] = machine.describe()
+    output.show(f"processor: {described['processor']}, {described['cores']} cores")
+    output.show(f"threads: {described['threads']} ({described['threads_reason']})")
+    spin = " ".join(f"{name}={value}" for name, value in described["spin"].items())
+    output.show(f"waiting threads: {spin or 'OpenMP defaults'}")
+    output.show(
+        f"memory: {size(described['memory_bytes'])}, {size(machine.available_memory())} free"
+    )
+    output.show(f"gpu: {described.get('gpu', 'none that torch can use')}")
+    packages = {name: machine.version(name) for name in PACKAGES}
+    for name, version in packages.items():
+        extra = PACKAGES[name]
+        absent = "not installed" + (f" (pip install 'spectool[{extra}]')" if extra else "")
+        output.show(f"{name}: {version or absent}")
+    output.show("matrices times few rows of activations, on a processor:")
+    kernels = {
+        f"{format}, {str(dtype).removeprefix('torch.')}": str(
+            registry.choose(format, device, dtype)
         )
-        output.show(f"gpu: {described.get('gpu', 'none that torch can use')}")
-        packages = {name: machine.version(name) for name in PACKAGES}
-        for name, version in packages.items():
-            extra = PACKAGES[name]
-            absent = "not installed" + (f" (pip install 'spectool[{extra}]')" if extra else "")
-            output.show(f"{name}: {version or absent}")
-        output.show("matrices times few rows of activations, on a processor:")
-        kernels = {
-            f"{format}, {str(dtype).removeprefix('torch.')}": str(
-                registry.choose(format, device, dtype)
-            )
-            for format, device, dtype in registry.KERNELS
-        }
-        for name, choice in kernels.items():
-            output.show(f"  {name}: {choice}")
-        output.show("  other formats: unpacked by torch at every pass")
-        curves = curve.read_curves()
-        shown = list(curves) if all_curves else list(curves)[-NEWEST:]
-        if shown:
-            output.show("measured cost curves, for --draft auto and :tune:")
-        for model in shown:
-            output.show(f"  {model}: {curve.Curve(curves[model])}")
-        if len(shown) < len(curves):
-            output.show(f"  {len(curves) - len(shown)} older: --all shows them")
-        output.result(
-            {"machine": described, "packages": packages, "kernels": kernels, "passes": curves}
-        )
+        for format, device, dtype in registry.KERNELS
+    }
+    for name, choice in kernels.items():
+        output.show(f"  {name}: {choice}")
+    output.show("  other formats: unpacked by torch at every pass")
+    curves = curve.read_curves()
+    shown = list(curves) if options.all else list(curves)[-NEWEST:]
+    if shown:
+        output.show("measured cost curves, for --draft auto and :tune:")
+    for model in shown:
+        output.show(f"  {model}: {curve.Curve(curves[model])}")
+    if len(shown) < len(curves):
+        output.show(f"  {len(curves) - len(shown)} older: --all shows them")
+    output.result(
+        {"machine": described, "packages": packages, "kernels": kernels, "passes": curves}
+    )

@@ -2,159 +2,105 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from spectool.cli.common import (
-    Debug,
-    Device,
-    Dtype,
-    Field,
-    Json,
-    MaxNewTokens,
-    Model,
-    NoChecksums,
-    Output,
-    Revision,
-    Runtime,
-    TemplateArg,
-    Threads,
-    TrustRemoteCode,
-    prepare_torch,
-    session,
-    template_arguments,
-)
+from spectool.cli.common import Output, prepare_torch
+from spectool.options import Config, option
+from spectool.shared_options import LoadOptions, TextOptions
 
 if TYPE_CHECKING:
     from spectool.evaluate.context import Plan, Request
 
 
-def evaluate(
-    model: Model,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Checkpoint to compare with, or a file written by --save-reference"),
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Evaluation text: .txt, .jsonl, .parquet (also .gz, .xz) or hub:DATASET; "
-            "repeatable"
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per window; default: the model's context, at most 2048"),
-    ] = None,
-    bos: Annotated[
-        bool, typer.Option("--bos", help="Start each window with the BOS token")
-    ] = False,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first N characters of the text")
-    ] = None,
-    gate: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Condition on a metric, such as 'perplexity_ratio<=1.1': exit code 3 if it does "
-            "not hold; repeatable"
-        ),
-    ] = None,
-    measure: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What to measure (`spectool list measures`); repeatable; default: everything "
-            "that the other options allow"
-        ),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="File of prompts for speed and losslessness: .txt or .jsonl"),
-    ] = None,
-    draft: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Drafter, directory of draft heads or smaller checkpoint: "
-            "NAME[:key=value,...]; repeatable; default: auto"
-        ),
-    ] = None,
-    max_new_tokens: MaxNewTokens = 128,
-    save_reference: Annotated[
-        Path | None, typer.Option(help="File to write the model's log-probabilities to")
-    ] = None,
-    save_top_k: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Log-probabilities per position that --save-reference keeps; 0: all (lossless)",
-        ),
-    ] = 0,
-    field: Field = None,
-    template_arg: TemplateArg = None,
-    dtype: Dtype = None,
-    device: Device = "auto",
-    runtime: Runtime = "auto",
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of windows run together; default: as many as fit"),
-    ] = None,
-    blockwise: Annotated[
-        bool,
-        typer.Option("--blockwise", help="Load and run one block at a time even if all would fit"),
-    ] = False,
-    threads: Threads = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    no_checksums: NoChecksums = False,
-    json_output: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure MODEL: perplexity, distance from a reference, speed and losslessness of drafting."""
-    with session(json_wanted=json_output, debug=debug) as output:
-        prepare_torch(threads)
-        from spectool.checkpoint.tensors import open_checkpoint
-        from spectool.evaluate.context import Context, Request
-        from spectool.evaluate.suite import evaluate as run_measures
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalOptions(Config):
+    """What is measured, and on which text."""
 
-        request = Request(
-            measures=measure or (),
-            texts=text or (),
-            text_field=field,
-            template=template_arguments(template_arg),
-            window=window,
-            bos=bos,
-            limit=limit,
-            reference=reference,
-            save_reference=save_reference,
-            top_k=save_top_k,
-            prompts=prompts,
-            drafts=draft or ("auto",),
-            max_new_tokens=max_new_tokens,
-            dtype=dtype,
-            device=device,
-            runtime=runtime,
-            batch_size=batch_size,
-            blockwise=blockwise,
-        )
-        output.show_plan = lambda plan: _show_plan(output, request, plan)
-        checkpoint = open_checkpoint(
-            model,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            checksums=not no_checksums,
-        )
-        context = Context(checkpoint, request, reporter=output)
-        evaluation = run_measures(context, gates=gate or ())
-        for result in evaluation.measures:
-            for line in result.lines():
-                output.show(line)
-        for checked in evaluation.gates:
-            word = "holds" if checked.holds else "does not hold"
-            output.show(f"gate {checked.expression}: {word} ({checked.value:.4g})")
-        output.result(evaluation.as_json())
-        if not all(checked.holds for checked in evaluation.gates):
-            raise typer.Exit(3)
+    reference: str | None = option(
+        None, "Checkpoint to compare with, or a file written by --save-reference"
+    )
+    text: tuple[str, ...] = option(
+        (),
+        "Evaluation text: .txt, .jsonl, .parquet (also .gz, .xz) or hub:DATASET; repeatable",
+    )
+    window: int | None = option(
+        None, "Tokens per window; default: the model's context, at most 2048", minimum=2
+    )
+    bos: bool = option(False, "Start each window with the BOS token", switch=True)
+    limit: int | None = option(None, "Use only the first N characters of the text", minimum=1)
+    gate: tuple[str, ...] = option(
+        (),
+        "Condition on a metric, such as 'perplexity_ratio<=1.1': exit code 3 if it does not hold; "
+        "repeatable",
+    )
+    measure: tuple[str, ...] = option(
+        (),
+        "What to measure (`spectool list measures`); repeatable; default: everything that the "
+        "other options allow",
+    )
+    prompts: str | None = option(None, "File of prompts for speed and losslessness: .txt or .jsonl")
+    draft: tuple[str, ...] = option(
+        (),
+        "Drafter, directory of draft heads or smaller checkpoint: NAME[:key=value,...]; "
+        "repeatable; default: auto",
+    )
+    max_new_tokens: int = option(128, "Maximum number of new tokens per prompt", minimum=1)
+    save_reference: Path | None = option(None, "File to write the model's log-probabilities to")
+    save_top_k: int = option(
+        0,
+        "Log-probabilities per position that --save-reference keeps; 0: all (lossless)",
+        minimum=0,
+    )
+    batch_size: int | None = option(
+        None, "Number of windows run together; default: as many as fit", minimum=1
+    )
+    blockwise: bool = option(
+        False, "Load and run one block at a time even if all would fit", switch=True
+    )
+
+
+def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: LoadOptions) -> None:
+    """Measure MODEL: perplexity, distance from a reference, speed and losslessness of drafting."""
+    prepare_torch(load.threads)
+    from spectool.evaluate.context import Context, Request
+    from spectool.evaluate.suite import evaluate as run_measures
+
+    request = Request(
+        measures=options.measure,
+        texts=options.text,
+        text_field=reading.field,
+        template=reading.template,
+        window=options.window,
+        bos=options.bos,
+        limit=options.limit,
+        reference=options.reference,
+        save_reference=options.save_reference,
+        top_k=options.save_top_k,
+        prompts=options.prompts,
+        drafts=options.draft or ("auto",),
+        max_new_tokens=options.max_new_tokens,
+        dtype=load.dtype,
+        device=load.resolve_device(),
+        runtime=load.runtime,
+        batch_size=options.batch_size,
+        blockwise=options.blockwise,
+    )
+    output.show_plan = lambda plan: _show_plan(output, request, plan)
+    context = Context(load.open(), request, reporter=output)
+    evaluation = run_measures(context, gates=options.gate)
+    for result in evaluation.measures:
+        for line in result.lines():
+            output.show(line)
+    for checked in evaluation.gates:
+        word = "holds" if checked.holds else "does not hold"
+        output.show(f"gate {checked.expression}: {word} ({checked.value:.4g})")
+    output.result(evaluation.as_json())
+    if not all(checked.holds for checked in evaluation.gates):
+        raise typer.Exit(3)
 
 
 def _show_plan(output: Output, request: Request, plan: Plan) -> None:

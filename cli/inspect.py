@@ -5,104 +5,107 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from spectool.checkpoint.headers import HEADS, HEADS_FILE
-from spectool.cli.common import Debug, Json, Output, session, size
+from spectool.cli.common import Output, size
 from spectool.errors import CheckpointError
+from spectool.options import Config, option
 
 
-def inspect(
-    path: Annotated[Path, typer.Argument(help="Directory of a checkpoint or of draft heads")],
-    layers: Annotated[bool, typer.Option("--layers", help="List every quantized matrix")] = False,
-    check: Annotated[
-        bool, typer.Option("--checksums", help="Read all files and verify their SHA-256 checksums")
-    ] = False,
-    json_output: Json = False,
-    debug: Debug = False,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectOptions(Config):
+    """What is shown of which directory."""
+
+    path: Path = option(..., "Directory of a checkpoint or of draft heads", argument=True)
+    layers: bool = option(False, "List every quantized matrix", switch=True)
+    checksums: bool = option(
+        False, "Read all files and verify their SHA-256 checksums", switch=True
+    )
+
+
+def inspect(output: Output, options: InspectOptions) -> None:
     """Show contents, stored bits and origin of a checkpoint or draft heads, from headers only."""
-    with session(json_wanted=json_output, debug=debug) as output:
-        from spectool.checkpoint import checksums
+    path = options.path
+    from spectool.checkpoint import checksums
 
-        if (path / HEADS).is_file():
-            _inspect_heads(output, path, check)
-            return
-        from spectool.checkpoint.headers import grouped, past_the_last_block, read_layout
-        from spectool.quantize.ledger import measure
+    if (path / HEADS).is_file():
+        _inspect_heads(output, path, options.checksums)
+        return
+    from spectool.checkpoint.headers import grouped, past_the_last_block, read_layout
+    from spectool.quantize.ledger import measure
 
-        layout = read_layout(path)
-        if check:
-            checksums.verify(path, layout.checksums)
-        ledger = measure(layout)
-        quantization = layout.quantization or {}
-        made_by = quantization.get("made_by") if layout.is_packed else None
-        again = command(made_by) if made_by else None
-        source = (quantization.get("source") or None) if layout.is_packed else None
-        kind = "packed" if layout.is_packed else "quantized elsewhere" if quantization else "dense"
-        methods = sorted({entry.method for entry in ledger.entries})
-        method = ", ".join(methods) or quantization.get("quant_method")
-        # Formats of other tools may store several weights in one element, so that counting elements
-        # would not count parameters.
-        counted = bool(layout.is_packed or not quantization)
-        result: dict[str, Any] = {
-            "kind": kind,
-            "method": method,
-            "model_type": layout.config.get("model_type"),
-            "parameters": ledger.num_parameters if counted else None,
-            "bytes": ledger.file_bytes,
-            "bits_per_weight": {
-                "linears": ledger.linears,
-                "file": ledger.file if counted else None,
-            },
-            "modules": [
-                {
-                    "name": entry.name,
-                    "method": entry.method,
-                    "shape": list(entry.shape),
-                    "bytes": entry.num_bytes,
-                    "bits": entry.bits,
-                }
-                for entry in ledger.entries
-            ],
-            "unused": past_the_last_block(layout),
-            "source": source,
-            "made_by": made_by,
-            "command": again,
-            "checksums": _sums(layout.checksums, check),
-        }
-        holds = (
-            f", {ledger.num_parameters / 1e6:.2f} M parameters in"
-            if counted
-            else f" ({method or 'unnamed'}),"
+    layout = read_layout(path)
+    if options.checksums:
+        checksums.verify(path, layout.checksums)
+    ledger = measure(layout)
+    quantization = layout.quantization or {}
+    made_by = quantization.get("made_by") if layout.is_packed else None
+    again = command(made_by) if made_by else None
+    source = (quantization.get("source") or None) if layout.is_packed else None
+    kind = "packed" if layout.is_packed else "quantized elsewhere" if quantization else "dense"
+    methods = sorted({entry.method for entry in ledger.entries})
+    method = ", ".join(methods) or quantization.get("quant_method")
+    # Formats of other tools may store several weights in one element, so that counting elements
+    # would not count parameters.
+    counted = bool(layout.is_packed or not quantization)
+    result: dict[str, Any] = {
+        "kind": kind,
+        "method": method,
+        "model_type": layout.config.get("model_type"),
+        "parameters": ledger.num_parameters if counted else None,
+        "bytes": ledger.file_bytes,
+        "bits_per_weight": {
+            "linears": ledger.linears,
+            "file": ledger.file if counted else None,
+        },
+        "modules": [
+            {
+                "name": entry.name,
+                "method": entry.method,
+                "shape": list(entry.shape),
+                "bytes": entry.num_bytes,
+                "bits": entry.bits,
+            }
+            for entry in ledger.entries
+        ],
+        "unused": past_the_last_block(layout),
+        "source": source,
+        "made_by": made_by,
+        "command": again,
+        "checksums": _sums(layout.checksums, options.checksums),
+    }
+    holds = (
+        f", {ledger.num_parameters / 1e6:.2f} M parameters in"
+        if counted
+        else f" ({method or 'unnamed'}),"
+    )
+    output.show(f"{path}: {kind} {result['model_type']}{holds} {size(ledger.file_bytes)}")
+    if ledger.linears is not None:
+        output.show(
+            f"{len(ledger.entries)} quantized matrices ({method}): {ledger.linears:.4f} bits "
+            f"per weight{' of the blocks' if any(e.outside for e in ledger.entries) else ''}"
         )
-        output.show(f"{path}: {kind} {result['model_type']}{holds} {size(ledger.file_bytes)}")
-        if ledger.linears is not None:
-            output.show(
-                f"{len(ledger.entries)} quantized matrices ({method}): {ledger.linears:.4f} bits "
-                f"per weight{' of the blocks' if any(e.outside for e in ledger.entries) else ''}"
-            )
-        if counted:
-            output.show(f"the whole file: {ledger.file:.4f} bits per parameter")
-        if unused := result["unused"]:
-            output.show(
-                f"{len(unused)} tensors beyond the blocks that config.json counts, which a run "
-                f"leaves out: {grouped(unused)}"
-            )
-        if source:
-            output.show(f"source: {source.get('fingerprint', 'without a fingerprint')}")
-        if again:
-            output.show(f"made by: {again}")
-        if check:
-            output.show(f"checksums: {_count_files(layout.checksums)} verified")
-        if layers:
-            for entry in ledger.entries:
-                shape = "x".join(map(str, entry.shape))
-                output.show(f"{entry.name}  {entry.method}  {shape}  {entry.bits:.4f} bits")
-        output.result(result)
+    if counted:
+        output.show(f"the whole file: {ledger.file:.4f} bits per parameter")
+    if unused := result["unused"]:
+        output.show(
+            f"{len(unused)} tensors beyond the blocks that config.json counts, which a run "
+            f"leaves out: {grouped(unused)}"
+        )
+    if source:
+        output.show(f"source: {source.get('fingerprint', 'without a fingerprint')}")
+    if again:
+        output.show(f"made by: {again}")
+    if options.checksums:
+        output.show(f"checksums: {_count_files(layout.checksums)} verified")
+    if options.layers:
+        for entry in ledger.entries:
+            shape = "x".join(map(str, entry.shape))
+            output.show(f"{entry.name}  {entry.method}  {shape}  {entry.bits:.4f} bits")
+    output.result(result)
 
 
 def _sums(stored: Mapping[str, Any], checked: bool) -> dict[str, Any] | None:

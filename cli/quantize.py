@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import shlex
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectool import methods
 from spectool.cli.by_method import Verb
-from spectool.cli.common import (
-    Debug,
-    Device,
-    Field,
-    Json,
-    Model,
-    Output,
-    Revision,
-    Seed,
-    TemplateArg,
-    Threads,
-    TrustRemoteCode,
-    prepare_torch,
-    session,
-    size,
-    template_arguments,
-)
+from spectool.cli.common import Output, prepare_torch, size
 from spectool.cli.events import unused_line
 from spectool.errors import Interrupted, UsageError
+from spectool.options import Config, command_words, option
+from spectool.quantize.options import QuantizeOptions
+from spectool.shared_options import PlaceOptions, WriteOptions
 
 if TYPE_CHECKING:
     from spectool.model.architecture import Architecture
@@ -40,6 +25,7 @@ if TYPE_CHECKING:
     from spectool.quantize.job import QuantizeJob
     from spectool.quantize.plan import QuantizePlan
     from spectool.quantize.report import QuantizeReport
+    from spectool.quantize.rules import Rule
 
 
 # --embeddings is suggested when the linears take fewer bits per weight than this and the embedding
@@ -48,239 +34,170 @@ SUGGEST_BELOW_BITS = 3.0
 SUGGEST_ABOVE_SHARE = 0.2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeOutput(WriteOptions):
+    """What is written."""
+
+    PANEL: ClassVar = "Output"
+
+    dry_run: bool = option(False, "Show the plan from the file headers; write nothing", switch=True)
+
+
 def quantize(
+    output: Output,
     method: str,
-    options: dict[str, Any],
-    invocation: typer.Context,
-    model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist")],
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Calibration text: .txt, .jsonl, .parquet (also .gz, .xz) or hub:DATASET; "
-            "repeatable; data-free methods use it to measure output errors"
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of calibration sequences")] = 128,
-    seq_len: Annotated[
-        int, typer.Option(min=2, help="Maximum tokens per calibration sequence")
-    ] = 2048,
-    preprocess: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text to train low-rank updates of the quantized model on, which are merged into "
-            "the weights before the final quantization; repeatable; needs memory for the whole "
-            "model"
-        ),
-    ] = None,
-    preprocess_steps: Annotated[
-        int, typer.Option(min=1, help="Training steps for --preprocess")
-    ] = 1000,
-    preprocess_rank: Annotated[
-        int, typer.Option(min=1, help="Rank of the low-rank updates for --preprocess")
-    ] = 64,
-    preprocess_rate: Annotated[
-        float, typer.Option(min=0.0, help="Peak learning rate for --preprocess")
-    ] = 1e-4,
-    field: Field = None,
-    template_arg: TemplateArg = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(help="Leave linears with this name or glob dense; repeatable"),
-    ] = None,
-    allow_dense: Annotated[
-        bool,
-        typer.Option(
-            "--allow-dense", help="Quantize even if over 10% of the block weights stay dense"
-        ),
-    ] = False,
-    rules: Annotated[
-        Path | None,
-        typer.Option(help="YAML file that sets another method, or dense, for some linears"),
-    ] = None,
-    embeddings: Annotated[
-        str | None,
-        typer.Option(
-            help="Quantize the embedding and lm_head too, with a data-free method such as int8: "
-            "METHOD[:key=value,...]"
-        ),
-    ] = None,
-    lm_head: Annotated[
-        str | None,
-        typer.Option(
-            help="Fit a quantized lm_head on the calibration text (research): vq[:key=value,...]"
-        ),
-    ] = None,
-    bits_budget: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            help="Choose each linear's bits by measured errors, with this average of stored bits "
-            "per weight as the maximum",
-        ),
-    ] = None,
-    candidate: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Candidate for --bits-budget: METHOD[:key=value,...]; repeatable; default: the "
-            "method at each of its --bits"
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan from the file headers; write nothing")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete")
-    ] = False,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Number of calibration sequences run together")
-    ] = 4,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of the calibration passes: float32, bfloat16 or float16")
-    ] = "float32",
-    device: Device = "auto",
-    seed: Seed = 0,
-    threads: Threads = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json_output: Json = False,
-    debug: Debug = False,
+    config: Config,
+    options: QuantizeOptions,
+    load: PlaceOptions,
+    write: QuantizeOutput,
 ) -> None:
     """Quantize MODEL and write the result to the directory OUT."""
-    with session(json_wanted=json_output, debug=debug) as output:
-        prepare_torch(threads)
-        from spectool.checkpoint.artifact import check_target
-        from spectool.checkpoint.dense import check_dense
-        from spectool.checkpoint.dtypes import parse_dtype
-        from spectool.checkpoint.tensors import open_checkpoint
-        from spectool.model.architecture import Architecture
-        from spectool.model.loading import check_device
-        from spectool.quantize import auto, run
-        from spectool.quantize.base import parse_quantizer
-        from spectool.quantize.budget import widths
-        from spectool.quantize.job import Budget, QuantizeJob
-        from spectool.quantize.preprocess import Preprocess
-        from spectool.quantize.rules import read_rules, skipping
+    prepare_torch(load.threads)
+    from spectool.checkpoint.artifact import check_target
+    from spectool.checkpoint.dtypes import parse_dtype
+    from spectool.model.loading import check_device
+    from spectool.quantize import run
 
-        opened = functools.partial(
-            open_checkpoint, model, revision=revision, trust_remote_code=trust_remote_code
+    job = _make_job(output, method, config, options, load, write)
+    device = load.resolve_device()
+    check_device(device)
+    if write.dry_run:
+        planned = run.prepare(
+            load.open(headers_only=True), job, device=device, batch_size=options.batch_size
         )
-        if candidate and bits_budget is None:
-            raise UsageError("--candidate: only with --bits-budget, which is not given")
-        if not preprocess:
-            for name in ("preprocess_steps", "preprocess_rank", "preprocess_rate"):
-                if _is_given(invocation, name):
-                    option = name.replace("_", "-")
-                    raise UsageError(f"--{option}: only with --preprocess, which is not given")
-        rule_list = read_rules(rules) if rules else []
-        embedding_method = parse_quantizer(embeddings) if embeddings else None
-        lm_head_method = parse_quantizer(lm_head) if lm_head else None
-        budget = None
-        if method in methods.names("chooser"):
-            if bits_budget is not None:
-                raise UsageError("auto: --bits takes a fraction; leave --bits-budget out")
-            headers = opened(headers_only=True)
-            check_dense(headers)
-            picked = auto.pick(
-                Architecture(headers),
-                auto.Auto.Config.from_dict(options),
-                rules=[*skipping(skip or ()), *rule_list],
-                embeddings=embedding_method,
-                lm_head=lm_head_method,
-                allow_dense=allow_dense,
-            )
-            quantizer, embedding_method, budget = picked.quantizer, picked.embeddings, picked.budget
-            output.say(f"auto: {picked.why}")
-            output.say(f"auto: the same by hand: {_explicit_command(picked, options, invocation)}")
-        else:
-            kind: type[Quantizer] = methods.resolve(method, "quantizer")
-            quantizer = kind(kind.Config.from_dict(options))
-            if bits_budget is not None:
-                given = tuple(map(parse_quantizer, candidate or ()))
-                budget = Budget(bits_budget, given or widths(quantizer, bits_budget))
-        if dry_run and budget is not None:
-            raise UsageError(
-                f"--dry-run reads headers only, but a budget of {budget.bits:g} bits needs "
-                "measured errors"
-            )
-        job = QuantizeJob(
-            method=quantizer.name,
-            config=quantizer.config,
-            rules=rule_list,
-            embeddings=embedding_method,
-            lm_head=lm_head_method,
-            budget=budget,
-            calibration=calibration,
-            samples=samples,
-            seq_len=seq_len,
-            text_field=field,
-            template=template_arguments(template_arg),
-            skip=skip or (),
-            allow_dense=allow_dense,
-            seed=seed,
-            preprocess=Preprocess(
-                text=preprocess,
-                steps=preprocess_steps,
-                rank=preprocess_rank,
-                rate=preprocess_rate,
-            )
-            if preprocess
-            else None,
+        show_plan(output, planned, job)
+        result = {"dry_run": True, "method": job.method, **_plan_record(planned)}
+        output.result({**result, "unused": planned.architecture.unused})
+        return
+    check_target(write.out, overwrite=write.overwrite)
+    output.show_plan = lambda plan: show_plan(output, plan, job)
+    compute = parse_dtype(options.dtype)
+    assert compute is not None
+    try:
+        report = run.quantize(
+            load.open(),
+            write.out,
+            job,
+            device=device,
+            dtype=compute,
+            batch_size=options.batch_size,
+            overwrite=write.overwrite,
+            reporter=output,
         )
-        check_device(device)
-        if dry_run:
-            headers = opened(headers_only=True)
-            planned = run.prepare(headers, job, device=device, batch_size=batch_size)
-            show_plan(output, planned, job)
-            result = {"dry_run": True, "method": quantizer.name, **_plan_record(planned)}
-            output.result({**result, "unused": planned.architecture.unused})
-            return
-        check_target(out, overwrite=overwrite)
-        output.show_plan = lambda plan: show_plan(output, plan, job)
-        compute = parse_dtype(dtype)
-        assert compute is not None
-        try:
-            report = run.quantize(
-                opened(),
-                out,
-                job,
-                device=device,
-                dtype=compute,
-                batch_size=batch_size,
-                overwrite=overwrite,
-                reporter=output,
-            )
-        except KeyboardInterrupt:
-            again = "run the same command to resume after the last finished block"
-            raise Interrupted("interrupted", hint=again) from None
-        finish(output, quantizer.name, out, report)
+    except KeyboardInterrupt:
+        again = "run the same command to resume after the last finished block"
+        raise Interrupted("interrupted", hint=again) from None
+    finish(output, job.method, write.out, report)
 
 
-def _explicit_command(picked: Picked, options: dict[str, Any], invocation: typer.Context) -> str:
+def _make_job(
+    output: Output,
+    method: str,
+    config: Config,
+    options: QuantizeOptions,
+    load: PlaceOptions,
+    write: QuantizeOutput,
+) -> QuantizeJob:
+    """Return the job that the options describe, with what `auto` picks.
+
+    Raises:
+        UsageError: options that exclude each other, or that cannot be read.
+    """
+    from spectool.quantize.base import parse_quantizer
+    from spectool.quantize.budget import widths
+    from spectool.quantize.job import Budget, QuantizeJob
+    from spectool.quantize.preprocess import Preprocess
+    from spectool.quantize.rules import read_rules
+
+    rules = read_rules(options.rules) if options.rules else []
+    embeddings = parse_quantizer(options.embeddings) if options.embeddings else None
+    lm_head = parse_quantizer(options.lm_head) if options.lm_head else None
+    budget = None
+    if method in methods.names("chooser"):
+        picked = _pick(config, options, load, rules, embeddings, lm_head)
+        quantizer, embeddings, budget = picked.quantizer, picked.embeddings, picked.budget
+        output.say(f"auto: {picked.why}")
+        words = _explicit_words(picked, options, load, write)
+        output.say(f"auto: the same by hand: {shlex.join(words)}")
+    else:
+        quantizer = methods.resolve(method, "quantizer")(config)
+        if options.bits_budget is not None:
+            given = tuple(map(parse_quantizer, options.candidate))
+            budget = Budget(options.bits_budget, given or widths(quantizer, options.bits_budget))
+    if write.dry_run and budget is not None:
+        raise UsageError(
+            f"--dry-run reads headers only, but a budget of {budget.bits:g} bits needs "
+            "measured errors"
+        )
+    preprocess = Preprocess(
+        text=options.preprocess,
+        steps=options.preprocess_steps,
+        rank=options.preprocess_rank,
+        rate=options.preprocess_rate,
+    )
+    return QuantizeJob(
+        method=quantizer.name,
+        config=quantizer.config,
+        rules=rules,
+        embeddings=embeddings,
+        lm_head=lm_head,
+        budget=budget,
+        calibration=options.calibration or None,
+        samples=options.samples,
+        seq_len=options.seq_len,
+        text_field=options.field,
+        template=options.template,
+        skip=options.skip,
+        allow_dense=options.allow_dense,
+        seed=options.seed,
+        preprocess=preprocess if options.preprocess else None,
+    )
+
+
+def _pick(
+    config: Config,
+    options: QuantizeOptions,
+    load: PlaceOptions,
+    rules: Sequence[Rule],
+    embeddings: Quantizer | None,
+    lm_head: Quantizer | None,
+) -> Picked:
+    """Let `auto` pick the method.
+
+    Raises:
+        UsageError: a budget is given too, or nothing fits.
+    """
+    from spectool.checkpoint.dense import check_dense
+    from spectool.model.architecture import Architecture
+    from spectool.quantize import auto
+    from spectool.quantize.rules import skipping
+
+    if options.bits_budget is not None:
+        raise UsageError("auto: --bits takes a fraction; leave --bits-budget out")
+    headers = load.open(headers_only=True)
+    check_dense(headers)
+    assert isinstance(config, auto.Auto.Config)
+    return auto.pick(
+        Architecture(headers),
+        config,
+        rules=[*skipping(options.skip), *rules],
+        embeddings=embeddings,
+        lm_head=lm_head,
+        allow_dense=options.allow_dense,
+    )
+
+
+def _explicit_words(
+    picked: Picked, options: QuantizeOptions, load: PlaceOptions, write: QuantizeOutput
+) -> list[str]:
     """Return the command that does without `auto`, with all other options as given."""
-    words = ["spectool", "quantize", picked.quantizer.name]
-    words += [str(invocation.params[name]) for name in ("model", "out")]
-    if picked.budget is not None:
-        words += ["--bits-budget", f"{picked.budget.bits:g}"]
-    pairs = str(picked.quantizer).partition(":")[2]
-    for pair in filter(None, pairs.split(",")):
-        key, _, value = pair.partition("=")
-        words += [f"--{key.replace('_', '-')}", value]
-    if picked.embeddings is not None:
-        words += ["--embeddings", str(picked.embeddings)]
-    for parameter in invocation.command.params:
-        name = parameter.name or ""
-        if not _is_given(invocation, name) or name in (*options, "model", "out", "embeddings"):
-            continue
-        given = invocation.params[name]
-        for value in given if isinstance(given, list) else [given]:
-            words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
-    return shlex.join(words)
-
-
-def _is_given(invocation: typer.Context, name: str) -> bool:
-    source = invocation.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+    explicit = replace(
+        options,
+        embeddings=None if picked.embeddings is None else str(picked.embeddings),
+        bits_budget=None if picked.budget is None else picked.budget.bits,
+    )
+    words = command_words(load, write, picked.quantizer.config, explicit)
+    return ["spectool", "quantize", picked.quantizer.name, *words]
 
 
 def show_plan(output: Output, plan: QuantizePlan, job: QuantizeJob) -> None:
@@ -466,17 +383,4 @@ QUANTIZE = Verb(
     known=lambda: [*methods.names("chooser"), *methods.names("quantizer")],
     config=lambda method: method.Config,
     run=quantize,
-    panels={
-        "What to quantize": (
-            "skip", "allow_dense", "rules", "bits_budget", "candidate", "embeddings",
-            "lm_head",
-            "revision", "trust_remote_code",
-        ),
-        "Calibration": ("calibration", "field", "template_arg", "samples", "seq_len", "seed"),
-        "Training before quantization": (
-            "preprocess", "preprocess_steps", "preprocess_rank", "preprocess_rate",
-        ),
-        "Resources": ("device", "dtype", "batch_size", "threads"),
-        "Output": ("dry_run", "overwrite", "json_output", "debug"),
-    },
-)  # fmt: skip
+)

@@ -26,9 +26,10 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.combined import Combined
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.spec import open_standalone, parse_spec
 from spectool.errors import UsageError
 

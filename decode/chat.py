@@ -25,7 +25,7 @@ from spectool.data.rows import Row
 from spectool.data.template import ANSWER, encode, end_of_turn, render
 from spectool.decode.control.base import Control
 from spectool.decode.generate import Result, Runner
-from spectool.decode.sampling import SamplingOptions
+from spectool.decode.options import SamplingParams
 from spectool.errors import TextError, UsageError
 from spectool.files import disk_errors, replacing
 
@@ -45,7 +45,7 @@ class Options:
     """Options of generation, see `Runner.generate`; turn n draws from seed + n."""
 
     max_new_tokens: int = 512
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     stop: tuple[str, ...] = ()
     verify: str | None = None
@@ -195,7 +195,7 @@ class Chat:
             verify=options.verify,
             lossy=options.lossy,
             controls=[options.controls],
-            **options.sampling,
+            **options.sampling.as_dict(),
         )
         if not result.token_ids:
             raise KeyboardInterrupt

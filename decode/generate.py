@@ -22,13 +22,14 @@ from spectool.decode.control.ban import BannedText, Vocabulary, token_bytes
 from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias, parse_biases
 from spectool.decode.loop import Timings, decode
+from spectool.decode.options import SamplingOptions, SamplingParams
 from spectool.decode.policy.chain import wrap_for_target
 from spectool.decode.policy.curve import Curve, load_or_measure
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
 from spectool.decode.recurrent import open_target
 from spectool.decode.request import FinishReason, Request
-from spectool.decode.sampling import Draws, SamplingOptions, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.spec import open_drafter, parse_spec
 from spectool.decode.streaming import TextStream
 from spectool.decode.verify import Verification, choose_verifier

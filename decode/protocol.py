@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spectool.decode.control.base import Control, ControlStates
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.options import SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.streaming import TextStream
 
 FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]

@@ -6,124 +6,19 @@ Suffixes: B batch, N nodes, V vocabulary, M a subset of nodes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict, cast
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessor,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from spectool.decode.control.base import Control
-from spectool.decode.control.penalties import NoRepeatNgram, RepetitionPenalty
-from spectool.errors import NotFinite, UsageError
+from spectool.decode.options import SamplingParams
+from spectool.errors import NotFinite
 
 # Purposes of random numbers. Each (request, position, purpose, draw) has its own number, so neither
 # the other requests of a batch nor the shape of earlier drafts change it.
 _PURPOSES = {"token": 1, "accept": 2, "draft": 3}
 _MASK = (1 << 64) - 1
-# Beyond these temperatures the probabilities are one-hot or flat to the last bit of fp32; quotients
-# become NaN only further out.
-_COLDEST, _HOTTEST = 1e-30, 1e30
-
-
-class SamplingOptions(TypedDict, total=False):
-    """The options of `SamplingParams`, as keyword arguments of functions that make one."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    no_repeat_ngram_size: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """The logits processors before the verifier, in transformers' order.
-
-    Temperature 0 means greedy; the filters `top_k`, `top_p` and `min_p` then change nothing. These
-    values turn an option off: `top_k` 0, `top_p` 1, `min_p` 0, `repetition_penalty` 1,
-    `no_repeat_ngram_size` 0.
-
-    Raises:
-        UsageError: a value outside its range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    warpers: tuple[LogitsProcessor, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"--temperature {self.temperature}: expected 0 or a positive number")
-        if self.top_k < 0:
-            raise UsageError(f"--top-k {self.top_k}: expected 0 (off) or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p {self.top_p}: expected a number above 0, up to 1 (off)")
-        if not 0 <= self.min_p <= 1:
-            raise UsageError(f"--min-p {self.min_p}: expected a number from 0 (off) to 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UsageError(
-                f"--repetition-penalty {self.repetition_penalty}: expected a positive number (1: "
-                "off)"
-            )
-        if self.no_repeat_ngram_size < 0:
-            raise UsageError(
-                f"--no-repeat-ngram-size {self.no_repeat_ngram_size}: expected 0 (off) or a "
-                "positive number"
-            )
-        warpers: list[LogitsProcessor] = []
-        if self.temperature not in (0.0, 1.0):
-            bounded = min(max(float(self.temperature), _COLDEST), _HOTTEST)
-            warpers.append(TemperatureLogitsWarper(bounded))
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        if self.min_p > 0:
-            warpers.append(MinPLogitsWarper(self.min_p))
-        object.__setattr__(self, "warpers", tuple(warpers))
-
-    @property
-    def greedy(self) -> bool:
-        """Return whether decoding is greedy."""
-        return self.temperature == 0
-
-    def controls(self) -> list[Control[Any]]:
-        """Return the penalties as controls, in transformers' order."""
-        found: list[Control[Any]] = []
-        if self.repetition_penalty != 1:
-            found.append(RepetitionPenalty(float(self.repetition_penalty)))
-        if self.no_repeat_ngram_size:
-            found.append(NoRepeatNgram(self.no_repeat_ngram_size))
-        return found
-
-    def probs(self, logits_BNV: Tensor) -> Tensor:
-        """Return the probabilities of the token after each node, fp32 [B, N, V].
-
-        `logits_BNV` are what the request's controls left of the model's. When greedy they are
-        returned as they are: one-hot rows would cost a vocabulary a node and say no more.
-        """
-        if self.greedy:
-            return logits_BNV
-        scores_NV = logits_BNV.flatten(0, 1).float()
-        if self.temperature != 1:
-            # With 0 as the largest score no quotient overflows upwards, however cold it gets.
-            scores_NV = scores_NV - scores_NV.amax(-1, keepdim=True)
-        for warper in self.warpers:
-            # None of the four reads the token ids.
-            scores_NV = warper(cast(torch.LongTensor, None), cast(torch.FloatTensor, scores_NV))
-        return scores_NV.softmax(-1).view(logits_BNV.shape)
 
 
 def probs_by_row(samplings: Sequence[SamplingParams], logits_BNV: Tensor) -> list[Tensor]:

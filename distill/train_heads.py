@@ -223,7 +223,7 @@ def _prepare(
         job.data,
         setup.tokenizer,
         seq_len=setup.seq_len,
-        field=job.text_field,
+        field=job.field,
         template=job.template or None,
         # Twice the tokens of all steps: a part is held out, and steps should differ.
         max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,

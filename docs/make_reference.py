@@ -16,6 +16,7 @@ import typer
 from spectool import methods
 from spectool.cli import app
 from spectool.cli.by_method import Verb
+from spectool.cli.derive import PANELS
 from spectool.cli.quantize import QUANTIZE
 from spectool.cli.train_heads import TRAIN_HEADS
 
@@ -76,8 +77,9 @@ def _verb(verb: Verb, example: str) -> Iterator[str]:
     yield from (f"{verb.help}. Options of every method; each method's own are below.", "")
     parameters = verb.command(example).params
     yield from (*_table([p for p in parameters if p.param_type_name == "argument"]), "")
-    for panel, names in verb.panels.items():
-        yield from (f"{panel}:", "", *_table([p for p in parameters if p.name in names]), "")
+    for panel in PANELS:
+        if found := [p for p in parameters if getattr(p, "rich_help_panel", None) == panel]:
+            yield from (f"{panel}:", "", *_table(found), "")
 
 
 def _own(verb: Verb, name: str) -> list[Any]:

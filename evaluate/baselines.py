@@ -16,9 +16,9 @@ from transformers import GenerationConfig
 
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Result, Runner
+from spectool.decode.options import SamplingParams
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.report import SILENT, NoAssistant, Reporter
 

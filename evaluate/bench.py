@@ -18,10 +18,10 @@ import torch
 
 from spectool.data.text import Prompt
 from spectool.decode.generate import Result, Runner, loop_start
+from spectool.decode.options import SamplingParams
 from spectool.decode.policy.chain import FirstPath
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
-from spectool.decode.sampling import SamplingOptions, SamplingParams
 from spectool.errors import UsageError
 from spectool.evaluate import baselines
 from spectool.evaluate.baselines import Decode, Job
@@ -55,7 +55,7 @@ class Options:
     max_new_tokens: int = 128
     batch_size: int = 1
     baselines: bool = False
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     verify: str | None = None
     lossy: bool = False
@@ -166,7 +166,9 @@ def bench(
     # Opened and checked before any forward, so that an invalid drafter or rule fails at once.
     drafters = [runner.open(draft) for draft in options.drafts]
     for drafter in drafters:
-        runner.verification(drafter, verify=options.verify, lossy=options.lossy, **options.sampling)
+        runner.verification(
+            drafter, verify=options.verify, lossy=options.lossy, **options.sampling.as_dict()
+        )
     jobs = _select_fitting(runner, prompts, options.max_new_tokens, reporter)
     # The same batches for all, since a sampled text depends on its row in the batch.
     batches = _make_batches(jobs, options.batch_size)
@@ -184,7 +186,7 @@ def bench(
     timed = {
         name: _time(runner, contenders, each, name, reporter) for name, each in batches.items()
     }
-    names, greedy = [name for name, _ in contenders], SamplingParams(**options.sampling).greedy
+    names, greedy = [name for name, _ in contenders], options.sampling.greedy
     parts = [
         _compare(names, each, len(drafters), greedy, name) for name, each in timed.items() if name
     ]
@@ -264,7 +266,7 @@ def _make_decoder(runner: Runner, drafter: Drafter, options: Options) -> Decode:
             seed=options.seed,
             verify=options.verify,
             lossy=options.lossy,
-            **options.sampling,
+            **options.sampling.as_dict(),
         )
 
     return decode
@@ -278,9 +280,8 @@ def _open_contenders(
         drafter.attach(runner.target)
         yield draft, _make_decoder(runner, drafter, options)
     if options.baselines and options.batch_size == 1:
-        sampling = SamplingParams(**options.sampling)
         yield from baselines.open_baselines(
-            runner, drafters, control=sampling, seed=options.seed, reporter=reporter
+            runner, drafters, control=options.sampling, seed=options.seed, reporter=reporter
         ).items()
     elif options.baselines:
         reporter.event(NoBaselines(options.batch_size))
@@ -393,7 +394,7 @@ def _add_chain(
     if not options.chain_lengths:
         return row
     inner = drafter.drafter if isinstance(drafter, Tuned) else drafter
-    kinds = inner.kinds(SamplingParams(**options.sampling))
+    kinds = inner.kinds(options.sampling)
     if not (inner.combines and set(kinds) == {"deterministic"}):
         reporter.event(ChainRates(row.name, None))
         return row

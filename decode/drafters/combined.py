@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Hashable, Sequence
 
 from spectool.decode.cache import TreeCache
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UsageError

@@ -25,15 +25,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.control.base import ControlStates, apply_controls
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome
 from spectool.decode.request import Request
-from spectool.decode.sampling import (
-    SamplingParams,
-    is_finite,
-    not_finite_logits,
-    pick,
-    probs_by_row,
-)
+from spectool.decode.sampling import is_finite, not_finite_logits, pick, probs_by_row
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError

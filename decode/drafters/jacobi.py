@@ -20,9 +20,10 @@ from torch import Tensor
 from spectool import options
 from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.ngram import NgramIndex, continue_text
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams, pick
+from spectool.decode.sampling import pick
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
 

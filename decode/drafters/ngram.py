@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from spectool import options
 from spectool.decode.cache import TreeCache
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UsageError
 from spectool.options import option

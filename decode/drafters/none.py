@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from spectool import options
 from spectool.decode import tree
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 
 

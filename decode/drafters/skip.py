@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from spectool import families, options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UnsupportedError

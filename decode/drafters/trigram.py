@@ -18,9 +18,9 @@ import torch
 from spectool import options
 from spectool.decode import draft_state
 from spectool.decode.cache import TreeCache
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import CheckpointError
 from spectool.options import option

@@ -25,6 +25,7 @@ from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.heads.layer import DraftCache
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import (
     Drafter,
     Features,
@@ -33,7 +34,6 @@ from spectool.decode.protocol import (
     PrefilledPrompt,
 )
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import UnsupportedError
 from spectool.kernels.registry import in_force

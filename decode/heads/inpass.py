@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from spectool import options
 from spectool.decode.heads.base import TOP, Heads
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Inject, Outcome
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
 from spectool.training import LossSpec, TrainingBatch

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.drafters.combined import Combined
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
 from spectool.decode.recurrent import RecurrentTarget
 from spectool.decode.replay import ReplayCache
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError, UsageError

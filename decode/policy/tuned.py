@@ -15,11 +15,11 @@ from collections.abc import Hashable, Sequence
 
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
+from spectool.decode.options import SamplingParams
 from spectool.decode.policy import curve as curves
 from spectool.decode.policy.curve import SIZES, Curve
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.processors import Waiting

@@ -359,7 +359,7 @@ def test_an_adapter_is_named_by_every_command(spectool: Spectool, tmp_path: Path
     text.write_text("one two three " * 50)
     for words in (
         ["quantize", "int8", path, out],
-        ["quantize", "auto", path, out, "--bits", "0.3"],
+        ["quantize", "auto", path, out, "--bits", "2"],
         ["train-heads", "medusa", path, out, "--data", text],
         ["tune", path, path, "--prompts", text],
         ["eval", path],

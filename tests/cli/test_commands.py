@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +15,9 @@ import typer
 from safetensors import safe_open
 
 from spectool.cli import app
-from spectool.cli.common import _resolve_device
+from spectool.cli.derive import PANELS
 from spectool.machine import reproducible
+from spectool.shared_options import PlaceOptions
 
 Spectool = Callable[..., Any]
 Checkpoint = Callable[..., Path]
@@ -73,11 +73,11 @@ def test_quantize_and_inspect_say_what_the_files_hold(
 
 
 def test_a_device_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    context: Any = SimpleNamespace(resilient_parsing=False)
+    auto, cpu = PlaceOptions(model="m"), PlaceOptions(model="m", device="cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert _resolve_device(context, "auto") == "cuda" and _resolve_device(context, "cpu") == "cpu"
+    assert auto.resolve_device() == "cuda" and cpu.resolve_device() == "cpu"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert _resolve_device(context, "auto") == "cpu"
+    assert auto.resolve_device() == "cpu"
 
 
 def test_sums_in_one_order_only_while_it_is_asked_for() -> None:
@@ -358,27 +358,19 @@ def test_help_lists_commands_in_the_order_of_the_pipeline(spectool: Spectool) ->
     assert set(root.list_commands(None)) == set(root.commands)
 
 
-@pytest.mark.parametrize("verb", ["quantize", "train-heads"])
-def test_every_shared_option_stands_in_one_panel(verb: str, spectool: Spectool) -> None:
-    from spectool.cli import QUANTIZE, TRAIN_HEADS
-
-    found = {"quantize": QUANTIZE, "train-heads": TRAIN_HEADS}[verb]
-    name = found.known()[-1]
-    listed = [option for options in found.panels.values() for option in options]
-    command: Any = found.command(name)
-    panels = [parameter.rich_help_panel for parameter in command.params]
-    assert None not in panels[2:] and panels[:2] == [None, None]
-    assert sorted(listed) == sorted(
-        parameter.name
-        for parameter in command.params[2:]
-        if parameter.rich_help_panel != f"Options of {name}"
-    )
-    # The method's own options come first; `--help` is among the last.
-    shown = spectool(verb, name, "--help").out
-    titles = [f"Options of {name}", *found.panels]
-    order = [shown.index(f"─ {title} ─") for title in titles]
-    assert order == sorted(order) and shown.index("--help") > order[-1]
-    assert "─ Options ─" not in shown
+@pytest.mark.parametrize(("name", "command"), commands(), ids=lambda value: str(value)[:14])
+def test_every_option_stands_in_one_panel(name: str, command: Any, spectool: Spectool) -> None:
+    """Arguments, then the command's own options, then the shared ones in the panels' order."""
+    params = [parameter for parameter in command.params if parameter.name != "help"]
+    shown = [parameter.rich_help_panel for parameter in params if parameter.opts[0][0] == "-"]
+    verb, *method = name.split()
+    own = f"Options of {method[0]}" if method else None
+    order = list(dict.fromkeys(shown))
+    assert order == [panel for panel in (own, *PANELS) if panel in order]
+    assert sorted(shown, key=order.index) == shown
+    text = spectool(verb, *method, "--help").out
+    titles = [text.index(f"─ {title or 'Options'} ─") for title in order]
+    assert titles == sorted(titles) and text.index("--help") > titles[-1]
 
 
 def test_the_reference_page_is_up_to_date() -> None:

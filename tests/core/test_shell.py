@@ -194,7 +194,7 @@ def test_a_padding_row_is_what_transformers_makes_of_it(
     with torch.inference_mode():
         want = model(input_ids=IDS_BL, use_cache=False).logits
     torch.testing.assert_close(logits_by_block(tmp_path, torch.float32), want)
-    read = Architecture(opened).read(opened, ["model.embed_tokens.weight"])
+    read = Architecture(opened).read(["model.embed_tokens.weight"])
     assert torch.equal(read["model.embed_tokens.weight"], table_VD)
 
 

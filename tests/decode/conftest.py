@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from spectool.decode import tree
+from spectool.decode.options import SamplingParams
 from spectool.decode.policy import curve
 from spectool.decode.policy import tuned as tuned_module
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import SamplingParams
 from spectool.decode.tree import Draft, Kind
 
 Continuation = Callable[[Sequence[int], int], list[int]]

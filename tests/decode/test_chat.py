@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from spectool.decode.chat import Chat, Options, Turn
 from spectool.decode.generate import Runner
+from spectool.decode.options import SamplingParams
 from spectool.errors import CheckpointError, InputError, TextError, UsageError
 
 TEMPLATE = (
@@ -330,7 +331,7 @@ def test_take_back_and_forget(start: Callable[..., Chat]) -> None:
 
 
 def test_answers_follow_the_seed_and_change_when_asked_again(start: Callable[..., Chat]) -> None:
-    chat, other = (start(sampling={"temperature": 1.0}, seed=3) for _ in range(2))
+    chat, other = (start(sampling=SamplingParams(temperature=1.0), seed=3) for _ in range(2))
     texts = [ask(chat, "def").result.text, ask(chat, "return").result.text]
     assert texts == [ask(other, "def").result.text, ask(other, "return").result.text]
     assert chat.undo() == "return"

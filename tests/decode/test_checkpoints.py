@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spectool.decode.generate import Result, Runner
-from spectool.decode.sampling import SamplingParams
+from spectool.decode.options import SamplingParams
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,8 @@ from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.generate import Runner
-from spectool.decode.sampling import Draws, SamplingParams, StepRandom
+from spectool.decode.options import SamplingParams
+from spectool.decode.sampling import Draws, StepRandom
 from spectool.decode.tree import Draft, Kind
 from spectool.decode.verify import Verdict
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectool.decode.sampling import Draws, SamplingParams, StepDraws, is_finite, pick
+from spectool.decode.options import SamplingParams
+from spectool.decode.sampling import Draws, StepDraws, is_finite, pick
 from spectool.errors import UsageError
 
 

@@ -19,13 +19,14 @@ from spectool.decode import tree
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.generate import Runner
+from spectool.decode.options import SamplingParams
 from spectool.decode.policy import curve as curves
 from spectool.decode.policy import tuned as tuned_module
 from spectool.decode.policy.curve import SIZES, Curve
 from spectool.decode.policy.tuned import Rates, Tuned
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
 

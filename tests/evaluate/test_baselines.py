@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from spectool.cli.events import describe
 from spectool.decode.generate import Runner
-from spectool.decode.sampling import SamplingOptions, SamplingParams
+from spectool.decode.options import SamplingOptions, SamplingParams
 from spectool.evaluate.baselines import ASSISTED, PLAIN, PROMPT_LOOKUP, Job, open_baselines
 
 from ..heard import Heard

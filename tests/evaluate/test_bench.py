@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 import spectool
 from spectool.data.text import Prompt
 from spectool.decode.generate import Runner
+from spectool.decode.options import SamplingParams
 from spectool.errors import UsageError
 from spectool.evaluate.bench import Options, bench, loop_start
 from spectool.evaluate.measures.losslessness import list_mismatches
@@ -157,7 +158,7 @@ def test_sampling_counts_nothing_identical(tiny: Tiny) -> None:
         drafts=["ngram"],
         max_new_tokens=8,
         baselines=True,
-        sampling={"temperature": 0.8, "top_k": 9},
+        sampling=SamplingParams(temperature=0.8, top_k=9),
     )
     result = bench(Runner(tiny("llama")), PROMPTS[:2], options)
     assert all(row.identical is None for row in result.rows)

@@ -241,7 +241,7 @@ def test_an_impossible_budget_is_one_line(checkpoint: Checkpoints, tmp_path: Pat
     for more, message in (
         (["--bits-budget", "2", "--group-size", "16"], "the smallest candidates take"),
         (["--candidate", "int8"], "only with --bits-budget, which is not given"),
-        (["--bits-budget", "inf"], "must be a number of bits"),
+        (["--bits-budget", "inf"], "must be finite"),
         (["--bits-budget", "4", "--dry-run"], "a budget of 4 bits needs measured errors"),
         (["--bits-budget", "4", "--candidate", "rtn:bits=9"], "must be at most 8"),
     ):

@@ -15,9 +15,10 @@ from spectool.decode.drafters.jacobi import JacobiDrafter
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.drafters.recycle import RecycleDrafter
 from spectool.decode.generate import Runner
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Needs, Outcome
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft
 from spectool.errors import UsageError
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from spectool.decode import target as target_module
 from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from spectool.decode.generate import Runner, generate
+from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.target import Target
 from spectool.errors import SpectoolError, UnsupportedError
 

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from spectool.decode import verify
 from spectool.decode.drafters.jacobi import JacobiConfig, JacobiDrafter
 from spectool.decode.generate import Runner
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Outcome
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft
 
 Tiny = Callable[..., PreTrainedModel]

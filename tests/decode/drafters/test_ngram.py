@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from spectool.decode.drafters.ngram import NgramConfig, NgramDrafter, NgramIndex
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft
 from spectool.errors import UsageError
 

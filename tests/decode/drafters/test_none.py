@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from spectool.decode.drafters.none import NoDrafter
-from spectool.decode.sampling import SamplingParams
+from spectool.decode.options import SamplingParams
 
 
 def test_it_proposes_no_kind_of_node() -> None:

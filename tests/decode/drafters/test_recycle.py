@@ -17,9 +17,10 @@ from spectool.decode import draft_state
 from spectool.decode.drafters import recycle
 from spectool.decode.drafters.recycle import RANKS, RecycleConfig, RecycleDrafter, make_rank_tree
 from spectool.decode.generate import Runner
+from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError

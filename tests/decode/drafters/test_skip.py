@@ -17,8 +17,9 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.drafters import skip
 from spectool.decode.drafters.skip import SkipConfig, SkipDrafter
 from spectool.decode.generate import Runner
+from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.target import Target
 from spectool.errors import UnsupportedError
 

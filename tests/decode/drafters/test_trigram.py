@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from spectool.decode import draft_state
 from spectool.decode.drafters.trigram import TrigramConfig, TrigramDrafter, TrigramTable
 from spectool.decode.generate import Runner
+from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws, SamplingParams
+from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
 
