@@ -12,6 +12,7 @@ Shapes: S sequences, B of a batch, L tokens, D width, V vocabulary, T tokens.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -125,7 +126,7 @@ class Packing:
         read = self.stream.blocks.read
         with ThreadPoolExecutor(1) as reader:
             following: Future[dict[str, Tensor]] | None = None
-            for index, after in zip(visits, [*visits[1:], None], strict=True):
+            for index, after in itertools.zip_longest(visits, visits[1:]):
                 present, following = following, None
                 # Reading ahead holds a second block in host memory: worth it with a GPU only.
                 if self.stream.compute.device.type != "cpu" and after is not None:

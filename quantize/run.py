@@ -122,11 +122,15 @@ def quantize(
     plan = prepare(checkpoint, job, device=device, batch_size=batch_size)
     if job.budget is None:
         reporter.plan(plan)
-    calibration = None
+    blocks, calibration = open_stream(plan, compute), None
     if job.needs_text:
         calibration = read_calibration(plan.architecture, job, reporter)
-        # Refused before the work: another stream, as packing needs no lm_head in memory.
-        probe = open_stream(plan, compute, with_lm_head=job.lm_head is not None)
+        # Packing holds neither the lm_head in memory nor weights from before preprocessing.
+        if job.lm_head is None and job.preprocess is None:
+            probe = blocks
+        else:
+            probe = open_stream(plan, compute, with_lm_head=job.lm_head is not None)
+        # A model that cannot be walked is refused before the work.
         probe.call(0, 1, calibration.ids_SL.shape[1])
     ids_SL = None if calibration is None else calibration.ids_SL
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
@@ -154,9 +158,10 @@ def quantize(
             trusted = checkpoint.trust_remote_code
             reshaped = open_checkpoint(merged, trust_remote_code=trusted)
             plan = replace(plan, architecture=Architecture(reshaped))
+            blocks = open_stream(plan, compute)
         stream = CalibratedStream(
             plan=plan,
-            blocks=open_stream(plan, compute),
+            blocks=blocks,
             calibration=calibration,
             seed=job.seed,
             scratch=writer.partial,

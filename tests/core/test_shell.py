@@ -32,9 +32,7 @@ IDS_BL = torch.randint(2, 300, (3, 37), generator=torch.Generator().manual_seed(
 def shell(source: Path, dtype: torch.dtype = torch.float32) -> ModelShell:
     opened = open_checkpoint(source)
     architecture = Architecture(opened)
-    return ModelShell(
-        architecture, opened, dtype=dtype, device=torch.device("cpu"), with_lm_head=True
-    )
+    return ModelShell(architecture, dtype=dtype, device=torch.device("cpu"), with_lm_head=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt_neox"])

@@ -341,7 +341,7 @@ def test_experts_that_saw_few_tokens_are_packed_without_statistics_and_listed(
     (report,) = reports
     for shown, block in zip(spy, report.blocks, strict=True):
         listed = set(block.data_free)
-        experts = {row["name"] for row in block["layers"] if ".experts." in row["name"]}
+        experts = {layer.name for layer in block.layers if ".experts." in layer.name}
         assert listed == experts - shown["stats"].keys()
     # Both kinds occur: 128 tokens, each sent to two of four experts.
     assert any(block.data_free for block in report.blocks)
