@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from spectool.cli.bench_tables import chain_table, comparison_table, drafter_table
-from spectool.cli.common import Output, open_runner, prepare_torch, read_prompts
+from spectool.cli.common import Output, describe_kv, open_runner, prepare_torch, read_prompts
 from spectool.decode.options import RunnerOptions, SamplingParams, VerifyOptions
 from spectool.errors import UsageError
 from spectool.options import Config, option
@@ -139,6 +139,8 @@ def _run(
         )
         result = bench_module.bench(runner, inputs, how, reporter=output)
         runs.append(replace(result, model=target.model))
+    if kept := describe_kv(runner):
+        output.say(kept)
     return runs
 
 

@@ -239,17 +239,33 @@ def open_runner(
         draft=draft,
         tokenizer=tokenizer,
         context=options.context,
+        kv=options.kv,
         allow_other_target=options.allow_other_target,
         tune=tune,
         checksums=options.checksums,
     )
     for format, choice in runner.target.kernels.items():
         output.say(f"few rows times {format} matrices: {choice}")
+    if options.kv != "dense":
+        output.say(f"kv {options.kv}")
     for note in runner.target.notes:
         output.say(note)
     if isinstance(runner.drafter, Tuned):
         output.say(f"drafting with {runner.drafter_name} while that is faster: {runner.curve}")
     return runner, tokenizer
+
+
+def describe_kv(runner: Runner) -> str:
+    """Return what the cache of a run kept, or nothing if that is what the model computes."""
+    target = runner.target
+    if target.kv == "dense":
+        return ""
+    return f"kv {target.kv}: {target.kv_bytes_per_token} bytes per token"
+
+
+def kv_record(runner: Runner) -> dict[str, Any]:
+    """Return the store of keys and values and its bytes, for --json."""
+    return {"kv": runner.target.kv, "kv_bytes_per_token": runner.target.kv_bytes_per_token}
 
 
 def read_prompts(

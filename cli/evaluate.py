@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from spectool.cli.common import Output, prepare_torch
+from spectool.decode.options import CacheOptions
 from spectool.options import Config, option
-from spectool.shared_options import LoadOptions, TextOptions
+from spectool.shared_options import TextOptions
 
 if TYPE_CHECKING:
     from spectool.evaluate.context import Plan, Request
@@ -63,7 +64,9 @@ class EvalOptions(Config):
     )
 
 
-def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: LoadOptions) -> None:
+def evaluate(
+    output: Output, options: EvalOptions, reading: TextOptions, load: CacheOptions
+) -> None:
     """Measure MODEL: perplexity, distance from a reference, speed and losslessness of drafting."""
     prepare_torch(load.threads)
     from spectool.evaluate.context import Context, Request
@@ -86,6 +89,7 @@ def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: L
         dtype=load.dtype,
         device=load.resolve_device(),
         runtime=load.runtime,
+        kv=load.kv,
         batch_size=options.batch_size,
         blockwise=options.blockwise,
     )

@@ -15,10 +15,10 @@ class Family:
     """Facts about the models of one `model_type`, seen in transformers `seen`.
 
     `not_causal`: why a token's logits depend on later tokens, before version `until` if that is
-    given. `no_trees`: why passes of trees of tokens are wrong. `state`: what a pass of several
-    tokens does with the recurrent state: it goes on from it (`continues`), or ignores it
-    (`ignored`). `state_in_modules`: the state is not in the cache. `logits_scaling`: whether the
-    configuration's key of this name divides the lm_head's products or multiplies them.
+    given; `{version}` is filled in. `no_trees`: why passes of trees of tokens are wrong. `state`:
+    what a pass of several tokens does with the recurrent state: it goes on from it (`continues`),
+    or ignores it (`ignored`). `state_in_modules`: the state is not in the cache. `logits_scaling`:
+    whether the configuration's key of this name divides the lm_head's products or multiplies them.
     """
 
     seen: str = ""
@@ -39,7 +39,11 @@ FAMILIES: dict[str, Family] = {
     # Right in 5.23; versions in between were not tried.
     **dict.fromkeys(
         ("big_bird", "doge", "megatron-bert", "rembert", "roformer"),
-        Family(seen="5.17", not_causal="transformers gives it no causal mask", until=(5, 23)),
+        Family(
+            seen="5.17",
+            not_causal="transformers {version} gives it no causal mask",
+            until=(5, 23),
+        ),
     ),
     "bloom": Family(seen="5.23", no_trees="its ALiBi biases are derived from a 2-D mask"),
     "mpt": Family(seen="5.23", no_trees="its ALiBi biases are derived from column numbers"),

@@ -350,13 +350,3 @@ def resolve(name: str, kind: Kind) -> Any:
     """
     module, _, attribute = row(name, kind).target.partition(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-# Targets of the public functions, in packages that core may not import by statement.
-DOORS = {"generate": "spectool.decode.generate:generate"}
-
-
-def door(name: str) -> Any:
-    """Import the function of one of spectool's public names."""
-    module, _, attribute = DOORS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)

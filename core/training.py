@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from spectool.errors import SpectoolError, UnsupportedError, require
 from spectool.report import SILENT, Reporter, TrainingStep
@@ -115,16 +116,20 @@ class Recipe:
     """Number of steps, learning-rate schedule, clipping and evaluation interval.
 
     The learning rates of the optimizers' groups are peaks. They rise linearly over the share
-    `warmup` of the steps and fall along a cosine to the share `final` of the peak. `clip` bounds
-    the gradient's norm. Held-out data is evaluated at the start, every `every` steps and at the
-    end.
+    `warmup` of the steps and fall along a cosine to the share `final` of the peak; with `annealing`
+    torch's CosineAnnealingLR sets them, with the rounding of its own. `clip` bounds the gradient's
+    norm. Held-out data is evaluated at the start, every `every` steps and at the end.
+    `skip_overflow`: a step whose gradient is not finite, as half types may overflow, is left out;
+    otherwise a loss that is not finite ends the training.
     """
 
     steps: int
     warmup: float = 0.05
     final: float = 0.0
-    clip: float = 1.0
+    annealing: bool = False
+    clip: float | None = 1.0
     every: int = 100
+    skip_overflow: bool = False
 
     def share(self, step: int) -> float:
         """Return the share of the peak learning rate at a step, counted from 0."""
@@ -152,6 +157,7 @@ class History:
     evaluations: list[Metrics] = field(default_factory=list)
     best: Metrics | None = None
     seconds: float = 0.0
+    skipped: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -161,92 +167,119 @@ class Training:
     `accumulate(step)` adds to the gradients and returns the step's metrics, `loss` among them.
     `evaluate()` returns metrics with a `score`; the weights of the highest score are kept.
     Every step is reported, its metrics with `learning_rate` (of the first group), `gradient_norm`
-    (before clipping) and `seconds`. The state is stored at most every `save_seconds`, and
-    storing takes at most `save_share` of the time.
+    (before clipping) and `seconds`. `keep()` copies what is kept of an evaluation as `best`, which
+    the caller restores; by default the parameters are kept and restored. The state is stored at
+    most every `save_seconds`, and storing takes at most `save_share` of the time; `annealing` is
+    not resumed.
 
     Raises:
         SpectoolError: a loss that is NaN or infinite.
     """
 
-    name: str
     module: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     recipe: Recipe
     accumulate: Callable[[int], Metrics]
     evaluate: Callable[[], Metrics]
+    name: str = ""
     reporter: Reporter = SILENT
+    keep: Callable[[], Any] | None = None
     store: Store | None = None
     save_seconds: float = 60.0
     save_share: float = 0.05
     history: History = field(default_factory=History)
+    best: Any = None
+    _peaks: list[list[float]] = field(init=False)
+    _schedules: list[CosineAnnealingLR] = field(init=False, default_factory=list)
 
     def run(self) -> History:
-        """Train, resuming from the store, and put the best weights into the module."""
-        peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        step, best = self._resume()
+        """Train, resuming from the store, and restore the best weights."""
+        self._peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        if self.recipe.annealing:
+            steps = max(1, self.recipe.steps)
+            self._schedules = [CosineAnnealingLR(o, steps) for o in self.optimizers]
+        step = self._resume()
         began = saved = time.monotonic()
         cost = 0.0
         if step == 0:
-            best = self._evaluate(0, best)
+            self._evaluate(0)
             self._report(0, {}, self.history.evaluations[-1])
         while step < self.recipe.steps:
-            started = time.monotonic()
-            share = self.recipe.share(step)
-            for optimizer, rates in zip(self.optimizers, peaks, strict=True):
-                for group, peak in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = share * peak
-                optimizer.zero_grad(set_to_none=True)
-            metrics = self.accumulate(step)
-            if not math.isfinite(metrics["loss"]):
-                raise SpectoolError(
-                    f"the loss is {metrics['loss']} at step {step + 1}: training diverged",
-                    hint="start anew with --overwrite and a lower learning rate",
-                )
-            norm = nn.utils.clip_grad_norm_(self._parameters().values(), self.recipe.clip)
-            for optimizer in self.optimizers:
-                optimizer.step()
-            metrics["learning_rate"] = share * peaks[0][0]
-            metrics["gradient_norm"] = float(norm)
-            metrics["seconds"] = time.monotonic() - started
+            metrics = self._step(step)
             step += 1
             evaluation = None
             if step % self.recipe.every == 0 or step == self.recipe.steps:
-                best = self._evaluate(step, best)
+                self._evaluate(step)
                 evaluation = self.history.evaluations[-1]
             now = time.monotonic()
             self.history.seconds += now - began
             began = now
             wait = max(self.save_seconds, cost / self.save_share)
             if self.store is not None and now - saved > wait:
-                self._save(step, best)
+                self._save(step)
                 saved = time.monotonic()
                 cost = saved - now
             self._report(step, metrics, evaluation)
-        with torch.no_grad():
-            for name, parameter in self._parameters().items():
-                parameter.copy_(best[name])
+        if self.keep is None:
+            with torch.no_grad():
+                for name, parameter in self._parameters().items():
+                    parameter.copy_(self.best[name])
         return self.history
 
     def _report(self, step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
         of = self.name, step, self.recipe.steps
         self.reporter.event(TrainingStep(*of, metrics, evaluation))
 
+    def _step(self, step: int) -> Metrics:
+        """Take one step of the optimizers, unless the gradient overflowed; return its metrics."""
+        started = time.monotonic()
+        share = self.recipe.share(step)
+        for optimizer, rates in zip(self.optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, rates, strict=True):
+                if not self._schedules:
+                    group["lr"] = share * peak
+            optimizer.zero_grad(set_to_none=True)
+        metrics = self.accumulate(step)
+        metrics["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
+        if self.recipe.skip_overflow:
+            grads = [p.grad for p in self._parameters().values() if p.grad is not None]
+            # One synchronisation with the device; a sum is finite only if all its terms are.
+            is_finite = bool(torch.stack([grad.sum() for grad in grads]).isfinite().all())
+        elif not (is_finite := math.isfinite(metrics["loss"])):
+            raise SpectoolError(
+                f"the loss is {metrics['loss']} at step {step + 1}: training diverged",
+                hint="start anew with --overwrite and a lower learning rate",
+            )
+        if self.recipe.clip is not None:
+            norm = nn.utils.clip_grad_norm_(self._parameters().values(), self.recipe.clip)
+            metrics["gradient_norm"] = float(norm)
+        if is_finite:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.history.skipped += not is_finite
+        for schedule in self._schedules:
+            schedule.step()
+        metrics["seconds"] = time.monotonic() - started
+        return metrics
+
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def _evaluate(self, step: int, best: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Evaluate on held-out data; returns copies of the best weights so far."""
+    def _evaluate(self, step: int) -> None:
+        """Evaluate on held-out data, and keep a copy of the best weights so far."""
         metrics = {"step": step, **self.evaluate()}
         self.history.evaluations.append(metrics)
         if self.history.best is None or metrics["score"] > self.history.best["score"]:
             self.history.best = metrics
-            best = {name: p.detach().cpu().clone() for name, p in self._parameters().items()}
-        return best
+            self.best = (self.keep or self._copy)()
 
-    def _save(self, step: int, best: Mapping[str, Tensor]) -> None:
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: p.detach().cpu().clone() for name, p in self._parameters().items()}
+
+    def _save(self, step: int) -> None:
         assert self.store is not None
         tensors = {f"weights.{name}": p.detach() for name, p in self._parameters().items()}
-        tensors |= {f"best.{name}": value for name, value in best.items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
         numbers: dict[str, float] = {}
         for key, value in self._optimizer_state():
             if isinstance(value, Tensor):
@@ -272,11 +305,11 @@ class Training:
                     for name, part in parts.items():
                         yield f"optimizer.{number}.{index}.{name}", part
 
-    def _resume(self) -> tuple[int, dict[str, Tensor]]:
-        """Restore the stored state; returns the steps done and the best weights so far."""
+    def _resume(self) -> int:
+        """Restore the stored state; return the steps done."""
         stored = self.store.load() if self.store is not None else None
         if stored is None:
-            return 0, {}
+            return 0
         tensors, record = stored
         with torch.no_grad():
             for name, parameter in self._parameters().items():
@@ -291,9 +324,10 @@ class Training:
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.history = History(record["evaluations"], record["best"], record["seconds"])
-        best = {
+        self.best = {
             key.removeprefix("best."): value
             for key, value in tensors.items()
             if key.startswith("best.")
         }
-        return record["step"], best
+        steps_done: int = record["step"]
+        return steps_done

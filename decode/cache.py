@@ -12,8 +12,9 @@ batch, H key-value heads, N nodes, S columns, T nodes in the tail, D head width.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Container, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -70,8 +71,57 @@ class StoreLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
 
-class TreeCache(Cache):
-    """The cache of a batch. `tokens[b]` are the committed tokens of row b.
+class BatchCache(ABC):
+    """What passes keep of a batch's rows. `tokens[b]` are the committed tokens of row b."""
+
+    def __init__(self, *, batch: int, context: int) -> None:
+        self.context = context
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the number of committed tokens of each row."""
+        return [len(tokens) for tokens in self.tokens]
+
+    @abstractmethod
+    def commit(self, tokens: Sequence[Sequence[int]], paths: Sequence[Sequence[int]]) -> None:
+        """Keep the nodes `paths[b]` (root first, ascending) of the pass just run.
+
+        `tokens[b]` are all tokens of row b's tree.
+        """
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a row."""
+        del self.tokens[row][length:]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows of the batch, in this order."""
+        self.tokens = [self.tokens[row] for row in rows]
+
+    def join(self, other: Self) -> None:
+        """Append the rows of another cache of the same target and context; lengths may differ.
+
+        The other cache hands its rows over and is not to be used afterwards.
+        """
+        assert self.context == other.context, "rows of one cache share a context"
+        self.tokens += other.tokens
+
+    def keep_prefix(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Keep the longest common prefix of each row with its new prompt; return the lengths.
+
+        The last token of a prompt is never kept: it must pass through the model for its logits.
+        """
+        kept = []
+        for row, prompt in enumerate(prompts):
+            pairs = zip(self.tokens[row], prompt[:-1], strict=False)
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            self.truncate(row, shared)
+            kept.append(shared)
+        return kept
+
+
+class TreeCache(BatchCache):
+    """Keys and values by row and layer. `model_cache` is what transformers' models take.
 
     Buffers double up to `context` columns and a tail.
     """
@@ -79,19 +129,13 @@ class TreeCache(Cache):
     def __init__(
         self, *, batch: int, num_layers: int, context: int, make_store: StoreFactory = DenseStore
     ) -> None:
+        super().__init__(batch=batch, context=context)
         self.stores = [make_store() for _ in range(num_layers)]
-        super().__init__(layers=[StoreLayer(self, store) for store in self.stores])
-        self.context = context
-        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.model_cache = Cache(layers=[StoreLayer(self, store) for store in self.stores])
         # On the host, where masks are decided.
         self.positions_BS = torch.zeros(batch, 0, dtype=torch.long)
         self.columns = Columns([], None, 0, 0)
         self._tail, self._device = _TAIL, torch.device("cpu")
-
-    @property
-    def lengths(self) -> list[int]:
-        """Return the number of committed columns of each row."""
-        return [len(tokens) for tokens in self.tokens]
 
     @property
     def capacity(self) -> int:
@@ -133,10 +177,7 @@ class TreeCache(Cache):
 
     @torch.inference_mode()
     def commit(self, tokens: Sequence[Sequence[int]], paths: Sequence[Sequence[int]]) -> None:
-        """Keep the nodes `paths[b]` (root first, ascending) of the pass just written.
-
-        `tokens[b]` are all tokens of row b's tree. Columns already in place are not copied.
-        """
+        """Keep the nodes `paths[b]`; columns already in place are not copied."""
         for row, path in enumerate(paths):
             start = len(self.tokens[row])
             moved = next((i for i, node in enumerate(path) if node != i), None)
@@ -148,28 +189,20 @@ class TreeCache(Cache):
                     store.move(row, source, into)
             self.tokens[row].extend(tokens[row][node] for node in path)
 
-    def truncate(self, row: int, length: int) -> None:
-        """Forget all but the first `length` tokens of a row."""
-        del self.tokens[row][length:]
-
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows of the batch, in this order."""
-        self.tokens = [self.tokens[row] for row in rows]
+        """Keep these rows."""
+        super().select(rows)
         self.positions_BS = self.positions_BS[list(rows)]
         index = torch.tensor(list(rows), dtype=torch.long, device=self._device)
         for store in self.stores:
             store.select(index)
 
     @torch.inference_mode()
-    def join(self, other: TreeCache) -> None:
-        """Append the rows of another cache of the same target and context; lengths may differ.
-
-        The other cache hands its rows over and is not to be used afterwards.
-        """
-        assert self.context == other.context, "rows of one cache share a context"
+    def join(self, other: Self) -> None:
+        """Append the rows of another cache; see `BatchCache`."""
         rows = len(self.tokens), len(other.tokens)
-        self.tokens += other.tokens
+        super().join(other)
         capacity = max(self.capacity, other.capacity)
         self.positions_BS = torch.cat(
             [_widen(self.positions_BS, capacity), _widen(other.positions_BS, capacity)]
@@ -177,19 +210,6 @@ class TreeCache(Cache):
         self._device, self._tail = other._device, max(self._tail, other._tail)
         for mine, theirs in zip(self.stores, other.stores, strict=True):
             mine.join(theirs, rows)
-
-    def keep_prefix(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Keep the longest common prefix of each row with its new prompt; return the lengths.
-
-        The last token of a prompt is never kept: it must pass through the model for its logits.
-        """
-        kept = []
-        for row, prompt in enumerate(prompts):
-            pairs = zip(self.tokens[row], prompt[:-1], strict=False)
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            self.truncate(row, shared)
-            kept.append(shared)
-        return kept
 
 
 def _widen(positions_BS: Tensor, capacity: int) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Unpack
@@ -17,11 +16,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.data.text import check_ids
-from spectool.decode.cache import TreeCache
 from spectool.decode.control.ban import BannedText, Vocabulary, token_bytes
 from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias, parse_biases
-from spectool.decode.loop import Timings, decode
+from spectool.decode.engine import Engine, Timings
 from spectool.decode.options import SamplingOptions, SamplingParams
 from spectool.decode.policy.chain import wrap_for_target
 from spectool.decode.policy.curve import Curve, load_or_measure
@@ -124,8 +122,7 @@ class Runner:
         self.drafter: Drafter
         self.use(draft)
         self.timings = Timings()
-        self._cache: TreeCache | None = None
-        self._last: list[Request] = []
+        self._engine: Engine | None = None
 
     @property
     def drafter_name(self) -> str:
@@ -188,7 +185,10 @@ class Runner:
         Raises:
             UsageError: a value outside its range, or a refused pair of drafter and verifier.
         """
-        return _choose_verification(drafter, SamplingParams(**sampling), verify, lossy)
+        params = SamplingParams(**sampling)
+        return choose_verifier(
+            drafter.kinds(params), verify, temperature=params.temperature, lossy=lossy
+        )
 
     def make_controls(
         self, *, logit_bias: Sequence[str] = (), ban: Sequence[str] = ()
@@ -253,71 +253,77 @@ class Runner:
                 # Another thread may wait for the last prompt's end: send it on errors too.
                 ending.callback(streamer.end)
                 if batch_size > 1:
-                    raise UsageError(
-                        "a streamer takes one prompt at a time: set the batch size to 1"
-                    )
-                on_tokens = _stream_too(streamer, on_tokens)
-            control = SamplingParams(**sampling)
-            verification = _choose_verification(self.drafter, control, verify, lossy)
+                    raise UsageError("a streamer takes one prompt at a time: set batch size 1")
+            if batch_size < 1:
+                raise UsageError("--batch-size must be at least 1")
             if isinstance(max_new_tokens, int):
                 max_new_tokens = [max_new_tokens] * len(prompts)
-            if min(max_new_tokens, default=1) < 1 or batch_size < 1:
-                raise UsageError("--max-new-tokens and --batch-size must be at least 1")
-            if stop and self.tokenizer is None:
-                raise UsageError("stop strings need a tokenizer, and this model came without one")
-            if not all(stop):
-                raise UsageError("a stop string must not be empty")
-            live, model_ends = on_tokens is not None, self.end_ids()
-            penalties, added = control.controls(), controls or [()] * len(prompts)
             extra_ends = _list_extra_ends(eos, len(prompts))
-            jobs = zip(prompts, max_new_tokens, extra_ends, added, strict=True)
+            own_controls = controls or [()] * len(prompts)
+            by_prompt = zip(prompts, max_new_tokens, extra_ends, own_controls, strict=True)
             requests = [
-                self._make_request(
-                    index,
+                self.make_request(
                     prompt,
-                    Draws(seed, index),
-                    control,
-                    (*penalties, *more),
-                    limit,
-                    model_ends | ends,
-                    stop,
-                    live,
+                    index=index,
+                    max_new_tokens=limit,
+                    seed=seed,
+                    stop=stop,
+                    eos=ends,
+                    controls=own,
+                    verify=verify,
+                    lossy=lossy,
+                    live=on_tokens is not None or streamer is not None,
+                    **sampling,
                 )
-                for index, (prompt, limit, ends, more) in enumerate(jobs)
+                for index, (prompt, limit, ends, own) in enumerate(by_prompt)
             ]
-            batch_size = batch_size if self.target.state_in_cache else 1
+            report = _Report(on_tokens, streamer)
             try:
-                for group in _batch_requests(requests, batch_size):
-                    if streamer is not None:
-                        if group[0].index:
-                            streamer.end()
-                        streamer.put(torch.tensor([group[0].tokens]))
-                    cache = self._open_cache(group, reuse_cache)
-                    last, self._last = self._last, group
-                    after = last[0] if reuse_cache and len(last) == 1 else None
-                    for request in last:
-                        if request is not after:
-                            self.drafter.remove(request)
-                    for commit in decode(
-                        self.target, cache, self.drafter, group, verification, self.timings, after
-                    ):
-                        if on_tokens is not None:
-                            commit.request.mark_reported(commit.tokens, commit.text)
-                            on_tokens(
-                                commit.request.index, commit.tokens, commit.text, commit.drafted
-                            )
+                self._run(requests, batch_size, report, reuse_cache)
             except BaseException as error:
-                # The interrupted pass may have left the cache half written.
-                self._cache = None
                 if isinstance(error, NotFinite):
                     raise self._locate_not_finite(error, requests) from error
                 if not (keep_interrupted and isinstance(error, KeyboardInterrupt)):
                     raise
                 for request in requests:
                     tokens, text = request.interrupt()
-                    if on_tokens is not None and (tokens or text):
-                        on_tokens(request.index, tokens, text, 0)
-            return [_make_result(request, verification.lossless) for request in requests]
+                    if tokens or text:
+                        report(request, tokens, text, 0)
+            return [_make_result(request) for request in requests]
+
+    def engine(self, batch_size: int = 1) -> Engine:
+        """Return the engine of the drafter in use, for requests made elsewhere."""
+        if self._engine is None or self._engine.drafter is not self.drafter:
+            self._close_engine()
+            self._engine = Engine(self.target, self.drafter, timings=self.timings)
+        self._engine.batch_size = batch_size
+        return self._engine
+
+    def _close_engine(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _run(
+        self, requests: Sequence[Request], batch_size: int, report: _Report, reuse_cache: bool
+    ) -> None:
+        """Decode requests to their ends; with a streamer, one after the other."""
+        engine = self.engine(batch_size)
+        try:
+            for group in [[each] for each in requests] if report.streamer else [requests]:
+                for request in group:
+                    report.begin(request)
+                    engine.submit(request, continues=reuse_cache)
+                while engine.busy:
+                    for event in engine.step():
+                        if event.error is not None:
+                            raise event.error
+                        if event.tokens:
+                            report(event.request, event.tokens, event.text, event.drafted)
+        except BaseException:
+            # The interrupted step may have left the cache half written.
+            self._close_engine()
+            raise
 
     def _locate_not_finite(self, error: NotFinite, requests: Sequence[Request]) -> NotFinite:
         """Return the error extended by the first module whose output is NaN or infinite."""
@@ -327,34 +333,59 @@ class Runner:
                 return not_finite(model.config._name_or_path or self.target.name, str(error), where)
         return error
 
-    def _open_cache(self, requests: list[Request], reuse: bool) -> TreeCache:
-        """Return a cache that holds as much of the prompts as the kept one allows."""
-        prompts = [request.tokens for request in requests]
-        context = requests[0].context
-        cache = self._cache if reuse and self.target.state_in_cache else None
-        if cache is None or len(cache.tokens) != len(requests) or cache.context != context:
-            cache = self.target.cache(len(requests), context)
-        cache.keep_prefix(prompts)
-        self._cache = cache
-        return cache
-
-    def _make_request(
+    def make_request(
         self,
-        index: int,
         prompt: str | Sequence[int],
-        draws: Draws,
-        control: SamplingParams,
-        controls: Sequence[Control[Any]],
-        max_new_tokens: int,
-        eos: frozenset[int],
-        stop: Sequence[str],
-        live: bool,
+        *,
+        index: int = 0,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        eos: Collection[int] = (),
+        controls: Sequence[Control[Any]] = (),
+        verify: str | None = None,
+        lossy: bool = False,
+        live: bool = True,
+        **sampling: Unpack[SamplingOptions],
     ) -> Request:
-        """Make the request of one prompt.
+        """Make the request of one prompt, for `engine`; the options are those of `generate`.
+
+        It draws the random numbers of `seed` and `index`. Not `live`, its text is decoded at its
+        end alone.
 
         Raises:
-            UsageError: the prompt is empty or longer than the context.
+            UsageError: a wrong option, or the prompt is empty or longer than the context.
             CheckpointError: a token id that the model does not have.
+        """
+        if max_new_tokens < 1:
+            raise UsageError("--max-new-tokens must be at least 1")
+        if stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, and this model came without one")
+        if not all(stop):
+            raise UsageError("a stop string must not be empty")
+        params = SamplingParams(**sampling)
+        tokens = self._encode_checked(prompt, index)
+        request = Request(
+            index=index,
+            tokens=tokens,
+            draws=Draws(seed, index),
+            sampling=params,
+            controls=(*params.controls(), *controls),
+            max_new_tokens=max_new_tokens,
+            context=self.target.span(len(tokens) + max_new_tokens),
+            eos=self.end_ids() | frozenset(eos),
+            text=TextStream(self.tokenizer, tokens, stop, live=live) if self.tokenizer else None,
+            verification=self.verification(self.drafter, verify=verify, lossy=lossy, **sampling),
+        )
+        request.finish_if_full()
+        return request
+
+    def _encode_checked(self, prompt: str | Sequence[int], index: int) -> list[int]:
+        """Return the prompt's token ids.
+
+        Raises:
+            UsageError: there are none, or more than the context holds.
+            CheckpointError: an id that the model does not have.
         """
         tokens = self._encode(prompt)
         if not tokens:
@@ -372,19 +403,7 @@ class Runner:
         else:
             origin = f"prompt {index + 1}"
         check_ids(tokens, self.target.num_tokens, origin)
-        request = Request(
-            index=index,
-            tokens=tokens,
-            draws=draws,
-            sampling=control,
-            controls=controls,
-            max_new_tokens=max_new_tokens,
-            context=self.target.span(len(tokens) + max_new_tokens),
-            eos=eos,
-            text=TextStream(self.tokenizer, tokens, stop, live=live) if self.tokenizer else None,
-        )
-        request.finish_if_full()
-        return request
+        return tokens
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Return the prompt's token ids; an empty text becomes the start token, if there is one."""
@@ -465,16 +484,26 @@ def generate(
     )
 
 
-def _stream_too(streamer: Streamer, on_tokens: OnTokens | None) -> OnTokens:
-    """Return a callback that calls `on_tokens`, if given, and then the streamer."""
+@dataclass(slots=True)
+class _Report:
+    """Passes on what is committed, to the callback and to the streamer, if there are any."""
 
-    def on_commit(index: int, tokens: list[int], text: str, drafted: int) -> None:
-        if on_tokens is not None:
-            on_tokens(index, tokens, text, drafted)
-        if tokens:
-            streamer.put(torch.tensor(tokens))
+    on_tokens: OnTokens | None
+    streamer: Streamer | None
 
-    return on_commit
+    def begin(self, request: Request) -> None:
+        """Tell the streamer that a prompt's turn has come, and that the one before has ended."""
+        if self.streamer is not None:
+            if request.index:
+                self.streamer.end()
+            self.streamer.put(torch.tensor([request.tokens]))
+
+    def __call__(self, request: Request, tokens: list[int], text: str, drafted: int) -> None:
+        request.mark_reported(tokens, text)
+        if self.on_tokens is not None:
+            self.on_tokens(request.index, tokens, text, drafted)
+        if self.streamer is not None and tokens:
+            self.streamer.put(torch.tensor(tokens))
 
 
 def _list_extra_ends(eos: Collection[Any], num_prompts: int) -> list[frozenset[int]]:
@@ -498,23 +527,7 @@ def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
     return len(tokens)
 
 
-def _batch_requests(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
-    """Yield batches of at most `batch_size` consecutive requests of the same context."""
-    for _, same in itertools.groupby(requests, key=lambda request: request.context):
-        group = list(same)
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
-
-
-def _choose_verification(
-    drafter: Drafter, control: SamplingParams, verify: str | None, lossy: bool
-) -> Verification:
-    """Choose the verifier for the kinds of nodes that this drafter proposes."""
-    kinds = drafter.kinds(control)
-    return choose_verifier(kinds, verify, temperature=control.temperature, lossy=lossy)
-
-
-def _make_result(request: Request, lossless: bool) -> Result:
+def _make_result(request: Request) -> Result:
     """Make the result of a finished request."""
     assert request.finish_reason is not None
     return Result(
@@ -526,5 +539,5 @@ def _make_result(request: Request, lossless: bool) -> Result:
         accepted=request.accepted,
         offered_at=request.offered_at,
         accepted_at=request.accepted_at,
-        lossless=lossless,
+        lossless=request.verification.lossless,
     )

@@ -17,7 +17,7 @@ from spectool.decode.request import Request
 from spectool.decode.tree import Draft, Kind
 
 if TYPE_CHECKING:
-    from spectool.decode.cache import TreeCache
+    from spectool.decode.cache import BatchCache
     from spectool.decode.target import Target
 
 
@@ -107,7 +107,7 @@ class Drafter(Protocol):
         A change to the model that users should know of is added to `target.notes`.
         """
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         """Begin to draft for these requests, beside those that were added before.
 
         `cache` has the target's rows, the same ones as for `propose`. A pass of the drafter's own

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.fit import cannot_decode, is_recurrent
 from spectool.decode.protocol import Needs
 from spectool.decode.replay import ReplayCache
@@ -89,7 +89,7 @@ class RecurrentTarget(Target):
 
     @torch.inference_mode()
     def prefill(
-        self, cache: TreeCache, tokens: Sequence[Sequence[int]], needs: Needs | None = None
+        self, cache: BatchCache, tokens: Sequence[Sequence[int]], needs: Needs | None = None
     ) -> PrefillOutput:
         """Feed and commit tokens; rows may be empty, and have zeros as logits then."""
         assert isinstance(cache, ReplayCache)
@@ -110,7 +110,9 @@ class RecurrentTarget(Target):
         return self._prefill_output(logits_BV, features, wanted)
 
     @torch.inference_mode()
-    def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:
+    def verify(
+        self, cache: BatchCache, drafts: Sequence[Draft], needs: Needs | None = None
+    ) -> Pass:
         """Feed every request's chain without committing. Logits past a row's end are undefined.
 
         Raises:

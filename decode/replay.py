@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 
 
 @dataclass(slots=True)
@@ -31,11 +32,11 @@ class _State:
     careful: bool = False
 
 
-class ReplayCache(TreeCache):
+class ReplayCache(BatchCache):
     """A cache that replays row b's committed tokens past those that its state holds."""
 
     def __init__(self, *, batch: int, context: int, config: PreTrainedConfig) -> None:
-        super().__init__(batch=batch, num_layers=0, context=context)
+        super().__init__(batch=batch, context=context)
         self._config = config
         self._states = [_State(self._empty()) for _ in range(batch)]
 
@@ -89,9 +90,8 @@ class ReplayCache(TreeCache):
         super().select(rows)
         self._states = [self._states[row] for row in rows]
 
-    def join(self, other: TreeCache) -> None:
+    def join(self, other: Self) -> None:
         """Append the rows of another cache."""
-        assert isinstance(other, ReplayCache)
         super().join(other)
         self._states += other._states
 

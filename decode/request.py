@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from spectool.decode.control.base import Control, ControlStates
 from spectool.decode.options import SamplingParams
 from spectool.decode.sampling import Draws
 from spectool.decode.streaming import TextStream
+from spectool.decode.verify import GREEDY, Verification
 
 FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """A request in flight. `index` is its number within its call.
+    """A request in flight. `index` is its number within its call, `id` the engine's.
 
     `tokens` are those of the prompt and all committed ones; the last one is the pending root.
     `drafted` and `accepted` count nodes; `offered_at[d]` counts the steps whose draft reached
@@ -33,6 +38,8 @@ class Request:
     context: int
     eos: Collection[int] = ()
     text: TextStream | None = None
+    verification: Verification = GREEDY
+    id: int = -1
     num_prompt: int = field(init=False)
     finish_reason: FinishReason | None = None
     forwards: int = 0
@@ -41,6 +48,7 @@ class Request:
     offered_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     reported: tuple[int, int] = (0, 0)
+    error: Exception | None = None
     _states: tuple[int, ControlStates] | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +79,14 @@ class Request:
                 states = states.advance(token)
         self._states = len(self.tokens), states
         return states
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Where its own controls fail, let the request go on without them, with its `error` set."""
+        try:
+            yield
+        except Exception as error:
+            self.error, self.controls = error, ()
 
     def extend(self, tokens: list[int]) -> list[str]:
         """Commit tokens one by one until one of them ends the request.
@@ -147,3 +163,23 @@ class Request:
             self.accepted_at[depth] += 1
         self.drafted += len(depths) - 1
         self.accepted += num_accepted
+
+
+def apply_controls(
+    requests: Sequence[Request],
+    logits_BNV: Tensor,
+    states_of: Callable[[int], Iterable[ControlStates]],
+) -> Tensor:
+    """Return the logits as the controls of each row's request change them.
+
+    `states_of(b)` gives the states at the first nodes of row b; other nodes stay as they are. The
+    result is an fp32 copy where any request has controls.
+    """
+    if not any(request.controls for request in requests):
+        return logits_BNV
+    logits_BNV = logits_BNV.to(torch.float32, copy=True)
+    for b, request in enumerate(requests):
+        with request.guard():
+            for node, at_node in enumerate(states_of(b) if request.controls else ()):
+                logits_BNV[b, node] = at_node.process(logits_BNV[b, node])
+    return logits_BNV

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode import rotary, tree
-from spectool.decode.cache import TreeCache, cache_argument
+from spectool.decode.cache import BatchCache, TreeCache, cache_argument
 from spectool.decode.fit import check_fit
 from spectool.decode.kv.base import parse_kv
 from spectool.decode.protocol import Inject, Needs
@@ -59,8 +59,8 @@ class PrefillOutput:
 class Target:
     """A causal model as the decode loop sees it. `context` bounds prompt and new tokens together.
 
-    `kv` names the store of its keys and values (`parse_kv`); `kv_token_bytes` are those of a token
-    in all layers, known after the first pass.
+    `kv` names the store of its keys and values (`parse_kv`); `kv_bytes_per_token` counts all
+    layers and is known after the first pass.
     `notes` lists what had to be changed or bounded to run the model correctly. `takes_drafts`: a
     pass of several tokens is correct after other passes. `state_in_cache`: the cache holds all
     state of a request, so requests can take turns. `cache_name` is the cache argument of the
@@ -78,7 +78,8 @@ class Target:
     def __init__(
         self, model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
     ) -> None:
-        self.kv, self.kv_token_bytes = kv, 0
+        self.kv = kv
+        self.kv_bytes_per_token: int | None = None
         self._make_store = parse_kv(kv)
         config = model.config.get_text_config(decoder=True)
         accepted = inspect.signature(model.forward).parameters
@@ -118,7 +119,7 @@ class Target:
             return self.context
         return min(self._original, self.context)
 
-    def cache(self, batch: int, context: int | None = None) -> TreeCache:
+    def cache(self, batch: int, context: int | None = None) -> BatchCache:
         """Return an empty cache for `batch` rows, with a context as `span` returns it."""
         return TreeCache(
             batch=batch,
@@ -129,7 +130,7 @@ class Target:
 
     @torch.inference_mode()
     def prefill(
-        self, cache: TreeCache, tokens: Sequence[Sequence[int]], needs: Needs | None = None
+        self, cache: BatchCache, tokens: Sequence[Sequence[int]], needs: Needs | None = None
     ) -> PrefillOutput:
         """Feed and commit tokens in chunks; rows may be empty, and have zeros as logits then."""
         wanted = needs or Needs()
@@ -195,7 +196,9 @@ class Target:
         return found
 
     @torch.inference_mode()
-    def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:
+    def verify(
+        self, cache: BatchCache, drafts: Sequence[Draft], needs: Needs | None = None
+    ) -> Pass:
         """Feed every request's tree without committing. Logits past a row's tree are undefined.
 
         Smaller trees are padded with nodes that see only themselves.
@@ -222,7 +225,7 @@ class Target:
     @torch.inference_mode()
     def grow(
         self,
-        cache: TreeCache,
+        cache: BatchCache,
         tokens: Sequence[Sequence[int]],
         parents: Sequence[Sequence[int]],
         *,
@@ -275,7 +278,7 @@ class Target:
 
     def _forward(
         self,
-        cache: TreeCache,
+        cache: BatchCache,
         tokens: list[list[int]],
         depths_BT: Tensor,
         visible_BNT: Tensor,
@@ -288,13 +291,14 @@ class Target:
 
         Depths and visibility are on the host.
         """
+        assert isinstance(cache, TreeCache)
         lengths = cache.lengths
         seen = seen or lengths
         num_nodes, num_tail = visible_BNT.shape[1:]
         # Padding must not reach positions that the model does not have: learned tables end there.
         positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=cache.context - 1)
         cache.open(positions_BT, num_nodes, self.device)
-        options: dict[str, Any] = {self.cache_name: cache}
+        options: dict[str, Any] = {self.cache_name: cache.model_cache}
         if kept is not None and self._keeps_logits:
             last = kept == [num_nodes - 1]
             options["logits_to_keep"] = 1 if last else torch.tensor(kept, device=self.device)
@@ -313,7 +317,8 @@ class Target:
                 use_cache=True,
                 **options,
             )
-        self.kv_token_bytes = self.kv_token_bytes or cache.token_bytes
+        if self.kv_bytes_per_token is None:
+            self.kv_bytes_per_token = cache.token_bytes
         logits_BNV = output.logits
         if kept is not None and not self._keeps_logits:
             logits_BNV = logits_BNV[:, kept]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectool import methods
-from spectool.decode.sampling import StepRandom, not_finite_logits
+from spectool.decode.sampling import StepRandom
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
 
@@ -224,25 +224,16 @@ def walk(draft: Draft, emit: Sequence[int], accept: Sequence[int] | None) -> tup
 def resolve_paths(
     drafts: Sequence[Draft],
     verdicts: Sequence[Verdict],
-    *,
-    all_finite: Tensor | None = None,
-    top_BNK: Tensor | None = None,
+    extra: Tensor | None = None,
 ) -> tuple[list[tuple[list[int], int]], list[int]]:
-    """Return each request's path and next token, and `top_BNK` flattened.
+    """Return each request's path and next token, and the integers of `extra`, a flat tensor.
 
     Costs one transfer to the host.
-
-    Raises:
-        SpectoolError: the logits are not `sampling.is_finite`.
     """
     flat = [verdict.emit_N for verdict in verdicts]
     flat += [verdict.accept_N.long() for verdict in verdicts if verdict.accept_N is not None]
     num_verdicts = sum(map(len, flat))
-    flat += [top_BNK.flatten()] if top_BNK is not None else []
-    flat += [all_finite.long()[None]] if all_finite is not None else []
-    values = torch.cat(flat).tolist()
-    if all_finite is not None and not values.pop():
-        raise not_finite_logits("the model")
+    values = torch.cat(flat if extra is None else [*flat, extra]).tolist()
     resolved, start, tests = [], 0, sum(len(draft) for draft in drafts)
     for draft, verdict in zip(drafts, verdicts, strict=True):
         emit, accept = values[start : start + len(draft)], None
@@ -273,6 +264,9 @@ class Verification:
     lossless: bool
 
 
+GREEDY = Verification("greedy", greedy, True)
+
+
 def choose_verifier(
     kinds: Collection[Kind], name: str | None, *, temperature: float, lossy: bool
 ) -> Verification:
@@ -286,7 +280,7 @@ def choose_verifier(
     if name is not None:
         methods.row(name, "verifier")
     if temperature == 0:
-        return Verification("greedy", greedy, True)
+        return GREEDY
     if name is None:
         # On deterministic nodes both accept as much, and token-match keeps the plain sampled text.
         name = "rejection" if set(kinds) - {"deterministic"} else "token-match"

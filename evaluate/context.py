@@ -37,6 +37,7 @@ from spectool.evaluate.fidelity import LogProbsReference, Reference, Scores, sco
 from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
 from spectool.evaluate.windows import (
     BlockwiseLogProbs,
+    CachedLogProbs,
     LogProbs,
     ResidentLogProbs,
     Windows,
@@ -65,7 +66,8 @@ Need = Literal["windows", "reference", "source", "prompts"]
 class Request:
     """Options of an evaluation. `window` None: the model's context, at most 2048.
 
-    `measures`: all whose needs are given, if empty.
+    `measures`: all whose needs are given, if empty. `kv` is the store of the checkpoint's keys and
+    values; a reference keeps them as they are.
     """
 
     measures: Sequence[str] = ()
@@ -84,6 +86,7 @@ class Request:
     dtype: str | None = None
     device: str = "cpu"
     runtime: str = "auto"
+    kv: str = "dense"
     batch_size: int | None = None
     blockwise: bool = False
 
@@ -186,7 +189,7 @@ class Context:
                     reference = self.reference
             scores = score(
                 windows,
-                self._open_log_probs(self.checkpoint),
+                self._open_log_probs(self.checkpoint, request.kv),
                 self.vocabulary,
                 reference=reference,
                 batch_size=request.batch_size,
@@ -227,7 +230,7 @@ class Context:
         """The comparison of the drafters with plain decoding on the prompts, greedy."""
         assert self.prompts is not None
         request = self.request
-        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer)
+        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer, kv=request.kv)
         options = Options(drafts=request.drafts, max_new_tokens=request.max_new_tokens)
         return bench(runner, self.prompts, options, reporter=self.reporter)
 
@@ -271,15 +274,22 @@ class Context:
             )
         )
 
-    def _open_log_probs(self, checkpoint: Checkpoint) -> LogProbs:
-        """Load a checkpoint whole, or open it to run block by block."""
+    def _open_log_probs(self, checkpoint: Checkpoint, kv: str = "dense") -> LogProbs:
+        """Load a checkpoint whole, or open it to run block by block.
+
+        Raises:
+            UsageError: keys and values are to be kept in a cache, and it cannot be loaded whole.
+        """
         dtype = self._dtype(checkpoint)
         wanted = resident_bytes(checkpoint.layout, dtype)
         if self.request.blockwise or wanted > MEMORY_SHARE * available_memory(self.device):
+            if kv != "dense":
+                raise UsageError(f"--kv {kv} needs the whole model; block by block has no cache")
             return BlockwiseLogProbs(
                 checkpoint, self.windows, dtype=dtype, device=self.device, reporter=self.reporter
             )
-        return ResidentLogProbs(self._load(checkpoint))
+        model = self._load(checkpoint)
+        return ResidentLogProbs(model) if kv == "dense" else CachedLogProbs(model, kv)
 
     def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         return parse_dtype(self.request.dtype) or default_dtype(checkpoint.layout, self.device)

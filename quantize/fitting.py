@@ -37,6 +37,7 @@ from spectool.quantize.base import (
     not_finite,
 )
 from spectool.quantize.statistics import LinearStats, Products
+from spectool.training import Metrics, Recipe, Training
 
 # Cosines are clamped to this in ln c; below it the squared errors alone drive the fit.
 LEAST_COSINE = 0.01
@@ -185,79 +186,58 @@ class BlockQuantizer(Quantizer):
             linears[name] = self.build(block.matrices[name].shape)
             linears[name].q.load_state_dict(fields)
             linears[name].to(block.device)
-        task = Task(block, streams)
-        start = best = task.measure(linears)
-        if not math.isfinite(start.loss):
-            raise not_finite(block.name, "its output is NaN or infinite on the calibration text")
-        before = best_fields = _copy_fields(linears)
-        best_epoch, skipped, epochs = 0, 0, self.config.epochs
+        task, before = Task(block, streams), _copy_fields(linears)
         parts = {
             name: self.make_part(linear, block.weights[name], diagonals.get(name), task.dtype)
             for name, linear in linears.items()
         }
-        trainer = _Trainer(task, parts, self.make_optimizers(list(parts.values())), epochs)
-        for epoch in range(epochs):
-            skipped += trainer.run_epoch(epoch, generator, tick)
-            for part in parts.values():
+        steps = self.config.epochs * len(task)
+        order: list[int] = []
+
+        def accumulate(step: int) -> Metrics:
+            if step % len(task) == 0:
+                order[:] = torch.randperm(len(task), generator=generator).tolist()
+            task.backward(order[step % len(task)], parts)
+            tick((step + 1) / (steps + 1))
+            return {}
+
+        def evaluate() -> Metrics:
+            is_first = not training.history.evaluations
+            for part in () if is_first else parts.values():
                 part.store()
-            now = task.measure(linears)
-            if now.loss < best.loss:
-                best, best_epoch, best_fields = now, epoch + 1, _copy_fields(linears)
-        for name, linear in linears.items():
-            linear.q.load_state_dict(best_fields[name])
-        report = FitReport(
-            loss_start=start.loss,
-            loss_after=best.loss,
-            least_cosine=best.least_cosine,
-            best_epoch=best_epoch,
-            steps_skipped=skipped,
-        )
-        return Fitted(
-            {
-                name: {key: value.cpu() for key, value in fields.items()}
-                for name, fields in best_fields.items()
-            },
-            self.extend_report(report, before, linears),
-        )
+            found = task.measure(linears)
+            if is_first and not math.isfinite(found.loss):
+                text = "its output is NaN or infinite on the calibration text"
+                raise not_finite(block.name, text)
+            return {"score": -found.loss, "least_cosine": found.least_cosine}
 
-
-class _Trainer:
-    """Optimizers of a block's parts, with their schedules."""
-
-    def __init__(
-        self,
-        task: Task,
-        parts: Mapping[str, Part],
-        optimizers: Sequence[torch.optim.Optimizer],
-        epochs: int,
-    ) -> None:
-        self.task, self.parts, self.optimizers = task, parts, optimizers
-        self.trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        self.num_steps = epochs * len(task)
-        self.schedules = [
-            torch.optim.lr_scheduler.CosineAnnealingLR(o, max(1, self.num_steps))
-            for o in optimizers
-        ]
-
-    def run_epoch(self, epoch: int, generator: torch.Generator, tick: Tick) -> int:
-        """Train on each sequence once; return the number of steps that were skipped."""
-        skipped = 0
-        order = torch.randperm(len(self.task), generator=generator).tolist()
-        for step, index in enumerate(order, epoch * len(self.task) + 1):
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-            self.task.backward(index, self.parts)
-            sums = torch.stack([p.grad.sum() for p in self.trained if p.grad is not None])
+        training = Training(
+            module=nn.ModuleList(parts.values()),
+            optimizers=self.make_optimizers(list(parts.values())),
             # A half type may overflow on one sequence; its NaN would stay in the optimizer state.
-            if sums.isfinite().all():
-                for optimizer in self.optimizers:
-                    optimizer.step()
-            else:
-                skipped += 1
-            for schedule in self.schedules:
-                schedule.step()
-            tick(step / (self.num_steps + 1))
-        return skipped
+            recipe=Recipe(
+                steps=steps, annealing=True, clip=None, every=len(task), skip_overflow=True
+            ),
+            accumulate=accumulate,
+            evaluate=evaluate,
+            keep=lambda: _copy_fields(linears),
+        )
+        history = training.run()
+        assert history.best is not None
+        for name, linear in linears.items():
+            linear.q.load_state_dict(training.best[name])
+        report = FitReport(
+            loss_start=-history.evaluations[0]["score"],
+            loss_after=-history.best["score"],
+            least_cosine=history.best["least_cosine"],
+            best_epoch=history.best["step"] // len(task),
+            steps_skipped=history.skipped,
+        )
+        fitted = {
+            name: {key: value.cpu() for key, value in kept.items()}
+            for name, kept in training.best.items()
+        }
+        return Fitted(fitted, self.extend_report(report, before, linears))
 
 
 def _copy_fields(linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 import textwrap
@@ -13,8 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from spectool.checkpoint.tensors import open_checkpoint
+from spectool.cli.common import SCHEMA_VERSION
+from spectool.cli.derive import Command, configs_of, derive
 from spectool.decode.generate import Runner
 from spectool.evaluate.context import Context, Request
 from spectool.evaluate.suite import evaluate
@@ -41,6 +46,15 @@ def test_the_skeleton_works(
 def add_method(request: pytest.FixtureRequest, name: str, method: Method) -> None:
     """Add a row to the table of methods for one test."""
     request.getfixturevalue("monkeypatch").setitem(METHODS, name, method)
+
+
+def check_command(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    app = typer.Typer()
+    app.command("count", cls=Command)(derive(module.count, configs_of(module.count)))
+    checkpoint = request.getfixturevalue("checkpoint")("llama")
+    for words, number in (([], len(open_checkpoint(checkpoint).layout.tensors)), (["--blocks"], 2)):
+        done = CliRunner().invoke(app, [str(checkpoint), *words, "--json"])
+        assert json.loads(done.stdout) == {"schema_version": SCHEMA_VERSION, "count": number}
 
 
 def check_measure(module: ModuleType, request: pytest.FixtureRequest) -> None:
@@ -77,7 +91,7 @@ def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
     (drafted,) = runner.generate(prompt, max_new_tokens=20)
     assert isinstance(runner.target.cache(1).stores[0], module.HalfStore)
     # Keys and values of 2 layers, 2 heads and 8 channels, 2 bytes each.
-    assert runner.target.kv_token_bytes == 2 * 2 * 2 * 8 * 2
+    assert runner.target.kv_bytes_per_token == 2 * 2 * 2 * 8 * 2
     runner.use(None)
     (plain,) = runner.generate(prompt, max_new_tokens=20)
     assert drafted.token_ids == plain.token_ids
@@ -85,6 +99,7 @@ def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
 
 # A check for each page.
 CHECKS: dict[str, Check] = {
+    "command": check_command,
     "kernel": check_kernel,
     "kv": check_kv,
     "measure": check_measure,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -29,12 +30,12 @@ ALLOWED = {
 
 
 def python_files() -> list[tuple[str, Path]]:
-    """All modules but the entry point, which opens the top floor."""
+    """All modules but the entry point and the public face, which open the top floors."""
     return [
         (room, path)
         for room in ALLOWED
         for path in sorted((ROOT / room).rglob("*.py"))
-        if path.name != "__main__.py"
+        if path not in (ROOT / "core/__main__.py", ROOT / "core/__init__.py")
     ]
 
 
@@ -71,16 +72,46 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_public_face() -> None:
-    exported = {
-        name
-        for name in vars(spectool)
-        if not name.startswith("_") and callable(getattr(spectool, name))
+@pytest.mark.parametrize("name", spectool.__all__)
+def test_each_public_name_is_there_and_explained(name: str) -> None:
+    found = getattr(spectool, name)
+    assert found.__doc__ and name in dir(spectool)
+    assert callable(found) or name == "__version__"
+
+
+def test_the_public_face_is_what_an_editor_sees() -> None:
+    """Names that type checkers are told of are those that `__getattr__` finds, and no others."""
+    told = {
+        f"{node.module}:{alias.name}"
+        for block in ast.parse((ROOT / "core/__init__.py").read_text()).body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
-    listed = set(spectool.__all__)
-    assert sorted(spectool.__all__, key=str.lower) == sorted(listed, key=str.lower)
-    assert {"load", "generate", "SpectoolError", "__version__"} == listed
-    assert listed - {"__version__"} <= exported | {"SpectoolError"}
+    assert spectool.__all__ == sorted(spectool.__all__)
+    assert {place.partition(":")[2] for place in told} | {"SpectoolError", "__version__"} == set(
+        spectool.__all__
+    )
+    for place in told:
+        module, _, name = place.partition(":")
+        found = getattr(importlib.import_module(module), name)
+        assert name == "quantize" or getattr(spectool, name) is found
+    with pytest.raises(AttributeError, match="no attribute 'cheese'"):
+        _ = spectool.cheese  # type: ignore[attr-defined]
+
+
+def test_import_leaves_torch_alone_until_a_name_is_used() -> None:
+    script = (
+        "import sys, spectool\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "assert callable(spectool.quantize) and 'torch' not in sys.modules\n"
+        "from spectool.quantize.run import QuantizeJob\n"
+        "assert callable(spectool.quantize) and spectool.quantize.run.QuantizeJob is QuantizeJob\n"
+        "assert spectool.Runner.__module__ == 'spectool.decode.generate'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

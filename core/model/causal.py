@@ -25,7 +25,7 @@ def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
     """
     known = family(config)
     if known.not_causal is not None and (known.until is None or known.until > VERSION):
-        return known.not_causal
+        return known.not_causal.format(version=transformers.__version__)
     for key in ("is_causal", "causal"):
         if getattr(config, key, True) is False:
             return f"its configuration says {key} false"

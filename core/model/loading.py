@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool import machine
 from spectool.checkpoint.dtypes import configured, parse_dtype
 from spectool.checkpoint.headers import Layout, read_json
-from spectool.checkpoint.tensors import Checkpoint, check_finite, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, check_finite, open_checkpoint, text_fingerprint
 from spectool.errors import CheckpointError, UsageError, opening, require
 from spectool.kernels import cpu
 from spectool.model import registration
@@ -50,6 +51,33 @@ def check_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name}: this machine has no CUDA device that torch can use")
     return device
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+    runtime: str = "packed",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    checksums: bool = True,
+) -> PreTrainedModel:
+    """Load the checkpoint at `path`, dense or packed, as a transformers model in eval mode.
+
+    `dtype`: of the activations and of the weights that are not packed; None: as the checkpoint
+    states. `runtime`: `packed` (weights stay in their codes), `dense` (weights are unpacked once,
+    at loading) or `auto` (`dense` where no kernel computes with the codes on this machine and
+    memory suffices). `checksums`: compare the files of a packed checkpoint with the checksums in
+    its index.
+
+    Raises:
+        InputError: the checkpoint is missing, damaged or incomplete.
+    """
+    checkpoint = open_checkpoint(
+        path, revision=revision, trust_remote_code=trust_remote_code, checksums=checksums
+    )
+    return load_model(checkpoint, dtype=dtype, device=device, runtime=runtime)
 
 
 def load_model(

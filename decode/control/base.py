@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 State = TypeVar("State")
@@ -71,18 +70,3 @@ class ControlStates:
         for token, parent in zip(tokens[1:], parents[1:], strict=True):
             reached.append(reached[parent].advance(token))
             yield reached[-1]
-
-
-def apply_controls(logits_BNV: Tensor, states: Sequence[Sequence[ControlStates]]) -> Tensor:
-    """Return the logits with those of row b, node n changed by `states[b][n]`.
-
-    Rows without controls have no states, and nodes past a row's states stay as they are. The
-    result is an fp32 copy where any row has states.
-    """
-    if not any(states):
-        return logits_BNV
-    logits_BNV = logits_BNV.to(torch.float32, copy=True)
-    for logits_NV, of_row in zip(logits_BNV, states, strict=True):
-        for node, at_node in enumerate(of_row):
-            logits_NV[node] = at_node.process(logits_NV[node])
-    return logits_BNV

@@ -23,11 +23,11 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
-from spectool.decode.cache import TreeCache
-from spectool.decode.control.base import ControlStates, apply_controls
+from spectool.decode.cache import BatchCache
+from spectool.decode.control.base import ControlStates
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome
-from spectool.decode.request import Request
+from spectool.decode.request import Request, apply_controls
 from spectool.decode.sampling import is_finite, not_finite_logits, pick, probs_by_row
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
@@ -37,18 +37,6 @@ from spectool.options import option
 # Models of one family pad lm_head to different multiples. Without tokenizers to compare, a larger
 # difference than this means another vocabulary (the bound that llama.cpp uses).
 _PADDING = 128
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftModelConfig(options.Config):
-    """Options of `draft_model`."""
-
-    depth: int = option(4, "most proposed tokens on a path", minimum=1, maximum=64)
-    tree: Literal["chain", "iid", "rsd-c", "rsd-s"] = option(
-        "chain", "one chain, several, or a tree of a constant branching or of a beam"
-    )
-    width: int = option(3, "chains, branches of a node or beams of a tree", minimum=1, maximum=64)
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
 
 
 @dataclass(slots=True, eq=False)
@@ -118,21 +106,33 @@ class DraftModelDrafter(Drafter):
         UnsupportedError: the draft model's vocabulary is not the target's.
     """
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `draft_model`."""
+
+        depth: int = option(4, "most proposed tokens on a path", minimum=1, maximum=64)
+        tree: Literal["chain", "iid", "rsd-c", "rsd-s"] = option(
+            "chain", "one chain, several, or a tree of a constant branching or of a beam"
+        )
+        width: int = option(
+            3, "chains, branches of a node or beams of a tree", minimum=1, maximum=64
+        )
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+
     name = "draft_model"
-    Config = DraftModelConfig
     needs = Needs()
     combines = False
 
     def __init__(
         self,
         model: PreTrainedModel,
-        config: DraftModelConfig | None = None,
+        config: Config | None = None,
         *,
         target: Target,
         tokenizer: PreTrainedTokenizerBase | None = None,
         target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.config = config or DraftModelConfig()
+        self.config = config or self.Config()
         self._draft = Target(model)
         self._vocab_size = target.vocab_size
         _check_vocabulary(self._draft, target, tokenizer, target_tokenizer)
@@ -153,6 +153,7 @@ class DraftModelDrafter(Drafter):
             left = [b for b, other in enumerate(self._requests) if other is not request]
             self._cache.select(left)
             self._requests = [self._requests[b] for b in left]
+            self._grown = [growth for growth in self._grown if growth.request is not request]
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
@@ -195,7 +196,7 @@ class DraftModelDrafter(Drafter):
         self._cache.commit([growth.tokens for growth in self._grown], paths)
         self._grown = []
 
-    def _feed_committed(self, fresh: TreeCache) -> Tensor:
+    def _feed_committed(self, fresh: BatchCache) -> Tensor:
         """Feed committed tokens that the cache lacks, and the texts of new requests into `fresh`.
 
         Returns the logits [B, V] after each text. New texts pass apart from the others, which would
@@ -236,14 +237,13 @@ class DraftModelDrafter(Drafter):
         # Ids beyond the target's vocabulary are cut off; ids that the draft lacks get q = 0.
         logits_BFV = logits_BFV[:, :, : self._vocab_size]
         growing = [growth for growth in self._grown if level < growth.depth and growth.frontier]
-        states = [
-            [growth.control_states(node) for node in growth.frontier]
-            if growth.request.controls
-            else []
-            for growth in self._grown
-        ]
-        samplings = [growth.request.sampling for growth in self._grown]
-        probs = probs_by_row(samplings, apply_controls(logits_BFV, states))
+        grown = self._grown
+        controlled_BFV = apply_controls(
+            [growth.request for growth in grown],
+            logits_BFV,
+            lambda b: map(grown[b].control_states, grown[b].frontier),
+        )
+        probs = probs_by_row([growth.request.sampling for growth in grown], controlled_BFV)
         found: list[tuple[Tensor, Tensor]] = []
         for growth, probs_FV in zip(self._grown, probs, strict=True):
             if growth not in growing:

@@ -176,15 +176,6 @@ class Eagle3Heads(Heads):
         return self.lm_head
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Eagle3Config(options.Config):
-    """Options of `eagle3`."""
-
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=16)
-    width: int = option(8, "nodes of a level that are expanded, and into how many", minimum=1)
-
-
 @dataclass(slots=True)
 class _Candidates:
     """All nodes of the growing trees, one tensor [B, C] per level.
@@ -207,8 +198,15 @@ class _Candidates:
 class Eagle3Drafter(HeadsDrafter):
     """Drafter that grows a tree by the layer's own probabilities; see the module docstring."""
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `eagle3`."""
+
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+        depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=16)
+        width: int = option(8, "nodes of a level that are expanded, and into how many", minimum=1)
+
     name = "eagle3"
-    Config = Eagle3Config
     Heads = Eagle3Heads
     _heads: Eagle3Heads
     _draft_cache: DraftCache
@@ -217,12 +215,12 @@ class Eagle3Drafter(HeadsDrafter):
         self,
         heads: Eagle3Heads,
         paths: Sequence[tuple[Sequence[int], float]],
-        config: Eagle3Config | None = None,
+        config: Config | None = None,
     ) -> None:
         """Make the drafter; `paths`, the best static tree, only served to measure the heads."""
         # Column t is computed from the target's state at t and the token after it.
         super().__init__(heads, DraftCache(heads.rotary, 1, ahead=True))
-        self.config = config or Eagle3Config()
+        self.config = config or self.Config()
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectool import options
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.drafters.ngram import NgramIndex, continue_text
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
@@ -26,13 +26,6 @@ from spectool.decode.request import Request
 from spectool.decode.sampling import pick
 from spectool.decode.tree import Draft, Kind
 from spectool.options import option
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JacobiConfig(options.Config):
-    """Options of `jacobi`."""
-
-    window: int = option(16, "tokens predicted at once", minimum=1, maximum=256)
 
 
 @dataclass(slots=True)
@@ -50,19 +43,24 @@ class _Window:
 class JacobiDrafter(Drafter):
     """Drafter of one window per request: a chain of predicted, then of looked-up tokens."""
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `jacobi`."""
+
+        window: int = option(16, "tokens predicted at once", minimum=1, maximum=256)
+
     name = "jacobi"
-    Config = JacobiConfig
     needs = Needs(probs=True)
     combines = False
 
-    def __init__(self, config: JacobiConfig | None = None) -> None:
-        self.config = config or JacobiConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
         self._windows: dict[Request, _Window] = {}
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",) if sampling.greedy else ("iid", "deterministic")
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         for prompt in prompts:
             self._windows[prompt.request] = _Window(NgramIndex(1, 4))
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spectool import options
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -29,22 +29,6 @@ _RECENT = 16
 _COPYING = 3
 # Shorter matches come after an interrupted copy.
 _TRUSTED = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NgramConfig(options.Config):
-    """Options of `ngram`."""
-
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(
-        8, "most proposed tokens on a path, doubled while all are accepted", minimum=1
-    )
-    min_n: int = option(1, "shortest n-gram to look up", minimum=1, maximum=16)
-    max_n: int = option(4, "longest n-gram to look up", minimum=1, maximum=16)
-
-    def validate(self) -> None:
-        if self.min_n > self.max_n:
-            raise UsageError(f"min_n={self.min_n}: must be at most max_n={self.max_n}")
 
 
 class NgramIndex:
@@ -113,19 +97,33 @@ class _Copy:
 class NgramDrafter(Drafter):
     """Drafter of a tree of continuations, from one index per request."""
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `ngram`."""
+
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+        depth: int = option(
+            8, "most proposed tokens on a path, doubled while all are accepted", minimum=1
+        )
+        min_n: int = option(1, "shortest n-gram to look up", minimum=1, maximum=16)
+        max_n: int = option(4, "longest n-gram to look up", minimum=1, maximum=16)
+
+        def validate(self) -> None:
+            if self.min_n > self.max_n:
+                raise UsageError(f"min_n={self.min_n}: must be at most max_n={self.max_n}")
+
     name = "ngram"
-    Config = NgramConfig
     needs = Needs()
 
-    def __init__(self, config: NgramConfig | None = None) -> None:
-        self.config = config or NgramConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
         self._indexes: dict[Request, NgramIndex] = {}
         self._copies: dict[Request, _Copy] = {}
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         for prompt in prompts:
             self._indexes[prompt.request] = NgramIndex(self.config.min_n, self.config.max_n)
 

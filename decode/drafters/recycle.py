@@ -18,7 +18,7 @@ import torch
 
 from spectool import options
 from spectool.decode import draft_state
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -32,15 +32,6 @@ from spectool.options import option
 _SHARES = (0.63, 0.13, 0.06, 0.036, 0.016, 0.008, 0.006, 0.005)
 RANKS = len(_SHARES)
 _DEEPEST = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecycleConfig(options.Config):
-    """Options of `recycle`."""
-
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=_DEEPEST)
-    state: str | None = option(None, "file to keep the table in between runs")
 
 
 def make_rank_tree(nodes: int, depth: int) -> list[tuple[int, ...]]:
@@ -68,12 +59,19 @@ class RecycleDrafter(Drafter):
             vocabulary.
     """
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `recycle`."""
+
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+        depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=_DEEPEST)
+        state: str | None = option(None, "file to keep the table in between runs")
+
     name = "recycle"
-    Config = RecycleConfig
     needs = Needs(top=RANKS)
 
-    def __init__(self, config: RecycleConfig | None = None) -> None:
-        self.config = config or RecycleConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
         self._paths = make_rank_tree(self.config.nodes, self.config.depth)
         nodes = {(): 0} | {path: node for node, path in enumerate(self._paths, start=1)}
         # Depth, parent and rank of each node.
@@ -85,7 +83,7 @@ class RecycleDrafter(Drafter):
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         vocabulary = prompts[0].logits_V.shape[-1]
         if not self.table:
             self.table = array("i", [-1]) * (vocabulary * RANKS)

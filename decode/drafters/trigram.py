@@ -17,7 +17,7 @@ import torch
 
 from spectool import options
 from spectool.decode import draft_state
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -31,15 +31,6 @@ from spectool.options import option
 _GAIN, _HIGHEST = 0.25, 3.0
 # Successors that are kept of each pair, as in the authors' corpus.
 _SUCCESSORS = 12
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrigramConfig(options.Config):
-    """Options of `trigram`."""
-
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(8, "most proposed tokens on a path", minimum=1, maximum=64)
-    state: str | None = option(None, "file to keep the table in between runs")
 
 
 class TrigramTable:
@@ -80,12 +71,19 @@ class TrigramDrafter(Drafter):
             vocabulary.
     """
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `trigram`."""
+
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+        depth: int = option(8, "most proposed tokens on a path", minimum=1, maximum=64)
+        state: str | None = option(None, "file to keep the table in between runs")
+
     name = "trigram"
-    Config = TrigramConfig
     needs = Needs()
 
-    def __init__(self, config: TrigramConfig | None = None) -> None:
-        self.config = config or TrigramConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
         self.table = TrigramTable()
         self._largest = -1
         if self.config.state:
@@ -94,7 +92,7 @@ class TrigramDrafter(Drafter):
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         if self._largest >= (vocabulary := prompts[0].logits_V.shape[-1]):
             raise CheckpointError(
                 f"{self.config.state}: holds token {self._largest}; the model has {vocabulary}"

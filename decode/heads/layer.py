@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -51,7 +52,7 @@ class Sight:
 
     rotary: tuple[Tensor, Tensor]
     mask_B1NS: Tensor | None = None
-    cache: TreeCache | None = None
+    cache: Cache | None = None
 
 
 class Rotary:
@@ -345,4 +346,4 @@ class DraftCache:
         keys_BS = cache.positions_BS[:, : cache.width]
         mask_B1NS = tree_mask(lengths, keys_BS, visible_BNT.to(like.device), like.dtype)
         rotary = self._rotary.at(positions_BT[:, num_tail - num_nodes :], like)
-        return run(*inputs, Sight(rotary, mask_B1NS, cache))
+        return run(*inputs, Sight(rotary, mask_B1NS, cache.model_cache))

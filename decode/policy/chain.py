@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spectool.decode import tree
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.drafters.combined import Combined
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
@@ -43,7 +43,7 @@ class Chains(Drafter):
         if self._target.why_plain and self.name != "none" and note not in target.notes:
             target.notes.append(note)
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         assert isinstance(cache, ReplayCache)
         self._cache = cache
         self.drafter.add(prompts, cache)
@@ -84,7 +84,7 @@ class FirstPath(Drafter):
     def attach(self, target: Target) -> None:
         self.drafter.attach(target)
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         self.drafter.add(prompts, cache)
 
     def remove(self, request: Request) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Hashable, Sequence
 
 from spectool.decode import tree
-from spectool.decode.cache import TreeCache
+from spectool.decode.cache import BatchCache
 from spectool.decode.options import SamplingParams
 from spectool.decode.policy import curve as curves
 from spectool.decode.policy.curve import SIZES, Curve
@@ -96,7 +96,7 @@ class Tuned(Drafter):
     def attach(self, target: Target) -> None:
         self.drafter.attach(target)
 
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: TreeCache) -> None:
+    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         self._waiting = Waiting()
         self.drafter.add(prompts, cache)
 

@@ -47,6 +47,7 @@ from spectool.quantize.lm_head.base import FittedLmHead, LmHead, LmHeadQuantizer
 from spectool.quantize.methods.gptq import DAMPING
 from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.statistics import LinearStats
+from spectool.training import Metrics, Recipe, Training
 
 # Share of the text that is held out to compare epochs.
 HELD_OUT = 1 / 16
@@ -167,34 +168,41 @@ class VQ(LmHeadQuantizer):
             # Tokens of a code start with their shares of the text.
             bias_V += _log_shares(counts_V, books.codes_nSG[:, 0, 0])
         student = Distillation(lm_head, books, bias_V)
-        start = student.measure()
-        best = (start, 0, copy.deepcopy(books), bias_V.clone())
-        steps = config.epochs * max(1, math.ceil(len(student.train_TD) / student.rows))
-        optimizer = student.make_optimizer(config.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-        done = 0
-        for epoch in range(config.epochs):
-            order_T = torch.randperm(len(student.train_TD), generator=generator)
-            for batch_T in torch.split(order_T, student.rows):
-                optimizer.zero_grad()
-                with torch.enable_grad():
-                    torch.autograd.backward(student.loss(student.train_TD[batch_T]))
-                optimizer.step()
-                schedule.step()
-                done += 1
-                tick(done / (steps + 1))
-            now = student.measure()
-            if now < best[0]:
-                best = (now, epoch + 1, copy.deepcopy(books), student.bias_V.detach().clone())
-            books.reassign(weight_VD, hessian_DD, dedicated_A)
-        loss, best_epoch, books, bias_V = best
+        num_train = len(student.train_TD)
+        every = max(1, math.ceil(num_train / student.rows))
+        steps = config.epochs * every
+        batches: list[Tensor] = []
+
+        def accumulate(step: int) -> Metrics:
+            if step % every == 0:
+                if step:
+                    books.reassign(weight_VD, hessian_DD, dedicated_A)
+                order_T = torch.randperm(num_train, generator=generator)
+                batches[:] = torch.split(order_T, student.rows)
+            with torch.enable_grad():
+                loss = student.loss(student.train_TD[batches[step % every]])
+                torch.autograd.backward(loss)
+            tick((step + 1) / (steps + 1))
+            return {"loss": float(loss.detach())}
+
+        training = Training(
+            module=student,
+            optimizers=[student.make_optimizer(config.lr)],
+            recipe=Recipe(steps=steps, annealing=True, clip=None, every=every),
+            accumulate=accumulate,
+            evaluate=lambda: {"score": -student.measure()},
+            keep=lambda: (copy.deepcopy(books), student.bias_V.detach().clone()),
+        )
+        history = training.run()
+        assert history.best is not None
+        books, bias_V = training.best
         fields = books.fields(weight_VD)
         used = [len(set(column.tolist())) for column in fields["codes"].T]
         report = LmHeadReport(
             nats_within_codes=entropy,
-            loss_start=start,
-            loss_after=loss,
-            best_epoch=best_epoch,
+            loss_start=-history.evaluations[0]["score"],
+            loss_after=-history.best["score"],
+            best_epoch=history.best["step"] // every,
             codes_used=sum(used) / len(used),
         )
         return FittedLmHead(fields, bias_V, report)
@@ -326,10 +334,11 @@ def init_books(
     return Books(config, torch.stack([torch.stack(stage) for stage in centres]), codes_nSG)
 
 
-class Distillation:
+class Distillation(nn.Module):
     """Codes, codebooks and bias in training, by KL from the original lm_head's logits."""
 
     def __init__(self, lm_head: LmHead, books: Books, bias_V: Tensor) -> None:
+        super().__init__()
         self.lm_head, self.books, self.bias_V = lm_head, books, nn.Parameter(bias_V)
         size = max(1, int(HELD_OUT * len(lm_head.states_TD)))
         self.train_TD, self.held_out_TD = lm_head.states_TD[size:], lm_head.states_TD[:size]

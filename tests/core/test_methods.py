@@ -11,7 +11,7 @@ import torch
 
 from spectool import options
 from spectool.errors import UsageError
-from spectool.methods import DOORS, METHODS, door, names, resolve, row
+from spectool.methods import METHODS, names, resolve, row
 from spectool.model.packed import PackedLinear
 from spectool.options import options_of
 from spectool.quantize.base import Quantizer, parse_quantizer
@@ -65,8 +65,3 @@ def test_wrong_name_or_kind() -> None:
     assert caught.value.hint == "did you mean rtn?"
     with pytest.raises(UsageError, match="no drafter is called 'rtn'"):
         resolve("rtn", "drafter")
-
-
-@pytest.mark.parametrize("name", DOORS)
-def test_doors_open(name: str) -> None:
-    assert callable(door(name))

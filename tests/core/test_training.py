@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Mapping
@@ -148,3 +149,45 @@ def test_an_optimizer_that_does_not_run_here_is_one_line(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingExtra, match="--optimizer adamw8bit needs the package bitsandbytes"):
         check_optimizer("adamw8bit", torch.device("cpu"))
+
+
+def test_steps_that_overflow_are_left_out_and_the_rest_is_torchs_own_loop() -> None:
+    """Annealed by torch, without clipping; what is kept is the caller's."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(12, 5, generator=generator)
+    inputs[7] = math.inf
+    found = []
+    numbers, kept = itertools.count(1), iter(("first", "best"))
+    for ours in (True, False):
+        torch.manual_seed(0)
+        module = nn.Linear(5, 3)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.3)
+
+        def accumulate(step: int, module: nn.Module = module) -> Metrics:
+            torch.autograd.backward(module(inputs[step]).square().sum())
+            return {}
+
+        if ours:
+            training = Training(
+                module=module,
+                optimizers=[optimizer],
+                recipe=Recipe(steps=12, annealing=True, clip=None, every=5, skip_overflow=True),
+                accumulate=accumulate,
+                evaluate=lambda: {"score": float(next(numbers) == 3)},
+                keep=lambda: next(kept),
+            )
+            history = training.run()
+            assert history.skipped == 1
+            # Evaluated after 0, 5, 10 and 12 steps; the third was the best.
+            assert [each["step"] for each in history.evaluations] == [0, 5, 10, 12]
+            assert training.best == "best"
+        else:
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
+            for step in range(12):
+                optimizer.zero_grad()
+                accumulate(step)
+                if step != 7:
+                    optimizer.step()
+                schedule.step()
+        found.append(module.weight.detach())
+    assert torch.equal(*found)

@@ -137,6 +137,6 @@ def test_a_layer_that_passes_nothing_has_seen_nothing() -> None:
     cache = TreeCache(batch=1, num_layers=2, context=16)
     cache.open(torch.arange(2)[None], 2, torch.device("cpu"))
     rows_BHND = torch.ones(1, 1, 2, 4)
-    cache.update(rows_BHND, rows_BHND, 0)
+    cache.model_cache.update(rows_BHND, rows_BHND, 0)
     cache.commit([[5, 6]], [[0, 1]])
-    assert [cache.get_seq_length(layer) for layer in (0, 1)] == [2, 0]
+    assert [cache.model_cache.get_seq_length(layer) for layer in (0, 1)] == [2, 0]

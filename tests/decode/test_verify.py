@@ -349,8 +349,7 @@ def test_resolve_paths_takes_verdicts_of_both_sorts() -> None:
         Verdict(torch.tensor([1, 5])),
         Verdict(torch.tensor([6, 7]), torch.tensor([True, False])),
     ]
-    top = torch.tensor([[[8], [9]], [[3], [4]]])
-    assert resolve_paths([one, two], verdicts, top_BNK=top) == (
+    assert resolve_paths([one, two], verdicts, torch.tensor([8, 9, 3, 4])) == (
         [([0, 1], 5), ([0], 6)],
         [8, 9, 3, 4],
     )

@@ -1,4 +1,4 @@
-"""The loop's text is plain greedy text, whatever is drafted, and ends where it should."""
+"""The engine's text is plain greedy text, whatever is drafted, and ends where it should."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
-from spectool.decode.drafters.ngram import NgramConfig, NgramDrafter
+from spectool.decode.drafters.draft_model import DraftModelDrafter
+from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.generate import Runner, generate
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
@@ -47,7 +47,7 @@ def test_greedy_equals_transformers_for_every_drafter(
     plain = runner.generate([prompt], max_new_tokens=60)[0]
     assert plain.token_ids == expected
     assert plain.forwards == 60
-    for name, drafter in {**drafters, "ngram": NgramDrafter(NgramConfig(min_n=1))}.items():
+    for name, drafter in {**drafters, "ngram": NgramDrafter(NgramDrafter.Config(min_n=1))}.items():
         runner.use(drafter)
         result = runner.generate([prompt], max_new_tokens=60)[0]
         assert result.token_ids == expected, name
@@ -70,7 +70,7 @@ def test_draft_model_keeps_the_text(
     expected = generate(model, [prompt], max_new_tokens=60)[0].token_ids
     target = Target(model)
     for other in (tiny(family, 1), model):
-        drafter = DraftModelDrafter(other, DraftModelConfig(depth=3), target=target)
+        drafter = DraftModelDrafter(other, DraftModelDrafter.Config(depth=3), target=target)
         result = generate(model, [prompt], draft=drafter, max_new_tokens=60)[0]
         assert result.token_ids == expected
         if other is model:
@@ -281,5 +281,4 @@ def test_the_cache_holds_all_but_the_last_token(tiny: Tiny, endless: Any, script
     drafter = scripted(lambda tokens, _: [plain[len(tokens) : len(tokens) + 4]])
     runner = Runner(model, draft=drafter)
     result = runner.generate([prompt], max_new_tokens=9)[0]
-    assert runner._cache is not None
-    assert runner._cache.tokens == [prompt + result.token_ids[:-1]]
+    assert runner.engine().cache.tokens == [prompt + result.token_ids[:-1]]
