@@ -103,7 +103,7 @@ class Quantizer(ABC):
     """
 
     name: ClassVar[str]
-    Config: ClassVar[type[options.Config]]
+    Config: ClassVar[type[options.Config]] = options.Config
     statistics: ClassVar[Statistics] = {}
     rounds_inputs: ClassVar[bool] = False
     config: Any
