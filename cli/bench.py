@@ -57,6 +57,10 @@ class BenchOptions(Config):
     )
     plot: Path | None = option(None, "Chart of the speed-ups to write: a .png or .svg file")
 
+    def validate(self) -> None:
+        if not self.batch_size:
+            raise UsageError("--batch-size : expected positive numbers, as 4 or 1,4,16")
+
 
 def bench(
     output: Output,

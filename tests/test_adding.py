@@ -22,7 +22,8 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli.common import SCHEMA_VERSION
 from spectool.cli.derive import Command, configs_of, derive
 from spectool.decode.generate import Runner
-from spectool.evaluate.context import Context, Request
+from spectool.evaluate.context import Context
+from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
 from spectool.kernels import registry
 from spectool.methods import METHODS, Method
@@ -65,7 +66,7 @@ def check_measure(module: ModuleType, request: pytest.FixtureRequest) -> None:
     row = Method(kind="measure", target="added_measure:CrossEntropy", summary="...", source="...")
     add_method(request, "cross-entropy", row)
     checkpoint = open_checkpoint(request.getfixturevalue("checkpoint")("llama"))
-    options = Request(measures=["perplexity", "cross-entropy"], window=32, limit=2000)
+    options = EvalOptions(measure=("perplexity", "cross-entropy"), window=32, limit=2000)
     evaluation = evaluate(Context(checkpoint, options), gates=["cross_entropy>0"])
     perplexity: Any
     perplexity, added = evaluation.measures
