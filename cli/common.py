@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from rich.markup import escape
 from spectool.cli.events import describe, describe_metrics
 from spectool.data.text import Reading
 from spectool.errors import Interrupted, SpectoolError, UsageError
+from spectool.files import finite
 from spectool.report import Reporter, TrainingStep
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Output(Reporter):
         self.finished = True
         if self.json_wanted and not self.quiet:
             read = {"read": self.readings} if self.readings else {}
-            safe = _finite({"schema_version": SCHEMA_VERSION, **value, **read})
+            safe = finite({"schema_version": SCHEMA_VERSION, **value, **read})
             sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
             sys.stdout.flush()
 
@@ -341,14 +341,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity by None, since JSON has neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return value

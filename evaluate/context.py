@@ -109,9 +109,9 @@ class Context:
             return None
         if Path(path).is_file():
             saved = SavedReference(Path(path))
-            if saved.metadata["tokenizer"] != tokenizer_digest(self.tokenizer):
+            if saved.record.tokenizer != tokenizer_digest(self.tokenizer):
                 raise UsageError(f"{path}: was made with another tokenizer")
-            if saved.metadata["vocabulary"] != self.vocabulary:
+            if saved.record.vocabulary != self.vocabulary:
                 raise UsageError(f"{path}: has another vocabulary size")
             return saved
         other = open_checkpoint(
@@ -185,10 +185,8 @@ class Context:
                     )
             if writer is not None:
                 writer.finish(
-                    {
-                        "source": self.checkpoint.fingerprint(),
-                        "tokenizer": tokenizer_digest(self.tokenizer),
-                    }
+                    source=self.checkpoint.fingerprint(),
+                    tokenizer=tokenizer_digest(self.tokenizer),
                 )
         return scores
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from spectool import methods
 from spectool.errors import UsageError
@@ -29,7 +28,7 @@ class Evaluation:
     measures: list[Measure]
     gates: list[Checked]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return the fields of all measures as one object."""
         fields = {
             key: value for measure in self.measures for key, value in as_json(measure).items()
