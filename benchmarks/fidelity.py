@@ -172,7 +172,7 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
                 method=method,
                 config=config,
                 budget=budget,
-                calibration=[calibration],
+                calibration=(calibration,),
                 samples=SAMPLES,
                 seq_len=SEQ_LEN,
                 seed=seed,

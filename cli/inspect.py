@@ -13,7 +13,7 @@ from spectool.cli.common import Output, size
 from spectool.distill.options import HeadsOptions
 from spectool.errors import CheckpointError, UsageError
 from spectool.options import Config, command_words, option, options_of
-from spectool.quantize.options import CalibrationOptions, QuantizeOptions
+from spectool.quantize.options import ComputeOptions, QuantizeOptions
 from spectool.shared_options import LoadOptions, PlaceOptions, WriteOptions
 
 
@@ -215,7 +215,7 @@ def command(made_by: dict[str, Any]) -> str | None:
             skip=made_by["skip"],
             allow_dense=made_by["allow_dense"],
             seed=made_by["seed"],
-            **_recorded(CalibrationOptions, calibration),
+            **_recorded(ComputeOptions, calibration),
             **{
                 f"preprocess_{key}": preprocess[key]
                 for key in ("steps", "rank", "rate")

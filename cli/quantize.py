@@ -13,8 +13,8 @@ from spectool import methods
 from spectool.cli.by_method import Verb
 from spectool.cli.common import Output, prepare_torch, size
 from spectool.errors import Interrupted, UsageError
-from spectool.options import Config, command_words, option
-from spectool.quantize.options import QuantizeOptions
+from spectool.options import Config, command_words, option, options_of
+from spectool.quantize.options import JobOptions, QuantizeOptions
 from spectool.shared_options import PlaceOptions, WriteOptions
 
 if TYPE_CHECKING:
@@ -141,15 +141,8 @@ def _make_job(
         embeddings=embeddings,
         lm_head=lm_head,
         budget=budget,
-        calibration=options.calibration or None,
-        samples=options.samples,
-        seq_len=options.seq_len,
-        text_field=options.field,
-        template=options.template,
-        skip=options.skip,
-        allow_dense=options.allow_dense,
-        seed=options.seed,
         preprocess=preprocess if options.preprocess else None,
+        **{each.name: getattr(options, each.name) for each in options_of(JobOptions)},
     )
 
 

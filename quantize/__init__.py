@@ -44,7 +44,7 @@ def quantize(
     job = QuantizeJob(
         method=method,
         config=methods.resolve(method, "quantizer").Config.from_dict(options),
-        calibration=calibration,
+        calibration=tuple(calibration or ()),
         samples=samples,
         seq_len=seq_len,
     )

@@ -45,7 +45,7 @@ def read_calibration(
     architecture: Architecture, job: QuantizeJob, reporter: Reporter
 ) -> Calibration:
     """Read the calibration sequences."""
-    ids, bos = read_tokens(architecture, job, job.calibration or (), job.samples, reporter)
+    ids, bos = read_tokens(architecture, job, job.calibration, job.samples, reporter)
     ids_SL = sample_sequences(
         ids,
         samples=job.samples,
@@ -97,7 +97,7 @@ def read_tokens(
     text = read_text(
         sources,
         tokenizer,
-        field=job.text_field,
+        field=job.field,
         template=job.template or None,
         max_characters=STREAMED_CHARACTERS * (samples + 1) * job.sequence_length(architecture),
         reporter=reporter,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from spectool.model.blocks import Compute
 from spectool.options import Config
 from spectool.quantize.base import Quantizer
 from spectool.quantize.fitting import BlockQuantizer
+from spectool.quantize.options import JobOptions
 from spectool.quantize.preprocess import Preprocess
 from spectool.quantize.rules import Rule
 from spectool.version import __version__
@@ -45,7 +46,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeJob:
+class QuantizeJob(JobOptions):
     """All options of a quantization except where it runs.
 
     `method` and `config` pack the blocks' matrices that neither `skip` nor a rule names; with a
@@ -59,14 +60,6 @@ class QuantizeJob:
     embeddings: Quantizer | None = None
     lm_head: Quantizer | None = None
     budget: Budget | None = None
-    calibration: Sequence[str] | None = None
-    samples: int = 128
-    seq_len: int = 2048
-    text_field: str | None = None
-    template: Mapping[str, Any] = field(default_factory=dict)
-    skip: Sequence[str] = ()
-    allow_dense: bool = False
-    seed: int = 0
     preprocess: Preprocess | None = None
 
     @property
@@ -90,7 +83,7 @@ class QuantizeJob:
         Methods without statistics and without a fit need none; given text is used all the same,
         for the output errors.
         """
-        needing = (self.calibration, self.budget, self.lm_head)
+        needing = (self.calibration or None, self.budget, self.lm_head)
         return any(each is not None for each in needing) or any(
             each.calibrates for each in self.list_quantizers()
         )

@@ -24,13 +24,33 @@ class CalibrationOptions(TextOptions):
     )
     samples: int = option(128, "Number of calibration sequences", minimum=1)
     seq_len: int = option(2048, "Maximum tokens per calibration sequence", minimum=2)
-    batch_size: int = option(4, "Number of calibration sequences run together", minimum=1)
-    dtype: str = option("float32", "Dtype of the calibration passes: float32, bfloat16 or float16")
     seed: int = option(0, "Random seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PreprocessOptions(CalibrationOptions):
+class JobOptions(CalibrationOptions):
+    """What a quantization's job takes as it is given."""
+
+    PANEL: ClassVar = "What to quantize"
+
+    skip: tuple[str, ...] = option((), "Leave linears with this name or glob dense; repeatable")
+    allow_dense: bool = option(
+        False, "Quantize even if over 10% of the block weights stay dense", switch=True
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeOptions(JobOptions):
+    """How the calibration text is run."""
+
+    PANEL: ClassVar = "Calibration"
+
+    batch_size: int = option(4, "Number of calibration sequences run together", minimum=1)
+    dtype: str = option("float32", "Dtype of the calibration passes: float32, bfloat16 or float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessOptions(ComputeOptions):
     """A training before the quantization.
 
     Raises:
@@ -59,10 +79,6 @@ class QuantizeOptions(PreprocessOptions):
 
     PANEL: ClassVar = "What to quantize"
 
-    skip: tuple[str, ...] = option((), "Leave linears with this name or glob dense; repeatable")
-    allow_dense: bool = option(
-        False, "Quantize even if over 10% of the block weights stay dense", switch=True
-    )
     rules: Path | None = option(
         None, "YAML file that sets another method, or dense, for some linears"
     )

@@ -80,7 +80,7 @@ def _plan(
         on_device=device != "cpu",
     )
     # Peaks before packing: tokenizing, and training the whole model for --preprocess.
-    characters = count_characters(job.calibration or ())
+    characters = count_characters(job.calibration)
     if job.needs_text and not job.calibration:
         characters = len(builtin_text())
     host, on_device = TOKENIZED_BYTES * characters, 0

@@ -170,7 +170,7 @@ def test_multimodal_wrappers_keep_their_towers(
     job = QuantizeJob(
         method="rtn",
         config=RTN.Config(bits=8),
-        calibration=[str(tmp_path / "text.txt")] if calibrated else None,
+        calibration=[str(tmp_path / "text.txt")] if calibrated else [],
         samples=3,
         seq_len=20,
     )

@@ -46,7 +46,7 @@ def text_file(tmp_path: Path) -> str:
 def job(text_file: str | None = None, **changes: Any) -> QuantizeJob:
     """Make a job of round to nearest; with a text, both streams run and errors are measured."""
     options = {"method": "rtn", "config": RTN.Config(bits=3), "samples": 5, "seq_len": 24}
-    return QuantizeJob(**{**options, "calibration": [text_file] if text_file else None, **changes})
+    return QuantizeJob(**{**options, "calibration": [text_file] if text_file else [], **changes})
 
 
 def fitted_job(**changes: Any) -> QuantizeJob:

@@ -192,7 +192,7 @@ def test_texts_and_reshaping_are_counted(checkpoint: Checkpoints, tmp_path: Path
     job = QuantizeJob(
         method="rtn", config=RTN.Config(), calibration=[str(text)], samples=2, seq_len=32
     )
-    small = replace(job, calibration=None)
+    small = replace(job, calibration=())
     twice = replace(job, calibration=[str(text), str(text)])
     reshaped = replace(small, preprocess=Preprocess(text=["none"], batch_size=4000))
 

@@ -414,7 +414,7 @@ def test_no_tokenizer_matters_only_where_text_is_read(
         path.unlink()
     compress(source)
     with pytest.raises(CheckpointError, match="no tokenizer") as caught:
-        compress(source, out="calibrated", job={"calibration": ()})
+        compress(source, "gptq", out="calibrated")
     assert "\n" not in str(caught.value)
 
 
