@@ -157,7 +157,7 @@ class BlockQuantizer(Quantizer):
         return report
 
     @property
-    def calibrates(self) -> bool:
+    def needs_calibration(self) -> bool:
         return True
 
     def fit(

@@ -32,13 +32,13 @@ from spectool.quantize.pack import Packing
 from spectool.quantize.plan import QuantizePlan, make_plan
 from spectool.quantize.preprocess import Reshaping, bytes_needed
 from spectool.quantize.report import QuantizeReport
-from spectool.quantize.rules import skipping
+from spectool.quantize.rules import make_skip_rules
 from spectool.quantize.small_files import make_small_files
 from spectool.quantize.stream import CalibratedStream, open_stream
 from spectool.report import SILENT, Reporter
 
 
-def prepare(
+def plan_job(
     checkpoint: Checkpoint, job: QuantizeJob, *, device: str, batch_size: int = 4
 ) -> QuantizePlan:
     """Return the plan of a job; for a budget that of its first candidate.
@@ -68,7 +68,7 @@ def _plan(
     plan = make_plan(
         architecture,
         job.quantizer,
-        rules=[*skipping(job.skip), *job.rules],
+        rules=[*make_skip_rules(job.skip), *job.rules],
         embeddings=job.embeddings,
         lm_head=job.lm_head,
         allow_dense=job.allow_dense,
@@ -119,7 +119,7 @@ def quantize(
     artifact.check_target(out, overwrite=overwrite)
     artifact.check_paths(checkpoint.path, out)
     compute = Compute(dtype=dtype, device=torch.device(device), batch_size=batch_size)
-    plan = prepare(checkpoint, job, device=device, batch_size=batch_size)
+    plan = plan_job(checkpoint, job, device=device, batch_size=batch_size)
     if job.budget is None:
         reporter.plan(plan)
     blocks, calibration = open_stream(plan, compute), None
