@@ -121,7 +121,7 @@ def widen_heads(heads: Path, model: Path, wide: Path, out: Path) -> None:
     config = drafter.Heads.Config.from_dict(record.options)
     tensors = load_file(heads / HEADS_FILE)
     with torch.device("meta"):
-        architecture = build_meta(read_config(wide))
+        architecture = build_meta(read_config(open_checkpoint(wide)))
         made = drafter.Heads(config, architecture, tensors.get("token_map"))
     narrow, width = record.target["hidden_size"], WIDTHS["hidden"]
     widened = {}

@@ -137,7 +137,7 @@ def _run(
             lossy=verification.lossy,
             chain_lengths=options.chain_lengths,
         )
-        result = bench_module.bench(runner, inputs, how, say=output.say)
+        result = bench_module.bench(runner, inputs, how, reporter=output)
         runs.append(replace(result, model=target.model))
     return runs
 

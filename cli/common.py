@@ -18,12 +18,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from spectool.cli.events import describe, describe_metrics
+from spectool.data.text import Reading
 from spectool.errors import Interrupted, SpectoolError, UsageError
+from spectool.report import Reporter, TrainingStep
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-    from spectool.data.text import Prompt, Reading
+    from spectool.data.text import Prompt
     from spectool.decode.generate import Result, Runner
     from spectool.decode.options import RunnerOptions
     from spectool.shared_options import TextOptions
@@ -34,12 +37,12 @@ SCHEMA_VERSION = 2
 QUIET_SECONDS = 60.0
 
 
-class Output:
-    """Output of a command: results to stdout, all other lines to stderr.
+class Output(Reporter):
+    """Output of a command, and reporter of its run: results to stdout, all other lines to stderr.
 
     With --json the only output on stdout is one JSON object. `quiet`: print nothing, since another
     process of the same run prints. `so_far` returns the partial result of a run that fails, which
-    the JSON object then holds next to the error.
+    the JSON object then holds next to the error. `show_plan` prints the command's plan.
     """
 
     def __init__(self, *, json_wanted: bool) -> None:
@@ -52,6 +55,8 @@ class Output:
         self.quiet = is_other_process()
         self.readings: list[dict[str, Any]] = []
         self.so_far: Callable[[], Mapping[str, Any]] = dict
+        self.show_plan: Callable[[Any], None] = lambda plan: None
+        self._held_out = ""
         self._last_line = 0.0
 
     def say(self, line: str) -> None:
@@ -60,12 +65,30 @@ class Output:
             return
         self.err.print(escape(line))
 
-    def note(self, reading: Reading) -> None:
-        """Report what was read from a source of text, once even if several models read it."""
-        found = reading.as_dict()
-        if found not in self.readings:
+    def plan(self, plan: Any) -> None:
+        self.show_plan(plan)
+        self._start()
+
+    def event(self, event: Any) -> None:
+        """Print what happened; of texts once, even if several models read them."""
+        if isinstance(event, TrainingStep):
+            self._show_step(event)
+            return
+        if isinstance(event, Reading):
+            found = event.as_dict()
+            if found in self.readings:
+                return
             self.readings.append(found)
-            self.say(str(reading))
+        for line in describe(event):
+            self.say(line)
+        self._start()
+
+    def _show_step(self, step: TrainingStep) -> None:
+        if step.evaluation is not None:
+            self._held_out = f", held out {describe_metrics(step.evaluation)}"
+        if step.step:
+            what = f"{step.name}: loss {step.metrics['loss']:.3f}{self._held_out}, steps"
+            self.progress(step.step, step.steps, what)
 
     def complain(self, error: SpectoolError) -> None:
         """Print an error and its hint, each as one line."""
@@ -93,12 +116,12 @@ class Output:
             sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
             sys.stdout.flush()
 
-    def start(self) -> None:
-        """Start the clock of `progress`, so that its estimate leaves out the preparation."""
+    def _start(self) -> None:
+        """Start the clock of `progress`, so that its estimate leaves out what came before."""
         self.work_began = self._last_line = time.monotonic()
 
     def progress(self, done: float, total: int, what: str) -> None:
-        """Report the steps done, fractions included, and estimate the time left.
+        """Print the steps done, fractions included, and estimate the time left.
 
         On a terminal one line is rewritten; elsewhere lines are at least QUIET_SECONDS apart,
         apart from the first and the last.
@@ -114,6 +137,8 @@ class Output:
         elif done in (1, total) or now - self._last_line > QUIET_SECONDS:
             self._last_line = now
             self.say(line)
+        if done == total:
+            self._start()
 
 
 def is_other_process() -> bool:
@@ -198,17 +223,17 @@ def open_runner(
     from spectool.decode.policy.tuned import Tuned
     from spectool.model import loading
 
-    model, device = options.model, options.resolve_device()
-    checkpoint = options.open()
-    layout = checkpoint.layout
-    dtype = options.dtype or loading.default_dtype(layout, loading.check_device(device))
+    checkpoint, device = options.open(), options.resolve_device()
+    own = loading.default_dtype(checkpoint.layout, loading.check_device(device))
     opened = loading.load_model(
-        checkpoint, dtype=dtype, device=device, runtime=options.runtime, for_decoding=True
+        checkpoint,
+        dtype=options.dtype or own,
+        device=device,
+        runtime=options.runtime,
+        for_decoding=True,
+        reporter=output,
     )
     tokenizer = loading.load_tokenizer(checkpoint)
-    output.say(f"{model}: {loading.describe_runtime(opened)} on {device}")
-    if unused := loading.unused_of(opened, layout):
-        output.say(f"{model}: {unused}")
     runner = Runner(
         opened,
         draft=draft,
@@ -220,7 +245,7 @@ def open_runner(
     )
     for format, choice in runner.target.kernels.items():
         output.say(f"few rows times {format} matrices: {choice}")
-    for note in (*layout.notes, *runner.target.notes):
+    for note in runner.target.notes:
         output.say(note)
     if isinstance(runner.drafter, Tuned):
         output.say(f"drafting with {runner.drafter_name} while that is faster: {runner.curve}")
@@ -238,7 +263,7 @@ def read_prompts(
         tokenizer,
         field=text.field,
         template=text.template or None,
-        on_read=output.note,
+        reporter=output,
         **limits,
     )
 

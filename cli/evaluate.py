@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from spectool.cli.common import Output, prepare_torch
 from spectool.options import Config, option
 from spectool.shared_options import LoadOptions, TextOptions
+
+if TYPE_CHECKING:
+    from spectool.evaluate.context import Plan, Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +89,8 @@ def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: L
         batch_size=options.batch_size,
         blockwise=options.blockwise,
     )
-    context = Context(
-        load.open(),
-        request,
-        say=output.say,
-        progress=lambda done, total: output.progress(done, total, "tokens scored"),
-        on_read=output.note,
-    )
-    output.start()
+    output.show_plan = lambda plan: _show_plan(output, request, plan)
+    context = Context(load.open(), request, reporter=output)
     evaluation = run_measures(context, gates=options.gate)
     for result in evaluation.measures:
         for line in result.lines():
@@ -103,3 +101,22 @@ def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: L
     output.result(evaluation.as_json())
     if not all(checked.holds for checked in evaluation.gates):
         raise typer.Exit(3)
+
+
+def _show_plan(output: Output, request: Request, plan: Plan) -> None:
+    """Print what is scored, and what is kept of it."""
+    windows = plan.windows
+    output.say(f"text: {plan.text}")
+    scored = "no BOS token, the first token of each window not scored, the text's rest dropped"
+    if windows.bos is not None:
+        scored = "each starts with the BOS token, all text tokens scored"
+    output.say(
+        f"protocol: windows of {windows.length} tokens without overlap, {scored}; "
+        f"{windows.num_tokens} tokens scored"
+    )
+    if plan.saved_bytes is not None:
+        kept = f"the {request.top_k} largest" if request.top_k else "all (lossless)"
+        output.say(
+            f"{request.save_reference}: log-probabilities kept: {kept}; "
+            f"{plan.saved_bytes / 1e6:.1f} MB, twice that while the file is assembled"
+        )

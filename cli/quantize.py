@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from spectool import methods
 from spectool.cli.by_method import Verb
 from spectool.cli.common import Output, prepare_torch, size
+from spectool.cli.events import unused_line
 from spectool.errors import Interrupted, UsageError
 from spectool.options import Config, command_words, option
 from spectool.quantize.options import QuantizeOptions
@@ -60,14 +61,15 @@ def quantize(
     device = load.resolve_device()
     check_device(device)
     if write.dry_run:
-        architecture, planned = run.prepare(
+        planned = run.prepare(
             load.open(headers_only=True), job, device=device, batch_size=options.batch_size
         )
-        show_plan(output, planned, architecture, job)
+        show_plan(output, planned, job)
         result = {"dry_run": True, "method": job.method, **_plan_record(planned)}
-        output.result({**result, "unused": architecture.unused})
+        output.result({**result, "unused": planned.architecture.unused})
         return
     check_target(write.out, overwrite=write.overwrite)
+    output.show_plan = lambda plan: show_plan(output, plan, job)
     compute = parse_dtype(options.dtype)
     assert compute is not None
     try:
@@ -79,10 +81,7 @@ def quantize(
             dtype=compute,
             batch_size=options.batch_size,
             overwrite=write.overwrite,
-            announce=lambda plan, architecture: show_plan(output, plan, architecture, job),
-            progress=output.progress,
-            say=output.say,
-            on_read=output.note,
+            reporter=output,
         )
     except KeyboardInterrupt:
         again = "run the same command to resume after the last finished block"
@@ -200,12 +199,9 @@ def _explicit_words(
     return ["spectool", "quantize", picked.quantizer.name, *words]
 
 
-def show_plan(
-    output: Output, plan: QuantizePlan, architecture: Architecture, job: QuantizeJob
-) -> None:
+def show_plan(output: Output, plan: QuantizePlan, job: QuantizeJob) -> None:
     """Print the plan before the run starts."""
-    from spectool.checkpoint.contents import unused_line
-
+    architecture = plan.architecture
     by_method: dict[Any, int] = {}
     for block in plan.matrices.values():
         for name in block:
@@ -252,7 +248,6 @@ def show_plan(
         f"plan: expected bits per weight: {plan.bits_linears:.3f} of the linears, "
         f"{plan.bits_file:.3f} of the file"
     )
-    output.start()
 
 
 def _show_calibration(output: Output, architecture: Architecture, job: QuantizeJob) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from spectool import methods
 from spectool.cli.by_method import Verb
@@ -48,13 +48,7 @@ def train_heads(
 
     check_target(write.out, overwrite=write.overwrite)
     job = Job(method=method, config=config, **options.as_dict())
-    latest = ""
-
-    def watch(step: int, total: int, metrics: dict[str, Any], evaluation: Any) -> None:
-        nonlocal latest
-        latest = _describe_evaluation(evaluation) if evaluation is not None else latest
-        output.progress(step, total, f"loss {metrics['loss']:.3f}{latest}, steps")
-
+    output.show_plan = lambda plan: _show_plan(output, job, plan)
     device = load.resolve_device()
     with connect(device) as processes:
         with processes.together():
@@ -70,11 +64,7 @@ def train_heads(
                 overwrite=write.overwrite,
                 metrics=write.metrics,
                 processes=processes,
-                say=output.say,
-                on_read=output.note,
-                announce=lambda plan: _show_plan(output, job, plan),
-                start=output.start,
-                watch=watch,
+                reporter=output,
             )
         except KeyboardInterrupt:
             again = "run the same command to resume from the last stored state"
@@ -103,11 +93,6 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
     if job.regenerate:
         writer = f"the server at {job.regenerate_url}" if job.regenerate_url else "the model"
         output.say(f"plan: {writer} generates the answers first, temperature {job.temperature}")
-
-
-def _describe_evaluation(evaluation: dict[str, Any]) -> str:
-    accuracy = " ".join(f"{share:.0%}" for share in evaluation["accuracy"])
-    return f", held out {accuracy} by head and {evaluation['score']:.2f} tokens per forward"
 
 
 def _finish(output: Output, out: Path, report: Report) -> None:

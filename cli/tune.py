@@ -32,7 +32,9 @@ def tune(output: Output, options: TuneOptions, text: TextOptions, load: RunnerOp
     read_record(heads)
     runner, tokenizer = open_runner(output, load)
     inputs = read_prompts(output, options.prompts, tokenizer, text, limit=options.limit)
-    best = tuning.tune(runner, heads, inputs, max_new_tokens=options.max_new_tokens, say=output.say)
+    best = tuning.tune(
+        runner, heads, inputs, max_new_tokens=options.max_new_tokens, reporter=output
+    )
     output.show(f"{heads}: {best} here, {best.speedup:.2f} times plain decoding")
     if best.speedup < 1:
         output.say("plain decoding is faster on this machine; `--draft HEADS:tune` may choose")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from spectool.errors import SpectoolError, UnsupportedError, require
+from spectool.report import SILENT, Reporter, TrainingStep
 
 Metrics = dict[str, Any]
 
@@ -161,27 +162,27 @@ class History:
 
 @dataclass(slots=True, kw_only=True)
 class Training:
-    """A training run over the parameters of `module` that require a gradient.
+    """A training run over the parameters of `module` that require a gradient, called `name`.
 
     `accumulate(step)` adds to the gradients and returns the step's metrics, `loss` among them.
     `evaluate()` returns metrics with a `score`; the weights of the highest score are kept.
-    `watch(step, metrics, evaluation)` is called after every step; the metrics then include
-    `learning_rate` (of the first group), `gradient_norm` (before clipping) and `seconds`;
-    `evaluation` is None at steps without one. `keep()` copies what is kept of an evaluation as
-    `best`, which the caller restores; by default the parameters are kept and restored. The state is
-    stored at most every `save_seconds`, and storing takes at most `save_share` of the time;
+    Every step is reported under `name`, its metrics with `learning_rate` (of the first group),
+    `gradient_norm` (before clipping) and `seconds`. `keep()` copies what is kept of an evaluation
+    as `best`, which the caller restores; by default the parameters are kept and restored. The state
+    is stored at most every `save_seconds`, and storing takes at most `save_share` of the time;
     `annealing` is not resumed.
 
     Raises:
         SpectoolError: a loss that is NaN or infinite.
     """
 
+    name: str
     module: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     recipe: Recipe
     accumulate: Callable[[int], Metrics]
     evaluate: Callable[[], Metrics]
-    watch: Callable[[int, Metrics, Metrics | None], None] = lambda step, metrics, evaluation: None
+    reporter: Reporter = SILENT
     keep: Callable[[], Any] | None = None
     store: Store | None = None
     save_seconds: float = 60.0
@@ -202,6 +203,7 @@ class Training:
         cost = 0.0
         if step == 0:
             self._evaluate(0)
+            self._report(0, {}, self.history.evaluations[-1])
         while step < self.recipe.steps:
             metrics = self._step(step)
             step += 1
@@ -217,7 +219,7 @@ class Training:
                 self._save(step)
                 saved = time.monotonic()
                 cost = saved - now
-            self.watch(step, metrics, evaluation)
+            self._report(step, metrics, evaluation)
         if self.keep is None:
             with torch.no_grad():
                 for name, parameter in self._parameters().items():
@@ -255,6 +257,10 @@ class Training:
             schedule.step()
         metrics["seconds"] = time.monotonic() - started
         return metrics
+
+    def _report(self, step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
+        of = self.name, step, self.recipe.steps
+        self.reporter.event(TrainingStep(*of, metrics, evaluation))
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}

@@ -15,10 +15,11 @@ from typing import Any
 
 from spectool.errors import InputError, UsageError
 from spectool.files import disk_errors, replacing
+from spectool.report import Reporter, TrainingStep
 
 
-class MetricsFile:
-    """JSON lines in the file `path`, one per step. `run` identifies the run.
+class MetricsFile(Reporter):
+    """JSON lines in the file `path`, one per reported step. `run` identifies the run.
 
     Raises:
         UsageError: the file exists and is of another run.
@@ -40,13 +41,20 @@ class MetricsFile:
                     hint="move it away, or name another file",
                 )
 
-    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def event(self, event: Any) -> None:
         """Append a step's line; the first call drops older lines of this step and later ones."""
+        if not isinstance(event, TrainingStep):
+            return
+        line = {"step": event.step, **event.metrics}
+        if event.metrics:
+            line["tokens_per_second"] = line["tokens"] / max(1e-9, line["seconds"])
+        if event.evaluation is not None:
+            line["held_out"] = event.evaluation
         with disk_errors(self.path):
             if self._fresh:
-                self._begin(step)
+                self._begin(event.step)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line({"step": step, **metrics}))
+                file.write(_line(line))
 
     def _begin(self, step: int) -> None:
         kept = [line for line in self._lines()[1:] if _step_of(line) < step]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.headers import HEADS, HEADS_FILE
 from spectool.checkpoint.hub import fetch, is_local
 from spectool.checkpoint.tensors import Checkpoint, read_tensors, text_fingerprint
-from spectool.data.text import OnRead
 from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import HeadsRecord, lineage
 from spectool.decode.heads.base import MOST_NODES, TOP, Heads
@@ -30,9 +29,8 @@ from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.samples import read_samples, split
 from spectool.distill.data.server import Server
-from spectool.distill.data.texts import Say
 from spectool.distill.metrics import MetricsFile
-from spectool.distill.plan import Job, Plan, Setup, make_identity, make_plan
+from spectool.distill.plan import Job, Setup, make_identity, make_plan
 from spectool.distill.processes import ALONE, Processes
 from spectool.distill.trainer import HeadTrainer
 from spectool.distill.training_data import DataPreparation
@@ -46,6 +44,7 @@ from spectool.model.loading import (
     own_dtype,
     tokenizer_digest,
 )
+from spectool.report import SILENT, Reporter, Several, TrainingStarts
 from spectool.training import Metrics, OptimizerDefaults, Recipe, Training, make_optimizer
 
 # Number of evaluations on held-out text in a training.
@@ -109,19 +108,12 @@ def train_heads(
     overwrite: bool = False,
     metrics: Path | None = None,
     processes: Processes = ALONE,
-    say: Say = lambda line: None,
-    on_read: OnRead = lambda reading: None,
-    announce: Callable[[Plan], None] = lambda plan: None,
-    start: Callable[[], None] = lambda: None,
-    watch: Callable[[int, int, Metrics, Metrics | None], None] = lambda *step: None,
+    reporter: Reporter = SILENT,
 ) -> Report:
     """Train heads for a checkpoint and write them to the directory `out`.
 
-    Callbacks: `on_read` after each source of text, `announce` with the plan before the weights are
-    read, `start` before the first step, `watch(step, steps, metrics, evaluation)` after every step,
-    where `evaluation` holds held-out metrics or is None. The arguments of `watch` are also written
-    to the file `metrics`. With several `processes` all call this with equal arguments, and the
-    first one writes.
+    The metrics of all steps are also written to the file `metrics`. With several `processes` all
+    call this with equal arguments, and the first one writes.
 
     Raises:
         InputError: checkpoint, data or options are unusable, or `out` cannot be written.
@@ -131,11 +123,10 @@ def train_heads(
     with processes.together():
         where = processes.device(check_device(device))
         setup = _setup(checkpoint, job, dtype, where, runtime)
-        preparation = _prepare(setup, job, out, overwrite, processes, say, on_read, announce)
-        lines = None
+        preparation = _prepare(setup, job, out, overwrite, processes, reporter)
         if metrics is not None and processes.first:
             run = {"method": job.method, "run": text_fingerprint(preparation.identity)}
-            lines = MetricsFile(metrics, run)
+            reporter = Several(MetricsFile(metrics, run), reporter)
     job = preparation.job
     with contextlib.ExitStack() as stack:
         writer: ArtifactWriter | None = None
@@ -157,16 +148,10 @@ def train_heads(
                 hint="give more data, or a larger --held-out",
             )
         if trainer.steps:
-            minutes = trainer.steps * trainer.step_seconds() / 60
-            say(f"{trainer.steps} steps, about {minutes:.1f} min")
+            seconds = trainer.steps * trainer.step_seconds()
+            reporter.event(TrainingStarts(trainer.steps, seconds))
 
-        def report_step(step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
-            if lines is not None:
-                _write_metrics(lines, step, metrics, evaluation, training.history.evaluations[0])
-            watch(step, trainer.steps, metrics, evaluation)
-
-        training = _make_training(job, trainer, report_step, _Shards(writer, processes))
-        start()
+        training = _make_training(job, trainer, reporter, _Shards(writer, processes))
         history = training.run()
         # Evaluated in the precision in which they are stored.
         stored = own_dtype(setup.checkpoint.layout)
@@ -215,9 +200,7 @@ def _prepare(
     out: Path,
     overwrite: bool,
     processes: Processes,
-    say: Say,
-    on_read: OnRead,
-    announce: Callable[[Plan], None],
+    reporter: Reporter,
 ) -> DataPreparation:
     """Read the texts and estimate the cost; nothing is written yet.
 
@@ -244,7 +227,7 @@ def _prepare(
         template=job.template or None,
         # Twice the tokens of all steps: a part is held out, and steps should differ.
         max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
-        on_read=on_read,
+        reporter=reporter,
     )
     server = None
     if job.regenerate_url is not None:
@@ -270,7 +253,7 @@ def _prepare(
         processes=processes,
         init_from=init_from,
     )
-    announce(plan)
+    reporter.plan(plan)
     preparation = DataPreparation(
         job=job,
         setup=setup,
@@ -282,7 +265,7 @@ def _prepare(
         server=server,
         overwrite=overwrite,
         processes=processes,
-        say=say,
+        reporter=reporter,
     )
     preparation.check()
     return preparation
@@ -304,9 +287,7 @@ def _read_pretrained(name: str, setup: Setup, job: Job) -> PretrainedHeads:
     return heads
 
 
-def _make_training(
-    job: Job, trainer: HeadTrainer, watch: Callable[..., None], store: _Shards
-) -> Training:
+def _make_training(job: Job, trainer: HeadTrainer, reporter: Reporter, store: _Shards) -> Training:
     optimizer_defaults = trainer.heads.optimizer_defaults
     assert job.learning_rate is not None
     optimizer = make_optimizer(
@@ -317,13 +298,14 @@ def _make_training(
         weight_decay=optimizer_defaults.weight_decay,
     )
     return Training(
+        name=job.method,
         module=trainer.heads,
         optimizers=[optimizer],
         recipe=Recipe(steps=trainer.steps, warmup=job.warmup, final=optimizer_defaults.final,
                       every=max(1, trainer.steps // _NUM_EVALUATIONS)),
         accumulate=trainer.accumulate,
         evaluate=trainer.evaluate,
-        watch=watch,
+        reporter=reporter,
         store=store,
     )  # fmt: skip
 
@@ -368,13 +350,3 @@ def _setup(
         runtime=runtime,
         seq_len=min(job.seq_len, checkpoint.layout.context or job.seq_len),
     )
-
-
-def _write_metrics(
-    lines: MetricsFile, step: int, metrics: Metrics, evaluation: Metrics | None, untrained: Metrics
-) -> None:
-    """Write a step's line; before the first step's, a line for the untrained heads."""
-    if step == 1:
-        lines.add(0, {"held_out": untrained})
-    line = {**metrics, "tokens_per_second": metrics["tokens"] / max(1e-9, metrics["seconds"])}
-    lines.add(step, line if evaluation is None else {**line, "held_out": evaluation})

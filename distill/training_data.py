@@ -37,13 +37,14 @@ from spectool.distill.data.features import (
 from spectool.distill.data.regenerate import regenerate
 from spectool.distill.data.samples import SHORTEST, Sample
 from spectool.distill.data.server import Server, rewrite
-from spectool.distill.data.texts import Say, TextWriter
+from spectool.distill.data.texts import TextWriter
 from spectool.distill.plan import Job, Setup
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import check_features
 from spectool.errors import TextError
 from spectool.methods import resolve
-from spectool.model.loading import describe_runtime, load_model, load_outside, unused_of
+from spectool.model.loading import load_model, load_outside
+from spectool.report import FeaturesFound, Reporter
 
 # Number of texts that the target generates together.
 GENERATED_TOGETHER = 8
@@ -79,7 +80,7 @@ class DataPreparation:
     init_from: PretrainedHeads | None
     overwrite: bool
     processes: Processes
-    say: Say
+    reporter: Reporter
 
     @property
     def key(self) -> dict[str, Any]:
@@ -122,7 +123,8 @@ class DataPreparation:
         with self.processes.together():
             stored = self.stored()
             if stored is not None:
-                self.say(f"features of {len(stored[0].samples)} texts from {self.job.store}")
+                found = FeaturesFound(len(stored[0].samples), str(self.job.store))
+                self.reporter.event(found)
                 kind: type[Heads] = resolve(self.job.method, "drafter").Heads
                 target = Target(self._load()) if kind.begins_as_layers else self._load_shell()
                 return TrainingData(target, *stored)
@@ -150,17 +152,16 @@ class DataPreparation:
         return ArtifactWriter(path, identity=identity, overwrite=self.overwrite)
 
     def _load(self) -> PreTrainedModel:
-        """Load the whole target and print how it runs."""
+        """Load the whole target and report how it runs."""
         setup = self.setup
         model = load_model(
-            setup.checkpoint, dtype=setup.dtype, device=str(setup.device), runtime=setup.runtime
+            setup.checkpoint,
+            dtype=setup.dtype,
+            device=str(setup.device),
+            runtime=setup.runtime,
+            reporter=self.reporter,
         )
         model.requires_grad_(False)
-        self.say(f"{setup.checkpoint.name}: {describe_runtime(model)} on {setup.device}")
-        for note in setup.checkpoint.layout.notes:
-            self.say(note)
-        if unused := unused_of(model, setup.checkpoint.layout):
-            self.say(f"{setup.checkpoint.name}: {unused}")
         return model
 
     def _make(
@@ -176,7 +177,7 @@ class DataPreparation:
             model = self._load()
             runner = Runner(model, tokenizer=setup.tokenizer)
             check_features(runner.target, self.needs)
-        generate = TextWriter(store_writer, self.processes, self.say)
+        generate = TextWriter(store_writer, self.processes, self.reporter)
         # Evaluation text is always the target's own greedy output without loops, since that is what
         # the heads will draft.
         held_out = generate(
@@ -224,7 +225,7 @@ class DataPreparation:
                 self.needs,
                 samples,
                 pass_tokens=job.batch_tokens,
-                say=self.say,
+                reporter=self.reporter,
             )
             for name, samples in (("own", train), ("held-out", held_out))
         ]

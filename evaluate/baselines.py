@@ -20,6 +20,7 @@ from spectool.decode.options import SamplingParams
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
+from spectool.report import SILENT, NoAssistant, Reporter
 
 PLAIN = "transformers plain"
 PROMPT_LOOKUP = "transformers prompt lookup"
@@ -47,7 +48,7 @@ def open_baselines(
     *,
     control: SamplingParams,
     seed: int,
-    say: Callable[[str], None] = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Decode]:
     """Return functions that decode the runner's model with transformers alone, by name."""
 
@@ -59,10 +60,8 @@ def open_baselines(
     drafts = {draft.model.config._name_or_path: draft for draft in models}
     for path, draft in drafts.items():
         if draft.vocab_size != runner.target.vocab_size:
-            say(
-                f"no {ASSISTED} by {path}: transformers needs the target's vocabulary size "
-                f"{runner.target.vocab_size}, and its lm_head has {draft.vocab_size} rows"
-            )
+            sizes = runner.target.vocab_size, draft.vocab_size
+            reporter.event(NoAssistant(ASSISTED, path, *sizes))
             continue
         opened[ASSISTED if len(drafts) == 1 else f"{ASSISTED} by {path}"] = make({}, draft)
     return opened

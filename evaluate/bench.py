@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,8 +26,15 @@ from spectool.errors import UsageError
 from spectool.evaluate import baselines
 from spectool.evaluate.baselines import Decode, Job
 from spectool.model.loading import describe_runtime
-
-Say = Callable[[str], None]
+from spectool.report import (
+    SILENT,
+    ChainRates,
+    NoBaselines,
+    PlainDecoding,
+    PromptsLeftOut,
+    Reporter,
+    Timing,
+)
 
 # A prompt is left out if the context has room for fewer new tokens than this, or than requested.
 LEAST_ROOM = 16
@@ -143,18 +150,13 @@ class Timed:
         # At least 1, in case every output has a single token.
         return max(tokens, 1) / (self.seconds - self.prompt)
 
-    def __str__(self) -> str:
-        return (
-            f"{self.tokens_per_second:.1f} tok/s, {self.tokens_per_forward:.2f} tokens per forward"
-        )
-
 
 def bench(
     runner: Runner,
     prompts: Sequence[Prompt],
     options: Options,
     *,
-    say: Say = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> Run:
     """Time plain decoding, each drafter and the baselines.
 
@@ -167,21 +169,23 @@ def bench(
         runner.verification(
             drafter, verify=options.verify, lossy=options.lossy, **options.sampling.as_dict()
         )
-    jobs = _select_fitting(runner, prompts, options.max_new_tokens, say)
+    jobs = _select_fitting(runner, prompts, options.max_new_tokens, reporter)
     # The same batches for all, since a sampled text depends on its row in the batch.
     batches = _make_batches(jobs, options.batch_size)
     plain = _make_decoder(runner, runner.open(None), _as_plain(options))
-    say(f"plain decoding of {len(jobs)} prompts, to find loops and to warm up")
+    reporter.event(PlainDecoding(len(jobs)))
     lengths = []
     for batch in itertools.chain(*batches.values()):
         for job, result in zip(batch, plain(batch), strict=True):
             job.limit = max(1, loop_start(result.token_ids))
             lengths.append((len(result.token_ids), job.limit))
-    contenders = [("none", plain), *_open_contenders(runner, drafters, options, say)]
+    contenders = [("none", plain), *_open_contenders(runner, drafters, options, reporter)]
     for _, decode in contenders[1:]:
         # Warm-up: the first prompt allocates buffers, and is not timed.
         decode(jobs[:1])
-    timed = {name: _time(runner, contenders, each, name, say) for name, each in batches.items()}
+    timed = {
+        name: _time(runner, contenders, each, name, reporter) for name, each in batches.items()
+    }
     names, greedy = [name for name, _ in contenders], options.sampling.greedy
     parts = [
         _compare(names, each, len(drafters), greedy, name) for name, each in timed.items() if name
@@ -193,7 +197,7 @@ def bench(
         runtime=describe_runtime(runner.target.model),
         baseline=whole.baseline,
         drafters=[
-            _add_chain(row, runner, drafter, jobs, options, say)
+            _add_chain(row, runner, drafter, jobs, options, reporter)
             for row, drafter in zip(whole.drafters, drafters, strict=True)
         ],
         baselines=whole.baselines,
@@ -208,7 +212,7 @@ def bench(
 
 
 def _select_fitting(
-    runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int, say: Say
+    runner: Runner, prompts: Sequence[Prompt], max_new_tokens: int, reporter: Reporter
 ) -> list[Job]:
     """Return the prompts that leave room for new tokens.
 
@@ -229,10 +233,8 @@ def _select_fitting(
             f"has {shortest}"
         )
     if len(jobs) < len(prompts):
-        say(
-            f"{len(prompts) - len(jobs)} of {len(prompts)} prompts left out: with {room} new "
-            f"tokens they do not fit in the context of {context}"
-        )
+        left_out = len(prompts) - len(jobs)
+        reporter.event(PromptsLeftOut(left_out, len(prompts), room, context))
     return jobs
 
 
@@ -271,7 +273,7 @@ def _make_decoder(runner: Runner, drafter: Drafter, options: Options) -> Decode:
 
 
 def _open_contenders(
-    runner: Runner, drafters: Sequence[Drafter], options: Options, say: Say
+    runner: Runner, drafters: Sequence[Drafter], options: Options, reporter: Reporter
 ) -> Iterator[tuple[str, Decode]]:
     """Yield the drafters and then the baselines, each with its name."""
     for draft, drafter in zip(options.drafts, drafters, strict=True):
@@ -279,13 +281,10 @@ def _open_contenders(
         yield draft, _make_decoder(runner, drafter, options)
     if options.baselines and options.batch_size == 1:
         yield from baselines.open_baselines(
-            runner, drafters, control=options.sampling, seed=options.seed, say=say
+            runner, drafters, control=options.sampling, seed=options.seed, reporter=reporter
         ).items()
     elif options.baselines:
-        say(
-            f"no baselines at batch size {options.batch_size}: transformers' run one prompt at a "
-            "time here"
-        )
+        reporter.event(NoBaselines(options.batch_size))
 
 
 def _time(
@@ -293,7 +292,7 @@ def _time(
     contenders: Sequence[tuple[str, Decode]],
     batches: Sequence[Sequence[Job]],
     category: str | None,
-    say: Say,
+    reporter: Reporter,
 ) -> list[Timed]:
     """Time all contenders on the batches of a category, in turns."""
     timed: list[list[Timed]] = [[] for _ in contenders]
@@ -315,7 +314,8 @@ def _time(
             )
     sums = [_sum(parts) for parts in timed]
     for (name, _), whole in zip(contenders, sums, strict=True):
-        say(f"{category}, {name}: {whole}" if category else f"{name}: {whole}")
+        speed = whole.tokens_per_second, whole.tokens_per_forward
+        reporter.event(Timing(name, category, *speed))
     return sums
 
 
@@ -383,7 +383,12 @@ def _make_row(name: str, timed: Timed, plain: Timed, greedy: bool) -> Row:
 
 
 def _add_chain(
-    row: Row, runner: Runner, drafter: Drafter, jobs: Sequence[Job], options: Options, say: Say
+    row: Row,
+    runner: Runner,
+    drafter: Drafter,
+    jobs: Sequence[Job],
+    options: Options,
+    reporter: Reporter,
 ) -> Row:
     """Add the tokens per forward with drafts cut to chains of 1, 2, ... tokens."""
     if not options.chain_lengths:
@@ -391,12 +396,12 @@ def _add_chain(
     inner = drafter.drafter if isinstance(drafter, Tuned) else drafter
     kinds = inner.kinds(options.sampling)
     if not (inner.combines and set(kinds) == {"deterministic"}):
-        say(f"{row.name}: no chains, since its drafts cannot be cut to their first path")
+        reporter.event(ChainRates(row.name, None))
         return row
     rates = []
     for depth in range(1, options.chain_lengths + 1):
         results = _make_decoder(runner, FirstPath(inner, depth), _as_plain(options))(jobs)
         tokens = sum(len(result.token_ids) for result in results)
         rates.append(tokens / sum(result.forwards for result in results))
-    say(f"{row.name}, chains: {' '.join(f'{rate:.2f}' for rate in rates)}")
+    reporter.event(ChainRates(row.name, rates))
     return dataclasses.replace(row, chain=rates)

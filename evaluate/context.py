@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,12 @@ import torch
 from transformers import PreTrainedModel
 
 from spectool.checkpoint.dtypes import parse_dtype
-from spectool.checkpoint.headers import DTYPE_BITS, Layout
+from spectool.checkpoint.headers import Layout
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.data.template import encode
 from spectool.data.text import (
     BUILTIN,
     MIXED,
-    OnRead,
     Prompt,
     builtin_text,
     check_ids,
@@ -36,27 +35,30 @@ from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.evaluate.bench import Options, Run, bench
 from spectool.evaluate.fidelity import LogProbsReference, Reference, Scores, score
 from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
-from spectool.evaluate.windows import BlockwiseLogProbs, LogProbs, ResidentLogProbs, Windows, cut
+from spectool.evaluate.windows import (
+    BlockwiseLogProbs,
+    LogProbs,
+    ResidentLogProbs,
+    Windows,
+    cut,
+    resident_bytes,
+)
 from spectool.machine import available_memory
 from spectool.model.architecture import model_class, read_config
 from spectool.model.loading import (
     check_device,
     default_dtype,
-    describe_runtime,
     load_model,
     load_tokenizer,
     tokenizer_digest,
-    unused_of,
 )
+from spectool.report import SILENT, NotItsSource, Reporter
 
 # A model is loaded whole if it takes at most this share of the free memory.
 MEMORY_SHARE = 0.7
 
 # What an evaluation may have or lack: attributes of the context.
 Need = Literal["windows", "reference", "source", "prompts"]
-
-# Prints a line about the run.
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,18 @@ class Request:
     blockwise: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Estimate of an evaluation on text: its tokens, and the size of the reference to save, if any.
+
+    `text`: names of its sources.
+    """
+
+    text: str
+    windows: Windows
+    saved_bytes: int | None
+
+
 class Context:
     """A checkpoint with what it is measured on. A part is None where the request has none.
 
@@ -93,16 +107,9 @@ class Context:
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        request: Request,
-        *,
-        say: Say = lambda line: None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-        on_read: OnRead = lambda reading: None,
+        self, checkpoint: Checkpoint, request: Request, *, reporter: Reporter = SILENT
     ) -> None:
-        self.checkpoint, self.request = checkpoint, request
-        self.say, self.progress, self.on_read = say, progress, on_read
+        self.checkpoint, self.request, self.reporter = checkpoint, request, reporter
         # What the measures that run need.
         self.needs: set[Need] = set()
         self.device = check_device(request.device)
@@ -143,8 +150,7 @@ class Context:
         made_from = (self.checkpoint.layout.quantization or {}).get("source") or {}
         if made_from.get("fingerprint") == other.fingerprint():
             return other
-        name = self.checkpoint.name
-        self.say(f"{self.request.reference}: {name} was not quantized from it; no layer errors")
+        self.reporter.event(NotItsSource(self.checkpoint.name, other.name))
         return None
 
     @cached_property
@@ -160,8 +166,10 @@ class Context:
             text = ", ".join(request.texts) or BUILTIN
         for ids_SL in windows.groups:
             check_ids([int(ids_SL.min()), int(ids_SL.max())], self.vocabulary, origin)
-        self.say(f"text: {text}")
-        self.say(_describe_protocol(windows))
+        saved_bytes = None
+        if request.save_reference is not None:
+            saved_bytes = expected_bytes(windows, self.vocabulary, request.top_k)
+        self.reporter.plan(Plan(text=str(text), windows=windows, saved_bytes=saved_bytes))
         return windows
 
     @cached_property
@@ -183,7 +191,7 @@ class Context:
                 reference=reference,
                 batch_size=request.batch_size,
                 sink=writer.add if writer else lambda batch, logp_BLV: None,
-                progress=self.progress,
+                reporter=self.reporter,
             )
             for name, value in {"perplexity": scores.perplexity, "KL": scores.kl}.items():
                 if not math.isfinite(value):
@@ -211,7 +219,7 @@ class Context:
             self.tokenizer,
             field=request.text_field,
             template=dict(request.template) or None,
-            on_read=self.on_read,
+            reporter=self.reporter,
         )
 
     @cached_property
@@ -221,7 +229,7 @@ class Context:
         request = self.request
         runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer)
         options = Options(drafts=request.drafts, max_new_tokens=request.max_new_tokens)
-        return bench(runner, self.prompts, options, say=self.say)
+        return bench(runner, self.prompts, options, reporter=self.reporter)
 
     @property
     def _context_length(self) -> int:
@@ -246,7 +254,7 @@ class Context:
                 field=request.text_field,
                 template=dict(request.template) or None,
                 max_characters=request.limit,
-                on_read=self.on_read,
+                reporter=self.reporter,
             )
         else:
             text = builtin_text(MIXED)
@@ -257,12 +265,6 @@ class Context:
         request = self.request
         if request.save_reference is None:
             return None
-        size = expected_bytes(self.windows, self.vocabulary, request.top_k)
-        kind = f"the {request.top_k} largest" if request.top_k else "all (lossless)"
-        self.say(
-            f"{request.save_reference}: log-probabilities kept: {kind}; {size / 1e6:.1f} MB, "
-            "twice that while the file is assembled"
-        )
         return stack.enter_context(
             ReferenceWriter(
                 request.save_reference, self.windows, self.vocabulary, top_k=request.top_k
@@ -272,13 +274,10 @@ class Context:
     def _open_log_probs(self, checkpoint: Checkpoint) -> LogProbs:
         """Load a checkpoint whole, or open it to run block by block."""
         dtype = self._dtype(checkpoint)
-        for note in checkpoint.layout.notes:
-            self.say(note)
         wanted = resident_bytes(checkpoint.layout, dtype)
         if self.request.blockwise or wanted > MEMORY_SHARE * available_memory(self.device):
-            self.say(f"{checkpoint.path}: run block by block ({wanted / 1e9:.2f} GB as a whole)")
             return BlockwiseLogProbs(
-                checkpoint, self.windows, dtype=dtype, device=self.device, say=self.say
+                checkpoint, self.windows, dtype=dtype, device=self.device, reporter=self.reporter
             )
         return ResidentLogProbs(self._load(checkpoint))
 
@@ -286,26 +285,13 @@ class Context:
         return parse_dtype(self.request.dtype) or default_dtype(checkpoint.layout, self.device)
 
     def _load(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        model = load_model(
+        return load_model(
             checkpoint,
             dtype=self._dtype(checkpoint),
             device=self.request.device,
             runtime=self.request.runtime,
+            reporter=self.reporter,
         )
-        self.say(f"{checkpoint.path}: {describe_runtime(model)} on {self.device}")
-        if unused := unused_of(model, checkpoint.layout):
-            self.say(f"{checkpoint.path}: {unused}")
-        return model
-
-
-def resident_bytes(layout: Layout, dtype: torch.dtype) -> int:
-    """Return the bytes of a checkpoint in memory, with codes as stored and the rest in `dtype`."""
-    total = 0
-    for name, entry in layout.tensors.items():
-        packed = ".q." in name and layout.is_packed
-        bits = DTYPE_BITS[entry.dtype] if packed else 8 * dtype.itemsize
-        total += entry.num_elements * bits // 8
-    return total
 
 
 def _check_windows(request: Request, saved: SavedReference, context: int) -> None:
@@ -323,15 +309,6 @@ def _check_windows(request: Request, saved: SavedReference, context: int) -> Non
             f"{request.reference}: has windows of {saved.windows.length} tokens; the model's "
             f"context is {context}"
         )
-
-
-def _describe_protocol(windows: Windows) -> str:
-    with_bos = "each starts with the BOS token, all text tokens scored"
-    plain = "no BOS token, the first token of each window not scored, the text's rest dropped"
-    return (
-        f"protocol: windows of {windows.length} tokens without overlap, "
-        f"{plain if windows.bos is None else with_bos}; {windows.num_tokens} tokens scored"
-    )
 
 
 def _vocabulary(layout: Layout) -> int:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from spectool.evaluate.windows import Batch, LogProbs, Windows
-
-# Called after each batch with the tokens scored so far and the tokens in all.
-Progress = Callable[[int, int], None]
+from spectool.report import SILENT, Reporter
 
 
 @dataclass(slots=True)
@@ -84,7 +82,7 @@ def score(
     reference: Reference | None = None,
     batch_size: int | None = None,
     sink: Callable[[Batch, Tensor], None] = lambda batch, logp_BLV: None,
-    progress: Progress = lambda done, total: None,
+    reporter: Reporter = SILENT,
 ) -> Scores:
     """Run all windows once and sum the scores in double precision.
 
@@ -108,7 +106,7 @@ def score(
             scores.reference_nll += nll
             scores.kl += kl
             scores.same_top += same
-        progress(scores.num_tokens, windows.num_tokens)
+        reporter.progress(scores.num_tokens, windows.num_tokens, "tokens scored")
     return scores
 
 

@@ -10,9 +10,10 @@ from spectool.data.text import Prompt
 from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
 from spectool.decode.policy.fastest import Fastest, store_fastest
-from spectool.evaluate.bench import Options, Say, bench
+from spectool.evaluate.bench import Options, bench
 from spectool.methods import resolve
 from spectool.options import options_of
+from spectool.report import SILENT, OptionTuned, Reporter
 
 # Values tried for each option that decides how much is drafted; options are tuned in this order.
 TRIED = {"nodes": (2, 4, 8, 16, 32, 64), "depth": (1, 2, 3, 4, 6, 8), "width": (2, 4, 8, 16)}
@@ -24,7 +25,7 @@ def tune(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 64,
-    say: Say = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> Fastest:
     """Find the fastest options for these prompts and keep them for this machine.
 
@@ -47,8 +48,8 @@ def tune(
         speeds = [row.speedup for row in result.drafters]
         speedup = max(speeds)
         best = tried[speeds.index(speedup)]
-        shown = ", ".join(f"{each[name]}: {s:.2f}x" for each, s in zip(tried, speeds, strict=True))
-        say(f"{name} {shown}")
+        by_value = {each[name]: speed for each, speed in zip(tried, speeds, strict=True)}
+        reporter.event(OptionTuned(name, by_value))
     found = Fastest(best, round(speedup, 3))
     store_fastest(record.fingerprint, runner.target, found)
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectool.checkpoint.contents import unused_line
+from spectool.checkpoint.headers import DTYPE_BITS, Layout
 from spectool.checkpoint.tensors import Checkpoint, all_finite
 from spectool.errors import NotFinite, TextError
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Activations, ModelShell, run_block
 from spectool.model.finite import first_not_finite, not_finite
+from spectool.report import SILENT, Loaded, Reporter
 
 # Logits of one batch take at most about this much.
 LOGITS_BYTES = 1 << 28
@@ -130,13 +131,21 @@ class BlockwiseLogProbs:
         dtype: torch.dtype,
         device: torch.device,
         batch_size: int = 4,
-        say: Callable[[str], None] = lambda line: None,
+        reporter: Reporter = SILENT,
     ) -> None:
         architecture = Architecture(checkpoint)
         self.name = str(checkpoint.path)
-        if architecture.unused:
-            kind = type(architecture.model).__name__
-            say(f"{self.name}: {unused_line(architecture.unused, kind)}")
+        reporter.event(
+            Loaded(
+                name=checkpoint.name,
+                kind=type(architecture.model).__name__,
+                device=str(device),
+                runtime="block by block",
+                unused=architecture.unused,
+                notes=checkpoint.layout.notes,
+                streamed_bytes=resident_bytes(checkpoint.layout, dtype),
+            )
+        )
         self.shell = ModelShell(
             architecture, checkpoint, dtype=dtype, device=device, with_lm_head=True
         )
@@ -187,3 +196,13 @@ def _zero_probability(name: str, what: str) -> NotFinite:
 def log_probs(logits_BLV: Tensor) -> Tensor:
     """Return log-probabilities [B, L - 1, V] in float32, without the last position's."""
     return torch.log_softmax(logits_BLV[:, :-1].float(), -1)
+
+
+def resident_bytes(layout: Layout, dtype: torch.dtype) -> int:
+    """Return the bytes of a checkpoint in memory, with codes as stored and the rest in `dtype`."""
+    total = 0
+    for name, entry in layout.tensors.items():
+        packed = ".q." in name and layout.is_packed
+        bits = DTYPE_BITS[entry.dtype] if packed else 8 * dtype.itemsize
+        total += entry.num_elements * bits // 8
+    return total

@@ -27,6 +27,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from spectool import machine
 from spectool.examples.stdlib import make_conversations, read_documents
+from spectool.report import Reporter
 from spectool.training import Metrics, Recipe, Training
 
 END, STOP = "<|endoftext|>", "<|end|>"
@@ -99,6 +100,20 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
     return torch.tensor([token for ids in encoded for token in (end, *ids)])
 
 
+class Printer(Reporter):
+    """Reporter that prints the evaluations of a training."""
+
+    def event(self, event: Any) -> None:
+        if event.step and event.evaluation is not None:
+            speed = BATCH * CONTEXT / event.metrics["seconds"]
+            print(
+                f"step {event.step}/{event.steps}, loss {event.metrics['loss']:.3f}, held out "
+                f"{event.evaluation['loss']:.3f}, {speed:.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
 def train(
     model: LlamaForCausalLM, text: torch.Tensor, held_out: torch.Tensor, recipe: Recipe, seed: int
 ) -> Training:
@@ -132,24 +147,14 @@ def train(
         mean = sum(losses) / len(losses)
         return {"score": -mean, "loss": mean}
 
-    def watch(step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
-        if evaluation is not None:
-            seconds = training.history.seconds
-            print(
-                f"step {step}/{recipe.steps}, loss {metrics['loss']:.3f}, held out "
-                f"{evaluation['loss']:.3f}, {seconds:.0f} s, "
-                f"{step * BATCH * CONTEXT / seconds:.0f} tokens/s",
-                file=sys.stderr,
-                flush=True,
-            )
-
     training = Training(
+        name="the bundled checkpoint",
         module=model,
         optimizers=[optimizer],
         recipe=recipe,
         accumulate=accumulate,
         evaluate=evaluate,
-        watch=watch,
+        reporter=Printer(),
     )
     training.run()
     return training

@@ -32,7 +32,7 @@ from spectool.quantize.fitting import Substitute
 from spectool.quantize.plan import QuantizePlan, check_shape
 from spectool.quantize.rules import Rule
 from spectool.quantize.statistics import LinearStats
-from spectool.quantize.walk import BlockWalk, Progress, derive_seed, load_packed
+from spectool.quantize.walk import BlockWalk, derive_seed, load_packed
 
 # Errors are measured on at least this many calibration sequences, if there are.
 NUM_MEASURED = 8
@@ -111,7 +111,7 @@ def list_candidates(
 
 
 def survey(
-    walk: BlockWalk, candidates: Mapping[str, Sequence[Quantizer]], progress: Progress
+    walk: BlockWalk, candidates: Mapping[str, Sequence[Quantizer]]
 ) -> dict[str, list[float]]:
     """Measure the error of each candidate, by matrix and in the candidates' order.
 
@@ -124,7 +124,7 @@ def survey(
     for index in range(len(blocks)):
         errors |= _survey_block(walk, index, streams, candidates)
         trim_memory()
-        progress(index + 1, len(blocks), "blocks measured")
+        walk.reporter.progress(index + 1, len(blocks), "blocks measured")
     return errors
 
 

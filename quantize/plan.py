@@ -7,7 +7,7 @@ without downloading it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from spectool.checkpoint.headers import DTYPE_BITS
@@ -44,6 +44,7 @@ class QuantizePlan:
     also one per target, and one for the inputs of a fitted lm_head.
     """
 
+    architecture: Architecture = field(repr=False, compare=False)
     matrices: Mapping[str, Mapping[str, Matrix]]
     outside: Mapping[str, Matrix]
     lm_head: Matrix | None
@@ -358,6 +359,7 @@ def _add_sizes(
     working = int(RETAINED * max(working, (element_bytes + 5) * table, lm_head_bytes))
     num_buffers = (4 if fitting else 2) + bool(fitted)
     return QuantizePlan(
+        architecture=architecture,
         matrices=matrices,
         outside={matrix.name: matrix for matrix in packed_outside},
         lm_head=fitted[0] if fitted else None,

@@ -38,6 +38,7 @@ from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model
 from spectool.model.matrices import Matrix
 from spectool.quantize.plan import QuantizePlan, saved_bytes
+from spectool.report import Reporter
 from spectool.training import Metrics, Recipe, Training, make_optimizer
 
 # Share of the text, at its end, that is held out, and the most sequences of it.
@@ -99,7 +100,7 @@ class Reshaping:
     plan: QuantizePlan
     device: torch.device
     seed: int
-    say: Callable[[str], None]
+    reporter: Reporter
 
     @property
     def matrices(self) -> dict[str, Matrix]:
@@ -157,7 +158,7 @@ class Reshaping:
                 measured, weights = train(
                     source, self.options, self.windows, list(self.matrices),
                     state=scratch / "state.safetensors", device=self.device, seed=self.seed,
-                    say=self.say,
+                    reporter=self.reporter,
                 )  # fmt: skip
                 self._write(merged, weights)
                 metrics.write_text(json.dumps(measured))
@@ -188,7 +189,7 @@ def train(
     state: Path,
     device: torch.device,
     seed: int,
-    say: Callable[[str], None],
+    reporter: Reporter,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train LoRA updates of `modules` of the checkpoint `packed`.
 
@@ -231,14 +232,8 @@ def train(
         mean = total / len(held_out_SL)
         return {"score": -mean, "perplexity": math.exp(mean)}
 
-    def watch(step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
-        if evaluation is not None:
-            say(
-                f"preprocessing: {step}/{options.steps} steps, held-out perplexity "
-                f"{evaluation['perplexity']:.3f}"
-            )
-
     training = Training(
+        name="preprocessing",
         module=model,
         optimizers=[
             make_optimizer(
@@ -252,7 +247,7 @@ def train(
         ),
         accumulate=accumulate,
         evaluate=evaluate,
-        watch=watch,
+        reporter=reporter,
         store=_State(state),
     )
     history = training.run()

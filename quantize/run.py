@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.headers import PACKED_INDEX, Layout, read_header
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
 from spectool.data.template import encode
-from spectool.data.text import OnRead, builtin_text, check_ids, read_text
+from spectool.data.text import builtin_text, check_ids, read_text
 from spectool.errors import UsageError
 from spectool.machine import reproducible
 from spectool.methods import resolve
@@ -44,7 +44,8 @@ from spectool.quantize.preprocess import (
     bytes_needed,
 )
 from spectool.quantize.rules import Rule, format_rules, skipping
-from spectool.quantize.walk import BlockWalk, Progress, make_entry
+from spectool.quantize.walk import BlockWalk, make_entry
+from spectool.report import SILENT, Reporter, ShortCalibration
 from spectool.version import __version__
 
 # File in the artifact with the rules that it was made by.
@@ -113,8 +114,8 @@ class QuantizeReport:
 
 def prepare(
     checkpoint: Checkpoint, job: QuantizeJob, *, device: str, batch_size: int = 4
-) -> tuple[Architecture, QuantizePlan]:
-    """Return the architecture, and the plan of a job; for a budget that of its first candidate.
+) -> QuantizePlan:
+    """Return the plan of a job; for a budget that of its first candidate.
 
     Reads headers only, except the values of tied matrices that are both stored.
 
@@ -131,7 +132,7 @@ def prepare(
     plan = _plan(architecture, job, device=device, batch_size=batch_size)
     if job.budget is not None:
         list_candidates(plan, job.budget, job.rules)
-    return architecture, plan
+    return plan
 
 
 def _plan(
@@ -186,16 +187,11 @@ def quantize(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 4,
     overwrite: bool = False,
-    announce: Callable[[QuantizePlan, Architecture], None] = lambda plan, architecture: None,
-    progress: Progress = lambda done, total, what: None,
-    say: Callable[[str], None] = lambda line: None,
-    on_read: OnRead = lambda reading: None,
+    reporter: Reporter = SILENT,
 ) -> QuantizeReport:
     """Quantize a checkpoint into the directory `out`.
 
-    Calibration computes in `dtype`; weights are always packed from float32. Callbacks: `announce`
-    gets the plan before the work, `progress` the blocks done, `say` one-line notices, `on_read`
-    each source of text.
+    Calibration computes in `dtype`; weights are always packed from float32.
 
     Raises:
         InputError: the checkpoint, the text, the options or `out` cannot be used.
@@ -203,12 +199,13 @@ def quantize(
     """
     artifact.check_target(out, overwrite=overwrite)
     artifact.check_paths(checkpoint.path, out)
-    architecture, plan = prepare(checkpoint, job, device=device, batch_size=batch_size)
+    plan = prepare(checkpoint, job, device=device, batch_size=batch_size)
+    architecture = plan.architecture
     if job.budget is None:
-        announce(plan, architecture)
+        reporter.plan(plan)
     ids_SL, opened, shell = None, False, None
     if calibrates(job):
-        ids_SL, opened = _calibration_ids(checkpoint, architecture, job, on_read)
+        ids_SL, opened = _calibration_ids(checkpoint, architecture, job, reporter)
         shell = check_walkable(
             architecture,
             checkpoint,
@@ -222,7 +219,7 @@ def quantize(
             # weights before preprocessing. The walk creates its own.
             shell = None
         if len(ids_SL) < job.samples:
-            say(f"calibration: {len(ids_SL)} of {job.samples} sequences, all that the text holds")
+            reporter.event(ShortCalibration(len(ids_SL), job.samples))
     # Where activations matter, the stored bytes depend on how they are computed.
     computed: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -238,7 +235,7 @@ def quantize(
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     metrics, reshape = None, None
     if job.preprocess is not None:
-        windows = _windows(checkpoint, architecture, job, on_read)
+        windows = _windows(checkpoint, architecture, job, reporter)
         made_by["preprocess"] = {**asdict(job.preprocess), **computed, **windows.record}
         reshape = Reshaping(
             options=job.preprocess,
@@ -250,7 +247,7 @@ def quantize(
             plan=plan,
             device=torch.device(device),
             seed=job.seed,
-            say=say,
+            reporter=reporter,
         )
         reshape.check(overwrite=overwrite)
     identity = {"source": source, **made_by}
@@ -268,7 +265,7 @@ def quantize(
                     device=device,
                     dtype=dtype,
                     batch_size=batch_size,
-                    progress=progress,
+                    reporter=_Progress(reporter),
                 )
             )
             trusted = checkpoint.trust_remote_code
@@ -287,15 +284,15 @@ def quantize(
             batch_size=batch_size,
             opened=opened,
             shell=shell,
-            say=say,
+            reporter=reporter,
         )
         if job.budget is not None:
             candidates = list_candidates(plan, job.budget, job.rules)
-            chosen = choose(plan, job.budget, candidates, survey(walk, candidates, progress))
+            chosen = choose(plan, job.budget, candidates, survey(walk, candidates))
             job = replace(job, budget=None, rules=(*job.rules, *chosen))
             walk.plan = plan = _plan(architecture, job, device=device, batch_size=batch_size)
-            announce(plan, architecture)
-        report = QuantizeReport(*walk.run(progress), metrics)
+            reporter.plan(plan)
+        report = QuantizeReport(*walk.run(), metrics)
         discard_survey(walk)
         writer.finish(
             _make_small_files(
@@ -311,6 +308,16 @@ def quantize(
     if reshape is not None:
         shutil.rmtree(reshape.scratch)
     return report
+
+
+class _Progress(Reporter):
+    """Reporter that passes on the progress alone, of a run inside another."""
+
+    def __init__(self, outer: Reporter) -> None:
+        self._outer = outer
+
+    def progress(self, done: float, total: int, what: str) -> None:
+        self._outer.progress(done, total, what)
 
 
 def _list_quantizers(job: QuantizeJob) -> list[Quantizer]:
@@ -341,11 +348,11 @@ def _calibration_ids(
     checkpoint: Checkpoint,
     architecture: Architecture,
     job: QuantizeJob,
-    on_read: OnRead,
+    reporter: Reporter,
 ) -> tuple[Tensor, bool]:
     """Read the calibration sequences [S, L]; also return whether each opens with a start token."""
     ids, bos = _read_tokens(
-        checkpoint, architecture, job, job.calibration or (), job.samples, on_read
+        checkpoint, architecture, job, job.calibration or (), job.samples, reporter
     )
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(architecture, job.seq_len)
@@ -357,7 +364,7 @@ def _windows(
     checkpoint: Checkpoint,
     architecture: Architecture,
     job: QuantizeJob,
-    on_read: OnRead,
+    reporter: Reporter,
 ) -> TrainingWindows:
     """Read the sequences of preprocessing, held-out ones from the end of the text.
 
@@ -366,7 +373,7 @@ def _windows(
     options = job.preprocess
     assert options is not None
     num_train = options.steps * options.batch_size
-    ids, bos = _read_tokens(checkpoint, architecture, job, options.text, num_train, on_read)
+    ids, bos = _read_tokens(checkpoint, architecture, job, options.text, num_train, reporter)
     generator = torch.Generator().manual_seed(job.seed)
     length = sequence_length(architecture, job.seq_len)
     cut = int((1 - HELD_OUT) * len(ids))
@@ -390,7 +397,7 @@ def _read_tokens(
     job: QuantizeJob,
     sources: Sequence[str],
     samples: int,
-    on_read: OnRead,
+    reporter: Reporter,
 ) -> tuple[list[int], int | None]:
     """Read and tokenize text for `samples` sequences; return token ids and the start token."""
     tokenizer = load_tokenizer(checkpoint)
@@ -402,7 +409,7 @@ def _read_tokens(
         max_characters=STREAMED_CHARACTERS
         * (samples + 1)
         * sequence_length(architecture, job.seq_len),
-        on_read=on_read,
+        reporter=reporter,
     )
     ids, bos = encode(tokenizer, text), tokenizer.bos_token_id
     table: Any = architecture.model.get_input_embeddings()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -45,12 +44,11 @@ from spectool.quantize.base import (
 from spectool.quantize.lm_head.base import LmHead, LmHeadQuantizer, special_tokens
 from spectool.quantize.plan import QuantizePlan
 from spectool.quantize.statistics import MIN_EXPERT_TOKENS, LinearStats, Observer, Statistic
+from spectool.report import SILENT, Reporter
 
 # Activation buffers that together exceed this are kept in files next to the shards.
 BUFFERS_IN_MEMORY = 8 << 30
 
-# Progress callback: blocks done, with the share of the current one; their total; a description.
-Progress = Callable[[float, int, str], None]
 PACKED = "blocks packed"
 LM_HEAD_FITTED = "lm_head fitted"
 
@@ -75,11 +73,11 @@ class BlockWalk:
     dtype: torch.dtype
     batch_size: int
     opened: bool = False
-    say: Callable[[str], None] = lambda line: None
+    reporter: Reporter = SILENT
     shell: ModelShell | None = None
     calls: dict[int, list[Call]] = field(default_factory=dict)
 
-    def run(self, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def run(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Pack everything that is not done; return the reports outside the blocks and per block."""
         blocks = self.architecture.blocks
         self._copy_outside()
@@ -103,13 +101,15 @@ class BlockWalk:
                     name,
                     present.result() if present else self.read(name),
                     streams,
-                    functools.partial(_tick, progress, index, len(blocks)),
+                    functools.partial(self._tick, index),
                 )
                 trim_memory()
-                progress(index + 1, len(blocks), PACKED)
+                self._tick(index, 1)
         if lm_head is not None and fits_lm_head:
             assert streams is not None
-            self._fit_lm_head(lm_head, streams, lambda share: progress(share, 1, LM_HEAD_FITTED))
+            self._fit_lm_head(
+                lm_head, streams, lambda share: self.reporter.progress(share, 1, LM_HEAD_FITTED)
+            )
         reports = [self.writer.report(self._shard(i)) for i in range(-1, len(blocks))]
         outside, *inside = [report for report in reports if report is not None]
         assert len(inside) == len(blocks)
@@ -120,6 +120,10 @@ class BlockWalk:
                 "lm_head": report["lm_head"],
             }
         return outside, inside
+
+    def _tick(self, index: int, share: float) -> None:
+        """Report the share done of a block."""
+        self.reporter.progress(index + share, len(self.architecture.blocks), PACKED)
 
     def _is_done(self, index: int) -> bool:
         """Return whether a block is written and, with calibration, its output error measured."""
@@ -198,7 +202,6 @@ class BlockWalk:
                 special=special_tokens(self.architecture.config, len(weight_VD)),
             ),
             torch.Generator().manual_seed(derive_seed(self.seed, len(self.architecture.blocks))),
-            self.say,
             tick,
         )
         fields = {name: value.cpu() for name, value in fitted.fields.items()}
@@ -520,11 +523,6 @@ class BlockWalk:
                 for key, matrix in block.matrices.items()
             },
         )
-
-
-def _tick(progress: Progress, done: int, total: int, share: float) -> None:
-    """Report progress within the current block."""
-    progress(done + share, total, PACKED)
 
 
 def make_entry(quantizer: Quantizer, matrix: Matrix) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from spectool.evaluate.measures.layers import layer_errors
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows, log_probs
 from spectool.model.loading import load_tokenizer
 from spectool.quantize.run import QuantizeJob, quantize
+from spectool.report import Reporter
 
 TEXT = Path(__file__).parent.parent / "core/data/calibration/mixed.txt"
 
@@ -190,16 +191,18 @@ def gptq(subject: Subject) -> dict[str, float]:
     return metrics
 
 
+class Heard(Reporter):
+    """Reporter that keeps the plan."""
+
+    def plan(self, plan: Any) -> None:
+        self.heard = plan
+
+
 def pack(
     subject: Subject, method: str, *, text: bool = False, **options: Any
 ) -> tuple[Path, dict[str, float]]:
     """The checkpoint packed by a method, and which share of the blocks' matrices that is."""
     out, metrics = subject.scratch / method, {}
-
-    def announce(plan: Any, architecture: Any) -> None:
-        blocks = [architecture.model.get_submodule(block) for block in architecture.blocks]
-        whole = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
-        metrics["packed"] = round(plan.num_weights / max(1, whole), 3)
 
     job = QuantizeJob(
         method=method,
@@ -210,7 +213,12 @@ def pack(
         allow_dense=True,
     )
     with early(out):
-        quantize(open_checkpoint(subject.place), out, job, announce=announce)
+        reporter = Heard()
+        quantize(open_checkpoint(subject.place), out, job, reporter=reporter)
+    architecture = reporter.heard.architecture
+    blocks = [architecture.model.get_submodule(block) for block in architecture.blocks]
+    whole = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
+    metrics["packed"] = round(reporter.heard.num_weights / max(1, whole), 3)
     return out, metrics
 
 

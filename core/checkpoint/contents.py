@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
-from spectool.checkpoint.headers import Layout, grouped
+from spectool.checkpoint.headers import Layout
 from spectool.errors import CheckpointError
 
 # Bytes of computed buffers (tables of positions, masks) allowed to any model, however small.
@@ -141,12 +141,3 @@ def find_unused(model: Any, stored: Iterable[str], taken: Iterable[str]) -> list
             or any(pattern.search(name) for pattern in patterns)
         )
     ]
-
-
-def unused_line(names: Sequence[str], model: str) -> str:
-    """Describe stored tensors that the model does not use, for the header of a run."""
-    one = len(names) == 1
-    return (
-        f"{len(names)} stored tensor{' has' if one else 's have'} no place in {model} and "
-        f"{'is' if one else 'are'} not used: {grouped(names)}"
-    )

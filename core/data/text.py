@@ -12,7 +12,7 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -29,6 +29,7 @@ from spectool.data.template import (
     write,
 )
 from spectool.errors import CheckpointError, TextError, require
+from spectool.report import SILENT, Reporter
 
 BUILTIN = "built-in text"
 # The kind of built-in text that mixes all other kinds.
@@ -61,16 +62,6 @@ class Reading:
         self.shapes[f"{row.fields} as {'text' if row.text is not None else 'a conversation'}"] += 1
         self.tools_left_out |= bool(row.tools) and not takes_tools(tokenizer)
 
-    def __str__(self) -> str:
-        shapes = [
-            shape + (f" ({count})" if len(self.shapes) > 1 else "")
-            for shape, count in self.shapes.items()
-        ]
-        what = f"{'prompt' if self.prompts else 'row'}{'s' * (self.num_rows != 1)}"
-        line = f"{self.source}: {self.num_rows} {what}, {', '.join(shapes)}; the first begins "
-        line += json.dumps(self.first, ensure_ascii=False)
-        return line + "; tools left out: the chat template takes none" * self.tools_left_out
-
     def as_dict(self) -> dict[str, Any]:
         """Return the summary for `--json`."""
         return {
@@ -79,9 +70,6 @@ class Reading:
             "fields": dict(self.shapes),
             "begins": self.first,
         }
-
-
-OnRead = Callable[[Reading], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +130,12 @@ def read_text(
     field: str | None = None,
     template: Template | None = None,
     max_characters: int | None = None,
-    on_read: OnRead = lambda reading: None,
+    reporter: Reporter = SILENT,
 ) -> str:
     """Read all rows of all sources as one text, separated by blank lines.
 
     Without sources, the built-in text. Hub data sets are streamed and may be endless: each is read
-    up to `max_characters`; files are read whole. `on_read` is called with the summary of each
-    source.
+    up to `max_characters`; files are read whole. The summary of each source is reported.
 
     Raises:
         TextError: as `read_rows`; or the sources hold no text.
@@ -168,7 +155,7 @@ def read_text(
             num_characters += len(texts[-1]) + 2
             if limit is not None and num_characters >= limit:
                 break
-        on_read(reading)
+        reporter.event(reading)
     joined = "\n\n".join(texts)
     if not joined.strip():
         raise TextError(f"{', '.join(sources)}: holds no text")
@@ -197,7 +184,7 @@ def read_prompts(
     template: Template | None = None,
     limit: int | None = None,
     per_category: int | None = None,
-    on_read: OnRead = lambda reading: None,
+    reporter: Reporter = SILENT,
 ) -> list[Prompt]:
     """Read the first `limit` prompts of a file, of these the first `per_category` of each category.
 
@@ -230,7 +217,7 @@ def read_prompts(
         result.append(Prompt(encode(tokenizer, text), row.category, ends))
     if not result:
         raise TextError(f"{source}: holds no prompt")
-    on_read(reading)
+    reporter.event(reading)
     return result
 
 

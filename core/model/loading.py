@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import machine
-from spectool.checkpoint.contents import unused_line
 from spectool.checkpoint.dtypes import configured, parse_dtype
 from spectool.checkpoint.headers import Layout, read_json
 from spectool.checkpoint.tensors import Checkpoint, check_finite, open_checkpoint, text_fingerprint
@@ -28,6 +27,7 @@ from spectool.model.architecture import (
 )
 from spectool.model.kernels import give_kernels
 from spectool.model.packed import packed_modules, unpack_in_place
+from spectool.report import SILENT, Loaded, Reporter
 
 # `auto` unpacks if the dense weights take at most this share of the free memory.
 DENSE_SHARE = 0.5
@@ -87,6 +87,7 @@ def load_model(
     device: str = "cpu",
     runtime: str = "packed",
     for_decoding: bool = False,
+    reporter: Reporter = SILENT,
 ) -> PreTrainedModel:
     """Load a checkpoint as a transformers model; see `spectool.load`.
 
@@ -106,6 +107,16 @@ def load_model(
         give_kernels(model, model.dtype)
     if runtime == "dense" or (runtime == "auto" and _is_better_dense(model)):
         unpack_in_place(model, dtype=model.dtype)
+    reporter.event(
+        Loaded(
+            name=checkpoint.name,
+            kind=type(model).__name__,
+            device=device,
+            runtime=describe_runtime(model),
+            unused=unused_tensors(model, checkpoint.layout),
+            notes=checkpoint.layout.notes,
+        )
+    )
     return model
 
 
@@ -221,12 +232,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return `sha256:...` of the vocabulary, equal for tokenizers with the same ids."""
     return text_fingerprint(tokenizer.get_vocab())
-
-
-def unused_of(model: PreTrainedModel, layout: Layout) -> str | None:
-    """Describe stored tensors that no module takes, for the header of a run; None without any."""
-    names = unused_tensors(model, layout)
-    return unused_line(names, type(model).__name__) if names else None
 
 
 def describe_runtime(model: PreTrainedModel) -> str:

@@ -28,10 +28,11 @@ from spectool.checkpoint.tensors import read_tensor
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
 from spectool.distill.data.samples import Sample, by_length, join
-from spectool.distill.data.texts import Say, as_samples, as_tensors, chunk
+from spectool.distill.data.texts import as_samples, as_tensors, chunk
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import TextCache, read_extra_rows, read_features
 from spectool.errors import UsageError
+from spectool.report import Reporter
 from spectool.training import TrainingBatch
 
 FEATURES = "spectool_features.json"
@@ -125,7 +126,7 @@ def store(
     samples: Sequence[Sample],
     *,
     pass_tokens: int,
-    say: Say,
+    reporter: Reporter,
 ) -> StoredTexts:
     """Write the missing shards of these texts, one shard per process at a time.
 
@@ -152,7 +153,7 @@ def store(
                 if writer is not None and sums is not None:
                     writer.adopt(shards[number], sums, {})
         done = len(groups) - len(missing) + min(len(missing), count * processes.size)
-        say(f"{name} features stored: {done}/{len(groups)} shards")
+        reporter.progress(done, len(groups), f"shards of {name} features stored")
     return StoredTexts([directory / shard for shard in shards], needs, target.device)
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from spectool.data.rows import Message, Row
 from spectool.data.template import ANSWER, Template, encode, ends_of, render, write
-from spectool.data.text import HUB_PREFIX, OnRead, Reading, read_rows, suited
+from spectool.data.text import HUB_PREFIX, Reading, read_rows, suited
 from spectool.errors import TextError, UnsupportedError
+from spectool.report import SILENT, Reporter
 
 # Samples with fewer tokens in the loss than this are dropped.
 SHORTEST = 16
@@ -51,15 +52,15 @@ def read_samples(
     field: str | None = None,
     template: Template | None = None,
     max_tokens: int | None = None,
-    on_read: OnRead = lambda reading: None,
+    reporter: Reporter = SILENT,
 ) -> list[Sample]:
     """Read the samples of all sources, at most `seq_len` tokens each.
 
     Plain text is cut into samples, each with the start token first if the tokenizer has one; a
     conversation is one sample, cut at the end, and so is a question with its answer, of which only
     the answer is in the loss. Samples with less than SHORTEST tokens in the loss are dropped.
-    Reading a hub data set, which may be endless, stops at `max_tokens`. `on_read` is called after
-    each source.
+    Reading a hub data set, which may be endless, stops at `max_tokens`. The summary of each
+    source is reported.
 
     Raises:
         TextError: see `read_rows`; or fewer than two samples remain.
@@ -89,7 +90,7 @@ def read_samples(
             num_tokens += sum(len(sample.tokens) for sample in made)
             if most is not None and num_tokens >= most:
                 break
-        on_read(reading)
+        reporter.event(reading)
     if len(samples) >= 2:
         return samples
     if excluded is not None and not any(_find_answers(*excluded, tokenizer, template)):

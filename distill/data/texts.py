@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -13,11 +12,11 @@ from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.tensors import read_tensors
 from spectool.distill.data.samples import Sample
 from spectool.distill.processes import Processes
+from spectool.report import Reporter
 
 # Number of samples that are generated and then stored together.
 _GROUP = 32
 
-Say = Callable[[str], None]
 T = TypeVar("T")
 
 
@@ -27,8 +26,10 @@ class TextWriter:
     Each process generates one group at a time; the first one, which has the `writer`, stores them.
     """
 
-    def __init__(self, writer: ArtifactWriter | None, processes: Processes, say: Say) -> None:
-        self.writer, self.processes, self.say = writer, processes, say
+    def __init__(
+        self, writer: ArtifactWriter | None, processes: Processes, reporter: Reporter
+    ) -> None:
+        self.writer, self.processes, self.reporter = writer, processes, reporter
 
     def __call__(
         self,
@@ -42,8 +43,7 @@ class TextWriter:
         with self.processes.together():
             finished = self._read_stored(shards)
         missing = [number for number in range(len(groups)) if number not in finished]
-        began = last_line = time.monotonic()
-        for count, numbers in enumerate(chunk(missing, self.processes.size), start=1):
+        for numbers in chunk(missing, self.processes.size):
             made: list[Sample] = []
             with self.processes.together():
                 for number in self.processes.part(numbers):
@@ -54,11 +54,8 @@ class TextWriter:
                     finished[number] = as_samples(tensors)
                     if self.writer is not None:
                         self.writer.write_shard(shards[number], tensors, {}, {})
-            if count == 1 or time.monotonic() - last_line > 60:
-                last_line = time.monotonic()
-                left = (last_line - began) / count * (len(missing) / self.processes.size - count)
-                done = min(len(samples), len(finished) * _GROUP)
-                self.say(f"{name} texts written: {done}/{len(samples)}, {max(0, left):.0f} s left")
+            done = min(len(samples), len(finished) * _GROUP)
+            self.reporter.progress(done, len(samples), f"{name} texts written")
         return [sample for number in sorted(finished) for sample in finished[number]]
 
     def _read_stored(self, shards: Sequence[str]) -> dict[int, list[Sample]]:

@@ -72,10 +72,9 @@ class LmHeadQuantizer(Quantizer):
         self,
         lm_head: LmHead,
         generator: torch.Generator,
-        say: Callable[[str], None],
         tick: Tick,
     ) -> FittedLmHead:
-        """Fit an lm_head. `say` gets one-line notices."""
+        """Fit an lm_head."""
 
 
 def special_tokens(config: Any, vocabulary: int) -> tuple[int, ...]:

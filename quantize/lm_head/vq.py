@@ -147,7 +147,6 @@ class VQ(LmHeadQuantizer):
         self,
         lm_head: LmHead,
         generator: torch.Generator,
-        say: Callable[[str], None],
         tick: Tick,
     ) -> FittedLmHead:
         config, weight_VD = self.config, lm_head.weight_VD
@@ -162,7 +161,6 @@ class VQ(LmHeadQuantizer):
         frequency_V = 1 + (1 + counts_V).log().float()
         books = init_books(weight_VD, frequency_V, hessian_DD, dedicated, config, generator)
         entropy = token_entropy_within_codes(counts_V, books.codes_nSG.flatten(1))
-        say(f"vq: entropy of the text's tokens given their codes: {entropy:.3f} nats")
         bias_V = torch.zeros_like(weight_VD[:, 0])
         if lm_head.bias_V is not None:
             bias_V = lm_head.bias_V.clone()
@@ -188,6 +186,7 @@ class VQ(LmHeadQuantizer):
             return {"loss": float(loss.detach())}
 
         training = Training(
+            name="vq",
             module=student,
             optimizers=[student.make_optimizer(config.lr)],
             recipe=Recipe(steps=steps, annealing=True, clip=None, every=every),

@@ -95,7 +95,7 @@ def test_dry_run_reads_headers_only(fake_hub: list[Any], checkpoint: Checkpoints
         n: (e.dtype, e.shape, e.num_bytes) for n, e in here.tensors.items()
     }
     job = QuantizeJob(method="rtn", config=RTN.Config(bits=3))
-    plans = [prepare(each, job, device="cpu")[1] for each in (remote, local)]
+    plans = [prepare(each, job, device="cpu") for each in (remote, local)]
     assert plans[0] == plans[1] and plans[0].num_weights > 0
 
 

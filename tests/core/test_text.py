@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 
+from spectool.cli.events import describe
 from spectool.data import text
 from spectool.data.template import encode, render, template_arguments
-from spectool.data.text import Reading, builtin_text, read_prompts, read_rows, read_text
+from spectool.data.text import builtin_text, read_prompts, read_rows, read_text
 from spectool.errors import MissingExtra, TextError
 from spectool.examples.stdlib import read_documents
+
+from ..heard import Heard
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -113,22 +116,23 @@ def test_what_was_read_is_told(write: Write, spelled: Any) -> None:
         "conversations": [{"from": "human", "value": "hi " * 40}, {"from": "gpt", "value": "a"}]
     }
     sources = [write("a.jsonl", [{"id": "x", **talk}, {"text": "one"}]), write("b.txt", "\n two")]
-    summaries: list[Reading] = []
-    read_text(sources, spelled, on_read=summaries.append)
+    heard = Heard()
+    read_text(sources, spelled, reporter=heard)
     begins = f"<user>{'hi ' * 40}"[:80]
-    assert [str(reading) for reading in summaries] == [
+    assert [line for reading in heard.events for line in describe(reading)] == [
         f"{sources[0]}: 2 rows, conversations as a conversation (1), text as text (1); "
         f'the first begins "{begins}"',
         f'{sources[1]}: 1 row, whole file as text; the first begins "two"',
     ]
-    assert summaries[0].as_dict() == {
+    assert heard.events[0].as_dict() == {
         "source": sources[0],
         "rows": 2,
         "fields": {"conversations as a conversation": 1, "text as text": 1},
         "begins": begins,
     }
-    read_prompts(sources[0], spelled, limit=1, on_read=summaries.append)
-    assert "1 prompt, conversations up to the answer as a conversation; the" in str(summaries[2])
+    read_prompts(sources[0], spelled, limit=1, reporter=heard)
+    (line,) = describe(heard.events[2])
+    assert "1 prompt, conversations up to the answer as a conversation; the" in line
 
 
 def test_prompts_of_a_template_end_at_its_end_of_turn(write: Write, spelled: Any) -> None:
@@ -166,12 +170,10 @@ def test_calls_are_written_as_the_template_can(write: Write, spelled: Any) -> No
         {"from": "observation", "value": "2"},
     ]
     path = write("a.jsonl", [{"conversations": talk, "tools": [{"name": "add"}]}])
-    summaries: list[Reading] = []
-    assert (
-        read_text([path], spelled, on_read=summaries.append)
-        == f"<assistant>{json.dumps(call)}<user>2"
-    )
-    assert str(summaries[0]).endswith("; tools left out: the chat template takes none")
+    heard = Heard()
+    assert read_text([path], spelled, reporter=heard) == f"<assistant>{json.dumps(call)}<user>2"
+    (line,) = describe(heard.events[0])
+    assert line.endswith("; tools left out: the chat template takes none")
     start = "{{ tools | length }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in "
     start += "m.tool_calls or [] %}{{ c.function.name + '-' + "
     for written, wanted in (

@@ -14,6 +14,7 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.distill.plan import Job
 from spectool.distill.train_heads import Report, train_heads
 from spectool.methods import resolve
+from spectool.report import Reporter, TrainingStep
 
 Train = Callable[..., Report]
 
@@ -71,8 +72,14 @@ class Losses(dict[str, list[float]]):
 
     def watch(self, name: str) -> dict[str, Any]:
         """Return the keyword arguments that record the losses of a training."""
-        heard = self.setdefault(name, [])
-        return {"watch": lambda step, steps, metrics, evaluation: heard.append(metrics["loss"])}
+        losses = self.setdefault(name, [])
+
+        class Listener(Reporter):
+            def event(self, event: Any) -> None:
+                if isinstance(event, TrainingStep) and event.step:
+                    losses.append(event.metrics["loss"])
+
+        return {"reporter": Listener()}
 
 
 def storing_always(original: Any) -> Any:

@@ -23,8 +23,10 @@ from spectool.distill.processes import ALONE
 from spectool.distill.trainer import HeadTrainer
 from spectool.errors import TextError, UnsupportedError, UsageError
 from spectool.methods import resolve
+from spectool.report import SILENT
 
 from ..conftest import make_model
+from ..heard import Heard
 from .conftest import Losses, Train, contents
 
 
@@ -47,9 +49,7 @@ def test_a_lesson_of_stored_features_is_that_of_read_ones(
     target = Target(make_model("llama").to(dtype))
     needs = Needs(final=True, layers=(0,))
     with ArtifactWriter(tmp_path / "store", identity={}) as writer:
-        stored = store(
-            writer, ALONE, "own", target, needs, texts, pass_tokens=130, say=lambda line: None
-        )
+        stored = store(writer, ALONE, "own", target, needs, texts, pass_tokens=130, reporter=SILENT)
         assert sorted(writer.manifest["shards"]) == [
             f"features-own-0000{number}.safetensors" for number in range(2)
         ]
@@ -124,12 +124,12 @@ def test_one_store_serves_other_heads_and_options(
     source = checkpoint("gpt2")
     asked = {"features": f"offline:{tmp_path / 'features'}", "regenerate": True}
     train(source, "one", **asked)
-    plans: list[plan.Plan] = []
+    heard = Heard()
     report = train(
         source, "two", method="hydra", options={"num_heads": 2}, learning_rate=1e-4, steps=3,
-        where={"announce": plans.append}, **asked,
+        where={"reporter": heard}, **asked,
     )  # fmt: skip
-    assert report.steps == 3 and plans[0].disk_bytes == 0
+    assert report.steps == 3 and heard.plans[0].disk_bytes == 0
     train(source, "online", **{**asked, "features": "online"})
     one, online = (contents(tmp_path / out)["heads.safetensors"] for out in ("one", "online"))
     assert one == online

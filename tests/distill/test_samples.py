@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from spectool.data.rows import Row
-from spectool.data.text import Reading
 from spectool.distill.data import samples as room
 from spectool.distill.data.samples import (
     Sample,
@@ -26,6 +25,7 @@ from spectool.distill.data.samples import (
 from spectool.errors import TextError
 
 from ..conftest import tokenizer
+from ..heard import Heard
 
 TEMPLATE = (
     "{%- for m in messages -%}[{{ m['role'] }}]{{ m['content'] + '</s>\n' }}{%- endfor -%}"
@@ -143,14 +143,14 @@ def test_of_a_text_with_its_answer_the_answer_is_taught(tmp_path: Path) -> None:
         {"instruction": "Add these two", "input": "a and b", "output": "The sum is a + b. " * 4},
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    readings: list[Reading] = []
-    samples = read_samples([str(path)], chatty(None), seq_len=200, on_read=readings.append)
+    heard = Heard()
+    samples = read_samples([str(path)], chatty(None), seq_len=200, reporter=heard)
     assert [taught_text(sample) for sample in samples] == [
         rows[0]["completion"],
         "\n" + rows[1]["output"],
     ]
     assert all(sample.tokens[0] == 0 and not sample.loss_mask[0] for sample in samples)
-    assert readings[0].num_rows == 2
+    assert heard.events[0].num_rows == 2
     # With a template an instruction is a turn; a text that goes on is none.
     samples = read_samples([str(path)], chatty(), seq_len=200)
     assert taught_text(samples[0]) == rows[0]["completion"]

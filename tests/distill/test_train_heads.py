@@ -31,6 +31,7 @@ from spectool.quantize.methods.rtn import RTN
 from spectool.training import Training
 
 from ..conftest import VOCAB, tokenizer
+from ..heard import Heard
 from .conftest import Losses, Train, contents, storing_always
 
 
@@ -360,13 +361,16 @@ def test_the_plan_counts_what_the_options_take(
     checkpoint: Callable[..., Path], train: Train
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    plans = []
-    where = {"announce": plans.append}
+    heard = Heard()
+    where = {"reporter": heard}
     source = checkpoint("llama")
     for number, options in enumerate(({}, {"optimizer": "adamw8bit"}, {"autocast": "bfloat16"})):
         train(source, f"out{number}", steps=0, where=where, **options)
-    plain, eight, cast = (plan.memory_bytes for plan in plans)
-    assert plain - eight == 6 * plans[0].parameters and cast - plain == 2 * plans[0].parameters
+    plain, eight, cast = (plan.memory_bytes for plan in heard.plans)
+    assert (
+        plain - eight == 6 * heard.plans[0].parameters
+        and cast - plain == 2 * heard.plans[0].parameters
+    )
 
 
 def test_a_tokenizer_of_another_model_is_one_line(

@@ -8,9 +8,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from spectool.cli.events import describe
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingOptions, SamplingParams
 from spectool.evaluate.baselines import ASSISTED, PLAIN, PROMPT_LOOKUP, Job, open_baselines
+
+from ..heard import Heard
 
 PROMPTS = [[5, 6, 7, 5, 6], list(range(30, 60)) * 2, [9]]
 LIMITS = [1, 24, 7]
@@ -98,12 +101,13 @@ def test_one_assistant_for_each_checkpoint(
 def test_a_draft_with_another_head_or_a_short_context(
     tiny: Callable[..., PreTrainedModel], checkpoint: Callable[..., Path]
 ) -> None:
-    runner, lines = Runner(tiny("gpt2")), list[str]()
+    runner, heard = Runner(tiny("gpt2")), Heard()
     wide, short = checkpoint("gpt2", vocab_size=352), checkpoint("gpt2", n_positions=32)
     drafters = [runner.open(str(path)) for path in (wide, short)]
-    found = open_baselines(runner, drafters, control=SamplingParams(), seed=0, say=lines.append)
-    assert list(found)[2:] == [f"{ASSISTED} by {short}"] and len(lines) == 1
-    assert str(wide) in lines[0] and "352" in lines[0]
+    found = open_baselines(runner, drafters, control=SamplingParams(), seed=0, reporter=heard)
+    assert list(found)[2:] == [f"{ASSISTED} by {short}"] and len(heard.events) == 1
+    (line,) = describe(heard.events[0])
+    assert str(wide) in line and "352" in line
     # Without its learned positions the draft would fail on the second prompt.
     plain = runner.generate(PROMPTS, max_new_tokens=LIMITS)
     results = found[f"{ASSISTED} by {short}"](JOBS)

@@ -15,6 +15,9 @@ from spectool.errors import UsageError
 from spectool.evaluate.bench import Options, bench, loop_start
 from spectool.evaluate.measures.losslessness import list_mismatches
 from spectool.evaluate.results import as_json
+from spectool.report import NoBaselines, PromptsLeftOut, Timing
+
+from ..heard import Heard
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = [[5, 6, 7, 5, 6], [9, 10, 11], [20, 21], [5, 6, 7, 8]]
@@ -71,11 +74,11 @@ def test_answers_end_where_their_own_ends_are(tiny: Tiny) -> None:
 
 
 def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
-    lines: list[str] = []
+    heard = Heard()
     names = ["qa", None, "qa", "rag"]
     prompts = [replace(prompt, category=name) for prompt, name in zip(PROMPTS, names, strict=True)]
     options = Options(drafts=["ngram:nodes=4", "recycle"], max_new_tokens=12, baselines=True)
-    result = bench(Runner(tiny("llama")), prompts, options, say=lines.append)
+    result = bench(Runner(tiny("llama")), prompts, options, reporter=heard)
     parts = result.categories
     assert [part.category for part in parts] == ["qa", "other", "rag"]
     assert [part.baseline.prompts for part in parts] == [2, 1, 1]
@@ -89,10 +92,9 @@ def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
         assert whole.identical == (None if at == 0 else 4)
         plain = result.baseline.tokens_per_second
         assert whole.speedup == pytest.approx(whole.tokens_per_second / plain)
-    # What came of each category is lines.
-    order = [line.rpartition(":")[0] for line in lines if line.startswith(("qa, ", "rag, "))]
+    order = [(timing.category, timing.name) for timing in heard.of(Timing)]
     ways = ["none", "ngram:nodes=4", "recycle", *(row.name for row in result.baselines)]
-    assert order == [f"{category}, {way}" for category in ("qa", "rag") for way in ways]
+    assert order == [(category, way) for category in ("qa", "other", "rag") for way in ways]
 
 
 def test_time_is_split_and_compared_with_peers(tiny: Tiny) -> None:
@@ -117,12 +119,12 @@ def test_time_is_split_and_compared_with_peers(tiny: Tiny) -> None:
 
 
 def test_baselines_run_at_batch_size_1_only(tiny: Tiny) -> None:
-    lines: list[str] = []
+    heard = Heard()
     runner = Runner(tiny("llama"))
     options = Options(drafts=["ngram"], max_new_tokens=6, batch_size=2, baselines=True)
-    result = bench(runner, PROMPTS, options, say=lines.append)
+    result = bench(runner, PROMPTS, options, reporter=heard)
     assert result.baselines == [] and "speedup_over_transformers" not in as_json(result.drafters[0])
-    assert sum("one prompt at a time" in line for line in lines) == 1
+    assert heard.of(NoBaselines) == [NoBaselines(batch_size=2)]
     assert result.batch_size == 2 and result.drafters[0].identical == 4
 
 
@@ -136,17 +138,17 @@ def test_a_broken_promise_is_named_in_float32_only(tiny: Tiny) -> None:
 
 
 def test_prompts_that_do_not_fit_are_left_out_and_counted(tiny: Tiny) -> None:
-    lines: list[str] = []
+    heard = Heard()
     runner = Runner(tiny("llama"), context=20)
     # With 16 new tokens, 4 of the prompt fit; with the 15 asked for, 5.
-    for most, left_out in ((30, 1), (15, 0)):
+    for most, num_left_out in ((30, 1), (15, 0)):
         result = bench(
-            runner, PROMPTS, Options(drafts=["ngram"], max_new_tokens=most), say=lines.append
+            runner, PROMPTS, Options(drafts=["ngram"], max_new_tokens=most), reporter=heard
         )
-        assert result.prompts_left_out == left_out
-        assert result.drafters[0].identical == result.prompts == 4 - left_out
-    (line,) = [line for line in lines if "left out" in line]
-    assert "1 of 4" in line and "context of 20" in line
+        assert result.prompts_left_out == num_left_out
+        assert result.drafters[0].identical == result.prompts == 4 - num_left_out
+    (left_out,) = heard.of(PromptsLeftOut)
+    assert left_out == PromptsLeftOut(left_out=1, total=4, room=16, context=20)
     with pytest.raises(UsageError, match=r"no prompt fits in the context of 20 .* has 21"):
         bench(runner, [Prompt(list(range(2, 23)))], Options())
 

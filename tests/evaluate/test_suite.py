@@ -17,6 +17,9 @@ from spectool.evaluate.suite import evaluate
 from spectool.methods import names, resolve
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import QuantizeJob, quantize
+from spectool.report import PlainDecoding
+
+from ..heard import Heard
 
 
 def run(model: str | Path, **request: Any) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def test_drafting_is_measured_on_prompts_once(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("from pathlib\nimport os\n")
-    lines: list[str] = []
+    heard = Heard()
     request = Request(
         measures=["speed", "losslessness"],
         prompts=str(prompts),
@@ -114,14 +117,14 @@ def test_drafting_is_measured_on_prompts_once(
         max_new_tokens=8,
         dtype="float32",
     )
-    context = Context(open_checkpoint(checkpoint("llama")), request, say=lines.append)
+    context = Context(open_checkpoint(checkpoint("llama")), request, reporter=heard)
     evaluation = evaluate(context, gates=["losslessness>=1", "speed.tokens_per_second>0"])
     assert all(gate.holds for gate in evaluation.gates)
     result = evaluation.as_json()
     assert result["losslessness"]["drafters"] == {"ngram": 2, "recycle": 2}
     speeds = [row["speedup"] for row in result["speed"]["drafters"]]
     assert result["speed"]["value"] == max(speeds) and len(speeds) == 2
-    assert sum(line.startswith("plain decoding of 2 prompts") for line in lines) == 1
+    assert heard.of(PlainDecoding) == [PlainDecoding(2)]
 
 
 def test_no_two_measures_share_a_key() -> None:

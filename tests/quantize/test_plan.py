@@ -162,18 +162,24 @@ def test_buffers_follow_the_tokens(checkpoint: Checkpoints) -> None:
 MEASURE = r"""
 import json, re, sys
 from pathlib import Path
+from spectool.checkpoint.tensors import open_checkpoint
+from spectool.report import Reporter
 from spectool.quantize.run import QuantizeJob, quantize
 from spectool.methods import resolve
-plans = []
+
+class Heard(Reporter):
+    def plan(self, plan):
+        self.heard = plan
+
 method, options = sys.argv[3], json.loads(sys.argv[4])
 config = resolve(method, "quantizer").Config(**options)
 calibration = sys.argv[5:] or None
 job = QuantizeJob(method=method, config=config, calibration=calibration, samples=8, seq_len=256)
-announce = lambda plan, architecture: plans.append(plan)
-quantize(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), job, announce=announce)
+reporter = Heard()
+quantize(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), job, reporter=reporter)
 # Not ru_maxrss, which a child inherits from its parent.
 peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-print(json.dumps([peak, plans[0].host_bytes]))
+print(json.dumps([peak, reporter.heard.host_bytes]))
 """
 
 
@@ -188,7 +194,7 @@ def test_texts_and_reshaping_are_counted(checkpoint: Checkpoints, tmp_path: Path
     reshaped = replace(small, preprocess=Preprocess(text=["none"], batch_size=4000))
 
     def needs(job: QuantizeJob, device: str = "cpu") -> QuantizePlan:
-        return prepare(source, job, device=device)[1]
+        return prepare(source, job, device=device)
 
     assert needs(job).host_bytes - needs(small).host_bytes > 10**9
     assert needs(twice).host_bytes - needs(job).host_bytes > 10**9

@@ -23,6 +23,7 @@ from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.preprocess import Preprocess
 from spectool.quantize.run import QuantizeJob, quantize
+from spectool.report import Reporter, TrainingStep
 
 from ..conftest import tokenizer
 
@@ -90,12 +91,14 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
     class Killed(Exception):
         pass
 
-    lines: list[str] = []
+    steps: list[int] = []
 
-    def say(line: str) -> None:
-        lines.append(line)
-        if len(lines) in (3, 8):
-            raise Killed
+    class Killer(Reporter):
+        def event(self, event: Any) -> None:
+            if isinstance(event, TrainingStep) and event.evaluation is not None:
+                steps.append(event.step)
+                if len(steps) in (3, 8):
+                    raise Killed
 
     original = preprocess.Training
 
@@ -105,12 +108,10 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
     monkeypatch.setattr(preprocess, "Training", storing)
     for _ in range(2):
         with pytest.raises(Killed):
-            quantize(open_checkpoint(source), out, job(text), say=say)
-    quantize(open_checkpoint(source), out, job(text), say=say)
-    assert len(lines) > 8, "the third run went on from the second"
-    assert [line.split(":")[1].split("/")[0].strip() for line in lines] == [
-        str(step) for step in sorted({int(line.split(":")[1].split("/")[0]) for line in lines})
-    ], "no step was taken twice"
+            quantize(open_checkpoint(source), out, job(text), reporter=Killer())
+    quantize(open_checkpoint(source), out, job(text), reporter=Killer())
+    assert len(steps) > 8, "the third run went on from the second"
+    assert steps == sorted(set(steps)), "no step was taken twice"
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -184,4 +185,5 @@ def test_the_command_says_what_the_ceiling_is(
     result = json.loads(done.stdout)["preprocess"]
     assert result["merged"] < result["packed"]
     assert f"{result['merged']:.3f} after it" in done.stderr
-    assert "preprocessing: 10/10 steps" in done.stderr and "kernels" not in done.stderr
+    assert "preprocessing: loss " in done.stderr and "steps: 10/10" in done.stderr
+    assert "kernels" not in done.stderr

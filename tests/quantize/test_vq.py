@@ -66,7 +66,7 @@ def lm_head(bias_V: Tensor | None = None, vocab: int = 60, width: int = 12) -> L
 
 def fitted(bias_V: Tensor | None = None, **options: Any) -> tuple[VQLinear, LmHeadReport, LmHead]:
     original, quantizer = lm_head(bias_V), VQ(VQ.Config(**options))
-    found = quantizer.fit_lm_head(original, noise(), lambda line: None, lambda share: None)
+    found = quantizer.fit_lm_head(original, noise(), lambda share: None)
     linear = quantizer.build((60, 12))
     linear.q.load_state_dict(found.fields)
     linear.bias = torch.nn.Parameter(found.bias_V, requires_grad=False)

@@ -25,6 +25,7 @@ from spectool.quantize.budget import Budget, widths
 from spectool.quantize.methods.ptq161 import PTQ161
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import QuantizeJob, QuantizeReport, quantize
+from spectool.report import Reporter
 
 Checkpoints = Callable[..., Path]
 
@@ -165,6 +166,18 @@ class Stop(Exception):
     pass
 
 
+class StopAfter(Reporter):
+    """Reporter that ends a run once so many blocks are packed."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+
+    def progress(self, done: float, total: int, what: str) -> None:
+        assert total == 5 and what == "blocks packed"
+        if done == self.blocks:
+            raise Stop
+
+
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_stopped_after_a_block(
     checkpoint: Checkpoints, tmp_path: Path, text_file: str, calibrated: bool
@@ -175,13 +188,8 @@ def test_stopped_after_a_block(
     for blocks in (1, 3, 5):
         out = tmp_path / str(blocks)
 
-        def stop(done: int, total: int, what: str, blocks: int = blocks) -> None:
-            assert total == 5 and what == "blocks packed"
-            if done == blocks:
-                raise Stop
-
         with pytest.raises(Stop):
-            quantize(open_checkpoint(source), out, asked, progress=stop)
+            quantize(open_checkpoint(source), out, asked, reporter=StopAfter(blocks))
         packed: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
 
@@ -213,11 +221,8 @@ def test_changed_input_options_or_text_do_not_resume(
 ) -> None:
     source, out = checkpoint("llama", **LAYERS), tmp_path / "out"
 
-    def stop(done: int, total: int, name: str) -> None:
-        raise Stop
-
     with pytest.raises(Stop):
-        quantize(open_checkpoint(source), out, job(text_file), progress=stop)
+        quantize(open_checkpoint(source), out, job(text_file), reporter=StopAfter(1))
     before = contents(tmp_path / "out.partial")
     other = Path(text_file).with_name("other.txt")
     other.write_text(Path(text_file).read_text().replace("sheep", "goats"))
