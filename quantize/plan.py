@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from spectool.checkpoint.headers import DTYPE_BITS
 from spectool.errors import UnsupportedError, UsageError
 from spectool.methods import names
 from spectool.model.architecture import Architecture
-from spectool.model.matrices import Matrix
+from spectool.model.matrices import Matrix, saved_bytes
 from spectool.quantize.base import Quantizer
 from spectool.quantize.fitting import BlockQuantizer
 from spectool.quantize.lm_head.base import LmHeadQuantizer, special_tokens
@@ -343,7 +342,7 @@ def _add_sizes(
     if fitting:
         fit_bytes = max(quantizer.fit_bytes() for quantizer in fitting) * block_weights
         fit_bytes += max(
-            saved_bytes(architecture, s.values(), sequence_tokens) for s in matrices.values()
+            saved_bytes(architecture.model, s.values(), sequence_tokens) for s in matrices.values()
         )
     if any("hessian" in quantizer.statistics for quantizer in used):
         # Hessians of a block; the largest also in double precision and as its factor. All are
@@ -377,21 +376,3 @@ def _add_sizes(
         host_bytes=BASE_BYTES + working + num_buffers * buffer_bytes,
         device_bytes=working + BASE_BYTES if on_device else 0,
     )
-
-
-def saved_bytes(architecture: Architecture, matrices: Iterable[Matrix], tokens: int) -> int:
-    """Estimate the bytes that a block's forward pass over `tokens` saves for the backward pass.
-
-    Per product about three tensors of its input's and its output's size, one of them a gradient
-    (measured with Llama: 1.9 without it), and the attention scores where they are materialised.
-    """
-    text: Any = architecture.config.get_text_config()
-    rows = 0
-    for matrix in matrices:
-        share = 1.0
-        if matrix.expert is not None:
-            total = architecture.model.get_parameter(matrix.parameter).shape[0]
-            share = min(1.0, getattr(text, "num_experts_per_tok", total) / total)
-        rows += int(share * sum(matrix.shape))
-    heads = getattr(text, "num_attention_heads", 0)
-    return 4 * tokens * 3 * (rows + heads * tokens)

@@ -22,6 +22,7 @@ from spectool.checkpoint.headers import PACKED_INDEX, Layout, read_header
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, text_fingerprint, torch_dtype
 from spectool.data.template import encode
 from spectool.data.text import builtin_text, check_ids, read_text
+from spectool.distill.objectives.base import training_bytes
 from spectool.errors import UsageError
 from spectool.machine import reproducible
 from spectool.methods import resolve
@@ -41,7 +42,6 @@ from spectool.quantize.preprocess import (
     Preprocess,
     Reshaping,
     TrainingWindows,
-    bytes_needed,
 )
 from spectool.quantize.rules import Rule, format_rules, skipping
 from spectool.quantize.walk import BlockWalk, make_entry
@@ -159,7 +159,7 @@ def _plan(
     host, on_device = TOKENIZED_BYTES * characters, 0
     if job.preprocess is not None:
         host = max(host, TOKENIZED_BYTES * _count_characters(job.preprocess.text))
-        training = bytes_needed(architecture, plan, job.preprocess.batch_size * length)
+        training = training_bytes(architecture, job.preprocess.batch_size * length)
         # After training on a device the merged matrices are copied to the host.
         host = max(host, 4 * plan.num_weights if plan.device_bytes else training)
         on_device = BASE_BYTES + training
