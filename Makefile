@@ -37,7 +37,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/quantize_memory.py
 	$(BIN)/python benchmarks/loop_overhead.py
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/few_rows.py
 
 # On a machine with a CUDA device and spectool's requirements installed already.
 gpu:

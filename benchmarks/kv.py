@@ -12,6 +12,7 @@ with `--draft` equals plain decoding with the same store. Nothing is timed.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, add_help=True)
     parser.add_argument("model")
     parser.add_argument("text")
-    parser.add_argument("--stores", nargs="+", default=["dense", "int8", "int8:group=8"])
+    parser.add_argument("--stores", nargs="+", default=["dense", "int8"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--draft", default="ngram:min_n=1")
@@ -97,7 +98,7 @@ def main() -> None:
                 {
                     "dtype": dtype,
                     "kv": kv,
-                    "bytes_per_token": runner.target.kv_token_bytes,
+                    "bytes_per_token": runner.target.kv_bytes_per_token,
                     **compare(exact, found, windows),
                     "drafted_as_plain": count_equal(runner, arguments.draft, prompts),
                     "prompts": len(prompts),
@@ -105,8 +106,7 @@ def main() -> None:
             )
     result = {
         "benchmark": "kv",
-        "command": f"python benchmarks/kv.py {Path(arguments.model).name} "
-        f"{Path(arguments.text).name}",
+        "command": " ".join(["python benchmarks/kv.py", *(Path(w).name for w in sys.argv[1:])]),
         "machine": describe(),
         "tokens": sum(map(len, windows)),
         "window": length,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from spectool.cli.bench_tables import chain_table, comparison_table, drafter_table
-from spectool.cli.common import Output, open_runner, prepare_torch, read_prompts
+from spectool.cli.common import Output, describe_kv, open_runner, prepare_torch, read_prompts
 from spectool.decode.options import RunnerOptions, SamplingParams, VerifyOptions
 from spectool.errors import UsageError
 from spectool.options import Config, option
@@ -56,6 +56,10 @@ class BenchOptions(Config):
         maximum=16,
     )
     plot: Path | None = option(None, "Chart of the speed-ups to write: a .png or .svg file")
+
+    def validate(self) -> None:
+        if not self.batch_size:
+            raise UsageError("--batch-size : expected positive numbers, as 4 or 1,4,16")
 
 
 def bench(
@@ -139,6 +143,8 @@ def _run(
         )
         result = bench_module.bench(runner, inputs, how, reporter=output)
         runs.append(replace(result, model=target.model))
+    if kept := describe_kv(runner):
+        output.say(kept)
     return runs
 
 

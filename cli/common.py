@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from rich.markup import escape
 from spectool.cli.events import describe, describe_metrics
 from spectool.data.text import Reading
 from spectool.errors import Interrupted, SpectoolError, UsageError
+from spectool.files import finite
 from spectool.report import Reporter, TrainingStep
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Output(Reporter):
         self.finished = True
         if self.json_wanted and not self.quiet:
             read = {"read": self.readings} if self.readings else {}
-            safe = _finite({"schema_version": SCHEMA_VERSION, **value, **read})
+            safe = finite({"schema_version": SCHEMA_VERSION, **value, **read})
             sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
             sys.stdout.flush()
 
@@ -239,17 +239,33 @@ def open_runner(
         draft=draft,
         tokenizer=tokenizer,
         context=options.context,
+        kv=options.kv,
         allow_other_target=options.allow_other_target,
         tune=tune,
         checksums=options.checksums,
     )
     for format, choice in runner.target.kernels.items():
         output.say(f"few rows times {format} matrices: {choice}")
+    if options.kv != "dense":
+        output.say(f"kv {options.kv}")
     for note in runner.target.notes:
         output.say(note)
     if isinstance(runner.drafter, Tuned):
         output.say(f"drafting with {runner.drafter_name} while that is faster: {runner.curve}")
     return runner, tokenizer
+
+
+def describe_kv(runner: Runner) -> str:
+    """Return what the cache of a run kept, or nothing if that is what the model computes."""
+    target = runner.target
+    if target.kv == "dense":
+        return ""
+    return f"kv {target.kv}: {target.kv_bytes_per_token} bytes per token"
+
+
+def kv_record(runner: Runner) -> dict[str, Any]:
+    """Return the store of keys and values and its bytes, for --json."""
+    return {"kv": runner.target.kv, "kv_bytes_per_token": runner.target.kv_bytes_per_token}
 
 
 def read_prompts(
@@ -325,14 +341,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity by None, since JSON has neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return value

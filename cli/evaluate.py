@@ -2,95 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from spectool.cli.common import Output, prepare_torch
-from spectool.options import Config, option
-from spectool.shared_options import LoadOptions, TextOptions
+from spectool.decode.options import CacheOptions
+from spectool.evaluate.options import EvalOptions
 
 if TYPE_CHECKING:
-    from spectool.evaluate.context import Plan, Request
+    from spectool.evaluate.context import Plan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalOptions(Config):
-    """What is measured, and on which text."""
-
-    reference: str | None = option(
-        None, "Checkpoint to compare with, or a file written by --save-reference"
-    )
-    text: tuple[str, ...] = option(
-        (),
-        "Evaluation text: .txt, .jsonl, .parquet (also .gz, .xz) or hub:DATASET; repeatable",
-    )
-    window: int | None = option(
-        None, "Tokens per window; default: the model's context, at most 2048", minimum=2
-    )
-    bos: bool = option(False, "Start each window with the BOS token", switch=True)
-    limit: int | None = option(None, "Use only the first N characters of the text", minimum=1)
-    gate: tuple[str, ...] = option(
-        (),
-        "Condition on a metric, such as 'perplexity_ratio<=1.1': exit code 3 if it does not hold; "
-        "repeatable",
-    )
-    measure: tuple[str, ...] = option(
-        (),
-        "What to measure (`spectool list measures`); repeatable; default: everything that the "
-        "other options allow",
-    )
-    prompts: str | None = option(None, "File of prompts for speed and losslessness: .txt or .jsonl")
-    draft: tuple[str, ...] = option(
-        (),
-        "Drafter, directory of draft heads or smaller checkpoint: NAME[:key=value,...]; "
-        "repeatable; default: auto",
-    )
-    max_new_tokens: int = option(128, "Maximum number of new tokens per prompt", minimum=1)
-    save_reference: Path | None = option(None, "File to write the model's log-probabilities to")
-    save_top_k: int = option(
-        0,
-        "Log-probabilities per position that --save-reference keeps; 0: all (lossless)",
-        minimum=0,
-    )
-    batch_size: int | None = option(
-        None, "Number of windows run together; default: as many as fit", minimum=1
-    )
-    blockwise: bool = option(
-        False, "Load and run one block at a time even if all would fit", switch=True
-    )
-
-
-def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: LoadOptions) -> None:
+def evaluate(output: Output, options: EvalOptions, load: CacheOptions) -> None:
     """Measure MODEL: perplexity, distance from a reference, speed and losslessness of drafting."""
     prepare_torch(load.threads)
-    from spectool.evaluate.context import Context, Request
+    from spectool.evaluate.context import Context
     from spectool.evaluate.suite import evaluate as run_measures
 
-    request = Request(
-        measures=options.measure,
-        texts=options.text,
-        text_field=reading.field,
-        template=reading.template,
-        window=options.window,
-        bos=options.bos,
-        limit=options.limit,
-        reference=options.reference,
-        save_reference=options.save_reference,
-        top_k=options.save_top_k,
-        prompts=options.prompts,
-        drafts=options.draft or ("auto",),
-        max_new_tokens=options.max_new_tokens,
+    output.show_plan = lambda plan: _show_plan(output, options, plan)
+    context = Context(
+        load.open(),
+        options,
         dtype=load.dtype,
         device=load.resolve_device(),
         runtime=load.runtime,
-        batch_size=options.batch_size,
-        blockwise=options.blockwise,
+        kv=load.kv,
+        reporter=output,
     )
-    output.show_plan = lambda plan: _show_plan(output, request, plan)
-    context = Context(load.open(), request, reporter=output)
     evaluation = run_measures(context, gates=options.gate)
     for result in evaluation.measures:
         for line in result.lines():
@@ -103,7 +42,7 @@ def evaluate(output: Output, options: EvalOptions, reading: TextOptions, load: L
         raise typer.Exit(3)
 
 
-def _show_plan(output: Output, request: Request, plan: Plan) -> None:
+def _show_plan(output: Output, options: EvalOptions, plan: Plan) -> None:
     """Print what is scored, and what is kept of it."""
     windows = plan.windows
     output.say(f"text: {plan.text}")
@@ -115,8 +54,8 @@ def _show_plan(output: Output, request: Request, plan: Plan) -> None:
         f"{windows.num_tokens} tokens scored"
     )
     if plan.saved_bytes is not None:
-        kept = f"the {request.top_k} largest" if request.top_k else "all (lossless)"
+        kept = f"the {options.save_top_k} largest" if options.save_top_k else "all (lossless)"
         output.say(
-            f"{request.save_reference}: log-probabilities kept: {kept}; "
+            f"{options.save_reference}: log-probabilities kept: {kept}; "
             f"{plan.saved_bytes / 1e6:.1f} MB, twice that while the file is assembled"
         )

@@ -7,7 +7,16 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from spectool.cli.common import Output, open_runner, read_prompts, record, standard_input, totals
+from spectool.cli.common import (
+    Output,
+    describe_kv,
+    kv_record,
+    open_runner,
+    read_prompts,
+    record,
+    standard_input,
+    totals,
+)
 from spectool.decode.options import DrafterOptions, RequestOptions, SamplingParams
 from spectool.errors import Interrupted, UsageError
 from spectool.options import Config, option
@@ -86,7 +95,9 @@ def generate(
         f"{found['tokens_per_forward']:.2f} tokens per forward, drafter {runner.drafter_name}"
         f"{'' if lossless else ', lossy'}"
     )
-    ends = {"drafter": runner.drafter_name, "lossless": lossless}
+    if kept := describe_kv(runner):
+        output.say(kept)
+    ends = {"drafter": runner.drafter_name, "lossless": lossless, **kv_record(runner)}
     output.result({"results": list(map(record, results)), **found, **ends})
     if any(result.finish_reason == "interrupted" for result in results):
         raise Interrupted("interrupted; the text generated so far is above")

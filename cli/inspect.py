@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,11 @@ from typing import Any
 
 from spectool.checkpoint.headers import HEADS, HEADS_FILE
 from spectool.cli.common import Output, size
-from spectool.errors import CheckpointError
-from spectool.options import Config, option
+from spectool.distill.options import HeadsOptions
+from spectool.errors import CheckpointError, UsageError
+from spectool.options import Config, command_words, option, options_of
+from spectool.quantize.options import CalibrationOptions, QuantizeOptions
+from spectool.shared_options import LoadOptions, PlaceOptions, WriteOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,53 +169,30 @@ def heads_command(record: dict[str, Any]) -> str | None:
     None if the record is incomplete.
     """
     try:
-        training = record["training"]
+        # Paths and addresses are not recorded.
+        training = {**record["training"], "data": ("DATA",)}
+        if training.get("init_from"):
+            training["init_from"] = "HEADS"
+        if training.get("features") == "offline":
+            training["features"] = "offline:FEATURES"
+        if training.get("regenerate_model"):
+            training["regenerate_url"] = "http://HOST:PORT/v1"
+        given = [
+            LoadOptions(model="MODEL", **_recorded(LoadOptions, training)),
+            WriteOptions(out=Path("OUT")),
+            HeadsOptions(**_recorded(HeadsOptions, training)),
+        ]
         words = ["spectool"]
         if (processes := training.get("processes", 1)) > 1:
             words = ["torchrun", "--nproc-per-node", str(processes), "-m", "spectool"]
-        words += ["train-heads", record["method"], "MODEL", "OUT", "--data", "DATA"]
-        length = "epochs" if training["steps"] is None else "steps"
-        words += [f"--{length}", str(training[length])]
-        for key in ("seq_len", "batch_tokens", "learning_rate", "warmup", "held_out", "seed"):
-            words += [f"--{key.replace('_', '-')}", json.dumps(training[key])]
-        for key in ("dtype", "device", "runtime", "threads"):
-            words += [f"--{key}", str(training[key])]
-        if training.get("optimizer", "adamw") != "adamw":
-            words += ["--optimizer", training["optimizer"]]
-        if training.get("features", "online") != "online":
-            offline = training["features"] == "offline"
-            words += ["--features", "offline:FEATURES" if offline else training["features"]]
-        if training.get("init_from"):
-            words += ["--init-from", "HEADS"]
-        if training.get("sequence_packing"):
-            words.append("--sequence-packing")
-        if training.get("autocast"):
-            words += ["--autocast", training["autocast"]]
-        if training["regenerate"]:
-            name = training.get("regenerate_model")
-            server = ["--regenerate-url", "URL", "--regenerate-model", name]
-            words += server if name else ["--regenerate"]
-            words += ["--temperature", json.dumps(training["temperature"])]
-        return shlex.join(words + _options(record["options"]))
-    except (KeyError, TypeError, AttributeError):
+        words += ["train-heads", record["method"], *command_words(*given)]
+        return shlex.join(words + _own_words(record["options"]))
+    except (KeyError, TypeError, AttributeError, UsageError):
         return None
 
 
-def _options(options: dict[str, Any]) -> list[str]:
-    """Return a method's options as command-line words."""
-    words: list[str] = []
-    for key, value in options.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
-    return words
-
-
-def _choice(entry: dict[str, Any]) -> str:
-    pairs = [f"{key}={value}" for key, value in entry["options"].items() if value is not None]
-    return f"{entry['method']}:{','.join(pairs)}" if pairs else str(entry["method"])
+# Recorded options of `--preprocess`.
+_TRAINING = ("steps", "rank", "rate")
 
 
 def command(made_by: dict[str, Any]) -> str | None:
@@ -222,38 +201,57 @@ def command(made_by: dict[str, Any]) -> str | None:
     None if the record is incomplete.
     """
     try:
-        words = ["spectool", "quantize", made_by["method"], "MODEL", "OUT"]
-        words += [*_options(made_by["options"]), "--device", made_by["device"]]
-        if budget := made_by["budget"]:
-            words += ["--bits-budget", json.dumps(budget["bits"])]
-            for choice in budget["candidates"]:
-                words += ["--candidate", _choice(choice)]
-        if made_by["rules"]:
-            words += ["--rules", "RULES"]
-        if made_by["lm_head"]:
-            words += ["--lm-head", _choice(made_by["lm_head"])]
-        if made_by["embeddings"]:
-            words += ["--embeddings", _choice(made_by["embeddings"])]
-        for pattern in made_by["skip"]:
-            words += ["--skip", pattern]
-        if made_by["allow_dense"]:
-            words.append("--allow-dense")
-        calibration = made_by["calibration"]
-        if calibration:
-            if not calibration["builtin"]:
-                words += ["--calibration", "TEXT"]
-            words += ["--samples", str(calibration["samples"])]
-            words += ["--seq-len", str(calibration["seq_len"])]
-            for key in ("dtype", "batch_size"):
-                words += [f"--{key.replace('_', '-')}", str(calibration[key])]
-            if "threads" in calibration:
-                words += ["--threads", str(calibration["threads"])]
-        if preprocess := made_by.get("preprocess"):
-            words += ["--preprocess", "TEXT"]
-            for key in ("steps", "rank", "rate"):
-                words += [f"--preprocess-{key}", json.dumps(preprocess[key])]
-        if made_by["seed"]:
-            words += ["--seed", str(made_by["seed"])]
-        return shlex.join(words)
-    except (KeyError, TypeError, AttributeError):
+        calibration, budget = made_by["calibration"] or {}, made_by["budget"] or {}
+        preprocess = made_by.get("preprocess") or {}
+        options = QuantizeOptions(
+            # Texts and the rules' file are not recorded by name.
+            calibration=("TEXT",) if calibration and not calibration["builtin"] else (),
+            preprocess=("TEXT",) if preprocess else (),
+            rules=Path("RULES") if made_by["rules"] else None,
+            embeddings=made_by["embeddings"] and _quantizer(made_by["embeddings"]),
+            lm_head=made_by["lm_head"] and _quantizer(made_by["lm_head"]),
+            bits_budget=budget.get("bits"),
+            candidate=tuple(map(_quantizer, budget.get("candidates", ()))),
+            skip=made_by["skip"],
+            allow_dense=made_by["allow_dense"],
+            seed=made_by["seed"],
+            **_recorded(CalibrationOptions, calibration),
+            **{
+                f"preprocess_{key}": preprocess[key]
+                for key in ("steps", "rank", "rate")
+                if preprocess
+            },
+        )
+        given = [
+            PlaceOptions(
+                model="MODEL", device=made_by["device"], threads=calibration.get("threads")
+            ),
+            WriteOptions(out=Path("OUT")),
+            options,
+        ]
+        words = ["spectool", "quantize", made_by["method"], *command_words(*given)]
+        return shlex.join(words + _own_words(made_by["options"]))
+    except (KeyError, TypeError, AttributeError, UsageError):
         return None
+
+
+def _recorded(config: type[Config], record: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a class that a record holds."""
+    return {each.name: record[each.name] for each in options_of(config) if each.name in record}
+
+
+def _own_words(options: dict[str, Any]) -> list[str]:
+    """Return a method's own options as words, all of them, since its defaults may change."""
+    words: list[str] = []
+    for key, value in options.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def _quantizer(entry: dict[str, Any]) -> str:
+    pairs = [f"{key}={value}" for key, value in entry["options"].items() if value is not None]
+    return f"{entry['method']}:{','.join(pairs)}" if pairs else str(entry["method"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink()
 
 
+def finite(value: Any) -> Any:
+    """Replace NaN and infinity by None, since JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return value
+
+
 def cache_folder() -> Path:
     """Return the folder for what can be made again: spectool's in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectool"
@@ -96,3 +108,8 @@ def write_cache(name: str, value: dict[str, Any]) -> None:
 def state_folder() -> Path:
     """Return the folder for what a user would miss: spectool's in the user's state."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "spectool"
+
+
+def json_bytes(value: Any) -> bytes:
+    """Encode a JSON file, indented and with sorted keys."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -78,15 +78,17 @@ class Option:
         return self.many and self.type is str
 
     def parse(self, text: str) -> Any:
-        """Parse a value of this option; a list of numbers is written 1,4,16 or 1-4-16.
+        """Parse a value of this option; a list of numbers is written 1-4-16 or 1,4,16.
 
         Raises:
             UsageError: `text` is not a value of the option's type.
         """
         if self.optional and text.lower() == "none":
             return None
+        if self.repeats:
+            return (text,)
         if self.many:
-            parts = [part.strip() for part in text.replace("-", ",").split(",")]
+            parts = [part.strip() for part in text.replace("-", ",").split(",") if text]
             if not all(part.isdecimal() and int(part) >= (self.minimum or 0) for part in parts):
                 raise UsageError(f"{self.flag} {text}: expected positive numbers, as 4 or 1,4,16")
             return tuple(map(int, parts))
@@ -118,8 +120,9 @@ class Option:
 class Config:
     """Base of all options. Subclasses are dataclasses with the same three flags.
 
-    `PANEL` is the title in `--help` of the options that a class adds to those of its base. Lists
-    become tuples, as JSON has no tuples. Fields not made by `option` are no options.
+    `PANEL` is the title in `--help` of the options that a class adds to those of its base. A list
+    of numbers may be given as text, as artifacts store it. Fields not made by `option` are no
+    options.
 
     Raises:
         UsageError: a value of the wrong type, outside its range or not among its choices.
@@ -132,9 +135,11 @@ class Config:
     def __post_init__(self) -> None:
         for field in options_of(type(self)):
             value = getattr(self, field.name)
-            if field.many and isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-            _check(field, getattr(self, field.name))
+            if field.many and not isinstance(value, tuple):
+                value = field.parse(value) if isinstance(value, str) else tuple(value)
+                object.__setattr__(self, field.name, value)
+            for each in value if field.many else [value]:
+                _check(field, each)
         self.validate()
 
     def validate(self) -> None:
@@ -142,15 +147,19 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options by name, as artifacts store them in JSON."""
-        return {field.name: getattr(self, field.name) for field in options_of(type(self))}
+        values = {field: getattr(self, field.name) for field in options_of(type(self))}
+        return {
+            field.name: field.format(value) if field.many and not field.repeats else value
+            for field, value in values.items()
+        }
 
     def changed(self) -> dict[Option, Any]:
         """Return the options that differ from their defaults, with their values."""
-        values = self.as_dict()
+        values = {field: getattr(self, field.name) for field in options_of(type(self))}
         return {
-            field: values[field.name]
-            for field in options_of(type(self))
-            if values[field.name] != field.default and values[field.name] is not None
+            field: value
+            for field, value in values.items()
+            if value != field.default and value is not None
         }
 
     @classmethod
@@ -247,10 +256,6 @@ def _check(field: Option, value: Any) -> None:
         UsageError: see `Config`.
     """
     if value is None and field.optional:
-        return
-    if field.many:
-        if not isinstance(value, tuple) or not all(isinstance(each, field.type) for each in value):
-            raise UsageError(f"{field.flag} {value!r}: expected a list of {field.type.__name__}")
         return
     wanted: Any = (int, float) if field.type is float else field.type
     if not isinstance(value, wanted) or (isinstance(value, bool) and field.type is not bool):

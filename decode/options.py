@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
+from spectool import methods
 from spectool.errors import UsageError
 from spectool.options import Config, option
 from spectool.shared_options import LoadOptions
@@ -158,7 +159,20 @@ class RequestOptions(VerifyOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerOptions(LoadOptions):
+class CacheOptions(LoadOptions):
+    """A model, and how its cache keeps keys and values."""
+
+    PANEL: ClassVar = "Model"
+
+    kv: str = option("dense", "Store of keys and values: dense, or int8[:group=N] in 8-bit codes")
+
+    def validate(self) -> None:
+        """Check the store's name before anything is loaded."""
+        methods.row(self.kv.partition(":")[0], "kv")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerOptions(CacheOptions):
     """A model to decode with."""
 
     PANEL: ClassVar = "Model"

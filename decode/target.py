@@ -59,8 +59,8 @@ class PrefillOutput:
 class Target:
     """A causal model as the decode loop sees it. `context` bounds prompt and new tokens together.
 
-    `kv` names the store of its keys and values (`parse_kv`); `kv_token_bytes` are those of a token
-    in all layers, known after the first pass.
+    `kv` names the store of its keys and values (`parse_kv`); `kv_bytes_per_token` counts all
+    layers and is known after the first pass.
     `notes` lists what had to be changed or bounded to run the model correctly. `takes_drafts`: a
     pass of several tokens is correct after other passes. `state_in_cache`: the cache holds all
     state of a request, so requests can take turns. `cache_name` is the cache argument of the
@@ -78,7 +78,8 @@ class Target:
     def __init__(
         self, model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
     ) -> None:
-        self.kv, self.kv_token_bytes = kv, 0
+        self.kv = kv
+        self.kv_bytes_per_token: int | None = None
         self._make_store = parse_kv(kv)
         config = model.config.get_text_config(decoder=True)
         accepted = inspect.signature(model.forward).parameters
@@ -316,7 +317,8 @@ class Target:
                 use_cache=True,
                 **options,
             )
-        self.kv_token_bytes = self.kv_token_bytes or cache.token_bytes
+        if self.kv_bytes_per_token is None:
+            self.kv_bytes_per_token = cache.token_bytes
         logits_BNV = output.logits
         if kept is not None and not self._keeps_logits:
             logits_BNV = logits_BNV[:, kept]

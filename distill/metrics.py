@@ -8,13 +8,12 @@ writes to the file of another run.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spectool.errors import InputError, UsageError
-from spectool.files import disk_errors, replacing
+from spectool.files import disk_errors, finite, replacing
 from spectool.report import Reporter, TrainingStep
 
 
@@ -54,7 +53,8 @@ class MetricsFile(Reporter):
             if self._fresh:
                 self._begin(event.step)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(line))
+                # A gradient norm may be infinite.
+                file.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
     def _begin(self, step: int) -> None:
         kept = [line for line in self._lines()[1:] if _step_of(line) < step]
@@ -70,12 +70,3 @@ class MetricsFile(Reporter):
 
 def _step_of(line: str) -> int:
     return int(json.loads(line)["step"])
-
-
-def _line(value: Mapping[str, Any]) -> str:
-    return json.dumps({key: _finite(part) for key, part in value.items()}, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity by None: JSON has neither, and a gradient norm may be infinite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

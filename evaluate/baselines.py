@@ -6,7 +6,7 @@ at a time, since lookup and assistance of transformers support batch size 1 only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,7 @@ def open_baselines(
 ) -> dict[str, Decode]:
     """Return functions that decode the runner's model with transformers alone, by name."""
 
-    def make(options: dict[str, Any], assistant: Target | None = None) -> Decode:
+    def make(options: Mapping[str, object], assistant: Target | None = None) -> Decode:
         return lambda jobs: _generate(runner, jobs, control, seed, options, assistant)
 
     opened = {PLAIN: make({}), PROMPT_LOOKUP: make(_LOOKUP)}
@@ -79,7 +79,7 @@ def _generate(
     jobs: Sequence[Job],
     control: SamplingParams,
     seed: int,
-    options: dict[str, Any],
+    options: Mapping[str, object],
     assistant: Target | None,
 ) -> list[Result]:
     model, sampling = runner.target.model, _sampling_options(control)
@@ -118,7 +118,7 @@ def _generate(
     return results
 
 
-def _sampling_options(control: SamplingParams) -> dict[str, Any]:
+def _sampling_options(control: SamplingParams) -> Mapping[str, object]:
     """Return the options of `generate` that give the same distribution."""
     options = {
         "do_sample": not control.greedy,

@@ -120,6 +120,8 @@ class Run(Part):
     prompts_left_out: int
     batch_size: int
     dtype: str
+    kv: str
+    kv_bytes_per_token: int | None
     kept_share: float
     prompts_cut: int
 
@@ -206,6 +208,8 @@ def bench(
         prompts_left_out=len(prompts) - len(jobs),
         batch_size=options.batch_size,
         dtype=str(runner.target.model.dtype).removeprefix("torch."),
+        kv=runner.target.kv,
+        kv_bytes_per_token=runner.target.kv_bytes_per_token,
         kept_share=sum(map(min, lengths)) / sum(length for length, _ in lengths),
         prompts_cut=sum(limit < length for length, limit in lengths),
     )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -34,9 +33,11 @@ from spectool.decode.generate import Runner
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.evaluate.bench import Options, Run, bench
 from spectool.evaluate.fidelity import LogProbsReference, Reference, Scores, score
+from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
 from spectool.evaluate.windows import (
     BlockwiseLogProbs,
+    CachedLogProbs,
     LogProbs,
     ResidentLogProbs,
     Windows,
@@ -62,33 +63,6 @@ Need = Literal["windows", "reference", "source", "prompts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """Options of an evaluation. `window` None: the model's context, at most 2048.
-
-    `measures`: all whose needs are given, if empty.
-    """
-
-    measures: Sequence[str] = ()
-    texts: Sequence[str] = ()
-    text_field: str | None = None
-    template: Mapping[str, object] = field(default_factory=dict)
-    window: int | None = None
-    bos: bool = False
-    limit: int | None = None
-    reference: str | None = None
-    save_reference: Path | None = None
-    top_k: int = 0
-    prompts: str | None = None
-    drafts: Sequence[str] = ("auto",)
-    max_new_tokens: int = 128
-    dtype: str | None = None
-    device: str = "cpu"
-    runtime: str = "auto"
-    batch_size: int | None = None
-    blockwise: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Estimate of an evaluation on text: its tokens, and the size of the reference to save, if any.
 
@@ -101,18 +75,28 @@ class Plan:
 
 
 class Context:
-    """A checkpoint with what it is measured on. A part is None where the request has none.
+    """A checkpoint with what it is measured on. A part is None where the options give none.
 
-    A part raises InputError where it does not fit the checkpoint.
+    `kv` is the store of the checkpoint's keys and values; a reference keeps them as they are. A
+    part raises InputError where it does not fit the checkpoint.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, request: Request, *, reporter: Reporter = SILENT
+        self,
+        checkpoint: Checkpoint,
+        options: EvalOptions,
+        *,
+        dtype: str | None = None,
+        device: str = "cpu",
+        runtime: str = "auto",
+        kv: str = "dense",
+        reporter: Reporter = SILENT,
     ) -> None:
-        self.checkpoint, self.request, self.reporter = checkpoint, request, reporter
+        self.checkpoint, self.options, self.reporter = checkpoint, options, reporter
         # What the measures that run need.
         self.needs: set[Need] = set()
-        self.device = check_device(request.device)
+        self.dtype, self.device, self.runtime = dtype, check_device(device), runtime
+        self.kv = kv
         model_class(read_config(checkpoint))
         self.tokenizer = load_tokenizer(checkpoint)
         self.vocabulary = _vocabulary(checkpoint.layout)
@@ -120,14 +104,14 @@ class Context:
     @cached_property
     def reference(self) -> SavedReference | Checkpoint | None:
         """The model to compare with: its log-probabilities in a file, or its checkpoint."""
-        path = self.request.reference
+        path = self.options.reference
         if path is None:
             return None
         if Path(path).is_file():
             saved = SavedReference(Path(path))
-            if saved.metadata["tokenizer"] != tokenizer_digest(self.tokenizer):
+            if saved.record.tokenizer != tokenizer_digest(self.tokenizer):
                 raise UsageError(f"{path}: was made with another tokenizer")
-            if saved.metadata["vocabulary"] != self.vocabulary:
+            if saved.record.vocabulary != self.vocabulary:
                 raise UsageError(f"{path}: has another vocabulary size")
             return saved
         other = open_checkpoint(
@@ -156,26 +140,26 @@ class Context:
     @cached_property
     def windows(self) -> Windows:
         """The windows of the texts, or those of a reference in a file."""
-        request, saved = self.request, self.reference
+        options, saved = self.options, self.reference
         if isinstance(saved, SavedReference):
-            _check_windows(request, saved, self._context_length)
-            windows, origin, text = saved.windows, str(request.reference), request.reference
+            _check_windows(options, saved, self._context_length)
+            windows, origin, text = saved.windows, str(options.reference), options.reference
         else:
             windows = self._cut_windows()
             origin = f"{self.checkpoint.path}: its tokenizer"
-            text = ", ".join(request.texts) or BUILTIN
+            text = ", ".join(options.text) or BUILTIN
         for ids_SL in windows.groups:
             check_ids([int(ids_SL.min()), int(ids_SL.max())], self.vocabulary, origin)
         saved_bytes = None
-        if request.save_reference is not None:
-            saved_bytes = expected_bytes(windows, self.vocabulary, request.top_k)
+        if options.save_reference is not None:
+            saved_bytes = expected_bytes(windows, self.vocabulary, options.save_top_k)
         self.reporter.plan(Plan(text=str(text), windows=windows, saved_bytes=saved_bytes))
         return windows
 
     @cached_property
     def scores(self) -> Scores:
         """The sums of one pass over the windows, which also writes `--save-reference`."""
-        request, windows = self.request, self.windows
+        options, windows = self.options, self.windows
         with contextlib.ExitStack() as stack:
             writer = self._open_writer(stack)
             reference: Reference | None = None
@@ -186,10 +170,10 @@ class Context:
                     reference = self.reference
             scores = score(
                 windows,
-                self._open_log_probs(self.checkpoint),
+                self._open_log_probs(self.checkpoint, self.kv),
                 self.vocabulary,
                 reference=reference,
-                batch_size=request.batch_size,
+                batch_size=options.batch_size,
                 sink=writer.add if writer else lambda batch, logp_BLV: None,
                 reporter=self.reporter,
             )
@@ -201,24 +185,22 @@ class Context:
                     )
             if writer is not None:
                 writer.finish(
-                    {
-                        "source": self.checkpoint.fingerprint(),
-                        "tokenizer": tokenizer_digest(self.tokenizer),
-                    }
+                    source=self.checkpoint.fingerprint(),
+                    tokenizer=tokenizer_digest(self.tokenizer),
                 )
         return scores
 
     @cached_property
     def prompts(self) -> list[Prompt] | None:
         """The prompts that are continued."""
-        request = self.request
-        if request.prompts is None:
+        options = self.options
+        if options.prompts is None:
             return None
         return read_prompts(
-            request.prompts,
+            options.prompts,
             self.tokenizer,
-            field=request.text_field,
-            template=dict(request.template) or None,
+            field=options.field,
+            template=options.template or None,
             reporter=self.reporter,
         )
 
@@ -226,10 +208,11 @@ class Context:
     def decoding(self) -> Run:
         """The comparison of the drafters with plain decoding on the prompts, greedy."""
         assert self.prompts is not None
-        request = self.request
-        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer)
-        options = Options(drafts=request.drafts, max_new_tokens=request.max_new_tokens)
-        return bench(runner, self.prompts, options, reporter=self.reporter)
+        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer, kv=self.kv)
+        how = Options(
+            drafts=self.options.draft or ("auto",), max_new_tokens=self.options.max_new_tokens
+        )
+        return bench(runner, self.prompts, how, reporter=self.reporter)
 
     @property
     def _context_length(self) -> int:
@@ -241,72 +224,79 @@ class Context:
         Raises:
             InputError: an option does not fit the model, or the text is too short.
         """
-        request, tokenizer, context = self.request, self.tokenizer, self._context_length
-        length = request.window or min(context, 2048)
+        options, tokenizer, context = self.options, self.tokenizer, self._context_length
+        length = options.window or min(context, 2048)
         if length > context:
             raise UsageError(f"--window {length}: the model's context is {context}")
-        if request.bos and tokenizer.bos_token_id is None:
+        if options.bos and tokenizer.bos_token_id is None:
             raise UsageError("--bos: the tokenizer has no BOS token")
-        if request.texts:
+        if options.text:
             text = read_text(
-                request.texts,
+                options.text,
                 tokenizer,
-                field=request.text_field,
-                template=dict(request.template) or None,
-                max_characters=request.limit,
+                field=options.field,
+                template=options.template or None,
+                max_characters=options.limit,
                 reporter=self.reporter,
             )
         else:
             text = builtin_text(MIXED)
-        ids = encode(tokenizer, text[: request.limit])
-        return cut(ids, length=length, bos=tokenizer.bos_token_id if request.bos else None)
+        ids = encode(tokenizer, text[: options.limit])
+        return cut(ids, length=length, bos=tokenizer.bos_token_id if options.bos else None)
 
     def _open_writer(self, stack: contextlib.ExitStack) -> ReferenceWriter | None:
-        request = self.request
-        if request.save_reference is None:
+        options = self.options
+        if options.save_reference is None:
             return None
         return stack.enter_context(
             ReferenceWriter(
-                request.save_reference, self.windows, self.vocabulary, top_k=request.top_k
+                options.save_reference, self.windows, self.vocabulary, top_k=options.save_top_k
             )
         )
 
-    def _open_log_probs(self, checkpoint: Checkpoint) -> LogProbs:
-        """Load a checkpoint whole, or open it to run block by block."""
+    def _open_log_probs(self, checkpoint: Checkpoint, kv: str = "dense") -> LogProbs:
+        """Load a checkpoint whole, or open it to run block by block.
+
+        Raises:
+            UsageError: keys and values are to be kept in a cache, and it cannot be loaded whole.
+        """
         dtype = self._dtype(checkpoint)
         wanted = resident_bytes(checkpoint.layout, dtype)
-        if self.request.blockwise or wanted > MEMORY_SHARE * available_memory(self.device):
+        if self.options.blockwise or wanted > MEMORY_SHARE * available_memory(self.device):
+            if kv != "dense":
+                raise UsageError(f"--kv {kv} needs the whole model; block by block has no cache")
             return BlockwiseLogProbs(
                 checkpoint, self.windows, dtype=dtype, device=self.device, reporter=self.reporter
             )
-        return ResidentLogProbs(self._load(checkpoint))
+        model = self._load(checkpoint)
+        return ResidentLogProbs(model) if kv == "dense" else CachedLogProbs(model, kv)
 
     def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
-        return parse_dtype(self.request.dtype) or default_dtype(checkpoint.layout, self.device)
+        return parse_dtype(self.dtype) or default_dtype(checkpoint.layout, self.device)
 
     def _load(self, checkpoint: Checkpoint) -> PreTrainedModel:
         return load_model(
             checkpoint,
             dtype=self._dtype(checkpoint),
-            device=self.request.device,
-            runtime=self.request.runtime,
+            device=str(self.device),
+            runtime=self.runtime,
             reporter=self.reporter,
         )
 
 
-def _check_windows(request: Request, saved: SavedReference, context: int) -> None:
+def _check_windows(options: EvalOptions, saved: SavedReference, context: int) -> None:
     """Check that no option contradicts a saved reference, and that its windows fit.
 
     Raises:
         UsageError: one does, or they do not.
     """
-    given = {"text": request.texts, "window": request.window, "bos": request.bos}
-    for name, value in {**given, "limit": request.limit}.items():
+    given = {"text": options.text, "window": options.window, "bos": options.bos}
+    for name, value in {**given, "limit": options.limit}.items():
         if value:
             raise UsageError(f"--reference FILE contains the tokens; leave --{name} out")
     if saved.windows.length > context:
         raise UsageError(
-            f"{request.reference}: has windows of {saved.windows.length} tokens; the model's "
+            f"{options.reference}: has windows of {saved.windows.length} tokens; the model's "
             f"context is {context}"
         )
 

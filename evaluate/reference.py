@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,6 +30,23 @@ FORMAT_VERSION = 1
 
 # Replaces a log-probability of -inf, so that the file has finite values only.
 LOWEST = -1e30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Metadata of a reference file.
+
+    `length`, `bos`: of the windows. `source`: fingerprint of the checkpoint; `tokenizer`: digest.
+    """
+
+    length: int
+    bos: int | None
+    vocabulary: int
+    top_k: int
+    source: str
+    tokenizer: str
+    kind: str = "reference"
+    format_version: int = FORMAT_VERSION
 
 
 def expected_bytes(windows: Windows, vocabulary: int, top_k: int) -> int:
@@ -53,14 +71,7 @@ class ReferenceWriter:
         self.fields: dict[str, tuple[str, tuple[int, ...]]] = {"logp": ("F32", (self.kept,))}
         if top_k:
             self.fields |= {"top": ("I32", (self.kept,)), "chosen": ("F32", ())}
-        self.metadata = {
-            "format_version": FORMAT_VERSION,
-            "kind": "reference",
-            "length": windows.length,
-            "bos": windows.bos,
-            "vocabulary": vocabulary,
-            "top_k": top_k,
-        }
+        self.vocabulary, self.top_k = vocabulary, top_k
         self.num_rows = 0
         try:
             self.scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
@@ -82,8 +93,16 @@ class ReferenceWriter:
             _write(self.files["top"], tokens.to(torch.int32))
             _write(self.files["chosen"], flat.gather(-1, batch.ids_BL[:, 1:].reshape(-1, 1))[:, 0])
 
-    def finish(self, metadata: dict[str, Any]) -> None:
-        """Assemble the parts into the file."""
+    def finish(self, *, source: str, tokenizer: str) -> None:
+        """Assemble the parts into the file; see `Record`."""
+        record = Record(
+            length=self.windows.length,
+            bos=self.windows.bos,
+            vocabulary=self.vocabulary,
+            top_k=self.top_k,
+            source=source,
+            tokenizer=tokenizer,
+        )
         with disk_errors(self.path):
             for file in self.files.values():
                 file.close()
@@ -100,7 +119,7 @@ class ReferenceWriter:
             }
             ids = {f"ids.{i}": g.to(torch.int32) for i, g in enumerate(self.windows.groups)}
             whole = Path(self.scratch.name) / "whole"
-            write_safetensors(whole, {**ids, **entries}, {**metadata, **self.metadata})
+            write_safetensors(whole, {**ids, **entries}, asdict(record))
             whole.rename(self.path)
 
     def __enter__(self) -> ReferenceWriter:
@@ -126,26 +145,26 @@ class SavedReference:
     def __init__(self, path: Path) -> None:
         header, entries = read_header(path)
         try:
-            self.metadata: dict[str, Any] = json.loads(header["spectool"])
-            assert self.metadata["kind"] == "reference"
-        except (KeyError, ValueError, AssertionError) as error:
+            found = json.loads(header["spectool"])
+            if found["format_version"] > FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{path}: has format {found['format_version']}",
+                    hint="install a newer spectool",
+                )
+            self.record = Record(**found)
+        except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: not a reference file (--save-reference)") from error
-        if self.metadata["format_version"] > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: has format {self.metadata['format_version']}",
-                hint="install a newer spectool",
-            )
         self.entries = {entry.name: entry for entry in entries}
         groups = [
             read_tensor(self.entries[name]).long()
             for name in sorted(self.entries)
             if name.startswith("ids.")
         ]
-        self.windows = Windows(tuple(groups), self.metadata["length"], self.metadata["bos"])
+        self.windows = Windows(tuple(groups), self.record.length, self.record.bos)
 
     @property
     def is_lossless(self) -> bool:
-        return bool(self.metadata["top_k"] == 0)
+        return self.record.top_k == 0
 
     def _rows(self, name: str, batch: Batch) -> Tensor:
         """Read the rows of a batch from a tensor of the file.

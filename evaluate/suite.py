@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from spectool import methods
 from spectool.errors import UsageError
@@ -29,7 +28,7 @@ class Evaluation:
     measures: list[Measure]
     gates: list[Checked]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return the fields of all measures as one object."""
         fields = {
             key: value for measure in self.measures for key, value in as_json(measure).items()
@@ -38,7 +37,7 @@ class Evaluation:
 
 
 def evaluate(context: Context, *, gates: Sequence[str] = ()) -> Evaluation:
-    """Run the measures that the request names, or all whose needs it gives.
+    """Run the measures that the options name, or all whose needs they give.
 
     Raises:
         InputError: checkpoint, text, reference or options are unusable.
@@ -46,7 +45,7 @@ def evaluate(context: Context, *, gates: Sequence[str] = ()) -> Evaluation:
     chosen = _choose(context)
     known = [metric for measure in chosen for metric in measure.metrics()]
     parsed = parse_gates(gates, known)
-    if context.request.save_reference is not None and "windows" not in context.needs:
+    if context.options.save_reference is not None and "windows" not in context.needs:
         raise UsageError("--save-reference needs a measure of a text, such as perplexity")
     results = [measure.run(context) for measure in chosen]
     return Evaluation(results, [gate.check(results) for gate in parsed])
@@ -56,15 +55,15 @@ def _choose(context: Context) -> list[type[Measure]]:
     """Return the measures that run, with what they need opened.
 
     Raises:
-        UsageError: the request names a measure without what it needs.
+        UsageError: the options name a measure without what it needs.
     """
     chosen: list[type[Measure]] = []
-    for name in dict.fromkeys(context.request.measures) or methods.names("measure"):
+    for name in dict.fromkeys(context.options.measure) or methods.names("measure"):
         measure: type[Measure] = methods.resolve(name, "measure")
         missing = [need for need in measure.needs if getattr(context, need) is None]
         if not missing:
             chosen.append(measure)
             context.needs.update(measure.needs)
-        elif context.request.measures:
+        elif context.options.measure:
             raise UsageError(f"--measure {name} needs {_GIVEN_BY[missing[0]]}")
     return chosen

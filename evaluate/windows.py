@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 from spectool.checkpoint.headers import DTYPE_BITS, Layout
 from spectool.checkpoint.tensors import Checkpoint, all_finite
+from spectool.decode import tree
+from spectool.decode.recurrent import open_target
 from spectool.errors import NotFinite, TextError
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Activations, ModelShell, run_block
@@ -115,6 +117,19 @@ class ResidentLogProbs:
         where = first_not_finite(self.model, batch.ids_BL)
         name = self.model.config._name_or_path
         return _zero_probability(name, what) if where is None else not_finite(name, what, where)
+
+
+class CachedLogProbs(ResidentLogProbs):
+    """Log-probabilities of a model whose tokens see those before them as a KV store keeps them."""
+
+    def __init__(self, model: PreTrainedModel, kv: str) -> None:
+        super().__init__(model)
+        self._target = open_target(model, kv=kv)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Tensor:
+        drafts = [tree.chain(row, kind="deterministic") for row in batch.ids_BL.tolist()]
+        return log_probs(self._target.verify(self._target.cache(len(drafts)), drafts).logits_BNV)
 
 
 class BlockwiseLogProbs:

@@ -58,7 +58,7 @@ KEYS: dict[str, str] = {
     "pack": "sequence_packing",
     "peers": "baselines",
 }
-ADDED: set[str] = set()
+ADDED = {"kv", "kv_bytes_per_token"}
 
 # Figures of a run that no two runs share, and those that names in files and versions enter.
 UNSTEADY = re.compile(

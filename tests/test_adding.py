@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 import textwrap
@@ -13,10 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from spectool.checkpoint.tensors import open_checkpoint
+from spectool.cli.common import SCHEMA_VERSION
+from spectool.cli.derive import Command, configs_of, derive
 from spectool.decode.generate import Runner
-from spectool.evaluate.context import Context, Request
+from spectool.distill.train_weights import WeightsJob, train_weights
+from spectool.evaluate.context import Context
+from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
 from spectool.kernels import registry
 from spectool.methods import METHODS, Method
@@ -43,11 +50,20 @@ def add_method(request: pytest.FixtureRequest, name: str, method: Method) -> Non
     request.getfixturevalue("monkeypatch").setitem(METHODS, name, method)
 
 
+def check_command(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    app = typer.Typer()
+    app.command("count", cls=Command)(derive(module.count, configs_of(module.count)))
+    checkpoint = request.getfixturevalue("checkpoint")("llama")
+    for words, number in (([], len(open_checkpoint(checkpoint).layout.tensors)), (["--blocks"], 2)):
+        done = CliRunner().invoke(app, [str(checkpoint), *words, "--json"])
+        assert json.loads(done.stdout) == {"schema_version": SCHEMA_VERSION, "count": number}
+
+
 def check_measure(module: ModuleType, request: pytest.FixtureRequest) -> None:
     row = Method(kind="measure", target="added_measure:CrossEntropy", summary="...", source="...")
     add_method(request, "cross-entropy", row)
     checkpoint = open_checkpoint(request.getfixturevalue("checkpoint")("llama"))
-    options = Request(measures=["perplexity", "cross-entropy"], window=32, limit=2000)
+    options = EvalOptions(measure=("perplexity", "cross-entropy"), window=32, limit=2000)
     evaluation = evaluate(Context(checkpoint, options), gates=["cross_entropy>0"])
     perplexity: Any
     perplexity, added = evaluation.measures
@@ -69,6 +85,24 @@ def check_kernel(module: ModuleType, request: pytest.FixtureRequest) -> None:
     torch.testing.assert_close(product(x, None), kernel.twin(x, fields, None))
 
 
+def check_objective(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    row = Method(kind="objective", target="added_objective:Norms", summary="...", source="...")
+    add_method(request, "norms", row)
+    folder: Path = request.getfixturevalue("tmp_path")
+    text = folder / "text.txt"
+    text.write_text("def run(path: Path) -> None:\n    return path\n" * 60)
+    source = open_checkpoint(request.getfixturevalue("checkpoint")("llama"))
+    job = WeightsJob(
+        method="norms", config=module.Norms.Config(), data=(str(text),), steps=4, seq_len=48,
+        batch_tokens=96, learning_rate=0.1,
+    )  # fmt: skip
+    report = train_weights(source, folder / "out", job)
+    assert report is not None and report.best["perplexity"] < report.initial["perplexity"]
+    trained = open_checkpoint(folder / "out")
+    changed = {n for n in source.layout.tensors if not torch.equal(source.read(n), trained.read(n))}
+    assert changed == {name for name in source.layout.tensors if "norm" in name}
+
+
 def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
     row = Method(kind="kv", target="added_kv:HalfStore", summary="...", source="...")
     add_method(request, "half", row)
@@ -77,7 +111,7 @@ def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
     (drafted,) = runner.generate(prompt, max_new_tokens=20)
     assert isinstance(runner.target.cache(1).stores[0], module.HalfStore)
     # Keys and values of 2 layers, 2 heads and 8 channels, 2 bytes each.
-    assert runner.target.kv_token_bytes == 2 * 2 * 2 * 8 * 2
+    assert runner.target.kv_bytes_per_token == 2 * 2 * 2 * 8 * 2
     runner.use(None)
     (plain,) = runner.generate(prompt, max_new_tokens=20)
     assert drafted.token_ids == plain.token_ids
@@ -85,7 +119,9 @@ def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
 
 # A check for each page.
 CHECKS: dict[str, Check] = {
+    "command": check_command,
     "kernel": check_kernel,
     "kv": check_kv,
     "measure": check_measure,
+    "objective": check_objective,
 }

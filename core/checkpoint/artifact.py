@@ -362,7 +362,7 @@ def write_safetensors(
     offset = 0
     for name in order:
         content = tensors[name]
-        end = offset + _num_bytes(content)
+        end = offset + num_bytes(content)
         header[name] = {
             "dtype": NAMES[_dtype(content)],
             "shape": list(content.shape),
@@ -389,10 +389,9 @@ def _dtype(content: Content) -> torch.dtype:
     return content.dtype if isinstance(content, Tensor) else torch_dtype(content)
 
 
-def _num_bytes(content: Content) -> int:
-    if isinstance(content, Tensor):
-        return content.numel() * content.element_size()
-    return content.num_bytes
+def num_bytes(content: Content) -> int:
+    """Return the bytes of a tensor, in memory or in a file."""
+    return content.nbytes if isinstance(content, Tensor) else content.num_bytes
 
 
 def _read_pieces(content: Content) -> Iterator[memoryview]:

@@ -110,7 +110,7 @@ def check_tables(model: PreTrainedModel, layout: Layout) -> None:
     Raises:
         CheckpointError: they are.
     """
-    sizes = {name: _num_bytes(tensor) for name, tensor in model.named_buffers()}
+    sizes = {name: tensor.nbytes for name, tensor in model.named_buffers()}
     computed = {name: size for name, size in sizes.items() if name not in layout.tensors}
     if sum(computed.values()) > _FREE_TABLES + layout.num_bytes:
         name = max(computed, key=lambda buffer: computed[buffer])
@@ -118,10 +118,6 @@ def check_tables(model: PreTrainedModel, layout: Layout) -> None:
             f"{layout.path}: config.json asks for tables of {sum(computed.values()) / 1e9:.1f} GB "
             f"({name}), the weights are {layout.num_bytes / 1e9:.1f} GB"
         )
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def find_unused(model: Any, stored: Iterable[str], taken: Iterable[str]) -> list[str]:

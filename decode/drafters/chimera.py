@@ -37,7 +37,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from spectool import options
 from spectool.decode.drafters.medusa import make_residual_blocks
-from spectool.decode.heads.base import Heads, TreeConfig, TreeDrafter
+from spectool.decode.heads.base import Heads, TreeDrafter
 from spectool.decode.heads.layer import (
     DecoderLayer,
     DraftCache,
@@ -161,7 +161,7 @@ class ChimeraDrafter(TreeDrafter):
         self,
         heads: ChimeraHeads,
         paths: Sequence[tuple[Sequence[int], float]],
-        config: TreeConfig | None = None,
+        config: TreeDrafter.Config | None = None,
     ) -> None:
         super().__init__(heads, paths, config, DraftCache(heads.rotary, 1))
         # By depth: the depths of all nodes with children so far, and which of these nodes each of

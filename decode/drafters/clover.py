@@ -39,7 +39,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spectool import options
-from spectool.decode.heads.base import Heads, TreeConfig, TreeDrafter
+from spectool.decode.heads.base import Heads, TreeDrafter
 from spectool.decode.heads.layer import (
     DecoderLayer,
     DraftCache,
@@ -203,7 +203,7 @@ class CloverDrafter(TreeDrafter):
         self,
         heads: CloverHeads,
         paths: Sequence[tuple[Sequence[int], float]],
-        config: TreeConfig | None = None,
+        config: TreeDrafter.Config | None = None,
     ) -> None:
         # Column t is computed from the target's state at t and the token after it.
         draft_cache = DraftCache(heads.rotary, len(heads.aug.layers), ahead=True)

@@ -39,18 +39,6 @@ from spectool.options import option
 _PADDING = 128
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftModelConfig(options.Config):
-    """Options of `draft_model`."""
-
-    depth: int = option(4, "most proposed tokens on a path", minimum=1, maximum=64)
-    tree: Literal["chain", "iid", "rsd-c", "rsd-s"] = option(
-        "chain", "one chain, several, or a tree of a constant branching or of a beam"
-    )
-    width: int = option(3, "chains, branches of a node or beams of a tree", minimum=1, maximum=64)
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-
-
 @dataclass(slots=True, eq=False)
 class _Growth:
     """A request's draft while it grows. Node -1 is the root; `probs` begin with the root's q.
@@ -118,21 +106,33 @@ class DraftModelDrafter(Drafter):
         UnsupportedError: the draft model's vocabulary is not the target's.
     """
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `draft_model`."""
+
+        depth: int = option(4, "most proposed tokens on a path", minimum=1, maximum=64)
+        tree: Literal["chain", "iid", "rsd-c", "rsd-s"] = option(
+            "chain", "one chain, several, or a tree of a constant branching or of a beam"
+        )
+        width: int = option(
+            3, "chains, branches of a node or beams of a tree", minimum=1, maximum=64
+        )
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+
     name = "draft_model"
-    Config = DraftModelConfig
     needs = Needs()
     combines = False
 
     def __init__(
         self,
         model: PreTrainedModel,
-        config: DraftModelConfig | None = None,
+        config: Config | None = None,
         *,
         target: Target,
         tokenizer: PreTrainedTokenizerBase | None = None,
         target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.config = config or DraftModelConfig()
+        self.config = config or self.Config()
         self._draft = Target(model)
         self._vocab_size = target.vocab_size
         _check_vocabulary(self._draft, target, tokenizer, target_tokenizer)

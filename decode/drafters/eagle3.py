@@ -87,15 +87,13 @@ class Eagle3Heads(Heads):
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         ttt_steps: int = option(7, "tokens ahead that are trained", minimum=1, maximum=16)
-        layers: str = option("", "states to fuse, like 2-16-29; empty: a low, a middle, a high one")
+        layers: tuple[int, ...] = option(
+            (), "states to fuse, like 2-16-29; empty: a low, a middle, a high one"
+        )
         draft_vocab: int = option(
             0, "guess only the N commonest tokens of the data; 0: 32000, or all", minimum=0
         )
         shared_head: bool = option(False, "guess with the target's lm_head")
-
-        def validate(self) -> None:
-            if not all(part.isdigit() for part in self.layers.split("-") if self.layers):
-                raise UsageError(f"--layers {self.layers}: expected numbers like 2-16-29")
 
     optimizer_defaults = OptimizerDefaults(rate=5e-5, betas=(0.9, 0.95))
     loss = LossSpec(target="probs", decay=0.8)
@@ -176,15 +174,6 @@ class Eagle3Heads(Heads):
         return self.lm_head
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Eagle3Config(options.Config):
-    """Options of `eagle3`."""
-
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=16)
-    width: int = option(8, "nodes of a level that are expanded, and into how many", minimum=1)
-
-
 @dataclass(slots=True)
 class _Candidates:
     """All nodes of the growing trees, one tensor [B, C] per level.
@@ -207,8 +196,15 @@ class _Candidates:
 class Eagle3Drafter(HeadsDrafter):
     """Drafter that grows a tree by the layer's own probabilities; see the module docstring."""
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `eagle3`."""
+
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+        depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=16)
+        width: int = option(8, "nodes of a level that are expanded, and into how many", minimum=1)
+
     name = "eagle3"
-    Config = Eagle3Config
     Heads = Eagle3Heads
     _heads: Eagle3Heads
     _draft_cache: DraftCache
@@ -217,12 +213,12 @@ class Eagle3Drafter(HeadsDrafter):
         self,
         heads: Eagle3Heads,
         paths: Sequence[tuple[Sequence[int], float]],
-        config: Eagle3Config | None = None,
+        config: Config | None = None,
     ) -> None:
         """Make the drafter; `paths`, the best static tree, only served to measure the heads."""
         # Column t is computed from the target's state at t and the token after it.
         super().__init__(heads, DraftCache(heads.rotary, 1, ahead=True))
-        self.config = config or Eagle3Config()
+        self.config = config or self.Config()
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
@@ -342,16 +338,17 @@ class Eagle3Drafter(HeadsDrafter):
         return drafts
 
 
-def _choose_states(asked: str, num_layers: int) -> list[int]:
+def _choose_states(asked: Sequence[int], num_layers: int) -> list[int]:
     """Return the states to fuse: those `asked` for, or a low, a middle and a high one.
 
     Raises:
         UsageError: the target lacks one of them.
     """
     if asked:
-        states = sorted({int(part) for part in asked.split("-")})
+        states = sorted(set(asked))
         if states[0] < 1 or states[-1] > num_layers:
-            raise UsageError(f"--layers {asked}: the target has states 1 to {num_layers}")
+            given = "-".join(map(str, asked))
+            raise UsageError(f"--layers {given}: the target has states 1 to {num_layers}")
         return states
     if num_layers >= _DEEP:
         # As published.

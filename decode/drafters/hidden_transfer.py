@@ -36,12 +36,10 @@ class HiddenTransferHeads(InPassHeads):
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
         num_heads: int = option(3, "tokens guessed ahead", minimum=1, maximum=16)
-        layers: str = option("", "layers to start at, like 4-4-5; empty: the middle one for all")
+        layers: tuple[int, ...] = option(
+            (), "layers to start at, like 4-4-5; empty: the middle one for all"
+        )
         anchors: int = option(64, "positions of a text to train at in a step", minimum=1)
-
-        def validate(self) -> None:
-            if not all(part.isdigit() for part in self.layers.split("-") if self.layers):
-                raise UsageError(f"--layers {self.layers}: expected numbers like 4-4-5")
 
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         """Make untrained heads for a target.
@@ -117,13 +115,11 @@ def _choose_layers(config: HiddenTransferHeads.Config, num_layers: int) -> list[
         raise UnsupportedError("hidden-transfer needs a target of two layers at least")
     if not config.layers:
         return [num_layers // 2] * config.num_heads
-    layers = [int(part) for part in config.layers.split("-")]
+    layers, given = list(config.layers), "-".join(map(str, config.layers))
     if len(layers) != config.num_heads or layers != sorted(layers):
         raise UsageError(
-            f"--layers {config.layers}: expected {config.num_heads} layers, none before an earlier"
+            f"--layers {given}: expected {config.num_heads} layers, none before an earlier"
         )
     if layers[0] < 1 or layers[-1] >= num_layers:
-        raise UsageError(
-            f"--layers {config.layers}: states can begin at layers 1 to {num_layers - 1}"
-        )
+        raise UsageError(f"--layers {given}: states can begin at layers 1 to {num_layers - 1}")
     return layers

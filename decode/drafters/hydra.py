@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode.drafters.medusa import make_residual_blocks
-from spectool.decode.heads.base import Heads, TreeConfig, TreeDrafter
+from spectool.decode.heads.base import Heads, TreeDrafter
 from spectool.decode.heads.layer import DecoderLayer, DraftCache, Rotary, make_layer_config
 from spectool.decode.protocol import Features, Needs
 from spectool.decode.request import Request
@@ -148,7 +148,7 @@ class HydraDrafter(TreeDrafter):
         self,
         heads: HydraHeads,
         paths: Sequence[tuple[Sequence[int], float]],
-        config: TreeConfig | None = None,
+        config: TreeDrafter.Config | None = None,
     ) -> None:
         draft_cache = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
         super().__init__(heads, paths, config, draft_cache)

@@ -28,13 +28,6 @@ from spectool.decode.tree import Draft, Kind
 from spectool.options import option
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JacobiConfig(options.Config):
-    """Options of `jacobi`."""
-
-    window: int = option(16, "tokens predicted at once", minimum=1, maximum=256)
-
-
 @dataclass(slots=True)
 class _Window:
     """Tokens predicted for a request's next positions, and the q that each was drawn from.
@@ -50,13 +43,18 @@ class _Window:
 class JacobiDrafter(Drafter):
     """Drafter of one window per request: a chain of predicted, then of looked-up tokens."""
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `jacobi`."""
+
+        window: int = option(16, "tokens predicted at once", minimum=1, maximum=256)
+
     name = "jacobi"
-    Config = JacobiConfig
     needs = Needs(probs=True)
     combines = False
 
-    def __init__(self, config: JacobiConfig | None = None) -> None:
-        self.config = config or JacobiConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
         self._windows: dict[Request, _Window] = {}
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:

@@ -31,22 +31,6 @@ _COPYING = 3
 _TRUSTED = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NgramConfig(options.Config):
-    """Options of `ngram`."""
-
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(
-        8, "most proposed tokens on a path, doubled while all are accepted", minimum=1
-    )
-    min_n: int = option(1, "shortest n-gram to look up", minimum=1, maximum=16)
-    max_n: int = option(4, "longest n-gram to look up", minimum=1, maximum=16)
-
-    def validate(self) -> None:
-        if self.min_n > self.max_n:
-            raise UsageError(f"min_n={self.min_n}: must be at most max_n={self.max_n}")
-
-
 class NgramIndex:
     """Index of a growing text: where each of its n-grams ended, most recent last."""
 
@@ -113,12 +97,26 @@ class _Copy:
 class NgramDrafter(Drafter):
     """Drafter of a tree of continuations, from one index per request."""
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `ngram`."""
+
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+        depth: int = option(
+            8, "most proposed tokens on a path, doubled while all are accepted", minimum=1
+        )
+        min_n: int = option(1, "shortest n-gram to look up", minimum=1, maximum=16)
+        max_n: int = option(4, "longest n-gram to look up", minimum=1, maximum=16)
+
+        def validate(self) -> None:
+            if self.min_n > self.max_n:
+                raise UsageError(f"min_n={self.min_n}: must be at most max_n={self.max_n}")
+
     name = "ngram"
-    Config = NgramConfig
     needs = Needs()
 
-    def __init__(self, config: NgramConfig | None = None) -> None:
-        self.config = config or NgramConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
         self._indexes: dict[Request, NgramIndex] = {}
         self._copies: dict[Request, _Copy] = {}
 

@@ -13,20 +13,18 @@ from spectool.decode.request import Request
 from spectool.decode.tree import Draft, Kind
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoDraftConfig(options.Config):
-    """Options of `none`: it has none."""
-
-
 class NoDrafter(Drafter):
     """Drafter that proposes nothing."""
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `none`: it has none."""
+
     name = "none"
-    Config = NoDraftConfig
     needs = Needs()
 
-    def __init__(self, config: NoDraftConfig | None = None) -> None:
-        self.config = config or NoDraftConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ()

@@ -34,15 +34,6 @@ RANKS = len(_SHARES)
 _DEEPEST = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecycleConfig(options.Config):
-    """Options of `recycle`."""
-
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=_DEEPEST)
-    state: str | None = option(None, "file to keep the table in between runs")
-
-
 def make_rank_tree(nodes: int, depth: int) -> list[tuple[int, ...]]:
     """Return the `nodes` likeliest paths of ranks, best first, parents before their children."""
     heap: list[tuple[float, tuple[int, ...]]] = [(-_SHARES[0], (0,))]
@@ -68,12 +59,19 @@ class RecycleDrafter(Drafter):
             vocabulary.
     """
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `recycle`."""
+
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+        depth: int = option(6, "most proposed tokens on a path", minimum=1, maximum=_DEEPEST)
+        state: str | None = option(None, "file to keep the table in between runs")
+
     name = "recycle"
-    Config = RecycleConfig
     needs = Needs(top=RANKS)
 
-    def __init__(self, config: RecycleConfig | None = None) -> None:
-        self.config = config or RecycleConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
         self._paths = make_rank_tree(self.config.nodes, self.config.depth)
         nodes = {(): 0} | {path: node for node, path in enumerate(self._paths, start=1)}
         # Depth, parent and rank of each node.

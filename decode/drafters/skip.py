@@ -41,24 +41,22 @@ _SHARE, _SCORED, _ENOUGH, _SURE = 0.45, 32, 0.95, 0.8
 _SIBLINGS = ((0.95, 2), (0.8, 4), (0.5, 7), (0.0, 9))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SkipConfig(options.Config):
-    """Options of `skip`."""
-
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(8, "most proposed tokens on a path", minimum=1, maximum=64)
-    search: int = option(64, "sets of skipped blocks to try, one per step", minimum=0)
-
-
 class SkipDrafter(Drafter):
     """Drafter by the thinned target; the set of skipped blocks is kept across requests."""
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `skip`."""
+
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+        depth: int = option(8, "most proposed tokens on a path", minimum=1, maximum=64)
+        search: int = option(64, "sets of skipped blocks to try, one per step", minimum=0)
+
     name = "skip"
-    Config = SkipConfig
     needs = Needs()
 
-    def __init__(self, config: SkipConfig | None = None) -> None:
-        self.config = config or SkipConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
         self.score = -1.0
         self.tried = 0
         self._scored: Request | None = None

@@ -33,15 +33,6 @@ _GAIN, _HIGHEST = 0.25, 3.0
 _SUCCESSORS = 12
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrigramConfig(options.Config):
-    """Options of `trigram`."""
-
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
-    depth: int = option(8, "most proposed tokens on a path", minimum=1, maximum=64)
-    state: str | None = option(None, "file to keep the table in between runs")
-
-
 class TrigramTable:
     """Scores of tokens, by the two tokens before them."""
 
@@ -80,12 +71,19 @@ class TrigramDrafter(Drafter):
             vocabulary.
     """
 
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `trigram`."""
+
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=1024)
+        depth: int = option(8, "most proposed tokens on a path", minimum=1, maximum=64)
+        state: str | None = option(None, "file to keep the table in between runs")
+
     name = "trigram"
-    Config = TrigramConfig
     needs = Needs()
 
-    def __init__(self, config: TrigramConfig | None = None) -> None:
-        self.config = config or TrigramConfig()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or self.Config()
         self.table = TrigramTable()
         self._largest = -1
         if self.config.state:

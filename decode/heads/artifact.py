@@ -8,7 +8,6 @@ inputs give equal bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from spectool.decode.policy.fastest import read_fastest
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError
+from spectool.files import json_bytes
 from spectool.model import loading
 
 
@@ -57,7 +57,7 @@ class HeadsRecord:
     format_version: int = FORMAT_VERSION
 
     def as_bytes(self) -> bytes:
-        return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()
+        return json_bytes(asdict(self))
 
     @property
     def fingerprint(self) -> str:

@@ -188,14 +188,6 @@ class Heads(nn.Module):
         return torch.where(self.token_map[index] == tokens, index, -1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TreeConfig(options.Config):
-    """Options of heads that draft a static tree."""
-
-    nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=MOST_NODES)
-    depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
-
-
 class HeadsDrafter(Drafter):
     """A drafter that drafts from one state per request, computed from the committed tokens.
 
@@ -251,13 +243,18 @@ class TreeDrafter(HeadsDrafter):
     Each level is one call of its head, for all its nodes and all requests at once.
     """
 
-    Config = TreeConfig
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of heads that draft a static tree."""
+
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=MOST_NODES)
+        depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
 
     def __init__(
         self,
         heads: Heads,
         paths: Sequence[tuple[Sequence[int], float]],
-        config: TreeConfig | None = None,
+        config: Config | None = None,
         draft_cache: DraftCache | None = None,
     ) -> None:
         """Build the tree from its nodes: `paths` of ranks, each with the share that follows it.
@@ -265,7 +262,7 @@ class TreeDrafter(HeadsDrafter):
         Paths come best first, so that any prefix of them is a tree.
         """
         super().__init__(heads, draft_cache)
-        self.config = config or TreeConfig()
+        self.config = config or self.Config()
         depth = min(self.config.depth, heads.num_heads)
         kept = [path for path, _ in paths if len(path) <= depth][: self.config.nodes]
         self._tree = RankTree(kept, device=heads.frozen.weight_VD.device)

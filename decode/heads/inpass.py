@@ -211,20 +211,18 @@ def _end_probs(pairs: Sequence[tuple[RankPath, float]]) -> list[float]:
     return [max(0.0, end) for end in ends.values()]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InPassConfig(options.Config):
-    """Options of drafters that guess inside the target's pass."""
-
-    nodes: int = option(
-        32, "most rows of a pass, the root apart: proposed tokens and extra rows", minimum=1
-    )
-    depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
-
-
 class InPassDrafter(Drafter):
     """Drafter of T_s after a path whose last node's chain went s tokens ahead; T_0 at first."""
 
-    Config = InPassConfig
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of drafters that guess inside the target's pass."""
+
+        nodes: int = option(
+            32, "most rows of a pass, the root apart: proposed tokens and extra rows", minimum=1
+        )
+        depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
+
     # Extra rows belong to the tree's nodes, so no drafter may add nodes or leave some out.
     combines = False
 
@@ -232,9 +230,9 @@ class InPassDrafter(Drafter):
         self,
         heads: InPassHeads,
         paths: Sequence[tuple[RankPath, float]],
-        config: InPassConfig | None = None,
+        config: Config | None = None,
     ) -> None:
-        self.config = config or InPassConfig()
+        self.config = config or self.Config()
         self.needs = heads.needs
         self._heads = heads.eval()
         self._extra_rows = heads.extra_rows

@@ -103,7 +103,7 @@ class KVStore(ABC):
     @property
     def token_bytes(self) -> int:
         """Return the bytes of one row's column."""
-        return sum(f[:1, :, :1].numel() * f.element_size() for f in self.fields)
+        return sum(f.shape[1] * f.shape[3] * f.element_size() for f in self.fields)
 
 
 # Makes the empty store of one layer.

@@ -28,20 +28,20 @@ from spectool.decode.kv.base import KVStore
 from spectool.options import option
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Int8Config(options.Config):
-    """Options of `int8`."""
-
-    group: int = option(
-        32, "most channels of a key with one scale; the number divides the head's width", minimum=1
-    )
-
-
 class Int8Store(KVStore):
     """Codes in int8, scales in bfloat16; a view computes keys and values in the model's dtype."""
 
-    Config = Int8Config
-    config: Int8Config
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config(options.Config):
+        """Options of `int8`."""
+
+        group: int = option(
+            32,
+            "most channels of a key with one scale; the number divides the head's width",
+            minimum=1,
+        )
+
+    config: Config
 
     def encode(self, keys_BHND: Tensor, values_BHND: Tensor) -> Sequence[Tensor]:
         self._dtype = keys_BHND.dtype

@@ -32,6 +32,7 @@ from spectool.distill.data.texts import as_samples, as_tensors, chunk
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import TextCache, read_extra_rows, read_features
 from spectool.errors import UsageError
+from spectool.files import json_bytes
 from spectool.report import Reporter
 from spectool.training import TrainingBatch
 
@@ -172,8 +173,7 @@ def finish_store(writer: ArtifactWriter, key: dict[str, Any], needs: Needs) -> N
         "shards": shards,
         "files": sorted([FEATURES, *shards]),
     }
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    writer.finish({FEATURES: text.encode()})
+    writer.finish({FEATURES: json_bytes(record)})
 
 
 def open_store(

@@ -12,12 +12,13 @@ from spectool.evaluate.measures.base import Measure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """A perplexity, with the windows that it holds for."""
+    """A perplexity, with the windows and the store of keys and values that it holds for."""
 
     value: float
     tokens: int
     window: int
     bos: bool
+    kv: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class Perplexity(Measure):
                 tokens=context.scores.num_tokens,
                 window=context.windows.length,
                 bos=context.windows.bos is not None,
+                kv=context.kv,
             )
         )
 

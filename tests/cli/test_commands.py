@@ -167,7 +167,7 @@ def test_eval_compares_and_gates(
     done = spectool(*words, "--gate", "perplexity_ratio<=100", "--json")
     assert done.code == 0, done.err
     result = done.json
-    assert {"value", "tokens", "window", "bos"} == result["perplexity"].keys()
+    assert {"value", "tokens", "window", "bos", "kv"} == result["perplexity"].keys()
     assert {"reference", "perplexity_ratio", "kl", "top1_agreement", "gates"} <= result.keys()
     assert result["gates"] == [
         {

@@ -17,7 +17,8 @@ from spectool.data.text import Reading
 from spectool.decode.drafters.medusa import MedusaHeads
 from spectool.distill.plan import HeadsJob
 from spectool.distill.train_heads import train_heads
-from spectool.evaluate.context import Context, Request
+from spectool.evaluate.context import Context
+from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import QuantizeJob, quantize
@@ -76,8 +77,8 @@ def test_a_reporter_hears_a_training_of_heads(
 def test_a_reporter_hears_an_evaluation(checkpoint: Callable[..., Path], text: Path) -> None:
     for blockwise in (False, True):
         heard = Heard()
-        request = Request(texts=[str(text)], window=32, limit=400, blockwise=blockwise)
-        evaluate(Context(open_checkpoint(checkpoint("llama")), request, reporter=heard))
+        options = EvalOptions(text=(str(text),), window=32, limit=400, blockwise=blockwise)
+        evaluate(Context(open_checkpoint(checkpoint("llama")), options, reporter=heard))
         (plan,) = heard.plans
         assert plan.text == str(text) and plan.windows.length == 32
         assert heard.ticks[-1][:2] == (plan.windows.num_tokens, plan.windows.num_tokens)

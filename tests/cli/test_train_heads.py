@@ -95,7 +95,7 @@ def test_inspect_says_all_that_was_asked(
     command = heads_command({**found, "training": training}) or ""
     assert command.startswith("torchrun --nproc-per-node 2 -m spectool train-heads medusa MODEL")
     assert "--optimizer adamw8bit" in command
-    assert "--regenerate-url URL --regenerate-model tiny" in command
+    assert "--regenerate-url http://HOST:PORT/v1 --regenerate-model tiny" in command
     # Heads from before there were these options.
     older = {key: training[key] for key in training if key not in (
         "processes", "optimizer", "autocast", "features", "sequence_packing", "regenerate_model",

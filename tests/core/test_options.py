@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import FrozenInstanceError, dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ class Example(options.Config):
     block: Literal[64, 128] = option(64, "size")
     limit: int | None = option(None, "no more than these")
     name_of_it: str = option("x", "called so")
+    layers: tuple[int, ...] = option((), "some layers")
+    skip: tuple[str, ...] = option((), "some names")
 
     def validate(self) -> None:
         if self.fast and self.bits > 4:
@@ -29,7 +32,17 @@ class Example(options.Config):
 
 def test_options_in_order_with_everything_a_surface_needs() -> None:
     found = {field.name: field for field in options_of(Example)}
-    assert list(found) == ["bits", "rate", "fast", "noise", "block", "limit", "name_of_it"]
+    assert list(found) == [
+        "bits",
+        "rate",
+        "fast",
+        "noise",
+        "block",
+        "limit",
+        "name_of_it",
+        "layers",
+        "skip",
+    ]
     bits = found["bits"]
     assert (bits.type, bits.default, bits.help, bits.minimum, bits.maximum) == (
         int, 4, "width", 2, 8,
@@ -48,6 +61,8 @@ def test_options_in_order_with_everything_a_surface_needs() -> None:
         ("bits=3,fast=yes,rate=1e-3", {"bits": 3, "fast": True, "rate": 1e-3}),
         ("fast=0, noise=uniform ,block=128", {"fast": False, "noise": "uniform", "block": 128}),
         ("limit=none", {"limit": None}),
+        ("layers=2-16-3", {"layers": (2, 16, 3)}),
+        ("layers=", {"layers": ()}),
         ("limit=7,name-of-it=a b", {"limit": 7, "name_of_it": "a b"}),
     ],
 )
@@ -69,6 +84,7 @@ def test_written_as_text(text: str, values: dict[str, Any]) -> None:
         ("block=65", "expected one of 64, 128"),
         ("fast=true,bits=5", "fast works up to 4 bits"),
         ("bits=none", "expected int"),
+        ("layers=2-x", "--layers 2-x: expected positive numbers, as 4 or 1,4,16"),
     ],
 )
 def test_refused_texts(text: str, message: str) -> None:
@@ -80,7 +96,7 @@ def test_refused_texts(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     "values",
     [{"bits": "4"}, {"bits": True}, {"bits": 4.0}, {"fast": 1}, {"rate": "x"}, {"bits": None},
-     {"noise": 3}],
+     {"noise": 3}, {"layers": ["1"]}, {"skip": [3]}],
 )  # fmt: skip
 def test_refused_values(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
@@ -88,8 +104,9 @@ def test_refused_values(values: dict[str, Any]) -> None:
 
 
 def test_metadata_round_trip() -> None:
-    config = Example(bits=3, rate=1, limit=5)
-    assert Example.from_dict(config.as_dict()) == config
+    config = Example(bits=3, rate=1, limit=5, layers=(2, 16), skip=("a", "b"))
+    assert Example.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+    assert config.as_dict()["layers"] == "2-16"
     with pytest.raises(UsageError, match="unknown option"):
         Example.from_dict({"bots": 3})
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from spectool.decode import adapter, tree
 from spectool.decode.adapter import drafting
-from spectool.decode.drafters.ngram import NgramConfig, NgramDrafter
+from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.errors import UsageError
 
 Tiny = Callable[..., PreTrainedModel]
@@ -74,7 +74,7 @@ def test_greedy_text_is_transformers_own(
 class Watched(NgramDrafter):
     """An n-gram drafter that records its drafts and their outcomes."""
 
-    def __init__(self, config: NgramConfig | None = None) -> None:
+    def __init__(self, config: NgramDrafter.Config | None = None) -> None:
         super().__init__(config)
         self.accepted = self.closed = 0
         # Length of the text and the token drafted to follow it.
@@ -161,7 +161,7 @@ def test_sampled_text_follows_the_models_distribution(
         num_attention_heads=2, max_position_embeddings=1024, initializer_range=0.7,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model, drafter = LlamaForCausalLM(config).eval(), Watched(NgramConfig(depth=3))
+    model, drafter = LlamaForCausalLM(config).eval(), Watched(NgramDrafter.Config(depth=3))
     honest = adapter.Candidates.get_candidates
 
     def lying(self: Any, input_ids: torch.Tensor, **given: Any) -> Any:

@@ -21,7 +21,7 @@ from spectool.decode import verify
 from spectool.decode.control.ban import BannedText, Vocabulary
 from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias
-from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
+from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.sampling import Draws, StepRandom
@@ -108,14 +108,14 @@ PAIRS = {
     "jacobi": "jacobi:window=3",
     "combined": "ngram:nodes=2+recycle:nodes=4",
     "tuned": "ngram+recycle:tune",
-    "chain": DraftModelConfig(depth=2),
-    "chain+token-match": DraftModelConfig(depth=2),
-    "iid": DraftModelConfig(depth=2, tree="iid", width=3),
-    "iid+k-seq": DraftModelConfig(depth=2, tree="iid", width=3),
-    "iid of few nodes": DraftModelConfig(depth=3, tree="iid", width=3, nodes=4),
-    "rsd-c": DraftModelConfig(depth=2, tree="rsd-c", width=2),
-    "rsd-s": DraftModelConfig(depth=3, tree="rsd-s", width=2),
-    "rsd-s+token-match": DraftModelConfig(depth=3, tree="rsd-s", width=2),
+    "chain": DraftModelDrafter.Config(depth=2),
+    "chain+token-match": DraftModelDrafter.Config(depth=2),
+    "iid": DraftModelDrafter.Config(depth=2, tree="iid", width=3),
+    "iid+k-seq": DraftModelDrafter.Config(depth=2, tree="iid", width=3),
+    "iid of few nodes": DraftModelDrafter.Config(depth=3, tree="iid", width=3, nodes=4),
+    "rsd-c": DraftModelDrafter.Config(depth=2, tree="rsd-c", width=2),
+    "rsd-s": DraftModelDrafter.Config(depth=3, tree="rsd-s", width=2),
+    "rsd-s+token-match": DraftModelDrafter.Config(depth=3, tree="rsd-s", width=2),
 }
 # The most general pairs run every time, all of them with `-m slow`.
 FEW = ["none", "ngram+rejection", "jacobi", "chain", "rsd-s"]
@@ -129,7 +129,7 @@ def model_for(pair: str) -> PreTrainedModel:
 def runner_for(pair: str) -> Runner:
     how = PAIRS[pair]
     runner = Runner(model_for(pair))
-    if isinstance(how, DraftModelConfig):
+    if isinstance(how, DraftModelDrafter.Config):
         runner.use(DraftModelDrafter(toy(1), how, target=runner.target))
     else:
         runner.use(how)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
-from spectool.decode.drafters.ngram import NgramConfig, NgramDrafter
+from spectool.decode.drafters.draft_model import DraftModelDrafter
+from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.generate import Runner, generate
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
@@ -47,7 +47,7 @@ def test_greedy_equals_transformers_for_every_drafter(
     plain = runner.generate([prompt], max_new_tokens=60)[0]
     assert plain.token_ids == expected
     assert plain.forwards == 60
-    for name, drafter in {**drafters, "ngram": NgramDrafter(NgramConfig(min_n=1))}.items():
+    for name, drafter in {**drafters, "ngram": NgramDrafter(NgramDrafter.Config(min_n=1))}.items():
         runner.use(drafter)
         result = runner.generate([prompt], max_new_tokens=60)[0]
         assert result.token_ids == expected, name
@@ -70,7 +70,7 @@ def test_draft_model_keeps_the_text(
     expected = generate(model, [prompt], max_new_tokens=60)[0].token_ids
     target = Target(model)
     for other in (tiny(family, 1), model):
-        drafter = DraftModelDrafter(other, DraftModelConfig(depth=3), target=target)
+        drafter = DraftModelDrafter(other, DraftModelDrafter.Config(depth=3), target=target)
         result = generate(model, [prompt], draft=drafter, max_new_tokens=60)[0]
         assert result.token_ids == expected
         if other is model:

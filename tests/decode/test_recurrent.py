@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from spectool.decode import recurrent, tree
-from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
+from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
 from spectool.decode.generate import Runner
 from spectool.decode.policy import chain as chains
@@ -347,7 +347,9 @@ def test_a_draft_model_drafts_chains(
     results = runner.generate(prompts, verify="token-match", **options)
     assert [result.token_ids for result in results] == plain
     assert all(result.drafted > 0 for result in results)
-    trees = DraftModelDrafter(tiny("llama"), DraftModelConfig(tree="rsd-s"), target=runner.target)
+    trees = DraftModelDrafter(
+        tiny("llama"), DraftModelDrafter.Config(tree="rsd-s"), target=runner.target
+    )
     with pytest.raises(UsageError, match="takes chains only, not tree=rsd-s") as caught:
         runner.use(trees)
     assert caught.value.hint == "draft with tree=chain"

@@ -37,6 +37,8 @@ def run(batch_size: int, *categories: str) -> Run:
         model="/models/small",
         runtime="dense, float32",
         dtype="float32",
+        kv="dense",
+        kv_bytes_per_token=None,
         prompts=4,
         prompts_left_out=0,
         batch_size=batch_size,

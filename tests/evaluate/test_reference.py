@@ -22,7 +22,7 @@ def windows(bos: int | None = 3) -> Windows:
 def save(log_probs: Any, path: Path, top_k: int, bos: int | None = 3) -> SavedReference:
     with ReferenceWriter(path, windows(bos), VOCABULARY, top_k=top_k) as writer:
         score(windows(bos), log_probs(3), VOCABULARY, sink=writer.add)
-        writer.finish({})
+        writer.finish(source="sha256:0", tokenizer="0")
     return SavedReference(path)
 
 

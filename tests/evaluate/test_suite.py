@@ -12,7 +12,8 @@ import pytest
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, UsageError
-from spectool.evaluate.context import Context, Request
+from spectool.evaluate.context import Context
+from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
 from spectool.methods import names, resolve
 from spectool.quantize.methods.rtn import RTN
@@ -22,8 +23,9 @@ from spectool.report import PlainDecoding
 from ..heard import Heard
 
 
-def run(model: str | Path, **request: Any) -> dict[str, Any]:
-    return evaluate(Context(open_checkpoint(model), Request(**request))).as_json()
+def run(model: str | Path, *, dtype: str | None = None, **options: Any) -> dict[str, Any]:
+    context = Context(open_checkpoint(model), EvalOptions(**options), dtype=dtype)
+    return evaluate(context).as_json()
 
 
 @pytest.fixture
@@ -44,8 +46,8 @@ def test_reference_by_checkpoint_and_by_file_agree(
     checkpoint: Callable[..., Path], packed: Path, text: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "reference"
-    dense = run(checkpoint("llama"), texts=[text], window=32, save_reference=file)
-    live = run(packed, texts=[text], window=32, reference=str(checkpoint("llama")))
+    dense = run(checkpoint("llama"), text=[text], window=32, save_reference=file)
+    live = run(packed, text=[text], window=32, reference=str(checkpoint("llama")))
     read = run(packed, reference=str(file))
     assert "kl" not in dense and "layers" not in read
     assert live["reference"]["perplexity"] == pytest.approx(dense["perplexity"]["value"])
@@ -57,8 +59,8 @@ def test_reference_by_checkpoint_and_by_file_agree(
 
 
 def test_block_by_block_gives_the_same_figures(packed: Path, text: str) -> None:
-    whole = run(packed, texts=[text], window=32)
-    parts = run(packed, texts=[text], window=32, blockwise=True)
+    whole = run(packed, text=[text], window=32)
+    parts = run(packed, text=[text], window=32, blockwise=True)
     assert parts["perplexity"]["value"] == pytest.approx(whole["perplexity"]["value"], rel=1e-6)
 
 
@@ -67,41 +69,41 @@ def test_what_does_not_fit_together_is_refused(
 ) -> None:
     path = str(checkpoint("llama"))
     with pytest.raises(UsageError, match="context is 256"):
-        run(path, texts=[text], window=512)
+        run(path, text=[text], window=512)
     other = checkpoint("llama", vocab_size=352)
     with pytest.raises(UsageError, match="vocabulary size differs"):
-        run(path, texts=[text], window=32, reference=str(other))
+        run(path, text=[text], window=32, reference=str(other))
     file = tmp_path / "reference"
-    run(path, texts=[text], window=32, save_reference=file)
-    for given in ({"texts": [text]}, {"window": 16}, {"bos": True}, {"limit": 9}):
+    run(path, text=[text], window=32, save_reference=file)
+    for given in ({"text": [text]}, {"window": 16}, {"bos": True}, {"limit": 9}):
         with pytest.raises(UsageError, match="contains the tokens"):
             run(path, reference=str(file), **given)
     short = checkpoint("llama", max_position_embeddings=16)
     with pytest.raises(UsageError, match="windows of 32 tokens"):
         run(short, reference=str(file))
     with pytest.raises(CheckpointError, match="no such directory"):
-        run(path, texts=[text], window=32, reference=str(tmp_path / "absent"))
+        run(path, text=[text], window=32, reference=str(tmp_path / "absent"))
 
 
 def test_only_the_measures_that_are_named_run(
     checkpoint: Callable[..., Path], packed: Path, text: str
 ) -> None:
     reference = str(checkpoint("llama"))
-    named = run(packed, measures=["layers"], reference=reference)
+    named = run(packed, measure=["layers"], reference=reference)
     assert named.keys() == {"layers", "gates"}
-    alone = run(packed, measures=["perplexity"], texts=[text], window=32, reference=reference)
+    alone = run(packed, measure=["perplexity"], text=[text], window=32, reference=reference)
     assert alone.keys() == {"perplexity", "gates"}
     for name, missing in {"divergence": "--reference", "speed": "--prompts"}.items():
         with pytest.raises(UsageError, match=f"--measure {name} needs {missing}"):
-            run(packed, measures=[name], texts=[text])
+            run(packed, measure=[name], text=[text])
     # The source of a packed model is another's.
     other = str(checkpoint("llama", seed=1))
     with pytest.raises(UsageError, match=r"--measure layers needs .* was quantized"):
-        run(packed, measures=["layers"], reference=other)
+        run(packed, measure=["layers"], reference=other)
     with pytest.raises(UsageError, match="no measure is called 'spede'"):
-        run(packed, measures=["spede"])
+        run(packed, measure=["spede"])
     with pytest.raises(UsageError, match="--save-reference needs a measure of a text"):
-        run(packed, measures=["layers"], reference=reference, save_reference=packed / "x")
+        run(packed, measure=["layers"], reference=reference, save_reference=packed / "x")
 
 
 def test_drafting_is_measured_on_prompts_once(
@@ -110,14 +112,14 @@ def test_drafting_is_measured_on_prompts_once(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("from pathlib\nimport os\n")
     heard = Heard()
-    request = Request(
-        measures=["speed", "losslessness"],
+    options = EvalOptions(
+        measure=("speed", "losslessness"),
         prompts=str(prompts),
-        drafts=["ngram", "recycle"],
+        draft=("ngram", "recycle"),
         max_new_tokens=8,
-        dtype="float32",
     )
-    context = Context(open_checkpoint(checkpoint("llama")), request, reporter=heard)
+    source = open_checkpoint(checkpoint("llama"))
+    context = Context(source, options, dtype="float32", reporter=heard)
     evaluation = evaluate(context, gates=["losslessness>=1", "speed.tokens_per_second>0"])
     assert all(gate.holds for gate in evaluation.gates)
     result = evaluation.as_json()
@@ -141,7 +143,7 @@ def test_published_perplexities_of_small_models(
         stories = file.read()
     (tmp_path / "text.txt").write_text(re.sub(r"\n\n+", "\n", stories)[:200_000])
     text = str(tmp_path / "text.txt")
-    result = run(shared / "models" / name, texts=[text], bos=True)
+    result = run(shared / "models" / name, text=[text], bos=True)
     assert result["perplexity"]["tokens"] == 97105
     assert result["perplexity"]["value"] == pytest.approx(expected, rel=1e-3)
 
@@ -153,6 +155,6 @@ def test_published_perplexity_of_codestory(shared: Path, tmp_path: Path) -> None
     (tmp_path / "text.txt").write_text(book)
     options = {"bos": True, "window": 512, "dtype": "float32"}
     path = shared / "models/codestory-10M"
-    result = run(path, texts=[str(tmp_path / "text.txt")], **options)
+    result = run(path, text=[str(tmp_path / "text.txt")], **options)
     assert result["perplexity"]["tokens"] == 66239
     assert result["perplexity"]["value"] == pytest.approx(121.850, rel=1e-3)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from spectool.decode import target as target_module
-from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
+from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Runner, generate
 from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
@@ -92,7 +92,9 @@ def test_no_deeper_than_budget_or_its_own_context(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, begin: Begin
 ) -> None:
     model = tiny("llama")
-    drafter = DraftModelDrafter(tiny("llama", 1), DraftModelConfig(depth=5), target=Target(model))
+    drafter = DraftModelDrafter(
+        tiny("llama", 1), DraftModelDrafter.Config(depth=5), target=Target(model)
+    )
     monkeypatch.setattr(drafter._draft, "context", 20)
     requests = [request_of([3] * size, 0, size) for size in (4, 17, 30, 6)]
     begin(drafter, requests)

@@ -43,7 +43,7 @@ def test_parameters_of_7b() -> None:
         ("4-5-4", 8, "none before an earlier"),
         ("0-1-2", 8, "layers 1 to 7"),
         ("6-7-8", 8, "layers 1 to 7"),
-        ("4,4,4", 8, "expected numbers like"),
+        ("4-x-4", 8, "expected positive numbers"),
     ],
 )
 def test_layers_that_will_not_do(asked: str, num_layers: int, message: str) -> None:

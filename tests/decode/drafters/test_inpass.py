@@ -15,7 +15,7 @@ from spectool.decode.drafters.hidden_transfer import HiddenTransferDrafter, Hidd
 from spectool.decode.drafters.ppd import PPDDrafter, PPDHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads.inpass import (
-    InPassConfig,
+    InPassDrafter,
     SparseTree,
     _assign_rows,
     choose_trees,
@@ -47,7 +47,7 @@ def make_heads(model: Any, name: str) -> Any:
 
 
 def make_drafter(model: Any, name: str, **options: Any) -> Any:
-    return METHODS[name][1](make_heads(model, name), TREE, InPassConfig(**options))
+    return METHODS[name][1](make_heads(model, name), TREE, InPassDrafter.Config(**options))
 
 
 def random_paths(seed: int) -> list[tuple[tuple[int, ...], float]]:
@@ -143,7 +143,7 @@ def test_training_computes_the_states_that_drafting_does(
     batch_R, position_R = torch.tensor([0, 0, 1]), torch.tensor([3, position, position])
     with torch.no_grad():
         states = list(heads.states(batch, batch_R, position_R))
-    drafter = METHODS[name][1](heads, TREE, InPassConfig(nodes=40))
+    drafter = METHODS[name][1](heads, TREE, InPassDrafter.Config(nodes=40))
     cache = target.cache(2)
     target.prefill(cache, [text[:position] for text in texts])
     drafts = [drafter._draft(text[position], [], 9) for text in texts]

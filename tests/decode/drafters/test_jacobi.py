@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectool.decode import verify
-from spectool.decode.drafters.jacobi import JacobiConfig, JacobiDrafter
+from spectool.decode.drafters.jacobi import JacobiDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Outcome
@@ -58,7 +58,7 @@ def test_a_text_that_repeats_itself_is_accepted_at_once(
     begin: Begin, window: int, period: int
 ) -> None:
     request = request_of([at % period + 9 for at in range(9)])
-    drafter = JacobiDrafter(JacobiConfig(window=window))
+    drafter = JacobiDrafter(JacobiDrafter.Config(window=window))
     begin(drafter, [request])
     for _ in range(3):
         new = step(drafter, request, lambda text: (text[-1] - 9 + 1) % period + 9)
@@ -68,7 +68,7 @@ def test_a_text_that_repeats_itself_is_accepted_at_once(
 def test_a_fixed_point_is_accepted_at_once(begin: Begin) -> None:
     """One pass predicts the whole next window if tokens depend on their position alone."""
     request = request_of([300, 301, 302])
-    drafter = JacobiDrafter(JacobiConfig(window=6))
+    drafter = JacobiDrafter(JacobiDrafter.Config(window=6))
     begin(drafter, [request])
 
     def following(text: list[int]) -> int:
@@ -84,7 +84,7 @@ def test_a_fixed_point_is_accepted_at_once(begin: Begin) -> None:
 def test_each_round_fixes_a_token_at_least(begin: Begin) -> None:
     """Correct tokens advance and never go back if each token depends on the one before."""
     request = request_of([1])
-    drafter = JacobiDrafter(JacobiConfig(window=8))
+    drafter = JacobiDrafter(JacobiDrafter.Config(window=8))
     begin(drafter, [request])
     brought = [
         len(step(drafter, request, lambda text: (5 * text[-1] + 3) % 320)) for _ in range(20)
@@ -99,7 +99,7 @@ def test_each_round_fixes_a_token_at_least(begin: Begin) -> None:
 class Recorded(JacobiDrafter):
     """Drafter that records each request's drafts and outcomes."""
 
-    def __init__(self, config: JacobiConfig) -> None:
+    def __init__(self, config: JacobiDrafter.Config) -> None:
         super().__init__(config)
         self.rounds: list[tuple[list[int], Draft, Outcome]] = []
 
@@ -123,7 +123,7 @@ def probs_of(
 def test_a_greedy_window_is_the_likeliest_tokens_of_the_last_pass(
     tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]]
 ) -> None:
-    model, drafter = endless(tiny("llama")), Recorded(JacobiConfig(window=6))
+    model, drafter = endless(tiny("llama")), Recorded(JacobiDrafter.Config(window=6))
     result = Runner(model, draft=drafter).generate([prompt_of(12)], max_new_tokens=50)[0]
     assert 0 < result.accepted < result.drafted
     for (before, draft, outcome), (_, after, _) in zip(
@@ -140,7 +140,7 @@ def test_a_greedy_window_is_the_likeliest_tokens_of_the_last_pass(
 def test_a_drawn_window_comes_with_the_probabilities_of_the_last_pass(
     tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], options: dict[str, Any]
 ) -> None:
-    model, drafter = endless(tiny("llama")), Recorded(JacobiConfig(window=6))
+    model, drafter = endless(tiny("llama")), Recorded(JacobiDrafter.Config(window=6))
     runner = Runner(model, draft=drafter)
     result = runner.generate([prompt_of(12)], max_new_tokens=50, **options)[0]
     assert 0 < result.accepted < result.drafted
@@ -171,7 +171,7 @@ def test_a_position_is_drawn_anew_in_every_round(
     begin: Begin,
 ) -> None:
     """Random numbers differ by position, so two windows of a uniform distribution differ."""
-    drafter, request = JacobiDrafter(JacobiConfig(window=8)), request_of([5, 6])
+    drafter, request = JacobiDrafter(JacobiDrafter.Config(window=8)), request_of([5, 6])
     request.sampling = SamplingParams(temperature=1.0)
     request.draws = Draws(3, 0)
     begin(drafter, [request])
@@ -191,7 +191,10 @@ def test_a_position_is_drawn_anew_in_every_round(
 @pytest.mark.parametrize("window", [1, 5, 16])
 @pytest.mark.parametrize("budget", [0, 1, 3, 30])
 def test_a_window_is_no_longer_than_its_budget(begin: Begin, window: int, budget: int) -> None:
-    drafter, request = JacobiDrafter(JacobiConfig(window=window)), request_of([4, 5, 6, 4, 5])
+    drafter, request = (
+        JacobiDrafter(JacobiDrafter.Config(window=window)),
+        request_of([4, 5, 6, 4, 5]),
+    )
     begin(drafter, [request])
     for _ in range(3):
         # The first window has full size; the next budget allows only a part of it.
@@ -201,7 +204,7 @@ def test_a_window_is_no_longer_than_its_budget(begin: Begin, window: int, budget
 
 def test_requests_have_their_own_window(begin: Begin) -> None:
     drafter, requests = (
-        JacobiDrafter(JacobiConfig(window=2)),
+        JacobiDrafter(JacobiDrafter.Config(window=2)),
         [request_of([1, 2], 4), request_of([3, 4], 7)],
     )
     begin(drafter, requests)

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from spectool import methods
-from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
+from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Runner
 
 Tiny = Callable[..., PreTrainedModel]
@@ -25,10 +25,10 @@ SPECS = {
     "combined": "ngram+recycle+trigram",
     "tuned": "ngram+recycle:tune",
     "jacobi tuned": "jacobi:tune",
-    "chain": DraftModelConfig(),
-    "iid": DraftModelConfig(tree="iid"),
-    "rsd-c": DraftModelConfig(tree="rsd-c", width=2, depth=3),
-    "rsd-s": DraftModelConfig(tree="rsd-s"),
+    "chain": DraftModelDrafter.Config(),
+    "iid": DraftModelDrafter.Config(tree="iid"),
+    "rsd-c": DraftModelDrafter.Config(tree="rsd-c", width=2, depth=3),
+    "rsd-s": DraftModelDrafter.Config(tree="rsd-s"),
 }
 
 
@@ -46,7 +46,7 @@ def test_all_drafters_are_here() -> None:
 
 def open_on(model: PreTrainedModel, name: str, draft: PreTrainedModel, kv: str = "dense") -> Runner:
     how, runner = SPECS[name], Runner(model, kv=kv)
-    if isinstance(how, DraftModelConfig):
+    if isinstance(how, DraftModelDrafter.Config):
         runner.use(DraftModelDrafter(draft, how, target=runner.target))
     else:
         runner.use(how)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.decode.drafters.ngram import NgramConfig, NgramDrafter, NgramIndex
+from spectool.decode.drafters.ngram import NgramDrafter, NgramIndex
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import PrefilledPrompt
 from spectool.decode.request import Request
@@ -29,7 +29,7 @@ def request_of(tokens: list[int], index: int = 0) -> Request:
 
 
 def draft_of(tokens: list[int], *, budget: int = 99, **options: int) -> Draft:
-    drafter, request = NgramDrafter(NgramConfig(**options)), request_of(tokens)
+    drafter, request = NgramDrafter(NgramDrafter.Config(**options)), request_of(tokens)
     drafter.add([PrefilledPrompt(request=request, logits_V=torch.zeros(1))], NONE)
     return drafter.propose([request], [budget])[0]
 
@@ -125,7 +125,10 @@ def outcome_of(request: Request, draft: Draft, new: list[int]) -> Any:
 
 def steps(source: list[int], output: list[int], **options: int) -> list[int]:
     """Return how many tokens each step brings when `output` follows `source`."""
-    drafter, request = NgramDrafter(NgramConfig(**options)), request_of([*source, output[0]])
+    drafter, request = (
+        NgramDrafter(NgramDrafter.Config(**options)),
+        request_of([*source, output[0]]),
+    )
     drafter.add([PrefilledPrompt(request=request, logits_V=torch.zeros(1))], NONE)
     brought, left = [], output[1:]
     while left:
@@ -154,8 +157,8 @@ def test_a_copy_is_resumed_after_an_edit() -> None:
 
 
 def test_options_are_checked() -> None:
-    assert NgramConfig.from_text("nodes=12,depth=3").nodes == 12
+    assert NgramDrafter.Config.from_text("nodes=12,depth=3").nodes == 12
     with pytest.raises(UsageError, match="at most max_n"):
-        NgramConfig(min_n=5, max_n=2)
+        NgramDrafter.Config(min_n=5, max_n=2)
     with pytest.raises(UsageError, match="at least 1"):
-        NgramConfig(nodes=0)
+        NgramDrafter.Config(nodes=0)

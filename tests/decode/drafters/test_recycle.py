@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode import draft_state
 from spectool.decode.drafters import recycle
-from spectool.decode.drafters.recycle import RANKS, RecycleConfig, RecycleDrafter, make_rank_tree
+from spectool.decode.drafters.recycle import RANKS, RecycleDrafter, make_rank_tree
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Outcome, PrefilledPrompt
@@ -76,7 +76,10 @@ def logits_of(model: PreTrainedModel, tokens: list[int]) -> Tensor:
 
 def filled(begin: Begin, entries: dict[int, list[int]], **options: Any) -> RecycleDrafter:
     """Make a drafter whose table holds these entries; the first one's token is the root."""
-    drafter, request = RecycleDrafter(RecycleConfig(**options)), request_of([next(iter(entries))])
+    drafter, request = (
+        RecycleDrafter(RecycleDrafter.Config(**options)),
+        request_of([next(iter(entries))]),
+    )
     begin(drafter, [request])
     for token, ids in entries.items():
         draft = Draft([token], [-1], ["deterministic"])
@@ -105,7 +108,7 @@ def test_the_prompt_is_in_the_table(tiny: Tiny) -> None:
 class Checked(RecycleDrafter):
     """Drafter that, after every step, compares the table with the model's logits."""
 
-    def __init__(self, config: RecycleConfig, model: PreTrainedModel) -> None:
+    def __init__(self, config: RecycleDrafter.Config, model: PreTrainedModel) -> None:
         super().__init__(config)
         self.model = model
         self.rejected = self.repeated = 0
@@ -129,7 +132,7 @@ def test_the_table_holds_the_logits_of_every_verified_node(
     tiny: Tiny, endless: Any, prompt_of: PromptOf
 ) -> None:
     model = endless(tiny("llama"))
-    drafter = Checked(RecycleConfig(nodes=24), model)
+    drafter = Checked(RecycleDrafter.Config(nodes=24), model)
     result = Runner(model, draft=drafter).generate([prompt_of(20)], max_new_tokens=40)[0]
     assert result.accepted > 0
     assert drafter.rejected > 0
@@ -257,7 +260,7 @@ def test_a_kept_table_drafts_the_same(begin: Begin, tmp_path: Path) -> None:
     }
     first = filled(begin, table, state=str(path))
     first.close()
-    reloaded = RecycleDrafter(RecycleConfig(state=str(path)))
+    reloaded = RecycleDrafter(RecycleDrafter.Config(state=str(path)))
     assert reloaded.table == first.table
     begin(reloaded, [request_of([4])])
     expected, found = (drafter.propose([request_of([4])], [9])[0] for drafter in (first, reloaded))
@@ -268,7 +271,7 @@ def test_a_kept_table_drafts_the_same(begin: Begin, tmp_path: Path) -> None:
 def test_a_kept_table_of_another_vocabulary_is_refused(begin: Begin, tmp_path: Path) -> None:
     path = tmp_path / "table"
     draft_state.save(path, "recycle", {"table": torch.zeros(99, RANKS, dtype=torch.int32)})
-    drafter = RecycleDrafter(RecycleConfig(state=str(path)))
+    drafter = RecycleDrafter(RecycleDrafter.Config(state=str(path)))
     with pytest.raises(CheckpointError, match="a table of 99 tokens; the model has 320"):
         begin(drafter, [request_of([4])])
 
@@ -281,14 +284,14 @@ def test_what_is_no_table_is_refused(tmp_path: Path, table: Tensor) -> None:
     path = tmp_path / "table"
     draft_state.save(path, "recycle", {"table": table})
     with pytest.raises(CheckpointError, match="not a table of 8 ids per token"):
-        RecycleDrafter(RecycleConfig(state=str(path)))
+        RecycleDrafter(RecycleDrafter.Config(state=str(path)))
     path.write_bytes(b"something else altogether")
     with pytest.raises(CheckpointError, match=r"damaged or not safetensors"):
-        RecycleDrafter(RecycleConfig(state=str(path)))
+        RecycleDrafter(RecycleDrafter.Config(state=str(path)))
 
 
 def test_nothing_is_kept_unasked(begin: Begin, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     filled(begin, {7: [1, 2]}).close()
-    RecycleDrafter(RecycleConfig(state="table")).close()
+    RecycleDrafter(RecycleDrafter.Config(state="table")).close()
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from spectool.decode.cache import TreeCache
 from spectool.decode.drafters import skip
-from spectool.decode.drafters.skip import SkipConfig, SkipDrafter
+from spectool.decode.drafters.skip import SkipDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
@@ -45,7 +45,7 @@ def random_tokens(seed: int, size: int) -> list[int]:
 
 
 def attach(model: PreTrainedModel, **options: int) -> tuple[SkipDrafter, Target]:
-    drafter, target = SkipDrafter(SkipConfig(**options)), Target(model)
+    drafter, target = SkipDrafter(SkipDrafter.Config(**options)), Target(model)
     drafter.attach(target)
     return drafter, target
 
@@ -170,7 +170,7 @@ def test_with_nothing_skipped_all_drafts_are_accepted(
 ) -> None:
     monkeypatch.setattr(skip, "_SURE", 0.0)
     # The chain fills the tree, so there are no siblings; 1 + 4 * 7 tokens take four full drafts.
-    drafter = SkipDrafter(SkipConfig(nodes=6, depth=6, search=0))
+    drafter = SkipDrafter(SkipDrafter.Config(nodes=6, depth=6, search=0))
     runner = Runner(endless(tiny("llama-deep")), draft=drafter)
     drafter.skipped = frozenset()
     prompts = [prompt_of(9), prompt_of(20, seed=3)]

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectool.decode import draft_state
-from spectool.decode.drafters.trigram import TrigramConfig, TrigramDrafter, TrigramTable
+from spectool.decode.drafters.trigram import TrigramDrafter, TrigramTable
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
@@ -126,7 +126,10 @@ def test_the_tree_is_the_best_of_its_size(begin: Begin, nodes: int) -> None:
     """Against all paths of up to three tokens; equally likely ones are interchangeable."""
     for seed in range(8):
         tokens = random_tokens(seed, 90, 4)
-        drafter, request = TrigramDrafter(TrigramConfig(nodes=nodes, depth=3)), request_of(tokens)
+        drafter, request = (
+            TrigramDrafter(TrigramDrafter.Config(nodes=nodes, depth=3)),
+            request_of(tokens),
+        )
         begin(drafter, [request])
         draft = drafter.propose([request], [9])[0]
         every = slow_paths(slow_scores(tokens), tokens, 3)
@@ -144,7 +147,7 @@ def test_a_smaller_tree_is_a_beginning_of_a_larger(begin: Begin) -> None:
     request = request_of(random_tokens(3, 120, 6))
     drafts = []
     for nodes in (4, 11, 50):
-        drafter = TrigramDrafter(TrigramConfig(nodes=nodes))
+        drafter = TrigramDrafter(TrigramDrafter.Config(nodes=nodes))
         begin(drafter, [request])
         drafts.append(drafter.propose([request], [9])[0])
     for small, large in itertools.pairwise(drafts):
@@ -165,7 +168,7 @@ def test_equal_inputs_equal_trees(begin: Begin) -> None:
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 20])
 def test_no_deeper_than_the_budget(begin: Begin, limit: int) -> None:
-    drafter, request = TrigramDrafter(TrigramConfig(depth=5)), request_of([4, 5, 6] * 4)
+    drafter, request = TrigramDrafter(TrigramDrafter.Config(depth=5)), request_of([4, 5, 6] * 4)
     begin(drafter, [request])
     assert max(drafter.propose([request], [limit])[0].depths) == min(limit, 5)
 
@@ -189,10 +192,10 @@ def test_every_committed_trigram_counts_once(
 
 def kept(begin: Begin, request: Request, path: Path) -> tuple[TrigramDrafter, TrigramDrafter]:
     """Return a drafter that has learnt a text, and one that loaded its state."""
-    first = TrigramDrafter(TrigramConfig(state=str(path)))
+    first = TrigramDrafter(TrigramDrafter.Config(state=str(path)))
     begin(first, [request])
     first.close()
-    return first, TrigramDrafter(TrigramConfig(state=str(path)))
+    return first, TrigramDrafter(TrigramDrafter.Config(state=str(path)))
 
 
 def test_a_kept_table_is_the_same_to_the_last_bit(begin: Begin, tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_a_kept_table_is_the_same_to_the_last_bit(begin: Begin, tmp_path: Path) 
     first, reloaded = kept(begin, request_of(random_tokens(9, 600, 8)), tmp_path / "one")
     scores = torch.tensor(list(held(first.table).values()), dtype=torch.float32)
     assert dict(zip(held(first.table), scores.tolist(), strict=True)) == held(reloaded.table)
-    reloaded.config = TrigramConfig(state=str(tmp_path / "two"))
+    reloaded.config = TrigramDrafter.Config(state=str(tmp_path / "two"))
     reloaded.close()
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
@@ -216,8 +219,8 @@ def test_a_kept_table_drafts_the_same(begin: Begin, tmp_path: Path) -> None:
 
 def test_an_empty_table_is_kept_too(begin: Begin, tmp_path: Path) -> None:
     path = str(tmp_path / "table")
-    TrigramDrafter(TrigramConfig(state=path)).close()
-    drafter, request = TrigramDrafter(TrigramConfig(state=path)), request_of([1, 2])
+    TrigramDrafter(TrigramDrafter.Config(state=path)).close()
+    drafter, request = TrigramDrafter(TrigramDrafter.Config(state=path)), request_of([1, 2])
     begin(drafter, [request])
     assert drafter.propose([request], [9])[0].tokens == [2]
 
@@ -235,14 +238,14 @@ def test_what_is_no_table_is_refused(tmp_path: Path, tensors: dict[str, torch.Te
     path = tmp_path / "table"
     draft_state.save(path, "trigram", tensors)
     with pytest.raises(CheckpointError, match="not a table of trigrams with a score each"):
-        TrigramDrafter(TrigramConfig(state=str(path)))
+        TrigramDrafter(TrigramDrafter.Config(state=str(path)))
 
 
 def test_a_kept_table_of_a_larger_vocabulary_is_refused(begin: Begin, tmp_path: Path) -> None:
     path = tmp_path / "table"
-    first = TrigramDrafter(TrigramConfig(state=str(path)))
+    first = TrigramDrafter(TrigramDrafter.Config(state=str(path)))
     first.table.learn([5, 320, 6])
     first.close()
-    drafter = TrigramDrafter(TrigramConfig(state=str(path)))
+    drafter = TrigramDrafter(TrigramDrafter.Config(state=str(path)))
     with pytest.raises(CheckpointError, match="holds token 320; the model has 320"):
         begin(drafter, [request_of([4])])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from spectool.decode import tree
 from spectool.decode.generate import Runner
 from spectool.decode.kv.base import Columns, parse_kv
-from spectool.decode.kv.int8 import Int8Config, Int8Store
+from spectool.decode.kv.int8 import Int8Store
 from spectool.decode.recurrent import open_target
 from spectool.decode.target import Target
 from spectool.errors import UnsupportedError, UsageError
@@ -77,7 +77,7 @@ def test_errors_are_at_most_half_a_step(width: int, size: int) -> None:
 
 def test_a_token_takes_its_codes_and_scales() -> None:
     states = random_states(1, 3, 64, torch.float32)
-    store = written(Int8Store(Int8Config(group=16)), states, states)
+    store = written(Int8Store(Int8Store.Config(group=16)), states, states)
     # Two heads of keys and values: 64 codes; 4 scales of a key, 1 of a value.
     assert store.token_bytes == 2 * ((64 + 4 * 2) + (64 + 1 * 2))
     assert {field.dtype for field in store.fields} == {torch.int8, torch.bfloat16}

@@ -1,6 +1,6 @@
 """Benchmark the kernels for few rows with large matrices against torch.
 
-    python benchmarks/kernels.py [--formats int8,...] [--out benchmarks/results/...json]
+    python benchmarks/few_rows.py [--formats int8,...] [--out benchmarks/results/...json]
 
 Multiplies the seven matrices of a layer with hidden size 2048, in several copies, so that they are
 read from memory rather than from a cache. The ways alternate; the minimum over some rounds counts.
@@ -80,7 +80,7 @@ def main() -> None:
         )
         for row in found["ms"]:
             times = ", ".join(f"{way} {ms:.1f} ms" for way, ms in row.items() if way != "rows")
-            print(f"{row['rows']:5} rows: {times}")
+            print(f"{row['rows']:5} rows: {times}", flush=True)
     if given.out is not None:
         record.write(given.out, results)
 

@@ -1,0 +1,56 @@
+"""Options of an evaluation. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectool.options import option
+from spectool.shared_options import TextOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalOptions(TextOptions):
+    """What is measured, and on which text."""
+
+    reference: str | None = option(
+        None, "Checkpoint to compare with, or a file written by --save-reference"
+    )
+    text: tuple[str, ...] = option(
+        (),
+        "Evaluation text: .txt, .jsonl, .parquet (also .gz, .xz) or hub:DATASET; repeatable",
+    )
+    window: int | None = option(
+        None, "Tokens per window; default: the model's context, at most 2048", minimum=2
+    )
+    bos: bool = option(False, "Start each window with the BOS token", switch=True)
+    limit: int | None = option(None, "Use only the first N characters of the text", minimum=1)
+    gate: tuple[str, ...] = option(
+        (),
+        "Condition on a metric, such as 'perplexity_ratio<=1.1': exit code 3 if it does not hold; "
+        "repeatable",
+    )
+    measure: tuple[str, ...] = option(
+        (),
+        "What to measure (`spectool list measures`); repeatable; default: everything that the "
+        "other options allow",
+    )
+    prompts: str | None = option(None, "File of prompts for speed and losslessness: .txt or .jsonl")
+    draft: tuple[str, ...] = option(
+        (),
+        "Drafter, directory of draft heads or smaller checkpoint: NAME[:key=value,...]; "
+        "repeatable; default: auto",
+    )
+    max_new_tokens: int = option(128, "Maximum number of new tokens per prompt", minimum=1)
+    save_reference: Path | None = option(None, "File to write the model's log-probabilities to")
+    save_top_k: int = option(
+        0,
+        "Log-probabilities per position that --save-reference keeps; 0: all (lossless)",
+        minimum=0,
+    )
+    batch_size: int | None = option(
+        None, "Number of windows run together; default: as many as fit", minimum=1
+    )
+    blockwise: bool = option(
+        False, "Load and run one block at a time even if all would fit", switch=True
+    )
