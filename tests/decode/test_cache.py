@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.target import Target
+from spectool.decode.target import Target, tree_mask
 
 Tiny = Callable[..., PreTrainedModel]
 
@@ -130,6 +130,16 @@ def test_nothing_is_copied_for_a_path_in_place(tiny: Tiny, monkeypatch: pytest.M
     monkeypatch.setattr(cache, "stores", [])
     cache.commit([draft.tokens], [[0, 1]])
     assert cache.tokens == [[2, 3, 4, 5]]
+
+
+def test_masks_read_positions_and_not_columns() -> None:
+    """As if a store had dropped the tokens at positions 1 to 4 and 6 to 8."""
+    positions_BS = torch.tensor([[0, 5, 9, 10, 11, 99]])
+    visible_BNT = torch.tensor([[[True, False], [True, True]]])
+    for window, seen in {4: [2], 6: [1, 2], 11: [0, 1, 2]}.items():
+        mask_NS = tree_mask([3], positions_BS, visible_BNT, torch.float32, window=window)[0, 0]
+        assert (mask_NS[0] == 0).nonzero()[:, 0].tolist() == [*seen, 3]
+    assert (mask_NS[1] == 0).nonzero()[:, 0].tolist() == [1, 2, 3, 4]
 
 
 def test_a_layer_that_passes_nothing_has_seen_nothing() -> None:
