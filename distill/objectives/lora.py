@@ -42,7 +42,9 @@ class LoRA(WeightObjective):
     def __init__(
         self, task: WeightTask, config: LoRA.Config, names: Container[str] | None = None
     ) -> None:
-        peft = require("peft", extra="lora", reason="training low-rank updates")
+        with hushed("bitsandbytes"):
+            # peft imports it, and it complains of a missing package.
+            peft = require("peft", extra="lora", reason="training low-rank updates")
         architecture = task.architecture
         blocks = (architecture.matrices(block) for block in architecture.blocks)
         self._matrices = [
@@ -57,9 +59,9 @@ class LoRA(WeightObjective):
             lora_dropout=0.1,
             target_modules=[matrix.name for matrix in self._matrices],
         )
-        with warnings.catch_warnings(), hushed("bitsandbytes"), seeded(task.seed, task.device):
-            # peft imports bitsandbytes, which complains of a missing package, reads a deprecated
-            # attribute of transformers, and says of each Conv1D that it is one.
+        with warnings.catch_warnings(), seeded(task.seed, task.device):
+            # peft reads a deprecated attribute of transformers, and says of each Conv1D that it is
+            # one.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "fan_in_fan_out is set")
             module: Any = peft.get_peft_model(task.model, asked)
