@@ -273,11 +273,11 @@ def decode_all(report: dict[str, Any], model: Path, out: Path, names: list[str],
         if "nodes=32" in spec:
             sampled = decode(runner, spec, [(text, 64) for text in texts], 0.8)
             entry["temperature 0.8"] = metrics(sampled, categories)
-            inner = runner.drafter
-            if inner.combines:
-                entry["chains"] = [
-                    rate(decode(runner, FirstPath(inner, depth), jobs, 0.0)) for depth in CHAINS
-                ]
+            if (drafter := runner.drafter).combines:
+                entry["chains"] = []
+                for depth in CHAINS:
+                    drafter.policies = [FirstPath(depth)]
+                    entry["chains"].append(rate(decode(runner, drafter, jobs, 0.0)))
         report.setdefault("decoded", {})[Path(spec).name] = entry
         print(spec, entry["identical"], entry["greedy"]["all"], flush=True)
         save()

@@ -220,7 +220,6 @@ def open_runner(
     """Load a model, its tokenizer and its drafter, and print what runs."""
     prepare_torch(options.threads)
     from spectool.decode.generate import Runner
-    from spectool.decode.policy.tuned import Tuned
     from spectool.model import loading
 
     checkpoint, device = options.open(), options.resolve_device()
@@ -250,7 +249,7 @@ def open_runner(
         output.say(f"kv {options.kv}")
     for note in runner.target.notes:
         output.say(note)
-    if isinstance(runner.drafter, Tuned):
+    if runner.is_tuned:
         output.say(f"drafting with {runner.drafter_name} while that is faster: {runner.curve}")
     return runner, tokenizer
 

@@ -25,7 +25,6 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.drafters.combined import Combined
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
@@ -92,11 +91,9 @@ def _refuse_model_drafters(drafter: Drafter) -> None:
     Raises:
         UsageError: it needs features of the target, the target itself, or drawn nodes.
     """
-    for part in drafter.drafters if isinstance(drafter, Combined) else [drafter]:
-        # A drafter that needs the model overrides `attach`.
-        attached = getattr(part.attach, "__func__", None) is not Drafter.attach
+    for part in drafter.parts:
         drawn = set(part.kinds(SamplingParams(temperature=1.0))) - {"deterministic"}
-        if part.needs != Needs() or attached or drawn:
+        if part.needs != Needs() or part.uses_target or drawn:
             raise UsageError(
                 f"{part.name} cannot draft for transformers' generate: it needs more than the text",
                 hint="ngram and trigram can; spectool.generate takes every drafter",

@@ -83,6 +83,10 @@ class BatchCache(ABC):
         """Return the number of committed tokens of each row."""
         return [len(tokens) for tokens in self.tokens]
 
+    def num_to_replay(self, row: int) -> int:
+        """Return how many committed tokens the row's next pass must read again."""
+        return 0
+
     @abstractmethod
     def commit(self, tokens: Sequence[Sequence[int]], paths: Sequence[Sequence[int]]) -> None:
         """Keep the nodes `paths[b]` (root first, ascending) of the pass just run.

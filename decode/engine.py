@@ -251,12 +251,9 @@ class Engine:
     def _decode(self) -> list[Event]:
         """Draft, verify and commit once for every running request."""
         requests, needs = list(self._running), self.drafter.needs
-        # A node at depth d brings d + 1 tokens: itself, those above it and the verifier's own.
-        budgets = [request.num_left - 1 for request in requests]
         began = time.perf_counter()
-        drafts = self.drafter.propose(requests, budgets)
+        drafts = self._draft(requests)
         proposed = time.perf_counter()
-        assert all(max(d.depths) <= b for d, b in zip(drafts, budgets, strict=True)), "over budget"
         done = self.target.verify(self.cache, drafts, needs)
         fed = time.perf_counter()
         verified = _verify(requests, drafts, done.logits_BNV, needs.top)
@@ -279,10 +276,26 @@ class Engine:
         committed = time.perf_counter()
         if outcomes:
             self.drafter.observe(outcomes)
+            for policy in self.drafter.policies:
+                policy.learn(outcomes, committed - proposed)
         self.timings.draft += proposed - began + time.perf_counter() - committed
         self.timings.target += passed - proposed
         self._drop([request for request in self._running if request.finish_reason is not None])
         return events
+
+    def _draft(self, requests: Sequence[Request]) -> Sequence[Draft]:
+        """Return a draft per request, as the drafter's policies size it."""
+        # A node at depth d brings d + 1 tokens: itself, those above it and the verifier's own.
+        budgets: Sequence[int] = [request.num_left - 1 for request in requests]
+        for policy in self.drafter.policies:
+            budgets = policy.limit(requests, budgets, self.cache)
+        drafts: Sequence[Draft] = [tree.root(request.tokens[-1]) for request in requests]
+        if any(budgets):
+            drafts = self.drafter.propose(requests, budgets)
+        for policy in self.drafter.policies:
+            drafts = policy.shape(drafts)
+        assert all(max(d.depths) <= b for d, b in zip(drafts, budgets, strict=True)), "over budget"
+        return drafts
 
     def _commit(
         self, request: Request, draft: Draft, found: _Verified, done: Pass, row: int

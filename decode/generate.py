@@ -21,7 +21,8 @@ from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias, parse_biases
 from spectool.decode.engine import Engine, Timings
 from spectool.decode.options import SamplingOptions, SamplingParams
-from spectool.decode.policy.chain import wrap_for_target
+from spectool.decode.policy.base import Policy
+from spectool.decode.policy.chain import Chains
 from spectool.decode.policy.curve import Curve, load_or_measure
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
@@ -131,11 +132,11 @@ class Runner:
 
     def use(self, draft: str | Drafter | None) -> None:
         """Replace the drafter."""
-        drafter = self.open(draft) if draft is None or isinstance(draft, str) else draft
-        # `open` has already wrapped a Tuned drafter for the target.
-        self.drafter = (
-            drafter if isinstance(drafter, Tuned) else wrap_for_target(drafter, self.target)
-        )
+        if draft is None or isinstance(draft, str):
+            draft = self.open(draft)
+        elif not draft.policies:
+            draft.policies = self._choose_policies(draft, tune=False)
+        self.drafter = draft
         self.drafter.attach(self.target)
 
     def open(self, draft: str | None) -> Drafter:
@@ -157,11 +158,31 @@ class Runner:
             allow_other_target=self.allow_other_target,
             checksums=self.checksums,
         )
-        drafter = wrap_for_target(drafter, self.target)
-        tuned = self.tune if spec.tune is None else spec.tune
-        if tuned and drafter.name != "none" and self.target.takes_drafts:
-            return Tuned(drafter, self.target, self.curve)
+        tune = self.tune if spec.tune is None else spec.tune
+        drafter.policies = self._choose_policies(drafter, tune=tune and drafter.name != "none")
         return drafter
+
+    def _choose_policies(self, drafter: Drafter, *, tune: bool) -> list[Policy]:
+        """Return what sizes a drafter's drafts for this target.
+
+        Raises:
+            InputError: the drafter cannot draft for it.
+        """
+        target, policies = self.target, list[Policy]()
+        if not target.takes_trees:
+            drafter.check_chains(target.name)
+            policies.append(Chains(cuts=drafter.combines, takes_drafts=target.takes_drafts))
+        note = f"{target.name}: {target.why_plain}; decoding plainly"
+        if not target.takes_drafts and drafter.name != "none" and note not in target.notes:
+            target.notes.append(note)
+        if tune and target.takes_drafts:
+            policies.append(Tuned(target, self.curve, cuts=drafter.combines))
+        return policies
+
+    @property
+    def is_tuned(self) -> bool:
+        """Return whether trees are sized by what passes cost."""
+        return any(isinstance(policy, Tuned) for policy in self.drafter.policies)
 
     @functools.cached_property
     def curve(self) -> Curve:
@@ -170,6 +191,8 @@ class Runner:
 
     def close(self) -> None:
         """Write the drafter's statistics to disk, where the specification asks for it."""
+        for policy in self.drafter.policies:
+            policy.close()
         self.drafter.close()
 
     def verification(

@@ -18,6 +18,7 @@ from spectool.decode.tree import Draft, Kind
 
 if TYPE_CHECKING:
     from spectool.decode.cache import BatchCache
+    from spectool.decode.policy.base import Policy
     from spectool.decode.target import Target
 
 
@@ -90,12 +91,27 @@ class Drafter(Protocol):
     """A source of draft trees, for requests that come and go.
 
     `name` is its entry in the table of methods. `combines`: other drafters may add nodes to its
-    trees, and tuning may drop some.
+    trees, and policies may drop some. `uses_target`: it needs the target itself (`attach`).
+    `policies` size its drafts; the engine asks them in this order.
     """
 
     name: str
     needs: Needs
     combines: bool = True
+    uses_target: bool = False
+    policies: Sequence[Policy] = ()
+
+    @property
+    def parts(self) -> Sequence[Drafter]:
+        """Return the drafters that this one combines, or itself."""
+        return [self]
+
+    def check_chains(self, target: str) -> None:
+        """Check that it can draft for a target of this name, whose state cannot go back.
+
+        Raises:
+            InputError: it needs uncut trees, or passes through the target's state.
+        """
 
     @abstractmethod
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:

@@ -59,12 +59,12 @@ class RecurrentTarget(Target):
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         limits = [getattr(module, "time_step_limit", None) for module in model.modules()]
-        self.why_plain, known = "", FAMILIES[self.name]
+        known = FAMILIES[self.name]
         if known.state == "ignored":
             self.why_plain = "passes of several tokens ignore the state before them"
         elif any(limit and tuple(limit) != _UNBOUNDED for limit in limits):
             self.why_plain = "passes of several tokens bound the time steps, those of one do not"
-        self.takes_drafts = not self.why_plain
+        self.takes_drafts, self.takes_trees = not self.why_plain, False
         if known.state_in_modules:
             self.state_in_cache = False
             self.notes.append(f"{self.name}: its modules keep the state; one text after another")
@@ -163,8 +163,8 @@ class RecurrentTarget(Target):
         if (state := cache.restart_if_ahead(row)) is not None and cache.tokens[row]:
             self._feed(state, cache.tokens[row], 0, Needs(), 1)
         state = cache.begin_pass(row, certain=certain)
-        fed = [*cache.tokens_to_replay(row), *tokens]
-        begin = len(cache.tokens[row]) + len(tokens) - len(fed)
+        begin = len(cache.tokens[row]) - cache.num_to_replay(row)
+        fed = [*cache.tokens[row][begin:], *tokens]
         logits_NV, features = self._feed(state, fed, begin, needs, num_logits)
         return logits_NV, {name: feature[-len(tokens) :] for name, feature in features.items()}
 

@@ -44,9 +44,9 @@ class ReplayCache(BatchCache):
         """Return an empty cache of transformers."""
         return DynamicCache(config=self._config)
 
-    def tokens_to_replay(self, row: int) -> list[int]:
-        """Return the committed tokens that the row's next pass must begin with."""
-        return self.tokens[row][self._states[row].held :]
+    def num_to_replay(self, row: int) -> int:
+        """Return how many committed tokens the row's next pass must read again."""
+        return len(self.tokens[row]) - self._states[row].held
 
     def restart_if_ahead(self, row: int) -> DynamicCache | None:
         """Replace a state that went ahead of the committed tokens by an empty one, and return it.

@@ -62,7 +62,8 @@ class Target:
     `kv` names the store of its keys and values (`parse_kv`); `kv_bytes_per_token` counts all
     layers and is known after the first pass.
     `notes` lists what had to be changed or bounded to run the model correctly. `takes_drafts`: a
-    pass of several tokens is correct after other passes. `state_in_cache`: the cache holds all
+    pass of several tokens is correct after other passes; else `why_plain` says why not.
+    `takes_trees`: a pass may hold a tree. `state_in_cache`: the cache holds all
     state of a request, so requests can take turns. `cache_name` is the cache argument of the
     model's forward. `context_reason` says why the context is shorter than the model's own, if it
     is.
@@ -73,6 +74,8 @@ class Target:
     """
 
     takes_drafts = True
+    takes_trees = True
+    why_plain = ""
     state_in_cache = True
 
     def __init__(

@@ -17,7 +17,6 @@ from transformers import GenerationConfig
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Result, Runner
 from spectool.decode.options import SamplingParams
-from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
 from spectool.decode.target import Target
 from spectool.report import SILENT, NoAssistant, Reporter
@@ -69,9 +68,7 @@ def open_baselines(
 
 def _draft_model(drafter: Drafter) -> Target | None:
     """Return the draft model of a drafter that has one."""
-    if isinstance(drafter, Tuned):
-        drafter = drafter.drafter
-    return drafter._draft if isinstance(drafter, DraftModelDrafter) else None
+    return drafter.draft if isinstance(drafter, DraftModelDrafter) else None
 
 
 def _generate(

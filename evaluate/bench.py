@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -126,8 +127,7 @@ class Run(Part):
     prompts_cut: int
 
 
-@dataclass(frozen=True, slots=True)
-class Timed:
+class Timed(NamedTuple):
     """Results of some prompts, and the seconds in all and by part, as the runner measured them."""
 
     results: list[Result]
@@ -324,13 +324,8 @@ def _time(
 
 
 def _sum(parts: Sequence[Timed]) -> Timed:
-    return Timed(
-        [result for part in parts for result in part.results],
-        sum(part.seconds for part in parts),
-        sum(part.draft for part in parts),
-        sum(part.prompt for part in parts),
-        sum(part.target for part in parts),
-    )
+    results, *seconds = zip(*parts, strict=True)
+    return Timed(list(itertools.chain(*results)), *map(sum, seconds))
 
 
 def _compare(
@@ -397,15 +392,17 @@ def _add_chain(
     """Add the tokens per forward with drafts cut to chains of 1, 2, ... tokens."""
     if not options.chain_lengths:
         return row
-    inner = drafter.drafter if isinstance(drafter, Tuned) else drafter
-    kinds = inner.kinds(options.sampling)
-    if not (inner.combines and set(kinds) == {"deterministic"}):
+    kinds = drafter.kinds(options.sampling)
+    if not (drafter.combines and set(kinds) == {"deterministic"}):
         reporter.event(ChainRates(row.name, None))
         return row
-    rates = []
+    policies, rates = drafter.policies, []
+    untuned = [policy for policy in policies if not isinstance(policy, Tuned)]
     for depth in range(1, options.chain_lengths + 1):
-        results = _make_decoder(runner, FirstPath(inner, depth), _as_plain(options))(jobs)
+        drafter.policies = [*untuned, FirstPath(depth)]
+        results = _make_decoder(runner, drafter, _as_plain(options))(jobs)
         tokens = sum(len(result.token_ids) for result in results)
         rates.append(tokens / sum(result.forwards for result in results))
+    drafter.policies = policies
     reporter.event(ChainRates(row.name, rates))
     return dataclasses.replace(row, chain=rates)

@@ -32,6 +32,7 @@ class Combined(Drafter):
                     f"--draft {self.name}: {drafter.name} does not share a tree with others"
                 )
         self.drafters = list(drafters)
+        self.uses_target = any(drafter.uses_target for drafter in drafters)
         self.nodes = nodes
         self.needs = Needs(
             layers=tuple(sorted({n for drafter in drafters for n in drafter.needs.layers})),
@@ -39,6 +40,14 @@ class Combined(Drafter):
             top=max(drafter.needs.top for drafter in drafters),
             probs=any(drafter.needs.probs for drafter in drafters),
         )
+
+    @property
+    def parts(self) -> Sequence[Drafter]:
+        return self.drafters
+
+    def check_chains(self, target: str) -> None:
+        for drafter in self.drafters:
+            drafter.check_chains(target)
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)

@@ -31,7 +31,7 @@ from spectool.decode.request import Request, apply_controls
 from spectool.decode.sampling import is_finite, not_finite_logits, pick, probs_by_row
 from spectool.decode.target import Target
 from spectool.decode.tree import Draft, Kind
-from spectool.errors import UnsupportedError
+from spectool.errors import UnsupportedError, UsageError
 from spectool.options import option
 
 # Models of one family pad lm_head to different multiples. Without tokenizers to compare, a larger
@@ -133,15 +133,23 @@ class DraftModelDrafter(Drafter):
         target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config or self.Config()
-        self._draft = Target(model)
+        self.draft = Target(model)
         self._vocab_size = target.vocab_size
-        _check_vocabulary(self._draft, target, tokenizer, target_tokenizer)
+        _check_vocabulary(self.draft, target, tokenizer, target_tokenizer)
         self._device = target.device
         # The requests whose rows the cache has.
         self._requests: list[Request] = []
-        self._cache = self._draft.cache(0)
+        self._cache = self.draft.cache(0)
         self._grown: list[_Growth] = []
         self._num_fed = 0
+
+    def check_chains(self, target: str) -> None:
+        if self.config.tree != "chain":
+            raise UsageError(
+                f"{target}, whose state is recurrent, takes chains only, not tree="
+                f"{self.config.tree}",
+                hint="draft with tree=chain",
+            )
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         if sampling.greedy:
@@ -159,7 +167,7 @@ class DraftModelDrafter(Drafter):
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         """Feed newly committed tokens, then grow the trees level by level."""
         new = requests[len(self._requests) :]
-        fresh = self._draft.cache(len(new), self._draft.span(requests[0].context))
+        fresh = self.draft.cache(len(new), self.draft.span(requests[0].context))
         lengths = self._cache.lengths if self._requests else []
         self._grown = [
             _Growth(request, self._limit_depth(request, held, limit, fresh.context))
@@ -207,7 +215,7 @@ class DraftModelDrafter(Drafter):
         for cache, grown in ((self._cache, self._grown[:known]), (fresh, self._grown[known:])):
             pairs = zip(grown, cache.lengths, strict=True)
             pending = [each.request.tokens[held:] if each.depth else [] for each, held in pairs]
-            fed = self._draft.prefill(cache, pending).logits_BV if any(pending) else None
+            fed = self.draft.prefill(cache, pending).logits_BV if any(pending) else None
             found += [None] * len(grown) if fed is None else list(fed)
         like_V = next(logits_V for logits_V in found if logits_V is not None)
         zeros_V = torch.zeros_like(like_V)
@@ -224,7 +232,7 @@ class DraftModelDrafter(Drafter):
             for growth in self._grown
         ]
         tokens = [growth.tokens for growth in self._grown]
-        logits_BFV = self._draft.grow(self._cache, tokens, parents, fed=self._num_fed).logits_BNV
+        logits_BFV = self.draft.grow(self._cache, tokens, parents, fed=self._num_fed).logits_BNV
         self._num_fed = size
         return logits_BFV
 
@@ -347,7 +355,7 @@ class DraftModelDrafter(Drafter):
 
     def _limit_depth(self, request: Request, held: int, limit: int, context: int) -> int:
         """Return how deep the draft can propose; its context and vocabulary may be smaller."""
-        if any(token >= self._draft.vocab_size for token in request.tokens[held:]):
+        if any(token >= self.draft.vocab_size for token in request.tokens[held:]):
             return 0
         return max(0, min(self.config.depth, limit, context - len(request.tokens)))
 

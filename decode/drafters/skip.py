@@ -54,6 +54,7 @@ class SkipDrafter(Drafter):
 
     name = "skip"
     needs = Needs()
+    uses_target = True
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or self.Config()
@@ -63,6 +64,11 @@ class SkipDrafter(Drafter):
         self.skipped: frozenset[int] = frozenset()
         self._blocks: list[dict[nn.Module, Any]] = []
         self._generator = torch.Generator().manual_seed(0)
+
+    def check_chains(self, target: str) -> None:
+        raise UnsupportedError(
+            f"skip cannot draft for {target}: its recurrent state cannot go back"
+        )
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)

@@ -29,6 +29,7 @@ from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Inject, Outcome
 from spectool.decode.request import Request
 from spectool.decode.tree import Draft, Kind
+from spectool.errors import UnsupportedError
 from spectool.options import option
 from spectool.training import LossSpec, TrainingBatch
 
@@ -244,6 +245,11 @@ class InPassDrafter(Drafter):
             width=self._width,
         )
         self._guesses: dict[Request, list[list[int]]] = {}
+
+    def check_chains(self, target: str) -> None:
+        raise UnsupportedError(
+            f"{self.name} cannot draft for {target}: a recurrent state takes no extra rows"
+        )
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)

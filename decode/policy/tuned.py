@@ -1,27 +1,27 @@
 """Trees sized by what pays on this machine: the probability of nodes against the cost of passes.
 
-`Tuned` wraps a drafter: it tracks how often nodes of each source and depth are accepted, and feeds
-the tree with the most expected tokens per second, which may be none at all. It decides by past
-steps and by the sources of nodes, never by the tokens of drawn nodes, so neither greedy output nor
-the distribution of sampled text depends on it; the sampled text under one seed may, for drafts that
-are drawn. Suffixes: B requests, N nodes fed for a request, the root included.
+`Tuned` tracks how often nodes of each source and depth are accepted, and feeds the tree with the
+most expected tokens per second, which may be none at all. The sampled text under one seed may
+depend on it, for drafts that are drawn. Suffixes: B requests, N nodes fed for a request, the root
+included.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
+from collections import deque
 from collections.abc import Hashable, Sequence
 
-from spectool.decode import tree
 from spectool.decode.cache import BatchCache
-from spectool.decode.options import SamplingParams
 from spectool.decode.policy import curve as curves
+from spectool.decode.policy.base import Policy
 from spectool.decode.policy.curve import SIZES, Curve
-from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
+from spectool.decode.protocol import Outcome
 from spectool.decode.request import Request
 from spectool.decode.target import Target
-from spectool.decode.tree import Draft, Kind
+from spectool.decode.tree import Draft
 from spectool.processors import Waiting
 
 # Prior acceptance rates: of a node from an untried source, with its weight in trials; of a later
@@ -30,8 +30,8 @@ from spectool.processors import Waiting
 _PRIOR, _PRIOR_WEIGHT, _SIBLING_PRIOR, _LEVEL_PRIOR = 0.4, 2.0, 0.15, 0.8
 # Rounds after which the trials of a source count half: texts change.
 _HALF_LIFE = 400.0
-# Weight of the latest draft in the moving average of a level's cost.
-_FRESH = 0.1
+# A level's cost is the median of this many drafts.
+_LATEST = 5
 # Drafting must promise this factor over plain decoding: costs are known no better than that.
 _MARGIN = 1.03
 # If nothing seems to pay, a tree of this many nodes is fed every this many rounds all the same; and
@@ -40,8 +40,11 @@ _PROBE_EVERY, _PROBE_NODES = 32, 4
 _PLAIN_ROUNDS = {4**power for power in range(1, 12)}
 # Credit for drafting, in plain steps: its start, its limit, what a step without a draft earns, and
 # the amount at which drafting resumes after the credit ran out. Gains of drafting add to it, losses
-# are paid from it, so drafting cannot cost more than the start and the earnings.
+# are paid from it, so drafting cannot cost more than the start and the earnings. What observing
+# costs is not counted: it is paid in every step. A debt has a limit, or drafting would never be
+# tried again after costs that have long gone.
 _START_CREDIT, _MAX_CREDIT, _STEP_CREDIT, _RESUME_CREDIT = 2.0, 16.0, 0.02, 0.5
+_MAX_DEBT = 64.0
 
 
 class Rates:
@@ -63,89 +66,76 @@ class Rates:
         self._known[key] = (discount * accepted + was_accepted, discount * trials + 1, now)
 
 
-class Tuned(Drafter):
-    """A drafter whose trees are cut to what pays, or its depth where the trees may not be cut.
+class Tuned(Policy):
+    """Cuts trees to what pays, or without `cuts` chooses their depth.
 
-    The rates outlive batches; the curve may be shared.
+    The rates outlive requests; the curve may be shared.
     """
 
-    combines = False
-
-    def __init__(self, drafter: Drafter, target: Target, curve: Curve) -> None:
-        self.drafter = drafter
-        self.name = drafter.name
-        self.needs = drafter.needs
+    def __init__(self, target: Target, curve: Curve, *, cuts: bool) -> None:
         self.curve = curve
         self.rates = Rates()
-        self._target = target
+        self._target, self._cuts = target, cuts
         self._round = 0
         self._credit = _START_CREDIT
         self._resting = False
-        # Seconds and nodes per level, for drafters whose depth is chosen.
-        self._level_seconds: float | None = None
+        # Latest seconds and nodes per level, for drafters whose depth is chosen.
+        self._level_seconds: deque[float] = deque(maxlen=_LATEST)
         self._level_nodes = 1.0
-        self._drafting = 0.0
-        self._proposed_at = 0.0
-        self._last_shape = (1, 1)
-        # Since the batch began.
+        # When this round began, whether it asks for drafts, and requests and nodes that it feeds.
+        self._began, self._asks, self._fed = 0.0, False, (1, 1)
+        # Seconds of the latest draft and of the one before.
+        self._drafting, self._last_drafting = 0.0, 0.0
+        # Since the policy was made.
         self._waiting = Waiting()
 
-    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
-        return self.drafter.kinds(sampling)
-
-    def attach(self, target: Target) -> None:
-        self.drafter.attach(target)
-
-    def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
-        self._waiting = Waiting()
-        self.drafter.add(prompts, cache)
-
-    def remove(self, request: Request) -> None:
-        self.drafter.remove(request)
-
-    def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
-        began = time.perf_counter()
+    def limit(
+        self, requests: Sequence[Request], budgets: Sequence[int], cache: BatchCache
+    ) -> Sequence[int]:
+        self._began = time.perf_counter()
         self._round += 1
-        drafts = [tree.root(request.tokens[-1]) for request in requests]
-        if not self._resting and self._round not in _PLAIN_ROUNDS:
-            if self.drafter.combines:
-                drafts = self._cut(self.drafter.propose(requests, budget), began)
-            elif depth := self._best_depth(len(requests)):
-                drafts = self.drafter.propose(requests, [min(depth, most) for most in budget])
-                self._update_level_cost(drafts, time.perf_counter() - began)
-        self._proposed_at = time.perf_counter()
-        self._drafting = self._proposed_at - began
-        self._last_shape = (len(requests), max(draft.num_rows for draft in drafts))
+        if self._resting or self._round in _PLAIN_ROUNDS:
+            budgets = [0] * len(requests)
+        elif not self._cuts:
+            depth = self._best_depth(len(requests))
+            budgets = [min(depth, most) for most in budgets]
+        self._asks = any(budgets)
+        return budgets
+
+    def shape(self, drafts: Sequence[Draft]) -> Sequence[Draft]:
+        if not self._cuts:
+            self._update_level_cost(drafts, time.perf_counter() - self._began)
+        elif any(len(draft) > 1 for draft in drafts):
+            drafts = self._cut(drafts)
+        self._drafting = time.perf_counter() - self._began
+        self._fed = (len(drafts), max(draft.num_rows for draft in drafts))
         return drafts
 
-    def observe(self, outcomes: Sequence[Outcome]) -> None:
-        began = time.perf_counter()
-        num_requests, nodes = self._last_shape
-        self.curve.refine(num_requests * nodes, began - self._proposed_at)
+    def learn(self, outcomes: Sequence[Outcome], seconds: float) -> None:
+        num_requests, nodes = self._fed
+        self.curve.refine(num_requests * nodes, seconds)
         for outcome in outcomes:
             self._update_rates(outcome)
-        self.drafter.observe(outcomes)
-        plain = self.curve.seconds(num_requests)
-        timings = self._drafting + time.perf_counter() - began
-        gain = -timings / plain
+        plain, gain = self.curve.seconds(num_requests), _STEP_CREDIT
         if nodes > 1:
             tokens = sum(len(outcome.path) for outcome in outcomes) / num_requests
-            gain += tokens - self.curve.seconds(num_requests * nodes) / plain
-        else:
-            gain += _STEP_CREDIT
-        self._credit = min(self._credit + gain, _MAX_CREDIT)
+            gain = tokens - self.curve.seconds(num_requests * nodes) / plain
+        if self._asks:
+            # A single disturbance is no cost of drafting: the cheaper of two rounds is charged.
+            gain -= min(self._drafting, self._last_drafting) / plain
+            self._last_drafting = self._drafting
+        self._credit = max(min(self._credit + gain, _MAX_CREDIT), -_MAX_DEBT)
         self._resting = self._credit < (_RESUME_CREDIT if self._resting else 0.0)
 
     def close(self) -> None:
         if self._waiting.share() > curves.BUSY:
             self.curve.quiet = False
         curves.store_curve(self._target, self.curve)
-        self.drafter.close()
 
     def _update_rates(self, outcome: Outcome) -> None:
         """Update the rates by the nodes whose parent was accepted."""
         draft, path = outcome.draft, set(outcome.path)
-        if self.drafter.combines:
+        if self._cuts:
             for node in range(1, len(draft)):
                 if draft.parents[node] in path:
                     self.rates.update(_rate_key(draft, node), node in path, self._round)
@@ -155,13 +145,8 @@ class Tuned(Drafter):
 
     def _update_level_cost(self, drafts: Sequence[Draft], seconds: float) -> None:
         """Update the seconds and nodes per level."""
-        deepest = max(max(draft.depths) for draft in drafts)
-        if deepest:
-            average = self._level_seconds
-            latest = seconds / deepest
-            self._level_seconds = (
-                latest if average is None else average + _FRESH * (latest - average)
-            )
+        if deepest := max(max(draft.depths) for draft in drafts):
+            self._level_seconds.append(seconds / deepest)
             self._level_nodes = (max(draft.num_rows for draft in drafts) - 1) / deepest
 
     def _estimate_probs(self, draft: Draft) -> list[float]:
@@ -177,7 +162,7 @@ class Tuned(Drafter):
             probs.append(probs[parent] * rates[node])
         return probs
 
-    def _cut(self, drafts: list[Draft], began: float) -> list[Draft]:
+    def _cut(self, drafts: Sequence[Draft]) -> list[Draft]:
         """Cut each tree to its likeliest nodes, at the size with the most tokens per second."""
         probs = [self._estimate_probs(draft) for draft in drafts]
         # Probabilities fall along paths and the sort is stable: parents stay before children.
@@ -186,7 +171,7 @@ class Tuned(Drafter):
             list(itertools.accumulate(w[node] for node in order))
             for w, order in zip(probs, orders, strict=True)
         ]
-        drafting = time.perf_counter() - began
+        drafting = time.perf_counter() - self._began
         largest = max(map(len, drafts))
         best, best_rate = 1, 0.0
         for size in SIZES:
@@ -205,10 +190,10 @@ class Tuned(Drafter):
 
     def _best_depth(self, num_requests: int) -> int:
         """Return how deep to draft, for drafters that propose chains or whole levels."""
-        level = self._level_seconds
-        if level is None:
+        if not self._level_seconds:
             # One level, to measure its cost.
             return 1
+        level = statistics.median_low(self._level_seconds)
         best, best_rate = 0, _MARGIN / self.curve.seconds(num_requests)
         tokens, reached, rate = 1.0, 1.0, _LEVEL_PRIOR
         for depth in range(1, max(SIZES)):
@@ -220,7 +205,8 @@ class Tuned(Drafter):
             seconds = self.curve.seconds(round(num_requests * nodes)) + depth * level
             if tokens / seconds > best_rate:
                 best, best_rate = depth, tokens / seconds
-        return best
+        # As in `_cut`: what a level costs and brings would stay what it was.
+        return best or int(self._round % _PROBE_EVERY == 0)
 
 
 def _rate_key(draft: Draft, node: int) -> Hashable:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectool.decode import tree
+from spectool.decode import engine, tree
 from spectool.decode.options import SamplingParams
 from spectool.decode.policy import curve
 from spectool.decode.policy import tuned as tuned_module
@@ -134,6 +134,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     for module in (curve, tuned_module):
         monkeypatch.setattr(module, "time", made)
         monkeypatch.setattr(module, "Waiting", lambda: made)
+    monkeypatch.setattr(engine, "time", made)
     return made
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode import engine as engine_module
 from spectool.decode.control.base import Control
-from spectool.decode.drafters.draft_model import DraftModelConfig, DraftModelDrafter
+from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.eagle3 import Eagle3Drafter, Eagle3Heads
 from spectool.decode.drafters.hydra import HydraDrafter, HydraHeads
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
@@ -56,7 +56,7 @@ def open_runner(tiny: Tiny, endless: Any, name: str) -> Runner:
     model = endless(tiny("llama-deep" if name.startswith("skip") else "llama"))
     runner = Runner(model)
     if name in ("chain", "rsd-s"):
-        config = DraftModelConfig(tree=name, depth=3)
+        config = DraftModelDrafter.Config(tree=name, depth=3)
         runner.use(DraftModelDrafter(tiny("llama", 1), config, target=runner.target))
     elif name in HEADS:
         torch.manual_seed(0)

@@ -95,7 +95,7 @@ def test_no_deeper_than_budget_or_its_own_context(
     drafter = DraftModelDrafter(
         tiny("llama", 1), DraftModelDrafter.Config(depth=5), target=Target(model)
     )
-    monkeypatch.setattr(drafter._draft, "context", 20)
+    monkeypatch.setattr(drafter.draft, "context", 20)
     requests = [request_of([3] * size, 0, size) for size in (4, 17, 30, 6)]
     begin(drafter, requests)
     drafts = drafter.propose(requests, [9, 9, 9, 0])
