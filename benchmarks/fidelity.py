@@ -48,9 +48,11 @@ from spectool.examples.stdlib import read_documents
 from spectool.machine import describe
 from spectool.methods import resolve
 from spectool.model.loading import load_tokenizer
-from spectool.quantize.budget import Budget, widths
+from spectool.quantize.budget import widths
+from spectool.quantize.job import Budget, QuantizeJob
 from spectool.quantize.ledger import measure as count_bits
-from spectool.quantize.run import Preprocess, QuantizeJob, quantize
+from spectool.quantize.preprocess import Preprocess
+from spectool.quantize.run import quantize
 
 Request = dict[str, Any]
 

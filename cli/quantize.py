@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,10 +21,11 @@ from spectool.shared_options import PlaceOptions, WriteOptions
 if TYPE_CHECKING:
     from spectool.model.architecture import Architecture
     from spectool.quantize.auto import Picked
-    from spectool.quantize.base import Quantizer
+    from spectool.quantize.base import FitReport, Quantizer
+    from spectool.quantize.job import QuantizeJob
     from spectool.quantize.plan import QuantizePlan
+    from spectool.quantize.report import QuantizeReport
     from spectool.quantize.rules import Rule
-    from spectool.quantize.run import QuantizeJob, QuantizeReport
 
 
 # --embeddings is suggested when the linears take fewer bits per weight than this and the embedding
@@ -102,9 +103,9 @@ def _make_job(
     Raises:
         UsageError: options that exclude each other, or that cannot be read.
     """
-    from spectool.quantize import run
     from spectool.quantize.base import parse_quantizer
-    from spectool.quantize.budget import Budget, widths
+    from spectool.quantize.budget import widths
+    from spectool.quantize.job import Budget, QuantizeJob
     from spectool.quantize.preprocess import Preprocess
     from spectool.quantize.rules import read_rules
 
@@ -134,7 +135,7 @@ def _make_job(
         rank=options.preprocess_rank,
         rate=options.preprocess_rate,
     )
-    return run.QuantizeJob(
+    return QuantizeJob(
         method=quantizer.name,
         config=quantizer.config,
         rules=rules,
@@ -253,11 +254,10 @@ def show_plan(output: Output, plan: QuantizePlan, job: QuantizeJob) -> None:
 def _show_calibration(output: Output, architecture: Architecture, job: QuantizeJob) -> None:
     """Print the calibration text, if any, and how much of it is used."""
     from spectool.data.text import BUILTIN
-    from spectool.quantize.run import calibrates, sequence_length
 
-    if not calibrates(job):
+    if not job.needs_text:
         return
-    length = sequence_length(architecture, job.seq_len)
+    length = job.sequence_length(architecture)
     cut = f" (the model's context; --seq-len {job.seq_len} is cut)" if length < job.seq_len else ""
     output.say(
         f"plan: calibrated on {', '.join(job.calibration or [f'the {BUILTIN}'])}, at most "
@@ -296,33 +296,31 @@ def finish(output: Output, method: str, out: Path, report: QuantizeReport) -> No
     layout = read_layout(out)
     ledger = measure(layout)
     seconds = time.monotonic() - output.began
-    worst = max(report.layers, key=lambda layer: layer["error"])
+    worst = max(report.layers, key=lambda layer: layer.error)
     output.show(
         f"{out}: {size(ledger.file_bytes)}, {ledger.linears:.3f} bits per weight of the linears, "
         f"{ledger.file:.3f} of the file"
     )
-    output.show(
-        f"largest relative squared error of a linear: {worst['error']:.2e} ({worst['name']})"
-    )
+    output.show(f"largest relative squared error of a linear: {worst.error:.2e} ({worst.name})")
     if report.preprocess is not None:
         output.show(
             "held-out perplexity for --preprocess: "
             f"{report.preprocess['packed']:.3f} quantized before training, "
             f"{report.preprocess['merged']:.3f} after it (a lower bound for the final perplexity)"
         )
-    data_free = [name for block in report.blocks for name in block["data_free"]]
+    data_free = [name for block in report.blocks for name in block.data_free]
     if data_free:
         output.show(
             f"matrices with too few calibration tokens, quantized without data: {len(data_free)} "
             f"({data_free[0]}, ...)"
         )
-    if lm_head := report.outside.get("lm_head"):
+    if lm_head := report.outside.lm_head:
         output.show(
             f"lm_head: KL from the original on held-out calibration text "
-            f"{lm_head['loss_start']:.4f} before the fit, {lm_head['loss_after']:.4f} after it; "
-            f"entropy of a token given its code {lm_head['nats_within_codes']:.3f} nats"
+            f"{lm_head.loss_start:.4f} before the fit, {lm_head.loss_after:.4f} after it; "
+            f"entropy of a token given its code {lm_head.nats_within_codes:.3f} nats"
         )
-    fits = [(index, fit) for index, block in enumerate(report.blocks) for fit in block["fits"]]
+    fits = [(index, fit) for index, block in enumerate(report.blocks) for fit in block.fits]
     if fits:
         show_fits(output, fits)
     on_device = peak_device_bytes()
@@ -337,38 +335,38 @@ def finish(output: Output, method: str, out: Path, report: QuantizeReport) -> No
             "seconds": seconds,
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": on_device,
-            "layers": report.layers,
+            "layers": [asdict(layer) for layer in report.layers],
             "preprocess": report.preprocess,
-            "lm_head": report.outside.get("lm_head"),
+            "lm_head": report.outside.as_json()["lm_head"],
             "blocks": [
-                {key: block.get(key) for key in ("output_error", "data_free", "fits")}
+                {key: value for key, value in block.as_json().items() if key != "layers"}
                 for block in report.blocks
             ],
         }
     )
 
 
-def show_fits(output: Output, numbered: list[tuple[int, dict[str, Any]]]) -> None:
+def show_fits(output: Output, numbered: list[tuple[int, FitReport]]) -> None:
     """Print what the fits of the blocks gained; `numbered` pairs a block's index and its fit."""
     fits = [fit for _, fit in numbered]
-    shares = [fit["loss_after"] / (fit["loss_start"] or 1.0) for fit in fits]
+    shares = [fit.loss_after / (fit.loss_start or 1.0) for fit in fits]
     lower = sum(share < 1 for share in shares)
     output.show(
         f"block loss after the fit: {min(shares):.3f} to {max(shares):.3f} of that at its start, "
         f"lower in {lower} of {len(fits)} fits"
     )
-    flipped = sum(fit.get("rows_flipped", 0) for fit in fits)
+    flipped = sum(fit.rows_flipped or 0 for fit in fits)
     if flipped:
         output.show(f"rows flipped by a negative scale: {flipped}")
-    moved = [fit["codes_moved"] for fit in fits if "codes_moved" in fit]
+    moved = [fit.codes_moved for fit in fits if fit.codes_moved is not None]
     if moved:
-        further = max(fit["codes_moved_further"] for fit in fits)
+        further = max(fit.codes_moved_further or 0 for fit in fits)
         output.show(
             f"codes changed: {min(moved):.1%} to {max(moved):.1%} of a block, at most "
             f"{further:.2%} by more than one level"
         )
-    turned = sorted({index for index, fit in numbered if fit["least_cosine"] <= 0})
-    skipped = sum(fit["steps_skipped"] for fit in fits)
+    turned = sorted({index for index, fit in numbered if fit.least_cosine <= 0})
+    skipped = sum(fit.steps_skipped for fit in fits)
     if skipped:
         output.show(f"steps skipped for a gradient that was not finite: {skipped}")
     if turned:

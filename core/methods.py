@@ -151,6 +151,7 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.jacobi:JacobiDrafter",
         summary="Draft the target's predictions for the previous draft window (Jacobi iteration)",
         source="Teng et al., Speculative Jacobi Decoding, 2024 (arXiv:2410.01699)",
+        status="research",
         runs_in=("spectool",),
     ),
     "skip": Method(
@@ -158,6 +159,7 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.skip:SkipDrafter",
         summary="Draft with the model itself without some layers, chosen while it runs",
         source="Xia et al., SWIFT, 2024 (arXiv:2410.06916)",
+        status="research",
         runs_in=("spectool",),
     ),
     "draft_model": Method(

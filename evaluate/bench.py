@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -126,8 +127,7 @@ class Run(Part):
     prompts_cut: int
 
 
-@dataclass(frozen=True, slots=True)
-class Timed:
+class Timed(NamedTuple):
     """Results of some prompts, and the seconds in all and by part, as the runner measured them."""
 
     results: list[Result]
@@ -324,13 +324,8 @@ def _time(
 
 
 def _sum(parts: Sequence[Timed]) -> Timed:
-    return Timed(
-        [result for part in parts for result in part.results],
-        sum(part.seconds for part in parts),
-        sum(part.draft for part in parts),
-        sum(part.prompt for part in parts),
-        sum(part.target for part in parts),
-    )
+    results, *seconds = zip(*parts, strict=True)
+    return Timed(list(itertools.chain(*results)), *map(sum, seconds))
 
 
 def _compare(

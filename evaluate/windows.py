@@ -10,7 +10,6 @@ Shapes: S windows, B of a batch, L tokens of each, V vocabulary.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from spectool.decode import tree
 from spectool.decode.recurrent import open_target
 from spectool.errors import NotFinite, TextError
 from spectool.model.architecture import Architecture
-from spectool.model.blocks import Activations, ModelShell, run_block
+from spectool.model.blocks import Activations, BlockStream, Compute
 from spectool.model.finite import first_not_finite, not_finite
 from spectool.report import SILENT, Loaded, Reporter
 
@@ -161,36 +160,23 @@ class BlockwiseLogProbs:
                 streamed_bytes=resident_bytes(checkpoint.layout, dtype),
             )
         )
-        self.shell = ModelShell(
-            architecture, checkpoint, dtype=dtype, device=device, with_lm_head=True
-        )
-        self.device = device
-        self.hidden = [self._embed(ids_SL, dtype, batch_size) for ids_SL in windows.groups]
-        for index, name in enumerate(architecture.blocks):
-            block = architecture.materialise(
-                name,
-                architecture.read(checkpoint, architecture.tensors_of(name)),
-                dtype=dtype,
-                device=device,
-            )
-            for ids_SL, hidden in zip(windows.groups, self.hidden, strict=True):
-                for rows in hidden.batches(batch_size):
-                    call = self.shell.calls(rows.stop - rows.start, ids_SL.shape[1])[index]
-                    out_BLD = run_block(block, call, hidden.hidden_SLD[rows].to(device))
-                    if not all_finite(out_BLD):
-                        raise not_finite(self.name, "cannot be evaluated", name)
-                    hidden.hidden_SLD[rows] = out_BLD.cpu()
+        compute = Compute(dtype=dtype, device=device, batch_size=batch_size)
+        self.stream = BlockStream(architecture, compute, self._refuse, with_lm_head=True)
+        self.shell, self.device = self.stream.shell, device
+        self.hidden = [self._embed(ids_SL) for ids_SL in windows.groups]
+        for index in range(len(architecture.blocks)):
+            block = self.stream.build(index, self.stream.read(index))
+            for states in self.hidden:
+                self.stream.advance(index, block, states)
 
-    def _embed(self, ids_SL: Tensor, dtype: torch.dtype, batch_size: int) -> Activations:
-        shape = (len(ids_SL), ids_SL.shape[1], self.shell.embed(ids_SL[:1]).shape[-1])
-        large = math.prod(shape) * dtype.itemsize > HIDDEN_IN_MEMORY
+    def _refuse(self, place: str) -> NotFinite:
+        return not_finite(self.name, "cannot be evaluated", place)
+
+    def _embed(self, ids_SL: Tensor) -> Activations:
+        width = self.shell.embed(ids_SL[:1]).shape[-1]
+        large = ids_SL.numel() * width * self.stream.compute.dtype.itemsize > HIDDEN_IN_MEMORY
         with tempfile.TemporaryDirectory(prefix="spectool-") as scratch:
-            hidden = Activations(shape, dtype, file=Path(scratch) / "hidden" if large else None)
-        for rows in hidden.batches(batch_size):
-            hidden.hidden_SLD[rows] = self.shell.embed(ids_SL[rows]).cpu()
-            if not all_finite(hidden.hidden_SLD[rows]):
-                raise not_finite(self.name, "cannot be evaluated", "the embedding")
-        return hidden
+            return self.stream.embed(ids_SL, file=Path(scratch) / "hidden" if large else None)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:

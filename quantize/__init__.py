@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectool.quantize.run import QuantizeReport
+    from spectool.quantize.report import QuantizeReport
 
 
 def quantize(
@@ -39,8 +39,9 @@ def quantize(
     from spectool import methods
     from spectool.checkpoint.tensors import open_checkpoint
     from spectool.quantize import run
+    from spectool.quantize.job import QuantizeJob
 
-    job = run.QuantizeJob(
+    job = QuantizeJob(
         method=method,
         config=methods.resolve(method, "quantizer").Config.from_dict(options),
         calibration=calibration,

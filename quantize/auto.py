@@ -16,7 +16,8 @@ from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.options import option
 from spectool.quantize.base import Quantizer, parse_quantizer
-from spectool.quantize.budget import Budget, widths
+from spectool.quantize.budget import widths
+from spectool.quantize.job import Budget
 from spectool.quantize.plan import QuantizePlan, make_plan
 from spectool.quantize.rules import Rule
 

@@ -4,7 +4,7 @@ A quantizer is an instance that holds its options; two with the same options are
 decoder block at a time. `Streams` are the block's inputs as produced by the original blocks and by
 the blocks packed so far.
 
-Shapes: n outputs, m inputs, S sequences, L tokens of each, D width.
+Shapes: n outputs, m inputs, S sequences, B of a batch, L tokens of each, D width.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from spectool import options
 from spectool.errors import NotFinite, UnsupportedError
 from spectool.methods import resolve
-from spectool.model.blocks import Activations, Call
+from spectool.model.blocks import Activations, run_block
 from spectool.model.matrices import Matrix
 from spectool.model.packed import FieldSpec, PackedLinear
+from spectool.model.shell import Call
 from spectool.quantize.statistics import LinearStats, Statistic
 
 Stream = Literal["original", "packed"]
@@ -58,6 +59,11 @@ class Block:
     device: torch.device
     module: nn.Module | None = None
     calls: Mapping[int, Call] = field(default_factory=dict)
+
+    def run(self, hidden_BLD: Tensor) -> Tensor:
+        """Compute the output [B, L, D] of the original block, in inference mode."""
+        assert self.module is not None
+        return run_block(self.module, self.calls[len(hidden_BLD)], hidden_BLD.to(self.device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +103,7 @@ class Quantizer(ABC):
     """
 
     name: ClassVar[str]
-    Config: ClassVar[type[options.Config]]
+    Config: ClassVar[type[options.Config]] = options.Config
     statistics: ClassVar[Statistics] = {}
     rounds_inputs: ClassVar[bool] = False
     config: Any

@@ -16,47 +16,25 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import torch
-from torch import Tensor
-
+from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.errors import UsageError
 from spectool.machine import trim_memory
-from spectool.model.blocks import run_block
-from spectool.model.packed import PackedLinear
 from spectool.options import options_of
 from spectool.quantize.base import Block, Quantizer, Streams
 from spectool.quantize.fitting import Substitute
-from spectool.quantize.plan import QuantizePlan, check_shape
+from spectool.quantize.job import Budget
+from spectool.quantize.pack import load_packed
+from spectool.quantize.plan import QuantizePlan, check_matrix
 from spectool.quantize.rules import Rule
-from spectool.quantize.statistics import LinearStats
-from spectool.quantize.walk import BlockWalk, derive_seed, load_packed
+from spectool.quantize.stream import CalibratedStream
+from spectool.report import Reporter
 
 # Errors are measured on at least this many calibration sequences, if there are.
 NUM_MEASURED = 8
 # Candidate widths go up to this many bits above the budget.
 WIDER = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Most stored bits per weight of the blocks' packed matrices, and the candidate methods."""
-
-    bits: float
-    candidates: tuple[Quantizer, ...]
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.bits):
-            raise UsageError(f"--bits-budget {self.bits}: must be a number of bits")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON-safe form stored in artifacts."""
-        return {
-            "bits": self.bits,
-            "candidates": [quantizer.as_dict() for quantizer in self.candidates],
-        }
 
 
 def widths(quantizer: Quantizer, budget: float) -> tuple[Quantizer, ...]:
@@ -98,7 +76,7 @@ def list_candidates(
     }
     for matrix in matrices:
         for quantizer in candidates[matrix.name]:
-            check_shape(matrix, quantizer)
+            check_matrix(matrix, quantizer)
     least = sum(
         min(quantizer.stored_bytes(s.shape) for quantizer in candidates[s.name]) for s in matrices
     )
@@ -111,70 +89,66 @@ def list_candidates(
 
 
 def survey(
-    walk: BlockWalk, candidates: Mapping[str, Sequence[Quantizer]]
+    stream: CalibratedStream,
+    candidates: Mapping[str, Sequence[Quantizer]],
+    writer: ArtifactWriter,
+    reporter: Reporter,
 ) -> dict[str, list[float]]:
     """Measure the error of each candidate, by matrix and in the candidates' order.
 
     Finished blocks are recorded, so that an interrupted survey resumes.
     """
-    streams = walk.start_streams()
-    assert streams is not None
-    blocks = walk.architecture.blocks
+    original = stream.embed("original")
+    # The packed stream does not exist yet.
+    streams = Streams(original, original)
     errors: dict[str, list[float]] = {}
-    for index in range(len(blocks)):
-        errors |= _survey_block(walk, index, streams, candidates)
+    for index in range(len(stream.names)):
+        shard = _shard(index)
+        report: dict[str, list[float]] | None = writer.report(shard)
+        block = stream.open(index, stream.blocks.read(index))
+        if report is None:
+            report = _measure_block(stream, index, block, streams, candidates)
+            writer.write_shard(shard, {}, {}, report)
+        errors |= report
+        assert block.module is not None
+        stream.blocks.advance(index, block.module, original)
+        # Freed before the next block is read.
+        del block
         trim_memory()
-        walk.reporter.progress(index + 1, len(blocks), "blocks measured")
+        reporter.progress(index + 1, len(stream.names), "blocks measured")
     return errors
 
 
-def _survey_block(
-    walk: BlockWalk, index: int, streams: Streams, candidates: Mapping[str, Sequence[Quantizer]]
-) -> dict[str, list[float]]:
-    """Measure one block, unless that is recorded, and advance the original stream through it."""
-    name = walk.architecture.blocks[index]
-    block = walk.open(index, name, walk.read(name), streams)
-    assert block.module is not None
-    shard = f"survey-{index + 1:05d}.safetensors"
-    report: dict[str, list[float]] | None = walk.writer.report(shard)
-    if report is None:
-        report = _measure_block(walk, index, block, streams, candidates)
-        walk.writer.write_shard(shard, {}, {}, report)
-    for batch in streams.original.batches(walk.batch_size):
-        walk.advance_batch(block.module, block, streams.original, batch)
-    return report
+def _shard(index: int) -> str:
+    """Return the name of the file that records a block's errors."""
+    return f"survey-{index + 1:05d}.safetensors"
 
 
-def discard_survey(walk: BlockWalk) -> None:
+def discard_survey(plan: QuantizePlan, writer: ArtifactWriter) -> None:
     """Remove the recorded errors of a survey."""
-    for index in range(len(walk.architecture.blocks)):
-        walk.writer.discard(f"survey-{index + 1:05d}.safetensors")
+    for index in range(len(plan.matrices)):
+        writer.discard(_shard(index))
 
 
 def _measure_block(
-    walk: BlockWalk,
+    stream: CalibratedStream,
     index: int,
     block: Block,
     streams: Streams,
     candidates: Mapping[str, Sequence[Quantizer]],
 ) -> dict[str, list[float]]:
     """Measure the error of every candidate of one block's matrices."""
-    assert block.module is not None
     # Whole batches, as calls of the block are known for those sizes only.
-    count = -(-NUM_MEASURED // walk.batch_size)
-    slices = itertools.islice(streams.original.batches(walk.batch_size), count)
+    size = stream.compute.batch_size
+    slices = itertools.islice(streams.original.batches(size), -(-NUM_MEASURED // size))
     batches = [streams.original.hidden_SLD[batch] for batch in slices]
-    outputs = [_run_block(walk, block, hidden_BLD) for hidden_BLD in batches]
+    outputs = [block.run(hidden_BLD).float() for hidden_BLD in batches]
     energy = sum(float(out_BLD.double().square().sum()) for out_BLD in outputs)
-    # The packed stream does not exist yet.
-    original_only = Streams(streams.original, streams.original)
     errors = {name: [0.0] * len(candidates[name]) for name in block.matrices}
-    by_method = {
-        quantizer.name: quantizer for name in block.matrices for quantizer in candidates[name]
-    }
+    by_method = {each.name: each for name in block.matrices for each in candidates[name]}
     for method, example in by_method.items():
         # Statistics can be as large as the block: hold those of one method at a time.
-        stats = walk.observe(block, example, original_only)
+        stats = stream.observe(block, example, streams)
         for name, matrix in block.matrices.items():
             part = replace(block, matrices={name: matrix}, weights={name: block.weights[name]})
             part_stats = {key: stats[key] for key in {name} & stats.keys()}
@@ -182,34 +156,16 @@ def _measure_block(
                 if quantizer.name != method:
                     continue
                 # Packing consumes the statistics it is given, and every width needs them.
-                linear = _pack_matrix(walk, index, part, dict(part_stats), quantizer)
+                generator = stream.make_generator(index)
+                fields = quantizer.pack_each(part, dict(part_stats), generator)[name]
+                linear = load_packed(quantizer, matrix, fields).to(block.device)
                 squares = 0.0
                 with Substitute(part, {name: linear}):
                     for hidden_BLD, out_BLD in zip(batches, outputs, strict=True):
-                        error_BLD = _run_block(walk, block, hidden_BLD) - out_BLD
+                        error_BLD = block.run(hidden_BLD).float() - out_BLD
                         squares += float(error_BLD.double().square().sum())
                 errors[name][position] = squares / energy if energy else 0.0
     return errors
-
-
-def _pack_matrix(
-    walk: BlockWalk,
-    index: int,
-    part: Block,
-    stats: dict[str, LinearStats],
-    quantizer: Quantizer,
-) -> PackedLinear:
-    """Pack the only matrix of `part`; consumes `stats`."""
-    ((name, matrix),) = part.matrices.items()
-    generator = torch.Generator().manual_seed(derive_seed(walk.seed, index))
-    fields = quantizer.pack_each(part, stats, generator)[name]
-    return load_packed(quantizer, matrix, fields).to(walk.device)
-
-
-def _run_block(walk: BlockWalk, block: Block, hidden_BLD: Tensor) -> Tensor:
-    """Return the block's output [B, L, D] in float32, on the walk's device."""
-    assert block.module is not None
-    return run_block(block.module, block.calls[len(hidden_BLD)], hidden_BLD.to(walk.device)).float()
 
 
 def choose(

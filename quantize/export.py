@@ -25,6 +25,7 @@ from spectool.checkpoint.dense import read_companions
 from spectool.checkpoint.headers import TensorEntry
 from spectool.checkpoint.tensors import Checkpoint
 from spectool.errors import UnsupportedError, UsageError
+from spectool.files import json_bytes
 from spectool.kernels.pack import pack_bits
 from spectool.model.architecture import Architecture
 from spectool.model.loading import own_dtype
@@ -102,8 +103,8 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
         writer.finish(
             {
                 **read_companions(checkpoint),
-                "config.json": _json(config),
-                "model.safetensors.index.json": _json(index_file),
+                "config.json": json_bytes(config),
+                "model.safetensors.index.json": json_bytes(index_file),
             }
         )
     served = name == "dense" or _is_served(config["quantization_config"]["config_groups"])
@@ -333,11 +334,6 @@ def _num_bytes(content: Content) -> int:
     if isinstance(content, Tensor):
         return content.numel() * content.element_size()
     return content.num_bytes
-
-
-def _json(value: Any) -> bytes:
-    """Encode a JSON file."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 Convert = Callable[[list[str], Mapping[str, Matrix], Checkpoint, Architecture], dict[str, Tensor]]

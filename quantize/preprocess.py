@@ -37,7 +37,8 @@ from spectool.machine import available_memory
 from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model
 from spectool.model.matrices import Matrix
-from spectool.quantize.plan import QuantizePlan, saved_bytes
+from spectool.quantize.footprint import saved_bytes
+from spectool.quantize.plan import QuantizePlan
 from spectool.report import Reporter
 from spectool.training import Metrics, Recipe, Training, make_optimizer
 

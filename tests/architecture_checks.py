@@ -29,7 +29,8 @@ from spectool.errors import InputError
 from spectool.evaluate.measures.layers import layer_errors
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows, log_probs
 from spectool.model.loading import load_tokenizer
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.job import QuantizeJob
+from spectool.quantize.run import quantize
 from spectool.report import Reporter
 
 TEXT = Path(__file__).parent.parent / "core/data/calibration/mixed.txt"

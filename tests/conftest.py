@@ -365,8 +365,8 @@ ALSO_SLOW = (
     "distill/test_train_heads.py::test_heads_computed_in_bfloat16_learn_as_in_float32[hydra]",
     "quantize/test_budget.py::test_other_families[gpt2]",
     "quantize/test_budget.py::test_other_families[qwen3_moe]",
-    "quantize/test_choice.py::test_blocks_are_calibrated_behind_the_packed_embedding[gemma3]",
-    "quantize/test_choice.py::test_embedding_and_head_are_packed_and_read_back[gpt_neox-rtn",
+    "quantize/test_rules.py::test_blocks_are_calibrated_behind_the_packed_embedding[gemma3]",
+    "quantize/test_rules.py::test_embedding_and_head_are_packed_and_read_back[gpt_neox-rtn",
     "quantize/test_export.py::test_compressed_tensors_by_its_own_code[qwen3-gptq",
     "quantize/test_export.py::test_compressed_tensors_by_its_own_code[qwen3-int8",
     "quantize/test_export.py::test_compressed_tensors_by_its_own_code[qwen3-rtn-{'bits': 8",
@@ -389,7 +389,7 @@ ALSO_SLOW = (
     "quantize/test_vq.py::test_a_model_with_a_learnt_head[vq:codes=32,shortlist=9-opt]",
     "quantize/test_vq.py::test_a_model_with_a_learnt_head[vq:codes=64,width=0,frequent=20-gpt2]",
     "quantize/test_vq.py::test_a_model_with_a_learnt_head[vq:codes=64,width=0,frequent=20-llama-tied]",
-    "quantize/test_walk.py::test_killed_at_random_moments_it_ends_with_the_same_bytes[fitted]",
+    "quantize/test_pack.py::test_killed_at_random_moments_it_ends_with_the_same_bytes[fitted]",
 )
 
 

@@ -17,6 +17,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import spectool
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli.common import SCHEMA_VERSION
 from spectool.cli.derive import Command, configs_of, derive
@@ -27,6 +28,9 @@ from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
 from spectool.kernels import registry
 from spectool.methods import METHODS, Method
+from spectool.quantize.job import QuantizeJob
+from spectool.quantize.methods.int8 import Int8
+from spectool.quantize.run import quantize
 from spectool.training import TrainingBatch
 
 PAGES = sorted((Path(__file__).parent.parent / "docs/adding").glob("*.md"))
@@ -139,6 +143,39 @@ def check_control(module: ModuleType, request: pytest.FixtureRequest) -> None:
         assert not ends & set(held.token_ids[:12])
 
 
+def check_quantizer(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    row = Method(kind="quantizer", target="added_quantizer:Ternary", summary="...", source="...")
+    add_method(request, "ternary", row)
+    source, out = (
+        request.getfixturevalue("checkpoint")("llama"),
+        request.getfixturevalue("tmp_path"),
+    )
+    job = QuantizeJob(method="ternary", config=module.Ternary.Config())
+    quantize(open_checkpoint(source), out / "packed", job)
+    name = "model.layers.0.mlp.up_proj"
+    weight_nm = open_checkpoint(source).read(f"{name}.weight").float()
+    scale_n1 = weight_nm.abs().mean(1, keepdim=True)
+    wanted_nm = torch.where(2 * weight_nm.abs() > scale_n1, weight_nm.sign() * scale_n1, 0)
+    model: Any = spectool.load(out / "packed")
+    torch.testing.assert_close(model.get_submodule(name).dequantize(), wanted_nm)
+
+
+def check_lm_head(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    row = Method(kind="lm_head", target="added_lm-head:Centred", summary="...", source="...")
+    add_method(request, "centred", row)
+    source, out = (
+        request.getfixturevalue("checkpoint")("llama"),
+        request.getfixturevalue("tmp_path"),
+    )
+    job = QuantizeJob(
+        method="int8", config=Int8.Config(), lm_head=module.Centred(), samples=2, seq_len=16
+    )
+    report = quantize(open_checkpoint(source), out / "packed", job).outside.lm_head
+    assert report is not None and 0 < report.loss_after < report.loss_start
+    model: Any = spectool.load(out / "packed")
+    assert model.get_output_embeddings().bias.abs().max() > 0
+
+
 # A check for each page.
 CHECKS: dict[str, Check] = {
     "control": check_control,
@@ -147,5 +184,7 @@ CHECKS: dict[str, Check] = {
     "command": check_command,
     "kernel": check_kernel,
     "kv": check_kv,
+    "lm-head": check_lm_head,
     "measure": check_measure,
+    "quantizer": check_quantizer,
 }

@@ -146,7 +146,7 @@ class ArtifactWriter:
             hint="move that file away, or choose another OUT",
         )
 
-    def report(self, shard: str) -> Any | None:
+    def report(self, shard: str) -> Any:
         """Return the report recorded with a finished shard; None if the shard is not finished."""
         record = self.manifest["shards"].get(shard)
         return record["report"] if record else None

@@ -152,7 +152,7 @@ class Architecture:
         prefixes = tuple(block + "." for block in self.blocks)
         return [name for name in self.origins if not name.startswith(prefixes)]
 
-    def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors in their stored dtypes, merged as the architecture expects.
 
         8-bit floats are converted to bfloat16, which represents them exactly.
@@ -163,7 +163,7 @@ class Architecture:
         tensors: dict[str, Tensor] = {}
         for name in names:
             if name not in tensors:
-                made = read_origin(self.model, checkpoint.read, name, self.origins[name])
+                made = read_origin(self.model, self.checkpoint.read, name, self.origins[name])
                 for key, tensor in made.items():
                     check_finite(key, tensor)
                     # torch does not compute with 8-bit floats.

@@ -125,7 +125,7 @@ def load_outside(
 ) -> PreTrainedModel:
     """Load the model's embeddings, lm_head and norms only; its blocks stay on the meta device."""
     architecture = Architecture(checkpoint)
-    tensors = architecture.read(checkpoint, architecture.tensors_outside())
+    tensors = architecture.read(architecture.tensors_outside())
     module: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
     model: PreTrainedModel = module
     return model

@@ -37,9 +37,9 @@ from spectool.decode.request import Request
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import UnsupportedError
 from spectool.kernels.registry import in_force
-from spectool.model.blocks import final_logits
 from spectool.model.kernels import give_kernels
 from spectool.model.packed import PackedLinear
+from spectool.model.shell import final_logits
 from spectool.options import option
 from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 

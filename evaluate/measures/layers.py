@@ -40,11 +40,9 @@ def layer_errors(packed: Checkpoint, source: Checkpoint) -> Iterator[LayerError]
     quantized, original = Architecture(packed), Architecture(source)
     for part in (original.outside(), *map(original.matrices, original.blocks)):
         matrices = [matrix for matrix in part if matrix.name in quantized.modules]
-        tensors = original.read(source, dict.fromkeys(matrix.parameter for matrix in matrices))
+        tensors = original.read(dict.fromkeys(matrix.parameter for matrix in matrices))
         prefixes = tuple(f"{matrix.name}.q." for matrix in matrices)
-        codes = quantized.read(
-            packed, [key for key in quantized.origins if key.startswith(prefixes)]
-        )
+        codes = quantized.read(key for key in quantized.origins if key.startswith(prefixes))
         specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in codes.items()})
         for matrix in matrices:
             module = build_packed(quantized.modules[matrix.name], specs[matrix.name])

@@ -37,14 +37,15 @@ class LmHead:
 class LmHeadReport:
     """Metrics of a fitted lm_head: held-out KL from the original before and after, the best epoch.
 
-    `nats_within_codes` is H(token | code) of the text, `codes_used` their mean number by codebook.
+    `nats_within_codes` is H(token | code) of the text, `codes_used` their mean number by codebook;
+    None for methods without shared codes.
     """
 
-    nats_within_codes: float
     loss_start: float
     loss_after: float
     best_epoch: int
-    codes_used: float
+    nats_within_codes: float | None = None
+    codes_used: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,9 @@ class FittedLmHead:
 class LmHeadQuantizer(Quantizer):
     """Quantizer that can fit an lm_head, with a bias, on text; others it packs by `pack`."""
 
-    @abstractmethod
     def find_lm_head_misfit(self, shape: tuple[int, int], num_special: int) -> str:
         """Return why an lm_head with so many special tokens cannot be fitted; empty if it can."""
+        return self.find_misfit(shape)
 
     @abstractmethod
     def fit_lm_head_bytes(self, shape: tuple[int, int]) -> int:

@@ -11,7 +11,7 @@ the softmax factors exactly: with M the code of a token and m_c = log sum_(i in 
     log P(i) = (l_M(i) + b_i) - log sum_c e^(l_c + m_c),    l = C h.
 
 The loss is then higher by at least I(token; context | code), which is at most H(token | code); that
-entropy on the text is reported before training. Frequent and special tokens get dedicated codes.
+entropy on the text is reported. Frequent and special tokens get dedicated codes.
 
 Codes start as k-means of the rows in the metric H = E[h h^T], with tokens weighted by frequency.
 The vectors are trained as C = E A (SimVQ), together with b, by KL(original || vq) on calibration

@@ -14,12 +14,9 @@ Shapes: n outputs, m inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from spectool import options
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.quantize.base import PackedFields, Quantizer
 from spectool.quantize.statistics import LinearStats
@@ -29,12 +26,6 @@ class Int8(Quantizer):
     """The weights of LLM.int8(); see the module docstring."""
 
     name = "int8"
-
-    @dataclass(frozen=True, slots=True, kw_only=True)
-    class Config(options.Config):
-        pass
-
-    config: Config
 
     def layout(self, shape: tuple[int, int]) -> FieldSpec:
         n, m = shape

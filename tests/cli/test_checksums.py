@@ -12,7 +12,8 @@ import pytest
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, PACKED_INDEX
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.methods import resolve
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.job import QuantizeJob
+from spectool.quantize.run import quantize
 
 from .conftest import Done
 

@@ -20,8 +20,9 @@ from spectool.distill.train_heads import train_heads
 from spectool.evaluate.context import Context
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.run import quantize
 from spectool.report import Loaded, ShortCalibration, TrainingStarts, TrainingStep
 
 from ..heard import Heard

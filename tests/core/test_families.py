@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spectool.decode.heads.layer import read_final_scale
 from spectool.families import FAMILIES, families
-from spectool.model.blocks import final_logits
+from spectool.model.shell import final_logits
 
 SIZES = {
     "vocab_size": 64,

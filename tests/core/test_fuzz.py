@@ -30,6 +30,7 @@ from spectool.errors import InputError
 from spectool.model.architecture import Architecture
 from spectool.model.loading import load_tokenizer
 from spectool.quantize import run
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
 
 MUTANTS = int(os.environ.get("SPECTOOL_FUZZ", "2000"))
@@ -253,7 +254,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, checkpoint: Any) -> list[P
     run.quantize(
         open_checkpoint(found[0]),
         packed,
-        run.QuantizeJob(method="rtn", config=RTN.Config(group_size=16)),
+        QuantizeJob(method="rtn", config=RTN.Config(group_size=16)),
     )
     return [*found, packed]
 

@@ -19,8 +19,9 @@ from spectool.checkpoint import hub
 from spectool.checkpoint.headers import read_header
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import QuantizeJob, prepare
+from spectool.quantize.run import prepare
 
 Checkpoints = Callable[..., Path]
 

@@ -18,8 +18,9 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, InputError, UsageError
 from spectool.model.loading import default_dtype, describe_runtime, load_tokenizer
 from spectool.model.packed import PackedExperts, packed_modules
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.run import quantize
 
 Checkpoints = Callable[..., Path]
 

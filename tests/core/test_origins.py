@@ -20,8 +20,9 @@ from spectool.checkpoint.tensors import open_checkpoint, read_tensor
 from spectool.errors import CheckpointError
 from spectool.evaluate.windows import Batch, BlockwiseLogProbs, Windows
 from spectool.model.architecture import Architecture
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.int8 import Int8
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.run import quantize
 
 Checkpoints = Callable[..., Path]
 Tensors = dict[str, Tensor]

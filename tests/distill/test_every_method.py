@@ -24,6 +24,7 @@ from spectool.errors import UnsupportedError
 from spectool.methods import resolve, trained
 from spectool.quantize import run as quantizing
 from spectool.quantize.base import parse_quantizer
+from spectool.quantize.job import QuantizeJob
 from spectool.training import Training
 
 from ..conftest import tokenizer
@@ -144,7 +145,7 @@ def test_a_model_with_a_packed_embedding_and_head_is_taught(
     """Heads of the quantized model, and heads of the original, run on the quantized model."""
     source, packed = checkpoint(family), tmp_path / "packed"
     choice = parse_quantizer("rtn:group_size=16")
-    job = quantizing.QuantizeJob(method="rtn", config=choice.config, embeddings=choice)
+    job = QuantizeJob(method="rtn", config=choice.config, embeddings=choice)
     quantizing.quantize(open_checkpoint(source), packed, job)
     runner = Runner(packed, dtype=torch.float32)
     plain = runner.generate([[5, 6, 7]], max_new_tokens=24)
@@ -163,7 +164,7 @@ def test_where_the_output_matrix_is_learnt(
     source, packed = checkpoint("llama"), tmp_path / "packed"
     choice, text = parse_quantizer("rtn:group_size=16"), str(tmp_path / "text.txt")
     head = parse_quantizer("vq:codes=16,epochs=2")
-    job = quantizing.QuantizeJob(
+    job = QuantizeJob(
         method="rtn", config=choice.config, lm_head=head, calibration=[text], samples=4, seq_len=48
     )
     quantizing.quantize(open_checkpoint(source), packed, job)

@@ -20,7 +20,8 @@ from spectool.decode.heads.artifact import read_record
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
 from spectool.methods import METHODS
 from spectool.quantize.base import parse_quantizer
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.job import QuantizeJob
+from spectool.quantize.run import quantize
 
 from .conftest import Train
 

@@ -27,6 +27,7 @@ from spectool.distill.data import texts
 from spectool.distill.trainer import HeadTrainer
 from spectool.errors import CheckpointError, SpectoolError, TextError, UnsupportedError, UsageError
 from spectool.quantize import run as quantizing
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
 from spectool.training import Training
 
@@ -224,7 +225,7 @@ def test_heads_fit_what_is_packed_from_their_target_and_the_other_way_round(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = checkpoint("llama")
-    job = quantizing.QuantizeJob(method="rtn", config=RTN.Config())
+    job = QuantizeJob(method="rtn", config=RTN.Config())
     packed = tmp_path / "packed"
     quantizing.quantize(open_checkpoint(source), packed, job)
     train(source, "of-original")

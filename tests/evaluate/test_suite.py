@@ -16,8 +16,9 @@ from spectool.evaluate.context import Context
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
 from spectool.methods import names, resolve
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.run import quantize
 from spectool.report import PlainDecoding
 
 from ..heard import Heard

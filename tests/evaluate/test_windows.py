@@ -10,8 +10,9 @@ import spectool
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import TextError
 from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.run import quantize
 
 
 def test_without_start_token_the_rest_is_dropped() -> None:

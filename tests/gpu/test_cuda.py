@@ -16,10 +16,11 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.methods import names, resolve
 from spectool.quantize.base import parse_quantizer
-from spectool.quantize.budget import Budget, widths
+from spectool.quantize.budget import widths
+from spectool.quantize.job import Budget, QuantizeJob
 from spectool.quantize.preprocess import Preprocess
 from spectool.quantize.rules import Rule
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.run import quantize
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,9 @@ from torch import Tensor
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.methods import resolve
 from spectool.model.packed import PackedLinear
-from spectool.quantize.run import QuantizeJob, QuantizeReport, quantize
+from spectool.quantize.job import QuantizeJob
+from spectool.quantize.report import QuantizeReport
+from spectool.quantize.run import quantize
 
 
 class Packed:

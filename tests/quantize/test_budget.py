@@ -20,7 +20,8 @@ from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.quantize import budget as budgets
 from spectool.quantize.base import parse_quantizer
-from spectool.quantize.budget import Budget, choose, list_candidates, widths
+from spectool.quantize.budget import choose, list_candidates, widths
+from spectool.quantize.job import Budget
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.gptq import GPTQ
 from spectool.quantize.methods.rtn import RTN
@@ -123,9 +124,9 @@ def test_measured_errors_are_those_of_one_packed_matrix(
     seen: dict[str, Any] = {}
     real = budgets.survey
 
-    def spy(walk: Any, *rest: Any) -> Any:
-        seen["ids"] = walk.ids_SL
-        seen["errors"] = real(walk, *rest)
+    def spy(stream: Any, *rest: Any) -> Any:
+        seen["ids"] = stream.calibration.ids_SL
+        seen["errors"] = real(stream, *rest)
         return seen["errors"]
 
     monkeypatch.setattr("spectool.quantize.run.survey", spy)
@@ -171,14 +172,14 @@ def test_a_budget_is_kept_and_used(
         assert ledger.linears is not None and bits - 0.4 < ledger.linears <= bits
         entry = read_layout(out).modules["model.layers.0.self_attn.q_proj"]
         assert entry["options"]["bits"] == 8
-    errors = [report.blocks[-1]["output_error"] for report in reports]
+    errors = [report.blocks[-1].output_error for report in reports]
     assert errors[0] > errors[1] > errors[2]
     assert not list(out.glob("survey-*"))
     # The rules that it wrote, given by hand.
-    rules = read_rules(out / "plan.yaml")
+    rules = read_rules(out / "rules.yaml")
     assert len(rules) == 1 + 14
     again = compress(source, "rtn", out="again", job={"rules": rules, **text})
-    assert (out / "plan.yaml").read_bytes() == (again / "plan.yaml").read_bytes()
+    assert (out / "rules.yaml").read_bytes() == (again / "rules.yaml").read_bytes()
     assert read_layout(again).modules == read_layout(out).modules
 
 
@@ -198,7 +199,7 @@ def test_batches_of_any_size(
 ) -> None:
     job = {"budget": Budget(5.0, RTNS), "calibration": [text_file], "seq_len": 16}
     more = {"job": {**job, "samples": samples}, "run": {"batch_size": batch_size}}
-    assert (compress(checkpoint("llama"), "rtn", **more) / "plan.yaml").exists()
+    assert (compress(checkpoint("llama"), "rtn", **more) / "rules.yaml").exists()
 
 
 def test_several_methods_and_killed_while_measuring(

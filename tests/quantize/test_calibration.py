@@ -335,16 +335,16 @@ def test_experts_that_saw_few_tokens_are_packed_without_statistics_and_listed(
 ) -> None:
     source = checkpoint("mixtral")
     job = {"calibration": [text_file], "samples": 4, "seq_len": 32, "allow_dense": True}
-    monkeypatch.setattr("spectool.quantize.walk.MIN_EXPERT_TOKENS", 64)
+    monkeypatch.setattr("spectool.quantize.pack.MIN_EXPERT_TOKENS", 64)
     reports: list[Any] = []
     compress(source, "spy", bits=4, job=job, reports=reports)
     (report,) = reports
     for shown, block in zip(spy, report.blocks, strict=True):
-        listed = set(block["data_free"])
-        experts = {row["name"] for row in block["layers"] if ".experts." in row["name"]}
+        listed = set(block.data_free)
+        experts = {layer.name for layer in block.layers if ".experts." in layer.name}
         assert listed == experts - shown["stats"].keys()
     # Both kinds occur: 128 tokens, each sent to two of four experts.
-    assert any(block["data_free"] for block in report.blocks)
+    assert any(block.data_free for block in report.blocks)
     assert any(
         ".experts." in key and stats.num_tokens >= 64
         for shown in spy

@@ -15,13 +15,14 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels.pack import pack_bits
 from spectool.model.architecture import Architecture
-from spectool.model.blocks import Activations, Call
+from spectool.model.blocks import Activations
 from spectool.model.matrices import find_matrices
+from spectool.model.shell import Call
 from spectool.quantize.base import Block, Streams
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.jlcm import JLCM, JLCMLinear, LatentCodes, PreferenceCodes
 from spectool.quantize.plan import make_plan
-from spectool.quantize.run import QuantizeReport
+from spectool.quantize.report import QuantizeReport
 from spectool.quantize.statistics import LinearStats
 
 SMALL_JOB = {"samples": 6, "seq_len": 32}
@@ -242,6 +243,6 @@ def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
     layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=10))
     assert measure(layout).linears == plan.bits_linears
     assert layout.num_bytes == plan.file_bytes
-    fits = [block["fits"][0] for block in reports[0].blocks]
-    assert all(fit["loss_after"] <= fit["loss_start"] for fit in fits)
-    assert any(fit["loss_after"] < fit["loss_start"] for fit in fits)
+    fits = [block.fits[0] for block in reports[0].blocks]
+    assert all(fit.loss_after <= fit.loss_start for fit in fits)
+    assert any(fit.loss_after < fit.loss_start for fit in fits)

@@ -21,12 +21,14 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.methods import resolve
 from spectool.model.architecture import Architecture
+from spectool.quantize.footprint import TextSize
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import QuantizePlan, make_plan
 from spectool.quantize.preprocess import Preprocess
 from spectool.quantize.rules import skipping
-from spectool.quantize.run import QuantizeJob, prepare
+from spectool.quantize.run import prepare
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -153,7 +155,7 @@ def test_routers_are_named_as_dense(checkpoint: Checkpoints) -> None:
 
 def test_buffers_follow_the_tokens(checkpoint: Checkpoints) -> None:
     source = checkpoint("llama")
-    plain, calibrated = plan(source), plan(source, calibration_tokens=1000)
+    plain, calibrated = plan(source), plan(source, text=TextSize(total=1000))
     assert plain.buffer_bytes == 0 and calibrated.buffer_bytes == 1000 * 32 * 4
     assert calibrated.host_bytes > plain.host_bytes + 2 * calibrated.buffer_bytes
     assert plain.device_bytes == 0 and plan(source, on_device=True).device_bytes > 0
@@ -164,7 +166,8 @@ import json, re, sys
 from pathlib import Path
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.report import Reporter
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.job import QuantizeJob
+from spectool.quantize.run import quantize
 from spectool.methods import resolve
 
 class Heard(Reporter):

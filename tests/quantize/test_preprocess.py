@@ -19,10 +19,11 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.errors import TextError, UnsupportedError, UsageError
 from spectool.quantize import preprocess, run
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.preprocess import Preprocess
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.run import quantize
 from spectool.report import Reporter, TrainingStep
 
 from ..conftest import tokenizer

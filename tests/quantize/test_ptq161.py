@@ -25,8 +25,9 @@ from spectool.errors import NotFinite, UnsupportedError, UsageError
 from spectool.kernels.pack import unpack_bits
 from spectool.model import packed
 from spectool.model.architecture import Architecture
-from spectool.model.blocks import Activations, Call
+from spectool.model.blocks import Activations
 from spectool.model.matrices import find_matrices
+from spectool.model.shell import Call
 from spectool.quantize.base import Block, Streams
 from spectool.quantize.fitting import Task
 from spectool.quantize.ledger import measure
@@ -39,7 +40,7 @@ from spectool.quantize.methods.ptq161 import (
     num_salient,
 )
 from spectool.quantize.plan import make_plan
-from spectool.quantize.run import QuantizeReport
+from spectool.quantize.report import QuantizeReport
 from spectool.quantize.statistics import LinearStats
 
 Checkpoints = Callable[..., Path]
@@ -508,11 +509,10 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     assert layout.num_bytes == plan.file_bytes
     (report,) = reports
     for block in report.blocks:
-        assert block["fits"][0]["loss_after"] < block["fits"][0]["loss_start"]
-        assert block["fits"][0]["best_epoch"] > 0
-        assert set(block["data_free"]) == {
-            layer["name"] for layer in block["layers"] if ".experts." in layer["name"]
-        }
+        (fit,) = block.fits
+        assert fit.loss_after < fit.loss_start and fit.best_epoch > 0
+        experts = {layer.name for layer in block.layers if ".experts." in layer.name}
+        assert set(block.data_free) == experts
 
 
 def test_targets_in_files_give_the_same_bytes(
@@ -520,7 +520,7 @@ def test_targets_in_files_give_the_same_bytes(
 ) -> None:
     source = checkpoint("llama")
     memory = compress(source, "ptq161", out="memory", job=SMALL_JOB, epochs=1)
-    monkeypatch.setattr("spectool.quantize.walk.BUFFERS_IN_MEMORY", 0)
+    monkeypatch.setattr("spectool.quantize.stream.BUFFERS_IN_MEMORY", 0)
     files = compress(source, "ptq161", out="files", job=SMALL_JOB, epochs=1)
     for path in memory.iterdir():
         assert path.read_bytes() == (files / path.name).read_bytes()
@@ -589,5 +589,5 @@ def test_a_block_left_dense_has_no_fit(
         job={"samples": 2, "seq_len": 16, "skip": ["model.layers.0.*"], "allow_dense": True},
         reports=reports,
     )
-    nothing, (fit,) = (block["fits"] for block in reports[0].blocks)
-    assert not nothing and fit["loss_after"] <= fit["loss_start"]
+    nothing, (fit,) = (block.fits for block in reports[0].blocks)
+    assert not nothing and fit.loss_after <= fit.loss_start

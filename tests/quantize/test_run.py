@@ -23,11 +23,12 @@ from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, InputError, UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
-from spectool.model.blocks import ModelShell, run_block
+from spectool.model.blocks import run_block
 from spectool.model.packed import packed_modules
+from spectool.model.shell import ModelShell
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import QuantizeJob
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -57,11 +58,11 @@ def block_wise(path: Path) -> torch.Tensor:
     checkpoint = open_checkpoint(path)
     architecture = Architecture(checkpoint)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
-    shell = ModelShell(architecture, checkpoint, with_lm_head=True, **where)
+    shell = ModelShell(architecture, with_lm_head=True, **where)
     hidden_BLD = shell.embed(IDS_BL)
     calls = shell.calls(*IDS_BL.shape)
     for name, call in zip(architecture.blocks, calls, strict=True):
-        tensors = architecture.read(checkpoint, architecture.tensors_of(name))
+        tensors = architecture.read(architecture.tensors_of(name))
         block = architecture.materialise(name, tensors, **where)
         hidden_BLD = run_block(block, call, hidden_BLD)
     return shell.logits(IDS_BL, hidden_BLD)

@@ -242,8 +242,8 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     ledger = measure(read_layout(out))
     assert ledger.linears == pytest.approx(plan.bits_linears)
     for block in reports[0].blocks:
-        (fit,) = block["fits"]
-        assert fit["loss_after"] < fit["loss_start"]
+        (fit,) = block.fits
+        assert fit.loss_after < fit.loss_start
     ids = torch.tensor([[5, 9, 12, 7, 7, 3]])
     with torch.inference_mode():
         first, second = (spectool.load(out)(ids).logits for _ in range(2))

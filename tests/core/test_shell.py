@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError
 from spectool.model.architecture import Architecture
-from spectool.model.blocks import Activations, BlockProbe, Call, ModelShell, run_block
+from spectool.model.blocks import Activations, run_block
+from spectool.model.shell import BlockProbe, Call, ModelShell
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.gptq import GPTQ
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.run import quantize
 
 from ..conftest import tokenizer
 from ..shrunken import build, tiny_config
@@ -30,9 +32,7 @@ IDS_BL = torch.randint(2, 300, (3, 37), generator=torch.Generator().manual_seed(
 def shell(source: Path, dtype: torch.dtype = torch.float32) -> ModelShell:
     opened = open_checkpoint(source)
     architecture = Architecture(opened)
-    return ModelShell(
-        architecture, opened, dtype=dtype, device=torch.device("cpu"), with_lm_head=True
-    )
+    return ModelShell(architecture, dtype=dtype, device=torch.device("cpu"), with_lm_head=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "opt", "gpt_neox"])
@@ -86,7 +86,7 @@ def test_without_head_only_rows_of_a_tied_table_are_loaded(checkpoint: Checkpoin
     opened = open_checkpoint(checkpoint("llama-tied"))
     architecture = Architecture(opened)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
-    around = ModelShell(architecture, opened, with_lm_head=False, **where)
+    around = ModelShell(architecture, with_lm_head=False, **where)
     hidden_BLD = around.embed(IDS_BL)
     table = opened.read("model.embed_tokens.weight")
     assert torch.equal(hidden_BLD, table[IDS_BL])
@@ -164,11 +164,11 @@ def test_blocks_one_by_one_are_the_model(
 
 
 def logits_by_block(source: Path, dtype: torch.dtype) -> torch.Tensor:
-    around, opened = shell(source, dtype), open_checkpoint(source)
+    around = shell(source, dtype)
     hidden_BLD = around.embed(IDS_BL)
     architecture = around.architecture
     for name, call in zip(architecture.blocks, around.calls(*IDS_BL.shape), strict=True):
-        tensors = architecture.read(opened, architecture.tensors_of(name))
+        tensors = architecture.read(architecture.tensors_of(name))
         block = architecture.materialise(name, tensors, dtype=dtype, device=torch.device("cpu"))
         hidden_BLD = run_block(block, call, hidden_BLD)
     return around.logits(IDS_BL, hidden_BLD)
@@ -192,7 +192,7 @@ def test_a_padding_row_is_what_transformers_makes_of_it(
     with torch.inference_mode():
         want = model(input_ids=IDS_BL, use_cache=False).logits
     torch.testing.assert_close(logits_by_block(tmp_path, torch.float32), want)
-    read = Architecture(opened).read(opened, ["model.embed_tokens.weight"])
+    read = Architecture(opened).read(["model.embed_tokens.weight"])
     assert torch.equal(read["model.embed_tokens.weight"], table_VD)
 
 

@@ -1,4 +1,4 @@
-"""Block walk: resuming with the same bytes, memory of one block, buffers in files."""
+"""Packing: resuming with the same bytes, memory of one block, buffers in files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, SpectoolError, UsageError
-from spectool.quantize import walk
-from spectool.quantize.budget import Budget, widths
+from spectool.model.blocks import BlockStream
+from spectool.quantize import stream
+from spectool.quantize.budget import widths
+from spectool.quantize.job import Budget, QuantizeJob
 from spectool.quantize.methods.ptq161 import PTQ161
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import QuantizeJob, QuantizeReport, quantize
+from spectool.quantize.pack import Packing
+from spectool.quantize.report import QuantizeReport
+from spectool.quantize.run import quantize
 from spectool.report import Reporter
 
 Checkpoints = Callable[..., Path]
@@ -184,7 +188,7 @@ def test_stopped_after_a_block(
 ) -> None:
     source, asked = checkpoint("llama", **LAYERS), job(text_file if calibrated else None)
     want = quantize(open_checkpoint(source), tmp_path / "undisturbed", asked)
-    original = walk.BlockWalk._pack
+    original = Packing._pack
     for blocks in (1, 3, 5):
         out = tmp_path / str(blocks)
 
@@ -194,10 +198,10 @@ def test_stopped_after_a_block(
         with pytest.MonkeyPatch.context() as patch:
 
             def spy(self: Any, index: int, *rest: Any, packed: list[str] = packed) -> Any:
-                packed.append(self.architecture.blocks[index])
+                packed.append(self.stream.names[index])
                 return original(self, index, *rest)
 
-            patch.setattr(walk.BlockWalk, "_pack", spy)
+            patch.setattr(Packing, "_pack", spy)
             assert quantize(open_checkpoint(source), out, asked) == want
         assert packed == [f"model.layers.{index}" for index in range(blocks, 5)]
         assert contents(out) == contents(tmp_path / "undisturbed")
@@ -211,7 +215,7 @@ def test_output_errors_grow_along_the_blocks_and_shrink_with_bits(
     for bits in (2, 4, 8):
         asked = job(text_file, config=RTN.Config(bits=bits))
         report = quantize(open_checkpoint(source), tmp_path / str(bits), asked)
-        errors.append([block["output_error"] for block in report.blocks])
+        errors.append([block.output_error for block in report.blocks])
         assert all(error > 0 for error in errors[-1])
     assert all(few > more > most for few, more, most in zip(*errors, strict=True))
 
@@ -256,7 +260,7 @@ def test_buffers_in_files_give_the_same_bytes(
 ) -> None:
     source = checkpoint(family)
     want = quantize(open_checkpoint(source), tmp_path / "memory", job(text_file))
-    monkeypatch.setattr(walk, "BUFFERS_IN_MEMORY", 0)
+    monkeypatch.setattr(stream, "BUFFERS_IN_MEMORY", 0)
     mapped: list[str] = []
     from_file = torch.from_file
 
@@ -282,7 +286,7 @@ def test_full_disk_is_resumable(
     asked = job(text_file, method="rtn", config=RTN.Config(bits=8), samples=12)
     want = quantize(open_checkpoint(source), tmp_path / "undisturbed", asked)
     if in_files:
-        monkeypatch.setattr(walk, "BUFFERS_IN_MEMORY", 0)
+        monkeypatch.setattr(stream, "BUFFERS_IN_MEMORY", 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # Disk space for the embeddings (41 kB), but not for a block (66 kB) or a buffer in a file.
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if not in_files else 42_500, hard))
@@ -305,15 +309,15 @@ def test_only_one_block_is_resident(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     alive: list[tuple[str, weakref.ref[torch.Tensor]]] = []
-    original = walk.BlockWalk.read
+    original = BlockStream.read
 
-    def read(self: walk.BlockWalk, block: str) -> dict[str, torch.Tensor]:
+    def read(self: BlockStream, block: int) -> dict[str, torch.Tensor]:
         assert not [name for name, tensor in alive if tensor() is not None], f"at {block}"
         found = original(self, block)
         alive.extend((name, weakref.ref(tensor)) for name, tensor in found.items())
         return found
 
-    monkeypatch.setattr(walk.BlockWalk, "read", read)
+    monkeypatch.setattr(BlockStream, "read", read)
     source = checkpoint("llama", **LAYERS)
     asked = job(None if how == "weights alone" else text_file)
     if how == "a budget":
@@ -337,6 +341,6 @@ def test_bad_weights_in_a_late_block_leave_the_early_ones(
 
 def test_reports_name_every_matrix_once(checkpoint: Checkpoints, tmp_path: Path) -> None:
     report: QuantizeReport = quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job())
-    names = [layer["name"] for layer in report.layers]
+    names = [layer.name for layer in report.layers]
     assert len(names) == len(set(names)) == 14
-    assert all(0 < layer["error"] < 0.2 and 3 < layer["bits"] < 8 for layer in report.layers)
+    assert all(0 < layer.error < 0.2 and 3 < layer.bits < 8 for layer in report.layers)

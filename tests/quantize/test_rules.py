@@ -23,12 +23,12 @@ from spectool.evaluate.measures.layers import layer_errors
 from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.model.architecture import Architecture
 from spectool.model.packed import PackedEmbedding, PackedLinear, matrix_of
-from spectool.quantize import walk
 from spectool.quantize.base import parse_quantizer
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.methods.rtn import RTN
+from spectool.quantize.pack import Packing
 from spectool.quantize.plan import make_plan
 from spectool.quantize.rules import Rule, format_rules, read_rules, skipping
 
@@ -56,7 +56,7 @@ layers:
 
 
 def rules(tmp_path: Path, text: str = RULES_FILE) -> list[Rule]:
-    path = tmp_path / "plan.yaml"
+    path = tmp_path / "rules.yaml"
     path.write_text(text)
     return read_rules(path)
 
@@ -150,9 +150,9 @@ def test_the_first_rule_that_matches_decides(
         assert torch.equal(mixed[f"{name}.q.{field}"], alone[f"{name}.q.{field}"])
 
     # The artifact contains the rules to make it again.
-    assert read_rules(out / "plan.yaml")[0].quantizer == RTN(RTN.Config(bits=8, group_size=0))
+    assert read_rules(out / "rules.yaml")[0].quantizer == RTN(RTN.Config(bits=8, group_size=0))
     again = compress(
-        source, "rtn", bits=4, out="again", job={**job, "rules": read_rules(out / "plan.yaml")}
+        source, "rtn", bits=4, out="again", job={**job, "rules": read_rules(out / "rules.yaml")}
     )
     for path in out.glob("*.safetensors"):
         assert load_file(path).keys() == load_file(again / path.name).keys()
@@ -191,7 +191,7 @@ def test_a_plan_and_its_text_are_the_same(tmp_path: Path) -> None:
 def test_bad_plans_are_one_line(
     checkpoint: Checkpoints, tmp_path: Path, text: str, message: str
 ) -> None:
-    path = tmp_path / "plan.yaml"
+    path = tmp_path / "rules.yaml"
     path.write_text(text)
     out = tmp_path / "out"
     command = ["quantize", "rtn", str(checkpoint("llama")), str(out), "--rules", str(path)]
@@ -267,17 +267,16 @@ def test_blocks_are_calibrated_behind_the_packed_embedding(
     checkpoint: Checkpoints, compress: Compress, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    start = walk.BlockWalk.start_streams
+    embed = Packing._embed
 
-    def spy(self: walk.BlockWalk) -> Any:
-        streams: Any = start(self)
-        assert self.ids_SL is not None
-        seen.append(
-            (self.ids_SL, *(s.hidden_SLD.clone() for s in (streams.original, streams.packed)))
-        )
+    def spy(self: Packing) -> Any:
+        streams = embed(self)
+        assert self.stream.calibration is not None
+        both = (each.hidden_SLD.clone() for each in (streams.original, streams.packed))
+        seen.append((self.stream.calibration.ids_SL, *both))
         return streams
 
-    monkeypatch.setattr(walk.BlockWalk, "start_streams", spy)
+    monkeypatch.setattr(Packing, "_embed", spy)
     source, coarse = checkpoint(family), parse_quantizer("rtn:bits=2,group_size=8")
     out = compress(source, "gptq", job={"embeddings": coarse})
     ((ids_SL, original_SLD, packed_SLD),) = seen
@@ -300,8 +299,8 @@ def test_a_tied_matrix_is_stored_once_and_counted_apart(
     assert ledger.num_parameters == without.num_parameters
     (entry,) = [entry for entry in ledger.entries if entry.outside]
     assert entry.name == "model.embed_tokens" and 8 < entry.bits < 9.1
-    (layer,) = reports[0].outside["layers"]
-    assert layer["name"] == entry.name and 0 < layer["error"] < 1e-3
+    (layer,) = reports[0].outside.layers
+    assert layer.name == entry.name and 0 < layer.error < 1e-3
     assert not any("lm_head" in name for name in read_layout(out).tensors)
     # A tie that the architecture does not have, or to a missing matrix.
     config = json.loads((out / "config.json").read_text())
@@ -354,7 +353,7 @@ def test_killed_between_the_methods_of_a_block(
     }
     source = checkpoint("llama")
     want = compress(source, "jlcm", bits=2, epochs=1, job=job, out="want")
-    original, times = walk.BlockWalk._fit, []
+    original, times = Packing._fit, []
 
     def stop(self: Any, *rest: Any) -> Any:
         times.append(1)
@@ -363,7 +362,7 @@ def test_killed_between_the_methods_of_a_block(
         return original(self, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk.BlockWalk, "_fit", stop)
+        patch.setattr(Packing, "_fit", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(source, "jlcm", bits=2, epochs=1, job=job)
     out = compress(source, "jlcm", bits=2, epochs=1, job=job)
@@ -373,7 +372,7 @@ def test_killed_between_the_methods_of_a_block(
 
 def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_path: Path) -> None:
     source, out = checkpoint("llama"), tmp_path / "out"
-    path = tmp_path / "plan.yaml"
+    path = tmp_path / "rules.yaml"
     path.write_text("layers: [{match: down_proj, method: rtn, bits: 8}]")
     runner = CliRunner()
     command = ["quantize", "rtn", str(source), str(out), "--bits", "2", "--group-size", "0"]

@@ -20,8 +20,9 @@ from spectool.errors import CheckpointError, UnsupportedError
 from spectool.model.architecture import Architecture, matches, model_class, read_config
 from spectool.model.matrices import find_matrices
 from spectool.model.packed import packed_modules
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.run import quantize
 
 Checkpoints = Callable[..., Path]
 
@@ -65,7 +66,7 @@ def test_every_stored_tensor_is_in_a_block_or_outside(checkpoint: Checkpoints) -
         inside = [name for block in architecture.blocks for name in architecture.tensors_of(block)]
         names = inside + architecture.tensors_outside()
         assert len(names) == len(set(names))
-        read = architecture.read(checkpoint_, names)
+        read = architecture.read(names)
         want = AutoModelForCausalLM.from_pretrained(checkpoint(family)).state_dict()
         assert all(torch.equal(read[name], want[name]) for name in read)
         tied = set(architecture.model.all_tied_weights_keys)
@@ -82,7 +83,7 @@ def test_experts_are_slices_of_fused_tensors(checkpoint: Checkpoints, family: st
         if matrix.expert is not None
     ]
     assert [matrix.expert for matrix in experts] == [0, 1, 2, 3] * 2
-    tensors = architecture.read(checkpoint_, [matrix.parameter for matrix in experts])
+    tensors = architecture.read([matrix.parameter for matrix in experts])
     for matrix in experts:
         weight_nm = matrix.weight_nm(tensors)
         assert weight_nm.shape == matrix.shape
@@ -174,9 +175,9 @@ def test_multimodal_wrappers_keep_their_towers(
         seq_len=20,
     )
     report = quantize(open_checkpoint(source), tmp_path / "out", job)
-    assert len(report.blocks) == 2 and all("language_model" in row["name"] for row in report.layers)
+    assert len(report.blocks) == 2 and all("language_model" in row.name for row in report.layers)
     if calibrated:
-        assert all(0 < block["output_error"] < 0.1 for block in report.blocks)
+        assert all(0 < block.output_error < 0.1 for block in report.blocks)
 
     model = spectool.load(tmp_path / "out")
     assert type(model) is type(original)

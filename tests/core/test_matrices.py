@@ -17,10 +17,11 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.model.matrices import computes_product, explain_dense, find_matrices
+from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.plan import make_plan
 from spectool.quantize.rules import Rule
-from spectool.quantize.run import QuantizeJob, quantize
+from spectool.quantize.run import quantize
 
 Checkpoints = Callable[..., Path]
 
