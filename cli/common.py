@@ -17,8 +17,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from spectool.cli.events import describe, describe_metrics
-from spectool.data.text import Reading
 from spectool.errors import Interrupted, SpectoolError, UsageError
 from spectool.files import finite
 from spectool.report import Reporter, TrainingStep
@@ -74,6 +72,10 @@ class Output(Reporter):
         if isinstance(event, TrainingStep):
             self._show_step(event)
             return
+        # Imported here, as `--help` describes no events.
+        from spectool.cli.events import describe
+        from spectool.data.text import Reading
+
         if isinstance(event, Reading):
             found = event.as_dict()
             if found in self.readings:
@@ -85,6 +87,8 @@ class Output(Reporter):
 
     def _show_step(self, step: TrainingStep) -> None:
         if step.evaluation is not None:
+            from spectool.cli.events import describe_metrics
+
             self._held_out = f", held out {describe_metrics(step.evaluation)}"
         if step.step:
             what = f"{step.name}: loss {step.metrics['loss']:.3f}{self._held_out}, steps"

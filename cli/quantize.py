@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from spectool import methods
 from spectool.cli.by_method import Verb
 from spectool.cli.common import Output, prepare_torch, size
-from spectool.cli.events import unused_line
 from spectool.errors import Interrupted, UsageError
 from spectool.options import Config, command_words, option
 from spectool.quantize.options import QuantizeOptions
@@ -202,6 +201,8 @@ def _explicit_words(
 
 def show_plan(output: Output, plan: QuantizePlan, job: QuantizeJob) -> None:
     """Print the plan before the run starts."""
+    from spectool.cli.events import unused_line
+
     architecture = plan.architecture
     by_method: dict[Any, int] = {}
     for block in plan.matrices.values():

@@ -165,7 +165,7 @@ def _prepare(
     held_out = [samples[i] for i in held_out_indices]
     if init_from is not None:
         vocab = read_config(setup.checkpoint).get_text_config(decoder=True).vocab_size
-        size = resolve(job.method, "drafter").Heads.num_guessed(job.config, vocab)
+        size = resolve(job.method, "drafter").Heads.draft_vocab_size(job.config, vocab)
         stored_size = 0 if init_from.token_map is None else len(init_from.token_map)
         if size != stored_size:
             raise UsageError(

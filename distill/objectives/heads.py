@@ -15,7 +15,7 @@ from torch import Tensor
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.headers import HEADS, HEADS_FILE
 from spectool.decode.heads.artifact import HeadsRecord, lineage
-from spectool.decode.heads.base import MOST_NODES, TOP, Heads
+from spectool.decode.heads.base import MAX_TREE_NODES, TOP, Heads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.texts import chunk
 from spectool.distill.losses import HeadLoss, compute_loss, rank_labels, top_tokens
@@ -47,7 +47,7 @@ class HeadsObjective(Objective):
         drafter = resolve(job.method, "drafter")
         self.nodes: int = drafter.Config().nodes
         self.seed, self.autocast = job.seed, job.autocast
-        size = drafter.Heads.num_guessed(job.config, target.vocab_size)
+        size = drafter.Heads.draft_vocab_size(job.config, target.vocab_size)
         init_from = preparation.init_from
         token_map = None if init_from is None else init_from.token_map
         if size and init_from is None:
@@ -142,7 +142,7 @@ class HeadsObjective(Objective):
         right_RK = (ranks_RK == 0).double()
         reached_RK = right_RK.cumprod(-1)
         before_K = torch.cat([reached_RK.new_tensor([len(ranks_RK)]), reached_RK.sum(0)[:-1]])
-        paths = best_paths(ranks_RK, nodes=MOST_NODES, top=TOP)
+        paths = best_paths(ranks_RK, nodes=MAX_TREE_NODES, top=TOP)
         return {
             "score": self.heads.expected(paths, self.nodes),
             "accuracy": right_RK.mean(0).tolist(),
@@ -164,7 +164,7 @@ class HeadsObjective(Objective):
         self.heads.to(dtype).float()
         ranks_RK = self.ranks()
         self.measured = self.metrics(ranks_RK)
-        paths = best_paths(ranks_RK, nodes=MOST_NODES, top=TOP)
+        paths = best_paths(ranks_RK, nodes=MAX_TREE_NODES, top=TOP)
         self.record = HeadsRecord(
             method=job.method,
             options=job.config.as_dict(),
