@@ -110,7 +110,7 @@ def make_plan(
     vocab, width = lm_head.out_features, lm_head.in_features
     for sample in (*train, *held_out):
         check_ids(sample.tokens, vocab, f"{setup.checkpoint.path}: its tokenizer")
-    size = kind.num_guessed(job.config, vocab)
+    size = kind.draft_vocab_size(job.config, vocab)
     if size > vocab:
         raise UsageError(f"--draft-vocab {size}: the target has {vocab} tokens")
     with torch.device("meta"):
@@ -137,7 +137,7 @@ def make_plan(
     memory_bytes += (16 + OPTIMIZERS[job.optimizer]) * parameters
     # Autocast makes 2-byte copies of the weights.
     memory_bytes += 0 if job.autocast is None else 2 * parameters
-    if heads.own_output(0) is None:
+    if heads.own_lm_head(0) is None:
         memory_bytes += 4 * width * (size or vocab)
     if setup.device.type == "cpu":
         memory_bytes *= processes.local_size

@@ -24,7 +24,7 @@ from spectool.checkpoint.hub import fetch, is_local
 from spectool.checkpoint.tensors import Checkpoint, read_tensors, text_fingerprint
 from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import HeadsRecord, lineage
-from spectool.decode.heads.base import MOST_NODES, TOP, Heads
+from spectool.decode.heads.base import MAX_TREE_NODES, TOP, Heads
 from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.samples import read_samples, split
@@ -158,7 +158,7 @@ def train_heads(
         trainer.heads.to(stored).float()
         ranks_RK = trainer.ranks()
         measured = trainer.metrics(ranks_RK)
-        paths = best_paths(ranks_RK, nodes=MOST_NODES, top=TOP)
+        paths = best_paths(ranks_RK, nodes=MAX_TREE_NODES, top=TOP)
         record = HeadsRecord(
             method=job.method,
             options=job.config.as_dict(),
@@ -238,7 +238,7 @@ def _prepare(
     held_out = [samples[i] for i in held_out_indices]
     if init_from is not None:
         vocab = read_config(setup.checkpoint).get_text_config(decoder=True).vocab_size
-        size = resolve(job.method, "drafter").Heads.num_guessed(job.config, vocab)
+        size = resolve(job.method, "drafter").Heads.draft_vocab_size(job.config, vocab)
         stored_size = 0 if init_from.token_map is None else len(init_from.token_map)
         if size != stored_size:
             raise UsageError(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from spectool.decode.heads.base import MOST_NODES, TOP, Heads
+from spectool.decode.heads.base import MAX_TREE_NODES, TOP, Heads
 from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.texts import chunk
@@ -47,7 +47,7 @@ class HeadTrainer:
         drafter = resolve(job.method, "drafter")
         self.nodes: int = drafter.Config().nodes
         self.seed, self.autocast = job.seed, job.autocast
-        size = drafter.Heads.num_guessed(job.config, target.vocab_size)
+        size = drafter.Heads.draft_vocab_size(job.config, target.vocab_size)
         token_map = None if init_from is None else init_from.token_map
         if size and init_from is None:
             loss_tokens = [
@@ -131,7 +131,7 @@ class HeadTrainer:
         right_RK = (ranks_RK == 0).double()
         reached_RK = right_RK.cumprod(-1)
         before_K = torch.cat([reached_RK.new_tensor([len(ranks_RK)]), reached_RK.sum(0)[:-1]])
-        paths = best_paths(ranks_RK, nodes=MOST_NODES, top=TOP)
+        paths = best_paths(ranks_RK, nodes=MAX_TREE_NODES, top=TOP)
         return {
             "score": self.heads.expected(paths, self.nodes),
             "accuracy": right_RK.mean(0).tolist(),

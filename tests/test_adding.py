@@ -22,6 +22,7 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli.common import SCHEMA_VERSION
 from spectool.cli.derive import Command, configs_of, derive
 from spectool.decode.generate import Runner
+from spectool.distill.losses import compute_loss
 from spectool.evaluate.context import Context
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
@@ -30,6 +31,7 @@ from spectool.methods import METHODS, Method
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.run import quantize
+from spectool.training import TrainingBatch
 
 PAGES = sorted((Path(__file__).parent.parent / "docs/adding").glob("*.md"))
 # A check takes the module of the skeleton and pytest's request, for fixtures.
@@ -102,6 +104,45 @@ def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
     assert drafted.token_ids == plain.token_ids
 
 
+def check_drafter(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    row = Method(kind="drafter", target="added_drafter:AgainDrafter", summary="...", source="...")
+    add_method(request, "again", row)
+    runner, prompts = Runner(request.getfixturevalue("tiny")("llama")), [[5, 6, 7, 5, 6], [9]]
+    plain = runner.generate(prompts, max_new_tokens=20)
+    runner.use("again")
+    drafted = runner.generate(prompts, max_new_tokens=20, batch_size=2)
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+    assert sum(r.drafted for r in drafted) > 0
+
+
+def check_head(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    runner, prompts = Runner(request.getfixturevalue("tiny")("llama")), [[5, 6, 7, 5, 6], [9]]
+    plain = runner.generate(prompts, max_new_tokens=20)
+    heads = module.LinearHeads(module.LinearHeads.Config(), runner.target.model, None)
+    batch = TrainingBatch(
+        tokens_BL=torch.randint(0, 300, (2, 12)),
+        loss_mask_BL=torch.ones(2, 12, dtype=torch.bool),
+        features={"final": torch.randn(2, 12, runner.target.width)},
+    )
+    compute_loss(heads, batch)
+    assert all(head.weight.grad.abs().sum() > 0 for head in heads.heads)
+    runner.use(module.LinearDrafter(heads, [((0,), 0.5), ((0, 0), 0.3), ((1,), 0.2)]))
+    drafted = runner.generate(prompts, max_new_tokens=20, batch_size=2)
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+    assert sum(r.drafted for r in drafted) > 0
+
+
+def check_control(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    runner, prompt = Runner(request.getfixturevalue("tiny")("llama")), [5, 6, 7, 5, 6]
+    ends = set(runner.generate([prompt], max_new_tokens=9)[0].token_ids)
+    controls = [[], [module.AtLeast(12, ends)]]
+    for draft in ("none", "ngram"):
+        runner.use(draft)
+        free, held = runner.generate([prompt] * 2, eos=ends, controls=controls, batch_size=2)
+        assert len(free.token_ids) == 1 and len(held.token_ids) > 12
+        assert not ends & set(held.token_ids[:12])
+
+
 def check_quantizer(module: ModuleType, request: pytest.FixtureRequest) -> None:
     row = Method(kind="quantizer", target="added_quantizer:Ternary", summary="...", source="...")
     add_method(request, "ternary", row)
@@ -137,6 +178,9 @@ def check_lm_head(module: ModuleType, request: pytest.FixtureRequest) -> None:
 
 # A check for each page.
 CHECKS: dict[str, Check] = {
+    "control": check_control,
+    "drafter": check_drafter,
+    "head": check_head,
     "command": check_command,
     "kernel": check_kernel,
     "kv": check_kv,
