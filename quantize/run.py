@@ -15,6 +15,7 @@ from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.dense import check_dense
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.data.text import builtin_text
+from spectool.distill.objectives.base import training_bytes
 from spectool.errors import UsageError
 from spectool.machine import reproducible
 from spectool.model.architecture import Architecture
@@ -30,7 +31,7 @@ from spectool.quantize.footprint import BASE_BYTES, TextSize
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.pack import Packing
 from spectool.quantize.plan import QuantizePlan, make_plan
-from spectool.quantize.preprocess import Reshaping, bytes_needed
+from spectool.quantize.preprocess import Reshaping
 from spectool.quantize.report import QuantizeReport
 from spectool.quantize.rules import make_skip_rules
 from spectool.quantize.small_files import make_small_files
@@ -86,7 +87,7 @@ def _plan(
     host, on_device = TOKENIZED_BYTES * characters, 0
     if job.preprocess is not None:
         host = max(host, TOKENIZED_BYTES * count_characters(job.preprocess.text))
-        training = bytes_needed(architecture, plan, job.preprocess.batch_size * length)
+        training = training_bytes(architecture, job.preprocess.batch_size * length)
         # After training on a device the merged matrices are copied to the host.
         host = max(host, 4 * plan.num_weights if plan.device_bytes else training)
         on_device = BASE_BYTES + training
