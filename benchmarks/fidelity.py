@@ -48,7 +48,7 @@ from spectool.examples.stdlib import read_documents
 from spectool.machine import describe
 from spectool.methods import resolve
 from spectool.model.loading import load_tokenizer
-from spectool.quantize.budget import widths
+from spectool.quantize.budget import list_widths
 from spectool.quantize.job import Budget, QuantizeJob
 from spectool.quantize.ledger import measure as count_bits
 from spectool.quantize.preprocess import Preprocess
@@ -159,7 +159,7 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
     for name, options in METHODS:
         method, _, variant = name.partition(" ")
         kind = resolve(method, "quantizer")
-        seeds = SEEDS if kind().calibrates else SEEDS[:1]
+        seeds = SEEDS if kind().needs_calibration else SEEDS[:1]
         for seed in seeds if name in (given.only or [name]) else ():
             record = {"method": name, "options": options, "seed": seed}
             if _identity(record) in done:
@@ -167,7 +167,7 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
             config = kind.Config(**{k: value for k, value in options.items() if k != "budget"})
             quantizer, budget = kind(config), None
             if variant == "mixed":
-                budget = Budget(options["budget"], widths(quantizer, options["budget"]))
+                budget = Budget(options["budget"], list_widths(quantizer, options["budget"]))
             job = QuantizeJob(
                 method=method,
                 config=config,

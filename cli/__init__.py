@@ -28,13 +28,14 @@ from spectool.cli import (
 )
 from spectool.cli.by_method import Verb
 from spectool.cli.derive import Command, configs_of, derive
+from spectool.cli.distill import DISTILL
 from spectool.cli.quantize import QUANTIZE
 from spectool.cli.train_heads import TRAIN_HEADS
 from spectool.version import __version__
 
 # Commands as `--help` lists them, in the order of the pipeline.
 PANELS: dict[str, dict[str, Verb | Callable[..., None]]] = {
-    "Compress": {"quantize": QUANTIZE},
+    "Compress": {"quantize": QUANTIZE, "distill": DISTILL},
     "Accelerate": {"train-heads": TRAIN_HEADS, "tune": tune.tune},
     "Measure": {"eval": evaluate.evaluate, "bench": bench.bench},
     "Run": {"generate": generate.generate, "chat": chat.chat, "export": export.export},

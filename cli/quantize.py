@@ -61,7 +61,7 @@ def quantize(
     device = load.resolve_device()
     check_device(device)
     if write.dry_run:
-        planned = run.prepare(
+        planned = run.plan_job(
             load.open(headers_only=True), job, device=device, batch_size=options.batch_size
         )
         show_plan(output, planned, job)
@@ -103,7 +103,7 @@ def _make_job(
         UsageError: options that exclude each other, or that cannot be read.
     """
     from spectool.quantize.base import parse_quantizer
-    from spectool.quantize.budget import widths
+    from spectool.quantize.budget import list_widths
     from spectool.quantize.job import Budget, QuantizeJob
     from spectool.quantize.preprocess import Preprocess
     from spectool.quantize.rules import read_rules
@@ -122,7 +122,9 @@ def _make_job(
         quantizer = methods.resolve(method, "quantizer")(config)
         if options.bits_budget is not None:
             given = tuple(map(parse_quantizer, options.candidate))
-            budget = Budget(options.bits_budget, given or widths(quantizer, options.bits_budget))
+            budget = Budget(
+                options.bits_budget, given or list_widths(quantizer, options.bits_budget)
+            )
     if write.dry_run and budget is not None:
         raise UsageError(
             f"--dry-run reads headers only, but a budget of {budget.bits:g} bits needs "
@@ -162,7 +164,7 @@ def _pick(
     from spectool.checkpoint.dense import check_dense
     from spectool.model.architecture import Architecture
     from spectool.quantize import auto
-    from spectool.quantize.rules import skipping
+    from spectool.quantize.rules import make_skip_rules
 
     if options.bits_budget is not None:
         raise UsageError("auto: --bits takes a fraction; leave --bits-budget out")
@@ -172,7 +174,7 @@ def _pick(
     return auto.pick(
         Architecture(headers),
         config,
-        rules=[*skipping(options.skip), *rules],
+        rules=[*make_skip_rules(options.skip), *rules],
         embeddings=embeddings,
         lm_head=lm_head,
         allow_dense=options.allow_dense,

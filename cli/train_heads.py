@@ -15,8 +15,8 @@ from spectool.options import Config, option
 from spectool.shared_options import LoadOptions, WriteOptions
 
 if TYPE_CHECKING:
-    from spectool.distill.plan import Job, Plan
-    from spectool.distill.train_heads import Report
+    from spectool.distill.plan import HeadsJob, HeadsPlan
+    from spectool.distill.train_heads import HeadsReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +43,11 @@ def train_heads(
     from spectool.checkpoint.artifact import check_target
     from spectool.checkpoint.dtypes import parse_dtype
     from spectool.distill import train_heads as training
-    from spectool.distill.plan import Job
+    from spectool.distill.plan import HeadsJob
     from spectool.distill.processes import connect
 
     check_target(write.out, overwrite=write.overwrite)
-    job = Job(method=method, config=config, **options.as_dict())
+    job = HeadsJob(method=method, config=config, **options.as_dict())
     output.show_plan = lambda plan: _show_plan(output, job, plan)
     device = load.resolve_device()
     with connect(device) as processes:
@@ -72,7 +72,7 @@ def train_heads(
         _finish(output, write.out, report)
 
 
-def _show_plan(output: Output, job: Job, plan: Plan) -> None:
+def _show_plan(output: Output, job: HeadsJob, plan: HeadsPlan) -> None:
     options = ", ".join(f"{key}={value}" for key, value in job.config.as_dict().items())
     output.say(
         f"plan: {job.method} ({options}), {plan.parameters / 1e6:.2f} M parameters, "
@@ -95,7 +95,7 @@ def _show_plan(output: Output, job: Job, plan: Plan) -> None:
         output.say(f"plan: {writer} generates the answers first, temperature {job.temperature}")
 
 
-def _finish(output: Output, out: Path, report: Report) -> None:
+def _finish(output: Output, out: Path, report: HeadsReport) -> None:
     record = report.record
     output.show(
         f"{out}: {report.parameters / 1e6:.2f} M parameters, held-out accuracy by head "

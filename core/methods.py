@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from spectool.errors import UsageError
 
-Kind = Literal["quantizer", "lm_head", "chooser", "drafter", "verifier", "kv", "measure"]
+Kind = Literal[
+    "quantizer", "lm_head", "chooser", "drafter", "verifier", "kv", "measure", "objective"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,13 @@ METHODS: dict[str, Method] = {
         summary="Pick a quantizer for a size or a number of bits, and report why",
         source="the order that benchmarks/fidelity.py found",
         runs_in=("spectool",),
+    ),
+    "lora": Method(
+        kind="objective",
+        target="spectool.distill.objectives.lora:LoRA",
+        summary="Low-rank updates of the linear layers, merged into the weights",
+        source="Hu et al., LoRA, 2021 (arXiv:2106.09685), by peft",
+        runs_in=("spectool", "transformers", "vllm", "sglang"),
     ),
     "none": Method(
         kind="drafter",

@@ -166,22 +166,22 @@ class Training:
 
     `accumulate(step)` adds to the gradients and returns the step's metrics, `loss` among them.
     `evaluate()` returns metrics with a `score`; the weights of the highest score are kept.
-    Every step is reported, its metrics with `learning_rate` (of the first group), `gradient_norm`
-    (before clipping) and `seconds`. `keep()` copies what is kept of an evaluation as `best`, which
-    the caller restores; by default the parameters are kept and restored. The state is stored at
-    most every `save_seconds`, and storing takes at most `save_share` of the time; `annealing` is
-    not resumed.
+    Every step is reported under `name`, its metrics with `learning_rate` (of the first group),
+    `gradient_norm` (before clipping) and `seconds`. `keep()` copies what is kept of an evaluation
+    as `best`, which the caller restores; by default the parameters are kept and restored. The state
+    is stored at most every `save_seconds`, and storing takes at most `save_share` of the time;
+    `annealing` is not resumed.
 
     Raises:
         SpectoolError: a loss that is NaN or infinite.
     """
 
+    name: str
     module: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     recipe: Recipe
     accumulate: Callable[[int], Metrics]
     evaluate: Callable[[], Metrics]
-    name: str = ""
     reporter: Reporter = SILENT
     keep: Callable[[], Any] | None = None
     store: Store | None = None
@@ -226,10 +226,6 @@ class Training:
                     parameter.copy_(self.best[name])
         return self.history
 
-    def _report(self, step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
-        of = self.name, step, self.recipe.steps
-        self.reporter.event(TrainingStep(*of, metrics, evaluation))
-
     def _step(self, step: int) -> Metrics:
         """Take one step of the optimizers, unless the gradient overflowed; return its metrics."""
         started = time.monotonic()
@@ -261,6 +257,10 @@ class Training:
             schedule.step()
         metrics["seconds"] = time.monotonic() - started
         return metrics
+
+    def _report(self, step: int, metrics: Metrics, evaluation: Metrics | None) -> None:
+        of = self.name, step, self.recipe.steps
+        self.reporter.event(TrainingStep(*of, metrics, evaluation))
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}

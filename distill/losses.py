@@ -245,7 +245,7 @@ def _losses(
     for part in _split_rows(len(labels_S), len(weight_VD)):
         with torch.enable_grad():
             logits = F.linear(leaf_SD[part], weight_VD, bias_V).float()
-            if heads.own_output(k) is None:
+            if heads.own_lm_head(k) is None:
                 logits = heads.frozen.logits(logits)
             loss = logits.new_zeros(())
             if heads.loss.target != "probs":

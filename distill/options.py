@@ -1,4 +1,4 @@
-"""Options of a training of draft heads. Imports nothing heavy."""
+"""Options of trainings, of draft heads and of weights. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from spectool.shared_options import TextOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataOptions(TextOptions):
-    """The text that draft heads are trained and evaluated on."""
+class CorpusOptions(TextOptions):
+    """The text that a training reads."""
 
     PANEL: ClassVar = "Data"
 
@@ -25,6 +25,14 @@ class DataOptions(TextOptions):
     held_out: int = option(
         32, "Maximum number of texts held out for evaluation, at most a fifth", minimum=1
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOptions(CorpusOptions):
+    """The text that draft heads are trained and evaluated on."""
+
+    PANEL: ClassVar = "Data"
+
     regenerate: bool = option(
         False, "Train on answers that MODEL generates in place of those in the data", switch=True
     )
@@ -83,10 +91,7 @@ class HeadsOptions(DataOptions):
 
     def validate(self) -> None:
         """Check what involves more than one option; `regenerate_url` implies `regenerate`."""
-        if not self.data:
-            raise UsageError("no data", hint="--data FILE, with text like that to be generated")
-        if self.steps is not None and self.epochs != 1:
-            raise UsageError("--steps and --epochs exclude each other")
+        _check_length(self)
         if self.regenerate_url is not None:
             parts = urllib.parse.urlsplit(self.regenerate_url)
             if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -109,3 +114,43 @@ class HeadsOptions(DataOptions):
         """Return the directory of an offline feature store, if one is used."""
         kind, _, path = self.features.partition(":")
         return Path(path) if kind == "offline" else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsOptions(CorpusOptions):
+    """Options of a training of weights that every objective has, apart from where it runs.
+
+    Raises:
+        UsageError: no data, or options that exclude each other.
+    """
+
+    PANEL: ClassVar = "Training"
+
+    teacher: str | None = option(
+        None,
+        "Checkpoint whose probabilities to learn in place of the text's tokens; it has the "
+        "tokenizer of MODEL",
+    )
+    steps: int | None = option(None, "Optimizer steps", minimum=1)
+    epochs: int = option(1, "Passes over the training text, instead of --steps", minimum=1)
+    batch_tokens: int = option(2048, "Maximum tokens per step, padding included", minimum=32)
+    learning_rate: float | None = option(
+        None, "Peak learning rate; default: set by the method", minimum=0
+    )
+    seed: int = option(0, "Random seed")
+
+    def validate(self) -> None:
+        """Check what involves more than one option."""
+        _check_length(self)
+
+
+def _check_length(options: HeadsOptions | WeightsOptions) -> None:
+    """Check that there is text, and one length of the training.
+
+    Raises:
+        UsageError: there is none, or there are two.
+    """
+    if not options.data:
+        raise UsageError("no data", hint="--data FILE, with text like that to be generated")
+    if options.steps is not None and options.epochs != 1:
+        raise UsageError("--steps and --epochs exclude each other")

@@ -33,7 +33,7 @@ from spectool.version import __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job(HeadsOptions):
+class HeadsJob(HeadsOptions):
     """A training of draft heads: its options, the method and the method's own.
 
     With `init_from`, the options of those heads replace the defaults of `config`.
@@ -57,7 +57,7 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class HeadsPlan:
     """Estimate of a training, made before the weights are read.
 
     `disk_bytes`: stored features. `needs`: features that the heads read. `seq_len`: maximum tokens
@@ -78,14 +78,14 @@ class Plan:
 
 def make_plan(
     setup: Setup,
-    job: Job,
+    job: HeadsJob,
     train: Sequence[Sample],
     held_out: Sequence[Sample],
     *,
     path: Path,
     processes: Processes,
     init_from: PretrainedHeads | None = None,
-) -> Plan:
+) -> HeadsPlan:
     """Estimate what the training takes, and check that it can run.
 
     `path`: directory that features would be stored in. Memory is summed over the processes that
@@ -110,7 +110,7 @@ def make_plan(
     vocab, width = lm_head.out_features, lm_head.in_features
     for sample in (*train, *held_out):
         check_ids(sample.tokens, vocab, f"{setup.checkpoint.path}: its tokenizer")
-    size = kind.num_guessed(job.config, vocab)
+    size = kind.draft_vocab_size(job.config, vocab)
     if size > vocab:
         raise UsageError(f"--draft-vocab {size}: the target has {vocab} tokens")
     with torch.device("meta"):
@@ -137,7 +137,7 @@ def make_plan(
     memory_bytes += (16 + OPTIMIZERS[job.optimizer]) * parameters
     # Autocast makes 2-byte copies of the weights.
     memory_bytes += 0 if job.autocast is None else 2 * parameters
-    if heads.own_output(0) is None:
+    if heads.own_lm_head(0) is None:
         memory_bytes += 4 * width * (size or vocab)
     if setup.device.type == "cpu":
         memory_bytes *= processes.local_size
@@ -150,7 +150,7 @@ def make_plan(
         num_tokens = setup.seq_len * len(generated) + sum(len(s.tokens) for s in kept)
         disk_bytes = store_bytes(heads.needs, width, setup.dtype, num_tokens)
         _check_disk(disk_bytes, path)
-    return Plan(
+    return HeadsPlan(
         parameters=parameters,
         file_bytes=parameters * own_dtype(setup.checkpoint.layout).itemsize,
         memory_bytes=memory_bytes,
@@ -198,7 +198,7 @@ def _check_disk(wanted: int, path: Path) -> None:
         )
 
 
-def make_batches(samples: Sequence[Sample], job: Job, seq_len: int) -> list[list[list[int]]]:
+def make_batches(samples: Sequence[Sample], job: HeadsJob, seq_len: int) -> list[list[list[int]]]:
     """Return, for each step, the sample indices of each row of its batch."""
     options: dict[str, Any] = {
         "batch_tokens": job.batch_tokens,
@@ -213,7 +213,7 @@ def make_batches(samples: Sequence[Sample], job: Job, seq_len: int) -> list[list
 
 def make_identity(
     setup: Setup,
-    job: Job,
+    job: HeadsJob,
     samples: Sequence[Sample],
     processes: Processes,
     init_from: PretrainedHeads | None,

@@ -38,7 +38,7 @@ from spectool.distill.data.regenerate import regenerate
 from spectool.distill.data.samples import SHORTEST, Sample
 from spectool.distill.data.server import Server, rewrite
 from spectool.distill.data.texts import TextWriter
-from spectool.distill.plan import Job, Setup
+from spectool.distill.plan import HeadsJob, Setup
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import check_features
 from spectool.errors import TextError
@@ -70,7 +70,7 @@ class DataPreparation:
     unfinished store of another run; a finished store is never replaced.
     """
 
-    job: Job
+    job: HeadsJob
     setup: Setup
     train: Sequence[Sample]
     held_out: Sequence[Sample]

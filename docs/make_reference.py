@@ -17,6 +17,7 @@ from spectool import methods
 from spectool.cli import app
 from spectool.cli.by_method import Verb
 from spectool.cli.derive import PANELS
+from spectool.cli.distill import DISTILL
 from spectool.cli.quantize import QUANTIZE
 from spectool.cli.train_heads import TRAIN_HEADS
 
@@ -34,7 +35,11 @@ def reference() -> str:
         "## Commands",
         "",
     ]
-    verbs = {"quantize": (QUANTIZE, "int8"), "train-heads": (TRAIN_HEADS, "medusa")}
+    verbs = {
+        "quantize": (QUANTIZE, "int8"),
+        "distill": (DISTILL, "lora"),
+        "train-heads": (TRAIN_HEADS, "medusa"),
+    }
     for name in root.list_commands(None):
         if name in verbs:
             lines += [f"### spectool {name} METHOD", "", *_verb(*verbs[name])]
@@ -44,6 +49,10 @@ def reference() -> str:
     for name in (*methods.names("chooser"), *methods.names("quantizer")):
         lines += [f"### {name}", "", *_row(methods.METHODS[name]), ""]
         lines += [*_table(_own(QUANTIZE, name)), ""]
+    lines += ["## Objectives", ""]
+    for name in methods.names("objective"):
+        lines += [f"### {name}", "", *_row(methods.METHODS[name]), ""]
+        lines += [*_table(_own(DISTILL, name)), ""]
     lines += ["## Drafters", "", "Options are written `--draft name:key=value,key=value`.", ""]
     for name in methods.names("drafter"):
         row = methods.row(name, "drafter")

@@ -16,7 +16,7 @@ from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.options import option
 from spectool.quantize.base import Quantizer, parse_quantizer
-from spectool.quantize.budget import widths
+from spectool.quantize.budget import list_widths
 from spectool.quantize.job import Budget
 from spectool.quantize.plan import QuantizePlan, make_plan
 from spectool.quantize.rules import Rule
@@ -169,7 +169,7 @@ def _pick_by_bits(bits: float, embeddings: Quantizer | None) -> Picked:
         step = by_bits.get(bits, STEPS[-1])
         return Picked(parse_quantizer(step.method), for_embeddings, None, step.why)
     quantizer = parse_quantizer("gptq")
-    budget = Budget(bits, widths(quantizer, bits))
+    budget = Budget(bits, list_widths(quantizer, bits))
     why = "between two widths: each matrix gets bits by its error"
     return Picked(quantizer, for_embeddings, budget, why)
 

@@ -134,7 +134,7 @@ class Quantizer(ABC):
         return ""
 
     @property
-    def calibrates(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether the method needs calibration data."""
         return bool(self.statistics)
 

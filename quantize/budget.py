@@ -37,7 +37,7 @@ NUM_MEASURED = 8
 WIDER = 2
 
 
-def widths(quantizer: Quantizer, budget: float) -> tuple[Quantizer, ...]:
+def list_widths(quantizer: Quantizer, budget: float) -> tuple[Quantizer, ...]:
     """Return a method's quantizers at all widths of up to `WIDER` bits above the budget.
 
     Raises:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectool.checkpoint.artifact import ArtifactWriter, Content, check_paths
+from spectool.checkpoint.artifact import ArtifactWriter, Content, check_paths, num_bytes
 from spectool.checkpoint.dense import read_companions
 from spectool.checkpoint.headers import TensorEntry
 from spectool.checkpoint.tensors import Checkpoint
@@ -90,7 +90,7 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
     quantization = checkpoint.layout.quantization or {}
     metadata = {key: quantization.get(key) for key in ("source", "made_by")}
     tensors: dict[str, str] = {}
-    num_bytes = 0
+    total = 0
     with ArtifactWriter(out, identity={"export": name, "of": checkpoint.fingerprint()}) as writer:
         for index, (entries, packed) in enumerate(shards, start=1):
             shard = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
@@ -98,8 +98,8 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
             contents.update(convert(packed, matrices, checkpoint, architecture))
             writer.write_shard(shard, contents, metadata, {})
             tensors.update(dict.fromkeys(contents, shard))
-            num_bytes += sum(_num_bytes(content) for content in contents.values())
-        index_file = {"metadata": {"total_size": num_bytes}, "weight_map": tensors}
+            total += sum(num_bytes(content) for content in contents.values())
+        index_file = {"metadata": {"total_size": total}, "weight_map": tensors}
         writer.finish(
             {
                 **read_companions(checkpoint),
@@ -327,13 +327,6 @@ def _make_scheme(entry: Mapping[str, Any]) -> dict[str, Any]:
         "group_size": group_size if grouped else None,
         "dynamic": False,
     }
-
-
-def _num_bytes(content: Content) -> int:
-    """Return the bytes of a tensor, in memory or in a file."""
-    if isinstance(content, Tensor):
-        return content.numel() * content.element_size()
-    return content.num_bytes
 
 
 Convert = Callable[[list[str], Mapping[str, Matrix], Checkpoint, Architecture], dict[str, Tensor]]

@@ -157,7 +157,7 @@ class BlockQuantizer(Quantizer):
         return report
 
     @property
-    def calibrates(self) -> bool:
+    def needs_calibration(self) -> bool:
         return True
 
     def fit(
@@ -212,6 +212,7 @@ class BlockQuantizer(Quantizer):
             return {"score": -found.loss, "least_cosine": found.least_cosine}
 
         training = Training(
+            name="fit",
             module=nn.ModuleList(parts.values()),
             optimizers=self.make_optimizers(list(parts.values())),
             # A half type may overflow on one sequence; its NaN would stay in the optimizer state.

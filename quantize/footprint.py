@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from spectool.checkpoint.headers import DTYPE_BITS
 from spectool.model.architecture import Architecture
-from spectool.model.matrices import Matrix
+from spectool.model.matrices import Matrix, saved_bytes
 from spectool.quantize.base import Quantizer
 from spectool.quantize.fitting import BlockQuantizer
 from spectool.quantize.lm_head.base import LmHeadQuantizer
@@ -145,7 +144,7 @@ def measure_block(assigned: Assigned, text: TextSize) -> BlockMemory:
     used = {assigned.quantizers[matrix.name] for matrix in inside}
     fits = [each.fit_bytes() * weights for each in used if isinstance(each, BlockQuantizer)]
     saved = [
-        saved_bytes(assigned.architecture, block.values(), text.sequence)
+        saved_bytes(assigned.architecture.model, block.values(), text.sequence)
         for block in assigned.matrices.values()
     ]
     squares = [matrix.shape[1] ** 2 for matrix in inside]
@@ -200,21 +199,3 @@ def measure_memory(assigned: Assigned, text: TextSize) -> Memory:
         buffer_bytes=FLOAT * text.total * width,
         num_buffers=(4 if block.fit else 2) + (assigned.lm_head is not None),
     )
-
-
-def saved_bytes(architecture: Architecture, matrices: Iterable[Matrix], tokens: int) -> int:
-    """Estimate the bytes that a block's forward pass over `tokens` saves for the backward pass.
-
-    Per product about three tensors of its input's and its output's size, one of them a gradient
-    (measured with Llama: 1.9 without it), and the attention scores where they are materialised.
-    """
-    text: Any = architecture.config.get_text_config()
-    rows = 0
-    for matrix in matrices:
-        share = 1.0
-        if matrix.expert is not None:
-            total = architecture.model.get_parameter(matrix.parameter).shape[0]
-            share = min(1.0, getattr(text, "num_experts_per_tok", total) / total)
-        rows += int(share * sum(matrix.shape))
-    heads = getattr(text, "num_attention_heads", 0)
-    return FLOAT * tokens * 3 * (rows + heads * tokens)

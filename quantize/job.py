@@ -85,7 +85,7 @@ class QuantizeJob(JobOptions):
         """
         needing = (self.calibration or None, self.budget, self.lm_head)
         return any(each is not None for each in needing) or any(
-            each.calibrates for each in self.list_quantizers()
+            each.needs_calibration for each in self.list_quantizers()
         )
 
     def sequence_length(self, architecture: Architecture) -> int:

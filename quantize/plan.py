@@ -240,7 +240,7 @@ def _check_outside(matrix: Matrix, quantizer: Quantizer, origin: str) -> None:
     if isinstance(quantizer, LmHeadQuantizer):
         name = quantizer.name
         raise UsageError(f"{origin}: {name} is fitted on text, by --lm-head {name}")
-    if quantizer.calibrates:
+    if quantizer.needs_calibration:
         raise UsageError(
             f"{origin}: {quantizer.name} needs activations, which are collected for the blocks "
             f"only; pack {matrix.name} by a method without, such as int8 or rtn"

@@ -56,7 +56,7 @@ class Rule:
         return {"match": self.match, "method": self.quantizer.name, **options}
 
 
-def skipping(patterns: Iterable[str]) -> list[Rule]:
+def make_skip_rules(patterns: Iterable[str]) -> list[Rule]:
     """Make a rule of each `--skip` pattern."""
     return [Rule(pattern, None, f"{SKIP} {pattern}") for pattern in patterns]
 

@@ -15,6 +15,7 @@ from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.dense import check_dense
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.data.text import builtin_text
+from spectool.distill.objectives.base import training_bytes
 from spectool.errors import UsageError
 from spectool.machine import reproducible
 from spectool.model.architecture import Architecture
@@ -30,15 +31,15 @@ from spectool.quantize.footprint import BASE_BYTES, TextSize
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.pack import Packing
 from spectool.quantize.plan import QuantizePlan, make_plan
-from spectool.quantize.preprocess import Reshaping, bytes_needed
+from spectool.quantize.preprocess import Reshaping
 from spectool.quantize.report import QuantizeReport
-from spectool.quantize.rules import skipping
+from spectool.quantize.rules import make_skip_rules
 from spectool.quantize.small_files import make_small_files
 from spectool.quantize.stream import CalibratedStream, open_stream
 from spectool.report import SILENT, Reporter
 
 
-def prepare(
+def plan_job(
     checkpoint: Checkpoint, job: QuantizeJob, *, device: str, batch_size: int = 4
 ) -> QuantizePlan:
     """Return the plan of a job; for a budget that of its first candidate.
@@ -68,7 +69,7 @@ def _plan(
     plan = make_plan(
         architecture,
         job.quantizer,
-        rules=[*skipping(job.skip), *job.rules],
+        rules=[*make_skip_rules(job.skip), *job.rules],
         embeddings=job.embeddings,
         lm_head=job.lm_head,
         allow_dense=job.allow_dense,
@@ -86,7 +87,7 @@ def _plan(
     host, on_device = TOKENIZED_BYTES * characters, 0
     if job.preprocess is not None:
         host = max(host, TOKENIZED_BYTES * count_characters(job.preprocess.text))
-        training = bytes_needed(architecture, plan, job.preprocess.batch_size * length)
+        training = training_bytes(architecture, job.preprocess.batch_size * length)
         # After training on a device the merged matrices are copied to the host.
         host = max(host, 4 * plan.num_weights if plan.device_bytes else training)
         on_device = BASE_BYTES + training
@@ -119,7 +120,7 @@ def quantize(
     artifact.check_target(out, overwrite=overwrite)
     artifact.check_paths(checkpoint.path, out)
     compute = Compute(dtype=dtype, device=torch.device(device), batch_size=batch_size)
-    plan = prepare(checkpoint, job, device=device, batch_size=batch_size)
+    plan = plan_job(checkpoint, job, device=device, batch_size=batch_size)
     if job.budget is None:
         reporter.plan(plan)
     blocks, calibration = open_stream(plan, compute), None

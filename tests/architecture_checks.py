@@ -279,7 +279,7 @@ def drafter(subject: Subject, name: str) -> dict[str, float]:
 def medusa(subject: Subject) -> dict[str, float]:
     """Heads learn for a few steps, and text that they draft is plain text."""
     out = subject.scratch / "heads"
-    job = heads_plan.Job(
+    job = heads_plan.HeadsJob(
         method="medusa",
         config=methods.resolve("medusa", "drafter").Heads.Config(),
         data=[subject.text],

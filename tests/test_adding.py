@@ -22,6 +22,8 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli.common import SCHEMA_VERSION
 from spectool.cli.derive import Command, configs_of, derive
 from spectool.decode.generate import Runner
+from spectool.distill.losses import compute_loss
+from spectool.distill.train_weights import WeightsJob, train_weights
 from spectool.evaluate.context import Context
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
@@ -30,6 +32,7 @@ from spectool.methods import METHODS, Method
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.run import quantize
+from spectool.training import TrainingBatch
 
 PAGES = sorted((Path(__file__).parent.parent / "docs/adding").glob("*.md"))
 # A check takes the module of the skeleton and pytest's request, for fixtures.
@@ -88,6 +91,24 @@ def check_kernel(module: ModuleType, request: pytest.FixtureRequest) -> None:
     torch.testing.assert_close(product(x, None), kernel.twin(x, fields, None))
 
 
+def check_objective(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    row = Method(kind="objective", target="added_objective:Norms", summary="...", source="...")
+    add_method(request, "norms", row)
+    folder: Path = request.getfixturevalue("tmp_path")
+    text = folder / "text.txt"
+    text.write_text("def run(path: Path) -> None:\n    return path\n" * 60)
+    source = open_checkpoint(request.getfixturevalue("checkpoint")("llama"))
+    job = WeightsJob(
+        method="norms", config=module.Norms.Config(), data=(str(text),), steps=4, seq_len=48,
+        batch_tokens=96, learning_rate=0.1,
+    )  # fmt: skip
+    report = train_weights(source, folder / "out", job)
+    assert report is not None and report.best["perplexity"] < report.initial["perplexity"]
+    trained = open_checkpoint(folder / "out")
+    changed = {n for n in source.layout.tensors if not torch.equal(source.read(n), trained.read(n))}
+    assert changed == {name for name in source.layout.tensors if "norm" in name}
+
+
 def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
     row = Method(kind="kv", target="added_kv:HalfStore", summary="...", source="...")
     add_method(request, "half", row)
@@ -100,6 +121,45 @@ def check_kv(module: ModuleType, request: pytest.FixtureRequest) -> None:
     runner.use(None)
     (plain,) = runner.generate(prompt, max_new_tokens=20)
     assert drafted.token_ids == plain.token_ids
+
+
+def check_drafter(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    row = Method(kind="drafter", target="added_drafter:AgainDrafter", summary="...", source="...")
+    add_method(request, "again", row)
+    runner, prompts = Runner(request.getfixturevalue("tiny")("llama")), [[5, 6, 7, 5, 6], [9]]
+    plain = runner.generate(prompts, max_new_tokens=20)
+    runner.use("again")
+    drafted = runner.generate(prompts, max_new_tokens=20, batch_size=2)
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+    assert sum(r.drafted for r in drafted) > 0
+
+
+def check_head(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    runner, prompts = Runner(request.getfixturevalue("tiny")("llama")), [[5, 6, 7, 5, 6], [9]]
+    plain = runner.generate(prompts, max_new_tokens=20)
+    heads = module.LinearHeads(module.LinearHeads.Config(), runner.target.model, None)
+    batch = TrainingBatch(
+        tokens_BL=torch.randint(0, 300, (2, 12)),
+        loss_mask_BL=torch.ones(2, 12, dtype=torch.bool),
+        features={"final": torch.randn(2, 12, runner.target.width)},
+    )
+    compute_loss(heads, batch)
+    assert all(head.weight.grad.abs().sum() > 0 for head in heads.heads)
+    runner.use(module.LinearDrafter(heads, [((0,), 0.5), ((0, 0), 0.3), ((1,), 0.2)]))
+    drafted = runner.generate(prompts, max_new_tokens=20, batch_size=2)
+    assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+    assert sum(r.drafted for r in drafted) > 0
+
+
+def check_control(module: ModuleType, request: pytest.FixtureRequest) -> None:
+    runner, prompt = Runner(request.getfixturevalue("tiny")("llama")), [5, 6, 7, 5, 6]
+    ends = set(runner.generate([prompt], max_new_tokens=9)[0].token_ids)
+    controls = [[], [module.AtLeast(12, ends)]]
+    for draft in ("none", "ngram"):
+        runner.use(draft)
+        free, held = runner.generate([prompt] * 2, eos=ends, controls=controls, batch_size=2)
+        assert len(free.token_ids) == 1 and len(held.token_ids) > 12
+        assert not ends & set(held.token_ids[:12])
 
 
 def check_quantizer(module: ModuleType, request: pytest.FixtureRequest) -> None:
@@ -137,10 +197,14 @@ def check_lm_head(module: ModuleType, request: pytest.FixtureRequest) -> None:
 
 # A check for each page.
 CHECKS: dict[str, Check] = {
+    "control": check_control,
+    "drafter": check_drafter,
+    "head": check_head,
     "command": check_command,
     "kernel": check_kernel,
     "kv": check_kv,
     "lm-head": check_lm_head,
     "measure": check_measure,
+    "objective": check_objective,
     "quantizer": check_quantizer,
 }

@@ -20,7 +20,8 @@ SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools
 ALLOWED = {
     "core": {"core", "kernels"},
     "kernels": {"kernels"},
-    "quantize": {"quantize", "core", "kernels"},
+    # --preprocess trains by an objective of distill.
+    "quantize": {"quantize", "core", "kernels", "distill"},
     "decode": {"decode", "core", "kernels"},
     "distill": {"distill", "core", "decode"},
     "evaluate": {"evaluate", "core", "decode"},

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spectool.checkpoint import checksums
 from spectool.checkpoint.checksums import Checksums, Summing
-from spectool.checkpoint.headers import HEADS, PACKED_INDEX, TensorEntry, read_json
+from spectool.checkpoint.headers import HEADS, PACKED_INDEX, TRAINING, TensorEntry, read_json
 from spectool.checkpoint.tensors import CHUNK, DTYPES, check_finite, torch_dtype
 from spectool.errors import CheckpointError, InputError, UsageError
 from spectool.files import disk_errors
@@ -192,6 +192,11 @@ class ArtifactWriter:
                 self._save_manifest()
             (self.partial / shard).unlink(missing_ok=True)
 
+    def keep_only(self, shards: Iterable[str]) -> None:
+        """Remove all shards but these."""
+        for shard in sorted(self.manifest["shards"].keys() - set(shards)):
+            self.discard(shard)
+
     def abandon(self) -> None:
         """Remove the partial directory and the manifest."""
         with disk_errors(self.partial):
@@ -201,7 +206,7 @@ class ArtifactWriter:
     def finish(self, files: Mapping[str, bytes]) -> None:
         """Add the small files and rename the partial directory to OUT.
 
-        One of `files`, the index or the heads' record, must list all files; see `own_files`.
+        One of `files`, the index or a record, must list all files; see `own_files`.
 
         Raises:
             UsageError: meanwhile another process made OUT, or added files to the older one.
@@ -293,10 +298,11 @@ def check_paths(source: Path, out: Path) -> None:
 def own_files(path: Path) -> set[str]:
     """List the files that the artifact in this directory names as its own; empty without one.
 
-    A packed checkpoint names them in its index's metadata, draft heads at the top of their record.
+    A packed checkpoint names them in its index's metadata, draft heads and trained checkpoints at
+    the top of their record.
     """
     listed: set[str] = set()
-    for name in (PACKED_INDEX, HEADS):
+    for name in (PACKED_INDEX, HEADS, TRAINING):
         try:
             record = read_json(path / name)
         except CheckpointError:

@@ -1,17 +1,20 @@
 """Writing of dense checkpoints: a source's files again, with some tensors replaced.
 
 Files keep the source's names and contents: shards, index, configuration and companions. So
-transformers loads the result as it loads the source.
+transformers loads the result as it loads the source. A record of the training is added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from spectool.checkpoint.artifact import Content
-from spectool.checkpoint.headers import INDEX_SUFFIX, Layout, find_weights
+from spectool.checkpoint.artifact import ArtifactWriter, Content
+from spectool.checkpoint.formats import FORMAT_VERSION
+from spectool.checkpoint.headers import INDEX_SUFFIX, TRAINING, find_weights
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
 from spectool.errors import UnsupportedError
 
@@ -47,19 +50,17 @@ def read_companions(checkpoint: Checkpoint) -> dict[str, bytes]:
     }
 
 
-def read_small_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Read all files of a dense checkpoint but its weights: configuration, index, companions."""
-    names, path = ["config.json"], checkpoint.path
-    weights = find_weights(path, checkpoint.layout.config)
-    if weights.name.endswith(INDEX_SUFFIX):
-        names.append(weights.name)
-    return read_companions(checkpoint) | {name: (path / name).read_bytes() for name in names}
+def write_dense(
+    writer: ArtifactWriter,
+    source: Checkpoint,
+    replaced: Mapping[str, Tensor],
+    training: Mapping[str, Any],
+) -> None:
+    """Write a source again with some tensors replaced, by stored name, and the record `training`.
 
-
-def replace_tensors(
-    layout: Layout, replaced: Mapping[str, Tensor]
-) -> Iterator[tuple[str, dict[str, Content]]]:
-    """Yield each weight file's name and its tensors, some of them replaced, in stored dtypes."""
+    Tensors keep their stored dtypes. Finishes the writer; other shards than the weights go.
+    """
+    layout, files = source.layout, read_companions(source)
     for path in layout.files:
         contents: dict[str, Content] = {}
         for name, entry in layout.tensors.items():
@@ -67,4 +68,16 @@ def replace_tensors(
                 contents[name] = entry
                 if name in replaced:
                     contents[name] = replaced[name].to(torch_dtype(entry)).contiguous()
-        yield path.name, contents
+        writer.write_shard(path.name, contents, {}, {})
+    writer.keep_only([path.name for path in layout.files])
+    weights = find_weights(source.path, layout.config)
+    for name in ("config.json", *([weights.name] if weights.name.endswith(INDEX_SUFFIX) else ())):
+        files[name] = (source.path / name).read_bytes()
+    record = {
+        "format_version": FORMAT_VERSION,
+        **training,
+        "checksums": writer.checksums(),
+        "files": sorted([*files, TRAINING, *writer.manifest["shards"]]),
+    }
+    files[TRAINING] = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+    writer.finish(files)

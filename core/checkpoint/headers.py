@@ -36,6 +36,8 @@ PACKED_INDEX = "packed.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 HEADS = foreign.HEADS
 HEADS_FILE = "heads.safetensors"
+# Record of a training that wrote a dense checkpoint.
+TRAINING = "spectool_training.json"
 
 # A tensor of a numbered block: the list's name and the number.
 _NUMBERED = re.compile(r"(.*?)\.(\d{1,9})\.")

@@ -16,7 +16,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Literal
@@ -297,3 +297,21 @@ class _WeightReads(ast.NodeVisitor):
         if node.attr == "weight" and parts and isinstance(inner, ast.Name):
             self.reads.add((inner.id == "self", ".".join(parts), tuple(self._guards)))
         self.generic_visit(node)
+
+
+def saved_bytes(model: PreTrainedModel, matrices: Iterable[Matrix], tokens: int) -> int:
+    """Estimate the bytes that a block's forward pass over `tokens` saves for the backward pass.
+
+    Per product about three tensors of its input's and its output's size, one of them a gradient
+    (measured with Llama: 1.9 without it), and the attention scores where they are materialised.
+    """
+    text: Any = model.config.get_text_config()
+    rows = 0
+    for matrix in matrices:
+        share = 1.0
+        if matrix.expert is not None:
+            total = model.get_parameter(matrix.parameter).shape[0]
+            share = min(1.0, getattr(text, "num_experts_per_tok", total) / total)
+        rows += int(share * sum(matrix.shape))
+    heads = getattr(text, "num_attention_heads", 0)
+    return 4 * tokens * 3 * (rows + heads * tokens)

@@ -116,7 +116,7 @@ class ChimeraHeads(Heads):
         self.trigram = Trigram(shape.hidden_size)
         self.ctx = Context(shape)
         has_bias = self.frozen.bias_V is not None
-        self._each = [self.fresh_output(bias=has_bias, inputs=2) for _ in range(self.num_heads)]
+        self._each = [self.new_lm_head(bias=has_bias, inputs=2) for _ in range(self.num_heads)]
         self.heads = nn.ModuleList(self._each)
         self.to(self.frozen.weight_VD)
 
@@ -144,7 +144,7 @@ class ChimeraHeads(Heads):
             )
             yield torch.cat([final_BLD[batch_R, position_R], y_RD], -1)
 
-    def own_output(self, k: int) -> nn.Linear | None:
+    def own_lm_head(self, k: int) -> nn.Linear | None:
         return self._each[k]
 
 

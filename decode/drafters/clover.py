@@ -186,9 +186,6 @@ class CloverHeads(Heads):
             state_RD, out_RD = self.carry(state_RD, self.read(token_R))
             yield out_RD
 
-    def own_output(self, k: int) -> nn.Linear | None:
-        return None
-
 
 class CloverDrafter(TreeDrafter):
     """Drafter of the heads' static tree; the two layers run once over committed tokens."""

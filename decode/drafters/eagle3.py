@@ -117,7 +117,7 @@ class Eagle3Heads(Heads):
         self.midlayer = MidLayer(shape)
         self.norm = LlamaRMSNorm(width, shape.rms_norm_eps)
         self._init_weights(model)
-        self.lm_head = None if config.shared_head else self.fresh_output(bias=False)
+        self.lm_head = None if config.shared_head else self.new_lm_head(bias=False)
         self.to(self.frozen.weight_VD)
 
     def _init_weights(self, model: PreTrainedModel) -> None:
@@ -139,10 +139,10 @@ class Eagle3Heads(Heads):
         attention.q_proj.weight = nn.Parameter(key_heads.repeat_interleave(group, 0).flatten(0, 1))
 
     @classmethod
-    def num_guessed(cls, config: Any, vocab_size: int) -> int:
+    def draft_vocab_size(cls, config: Any, vocab_size: int) -> int:
         if config.draft_vocab == 0 and vocab_size > _DRAFT_VOCAB:
             return _DRAFT_VOCAB
-        return super().num_guessed(config, vocab_size)
+        return super().draft_vocab_size(config, vocab_size)
 
     def fuse(self, features: Features) -> Tensor:
         """Compute g [..., D] from the target's states."""
@@ -170,7 +170,7 @@ class Eagle3Heads(Heads):
             state_BLD = self.midlayer(self.embed(tokens_BL[:, ahead_L]), state_BLD, attend)
             yield self.norm(state_BLD[batch_R, position_R])
 
-    def own_output(self, k: int) -> nn.Linear | None:
+    def own_lm_head(self, k: int) -> nn.Linear | None:
         return self.lm_head
 
 

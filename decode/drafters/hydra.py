@@ -104,7 +104,7 @@ class HydraHeads(Heads):
             HydraHead(
                 weight_VD.shape[1],
                 i,
-                None if config.shared_head else self.fresh_output(bias=True),
+                None if config.shared_head else self.new_lm_head(bias=True),
                 config.num_layers or _BLOCKS[config.variant],
                 _DROPOUT if plus else 0.0,
             ).to(weight_VD)
@@ -133,7 +133,7 @@ class HydraHeads(Heads):
         out_BPD: Tensor = self._each[k](z_BPZ)
         return out_BPD
 
-    def own_output(self, k: int) -> nn.Linear | None:
+    def own_lm_head(self, k: int) -> nn.Linear | None:
         return self._each[k].lm_head
 
 

@@ -66,7 +66,7 @@ class MedusaHeads(Heads):
         self._each = [
             MedusaHead(
                 weight_VD.shape[1],
-                None if config.shared_head else self.fresh_output(bias=has_bias),
+                None if config.shared_head else self.new_lm_head(bias=has_bias),
                 config.num_layers,
             ).to(weight_VD)
             for _ in range(config.num_heads)
@@ -82,7 +82,7 @@ class MedusaHeads(Heads):
         state_B1D: Tensor = self._each[k](state_BD[:, None])
         return state_B1D
 
-    def own_output(self, k: int) -> nn.Linear | None:
+    def own_lm_head(self, k: int) -> nn.Linear | None:
         return self._each[k].lm_head
 
 

@@ -212,7 +212,7 @@ def check_weights(heads: Heads, tensors: Mapping[str, Tensor], path: Path) -> No
     """
     # Heads take the lm_head's bias from the model that they were trained on, and a fitted lm_head
     # may have a bias where the original has none, or the other way round.
-    outputs = {heads.own_output(k) for k in range(heads.num_heads)}
+    outputs = {heads.own_lm_head(k) for k in range(heads.num_heads)}
     for name, module in heads.named_modules():
         bias = tensors.get(f"{name}.bias")
         if module in outputs and (module.bias is None) != (bias is None):

@@ -45,7 +45,7 @@ from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
 # Best guesses of one head that a tree may hold, and nodes of the best tree that are stored.
 TOP = 10
-MOST_NODES = 64
+MAX_TREE_NODES = 64
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class Frozen:
 class Heads(nn.Module):
     """Base of all draft heads. `token_map` [V]: the target's ids of the tokens that they guess.
 
-    A method implements `states`, `step` and `own_output`. It names how it is trained by `loss` and
+    A method implements `states` and `step`. It names how it is trained by `loss` and
     `optimizer_defaults`.
     """
 
@@ -106,7 +106,7 @@ class Heads(nn.Module):
         self.frozen = _freeze(model, token_map)
 
     @classmethod
-    def num_guessed(cls, config: Any, vocab_size: int) -> int:
+    def draft_vocab_size(cls, config: Any, vocab_size: int) -> int:
         """Return the size of the heads' vocabulary for this config; 0: the target's."""
         size: int = config.draft_vocab
         return size
@@ -130,11 +130,11 @@ class Heads(nn.Module):
         """
         raise NotImplementedError
 
-    def own_output(self, k: int) -> nn.Linear | None:
-        """Return head k's own lm_head; None where it shares the target's."""
-        raise NotImplementedError
+    def own_lm_head(self, k: int) -> nn.Linear | None:
+        """Return head k's own lm_head; by default None, as it shares the target's."""
+        return None
 
-    def fresh_output(self, *, bias: bool, inputs: int = 1) -> nn.Linear:
+    def new_lm_head(self, *, bias: bool, inputs: int = 1) -> nn.Linear:
         """Make an lm_head that starts as a copy of the target's (a missing bias as zero).
 
         With several `inputs` it reads that many concatenated states and starts by adding them up.
@@ -155,7 +155,7 @@ class Heads(nn.Module):
 
     def output(self, k: int) -> tuple[Tensor, Tensor | None]:
         """Return the weight [V, D] and bias of head k's lm_head, its own or the target's."""
-        if (lm_head := self.own_output(k)) is not None:
+        if (lm_head := self.own_lm_head(k)) is not None:
             return lm_head.weight, lm_head.bias
         self.frozen.to(self.dtype)
         return self.frozen.weight_VD, self.frozen.bias_V
@@ -166,7 +166,7 @@ class Heads(nn.Module):
 
     def guess(self, state: Tensor, k: int, count: int) -> Tensor:
         """Return the target's ids [..., G] of head k's `count` best guesses."""
-        lm_head = self.own_output(k)
+        lm_head = self.own_lm_head(k)
         logits = F.linear(state, *self.output(k)) if lm_head is None else lm_head(state)
         index = logits.topk(min(count, logits.shape[-1])).indices
         return index if self.token_map is None else self.token_map[index]
@@ -247,7 +247,7 @@ class TreeDrafter(HeadsDrafter):
     class Config(options.Config):
         """Options of heads that draft a static tree."""
 
-        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=MOST_NODES)
+        nodes: int = option(32, "most proposed tokens in a tree", minimum=1, maximum=MAX_TREE_NODES)
         depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
 
     def __init__(

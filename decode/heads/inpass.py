@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectool import options
 from spectool.decode.heads.base import TOP, Heads
@@ -52,7 +52,7 @@ class InPassHeads(Heads):
     config: Any
 
     @classmethod
-    def num_guessed(cls, config: Any, vocab_size: int) -> int:
+    def draft_vocab_size(cls, config: Any, vocab_size: int) -> int:
         # They guess with the target's own lm_head, so its whole vocabulary.
         return 0
 
@@ -95,9 +95,6 @@ class InPassHeads(Heads):
         num_positions, num_rows, width = states_RXD.shape
         by_head = (num_positions, self.num_heads, num_rows // self.num_heads, width)
         yield from states_RXD.view(by_head).mean(2).unbind(1)
-
-    def own_output(self, k: int) -> nn.Linear | None:
-        return None
 
     def expected(self, paths: Sequence[tuple[RankPath, float]], nodes: int) -> float:
         width = len(self.extra_rows) // self.num_heads

@@ -186,6 +186,7 @@ class VQ(LmHeadQuantizer):
             return {"loss": float(loss.detach())}
 
         training = Training(
+            name="vq",
             module=student,
             optimizers=[student.make_optimizer(config.lr)],
             recipe=Recipe(steps=steps, annealing=True, clip=None, every=every),

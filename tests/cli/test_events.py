@@ -15,7 +15,7 @@ from spectool.cli.common import Output
 from spectool.cli.events import describe
 from spectool.data.text import Reading
 from spectool.decode.drafters.medusa import MedusaHeads
-from spectool.distill.plan import Job as HeadsJob
+from spectool.distill.plan import HeadsJob
 from spectool.distill.train_heads import train_heads
 from spectool.evaluate.context import Context
 from spectool.evaluate.options import EvalOptions

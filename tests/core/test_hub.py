@@ -21,7 +21,7 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
-from spectool.quantize.run import prepare
+from spectool.quantize.run import plan_job
 
 Checkpoints = Callable[..., Path]
 
@@ -96,7 +96,7 @@ def test_dry_run_reads_headers_only(fake_hub: list[Any], checkpoint: Checkpoints
         n: (e.dtype, e.shape, e.num_bytes) for n, e in here.tensors.items()
     }
     job = QuantizeJob(method="rtn", config=RTN.Config(bits=3))
-    plans = [prepare(each, job, device="cpu") for each in (remote, local)]
+    plans = [plan_job(each, job, device="cpu") for each in (remote, local)]
     assert plans[0] == plans[1] and plans[0].num_weights > 0
 
 

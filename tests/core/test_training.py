@@ -169,6 +169,7 @@ def test_steps_that_overflow_are_left_out_and_the_rest_is_torchs_own_loop() -> N
 
         if ours:
             training = Training(
+                name="test",
                 module=module,
                 optimizers=[optimizer],
                 recipe=Recipe(steps=12, annealing=True, clip=None, every=5, skip_overflow=True),

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from spectool.checkpoint.tensors import open_checkpoint
-from spectool.distill.plan import Job
-from spectool.distill.train_heads import Report, train_heads
+from spectool.distill.plan import HeadsJob
+from spectool.distill.train_heads import HeadsReport, train_heads
 from spectool.methods import resolve
 from spectool.report import Reporter, TrainingStep
 
-Train = Callable[..., Report]
+Train = Callable[..., HeadsReport]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,9 +48,9 @@ def train(data: str, tmp_path: Path) -> Train:
         options: dict[str, Any] | None = None,
         where: dict[str, Any] | None = None,
         **asked: Any,
-    ) -> Report:
+    ) -> HeadsReport:
         ahead = "ttt_steps" if method == "eagle3" else "num_heads"
-        job = Job(
+        job = HeadsJob(
             method=method,
             config=resolve(method, "drafter").Heads.Config(**{ahead: 3, **(options or {})}),
             **{

@@ -19,7 +19,7 @@ from spectool.checkpoint.headers import HEADS_FILE
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
-from spectool.distill.train_heads import Job, Report, train_heads
+from spectool.distill.train_heads import HeadsJob, HeadsReport, train_heads
 from spectool.errors import UnsupportedError
 from spectool.methods import resolve, trained
 from spectool.quantize import run as quantizing
@@ -37,7 +37,7 @@ ONE_OF_A_KIND = ("medusa", "hydra", "eagle3", "ppd")
 MOST_SLOW = [
     pytest.param(name, marks=[] if name in ONE_OF_A_KIND else pytest.mark.slow) for name in ALL
 ]
-Train = Callable[..., Report]
+Train = Callable[..., HeadsReport]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,10 +54,10 @@ def train(tmp_path: Path) -> Train:
     text = Path(__file__).parents[2] / "core/data/calibration/mixed.txt"
     data.write_text(text.read_text()[:1600])
 
-    def run(name: str, source: Path, out: str = "out", **asked: Any) -> Report:
+    def run(name: str, source: Path, out: str = "out", **asked: Any) -> HeadsReport:
         method = name.removesuffix("-plain")
         config = resolve(method, "drafter").Heads.Config(**OPTIONS.get(name, {}))
-        job = Job(
+        job = HeadsJob(
             method=method,
             config=config,
             **{

@@ -19,8 +19,8 @@ from spectool.distill import plan, training_data
 from spectool.distill.data import features as room
 from spectool.distill.data.features import OnlineTexts, store
 from spectool.distill.data.samples import Sample
+from spectool.distill.objectives.heads import HeadsObjective
 from spectool.distill.processes import ALONE
-from spectool.distill.trainer import HeadTrainer
 from spectool.errors import TextError, UnsupportedError, UsageError
 from spectool.methods import resolve
 from spectool.report import SILENT
@@ -187,11 +187,11 @@ def test_a_training_with_stored_features_that_was_stopped_goes_on(
     source = checkpoint("llama")
     train(source, "whole", features="hybrid")
 
-    def stopping(self: HeadTrainer, step: int) -> Any:
+    def stopping(self: HeadsObjective, step: int) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(HeadTrainer, "accumulate", stopping)
+        patch.setattr(HeadsObjective, "accumulate", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(source, features="hybrid")
     assert list((tmp_path / "out.partial").glob("features-own-*"))

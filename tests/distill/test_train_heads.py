@@ -24,7 +24,7 @@ from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
 from spectool.distill import plan, training_data
 from spectool.distill.data import texts
-from spectool.distill.trainer import HeadTrainer
+from spectool.distill.objectives.heads import HeadsObjective
 from spectool.errors import CheckpointError, SpectoolError, TextError, UnsupportedError, UsageError
 from spectool.quantize import run as quantizing
 from spectool.quantize.job import QuantizeJob
@@ -118,15 +118,15 @@ def test_metrics_are_a_line_a_step_also_over_a_stop(
     source, path = checkpoint("llama"), tmp_path / "metrics.jsonl"
     where = {"metrics": path}
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
-    accumulate, calls = HeadTrainer.accumulate, [0]
+    accumulate, calls = HeadsObjective.accumulate, [0]
 
-    def stopping(self: HeadTrainer, step: int) -> Any:
+    def stopping(self: HeadsObjective, step: int) -> Any:
         calls[0] += 1
         if calls[0] == 7:
             raise KeyboardInterrupt
         return accumulate(self, step)
 
-    monkeypatch.setattr(HeadTrainer, "accumulate", stopping)
+    monkeypatch.setattr(HeadsObjective, "accumulate", stopping)
     with pytest.raises(KeyboardInterrupt):
         train(source, where=where)
     stopped = path.read_text()
@@ -183,7 +183,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert len(shards) == min(stop, len(written_texts) + 2)
 
     written[0] = 0
-    steps = _count(monkeypatch, HeadTrainer, "accumulate")
+    steps = _count(monkeypatch, HeadsObjective, "accumulate")
     train(source, regenerate=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     # What was recorded is not done again. One step more is taken for its time.

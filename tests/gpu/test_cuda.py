@@ -16,7 +16,7 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.methods import names, resolve
 from spectool.quantize.base import parse_quantizer
-from spectool.quantize.budget import widths
+from spectool.quantize.budget import list_widths
 from spectool.quantize.job import Budget, QuantizeJob
 from spectool.quantize.preprocess import Preprocess
 from spectool.quantize.rules import Rule
@@ -84,7 +84,7 @@ def test_everything_at_once(
     choice = parse_quantizer("gptq")
     wanted = job(
         "gptq",
-        budget=Budget(4.5, widths(choice, 4.5)),
+        budget=Budget(4.5, list_widths(choice, 4.5)),
         rules=[Rule("*.0.*", parse_quantizer("jlcm:epochs=1"), "a rule")],
         embeddings=parse_quantizer("int8"),
         head=parse_quantizer("vq:codes=16,epochs=1"),

@@ -20,7 +20,7 @@ from spectool.errors import UsageError
 from spectool.model.architecture import Architecture
 from spectool.quantize import budget as budgets
 from spectool.quantize.base import parse_quantizer
-from spectool.quantize.budget import choose, list_candidates, widths
+from spectool.quantize.budget import choose, list_candidates, list_widths
 from spectool.quantize.job import Budget
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.gptq import GPTQ
@@ -46,12 +46,12 @@ def make(source: Path, **more: Any) -> QuantizePlan:
 
 
 def test_all_widths_but_those_far_above() -> None:
-    found = widths(GPTQ(GPTQ.Config(group_size=32)), 2.5)
+    found = list_widths(GPTQ(GPTQ.Config(group_size=32)), 2.5)
     assert [choice.config.as_dict()["bits"] for choice in found] == [2, 3, 4, 5]
     assert all(choice.config.as_dict()["group_size"] == 32 for choice in found)
-    assert [str(choice) for choice in widths(parse_quantizer("olive"), 5.0)] == ["olive"]
+    assert [str(choice) for choice in list_widths(parse_quantizer("olive"), 5.0)] == ["olive"]
     with pytest.raises(UsageError, match="ptq161 has one width"):
-        widths(parse_quantizer("ptq161"), 2.0)
+        list_widths(parse_quantizer("ptq161"), 2.0)
 
 
 @pytest.mark.parametrize("bits", [3.8, 4.2, 4.9, 6.0, 9.1])

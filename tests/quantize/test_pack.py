@@ -22,7 +22,7 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, SpectoolError, UsageError
 from spectool.model.blocks import BlockStream
 from spectool.quantize import stream
-from spectool.quantize.budget import widths
+from spectool.quantize.budget import list_widths
 from spectool.quantize.job import Budget, QuantizeJob
 from spectool.quantize.methods.ptq161 import PTQ161
 from spectool.quantize.methods.rtn import RTN
@@ -321,7 +321,7 @@ def test_only_one_block_is_resident(
     source = checkpoint("llama", **LAYERS)
     asked = job(None if how == "weights alone" else text_file)
     if how == "a budget":
-        asked = job(text_file, budget=Budget(4.0, widths(asked.quantizer, 4.0)))
+        asked = job(text_file, budget=Budget(4.0, list_widths(asked.quantizer, 4.0)))
     quantize(open_checkpoint(source), tmp_path / "out", asked)
     assert len(alive) == 5 * 9 * (1 + (how == "a budget"))
 

@@ -27,8 +27,8 @@ from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import QuantizePlan, make_plan
 from spectool.quantize.preprocess import Preprocess
-from spectool.quantize.rules import skipping
-from spectool.quantize.run import prepare
+from spectool.quantize.rules import make_skip_rules
+from spectool.quantize.run import plan_job
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -39,7 +39,7 @@ def plan(
 ) -> QuantizePlan:
     kind = resolve(method, "quantizer")
     quantizer = kind(kind.Config(**options or {}))
-    rules = skipping(more.pop("skip", ()))
+    rules = make_skip_rules(more.pop("skip", ()))
     return make_plan(Architecture(open_checkpoint(source)), quantizer, rules=rules, **more)
 
 
@@ -197,7 +197,7 @@ def test_texts_and_reshaping_are_counted(checkpoint: Checkpoints, tmp_path: Path
     reshaped = replace(small, preprocess=Preprocess(text=["none"], batch_size=4000))
 
     def needs(job: QuantizeJob, device: str = "cpu") -> QuantizePlan:
-        return prepare(source, job, device=device)
+        return plan_job(source, job, device=device)
 
     assert needs(job).host_bytes - needs(small).host_bytes > 10**9
     assert needs(twice).host_bytes - needs(job).host_bytes > 10**9

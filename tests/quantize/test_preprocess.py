@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
+from spectool.distill import objective
 from spectool.errors import TextError, UnsupportedError, UsageError
 from spectool.quantize import preprocess, run
 from spectool.quantize.job import QuantizeJob
@@ -101,12 +102,12 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
                 if len(steps) in (3, 8):
                     raise Killed
 
-    original = preprocess.Training
+    original = objective.Training
 
     def storing(**given: Any) -> Any:
         return original(**given, save_seconds=-1, save_share=float("inf"))
 
-    monkeypatch.setattr(preprocess, "Training", storing)
+    monkeypatch.setattr(objective, "Training", storing)
     for _ in range(2):
         with pytest.raises(Killed):
             quantize(open_checkpoint(source), out, job(text), reporter=Killer())
@@ -124,14 +125,15 @@ def test_held_out_text_is_not_trained_on(
     path.write_text("\n".join(f"def run{n}(): return {n}" for n in range(1000, 3000)))
     original = preprocess.train
 
-    def spy(packed: Path, asked: Preprocess, windows: Any, *more: Any, **given: Any) -> Any:
-        seen.append(windows)
-        return original(packed, asked, windows, *more, **given)
+    def spy(trained: Any, *more: Any, **given: Any) -> Any:
+        seen.append(trained.task.texts)
+        return original(trained, *more, **given)
 
     monkeypatch.setattr(preprocess, "train", spy)
     quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job(str(path), steps=60))
-    (windows,) = seen
-    texts = [tokenizer().batch_decode(ids) for ids in (windows.train_SL, windows.held_out_SL)]
+    (found,) = seen
+    sides = found.samples, [sample for batch in found.held_out for sample in batch]
+    texts = [tokenizer().batch_decode([sample.tokens for sample in side]) for side in sides]
     train, held_out = ({int(n) for n in re.findall(r"run(\d{4})\(", " ".join(t))} for t in texts)
     assert len(train) > 50 and len(held_out) > 10 and max(train) < min(held_out)
 

@@ -30,7 +30,7 @@ from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.pack import Packing
 from spectool.quantize.plan import make_plan
-from spectool.quantize.rules import Rule, format_rules, read_rules, skipping
+from spectool.quantize.rules import Rule, format_rules, make_skip_rules, read_rules
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -109,7 +109,7 @@ def make_plan_of(source: Path, path: Path, entries: list[str], skip: Sequence[st
     for entry in entries:
         match, _, method = entry.partition(": ")
         lines.append(f'- {{match: "{match}", method: {method}}}')
-    all_rules = [*skipping(skip), *rules(path, "\n".join(lines))]
+    all_rules = [*make_skip_rules(skip), *rules(path, "\n".join(lines))]
     make_plan(Architecture(open_checkpoint(source)), INT8, rules=all_rules, allow_dense=True)
 
 

@@ -52,7 +52,7 @@ def _eagle3_tensors(heads: Heads, tensors: Mapping[str, Tensor], vocab: int) -> 
         UnsupportedError: the heads share an lm_head that has a bias.
     """
     written = {name: tensor for name, tensor in tensors.items() if name != "token_map"}
-    if heads.own_output(0) is None:
+    if heads.own_lm_head(0) is None:
         if heads.frozen.bias_V is not None and heads.frozen.bias_V.any():
             raise UnsupportedError(
                 "eagle3 has no place for the bias of the target's lm_head, which these heads share",
@@ -220,7 +220,7 @@ def read(
     whole = size == text_config.vocab_size
     # No token_map where draft_vocab 0 means the whole vocabulary; for a large vocabulary it means
     # a part, so the map has to stay.
-    if whole and not Eagle3Heads.num_guessed(Eagle3Heads.Config(), size):
+    if whole and not Eagle3Heads.draft_vocab_size(Eagle3Heads.Config(), size):
         del tensors["token_map"]
     return PretrainedHeads(
         path=path,

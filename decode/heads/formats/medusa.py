@@ -33,7 +33,7 @@ def _write(
     """
     biased = [name for name in tensors if name.endswith("lm_head.bias")]
     biases = [tensors[name] for name in biased]
-    if heads.own_output(0) is None and heads.frozen.bias_V is not None:
+    if heads.own_lm_head(0) is None and heads.frozen.bias_V is not None:
         biases.append(heads.frozen.bias_V)
     if any(bias.any() for bias in biases):
         raise UnsupportedError(
@@ -47,7 +47,7 @@ def _write(
                re.sub(r"^heads\.(\d+)\.lm_head\.", r"lm_heads.\1.", name)): tensor
         for name, tensor in tensors.items() if name not in biased
     }  # fmt: skip
-    shared = heads.own_output(0) is None
+    shared = heads.own_lm_head(0) is None
     # A shared lm_head is stored once, as head 0's.
     if shared:
         written["lm_heads.0.weight"] = heads.frozen.weight_VD

@@ -228,7 +228,7 @@ def test_parameters_of_llama_3_8b() -> None:
             hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
             num_key_value_heads=8, num_hidden_layers=32, vocab_size=128256,
         )  # fmt: skip
-        size = Eagle3Heads.num_guessed(Eagle3Heads.Config(), 128256)
+        size = Eagle3Heads.draft_vocab_size(Eagle3Heads.Config(), 128256)
         heads = Eagle3Heads(Eagle3Heads.Config(), model, torch.empty(size, dtype=torch.long))
     found = sum(p.numel() for p in heads.parameters())
     assert found / 1e6 == pytest.approx(425, abs=0.5)

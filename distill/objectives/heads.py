@@ -1,53 +1,54 @@
-"""Trainer of draft heads: losses and gradients per step, and metrics on held-out text.
+"""Objective of draft heads: their loss, their metrics on held-out text, and what is stored.
 
 Shapes: R positions in texts, K heads.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from spectool.decode.heads.base import MOST_NODES, TOP, Heads
-from spectool.decode.heads.formats.base import PretrainedHeads
+from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.headers import HEADS, HEADS_FILE
+from spectool.decode.heads.artifact import HeadsRecord, lineage
+from spectool.decode.heads.base import MAX_TREE_NODES, TOP, Heads
 from spectool.decode.tree import best_paths
 from spectool.distill.data.texts import chunk
 from spectool.distill.losses import HeadLoss, compute_loss, rank_labels, top_tokens
-from spectool.distill.plan import Job, make_batches
-from spectool.distill.processes import Processes
-from spectool.distill.training_data import GENERATED_TOGETHER, TrainingData
+from spectool.distill.objective import Objective, seeded
+from spectool.distill.plan import make_batches
+from spectool.distill.training_data import GENERATED_TOGETHER, DataPreparation, TrainingData
 from spectool.methods import resolve
-from spectool.training import Metrics
+from spectool.model.loading import own_dtype
+from spectool.training import History, Metrics, Recipe, make_optimizer
+
+# Number of evaluations on held-out text in a training.
+_NUM_EVALUATIONS = 20
 
 
-class HeadTrainer:
+class HeadsObjective(Objective):
     """Draft heads in training, with their batches and held-out batches.
 
     Raises:
-        CheckpointError: the heads to `init_from` do not fit this target.
+        CheckpointError: the heads to start from do not fit this target.
     """
 
-    def __init__(
-        self,
-        training_data: TrainingData,
-        job: Job,
-        seq_len: int,
-        processes: Processes,
-        init_from: PretrainedHeads | None = None,
-    ) -> None:
-        self.processes = processes
+    def __init__(self, training_data: TrainingData, preparation: DataPreparation) -> None:
+        job, self.processes = preparation.job, preparation.processes
+        self.preparation, self.name = preparation, job.method
         target, self.train = training_data.target, training_data.train
-        self.device = target.device
+        self.device, self.width = target.device, target.width
+        self.vocab_size = target.vocab_size
         samples = self.train.samples
         drafter = resolve(job.method, "drafter")
         self.nodes: int = drafter.Config().nodes
         self.seed, self.autocast = job.seed, job.autocast
-        size = drafter.Heads.num_guessed(job.config, target.vocab_size)
+        size = drafter.Heads.draft_vocab_size(job.config, target.vocab_size)
+        init_from = preparation.init_from
         token_map = None if init_from is None else init_from.token_map
         if size and init_from is None:
             loss_tokens = [
@@ -62,12 +63,26 @@ class HeadTrainer:
             fresh: Heads = drafter.Heads(job.config, target.model, token_map)
         if init_from is not None:
             init_from.fill(fresh)
-        self.heads = fresh.to(target.device).float()
-        self.batches = make_batches(samples, job, seq_len)
-        self.steps = len(self.batches)
+        self.module = self.heads = fresh.to(target.device).float()
+        self.batches = make_batches(samples, job, preparation.setup.seq_len)
         held_out = training_data.held_out
         rows = [[i] for i in range(len(held_out.samples))]
         self.held_out = [held_out.batch(part) for part in chunk(rows, GENERATED_TOGETHER)]
+        defaults = self.heads.optimizer_defaults
+        assert job.learning_rate is not None
+        self.optimizer = make_optimizer(
+            job.optimizer,
+            self.heads.parameters(),
+            rate=job.learning_rate,
+            betas=defaults.betas,
+            weight_decay=defaults.weight_decay,
+        )
+        self.recipe = Recipe(
+            steps=len(self.batches),
+            warmup=job.warmup,
+            final=defaults.final,
+            every=max(1, len(self.batches) // _NUM_EVALUATIONS),
+        )
 
     def accumulate(self, step: int) -> Metrics:
         """Add up the gradient of a step and return its metrics.
@@ -105,12 +120,8 @@ class HeadTrainer:
             self.device.type, dtype=torch.bfloat16, enabled=self.autocast is not None
         )
 
-    @contextmanager
-    def _seeded(self, step: str | int) -> Iterator[None]:
-        """Seed torch from the seed and the step alone, so that a resumed run draws the same."""
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(random.Random(f"{self.seed}/{step}").getrandbits(63))
-            yield
+    def _seeded(self, step: str | int) -> AbstractContextManager[None]:
+        return seeded(f"{self.seed}/{step}", self.device)
 
     def ranks(self) -> Tensor:
         """Return the ranks [R, K] of the true tokens among each head's guesses on held-out text."""
@@ -131,7 +142,7 @@ class HeadTrainer:
         right_RK = (ranks_RK == 0).double()
         reached_RK = right_RK.cumprod(-1)
         before_K = torch.cat([reached_RK.new_tensor([len(ranks_RK)]), reached_RK.sum(0)[:-1]])
-        paths = best_paths(ranks_RK, nodes=MOST_NODES, top=TOP)
+        paths = best_paths(ranks_RK, nodes=MAX_TREE_NODES, top=TOP)
         return {
             "score": self.heads.expected(paths, self.nodes),
             "accuracy": right_RK.mean(0).tolist(),
@@ -144,3 +155,45 @@ class HeadTrainer:
         self.accumulate(0)
         self.heads.zero_grad(set_to_none=True)
         return time.perf_counter() - start
+
+    def write(self, writer: ArtifactWriter | None, history: History) -> None:
+        """Write the heads in the target's dtype, with their accuracy, best tree and record."""
+        setup, job = self.preparation.setup, self.preparation.job
+        # Evaluated in the precision in which they are stored.
+        dtype = own_dtype(setup.checkpoint.layout)
+        self.heads.to(dtype).float()
+        ranks_RK = self.ranks()
+        self.measured = self.metrics(ranks_RK)
+        paths = best_paths(ranks_RK, nodes=MAX_TREE_NODES, top=TOP)
+        self.record = HeadsRecord(
+            method=job.method,
+            options=job.config.as_dict(),
+            target={
+                "fingerprint": self.preparation.identity["source"]["fingerprint"],
+                "lineage": lineage(setup.checkpoint),
+                "hidden_size": self.width,
+                "vocab_size": self.vocab_size,
+                "tokenizer": setup.tokenizer_digest,
+            },
+            accuracy=self.measured["accuracy"],
+            conditional=self.measured["conditional"],
+            tree=[list(path) for path, _ in paths],
+            shares=[share for _, share in paths],
+            training={
+                **self.preparation.identity,
+                "steps_done": self.recipe.steps,
+                "places": len(ranks_RK),
+                "evaluations": history.evaluations,
+            },
+        )
+        if writer is None:
+            return
+        tensors = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in self.heads.state_dict().items()
+        }
+        metadata = {key: getattr(self.record, key) for key in ("method", "options", "target")}
+        writer.write_shard(HEADS_FILE, tensors, metadata, {})
+        writer.keep_only([HEADS_FILE])
+        self.record = replace(self.record, checksums=writer.checksums())
+        writer.finish({HEADS: self.record.as_bytes()})

@@ -1,0 +1,100 @@
+"""`spectool distill METHOD MODEL OUT`: train the weights of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from spectool import methods
+from spectool.cli.by_method import Verb
+from spectool.cli.common import Output, prepare_torch, size
+from spectool.cli.train_heads import HeadsOutput
+from spectool.distill.options import WeightsOptions
+from spectool.errors import Interrupted
+from spectool.options import Config, option
+from spectool.shared_options import PlaceOptions
+
+if TYPE_CHECKING:
+    from spectool.distill.train_weights import WeightsPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsOutput(HeadsOutput):
+    """What is written."""
+
+    PANEL: ClassVar = "Output"
+
+    dry_run: bool = option(False, "Print the plan and write nothing", switch=True)
+
+
+def distill(
+    output: Output,
+    method: str,
+    config: Config,
+    options: WeightsOptions,
+    place: PlaceOptions,
+    write: WeightsOutput,
+) -> None:
+    """Train the weights of MODEL and write them to the directory OUT, a dense checkpoint."""
+    prepare_torch(place.threads)
+    from spectool.distill.train_weights import WeightsJob, train_weights
+
+    job = WeightsJob(method=method, config=config, **options.as_dict())
+    output.show_plan = lambda plan: _show_plan(output, plan)
+    try:
+        report = train_weights(
+            place.open(),
+            write.out,
+            job,
+            device=place.resolve_device(),
+            overwrite=write.overwrite,
+            dry_run=write.dry_run,
+            metrics=write.metrics,
+            reporter=output,
+        )
+    except KeyboardInterrupt:
+        again = "run the same command to resume from the last stored state"
+        raise Interrupted("interrupted", hint=again) from None
+    if report is None:
+        return
+    for key in ("perplexity", "kl"):
+        if key in report.best:
+            output.show(f"held-out {key}: {report.initial[key]:.4f} to {report.best[key]:.4f}")
+    plan = report.plan
+    output.show(f"{write.out}: best after {report.best['step']} of {plan.steps} steps")
+    output.result(
+        {
+            "out": str(write.out),
+            "method": method,
+            "parameters": plan.parameters,
+            "trained": plan.trained,
+            "steps": plan.steps,
+            "seconds": report.seconds,
+            "initial": report.initial,
+            "best": report.best,
+        }
+    )
+
+
+def _show_plan(output: Output, plan: WeightsPlan) -> None:
+    job = plan.job
+    options = ", ".join(f"{key}={value}" for key, value in job.config.as_dict().items())
+    output.say(
+        f"plan: {job.method} ({options}), {plan.trained / 1e6:.2f} M parameters train "
+        f"{plan.changed_tensors} tensors with {plan.changed_weights / 1e6:.2f} M of "
+        f"{plan.parameters / 1e6:.2f} M weights, memory at least {size(plan.memory_bytes)}"
+    )
+    output.say(
+        f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
+        f"({plan.loss_tokens} tokens in the loss); {plan.held_out} texts held out"
+    )
+
+
+DISTILL = Verb(
+    name="distill",
+    help="Train weights",
+    kind="objective",
+    known=lambda: methods.names("objective"),
+    config=lambda objective: objective.Config,
+    run=distill,
+)

@@ -1,0 +1,164 @@
+"""Base of the objectives that change a model's weights, trained on text or on a teacher.
+
+The loss of a step is the mean over its tokens in the loss of -log p(token), or with a teacher of
+KL(teacher || model).
+Shapes: B texts of a batch, L tokens, R tokens in the loss, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.dense import write_dense
+from spectool.checkpoint.tensors import Checkpoint
+from spectool.distill.data.samples import Sample, pad
+from spectool.distill.objective import Objective, seeded
+from spectool.errors import UnsupportedError
+from spectool.model.architecture import Architecture
+from spectool.model.matrices import saved_bytes
+from spectool.training import History, Metrics, Recipe, make_optimizer
+
+# Number of evaluations on held-out text in a training.
+_NUM_EVALUATIONS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatches:
+    """Samples to train on, the indices of each step's, and held-out samples by batch."""
+
+    samples: Sequence[Sample]
+    batches: Sequence[Sequence[int]]
+    held_out: Sequence[Sequence[Sample]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightTask:
+    """What a training of weights, called `name` in reports, is given.
+
+    `model` is trained, in float32. `source`, of `architecture`, is the checkpoint whose files are
+    written again with the changed weights. `learning_rate` None: the objective's default. `record`
+    is stored with the result.
+    """
+
+    name: str
+    model: nn.Module
+    source: Checkpoint
+    architecture: Architecture
+    texts: TextBatches
+    teacher: nn.Module | None = None
+    learning_rate: float | None = None
+    device: torch.device
+    seed: int
+    record: Mapping[str, Any]
+
+
+class WeightObjective(Objective):
+    """Objective that changes weights. A method's constructor takes the task and its `Config`."""
+
+    learning_rate: ClassVar[float]
+
+    def __init__(self, task: WeightTask, module: nn.Module) -> None:
+        """Train the parameters of `module` that require a gradient; it is called as the model."""
+        self.task, self.name, self.module = task, task.name, module
+        self.optimizer = make_optimizer(
+            "adamw",
+            [p for p in module.parameters() if p.requires_grad],
+            rate=self.learning_rate if task.learning_rate is None else task.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=0.0,
+        )
+        steps = len(task.texts.batches)
+        every = max(1, math.ceil(steps / _NUM_EVALUATIONS))
+        self.recipe = Recipe(steps=steps, warmup=0.1, every=every)
+
+    @abstractmethod
+    def changed(self) -> dict[str, Tensor]:
+        """Return the changed tensors by the model's names; called once, after the training."""
+
+    def accumulate(self, step: int) -> Metrics:
+        """Add a step's gradients; dropout depends on seed and step only."""
+        texts = self.task.texts
+        samples = [texts.samples[i] for i in texts.batches[step]]
+        self.module.train()
+        with seeded(f"{self.task.seed}/{step}", self.task.device):
+            nats, divergence = self._losses(samples)
+            loss = nats if divergence is None else divergence
+            torch.autograd.backward(loss)
+        tokens = sum(len(sample.tokens) for sample in samples)
+        return {"loss": float(loss.detach()), "tokens": tokens}
+
+    @torch.no_grad()
+    def evaluate(self) -> Metrics:
+        """Return the held-out perplexity and, with a teacher, `kl`; the score is minus the loss."""
+        self.module.eval()
+        total = nats = divergence = 0.0
+        for samples in self.task.texts.held_out:
+            count = sum(sum(sample.loss_mask[1:]) for sample in samples)
+            mean_nats, mean_divergence = self._losses(samples)
+            nats += float(mean_nats) * count
+            divergence += 0.0 if mean_divergence is None else float(mean_divergence) * count
+            total += count
+        perplexity = math.exp(nats / total)
+        if self.task.teacher is None:
+            return {"score": -nats / total, "perplexity": perplexity}
+        kl = divergence / total
+        return {"score": -kl, "perplexity": perplexity, "kl": kl}
+
+    def write(self, writer: ArtifactWriter | None, history: History) -> None:
+        """Write the source checkpoint with the changed tensors."""
+        assert writer is not None, "runs in one process"
+        stored = self.task.architecture.origins
+        replaced = {stored[name].stored[0][0]: tensor for name, tensor in self.changed().items()}
+        training = {**self.task.record, "evaluations": history.evaluations, "best": history.best}
+        write_dense(writer, self.task.source, replaced, training)
+
+    def _losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
+        """Return the means over the tokens in the loss of -log p and, with a teacher, of the KL."""
+        tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(samples))
+        logits_BLV = _read_logits(self.module, tokens_BL)
+        labels_BL = tokens_BL[:, 1:].masked_fill(~loss_mask_BL[:, 1:], -100)
+        nats = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten())
+        if self.task.teacher is None:
+            return nats, None
+        with torch.no_grad():
+            teacher_BLV = _read_logits(self.task.teacher, tokens_BL)
+        teacher_RV, logits_RV = (each[loss_mask_BL[:, 1:]] for each in (teacher_BLV, logits_BLV))
+        return nats, F.kl_div(
+            logits_RV.log_softmax(-1),
+            teacher_RV.log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        )
+
+
+def _read_logits(model: Any, tokens_BL: Tensor) -> Tensor:
+    """Return the logits [B, L - 1, V] after each token but the last, in float32."""
+    logits: Tensor = model(input_ids=tokens_BL, use_cache=False).logits[:, :-1].float()
+    return logits
+
+
+def check_writable(architecture: Architecture, names: Iterable[str]) -> None:
+    """Check that changed tensors can be written in place of the stored ones.
+
+    Raises:
+        UnsupportedError: one is stored in parts.
+    """
+    for name in names:
+        if architecture.origins[name].converter is not None:
+            raise UnsupportedError(f"{name} is stored in parts that cannot be written back")
+
+
+def training_bytes(architecture: Architecture, tokens: int) -> int:
+    """Estimate the bytes of training: weights, changed weights, activations of a step's tokens."""
+    blocks = (architecture.matrices(block) for block in architecture.blocks)
+    saved = sum(saved_bytes(architecture.model, block, tokens) for block in blocks)
+    return 8 * sum(p.numel() for p in architecture.model.parameters()) + saved

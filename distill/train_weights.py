@@ -1,0 +1,271 @@
+"""Training of a checkpoint's weights, from a job to a dense checkpoint, for any objective."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target
+from spectool.checkpoint.dense import check_dense
+from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, text_fingerprint
+from spectool.data.text import check_ids
+from spectool.distill.data.samples import Sample, batches, by_length, read_samples, split
+from spectool.distill.metrics import MetricsFile
+from spectool.distill.objective import Objective, train
+from spectool.distill.objectives.base import (
+    TextBatches,
+    WeightObjective,
+    WeightTask,
+    check_writable,
+    training_bytes,
+)
+from spectool.distill.options import WeightsOptions
+from spectool.errors import CheckpointError, UnsupportedError
+from spectool.machine import available_memory, reproducible
+from spectool.methods import resolve
+from spectool.model.architecture import Architecture
+from spectool.model.loading import check_device, load_model, load_tokenizer, tokenizer_digest
+from spectool.options import Config
+from spectool.report import SILENT, Reporter, Several
+from spectool.training import Metrics
+from spectool.version import __version__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsJob(WeightsOptions):
+    """A training of weights: its options, the objective and the objective's own."""
+
+    method: str
+    config: Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsPlan:
+    """Estimate of a training, made before weights are read.
+
+    `trained` parameters change `changed_weights` of the model's `parameters`. `loss_tokens`:
+    training tokens that are in the loss. `seq_len`: maximum tokens of a text, bounded by the
+    model's context. The teacher counts with the model's size.
+    """
+
+    job: WeightsJob
+    parameters: int
+    trained: int
+    changed_tensors: int
+    changed_weights: int
+    memory_bytes: int
+    samples: int
+    loss_tokens: int
+    held_out: int
+    steps: int
+    seq_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsReport:
+    """Result of a training: held-out metrics before it and of the weights that were written."""
+
+    plan: WeightsPlan
+    initial: Metrics
+    best: Metrics
+    seconds: float
+
+
+def train_weights(
+    checkpoint: Checkpoint,
+    out: Path,
+    job: WeightsJob,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    metrics: Path | None = None,
+    reporter: Reporter = SILENT,
+) -> WeightsReport | None:
+    """Train the weights of a dense checkpoint and write them to the directory `out`.
+
+    `dry_run`: only report the plan. The metrics of all steps are also written to the file
+    `metrics`.
+
+    Raises:
+        InputError: checkpoint, data or options are unusable, or `out` cannot be written.
+        SpectoolError: the loss is not finite, or the disk is full.
+    """
+    began = time.monotonic()
+    check_target(out, overwrite=overwrite)
+    check_paths(checkpoint.path, out)
+    check_dense(checkpoint)
+    where = check_device(device)
+    architecture = Architecture(checkpoint)
+    teacher = None if job.teacher is None else _open_teacher(job.teacher, checkpoint)
+    texts, seq_len = _read_texts(checkpoint, architecture, job, reporter)
+    task = WeightTask(
+        name=job.method,
+        # The weights come after the plan.
+        model=copy.deepcopy(architecture.model),
+        source=checkpoint,
+        architecture=architecture,
+        texts=texts,
+        learning_rate=job.learning_rate,
+        device=where,
+        seed=job.seed,
+        record={},
+    )
+    plan = _make_plan(job, task, seq_len)
+    reporter.plan(plan)
+    if dry_run:
+        return None
+    identity = _make_identity(checkpoint, job, texts, teacher, where)
+    if metrics is not None:
+        lines = MetricsFile(metrics, {"method": job.method, "run": text_fingerprint(identity)})
+        reporter = Several(lines, reporter)
+    with reproducible(where), ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
+        task = replace(
+            task,
+            model=_load(checkpoint, where),
+            teacher=None if teacher is None else _load(teacher, where),
+            record=identity,
+        )
+        objective: Objective = resolve(job.method, "objective")(task, job.config)
+        history = train(objective, writer, reporter=reporter)
+    assert history.best is not None
+    return WeightsReport(
+        plan=plan,
+        initial=history.evaluations[0],
+        best=history.best,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _load(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """Load a model in float32, quantized weights unpacked."""
+    model: nn.Module = load_model(
+        checkpoint, dtype=torch.float32, device=str(device), runtime="dense"
+    )
+    return model
+
+
+def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:
+    """Open the teacher.
+
+    Raises:
+        CheckpointError: it has another tokenizer than the checkpoint.
+    """
+    teacher = open_checkpoint(name, trust_remote_code=checkpoint.trust_remote_code)
+    digests = {tokenizer_digest(load_tokenizer(each)) for each in (teacher, checkpoint)}
+    if len(digests) > 1:
+        raise CheckpointError(
+            f"--teacher {name}: its tokenizer is not that of {checkpoint.name}, so their "
+            "probabilities are of different tokens"
+        )
+    return teacher
+
+
+def _read_texts(
+    checkpoint: Checkpoint, architecture: Architecture, job: WeightsJob, reporter: Reporter
+) -> tuple[TextBatches, int]:
+    """Read the training and held-out texts; also return the maximum tokens of a text."""
+    tokenizer = load_tokenizer(checkpoint)
+    seq_len = min(job.seq_len, checkpoint.layout.context or job.seq_len)
+    samples = read_samples(
+        job.data,
+        tokenizer,
+        seq_len=seq_len,
+        field=job.field,
+        template=job.template or None,
+        # Twice the tokens of all steps: a part is held out, and steps should differ.
+        max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
+        reporter=reporter,
+    )
+    table: Any = architecture.model.get_input_embeddings()
+    for sample in samples:
+        check_ids(sample.tokens, table.num_embeddings, f"{checkpoint.name}: its tokenizer")
+    train_indices, held_out_indices = split(samples, held_out=job.held_out, seed=job.seed)
+    train_samples = [samples[i] for i in train_indices]
+    held_out = by_length(samples, held_out_indices, job.batch_tokens)
+    by_step = batches(
+        train_samples,
+        batch_tokens=job.batch_tokens,
+        steps=job.steps,
+        epochs=job.epochs,
+        seed=job.seed,
+    )
+    return TextBatches(train_samples, by_step, [[samples[i] for i in b] for b in held_out]), seq_len
+
+
+def _make_plan(job: WeightsJob, task: WeightTask, seq_len: int) -> WeightsPlan:
+    """Estimate what the training takes, and check that it can run; the task has no weights yet.
+
+    Raises:
+        UnsupportedError: too little memory, or weights stored in a way that cannot be written.
+        MissingExtra: a package of the objective is not installed.
+    """
+    architecture, texts = task.architecture, task.texts
+    parameters = sum(p.numel() for p in architecture.model.parameters())
+    objective: WeightObjective = resolve(job.method, "objective")(task, job.config)
+    trained = sum(p.numel() for p in objective.module.parameters() if p.requires_grad)
+    changed = objective.changed()
+    check_writable(architecture, changed)
+    table: Any = architecture.model.get_input_embeddings()
+    # Of trained parameters also the gradient, two moments and two copies of the best; logits with
+    # their gradient and log probabilities.
+    needed = training_bytes(architecture, job.batch_tokens) + 24 * trained
+    needed += 12 * table.num_embeddings * job.batch_tokens + (
+        0 if job.teacher is None else 4 * parameters
+    )
+    free = available_memory(task.device)
+    if needed > free:
+        raise UnsupportedError(
+            f"training in float32 takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            "free",
+            hint="a smaller --batch-tokens needs less",
+        )
+    return WeightsPlan(
+        job=job,
+        parameters=parameters,
+        trained=trained,
+        changed_tensors=len(changed),
+        changed_weights=sum(tensor.numel() for tensor in changed.values()),
+        memory_bytes=needed,
+        samples=len(texts.samples),
+        loss_tokens=sum(sum(sample.loss_mask) for sample in texts.samples),
+        held_out=sum(map(len, texts.held_out)),
+        steps=len(texts.batches),
+        seq_len=seq_len,
+    )
+
+
+def _make_identity(
+    checkpoint: Checkpoint,
+    job: WeightsJob,
+    texts: TextBatches,
+    teacher: Checkpoint | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return everything that decides the bytes of OUT, without paths."""
+    everything: Sequence[Sample] = [*texts.samples, *(s for b in texts.held_out for s in b)]
+    left_out = ("data", "field", "template_arg", "teacher")
+    return {
+        "method": job.method,
+        "options": job.config.as_dict(),
+        **{key: value for key, value in job.as_dict().items() if key not in left_out},
+        "teacher": None if teacher is None else teacher.fingerprint(),
+        "data": text_fingerprint([[sample.tokens, sample.loss_mask] for sample in everything]),
+        "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
+        "device": device.type,
+        # The number of threads changes the last bits of sums, and training amplifies them.
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "spectool": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

@@ -1,0 +1,238 @@
+"""Training of weights: what changes, what is written, what is refused, and resumption."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+from spectool.checkpoint.artifact import ArtifactWriter
+from spectool.checkpoint.headers import TRAINING
+from spectool.checkpoint.tensors import open_checkpoint
+from spectool.cli import app
+from spectool.distill.data.samples import Sample
+from spectool.distill.objectives.base import TextBatches, WeightTask
+from spectool.distill.objectives.lora import LoRA
+from spectool.distill.train_weights import WeightsJob, WeightsReport, train_weights
+from spectool.errors import CheckpointError, UnsupportedError, UsageError
+from spectool.methods import names, resolve
+from spectool.model.architecture import Architecture
+from spectool.model.loading import load_model
+from spectool.training import Training
+
+from .conftest import contents
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """Write a text that is regular enough to be learnt in a few steps."""
+    path = tmp_path / "text.txt"
+    path.write_text("def run(path: Path) -> None:\n    return path\n" * 200)
+    return str(path)
+
+
+def train(source: Path, out: Path, text: str, method: str = "lora", **asked: Any) -> Any:
+    config = resolve(method, "objective").Config(**({"rank": 4} if method == "lora" else {}))
+    options = {"steps": 12, "seq_len": 48, "batch_tokens": 192, "learning_rate": 2e-2, **asked}
+    job = WeightsJob(method=method, config=config, data=(text,), **options)
+    return train_weights(open_checkpoint(source), out, job)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "qwen3_moe"])
+def test_the_linears_of_the_blocks_change_and_nothing_else(
+    checkpoint: Checkpoints, tmp_path: Path, text: str, family: str
+) -> None:
+    """Files, shards and dtypes are the source's, and plain transformers loads what was measured."""
+    source = checkpoint(family, dtype=torch.bfloat16, max_shard_size="20KB")
+    out = tmp_path / "out"
+    report: WeightsReport = train(source, out, text)
+    assert report.best["perplexity"] < 0.7 * report.initial["perplexity"]
+    assert {p.name for p in out.iterdir()} == {p.name for p in source.iterdir()} | {TRAINING}
+    for file in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
+        assert (out / file).read_bytes() == (source / file).read_bytes()
+    architecture = Architecture(open_checkpoint(source))
+    trained = {
+        architecture.origins[matrix.parameter].stored[0][0]
+        for block in architecture.blocks
+        for matrix in architecture.matrices(block)
+        if matrix.expert is None
+    }
+    changed = set()
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        before, after = load_file(source / shard), load_file(out / shard)
+        assert before.keys() == after.keys()
+        assert all(before[key].dtype == after[key].dtype for key in before)
+        changed |= {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == trained
+    plain = transformers.AutoModelForCausalLM.from_pretrained(out)
+    ours = load_model(open_checkpoint(out))
+    assert plain.dtype == ours.dtype == torch.bfloat16
+    theirs = dict(ours.named_parameters())
+    assert all(torch.equal(value, theirs[key]) for key, value in plain.named_parameters())
+
+
+def test_a_step_is_the_gradient_of_the_equations(checkpoint: Checkpoints) -> None:
+    """The loss is the mean over masked tokens of -log p or KL, and W' = W + B A / 4."""
+    source = open_checkpoint(checkpoint("llama"))
+    samples = [
+        Sample([5, 6, 7, 8, 9, 11], [True, False, True, True, False, True]),
+        Sample([12, 13, 14], [True, True, True]),
+    ]
+    for teacher in (None, load_model(open_checkpoint(checkpoint("llama", seed=1)))):
+        model = load_model(source, dtype=torch.float32)
+        plain = load_model(source, dtype=torch.float32)
+        task = WeightTask(
+            name="lora", model=model, source=source, architecture=Architecture(source),
+            texts=TextBatches(samples, [[0, 1]], [samples]), teacher=teacher,
+            device=torch.device("cpu"), seed=0, record={},
+        )  # fmt: skip
+        objective = LoRA(task, LoRA.Config(rank=3))
+        updates: Any = objective.module
+        with torch.no_grad():
+            for name, parameter in updates.named_parameters():
+                if "lora_B" in name:
+                    parameter += 0.05
+        found = objective.evaluate()
+        merged = objective.changed()
+        nats: list[float] = []
+        divergences: list[float] = []
+        with torch.no_grad():
+            for name, weight in merged.items():
+                plain.get_parameter(name).copy_(weight)
+            for sample in samples:
+                ids = torch.tensor([sample.tokens])
+                logp = plain(ids).logits[0].log_softmax(-1)
+                other = None if teacher is None else teacher(ids).logits[0].log_softmax(-1)
+                for at in range(1, len(sample.tokens)):
+                    if sample.loss_mask[at]:
+                        nats.append(-float(logp[at - 1, sample.tokens[at]]))
+                        if other is not None:
+                            parts = other[at - 1].exp() * (other[at - 1] - logp[at - 1])
+                            divergences.append(float(parts.sum()))
+        assert len(nats) == 5
+        assert found["perplexity"] == pytest.approx(math.exp(sum(nats) / 5), rel=1e-4)
+        if teacher is not None:
+            assert found["kl"] == pytest.approx(sum(divergences) / 5, rel=1e-3)
+
+
+def test_updates_start_as_nothing_and_a_quarter_of_them_is_merged(checkpoint: Checkpoints) -> None:
+    source = open_checkpoint(checkpoint("gpt2"))
+    task = WeightTask(
+        name="lora", model=load_model(source, dtype=torch.float32), source=source,
+        architecture=Architecture(source), texts=TextBatches([], [], []),
+        device=torch.device("cpu"), seed=0, record={},
+    )  # fmt: skip
+    objective = LoRA(task, LoRA.Config(rank=2))
+    updates: Any = objective.module
+    layer = updates.base_model.model.transformer.h[0].mlp.c_fc
+    before = layer.base_layer.weight.detach().clone()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert not b.any() and a.any()
+    with torch.no_grad():
+        b.copy_(torch.randn_like(b))
+        update_nm = b @ a / 4
+    merged = objective.changed()["transformer.h.0.mlp.c_fc.weight"]
+    torch.testing.assert_close(merged, before + update_nm.T)
+
+
+def test_a_teacher_is_followed_where_the_text_is_not(
+    checkpoint: Checkpoints, tmp_path: Path, text: str
+) -> None:
+    source, teacher = checkpoint("llama"), checkpoint("llama", seed=1)
+    report = train(source, tmp_path / "out", text, teacher=str(teacher), steps=20)
+    assert report.best["kl"] < 0.8 * report.initial["kl"]
+    record = json.loads((tmp_path / "out" / TRAINING).read_text())
+    assert record["teacher"] == open_checkpoint(teacher).fingerprint()
+    assert str(tmp_path) not in (tmp_path / "out" / TRAINING).read_text()
+
+
+@pytest.mark.parametrize("method", names("objective"))
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    checkpoint: Checkpoints,
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    source = checkpoint("llama")
+    train(source, tmp_path / "whole", text, method)
+    original = Training.__init__
+    monkeypatch.setattr(
+        Training,
+        "__init__",
+        lambda self, **given: original(
+            self, **{**given, "save_seconds": -1, "save_share": math.inf}
+        ),
+    )
+    write, states = ArtifactWriter.write_shard, [0]
+
+    def failing(self: ArtifactWriter, shard: str, *arguments: Any) -> None:
+        states[0] += shard.startswith("state")
+        if states[0] == 5:
+            raise KeyboardInterrupt
+        write(self, shard, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactWriter, "write_shard", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(source, tmp_path / "out", text, method)
+    assert not (tmp_path / "out").exists()
+    train(source, tmp_path / "out", text, method)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_is_refused(
+    checkpoint: Checkpoints, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    other = tmp_path / "other"
+    transformers.AutoModelForCausalLM.from_pretrained(source).save_pretrained(other)
+    vocabulary = json.loads((source / "tokenizer.json").read_text())
+    ids = vocabulary["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    for path in source.glob("tokenizer*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(CheckpointError, match="its tokenizer is not that of"):
+        train(source, out, text, teacher=str(other))
+    with pytest.raises(UsageError, match="OUT must lie outside"):
+        train(source, source / "inside", text)
+    with monkeypatch.context() as patch:
+        patch.setattr("spectool.distill.train_weights.available_memory", lambda device: 1000)
+        with pytest.raises(UnsupportedError, match="training in float32 takes about"):
+            train(source, out, text)
+    train(source, out, text, steps=1)
+    with pytest.raises(UsageError, match="exists already"):
+        train(source, out, text)
+    assert not list(tmp_path.glob("out.*"))
+
+
+def test_the_command_shows_its_plan_trains_and_says_what_changed(
+    checkpoint: Checkpoints, tmp_path: Path, text: str
+) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    words = ["distill", "lora", str(source), str(out), "--data", text, "--rank", "4", "--steps"]
+    words += ["6", "--seq-len", "48", "--batch-tokens", "192", "--learning-rate", "0.02"]
+    done = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert done.exit_code == 0 and "plan: lora (rank=4)" in done.stderr and not out.exists()
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["best"]["perplexity"] < result["initial"]["perplexity"]
+    weights = nn.ModuleDict({"m": load_model(open_checkpoint(out))})
+    assert sum(p.numel() for p in weights.parameters()) == result["parameters"]
+    done = CliRunner().invoke(app, [*words, "--overwrite", "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["best"] == result["best"]
