@@ -82,7 +82,7 @@ class WeightObjective(Objective):
 
     @abstractmethod
     def changed(self) -> dict[str, Tensor]:
-        """Return the changed tensors by the model's names; called once, after the training."""
+        """Return the tensors to write, by the model's names; the plan asks it of an empty model."""
 
     def accumulate(self, step: int) -> Metrics:
         """Add a step's gradients; dropout depends on seed and step only."""
@@ -90,7 +90,7 @@ class WeightObjective(Objective):
         samples = [texts.samples[i] for i in texts.batches[step]]
         self.module.train()
         with seeded(f"{self.task.seed}/{step}", self.task.device):
-            nats, divergence = self._losses(samples)
+            nats, divergence = self.losses(samples)
             loss = nats if divergence is None else divergence
             torch.autograd.backward(loss)
         tokens = sum(len(sample.tokens) for sample in samples)
@@ -103,7 +103,7 @@ class WeightObjective(Objective):
         total = nats = divergence = 0.0
         for samples in self.task.texts.held_out:
             count = sum(sum(sample.loss_mask[1:]) for sample in samples)
-            mean_nats, mean_divergence = self._losses(samples)
+            mean_nats, mean_divergence = self.losses(samples)
             nats += float(mean_nats) * count
             divergence += 0.0 if mean_divergence is None else float(mean_divergence) * count
             total += count
@@ -121,7 +121,7 @@ class WeightObjective(Objective):
         training = {**self.task.record, "evaluations": history.evaluations, "best": history.best}
         write_dense(writer, self.task.source, replaced, training)
 
-    def _losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
+    def losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
         """Return the means over the tokens in the loss of -log p and, with a teacher, of the KL."""
         tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(samples))
         logits_BLV = _read_logits(self.module, tokens_BL)
