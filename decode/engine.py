@@ -88,17 +88,9 @@ class Engine:
     `timings` are added to. Requests of different contexts (`Target.span`) do not share passes.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        drafter: Drafter,
-        *,
-        batch_size: int = 1,
-        timings: Timings | None = None,
-    ) -> None:
-        self.target, self.drafter = target, drafter
-        self.batch_size = batch_size
-        self.timings = timings or Timings()
+    def __init__(self, target: Target, drafter: Drafter, timings: Timings) -> None:
+        self.target, self.drafter, self.timings = target, drafter, timings
+        self.batch_size = 1
         self.cache = target.cache(0)
         self._ids = itertools.count()
         self._waiting: deque[tuple[Request, bool]] = deque()
