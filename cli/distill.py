@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectool import methods
 from spectool.cli.by_method import Verb
@@ -40,7 +40,7 @@ def distill(
     from spectool.distill.train_weights import WeightsJob, train_weights
 
     job = WeightsJob(method=method, config=config, **options.as_dict())
-    output.show_plan = lambda plan: _show_plan(output, plan)
+    output.show_plan = lambda plan: _show_plan(output, plan, dry_run=write.dry_run)
     try:
         report = train_weights(
             place.open(),
@@ -65,10 +65,7 @@ def distill(
     output.result(
         {
             "out": str(write.out),
-            "method": method,
-            "parameters": plan.parameters,
-            "trained": plan.trained,
-            "steps": plan.steps,
+            **_plan_record(plan),
             "seconds": report.seconds,
             "initial": report.initial,
             "best": report.best,
@@ -76,7 +73,8 @@ def distill(
     )
 
 
-def _show_plan(output: Output, plan: WeightsPlan) -> None:
+def _show_plan(output: Output, plan: WeightsPlan, *, dry_run: bool) -> None:
+    """Print the plan; in a dry run it is the result."""
     job = plan.job
     options = ", ".join(f"{key}={value}" for key, value in job.config.as_dict().items())
     output.say(
@@ -88,6 +86,22 @@ def _show_plan(output: Output, plan: WeightsPlan) -> None:
         f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
         f"({plan.loss_tokens} tokens in the loss); {plan.held_out} texts held out"
     )
+    if plan.seq_len < job.seq_len:
+        output.say(
+            f"plan: texts of at most {plan.seq_len} tokens, the context; --seq-len {job.seq_len} "
+            "is cut"
+        )
+    if dry_run:
+        output.result({"dry_run": True, **_plan_record(plan), "memory_bytes": plan.memory_bytes})
+
+
+def _plan_record(plan: WeightsPlan) -> dict[str, Any]:
+    return {
+        "method": plan.job.method,
+        "parameters": plan.parameters,
+        "trained": plan.trained,
+        "steps": plan.steps,
+    }
 
 
 DISTILL = Verb(

@@ -82,7 +82,8 @@ def describe(event: Any) -> Iterator[str]:
 def describe_metrics(metrics: Mapping[str, Any]) -> str:
     """Say how well a training does on held-out text."""
     if "perplexity" in metrics:
-        return f"perplexity {metrics['perplexity']:.3f}"
+        followed = f", KL {metrics['kl']:.4f}" if "kl" in metrics else ""
+        return f"perplexity {metrics['perplexity']:.3f}{followed}"
     accuracy = " ".join(f"{share:.0%}" for share in metrics["accuracy"])
     return f"{accuracy} by head and {metrics['score']:.2f} tokens per forward"
 

@@ -311,10 +311,11 @@ def finish(output: Output, method: str, out: Path, report: QuantizeReport) -> No
             f"({data_free[0]}, ...)"
         )
     if lm_head := report.outside.lm_head:
+        nats = lm_head.nats_within_codes
+        entropy = "" if nats is None else f"; entropy of a token given its code {nats:.3f} nats"
         output.show(
             f"lm_head: KL from the original on held-out calibration text "
-            f"{lm_head.loss_start:.4f} before the fit, {lm_head.loss_after:.4f} after it; "
-            f"entropy of a token given its code {lm_head.nats_within_codes:.3f} nats"
+            f"{lm_head.loss_start:.4f} before the fit, {lm_head.loss_after:.4f} after it{entropy}"
         )
     fits = [(index, fit) for index, block in enumerate(report.blocks) for fit in block.fits]
     if fits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
@@ -32,6 +33,15 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     no_repeat_ngram_size: int
+
+
+class DecodingOptions(SamplingOptions, total=False):
+    """Options that all prompts of a call share, as keyword arguments."""
+
+    seed: int
+    stop: Sequence[str]
+    verify: str | None
+    lossy: bool
 
 
 # Without slots, so that `warpers` is made once.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target
@@ -29,14 +28,13 @@ from spectool.distill.objectives.base import (
 )
 from spectool.distill.options import WeightsOptions
 from spectool.errors import CheckpointError, UnsupportedError
-from spectool.machine import available_memory, reproducible
+from spectool.machine import available_memory, reproducible, software
 from spectool.methods import resolve
-from spectool.model.architecture import Architecture
+from spectool.model.architecture import Architecture, build_meta, read_config
 from spectool.model.loading import check_device, load_model, load_tokenizer, tokenizer_digest
 from spectool.options import Config
 from spectool.report import SILENT, Reporter, Several
 from spectool.training import Metrics
-from spectool.version import __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +51,7 @@ class WeightsPlan:
 
     `trained` parameters change `changed_weights` of the model's `parameters`. `loss_tokens`:
     training tokens that are in the loss. `seq_len`: maximum tokens of a text, bounded by the
-    model's context. The teacher counts with the model's size.
+    contexts of the model and its teacher.
     """
 
     job: WeightsJob
@@ -106,7 +104,9 @@ def train_weights(
     where = check_device(device)
     architecture = Architecture(checkpoint)
     teacher = None if job.teacher is None else _open_teacher(job.teacher, checkpoint)
-    texts, seq_len = _read_texts(checkpoint, architecture, job, reporter)
+    contexts = [each.layout.context for each in (checkpoint, teacher) if each is not None]
+    seq_len = min(job.seq_len, *(context or job.seq_len for context in contexts))
+    texts = _read_texts(checkpoint, architecture, job, seq_len, reporter)
     task = WeightTask(
         name=job.method,
         # The weights come after the plan.
@@ -119,7 +119,7 @@ def train_weights(
         seed=job.seed,
         record={},
     )
-    plan = _make_plan(job, task, seq_len)
+    plan = _make_plan(job, task, seq_len, teacher)
     reporter.plan(plan)
     if dry_run:
         return None
@@ -170,14 +170,16 @@ def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _read_texts(
-    checkpoint: Checkpoint, architecture: Architecture, job: WeightsJob, reporter: Reporter
-) -> tuple[TextBatches, int]:
-    """Read the training and held-out texts; also return the maximum tokens of a text."""
-    tokenizer = load_tokenizer(checkpoint)
-    seq_len = min(job.seq_len, checkpoint.layout.context or job.seq_len)
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    job: WeightsJob,
+    seq_len: int,
+    reporter: Reporter,
+) -> TextBatches:
+    """Read the training and held-out texts, of at most `seq_len` tokens."""
     samples = read_samples(
         job.data,
-        tokenizer,
+        load_tokenizer(checkpoint),
         seq_len=seq_len,
         field=job.field,
         template=job.template or None,
@@ -198,10 +200,12 @@ def _read_texts(
         epochs=job.epochs,
         seed=job.seed,
     )
-    return TextBatches(train_samples, by_step, [[samples[i] for i in b] for b in held_out]), seq_len
+    return TextBatches(train_samples, by_step, [[samples[i] for i in b] for b in held_out])
 
 
-def _make_plan(job: WeightsJob, task: WeightTask, seq_len: int) -> WeightsPlan:
+def _make_plan(
+    job: WeightsJob, task: WeightTask, seq_len: int, teacher: Checkpoint | None
+) -> WeightsPlan:
     """Estimate what the training takes, and check that it can run; the task has no weights yet.
 
     Raises:
@@ -218,9 +222,11 @@ def _make_plan(job: WeightsJob, task: WeightTask, seq_len: int) -> WeightsPlan:
     # Of trained parameters also the gradient, two moments and two copies of the best; logits with
     # their gradient and log probabilities.
     needed = training_bytes(architecture, job.batch_tokens) + 24 * trained
-    needed += 12 * table.num_embeddings * job.batch_tokens + (
-        0 if job.teacher is None else 4 * parameters
-    )
+    needed += 12 * table.num_embeddings * job.batch_tokens
+    if teacher is not None:
+        config, trusted = read_config(teacher), teacher.trust_remote_code
+        model = build_meta(config, trust_remote_code=trusted)
+        needed += 4 * sum(p.numel() for p in model.parameters())
     free = available_memory(task.device)
     if needed > free:
         raise UnsupportedError(
@@ -263,9 +269,5 @@ def _make_identity(
         "device": device.type,
         # The number of threads changes the last bits of sums, and training amplifies them.
         "threads": torch.get_num_threads(),
-        "versions": {
-            "spectool": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": software(),
     }

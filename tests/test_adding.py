@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import spectool
 from spectool.checkpoint.tensors import open_checkpoint
+from spectool.cli import app
 from spectool.cli.common import SCHEMA_VERSION
 from spectool.cli.derive import Command, configs_of, derive
 from spectool.decode.generate import Runner
@@ -30,7 +31,6 @@ from spectool.evaluate.suite import evaluate
 from spectool.kernels import registry
 from spectool.methods import METHODS, Method
 from spectool.quantize.job import QuantizeJob
-from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.run import quantize
 from spectool.training import TrainingBatch
 
@@ -57,11 +57,11 @@ def add_method(request: pytest.FixtureRequest, name: str, method: Method) -> Non
 
 
 def check_command(module: ModuleType, request: pytest.FixtureRequest) -> None:
-    app = typer.Typer()
-    app.command("count", cls=Command)(derive(module.count, configs_of(module.count)))
+    counting = typer.Typer()
+    counting.command("count", cls=Command)(derive(module.count, configs_of(module.count)))
     checkpoint = request.getfixturevalue("checkpoint")("llama")
     for words, number in (([], len(open_checkpoint(checkpoint).layout.tensors)), (["--blocks"], 2)):
-        done = CliRunner().invoke(app, [str(checkpoint), *words, "--json"])
+        done = CliRunner().invoke(counting, [str(checkpoint), *words, "--json"])
         assert json.loads(done.stdout) == {"schema_version": SCHEMA_VERSION, "count": number}
 
 
@@ -186,11 +186,11 @@ def check_lm_head(module: ModuleType, request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("checkpoint")("llama"),
         request.getfixturevalue("tmp_path"),
     )
-    job = QuantizeJob(
-        method="int8", config=Int8.Config(), lm_head=module.Centred(), samples=2, seq_len=16
-    )
-    report = quantize(open_checkpoint(source), out / "packed", job).outside.lm_head
-    assert report is not None and 0 < report.loss_after < report.loss_start
+    words = ["quantize", "int8", str(source), str(out / "packed"), "--lm-head", "centred"]
+    done = CliRunner().invoke(app, [*words, "--samples", "2", "--seq-len", "16", "--json"])
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)["lm_head"]
+    assert 0 < report["loss_after"] < report["loss_start"]
     model: Any = spectool.load(out / "packed")
     assert model.get_output_embeddings().bias.abs().max() > 0
 

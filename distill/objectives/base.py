@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.dense import write_dense
-from spectool.checkpoint.tensors import Checkpoint
+from spectool.checkpoint.tensors import Checkpoint, torch_dtype
 from spectool.distill.data.samples import Sample, pad
 from spectool.distill.objective import Objective, seeded
 from spectool.errors import UnsupportedError
@@ -82,7 +82,10 @@ class WeightObjective(Objective):
 
     @abstractmethod
     def changed(self) -> dict[str, Tensor]:
-        """Return the changed tensors by the model's names; called once, after the training."""
+        """Return the changed tensors by the model's names, in its memory; called once, at the end.
+
+        Afterwards `module` computes with them.
+        """
 
     def accumulate(self, step: int) -> Metrics:
         """Add a step's gradients; dropout depends on seed and step only."""
@@ -114,10 +117,16 @@ class WeightObjective(Objective):
         return {"score": -kl, "perplexity": perplexity, "kl": kl}
 
     def write(self, writer: ArtifactWriter | None, history: History) -> None:
-        """Write the source checkpoint with the changed tensors."""
+        """Write the source checkpoint with the changed tensors, and measure those once more."""
         assert writer is not None, "runs in one process"
-        stored = self.task.architecture.origins
-        replaced = {stored[name].stored[0][0]: tensor for name, tensor in self.changed().items()}
+        assert history.best is not None
+        replaced: dict[str, Tensor] = {}
+        for name, tensor in self.changed().items():
+            stored = self.task.architecture.origins[name].stored[0][0]
+            # A half type rounds small updates away: what is reported is what was written.
+            entry = self.task.source.layout.tensors[stored]
+            replaced[stored] = tensor.copy_(tensor.to(torch_dtype(entry)))
+        history.best = {**history.best, **self.evaluate()}
         training = {**self.task.record, "evaluations": history.evaluations, "best": history.best}
         write_dense(writer, self.task.source, replaced, training)
 
@@ -131,7 +140,11 @@ class WeightObjective(Objective):
             return nats, None
         with torch.no_grad():
             teacher_BLV = _read_logits(self.task.teacher, tokens_BL)
-        teacher_RV, logits_RV = (each[loss_mask_BL[:, 1:]] for each in (teacher_BLV, logits_BLV))
+        # Models of one tokenizer may pad its vocabulary differently.
+        size = min(teacher_BLV.shape[-1], logits_BLV.shape[-1])
+        teacher_RV, logits_RV = (
+            each[loss_mask_BL[:, 1:]][:, :size] for each in (teacher_BLV, logits_BLV)
+        )
         return nats, F.kl_div(
             logits_RV.log_softmax(-1),
             teacher_RV.log_softmax(-1),

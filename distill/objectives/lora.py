@@ -70,10 +70,10 @@ class LoRA(WeightObjective):
     def changed(self) -> dict[str, Tensor]:
         """Merge the updates and return the matrices by parameter name."""
         updated: Any = self.module
-        merged: nn.Module = updated.merge_and_unload()
+        self.module = updated.merge_and_unload()
         tensors = {}
         for matrix in self._matrices:
-            module: Any = merged.get_submodule(matrix.name)
+            module: Any = self.module.get_submodule(matrix.name)
             weight = module.weight.detach()
             # A Conv1D stays one, unless the model was quantized: then it is a linear layer now.
             is_turned = matrix.transposed and isinstance(module, nn.Linear)

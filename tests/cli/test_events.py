@@ -106,12 +106,12 @@ def test_the_output_shows_a_training(capsys: pytest.CaptureFixture[str]) -> None
     output.event(TrainingStep("medusa", 0, 2, {}, {"accuracy": [0.25], "score": 1.5}))
     assert capsys.readouterr().err == ""
     output.event(TrainingStep("medusa", 1, 2, {"loss": 3.0}, None))
-    output.event(TrainingStep("medusa", 2, 2, {"loss": 2.0}, {"perplexity": 9.5}))
+    output.event(TrainingStep("medusa", 2, 2, {"loss": 2.0}, {"perplexity": 9.5, "kl": 0.25}))
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith(
         "medusa: loss 3.000, held out 25% by head and 1.50 tokens per forward, steps: 1/2, "
     )
-    assert last.startswith("medusa: loss 2.000, held out perplexity 9.500, steps: 2/2, ")
+    assert last.startswith("medusa: loss 2.000, held out perplexity 9.500, KL 0.2500, steps: 2/2, ")
 
 
 def test_an_event_without_words_is_a_defect() -> None:

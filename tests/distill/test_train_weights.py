@@ -159,6 +159,31 @@ def test_a_teacher_is_followed_where_the_text_is_not(
     assert str(tmp_path) not in (tmp_path / "out" / TRAINING).read_text()
 
 
+def test_a_teacher_may_pad_the_vocabulary_and_have_a_shorter_context(
+    checkpoint: Checkpoints, tmp_path: Path, text: str
+) -> None:
+    """Sizes of one family differ in both; texts are cut to what both models take."""
+    vocab = open_checkpoint(checkpoint("llama")).layout.config["vocab_size"]
+    teacher = checkpoint("gpt2", seed=1, vocab_size=vocab + 8, n_positions=40)
+    report = train(checkpoint("llama"), tmp_path / "out", text, teacher=str(teacher))
+    assert report.plan.seq_len == 40
+    assert report.best["kl"] < report.initial["kl"]
+
+
+def test_the_result_is_that_of_the_stored_weights(
+    checkpoint: Checkpoints, tmp_path: Path, text: str
+) -> None:
+    """Updates this small are mostly lost in bfloat16."""
+    source, out = checkpoint("llama", dtype=torch.bfloat16), tmp_path / "out"
+    report = train(source, out, text, learning_rate=3e-4)
+    record = json.loads((out / TRAINING).read_text())
+    again = train(out, tmp_path / "again", text, steps=1)
+    assert report.best == record["best"]
+    assert report.best["perplexity"] == pytest.approx(again.initial["perplexity"], rel=1e-6)
+    measured = min(each["perplexity"] for each in record["evaluations"])
+    assert abs(measured / report.best["perplexity"] - 1) > 1e-4
+
+
 @pytest.mark.parametrize("method", names("objective"))
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     checkpoint: Checkpoints,
@@ -226,11 +251,14 @@ def test_the_command_shows_its_plan_trains_and_says_what_changed(
     source, out = checkpoint("llama"), tmp_path / "out"
     words = ["distill", "lora", str(source), str(out), "--data", text, "--rank", "4", "--steps"]
     words += ["6", "--seq-len", "48", "--batch-tokens", "192", "--learning-rate", "0.02"]
-    done = CliRunner().invoke(app, [*words, "--dry-run"])
+    done = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
     assert done.exit_code == 0 and "plan: lora (rank=4)" in done.stderr and not out.exists()
+    planned = json.loads(done.stdout)
+    assert planned["dry_run"] and planned["steps"] == 6
     done = CliRunner().invoke(app, [*words, "--json"])
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
+    assert result["parameters"] == planned["parameters"]
     assert result["best"]["perplexity"] < result["initial"]["perplexity"]
     weights = nn.ModuleDict({"m": load_model(open_checkpoint(out))})
     assert sum(p.numel() for p in weights.parameters()) == result["parameters"]
