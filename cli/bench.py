@@ -136,9 +136,7 @@ def _run(
             batch_size=size,
             baselines=options.baselines,
             sampling=sampling,
-            seed=verification.seed,
-            verify=verification.verify,
-            lossy=verification.lossy,
+            verification=verification,
             chain_lengths=options.chain_lengths,
         )
         result = bench_module.bench(runner, inputs, how, reporter=output)

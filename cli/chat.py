@@ -71,22 +71,20 @@ def chat(
     """Chat with a model at a terminal, or answer each line of stdin as a message."""
     template = template_arguments(options.template_arg)
     runner, tokenizer = open_runner(output, load, draft=load.draft, tune=True)
-    from spectool.decode.chat import Chat, Options
+    from spectool.decode.chat import Chat
 
     verification = runner.verification(
-        runner.drafter, verify=request.verify, lossy=request.lossy, **sampling.as_dict()
-    )
-    answering = Options(
-        max_new_tokens=options.max_new_tokens,
-        sampling=sampling,
-        seed=request.seed,
-        stop=request.stop,
-        verify=request.verify,
-        lossy=request.lossy,
-        controls=runner.make_controls(logit_bias=request.logit_bias, ban=request.ban),
+        runner.drafter, sampling, verify=request.verify, lossy=request.lossy
     )
     conversation = Chat(
-        runner, tokenizer, answering, system=options.system, raw=options.raw, template=template
+        runner,
+        tokenizer,
+        request,
+        sampling,
+        options.max_new_tokens,
+        system=options.system,
+        raw=options.raw,
+        template=template,
     )
     talk = _Talk(conversation, output, lossless=verification.lossless)
     output.so_far = talk.metrics
@@ -238,7 +236,7 @@ class _Talk:
             raise KeyboardInterrupt
         ends = {
             "interrupted": "stopped",
-            "length": f"cut at --max-new-tokens {self.chat.options.max_new_tokens}",
+            "length": f"cut at --max-new-tokens {self.chat.max_new_tokens}",
             "context": f"cut: the context ({limit}) is full",
         }
         if reply.result.finish_reason in ends:

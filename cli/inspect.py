@@ -191,10 +191,6 @@ def heads_command(record: dict[str, Any]) -> str | None:
         return None
 
 
-# Recorded options of `--preprocess`.
-_TRAINING = ("steps", "rank", "rate")
-
-
 def command(made_by: dict[str, Any]) -> str | None:
     """Return the command that makes the artifact again, from a source with the same fingerprint.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectool import processors
+from spectool.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -149,6 +150,15 @@ def describe() -> dict[str, Any]:
     if torch.cuda.is_available():
         description["gpu"] = torch.cuda.get_device_name()
     return description
+
+
+def software() -> dict[str, str]:
+    """Return the versions of what a result depends on. Imports torch and transformers."""
+    import torch
+    import transformers
+
+    own, its = __version__, transformers.__version__
+    return {"spectool": own, "torch": torch.__version__, "transformers": its}
 
 
 def version(package: str) -> str | None:

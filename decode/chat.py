@@ -25,7 +25,7 @@ from spectool.data.rows import Row
 from spectool.data.template import ANSWER, encode, end_of_turn, render
 from spectool.decode.control.base import Control
 from spectool.decode.generate import Result, Runner
-from spectool.decode.options import SamplingParams
+from spectool.decode.options import RequestOptions, SamplingParams
 from spectool.errors import TextError, UsageError
 from spectool.files import disk_errors, replacing
 
@@ -38,19 +38,6 @@ _UNSAFE = re.compile("[\ufdd0\ud800-\udfff]")
 
 # Text as it is released, and how many of its first characters came from accepted drafts.
 OnText = Callable[[str, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Options of generation, see `Runner.generate`; turn n draws from seed + n."""
-
-    max_new_tokens: int = 512
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    verify: str | None = None
-    lossy: bool = False
-    controls: Sequence[Control[Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +72,9 @@ class Reply:
 class Chat:
     """A conversation. With `raw` it is plain text that the model continues, one message a line.
 
-    `template` are arguments of the chat template. `forgotten` counts the oldest turns that no
-    longer fit; they stay in `turns`, so `save` loses nothing. An error changes nothing.
+    Turn n draws from seed + n. `template` are arguments of the chat template. `forgotten` counts
+    the oldest turns that no longer fit; they stay in `turns`, so `save` loses nothing. An error
+    changes nothing.
 
     Raises:
         UsageError: the tokenizer has no chat template.
@@ -95,7 +83,9 @@ class Chat:
 
     runner: Runner
     tokenizer: PreTrainedTokenizerBase
-    options: Options = field(default_factory=Options)
+    request: RequestOptions = field(default_factory=RequestOptions)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_new_tokens: int = 512
     system: str | None = None
     raw: bool = False
     template: Mapping[str, Any] = field(default_factory=dict)
@@ -105,14 +95,17 @@ class Chat:
     _specials: re.Pattern[str] = field(init=False)
     _controls: re.Pattern[str] = field(init=False)
     _ends: frozenset[int] = field(init=False)
+    _logit_controls: list[Control[Any]] = field(init=False)
 
     def __post_init__(self) -> None:
+        biases, bans = self.request.logit_bias, self.request.ban
+        self._logit_controls = self.runner.make_controls(logit_bias=biases, ban=bans)
         added = self.tokenizer.added_tokens_decoder.values()
         specials = {token.content for token in added if token.special}
         specials.update(self.tokenizer.all_special_tokens)
         self._specials = _control_pattern(specials)
         self._controls = _control_pattern({*specials, *(token.content for token in added)})
-        if not all(self.options.stop):
+        if not all(self.request.stop):
             raise UsageError("a stop string must not be empty")
         if not self.raw and not self.tokenizer.chat_template:
             raise UsageError(
@@ -146,7 +139,7 @@ class Chat:
             UsageError: the message alone is longer than the context.
             TextError: the template refuses the conversation.
         """
-        most = self.context - min(self.options.max_new_tokens, int(_ANSWER_SHARE * self.context))
+        most = self.context - min(self.max_new_tokens, int(_ANSWER_SHARE * self.context))
 
         @functools.cache
         def render_from(forgotten: int) -> tuple[str, list[int]]:
@@ -181,7 +174,7 @@ class Chat:
         Raises:
             KeyboardInterrupt: Ctrl-C otherwise, or before the first token.
         """
-        options = self.options
+        request = self.request
         began = time.perf_counter()
         (result,) = self.runner.generate(
             [prompt.tokens],
@@ -189,13 +182,13 @@ class Chat:
             on_tokens=on_text and (lambda index, tokens, text, drafted: on_text(text, drafted)),
             reuse_cache=True,
             keep_interrupted=keep_interrupted,
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed + len(self.replies),
-            stop=options.stop,
-            verify=options.verify,
-            lossy=options.lossy,
-            controls=[options.controls],
-            **options.sampling.as_dict(),
+            max_new_tokens=self.max_new_tokens,
+            seed=request.seed + len(self.replies),
+            stop=request.stop,
+            verify=request.verify,
+            lossy=request.lossy,
+            controls=[self._logit_controls],
+            **self.sampling.as_dict(),
         )
         if not result.token_ids:
             raise KeyboardInterrupt

@@ -20,7 +20,7 @@ from spectool.decode.control.ban import BannedText, Vocabulary, token_bytes
 from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias, parse_biases
 from spectool.decode.engine import Engine, Timings
-from spectool.decode.options import SamplingOptions, SamplingParams
+from spectool.decode.options import DecodingOptions, SamplingOptions, SamplingParams
 from spectool.decode.policy.base import Policy
 from spectool.decode.policy.chain import Chains
 from spectool.decode.policy.curve import Curve, load_or_measure
@@ -198,20 +198,18 @@ class Runner:
     def verification(
         self,
         drafter: Drafter,
+        sampling: SamplingParams,
         *,
         verify: str | None = None,
         lossy: bool = False,
-        **sampling: Unpack[SamplingOptions],
     ) -> Verification:
         """Return the verifier that `generate` would use for this drafter. Runs no forward.
 
         Raises:
-            UsageError: a value outside its range, or a refused pair of drafter and verifier.
+            UsageError: a refused pair of drafter and verifier.
         """
-        params = SamplingParams(**sampling)
-        return choose_verifier(
-            drafter.kinds(params), verify, temperature=params.temperature, lossy=lossy
-        )
+        kinds = drafter.kinds(sampling)
+        return choose_verifier(kinds, verify, temperature=sampling.temperature, lossy=lossy)
 
     def make_controls(
         self, *, logit_bias: Sequence[str] = (), ban: Sequence[str] = ()
@@ -238,10 +236,6 @@ class Runner:
         prompts: Sequence[str | Sequence[int]],
         *,
         max_new_tokens: int | Sequence[int] = 128,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        verify: str | None = None,
-        lossy: bool = False,
         batch_size: int = 1,
         eos: Collection[int] | Sequence[Collection[int]] = (),
         controls: Sequence[Sequence[Control[Any]]] = (),
@@ -249,11 +243,11 @@ class Runner:
         streamer: Streamer | None = None,
         reuse_cache: bool = False,
         keep_interrupted: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[DecodingOptions],
     ) -> list[Result]:
         """Continue every prompt (text, or token ids as they are), `batch_size` at a time.
 
-        `sampling` are the options of `sampling.SamplingParams`; without any, decoding is greedy.
+        `options` are those of `make_request`; without any, decoding is greedy.
         `on_tokens(i, tokens, text, drafted)` is called with the tokens of prompt i as they are
         committed; no commit is ever undone, and the first `drafted` characters of the text came
         from accepted drafts. `streamer` is one of transformers': `put` is called with each prompt
@@ -289,14 +283,10 @@ class Runner:
                     prompt,
                     index=index,
                     max_new_tokens=limit,
-                    seed=seed,
-                    stop=stop,
                     eos=ends,
                     controls=own,
-                    verify=verify,
-                    lossy=lossy,
                     live=on_tokens is not None or streamer is not None,
-                    **sampling,
+                    **options,
                 )
                 for index, (prompt, limit, ends, own) in enumerate(by_prompt)
             ]
@@ -318,7 +308,7 @@ class Runner:
         """Return the engine of the drafter in use, for requests made elsewhere."""
         if self._engine is None or self._engine.drafter is not self.drafter:
             self._close_engine()
-            self._engine = Engine(self.target, self.drafter, timings=self.timings)
+            self._engine = Engine(self.target, self.drafter, self.timings)
         self._engine.batch_size = batch_size
         return self._engine
 
@@ -371,10 +361,10 @@ class Runner:
         live: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Request:
-        """Make the request of one prompt, for `engine`; the options are those of `generate`.
+        """Make the request of one prompt, for `engine`.
 
         It draws the random numbers of `seed` and `index`. Not `live`, its text is decoded at its
-        end alone.
+        end alone. `sampling` are the options of `SamplingParams`.
 
         Raises:
             UsageError: a wrong option, or the prompt is empty or longer than the context.
@@ -398,7 +388,7 @@ class Runner:
             context=self.target.span(len(tokens) + max_new_tokens),
             eos=self.end_ids() | frozenset(eos),
             text=TextStream(self.tokenizer, tokens, stop, live=live) if self.tokenizer else None,
-            verification=self.verification(self.drafter, verify=verify, lossy=lossy, **sampling),
+            verification=self.verification(self.drafter, params, verify=verify, lossy=lossy),
         )
         request.finish_if_full()
         return request
@@ -470,14 +460,10 @@ def generate(
     kv: str = "dense",
     checksums: bool = True,
     max_new_tokens: int = 128,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    verify: str | None = None,
-    lossy: bool = False,
     batch_size: int = 1,
     on_tokens: OnTokens | None = None,
     streamer: Streamer | None = None,
-    **sampling: Unpack[SamplingOptions],
+    **options: Unpack[DecodingOptions],
 ) -> list[Result]:
     """Continue each prompt once; `Runner` and `Runner.generate` describe the options.
 
@@ -496,14 +482,10 @@ def generate(
     return runner.generate(
         prompts,
         max_new_tokens=max_new_tokens,
-        seed=seed,
-        stop=stop,
-        verify=verify,
-        lossy=lossy,
         batch_size=batch_size,
         on_tokens=on_tokens,
         streamer=streamer,
-        **sampling,
+        **options,
     )
 
 

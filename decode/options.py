@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
@@ -32,6 +33,15 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     no_repeat_ngram_size: int
+
+
+class DecodingOptions(SamplingOptions, total=False):
+    """Options that all prompts of a call share, as keyword arguments."""
+
+    seed: int
+    stop: Sequence[str]
+    verify: str | None
+    lossy: bool
 
 
 # Without slots, so that `warpers` is made once.
@@ -167,8 +177,13 @@ class CacheOptions(LoadOptions):
     kv: str = option("dense", "Store of keys and values: dense, or int8[:group=N] in 8-bit codes")
 
     def validate(self) -> None:
-        """Check the store's name before anything is loaded."""
+        """Check the store and its options before anything is loaded."""
         methods.row(self.kv.partition(":")[0], "kv")
+        if ":" in self.kv:
+            # Imported here: stores need torch, which the default does without.
+            from spectool.decode.kv.base import parse_kv
+
+            parse_kv(self.kv)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,6 @@ from shutil import disk_usage
 from typing import Any
 
 import torch
-import transformers
 
 from spectool.checkpoint.tensors import Checkpoint, text_fingerprint
 from spectool.data.text import check_ids
@@ -23,13 +22,12 @@ from spectool.distill.data.samples import Sample, batches, pack_sequences
 from spectool.distill.options import HeadsOptions
 from spectool.distill.processes import Processes
 from spectool.errors import UnsupportedError, UsageError
-from spectool.machine import available_memory
+from spectool.machine import available_memory, software
 from spectool.methods import resolve
 from spectool.model.architecture import build_meta, find_blocks, read_config
 from spectool.model.loading import own_dtype
 from spectool.options import Config
 from spectool.training import OPTIMIZERS, check_optimizer
-from spectool.version import __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,9 +241,5 @@ def make_identity(
         "processes": processes.size,
         # The number of threads changes the last bits of sums, and training amplifies them.
         "threads": torch.get_num_threads(),
-        "versions": {
-            "spectool": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": software(),
     }

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target
@@ -29,14 +28,13 @@ from spectool.distill.objectives.base import (
 )
 from spectool.distill.options import WeightsOptions
 from spectool.errors import CheckpointError, UnsupportedError
-from spectool.machine import available_memory, reproducible
+from spectool.machine import available_memory, reproducible, software
 from spectool.methods import resolve
 from spectool.model.architecture import Architecture, build_meta, read_config
 from spectool.model.loading import check_device, load_model, load_tokenizer, tokenizer_digest
 from spectool.options import Config
 from spectool.report import SILENT, Reporter, Several
 from spectool.training import Metrics
-from spectool.version import __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,9 +269,5 @@ def _make_identity(
         "device": device.type,
         # The number of threads changes the last bits of sums, and training amplifies them.
         "threads": torch.get_num_threads(),
-        "versions": {
-            "spectool": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": software(),
     }

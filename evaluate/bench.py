@@ -19,7 +19,7 @@ import torch
 
 from spectool.data.text import Prompt
 from spectool.decode.generate import Result, Runner, loop_start
-from spectool.decode.options import SamplingParams
+from spectool.decode.options import SamplingParams, VerifyOptions
 from spectool.decode.policy.chain import FirstPath
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
@@ -57,9 +57,7 @@ class Options:
     batch_size: int = 1
     baselines: bool = False
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0
-    verify: str | None = None
-    lossy: bool = False
+    verification: VerifyOptions = field(default_factory=VerifyOptions)
     chain_lengths: int = 0
 
 
@@ -168,9 +166,8 @@ def bench(
     # Opened and checked before any forward, so that an invalid drafter or rule fails at once.
     drafters = [runner.open(draft) for draft in options.drafts]
     for drafter in drafters:
-        runner.verification(
-            drafter, verify=options.verify, lossy=options.lossy, **options.sampling.as_dict()
-        )
+        rule, lossy = options.verification.verify, options.verification.lossy
+        runner.verification(drafter, options.sampling, verify=rule, lossy=lossy)
     jobs = _select_fitting(runner, prompts, options.max_new_tokens, reporter)
     # The same batches for all, since a sampled text depends on its row in the batch.
     batches = _make_batches(jobs, options.batch_size)
@@ -255,7 +252,8 @@ def _make_batches(jobs: Sequence[Job], size: int) -> dict[str | None, list[list[
 
 
 def _as_plain(options: Options) -> Options:
-    return dataclasses.replace(options, verify=None, lossy=False)
+    exact = VerifyOptions(seed=options.verification.seed)
+    return dataclasses.replace(options, verification=exact)
 
 
 def _make_decoder(runner: Runner, drafter: Drafter, options: Options) -> Decode:
@@ -267,9 +265,7 @@ def _make_decoder(runner: Runner, drafter: Drafter, options: Options) -> Decode:
             max_new_tokens=[job.limit for job in jobs],
             eos=[job.ends for job in jobs],
             batch_size=options.batch_size,
-            seed=options.seed,
-            verify=options.verify,
-            lossy=options.lossy,
+            **options.verification.as_dict(),
             **options.sampling.as_dict(),
         )
 
@@ -284,8 +280,9 @@ def _open_contenders(
         drafter.attach(runner.target)
         yield draft, _make_decoder(runner, drafter, options)
     if options.baselines and options.batch_size == 1:
+        seed = options.verification.seed
         yield from baselines.open_baselines(
-            runner, drafters, control=options.sampling, seed=options.seed, reporter=reporter
+            runner, drafters, control=options.sampling, seed=seed, reporter=reporter
         ).items()
     elif options.baselines:
         reporter.event(NoBaselines(options.batch_size))

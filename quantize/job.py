@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.tensors import text_fingerprint
 from spectool.errors import UsageError
+from spectool.machine import software
 from spectool.methods import resolve
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Compute
@@ -23,7 +23,6 @@ from spectool.quantize.fitting import BlockQuantizer
 from spectool.quantize.options import JobOptions
 from spectool.quantize.preprocess import Preprocess
 from spectool.quantize.rules import Rule
-from spectool.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +129,6 @@ class QuantizeJob(JobOptions):
             "seed": self.seed,
             "calibration": text,
             "format_version": FORMAT_VERSION,
-            "versions": {
-                "spectool": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": software(),
             "device": compute.device.type,
         }

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from spectool.model.matrices import Matrix
 
-Statistic = Literal["absmax", "mean_abs", "second_moment", "hessian", "sample"]
+Statistic = Literal["absmax", "mean_abs", "hessian", "sample"]
 
 # Most tokens that the `sample` statistic keeps.
 SAMPLED = 512
@@ -31,15 +31,14 @@ MIN_EXPERT_TOKENS = 128
 class LinearStats:
     """Statistics of the input x [T, m] of one matrix, in float32; those not wanted stay None.
 
-    absmax [m] = max_t |x|, mean_abs [m] = mean_t |x|, second_moment [m] = mean_t x^2,
-    hessian [m, m] = mean_t x x^T, sample [., m] = inputs of the first `SAMPLED` tokens.
+    absmax [m] = max_t |x|, mean_abs [m] = mean_t |x|, hessian [m, m] = mean_t x x^T,
+    sample [., m] = inputs of the first `SAMPLED` tokens.
     """
 
     wanted: tuple[Statistic, ...]
     num_tokens: int = 0
     absmax: Tensor | None = None
     mean_abs: Tensor | None = None
-    second_moment: Tensor | None = None
     hessian: Tensor | None = None
     sample: Tensor | None = None
 
@@ -64,8 +63,6 @@ class LinearStats:
                 continue
             if name == "mean_abs":
                 new = x_Tm.abs().mean(0)
-            elif name == "second_moment":
-                new = x_Tm.square().mean(0)
             else:
                 new = (x_Tm.T @ x_Tm).div_(count)
             # A running mean: a sum over a long text would lose digits or overflow.

@@ -7,6 +7,8 @@ plain text all tokens are.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -279,21 +281,9 @@ def batches(
     A longer sample is a batch by itself. Each epoch has every sample once; with `steps`, epochs are
     repeated and cut to that number of batches.
     """
-    found: list[list[int]] = []
-    epoch = 0
-    while (epoch < epochs) if steps is None else (len(found) < steps):
-        rng = random.Random(f"{seed}/{epoch}")
-        order = list(range(len(samples)))
-        rng.shuffle(order)
-        mean = sum(len(sample.tokens) for sample in samples) / len(samples)
-        group = max(1, int(_SORTED_BATCHES * batch_tokens / mean))
-        made: list[list[int]] = []
-        for start in range(0, len(order), group):
-            made += by_length(samples, order[start : start + group], batch_tokens)
-        rng.shuffle(made)
-        found += made
-        epoch += 1
-    return found[:steps]
+    fill = functools.partial(by_length, samples, batch_tokens=batch_tokens)
+    made = _shuffle_epochs(samples, fill, batch_tokens, epochs if steps is None else None, seed)
+    return list(itertools.islice(itertools.chain.from_iterable(made), steps))
 
 
 def pack_sequences(
@@ -309,22 +299,32 @@ def pack_sequences(
 
     A row has at most `width` tokens. Returns the sample indices by step and row.
     """
-    found: list[list[list[int]]] = []
     num_rows = max(1, batch_tokens // width)
-    epoch = 0
-    while (epoch < epochs) if steps is None else (len(found) < steps):
+    fill = functools.partial(_fill, samples, width=width)
+    made = _shuffle_epochs(samples, fill, batch_tokens, epochs if steps is None else None, seed)
+    found = (rows[at : at + num_rows] for rows in made for at in range(0, len(rows), num_rows))
+    return list(itertools.islice(found, steps))
+
+
+def _shuffle_epochs(
+    samples: Sequence[Sample],
+    fill: Callable[[Sequence[int]], list[list[int]]],
+    batch_tokens: int,
+    epochs: int | None,
+    seed: int,
+) -> Iterator[list[list[int]]]:
+    """Yield the shuffled groups that `fill` makes in each epoch; without `epochs` endlessly."""
+    mean = sum(len(sample.tokens) for sample in samples) / len(samples)
+    group = max(1, int(_SORTED_BATCHES * batch_tokens / mean))
+    for epoch in itertools.count() if epochs is None else range(epochs):
         rng = random.Random(f"{seed}/{epoch}")
         order = list(range(len(samples)))
         rng.shuffle(order)
-        mean = sum(len(sample.tokens) for sample in samples) / len(samples)
-        group = max(1, int(_SORTED_BATCHES * batch_tokens / mean))
-        rows: list[list[int]] = []
+        made: list[list[int]] = []
         for start in range(0, len(order), group):
-            rows += _fill(samples, order[start : start + group], width)
-        rng.shuffle(rows)
-        found += [rows[start : start + num_rows] for start in range(0, len(rows), num_rows)]
-        epoch += 1
-    return found[:steps]
+            made += fill(order[start : start + group])
+        rng.shuffle(made)
+        yield made
 
 
 def _fill(samples: Sequence[Sample], chosen: Sequence[int], width: int) -> list[list[int]]:

@@ -12,9 +12,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from spectool.decode.chat import Chat, Options, Turn
+from spectool.decode.chat import Chat, Turn
 from spectool.decode.generate import Runner
-from spectool.decode.options import SamplingParams
+from spectool.decode.options import RequestOptions, SamplingParams
 from spectool.errors import CheckpointError, InputError, TextError, UsageError
 
 TEMPLATE = (
@@ -47,15 +47,9 @@ def start(
 ) -> Callable[..., Chat]:
     """`start(max_new_tokens=9, raw=True)` opens a chat with the tiny Llama."""
 
-    def make(
-        draft: str = "ngram:min_n=1", context: int | None = None, system: Any = None, **options: Any
-    ) -> Chat:
-        raw, template = options.pop("raw", False), options.pop("template", {})
+    def make(draft: str = "ngram:min_n=1", context: int | None = None, **options: Any) -> Chat:
         runner = Runner(endless(tiny("llama")), draft=draft, tokenizer=tokenizer, context=context)
-        options = {"max_new_tokens": 12, **options}
-        return Chat(
-            runner, tokenizer, Options(**options), system=system, raw=raw, template=template
-        )
+        return Chat(runner, tokenizer, **{"max_new_tokens": 12, **options})
 
     return make
 
@@ -132,7 +126,7 @@ def test_a_template_that_rewrites_answers_is_followed(
 
 def test_a_stop_string_is_not_in_the_history(start: Callable[..., Chat]) -> None:
     text = ask(start(), "def make").result.text
-    chat = start(stop=(text[2:4],))
+    chat = start(request=RequestOptions(stop=(text[2:4],)))
     result = ask(chat, "def make").result
     assert result.finish_reason == "stop" and chat.turns[0].answer == text[:2]
     prompt = chat.prompt("x")
@@ -331,7 +325,10 @@ def test_take_back_and_forget(start: Callable[..., Chat]) -> None:
 
 
 def test_answers_follow_the_seed_and_change_when_asked_again(start: Callable[..., Chat]) -> None:
-    chat, other = (start(sampling=SamplingParams(temperature=1.0), seed=3) for _ in range(2))
+    chat, other = (
+        start(sampling=SamplingParams(temperature=1.0), request=RequestOptions(seed=3))
+        for _ in range(2)
+    )
     texts = [ask(chat, "def").result.text, ask(chat, "return").result.text]
     assert texts == [ask(other, "def").result.text, ask(other, "return").result.text]
     assert chat.undo() == "return"
@@ -391,4 +388,4 @@ def test_a_file_that_is_something_else(
 
 def test_an_empty_stop_string(start: Callable[..., Chat]) -> None:
     with pytest.raises(UsageError, match="must not be empty"):
-        start(stop=("",))
+        start(request=RequestOptions(stop=("",)))

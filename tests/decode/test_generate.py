@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 import spectool
 from spectool.decode.cache import TreeCache
 from spectool.decode.generate import Runner, generate
+from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
 from spectool.decode.streaming import TextStream
 from spectool.errors import CheckpointError, SpectoolError, UsageError
@@ -225,13 +226,12 @@ def test_a_runner_opens_and_pairs_without_a_forward(
 ) -> None:
     monkeypatch.setattr(opened.target, "prefill", None)
     small = opened.open(f"{checkpoint('llama', seed=1)}:depth=2")
-    assert opened.verification(small, temperature=1).name == "rejection"
-    assert opened.verification(opened.open("auto:tune=false"), temperature=1).name == "token-match"
-    assert opened.verification(opened.open(None)).lossless
+    warm = SamplingParams(temperature=1)
+    assert opened.verification(small, warm).name == "rejection"
+    assert opened.verification(opened.open("auto:tune=false"), warm).name == "token-match"
+    assert opened.verification(opened.open(None), warm).lossless
     with pytest.raises(UsageError, match="drawn independently"):
-        opened.verification(opened.open("ngram"), temperature=1, verify="k-seq")
-    with pytest.raises(UsageError, match="--top-p 2"):
-        opened.verification(small, top_p=2)
+        opened.verification(opened.open("ngram"), warm, verify="k-seq")
     with pytest.raises(UsageError, match="no drafter is called ''"):
         opened.open("")
     assert opened.drafter_name == "none"
