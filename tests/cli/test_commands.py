@@ -327,10 +327,10 @@ def test_a_model_in_the_methods_place_gets_a_hint(
 
 
 def commands() -> list[tuple[str, Any]]:
-    from spectool.cli import QUANTIZE, TRAIN_HEADS
+    from spectool.cli import DISTILL, QUANTIZE, TRAIN_HEADS
 
     root: Any = typer.main.get_command(app)
-    verbs = (QUANTIZE, TRAIN_HEADS)
+    verbs = (QUANTIZE, TRAIN_HEADS, DISTILL)
     groups = {verb.name for verb in verbs}
     found = [(name, command) for name, command in root.commands.items() if name not in groups]
     return found + [
@@ -348,7 +348,7 @@ def test_every_option_says_what_it_is(name: str, command: Any) -> None:
 def test_help_lists_commands_in_the_order_of_the_pipeline(spectool: Spectool) -> None:
     shown = spectool("--help").out
     words = (
-        "Compress", "quantize", "Accelerate", "train-heads", "tune", "Measure", "eval", "bench",
+        "Compress", "quantize", "Accelerate", "train-heads", "distill", "tune", "Measure", "eval", "bench",
         "Run", "generate", "chat", "export", "Look", "inspect", "list", "doctor", "demo",
     )  # fmt: skip
     # Titles stand behind a line, commands behind the frame.
