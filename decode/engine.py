@@ -9,7 +9,6 @@ once, in `resolve_paths`. Suffixes: B batch, N nodes, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections import deque
@@ -333,18 +332,13 @@ def _describe_prompt(joined: _Joining, row: int) -> PrefilledPrompt:
     return PrefilledPrompt(
         request=joined.requests[row],
         logits_V=done[-1].logits_BV[row],
-        top=functools.partial(_list_top, done, row),
+        top=lambda: [ids for part in done for ids in part.top[row]()],
         features={
             name: torch.cat([part.features[row][name] for part in done])
             for name in done[0].features[row]
         },
         after=joined.after,
     )
-
-
-def _list_top(done: Sequence[PrefillOutput], row: int) -> list[list[int]]:
-    """Return the likeliest ids after each token of a prompt, by its chunks."""
-    return [ids for part in done for ids in part.top[row]()]
 
 
 @torch.inference_mode()
