@@ -11,21 +11,29 @@ import pytest
 
 from spectool.distill.metrics import MetricsFile
 from spectool.errors import InputError, UsageError
+from spectool.report import TrainingStep
 
 RUN = {"run": "one"}
+COST = {"tokens": 8, "seconds": 2.0}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def hear(metrics: MetricsFile, step: int, **values: float) -> None:
+    metrics.event(TrainingStep("any", step, 9, {**values, **COST}, None))
+
+
 def test_a_line_a_step_after_one_that_names_the_run(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, RUN)
-    metrics.add(1, {"loss": 2.0, "gradient_norm": math.inf})
-    metrics.add(2, {"loss": 1.0})
+    hear(metrics, 1, loss=2.0, gradient_norm=math.inf)
+    hear(metrics, 2, loss=1.0)
+    cost = {**COST, "tokens_per_second": 4.0}
     assert lines_of(path) == [
-        RUN, {"step": 1, "loss": 2.0, "gradient_norm": None}, {"step": 2, "loss": 1.0},
+        RUN, {"step": 1, "loss": 2.0, "gradient_norm": None, **cost},
+        {"step": 2, "loss": 1.0, **cost},
     ]  # fmt: skip
 
 
@@ -33,12 +41,12 @@ def test_steps_that_are_taken_again_have_one_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, RUN)
     for step in range(1, 6):
-        metrics.add(step, {"try": 1})
+        hear(metrics, step, number=1)
     with path.open("a") as file:
         file.write('{"step": 6, "tr')
     again = MetricsFile(path, RUN)
-    again.add(4, {"try": 2})
-    assert [(line["step"], line["try"]) for line in lines_of(path)[1:]] == [
+    hear(again, 4, number=2)
+    assert [(line["step"], line["number"]) for line in lines_of(path)[1:]] == [
         (1, 1), (2, 1), (3, 1), (4, 2),
     ]  # fmt: skip
 
