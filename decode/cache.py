@@ -99,7 +99,8 @@ class BatchCache(ABC):
         del self.tokens[row][length:]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows of the batch, in this order."""
+        """Keep these rows of the batch, in ascending order."""
+        assert list(rows) == sorted(rows), "rows move down into those that left"
         self.tokens = [self.tokens[row] for row in rows]
 
     def join(self, other: Self) -> None:
@@ -198,9 +199,8 @@ class TreeCache(BatchCache):
         """Keep these rows."""
         super().select(rows)
         self.positions_BS = self.positions_BS[list(rows)]
-        index = torch.tensor(list(rows), dtype=torch.long, device=self._device)
         for store in self.stores:
-            store.select(index)
+            store.select(rows)
 
     @torch.inference_mode()
     def join(self, other: Self) -> None:

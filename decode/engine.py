@@ -99,6 +99,8 @@ class Engine:
         self._fed = False
         # The request that ended last stays in the cache: the next one may continue it.
         self._kept: Request | None = None
+        # Text that cancelled requests released, by their ids.
+        self._released: dict[int, str] = {}
 
     @property
     def busy(self) -> bool:
@@ -118,8 +120,11 @@ class Engine:
     def cancel(self, request_id: int) -> None:
         """End a request where it is: the next step says so, and takes it out of the batch."""
         for request in self._list_requests():
-            if request.id == request_id:
+            if request.id == request_id and request.finish_reason is None:
+                before = "" if request.text is None else request.text.text
                 request.interrupt()
+                after = "" if request.text is None else request.text.text
+                self._released[request_id] = after[len(before) :]
 
     def step(self) -> list[Event]:
         """Feed a chunk of prompts, or decode once; return what was committed, ends and errors.
@@ -141,6 +146,7 @@ class Engine:
         for request in [*self._list_requests(), *([self._kept] if self._kept else [])]:
             self.drafter.remove(request)
         self._waiting.clear()
+        self._released.clear()
         self._running, self._joining, self._kept = [], None, None
         self.cache = self.target.cache(0)
 
@@ -159,7 +165,7 @@ class Engine:
             if self._joining is not None and self._joining.requests[0] in ended:
                 self._joining = None
             self._drop([request for request in self._running if request in ended])
-        return [Event(request, [], "", 0) for request in ended]
+        return [Event(request, [], self._released.pop(request.id, ""), 0) for request in ended]
 
     def _admit(self) -> None:
         """Begin to feed waiting requests that fit.

@@ -86,7 +86,7 @@ class ReplayCache(BatchCache):
             self._states[row] = _State(self._empty())
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows of the batch, in this order."""
+        """Keep these rows of the batch, in ascending order."""
         super().select(rows)
         self._states = [self._states[row] for row in rows]
 

@@ -159,8 +159,9 @@ class DraftModelDrafter(Drafter):
     def remove(self, request: Request) -> None:
         if request in self._requests:
             left = [b for b, other in enumerate(self._requests) if other is not request]
-            self._cache.select(left)
+            # In this order: after Ctrl-C in between, `remove` works for the others.
             self._requests = [self._requests[b] for b in left]
+            self._cache.select(left)
             self._grown = [growth for growth in self._grown if growth.request is not request]
 
     @torch.inference_mode()

@@ -267,8 +267,9 @@ class DraftCache:
         """Drop a request's columns, if it has any."""
         if request in self._requests:
             left = [b for b, other in enumerate(self._requests) if other is not request]
-            self._cache.select(left)
+            # In this order: after Ctrl-C in between, `remove` works for the others.
             self._requests = [self._requests[b] for b in left]
+            self._cache.select(left)
 
     def _label(self, tokens: Sequence[int]) -> list[int]:
         """Return the labels of the columns of committed tokens, the new root last."""

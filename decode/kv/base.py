@@ -3,8 +3,9 @@
 A store is a list of tensors with one column a token. A codec says what these tensors hold
 (`encode`) and how keys and values are computed from them (`decode`); a column is a function of its
 own token's keys and values. The cache (`decode/cache.py`) says which columns a pass writes. Columns
-that no mask shows hold garbage. Suffixes: B rows, H key-value heads, N nodes of a pass, S columns,
-D head width.
+that no mask shows hold garbage. Rows that leave keep their memory for those that join, since to
+allocate all rows anew costs more than a step. Suffixes: B rows, H key-value heads, N nodes of a
+pass, S columns, D head width.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from spectool import methods, options
@@ -36,7 +36,7 @@ class Columns:
 
 
 class KVStore(ABC):
-    """The keys and values of one layer. `fields` [B, H, S, any]: none before the first pass.
+    """The keys and values of one layer.
 
     A codec with options sets `Config` and the type of `config`.
     """
@@ -46,7 +46,14 @@ class KVStore(ABC):
 
     def __init__(self, config: Any = None) -> None:
         self.config = config or self.Config()
-        self.fields: list[Tensor] = []
+        # Spare rows come last.
+        self._buffers: list[Tensor] = []
+        self._num_rows = 0
+
+    @property
+    def fields(self) -> list[Tensor]:
+        """Return the tensors [B, H, S, any] that are kept; none before the first pass."""
+        return [buffer[: self._num_rows] for buffer in self._buffers]
 
     @abstractmethod
     def encode(self, keys_BHND: Tensor, values_BHND: Tensor) -> Sequence[Tensor]:
@@ -59,11 +66,11 @@ class KVStore(ABC):
     def write_tail(self, keys_BHND: Tensor, values_BHND: Tensor, columns: Columns) -> None:
         """Write the nodes of a pass."""
         coded = self.encode(keys_BHND, values_BHND)
-        # Zeros, not empty: a hidden column still meets a weight of 0, and 0 * NaN is NaN.
-        self.fields = self.fields or [
-            rows.new_zeros(*rows.shape[:2], 0, rows.shape[3]) for rows in coded
-        ]
-        self.fields = [_enlarge(field, columns.capacity) for field in self.fields]
+        if not self._buffers:
+            self._buffers = [rows[:, :, :0] for rows in coded]
+            self._num_rows = len(coded[0])
+        num_rows, capacity = self._num_rows, columns.capacity
+        self._buffers = [_enlarge(buffer, num_rows, capacity) for buffer in self._buffers]
         for field, rows_BHNX in zip(self.fields, coded, strict=True):
             if columns.index_BN is None:
                 start = columns.starts[0]
@@ -81,29 +88,30 @@ class KVStore(ABC):
         for field in self.fields:
             field[row, :, start : start + len(source)] = field[row, :, source]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order."""
-        self.fields = [field[rows] for field in self.fields]
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in ascending order."""
+        for row, kept in enumerate(rows):
+            for buffer in self._buffers if row != kept else ():
+                buffer[row] = buffer[kept]
+        self._num_rows = len(rows)
 
     def join(self, other: KVStore, rows: tuple[int, int]) -> None:
         """Append the rows of another store; `rows` are the numbers of both, maybe still empty."""
-        like = self.fields or other.fields
-        if not like:
-            return
-        parts = [
-            store.fields or [field.new_zeros(count, *field.shape[1:]) for field in like]
-            for store, count in zip((self, other), rows, strict=True)
-        ]
-        capacity = max(fields[0].shape[2] for fields in parts)
-        self.fields = [
-            torch.cat([_enlarge(field, capacity) for field in pair])
-            for pair in zip(*parts, strict=True)
-        ]
+        like, held, self._num_rows = self._buffers or other._buffers, rows[0], sum(rows)
+        mine = self._buffers or [buffer[:0] for buffer in like]
+        given = other.fields or [buffer[:0, :, :0] for buffer in like]
+        self._buffers = []
+        for buffer, field in zip(mine, given, strict=True):
+            buffer = _enlarge(buffer, self._num_rows, field.shape[2])
+            # What a row that left has written may be NaN.
+            buffer[held : self._num_rows] = 0
+            buffer[held : held + len(field), :, : field.shape[2]] = field
+            self._buffers.append(buffer)
 
     @property
     def token_bytes(self) -> int:
         """Return the bytes of one row's column."""
-        return sum(f.shape[1] * f.shape[3] * f.element_size() for f in self.fields)
+        return sum(f.shape[1] * f.shape[3] * f.element_size() for f in self._buffers)
 
 
 # Makes the empty store of one layer.
@@ -121,11 +129,12 @@ def parse_kv(text: str) -> StoreFactory:
     return functools.partial(store, store.Config.from_text(pairs))
 
 
-def _enlarge(field_BHSX: Tensor, capacity: int) -> Tensor:
-    """Return a field of at least `capacity` columns that begins with this one."""
-    batch, heads, columns, width = field_BHSX.shape
-    if columns >= capacity:
-        return field_BHSX
-    new_BHSX = field_BHSX.new_zeros(batch, heads, capacity, width)
-    new_BHSX[:, :, :columns] = field_BHSX
+def _enlarge(buffer_BHSX: Tensor, rows: int, columns: int) -> Tensor:
+    """Return a buffer of at least these rows and columns that begins with this one."""
+    num_rows, heads, num_columns, width = buffer_BHSX.shape
+    if num_rows >= rows and num_columns >= columns:
+        return buffer_BHSX
+    # Zeros, not empty: a hidden column still meets a weight of 0, and 0 * NaN is NaN.
+    new_BHSX = buffer_BHSX.new_zeros(max(num_rows, rows), heads, max(num_columns, columns), width)
+    new_BHSX[:num_rows, :, :num_columns] = buffer_BHSX
     return new_BHSX

@@ -22,6 +22,7 @@ from spectool.decode.generate import Runner
 from spectool.decode.request import Request
 from spectool.errors import NotFinite
 
+from ..conftest import tokenizer
 from .drafters.bare import disturb
 
 Tiny = Callable[..., PreTrainedModel]
@@ -236,6 +237,51 @@ def test_cancel_frees_a_row(
     for request, result in zip(requests, plain, strict=True):
         if request is not cancelled:
             assert request.new_tokens == result.token_ids
+
+
+@pytest.mark.parametrize("name", ["chain", "eagle3"])
+def test_an_interrupted_removal_does_not_keep_others_from_being_removed(
+    tiny: Tiny, endless: Any, prompt_of: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    runner = open_runner(tiny, endless, name)
+    plain = runner.generate([prompt_of(9)], max_new_tokens=12)
+    engine = runner.engine(2)
+    requests = [runner.make_request(prompt_of(9), max_new_tokens=12) for _ in range(2)]
+    for request in requests:
+        engine.submit(request)
+    for _ in range(3):
+        engine.step()
+    drafter: Any = runner.drafter
+    kept = drafter._draft_cache if name == "eagle3" else drafter
+    select = kept._cache.select
+
+    def interrupted(rows: Sequence[int]) -> None:
+        select(rows)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept._cache, "select", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        drafter.remove(requests[0])
+    engine.close()
+    assert runner.generate([prompt_of(9)], max_new_tokens=12)[0].token_ids == plain[0].token_ids
+
+
+def test_cancel_releases_the_text_held_back(tiny: Tiny, endless: Any, prompt_of: Any) -> None:
+    """A beginning of a stop string is text if the request ends there."""
+    runner = Runner(endless(tiny("llama")), tokenizer=tokenizer())
+    prompt = prompt_of(9)
+    (plain,) = runner.generate([prompt], max_new_tokens=12)
+    request = runner.make_request(prompt, max_new_tokens=20, stop=[plain.text + "never"])
+    engine = runner.engine()
+    number, streamed = engine.submit(request), ""
+    for _ in range(8):
+        streamed += "".join(event.text for event in engine.step())
+    engine.cancel(number)
+    engine.cancel(number)
+    (event,) = engine.step()
+    assert request.text is not None and len(event.text) > 0
+    assert streamed + event.text == request.text.text
 
 
 def test_a_request_that_joins_without_room_to_draft_leaves_the_draft_model_right(

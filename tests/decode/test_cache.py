@@ -74,8 +74,8 @@ def test_select_keeps_rows_in_order(tiny: Tiny) -> None:
     target = Target(tiny("llama"))
     cache = target.cache(3)
     target.prefill(cache, [[2, 3], [4], [5, 6, 7]])
-    cache.select([2, 0])
-    assert cache.tokens == [[5, 6, 7], [2, 3]]
+    cache.select([0, 2])
+    assert cache.tokens == [[2, 3], [5, 6, 7]]
     target.prefill(cache, [[8], [9, 10]])
     for row in (0, 1):
         assert_rows_equal(cache, row, target)
@@ -108,6 +108,25 @@ def test_joined_rows_continue_as_they_do_alone(tiny: Tiny, family: str) -> None:
             cache.commit([drafts[b].tokens], [paths[b]])
         joined.commit([draft.tokens for draft in drafts], paths)
         assert joined.tokens == [cache.tokens[0] for cache in alone]
+
+
+def test_a_row_that_joins_takes_the_memory_of_one_that_left(tiny: Tiny) -> None:
+    """Nothing is allocated, and what the other row had written is not seen, were it NaN."""
+    target = Target(tiny("llama"))
+    cache, given = target.cache(3), target.cache(1)
+    target.prefill(cache, [list(range(2, 22)), list(range(30, 50)), [7, 8]])
+    target.prefill(given, [[5, 6]])
+    with torch.inference_mode():
+        for store in cache.stores:
+            for field in store.fields:
+                field[1] = torch.nan
+    where = [field.data_ptr() for store in cache.stores for field in store.fields]
+    cache.select([0, 2])
+    cache.join(given)
+    assert [field.data_ptr() for store in cache.stores for field in store.fields] == where
+    assert cache.tokens == [list(range(2, 22)), [7, 8], [5, 6]]
+    for row in range(3):
+        assert_rows_equal(cache, row, target)
 
 
 def test_keep_prefix_leaves_the_last_token_to_be_fed(tiny: Tiny) -> None:

@@ -14,39 +14,42 @@ from spectool.errors import InputError, UsageError
 from spectool.report import TrainingStep
 
 RUN = {"run": "one"}
-COST = {"tokens": 8, "seconds": 2.0}
+
+
+def step(number: int, **metrics: float) -> TrainingStep:
+    """A step of one token in a second, without an evaluation."""
+    timed = {"tokens": 1, "seconds": 1.0, **metrics}
+    return TrainingStep(name="heads", step=number, steps=6, metrics=timed, evaluation=None)
+
+
+TIMED = {"tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def hear(metrics: MetricsFile, step: int, **values: float) -> None:
-    metrics.event(TrainingStep("any", step, 9, {**values, **COST}, None))
-
-
 def test_a_line_a_step_after_one_that_names_the_run(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, RUN)
-    hear(metrics, 1, loss=2.0, gradient_norm=math.inf)
-    hear(metrics, 2, loss=1.0)
-    cost = {**COST, "tokens_per_second": 4.0}
+    metrics.event(step(1, loss=2.0, gradient_norm=math.inf))
+    metrics.event(step(2, loss=1.0))
     assert lines_of(path) == [
-        RUN, {"step": 1, "loss": 2.0, "gradient_norm": None, **cost},
-        {"step": 2, "loss": 1.0, **cost},
+        RUN, {"step": 1, **TIMED, "loss": 2.0, "gradient_norm": None},
+        {"step": 2, **TIMED, "loss": 1.0},
     ]  # fmt: skip
 
 
 def test_steps_that_are_taken_again_have_one_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, RUN)
-    for step in range(1, 6):
-        hear(metrics, step, number=1)
+    for number in range(1, 6):
+        metrics.event(step(number, loss=1))
     with path.open("a") as file:
         file.write('{"step": 6, "tr')
     again = MetricsFile(path, RUN)
-    hear(again, 4, number=2)
-    assert [(line["step"], line["number"]) for line in lines_of(path)[1:]] == [
+    again.event(step(4, loss=2))
+    assert [(line["step"], line["loss"]) for line in lines_of(path)[1:]] == [
         (1, 1), (2, 1), (3, 1), (4, 2),
     ]  # fmt: skip
 

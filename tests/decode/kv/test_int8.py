@@ -15,6 +15,7 @@ from spectool.decode import tree
 from spectool.decode.generate import Runner
 from spectool.decode.kv.base import Columns, parse_kv
 from spectool.decode.kv.int8 import Int8Store
+from spectool.decode.options import CacheOptions
 from spectool.decode.recurrent import open_target
 from spectool.decode.target import Target
 from spectool.errors import UnsupportedError, UsageError
@@ -103,10 +104,9 @@ def test_a_column_depends_on_its_token_alone(dtype: torch.dtype) -> None:
     written(moved, keys.flip(2), values.flip(2), 4)
     for row in range(3):
         moved.move(row, 4 + torch.arange(8, -1, -1), 0)
-    alone = written(Int8Store(), keys[:1], values[:1])
-    alone.join(written(Int8Store(), keys[1:], values[1:]), (1, 2))
-    alone.select(torch.tensor([2, 0, 1]))
-    alone.select(torch.tensor([1, 2, 0]))
+    alone = written(Int8Store(), keys[[0, 2, 1]], values[[0, 2, 1]])
+    alone.select([0, 2])
+    alone.join(written(Int8Store(), keys[2:], values[2:]), (2, 1))
     for store in (one_by_one, moved, alone):
         assert all(map(torch.equal, store.view(9), whole))
 
@@ -194,5 +194,8 @@ def test_wrong_stores_are_refused() -> None:
         parse_kv("int4")
     with pytest.raises(UsageError, match="unknown option 'bits'; known: group"):
         parse_kv("int8:bits=4")
+    # On the command line before the model is loaded.
+    with pytest.raises(UsageError, match="unknown option 'bits'; known: group"):
+        CacheOptions(model="m", kv="int8:bits=4")
     store = parse_kv("int8:group=64")()
     assert isinstance(store, Int8Store) and store.config.group == 64
