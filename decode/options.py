@@ -177,8 +177,13 @@ class CacheOptions(LoadOptions):
     kv: str = option("dense", "Store of keys and values: dense, or int8[:group=N] in 8-bit codes")
 
     def validate(self) -> None:
-        """Check the store's name before anything is loaded."""
+        """Check the store and its options before anything is loaded."""
         methods.row(self.kv.partition(":")[0], "kv")
+        if ":" in self.kv:
+            # Imported here: stores need torch, which the default does without.
+            from spectool.decode.kv.base import parse_kv
+
+            parse_kv(self.kv)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,7 @@ class Kernel(ABC):
         x_Nm = x.reshape(-1, m).contiguous()
         scratch = torch.empty(len(x_Nm) * -(-m // _PADDED) * _PADDED, dtype=torch.float32)
         out_Nn = torch.empty(len(x_Nm), n, dtype=torch.float32)
-        bias_n = None if bias is None else bias.to(torch.float32)
+        bias_n = None if bias is None else bias.to(torch.float32).contiguous()
         assert x.dtype == self.dtype
         tensors = (x_Nm, weight, scale, bias_n, out_Nn, scratch)
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
@@ -109,7 +109,7 @@ class Kernel(ABC):
 def _load(source: str, dtype: torch.dtype) -> Any:
     """Load the product of a C file for activations of a dtype."""
     library = build.load_library(source)
-    assert library is not None, "the registry chooses kernels that can be built"
+    assert not isinstance(library, str), "the registry chooses kernels that can be built"
     run = library.product_bfloat16 if dtype == torch.bfloat16 else library.product_float
     run.argtypes = [*[ctypes.c_void_p] * 6, *[ctypes.c_ssize_t] * 3, ctypes.c_int]
     run.restype = None

@@ -21,30 +21,32 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 
 
 @functools.cache
-def load_library(name: str) -> ctypes.CDLL | None:
-    """Build and load `name`.c of this folder; None where that fails (`missing` says why)."""
+def load_library(name: str) -> ctypes.CDLL | str:
+    """Build and load `name`.c of this folder; return why where that fails."""
     try:
         library = build_library(name)
         # torch's OpenMP first: the library is linked with none.
         for openmp in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
             ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except subprocess.SubprocessError:
+        return "the C compiler cannot build the kernel"
+    except OSError as error:
+        # No compiler, a cache folder that cannot be written, a library that cannot be loaded.
+        return str(error)
 
 
 def missing(name: str) -> str | None:
     """Return why the library of `name`.c cannot be had here; None if it can."""
-    if load_library(name) is not None:
-        return None
-    return "no C compiler" if _find_compiler() is None else "the C compiler cannot build the kernel"
+    found = load_library(name)
+    return found if isinstance(found, str) else None
 
 
 def build_library(name: str) -> Path:
     """Compile `name`.c for this processor, unless the cache has its library; return the path.
 
     Raises:
-        OSError: there is no C compiler.
+        OSError: there is no C compiler, or the cache cannot be written.
         SubprocessError: the compiler failed.
     """
     compiler = _find_compiler()

@@ -80,7 +80,7 @@ class Product:
     """The product with one matrix, prepared for its kernel."""
 
     def __init__(self, kernel: Kernel, fields: Fields, num_inputs: int) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self._dtype = kernel.dtype
         self._operands = kernel.prepare(fields)
         self._most_values = kernel.most_rows * num_inputs
@@ -91,7 +91,7 @@ class Product:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x [..., m] times the matrix transposed, plus bias [n]."""
-        return self._kernel.linear(x, self._operands, bias)
+        return self.kernel.linear(x, self._operands, bias)
 
 
 def prepare(
@@ -108,6 +108,8 @@ def prepare(
         # Not chosen, so a model of small matrices does not start the compiler.
         return Choice(None, f"matrices of fewer than {kind.smallest} weights"), None
     choice = choose(*key)
-    if choice.kernel is None or not all(field.is_contiguous() for field in fields.values()):
+    if choice.kernel is None:
         return choice, None
+    if not all(field.is_contiguous() for field in fields.values()):
+        return Choice(None, "its tensors are not contiguous"), None
     return choice, Product(choice.kernel, fields, shape[1])

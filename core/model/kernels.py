@@ -16,9 +16,16 @@ class KernelLinear(nn.Linear):
     product: registry.Product | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.product is not None and self.product.takes(x):
-            return self.product(x, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        weight, product = self.weight, self.product
+        if (
+            product is not None
+            and product.takes(x)
+            # Casts and assignments may have replaced the weight since the kernel was chosen.
+            and weight.dtype is x.dtype
+            and weight.is_contiguous()
+        ):
+            return product.kernel.linear(x, (weight, None), self.bias)
+        return F.linear(x, weight, self.bias)
 
 
 def give_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.Choice]:

@@ -62,11 +62,32 @@ def test_a_model_with_kernels_can_be_copied_cast_and_changed() -> None:
     assert half[0].product is None
 
 
+@needs_kernel
+@torch.inference_mode()
+def test_weights_that_are_replaced_later_are_the_ones_used() -> None:
+    model, x = make_model()[:1], torch.randn(3, 256)
+    give_kernels(model, torch.float32)
+    model.load_state_dict(
+        {"0.weight": torch.zeros(128, 256), "0.bias": torch.ones(128)}, assign=True
+    )
+    with registry.in_force():
+        assert torch.equal(model(x), torch.ones(3, 128))
+        # Neither of these may be read as rows of float32, one after another.
+        model[0].weight.data = torch.randn(256, 128).T
+        assert torch.equal(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
+        model.bfloat16()
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(x)
+
+
 def test_matrices_of_other_devices_and_dtypes_are_left_alone() -> None:
+    strided = nn.Linear(256, 256)
+    strided.weight.data = strided.weight.data.T
     for layer, reason in (
         (nn.Linear(512, 512, device="meta"), "no kernel for dense in float32 on meta"),
         (nn.Linear(512, 512).half(), "no kernel for dense in float16 on cpu"),
         (nn.Linear(8, 8), "matrices of fewer than 32768 weights"),
+        (strided, "its tensors are not contiguous"),
     ):
         assert str(give_kernels(layer, torch.float32)["dense"]) == f"torch ({reason})"
         assert type(layer) is nn.Linear

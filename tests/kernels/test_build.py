@@ -45,6 +45,14 @@ def test_a_compiler_that_fails_is_reported(tmp_path: Path) -> None:
 
 
 @needs_compiler
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    cache = tmp_path / "file"
+    cache.touch()
+    reason = reason_elsewhere(PATH=os.environ["PATH"], XDG_CACHE_HOME=str(cache))
+    assert str(cache) in reason and "compiler" not in reason
+
+
+@needs_compiler
 def test_another_compiler_builds_another_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,14 @@ def test_it_computes_what_the_twin_does(kernel: Kernel, n: int, m: int, num_rows
 
 
 @each_kernel
+def test_strided_activations_and_biases_are_read_as_their_values(kernel: Kernel) -> None:
+    fields, x, bias = operands(kernel, 42, 123, 5)
+    prepared = kernel.prepare(fields)
+    found = kernel.linear(x.T.contiguous().T, prepared, bias.repeat(2, 1).T.contiguous()[:, 0])
+    assert torch.equal(found, kernel.linear(x, prepared, bias))
+
+
+@each_kernel
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize(("n", "m"), [(1, 200), (301, 203), (302, 64)])
 def test_a_row_does_not_depend_on_its_mates(

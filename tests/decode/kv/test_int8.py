@@ -15,6 +15,7 @@ from spectool.decode import tree
 from spectool.decode.generate import Runner
 from spectool.decode.kv.base import Columns, parse_kv
 from spectool.decode.kv.int8 import Int8Store
+from spectool.decode.options import CacheOptions
 from spectool.decode.recurrent import open_target
 from spectool.decode.target import Target
 from spectool.errors import UnsupportedError, UsageError
@@ -193,5 +194,8 @@ def test_wrong_stores_are_refused() -> None:
         parse_kv("int4")
     with pytest.raises(UsageError, match="unknown option 'bits'; known: group"):
         parse_kv("int8:bits=4")
+    # On the command line before the model is loaded.
+    with pytest.raises(UsageError, match="unknown option 'bits'; known: group"):
+        CacheOptions(model="m", kv="int8:bits=4")
     store = parse_kv("int8:group=64")()
     assert isinstance(store, Int8Store) and store.config.group == 64
