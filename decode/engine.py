@@ -236,13 +236,14 @@ class Engine:
             self.cache.join(joining.cache)
         self.cache = self.cache if self._running else joining.cache
         self._running += joining.requests
-        self._joining, self._kept = None, None
+        # It may also have ended while other prompts were fed, which do not continue it.
+        kept, self._joining, self._kept = self._kept, None, None
         going = {prompt.request for prompt in prompts}
         self._drop([request for request in joining.requests if request not in going])
         if prompts:
             self.drafter.add(prompts, self.cache)
-        if joining.after is not None:
-            self.drafter.remove(joining.after)
+        if kept is not None:
+            self.drafter.remove(kept)
         self.timings.draft += time.perf_counter() - began
 
     def _decode(self) -> list[Event]:
