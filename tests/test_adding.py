@@ -34,7 +34,9 @@ from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize
 from spectool.training import TrainingBatch
 
-PAGES = sorted((Path(__file__).parent.parent / "docs/adding").glob("*.md"))
+FOLDER = Path(__file__).parent.parent / "docs/adding"
+# README.md is the list of the pages.
+PAGES = sorted(page for page in FOLDER.glob("*.md") if page.stem != "README")
 # A check takes the module of the skeleton and pytest's request, for fixtures.
 Check = Callable[[ModuleType, pytest.FixtureRequest], None]
 

@@ -6,7 +6,6 @@ transformers loads the result as it loads the source. A record of the training i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.headers import INDEX_SUFFIX, TRAINING, find_weights
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
 from spectool.errors import UnsupportedError
+from spectool.files import json_bytes
 
 # Files copied with the weights; Python files only if remote code is trusted.
 COMPANIONS = (
@@ -79,5 +79,5 @@ def write_dense(
         "checksums": writer.checksums(),
         "files": sorted([*files, TRAINING, *writer.manifest["shards"]]),
     }
-    files[TRAINING] = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+    files[TRAINING] = json_bytes(record)
     writer.finish(files)

@@ -82,9 +82,9 @@ class WeightObjective(Objective):
 
     @abstractmethod
     def changed(self) -> dict[str, Tensor]:
-        """Return the changed tensors by the model's names, in its memory; called once, at the end.
+        """Return the changed tensors by the model's names, in its memory; called at the end.
 
-        Afterwards `module` computes with them.
+        Afterwards `module` computes with them. The plan also calls it, of a model without values.
         """
 
     def accumulate(self, step: int) -> Metrics:
@@ -93,7 +93,7 @@ class WeightObjective(Objective):
         samples = [texts.samples[i] for i in texts.batches[step]]
         self.module.train()
         with seeded(f"{self.task.seed}/{step}", self.task.device):
-            nats, divergence = self._losses(samples)
+            nats, divergence = self.losses(samples)
             loss = nats if divergence is None else divergence
             torch.autograd.backward(loss)
         tokens = sum(len(sample.tokens) for sample in samples)
@@ -106,7 +106,7 @@ class WeightObjective(Objective):
         total = nats = divergence = 0.0
         for samples in self.task.texts.held_out:
             count = sum(sum(sample.loss_mask[1:]) for sample in samples)
-            mean_nats, mean_divergence = self._losses(samples)
+            mean_nats, mean_divergence = self.losses(samples)
             nats += float(mean_nats) * count
             divergence += 0.0 if mean_divergence is None else float(mean_divergence) * count
             total += count
@@ -130,7 +130,7 @@ class WeightObjective(Objective):
         training = {**self.task.record, "evaluations": history.evaluations, "best": history.best}
         write_dense(writer, self.task.source, replaced, training)
 
-    def _losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
+    def losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
         """Return the means over the tokens in the loss of -log p and, with a teacher, of the KL."""
         tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(samples))
         logits_BLV = _read_logits(self.module, tokens_BL)

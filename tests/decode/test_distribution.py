@@ -58,7 +58,7 @@ def exact_probs(
 ) -> dict[tuple[int, ...], float]:
     """Return the probability of each text of LENGTH tokens, from cacheless logits.
 
-    Each control starts anew from the whole text before each token.
+    Each control starts anew from the prompt before each token, and reads the text up to there.
     """
     texts = list(itertools.product(range(VOCAB), repeat=LENGTH))
     logits = model(torch.tensor([PROMPT + list(text) for text in texts]), use_cache=False).logits
@@ -67,7 +67,10 @@ def exact_probs(
         rows = logits_SV[len(PROMPT) - 1 : -1]
         for at, row in enumerate(rows):
             for control in (*sampling.controls(), *controls):
-                row = control.process(control.start(PROMPT + list(text[:at])), row)
+                state = control.start(PROMPT)
+                for token in text[:at]:
+                    state = control.advance(state, token)
+                row = control.process(state, row)
             rows[at] = row
         probs = sampling.probs(rows[None])[0].double()
         found[text] = float(probs[range(LENGTH), list(text)].prod())

@@ -11,8 +11,18 @@ import pytest
 
 from spectool.distill.metrics import MetricsFile
 from spectool.errors import InputError, UsageError
+from spectool.report import TrainingStep
 
 RUN = {"run": "one"}
+
+
+def step(number: int, **metrics: float) -> TrainingStep:
+    """A step of one token in a second, without an evaluation."""
+    timed = {"tokens": 1, "seconds": 1.0, **metrics}
+    return TrainingStep(name="heads", step=number, steps=6, metrics=timed, evaluation=None)
+
+
+TIMED = {"tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -22,23 +32,24 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def test_a_line_a_step_after_one_that_names_the_run(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, RUN)
-    metrics.add(1, {"loss": 2.0, "gradient_norm": math.inf})
-    metrics.add(2, {"loss": 1.0})
+    metrics.event(step(1, loss=2.0, gradient_norm=math.inf))
+    metrics.event(step(2, loss=1.0))
     assert lines_of(path) == [
-        RUN, {"step": 1, "loss": 2.0, "gradient_norm": None}, {"step": 2, "loss": 1.0},
+        RUN, {"step": 1, **TIMED, "loss": 2.0, "gradient_norm": None},
+        {"step": 2, **TIMED, "loss": 1.0},
     ]  # fmt: skip
 
 
 def test_steps_that_are_taken_again_have_one_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, RUN)
-    for step in range(1, 6):
-        metrics.add(step, {"try": 1})
+    for number in range(1, 6):
+        metrics.event(step(number, loss=1))
     with path.open("a") as file:
         file.write('{"step": 6, "tr')
     again = MetricsFile(path, RUN)
-    again.add(4, {"try": 2})
-    assert [(line["step"], line["try"]) for line in lines_of(path)[1:]] == [
+    again.event(step(4, loss=2))
+    assert [(line["step"], line["loss"]) for line in lines_of(path)[1:]] == [
         (1, 1), (2, 1), (3, 1), (4, 2),
     ]  # fmt: skip
 

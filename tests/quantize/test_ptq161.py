@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from spectool.model.architecture import Architecture
 from spectool.model.blocks import Activations
 from spectool.model.matrices import find_matrices
 from spectool.model.shell import Call
-from spectool.quantize.base import Block, Streams
+from spectool.quantize.base import Block, FitReport, Streams
 from spectool.quantize.fitting import Task
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.ptq161 import (
@@ -556,20 +557,11 @@ def test_the_command_says_what_the_fit_gained(
 
 
 def test_flipped_rows_and_turned_outputs_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    fine = {
-        "loss_start": 2.0,
-        "loss_after": 1.0,
-        "least_cosine": 0.9,
-        "rows_flipped": 0,
-        "steps_skipped": 0,
-    }
-    odd = {
-        "loss_start": 2.0,
-        "loss_after": 2.0,
-        "least_cosine": -0.1,
-        "rows_flipped": 3,
-        "steps_skipped": 0,
-    }
+    fine = FitReport(
+        loss_start=2.0, loss_after=1.0, least_cosine=0.9, best_epoch=1, steps_skipped=0,
+        rows_flipped=0,
+    )  # fmt: skip
+    odd = replace(fine, loss_after=2.0, least_cosine=-0.1, rows_flipped=3)
     show_fits(Output(json_wanted=False), [(0, fine)])
     assert capsys.readouterr().out.count("\n") == 1
     show_fits(Output(json_wanted=False), [(0, fine), (1, odd)])

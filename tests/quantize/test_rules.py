@@ -384,7 +384,7 @@ def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_pat
     assert "on 12, rtn (bits=8, group_size=128, symmetric=False) on 2 of 14 linears" in done.stderr
     assert "int8 on lm_head" in done.stderr and "quantizes them too" not in done.stderr
     report = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)
-    assert report["command"].endswith("--rules RULES --embeddings int8")
+    assert "--rules RULES --embeddings int8" in report["command"]
     assert runner.invoke(app, ["inspect", str(out)]).stdout.count("of the blocks") == 1
     bad = runner.invoke(app, [*command[:3], str(tmp_path / "b"), "--embeddings", "ptq161"])
     assert bad.exit_code == 2 and "--embeddings: ptq161 needs activations" in bad.stderr
