@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from spectool import methods
 from spectool.cli.by_method import Verb
 from spectool.cli.common import Output, prepare_torch, size
-from spectool.cli.train_heads import HeadsOutput
+from spectool.cli.train_heads import HeadsOutput, describe_texts
 from spectool.distill.options import WeightsOptions
 from spectool.errors import Interrupted
 from spectool.options import Config, option
@@ -82,10 +82,7 @@ def _show_plan(output: Output, plan: WeightsPlan, *, dry_run: bool) -> None:
         f"{plan.changed_tensors} tensors with {plan.changed_weights / 1e6:.2f} M of "
         f"{plan.parameters / 1e6:.2f} M weights, memory at least {size(plan.memory_bytes)}"
     )
-    output.say(
-        f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
-        f"({plan.loss_tokens} tokens in the loss); {plan.held_out} texts held out"
-    )
+    output.say(describe_texts(plan, job.batch_tokens))
     if plan.seq_len < job.seq_len:
         output.say(
             f"plan: texts of at most {plan.seq_len} tokens, the context; --seq-len {job.seq_len} "

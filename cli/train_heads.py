@@ -17,6 +17,7 @@ from spectool.shared_options import LoadOptions, WriteOptions
 if TYPE_CHECKING:
     from spectool.distill.plan import HeadsJob, HeadsPlan
     from spectool.distill.train_heads import HeadsReport
+    from spectool.distill.train_weights import WeightsPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +79,7 @@ def _show_plan(output: Output, job: HeadsJob, plan: HeadsPlan) -> None:
         f"plan: {job.method} ({options}), {plan.parameters / 1e6:.2f} M parameters, "
         f"{size(plan.file_bytes)} on disk, memory at least {size(plan.memory_bytes)}"
     )
-    output.say(
-        f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
-        f"({plan.loss_tokens} tokens in the loss); {plan.held_out} texts held out"
-    )
+    output.say(describe_texts(plan, job.batch_tokens))
     if plan.seq_len < job.seq_len:
         output.say(
             f"plan: texts of at most {plan.seq_len} tokens, the model's context; --seq-len "
@@ -93,6 +91,14 @@ def _show_plan(output: Output, job: HeadsJob, plan: HeadsPlan) -> None:
     if job.regenerate:
         writer = f"the server at {job.regenerate_url}" if job.regenerate_url else "the model"
         output.say(f"plan: {writer} generates the answers first, temperature {job.temperature}")
+
+
+def describe_texts(plan: HeadsPlan | WeightsPlan, batch_tokens: int) -> str:
+    """Say how many texts a training reads."""
+    return (
+        f"plan: {plan.steps} steps of at most {batch_tokens} tokens on {plan.samples} texts "
+        f"({plan.loss_tokens} tokens in the loss); {plan.held_out} texts held out"
+    )
 
 
 def _finish(output: Output, out: Path, report: HeadsReport) -> None:

@@ -9,7 +9,6 @@ once, in `resolve_paths`. Suffixes: B batch, N nodes, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections import deque
@@ -237,13 +236,14 @@ class Engine:
             self.cache.join(joining.cache)
         self.cache = self.cache if self._running else joining.cache
         self._running += joining.requests
-        self._joining, self._kept = None, None
+        # It may also have ended while other prompts were fed, which do not continue it.
+        kept, self._joining, self._kept = self._kept, None, None
         going = {prompt.request for prompt in prompts}
         self._drop([request for request in joining.requests if request not in going])
         if prompts:
             self.drafter.add(prompts, self.cache)
-        if joining.after is not None:
-            self.drafter.remove(joining.after)
+        if kept is not None:
+            self.drafter.remove(kept)
         self.timings.draft += time.perf_counter() - began
 
     def _decode(self) -> list[Event]:
@@ -339,18 +339,13 @@ def _describe_prompt(joined: _Joining, row: int) -> PrefilledPrompt:
     return PrefilledPrompt(
         request=joined.requests[row],
         logits_V=done[-1].logits_BV[row],
-        top=functools.partial(_list_top, done, row),
+        top=lambda: [ids for part in done for ids in part.top[row]()],
         features={
             name: torch.cat([part.features[row][name] for part in done])
             for name in done[0].features[row]
         },
         after=joined.after,
     )
-
-
-def _list_top(done: Sequence[PrefillOutput], row: int) -> list[list[int]]:
-    """Return the likeliest ids after each token of a prompt, by its chunks."""
-    return [ids for part in done for ids in part.top[row]()]
 
 
 @torch.inference_mode()

@@ -250,7 +250,10 @@ def ancestor_mask(parents_BN: Tensor, depth: int) -> Tensor:
     num_nodes = parents_BN.shape[1]
     self_NN = torch.eye(num_nodes, dtype=torch.bool, device=parents_BN.device)
     visible_BNN = self_NN.expand(len(parents_BN), -1, -1)
-    index_BNN = parents_BN[:, :, None].expand(-1, -1, num_nodes)
-    for _ in range(depth):
-        visible_BNN = visible_BNN.gather(1, index_BNN) | self_NN
+    above_BN = parents_BN
+    # Each step doubles how far up a node sees: the window of an evaluation is one deep chain.
+    for _ in range(depth.bit_length()):
+        index_BNN = above_BN[:, :, None].expand(-1, -1, num_nodes)
+        visible_BNN = visible_BNN | visible_BNN.gather(1, index_BNN)
+        above_BN = above_BN.gather(1, above_BN)
     return visible_BNN

@@ -57,7 +57,7 @@ class MetricsFile(Reporter):
                 file.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
     def _begin(self, step: int) -> None:
-        kept = [line for line in self._lines()[1:] if _step_of(line) < step]
+        kept = [line for line in self._lines()[1:] if json.loads(line)["step"] < step]
         with replacing(self.path) as temporary:
             lines = (self._first_line, *kept)
             temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
@@ -66,7 +66,3 @@ class MetricsFile(Reporter):
     def _lines(self) -> list[str]:
         """Read the complete lines of the file: a killed run may have left part of one."""
         return self.path.read_text("utf-8", errors="replace").split("\n")[:-1]
-
-
-def _step_of(line: str) -> int:
-    return int(json.loads(line)["step"])

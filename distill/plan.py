@@ -17,7 +17,7 @@ from spectool.decode.heads.base import Heads
 from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
 from spectool.decode.target import Target
-from spectool.distill.data.features import FEATURES, store_bytes
+from spectool.distill.data.features import FEATURES, token_bytes
 from spectool.distill.data.samples import Sample, batches, pack_sequences
 from spectool.distill.options import HeadsOptions
 from spectool.distill.processes import Processes
@@ -146,7 +146,7 @@ def make_plan(
         generated = [*train, *held_out] if job.regenerate else held_out
         kept = [] if job.regenerate else train
         num_tokens = setup.seq_len * len(generated) + sum(len(s.tokens) for s in kept)
-        disk_bytes = store_bytes(heads.needs, width, setup.dtype, num_tokens)
+        disk_bytes = num_tokens * token_bytes(heads.needs, width, setup.dtype)
         _check_disk(disk_bytes, path)
     return HeadsPlan(
         parameters=parameters,

@@ -21,7 +21,7 @@ from spectool.checkpoint.tensors import Checkpoint, text_fingerprint
 from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import HeadsRecord
 from spectool.decode.heads.formats.base import PretrainedHeads
-from spectool.distill.data.samples import read_samples, split
+from spectool.distill.data.samples import read_corpus, split
 from spectool.distill.data.server import Server
 from spectool.distill.metrics import MetricsFile
 from spectool.distill.objective import train
@@ -146,16 +146,7 @@ def _prepare(
             job.method, "drafter"
         ).Heads.optimizer_defaults
         job = replace(job, learning_rate=optimizer_defaults.rate)
-    samples = read_samples(
-        job.data,
-        setup.tokenizer,
-        seq_len=setup.seq_len,
-        field=job.field,
-        template=job.template or None,
-        # Twice the tokens of all steps: a part is held out, and steps should differ.
-        max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
-        reporter=reporter,
-    )
+    samples = read_corpus(job, setup.tokenizer, setup.seq_len, reporter)
     server = None
     if job.regenerate_url is not None:
         server = Server(job.regenerate_url, job.regenerate_model)

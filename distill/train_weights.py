@@ -16,7 +16,7 @@ from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_targ
 from spectool.checkpoint.dense import check_dense
 from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, text_fingerprint
 from spectool.data.text import check_ids
-from spectool.distill.data.samples import Sample, batches, by_length, read_samples, split
+from spectool.distill.data.samples import Sample, batches, by_length, read_corpus, split
 from spectool.distill.metrics import MetricsFile
 from spectool.distill.objective import Objective, train
 from spectool.distill.objectives.base import (
@@ -177,16 +177,7 @@ def _read_texts(
     reporter: Reporter,
 ) -> TextBatches:
     """Read the training and held-out texts, of at most `seq_len` tokens."""
-    samples = read_samples(
-        job.data,
-        load_tokenizer(checkpoint),
-        seq_len=seq_len,
-        field=job.field,
-        template=job.template or None,
-        # Twice the tokens of all steps: a part is held out, and steps should differ.
-        max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
-        reporter=reporter,
-    )
+    samples = read_corpus(job, load_tokenizer(checkpoint), seq_len, reporter)
     table: Any = architecture.model.get_input_embeddings()
     for sample in samples:
         check_ids(sample.tokens, table.num_embeddings, f"{checkpoint.name}: its tokenizer")

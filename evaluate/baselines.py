@@ -55,7 +55,7 @@ def open_baselines(
         return lambda jobs: _generate(runner, jobs, control, seed, options, assistant)
 
     opened = {PLAIN: make({}), PROMPT_LOOKUP: make(_LOOKUP)}
-    models = filter(None, map(_draft_model, drafters))
+    models = [each.draft for each in drafters if isinstance(each, DraftModelDrafter)]
     drafts = {draft.model.config._name_or_path: draft for draft in models}
     for path, draft in drafts.items():
         if draft.vocab_size != runner.target.vocab_size:
@@ -64,11 +64,6 @@ def open_baselines(
             continue
         opened[ASSISTED if len(drafts) == 1 else f"{ASSISTED} by {path}"] = make({}, draft)
     return opened
-
-
-def _draft_model(drafter: Drafter) -> Target | None:
-    """Return the draft model of a drafter that has one."""
-    return drafter.draft if isinstance(drafter, DraftModelDrafter) else None
 
 
 def _generate(

@@ -83,14 +83,12 @@ def _bars(panel: Any, run: Run) -> None:
     panel.axhline(1, color="black", linewidth=0.8, zorder=0)
     panel.set_xticks(range(len(groups)), [name for name, _ in groups], fontsize=8)
     panel.set_ylabel("speed-up over plain", fontsize=8)
-    panel.set_title(_title(run), fontsize=8, loc="left")
+    name = Path(run.model).name or run.model
+    title = f"{name}: {run.runtime}, batch size {run.batch_size}"
+    panel.set_title(title, fontsize=8, loc="left")
     panel.tick_params(axis="y", labelsize=8)
     panel.tick_params(axis="x", length=0)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _title(run: Run) -> str:
-    return f"{Path(run.model).name or run.model}: {run.runtime}, batch size {run.batch_size}"
 
 
 def _short(name: str) -> str:

@@ -107,8 +107,12 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
                 "model.safetensors.index.json": json_bytes(index_file),
             }
         )
-    served = name == "dense" or _is_served(config["quantization_config"]["config_groups"])
-    return [shlex.join(["vllm", "serve", str(out)])] if served else []
+    if name != "dense":
+        groups = config["quantization_config"]["config_groups"]
+        # vLLM fuses q, k and v, which then need one scheme.
+        if len(groups) > 1 or groups["group_0"]["weights"]["num_bits"] not in SERVED_BITS:
+            return []
+    return [shlex.join(["vllm", "serve", str(out)])]
 
 
 def _check_zero_bias(checkpoint: Checkpoint, architecture: Architecture, key: str) -> str:
@@ -141,12 +145,6 @@ def _find_matrices(architecture: Architecture) -> dict[str, Matrix]:
         if matrix.kind == "lm_head":
             matrices[name] = replace(matrix, parameter=f"{name}.weight")
     return matrices
-
-
-def _is_served(groups: Mapping[str, Any]) -> bool:
-    """Return whether vLLM reads these config groups."""
-    # vLLM fuses q, k and v, which then need one scheme.
-    return len(groups) == 1 and groups["group_0"]["weights"]["num_bits"] in SERVED_BITS
 
 
 # The dense tensors of a shard, and the names of its packed matrices.

@@ -134,7 +134,7 @@ def store(
     A pass of the target has at most `pass_tokens` tokens, padding included. Only the first process
     has a `writer`.
     """
-    groups = list(_groups(samples, _row_bytes(needs, target.width, target.dtype)))
+    groups = list(_groups(samples, token_bytes(needs, target.width, target.dtype)))
     shards = [f"features-{name}-{number:05d}.safetensors" for number in range(len(groups))]
     present = [writer is not None and writer.report(shard) is not None for shard in shards]
     present = processes.share(present)
@@ -232,12 +232,8 @@ def feature_names(needs: Needs) -> list[str]:
     return [f"layer {index}" for index in needs.layers] + ["final"] * needs.final
 
 
-def store_bytes(needs: Needs, width: int, dtype: torch.dtype, num_tokens: int) -> int:
-    """Return the bytes on disk of the features of `num_tokens` tokens."""
-    return _row_bytes(needs, width, dtype) * num_tokens
-
-
-def _row_bytes(needs: Needs, width: int, dtype: torch.dtype) -> int:
+def token_bytes(needs: Needs, width: int, dtype: torch.dtype) -> int:
+    """Return the bytes on disk of a token and its features."""
     # 8 bytes of the token's id and 1 of its loss mask.
     return len(feature_names(needs)) * width * dtype.itemsize + 9
 

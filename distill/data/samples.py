@@ -20,6 +20,7 @@ from torch import Tensor
 from spectool.data.rows import Message, Row
 from spectool.data.template import ANSWER, Template, encode, ends_of, render, write
 from spectool.data.text import HUB_PREFIX, Reading, read_rows, suited
+from spectool.distill.options import HeadsOptions, WeightsOptions
 from spectool.errors import TextError, UnsupportedError
 from spectool.report import SILENT, Reporter
 
@@ -106,6 +107,22 @@ def read_samples(
         f"{', '.join(sources)}: {len(samples)} samples with tokens in the loss; at least 2 are "
         "needed, one to train on and one to evaluate on",
         hint=f"a sample is a conversation with an assistant's answer, or {SHORTEST} tokens of text",
+    )
+
+
+def read_corpus(
+    job: HeadsOptions | WeightsOptions, tokenizer: Any, seq_len: int, reporter: Reporter
+) -> list[Sample]:
+    """Read the samples of a training; see `read_samples`."""
+    return read_samples(
+        job.data,
+        tokenizer,
+        seq_len=seq_len,
+        field=job.field,
+        template=job.template or None,
+        # Twice the tokens of all steps: a part is held out, and steps should differ.
+        max_tokens=None if job.steps is None else 2 * (job.steps + 1) * job.batch_tokens,
+        reporter=reporter,
     )
 
 

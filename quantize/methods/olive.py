@@ -226,7 +226,7 @@ def _search_rows(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
 def fake_quantize(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
     """Round weights [n, m] to the values that they are stored as, with scales [n]."""
     number_nm, outlier_nm = _nearest_numbers(weight_nm, scale_n, kind)
-    return _zero_victims(number_nm, outlier_nm, weight_nm) * scale_n[:, None]
+    return number_nm.masked_fill(_find_victims(outlier_nm, weight_nm), 0) * scale_n[:, None]
 
 
 def _nearest_numbers(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
@@ -234,11 +234,6 @@ def _nearest_numbers(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> tuple[Te
     values_K, between_K = _values(kind, weight_nm.device)
     number_nm = values_K[torch.bucketize(weight_nm / scale_n[:, None], between_K)]
     return number_nm, number_nm.abs() > kind.largest
-
-
-def _zero_victims(number_nm: Tensor, outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:
-    """Set the victims of outliers to zero."""
-    return torch.where(_find_victims(outlier_nm, weight_nm), 0.0, number_nm)
 
 
 def _find_victims(outlier_nm: Tensor, weight_nm: Tensor) -> Tensor:

@@ -284,6 +284,36 @@ def test_cancel_releases_the_text_held_back(tiny: Tiny, endless: Any, prompt_of:
     assert streamed + event.text == request.text.text
 
 
+@pytest.mark.parametrize("name", ["ngram", "jacobi:window=6", "chain", "hydra", "eagle3"])
+def test_nothing_is_left_of_a_request_that_ended_while_a_prompt_was_fed(
+    tiny: Tiny, endless: Any, prompt_of: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The drafter drafts for the others as it does for each of them alone."""
+    monkeypatch.setattr(engine_module, "CHUNK", 16)
+    runner = open_runner(tiny, endless, name)
+    removed, remove = list[Request](), runner.drafter.remove
+
+    def note(request: Request) -> None:
+        removed.append(request)
+        remove(request)
+
+    monkeypatch.setattr(runner.drafter, "remove", note)
+    alone, together = (
+        [
+            runner.make_request(prompt_of(size, seed=size), max_new_tokens=limit)
+            for size, limit in ((5, 3), (60, 12), (7, 12))
+        ]
+        for _ in range(2)
+    )
+    for request in alone:
+        run(runner.engine(), [request])
+    run(runner.engine(2), together)
+    assert together[0] in removed
+    for one, other in zip(alone, together, strict=True):
+        assert other.new_tokens == one.new_tokens
+        assert (other.drafted, other.accepted) == (one.drafted, one.accepted)
+
+
 def test_a_request_that_joins_without_room_to_draft_leaves_the_draft_model_right(
     tiny: Tiny, endless: Any, prompt_of: Any
 ) -> None:
