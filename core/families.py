@@ -52,7 +52,7 @@ FAMILIES: dict[str, Family] = {
     "xlm": Family(seen="5.23", no_trees="its causal mask is derived from column numbers"),
     "moshi": Family(seen="5.23", no_trees="its caches have a window that its masks have not"),
     "dory": Family(
-        seen="5.23",
+        seen="5.24",
         no_trees="its loops over layers add caches of their own to the one they are given",
     ),
     **dict.fromkeys(

@@ -348,8 +348,8 @@ def test_every_option_says_what_it_is(name: str, command: Any) -> None:
 def test_help_lists_commands_in_the_order_of_the_pipeline(spectool: Spectool) -> None:
     shown = spectool("--help").out
     words = (
-        "Compress", "quantize", "Accelerate", "train-heads", "distill", "tune", "Measure", "eval", "bench",
-        "Run", "generate", "chat", "export", "Look", "inspect", "list", "doctor", "demo",
+        "Compress", "quantize", "distill", "Accelerate", "train-heads", "tune", "Measure", "eval",
+        "bench", "Run", "generate", "chat", "export", "Look", "inspect", "list", "doctor", "demo",
     )  # fmt: skip
     # Titles stand behind a line, commands behind the frame.
     order = [shown.index(f"{'─' if word.istitle() else '│'} {word} ") for word in words]
