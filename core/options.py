@@ -136,7 +136,7 @@ class Config:
         for field in options_of(type(self)):
             value = getattr(self, field.name)
             if field.many and not isinstance(value, tuple):
-                value = field.parse(value) if isinstance(value, str) else tuple(value)
+                value = field.parse(value) if isinstance(value, str) else tuple(value or ())
                 object.__setattr__(self, field.name, value)
             for each in value if field.many else [value]:
                 _check(field, each)

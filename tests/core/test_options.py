@@ -116,3 +116,11 @@ def test_frozen_and_keyword_only() -> None:
         Example().bits = 5  # type: ignore[misc]
     with pytest.raises(TypeError):
         Example(5)  # type: ignore[misc]
+
+
+def test_none_is_an_empty_list() -> None:
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Texts(options.Config):
+        text: tuple[str, ...] = option((), "texts")
+
+    assert Texts(text=None).text == ()  # type: ignore[arg-type]
