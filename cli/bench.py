@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions(Config):
-    """What runs against plain decoding, on which prompts."""
+    """Options of the comparison: the drafters, their baselines, and the prompts."""
 
     prompts: str = option(
         ..., "File of prompts: .txt (one per line) or .jsonl (prompt, turns or messages)"

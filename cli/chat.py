@@ -51,7 +51,7 @@ _DRAFTED, _PLAIN = "\x1b[36m", "\x1b[39m"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOptions(Config):
-    """How a conversation is held."""
+    """Options of a conversation."""
 
     system: str | None = option(None, "System message")
     raw: bool = option(False, "Continue plain text without a chat template", switch=True)

@@ -39,7 +39,7 @@ PROMPT_CHARACTERS = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions(Config):
-    """Where the demo writes, and on how many threads it runs."""
+    """Options of the demo: its directory and its threads."""
 
     out: Path = option(
         Path("spectool-demo"), "Directory for texts, checkpoint and heads", argument=True

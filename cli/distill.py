@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsOutput(HeadsOutput):
-    """What is written."""
+    """Options of what `distill` writes."""
 
     PANEL: ClassVar = "Output"
 

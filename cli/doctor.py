@@ -26,7 +26,7 @@ NEWEST = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorOptions(Config):
-    """What is shown."""
+    """Options of what `doctor` shows."""
 
     all: bool = option(
         False, f"Show all measured cost curves, not only the {NEWEST} newest", switch=True

@@ -14,7 +14,7 @@ from spectool.options import Config, option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions(Config):
-    """What is exported, and how."""
+    """Options of an export: the checkpoint, the directory to write, and the format."""
 
     path: str = option(..., "Quantized checkpoint, or directory of draft heads", argument=True)
     out: Path = option(..., "Directory to write; must not exist", argument=True)

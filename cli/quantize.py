@@ -35,7 +35,7 @@ SUGGEST_ABOVE_SHARE = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeOutput(WriteOptions):
-    """What is written."""
+    """Options of what `quantize` writes."""
 
     PANEL: ClassVar = "Output"
 

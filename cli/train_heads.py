@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadsOutput(WriteOptions):
-    """What is written."""
+    """Options of what `train-heads` writes."""
 
     PANEL: ClassVar = "Output"
 
