@@ -4,9 +4,10 @@ Row b holds `tokens[b]` from column 0 on. `positions_BS` says at which position 
 stands: masks read it, as the index of a column is no position. A pass writes its nodes at columns
 len(tokens[b]) and after (the tail); `commit` gathers the accepted ones to the front of the tail, in
 place. Columns beyond are garbage that masks hide. How the columns of a layer are kept is up to its
-store (`kv/`). Stores keep every column, and sliding windows are part of the masks (`target.py`): a
-window layer of transformers drops columns that are still needed after a rejected draft. Suffixes: B
-batch, H key-value heads, N nodes, S columns, T nodes in the tail, D head width.
+store (`kv/`). Stores keep every column, and sliding windows are part of the masks
+(`target/masks.py`): a window layer of transformers drops columns that are still needed after a
+rejected draft. Suffixes: B batch, H key-value heads, N nodes, S columns, T nodes in the tail, D
+head width.
 """
 
 from __future__ import annotations

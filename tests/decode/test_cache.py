@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.target import Target, tree_mask
+from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.target.masks import tree_mask
 
 Tiny = Callable[..., PreTrainedModel]
 
 
-def assert_rows_equal(cache: TreeCache, row: int, target: Target) -> None:
+def assert_rows_equal(cache: TreeCache, row: int, target: AttentionTarget) -> None:
     """Check that a row's committed columns are those of a fresh prompt pass."""
     fresh = target.cache(1)
     tokens = cache.tokens[row]
@@ -29,7 +30,7 @@ def assert_rows_equal(cache: TreeCache, row: int, target: Target) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt", "gpt_neox"])
 def test_committed_rows_are_those_of_a_fresh_pass(tiny: Tiny, family: str) -> None:
     """Also ragged rows, branches that jump, and a doubling of the buffers."""
-    target = Target(tiny(family))
+    target = AttentionTarget(tiny(family))
     cache = target.cache(2)
     target.prefill(cache, [list(range(2, 62)), list(range(2, 9))])
     for _ in range(3):
@@ -47,7 +48,7 @@ def test_committed_rows_are_those_of_a_fresh_pass(tiny: Tiny, family: str) -> No
 
 
 def test_buffers_double_up_to_the_context(tiny: Tiny) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache = target.cache(1)
     seen = []
     for _ in range(250):
@@ -57,7 +58,7 @@ def test_buffers_double_up_to_the_context(tiny: Tiny) -> None:
 
 
 def test_wide_trees_near_the_context_grow_the_buffers_once(tiny: Tiny) -> None:
-    target = Target(tiny("llama"), context=100)
+    target = AttentionTarget(tiny("llama"), context=100)
     cache = target.cache(1)
     target.prefill(cache, [list(range(2, 62))])
     seen = []
@@ -71,7 +72,7 @@ def test_wide_trees_near_the_context_grow_the_buffers_once(tiny: Tiny) -> None:
 
 
 def test_select_keeps_rows_in_order(tiny: Tiny) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache = target.cache(3)
     target.prefill(cache, [[2, 3], [4], [5, 6, 7]])
     cache.select([0, 2])
@@ -84,7 +85,7 @@ def test_select_keeps_rows_in_order(tiny: Tiny) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
 def test_joined_rows_continue_as_they_do_alone(tiny: Tiny, family: str) -> None:
     """Lengths and capacities differ; the first cache may be empty."""
-    target = Target(tiny(family))
+    target = AttentionTarget(tiny(family))
     prompts = [list(range(2, 42)), list(range(50, 57)), list(range(60, 132))]
     joined, alone = target.cache(0), [target.cache(1) for _ in prompts]
     for cache, prompt in zip(alone, prompts, strict=True):
@@ -112,7 +113,7 @@ def test_joined_rows_continue_as_they_do_alone(tiny: Tiny, family: str) -> None:
 
 def test_a_row_that_joins_takes_the_memory_of_one_that_left(tiny: Tiny) -> None:
     """Nothing is allocated, and what the other row had written is not seen, were it NaN."""
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache, given = target.cache(3), target.cache(1)
     target.prefill(cache, [list(range(2, 22)), list(range(30, 50)), [7, 8]])
     target.prefill(given, [[5, 6]])
@@ -130,7 +131,7 @@ def test_a_row_that_joins_takes_the_memory_of_one_that_left(tiny: Tiny) -> None:
 
 
 def test_keep_prefix_leaves_the_last_token_to_be_fed(tiny: Tiny) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache = target.cache(2)
     target.prefill(cache, [[2, 3, 4, 5], [6, 7, 8]])
     assert cache.keep_prefix([[2, 3, 9, 9], [6, 7, 8]]) == [2, 2]
@@ -141,7 +142,7 @@ def test_keep_prefix_leaves_the_last_token_to_be_fed(tiny: Tiny) -> None:
 
 
 def test_nothing_is_copied_for_a_path_in_place(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache = target.cache(1)
     target.prefill(cache, [[2, 3]])
     draft = tree.chain([4, 5, 6], kind="deterministic")
