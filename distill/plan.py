@@ -23,7 +23,7 @@ from spectool.distill.options import HeadsOptions
 from spectool.distill.processes import Processes
 from spectool.errors import UnsupportedError, UsageError
 from spectool.machine import available_memory, software
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.architecture import build_meta, find_blocks, read_config
 from spectool.model.loading import own_dtype
 from spectool.options import Config
@@ -99,7 +99,7 @@ def make_plan(
     architecture: Any = build_meta(config, trust_remote_code=trusted)
     # Raises for an unsupported architecture before anything is written.
     Target(architecture)
-    kind: type[Heads] = resolve(job.method, "drafter").Heads
+    kind: type[Heads] = import_method(job.method, "drafter").Heads
     if job.sequence_packing and not kind.supports_packing:
         raise UsageError(
             f"--sequence-packing: {job.method} heads support only one text per sequence"

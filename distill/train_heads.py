@@ -30,7 +30,7 @@ from spectool.distill.plan import HeadsJob, Setup, make_identity, make_plan
 from spectool.distill.processes import ALONE, Processes
 from spectool.distill.training_data import DataPreparation
 from spectool.errors import CheckpointError, TextError, UsageError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.architecture import read_config
 from spectool.model.loading import (
     check_device,
@@ -142,7 +142,7 @@ def _prepare(
         given = {k: value for k, value in job.config.as_dict().items() if value != defaults[k]}
         job = replace(job, config=type(job.config).from_dict({**init_from.options, **given}))
     if job.learning_rate is None:
-        optimizer_defaults: OptimizerDefaults = resolve(
+        optimizer_defaults: OptimizerDefaults = import_method(
             job.method, "drafter"
         ).Heads.optimizer_defaults
         job = replace(job, learning_rate=optimizer_defaults.rate)
@@ -156,7 +156,7 @@ def _prepare(
     held_out = [samples[i] for i in held_out_indices]
     if init_from is not None:
         vocab = read_config(setup.checkpoint).get_text_config(decoder=True).vocab_size
-        size = resolve(job.method, "drafter").Heads.draft_vocab_size(job.config, vocab)
+        size = import_method(job.method, "drafter").Heads.draft_vocab_size(job.config, vocab)
         stored_size = 0 if init_from.token_map is None else len(init_from.token_map)
         if size != stored_size:
             raise UsageError(

@@ -29,7 +29,7 @@ from spectool.distill.objectives.base import (
 from spectool.distill.options import WeightsOptions
 from spectool.errors import CheckpointError, UnsupportedError
 from spectool.machine import available_memory, reproducible, software
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.architecture import Architecture, build_meta, read_config
 from spectool.model.loading import check_device, load_model, load_tokenizer, tokenizer_digest
 from spectool.options import Config
@@ -134,7 +134,7 @@ def train_weights(
             teacher=None if teacher is None else _load(teacher, where),
             record=identity,
         )
-        objective: Objective = resolve(job.method, "objective")(task, job.config)
+        objective: Objective = import_method(job.method, "objective")(task, job.config)
         history = train(objective, writer, reporter=reporter)
     assert history.best is not None
     return WeightsReport(
@@ -205,7 +205,7 @@ def _make_plan(
     """
     architecture, texts = task.architecture, task.texts
     parameters = sum(p.numel() for p in architecture.model.parameters())
-    objective: WeightObjective = resolve(job.method, "objective")(task, job.config)
+    objective: WeightObjective = import_method(job.method, "objective")(task, job.config)
     trained = sum(p.numel() for p in objective.module.parameters() if p.requires_grad)
     changed = objective.changed()
     check_writable(architecture, changed)

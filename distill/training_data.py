@@ -42,7 +42,7 @@ from spectool.distill.plan import HeadsJob, Setup
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import check_features
 from spectool.errors import TextError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.loading import load_model, load_outside
 from spectool.report import FeaturesFound, Reporter
 
@@ -125,7 +125,7 @@ class DataPreparation:
             if stored is not None:
                 found = FeaturesFound(len(stored[0].samples), str(self.job.store))
                 self.reporter.event(found)
-                kind: type[Heads] = resolve(self.job.method, "drafter").Heads
+                kind: type[Heads] = import_method(self.job.method, "drafter").Heads
                 target = Target(self._load()) if kind.begins_as_layers else self._load_shell()
                 return TrainingData(target, *stored)
         with contextlib.ExitStack() as stack:

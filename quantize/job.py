@@ -14,7 +14,7 @@ from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.tensors import text_fingerprint
 from spectool.errors import UsageError
 from spectool.machine import software
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Compute
 from spectool.options import Config
@@ -66,7 +66,7 @@ class QuantizeJob(JobOptions):
         """The default method with its options; with a budget its first candidate."""
         if self.budget is not None:
             return self.budget.candidates[0]
-        kind: type[Quantizer] = resolve(self.method, "quantizer")
+        kind: type[Quantizer] = import_method(self.method, "quantizer")
         return kind(self.config)
 
     def list_quantizers(self) -> list[Quantizer]:

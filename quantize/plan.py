@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spectool.errors import UnsupportedError, UsageError
-from spectool.methods import names
+from spectool.methods import list_methods
 from spectool.model.architecture import Architecture
 from spectool.model.matrices import Matrix
 from spectool.quantize.base import Quantizer
@@ -219,7 +219,7 @@ def _find_fitted(
     """
     if not isinstance(lm_head, LmHeadQuantizer):
         raise UsageError(
-            f"--lm-head {lm_head.name}: only {', '.join(names('lm_head'))} fits an lm_head",
+            f"--lm-head {lm_head.name}: only {', '.join(list_methods('lm_head'))} fits an lm_head",
             hint=f"--embeddings {lm_head.name} packs it",
         )
     matrix = next((matrix for matrix in outside if matrix.kind == "lm_head"), None)

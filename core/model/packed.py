@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spectool.errors import CheckpointError
 from spectool.kernels.registry import Product
-from spectool.methods import resolve
+from spectool.methods import import_method
 
 # Weights per piece of rows that is unpacked, or summed in double precision, at once.
 PIECE = 1 << 19
@@ -237,7 +237,7 @@ class Packer(Protocol):
 
 def packer_of(entry: Mapping[str, Any]) -> Packer:
     """Create the quantizer of an artifact's entry (`method`, `options`)."""
-    kind: Any = resolve(entry["method"], "quantizer")
+    kind: Any = import_method(entry["method"], "quantizer")
     packer: Packer = kind(kind.Config.from_dict(entry["options"]))
     return packer
 

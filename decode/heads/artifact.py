@@ -135,7 +135,7 @@ def open_heads(
     """
     record = read_record(path)
     check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
-    drafter: Any = methods.resolve(record.method, "drafter")
+    drafter: Any = methods.import_method(record.method, "drafter")
     tensors = read_weights(path, record, check=checksums)
     note = f"{path}: {sums.NONE}"
     if not record.checksums and note not in target.notes:

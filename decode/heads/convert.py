@@ -29,7 +29,7 @@ from spectool.decode.heads.formats.eagle3 import EAGLE3, SPECULATORS
 from spectool.decode.heads.formats.medusa import VLLM_MEDUSA
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.loading import load_outside, load_tokenizer, own_dtype
 
 FORMATS: dict[str, Format] = {
@@ -66,7 +66,7 @@ def export(path: Path, checkpoint: Checkpoint, out: Path, name: str) -> list[str
     tokenizer = load_tokenizer(checkpoint)
     check_fit(path, record, target, tokenizer, allow_other_target=False)
     tensors = read_weights(path, record, check=checkpoint.checksums)
-    drafter: Any = resolve(record.method, "drafter")
+    drafter: Any = import_method(record.method, "drafter")
     heads: Heads = drafter.Heads(
         drafter.Heads.Config.from_dict(record.options), target.model, tensors.get("token_map")
     )

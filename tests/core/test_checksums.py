@@ -23,12 +23,12 @@ from spectool.checkpoint.checksums import Checking, Checksums, Guard
 from spectool.checkpoint.headers import PACKED_INDEX, read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.architecture import Architecture
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize
 
-JOB = QuantizeJob(method="rtn", config=resolve("rtn", "quantizer").Config(bits=4))
+JOB = QuantizeJob(method="rtn", config=import_method("rtn", "quantizer").Config(bits=4))
 SHARDS = [f"packed-0000{index}-of-00003.safetensors" for index in range(3)]
 
 
