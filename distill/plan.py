@@ -25,7 +25,7 @@ from spectool.errors import UnsupportedError, UsageError
 from spectool.machine import available_memory, software
 from spectool.methods import import_method
 from spectool.model.architecture import build_meta, find_blocks, read_config
-from spectool.model.loading import own_dtype
+from spectool.model.loading import checkpoint_dtype
 from spectool.options import Config
 from spectool.training import OPTIMIZERS, check_optimizer
 
@@ -150,7 +150,7 @@ def make_plan(
         _check_disk(disk_bytes, path)
     return HeadsPlan(
         parameters=parameters,
-        file_bytes=parameters * own_dtype(setup.checkpoint.layout).itemsize,
+        file_bytes=parameters * checkpoint_dtype(setup.checkpoint.layout).itemsize,
         memory_bytes=memory_bytes,
         disk_bytes=disk_bytes,
         samples=len(train),

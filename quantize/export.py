@@ -28,7 +28,7 @@ from spectool.errors import UnsupportedError, UsageError
 from spectool.files import json_bytes
 from spectool.kernels.pack import pack_bits
 from spectool.model.architecture import Architecture
-from spectool.model.loading import own_dtype
+from spectool.model.loading import checkpoint_dtype
 from spectool.model.matrices import Matrix
 from spectool.model.packed import build_packed, field_specs, packer_of
 
@@ -181,7 +181,7 @@ def _convert_dense(
     architecture: Architecture,
 ) -> dict[str, Tensor]:
     """Dequantize matrices, with the names and shapes of the architecture."""
-    dtype = own_dtype(checkpoint.layout)
+    dtype = checkpoint_dtype(checkpoint.layout)
     weights: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name in packed:

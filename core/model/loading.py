@@ -131,7 +131,7 @@ def load_outside(
     return model
 
 
-def stated_dtype(layout: Layout) -> torch.dtype | None:
+def config_dtype(layout: Layout) -> torch.dtype | None:
     """Return the dtype that a checkpoint's configuration states; None without one.
 
     Raises:
@@ -141,16 +141,16 @@ def stated_dtype(layout: Layout) -> torch.dtype | None:
     return configured(layout.config, layout.path) or configured(text_config, layout.path)
 
 
-def own_dtype(layout: Layout) -> torch.dtype:
+def checkpoint_dtype(layout: Layout) -> torch.dtype:
     """Return the dtype that a checkpoint states, else float32."""
-    return stated_dtype(layout) or torch.float32
+    return config_dtype(layout) or torch.float32
 
 
 def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
     """Return the dtype that commands run in: the checkpoint's, or float32 on a CPU slow in it."""
     # A CPU without instructions for bfloat16 emulates it, and float16 is slow on all CPUs; float32
     # represents the values of both exactly.
-    stated = own_dtype(layout)
+    stated = checkpoint_dtype(layout)
     slow = stated == torch.float16 or (stated == torch.bfloat16 and not cpu.has_bfloat16())
     return torch.float32 if device.type == "cpu" and slow else stated
 
