@@ -43,7 +43,7 @@ from spectool.distill.processes import Processes
 from spectool.distill.teacher import check_features
 from spectool.errors import TextError
 from spectool.methods import import_method
-from spectool.model.loading import load_model, load_outside
+from spectool.model.loading import load_model, load_without_blocks
 from spectool.report import FeaturesFound, Reporter
 
 # Number of texts that the target generates together.
@@ -260,4 +260,4 @@ class DataPreparation:
     def _load_shell(self) -> Target:
         """Load the target without its layers."""
         setup = self.setup
-        return Target(load_outside(setup.checkpoint, dtype=setup.dtype, device=setup.device))
+        return Target(load_without_blocks(setup.checkpoint, dtype=setup.dtype, device=setup.device))

@@ -120,7 +120,7 @@ def load_model(
     return model
 
 
-def load_outside(
+def load_without_blocks(
     checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """Load the model's embeddings, lm_head and norms only; its blocks stay on the meta device."""

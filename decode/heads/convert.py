@@ -30,7 +30,7 @@ from spectool.decode.heads.formats.medusa import VLLM_MEDUSA
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
 from spectool.methods import import_method
-from spectool.model.loading import load_outside, load_tokenizer, checkpoint_dtype
+from spectool.model.loading import load_without_blocks, load_tokenizer, checkpoint_dtype
 
 FORMATS: dict[str, Format] = {
     "vllm-medusa": VLLM_MEDUSA,
@@ -62,7 +62,7 @@ def export(path: Path, checkpoint: Checkpoint, out: Path, name: str) -> list[str
         raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
     check_target(out, overwrite=False)
     dtype = checkpoint_dtype(checkpoint.layout)
-    target = Target(load_outside(checkpoint, dtype=dtype, device=torch.device("cpu")))
+    target = Target(load_without_blocks(checkpoint, dtype=dtype, device=torch.device("cpu")))
     tokenizer = load_tokenizer(checkpoint)
     check_fit(path, record, target, tokenizer, allow_other_target=False)
     tensors = read_weights(path, record, check=checkpoint.checksums)
