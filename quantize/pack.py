@@ -375,7 +375,7 @@ class Packing:
 
     def _reload(self, index: int, block: Block) -> nn.Module:
         """Create the packed block as read back from its shard."""
-        return self.architecture.materialise(
+        return self.architecture.build_module(
             block.name,
             read_tensors(self.writer.path(self._shard(index))),
             dtype=self.stream.compute.dtype,

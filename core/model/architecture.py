@@ -182,7 +182,7 @@ class Architecture:
             for name, tensor in tensors.items()
         }
 
-    def materialise(
+    def build_module(
         self,
         name: str,
         tensors: dict[str, Tensor],

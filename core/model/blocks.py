@@ -100,7 +100,7 @@ class BlockStream:
 
     def build(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
         """Build a block of its tensors."""
-        return self.architecture.materialise(
+        return self.architecture.build_module(
             self.architecture.blocks[index],
             tensors,
             dtype=self.compute.dtype,

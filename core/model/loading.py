@@ -126,7 +126,7 @@ def load_without_blocks(
     """Load the model's embeddings, lm_head and norms only; its blocks stay on the meta device."""
     architecture = Architecture(checkpoint)
     tensors = architecture.read(architecture.tensors_outside())
-    module: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
+    module: Any = architecture.build_module("", tensors, dtype=dtype, device=device)
     model: PreTrainedModel = module
     return model
 

@@ -156,7 +156,7 @@ class ModelShell:
         for name in names:
             # Cast one by one: only one tensor at a time is in memory in both dtypes.
             tensors |= architecture.cast(architecture.read([name]), dtype)
-        model: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
+        model: Any = architecture.build_module("", tensors, dtype=dtype, device=device)
         if table is not None:
             packed = PackedEmbedding(model.get_input_embeddings(), table.to(device), dtype)
             model.set_input_embeddings(packed)

@@ -63,7 +63,7 @@ def block_wise(path: Path) -> torch.Tensor:
     calls = shell.calls(*IDS_BL.shape)
     for name, call in zip(architecture.blocks, calls, strict=True):
         tensors = architecture.read(architecture.tensors_of(name))
-        block = architecture.materialise(name, tensors, **where)
+        block = architecture.build_module(name, tensors, **where)
         hidden_BLD = run_block(block, call, hidden_BLD)
     return shell.logits(IDS_BL, hidden_BLD)
 
