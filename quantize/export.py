@@ -137,8 +137,8 @@ def _find_matrices(architecture: Architecture) -> dict[str, Matrix]:
     """Find all packable matrices by name; a packed lm_head counts as untied."""
     own_lm_head = any(entry.get("outside") == "lm_head" for entry in architecture.modules.values())
     parts = (
-        architecture.outside(own_lm_head=own_lm_head),
-        *map(architecture.matrices, architecture.blocks),
+        architecture.outer_matrices(own_lm_head=own_lm_head),
+        *map(architecture.block_matrices, architecture.blocks),
     )
     matrices = {matrix.name: matrix for part in parts for matrix in part}
     for name, matrix in matrices.items():

@@ -63,7 +63,7 @@ class Assigned:
 
     def stored_bytes(self, matrices: Iterable[Matrix]) -> int:
         """Return the bytes of matrices as the checkpoint stores them."""
-        names = {name for matrix in matrices for name in self.architecture.holding(matrix)}
+        names = {name for matrix in matrices for name in self.architecture.replaced_tensors(matrix)}
         stored = {key for name in names for key, _ in self.architecture.origins[name].stored}
         return sum(self.architecture.layout.tensors[key].num_bytes for key in stored)
 
@@ -106,7 +106,7 @@ def measure_file(assigned: Assigned) -> FileSize:
         if f"{fitted.name}.bias" not in architecture.origins:
             outside += assigned.element_bytes * fitted.shape[0]
             new_parameters += fitted.shape[0]
-        new_parameters += 0 if architecture.holding(fitted) else fitted.num_weights
+        new_parameters += 0 if architecture.replaced_tensors(fitted) else fitted.num_weights
     replaced = assigned.stored_bytes(assigned.inside) + assigned.stored_bytes(assigned.outside)
     return FileSize(
         packed=packed,

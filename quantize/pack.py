@@ -139,7 +139,9 @@ class Packing:
         contents: dict[str, Content] = {}
         matrices, fitted = dict(self.plan.outside), self.plan.lm_head
         replaced = {
-            name for matrix in matrices.values() for name in self.architecture.holding(matrix)
+            name
+            for matrix in matrices.values()
+            for name in self.architecture.replaced_tensors(matrix)
         }
         layers = []
         if fitted is not None:
@@ -162,7 +164,7 @@ class Packing:
             fields = self.plan.quantizers[key].pack_each(block, {}, generator)[key]
             contents.update(_named(key, fields))
             layers.append(self._report_layer(matrix, weight_nm, fields))
-        for name in self.architecture.tensors_outside():
+        for name in self.architecture.outer_tensors():
             if name in replaced:
                 continue
             origin = self.architecture.origins[name]

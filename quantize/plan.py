@@ -83,8 +83,8 @@ def make_plan(
             a method cannot pack the matrix it is chosen for.
         UnsupportedError: nothing to pack, or more than a tenth of the blocks' weights stay dense.
     """
-    outside = architecture.outside(own_lm_head=lm_head is not None)
-    found = {block: architecture.matrices(block) for block in architecture.blocks}
+    outside = architecture.outer_matrices(own_lm_head=lm_head is not None)
+    found = {block: architecture.block_matrices(block) for block in architecture.blocks}
     _check_rules(architecture, rules, [m for each in found.values() for m in each], outside)
     matrices: dict[str, dict[str, Matrix]] = {}
     quantizers: dict[str, Quantizer] = {}
@@ -149,7 +149,7 @@ def _find_skipped(
         if (rule := _deciding_rule(matrix, rules)) and not rule.quantizer
     }
     skipped = {m.name: dense[m.parameter] for m in matrices if m.parameter in dense}
-    reasons = architecture.dense(block)
+    reasons = architecture.explain_dense(block)
     taken = {matrix.parameter for matrix in matrices} | {f"{name}.weight" for name in reasons}
     parameters = architecture.model.get_submodule(block).named_parameters(prefix=block)
     others = (name for name, each in parameters if each.ndim >= 2 and name not in taken)
@@ -169,7 +169,7 @@ def _check_rules(
     """
     kept_dense: dict[str, str] = {}
     for block in architecture.blocks:
-        kept_dense |= architecture.dense(block)
+        kept_dense |= architecture.explain_dense(block)
     for rule in rules:
         if any(rule.matches(matrix.name) for matrix in (*inside, *outside)):
             continue

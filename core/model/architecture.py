@@ -77,7 +77,7 @@ class Architecture:
                         rows[f"{name}.weight"] = module.padding_idx
         return rows
 
-    def built_in(self, dtype: torch.dtype) -> PreTrainedModel:
+    def meta_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """Return the meta model built to run in `dtype`; some tensors keep another dtype."""
         if dtype not in self._built:
             trusted = self.checkpoint.trust_remote_code
@@ -86,12 +86,12 @@ class Architecture:
             self._built[dtype] = model
         return self._built[dtype]
 
-    def matrices(self, block: str) -> list[Matrix]:
+    def block_matrices(self, block: str) -> list[Matrix]:
         """List the packable matrices of a block, in the order of its modules."""
         matrices = find_matrices(self.model.get_submodule(block), block, self._parents(block))
         return [matrix for matrix in matrices if matrix.parameter not in self._shared]
 
-    def dense(self, block: str) -> dict[str, str]:
+    def explain_dense(self, block: str) -> dict[str, str]:
         """Return the block's linear layers and routers that are never packed, with the reason."""
         module = self.model.get_submodule(block)
         shared = (name for name in self._shared if name.startswith(f"{block}."))
@@ -113,7 +113,7 @@ class Architecture:
         paths = {block[:end] for end in _ends(block)} - {block}
         return tuple(self.model.get_submodule(path) for path in sorted(paths))
 
-    def outside(self, *, own_lm_head: bool = False) -> list[Matrix]:
+    def outer_matrices(self, *, own_lm_head: bool = False) -> list[Matrix]:
         """List the matrices outside the blocks: the embedding and the lm_head.
 
         Tied ones are one matrix, unless `own_lm_head`: then the lm_head is a matrix of its own.
@@ -133,7 +133,7 @@ class Architecture:
             )
         return matrices
 
-    def holding(self, matrix: Matrix) -> set[str]:
+    def replaced_tensors(self, matrix: Matrix) -> set[str]:
         """Return the names of the stored tensors that a matrix's codes replace."""
         if matrix.kind == "lm_head":
             # A tied tensor is kept: the embedding still uses it.
@@ -143,11 +143,11 @@ class Architecture:
             names.add(f"{matrix.tied}.weight")
         return names & self.origins.keys()
 
-    def tensors_of(self, block: str) -> list[str]:
+    def block_tensors(self, block: str) -> list[str]:
         """List the names of the block's tensors that are stored."""
         return [name for name in self.origins if name.startswith(block + ".")]
 
-    def tensors_outside(self) -> list[str]:
+    def outer_tensors(self) -> list[str]:
         """List the stored tensors of no block: embeddings, norms, lm_head, vision towers."""
         prefixes = tuple(block + "." for block in self.blocks)
         return [name for name in self.origins if not name.startswith(prefixes)]
@@ -175,7 +175,7 @@ class Architecture:
 
     def cast(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Cast tensors to the dtypes that they have in a model that runs in `dtype`."""
-        model = self.built_in(dtype)
+        model = self.meta_model(dtype)
         like = model.state_dict()
         return {
             name: _cast(name, tensor, like.get(name, tensor), model, dtype)
@@ -195,7 +195,7 @@ class Architecture:
 
         `modules`: entries of the matrices that are packed in `tensors`; None: the checkpoint's.
         """
-        model = self.built_in(dtype)
+        model = self.meta_model(dtype)
         module = self._copied(model, name)
         prefix = f"{name}." if name else ""
         packed = self.modules if modules is None else modules

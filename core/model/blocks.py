@@ -96,7 +96,9 @@ class BlockStream:
 
     def read(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a block."""
-        return self.architecture.read(self.architecture.tensors_of(self.architecture.blocks[index]))
+        return self.architecture.read(
+            self.architecture.block_tensors(self.architecture.blocks[index])
+        )
 
     def build(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
         """Build a block of its tensors."""

@@ -125,7 +125,7 @@ def load_without_blocks(
 ) -> PreTrainedModel:
     """Load the model's embeddings, lm_head and norms only; its blocks stay on the meta device."""
     architecture = Architecture(checkpoint)
-    tensors = architecture.read(architecture.tensors_outside())
+    tensors = architecture.read(architecture.outer_tensors())
     module: Any = architecture.build_module("", tensors, dtype=dtype, device=device)
     model: PreTrainedModel = module
     return model

@@ -147,7 +147,7 @@ class ModelShell:
         )
         needed = [
             name
-            for name in architecture.tensors_outside()
+            for name in architecture.outer_tensors()
             if _is_inside(name, architecture.decoder_name)
             or (with_lm_head and _is_of_lm_head(name, lm_head, architecture.decoder_name))
         ]

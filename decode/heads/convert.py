@@ -30,7 +30,7 @@ from spectool.decode.heads.formats.medusa import VLLM_MEDUSA
 from spectool.decode.target import Target
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
 from spectool.methods import import_method
-from spectool.model.loading import load_without_blocks, load_tokenizer, checkpoint_dtype
+from spectool.model.loading import checkpoint_dtype, load_tokenizer, load_without_blocks
 
 FORMATS: dict[str, Format] = {
     "vllm-medusa": VLLM_MEDUSA,

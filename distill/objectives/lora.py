@@ -46,7 +46,7 @@ class LoRA(WeightObjective):
             # peft imports it, and it complains of a missing package.
             peft = require("peft", extra="lora", reason="training low-rank updates")
         architecture = task.architecture
-        blocks = (architecture.matrices(block) for block in architecture.blocks)
+        blocks = (architecture.block_matrices(block) for block in architecture.blocks)
         self._matrices = [
             matrix
             for block in blocks

@@ -105,14 +105,14 @@ def test_a_shard_is_compared_when_it_is_first_read_from(copied: Path) -> None:
     checkpoint = open_checkpoint(copied)
     architecture = Architecture(checkpoint)
     first, second = architecture.blocks
-    assert architecture.read(architecture.tensors_of(first))
+    assert architecture.read(architecture.block_tensors(first))
     for _ in range(2):
         with pytest.raises(CheckpointError, match=SHARDS[2]):
-            architecture.read(architecture.tensors_of(second))
+            architecture.read(architecture.block_tensors(second))
     with pytest.raises(CheckpointError, match=SHARDS[2]):
         checkpoint.fingerprint()
     unchecked = Architecture(open_checkpoint(copied, checksums=False))
-    assert unchecked.read(unchecked.tensors_of(second))
+    assert unchecked.read(unchecked.block_tensors(second))
 
 
 def test_a_shard_is_compared_once(artifacts: tuple[Path, Path], monkeypatch: Any) -> None:

@@ -65,7 +65,7 @@ def test_the_linears_of_the_blocks_change_and_nothing_else(
     trained = {
         architecture.origins[matrix.parameter].stored[0][0]
         for block in architecture.blocks
-        for matrix in architecture.matrices(block)
+        for matrix in architecture.block_matrices(block)
         if matrix.expert is None
     }
     changed = set()

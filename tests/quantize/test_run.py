@@ -62,7 +62,7 @@ def block_wise(path: Path) -> torch.Tensor:
     hidden_BLD = shell.embed(IDS_BL)
     calls = shell.calls(*IDS_BL.shape)
     for name, call in zip(architecture.blocks, calls, strict=True):
-        tensors = architecture.read(architecture.tensors_of(name))
+        tensors = architecture.read(architecture.block_tensors(name))
         block = architecture.build_module(name, tensors, **where)
         hidden_BLD = run_block(block, call, hidden_BLD)
     return shell.logits(IDS_BL, hidden_BLD)
