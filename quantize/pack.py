@@ -221,7 +221,7 @@ class Packing:
         states_SLD = torch.empty(num, length - first, matrix.shape[1])
         for batch in streams.packed.batches(self.stream.compute.batch_size):
             hidden_BLD = streams.packed.hidden_SLD[batch].to(self.stream.compute.device)
-            states_BLD = shell.head_inputs(calibration.ids_SL[batch], hidden_BLD)
+            states_BLD = shell.lm_head_inputs(calibration.ids_SL[batch], hidden_BLD)
             states_SLD[batch] = states_BLD[:, first:]
         return states_SLD.flatten(0, 1)
 

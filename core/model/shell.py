@@ -286,7 +286,7 @@ class ModelShell:
         finally:
             self.probes[-1].override = None
 
-    def head_inputs(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+    def lm_head_inputs(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
         """Compute the lm_head's input [B, L, D] of the last block's output."""
         output: nn.Module = self.model.get_output_embeddings()
         handle = output.register_forward_pre_hook(_stop)
