@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spectool.checkpoint.tensors import Checkpoint, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, hash_json
 from spectool.data.text import check_ids
 from spectool.decode.heads.artifact import check_weights
 from spectool.decode.heads.base import Heads
@@ -233,7 +233,7 @@ def make_identity(
         "features": job.features.partition(":")[0],
         "options": job.config.as_dict(),
         "init_from": None if init_from is None else init_from.digest,
-        "data": text_fingerprint([[sample.tokens, sample.loss_mask] for sample in samples]),
+        "data": hash_json([[sample.tokens, sample.loss_mask] for sample in samples]),
         "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
         "dtype": str(setup.dtype).removeprefix("torch."),
         "device": setup.device.type,

@@ -17,7 +17,7 @@ import torch
 
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.hub import fetch, is_local
-from spectool.checkpoint.tensors import Checkpoint, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, hash_json
 from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import HeadsRecord
 from spectool.decode.heads.formats.base import PretrainedHeads
@@ -84,7 +84,7 @@ def train_heads(
         setup = _setup(checkpoint, job, dtype, where, runtime)
         preparation = _prepare(setup, job, out, overwrite, processes, reporter)
         if metrics is not None and processes.first:
-            run = {"method": job.method, "run": text_fingerprint(preparation.identity)}
+            run = {"method": job.method, "run": hash_json(preparation.identity)}
             reporter = Several(MetricsFile(metrics, run), reporter)
     job = preparation.job
     with contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ from torch import nn
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target
 from spectool.checkpoint.dense import check_dense
-from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint
 from spectool.data.text import check_ids
 from spectool.distill.data.samples import Sample, batches, by_length, read_corpus, split
 from spectool.distill.metrics import MetricsFile
@@ -125,7 +125,7 @@ def train_weights(
         return None
     identity = _make_identity(checkpoint, job, texts, teacher, where)
     if metrics is not None:
-        lines = MetricsFile(metrics, {"method": job.method, "run": text_fingerprint(identity)})
+        lines = MetricsFile(metrics, {"method": job.method, "run": hash_json(identity)})
         reporter = Several(lines, reporter)
     with reproducible(where), ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
         task = replace(
@@ -255,7 +255,7 @@ def _make_identity(
         "options": job.config.as_dict(),
         **{key: value for key, value in job.as_dict().items() if key not in left_out},
         "teacher": None if teacher is None else teacher.fingerprint(),
-        "data": text_fingerprint([[sample.tokens, sample.loss_mask] for sample in everything]),
+        "data": hash_json([[sample.tokens, sample.loss_mask] for sample in everything]),
         "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
         "device": device.type,
         # The number of threads changes the last bits of sums, and training amplifies them.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectool.checkpoint.formats import FORMAT_VERSION
-from spectool.checkpoint.tensors import text_fingerprint
+from spectool.checkpoint.tensors import hash_json
 from spectool.errors import UsageError
 from spectool.machine import software
 from spectool.methods import import_method
@@ -111,7 +111,7 @@ class QuantizeJob(JobOptions):
         text = None
         if ids_SL is not None:
             text = {
-                "fingerprint": text_fingerprint(ids_SL.tolist()),
+                "fingerprint": hash_json(ids_SL.tolist()),
                 "builtin": not self.calibration,
                 "samples": len(ids_SL),
                 "seq_len": ids_SL.shape[1],

@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool import machine
 from spectool.checkpoint.dtypes import configured, parse_dtype
 from spectool.checkpoint.headers import Layout, read_json
-from spectool.checkpoint.tensors import Checkpoint, check_finite, open_checkpoint, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, check_finite, hash_json, open_checkpoint
 from spectool.errors import CheckpointError, UsageError, opening, require
 from spectool.kernels import cpu
 from spectool.model import registration
@@ -231,7 +231,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return `sha256:...` of the vocabulary, equal for tokenizers with the same ids."""
-    return text_fingerprint(tokenizer.get_vocab())
+    return hash_json(tokenizer.get_vocab())
 
 
 def describe_runtime(model: PreTrainedModel) -> str:
