@@ -35,8 +35,8 @@ from spectool.model.architecture import read_config
 from spectool.model.loading import (
     check_device,
     default_dtype,
+    hash_vocabulary,
     load_tokenizer,
-    tokenizer_digest,
 )
 from spectool.report import SILENT, Reporter, Several, TrainingStarts
 from spectool.training import Metrics, OptimizerDefaults
@@ -221,7 +221,7 @@ def _setup(
     return Setup(
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        tokenizer_digest=tokenizer_digest(tokenizer),
+        tokenizer_digest=hash_vocabulary(tokenizer),
         dtype=dtype or default_dtype(checkpoint.layout, device),
         device=device,
         runtime=runtime,

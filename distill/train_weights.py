@@ -31,7 +31,7 @@ from spectool.errors import CheckpointError, UnsupportedError
 from spectool.machine import available_memory, reproducible, software
 from spectool.methods import import_method
 from spectool.model.architecture import Architecture, build_meta, read_config
-from spectool.model.loading import check_device, load_model, load_tokenizer, tokenizer_digest
+from spectool.model.loading import check_device, hash_vocabulary, load_model, load_tokenizer
 from spectool.options import Config
 from spectool.report import SILENT, Reporter, Several
 from spectool.training import Metrics
@@ -160,7 +160,7 @@ def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:
         CheckpointError: it has another tokenizer than the checkpoint.
     """
     teacher = open_checkpoint(name, trust_remote_code=checkpoint.trust_remote_code)
-    digests = {tokenizer_digest(load_tokenizer(each)) for each in (teacher, checkpoint)}
+    digests = {hash_vocabulary(load_tokenizer(each)) for each in (teacher, checkpoint)}
     if len(digests) > 1:
         raise CheckpointError(
             f"--teacher {name}: its tokenizer is not that of {checkpoint.name}, so their "

@@ -229,7 +229,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return `sha256:...` of the vocabulary, equal for tokenizers with the same ids."""
     return hash_json(tokenizer.get_vocab())
 

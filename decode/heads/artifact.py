@@ -251,7 +251,7 @@ def check_fit(
                 f"{path}: its heads are for a target with {key} {recorded.get(key)}, this one has "
                 f"{actual}"
             )
-    if tokenizer is not None and recorded.get("tokenizer") != loading.tokenizer_digest(tokenizer):
+    if tokenizer is not None and recorded.get("tokenizer") != loading.hash_vocabulary(tokenizer):
         raise CheckpointError(f"{path}: its heads were trained with another tokenizer")
     if allow_other_target:
         return
