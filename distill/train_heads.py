@@ -100,7 +100,7 @@ def train_heads(
         del training_data
         if not len(objective.ranks()):
             if writer is not None:
-                writer.abandon()
+                writer.delete()
             raise TextError(
                 f"{', '.join(job.data)}: the target generated too little text to evaluate on",
                 hint="give more data, or a larger --held-out",

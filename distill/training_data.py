@@ -201,7 +201,7 @@ class DataPreparation:
         if not (train and held_out):
             for each in {store_writer, out_writer}:
                 if each is not None:
-                    each.abandon()
+                    each.delete()
             raise TextError(
                 f"{', '.join(job.data)}: the target generated too little text to "
                 f"{'train' if held_out else 'evaluate'} on: each of its texts ends"

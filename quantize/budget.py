@@ -127,7 +127,7 @@ def _shard(index: int) -> str:
 def discard_survey(plan: QuantizePlan, writer: ArtifactWriter) -> None:
     """Remove the recorded errors of a survey."""
     for index in range(len(plan.matrices)):
-        writer.discard(_shard(index))
+        writer.remove_shard(_shard(index))
 
 
 def _measure_block(

@@ -267,7 +267,7 @@ class Packing:
         if streams is not None:
             report = BlockReport.from_json(self.writer.report(self._shard(index)))
             report = replace(report, output_error=self._advance(index, block, streams))
-            self.writer.record(self._shard(index), report.as_json())
+            self.writer.set_report(self._shard(index), report.as_json())
 
     def _pack(
         self,

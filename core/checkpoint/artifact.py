@@ -164,9 +164,9 @@ class ArtifactWriter:
             CheckpointError: a copied tensor holds NaN or infinite values.
             SpectoolError: the disk is full.
         """
-        self.adopt(shard, write_whole(self.partial / shard, tensors, metadata), report)
+        self.add_shard(shard, write_whole(self.partial / shard, tensors, metadata), report)
 
-    def adopt(self, shard: str, sums: Checksums, report: Any) -> None:
+    def add_shard(self, shard: str, sums: Checksums, report: Any) -> None:
         """Record as finished a shard that `write_whole` wrote into `partial`, in any process."""
         with disk_errors(self.partial):
             self.manifest["shards"][shard] = {**sums.as_dict(), "report": report}
@@ -179,13 +179,13 @@ class ArtifactWriter:
             for shard, record in self.manifest["shards"].items()
         }
 
-    def record(self, shard: str, report: Any) -> None:
+    def set_report(self, shard: str, report: Any) -> None:
         """Replace the report recorded with a finished shard."""
         with disk_errors(self.partial):
             self.manifest["shards"][shard]["report"] = report
             self._save_manifest()
 
-    def discard(self, shard: str) -> None:
+    def remove_shard(self, shard: str) -> None:
         """Remove a shard that only the run itself needed."""
         with disk_errors(self.partial):
             if self.manifest["shards"].pop(shard, None) is not None:
@@ -195,9 +195,9 @@ class ArtifactWriter:
     def keep_only(self, shards: Iterable[str]) -> None:
         """Remove all shards but these."""
         for shard in sorted(self.manifest["shards"].keys() - set(shards)):
-            self.discard(shard)
+            self.remove_shard(shard)
 
-    def abandon(self) -> None:
+    def delete(self) -> None:
         """Remove the partial directory and the manifest."""
         with disk_errors(self.partial):
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -238,7 +238,7 @@ class ArtifactWriter:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, InputError) and not self.manifest["shards"]:
             # No shard that a rerun could continue after.
-            self.abandon()
+            self.delete()
         self.close()
 
     def _save_manifest(self) -> None:

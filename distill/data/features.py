@@ -152,7 +152,7 @@ def store(
         with processes.together():
             for number, sums in zip(numbers, written, strict=False):
                 if writer is not None and sums is not None:
-                    writer.adopt(shards[number], sums, {})
+                    writer.add_shard(shards[number], sums, {})
         done = len(groups) - len(missing) + min(len(missing), count * processes.size)
         reporter.progress(done, len(groups), f"shards of {name} features stored")
     return StoredTexts([directory / shard for shard in shards], needs, target.device)
@@ -165,7 +165,7 @@ def finish_store(writer: ArtifactWriter, key: dict[str, Any], needs: Needs) -> N
         if shard.startswith("features-"):
             shards[shard] = entry["sha256"]
         else:
-            writer.discard(shard)
+            writer.remove_shard(shard)
     record = {
         "format_version": FORMAT_VERSION,
         "made_for": key,
