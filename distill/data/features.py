@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spectool.checkpoint.artifact import ArtifactWriter, write_whole
+from spectool.checkpoint.artifact import ArtifactWriter, write_atomically
 from spectool.checkpoint.checksums import Checksums
 from spectool.checkpoint.headers import TensorEntry, read_header, read_json
 from spectool.checkpoint.tensors import read_tensor
@@ -147,7 +147,7 @@ def store(
             for number in processes.part(numbers):
                 group = groups[number]
                 tensors = as_tensors(group) | _compute_features(target, needs, group, pass_tokens)
-                sums = write_whole(directory / shards[number], tensors, {})
+                sums = write_atomically(directory / shards[number], tensors, {})
         written = processes.gather(sums)
         with processes.together():
             for number, sums in zip(numbers, written, strict=False):
