@@ -30,7 +30,7 @@ from spectool.kernels.pack import pack_bits
 from spectool.model.architecture import Architecture
 from spectool.model.loading import checkpoint_dtype
 from spectool.model.matrices import Matrix
-from spectool.model.packed import build_packed, field_specs, packer_of
+from spectool.model.packed import build_packed, field_specs, make_packer
 
 Fields = dict[str, Tensor]
 
@@ -74,9 +74,9 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
     architecture = Architecture(checkpoint)
     left_out: set[str] = set()
     for key, entry in architecture.modules.items():
-        if not packer_of(entry).build(entry["shape"]).is_matrix:
+        if not make_packer(entry).build(entry["shape"]).is_matrix:
             raise UnsupportedError(
-                f"{key}: {packer_of(entry)} computes more than a product with one matrix, which no "
+                f"{key}: {make_packer(entry)} computes more than a product with one matrix, which no "
                 "other tool would do",
                 hint="pack with a method that does not, as olive for olive-activations, or without "
                 "shortlist",
@@ -171,7 +171,7 @@ def _read_fields(checkpoint: Checkpoint, name: str) -> Fields:
     """Read the fields of one packed matrix."""
     entry = checkpoint.layout.modules[name]
     n, m = entry["shape"]
-    return {key: checkpoint.read(f"{name}.q.{key}") for key in packer_of(entry).layout((n, m))}
+    return {key: checkpoint.read(f"{name}.q.{key}") for key in make_packer(entry).layout((n, m))}
 
 
 def _convert_dense(

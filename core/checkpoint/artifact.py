@@ -167,7 +167,7 @@ class ArtifactWriter:
         self.add_shard(shard, write_atomically(self.partial / shard, tensors, metadata), report)
 
     def add_shard(self, shard: str, sums: Checksums, report: Any) -> None:
-        """Record as finished a shard that `write_atomically` wrote into `partial`, in any process."""
+        """Record as finished a shard that `write_atomically` wrote into `partial`."""
         with disk_errors(self.partial):
             self.manifest["shards"][shard] = {**sums.as_dict(), "report": report}
             self._save_manifest()

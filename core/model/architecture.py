@@ -38,7 +38,7 @@ from spectool.model.causal import why_not_causal
 from spectool.model.decoder import decoder_of
 from spectool.model.matrices import Matrix, explain_dense, find_matrices
 from spectool.model.origins import Origin, find_origins, read_origin, resolve_ties
-from spectool.model.packed import PackedExperts, field_specs, swap_in
+from spectool.model.packed import PackedExperts, field_specs, replace_with_packed
 
 
 class Architecture:
@@ -201,7 +201,7 @@ class Architecture:
         packed = self.modules if modules is None else modules
         specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
         with torch.device("meta"):
-            swap_in(
+            replace_with_packed(
                 module,
                 {key: entry for key, entry in packed.items() if key in specs},
                 specs,
