@@ -25,7 +25,7 @@ from spectool.model.architecture import (
     resolve,
     unused_tensors,
 )
-from spectool.model.kernels import give_kernels
+from spectool.model.kernels import attach_kernels
 from spectool.model.packed import packed_modules, unpack_in_place
 from spectool.report import SILENT, Loaded, Reporter
 
@@ -104,7 +104,7 @@ def load_model(
     moved: nn.Module = model
     moved.to(target).eval()
     if runtime == "auto" and for_decoding:
-        give_kernels(model, model.dtype)
+        attach_kernels(model, model.dtype)
     if runtime == "dense" or (runtime == "auto" and _is_better_dense(model)):
         unpack_in_place(model, dtype=model.dtype)
     reporter.event(

@@ -105,7 +105,7 @@ class PackedLinear(nn.Module):
         return False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.product is not None and self.product.takes(x):
+        if self.product is not None and self.product.supports(x):
             return self.product(x, self.bias)
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
