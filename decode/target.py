@@ -30,7 +30,7 @@ from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels.registry import use_kernels
-from spectool.model.decoder import decoder_of
+from spectool.model.decoder import find_decoder
 from spectool.model.kernels import attach_kernels
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
@@ -88,7 +88,7 @@ class Target:
         accepted = inspect.signature(model.forward).parameters
         self._check_fit(model, config, accepted)
         self.model: Any = model
-        self.decoder: Any = decoder_of(model)
+        self.decoder: Any = find_decoder(model)
         self.name = config.model_type
         self.notes: list[str] = []
         self.num_layers: int = config.num_hidden_layers

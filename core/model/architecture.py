@@ -35,7 +35,7 @@ from spectool.checkpoint.headers import Layout
 from spectool.checkpoint.tensors import Checkpoint, check_finite, same_values
 from spectool.errors import UnsupportedError, opening
 from spectool.model.causal import why_not_causal
-from spectool.model.decoder import decoder_of
+from spectool.model.decoder import find_decoder
 from spectool.model.matrices import Matrix, explain_dense, find_matrices
 from spectool.model.origins import Origin, find_origins, read_origin, resolve_ties
 from spectool.model.packed import PackedExperts, field_specs, replace_with_packed
@@ -434,7 +434,7 @@ def check_causal(model: PreTrainedModel, path: Path) -> None:
     Raises:
         UnsupportedError: they do.
     """
-    decoder: nn.Module = decoder_of(model) or model
+    decoder: nn.Module = find_decoder(model) or model
     reason = why_not_causal(model.config.get_text_config(), decoder.modules())
     if reason is not None:
         raise UnsupportedError(f"{path}: is no causal model: {reason}")
@@ -486,7 +486,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
         UnsupportedError: the decoder has no list of blocks.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    decoder = decoder_of(model)
+    decoder = find_decoder(model)
     if decoder is None or id(decoder) not in names:
         raise UnsupportedError(f"{type(model).__name__} has no decoder that spectool can find")
     lists = _block_lists(decoder, names)
