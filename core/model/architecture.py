@@ -33,7 +33,7 @@ from spectool.checkpoint import contents, foreign
 from spectool.checkpoint.dtypes import with_plain_dtypes
 from spectool.checkpoint.headers import Layout
 from spectool.checkpoint.tensors import Checkpoint, check_finite, same_values
-from spectool.errors import UnsupportedError, opening
+from spectool.errors import UnsupportedError, wrap_errors
 from spectool.model.causal import why_not_causal
 from spectool.model.decoder import find_decoder
 from spectool.model.matrices import Matrix, explain_dense, find_matrices
@@ -72,7 +72,7 @@ class Architecture:
         rows = {}
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                with opening(self.layout.path, "its padding token does not fit its embedding"):
+                with wrap_errors(self.layout.path, "its padding token does not fit its embedding"):
                     if _zeroes_padding(_owner(self.model, name), module):
                         rows[f"{name}.weight"] = module.padding_idx
         return rows
@@ -311,7 +311,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         CheckpointError: the configuration contradicts itself.
     """
     path, raw, trusted = checkpoint.path, checkpoint.layout.config, checkpoint.trust_remote_code
-    with opening(path, "its config.json is not valid"):
+    with wrap_errors(path, "its config.json is not valid"):
         plain = with_plain_dtypes(raw, path)
         try:
             if plain == raw:
@@ -378,7 +378,7 @@ def build_meta(
         del dense.quantization_config
     kind = model_class(config)
     where = config._name_or_path or config.model_type
-    with opening(where, "no model can be built of its config.json"):
+    with wrap_errors(where, "no model can be built of its config.json"):
         with torch.device("meta"):
             model: PreTrainedModel = kind.from_config(
                 dense, dtype=dtype, trust_remote_code=trust_remote_code
@@ -411,7 +411,7 @@ def resolve(
     with contents.limit_parameters(layout):
         model = build_meta(config, trust_remote_code=checkpoint.trust_remote_code)
     check_causal(model, layout.path)
-    with opening(layout.path, "its tensors do not fit its configuration"):
+    with wrap_errors(layout.path, "its tensors do not fit its configuration"):
         wanted = model.state_dict(keep_vars=True)
         if layout.is_packed:
             origins = {name: Origin.of(name) for name in layout.tensors}

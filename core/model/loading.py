@@ -14,7 +14,7 @@ from spectool import machine
 from spectool.checkpoint.dtypes import configured, parse_dtype
 from spectool.checkpoint.headers import Layout, read_json
 from spectool.checkpoint.tensors import Checkpoint, check_finite, hash_json, open_checkpoint
-from spectool.errors import CheckpointError, UsageError, opening, require
+from spectool.errors import CheckpointError, UsageError, require, wrap_errors
 from spectool.kernels import cpu
 from spectool.model import registration
 from spectool.model.architecture import (
@@ -191,7 +191,7 @@ def _open(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     if (checkpoint.path / GENERATION).exists():
         # Checked here: transformers ignores a damaged file, and the ids of the end of text with it.
         read_json(checkpoint.path / GENERATION)
-    with opening(checkpoint.path, "transformers cannot load it"):
+    with wrap_errors(checkpoint.path, "transformers cannot load it"):
         model, info = model_class(config).from_pretrained(
             checkpoint.path,
             config=config,
@@ -222,7 +222,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         CheckpointError: there is none, or it cannot be read.
     """
     config = read_config(checkpoint)
-    with opening(checkpoint.path, "no tokenizer that transformers can load"):
+    with wrap_errors(checkpoint.path, "no tokenizer that transformers can load"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             checkpoint.path, config=config, trust_remote_code=checkpoint.trust_remote_code
         )
