@@ -69,7 +69,7 @@ class Task:
         self.dtype = self.inputs.hidden_SLD.dtype
         self.batches = list(self.inputs.batches(max(block.calls)))
         # Targets are computed once: per step they would add two forward passes.
-        self.targets = (streams.original.another(), streams.packed.another())
+        self.targets = (streams.original.empty_like(), streams.packed.empty_like())
         with torch.no_grad():
             for side, target in zip((streams.original, streams.packed), self.targets, strict=True):
                 for batch in self.batches:

@@ -51,7 +51,7 @@ class Activations:
             file.unlink()
             self.hidden_SLD = flat.view(shape)
 
-    def another(self) -> Activations:
+    def empty_like(self) -> Activations:
         """Allocate another buffer of the same shape and dtype, in memory or in a file as this."""
         num, length, width = self.hidden_SLD.shape
         return Activations((num, length, width), self.hidden_SLD.dtype, file=self.file)

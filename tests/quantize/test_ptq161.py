@@ -334,7 +334,7 @@ def pair(dtype: torch.dtype = torch.float32) -> tuple[Block, Streams, dict[str, 
     matrices = {matrix.name: matrix for matrix in find_matrices(module, "b")}
     weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in matrices}
     original = Activations((6, 20, 40), dtype)
-    packed = original.another()
+    packed = original.empty_like()
     original.hidden_SLD.copy_(torch.randn(6, 20, 40))
     packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 20, 40))
     calls = dict.fromkeys((1, 2, 4), Call((), {}))
