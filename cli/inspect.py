@@ -36,7 +36,7 @@ def inspect(output: Output, options: InspectOptions) -> None:
     if (path / HEADS).is_file():
         _inspect_heads(output, path, options.checksums)
         return
-    from spectool.checkpoint.headers import grouped, past_the_last_block, read_layout
+    from spectool.checkpoint.headers import find_extra_blocks, read_layout, summarize_names
     from spectool.quantize.ledger import measure
 
     layout = read_layout(path)
@@ -73,7 +73,7 @@ def inspect(output: Output, options: InspectOptions) -> None:
             }
             for entry in ledger.entries
         ],
-        "unused": past_the_last_block(layout),
+        "unused": find_extra_blocks(layout),
         "source": source,
         "made_by": made_by,
         "command": again,
@@ -95,7 +95,7 @@ def inspect(output: Output, options: InspectOptions) -> None:
     if unused := result["unused"]:
         output.show(
             f"{len(unused)} tensors beyond the blocks that config.json counts, which a run "
-            f"leaves out: {grouped(unused)}"
+            f"leaves out: {summarize_names(unused)}"
         )
     if source:
         output.show(f"source: {source.get('fingerprint', 'without a fingerprint')}")

@@ -192,7 +192,7 @@ def guards_of(entries: Iterable[TensorEntry]) -> list[Guard]:
     return list(dict.fromkeys(entry.guard for entry in entries if entry.guard is not None))
 
 
-def past_the_last_block(layout: Layout) -> list[str]:
+def find_extra_blocks(layout: Layout) -> list[str]:
     """List stored tensors of blocks beyond the configured number, and of MTP modules.
 
     Decided by names alone; other tensors without a module are known only once the model is built
@@ -218,7 +218,7 @@ def past_the_last_block(layout: Layout) -> list[str]:
     )
 
 
-def grouped(names: Sequence[str]) -> str:
+def summarize_names(names: Sequence[str]) -> str:
     """Summarize tensor names in one line, as the first blocks or modules with their counts."""
     groups: dict[str, list[str]] = {}
     for name in names:
