@@ -74,9 +74,10 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
     architecture = Architecture(checkpoint)
     left_out: set[str] = set()
     for key, entry in architecture.modules.items():
-        if not make_packer(entry).build(entry["shape"]).is_matrix:
+        packer = make_packer(entry)
+        if not packer.build(entry["shape"]).is_matrix:
             raise UnsupportedError(
-                f"{key}: {make_packer(entry)} computes more than a product with one matrix, which no "
+                f"{key}: {packer} computes more than a product with one matrix, which no "
                 "other tool would do",
                 hint="pack with a method that does not, as olive for olive-activations, or without "
                 "shortlist",
