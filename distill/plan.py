@@ -22,7 +22,7 @@ from spectool.distill.data.samples import Sample, batches, pack_sequences
 from spectool.distill.options import HeadsOptions
 from spectool.distill.processes import Processes
 from spectool.errors import UnsupportedError, UsageError
-from spectool.machine import available_memory, software
+from spectool.machine import available_memory, software_versions
 from spectool.methods import import_method
 from spectool.model.architecture import build_meta, find_blocks, read_config
 from spectool.model.loading import checkpoint_dtype
@@ -241,5 +241,5 @@ def make_identity(
         "processes": processes.size,
         # The number of threads changes the last bits of sums, and training amplifies them.
         "threads": torch.get_num_threads(),
-        "versions": software(),
+        "versions": software_versions(),
     }

@@ -38,7 +38,7 @@ from spectool.model.loading import (
     hash_vocabulary,
     load_tokenizer,
 )
-from spectool.report import SILENT, Reporter, Several, TrainingStarts
+from spectool.report import SILENT, Reporter, ReporterGroup, TrainingStarts
 from spectool.training import Metrics, OptimizerDefaults
 
 
@@ -85,7 +85,7 @@ def train_heads(
         preparation = _prepare(setup, job, out, overwrite, processes, reporter)
         if metrics is not None and processes.first:
             run = {"method": job.method, "run": hash_json(preparation.identity)}
-            reporter = Several(MetricsFile(metrics, run), reporter)
+            reporter = ReporterGroup(MetricsFile(metrics, run), reporter)
     job = preparation.job
     with contextlib.ExitStack() as stack:
         writer: ArtifactWriter | None = None

@@ -28,12 +28,12 @@ from spectool.distill.objectives.base import (
 )
 from spectool.distill.options import WeightsOptions
 from spectool.errors import CheckpointError, UnsupportedError
-from spectool.machine import available_memory, reproducible, software
+from spectool.machine import available_memory, reproducible, software_versions
 from spectool.methods import import_method
 from spectool.model.architecture import Architecture, build_meta, read_config
 from spectool.model.loading import check_device, hash_vocabulary, load_model, load_tokenizer
 from spectool.options import Config
-from spectool.report import SILENT, Reporter, Several
+from spectool.report import SILENT, Reporter, ReporterGroup
 from spectool.training import Metrics
 
 
@@ -126,7 +126,7 @@ def train_weights(
     identity = _make_identity(checkpoint, job, texts, teacher, where)
     if metrics is not None:
         lines = MetricsFile(metrics, {"method": job.method, "run": hash_json(identity)})
-        reporter = Several(lines, reporter)
+        reporter = ReporterGroup(lines, reporter)
     with reproducible(where), ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
         task = replace(
             task,
@@ -260,5 +260,5 @@ def _make_identity(
         "device": device.type,
         # The number of threads changes the last bits of sums, and training amplifies them.
         "threads": torch.get_num_threads(),
-        "versions": software(),
+        "versions": software_versions(),
     }

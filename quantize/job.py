@@ -13,7 +13,7 @@ from torch import Tensor
 from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.tensors import hash_json
 from spectool.errors import UsageError
-from spectool.machine import software
+from spectool.machine import software_versions
 from spectool.methods import import_method
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Compute
@@ -129,6 +129,6 @@ class QuantizeJob(JobOptions):
             "seed": self.seed,
             "calibration": text,
             "format_version": FORMAT_VERSION,
-            "versions": software(),
+            "versions": software_versions(),
             "device": compute.device.type,
         }
