@@ -20,7 +20,12 @@ from spectool.errors import UsageError
 from spectool.machine import reproducible
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Compute
-from spectool.quantize.budget import choose, discard_survey, list_candidates, survey
+from spectool.quantize.budget import (
+    choose,
+    list_candidates,
+    measure_candidates,
+    remove_measurements,
+)
 from spectool.quantize.calibration import (
     TOKENIZED_BYTES,
     count_characters,
@@ -171,7 +176,7 @@ def quantize(
         )
         if job.budget is not None:
             candidates = list_candidates(plan, job.budget, job.rules)
-            errors = survey(stream, candidates, writer, reporter)
+            errors = measure_candidates(stream, candidates, writer, reporter)
             chosen = choose(plan, job.budget, candidates, errors)
             job = replace(job, budget=None, rules=(*job.rules, *chosen))
             plan = _plan(plan.architecture, job, device=device, batch_size=batch_size)
@@ -179,7 +184,7 @@ def quantize(
             reporter.plan(plan)
         packing = Packing(stream=stream, writer=writer, metadata=identity, reporter=reporter)
         report = QuantizeReport(*packing.run(), metrics)
-        discard_survey(plan, writer)
+        remove_measurements(plan, writer)
         writer.finish(make_small_files(checkpoint, plan, job, writer))
     if preprocessing is not None:
         shutil.rmtree(preprocessing.scratch)
