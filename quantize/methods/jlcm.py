@@ -42,7 +42,7 @@ from spectool.quantize.codebook import (
     nearest_codes,
     recompute_product,
 )
-from spectool.quantize.fitting import BlockQuantizer, Part
+from spectool.quantize.fitting import BlockQuantizer, TrainableMatrix
 from spectool.quantize.methods.gptq import DAMPING, HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import SCALE_MAX, SCALE_MIN, check_scale
 from spectool.quantize.statistics import LinearStats
@@ -125,7 +125,7 @@ class JLCM(BlockQuantizer):
         """Return the bytes per weight of `choice`, its gradient and its momentum."""
         return 12 if self.config.form == "latent" else 12 * 2**self.config.bits
 
-    def make_part(
+    def make_trainable(
         self, linear: Any, weight_nm: Tensor, diagonal_m: Tensor | None, dtype: torch.dtype
     ) -> TrainedMatrix:
         form = LatentCodes if self.config.form == "latent" else PreferenceCodes
@@ -201,7 +201,7 @@ def _describe_rows(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
     return (features_nF - features_nF.mean(0)) / features_nF.std(0, correction=0).clamp(min=1e-6)
 
 
-class TrainedMatrix(Part):
+class TrainedMatrix(TrainableMatrix):
     """One matrix in training: codebook, gains of the scales, and `choice`, which selects codes.
 
     The two forms of `choice` are subclasses.
