@@ -383,7 +383,7 @@ def read_layout(path: Path, *, check: bool = True) -> Layout:
             damaged file, or an index that names absent files or tensors.
         UnsupportedError: a drafter, an encoder-decoder or a diffusion pipeline.
     """
-    foreign.check_place(path)
+    foreign.check_directory(path)
     config = read_json(path / "config.json")
     foreign.check_config(path, config)
     _check_objects(path, config)
@@ -420,7 +420,7 @@ def find_weights(path: Path, config: Mapping[str, Any]) -> Path:
         names = [DENSE_FILE, DENSE_INDEX]
     weights = next((path / name for name in names if (path / name).is_file()), None)
     if weights is None:
-        raise foreign.without_weights(path, " or ".join(names))
+        raise foreign.make_missing_weights_error(path, " or ".join(names))
     return weights
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_target
-from spectool.checkpoint.foreign import check_place
+from spectool.checkpoint.foreign import check_directory
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, read_json
 from spectool.checkpoint.tensors import Checkpoint
 from spectool.decode.heads.artifact import (
@@ -111,7 +111,7 @@ def read(path: Path, target: Any, *, checksums: bool = True) -> PretrainedHeads:
             tensors=read_weights(path, record, check=checksums),
             tokenizer=record.target.get("tokenizer"),
         )
-    check_place(path)
+    check_directory(path)
     config = read_json(path / "config.json")
     if not (path / WEIGHTS).exists() and list(path.glob("*.bin")):
         raise UnsupportedError(
