@@ -14,7 +14,7 @@ from spectool.methods import list_methods
 from spectool.model.architecture import Architecture
 from spectool.model.matrices import Matrix
 from spectool.quantize.base import Quantizer
-from spectool.quantize.footprint import Assigned, TextSize, measure_file, measure_memory
+from spectool.quantize.footprint import Assignment, TextSize, measure_file, measure_memory
 from spectool.quantize.lm_head.base import LmHeadQuantizer, special_tokens
 from spectool.quantize.rules import Rule
 
@@ -111,18 +111,18 @@ def make_plan(
         if matrix is not fitted and chosen_outside is not None:
             _check_outside(matrix, chosen_outside, rule.origin if rule else "--embeddings")
             quantizers[matrix.name] = chosen_outside
-    assigned = Assigned(
+    assignment = Assignment(
         architecture=architecture,
         matrices=matrices,
         outside=tuple(outside),
         lm_head=fitted,
         quantizers=quantizers,
     )
-    size, memory = measure_file(assigned), measure_memory(assigned, text)
+    size, memory = measure_file(assignment), measure_memory(assignment, text)
     return QuantizePlan(
         architecture=architecture,
         matrices=matrices,
-        outside={matrix.name: matrix for matrix in assigned.packed_outside},
+        outside={matrix.name: matrix for matrix in assignment.packed_outside},
         lm_head=fitted,
         quantizers=quantizers,
         skipped=skipped,
