@@ -127,7 +127,7 @@ class JLCM(BlockQuantizer):
 
     def make_trainable(
         self, linear: Any, weight_nm: Tensor, diagonal_m: Tensor | None, dtype: torch.dtype
-    ) -> TrainedMatrix:
+    ) -> TrainedCodebook:
         form = LatentCodes if self.config.form == "latent" else PreferenceCodes
         return form(linear, weight_nm.to(linear.q.codes.device).float(), dtype)
 
@@ -201,7 +201,7 @@ def _describe_rows(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
     return (features_nF - features_nF.mean(0)) / features_nF.std(0, correction=0).clamp(min=1e-6)
 
 
-class TrainedMatrix(TrainableMatrix):
+class TrainedCodebook(TrainableMatrix):
     """One matrix in training: codebook, gains of the scales, and `choice`, which selects codes.
 
     The two forms of `choice` are subclasses.
@@ -259,7 +259,7 @@ class TrainedMatrix(TrainableMatrix):
         fields.scale.copy_((self.scale_n * self.gain_n).clamp(-SCALE_MAX, SCALE_MAX))
 
 
-class LatentCodes(TrainedMatrix):
+class LatentCodes(TrainedCodebook):
     """Latent form: `choice` is a number per weight, rounded to the nearest level."""
 
     def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
@@ -273,7 +273,7 @@ class LatentCodes(TrainedMatrix):
         return codes_nm, value_nm
 
 
-class PreferenceCodes(TrainedMatrix):
+class PreferenceCodes(TrainedCodebook):
     """Preferences form: `choice` is a number per weight and level, of which the largest wins."""
 
     def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
