@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from spectool.errors import Interrupted, SpectoolError, UsageError
-from spectool.files import finite
+from spectool.files import replace_nonfinite
 from spectool.report import Reporter, TrainingStep
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Output(Reporter):
         self.finished = True
         if self.json_wanted and not self.quiet:
             read = {"read": self.readings} if self.readings else {}
-            safe = finite({"schema_version": SCHEMA_VERSION, **value, **read})
+            safe = replace_nonfinite({"schema_version": SCHEMA_VERSION, **value, **read})
             sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
             sys.stdout.flush()
 

@@ -96,7 +96,7 @@ DISTILL = Verb(
     name="distill",
     help="Train weights",
     kind="objective",
-    known=lambda: methods.names("objective"),
+    known=lambda: methods.list_methods("objective"),
     config=lambda objective: objective.Config,
     run=distill,
 )

@@ -38,7 +38,7 @@ def inspect(output: Output, options: InspectOptions) -> None:
 
 def _inspect_checkpoint(output: Output, options: InspectOptions) -> None:
     from spectool.checkpoint import checksums
-    from spectool.checkpoint.headers import grouped, past_the_last_block, read_layout
+    from spectool.checkpoint.headers import find_extra_blocks, read_layout, summarize_names
     from spectool.quantize.ledger import measure
 
     path, layout = options.path, read_layout(options.path)
@@ -76,7 +76,7 @@ def _inspect_checkpoint(output: Output, options: InspectOptions) -> None:
             }
             for entry in ledger.entries
         ],
-        "unused": past_the_last_block(layout),
+        "unused": find_extra_blocks(layout),
         **_origin(layout, training),
         "checksums": _sums(stored, options.checksums),
     }
@@ -96,7 +96,7 @@ def _inspect_checkpoint(output: Output, options: InspectOptions) -> None:
     if unused := result["unused"]:
         output.show(
             f"{len(unused)} tensors beyond the blocks that config.json counts, which a run "
-            f"leaves out: {grouped(unused)}"
+            f"leaves out: {summarize_names(unused)}"
         )
     if training is not None:
         output.show(_training_line(path, training))

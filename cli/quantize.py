@@ -109,14 +109,14 @@ def _make_job(
     embeddings = parse_quantizer(options.embeddings) if options.embeddings else None
     lm_head = parse_quantizer(options.lm_head) if options.lm_head else None
     budget = None
-    if method in methods.names("chooser"):
+    if method in methods.list_methods("chooser"):
         picked = _pick(config, options, load, rules, embeddings, lm_head)
         quantizer, embeddings, budget = picked.quantizer, picked.embeddings, picked.budget
         output.say(f"auto: {picked.why}")
         words = _explicit_words(picked, options, load, write)
         output.say(f"auto: the same by hand: {shlex.join(words)}")
     else:
-        quantizer = methods.resolve(method, "quantizer")(config)
+        quantizer = methods.import_method(method, "quantizer")(config)
         if options.bits_budget is not None:
             given = tuple(map(parse_quantizer, options.candidate))
             budget = Budget(
@@ -368,7 +368,7 @@ QUANTIZE = Verb(
     name="quantize",
     help="Quantize a checkpoint",
     kind="quantizer",
-    known=lambda: [*methods.names("chooser"), *methods.names("quantizer")],
+    known=lambda: [*methods.list_methods("chooser"), *methods.list_methods("quantizer")],
     config=lambda method: method.Config,
     run=quantize,
 )

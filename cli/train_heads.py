@@ -134,7 +134,7 @@ TRAIN_HEADS = Verb(
     name="train-heads",
     help="Train draft heads",
     kind="drafter",
-    known=methods.trained,
+    known=methods.list_trainable,
     config=lambda drafter: drafter.Heads.Config,
     run=train_heads,
 )

@@ -29,9 +29,9 @@ from spectool.decode.kv.base import parse_kv
 from spectool.decode.protocol import Inject, Needs
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError, UsageError
-from spectool.kernels.registry import in_force
-from spectool.model.decoder import decoder_of
-from spectool.model.kernels import give_kernels
+from spectool.kernels.registry import use_kernels
+from spectool.model.decoder import find_decoder
+from spectool.model.kernels import attach_kernels
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
 _CHUNK = 512
@@ -88,7 +88,7 @@ class Target:
         accepted = inspect.signature(model.forward).parameters
         self._check_fit(model, config, accepted)
         self.model: Any = model
-        self.decoder: Any = decoder_of(model)
+        self.decoder: Any = find_decoder(model)
         self.name = config.model_type
         self.notes: list[str] = []
         self.num_layers: int = config.num_hidden_layers
@@ -100,7 +100,7 @@ class Target:
         assert name is not None, "a forward that takes no cache is refused"
         self.cache_name = name
         self._keeps_logits = "logits_to_keep" in accepted
-        self.kernels = give_kernels(model, self.dtype)
+        self.kernels = attach_kernels(model, self.dtype)
         self._original = rotary.find_original_context(config)
         self.context_reason = rotary.explain_context(config)
         self._rotaries = rotary.list_longrope_modules(model)
@@ -193,7 +193,7 @@ class Target:
         """
         lm_head = self.model.get_output_embeddings()
         found: list[list[int]] = []
-        with in_force():
+        with use_kernels():
             for part_TD in torch.split(states_TD, _CHUNK):
                 found += top_ids(lm_head(part_TD), count).tolist()
         return found
@@ -311,7 +311,7 @@ class Target:
             self.capture_features(needs) as features,
             self.inject_states(needs.inject, extra),
             rotary.use_long_factors(self._rotaries, self._original, cache.context),
-            in_force(),
+            use_kernels(),
         ):
             output = self.model(
                 input_ids=torch.tensor(tokens, device=self.device),

@@ -50,9 +50,9 @@ from spectool.model.architecture import model_class, read_config
 from spectool.model.loading import (
     check_device,
     default_dtype,
+    hash_vocabulary,
     load_model,
     load_tokenizer,
-    tokenizer_digest,
 )
 from spectool.report import SILENT, NotItsSource, Reporter
 
@@ -101,7 +101,7 @@ class Context:
             return None
         if Path(path).is_file():
             saved = SavedReference(Path(path))
-            if saved.record.tokenizer != tokenizer_digest(self.tokenizer):
+            if saved.record.tokenizer != hash_vocabulary(self.tokenizer):
                 raise UsageError(f"{path}: was made with another tokenizer")
             if saved.record.vocabulary != self.vocabulary:
                 raise UsageError(f"{path}: has another vocabulary size")
@@ -111,7 +111,7 @@ class Context:
             trust_remote_code=self.checkpoint.trust_remote_code,
             checksums=self.checkpoint.checksums,
         )
-        if tokenizer_digest(load_tokenizer(other)) != tokenizer_digest(self.tokenizer):
+        if hash_vocabulary(load_tokenizer(other)) != hash_vocabulary(self.tokenizer):
             raise UsageError(f"{path}: its tokenizer differs from {self.checkpoint.name}'s")
         if _vocabulary(other.layout) != self.vocabulary:
             raise UsageError(f"{path}: its vocabulary size differs from {self.checkpoint.name}'s")
@@ -178,7 +178,7 @@ class Context:
             if writer is not None:
                 writer.finish(
                     source=self.checkpoint.fingerprint(),
-                    tokenizer=tokenizer_digest(self.tokenizer),
+                    tokenizer=hash_vocabulary(self.tokenizer),
                 )
         return scores
 

@@ -57,8 +57,8 @@ def _choose(context: Context) -> list[type[Measure]]:
         UsageError: the options name a measure without what it needs.
     """
     chosen: list[type[Measure]] = []
-    for name in dict.fromkeys(context.options.measure) or methods.names("measure"):
-        measure: type[Measure] = methods.resolve(name, "measure")
+    for name in dict.fromkeys(context.options.measure) or methods.list_methods("measure"):
+        measure: type[Measure] = methods.import_method(name, "measure")
         missing = [need for need in measure.needs if getattr(context, need) is None]
         if not missing:
             chosen.append(measure)

@@ -16,7 +16,7 @@ from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.context import Context
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
-from spectool.methods import names, resolve
+from spectool.methods import import_method, list_methods
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import quantize
@@ -132,7 +132,11 @@ def test_drafting_is_measured_on_prompts_once(
 
 
 def test_no_two_measures_share_a_key() -> None:
-    keys = [key for name in names("measure") for key in get_type_hints(resolve(name, "measure"))]
+    keys = [
+        key
+        for name in list_methods("measure")
+        for key in get_type_hints(import_method(name, "measure"))
+    ]
     assert len(keys) - keys.count("needs") == len(set(keys) - {"needs"})
 
 

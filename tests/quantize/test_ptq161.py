@@ -29,7 +29,7 @@ from spectool.model.blocks import Activations
 from spectool.model.matrices import find_matrices
 from spectool.model.shell import Call
 from spectool.quantize.base import Block, FitReport, Streams
-from spectool.quantize.fitting import Task
+from spectool.quantize.fitting import BlockFit
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.ptq161 import (
     PTQ161,
@@ -333,7 +333,7 @@ def pair(dtype: torch.dtype = torch.float32) -> tuple[Block, Streams, dict[str, 
     matrices = {matrix.name: matrix for matrix in find_matrices(module, "b")}
     weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in matrices}
     original = Activations((6, 20, 40), dtype)
-    packed = original.another()
+    packed = original.empty_like()
     original.hidden_SLD.copy_(torch.randn(6, 20, 40))
     packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 20, 40))
     calls = dict.fromkeys((1, 2, 4), Call((), {}))
@@ -387,7 +387,7 @@ def loss_by_loops(module: Pair, linears: dict[str, PTQ161Linear], streams: Strea
 def test_the_loss_is_that_of_the_equations() -> None:
     block, streams, stats = pair()
     linears = start_of(block, stats)
-    found = Task(block, streams).measure(linears)
+    found = BlockFit(block, streams).measure(linears)
     assert found.loss == pytest.approx(loss_by_loops(block.module, linears, streams), rel=1e-5)
     assert 0.5 < found.least_cosine < 1
 
@@ -468,7 +468,7 @@ def test_flipped_rows_are_counted() -> None:
 
 def test_an_inverted_output_is_seen_and_pulled_round() -> None:
     block, streams, stats = pair()
-    task = Task(block, streams)
+    task = BlockFit(block, streams)
     for target in task.targets:
         target.hidden_SLD.neg_()
     linears = start_of(block, stats)
