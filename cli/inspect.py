@@ -125,13 +125,15 @@ def _origin(layout: Layout, training: dict[str, Any] | None) -> dict[str, Any]:
     if training is not None:
         others = ("source", "checksums", "files", "format_version")
         made_by = {key: value for key, value in training.items() if key not in others}
-        source, command = training.get("source"), distill_command(training)
-    elif layout.is_packed and layout.quantization:
-        source, made_by = layout.quantization.get("source"), layout.quantization.get("made_by")
-        command = quantize_command(made_by) if made_by else None
-    else:
-        source = made_by = command = None
-    return {"source": source or None, "made_by": made_by, "command": command}
+        return {
+            "source": training.get("source"),
+            "made_by": made_by,
+            "command": distill_command(training),
+        }
+    record = (layout.is_packed and layout.quantization) or {}
+    made_by = record.get("made_by")
+    command = quantize_command(made_by) if made_by else None
+    return {"source": record.get("source") or None, "made_by": made_by, "command": command}
 
 
 def _training_line(path: Path, record: dict[str, Any]) -> str:
