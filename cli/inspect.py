@@ -124,10 +124,9 @@ def _origin(layout: Layout, training: dict[str, Any] | None) -> dict[str, Any]:
     """Return from what and how a checkpoint was made, as far as its files tell."""
     if training is not None:
         others = ("source", "checksums", "files", "format_version")
-        made_by = {key: value for key, value in training.items() if key not in others}
         return {
             "source": training.get("source"),
-            "made_by": made_by,
+            "made_by": {key: value for key, value in training.items() if key not in others},
             "command": distill_command(training),
         }
     record = (layout.is_packed and layout.quantization) or {}
