@@ -14,7 +14,7 @@ from torch import nn
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target
 from spectool.checkpoint.dense import check_dense
-from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint
 from spectool.data.text import check_ids
 from spectool.distill.data.samples import Sample, batches, by_length, read_corpus, split
 from spectool.distill.metrics import MetricsFile
@@ -28,12 +28,12 @@ from spectool.distill.objectives.base import (
 )
 from spectool.distill.options import WeightsOptions
 from spectool.errors import CheckpointError, UnsupportedError
-from spectool.machine import available_memory, reproducible, software
-from spectool.methods import resolve
+from spectool.machine import available_memory, reproducible, software_versions
+from spectool.methods import import_method
 from spectool.model.architecture import Architecture, build_meta, read_config
-from spectool.model.loading import check_device, load_model, load_tokenizer, tokenizer_digest
+from spectool.model.loading import check_device, hash_vocabulary, load_model, load_tokenizer
 from spectool.options import Config
-from spectool.report import SILENT, Reporter, Several
+from spectool.report import SILENT, Reporter, ReporterGroup
 from spectool.training import Metrics
 
 
@@ -125,8 +125,8 @@ def train_weights(
         return None
     identity = _make_identity(checkpoint, job, texts, teacher, where)
     if metrics is not None:
-        lines = MetricsFile(metrics, {"method": job.method, "run": text_fingerprint(identity)})
-        reporter = Several(lines, reporter)
+        lines = MetricsFile(metrics, {"method": job.method, "run": hash_json(identity)})
+        reporter = ReporterGroup(lines, reporter)
     with reproducible(where), ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
         task = replace(
             task,
@@ -134,7 +134,7 @@ def train_weights(
             teacher=None if teacher is None else _load(teacher, where),
             record=identity,
         )
-        objective: Objective = resolve(job.method, "objective")(task, job.config)
+        objective: Objective = import_method(job.method, "objective")(task, job.config)
         history = train(objective, writer, reporter=reporter)
     assert history.best is not None
     return WeightsReport(
@@ -160,7 +160,7 @@ def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:
         CheckpointError: it has another tokenizer than the checkpoint.
     """
     teacher = open_checkpoint(name, trust_remote_code=checkpoint.trust_remote_code)
-    digests = {tokenizer_digest(load_tokenizer(each)) for each in (teacher, checkpoint)}
+    digests = {hash_vocabulary(load_tokenizer(each)) for each in (teacher, checkpoint)}
     if len(digests) > 1:
         raise CheckpointError(
             f"--teacher {name}: its tokenizer is not that of {checkpoint.name}, so their "
@@ -205,7 +205,7 @@ def _make_plan(
     """
     architecture, texts = task.architecture, task.texts
     parameters = sum(p.numel() for p in architecture.model.parameters())
-    objective: WeightObjective = resolve(job.method, "objective")(task, job.config)
+    objective: WeightObjective = import_method(job.method, "objective")(task, job.config)
     trained = sum(p.numel() for p in objective.module.parameters() if p.requires_grad)
     changed = objective.changed()
     check_writable(architecture, changed)
@@ -255,10 +255,10 @@ def _make_identity(
         "options": job.config.as_dict(),
         **{key: value for key, value in job.as_dict().items() if key not in left_out},
         "teacher": None if teacher is None else teacher.fingerprint(),
-        "data": text_fingerprint([[sample.tokens, sample.loss_mask] for sample in everything]),
+        "data": hash_json([[sample.tokens, sample.loss_mask] for sample in everything]),
         "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
         "device": device.type,
         # The number of threads changes the last bits of sums, and training amplifies them.
         "threads": torch.get_num_threads(),
-        "versions": software(),
+        "versions": software_versions(),
     }

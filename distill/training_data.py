@@ -42,8 +42,8 @@ from spectool.distill.plan import HeadsJob, Setup
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import check_features
 from spectool.errors import TextError
-from spectool.methods import resolve
-from spectool.model.loading import load_model, load_outside
+from spectool.methods import import_method
+from spectool.model.loading import load_model, load_without_blocks
 from spectool.report import FeaturesFound, Reporter
 
 # Number of texts that the target generates together.
@@ -125,7 +125,7 @@ class DataPreparation:
             if stored is not None:
                 found = FeaturesFound(len(stored[0].samples), str(self.job.store))
                 self.reporter.event(found)
-                kind: type[Heads] = resolve(self.job.method, "drafter").Heads
+                kind: type[Heads] = import_method(self.job.method, "drafter").Heads
                 target = (
                     AttentionTarget(self._load()) if kind.begins_as_layers else self._load_shell()
                 )
@@ -205,7 +205,7 @@ class DataPreparation:
         if not (train and held_out):
             for each in {store_writer, out_writer}:
                 if each is not None:
-                    each.abandon()
+                    each.delete()
             raise TextError(
                 f"{', '.join(job.data)}: the target generated too little text to "
                 f"{'train' if held_out else 'evaluate'} on: each of its texts ends"
@@ -264,5 +264,5 @@ class DataPreparation:
         """Load the target without its layers."""
         setup = self.setup
         return AttentionTarget(
-            load_outside(setup.checkpoint, dtype=setup.dtype, device=setup.device)
+            load_without_blocks(setup.checkpoint, dtype=setup.dtype, device=setup.device)
         )

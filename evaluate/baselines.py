@@ -75,7 +75,7 @@ def _generate(
 ) -> list[Result]:
     model, sampling = runner.target.model, _sampling_options(control)
     results = []
-    with _empty_generation_config(model), _count_forwards(model) as forwards:
+    with _bare(model) as forwards:
         for index, job in enumerate(jobs):
             closing = sorted(runner.end_ids().union(job.ends))
             # transformers samples with the global generator.
@@ -128,22 +128,17 @@ def _sampling_options(control: SamplingParams) -> Mapping[str, object]:
 
 
 @contextmanager
-def _empty_generation_config(model: Any) -> Iterator[None]:
-    """Remove the checkpoint's generation settings, which transformers would use as defaults."""
+def _bare(model: Any) -> Iterator[list[None]]:
+    """Remove the checkpoint's generation settings, which transformers would use as defaults.
+
+    Yields a list that grows by one element at every forward of the model.
+    """
+    forwards: list[None] = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: forwards.append(None))
     settings = model.generation_config
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        yield
-    finally:
-        model.generation_config = settings
-
-
-@contextmanager
-def _count_forwards(model: Any) -> Iterator[list[None]]:
-    """Yield a list that grows by one element at every forward of the model."""
-    forwards: list[None] = []
-    hook = model.register_forward_pre_hook(lambda module, inputs: forwards.append(None))
-    try:
         yield forwards
     finally:
+        model.generation_config = settings
         hook.remove()

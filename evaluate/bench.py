@@ -133,21 +133,27 @@ class Timed(NamedTuple):
     prompt: float
     target: float
 
+    def count(self, name: str) -> int:
+        """Return the sum of a number of the results."""
+        return sum(int(getattr(result, name)) for result in self.results)
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(len(result.token_ids) for result in self.results)
+
     @property
     def tokens_per_second(self) -> float:
-        return sum(len(result.token_ids) for result in self.results) / self.seconds
+        return self.new_tokens / self.seconds
 
     @property
     def tokens_per_forward(self) -> float:
-        tokens = sum(len(result.token_ids) for result in self.results)
-        return tokens / max(1, sum(result.forwards for result in self.results))
+        return self.new_tokens / max(1, self.count("forwards"))
 
     @property
     def step_speed(self) -> float:
         """Tokens per second without the prefill and the first token, which prefill yields."""
-        tokens = sum(len(result.token_ids) - 1 for result in self.results)
         # At least 1, in case every output has a single token.
-        return max(tokens, 1) / (self.seconds - self.prompt)
+        return max(self.new_tokens - len(self.results), 1) / (self.seconds - self.prompt)
 
 
 def bench(
@@ -364,10 +370,10 @@ def _make_row(name: str, timed: Timed, plain: Timed, greedy: bool) -> Row:
     return Row(
         name=name,
         prompts=len(timed.results),
-        new_tokens=sum(len(result.token_ids) for result in timed.results),
-        forwards=sum(result.forwards for result in timed.results),
-        drafted=sum(result.drafted for result in timed.results),
-        accepted=sum(result.accepted for result in timed.results),
+        new_tokens=timed.new_tokens,
+        forwards=timed.count("forwards"),
+        drafted=timed.count("drafted"),
+        accepted=timed.count("accepted"),
         tokens_per_forward=timed.tokens_per_forward,
         tokens_per_second=timed.tokens_per_second,
         seconds=timed.seconds,

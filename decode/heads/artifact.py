@@ -135,7 +135,7 @@ def open_heads(
     """
     record = read_record(path)
     check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
-    drafter: Any = methods.resolve(record.method, "drafter")
+    drafter: Any = methods.import_method(record.method, "drafter")
     tensors = read_weights(path, record, check=checksums)
     note = f"{path}: {sums.NONE}"
     if not record.checksums and note not in target.notes:
@@ -251,7 +251,7 @@ def check_fit(
                 f"{path}: its heads are for a target with {key} {recorded.get(key)}, this one has "
                 f"{actual}"
             )
-    if tokenizer is not None and recorded.get("tokenizer") != loading.tokenizer_digest(tokenizer):
+    if tokenizer is not None and recorded.get("tokenizer") != loading.hash_vocabulary(tokenizer):
         raise CheckpointError(f"{path}: its heads were trained with another tokenizer")
     if allow_other_target:
         return

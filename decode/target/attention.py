@@ -24,7 +24,7 @@ from spectool.decode.target.base import CHUNK, Pass, Target
 from spectool.decode.target.fit import check_fit
 from spectool.decode.target.masks import list_windows, tree_mask
 from spectool.decode.tree import Draft
-from spectool.kernels.registry import in_force
+from spectool.kernels.registry import use_kernels
 
 
 class AttentionTarget(Target[TreeCache]):
@@ -176,7 +176,7 @@ class AttentionTarget(Target[TreeCache]):
             self.capture_features(needs) as features,
             self.inject_states(needs.inject, extra),
             rotary.use_long_factors(self._rotaries, self._original, cache.context),
-            in_force(),
+            use_kernels(),
         ):
             output = self.model(
                 input_ids=torch.tensor(tokens, device=self.device),

@@ -26,9 +26,9 @@ from spectool.decode.protocol import Needs
 from spectool.decode.target import rotary
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
-from spectool.kernels.registry import in_force
-from spectool.model.decoder import decoder_of
-from spectool.model.kernels import give_kernels
+from spectool.kernels.registry import use_kernels
+from spectool.model.decoder import find_decoder
+from spectool.model.kernels import attach_kernels
 
 # Prompt tokens per pass: bounds the mask and, under eager attention, the scores.
 CHUNK = 512
@@ -81,7 +81,7 @@ class Target(ABC, Generic[CacheT]):
         config = model.config.get_text_config(decoder=True)
         accepted = inspect.signature(model.forward).parameters
         self.model: Any = model
-        self.decoder: Any = decoder_of(model)
+        self.decoder: Any = find_decoder(model)
         self.name = config.model_type
         self.notes: list[str] = []
         self.num_layers: int = config.num_hidden_layers
@@ -92,7 +92,7 @@ class Target(ABC, Generic[CacheT]):
         assert name is not None, "a forward that takes no cache is refused"
         self.cache_name = name
         self._keeps_logits = "logits_to_keep" in accepted
-        self.kernels = give_kernels(model, self.dtype)
+        self.kernels = attach_kernels(model, self.dtype)
         self.context = rotary.choose_context(config, context)
         self.context_reason = rotary.explain_context(config)
 
@@ -204,7 +204,7 @@ class Target(ABC, Generic[CacheT]):
         """
         lm_head = self.model.get_output_embeddings()
         found: list[list[int]] = []
-        with in_force():
+        with use_kernels():
             for part_TD in torch.split(states_TD, CHUNK):
                 found += top_ids(lm_head(part_TD), count).tolist()
         return found

@@ -15,7 +15,7 @@ from spectool.decode.cache import cache_argument
 from spectool.errors import UnsupportedError
 from spectool.families import family
 from spectool.model.causal import why_not_causal
-from spectool.model.decoder import decoder_of
+from spectool.model.decoder import find_decoder
 
 # Arguments that a forward must take besides a cache.
 _NEEDED = ("position_ids", "attention_mask")
@@ -44,7 +44,7 @@ def _why_unfit(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if is_encoder_decoder(model.config):
         return "it is an encoder-decoder"
-    modules = (decoder_of(model) or model).modules()
+    modules = (find_decoder(model) or model).modules()
     if (reason := why_not_causal(config, modules)) is not None:
         return f"it is no causal model: {reason}"
     if (reason := family(config).no_trees) is not None:

@@ -26,7 +26,7 @@ from spectool.decode.target.replay import ReplayCache
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
 from spectool.families import family
-from spectool.kernels.registry import in_force
+from spectool.kernels.registry import use_kernels
 
 _UNBOUNDED = (0.0, float("inf"))
 
@@ -168,7 +168,7 @@ class RecurrentTarget(Target[ReplayCache]):
             if self._keeps_logits:
                 options["logits_to_keep"] = kept
             ids = torch.tensor([piece], device=self.device)
-            with self.capture_features(needs) as features, in_force():
+            with self.capture_features(needs) as features, use_kernels():
                 output = self.model(input_ids=ids, use_cache=True, **options)
             logits.append(output.logits[0, -kept:])
             captured.append(features)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spectool.checkpoint.artifact import ArtifactWriter, write_whole
+from spectool.checkpoint.artifact import ArtifactWriter, write_atomically
 from spectool.checkpoint.checksums import Checksums
 from spectool.checkpoint.headers import TensorEntry, read_header, read_json
 from spectool.checkpoint.tensors import read_tensor
@@ -147,12 +147,12 @@ def store(
             for number in processes.part(numbers):
                 group = groups[number]
                 tensors = as_tensors(group) | _compute_features(target, needs, group, pass_tokens)
-                sums = write_whole(directory / shards[number], tensors, {})
+                sums = write_atomically(directory / shards[number], tensors, {})
         written = processes.gather(sums)
         with processes.together():
             for number, sums in zip(numbers, written, strict=False):
                 if writer is not None and sums is not None:
-                    writer.adopt(shards[number], sums, {})
+                    writer.add_shard(shards[number], sums, {})
         done = len(groups) - len(missing) + min(len(missing), count * processes.size)
         reporter.progress(done, len(groups), f"shards of {name} features stored")
     return StoredTexts([directory / shard for shard in shards], needs, target.device)
@@ -165,7 +165,7 @@ def finish_store(writer: ArtifactWriter, key: dict[str, Any], needs: Needs) -> N
         if shard.startswith("features-"):
             shards[shard] = entry["sha256"]
         else:
-            writer.discard(shard)
+            writer.remove_shard(shard)
     record = {
         "format_version": FORMAT_VERSION,
         "made_for": key,

@@ -172,6 +172,6 @@ def check_writable(architecture: Architecture, names: Iterable[str]) -> None:
 
 def training_bytes(architecture: Architecture, tokens: int) -> int:
     """Estimate the bytes of training: weights, changed weights, activations of a step's tokens."""
-    blocks = (architecture.matrices(block) for block in architecture.blocks)
+    blocks = (architecture.block_matrices(block) for block in architecture.blocks)
     saved = sum(saved_bytes(architecture.model, block, tokens) for block in blocks)
     return 8 * sum(p.numel() for p in architecture.model.parameters()) + saved

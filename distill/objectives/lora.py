@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spectool import options
 from spectool.distill.objective import seeded
 from spectool.distill.objectives.base import WeightObjective, WeightTask
-from spectool.errors import hushed, require
+from spectool.errors import require, silence_logger
 from spectool.options import option
 
 
@@ -42,11 +42,11 @@ class LoRA(WeightObjective):
     def __init__(
         self, task: WeightTask, config: LoRA.Config, names: Container[str] | None = None
     ) -> None:
-        with hushed("bitsandbytes"):
+        with silence_logger("bitsandbytes"):
             # peft imports it, and it complains of a missing package.
             peft = require("peft", extra="lora", reason="training low-rank updates")
         architecture = task.architecture
-        blocks = (architecture.matrices(block) for block in architecture.blocks)
+        blocks = (architecture.block_matrices(block) for block in architecture.blocks)
         self._matrices = [
             matrix
             for block in blocks

@@ -22,7 +22,7 @@ from spectool.distill.data.samples import Sample
 from spectool.distill.objectives.heads import HeadsObjective
 from spectool.distill.processes import ALONE
 from spectool.errors import TextError, UnsupportedError, UsageError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.report import SILENT
 
 from ..conftest import make_model
@@ -101,7 +101,7 @@ def test_all_kinds_of_features_make_the_same_heads(
         if kind == "hybrid":
             assert not list(tmp_path.glob("*partial*"))
     assert (store_path / room.FEATURES).is_file()
-    if not resolve(method, "drafter").Heads.begins_as_layers:
+    if not import_method(method, "drafter").Heads.begins_as_layers:
         monkeypatch.setattr(training_data, "load_model", None)
     before = contents(store_path)
     train(source, "again", features=f"offline:{store_path}", where=losses.watch("again"), **asked)

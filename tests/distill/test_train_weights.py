@@ -24,7 +24,7 @@ from spectool.distill.objectives.base import TextBatches, WeightTask
 from spectool.distill.objectives.lora import LoRA
 from spectool.distill.train_weights import WeightsJob, WeightsReport, train_weights
 from spectool.errors import CheckpointError, UnsupportedError, UsageError
-from spectool.methods import names, resolve
+from spectool.methods import import_method, list_methods
 from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model
 from spectool.training import Training
@@ -43,7 +43,7 @@ def text(tmp_path: Path) -> str:
 
 
 def train(source: Path, out: Path, text: str, method: str = "lora", **asked: Any) -> Any:
-    config = resolve(method, "objective").Config(**({"rank": 4} if method == "lora" else {}))
+    config = import_method(method, "objective").Config(**({"rank": 4} if method == "lora" else {}))
     options = {"steps": 12, "seq_len": 48, "batch_tokens": 192, "learning_rate": 2e-2, **asked}
     job = WeightsJob(method=method, config=config, data=(text,), **options)
     return train_weights(open_checkpoint(source), out, job)
@@ -65,7 +65,7 @@ def test_the_linears_of_the_blocks_change_and_nothing_else(
     trained = {
         architecture.origins[matrix.parameter].stored[0][0]
         for block in architecture.blocks
-        for matrix in architecture.matrices(block)
+        for matrix in architecture.block_matrices(block)
         if matrix.expert is None
     }
     changed = set()
@@ -184,7 +184,7 @@ def test_the_result_is_that_of_the_stored_weights(
     assert abs(measured / report.best["perplexity"] - 1) > 1e-4
 
 
-@pytest.mark.parametrize("method", names("objective"))
+@pytest.mark.parametrize("method", list_methods("objective"))
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     checkpoint: Checkpoints,
     tmp_path: Path,

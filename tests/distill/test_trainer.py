@@ -15,7 +15,7 @@ from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import OnlineTexts
 from spectool.distill.data.samples import Sample
 from spectool.distill.losses import compute_loss
-from spectool.methods import resolve
+from spectool.methods import import_method
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -42,7 +42,7 @@ def test_packed_texts_teach_what_they_teach_alone(
         )
         for size in (40, 17, 23, 9, 31)
     ]
-    kind = resolve(method, "drafter").Heads
+    kind = import_method(method, "drafter").Heads
     found = []
     for rows in ([[0], [1], [2], [3], [4]], [[0, 3], [4, 1], [2]]):
         torch.manual_seed(0)

@@ -223,7 +223,7 @@ def stored(tmp_path: Path, checkpoint: Callable[..., Path]) -> Callable[..., Pat
                 "fingerprint": opened.fingerprint(),
                 "hidden_size": 32,
                 "vocab_size": VOCAB,
-                "tokenizer": shared_code.loading.tokenizer_digest(runner.tokenizer),
+                "tokenizer": shared_code.loading.hash_vocabulary(runner.tokenizer),
                 **(change or {}),
             },
             accuracy=[0.5] * 4,

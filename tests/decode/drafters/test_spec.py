@@ -137,6 +137,6 @@ def test_a_checkpoint_becomes_a_draft_model(
     assert drafter.config.depth == 2
 
 
-@pytest.mark.parametrize("name", methods.names("drafter"))
+@pytest.mark.parametrize("name", methods.list_methods("drafter"))
 def test_a_drafter_knows_its_row_in_the_table(name: str) -> None:
-    assert methods.resolve(name, "drafter").name == name
+    assert methods.import_method(name, "drafter").name == name

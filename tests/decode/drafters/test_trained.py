@@ -18,7 +18,7 @@ from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import OnlineTexts
 from spectool.distill.data.samples import Sample
 from spectool.distill.losses import compute_loss, rank_labels
-from spectool.methods import resolve, trained
+from spectool.methods import import_method, list_trainable
 from spectool.training import TrainingBatch
 
 from ...conftest import VOCAB
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ppd-ensemble": {"ensemble": 3, "num_heads": 2},
     "hidden-transfer": {"layers": "1-1-1"},
 }
-ALL = list(dict.fromkeys([*trained(), *OPTIONS]))
+ALL = list(dict.fromkeys([*list_trainable(), *OPTIONS]))
 PATHS = [(0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0), (3,), (0, 0, 1)]
 TREE = [(path, 0.6 / (1 + i)) for i, path in enumerate(PATHS)]
 # Families that run for every drafter in `make test`, and others.
@@ -39,7 +39,7 @@ MORE = ["llama-tied", "qwen3", "mistral", "opt", "gpt_neox", "phi3", "mixtral"]
 
 
 def drafter_of(name: str) -> Any:
-    return resolve(name.removesuffix("-plain").removesuffix("-ensemble"), "drafter")
+    return import_method(name.removesuffix("-plain").removesuffix("-ensemble"), "drafter")
 
 
 def make_heads(model: Any, name: str, **options: Any) -> Heads:
