@@ -56,6 +56,8 @@ class StoreLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Write the pass's nodes at each row's tail; return all columns up to the longest tail."""
         self.store.write_tail(key_states, value_states, self._cache.columns)
         self.is_initialized = True
+        # Mllama asks by the size of a layer's keys whether a pass has reached the layer.
+        self.keys = key_states
         return self.store.view(self._cache.width)
 
     def get_seq_length(self) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import MllamaForCausalLM, PreTrainedModel
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
+from spectool.decode.generate import Runner
 from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.target.masks import tree_mask
 
@@ -170,3 +173,21 @@ def test_a_layer_that_passes_nothing_has_seen_nothing() -> None:
     cache.model_cache.update(rows_BHND, rows_BHND, 0)
     cache.commit([[5, 6]], [[0, 1]])
     assert [cache.model_cache.get_seq_length(layer) for layer in (0, 1)] == [2, 0]
+
+
+def test_a_text_model_with_layers_for_images_decodes() -> None:
+    """Mllama skips the layers that read images, and asks each layer whether it holds keys."""
+    torch.manual_seed(0)
+    config = MllamaTextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=[1],
+        max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, eos_token_id=95,
+    )  # fmt: skip
+    model: Any = MllamaForCausalLM(config)
+    model.eval()
+    prompts, wanted = [[5, 6, 7, 8], [9, 10, 11, 12, 13]], []
+    for prompt in prompts:
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+        wanted.append(ids[0, len(prompt) :].tolist())
+    found = Runner(model, draft="recycle").generate(prompts, max_new_tokens=8, batch_size=2)
+    assert [result.token_ids for result in found] == wanted
