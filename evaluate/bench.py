@@ -21,7 +21,6 @@ from spectool.data.text import Prompt
 from spectool.decode.generate import Result, Runner, loop_start
 from spectool.decode.options import SamplingParams, VerifyOptions
 from spectool.decode.policy.chain import FirstPath
-from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
 from spectool.errors import UsageError
 from spectool.evaluate import baselines
@@ -400,7 +399,7 @@ def _add_chain(
         reporter.event(ChainRates(row.name, None))
         return row
     policies, rates = drafter.policies, []
-    untuned = [policy for policy in policies if not isinstance(policy, Tuned)]
+    untuned = [policy for policy in policies if not policy.tunes]
     for depth in range(1, options.chain_lengths + 1):
         drafter.policies = [*untuned, FirstPath(depth)]
         results = _make_decoder(runner, drafter, _as_plain(options))(jobs)

@@ -13,7 +13,7 @@ import torch
 
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill import plan, training_data
 from spectool.distill.data import features as room
 from spectool.distill.data.features import OnlineTexts, store
@@ -46,7 +46,7 @@ def test_a_lesson_of_stored_features_is_that_of_read_ones(
 ) -> None:
     # Rows of 2 features of 32 numbers: three texts in the first shard, then one, then one.
     monkeypatch.setattr(room, "_SHARD_BYTES", 190 * (64 * dtype.itemsize + 9))
-    target = Target(make_model("llama").to(dtype))
+    target = AttentionTarget(make_model("llama").to(dtype))
     needs = Needs(final=True, layers=(0,))
     with ArtifactWriter(tmp_path / "store", identity={}) as writer:
         stored = store(writer, ALONE, "own", target, needs, texts, pass_tokens=130, reporter=SILENT)
