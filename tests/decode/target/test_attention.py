@@ -19,7 +19,7 @@ from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.teacher import TextCache, read_features
 from spectool.errors import UnsupportedError, UsageError
 
-from ..conftest import ATTENDING
+from ...conftest import ATTENDING
 
 Tiny = Callable[..., PreTrainedModel]
 
