@@ -120,11 +120,7 @@ class Runner:
         return drafter
 
     def _choose_policies(self, drafter: Drafter, *, tune: bool) -> list[Policy]:
-        """Return what sizes a drafter's drafts for this target.
-
-        Raises:
-            InputError: the drafter cannot draft for it.
-        """
+        """Return what sizes a drafter's drafts for this target."""
         target, policies = self.target, list[Policy]()
         if not target.takes_trees:
             drafter.check_chains(target.name)
@@ -240,7 +236,7 @@ class Runner:
                     max_new_tokens=limit,
                     eos=ends,
                     controls=own,
-                    live=report.is_heard,
+                    live=on_tokens is not None or streamer is not None,
                     **options,
                 )
                 for index, (prompt, limit, ends, own) in enumerate(columns)
