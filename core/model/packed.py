@@ -326,11 +326,7 @@ def replace_with_packed(
 
 
 def _parent(model: nn.Module, name: str) -> tuple[Any, str]:
-    """Return the module that holds `name`, and the attribute's name in it.
-
-    Raises:
-        CheckpointError: the model has no such module.
-    """
+    """Return the module that holds `name`, and the attribute's name in it."""
     path, _, leaf = name.rpartition(".")
     try:
         parent = model.get_submodule(path)
