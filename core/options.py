@@ -250,11 +250,7 @@ def _resolve(config: type[Config], field: dataclasses.Field[Any], hint: Any) -> 
 
 
 def _check(field: Option, value: Any) -> None:
-    """Check type, choices and range of one value.
-
-    Raises:
-        UsageError: see `Config`.
-    """
+    """Check type, choices and range of one value."""
     if value is None and field.optional:
         return
     wanted: Any = (int, float) if field.type is float else field.type
