@@ -175,10 +175,9 @@ def _pick_by_bits(bits: float, embeddings: Quantizer | None) -> Picked:
 
 
 def _check_below_two(plan: QuantizePlan, quantizer: Quantizer, bits: float) -> None:
-    """Check that the matrices packed by `quantizer` stay within `bits`, with all stored fields.
+    """Raise a UsageError if the matrices packed by `quantizer` take more than `bits` a weight.
 
-    Raises:
-        UsageError: more bits, as in matrices with short rows, whose scales weigh more.
+    All stored fields count: in short rows scales weigh more.
     """
     matrices = [
         matrix

@@ -117,13 +117,7 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
 
 
 def _check_zero_bias(checkpoint: Checkpoint, architecture: Architecture, key: str) -> str:
-    """Check that the bias of a fitted lm_head is zero where the architecture has none.
-
-    Returns the bias's name.
-
-    Raises:
-        UnsupportedError: the bias is not zero.
-    """
+    """Raise an UnsupportedError if a fitted lm_head has a bias other than 0; return its name."""
     name = f"{key}.bias"
     if checkpoint.read(name).any():
         raise UnsupportedError(
@@ -254,11 +248,7 @@ def read_grid(entry: Mapping[str, Any], fields: Fields) -> Grid:
 def _make_compressed_config(
     architecture: Architecture, matrices: Mapping[str, Matrix]
 ) -> dict[str, Any]:
-    """Return the model's configuration for `compressed-tensors`, one config group per scheme.
-
-    Raises:
-        UnsupportedError: the format cannot represent a matrix.
-    """
+    """Return the model's configuration for `compressed-tensors`, one config group per scheme."""
     modules = architecture.layout.modules
     groups: dict[str, list[str]] = {}
     for name, entry in modules.items():
@@ -288,11 +278,7 @@ def _make_compressed_config(
 
 
 def _check_grid(name: str, entry: Mapping[str, Any], matrix: Matrix) -> None:
-    """Check that `compressed-tensors` can represent a matrix.
-
-    Raises:
-        UnsupportedError: no uniform grid, no linear layer, or an incomplete last group.
-    """
+    """Raise an UnsupportedError if `compressed-tensors` cannot represent a matrix."""
     if entry["method"] not in UNIFORM:
         raise UnsupportedError(
             f"{name}: compressed-tensors holds whole numbers on uniform grids; {entry['method']} "

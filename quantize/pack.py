@@ -314,12 +314,7 @@ class Packing:
         generator: torch.Generator,
         tick: Tick,
     ) -> tuple[Fitted, list[str]]:
-        """Pack the matrices of one method; also return the names of those packed without data.
-
-        Raises:
-            NotFinite: statistics that are NaN or infinite.
-            UnsupportedError: the method cannot represent a matrix.
-        """
+        """Pack the matrices of one method; also return the names of those packed without data."""
         stats = self.stream.observe(block, quantizer, streams) if streams is not None else {}
         # Experts with few calibration tokens, and matrices that no token reached.
         data_free = [
@@ -343,11 +338,7 @@ class Packing:
             return quantizer.fit(block, streams, stats, generator, tick), data_free
 
     def _report_layer(self, matrix: Matrix, weight_nm: Tensor, fields: PackedFields) -> LayerReport:
-        """Measure a packed matrix.
-
-        Raises:
-            UnsupportedError: the packed weights are not finite.
-        """
+        """Measure a packed matrix."""
         quantizer = self.plan.quantizers[matrix.name]
         error = relative_error(weight_nm, load_packed(quantizer, matrix, fields))
         if not math.isfinite(error):

@@ -92,11 +92,7 @@ def read_rules(path: Path) -> list[Rule]:
 
 
 def _parse_rule(path: Path, number: int, entry: Any) -> Rule:
-    """Parse the entry `number` of a rules file.
-
-    Raises:
-        UsageError: missing keys, unknown method or options.
-    """
+    """Parse the entry `number` of a rules file."""
     origin = f"--rules {path}: entry {number}"
     if not isinstance(entry, dict) or not all(
         isinstance(entry.get(key), str) for key in ("match", "method")

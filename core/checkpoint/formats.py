@@ -99,8 +99,11 @@ def _find_defect(name: str, entry: Any) -> str | None:
     if not isinstance(entry.get("method"), str) or not isinstance(entry.get("options"), dict):
         return "a method and its options"
     shape = entry.get("shape")
-    is_shape = isinstance(shape, list) and len(shape) == 2
-    if not is_shape or not all(type(length) is int and length > 0 for length in shape):
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(length) is int and length > 0 for length in shape)
+    ):
         return "a shape of two numbers"
     if "tied" in entry and not isinstance(entry["tied"], str):
         return "the name of the matrix that it is tied to"

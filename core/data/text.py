@@ -227,11 +227,7 @@ def join_without_template(row: Row, tokenizer: Any) -> Row:
 
 
 def check_ids(ids: Sequence[int], num_tokens: int, origin: str) -> None:
-    """Check that token ids are rows of a model's embedding; `origin` is where they come from.
-
-    Raises:
-        CheckpointError: an id outside the embedding.
-    """
+    """Raise a CheckpointError if token ids from `origin` are no rows of a model's embedding."""
     wrong = next((id for id in (max(ids, default=0), min(ids, default=0))
                   if not 0 <= id < num_tokens), None)  # fmt: skip
     if wrong is not None:

@@ -204,7 +204,8 @@ class Architecture:
         for part in module.modules():
             if isinstance(part, PackedExperts):
                 part.like = torch.zeros(0, dtype=dtype)
-        module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        move: Any = module._apply
+        move(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
         module.requires_grad_(False)
         if isinstance(module, PreTrainedModel):
             # A mapping computed anew would contain ties that packing has resolved.

@@ -172,11 +172,7 @@ def _segment_bounds(m: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the other fields of `HessianFactor`, in double precision as H is often singular.
-
-    Raises:
-        UnsupportedError: the Hessian is not finite, or singular with this damping.
-    """
+    """Compute the other fields of `HessianFactor`, in double precision as H is often singular."""
     if not torch.isfinite(hessian_mm).all():
         raise UnsupportedError(
             "its inputs are not finite on the calibration text", hint="--dtype float32"
