@@ -103,12 +103,7 @@ def read_cache(name: str) -> dict[str, Any]:
 
 
 def write_cache(name: str, value: dict[str, Any]) -> None:
-    """Write a JSON object to a file of the cache folder.
-
-    Raises:
-        InputError: the folder cannot be written.
-        SpectoolError: the disk is full, or failed.
-    """
+    """Write a JSON object to a file of the cache folder."""
     path = cache_folder() / name
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)

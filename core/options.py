@@ -179,11 +179,7 @@ class Config:
 
     @classmethod
     def from_text(cls, pairs: str) -> Self:
-        """Parse `key=value,key=value` (empty: all defaults).
-
-        Raises:
-            UsageError: see `from_dict`.
-        """
+        """Parse `key=value,key=value` (empty: all defaults)."""
         fields = {field.name: field for field in options_of(cls)}
         values: dict[str, Any] = {}
         for pair in filter(None, pairs.split(",")):

@@ -30,9 +30,7 @@ from spectool.kernels.pack import pack_bits
 from spectool.model.architecture import Architecture
 from spectool.model.loading import checkpoint_dtype
 from spectool.model.matrices import Matrix
-from spectool.model.packed import build_packed, field_specs, make_packer
-
-Fields = dict[str, Tensor]
+from spectool.model.packed import load_packed, make_packer
 
 # Methods that store integers on uniform grids.
 UNIFORM = ("rtn", "gptq", "int8")
@@ -96,7 +94,7 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
         for index, (entries, packed) in enumerate(shards, start=1):
             shard = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
             contents: dict[str, Content] = dict(entries)
-            contents.update(convert(packed, matrices, checkpoint, architecture))
+            contents.update(convert(packed, matrices, checkpoint))
             writer.write_shard(shard, contents, metadata, {})
             tensors.update(dict.fromkeys(contents, shard))
             total += sum(num_bytes(content) for content in contents.values())
@@ -162,7 +160,7 @@ def _list_shards(checkpoint: Checkpoint, left_out: Collection[str]) -> list[Shar
     return [shards[path] for path in sorted(shards)]
 
 
-def _read_fields(checkpoint: Checkpoint, name: str) -> Fields:
+def _read_fields(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     """Read the fields of one packed matrix."""
     entry = checkpoint.layout.modules[name]
     n, m = entry["shape"]
@@ -170,20 +168,14 @@ def _read_fields(checkpoint: Checkpoint, name: str) -> Fields:
 
 
 def _convert_dense(
-    packed: list[str],
-    matrices: Mapping[str, Matrix],
-    checkpoint: Checkpoint,
-    architecture: Architecture,
+    packed: list[str], matrices: Mapping[str, Matrix], checkpoint: Checkpoint
 ) -> dict[str, Tensor]:
     """Dequantize matrices, with the names and shapes of the architecture."""
     dtype = checkpoint_dtype(checkpoint.layout)
     weights: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name in packed:
-        fields = _read_fields(checkpoint, name)
-        spec = field_specs({f"{name}.q.{k}": (v.dtype, tuple(v.shape)) for k, v in fields.items()})
-        linear = build_packed(checkpoint.layout.modules[name], spec[name])
-        linear.q.load_state_dict(fields)
+        linear = load_packed(checkpoint.layout.modules[name], _read_fields(checkpoint, name))
         weight_nm = linear.dequantize().to(dtype)
         matrix = matrices[name]
         weight = (weight_nm.T if matrix.transposed else weight_nm).contiguous()
@@ -212,10 +204,7 @@ def _make_dense_config(
 
 
 def _convert_compressed(
-    packed: list[str],
-    matrices: Mapping[str, Matrix],
-    checkpoint: Checkpoint,
-    architecture: Architecture,
+    packed: list[str], matrices: Mapping[str, Matrix], checkpoint: Checkpoint
 ) -> dict[str, Tensor]:
     """Convert matrices to the tensors of `compressed-tensors`."""
     tensors: dict[str, Tensor] = {}
@@ -231,7 +220,7 @@ def _convert_compressed(
     return tensors
 
 
-def read_grid(entry: Mapping[str, Any], fields: Fields) -> Grid:
+def read_grid(entry: Mapping[str, Any], fields: Mapping[str, Tensor]) -> Grid:
     """Return the grid of a packed matrix, of its entry and its fields; for methods in `UNIFORM`."""
     if entry["method"] == "int8":
         codes_nm = (fields["codes"].int() + 128).to(torch.uint8)
@@ -314,7 +303,7 @@ def _make_scheme(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-Convert = Callable[[list[str], Mapping[str, Matrix], Checkpoint, Architecture], dict[str, Tensor]]
+Convert = Callable[[list[str], Mapping[str, Matrix], Checkpoint], dict[str, Tensor]]
 Configure = Callable[[Architecture, Mapping[str, Matrix]], dict[str, Any]]
 
 FORMATS: dict[str, tuple[Convert, Configure]] = {

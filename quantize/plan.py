@@ -52,6 +52,11 @@ class QuantizePlan:
     device_bytes: int
 
     @property
+    def inside(self) -> list[Matrix]:
+        """All matrices to pack inside the blocks."""
+        return [matrix for block in self.matrices.values() for matrix in block.values()]
+
+    @property
     def bits_linears(self) -> float:
         """Bits per weight of the blocks' packed matrices."""
         return 8 * self.packed_bytes / self.num_weights

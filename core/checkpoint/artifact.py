@@ -317,11 +317,7 @@ def _find_stray(path: Path) -> str | None:
 def write_atomically(
     path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]
 ) -> Checksums:
-    """Write a safetensors file atomically, as `write_safetensors` under a temporary name.
-
-    Raises:
-        SpectoolError: the disk is full.
-    """
+    """Write a safetensors file atomically, as `write_safetensors` under a temporary name."""
     with disk_errors(path.parent):
         temporary = path.with_name(path.name + ".tmp")
         sums = write_safetensors(temporary, tensors, metadata)

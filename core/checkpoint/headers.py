@@ -355,11 +355,7 @@ def find_weights(path: Path, config: Mapping[str, Any]) -> Path:
 
 
 def read_checksums(index: Path) -> dict[str, Checksums]:
-    """Read the checksums of an artifact's files by name from its index; empty without any.
-
-    Raises:
-        CheckpointError: the index or its checksums are invalid.
-    """
+    """Read the checksums of an artifact's files by name from its index; empty without any."""
     metadata = read_json(index).get("metadata")
     stored = metadata.get("checksums") if isinstance(metadata, dict) else None
     return checksums.parse(stored, index)

@@ -90,8 +90,7 @@ def load_model(
     With `for_decoding`, `auto` leaves packed what the passes of decoding have a kernel for.
 
     Raises:
-        UsageError: an invalid `runtime`, `dtype` or `device`.
-        InputError: see `spectool.load`.
+        InputError: as `spectool.load`, or an invalid `runtime`, `dtype` or `device`.
     """
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")

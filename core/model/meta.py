@@ -92,8 +92,7 @@ def build_meta(
     """Build the whole model on the meta device, in eval mode, to run in `dtype`.
 
     Raises:
-        CheckpointError: no model can be built of this configuration.
-        UnsupportedError: see `model_class`.
+        InputError: as `model_class`, or no model can be built of this configuration.
     """
     dense = copy.deepcopy(config)
     if hasattr(dense, "quantization_config"):

@@ -137,10 +137,6 @@ def resolve_tensors(
 
     Returns the model, the origin of each stored tensor, and whether matrices that the configuration
     ties are stored with different values; that is tested with `compare` only, which reads them.
-
-    Raises:
-        UnsupportedError: a model that is not causal.
-        CheckpointError: tensors of the architecture are in no file, or have another shape.
     """
     layout = checkpoint.layout
 

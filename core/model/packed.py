@@ -259,6 +259,14 @@ def build_packed(entry: Mapping[str, Any], spec: FieldSpec) -> PackedLinear:
     return packer.build((n, m))
 
 
+def load_packed(entry: Mapping[str, Any], fields: Mapping[str, Tensor]) -> PackedLinear:
+    """Build the runtime linear of an artifact's entry with these fields, on the host."""
+    spec = {name: (value.dtype, tuple(value.shape)) for name, value in fields.items()}
+    linear = build_packed(entry, spec)
+    linear.q.load_state_dict(fields)
+    return linear
+
+
 def _describe(header: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "absent" if header is None else f"{header[0]} {list(header[1])}"
 

@@ -39,11 +39,7 @@ CHECKSUMS = "checksums"
 
 
 class SpectoolConfig(QuantizationConfigMixin):
-    """`quantization_config` of an artifact. Unknown keys are kept and saved again.
-
-    Raises:
-        CheckpointError: see `packed_entries`.
-    """
+    """`quantization_config` of an artifact. Unknown keys are kept and saved again."""
 
     def __init__(
         self,

@@ -329,7 +329,8 @@ class Distillation(nn.Module):
     def loss(self, states_TD: Tensor) -> Tensor:
         """Compute the mean of KL(original || vq) over tokens with these inputs."""
         weight_VD, finish = self.lm_head.weight_VD, self.lm_head.finish
-        books, bias_V, book_SGKW = self.books, self.bias_V, self.books()
+        books, bias_V = self.books, self.bias_V
+        book_SGKW: Tensor = books()
         states_TD = states_TD.to(weight_VD.device)
         target_TV = finish(F.linear(states_TD, weight_VD, self.lm_head.bias_V)).log_softmax(-1)
         probs_TV = target_TV.exp()
