@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from spectool.data.text import Prompt
-    from spectool.decode.generate import Result, Runner
+    from spectool.decode.generate import Runner
     from spectool.decode.options import RunnerOptions
+    from spectool.decode.result import Result
+    from spectool.options import Config
     from spectool.shared_options import TextOptions
 
 SCHEMA_VERSION = 2
@@ -40,7 +42,8 @@ class Output(Reporter):
 
     With --json the only output on stdout is one JSON object. `quiet`: print nothing, since another
     process of the same run prints. `so_far` returns the partial result of a run that fails, which
-    the JSON object then holds next to the error. `show_plan` prints the command's plan.
+    the JSON object then holds next to the error. `show_plan` prints the command's plan. `resume`:
+    the hint of an interrupted run that can be continued.
     """
 
     def __init__(self, *, json_wanted: bool) -> None:
@@ -54,6 +57,7 @@ class Output(Reporter):
         self.readings: list[dict[str, Any]] = []
         self.so_far: Callable[[], Mapping[str, Any]] = dict
         self.show_plan: Callable[[Any], None] = lambda plan: None
+        self.resume: str | None = None
         self._held_out = ""
         self._last_line = 0.0
 
@@ -159,7 +163,7 @@ def session(*, json_wanted: bool = False, debug: bool = False) -> Iterator[Outpu
         _quiet_libraries()
         yield output
     except KeyboardInterrupt:
-        _fail(output, Interrupted("interrupted"), debug)
+        _fail(output, Interrupted("interrupted", hint=output.resume), debug)
     except SpectoolError as error:
         _fail(output, error, debug)
     except typer.Exit:
@@ -327,6 +331,12 @@ def standard_input() -> str:
     if not text:
         raise UsageError("no prompt", hint="--prompt TEXT, --prompts FILE, or text on stdin")
     return text
+
+
+def describe_method(name: str, config: Config) -> str:
+    """Return a method's name, with the values of its options."""
+    options = ", ".join(f"{key}={value}" for key, value in config.as_dict().items())
+    return f"{name} ({options})" if options else name
 
 
 def size(num_bytes: float) -> str:

@@ -23,7 +23,7 @@ from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode.drafters.combined import Combined
 from spectool.decode.heads import artifact
 from spectool.decode.protocol import Drafter
-from spectool.decode.target import Target
+from spectool.decode.target.base import Target
 from spectool.errors import CheckpointError, UsageError
 from spectool.model import loading
 
@@ -88,7 +88,7 @@ def parse_spec(text: str, *, target_dir: Path | None = None) -> DraftSpec:
 def open_drafter(
     spec: DraftSpec,
     *,
-    target: Target,
+    target: Target[Any],
     target_tokenizer: PreTrainedTokenizerBase | None,
     allow_other_target: bool = False,
     checksums: bool = True,
@@ -143,7 +143,7 @@ def _open_named(part: Part) -> Drafter:
 
 def _open_part(
     part: Part,
-    target: Target,
+    target: Target[Any],
     target_tokenizer: PreTrainedTokenizerBase | None,
     *,
     allow_other_target: bool,

@@ -16,7 +16,7 @@ from spectool.decode.heads.artifact import check_weights
 from spectool.decode.heads.base import Heads
 from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import FEATURES, token_bytes
 from spectool.distill.data.samples import Sample, batches, pack_sequences
 from spectool.distill.options import HeadsOptions
@@ -99,7 +99,7 @@ def make_plan(
     config, trusted = read_config(setup.checkpoint), setup.checkpoint.trust_remote_code
     architecture: Any = build_meta(config, trust_remote_code=trusted)
     # Raises for an unsupported architecture before anything is written.
-    Target(architecture)
+    AttentionTarget(architecture)
     kind: type[Heads] = import_method(job.method, "drafter").Heads
     if job.sequence_packing and not kind.supports_packing:
         raise UsageError(

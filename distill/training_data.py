@@ -13,7 +13,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -23,7 +23,7 @@ from spectool.decode.generate import Runner
 from spectool.decode.heads.base import Heads
 from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import (
     OnlineTexts,
     StoredTexts,
@@ -56,7 +56,7 @@ _HELD_OUT_TOKENS = 128
 class TrainingData:
     """Target, training texts and held-out texts. Without need of them, `target` has no layers."""
 
-    target: Target
+    target: AttentionTarget
     train: Texts
     held_out: Texts
 
@@ -126,7 +126,9 @@ class DataPreparation:
                 found = FeaturesFound(len(stored[0].samples), str(self.job.store))
                 self.reporter.event(found)
                 kind: type[Heads] = import_method(self.job.method, "drafter").Heads
-                target = Target(self._load()) if kind.begins_as_layers else self._load_shell()
+                target = (
+                    AttentionTarget(self._load()) if kind.begins_as_layers else self._load_shell()
+                )
                 return TrainingData(target, *stored)
         with contextlib.ExitStack() as stack:
             store_writer = writer
@@ -176,7 +178,9 @@ class DataPreparation:
         with self.processes.together():
             model = self._load()
             runner = Runner(model, tokenizer=setup.tokenizer)
-            check_features(runner.target, self.needs)
+            # `make_plan` refused targets with a recurrent state.
+            target = cast(AttentionTarget, runner.target)
+            check_features(target, self.needs)
         generate = TextWriter(store_writer, self.processes, self.reporter)
         # Evaluation text is always the target's own greedy output without loops, since that is what
         # the heads will draft.
@@ -208,7 +212,6 @@ class DataPreparation:
                 f"{'' if held_out else ' or repeats itself'} within {SHORTEST} tokens",
                 hint=f"give more data{'' if held_out else ', or a larger --held-out'}",
             )
-        target = runner.target
         if job.features == "online":
             return TrainingData(
                 target,
@@ -257,7 +260,9 @@ class DataPreparation:
             batch_size=GENERATED_TOGETHER,
         )
 
-    def _load_shell(self) -> Target:
+    def _load_shell(self) -> AttentionTarget:
         """Load the target without its layers."""
         setup = self.setup
-        return Target(load_without_blocks(setup.checkpoint, dtype=setup.dtype, device=setup.device))
+        return AttentionTarget(
+            load_without_blocks(setup.checkpoint, dtype=setup.dtype, device=setup.device)
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spectool import methods
@@ -36,15 +35,15 @@ class Evaluation:
         return {**fields, "gates": as_json(self.gates)}
 
 
-def evaluate(context: Context, *, gates: Sequence[str] = ()) -> Evaluation:
-    """Run the measures that the options name, or all whose needs they give.
+def evaluate(context: Context) -> Evaluation:
+    """Run the measures that the options name, or all whose needs they give, and check the gates.
 
     Raises:
         InputError: checkpoint, text, reference or options are unusable.
     """
     chosen = _choose(context)
     known = [metric for measure in chosen for metric in measure.metrics()]
-    parsed = parse_gates(gates, known)
+    parsed = parse_gates(context.options.gate, known)
     if context.options.save_reference is not None and "windows" not in context.needs:
         raise UsageError("--save-reference needs a measure of a text, such as perplexity")
     results = [measure.run(context) for measure in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from spectool.report import SILENT, Loaded, Reporter
 # `auto` unpacks if the dense weights take at most this share of the free memory.
 DENSE_SHARE = 0.5
 
-GENERATION = "generation_config.json"
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
+_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 RUNTIMES = ("auto", "packed", "dense")
 
 
@@ -212,11 +214,39 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         CheckpointError: there is none, or it cannot be read.
     """
     config = read_config(checkpoint)
+    _check_merges(checkpoint.path)
     with wrap_errors(checkpoint.path, "no tokenizer that transformers can load"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             checkpoint.path, config=config, trust_remote_code=checkpoint.trust_remote_code
         )
     return tokenizer
+
+
+def _check_merges(path: Path) -> None:
+    """Check the merges of a byte-pair tokenizer whose later pieces carry a prefix.
+
+    The tokenizers package aborts the whole process where it removes the prefix from a piece that
+    does not have it.
+
+    Raises:
+        CheckpointError: a merge whose second piece lacks the prefix.
+    """
+    file = path / TOKENIZER
+    if not file.is_file() or not _PREFIX.search(file.read_bytes()):
+        return
+    model = read_json(file).get("model")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not (isinstance(merges, list) and isinstance(prefix, str)):
+        return
+    for merge in merges:
+        pieces = merge.split(" ") if isinstance(merge, str) else merge
+        # transformers refuses what is no pair.
+        is_pair = isinstance(pieces, list) and len(pieces) == 2
+        if is_pair and not str(pieces[1]).startswith(prefix):
+            raise CheckpointError(
+                f"{file}: its merge {merge!r} ends without the continuing_subword_prefix {prefix!r}"
+            )
 
 
 def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:

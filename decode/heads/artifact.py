@@ -26,7 +26,7 @@ from spectool.checkpoint.tensors import Checkpoint, check_finite, read_tensors
 from spectool.decode.heads.base import TOP, Heads
 from spectool.decode.policy.fastest import read_fastest
 from spectool.decode.protocol import Drafter
-from spectool.decode.target import Target
+from spectool.decode.target.base import Target
 from spectool.errors import CheckpointError
 from spectool.files import json_bytes
 from spectool.model import loading
@@ -118,7 +118,7 @@ def open_heads(
     path: Path,
     options: str,
     *,
-    target: Target,
+    target: Target[Any],
     tokenizer: PreTrainedTokenizerBase | None,
     allow_other_target: bool,
     checksums: bool = True,
@@ -234,7 +234,7 @@ def check_weights(heads: Heads, tensors: Mapping[str, Tensor], path: Path) -> No
 def check_fit(
     path: Path,
     record: HeadsRecord,
-    target: Target,
+    target: Target[Any],
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     allow_other_target: bool,

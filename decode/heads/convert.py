@@ -27,7 +27,7 @@ from spectool.decode.heads.formats import eagle3, medusa
 from spectool.decode.heads.formats.base import WEIGHTS, Format, PretrainedHeads
 from spectool.decode.heads.formats.eagle3 import EAGLE3, SPECULATORS
 from spectool.decode.heads.formats.medusa import VLLM_MEDUSA
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
 from spectool.methods import import_method
 from spectool.model.loading import checkpoint_dtype, load_tokenizer, load_without_blocks
@@ -62,7 +62,9 @@ def export(path: Path, checkpoint: Checkpoint, out: Path, name: str) -> list[str
         raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
     check_target(out, overwrite=False)
     dtype = checkpoint_dtype(checkpoint.layout)
-    target = Target(load_without_blocks(checkpoint, dtype=dtype, device=torch.device("cpu")))
+    target = AttentionTarget(
+        load_without_blocks(checkpoint, dtype=dtype, device=torch.device("cpu"))
+    )
     tokenizer = load_tokenizer(checkpoint)
     check_fit(path, record, target, tokenizer, allow_other_target=False)
     tensors = read_weights(path, record, check=checkpoint.checksums)

@@ -32,7 +32,7 @@ from transformers.models.llama.modeling_llama import (
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.target import isolate_texts, tree_mask
+from spectool.decode.target.masks import isolate_texts, tree_mask
 from spectool.model.decoder import find_decoder
 
 # Largest size of attention scores that a training step keeps; recomputing them for the gradient

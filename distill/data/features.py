@@ -26,7 +26,7 @@ from spectool.checkpoint.checksums import Checksums
 from spectool.checkpoint.headers import TensorEntry, read_header, read_json
 from spectool.checkpoint.tensors import read_tensor
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.samples import Sample, by_length, join
 from spectool.distill.data.texts import as_samples, as_tensors, chunk
 from spectool.distill.processes import Processes
@@ -56,7 +56,7 @@ class Texts(Protocol):
 class OnlineTexts:
     """Texts whose features the target computes for every batch."""
 
-    def __init__(self, target: Target, needs: Needs, samples: Sequence[Sample]) -> None:
+    def __init__(self, target: AttentionTarget, needs: Needs, samples: Sequence[Sample]) -> None:
         self.target, self.needs, self.samples = target, needs, samples
 
     def batch(self, rows: Sequence[Sequence[int]]) -> TrainingBatch:
@@ -122,7 +122,7 @@ def store(
     writer: ArtifactWriter | None,
     processes: Processes,
     name: str,
-    target: Target,
+    target: AttentionTarget,
     needs: Needs,
     samples: Sequence[Sample],
     *,
@@ -247,7 +247,7 @@ def _groups(samples: Sequence[Sample], row_bytes: int) -> Iterator[list[Sample]]
 
 
 def _compute_features(
-    target: Target, needs: Needs, samples: Sequence[Sample], pass_tokens: int
+    target: AttentionTarget, needs: Needs, samples: Sequence[Sample], pass_tokens: int
 ) -> dict[str, Tensor]:
     """Compute the features [N, D] of all tokens of these texts, on the host."""
     starts = [0, *itertools.accumulate(len(sample.tokens) for sample in samples)]

@@ -19,6 +19,8 @@ from spectool.cli.derive import PANELS
 from spectool.machine import reproducible
 from spectool.shared_options import PlaceOptions
 
+from ..conftest import VOCAB
+
 Spectool = Callable[..., Any]
 Checkpoint = Callable[..., Path]
 
@@ -253,9 +255,9 @@ def test_bench_exits_1_when_a_lossless_drafter_changes_the_output(
 def test_an_interrupted_generation_shows_what_it_has_in_one_object(
     spectool: Spectool, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spectool.decode.target import Target
+    from spectool.decode.target.attention import AttentionTarget
 
-    forward, calls = Target._forward, []
+    forward, calls = AttentionTarget._forward, []
 
     def stop(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -263,7 +265,7 @@ def test_an_interrupted_generation_shows_what_it_has_in_one_object(
             raise KeyboardInterrupt
         return forward(self, *args, **options)
 
-    monkeypatch.setattr(Target, "_forward", stop)
+    monkeypatch.setattr(AttentionTarget, "_forward", stop)
     words = ["--prompt", "from pathlib", "--draft", "none"]
     done = spectool("generate", checkpoint("llama"), *words, "--json")
     assert done.code == 130
@@ -395,6 +397,18 @@ def test_a_banned_text_is_never_written_and_a_bias_decides(
     assert changed["token_ids"][0] != first and "e" not in changed["text"]
     (forced,) = spectool(*words, "--logit-bias", "7=1000", "--draft", "ngram").json["results"]
     assert set(forced["token_ids"]) == {7}
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_that_every_token_is_excluded_is_one_line(
+    spectool: Spectool, checkpoint: Callable[..., Path], draft: str, temperature: float
+) -> None:
+    biases = [word for token in range(VOCAB) for word in ("--logit-bias", f"{token}=-inf")]
+    words = ["--prompt", "a", "--draft", draft, "--temperature", temperature]
+    done = spectool("generate", checkpoint("llama"), *words, *biases)
+    assert done.code == 1 and "exclude every token after 0 new ones" in done.err
+    assert "Traceback" not in done.err and done.out == ""
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectool.decode.heads.base import Heads
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import OnlineTexts
 from spectool.distill.data.samples import Sample
 from spectool.distill.losses import compute_loss
@@ -32,7 +32,7 @@ def test_packed_texts_teach_what_they_teach_alone(
     tiny: Callable[..., PreTrainedModel], family: str, method: str, options: dict[str, object]
 ) -> None:
     """Neither labels nor attention cross from one text to the next."""
-    target = Target(tiny(family))
+    target = AttentionTarget(tiny(family))
     rng = random.Random(0)
     samples = [
         Sample(

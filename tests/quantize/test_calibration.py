@@ -219,13 +219,6 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return SEEN
 
 
-@pytest.fixture
-def text_file(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
-    return str(path)
-
-
 def block_inputs(model: PreTrainedModel, names: list[str], ids_BL: Tensor) -> list[Tensor]:
     seen: list[Tensor] = []
     handles = [

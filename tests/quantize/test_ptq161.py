@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
-from spectool.cli.common import Output
-from spectool.cli.quantize import show_fits
+from spectool.cli.quantize import fit_lines
 from spectool.errors import NotFinite, UnsupportedError, UsageError
 from spectool.kernels.pack import unpack_bits
 from spectool.model import packed
@@ -556,16 +555,14 @@ def test_the_command_says_what_the_fit_gained(
     assert "blocks packed: 0." in done.stderr, "a long block says how far it is"
 
 
-def test_flipped_rows_and_turned_outputs_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flipped_rows_and_turned_outputs_are_named() -> None:
     fine = FitReport(
         loss_start=2.0, loss_after=1.0, least_cosine=0.9, best_epoch=1, steps_skipped=0,
         rows_flipped=0,
     )  # fmt: skip
     odd = replace(fine, loss_after=2.0, least_cosine=-0.1, rows_flipped=3)
-    show_fits(Output(json_wanted=False), [(0, fine)])
-    assert capsys.readouterr().out.count("\n") == 1
-    show_fits(Output(json_wanted=False), [(0, fine), (1, odd)])
-    output = capsys.readouterr().out
+    assert len(list(fit_lines([(0, fine)]))) == 1
+    output = "\n".join(fit_lines([(0, fine), (1, odd)]))
     assert "0.500 to 1.000 of that at its start, lower in 1 of 2 fits" in output
     assert "rows flipped by a negative scale: 3" in output and "in blocks 1: try more" in output
 

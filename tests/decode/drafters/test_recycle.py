@@ -17,28 +17,16 @@ from spectool.decode import draft_state
 from spectool.decode.drafters import recycle
 from spectool.decode.drafters.recycle import RANKS, RecycleDrafter, make_rank_tree
 from spectool.decode.generate import Runner
-from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Outcome, PrefilledPrompt
-from spectool.decode.request import Request
-from spectool.decode.sampling import Draws
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
+
+from ..conftest import request_of
 
 Tiny = Callable[..., PreTrainedModel]
 Begin = Callable[..., None]
 PromptOf = Callable[..., list[int]]
-
-
-def request_of(tokens: list[int]) -> Request:
-    return Request(
-        index=0,
-        tokens=list(tokens),
-        draws=Draws(0, 0),
-        sampling=SamplingParams(),
-        max_new_tokens=100,
-        context=256,
-    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mamba2"])
@@ -90,7 +78,7 @@ def filled(begin: Begin, entries: dict[int, list[int]], **options: Any) -> Recyc
 def test_the_prompt_is_in_the_table(tiny: Tiny) -> None:
     """Each token has what was likeliest after its last occurrence."""
     model, prompt = tiny("llama"), [5, 9, 5, 7, 9, 31]
-    target, drafter = Target(model), RecycleDrafter()
+    target, drafter = AttentionTarget(model), RecycleDrafter()
     done = target.prefill(target.cache(1), [prompt], drafter.needs)
     first = int(done.logits_BV[0].argmax())
     request = request_of([*prompt, first])

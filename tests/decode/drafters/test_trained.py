@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import Heads
 from spectool.decode.heads.inpass import InPassHeads
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import OnlineTexts
 from spectool.distill.data.samples import Sample
 from spectool.distill.losses import compute_loss, rank_labels
@@ -112,7 +112,9 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Tiny, name: str) -> No
     options = {"shared_head": True} if name in ("medusa", "hydra", "hydra-plain", "eagle3") else {}
     heads = make_heads(model, name, **options)
     tokens = torch.randint(2, VOCAB, (2, 19), generator=torch.Generator().manual_seed(5)).tolist()
-    texts = OnlineTexts(Target(model), heads.needs, [Sample(row, [True] * 19) for row in tokens])
+    texts = OnlineTexts(
+        AttentionTarget(model), heads.needs, [Sample(row, [True] * 19) for row in tokens]
+    )
     # Extra rows pass through the target's layers, whose weights a training freezes.
     frozen = isinstance(heads, InPassHeads)
     model.requires_grad_(not frozen)
@@ -164,7 +166,9 @@ def test_a_token_changes_the_heads_after_it_and_no_head_before(tiny: Tiny, name:
     model = tiny("llama")
     heads = make_heads(model, name)
     tokens = torch.randint(2, VOCAB - 1, (20,), generator=torch.Generator().manual_seed(5)).tolist()
-    batch = OnlineTexts(Target(model), heads.needs, [Sample(tokens, [True] * 20)]).batch([[0]])
+    batch = OnlineTexts(AttentionTarget(model), heads.needs, [Sample(tokens, [True] * 20)]).batch(
+        [[0]]
+    )
     position = (torch.tensor([0]), torch.tensor([10]))
     before = list(heads.states(batch, *position))
     for drafted in range(heads.num_heads):
