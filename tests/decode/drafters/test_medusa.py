@@ -37,9 +37,8 @@ make_heads = functools.partial(bare.make_heads, MedusaHeads)
 
 def guesses_of(heads: MedusaHeads, state_D: torch.Tensor) -> list[list[int]]:
     """Return the best guesses of each head."""
-    path_11A = torch.zeros(1, 1, 1, dtype=torch.long)
     return [
-        heads.guess(heads.step(state_D[None], path_11A, k), k, TOP)[0, 0].tolist()
+        heads.guess(heads.step(state_D[None], k), k, TOP)[0, 0].tolist()
         for k in range(heads.num_heads)
     ]
 
