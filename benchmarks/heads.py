@@ -44,7 +44,7 @@ from spectool.decode.result import Result, loop_start
 from spectool.distill.data.regenerate import regenerate
 from spectool.distill.data.samples import read_samples
 from spectool.methods import import_method
-from spectool.model.architecture import build_meta, read_config
+from spectool.model.meta import build_meta, read_config
 
 # Options that were the best of a few in short trials.
 METHODS: dict[str, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ from spectool import methods
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import TextError
 from spectool.methods import Method
-from spectool.model.architecture import find_blocks
+from spectool.model.decoder import find_blocks
 from spectool.model.matrices import find_matrices
 from spectool.model.packed import packed_modules
 from spectool.quantize.base import Block, FitReport, Fitted, Statistics, Streams, Tick

@@ -30,7 +30,7 @@ from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.pack import Packing
 from spectool.quantize.plan import make_plan
-from spectool.quantize.rules import Rule, format_rules, make_skip_rules, read_rules
+from spectool.quantize.rules import Rule, format_rules, make_skip_rules, matches, read_rules
 
 from ..conftest import contents
 from ..stopping import stopped
@@ -372,3 +372,21 @@ def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_pat
     assert runner.invoke(app, ["inspect", str(out)]).stdout.count("of the blocks") == 1
     bad = runner.invoke(app, [*command[:3], str(tmp_path / "b"), "--embeddings", "ptq161"])
     assert bad.exit_code == 2 and "--embeddings: ptq161 needs activations" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "hit"),
+    [
+        ("model.layers.1.mlp.up_proj", "up_proj", True),
+        ("model.layers.1.mlp.up_proj", "layers.1", True),
+        ("model.layers.11.mlp.up_proj", "layers.1", False),
+        ("model.layers.1.mlp.up_proj", "layers.1.mlp", True),
+        ("model.layers.1.mlp.up_proj", "mlp.layers", False),
+        ("model.layers.1.mlp.up_proj", "up", False),
+        ("model.layers.1.mlp.up_proj", "*.up_*", True),
+        ("model.layers.1.mlp.up_proj", "layers.?", False),
+        ("model.layers.1.mlp.up_proj", "*layers.[0-3].*", True),
+    ],
+)
+def test_patterns(name: str, pattern: str, hit: bool) -> None:
+    assert matches(name, pattern) is hit
