@@ -95,7 +95,7 @@ def test_drafting_goes_on_from_a_kept_prefix(
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     if getattr(kept_drafter, "_draft_cache", None) is not None:
         kept_cache = kept_drafter._draft_cache._cache
-            fresh_cache = fresh_drafter._draft_cache._cache
+        fresh_cache = fresh_drafter._draft_cache._cache
         assert kept_cache.lengths == fresh_cache.lengths
         (length,) = kept_cache.lengths
         pairs = zip(kept_cache.stores, fresh_cache.stores, strict=True)
