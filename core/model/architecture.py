@@ -152,6 +152,15 @@ class Architecture:
         prefixes = tuple(block + "." for block in self.blocks)
         return [name for name in self.origins if not name.startswith(prefixes)]
 
+    def stored_names(self, name: str) -> list[str]:
+        """List the stored tensors that hold the tensor `name`: a tied one may be stored twice."""
+        names = [self.origins[name].stored[0][0]]
+        copies = find_origins(self.model, self.layout.tensors)
+        for target, source in self.model.all_tied_weights_keys.items():
+            if source == name and target in copies:
+                names.append(copies[target].stored[0][0])
+        return list(dict.fromkeys(names))
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors in their stored dtypes, merged as the architecture expects.
 
