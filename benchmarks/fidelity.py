@@ -46,7 +46,7 @@ from spectool.evaluate.fidelity import score
 from spectool.evaluate.windows import Batch, ResidentLogProbs, Windows, cut
 from spectool.examples.stdlib import read_documents
 from spectool.machine import describe
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.loading import load_tokenizer
 from spectool.quantize.budget import list_widths
 from spectool.quantize.job import Budget, QuantizeJob
@@ -158,7 +158,7 @@ def measure(model: str, calibration: str, window: int, texts: Sequence[str], giv
         rows += _score(sides, ResidentLogProbs(original), vocabulary, {"method": "original"})
     for name, options in METHODS:
         method, _, variant = name.partition(" ")
-        kind = resolve(method, "quantizer")
+        kind = import_method(method, "quantizer")
         seeds = SEEDS if kind().needs_calibration else SEEDS[:1]
         for seed in seeds if name in (given.only or [name]) else ():
             record = {"method": name, "options": options, "seed": seed}

@@ -42,7 +42,7 @@ from spectool.decode.policy.chain import FirstPath
 from spectool.decode.protocol import Drafter
 from spectool.distill.data.regenerate import regenerate
 from spectool.distill.data.samples import read_samples
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.architecture import build_meta, read_config
 
 # Options that were the best of a few in short trials.
@@ -117,7 +117,7 @@ def widen_heads(heads: Path, model: Path, wide: Path, out: Path) -> None:
     Where several states are concatenated, each keeps its own part of the columns.
     """
     record = read_record(heads)
-    drafter = resolve(record.method, "drafter")
+    drafter = import_method(record.method, "drafter")
     config = drafter.Heads.Config.from_dict(record.options)
     tensors = load_file(heads / HEADS_FILE)
     with torch.device("meta"):

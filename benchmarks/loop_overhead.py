@@ -21,7 +21,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spectool.decode.generate import Runner
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.machine import describe
 
 NEW_TOKENS = 128
@@ -32,7 +32,7 @@ class _Bare:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.cache = {Target(model).cache_name: DynamicCache(config=model.config)}
+        self.cache = {AttentionTarget(model).cache_name: DynamicCache(config=model.config)}
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int]) -> None:

@@ -94,5 +94,5 @@ for panel, commands in PANELS.items():
 
 def main() -> None:
     """Run `spectool` or `python -m spectool`."""
-    processors.bound_spin(os.environ)
+    processors.limit_spin(os.environ)
     app()

@@ -82,7 +82,7 @@ class Verb:
         if Path(name).exists() or "/" in name:
             hint = f"give the method first: spectool {self.name} METHOD {name} OUT"
         try:
-            methods.row(name, self.kind)
+            methods.get_method(name, self.kind)
         except UsageError as error:
             raise UsageError(str(error), hint=hint or error.hint) from None
         raise UsageError(f"{name} is not for {self.name}; known: {', '.join(self.known())}")
@@ -90,7 +90,7 @@ class Verb:
     def command(self, name: str) -> Any:
         """Return the click command of one method, with the method's own options first."""
         row = methods.METHODS[name]
-        own = self.config(methods.resolve(name, row.kind))
+        own = self.config(methods.import_method(name, row.kind))
         configs = {**configs_of(self.run), "config": own}
         run = derive(self.run, configs, own=f"Options of {name}", method=name)
         run.__doc__ = row.summary

@@ -18,7 +18,8 @@ from spectool.cli.common import Output, kv_record, open_runner, record, totals
 from spectool.data.template import template_arguments
 from spectool.decode.options import DrafterOptions, RequestOptions, SamplingParams
 from spectool.errors import Interrupted, SpectoolError, UsageError
-from spectool.options import Config, option
+from spectool.options import Config, option, same_option
+from spectool.shared_options import TextOptions
 
 if TYPE_CHECKING:
     from spectool.cli.editor import LineEditor
@@ -56,9 +57,7 @@ class ChatOptions(Config):
     system: str | None = option(None, "System message")
     raw: bool = option(False, "Continue plain text without a chat template", switch=True)
     max_new_tokens: int = option(512, "Maximum tokens per answer", minimum=1)
-    template_arg: tuple[str, ...] = option(
-        (), "Argument for the chat template, as key=value; repeatable"
-    )
+    template_arg: tuple[str, ...] = same_option(TextOptions, "template_arg")
 
 
 def chat(

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from spectool.errors import Interrupted, SpectoolError, UsageError
-from spectool.files import finite
+from spectool.files import replace_nonfinite
 from spectool.report import Reporter, TrainingStep
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spectool.data.text import Prompt
     from spectool.decode.generate import Result, Runner
     from spectool.decode.options import RunnerOptions
+    from spectool.options import Config
     from spectool.shared_options import TextOptions
 
 SCHEMA_VERSION = 2
@@ -40,7 +41,8 @@ class Output(Reporter):
 
     With --json the only output on stdout is one JSON object. `quiet`: print nothing, since another
     process of the same run prints. `so_far` returns the partial result of a run that fails, which
-    the JSON object then holds next to the error. `show_plan` prints the command's plan.
+    the JSON object then holds next to the error. `show_plan` prints the command's plan. `resume`:
+    the hint of an interrupted run that can be continued.
     """
 
     def __init__(self, *, json_wanted: bool) -> None:
@@ -54,6 +56,7 @@ class Output(Reporter):
         self.readings: list[dict[str, Any]] = []
         self.so_far: Callable[[], Mapping[str, Any]] = dict
         self.show_plan: Callable[[Any], None] = lambda plan: None
+        self.resume: str | None = None
         self._held_out = ""
         self._last_line = 0.0
 
@@ -116,7 +119,7 @@ class Output(Reporter):
         self.finished = True
         if self.json_wanted and not self.quiet:
             read = {"read": self.readings} if self.readings else {}
-            safe = finite({"schema_version": SCHEMA_VERSION, **value, **read})
+            safe = replace_nonfinite({"schema_version": SCHEMA_VERSION, **value, **read})
             sys.stdout.write(json.dumps(safe, allow_nan=False) + "\n")
             sys.stdout.flush()
 
@@ -159,7 +162,7 @@ def session(*, json_wanted: bool = False, debug: bool = False) -> Iterator[Outpu
         _quiet_libraries()
         yield output
     except KeyboardInterrupt:
-        _fail(output, Interrupted("interrupted"), debug)
+        _fail(output, Interrupted("interrupted", hint=output.resume), debug)
     except SpectoolError as error:
         _fail(output, error, debug)
     except typer.Exit:
@@ -327,6 +330,12 @@ def standard_input() -> str:
     if not text:
         raise UsageError("no prompt", hint="--prompt TEXT, --prompts FILE, or text on stdin")
     return text
+
+
+def describe_method(name: str, config: Config) -> str:
+    """Return a method's name, with the values of its options."""
+    options = ", ".join(f"{key}={value}" for key, value in config.as_dict().items())
+    return f"{name} ({options})" if options else name
 
 
 def size(num_bytes: float) -> str:

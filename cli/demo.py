@@ -18,7 +18,8 @@ import typer
 
 from spectool.cli.common import Output, prepare_torch, size
 from spectool.errors import Interrupted, SpectoolError, UsageError
-from spectool.options import Config, option
+from spectool.options import Config, option, same_option
+from spectool.shared_options import PlaceOptions
 
 # Below two bits a small model loses much; a higher ratio would point to a bug.
 GATE = "perplexity_ratio<=1.6"
@@ -44,12 +45,7 @@ class DemoOptions(Config):
     out: Path = option(
         Path("spectool-demo"), "Directory for texts, checkpoint and heads", argument=True
     )
-    threads: int | None = option(
-        None,
-        "CPU threads; default: as many as the system runs at the same time",
-        minimum=1,
-        maximum=1024,
-    )
+    threads: int | None = same_option(PlaceOptions, "threads")
 
 
 def demo(output: Output, options: DemoOptions) -> None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectool import methods
 from spectool.cli.by_method import Verb
-from spectool.cli.common import Output, prepare_torch, size
-from spectool.cli.train_heads import HeadsOutput, describe_texts
+from spectool.cli.common import Output, describe_method, prepare_torch, size
+from spectool.cli.quantize import QuantizeOutput
+from spectool.cli.train_heads import RESUME, HeadsOutput, say_texts
 from spectool.distill.options import WeightsOptions
-from spectool.errors import Interrupted
-from spectool.options import Config, option
+from spectool.options import Config, same_option
 from spectool.shared_options import PlaceOptions
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class WeightsOutput(HeadsOutput):
 
     PANEL: ClassVar = "Output"
 
-    dry_run: bool = option(False, "Print the plan and write nothing", switch=True)
+    dry_run: bool = same_option(QuantizeOutput, "dry_run")
 
 
 def distill(
@@ -41,20 +41,17 @@ def distill(
 
     job = WeightsJob(method=method, config=config, **options.as_dict())
     output.show_plan = lambda plan: _show_plan(output, plan, dry_run=write.dry_run)
-    try:
-        report = train_weights(
-            place.open(),
-            write.out,
-            job,
-            device=place.resolve_device(),
-            overwrite=write.overwrite,
-            dry_run=write.dry_run,
-            metrics=write.metrics,
-            reporter=output,
-        )
-    except KeyboardInterrupt:
-        again = "run the same command to resume from the last stored state"
-        raise Interrupted("interrupted", hint=again) from None
+    output.resume = RESUME
+    report = train_weights(
+        place.open(),
+        write.out,
+        job,
+        device=place.resolve_device(),
+        overwrite=write.overwrite,
+        dry_run=write.dry_run,
+        metrics=write.metrics,
+        reporter=output,
+    )
     if report is None:
         return
     for key in ("perplexity", "kl"):
@@ -76,18 +73,12 @@ def distill(
 def _show_plan(output: Output, plan: WeightsPlan, *, dry_run: bool) -> None:
     """Print the plan; in a dry run it is the result."""
     job = plan.job
-    options = ", ".join(f"{key}={value}" for key, value in job.config.as_dict().items())
     output.say(
-        f"plan: {job.method} ({options}), {plan.trained / 1e6:.2f} M parameters train "
-        f"{plan.changed_tensors} tensors with {plan.changed_weights / 1e6:.2f} M of "
+        f"plan: {describe_method(job.method, job.config)}, {plan.trained / 1e6:.2f} M parameters "
+        f"train {plan.changed_tensors} tensors with {plan.changed_weights / 1e6:.2f} M of "
         f"{plan.parameters / 1e6:.2f} M weights, memory at least {size(plan.memory_bytes)}"
     )
-    output.say(describe_texts(plan, job.batch_tokens))
-    if plan.seq_len < job.seq_len:
-        output.say(
-            f"plan: texts of at most {plan.seq_len} tokens, the context; --seq-len {job.seq_len} "
-            "is cut"
-        )
+    say_texts(output, job, plan)
     if dry_run:
         output.result({"dry_run": True, **_plan_record(plan), "memory_bytes": plan.memory_bytes})
 
@@ -105,7 +96,7 @@ DISTILL = Verb(
     name="distill",
     help="Train weights",
     kind="objective",
-    known=lambda: methods.names("objective"),
+    known=lambda: methods.list_methods("objective"),
     config=lambda objective: objective.Config,
     run=distill,
 )

@@ -21,16 +21,7 @@ def evaluate(output: Output, options: EvalOptions, load: CacheOptions) -> None:
     from spectool.evaluate.suite import evaluate as run_measures
 
     output.show_plan = lambda plan: _show_plan(output, options, plan)
-    context = Context(
-        load.open(),
-        options,
-        dtype=load.dtype,
-        device=load.resolve_device(),
-        runtime=load.runtime,
-        kv=load.kv,
-        reporter=output,
-    )
-    evaluation = run_measures(context, gates=options.gate)
+    evaluation = run_measures(Context(load, options, reporter=output))
     for result in evaluation.measures:
         for line in result.lines():
             output.show(line)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from spectool.checkpoint.headers import grouped
+from spectool.checkpoint.headers import summarize_names
 from spectool.data.text import Reading
 from spectool.report import (
     ChainRates,
@@ -99,7 +99,7 @@ def unused_line(names: Sequence[str], model: str) -> str:
     one = len(names) == 1
     return (
         f"{len(names)} stored tensor{' has' if one else 's have'} no place in {model} and "
-        f"{'is' if one else 'are'} not used: {grouped(names)}"
+        f"{'is' if one else 'are'} not used: {summarize_names(names)}"
     )
 
 

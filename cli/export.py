@@ -9,7 +9,8 @@ from pathlib import Path
 from spectool.checkpoint.headers import HEADS
 from spectool.cli.common import Output, prepare_torch
 from spectool.errors import UsageError
-from spectool.options import Config, option
+from spectool.options import Config, option, same_option
+from spectool.shared_options import LoadOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +25,8 @@ class ExportOptions(Config):
         "speculators for draft heads",
     )
     model: str | None = option(None, "Checkpoint that the draft heads draft for")
-    trust_remote_code: bool = option(
-        False, "Run Python code that comes with the checkpoint", switch=True
-    )
-    checksums: bool = option(
-        True, "Load quantized weights and draft heads without verifying checksums", switch=True
-    )
+    trust_remote_code: bool = same_option(LoadOptions, "trust_remote_code")
+    checksums: bool = same_option(LoadOptions, "checksums")
 
 
 def export(output: Output, options: ExportOptions) -> None:

@@ -39,7 +39,7 @@ def list_methods(output: Output, options: ListOptions) -> None:
     shown = None
     for name, row in wanted:
         if row.kind != shown:
-            output.show(f"{row.kind}s")
+            output.show("KV stores" if row.kind == "kv" else f"{row.kind}s")
             shown = row.kind
         others = ", ".join(tool for tool in row.runs_in if tool != "spectool")
         output.show(

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectool import methods
 from spectool.cli.by_method import Verb
-from spectool.cli.common import Output, prepare_torch, size
-from spectool.errors import Interrupted, UsageError
+from spectool.cli.common import Output, describe_method, prepare_torch, size
+from spectool.errors import UsageError
 from spectool.options import Config, command_words, option, options_of
 from spectool.quantize.options import JobOptions, QuantizeOptions
 from spectool.shared_options import PlaceOptions, WriteOptions
 
 if TYPE_CHECKING:
-    from spectool.model.architecture import Architecture
     from spectool.quantize.auto import Picked
     from spectool.quantize.base import FitReport, Quantizer
     from spectool.quantize.job import QuantizeJob
@@ -39,7 +39,7 @@ class QuantizeOutput(WriteOptions):
 
     PANEL: ClassVar = "Output"
 
-    dry_run: bool = option(False, "Show the plan from the file headers; write nothing", switch=True)
+    dry_run: bool = option(False, "Show the plan and write nothing", switch=True)
 
 
 def quantize(
@@ -64,29 +64,26 @@ def quantize(
         planned = run.plan_job(
             load.open(headers_only=True), job, device=device, batch_size=options.batch_size
         )
-        show_plan(output, planned, job)
+        _show_plan(output, planned, job)
         result = {"dry_run": True, "method": job.method, **_plan_record(planned)}
         output.result({**result, "unused": planned.architecture.unused})
         return
     check_target(write.out, overwrite=write.overwrite)
-    output.show_plan = lambda plan: show_plan(output, plan, job)
+    output.show_plan = lambda plan: _show_plan(output, plan, job)
     compute = parse_dtype(options.dtype)
     assert compute is not None
-    try:
-        report = run.quantize(
-            load.open(),
-            write.out,
-            job,
-            device=device,
-            dtype=compute,
-            batch_size=options.batch_size,
-            overwrite=write.overwrite,
-            reporter=output,
-        )
-    except KeyboardInterrupt:
-        again = "run the same command to resume after the last finished block"
-        raise Interrupted("interrupted", hint=again) from None
-    finish(output, job.method, write.out, report)
+    output.resume = "run the same command to resume after the last finished block"
+    report = run.quantize(
+        load.open(),
+        write.out,
+        job,
+        device=device,
+        dtype=compute,
+        batch_size=options.batch_size,
+        overwrite=write.overwrite,
+        reporter=output,
+    )
+    _finish(output, job.method, write.out, report)
 
 
 def _make_job(
@@ -112,14 +109,14 @@ def _make_job(
     embeddings = parse_quantizer(options.embeddings) if options.embeddings else None
     lm_head = parse_quantizer(options.lm_head) if options.lm_head else None
     budget = None
-    if method in methods.names("chooser"):
+    if method in methods.list_methods("chooser"):
         picked = _pick(config, options, load, rules, embeddings, lm_head)
         quantizer, embeddings, budget = picked.quantizer, picked.embeddings, picked.budget
         output.say(f"auto: {picked.why}")
         words = _explicit_words(picked, options, load, write)
         output.say(f"auto: the same by hand: {shlex.join(words)}")
     else:
-        quantizer = methods.resolve(method, "quantizer")(config)
+        quantizer = methods.import_method(method, "quantizer")(config)
         if options.bits_budget is not None:
             given = tuple(map(parse_quantizer, options.candidate))
             budget = Budget(
@@ -194,81 +191,76 @@ def _explicit_words(
     return ["spectool", "quantize", picked.quantizer.name, *words]
 
 
-def show_plan(output: Output, plan: QuantizePlan, job: QuantizeJob) -> None:
-    """Print the plan before the run starts."""
+def _show_plan(output: Output, plan: QuantizePlan, job: QuantizeJob) -> None:
+    for line in _plan_lines(plan, job):
+        output.say(f"plan: {line}")
+
+
+def _plan_lines(plan: QuantizePlan, job: QuantizeJob) -> Iterator[str]:
+    """Yield what will be packed and left dense, with which text, memory and bits."""
     from spectool.cli.events import unused_line
 
     architecture = plan.architecture
-    by_method: dict[Any, int] = {}
-    for block in plan.matrices.values():
-        for name in block:
-            quantizer = plan.quantizers[name]
-            by_method[quantizer] = by_method.get(quantizer, 0) + 1
-    num_matrices = sum(by_method.values())
+    numbers = Counter(plan.quantizers[name] for block in plan.matrices.values() for name in block)
     counts = [
-        f"{_describe(quantizer)}{f' on {count}' if len(by_method) > 1 else ''}"
-        for quantizer, count in sorted(by_method.items(), key=lambda item: -item[1])
+        _describe(quantizer) + (f" on {number}" if len(numbers) > 1 else "")
+        for quantizer, number in numbers.most_common()
     ]
-    output.say(
-        f"plan: {', '.join(counts)}{' of' if len(counts) > 1 else ' on'} {num_matrices} linears in "
+    yield (
+        f"{', '.join(counts)}{' of' if len(counts) > 1 else ' on'} {numbers.total()} linears in "
         f"{len(plan.matrices)} blocks of {architecture.config.model_type}, "
         f"{plan.num_weights / 1e6:.2f} M of {plan.num_parameters / 1e6:.2f} M parameters"
     )
     for name, matrix in plan.outside.items():
         also = f" and {matrix.tied}, which share it" if matrix.tied else ""
-        output.say(f"plan: {_describe(plan.quantizers[name])} on {name}{also}")
+        yield f"{_describe(plan.quantizers[name])} on {name}{also}"
     by_reason: dict[str, list[str]] = {}
     for name, reason in plan.skipped.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
-        output.say(f"plan: {len(names)} left dense ({reason}): {names[0]}, ...")
+        yield f"{len(names)} left dense ({reason}): {names[0]}, ..."
     if architecture.unused:
-        name = type(architecture.model).__name__
-        output.say(f"plan: {unused_line(architecture.unused, name)}; they are not written to OUT")
-    output.say(f"plan: everything{' else' if plan.outside else ''} outside the blocks is copied")
+        line = unused_line(architecture.unused, type(architecture.model).__name__)
+        yield f"{line}; they are not written to OUT"
+    yield f"everything{' else' if plan.outside else ''} outside the blocks is copied"
     share = plan.outside_bytes / plan.file_bytes
     is_large = plan.bits_linears < SUGGEST_BELOW_BITS and share > SUGGEST_ABOVE_SHARE
     if not plan.outside and is_large:
-        output.say(
-            f"plan: embedding and lm_head will be {share:.0%} of the file; "
-            "--embeddings int8 quantizes them too"
+        yield (
+            f"embedding and lm_head will be {share:.0%} of the file; --embeddings int8 quantizes "
+            "them too"
         )
-    _show_calibration(output, architecture, job)
+    if job.needs_text:
+        yield from _calibration_lines(job, job.sequence_length(architecture))
     buffers = plan.num_buffers * plan.buffer_bytes
     calibrated = f", activations {size(buffers)}" if buffers else ""
     device = f", device {size(plan.device_bytes)}" if plan.device_bytes else ""
-    output.say(
-        f"plan: disk {size(plan.file_bytes)}, memory at most {size(plan.host_bytes)}"
-        f"{calibrated}{device}"
-    )
-    output.say(
-        f"plan: expected bits per weight: {plan.bits_linears:.3f} of the linears, "
+    memory = f"memory at most {size(plan.host_bytes)}{calibrated}{device}"
+    yield f"disk {size(plan.file_bytes)}, {memory}"
+    yield (
+        f"expected bits per weight: {plan.bits_linears:.3f} of the linears, "
         f"{plan.bits_file:.3f} of the file"
     )
 
 
-def _show_calibration(output: Output, architecture: Architecture, job: QuantizeJob) -> None:
-    """Print the calibration text, if any, and how much of it is used."""
+def _calibration_lines(job: QuantizeJob, length: int) -> Iterator[str]:
+    """Yield the calibration text, and how much of it is used."""
     from spectool.data.text import BUILTIN
 
-    if not job.needs_text:
-        return
-    length = job.sequence_length(architecture)
     cut = f" (the model's context; --seq-len {job.seq_len} is cut)" if length < job.seq_len else ""
-    output.say(
-        f"plan: calibrated on {', '.join(job.calibration or [f'the {BUILTIN}'])}, at most "
+    yield (
+        f"calibrated on {', '.join(job.calibration or [f'the {BUILTIN}'])}, at most "
         f"{job.samples} sequences of {length} tokens{cut}"
     )
     if not job.calibration:
-        output.say(
-            "plan: --calibration FILE with text of the kind the model will see loses less, much "
-            "less below 3 bits"
+        yield (
+            "--calibration FILE with text of the kind the model will see loses less, much less "
+            "below 3 bits"
         )
 
 
 def _describe(quantizer: Quantizer) -> str:
-    options = ", ".join(f"{key}={value}" for key, value in quantizer.config.as_dict().items())
-    return f"{quantizer.name}{f' ({options})' if options else ''}"
+    return describe_method(quantizer.name, quantizer.config)
 
 
 def _plan_record(plan: QuantizePlan) -> dict[str, Any]:
@@ -283,43 +275,20 @@ def _plan_record(plan: QuantizePlan) -> dict[str, Any]:
     }
 
 
-def finish(output: Output, method: str, out: Path, report: QuantizeReport) -> None:
+def _finish(output: Output, method: str, out: Path, report: QuantizeReport) -> None:
     """Print the result: sizes measured from the written files, errors, time and memory."""
     from spectool.checkpoint.headers import read_layout
     from spectool.machine import peak_device_bytes, peak_rss_bytes
     from spectool.quantize.ledger import measure
 
-    layout = read_layout(out)
-    ledger = measure(layout)
+    ledger = measure(read_layout(out))
     seconds = time.monotonic() - output.began
-    worst = max(report.layers, key=lambda layer: layer.error)
     output.show(
         f"{out}: {size(ledger.file_bytes)}, {ledger.linears:.3f} bits per weight of the linears, "
         f"{ledger.file:.3f} of the file"
     )
-    output.show(f"largest relative squared error of a linear: {worst.error:.2e} ({worst.name})")
-    if report.preprocess is not None:
-        output.show(
-            "held-out perplexity for --preprocess: "
-            f"{report.preprocess['packed']:.3f} quantized before training, "
-            f"{report.preprocess['merged']:.3f} after it (a lower bound for the final perplexity)"
-        )
-    data_free = [name for block in report.blocks for name in block.data_free]
-    if data_free:
-        output.show(
-            f"matrices with too few calibration tokens, quantized without data: {len(data_free)} "
-            f"({data_free[0]}, ...)"
-        )
-    if lm_head := report.outside.lm_head:
-        nats = lm_head.nats_within_codes
-        entropy = "" if nats is None else f"; entropy of a token given its code {nats:.3f} nats"
-        output.show(
-            f"lm_head: KL from the original on held-out calibration text "
-            f"{lm_head.loss_start:.4f} before the fit, {lm_head.loss_after:.4f} after it{entropy}"
-        )
-    fits = [(index, fit) for index, block in enumerate(report.blocks) for fit in block.fits]
-    if fits:
-        show_fits(output, fits)
+    for line in _report_lines(report):
+        output.show(line)
     on_device = peak_device_bytes()
     device = f", of the device {size(on_device)}" if on_device else ""
     output.show(f"{seconds:.1f} s, peak memory {size(peak_rss_bytes())}{device}")
@@ -343,31 +312,53 @@ def finish(output: Output, method: str, out: Path, report: QuantizeReport) -> No
     )
 
 
-def show_fits(output: Output, numbered: list[tuple[int, FitReport]]) -> None:
-    """Print what the fits of the blocks gained; `numbered` pairs a block's index and its fit."""
+def _report_lines(report: QuantizeReport) -> Iterator[str]:
+    """Yield the errors of the matrices, and what trainings and fits gained."""
+    worst = max(report.layers, key=lambda layer: layer.error)
+    yield f"largest relative squared error of a linear: {worst.error:.2e} ({worst.name})"
+    if report.preprocess is not None:
+        yield (
+            "held-out perplexity for --preprocess: "
+            f"{report.preprocess['packed']:.3f} quantized before training, "
+            f"{report.preprocess['merged']:.3f} after it (a lower bound for the final perplexity)"
+        )
+    if data_free := [name for block in report.blocks for name in block.data_free]:
+        yield (
+            f"matrices with too few calibration tokens, quantized without data: {len(data_free)} "
+            f"({data_free[0]}, ...)"
+        )
+    if lm_head := report.outside.lm_head:
+        nats = lm_head.nats_within_codes
+        entropy = "" if nats is None else f"; entropy of a token given its code {nats:.3f} nats"
+        yield (
+            f"lm_head: KL from the original on held-out calibration text "
+            f"{lm_head.loss_start:.4f} before the fit, {lm_head.loss_after:.4f} after it{entropy}"
+        )
+    if fits := [(index, fit) for index, block in enumerate(report.blocks) for fit in block.fits]:
+        yield from fit_lines(fits)
+
+
+def fit_lines(numbered: list[tuple[int, FitReport]]) -> Iterator[str]:
+    """Yield what the fits of the blocks gained; `numbered` pairs a block's index and its fit."""
     fits = [fit for _, fit in numbered]
     shares = [fit.loss_after / (fit.loss_start or 1.0) for fit in fits]
     lower = sum(share < 1 for share in shares)
-    output.show(
+    yield (
         f"block loss after the fit: {min(shares):.3f} to {max(shares):.3f} of that at its start, "
         f"lower in {lower} of {len(fits)} fits"
     )
-    flipped = sum(fit.rows_flipped or 0 for fit in fits)
-    if flipped:
-        output.show(f"rows flipped by a negative scale: {flipped}")
-    moved = [fit.codes_moved for fit in fits if fit.codes_moved is not None]
-    if moved:
+    if flipped := sum(fit.rows_flipped or 0 for fit in fits):
+        yield f"rows flipped by a negative scale: {flipped}"
+    if moved := [fit.codes_moved for fit in fits if fit.codes_moved is not None]:
         further = max(fit.codes_moved_further or 0 for fit in fits)
-        output.show(
+        yield (
             f"codes changed: {min(moved):.1%} to {max(moved):.1%} of a block, at most "
             f"{further:.2%} by more than one level"
         )
-    turned = sorted({index for index, fit in numbered if fit.least_cosine <= 0})
-    skipped = sum(fit.steps_skipped for fit in fits)
-    if skipped:
-        output.show(f"steps skipped for a gradient that was not finite: {skipped}")
-    if turned:
-        output.show(
+    if skipped := sum(fit.steps_skipped for fit in fits):
+        yield f"steps skipped for a gradient that was not finite: {skipped}"
+    if turned := sorted({index for index, fit in numbered if fit.least_cosine <= 0}):
+        yield (
             "output with a negative cosine to the original's on some calibration text, in blocks "
             f"{', '.join(map(str, turned))}: try more --epochs, or more bits"
         )
@@ -377,7 +368,7 @@ QUANTIZE = Verb(
     name="quantize",
     help="Quantize a checkpoint",
     kind="quantizer",
-    known=lambda: [*methods.names("chooser"), *methods.names("quantizer")],
+    known=lambda: [*methods.list_methods("chooser"), *methods.list_methods("quantizer")],
     config=lambda method: method.Config,
     run=quantize,
 )

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 from spectool import methods
 from spectool.cli.by_method import Verb
-from spectool.cli.common import Output, prepare_torch, size
+from spectool.cli.common import Output, describe_method, prepare_torch, size
 from spectool.distill.options import HeadsOptions
-from spectool.errors import Interrupted
 from spectool.options import Config, option
 from spectool.shared_options import LoadOptions, WriteOptions
 
 if TYPE_CHECKING:
     from spectool.distill.plan import HeadsJob, HeadsPlan
     from spectool.distill.train_heads import HeadsReport
-    from spectool.distill.train_weights import WeightsPlan
+    from spectool.distill.train_weights import WeightsJob, WeightsPlan
+
+RESUME = "run the same command to resume from the last stored state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,40 +52,31 @@ def train_heads(
     job = HeadsJob(method=method, config=config, **options.as_dict())
     output.show_plan = lambda plan: _show_plan(output, job, plan)
     device = load.resolve_device()
+    output.resume = RESUME
     with connect(device) as processes:
         with processes.together():
             checkpoint = load.open()
-        try:
-            report = training.train_heads(
-                checkpoint,
-                write.out,
-                job,
-                dtype=parse_dtype(load.dtype),
-                device=device,
-                runtime=load.runtime,
-                overwrite=write.overwrite,
-                metrics=write.metrics,
-                processes=processes,
-                reporter=output,
-            )
-        except KeyboardInterrupt:
-            again = "run the same command to resume from the last stored state"
-            raise Interrupted("interrupted", hint=again) from None
+        report = training.train_heads(
+            checkpoint,
+            write.out,
+            job,
+            dtype=parse_dtype(load.dtype),
+            device=device,
+            runtime=load.runtime,
+            overwrite=write.overwrite,
+            metrics=write.metrics,
+            processes=processes,
+            reporter=output,
+        )
         _finish(output, write.out, report)
 
 
 def _show_plan(output: Output, job: HeadsJob, plan: HeadsPlan) -> None:
-    options = ", ".join(f"{key}={value}" for key, value in job.config.as_dict().items())
     output.say(
-        f"plan: {job.method} ({options}), {plan.parameters / 1e6:.2f} M parameters, "
-        f"{size(plan.file_bytes)} on disk, memory at least {size(plan.memory_bytes)}"
+        f"plan: {describe_method(job.method, job.config)}, {plan.parameters / 1e6:.2f} M "
+        f"parameters, {size(plan.file_bytes)} on disk, memory at least {size(plan.memory_bytes)}"
     )
-    output.say(describe_texts(plan, job.batch_tokens))
-    if plan.seq_len < job.seq_len:
-        output.say(
-            f"plan: texts of at most {plan.seq_len} tokens, the model's context; --seq-len "
-            f"{job.seq_len} is cut"
-        )
+    say_texts(output, job, plan)
     if plan.disk_bytes:
         where = job.store or "OUT.partial"
         output.say(f"plan: features stored in {where}, {size(plan.disk_bytes)}")
@@ -93,12 +85,17 @@ def _show_plan(output: Output, job: HeadsJob, plan: HeadsPlan) -> None:
         output.say(f"plan: {writer} generates the answers first, temperature {job.temperature}")
 
 
-def describe_texts(plan: HeadsPlan | WeightsPlan, batch_tokens: int) -> str:
-    """Say how many texts a training reads."""
-    return (
-        f"plan: {plan.steps} steps of at most {batch_tokens} tokens on {plan.samples} texts "
+def say_texts(output: Output, job: HeadsJob | WeightsJob, plan: HeadsPlan | WeightsPlan) -> None:
+    """Print how many texts a training reads, and whether they are cut."""
+    output.say(
+        f"plan: {plan.steps} steps of at most {job.batch_tokens} tokens on {plan.samples} texts "
         f"({plan.loss_tokens} tokens in the loss); {plan.held_out} texts held out"
     )
+    if plan.seq_len < job.seq_len:
+        output.say(
+            f"plan: texts of at most {plan.seq_len} tokens, the model's context; --seq-len "
+            f"{job.seq_len} is cut"
+        )
 
 
 def _finish(output: Output, out: Path, report: HeadsReport) -> None:
@@ -137,7 +134,7 @@ TRAIN_HEADS = Verb(
     name="train-heads",
     help="Train draft heads",
     kind="drafter",
-    known=methods.trained,
+    known=methods.list_trainable,
     config=lambda drafter: drafter.Heads.Config,
     run=train_heads,
 )

@@ -76,7 +76,7 @@ def require(module: str, *, extra: str, reason: str) -> ModuleType:
     package = module.split(".")[0]
     try:
         # The import may warn about packages that are not needed here, as that of bitsandbytes does.
-        with hushed(package):
+        with silence_logger(package):
             return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtra(
@@ -90,7 +90,7 @@ _MAX_REASON = 300
 
 
 @contextlib.contextmanager
-def opening(path: str | Path, problem: str) -> Iterator[None]:
+def wrap_errors(path: str | Path, problem: str) -> Iterator[None]:
     """Turn the errors of foreign code that reads `path` into one line, `path: problem: reason`.
 
     Raises:
@@ -116,7 +116,7 @@ def opening(path: str | Path, problem: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hushed(package: str) -> Iterator[None]:
+def silence_logger(package: str) -> Iterator[None]:
     """Suppress what the package logs below the level of errors."""
     logger = logging.getLogger(package)
     level = logger.level

@@ -66,14 +66,14 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink()
 
 
-def finite(value: Any) -> Any:
+def replace_nonfinite(value: Any) -> Any:
     """Replace NaN and infinity by None, since JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
+        return {key: replace_nonfinite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
+        return [replace_nonfinite(part) for part in value]
     return value
 
 

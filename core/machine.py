@@ -152,7 +152,7 @@ def describe() -> dict[str, Any]:
     return description
 
 
-def software() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
     """Return the versions of what a result depends on. Imports torch and transformers."""
     import torch
     import transformers

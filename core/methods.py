@@ -35,7 +35,7 @@ class Method:
     status: Literal["stable", "research"] = "stable"
     runs_in: tuple[str, ...] = ("spectool", "transformers")
     # A drafter with draft heads, which `train-heads` trains.
-    trained: bool = False
+    trainable: bool = False
 
     def serves_as(self, kind: Kind) -> bool:
         """Return whether a method of this kind can be had by this name."""
@@ -200,7 +200,7 @@ METHODS: dict[str, Method] = {
         summary="Trained heads predict several tokens ahead at once; a static tree",
         source="Cai et al., Medusa, 2024 (arXiv:2401.10774), Medusa-1",
         runs_in=("spectool", "vllm"),
-        trained=True,
+        trainable=True,
     ),
     "hydra": Method(
         kind="drafter",
@@ -208,7 +208,7 @@ METHODS: dict[str, Method] = {
         summary="Heads that also see the tokens drafted before theirs; a static tree",
         source="Ankner et al., Hydra and Hydra++, 2024 (arXiv:2402.05109)",
         runs_in=("spectool",),
-        trained=True,
+        trainable=True,
     ),
     "eagle3": Method(
         kind="drafter",
@@ -216,7 +216,7 @@ METHODS: dict[str, Method] = {
         summary="A trained layer over hidden states of three target layers; a dynamic tree",
         source="Li et al., EAGLE-3, 2025 (arXiv:2503.01840); tree of EAGLE-2 (arXiv:2406.16858)",
         runs_in=("spectool", "vllm", "sglang"),
-        trained=True,
+        trainable=True,
     ),
     "clover": Method(
         kind="drafter",
@@ -225,7 +225,7 @@ METHODS: dict[str, Method] = {
         source="Xiao et al., Clover-2, 2024 (arXiv:2408.00264)",
         status="research",
         runs_in=("spectool",),
-        trained=True,
+        trainable=True,
     ),
     "chimera": Method(
         kind="drafter",
@@ -234,7 +234,7 @@ METHODS: dict[str, Method] = {
         source="Zeng et al., Chimera, 2024 (arXiv:2402.15758)",
         status="research",
         runs_in=("spectool",),
-        trained=True,
+        trainable=True,
     ),
     "ppd": Method(
         kind="drafter",
@@ -243,7 +243,7 @@ METHODS: dict[str, Method] = {
         source="Chen et al., Parallel Prompt Decoding, 2024 (arXiv:2405.18628)",
         status="research",
         runs_in=("spectool",),
-        trained=True,
+        trainable=True,
     ),
     "hidden-transfer": Method(
         kind="drafter",
@@ -252,7 +252,7 @@ METHODS: dict[str, Method] = {
         source="Wu et al., Hidden Transfer, 2024 (arXiv:2404.12022)",
         status="research",
         runs_in=("spectool",),
-        trained=True,
+        trainable=True,
     ),
     "greedy": Method(
         kind="verifier",
@@ -342,17 +342,17 @@ METHODS: dict[str, Method] = {
 }
 
 
-def names(kind: Kind) -> list[str]:
+def list_methods(kind: Kind) -> list[str]:
     """List the names of one kind of method, in the table's order."""
     return [key.rpartition(":")[2] for key, method in METHODS.items() if method.serves_as(kind)]
 
 
-def trained() -> list[str]:
+def list_trainable() -> list[str]:
     """List the drafters that `train-heads` can train."""
-    return [name for name, method in METHODS.items() if method.trained]
+    return [name for name, method in METHODS.items() if method.trainable]
 
 
-def row(name: str, kind: Kind) -> Method:
+def get_method(name: str, kind: Kind) -> Method:
     """Look up a method by name.
 
     Raises:
@@ -360,19 +360,19 @@ def row(name: str, kind: Kind) -> Method:
     """
     method = METHODS.get(f"{kind}:{name}", METHODS.get(name))
     if method is None or not method.serves_as(kind):
-        close = difflib.get_close_matches(name, names(kind), n=1)
+        close = difflib.get_close_matches(name, list_methods(kind), n=1)
         raise UsageError(
-            f"no {kind} is called {name!r}; known: {', '.join(names(kind))}",
+            f"no {kind} is called {name!r}; known: {', '.join(list_methods(kind))}",
             hint=f"did you mean {close[0]}?" if close else None,
         )
     return method
 
 
-def resolve(name: str, kind: Kind) -> Any:
+def import_method(name: str, kind: Kind) -> Any:
     """Import a method's class, or a verifier's function.
 
     Raises:
-        UsageError: see `row`.
+        UsageError: see `get_method`.
     """
-    module, _, attribute = row(name, kind).target.partition(":")
+    module, _, attribute = get_method(name, kind).target.partition(":")
     return getattr(importlib.import_module(module), attribute)

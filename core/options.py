@@ -45,6 +45,12 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def same_option(config: type[Config], name: str) -> Any:
+    """Return an option of a class, for another class that does not derive from it."""
+    (field,) = (field for field in dataclasses.fields(config) if field.name == name)
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """A field of a `Config`, resolved.

@@ -31,7 +31,7 @@ WAIT_POLICY = "OMP_WAIT_POLICY"
 NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def bound_spin(environ: MutableMapping[str, str], proc: Path = PROC) -> None:
+def limit_spin(environ: MutableMapping[str, str], proc: Path = PROC) -> None:
     """Shorten the spin of waiting threads, unless the environment already sets how they wait."""
     if not any(name in environ for name in (*SPIN, WAIT_POLICY)):
         environ.update(CONTENDED_SPIN if is_contended(proc) else SPIN)

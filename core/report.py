@@ -27,7 +27,7 @@ class Reporter:
 SILENT = Reporter()
 
 
-class Several(Reporter):
+class ReporterGroup(Reporter):
     """Reporter that tells several others."""
 
     def __init__(self, *reporters: Reporter) -> None:

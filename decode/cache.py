@@ -4,9 +4,10 @@ Row b holds `tokens[b]` from column 0 on. `positions_BS` says at which position 
 stands: masks read it, as the index of a column is no position. A pass writes its nodes at columns
 len(tokens[b]) and after (the tail); `commit` gathers the accepted ones to the front of the tail, in
 place. Columns beyond are garbage that masks hide. How the columns of a layer are kept is up to its
-store (`kv/`). Stores keep every column, and sliding windows are part of the masks (`target.py`): a
-window layer of transformers drops columns that are still needed after a rejected draft. Suffixes: B
-batch, H key-value heads, N nodes, S columns, T nodes in the tail, D head width.
+store (`kv/`). Stores keep every column, and sliding windows are part of the masks
+(`target/masks.py`): a window layer of transformers drops columns that are still needed after a
+rejected draft. Suffixes: B batch, H key-value heads, N nodes, S columns, T nodes in the tail, D
+head width.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class StoreLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Write the pass's nodes at each row's tail; return all columns up to the longest tail."""
         self.store.write_tail(key_states, value_states, self._cache.columns)
         self.is_initialized = True
+        # Mllama asks by the size of a layer's keys whether a pass has reached the layer.
+        self.keys = key_states
         return self.store.view(self._cache.width)
 
     def get_seq_length(self) -> int:

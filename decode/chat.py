@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.checkpoint.headers import read_json
 from spectool.data.rows import Row
-from spectool.data.template import ANSWER, encode, end_of_turn, render
+from spectool.data.template import ANSWER, encode, find_end_of_turn, render
 from spectool.decode.control.base import Control
 from spectool.decode.generate import Result, Runner
 from spectool.decode.options import RequestOptions, SamplingParams
@@ -116,7 +116,7 @@ class Chat:
             opening = [{"role": "user", "content": "a"}]
             if self.system is not None:
                 opening.insert(0, {"role": "system", "content": self.system})
-            self._ends = end_of_turn(self.tokenizer, opening, self.template)
+            self._ends = find_end_of_turn(self.tokenizer, opening, self.template)
 
     @property
     def context(self) -> int:

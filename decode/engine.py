@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from spectool.decode.cache import BatchCache
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
 from spectool.decode.request import Request, apply_controls
 from spectool.decode.sampling import StepDraws, not_finite_logits, probs_by_row
-from spectool.decode.target import Pass, PrefillOutput, Target, top_ids
+from spectool.decode.target.base import Pass, PrefillOutput, Target, top_ids
 from spectool.decode.tree import Draft
 from spectool.decode.verify import resolve_paths
 
@@ -87,7 +88,7 @@ class Engine:
     `timings` are added to. Requests of different contexts (`Target.span`) do not share passes.
     """
 
-    def __init__(self, target: Target, drafter: Drafter, timings: Timings) -> None:
+    def __init__(self, target: Target[Any], drafter: Drafter, timings: Timings) -> None:
         self.target, self.drafter, self.timings = target, drafter, timings
         self.batch_size = 1
         self.cache = target.cache(0)

@@ -26,11 +26,11 @@ from spectool.decode.policy.chain import Chains
 from spectool.decode.policy.curve import Curve, load_or_measure
 from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
-from spectool.decode.recurrent import open_target
 from spectool.decode.request import FinishReason, Request
 from spectool.decode.sampling import Draws
 from spectool.decode.spec import open_drafter, parse_spec
 from spectool.decode.streaming import TextStream
+from spectool.decode.target.open import open_target
 from spectool.decode.verify import Verification, choose_verifier
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.model.finite import first_not_finite, not_finite
@@ -182,7 +182,7 @@ class Runner:
     @property
     def is_tuned(self) -> bool:
         """Return whether trees are sized by what passes cost."""
-        return any(isinstance(policy, Tuned) for policy in self.drafter.policies)
+        return any(policy.tunes for policy in self.drafter.policies)
 
     @functools.cached_property
     def curve(self) -> Curve:

@@ -178,7 +178,7 @@ class CacheOptions(LoadOptions):
 
     def validate(self) -> None:
         """Check the store and its options before anything is loaded."""
-        methods.row(self.kv.partition(":")[0], "kv")
+        methods.get_method(self.kv.partition(":")[0], "kv")
         if ":" in self.kv:
             # Imported here: stores need torch, which the default does without.
             from spectool.decode.kv.base import parse_kv

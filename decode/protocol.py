@@ -5,10 +5,10 @@ Suffixes: N nodes of a tree, T tokens of a prompt, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from spectool.decode.tree import Draft, Kind
 if TYPE_CHECKING:
     from spectool.decode.cache import BatchCache
     from spectool.decode.policy.base import Policy
-    from spectool.decode.target import Target
+    from spectool.decode.target.base import Target
 
 
 # inject(hidden_BND, slot_BN, owner_BN) -> hidden_BND: replace the hidden states of extra rows (slot
@@ -87,18 +87,20 @@ class PrefilledPrompt:
     after: Request | None = None
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """A source of draft trees, for requests that come and go.
 
     `name` is its entry in the table of methods. `combines`: other drafters may add nodes to its
     trees, and policies may drop some. `uses_target`: it needs the target itself (`attach`).
-    `policies` size its drafts; the engine asks them in this order.
+    `draft_model`: the smaller model that it drafts with, if any. `policies` size its drafts; the
+    engine asks them in this order.
     """
 
     name: str
     needs: Needs
     combines: bool = True
     uses_target: bool = False
+    draft_model: Target[Any] | None = None
     policies: Sequence[Policy] = ()
 
     @property
@@ -117,7 +119,7 @@ class Drafter(Protocol):
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         """Return the kinds of nodes proposed under `sampling`; they decide the verifier."""
 
-    def attach(self, target: Target) -> None:
+    def attach(self, target: Target[Any]) -> None:
         """Take the model to draft for, before any request.
 
         A change to the model that users should know of is added to `target.notes`.

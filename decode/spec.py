@@ -23,7 +23,7 @@ from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
 from spectool.decode.drafters.combined import Combined
 from spectool.decode.heads import artifact
 from spectool.decode.protocol import Drafter
-from spectool.decode.target import Target
+from spectool.decode.target.base import Target
 from spectool.errors import CheckpointError, UsageError
 from spectool.model import loading
 
@@ -88,7 +88,7 @@ def parse_spec(text: str, *, target_dir: Path | None = None) -> DraftSpec:
 def open_drafter(
     spec: DraftSpec,
     *,
-    target: Target,
+    target: Target[Any],
     target_tokenizer: PreTrainedTokenizerBase | None,
     allow_other_target: bool = False,
     checksums: bool = True,
@@ -137,13 +137,13 @@ def _combine(spec: DraftSpec, opened: list[Drafter]) -> Drafter:
 
 def _open_named(part: Part) -> Drafter:
     """Open a drafter that needs no files."""
-    drafter: Drafter = methods.resolve(part.name, "drafter")(part.config)
+    drafter: Drafter = methods.import_method(part.name, "drafter")(part.config)
     return drafter
 
 
 def _open_part(
     part: Part,
-    target: Target,
+    target: Target[Any],
     target_tokenizer: PreTrainedTokenizerBase | None,
     *,
     allow_other_target: bool,
@@ -152,8 +152,8 @@ def _open_part(
     """Open one drafter, loading its heads or its checkpoint."""
     if part.path is None:
         return _open_named(part)
-    drafter: Callable[..., Drafter] = methods.resolve(part.name, "drafter")
-    if methods.METHODS[part.name].trained:
+    drafter: Callable[..., Drafter] = methods.import_method(part.name, "drafter")
+    if methods.METHODS[part.name].trainable:
         return artifact.open_heads(
             Path(part.path),
             part.options,
@@ -198,7 +198,7 @@ def _split_options(word: str) -> tuple[str, list[str]]:
 def _parse_part(word: str, pairs: str) -> Part:
     """Resolve a name or path and parse its options."""
     name, path = word, None
-    if name not in methods.names("drafter"):
+    if name not in methods.list_methods("drafter"):
         name, path = "draft_model", _resolve_checkpoint(word)
         if (Path(path) / HEADS).is_file():
             name = artifact.read_record(Path(path)).method
@@ -207,12 +207,12 @@ def _parse_part(word: str, pairs: str) -> Part:
             "draft_model needs a checkpoint",
             hint="give its directory itself: --draft PATH:depth=4",
         )
-    elif methods.METHODS[name].trained:
+    elif methods.METHODS[name].trainable:
         raise UsageError(
             f"{name} needs trained heads",
             hint=f"spectool train-heads {name} MODEL HEADS --data FILE, then --draft HEADS",
         )
-    config = methods.resolve(name, "drafter").Config.from_text(pairs)
+    config = methods.import_method(name, "drafter").Config.from_text(pairs)
     return Part(name=name, path=path, config=config, options=pairs)
 
 
@@ -224,7 +224,7 @@ def _resolve_checkpoint(word: str) -> str:
     """
     if word and Path(word).expanduser().is_dir():
         return str(Path(word).expanduser()) if word.startswith("~") else word
-    names = methods.names("drafter")
+    names = methods.list_methods("drafter")
     close = difflib.get_close_matches(word, [*names, "auto"], n=1, cutoff=_MISSPELT)
     if not word or close or hub.is_local(word):
         hint = "a draft model is given by its directory or hub id: --draft PATH:depth=4"
@@ -245,7 +245,7 @@ def _open_checkpoint(name: str, checksums: bool) -> Checkpoint:
     except CheckpointError as error:
         if hub.is_local(name):
             raise
-        known = ", ".join(methods.names("drafter"))
+        known = ", ".join(methods.list_methods("drafter"))
         raise CheckpointError(
             f"--draft {error}", hint=f"drafters are {known}, or a checkpoint by its path or hub id"
         ) from error

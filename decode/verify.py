@@ -278,7 +278,7 @@ def choose_verifier(
         UsageError: no such verifier, or an inexact pair without `lossy`.
     """
     if name is not None:
-        methods.row(name, "verifier")
+        methods.get_method(name, "verifier")
     if temperature == 0:
         return GREEDY
     if name is None:
@@ -297,4 +297,4 @@ def choose_verifier(
             f"temperature {temperature:g}",
             hint="leave --verify out for an exact verifier, or add --lossy",
         )
-    return Verification(name, methods.resolve(name, "verifier"), lossless)
+    return Verification(name, methods.import_method(name, "verifier"), lossless)

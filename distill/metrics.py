@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spectool.errors import InputError, UsageError
-from spectool.files import disk_errors, finite, replacing
+from spectool.files import disk_errors, replace_nonfinite, replacing
 from spectool.report import Reporter, TrainingStep
 
 
@@ -54,7 +54,7 @@ class MetricsFile(Reporter):
                 self._begin(event.step)
             with self.path.open("a", encoding="utf-8") as file:
                 # A gradient norm may be infinite.
-                file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+                file.write(json.dumps(replace_nonfinite(line), allow_nan=False) + "\n")
 
     def _begin(self, step: int) -> None:
         kept = [line for line in self._lines()[1:] if json.loads(line)["step"] < step]

@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
-from spectool.checkpoint.tensors import Checkpoint, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, hash_json
 from spectool.data.text import check_ids
 from spectool.decode.heads.artifact import check_weights
 from spectool.decode.heads.base import Heads
 from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import FEATURES, token_bytes
 from spectool.distill.data.samples import Sample, batches, pack_sequences
 from spectool.distill.options import HeadsOptions
 from spectool.distill.processes import Processes
 from spectool.errors import UnsupportedError, UsageError
-from spectool.machine import available_memory, software
-from spectool.methods import resolve
+from spectool.machine import available_memory, software_versions
+from spectool.methods import import_method
 from spectool.model.architecture import build_meta, find_blocks, read_config
-from spectool.model.loading import own_dtype
+from spectool.model.loading import checkpoint_dtype
 from spectool.options import Config
 from spectool.training import OPTIMIZERS, check_optimizer
 
@@ -98,8 +98,8 @@ def make_plan(
     config, trusted = read_config(setup.checkpoint), setup.checkpoint.trust_remote_code
     architecture: Any = build_meta(config, trust_remote_code=trusted)
     # Raises for an unsupported architecture before anything is written.
-    Target(architecture)
-    kind: type[Heads] = resolve(job.method, "drafter").Heads
+    AttentionTarget(architecture)
+    kind: type[Heads] = import_method(job.method, "drafter").Heads
     if job.sequence_packing and not kind.supports_packing:
         raise UsageError(
             f"--sequence-packing: {job.method} heads support only one text per sequence"
@@ -150,7 +150,7 @@ def make_plan(
         _check_disk(disk_bytes, path)
     return HeadsPlan(
         parameters=parameters,
-        file_bytes=parameters * own_dtype(setup.checkpoint.layout).itemsize,
+        file_bytes=parameters * checkpoint_dtype(setup.checkpoint.layout).itemsize,
         memory_bytes=memory_bytes,
         disk_bytes=disk_bytes,
         samples=len(train),
@@ -233,7 +233,7 @@ def make_identity(
         "features": job.features.partition(":")[0],
         "options": job.config.as_dict(),
         "init_from": None if init_from is None else init_from.digest,
-        "data": text_fingerprint([[sample.tokens, sample.loss_mask] for sample in samples]),
+        "data": hash_json([[sample.tokens, sample.loss_mask] for sample in samples]),
         "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
         "dtype": str(setup.dtype).removeprefix("torch."),
         "device": setup.device.type,
@@ -241,5 +241,5 @@ def make_identity(
         "processes": processes.size,
         # The number of threads changes the last bits of sums, and training amplifies them.
         "threads": torch.get_num_threads(),
-        "versions": software(),
+        "versions": software_versions(),
     }

@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from spectool.decode import tree
 from spectool.decode.cache import cache_argument
 from spectool.decode.protocol import Inject, Needs
-from spectool.decode.target import Target, isolate_texts
+from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.target.masks import isolate_texts
 
 
 class TextLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -71,7 +72,7 @@ class TextCache(Cache):
 
 @torch.no_grad()
 def read_features(
-    target: Target,
+    target: AttentionTarget,
     tokens_BL: Tensor,
     needs: Needs,
     segments_BL: Tensor | None = None,
@@ -101,13 +102,13 @@ def read_features(
     return features
 
 
-def check_features(target: Target, needs: Needs) -> None:
+def check_features(target: AttentionTarget, needs: Needs) -> None:
     """Raise UnsupportedError if the features asked for are not [B, N, D]."""
     read_features(target, torch.zeros(1, 2, dtype=torch.long), needs)
 
 
 def read_extra_rows(
-    target: Target,
+    target: AttentionTarget,
     kept: TextCache,
     anchors_BA: Tensor,
     rows: Sequence[tuple[int, int]],
@@ -157,7 +158,7 @@ def read_extra_rows(
     return features["final"].view(batch, num_anchors, num_extra, -1)
 
 
-def _decoder_cache_name(target: Target) -> str:
+def _decoder_cache_name(target: AttentionTarget) -> str:
     """Return the name of the decoder's cache argument; by default the model's."""
     accepted = inspect.signature(target.decoder.forward).parameters
     return cache_argument(accepted) or target.cache_name

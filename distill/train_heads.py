@@ -17,7 +17,7 @@ import torch
 
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.hub import fetch, is_local
-from spectool.checkpoint.tensors import Checkpoint, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, hash_json
 from spectool.decode.heads import convert
 from spectool.decode.heads.artifact import HeadsRecord
 from spectool.decode.heads.formats.base import PretrainedHeads
@@ -30,15 +30,15 @@ from spectool.distill.plan import HeadsJob, Setup, make_identity, make_plan
 from spectool.distill.processes import ALONE, Processes
 from spectool.distill.training_data import DataPreparation
 from spectool.errors import CheckpointError, TextError, UsageError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.architecture import read_config
 from spectool.model.loading import (
     check_device,
     default_dtype,
+    hash_vocabulary,
     load_tokenizer,
-    tokenizer_digest,
 )
-from spectool.report import SILENT, Reporter, Several, TrainingStarts
+from spectool.report import SILENT, Reporter, ReporterGroup, TrainingStarts
 from spectool.training import Metrics, OptimizerDefaults
 
 
@@ -84,8 +84,8 @@ def train_heads(
         setup = _setup(checkpoint, job, dtype, where, runtime)
         preparation = _prepare(setup, job, out, overwrite, processes, reporter)
         if metrics is not None and processes.first:
-            run = {"method": job.method, "run": text_fingerprint(preparation.identity)}
-            reporter = Several(MetricsFile(metrics, run), reporter)
+            run = {"method": job.method, "run": hash_json(preparation.identity)}
+            reporter = ReporterGroup(MetricsFile(metrics, run), reporter)
     job = preparation.job
     with contextlib.ExitStack() as stack:
         writer: ArtifactWriter | None = None
@@ -100,7 +100,7 @@ def train_heads(
         del training_data
         if not len(objective.ranks()):
             if writer is not None:
-                writer.abandon()
+                writer.delete()
             raise TextError(
                 f"{', '.join(job.data)}: the target generated too little text to evaluate on",
                 hint="give more data, or a larger --held-out",
@@ -142,7 +142,7 @@ def _prepare(
         given = {k: value for k, value in job.config.as_dict().items() if value != defaults[k]}
         job = replace(job, config=type(job.config).from_dict({**init_from.options, **given}))
     if job.learning_rate is None:
-        optimizer_defaults: OptimizerDefaults = resolve(
+        optimizer_defaults: OptimizerDefaults = import_method(
             job.method, "drafter"
         ).Heads.optimizer_defaults
         job = replace(job, learning_rate=optimizer_defaults.rate)
@@ -156,7 +156,7 @@ def _prepare(
     held_out = [samples[i] for i in held_out_indices]
     if init_from is not None:
         vocab = read_config(setup.checkpoint).get_text_config(decoder=True).vocab_size
-        size = resolve(job.method, "drafter").Heads.draft_vocab_size(job.config, vocab)
+        size = import_method(job.method, "drafter").Heads.draft_vocab_size(job.config, vocab)
         stored_size = 0 if init_from.token_map is None else len(init_from.token_map)
         if size != stored_size:
             raise UsageError(
@@ -221,7 +221,7 @@ def _setup(
     return Setup(
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        tokenizer_digest=tokenizer_digest(tokenizer),
+        tokenizer_digest=hash_vocabulary(tokenizer),
         dtype=dtype or default_dtype(checkpoint.layout, device),
         device=device,
         runtime=runtime,

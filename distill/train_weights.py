@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target
 from spectool.checkpoint.dense import check_dense
-from spectool.checkpoint.tensors import Checkpoint, open_checkpoint, text_fingerprint
+from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint
 from spectool.data.text import check_ids
 from spectool.distill.data.samples import Sample, batches, by_length, read_corpus, split
 from spectool.distill.metrics import MetricsFile
@@ -29,12 +29,12 @@ from spectool.distill.objectives.base import (
 )
 from spectool.distill.options import WeightsOptions
 from spectool.errors import CheckpointError, UnsupportedError, UsageError
-from spectool.machine import available_memory, reproducible, software
-from spectool.methods import resolve
+from spectool.machine import available_memory, reproducible, software_versions
+from spectool.methods import import_method
 from spectool.model.architecture import Architecture, build_meta, read_config
-from spectool.model.loading import check_device, load_model, load_tokenizer, tokenizer_digest
+from spectool.model.loading import check_device, hash_vocabulary, load_model, load_tokenizer
 from spectool.options import Config
-from spectool.report import SILENT, Reporter, Several
+from spectool.report import SILENT, Reporter, ReporterGroup
 from spectool.training import OPTIMIZERS, Metrics, check_optimizer
 
 
@@ -51,9 +51,9 @@ class WeightsPlan:
     """Estimate of a training, made before weights are read.
 
     `trained` parameters change `changed_weights` of the model's `parameters`. `loss_tokens`:
-    training tokens that are in the loss. `generated_tokens`: what the model generates at most before
-    the training; `steps` is an estimate then. `seq_len`: maximum tokens of a text, bounded by the
-    contexts of the model and its teacher.
+    training tokens that are in the loss. `generated_tokens`: what the model generates at most
+    before the training; `steps` is an estimate then. `seq_len`: maximum tokens of a text, bounded
+    by the contexts of the model and its teacher.
     """
 
     job: WeightsJob
@@ -106,7 +106,7 @@ def train_weights(
     check_dense(checkpoint)
     where = check_device(device)
     check_optimizer(job.optimizer, where)
-    kind: type[WeightObjective] = resolve(job.method, "objective")
+    kind: Any = import_method(job.method, "objective")
     if kind.needs_teacher and job.teacher is None:
         raise UsageError(f"{job.method}: no teacher to learn from", hint="--teacher MODEL")
     architecture = Architecture(checkpoint)
@@ -133,8 +133,8 @@ def train_weights(
         return None
     identity = _make_identity(checkpoint, job, texts, teacher, where)
     if metrics is not None:
-        lines = MetricsFile(metrics, {"method": job.method, "run": text_fingerprint(identity)})
-        reporter = Several(lines, reporter)
+        lines = MetricsFile(metrics, {"method": job.method, "run": hash_json(identity)})
+        reporter = ReporterGroup(lines, reporter)
     with reproducible(where), ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer:
         task = replace(
             task,
@@ -154,12 +154,9 @@ def train_weights(
     )
 
 
-def _load(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+def _load(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
     """Load a model in float32, quantized weights unpacked."""
-    model: nn.Module = load_model(
-        checkpoint, dtype=torch.float32, device=str(device), runtime="dense"
-    )
-    return model
+    return load_model(checkpoint, dtype=torch.float32, device=str(device), runtime="dense")
 
 
 def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:
@@ -169,7 +166,7 @@ def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:
         CheckpointError: it has another tokenizer than the checkpoint.
     """
     teacher = open_checkpoint(name, trust_remote_code=checkpoint.trust_remote_code)
-    digests = {tokenizer_digest(load_tokenizer(each)) for each in (teacher, checkpoint)}
+    digests = {hash_vocabulary(load_tokenizer(each)) for each in (teacher, checkpoint)}
     if len(digests) > 1:
         raise CheckpointError(
             f"--teacher {name}: its tokenizer is not that of {checkpoint.name}, so their "
@@ -213,7 +210,7 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
     """
     architecture, texts = task.architecture, task.texts
     parameters = sum(p.numel() for p in architecture.model.parameters())
-    objective: WeightObjective = resolve(job.method, "objective")(task, job.config)
+    objective: WeightObjective = import_method(job.method, "objective")(task, job.config)
     trained = sum(p.numel() for p in objective.module.parameters() if p.requires_grad)
     changed = objective.weights.changed()
     check_writable(architecture, changed)
@@ -265,10 +262,10 @@ def _make_identity(
         "options": job.config.as_dict(),
         **{key: value for key, value in job.as_dict().items() if key not in left_out},
         "teacher": None if teacher is None else teacher.fingerprint(),
-        "data": text_fingerprint([[sample.tokens, sample.loss_mask] for sample in everything]),
+        "data": hash_json([[sample.tokens, sample.loss_mask] for sample in everything]),
         "source": {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision},
         "device": device.type,
         # The number of threads changes the last bits of sums, and training amplifies them.
         "threads": torch.get_num_threads(),
-        "versions": software(),
+        "versions": software_versions(),
     }

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -23,7 +23,7 @@ from spectool.decode.generate import Runner
 from spectool.decode.heads.base import Heads
 from spectool.decode.heads.formats.base import PretrainedHeads
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import (
     OnlineTexts,
     StoredTexts,
@@ -42,8 +42,8 @@ from spectool.distill.plan import HeadsJob, Setup
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import check_features
 from spectool.errors import TextError
-from spectool.methods import resolve
-from spectool.model.loading import load_model, load_outside
+from spectool.methods import import_method
+from spectool.model.loading import load_model, load_without_blocks
 from spectool.report import FeaturesFound, Reporter
 
 # Number of texts that the target generates together.
@@ -56,7 +56,7 @@ _HELD_OUT_TOKENS = 128
 class TrainingData:
     """Target, training texts and held-out texts. Without need of them, `target` has no layers."""
 
-    target: Target
+    target: AttentionTarget
     train: Texts
     held_out: Texts
 
@@ -125,8 +125,10 @@ class DataPreparation:
             if stored is not None:
                 found = FeaturesFound(len(stored[0].samples), str(self.job.store))
                 self.reporter.event(found)
-                kind: type[Heads] = resolve(self.job.method, "drafter").Heads
-                target = Target(self._load()) if kind.begins_as_layers else self._load_shell()
+                kind: type[Heads] = import_method(self.job.method, "drafter").Heads
+                target = (
+                    AttentionTarget(self._load()) if kind.begins_as_layers else self._load_shell()
+                )
                 return TrainingData(target, *stored)
         with contextlib.ExitStack() as stack:
             store_writer = writer
@@ -176,10 +178,10 @@ class DataPreparation:
         with self.processes.together():
             model = self._load()
             runner = Runner(model, tokenizer=setup.tokenizer)
-            check_features(runner.target, self.needs)
-        generate = GroupWriter(
-            store_writer, self.processes, self.reporter, as_tensors, as_samples
-        )
+            # `make_plan` refused targets with a recurrent state.
+            target = cast(AttentionTarget, runner.target)
+            check_features(target, self.needs)
+        generate = GroupWriter(store_writer, self.processes, self.reporter, as_tensors, as_samples)
         # Evaluation text is always the target's own greedy output without loops, since that is what
         # the heads will draft.
         held_out = generate(
@@ -203,14 +205,13 @@ class DataPreparation:
         if not (train and held_out):
             for each in {store_writer, out_writer}:
                 if each is not None:
-                    each.abandon()
+                    each.delete()
             raise TextError(
                 f"{', '.join(job.data)}: the target generated too little text to "
                 f"{'train' if held_out else 'evaluate'} on: each of its texts ends"
                 f"{'' if held_out else ' or repeats itself'} within {SHORTEST} tokens",
                 hint=f"give more data{'' if held_out else ', or a larger --held-out'}",
             )
-        target = runner.target
         if job.features == "online":
             return TrainingData(
                 target,
@@ -259,7 +260,9 @@ class DataPreparation:
             batch_size=GENERATED_TOGETHER,
         )
 
-    def _load_shell(self) -> Target:
+    def _load_shell(self) -> AttentionTarget:
         """Load the target without its layers."""
         setup = self.setup
-        return Target(load_outside(setup.checkpoint, dtype=setup.dtype, device=setup.device))
+        return AttentionTarget(
+            load_without_blocks(setup.checkpoint, dtype=setup.dtype, device=setup.device)
+        )

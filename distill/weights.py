@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from spectool.distill.objective import seeded
-from spectool.errors import hushed, require
+from spectool.errors import require, silence_logger
 
 if TYPE_CHECKING:
     from spectool.distill.objectives.base import WeightTask
@@ -69,14 +69,12 @@ class LowRankUpdates(TrainedWeights):
         MissingExtra: peft is not installed.
     """
 
-    def __init__(
-        self, task: WeightTask, rank: int, names: Container[str] | None = None
-    ) -> None:
-        with hushed("bitsandbytes"):
+    def __init__(self, task: WeightTask, rank: int, names: Container[str] | None = None) -> None:
+        with silence_logger("bitsandbytes"):
             # peft imports it, and it complains of a missing package.
             peft = require("peft", extra="lora", reason="training low-rank updates")
         architecture = task.architecture
-        blocks = (architecture.matrices(block) for block in architecture.blocks)
+        blocks = (architecture.block_matrices(block) for block in architecture.blocks)
         self._matrices = [
             matrix
             for block in blocks

@@ -46,38 +46,40 @@ def reference() -> str:
         else:
             lines += [f"### spectool {name}", "", *_command(root.commands[name])]
     lines += ["## Quantizers", ""]
-    for name in (*methods.names("chooser"), *methods.names("quantizer")):
+    for name in (*methods.list_methods("chooser"), *methods.list_methods("quantizer")):
         lines += [f"### {name}", "", *_row(methods.METHODS[name]), ""]
         lines += [*_table(_own(QUANTIZE, name)), ""]
     lines += ["## Objectives", ""]
-    for name in methods.names("objective"):
+    for name in methods.list_methods("objective"):
         lines += [f"### {name}", "", *_row(methods.METHODS[name]), ""]
         lines += [*_table(_own(DISTILL, name)), ""]
     lines += ["## Drafters", "", "Options are written `--draft name:key=value,key=value`.", ""]
-    for name in methods.names("drafter"):
-        row = methods.row(name, "drafter")
+    for name in methods.list_methods("drafter"):
+        row = methods.get_method(name, "drafter")
         lines += [f"### {name}", "", *_row(row), "", *_options(name), ""]
-        if row.trained:
+        if row.trainable:
             lines += [f"Training it (`train-heads {name}`):", ""]
             lines += [*_table(_own(TRAIN_HEADS, name)), ""]
     lines += ["## Keys and values", "", "Options are written `--kv name:key=value`.", ""]
-    for name in methods.names("kv"):
+    for name in methods.list_methods("kv"):
         lines += [
             f"### kv {name}",
             "",
-            *_row(methods.row(name, "kv")),
+            *_row(methods.get_method(name, "kv")),
             "",
             *_options(name, "kv"),
             "",
         ]
     lines += ["## Verification rules", "", "| `--verify` | |", "|---|---|"]
-    for name in methods.names("verifier"):
-        row = methods.row(name, "verifier")
+    for name in methods.list_methods("verifier"):
+        row = methods.get_method(name, "verifier")
         lines.append(f"| `{name}` | {row.summary}. {row.source}. |")
     lines += ["", "## Measures", "", "| `--measure` | | metrics for `--gate` |", "|---|---|---|"]
-    for name in methods.names("measure"):
-        metrics = ", ".join(f"`{each}`" for each in methods.resolve(name, "measure").metrics())
-        lines.append(f"| `{name}` | {methods.row(name, 'measure').summary} | {metrics} |")
+    for name in methods.list_methods("measure"):
+        metrics = ", ".join(
+            f"`{each}`" for each in methods.import_method(name, "measure").metrics()
+        )
+        lines.append(f"| `{name}` | {methods.get_method(name, 'measure').summary} | {metrics} |")
     return "\n".join(lines) + "\n"
 
 
@@ -127,7 +129,7 @@ def _row(row: methods.Method) -> Iterator[str]:
 def _options(name: str, kind: methods.Kind = "drafter") -> list[str]:
     from spectool.options import options_of
 
-    found = list(options_of(methods.resolve(name, kind).Config))
+    found = list(options_of(methods.import_method(name, kind).Config))
     if not found:
         return ["No options."]
     lines = ["| option | default | |", "|---|---|---|"]

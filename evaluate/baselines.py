@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Result, Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter
-from spectool.decode.target import Target
+from spectool.decode.target.base import Target
 from spectool.report import SILENT, NoAssistant, Reporter
 
 PLAIN = "transformers plain"
@@ -51,11 +50,11 @@ def open_baselines(
 ) -> dict[str, Decode]:
     """Return functions that decode the runner's model with transformers alone, by name."""
 
-    def make(options: Mapping[str, object], assistant: Target | None = None) -> Decode:
+    def make(options: Mapping[str, object], assistant: Target[Any] | None = None) -> Decode:
         return lambda jobs: _generate(runner, jobs, control, seed, options, assistant)
 
     opened = {PLAIN: make({}), PROMPT_LOOKUP: make(_LOOKUP)}
-    models = [each.draft for each in drafters if isinstance(each, DraftModelDrafter)]
+    models = [each.draft_model for each in drafters if each.draft_model is not None]
     drafts = {draft.model.config._name_or_path: draft for draft in models}
     for path, draft in drafts.items():
         if draft.vocab_size != runner.target.vocab_size:
@@ -72,11 +71,11 @@ def _generate(
     control: SamplingParams,
     seed: int,
     options: Mapping[str, object],
-    assistant: Target | None,
+    assistant: Target[Any] | None,
 ) -> list[Result]:
     model, sampling = runner.target.model, _sampling_options(control)
     results = []
-    with _empty_generation_config(model), _count_forwards(model) as forwards:
+    with _bare(model) as forwards:
         for index, job in enumerate(jobs):
             closing = sorted(runner.end_ids().union(job.ends))
             # transformers samples with the global generator.
@@ -129,22 +128,17 @@ def _sampling_options(control: SamplingParams) -> Mapping[str, object]:
 
 
 @contextmanager
-def _empty_generation_config(model: Any) -> Iterator[None]:
-    """Remove the checkpoint's generation settings, which transformers would use as defaults."""
+def _bare(model: Any) -> Iterator[list[None]]:
+    """Remove the checkpoint's generation settings, which transformers would use as defaults.
+
+    Yields a list that grows by one element at every forward of the model.
+    """
+    forwards: list[None] = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: forwards.append(None))
     settings = model.generation_config
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        yield
-    finally:
-        model.generation_config = settings
-
-
-@contextmanager
-def _count_forwards(model: Any) -> Iterator[list[None]]:
-    """Yield a list that grows by one element at every forward of the model."""
-    forwards: list[None] = []
-    hook = model.register_forward_pre_hook(lambda module, inputs: forwards.append(None))
-    try:
         yield forwards
     finally:
+        model.generation_config = settings
         hook.remove()

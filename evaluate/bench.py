@@ -21,7 +21,6 @@ from spectool.data.text import Prompt
 from spectool.decode.generate import Result, Runner, loop_start
 from spectool.decode.options import SamplingParams, VerifyOptions
 from spectool.decode.policy.chain import FirstPath
-from spectool.decode.policy.tuned import Tuned
 from spectool.decode.protocol import Drafter
 from spectool.errors import UsageError
 from spectool.evaluate import baselines
@@ -134,21 +133,27 @@ class Timed(NamedTuple):
     prompt: float
     target: float
 
+    def count(self, name: str) -> int:
+        """Return the sum of a number of the results."""
+        return sum(int(getattr(result, name)) for result in self.results)
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(len(result.token_ids) for result in self.results)
+
     @property
     def tokens_per_second(self) -> float:
-        return sum(len(result.token_ids) for result in self.results) / self.seconds
+        return self.new_tokens / self.seconds
 
     @property
     def tokens_per_forward(self) -> float:
-        tokens = sum(len(result.token_ids) for result in self.results)
-        return tokens / max(1, sum(result.forwards for result in self.results))
+        return self.new_tokens / max(1, self.count("forwards"))
 
     @property
     def step_speed(self) -> float:
         """Tokens per second without the prefill and the first token, which prefill yields."""
-        tokens = sum(len(result.token_ids) - 1 for result in self.results)
         # At least 1, in case every output has a single token.
-        return max(tokens, 1) / (self.seconds - self.prompt)
+        return max(self.new_tokens - len(self.results), 1) / (self.seconds - self.prompt)
 
 
 def bench(
@@ -365,10 +370,10 @@ def _make_row(name: str, timed: Timed, plain: Timed, greedy: bool) -> Row:
     return Row(
         name=name,
         prompts=len(timed.results),
-        new_tokens=sum(len(result.token_ids) for result in timed.results),
-        forwards=sum(result.forwards for result in timed.results),
-        drafted=sum(result.drafted for result in timed.results),
-        accepted=sum(result.accepted for result in timed.results),
+        new_tokens=timed.new_tokens,
+        forwards=timed.count("forwards"),
+        drafted=timed.count("drafted"),
+        accepted=timed.count("accepted"),
         tokens_per_forward=timed.tokens_per_forward,
         tokens_per_second=timed.tokens_per_second,
         seconds=timed.seconds,
@@ -394,7 +399,7 @@ def _add_chain(
         reporter.event(ChainRates(row.name, None))
         return row
     policies, rates = drafter.policies, []
-    untuned = [policy for policy in policies if not isinstance(policy, Tuned)]
+    untuned = [policy for policy in policies if not policy.tunes]
     for depth in range(1, options.chain_lengths + 1):
         drafter.policies = [*untuned, FirstPath(depth)]
         results = _make_decoder(runner, drafter, _as_plain(options))(jobs)

@@ -30,6 +30,7 @@ from spectool.data.text import (
     read_text,
 )
 from spectool.decode.generate import Runner
+from spectool.decode.options import CacheOptions
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.evaluate.bench import Options, Run, bench
 from spectool.evaluate.fidelity import LogProbsReference, Reference, Scores, score
@@ -49,9 +50,9 @@ from spectool.model.architecture import model_class, read_config
 from spectool.model.loading import (
     check_device,
     default_dtype,
+    hash_vocabulary,
     load_model,
     load_tokenizer,
-    tokenizer_digest,
 )
 from spectool.report import SILENT, NotItsSource, Reporter
 
@@ -77,29 +78,20 @@ class Plan:
 class Context:
     """A checkpoint with what it is measured on. A part is None where the options give none.
 
-    `kv` is the store of the checkpoint's keys and values; a reference keeps them as they are. A
-    part raises InputError where it does not fit the checkpoint.
+    A reference keeps keys and values as they are, whatever `load` has for the checkpoint. A part
+    raises InputError where it does not fit the checkpoint.
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        options: EvalOptions,
-        *,
-        dtype: str | None = None,
-        device: str = "cpu",
-        runtime: str = "auto",
-        kv: str = "dense",
-        reporter: Reporter = SILENT,
+        self, load: CacheOptions, options: EvalOptions, *, reporter: Reporter = SILENT
     ) -> None:
-        self.checkpoint, self.options, self.reporter = checkpoint, options, reporter
+        self.load, self.options, self.reporter = load, options, reporter
         # What the measures that run need.
         self.needs: set[Need] = set()
-        self.dtype, self.device, self.runtime = dtype, check_device(device), runtime
-        self.kv = kv
-        model_class(read_config(checkpoint))
-        self.tokenizer = load_tokenizer(checkpoint)
-        self.vocabulary = _vocabulary(checkpoint.layout)
+        self.checkpoint, self.device = load.open(), check_device(load.resolve_device())
+        model_class(read_config(self.checkpoint))
+        self.tokenizer = load_tokenizer(self.checkpoint)
+        self.vocabulary = _vocabulary(self.checkpoint.layout)
 
     @cached_property
     def reference(self) -> SavedReference | Checkpoint | None:
@@ -109,7 +101,7 @@ class Context:
             return None
         if Path(path).is_file():
             saved = SavedReference(Path(path))
-            if saved.record.tokenizer != tokenizer_digest(self.tokenizer):
+            if saved.record.tokenizer != hash_vocabulary(self.tokenizer):
                 raise UsageError(f"{path}: was made with another tokenizer")
             if saved.record.vocabulary != self.vocabulary:
                 raise UsageError(f"{path}: has another vocabulary size")
@@ -119,7 +111,7 @@ class Context:
             trust_remote_code=self.checkpoint.trust_remote_code,
             checksums=self.checkpoint.checksums,
         )
-        if tokenizer_digest(load_tokenizer(other)) != tokenizer_digest(self.tokenizer):
+        if hash_vocabulary(load_tokenizer(other)) != hash_vocabulary(self.tokenizer):
             raise UsageError(f"{path}: its tokenizer differs from {self.checkpoint.name}'s")
         if _vocabulary(other.layout) != self.vocabulary:
             raise UsageError(f"{path}: its vocabulary size differs from {self.checkpoint.name}'s")
@@ -170,7 +162,7 @@ class Context:
                     reference = self.reference
             scores = score(
                 windows,
-                self._open_log_probs(self.checkpoint, self.kv),
+                self._open_log_probs(self.checkpoint, self.load.kv),
                 self.vocabulary,
                 reference=reference,
                 batch_size=options.batch_size,
@@ -186,7 +178,7 @@ class Context:
             if writer is not None:
                 writer.finish(
                     source=self.checkpoint.fingerprint(),
-                    tokenizer=tokenizer_digest(self.tokenizer),
+                    tokenizer=hash_vocabulary(self.tokenizer),
                 )
         return scores
 
@@ -208,7 +200,8 @@ class Context:
     def decoding(self) -> Run:
         """The comparison of the drafters with plain decoding on the prompts, greedy."""
         assert self.prompts is not None
-        runner = Runner(self._load(self.checkpoint), tokenizer=self.tokenizer, kv=self.kv)
+        model = self._load_model(self.checkpoint)
+        runner = Runner(model, tokenizer=self.tokenizer, kv=self.load.kv)
         how = Options(
             drafts=self.options.draft or ("auto",), max_new_tokens=self.options.max_new_tokens
         )
@@ -268,18 +261,18 @@ class Context:
             return BlockwiseLogProbs(
                 checkpoint, self.windows, dtype=dtype, device=self.device, reporter=self.reporter
             )
-        model = self._load(checkpoint)
+        model = self._load_model(checkpoint)
         return ResidentLogProbs(model) if kv == "dense" else CachedLogProbs(model, kv)
 
     def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
-        return parse_dtype(self.dtype) or default_dtype(checkpoint.layout, self.device)
+        return parse_dtype(self.load.dtype) or default_dtype(checkpoint.layout, self.device)
 
-    def _load(self, checkpoint: Checkpoint) -> PreTrainedModel:
+    def _load_model(self, checkpoint: Checkpoint) -> PreTrainedModel:
         return load_model(
             checkpoint,
             dtype=self._dtype(checkpoint),
             device=str(self.device),
-            runtime=self.runtime,
+            runtime=self.load.runtime,
             reporter=self.reporter,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spectool import methods
@@ -36,15 +35,15 @@ class Evaluation:
         return {**fields, "gates": as_json(self.gates)}
 
 
-def evaluate(context: Context, *, gates: Sequence[str] = ()) -> Evaluation:
-    """Run the measures that the options name, or all whose needs they give.
+def evaluate(context: Context) -> Evaluation:
+    """Run the measures that the options name, or all whose needs they give, and check the gates.
 
     Raises:
         InputError: checkpoint, text, reference or options are unusable.
     """
     chosen = _choose(context)
     known = [metric for measure in chosen for metric in measure.metrics()]
-    parsed = parse_gates(gates, known)
+    parsed = parse_gates(context.options.gate, known)
     if context.options.save_reference is not None and "windows" not in context.needs:
         raise UsageError("--save-reference needs a measure of a text, such as perplexity")
     results = [measure.run(context) for measure in chosen]
@@ -58,8 +57,8 @@ def _choose(context: Context) -> list[type[Measure]]:
         UsageError: the options name a measure without what it needs.
     """
     chosen: list[type[Measure]] = []
-    for name in dict.fromkeys(context.options.measure) or methods.names("measure"):
-        measure: type[Measure] = methods.resolve(name, "measure")
+    for name in dict.fromkeys(context.options.measure) or methods.list_methods("measure"):
+        measure: type[Measure] = methods.import_method(name, "measure")
         missing = [need for need in measure.needs if getattr(context, need) is None]
         if not missing:
             chosen.append(measure)

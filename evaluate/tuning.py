@@ -11,7 +11,7 @@ from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
 from spectool.decode.policy.fastest import Fastest, store_fastest
 from spectool.evaluate.bench import Options, bench
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.options import options_of
 from spectool.report import SILENT, OptionTuned, Reporter
 
@@ -36,7 +36,9 @@ def tune(
         InputError: the heads do not fit the model, or the cache folder cannot be written.
     """
     record = read_record(heads)
-    known = {option.name: option for option in options_of(resolve(record.method, "drafter").Config)}
+    known = {
+        option.name: option for option in options_of(import_method(record.method, "drafter").Config)
+    }
     best: dict[str, int] = {}
     speedup = 0.0
     for name, values in TRIED.items():

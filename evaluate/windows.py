@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from spectool.checkpoint.headers import DTYPE_BITS, Layout
 from spectool.checkpoint.tensors import Checkpoint, all_finite
 from spectool.decode import tree
-from spectool.decode.recurrent import open_target
+from spectool.decode.target.open import open_target
 from spectool.errors import NotFinite, TextError
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Activations, BlockStream, Compute

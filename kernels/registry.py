@@ -1,6 +1,6 @@
 """The kernels by format, device and dtype of the activations, and where they are in force.
 
-A kernel runs only inside `in_force`, which passes of the decode loop and of draft heads enter.
+A kernel runs only inside `use_kernels`, which passes of the decode loop and of draft heads enter.
 Outside (evaluation, calibration, training) the same modules compute with torch.
 """
 
@@ -67,7 +67,7 @@ _force = _Force()
 
 
 @contextmanager
-def in_force() -> Iterator[None]:
+def use_kernels() -> Iterator[None]:
     """Let matrices that have a kernel use it, in this thread."""
     before, _force.on = _force.on, True
     try:
@@ -85,7 +85,7 @@ class Product:
         self._operands = kernel.prepare(fields)
         self._most_values = kernel.most_rows * num_inputs
 
-    def takes(self, x: Tensor) -> bool:
+    def supports(self, x: Tensor) -> bool:
         """Whether kernels are in force, and x has the dtype and few enough rows for this one."""
         return _force.on and x.dtype is self._dtype and x.numel() <= self._most_values
 

@@ -43,7 +43,7 @@ def quantize(
 
     job = QuantizeJob(
         method=method,
-        config=methods.resolve(method, "quantizer").Config.from_dict(options),
+        config=methods.import_method(method, "quantizer").Config.from_dict(options),
         calibration=tuple(calibration or ()),
         samples=samples,
         seq_len=seq_len,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spectool import options
 from spectool.errors import NotFinite, UnsupportedError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.blocks import Activations, run_block
 from spectool.model.matrices import Matrix
 from spectool.model.packed import FieldSpec, PackedLinear
@@ -197,7 +197,7 @@ def parse_quantizer(text: str) -> Quantizer:
         UsageError: unknown method, or options that the method does not have.
     """
     method, _, pairs = text.partition(":")
-    kind: type[Quantizer] = resolve(method, "quantizer")
+    kind: type[Quantizer] = import_method(method, "quantizer")
     return kind(kind.Config.from_text(pairs))
 
 

@@ -88,7 +88,7 @@ def list_candidates(
     return candidates
 
 
-def survey(
+def measure_candidates(
     stream: CalibratedStream,
     candidates: Mapping[str, Sequence[Quantizer]],
     writer: ArtifactWriter,
@@ -96,7 +96,7 @@ def survey(
 ) -> dict[str, list[float]]:
     """Measure the error of each candidate, by matrix and in the candidates' order.
 
-    Finished blocks are recorded, so that an interrupted survey resumes.
+    Finished blocks are recorded, so that an interrupted run resumes.
     """
     original = stream.embed("original")
     # The packed stream does not exist yet.
@@ -124,10 +124,10 @@ def _shard(index: int) -> str:
     return f"survey-{index + 1:05d}.safetensors"
 
 
-def discard_survey(plan: QuantizePlan, writer: ArtifactWriter) -> None:
-    """Remove the recorded errors of a survey."""
+def remove_measurements(plan: QuantizePlan, writer: ArtifactWriter) -> None:
+    """Remove the recorded errors of candidates."""
     for index in range(len(plan.matrices)):
-        writer.discard(_shard(index))
+        writer.remove_shard(_shard(index))
 
 
 def _measure_block(

@@ -28,9 +28,9 @@ from spectool.errors import UnsupportedError, UsageError
 from spectool.files import json_bytes
 from spectool.kernels.pack import pack_bits
 from spectool.model.architecture import Architecture
-from spectool.model.loading import own_dtype
+from spectool.model.loading import checkpoint_dtype
 from spectool.model.matrices import Matrix
-from spectool.model.packed import build_packed, field_specs, packer_of
+from spectool.model.packed import build_packed, field_specs, make_packer
 
 Fields = dict[str, Tensor]
 
@@ -74,9 +74,10 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
     architecture = Architecture(checkpoint)
     left_out: set[str] = set()
     for key, entry in architecture.modules.items():
-        if not packer_of(entry).build(entry["shape"]).is_matrix:
+        packer = make_packer(entry)
+        if not packer.build(entry["shape"]).is_matrix:
             raise UnsupportedError(
-                f"{key}: {packer_of(entry)} computes more than a product with one matrix, which no "
+                f"{key}: {packer} computes more than a product with one matrix, which no "
                 "other tool would do",
                 hint="pack with a method that does not, as olive for olive-activations, or without "
                 "shortlist",
@@ -137,8 +138,8 @@ def _find_matrices(architecture: Architecture) -> dict[str, Matrix]:
     """Find all packable matrices by name; a packed lm_head counts as untied."""
     own_lm_head = any(entry.get("outside") == "lm_head" for entry in architecture.modules.values())
     parts = (
-        architecture.outside(own_lm_head=own_lm_head),
-        *map(architecture.matrices, architecture.blocks),
+        architecture.outer_matrices(own_lm_head=own_lm_head),
+        *map(architecture.block_matrices, architecture.blocks),
     )
     matrices = {matrix.name: matrix for part in parts for matrix in part}
     for name, matrix in matrices.items():
@@ -171,7 +172,7 @@ def _read_fields(checkpoint: Checkpoint, name: str) -> Fields:
     """Read the fields of one packed matrix."""
     entry = checkpoint.layout.modules[name]
     n, m = entry["shape"]
-    return {key: checkpoint.read(f"{name}.q.{key}") for key in packer_of(entry).layout((n, m))}
+    return {key: checkpoint.read(f"{name}.q.{key}") for key in make_packer(entry).layout((n, m))}
 
 
 def _convert_dense(
@@ -181,7 +182,7 @@ def _convert_dense(
     architecture: Architecture,
 ) -> dict[str, Tensor]:
     """Dequantize matrices, with the names and shapes of the architecture."""
-    dtype = own_dtype(checkpoint.layout)
+    dtype = checkpoint_dtype(checkpoint.layout)
     weights: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name in packed:

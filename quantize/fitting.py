@@ -43,7 +43,7 @@ from spectool.training import Metrics, Recipe, Training
 LEAST_COSINE = 0.01
 
 
-class Part(nn.Module, ABC):
+class TrainableMatrix(nn.Module, ABC):
     """One matrix in training: a module that computes the product with it."""
 
     @abstractmethod
@@ -59,7 +59,7 @@ class FitMetrics:
     least_cosine: float
 
 
-class Task:
+class BlockFit:
     """Data of a block's fit: the inputs X' and both targets, F(X) and F(X')."""
 
     def __init__(self, block: Block, streams: Streams) -> None:
@@ -69,7 +69,7 @@ class Task:
         self.dtype = self.inputs.hidden_SLD.dtype
         self.batches = list(self.inputs.batches(max(block.calls)))
         # Targets are computed once: per step they would add two forward passes.
-        self.targets = (streams.original.another(), streams.packed.another())
+        self.targets = (streams.original.empty_like(), streams.packed.empty_like())
         with torch.no_grad():
             for side, target in zip((streams.original, streams.packed), self.targets, strict=True):
                 for batch in self.batches:
@@ -138,9 +138,9 @@ class BlockQuantizer(Quantizer):
         """Return the memory of a fit in bytes per weight of the block."""
 
     @abstractmethod
-    def make_part(
+    def make_trainable(
         self, linear: Any, weight_nm: Tensor, diagonal_m: Tensor | None, dtype: torch.dtype
-    ) -> Part:
+    ) -> TrainableMatrix:
         """Create the trained form of a packed linear, which computes in `dtype`.
 
         `weight_nm` is the original matrix as stored, `diagonal_m` that of its Hessian, if any.
@@ -186,9 +186,9 @@ class BlockQuantizer(Quantizer):
             linears[name] = self.build(block.matrices[name].shape)
             linears[name].q.load_state_dict(fields)
             linears[name].to(block.device)
-        task, before = Task(block, streams), _copy_fields(linears)
+        task, before = BlockFit(block, streams), _copy_fields(linears)
         parts = {
-            name: self.make_part(linear, block.weights[name], diagonals.get(name), task.dtype)
+            name: self.make_trainable(linear, block.weights[name], diagonals.get(name), task.dtype)
             for name, linear in linears.items()
         }
         steps = self.config.epochs * len(task)

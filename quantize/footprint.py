@@ -35,7 +35,7 @@ class TextSize:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Assigned:
+class Assignment:
     """Matrices to pack by block, all matrices outside the blocks, and the quantizers by name.
 
     `lm_head` is the one of `outside` that is fitted, if any.
@@ -63,7 +63,7 @@ class Assigned:
 
     def stored_bytes(self, matrices: Iterable[Matrix]) -> int:
         """Return the bytes of matrices as the checkpoint stores them."""
-        names = {name for matrix in matrices for name in self.architecture.holding(matrix)}
+        names = {name for matrix in matrices for name in self.architecture.replaced_tensors(matrix)}
         stored = {key for name in names for key, _ in self.architecture.origins[name].stored}
         return sum(self.architecture.layout.tensors[key].num_bytes for key in stored)
 
@@ -91,23 +91,25 @@ class FileSize:
     num_parameters: int
 
 
-def measure_file(assigned: Assigned) -> FileSize:
+def measure_file(assignment: Assignment) -> FileSize:
     """Compute the stored sizes; tensors that the architecture does not know are not copied."""
-    architecture = assigned.architecture
+    architecture = assignment.architecture
     keys = {key for origin in architecture.origins.values() for key, _ in origin.stored}
     stored = [architecture.layout.tensors[key] for key in keys]
-    packed_outside = assigned.packed_outside
-    dense = [matrix for matrix in assigned.outside if matrix not in packed_outside]
-    packed = assigned.field_bytes(assigned.inside)
-    outside = assigned.field_bytes(packed_outside) + assigned.stored_bytes(dense)
+    packed_outside = assignment.packed_outside
+    dense = [matrix for matrix in assignment.outside if matrix not in packed_outside]
+    packed = assignment.field_bytes(assignment.inside)
+    outside = assignment.field_bytes(packed_outside) + assignment.stored_bytes(dense)
     new_parameters = 0
-    if (fitted := assigned.lm_head) is not None:
+    if (fitted := assignment.lm_head) is not None:
         # A fitted lm_head adds a bias, and its matrix is new if the architecture ties it.
         if f"{fitted.name}.bias" not in architecture.origins:
-            outside += assigned.element_bytes * fitted.shape[0]
+            outside += assignment.element_bytes * fitted.shape[0]
             new_parameters += fitted.shape[0]
-        new_parameters += 0 if architecture.holding(fitted) else fitted.num_weights
-    replaced = assigned.stored_bytes(assigned.inside) + assigned.stored_bytes(assigned.outside)
+        new_parameters += 0 if architecture.replaced_tensors(fitted) else fitted.num_weights
+    replaced = assignment.stored_bytes(assignment.inside) + assignment.stored_bytes(
+        assignment.outside
+    )
     return FileSize(
         packed=packed,
         outside=outside,
@@ -138,20 +140,20 @@ class BlockMemory:
         return self.stored + self.calibrated + max(self.products + self.hessians, self.fit)
 
 
-def measure_block(assigned: Assigned, text: TextSize) -> BlockMemory:
+def measure_block(assignment: Assignment, text: TextSize) -> BlockMemory:
     """Estimate the memory of packing the largest block."""
-    inside, weights = assigned.inside, assigned.block_weights
-    used = {assigned.quantizers[matrix.name] for matrix in inside}
+    inside, weights = assignment.inside, assignment.block_weights
+    used = {assignment.quantizers[matrix.name] for matrix in inside}
     fits = [each.fit_bytes() * weights for each in used if isinstance(each, BlockQuantizer)]
     saved = [
-        saved_bytes(assigned.architecture.model, block.values(), text.sequence)
-        for block in assigned.matrices.values()
+        saved_bytes(assignment.architecture.model, block.values(), text.sequence)
+        for block in assignment.matrices.values()
     ]
     squares = [matrix.shape[1] ** 2 for matrix in inside]
-    hessians = FLOAT * sum(squares) // len(assigned.matrices) + TEMPORARIES * max(squares)
+    hessians = FLOAT * sum(squares) // len(assignment.matrices) + TEMPORARIES * max(squares)
     widest = max(sum(matrix.shape) for matrix in inside)
     return BlockMemory(
-        stored=weights * (assigned.element_bytes + 1)
+        stored=weights * (assignment.element_bytes + 1)
         + TEMPORARIES * max(matrix.num_weights for matrix in inside),
         calibrated=2 * FLOAT * weights if text.total else 0,
         products=TEMPORARIES * text.batch * widest if text.total else 0,
@@ -183,19 +185,19 @@ class Memory:
         return BASE_BYTES + self.working
 
 
-def measure_memory(assigned: Assigned, text: TextSize) -> Memory:
+def measure_memory(assignment: Assignment, text: TextSize) -> Memory:
     """Estimate peak memory; embedding and lm_head are packed while no block is in memory."""
-    block = measure_block(assigned, text)
-    table = max((matrix.num_weights for matrix in assigned.packed_outside), default=0)
+    block = measure_block(assignment, text)
+    table = max((matrix.num_weights for matrix in assignment.packed_outside), default=0)
     lm_head_bytes = 0
-    if assigned.lm_head is not None:
-        fitted = assigned.quantizers[assigned.lm_head.name]
+    if assignment.lm_head is not None:
+        fitted = assignment.quantizers[assignment.lm_head.name]
         assert isinstance(fitted, LmHeadQuantizer)
-        lm_head_bytes = fitted.fit_lm_head_bytes(assigned.lm_head.shape)
-    live = max(block.peak, (assigned.element_bytes + 5) * table, lm_head_bytes)
-    width = getattr(assigned.architecture.config.get_text_config(), "hidden_size", 0)
+        lm_head_bytes = fitted.fit_lm_head_bytes(assignment.lm_head.shape)
+    live = max(block.peak, (assignment.element_bytes + 5) * table, lm_head_bytes)
+    width = getattr(assignment.architecture.config.get_text_config(), "hidden_size", 0)
     return Memory(
         working=int(RETAINED * live),
         buffer_bytes=FLOAT * text.total * width,
-        num_buffers=(4 if block.fit else 2) + (assigned.lm_head is not None),
+        num_buffers=(4 if block.fit else 2) + (assignment.lm_head is not None),
     )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from spectool.checkpoint.formats import FORMAT_VERSION
-from spectool.checkpoint.tensors import text_fingerprint
+from spectool.checkpoint.tensors import hash_json
 from spectool.errors import UsageError
-from spectool.machine import software
-from spectool.methods import resolve
+from spectool.machine import software_versions
+from spectool.methods import import_method
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Compute
 from spectool.options import Config
@@ -66,7 +66,7 @@ class QuantizeJob(JobOptions):
         """The default method with its options; with a budget its first candidate."""
         if self.budget is not None:
             return self.budget.candidates[0]
-        kind: type[Quantizer] = resolve(self.method, "quantizer")
+        kind: type[Quantizer] = import_method(self.method, "quantizer")
         return kind(self.config)
 
     def list_quantizers(self) -> list[Quantizer]:
@@ -111,7 +111,7 @@ class QuantizeJob(JobOptions):
         text = None
         if ids_SL is not None:
             text = {
-                "fingerprint": text_fingerprint(ids_SL.tolist()),
+                "fingerprint": hash_json(ids_SL.tolist()),
                 "builtin": not self.calibration,
                 "samples": len(ids_SL),
                 "seq_len": ids_SL.shape[1],
@@ -129,6 +129,6 @@ class QuantizeJob(JobOptions):
             "seed": self.seed,
             "calibration": text,
             "format_version": FORMAT_VERSION,
-            "versions": software(),
+            "versions": software_versions(),
             "device": compute.device.type,
         }

@@ -139,7 +139,9 @@ class Packing:
         contents: dict[str, Content] = {}
         matrices, fitted = dict(self.plan.outside), self.plan.lm_head
         replaced = {
-            name for matrix in matrices.values() for name in self.architecture.holding(matrix)
+            name
+            for matrix in matrices.values()
+            for name in self.architecture.replaced_tensors(matrix)
         }
         layers = []
         if fitted is not None:
@@ -162,7 +164,7 @@ class Packing:
             fields = self.plan.quantizers[key].pack_each(block, {}, generator)[key]
             contents.update(_named(key, fields))
             layers.append(self._report_layer(matrix, weight_nm, fields))
-        for name in self.architecture.tensors_outside():
+        for name in self.architecture.outer_tensors():
             if name in replaced:
                 continue
             origin = self.architecture.origins[name]
@@ -219,7 +221,7 @@ class Packing:
         states_SLD = torch.empty(num, length - first, matrix.shape[1])
         for batch in streams.packed.batches(self.stream.compute.batch_size):
             hidden_BLD = streams.packed.hidden_SLD[batch].to(self.stream.compute.device)
-            states_BLD = shell.head_inputs(calibration.ids_SL[batch], hidden_BLD)
+            states_BLD = shell.lm_head_inputs(calibration.ids_SL[batch], hidden_BLD)
             states_SLD[batch] = states_BLD[:, first:]
         return states_SLD.flatten(0, 1)
 
@@ -265,7 +267,7 @@ class Packing:
         if streams is not None:
             report = BlockReport.from_json(self.writer.report(self._shard(index)))
             report = replace(report, output_error=self._advance(index, block, streams))
-            self.writer.record(self._shard(index), report.as_json())
+            self.writer.set_report(self._shard(index), report.as_json())
 
     def _pack(
         self,
@@ -375,7 +377,7 @@ class Packing:
 
     def _reload(self, index: int, block: Block) -> nn.Module:
         """Create the packed block as read back from its shard."""
-        return self.architecture.materialise(
+        return self.architecture.build_module(
             block.name,
             read_tensors(self.writer.path(self._shard(index))),
             dtype=self.stream.compute.dtype,

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spectool.errors import UnsupportedError, UsageError
-from spectool.methods import names
+from spectool.methods import list_methods
 from spectool.model.architecture import Architecture
 from spectool.model.matrices import Matrix
 from spectool.quantize.base import Quantizer
-from spectool.quantize.footprint import Assigned, TextSize, measure_file, measure_memory
+from spectool.quantize.footprint import Assignment, TextSize, measure_file, measure_memory
 from spectool.quantize.lm_head.base import LmHeadQuantizer, special_tokens
 from spectool.quantize.rules import Rule
 
@@ -83,8 +83,8 @@ def make_plan(
             a method cannot pack the matrix it is chosen for.
         UnsupportedError: nothing to pack, or more than a tenth of the blocks' weights stay dense.
     """
-    outside = architecture.outside(own_lm_head=lm_head is not None)
-    found = {block: architecture.matrices(block) for block in architecture.blocks}
+    outside = architecture.outer_matrices(own_lm_head=lm_head is not None)
+    found = {block: architecture.block_matrices(block) for block in architecture.blocks}
     _check_rules(architecture, rules, [m for each in found.values() for m in each], outside)
     matrices: dict[str, dict[str, Matrix]] = {}
     quantizers: dict[str, Quantizer] = {}
@@ -111,18 +111,18 @@ def make_plan(
         if matrix is not fitted and chosen_outside is not None:
             _check_outside(matrix, chosen_outside, rule.origin if rule else "--embeddings")
             quantizers[matrix.name] = chosen_outside
-    assigned = Assigned(
+    assignment = Assignment(
         architecture=architecture,
         matrices=matrices,
         outside=tuple(outside),
         lm_head=fitted,
         quantizers=quantizers,
     )
-    size, memory = measure_file(assigned), measure_memory(assigned, text)
+    size, memory = measure_file(assignment), measure_memory(assignment, text)
     return QuantizePlan(
         architecture=architecture,
         matrices=matrices,
-        outside={matrix.name: matrix for matrix in assigned.packed_outside},
+        outside={matrix.name: matrix for matrix in assignment.packed_outside},
         lm_head=fitted,
         quantizers=quantizers,
         skipped=skipped,
@@ -149,7 +149,7 @@ def _find_skipped(
         if (rule := _deciding_rule(matrix, rules)) and not rule.quantizer
     }
     skipped = {m.name: dense[m.parameter] for m in matrices if m.parameter in dense}
-    reasons = architecture.dense(block)
+    reasons = architecture.explain_dense(block)
     taken = {matrix.parameter for matrix in matrices} | {f"{name}.weight" for name in reasons}
     parameters = architecture.model.get_submodule(block).named_parameters(prefix=block)
     others = (name for name, each in parameters if each.ndim >= 2 and name not in taken)
@@ -169,7 +169,7 @@ def _check_rules(
     """
     kept_dense: dict[str, str] = {}
     for block in architecture.blocks:
-        kept_dense |= architecture.dense(block)
+        kept_dense |= architecture.explain_dense(block)
     for rule in rules:
         if any(rule.matches(matrix.name) for matrix in (*inside, *outside)):
             continue
@@ -219,7 +219,7 @@ def _find_fitted(
     """
     if not isinstance(lm_head, LmHeadQuantizer):
         raise UsageError(
-            f"--lm-head {lm_head.name}: only {', '.join(names('lm_head'))} fits an lm_head",
+            f"--lm-head {lm_head.name}: only {', '.join(list_methods('lm_head'))} fits an lm_head",
             hint=f"--embeddings {lm_head.name} packs it",
         )
     matrix = next((matrix for matrix in outside if matrix.kind == "lm_head"), None)

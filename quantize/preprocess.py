@@ -94,7 +94,7 @@ class TrainingWindows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reshaping:
+class PreprocessRun:
     """One run of preprocessing; resumes from `scratch` if `identity` matches the record there."""
 
     options: Preprocess

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from spectool.errors import UsageError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.architecture import matches
 from spectool.quantize.base import Quantizer
 
@@ -102,7 +102,7 @@ def _parse_rule(path: Path, number: int, entry: Any) -> Rule:
             if options:
                 raise UsageError("dense takes no options")
             return Rule(entry["match"], None, origin)
-        kind: type[Quantizer] = resolve(entry["method"], "quantizer")
+        kind: type[Quantizer] = import_method(entry["method"], "quantizer")
         config = kind.Config.from_dict({str(key): value for key, value in options.items()})
     except UsageError as error:
         raise UsageError(f"{origin}: {error}", hint=error.hint) from error

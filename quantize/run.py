@@ -20,7 +20,12 @@ from spectool.errors import UsageError
 from spectool.machine import reproducible
 from spectool.model.architecture import Architecture
 from spectool.model.blocks import Compute
-from spectool.quantize.budget import choose, discard_survey, list_candidates, survey
+from spectool.quantize.budget import (
+    choose,
+    list_candidates,
+    measure_candidates,
+    remove_measurements,
+)
 from spectool.quantize.calibration import (
     TOKENIZED_BYTES,
     count_characters,
@@ -31,7 +36,7 @@ from spectool.quantize.footprint import BASE_BYTES, TextSize
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.pack import Packing
 from spectool.quantize.plan import QuantizePlan, make_plan
-from spectool.quantize.preprocess import Reshaping
+from spectool.quantize.preprocess import PreprocessRun
 from spectool.quantize.report import QuantizeReport
 from spectool.quantize.rules import make_skip_rules
 from spectool.quantize.small_files import make_small_files
@@ -136,16 +141,18 @@ def quantize(
     ids_SL = None if calibration is None else calibration.ids_SL
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     identity = {"source": source, **job.record(ids_SL, compute)}
-    reshaping, metrics = None, None
+    preprocessing, metrics = None, None
     if job.preprocess is not None:
-        reshaping, identity = _prepare_reshaping(plan, job, out, compute, identity, reporter)
-        reshaping.check(overwrite=overwrite)
+        preprocessing, identity = _prepare_preprocessing(
+            plan, job, out, compute, identity, reporter
+        )
+        preprocessing.check(overwrite=overwrite)
     with (
         reproducible(compute.device),
         ArtifactWriter(out, identity=identity, overwrite=overwrite) as writer,
     ):
-        if reshaping is not None:
-            merged, metrics = reshaping.run(
+        if preprocessing is not None:
+            merged, metrics = preprocessing.run(
                 lambda path: quantize(
                     checkpoint,
                     path,
@@ -169,7 +176,7 @@ def quantize(
         )
         if job.budget is not None:
             candidates = list_candidates(plan, job.budget, job.rules)
-            errors = survey(stream, candidates, writer, reporter)
+            errors = measure_candidates(stream, candidates, writer, reporter)
             chosen = choose(plan, job.budget, candidates, errors)
             job = replace(job, budget=None, rules=(*job.rules, *chosen))
             plan = _plan(plan.architecture, job, device=device, batch_size=batch_size)
@@ -177,27 +184,27 @@ def quantize(
             reporter.plan(plan)
         packing = Packing(stream=stream, writer=writer, metadata=identity, reporter=reporter)
         report = QuantizeReport(*packing.run(), metrics)
-        discard_survey(plan, writer)
+        remove_measurements(plan, writer)
         writer.finish(make_small_files(checkpoint, plan, job, writer))
-    if reshaping is not None:
-        shutil.rmtree(reshaping.scratch)
+    if preprocessing is not None:
+        shutil.rmtree(preprocessing.scratch)
     return report
 
 
-def _prepare_reshaping(
+def _prepare_preprocessing(
     plan: QuantizePlan,
     job: QuantizeJob,
     out: Path,
     compute: Compute,
     identity: Mapping[str, Any],
     reporter: Reporter,
-) -> tuple[Reshaping, dict[str, Any]]:
+) -> tuple[PreprocessRun, dict[str, Any]]:
     """Prepare the preprocessing of a job; also return the identity with its options and text."""
     assert job.preprocess is not None
     windows = read_windows(plan.architecture, job, reporter)
     options = {**asdict(job.preprocess), **job.record_compute(compute), **windows.record}
     identity = {**identity, "preprocess": options}
-    reshaping = Reshaping(
+    preprocessing = PreprocessRun(
         options=job.preprocess,
         windows=windows,
         scratch=out.with_name(out.name + ".preprocess"),
@@ -209,7 +216,7 @@ def _prepare_reshaping(
         seed=job.seed,
         reporter=reporter,
     )
-    return reshaping, identity
+    return preprocessing, identity
 
 
 class _Progress(Reporter):

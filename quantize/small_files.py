@@ -11,7 +11,7 @@ from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.headers import PACKED_INDEX, Layout, read_header
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
 from spectool.files import json_bytes
-from spectool.model.loading import stated_dtype
+from spectool.model.loading import config_dtype
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.ledger import Ledger, measure
 from spectool.quantize.pack import make_entry
@@ -55,7 +55,7 @@ def make_small_files(
     if plan.architecture.untied:
         # Stored separately, though declared tied.
         config["tie_word_embeddings"] = False
-    if stated_dtype(checkpoint.layout) is None:
+    if config_dtype(checkpoint.layout) is None:
         # Without it transformers takes the dtype of the first tensor, which may be a field.
         dtypes = map(torch_dtype, checkpoint.layout.tensors.values())
         first = next(dtype for dtype in dtypes if dtype.is_floating_point)

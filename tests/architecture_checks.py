@@ -48,7 +48,9 @@ EIGHT_BITS = 0.15
 # which random weights magnify it up to 1: all matrices of noise make 1.4.
 FOUR_BITS_MATRIX, FOUR_BITS_LOGITS = 0.5, 1.2
 
-DRAFTERS = [n for n in methods.names("drafter") if n != "none" and n not in methods.trained()]
+DRAFTERS = [
+    n for n in methods.list_methods("drafter") if n != "none" and n not in methods.list_trainable()
+]
 
 
 class DifferenceError(Exception):
@@ -207,7 +209,7 @@ def pack(
 
     job = QuantizeJob(
         method=method,
-        config=methods.resolve(method, "quantizer").Config(**options),
+        config=methods.import_method(method, "quantizer").Config(**options),
         calibration=[subject.text] if text else None,
         samples=4,
         seq_len=32,
@@ -281,7 +283,7 @@ def medusa(subject: Subject) -> dict[str, float]:
     out = subject.scratch / "heads"
     job = heads_plan.HeadsJob(
         method="medusa",
-        config=methods.resolve("medusa", "drafter").Heads.Config(),
+        config=methods.import_method("medusa", "drafter").Heads.Config(),
         data=[subject.text],
         steps=2,
         seq_len=48,

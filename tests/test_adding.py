@@ -23,6 +23,7 @@ from spectool.cli import app
 from spectool.cli.common import SCHEMA_VERSION
 from spectool.cli.derive import Command, configs_of, derive
 from spectool.decode.generate import Runner
+from spectool.decode.options import CacheOptions
 from spectool.distill.losses import compute_loss
 from spectool.distill.train_weights import WeightsJob, train_weights
 from spectool.evaluate.context import Context
@@ -70,9 +71,10 @@ def check_command(module: ModuleType, request: pytest.FixtureRequest) -> None:
 def check_measure(module: ModuleType, request: pytest.FixtureRequest) -> None:
     row = Method(kind="measure", target="added_measure:CrossEntropy", summary="...", source="...")
     add_method(request, "cross-entropy", row)
-    checkpoint = open_checkpoint(request.getfixturevalue("checkpoint")("llama"))
-    options = EvalOptions(measure=("perplexity", "cross-entropy"), window=32, limit=2000)
-    evaluation = evaluate(Context(checkpoint, options), gates=["cross_entropy>0"])
+    load = CacheOptions(model=str(request.getfixturevalue("checkpoint")("llama")))
+    measures, gate = ("perplexity", "cross-entropy"), ("cross_entropy>0",)
+    options = EvalOptions(measure=measures, gate=gate, window=32, limit=2000)
+    evaluation = evaluate(Context(load, options))
     perplexity: Any
     perplexity, added = evaluation.measures
     assert evaluation.as_json()["cross_entropy"] == evaluation.gates[0].value

@@ -87,7 +87,7 @@ def test_a_wrong_matrix_is_a_fault(
     model.save_pretrained(place)
     checks.tokenizer().save_pretrained(place)
     ids = torch.randint(3, 500, (4, 40), generator=torch.Generator().manual_seed(0))
-    quantizer: Any = methods.resolve(method, "quantizer")
+    quantizer: Any = methods.import_method(method, "quantizer")
     right, seen = quantizer.pack, []
 
     def wrong(weight: torch.Tensor, *args: Any) -> Any:

@@ -164,10 +164,10 @@ class ArtifactWriter:
             CheckpointError: a copied tensor holds NaN or infinite values.
             SpectoolError: the disk is full.
         """
-        self.adopt(shard, write_whole(self.partial / shard, tensors, metadata), report)
+        self.add_shard(shard, write_atomically(self.partial / shard, tensors, metadata), report)
 
-    def adopt(self, shard: str, sums: Checksums, report: Any) -> None:
-        """Record as finished a shard that `write_whole` wrote into `partial`, in any process."""
+    def add_shard(self, shard: str, sums: Checksums, report: Any) -> None:
+        """Record as finished a shard that `write_atomically` wrote into `partial`."""
         with disk_errors(self.partial):
             self.manifest["shards"][shard] = {**sums.as_dict(), "report": report}
             self._save_manifest()
@@ -179,13 +179,13 @@ class ArtifactWriter:
             for shard, record in self.manifest["shards"].items()
         }
 
-    def record(self, shard: str, report: Any) -> None:
+    def set_report(self, shard: str, report: Any) -> None:
         """Replace the report recorded with a finished shard."""
         with disk_errors(self.partial):
             self.manifest["shards"][shard]["report"] = report
             self._save_manifest()
 
-    def discard(self, shard: str) -> None:
+    def remove_shard(self, shard: str) -> None:
         """Remove a shard that only the run itself needed."""
         with disk_errors(self.partial):
             if self.manifest["shards"].pop(shard, None) is not None:
@@ -195,9 +195,9 @@ class ArtifactWriter:
     def keep_only(self, shards: Iterable[str]) -> None:
         """Remove all shards but these."""
         for shard in sorted(self.manifest["shards"].keys() - set(shards)):
-            self.discard(shard)
+            self.remove_shard(shard)
 
-    def abandon(self) -> None:
+    def delete(self) -> None:
         """Remove the partial directory and the manifest."""
         with disk_errors(self.partial):
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -206,7 +206,7 @@ class ArtifactWriter:
     def finish(self, files: Mapping[str, bytes]) -> None:
         """Add the small files and rename the partial directory to OUT.
 
-        One of `files`, the index or a record, must list all files; see `own_files`.
+        One of `files`, the index or a record, must list all files; see `listed_files`.
 
         Raises:
             UsageError: meanwhile another process made OUT, or added files to the older one.
@@ -238,7 +238,7 @@ class ArtifactWriter:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, InputError) and not self.manifest["shards"]:
             # No shard that a rerun could continue after.
-            self.abandon()
+            self.delete()
         self.close()
 
     def _save_manifest(self) -> None:
@@ -295,7 +295,7 @@ def check_paths(source: Path, out: Path) -> None:
         raise UsageError(f"{out}: OUT must lie outside the source {source}, and not around it")
 
 
-def own_files(path: Path) -> set[str]:
+def listed_files(path: Path) -> set[str]:
     """List the files that the artifact in this directory names as its own; empty without one.
 
     A packed checkpoint names them in its index's metadata, draft heads and trained checkpoints at
@@ -318,7 +318,7 @@ def _find_stray(path: Path) -> str | None:
     """Find something that no artifact wrote; returns the predicate of a sentence about `path`."""
     if path.is_symlink() or not path.is_dir():
         return "is a link" if path.is_symlink() else "is a file"
-    listed = own_files(path)
+    listed = listed_files(path)
     folders = {str(parent) for file in listed for parent in Path(file).parents}
     for root, names, files in os.walk(path):
         for name, known in [(n, folders) for n in sorted(names)] + [
@@ -331,7 +331,9 @@ def _find_stray(path: Path) -> str | None:
     return None
 
 
-def write_whole(path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]) -> Checksums:
+def write_atomically(
+    path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]
+) -> Checksums:
     """Write a safetensors file atomically, as `write_safetensors` under a temporary name.
 
     Raises:

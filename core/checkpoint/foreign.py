@@ -41,7 +41,7 @@ _COUNT = re.compile(
 MAX_COUNT = 100_000
 
 
-def check_place(path: Path) -> None:
+def check_directory(path: Path) -> None:
     """Check that a path is a checkpoint directory.
 
     Raises:
@@ -152,7 +152,7 @@ def check_heads(path: Path) -> None:
     raise CheckpointError(f"{path}: {kind} draft heads ({HEADS})")
 
 
-def without_weights(path: Path, expected: str) -> CheckpointError:
+def make_missing_weights_error(path: Path, expected: str) -> CheckpointError:
     """Make the error of a directory with a configuration, but without the weights `expected`."""
     refusal = _refuse_format(path)
     if refusal is not None:

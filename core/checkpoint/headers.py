@@ -192,7 +192,7 @@ def guards_of(entries: Iterable[TensorEntry]) -> list[Guard]:
     return list(dict.fromkeys(entry.guard for entry in entries if entry.guard is not None))
 
 
-def past_the_last_block(layout: Layout) -> list[str]:
+def find_extra_blocks(layout: Layout) -> list[str]:
     """List stored tensors of blocks beyond the configured number, and of MTP modules.
 
     Decided by names alone; other tensors without a module are known only once the model is built
@@ -218,7 +218,7 @@ def past_the_last_block(layout: Layout) -> list[str]:
     )
 
 
-def grouped(names: Sequence[str]) -> str:
+def summarize_names(names: Sequence[str]) -> str:
     """Summarize tensor names in one line, as the first blocks or modules with their counts."""
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -383,7 +383,7 @@ def read_layout(path: Path, *, check: bool = True) -> Layout:
             damaged file, or an index that names absent files or tensors.
         UnsupportedError: a drafter, an encoder-decoder or a diffusion pipeline.
     """
-    foreign.check_place(path)
+    foreign.check_directory(path)
     config = read_json(path / "config.json")
     foreign.check_config(path, config)
     _check_objects(path, config)
@@ -420,7 +420,7 @@ def find_weights(path: Path, config: Mapping[str, Any]) -> Path:
         names = [DENSE_FILE, DENSE_INDEX]
     weights = next((path / name for name in names if (path / name).is_file()), None)
     if weights is None:
-        raise foreign.without_weights(path, " or ".join(names))
+        raise foreign.make_missing_weights_error(path, " or ".join(names))
     return weights
 
 

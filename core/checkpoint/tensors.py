@@ -238,7 +238,7 @@ def _hash_tensor(entry: TensorEntry) -> str:
     return digest.hexdigest()
 
 
-def text_fingerprint(value: Any) -> str:
+def hash_json(value: Any) -> str:
     """Return `sha256:...` of a JSON value, such as lists of token ids."""
     text = json.dumps(value, sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

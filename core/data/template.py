@@ -81,7 +81,7 @@ def takes_tools(tokenizer: Any) -> bool:
     return "tools" in str(tokenizer.chat_template)
 
 
-def write(
+def render_checked(
     row: Row, tokenizer: Any, *, template: Template | None = None, prompt: bool = False
 ) -> str:
     """Render a row of data as `render`, and check that a conversation's content is in the text.
@@ -99,7 +99,7 @@ def write(
     return rendered
 
 
-def end_of_turn(
+def find_end_of_turn(
     tokenizer: Any, messages: Sequence[Message], template: Template | None = None
 ) -> frozenset[int]:
     """Find the special token that the template writes after an answer to these messages, if any.
@@ -114,14 +114,14 @@ def end_of_turn(
     return frozenset(special.intersection(ids[:1]))
 
 
-def ends_of(row: Row, tokenizer: Any, template: Template | None = None) -> frozenset[int]:
+def find_stop_tokens(row: Row, tokenizer: Any, template: Template | None = None) -> frozenset[int]:
     """Find the special token that ends an answer in this conversation; empty if there is none.
 
     Empty also if the template refuses another answer.
     """
     answered = row.messages[-1]["role"] == "assistant"
     try:
-        return end_of_turn(tokenizer, row.messages[: -1 if answered else None], template)
+        return find_end_of_turn(tokenizer, row.messages[: -1 if answered else None], template)
     except TextError:
         return frozenset()
 

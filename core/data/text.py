@@ -23,10 +23,10 @@ from spectool.data.template import (
     ENDING,
     Template,
     encode,
-    ends_of,
+    find_stop_tokens,
     has_template,
+    render_checked,
     takes_tools,
-    write,
 )
 from spectool.errors import CheckpointError, TextError, require
 from spectool.report import SILENT, Reporter
@@ -148,8 +148,8 @@ def read_text(
         num_characters = 0
         reading = Reading(source)
         for row in read_rows(source, field=field):
-            row = suited(row, tokenizer)
-            texts.append(write(row, tokenizer, template=template))
+            row = join_without_template(row, tokenizer)
+            texts.append(render_checked(row, tokenizer, template=template))
             reading.add(row, texts[-1], tokenizer)
             # Counting the blank line ends a stream of empty rows as well.
             num_characters += len(texts[-1]) + 2
@@ -202,16 +202,16 @@ def read_prompts(
         seen[row.category] += 1
         if per_category is not None and seen[row.category] > per_category:
             continue
-        row = suited(row, tokenizer)
+        row = join_without_template(row, tokenizer)
         if row.text is not None or not set(ENDING).intersection(template or ()):
             row = row.cut_answer()
-        text = write(row, tokenizer, template=template, prompt=True)
+        text = render_checked(row, tokenizer, template=template, prompt=True)
         reading.add(row, text, tokenizer)
         if row.text is not None:
             result.append(Prompt(text, row.category))
             continue
         if ends is None:
-            ends = ends_of(row, tokenizer, template)
+            ends = find_stop_tokens(row, tokenizer, template)
         # Token ids: the text holds the template's special tokens already, and encoding it as a
         # plain text would add the start token again.
         result.append(Prompt(encode(tokenizer, text), row.category, ends))
@@ -221,7 +221,7 @@ def read_prompts(
     return result
 
 
-def suited(row: Row, tokenizer: Any) -> Row:
+def join_without_template(row: Row, tokenizer: Any) -> Row:
     """Join a question and its answer into a plain text if the tokenizer has no chat template."""
     return row.join_turns() if row.joinable and not has_template(tokenizer) else row
 

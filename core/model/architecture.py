@@ -33,12 +33,12 @@ from spectool.checkpoint import contents, foreign
 from spectool.checkpoint.dtypes import with_plain_dtypes
 from spectool.checkpoint.headers import Layout
 from spectool.checkpoint.tensors import Checkpoint, check_finite, same_values
-from spectool.errors import UnsupportedError, opening
+from spectool.errors import UnsupportedError, wrap_errors
 from spectool.model.causal import why_not_causal
-from spectool.model.decoder import decoder_of
+from spectool.model.decoder import find_decoder
 from spectool.model.matrices import Matrix, explain_dense, find_matrices
 from spectool.model.origins import Origin, find_origins, read_origin, resolve_ties
-from spectool.model.packed import PackedExperts, field_specs, swap_in
+from spectool.model.packed import PackedExperts, field_specs, replace_with_packed
 
 
 class Architecture:
@@ -72,12 +72,12 @@ class Architecture:
         rows = {}
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                with opening(self.layout.path, "its padding token does not fit its embedding"):
+                with wrap_errors(self.layout.path, "its padding token does not fit its embedding"):
                     if _zeroes_padding(_owner(self.model, name), module):
                         rows[f"{name}.weight"] = module.padding_idx
         return rows
 
-    def built_in(self, dtype: torch.dtype) -> PreTrainedModel:
+    def meta_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """Return the meta model built to run in `dtype`; some tensors keep another dtype."""
         if dtype not in self._built:
             trusted = self.checkpoint.trust_remote_code
@@ -86,12 +86,12 @@ class Architecture:
             self._built[dtype] = model
         return self._built[dtype]
 
-    def matrices(self, block: str) -> list[Matrix]:
+    def block_matrices(self, block: str) -> list[Matrix]:
         """List the packable matrices of a block, in the order of its modules."""
         matrices = find_matrices(self.model.get_submodule(block), block, self._parents(block))
         return [matrix for matrix in matrices if matrix.parameter not in self._shared]
 
-    def dense(self, block: str) -> dict[str, str]:
+    def explain_dense(self, block: str) -> dict[str, str]:
         """Return the block's linear layers and routers that are never packed, with the reason."""
         module = self.model.get_submodule(block)
         shared = (name for name in self._shared if name.startswith(f"{block}."))
@@ -113,7 +113,7 @@ class Architecture:
         paths = {block[:end] for end in _ends(block)} - {block}
         return tuple(self.model.get_submodule(path) for path in sorted(paths))
 
-    def outside(self, *, own_lm_head: bool = False) -> list[Matrix]:
+    def outer_matrices(self, *, own_lm_head: bool = False) -> list[Matrix]:
         """List the matrices outside the blocks: the embedding and the lm_head.
 
         Tied ones are one matrix, unless `own_lm_head`: then the lm_head is a matrix of its own.
@@ -133,7 +133,7 @@ class Architecture:
             )
         return matrices
 
-    def holding(self, matrix: Matrix) -> set[str]:
+    def replaced_tensors(self, matrix: Matrix) -> set[str]:
         """Return the names of the stored tensors that a matrix's codes replace."""
         if matrix.kind == "lm_head":
             # A tied tensor is kept: the embedding still uses it.
@@ -143,11 +143,11 @@ class Architecture:
             names.add(f"{matrix.tied}.weight")
         return names & self.origins.keys()
 
-    def tensors_of(self, block: str) -> list[str]:
+    def block_tensors(self, block: str) -> list[str]:
         """List the names of the block's tensors that are stored."""
         return [name for name in self.origins if name.startswith(block + ".")]
 
-    def tensors_outside(self) -> list[str]:
+    def outer_tensors(self) -> list[str]:
         """List the stored tensors of no block: embeddings, norms, lm_head, vision towers."""
         prefixes = tuple(block + "." for block in self.blocks)
         return [name for name in self.origins if not name.startswith(prefixes)]
@@ -184,14 +184,14 @@ class Architecture:
 
     def cast(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Cast tensors to the dtypes that they have in a model that runs in `dtype`."""
-        model = self.built_in(dtype)
+        model = self.meta_model(dtype)
         like = model.state_dict()
         return {
             name: _cast(name, tensor, like.get(name, tensor), model, dtype)
             for name, tensor in tensors.items()
         }
 
-    def materialise(
+    def build_module(
         self,
         name: str,
         tensors: dict[str, Tensor],
@@ -204,13 +204,13 @@ class Architecture:
 
         `modules`: entries of the matrices that are packed in `tensors`; None: the checkpoint's.
         """
-        model = self.built_in(dtype)
+        model = self.meta_model(dtype)
         module = self._copied(model, name)
         prefix = f"{name}." if name else ""
         packed = self.modules if modules is None else modules
         specs = field_specs({key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()})
         with torch.device("meta"):
-            swap_in(
+            replace_with_packed(
                 module,
                 {key: entry for key, entry in packed.items() if key in specs},
                 specs,
@@ -320,7 +320,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         CheckpointError: the configuration contradicts itself.
     """
     path, raw, trusted = checkpoint.path, checkpoint.layout.config, checkpoint.trust_remote_code
-    with opening(path, "its config.json is not valid"):
+    with wrap_errors(path, "its config.json is not valid"):
         plain = with_plain_dtypes(raw, path)
         try:
             if plain == raw:
@@ -387,7 +387,7 @@ def build_meta(
         del dense.quantization_config
     kind = model_class(config)
     where = config._name_or_path or config.model_type
-    with opening(where, "no model can be built of its config.json"):
+    with wrap_errors(where, "no model can be built of its config.json"):
         with torch.device("meta"):
             model: PreTrainedModel = kind.from_config(
                 dense, dtype=dtype, trust_remote_code=trust_remote_code
@@ -420,7 +420,7 @@ def resolve(
     with contents.limit_parameters(layout):
         model = build_meta(config, trust_remote_code=checkpoint.trust_remote_code)
     check_causal(model, layout.path)
-    with opening(layout.path, "its tensors do not fit its configuration"):
+    with wrap_errors(layout.path, "its tensors do not fit its configuration"):
         wanted = model.state_dict(keep_vars=True)
         if layout.is_packed:
             origins = {name: Origin.of(name) for name in layout.tensors}
@@ -443,7 +443,7 @@ def check_causal(model: PreTrainedModel, path: Path) -> None:
     Raises:
         UnsupportedError: they do.
     """
-    decoder: nn.Module = decoder_of(model) or model
+    decoder: nn.Module = find_decoder(model) or model
     reason = why_not_causal(model.config.get_text_config(), decoder.modules())
     if reason is not None:
         raise UnsupportedError(f"{path}: is no causal model: {reason}")
@@ -495,7 +495,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
         UnsupportedError: the decoder has no list of blocks.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    decoder = decoder_of(model)
+    decoder = find_decoder(model)
     if decoder is None or id(decoder) not in names:
         raise UnsupportedError(f"{type(model).__name__} has no decoder that spectool can find")
     lists = _block_lists(decoder, names)

@@ -51,7 +51,7 @@ class Activations:
             file.unlink()
             self.hidden_SLD = flat.view(shape)
 
-    def another(self) -> Activations:
+    def empty_like(self) -> Activations:
         """Allocate another buffer of the same shape and dtype, in memory or in a file as this."""
         num, length, width = self.hidden_SLD.shape
         return Activations((num, length, width), self.hidden_SLD.dtype, file=self.file)
@@ -96,11 +96,13 @@ class BlockStream:
 
     def read(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a block."""
-        return self.architecture.read(self.architecture.tensors_of(self.architecture.blocks[index]))
+        return self.architecture.read(
+            self.architecture.block_tensors(self.architecture.blocks[index])
+        )
 
     def build(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
         """Build a block of its tensors."""
-        return self.architecture.materialise(
+        return self.architecture.build_module(
             self.architecture.blocks[index],
             tensors,
             dtype=self.compute.dtype,

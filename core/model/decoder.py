@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module | None:
+def find_decoder(model: PreTrainedModel) -> nn.Module | None:
     """Find the decoder, which contains the embedding and not the lm_head; None without one."""
     # `get_decoder` looks for it by name. For ModernBERT's decoder that gives the lm_head, which is
     # named so, and for Mllama the whole text model.

@@ -19,7 +19,7 @@ class KernelLinear(nn.Linear):
         weight, product = self.weight, self.product
         if (
             product is not None
-            and product.takes(x)
+            and product.supports(x)
             # Casts and assignments may have replaced the weight since the kernel was chosen.
             and weight.dtype is x.dtype
             and weight.is_contiguous()
@@ -28,7 +28,7 @@ class KernelLinear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-def give_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.Choice]:
+def attach_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.Choice]:
     """Give the linears of a model, with activations of a dtype, the kernels that there are here.
 
     Returns the choice for each format of the table that the model has.

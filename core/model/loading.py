@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from spectool import machine
 from spectool.checkpoint.dtypes import configured, parse_dtype
 from spectool.checkpoint.headers import Layout, read_json
-from spectool.checkpoint.tensors import Checkpoint, check_finite, open_checkpoint, text_fingerprint
-from spectool.errors import CheckpointError, UsageError, opening, require
+from spectool.checkpoint.tensors import Checkpoint, check_finite, hash_json, open_checkpoint
+from spectool.errors import CheckpointError, UsageError, require, wrap_errors
 from spectool.kernels import cpu
 from spectool.model import registration
 from spectool.model.architecture import (
@@ -25,14 +26,15 @@ from spectool.model.architecture import (
     resolve,
     unused_tensors,
 )
-from spectool.model.kernels import give_kernels
+from spectool.model.kernels import attach_kernels
 from spectool.model.packed import packed_modules, unpack_in_place
 from spectool.report import SILENT, Loaded, Reporter
 
 # `auto` unpacks if the dense weights take at most this share of the free memory.
 DENSE_SHARE = 0.5
 
-GENERATION = "generation_config.json"
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
+_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 RUNTIMES = ("auto", "packed", "dense")
 
 
@@ -104,7 +106,7 @@ def load_model(
     moved: nn.Module = model
     moved.to(target).eval()
     if runtime == "auto" and for_decoding:
-        give_kernels(model, model.dtype)
+        attach_kernels(model, model.dtype)
     if runtime == "dense" or (runtime == "auto" and _is_better_dense(model)):
         unpack_in_place(model, dtype=model.dtype)
     reporter.event(
@@ -120,18 +122,18 @@ def load_model(
     return model
 
 
-def load_outside(
+def load_without_blocks(
     checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """Load the model's embeddings, lm_head and norms only; its blocks stay on the meta device."""
     architecture = Architecture(checkpoint)
-    tensors = architecture.read(architecture.tensors_outside())
-    module: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
+    tensors = architecture.read(architecture.outer_tensors())
+    module: Any = architecture.build_module("", tensors, dtype=dtype, device=device)
     model: PreTrainedModel = module
     return model
 
 
-def stated_dtype(layout: Layout) -> torch.dtype | None:
+def config_dtype(layout: Layout) -> torch.dtype | None:
     """Return the dtype that a checkpoint's configuration states; None without one.
 
     Raises:
@@ -141,16 +143,16 @@ def stated_dtype(layout: Layout) -> torch.dtype | None:
     return configured(layout.config, layout.path) or configured(text_config, layout.path)
 
 
-def own_dtype(layout: Layout) -> torch.dtype:
+def checkpoint_dtype(layout: Layout) -> torch.dtype:
     """Return the dtype that a checkpoint states, else float32."""
-    return stated_dtype(layout) or torch.float32
+    return config_dtype(layout) or torch.float32
 
 
 def default_dtype(layout: Layout, device: torch.device) -> torch.dtype:
     """Return the dtype that commands run in: the checkpoint's, or float32 on a CPU slow in it."""
     # A CPU without instructions for bfloat16 emulates it, and float16 is slow on all CPUs; float32
     # represents the values of both exactly.
-    stated = own_dtype(layout)
+    stated = checkpoint_dtype(layout)
     slow = stated == torch.float16 or (stated == torch.bfloat16 and not cpu.has_bfloat16())
     return torch.float32 if device.type == "cpu" and slow else stated
 
@@ -191,7 +193,7 @@ def _open(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     if (checkpoint.path / GENERATION).exists():
         # Checked here: transformers ignores a damaged file, and the ids of the end of text with it.
         read_json(checkpoint.path / GENERATION)
-    with opening(checkpoint.path, "transformers cannot load it"):
+    with wrap_errors(checkpoint.path, "transformers cannot load it"):
         model, info = model_class(config).from_pretrained(
             checkpoint.path,
             config=config,
@@ -222,16 +224,44 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         CheckpointError: there is none, or it cannot be read.
     """
     config = read_config(checkpoint)
-    with opening(checkpoint.path, "no tokenizer that transformers can load"):
+    _check_merges(checkpoint.path)
+    with wrap_errors(checkpoint.path, "no tokenizer that transformers can load"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             checkpoint.path, config=config, trust_remote_code=checkpoint.trust_remote_code
         )
     return tokenizer
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def _check_merges(path: Path) -> None:
+    """Check the merges of a byte-pair tokenizer whose later pieces carry a prefix.
+
+    The tokenizers package aborts the whole process where it removes the prefix from a piece that
+    does not have it.
+
+    Raises:
+        CheckpointError: a merge whose second piece lacks the prefix.
+    """
+    file = path / TOKENIZER
+    if not file.is_file() or not _PREFIX.search(file.read_bytes()):
+        return
+    model = read_json(file).get("model")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not (isinstance(merges, list) and isinstance(prefix, str)):
+        return
+    for merge in merges:
+        pieces = merge.split(" ") if isinstance(merge, str) else merge
+        # transformers refuses what is no pair.
+        is_pair = isinstance(pieces, list) and len(pieces) == 2
+        if is_pair and not str(pieces[1]).startswith(prefix):
+            raise CheckpointError(
+                f"{file}: its merge {merge!r} ends without the continuing_subword_prefix {prefix!r}"
+            )
+
+
+def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return `sha256:...` of the vocabulary, equal for tokenizers with the same ids."""
-    return text_fingerprint(tokenizer.get_vocab())
+    return hash_json(tokenizer.get_vocab())
 
 
 def describe_runtime(model: PreTrainedModel) -> str:

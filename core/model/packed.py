@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spectool.errors import CheckpointError
 from spectool.kernels.registry import Product
-from spectool.methods import resolve
+from spectool.methods import import_method
 
 # Weights per piece of rows that is unpacked, or summed in double precision, at once.
 PIECE = 1 << 19
@@ -105,7 +105,7 @@ class PackedLinear(nn.Module):
         return False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.product is not None and self.product.takes(x):
+        if self.product is not None and self.product.supports(x):
             return self.product(x, self.bias)
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
@@ -192,7 +192,7 @@ class PackedEmbedding(EmbeddingRows):
         return packed.dequantize()
 
 
-def matrix_of(module: nn.Module) -> Tensor:
+def dense_weight(module: nn.Module) -> Tensor:
     """Return the weight of a linear or an embedding, unpacked if it is packed."""
     if isinstance(module, (PackedLinear, PackedEmbedding)):
         return module.dequantize()
@@ -235,9 +235,9 @@ class Packer(Protocol):
         """Build the runtime linear with empty fields, on the current default device."""
 
 
-def packer_of(entry: Mapping[str, Any]) -> Packer:
+def make_packer(entry: Mapping[str, Any]) -> Packer:
     """Create the quantizer of an artifact's entry (`method`, `options`)."""
-    kind: Any = resolve(entry["method"], "quantizer")
+    kind: Any = import_method(entry["method"], "quantizer")
     packer: Packer = kind(kind.Config.from_dict(entry["options"]))
     return packer
 
@@ -248,7 +248,7 @@ def build_packed(entry: Mapping[str, Any], spec: FieldSpec) -> PackedLinear:
     Raises:
         CheckpointError: the stored fields are not those of such a matrix.
     """
-    packer, (n, m) = packer_of(entry), entry["shape"]
+    packer, (n, m) = make_packer(entry), entry["shape"]
     expected = packer.layout((n, m))
     for field in sorted(spec.keys() | expected.keys()):
         if spec.get(field) != expected.get(field):
@@ -263,7 +263,7 @@ def _describe(header: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "absent" if header is None else f"{header[0]} {list(header[1])}"
 
 
-def swap_in(
+def replace_with_packed(
     model: nn.Module,
     modules: Mapping[str, Mapping[str, Any]],
     specs: Mapping[str, FieldSpec],

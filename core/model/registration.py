@@ -31,7 +31,7 @@ from spectool.checkpoint.headers import (
 )
 from spectool.checkpoint.tensors import torch_dtype
 from spectool.errors import UnsupportedError
-from spectool.model.packed import PackedEmbedding, field_specs, swap_in
+from spectool.model.packed import PackedEmbedding, field_specs, replace_with_packed
 
 if TYPE_CHECKING:
     # Not at run time: transformers.modeling_utils imports the registry, so this module may be
@@ -99,7 +99,7 @@ class SpectoolQuantizer(HfQuantizer):
             headers = {entry.name: (torch_dtype(entry), entry.shape) for entry in tensors}
             self._checking = Checking(guards_of(tensors))
         with torch.device("meta"):
-            swap_in(
+            replace_with_packed(
                 model, self.quantization_config.modules, field_specs(headers), dtype=model.dtype
             )
 

@@ -147,7 +147,7 @@ class ModelShell:
         )
         needed = [
             name
-            for name in architecture.tensors_outside()
+            for name in architecture.outer_tensors()
             if _is_inside(name, architecture.decoder_name)
             or (with_lm_head and _is_of_lm_head(name, lm_head, architecture.decoder_name))
         ]
@@ -156,7 +156,7 @@ class ModelShell:
         for name in names:
             # Cast one by one: only one tensor at a time is in memory in both dtypes.
             tensors |= architecture.cast(architecture.read([name]), dtype)
-        model: Any = architecture.materialise("", tensors, dtype=dtype, device=device)
+        model: Any = architecture.build_module("", tensors, dtype=dtype, device=device)
         if table is not None:
             packed = PackedEmbedding(model.get_input_embeddings(), table.to(device), dtype)
             model.set_input_embeddings(packed)
@@ -286,7 +286,7 @@ class ModelShell:
         finally:
             self.probes[-1].override = None
 
-    def head_inputs(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+    def lm_head_inputs(self, ids_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
         """Compute the lm_head's input [B, L, D] of the last block's output."""
         output: nn.Module = self.model.get_output_embeddings()
         handle = output.register_forward_pre_hook(_stop)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 from spectool.decode.cache import BatchCache
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.target import Target
+from spectool.decode.target.base import Target
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UsageError
 
@@ -52,7 +53,7 @@ class Combined(Drafter):
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def attach(self, target: Target) -> None:
+    def attach(self, target: Target[Any]) -> None:
         for drafter in self.drafters:
             drafter.attach(target)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,13 +23,14 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool import options
-from spectool.decode.cache import BatchCache
+from spectool.decode.cache import TreeCache
 from spectool.decode.control.base import ControlStates
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome
 from spectool.decode.request import Request, apply_controls
 from spectool.decode.sampling import is_finite, not_finite_logits, pick, probs_by_row
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.target.base import Target
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UnsupportedError, UsageError
 from spectool.options import option
@@ -122,24 +123,25 @@ class DraftModelDrafter(Drafter):
     name = "draft_model"
     needs = Needs()
     combines = False
+    draft_model: AttentionTarget
 
     def __init__(
         self,
         model: PreTrainedModel,
         config: Config | None = None,
         *,
-        target: Target,
+        target: Target[Any],
         tokenizer: PreTrainedTokenizerBase | None = None,
         target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config or self.Config()
-        self.draft = Target(model)
+        self.draft_model = AttentionTarget(model)
         self._vocab_size = target.vocab_size
-        _check_vocabulary(self.draft, target, tokenizer, target_tokenizer)
+        _check_vocabulary(self.draft_model, target, tokenizer, target_tokenizer)
         self._device = target.device
         # The requests whose rows the cache has.
         self._requests: list[Request] = []
-        self._cache = self.draft.cache(0)
+        self._cache = self.draft_model.cache(0)
         self._grown: list[_Growth] = []
         self._num_fed = 0
 
@@ -168,7 +170,7 @@ class DraftModelDrafter(Drafter):
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         """Feed newly committed tokens, then grow the trees level by level."""
         new = requests[len(self._requests) :]
-        fresh = self.draft.cache(len(new), self.draft.span(requests[0].context))
+        fresh = self.draft_model.cache(len(new), self.draft_model.span(requests[0].context))
         lengths = self._cache.lengths if self._requests else []
         self._grown = [
             _Growth(request, self._limit_depth(request, held, limit, fresh.context))
@@ -205,7 +207,7 @@ class DraftModelDrafter(Drafter):
         self._cache.commit([growth.tokens for growth in self._grown], paths)
         self._grown = []
 
-    def _feed_committed(self, fresh: BatchCache) -> Tensor:
+    def _feed_committed(self, fresh: TreeCache) -> Tensor:
         """Feed committed tokens that the cache lacks, and the texts of new requests into `fresh`.
 
         Returns the logits [B, V] after each text. New texts pass apart from the others, which would
@@ -216,7 +218,7 @@ class DraftModelDrafter(Drafter):
         for cache, grown in ((self._cache, self._grown[:known]), (fresh, self._grown[known:])):
             pairs = zip(grown, cache.lengths, strict=True)
             pending = [each.request.tokens[held:] if each.depth else [] for each, held in pairs]
-            fed = self.draft.prefill(cache, pending).logits_BV if any(pending) else None
+            fed = self.draft_model.prefill(cache, pending).logits_BV if any(pending) else None
             found += [None] * len(grown) if fed is None else list(fed)
         like_V = next(logits_V for logits_V in found if logits_V is not None)
         zeros_V = torch.zeros_like(like_V)
@@ -233,7 +235,9 @@ class DraftModelDrafter(Drafter):
             for growth in self._grown
         ]
         tokens = [growth.tokens for growth in self._grown]
-        logits_BFV = self.draft.grow(self._cache, tokens, parents, fed=self._num_fed).logits_BNV
+        logits_BFV = self.draft_model.grow(
+            self._cache, tokens, parents, fed=self._num_fed
+        ).logits_BNV
         self._num_fed = size
         return logits_BFV
 
@@ -356,7 +360,7 @@ class DraftModelDrafter(Drafter):
 
     def _limit_depth(self, request: Request, held: int, limit: int, context: int) -> int:
         """Return how deep the draft can propose; its context and vocabulary may be smaller."""
-        if any(token >= self.draft.vocab_size for token in request.tokens[held:]):
+        if any(token >= self.draft_model.vocab_size for token in request.tokens[held:]):
             return 0
         return max(0, min(self.config.depth, limit, context - len(request.tokens)))
 
@@ -369,8 +373,8 @@ def _take_top(scores_FV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_vocabulary(
-    draft: Target,
-    target: Target,
+    draft: AttentionTarget,
+    target: Target[Any],
     tokenizer: PreTrainedTokenizerBase | None,
     target_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:

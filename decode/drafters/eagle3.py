@@ -48,7 +48,7 @@ from spectool.decode.protocol import Features, Needs
 from spectool.decode.request import Request
 from spectool.decode.tree import Draft, Kind
 from spectool.errors import UsageError
-from spectool.kernels.registry import in_force
+from spectool.kernels.registry import use_kernels
 from spectool.options import option
 from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
@@ -225,7 +225,7 @@ class Eagle3Drafter(HeadsDrafter):
         deepest = min(max(budget), self.config.depth)
         if deepest == 0:
             return [tree.root(request.tokens[-1]) for request in requests]
-        with in_force():
+        with use_kernels():
             found = self._grow(torch.stack([self._states[r] for r in requests]), deepest)
         return self._keep_best(requests, budget, found)
 

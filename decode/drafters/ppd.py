@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode.heads.inpass import InPassDrafter, InPassHeads
 from spectool.decode.protocol import Inject, Needs
-from spectool.model.packed import matrix_of
+from spectool.model.packed import dense_weight
 from spectool.options import option
 from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 
@@ -46,7 +46,7 @@ class PPDHeads(InPassHeads):
     def __init__(self, config: Config, model: PreTrainedModel, token_map: Tensor | None) -> None:
         super().__init__(config, model, token_map)
         self.num_heads = config.num_heads
-        vectors = matrix_of(model.get_input_embeddings()).detach()
+        vectors = dense_weight(model.get_input_embeddings()).detach()
         mean_D, std_D = vectors.float().mean(0), vectors.float().std(0)
         noise_KND = torch.randn(
             config.num_heads, config.ensemble, len(mean_D), device=mean_D.device

@@ -28,7 +28,7 @@ from spectool.decode.cache import BatchCache
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.target import Target
+from spectool.decode.target.base import Target
 from spectool.decode.tree import Draft, Kind, Trie
 from spectool.errors import UnsupportedError
 from spectool.options import option
@@ -73,7 +73,7 @@ class SkipDrafter(Drafter):
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
 
-    def attach(self, target: Target) -> None:
+    def attach(self, target: Target[Any]) -> None:
         """Find the target's blocks; skip every second layer at first.
 
         Raises:

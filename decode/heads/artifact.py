@@ -26,7 +26,7 @@ from spectool.checkpoint.tensors import Checkpoint, check_finite, read_tensors
 from spectool.decode.heads.base import TOP, Heads
 from spectool.decode.policy.fastest import read_fastest
 from spectool.decode.protocol import Drafter
-from spectool.decode.target import Target
+from spectool.decode.target.base import Target
 from spectool.errors import CheckpointError
 from spectool.files import json_bytes
 from spectool.model import loading
@@ -118,7 +118,7 @@ def open_heads(
     path: Path,
     options: str,
     *,
-    target: Target,
+    target: Target[Any],
     tokenizer: PreTrainedTokenizerBase | None,
     allow_other_target: bool,
     checksums: bool = True,
@@ -135,7 +135,7 @@ def open_heads(
     """
     record = read_record(path)
     check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
-    drafter: Any = methods.resolve(record.method, "drafter")
+    drafter: Any = methods.import_method(record.method, "drafter")
     tensors = read_weights(path, record, check=checksums)
     note = f"{path}: {sums.NONE}"
     if not record.checksums and note not in target.notes:
@@ -234,7 +234,7 @@ def check_weights(heads: Heads, tensors: Mapping[str, Tensor], path: Path) -> No
 def check_fit(
     path: Path,
     record: HeadsRecord,
-    target: Target,
+    target: Target[Any],
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     allow_other_target: bool,
@@ -251,7 +251,7 @@ def check_fit(
                 f"{path}: its heads are for a target with {key} {recorded.get(key)}, this one has "
                 f"{actual}"
             )
-    if tokenizer is not None and recorded.get("tokenizer") != loading.tokenizer_digest(tokenizer):
+    if tokenizer is not None and recorded.get("tokenizer") != loading.hash_vocabulary(tokenizer):
         raise CheckpointError(f"{path}: its heads were trained with another tokenizer")
     if allow_other_target:
         return

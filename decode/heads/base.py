@@ -36,8 +36,8 @@ from spectool.decode.protocol import (
 from spectool.decode.request import Request
 from spectool.decode.tree import Draft, Kind, RankTree
 from spectool.errors import UnsupportedError
-from spectool.kernels.registry import in_force
-from spectool.model.kernels import give_kernels
+from spectool.kernels.registry import use_kernels
+from spectool.model.kernels import attach_kernels
 from spectool.model.packed import PackedLinear
 from spectool.model.shell import final_logits
 from spectool.options import option
@@ -199,7 +199,7 @@ class HeadsDrafter(Drafter):
         self._heads = heads.eval()
         self._draft_cache = draft_cache
         self._states: dict[Request, Tensor] = {}
-        give_kernels(heads, heads.dtype)
+        attach_kernels(heads, heads.dtype)
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         return ("deterministic",)
@@ -220,7 +220,7 @@ class HeadsDrafter(Drafter):
         self._read_all([outcome.request for outcome in outcomes], *gather_outcomes(outcomes))
 
     def _read_all(self, requests: Sequence[Request], *read: Any) -> None:
-        with in_force():
+        with use_kernels():
             self._states.update(zip(requests, self._read(requests, *read), strict=True))
 
     @abstractmethod
@@ -277,7 +277,7 @@ class TreeDrafter(HeadsDrafter):
             len(requests), len(self._tree.depths), dtype=torch.long, device=state_BD.device
         )
         tokens_BN[:, 0] = torch.tensor([request.tokens[-1] for request in requests])
-        with in_force():
+        with use_kernels():
             for k, level in enumerate(self._tree.levels[:deepest]):
                 states = self._level(requests, state_BD, tokens_BN, k)
                 guesses = self._heads.guess(states, k, TOP)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_target
-from spectool.checkpoint.foreign import check_place
+from spectool.checkpoint.foreign import check_directory
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, read_json
 from spectool.checkpoint.tensors import Checkpoint
 from spectool.decode.heads.artifact import (
@@ -27,10 +27,10 @@ from spectool.decode.heads.formats import eagle3, medusa
 from spectool.decode.heads.formats.base import WEIGHTS, Format, PretrainedHeads
 from spectool.decode.heads.formats.eagle3 import EAGLE3, SPECULATORS
 from spectool.decode.heads.formats.medusa import VLLM_MEDUSA
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.errors import CheckpointError, SpectoolError, UnsupportedError, UsageError
-from spectool.methods import resolve
-from spectool.model.loading import load_outside, load_tokenizer, own_dtype
+from spectool.methods import import_method
+from spectool.model.loading import checkpoint_dtype, load_tokenizer, load_without_blocks
 
 FORMATS: dict[str, Format] = {
     "vllm-medusa": VLLM_MEDUSA,
@@ -61,12 +61,14 @@ def export(path: Path, checkpoint: Checkpoint, out: Path, name: str) -> list[str
     if out.exists():
         raise UsageError(f"{out}: exists already", hint="choose another OUT, or remove it")
     check_target(out, overwrite=False)
-    dtype = own_dtype(checkpoint.layout)
-    target = Target(load_outside(checkpoint, dtype=dtype, device=torch.device("cpu")))
+    dtype = checkpoint_dtype(checkpoint.layout)
+    target = AttentionTarget(
+        load_without_blocks(checkpoint, dtype=dtype, device=torch.device("cpu"))
+    )
     tokenizer = load_tokenizer(checkpoint)
     check_fit(path, record, target, tokenizer, allow_other_target=False)
     tensors = read_weights(path, record, check=checkpoint.checksums)
-    drafter: Any = resolve(record.method, "drafter")
+    drafter: Any = import_method(record.method, "drafter")
     heads: Heads = drafter.Heads(
         drafter.Heads.Config.from_dict(record.options), target.model, tensors.get("token_map")
     )
@@ -111,7 +113,7 @@ def read(path: Path, target: Any, *, checksums: bool = True) -> PretrainedHeads:
             tensors=read_weights(path, record, check=checksums),
             tokenizer=record.target.get("tokenizer"),
         )
-    check_place(path)
+    check_directory(path)
     config = read_json(path / "config.json")
     if not (path / WEIGHTS).exists() and list(path.glob("*.bin")):
         raise UnsupportedError(

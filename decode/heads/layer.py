@@ -32,8 +32,8 @@ from transformers.models.llama.modeling_llama import (
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.target import isolate_texts, tree_mask
-from spectool.model.decoder import decoder_of
+from spectool.decode.target.masks import isolate_texts, tree_mask
+from spectool.model.decoder import find_decoder
 
 # Largest size of attention scores that a training step keeps; recomputing them for the gradient
 # takes a ninth more time.
@@ -176,7 +176,7 @@ class DecoderLayer(nn.Module):
 
     def begin_as_last(self, model: PreTrainedModel) -> None:
         """Copy the weights of the target's last layer if it is a Llama layer of the same shape."""
-        layers = getattr(decoder_of(model), "layers", None)
+        layers = getattr(find_decoder(model), "layers", None)
         config: Any = model.config.get_text_config(decoder=True)
         # Layers of the first Gemma have the same names, but another gate and other norms.
         if not layers or getattr(config, "hidden_act", None) != "silu":
@@ -217,7 +217,7 @@ def make_layer_config(model: PreTrainedModel) -> LlamaConfig:
 
 def read_final_scale(model: PreTrainedModel) -> Tensor | None:
     """Return the weight [D] of the target's last norm; None if that is not an RMS norm."""
-    decoder: Any = decoder_of(model)
+    decoder: Any = find_decoder(model)
     norm = getattr(decoder, "norm", None)
     if norm is None or "RMSNorm" not in type(norm).__name__:
         return None

@@ -125,7 +125,7 @@ def parse_kv(text: str) -> StoreFactory:
         UsageError: an unknown name, an unknown or wrong option.
     """
     name, _, pairs = text.partition(":")
-    store: type[KVStore] = methods.resolve(name, "kv")
+    store: type[KVStore] = methods.import_method(name, "kv")
     return functools.partial(store, store.Config.from_text(pairs))
 
 

@@ -16,7 +16,12 @@ from spectool.decode.tree import Draft
 
 
 class Policy:
-    """A rule about the size and the shape of drafts; by default it changes nothing."""
+    """A rule about the size and the shape of drafts; by default it changes nothing.
+
+    `tunes`: it sizes drafts by what passes cost on this machine.
+    """
+
+    tunes = False
 
     def limit(
         self, requests: Sequence[Request], budgets: Sequence[int], cache: BatchCache

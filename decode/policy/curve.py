@@ -12,12 +12,13 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from spectool import machine
 from spectool.decode import tree
-from spectool.decode.target import Target
+from spectool.decode.target.base import Target
 from spectool.errors import SpectoolError
 from spectool.files import read_cache, write_cache
 from spectool.processors import Waiting
@@ -104,7 +105,7 @@ class Curve:
         return f"{one}, {ratios} times that" if shown else one
 
 
-def _make_timer(target: Target, length: int) -> Callable[[int], float]:
+def _make_timer(target: Target[Any], length: int) -> Callable[[int], float]:
     """Return a function that times a pass of a chain of some size after `length` tokens."""
     vocabulary = target.vocab_size
     cache = target.cache(1)
@@ -120,7 +121,7 @@ def _make_timer(target: Target, length: int) -> Callable[[int], float]:
 
 
 @torch.inference_mode()
-def measure(target: Target) -> Curve:
+def measure(target: Target[Any]) -> Curve:
     """Measure passes of chains after a short context, with real mask and cache, sizes in turns."""
     length = max(1, min(_CONTEXT, target.context - max(SIZES)))
     run = _make_timer(target, length)
@@ -148,7 +149,7 @@ def measure(target: Target) -> Curve:
 
 
 @torch.inference_mode()
-def _is_current(target: Target, seconds: float) -> bool:
+def _is_current(target: Target[Any], seconds: float) -> bool:
     """Return whether a pass of one token takes about `seconds` now.
 
     One of several tries is enough: the first includes one-off allocations, and others may be slow
@@ -159,7 +160,7 @@ def _is_current(target: Target, seconds: float) -> bool:
     return any(seconds / _TRUSTED <= now <= seconds * _TRUSTED for now in tries)
 
 
-def load_or_measure(target: Target) -> Curve:
+def load_or_measure(target: Target[Any]) -> Curve:
     """Return the curve stored for such a model on this machine, else measure and store one.
 
     Curves are stored by architecture and size, dtype, device and threads, which decide the time of
@@ -173,7 +174,7 @@ def load_or_measure(target: Target) -> Curve:
     return curve
 
 
-def store_curve(target: Target, curve: Curve) -> None:
+def store_curve(target: Target[Any], curve: Curve) -> None:
     """Store a quiet curve for later runs, as the newest one.
 
     A failure to write is ignored.
@@ -199,7 +200,7 @@ def read_curves() -> dict[str, dict[int, float]]:
         return {}
 
 
-def machine_key(target: Target) -> str:
+def machine_key(target: Target[Any]) -> str:
     """Describe model and machine as far as the time of a pass depends on them."""
     parts = list(target.model.parameters()) + list(target.model.buffers())
     millions = sum(part.numel() * part.element_size() for part in parts) / 1e6

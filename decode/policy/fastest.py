@@ -8,9 +8,10 @@ dtype of the model that runs, processor and threads.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from spectool.decode.policy.curve import machine_key
-from spectool.decode.target import Target
+from spectool.decode.target.base import Target
 from spectool.files import read_cache, write_cache
 
 FILE = "tuned.json"
@@ -27,7 +28,7 @@ class Fastest:
         return ",".join(f"{key}={value}" for key, value in self.options.items())
 
 
-def store_fastest(heads: str, target: Target, found: Fastest) -> None:
+def store_fastest(heads: str, target: Target[Any], found: Fastest) -> None:
     """Keep the options for heads with this fingerprint.
 
     Raises:
@@ -36,7 +37,7 @@ def store_fastest(heads: str, target: Target, found: Fastest) -> None:
     write_cache(FILE, {**read_cache(FILE), _key(heads, target): asdict(found)})
 
 
-def read_fastest(heads: str, target: Target) -> Fastest | None:
+def read_fastest(heads: str, target: Target[Any]) -> Fastest | None:
     """Return the options for heads with this fingerprint, if `tune` found some here."""
     found = read_cache(FILE).get(_key(heads, target))
     try:
@@ -45,5 +46,5 @@ def read_fastest(heads: str, target: Target) -> Fastest | None:
         return None
 
 
-def _key(heads: str, target: Target) -> str:
+def _key(heads: str, target: Target[Any]) -> str:
     return f"{heads}; {machine_key(target)}"

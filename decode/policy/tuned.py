@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 from spectool.decode.cache import BatchCache
 from spectool.decode.policy import curve as curves
@@ -20,7 +21,7 @@ from spectool.decode.policy.base import Policy
 from spectool.decode.policy.curve import SIZES, Curve
 from spectool.decode.protocol import Outcome
 from spectool.decode.request import Request
-from spectool.decode.target import Target
+from spectool.decode.target.base import Target
 from spectool.decode.tree import Draft
 from spectool.processors import Waiting
 
@@ -72,7 +73,9 @@ class Tuned(Policy):
     The rates outlive requests; the curve may be shared.
     """
 
-    def __init__(self, target: Target, curve: Curve, *, cuts: bool) -> None:
+    tunes = True
+
+    def __init__(self, target: Target[Any], curve: Curve, *, cuts: bool) -> None:
         self.curve = curve
         self.rates = Rates()
         self._target, self._cuts = target, cuts

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spectool.checkpoint.artifact import ArtifactWriter, write_whole
+from spectool.checkpoint.artifact import ArtifactWriter, write_atomically
 from spectool.checkpoint.checksums import Checksums
 from spectool.checkpoint.headers import TensorEntry, read_header, read_json
 from spectool.checkpoint.tensors import read_tensor
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.samples import Sample, by_length, join
 from spectool.distill.data.texts import as_samples, as_tensors, chunk
 from spectool.distill.processes import Processes
@@ -56,7 +56,7 @@ class Texts(Protocol):
 class OnlineTexts:
     """Texts whose features the target computes for every batch."""
 
-    def __init__(self, target: Target, needs: Needs, samples: Sequence[Sample]) -> None:
+    def __init__(self, target: AttentionTarget, needs: Needs, samples: Sequence[Sample]) -> None:
         self.target, self.needs, self.samples = target, needs, samples
 
     def batch(self, rows: Sequence[Sequence[int]]) -> TrainingBatch:
@@ -122,7 +122,7 @@ def store(
     writer: ArtifactWriter | None,
     processes: Processes,
     name: str,
-    target: Target,
+    target: AttentionTarget,
     needs: Needs,
     samples: Sequence[Sample],
     *,
@@ -147,12 +147,12 @@ def store(
             for number in processes.part(numbers):
                 group = groups[number]
                 tensors = as_tensors(group) | _compute_features(target, needs, group, pass_tokens)
-                sums = write_whole(directory / shards[number], tensors, {})
+                sums = write_atomically(directory / shards[number], tensors, {})
         written = processes.gather(sums)
         with processes.together():
             for number, sums in zip(numbers, written, strict=False):
                 if writer is not None and sums is not None:
-                    writer.adopt(shards[number], sums, {})
+                    writer.add_shard(shards[number], sums, {})
         done = len(groups) - len(missing) + min(len(missing), count * processes.size)
         reporter.progress(done, len(groups), f"shards of {name} features stored")
     return StoredTexts([directory / shard for shard in shards], needs, target.device)
@@ -165,7 +165,7 @@ def finish_store(writer: ArtifactWriter, key: dict[str, Any], needs: Needs) -> N
         if shard.startswith("features-"):
             shards[shard] = entry["sha256"]
         else:
-            writer.discard(shard)
+            writer.remove_shard(shard)
     record = {
         "format_version": FORMAT_VERSION,
         "made_for": key,
@@ -247,7 +247,7 @@ def _groups(samples: Sequence[Sample], row_bytes: int) -> Iterator[list[Sample]]
 
 
 def _compute_features(
-    target: Target, needs: Needs, samples: Sequence[Sample], pass_tokens: int
+    target: AttentionTarget, needs: Needs, samples: Sequence[Sample], pass_tokens: int
 ) -> dict[str, Tensor]:
     """Compute the features [N, D] of all tokens of these texts, on the host."""
     starts = [0, *itertools.accumulate(len(sample.tokens) for sample in samples)]

@@ -18,8 +18,15 @@ import torch
 from torch import Tensor
 
 from spectool.data.rows import Message, Row
-from spectool.data.template import ANSWER, Template, encode, ends_of, render, write
-from spectool.data.text import HUB_PREFIX, Reading, read_rows, suited
+from spectool.data.template import (
+    ANSWER,
+    Template,
+    encode,
+    find_stop_tokens,
+    render,
+    render_checked,
+)
+from spectool.data.text import HUB_PREFIX, Reading, join_without_template, read_rows
 from spectool.distill.options import HeadsOptions, WeightsOptions
 from spectool.errors import TextError, UnsupportedError
 from spectool.report import SILENT, Reporter
@@ -84,11 +91,11 @@ def read_samples(
         num_tokens = 0
         reading = Reading(source)
         for row in read_rows(source, field=field):
-            row = suited(row, tokenizer)
-            text = write(row, tokenizer, template=template)
+            row = join_without_template(row, tokenizer)
+            text = render_checked(row, tokenizer, template=template)
             reading.add(row, text, tokenizer)
             if ends is None and row.text is None:
-                ends = ends_of(row, tokenizer, template)
+                ends = find_stop_tokens(row, tokenizer, template)
             made = [
                 replace(sample, ends=ends or frozenset())
                 for sample in _make_samples(row, text, tokenizer, seq_len, template)

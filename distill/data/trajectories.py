@@ -88,6 +88,9 @@ class TrajectoryDrafter(Drafter):
         for prompt in prompts:
             self.points[prompt.request.index] = []
 
+    def remove(self, request: Request) -> None:
+        """Do nothing: `take` removes what was recorded."""
+
     def propose(self, requests: Sequence[Request], budget: Sequence[int]) -> list[Draft]:
         return [self._draft(each, most) for each, most in zip(requests, budget, strict=True)]
 

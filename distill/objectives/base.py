@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.dense import write_dense
@@ -55,7 +56,7 @@ class WeightTask:
     """
 
     name: str
-    model: nn.Module
+    model: PreTrainedModel
     source: Checkpoint
     architecture: Architecture
     texts: TextBatches
@@ -187,6 +188,6 @@ def check_writable(architecture: Architecture, names: Iterable[str]) -> None:
 
 def training_bytes(architecture: Architecture, tokens: int) -> int:
     """Estimate the bytes of training: weights, changed weights, activations of a step's tokens."""
-    blocks = (architecture.matrices(block) for block in architecture.blocks)
+    blocks = (architecture.block_matrices(block) for block in architecture.blocks)
     saved = sum(saved_bytes(architecture.model, block, tokens) for block in blocks)
     return 8 * sum(p.numel() for p in architecture.model.parameters()) + saved

@@ -34,11 +34,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.decode.generate import Runner, loop_start
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.texts import GroupWriter
 from spectool.distill.data.trajectories import (
     Block,
@@ -122,6 +122,8 @@ class Consistency(WeightObjective):
 
     def __init__(self, task: WeightTask, config: Consistency.Config) -> None:
         self.config, self.bins = config, config.bin_range()
+        # Refuses a model whose state keeps no blocks apart.
+        self._target = AttentionTarget(task.model)
         lora = config.lora
         super().__init__(task, FullWeights(task) if lora is None else LowRankUpdates(task, lora))
         self.window = config.window if config.variant == "forcing" else 1
@@ -129,9 +131,7 @@ class Consistency(WeightObjective):
         self.given = list_prompts(task.texts.samples, longest=longest)
         room = [min(config.new_tokens, task.texts.seq_len - len(p.tokens)) for p in self.given]
         self.generated_tokens = sum(room)
-        full = [
-            Trajectory(p.tokens, [[[0] * n]]) for p, n in zip(self.given, room, strict=True)
-        ]
+        full = [Trajectory(p.tokens, [[[0] * n]]) for p, n in zip(self.given, room, strict=True)]
         self.trajectories: Sequence[Trajectory] = full
         self._group()
 
@@ -142,7 +142,6 @@ class Consistency(WeightObjective):
             TextError: none is left after the filters.
         """
         model, config, texts = self.task.model, self.config, self.task.texts
-        assert isinstance(model, PreTrainedModel)
         self.first_perplexity: float = super().evaluate()["perplexity"]
         self._runner = runner = Runner(model)
         stored = GroupWriter(writer, ALONE, reporter, as_tensors, as_trajectories)
@@ -160,10 +159,10 @@ class Consistency(WeightObjective):
         )
         self.trajectories = list({tuple(each.text): each for each in collected}.values())
         if not self.trajectories:
-            writer.abandon()
+            writer.delete()
             raise TextError(
-                f"of {len(self.given)} prompts none is left: the texts that the model generates end "
-                "or repeat themselves at once",
+                f"none of {len(self.given)} prompts is left: the texts that the model generates "
+                "end or repeat themselves at once",
                 hint="give other data, or a larger --new-tokens",
             )
         reporter.event(_describe(self.given, self.trajectories))
@@ -234,7 +233,7 @@ class Consistency(WeightObjective):
     def row_losses(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
         """Return the means over their tokens of the KL divergence and of -log p."""
         layout = lay_out(rows, self.config.block, self.window)
-        masks = self._runner.target.masks([0] * len(rows), layout.positions_BL, layout.visible_BLL)
+        masks = self._target.masks([0] * len(rows), layout.positions_BL, layout.visible_BLL)
         model: Any = self.module
         logits_BLV = model(
             input_ids=layout.tokens_BL.to(self.task.device),

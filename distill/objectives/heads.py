@@ -22,8 +22,8 @@ from spectool.distill.losses import HeadLoss, compute_loss, rank_labels, top_tok
 from spectool.distill.objective import Objective, seeded
 from spectool.distill.plan import make_batches
 from spectool.distill.training_data import GENERATED_TOGETHER, DataPreparation, TrainingData
-from spectool.methods import resolve
-from spectool.model.loading import own_dtype
+from spectool.methods import import_method
+from spectool.model.loading import checkpoint_dtype
 from spectool.training import History, Metrics, Recipe, make_optimizer
 
 # Number of evaluations on held-out text in a training.
@@ -44,7 +44,7 @@ class HeadsObjective(Objective):
         self.device, self.width = target.device, target.width
         self.vocab_size = target.vocab_size
         samples = self.train.samples
-        drafter = resolve(job.method, "drafter")
+        drafter = import_method(job.method, "drafter")
         self.nodes: int = drafter.Config().nodes
         self.seed, self.autocast = job.seed, job.autocast
         size = drafter.Heads.draft_vocab_size(job.config, target.vocab_size)
@@ -160,7 +160,7 @@ class HeadsObjective(Objective):
         """Write the heads in the target's dtype, with their accuracy, best tree and record."""
         setup, job = self.preparation.setup, self.preparation.job
         # Evaluated in the precision in which they are stored.
-        dtype = own_dtype(setup.checkpoint.layout)
+        dtype = checkpoint_dtype(setup.checkpoint.layout)
         self.heads.to(dtype).float()
         ranks_RK = self.ranks()
         self.measured = self.metrics(ranks_RK)

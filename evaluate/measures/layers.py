@@ -38,7 +38,7 @@ class Layers(Measure):
 def layer_errors(packed: Checkpoint, source: Checkpoint) -> Iterator[LayerError]:
     """Yield the error of each packed matrix; a block of both checkpoints is in memory at a time."""
     quantized, original = Architecture(packed), Architecture(source)
-    for part in (original.outside(), *map(original.matrices, original.blocks)):
+    for part in (original.outer_matrices(), *map(original.block_matrices, original.blocks)):
         matrices = [matrix for matrix in part if matrix.name in quantized.modules]
         tensors = original.read(dict.fromkeys(matrix.parameter for matrix in matrices))
         prefixes = tuple(f"{matrix.name}.q." for matrix in matrices)

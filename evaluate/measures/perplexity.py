@@ -35,7 +35,7 @@ class Perplexity(Measure):
                 tokens=context.scores.num_tokens,
                 window=context.windows.length,
                 bos=context.windows.bos is not None,
-                kv=context.kv,
+                kv=context.load.kv,
             )
         )
 

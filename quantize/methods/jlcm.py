@@ -42,7 +42,7 @@ from spectool.quantize.codebook import (
     nearest_codes,
     recompute_product,
 )
-from spectool.quantize.fitting import BlockQuantizer, Part
+from spectool.quantize.fitting import BlockQuantizer, TrainableMatrix
 from spectool.quantize.methods.gptq import DAMPING, HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import SCALE_MAX, SCALE_MIN, check_scale
 from spectool.quantize.statistics import LinearStats
@@ -125,9 +125,9 @@ class JLCM(BlockQuantizer):
         """Return the bytes per weight of `choice`, its gradient and its momentum."""
         return 12 if self.config.form == "latent" else 12 * 2**self.config.bits
 
-    def make_part(
+    def make_trainable(
         self, linear: Any, weight_nm: Tensor, diagonal_m: Tensor | None, dtype: torch.dtype
-    ) -> TrainedMatrix:
+    ) -> TrainedCodebook:
         form = LatentCodes if self.config.form == "latent" else PreferenceCodes
         return form(linear, weight_nm.to(linear.q.codes.device).float(), dtype)
 
@@ -201,7 +201,7 @@ def _describe_rows(ratio_nm: Tensor, scale_n: Tensor) -> Tensor:
     return (features_nF - features_nF.mean(0)) / features_nF.std(0, correction=0).clamp(min=1e-6)
 
 
-class TrainedMatrix(Part):
+class TrainedCodebook(TrainableMatrix):
     """One matrix in training: codebook, gains of the scales, and `choice`, which selects codes.
 
     The two forms of `choice` are subclasses.
@@ -259,7 +259,7 @@ class TrainedMatrix(Part):
         fields.scale.copy_((self.scale_n * self.gain_n).clamp(-SCALE_MAX, SCALE_MAX))
 
 
-class LatentCodes(TrainedMatrix):
+class LatentCodes(TrainedCodebook):
     """Latent form: `choice` is a number per weight, rounded to the nearest level."""
 
     def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:
@@ -273,7 +273,7 @@ class LatentCodes(TrainedMatrix):
         return codes_nm, value_nm
 
 
-class PreferenceCodes(TrainedMatrix):
+class PreferenceCodes(TrainedCodebook):
     """Preferences form: `choice` is a number per weight and level, of which the largest wins."""
 
     def __init__(self, linear: JLCMLinear, weight_nm: Tensor, dtype: torch.dtype) -> None:

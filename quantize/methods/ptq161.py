@@ -35,7 +35,7 @@ from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
 from spectool.model.packed import FieldSpec, PackedLinear
 from spectool.options import option
 from spectool.quantize.base import FitReport, PackedFields, Statistics
-from spectool.quantize.fitting import BlockQuantizer, Part
+from spectool.quantize.fitting import BlockQuantizer, TrainableMatrix
 from spectool.quantize.methods.gptq import DAMPING, HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import RTN, SCALE_MAX, check_scale
 from spectool.quantize.statistics import LinearStats
@@ -129,7 +129,7 @@ class PTQ161(BlockQuantizer):
         """Return the bytes per weight of signs and salient columns in the compute dtype."""
         return 4
 
-    def make_part(
+    def make_trainable(
         self, linear: Any, weight_nm: Tensor, diagonal_m: Tensor | None, dtype: torch.dtype
     ) -> TrainedScales:
         return TrainedScales(linear, dtype)
@@ -246,7 +246,7 @@ def _round_compensated(
     return error, hi, lo, alpha_n + gain_n
 
 
-class TrainedScales(Part):
+class TrainedScales(TrainableMatrix):
     """One matrix in training: alpha, r1 and r2, with constant signs and salient columns.
 
     alpha is trained as a multiple `gain_n` of its start, so that one learning rate suits all three

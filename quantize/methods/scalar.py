@@ -39,7 +39,7 @@ from spectool.quantize.codebook import (
     nearest_codes,
     recompute_product,
 )
-from spectool.quantize.fitting import BlockQuantizer, Part
+from spectool.quantize.fitting import BlockQuantizer, TrainableMatrix
 from spectool.quantize.methods.gptq import DAMPING, HessianFactor, compensate, factor_hessian
 from spectool.quantize.methods.rtn import SCALE_MAX, SCALE_MIN
 from spectool.quantize.statistics import LinearStats
@@ -108,11 +108,11 @@ class Scalar(BlockQuantizer):
         """Return the bytes per weight of `choice_nm`, its gradient and its momentum."""
         return 12
 
-    def make_part(
+    def make_trainable(
         self, linear: Any, weight_nm: Tensor, diagonal_m: Tensor | None, dtype: torch.dtype
-    ) -> TrainedMatrix:
+    ) -> TrainedLevels:
         weight_nm = weight_nm.to(linear.q.codes.device).float()
-        return TrainedMatrix(linear, weight_nm, dtype, diagonal_m)
+        return TrainedLevels(linear, weight_nm, dtype, diagonal_m)
 
     def make_optimizers(self, parts: Sequence[Any]) -> Sequence[torch.optim.Optimizer]:
         groups = [
@@ -212,7 +212,7 @@ def _make_fields(level_mK: Tensor, codes_nm: Tensor, bits_m: Tensor, bits: float
     return {"codes": pack_bits(flat_nB, 1), "levels": level_L, "bits": bits_m}
 
 
-class TrainedMatrix(Part):
+class TrainedLevels(TrainableMatrix):
     """One matrix in training: levels, and a number per weight that is rounded to the nearest one.
 
     Both are in units of the column's standard deviation. `diagonal_m` is the Hessian's diagonal.

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from spectool import load
 from spectool.checkpoint.artifact import ArtifactWriter
-from spectool.checkpoint.headers import past_the_last_block
+from spectool.checkpoint.headers import find_extra_blocks
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.model.architecture import Architecture
 
@@ -389,7 +389,7 @@ def test_stored_tensors_without_a_place_are_named(
     save_file({**tensors, **more}, path / "model.safetensors", {"format": "pt"})
     opened = open_checkpoint(path)
     wanted = sorted([*extra, "mtp.fc.weight"])
-    assert Architecture(opened).unused == wanted == past_the_last_block(opened.layout)
+    assert Architecture(opened).unused == wanted == find_extra_blocks(opened.layout)
     done = spectool("generate", path, "--prompt", "a", "--max-new-tokens", 2, "--draft", "none")
     assert "10 stored tensors have no place in LlamaForCausalLM" in done.err
     assert done.code == 0 and "model.layers.2.* (9), mtp.fc.weight" in done.err

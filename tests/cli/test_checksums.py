@@ -11,7 +11,7 @@ import pytest
 
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, PACKED_INDEX
 from spectool.checkpoint.tensors import open_checkpoint
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize
 
@@ -25,7 +25,7 @@ SHARD = "packed-00001-of-00003.safetensors"
 def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a read-only artifact."""
     out = tmp_path_factory.mktemp("artifact") / "out"
-    job = QuantizeJob(method="rtn", config=resolve("rtn", "quantizer").Config())
+    job = QuantizeJob(method="rtn", config=import_method("rtn", "quantizer").Config())
     quantize(open_checkpoint(checkpoint("llama")), out, job)
     return out
 

@@ -253,9 +253,9 @@ def test_bench_exits_1_when_a_lossless_drafter_changes_the_output(
 def test_an_interrupted_generation_shows_what_it_has_in_one_object(
     spectool: Spectool, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spectool.decode.target import Target
+    from spectool.decode.target.attention import AttentionTarget
 
-    forward, calls = Target._forward, []
+    forward, calls = AttentionTarget._forward, []
 
     def stop(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -263,7 +263,7 @@ def test_an_interrupted_generation_shows_what_it_has_in_one_object(
             raise KeyboardInterrupt
         return forward(self, *args, **options)
 
-    monkeypatch.setattr(Target, "_forward", stop)
+    monkeypatch.setattr(AttentionTarget, "_forward", stop)
     words = ["--prompt", "from pathlib", "--draft", "none"]
     done = spectool("generate", checkpoint("llama"), *words, "--json")
     assert done.code == 130

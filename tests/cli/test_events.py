@@ -15,6 +15,7 @@ from spectool.cli.common import Output
 from spectool.cli.events import describe
 from spectool.data.text import Reading
 from spectool.decode.drafters.medusa import MedusaHeads
+from spectool.decode.options import CacheOptions
 from spectool.distill.plan import HeadsJob
 from spectool.distill.train_heads import train_heads
 from spectool.evaluate.context import Context
@@ -79,7 +80,8 @@ def test_a_reporter_hears_an_evaluation(checkpoint: Callable[..., Path], text: P
     for blockwise in (False, True):
         heard = Heard()
         options = EvalOptions(text=(str(text),), window=32, limit=400, blockwise=blockwise)
-        evaluate(Context(open_checkpoint(checkpoint("llama")), options, reporter=heard))
+        load = CacheOptions(model=str(checkpoint("llama")))
+        evaluate(Context(load, options, reporter=heard))
         (plan,) = heard.plans
         assert plan.text == str(text) and plan.windows.length == 32
         assert heard.ticks[-1][:2] == (plan.windows.num_tokens, plan.windows.num_tokens)

@@ -71,6 +71,30 @@ def test_dense_and_foreign_checkpoints(
     assert foreign["parameters"] is None and foreign["bits_per_weight"]["file"] is None
 
 
+def test_a_trained_checkpoint_says_how_it_was_made(
+    spectool: Spectool, checkpoint: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    model, out, again = checkpoint("llama"), tmp_path / "out", tmp_path / "again"
+    words = ["--data", text, "--rank", 2, "--steps", 2, "--seq-len", 32, "--teacher", model]
+    assert spectool("distill", "lora", model, out, *words, "--batch-tokens", 64).code == 0
+    found = spectool("inspect", out, "--json").json
+    assert found["kind"] == "dense" and found["made_by"]["options"] == {"rank": 2}
+    source, data = found["source"]["fingerprint"], found["made_by"]["data"]
+    shown = spectool("inspect", out, "--checksums").out
+    assert f"trained with lora (rank=2) from the teacher {source} on text {data}: best" in shown
+    assert "of 2 steps, held-out kl " in shown and "checksums: 1 file verified" in shown
+    assert f"source: {source}\nmade by: {found['command']}\n" in shown
+    paths = {"MODEL": model, "TEACHER": model, "OUT": again, "DATA": text}
+    words = [paths.get(word, word) for word in shlex.split(found["command"])]
+    assert spectool(*words[1:]).code == 0
+    for path in out.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+    record = out / "spectool_training.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "best": None}))
+    done = spectool("inspect", out)
+    assert done.code == 2 and "is not the record of a training" in done.err
+
+
 def _without(*keys: str) -> Change:
     def remove(config: dict[str, Any]) -> None:
         entry = config["quantization_config"]

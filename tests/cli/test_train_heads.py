@@ -166,7 +166,7 @@ def test_damaged_heads_are_one_line(spectool: Spectool, tmp_path: Path) -> None:
     assert spectool("inspect", tmp_path).code == 2
 
 
-@pytest.mark.parametrize("name", methods.trained())
+@pytest.mark.parametrize("name", methods.list_trainable())
 def test_every_method_has_a_command(spectool: Spectool, name: str) -> None:
     """No option of a method has the name of a shared option of the training."""
     done = spectool("train-heads", name, "--help")

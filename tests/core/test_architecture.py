@@ -45,7 +45,7 @@ def test_blocks_and_matrices(checkpoint: Checkpoints, family: str) -> None:
     architecture = Architecture(open_checkpoint(checkpoint(family)))
     block, names = KNOWN[family]
     assert architecture.blocks == [block[:-1] + index for index in "01"]
-    matrices = architecture.matrices(block)
+    matrices = architecture.block_matrices(block)
     assert [matrix.name for matrix in matrices] == [f"{block}.{name}" for name in names]
     model = AutoModelForCausalLM.from_pretrained(checkpoint(family))
     tensors = dict(model.named_parameters())
@@ -63,8 +63,10 @@ def test_every_stored_tensor_is_in_a_block_or_outside(checkpoint: Checkpoints) -
     for family in ("llama", "gpt2", "opt", "mixtral"):
         checkpoint_ = open_checkpoint(checkpoint(family))
         architecture = Architecture(checkpoint_)
-        inside = [name for block in architecture.blocks for name in architecture.tensors_of(block)]
-        names = inside + architecture.tensors_outside()
+        inside = [
+            name for block in architecture.blocks for name in architecture.block_tensors(block)
+        ]
+        names = inside + architecture.outer_tensors()
         assert len(names) == len(set(names))
         read = architecture.read(names)
         want = AutoModelForCausalLM.from_pretrained(checkpoint(family)).state_dict()
@@ -79,7 +81,7 @@ def test_experts_are_slices_of_fused_tensors(checkpoint: Checkpoints, family: st
     architecture = Architecture(checkpoint_)
     experts = [
         matrix
-        for matrix in architecture.matrices(architecture.blocks[0])
+        for matrix in architecture.block_matrices(architecture.blocks[0])
         if matrix.expert is not None
     ]
     assert [matrix.expert for matrix in experts] == [0, 1, 2, 3] * 2

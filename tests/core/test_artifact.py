@@ -17,7 +17,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spectool.checkpoint.artifact import ArtifactWriter, check_target, own_files, write_safetensors
+from spectool.checkpoint.artifact import (
+    ArtifactWriter,
+    check_target,
+    listed_files,
+    write_safetensors,
+)
 from spectool.checkpoint.headers import PACKED_INDEX, read_header
 from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
 
@@ -100,7 +105,7 @@ def test_out_appears_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
         writer.finish({**small(SHARD, TEMPLATE), TEMPLATE: b"x"})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     names = {"config.json", PACKED_INDEX, SHARD, TEMPLATE}
-    assert set(contents(tmp_path / "out")) == own_files(tmp_path / "out") == names
+    assert set(contents(tmp_path / "out")) == listed_files(tmp_path / "out") == names
 
 
 def test_a_rerun_keeps_whole_shards_and_drops_the_rest(tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ from spectool.checkpoint.checksums import Checking, Checksums, Guard
 from spectool.checkpoint.headers import PACKED_INDEX, read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.architecture import Architecture
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize
 
-JOB = QuantizeJob(method="rtn", config=resolve("rtn", "quantizer").Config(bits=4))
+JOB = QuantizeJob(method="rtn", config=import_method("rtn", "quantizer").Config(bits=4))
 SHARDS = [f"packed-0000{index}-of-00003.safetensors" for index in range(3)]
 
 
@@ -105,14 +105,14 @@ def test_a_shard_is_compared_when_it_is_first_read_from(copied: Path) -> None:
     checkpoint = open_checkpoint(copied)
     architecture = Architecture(checkpoint)
     first, second = architecture.blocks
-    assert architecture.read(architecture.tensors_of(first))
+    assert architecture.read(architecture.block_tensors(first))
     for _ in range(2):
         with pytest.raises(CheckpointError, match=SHARDS[2]):
-            architecture.read(architecture.tensors_of(second))
+            architecture.read(architecture.block_tensors(second))
     with pytest.raises(CheckpointError, match=SHARDS[2]):
         checkpoint.fingerprint()
     unchecked = Architecture(open_checkpoint(copied, checksums=False))
-    assert unchecked.read(unchecked.tensors_of(second))
+    assert unchecked.read(unchecked.block_tensors(second))
 
 
 def test_a_shard_is_compared_once(artifacts: tuple[Path, Path], monkeypatch: Any) -> None:

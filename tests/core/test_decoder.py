@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from spectool.model.decoder import decoder_of
+from spectool.model.decoder import find_decoder
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 
@@ -38,4 +38,4 @@ def test_the_decoder_holds_the_embedding(name: str, options: dict[str, Any], kin
     kind_of_model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
     with torch.device("meta"):
         model = kind_of_model(config)
-    assert type(decoder_of(model)).__name__ == kind
+    assert type(find_decoder(model)).__name__ == kind

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spectool.checkpoint.foreign import check_config, check_place, is_speculator
+from spectool.checkpoint.foreign import check_config, check_directory, is_speculator
 from spectool.checkpoint.headers import read_layout
 from spectool.errors import InputError
 
@@ -110,16 +110,16 @@ def test_directories(tmp_path: Path, files: Files, message: str, hint: str) -> N
 def test_files(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=message):
-        check_place(tmp_path / name)
+        check_directory(tmp_path / name)
     with pytest.raises(InputError, match="no such directory"):
-        check_place(tmp_path / "absent")
+        check_directory(tmp_path / "absent")
 
 
 def test_an_unfinished_artifact(tmp_path: Path) -> None:
     path = tmp_path / "out.partial"
     path.mkdir()
     with pytest.raises(InputError, match="unfinished run"):
-        check_place(path)
+        check_directory(path)
 
 
 def test_what_is_no_drafter_and_no_huge_number(tmp_path: Path) -> None:

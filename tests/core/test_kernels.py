@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from spectool.kernels import registry
-from spectool.model.kernels import KernelLinear, give_kernels
+from spectool.model.kernels import KernelLinear, attach_kernels
 
 needs_kernel = pytest.mark.skipif(
     registry.choose("dense", "cpu", torch.float32).kernel is None, reason="no kernel here"
@@ -30,13 +30,13 @@ def test_large_linears_use_their_kernel_within_the_context_only() -> None:
     big, x = model[0], torch.randn(2, 3, 256)
     plain = big(x)
     for _ in range(2):
-        assert str(give_kernels(model, torch.float32)["dense"]) == "kernel for up to 64 rows"
+        assert str(attach_kernels(model, torch.float32)["dense"]) == "kernel for up to 64 rows"
     assert [type(layer) for layer in model[:3]] == [KernelLinear, KernelLinear, nn.Linear]
     kernel = registry.choose("dense", "cpu", torch.float32).kernel
     assert kernel is not None
     expected = kernel.linear(x, (big.weight, None), big.bias)
     assert torch.equal(big(x), plain)
-    with registry.in_force():
+    with registry.use_kernels():
         assert torch.equal(big(x), expected) and not torch.equal(plain, expected)
         # More rows than pay are torch's.
         many = torch.randn(kernel.most_rows + 1, 256)
@@ -48,17 +48,17 @@ def test_large_linears_use_their_kernel_within_the_context_only() -> None:
 @torch.inference_mode()
 def test_a_model_with_kernels_can_be_copied_cast_and_changed() -> None:
     model = make_model()[:1]
-    give_kernels(model, torch.float32)
+    attach_kernels(model, torch.float32)
     x = torch.randn(3, 256)
     copied = copy.deepcopy(model)
     copied[0].weight.mul_(2)
     copied[0].bias.zero_()
     model[0].bias.zero_()
-    with registry.in_force():
+    with registry.use_kernels():
         assert torch.equal(copied(x), 2 * model(x))
         half = copied.to(torch.float64)
         assert torch.equal(half(x.double()), nn.functional.linear(x.double(), half[0].weight))
-    give_kernels(half, torch.float64)
+    attach_kernels(half, torch.float64)
     assert half[0].product is None
 
 
@@ -66,11 +66,11 @@ def test_a_model_with_kernels_can_be_copied_cast_and_changed() -> None:
 @torch.inference_mode()
 def test_weights_that_are_replaced_later_are_the_ones_used() -> None:
     model, x = make_model()[:1], torch.randn(3, 256)
-    give_kernels(model, torch.float32)
+    attach_kernels(model, torch.float32)
     model.load_state_dict(
         {"0.weight": torch.zeros(128, 256), "0.bias": torch.ones(128)}, assign=True
     )
-    with registry.in_force():
+    with registry.use_kernels():
         assert torch.equal(model(x), torch.ones(3, 128))
         # Neither of these may be read as rows of float32, one after another.
         model[0].weight.data = torch.randn(256, 128).T
@@ -89,5 +89,5 @@ def test_matrices_of_other_devices_and_dtypes_are_left_alone() -> None:
         (nn.Linear(8, 8), "matrices of fewer than 32768 weights"),
         (strided, "its tensors are not contiguous"),
     ):
-        assert str(give_kernels(layer, torch.float32)["dense"]) == f"torch ({reason})"
+        assert str(attach_kernels(layer, torch.float32)["dense"]) == f"torch ({reason})"
         assert type(layer) is nn.Linear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -176,3 +177,16 @@ def test_a_command_runs_in_the_own_dtype_unless_it_crawls(
     assert default_dtype(read_layout(path), torch.device("cpu")) == want
     assert default_dtype(read_layout(path), torch.device("cuda")) == stored
     assert spectool.load(path).dtype == stored
+
+
+def test_merges_without_their_prefix_are_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """The tokenizers package would abort the process on this file."""
+    source = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    tokenizer = json.loads((source / "tokenizer.json").read_bytes())
+    tokenizer["model"].update(continuing_subword_prefix="0", vocab={"a": 0, "Ġ": 1}, merges=["a Ġ"])
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match="its merge 'a Ġ' ends without"):
+        load_tokenizer(open_checkpoint(source))
+    tokenizer["model"].update(vocab={"a": 0, "0b": 1, "ab": 2}, merges=["a 0b"])
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert load_tokenizer(open_checkpoint(source)).convert_tokens_to_ids("ab") == 2

@@ -108,7 +108,9 @@ def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path:
     assert 0 < float((want - got).norm() / want.norm()) < 0.2
     architecture = Architecture(open_checkpoint(source))
     reasons = [
-        reason for block in architecture.blocks for reason in architecture.dense(block).values()
+        reason
+        for block in architecture.blocks
+        for reason in architecture.explain_dense(block).values()
     ]
     assert "shares its weight with another block" in reasons
 
@@ -117,7 +119,9 @@ def test_weights_that_blocks_share_stay_dense(checkpoint: Checkpoints, tmp_path:
 def test_routers_stay_dense(checkpoint: Checkpoints, family: str) -> None:
     architecture = Architecture(open_checkpoint(checkpoint(family)))
     names = [
-        matrix.name for block in architecture.blocks for matrix in architecture.matrices(block)
+        matrix.name
+        for block in architecture.blocks
+        for matrix in architecture.block_matrices(block)
     ]
     assert any(".experts." in name for name in names)
     assert not any(name.endswith(("router", ".gate", "expert_gate")) for name in names)

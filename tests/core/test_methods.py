@@ -11,7 +11,7 @@ import torch
 
 from spectool import options
 from spectool.errors import UsageError
-from spectool.methods import METHODS, names, resolve, row
+from spectool.methods import METHODS, get_method, import_method, list_methods
 from spectool.model.packed import PackedLinear
 from spectool.options import options_of
 from spectool.quantize.base import Quantizer, parse_quantizer
@@ -22,7 +22,7 @@ TESTS = Path(__file__).parent.parent
 @pytest.mark.parametrize("name", METHODS)
 def test_row_resolves_and_explains_itself(name: str) -> None:
     method = METHODS[name]
-    target = resolve(name, method.kind)
+    target = import_method(name, method.kind)
     assert callable(target)
     assert 10 < len(method.summary) < 100 and not method.summary.endswith(".")
     assert method.source and method.runs_in and method.status in ("stable", "research")
@@ -34,7 +34,7 @@ def test_row_resolves_and_explains_itself(name: str) -> None:
     "name", [name for name, m in METHODS.items() if m.kind not in ("verifier", "measure")]
 )
 def test_options_have_help_and_are_frozen(name: str) -> None:
-    config = resolve(name, METHODS[name].kind).Config
+    config = import_method(name, METHODS[name].kind).Config
     assert issubclass(config, options.Config) and dataclasses.is_dataclass(config)
     assert config.__dataclass_params__.frozen  # type: ignore[attr-defined]
     config()
@@ -42,9 +42,9 @@ def test_options_have_help_and_are_frozen(name: str) -> None:
         assert field.help and len(field.help) < 90 and not field.help.endswith(".")
 
 
-@pytest.mark.parametrize("name", names("quantizer"))
+@pytest.mark.parametrize("name", list_methods("quantizer"))
 def test_quantizer_keeps_its_contract(name: str) -> None:
-    quantizer: Quantizer = resolve(name, "quantizer")()
+    quantizer: Quantizer = import_method(name, "quantizer")()
     assert quantizer.name == name
     assert quantizer == parse_quantizer(name) and str(quantizer) == name
     for shape in ((42, 123), (1, 1), (64, 256)):
@@ -61,7 +61,7 @@ def test_quantizer_keeps_its_contract(name: str) -> None:
 
 def test_wrong_name_or_kind() -> None:
     with pytest.raises(UsageError, match="no quantizer is called 'rtm'; known: rtn") as caught:
-        row("rtm", "quantizer")
+        get_method("rtm", "quantizer")
     assert caught.value.hint == "did you mean rtn?"
     with pytest.raises(UsageError, match="no drafter is called 'rtn'"):
-        resolve("rtn", "drafter")
+        import_method("rtn", "drafter")

@@ -20,7 +20,7 @@ from spectool.model.packed import (
     field_specs,
     packed_modules,
     relative_error,
-    swap_in,
+    replace_with_packed,
     unpack_in_place,
 )
 
@@ -121,7 +121,7 @@ def test_build_refuses_unknown_methods_and_options() -> None:
 def test_swapping_in_and_back() -> None:
     model = nn.Sequential(nn.Linear(8, 3), nn.Sequential(nn.Linear(3, 2)))
     bias = model[0].bias
-    swap_in(model, {"0": RTN}, {"0": RTN_SPEC}, dtype=torch.float32)
+    replace_with_packed(model, {"0": RTN}, {"0": RTN_SPEC}, dtype=torch.float32)
     assert list(packed_modules(model)) == ["0"] and model[0].bias is bias
     for tensor in model[0].q.buffers():
         tensor.copy_(torch.randint(0, 9, tensor.shape))
@@ -134,7 +134,9 @@ def test_swapping_in_and_back() -> None:
 
 def test_swapping_in_below_a_prefix() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(8, 3)})
-    swap_in(model, {"h.0.fc": RTN}, {"h.0.fc": RTN_SPEC}, dtype=torch.float32, prefix="h.0")
+    replace_with_packed(
+        model, {"h.0.fc": RTN}, {"h.0.fc": RTN_SPEC}, dtype=torch.float32, prefix="h.0"
+    )
     assert list(packed_modules(model)) == ["fc"]
 
 
@@ -142,9 +144,9 @@ def test_swapping_in_below_a_prefix() -> None:
 def test_names_that_the_model_does_not_have(name: str) -> None:
     model = nn.Sequential(nn.Linear(8, 3))
     with pytest.raises(CheckpointError, match="the architecture has no such module"):
-        swap_in(model, {name: RTN}, {name: RTN_SPEC}, dtype=torch.float32)
+        replace_with_packed(model, {name: RTN}, {name: RTN_SPEC}, dtype=torch.float32)
     with pytest.raises(CheckpointError, match="holds no codes"):
-        swap_in(model, {"0": RTN}, {}, dtype=torch.float32)
+        replace_with_packed(model, {"0": RTN}, {}, dtype=torch.float32)
 
 
 def test_fused_experts_in_and_out() -> None:
@@ -158,7 +160,7 @@ def test_fused_experts_in_and_out() -> None:
 
     model = nn.ModuleDict({"mlp": Experts()})
     modules = {f"mlp.up.{index}": {**RTN, "expert": True} for index in sorted(range(12), key=str)}
-    swap_in(model, modules, dict.fromkeys(modules, RTN_SPEC), dtype=torch.float32)
+    replace_with_packed(model, modules, dict.fromkeys(modules, RTN_SPEC), dtype=torch.float32)
     experts = model["mlp"].up
     assert isinstance(experts, PackedExperts)
     assert model["mlp"].config._experts_implementation == "eager"

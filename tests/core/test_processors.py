@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spectool import cli, machine, processors
-from spectool.processors import Allowed, Waiting, allowed, bound_spin, cpu_quota
+from spectool.processors import Allowed, Waiting, allowed, cpu_quota, limit_spin
 
 V1 = "33 25 0:28 {root} {mount_point} rw,relatime - cgroup cgroup rw,cpu,cpuacct"
 V2 = "25 30 0:22 {root} {mount_point} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
@@ -178,7 +178,7 @@ def test_who_decides_how_many_threads(
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"])
 def test_who_said_how_threads_wait_is_not_overruled(name: str) -> None:
     environ = {name: "x"}
-    bound_spin(environ)
+    limit_spin(environ)
     assert environ == {name: "x"}
 
 
@@ -213,7 +213,7 @@ def test_where_others_run_threads_spin_shorter(
     if running is not None:
         (tmp_path / "loadavg").write_text(f"0.00 0.01 0.05 {running}/234 5678\n")
     environ: dict[str, str] = {}
-    bound_spin(environ, tmp_path)
+    limit_spin(environ, tmp_path)
     assert environ == spin
 
 

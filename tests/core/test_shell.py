@@ -168,8 +168,8 @@ def logits_by_block(source: Path, dtype: torch.dtype) -> torch.Tensor:
     hidden_BLD = around.embed(IDS_BL)
     architecture = around.architecture
     for name, call in zip(architecture.blocks, around.calls(*IDS_BL.shape), strict=True):
-        tensors = architecture.read(architecture.tensors_of(name))
-        block = architecture.materialise(name, tensors, dtype=dtype, device=torch.device("cpu"))
+        tensors = architecture.read(architecture.block_tensors(name))
+        block = architecture.build_module(name, tensors, dtype=dtype, device=torch.device("cpu"))
         hidden_BLD = run_block(block, call, hidden_BLD)
     return around.logits(IDS_BL, hidden_BLD)
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import MllamaForCausalLM, PreTrainedModel
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.target import Target, tree_mask
+from spectool.decode.generate import Runner
+from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.target.masks import tree_mask
 
 Tiny = Callable[..., PreTrainedModel]
 
 
-def assert_rows_equal(cache: TreeCache, row: int, target: Target) -> None:
+def assert_rows_equal(cache: TreeCache, row: int, target: AttentionTarget) -> None:
     """Check that a row's committed columns are those of a fresh prompt pass."""
     fresh = target.cache(1)
     tokens = cache.tokens[row]
@@ -29,7 +33,7 @@ def assert_rows_equal(cache: TreeCache, row: int, target: Target) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt", "gpt_neox"])
 def test_committed_rows_are_those_of_a_fresh_pass(tiny: Tiny, family: str) -> None:
     """Also ragged rows, branches that jump, and a doubling of the buffers."""
-    target = Target(tiny(family))
+    target = AttentionTarget(tiny(family))
     cache = target.cache(2)
     target.prefill(cache, [list(range(2, 62)), list(range(2, 9))])
     for _ in range(3):
@@ -47,7 +51,7 @@ def test_committed_rows_are_those_of_a_fresh_pass(tiny: Tiny, family: str) -> No
 
 
 def test_buffers_double_up_to_the_context(tiny: Tiny) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache = target.cache(1)
     seen = []
     for _ in range(250):
@@ -57,7 +61,7 @@ def test_buffers_double_up_to_the_context(tiny: Tiny) -> None:
 
 
 def test_wide_trees_near_the_context_grow_the_buffers_once(tiny: Tiny) -> None:
-    target = Target(tiny("llama"), context=100)
+    target = AttentionTarget(tiny("llama"), context=100)
     cache = target.cache(1)
     target.prefill(cache, [list(range(2, 62))])
     seen = []
@@ -71,7 +75,7 @@ def test_wide_trees_near_the_context_grow_the_buffers_once(tiny: Tiny) -> None:
 
 
 def test_select_keeps_rows_in_order(tiny: Tiny) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache = target.cache(3)
     target.prefill(cache, [[2, 3], [4], [5, 6, 7]])
     cache.select([0, 2])
@@ -84,7 +88,7 @@ def test_select_keeps_rows_in_order(tiny: Tiny) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
 def test_joined_rows_continue_as_they_do_alone(tiny: Tiny, family: str) -> None:
     """Lengths and capacities differ; the first cache may be empty."""
-    target = Target(tiny(family))
+    target = AttentionTarget(tiny(family))
     prompts = [list(range(2, 42)), list(range(50, 57)), list(range(60, 132))]
     joined, alone = target.cache(0), [target.cache(1) for _ in prompts]
     for cache, prompt in zip(alone, prompts, strict=True):
@@ -112,7 +116,7 @@ def test_joined_rows_continue_as_they_do_alone(tiny: Tiny, family: str) -> None:
 
 def test_a_row_that_joins_takes_the_memory_of_one_that_left(tiny: Tiny) -> None:
     """Nothing is allocated, and what the other row had written is not seen, were it NaN."""
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache, given = target.cache(3), target.cache(1)
     target.prefill(cache, [list(range(2, 22)), list(range(30, 50)), [7, 8]])
     target.prefill(given, [[5, 6]])
@@ -130,7 +134,7 @@ def test_a_row_that_joins_takes_the_memory_of_one_that_left(tiny: Tiny) -> None:
 
 
 def test_keep_prefix_leaves_the_last_token_to_be_fed(tiny: Tiny) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache = target.cache(2)
     target.prefill(cache, [[2, 3, 4, 5], [6, 7, 8]])
     assert cache.keep_prefix([[2, 3, 9, 9], [6, 7, 8]]) == [2, 2]
@@ -141,7 +145,7 @@ def test_keep_prefix_leaves_the_last_token_to_be_fed(tiny: Tiny) -> None:
 
 
 def test_nothing_is_copied_for_a_path_in_place(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache = target.cache(1)
     target.prefill(cache, [[2, 3]])
     draft = tree.chain([4, 5, 6], kind="deterministic")
@@ -169,3 +173,21 @@ def test_a_layer_that_passes_nothing_has_seen_nothing() -> None:
     cache.model_cache.update(rows_BHND, rows_BHND, 0)
     cache.commit([[5, 6]], [[0, 1]])
     assert [cache.model_cache.get_seq_length(layer) for layer in (0, 1)] == [2, 0]
+
+
+def test_a_text_model_with_layers_for_images_decodes() -> None:
+    """Mllama skips the layers that read images, and asks each layer whether it holds keys."""
+    torch.manual_seed(0)
+    config = MllamaTextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=[1],
+        max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, eos_token_id=95,
+    )  # fmt: skip
+    model: Any = MllamaForCausalLM(config)
+    model.eval()
+    prompts, wanted = [[5, 6, 7, 8], [9, 10, 11, 12, 13]], []
+    for prompt in prompts:
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+        wanted.append(ids[0, len(prompt) :].tolist())
+    found = Runner(model, draft="recycle").generate(prompts, max_new_tokens=8, batch_size=2)
+    assert [result.token_ids for result in found] == wanted

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from spectool.decode.policy import curve as curves
 from spectool.decode.policy.curve import SIZES, Curve
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft
 
 Tiny = Callable[..., PreTrainedModel]
@@ -115,7 +115,7 @@ def test_measuring_stays_inside_the_context(
     tiny: Tiny, clock: Any, monkeypatch: pytest.MonkeyPatch, context: int
 ) -> None:
     monkeypatch.setattr(curves, "_REPEATS", 1)
-    target = Target(tiny("gpt2"), context=context)
+    target = AttentionTarget(tiny("gpt2"), context=context)
     ends = []
     real_verify = target.verify
 
@@ -131,7 +131,7 @@ def test_measuring_stays_inside_the_context(
 
 def test_measuring_takes_no_longer_than_it_may(tiny: Tiny, clock: Any) -> None:
     """A pass that has begun is finished, and one size is always known."""
-    target, passes = Target(tiny("llama")), []
+    target, passes = AttentionTarget(tiny("llama")), []
     real_verify = target.verify
     target.verify = lambda *given: passes.append(given) or real_verify(*given)  # type: ignore
     clock.tick = lambda: 1.0
@@ -147,7 +147,7 @@ def test_measuring_takes_no_longer_than_it_may(tiny: Tiny, clock: Any) -> None:
 
 def test_sizes_take_turns(tiny: Tiny, clock: Any) -> None:
     """A slow spell slows all of them alike; the minimum of each counts."""
-    target, fed = Target(tiny("llama")), []
+    target, fed = AttentionTarget(tiny("llama")), []
     real_verify = target.verify
 
     def verify(cache: Any, drafts: list[Draft]) -> Any:
@@ -168,15 +168,15 @@ def test_a_curve_is_measured_once(
     tiny: Tiny, clock: Any, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock.tick = lambda: 0.02
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     first = curves.load_or_measure(target)
-    curves.store_curve(Target(tiny("gpt2")), Curve({1: 0.03, 2: 0.04, 5: 0.05}))
+    curves.store_curve(AttentionTarget(tiny("gpt2")), Curve({1: 0.03, 2: 0.04, 5: 0.05}))
     monkeypatch.setattr(curves, "measure", None)
-    again = curves.load_or_measure(Target(tiny("llama")))
+    again = curves.load_or_measure(AttentionTarget(tiny("llama")))
     assert again.points == first.points
     assert again.origin == "known from before"
     # Only sizes that are chosen among are kept, and nothing but the file is left.
-    assert curves.load_or_measure(Target(tiny("gpt2"))).points == {1: 0.03, 2: 0.04}
+    assert curves.load_or_measure(AttentionTarget(tiny("gpt2"))).points == {1: 0.03, 2: 0.04}
     assert [path for path in cache_folder.rglob("*") if path.is_file()] == [
         cache_folder / "spectool" / curves.FILE
     ]
@@ -187,7 +187,7 @@ def test_a_load_or_measure_a_busy_machine_is_not_left(
 ) -> None:
     """Used now, and measured again by the next run."""
     clock.tick, clock.waits = lambda: 0.4, 0.5
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     curve = curves.load_or_measure(target)
     assert curve.origin.endswith("while other processes ran")
     assert curves.read_curves() == {}
@@ -203,7 +203,7 @@ def test_a_curve_from_before_that_is_far_off_is_measured_again(
     tiny: Tiny, clock: Any, cache_folder: Path, factor: float, believed: bool
 ) -> None:
     clock.tick = lambda: 0.02
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     curves.store_curve(target, Curve({1: factor * 0.02, 2: factor * 0.03}))
     found = curves.load_or_measure(target)
     assert (found.origin == "known from before") == believed
@@ -214,7 +214,7 @@ def test_a_curve_from_before_that_is_far_off_is_measured_again(
 def test_one_slow_pass_is_no_reason_to_measure_again(
     tiny: Tiny, clock: Any, cache_folder: Path
 ) -> None:
-    target, passes = Target(tiny("llama")), []
+    target, passes = AttentionTarget(tiny("llama")), []
     real_verify = target.verify
 
     def verify(cache: Any, drafts: list[Draft]) -> Any:
@@ -229,7 +229,7 @@ def test_one_slow_pass_is_no_reason_to_measure_again(
 
 
 def test_the_newest_curve_comes_last(tiny: Tiny, cache_folder: Path) -> None:
-    targets = [Target(tiny(family)) for family in ("llama", "gpt2", "qwen3")]
+    targets = [AttentionTarget(tiny(family)) for family in ("llama", "gpt2", "qwen3")]
     for target in (*targets, targets[0]):
         curves.store_curve(target, line(0.5))
     keys = [curves.machine_key(target) for target in targets]
@@ -241,12 +241,14 @@ def test_what_a_passs_time_depends_on_tells_curves_apart(
 ) -> None:
     half = copy.deepcopy(tiny("llama")).to(torch.bfloat16)
     models = [tiny("llama"), tiny("qwen3"), tiny("llama-deep"), half]
-    keys = {curves.machine_key(Target(model)) for model in models}
+    keys = {curves.machine_key(AttentionTarget(model)) for model in models}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
-    keys.add(curves.machine_key(Target(tiny("llama"))))
+    keys.add(curves.machine_key(AttentionTarget(tiny("llama"))))
     assert len(keys) == 5
     # Other weights of the same sizes are as fast.
-    assert curves.machine_key(Target(tiny("llama"))) == curves.machine_key(Target(tiny("llama", 1)))
+    assert curves.machine_key(AttentionTarget(tiny("llama"))) == curves.machine_key(
+        AttentionTarget(tiny("llama", 1))
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_a_damaged_file_is_no_curve_and_is_replaced(
     tiny: Tiny, clock: Any, cache_folder: Path, text: str
 ) -> None:
     clock.tick = lambda: 0.4
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     path = cache_folder / "spectool" / curves.FILE
     path.parent.mkdir(parents=True)
     path.write_text(text.replace("KEY", curves.machine_key(target)))
@@ -294,5 +296,5 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
         (path / blocked).parent.mkdir(parents=True, exist_ok=True)
         (path / blocked).write_text("")
     before = sorted(cache_folder.rglob("*"))
-    assert 1 in curves.load_or_measure(Target(tiny("llama"))).points
+    assert 1 in curves.load_or_measure(AttentionTarget(tiny("llama"))).points
     assert sorted(cache_folder.rglob("*")) == before

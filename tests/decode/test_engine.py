@@ -13,7 +13,7 @@ from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.generate import Runner, generate
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 
 Tiny = Callable[..., PreTrainedModel]
 FAMILIES = [
@@ -68,7 +68,7 @@ def test_draft_model_keeps_the_text(
 ) -> None:
     model, prompt = endless(tiny(family)), prompt_of(18)
     expected = generate(model, [prompt], max_new_tokens=60)[0].token_ids
-    target = Target(model)
+    target = AttentionTarget(model)
     for other in (tiny(family, 1), model):
         drafter = DraftModelDrafter(other, DraftModelDrafter.Config(depth=3), target=target)
         result = generate(model, [prompt], draft=drafter, max_new_tokens=60)[0]
@@ -80,7 +80,7 @@ def test_draft_model_keeps_the_text(
 
 def drafter_for(name: str, model: PreTrainedModel, other: PreTrainedModel) -> Any:
     if name == "draft_model":
-        return DraftModelDrafter(other, target=Target(model))
+        return DraftModelDrafter(other, target=AttentionTarget(model))
     return "ngram:min_n=1,nodes=6,depth=3" if name == "ngram" else None
 
 

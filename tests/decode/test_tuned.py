@@ -26,7 +26,7 @@ from spectool.decode.policy.tuned import Rates, Tuned
 from spectool.decode.protocol import Drafter, Needs, Outcome
 from spectool.decode.request import Request
 from spectool.decode.sampling import Draws
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft, Kind
 
 Tiny = Callable[..., PreTrainedModel]
@@ -465,7 +465,7 @@ def test_levels_that_cost_more_than_they_bring_are_not_drafted(clock: Any) -> No
 
 
 def test_closing_keeps_the_curve(tiny: Tiny, clock: Any, cache_folder: Path) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     Tuned(target, line(0.5), cuts=True).close()
     assert curves.read_curves() == {curves.machine_key(target): line(0.5).points}
 
@@ -474,7 +474,7 @@ def test_a_curve_refined_on_a_busy_machine_is_not_kept(
     tiny: Tiny, clock: Any, cache_folder: Path
 ) -> None:
     """Nor later: the curve still contains what the busy batch did to it."""
-    tuned = Tuned(Target(tiny("llama")), line(0.5), cuts=True)
+    tuned = Tuned(AttentionTarget(tiny("llama")), line(0.5), cuts=True)
     for clock.waits in (0.5, 0.0):
         tuned.close()
         assert curves.read_curves() == {}

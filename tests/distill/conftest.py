@@ -13,7 +13,7 @@ import torch
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.distill.plan import HeadsJob
 from spectool.distill.train_heads import HeadsReport, train_heads
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.report import Reporter, TrainingStep
 
 Train = Callable[..., HeadsReport]
@@ -52,7 +52,7 @@ def train(data: str, tmp_path: Path) -> Train:
         ahead = "ttt_steps" if method == "eagle3" else "num_heads"
         job = HeadsJob(
             method=method,
-            config=resolve(method, "drafter").Heads.Config(**{ahead: 3, **(options or {})}),
+            config=import_method(method, "drafter").Heads.Config(**{ahead: 3, **(options or {})}),
             **{
                 "data": [data], "steps": 8, "seq_len": 64, "batch_tokens": 256, "held_out": 4,
                 "learning_rate": 1e-2, **asked,

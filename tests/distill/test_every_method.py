@@ -21,7 +21,7 @@ from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
 from spectool.distill.train_heads import HeadsJob, HeadsReport, train_heads
 from spectool.errors import UnsupportedError
-from spectool.methods import resolve, trained
+from spectool.methods import import_method, list_trainable
 from spectool.quantize import run as quantizing
 from spectool.quantize.base import parse_quantizer
 from spectool.quantize.job import QuantizeJob
@@ -31,7 +31,7 @@ from ..conftest import tokenizer
 from .conftest import contents
 
 OPTIONS: dict[str, dict[str, Any]] = {"hydra-plain": {"variant": "plain"}}
-ALL = [*trained(), *OPTIONS]
+ALL = [*list_trainable(), *OPTIONS]
 # Heads apart, in a chain, of a layer, and in the pass; the others with the slow tests.
 ONE_OF_A_KIND = ("medusa", "hydra", "eagle3", "ppd")
 MOST_SLOW = [
@@ -56,7 +56,7 @@ def train(tmp_path: Path) -> Train:
 
     def run(name: str, source: Path, out: str = "out", **asked: Any) -> HeadsReport:
         method = name.removesuffix("-plain")
-        config = resolve(method, "drafter").Heads.Config(**OPTIONS.get(name, {}))
+        config = import_method(method, "drafter").Heads.Config(**OPTIONS.get(name, {}))
         job = HeadsJob(
             method=method,
             config=config,

@@ -14,7 +14,7 @@ import torch
 
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill import plan, training_data
 from spectool.distill.data import features as room
 from spectool.distill.data.features import OnlineTexts, store
@@ -22,7 +22,7 @@ from spectool.distill.data.samples import Sample
 from spectool.distill.objectives.heads import HeadsObjective
 from spectool.distill.processes import ALONE
 from spectool.errors import TextError, UnsupportedError, UsageError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.report import SILENT
 
 from ..conftest import make_model
@@ -46,7 +46,7 @@ def test_a_lesson_of_stored_features_is_that_of_read_ones(
 ) -> None:
     # Rows of 2 features of 32 numbers: three texts in the first shard, then one, then one.
     monkeypatch.setattr(room, "_SHARD_BYTES", 190 * (64 * dtype.itemsize + 9))
-    target = Target(make_model("llama").to(dtype))
+    target = AttentionTarget(make_model("llama").to(dtype))
     needs = Needs(final=True, layers=(0,))
     with ArtifactWriter(tmp_path / "store", identity={}) as writer:
         stored = store(writer, ALONE, "own", target, needs, texts, pass_tokens=130, reporter=SILENT)
@@ -101,7 +101,7 @@ def test_all_kinds_of_features_make_the_same_heads(
         if kind == "hybrid":
             assert not list(tmp_path.glob("*partial*"))
     assert (store_path / room.FEATURES).is_file()
-    if not resolve(method, "drafter").Heads.begins_as_layers:
+    if not import_method(method, "drafter").Heads.begins_as_layers:
         monkeypatch.setattr(training_data, "load_model", None)
     before = contents(store_path)
     train(source, "again", features=f"offline:{store_path}", where=losses.watch("again"), **asked)

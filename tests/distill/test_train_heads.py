@@ -18,7 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from spectool.checkpoint.artifact import ArtifactWriter, own_files
+from spectool.checkpoint.artifact import ArtifactWriter, listed_files
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import read_record
@@ -42,7 +42,7 @@ def test_what_is_written_is_whole_and_drafts(
     source = checkpoint("llama", dtype=torch.bfloat16)
     report = train(source)
     out = tmp_path / "out"
-    assert sorted(contents(out)) == sorted(own_files(out)) == [
+    assert sorted(contents(out)) == sorted(listed_files(out)) == [
         "heads.safetensors", "spectool_heads.json",
     ]  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

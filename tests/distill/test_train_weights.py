@@ -24,7 +24,7 @@ from spectool.distill.objectives.base import TextBatches, WeightTask
 from spectool.distill.objectives.lora import LoRA
 from spectool.distill.train_weights import WeightsJob, WeightsReport, train_weights
 from spectool.errors import CheckpointError, UnsupportedError, UsageError
-from spectool.methods import names, resolve
+from spectool.methods import import_method, list_methods
 from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model
 from spectool.training import Training
@@ -44,7 +44,7 @@ def text(tmp_path: Path) -> str:
 
 def train(source: Path, out: Path, text: str, method: str = "lora", **asked: Any) -> Any:
     own = {"lora": {"rank": 4}, "consistency": {"block": 4, "new_tokens": 16}}
-    config = resolve(method, "objective").Config(**own.get(method, {}))
+    config = import_method(method, "objective").Config(**own.get(method, {}))
     options = {"steps": 12, "seq_len": 48, "batch_tokens": 192, "learning_rate": 2e-2, **asked}
     if method == "logits":
         options.setdefault("teacher", str(source))
@@ -68,7 +68,7 @@ def test_the_linears_of_the_blocks_change_and_nothing_else(
     trained = {
         architecture.origins[matrix.parameter].stored[0][0]
         for block in architecture.blocks
-        for matrix in architecture.matrices(block)
+        for matrix in architecture.block_matrices(block)
         if matrix.expert is None
     }
     changed = set()
@@ -187,7 +187,7 @@ def test_the_result_is_that_of_the_stored_weights(
     assert abs(measured / report.best["perplexity"] - 1) > 1e-4
 
 
-@pytest.mark.parametrize("method", names("objective"))
+@pytest.mark.parametrize("method", list_methods("objective"))
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     checkpoint: Checkpoints,
     tmp_path: Path,

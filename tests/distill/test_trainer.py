@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectool.decode.heads.base import Heads
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import OnlineTexts
 from spectool.distill.data.samples import Sample
 from spectool.distill.losses import compute_loss
-from spectool.methods import resolve
+from spectool.methods import import_method
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -32,7 +32,7 @@ def test_packed_texts_teach_what_they_teach_alone(
     tiny: Callable[..., PreTrainedModel], family: str, method: str, options: dict[str, object]
 ) -> None:
     """Neither labels nor attention cross from one text to the next."""
-    target = Target(tiny(family))
+    target = AttentionTarget(tiny(family))
     rng = random.Random(0)
     samples = [
         Sample(
@@ -42,7 +42,7 @@ def test_packed_texts_teach_what_they_teach_alone(
         )
         for size in (40, 17, 23, 9, 31)
     ]
-    kind = resolve(method, "drafter").Heads
+    kind = import_method(method, "drafter").Heads
     found = []
     for rows in ([[0], [1], [2], [3], [4]], [[0, 3], [4, 1], [2]]):
         torch.manual_seed(0)

@@ -11,11 +11,12 @@ from typing import Any, get_type_hints
 import pytest
 
 from spectool.checkpoint.tensors import open_checkpoint
+from spectool.decode.options import CacheOptions
 from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.context import Context
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.suite import evaluate
-from spectool.methods import names, resolve
+from spectool.methods import import_method, list_methods
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.run import quantize
@@ -25,8 +26,8 @@ from ..heard import Heard
 
 
 def run(model: str | Path, *, dtype: str | None = None, **options: Any) -> dict[str, Any]:
-    context = Context(open_checkpoint(model), EvalOptions(**options), dtype=dtype)
-    return evaluate(context).as_json()
+    load = CacheOptions(model=str(model), dtype=dtype)
+    return evaluate(Context(load, EvalOptions(**options))).as_json()
 
 
 @pytest.fixture
@@ -118,10 +119,10 @@ def test_drafting_is_measured_on_prompts_once(
         prompts=str(prompts),
         draft=("ngram", "recycle"),
         max_new_tokens=8,
+        gate=("losslessness>=1", "speed.tokens_per_second>0"),
     )
-    source = open_checkpoint(checkpoint("llama"))
-    context = Context(source, options, dtype="float32", reporter=heard)
-    evaluation = evaluate(context, gates=["losslessness>=1", "speed.tokens_per_second>0"])
+    load = CacheOptions(model=str(checkpoint("llama")), dtype="float32")
+    evaluation = evaluate(Context(load, options, reporter=heard))
     assert all(gate.holds for gate in evaluation.gates)
     result = evaluation.as_json()
     assert result["losslessness"]["drafters"] == {"ngram": 2, "recycle": 2}
@@ -131,7 +132,11 @@ def test_drafting_is_measured_on_prompts_once(
 
 
 def test_no_two_measures_share_a_key() -> None:
-    keys = [key for name in names("measure") for key in get_type_hints(resolve(name, "measure"))]
+    keys = [
+        key
+        for name in list_methods("measure")
+        for key in get_type_hints(import_method(name, "measure"))
+    ]
     assert len(keys) - keys.count("needs") == len(set(keys) - {"needs"})
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import spectool
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
-from spectool.methods import names, resolve
+from spectool.methods import import_method, list_methods
 from spectool.quantize.base import parse_quantizer
 from spectool.quantize.budget import list_widths
 from spectool.quantize.job import Budget, QuantizeJob
@@ -37,7 +37,7 @@ HEADS = ("medusa", "hydra", "eagle3", "clover", "chimera", "ppd", "hidden-transf
 
 
 def job(method: str = "rtn", **more: Any) -> QuantizeJob:
-    config = resolve(method, "quantizer").Config(**OPTIONS.get(method, {}))
+    config = import_method(method, "quantizer").Config(**OPTIONS.get(method, {}))
     text = [str(Path(spectool.__file__).parent / "calibration/mixed.txt")]
     return QuantizeJob(
         method=method, config=config, calibration=text, samples=4, seq_len=32, **more
@@ -54,7 +54,7 @@ def logits(artifact: Path, device: str, **more: Any) -> torch.Tensor:
         return spectool.load(artifact, device=device, **more)(ids_BL).logits.float().cpu()
 
 
-@pytest.mark.parametrize("method", names("quantizer"))
+@pytest.mark.parametrize("method", list_methods("quantizer"))
 def test_packed_on_the_device_as_on_the_processor(
     method: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

@@ -100,14 +100,14 @@ def test_formats_without_a_kernel_say_so() -> None:
 
 def test_kernels_are_in_force_in_the_thread_that_entered_only() -> None:
     seen = []
-    with registry.in_force():
-        with registry.in_force():
+    with registry.use_kernels():
+        with registry.use_kernels():
             pass
         thread = threading.Thread(target=lambda: seen.append(registry._force.on))
         thread.start()
         thread.join()
         assert registry._force.on
     assert seen == [False] and not registry._force.on
-    with pytest.raises(ZeroDivisionError), registry.in_force():
+    with pytest.raises(ZeroDivisionError), registry.use_kernels():
         raise ZeroDivisionError
     assert not registry._force.on

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectool.checkpoint.tensors import open_checkpoint
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.packed import PackedLinear
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.report import QuantizeReport
@@ -23,7 +23,7 @@ class Packed:
     """A matrix packed by a method: its fields, and the runtime linear read back from a file."""
 
     def __init__(self, path: Path, method: str, weight_nm: Tensor, options: dict[str, Any]) -> None:
-        kind = resolve(method, "quantizer")
+        kind = import_method(method, "quantizer")
         packer = kind(kind.Config(**options))
         self.weight_nm = weight_nm
         self.fields: dict[str, Tensor] = packer.pack(
@@ -130,7 +130,9 @@ def compress(tmp_path: Path) -> Callable[..., Path]:
         **options: Any,
     ) -> Path:
         asked = QuantizeJob(
-            method=method, config=resolve(method, "quantizer").Config(**options), **(job or {})
+            method=method,
+            config=import_method(method, "quantizer").Config(**options),
+            **(job or {}),
         )
         report = quantize(open_checkpoint(source), tmp_path / out, asked, **(run or {}))
         if reports is not None:

@@ -74,14 +74,14 @@ def test_the_cache_is_as_large_as_transformers_makes_it(
     import torch
     from transformers import DynamicCache
 
-    from spectool.decode.target import Target
+    from spectool.decode.target.attention import AttentionTarget
 
     source = checkpoint(family)
     model: Any = spectool.load(source, dtype="bfloat16")
     kept = DynamicCache(config=model.config)
     with torch.inference_mode():
         ids_BL = torch.zeros(1, 10, dtype=torch.long)
-        model(ids_BL, use_cache=True, **{Target(model).cache_name: kept})
+        model(ids_BL, use_cache=True, **{AttentionTarget(model).cache_name: kept})
     size = sum(2 * layer.keys.numel() + 2 * layer.values.numel() for layer in kept.layers)
     assert cache_bytes(Architecture(open_checkpoint(source)), 10) == size
 

@@ -96,13 +96,13 @@ def test_every_width_is_measured_with_the_statistics_of_its_method(
 ) -> None:
     """The error of a width does not depend on the widths that are measured before it."""
     found: list[dict[str, list[float]]] = []
-    real = budgets.survey
+    real = budgets.measure_candidates
 
     def spy(*given: Any) -> Any:
         found.append(real(*given))
         return found[-1]
 
-    monkeypatch.setattr("spectool.quantize.run.survey", spy)
+    monkeypatch.setattr("spectool.quantize.run.measure_candidates", spy)
     source = checkpoint("llama")
     widths = [parse_quantizer(f"gptq:bits={bits},group_size=16") for bits in (3, 2)]
     for candidates in (widths, widths[::-1]):
@@ -122,14 +122,14 @@ def test_measured_errors_are_those_of_one_packed_matrix(
 ) -> None:
     """Compare with the second block's output in a whole model with one matrix packed."""
     seen: dict[str, Any] = {}
-    real = budgets.survey
+    real = budgets.measure_candidates
 
     def spy(stream: Any, *rest: Any) -> Any:
         seen["ids"] = stream.calibration.ids_SL
         seen["errors"] = real(stream, *rest)
         return seen["errors"]
 
-    monkeypatch.setattr("spectool.quantize.run.survey", spy)
+    monkeypatch.setattr("spectool.quantize.run.measure_candidates", spy)
     source = checkpoint("llama")
     job = {"budget": Budget(4.5, RTNS[:2]), "calibration": [text_file], "samples": 3, "seq_len": 16}
     compress(source, "rtn", job=job)

@@ -173,7 +173,7 @@ def fit(**options: Any) -> Any:
     matrices = {matrix.name: matrix for matrix in find_matrices(module, "b")}
     weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in matrices}
     original = Activations((6, 40, 40), torch.float32)
-    packed = original.another()
+    packed = original.empty_like()
     # Correlated inputs, or there is nothing to compensate.
     original.hidden_SLD.copy_(torch.randn(6, 40, 40) @ torch.randn(40, 40) / 3)
     packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 40, 40))

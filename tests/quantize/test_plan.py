@@ -19,7 +19,7 @@ import spectool
 from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
-from spectool.methods import resolve
+from spectool.methods import import_method
 from spectool.model.architecture import Architecture
 from spectool.quantize.footprint import TextSize
 from spectool.quantize.job import QuantizeJob
@@ -37,7 +37,7 @@ Compress = Callable[..., Path]
 def plan(
     source: Path, method: str = "rtn", *, options: dict[str, Any] | None = None, **more: Any
 ) -> QuantizePlan:
-    kind = resolve(method, "quantizer")
+    kind = import_method(method, "quantizer")
     quantizer = kind(kind.Config(**options or {}))
     rules = make_skip_rules(more.pop("skip", ()))
     return make_plan(Architecture(open_checkpoint(source)), quantizer, rules=rules, **more)
@@ -168,14 +168,14 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.report import Reporter
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize
-from spectool.methods import resolve
+from spectool.methods import import_method
 
 class Heard(Reporter):
     def plan(self, plan):
         self.heard = plan
 
 method, options = sys.argv[3], json.loads(sys.argv[4])
-config = resolve(method, "quantizer").Config(**options)
+config = import_method(method, "quantizer").Config(**options)
 calibration = sys.argv[5:] or None
 job = QuantizeJob(method=method, config=config, calibration=calibration, samples=8, seq_len=256)
 reporter = Heard()

@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
-from spectool.cli.common import Output
-from spectool.cli.quantize import show_fits
+from spectool.cli.quantize import fit_lines
 from spectool.errors import NotFinite, UnsupportedError, UsageError
 from spectool.kernels.pack import unpack_bits
 from spectool.model import packed
@@ -30,7 +29,7 @@ from spectool.model.blocks import Activations
 from spectool.model.matrices import find_matrices
 from spectool.model.shell import Call
 from spectool.quantize.base import Block, FitReport, Streams
-from spectool.quantize.fitting import Task
+from spectool.quantize.fitting import BlockFit
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.ptq161 import (
     PTQ161,
@@ -334,7 +333,7 @@ def pair(dtype: torch.dtype = torch.float32) -> tuple[Block, Streams, dict[str, 
     matrices = {matrix.name: matrix for matrix in find_matrices(module, "b")}
     weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in matrices}
     original = Activations((6, 20, 40), dtype)
-    packed = original.another()
+    packed = original.empty_like()
     original.hidden_SLD.copy_(torch.randn(6, 20, 40))
     packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 20, 40))
     calls = dict.fromkeys((1, 2, 4), Call((), {}))
@@ -388,7 +387,7 @@ def loss_by_loops(module: Pair, linears: dict[str, PTQ161Linear], streams: Strea
 def test_the_loss_is_that_of_the_equations() -> None:
     block, streams, stats = pair()
     linears = start_of(block, stats)
-    found = Task(block, streams).measure(linears)
+    found = BlockFit(block, streams).measure(linears)
     assert found.loss == pytest.approx(loss_by_loops(block.module, linears, streams), rel=1e-5)
     assert 0.5 < found.least_cosine < 1
 
@@ -469,7 +468,7 @@ def test_flipped_rows_are_counted() -> None:
 
 def test_an_inverted_output_is_seen_and_pulled_round() -> None:
     block, streams, stats = pair()
-    task = Task(block, streams)
+    task = BlockFit(block, streams)
     for target in task.targets:
         target.hidden_SLD.neg_()
     linears = start_of(block, stats)
@@ -556,16 +555,14 @@ def test_the_command_says_what_the_fit_gained(
     assert "blocks packed: 0." in done.stderr, "a long block says how far it is"
 
 
-def test_flipped_rows_and_turned_outputs_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flipped_rows_and_turned_outputs_are_named() -> None:
     fine = FitReport(
         loss_start=2.0, loss_after=1.0, least_cosine=0.9, best_epoch=1, steps_skipped=0,
         rows_flipped=0,
     )  # fmt: skip
     odd = replace(fine, loss_after=2.0, least_cosine=-0.1, rows_flipped=3)
-    show_fits(Output(json_wanted=False), [(0, fine)])
-    assert capsys.readouterr().out.count("\n") == 1
-    show_fits(Output(json_wanted=False), [(0, fine), (1, odd)])
-    output = capsys.readouterr().out
+    assert len(list(fit_lines([(0, fine)]))) == 1
+    output = "\n".join(fit_lines([(0, fine), (1, odd)]))
     assert "0.500 to 1.000 of that at its start, lower in 1 of 2 fits" in output
     assert "rows flipped by a negative scale: 3" in output and "in blocks 1: try more" in output
 

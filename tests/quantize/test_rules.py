@@ -22,7 +22,7 @@ from spectool.errors import CheckpointError, UsageError
 from spectool.evaluate.measures.layers import layer_errors
 from spectool.evaluate.windows import BlockwiseLogProbs, ResidentLogProbs, cut
 from spectool.model.architecture import Architecture
-from spectool.model.packed import PackedEmbedding, PackedLinear, matrix_of
+from spectool.model.packed import PackedEmbedding, PackedLinear, dense_weight
 from spectool.quantize.base import parse_quantizer
 from spectool.quantize.export import export
 from spectool.quantize.ledger import measure
@@ -244,7 +244,7 @@ def test_embedding_and_head_are_packed_and_read_back(
         (table, dense.get_input_embeddings()),
         (head, dense.get_output_embeddings()),
     ):
-        theirs.weight = nn.Parameter(matrix_of(ours), requires_grad=False)
+        theirs.weight = nn.Parameter(dense_weight(ours), requires_grad=False)
     assert torch.equal(logits(model), logits(dense))
     # So does the dequantized model, and the exported one.
     unpacked: Any = spectool.load(out, runtime="dense")

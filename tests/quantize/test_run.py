@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spectool
-from spectool.checkpoint.artifact import own_files
+from spectool.checkpoint.artifact import listed_files
 from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, InputError, UnsupportedError, UsageError
@@ -62,8 +62,8 @@ def block_wise(path: Path) -> torch.Tensor:
     hidden_BLD = shell.embed(IDS_BL)
     calls = shell.calls(*IDS_BL.shape)
     for name, call in zip(architecture.blocks, calls, strict=True):
-        tensors = architecture.read(architecture.tensors_of(name))
-        block = architecture.materialise(name, tensors, **where)
+        tensors = architecture.read(architecture.block_tensors(name))
+        block = architecture.build_module(name, tensors, **where)
         hidden_BLD = run_block(block, call, hidden_BLD)
     return shell.logits(IDS_BL, hidden_BLD)
 
@@ -211,7 +211,7 @@ def test_companions_go_along(checkpoint: Checkpoints, compress: Compress, tmp_pa
         assert found[name] == (source / name).read_bytes()
     assert found["additional_chat_templates/tools.jinja"] == b"{{ tools }}"
     assert "spectool.load" in found["README.md"].decode()
-    assert own_files(tmp_path / "out") == set(found)
+    assert listed_files(tmp_path / "out") == set(found)
     assert not {"modeling_x.py", "pytorch_model.bin", "manifest.json"} & found.keys()
 
 

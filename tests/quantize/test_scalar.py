@@ -24,7 +24,7 @@ from spectool.quantize.methods.scalar import (
     MAX_BITS,
     Scalar,
     ScalarLinear,
-    TrainedMatrix,
+    TrainedLevels,
     allocate,
     max_levels,
 )
@@ -194,7 +194,7 @@ def test_the_part_computes_what_it_stores() -> None:
     weight_nm, x_Tm = torch.randn(20, 33), correlated(33)
     linear, _ = made(weight_nm, x_Tm, bits=2.2)
     before = linear.dequantize()
-    part = TrainedMatrix(linear, weight_nm, torch.float32)
+    part = TrainedLevels(linear, weight_nm, torch.float32)
     with torch.no_grad():
         assert torch.allclose(part(x_Tm), x_Tm @ before.T, atol=1e-3)
     part.store()
@@ -220,7 +220,7 @@ def test_codes_that_are_not_the_nearest_survive_moving_levels() -> None:
     weight_nm, x_Tm = torch.randn(40, 33), correlated(33)
     linear, _ = made(weight_nm, x_Tm)
     before = linear.codes()
-    part = TrainedMatrix(linear, weight_nm, torch.float32)
+    part = TrainedLevels(linear, weight_nm, torch.float32)
     with torch.no_grad():
         for factor in (0.99, 1.02):
             part.level_mK *= factor

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from spectool.decode.drafters.chimera import ChimeraDrafter, ChimeraHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import TOP
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.losses import compute_loss
 from spectool.distill.teacher import read_features
 from spectool.training import TrainingBatch
@@ -100,7 +100,7 @@ def test_untrained_heads_predict_what_the_target_predicts(
     for matrix in (heads.trigram.proj, heads.ctx.layer.self_attn.o_proj):
         nn.init.zeros_(matrix.weight)
     tokens_BL = torch.tensor([prompt_of(9)])
-    features = read_features(Target(model), tokens_BL, heads.needs)
+    features = read_features(AttentionTarget(model), tokens_BL, heads.needs)
     batch = TrainingBatch(tokens_BL=tokens_BL, loss_mask_BL=tokens_BL >= 0, features=features)
     with torch.no_grad():
         logits_V = model(tokens_BL).logits[0, 4]

@@ -15,7 +15,7 @@ from spectool.decode.drafters import clover
 from spectool.decode.drafters.clover import CloverDrafter, CloverHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import TOP
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.losses import compute_loss
 from spectool.distill.teacher import read_features
 from spectool.training import TrainingBatch
@@ -111,7 +111,7 @@ def test_loss_and_gradient_are_those_of_the_equations(size: int | None) -> None:
 
 def batch_of(model: PreTrainedModel, heads: CloverHeads, tokens: list[int]) -> TrainingBatch:
     tokens_BL = torch.tensor([tokens])
-    features = read_features(Target(model), tokens_BL, heads.needs)
+    features = read_features(AttentionTarget(model), tokens_BL, heads.needs)
     return TrainingBatch(tokens_BL=tokens_BL, loss_mask_BL=tokens_BL >= 0, features=features)
 
 
@@ -143,7 +143,7 @@ def test_layers_begin_as_the_targets_last_where_that_is_llamas(
 ) -> None:
     model: Any = tiny(family)
     heads = CloverHeads(CloverHeads.Config(), model, None)
-    last = Target(model).layers()[-1].state_dict()
+    last = AttentionTarget(model).layers()[-1].state_dict()
     for layer in heads.aug._each:
         same = [name in last and torch.equal(value, last[name])
                 for name, value in layer.state_dict().items() if "norm" not in name]  # fmt: skip

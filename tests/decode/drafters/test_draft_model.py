@@ -9,13 +9,13 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from spectool.decode import target as target_module
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Runner, generate
 from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
 from spectool.decode.sampling import Draws
-from spectool.decode.target import Target
+from spectool.decode.target import attention
+from spectool.decode.target.attention import AttentionTarget
 from spectool.errors import SpectoolError, UnsupportedError
 
 Tiny = Callable[..., PreTrainedModel]
@@ -52,7 +52,7 @@ def test_q_is_the_distribution_the_tokens_were_drawn_from(
 ) -> None:
     """q is warped, and covers the target's vocabulary with zeros for ids that the draft lacks."""
     model, draft_model = tiny("llama"), widened(tiny("llama", 1), vocab)
-    drafter = DraftModelDrafter(draft_model, target=Target(model))
+    drafter = DraftModelDrafter(draft_model, target=AttentionTarget(model))
     request = request_of([5, 6, 7], 0.7)
     begin(drafter, [request])
     draft = drafter.propose([request], [9])[0]
@@ -74,7 +74,7 @@ def test_the_cache_follows_what_was_accepted(
 ) -> None:
     """Also after full acceptance, where the last drafted token was never fed."""
     model = endless(tiny("llama"))
-    drafter = DraftModelDrafter(model, target=Target(model))
+    drafter = DraftModelDrafter(model, target=AttentionTarget(model))
     request = request_of([5, 6, 7], 0)
     begin(drafter, [request])
     for _ in range(3):
@@ -93,9 +93,9 @@ def test_no_deeper_than_budget_or_its_own_context(
 ) -> None:
     model = tiny("llama")
     drafter = DraftModelDrafter(
-        tiny("llama", 1), DraftModelDrafter.Config(depth=5), target=Target(model)
+        tiny("llama", 1), DraftModelDrafter.Config(depth=5), target=AttentionTarget(model)
     )
-    monkeypatch.setattr(drafter.draft, "context", 20)
+    monkeypatch.setattr(drafter.draft_model, "context", 20)
     requests = [request_of([3] * size, 0, size) for size in (4, 17, 30, 6)]
     begin(drafter, requests)
     drafts = drafter.propose(requests, [9, 9, 9, 0])
@@ -106,7 +106,7 @@ def test_a_target_with_a_longer_context_than_its_draft(tiny: Tiny, endless: Any)
     model = endless(tiny("llama"))
     short = copy.deepcopy(tiny("gpt2"))
     short.config.n_positions = 30
-    drafter = DraftModelDrafter(short, target=Target(model))
+    drafter = DraftModelDrafter(short, target=AttentionTarget(model))
     plain = generate(model, [[5, 6, 7], [4] * 40], max_new_tokens=50, batch_size=2)
     result = generate(model, [[5, 6, 7], [4] * 40], draft=drafter, max_new_tokens=50, batch_size=2)
     assert [r.token_ids for r in result] == [r.token_ids for r in plain]
@@ -118,7 +118,7 @@ def test_a_target_with_a_longer_context_than_its_draft(tiny: Tiny, endless: Any)
 def test_a_draft_of_nan_weights_is_refused(tiny: Tiny, temperature: float) -> None:
     broken = copy.deepcopy(tiny("llama", 1))
     broken.get_output_embeddings().weight.data[7] = torch.nan
-    drafter = DraftModelDrafter(broken, target=Target(tiny("llama")))
+    drafter = DraftModelDrafter(broken, target=AttentionTarget(tiny("llama")))
     with pytest.raises(SpectoolError, match="the draft model gave logits that are NaN"):
         generate(tiny("llama"), [[5, 6]], draft=drafter, max_new_tokens=9, temperature=temperature)
 
@@ -137,7 +137,7 @@ class Sealed(list[int]):
 
 
 def test_a_step_does_not_walk_through_the_text(tiny: Tiny, begin: Begin) -> None:
-    drafter = DraftModelDrafter(tiny("llama", 1), target=Target(tiny("llama")))
+    drafter = DraftModelDrafter(tiny("llama", 1), target=AttentionTarget(tiny("llama")))
     request = request_of([5, 6, 7], 0)
     begin(drafter, [request])
     drafter.propose([request], [9])
@@ -151,8 +151,8 @@ def test_prompts_are_fed_in_chunks_too(
     tiny: Tiny, endless: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = endless(tiny("llama"))
-    monkeypatch.setattr(target_module, "_CHUNK", 8)
-    drafter = DraftModelDrafter(model, target=Target(model))
+    monkeypatch.setattr(attention, "CHUNK", 8)
+    drafter = DraftModelDrafter(model, target=AttentionTarget(model))
     result = generate(model, [list(range(2, 42))], draft=drafter, max_new_tokens=21)[0]
     assert result.accepted == result.drafted == 16
 
@@ -163,7 +163,7 @@ def test_padded_heads_work_in_the_loop(
     tiny: Tiny, endless: Any, vocab: int, temperature: float
 ) -> None:
     model = endless(tiny("llama"))
-    drafter = DraftModelDrafter(widened(model, vocab), target=Target(model))
+    drafter = DraftModelDrafter(widened(model, vocab), target=AttentionTarget(model))
     runner = Runner(model)
     plain = runner.generate([[5, 6, 7]], max_new_tokens=20)[0]
     runner.use(drafter)
@@ -176,7 +176,7 @@ def test_padded_heads_work_in_the_loop(
 
 
 def test_a_token_that_the_draft_has_not_ends_its_drafting(tiny: Tiny, begin: Begin) -> None:
-    drafter = DraftModelDrafter(widened(tiny("llama"), 300), target=Target(tiny("llama")))
+    drafter = DraftModelDrafter(widened(tiny("llama"), 300), target=AttentionTarget(tiny("llama")))
     requests = [request_of([5, 310, 7], 0, 0), request_of([5, 6, 7], 0, 1)]
     begin(drafter, requests)
     for _ in range(2):
@@ -188,7 +188,7 @@ def test_a_token_that_the_draft_has_not_ends_its_drafting(tiny: Tiny, begin: Beg
 
 
 def test_another_vocabulary_is_refused(tiny: Tiny) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     with pytest.raises(UnsupportedError, match="draft model has 999 tokens, the target 320"):
         DraftModelDrafter(widened(tiny("llama"), 999), target=target)
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from spectool.decode.drafters.hidden_transfer import HiddenTransferHeads
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.errors import UnsupportedError, UsageError
 
 from .bare import bare_model
@@ -21,7 +21,7 @@ from .test_ppd import fall
 def test_training_lowers_the_loss(tiny: Callable[..., Any]) -> None:
     model = tiny("llama")
     heads = HiddenTransferHeads(HiddenTransferHeads.Config(), model, None)
-    first, last = fall(heads, Target(model), rate=0.01)
+    first, last = fall(heads, AttentionTarget(model), rate=0.01)
     assert last < first - 0.1
     model.zero_grad(set_to_none=True)
 
@@ -63,7 +63,7 @@ def test_each_row_is_the_nodes_state_at_its_layer_times_its_matrix(
 ) -> None:
     """Inputs of the layers at the extra rows, captured by hooks."""
     model = tiny("llama-deep")
-    target = Target(model)
+    target = AttentionTarget(model)
     options = {"layers": "1-2-2"}
     heads = HiddenTransferHeads(HiddenTransferHeads.Config(**options), model, None)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from spectool.decode.drafters.hydra import HydraDrafter, HydraHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import TOP
 from spectool.decode.heads.layer import DecoderLayer, Rotary
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.losses import compute_loss, compute_probs
 from spectool.distill.teacher import read_features
 from spectool.training import TrainingBatch
@@ -128,7 +128,7 @@ def test_untrained_heads_predict_what_the_target_predicts(
         nn.init.zeros_(heads.prefix.self_attn.o_proj.weight)
         nn.init.zeros_(heads.prefix.mlp.down_proj.weight)
     tokens_BL = torch.randint(2, VOCAB, (1, 9))
-    features = read_features(Target(model), tokens_BL, heads.needs)
+    features = read_features(AttentionTarget(model), tokens_BL, heads.needs)
     batch = TrainingBatch(tokens_BL=tokens_BL, loss_mask_BL=tokens_BL > 0, features=features)
     with torch.no_grad():
         logits_V = model(tokens_BL).logits[0, 4]

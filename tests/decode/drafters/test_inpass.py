@@ -23,7 +23,7 @@ from spectool.decode.heads.inpass import (
     tokens_per_step,
 )
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft, best_paths
 from spectool.distill.losses import compute_loss
 from spectool.distill.teacher import TextCache, read_extra_rows, read_features
@@ -112,7 +112,7 @@ def test_more_candidates_are_taken_only_where_they_pay() -> None:
 def test_no_node_attends_to_extra_rows(tiny: Make, prompt_of: Make, family: str, name: str) -> None:
     """Logits of a tree's nodes with and without extra rows, for unequal texts of a batch."""
     model = tiny(family)
-    target = Target(model)
+    target = AttentionTarget(model)
     drafter = make_drafter(model, name, nodes=14)
     prompts = [prompt_of(21), prompt_of(5)]
     cache = target.cache(2)
@@ -136,7 +136,7 @@ def test_training_computes_the_states_that_drafting_does(
 ) -> None:
     """States at positions of whole texts give the guesses that a step makes there."""
     model = tiny(family)
-    target, heads = Target(model), make_heads(model, name)
+    target, heads = AttentionTarget(model), make_heads(model, name)
     texts = [prompt_of(23), prompt_of(23, seed=8)]
     batch = batch_of(target, heads, torch.tensor(texts))
     position = 20
@@ -157,7 +157,7 @@ def test_training_computes_the_states_that_drafting_does(
             torch.testing.assert_close(found_V, mean_KV[k], rtol=1e-3, atol=1e-4)
 
 
-def batch_of(target: Target, heads: Any, tokens_BL: torch.Tensor) -> Any:
+def batch_of(target: AttentionTarget, heads: Any, tokens_BL: torch.Tensor) -> Any:
     kept = TextCache(target.num_layers)
     features = read_features(target, tokens_BL, heads.needs, keep=kept)
     return TrainingBatch(
@@ -175,7 +175,9 @@ def test_the_loss_is_the_cross_entropy_against_the_target(
     """Against the equation at each position and head."""
     model = tiny("llama")
     heads = make_heads(model, name)
-    batch = batch_of(Target(model), heads, torch.tensor([prompt_of(14), prompt_of(14, seed=2)]))
+    batch = batch_of(
+        AttentionTarget(model), heads, torch.tensor([prompt_of(14), prompt_of(14, seed=2)])
+    )
     model.requires_grad_(False)
     try:
         done = compute_loss(heads, batch)

@@ -40,7 +40,9 @@ MOST_SLOW = [
 
 
 def test_all_drafters_are_here() -> None:
-    known = {name for name in methods.names("drafter") if not methods.METHODS[name].trained}
+    known = {
+        name for name in methods.list_methods("drafter") if not methods.METHODS[name].trainable
+    }
     assert known - {"none", "draft_model"} <= set(SPECS)
 
 

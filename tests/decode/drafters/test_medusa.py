@@ -18,7 +18,7 @@ from spectool.decode.generate import Runner
 from spectool.decode.heads import artifact as shared_code
 from spectool.decode.heads.artifact import HeadsRecord, open_heads, read_finite_tensors
 from spectool.decode.heads.base import TOP
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import RankTree, best_paths
 from spectool.distill.losses import compute_loss, rank_labels, ranks_of
 from spectool.distill.teacher import read_features
@@ -53,7 +53,7 @@ def test_untrained_heads_predict_what_the_target_predicts(
 ) -> None:
     model = tiny(family)
     heads = MedusaHeads(MedusaHeads.Config(**options), model, None).eval()
-    target = Target(model)
+    target = AttentionTarget(model)
     tokens_BL = torch.randint(2, VOCAB, (1, 9))
     final_D = read_features(target, tokens_BL, heads.needs)["final"][0, -1]
     with torch.inference_mode():
@@ -223,7 +223,7 @@ def stored(tmp_path: Path, checkpoint: Callable[..., Path]) -> Callable[..., Pat
                 "fingerprint": opened.fingerprint(),
                 "hidden_size": 32,
                 "vocab_size": VOCAB,
-                "tokenizer": shared_code.loading.tokenizer_digest(runner.tokenizer),
+                "tokenizer": shared_code.loading.hash_vocabulary(runner.tokenizer),
                 **(change or {}),
             },
             accuracy=[0.5] * 4,
@@ -321,7 +321,7 @@ def test_weights_that_are_not_the_records_are_refused(
         open_heads(
             path,
             "",
-            target=Target(Runner(checkpoint("llama")).target.model),
+            target=AttentionTarget(Runner(checkpoint("llama")).target.model),
             tokenizer=None,
             allow_other_target=False,
         )

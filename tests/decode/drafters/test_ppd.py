@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from spectool.decode.drafters.ppd import PPDDrafter, PPDHeads
 from spectool.decode.heads.base import Heads
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.losses import compute_loss
 
 from ...conftest import VOCAB
@@ -19,7 +19,7 @@ from .bare import bare_model
 from .test_inpass import batch_of
 
 
-def fall(heads: Heads, target: Target, *, rate: float) -> tuple[float, float]:
+def fall(heads: Heads, target: AttentionTarget, *, rate: float) -> tuple[float, float]:
     """Train on two texts; return the summed loss before and after."""
     generator = torch.Generator().manual_seed(2)
     tokens_BL = torch.randint(2, VOCAB, (2, 24), generator=generator)
@@ -38,7 +38,7 @@ def fall(heads: Heads, target: Target, *, rate: float) -> tuple[float, float]:
 def test_training_lowers_the_loss(tiny: Callable[..., Any], ensemble: int) -> None:
     model = tiny("llama")
     heads = PPDHeads(PPDHeads.Config(ensemble=ensemble), model, None)
-    first, last = fall(heads, Target(model), rate=0.05)
+    first, last = fall(heads, AttentionTarget(model), rate=0.05)
     assert last < first - 0.05
     model.zero_grad(set_to_none=True)
 

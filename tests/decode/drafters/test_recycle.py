@@ -21,7 +21,7 @@ from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import Draws
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
 
@@ -90,7 +90,7 @@ def filled(begin: Begin, entries: dict[int, list[int]], **options: Any) -> Recyc
 def test_the_prompt_is_in_the_table(tiny: Tiny) -> None:
     """Each token has what was likeliest after its last occurrence."""
     model, prompt = tiny("llama"), [5, 9, 5, 7, 9, 31]
-    target, drafter = Target(model), RecycleDrafter()
+    target, drafter = AttentionTarget(model), RecycleDrafter()
     done = target.prefill(target.cache(1), [prompt], drafter.needs)
     first = int(done.logits_BV[0].argmax())
     request = request_of([*prompt, first])

@@ -20,7 +20,7 @@ from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
 from spectool.decode.sampling import Draws
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.errors import UnsupportedError
 
 Tiny = Callable[..., PreTrainedModel]
@@ -44,8 +44,8 @@ def random_tokens(seed: int, size: int) -> list[int]:
     return [rng.randrange(2, 320) for _ in range(size)]
 
 
-def attach(model: PreTrainedModel, **options: int) -> tuple[SkipDrafter, Target]:
-    drafter, target = SkipDrafter(SkipDrafter.Config(**options)), Target(model)
+def attach(model: PreTrainedModel, **options: int) -> tuple[SkipDrafter, AttentionTarget]:
+    drafter, target = SkipDrafter(SkipDrafter.Config(**options)), AttentionTarget(model)
     drafter.attach(target)
     return drafter, target
 
@@ -214,7 +214,7 @@ def thinned_logits(
     model: PreTrainedModel, drafter: SkipDrafter, text: list[int], tokens: list[int]
 ) -> Tensor:
     """Return the thinned model's logits after `tokens`; the whole model read the text before."""
-    past: Any = {Target(model).cache_name: DynamicCache(config=model.config)}
+    past: Any = {AttentionTarget(model).cache_name: DynamicCache(config=model.config)}
     model(torch.tensor([text]), use_cache=True, **past)
     with drafter._thinned(drafter.skipped):
         logits: Tensor = model(torch.tensor([tokens]), **past).logits[0]
@@ -388,7 +388,7 @@ def test_the_note_is_given_once(tiny: Tiny) -> None:
 def test_a_layer_without_such_blocks_is_refused_by_name(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, children: list[str], message: str
 ) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     layer = nn.Module()
     for name in children:
         layer.add_module(name, nn.Identity())

@@ -11,7 +11,7 @@ from spectool.checkpoint.headers import HEADS
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.heads.artifact import HeadsRecord
 from spectool.decode.spec import Part, open_drafter, parse_spec
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.errors import CheckpointError, UsageError
 
 
@@ -104,7 +104,9 @@ def test_hints(text: str, hint: str) -> None:
 
 def test_an_id_that_the_hub_does_not_give_is_one_line(tiny: Callable[..., PreTrainedModel]) -> None:
     with pytest.raises(CheckpointError, match="--draft nope: no directory here") as refusal:
-        open_drafter(parse_spec("nope"), target=Target(tiny("llama")), target_tokenizer=None)
+        open_drafter(
+            parse_spec("nope"), target=AttentionTarget(tiny("llama")), target_tokenizer=None
+        )
     assert "\n" not in str(refusal.value)
     assert "drafters are none, ngram" in str(refusal.value.hint)
     assert "did you mean" not in str(refusal.value.hint)
@@ -128,13 +130,13 @@ def test_a_trained_drafter_needs_its_heads() -> None:
 def test_a_checkpoint_becomes_a_draft_model(
     checkpoint: Callable[..., Path], tiny: Callable[..., PreTrainedModel]
 ) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     path = checkpoint("llama", seed=1)
     drafter = open_drafter(parse_spec(f"{path}:depth=2"), target=target, target_tokenizer=None)
     assert isinstance(drafter, DraftModelDrafter)
     assert drafter.config.depth == 2
 
 
-@pytest.mark.parametrize("name", methods.names("drafter"))
+@pytest.mark.parametrize("name", methods.list_methods("drafter"))
 def test_a_drafter_knows_its_row_in_the_table(name: str) -> None:
-    assert methods.resolve(name, "drafter").name == name
+    assert methods.import_method(name, "drafter").name == name

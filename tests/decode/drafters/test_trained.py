@@ -14,11 +14,11 @@ from transformers import LlamaConfig, PreTrainedModel
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import Heads
 from spectool.decode.heads.inpass import InPassHeads
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.features import OnlineTexts
 from spectool.distill.data.samples import Sample
 from spectool.distill.losses import compute_loss, rank_labels
-from spectool.methods import resolve, trained
+from spectool.methods import import_method, list_trainable
 from spectool.training import TrainingBatch
 
 from ...conftest import VOCAB
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ppd-ensemble": {"ensemble": 3, "num_heads": 2},
     "hidden-transfer": {"layers": "1-1-1"},
 }
-ALL = list(dict.fromkeys([*trained(), *OPTIONS]))
+ALL = list(dict.fromkeys([*list_trainable(), *OPTIONS]))
 PATHS = [(0,), (1,), (0, 0), (2,), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0), (3,), (0, 0, 1)]
 TREE = [(path, 0.6 / (1 + i)) for i, path in enumerate(PATHS)]
 # Families that run for every drafter in `make test`, and others.
@@ -39,7 +39,7 @@ MORE = ["llama-tied", "qwen3", "mistral", "opt", "gpt_neox", "phi3", "mixtral"]
 
 
 def drafter_of(name: str) -> Any:
-    return resolve(name.removesuffix("-plain").removesuffix("-ensemble"), "drafter")
+    return import_method(name.removesuffix("-plain").removesuffix("-ensemble"), "drafter")
 
 
 def make_heads(model: Any, name: str, **options: Any) -> Heads:
@@ -112,7 +112,9 @@ def test_gradients_reach_the_heads_and_nothing_else(tiny: Tiny, name: str) -> No
     options = {"shared_head": True} if name in ("medusa", "hydra", "hydra-plain", "eagle3") else {}
     heads = make_heads(model, name, **options)
     tokens = torch.randint(2, VOCAB, (2, 19), generator=torch.Generator().manual_seed(5)).tolist()
-    texts = OnlineTexts(Target(model), heads.needs, [Sample(row, [True] * 19) for row in tokens])
+    texts = OnlineTexts(
+        AttentionTarget(model), heads.needs, [Sample(row, [True] * 19) for row in tokens]
+    )
     # Extra rows pass through the target's layers, whose weights a training freezes.
     frozen = isinstance(heads, InPassHeads)
     model.requires_grad_(not frozen)
@@ -164,7 +166,9 @@ def test_a_token_changes_the_heads_after_it_and_no_head_before(tiny: Tiny, name:
     model = tiny("llama")
     heads = make_heads(model, name)
     tokens = torch.randint(2, VOCAB - 1, (20,), generator=torch.Generator().manual_seed(5)).tolist()
-    batch = OnlineTexts(Target(model), heads.needs, [Sample(tokens, [True] * 20)]).batch([[0]])
+    batch = OnlineTexts(AttentionTarget(model), heads.needs, [Sample(tokens, [True] * 20)]).batch(
+        [[0]]
+    )
     position = (torch.tensor([0]), torch.tensor([10]))
     before = list(heads.states(batch, *position))
     for drafted in range(heads.num_heads):

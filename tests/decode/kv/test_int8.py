@@ -16,8 +16,8 @@ from spectool.decode.generate import Runner
 from spectool.decode.kv.base import Columns, parse_kv
 from spectool.decode.kv.int8 import Int8Store
 from spectool.decode.options import CacheOptions
-from spectool.decode.recurrent import open_target
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.target.open import open_target
 from spectool.errors import UnsupportedError, UsageError
 
 from ..drafters import test_eagle3, test_medusa
@@ -114,7 +114,7 @@ def test_a_column_depends_on_its_token_alone(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_the_tail_is_rounded_as_committed_tokens_are(tiny: Tiny, family: str) -> None:
     """A tree's logits are those of its paths, token by token; exact keys give other ones."""
-    target, exact = Target(tiny(family), kv="int8:group=4"), Target(tiny(family))
+    target, exact = AttentionTarget(tiny(family), kv="int8:group=4"), AttentionTarget(tiny(family))
     draft = tree.trie(5, [[6, 7, 8], [6, 9], [10]], nodes=6)
     cache, dense = target.cache(1), exact.cache(1)
     target.prefill(cache, [list(range(20, 50))])

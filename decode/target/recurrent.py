@@ -9,45 +9,53 @@ prompt, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from spectool.decode.cache import BatchCache
-from spectool.decode.fit import cannot_decode, is_recurrent
+from spectool.decode.kv.base import parse_kv
 from spectool.decode.protocol import Needs
-from spectool.decode.replay import ReplayCache
-from spectool.decode.target import Pass, PrefillOutput, Target
+from spectool.decode.target import rotary
+from spectool.decode.target.base import CHUNK, Pass, Target
+from spectool.decode.target.fit import cannot_decode
+from spectool.decode.target.replay import ReplayCache
 from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
-from spectool.families import FAMILIES, family
-from spectool.kernels.registry import in_force
-
-# Tokens per pass of a prompt.
-_CHUNK = 512
+from spectool.families import family
+from spectool.kernels.registry import use_kernels
 
 _UNBOUNDED = (0.0, float("inf"))
 
 
-class RecurrentTarget(Target):
-    """A causal model with a recurrent state, as the decode loop sees it.
+class RecurrentTarget(Target[ReplayCache]):
+    """A causal model with a recurrent state.
 
-    If `takes_drafts` is false, all but the first pass is token by token, and `why_plain` says why.
+    If `takes_drafts` is false, all but the first pass is token by token.
 
     Raises:
-        UnsupportedError: a family that is not known to be correct.
+        UnsupportedError: a family that is not known to be correct, or another store than `dense`.
         UsageError: a context longer than the model's.
     """
+
+    takes_trees = False
 
     def __init__(
         self, model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
     ) -> None:
-        super().__init__(model, context=context, kv=kv)
+        parse_kv(kv)
+        config = model.config.get_text_config(decoder=True)
+        known = family(config)
+        if known.state is None:
+            raise cannot_decode(config, "its kind of recurrent state is not known")
+        if not type(model).__module__.startswith("transformers."):
+            raise cannot_decode(
+                config, "its recurrent state is known in transformers' own code alone"
+            )
+        super().__init__(model, context)
         if kv != "dense":
             raise UnsupportedError(
                 f"--kv {kv} is not for {self.name}: its state is recurrent, and transformers' own "
@@ -55,70 +63,49 @@ class RecurrentTarget(Target):
                 hint="leave out --kv",
             )
         # Its passes take the rotary factors that transformers chooses: the short ones.
-        self.context, self._original = self.span(1), None
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
+        if (original := rotary.find_original_context(config)) is not None:
+            self.context = min(original, self.context)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         limits = [getattr(module, "time_step_limit", None) for module in model.modules()]
-        known = FAMILIES[self.name]
         if known.state == "ignored":
             self.why_plain = "passes of several tokens ignore the state before them"
         elif any(limit and tuple(limit) != _UNBOUNDED for limit in limits):
             self.why_plain = "passes of several tokens bound the time steps, those of one do not"
-        self.takes_drafts, self.takes_trees = not self.why_plain, False
+        self.takes_drafts = not self.why_plain
         if known.state_in_modules:
             self.state_in_cache = False
             self.notes.append(f"{self.name}: its modules keep the state; one text after another")
 
-    def _check_fit(
-        self, model: PreTrainedModel, config: PreTrainedConfig, accepted: Mapping[str, Any]
-    ) -> None:
-        """Raise UnsupportedError for a family whose recurrent state is not known."""
-        if family(config).state is None:
-            raise cannot_decode(config, "its kind of recurrent state is not known")
-        if not type(model).__module__.startswith("transformers."):
-            raise cannot_decode(
-                config, "its recurrent state is known in transformers' own code alone"
-            )
-
-    def _choose_attention(self) -> None:
-        """Leave the attention as it is: these passes have no masks of ours."""
+    def span(self, length: int) -> int:
+        return self.context
 
     def cache(self, batch: int, context: int | None = None) -> ReplayCache:
-        """Return empty states for `batch` rows."""
         return ReplayCache(batch=batch, context=context or self.context, config=self.model.config)
 
-    @torch.inference_mode()
-    def prefill(
-        self, cache: BatchCache, tokens: Sequence[Sequence[int]], needs: Needs | None = None
-    ) -> PrefillOutput:
-        """Feed and commit tokens; rows may be empty, and have zeros as logits then."""
-        assert isinstance(cache, ReplayCache)
-        wanted = needs or Needs()
+    def _feed_prompts(
+        self, cache: ReplayCache, tokens: Sequence[Sequence[int]], needs: Needs
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         logits: dict[int, Tensor] = {}
         features: list[dict[str, Tensor]] = [{} for _ in tokens]
-        captured = replace(wanted, final=wanted.final or wanted.top > 0)
         for row, fresh in enumerate(tokens):
             if fresh:
-                logits_1V, features[row] = self._run_pass(
-                    cache, row, fresh, captured, 1, certain=True
-                )
+                logits_1V, features[row] = self._run_pass(cache, row, fresh, needs, 1, certain=True)
                 logits[row] = logits_1V[-1]
         assert logits, "nothing to feed"
         zeros_V = torch.zeros_like(next(iter(logits.values())))
         logits_BV = torch.stack([logits.get(row, zeros_V) for row in range(len(tokens))])
         cache.commit(tokens, [range(len(fresh)) for fresh in tokens])
-        return self._prefill_output(logits_BV, features, wanted)
+        return logits_BV, features
 
     @torch.inference_mode()
     def verify(
-        self, cache: BatchCache, drafts: Sequence[Draft], needs: Needs | None = None
+        self, cache: ReplayCache, drafts: Sequence[Draft], needs: Needs | None = None
     ) -> Pass:
         """Feed every request's chain without committing. Logits past a row's end are undefined.
 
         Raises:
             UnsupportedError: a draft that branches, or is more than the root where `why_plain`.
         """
-        assert isinstance(cache, ReplayCache)
         outputs = []
         for row, draft in enumerate(drafts):
             if not draft.is_chain or (self.why_plain and len(draft) > 1):
@@ -139,11 +126,6 @@ class RecurrentTarget(Target):
         return Pass(logits_BNV, features)
 
     def grow(self, *args: Any, **kwargs: Any) -> Pass:
-        """Refuse a drafter's own pass.
-
-        Raises:
-            UnsupportedError: always; the state would have to go back.
-        """
         raise UnsupportedError(f"{self.name}: a recurrent state takes no passes of a drafter's own")
 
     def _run_pass(
@@ -173,7 +155,7 @@ class RecurrentTarget(Target):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Feed tokens from position `begin` on; return the last logits, and the features of all."""
         # Where passes of several tokens are wrong, only the first pass may have several.
-        size = _CHUNK if self.takes_drafts else 1 if begin else len(fed)
+        size = CHUNK if self.takes_drafts else 1 if begin else len(fed)
         logits, captured = [], []
         for start in range(0, len(fed), size):
             piece = fed[start : start + size]
@@ -186,15 +168,9 @@ class RecurrentTarget(Target):
             if self._keeps_logits:
                 options["logits_to_keep"] = kept
             ids = torch.tensor([piece], device=self.device)
-            with self.capture_features(needs) as features, in_force():
+            with self.capture_features(needs) as features, use_kernels():
                 output = self.model(input_ids=ids, use_cache=True, **options)
             logits.append(output.logits[0, -kept:])
             captured.append(features)
         whole = {name: torch.cat([piece[name][0] for piece in captured]) for name in captured[0]}
         return torch.cat(logits)[-num_logits:], whole
-
-
-def open_target(model: PreTrainedModel, *, context: int | None = None, kv: str = "dense") -> Target:
-    """Open a model as a `Target`, or as a `RecurrentTarget` if it has a recurrent state."""
-    recurrent = is_recurrent(model, model.config.get_text_config(decoder=True))
-    return (RecurrentTarget if recurrent else Target)(model, context=context, kv=kv)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from spectool.decode.generate import Runner
 from spectool.errors import UsageError
 
-from ..conftest import VOCAB, make_model
+from ...conftest import VOCAB, make_model
 
 ORIGINAL = 32
 LONGROPE = {

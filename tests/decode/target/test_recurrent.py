@@ -11,20 +11,22 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from spectool.decode import recurrent, tree
+from spectool.decode import tree
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.drafters.medusa import MedusaDrafter, MedusaHeads
 from spectool.decode.generate import Runner
 from spectool.decode.policy import chain as chains
 from spectool.decode.policy.curve import measure
 from spectool.decode.protocol import Needs
-from spectool.decode.recurrent import RecurrentTarget, open_target
-from spectool.decode.target import Target
+from spectool.decode.target import recurrent
+from spectool.decode.target.attention import AttentionTarget
+from spectool.decode.target.open import open_target
+from spectool.decode.target.recurrent import RecurrentTarget
 from spectool.distill.teacher import read_features
 from spectool.errors import UnsupportedError, UsageError
 from spectool.families import families
 
-from ..conftest import RECURRENT, make_model
+from ...conftest import RECURRENT, make_model
 
 Tiny = Callable[..., PreTrainedModel]
 # In transformers 5.23 these two clamp time steps in passes of several tokens only.
@@ -281,7 +283,7 @@ def test_prompts_in_chunks(tiny: Tiny, family: str, monkeypatch: Any, prompt_of:
         logits = lm_head(torch.stack([row["final"][-1] for row in expected.features]))
     # Some models scale their logits.
     assert torch.equal(logits.argmax(-1), expected.logits_BV.argmax(-1))
-    monkeypatch.setattr(recurrent, "_CHUNK", 7)
+    monkeypatch.setattr(recurrent, "CHUNK", 7)
     done = target.prefill(target.cache(3), prompts, needs)
     torch.testing.assert_close(done.logits_BV, expected.logits_BV, atol=1e-4, rtol=1e-4)
     for row, prompt in enumerate(prompts):
@@ -372,7 +374,7 @@ def test_what_stays_refused(tiny: Tiny) -> None:
             Runner(model, draft=spec)
     message = "mamba2 can neither be a draft model nor have heads trained for it: .* cannot go back"
     with pytest.raises(UnsupportedError, match=message):
-        DraftModelDrafter(model, target=Target(tiny("llama")))
+        DraftModelDrafter(model, target=AttentionTarget(tiny("llama")))
     target = open_target(model)
     with pytest.raises(UnsupportedError, match=r"mamba2.* takes chains only"):
         target.verify(target.cache(1), [tree.trie(3, [[4], [5]], nodes=4)])
@@ -385,4 +387,4 @@ def test_what_stays_refused(tiny: Tiny) -> None:
     other.__class__ = type("Own", (type(other),), {"__module__": "elsewhere"})
     with pytest.raises(UnsupportedError, match="transformers' own code alone"):
         open_target(other)
-    assert type(open_target(tiny("llama"))) is Target
+    assert type(open_target(tiny("llama"))) is AttentionTarget

@@ -6,7 +6,7 @@ name, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Container
+import inspect
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,38 +15,36 @@ from spectool.decode.cache import cache_argument
 from spectool.errors import UnsupportedError
 from spectool.families import family
 from spectool.model.causal import why_not_causal
-from spectool.model.decoder import decoder_of
+from spectool.model.decoder import find_decoder
 
 # Arguments that a forward must take besides a cache.
 _NEEDED = ("position_ids", "attention_mask")
 
 
-def check_fit(model: PreTrainedModel, config: PreTrainedConfig, accepted: Container[str]) -> None:
+def check_fit(model: PreTrainedModel) -> None:
     """Check that tree passes can be correct with a model.
-
-    `config` is that of the text model, `accepted` are the parameters of the model's forward.
 
     Raises:
         UnsupportedError: they cannot.
     """
-    if is_recurrent(model, config):
+    config = model.config.get_text_config(decoder=True)
+    if is_recurrent(model):
         # Decoding such a model works nevertheless: see `recurrent.py`.
         raise UnsupportedError(
             f"{config.model_type} can neither be a draft model nor have heads trained for it: its "
             "recurrent state cannot go back to an earlier token"
         )
-    if (reason := _why_unfit(model, config, accepted)) is not None:
+    if (reason := _why_unfit(model, config)) is not None:
         raise cannot_decode(config, reason)
 
 
-def _why_unfit(
-    model: PreTrainedModel, config: PreTrainedConfig, accepted: Container[str]
-) -> str | None:
+def _why_unfit(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     """Explain why tree passes cannot be correct; None if they can."""
+    accepted = inspect.signature(model.forward).parameters
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if is_encoder_decoder(model.config):
         return "it is an encoder-decoder"
-    modules = (decoder_of(model) or model).modules()
+    modules = (find_decoder(model) or model).modules()
     if (reason := why_not_causal(config, modules)) is not None:
         return f"it is no causal model: {reason}"
     if (reason := family(config).no_trees) is not None:
@@ -74,8 +72,9 @@ def cannot_decode(config: PreTrainedConfig, reason: str) -> UnsupportedError:
     return UnsupportedError(f"{config.model_type} cannot be decoded by spectool: {reason}")
 
 
-def is_recurrent(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
+def is_recurrent(model: PreTrainedModel) -> bool:
     """Return whether a layer has a state that cannot go back to an earlier token."""
+    config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ())
     recurrent = {"linear_attention", "mamba", "conv", "recurrent", "hybrid", "hybrid_sliding"}
     return bool(model._is_stateful or kinds & recurrent)

@@ -17,6 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from spectool.errors import UsageError
+
+# The context of models that know no longest one.
+_UNBOUNDED = 1 << 20
+
 
 @contextmanager
 def use_long_factors(
@@ -41,11 +46,22 @@ def use_long_factors(
             handle.remove()
 
 
-def longest_context(config: PreTrainedConfig) -> int | None:
-    """Return the number of tokens that the model's positions are correct for, if known."""
+def choose_context(config: PreTrainedConfig, asked: int | None) -> int:
+    """Return the context asked for, else the model's.
+
+    Raises:
+        UsageError: it is longer than the model's positions are correct for.
+    """
     limit: int | None = getattr(config, "max_position_embeddings", None)
-    originals = _list_original_contexts(config, "dynamic")
-    return min([limit, *originals]) if limit else limit
+    if limit is None:
+        return asked if asked is not None else _UNBOUNDED
+    limit = min([limit, *_list_original_contexts(config, "dynamic")])
+    if asked is not None and asked > limit:
+        raise UsageError(
+            f"--context {asked}: {config.model_type} holds at most {limit} tokens",
+            hint=explain_context(config),
+        )
+    return asked if asked is not None else limit
 
 
 def _list_original_contexts(config: PreTrainedConfig, kind: str) -> list[int]:

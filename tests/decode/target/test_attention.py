@@ -12,10 +12,10 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from spectool.decode import target as target_module
 from spectool.decode import tree
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target import attention
+from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.teacher import TextCache, read_features
 from spectool.errors import UnsupportedError, UsageError
 
@@ -46,14 +46,14 @@ def test_a_window_that_is_no_number_is_refused(tiny: Tiny) -> None:
     model = copy.deepcopy(tiny("llama"))
     model.config.sliding_window = "16"
     with pytest.raises(UnsupportedError, match="its sliding_window is '16', expected a whole"):
-        Target(model)
+        AttentionTarget(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_node_sees_its_own_path(tiny: Tiny, family: str) -> None:
     """Two rows of unequal length, one past the window of 16; trees of unequal size."""
     model = tiny(family)
-    target = Target(model)
+    target = AttentionTarget(model)
     cache = target.cache(2)
     noise = random.Random(1)
     prompts = [[noise.randrange(2, 320) for _ in range(size)] for size in (21, 6)]
@@ -75,9 +75,9 @@ def test_every_node_sees_its_own_path(tiny: Tiny, family: str) -> None:
 def test_prompts_in_chunks(
     tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch, prompt_of: Callable[..., list[int]]
 ) -> None:
-    monkeypatch.setattr(target_module, "_CHUNK", 7)
+    monkeypatch.setattr(attention, "CHUNK", 7)
     model = tiny(family)
-    target = Target(model)
+    target = AttentionTarget(model)
     prompts = [prompt_of(size, seed=size) for size in (23, 1, 14)]
     cache = target.cache(3)
     done = target.prefill(cache, prompts, Needs(layers=(0, -1), final=True))
@@ -101,8 +101,8 @@ def test_only_the_last_row_of_a_prompt_gets_logits(
     widths = []
     lm_head = model.get_output_embeddings()
     handle = lm_head.register_forward_hook(lambda m, i, output: widths.append(output.shape[1]))
-    target = Target(model)
-    monkeypatch.setattr(target_module, "_CHUNK", 8)
+    target = AttentionTarget(model)
+    monkeypatch.setattr(attention, "CHUNK", 8)
     target.prefill(target.cache(1), [list(range(2, 22))])
     handle.remove()
     assert widths == [1, 1, 1]
@@ -110,7 +110,7 @@ def test_only_the_last_row_of_a_prompt_gets_logits(
 
 def test_no_hooks_stay(tiny: Tiny) -> None:
     model = tiny("llama")
-    target = Target(model)
+    target = AttentionTarget(model)
     # transformers registers some hooks itself.
     before = [len(module._forward_hooks) for module in model.modules()]
     target.prefill(target.cache(1), [[3, 4]], Needs(layers=(1,), final=True))
@@ -119,7 +119,7 @@ def test_no_hooks_stay(tiny: Tiny) -> None:
 
 def test_features_of_tree_nodes(tiny: Tiny) -> None:
     model = tiny("llama")
-    target = Target(model)
+    target = AttentionTarget(model)
     cache = target.cache(1)
     target.prefill(cache, [[3, 4]])
     done = target.verify(cache, [tree.trie(5, [[6], [7]], nodes=4)], Needs(final=True))
@@ -151,7 +151,7 @@ def test_the_cache_goes_by_the_name_that_the_forward_gives_it(
     llama, prompt = tiny("llama"), prompt_of(9)
     model: Any = kind(llama.config).eval()
     model.load_state_dict(llama.state_dict())
-    target = Target(model)
+    target = AttentionTarget(model)
     assert target.cache_name == name
     cache = target.cache(1)
     target.prefill(cache, [prompt])
@@ -204,30 +204,30 @@ def test_models_that_trees_cannot_be_right_for(
     name: str, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=rf"cannot be decoded by spectool: .*{reason}"):
-        Target(small(name, **options))
+        AttentionTarget(small(name, **options))
 
 
 def test_flash_attention_is_left_for_one_that_takes_masks(tiny: Tiny) -> None:
     model = copy.deepcopy(tiny("llama"))
-    assert Target(model).notes == []
+    assert AttentionTarget(model).notes == []
     model.config._attn_implementation_internal = "flash_attention_2"
-    target = Target(model)
+    target = AttentionTarget(model)
     assert model.config._attn_implementation == "sdpa"
     assert target.notes == ["attention flash_attention_2 takes no tree mask; using sdpa"]
 
 
 def test_context_is_the_models_or_less(tiny: Tiny) -> None:
     model = tiny("gpt2")
-    assert Target(model).context == 256
-    assert Target(model, context=40).context == 40
+    assert AttentionTarget(model).context == 256
+    assert AttentionTarget(model, context=40).context == 40
     with pytest.raises(UsageError, match="--context 300: gpt2 holds at most 256"):
-        Target(model, context=300)
+        AttentionTarget(model, context=300)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_of_one_row_are_read_as_if_alone(tiny: Tiny, family: str) -> None:
     """Three texts and two, the longest past the window of 16; padding at the end."""
-    target = Target(tiny(family))
+    target = AttentionTarget(tiny(family))
     noise = random.Random(2)
     rows = [
         [[noise.randrange(2, 320) for _ in range(size)] for size in sizes]

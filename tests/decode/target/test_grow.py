@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
 from spectool.decode.protocol import Needs
-from spectool.decode.target import Target
+from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft
 
 Tiny = Callable[..., PreTrainedModel]
@@ -38,14 +38,14 @@ def random_tree(seed: int) -> Draft:
     return Draft(noise_of(seed, len(parents)), parents, ["deterministic"] * len(parents))
 
 
-def prefilled(target: Target, prompts: list[list[int]]) -> TreeCache:
+def prefilled(target: AttentionTarget, prompts: list[list[int]]) -> TreeCache:
     cache = target.cache(len(prompts))
     target.prefill(cache, prompts)
     return cache
 
 
 def grow_by_levels(
-    target: Target, cache: TreeCache, drafts: list[Draft], seen: list[int] | None = None
+    target: AttentionTarget, cache: TreeCache, drafts: list[Draft], seen: list[int] | None = None
 ) -> Tensor:
     """Return the logits of all nodes, [B, N, V], from one pass per level."""
     passes, fed = [], 0
@@ -87,7 +87,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("sizes", [(40,), (21, 6, 14, 1)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_level_by_level_is_all_at_once(tiny: Tiny, family: str, sizes: tuple[int, ...]) -> None:
-    target = Target(tiny(family))
+    target = AttentionTarget(tiny(family))
     prompts = [noise_of(size, size) for size in sizes]
     drafts = [random_tree(seed) for seed in range(len(sizes))]
     whole, cache = prefilled(target, prompts), prefilled(target, prompts)
@@ -105,7 +105,7 @@ def test_level_by_level_is_all_at_once(tiny: Tiny, family: str, sizes: tuple[int
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_grown_path_can_be_committed(tiny: Tiny, family: str) -> None:
     """Later logits are those after the committed text."""
-    target, prompt, draft = Target(tiny(family)), noise_of(0, 23), random_tree(5)
+    target, prompt, draft = AttentionTarget(tiny(family)), noise_of(0, 23), random_tree(5)
     cache = prefilled(target, [prompt])
     grow_by_levels(target, cache, [draft])
     path = draft.path(len(draft) - 1)
@@ -119,7 +119,7 @@ def test_a_grown_path_can_be_committed(tiny: Tiny, family: str) -> None:
 
 def test_trees_of_a_forest_do_not_see_each_other(tiny: Tiny) -> None:
     """A node that is its own parent stands right after the committed tokens."""
-    target, prompt = Target(tiny("gemma3")), noise_of(0, 20)
+    target, prompt = AttentionTarget(tiny("gemma3")), noise_of(0, 20)
     cache = prefilled(target, [prompt])
     tokens, parents = [5, 6, 7, 8, 9], [0, 1, 0, 1, 3]
     target.grow(cache, [tokens[:2]], [parents[:2]])
@@ -136,7 +136,7 @@ def test_rows_see_only_as_much_of_their_cache_as_asked(
     tiny: Tiny, family: str, seen: tuple[int, ...]
 ) -> None:
     """As if the cache held no more: tokens, positions and windows."""
-    target = Target(tiny(family))
+    target = AttentionTarget(tiny(family))
     prompts = [noise_of(1, 40), noise_of(2, 31)]
     drafts = [random_tree(3), random_tree(4)]
     cache = prefilled(target, prompts)
@@ -153,7 +153,7 @@ def test_rows_see_only_as_much_of_their_cache_as_asked(
 
 
 def test_a_row_that_sees_nothing_is_an_empty_one(tiny: Tiny) -> None:
-    target = Target(tiny("llama"))
+    target = AttentionTarget(tiny("llama"))
     cache = prefilled(target, [noise_of(1, 12), noise_of(2, 5)])
     chain = [3, 4, 5]
     found = target.grow(cache, [chain] * 2, [[0, 0, 1]] * 2, seen=[0, 5]).logits_BNV
@@ -163,7 +163,7 @@ def test_a_row_that_sees_nothing_is_an_empty_one(tiny: Tiny) -> None:
 
 
 def test_features_are_those_of_the_new_nodes(tiny: Tiny) -> None:
-    target, prompt, draft = Target(tiny("llama")), noise_of(0, 9), random_tree(2)
+    target, prompt, draft = AttentionTarget(tiny("llama")), noise_of(0, 9), random_tree(2)
     needs = Needs(layers=(0, -1), final=True)
     expected = target.verify(prefilled(target, [prompt]), [draft], needs).features
     cache, parents = prefilled(target, [prompt]), [[0, *draft.parents[1:]]]
@@ -176,7 +176,7 @@ def test_features_are_those_of_the_new_nodes(tiny: Tiny) -> None:
 
 def test_a_tail_outgrows_the_buffers(tiny: Tiny) -> None:
     """The columns of earlier passes of the tree are kept when the buffers grow."""
-    target, prompt = Target(tiny("llama")), noise_of(0, 40)
+    target, prompt = AttentionTarget(tiny("llama")), noise_of(0, 40)
     chain = tree.chain(noise_of(1, 80), kind="deterministic")
     expected = target.verify(prefilled(target, [prompt]), [chain]).logits_BNV
     cache, parents = prefilled(target, [prompt]), [0, *chain.parents[1:]]

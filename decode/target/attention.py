@@ -1,0 +1,269 @@
+"""Targets with attention alone: trees by mask, positions and cache.
+
+Positions are committed length + depth; masks are those of `masks.py`. Suffixes: B batch, N nodes,
+S columns of the cache (committed and tail), T nodes in the tail or tokens of a prompt, V
+vocabulary, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectool.decode import tree
+from spectool.decode.cache import TreeCache
+from spectool.decode.kv.base import parse_kv
+from spectool.decode.protocol import Inject, Needs
+from spectool.decode.target import rotary
+from spectool.decode.target.base import CHUNK, Pass, Target
+from spectool.decode.target.fit import check_fit
+from spectool.decode.target.masks import list_windows, tree_mask
+from spectool.decode.tree import Draft
+from spectool.kernels.registry import use_kernels
+
+
+class AttentionTarget(Target[TreeCache]):
+    """A causal model whose layers keep keys and values of every token, in the store `kv`.
+
+    Raises:
+        UnsupportedError: an architecture for which tree passes cannot be correct.
+        UsageError: a context longer than the model's.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, context: int | None = None, kv: str = "dense"
+    ) -> None:
+        self.kv, self._make_store = kv, parse_kv(kv)
+        check_fit(model)
+        super().__init__(model, context)
+        config = model.config.get_text_config(decoder=True)
+        self.windows = list_windows(config)
+        self._original = rotary.find_original_context(config)
+        self._rotaries = rotary.list_longrope_modules(model)
+        if self._original is not None:
+            self.notes.append(
+                f"texts of up to {self._original} tokens, new ones included, run with the short "
+                "rotary factors, longer ones with the long factors throughout"
+            )
+        self._choose_attention()
+
+    def span(self, length: int) -> int:
+        # A text keeps to one of longrope's two sets of factors, each with its own context: keys
+        # cached with the short factors are wrong under the long ones.
+        if self._original is None or length > self._original:
+            return self.context
+        return min(self._original, self.context)
+
+    def cache(self, batch: int, context: int | None = None) -> TreeCache:
+        return TreeCache(
+            batch=batch,
+            num_layers=self.num_layers,
+            context=context or self.context,
+            make_store=self._make_store,
+        )
+
+    def _feed_prompts(
+        self, cache: TreeCache, tokens: Sequence[Sequence[int]], needs: Needs
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Feed and commit tokens in chunks."""
+        logits_BV: Tensor | None = None
+        collected: list[list[dict[str, Tensor]]] = [[] for _ in tokens]
+        for start in range(0, max(map(len, tokens)), CHUNK):
+            parts = [list(row[start : start + CHUNK]) for row in tokens]
+            num_nodes = max(map(len, parts))
+            ends = {
+                row: len(part) - 1
+                for row, part in enumerate(parts)
+                if part and start + len(part) == len(tokens[row])
+            }
+            kept = sorted(set(ends.values())) or [num_nodes - 1]
+            visible_NN = torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril()
+            done = self._forward(
+                cache,
+                [part + [0] * (num_nodes - len(part)) for part in parts],
+                torch.arange(num_nodes).expand(len(parts), -1),
+                visible_NN.expand(len(parts), -1, -1),
+                needs,
+                kept=kept,
+            )
+            cache.commit(parts, [range(len(part)) for part in parts])
+            if logits_BV is None:
+                logits_BV = done.logits_BNV.new_zeros(len(parts), done.logits_BNV.shape[-1])
+            for row, end in ends.items():
+                logits_BV[row] = done.logits_BNV[row, kept.index(end)]
+            for row, part in enumerate(parts):
+                collected[row].append({k: v[row, : len(part)] for k, v in done.features.items()})
+        assert logits_BV is not None, "nothing to feed"
+        features = [
+            {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            for pieces in collected
+        ]
+        return logits_BV, features
+
+    @torch.inference_mode()
+    def verify(self, cache: TreeCache, drafts: Sequence[Draft], needs: Needs | None = None) -> Pass:
+        # Smaller trees are padded with nodes that see only themselves.
+        num_rows = max(draft.num_rows for draft in drafts)
+        tokens, parents, slots, owners = [], [], [], []
+        for draft in drafts:
+            num_nodes = len(draft)
+            padding = range(draft.num_rows, num_rows)
+            tokens.append(draft.tokens + [0] * (num_rows - num_nodes))
+            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.extra_rows), *padding]
+            parents.append(above)
+            slots.append([-1] * num_nodes + [slot for _, slot in draft.extra_rows])
+            slots[-1] += [-1] * len(padding)
+            owner = list(range(num_rows))
+            for row in range(num_nodes, draft.num_rows):
+                owner[row] = owner[above[row]]
+            owners.append(owner)
+        extra = None
+        if any(draft.extra_rows for draft in drafts):
+            extra = (torch.tensor(slots, device=self.device), torch.tensor(owners).to(self.device))
+        depths_BN, visible_BNN = _describe_trees(parents)
+        return self._forward(cache, tokens, depths_BN, visible_BNN, needs or Needs(), extra=extra)
+
+    @torch.inference_mode()
+    def grow(
+        self,
+        cache: TreeCache,
+        tokens: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[int]],
+        *,
+        fed: int = 0,
+        seen: Sequence[int] | None = None,
+        needs: Needs | None = None,
+    ) -> Pass:
+        depths_BT, visible_BTT = _describe_trees(parents)
+        new, visible_BNT = [list(row[fed:]) for row in tokens], visible_BTT[:, fed:]
+        return self._forward(cache, new, depths_BT, visible_BNT, needs or Needs(), seen=seen)
+
+    def _forward(
+        self,
+        cache: TreeCache,
+        tokens: list[list[int]],
+        depths_BT: Tensor,
+        visible_BNT: Tensor,
+        needs: Needs,
+        *,
+        kept: list[int] | None = None,
+        seen: Sequence[int] | None = None,
+        extra: tuple[Tensor, Tensor] | None = None,
+    ) -> Pass:
+        """Call the model for the last N of the tail's T nodes; only the nodes `kept` get logits.
+
+        Depths and visibility are on the host. `extra` are slots and owners [B, N] for
+        `Needs.inject`.
+        """
+        lengths = cache.lengths
+        seen = seen or lengths
+        num_nodes, num_tail = visible_BNT.shape[1:]
+        # Padding must not reach positions that the model does not have: learned tables end there.
+        positions_BT = (torch.tensor(seen)[:, None] + depths_BT).clamp_(max=cache.context - 1)
+        cache.open(positions_BT, num_nodes, self.device)
+        options: dict[str, Any] = {self.cache_name: cache.model_cache}
+        if kept is not None and self._keeps_logits:
+            last = kept == [num_nodes - 1]
+            options["logits_to_keep"] = 1 if last else torch.tensor(kept, device=self.device)
+        keys_BS = cache.positions_BS[:, : cache.width]
+        masks = self.masks(lengths, keys_BS, visible_BNT.to(self.device), seen)
+        with (
+            self.capture_features(needs) as features,
+            self.inject_states(needs.inject, extra),
+            rotary.use_long_factors(self._rotaries, self._original, cache.context),
+            use_kernels(),
+        ):
+            output = self.model(
+                input_ids=torch.tensor(tokens, device=self.device),
+                attention_mask=masks,
+                position_ids=positions_BT[:, num_tail - num_nodes :].to(self.device),
+                use_cache=True,
+                **options,
+            )
+        if self.kv_bytes_per_token is None:
+            self.kv_bytes_per_token = cache.token_bytes
+        logits_BNV = output.logits
+        if kept is not None and not self._keeps_logits:
+            logits_BNV = logits_BNV[:, kept]
+        return Pass(logits_BNV, features)
+
+    def masks(
+        self,
+        lengths: Sequence[int],
+        positions_BS: Tensor,
+        visible_BNT: Tensor,
+        seen: Sequence[int] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the mask of a pass; if layers differ, one for each kind of layer."""
+        masks = {
+            kind: tree_mask(
+                lengths, positions_BS, visible_BNT, self.dtype, seen=seen, window=window
+            )
+            for kind, window in self.windows.items()
+        }
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    @contextmanager
+    def inject_states(
+        self, inject: Mapping[int, Inject], extra: tuple[Tensor, Tensor] | None
+    ) -> Iterator[None]:
+        """During one pass, replace the hidden states of extra rows at the inputs of layers."""
+        with ExitStack() as hooks:
+            for index, put in inject.items():
+                if extra is None:
+                    continue
+                if index < 0:
+                    embedding = self.model.get_input_embeddings()
+                    hook = embedding.register_forward_hook(_output_hook(put, *extra))
+                else:
+                    before, layer = _input_hook(put, *extra), self.layers()[index]
+                    hook = layer.register_forward_pre_hook(before, with_kwargs=True)
+                hooks.enter_context(hook)
+            yield
+
+    def _choose_attention(self) -> None:
+        """Replace an attention that takes no 4-D mask (flash, flex), and add a note."""
+        given = self.model.config._attn_implementation
+        if given in ("sdpa", "eager"):
+            return
+        try:
+            self.model.set_attn_implementation("sdpa")
+        except ValueError:
+            self.model.set_attn_implementation("eager")
+        chosen = self.model.config._attn_implementation
+        self.notes.append(f"attention {given} takes no tree mask; using {chosen}")
+
+
+def _describe_trees(parents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return the depths [B, N] of nodes, and which nodes of their tree they see [B, N, N]."""
+    depths: list[list[int]] = []
+    for row in parents:
+        found: list[int] = []
+        for node, parent in enumerate(row):
+            found.append(0 if parent == node else found[parent] + 1)
+        depths.append(found)
+    deepest = max(map(max, depths))
+    return torch.tensor(depths), tree.ancestor_mask(torch.tensor(parents), deepest)
+
+
+def _output_hook(put: Inject, slots_BN: Tensor, owners_BN: Tensor) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return put(output, slots_BN, owners_BN)
+
+    return hook
+
+
+def _input_hook(put: Inject, slots_BN: Tensor, owners_BN: Tensor) -> Any:
+    def hook(module: nn.Module, inputs: Any, options: Any) -> Any:
+        if inputs:
+            return (put(inputs[0], slots_BN, owners_BN), *inputs[1:]), options
+        return inputs, options | {
+            "hidden_states": put(options["hidden_states"], slots_BN, owners_BN)
+        }
+
+    return hook
