@@ -75,6 +75,7 @@ class WeightsReport:
     """Result of a training: held-out metrics before it and of the weights that were written."""
 
     plan: WeightsPlan
+    steps: int
     initial: Metrics
     best: Metrics
     seconds: float
@@ -148,6 +149,7 @@ def train_weights(
     assert history.best is not None
     return WeightsReport(
         plan=plan,
+        steps=objective.recipe.steps,
         initial=history.evaluations[0],
         best=history.best,
         seconds=time.monotonic() - began,

@@ -144,13 +144,13 @@ class WeightObjective(Objective):
     def losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
         """Return the means over the tokens in the loss of -log p and, with a teacher, of the KL."""
         tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(samples))
-        logits_BLV = _read_logits(self.module, tokens_BL)
+        logits_BLV = read_logits(self.module, tokens_BL)
         labels_BL = tokens_BL[:, 1:].masked_fill(~loss_mask_BL[:, 1:], -100)
         nats = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten())
         if self.task.teacher is None:
             return nats, None
         with torch.no_grad():
-            teacher_BLV = _read_logits(self.task.teacher, tokens_BL)
+            teacher_BLV = read_logits(self.task.teacher, tokens_BL)
         # Models of one tokenizer may pad its vocabulary differently.
         size = min(teacher_BLV.shape[-1], logits_BLV.shape[-1])
         teacher_RV, logits_RV = (
@@ -169,7 +169,7 @@ def make_recipe(steps: int, warmup: float = 0.1) -> Recipe:
     return Recipe(steps=steps, warmup=warmup, every=max(1, math.ceil(steps / _NUM_EVALUATIONS)))
 
 
-def _read_logits(model: Any, tokens_BL: Tensor) -> Tensor:
+def read_logits(model: Any, tokens_BL: Tensor) -> Tensor:
     """Return the logits [B, L - 1, V] after each token but the last, in float32."""
     logits: Tensor = model(input_ids=tokens_BL, use_cache=False).logits[:, :-1].float()
     return logits

@@ -39,6 +39,7 @@ from spectool import options
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.decode.generate import Runner, loop_start
 from spectool.decode.target.attention import AttentionTarget
+from spectool.distill.data.samples import pad
 from spectool.distill.data.texts import GroupWriter
 from spectool.distill.data.trajectories import (
     Block,
@@ -49,7 +50,12 @@ from spectool.distill.data.trajectories import (
     list_prompts,
 )
 from spectool.distill.objective import seeded
-from spectool.distill.objectives.base import WeightObjective, WeightTask, make_recipe
+from spectool.distill.objectives.base import (
+    WeightObjective,
+    WeightTask,
+    make_recipe,
+    read_logits,
+)
 from spectool.distill.processes import ALONE
 from spectool.distill.weights import FullWeights, LowRankUpdates
 from spectool.errors import TextError, UsageError
@@ -143,6 +149,7 @@ class Consistency(WeightObjective):
         """
         model, config, texts = self.task.model, self.config, self.task.texts
         self.first_perplexity: float = super().evaluate()["perplexity"]
+        self.first_likeliest = self._likeliest()
         self._runner = runner = Runner(model)
         stored = GroupWriter(writer, ALONE, reporter, as_tensors, as_trajectories)
         collected = stored(
@@ -197,11 +204,15 @@ class Consistency(WeightObjective):
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
-        """Return held-out perplexity and Jacobi tokens per forward, which is the score.
+        """Return held-out metrics; the score is Jacobi decoding's `tokens_per_forward`.
 
-        The score is negative where the perplexity rose beyond the limit.
+        `agreement` is the share of held-out tokens after which the likeliest token is that of the
+        model before training. The score is negative where the perplexity rose beyond the limit.
         """
         metrics = super().evaluate()
+        pairs = zip(self._likeliest(), self.first_likeliest, strict=True)
+        same = torch.cat([now_R == first_R for now_R, first_R in pairs])
+        metrics["agreement"] = same.double().mean().item()
         metrics["tokens_per_forward"] = self._measure()
         rose = metrics["perplexity"] / self.first_perplexity - 1
         within = rose <= self.config.loss_limit
@@ -248,6 +259,17 @@ class Consistency(WeightObjective):
             return nats.new_zeros(()), nats
         divergence = F.kl_div(student_RV, teacher_RV, reduction="batchmean", log_target=True)
         return divergence, nats
+
+    @torch.no_grad()
+    def _likeliest(self) -> list[Tensor]:
+        """Return the likeliest ids [R] in place of the held-out tokens in the loss, by batch."""
+        self.module.eval()
+        likeliest = []
+        for samples in self.task.texts.held_out:
+            tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(samples))
+            best_BL = read_logits(self.module, tokens_BL).argmax(-1)
+            likeliest.append(best_BL[loss_mask_BL[:, 1:]])
+        return likeliest
 
     def _measure(self) -> float:
         """Return tokens per forward of Jacobi decoding after the held-out prompts, up to loops."""
