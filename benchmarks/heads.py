@@ -36,14 +36,15 @@ from decode import WIDTHS, write_prompts
 from spectool.checkpoint import checksums
 from spectool.checkpoint.headers import HEADS, HEADS_FILE
 from spectool.checkpoint.tensors import open_checkpoint
-from spectool.decode.generate import Result, Runner, loop_start
+from spectool.decode.generate import Runner
 from spectool.decode.heads.artifact import lineage, read_record
 from spectool.decode.policy.chain import FirstPath
 from spectool.decode.protocol import Drafter
+from spectool.decode.result import Result, loop_start
 from spectool.distill.data.regenerate import regenerate
 from spectool.distill.data.samples import read_samples
 from spectool.methods import import_method
-from spectool.model.architecture import build_meta, read_config
+from spectool.model.meta import build_meta, read_config
 
 # Options that were the best of a few in short trials.
 METHODS: dict[str, tuple[str, ...]] = {

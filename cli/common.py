@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from spectool.data.text import Prompt
-    from spectool.decode.generate import Result, Runner
+    from spectool.decode.generate import Runner
     from spectool.decode.options import RunnerOptions
+    from spectool.decode.result import Result
     from spectool.options import Config
     from spectool.shared_options import TextOptions
 

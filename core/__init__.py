@@ -17,8 +17,9 @@ from spectool.version import __version__
 if TYPE_CHECKING:
     # For editors and type checkers; `__getattr__` does the same at run time.
     from spectool.decode.adapter import drafting
-    from spectool.decode.generate import Result, Runner, generate
+    from spectool.decode.generate import Runner, generate
     from spectool.decode.options import SamplingParams
+    from spectool.decode.result import Result
     from spectool.model.loading import load
     from spectool.quantize import quantize
 
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Result": "spectool.decode.generate",
+    "Result": "spectool.decode.result",
     "Runner": "spectool.decode.generate",
     "SamplingParams": "spectool.decode.options",
     "drafting": "spectool.decode.adapter",

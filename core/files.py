@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spectool.errors import InputError, SpectoolError
+from spectool.errors import CheckpointError, InputError, SpectoolError
 
 # Answers of the operating system about a path that cannot be written, whatever the data.
 _NOT_WRITABLE = (
@@ -43,6 +43,17 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in _NOT_WRITABLE:
             raise InputError(f"{path}: cannot be written: {reason}") from error
         raise SpectoolError(f"{path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses inside the block into a CheckpointError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -92,12 +103,7 @@ def read_cache(name: str) -> dict[str, Any]:
 
 
 def write_cache(name: str, value: dict[str, Any]) -> None:
-    """Write a JSON object to a file of the cache folder.
-
-    Raises:
-        InputError: the folder cannot be written.
-        SpectoolError: the disk is full, or failed.
-    """
+    """Write a JSON object to a file of the cache folder."""
     path = cache_folder() / name
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -369,10 +369,6 @@ def get_method(name: str, kind: Kind) -> Method:
 
 
 def import_method(name: str, kind: Kind) -> Any:
-    """Import a method's class, or a verifier's function.
-
-    Raises:
-        UsageError: see `get_method`.
-    """
+    """Import a method's class, or a verifier's function."""
     module, _, attribute = get_method(name, kind).target.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -185,11 +185,7 @@ class Config:
 
     @classmethod
     def from_text(cls, pairs: str) -> Self:
-        """Parse `key=value,key=value` (empty: all defaults).
-
-        Raises:
-            UsageError: see `from_dict`.
-        """
+        """Parse `key=value,key=value` (empty: all defaults)."""
         fields = {field.name: field for field in options_of(cls)}
         values: dict[str, Any] = {}
         for pair in filter(None, pairs.split(",")):
@@ -256,11 +252,7 @@ def _resolve(config: type[Config], field: dataclasses.Field[Any], hint: Any) -> 
 
 
 def _check(field: Option, value: Any) -> None:
-    """Check type, choices and range of one value.
-
-    Raises:
-        UsageError: see `Config`.
-    """
+    """Check type, choices and range of one value."""
     if value is None and field.optional:
         return
     wanted: Any = (int, float) if field.type is float else field.type

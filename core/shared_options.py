@@ -27,11 +27,7 @@ class CheckpointOptions(Config):
     )
 
     def open(self, *, headers_only: bool = False) -> Checkpoint:
-        """Open the checkpoint. `headers_only`: download no weights.
-
-        Raises:
-            CheckpointError: see `open_checkpoint`.
-        """
+        """Open the checkpoint. `headers_only`: download no weights."""
         from spectool.checkpoint.tensors import open_checkpoint
 
         return open_checkpoint(

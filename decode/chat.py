@@ -24,8 +24,9 @@ from spectool.checkpoint.headers import read_json
 from spectool.data.rows import Row
 from spectool.data.template import ANSWER, encode, find_end_of_turn, render
 from spectool.decode.control.base import Control
-from spectool.decode.generate import Result, Runner
+from spectool.decode.generate import Runner
 from spectool.decode.options import RequestOptions, SamplingParams
+from spectool.decode.result import Result
 from spectool.errors import TextError, UsageError
 from spectool.files import disk_errors, replacing
 

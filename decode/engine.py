@@ -22,7 +22,7 @@ from torch import Tensor
 from spectool.decode import tree
 from spectool.decode.cache import BatchCache
 from spectool.decode.protocol import Drafter, Outcome, PrefilledPrompt
-from spectool.decode.request import Request, apply_controls
+from spectool.decode.request import Request, apply_controls, no_token_left
 from spectool.decode.sampling import StepDraws, not_finite_logits, probs_by_row
 from spectool.decode.target.base import Pass, PrefillOutput, Target, top_ids
 from spectool.decode.tree import Draft
@@ -74,10 +74,13 @@ class _Joining:
 
 @dataclass(frozen=True, slots=True)
 class _Verified:
-    """The accepted path of a request's draft, the token after it, and what the drafter may need."""
+    """The accepted path of a request's draft, the token after it, and what the drafter may need.
+
+    There is no token where the request's controls exclude all after the path.
+    """
 
     path: list[int]
-    token: int
+    token: int | None
     top: list[list[int]]
     probs_NV: Tensor
 
@@ -219,7 +222,7 @@ class Engine:
         self.timings.prompt += time.perf_counter() - began
         events, prompts = [], []
         for b, (request, found) in enumerate(zip(requests, verified, strict=True)):
-            if found is None:
+            if found is None or found.token is None:
                 events.append(Event(request, [], "", 0, request.error))
                 continue
             request.count([0], 0)
@@ -268,8 +271,9 @@ class Engine:
                 continue
             event, outcome = self._commit(request, draft, found, done, b)
             events.append(event)
-            outcomes.append(outcome)
-            paths.append(outcome.path)
+            if outcome is not None:
+                outcomes.append(outcome)
+            paths.append([] if outcome is None else outcome.path)
         self.cache.commit([draft.tokens for draft in drafts], paths)
         self._drop([event.request for event in events if event.error is not None])
         committed = time.perf_counter()
@@ -298,15 +302,23 @@ class Engine:
 
     def _commit(
         self, request: Request, draft: Draft, found: _Verified, done: Pass, row: int
-    ) -> tuple[Event, Outcome]:
-        """Commit a request's accepted path and the token after it."""
-        new = [draft.tokens[node] for node in found.path[1:]] + [found.token]
+    ) -> tuple[Event, Outcome | None]:
+        """Commit a request's accepted path and the token after it; no outcome where it failed."""
+        new = [draft.tokens[node] for node in found.path[1:]]
+        num_drafted = len(new)
+        if found.token is not None:
+            new.append(found.token)
         texts = request.extend(new)
         taken = len(texts)
+        request.count(draft.depths, min(taken, num_drafted))
+        if found.token is None and request.finish_reason is None:
+            request.error = no_token_left(request)
+        drafted = len("".join(texts[:num_drafted]))
+        event = Event(request, new[:taken], "".join(texts), drafted, request.error)
+        if request.error is not None:
+            return event, None
         # Where a token inside the path ended the request, it becomes the root; later ones drop.
         path, needs, nodes = found.path[:taken], self.drafter.needs, slice(len(draft))
-        request.count(draft.depths, min(taken, len(new) - 1))
-        drafted = len("".join(texts[: len(new) - 1]))
         outcome = Outcome(
             request=request,
             draft=draft,
@@ -317,7 +329,7 @@ class Engine:
             top=found.top[nodes] if needs.top else [],
             features={name: f_BND[row, nodes] for name, f_BND in done.features.items()},
         )
-        return Event(request, new[:taken], "".join(texts), drafted), outcome
+        return event, outcome
 
     def _drop(self, ended: Sequence[Request]) -> None:
         """Take requests that ended out of the batch; the last one's row stays to be continued."""
@@ -371,17 +383,32 @@ def _verify(
         for (request, draft), probs_NV in zip(drafted, probs, strict=True)
     ]
     top_BNK = top_ids(logits_BNV, top) if top else logits_BNV.new_zeros(0, dtype=torch.long)
-    finite_B = logits_BNV.amax(-1).isfinite().all(-1)
-    resolved, extra = resolve_paths(drafts, verdicts, torch.cat([finite_B, top_BNK.flatten()]))
-    finite, ids = extra[: len(requests)], extra[len(requests) :]
+    best_BN = logits_BNV.amax(-1)
+    allowed_BN = best_BN if controlled_BNV is logits_BNV else controlled_BNV.amax(-1)
+    flags = [best_BN.isfinite().all(-1), (allowed_BN > -torch.inf).flatten(), top_BNK.flatten()]
+    resolved, extra = resolve_paths(drafts, verdicts, torch.cat(flags))
+    num_nodes, num_ids = logits_BNV.shape[1], top_BNK.shape[-1]
+    finite, allowed = extra[: len(requests)], extra[len(requests) :][: allowed_BN.numel()]
+    ids = extra[len(requests) + len(allowed) :]
     # One list a node of the padded batch; all are empty where nothing was asked for.
-    num_ids, num_nodes = top_BNK.shape[-1], logits_BNV.shape[1]
     found: list[_Verified | None] = []
     for b, request in enumerate(requests):
-        if not finite[b] and request.error is None:
-            request.error = not_finite_logits("the model")
-        starts = [(b * num_nodes + node) * num_ids for node in range(num_nodes)]
-        by_node = [ids[start : start + num_ids] for start in starts]
+        nodes = range(b * num_nodes, (b + 1) * num_nodes)
+        path, token = _cut_path(*resolved[b], allowed[nodes.start : nodes.stop])
+        if request.error is None:
+            if not finite[b]:
+                request.error = not_finite_logits("the model")
+            elif token is None and path == [0]:
+                request.error = no_token_left(request)
+        by_node = [ids[node * num_ids : (node + 1) * num_ids] for node in nodes]
         failed = request.error is not None
-        found.append(None if failed else _Verified(*resolved[b], by_node, probs[b]))
+        found.append(None if failed else _Verified(path, token, by_node, probs[b]))
     return found
+
+
+def _cut_path(path: list[int], token: int, allowed: Sequence[int]) -> tuple[list[int], int | None]:
+    """Cut a path after its first node that no token is allowed to follow."""
+    for taken, node in enumerate(path, start=1):
+        if not allowed[node]:
+            return path[:taken], None
+    return path, token

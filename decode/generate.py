@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from spectool.checkpoint.tensors import open_checkpoint
-from spectool.data.text import check_ids
 from spectool.decode.control.ban import BannedText, Vocabulary, token_bytes
 from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias, parse_biases
@@ -25,58 +22,18 @@ from spectool.decode.policy.base import Policy
 from spectool.decode.policy.chain import Chains
 from spectool.decode.policy.curve import Curve, load_or_measure
 from spectool.decode.policy.tuned import Tuned
+from spectool.decode.prompts import encode_checked, list_end_ids
 from spectool.decode.protocol import Drafter
-from spectool.decode.request import FinishReason, Request
+from spectool.decode.request import Request
+from spectool.decode.result import OnTokens, Report, Result, Streamer
 from spectool.decode.sampling import Draws
 from spectool.decode.spec import open_drafter, parse_spec
 from spectool.decode.streaming import TextStream
 from spectool.decode.target.open import open_target
 from spectool.decode.verify import Verification, choose_verifier
-from spectool.errors import CheckpointError, NotFinite, UsageError
+from spectool.errors import NotFinite, UsageError
 from spectool.model.finite import first_not_finite, not_finite
 from spectool.model.loading import load_model, load_tokenizer
-
-# Index of the prompt, its newly committed tokens, the text they release, and how many of the text's
-# first characters came from accepted drafts.
-OnTokens = Callable[[int, list[int], str, int], None]
-
-
-class Streamer(Protocol):
-    """The interface of transformers' `BaseStreamer`: prompts [1, T], tokens [T], ends."""
-
-    def put(self, value: Tensor) -> None: ...
-
-    def end(self) -> None: ...
-
-
-# Output counts as looping from the second occurrence of any run of this many tokens.
-LOOP_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """The continuation of one prompt.
-
-    `token_ids` are the new tokens, with an end-of-text token and the token that completed a stop
-    string; `text` is cut before either and continues the prompt as written. `forwards` counts
-    passes of the target, the prompt's included: one per token in plain decoding. `offered_at[d]`
-    counts the steps that drafted d + 1 tokens deep, `accepted_at[d]` those that committed as deep.
-    """
-
-    token_ids: list[int]
-    text: str
-    finish_reason: FinishReason
-    forwards: int
-    drafted: int
-    accepted: int
-    offered_at: list[int] = field(default_factory=list)
-    accepted_at: list[int] = field(default_factory=list)
-    lossless: bool = True
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Return the new tokens divided by the forwards of the target."""
-        return len(self.token_ids) / max(1, self.forwards)
 
 
 class Runner:
@@ -261,23 +218,21 @@ class Runner:
         "interrupted".
 
         Raises:
-            UsageError: a wrong or contradictory option, a prompt beyond the context.
-            SpectoolError: the model's logits are NaN or infinite.
+            UsageError: a wrong or contradictory option, a prompt beyond the context, or `engine`
+                has requests.
+            SpectoolError: the model's logits are NaN or infinite, or the controls of a request
+                exclude every token.
             KeyboardInterrupt: Ctrl-C without `keep_interrupted`.
         """
-        with contextlib.ExitStack() as ending:
-            if streamer is not None:
-                # Another thread may wait for the last prompt's end: send it on errors too.
-                ending.callback(streamer.end)
-                if batch_size > 1:
-                    raise UsageError("a streamer takes one prompt at a time: set batch size 1")
+        with contextlib.closing(Report(on_tokens, streamer)) as report:
+            if streamer is not None and batch_size > 1:
+                raise UsageError("a streamer takes one prompt at a time: set batch size 1")
             if batch_size < 1:
                 raise UsageError("--batch-size must be at least 1")
-            if isinstance(max_new_tokens, int):
-                max_new_tokens = [max_new_tokens] * len(prompts)
-            extra_ends = _list_extra_ends(eos, len(prompts))
-            own_controls = controls or [()] * len(prompts)
-            by_prompt = zip(prompts, max_new_tokens, extra_ends, own_controls, strict=True)
+            count = len(prompts)
+            limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
+            shared: Any = [eos] * count if all(isinstance(end, int) for end in eos) else eos
+            columns = zip(prompts, limits, shared, controls or [()] * count, strict=True)
             requests = [
                 self.make_request(
                     prompt,
@@ -285,27 +240,27 @@ class Runner:
                     max_new_tokens=limit,
                     eos=ends,
                     controls=own,
-                    live=on_tokens is not None or streamer is not None,
+                    live=report.is_heard,
                     **options,
                 )
-                for index, (prompt, limit, ends, own) in enumerate(by_prompt)
+                for index, (prompt, limit, ends, own) in enumerate(columns)
             ]
-            report = _Report(on_tokens, streamer)
             try:
                 self._run(requests, batch_size, report, reuse_cache)
-            except BaseException as error:
-                if isinstance(error, NotFinite):
-                    raise self._locate_not_finite(error, requests) from error
-                if not (keep_interrupted and isinstance(error, KeyboardInterrupt)):
+            except NotFinite as error:
+                raise self._locate_not_finite(error, requests) from error
+            except KeyboardInterrupt:
+                if not keep_interrupted:
                     raise
                 for request in requests:
-                    tokens, text = request.interrupt()
-                    if tokens or text:
-                        report(request, tokens, text, 0)
-            return [_make_result(request) for request in requests]
+                    report(request, *request.interrupt(), 0)
+            return [Result.of(request) for request in requests]
 
     def engine(self, batch_size: int = 1) -> Engine:
-        """Return the engine of the drafter in use, for requests made elsewhere."""
+        """Return the engine of the drafter in use, for requests made elsewhere.
+
+        `generate` decodes with it too, so not before the last of these requests has ended.
+        """
         if self._engine is None or self._engine.drafter is not self.drafter:
             self._close_engine()
             self._engine = Engine(self.target, self.drafter, self.timings)
@@ -318,10 +273,16 @@ class Runner:
             engine.close()
 
     def _run(
-        self, requests: Sequence[Request], batch_size: int, report: _Report, reuse_cache: bool
+        self, requests: Sequence[Request], batch_size: int, report: Report, reuse_cache: bool
     ) -> None:
         """Decode requests to their ends; with a streamer, one after the other."""
-        engine = self.engine(batch_size)
+        # The events of other requests would be lost here.
+        taken = UsageError(
+            "the runner's engine has requests of its own", hint="step it until it is not busy"
+        )
+        if self._engine is not None and self._engine.busy:
+            raise taken
+        engine, own = self.engine(batch_size), set(requests)
         try:
             for group in [[each] for each in requests] if report.streamer else [requests]:
                 for request in group:
@@ -329,10 +290,11 @@ class Runner:
                     engine.submit(request, continues=reuse_cache)
                 while engine.busy:
                     for event in engine.step():
+                        if event.request not in own:
+                            raise taken
+                        report(event.request, event.tokens, event.text, event.drafted)
                         if event.error is not None:
                             raise event.error
-                        if event.tokens:
-                            report(event.request, event.tokens, event.text, event.drafted)
         except BaseException:
             # The interrupted step may have left the cache half written.
             self._close_engine()
@@ -345,6 +307,10 @@ class Runner:
             if where := first_not_finite(model, torch.tensor([request.tokens])):
                 return not_finite(model.config._name_or_path or self.target.name, str(error), where)
         return error
+
+    def end_ids(self) -> frozenset[int]:
+        """Return the tokens that end a text: see `list_end_ids`."""
+        return list_end_ids(self.target, self.tokenizer)
 
     def make_request(
         self,
@@ -377,7 +343,7 @@ class Runner:
         if not all(stop):
             raise UsageError("a stop string must not be empty")
         params = SamplingParams(**sampling)
-        tokens = self._encode_checked(prompt, index)
+        tokens = encode_checked(prompt, index + 1, self.target, self.tokenizer)
         request = Request(
             index=index,
             tokens=tokens,
@@ -392,60 +358,6 @@ class Runner:
         )
         request.finish_if_full()
         return request
-
-    def _encode_checked(self, prompt: str | Sequence[int], index: int) -> list[int]:
-        """Return the prompt's token ids.
-
-        Raises:
-            UsageError: there are none, or more than the context holds.
-            CheckpointError: an id that the model does not have.
-        """
-        tokens = self._encode(prompt)
-        if not tokens:
-            raise UsageError(f"prompt {index + 1} is empty and the model has no start token")
-        if len(tokens) > self.target.context:
-            raise UsageError(
-                f"prompt {index + 1} has {len(tokens)} tokens; the context holds "
-                f"{self.target.context}",
-                hint=self.target.context_reason,
-            )
-        vocab_size = 0 if self.tokenizer is None else len(self.tokenizer)
-        if isinstance(prompt, str) or 0 <= min(tokens) <= max(tokens) < vocab_size:
-            name = self.target.model.config._name_or_path or self.target.name
-            origin = f"{name}: its tokenizer"
-        else:
-            origin = f"prompt {index + 1}"
-        check_ids(tokens, self.target.num_tokens, origin)
-        return tokens
-
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the prompt's token ids; an empty text becomes the start token, if there is one."""
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self.tokenizer is None:
-            raise UsageError("a prompt of text needs a tokenizer; give token ids")
-        tokens: list[int] = list(self.tokenizer(prompt)["input_ids"])
-        if not tokens and self.tokenizer.bos_token_id is not None:
-            tokens = [self.tokenizer.bos_token_id]
-        return tokens
-
-    def end_ids(self) -> frozenset[int]:
-        """Return the end-of-text ids of the generation configuration, else the tokenizer's.
-
-        Raises:
-            CheckpointError: eos_token_id is neither an id nor a list of ids.
-        """
-        for source in (self.target.model.generation_config, self.tokenizer):
-            found = getattr(source, "eos_token_id", None)
-            if found is not None:
-                ids = found if isinstance(found, (list, tuple)) else [found]
-                if not all(type(each) is int for each in ids):
-                    raise CheckpointError(
-                        f"{self.target.model.config._name_or_path}: generation_config.json: "
-                        f"eos_token_id is {found!r}, expected an id or a list of ids"
-                    )
-                return frozenset(ids)
-        return frozenset()
 
 
 def generate(
@@ -486,63 +398,4 @@ def generate(
         on_tokens=on_tokens,
         streamer=streamer,
         **options,
-    )
-
-
-@dataclass(slots=True)
-class _Report:
-    """Passes on what is committed, to the callback and to the streamer, if there are any."""
-
-    on_tokens: OnTokens | None
-    streamer: Streamer | None
-
-    def begin(self, request: Request) -> None:
-        """Tell the streamer that a prompt's turn has come, and that the one before has ended."""
-        if self.streamer is not None:
-            if request.index:
-                self.streamer.end()
-            self.streamer.put(torch.tensor([request.tokens]))
-
-    def __call__(self, request: Request, tokens: list[int], text: str, drafted: int) -> None:
-        request.mark_reported(tokens, text)
-        if self.on_tokens is not None:
-            self.on_tokens(request.index, tokens, text, drafted)
-        if self.streamer is not None and tokens:
-            self.streamer.put(torch.tensor(tokens))
-
-
-def _list_extra_ends(eos: Collection[Any], num_prompts: int) -> list[frozenset[int]]:
-    """Return the extra end-of-text ids of each prompt."""
-    if any(not isinstance(end, int) for end in eos):
-        return [frozenset(ends) for ends in eos]
-    return [frozenset(eos)] * num_prompts
-
-
-def loop_start(tokens: Sequence[int], length: int = LOOP_TOKENS) -> int:
-    """Return where a run of `length` tokens that occurred before begins again.
-
-    Returns the number of tokens if no run is repeated.
-    """
-    seen: set[tuple[int, ...]] = set()
-    for start in range(len(tokens) - length + 1):
-        run = tuple(tokens[start : start + length])
-        if run in seen:
-            return start
-        seen.add(run)
-    return len(tokens)
-
-
-def _make_result(request: Request) -> Result:
-    """Make the result of a finished request."""
-    assert request.finish_reason is not None
-    return Result(
-        token_ids=request.new_tokens,
-        text=request.text.text if request.text is not None else "",
-        finish_reason=request.finish_reason,
-        forwards=request.forwards,
-        drafted=request.drafted,
-        accepted=request.accepted,
-        offered_at=request.offered_at,
-        accepted_at=request.accepted_at,
-        lossless=request.verification.lossless,
     )

@@ -15,6 +15,7 @@ from spectool.decode.options import SamplingParams
 from spectool.decode.sampling import Draws
 from spectool.decode.streaming import TextStream
 from spectool.decode.verify import GREEDY, Verification
+from spectool.errors import SpectoolError
 
 FinishReason = Literal["eos", "stop", "length", "context", "interrupted"]
 
@@ -163,6 +164,15 @@ class Request:
             self.accepted_at[depth] += 1
         self.drafted += len(depths) - 1
         self.accepted += num_accepted
+
+
+def no_token_left(request: Request) -> SpectoolError:
+    """Make the error for a request whose controls exclude every token."""
+    return SpectoolError(
+        f"prompt {request.index + 1}: its bans, biases and penalties exclude every token after "
+        f"{len(request.new_tokens)} new ones",
+        hint="allow a token that may follow, or end the text earlier",
+    )
 
 
 def apply_controls(

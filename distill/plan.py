@@ -24,8 +24,9 @@ from spectool.distill.processes import Processes
 from spectool.errors import UnsupportedError, UsageError
 from spectool.machine import available_memory, software_versions
 from spectool.methods import import_method
-from spectool.model.architecture import build_meta, find_blocks, read_config
+from spectool.model.decoder import find_blocks
 from spectool.model.loading import checkpoint_dtype
+from spectool.model.meta import build_meta, read_config
 from spectool.options import Config
 from spectool.training import OPTIMIZERS, check_optimizer
 

@@ -31,13 +31,13 @@ from spectool.distill.processes import ALONE, Processes
 from spectool.distill.training_data import DataPreparation
 from spectool.errors import CheckpointError, TextError, UsageError
 from spectool.methods import import_method
-from spectool.model.architecture import read_config
 from spectool.model.loading import (
     check_device,
     default_dtype,
     hash_vocabulary,
     load_tokenizer,
 )
+from spectool.model.meta import read_config
 from spectool.report import SILENT, Reporter, ReporterGroup, TrainingStarts
 from spectool.training import Metrics, OptimizerDefaults
 

@@ -31,8 +31,9 @@ from spectool.distill.options import WeightsOptions
 from spectool.errors import CheckpointError, UnsupportedError, UsageError
 from spectool.machine import available_memory, reproducible, software_versions
 from spectool.methods import import_method
-from spectool.model.architecture import Architecture, build_meta, read_config
+from spectool.model.architecture import Architecture
 from spectool.model.loading import check_device, hash_vocabulary, load_model, load_tokenizer
+from spectool.model.meta import build_meta, read_config
 from spectool.options import Config
 from spectool.report import SILENT, Reporter, ReporterGroup
 from spectool.training import OPTIMIZERS, Metrics, check_optimizer

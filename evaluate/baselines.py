@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from spectool.decode.generate import Result, Runner
+from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter
+from spectool.decode.result import Result
 from spectool.decode.target.base import Target
 from spectool.report import SILENT, NoAssistant, Reporter
 

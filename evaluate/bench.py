@@ -18,10 +18,12 @@ from typing import NamedTuple
 import torch
 
 from spectool.data.text import Prompt
-from spectool.decode.generate import Result, Runner, loop_start
+from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams, VerifyOptions
 from spectool.decode.policy.chain import FirstPath
+from spectool.decode.prompts import encode
 from spectool.decode.protocol import Drafter
+from spectool.decode.result import Result, loop_start
 from spectool.errors import UsageError
 from spectool.evaluate import baselines
 from spectool.evaluate.baselines import Decode, Job
@@ -226,7 +228,7 @@ def _select_fitting(
         UsageError: there are none.
     """
     context, room = runner.target.context, min(LEAST_ROOM, max_new_tokens)
-    encoded = [runner._encode(prompt.given) for prompt in prompts]
+    encoded = [encode(prompt.given, runner.tokenizer) for prompt in prompts]
     jobs = [
         Job(tokens=tokens, limit=max_new_tokens, ends=prompt.ends, category=prompt.category)
         for prompt, tokens in zip(prompts, encoded, strict=True)

@@ -46,7 +46,6 @@ from spectool.evaluate.windows import (
     resident_bytes,
 )
 from spectool.machine import available_memory
-from spectool.model.architecture import model_class, read_config
 from spectool.model.loading import (
     check_device,
     default_dtype,
@@ -54,6 +53,7 @@ from spectool.model.loading import (
     load_model,
     load_tokenizer,
 )
+from spectool.model.meta import model_class, read_config
 from spectool.report import SILENT, NotItsSource, Reporter
 
 # A model is loaded whole if it takes at most this share of the free memory.

@@ -84,11 +84,7 @@ class Kernel(ABC):
         return linear(x.float(), self.matrix(fields), bias_n).to(x.dtype)
 
     def check(self) -> None:
-        """Compare a small product with the twin's.
-
-        Raises:
-            RuntimeError: they differ by more than rounding.
-        """
+        """Raise a RuntimeError if a small product differs from the twin's by more than rounding."""
         generator = torch.Generator().manual_seed(0)
         # Whole tiles, single rows and a rest of a step.
         n, m, num_rows = 13, 77, 7

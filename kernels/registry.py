@@ -97,11 +97,7 @@ class Product:
 def prepare(
     format: str, fields: Fields, shape: tuple[int, int], dtype: torch.dtype
 ) -> tuple[Choice, Product | None]:
-    """Choose the kernel for a matrix [n, m], and prepare the matrix for it.
-
-    Raises:
-        RuntimeError: see `choose`.
-    """
+    """Choose the kernel for a matrix [n, m], and prepare the matrix for it."""
     key = format, next(iter(fields.values())).device.type, dtype
     kind = KERNELS.get(key)
     if kind is not None and shape[0] * shape[1] < kind.smallest:

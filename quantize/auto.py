@@ -6,6 +6,7 @@ first one that fits is taken. Only headers are read.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,17 +112,13 @@ def pick(
         UsageError: neither bits nor a size are given, no step fits, or the matrices are too small
             for fewer than two bits.
     """
+    make = functools.partial(
+        make_plan, architecture, rules=rules, lm_head=lm_head, allow_dense=allow_dense
+    )
     if config.bits is not None:
         picked = _pick_by_bits(config.bits, embeddings)
         if config.bits < 2:
-            plan = make_plan(
-                architecture,
-                picked.quantizer,
-                rules=rules,
-                embeddings=picked.embeddings,
-                lm_head=lm_head,
-                allow_dense=allow_dense,
-            )
+            plan = make(picked.quantizer, embeddings=picked.embeddings)
             _check_below_two(plan, picked.quantizer, config.bits)
         return picked
     if config.fit is None:
@@ -141,14 +138,7 @@ def pick(
     for step in STEPS:
         quantizer = parse_quantizer(step.method)
         for_embeddings = embeddings or _choose_embeddings(step.bits)
-        smallest = make_plan(
-            architecture,
-            quantizer,
-            rules=rules,
-            embeddings=for_embeddings,
-            lm_head=lm_head,
-            allow_dense=allow_dense,
-        )
+        smallest = make(quantizer, embeddings=for_embeddings)
         if smallest.file_bytes + cache <= limit:
             why = f"{step.why}; weights will take {_format_size(smallest.file_bytes)} {and_cache}"
             return Picked(quantizer, for_embeddings, None, why)
@@ -175,17 +165,11 @@ def _pick_by_bits(bits: float, embeddings: Quantizer | None) -> Picked:
 
 
 def _check_below_two(plan: QuantizePlan, quantizer: Quantizer, bits: float) -> None:
-    """Check that the matrices packed by `quantizer` stay within `bits`, with all stored fields.
+    """Raise a UsageError if the matrices packed by `quantizer` take more than `bits` a weight.
 
-    Raises:
-        UsageError: more bits, as in matrices with short rows, whose scales weigh more.
+    All stored fields count: in short rows scales weigh more.
     """
-    matrices = [
-        matrix
-        for block in plan.matrices.values()
-        for matrix in block.values()
-        if plan.quantizers[matrix.name] == quantizer
-    ]
+    matrices = [each for each in plan.inside if plan.quantizers[each.name] == quantizer]
     stored_bits = 8 * sum(quantizer.stored_bytes(matrix.shape) for matrix in matrices)
     taken = stored_bits / max(1, sum(matrix.num_weights for matrix in matrices))
     # 1.6 is nominal: the actual bits depend on the shapes, and up to 2 are accepted.

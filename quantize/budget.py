@@ -21,11 +21,12 @@ from dataclasses import replace
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.errors import UsageError
 from spectool.machine import trim_memory
+from spectool.model.packed import load_packed
 from spectool.options import options_of
 from spectool.quantize.base import Block, Quantizer, Streams
 from spectool.quantize.fitting import Substitute
 from spectool.quantize.job import Budget
-from spectool.quantize.pack import load_packed
+from spectool.quantize.pack import make_entry
 from spectool.quantize.plan import QuantizePlan, check_matrix
 from spectool.quantize.rules import Rule
 from spectool.quantize.stream import CalibratedStream
@@ -68,7 +69,7 @@ def list_candidates(
     Raises:
         UsageError: the smallest candidates exceed the budget.
     """
-    matrices = [matrix for block in plan.matrices.values() for matrix in block.values()]
+    matrices = plan.inside
     pinned = {name for name in plan.quantizers if any(rule.matches(name) for rule in rules)}
     candidates = {
         matrix.name: (plan.quantizers[matrix.name],) if matrix.name in pinned else budget.candidates
@@ -158,7 +159,7 @@ def _measure_block(
                 # Packing consumes the statistics it is given, and every width needs them.
                 generator = stream.make_generator(index)
                 fields = quantizer.pack_each(part, dict(part_stats), generator)[name]
-                linear = load_packed(quantizer, matrix, fields).to(block.device)
+                linear = load_packed(make_entry(quantizer, matrix), fields).to(block.device)
                 squares = 0.0
                 with Substitute(part, {name: linear}):
                     for hidden_BLD, out_BLD in zip(batches, outputs, strict=True):
@@ -175,12 +176,9 @@ def choose(
     errors: Mapping[str, Sequence[float]],
 ) -> list[Rule]:
     """Choose a candidate for each matrix within the budget; return a rule for each."""
-    matrices = {
-        matrix.name: matrix for block in plan.matrices.values() for matrix in block.values()
-    }
     sizes = {
-        name: [c.stored_bytes(matrix.shape) for c in candidates[name]]
-        for name, matrix in matrices.items()
+        matrix.name: [each.stored_bytes(matrix.shape) for each in candidates[matrix.name]]
+        for matrix in plan.inside
     }
     chosen = {}
     for name, each in sizes.items():

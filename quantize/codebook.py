@@ -44,7 +44,9 @@ def fit_levels(values_RN: Tensor, weights_RN: Tensor, count: int) -> Tensor:
     last = values_RN.shape[1] - 1
     index_RK = torch.searchsorted(mass_RN[:, 1:].contiguous(), wanted_RK).clamp(max=last)
     # Two starts, levels at equal shares of the weight and at equal distances; the better fit wins.
-    low_R1, high_R1 = _value_range(values_RN, weights_RN)
+    counted_RN = weights_RN > 0
+    low_R1 = torch.where(counted_RN, values_RN, torch.inf).amin(-1, keepdim=True)
+    high_R1 = torch.where(counted_RN, values_RN, -torch.inf).amax(-1, keepdim=True)
     level_RSK = torch.stack(
         [values_RN.gather(-1, index_RK), low_R1 + (high_R1 - low_R1) * shares_K], 1
     )
@@ -52,13 +54,6 @@ def fit_levels(values_RN: Tensor, weights_RN: Tensor, count: int) -> Tensor:
     error_RS = _error(values_RN, mass_RN, first_RN, second_RN, level_RSK)
     first_R1 = error_RS[:, :1] <= error_RS[:, 1:]
     return torch.where(first_R1, level_RSK[:, 0], level_RSK[:, 1]).float()
-
-
-def _value_range(values_RN: Tensor, weights_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest value [R, 1] of positive weight."""
-    low_R1 = torch.where(weights_RN > 0, values_RN, torch.inf).amin(-1, keepdim=True)
-    high_R1 = torch.where(weights_RN > 0, values_RN, -torch.inf).amax(-1, keepdim=True)
-    return low_R1, high_R1
 
 
 def _cells(values_RN: Tensor, level_RSK: Tensor) -> Tensor:

@@ -30,9 +30,7 @@ from spectool.kernels.pack import pack_bits
 from spectool.model.architecture import Architecture
 from spectool.model.loading import checkpoint_dtype
 from spectool.model.matrices import Matrix
-from spectool.model.packed import build_packed, field_specs, make_packer
-
-Fields = dict[str, Tensor]
+from spectool.model.packed import load_packed, make_packer
 
 # Methods that store integers on uniform grids.
 UNIFORM = ("rtn", "gptq", "int8")
@@ -96,7 +94,7 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
         for index, (entries, packed) in enumerate(shards, start=1):
             shard = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
             contents: dict[str, Content] = dict(entries)
-            contents.update(convert(packed, matrices, checkpoint, architecture))
+            contents.update(convert(packed, matrices, checkpoint))
             writer.write_shard(shard, contents, metadata, {})
             tensors.update(dict.fromkeys(contents, shard))
             total += sum(num_bytes(content) for content in contents.values())
@@ -117,13 +115,7 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
 
 
 def _check_zero_bias(checkpoint: Checkpoint, architecture: Architecture, key: str) -> str:
-    """Check that the bias of a fitted lm_head is zero where the architecture has none.
-
-    Returns the bias's name.
-
-    Raises:
-        UnsupportedError: the bias is not zero.
-    """
+    """Raise an UnsupportedError if a fitted lm_head has a bias other than 0; return its name."""
     name = f"{key}.bias"
     if checkpoint.read(name).any():
         raise UnsupportedError(
@@ -168,7 +160,7 @@ def _list_shards(checkpoint: Checkpoint, left_out: Collection[str]) -> list[Shar
     return [shards[path] for path in sorted(shards)]
 
 
-def _read_fields(checkpoint: Checkpoint, name: str) -> Fields:
+def _read_fields(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     """Read the fields of one packed matrix."""
     entry = checkpoint.layout.modules[name]
     n, m = entry["shape"]
@@ -176,20 +168,14 @@ def _read_fields(checkpoint: Checkpoint, name: str) -> Fields:
 
 
 def _convert_dense(
-    packed: list[str],
-    matrices: Mapping[str, Matrix],
-    checkpoint: Checkpoint,
-    architecture: Architecture,
+    packed: list[str], matrices: Mapping[str, Matrix], checkpoint: Checkpoint
 ) -> dict[str, Tensor]:
     """Dequantize matrices, with the names and shapes of the architecture."""
     dtype = checkpoint_dtype(checkpoint.layout)
     weights: dict[str, Tensor] = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name in packed:
-        fields = _read_fields(checkpoint, name)
-        spec = field_specs({f"{name}.q.{k}": (v.dtype, tuple(v.shape)) for k, v in fields.items()})
-        linear = build_packed(checkpoint.layout.modules[name], spec[name])
-        linear.q.load_state_dict(fields)
+        linear = load_packed(checkpoint.layout.modules[name], _read_fields(checkpoint, name))
         weight_nm = linear.dequantize().to(dtype)
         matrix = matrices[name]
         weight = (weight_nm.T if matrix.transposed else weight_nm).contiguous()
@@ -218,10 +204,7 @@ def _make_dense_config(
 
 
 def _convert_compressed(
-    packed: list[str],
-    matrices: Mapping[str, Matrix],
-    checkpoint: Checkpoint,
-    architecture: Architecture,
+    packed: list[str], matrices: Mapping[str, Matrix], checkpoint: Checkpoint
 ) -> dict[str, Tensor]:
     """Convert matrices to the tensors of `compressed-tensors`."""
     tensors: dict[str, Tensor] = {}
@@ -237,7 +220,7 @@ def _convert_compressed(
     return tensors
 
 
-def read_grid(entry: Mapping[str, Any], fields: Fields) -> Grid:
+def read_grid(entry: Mapping[str, Any], fields: Mapping[str, Tensor]) -> Grid:
     """Return the grid of a packed matrix, of its entry and its fields; for methods in `UNIFORM`."""
     if entry["method"] == "int8":
         codes_nm = (fields["codes"].int() + 128).to(torch.uint8)
@@ -254,11 +237,7 @@ def read_grid(entry: Mapping[str, Any], fields: Fields) -> Grid:
 def _make_compressed_config(
     architecture: Architecture, matrices: Mapping[str, Matrix]
 ) -> dict[str, Any]:
-    """Return the model's configuration for `compressed-tensors`, one config group per scheme.
-
-    Raises:
-        UnsupportedError: the format cannot represent a matrix.
-    """
+    """Return the model's configuration for `compressed-tensors`, one config group per scheme."""
     modules = architecture.layout.modules
     groups: dict[str, list[str]] = {}
     for name, entry in modules.items():
@@ -288,11 +267,7 @@ def _make_compressed_config(
 
 
 def _check_grid(name: str, entry: Mapping[str, Any], matrix: Matrix) -> None:
-    """Check that `compressed-tensors` can represent a matrix.
-
-    Raises:
-        UnsupportedError: no uniform grid, no linear layer, or an incomplete last group.
-    """
+    """Raise an UnsupportedError if `compressed-tensors` cannot represent a matrix."""
     if entry["method"] not in UNIFORM:
         raise UnsupportedError(
             f"{name}: compressed-tensors holds whole numbers on uniform grids; {entry['method']} "
@@ -328,7 +303,7 @@ def _make_scheme(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-Convert = Callable[[list[str], Mapping[str, Matrix], Checkpoint, Architecture], dict[str, Tensor]]
+Convert = Callable[[list[str], Mapping[str, Matrix], Checkpoint], dict[str, Tensor]]
 Configure = Callable[[Architecture, Mapping[str, Matrix]], dict[str, Any]]
 
 FORMATS: dict[str, tuple[Convert, Configure]] = {

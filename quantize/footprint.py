@@ -119,50 +119,6 @@ def measure_file(assignment: Assignment) -> FileSize:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockMemory:
-    """Bytes of the phases of packing the largest block.
-
-    `stored`: the block, its codes, and the matrix that is packed. `calibrated`: the block in
-    float32, and the matrices that its packed module unpacks. `products`: temporaries of a batch.
-    `hessians`: those of a block; the largest also in double precision and as its factor; all are
-    freed before a fit. `fit`: its state, and the activations of one sequence saved for gradients.
-    """
-
-    stored: int
-    calibrated: int
-    products: int
-    hessians: int
-    fit: int
-
-    @property
-    def peak(self) -> int:
-        """Bytes of the largest phase."""
-        return self.stored + self.calibrated + max(self.products + self.hessians, self.fit)
-
-
-def measure_block(assignment: Assignment, text: TextSize) -> BlockMemory:
-    """Estimate the memory of packing the largest block."""
-    inside, weights = assignment.inside, assignment.block_weights
-    used = {assignment.quantizers[matrix.name] for matrix in inside}
-    fits = [each.fit_bytes() * weights for each in used if isinstance(each, BlockQuantizer)]
-    saved = [
-        saved_bytes(assignment.architecture.model, block.values(), text.sequence)
-        for block in assignment.matrices.values()
-    ]
-    squares = [matrix.shape[1] ** 2 for matrix in inside]
-    hessians = FLOAT * sum(squares) // len(assignment.matrices) + TEMPORARIES * max(squares)
-    widest = max(sum(matrix.shape) for matrix in inside)
-    return BlockMemory(
-        stored=weights * (assignment.element_bytes + 1)
-        + TEMPORARIES * max(matrix.num_weights for matrix in inside),
-        calibrated=2 * FLOAT * weights if text.total else 0,
-        products=TEMPORARIES * text.batch * widest if text.total else 0,
-        hessians=hessians if any("hessian" in each.statistics for each in used) else 0,
-        fit=max(fits) + max(saved) if fits else 0,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Peak bytes of a quantization: all that is computed with, and `num_buffers` of activations.
 
@@ -186,18 +142,39 @@ class Memory:
 
 
 def measure_memory(assignment: Assignment, text: TextSize) -> Memory:
-    """Estimate peak memory; embedding and lm_head are packed while no block is in memory."""
-    block = measure_block(assignment, text)
-    table = max((matrix.num_weights for matrix in assignment.packed_outside), default=0)
-    lm_head_bytes = 0
+    """Estimate peak memory, in the phases of packing the largest block or outside the blocks."""
+    inside, weights = assignment.inside, assignment.block_weights
+    used = {assignment.quantizers[matrix.name] for matrix in inside}
+    # The block, its codes, and the matrix that is packed.
+    stored = weights * (assignment.element_bytes + 1)
+    stored += TEMPORARIES * max(matrix.num_weights for matrix in inside)
+    products = hessians = fit = 0
+    if text.total:
+        # The block in float32, and the matrices that its packed module unpacks.
+        stored += 2 * FLOAT * weights
+        products = TEMPORARIES * text.batch * max(sum(matrix.shape) for matrix in inside)
+    if any("hessian" in quantizer.statistics for quantizer in used):
+        # Those of a block, of which the largest also in double precision and as its factor.
+        squares = [matrix.shape[1] ** 2 for matrix in inside]
+        hessians = FLOAT * sum(squares) // len(assignment.matrices) + TEMPORARIES * max(squares)
+    fits = [each.fit_bytes() for each in used if isinstance(each, BlockQuantizer)]
+    if fits:
+        # The state of a fit, and the activations of one sequence that are saved for gradients.
+        model = assignment.architecture.model
+        blocks = (block.values() for block in assignment.matrices.values())
+        fit = weights * max(fits) + max(saved_bytes(model, b, text.sequence) for b in blocks)
+    # Hessians are freed before a fit.
+    live = [stored + max(products + hessians, fit)]
+    # Embedding and lm_head are packed while no block is in memory.
+    tables = [matrix.num_weights for matrix in assignment.packed_outside]
+    live += [(assignment.element_bytes + 5) * size for size in tables]
     if assignment.lm_head is not None:
         fitted = assignment.quantizers[assignment.lm_head.name]
         assert isinstance(fitted, LmHeadQuantizer)
-        lm_head_bytes = fitted.fit_lm_head_bytes(assignment.lm_head.shape)
-    live = max(block.peak, (assignment.element_bytes + 5) * table, lm_head_bytes)
+        live.append(fitted.fit_lm_head_bytes(assignment.lm_head.shape))
     width = getattr(assignment.architecture.config.get_text_config(), "hidden_size", 0)
     return Memory(
-        working=int(RETAINED * live),
+        working=int(RETAINED * max(live)),
         buffer_bytes=FLOAT * text.total * width,
-        num_buffers=(4 if block.fit else 2) + (assignment.lm_head is not None),
+        num_buffers=(4 if fits else 2) + (assignment.lm_head is not None),
     )

@@ -51,11 +51,7 @@ class ComputeOptions(JobOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessOptions(ComputeOptions):
-    """A training before the quantization.
-
-    Raises:
-        UsageError: options of a training that is not asked for.
-    """
+    """A training before the quantization."""
 
     PANEL: ClassVar = "Training before quantization"
 

@@ -29,7 +29,7 @@ from spectool.files import disk_errors
 from spectool.machine import trim_memory
 from spectool.model.architecture import Architecture
 from spectool.model.matrices import Matrix
-from spectool.model.packed import PackedLinear, build_packed, relative_error
+from spectool.model.packed import PackedLinear, load_packed, relative_error
 from spectool.model.shell import ModelShell, final_logits
 from spectool.quantize.base import (
     Block,
@@ -249,7 +249,7 @@ class Packing:
                     for name, value in stored.items()
                     if name.startswith(prefix)
                 }
-                table = load_packed(self.plan.quantizers[key], matrix, fields)
+                table = load_packed(make_entry(self.plan.quantizers[key], matrix), fields)
                 shell = self._make_shell(table=table)
         return Streams(self.stream.embed("original"), self.stream.embed("packed", shell))
 
@@ -314,12 +314,7 @@ class Packing:
         generator: torch.Generator,
         tick: Tick,
     ) -> tuple[Fitted, list[str]]:
-        """Pack the matrices of one method; also return the names of those packed without data.
-
-        Raises:
-            NotFinite: statistics that are NaN or infinite.
-            UnsupportedError: the method cannot represent a matrix.
-        """
+        """Pack the matrices of one method; also return the names of those packed without data."""
         stats = self.stream.observe(block, quantizer, streams) if streams is not None else {}
         # Experts with few calibration tokens, and matrices that no token reached.
         data_free = [
@@ -343,13 +338,10 @@ class Packing:
             return quantizer.fit(block, streams, stats, generator, tick), data_free
 
     def _report_layer(self, matrix: Matrix, weight_nm: Tensor, fields: PackedFields) -> LayerReport:
-        """Measure a packed matrix.
-
-        Raises:
-            UnsupportedError: the packed weights are not finite.
-        """
+        """Measure a packed matrix."""
         quantizer = self.plan.quantizers[matrix.name]
-        error = relative_error(weight_nm, load_packed(quantizer, matrix, fields))
+        packed = load_packed(make_entry(quantizer, matrix), fields)
+        error = relative_error(weight_nm, packed)
         if not math.isfinite(error):
             raise UnsupportedError(
                 f"{matrix.name}: {quantizer.name} cannot represent its weights, the largest is "
@@ -406,11 +398,3 @@ def make_entry(quantizer: Quantizer, matrix: Matrix) -> dict[str, Any]:
     if matrix.kind == "lm_head" and isinstance(quantizer, LmHeadQuantizer):
         entry["bias"] = True
     return entry
-
-
-def load_packed(quantizer: Quantizer, matrix: Matrix, fields: PackedFields) -> PackedLinear:
-    """Create a packed module from its fields, on the host."""
-    spec = {name: (value.dtype, tuple(value.shape)) for name, value in fields.items()}
-    linear = build_packed(make_entry(quantizer, matrix), spec)
-    linear.q.load_state_dict(fields)
-    return linear

@@ -52,6 +52,11 @@ class QuantizePlan:
     device_bytes: int
 
     @property
+    def inside(self) -> list[Matrix]:
+        """All matrices to pack inside the blocks."""
+        return [matrix for block in self.matrices.values() for matrix in block.values()]
+
+    @property
     def bits_linears(self) -> float:
         """Bits per weight of the blocks' packed matrices."""
         return 8 * self.packed_bytes / self.num_weights
@@ -162,11 +167,7 @@ def _check_rules(
     inside: Sequence[Matrix],
     outside: Sequence[Matrix],
 ) -> None:
-    """Check that every rule decides a matrix, or asks for what stays dense anyway.
-
-    Raises:
-        UsageError: a rule does not.
-    """
+    """Raise a UsageError if a rule decides no matrix and does not ask for what is dense anyway."""
     kept_dense: dict[str, str] = {}
     for block in architecture.blocks:
         kept_dense |= architecture.explain_dense(block)
@@ -190,11 +191,7 @@ def _check_rules(
 def _check_share(
     architecture: Architecture, packed: int, skipped: Mapping[str, str], *, allow_dense: bool
 ) -> None:
-    """Check that enough of the blocks' weights is packed.
-
-    Raises:
-        UnsupportedError: nothing, or less than nine tenths without `allow_dense`.
-    """
+    """Raise an UnsupportedError if more than a tenth of the blocks' weights would stay dense."""
     if not packed:
         raise UnsupportedError(f"{architecture.config.model_type}: nothing in it can be packed")
     blocks = map(architecture.model.get_submodule, architecture.blocks)
@@ -211,12 +208,7 @@ def _check_share(
 def _find_fitted(
     architecture: Architecture, lm_head: Quantizer, outside: Sequence[Matrix]
 ) -> Matrix:
-    """Find the lm_head that `lm_head` fits, and check that it can.
-
-    Raises:
-        UsageError: another kind of method, or one that cannot fit this lm_head.
-        UnsupportedError: the model has no lm_head.
-    """
+    """Find the lm_head that `lm_head` fits, and check that it can."""
     if not isinstance(lm_head, LmHeadQuantizer):
         raise UsageError(
             f"--lm-head {lm_head.name}: only {', '.join(list_methods('lm_head'))} fits an lm_head",
@@ -232,11 +224,7 @@ def _find_fitted(
 
 
 def _check_outside(matrix: Matrix, quantizer: Quantizer, origin: str) -> None:
-    """Check that a method can pack a matrix outside the blocks; `origin` is what asks for it.
-
-    Raises:
-        UsageError: it needs text, or activations.
-    """
+    """Raise a UsageError if a method cannot pack a matrix outside the blocks, as `origin` asks."""
     if isinstance(quantizer, LmHeadQuantizer):
         name = quantizer.name
         raise UsageError(f"{origin}: {name} is fitted on text, by --lm-head {name}")
@@ -248,12 +236,7 @@ def _check_outside(matrix: Matrix, quantizer: Quantizer, origin: str) -> None:
 
 
 def check_matrix(matrix: Matrix, quantizer: Quantizer) -> None:
-    """Check that a method can pack a matrix of a block.
-
-    Raises:
-        UsageError: its shape does not fit.
-        UnsupportedError: an expert of a fused tensor, by a method that rounds inputs of layers.
-    """
+    """Raise an InputError if a method cannot pack a matrix of a block."""
     if matrix.expert is not None and quantizer.rounds_inputs:
         raise UnsupportedError(
             f"{matrix.name}: {quantizer.name} rounds inputs of layers, and this is an expert of a "
@@ -265,12 +248,9 @@ def check_matrix(matrix: Matrix, quantizer: Quantizer) -> None:
 
 
 def _check_reached(rules: Sequence[Rule], matrices: Sequence[Matrix]) -> None:
-    """Check that every rule decides at least one matrix.
+    """Raise a UsageError if earlier rules decide all matrices of a rule, and otherwise than it.
 
     Rules that repeat an earlier one are accepted, and those whose matrices `--skip` leaves out.
-
-    Raises:
-        UsageError: earlier rules decide all matrices of a rule, and otherwise than it.
     """
     deciding = [_deciding_rule(matrix, rules) for matrix in matrices]
     reached = {id(rule) for rule in deciding}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.headers import TRAINING, read_json
-from spectool.checkpoint.tensors import Checkpoint, open_checkpoint
+from spectool.checkpoint.tensors import open_checkpoint
 from spectool.distill.data.samples import Sample
 from spectool.distill.data.texts import chunk
 from spectool.distill.objective import train
@@ -39,7 +39,6 @@ from spectool.distill.objectives.lora import LoRA
 from spectool.errors import UnsupportedError, UsageError, require
 from spectool.files import disk_errors
 from spectool.machine import available_memory
-from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model
 from spectool.model.matrices import Matrix
 from spectool.quantize.plan import QuantizePlan
@@ -101,8 +100,6 @@ class PreprocessRun:
     windows: TrainingWindows
     scratch: Path
     identity: Mapping[str, Any]
-    checkpoint: Checkpoint
-    architecture: Architecture
     plan: QuantizePlan
     device: torch.device
     seed: int
@@ -111,17 +108,13 @@ class PreprocessRun:
     @property
     def matrices(self) -> list[Matrix]:
         """The matrices to update."""
-        packed = (matrix for block in self.plan.matrices.values() for matrix in block.values())
         # peft adds LoRA to modules; experts of a fused tensor are none.
-        return [matrix for matrix in packed if matrix.expert is None]
+        return [matrix for matrix in self.plan.inside if matrix.expert is None]
 
     def check(self, *, overwrite: bool) -> None:
-        """Check that preprocessing can run; `overwrite` removes the scratch of another run.
+        """Raise an InputError if preprocessing cannot run.
 
-        Raises:
-            UsageError: the scratch directory belongs to something else.
-            UnsupportedError: too little memory, or weights stored in a way that cannot be written.
-            MissingExtra: peft is not installed.
+        `overwrite` removes the scratch of another run.
         """
         require("peft", extra="lora", reason="--preprocess")
         identity, record = json.dumps(self.identity, sort_keys=True), self.scratch / "run.json"
@@ -132,9 +125,9 @@ class PreprocessRun:
                     hint="move it away, or start anew with --overwrite",
                 )
             shutil.rmtree(self.scratch)
-        check_writable(self.architecture, (matrix.parameter for matrix in self.matrices))
+        check_writable(self.plan.architecture, (matrix.parameter for matrix in self.matrices))
         tokens = self.options.batch_size * self.windows.train_SL.shape[1]
-        needed, free = training_bytes(self.architecture, tokens), available_memory(self.device)
+        needed, free = training_bytes(self.plan.architecture, tokens), available_memory(self.device)
         if needed > free:
             raise UnsupportedError(
                 f"--preprocess trains the whole model in float32, which takes about "
@@ -161,12 +154,14 @@ class PreprocessRun:
 
     def _train(self, packed: Path, merged: Path) -> None:
         """Train updates of the packed model and write the original with them merged."""
-        source = open_checkpoint(packed, trust_remote_code=self.checkpoint.trust_remote_code)
+        architecture = self.plan.architecture
+        trusted = architecture.checkpoint.trust_remote_code
+        source = open_checkpoint(packed, trust_remote_code=trusted)
         task = WeightTask(
             name="preprocessing",
             model=load_model(source, dtype=torch.float32, device=str(self.device), runtime="dense"),
-            source=self.checkpoint,
-            architecture=self.architecture,
+            source=architecture.checkpoint,
+            architecture=architecture,
             texts=self.windows.batches(self.options),
             learning_rate=self.options.rate,
             device=self.device,

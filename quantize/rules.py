@@ -12,6 +12,7 @@ embedding and the lm_head stay dense.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,17 @@ import yaml
 
 from spectool.errors import UsageError
 from spectool.methods import import_method
-from spectool.model.architecture import matches
 from spectool.quantize.base import Quantizer
 
 DENSE = "dense"
 SKIP = "--skip"
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a `--skip` pattern matches a name: a glob, or consecutive dotted parts of it."""
+    if any(sign in pattern for sign in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return f".{pattern}." in f".{name}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +92,7 @@ def read_rules(path: Path) -> list[Rule]:
 
 
 def _parse_rule(path: Path, number: int, entry: Any) -> Rule:
-    """Parse the entry `number` of a rules file.
-
-    Raises:
-        UsageError: missing keys, unknown method or options.
-    """
+    """Parse the entry `number` of a rules file."""
     origin = f"--rules {path}: entry {number}"
     if not isinstance(entry, dict) or not all(
         isinstance(entry.get(key), str) for key in ("match", "method")

@@ -209,8 +209,6 @@ def _prepare_preprocessing(
         windows=windows,
         scratch=out.with_name(out.name + ".preprocess"),
         identity=identity,
-        checkpoint=plan.architecture.checkpoint,
-        architecture=plan.architecture,
         plan=plan,
         device=compute.device,
         seed=job.seed,

@@ -60,7 +60,7 @@ def make_small_files(
         dtypes = map(torch_dtype, checkpoint.layout.tensors.values())
         first = next(dtype for dtype in dtypes if dtype.is_floating_point)
         config["dtype"] = str(first).removeprefix("torch.")
-    layout = Layout(path=writer.partial, config=config, tensors=tensors, metadata={})
+    layout = Layout(path=writer.partial, config=config, tensors=tensors)
     files["config.json"] = json_bytes(config)
     files["README.md"] = _readme(job, measure(layout)).encode()
     index = {

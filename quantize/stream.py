@@ -63,11 +63,7 @@ class CalibratedStream:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     def embed(self, side: Stream, shell: ModelShell | None = None) -> Activations:
-        """Embed the calibration sequences as inputs of the first block.
-
-        Raises:
-            NotFinite: the embedding's output is NaN or infinite.
-        """
+        """Embed the calibration sequences as inputs of the first block."""
         assert self.calibration is not None
         large = self.plan.num_buffers * self.plan.buffer_bytes > BUFFERS_IN_MEMORY
         file = self.scratch / f"activations-{side}.bin" if large else None

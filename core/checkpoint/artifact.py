@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,7 @@ class ArtifactWriter:
                 self.replaced.rename(self.out)
 
     def _resume(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """Return the manifest to continue with; removes what is not a complete shard.
-
-        Raises:
-            UsageError: see the class.
-        """
+        """Return the manifest to continue with; removes what is not a complete shard."""
         fresh: dict[str, Any] = {"identity": identity, "shards": {}}
         present = sorted(path.name for path in self.partial.iterdir())
         manifest = self._read_manifest()
@@ -117,18 +114,14 @@ class ArtifactWriter:
             if (self.partial / name).is_file():
                 sums = checksums.of_file(self.partial / name)
                 if sums.sha256 == record["sha256"]:
-                    complete[name] = {**sums.as_dict(), "report": record["report"]}
+                    complete[name] = {**asdict(sums), "report": record["report"]}
         for path in self.partial.iterdir():
             if path.name not in complete:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return {"identity": identity, "shards": complete}
 
     def _read_manifest(self) -> dict[str, Any] | None:
-        """Read the last run's manifest; None without one.
-
-        Raises:
-            UsageError: the file is not a manifest.
-        """
+        """Read the last run's manifest; None without one."""
         if not self.manifest_path.exists():
             return None
         try:
@@ -169,7 +162,7 @@ class ArtifactWriter:
     def add_shard(self, shard: str, sums: Checksums, report: Any) -> None:
         """Record as finished a shard that `write_atomically` wrote into `partial`."""
         with disk_errors(self.partial):
-            self.manifest["shards"][shard] = {**sums.as_dict(), "report": report}
+            self.manifest["shards"][shard] = {**asdict(sums), "report": report}
             self._save_manifest()
 
     def checksums(self) -> dict[str, dict[str, str]]:
@@ -249,11 +242,9 @@ class ArtifactWriter:
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-    """Check that OUT can be written; called before a long run, and again when it writes.
+    """Raise an InputError if OUT cannot be written; called before a long run and when it writes.
 
-    Raises:
-        UsageError: OUT exists without `overwrite`, or holds files that its artifact does not list.
-        InputError: the directory of OUT takes no new files.
+    With `overwrite` OUT may exist, with no files but those that its artifact lists.
     """
     with disk_errors(out):
         replaced = out.with_name(out.name + ".replaced")
@@ -281,17 +272,9 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 
 
 def check_paths(source: Path, out: Path) -> None:
-    """Check that neither directory contains the other.
-
-    Raises:
-        UsageError: one contains the other, or they are the same.
-    """
+    """Raise a UsageError if one directory contains the other, or they are the same."""
     source_path, out_path = source.resolve(), out.resolve()
-    if (
-        source_path == out_path
-        or source_path in out_path.parents
-        or out_path in source_path.parents
-    ):
+    if source_path.is_relative_to(out_path) or out_path.is_relative_to(source_path):
         raise UsageError(f"{out}: OUT must lie outside the source {source}, and not around it")
 
 
@@ -334,11 +317,7 @@ def _find_stray(path: Path) -> str | None:
 def write_atomically(
     path: Path, tensors: Mapping[str, Content], metadata: dict[str, Any]
 ) -> Checksums:
-    """Write a safetensors file atomically, as `write_safetensors` under a temporary name.
-
-    Raises:
-        SpectoolError: the disk is full.
-    """
+    """Write a safetensors file atomically, as `write_safetensors` under a temporary name."""
     with disk_errors(path.parent):
         temporary = path.with_name(path.name + ".tmp")
         sums = write_safetensors(temporary, tensors, metadata)
@@ -397,11 +376,7 @@ def num_bytes(content: Content) -> int:
 
 
 def _read_pieces(content: Content) -> Iterator[memoryview]:
-    """Yield a tensor's bytes, a stored one's in pieces of `CHUNK`.
-
-    Raises:
-        CheckpointError: see `write_safetensors`.
-    """
+    """Yield a tensor's bytes, a stored one's in pieces of `CHUNK`."""
     if isinstance(content, Tensor):
         flat = content.detach().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().data

@@ -7,18 +7,18 @@ made on use.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spectool import processors
 from spectool.errors import CheckpointError
+from spectool.files import read_errors
 
 # Bytes mapped at once: each window is hashed in one call without the interpreter's lock, and no
 # more of a file is resident. Copying into a buffer first takes 1.5 times as long.
@@ -38,10 +38,6 @@ class Checksums:
 
     sha256: str
     xxh3_64: str
-
-    def as_dict(self) -> dict[str, str]:
-        """Return both by name, as JSON stores them."""
-        return asdict(self)
 
 
 class Summing:
@@ -74,11 +70,7 @@ class Guard:
         self._matches = False
 
     def check(self) -> None:
-        """Compare the file with its checksum, at the first call only.
-
-        Raises:
-            CheckpointError: the file differs from the one that was written.
-        """
+        """Raise a CheckpointError if the file is not the one that was written; compared once."""
         with self._lock:
             if not self._matches:
                 found = _compute_xxh3(self.path)
@@ -131,11 +123,7 @@ class Checking:
                 self._errors.append(error)
 
     def finish(self) -> None:
-        """Wait for the end of the comparison.
-
-        Raises:
-            CheckpointError: see `Guard.check`.
-        """
+        """Wait for the end of the comparison; raises as `Guard.check`."""
         for thread in self._threads:
             thread.join()
         if self._errors:
@@ -149,19 +137,14 @@ def of_file(path: Path) -> Checksums:
         CheckpointError: the file cannot be read.
     """
     summing, buffer = Summing(), memoryview(bytearray(CHUNK))
-    with _reading(path), path.open("rb", buffering=0) as file:
+    with read_errors(path), path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             summing.update(buffer[:size])
     return summing.finish()
 
 
 def verify(folder: Path, stored: Mapping[str, Checksums]) -> None:
-    """Compare both checksums of all files in `folder` with those in `stored`.
-
-    Raises:
-        CheckpointError: `stored` is empty; a file is absent or differs; or a safetensors file has
-            no checksum.
-    """
+    """Raise a CheckpointError unless all files in `folder` have the checksums in `stored`."""
     if not stored:
         raise CheckpointError(
             f"{folder}: no checksums to compare with",
@@ -201,15 +184,11 @@ def parse(raw: Any, path: Path) -> dict[str, Checksums]:
 
 
 def _compute_xxh3(path: Path) -> str:
-    """Compute the XXH3 of a file, in hexadecimal digits.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """Compute the XXH3 of a file, in hexadecimal digits."""
     import xxhash
 
     digest = xxhash.xxh3_64()
-    with _reading(path), path.open("rb") as file:
+    with read_errors(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         for start in range(0, size, WINDOW):
             length = min(WINDOW, size - start)
@@ -218,17 +197,6 @@ def _compute_xxh3(path: Path) -> str:
                     part.madvise(mmap.MADV_SEQUENTIAL)
                 digest.update(part)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn errors of reading `path` into a CheckpointError."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _mismatch(path: Path, kind: str, found: str, expected: str) -> CheckpointError:

@@ -29,10 +29,9 @@ _COMPUTED = re.compile(
 
 @contextlib.contextmanager
 def limit_parameters(layout: Layout) -> Iterator[None]:
-    """Limit the number of parameters that modules register to what the files may hold.
+    """Raise a CheckpointError if modules register more parameters than the files may hold.
 
-    Raises:
-        CheckpointError: more are registered: the configuration is another model's, or damaged.
+    The configuration is another model's then, or damaged.
     """
     # 10 per tensor: experts may be stored fused and built one by one. 500: for models of few.
     limit, registered = 500 + 10 * len(layout.tensors), 0
@@ -54,11 +53,7 @@ def limit_parameters(layout: Layout) -> Iterator[None]:
 
 
 def check_missing(model: PreTrainedModel, layout: Layout, missing: Sequence[str]) -> None:
-    """Check that `missing`, the tensors of the architecture that are in no file, is empty.
-
-    Raises:
-        CheckpointError: it is not.
-    """
+    """Raise a CheckpointError if tensors of the architecture are in no file."""
     if not missing:
         return
     other = [
@@ -76,11 +71,7 @@ def check_missing(model: PreTrainedModel, layout: Layout, missing: Sequence[str]
 
 
 def check_shape(layout: Layout, name: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
-    """Check that a stored tensor has the shape of the architecture's.
-
-    Raises:
-        CheckpointError: it has another.
-    """
+    """Raise a CheckpointError if a tensor is not stored in the architecture's shape."""
     if tuple(stored) != tuple(wanted):
         raise CheckpointError(
             f"{layout.path}: {name} is {list(stored)}, but the configuration says {list(wanted)}"
@@ -88,11 +79,7 @@ def check_shape(layout: Layout, name: str, stored: Sequence[int], wanted: Sequen
 
 
 def check_kind(layout: Layout, name: str, stored: Sequence[str], wanted: Tensor) -> None:
-    """Check that floating-point weights are not stored in integer dtypes.
-
-    Raises:
-        CheckpointError: one of the dtypes in `stored` is an integer type.
-    """
+    """Raise a CheckpointError if floating-point weights are stored in integer dtypes."""
     if not isinstance(wanted, nn.Parameter) or not wanted.is_floating_point():
         return
     integer = next((dtype for dtype in stored if not dtype.startswith(("F", "BF"))), None)
@@ -105,11 +92,7 @@ def check_kind(layout: Layout, name: str, stored: Sequence[str], wanted: Tensor)
 
 
 def check_tables(model: PreTrainedModel, layout: Layout) -> None:
-    """Check that the buffers that the model computes are not far larger than its weights.
-
-    Raises:
-        CheckpointError: they are.
-    """
+    """Raise a CheckpointError if the model computes buffers far larger than its weights."""
     sizes = {name: tensor.nbytes for name, tensor in model.named_buffers()}
     computed = {name: size for name, size in sizes.items() if name not in layout.tensors}
     if sum(computed.values()) > _FREE_TABLES + layout.num_bytes:

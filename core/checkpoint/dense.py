@@ -27,11 +27,7 @@ COMPANIONS = (
 
 
 def check_dense(checkpoint: Checkpoint) -> None:
-    """Check that a checkpoint is not quantized.
-
-    Raises:
-        UnsupportedError: it is quantized already.
-    """
+    """Raise an UnsupportedError if a checkpoint is quantized already."""
     quantization = checkpoint.layout.quantization
     if quantization is not None:
         by = quantization.get("quant_method", "an unnamed method")

@@ -64,11 +64,7 @@ def configured(config: Mapping[str, Any], path: Path) -> torch.dtype | None:
 
 
 def with_plain_dtypes(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the configuration with all dtypes, nested ones too, in transformers' spelling.
-
-    Raises:
-        CheckpointError: see `configured`.
-    """
+    """Return the configuration with all dtypes, nested ones too, in transformers' spelling."""
     plain: dict[str, Any] = {}
     for key, value in config.items():
         if key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):

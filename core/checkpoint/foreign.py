@@ -42,12 +42,7 @@ MAX_COUNT = 100_000
 
 
 def check_directory(path: Path) -> None:
-    """Check that a path is a checkpoint directory.
-
-    Raises:
-        CheckpointError: no directory, or one that holds something else.
-        UnsupportedError: a diffusion pipeline.
-    """
+    """Raise an InputError if a path is not a checkpoint directory."""
     if path.is_file():
         raise _refuse_file(path)
     if not path.is_dir():
@@ -65,12 +60,7 @@ def check_directory(path: Path) -> None:
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Check that a configuration is of a decoder-only model.
-
-    Raises:
-        UnsupportedError: the configuration is a drafter's or an encoder-decoder's.
-        CheckpointError: one of its counts is larger than any model's.
-    """
+    """Raise an InputError if a configuration is not that of a decoder-only model."""
     if is_speculator(config):
         base = _find_base(config)
         name = " ".join(map(str, config.get("architectures") or ())) or config.get("model_type")
@@ -107,11 +97,7 @@ def is_speculator(config: Mapping[str, Any]) -> bool:
 
 
 def refuse_adapter(path: Path) -> None:
-    """Refuse a directory that holds a parameter-efficient adapter.
-
-    Raises:
-        CheckpointError: it does, alone or next to a checkpoint.
-    """
+    """Raise a CheckpointError if a directory holds a parameter-efficient adapter."""
     if not (path / ADAPTER).is_file():
         return
     adapter_config = _read_object(path / ADAPTER)
@@ -132,11 +118,7 @@ def refuse_adapter(path: Path) -> None:
 
 
 def check_heads(path: Path) -> None:
-    """Check that a directory holds draft heads.
-
-    Raises:
-        CheckpointError: it holds none in spectool's format.
-    """
+    """Raise a CheckpointError if a directory holds no draft heads in spectool's format."""
     if (path / HEADS).is_file():
         return
     if not path.is_dir():

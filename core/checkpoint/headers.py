@@ -19,8 +19,9 @@ from typing import Any
 
 from spectool.checkpoint import checksums, foreign
 from spectool.checkpoint.checksums import Checksums, Guard
-from spectool.checkpoint.formats import FORMAT_VERSION, upgrade_config
+from spectool.checkpoint.formats import packed_entries, shorten, upgrade_config
 from spectool.errors import CheckpointError
+from spectool.files import read_errors
 
 # Bits of one element; sub-byte types pack several elements into a byte.
 DTYPE_BITS = {
@@ -94,7 +95,6 @@ class Layout:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
-    metadata: dict[str, str]
     checksums: dict[str, Checksums] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,18 +119,14 @@ class Layout:
 
     @property
     def context(self) -> int | None:
-        """The model's context length in tokens; None if the configuration has none.
-
-        Raises:
-            CheckpointError: the length is below 1.
-        """
+        """The model's context length in tokens; None if the configuration has none."""
         text_config = self.config.get("text_config") or self.config
         for key in ("max_position_embeddings", "n_positions"):
             length = text_config.get(key)
             if isinstance(length, int):
                 if length < 1:
                     raise CheckpointError(
-                        f"{self.path}: config.json: {key} is {_brief(length)}, expected at least 1"
+                        f"{self.path}: config.json: {key} is {shorten(length)}, expected at least 1"
                     )
                 return length
         return None
@@ -171,11 +167,7 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _check_objects(path: Path, config: Mapping[str, Any]) -> None:
-    """Check that the nested configurations are JSON objects.
-
-    Raises:
-        CheckpointError: one of them is something else.
-    """
+    """Raise a CheckpointError if a nested configuration is not a JSON object."""
     for key, parent in (
         ("text_config", config),
         ("quantization_config", config),
@@ -183,7 +175,7 @@ def _check_objects(path: Path, config: Mapping[str, Any]) -> None:
     ):
         if not isinstance(parent.get(key) or {}, dict):
             raise CheckpointError(
-                f"{path}: config.json: {key} is {_brief(parent[key])}, expected an object"
+                f"{path}: config.json: {key} is {shorten(parent[key])}, expected an object"
             )
 
 
@@ -232,59 +224,6 @@ def summarize_names(names: Sequence[str]) -> str:
     return f"{', '.join(parts[:_MAX_GROUPS])}{more}"
 
 
-def packed_entries(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the checked entries `{method, options, shape, ...}` of an artifact's matrices.
-
-    Raises:
-        CheckpointError: a newer format, or incomplete entries.
-    """
-    version = quantization.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CheckpointError(
-            f"format_version is {_brief(version)}, expected a number up to {FORMAT_VERSION}"
-        )
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"the artifact has format {version}, this spectool reads up to {FORMAT_VERSION}",
-            hint="install a newer spectool",
-        )
-    modules = quantization.get("modules")
-    if not isinstance(modules, dict):
-        raise CheckpointError(f"modules is {_brief(modules)}, expected an object")
-    for key in ("source", "made_by"):
-        if not isinstance(quantization.get(key) or {}, dict):
-            raise CheckpointError(f"{key} is {_brief(quantization[key])}, expected an object")
-    for name, entry in modules.items():
-        expected = _find_defect(name, entry)
-        if expected is not None:
-            raise CheckpointError(f"the entry of {name} is {_brief(entry)}, expected {expected}")
-    return modules
-
-
-def _find_defect(name: str, entry: Any) -> str | None:
-    """Return what was expected of a packed matrix's invalid entry; None if the entry is valid."""
-    if not isinstance(entry, dict):
-        return "an object"
-    if not isinstance(entry.get("method"), str) or not isinstance(entry.get("options"), dict):
-        return "a method and its options"
-    shape = entry.get("shape")
-    if not isinstance(shape, list) or len(shape) != 2:
-        return "a shape of two numbers"
-    if not all(type(length) is int and length > 0 for length in shape):
-        return "a shape of two numbers"
-    if "tied" in entry and not isinstance(entry["tied"], str):
-        return "the name of the matrix that it is tied to"
-    if entry.get("expert") and not name.rpartition(".")[2].isdecimal():
-        return "a name that ends with the expert's number"
-    return None
-
-
-def _brief(value: Any) -> str:
-    """Format a JSON value for a message, in at most 60 characters."""
-    text = "absent" if value is None else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def read_header(
     path: Path, *, guard: Guard | None = None
 ) -> tuple[dict[str, str], list[TensorEntry]]:
@@ -295,23 +234,18 @@ def read_header(
     Raises:
         CheckpointError: the file is absent, empty or truncated, or its header contradicts it.
     """
-    try:
+    with read_errors(path), path.open("rb") as file:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(size - 8, MAX_HEADER):
-                raise CheckpointError(
-                    f"{path}: its header claims {length} bytes, but the file has {size}; "
-                    "it is damaged or not safetensors"
-                )
-            raw = file.read(length)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, MAX_HEADER):
+            raise CheckpointError(
+                f"{path}: its header claims {length} bytes, but the file has {size}; "
+                "it is damaged or not safetensors"
+            )
+        raw = file.read(length)
     try:
         header = json.loads(raw)
         metadata = dict(header.pop("__metadata__", {}))
@@ -361,11 +295,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is absent, unreadable, or not one JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        with read_errors(path):
+            value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -390,13 +321,12 @@ def read_layout(path: Path, *, check: bool = True) -> Layout:
     weights = find_weights(path, config)
     stored = read_checksums(weights) if weights.name == PACKED_INDEX else {}
     if weights.suffix == ".safetensors":
-        metadata, entries = read_header(weights)
-        tensors = {entry.name: entry for entry in entries}
+        tensors = {entry.name: entry for entry in read_header(weights)[1]}
     else:
-        metadata, tensors = read_shards(weights, stored if check else {})
+        tensors = read_shards(weights, stored if check else {})
     if not any(entry.num_elements for entry in tensors.values()):
         raise CheckpointError(f"{path}: its weight files hold no tensors with values")
-    return Layout(path=path, config=config, tensors=tensors, metadata=metadata, checksums=stored)
+    return Layout(path=path, config=config, tensors=tensors, checksums=stored)
 
 
 def find_weights(path: Path, config: Mapping[str, Any]) -> Path:
@@ -411,7 +341,7 @@ def find_weights(path: Path, config: Mapping[str, Any]) -> Path:
     elif isinstance(named, str):
         if Path(named).name != named or not named.endswith((".safetensors", INDEX_SUFFIX)):
             raise CheckpointError(
-                f"{path}: config.json: transformers_weights is {_brief(named)}, expected a "
+                f"{path}: config.json: transformers_weights is {shorten(named)}, expected a "
                 "safetensors file or index in that directory"
             )
         names = [named]
@@ -425,20 +355,14 @@ def find_weights(path: Path, config: Mapping[str, Any]) -> Path:
 
 
 def read_checksums(index: Path) -> dict[str, Checksums]:
-    """Read the checksums of an artifact's files by name from its index; empty without any.
-
-    Raises:
-        CheckpointError: the index or its checksums are invalid.
-    """
+    """Read the checksums of an artifact's files by name from its index; empty without any."""
     metadata = read_json(index).get("metadata")
     stored = metadata.get("checksums") if isinstance(metadata, dict) else None
     return checksums.parse(stored, index)
 
 
-def read_shards(
-    index: Path, stored: Mapping[str, Checksums]
-) -> tuple[dict[str, str], dict[str, TensorEntry]]:
-    """Read metadata and tensors (by name) of all files that an index names.
+def read_shards(index: Path, stored: Mapping[str, Checksums]) -> dict[str, TensorEntry]:
+    """Read the tensors, by name, of all files that an index names.
 
     As in transformers, tensors of these files count even if the index does not list them. `stored`
     are the checksums that guard the files; empty: none is compared.
@@ -451,16 +375,14 @@ def read_shards(
         raise CheckpointError(f"{index}: has no weight_map")
     if not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index}: its weight_map does not map tensors to file names")
-    metadata: dict[str, str] = {}
     tensors: dict[str, TensorEntry] = {}
     for file in sorted(set(weight_map.values())):
         path = index.parent / file
         if path.name != file or "\0" in file:
             raise CheckpointError(f"{index}: names {file!r}, which is not a file in its directory")
-        file_metadata, entries = read_header(path, guard=checksums.guard(path, stored))
-        metadata.update(file_metadata)
+        entries = read_header(path, guard=checksums.guard(path, stored))[1]
         tensors.update((entry.name, entry) for entry in entries)
     for name, file in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{index}: says that {name} is in {file}, but it is not")
-    return metadata, tensors
+    return tensors

@@ -58,8 +58,7 @@ def remote_layout(model: str, revision: str | None) -> Layout:
     """Read configuration and tensor headers of a hub id without downloading weights.
 
     Raises:
-        CheckpointError: as `fetch`, or the repository holds no safetensors.
-        UnsupportedError: see `foreign.check_config`.
+        InputError: as `fetch` and `foreign.check_config`, or there are no safetensors.
     """
     import huggingface_hub
     from huggingface_hub.errors import NotASafetensorsRepoError
@@ -85,7 +84,7 @@ def remote_layout(model: str, revision: str | None) -> Layout:
             )
     config = read_json(Path(config_path))
     foreign.check_config(Path(model), config)
-    return Layout(path=Path(config_path).parent, config=config, tensors=tensors, metadata={})
+    return Layout(path=Path(config_path).parent, config=config, tensors=tensors)
 
 
 def _unreachable(model: str, error: Exception) -> CheckpointError:

@@ -212,11 +212,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Check that no weight is NaN or infinite.
-
-    Raises:
-        CheckpointError: some are.
-    """
+    """Raise a CheckpointError if weights are NaN or infinite."""
     if not all_finite(tensor):
         tensor = tensor.float() if tensor.element_size() == 1 else tensor
         bad = int((~torch.isfinite(tensor)).sum())

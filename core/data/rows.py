@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spectool.data.tools import convert_call, parse_json, read_calls, read_tools
 from spectool.errors import TextError
 
 TEXT_FIELDS = ("text", "content", "document", "story")
@@ -22,14 +23,7 @@ CHAT_FIELDS = ("messages", "conversations", "conversation", "turns")
 CONTINUED = "prompt"
 QUESTION_FIELDS = ("instruction", "question", "query", "problem", "input")
 CONTEXT_FIELDS = ("input", "context")
-ANSWER_FIELDS = (
-    "completion",
-    "output",
-    "answer",
-    "response",
-    "solution",
-    "canonical_solution",
-)
+ANSWER_FIELDS = ("completion", "output", "answer", "response", "solution", "canonical_solution")
 # Fields that may hold turns instead of a string.
 SPOKEN_FIELDS = (CONTINUED, "completion", "chosen")
 SYSTEM_FIELDS = ("system", "system_prompt")
@@ -148,11 +142,7 @@ class _Reader:
     place: str
 
     def read_layout(self, prompts: bool) -> Row:
-        """Interpret the record by the names of its fields.
-
-        Raises:
-            TextError: see `read_row`.
-        """
+        """Interpret the record by the names of its fields."""
         if self.holds("chosen"):
             return self.read_preference()
         chat = self.first(CHAT_FIELDS)
@@ -181,11 +171,7 @@ class _Reader:
         )
 
     def read_field(self, field: str, *, prompts: bool) -> Row:
-        """Interpret one field, whatever the others hold.
-
-        Raises:
-            TextError: see `read_row`.
-        """
+        """Interpret one field, whatever the others hold."""
         value = self.record.get(field)
         if isinstance(value, str) and not _holds_turns(value):
             return Row(value, fields=field)
@@ -288,11 +274,7 @@ class _Reader:
     def conversation(
         self, messages: Sequence[Message], fields: str, *, joinable: bool = False
     ) -> Row:
-        """Make a row of these turns, with the record's system message and tools.
-
-        Raises:
-            TextError: no turn holds text.
-        """
+        """Make a row of these turns, with the record's system message and tools."""
         system = self.first(SYSTEM_FIELDS)
         if system is not None and messages[0]["role"] != "system":
             messages = ({"role": "system", "content": self.record[system]}, *messages)
@@ -302,11 +284,7 @@ class _Reader:
         return Row(messages=tuple(messages), tools=self.tools(), joinable=joinable, fields=fields)
 
     def turns(self, field: str, value: Any, *, role: str = "user") -> tuple[Message, ...]:
-        """Convert one or several objects or strings to turns in the common form.
-
-        Raises:
-            TextError: `value` is something else.
-        """
+        """Convert one or several objects or strings to turns in the common form."""
         if isinstance(value, (str, Mapping)):
             value = [value]
         if isinstance(value, list) and value:
@@ -321,11 +299,7 @@ class _Reader:
         )
 
     def message(self, field: str, turn: Mapping[str, Any]) -> Message:
-        """Convert a turn to the common form; its other keys are kept for the template.
-
-        Raises:
-            TextError: no role, or neither content nor calls.
-        """
+        """Convert a turn to the common form; its other keys are kept for the template."""
         turn = {key: value for key, value in turn.items() if value is not None}
         role_key = next((key for key in _ROLE_KEYS if isinstance(turn.get(key), str)), None)
         key = next((key for key in _CONTENT_KEYS if key in turn), None)
@@ -348,22 +322,17 @@ class _Reader:
             )
         content = "" if key is None else self.content(field, turn[key])
         if role == "call":
-            values = _as_list(_parse_json(content))
-            calls = values if all(map(_is_call, values)) else []
+            calls = read_calls(content) or []
             role, content = "assistant", "" if calls else content
         used = (*_ROLE_KEYS, key, "tool_calls", "function_call")
         rest = {name: value for name, value in turn.items() if name not in used}
         message = {"role": role or turn[role_key], "content": content, **rest}
-        return {**message, "tool_calls": list(map(_to_call, calls))} if calls else message
+        return {**message, "tool_calls": list(map(convert_call, calls))} if calls else message
 
     def calls(self, field: str, value: Any) -> list[Any]:
-        """Return a turn's tool calls, parsed if they are JSON.
-
-        Raises:
-            TextError: not a call, nor a list of calls.
-        """
-        calls = _as_list(_parse_json(value))
-        if all(map(_is_call, calls)):
+        """Return a turn's tool calls, parsed if they are JSON."""
+        calls = read_calls(value)
+        if calls is not None:
             return calls
         raise TextError(
             f"{self.place}: a turn of {field!r} calls a tool as {value!r:.60}; expected "
@@ -371,11 +340,7 @@ class _Reader:
         )
 
     def content(self, field: str, value: Any) -> str:
-        """Return a turn's text, joined if it comes in parts.
-
-        Raises:
-            TextError: something else than text.
-        """
+        """Return a turn's text, joined if it comes in parts."""
         if isinstance(value, str):
             return value
         parts = value if isinstance(value, list) else [None]
@@ -387,19 +352,10 @@ class _Reader:
         raise TextError(f"{self.place}: a turn of {field!r} has content that is no text")
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
-        """Return the descriptions of the tools that the conversation may call.
-
-        Raises:
-            TextError: neither a list of objects, nor JSON of one.
-        """
-        tools = self.record.get("tools") or []
-        try:
-            tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
-            tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
-        except ValueError:
-            tools = None
-        if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
-            return tuple(map(_to_tool, map(_drop_none, tools)))
+        """Return the descriptions of the tools that the conversation may call."""
+        tools = read_tools(self.record.get("tools") or [])
+        if tools is not None:
+            return tools
         raise TextError(f"{self.place}: field 'tools' is no list of objects, nor JSON of one")
 
 
@@ -432,52 +388,6 @@ def _alternate_roles(contents: Sequence[str]) -> tuple[Message, ...]:
     )
 
 
-def _to_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Convert a tool's description to the form that templates expect."""
-    if "function" in tool or "name" not in tool:
-        return tool
-    function = {key: value for key, value in tool.items() if key != "type"}
-    return {"type": "function", "function": function}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _is_call(value: Any) -> bool:
-    """Whether a value is a tool call, with its name at the top or in `function`."""
-    function = (value.get("function") or value) if isinstance(value, Mapping) else None
-    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
-
-
-def _to_call(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a tool call to the form that templates expect, with its arguments as an object."""
-    call = _to_tool(_drop_none(value))
-    function = dict(call["function"])
-    arguments = _parse_json(function.get("arguments", {}))
-    if arguments is not None:
-        function["arguments"] = arguments
-    return {**call, "function": function}
-
-
-def _drop_none(value: Any) -> Any:
-    """Drop the None fields that parquet adds to objects of different keys, nested ones too."""
-    if isinstance(value, Mapping):
-        return {key: _drop_none(part) for key, part in value.items() if part is not None}
-    return [_drop_none(part) for part in value] if isinstance(value, list) else value
-
-
-def _parse_json(value: Any) -> Any:
-    """Parse a string of JSON, None unless it is an object or a list; return other values as is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, (dict, list)) else None
-
-
 def _is_turns(value: Any) -> bool:
     """Whether a value is a list of strings or objects."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], (str, Mapping))
@@ -487,7 +397,7 @@ def _holds_turns(value: Any) -> bool:
     """Whether a string is the JSON of a conversation."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return False
-    parsed = _parse_json(value)
+    parsed = parse_json(value)
     return _is_turns(parsed) and any(key in parsed[0] for key in _ROLE_KEYS)
 
 

@@ -227,11 +227,7 @@ def join_without_template(row: Row, tokenizer: Any) -> Row:
 
 
 def check_ids(ids: Sequence[int], num_tokens: int, origin: str) -> None:
-    """Check that token ids are rows of a model's embedding; `origin` is where they come from.
-
-    Raises:
-        CheckpointError: an id outside the embedding.
-    """
+    """Raise a CheckpointError if token ids from `origin` are no rows of a model's embedding."""
     wrong = next((id for id in (max(ids, default=0), min(ids, default=0))
                   if not 0 <= id < num_tokens), None)  # fmt: skip
     if wrong is not None:
@@ -243,11 +239,7 @@ def check_ids(ids: Sequence[int], num_tokens: int, origin: str) -> None:
 
 
 def _decode(path: Path) -> str:
-    """Read a plain or compressed UTF-8 text.
-
-    Raises:
-        TextError: unreadable, empty, not UTF-8, or binary.
-    """
+    """Read a plain or compressed UTF-8 text."""
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
     try:
         with opener(path, "rb") as file:
@@ -274,11 +266,7 @@ def _read(
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Yield the numbered records of JSON lines, of one list, or of one object over several lines.
-
-    Raises:
-        TextError: invalid JSON.
-    """
+    """Yield the numbered records of JSON lines, of a list, or of one object over several lines."""
     records, reason = _parse(text)
     if isinstance(records, (list, dict)):
         yield from enumerate(records if isinstance(records, list) else [records], 1)
@@ -303,12 +291,7 @@ def _parse(text: str) -> tuple[Any, ValueError | RecursionError | None]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the numbered records of a parquet file.
-
-    Raises:
-        TextError: not a parquet file.
-        MissingExtra: pyarrow is not installed.
-    """
+    """Yield the numbered records of a parquet file."""
     parquet = require("pyarrow.parquet", extra="data", reason=f"reading {path.name}")
     try:
         file = parquet.ParquetFile(path)
@@ -322,12 +305,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _hub_rows(source: str) -> Iterator[tuple[int, Any]]:
-    """Stream the numbered records of a hub data set.
-
-    Raises:
-        TextError: the data set cannot be read.
-        MissingExtra: datasets is not installed.
-    """
+    """Stream the numbered records of a hub data set."""
     datasets = require("datasets", extra="data", reason="reading a hub data set")
     name, *rest = source.removeprefix(HUB_PREFIX).split(":")
     config, split = (None, rest[0]) if len(rest) == 1 else (*rest, None, None)[:2]

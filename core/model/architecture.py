@@ -9,35 +9,21 @@ can be packed.
 from __future__ import annotations
 
 import copy
-import fnmatch
 import functools
-import json
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from spectool.checkpoint import contents, foreign
-from spectool.checkpoint.dtypes import with_plain_dtypes
-from spectool.checkpoint.headers import Layout
-from spectool.checkpoint.tensors import Checkpoint, check_finite, same_values
+from spectool.checkpoint.tensors import Checkpoint, check_finite
 from spectool.errors import UnsupportedError, wrap_errors
-from spectool.model.causal import why_not_causal
-from spectool.model.decoder import find_decoder
+from spectool.model.decoder import find_blocks
 from spectool.model.matrices import Matrix, explain_dense, find_matrices
-from spectool.model.origins import Origin, find_origins, read_origin, resolve_ties
+from spectool.model.meta import build_meta, read_config
+from spectool.model.origins import read_origin, resolve_tensors, unused_tensors
 from spectool.model.packed import PackedExperts, field_specs, replace_with_packed
 
 
@@ -56,7 +42,8 @@ class Architecture:
             by = layout.quantization.get("quant_method", "an unnamed method")
             raise UnsupportedError(f"{layout.path}: is quantized by {by}, not by spectool")
         self.modules = layout.modules
-        self.model, self.origins, self.untied = resolve(checkpoint, self.config, compare=True)
+        resolved = resolve_tensors(checkpoint, self.config, compare=True)
+        self.model, self.origins, self.untied = resolved
         self._built = {torch.float32: self.model}
         self.decoder_name, self.blocks = find_blocks(self.model)
 
@@ -226,14 +213,9 @@ class Architecture:
         for part in module.modules():
             if isinstance(part, PackedExperts):
                 part.like = torch.zeros(0, dtype=dtype)
-        for owner in module.modules():
-            for key, parameter in owner._parameters.items():
-                if parameter is not None and not parameter.is_meta:
-                    value = parameter.detach().to(device)
-                    owner._parameters[key] = nn.Parameter(value, requires_grad=False)
-            for key, buffer in owner._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    owner._buffers[key] = buffer.to(device)
+        move: Any = module._apply
+        move(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        module.requires_grad_(False)
         if isinstance(module, PreTrainedModel):
             # A mapping computed anew would contain ties that packing has resolved.
             module.tie_weights(recompute_mapping=False)
@@ -312,218 +294,6 @@ def _cast(
     return tensor.to(next(planned, like.dtype if like.is_floating_point() else dtype))
 
 
-def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """Make the configuration of a checkpoint.
-
-    Raises:
-        UnsupportedError: transformers does not know the model type.
-        CheckpointError: the configuration contradicts itself.
-    """
-    path, raw, trusted = checkpoint.path, checkpoint.layout.config, checkpoint.trust_remote_code
-    with wrap_errors(path, "its config.json is not valid"):
-        plain = with_plain_dtypes(raw, path)
-        try:
-            if plain == raw:
-                return _load_config(path, trusted)
-            return _make_config(plain, path, trusted)
-        except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
-            is_remote = "trust_remote_code" in str(error)
-            if not is_remote and raw.get("model_type") in CONFIG_MAPPING:
-                raise
-            hint = "--trust-remote-code runs the code in it" if is_remote else None
-            raise UnsupportedError(f"{path}: unknown architecture: {reason}", hint=hint) from error
-
-
-def _load_config(path: Path, trusted: bool) -> PreTrainedConfig:
-    config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-    return config
-
-
-def _make_config(raw: Mapping[str, Any], path: Path, trusted: bool) -> PreTrainedConfig:
-    """Make a configuration of the JSON object `raw`, as if it were read from `path`."""
-    remote = raw.get("auto_map")
-    if isinstance(remote, dict):
-        # The remote code is still loaded from `path`.
-        local = {key: f"{path}--{value}" for key, value in remote.items() if "--" not in value}
-        raw = {**raw, "auto_map": {**remote, **local}}
-    with tempfile.TemporaryDirectory(prefix="spectool-") as folder:
-        file = Path(folder) / "config.json"
-        file.write_text(json.dumps(raw), encoding="utf-8")
-        config = _load_config(file, trusted)
-    config._name_or_path = str(path)
-    return config
-
-
-def model_class(config: PreTrainedConfig) -> Any:
-    """Return transformers' auto class for this configuration: causal, else image-text-to-text.
-
-    Raises:
-        UnsupportedError: neither class supports it, or it is an encoder-decoder.
-    """
-    if foreign.is_encoder_decoder(config):
-        raise UnsupportedError(f"{config.model_type} is {foreign.ENCODER_DECODER}")
-    remote = getattr(config, "auto_map", None) or {}
-    for auto in (AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping or auto.__name__ in remote:
-            return auto
-    raise UnsupportedError(f"{config.model_type}: transformers has no causal model for it")
-
-
-def build_meta(
-    config: PreTrainedConfig,
-    *,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Build the whole model on the meta device, in eval mode, to run in `dtype`.
-
-    Raises:
-        CheckpointError: no model can be built of this configuration.
-        UnsupportedError: see `model_class`.
-    """
-    dense = copy.deepcopy(config)
-    if hasattr(dense, "quantization_config"):
-        del dense.quantization_config
-    kind = model_class(config)
-    where = config._name_or_path or config.model_type
-    with wrap_errors(where, "no model can be built of its config.json"):
-        with torch.device("meta"):
-            model: PreTrainedModel = kind.from_config(
-                dense, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-        # Fused expert kernels do not expose the inputs of each expert; the eager loop does.
-        model.set_experts_implementation("eager")
-    model.train(False)
-    return model
-
-
-def resolve(
-    checkpoint: Checkpoint, config: PreTrainedConfig, *, compare: bool = False
-) -> tuple[PreTrainedModel, dict[str, Origin], bool]:
-    """Build the meta model of a dense or packed checkpoint and resolve its tensors' origins.
-
-    Returns the model, the origin of each stored tensor, and whether matrices that the configuration
-    ties are stored with different values; that is tested with `compare` only, which reads them.
-
-    Raises:
-        UnsupportedError: a model that is not causal.
-        CheckpointError: tensors of the architecture are in no file, or have another shape.
-    """
-    layout = checkpoint.layout
-
-    def equal(first: Origin, second: Origin) -> bool:
-        entries = [layout.tensors[origin.stored[0][0]] for origin in (first, second)]
-        return not compare or same_values(*entries)
-
-    # Every check comes before anything of the model's size is allocated.
-    with contents.limit_parameters(layout):
-        model = build_meta(config, trust_remote_code=checkpoint.trust_remote_code)
-    check_causal(model, layout.path)
-    with wrap_errors(layout.path, "its tensors do not fit its configuration"):
-        wanted = model.state_dict(keep_vars=True)
-        if layout.is_packed:
-            origins = {name: Origin.of(name) for name in layout.tensors}
-        else:
-            origins = find_origins(model, layout.tensors)
-        for name in sorted(wanted.keys() & origins.keys()):
-            shape = _shape_of(model, layout, name, origins[name])
-            contents.check_shape(layout, name, shape, wanted[name].shape)
-            stored = [layout.tensors[key].dtype for key, _ in origins[name].stored]
-            contents.check_kind(layout, name, stored, wanted[name])
-        untied = resolve_ties(origins, model.all_tied_weights_keys, equal)
-        contents.check_missing(model, layout, _missing(model, layout, origins))
-        contents.check_tables(model, layout)
-    return model, origins, untied
-
-
-def check_causal(model: PreTrainedModel, path: Path) -> None:
-    """Check that a token's logits do not depend on later tokens.
-
-    Raises:
-        UnsupportedError: they do.
-    """
-    decoder: nn.Module = find_decoder(model) or model
-    reason = why_not_causal(model.config.get_text_config(), decoder.modules())
-    if reason is not None:
-        raise UnsupportedError(f"{path}: is no causal model: {reason}")
-
-
-def _missing(model: PreTrainedModel, layout: Layout, origins: Mapping[str, Origin]) -> list[str]:
-    """List the tensors of the architecture that are in no file."""
-    wanted, modules = model.state_dict(keep_vars=True), layout.modules
-    expected = set(wanted) - {
-        name if entry.get("expert") else f"{name}.weight" for name, entry in modules.items()
-    }
-    if any(entry.get("expert") for entry in modules.values()):
-        expected -= {name.rpartition(".")[0] for name in modules}
-    # A module shared by two others has two names; its tensors are stored under one of them.
-    shared = {id(wanted[name]) for name in wanted.keys() & origins.keys()}
-    optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "$^")
-    return sorted(
-        name
-        for name in expected - set(origins) - set(model.all_tied_weights_keys)
-        if id(wanted[name]) not in shared and not optional.search(name)
-    )
-
-
-def _shape_of(model: PreTrainedModel, layout: Layout, name: str, origin: Origin) -> torch.Size:
-    """Return the shape that a model's tensor would be read with, converted on the meta device."""
-    if origin.converter is None:
-        return torch.Size(layout.tensors[origin.stored[0][0]].shape)
-    return read_origin(model, functools.partial(_meta_tensor, layout), name, origin)[name].shape
-
-
-def _meta_tensor(layout: Layout, name: str) -> Tensor:
-    """Return a meta tensor of a stored tensor's shape."""
-    return torch.empty(layout.tensors[name].shape, device="meta")
-
-
-def unused_tensors(model: PreTrainedModel, layout: Layout) -> list[str]:
-    """List a dense checkpoint's stored tensors that no module of this model takes."""
-    if layout.quantization is not None:
-        return []
-    origins = find_origins(model, layout.tensors)
-    taken = [key for origin in origins.values() for key, _ in origin.stored]
-    return contents.find_unused(model, layout.tensors, taken)
-
-
-def find_blocks(model: PreTrainedModel) -> tuple[str, list[str]]:
-    """Return the decoder's name in the model and the names of its blocks, in order.
-
-    Raises:
-        UnsupportedError: the decoder has no list of blocks.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    decoder = find_decoder(model)
-    if decoder is None or id(decoder) not in names:
-        raise UnsupportedError(f"{type(model).__name__} has no decoder that spectool can find")
-    lists = _block_lists(decoder, names)
-    if not lists:
-        raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks")
-    best = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-    return names[id(decoder)], [names[id(block)] for block in best]
-
-
-def _block_lists(decoder: nn.Module, names: Mapping[int, str]) -> list[nn.ModuleList]:
-    """Find the decoder's lists of modules with matrices, without those of vision towers in it."""
-    text = type(getattr(decoder, "config", None))
-    towers = tuple(
-        f"{names[id(part)]}."
-        for part in decoder.modules()
-        if isinstance(part, PreTrainedModel) and type(part.config) is not text
-    )
-    return [
-        module
-        for module in decoder.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and any(find_matrices(module[0], ""))
-        and all(id(child) in names for child in module)
-        and not names[id(module)].startswith(towers)
-    ]
-
-
 def _outer_matrix(
     name: str,
     parameter: str,
@@ -536,10 +306,3 @@ def _outer_matrix(
     return Matrix(
         name=name, parameter=parameter, kind=kind, shape=(rows, width), transposed=False, tied=tied
     )
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a `--skip` pattern matches a name: a glob, or consecutive dotted parts of it."""
-    if any(sign in pattern for sign in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return f".{pattern}." in f".{name}."

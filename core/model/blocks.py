@@ -82,11 +82,7 @@ class BlockStream:
 
     @functools.cached_property
     def shell(self) -> ModelShell:
-        """The model around the blocks.
-
-        Raises:
-            UnsupportedError: see `ModelShell`.
-        """
+        """The model around the blocks."""
         return ModelShell(
             self.architecture,
             dtype=self.compute.dtype,
@@ -112,11 +108,7 @@ class BlockStream:
     def embed(
         self, ids_SL: Tensor, *, file: Path | None = None, shell: ModelShell | None = None
     ) -> Activations:
-        """Embed sequences as inputs of the first block, by another shell if given.
-
-        Raises:
-            NotFinite: see the class.
-        """
+        """Embed sequences as inputs of the first block, by another shell if given."""
         shell = shell or self.shell
         width = shell.embed(ids_SL[:1]).shape[-1]
         states = Activations((*ids_SL.shape, width), self.compute.dtype, file=file)
@@ -132,11 +124,7 @@ class BlockStream:
         return self.shell.calls(batch, length)[index]
 
     def advance(self, index: int, module: nn.Module, states: Activations) -> None:
-        """Replace hidden states by the outputs of a block.
-
-        Raises:
-            NotFinite: see the class.
-        """
+        """Replace hidden states by the outputs of a block."""
         for batch in states.batches(self.compute.batch_size):
             hidden_BLD = states.hidden_SLD[batch].to(self.compute.device)
             call = self.call(index, *hidden_BLD.shape[:2])

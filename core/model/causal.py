@@ -7,13 +7,16 @@ whole text unless their configuration makes them decoders, and models that predi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from spectool.errors import UnsupportedError
 from spectool.families import family
+from spectool.model.decoder import find_decoder
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
@@ -37,3 +40,11 @@ def why_not_causal(config: Any, modules: Iterable[nn.Module]) -> str | None:
     if any(getattr(part, "is_decoder", True) is False for part in layers):
         return "its configuration says is_decoder false"
     return None
+
+
+def check_causal(model: PreTrainedModel, path: Path) -> None:
+    """Raise an UnsupportedError if a token's logits depend on later tokens."""
+    decoder: nn.Module = find_decoder(model) or model
+    reason = why_not_causal(model.config.get_text_config(), decoder.modules())
+    if reason is not None:
+        raise UnsupportedError(f"{path}: is no causal model: {reason}")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from spectool.checkpoint.tensors import all_finite
 from spectool.errors import NotFinite, UnsupportedError
-from spectool.model.architecture import find_blocks
+from spectool.model.decoder import find_blocks
 
 HINT = "try --dtype float32; if it is so there too, the checkpoint is broken"
 

@@ -32,9 +32,6 @@ def attach_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, registry.C
     """Give the linears of a model, with activations of a dtype, the kernels that there are here.
 
     Returns the choice for each format of the table that the model has.
-
-    Raises:
-        RuntimeError: a kernel computes wrong products on this machine.
     """
     choices: dict[str, registry.Choice] = {}
     experts: set[nn.Module] = set()

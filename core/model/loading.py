@@ -18,15 +18,11 @@ from spectool.checkpoint.tensors import Checkpoint, check_finite, hash_json, ope
 from spectool.errors import CheckpointError, UsageError, require, wrap_errors
 from spectool.kernels import cpu
 from spectool.model import registration
-from spectool.model.architecture import (
-    Architecture,
-    check_causal,
-    model_class,
-    read_config,
-    resolve,
-    unused_tensors,
-)
+from spectool.model.architecture import Architecture
+from spectool.model.causal import check_causal
 from spectool.model.kernels import attach_kernels
+from spectool.model.meta import model_class, read_config
+from spectool.model.origins import resolve_tensors, unused_tensors
 from spectool.model.packed import packed_modules, unpack_in_place
 from spectool.report import SILENT, Loaded, Reporter
 
@@ -96,8 +92,7 @@ def load_model(
     With `for_decoding`, `auto` leaves packed what the passes of decoding have a kernel for.
 
     Raises:
-        UsageError: an invalid `runtime`, `dtype` or `device`.
-        InputError: see `spectool.load`.
+        InputError: as `spectool.load`, or an invalid `runtime`, `dtype` or `device`.
     """
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
@@ -170,12 +165,7 @@ def _is_better_dense(model: PreTrainedModel) -> bool:
 
 
 def _open(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load the model with transformers, and check that every tensor was loaded.
-
-    Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape.
-        UnsupportedError: a model that is not causal.
-    """
+    """Load the model with transformers, and check that every tensor was loaded."""
     config = read_config(checkpoint)
     model: PreTrainedModel
     info: dict[str, Any]
@@ -189,7 +179,7 @@ def _open(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     resolved = checkpoint.layout.is_packed or checkpoint.layout.quantization is None
     if resolved:
         # Checks the tensors before anything is allocated.
-        resolve(checkpoint, config)
+        resolve_tensors(checkpoint, config)
     if (checkpoint.path / GENERATION).exists():
         # Checked here: transformers ignores a damaged file, and the ids of the end of text with it.
         read_json(checkpoint.path / GENERATION)

@@ -259,6 +259,14 @@ def build_packed(entry: Mapping[str, Any], spec: FieldSpec) -> PackedLinear:
     return packer.build((n, m))
 
 
+def load_packed(entry: Mapping[str, Any], fields: Mapping[str, Tensor]) -> PackedLinear:
+    """Build the runtime linear of an artifact's entry with these fields, on the host."""
+    spec = {name: (value.dtype, tuple(value.shape)) for name, value in fields.items()}
+    linear = build_packed(entry, spec)
+    linear.q.load_state_dict(fields)
+    return linear
+
+
 def _describe(header: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "absent" if header is None else f"{header[0]} {list(header[1])}"
 
@@ -326,11 +334,7 @@ def replace_with_packed(
 
 
 def _parent(model: nn.Module, name: str) -> tuple[Any, str]:
-    """Return the module that holds `name`, and the attribute's name in it.
-
-    Raises:
-        CheckpointError: the model has no such module.
-    """
+    """Return the module that holds `name`, and the attribute's name in it."""
     path, _, leaf = name.rpartition(".")
     try:
         parent = model.get_submodule(path)

@@ -21,14 +21,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectool.checkpoint.checksums import Checking
-from spectool.checkpoint.formats import FORMAT_VERSION, upgrade_config
-from spectool.checkpoint.headers import (
-    PACKED_INDEX,
-    guards_of,
-    packed_entries,
-    read_checksums,
-    read_shards,
-)
+from spectool.checkpoint.formats import FORMAT_VERSION, packed_entries, upgrade_config
+from spectool.checkpoint.headers import PACKED_INDEX, guards_of, read_checksums, read_shards
 from spectool.checkpoint.tensors import torch_dtype
 from spectool.errors import UnsupportedError
 from spectool.model.packed import PackedEmbedding, field_specs, replace_with_packed
@@ -45,11 +39,7 @@ CHECKSUMS = "checksums"
 
 
 class SpectoolConfig(QuantizationConfigMixin):
-    """`quantization_config` of an artifact. Unknown keys are kept and saved again.
-
-    Raises:
-        CheckpointError: see `packed_entries`.
-    """
+    """`quantization_config` of an artifact. Unknown keys are kept and saved again."""
 
     def __init__(
         self,
@@ -95,7 +85,7 @@ class SpectoolQuantizer(HfQuantizer):
         if files := kwargs.get("checkpoint_files"):
             index = Path(files[0]).with_name(PACKED_INDEX)
             stored = read_checksums(index) if self._checksums else {}
-            tensors = read_shards(index, stored)[1].values()
+            tensors = read_shards(index, stored).values()
             headers = {entry.name: (torch_dtype(entry), entry.shape) for entry in tensors}
             self._checking = Checking(guards_of(tensors))
         with torch.device("meta"):

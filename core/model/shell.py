@@ -173,11 +173,7 @@ class ModelShell:
         self._probe()
 
     def _probe(self) -> None:
-        """Determine what the model expects its blocks to return; check that it can be walked.
-
-        Raises:
-            UnsupportedError: see the class.
-        """
+        """Determine what the model expects its blocks to return; check that it can be walked."""
         name, reason = type(self.model).__name__, ""
         for length in (None, 0, 1, 2, 3):
             try:
@@ -217,12 +213,7 @@ class ModelShell:
                 probe.more = more
 
     def _try(self, more: tuple[Any, ...] | None) -> None:
-        """Run two tokens through the probes, which return `more` after the hidden states.
-
-        Raises:
-            _NotWalkable: hidden states are not [B, L, D] or change between blocks, or blocks are
-                run more than once.
-        """
+        """Run two tokens through the probes, which return `more` after the hidden states."""
         for probe in self.probes:
             probe.more, probe.seen, probe.times = more, None, 0
         ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)

@@ -187,6 +187,8 @@ class DraftModelDrafter(Drafter):
             self._cache.join(fresh)
         self._requests = list(requests)
         for level in range(deepest):
+            if not any(level < growth.depth and growth.frontier for growth in self._grown):
+                break
             if level > 0:
                 logits_BFV = self._feed_level()
             assert logits_BFV is not None
@@ -244,12 +246,10 @@ class DraftModelDrafter(Drafter):
     def _expand(self, level: int, logits_BFV: Tensor) -> None:
         """Add a level to every tree, from the logits after its newest nodes.
 
-        Raises:
-            SpectoolError: the draft's logits are NaN or infinite.
+        A request gets an error where the draft model's logits are NaN or infinite.
         """
         # Ids beyond the target's vocabulary are cut off; ids that the draft lacks get q = 0.
         logits_BFV = logits_BFV[:, :, : self._vocab_size]
-        growing = [growth for growth in self._grown if level < growth.depth and growth.frontier]
         grown = self._grown
         controlled_BFV = apply_controls(
             [growth.request for growth in grown],
@@ -257,26 +257,34 @@ class DraftModelDrafter(Drafter):
             lambda b: map(grown[b].control_states, grown[b].frontier),
         )
         probs = probs_by_row([growth.request.sampling for growth in grown], controlled_BFV)
-        found: list[tuple[Tensor, Tensor]] = []
-        for growth, probs_FV in zip(self._grown, probs, strict=True):
-            if growth not in growing:
+        found: list[tuple[_Growth, int]] = []
+        flat: list[Tensor] = []
+        for b, growth in enumerate(grown):
+            num_nodes = len(growth.frontier)
+            if level >= growth.depth or not num_nodes:
                 continue
-            probs_FV = probs_FV[: len(growth.frontier)]
+            probs_FV = probs[b][:num_nodes]
             if not growth.request.sampling.greedy:
                 missing = self._vocab_size - probs_FV.shape[1]
                 padded_FV = torch.nn.functional.pad(probs_FV, (0, missing)).to(self._device)
                 growth.probs += list(padded_FV)
-            found.append(self._choose(growth, level, probs_FV))
-        flat = torch.cat([part for pair in found for part in pair])
-        *values, all_finite = torch.cat([flat, is_finite(logits_BFV).long()[None]]).tolist()
-        if not all_finite:
-            raise not_finite_logits("the draft model")
-        start = 0
-        for growth, (tokens, _) in zip(growing, found, strict=True):
-            size = len(tokens)
-            parents = values[start + size : start + 2 * size]
-            self._add(growth, values[start : start + size], parents)
-            start += 2 * size
+            tokens, parents = self._choose(growth, level, probs_FV)
+            found.append((growth, len(tokens)))
+            # Its controls may exclude every token that the draft model has.
+            has_tokens = (controlled_BFV[b, :num_nodes].amax(-1) > -torch.inf).all()
+            flags = torch.stack([is_finite(logits_BFV[b, :num_nodes]), has_tokens])
+            flat += [flags.long(), tokens, parents]
+        values = torch.cat(flat).tolist()
+        for growth, size in found:
+            (finite, allowed, *chosen), values = values[: 2 + 2 * size], values[2 + 2 * size :]
+            if finite and allowed:
+                self._add(growth, chosen[:size], chosen[size:])
+                continue
+            growth.frontier = []
+            if not finite:
+                config = self.draft_model.model.config
+                whose = f"the draft model {config._name_or_path or config.model_type}"
+                growth.request.error = not_finite_logits(whose)
 
     def _choose(self, growth: _Growth, level: int, probs_FV: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the next level's tokens and, for each, its parent's index in the frontier."""

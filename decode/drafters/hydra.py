@@ -128,6 +128,10 @@ class HydraHeads(Heads):
             yield head(torch.cat(parts, -1))
 
     def step(self, state_BD: Tensor, path_BPA: Tensor, k: int) -> Tensor:
+        """Compute the states [B, P, D] that head k guesses from while drafting.
+
+        Each path is the root x_{t+1} and k drafted tokens below it.
+        """
         state_BPD = state_BD[:, None].expand(-1, path_BPA.shape[1], -1)
         z_BPZ = torch.cat([state_BPD, self.embed(path_BPA).flatten(2)], -1)
         out_BPD: Tensor = self._each[k](z_BPZ)
@@ -143,6 +147,7 @@ class HydraDrafter(TreeDrafter):
     name = "hydra"
     Heads = HydraHeads
     needs = HydraHeads.needs
+    _heads: HydraHeads
 
     def __init__(
         self,
@@ -152,7 +157,11 @@ class HydraDrafter(TreeDrafter):
     ) -> None:
         draft_cache = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
         super().__init__(heads, paths, config, draft_cache)
-        self._prefix = heads.prefix
+
+    def _level(
+        self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
+    ) -> Tensor:
+        return self._heads.step(state_BD, tokens_BN[:, self._tree.levels[k].paths_PA], k)
 
     def _read(
         self,
@@ -160,7 +169,7 @@ class HydraDrafter(TreeDrafter):
         tokens: Sequence[Sequence[int]],
         features: Sequence[Features],
     ) -> list[Tensor]:
-        if self._draft_cache is None or self._prefix is None:
+        if self._draft_cache is None or self._heads.prefix is None:
             return super()._read(requests, tokens, features)
         finals = [found["final"].to(self._heads.dtype) for found in features]
-        return self._draft_cache.feed(requests, tokens, [finals], self._prefix)
+        return self._draft_cache.feed(requests, tokens, [finals], self._heads.prefix)

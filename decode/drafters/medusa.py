@@ -7,12 +7,12 @@ untrained heads predict what the target predicts for x_{t+1}. Loss: the sum over
 head k's mean cross entropy. A step drafts one static tree of the heads' top guesses, which do not
 depend on the tokens drafted before them.
 
-Shapes: B requests of a batch, R positions in texts, D width, A nodes of a path, P nodes of a depth.
+Shapes: B requests of a batch, R positions in texts, D width, N nodes of a tree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode.heads.base import Heads, TreeDrafter
 from spectool.decode.protocol import Needs
+from spectool.decode.request import Request
 from spectool.options import option
 from spectool.training import LossSpec, TrainingBatch
 
@@ -78,7 +79,8 @@ class MedusaHeads(Heads):
         for head in self._each:
             yield head(state_RD)
 
-    def step(self, state_BD: Tensor, path_BPA: Tensor, k: int) -> Tensor:
+    def step(self, state_BD: Tensor, k: int) -> Tensor:
+        """Compute the states [B, 1, D] that head k guesses from while drafting."""
         state_B1D: Tensor = self._each[k](state_BD[:, None])
         return state_B1D
 
@@ -101,3 +103,9 @@ class MedusaDrafter(TreeDrafter):
     name = "medusa"
     Heads = MedusaHeads
     needs = MedusaHeads.needs
+    _heads: MedusaHeads
+
+    def _level(
+        self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
+    ) -> Tensor:
+        return self._heads.step(state_BD, k)

@@ -2,8 +2,8 @@
 
 At position t the target has read x_t. Draft head k (from 0) guesses x_{t+2+k}: the token that
 follows the target's own next token and k drafted ones. Methods differ in how they compute the state
-that lm_head turns into logits (`Heads.states`, `Heads.step`), and in whether they are trained on
-the text's tokens or on the target's probabilities.
+that lm_head turns into logits (`Heads.states` in training, `TreeDrafter._level` in drafting), and
+in whether they are trained on the text's tokens or on the target's probabilities.
 
 Shapes: B texts of a batch, L tokens of a text, R positions in texts, D width, V tokens that can be
 guessed, K heads, N nodes of a tree, P nodes of one depth, A nodes of a path, G guesses of one head.
@@ -11,7 +11,7 @@ guessed, K heads, N nodes of a tree, P nodes of one depth, A nodes of a path, G 
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -77,11 +77,10 @@ class Frozen:
             self.bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
 
 
-class Heads(nn.Module):
+class Heads(nn.Module, ABC):
     """Base of all draft heads. `token_map` [V]: the target's ids of the tokens that they guess.
 
-    A method implements `states` and `step`. It names how it is trained by `loss` and
-    `optimizer_defaults`.
+    A method names how it is trained by `loss` and `optimizer_defaults`.
     """
 
     optimizer_defaults: ClassVar[OptimizerDefaults] = OptimizerDefaults()
@@ -115,20 +114,12 @@ class Heads(nn.Module):
         """Select the positions to train at in one step; by default all that have a label."""
         return batch_R, position_R
 
+    @abstractmethod
     def states(self, batch: TrainingBatch, batch_R: Tensor, position_R: Tensor) -> Iterator[Tensor]:
         """Yield, head by head, the states [R, D] at these positions that lm_head reads.
 
         Head k may read x_{t+1} ... x_{t+1+k} of the text, as if it had drafted them.
         """
-        raise NotImplementedError
-
-    def step(self, state_BD: Tensor, path_BPA: Tensor, k: int) -> Tensor:
-        """Compute the states [B, P or 1, D] that head k guesses from while drafting.
-
-        Each path of `path_BPA` is the root x_{t+1} and k drafted tokens below it. The second
-        dimension is 1 where the path makes no difference.
-        """
-        raise NotImplementedError
 
     def own_lm_head(self, k: int) -> nn.Linear | None:
         """Return head k's own lm_head; by default None, as it shares the target's."""
@@ -288,14 +279,15 @@ class TreeDrafter(HeadsDrafter):
             for tokens, most in zip(tokens_BN.tolist(), budget, strict=True)
         ]
 
+    @abstractmethod
     def _level(
         self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int
     ) -> Tensor:
-        """Compute the states [B, P or 1, D] from which the children of depth k are guessed.
+        """Compute the states [B, P or 1, D] from which head k guesses the children of depth k.
 
-        Called level by level; `tokens_BN` are filled in down to depth k.
+        The second dimension is 1 where the paths make no difference. Called level by level;
+        `tokens_BN` are filled in down to depth k.
         """
-        return self._heads.step(state_BD, tokens_BN[:, self._tree.levels[k].paths_PA], k)
 
     def _read(
         self,

@@ -16,6 +16,7 @@ in texts, X extra rows of a node, S trees, D width, N rows of a pass, V vocabula
 from __future__ import annotations
 
 import heapq
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +44,7 @@ RankPath = tuple[int, ...]
 
 
 class InPassHeads(Heads):
-    """Heads whose states are outputs of the target's pass.
-
-    A method implements `extra_rows` and `make_injections`.
-    """
+    """Heads whose states are outputs of the target's pass."""
 
     loss = LossSpec(target="probs")
     config: Any
@@ -57,13 +55,13 @@ class InPassHeads(Heads):
         return 0
 
     @property
+    @abstractmethod
     def extra_rows(self) -> list[tuple[int, int]]:
         """All extra rows of a node (as in `Draft`, with the node as 0): K groups, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_injections(self, batch: TrainingBatch) -> dict[int, Inject]:
         """Return the `Needs.inject` functions for extra rows of a training batch's texts."""
-        raise NotImplementedError
 
     def choose(self, batch_R: Tensor, position_R: Tensor) -> tuple[Tensor, Tensor]:
         """Select at most `anchors` random positions of each text: each costs K rows of a pass."""

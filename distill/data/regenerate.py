@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from spectool.decode.generate import Runner, loop_start
+from spectool.decode.generate import Runner
+from spectool.decode.result import loop_start
 from spectool.distill.data.samples import SHORTEST, Sample
 
 

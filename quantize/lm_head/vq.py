@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -143,12 +142,7 @@ class VQ(LmHeadQuantizer):
     def build(self, shape: tuple[int, int]) -> VQLinear:
         return VQLinear(self.layout(shape), shape, self.config)
 
-    def fit_lm_head(
-        self,
-        lm_head: LmHead,
-        generator: torch.Generator,
-        tick: Tick,
-    ) -> FittedLmHead:
+    def fit_lm_head(self, lm_head: LmHead, generator: torch.Generator, tick: Tick) -> FittedLmHead:
         config, weight_VD = self.config, lm_head.weight_VD
         counts_V, device = lm_head.counts_V.double(), weight_VD.device
         dedicated: tuple[int, ...] = ()
@@ -161,9 +155,8 @@ class VQ(LmHeadQuantizer):
         frequency_V = 1 + (1 + counts_V).log().float()
         books = init_books(weight_VD, frequency_V, hessian_DD, dedicated, config, generator)
         entropy = token_entropy_within_codes(counts_V, books.codes_nSG.flatten(1))
-        bias_V = torch.zeros_like(weight_VD[:, 0])
-        if lm_head.bias_V is not None:
-            bias_V = lm_head.bias_V.clone()
+        no_bias_V = torch.zeros_like(weight_VD[:, 0])
+        bias_V = no_bias_V if lm_head.bias_V is None else lm_head.bias_V.clone()
         if config.single:
             # Tokens of a code start with their shares of the text.
             bias_V += _log_shares(counts_V, books.codes_nSG[:, 0, 0])
@@ -209,38 +202,26 @@ class VQ(LmHeadQuantizer):
         return FittedLmHead(fields, bias_V, report)
 
 
-class Books(nn.Module):
-    """Codes [n, S, G] and codebooks [S, G, K, W] in training."""
+class Books(LinearCodebook):
+    """Codebooks C = E A [S, G, K, W] in training, with codes [n, S, G]."""
 
     def __init__(self, config: VQ.Config, centres_SGKW: Tensor, codes_nSG: Tensor) -> None:
-        super().__init__()
+        super().__init__(centres_SGKW)
         self.config, self.codes_nSG = config, codes_nSG
-        self.books = LinearCodebook(centres_SGKW)
-
-    def codebook(self) -> Tensor:
-        """Return the codebooks C = E A, [S, G, K, W]."""
-        folded: Tensor = self.books()
-        return folded
-
-    def matrix(self, columns: int) -> Tensor:
-        """Decode the matrix [n, columns]."""
-        return _decode(self.codebook(), self.codes_nSG, columns)
 
     @torch.no_grad()
     def fields(self, weight_nm: Tensor) -> PackedFields:
         """Make the stored fields: unused vectors are dropped, and zeros fill the end."""
         n, m = weight_nm.shape
-        folded, codes_nSG = torch.zeros_like(self.codebook()), torch.zeros_like(self.codes_nSG)
-        for s, stage in enumerate(self.codebook()):
+        book_SGKW: Tensor = self()
+        kept_SGKW, codes_nSG = torch.zeros_like(book_SGKW), torch.zeros_like(self.codes_nSG)
+        for s, stage in enumerate(book_SGKW):
             for g, book_KW in enumerate(stage):
                 used_K, renamed_n = torch.unique(self.codes_nSG[:, s, g], return_inverse=True)
-                folded[s, g, : len(used_K)] = book_KW[used_K]
+                kept_SGKW[s, g, : len(used_K)] = book_KW[used_K]
                 codes_nSG[:, s, g] = renamed_n
-        spec = VQ(self.config).layout((n, m))
-        fields = {
-            "codes": codes_nSG.flatten(1).to(spec["codes"][0]),
-            "codebook": folded.half(),
-        }
+        dtype = VQ(self.config).layout((n, m))["codes"][0]
+        fields = {"codes": codes_nSG.flatten(1).to(dtype), "codebook": kept_SGKW.half()}
         if self.config.shortlist:
             exact = Int8().pack(weight_nm, None, torch.Generator())
             fields |= {f"exact_{name}": value for name, value in exact.items()}
@@ -249,11 +230,11 @@ class Books(nn.Module):
     @torch.no_grad()
     def reassign(self, weight_nm: Tensor, hessian_mm: Tensor | None, dedicated: Tensor) -> None:
         """Assign every row its nearest codes, stage by stage; rows `dedicated` keep theirs."""
-        codebook_SGKW = self.codebook()
+        book_SGKW: Tensor = self()
         for g, group in enumerate(_split_columns(weight_nm, self.config.width)):
             left_nW = group.clone()
             root_WW = _metric_root(hessian_mm, g, group)
-            for s, book_KW in enumerate(codebook_SGKW[:, g]):
+            for s, book_KW in enumerate(book_SGKW[:, g]):
                 near_n = _nearest(left_nW @ root_WW, book_KW @ root_WW)
                 near_n[dedicated] = self.codes_nSG[dedicated, s, g]
                 self.codes_nSG[:, s, g] = near_n
@@ -324,9 +305,8 @@ def init_books(
         root_WW = _metric_root(hessian_mm, g, group_nW)
         left_nW = group_nW
         for s in range(config.stages):
-            label_P = cluster_vectors(
-                left_nW[others] @ root_WW, weights_n[others], shared, generator
-            )
+            points_PW = left_nW[others] @ root_WW
+            label_P = cluster_vectors(points_PW, weights_n[others], shared, generator)
             codes_nSG[others, s, g] = label_P
             codes_nSG[dedicated_A, s, g] = torch.arange(len(dedicated), device=device) + shared
             book_KW = mean_by_label(left_nW, weights_n, codes_nSG[:, s, g], config.codes)
@@ -347,15 +327,29 @@ class Distillation(nn.Module):
         self.rows = max(STEP_TOKENS, STEP_LOGITS // len(lm_head.weight_VD))
 
     def loss(self, states_TD: Tensor) -> Tensor:
-        """Compute the mean KL over tokens with these inputs."""
+        """Compute the mean of KL(original || vq) over tokens with these inputs."""
         weight_VD, finish = self.lm_head.weight_VD, self.lm_head.finish
+        books, bias_V = self.books, self.bias_V
+        book_SGKW: Tensor = books()
         states_TD = states_TD.to(weight_VD.device)
         target_TV = finish(F.linear(states_TD, weight_VD, self.lm_head.bias_V)).log_softmax(-1)
-        return _divergence(states_TD, target_TV, self.books, self.bias_V, finish)
+        probs_TV = target_TV.exp()
+        negative_entropy_T = (probs_TV * target_TV).sum(-1)
+        # With one code per row by the factored softmax, over codes instead of tokens.
+        if books.config.single and finish is Tensor.float:
+            code_V, book_KD = books.codes_nSG[:, 0, 0], book_SGKW[0, 0]
+            logit_TK = states_TD @ book_KD.T
+            mass_K = log_mass(bias_V, code_V, len(book_KD))
+            probs_TK = torch.zeros_like(logit_TK).index_add_(1, code_V, probs_TV)
+            chosen_T = (probs_TK * logit_TK).sum(-1) + probs_TV @ bias_V
+            return (negative_entropy_T - chosen_T + (logit_TK + mass_K).logsumexp(-1)).mean()
+        decoded_VD = _decode(book_SGKW, books.codes_nSG, states_TD.shape[1])
+        logits_TV = finish(F.linear(states_TD, decoded_VD, bias_V))
+        return (negative_entropy_T - (probs_TV * logits_TV.log_softmax(-1)).sum(-1)).mean()
 
     @torch.no_grad()
     def measure(self) -> float:
-        """Compute the mean KL over the held-out tokens."""
+        """Compute the mean loss over the held-out tokens."""
         parts = torch.split(self.held_out_TD, self.rows)
         return sum(float(self.loss(part)) * len(part) for part in parts) / len(self.held_out_TD)
 
@@ -379,28 +373,6 @@ def _input_hessian(states_TD: Tensor, device: torch.device) -> Tensor:
     hessian_DD /= len(states_TD)
     hessian_DD.diagonal().add_(DAMPING * hessian_DD.diagonal().mean() + 1e-12)
     return hessian_DD
-
-
-def _divergence(
-    states_TD: Tensor,
-    target_TV: Tensor,
-    books: Books,
-    bias_V: Tensor,
-    finish: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Compute the mean of KL(target || vq) over tokens; `target_TV` are log probabilities."""
-    probs_TV = target_TV.exp()
-    negative_entropy_T = (probs_TV * target_TV).sum(-1)
-    # With one code per row by the factored softmax, over codes instead of tokens.
-    if books.config.single and finish is Tensor.float:
-        code_V, book_KD = books.codes_nSG[:, 0, 0], books.codebook()[0, 0]
-        logit_TK = states_TD @ book_KD.T
-        mass_K = log_mass(bias_V, code_V, len(book_KD))
-        probs_TK = torch.zeros_like(logit_TK).index_add_(1, code_V, probs_TV)
-        chosen_T = (probs_TK * logit_TK).sum(-1) + probs_TV @ bias_V
-        return (negative_entropy_T - chosen_T + (logit_TK + mass_K).logsumexp(-1)).mean()
-    logits_TV = finish(F.linear(states_TD, books.matrix(states_TD.shape[1]), bias_V))
-    return (negative_entropy_T - (probs_TV * logits_TV.log_softmax(-1)).sum(-1)).mean()
 
 
 def log_mass(bias_V: Tensor, code_V: Tensor, count: int) -> Tensor:
@@ -472,12 +444,8 @@ class VQLinear(PackedLinear):
         count = min(self.config.shortlist, self.out_features)
         best = out.topk(count, -1).indices
         flat_TN, x_Tm = best.flatten(0, -2), x.flatten(0, -2)
-        exact_TN = torch.stack(
-            [
-                self.rows(tokens_N).to(x.dtype) @ x_m
-                for tokens_N, x_m in zip(flat_TN, x_Tm, strict=True)
-            ]
-        )
+        pairs = zip(flat_TN, x_Tm, strict=True)
+        exact_TN = torch.stack([self.rows(tokens_N).to(x.dtype) @ x_m for tokens_N, x_m in pairs])
         if self.bias is not None:
             exact_TN = exact_TN + self.bias[flat_TN]
         return out.scatter(-1, best, exact_TN.view(best.shape))

@@ -128,7 +128,40 @@ def factor_hessian(
         order_m = torch.arange(len(hessian_mm), device=hessian_mm.device)
         if by_size:
             order_m = hessian_mm.diagonal().argsort(descending=True, stable=True)
-    return HessianFactor(order_m, *_factor(hessian_mm, order_m, damping))
+    if not torch.isfinite(hessian_mm).all():
+        raise UnsupportedError(
+            "its inputs are not finite on the calibration text", hint="--dtype float32"
+        )
+    # R reversed is the lower Cholesky factor of H reversed, in double precision as H is often
+    # singular. Computed in place and reversed in chunks to save memory: it can be as large as a
+    # block of a small model.
+    wide_mm = torch.empty_like(hessian_mm, dtype=torch.float64)
+    back_m = order_m.flip(0)
+    parts = (torch.split(each, SEGMENT) for each in (wide_mm, back_m))
+    for wide_cm, back_c in zip(*parts, strict=True):
+        wide_cm.copy_(hessian_mm[back_c[:, None], back_m])
+    diagonal = wide_mm.diagonal()
+    mean = float(diagonal.sum() / diagonal.count_nonzero().clamp(min=1)) or 1.0
+    # Inputs that were always zero: any value works, and the mean keeps the matrix regular.
+    added_m = damping * mean + mean * (diagonal == 0)
+    diagonal += added_m
+    # Transposed into LAPACK's column order, so that the factor can overwrite its input.
+    factor_mm = wide_mm.T
+    failed = torch.zeros((), dtype=torch.int32, device=factor_mm.device)
+    torch.linalg.cholesky_ex(factor_mm, out=(factor_mm, failed))
+    if failed:
+        raise UnsupportedError(
+            f"the Hessian of its inputs is singular with a damping of {damping}",
+            hint="a larger --damping, or more calibration text",
+        )
+    diagonal_m = diagonal.clone()
+    factor_mm /= diagonal_m
+    upper_mm = torch.empty_like(hessian_mm)
+    m = len(upper_mm)
+    for start, end in _segment_bounds(m, m):
+        upper_mm[start:end] = factor_mm[m - end : m - start].flip(0, 1)
+    cost_m, added_m = diagonal_m.square().flip(0).float(), added_m.flip(0).float()
+    return HessianFactor(order_m, upper_mm, cost_m, added_m)
 
 
 def compensate(
@@ -169,43 +202,3 @@ def _segment_bounds(m: int, columns: int) -> Iterator[tuple[int, int]]:
     """Yield start and end of each segment; every group of `columns` begins a segment."""
     cuts = sorted({*range(0, m, SEGMENT), *range(0, m, columns), m})
     yield from itertools.pairwise(cuts)
-
-
-def _factor(hessian_mm: Tensor, order_m: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the other fields of `HessianFactor`, in double precision as H is often singular.
-
-    Raises:
-        UnsupportedError: the Hessian is not finite, or singular with this damping.
-    """
-    if not torch.isfinite(hessian_mm).all():
-        raise UnsupportedError(
-            "its inputs are not finite on the calibration text", hint="--dtype float32"
-        )
-    # R reversed is the lower Cholesky factor of H reversed. Computed in place and reversed in
-    # chunks to save memory: in double precision it can be as large as a block of a small model.
-    wide_mm = torch.empty_like(hessian_mm, dtype=torch.float64)
-    back_m = order_m.flip(0)
-    parts = (torch.split(each, SEGMENT) for each in (wide_mm, back_m))
-    for wide_cm, back_c in zip(*parts, strict=True):
-        wide_cm.copy_(hessian_mm[back_c[:, None], back_m])
-    diagonal = wide_mm.diagonal()
-    mean = float(diagonal.sum() / diagonal.count_nonzero().clamp(min=1)) or 1.0
-    # Inputs that were always zero: any value works, and the mean keeps the matrix regular.
-    added_m = damping * mean + mean * (diagonal == 0)
-    diagonal += added_m
-    # Transposed into LAPACK's column order, so that the factor can overwrite its input.
-    factor_mm = wide_mm.T
-    failed = torch.zeros((), dtype=torch.int32, device=factor_mm.device)
-    torch.linalg.cholesky_ex(factor_mm, out=(factor_mm, failed))
-    if failed:
-        raise UnsupportedError(
-            f"the Hessian of its inputs is singular with a damping of {damping}",
-            hint="a larger --damping, or more calibration text",
-        )
-    diagonal_m = diagonal.clone()
-    factor_mm /= diagonal_m
-    upper_mm = torch.empty_like(hessian_mm)
-    m = len(upper_mm)
-    for start, end in _segment_bounds(m, m):
-        upper_mm[start:end] = factor_mm[m - end : m - start].flip(0, 1)
-    return upper_mm, diagonal_m.square().flip(0).float(), added_m.flip(0).float()

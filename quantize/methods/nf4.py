@@ -30,11 +30,7 @@ NESTED_BLOCK = 256
 
 @functools.cache
 def bitsandbytes() -> ModuleType:
-    """Import bitsandbytes, which takes five seconds and is done on first use only.
-
-    Raises:
-        MissingExtra: bitsandbytes is not installed.
-    """
+    """Import bitsandbytes, which takes five seconds and is done on first use only."""
     return require("bitsandbytes", extra="bnb", reason="this format")
 
 

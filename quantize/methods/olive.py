@@ -292,11 +292,7 @@ def _pairs(kind: Type, device: torch.device) -> Tensor:
 
 
 def decode(codes_nm: Tensor, kind: Type) -> Tensor:
-    """Decode codes [n, m], m even, to values [n, m].
-
-    Raises:
-        CheckpointError: a pair of codes that does not occur.
-    """
+    """Decode codes [n, m], m even, to values [n, m]."""
     pairs_np2 = _pairs(kind, codes_nm.device)[codes_nm[:, ::2].int(), codes_nm[:, 1::2].int()]
     if pairs_np2.isnan().any():
         raise CheckpointError("the codes of an olive matrix are damaged: no such pair")

@@ -168,11 +168,7 @@ def mask_salient(saliency_m: Tensor, k: int) -> Tensor:
 
 
 def _column_saliency(weight_nm: Tensor, stats: LinearStats | None, config: PTQ161.Config) -> Tensor:
-    """Return the saliency [m] of each column; without statistics the mean of |w|.
-
-    Raises:
-        UnsupportedError: the activations are not finite.
-    """
+    """Return the saliency [m] of each column; without statistics the mean of |w|."""
     if stats is None:
         return weight_nm.abs().mean(0)
     saliency_m = stats.absmax if config.saliency == "max" else stats.mean_abs

@@ -79,11 +79,7 @@ class RTN(Quantizer):
 
 
 def check_scale(largest: float) -> None:
-    """Check that float16 can represent the largest scale of a matrix.
-
-    Raises:
-        UnsupportedError: the scale is too large or too small.
-    """
+    """Raise an UnsupportedError if float16 cannot represent the largest scale of a matrix."""
     if largest > SCALE_MAX or 0 < largest < SCALE_MIN:
         raise UnsupportedError(
             f"its weights need a scale of {largest:.3g}, and float16, which stores it, ranges "

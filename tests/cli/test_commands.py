@@ -19,6 +19,8 @@ from spectool.cli.derive import PANELS
 from spectool.machine import reproducible
 from spectool.shared_options import PlaceOptions
 
+from ..conftest import VOCAB
+
 Spectool = Callable[..., Any]
 Checkpoint = Callable[..., Path]
 
@@ -395,6 +397,18 @@ def test_a_banned_text_is_never_written_and_a_bias_decides(
     assert changed["token_ids"][0] != first and "e" not in changed["text"]
     (forced,) = spectool(*words, "--logit-bias", "7=1000", "--draft", "ngram").json["results"]
     assert set(forced["token_ids"]) == {7}
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_that_every_token_is_excluded_is_one_line(
+    spectool: Spectool, checkpoint: Callable[..., Path], draft: str, temperature: float
+) -> None:
+    biases = [word for token in range(VOCAB) for word in ("--logit-bias", f"{token}=-inf")]
+    words = ["--prompt", "a", "--draft", draft, "--temperature", temperature]
+    done = spectool("generate", checkpoint("llama"), *words, *biases)
+    assert done.code == 1 and "exclude every token after 0 new ones" in done.err
+    assert "Traceback" not in done.err and done.out == ""
 
 
 @pytest.mark.parametrize(

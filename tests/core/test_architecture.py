@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import spectool
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError, UnsupportedError
-from spectool.model.architecture import Architecture, matches, model_class, read_config
+from spectool.model.architecture import Architecture
 from spectool.model.matrices import find_matrices
+from spectool.model.meta import model_class, read_config
 from spectool.model.packed import packed_modules
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
@@ -279,21 +280,3 @@ def test_tensor_of_another_shape_is_named(
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{name} is .*, but the configuration says"):
         Architecture(open_checkpoint(tmp_path / "source"))
-
-
-@pytest.mark.parametrize(
-    ("name", "pattern", "hit"),
-    [
-        ("model.layers.1.mlp.up_proj", "up_proj", True),
-        ("model.layers.1.mlp.up_proj", "layers.1", True),
-        ("model.layers.11.mlp.up_proj", "layers.1", False),
-        ("model.layers.1.mlp.up_proj", "layers.1.mlp", True),
-        ("model.layers.1.mlp.up_proj", "mlp.layers", False),
-        ("model.layers.1.mlp.up_proj", "up", False),
-        ("model.layers.1.mlp.up_proj", "*.up_*", True),
-        ("model.layers.1.mlp.up_proj", "layers.?", False),
-        ("model.layers.1.mlp.up_proj", "*layers.[0-3].*", True),
-    ],
-)
-def test_patterns(name: str, pattern: str, hit: bool) -> None:
-    assert matches(name, pattern) is hit

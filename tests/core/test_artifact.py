@@ -26,6 +26,8 @@ from spectool.checkpoint.artifact import (
 from spectool.checkpoint.headers import PACKED_INDEX, read_header
 from spectool.errors import CheckpointError, InputError, SpectoolError, UsageError
 
+from ..conftest import contents
+
 IDENTITY = {"source": "s", "options": {"bits": 4}}
 SHARD = "packed-1.safetensors"
 TEMPLATE = "additional_chat_templates/tool.jinja"
@@ -49,10 +51,6 @@ def complete(out: Path, value: float = 1.0, *, overwrite: bool = False) -> None:
         if writer.report(SHARD) is None:
             writer.write_shard(SHARD, shard(value), {}, {"value": value})
         writer.finish({**small(SHARD, TEMPLATE), TEMPLATE: b"x"})
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 def test_files_are_what_safetensors_reads(tmp_path: Path) -> None:

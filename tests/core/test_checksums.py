@@ -28,6 +28,9 @@ from spectool.model.architecture import Architecture
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize
 
+from ..conftest import contents
+from ..stopping import stopped
+
 JOB = QuantizeJob(method="rtn", config=import_method("rtn", "quantizer").Config(bits=4))
 SHARDS = [f"packed-0000{index}-of-00003.safetensors" for index in range(3)]
 
@@ -168,25 +171,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     artifacts: tuple[Path, Path],
     checkpoint: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also if an older spectool, which stored SHA-256 alone, began it, or a shard was damaged."""
-
-    def killed(self: ArtifactWriter, files: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ArtifactWriter, "finish", killed)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", JOB)
+    with stopped(ArtifactWriter, "finish", after=0):
+        quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", JOB)
     manifest = json.loads((tmp_path / "out.partial.json").read_text())
     for record in manifest["shards"].values():
         del record["xxh3_64"]
     (tmp_path / "out.partial.json").write_text(json.dumps(manifest))
     flip(tmp_path / "out.partial" / SHARDS[1])
     quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", JOB)
-    for path in artifacts[0].iterdir():
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert contents(tmp_path / "out") == contents(artifacts[0])
 
 
 def test_verifying_compares_both(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ import spectool
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.decode.generate import Runner
 from spectool.errors import CheckpointError, InputError, UnsupportedError
-from spectool.model.architecture import Architecture, build_meta, read_config
+from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model, load_tokenizer
+from spectool.model.meta import build_meta, read_config
 
 Checkpoint = Callable[..., Path]
 

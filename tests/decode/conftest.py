@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from spectool.decode.policy import curve
 from spectool.decode.policy import tuned as tuned_module
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
+from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft, Kind
 
 Continuation = Callable[[Sequence[int], int], list[int]]
@@ -49,6 +50,17 @@ class Scripted(Drafter):
         self.outcomes += outcomes
 
 
+def request_of(tokens: list[int], index: int = 0, **sampling: Any) -> Request:
+    return Request(
+        index=index,
+        tokens=list(tokens),
+        draws=Draws(0, index),
+        sampling=SamplingParams(**sampling),
+        max_new_tokens=1000,
+        context=1000,
+    )
+
+
 @pytest.fixture
 def begin() -> Callable[..., None]:
     """`begin(drafter, requests)` starts a batch of these requests without passes of a target."""
@@ -60,15 +72,6 @@ def begin() -> Callable[..., None]:
         drafter.add(prompts, cache)
 
     return run
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: threads gain nothing on tiny tensors, and lose much on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

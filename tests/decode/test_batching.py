@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from spectool.decode.drafters.ppd import PPDDrafter, PPDHeads
 from spectool.decode.engine import Engine, Event
 from spectool.decode.generate import Runner
 from spectool.decode.request import Request
-from spectool.errors import NotFinite
+from spectool.errors import NotFinite, SpectoolError, UsageError
 
 from ..conftest import tokenizer
 from .drafters.bare import disturb
@@ -207,6 +208,118 @@ def test_a_request_whose_own_control_fails_ends_alone(
     assert [r.token_ids for r in runner.generate(prompts, max_new_tokens=12, batch_size=2)] == [
         r.token_ids for r in plain
     ]
+
+
+class _Closes(Control[int]):
+    """Excludes every token once a text, prompt included, is `length` tokens long."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def start(self, tokens: Sequence[int]) -> int:
+        return len(tokens)
+
+    def advance(self, state: int, token: int) -> int:
+        return state + 1
+
+    def process(self, state: int, logits_V: Tensor) -> Tensor:
+        return logits_V.fill_(-torch.inf) if state >= self.length else logits_V
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("name", ["none", "ngram", "chain", "rsd-s", "jacobi:window=6", "hydra"])
+def test_a_request_without_a_token_left_ends_alone(
+    tiny: Tiny, endless: Any, prompt_of: Any, name: str, temperature: float
+) -> None:
+    runner = open_runner(tiny, endless, name)
+    prompts = [prompt_of(12, seed=seed) for seed in range(3)]
+    free = runner.generate(prompts, max_new_tokens=12, temperature=temperature)
+    for kept in (0, 7):
+        controls: list[Any] = [[], [_Closes(12 + kept)], []]
+        requests = [
+            runner.make_request(
+                prompts[i],
+                index=i,
+                max_new_tokens=12,
+                controls=controls[i],
+                temperature=temperature,
+            )
+            for i in range(3)
+        ]
+        events = run(runner.engine(3), requests)
+        (error,) = [event.error for event in events if event.error is not None]
+        assert type(error) is SpectoolError
+        assert f"prompt 2: its bans, biases and penalties exclude every token after {kept}" in str(
+            error
+        )
+        assert [requests[i].new_tokens for i in (0, 2)] == [free[i].token_ids for i in (0, 2)]
+        heard = [token for e in events if e.request is requests[1] for token in e.tokens]
+        assert heard == requests[1].new_tokens and len(heard) == kept
+        assert temperature or heard == free[1].token_ids[:kept]
+    heard = []
+    with pytest.raises(SpectoolError, match="exclude every token after 7 new ones"):
+        runner.generate(
+            prompts[:1],
+            max_new_tokens=12,
+            controls=[[_Closes(19)]],
+            on_tokens=lambda index, tokens, text, drafted: heard.extend(tokens),
+        )
+    assert len(heard) == 7
+
+
+def test_what_would_follow_the_end_of_a_text_may_be_excluded(
+    tiny: Tiny, endless: Any, prompt_of: Any
+) -> None:
+    model, prompt = endless(tiny("llama")), prompt_of(9)
+    runner = Runner(model)
+    plain = runner.generate([prompt], max_new_tokens=12)[0].token_ids
+    end = next(at for at in range(3, 12) if plain[at] not in plain[:at])
+    config = DraftModelDrafter.Config(depth=12)
+    runner.use(DraftModelDrafter(model, config, target=runner.target))
+    (result,) = runner.generate(
+        [prompt], max_new_tokens=12, eos=[plain[end]], controls=[[_Closes(9 + end + 1)]]
+    )
+    assert result.token_ids == plain[: end + 1] and result.finish_reason == "eos"
+
+
+def test_a_broken_draft_model_ends_its_request_alone(
+    tiny: Tiny, endless: Any, prompt_of: Any
+) -> None:
+    runner = Runner(endless(tiny("llama")))
+    prompts = [prompt_of(12, seed=seed) for seed in range(3)]
+    plain = runner.generate(prompts, max_new_tokens=12)
+    others = {t for i in (0, 2) for t in (*prompts[i], *plain[i].token_ids)}
+    broken = copy.deepcopy(tiny("llama", 1))
+    broken.get_input_embeddings().weight.data[(set(prompts[1]) - others).pop()] = torch.nan
+    broken.config._name_or_path = "./small"
+    runner.use(DraftModelDrafter(broken, target=runner.target))
+    requests = [runner.make_request(prompt, max_new_tokens=12) for prompt in prompts]
+    events = run(runner.engine(3), requests)
+    (error,) = [event.error for event in events if event.error is not None]
+    assert isinstance(error, NotFinite) and "the draft model ./small gave logits" in str(error)
+    assert [requests[i].new_tokens for i in (0, 2)] == [plain[i].token_ids for i in (0, 2)]
+
+
+def test_generate_takes_no_events_of_other_requests(
+    tiny: Tiny, endless: Any, prompt_of: Any
+) -> None:
+    runner = open_runner(tiny, endless, "chain")
+    request = runner.make_request(prompt_of(9), max_new_tokens=12)
+    engine = runner.engine()
+    engine.submit(request)
+    engine.step()
+    with pytest.raises(UsageError, match="engine has requests of its own"):
+        runner.generate([prompt_of(5)], max_new_tokens=3)
+    while engine.busy:
+        engine.step()
+    assert runner.generate([prompt_of(9)], max_new_tokens=12)[0].token_ids == request.new_tokens
+
+    def submit(*args: Any) -> None:
+        runner.engine().submit(runner.make_request(prompt_of(4), max_new_tokens=5))
+
+    with pytest.raises(UsageError, match="engine has requests of its own"):
+        runner.generate([prompt_of(5)], max_new_tokens=20, on_tokens=submit)
+    assert not runner.engine().busy
 
 
 @pytest.mark.parametrize("name", ["ngram", "chain", "eagle3"])

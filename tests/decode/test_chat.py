@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from spectool.decode.chat import Chat, Turn
 from spectool.decode.generate import Runner
 from spectool.decode.options import RequestOptions, SamplingParams
+from spectool.decode.prompts import encode
 from spectool.errors import CheckpointError, InputError, TextError, UsageError
 
 TEMPLATE = (
@@ -186,7 +187,7 @@ def test_text_in_the_middle_gets_no_space_before_it(start: Callable[..., Chat]) 
 
 def test_plain_text_is_opened_as_generate_opens_it(start: Callable[..., Chat]) -> None:
     chat = start(raw=True)
-    assert chat.prompt("def make").tokens == chat.runner._encode("def make")
+    assert chat.prompt("def make").tokens == encode("def make", chat.tokenizer)
     ask(chat, "def make")
     opened = f"def make{chat.turns[0].answer}"
     line = "" if opened.endswith("\n") else "\n"

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from spectool.decode.generate import Result, Runner
+from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
+from spectool.decode.result import Result
 
 pytestmark = pytest.mark.slow
 

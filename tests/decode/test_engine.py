@@ -15,22 +15,12 @@ from spectool.decode.generate import Runner, generate
 from spectool.decode.protocol import Needs
 from spectool.decode.target.attention import AttentionTarget
 
+from ..conftest import ATTENDING
+
 Tiny = Callable[..., PreTrainedModel]
-FAMILIES = [
-    "llama",
-    "qwen3",
-    "mistral",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "gpt2",
-    "opt",
-    "gpt_neox",
-    "mixtral",
-]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ATTENDING)
 def test_greedy_equals_transformers_for_every_drafter(
     tiny: Tiny,
     family: str,

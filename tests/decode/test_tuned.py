@@ -25,23 +25,13 @@ from spectool.decode.policy.curve import SIZES, Curve
 from spectool.decode.policy.tuned import Rates, Tuned
 from spectool.decode.protocol import Drafter, Needs, Outcome
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws
 from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft, Kind
 
+from .conftest import request_of
+
 Tiny = Callable[..., PreTrainedModel]
 NONE: Any = None
-
-
-def request_of(tokens: list[int], index: int = 0) -> Request:
-    return Request(
-        index=index,
-        tokens=list(tokens),
-        draws=Draws(0, index),
-        sampling=SamplingParams(),
-        max_new_tokens=1000,
-        context=1000,
-    )
 
 
 def line(slope: float) -> Curve:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.distill.plan import HeadsJob
@@ -17,14 +16,6 @@ from spectool.methods import import_method
 from spectool.report import Reporter, TrainingStep
 
 Train = Callable[..., HeadsReport]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +52,6 @@ def train(data: str, tmp_path: Path) -> Train:
         return train_heads(open_checkpoint(source), tmp_path / out, job, **(where or {}))
 
     return run
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
 class Losses(dict[str, list[float]]):

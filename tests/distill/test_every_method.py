@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,9 @@ from spectool.quantize.base import parse_quantizer
 from spectool.quantize.job import QuantizeJob
 from spectool.training import Training
 
-from ..conftest import tokenizer
-from .conftest import contents
+from ..conftest import contents, tokenizer
+from ..stopping import stopped
+from .conftest import storing_always
 
 OPTIONS: dict[str, dict[str, Any]] = {"hydra-plain": {"variant": "plain"}}
 ALL = [*list_trainable(), *OPTIONS]
@@ -38,14 +38,6 @@ MOST_SLOW = [
     pytest.param(name, marks=[] if name in ONE_OF_A_KIND else pytest.mark.slow) for name in ALL
 ]
 Train = Callable[..., HeadsReport]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -190,26 +182,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     """Dropout and chosen positions are among what must be drawn again."""
     source = checkpoint("llama")
     train(name, source, "whole", steps=5)
-    original = Training.__init__
-    monkeypatch.setattr(
-        Training,
-        "__init__",
-        lambda self, **given: original(
-            self, **{**given, "save_seconds": -1, "save_share": math.inf}
-        ),
-    )
-    write, states = ArtifactWriter.write_shard, [0]
-
-    def failing(self: ArtifactWriter, shard: str, *arguments: Any) -> None:
-        states[0] += shard.startswith("state")
-        if states[0] == 3:
-            raise KeyboardInterrupt
-        write(self, shard, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ArtifactWriter, "write_shard", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(name, source, steps=5)
+    monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
+    with stopped(ArtifactWriter, "write_shard", after=2, only="state"):
+        train(name, source, steps=5)
     assert not (tmp_path / "out").exists()
     train(name, source, steps=5)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

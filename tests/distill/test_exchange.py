@@ -108,7 +108,7 @@ def test_medusa_as_its_server_computes_it(
         assert logits.shape[1] == config["truncated_vocab_size"]
         best = logits.argmax(-1)
         best = tensors["token_map"][best] if "token_map" in tensors else best
-        step = own.step(state_RD, torch.zeros(5, 1, k + 1, dtype=torch.long), k)
+        step = own.step(state_RD, k)
         assert torch.equal(own.guess(step, k, 1)[:, 0, 0], best)
     assert equal(back(train, source, served, "medusa"), heads)
     assert read_record(served.parent / "back").options == read_record(heads).options

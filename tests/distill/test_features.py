@@ -7,7 +7,6 @@ import random
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,9 +24,10 @@ from spectool.errors import TextError, UnsupportedError, UsageError
 from spectool.methods import import_method
 from spectool.report import SILENT
 
-from ..conftest import make_model
+from ..conftest import contents, make_model
 from ..heard import Heard
-from .conftest import Losses, Train, contents
+from ..stopping import count, stopped
+from .conftest import Losses, Train
 
 
 @pytest.fixture
@@ -159,24 +159,13 @@ def test_a_store_that_was_interrupted_goes_on(
     source = checkpoint("llama")
     monkeypatch.setattr(room, "_SHARD_BYTES", 30_000)
     train(source, "whole", features=f"offline:{tmp_path / 'whole-features'}")
-    read, done = room._compute_features, [0]
-
-    def stopping(*arguments: Any) -> Any:
-        if done[0] == stop:
-            raise KeyboardInterrupt
-        done[0] += 1
-        return read(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(room, "_compute_features", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(source, features=f"offline:{tmp_path / 'features'}")
+    with stopped(room, "_compute_features", after=stop):
+        train(source, features=f"offline:{tmp_path / 'features'}")
     assert not (tmp_path / "features").exists()
-    done[0] = -1000
-    monkeypatch.setattr(room, "_compute_features", stopping)
+    done = count(monkeypatch, room, "_compute_features")
     train(source, features=f"offline:{tmp_path / 'features'}")
     whole = contents(tmp_path / "whole-features")
-    assert len(whole) > 4 and done[0] + 1000 == len(whole) - 1 - stop
+    assert len(whole) > 4 and done[0] == len(whole) - 1 - stop
     assert contents(tmp_path / "features") == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -186,14 +175,8 @@ def test_a_training_with_stored_features_that_was_stopped_goes_on(
 ) -> None:
     source = checkpoint("llama")
     train(source, "whole", features="hybrid")
-
-    def stopping(self: HeadsObjective, step: int) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(HeadsObjective, "accumulate", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(source, features="hybrid")
+    with stopped(HeadsObjective, "accumulate", after=0):
+        train(source, features="hybrid")
     assert list((tmp_path / "out.partial").glob("features-own-*"))
     monkeypatch.setattr(room, "_compute_features", None)
     train(source, features="hybrid")

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from spectool.distill.processes import ALONE, Processes, connect
 from spectool.errors import TextError, UsageError
 
-from .conftest import Train, contents
+from ..conftest import contents
+from .conftest import Train
 
 # Small shards, so that both processes write some.
 SCRIPT = """

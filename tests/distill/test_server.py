@@ -21,8 +21,8 @@ from spectool.distill.data.samples import Sample, read_samples
 from spectool.distill.data.server import Answer, Server, rewrite
 from spectool.errors import InputError, SpectoolError, UsageError
 
-from ..conftest import tokenizer
-from .conftest import Train, contents
+from ..conftest import contents, tokenizer
+from .conftest import Train
 from .test_samples import TALK, chatty, taught_text
 
 REPLY = "It gives back what it was given, and raises nothing on the way there"

@@ -31,9 +31,10 @@ from spectool.quantize.job import QuantizeJob
 from spectool.quantize.methods.rtn import RTN
 from spectool.training import Training
 
-from ..conftest import VOCAB, tokenizer
+from ..conftest import VOCAB, contents, tokenizer
 from ..heard import Heard
-from .conftest import Losses, Train, contents, storing_always
+from ..stopping import count, stopped
+from .conftest import Losses, Train, storing_always
 
 
 def test_what_is_written_is_whole_and_drafts(
@@ -118,20 +119,11 @@ def test_metrics_are_a_line_a_step_also_over_a_stop(
     source, path = checkpoint("llama"), tmp_path / "metrics.jsonl"
     where = {"metrics": path}
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
-    accumulate, calls = HeadsObjective.accumulate, [0]
-
-    def stopping(self: HeadsObjective, step: int) -> Any:
-        calls[0] += 1
-        if calls[0] == 7:
-            raise KeyboardInterrupt
-        return accumulate(self, step)
-
-    monkeypatch.setattr(HeadsObjective, "accumulate", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped(HeadsObjective, "accumulate", after=6):
         train(source, where=where)
-    stopped = path.read_text()
+    before = path.read_text()
     report = train(source, where=where)
-    assert path.read_text().startswith(stopped)
+    assert path.read_text().startswith(before)
     head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert head["method"] == "medusa" and [line["step"] for line in lines] == [*range(9)]
     assert lines[0] == {"step": 0, "held_out": report.initial}
@@ -160,22 +152,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     """The run stops at the n-th shard that it writes: generated texts, states, the heads."""
     source = checkpoint("llama")
     monkeypatch.setattr(texts, "_GROUP", 8)
-    written = _count(monkeypatch, training_data, "regenerate")
+    written = count(monkeypatch, training_data, "regenerate")
     train(source, "whole", regenerate=True)
     all_texts = written[0]
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
-    write, count = ArtifactWriter.write_shard, [0]
-
-    def failing(self: ArtifactWriter, *arguments: Any) -> None:
-        if count[0] == stop:
-            raise KeyboardInterrupt
-        count[0] += 1
-        write(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ArtifactWriter, "write_shard", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(source, regenerate=True)
+    with stopped(ArtifactWriter, "write_shard", after=stop):
+        train(source, regenerate=True)
     assert not (tmp_path / "out").exists()
     shards = json.loads((tmp_path / "out.partial.json").read_text())["shards"]
     states = [entry["report"]["step"] for name, entry in shards.items() if "state" in name]
@@ -183,24 +165,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert len(shards) == min(stop, len(written_texts) + 2)
 
     written[0] = 0
-    steps = _count(monkeypatch, HeadsObjective, "accumulate")
+    steps = count(monkeypatch, HeadsObjective, "accumulate")
     train(source, regenerate=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     # What was recorded is not done again. One step more is taken for its time.
     assert written[0] == all_texts - len(written_texts)
     assert steps[0] == 1 + 8 - max(states, default=0)
-
-
-def _count(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
-    """Count the calls of a function from now on."""
-    original, calls = getattr(owner, name), [0]
-
-    def counting(*arguments: Any, **given: Any) -> Any:
-        calls[0] += 1
-        return original(*arguments, **given)
-
-    monkeypatch.setattr(owner, name, counting)
-    return calls
 
 
 def test_other_data_do_not_resume(
@@ -210,10 +180,8 @@ def test_other_data_do_not_resume(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = checkpoint("llama")
-    with monkeypatch.context() as patch:
-        patch.setattr(Training, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(source)
+    with stopped(Training, "run", after=0):
+        train(source)
     other = tmp_path / "other.txt"
     other.write_text("something else entirely, and long enough to be more than one text\n" * 30)
     with pytest.raises(UsageError, match="unfinished run with another data"):

@@ -29,7 +29,9 @@ from spectool.model.architecture import Architecture
 from spectool.model.loading import load_model
 from spectool.training import Training
 
-from .conftest import contents
+from ..conftest import contents
+from ..stopping import stopped
+from .conftest import storing_always
 
 Checkpoints = Callable[..., Path]
 
@@ -197,26 +199,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 ) -> None:
     source = checkpoint("llama")
     train(source, tmp_path / "whole", text, method)
-    original = Training.__init__
-    monkeypatch.setattr(
-        Training,
-        "__init__",
-        lambda self, **given: original(
-            self, **{**given, "save_seconds": -1, "save_share": math.inf}
-        ),
-    )
-    write, states = ArtifactWriter.write_shard, [0]
-
-    def failing(self: ArtifactWriter, shard: str, *arguments: Any) -> None:
-        states[0] += shard.startswith("state")
-        if states[0] == 5:
-            raise KeyboardInterrupt
-        write(self, shard, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ArtifactWriter, "write_shard", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(source, tmp_path / "out", text, method)
+    monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
+    with stopped(ArtifactWriter, "write_shard", after=4, only="state"):
+        train(source, tmp_path / "out", text, method)
     assert not (tmp_path / "out").exists()
     train(source, tmp_path / "out", text, method)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

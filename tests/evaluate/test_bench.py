@@ -3,20 +3,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
 
 import spectool
 from spectool.data.text import Prompt
+from spectool.decode import engine
+from spectool.decode.drafters.recycle import RecycleDrafter
 from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.errors import UsageError
+from spectool.evaluate import bench as bench_module
 from spectool.evaluate.bench import Options, bench, loop_start
 from spectool.evaluate.measures.losslessness import list_mismatches
 from spectool.evaluate.results import as_json
 from spectool.report import NoBaselines, PromptsLeftOut, Timing
 
+from ..decode.conftest import Clock
 from ..heard import Heard
 
 Tiny = Callable[..., PreTrainedModel]
@@ -97,24 +102,51 @@ def test_categories_add_up_to_the_whole(tiny: Tiny) -> None:
     assert order == [(category, way) for category in ("qa", "other", "rag") for way in ways]
 
 
-def test_time_is_split_and_compared_with_peers(tiny: Tiny) -> None:
+def test_time_is_split_and_compared_with_peers(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """A call of the runner takes 5 s besides, a forward 8 s, and a proposal 2 s."""
+    clock, model = Clock(), tiny("llama")
+
+    def lasting(seconds: float, run: Callable[..., Any]) -> Callable[..., Any]:
+        def lasts(*given: Any, **options: Any) -> Any:
+            clock.now += seconds
+            return run(*given, **options)
+
+        return lasts
+
+    for module in (bench_module, engine):
+        monkeypatch.setattr(module, "time", clock)
+    request.addfinalizer(
+        model.register_forward_pre_hook(lasting(8, lambda module, given: None)).remove
+    )
+    monkeypatch.setattr(RecycleDrafter, "propose", lasting(2, RecycleDrafter.propose))
+    runner = Runner(model)
+    monkeypatch.setattr(runner, "generate", lasting(5, runner.generate))
     options = Options(drafts=["recycle"], max_new_tokens=12, baselines=True)
-    result = bench(Runner(tiny("llama")), PROMPTS, options)
+    result = bench(runner, PROMPTS, options)
+    for row in result.baselines:
+        assert row.seconds == 8 * row.forwards and row.prompts == 4
     plain, lookup = result.baselines
-    first = 0.0
-    for row in (result.baseline, *result.drafters):
-        shares = [getattr(row, f"{part}_share") for part in ("prompt", "draft", "target", "host")]
-        assert sum(shares) == pytest.approx(1) and min(shares) > 0
+    (recycle,) = result.drafters
+    assert plain.forwards > recycle.forwards > 8
+    # No draft is proposed for the last token of a text.
+    for row, proposals in ((result.baseline, 0), (recycle, recycle.forwards - 4 - 3)):
         # The first token of each prompt comes from its own pass.
-        steps = (row.new_tokens - row.prompts) / (row.seconds * (1 - shares[0]))
-        first = first or steps
-        assert row.step_speedup == pytest.approx(steps / first)
-        speed = row.tokens_per_second
+        seconds = {"host": 4 * 5, "prompt": 4 * 8, "target": 8 * (row.forwards - 4)}
+        seconds["draft"] = 2 * proposals
+        assert row.seconds == sum(seconds.values())
+        shares = {name: getattr(row, f"{name}_share") * row.seconds for name in seconds}
+        assert shares == pytest.approx(seconds)
+        assert row.draft_ms == pytest.approx(2000 * proposals / row.forwards)
+        speed = row.new_tokens / row.seconds
+        assert row.tokens_per_second == speed
         over = [row.speedup_over_transformers, row.speedup_over_prompt_lookup]
-        assert over == [speed / plain.tokens_per_second, speed / lookup.tokens_per_second]
-        timings = row.draft_share * row.seconds
-        assert row.draft_ms == pytest.approx(1000 * timings / row.forwards)
-    assert result.drafters[0].draft_ms > result.baseline.draft_ms
+        peers = [speed * peer.seconds / peer.new_tokens for peer in (plain, lookup)]
+        assert over == pytest.approx(peers)
+    speeds = [(row.new_tokens - 4) / (row.seconds - 4 * 8) for row in (recycle, result.baseline)]
+    assert result.baseline.step_speedup == 1
+    assert recycle.step_speedup == pytest.approx(speeds[0] / speeds[1]) != 1
     assert "draft_share" not in as_json(plain)
 
 

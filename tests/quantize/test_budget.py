@@ -28,17 +28,13 @@ from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.plan import QuantizePlan, make_plan
 from spectool.quantize.rules import Rule, read_rules
 
+from ..conftest import contents
+from ..stopping import count, stopped
+
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
 
 RTNS = tuple(RTN(RTN.Config(bits=bits, group_size=16)) for bits in (2, 3, 4, 8))
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
-    return str(path)
 
 
 def make(source: Path, **more: Any) -> QuantizePlan:
@@ -211,23 +207,13 @@ def test_several_methods_and_killed_while_measuring(
     want = compress(source, "rtn", out="want", job=job)
     methods = {entry["method"] for entry in read_layout(want).modules.values()}
     assert methods < {"jlcm", "gptq", "int8"} and len(methods) > 1
-    original, times = budgets._measure_block, []
-
-    def stop(*given: Any) -> Any:
-        times.append(1)
-        if len(times) == 2:
-            raise KeyboardInterrupt
-        return original(*given)
-
+    with stopped(budgets, "_measure_block", after=1):
+        compress(source, "rtn", job=job)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budgets, "_measure_block", stop)
-        with pytest.raises(KeyboardInterrupt):
-            compress(source, "rtn", job=job)
-        assert len(times) == 2
+        measured = count(patch, budgets, "_measure_block")
         out = compress(source, "rtn", job=job)
-        assert len(times) == 3, "the first block's errors are known"
-    for path in want.iterdir():
-        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    assert measured == [1], "the first block's errors are known"
+    assert contents(want) == contents(out)
 
 
 def test_an_impossible_budget_is_one_line(checkpoint: Checkpoints, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from spectool import methods
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import TextError
 from spectool.methods import Method
-from spectool.model.architecture import find_blocks
+from spectool.model.decoder import find_blocks
 from spectool.model.matrices import find_matrices
 from spectool.model.packed import packed_modules
 from spectool.quantize.base import Block, FitReport, Fitted, Statistics, Streams, Tick
@@ -217,13 +217,6 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setitem(methods.METHODS, "spy", row)
     SEEN.clear()
     return SEEN
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
-    return str(path)
 
 
 def block_inputs(model: PreTrainedModel, names: list[str], ids_BL: Tensor) -> list[Tensor]:

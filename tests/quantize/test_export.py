@@ -29,13 +29,6 @@ IDS = torch.arange(5, 45)[None]
 
 
 @pytest.fixture
-def text_file(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(100)))
-    return str(path)
-
-
-@pytest.fixture
 def phi(checkpoint: Checkpoints, tmp_path: Path) -> Callable[[bool], Path]:
     """Return `phi(tied)`, which makes a random model whose lm_head has a bias."""
 

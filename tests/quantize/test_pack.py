@@ -31,16 +31,11 @@ from spectool.quantize.report import QuantizeReport
 from spectool.quantize.run import quantize
 from spectool.report import Reporter
 
+from ..conftest import contents
+
 Checkpoints = Callable[..., Path]
 
 LAYERS = {"num_hidden_layers": 5}
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
-    return str(path)
 
 
 def job(text_file: str | None = None, **changes: Any) -> QuantizeJob:
@@ -53,10 +48,6 @@ def fitted_job(**changes: Any) -> QuantizeJob:
     """Make a job of a method that fits whole blocks, on the built-in text."""
     config = PTQ161.Config(epochs=1)
     return job(method="ptq161", config=config, **{"samples": 3, **changes})
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 def die(

@@ -27,7 +27,7 @@ from spectool.quantize.preprocess import Preprocess
 from spectool.quantize.run import quantize
 from spectool.report import Reporter, TrainingStep
 
-from ..conftest import tokenizer
+from ..conftest import contents, tokenizer
 
 Checkpoints = Callable[..., Path]
 
@@ -48,10 +48,6 @@ def job(text: str, **asked: Any) -> QuantizeJob:
         allow_dense=True,
         preprocess=Preprocess(text=[text], **{"steps": 20, "rank": 4, "rate": 2e-2, **asked}),
     )
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "qwen3_moe"])

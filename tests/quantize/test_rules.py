@@ -30,17 +30,13 @@ from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.pack import Packing
 from spectool.quantize.plan import make_plan
-from spectool.quantize.rules import Rule, format_rules, make_skip_rules, read_rules
+from spectool.quantize.rules import Rule, format_rules, make_skip_rules, matches, read_rules
+
+from ..conftest import contents
+from ..stopping import stopped
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
-    return str(path)
 
 
 IDS_BL = torch.tensor([[5, 9, 12, 7, 7, 3]])
@@ -353,21 +349,9 @@ def test_killed_between_the_methods_of_a_block(
     }
     source = checkpoint("llama")
     want = compress(source, "jlcm", bits=2, epochs=1, job=job, out="want")
-    original, times = Packing._fit, []
-
-    def stop(self: Any, *rest: Any) -> Any:
-        times.append(1)
-        if len(times) == 5:
-            raise KeyboardInterrupt
-        return original(self, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Packing, "_fit", stop)
-        with pytest.raises(KeyboardInterrupt):
-            compress(source, "jlcm", bits=2, epochs=1, job=job)
-    out = compress(source, "jlcm", bits=2, epochs=1, job=job)
-    for path in want.iterdir():
-        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    with stopped(Packing, "_fit", after=4):
+        compress(source, "jlcm", bits=2, epochs=1, job=job)
+    assert contents(want) == contents(compress(source, "jlcm", bits=2, epochs=1, job=job))
 
 
 def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -388,3 +372,21 @@ def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_pat
     assert runner.invoke(app, ["inspect", str(out)]).stdout.count("of the blocks") == 1
     bad = runner.invoke(app, [*command[:3], str(tmp_path / "b"), "--embeddings", "ptq161"])
     assert bad.exit_code == 2 and "--embeddings: ptq161 needs activations" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "hit"),
+    [
+        ("model.layers.1.mlp.up_proj", "up_proj", True),
+        ("model.layers.1.mlp.up_proj", "layers.1", True),
+        ("model.layers.11.mlp.up_proj", "layers.1", False),
+        ("model.layers.1.mlp.up_proj", "layers.1.mlp", True),
+        ("model.layers.1.mlp.up_proj", "mlp.layers", False),
+        ("model.layers.1.mlp.up_proj", "up", False),
+        ("model.layers.1.mlp.up_proj", "*.up_*", True),
+        ("model.layers.1.mlp.up_proj", "layers.?", False),
+        ("model.layers.1.mlp.up_proj", "*layers.[0-3].*", True),
+    ],
+)
+def test_patterns(name: str, pattern: str, hit: bool) -> None:
+    assert matches(name, pattern) is hit

@@ -30,6 +30,8 @@ from spectool.quantize.job import QuantizeJob
 from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 
+from ..conftest import contents
+
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
 
@@ -41,10 +43,6 @@ FAMILIES = [
 ROUTERS = ("mixtral", "qwen3_moe")
 MORE = [("gpt_neox", "ptq161"), ("mixtral", "nf4")]
 IDS_BL = torch.tensor([[0, *range(40, 72)], [0, *range(90, 122)]])
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -34,13 +34,6 @@ from spectool.quantize.statistics import LinearStats
 GENERATOR = torch.Generator()
 
 
-@pytest.fixture
-def text_file(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
-    return str(path)
-
-
 def correlated(m: int, *, tokens: int = 400, seed: int = 0) -> Tensor:
     """Draw correlated inputs, some of them large."""
     noise = torch.Generator().manual_seed(seed)

@@ -38,13 +38,6 @@ GENERATOR = torch.Generator()
 IDS_BL = torch.tensor([[5, 9, 12, 7, 7, 3]])
 
 
-@pytest.fixture
-def text_file(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"{n * n} sheep jump over {n} fences." for n in range(300)))
-    return str(path)
-
-
 def noise(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

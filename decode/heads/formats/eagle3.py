@@ -30,7 +30,7 @@ from spectool.decode.heads.formats.base import (
 )
 from spectool.decode.heads.layer import make_layer_config
 from spectool.errors import CheckpointError, UnsupportedError
-from spectool.model.architecture import build_meta
+from spectool.model.meta import build_meta
 from spectool.model.packed import EmbeddingRows
 
 # Settings that decide what the draft layer computes.

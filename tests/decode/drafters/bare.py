@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -11,6 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from spectool.decode.protocol import Needs
+from spectool.distill.losses import compute_loss
 from spectool.training import TrainingBatch
 
 
@@ -67,6 +70,40 @@ def disturb(heads: Any, *, seed: int = 1, size: float = 0.1) -> Any:
         for parameter in heads.parameters():
             parameter += size * torch.randn(parameter.shape, generator=generator)
     return heads
+
+
+def make_heads(kind: Any, model: Any, *, token_map: Tensor | None = None, **options: Any) -> Any:
+    """Make draft heads of this class, disturbed."""
+    torch.manual_seed(0)
+    return disturb(kind(kind.Config(**options), model, token_map)).eval()
+
+
+def check_loss(
+    heads: Any,
+    batch: TrainingBatch,
+    by_head: Callable[[], Iterable[tuple[list[Tensor], int | None]]],
+    *,
+    decay: float = 1.0,
+    tolerance: float = 1e-3,
+) -> None:
+    """Compare losses and gradients with the equations'.
+
+    `by_head()` gives the loss of each token of each head, and how many of its guesses are right.
+    """
+    done = compute_loss(heads, batch)
+    found = {name: p.grad for name, p in heads.named_parameters()}
+    heads.zero_grad()
+    total = torch.zeros(())
+    for k, (losses, right) in enumerate(by_head()):
+        loss = torch.stack(losses)
+        total = total + decay**k * loss.mean()
+        assert done.counts[k] == len(losses) > 0 and right in (None, done.right[k])
+        assert done.loss[k] == pytest.approx(loss.sum().item(), rel=tolerance / 10)
+    total.backward()
+    for name, parameter in heads.named_parameters():
+        torch.testing.assert_close(
+            found[name], parameter.grad, rtol=tolerance, atol=tolerance / 100
+        )
 
 
 def rms(x_D: Tensor, norm: Any) -> Tensor:

@@ -14,26 +14,14 @@ from spectool.decode.drafters.combined import Combined
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.drafters.recycle import RecycleDrafter
 from spectool.decode.generate import Runner
-from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Needs, Outcome
-from spectool.decode.request import Request
-from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft
 from spectool.errors import UsageError
 
+from ..conftest import request_of
+
 Scripted = Callable[..., Any]
 Path = tuple[int, ...]
-
-
-def request_of(tokens: list[int]) -> Request:
-    return Request(
-        index=0,
-        tokens=list(tokens),
-        draws=Draws(0, 0),
-        sampling=SamplingParams(),
-        max_new_tokens=100,
-        context=256,
-    )
 
 
 def paths_of(draft: Draft) -> list[Path]:

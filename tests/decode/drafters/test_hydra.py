@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from spectool.decode.drafters.hydra import HydraDrafter, HydraHeads
 from spectool.decode.generate import Runner
 from spectool.decode.heads.base import TOP
 from spectool.decode.heads.layer import DecoderLayer, Rotary
 from spectool.decode.target.attention import AttentionTarget
-from spectool.distill.losses import compute_loss, compute_probs
+from spectool.distill.losses import compute_probs
 from spectool.distill.teacher import read_features
 from spectool.training import TrainingBatch
 
 from ...conftest import DENSE, VOCAB
-from .bare import bare_model, disturb, make_batch
+from . import bare
+from .bare import bare_model, check_loss, llama_layer, make_batch
 
 PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [1, 0, 2], [0, 0, 1]]
 TREE = [(path, 0.1) for path in PATHS]
 VARIANTS = ["plain", "plus"]
-
-
-def make_heads(model: Any, *, token_map: torch.Tensor | None = None, **options: Any) -> HydraHeads:
-    heads: HydraHeads = disturb(HydraHeads(HydraHeads.Config(**options), model, token_map))
-    return heads.eval()
+make_heads = functools.partial(bare.make_heads, HydraHeads)
 
 
 def disable_dropout(heads: HydraHeads) -> None:
@@ -59,61 +57,34 @@ def logits_of(heads: HydraHeads, i: int, h_D: torch.Tensor, tokens: list[int]) -
     return logits
 
 
-def attended(heads: HydraHeads, final_LD: torch.Tensor) -> torch.Tensor:
-    """Compute the states that heads read, with transformers' decoder layer."""
-    if heads.prefix is None:
-        return final_LD
-    config = LlamaConfig(
-        hidden_size=12, intermediate_size=24, num_attention_heads=2, rms_norm_eps=1e-6
-    )
-    config._attn_implementation = "eager"
-    layer = LlamaDecoderLayer(config, 0)
-    layer.load_state_dict(heads.prefix.state_dict())
-    length = len(final_LD)
-    rotary = LlamaRotaryEmbedding(config)(final_LD, torch.arange(length)[None])
-    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
-    out: Any = layer(final_LD[None], attention_mask=mask, position_embeddings=rotary)
-    states: torch.Tensor = out[0]
-    return states.view(length, -1)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradient_are_those_of_the_equations(variant: str) -> None:
     batch = make_batch()
     heads = make_heads(bare_model(bias=True), variant=variant, num_heads=3)
     disable_dropout(heads)
-    done = compute_loss(heads, batch)
-    found = {name: p.grad for name, p in heads.named_parameters()}
-    heads.zero_grad()
-
-    total = torch.zeros(())
-    states = [attended(heads, final_LD) for final_LD in batch.features["final"]]
     output = heads.frozen.output
-    for i in range(3):
-        losses, right = [], 0
-        for row, position in itertools.product(range(3), range(23)):
-            ahead = position + 2 + i
-            if ahead < 23 and batch.loss_mask_BL[row, ahead]:
-                tokens = batch.tokens_BL[row].tolist()
-                logits_V = logits_of(heads, i, states[row][position], tokens[position + 1 : ahead])
-                probs_V = nn.functional.one_hot(batch.tokens_BL[row, ahead], 17).float()
-                if variant == "plus":
-                    teacher_D = batch.features["final"][row, ahead - 1]
-                    probs_V = (output.weight @ teacher_D + output.bias).softmax(-1).detach()
-                losses.append(-(probs_V * torch.log_softmax(logits_V, -1)).sum())
-                right += int(logits_V.argmax() == tokens[ahead])
-        loss = torch.stack(losses)
-        total = total + loss.mean()
-        assert done.counts[i] == len(losses) and done.right[i] == right
-        assert done.loss[i] == pytest.approx(loss.sum().item(), rel=1e-4)
-    total.backward()
-    prefix = {id(p) for p in heads.prefix.parameters()} if heads.prefix else set()
-    for name, parameter in heads.named_parameters():
-        # The reference ran transformers' layer on a copy of these parameters.
-        if id(parameter) not in prefix:
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
-        else:
-            assert found[name] is not None and found[name].abs().max() > 0
+
+    def by_head() -> Iterator[tuple[list[torch.Tensor], int]]:
+        states = list(batch.features["final"])
+        if heads.prefix is not None:
+            states = [llama_layer(heads.prefix, final_LD) for final_LD in states]
+        for i in range(3):
+            losses, right = [], 0
+            for row, position in itertools.product(range(3), range(23)):
+                ahead = position + 2 + i
+                if ahead < 23 and batch.loss_mask_BL[row, ahead]:
+                    tokens = batch.tokens_BL[row].tolist()
+                    between = tokens[position + 1 : ahead]
+                    logits_V = logits_of(heads, i, states[row][position], between)
+                    probs_V = nn.functional.one_hot(batch.tokens_BL[row, ahead], 17).float()
+                    if variant == "plus":
+                        teacher_D = batch.features["final"][row, ahead - 1]
+                        probs_V = (output.weight @ teacher_D + output.bias).softmax(-1).detach()
+                    losses.append(-(probs_V * torch.log_softmax(logits_V, -1)).sum())
+                    right += int(logits_V.argmax() == tokens[ahead])
+            yield losses, right
+
+    check_loss(heads, batch, by_head)
 
 
 @pytest.mark.parametrize("family", [*DENSE, "mixtral"])

@@ -19,21 +19,12 @@ from spectool.decode.request import Request
 from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft
 
+from ..conftest import request_of
+
 Tiny = Callable[..., PreTrainedModel]
 Begin = Callable[..., None]
 # Gives the token that a made-up model finds likeliest after a text.
 Next = Callable[[list[int]], int]
-
-
-def request_of(tokens: list[int], index: int = 0) -> Request:
-    return Request(
-        index=index,
-        tokens=list(tokens),
-        draws=Draws(0, index),
-        sampling=SamplingParams(),
-        max_new_tokens=1000,
-        context=1000,
-    )
 
 
 def step(drafter: JacobiDrafter, request: Request, following: Next, budget: int = 99) -> list[int]:

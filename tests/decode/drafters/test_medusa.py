@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,18 @@ from spectool.errors import CheckpointError, NotFinite
 from spectool.training import TrainingBatch
 
 from ...conftest import VOCAB
-from .bare import bare_model, disturb, make_batch
+from . import bare
+from .bare import bare_model, check_loss, make_batch
 
 PATHS = [[0], [1], [0, 0], [2], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0], [3], [0, 0, 1]]
 TREE = [(path, 0.1) for path in PATHS]
-
-
-def make_heads(model: Any, *, token_map: torch.Tensor | None = None, **options: Any) -> MedusaHeads:
-    heads: MedusaHeads = disturb(MedusaHeads(MedusaHeads.Config(**options), model, token_map))
-    return heads
+make_heads = functools.partial(bare.make_heads, MedusaHeads)
 
 
 def guesses_of(heads: MedusaHeads, state_D: torch.Tensor) -> list[list[int]]:
     """Return the best guesses of each head."""
-    path_11A = torch.zeros(1, 1, 1, dtype=torch.long)
     return [
-        heads.guess(heads.step(state_D[None], path_11A, k), k, TOP)[0, 0].tolist()
+        heads.guess(heads.step(state_D[None], k), k, TOP)[0, 0].tolist()
         for k in range(heads.num_heads)
     ]
 
@@ -67,31 +64,24 @@ def test_loss_and_gradient_are_those_of_the_equations(monkeypatch: pytest.Monkey
     monkeypatch.setattr("spectool.distill.losses._CHUNK_BYTES", 3 * 4 * 17)
     batch = make_batch()
     heads = make_heads(bare_model(bias=True), num_heads=3, num_layers=2)
-    done = compute_loss(heads, batch)
-    found = {name: p.grad for name, p in heads.named_parameters()}
-    heads.zero_grad()
 
-    total = torch.zeros(())
-    for k, head in enumerate(heads.heads):
-        losses, right = [], 0
-        for row, position in itertools.product(range(3), range(23)):
-            ahead = position + 2 + k
-            if ahead < 23 and batch.loss_mask_BL[row, ahead]:
-                state_D = batch.features["final"][row, position]
-                for block in head.blocks:  # type: ignore[union-attr]
-                    z_D = block.weight @ state_D + block.bias
-                    state_D = state_D + z_D * torch.sigmoid(z_D)
-                logits_V = head.lm_head.weight @ state_D + head.lm_head.bias  # type: ignore
-                label = batch.tokens_BL[row, ahead]
-                losses.append(-torch.log_softmax(logits_V, -1)[label])
-                right += int(logits_V.argmax() == label)
-        loss = torch.stack(losses)
-        total = total + 0.8**k * loss.mean()
-        assert done.counts[k] == len(losses) and done.right[k] == right
-        assert done.loss[k] == pytest.approx(loss.sum().item(), rel=1e-5)
-    total.backward()
-    for name, parameter in heads.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    def by_head() -> Iterator[tuple[list[torch.Tensor], int]]:
+        for k, head in enumerate(heads.heads):
+            losses, right = [], 0
+            for row, position in itertools.product(range(3), range(23)):
+                ahead = position + 2 + k
+                if ahead < 23 and batch.loss_mask_BL[row, ahead]:
+                    state_D = batch.features["final"][row, position]
+                    for block in head.blocks:
+                        z_D = block.weight @ state_D + block.bias
+                        state_D = state_D + z_D * torch.sigmoid(z_D)
+                    logits_V = head.lm_head.weight @ state_D + head.lm_head.bias
+                    label = batch.tokens_BL[row, ahead]
+                    losses.append(-torch.log_softmax(logits_V, -1)[label])
+                    right += int(logits_V.argmax() == label)
+            yield losses, right
+
+    check_loss(heads, batch, by_head, decay=0.8, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("size", [None, 5])

@@ -7,25 +7,14 @@ import pytest
 import torch
 
 from spectool.decode.drafters.ngram import NgramDrafter, NgramIndex
-from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft
 from spectool.errors import UsageError
 
+from ..conftest import request_of
+
 NONE: Any = None
-
-
-def request_of(tokens: list[int], index: int = 0) -> Request:
-    return Request(
-        index=index,
-        tokens=list(tokens),
-        draws=Draws(0, index),
-        sampling=SamplingParams(),
-        max_new_tokens=100,
-        context=1000,
-    )
 
 
 def draft_of(tokens: list[int], *, budget: int = 99, **options: int) -> Draft:

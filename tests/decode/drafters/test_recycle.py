@@ -17,28 +17,16 @@ from spectool.decode import draft_state
 from spectool.decode.drafters import recycle
 from spectool.decode.drafters.recycle import RANKS, RecycleDrafter, make_rank_tree
 from spectool.decode.generate import Runner
-from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Outcome, PrefilledPrompt
-from spectool.decode.request import Request
-from spectool.decode.sampling import Draws
 from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
 
+from ..conftest import request_of
+
 Tiny = Callable[..., PreTrainedModel]
 Begin = Callable[..., None]
 PromptOf = Callable[..., list[int]]
-
-
-def request_of(tokens: list[int]) -> Request:
-    return Request(
-        index=0,
-        tokens=list(tokens),
-        draws=Draws(0, 0),
-        sampling=SamplingParams(),
-        max_new_tokens=100,
-        context=256,
-    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mamba2"])

@@ -17,26 +17,15 @@ from spectool.decode.cache import TreeCache
 from spectool.decode.drafters import skip
 from spectool.decode.drafters.skip import SkipDrafter
 from spectool.decode.generate import Runner
-from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws
 from spectool.decode.target.attention import AttentionTarget
 from spectool.errors import UnsupportedError
+
+from ..conftest import request_of
 
 Tiny = Callable[..., PreTrainedModel]
 Begin = Callable[..., None]
 FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "mixtral"]
-
-
-def request_of(tokens: list[int], index: int = 0) -> Request:
-    return Request(
-        index=index,
-        tokens=list(tokens),
-        draws=Draws(0, index),
-        sampling=SamplingParams(),
-        max_new_tokens=100,
-        context=256,
-    )
 
 
 def random_tokens(seed: int, size: int) -> list[int]:

@@ -15,26 +15,15 @@ from transformers import PreTrainedModel
 from spectool.decode import draft_state
 from spectool.decode.drafters.trigram import TrigramDrafter, TrigramTable
 from spectool.decode.generate import Runner
-from spectool.decode.options import SamplingParams
 from spectool.decode.request import Request
-from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
+
+from ..conftest import request_of
 
 Begin = Callable[..., None]
 Scores = dict[tuple[int, int], dict[int, float]]
 Flat = dict[tuple[int, int, int], float]
-
-
-def request_of(tokens: list[int], index: int = 0) -> Request:
-    return Request(
-        index=index,
-        tokens=list(tokens),
-        draws=Draws(0, index),
-        sampling=SamplingParams(),
-        max_new_tokens=100,
-        context=1000,
-    )
 
 
 def random_tokens(seed: int, size: int, vocab: int) -> list[int]:

@@ -19,20 +19,9 @@ from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.teacher import TextCache, read_features
 from spectool.errors import UnsupportedError, UsageError
 
+from ...conftest import ATTENDING
+
 Tiny = Callable[..., PreTrainedModel]
-FAMILIES = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "gpt2",
-    "opt",
-    "gpt_neox",
-    "mixtral",
-]
 
 
 @torch.inference_mode()
@@ -49,7 +38,7 @@ def test_a_window_that_is_no_number_is_refused(tiny: Tiny) -> None:
         AttentionTarget(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ATTENDING)
 def test_every_node_sees_its_own_path(tiny: Tiny, family: str) -> None:
     """Two rows of unequal length, one past the window of 16; trees of unequal size."""
     model = tiny(family)
@@ -224,7 +213,7 @@ def test_context_is_the_models_or_less(tiny: Tiny) -> None:
         AttentionTarget(model, context=300)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ATTENDING)
 def test_texts_of_one_row_are_read_as_if_alone(tiny: Tiny, family: str) -> None:
     """Three texts and two, the longest past the window of 16; padding at the end."""
     target = AttentionTarget(tiny(family))
