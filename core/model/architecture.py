@@ -23,7 +23,7 @@ from spectool.errors import UnsupportedError, wrap_errors
 from spectool.model.decoder import find_blocks
 from spectool.model.matrices import Matrix, explain_dense, find_matrices
 from spectool.model.meta import build_meta, read_config
-from spectool.model.origins import read_origin, resolve_tensors, unused_tensors
+from spectool.model.origins import find_origins, read_origin, resolve_tensors, unused_tensors
 from spectool.model.packed import PackedExperts, field_specs, replace_with_packed
 
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from spectool.decode.cache import BatchCache
-from spectool.decode.generate import Runner, loop_start
+from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
+from spectool.decode.result import loop_start
 from spectool.decode.tree import Draft, Kind, chain
 from spectool.distill.data.regenerate import split_spans
 from spectool.distill.data.samples import SHORTEST, Sample
@@ -63,8 +64,9 @@ class Trajectory:
 
     @property
     def tokens(self) -> list[int]:
-        """Return the tokens that pass through the model in training, with a point of each block."""
-        return [*self.prompt, *self.text, *(t for points in self.blocks for t in points[0])]
+        """Return as many tokens as pass through the model in training at most."""
+        text = self.text
+        return [*self.prompt, *text, *text, *self.reference[: len(text)]]
 
 
 class TrajectoryDrafter(Drafter):

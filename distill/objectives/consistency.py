@@ -5,7 +5,11 @@ fixed point y*, so that Jacobi decoding needs fewer passes:
 
     loss = mean over the tokens of text j that follow a token that differs of
            KL(stopgrad p(. | x, y*_<j) || p(. | x, y_<j))
-           + w * mean over the text of -log p(y*_j | x, y*_<j)
+           + w * mean over the anchor t of -log p(t_j | x, t_<j)
+
+The anchor keeps the model what it is: by default the data's own continuation of the prompt, which
+holds the perplexity, or, as in the papers, the model's text y* itself, which makes the model surer
+of its text and costs perplexity on others'.
 
 Greedy Jacobi decoding is exact for the new weights, whose text differs from the old ones'.
 
@@ -16,19 +20,20 @@ Greedy Jacobi decoding is exact for the new weights, whose text differs from the
   first block to all in the last (Hu et al., Jacobi Forcing, 2025, arXiv:2512.14681).
 
 With probability 1/2 half of a point's wrong tokens, its first one apart, are corrected. One pass
-computes a text with all its blocks: clean tokens, then a point of each block, at the positions of
-the clean ones. `--mixed-labels` follows CEED-VLA (Song et al., 2025, arXiv:2506.13725): in the last
-term a bin of the text that is further than the distance from the data's own becomes the data's.
+computes a text with all its blocks: clean tokens, then a point of each block, then the anchor, each
+at the positions after the prompt. `--mixed-labels` follows CEED-VLA (Song et al., 2025,
+arXiv:2506.13725): the labels of y* are the anchor, but a bin that is further than the distance from
+the data's own becomes the data's.
 
-Shapes: B texts of a batch, P tokens of a prompt, T of a text, L = P + 2 T of a row, R tokens in the
-loss, V vocabulary.
+Shapes: B texts of a batch, P tokens of a prompt, T of a text, A of an anchor apart from the text,
+L = P + 2 T + A of a row, R tokens in the loss, V vocabulary.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -37,7 +42,8 @@ from torch import Tensor
 
 from spectool import options
 from spectool.checkpoint.artifact import ArtifactWriter
-from spectool.decode.generate import Runner, loop_start
+from spectool.decode.generate import Runner
+from spectool.decode.result import loop_start
 from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.data.samples import pad
 from spectool.distill.data.texts import GroupWriter
@@ -71,13 +77,20 @@ _MEASURED_TOKENS = 64
 class _Row:
     """A text in training: prompt, clean text, and the noisy blocks, of equal length to the text.
 
-    `labels` are those of the text in the term of -log p.
+    `labels` are learnt in the term of -log p: after the tokens of `anchor`, or of the text without
+    one.
     """
 
     prompt: list[int]
     text: list[int]
     noisy: list[int]
     labels: list[int]
+    anchor: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Return the number of tokens that pass through the model."""
+        return len(self.prompt) + 2 * len(self.text) + len(self.anchor)
 
 
 class Consistency(WeightObjective):
@@ -92,7 +105,10 @@ class Consistency(WeightObjective):
         )
         block: int = option(16, "tokens of a block", minimum=2, maximum=256)
         window: int = option(16, "blocks of a window of forcing", minimum=1)
-        ar_weight: float = option(10.0, "weight of the next-token loss", minimum=0)
+        anchor: Literal["data", "generated"] = option(
+            "data", "text of the next-token loss: the data's, or the model's own"
+        )
+        ar_weight: float = option(1.0, "weight of the next-token loss", minimum=0)
         new_tokens: int = option(512, "tokens to generate after each prompt", minimum=16)
         lora: int | None = option(
             None, "train low-rank updates of this rank in place of all weights", minimum=1
@@ -109,6 +125,11 @@ class Consistency(WeightObjective):
             """Check the options that belong together."""
             if (self.mixed_labels is None) != (self.bins is None):
                 raise UsageError("--mixed-labels and --bins belong together")
+            if self.mixed_labels is not None and self.anchor == "data":
+                raise UsageError(
+                    "--mixed-labels mixes the data's labels into the model's own text",
+                    hint="--anchor generated",
+                )
             self.bin_range()
 
         def bin_range(self) -> range:
@@ -199,7 +220,7 @@ class Consistency(WeightObjective):
             "loss": float(loss.detach()),
             "consistency": float(consistency.detach()),
             "nats": float(nats.detach()),
-            "tokens": sum(len(row.prompt) + 2 * len(row.text) for row in rows),
+            "tokens": sum(row.size for row in rows),
         }
 
     @torch.no_grad()
@@ -226,6 +247,9 @@ class Consistency(WeightObjective):
             point = self._choose(points, number, rng)
             noisy += correct_half(point, points[-1], rng) if rng.random() < 0.5 else point
         text = trajectory.text
+        anchor = trajectory.reference[: len(text)]
+        if self.config.anchor == "data" and anchor:
+            return _Row(trajectory.prompt, text, noisy, anchor, anchor)
         labels = list(text)
         if self.config.mixed_labels is not None:
             for at, (own, given) in enumerate(zip(text, trajectory.reference, strict=False)):
@@ -252,7 +276,7 @@ class Consistency(WeightObjective):
             position_ids=layout.positions_BL.to(self.task.device),
             use_cache=False,
         ).logits.float()
-        nats = F.cross_entropy(logits_BLV[layout.text_rows], layout.labels_R.to(logits_BLV.device))
+        nats = F.cross_entropy(logits_BLV[layout.label_rows], layout.labels_R.to(logits_BLV.device))
         teacher_RV = logits_BLV[layout.clean_rows].detach().log_softmax(-1)
         student_RV = logits_BLV[layout.noisy_rows].log_softmax(-1)
         if not len(student_RV):
@@ -309,31 +333,31 @@ def correct_half(point: Sequence[int], fixed: Sequence[int], rng: random.Random)
 class _Layout:
     """Rows of a pass: tokens, positions [B, L] and what each token sees [B, L, L].
 
-    `text_rows` are the places whose logits predict the text's `labels_R`; at `noisy_rows` the model
+    `label_rows` are the places whose logits predict `labels_R`; at `noisy_rows` the model
     learns what it predicts at `clean_rows`.
     """
 
     tokens_BL: Tensor
     positions_BL: Tensor
     visible_BLL: Tensor
-    text_rows: tuple[Tensor, Tensor]
+    label_rows: tuple[Tensor, Tensor]
     labels_R: Tensor
     noisy_rows: tuple[Tensor, Tensor]
     clean_rows: tuple[Tensor, Tensor]
 
 
 def lay_out(rows: Sequence[_Row], block: int, window: int) -> _Layout:
-    """Lay out prompt, clean text and noisy blocks of each row, padded at the right."""
-    longest = max(len(row.prompt) + 2 * len(row.text) for row in rows)
+    """Lay out prompt, clean text, noisy blocks and anchor of each row, padded at the right."""
+    longest = max(row.size for row in rows)
     tokens_BL = torch.zeros(len(rows), longest, dtype=torch.long)
     positions_BL = torch.zeros_like(tokens_BL)
     # Padding sees itself: a row without anything to see would be NaN.
     visible_BLL = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)
-    text_at, noisy_at, clean_at = [], [], []
+    label_at, noisy_at, clean_at = [], [], []
     for b, row in enumerate(rows):
         size, length = len(row.prompt), len(row.text)
         whole, end = size + length, size + 2 * length
-        tokens_BL[b, :end] = torch.tensor([*row.prompt, *row.text, *row.noisy])
+        tokens_BL[b, : row.size] = torch.tensor([*row.prompt, *row.text, *row.noisy, *row.anchor])
         positions_BL[b, :whole] = torch.arange(whole)
         positions_BL[b, whole:end] = torch.arange(size, whole)
         visible_BLL[b, :whole, :whole] = torch.ones(whole, whole, dtype=torch.bool).tril()
@@ -348,14 +372,21 @@ def lay_out(rows: Sequence[_Row], block: int, window: int) -> _Layout:
         after_T = (same_TT.tril() & wrong_T).any(-1)
         after_T[-1] = False
         (learnt,) = after_T.nonzero(as_tuple=True)
-        text_at.append((b, torch.arange(size - 1, whole - 1)))
+        labelled = torch.arange(size - 1, whole - 1)
+        if row.anchor:
+            count = len(row.anchor)
+            positions_BL[b, end : row.size] = torch.arange(size, size + count)
+            visible_BLL[b, end : row.size, :size] = True
+            visible_BLL[b, end : row.size, end : row.size] = torch.ones(count, count).tril() > 0
+            labelled = torch.cat([labelled[:1], torch.arange(end, row.size - 1)])
+        label_at.append((b, labelled))
         clean_at.append((b, size + learnt))
         noisy_at.append((b, whole + learnt))
     return _Layout(
         tokens_BL,
         positions_BL,
         visible_BLL,
-        _indices(text_at),
+        _indices(label_at),
         torch.tensor([label for row in rows for label in row.labels]),
         _indices(noisy_at),
         _indices(clean_at),

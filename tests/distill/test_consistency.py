@@ -52,7 +52,7 @@ def losses_by_equation(
     divergences, nats = [], []
     for row in rows:
         for at, label in enumerate(row.labels):
-            logits = logits_after(model, row.prompt + row.text[:at])
+            logits = logits_after(model, row.prompt + (row.anchor or row.text)[:at])
             nats.append(F.cross_entropy(logits, torch.tensor(label)))
         for at in range(len(row.text) - 1):
             start = at // (block * window) * block * window
@@ -80,7 +80,11 @@ def test_loss_and_gradient_are_those_of_the_equations(
         text = [rng.randrange(320) for _ in range(length)]
         noisy = [token if rng.random() < 0.4 else rng.randrange(320) for token in text]
         noisy[:2] = text[:2]
-        rows.append(_Row([rng.randrange(320) for _ in range(prompt)], text, noisy, list(text)))
+        anchor = [rng.randrange(320) for _ in range(length - 3)]
+        given = [rng.randrange(320) for _ in range(prompt)]
+        rows.append(_Row(given, text, noisy, anchor, anchor))
+    # One row learns its own text.
+    rows[1] = _Row(rows[1].prompt, rows[1].text, rows[1].noisy, list(rows[1].text))
     window = 2 if options["variant"] == "forcing" else 1
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
     results = []
@@ -124,13 +128,17 @@ def test_noise_rises_along_a_window_of_forcing(checkpoint: Checkpoints) -> None:
 
 
 def test_a_bin_far_from_the_data_is_replaced_in_the_labels(checkpoint: Checkpoints) -> None:
-    objective = make_objective(checkpoint("llama"), mixed_labels=2.0, bins="100:50", block=4)
+    objective = make_objective(
+        checkpoint("llama"), mixed_labels=2.0, bins="100:50", anchor="generated", block=4
+    )
     trajectory = Trajectory(
         [5], [[[100, 120, 7, 149], [100, 120, 7, 149]], [[101]]], [102, 123, 9, 200]
     )
     row = objective.make_row(trajectory, random.Random(0))
     # Within the distance; beyond it; no bin; the data's token is no bin; no data.
     assert row.labels == [100, 123, 7, 149, 101] and row.text == [100, 120, 7, 149, 101]
+    plain = make_objective(checkpoint("llama"), block=4).make_row(trajectory, random.Random(0))
+    assert plain.labels == plain.anchor == [102, 123, 9, 200]
 
 
 TEXT = "def run(path: Path) -> None:\n    return path\n" * 60
@@ -138,7 +146,7 @@ TEXT = "def run(path: Path) -> None:\n    return path\n" * 60
 
 def train(source: Path, out: Path, data: Path, **asked: Any) -> WeightsReport:
     own = {"block": 6, "new_tokens": 24, "loss_limit": 9.0, **asked.pop("own", {})}
-    options = {"steps": 60, "seq_len": 64, "batch_tokens": 512, "learning_rate": 5e-3, **asked}
+    options = {"steps": 90, "seq_len": 64, "batch_tokens": 512, "learning_rate": 5e-3, **asked}
     job = WeightsJob(
         method="consistency", config=Consistency.Config(**own), data=(str(data),), **options
     )
@@ -149,7 +157,12 @@ def train(source: Path, out: Path, data: Path, **asked: Any) -> WeightsReport:
 
 @pytest.mark.parametrize(
     ("family", "own"),
-    [("llama", {"variant": "cllm"}), ("qwen3", {}), ("gpt2", {}), ("gemma3", {"lora": 8})],
+    [
+        ("llama", {"variant": "cllm"}),
+        ("qwen3", {}),
+        pytest.param("gpt2", {}, marks=pytest.mark.slow),
+        pytest.param("gemma3", {"lora": 8}, marks=pytest.mark.slow),
+    ],
 )
 def test_fewer_passes_solve_a_window_and_jacobi_equals_plain_decoding(
     checkpoint: Checkpoints, tmp_path: Path, family: str, own: dict[str, Any]
@@ -172,9 +185,8 @@ def test_fewer_passes_solve_a_window_and_jacobi_equals_plain_decoding(
 def test_weights_that_lost_too_much_are_not_kept(checkpoint: Checkpoints, tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     data.write_text(TEXT)
-    report = train(
-        checkpoint("llama"), tmp_path / "out", data, learning_rate=0.3, own={"loss_limit": 0.0}
-    )
+    own = {"loss_limit": 0.0, "anchor": "generated"}
+    report = train(checkpoint("llama"), tmp_path / "out", data, learning_rate=0.3, own=own)
     assert report.best["step"] == 0
 
 
@@ -184,7 +196,9 @@ def test_what_is_refused(
     data, out = tmp_path / "text.txt", tmp_path / "out"
     data.write_text(TEXT)
     with pytest.raises(UsageError, match="expected FIRST:COUNT"):
-        Consistency.Config(mixed_labels=1.0, bins="7")
+        Consistency.Config(mixed_labels=1.0, bins="7", anchor="generated")
+    with pytest.raises(UsageError, match="mixes the data's labels"):
+        Consistency.Config(mixed_labels=1.0, bins="7:9")
     with pytest.raises(UsageError, match="belong together"):
         Consistency.Config(bins="7:3")
     with pytest.raises(UnsupportedError):
