@@ -116,9 +116,9 @@ class Drafter(ABC):
             InputError: it needs uncut trees, or passes through the target's state.
         """
 
-    @abstractmethod
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         """Return the kinds of nodes proposed under `sampling`; they decide the verifier."""
+        return ("deterministic",)
 
     def attach(self, target: Target[Any]) -> None:
         """Take the model to draft for, before any request.

@@ -69,10 +69,6 @@ class HeadsRecord:
         """Return the tree's paths of ranks, best first, each with its share."""
         return [(tuple(path), share) for path, share in zip(self.tree, self.shares, strict=True)]
 
-    def expected(self, nodes: int) -> float:
-        """Return the tokens per forward on held-out text with the best tree of `nodes` nodes."""
-        return 1 + sum(self.shares[:nodes])
-
 
 def read_record(path: Path) -> HeadsRecord:
     """Read the record of a heads directory.

@@ -29,6 +29,7 @@ from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft, Kind
 
 from .conftest import request_of
+from .trees import path_to
 
 Tiny = Callable[..., PreTrainedModel]
 NONE: Any = None
@@ -108,7 +109,7 @@ def accept_none(draft: Draft) -> list[int]:
 
 
 def accept_all(draft: Draft) -> list[int]:
-    return draft.path(len(draft) - 1)
+    return path_to(draft, len(draft) - 1)
 
 
 def chain_of(limit: int) -> Draft:
