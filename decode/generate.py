@@ -124,12 +124,12 @@ class Runner:
         target, policies = self.target, list[Policy]()
         if not target.takes_trees:
             drafter.check_chains(target.name)
-            policies.append(Chains(cuts=drafter.combines, takes_drafts=target.takes_drafts))
+            policies.append(Chains(cuts=drafter.can_be_cut, takes_drafts=target.takes_drafts))
         note = f"{target.name}: {target.why_plain}; decoding plainly"
         if not target.takes_drafts and drafter.name != "none" and note not in target.notes:
             target.notes.append(note)
         if tune and target.takes_drafts:
-            policies.append(Tuned(target, self.curve, cuts=drafter.combines))
+            policies.append(Tuned(target, self.curve, cuts=drafter.can_be_cut))
         return policies
 
     @property

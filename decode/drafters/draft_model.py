@@ -122,7 +122,7 @@ class DraftModelDrafter(Drafter):
 
     name = "draft_model"
     needs = Needs()
-    combines = False
+    combines = can_be_cut = False
     draft_model: AttentionTarget
 
     def __init__(

@@ -6,7 +6,14 @@ distribution, which is kept as q when the token is verified in the next pass. Th
 because q is the distribution that the token was drawn from, and because the random number of a
 position is used for nothing before that position. Tokens that fill up the window are looked up in
 the text (deterministic nodes). At temperature 0 this is Jacobi decoding: each position takes the
-likeliest token, and tokens that stay the same are accepted. Suffixes: N nodes, V vocabulary.
+likeliest token, and tokens that stay the same are accepted.
+
+The window slides with the text, so all its positions are in flight at once; a model trained by
+`distill consistency` in blocks of n has w / n blocks in flight in a window of w. Joined with other
+drafters, whose nodes share the tree, the window is a path of deterministic nodes, and rejected
+tokens come back through a drafter that remembers them (`jacobi+recycle`).
+
+Suffixes: N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,12 +39,13 @@ from spectool.options import option
 class _Window:
     """Tokens predicted for a request's next positions, and the q that each was drawn from.
 
-    `index` is that of the request's text.
+    `index` is that of the request's text. `path`: the tokens of the last draft.
     """
 
     index: NgramIndex
     tokens: list[int] = field(default_factory=list)
     probs_NV: Tensor | None = None
+    path: list[int] = field(default_factory=list)
 
 
 class JacobiDrafter(Drafter):
@@ -51,7 +59,8 @@ class JacobiDrafter(Drafter):
 
     name = "jacobi"
     needs = Needs(probs=True)
-    combines = False
+    # Drawn nodes come with their probabilities; joined with others they are deterministic.
+    can_be_cut = False
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or self.Config()
@@ -82,7 +91,7 @@ class JacobiDrafter(Drafter):
         # Predicted tokens were drawn from q above temperature 0; looked-up ones never are.
         kind: Kind = "deterministic" if probs_NV is None else "iid"
         kinds: list[Kind] = [kind] * (1 + len(drawn)) + ["deterministic"] * len(fresh)
-        tokens = [request.tokens[-1], *drawn, *fresh]
+        tokens = window.path = [request.tokens[-1], *drawn, *fresh]
         return Draft(tokens, list(range(-1, len(tokens) - 1)), kinds, probs_NV)
 
     @torch.inference_mode()
@@ -92,7 +101,8 @@ class JacobiDrafter(Drafter):
         for outcome in outcomes:
             assert outcome.probs_NV is not None
             # The node after the accepted path is the one that the new root replaces.
-            probs_NV = outcome.probs_NV[len(outcome.path) :]
+            nodes = _find_path(outcome.draft, self._windows[outcome.request].path)
+            probs_NV = outcome.probs_NV[nodes[len(outcome.path) :]]
             if outcome.request.sampling.greedy:
                 tokens_N = probs_NV.argmax(-1)
             else:
@@ -106,6 +116,20 @@ class JacobiDrafter(Drafter):
             window = self._windows[outcome.request]
             window.tokens, tokens = tokens[: len(probs_NV)], tokens[len(probs_NV) :]
             window.probs_NV = None if outcome.request.sampling.greedy else probs_NV
+
+
+def _find_path(draft: Draft, tokens: Sequence[int]) -> list[int]:
+    """Return the nodes of a draft that spell the tokens from the root on, as far as there are."""
+    nodes = [0]
+    for node in range(1, len(draft)):
+        depth = len(nodes)
+        if (
+            depth < len(tokens)
+            and draft.parents[node] == nodes[-1]
+            and draft.tokens[node] == tokens[depth]
+        ):
+            nodes.append(node)
+    return nodes
 
 
 def _look_up(

@@ -215,7 +215,7 @@ class InPassDrafter(Drafter):
         depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
 
     # Extra rows belong to the tree's nodes, so no drafter may add nodes or leave some out.
-    combines = False
+    combines = can_be_cut = False
 
     def __init__(
         self,

@@ -10,7 +10,6 @@ import pytest
 from transformers import PreTrainedModel
 
 from spectool.decode.drafters.combined import Combined
-from spectool.decode.drafters.jacobi import JacobiDrafter
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.drafters.recycle import RecycleDrafter
 from spectool.decode.generate import Runner
@@ -90,9 +89,11 @@ def test_needs_are_all_of_theirs(scripted: Scripted) -> None:
     assert combined.name == "scripted+scripted+scripted"
 
 
-def test_a_drafter_that_does_not_share_is_refused() -> None:
-    with pytest.raises(UsageError, match="--draft ngram\\+jacobi: jacobi does not share a tree"):
-        Combined([NgramDrafter(), JacobiDrafter()], 9)
+def test_a_drafter_that_does_not_share_is_refused(scripted: Scripted) -> None:
+    alone = scripted(lambda tokens, limit: [])
+    alone.combines = False
+    with pytest.raises(UsageError, match="--draft ngram\\+scripted: scripted does not share a"):
+        Combined([NgramDrafter(), alone], 9)
 
 
 def test_all_hear_of_everything(
