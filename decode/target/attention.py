@@ -137,11 +137,10 @@ class AttentionTarget(Target[TreeCache]):
         *,
         fed: int = 0,
         seen: Sequence[int] | None = None,
-        needs: Needs | None = None,
-    ) -> Pass:
+    ) -> Tensor:
         depths_BT, visible_BTT = _describe_trees(parents)
         new, visible_BNT = [list(row[fed:]) for row in tokens], visible_BTT[:, fed:]
-        return self._forward(cache, new, depths_BT, visible_BNT, needs or Needs(), seen=seen)
+        return self._forward(cache, new, depths_BT, visible_BNT, Needs(), seen=seen).logits_BNV
 
     def _forward(
         self,
