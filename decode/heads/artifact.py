@@ -178,11 +178,7 @@ def read_finite_tensors(file: Path, guard: sums.Guard | None = None) -> dict[str
 
 
 def check_map(path: Path, ids: Tensor, vocab: int) -> None:
-    """Check that the ids of guessed tokens are distinct and below `vocab`.
-
-    Raises:
-        CheckpointError: they are not.
-    """
+    """Raise CheckpointError unless the ids of guessed tokens are distinct and below `vocab`."""
     whole = ids.ndim == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
     if not whole or len(set(ids.tolist())) != len(ids) or not ((ids >= 0) & (ids < vocab)).all():
         raise CheckpointError(f"{path}: what it guesses are not distinct ids of {vocab} tokens")
