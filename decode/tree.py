@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 # How a node was proposed: looked up or ranked; drawn from the distribution after its parent,
-# independently of its siblings; drawn from that distribution without the siblings before it.
-Kind = Literal["deterministic", "iid", "distinct"]
+# independently of its siblings; drawn from that distribution without the siblings before it. Or it
+# is accepted without a test, which changes the text.
+Kind = Literal["deterministic", "iid", "distinct", "forced"]
 
 
 @dataclass(slots=True)

@@ -13,6 +13,10 @@ The window slides with the text, so all its positions are in flight at once; a m
 drafters, whose nodes share the tree, the window is a path of deterministic nodes, and rejected
 tokens come back through a drafter that remembers them (`jacobi+recycle`).
 
+With `cap`, a token is accepted as it is once its position was part of that many drafts (early exit;
+Song et al., CEED-VLA, 2025, arXiv:2506.13725). From `cap` = window on nothing changes: by then each
+token is committed, since every pass commits one at least.
+
 Suffixes: N nodes, V vocabulary.
 """
 
@@ -39,13 +43,15 @@ from spectool.options import option
 class _Window:
     """Tokens predicted for a request's next positions, and the q that each was drawn from.
 
-    `index` is that of the request's text. `path`: the tokens of the last draft.
+    `index` is that of the request's text. `path`: the tokens of the last draft. `ages` counts
+    the drafts that each position of it was part of.
     """
 
     index: NgramIndex
     tokens: list[int] = field(default_factory=list)
     probs_NV: Tensor | None = None
     path: list[int] = field(default_factory=list)
+    ages: list[int] = field(default_factory=list)
 
 
 class JacobiDrafter(Drafter):
@@ -56,6 +62,9 @@ class JacobiDrafter(Drafter):
         """Options of `jacobi`."""
 
         window: int = option(16, "tokens predicted at once", minimum=1, maximum=256)
+        cap: int | None = option(
+            None, "accept tokens untested after this many passes; lossy", minimum=1
+        )
 
     name = "jacobi"
     needs = Needs(probs=True)
@@ -64,10 +73,13 @@ class JacobiDrafter(Drafter):
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or self.Config()
+        # A shared tree does not tell whose nodes are accepted untested.
+        self.combines = self.config.cap is None
         self._windows: dict[Request, _Window] = {}
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",) if sampling.greedy else ("iid", "deterministic")
+        forced: tuple[Kind, ...] = () if self.config.cap is None else ("forced",)
+        return (*(() if sampling.greedy else ("iid",)), "deterministic", *forced)
 
     def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         for prompt in prompts:
@@ -91,6 +103,10 @@ class JacobiDrafter(Drafter):
         # Predicted tokens were drawn from q above temperature 0; looked-up ones never are.
         kind: Kind = "deterministic" if probs_NV is None else "iid"
         kinds: list[Kind] = [kind] * (1 + len(drawn)) + ["deterministic"] * len(fresh)
+        window.ages = window.ages[: len(drawn)] + [0] * len(fresh)
+        if self.config.cap is not None:
+            for at, age in enumerate(window.ages, start=1):
+                kinds[at] = "forced" if age >= self.config.cap else kinds[at]
         tokens = window.path = [request.tokens[-1], *drawn, *fresh]
         return Draft(tokens, list(range(-1, len(tokens) - 1)), kinds, probs_NV)
 
@@ -114,6 +130,8 @@ class JacobiDrafter(Drafter):
         tokens = torch.cat([tokens_N for _, _, tokens_N in found]).tolist()
         for outcome, probs_NV, _ in found:
             window = self._windows[outcome.request]
+            # Only the position after the last node was not part of this draft.
+            window.ages = [1 + age for age in window.ages[len(outcome.path) :]] + [0]
             window.tokens, tokens = tokens[: len(probs_NV)], tokens[len(probs_NV) :]
             window.probs_NV = None if outcome.request.sampling.greedy else probs_NV
 

@@ -166,29 +166,47 @@ def collect(
     """
     drafter = TrajectoryDrafter(block, seed)
     runner.use(drafter)
-    results = runner.generate(
-        [prompt.tokens for prompt in prompts],
-        max_new_tokens=[min(new_tokens, context - len(prompt.tokens)) for prompt in prompts],
-        eos=[prompt.ends for prompt in prompts],
-        batch_size=_BATCH,
-    )
+    engine = runner.engine(_BATCH)
+    requests = [
+        runner.make_request(
+            prompt.tokens,
+            index=index,
+            max_new_tokens=min(new_tokens, context - len(prompt.tokens)),
+            eos=prompt.ends,
+            live=False,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    for request in requests:
+        engine.submit(request)
+    while engine.busy:
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            new = event.request.new_tokens
+            if _repetition_start(new) < len(new):
+                engine.cancel(event.request.id)
     found = []
-    for index, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
-        text = result.token_ids[: min(loop_start(result.token_ids), _run_start(result.token_ids))]
-        blocks = drafter.take(index, text)
+    for prompt, request in zip(prompts, requests, strict=True):
+        text = request.new_tokens[: _repetition_start(request.new_tokens)]
+        blocks = drafter.take(request.index, text)
         if len(text) >= SHORTEST:
             found.append(Trajectory(prompt.tokens, blocks, prompt.reference))
     return found
 
 
-def _run_start(tokens: Sequence[int]) -> int:
-    """Return where a token first stands `_RUN` times in a row; the number of tokens if nowhere."""
-    length = 0
+def _repetition_start(tokens: Sequence[int]) -> int:
+    """Return where tokens repeat an earlier run, or one token stands `_RUN` times in a row.
+
+    Returns the number of tokens if they do neither.
+    """
+    length, run_start = 0, len(tokens)
     for at, token in enumerate(tokens):
         length = length + 1 if at and token == tokens[at - 1] else 1
         if length == _RUN:
-            return at + 1 - _RUN
-    return len(tokens)
+            run_start = at + 1 - _RUN
+            break
+    return min(run_start, loop_start(tokens))
 
 
 def as_tensors(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:

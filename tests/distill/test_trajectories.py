@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from spectool.decode.generate import Runner
 from spectool.distill.data.samples import Sample
 from spectool.distill.data.trajectories import (
     Trajectory,
-    _run_start,
+    _repetition_start,
     as_tensors,
     as_trajectories,
     collect,
@@ -77,10 +78,23 @@ def test_a_block_begins_with_tokens_of_the_prompt(tiny: Tiny, endless: Any) -> N
             assert set(drawn) <= set(each.prompt), number
 
 
-def test_a_text_ends_where_a_token_stands_ten_times_in_a_row() -> None:
-    assert _run_start([1, 2, 2, 2]) == 4
-    assert _run_start([1, *[2] * 9, 3]) == 11
-    assert _run_start([1, 1, *[2] * 10, 3]) == 2
+def test_a_text_ends_where_it_repeats_itself() -> None:
+    assert _repetition_start([1, 2, 2, 2]) == 4
+    assert _repetition_start([1, *[2] * 9, 3]) == 11
+    assert _repetition_start([1, 1, *[2] * 10, 3]) == 2
+    assert _repetition_start([*range(16), 50, *range(16), 51]) == 17
+
+
+def test_a_request_that_repeats_itself_ends(tiny: Tiny, endless: Any) -> None:
+    """A model with one answer to everything: nothing is left, after a few passes."""
+    model = copy.deepcopy(tiny("llama"))
+    endless(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    assert collect_from(model, new_tokens=40) == []
+    assert len(passes) < 20
 
 
 def test_prompts_end_before_each_answer_and_are_listed_once() -> None:

@@ -18,6 +18,7 @@ from spectool.decode.protocol import Outcome
 from spectool.decode.request import Request
 from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft
+from spectool.errors import UsageError
 
 from ..conftest import request_of
 
@@ -242,3 +243,27 @@ def test_joined_with_others_the_text_is_that_of_plain_decoding(
     )
     assert [r.token_ids for r in joined] == [r.token_ids for r in plain]
     assert sum(r.forwards for r in joined) < sum(r.forwards for r in plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}])
+def test_a_cap_ends_iterations_and_one_of_the_window_changes_nothing(
+    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], options: dict[str, Any]
+) -> None:
+    runner, prompts = Runner(endless(tiny("llama"))), [prompt_of(12), prompt_of(5)]
+
+    def decode(draft: str, **more: Any) -> list[Any]:
+        runner.use(draft)
+        return runner.generate(prompts, max_new_tokens=40, batch_size=2, **options, **more)
+
+    exact = decode("jacobi:window=6")
+    capped = decode("jacobi:window=6,cap=6", lossy=True)
+    assert [r.token_ids for r in capped] == [r.token_ids for r in exact]
+    assert all(r.lossless for r in exact) and not any(r.lossless for r in capped)
+    # Two passes settle a window: six tokens and the verifier's own, every second pass.
+    early = decode("jacobi:window=6,cap=1", lossy=True)
+    assert [r.token_ids for r in early] != [r.token_ids for r in exact]
+    assert all(r.forwards <= 2 + 2 * 40 / 7 for r in early)
+    with pytest.raises(UsageError, match="accepts some of its tokens untested"):
+        decode("jacobi:cap=3")
+    with pytest.raises(UsageError, match="jacobi does not share a tree"):
+        runner.use("jacobi:cap=3+recycle")
