@@ -37,7 +37,7 @@ from spectool.quantize.base import (
     not_finite,
 )
 from spectool.quantize.statistics import LinearStats, Products
-from spectool.training import Metrics, Recipe, Training
+from spectool.training import History, Metrics, Recipe, Training
 
 # Cosines are clamped to this in ln c; below it the squared errors alone drive the fit.
 LEAST_COSINE = 0.01
@@ -223,22 +223,24 @@ class BlockQuantizer(Quantizer):
             evaluate=evaluate,
             keep=lambda: _copy_fields(linears),
         )
-        history = training.run()
-        assert history.best is not None
+        report = _make_report(training.run(), len(task))
+        fitted: dict[str, PackedFields] = {}
         for name, linear in linears.items():
             linear.q.load_state_dict(training.best[name])
-        report = FitReport(
-            loss_start=-history.evaluations[0]["score"],
-            loss_after=-history.best["score"],
-            least_cosine=history.best["least_cosine"],
-            best_epoch=history.best["step"] // len(task),
-            steps_skipped=history.skipped,
-        )
-        fitted = {
-            name: {key: value.cpu() for key, value in kept.items()}
-            for name, kept in training.best.items()
-        }
+            fitted[name] = {key: value.cpu() for key, value in training.best[name].items()}
         return Fitted(fitted, self.extend_report(report, before, linears))
+
+
+def _make_report(history: History, num_sequences: int) -> FitReport:
+    """Make the report of a fit with one step for each sequence."""
+    assert history.best is not None
+    return FitReport(
+        loss_start=-history.evaluations[0]["score"],
+        loss_after=-history.best["score"],
+        least_cosine=history.best["least_cosine"],
+        best_epoch=history.best["step"] // num_sequences,
+        steps_skipped=history.skipped,
+    )
 
 
 def _copy_fields(linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, Tensor]]:

@@ -294,6 +294,4 @@ def _outer_matrix(
 ) -> Matrix:
     """Describe the embedding or the lm_head as a matrix."""
     rows, width = module.weight.shape
-    return Matrix(
-        name=name, parameter=parameter, kind=kind, shape=(rows, width), transposed=False, tied=tied
-    )
+    return Matrix(name=name, parameter=parameter, kind=kind, shape=(rows, width), tied=tied)

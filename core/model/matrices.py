@@ -47,7 +47,7 @@ class Matrix:
     parameter: str
     kind: Literal["linear", "conv1d", "expert", "embedding", "lm_head"]
     shape: tuple[int, int]
-    transposed: bool
+    transposed: bool = False
     expert: int | None = None
     tied: str | None = None
 
@@ -77,9 +77,7 @@ def find_matrices(
             continue
         if isinstance(module, nn.Linear):
             n, m = module.weight.shape
-            yield Matrix(
-                name=path, parameter=f"{path}.weight", kind="linear", shape=(n, m), transposed=False
-            )
+            yield Matrix(name=path, parameter=f"{path}.weight", kind="linear", shape=(n, m))
         elif isinstance(module, Conv1D):
             m, n = module.weight.shape
             yield Matrix(
