@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,14 +48,6 @@ class TrainableMatrix(nn.Module, ABC):
     @abstractmethod
     def store(self) -> None:
         """Write the current values into the packed linear's fields."""
-
-
-@dataclass(frozen=True, slots=True)
-class FitMetrics:
-    """Mean loss over the calibration sequences, and the smallest cosine of any of them."""
-
-    loss: float
-    least_cosine: float
 
 
 class BlockFit:
@@ -104,12 +95,12 @@ class BlockFit:
             torch.autograd.backward(loss_B.sum() * self.inputs.hidden_SLD[index].numel())
 
     @torch.no_grad()
-    def measure(self, modules: Mapping[str, nn.Module]) -> FitMetrics:
-        """Measure all calibration sequences with these modules for the matrices."""
+    def measure(self, modules: Mapping[str, nn.Module]) -> tuple[float, float]:
+        """Return the mean loss of all sequences with these modules, and their smallest cosine."""
         each = [self.loss(batch, modules) for batch in self.batches]
         losses_S = torch.cat([loss_B for loss_B, _ in each])
         least = torch.cat([cosines for _, cosines in each], 1).min()
-        return FitMetrics(float(losses_S.double().mean()), float(least))
+        return float(losses_S.double().mean()), float(least)
 
 
 class Substitute(Products):
@@ -205,11 +196,11 @@ class BlockQuantizer(Quantizer):
             is_first = not training.history.evaluations
             for part in () if is_first else parts.values():
                 part.store()
-            found = task.measure(linears)
-            if is_first and not math.isfinite(found.loss):
+            loss, least_cosine = task.measure(linears)
+            if is_first and not math.isfinite(loss):
                 text = "its output is NaN or infinite on the calibration text"
                 raise not_finite(block.name, text)
-            return {"score": -found.loss, "least_cosine": found.least_cosine}
+            return {"score": -loss, "least_cosine": least_cosine}
 
         training = Training(
             name="fit",
