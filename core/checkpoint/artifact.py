@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from spectool.checkpoint import checksums
-from spectool.checkpoint.checksums import Checksums, Summing
+from spectool.checkpoint.checksums import Checksums, Hasher
 from spectool.checkpoint.headers import HEADS, PACKED_INDEX, TRAINING, TensorEntry, read_json
 from spectool.checkpoint.tensors import DTYPES, check_finite, read_pieces, torch_dtype
 from spectool.errors import CheckpointError, InputError, UsageError
@@ -352,18 +352,18 @@ def write_safetensors(
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    summing = Summing()
+    hasher = Hasher()
     with path.open("wb") as file:
         for piece in (struct.pack("<Q", len(raw)), raw):
-            summing.update(piece)
+            hasher.update(piece)
             file.write(piece)
         for name in order:
             for data in _read_pieces(tensors[name]):
-                summing.update(data)
+                hasher.update(data)
                 file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return summing.finish()
+    return hasher.finish()
 
 
 def _dtype(content: Content) -> torch.dtype:

@@ -163,7 +163,7 @@ class ModelShell:
         elif by_rows:
             assert origin is not None
             entry = architecture.layout.tensors[origin.stored[0][0]]
-            plain, zeroed = model.get_input_embeddings(), architecture.zeroed.get(rows)
+            plain, zeroed = model.get_input_embeddings(), architecture.zeroed_rows.get(rows)
             model.set_input_embeddings(StoredRows(plain, entry, dtype, device, zeroed))
         self.probes = [BlockProbe(model.get_submodule(block)) for block in architecture.blocks]
         for block, probe in zip(architecture.blocks, self.probes, strict=True):
