@@ -107,15 +107,11 @@ def make_plan(
     fitted = None
     if lm_head is not None:
         fitted = _find_fitted(architecture, lm_head, outside)
+        if rule := _deciding_rule(fitted, rules):
+            raise UsageError(f"{rule.origin}: {fitted.name} is fitted by --lm-head already")
         quantizers[fitted.name] = lm_head
-    for matrix in outside:
-        rule = _deciding_rule(matrix, rules)
-        if matrix is fitted and rule is not None:
-            raise UsageError(f"{rule.origin}: {matrix.name} is fitted by --lm-head already")
-        chosen_outside = rule.quantizer if rule else embeddings
-        if matrix is not fitted and chosen_outside is not None:
-            _check_outside(matrix, chosen_outside, rule.origin if rule else "--embeddings")
-            quantizers[matrix.name] = chosen_outside
+    others = [matrix for matrix in outside if matrix is not fitted]
+    quantizers |= _choose_outside(others, rules, embeddings)
     assignment = Assignment(
         architecture=architecture,
         matrices=matrices,
@@ -141,6 +137,20 @@ def make_plan(
         host_bytes=memory.host,
         device_bytes=memory.device if on_device else 0,
     )
+
+
+def _choose_outside(
+    matrices: Sequence[Matrix], rules: Sequence[Rule], embeddings: Quantizer | None
+) -> dict[str, Quantizer]:
+    """Choose the quantizers, by name, of the matrices outside the blocks that are packed."""
+    chosen = {}
+    for matrix in matrices:
+        rule = _deciding_rule(matrix, rules)
+        quantizer = rule.quantizer if rule else embeddings
+        if quantizer is not None:
+            _check_outside(matrix, quantizer, rule.origin if rule else "--embeddings")
+            chosen[matrix.name] = quantizer
+    return chosen
 
 
 def _find_skipped(

@@ -173,23 +173,26 @@ class PackedEmbedding(EmbeddingRows):
         super().__init__(embedding)
         self.q = packed.q
         # Not a child: its fields are registered above, and would be found twice.
-        self.__dict__["packed"] = packed
+        self.__dict__["_packed"] = packed
         self.register_buffer("like", torch.zeros(0, dtype=dtype), persistent=False)
+
+    @property
+    def packed(self) -> PackedLinear:
+        """The table as a linear."""
+        packed: PackedLinear = self.__dict__["_packed"]
+        return packed
 
     @property
     def weight(self) -> Tensor:
         """See `make_placeholder`."""
-        packed: PackedLinear = self.__dict__["packed"]
-        return packed.weight
+        return self.packed.weight
 
     def rows(self, ids_N: Tensor) -> Tensor:
-        packed: PackedLinear = self.__dict__["packed"]
-        return packed.rows(ids_N).to(self.like.dtype)
+        return self.packed.rows(ids_N).to(self.like.dtype)
 
     def dequantize(self) -> Tensor:
         """Unpack the table [V, D] in float32."""
-        packed: PackedLinear = self.__dict__["packed"]
-        return packed.dequantize()
+        return self.packed.dequantize()
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -371,7 +374,7 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
                 continue
             if not isinstance(child, (PackedLinear, PackedEmbedding)):
                 continue
-            packed = child.__dict__["packed"] if isinstance(child, PackedEmbedding) else child
+            packed = child.packed if isinstance(child, PackedEmbedding) else child
             if packed.product is not None or (packed is child and not packed.is_matrix):
                 continue
             # A tied lm_head has the fields of the embedding, and gets the same weight.

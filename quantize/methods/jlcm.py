@@ -168,11 +168,7 @@ class JLCM(BlockQuantizer):
 
 
 def _round_compensated(
-    ratio_nm: Tensor,
-    scale_n: Tensor,
-    codebook_GK: Tensor,
-    group_n: Tensor,
-    factor: HessianFactor,
+    ratio_nm: Tensor, scale_n: Tensor, codebook_GK: Tensor, group_n: Tensor, factor: HessianFactor
 ) -> tuple[float, Tensor, Tensor]:
     """Round column by column with compensation.
 

@@ -196,16 +196,12 @@ def _round_compensated(
 def _make_fields(level_mK: Tensor, codes_nm: Tensor, bits_m: Tensor, bits: float) -> PackedFields:
     """Make the stored fields of levels [m, K] and codes [n, m]."""
     m = len(bits_m)
-    used_mK = (
-        torch.arange(level_mK.shape[1], device=level_mK.device) < (1 << bits_m.long())[:, None]
-    )
+    index_K = torch.arange(level_mK.shape[1], device=level_mK.device)
+    used_mK = index_K < (1 << bits_m.long())[:, None]
     level_L = torch.zeros(max_levels(m, bits), dtype=torch.float16, device=level_mK.device)
     used = level_mK[used_mK].half()
     level_L[: len(used)] = used
-    planes = []
-    for bit in range(MAX_BITS):
-        planes.append((codes_nm >> bit) & 1)
-    bits_nmb = torch.stack(planes, -1)
+    bits_nmb = torch.stack([(codes_nm >> bit) & 1 for bit in range(MAX_BITS)], -1)
     stored_mb = torch.arange(MAX_BITS, device=bits_m.device) < bits_m[:, None]
     flat_nB = bits_nmb[:, stored_mb]
     flat_nB = F.pad(flat_nB, (0, int(bits * m) - flat_nB.shape[1]))

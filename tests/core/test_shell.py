@@ -144,9 +144,9 @@ def test_probe_answers_for_its_block() -> None:
     assert probe.attention_type == "full_attention" and not list(probe.parameters())
     x = torch.randn(1, 2, 3)
     assert probe(x, 1, key=2) is x and probe.call == Call((1,), {"key": 2})
-    probe.more, probe.override = (None,), x + 1
+    probe.extra_outputs, probe.override = (None,), x + 1
     assert probe(x) == (probe.override, None)
-    assert not probe.reached and probe.weight is block.weight and probe.reached == {"weight"}
+    assert not probe.used_names and probe.weight is block.weight and probe.used_names == {"weight"}
     with pytest.raises(AttributeError):
         probe.nothing_of_this_name  # noqa: B018
 
