@@ -7,7 +7,6 @@ artifact again and the reference page are all derived from such a `Config`. Impo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import types
 import typing
@@ -208,16 +207,20 @@ def command_words(*configs: Config) -> list[str]:
     return [word for field, value in given for word in field.words(value)]
 
 
-# Cached: resolving type hints takes a while, and options are made for each request.
-@functools.cache
+# By class: resolving type hints takes a while, and options are made for each request.
+_RESOLVED: dict[type[Config], tuple[Option, ...]] = {}
+
+
 def options_of(config: type[Config]) -> tuple[Option, ...]:
     """Return the options of a `Config` class in the order of its fields."""
-    hints = typing.get_type_hints(config)
-    return tuple(
-        _resolve(config, field, hints[field.name])
-        for field in dataclasses.fields(config)
-        if "help" in field.metadata
-    )
+    if config not in _RESOLVED:
+        hints = typing.get_type_hints(config)
+        _RESOLVED[config] = tuple(
+            _resolve(config, field, hints[field.name])
+            for field in dataclasses.fields(config)
+            if "help" in field.metadata
+        )
+    return _RESOLVED[config]
 
 
 def _resolve(config: type[Config], field: dataclasses.Field[Any], hint: Any) -> Option:
