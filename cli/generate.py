@@ -54,7 +54,7 @@ def generate(
         inputs = read_prompts(output, options.prompts, tokenizer, text)
     else:
         inputs = [Prompt(given) for given in options.prompt or [standard_input()]]
-    controls = runner.make_controls(logit_bias=request.logit_bias, ban=request.ban)
+    controls = runner.make_controls(request)
     streams = not output.json_wanted and options.batch_size == 1
     began = time.perf_counter()
     shown = -1

@@ -99,8 +99,7 @@ class Chat:
     _logit_controls: list[Control[Any]] = field(init=False)
 
     def __post_init__(self) -> None:
-        biases, bans = self.request.logit_bias, self.request.ban
-        self._logit_controls = self.runner.make_controls(logit_bias=biases, ban=bans)
+        self._logit_controls = self.runner.make_controls(self.request)
         added = self.tokenizer.added_tokens_decoder.values()
         specials = {token.content for token in added if token.special}
         specials.update(self.tokenizer.all_special_tokens)

@@ -17,7 +17,7 @@ from spectool.decode.control.ban import BannedText, Vocabulary, token_bytes
 from spectool.decode.control.base import Control
 from spectool.decode.control.bias import LogitBias, parse_biases
 from spectool.decode.engine import Engine, Timings
-from spectool.decode.options import DecodingOptions, SamplingOptions, SamplingParams
+from spectool.decode.options import DecodingOptions, RequestOptions, SamplingOptions, SamplingParams
 from spectool.decode.policy.base import Policy
 from spectool.decode.policy.chain import Chains
 from spectool.decode.policy.curve import Curve, load_or_measure
@@ -168,24 +168,21 @@ class Runner:
         kinds = drafter.kinds(sampling)
         return choose_verifier(kinds, verify, temperature=sampling.temperature, lossy=lossy)
 
-    def make_controls(
-        self, *, logit_bias: Sequence[str] = (), ban: Sequence[str] = ()
-    ) -> list[Control[Any]]:
+    def make_controls(self, request: RequestOptions) -> list[Control[Any]]:
         """Return the controls that options describe, for `generate(controls=...)`.
 
-        `logit_bias` are `TOKEN=VALUE` items, `ban` the texts that an output never completes.
-
         Raises:
-            UsageError: an item that is no such pair, an empty text, a ban without a tokenizer.
+            UsageError: a bias that is no pair, an empty text, a ban without a tokenizer.
         """
         found: list[Control[Any]] = []
-        if logit_bias:
-            found.append(LogitBias(parse_biases(logit_bias, num_tokens=self.target.num_tokens)))
-        if ban:
+        if request.logit_bias:
+            biases = parse_biases(request.logit_bias, num_tokens=self.target.num_tokens)
+            found.append(LogitBias(biases))
+        if request.ban:
             if self.tokenizer is None:
                 raise UsageError("--ban needs a tokenizer, and this model came without one")
             vocabulary = Vocabulary(token_bytes(self.tokenizer))
-            found += [BannedText(text, vocabulary) for text in ban]
+            found += [BannedText(text, vocabulary) for text in request.ban]
         return found
 
     def generate(

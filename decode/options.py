@@ -174,7 +174,10 @@ class CacheOptions(LoadOptions):
 
     PANEL: ClassVar = "Model"
 
-    kv: str = option("dense", "Store of keys and values: dense, or int8[:group=N] in 8-bit codes")
+    kv: str = option(
+        "dense",
+        f"Store of keys and values, NAME[:key=value,...]: {', '.join(methods.list_methods('kv'))}",
+    )
 
     def validate(self) -> None:
         """Check the store and its options before anything is loaded."""

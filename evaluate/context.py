@@ -200,7 +200,7 @@ class Context:
     def decoding(self) -> Run:
         """The comparison of the drafters with plain decoding on the prompts, greedy."""
         assert self.prompts is not None
-        model = self._load_model(self.checkpoint)
+        model = self.load_model(self.checkpoint)
         runner = Runner(model, tokenizer=self.tokenizer, kv=self.load.kv)
         how = Options(
             drafts=self.options.draft or ("auto",), max_new_tokens=self.options.max_new_tokens
@@ -261,13 +261,14 @@ class Context:
             return BlockwiseLogProbs(
                 checkpoint, self.windows, dtype=dtype, device=self.device, reporter=self.reporter
             )
-        model = self._load_model(checkpoint)
+        model = self.load_model(checkpoint)
         return ResidentLogProbs(model) if kv == "dense" else CachedLogProbs(model, kv)
 
     def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
         return parse_dtype(self.load.dtype) or default_dtype(checkpoint.layout, self.device)
 
-    def _load_model(self, checkpoint: Checkpoint) -> PreTrainedModel:
+    def load_model(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """Load a checkpoint whole, as the options say."""
         return load_model(
             checkpoint,
             dtype=self._dtype(checkpoint),
