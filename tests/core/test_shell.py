@@ -158,6 +158,10 @@ def test_blocks_one_by_one_are_the_model(
 ) -> None:
     source = checkpoint(family)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    # As the blocks have it: gradients and grouped experts choose other BLAS calls, which move the
+    # last bits on a processor without AVX-512 (MKL_ENABLE_INSTRUCTIONS=AVX2).
+    model.requires_grad_(False)
+    model.set_experts_implementation("eager")
     with torch.inference_mode():
         want = model(input_ids=IDS_BL, use_cache=False).logits
     assert torch.equal(logits_by_block(source, dtype), want)
