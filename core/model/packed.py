@@ -25,8 +25,9 @@ from spectool.methods import import_method
 # Weights per piece of rows that is unpacked, or summed in double precision, at once.
 PIECE = 1 << 19
 
-# Dtype and shape of a packed matrix's fields by name, as in a safetensors header.
-FieldSpec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+# Dtype and shape of a tensor, as in a safetensors header, and those of a matrix's fields by name.
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+FieldSpec = Mapping[str, TensorSpec]
 
 
 class Fields(nn.Module):
@@ -54,7 +55,7 @@ class PackedLinear(nn.Module):
 
     A subclass implements `rows`, or `dequantize` if rows cannot be unpacked one by one, and
     `forward` if it has a faster one. `format` names the rows of the kernels' table, if there are
-    any.
+    any. `config`: the options of the method, if unpacking depends on them.
     """
 
     format: ClassVar[str | None] = None
@@ -62,9 +63,10 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
     product: Product | None = None
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int]) -> None:
+    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: Any = None) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
+        self.config = config
         self.q = Fields(spec)
         self.register_parameter("bias", None)
 
@@ -270,8 +272,8 @@ def load_packed(entry: Mapping[str, Any], fields: Mapping[str, Tensor]) -> Packe
     return linear
 
 
-def _describe(header: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
-    return "absent" if header is None else f"{header[0]} {list(header[1])}"
+def _describe(spec: TensorSpec | None) -> str:
+    return "absent" if spec is None else f"{spec[0]} {list(spec[1])}"
 
 
 def replace_with_packed(
@@ -348,11 +350,9 @@ def _parent(model: nn.Module, name: str) -> tuple[Any, str]:
     return parent, leaf
 
 
-def field_specs(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+def field_specs(tensors: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
     """Group stored tensors `<name>.q.<field>` by name."""
-    specs: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
+    specs: dict[str, dict[str, TensorSpec]] = {}
     for key, header in tensors.items():
         name, infix, field = key.rpartition(".q.")
         if infix:

@@ -25,7 +25,12 @@ from spectool.checkpoint.formats import FORMAT_VERSION, packed_entries, upgrade_
 from spectool.checkpoint.headers import PACKED_INDEX, guards_of, read_checksums, read_shards
 from spectool.checkpoint.tensors import torch_dtype
 from spectool.errors import UnsupportedError
-from spectool.model.packed import PackedEmbedding, field_specs, replace_with_packed
+from spectool.model.packed import (
+    PackedEmbedding,
+    TensorSpec,
+    field_specs,
+    replace_with_packed,
+)
 
 if TYPE_CHECKING:
     # Not at run time: transformers.modeling_utils imports the registry, so this module may be
@@ -81,7 +86,7 @@ class SpectoolQuantizer(HfQuantizer):
         pass
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        headers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        headers: dict[str, TensorSpec] = {}
         if files := kwargs.get("checkpoint_files"):
             index = Path(files[0]).with_name(PACKED_INDEX)
             stored = read_checksums(index) if self._checksums else {}

@@ -294,17 +294,15 @@ class OliVeLinear(PackedLinear):
     Fields: codes U8 [n, bit-packed row of an even number of codes], scale F16 [n], kind U8 [1].
     """
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> None:
-        super().__init__(spec, shape)
-        self.bits = config.bits
+    config: OliVe.Config
 
     def rows(self, rows: slice | Tensor) -> Tensor:
-        types = TYPES[self.bits]
+        types = TYPES[self.config.bits]
         index = int(self.q.kind)
         if index >= len(types):
-            raise CheckpointError(f"an olive matrix of {self.bits} bits has no type {index}")
+            raise CheckpointError(f"an olive matrix of {self.config.bits} bits has no type {index}")
         columns = self.in_features + self.in_features % 2
-        codes_nm = unpack_bits(self.q.codes[rows], self.bits, columns)
+        codes_nm = unpack_bits(self.q.codes[rows], self.config.bits, columns)
         number_nm = decode(codes_nm, types[index]) * self.q.scale[rows, None].float()
         return number_nm[:, : self.in_features]
 
@@ -321,7 +319,7 @@ class OliVeActivationsLinear(OliVeLinear):
         if not scale:
             return super().forward(x)
         rows_Tm = F.pad(x.detach().float().flatten(0, -2), (0, self.in_features % 2))
-        kind = TYPES[self.bits][int(self.q.input_kind)]
+        kind = TYPES[self.config.bits][int(self.q.input_kind)]
         near_Tm = fake_quantize(rows_Tm, scale.expand(len(rows_Tm)), kind)[:, : self.in_features]
         # Straight-through: gradients pass as if nothing had been rounded.
         return super().forward(x + (near_Tm.view(x.shape).to(x.dtype) - x.detach()))

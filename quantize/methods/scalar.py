@@ -276,7 +276,7 @@ class TrainedLevels(TrainableMatrix):
         level_mK, codes_nm = self.select()
         level_mK = (level_mK * self.spread_m[:, None]).clamp(-SCALE_MAX, SCALE_MAX)
         fields = self.linear.q
-        new_fields = _make_fields(level_mK, codes_nm, fields.bits, self.linear.bits)
+        new_fields = _make_fields(level_mK, codes_nm, fields.bits, self.linear.config.bits)
         for name, value in new_fields.items():
             fields.get_buffer(name).copy_(value)
 
@@ -295,9 +295,7 @@ class ScalarLinear(PackedLinear):
     code in order of the inputs, lowest bit first; levels are in the same order.
     """
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: Scalar.Config) -> None:
-        super().__init__(spec, shape)
-        self.bits = config.bits
+    config: Scalar.Config
 
     def table(self) -> Tensor:
         """Return the levels of each input [m, K], the last one repeated."""
@@ -309,7 +307,7 @@ class ScalarLinear(PackedLinear):
     def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Unpack codes [n, m] as uint8."""
         bits_m = self.q.bits
-        flat_nB = unpack_bits(self.q.codes[rows], 1, int(self.bits * self.in_features))
+        flat_nB = unpack_bits(self.q.codes[rows], 1, int(self.config.bits * self.in_features))
         stored_mb = torch.arange(MAX_BITS, device=bits_m.device) < bits_m[:, None]
         bits_nmb = flat_nB.new_zeros(len(flat_nB), self.in_features, MAX_BITS)
         bits_nmb[:, stored_mb] = flat_nB[:, : int(stored_mb.sum())]
