@@ -274,7 +274,7 @@ def decode_all(report: dict[str, Any], model: Path, out: Path, names: list[str],
         if "nodes=32" in spec:
             sampled = decode(runner, spec, [(text, 64) for text in texts], 0.8)
             entry["temperature 0.8"] = metrics(sampled, categories)
-            if (drafter := runner.drafter).combines:
+            if (drafter := runner.drafter).can_be_cut:
                 entry["chains"] = []
                 for depth in CHAINS:
                     drafter.policies = [FirstPath(depth)]

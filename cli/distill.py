@@ -54,15 +54,15 @@ def distill(
     )
     if report is None:
         return
-    for key in ("perplexity", "kl"):
-        if key in report.best:
-            output.show(f"held-out {key}: {report.initial[key]:.4f} to {report.best[key]:.4f}")
-    plan = report.plan
-    output.show(f"{write.out}: best after {report.best['step']} of {plan.steps} steps")
+    for key in (key for key in report.best if key not in ("step", "score")):
+        name = key.replace("_", " ")
+        output.show(f"held-out {name}: {report.initial[key]:.4f} to {report.best[key]:.4f}")
+    output.show(f"{write.out}: best after {report.best['step']} of {report.steps} steps")
     output.result(
         {
             "out": str(write.out),
-            **_plan_record(plan),
+            **_plan_record(report.plan),
+            "steps": report.steps,
             "seconds": report.seconds,
             "initial": report.initial,
             "best": report.best,
@@ -79,6 +79,11 @@ def _show_plan(output: Output, plan: WeightsPlan, *, dry_run: bool) -> None:
         f"{plan.parameters / 1e6:.2f} M weights, memory at least {size(plan.memory_bytes)}"
     )
     say_texts(output, job, plan)
+    if plan.generated_tokens:
+        output.say(
+            f"plan: the model first generates up to {plan.generated_tokens} tokens to train on, so "
+            "the number of steps is an estimate"
+        )
     if dry_run:
         output.result({"dry_run": True, **_plan_record(plan), "memory_bytes": plan.memory_bytes})
 

@@ -21,6 +21,7 @@ from spectool.report import (
     ShortCalibration,
     Timing,
     TrainingStarts,
+    TrajectoriesCollected,
 )
 
 
@@ -45,6 +46,11 @@ def describe(event: Any) -> Iterator[str]:
             yield f"calibration: {found} of {wanted} sequences, all that the text holds"
         case FeaturesFound(texts, store):
             yield f"features of {texts} texts from {store}"
+        case TrajectoriesCollected():
+            yield (
+                f"{event.texts} trajectories of {event.tokens} tokens from {event.prompts} "
+                f"prompts, {event.passes_per_block:.1f} passes a block"
+            )
         case TrainingStarts(steps, seconds):
             yield f"{steps} steps, about {seconds / 60:.1f} min"
         case NotItsSource(name, reference):

@@ -132,6 +132,21 @@ METHODS: dict[str, Method] = {
         source="Hu et al., LoRA, 2021 (arXiv:2106.09685), by peft",
         also_in=("transformers", "vllm", "sglang"),
     ),
+    "logits": Method(
+        kind="objective",
+        target="spectool.distill.objectives.logits:Logits",
+        summary="All weights learn the probabilities of a teacher",
+        source="Hinton et al., 2015 (arXiv:1503.02531)",
+        runs_in=("spectool", "transformers", "vllm", "sglang"),
+    ),
+    "consistency": Method(
+        kind="objective",
+        target="spectool.distill.objectives.consistency:Consistency",
+        summary="The model learns to guess its own text ahead, for `--draft jacobi`",
+        source="Kou et al., CLLM, 2024 (arXiv:2403.00835); Hu et al., Jacobi Forcing, 2025 "
+        "(arXiv:2512.14681)",
+        runs_in=("spectool", "transformers", "vllm", "sglang"),
+    ),
     "none": Method(
         kind="drafter",
         target="spectool.decode.drafters.none:NoDrafter",

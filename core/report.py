@@ -79,6 +79,19 @@ class FeaturesFound:
     store: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoriesCollected:
+    """The model continued `prompts` prompts; `texts`, of `tokens` in all, are left to train on.
+
+    `passes_per_block`: how many passes solved a block, on average.
+    """
+
+    prompts: int
+    texts: int
+    tokens: int
+    passes_per_block: float
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingStarts:
     """A training of `steps` steps starts, which takes about `seconds`."""

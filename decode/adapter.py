@@ -86,11 +86,7 @@ def drafting(model: PreTrainedModel, draft: str | Drafter) -> Iterator[Drafter]:
 
 
 def _refuse_model_drafters(drafter: Drafter) -> None:
-    """Refuse a drafter that needs more than the text.
-
-    Raises:
-        UsageError: it needs features of the target, the target itself, or drawn nodes.
-    """
+    """Refuse a drafter that needs more than the text."""
     for part in drafter.parts:
         drawn = set(part.kinds(SamplingParams(temperature=1.0))) - {"deterministic"}
         if part.needs != Needs() or part.uses_target or drawn:

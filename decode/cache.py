@@ -119,13 +119,14 @@ class BatchCache(ABC):
 
         The last token of a prompt is never kept: it must pass through the model for its logits.
         """
-        kept = []
-        for row, prompt in enumerate(prompts):
-            pairs = zip(self.tokens[row], prompt[:-1], strict=False)
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            self.truncate(row, shared)
-            kept.append(shared)
-        return kept
+        return [self.keep_shared(row, prompt[:-1]) for row, prompt in enumerate(prompts)]
+
+    def keep_shared(self, row: int, tokens: Sequence[int]) -> int:
+        """Keep the longest common prefix of a row with these tokens; return its length."""
+        pairs = zip(self.tokens[row], tokens, strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self.truncate(row, shared)
+        return shared
 
 
 class TreeCache(BatchCache):

@@ -120,20 +120,16 @@ class Runner:
         return drafter
 
     def _choose_policies(self, drafter: Drafter, *, tune: bool) -> list[Policy]:
-        """Return what sizes a drafter's drafts for this target.
-
-        Raises:
-            InputError: the drafter cannot draft for it.
-        """
+        """Return what sizes a drafter's drafts for this target."""
         target, policies = self.target, list[Policy]()
         if not target.takes_trees:
             drafter.check_chains(target.name)
-            policies.append(Chains(cuts=drafter.combines, takes_drafts=target.takes_drafts))
+            policies.append(Chains(cuts=drafter.can_be_cut, takes_drafts=target.takes_drafts))
         note = f"{target.name}: {target.why_plain}; decoding plainly"
         if not target.takes_drafts and drafter.name != "none" and note not in target.notes:
             target.notes.append(note)
         if tune and target.takes_drafts:
-            policies.append(Tuned(target, self.curve, cuts=drafter.combines))
+            policies.append(Tuned(target, self.curve, cuts=drafter.can_be_cut))
         return policies
 
     @property
@@ -201,51 +197,43 @@ class Runner:
     ) -> list[Result]:
         """Continue every prompt (text, or token ids as they are), `batch_size` at a time.
 
-        `options` are those of `make_request`; without any, decoding is greedy.
-        `on_tokens(i, tokens, text, drafted)` is called with the tokens of prompt i as they are
-        committed; no commit is ever undone, and the first `drafted` characters of the text came
-        from accepted drafts. `streamer` is one of transformers': `put` is called with each prompt
-        and then with the tokens of each step, `end` after each prompt and also where the call
-        fails; it takes one prompt at a time. `eos` are tokens that end a text besides the model's
-        own. `controls` are each prompt's own (`decode/control`), applied after the penalties.
+        `options` are those of `make_request`; without any, decoding is greedy. `on_tokens` (see
+        `OnTokens`) and `streamer`, one of transformers', hear of tokens as they are committed; no
+        commit is ever undone. A streamer takes one prompt at a time; its `end` is called after each
+        and also where the call fails. `eos` are tokens that end a text besides the model's own.
+        `controls` are each prompt's own (`decode/control`), applied after the penalties.
         `max_new_tokens`, `eos` and `controls` may differ by prompt. `reuse_cache` continues from
         the longest common prefix with the single request that the call before left, as a chat does.
         With `keep_interrupted`, Ctrl-C ends the call and returns what is there: `on_tokens` is
-        called with what it did not get yet, and the unfinished results have finish_reason
+        called with what it did not get yet, and unfinished results have finish_reason
         "interrupted".
 
         Raises:
-            UsageError: a wrong or contradictory option, a prompt beyond the context, or `engine`
-                has requests.
-            SpectoolError: the model's logits are NaN or infinite, or the controls of a request
-                exclude every token.
+            UsageError: a wrong option, a prompt beyond the context, or `engine` has requests.
+            SpectoolError: NaN or infinite logits, or a request's controls exclude every token.
             KeyboardInterrupt: Ctrl-C without `keep_interrupted`.
         """
         with contextlib.closing(Report(on_tokens, streamer)) as report:
             if streamer is not None and batch_size > 1:
                 raise UsageError("a streamer takes one prompt at a time: set batch size 1")
-            if batch_size < 1:
-                raise UsageError("--batch-size must be at least 1")
             count = len(prompts)
             limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
-            shared: Any = [eos] * count if all(isinstance(end, int) for end in eos) else eos
-            columns = zip(prompts, limits, shared, controls or [()] * count, strict=True)
+            ends: Any = [eos] * count if all(isinstance(end, int) for end in eos) else eos
+            columns = zip(prompts, limits, ends, controls or [()] * count, strict=True)
             requests = [
                 self.make_request(
                     prompt,
                     index=index,
                     max_new_tokens=limit,
-                    eos=ends,
+                    eos=its_ends,
                     controls=own,
-                    live=report.is_heard,
+                    live=on_tokens is not None or streamer is not None,
                     **options,
                 )
-                for index, (prompt, limit, ends, own) in enumerate(columns)
+                for index, (prompt, limit, its_ends, own) in enumerate(columns)
             ]
             try:
                 self._run(requests, batch_size, report, reuse_cache)
-            except NotFinite as error:
-                raise self._locate_not_finite(error, requests) from error
             except KeyboardInterrupt:
                 if not keep_interrupted:
                     raise
@@ -258,6 +246,8 @@ class Runner:
 
         `generate` decodes with it too, so not before the last of these requests has ended.
         """
+        if batch_size < 1:
+            raise UsageError("--batch-size must be at least 1")
         if self._engine is None or self._engine.drafter is not self.drafter:
             self._close_engine()
             self._engine = Engine(self.target, self.drafter, self.timings)
@@ -292,9 +282,11 @@ class Runner:
                         report(event.request, event.tokens, event.text, event.drafted)
                         if event.error is not None:
                             raise event.error
-        except BaseException:
+        except BaseException as error:
             # The interrupted step may have left the cache half written.
             self._close_engine()
+            if isinstance(error, NotFinite):
+                raise self._locate_not_finite(error, requests) from error
             raise
 
     def _locate_not_finite(self, error: NotFinite, requests: Sequence[Request]) -> NotFinite:

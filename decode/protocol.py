@@ -5,10 +5,10 @@ Suffixes: N nodes of a tree, T tokens of a prompt, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -87,18 +87,19 @@ class PrefilledPrompt:
     after: Request | None = None
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """A source of draft trees, for requests that come and go.
 
     `name` is its entry in the table of methods. `combines`: other drafters may add nodes to its
-    trees, and policies may drop some. `uses_target`: it needs the target itself (`attach`).
-    `draft_model`: the smaller model that it drafts with, if any. `policies` size its drafts; the
-    engine asks them in this order.
+    trees. `can_be_cut`: policies may drop some of its nodes. `uses_target`: it needs the target
+    itself (`attach`). `draft_model`: the smaller model that it drafts with, if any. `policies` size
+    its drafts; the engine asks them in this order.
     """
 
     name: str
     needs: Needs
     combines: bool = True
+    can_be_cut: bool = True
     uses_target: bool = False
     draft_model: Target[Any] | None = None
     policies: Sequence[Policy] = ()
@@ -115,9 +116,9 @@ class Drafter(Protocol):
             InputError: it needs uncut trees, or passes through the target's state.
         """
 
-    @abstractmethod
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
         """Return the kinds of nodes proposed under `sampling`; they decide the verifier."""
+        return ("deterministic",)
 
     def attach(self, target: Target[Any]) -> None:
         """Take the model to draft for, before any request.

@@ -127,10 +127,6 @@ class Request:
             full = len(self.tokens) >= self.num_prompt + self.max_new_tokens
             self.finish_reason = "length" if full else "context"
 
-    def mark_reported(self, tokens: list[int], text: str) -> None:
-        """Count tokens and text that are about to be passed to the callback."""
-        self.reported = (self.reported[0] + len(tokens), self.reported[1] + len(text))
-
     def interrupt(self) -> tuple[list[int], str]:
         """End the request where it is; return the tokens and the text that were not reported yet.
 

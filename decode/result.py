@@ -73,11 +73,6 @@ class Report:
     on_tokens: OnTokens | None
     streamer: Streamer | None
 
-    @property
-    def is_heard(self) -> bool:
-        """Return whether anybody hears of tokens before a text's end."""
-        return self.on_tokens is not None or self.streamer is not None
-
     def begin(self, request: Request) -> None:
         """Tell the streamer that a prompt's turn has come, and that the one before has ended."""
         if self.streamer is not None:
@@ -88,7 +83,8 @@ class Report:
     def __call__(self, request: Request, tokens: list[int], text: str, drafted: int) -> None:
         if not tokens and not text:
             return
-        request.mark_reported(tokens, text)
+        num_tokens, size = request.reported
+        request.reported = num_tokens + len(tokens), size + len(text)
         if self.on_tokens is not None:
             self.on_tokens(request.index, tokens, text, drafted)
         if self.streamer is not None and tokens:

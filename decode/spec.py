@@ -101,19 +101,11 @@ def open_drafter(
     Raises:
         InputError: the heads or the checkpoint are damaged, or do not fit the target.
     """
-    return _combine(
-        spec,
-        [
-            _open_part(
-                part,
-                target,
-                target_tokenizer,
-                allow_other_target=allow_other_target,
-                checksums=checksums,
-            )
-            for part in spec.parts
-        ],
-    )
+    opened = [
+        _open_part(part, target, target_tokenizer, allow_other_target, checksums)
+        for part in spec.parts
+    ]
+    return _combine(spec, opened)
 
 
 def open_standalone(text: str) -> Drafter:
@@ -125,7 +117,8 @@ def open_standalone(text: str) -> Drafter:
     spec = parse_spec(text)
     if any(part.path is not None for part in spec.parts):
         raise UsageError(f"{text!r} needs the model that it drafts for")
-    return _combine(spec, [_open_named(part) for part in spec.parts])
+    opened = [methods.import_method(part.name, "drafter")(part.config) for part in spec.parts]
+    return _combine(spec, opened)
 
 
 def _combine(spec: DraftSpec, opened: list[Drafter]) -> Drafter:
@@ -135,24 +128,17 @@ def _combine(spec: DraftSpec, opened: list[Drafter]) -> Drafter:
     return Combined(opened, max(getattr(part.config, "nodes", 1) for part in spec.parts))
 
 
-def _open_named(part: Part) -> Drafter:
-    """Open a drafter that needs no files."""
-    drafter: Drafter = methods.import_method(part.name, "drafter")(part.config)
-    return drafter
-
-
 def _open_part(
     part: Part,
     target: Target[Any],
     target_tokenizer: PreTrainedTokenizerBase | None,
-    *,
     allow_other_target: bool,
     checksums: bool,
 ) -> Drafter:
     """Open one drafter, loading its heads or its checkpoint."""
-    if part.path is None:
-        return _open_named(part)
     drafter: Callable[..., Drafter] = methods.import_method(part.name, "drafter")
+    if part.path is None:
+        return drafter(part.config)
     if methods.METHODS[part.name].trainable:
         return artifact.open_heads(
             Path(part.path),
@@ -217,11 +203,7 @@ def _parse_part(word: str, pairs: str) -> Part:
 
 
 def _resolve_checkpoint(word: str) -> str:
-    """Return the directory or hub id that `word` means, as it is no drafter's name.
-
-    Raises:
-        UsageError: neither, or nearly a drafter's name.
-    """
+    """Return the directory or hub id that `word` means, as it is no drafter's name."""
     if word and Path(word).expanduser().is_dir():
         return str(Path(word).expanduser()) if word.startswith("~") else word
     names = methods.list_methods("drafter")

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 # How a node was proposed: looked up or ranked; drawn from the distribution after its parent,
-# independently of its siblings; drawn from that distribution without the siblings before it.
-Kind = Literal["deterministic", "iid", "distinct"]
+# independently of its siblings; drawn from that distribution without the siblings before it. Or it
+# is accepted without a test, which changes the text.
+Kind = Literal["deterministic", "iid", "distinct", "forced"]
 
 
 @dataclass(slots=True)
 class Draft:
-    """The tree of one request. `kinds[0]`, the root's, means nothing.
+    """The tree of one request. `kinds` are deterministic by default; the root's means nothing.
 
     `probs_NV[i]` are the probabilities that the children of node i were drawn from (fp32, after
     warping, over the target's vocabulary); needed where children are sampled. Trailing leaves have
@@ -35,7 +36,7 @@ class Draft:
 
     tokens: list[int]
     parents: list[int]
-    kinds: list[Kind]
+    kinds: list[Kind] = field(default_factory=list)
     probs_NV: Tensor | None = None
     draws: dict[int, list[int]] | None = None
     sources: Sequence[Hashable] | None = None
@@ -43,6 +44,7 @@ class Draft:
     depths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.kinds = self.kinds or ["deterministic"] * len(self.tokens)
         assert len(self.tokens) == len(self.parents) == len(self.kinds) >= 1
         assert self.parents[0] == -1
         self.depths = [0]
@@ -75,18 +77,10 @@ class Draft:
             children.setdefault(parent, []).append(node)
         return children
 
-    def path(self, node: int) -> list[int]:
-        """Return the nodes from the root to `node`, both included."""
-        nodes = []
-        while node >= 0:
-            nodes.append(node)
-            node = self.parents[node]
-        return nodes[::-1]
-
 
 def root(token: int) -> Draft:
     """Make the draft that proposes nothing."""
-    return Draft([token], [-1], ["deterministic"])
+    return Draft([token], [-1])
 
 
 def chain(tokens: Sequence[int], *, kind: Kind, probs_NV: Tensor | None = None) -> Draft:
@@ -150,18 +144,7 @@ class Trie:
 
     def draft(self) -> Draft:
         """Return the tree as a draft."""
-        kinds: list[Kind] = ["deterministic"] * len(self.tokens)
-        return Draft(self.tokens, self.parents, kinds, sources=self.sources)
-
-
-def trie(root_token: int, paths: Iterable[Sequence[int]], *, nodes: int) -> Draft:
-    """Make a `Trie` of these paths, best first; stop reading them when it is full."""
-    made = Trie(root_token, nodes)
-    for path in paths:
-        made.extend(path)
-        if made.full:
-            break
-    return made.draft()
+        return Draft(self.tokens, self.parents, sources=self.sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +195,7 @@ class RankTree:
     def draft(self, tokens: Sequence[int], depth: int) -> Draft:
         """Return the draft of these tokens, the root's first, cut to `depth`."""
         kept, parents, sources = self._cuts[min(depth, len(self.levels))]
-        kinds: list[Kind] = ["deterministic"] * len(kept)
-        return Draft([tokens[node] for node in kept], parents, kinds, sources=sources)
+        return Draft([tokens[node] for node in kept], parents, sources=sources)
 
     def _cut(self, depth: int) -> tuple[list[int], list[int], list[Hashable]]:
         """Return the nodes no deeper than `depth`, their parents among these and their sources."""

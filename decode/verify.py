@@ -212,6 +212,7 @@ def walk(draft: Draft, emit: Sequence[int], accept: Sequence[int] | None) -> tup
     for child in range(len(draft) - 1, 0, -1):
         parent = draft.parents[child]
         accepted = accept[child] if accept is not None else draft.tokens[child] == emit[parent]
+        accepted = accepted or draft.kinds[child] == "forced"
         if accepted and longest[child] + 1 >= longest[parent]:
             below[parent], longest[parent] = child, longest[child] + 1
     node, path = 0, [0]
@@ -272,18 +273,23 @@ def choose_verifier(
 ) -> Verification:
     """Choose the verifier for drafts of these kinds; the best exact one if no name is given.
 
-    At temperature 0 every verifier is the greedy one, which is exact.
+    At temperature 0 every verifier is the greedy one, which is exact unless nodes are forced.
 
     Raises:
         UsageError: no such verifier, or an inexact pair without `lossy`.
     """
     if name is not None:
         methods.get_method(name, "verifier")
+    if "forced" in kinds and not lossy:
+        raise UsageError(
+            "the drafter accepts some of its tokens untested, which changes the text",
+            hint="leave its cap out, or add --lossy",
+        )
     if temperature == 0:
-        return GREEDY
+        return Verification("greedy", greedy, "forced" not in kinds)
     if name is None:
         # On deterministic nodes both accept as much, and token-match keeps the plain sampled text.
-        name = "rejection" if set(kinds) - {"deterministic"} else "token-match"
+        name = "rejection" if set(kinds) - {"deterministic", "forced"} else "token-match"
     if name == "k-seq" and set(kinds) - {"iid"}:
         raise UsageError(
             "--verify k-seq needs nodes drawn independently, and this drafter proposes others",

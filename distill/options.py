@@ -137,6 +137,9 @@ class WeightsOptions(CorpusOptions):
     learning_rate: float | None = option(
         None, "Peak learning rate; default: set by the method", minimum=0
     )
+    optimizer: Literal["adamw", "adamw8bit"] = option(
+        "adamw", "Optimizer; adamw8bit, of bitsandbytes, keeps its moments in 8 bits"
+    )
     seed: int = option(0, "Random seed")
 
     def validate(self) -> None:

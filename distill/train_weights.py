@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target
 from spectool.checkpoint.dense import check_dense
@@ -18,7 +19,7 @@ from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint
 from spectool.data.text import check_ids
 from spectool.distill.data.samples import Sample, batches, by_length, read_corpus, split
 from spectool.distill.metrics import MetricsFile
-from spectool.distill.objective import Objective, train
+from spectool.distill.objective import train
 from spectool.distill.objectives.base import (
     TextBatches,
     WeightObjective,
@@ -27,7 +28,7 @@ from spectool.distill.objectives.base import (
     training_bytes,
 )
 from spectool.distill.options import WeightsOptions
-from spectool.errors import CheckpointError, UnsupportedError
+from spectool.errors import CheckpointError, UnsupportedError, UsageError
 from spectool.machine import available_memory, reproducible, software_versions
 from spectool.methods import import_method
 from spectool.model.architecture import Architecture
@@ -35,7 +36,7 @@ from spectool.model.loading import check_device, hash_vocabulary, load_model, lo
 from spectool.model.meta import build_meta, read_config
 from spectool.options import Config
 from spectool.report import SILENT, Reporter, ReporterGroup
-from spectool.training import Metrics
+from spectool.training import OPTIMIZERS, Metrics, check_optimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +52,9 @@ class WeightsPlan:
     """Estimate of a training, made before weights are read.
 
     `trained` parameters change `changed_weights` of the model's `parameters`. `loss_tokens`:
-    training tokens that are in the loss. `seq_len`: maximum tokens of a text, bounded by the
-    contexts of the model and its teacher.
+    training tokens that are in the loss. `generated_tokens`: what the model generates at most
+    before the training; `steps` is an estimate then. `seq_len`: maximum tokens of a text, bounded
+    by the contexts of the model and its teacher.
     """
 
     job: WeightsJob
@@ -65,6 +67,7 @@ class WeightsPlan:
     loss_tokens: int
     held_out: int
     steps: int
+    generated_tokens: int
     seq_len: int
 
 
@@ -73,6 +76,7 @@ class WeightsReport:
     """Result of a training: held-out metrics before it and of the weights that were written."""
 
     plan: WeightsPlan
+    steps: int
     initial: Metrics
     best: Metrics
     seconds: float
@@ -103,6 +107,10 @@ def train_weights(
     check_paths(checkpoint.path, out)
     check_dense(checkpoint)
     where = check_device(device)
+    check_optimizer(job.optimizer, where)
+    kind: Any = import_method(job.method, "objective")
+    if kind.needs_teacher and job.teacher is None:
+        raise UsageError(f"{job.method}: no teacher to learn from", hint="--teacher MODEL")
     architecture = Architecture(checkpoint)
     teacher = None if job.teacher is None else _open_teacher(job.teacher, checkpoint)
     contexts = [each.layout.context for each in (checkpoint, teacher) if each is not None]
@@ -117,10 +125,11 @@ def train_weights(
         texts=texts,
         learning_rate=job.learning_rate,
         device=where,
+        optimizer=job.optimizer,
         seed=job.seed,
         record={},
     )
-    plan = _make_plan(job, task, seq_len, teacher)
+    plan = _make_plan(job, task, teacher)
     reporter.plan(plan)
     if dry_run:
         return None
@@ -135,23 +144,22 @@ def train_weights(
             teacher=None if teacher is None else _load(teacher, where),
             record=identity,
         )
-        objective: Objective = import_method(job.method, "objective")(task, job.config)
+        objective = kind(task, job.config)
+        objective.prepare(writer, reporter)
         history = train(objective, writer, reporter=reporter)
     assert history.best is not None
     return WeightsReport(
         plan=plan,
+        steps=objective.recipe.steps,
         initial=history.evaluations[0],
         best=history.best,
         seconds=time.monotonic() - began,
     )
 
 
-def _load(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+def _load(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
     """Load a model in float32, quantized weights unpacked."""
-    model: nn.Module = load_model(
-        checkpoint, dtype=torch.float32, device=str(device), runtime="dense"
-    )
-    return model
+    return load_model(checkpoint, dtype=torch.float32, device=str(device), runtime="dense")
 
 
 def _open_teacher(name: str, checkpoint: Checkpoint) -> Checkpoint:
@@ -185,19 +193,18 @@ def _read_texts(
     train_indices, held_out_indices = split(samples, held_out=job.held_out, seed=job.seed)
     train_samples = [samples[i] for i in train_indices]
     held_out = by_length(samples, held_out_indices, job.batch_tokens)
-    by_step = batches(
-        train_samples,
+    group = functools.partial(
+        batches,
         batch_tokens=job.batch_tokens,
         steps=job.steps,
         epochs=job.epochs,
         seed=job.seed,
     )
-    return TextBatches(train_samples, by_step, [[samples[i] for i in b] for b in held_out])
+    held_out_batches = [[samples[i] for i in batch] for batch in held_out]
+    return TextBatches(train_samples, group, held_out_batches, seq_len)
 
 
-def _make_plan(
-    job: WeightsJob, task: WeightTask, seq_len: int, teacher: Checkpoint | None
-) -> WeightsPlan:
+def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) -> WeightsPlan:
     """Estimate what the training takes, and check that it can run; the task has no weights yet.
 
     Raises:
@@ -208,12 +215,13 @@ def _make_plan(
     parameters = sum(p.numel() for p in architecture.model.parameters())
     objective: WeightObjective = import_method(job.method, "objective")(task, job.config)
     trained = sum(p.numel() for p in objective.module.parameters() if p.requires_grad)
-    changed = objective.changed()
+    changed = objective.weights.changed()
     check_writable(architecture, changed)
     table: Any = architecture.model.get_input_embeddings()
-    # Of trained parameters also the gradient, two moments and two copies of the best; logits with
-    # their gradient and log probabilities.
-    needed = training_bytes(architecture, job.batch_tokens) + 24 * trained
+    # Of trained parameters also the gradient, the optimizer's moments, and three copies: the best,
+    # and two while they are stored; logits with their gradient and log probabilities.
+    needed = training_bytes(architecture, job.batch_tokens)
+    needed += (16 + OPTIMIZERS[job.optimizer]) * trained
     needed += 12 * table.num_embeddings * job.batch_tokens
     if teacher is not None:
         config, trusted = read_config(teacher), teacher.trust_remote_code
@@ -236,8 +244,9 @@ def _make_plan(
         samples=len(texts.samples),
         loss_tokens=sum(sum(sample.loss_mask) for sample in texts.samples),
         held_out=sum(map(len, texts.held_out)),
-        steps=len(texts.batches),
-        seq_len=seq_len,
+        steps=objective.recipe.steps,
+        generated_tokens=objective.generated_tokens,
+        seq_len=texts.seq_len,
     )
 
 

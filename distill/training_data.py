@@ -37,7 +37,7 @@ from spectool.distill.data.features import (
 from spectool.distill.data.regenerate import regenerate
 from spectool.distill.data.samples import SHORTEST, Sample
 from spectool.distill.data.server import Server, rewrite
-from spectool.distill.data.texts import TextWriter
+from spectool.distill.data.texts import GroupWriter, as_samples, as_tensors
 from spectool.distill.plan import HeadsJob, Setup
 from spectool.distill.processes import Processes
 from spectool.distill.teacher import check_features
@@ -181,7 +181,7 @@ class DataPreparation:
             # `make_plan` refused targets with a recurrent state.
             target = cast(AttentionTarget, runner.target)
             check_features(target, self.needs)
-        generate = TextWriter(store_writer, self.processes, self.reporter)
+        generate = GroupWriter(store_writer, self.processes, self.reporter, as_tensors, as_samples)
         # Evaluation text is always the target's own greedy output without loops, since that is what
         # the heads will draft.
         held_out = generate(

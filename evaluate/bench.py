@@ -397,7 +397,7 @@ def _add_chain(
     if not options.chain_lengths:
         return row
     kinds = drafter.kinds(options.sampling)
-    if not (drafter.combines and set(kinds) == {"deterministic"}):
+    if not (drafter.can_be_cut and set(kinds) == {"deterministic"}):
         reporter.event(ChainRates(row.name, None))
         return row
     policies, rates = drafter.policies, []

@@ -83,7 +83,8 @@ class TrainingWindows:
             [row % count for row in range(step * size, (step + 1) * size)]
             for step in range(options.steps)
         ]
-        return TextBatches(train_samples, steps, list(chunk(held_out, size)))
+        length = self.train_SL.shape[1]
+        return TextBatches(train_samples, lambda _: steps, list(chunk(held_out, size)), length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

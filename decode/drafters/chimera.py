@@ -37,16 +37,17 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from spectool import options
 from spectool.decode.drafters.medusa import make_residual_blocks
-from spectool.decode.heads.base import Heads, TreeDrafter
+from spectool.decode.heads.base import Heads, Paths, TreeDrafter
 from spectool.decode.heads.layer import (
     DecoderLayer,
     DraftCache,
+    NewText,
     Rotary,
     Sight,
     attend_chains,
     make_layer_config,
 )
-from spectool.decode.protocol import Features, Needs
+from spectool.decode.protocol import Needs
 from spectool.decode.request import Request
 from spectool.options import option
 from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
@@ -153,15 +154,11 @@ class ChimeraDrafter(TreeDrafter):
 
     name = "chimera"
     Heads = ChimeraHeads
-    needs = ChimeraHeads.needs
     _heads: ChimeraHeads
     _draft_cache: DraftCache
 
     def __init__(
-        self,
-        heads: ChimeraHeads,
-        paths: Sequence[tuple[Sequence[int], float]],
-        config: TreeDrafter.Config | None = None,
+        self, heads: ChimeraHeads, paths: Paths, config: TreeDrafter.Config | None = None
     ) -> None:
         super().__init__(heads, paths, config, DraftCache(heads.rotary, 1))
         # By depth: the depths of all nodes with children so far, and which of these nodes each of
@@ -175,14 +172,9 @@ class ChimeraDrafter(TreeDrafter):
             visible_PT = (level.paths_PA[:, :, None] == nodes_T).any(1)
             self._tails.append((torch.tensor(depths), visible_PT))
 
-    def _read(
-        self,
-        requests: Sequence[Request],
-        tokens: Sequence[Sequence[int]],
-        features: Sequence[Features],
-    ) -> list[Tensor]:
-        finals = [found["final"].to(self._heads.dtype) for found in features]
-        return self._draft_cache.feed(requests, tokens, [finals], self._heads.ctx.keep)
+    def _read(self, new: Sequence[NewText]) -> list[Tensor]:
+        finals = [text.features["final"].to(self._heads.dtype) for text in new]
+        return self._draft_cache.feed(new, [finals], self._heads.ctx.keep)
 
     def _level(
         self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int

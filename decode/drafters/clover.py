@@ -39,16 +39,17 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spectool import options
-from spectool.decode.heads.base import Heads, TreeDrafter
+from spectool.decode.heads.base import Heads, Paths, TreeDrafter
 from spectool.decode.heads.layer import (
     DecoderLayer,
     DraftCache,
+    NewText,
     Rotary,
     Sight,
     make_layer_config,
     read_final_scale,
 )
-from spectool.decode.protocol import Features, Needs
+from spectool.decode.protocol import Needs
 from spectool.decode.request import Request
 from spectool.options import option
 from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
@@ -192,33 +193,24 @@ class CloverDrafter(TreeDrafter):
 
     name = "clover"
     Heads = CloverHeads
-    needs = CloverHeads.needs
     _heads: CloverHeads
     _draft_cache: DraftCache
 
     def __init__(
-        self,
-        heads: CloverHeads,
-        paths: Sequence[tuple[Sequence[int], float]],
-        config: TreeDrafter.Config | None = None,
+        self, heads: CloverHeads, paths: Paths, config: TreeDrafter.Config | None = None
     ) -> None:
         # Column t is computed from the target's state at t and the token after it.
         draft_cache = DraftCache(heads.rotary, len(heads.aug.layers), ahead=True)
         super().__init__(heads, paths, config, draft_cache)
         self._carried_BPD: Tensor | None = None
 
-    def _read(
-        self,
-        requests: Sequence[Request],
-        tokens: Sequence[Sequence[int]],
-        features: Sequence[Features],
-    ) -> list[Tensor]:
+    def _read(self, new: Sequence[NewText]) -> list[Tensor]:
         heads, device = self._heads, self._heads.frozen.weight_VD.device
         inputs = [
-            [found["layer -1"].to(heads.dtype) for found in features],
-            [heads.read(torch.tensor(committed[1:], device=device)) for committed in tokens],
+            [text.features["layer -1"].to(heads.dtype) for text in new],
+            [heads.read(torch.tensor(text.tokens[1:], device=device)) for text in new],
         ]
-        return self._draft_cache.feed(requests, tokens, inputs, heads.augment)
+        return self._draft_cache.feed(new, inputs, heads.augment)
 
     def _level(
         self, requests: Sequence[Request], state_BD: Tensor, tokens_BN: Tensor, k: int

@@ -7,11 +7,10 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from spectool.decode.cache import BatchCache
-from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.target.base import Target
-from spectool.decode.tree import Draft, Kind, Trie
+from spectool.decode.tree import Draft, Trie
 from spectool.errors import UsageError
 
 
@@ -49,9 +48,6 @@ class Combined(Drafter):
     def check_chains(self, target: str) -> None:
         for drafter in self.drafters:
             drafter.check_chains(target)
-
-    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",)
 
     def attach(self, target: Target[Any]) -> None:
         for drafter in self.drafters:

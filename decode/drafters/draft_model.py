@@ -122,7 +122,7 @@ class DraftModelDrafter(Drafter):
 
     name = "draft_model"
     needs = Needs()
-    combines = False
+    combines = can_be_cut = False
     draft_model: AttentionTarget
 
     def __init__(
@@ -386,11 +386,7 @@ def _check_vocabulary(
     tokenizer: PreTrainedTokenizerBase | None,
     target_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Check that ids mean the same in both models; their lm_heads may be padded differently.
-
-    Raises:
-        UnsupportedError: they do not.
-    """
+    """Check that ids mean the same in both models; their lm_heads may be padded differently."""
     if tokenizer is None or target_tokenizer is None:
         if abs(draft.vocab_size - target.vocab_size) > _PADDING:
             raise UnsupportedError(
@@ -400,12 +396,8 @@ def _check_vocabulary(
         return
     draft_vocab, target_vocab = tokenizer.get_vocab(), target_tokenizer.get_vocab()
     if draft_vocab != target_vocab:
-        differing = sorted(
-            t
-            for t in draft_vocab.keys() | target_vocab.keys()
-            if draft_vocab.get(t) != target_vocab.get(t)
-        )
-        token = differing[0]
+        differing = {token for token, _ in draft_vocab.items() ^ target_vocab.items()}
+        token = min(differing)
         raise UnsupportedError(
             f"the draft model's tokenizer is not the target's: {len(differing)} tokens differ, "
             f"{token!r} has id {draft_vocab.get(token)} in it and {target_vocab.get(token)} in the "

@@ -35,10 +35,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from spectool import options
 from spectool.decode import tree
-from spectool.decode.heads.base import Heads, HeadsDrafter
+from spectool.decode.heads.base import Heads, HeadsDrafter, Paths
 from spectool.decode.heads.layer import (
     Attention,
     DraftCache,
+    NewText,
     Rotary,
     attend_chains,
     make_layer_config,
@@ -46,7 +47,7 @@ from spectool.decode.heads.layer import (
 )
 from spectool.decode.protocol import Features, Needs
 from spectool.decode.request import Request
-from spectool.decode.tree import Draft, Kind
+from spectool.decode.tree import Draft
 from spectool.errors import UsageError
 from spectool.kernels.registry import use_kernels
 from spectool.options import option
@@ -188,10 +189,6 @@ class _Candidates:
     node_logq: list[Tensor]
     depths: list[int]
 
-    @property
-    def count(self) -> int:
-        return len(self.depths)
-
 
 class Eagle3Drafter(HeadsDrafter):
     """Drafter that grows a tree by the layer's own probabilities; see the module docstring."""
@@ -209,12 +206,7 @@ class Eagle3Drafter(HeadsDrafter):
     _heads: Eagle3Heads
     _draft_cache: DraftCache
 
-    def __init__(
-        self,
-        heads: Eagle3Heads,
-        paths: Sequence[tuple[Sequence[int], float]],
-        config: Config | None = None,
-    ) -> None:
+    def __init__(self, heads: Eagle3Heads, paths: Paths, config: Config | None = None) -> None:
         """Make the drafter; `paths`, the best static tree, only served to measure the heads."""
         # Column t is computed from the target's state at t and the token after it.
         super().__init__(heads, DraftCache(heads.rotary, 1, ahead=True))
@@ -229,18 +221,13 @@ class Eagle3Drafter(HeadsDrafter):
             found = self._grow(torch.stack([self._states[r] for r in requests]), deepest)
         return self._keep_best(requests, budget, found)
 
-    def _read(
-        self,
-        requests: Sequence[Request],
-        tokens: Sequence[Sequence[int]],
-        features: Sequence[Features],
-    ) -> list[Tensor]:
+    def _read(self, new: Sequence[NewText]) -> list[Tensor]:
         device = self._heads.frozen.weight_VD.device
         inputs = [
-            [self._heads.embed(torch.tensor(each[1:], device=device)) for each in tokens],
-            [self._heads.fuse(found) for found in features],
+            [self._heads.embed(torch.tensor(text.tokens[1:], device=device)) for text in new],
+            [self._heads.fuse(text.features) for text in new],
         ]
-        return self._draft_cache.feed(requests, tokens, inputs, self._run_layer)
+        return self._draft_cache.feed(new, inputs, self._run_layer)
 
     def _run_layer(self, embedded_BND: Tensor, state_BND: Tensor, sight: Any) -> Tensor:
         midlayer = self._heads.midlayer
@@ -273,12 +260,13 @@ class Eagle3Drafter(HeadsDrafter):
                     visible_BFT,
                     self._run_layer,
                 )
-            logq_BFV = self._logq(state_BFD)
+            logits_BFV = self._heads.logits(self._heads.norm(state_BFD), 0)
+            logq_BFV = logits_BFV.float().log_softmax(-1)
             best = logq_BFV.topk(min(width, logq_BFV.shape[-1]))
             num_children = best.values.shape[-1]
             score_BC = (score_BF[..., None] + best.values).flatten(1)
-            base = made.count
-            made.tokens.append(self._ids(best.indices).flatten(1))
+            base = len(made.depths)
+            made.tokens.append(self._heads.ids(best.indices).flatten(1))
             made.parents.append(at_BF.repeat_interleave(num_children, 1))
             made.path_logq.append(score_BC)
             made.node_logq.append(best.values.flatten(1))
@@ -292,21 +280,6 @@ class Eagle3Drafter(HeadsDrafter):
             index_BFT = parent_BF[..., None].expand(-1, -1, visible_BFT.shape[-1])
             visible_BFT = visible_BFT.gather(1, index_BFT)
         return made
-
-    def _logq(self, state_BFD: Tensor) -> Tensor:
-        """Return log q [B, F, V] after the layer's output states."""
-        normed = self._heads.norm(state_BFD)
-        lm_head = self._heads.lm_head
-        if lm_head is None:
-            logits = nn.functional.linear(normed, *self._heads.output(0))
-        else:
-            logits = lm_head(normed)
-        return logits.float().log_softmax(-1)
-
-    def _ids(self, index: Tensor) -> Tensor:
-        """Return the target's ids of tokens of the draft vocabulary."""
-        token_map = self._heads.token_map
-        return index if token_map is None else token_map[index]
 
     def _keep_best(
         self, requests: Sequence[Request], budget: Sequence[int], found: _Candidates
@@ -333,17 +306,12 @@ class Eagle3Drafter(HeadsDrafter):
                     tokens.append(token)
                     parents.append(nodes[parent])
                     sources.append(tenths)
-            kinds: list[Kind] = ["deterministic"] * len(tokens)
-            drafts.append(Draft(tokens, parents, kinds, sources=sources))
+            drafts.append(Draft(tokens, parents, sources=sources))
         return drafts
 
 
 def _choose_states(asked: Sequence[int], num_layers: int) -> list[int]:
-    """Return the states to fuse: those `asked` for, or a low, a middle and a high one.
-
-    Raises:
-        UsageError: the target lacks one of them.
-    """
+    """Return the states to fuse: those `asked` for, or a low, a middle and a high one."""
     if asked:
         states = sorted(set(asked))
         if states[0] < 1 or states[-1] > num_layers:

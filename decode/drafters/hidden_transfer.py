@@ -105,12 +105,7 @@ class HiddenTransferDrafter(InPassDrafter):
 
 
 def _choose_layers(config: HiddenTransferHeads.Config, num_layers: int) -> list[int]:
-    """Return the layer at which each head's extra row starts.
-
-    Raises:
-        UsageError: the layers are not in the target, not one per head, or decreasing.
-        UnsupportedError: the target has a single layer.
-    """
+    """Return the layer at which each head's extra row starts."""
     if num_layers < 2:
         raise UnsupportedError("hidden-transfer needs a target of two layers at least")
     if not config.layers:

@@ -31,9 +31,15 @@ from transformers import PreTrainedModel
 
 from spectool import options
 from spectool.decode.drafters.medusa import make_residual_blocks
-from spectool.decode.heads.base import Heads, TreeDrafter
-from spectool.decode.heads.layer import DecoderLayer, DraftCache, Rotary, make_layer_config
-from spectool.decode.protocol import Features, Needs
+from spectool.decode.heads.base import Heads, Paths, TreeDrafter
+from spectool.decode.heads.layer import (
+    DecoderLayer,
+    DraftCache,
+    NewText,
+    Rotary,
+    make_layer_config,
+)
+from spectool.decode.protocol import Needs
 from spectool.decode.request import Request
 from spectool.options import option
 from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
@@ -146,14 +152,10 @@ class HydraDrafter(TreeDrafter):
 
     name = "hydra"
     Heads = HydraHeads
-    needs = HydraHeads.needs
     _heads: HydraHeads
 
     def __init__(
-        self,
-        heads: HydraHeads,
-        paths: Sequence[tuple[Sequence[int], float]],
-        config: TreeDrafter.Config | None = None,
+        self, heads: HydraHeads, paths: Paths, config: TreeDrafter.Config | None = None
     ) -> None:
         draft_cache = DraftCache(heads.rotary, 1) if heads.prefix is not None else None
         super().__init__(heads, paths, config, draft_cache)
@@ -163,13 +165,8 @@ class HydraDrafter(TreeDrafter):
     ) -> Tensor:
         return self._heads.step(state_BD, tokens_BN[:, self._tree.levels[k].paths_PA], k)
 
-    def _read(
-        self,
-        requests: Sequence[Request],
-        tokens: Sequence[Sequence[int]],
-        features: Sequence[Features],
-    ) -> list[Tensor]:
+    def _read(self, new: Sequence[NewText]) -> list[Tensor]:
         if self._draft_cache is None or self._heads.prefix is None:
-            return super()._read(requests, tokens, features)
-        finals = [found["final"].to(self._heads.dtype) for found in features]
-        return self._draft_cache.feed(requests, tokens, [finals], self._heads.prefix)
+            return super()._read(new)
+        finals = [text.features["final"].to(self._heads.dtype) for text in new]
+        return self._draft_cache.feed(new, [finals], self._heads.prefix)

@@ -6,7 +6,18 @@ distribution, which is kept as q when the token is verified in the next pass. Th
 because q is the distribution that the token was drawn from, and because the random number of a
 position is used for nothing before that position. Tokens that fill up the window are looked up in
 the text (deterministic nodes). At temperature 0 this is Jacobi decoding: each position takes the
-likeliest token, and tokens that stay the same are accepted. Suffixes: N nodes, V vocabulary.
+likeliest token, and tokens that stay the same are accepted.
+
+The window slides with the text, so all its positions are in flight at once; a model trained by
+`distill consistency` in blocks of n has w / n blocks in flight in a window of w. Joined with other
+drafters, whose nodes share the tree, the window is a path of deterministic nodes, and rejected
+tokens come back through a drafter that remembers them (`jacobi+recycle`).
+
+With `cap`, a token is accepted as it is once its position was part of that many drafts (early exit;
+Song et al., CEED-VLA, 2025, arXiv:2506.13725). From `cap` = window on nothing changes: by then each
+token is committed, since every pass commits one at least.
+
+Suffixes: N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,12 +43,15 @@ from spectool.options import option
 class _Window:
     """Tokens predicted for a request's next positions, and the q that each was drawn from.
 
-    `index` is that of the request's text.
+    `index` is that of the request's text. `path`: the tokens of the last draft. `ages` counts
+    the drafts that each position of it was part of.
     """
 
     index: NgramIndex
     tokens: list[int] = field(default_factory=list)
     probs_NV: Tensor | None = None
+    path: list[int] = field(default_factory=list)
+    ages: list[int] = field(default_factory=list)
 
 
 class JacobiDrafter(Drafter):
@@ -48,17 +62,24 @@ class JacobiDrafter(Drafter):
         """Options of `jacobi`."""
 
         window: int = option(16, "tokens predicted at once", minimum=1, maximum=256)
+        cap: int | None = option(
+            None, "accept tokens untested after this many passes; lossy", minimum=1
+        )
 
     name = "jacobi"
     needs = Needs(probs=True)
-    combines = False
+    # Drawn nodes come with their probabilities; joined with others they are deterministic.
+    can_be_cut = False
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or self.Config()
+        # A shared tree does not tell whose nodes are accepted untested.
+        self.combines = self.config.cap is None
         self._windows: dict[Request, _Window] = {}
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",) if sampling.greedy else ("iid", "deterministic")
+        forced: tuple[Kind, ...] = () if self.config.cap is None else ("forced",)
+        return (*(() if sampling.greedy else ("iid",)), "deterministic", *forced)
 
     def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         for prompt in prompts:
@@ -82,7 +103,11 @@ class JacobiDrafter(Drafter):
         # Predicted tokens were drawn from q above temperature 0; looked-up ones never are.
         kind: Kind = "deterministic" if probs_NV is None else "iid"
         kinds: list[Kind] = [kind] * (1 + len(drawn)) + ["deterministic"] * len(fresh)
-        tokens = [request.tokens[-1], *drawn, *fresh]
+        window.ages = window.ages[: len(drawn)] + [0] * len(fresh)
+        if self.config.cap is not None:
+            for at, age in enumerate(window.ages, start=1):
+                kinds[at] = "forced" if age >= self.config.cap else kinds[at]
+        tokens = window.path = [request.tokens[-1], *drawn, *fresh]
         return Draft(tokens, list(range(-1, len(tokens) - 1)), kinds, probs_NV)
 
     @torch.inference_mode()
@@ -92,7 +117,8 @@ class JacobiDrafter(Drafter):
         for outcome in outcomes:
             assert outcome.probs_NV is not None
             # The node after the accepted path is the one that the new root replaces.
-            probs_NV = outcome.probs_NV[len(outcome.path) :]
+            nodes = _find_path(outcome.draft, self._windows[outcome.request].path)
+            probs_NV = outcome.probs_NV[nodes[len(outcome.path) :]]
             if outcome.request.sampling.greedy:
                 tokens_N = probs_NV.argmax(-1)
             else:
@@ -104,8 +130,24 @@ class JacobiDrafter(Drafter):
         tokens = torch.cat([tokens_N for _, _, tokens_N in found]).tolist()
         for outcome, probs_NV, _ in found:
             window = self._windows[outcome.request]
+            # Only the position after the last node was not part of this draft.
+            window.ages = [1 + age for age in window.ages[len(outcome.path) :]] + [0]
             window.tokens, tokens = tokens[: len(probs_NV)], tokens[len(probs_NV) :]
             window.probs_NV = None if outcome.request.sampling.greedy else probs_NV
+
+
+def _find_path(draft: Draft, tokens: Sequence[int]) -> list[int]:
+    """Return the nodes of a draft that spell the tokens from the root on, as far as there are."""
+    nodes = [0]
+    for node in range(1, len(draft)):
+        depth = len(nodes)
+        if (
+            depth < len(tokens)
+            and draft.parents[node] == nodes[-1]
+            and draft.tokens[node] == tokens[depth]
+        ):
+            nodes.append(node)
+    return nodes
 
 
 def _look_up(

@@ -102,7 +102,6 @@ class MedusaDrafter(TreeDrafter):
 
     name = "medusa"
     Heads = MedusaHeads
-    needs = MedusaHeads.needs
     _heads: MedusaHeads
 
     def _level(

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 
 from spectool import options
 from spectool.decode.cache import BatchCache
-from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.tree import Draft, Kind, Trie
+from spectool.decode.tree import Draft, Trie
 from spectool.errors import UsageError
 from spectool.options import option
 
@@ -119,9 +118,6 @@ class NgramDrafter(Drafter):
         self.config = config or self.Config()
         self._indexes: dict[Request, NgramIndex] = {}
         self._copies: dict[Request, _Copy] = {}
-
-    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",)
 
     def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         for prompt in prompts:

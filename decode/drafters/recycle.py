@@ -19,10 +19,9 @@ import torch
 from spectool import options
 from spectool.decode import draft_state
 from spectool.decode.cache import BatchCache
-from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.tree import Draft, Kind
+from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
 from spectool.options import option
 
@@ -80,9 +79,6 @@ class RecycleDrafter(Drafter):
         if self.config.state:
             self._load(Path(self.config.state))
 
-    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",)
-
     def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         vocabulary = prompts[0].logits_V.shape[-1]
         if not self.table:
@@ -121,7 +117,7 @@ class RecycleDrafter(Drafter):
             tokens.append(token)
             parents.append(parent)
             sources.append(path)
-        return Draft(tokens, parents, ["deterministic"] * len(tokens), sources=sources)
+        return Draft(tokens, parents, sources=sources)
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from spectool import families, options
 from spectool.decode import tree
 from spectool.decode.cache import BatchCache
-from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.target.base import Target
-from spectool.decode.tree import Draft, Kind, Trie
+from spectool.decode.tree import Draft, Trie
 from spectool.errors import UnsupportedError
 from spectool.options import option
 
@@ -69,9 +68,6 @@ class SkipDrafter(Drafter):
         raise UnsupportedError(
             f"skip cannot draft for {target}: its recurrent state cannot go back"
         )
-
-    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",)
 
     def attach(self, target: Target[Any]) -> None:
         """Find the target's blocks; skip every second layer at first.
@@ -196,11 +192,7 @@ def _take_likeliest(logits_BV: Tensor) -> tuple[list[list[int]], list[float]]:
 
 
 def _find_blocks(name: str, layer: nn.Module) -> list[dict[nn.Module, Any]]:
-    """Return a layer's attention and MLP, each as modules with their forward when skipped.
-
-    Raises:
-        UnsupportedError: the layer has no attention or MLP block of a known name.
-    """
+    """Return a layer's attention and MLP, each as modules with their forward when skipped."""
     children = dict(layer.named_children())
     attention = next((children[key] for key in families.ATTENTION if key in children), None)
     mlp = next((children[key] for key in families.MLP if key in children), None)

@@ -18,10 +18,9 @@ import torch
 from spectool import options
 from spectool.decode import draft_state
 from spectool.decode.cache import BatchCache
-from spectool.decode.options import SamplingParams
 from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.tree import Draft, Kind, Trie
+from spectool.decode.tree import Draft, Trie
 from spectool.errors import CheckpointError
 from spectool.options import option
 
@@ -88,9 +87,6 @@ class TrigramDrafter(Drafter):
         self._largest = -1
         if self.config.state:
             self._load(Path(self.config.state))
-
-    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",)
 
     def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         if self._largest >= (vocabulary := prompts[0].logits_V.shape[-1]):

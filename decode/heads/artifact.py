@@ -69,10 +69,6 @@ class HeadsRecord:
         """Return the tree's paths of ranks, best first, each with its share."""
         return [(tuple(path), share) for path, share in zip(self.tree, self.shares, strict=True)]
 
-    def expected(self, nodes: int) -> float:
-        """Return the tokens per forward on held-out text with the best tree of `nodes` nodes."""
-        return 1 + sum(self.shares[:nodes])
-
 
 def read_record(path: Path) -> HeadsRecord:
     """Read the record of a heads directory.
@@ -182,11 +178,7 @@ def read_finite_tensors(file: Path, guard: sums.Guard | None = None) -> dict[str
 
 
 def check_map(path: Path, ids: Tensor, vocab: int) -> None:
-    """Check that the ids of guessed tokens are distinct and below `vocab`.
-
-    Raises:
-        CheckpointError: they are not.
-    """
+    """Raise CheckpointError unless the ids of guessed tokens are distinct and below `vocab`."""
     whole = ids.ndim == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
     if not whole or len(set(ids.tolist())) != len(ids) or not ((ids >= 0) & (ids < vocab)).all():
         raise CheckpointError(f"{path}: what it guesses are not distinct ids of {vocab} tokens")

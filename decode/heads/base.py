@@ -24,17 +24,11 @@ from transformers import PreTrainedModel
 from spectool import options
 from spectool.decode import tree
 from spectool.decode.cache import BatchCache
-from spectool.decode.heads.layer import DraftCache
-from spectool.decode.options import SamplingParams
-from spectool.decode.protocol import (
-    Drafter,
-    Features,
-    Needs,
-    Outcome,
-    PrefilledPrompt,
-)
+from spectool.decode.heads.layer import DraftCache, NewText
+from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
-from spectool.decode.tree import Draft, Kind, RankTree
+from spectool.decode.target.base import top_ids
+from spectool.decode.tree import Draft, RankTree
 from spectool.errors import UnsupportedError
 from spectool.kernels.registry import use_kernels
 from spectool.model.kernels import attach_kernels
@@ -46,6 +40,10 @@ from spectool.training import LossSpec, OptimizerDefaults, TrainingBatch
 # Best guesses of one head that a tree may hold, and nodes of the best tree that are stored.
 TOP = 10
 MAX_TREE_NODES = 64
+
+# The nodes of a tree, best first: the rank of each guess from the root down, and the share of texts
+# that follow them.
+Paths = Sequence[tuple[tuple[int, ...], float]]
 
 
 @dataclass(slots=True)
@@ -155,14 +153,20 @@ class Heads(nn.Module, ABC):
         """Return the target's input embeddings [..., D] of tokens."""
         return self.frozen.embed(tokens).to(self.dtype)
 
-    def guess(self, state: Tensor, k: int, count: int) -> Tensor:
-        """Return the target's ids [..., G] of head k's `count` best guesses."""
+    def logits(self, state: Tensor, k: int) -> Tensor:
+        """Return head k's logits [..., V] from states that its lm_head reads."""
         lm_head = self.own_lm_head(k)
-        logits = F.linear(state, *self.output(k)) if lm_head is None else lm_head(state)
-        index = logits.topk(min(count, logits.shape[-1])).indices
+        return F.linear(state, *self.output(k)) if lm_head is None else lm_head(state)
+
+    def ids(self, index: Tensor) -> Tensor:
+        """Return the target's ids of tokens of the heads' vocabulary."""
         return index if self.token_map is None else self.token_map[index]
 
-    def expected(self, paths: Sequence[tuple[tuple[int, ...], float]], nodes: int) -> float:
+    def guess(self, state: Tensor, k: int, count: int) -> Tensor:
+        """Return the target's ids [..., G] of head k's `count` best guesses."""
+        return self.ids(top_ids(self.logits(state, k), count))
+
+    def expected(self, paths: Paths, nodes: int) -> float:
         """Return the expected tokens per forward with a tree of the `nodes` best `paths`.
 
         Each path comes with the fraction of held-out text that follows it.
@@ -192,14 +196,11 @@ class HeadsDrafter(Drafter):
         self._states: dict[Request, Tensor] = {}
         attach_kernels(heads, heads.dtype)
 
-    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",)
-
     @torch.inference_mode()
     def add(self, prompts: Sequence[PrefilledPrompt], cache: BatchCache) -> None:
         if self._draft_cache is not None:
             self._draft_cache.take_over(prompts)
-        self._read_all([prompt.request for prompt in prompts], *gather_prompts(prompts))
+        self._read_all([NewText.of_prompt(prompt) for prompt in prompts])
 
     def remove(self, request: Request) -> None:
         self._states.pop(request, None)
@@ -208,24 +209,15 @@ class HeadsDrafter(Drafter):
 
     @torch.inference_mode()
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        self._read_all([outcome.request for outcome in outcomes], *gather_outcomes(outcomes))
+        self._read_all([NewText.of_outcome(outcome) for outcome in outcomes])
 
-    def _read_all(self, requests: Sequence[Request], *read: Any) -> None:
+    def _read_all(self, new: Sequence[NewText]) -> None:
         with use_kernels():
-            self._states.update(zip(requests, self._read(requests, *read), strict=True))
+            self._states.update(zip([t.request for t in new], self._read(new), strict=True))
 
     @abstractmethod
-    def _read(
-        self,
-        requests: Sequence[Request],
-        tokens: Sequence[Sequence[int]],
-        features: Sequence[Features],
-    ) -> list[Tensor]:
-        """Read newly committed tokens; return each request's state [D] to draft from.
-
-        `features[b]` are those of `tokens[b]` without its last token, the new root, which the
-        target has not read yet.
-        """
+    def _read(self, new: Sequence[NewText]) -> list[Tensor]:
+        """Read newly committed tokens; return each request's state [D] to draft from."""
 
 
 class TreeDrafter(HeadsDrafter):
@@ -244,14 +236,11 @@ class TreeDrafter(HeadsDrafter):
     def __init__(
         self,
         heads: Heads,
-        paths: Sequence[tuple[Sequence[int], float]],
+        paths: Paths,
         config: Config | None = None,
         draft_cache: DraftCache | None = None,
     ) -> None:
-        """Build the tree from its nodes: `paths` of ranks, each with the share that follows it.
-
-        Paths come best first, so that any prefix of them is a tree.
-        """
+        """Build the tree of the best `paths`: any prefix of them is a tree."""
         super().__init__(heads, draft_cache)
         self.config = config or self.Config()
         depth = min(self.config.depth, heads.num_heads)
@@ -289,38 +278,13 @@ class TreeDrafter(HeadsDrafter):
         `tokens_BN` are filled in down to depth k.
         """
 
-    def _read(
-        self,
-        requests: Sequence[Request],
-        tokens: Sequence[Sequence[int]],
-        features: Sequence[Features],
-    ) -> list[Tensor]:
-        return [found["final"][-1].clone() for found in features]
-
-
-def gather_prompts(prompts: Sequence[PrefilledPrompt]) -> tuple[list[list[int]], list[Features]]:
-    """Return the prompt tokens just read with the token after them, and the former's features."""
-    features = [prompt.features for prompt in prompts]
-    sizes = [len(next(iter(found.values()))) for found in features]
-    tokens = [p.request.tokens[-1 - size :] for p, size in zip(prompts, sizes, strict=True)]
-    return tokens, features
-
-
-def gather_outcomes(outcomes: Sequence[Outcome]) -> tuple[list[list[int]], list[Features]]:
-    """Return the tokens a step committed with the new root, and the former's features."""
-    tokens = [
-        [*(outcome.draft.tokens[node] for node in outcome.path), outcome.next_token]
-        for outcome in outcomes
-    ]
-    features: list[Features] = [
-        {name: found_ND[outcome.path] for name, found_ND in outcome.features.items()}
-        for outcome in outcomes
-    ]
-    return tokens, features
+    def _read(self, new: Sequence[NewText]) -> list[Tensor]:
+        return [text.features["final"][-1].clone() for text in new]
 
 
 def _freeze(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding: Any = model.get_input_embeddings()
     if not isinstance(output, (nn.Linear, PackedLinear)):
         raise UnsupportedError(
             f"draft heads need a linear lm_head, this model's is {type(output).__name__}"
@@ -337,17 +301,7 @@ def _freeze(model: PreTrainedModel, token_map: Tensor | None) -> Frozen:
     return Frozen(
         weight_VD=weight_VD,
         bias_V=bias_V,
-        embed=_make_embed(model),
+        embed=lambda tokens: embedding(tokens).detach(),
         output=output,
         logits=final_logits(model.config),
     )
-
-
-def _make_embed(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    embedding: Any = model.get_input_embeddings()
-
-    def embed(tokens: Tensor) -> Tensor:
-        found: Tensor = embedding(tokens)
-        return found.detach()
-
-    return embed

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 
 from spectool import options
-from spectool.decode.heads.base import TOP, Heads
-from spectool.decode.options import SamplingParams
+from spectool.decode.heads.base import TOP, Heads, Paths
 from spectool.decode.protocol import Drafter, Inject, Outcome
 from spectool.decode.request import Request
-from spectool.decode.tree import Draft, Kind
+from spectool.decode.tree import Draft
 from spectool.errors import UnsupportedError
 from spectool.options import option
 from spectool.training import LossSpec, TrainingBatch
@@ -94,7 +93,7 @@ class InPassHeads(Heads):
         by_head = (num_positions, self.num_heads, num_rows // self.num_heads, width)
         yield from states_RXD.view(by_head).mean(2).unbind(1)
 
-    def expected(self, paths: Sequence[tuple[RankPath, float]], nodes: int) -> float:
+    def expected(self, paths: Paths, nodes: int) -> float:
         width = len(self.extra_rows) // self.num_heads
         return tokens_per_step(
             choose_trees(paths, num_heads=self.num_heads, rows=nodes, width=width)
@@ -116,9 +115,7 @@ class SparseTree:
     expected: float
 
 
-def choose_trees(
-    paths: Sequence[tuple[RankPath, float]], *, num_heads: int, rows: int, width: int = 1
-) -> list[SparseTree]:
+def choose_trees(paths: Paths, *, num_heads: int, rows: int, width: int = 1) -> list[SparseTree]:
     """Choose the trees T_0 ... T_K that bring the most tokens per step in the long run.
 
     Each has at most `rows` rows besides the root, nodes and extra rows together; a chain that goes
@@ -159,9 +156,7 @@ def find_stationary(trees: Sequence[SparseTree]) -> Tensor:
     return moves_SS[0]
 
 
-def _make_trees(
-    paths: Sequence[tuple[RankPath, float]], counts: Sequence[int], rows: int, width: int
-) -> list[SparseTree]:
+def _make_trees(paths: Paths, counts: Sequence[int], rows: int, width: int) -> list[SparseTree]:
     """Build each T_s from its `counts[s]` best candidates that are at most s deep."""
     kept = [
         [pair for pair in paths if len(pair[0]) <= state][: min(count, rows)]
@@ -198,7 +193,7 @@ def _assign_rows(ends: Sequence[float], expected: Sequence[float], room: int) ->
     return ahead
 
 
-def _end_probs(pairs: Sequence[tuple[RankPath, float]]) -> list[float]:
+def _end_probs(pairs: Paths) -> list[float]:
     """Return the probability that the accepted path ends at the root and at each node."""
     ends: dict[RankPath, float] = {(): 1.0}
     for path, share in pairs:
@@ -220,12 +215,12 @@ class InPassDrafter(Drafter):
         depth: int = option(16, "most proposed tokens on a path", minimum=1, maximum=16)
 
     # Extra rows belong to the tree's nodes, so no drafter may add nodes or leave some out.
-    combines = False
+    combines = can_be_cut = False
 
     def __init__(
         self,
         heads: InPassHeads,
-        paths: Sequence[tuple[RankPath, float]],
+        paths: Paths,
         config: Config | None = None,
     ) -> None:
         self.config = config or self.Config()
@@ -245,9 +240,6 @@ class InPassDrafter(Drafter):
         raise UnsupportedError(
             f"{self.name} cannot draft for {target}: a recurrent state takes no extra rows"
         )
-
-    def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
-        return ("deterministic",)
 
     def remove(self, request: Request) -> None:
         self._guesses.pop(request, None)
@@ -283,8 +275,7 @@ class InPassDrafter(Drafter):
                     (node if parent == 0 else first + parent, slot)
                     for parent, slot in self._extra_rows[: length * self._width]
                 ]
-        kinds: list[Kind] = ["deterministic"] * len(tokens)
-        return Draft(tokens, parents, kinds, sources=list(nodes), extra_rows=extra_rows)
+        return Draft(tokens, parents, sources=list(nodes), extra_rows=extra_rows)
 
     def _guess(self, outcome: Outcome) -> list[list[int]]:
         """Return the best tokens at each depth, from the extra rows of the path's last node."""

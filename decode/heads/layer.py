@@ -10,7 +10,6 @@ S keys, H attention heads of width E, D width.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import PrefilledPrompt
+from spectool.decode.protocol import Features, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.target.masks import isolate_texts, tree_mask
 from spectool.model.decoder import find_decoder
@@ -228,6 +227,32 @@ def read_final_scale(model: PreTrainedModel) -> Tensor | None:
     return weight_D + (scale_D - weight_D).mean().round()
 
 
+@dataclass(frozen=True, slots=True)
+class NewText:
+    """Newly committed tokens of a request, and the target's features of all but the last one.
+
+    The last one is the new root, which the target has not read yet.
+    """
+
+    request: Request
+    tokens: list[int]
+    features: Features
+
+    @classmethod
+    def of_prompt(cls, prompt: PrefilledPrompt) -> NewText:
+        """Return the prompt tokens just read with the token after them."""
+        num_read = len(next(iter(prompt.features.values())))
+        return cls(prompt.request, prompt.request.tokens[-1 - num_read :], prompt.features)
+
+    @classmethod
+    def of_outcome(cls, outcome: Outcome) -> NewText:
+        """Return the tokens that a step committed, with the new root."""
+        path = outcome.path
+        tokens = [*(outcome.draft.tokens[node] for node in path), outcome.next_token]
+        features = {name: found_ND[path] for name, found_ND in outcome.features.items()}
+        return cls(outcome.request, tokens, features)
+
+
 class DraftCache:
     """KV cache of a drafter's layers, in step with what the target committed.
 
@@ -242,11 +267,6 @@ class DraftCache:
         self._cache = TreeCache(batch=0, num_layers=num_layers, context=0)
         self._requests: list[Request] = []
 
-    @property
-    def lengths(self) -> list[int]:
-        """Number of committed columns of each request."""
-        return self._cache.lengths
-
     def take_over(self, prompts: Sequence[PrefilledPrompt]) -> None:
         """Give the columns of the request that a prompt comes `after` to the prompt's request.
 
@@ -258,10 +278,7 @@ class DraftCache:
                 self._requests[row] = prompt.request
                 labels = self._label(prompt.request.tokens)
                 num_new = len(next(iter(prompt.features.values())))
-                kept = labels[: len(labels) - num_new]
-                pairs = zip(self._cache.tokens[row], kept, strict=False)
-                shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-                self._cache.truncate(row, shared)
+                self._cache.keep_shared(row, labels[: len(labels) - num_new])
 
     def remove(self, request: Request) -> None:
         """Drop a request's columns, if it has any."""
@@ -277,24 +294,23 @@ class DraftCache:
 
     def feed(
         self,
-        requests: Sequence[Request],
-        tokens: Sequence[Sequence[int]],
+        new: Sequence[NewText],
         inputs: Sequence[Sequence[Tensor]],
         run: Callable[..., Tensor],
     ) -> list[Tensor]:
         """Commit columns; return the output [D] at each request's last one.
 
-        These are all requests of the cache, or new ones that join it. `tokens[b]` are newly
-        committed ones and the new root. `inputs` are the arguments of `run(*inputs_BND, sight)`,
-        each a sequence of [N, D] by request.
+        The texts are those of all requests of the cache, or of new ones that join it. `inputs` are
+        the arguments of `run(*inputs_BND, sight)`, each a sequence of [N, D] by request.
         """
-        cache, joins = self._cache, list(requests) != self._requests
+        requests = [text.request for text in new]
+        cache, joins = self._cache, requests != self._requests
         if joins:
             assert not set(requests) & set(self._requests)
             context = requests[0].context
             cache = TreeCache(batch=len(requests), num_layers=self._num_layers, context=context)
-        last: list[Tensor | None] = [None] * len(tokens)
-        columns = [self._label(committed) for committed in tokens]
+        last: list[Tensor | None] = [None] * len(new)
+        columns = [self._label(text.tokens) for text in new]
         for start in range(0, max(map(len, columns)), _CHUNK):
             parts = [labels[start : start + _CHUNK] for labels in columns]
             padded = [
@@ -305,7 +321,7 @@ class DraftCache:
             depths_BN = torch.arange(num_nodes).expand(len(parts), -1)
             visible_NN = torch.ones(num_nodes, num_nodes, dtype=torch.bool).tril()
             visible_BNN = visible_NN.expand(len(parts), -1, -1)
-            out_BND = self._pass(cache, padded, depths_BN, visible_BNN, run)
+            out_BND = self.grow(padded, depths_BN, visible_BNN, run, cache)
             cache.commit(parts, [range(len(part)) for part in parts])
             for b, part in enumerate(parts):
                 if part:
@@ -314,7 +330,7 @@ class DraftCache:
             self._cache.join(cache)
         elif joins:
             self._cache = cache
-        self._requests += list(requests) if joins else []
+        self._requests += requests if joins else []
         return [state_D for state_D in last if state_D is not None]
 
     def grow(
@@ -323,22 +339,13 @@ class DraftCache:
         depths_BT: Tensor,
         visible_BNT: Tensor,
         run: Callable[..., Tensor],
+        cache: TreeCache | None = None,
     ) -> Tensor:
         """Feed the tail's last N of T nodes and return their outputs [B, N, D].
 
         The first T - N were fed before. Depth 0 is the first column after the committed ones.
         """
-        return self._pass(self._cache, inputs, depths_BT, visible_BNT, run)
-
-    def _pass(
-        self,
-        cache: TreeCache,
-        inputs: Sequence[Tensor],
-        depths_BT: Tensor,
-        visible_BNT: Tensor,
-        run: Callable[..., Tensor],
-    ) -> Tensor:
-        """Run `run` on nodes that follow the committed columns of `cache`."""
+        cache = cache or self._cache
         like = inputs[0]
         num_nodes, num_tail = visible_BNT.shape[1:]
         lengths = cache.lengths

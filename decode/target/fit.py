@@ -22,11 +22,7 @@ _NEEDED = ("position_ids", "attention_mask")
 
 
 def check_fit(model: PreTrainedModel) -> None:
-    """Check that tree passes can be correct with a model.
-
-    Raises:
-        UnsupportedError: they cannot.
-    """
+    """Raise UnsupportedError unless tree passes can be correct with a model."""
     config = model.config.get_text_config(decoder=True)
     if is_recurrent(model):
         # Decoding such a model works nevertheless: see `recurrent.py`.

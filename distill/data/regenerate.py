@@ -33,7 +33,7 @@ def regenerate(
     """
     tokens: list[list[int]] = [[] for _ in samples]
     loss_mask: list[list[bool]] = [[] for _ in samples]
-    spans = [list(_split_spans(sample)) for sample in samples]
+    spans = [list(split_spans(sample)) for sample in samples]
     for turn in range(max(len(each) for each in spans)):
         pending, limits = [], []
         for index, each in enumerate(spans):
@@ -76,7 +76,7 @@ def regenerate(
     return [sample for sample in made if sum(sample.loss_mask) >= SHORTEST]
 
 
-def _split_spans(sample: Sample) -> Iterator[tuple[list[int], list[int]]]:
+def split_spans(sample: Sample) -> Iterator[tuple[list[int], list[int]]]:
     """Yield pairs of a span outside the loss and the span in the loss after it, in order."""
     loss_mask = [False] * sample.given + sample.loss_mask[sample.given :]
     before: list[int] = []

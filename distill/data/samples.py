@@ -12,7 +12,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,13 @@ class Sample:
     given: int = 0
     messages: tuple[Message, ...] = ()
     ends: frozenset[int] = frozenset()
+
+
+class HasTokens(Protocol):
+    """Something of a length in tokens, to put into batches."""
+
+    @property
+    def tokens(self) -> list[int]: ...
 
 
 def read_samples(
@@ -293,7 +300,7 @@ def split(samples: Sequence[Sample], *, held_out: int, seed: int) -> tuple[list[
 
 
 def batches(
-    samples: Sequence[Sample],
+    samples: Sequence[HasTokens],
     *,
     batch_tokens: int,
     steps: int | None,
@@ -311,7 +318,7 @@ def batches(
 
 
 def pack_sequences(
-    samples: Sequence[Sample],
+    samples: Sequence[HasTokens],
     *,
     width: int,
     batch_tokens: int,
@@ -331,7 +338,7 @@ def pack_sequences(
 
 
 def _shuffle_epochs(
-    samples: Sequence[Sample],
+    samples: Sequence[HasTokens],
     fill: Callable[[Sequence[int]], list[list[int]]],
     batch_tokens: int,
     epochs: int | None,
@@ -351,7 +358,7 @@ def _shuffle_epochs(
         yield made
 
 
-def _fill(samples: Sequence[Sample], chosen: Sequence[int], width: int) -> list[list[int]]:
+def _fill(samples: Sequence[HasTokens], chosen: Sequence[int], width: int) -> list[list[int]]:
     """Pack the chosen samples into rows: longest first, each into the first row with room."""
     rows: list[list[int]] = []
     room: list[int] = []
@@ -367,7 +374,7 @@ def _fill(samples: Sequence[Sample], chosen: Sequence[int], width: int) -> list[
 
 
 def by_length(
-    samples: Sequence[Sample], chosen: Sequence[int], batch_tokens: int
+    samples: Sequence[HasTokens], chosen: Sequence[int], batch_tokens: int
 ) -> list[list[int]]:
     """Group the chosen samples by length into batches as large as `batch_tokens` allows."""
     made: list[list[int]] = [[]]

@@ -8,23 +8,25 @@ Shapes: B texts of a batch, L tokens, R tokens in the loss, V vocabulary.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spectool.checkpoint.artifact import ArtifactWriter
 from spectool.checkpoint.dense import write_dense
 from spectool.checkpoint.tensors import Checkpoint, torch_dtype
-from spectool.distill.data.samples import Sample, pad
+from spectool.distill.data.samples import HasTokens, Sample, pad
 from spectool.distill.objective import Objective, seeded
+from spectool.distill.weights import TrainedWeights
 from spectool.errors import UnsupportedError
 from spectool.model.architecture import Architecture
 from spectool.model.matrices import saved_bytes
+from spectool.report import Reporter
 from spectool.training import History, Metrics, Recipe, make_optimizer
 
 # Number of evaluations on held-out text in a training.
@@ -33,11 +35,15 @@ _NUM_EVALUATIONS = 10
 
 @dataclass(frozen=True, slots=True)
 class TextBatches:
-    """Samples to train on, the indices of each step's, and held-out samples by batch."""
+    """Samples to train on, of at most `seq_len` tokens, and held-out samples by batch.
+
+    `group` puts samples, or anything with `tokens`, into the batches of the steps: their indices.
+    """
 
     samples: Sequence[Sample]
-    batches: Sequence[Sequence[int]]
+    group: Callable[[Sequence[HasTokens]], Sequence[Sequence[int]]]
     held_out: Sequence[Sequence[Sample]]
+    seq_len: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +52,11 @@ class WeightTask:
 
     `model` is trained, in float32. `source`, of `architecture`, is the checkpoint whose files are
     written again with the changed weights. `learning_rate` None: the objective's default. `record`
-    is stored with the result.
+    is stored with the result. `optimizer` is one of `training.OPTIMIZERS`.
     """
 
     name: str
-    model: nn.Module
+    model: PreTrainedModel
     source: Checkpoint
     architecture: Architecture
     texts: TextBatches
@@ -59,38 +65,42 @@ class WeightTask:
     device: torch.device
     seed: int
     record: Mapping[str, Any]
+    optimizer: str = "adamw"
 
 
 class WeightObjective(Objective):
-    """Objective that changes weights. A method's constructor takes the task and its `Config`."""
+    """Objective that changes weights. A method's constructor takes the task and its `Config`.
+
+    `needs_teacher`: there is nothing to learn without one. `generated_tokens`: how many tokens the
+    model generates at most before the training, for the plan.
+    """
 
     learning_rate: ClassVar[float]
+    needs_teacher: ClassVar[bool] = False
+    generated_tokens = 0
 
-    def __init__(self, task: WeightTask, module: nn.Module) -> None:
-        """Train the parameters of `module` that require a gradient; it is called as the model."""
-        self.task, self.name, self.module = task, task.name, module
+    def __init__(self, task: WeightTask, weights: TrainedWeights) -> None:
+        self.task, self.name = task, task.name
+        self.weights, self.module = weights, weights.module
         self.optimizer = make_optimizer(
-            "adamw",
-            [p for p in module.parameters() if p.requires_grad],
+            task.optimizer,
+            [p for p in self.module.parameters() if p.requires_grad],
             rate=self.learning_rate if task.learning_rate is None else task.learning_rate,
             betas=(0.9, 0.999),
             weight_decay=0.0,
         )
-        steps = len(task.texts.batches)
-        every = max(1, math.ceil(steps / _NUM_EVALUATIONS))
-        self.recipe = Recipe(steps=steps, warmup=0.1, every=every)
+        self.batches = task.texts.group(task.texts.samples)
+        self.recipe = make_recipe(len(self.batches))
 
-    @abstractmethod
-    def changed(self) -> dict[str, Tensor]:
-        """Return the changed tensors by the model's names, in its memory; called at the end.
+    def prepare(self, writer: ArtifactWriter, reporter: Reporter) -> None:
+        """Make what the training needs besides texts, with the model as it is before training.
 
-        Afterwards `module` computes with them. The plan also calls it, of a model without values.
+        Parts that are stored in the writer's directory are not made again by a resumed run.
         """
 
     def accumulate(self, step: int) -> Metrics:
         """Add a step's gradients; dropout depends on seed and step only."""
-        texts = self.task.texts
-        samples = [texts.samples[i] for i in texts.batches[step]]
+        samples = [self.task.texts.samples[i] for i in self.batches[step]]
         self.module.train()
         with seeded(f"{self.task.seed}/{step}", self.task.device):
             nats, divergence = self.losses(samples)
@@ -121,11 +131,12 @@ class WeightObjective(Objective):
         assert writer is not None, "runs in one process"
         assert history.best is not None
         replaced: dict[str, Tensor] = {}
-        for name, tensor in self.changed().items():
-            stored = self.task.architecture.origins[name].stored[0][0]
-            # A half type rounds small updates away: what is reported is what was written.
-            entry = self.task.source.layout.tensors[stored]
-            replaced[stored] = tensor.copy_(tensor.to(torch_dtype(entry)))
+        for name, tensor in self.weights.changed().items():
+            for stored in self.task.architecture.stored_names(name):
+                # A half type rounds small updates away: what is reported is what was written.
+                entry = self.task.source.layout.tensors[stored]
+                replaced[stored] = tensor.copy_(tensor.to(torch_dtype(entry)))
+        self.module = self.weights.module
         history.best = {**history.best, **self.evaluate()}
         training = {**self.task.record, "evaluations": history.evaluations, "best": history.best}
         write_dense(writer, self.task.source, replaced, training)
@@ -133,13 +144,13 @@ class WeightObjective(Objective):
     def losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
         """Return the means over the tokens in the loss of -log p and, with a teacher, of the KL."""
         tokens_BL, loss_mask_BL = (each.to(self.task.device) for each in pad(samples))
-        logits_BLV = _read_logits(self.module, tokens_BL)
+        logits_BLV = read_logits(self.module, tokens_BL)
         labels_BL = tokens_BL[:, 1:].masked_fill(~loss_mask_BL[:, 1:], -100)
         nats = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten())
         if self.task.teacher is None:
             return nats, None
         with torch.no_grad():
-            teacher_BLV = _read_logits(self.task.teacher, tokens_BL)
+            teacher_BLV = read_logits(self.task.teacher, tokens_BL)
         # Models of one tokenizer may pad its vocabulary differently.
         size = min(teacher_BLV.shape[-1], logits_BLV.shape[-1])
         teacher_RV, logits_RV = (
@@ -153,7 +164,12 @@ class WeightObjective(Objective):
         )
 
 
-def _read_logits(model: Any, tokens_BL: Tensor) -> Tensor:
+def make_recipe(steps: int, warmup: float = 0.1) -> Recipe:
+    """Return the schedule of a training of weights, with ten evaluations."""
+    return Recipe(steps=steps, warmup=warmup, every=max(1, math.ceil(steps / _NUM_EVALUATIONS)))
+
+
+def read_logits(model: Any, tokens_BL: Tensor) -> Tensor:
     """Return the logits [B, L - 1, V] after each token but the last, in float32."""
     logits: Tensor = model(input_ids=tokens_BL, use_cache=False).logits[:, :-1].float()
     return logits

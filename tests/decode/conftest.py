@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectool.decode import engine, tree
+from spectool.decode import engine
 from spectool.decode.options import SamplingParams
 from spectool.decode.policy import curve
 from spectool.decode.policy import tuned as tuned_module
@@ -19,6 +19,8 @@ from spectool.decode.protocol import Drafter, Needs, Outcome, PrefilledPrompt
 from spectool.decode.request import Request
 from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft, Kind
+
+from .trees import trie
 
 Continuation = Callable[[Sequence[int], int], list[int]]
 
@@ -43,7 +45,7 @@ class Scripted(Drafter):
         drafts = []
         for request, limit in zip(requests, budget, strict=True):
             paths = [path[:limit] for path in self.script(list(request.tokens), limit)]
-            drafts.append(tree.trie(request.tokens[-1], paths, nodes=64))
+            drafts.append(trie(request.tokens[-1], paths, nodes=64))
         return drafts
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:

@@ -16,6 +16,8 @@ from spectool.decode.generate import Runner
 from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.target.masks import tree_mask
 
+from .trees import trie
+
 Tiny = Callable[..., PreTrainedModel]
 
 
@@ -38,8 +40,8 @@ def test_committed_rows_are_those_of_a_fresh_pass(tiny: Tiny, family: str) -> No
     target.prefill(cache, [list(range(2, 62)), list(range(2, 9))])
     for _ in range(3):
         drafts = [
-            tree.trie(70, [[71, 72], [73, 74, 75], [73, 76, 77]], nodes=9),
-            tree.trie(80, [[81], [82, 83]], nodes=9),
+            trie(70, [[71, 72], [73, 74, 75], [73, 76, 77]], nodes=9),
+            trie(80, [[81], [82, 83]], nodes=9),
         ]
         target.verify(cache, drafts)
         cache.commit([draft.tokens for draft in drafts], [[0, 3, 6, 7], [0, 2, 3]])
@@ -66,7 +68,7 @@ def test_wide_trees_near_the_context_grow_the_buffers_once(tiny: Tiny) -> None:
     target.prefill(cache, [list(range(2, 62))])
     seen = []
     for num_nodes in range(130, 170):
-        draft = tree.trie(5, [[token] for token in range(2, num_nodes + 2)], nodes=num_nodes)
+        draft = trie(5, [[token] for token in range(2, num_nodes + 2)], nodes=num_nodes)
         target.verify(cache, [draft])
         cache.commit([draft.tokens], [[0]])
         seen.append(cache.capacity)
@@ -102,7 +104,7 @@ def test_joined_rows_continue_as_they_do_alone(tiny: Tiny, family: str) -> None:
             for field, held in zip(store.fields, fields, strict=False):
                 for row, length in enumerate(before):
                     assert torch.equal(field[row, :, :length], held[row, :, :length])
-    drafts = [tree.trie(5 + b, [[6, 7], [8, 9 + b]], nodes=5) for b in range(3)]
+    drafts = [trie(5 + b, [[6, 7], [8, 9 + b]], nodes=5) for b in range(3)]
     paths = [[0, 3, 4], [0, 1], [0]]
     for _ in range(3):
         found = target.verify(joined, drafts).logits_BNV

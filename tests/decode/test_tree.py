@@ -9,13 +9,15 @@ import torch
 
 from spectool.decode import tree
 
+from .trees import path_to, trie
+
 
 def test_trie_shares_beginnings_and_keeps_order() -> None:
-    draft = tree.trie(9, [[1, 2, 3], [1, 2, 4], [5], [1, 2, 3]], nodes=10)
+    draft = trie(9, [[1, 2, 3], [1, 2, 4], [5], [1, 2, 3]], nodes=10)
     assert draft.tokens == [9, 1, 2, 3, 4, 5]
     assert draft.parents == [-1, 0, 1, 2, 2, 0]
     assert draft.depths == [0, 1, 2, 3, 3, 1]
-    assert draft.path(4) == [0, 1, 2, 4]
+    assert path_to(draft, 4) == [0, 1, 2, 4]
     assert not draft.is_chain
 
 
@@ -28,7 +30,7 @@ def test_trie_stops_at_its_size_and_reads_no_further(nodes: int) -> None:
             read.append(token)
             yield [token, token]
 
-    draft = tree.trie(9, paths(), nodes=nodes)
+    draft = trie(9, paths(), nodes=nodes)
     assert len(draft) == nodes + 1
     assert len(read) <= nodes
 
@@ -61,5 +63,5 @@ def test_ancestor_mask_is_ancestry() -> None:
     visible = tree.ancestor_mask(torch.tensor(parents), deepest)
     for row, draft in enumerate(drafts):
         for node in range(12):
-            seen = set(draft.path(node)) if node < len(draft) else {node}
+            seen = set(path_to(draft, node)) if node < len(draft) else {node}
             assert set(visible[row, node].nonzero()[:, 0].tolist()) == seen

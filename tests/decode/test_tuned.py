@@ -29,6 +29,7 @@ from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft, Kind
 
 from .conftest import request_of
+from .trees import path_to
 
 Tiny = Callable[..., PreTrainedModel]
 NONE: Any = None
@@ -62,9 +63,9 @@ class Fixed(Drafter):
         clock: Any,
         *,
         seconds: float = 0.0,
-        combines: bool = True,
+        can_be_cut: bool = True,
     ) -> None:
-        self.draft, self.clock, self.seconds, self.combines = draft, clock, seconds, combines
+        self.draft, self.clock, self.seconds, self.can_be_cut = draft, clock, seconds, can_be_cut
         self.budgets: list[int] = []
 
     def kinds(self, sampling: SamplingParams) -> tuple[Kind, ...]:
@@ -79,7 +80,7 @@ class Fixed(Drafter):
 
 def tune(drafter: Fixed, curve: Curve) -> Tuned:
     """Return the policy that tunes a drafter."""
-    tuned = Tuned(NONE, curve, cuts=drafter.combines)
+    tuned = Tuned(NONE, curve, cuts=drafter.can_be_cut)
     drafter.policies = [tuned]
     return tuned
 
@@ -108,7 +109,7 @@ def accept_none(draft: Draft) -> list[int]:
 
 
 def accept_all(draft: Draft) -> list[int]:
-    return draft.path(len(draft) - 1)
+    return path_to(draft, len(draft) - 1)
 
 
 def chain_of(limit: int) -> Draft:
@@ -324,12 +325,12 @@ def test_nodes_count_where_their_parent_stood(clock: Any) -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.02, 0.3, 4.0])
 @pytest.mark.parametrize("slope", [0.02, 0.3])
-@pytest.mark.parametrize("combines", [True, False])
+@pytest.mark.parametrize("can_be_cut", [True, False])
 def test_drafting_that_never_pays_costs_little(
-    clock: Any, slope: float, seconds: float, combines: bool
+    clock: Any, slope: float, seconds: float, can_be_cut: bool
 ) -> None:
     """At most two plain steps, two rounds that overdraw the credit, and 2 % of all steps."""
-    inner = Fixed(chain_of, clock, seconds=seconds, combines=combines)
+    inner = Fixed(chain_of, clock, seconds=seconds, can_be_cut=can_be_cut)
     tune(inner, line(slope))
     dearest, rounds = 0.0, 3000
     for _ in range(rounds):
@@ -371,11 +372,11 @@ def test_a_bad_spell_is_outlived_by_what_was_gained(clock: Any) -> None:
     assert 1 < lengths[0] < lengths[1] / 2
 
 
-@pytest.mark.parametrize("combines", [True, False])
+@pytest.mark.parametrize("can_be_cut", [True, False])
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_an_early_disturbance_is_outlived(clock: Any, combines: bool, at: int) -> None:
+def test_an_early_disturbance_is_outlived(clock: Any, can_be_cut: bool, at: int) -> None:
     """A draft that took as long as 500 steps, once, on a model of which a step takes no time."""
-    inner = Fixed(chain_of, clock, combines=combines)
+    inner = Fixed(chain_of, clock, can_be_cut=can_be_cut)
     tune(inner, line(0.1))
     for number in range(1, 300):
         inner.seconds = 62.5 if number == at else 0.01
@@ -401,7 +402,7 @@ def test_a_debt_has_a_limit(clock: Any) -> None:
 
 def test_the_depth_is_where_tokens_stop_standing(clock: Any) -> None:
     """One token more is tried now and then."""
-    inner = Fixed(chain_of, clock, combines=False)
+    inner = Fixed(chain_of, clock, can_be_cut=False)
     tune(inner, line(0.1))
     for _ in range(100):
         play(inner, lambda draft: list(range(min(len(draft), 4))), line(0.1), clock)
@@ -414,7 +415,7 @@ def test_the_depth_brings_the_most_tokens_a_second(clock: Any) -> None:
     noise, found = random.Random(5), set()
     for _ in range(40):
         slope, seconds = noise.choice([0.02, 0.1, 0.3]), noise.choice([0.01, 0.1, 0.3])
-        inner = Fixed(chain_of, clock, seconds=seconds, combines=False)
+        inner = Fixed(chain_of, clock, seconds=seconds, can_be_cut=False)
         tuned = tune(inner, line(slope))
         # Measures the cost of a level.
         propose(inner, [99])
@@ -435,7 +436,7 @@ def test_the_depth_brings_the_most_tokens_a_second(clock: Any) -> None:
 
 
 def test_the_depth_stays_in_the_budget(clock: Any) -> None:
-    inner = Fixed(chain_of, clock, combines=False)
+    inner = Fixed(chain_of, clock, can_be_cut=False)
     tune(inner, line(0))
     # The first draft is one level deep, since the cost of a level is not known.
     assert len(propose(inner, [99])[0]) == 2
@@ -444,7 +445,7 @@ def test_the_depth_stays_in_the_budget(clock: Any) -> None:
 
 
 def test_levels_that_cost_more_than_they_bring_are_not_drafted(clock: Any) -> None:
-    inner = Fixed(chain_of, clock, seconds=1.5, combines=False)
+    inner = Fixed(chain_of, clock, seconds=1.5, can_be_cut=False)
     tune(inner, line(0))
     for _ in range(50):
         play(inner, accept_all, line(0), clock)
@@ -499,7 +500,7 @@ def test_greedy_text_does_not_depend_on_time(
             inner = runner.open(spec)
         # A random curve, steeper or flatter.
         points = {size: noise.uniform(0.5, 1) * (1 + seed / 10 * size) for size in SIZES}
-        inner.policies = [Tuned(runner.target, Curve(points), cuts=inner.combines)]
+        inner.policies = [Tuned(runner.target, Curve(points), cuts=inner.can_be_cut)]
         runner.use(inner)
         results = runner.generate(prompts, max_new_tokens=limits, batch_size=batch_size)
         assert [r.token_ids for r in results] == [r.token_ids for r in plain]
@@ -520,7 +521,7 @@ def test_a_drafter_observes_rounds_that_it_did_not_draft_in(
         if spec == "draft_model"
         else runner.open(spec)
     )
-    tuned = Tuned(runner.target, line(0), cuts=inner.combines)
+    tuned = Tuned(runner.target, line(0), cuts=inner.can_be_cut)
     tuned._credit, tuned._resting = 0.25, True
     inner.policies = [tuned]
     runner.use(inner)

@@ -16,6 +16,8 @@ from spectool.decode.tree import Draft
 from spectool.decode.verify import Verdict, Verifier, choose_verifier, resolve_paths, walk
 from spectool.errors import UsageError
 
+from .trees import path_to, trie
+
 LogProbs = dict[tuple[int, ...], Tensor]
 
 
@@ -97,7 +99,9 @@ def sequence_probs(p: LogProbs, vocab: int, length: int, start: tuple[int, ...] 
 
 
 def node_probs(p: LogProbs, draft: Draft) -> Tensor:
-    rows = [p[tuple(draft.tokens[n] for n in draft.path(node)[1:])] for node in range(len(draft))]
+    rows = [
+        p[tuple(draft.tokens[n] for n in path_to(draft, node)[1:])] for node in range(len(draft))
+    ]
     return torch.stack(rows)
 
 
@@ -263,7 +267,7 @@ def test_siblings_are_worth_their_nodes() -> None:
 
 
 def test_typical_takes_the_longest_path_of_likely_tokens() -> None:
-    draft = tree.trie(0, [[1], [2, 3]], nodes=3)
+    draft = trie(0, [[1], [2, 3]], nodes=3)
     flat, sharp = torch.full((8,), 0.125), torch.tensor([0.0, 0.0, 0.02, 0.98, 0, 0, 0, 0])
     probs = torch.stack([flat, flat, sharp, sharp])
     [(path, _)], _ = resolve_paths([draft], [verify.typical(draft, probs, Branches([]))])
@@ -276,7 +280,7 @@ def test_typical_takes_the_longest_path_of_likely_tokens() -> None:
 def random_tree(seed: int, vocab: int, depth: int, paths: int) -> Draft:
     noise = random.Random(seed)
     found = [[noise.randrange(vocab) for _ in range(depth)] for _ in range(paths)]
-    return tree.trie(0, found, nodes=5)
+    return trie(0, found, nodes=5)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -326,14 +330,14 @@ def test_planted_faults_are_found() -> None:
         (verify.rejection, stale),
         (verify.rejection, [(as_if_drawn, 1.0)]),
         (verify.greedy, [(topk, 1.0)]),
-        (drawn_per_child, [(tree.trie(0, [[0], [1]], nodes=2), 1.0)]),
+        (drawn_per_child, [(trie(0, [[0], [1]], nodes=2), 1.0)]),
     ]
     for verifier, drafts in faulty:
         assert worst_error(verifier, drafts, p, 3, 3) > 1e-2
 
 
 def test_walk_follows_the_longest_accepted_path() -> None:
-    draft = tree.trie(0, [[1, 2], [3, 4], [3, 5, 6]], nodes=9)
+    draft = trie(0, [[1, 2], [3, 4], [3, 5, 6]], nodes=9)
     # tokens: 0 | 1 2 | 3 4 | 5 6 at nodes 0..6
     emit = [3, 9, 9, 5, 9, 7, 9]
     assert walk(draft, emit, None) == ([0, 3, 5], 7)

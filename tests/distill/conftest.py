@@ -74,3 +74,14 @@ def storing_always(original: Any) -> Any:
     return lambda self, **given: original(
         self, **{**given, "save_seconds": -1, "save_share": math.inf}
     )
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """`endless(model)` removes the end-of-text token for the length of the test."""
+
+    def remove(model: Any) -> Any:
+        monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+        return model
+
+    return remove

@@ -45,8 +45,11 @@ def text(tmp_path: Path) -> str:
 
 
 def train(source: Path, out: Path, text: str, method: str = "lora", **asked: Any) -> Any:
-    config = import_method(method, "objective").Config(**({"rank": 4} if method == "lora" else {}))
+    own = {"lora": {"rank": 4}, "consistency": {"block": 4, "new_tokens": 16}}
+    config = import_method(method, "objective").Config(**own.get(method, {}))
     options = {"steps": 12, "seq_len": 48, "batch_tokens": 192, "learning_rate": 2e-2, **asked}
+    if method == "logits":
+        options.setdefault("teacher", str(source))
     job = WeightsJob(method=method, config=config, data=(text,), **options)
     return train_weights(open_checkpoint(source), out, job)
 
@@ -98,7 +101,7 @@ def test_a_step_is_the_gradient_of_the_equations(checkpoint: Checkpoints) -> Non
         plain = load_model(source, dtype=torch.float32)
         task = WeightTask(
             name="lora", model=model, source=source, architecture=Architecture(source),
-            texts=TextBatches(samples, [[0, 1]], [samples]), teacher=teacher,
+            texts=TextBatches(samples, lambda _: [[0, 1]], [samples], 6), teacher=teacher,
             device=torch.device("cpu"), seed=0, record={},
         )  # fmt: skip
         objective = LoRA(task, LoRA.Config(rank=3))
@@ -108,7 +111,7 @@ def test_a_step_is_the_gradient_of_the_equations(checkpoint: Checkpoints) -> Non
                 if "lora_B" in name:
                     parameter += 0.05
         found = objective.evaluate()
-        merged = objective.changed()
+        merged = objective.weights.changed()
         nats: list[float] = []
         divergences: list[float] = []
         with torch.no_grad():
@@ -134,7 +137,7 @@ def test_updates_start_as_nothing_and_a_quarter_of_them_is_merged(checkpoint: Ch
     source = open_checkpoint(checkpoint("gpt2"))
     task = WeightTask(
         name="lora", model=load_model(source, dtype=torch.float32), source=source,
-        architecture=Architecture(source), texts=TextBatches([], [], []),
+        architecture=Architecture(source), texts=TextBatches([], lambda _: [], [], 8),
         device=torch.device("cpu"), seed=0, record={},
     )  # fmt: skip
     objective = LoRA(task, LoRA.Config(rank=2))
@@ -146,7 +149,7 @@ def test_updates_start_as_nothing_and_a_quarter_of_them_is_merged(checkpoint: Ch
     with torch.no_grad():
         b.copy_(torch.randn_like(b))
         update_nm = b @ a / 4
-    merged = objective.changed()["transformer.h.0.mlp.c_fc.weight"]
+    merged = objective.weights.changed()["transformer.h.0.mlp.c_fc.weight"]
     torch.testing.assert_close(merged, before + update_nm.T)
 
 

@@ -46,11 +46,7 @@ _SPECULATORS = "0.9.0"
 
 
 def _eagle3_tensors(heads: Heads, tensors: Mapping[str, Tensor], vocab: int) -> dict[str, Tensor]:
-    """Return the tensors under the EAGLE-3 authors' names; guess i has the id i + `d2t[i]`.
-
-    Raises:
-        UnsupportedError: the heads share an lm_head that has a bias.
-    """
+    """Return the tensors under the EAGLE-3 authors' names; guess i has the id i + `d2t[i]`."""
     written = {name: tensor for name, tensor in tensors.items() if name != "token_map"}
     if heads.own_lm_head(0) is None:
         if heads.frozen.bias_V is not None and heads.frozen.bias_V.any():
@@ -70,11 +66,7 @@ def _eagle3_tensors(heads: Heads, tensors: Mapping[str, Tensor], vocab: int) -> 
 def _write_eagle3(
     heads: Heads, tensors: Mapping[str, Tensor], model: PreTrainedModel, target: str
 ) -> Written:
-    """Return config and tensors as the authors of EAGLE-3 store them.
-
-    Raises:
-        UnsupportedError: the target scales its embedding.
-    """
+    """Return config and tensors as the authors of EAGLE-3 store them."""
     embedding = model.get_input_embeddings()
     if isinstance(embedding, EmbeddingRows):
         embedding = embedding.embedding
@@ -156,11 +148,7 @@ def _layer_entries(layer: LlamaConfig, vocab: int) -> dict[str, Any]:
 
 
 def _fused_layer_ids(heads: Heads) -> dict[str, Any]:
-    """Return the config entries for the target states that the heads fuse.
-
-    Raises:
-        UnsupportedError: they are not three.
-    """
+    """Return the config entries for the target states that the heads fuse."""
     layers = heads.needs.layers
     if len(layers) != 3:
         raise UnsupportedError(
@@ -235,12 +223,7 @@ def read(
 
 
 def _read_token_ids(path: Path, stored: Mapping[str, Tensor], size: int, vocab: int) -> Tensor:
-    """Return the target's ids of lm_head's rows: row i is token i + `d2t[i]`.
-
-    Raises:
-        CheckpointError: `d2t` is absent although rows and tokens differ in number, has another
-            length, or contradicts `t2d`.
-    """
+    """Return the target's ids of lm_head's rows: row i is token i + `d2t[i]`."""
     offsets = stored.get("d2t")
     if offsets is None:
         if size != vocab:
@@ -266,11 +249,7 @@ def _read_token_ids(path: Path, stored: Mapping[str, Tensor], size: int, vocab: 
 
 
 def _check_layer(path: Path, entries: dict[str, Any], target: Any) -> None:
-    """Check that the draft layer has the shape that ours would have for this target.
-
-    Raises:
-        UnsupportedError: it has another.
-    """
+    """Check that the draft layer has the shape that ours would have for this target."""
     wanted = make_layer_config(build_meta(target))
     known = {name: value for name, value in entries.items() if value is not None}
     found = LlamaConfig.from_dict(known)

@@ -26,11 +26,7 @@ from spectool.errors import CheckpointError, UnsupportedError
 def _write(
     heads: Heads, tensors: Mapping[str, Tensor], model: PreTrainedModel, target: str
 ) -> Written:
-    """Return config and tensors of Medusa heads under vLLM's names.
-
-    Raises:
-        UnsupportedError: an lm_head has a bias.
-    """
+    """Return config and tensors of Medusa heads under vLLM's names."""
     biased = [name for name in tensors if name.endswith("lm_head.bias")]
     biases = [tensors[name] for name in biased]
     if heads.own_lm_head(0) is None and heads.frozen.bias_V is not None:

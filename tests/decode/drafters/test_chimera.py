@@ -20,6 +20,7 @@ from spectool.distill.teacher import read_features
 from spectool.training import TrainingBatch
 
 from ...conftest import DENSE
+from ..trees import path_to
 from . import bare
 from .bare import bare_model, check_loss, llama_layer, make_batch
 
@@ -128,14 +129,16 @@ def test_trees_are_those_of_a_loop_over_their_paths(
     def checked(rows: Any, budget: Any) -> Any:
         drafts = propose(rows, budget)
         if max(budget) > 0:
-            assert drafter._draft_cache.lengths == [len(request.tokens) - 1 for request in rows]
+            assert drafter._draft_cache._cache.lengths == [
+                len(request.tokens) - 1 for request in rows
+            ]
         for request, draft in zip(rows, drafts, strict=True):
             final_LD = read_features(
                 runner.target, torch.tensor([request.tokens[:-1]]), heads.needs
             )["final"][0]
             torch.testing.assert_close(drafter._states[request], final_LD[-1])
             for node in range(1, len(draft)):
-                above = [draft.tokens[n] for n in draft.path(draft.parents[node])]
+                above = [draft.tokens[n] for n in path_to(draft, draft.parents[node])]
                 read = chain(heads, final_LD, request.tokens[:-1] + above, whole)
                 guesses = heads.guess(read, len(above) - 1, TOP)
                 assert draft.tokens[node] == guesses[draft.sources[node][-1]]

@@ -20,6 +20,7 @@ from spectool.decode.target.attention import AttentionTarget
 from spectool.distill.teacher import read_features
 from spectool.training import TrainingBatch
 
+from ..trees import path_to
 from . import bare
 from .bare import bare_model, check_loss, llama_layer, make_batch, rms
 
@@ -162,7 +163,7 @@ def test_trees_are_those_of_a_loop_over_their_paths(
             state_D = drafter._states[request]
             torch.testing.assert_close(state_D, h_1LD[0, -1], rtol=1e-4, atol=1e-5)
             for node in range(1, len(draft)):
-                above = [draft.tokens[n] for n in draft.path(draft.parents[node])[1:]]
+                above = [draft.tokens[n] for n in path_to(draft, draft.parents[node])[1:]]
                 guesses = heads.guess(chain(heads, state_D, above)[None], len(above), TOP)[0]
                 assert draft.tokens[node] == guesses[draft.sources[node][-1]]
                 seen[0] += 1

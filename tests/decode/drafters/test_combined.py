@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from spectool.decode import tree
 from spectool.decode.drafters.combined import Combined
-from spectool.decode.drafters.jacobi import JacobiDrafter
 from spectool.decode.drafters.ngram import NgramDrafter
 from spectool.decode.drafters.recycle import RecycleDrafter
 from spectool.decode.generate import Runner
@@ -20,6 +18,7 @@ from spectool.decode.tree import Draft
 from spectool.errors import UsageError
 
 from ..conftest import request_of
+from ..trees import path_to, trie
 
 Scripted = Callable[..., Any]
 Path = tuple[int, ...]
@@ -27,7 +26,7 @@ Path = tuple[int, ...]
 
 def paths_of(draft: Draft) -> list[Path]:
     """Return the path of tokens to each node, in the order of the nodes."""
-    return [tuple(draft.tokens[at] for at in draft.path(node)) for node in range(len(draft))]
+    return [tuple(draft.tokens[at] for at in path_to(draft, node)) for node in range(len(draft))]
 
 
 def random_paths(seed: int) -> list[list[int]]:
@@ -43,7 +42,7 @@ def merged(scripted: Scripted, scripts: Sequence[list[list[int]]], nodes: int = 
 def test_the_tree_is_the_union_the_first_drafters_nodes_first(scripted: Scripted) -> None:
     for seed in range(0, 60, 3):
         scripts = [random_paths(seed + which) for which in range(3)]
-        each = [paths_of(tree.trie(9, paths, nodes=64)) for paths in scripts]
+        each = [paths_of(trie(9, paths, nodes=64)) for paths in scripts]
         draft = merged(scripted, scripts)
         found = paths_of(draft)
         assert found == list(dict.fromkeys(path for paths in each for path in paths))
@@ -90,9 +89,11 @@ def test_needs_are_all_of_theirs(scripted: Scripted) -> None:
     assert combined.name == "scripted+scripted+scripted"
 
 
-def test_a_drafter_that_does_not_share_is_refused() -> None:
-    with pytest.raises(UsageError, match="--draft ngram\\+jacobi: jacobi does not share a tree"):
-        Combined([NgramDrafter(), JacobiDrafter()], 9)
+def test_a_drafter_that_does_not_share_is_refused(scripted: Scripted) -> None:
+    alone = scripted(lambda tokens, limit: [])
+    alone.combines = False
+    with pytest.raises(UsageError, match="--draft ngram\\+scripted: scripted does not share a"):
+        Combined([NgramDrafter(), alone], 9)
 
 
 def test_all_hear_of_everything(

@@ -20,6 +20,7 @@ from spectool.distill.teacher import read_features
 from spectool.errors import UsageError
 
 from ...conftest import VOCAB
+from ..trees import path_to
 from . import bare
 from .bare import bare_model, check_loss, make_batch, rms
 
@@ -165,14 +166,15 @@ def test_trees_are_those_of_a_search(
         drafts, deepest = propose(rows, budget), min(3, max(budget))
         if deepest == 0:
             return drafts
-        assert drafter._draft_cache.lengths == [len(request.tokens) - 1 for request in rows]
+        assert drafter._draft_cache._cache.lengths == [len(request.tokens) - 1 for request in rows]
         for request, draft, limit in zip(rows, drafts, budget, strict=True):
             read = read_features(runner.target, torch.tensor([request.tokens[:-1]]), heads.needs)
             features = {name: value[0] for name, value in read.items()}
             step = StepByStep(heads, features, request.tokens)
             wanted = search(heads, step, config, deepest)
             paths = [
-                tuple(draft.tokens[n] for n in draft.path(node)[1:]) for node in range(len(draft))
+                tuple(draft.tokens[n] for n in path_to(draft, node)[1:])
+                for node in range(len(draft))
             ]
             assert paths[1:] == [path for path, _ in wanted if len(path) <= limit]
             seen[0] += len(draft) - 1

@@ -23,6 +23,7 @@ from spectool.distill.teacher import read_features
 from spectool.training import TrainingBatch
 
 from ...conftest import DENSE, VOCAB
+from ..trees import path_to
 from . import bare
 from .bare import bare_model, check_loss, llama_layer, make_batch
 
@@ -155,7 +156,7 @@ def test_trees_are_those_of_a_loop_over_their_paths(
             state_D = drafter._states[request]
             torch.testing.assert_close(state_D, final_1LD[0, -1], rtol=1e-4, atol=1e-5)
             for node in range(1, len(draft)):
-                above = [draft.tokens[n] for n in draft.path(draft.parents[node])]
+                above = [draft.tokens[n] for n in path_to(draft, draft.parents[node])]
                 out_D = state_of(heads, len(above) - 1, state_D, above)
                 guesses = heads.guess(out_D[None], len(above) - 1, TOP)[0].tolist()
                 assert draft.tokens[node] == guesses[draft.sources[node][-1]]

@@ -18,6 +18,7 @@ from spectool.decode.protocol import Outcome
 from spectool.decode.request import Request
 from spectool.decode.sampling import Draws
 from spectool.decode.tree import Draft
+from spectool.errors import UsageError
 
 from ..conftest import request_of
 
@@ -169,6 +170,7 @@ def test_a_position_is_drawn_anew_in_every_round(
     windows = []
     for _ in range(2):
         draft = Draft([request.tokens[-1], *range(8)], list(range(-1, 8)), ["deterministic"] * 9)
+        drafter._windows[request].path = draft.tokens
         request.tokens.append(7)
         probs_NV = torch.full((9, 320), 1 / 320)
         drafter.observe(
@@ -211,3 +213,57 @@ def test_requests_have_their_own_window(begin: Begin) -> None:
     assert drafter.propose(requests[1:], [2])[0].tokens == [200, 201, 202]
     begin(drafter, requests)
     assert drafter.propose(requests[:1], [2])[0].tokens[1:] != [101, 102]
+
+
+def test_the_window_is_found_in_a_tree_shared_with_others(begin: Begin) -> None:
+    """Predictions are read at the window's own nodes, also where the text took another path."""
+    drafter, request = JacobiDrafter(JacobiDrafter.Config(window=3)), request_of([5, 6])
+    begin(drafter, [request])
+    window = drafter.propose([request], [99])[0].tokens[1:]
+    # Nodes 1 to 4 are another drafter's; 2 and 5, 6 are the window's.
+    tokens, parents = [6, 70, window[0], 71, 72, window[1], window[2]], [-1, 0, 0, 1, 3, 2, 5]
+    draft = Draft(tokens, parents, ["deterministic"] * 7)
+    probs_NV = torch.eye(320)[100:107]
+    request.tokens += [70, 71]
+    drafter.observe(
+        [Outcome(request=request, draft=draft, path=[0, 1], next_token=71, probs_NV=probs_NV)]
+    )
+    # Positions after the new root: predicted after the window's second and third tokens.
+    assert drafter.propose([request], [99])[0].tokens[:3] == [71, 105, 106]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}])
+def test_joined_with_others_the_text_is_that_of_plain_decoding(
+    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], options: dict[str, Any]
+) -> None:
+    model, prompts = endless(tiny("llama")), [prompt_of(12), prompt_of(5)]
+    plain = Runner(model).generate(prompts, max_new_tokens=40, **options)
+    joined = Runner(model, draft="jacobi:window=4+recycle:nodes=20").generate(
+        prompts, max_new_tokens=40, batch_size=2, **options
+    )
+    assert [r.token_ids for r in joined] == [r.token_ids for r in plain]
+    assert sum(r.forwards for r in joined) < sum(r.forwards for r in plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}])
+def test_a_cap_ends_iterations_and_one_of_the_window_changes_nothing(
+    tiny: Tiny, endless: Any, prompt_of: Callable[..., list[int]], options: dict[str, Any]
+) -> None:
+    runner, prompts = Runner(endless(tiny("llama"))), [prompt_of(12), prompt_of(5)]
+
+    def decode(draft: str, **more: Any) -> list[Any]:
+        runner.use(draft)
+        return runner.generate(prompts, max_new_tokens=40, batch_size=2, **options, **more)
+
+    exact = decode("jacobi:window=6")
+    capped = decode("jacobi:window=6,cap=6", lossy=True)
+    assert [r.token_ids for r in capped] == [r.token_ids for r in exact]
+    assert all(r.lossless for r in exact) and not any(r.lossless for r in capped)
+    # Two passes settle a window: six tokens and the verifier's own, every second pass.
+    early = decode("jacobi:window=6,cap=1", lossy=True)
+    assert [r.token_ids for r in early] != [r.token_ids for r in exact]
+    assert all(r.forwards <= 2 + 2 * 40 / 7 for r in early)
+    with pytest.raises(UsageError, match="accepts some of its tokens untested"):
+        decode("jacobi:cap=3")
+    with pytest.raises(UsageError, match="jacobi does not share a tree"):
+        runner.use("jacobi:cap=3+recycle")

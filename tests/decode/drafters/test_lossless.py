@@ -21,6 +21,7 @@ SPECS = {
     "recycle": "recycle",
     "trigram": "trigram",
     "jacobi": "jacobi:window=6",
+    "jacobi joined": "jacobi:window=6+recycle",
     "skip": "skip:search=4",
     "combined": "ngram+recycle+trigram",
     "tuned": "ngram+recycle:tune",

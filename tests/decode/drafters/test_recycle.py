@@ -23,6 +23,7 @@ from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
 
 from ..conftest import request_of
+from ..trees import path_to
 
 Tiny = Callable[..., PreTrainedModel]
 Begin = Callable[..., None]
@@ -110,7 +111,7 @@ class Checked(RecycleDrafter):
             last = {draft.tokens[node]: node for node in range(len(draft))}
             last |= {draft.tokens[node]: node for node in path}
             for token, node in last.items():
-                leading = [draft.tokens[above] for above in draft.path(node)[1:]]
+                leading = [draft.tokens[above] for above in path_to(draft, node)[1:]]
                 assert_likeliest(known(self, token), logits_of(self.model, before + leading)[-1])
             self.rejected += len(set(last.values()) - set(path))
             self.repeated += len(draft) - len(last)
@@ -155,7 +156,7 @@ def test_what_was_never_seen_is_not_drafted(begin: Begin) -> None:
         4,
     ]
     assert set(draft.tokens) == {0, 3, 4, 5, 7}
-    paths = {tuple(draft.tokens[at] for at in draft.path(node)) for node in range(len(draft))}
+    paths = {tuple(draft.tokens[at] for at in path_to(draft, node)) for node in range(len(draft))}
     assert paths == {
         (7,), (7, 3), (7, 0), (7, 4), (7, 3, 7), (7, 3, 5), (7, 3, 7, 3), (7, 3, 7, 0), (7, 3, 7, 4)
     }  # fmt: skip

@@ -22,6 +22,7 @@ from spectool.decode.target.attention import AttentionTarget
 from spectool.errors import UnsupportedError
 
 from ..conftest import request_of
+from ..trees import path_to
 
 Tiny = Callable[..., PreTrainedModel]
 Begin = Callable[..., None]
@@ -180,7 +181,7 @@ def test_the_chain_is_what_the_thinned_model_finds_likeliest(
     for text, draft, depth in zip(texts, drafts, (5, 3), strict=True):
         assert max(draft.depths) == depth
         assert draft.tokens[0] == text[-1]
-        spine = draft.path(depth)
+        spine = path_to(draft, depth)
         for at, node in enumerate(spine):
             logits_V = thinned_logits(model, drafter, text[:-1], draft.tokens[: at + 1])[-1]
             children = [n for n in range(len(draft)) if draft.parents[n] == node]

@@ -94,10 +94,11 @@ def test_drafting_goes_on_from_a_kept_prefix(
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     if getattr(kept_drafter, "_draft_cache", None) is not None:
-        kept_cache, fresh_cache = kept_drafter._draft_cache, fresh_drafter._draft_cache
+        kept_cache = kept_drafter._draft_cache._cache
+        fresh_cache = fresh_drafter._draft_cache._cache
         assert kept_cache.lengths == fresh_cache.lengths
         (length,) = kept_cache.lengths
-        pairs = zip(kept_cache._cache.stores, fresh_cache._cache.stores, strict=True)
+        pairs = zip(kept_cache.stores, fresh_cache.stores, strict=True)
         for kept_store, fresh_store in pairs:
             torch.testing.assert_close(
                 kept_store.view(length), fresh_store.view(length), rtol=1e-4, atol=1e-5

@@ -20,6 +20,7 @@ from spectool.decode.tree import Draft
 from spectool.errors import CheckpointError
 
 from ..conftest import request_of
+from ..trees import path_to
 
 Begin = Callable[..., None]
 Scores = dict[tuple[int, int], dict[int, float]]
@@ -69,7 +70,9 @@ def flat(scores: Scores) -> Flat:
 
 
 def paths_of(draft: Draft) -> list[tuple[int, ...]]:
-    return [tuple(draft.tokens[at] for at in draft.path(node)[1:]) for node in range(1, len(draft))]
+    return [
+        tuple(draft.tokens[at] for at in path_to(draft, node)[1:]) for node in range(1, len(draft))
+    ]
 
 
 @pytest.mark.parametrize(("size", "vocab"), [(42, 3), (123, 5), (431, 18), (900, 30)])

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectool.decode import tree
 from spectool.decode.generate import Runner
 from spectool.decode.kv.base import Columns, parse_kv
 from spectool.decode.kv.int8 import Int8Store
@@ -22,6 +21,7 @@ from spectool.errors import UnsupportedError, UsageError
 
 from ..drafters import test_eagle3, test_medusa
 from ..drafters.test_lossless import ONE_OF_A_KIND, open_on, prompts_of
+from ..trees import path_to, trie
 
 Tiny = Callable[..., PreTrainedModel]
 
@@ -115,7 +115,7 @@ def test_a_column_depends_on_its_token_alone(dtype: torch.dtype) -> None:
 def test_the_tail_is_rounded_as_committed_tokens_are(tiny: Tiny, family: str) -> None:
     """A tree's logits are those of its paths, token by token; exact keys give other ones."""
     target, exact = AttentionTarget(tiny(family), kv="int8:group=4"), AttentionTarget(tiny(family))
-    draft = tree.trie(5, [[6, 7, 8], [6, 9], [10]], nodes=6)
+    draft = trie(5, [[6, 7, 8], [6, 9], [10]], nodes=6)
     cache, dense = target.cache(1), exact.cache(1)
     target.prefill(cache, [list(range(20, 50))])
     exact.prefill(dense, [list(range(20, 50))])
@@ -123,7 +123,7 @@ def test_the_tail_is_rounded_as_committed_tokens_are(tiny: Tiny, family: str) ->
     other = exact.verify(dense, [draft]).logits_BNV[0]
     for node in range(len(draft)):
         alone = target.cache(1)
-        for token in [*range(20, 50), *(draft.tokens[at] for at in draft.path(node))]:
+        for token in [*range(20, 50), *(draft.tokens[at] for at in path_to(draft, node))]:
             logits_BV = target.prefill(alone, [[token]]).logits_BV
         torch.testing.assert_close(found[node], logits_BV[0], atol=1e-4, rtol=1e-4)
     assert (found - other).abs().max() > 1e-3

@@ -12,7 +12,6 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from spectool.decode import tree
 from spectool.decode.protocol import Needs
 from spectool.decode.target import attention
 from spectool.decode.target.attention import AttentionTarget
@@ -20,6 +19,7 @@ from spectool.distill.teacher import TextCache, read_features
 from spectool.errors import UnsupportedError, UsageError
 
 from ...conftest import ATTENDING
+from ..trees import path_to, trie
 
 Tiny = Callable[..., PreTrainedModel]
 
@@ -48,13 +48,13 @@ def test_every_node_sees_its_own_path(tiny: Tiny, family: str) -> None:
     prompts = [[noise.randrange(2, 320) for _ in range(size)] for size in (21, 6)]
     target.prefill(cache, prompts)
     drafts = [
-        tree.trie(7, [[8, 9, 10], [8, 11], [12, 9]], nodes=9),
-        tree.trie(13, [[14]], nodes=9),
+        trie(7, [[8, 9, 10], [8, 11], [12, 9]], nodes=9),
+        trie(13, [[14]], nodes=9),
     ]
     logits = target.verify(cache, drafts).logits_BNV
     for row, draft in enumerate(drafts):
         for node in range(len(draft)):
-            path = [draft.tokens[i] for i in draft.path(node)]
+            path = [draft.tokens[i] for i in path_to(draft, node)]
             torch.testing.assert_close(
                 logits[row, node], sequential(model, prompts[row] + path), atol=2e-4, rtol=1e-4
             )
@@ -111,7 +111,7 @@ def test_features_of_tree_nodes(tiny: Tiny) -> None:
     target = AttentionTarget(model)
     cache = target.cache(1)
     target.prefill(cache, [[3, 4]])
-    done = target.verify(cache, [tree.trie(5, [[6], [7]], nodes=4)], Needs(final=True))
+    done = target.verify(cache, [trie(5, [[6], [7]], nodes=4)], Needs(final=True))
     with torch.inference_mode():
         logits = model.get_output_embeddings()(done.features["final"])
         torch.testing.assert_close(logits, done.logits_BNV)
@@ -144,7 +144,7 @@ def test_the_cache_goes_by_the_name_that_the_forward_gives_it(
     assert target.cache_name == name
     cache = target.cache(1)
     target.prefill(cache, [prompt])
-    logits_BNV = target.verify(cache, [tree.trie(5, [[6]], nodes=2)]).logits_BNV
+    logits_BNV = target.verify(cache, [trie(5, [[6]], nodes=2)]).logits_BNV
     torch.testing.assert_close(logits_BNV[0, 1], sequential(llama, [*prompt, 5, 6]))
     # The decoder's argument has another name.
     kept = TextCache(target.num_layers)

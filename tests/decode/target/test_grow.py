@@ -16,6 +16,8 @@ from spectool.decode.protocol import Needs
 from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft
 
+from ..trees import path_to
+
 Tiny = Callable[..., PreTrainedModel]
 FAMILIES = ["llama", "gemma3", "gpt2", "opt", "gpt_neox"]
 # Nodes per level of the trees; the root is the first level.
@@ -108,7 +110,7 @@ def test_a_grown_path_can_be_committed(tiny: Tiny, family: str) -> None:
     target, prompt, draft = AttentionTarget(tiny(family)), noise_of(0, 23), random_tree(5)
     cache = prefilled(target, [prompt])
     grow_by_levels(target, cache, [draft])
-    path = draft.path(len(draft) - 1)
+    path = path_to(draft, len(draft) - 1)
     cache.commit([draft.tokens], [path])
     text = prompt + [draft.tokens[node] for node in path]
     assert cache.tokens == [text]

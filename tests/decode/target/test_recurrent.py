@@ -27,6 +27,7 @@ from spectool.errors import UnsupportedError, UsageError
 from spectool.families import families
 
 from ...conftest import RECURRENT, make_model
+from ..trees import trie
 
 Tiny = Callable[..., PreTrainedModel]
 # In transformers 5.23 these two clamp time steps in passes of several tokens only.
@@ -377,7 +378,7 @@ def test_what_stays_refused(tiny: Tiny) -> None:
         DraftModelDrafter(model, target=AttentionTarget(tiny("llama")))
     target = open_target(model)
     with pytest.raises(UnsupportedError, match=r"mamba2.* takes chains only"):
-        target.verify(target.cache(1), [tree.trie(3, [[4], [5]], nodes=4)])
+        target.verify(target.cache(1), [trie(3, [[4], [5]], nodes=4)])
     with pytest.raises(UnsupportedError, match="no passes of a drafter's own"):
         target.grow(target.cache(1), [[3]], [[0]])
     rwkv = transformers.RwkvConfig(vocab_size=32, hidden_size=8, num_hidden_layers=2)
