@@ -27,12 +27,10 @@ class QuantizePlan:
     """Matrices to pack with their methods, and the resulting sizes.
 
     `matrices` by block and name, `outside` the blocks by name, of these `lm_head` if it is fitted;
-    `quantizers` by name; `skipped`: names
-    of dense matrices with the reason. Bytes: `packed_bytes` of the fields of the blocks' matrices,
-    which have `num_weights`; `outside_bytes` of embedding and lm_head as stored; `file_bytes` of
-    the weight files without headers; `host_bytes` and `device_bytes` are peak memory;
-    `buffer_bytes` of one activation buffer. `num_buffers`: one per stream, for methods with a fit
-    also one per target, and one for the inputs of a fitted lm_head.
+    `quantizers` by name; `skipped`: names of dense matrices with the reason. Bytes: `packed_bytes`
+    of the fields of the blocks' matrices, which have `num_weights`; `outside_bytes` of embedding
+    and lm_head as stored; `file_bytes` of the weight files without headers; `host_bytes` and
+    `device_bytes` are peak memory, `buffer_bytes` and `num_buffers` see `footprint.Memory`.
     """
 
     architecture: Architecture = field(repr=False, compare=False)
