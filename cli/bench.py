@@ -126,20 +126,19 @@ def _run(
         per_category=options.per_category,
     )
     runs = []
+    how = bench_module.Options(
+        drafts=options.draft,
+        max_new_tokens=options.max_new_tokens,
+        baselines=options.baselines,
+        sampling=sampling,
+        verification=verification,
+        chain_lengths=options.chain_lengths,
+    )
     sizes = dict.fromkeys(options.batch_size)
     for size in sizes:
         if len(sizes) > 1:
             output.say(f"batch size {size}")
-        how = bench_module.Options(
-            drafts=options.draft,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=size,
-            baselines=options.baselines,
-            sampling=sampling,
-            verification=verification,
-            chain_lengths=options.chain_lengths,
-        )
-        result = bench_module.bench(runner, inputs, how, reporter=output)
+        result = bench_module.bench(runner, inputs, replace(how, batch_size=size), reporter=output)
         runs.append(replace(result, model=target.model))
     if kept := describe_kv(runner):
         output.say(kept)

@@ -293,14 +293,8 @@ def read_prompts(
 
 def record(result: Result) -> dict[str, Any]:
     """Return the JSON object of one continuation."""
-    return {
-        "text": result.text,
-        "token_ids": result.token_ids,
-        "forwards": result.forwards,
-        "drafted": result.drafted,
-        "accepted": result.accepted,
-        "finish_reason": result.finish_reason,
-    }
+    keys = ("text", "token_ids", "forwards", "drafted", "accepted", "finish_reason")
+    return {key: getattr(result, key) for key in keys}
 
 
 def totals(results: Sequence[Result], seconds: float) -> dict[str, Any]:

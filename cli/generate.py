@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectool.cli.common import (
     Output,
@@ -21,6 +22,10 @@ from spectool.decode.options import DrafterOptions, RequestOptions, SamplingPara
 from spectool.errors import Interrupted, UsageError
 from spectool.options import Config, option
 from spectool.shared_options import TextOptions
+
+if TYPE_CHECKING:
+    from spectool.data.text import Prompt
+    from spectool.decode.result import OnTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,16 +62,6 @@ def generate(
     controls = runner.make_controls(request)
     streams = not output.json_wanted and options.batch_size == 1
     began = time.perf_counter()
-    shown = -1
-
-    def on_tokens(index: int, tokens: list[int], text: str, drafted: int) -> None:
-        nonlocal shown
-        if index != shown:
-            sys.stdout.write(_opening(inputs[index].given, tokenizer, first=shown < 0))
-            shown = index
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     results = runner.generate(
         [one.given for one in inputs],
         eos=[one.ends for one in inputs],
@@ -77,16 +72,16 @@ def generate(
         lossy=request.lossy,
         batch_size=options.batch_size,
         controls=[controls] * len(inputs),
-        on_tokens=on_tokens if streams else None,
+        on_tokens=_stream(inputs, tokenizer) if streams else None,
         keep_interrupted=True,
         **sampling.as_dict(),
     )
     found = totals(results, time.perf_counter() - began)
     runner.close()
     if not (streams or output.json_wanted):
+        write = _stream(inputs, tokenizer)
         for index, result in enumerate(results):
-            opening = _opening(inputs[index].given, tokenizer, first=index == 0)
-            sys.stdout.write(f"{opening}{result.text}")
+            write(index, [], result.text, 0)
     if not output.json_wanted:
         sys.stdout.write("\n")
     lossless = all(result.lossless for result in results)
@@ -103,7 +98,18 @@ def generate(
         raise Interrupted("interrupted; the text generated so far is above")
 
 
-def _opening(prompt: str | list[int], tokenizer: Any, *, first: bool) -> str:
-    """Return the prompt's text, which is written before its continuation."""
-    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-    return text if first else f"\n{text}"
+def _stream(inputs: Sequence[Prompt], tokenizer: Any) -> OnTokens:
+    """Return a function that writes text to stdout, the first time with its prompt before it."""
+    shown = -1
+
+    def write(index: int, tokens: list[int], text: str, drafted: int) -> None:
+        nonlocal shown
+        if index != shown:
+            given = inputs[index].given
+            opening = given if isinstance(given, str) else tokenizer.decode(given)
+            sys.stdout.write(opening if shown < 0 else f"\n{opening}")
+            shown = index
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    return write

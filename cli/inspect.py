@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectool.checkpoint.checksums import Checksums, parse
 from spectool.checkpoint.headers import HEADS, HEADS_FILE, TRAINING, Layout, read_json
 from spectool.cli.common import Output, size
 from spectool.distill.options import HeadsOptions, WeightsOptions
@@ -30,35 +31,50 @@ class InspectOptions(Config):
 
 def inspect(output: Output, options: InspectOptions) -> None:
     """Show contents, stored bits and origin of a checkpoint or draft heads, from headers only."""
-    if (options.path / HEADS).is_file():
-        _inspect_heads(output, options)
-    else:
-        _inspect_checkpoint(output, options)
-
-
-def _inspect_checkpoint(output: Output, options: InspectOptions) -> None:
     from spectool.checkpoint import checksums
-    from spectool.checkpoint.headers import find_extra_blocks, read_layout, summarize_names
-    from spectool.quantize.ledger import measure
 
-    path, layout = options.path, read_layout(options.path)
-    training = _read_training(layout)
-    stored = layout.checksums
-    if training is not None:
-        stored = checksums.parse(training.get("checksums"), path / TRAINING)
+    path = options.path
+    described = _describe_heads if (path / HEADS).is_file() else _describe_checkpoint
+    result, stored, lines = described(path)
     if options.checksums:
         checksums.verify(path, stored)
+    sums = {name: each.sha256 for name, each in stored.items()}
+    result["checksums"] = {"checked": options.checksums, "sha256": sums} if stored else None
+    for line in lines:
+        output.show(line)
+    if result["command"]:
+        output.show(f"made by: {result['command']}")
+    if options.checksums:
+        files = "1 file" if len(stored) == 1 else f"{len(stored)} files"
+        output.show(f"checksums: {files} verified")
+    for module in result.get("modules", ()) if options.layers else ():
+        shape = "x".join(map(str, module["shape"]))
+        output.show(f"{module['name']}  {module['method']}  {shape}  {module['bits']:.4f} bits")
+    output.result(result)
+
+
+# A result for --json, the checksums of the files, and lines about the result.
+Description = tuple[dict[str, Any], Mapping[str, Checksums], Iterator[str]]
+
+
+def _describe_checkpoint(path: Path) -> Description:
+    from spectool.checkpoint.headers import find_extra_blocks, read_layout
+    from spectool.quantize.ledger import measure
+
+    layout = read_layout(path)
+    training, stored = _read_training(layout), layout.checksums
+    if training is not None:
+        stored = parse(training.get("checksums"), path / TRAINING)
     ledger = measure(layout)
     quantization = layout.quantization or {}
     kind = "packed" if layout.is_packed else "quantized elsewhere" if quantization else "dense"
     methods = sorted({entry.method for entry in ledger.entries})
-    method = ", ".join(methods) or quantization.get("quant_method")
     # Formats of other tools may store several weights in one element, so that counting elements
     # would not count parameters.
     counted = bool(layout.is_packed or not quantization)
     result: dict[str, Any] = {
         "kind": kind,
-        "method": method,
+        "method": ", ".join(methods) or quantization.get("quant_method"),
         "model_type": layout.config.get("model_type"),
         "parameters": ledger.num_parameters if counted else None,
         "bytes": ledger.file_bytes,
@@ -78,36 +94,38 @@ def _inspect_checkpoint(output: Output, options: InspectOptions) -> None:
         ],
         "unused": find_extra_blocks(layout),
         **_origin(layout, training),
-        "checksums": _sums(stored, options.checksums),
     }
-    holds = (
-        f", {ledger.num_parameters / 1e6:.2f} M parameters in"
-        if counted
-        else f" ({method or 'unnamed'}),"
-    )
-    output.show(f"{path}: {kind} {result['model_type']}{holds} {size(ledger.file_bytes)}")
-    if ledger.linears is not None:
-        output.show(
-            f"{len(ledger.entries)} quantized matrices ({method}): {ledger.linears:.4f} bits "
-            f"per weight{' of the blocks' if any(e.outside for e in ledger.entries) else ''}"
+    of_blocks = any(entry.outside for entry in ledger.entries)
+    return result, stored, _checkpoint_lines(path, result, training, of_blocks)
+
+
+def _checkpoint_lines(
+    path: Path, result: dict[str, Any], training: dict[str, Any] | None, of_blocks: bool
+) -> Iterator[str]:
+    """Yield the lines about a checkpoint; `of_blocks`: matrices outside them are packed too."""
+    from spectool.checkpoint.headers import summarize_names
+
+    method, bits = result["method"], result["bits_per_weight"]
+    holds = f" ({method or 'unnamed'}),"
+    if result["parameters"] is not None:
+        holds = f", {result['parameters'] / 1e6:.2f} M parameters in"
+    yield f"{path}: {result['kind']} {result['model_type']}{holds} {size(result['bytes'])}"
+    if bits["linears"] is not None:
+        yield (
+            f"{len(result['modules'])} quantized matrices ({method}): {bits['linears']:.4f} bits "
+            f"per weight{' of the blocks' if of_blocks else ''}"
         )
-    if counted:
-        output.show(f"the whole file: {ledger.file:.4f} bits per parameter")
+    if bits["file"] is not None:
+        yield f"the whole file: {bits['file']:.4f} bits per parameter"
     if unused := result["unused"]:
-        output.show(
+        yield (
             f"{len(unused)} tensors beyond the blocks that config.json counts, which a run "
             f"leaves out: {summarize_names(unused)}"
         )
     if training is not None:
-        output.show(_training_line(path, training))
+        yield _training_line(path, training)
     if source := result["source"]:
-        output.show(f"source: {source.get('fingerprint', 'without a fingerprint')}")
-    _show_origin(output, result["command"], options, stored)
-    if options.layers:
-        for entry in ledger.entries:
-            shape = "x".join(map(str, entry.shape))
-            output.show(f"{entry.name}  {entry.method}  {shape}  {entry.bits:.4f} bits")
-    output.result(result)
+        yield f"source: {source.get('fingerprint', 'without a fingerprint')}"
 
 
 def _read_training(layout: Layout) -> dict[str, Any] | None:
@@ -155,62 +173,43 @@ def _training_line(path: Path, record: dict[str, Any]) -> str:
         raise CheckpointError(f"{path / TRAINING} is not the record of a training") from error
 
 
-def _show_origin(
-    output: Output, command: str | None, options: InspectOptions, stored: Mapping[str, Any]
-) -> None:
-    """Print the command that makes a directory again, and that its files were verified."""
-    if command:
-        output.show(f"made by: {command}")
-    if options.checksums:
-        files = "1 file" if len(stored) == 1 else f"{len(stored)} files"
-        output.show(f"checksums: {files} verified")
-
-
-def _sums(stored: Mapping[str, Any], checked: bool) -> dict[str, Any] | None:
-    """Return the SHA-256 of each file for programs, and whether it was compared just now."""
-    if not stored:
-        return None
-    return {"checked": checked, "sha256": {name: each.sha256 for name, each in stored.items()}}
-
-
-def _inspect_heads(output: Output, options: InspectOptions) -> None:
-    from spectool.checkpoint import checksums
+def _describe_heads(path: Path) -> Description:
     from spectool.checkpoint.headers import read_header
 
-    path = options.path
     record = read_json(path / HEADS)
     entries = read_header(path / HEADS_FILE)[1]
-    stored = checksums.parse(record.get("checksums"), path / HEADS)
-    if options.checksums:
-        checksums.verify(path, stored)
     result = {
         **record,
         "kind": "heads",
         "parameters": sum(entry.num_elements for entry in entries if entry.name != "token_map"),
         "bytes": sum(entry.num_bytes for entry in entries),
         "command": heads_command(record),
-        "checksums": _sums(stored, options.checksums),
     }
-    output.show(
-        f"{path}: {record.get('method')} heads, {result['parameters'] / 1e6:.2f} M parameters in "
-        f"{size(result['bytes'])}"
+    return result, parse(record.get("checksums"), path / HEADS), _heads_lines(path, result)
+
+
+def _heads_lines(path: Path, record: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines about draft heads.
+
+    Raises:
+        CheckpointError: the record is incomplete.
+    """
+    yield (
+        f"{path}: {record.get('method')} heads, {record['parameters'] / 1e6:.2f} M parameters in "
+        f"{size(record['bytes'])}"
     )
     try:
         accuracy = " ".join(f"{share:.1%}" for share in record["accuracy"])
-        output.show(f"held-out accuracy by head: {accuracy}")
+        yield f"held-out accuracy by head: {accuracy}"
         if conditional := " ".join(f"{share:.1%}" for share in record.get("conditional") or ()):
-            output.show(f"held-out accuracy given that earlier heads were right: {conditional}")
-        output.show(f"trained for: {record['target']['lineage']} and its quantized versions")
+            yield f"held-out accuracy given that earlier heads were right: {conditional}"
+        yield f"trained for: {record['target']['lineage']} and its quantized versions"
         for nodes in (8, 16, 32, 64):
             if nodes <= len(record["tree"]):
-                output.show(
-                    f"best tree of {nodes} nodes: about {1 + sum(record['shares'][:nodes]):.2f} "
-                    "tokens per forward"
-                )
+                speed = 1 + sum(record["shares"][:nodes])
+                yield f"best tree of {nodes} nodes: about {speed:.2f} tokens per forward"
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {HEADS} is not the record of draft heads") from error
-    _show_origin(output, result["command"], options, stored)
-    output.result(result)
 
 
 def _if_complete(make: Callable[[dict[str, Any]], list[str]]) -> Callable[..., str | None]:

@@ -45,18 +45,6 @@ def list_methods(output: Output, options: ListOptions) -> None:
         output.show(
             f"  {name:<{width}}  {row.summary}" + (f" [also in {others}]" if others else "")
         )
-    output.result(
-        {
-            "methods": [
-                {
-                    "name": name,
-                    "kind": row.kind,
-                    "summary": row.summary,
-                    "source": row.source,
-                    "status": row.status,
-                    "runs_in": list(row.runs_in),
-                }
-                for name, row in wanted
-            ]
-        }
-    )
+    keys = ("kind", "summary", "source", "status", "runs_in")
+    rows = [{"name": name, **{key: getattr(row, key) for key in keys}} for name, row in wanted]
+    output.result({"methods": rows})

@@ -113,7 +113,13 @@ def _make_job(
         picked = _pick(config, options, load, rules, embeddings, lm_head)
         quantizer, embeddings, budget = picked.quantizer, picked.embeddings, picked.budget
         output.say(f"auto: {picked.why}")
-        words = _explicit_words(picked, options, load, write)
+        explicit = replace(
+            options,
+            embeddings=None if embeddings is None else str(embeddings),
+            bits_budget=None if budget is None else budget.bits,
+        )
+        words = ["spectool", "quantize", quantizer.name]
+        words += command_words(load, write, quantizer.config, explicit)
         output.say(f"auto: the same by hand: {shlex.join(words)}")
     else:
         quantizer = methods.import_method(method, "quantizer")(config)
@@ -176,19 +182,6 @@ def _pick(
         lm_head=lm_head,
         allow_dense=options.allow_dense,
     )
-
-
-def _explicit_words(
-    picked: Picked, options: QuantizeOptions, load: PlaceOptions, write: QuantizeOutput
-) -> list[str]:
-    """Return the command that does without `auto`, with all other options as given."""
-    explicit = replace(
-        options,
-        embeddings=None if picked.embeddings is None else str(picked.embeddings),
-        bits_budget=None if picked.budget is None else picked.budget.bits,
-    )
-    words = command_words(load, write, picked.quantizer.config, explicit)
-    return ["spectool", "quantize", picked.quantizer.name, *words]
 
 
 def _show_plan(output: Output, plan: QuantizePlan, job: QuantizeJob) -> None:

@@ -345,6 +345,10 @@ def _compare(
     ]
     rows, others = rows[: 1 + num_drafters], rows[1 + num_drafters :]
     speeds = {row.name: row.tokens_per_second for row in others}
+
+    def over(row: Row, peer: str) -> float | None:
+        return row.tokens_per_second / speeds[peer] if peer in speeds else None
+
     rows = [
         dataclasses.replace(
             row,
@@ -354,16 +358,12 @@ def _compare(
             host_share=1 - (each.draft + each.prompt + each.target) / each.seconds,
             step_speedup=each.step_speed / timed[0].step_speed,
             draft_ms=1000 * each.draft / max(1, row.forwards),
-            speedup_over_transformers=_divide(row, speeds.get(baselines.PLAIN)),
-            speedup_over_prompt_lookup=_divide(row, speeds.get(baselines.PROMPT_LOOKUP)),
+            speedup_over_transformers=over(row, baselines.PLAIN),
+            speedup_over_prompt_lookup=over(row, baselines.PROMPT_LOOKUP),
         )
         for row, each in zip(rows, timed, strict=False)
     ]
     return Part(category=category, baseline=rows[0], drafters=rows[1:], baselines=others)
-
-
-def _divide(row: Row, speed: float | None) -> float | None:
-    return None if speed is None else row.tokens_per_second / speed
 
 
 def _make_row(name: str, timed: Timed, plain: Timed, greedy: bool) -> Row:

@@ -153,7 +153,11 @@ class Context:
         """The sums of one pass over the windows, which also writes `--save-reference`."""
         options, windows = self.options, self.windows
         with contextlib.ExitStack() as stack:
-            writer = self._open_writer(stack)
+            writer = None
+            if options.save_reference is not None:
+                path, top_k = options.save_reference, options.save_top_k
+                opened = ReferenceWriter(path, windows, self.vocabulary, top_k=top_k)
+                writer = stack.enter_context(opened)
             reference: Reference | None = None
             if "reference" in self.needs:
                 if isinstance(self.reference, Checkpoint):
@@ -166,7 +170,7 @@ class Context:
                 self.vocabulary,
                 reference=reference,
                 batch_size=options.batch_size,
-                sink=writer.add if writer else lambda batch, logp_BLV: None,
+                sink=writer.add if writer else None,
                 reporter=self.reporter,
             )
             for name, value in {"perplexity": scores.perplexity, "KL": scores.kl}.items():
@@ -236,16 +240,6 @@ class Context:
             text = builtin_text(MIXED)
         ids = encode(tokenizer, text[: options.limit])
         return cut(ids, length=length, bos=tokenizer.bos_token_id if options.bos else None)
-
-    def _open_writer(self, stack: contextlib.ExitStack) -> ReferenceWriter | None:
-        options = self.options
-        if options.save_reference is None:
-            return None
-        return stack.enter_context(
-            ReferenceWriter(
-                options.save_reference, self.windows, self.vocabulary, top_k=options.save_top_k
-            )
-        )
 
     def _open_log_probs(self, checkpoint: Checkpoint, kv: str = "dense") -> LogProbs:
         """Load a checkpoint whole, or open it to run block by block.

@@ -81,7 +81,7 @@ def score(
     *,
     reference: Reference | None = None,
     batch_size: int | None = None,
-    sink: Callable[[Batch, Tensor], None] = lambda batch, logp_BLV: None,
+    sink: Callable[[Batch, Tensor], None] | None = None,
     reporter: Reporter = SILENT,
 ) -> Scores:
     """Run all windows once and sum the scores in double precision.
@@ -98,7 +98,8 @@ def score(
         nll = -float(_sum_next_tokens(logp_BLV, batch))
         if not math.isfinite(nll):
             raise log_probs.not_finite(batch, f"its perplexity is {nll}")
-        sink(batch, logp_BLV)
+        if sink is not None:
+            sink(batch, logp_BLV)
         scores.num_tokens += logp_BLV.shape[0] * logp_BLV.shape[1]
         scores.nll += nll
         if reference is not None:

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -90,18 +89,8 @@ def cut(ids: list[int], *, length: int, bos: int | None) -> Windows:
     return Windows(tuple(groups), length, bos)
 
 
-class LogProbs(Protocol):
-    """Source of the log-probabilities [B, L - 1, V] of each next token of a batch."""
-
-    def __call__(self, batch: Batch) -> Tensor: ...
-
-    def not_finite(self, batch: Batch, what: str) -> NotFinite:
-        """Make the error for NaN or infinite scores, which names the first module that has them."""
-        ...
-
-
 class ResidentLogProbs:
-    """Log-probabilities of a model in memory."""
+    """Log-probabilities [B, L - 1, V] of each next token of a batch, by a model in memory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -113,6 +102,7 @@ class ResidentLogProbs:
         return log_probs(logits_BLV)
 
     def not_finite(self, batch: Batch, what: str) -> NotFinite:
+        """Make the error for NaN or infinite scores, which names the first module that has them."""
         where = first_not_finite(self.model, batch.ids_BL)
         name = self.model.config._name_or_path
         return _zero_probability(name, what) if where is None else not_finite(name, what, where)
@@ -184,10 +174,14 @@ class BlockwiseLogProbs:
         return log_probs(self.shell.logits(batch.ids_BL, hidden_BLD))
 
     def not_finite(self, batch: Batch, what: str) -> NotFinite:
+        """See `ResidentLogProbs.not_finite`."""
         hidden_BLD = self.hidden[batch.group].hidden_SLD[batch.rows].to(self.device)
         if all_finite(self.shell.logits(batch.ids_BL, hidden_BLD)):
             return _zero_probability(self.name, what)
         return not_finite(self.name, what, "the lm_head")
+
+
+LogProbs = ResidentLogProbs | BlockwiseLogProbs
 
 
 def _zero_probability(name: str, what: str) -> NotFinite:

@@ -361,7 +361,6 @@ ALSO_SLOW = (
     "decode/test_distribution.py::test_the_distribution_is_the_targets[jacobi]",
     "decode/test_distribution.py::test_the_distribution_is_the_targets[rsd-s]",
     "decode/test_engine.py::test_greedy_equals_transformers_for_every_drafter[qwen3]",
-    "decode/test_engine.py::test_requests_do_not_affect_each_other[draft_model-0.8]",
     "distill/test_every_method.py::test_a_model_with_a_packed_embedding_and_head_is_taught[eagle3",
     "distill/test_every_method.py::test_a_model_with_a_packed_embedding_and_head_is_taught[ppd",
     "distill/test_every_method.py::test_a_stopped_run_goes_on_to_the_same_bytes[eagle3]",

@@ -148,7 +148,7 @@ def verify(folder: Path, stored: Mapping[str, Checksums]) -> None:
     if not stored:
         raise CheckpointError(
             f"{folder}: no checksums to compare with",
-            hint="`quantize` and `train-heads` write them since spectool 0.2",
+            hint="`quantize`, `distill` and `train-heads` write them since spectool 0.2",
         )
     unlisted = sorted({path.name for path in folder.glob("*.safetensors")} - stored.keys())
     if unlisted:

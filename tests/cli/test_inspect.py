@@ -44,17 +44,6 @@ def test_bits_equal_the_files(spectool: Spectool, artifact: Path) -> None:
     assert found["source"]["fingerprint"] in done.out
 
 
-def test_printed_command_makes_it_again(
-    spectool: Spectool, checkpoint: Checkpoint, artifact: Path, tmp_path: Path
-) -> None:
-    words = shlex.split(spectool("inspect", artifact, "--json").json["command"])
-    assert words[0] == "spectool"
-    paths = {"MODEL": checkpoint("llama"), "OUT": tmp_path / "again"}
-    assert spectool(*(paths.get(word, word) for word in words[1:])).code == 0
-    for path in artifact.iterdir():
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
-
-
 def test_dense_and_foreign_checkpoints(
     spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

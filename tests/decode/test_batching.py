@@ -41,6 +41,7 @@ DRAFTERS = [
     "ngram+recycle",
     "chain",
     "rsd-s",
+    *(pytest.param(tree, marks=pytest.mark.slow) for tree in ("iid", "rsd-c")),
     "medusa",
     "hydra",
     "eagle3",
@@ -57,7 +58,7 @@ HEADS: dict[str, tuple[Any, Any]] = {
 def open_runner(tiny: Tiny, endless: Any, name: str) -> Runner:
     model = endless(tiny("llama-deep" if name.startswith("skip") else "llama"))
     runner = Runner(model)
-    if name in ("chain", "rsd-s"):
+    if name in ("chain", "rsd-s", "iid", "rsd-c"):
         config = DraftModelDrafter.Config(tree=name, depth=3)
         runner.use(DraftModelDrafter(tiny("llama", 1), config, target=runner.target))
     elif name in HEADS:

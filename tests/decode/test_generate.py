@@ -268,16 +268,6 @@ def test_a_kept_cache_changes_nothing_but_the_work(opened: Runner) -> None:
     )
 
 
-def test_one_runner_for_many_prompts_and_drafters(opened: Runner, tiny: Tiny) -> None:
-    prompts = ["def make", "import torch", "return"]
-    plain = opened.generate(prompts, max_new_tokens=15)
-    for draft in ("ngram", "ngram:nodes=3", None):
-        opened.use(draft)
-        for _ in range(2):
-            results = opened.generate(prompts, max_new_tokens=15, batch_size=2)
-            assert [r.token_ids for r in results] == [r.token_ids for r in plain]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

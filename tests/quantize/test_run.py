@@ -283,15 +283,6 @@ def test_artifact_that_lost_or_gained_a_tensor_is_refused(
     spectool.load(out)
 
 
-def test_newer_format_is_refused(checkpoint: Checkpoints, compress: Compress) -> None:
-    out = compress(checkpoint("llama"))
-    config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 3
-    (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="has format 3"):
-        spectool.load(out)
-
-
 def test_a_packed_model_is_not_saved_as_something_else(
     checkpoint: Checkpoints, compress: Compress, tmp_path: Path
 ) -> None:

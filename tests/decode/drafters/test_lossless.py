@@ -117,18 +117,3 @@ def test_penalties_leave_drafted_text_plain(tiny: Tiny, endless: Any, name: str)
     runner.use(None)
     plain = runner.generate(prompts, max_new_tokens=30, **options)
     assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
-
-
-@pytest.mark.parametrize("name", MOST_SLOW)
-def test_a_requests_sampled_text_does_not_depend_on_its_batch(
-    tiny: Tiny, endless: Any, name: str
-) -> None:
-    if "tuned" in name:
-        pytest.skip("the time of passes decides how far is drafted, and so which draw is used")
-    model = endless(tiny("llama-deep"))
-    prompts = prompts_of(4)
-    runner = open_on(model, name, tiny("llama", 1))
-    together = runner.generate(prompts, max_new_tokens=20, batch_size=4, temperature=1.0)
-    runner = open_on(model, name, tiny("llama", 1))
-    alone = runner.generate(prompts, max_new_tokens=20, temperature=1.0)
-    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
