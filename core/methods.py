@@ -137,7 +137,7 @@ METHODS: dict[str, Method] = {
         target="spectool.distill.objectives.logits:Logits",
         summary="All weights learn the probabilities of a teacher",
         source="Hinton et al., 2015 (arXiv:1503.02531)",
-        runs_in=("spectool", "transformers", "vllm", "sglang"),
+        also_in=("transformers", "vllm", "sglang"),
     ),
     "consistency": Method(
         kind="objective",
@@ -145,7 +145,7 @@ METHODS: dict[str, Method] = {
         summary="The model learns to guess its own text ahead, for `--draft jacobi`",
         source="Kou et al., CLLM, 2024 (arXiv:2403.00835); Hu et al., Jacobi Forcing, 2025 "
         "(arXiv:2512.14681)",
-        runs_in=("spectool", "transformers", "vllm", "sglang"),
+        also_in=("transformers", "vllm", "sglang"),
     ),
     "none": Method(
         kind="drafter",
