@@ -65,6 +65,13 @@ class Draft:
         """Return how many rows pass through the target: nodes and extra rows."""
         return len(self.tokens) + len(self.extra_rows)
 
+    def owners(self) -> list[int]:
+        """Return the node of each row: itself, or the one that an extra row's chain begins at."""
+        owners = list(range(len(self.tokens)))
+        for parent, _ in self.extra_rows:
+            owners.append(owners[parent])
+        return owners
+
     def drawn(self) -> dict[int, list[int]]:
         """Return the children of each node in the order of the draws, also where `draws` is None.
 

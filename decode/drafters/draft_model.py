@@ -237,9 +237,7 @@ class DraftModelDrafter(Drafter):
             for growth in self._grown
         ]
         tokens = [growth.tokens for growth in self._grown]
-        logits_BFV = self.draft_model.grow(
-            self._cache, tokens, parents, fed=self._num_fed
-        ).logits_BNV
+        logits_BFV = self.draft_model.grow(self._cache, tokens, parents, fed=self._num_fed)
         self._num_fed = size
         return logits_BFV
 

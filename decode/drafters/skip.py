@@ -127,7 +127,7 @@ class SkipDrafter(Drafter):
         seen[0] -= _SCORED
         chains = [[0, *range(_SCORED - 1)] for _ in requests]
         with self._thinned(skipped):
-            logits_BWV = self._target.grow(self._cache, tokens, chains, seen=seen).logits_BNV
+            logits_BWV = self._target.grow(self._cache, tokens, chains, seen=seen)
         expected_W = torch.tensor(requests[0].tokens[-_SCORED:], device=logits_BWV.device)
         return float((logits_BWV[0].argmax(-1) == expected_W).float().mean())
 
@@ -140,7 +140,7 @@ class SkipDrafter(Drafter):
             fed = len(chains[0]) - 1
             parents = [[0, *range(fed)] for _ in requests]
             with self._thinned(self.skipped):
-                logits_BNV = self._target.grow(self._cache, chains, parents, fed=fed).logits_BNV
+                logits_BNV = self._target.grow(self._cache, chains, parents, fed=fed)
             top_BK, prob_B = _take_likeliest(logits_BNV[:, -1])
             for b, chain in enumerate(chains):
                 chain.append(top_BK[b][0])

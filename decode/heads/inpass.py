@@ -281,11 +281,8 @@ class InPassDrafter(Drafter):
         """Return the best tokens at each depth, from the extra rows of the path's last node."""
         assert outcome.extra_logits_NV is not None
         draft, last = outcome.draft, outcome.path[-1]
-        kept, owner = [], list(range(draft.num_rows))
-        for row, (parent, _) in enumerate(draft.extra_rows, start=len(draft)):
-            owner[row] = owner[parent]
-            if owner[row] == last:
-                kept.append(row - len(draft))
+        owners = draft.owners()[len(draft) :]
+        kept = [row for row, owner in enumerate(owners) if owner == last]
         if not kept:
             return []
         rows_NV = outcome.extra_logits_NV[kept]

@@ -111,17 +111,12 @@ class AttentionTarget(Target[TreeCache]):
         num_rows = max(draft.num_rows for draft in drafts)
         tokens, parents, slots, owners = [], [], [], []
         for draft in drafts:
-            num_nodes = len(draft)
             padding = range(draft.num_rows, num_rows)
-            tokens.append(draft.tokens + [0] * (num_rows - num_nodes))
-            above = [0, *draft.parents[1:], *(parent for parent, _ in draft.extra_rows), *padding]
-            parents.append(above)
-            slots.append([-1] * num_nodes + [slot for _, slot in draft.extra_rows])
-            slots[-1] += [-1] * len(padding)
-            owner = list(range(num_rows))
-            for row in range(num_nodes, draft.num_rows):
-                owner[row] = owner[above[row]]
-            owners.append(owner)
+            above, own_slots = [p for p, _ in draft.extra_rows], [s for _, s in draft.extra_rows]
+            tokens.append(draft.tokens + [0] * (num_rows - len(draft)))
+            parents.append([0, *draft.parents[1:], *above, *padding])
+            slots.append([-1] * len(draft) + own_slots + [-1] * len(padding))
+            owners.append([*draft.owners(), *padding])
         extra = None
         if any(draft.extra_rows for draft in drafts):
             extra = (torch.tensor(slots, device=self.device), torch.tensor(owners).to(self.device))
@@ -137,11 +132,10 @@ class AttentionTarget(Target[TreeCache]):
         *,
         fed: int = 0,
         seen: Sequence[int] | None = None,
-        needs: Needs | None = None,
-    ) -> Pass:
+    ) -> Tensor:
         depths_BT, visible_BTT = _describe_trees(parents)
         new, visible_BNT = [list(row[fed:]) for row in tokens], visible_BTT[:, fed:]
-        return self._forward(cache, new, depths_BT, visible_BNT, needs or Needs(), seen=seen)
+        return self._forward(cache, new, depths_BT, visible_BNT, Needs(), seen=seen).logits_BNV
 
     def _forward(
         self,

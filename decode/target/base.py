@@ -145,13 +145,12 @@ class Target(ABC, Generic[CacheT]):
         *,
         fed: int = 0,
         seen: Sequence[int] | None = None,
-        needs: Needs | None = None,
-    ) -> Pass:
+    ) -> Tensor:
         """Feed the nodes of trees from index `fed` on; those before it are in the tail already.
 
         A node without a parent is its own parent (forests); all rows have as many nodes. Each row
         sees its first `seen` committed tokens, all by default, and its nodes stand right after
-        these.
+        these. Returns the logits [B, N, V] after the nodes fed.
 
         Raises:
             UnsupportedError: the state cannot go back to before such a pass.

@@ -125,7 +125,7 @@ class RecurrentTarget(Target[ReplayCache]):
         }
         return Pass(logits_BNV, features)
 
-    def grow(self, *args: Any, **kwargs: Any) -> Pass:
+    def grow(self, *args: Any, **kwargs: Any) -> Tensor:
         raise UnsupportedError(f"{self.name}: a recurrent state takes no passes of a drafter's own")
 
     def _run_pass(

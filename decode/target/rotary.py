@@ -10,7 +10,7 @@ Suffixes: B batch, N nodes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -31,19 +31,13 @@ def use_long_factors(
 
     transformers chooses the factors by the largest position of a pass: one such position is added.
     """
-    if original is None or context <= original:
+    with ExitStack() as hooks:
+        if original is not None and context > original:
+            before = _append_hook(original)
+            for module in rotaries:
+                hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(_drop_last))
         yield
-        return
-    before = _append_hook(original)
-    handles: list[Any] = []
-    for module in rotaries:
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(_drop_last))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def choose_context(config: PreTrainedConfig, asked: int | None) -> int:

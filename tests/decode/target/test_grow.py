@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from spectool.decode import tree
 from spectool.decode.cache import TreeCache
-from spectool.decode.protocol import Needs
 from spectool.decode.target.attention import AttentionTarget
 from spectool.decode.tree import Draft
 
@@ -56,8 +55,8 @@ def grow_by_levels(
         tokens = [draft.tokens[:end] for draft in drafts]
         parents = [[0, *draft.parents[1:end]] for draft in drafts]
         done = target.grow(cache, tokens, parents, fed=fed, seen=seen)
-        assert done.logits_BNV.shape[1] == size
-        passes.append(done.logits_BNV)
+        assert done.shape[1] == size
+        passes.append(done)
         fed = end
     return torch.cat(passes, 1)
 
@@ -125,7 +124,7 @@ def test_trees_of_a_forest_do_not_see_each_other(tiny: Tiny) -> None:
     cache = prefilled(target, [prompt])
     tokens, parents = [5, 6, 7, 8, 9], [0, 1, 0, 1, 3]
     target.grow(cache, [tokens[:2]], [parents[:2]])
-    found = target.grow(cache, [tokens], [parents], fed=2).logits_BNV[0]
+    found = target.grow(cache, [tokens], [parents], fed=2)[0]
     for node, path in zip((2, 3, 4), ([5, 7], [6, 8], [6, 8, 9]), strict=True):
         chain = tree.chain(path, kind="deterministic")
         expected = target.verify(prefilled(target, [prompt]), [chain]).logits_BNV[0, -1]
@@ -148,7 +147,7 @@ def test_rows_see_only_as_much_of_their_cache_as_asked(
     found = target.grow(
         cache, [d.tokens for d in drafts], [[0, *d.parents[1:]] for d in drafts], seen=seen
     )
-    assert_close(found.logits_BNV, expected)
+    assert_close(found, expected)
     assert_close(grow_by_levels(target, cache, drafts, list(seen)), expected)
     assert cache.tokens == prompts
     assert all(map(torch.equal, committed(cache), before))
@@ -158,22 +157,10 @@ def test_a_row_that_sees_nothing_is_an_empty_one(tiny: Tiny) -> None:
     target = AttentionTarget(tiny("llama"))
     cache = prefilled(target, [noise_of(1, 12), noise_of(2, 5)])
     chain = [3, 4, 5]
-    found = target.grow(cache, [chain] * 2, [[0, 0, 1]] * 2, seen=[0, 5]).logits_BNV
+    found = target.grow(cache, [chain] * 2, [[0, 0, 1]] * 2, seen=[0, 5])
     with torch.inference_mode():
         expected = target.model(torch.tensor([chain]), use_cache=False).logits[0]
     assert_close(found[0], expected)
-
-
-def test_features_are_those_of_the_new_nodes(tiny: Tiny) -> None:
-    target, prompt, draft = AttentionTarget(tiny("llama")), noise_of(0, 9), random_tree(2)
-    needs = Needs(layers=(0, -1), final=True)
-    expected = target.verify(prefilled(target, [prompt]), [draft], needs).features
-    cache, parents = prefilled(target, [prompt]), [[0, *draft.parents[1:]]]
-    target.grow(cache, [draft.tokens[:5]], [parents[0][:5]])
-    found = target.grow(cache, [draft.tokens], parents, fed=5, needs=needs).features
-    assert found.keys() == expected.keys() == {"layer 0", "layer -1", "final"}
-    for name, state_BND in found.items():
-        assert_close(state_BND, expected[name][:, 5:])
 
 
 def test_a_tail_outgrows_the_buffers(tiny: Tiny) -> None:
@@ -185,6 +172,6 @@ def test_a_tail_outgrows_the_buffers(tiny: Tiny) -> None:
     capacity = cache.capacity
     target.grow(cache, [chain.tokens[:20]], [parents[:20]])
     assert cache.capacity == capacity
-    found = target.grow(cache, [chain.tokens], [parents], fed=20).logits_BNV
+    found = target.grow(cache, [chain.tokens], [parents], fed=20)
     assert cache.capacity > capacity
     assert_close(found, expected[:, 20:])
