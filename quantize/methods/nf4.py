@@ -85,9 +85,7 @@ class NF4Linear(PackedLinear):
     scale_scale F32 [blocks / 256], scale_offset F32 [1].
     """
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: NF4.Config) -> None:
-        super().__init__(spec, shape)
-        self.config = config
+    config: NF4.Config
 
     def _quant_state(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
         """Create bitsandbytes' QuantState for a weight of this shape and dtype."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from spectool import options
 from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
-from spectool.model.packed import FieldSpec, PackedLinear
+from spectool.model.packed import FieldSpec, PackedLinear, TensorSpec
 from spectool.options import option
 from spectool.quantize.base import PackedFields, Quantizer
 from spectool.quantize.statistics import LinearStats
@@ -47,7 +47,7 @@ class RTN(Quantizer):
     def layout(self, shape: tuple[int, int]) -> FieldSpec:
         n, m = shape
         groups = -(-m // (self.config.group_size or m))
-        spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        spec: dict[str, TensorSpec] = {
             "codes": (torch.uint8, (n, packed_bytes(m, self.config.bits))),
             "scale": (torch.float16, (n, groups)),
         }
@@ -139,9 +139,7 @@ class RTNLinear(PackedLinear):
     Fields: codes U8 [n, bit-packed row], scale F16 [n, g], zero U8 [n, g] unless symmetric.
     """
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: RTN.Config) -> None:
-        super().__init__(spec, shape)
-        self.config = config
+    config: RTN.Config
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         codes_nm = unpack_bits(self.q.codes[rows], self.config.bits, self.in_features)
