@@ -153,7 +153,7 @@ def widen_heads(heads: Path, model: Path, wide: Path, out: Path) -> None:
     }
     out.mkdir(parents=True)
     save_file(widened, out / HEADS_FILE)
-    stored = {HEADS_FILE: checksums.of_file(out / HEADS_FILE).as_dict()}
+    stored = {HEADS_FILE: dataclasses.asdict(checksums.of_file(out / HEADS_FILE))}
     record = dataclasses.replace(record, target=target, checksums=stored)
     (out / HEADS).write_bytes(record.as_bytes())
 

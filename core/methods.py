@@ -24,7 +24,6 @@ class Method:
     """A method: its target, its line in lists and reference pages, and the paper it comes from.
 
     A method of kind `lm_head` fits an lm_head and is a quantizer too; a chooser picks a quantizer.
-    `runs_in` are the programs that run the artifacts of a method.
     """
 
     kind: Kind
@@ -33,9 +32,16 @@ class Method:
     source: str
     # "research": not recommended as a first choice.
     status: Literal["stable", "research"] = "stable"
-    runs_in: tuple[str, ...] = ("spectool", "transformers")
+    # Other programs that run its artifacts, besides transformers for packed checkpoints.
+    also_in: tuple[str, ...] = ()
     # A drafter with draft heads, which `train-heads` trains.
     trainable: bool = False
+
+    @property
+    def runs_in(self) -> tuple[str, ...]:
+        """The programs that run artifacts of the method."""
+        packed = self.serves_as("quantizer")
+        return ("spectool", *(("transformers",) if packed else ()), *self.also_in)
 
     def serves_as(self, kind: Kind) -> bool:
         """Return whether a method of this kind can be had by this name."""
@@ -118,21 +124,20 @@ METHODS: dict[str, Method] = {
         target="spectool.quantize.auto:Auto",
         summary="Pick a quantizer for a size or a number of bits, and report why",
         source="the order that benchmarks/fidelity.py found",
-        runs_in=("spectool",),
     ),
     "lora": Method(
         kind="objective",
         target="spectool.distill.objectives.lora:LoRA",
         summary="Low-rank updates of the linear layers, merged into the weights",
         source="Hu et al., LoRA, 2021 (arXiv:2106.09685), by peft",
-        runs_in=("spectool", "transformers", "vllm", "sglang"),
+        also_in=("transformers", "vllm", "sglang"),
     ),
     "logits": Method(
         kind="objective",
         target="spectool.distill.objectives.logits:Logits",
         summary="All weights learn the probabilities of a teacher",
         source="Hinton et al., 2015 (arXiv:1503.02531)",
-        runs_in=("spectool", "transformers", "vllm", "sglang"),
+        also_in=("transformers", "vllm", "sglang"),
     ),
     "consistency": Method(
         kind="objective",
@@ -140,35 +145,31 @@ METHODS: dict[str, Method] = {
         summary="The model learns to guess its own text ahead, for `--draft jacobi`",
         source="Kou et al., CLLM, 2024 (arXiv:2403.00835); Hu et al., Jacobi Forcing, 2025 "
         "(arXiv:2512.14681)",
-        runs_in=("spectool", "transformers", "vllm", "sglang"),
+        also_in=("transformers", "vllm", "sglang"),
     ),
     "none": Method(
         kind="drafter",
         target="spectool.decode.drafters.none:NoDrafter",
         summary="Plain decoding, one token per forward",
         source="the baseline",
-        runs_in=("spectool",),
     ),
     "ngram": Method(
         kind="drafter",
         target="spectool.decode.drafters.ngram:NgramDrafter",
         summary="Draft what followed the longest matching n-gram of the text (prompt lookup)",
         source="Saxena, Prompt Lookup Decoding, 2023",
-        runs_in=("spectool",),
     ),
     "recycle": Method(
         kind="drafter",
         target="spectool.decode.drafters.recycle:RecycleDrafter",
         summary="Draft the target's last top tokens after each token; a static tree",
         source="Luo et al., Token Recycling, 2024 (arXiv:2408.08696)",
-        runs_in=("spectool",),
     ),
     "trigram": Method(
         kind="drafter",
         target="spectool.decode.drafters.trigram:TrigramDrafter",
         summary="A table of trigrams counted in the text; the most probable tree by their scores",
         source="Liu et al., ADED, 2024 (arXiv:2406.18200)",
-        runs_in=("spectool",),
     ),
     "jacobi": Method(
         kind="drafter",
@@ -176,7 +177,6 @@ METHODS: dict[str, Method] = {
         summary="Draft the target's predictions for the previous draft window (Jacobi iteration)",
         source="Teng et al., Speculative Jacobi Decoding, 2024 (arXiv:2410.01699)",
         status="research",
-        runs_in=("spectool",),
     ),
     "skip": Method(
         kind="drafter",
@@ -184,7 +184,6 @@ METHODS: dict[str, Method] = {
         summary="Draft with the model itself without some layers, chosen while it runs",
         source="Xia et al., SWIFT, 2024 (arXiv:2410.06916)",
         status="research",
-        runs_in=("spectool",),
     ),
     "draft_model": Method(
         kind="drafter",
@@ -192,14 +191,13 @@ METHODS: dict[str, Method] = {
         summary="A smaller checkpoint with the same tokenizer proposes a chain or a tree",
         source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318); "
         "Jeon et al., 2024 (arXiv:2402.14160)",
-        runs_in=("spectool",),
     ),
     "medusa": Method(
         kind="drafter",
         target="spectool.decode.drafters.medusa:MedusaDrafter",
         summary="Trained heads predict several tokens ahead at once; a static tree",
         source="Cai et al., Medusa, 2024 (arXiv:2401.10774), Medusa-1",
-        runs_in=("spectool", "vllm"),
+        also_in=("vllm",),
         trainable=True,
     ),
     "hydra": Method(
@@ -207,7 +205,6 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.hydra:HydraDrafter",
         summary="Heads that also see the tokens drafted before theirs; a static tree",
         source="Ankner et al., Hydra and Hydra++, 2024 (arXiv:2402.05109)",
-        runs_in=("spectool",),
         trainable=True,
     ),
     "eagle3": Method(
@@ -215,7 +212,7 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.drafters.eagle3:Eagle3Drafter",
         summary="A trained layer over hidden states of three target layers; a dynamic tree",
         source="Li et al., EAGLE-3, 2025 (arXiv:2503.01840); tree of EAGLE-2 (arXiv:2406.16858)",
-        runs_in=("spectool", "vllm", "sglang"),
+        also_in=("vllm", "sglang"),
         trainable=True,
     ),
     "clover": Method(
@@ -224,7 +221,6 @@ METHODS: dict[str, Method] = {
         summary="Two layers over the text, then a recurrent state per drafted token; a static tree",
         source="Xiao et al., Clover-2, 2024 (arXiv:2408.00264)",
         status="research",
-        runs_in=("spectool",),
         trainable=True,
     ),
     "chimera": Method(
@@ -233,7 +229,6 @@ METHODS: dict[str, Method] = {
         summary="Trigrams of drafted tokens attend to the target's states; a static tree",
         source="Zeng et al., Chimera, 2024 (arXiv:2402.15758)",
         status="research",
-        runs_in=("spectool",),
         trainable=True,
     ),
     "ppd": Method(
@@ -242,7 +237,6 @@ METHODS: dict[str, Method] = {
         summary="Trained prompt tokens in the target's forward predict the next draft tree",
         source="Chen et al., Parallel Prompt Decoding, 2024 (arXiv:2405.18628)",
         status="research",
-        runs_in=("spectool",),
         trainable=True,
     ),
     "hidden-transfer": Method(
@@ -251,7 +245,6 @@ METHODS: dict[str, Method] = {
         summary="Trained matrices predict later tokens' middle states in the target's forward",
         source="Wu et al., Hidden Transfer, 2024 (arXiv:2404.12022)",
         status="research",
-        runs_in=("spectool",),
         trainable=True,
     ),
     "greedy": Method(
@@ -259,14 +252,12 @@ METHODS: dict[str, Method] = {
         target="spectool.decode.verify:greedy",
         summary="Accept the child equal to the target's most likely token; exact for any draft",
         source="Stern et al., 2018 (arXiv:1811.03115)",
-        runs_in=("spectool",),
     ),
     "token-match": Method(
         kind="verifier",
         target="spectool.decode.verify:token_match",
         summary="Sample the target's token once per node and accept the child equal to it; exact",
         source="Miao et al., SpecInfer, 2023 (arXiv:2305.09781), naive sampling",
-        runs_in=("spectool",),
     ),
     "rejection": Method(
         kind="verifier",
@@ -274,70 +265,60 @@ METHODS: dict[str, Method] = {
         summary="Accept with min(1, p/q), siblings against the residual, else sample from it",
         source="Leviathan et al., 2023 (arXiv:2211.17192); Chen et al., 2023 (arXiv:2302.01318); "
         "Jeon et al., 2024 (arXiv:2402.14160)",
-        runs_in=("spectool",),
     ),
     "k-seq": Method(
         kind="verifier",
         target="spectool.decode.verify:k_seq",
         summary="Accept independent drafts with min(1, p / (rho q)), rho chosen for their number",
         source="Sun et al., SpecTr, 2023 (arXiv:2310.15141)",
-        runs_in=("spectool",),
     ),
     "typical": Method(
         kind="verifier",
         target="spectool.decode.verify:typical",
         summary="Accept tokens of enough probability; changes the distribution, needs --lossy",
         source="Cai et al., Medusa, 2024 (arXiv:2401.10774)",
-        runs_in=("spectool",),
     ),
     "dense": Method(
         kind="kv",
         target="spectool.decode.kv.dense:DenseStore",
         summary="Keys and values as the model computes them, in its dtype",
         source="the baseline",
-        runs_in=("spectool",),
     ),
     "kv:int8": Method(
         kind="kv",
         target="spectool.decode.kv.int8:Int8Store",
         summary="8-bit codes of keys and values: scales per group of a key, and per value",
         source="the asymmetry of keys and values: Hooper et al., KVQuant, 2024 (arXiv:2401.18079)",
-        runs_in=("spectool",),
     ),
     "perplexity": Method(
         kind="measure",
         target="spectool.evaluate.measures.perplexity:Perplexity",
         summary="exp of the mean negative log-likelihood of a text's tokens",
         source="Jelinek et al., 1977",
-        runs_in=("spectool",),
     ),
     "divergence": Method(
         kind="measure",
         target="spectool.evaluate.measures.divergence:Divergence",
         summary="KL divergence from a reference, and how often both prefer the same token",
         source="Kullback and Leibler, 1951",
-        runs_in=("spectool",),
     ),
     "layers": Method(
         kind="measure",
         target="spectool.evaluate.measures.layers:Layers",
         summary="Relative squared error of each packed matrix",
         source="folklore",
-        runs_in=("spectool",),
     ),
     "speed": Method(
         kind="measure",
         target="spectool.evaluate.measures.speed:Speed",
         summary="Tokens per second with each drafter, next to plain decoding",
         source="a comparison in one process, in turns",
-        runs_in=("spectool",),
     ),
     "losslessness": Method(
         kind="measure",
         target="spectool.evaluate.measures.losslessness:Losslessness",
         summary="Share of prompts whose drafted output is plain decoding's",
         source="token for token, greedy",
-        runs_in=("spectool",),
     ),
 }
 

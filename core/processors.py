@@ -37,12 +37,12 @@ def limit_spin(environ: MutableMapping[str, str], proc: Path = PROC) -> None:
         environ.update(CONTENDED_SPIN if is_contended(proc) else SPIN)
 
 
-def is_contended(proc: Path = PROC, *, num_samples: int = 3) -> bool:
+def is_contended(proc: Path = PROC) -> bool:
     """Whether other processes leave fewer processors free now than this one has threads."""
     limits = allowed(proc)
     running = []
     try:
-        for sample in range(num_samples):
+        for sample in range(3):
             # The least of several samples leaves out threads that run for a moment only.
             time.sleep(0.001 * (sample > 0))
             running.append(int((proc / "loadavg").read_text().split()[3].partition("/")[0]))

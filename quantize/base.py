@@ -204,6 +204,5 @@ def parse_quantizer(text: str) -> Quantizer:
 def not_finite(name: str, what: str) -> NotFinite:
     """Create the error for a block or matrix whose activations are NaN or infinite."""
     return NotFinite(
-        f"{name}: {what}",
-        hint="try --dtype float32; if that fails too, the checkpoint is damaged",
+        f"{name}: {what}", hint="try --dtype float32; if that fails too, the checkpoint is damaged"
     )

@@ -42,9 +42,8 @@ def list_widths(quantizer: Quantizer, budget: float) -> tuple[Quantizer, ...]:
     """Return a method's quantizers at all widths of up to `WIDER` bits above the budget.
 
     Raises:
-        UsageError: the method has only one width, or the budget is not finite.
+        UsageError: the method has only one width.
     """
-    Budget(budget, ())
     option = next((o for o in options_of(type(quantizer.config)) if o.name == "bits"), None)
     if option is None:
         raise UsageError(

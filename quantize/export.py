@@ -70,18 +70,7 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
             f"{checkpoint.name}: is not packed by spectool; there is nothing to export"
         )
     architecture = Architecture(checkpoint)
-    left_out: set[str] = set()
-    for key, entry in architecture.modules.items():
-        packer = make_packer(entry)
-        if not packer.build(entry["shape"]).is_matrix:
-            raise UnsupportedError(
-                f"{key}: {packer} computes more than a product with one matrix, which no "
-                "other tool would do",
-                hint="pack with a method that does not, as olive for olive-activations, or without "
-                "shortlist",
-            )
-        if entry.get("bias") and architecture.model.get_submodule(key).bias is None:
-            left_out.add(_check_zero_bias(checkpoint, architecture, key))
+    left_out = _find_unexported(architecture)
     convert, configure = FORMATS[name]
     matrices = _find_matrices(architecture)
     config = configure(architecture, matrices)
@@ -114,10 +103,30 @@ def export(checkpoint: Checkpoint, out: Path, name: str) -> list[str]:
     return [shlex.join(["vllm", "serve", str(out)])]
 
 
-def _check_zero_bias(checkpoint: Checkpoint, architecture: Architecture, key: str) -> str:
+def _find_unexported(architecture: Architecture) -> set[str]:
+    """List the tensors that no other tool has: biases of zero.
+
+    Raises an UnsupportedError for matrices that another tool would compute otherwise.
+    """
+    left_out: set[str] = set()
+    for key, entry in architecture.modules.items():
+        packer = make_packer(entry)
+        if not packer.build(entry["shape"]).is_matrix:
+            raise UnsupportedError(
+                f"{key}: {packer} computes more than a product with one matrix, which no "
+                "other tool would do",
+                hint="pack with a method that does not, as olive for olive-activations, or without "
+                "shortlist",
+            )
+        if entry.get("bias") and architecture.model.get_submodule(key).bias is None:
+            left_out.add(_check_zero_bias(architecture, key))
+    return left_out
+
+
+def _check_zero_bias(architecture: Architecture, key: str) -> str:
     """Raise an UnsupportedError if a fitted lm_head has a bias other than 0; return its name."""
     name = f"{key}.bias"
-    if checkpoint.read(name).any():
+    if architecture.checkpoint.read(name).any():
         raise UnsupportedError(
             f"{key}: was fitted with a bias, and the lm_head of "
             f"{architecture.config.model_type} has none in any other tool",

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from spectool.quantize.base import (
     not_finite,
 )
 from spectool.quantize.statistics import LinearStats, Products
-from spectool.training import Metrics, Recipe, Training
+from spectool.training import History, Metrics, Recipe, Training
 
 # Cosines are clamped to this in ln c; below it the squared errors alone drive the fit.
 LEAST_COSINE = 0.01
@@ -49,14 +48,6 @@ class TrainableMatrix(nn.Module, ABC):
     @abstractmethod
     def store(self) -> None:
         """Write the current values into the packed linear's fields."""
-
-
-@dataclass(frozen=True, slots=True)
-class FitMetrics:
-    """Mean loss over the calibration sequences, and the smallest cosine of any of them."""
-
-    loss: float
-    least_cosine: float
 
 
 class BlockFit:
@@ -104,12 +95,12 @@ class BlockFit:
             torch.autograd.backward(loss_B.sum() * self.inputs.hidden_SLD[index].numel())
 
     @torch.no_grad()
-    def measure(self, modules: Mapping[str, nn.Module]) -> FitMetrics:
-        """Measure all calibration sequences with these modules for the matrices."""
+    def measure(self, modules: Mapping[str, nn.Module]) -> tuple[float, float]:
+        """Return the mean loss of all sequences with these modules, and their smallest cosine."""
         each = [self.loss(batch, modules) for batch in self.batches]
         losses_S = torch.cat([loss_B for loss_B, _ in each])
         least = torch.cat([cosines for _, cosines in each], 1).min()
-        return FitMetrics(float(losses_S.double().mean()), float(least))
+        return float(losses_S.double().mean()), float(least)
 
 
 class Substitute(Products):
@@ -205,11 +196,11 @@ class BlockQuantizer(Quantizer):
             is_first = not training.history.evaluations
             for part in () if is_first else parts.values():
                 part.store()
-            found = task.measure(linears)
-            if is_first and not math.isfinite(found.loss):
+            loss, least_cosine = task.measure(linears)
+            if is_first and not math.isfinite(loss):
                 text = "its output is NaN or infinite on the calibration text"
                 raise not_finite(block.name, text)
-            return {"score": -found.loss, "least_cosine": found.least_cosine}
+            return {"score": -loss, "least_cosine": least_cosine}
 
         training = Training(
             name="fit",
@@ -223,22 +214,24 @@ class BlockQuantizer(Quantizer):
             evaluate=evaluate,
             keep=lambda: _copy_fields(linears),
         )
-        history = training.run()
-        assert history.best is not None
+        report = _make_report(training.run(), len(task))
+        fitted: dict[str, PackedFields] = {}
         for name, linear in linears.items():
             linear.q.load_state_dict(training.best[name])
-        report = FitReport(
-            loss_start=-history.evaluations[0]["score"],
-            loss_after=-history.best["score"],
-            least_cosine=history.best["least_cosine"],
-            best_epoch=history.best["step"] // len(task),
-            steps_skipped=history.skipped,
-        )
-        fitted = {
-            name: {key: value.cpu() for key, value in kept.items()}
-            for name, kept in training.best.items()
-        }
+            fitted[name] = {key: value.cpu() for key, value in training.best[name].items()}
         return Fitted(fitted, self.extend_report(report, before, linears))
+
+
+def _make_report(history: History, num_sequences: int) -> FitReport:
+    """Make the report of a fit with one step for each sequence."""
+    assert history.best is not None
+    return FitReport(
+        loss_start=-history.evaluations[0]["score"],
+        loss_after=-history.best["score"],
+        least_cosine=history.best["least_cosine"],
+        best_epoch=history.best["step"] // num_sequences,
+        steps_skipped=history.skipped,
+    )
 
 
 def _copy_fields(linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from spectool.checkpoint.formats import FORMAT_VERSION
 from spectool.checkpoint.tensors import hash_json
-from spectool.errors import UsageError
 from spectool.machine import software_versions
 from spectool.methods import import_method
 from spectool.model.architecture import Architecture
@@ -32,16 +30,10 @@ class Budget:
     bits: float
     candidates: tuple[Quantizer, ...]
 
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.bits):
-            raise UsageError(f"--bits-budget {self.bits}: must be a number of bits")
-
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON-safe form stored in artifacts."""
-        return {
-            "bits": self.bits,
-            "candidates": [quantizer.as_dict() for quantizer in self.candidates],
-        }
+        candidates = [quantizer.as_dict() for quantizer in self.candidates]
+        return {"bits": self.bits, "candidates": candidates}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

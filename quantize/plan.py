@@ -27,12 +27,10 @@ class QuantizePlan:
     """Matrices to pack with their methods, and the resulting sizes.
 
     `matrices` by block and name, `outside` the blocks by name, of these `lm_head` if it is fitted;
-    `quantizers` by name; `skipped`: names
-    of dense matrices with the reason. Bytes: `packed_bytes` of the fields of the blocks' matrices,
-    which have `num_weights`; `outside_bytes` of embedding and lm_head as stored; `file_bytes` of
-    the weight files without headers; `host_bytes` and `device_bytes` are peak memory;
-    `buffer_bytes` of one activation buffer. `num_buffers`: one per stream, for methods with a fit
-    also one per target, and one for the inputs of a fitted lm_head.
+    `quantizers` by name; `skipped`: names of dense matrices with the reason. Bytes: `packed_bytes`
+    of the fields of the blocks' matrices, which have `num_weights`; `outside_bytes` of embedding
+    and lm_head as stored; `file_bytes` of the weight files without headers; `host_bytes` and
+    `device_bytes` are peak memory, `buffer_bytes` and `num_buffers` see `footprint.Memory`.
     """
 
     architecture: Architecture = field(repr=False, compare=False)
@@ -107,15 +105,11 @@ def make_plan(
     fitted = None
     if lm_head is not None:
         fitted = _find_fitted(architecture, lm_head, outside)
+        if rule := _deciding_rule(fitted, rules):
+            raise UsageError(f"{rule.origin}: {fitted.name} is fitted by --lm-head already")
         quantizers[fitted.name] = lm_head
-    for matrix in outside:
-        rule = _deciding_rule(matrix, rules)
-        if matrix is fitted and rule is not None:
-            raise UsageError(f"{rule.origin}: {matrix.name} is fitted by --lm-head already")
-        chosen_outside = rule.quantizer if rule else embeddings
-        if matrix is not fitted and chosen_outside is not None:
-            _check_outside(matrix, chosen_outside, rule.origin if rule else "--embeddings")
-            quantizers[matrix.name] = chosen_outside
+    others = [matrix for matrix in outside if matrix is not fitted]
+    quantizers |= _choose_outside(others, rules, embeddings)
     assignment = Assignment(
         architecture=architecture,
         matrices=matrices,
@@ -141,6 +135,20 @@ def make_plan(
         host_bytes=memory.host,
         device_bytes=memory.device if on_device else 0,
     )
+
+
+def _choose_outside(
+    matrices: Sequence[Matrix], rules: Sequence[Rule], embeddings: Quantizer | None
+) -> dict[str, Quantizer]:
+    """Choose the quantizers, by name, of the matrices outside the blocks that are packed."""
+    chosen = {}
+    for matrix in matrices:
+        rule = _deciding_rule(matrix, rules)
+        quantizer = rule.quantizer if rule else embeddings
+        if quantizer is not None:
+            _check_outside(matrix, quantizer, rule.origin if rule else "--embeddings")
+            chosen[matrix.name] = quantizer
+    return chosen
 
 
 def _find_skipped(

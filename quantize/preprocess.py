@@ -29,12 +29,7 @@ from spectool.checkpoint.tensors import open_checkpoint
 from spectool.distill.data.samples import Sample
 from spectool.distill.data.texts import chunk
 from spectool.distill.objective import train
-from spectool.distill.objectives.base import (
-    TextBatches,
-    WeightTask,
-    check_writable,
-    training_bytes,
-)
+from spectool.distill.objectives.base import TextBatches, WeightTask, check_writable, training_bytes
 from spectool.distill.objectives.lora import LoRA
 from spectool.errors import UnsupportedError, UsageError, require
 from spectool.files import disk_errors

@@ -28,13 +28,6 @@ DENSE = "dense"
 SKIP = "--skip"
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a `--skip` pattern matches a name: a glob, or consecutive dotted parts of it."""
-    if any(sign in pattern for sign in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return f".{pattern}." in f".{name}."
-
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One rule: pack matrices whose names `match`, or leave them dense if `quantizer` is None.
@@ -52,8 +45,10 @@ class Rule:
         return self.origin.startswith(SKIP)
 
     def matches(self, name: str) -> bool:
-        """Return whether the rule applies to the matrix `name`."""
-        return matches(name, self.match)
+        """Whether `match` is a glob of the name, or consecutive dotted parts of it."""
+        if any(sign in self.match for sign in "*?["):
+            return fnmatch.fnmatchcase(name, self.match)
+        return f".{self.match}." in f".{name}."
 
     def as_dict(self) -> dict[str, Any]:
         """Return the rule as an entry of a rules file."""

@@ -19,7 +19,7 @@ from spectool.distill.objectives.base import training_bytes
 from spectool.errors import UsageError
 from spectool.machine import reproducible
 from spectool.model.architecture import Architecture
-from spectool.model.blocks import Compute
+from spectool.model.blocks import BlockStream, Compute
 from spectool.quantize.budget import (
     choose,
     list_candidates,
@@ -28,6 +28,7 @@ from spectool.quantize.budget import (
 )
 from spectool.quantize.calibration import (
     TOKENIZED_BYTES,
+    Calibration,
     count_characters,
     read_calibration,
     read_windows,
@@ -128,16 +129,8 @@ def quantize(
     plan = plan_job(checkpoint, job, device=device, batch_size=batch_size)
     if job.budget is None:
         reporter.plan(plan)
-    blocks, calibration = open_stream(plan, compute), None
-    if job.needs_text:
-        calibration = read_calibration(plan.architecture, job, reporter)
-        # Packing holds neither the lm_head in memory nor weights from before preprocessing.
-        if job.lm_head is None and job.preprocess is None:
-            probe = blocks
-        else:
-            probe = open_stream(plan, compute, with_lm_head=job.lm_head is not None)
-        # A model that cannot be walked is refused before the work.
-        probe.call(0, 1, calibration.ids_SL.shape[1])
+    blocks = open_stream(plan, compute)
+    calibration = _start_calibration(plan, job, blocks, reporter) if job.needs_text else None
     ids_SL = None if calibration is None else calibration.ids_SL
     source = {"fingerprint": checkpoint.fingerprint(), "revision": checkpoint.revision}
     identity = {"source": source, **job.record(ids_SL, compute)}
@@ -168,17 +161,10 @@ def quantize(
             plan = replace(plan, architecture=Architecture(reshaped))
             blocks = open_stream(plan, compute)
         stream = CalibratedStream(
-            plan=plan,
-            blocks=blocks,
-            calibration=calibration,
-            seed=job.seed,
-            scratch=writer.partial,
+            plan=plan, blocks=blocks, calibration=calibration, seed=job.seed, scratch=writer.partial
         )
         if job.budget is not None:
-            candidates = list_candidates(plan, job.budget, job.rules)
-            errors = measure_candidates(stream, candidates, writer, reporter)
-            chosen = choose(plan, job.budget, candidates, errors)
-            job = replace(job, budget=None, rules=(*job.rules, *chosen))
+            job = _resolve_budget(stream, job, writer, reporter)
             plan = _plan(plan.architecture, job, device=device, batch_size=batch_size)
             stream = replace(stream, plan=plan)
             reporter.plan(plan)
@@ -189,6 +175,29 @@ def quantize(
     if preprocessing is not None:
         shutil.rmtree(preprocessing.scratch)
     return report
+
+
+def _start_calibration(
+    plan: QuantizePlan, job: QuantizeJob, blocks: BlockStream, reporter: Reporter
+) -> Calibration:
+    """Read the calibration text; refuse a model that cannot be walked, before the work."""
+    calibration = read_calibration(plan.architecture, job, reporter)
+    # Packing holds neither the lm_head in memory nor weights from before preprocessing.
+    if job.lm_head is not None or job.preprocess is not None:
+        blocks = open_stream(plan, blocks.compute, with_lm_head=job.lm_head is not None)
+    blocks.call(0, 1, calibration.ids_SL.shape[1])
+    return calibration
+
+
+def _resolve_budget(
+    stream: CalibratedStream, job: QuantizeJob, writer: ArtifactWriter, reporter: Reporter
+) -> QuantizeJob:
+    """Return the job with a rule for each matrix instead of its budget."""
+    assert job.budget is not None
+    candidates = list_candidates(stream.plan, job.budget, job.rules)
+    errors = measure_candidates(stream, candidates, writer, reporter)
+    chosen = choose(stream.plan, job.budget, candidates, errors)
+    return replace(job, budget=None, rules=(*job.rules, *chosen))
 
 
 def _prepare_preprocessing(

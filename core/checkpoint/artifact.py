@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from spectool.checkpoint import checksums
-from spectool.checkpoint.checksums import Checksums, Summing
+from spectool.checkpoint.checksums import Checksums, Hasher
 from spectool.checkpoint.headers import HEADS, PACKED_INDEX, TRAINING, TensorEntry, read_json
-from spectool.checkpoint.tensors import CHUNK, DTYPES, check_finite, torch_dtype
+from spectool.checkpoint.tensors import DTYPES, check_finite, read_pieces, torch_dtype
 from spectool.errors import CheckpointError, InputError, UsageError
 from spectool.files import disk_errors
 
@@ -352,18 +352,18 @@ def write_safetensors(
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    summing = Summing()
+    hasher = Hasher()
     with path.open("wb") as file:
         for piece in (struct.pack("<Q", len(raw)), raw):
-            summing.update(piece)
+            hasher.update(piece)
             file.write(piece)
         for name in order:
             for data in _read_pieces(tensors[name]):
-                summing.update(data)
+                hasher.update(data)
                 file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return summing.finish()
+    return hasher.finish()
 
 
 def _dtype(content: Content) -> torch.dtype:
@@ -381,17 +381,9 @@ def _read_pieces(content: Content) -> Iterator[memoryview]:
         flat = content.detach().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().data
         return
-    dtype = torch_dtype(content)
-    buffer = torch.empty(min(CHUNK, content.num_bytes), dtype=torch.uint8)
-    with content.open() as file:
-        left = content.num_bytes
-        while left:
-            part = buffer[: min(left, CHUNK)]
-            if file.readinto(part.numpy().data) != len(part):
-                raise CheckpointError(f"{content.path}: ended inside {content.name}")
-            check_finite(content.name, part.view(dtype))
-            yield part.numpy().data
-            left -= len(part)
+    for piece in read_pieces(content):
+        check_finite(content.name, piece.view(torch_dtype(content)))
+        yield piece.numpy().data
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -29,7 +29,7 @@ CHUNK = 1 << 20
 MAX_THREADS = 4
 
 # Predicate of a sentence about an artifact without checksums.
-NONE = "has no checksums to compare its files with: an older spectool wrote it"
+NO_CHECKSUMS = "has no checksums to compare its files with: an older spectool wrote it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Checksums:
     xxh3_64: str
 
 
-class Summing:
+class Hasher:
     """Incremental computation of both checksums."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Guard:
                 self._matches = True
 
 
-def guard(path: Path, stored: Mapping[str, Checksums]) -> Guard | None:
+def make_guard(path: Path, stored: Mapping[str, Checksums]) -> Guard | None:
     """Return the guard of a file with its checksum in `stored`; None if `stored` is empty.
 
     Raises:
@@ -92,7 +92,7 @@ def guard(path: Path, stored: Mapping[str, Checksums]) -> Guard | None:
     return Guard(path, stored[path.name].xxh3_64)
 
 
-class Checking:
+class BackgroundCheck:
     """Comparison of several files in background threads.
 
     Only `finish` waits for the threads: a load that fails or is interrupted ends at once.
@@ -136,11 +136,11 @@ def of_file(path: Path) -> Checksums:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    summing, buffer = Summing(), memoryview(bytearray(CHUNK))
+    hasher, buffer = Hasher(), memoryview(bytearray(CHUNK))
     with read_errors(path), path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
-            summing.update(buffer[:size])
-    return summing.finish()
+            hasher.update(buffer[:size])
+    return hasher.finish()
 
 
 def verify(folder: Path, stored: Mapping[str, Checksums]) -> None:

@@ -145,7 +145,7 @@ class Layout:
     def notes(self) -> list[str]:
         """Lines that a run shows about the checkpoint."""
         if self.is_packed and not self.checksums:
-            return [f"{self.path}: {checksums.NONE}"]
+            return [f"{self.path}: {checksums.NO_CHECKSUMS}"]
         return []
 
     @property
@@ -380,7 +380,7 @@ def read_shards(index: Path, stored: Mapping[str, Checksums]) -> dict[str, Tenso
         path = index.parent / file
         if path.name != file or "\0" in file:
             raise CheckpointError(f"{index}: names {file!r}, which is not a file in its directory")
-        entries = read_header(path, guard=checksums.guard(path, stored))[1]
+        entries = read_header(path, guard=checksums.make_guard(path, stored))[1]
         tensors.update((entry.name, entry) for entry in entries)
     for name, file in weight_map.items():
         if name not in tensors:

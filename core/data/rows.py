@@ -96,9 +96,7 @@ class Row:
             text, messages = self.text[: self.answer], self.messages
             has_text, is_whole = bool(text.strip()), self.answer is None
         else:
-            text, messages = None, self.messages
-            while messages and messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
+            text, messages = None, _drop_answers(self.messages)
             has_text = any(m["role"] != "system" and _has_content(m) for m in messages)
             is_whole = messages == self.messages
         if not has_text:
@@ -244,9 +242,7 @@ class _Reader:
         if base is not None and base not in CHAT_FIELDS:
             return self.read_pair(base, "chosen")
         if base is not None:
-            before = self.turns(base, self.value(base))
-            while before and before[-1]["role"] == "assistant":
-                before = before[:-1]
+            before = _drop_answers(self.turns(base, self.value(base)))
             answer = self.turns("chosen", chosen, role="assistant")
             return self.conversation(_append_answer(before, answer), f"{base} + chosen")
         if not isinstance(chosen, str):
@@ -281,7 +277,10 @@ class _Reader:
             fields = f"{system} + {fields}"
         if not any(map(_has_content, messages)):
             raise TextError(f"{self.place}: the turns of {fields} are empty")
-        return Row(messages=tuple(messages), tools=self.tools(), joinable=joinable, fields=fields)
+        tools = read_tools(self.record.get("tools") or [])
+        if tools is None:
+            raise TextError(f"{self.place}: field 'tools' is no list of objects, nor JSON of one")
+        return Row(messages=tuple(messages), tools=tools, joinable=joinable, fields=fields)
 
     def turns(self, field: str, value: Any, *, role: str = "user") -> tuple[Message, ...]:
         """Convert one or several objects or strings to turns in the common form."""
@@ -351,16 +350,16 @@ class _Reader:
             return "\n".join(texts)
         raise TextError(f"{self.place}: a turn of {field!r} has content that is no text")
 
-    def tools(self) -> tuple[Mapping[str, Any], ...]:
-        """Return the descriptions of the tools that the conversation may call."""
-        tools = read_tools(self.record.get("tools") or [])
-        if tools is not None:
-            return tools
-        raise TextError(f"{self.place}: field 'tools' is no list of objects, nor JSON of one")
-
 
 def _has_content(message: Message) -> bool:
     return bool(message["content"].strip()) or "tool_calls" in message
+
+
+def _drop_answers(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Drop the turns of the assistant at the end."""
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages
 
 
 def _join_completion(question: str, answer: str | None, fields: str) -> Row:

@@ -53,7 +53,7 @@ class Architecture:
         return unused_tensors(self.model, self.layout)
 
     @functools.cached_property
-    def zeroed(self) -> dict[str, int]:
+    def zeroed_rows(self) -> dict[str, int]:
         """Names of embedding weights with the row of the padding token, if transformers sets that
         row to zero at loading, whatever is stored (Youtu)."""
         rows = {}
@@ -165,8 +165,8 @@ class Architecture:
                     # torch does not compute with 8-bit floats.
                     eight_bit = tensor.is_floating_point() and tensor.element_size() == 1
                     tensors[key] = tensor.bfloat16() if eight_bit else tensor
-                    if key in self.zeroed:
-                        tensors[key][self.zeroed[key]] = 0
+                    if key in self.zeroed_rows:
+                        tensors[key][self.zeroed_rows[key]] = 0
         return tensors
 
     def cast(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -303,6 +303,4 @@ def _outer_matrix(
 ) -> Matrix:
     """Describe the embedding or the lm_head as a matrix."""
     rows, width = module.weight.shape
-    return Matrix(
-        name=name, parameter=parameter, kind=kind, shape=(rows, width), transposed=False, tied=tied
-    )
+    return Matrix(name=name, parameter=parameter, kind=kind, shape=(rows, width), tied=tied)

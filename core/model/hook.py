@@ -14,6 +14,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 REGISTRY = "transformers.quantizers.auto"
 
@@ -31,7 +32,7 @@ def _register() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finder that wraps the loader of the registry module."""
+    """Finder that makes the loader of the registry module register the format once it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -41,21 +42,13 @@ class _Finder(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            loader: Any = spec.loader
+
+            def exec_module(module: ModuleType) -> None:
+                # The loader's own method again.
+                del loader.exec_module
+                loader.exec_module(module)
+                _register()
+
+            loader.exec_module = exec_module
         return spec
-
-
-class _Loader(importlib.abc.Loader):
-    """Loader that runs the registry's own loader and then registers the format."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self.loader
-        _register()

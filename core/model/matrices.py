@@ -47,7 +47,7 @@ class Matrix:
     parameter: str
     kind: Literal["linear", "conv1d", "expert", "embedding", "lm_head"]
     shape: tuple[int, int]
-    transposed: bool
+    transposed: bool = False
     expert: int | None = None
     tied: str | None = None
 
@@ -77,9 +77,7 @@ def find_matrices(
             continue
         if isinstance(module, nn.Linear):
             n, m = module.weight.shape
-            yield Matrix(
-                name=path, parameter=f"{path}.weight", kind="linear", shape=(n, m), transposed=False
-            )
+            yield Matrix(name=path, parameter=f"{path}.weight", kind="linear", shape=(n, m))
         elif isinstance(module, Conv1D):
             m, n = module.weight.shape
             yield Matrix(
@@ -215,13 +213,13 @@ def _weights_read_by(module: nn.Module) -> set[tuple[bool, str]]:
     # fused kernels in training, Bloom slices its weights to imitate tensor-parallel training.
     return {
         (of_self, path)
-        for of_self, path, guards in _find_reads(_kind(module))
-        if not any(_is_constant(guard, module, not guard.taken) for guard in guards)
+        for of_self, path, branches in _find_reads(_kind(module))
+        if not any(_is_constant(branch, module, not branch.taken) for branch in branches)
     }
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
+class Branch:
     """A condition around a read in the source of a Python module.
 
     `source`: the Python module's name. `taken`: whether the read is in the branch where the
@@ -233,10 +231,10 @@ class Guard:
     taken: bool
 
 
-def _is_constant(guard: Guard, module: nn.Module, value: bool) -> bool:
+def _is_constant(branch: Branch, module: nn.Module, value: bool) -> bool:
     """Whether a condition has this value in every call of the module."""
     try:
-        result = eval(guard.condition, vars(sys.modules[guard.source]), {"self": module})
+        result = eval(branch.condition, vars(sys.modules[branch.source]), {"self": module})
         return bool(result) is value
     except Exception:
         # The condition depends on arguments of the call.
@@ -244,9 +242,9 @@ def _is_constant(guard: Guard, module: nn.Module, value: bool) -> bool:
 
 
 @functools.cache
-def _find_reads(kind: type[nn.Module]) -> frozenset[tuple[bool, str, tuple[Guard, ...]]]:
+def _find_reads(kind: type[nn.Module]) -> frozenset[tuple[bool, str, tuple[Branch, ...]]]:
     """Collect the reads of weights in a class and its bases; see `_WeightReads`."""
-    reads: set[tuple[bool, str, tuple[Guard, ...]]] = set()
+    reads: set[tuple[bool, str, tuple[Branch, ...]]] = set()
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] == "torch" or base in (object, PreTrainedModel):
             continue
@@ -261,11 +259,11 @@ def _find_reads(kind: type[nn.Module]) -> frozenset[tuple[bool, str, tuple[Guard
 
 
 class _WeightReads(ast.NodeVisitor):
-    """Collector of `x.a.b.weight` in computations: (whether x is self, `a.b`, the guards)."""
+    """Collector of `x.a.b.weight` in computations: (whether x is self, `a.b`, the branches)."""
 
     def __init__(self, source: str) -> None:
-        self.reads: set[tuple[bool, str, tuple[Guard, ...]]] = set()
-        self._source, self._guards = source, list[Guard]()
+        self.reads: set[tuple[bool, str, tuple[Branch, ...]]] = set()
+        self._source, self._branches = source, list[Branch]()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if not node.name.startswith(("__init__", "_init_", "reset_")):
@@ -275,10 +273,10 @@ class _WeightReads(ast.NodeVisitor):
         self.visit(node.test)
         condition = compile(ast.Expression(node.test), "<condition>", "eval")
         for branch, taken in ((node.body, True), (node.orelse, False)):
-            self._guards.append(Guard(condition, self._source, taken))
+            self._branches.append(Branch(condition, self._source, taken))
             for part in branch if isinstance(branch, list) else [branch]:
                 self.visit(part)
-            self._guards.pop()
+            self._branches.pop()
 
     visit_IfExp = visit_If
 
@@ -295,7 +293,7 @@ class _WeightReads(ast.NodeVisitor):
             parts.insert(0, inner.attr)
             inner = inner.value
         if node.attr == "weight" and parts and isinstance(inner, ast.Name):
-            self.reads.add((inner.id == "self", ".".join(parts), tuple(self._guards)))
+            self.reads.add((inner.id == "self", ".".join(parts), tuple(self._branches)))
         self.generic_visit(node)
 
 

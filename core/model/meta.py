@@ -84,10 +84,7 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 def build_meta(
-    config: PreTrainedConfig,
-    *,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
+    config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Build the whole model on the meta device, in eval mode, to run in `dtype`.
 

@@ -78,9 +78,7 @@ def find_origins(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Ori
 
 
 def resolve_ties(
-    origins: dict[str, Origin],
-    ties: dict[str, str],
-    equal: Callable[[Origin, Origin], bool],
+    origins: dict[str, Origin], ties: dict[str, str], equal: Callable[[Origin, Origin], bool]
 ) -> bool:
     """Give tied tensors one origin, as transformers does; changes `origins` and `ties` in place.
 

@@ -25,8 +25,9 @@ from spectool.methods import import_method
 # Weights per piece of rows that is unpacked, or summed in double precision, at once.
 PIECE = 1 << 19
 
-# Dtype and shape of a packed matrix's fields by name, as in a safetensors header.
-FieldSpec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+# Dtype and shape of a tensor, as in a safetensors header, and those of a matrix's fields by name.
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+FieldSpec = Mapping[str, TensorSpec]
 
 
 class Fields(nn.Module):
@@ -54,7 +55,7 @@ class PackedLinear(nn.Module):
 
     A subclass implements `rows`, or `dequantize` if rows cannot be unpacked one by one, and
     `forward` if it has a faster one. `format` names the rows of the kernels' table, if there are
-    any.
+    any. `config`: the options of the method, if unpacking depends on them.
     """
 
     format: ClassVar[str | None] = None
@@ -62,9 +63,10 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
     product: Product | None = None
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int]) -> None:
+    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: Any = None) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
+        self.config = config
         self.q = Fields(spec)
         self.register_parameter("bias", None)
 
@@ -173,23 +175,26 @@ class PackedEmbedding(EmbeddingRows):
         super().__init__(embedding)
         self.q = packed.q
         # Not a child: its fields are registered above, and would be found twice.
-        self.__dict__["packed"] = packed
+        self.__dict__["_packed"] = packed
         self.register_buffer("like", torch.zeros(0, dtype=dtype), persistent=False)
+
+    @property
+    def packed(self) -> PackedLinear:
+        """The table as a linear."""
+        packed: PackedLinear = self.__dict__["_packed"]
+        return packed
 
     @property
     def weight(self) -> Tensor:
         """See `make_placeholder`."""
-        packed: PackedLinear = self.__dict__["packed"]
-        return packed.weight
+        return self.packed.weight
 
     def rows(self, ids_N: Tensor) -> Tensor:
-        packed: PackedLinear = self.__dict__["packed"]
-        return packed.rows(ids_N).to(self.like.dtype)
+        return self.packed.rows(ids_N).to(self.like.dtype)
 
     def dequantize(self) -> Tensor:
         """Unpack the table [V, D] in float32."""
-        packed: PackedLinear = self.__dict__["packed"]
-        return packed.dequantize()
+        return self.packed.dequantize()
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -267,8 +272,8 @@ def load_packed(entry: Mapping[str, Any], fields: Mapping[str, Tensor]) -> Packe
     return linear
 
 
-def _describe(header: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
-    return "absent" if header is None else f"{header[0]} {list(header[1])}"
+def _describe(spec: TensorSpec | None) -> str:
+    return "absent" if spec is None else f"{spec[0]} {list(spec[1])}"
 
 
 def replace_with_packed(
@@ -345,11 +350,9 @@ def _parent(model: nn.Module, name: str) -> tuple[Any, str]:
     return parent, leaf
 
 
-def field_specs(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+def field_specs(tensors: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
     """Group stored tensors `<name>.q.<field>` by name."""
-    specs: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
+    specs: dict[str, dict[str, TensorSpec]] = {}
     for key, header in tensors.items():
         name, infix, field = key.rpartition(".q.")
         if infix:
@@ -371,7 +374,7 @@ def unpack_in_place(model: nn.Module, *, dtype: torch.dtype) -> None:
                 continue
             if not isinstance(child, (PackedLinear, PackedEmbedding)):
                 continue
-            packed = child.__dict__["packed"] if isinstance(child, PackedEmbedding) else child
+            packed = child.packed if isinstance(child, PackedEmbedding) else child
             if packed.product is not None or (packed is child and not packed.is_matrix):
                 continue
             # A tied lm_head has the fields of the embedding, and gets the same weight.

@@ -20,12 +20,17 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spectool.checkpoint.checksums import Checking
+from spectool.checkpoint.checksums import BackgroundCheck
 from spectool.checkpoint.formats import FORMAT_VERSION, packed_entries, upgrade_config
 from spectool.checkpoint.headers import PACKED_INDEX, guards_of, read_checksums, read_shards
 from spectool.checkpoint.tensors import torch_dtype
 from spectool.errors import UnsupportedError
-from spectool.model.packed import PackedEmbedding, field_specs, replace_with_packed
+from spectool.model.packed import (
+    PackedEmbedding,
+    TensorSpec,
+    field_specs,
+    replace_with_packed,
+)
 
 if TYPE_CHECKING:
     # Not at run time: transformers.modeling_utils imports the registry, so this module may be
@@ -66,7 +71,7 @@ class SpectoolQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         # Removed: an option of this load, not part of the saved configuration.
         self._checksums = quantization_config.__dict__.pop(CHECKSUMS, True)
-        self._checking: Checking | None = None
+        self._check: BackgroundCheck | None = None
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         # The only hook that gets the configuration before the weight files are looked up.
@@ -81,13 +86,13 @@ class SpectoolQuantizer(HfQuantizer):
         pass
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        headers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        headers: dict[str, TensorSpec] = {}
         if files := kwargs.get("checkpoint_files"):
             index = Path(files[0]).with_name(PACKED_INDEX)
             stored = read_checksums(index) if self._checksums else {}
             tensors = read_shards(index, stored).values()
             headers = {entry.name: (torch_dtype(entry), entry.shape) for entry in tensors}
-            self._checking = Checking(guards_of(tensors))
+            self._check = BackgroundCheck(guards_of(tensors))
         with torch.device("meta"):
             replace_with_packed(
                 model, self.quantization_config.modules, field_specs(headers), dtype=model.dtype
@@ -105,8 +110,8 @@ class SpectoolQuantizer(HfQuantizer):
                     like = part.like
                     del part.like
                     part.register_parameter("like", nn.Parameter(like, requires_grad=False))
-        if self._checking is not None:
-            self._checking.finish()
+        if self._check is not None:
+            self._check.finish()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:

@@ -23,6 +23,9 @@ from spectool.families import LOGITS_CAP, LOGITS_FACTORS, family
 from spectool.model.architecture import Architecture
 from spectool.model.packed import EmbeddingRows, PackedEmbedding, PackedLinear
 
+# What models raise if their blocks return something else than they expect.
+_BUILTIN_ERRORS = (RuntimeError, IndexError, ValueError, TypeError, AttributeError)
+
 
 class _NotWalkable(ValueError):
     """A property of a model that block-by-block execution cannot handle, described by the text."""
@@ -39,8 +42,8 @@ class Call:
 class BlockProbe(nn.Module):
     """Stand-in for a block: records its call and returns its input, or `override` if set.
 
-    `more`: values returned in a tuple after the hidden states; None: hidden states alone. `times`:
-    number of calls. `reached`: names of tensors and methods of the block that the model uses.
+    `extra_outputs`: values returned in a tuple after the hidden states; None: hidden states alone.
+    `used_names`: of the block's tensors and methods that the model uses from outside.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -48,48 +51,45 @@ class BlockProbe(nn.Module):
         # Not registered as a child: models ask their blocks for attributes such as attention_type.
         object.__setattr__(self, "block", block)
         self.call: Call | None = None
-        self.seen: Tensor | None = None
+        self.hidden: Tensor | None = None
         self.override: Tensor | None = None
-        self.more: tuple[Any, ...] | None = None
-        self.times = 0
-        self.reached: set[str] = set()
+        self.extra_outputs: tuple[Any, ...] | None = None
+        self.num_calls = 0
+        self.used_names: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return _BlockView(object.__getattribute__(self, "block"), self.reached)._view(name)
+            block = object.__getattribute__(self, "block")
+            return getattr(_BlockView(block, self.used_names), name)
 
     def forward(self, hidden_BLD: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if hidden_BLD is None:
             raise _NotWalkable("its blocks are called with something else than hidden states first")
-        self.seen, self.call = hidden_BLD, Call(args, kwargs)
-        self.times += 1
+        self.hidden, self.call = hidden_BLD, Call(args, kwargs)
+        self.num_calls += 1
         passed = hidden_BLD if self.override is None else self.override
-        return passed if self.more is None else (passed, *self.more)
+        return passed if self.extra_outputs is None else (passed, *self.extra_outputs)
 
 
 class _BlockView:
     """View of a module's attributes, and of those of modules inside, for the module's parent.
 
-    Uses of tensors and methods are recorded in `reached`: the blocks that run are copies, so the
+    Uses of tensors and methods are recorded in `used_names`: the blocks that run are copies, so the
     parent must neither change its blocks nor compute with their weights.
     """
 
-    def __init__(self, module: nn.Module, reached: set[str]) -> None:
-        self._module, self._reached = module, reached
-
-    def _view(self, name: str) -> Any:
-        """Return an attribute, a module as a view."""
-        value = getattr(self._module, name)
-        if isinstance(value, nn.Module):
-            return _BlockView(value, self._reached)
-        if isinstance(value, Tensor) or callable(value):
-            self._reached.add(name)
-        return value
+    def __init__(self, module: nn.Module, used_names: set[str]) -> None:
+        self._module, self._used_names = module, used_names
 
     def __getattr__(self, name: str) -> Any:
-        return self._view(name)
+        value = getattr(self._module, name)
+        if isinstance(value, nn.Module):
+            return _BlockView(value, self._used_names)
+        if isinstance(value, Tensor) or callable(value):
+            self._used_names.add(name)
+        return value
 
 
 class StoredRows(EmbeddingRows):
@@ -145,15 +145,15 @@ class ModelShell:
             and origin.converter is None
             and not (with_lm_head and f"{lm_head}.weight" not in architecture.origins)
         )
-        needed = [
-            name
-            for name in architecture.outer_tensors()
-            if _is_inside(name, architecture.decoder_name)
-            or (with_lm_head and _is_of_lm_head(name, lm_head, architecture.decoder_name))
-        ]
-        names = [name for name in needed if not ((by_rows or table is not None) and name == rows)]
         tensors: dict[str, Tensor] = {}
-        for name in names:
+        for name in architecture.outer_tensors():
+            if name == rows and (by_rows or table is not None):
+                continue
+            if not (
+                _is_inside(name, architecture.decoder_name)
+                or (with_lm_head and _is_of_lm_head(name, lm_head, architecture.decoder_name))
+            ):
+                continue
             # Cast one by one: only one tensor at a time is in memory in both dtypes.
             tensors |= architecture.cast(architecture.read([name]), dtype)
         model: Any = architecture.build_module("", tensors, dtype=dtype, device=device)
@@ -163,7 +163,7 @@ class ModelShell:
         elif by_rows:
             assert origin is not None
             entry = architecture.layout.tensors[origin.stored[0][0]]
-            plain, zeroed = model.get_input_embeddings(), architecture.zeroed.get(rows)
+            plain, zeroed = model.get_input_embeddings(), architecture.zeroed_rows.get(rows)
             model.set_input_embeddings(StoredRows(plain, entry, dtype, device, zeroed))
         self.probes = [BlockProbe(model.get_submodule(block)) for block in architecture.blocks]
         for block, probe in zip(architecture.blocks, self.probes, strict=True):
@@ -179,30 +179,30 @@ class ModelShell:
             try:
                 self._try(None if length is None else (None,) * length)
                 break
-            except torch.OutOfMemoryError:
-                raise
             except _NotWalkable as error:
                 reason = reason or str(error)
-            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+            except torch.OutOfMemoryError:
+                raise
+            except _BUILTIN_ERRORS:
                 # The model expects another return: a tuple, a longer one, or no tuple.
                 continue
         else:
             reason = reason or "its blocks return other things than hidden states, alone or first"
             raise UnsupportedError(f"{name}: cannot be walked block by block: {reason}")
-        reached = sorted(set().union(*(probe.reached for probe in self.probes)))
-        if reached:
+        used = sorted(set().union(*(probe.used_names for probe in self.probes)))
+        if used:
             raise UnsupportedError(
-                f"{name}: uses {', '.join(reached)} of its blocks from outside; it cannot be "
+                f"{name}: uses {', '.join(used)} of its blocks from outside; it cannot be "
                 "walked block by block"
             )
-        more = self.probes[0].more
-        if more:
+        extra = self.probes[0].extra_outputs
+        if extra:
             # Unique objects show whether the model passes the other values on to later blocks.
-            marks = tuple(object() for _ in more)
+            marks = tuple(object() for _ in extra)
             try:
                 self._try(marks)
                 passed = any(mark in _parts(probe.call) for probe in self.probes for mark in marks)
-            except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+            except _BUILTIN_ERRORS:
                 passed = True
             if passed:
                 raise UnsupportedError(
@@ -210,24 +210,28 @@ class ModelShell:
                     "block by block"
                 )
             for probe in self.probes:
-                probe.more = more
+                probe.extra_outputs = extra
 
-    def _try(self, more: tuple[Any, ...] | None) -> None:
-        """Run two tokens through the probes, which return `more` after the hidden states."""
+    def _try(self, extra: tuple[Any, ...] | None) -> None:
+        """Run two tokens through the probes, which return `extra` after the hidden states.
+
+        Raises _NotWalkable if hidden states are not [B, L, D] or change between blocks, or blocks
+        are run more than once.
+        """
         for probe in self.probes:
-            probe.more, probe.seen, probe.times = more, None, 0
+            probe.extra_outputs, probe.hidden, probe.num_calls = extra, None, 0
         ids_BL = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         if self.with_lm_head and self._forward(ids_BL).ndim != 3:
             raise _NotWalkable("logits do not have three dimensions")
         if not self.with_lm_head:
             self.embed(ids_BL)
-        first = self.probes[0].seen
+        first = self.probes[0].hidden
         if first is None or first.ndim != 3 or first.shape[:2] != (1, 2):
             raise _NotWalkable("hidden states have more dimensions than batch, length and width")
         for probe in self.probes:
-            if probe.times > 1:
+            if probe.num_calls > 1:
                 raise _NotWalkable("blocks are run more than once")
-            if probe.seen is None or not _equal(probe.seen, first):
+            if probe.hidden is None or not _equal(probe.hidden, first):
                 raise _NotWalkable("hidden states are changed between the blocks")
 
     @torch.inference_mode()
@@ -242,9 +246,9 @@ class ModelShell:
         """Compute the first block's input [B, L, D] for these tokens."""
         decoder = self.model.get_submodule(self.architecture.decoder_name)
         decoder(input_ids=ids_BL.to(self.device), use_cache=False)
-        seen = self.probes[0].seen
-        assert seen is not None
-        return seen
+        hidden_BLD = self.probes[0].hidden
+        assert hidden_BLD is not None
+        return hidden_BLD
 
     def calls(self, batch: int, length: int) -> list[Call]:
         """Record each block's call for `batch` sequences of `length` tokens without padding.

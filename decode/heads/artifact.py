@@ -133,7 +133,7 @@ def open_heads(
     check_fit(path, record, target, tokenizer, allow_other_target=allow_other_target)
     drafter: Any = methods.import_method(record.method, "drafter")
     tensors = read_weights(path, record, check=checksums)
-    note = f"{path}: {sums.NONE}"
+    note = f"{path}: {sums.NO_CHECKSUMS}"
     if not record.checksums and note not in target.notes:
         target.notes.append(note)
     token_map = tensors.get("token_map")
@@ -162,7 +162,7 @@ def read_weights(path: Path, record: HeadsRecord, *, check: bool = True) -> dict
         CheckpointError: the file is damaged, or with `check` its checksum differs.
     """
     stored = sums.parse(record.checksums, path / HEADS) if check else {}
-    return read_finite_tensors(path / HEADS_FILE, sums.guard(path / HEADS_FILE, stored))
+    return read_finite_tensors(path / HEADS_FILE, sums.make_guard(path / HEADS_FILE, stored))
 
 
 def read_finite_tensors(file: Path, guard: sums.Guard | None = None) -> dict[str, Tensor]:

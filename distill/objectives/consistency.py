@@ -109,6 +109,9 @@ class Consistency(WeightObjective):
             "data", "text of the next-token loss: the data's, or the model's own"
         )
         ar_weight: float = option(1.0, "weight of the next-token loss", minimum=0)
+        prompts: int | None = option(
+            None, "prompts of the data to continue, drawn at random; default: all", minimum=1
+        )
         new_tokens: int = option(512, "tokens to generate after each prompt", minimum=16)
         lora: int | None = option(
             None, "train low-rank updates of this rank in place of all weights", minimum=1
@@ -156,6 +159,9 @@ class Consistency(WeightObjective):
         self.window = config.window if config.variant == "forcing" else 1
         longest = task.texts.seq_len - config.block
         self.given = list_prompts(task.texts.samples, longest=longest)
+        if config.prompts is not None:
+            random.Random(f"{task.seed}/prompts").shuffle(self.given)
+            self.given = self.given[: config.prompts]
         room = [min(config.new_tokens, task.texts.seq_len - len(p.tokens)) for p in self.given]
         self.generated_tokens = sum(room)
         full = [Trajectory(p.tokens, [[[0] * n]]) for p, n in zip(self.given, room, strict=True)]

@@ -69,12 +69,7 @@ class LmHeadQuantizer(Quantizer):
         """Estimate the bytes of fitting an lm_head of this shape, without its text."""
 
     @abstractmethod
-    def fit_lm_head(
-        self,
-        lm_head: LmHead,
-        generator: torch.Generator,
-        tick: Tick,
-    ) -> FittedLmHead:
+    def fit_lm_head(self, lm_head: LmHead, generator: torch.Generator, tick: Tick) -> FittedLmHead:
         """Fit an lm_head."""
 
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from spectool import options
 from spectool.errors import UsageError
-from spectool.model.packed import FieldSpec, PackedLinear
+from spectool.model.packed import FieldSpec, PackedLinear, TensorSpec
 from spectool.options import option
 from spectool.quantize.base import PackedFields, Tick
 from spectool.quantize.codebook import LinearCodebook, cluster_vectors, mean_by_label
@@ -117,11 +117,9 @@ class VQ(LmHeadQuantizer):
         n, m = shape
         width = min(self.config.width or m, m)
         groups, codes = -(-m // width), min(self.config.codes, n)
-        spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "codes": (
-                torch.uint8 if codes <= 256 else torch.int16,
-                (n, groups * self.config.stages),
-            ),
+        codes_dtype = torch.uint8 if codes <= 256 else torch.int16
+        spec: dict[str, TensorSpec] = {
+            "codes": (codes_dtype, (n, groups * self.config.stages)),
             "codebook": (torch.float16, (self.config.stages, groups, codes, width)),
         }
         if self.config.shortlist:
@@ -409,9 +407,7 @@ class VQLinear(PackedLinear):
     I8 [n, m] and exact_scale F32 [n].
     """
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: VQ.Config) -> None:
-        super().__init__(spec, shape)
-        self.config = config
+    config: VQ.Config
 
     @property
     def is_matrix(self) -> bool:

@@ -94,11 +94,7 @@ def _pack_rows(weight_nm: Tensor, config: HQQ.Config) -> tuple[PackedFields, flo
     zero_ng = solve(steps_ngc, -low_ng / stored_ng.float(), config.bits)
     codes_ngc = _round_to_codes(steps_ngc, zero_ng, config.bits)
     codes_nm = codes_ngc.to(torch.uint8).flatten(1)[:, :m]
-    return {
-        "codes": pack_bits(codes_nm, config.bits),
-        "scale": stored_ng,
-        "zero": zero_ng,
-    }, largest
+    return {"codes": pack_bits(codes_nm, config.bits), "scale": stored_ng, "zero": zero_ng}, largest
 
 
 def solve(steps_ngc: Tensor, zero_ng: Tensor, bits: int) -> Tensor:

@@ -168,11 +168,7 @@ class JLCM(BlockQuantizer):
 
 
 def _round_compensated(
-    ratio_nm: Tensor,
-    scale_n: Tensor,
-    codebook_GK: Tensor,
-    group_n: Tensor,
-    factor: HessianFactor,
+    ratio_nm: Tensor, scale_n: Tensor, codebook_GK: Tensor, group_n: Tensor, factor: HessianFactor
 ) -> tuple[float, Tensor, Tensor]:
     """Round column by column with compensation.
 
@@ -254,7 +250,7 @@ class TrainedCodebook(TrainableMatrix):
         """Write the current codes, codebook and scales into the linear's fields."""
         codes_nm, _ = self.select(self.row_levels())
         fields = self.linear.q
-        fields.codes.copy_(pack_bits(codes_nm.to(torch.uint8), self.linear.bits))
+        fields.codes.copy_(pack_bits(codes_nm.to(torch.uint8), self.linear.config.bits))
         fields.codebook.copy_(self.codebook_GK.sort(-1).values)
         fields.scale.copy_((self.scale_n * self.gain_n).clamp(-SCALE_MAX, SCALE_MAX))
 
@@ -326,13 +322,11 @@ class JLCMLinear(PackedLinear):
     Fields: codes U8 [n, bit-packed row], codebook F16 [G, K], scale F16 [n], group U8 [n].
     """
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: JLCM.Config) -> None:
-        super().__init__(spec, shape)
-        self.bits = config.bits
+    config: JLCM.Config
 
     def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Unpack codes [n, m] as int16."""
-        return unpack_bits(self.q.codes[rows], self.bits, self.in_features, torch.int16)
+        return unpack_bits(self.q.codes[rows], self.config.bits, self.in_features, torch.int16)
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         group_n, scale_n = self.q.group[rows].long(), self.q.scale[rows].float()

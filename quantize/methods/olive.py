@@ -129,15 +129,10 @@ class OliVe(Quantizer):
         weight_nm = F.pad(weight_nm.float(), (0, weight_nm.shape[1] % 2)).contiguous()
         largest = float(_three_sigma(weight_nm).max())
         check_scale(FACTORS[-1] * largest / min(kind.largest for kind in TYPES[self.config.bits]))
-        best: tuple[float, int, Tensor] | None = None
-        for index, kind in enumerate(TYPES[self.config.bits]):
-            scale_n, error_n = search(weight_nm, kind)
-            error = float(error_n.double().sum())
-            if best is None or error < best[0]:
-                best = error, index, scale_n
-        assert best is not None
-        _, index, scale_n = best
-        kind = TYPES[self.config.bits][index]
+        searched = [search(weight_nm, kind) for kind in TYPES[self.config.bits]]
+        errors = [float(error_n.double().sum()) for _, error_n in searched]
+        index = errors.index(min(errors))
+        kind, scale_n = TYPES[self.config.bits][index], searched[index][0]
         codes_nm = torch.cat(
             [encode(weight_nm[rows], scale_n[rows], kind) for rows in _row_slices(weight_nm)]
         )
@@ -196,31 +191,25 @@ def search_inputs(sample_Tm: Tensor, kinds: tuple[Type, ...]) -> tuple[float, in
 
 def search(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
     """Search the scale of each row [n], in float16 precision; also return its squared error [n]."""
-    parts = [_search_rows(weight_nm[rows], kind) for rows in _row_slices(weight_nm)]
-    scales, errors = zip(*parts, strict=True)
-    return torch.cat(scales), torch.cat(errors)
+    scale_n = weight_nm.new_ones(len(weight_nm))
+    error_n = torch.full_like(scale_n, torch.inf)
+    for rows in _row_slices(weight_nm):
+        part_nm, limit_n = weight_nm[rows], _three_sigma(weight_nm[rows])
+        for factor in FACTORS:
+            tried_n = (factor / kind.largest * limit_n).half().float()
+            # Rows of zeros keep a scale of 1.
+            tried_n = torch.where(tried_n < SCALE_MIN, 1.0, tried_n)
+            found_n = (fake_quantize(part_nm, tried_n, kind) - part_nm).square_().sum(1)
+            better_n = found_n < error_n[rows]
+            error_n[rows] = torch.where(better_n, found_n, error_n[rows])
+            scale_n[rows] = torch.where(better_n, tried_n, scale_n[rows])
+    return scale_n, error_n
 
 
 def _three_sigma(weight_nm: Tensor) -> Tensor:
     """Return max(|mu + 3 sigma|, |mu - 3 sigma|) of each row [n]."""
     mean_n, spread_n = weight_nm.mean(1), 3 * weight_nm.std(1, correction=0)
     return torch.maximum((mean_n + spread_n).abs(), (mean_n - spread_n).abs())
-
-
-def _search_rows(weight_nm: Tensor, kind: Type) -> tuple[Tensor, Tensor]:
-    """Search scales and errors of some rows; see `search`."""
-    limit_n = _three_sigma(weight_nm)
-    best_n = torch.full_like(limit_n, torch.inf)
-    scale_n = torch.ones_like(limit_n)
-    for factor in FACTORS:
-        tried_n = (factor / kind.largest * limit_n).half().float()
-        # Rows of zeros keep a scale of 1.
-        tried_n = torch.where(tried_n < SCALE_MIN, 1.0, tried_n)
-        error_n = (fake_quantize(weight_nm, tried_n, kind) - weight_nm).square_().sum(1)
-        better_n = error_n < best_n
-        best_n = torch.where(better_n, error_n, best_n)
-        scale_n = torch.where(better_n, tried_n, scale_n)
-    return scale_n, best_n
 
 
 def fake_quantize(weight_nm: Tensor, scale_n: Tensor, kind: Type) -> Tensor:
@@ -305,17 +294,15 @@ class OliVeLinear(PackedLinear):
     Fields: codes U8 [n, bit-packed row of an even number of codes], scale F16 [n], kind U8 [1].
     """
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: OliVe.Config) -> None:
-        super().__init__(spec, shape)
-        self.bits = config.bits
+    config: OliVe.Config
 
     def rows(self, rows: slice | Tensor) -> Tensor:
-        types = TYPES[self.bits]
+        types = TYPES[self.config.bits]
         index = int(self.q.kind)
         if index >= len(types):
-            raise CheckpointError(f"an olive matrix of {self.bits} bits has no type {index}")
+            raise CheckpointError(f"an olive matrix of {self.config.bits} bits has no type {index}")
         columns = self.in_features + self.in_features % 2
-        codes_nm = unpack_bits(self.q.codes[rows], self.bits, columns)
+        codes_nm = unpack_bits(self.q.codes[rows], self.config.bits, columns)
         number_nm = decode(codes_nm, types[index]) * self.q.scale[rows, None].float()
         return number_nm[:, : self.in_features]
 
@@ -332,7 +319,7 @@ class OliVeActivationsLinear(OliVeLinear):
         if not scale:
             return super().forward(x)
         rows_Tm = F.pad(x.detach().float().flatten(0, -2), (0, self.in_features % 2))
-        kind = TYPES[self.bits][int(self.q.input_kind)]
+        kind = TYPES[self.config.bits][int(self.q.input_kind)]
         near_Tm = fake_quantize(rows_Tm, scale.expand(len(rows_Tm)), kind)[:, : self.in_features]
         # Straight-through: gradients pass as if nothing had been rounded.
         return super().forward(x + (near_Tm.view(x.shape).to(x.dtype) - x.detach()))

@@ -18,7 +18,7 @@ from torch import Tensor
 from spectool import options
 from spectool.errors import UnsupportedError
 from spectool.kernels.pack import pack_bits, packed_bytes, unpack_bits
-from spectool.model.packed import FieldSpec, PackedLinear
+from spectool.model.packed import FieldSpec, PackedLinear, TensorSpec
 from spectool.options import option
 from spectool.quantize.base import PackedFields, Quantizer
 from spectool.quantize.statistics import LinearStats
@@ -47,7 +47,7 @@ class RTN(Quantizer):
     def layout(self, shape: tuple[int, int]) -> FieldSpec:
         n, m = shape
         groups = -(-m // (self.config.group_size or m))
-        spec: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        spec: dict[str, TensorSpec] = {
             "codes": (torch.uint8, (n, packed_bytes(m, self.config.bits))),
             "scale": (torch.float16, (n, groups)),
         }
@@ -58,21 +58,10 @@ class RTN(Quantizer):
     def pack(
         self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
-        n, m = weight_nm.shape
-        layout = self.layout((n, m))
-        fields = {
-            name: torch.empty(shape, dtype=dtype, device=weight_nm.device)
-            for name, (dtype, shape) in layout.items()
-        }
-        rows = max(1, PIECE // m)
-        largest_scales = []
-        for start in range(0, n, rows):
-            part, largest = _pack_rows(weight_nm[start : start + rows].float(), self.config)
-            largest_scales.append(largest)
-            for name, value in part.items():
-                fields[name][start : start + rows] = value
-        check_scale(float(torch.stack(largest_scales).max()))
-        return fields
+        rows = max(1, PIECE // weight_nm.shape[1])
+        parts = [_pack_rows(part.float(), self.config) for part in torch.split(weight_nm, rows)]
+        check_scale(float(torch.stack([largest for _, largest in parts]).max()))
+        return {name: torch.cat([fields[name] for fields, _ in parts]) for name in parts[0][0]}
 
     def build(self, shape: tuple[int, int]) -> RTNLinear:
         return RTNLinear(self.layout(shape), shape, self.config)
@@ -139,9 +128,7 @@ class RTNLinear(PackedLinear):
     Fields: codes U8 [n, bit-packed row], scale F16 [n, g], zero U8 [n, g] unless symmetric.
     """
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: RTN.Config) -> None:
-        super().__init__(spec, shape)
-        self.config = config
+    config: RTN.Config
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         codes_nm = unpack_bits(self.q.codes[rows], self.config.bits, self.in_features)

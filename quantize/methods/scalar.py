@@ -196,16 +196,12 @@ def _round_compensated(
 def _make_fields(level_mK: Tensor, codes_nm: Tensor, bits_m: Tensor, bits: float) -> PackedFields:
     """Make the stored fields of levels [m, K] and codes [n, m]."""
     m = len(bits_m)
-    used_mK = (
-        torch.arange(level_mK.shape[1], device=level_mK.device) < (1 << bits_m.long())[:, None]
-    )
+    index_K = torch.arange(level_mK.shape[1], device=level_mK.device)
+    used_mK = index_K < (1 << bits_m.long())[:, None]
     level_L = torch.zeros(max_levels(m, bits), dtype=torch.float16, device=level_mK.device)
     used = level_mK[used_mK].half()
     level_L[: len(used)] = used
-    planes = []
-    for bit in range(MAX_BITS):
-        planes.append((codes_nm >> bit) & 1)
-    bits_nmb = torch.stack(planes, -1)
+    bits_nmb = torch.stack([(codes_nm >> bit) & 1 for bit in range(MAX_BITS)], -1)
     stored_mb = torch.arange(MAX_BITS, device=bits_m.device) < bits_m[:, None]
     flat_nB = bits_nmb[:, stored_mb]
     flat_nB = F.pad(flat_nB, (0, int(bits * m) - flat_nB.shape[1]))
@@ -280,7 +276,7 @@ class TrainedLevels(TrainableMatrix):
         level_mK, codes_nm = self.select()
         level_mK = (level_mK * self.spread_m[:, None]).clamp(-SCALE_MAX, SCALE_MAX)
         fields = self.linear.q
-        new_fields = _make_fields(level_mK, codes_nm, fields.bits, self.linear.bits)
+        new_fields = _make_fields(level_mK, codes_nm, fields.bits, self.linear.config.bits)
         for name, value in new_fields.items():
             fields.get_buffer(name).copy_(value)
 
@@ -299,9 +295,7 @@ class ScalarLinear(PackedLinear):
     code in order of the inputs, lowest bit first; levels are in the same order.
     """
 
-    def __init__(self, spec: FieldSpec, shape: tuple[int, int], config: Scalar.Config) -> None:
-        super().__init__(spec, shape)
-        self.bits = config.bits
+    config: Scalar.Config
 
     def table(self) -> Tensor:
         """Return the levels of each input [m, K], the last one repeated."""
@@ -313,7 +307,7 @@ class ScalarLinear(PackedLinear):
     def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Unpack codes [n, m] as uint8."""
         bits_m = self.q.bits
-        flat_nB = unpack_bits(self.q.codes[rows], 1, int(self.bits * self.in_features))
+        flat_nB = unpack_bits(self.q.codes[rows], 1, int(self.config.bits * self.in_features))
         stored_mb = torch.arange(MAX_BITS, device=bits_m.device) < bits_m[:, None]
         bits_nmb = flat_nB.new_zeros(len(flat_nB), self.in_features, MAX_BITS)
         bits_nmb[:, stored_mb] = flat_nB[:, : int(stored_mb.sum())]

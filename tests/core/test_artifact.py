@@ -82,7 +82,7 @@ def test_equal_inputs_give_equal_bytes_in_any_order(tmp_path: Path) -> None:
 def test_copied_tensors_keep_their_bytes_and_are_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spectool.checkpoint.artifact.CHUNK", 64)
+    monkeypatch.setattr("spectool.checkpoint.tensors.CHUNK", 64)
     tensors = {"w": torch.randn(13, 7).bfloat16(), "ids": torch.arange(40)}
     save_file(tensors, tmp_path / "source")
     entries = {entry.name: entry for entry in read_header(tmp_path / "source")[1]}

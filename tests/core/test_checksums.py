@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import spectool
 from spectool.checkpoint import checksums
 from spectool.checkpoint.artifact import ArtifactWriter
-from spectool.checkpoint.checksums import Checking, Checksums, Guard
+from spectool.checkpoint.checksums import BackgroundCheck, Checksums, Guard
 from spectool.checkpoint.headers import PACKED_INDEX, read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import CheckpointError
@@ -28,7 +28,7 @@ from spectool.model.architecture import Architecture
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize
 
-from ..conftest import contents
+from ..conftest import contents, flip
 from ..stopping import stopped
 
 JOB = QuantizeJob(method="rtn", config=import_method("rtn", "quantizer").Config(bits=4))
@@ -49,12 +49,6 @@ def artifacts(
 @pytest.fixture
 def copied(artifacts: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(artifacts[0], tmp_path / "copy"))
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
 
 
 def forget(path: Path) -> None:
@@ -198,13 +192,13 @@ def test_verifying_compares_both(tmp_path: Path) -> None:
 
 ABANDONED = """
 import pathlib, sys, time
-from spectool.checkpoint.checksums import Checking, Guard
+from spectool.checkpoint.checksums import BackgroundCheck, Guard
 
 class Slow(Guard):
     def check(self):
         time.sleep(60)
 
-Checking([Slow(pathlib.Path(), "")])
+BackgroundCheck([Slow(pathlib.Path(), "")])
 sys.exit("failed meanwhile")
 """
 
@@ -222,5 +216,5 @@ def test_whatever_stops_a_comparison_is_raised() -> None:
             raise ValueError("no map")
 
     with pytest.raises(ValueError, match="no map"):
-        Checking([Broken(Path(), ""), Broken(Path(), "")]).finish()
-    Checking([]).finish()
+        BackgroundCheck([Broken(Path(), ""), Broken(Path(), "")]).finish()
+    BackgroundCheck([]).finish()

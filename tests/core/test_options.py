@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError, dataclass
-from typing import Any, Literal
+from dataclasses import FrozenInstanceError, dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import pytest
 
 from spectool import options
 from spectool.errors import UsageError
-from spectool.options import option, options_of
+from spectool.options import option, options_of, same_option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,19 @@ class Example(options.Config):
     def validate(self) -> None:
         if self.fast and self.bits > 4:
             raise UsageError("fast works up to 4 bits")
+
+
+def test_an_option_of_another_class_is_that_option_under_the_panel_of_its_own() -> None:
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Other(options.Config):
+        PANEL: ClassVar = "Here"
+
+        bits: int = same_option(Example, "bits")
+
+    (bits,), theirs = options_of(Other), options_of(Example)[0]
+    assert bits == replace(theirs, panel="Here") and theirs.panel is None
+    with pytest.raises(UsageError, match="at most 8"):
+        Other(bits=9)
 
 
 def test_options_in_order_with_everything_a_surface_needs() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from spectool.checkpoint.headers import TRAINING
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.decode.generate import Runner
+from spectool.distill.data.samples import Sample
 from spectool.distill.data.trajectories import Trajectory
 from spectool.distill.objectives.base import TextBatches, WeightTask
 from spectool.distill.objectives.consistency import Consistency, _Row, correct_half, noise
@@ -29,11 +30,11 @@ from spectool.model.loading import load_model
 Checkpoints = Callable[..., Path]
 
 
-def make_objective(path: Path, **options: Any) -> Consistency:
+def make_objective(path: Path, samples: Sequence[Sample] = (), **options: Any) -> Consistency:
     source = open_checkpoint(path)
     task = WeightTask(
         name="consistency", model=load_model(source, dtype=torch.float32), source=source,
-        architecture=Architecture(source), texts=TextBatches([], lambda _: [], [], 64),
+        architecture=Architecture(source), texts=TextBatches(samples, lambda _: [], [], 64),
         device=torch.device("cpu"), seed=0, record={},
     )  # fmt: skip
     return Consistency(task, Consistency.Config(**options))
@@ -125,6 +126,19 @@ def test_noise_rises_along_a_window_of_forcing(checkpoint: Checkpoints) -> None:
     plain = make_objective(checkpoint("llama"), variant="cllm", block=4)
     drawn = {tuple(plain._choose(points, 0, rng)) for _ in range(80)}
     assert drawn == {tuple(point) for point in points[:-1]}
+
+
+def test_prompts_are_drawn_from_all_of_the_data(checkpoint: Checkpoints) -> None:
+    """The plan counts what is generated from them: up to 16 tokens, or what the context holds."""
+    samples = [Sample([at] * 9 + [7] * 20, [False] * 9 + [True] * 20) for at in range(40)]
+    options = {"block": 4, "new_tokens": 16}
+    objective = make_objective(checkpoint("llama"), samples, prompts=5, **options)
+    drawn = [prompt.tokens[0] for prompt in objective.given]
+    assert len(set(drawn)) == 5 and max(drawn) > 5
+    assert objective.generated_tokens == 5 * 16
+    assert len(make_objective(checkpoint("llama"), samples, **options).given) == 40
+    long = [Sample([1] * 50 + [2] * 14, [False] * 50 + [True] * 14)]
+    assert make_objective(checkpoint("llama"), long, **options).generated_tokens == 14
 
 
 def test_a_bin_far_from_the_data_is_replaced_in_the_labels(checkpoint: Checkpoints) -> None:

@@ -11,11 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import spectool
+from spectool.checkpoint.headers import read_layout
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.methods import import_method
+from spectool.model.architecture import Architecture
 from spectool.model.packed import PackedLinear
+from spectool.quantize.base import FitReport
 from spectool.quantize.job import QuantizeJob
-from spectool.quantize.report import QuantizeReport
+from spectool.quantize.ledger import measure
+from spectool.quantize.plan import make_plan
+from spectool.quantize.report import BlockReport, QuantizeReport
 from spectool.quantize.run import quantize
 
 
@@ -138,3 +144,34 @@ def compress(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / out
 
     return make
+
+
+@pytest.fixture
+def check_fitted(
+    compress: Callable[..., Path], checkpoint: Callable[..., Path]
+) -> Callable[..., list[tuple[BlockReport, FitReport]]]:
+    """Pack a model by a method that fits blocks; its files have the bits of the plan, and run.
+
+    Returns the report and the one fit of each block.
+    """
+
+    def check(
+        method: str, family: str, *, job: dict[str, Any], **options: Any
+    ) -> list[tuple[BlockReport, FitReport]]:
+        source, reports = checkpoint(family), list[QuantizeReport]()
+        quantizer = import_method(method, "quantizer")()
+        plan = make_plan(Architecture(open_checkpoint(source)), quantizer, allow_dense=True)
+        job = {**job, "allow_dense": True}
+        out = compress(source, method, job=job, reports=reports, **options)
+        layout = read_layout(out)
+        assert measure(layout).linears == pytest.approx(plan.bits_linears, rel=1e-12)
+        assert layout.num_bytes == plan.file_bytes
+        ids = torch.tensor([[5, 9, 12, 7, 7, 3]])
+        with torch.inference_mode():
+            first, second = (spectool.load(out)(ids).logits for _ in range(2))
+        assert torch.equal(first, second) and torch.isfinite(first).all()
+        blocks = reports[0].blocks
+        assert all(len(block.fits) == 1 for block in blocks)
+        return [(block, block.fits[0]) for block in blocks]
+
+    return check

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spectool.checkpoint.headers import read_layout
-from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
 from spectool.kernels.pack import pack_bits
-from spectool.model.architecture import Architecture
-from spectool.model.blocks import Activations
-from spectool.model.matrices import find_matrices
-from spectool.model.shell import Call
-from spectool.quantize.base import Block, Streams
-from spectool.quantize.ledger import measure
 from spectool.quantize.methods.jlcm import JLCM, JLCMLinear, LatentCodes, PreferenceCodes
-from spectool.quantize.plan import make_plan
-from spectool.quantize.report import QuantizeReport
 from spectool.quantize.statistics import LinearStats
+
+from .pair import make_pair
 
 SMALL_JOB = {"samples": 6, "seq_len": 32}
 
@@ -157,35 +148,10 @@ def test_the_part_computes_what_it_stores(form: Any) -> None:
     assert torch.equal(linear.q.codebook, linear.q.codebook.sort(-1).values)
 
 
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(40, 72), nn.Linear(72, 40, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.down(torch.tanh(self.up(x)))
-        return out
-
-
 def fit(**options: Any) -> Any:
-    torch.manual_seed(0)
-    module = Pair().requires_grad_(False)
-    matrices = {matrix.name: matrix for matrix in find_matrices(module, "b")}
-    weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in matrices}
-    original = Activations((6, 40, 40), torch.float32)
-    packed = original.empty_like()
     # Correlated inputs, or there is nothing to compensate.
-    original.hidden_SLD.copy_(torch.randn(6, 40, 40) @ torch.randn(40, 40) / 3)
-    packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 40, 40))
-    block = Block(
-        name="b",
-        matrices=matrices,
-        weights=weights,
-        device=torch.device("cpu"),
-        module=module,
-        calls=dict.fromkeys((1, 2, 4), Call((), {})),
-    )
-    generator, streams = torch.Generator().manual_seed(0), Streams(original, packed)
+    block, streams = make_pair(40, correlated=True)
+    generator = torch.Generator().manual_seed(0)
     return JLCM(JLCM.Config(**options)).fit(block, streams, {}, generator, lambda share: None)
 
 
@@ -234,15 +200,8 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
     "family", [pytest.param("llama", marks=pytest.mark.slow), "gpt2", "qwen3_moe"]
 )
 def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
-    checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
+    check_fitted: Callable[..., Any], family: str
 ) -> None:
-    source = checkpoint(family)
-    plan = make_plan(Architecture(open_checkpoint(source)), JLCM(), allow_dense=True)
-    reports: list[QuantizeReport] = []
-    job = {**SMALL_JOB, "allow_dense": True}
-    layout = read_layout(compress(source, "jlcm", job=job, reports=reports, epochs=10))
-    assert measure(layout).linears == plan.bits_linears
-    assert layout.num_bytes == plan.file_bytes
-    fits = [block.fits[0] for block in reports[0].blocks]
+    fits = [fit for _, fit in check_fitted("jlcm", family, job=SMALL_JOB, epochs=10)]
     assert all(fit.loss_after <= fit.loss_start for fit in fits)
     assert any(fit.loss_after < fit.loss_start for fit in fits)

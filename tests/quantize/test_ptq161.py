@@ -17,20 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from spectool.checkpoint.headers import read_layout
-from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.cli.quantize import fit_lines
 from spectool.errors import NotFinite, UnsupportedError, UsageError
 from spectool.kernels.pack import unpack_bits
 from spectool.model import packed
-from spectool.model.architecture import Architecture
-from spectool.model.blocks import Activations
-from spectool.model.matrices import find_matrices
-from spectool.model.shell import Call
 from spectool.quantize.base import Block, FitReport, Streams
 from spectool.quantize.fitting import BlockFit
-from spectool.quantize.ledger import measure
 from spectool.quantize.methods.ptq161 import (
     PTQ161,
     WIDTHS,
@@ -39,9 +32,10 @@ from spectool.quantize.methods.ptq161 import (
     mask_salient,
     num_salient,
 )
-from spectool.quantize.plan import make_plan
-from spectool.quantize.report import QuantizeReport
 from spectool.quantize.statistics import LinearStats
+
+from ..conftest import contents
+from .pair import Pair, make_pair
 
 Checkpoints = Callable[..., Path]
 Compress = Callable[..., Path]
@@ -314,42 +308,14 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
         PTQ161.Config(**options)
 
 
-class Pair(nn.Module):
-    """Block of two matrices with a nonlinearity between them."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.down(torch.tanh(self.up(x)))
-        return out
-
-
 def pair(dtype: torch.dtype = torch.float32) -> tuple[Block, Streams, dict[str, LinearStats]]:
-    torch.manual_seed(0)
-    module = Pair(40, 72).requires_grad_(False)
-    matrices = {matrix.name: matrix for matrix in find_matrices(module, "b")}
-    weights = {name: module.get_parameter(name[2:] + ".weight").clone() for name in matrices}
-    original = Activations((6, 20, 40), dtype)
-    packed = original.empty_like()
-    original.hidden_SLD.copy_(torch.randn(6, 20, 40))
-    packed.hidden_SLD.copy_(original.hidden_SLD + 0.1 * torch.randn(6, 20, 40))
-    calls = dict.fromkeys((1, 2, 4), Call((), {}))
-    block = Block(
-        name="b",
-        matrices=matrices,
-        weights=weights,
-        device=torch.device("cpu"),
-        module=module.to(dtype),
-        calls=calls,
-    )
+    block, streams = make_pair(20, dtype)
+    original, module = streams.original, block.module
     stats = {
         "b.up": stats_of(original.hidden_SLD.flatten(0, 1)),
         "b.down": stats_of(torch.tanh(module.up(original.hidden_SLD)).flatten(0, 1)),
     }
-    return block, Streams(original, packed), stats
+    return block, streams, stats
 
 
 def start_of(block: Block, stats: dict[str, LinearStats]) -> dict[str, PTQ161Linear]:
@@ -387,9 +353,9 @@ def loss_by_loops(module: Pair, linears: dict[str, PTQ161Linear], streams: Strea
 def test_the_loss_is_that_of_the_equations() -> None:
     block, streams, stats = pair()
     linears = start_of(block, stats)
-    found = BlockFit(block, streams).measure(linears)
-    assert found.loss == pytest.approx(loss_by_loops(block.module, linears, streams), rel=1e-5)
-    assert 0.5 < found.least_cosine < 1
+    loss, least_cosine = BlockFit(block, streams).measure(linears)
+    assert loss == pytest.approx(loss_by_loops(block.module, linears, streams), rel=1e-5)
+    assert 0.5 < least_cosine < 1
 
 
 def test_products_and_gradients_of_the_fit_are_those_of_the_stored_matrix() -> None:
@@ -472,8 +438,8 @@ def test_an_inverted_output_is_seen_and_pulled_round() -> None:
     for target in task.targets:
         target.hidden_SLD.neg_()
     linears = start_of(block, stats)
-    found = task.measure(linears)
-    assert found.least_cosine < 0 and math.isfinite(found.loss)
+    loss, least_cosine = task.measure(linears)
+    assert least_cosine < 0 and math.isfinite(loss)
     parts = {name: TrainedScales(linear, torch.float32) for name, linear in linears.items()}
     task.backward(0, parts)
     assert all(float(part.gain_n.grad.abs().max()) > 0 for part in parts.values())
@@ -497,19 +463,9 @@ def test_progress_rises_and_stays_below_the_whole() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
-    checkpoint: Checkpoints, compress: Compress, family: str
+    check_fitted: Callable[..., Any], family: str
 ) -> None:
-    source = checkpoint(family)
-    plan = make_plan(Architecture(open_checkpoint(source)), PTQ161(), allow_dense=True)
-    reports: list[QuantizeReport] = []
-    job = {**SMALL_JOB, "allow_dense": True}
-    out = compress(source, "ptq161", job=job, reports=reports, epochs=2)
-    layout = read_layout(out)
-    assert measure(layout).linears == plan.bits_linears
-    assert layout.num_bytes == plan.file_bytes
-    (report,) = reports
-    for block in report.blocks:
-        (fit,) = block.fits
+    for block, fit in check_fitted("ptq161", family, job=SMALL_JOB, epochs=2):
         assert fit.loss_after < fit.loss_start and fit.best_epoch > 0
         experts = {layer.name for layer in block.layers if ".experts." in layer.name}
         assert set(block.data_free) == experts
@@ -522,8 +478,7 @@ def test_targets_in_files_give_the_same_bytes(
     memory = compress(source, "ptq161", out="memory", job=SMALL_JOB, epochs=1)
     monkeypatch.setattr("spectool.quantize.stream.BUFFERS_IN_MEMORY", 0)
     files = compress(source, "ptq161", out="files", job=SMALL_JOB, epochs=1)
-    for path in memory.iterdir():
-        assert path.read_bytes() == (files / path.name).read_bytes()
+    assert contents(memory) == contents(files)
 
 
 def test_matrices_with_one_input_share_the_mask(

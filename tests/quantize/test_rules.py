@@ -30,7 +30,7 @@ from spectool.quantize.methods.int8 import Int8
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.pack import Packing
 from spectool.quantize.plan import make_plan
-from spectool.quantize.rules import Rule, format_rules, make_skip_rules, matches, read_rules
+from spectool.quantize.rules import Rule, format_rules, make_skip_rules, read_rules
 
 from ..conftest import contents
 from ..stopping import stopped
@@ -389,4 +389,4 @@ def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_pat
     ],
 )
 def test_patterns(name: str, pattern: str, hit: bool) -> None:
-    assert matches(name, pattern) is hit
+    assert Rule(pattern, None, "here").matches(name) is hit

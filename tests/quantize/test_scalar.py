@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import spectool
-from spectool.checkpoint.headers import read_layout
-from spectool.checkpoint.tensors import open_checkpoint
 from spectool.errors import UnsupportedError, UsageError
-from spectool.model.architecture import Architecture
 from spectool.quantize.codebook import fit_levels
-from spectool.quantize.ledger import measure
 from spectool.quantize.methods.rtn import RTN
 from spectool.quantize.methods.scalar import (
     DISTORTION,
@@ -28,7 +22,6 @@ from spectool.quantize.methods.scalar import (
     allocate,
     max_levels,
 )
-from spectool.quantize.plan import make_plan
 from spectool.quantize.statistics import LinearStats
 
 GENERATOR = torch.Generator()
@@ -225,19 +218,8 @@ def test_codes_that_are_not_the_nearest_survive_moving_levels() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
-    checkpoint: Callable[..., Path], compress: Callable[..., Path], text_file: str, family: str
+    check_fitted: Callable[..., Any], text_file: str, family: str
 ) -> None:
-    source, reports = checkpoint(family), list[Any]()
     job = {"calibration": [text_file], "samples": 6, "seq_len": 48}
-    out = compress(source, "scalar", epochs=3, job=job, reports=reports)
-    choice = Scalar()
-    plan = make_plan(Architecture(open_checkpoint(source)), choice)
-    ledger = measure(read_layout(out))
-    assert ledger.linears == pytest.approx(plan.bits_linears)
-    for block in reports[0].blocks:
-        (fit,) = block.fits
+    for _, fit in check_fitted("scalar", family, job=job, epochs=3):
         assert fit.loss_after < fit.loss_start
-    ids = torch.tensor([[5, 9, 12, 7, 7, 3]])
-    with torch.inference_mode():
-        first, second = (spectool.load(out)(ids).logits for _ in range(2))
-    assert torch.equal(first, second) and torch.isfinite(first).all()
