@@ -58,40 +58,11 @@ def demo(output: Output, options: DemoOptions) -> None:
     model = str(path.relative_to(Path.cwd()) if inside else path)
     _prepare_directory(out)
     texts = _write_texts(out)
-    packed, heads = out / "packed", out / "heads"
-    packed_heads = out / "heads-of-packed"
     output.say(
         f"demo: {CHECKPOINT}, trained and measured on separate files of Python's standard "
         f"library; writes to {out}"
     )
-    train = [
-        "--data", texts["train"], "--steps", "80", "--seq-len", "256", "--batch-tokens",
-        "1024", "--learning-rate", "3e-3", "--held-out", "12", "--overwrite",
-    ]  # fmt: skip
-    bench = [
-        "--prompts", texts["prompts"], "--limit", "4", "--max-new-tokens", "64",
-        "--dtype", "float32",
-    ]  # fmt: skip
-    steps: dict[str, list[str]] = {
-        "quantize": [
-            "quantize", "ptq161", model, str(packed), "--calibration", texts["train"],
-            "--samples", "32", "--seq-len", "256", "--epochs", "2", "--overwrite",
-        ],
-        "heads": ["train-heads", "medusa", model, str(heads), *train],
-        "heads of packed": ["train-heads", "medusa", str(packed), str(packed_heads), *train],
-        "eval": [
-            "eval", str(packed), "--reference", model, "--text", texts["held-out"], "--bos",
-            "--window", "512", "--gate", GATE,
-        ],
-        "bench": [
-            "bench", str(packed), "--reference", model, *bench, "--draft", NGRAM,
-            "--draft", str(heads), "--draft", str(packed_heads),
-        ],
-        "generate": [
-            "generate", str(packed), "--prompt", texts["sample"], "--draft", str(packed_heads),
-            "--max-new-tokens", "80",
-        ],
-    }  # fmt: skip
+    steps = _steps(out, model, texts)
     results: dict[str, dict[str, Any]] = {}
     for number, (name, words) in enumerate(steps.items(), start=1):
         output.say(f"\n[{number}/{len(steps)}] $ spectool {shlex.join(words)}")
@@ -113,6 +84,39 @@ def demo(output: Output, options: DemoOptions) -> None:
     output.result({"seconds": seconds, "steps": results, "next": commands})
     if not holds:
         raise typer.Exit(3)
+
+
+def _steps(out: Path, model: str, texts: dict[str, str]) -> dict[str, list[str]]:
+    """Return the commands of the demo by name."""
+    packed, heads, packed_heads = out / "packed", out / "heads", out / "heads-of-packed"
+    train = [
+        "--data", texts["train"], "--steps", "80", "--seq-len", "256", "--batch-tokens",
+        "1024", "--learning-rate", "3e-3", "--held-out", "12", "--overwrite",
+    ]  # fmt: skip
+    bench = [
+        "--prompts", texts["prompts"], "--limit", "4", "--max-new-tokens", "64",
+        "--dtype", "float32",
+    ]  # fmt: skip
+    return {
+        "quantize": [
+            "quantize", "ptq161", model, str(packed), "--calibration", texts["train"],
+            "--samples", "32", "--seq-len", "256", "--epochs", "2", "--overwrite",
+        ],
+        "heads": ["train-heads", "medusa", model, str(heads), *train],
+        "heads of packed": ["train-heads", "medusa", str(packed), str(packed_heads), *train],
+        "eval": [
+            "eval", str(packed), "--reference", model, "--text", texts["held-out"], "--bos",
+            "--window", "512", "--gate", GATE,
+        ],
+        "bench": [
+            "bench", str(packed), "--reference", model, *bench, "--draft", NGRAM,
+            "--draft", str(heads), "--draft", str(packed_heads),
+        ],
+        "generate": [
+            "generate", str(packed), "--prompt", texts["sample"], "--draft", str(packed_heads),
+            "--max-new-tokens", "80",
+        ],
+    }  # fmt: skip
 
 
 def _prepare_directory(out: Path) -> None:

@@ -33,7 +33,7 @@ from spectool.decode.generate import Runner
 from spectool.decode.options import CacheOptions
 from spectool.errors import CheckpointError, NotFinite, UsageError
 from spectool.evaluate.bench import Options, Run, bench
-from spectool.evaluate.fidelity import LogProbsReference, Reference, Scores, score
+from spectool.evaluate.fidelity import LogProbsReference, Scores, score
 from spectool.evaluate.options import EvalOptions
 from spectool.evaluate.reference import ReferenceWriter, SavedReference, expected_bytes
 from spectool.evaluate.windows import (
@@ -158,7 +158,7 @@ class Context:
                 path, top_k = options.save_reference, options.save_top_k
                 opened = ReferenceWriter(path, windows, self.vocabulary, top_k=top_k)
                 writer = stack.enter_context(opened)
-            reference: Reference | None = None
+            reference: LogProbsReference | SavedReference | None = None
             if "reference" in self.needs:
                 if isinstance(self.reference, Checkpoint):
                     reference = LogProbsReference(self._open_log_probs(self.reference))

@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spectool.evaluate.windows import Batch, LogProbs, Windows
 from spectool.report import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from spectool.evaluate.reference import SavedReference
 
 
 @dataclass(slots=True)
@@ -36,26 +39,18 @@ class Scores:
         return _exp(self.reference_nll / self.num_tokens)
 
 
-class Reference(Protocol):
-    """Reference that a model is compared with, batch by batch.
-
-    Raises:
-        NotFinite: the reference's log-probabilities are not finite.
-    """
-
-    def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
-        """Return the reference's summed -log p, the summed KL and the count of equal top tokens."""
-        ...
-
-
 class LogProbsReference:
-    """Reference whose log-probabilities are computed in this run."""
+    """Reference that a model is compared with, whose log-probabilities are computed in this run."""
 
     def __init__(self, log_probs: LogProbs) -> None:
         self.log_probs = log_probs
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
-        """See `Reference.compare`."""
+        """Return the reference's summed -log p, the summed KL and the count of equal top tokens.
+
+        Raises:
+            NotFinite: the reference's log-probabilities are not finite.
+        """
         ref_BLV = self.log_probs(batch).to(logp_BLV.device)
         nll = -float(_sum_next_tokens(ref_BLV, batch))
         if not math.isfinite(nll):
@@ -79,7 +74,7 @@ def score(
     log_probs: LogProbs,
     vocabulary: int,
     *,
-    reference: Reference | None = None,
+    reference: LogProbsReference | SavedReference | None = None,
     batch_size: int | None = None,
     sink: Callable[[Batch, Tensor], None] | None = None,
     reporter: Reporter = SILENT,

@@ -182,7 +182,7 @@ class SavedReference:
         return rows
 
     def compare(self, batch: Batch, logp_BLV: Tensor) -> tuple[float, float, int]:
-        """See `fidelity.Reference.compare`."""
+        """See `LogProbsReference.compare`."""
         model = logp_BLV.reshape(-1, logp_BLV.shape[-1]).cpu()
         ref = self._rows("logp", batch)
         following = batch.ids_BL[:, 1:].reshape(-1, 1)

@@ -55,18 +55,15 @@ class LinearStats:
             if name == "sample":
                 missing = SAMPLED - (0 if before is None else len(before))
                 new = x_Tm[: max(0, missing)].clone()
-                setattr(self, name, new if before is None else torch.cat([before, new]))
-                continue
-            if name == "absmax":
+                merged = new if before is None else torch.cat([before, new])
+            elif name == "absmax":
                 new = x_Tm.abs().amax(0)
-                setattr(self, name, new if before is None else torch.maximum(before, new))
-                continue
-            if name == "mean_abs":
-                new = x_Tm.abs().mean(0)
+                merged = new if before is None else torch.maximum(before, new)
             else:
-                new = (x_Tm.T @ x_Tm).div_(count)
-            # A running mean: a sum over a long text would lose digits or overflow.
-            setattr(self, name, new if before is None else before.lerp_(new, share))
+                new = x_Tm.abs().mean(0) if name == "mean_abs" else (x_Tm.T @ x_Tm).div_(count)
+                # A running mean: a sum over a long text would lose digits or overflow.
+                merged = new if before is None else before.lerp_(new, share)
+            setattr(self, name, merged)
 
 
 class Products(TorchFunctionMode):

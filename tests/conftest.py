@@ -271,6 +271,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def flip(path: Path) -> None:
+    """Change one bit of a file, near its end."""
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of VOCAB tokens, trained on the bundled text; <s> is 0 and </s> is 1."""

@@ -1,4 +1,4 @@
-"""The format version of what spectool writes, and conversion of names from earlier versions.
+"""The format version of what spectool writes: names of earlier versions, checks of its entries.
 
 An artifact's `quantization_config` and the record of draft heads carry `format_version`. Names and
 values of older versions are converted while they are read, so the rest of the code uses those of

@@ -90,14 +90,14 @@ class NF4Linear(PackedLinear):
     def _quant_state(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
         """Create bitsandbytes' QuantState for a weight of this shape and dtype."""
         functional = bitsandbytes().functional
-        device = str(self.q.codes.device)
+        level_K, nested_K = _tables(str(self.q.codes.device))
         nested = {}
         if self.config.double_quant:
             nested = {
                 "offset": self.q.scale_offset[0],
                 "state2": functional.QuantState(
                     absmax=self.q.scale_scale,
-                    code=_nested_table(device),
+                    code=nested_K,
                     blocksize=NESTED_BLOCK,
                     dtype=torch.float32,
                 ),
@@ -105,7 +105,7 @@ class NF4Linear(PackedLinear):
         return functional.QuantState(
             absmax=self.q.scale,
             shape=torch.Size(shape),
-            code=_levels(device),
+            code=level_K,
             blocksize=self.config.block_size,
             quant_type="nf4",
             dtype=dtype,
@@ -136,14 +136,9 @@ class NF4Linear(PackedLinear):
 
 
 @functools.cache
-def _levels(device: str) -> Tensor:
-    """Return the 16 levels of NF4."""
-    levels: Tensor = bitsandbytes().functional.get_4bit_type("nf4", device=device)
-    return levels
-
-
-@functools.cache
-def _nested_table(device: str) -> Tensor:
-    """Return the 256 levels of the nested scales."""
-    table: Tensor = bitsandbytes().functional.create_dynamic_map().to(device)
-    return table
+def _tables(device: str) -> tuple[Tensor, Tensor]:
+    """Return the 16 levels of NF4, and the 256 levels of the nested scales."""
+    functional = bitsandbytes().functional
+    level_K: Tensor = functional.get_4bit_type("nf4", device=device)
+    nested_K: Tensor = functional.create_dynamic_map().to(device)
+    return level_K, nested_K

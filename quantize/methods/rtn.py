@@ -58,21 +58,10 @@ class RTN(Quantizer):
     def pack(
         self, weight_nm: Tensor, stats: LinearStats | None, generator: torch.Generator
     ) -> PackedFields:
-        n, m = weight_nm.shape
-        layout = self.layout((n, m))
-        fields = {
-            name: torch.empty(shape, dtype=dtype, device=weight_nm.device)
-            for name, (dtype, shape) in layout.items()
-        }
-        rows = max(1, PIECE // m)
-        largest_scales = []
-        for start in range(0, n, rows):
-            part, largest = _pack_rows(weight_nm[start : start + rows].float(), self.config)
-            largest_scales.append(largest)
-            for name, value in part.items():
-                fields[name][start : start + rows] = value
-        check_scale(float(torch.stack(largest_scales).max()))
-        return fields
+        rows = max(1, PIECE // weight_nm.shape[1])
+        parts = [_pack_rows(part.float(), self.config) for part in torch.split(weight_nm, rows)]
+        check_scale(float(torch.stack([largest for _, largest in parts]).max()))
+        return {name: torch.cat([fields[name] for fields, _ in parts]) for name in parts[0][0]}
 
     def build(self, shape: tuple[int, int]) -> RTNLinear:
         return RTNLinear(self.layout(shape), shape, self.config)

@@ -15,6 +15,7 @@ from spectool.methods import import_method
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize
 
+from ..conftest import flip
 from .conftest import Done
 
 Spectool = Callable[..., Done]
@@ -33,12 +34,6 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 def copied(artifact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(artifact, tmp_path / "copy"))
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
 
 
 def forget(path: Path, *keys: str) -> None:
@@ -65,9 +60,9 @@ def test_inspect_compares_files_if_asked(spectool: Spectool, artifact: Path, cop
     assert done.code == 2 and f"{SHARD}: damaged" in done.json["error"]["message"]
 
 
-@pytest.mark.parametrize("kind", ["missing", "one too many", "one of another", "older"])
+@pytest.mark.parametrize("kind", ["missing", "one too many", "one of another", "older", "dense"])
 def test_inspect_names_the_file_that_is_not_right(
-    spectool: Spectool, artifact: Path, copied: Path, kind: str
+    spectool: Spectool, artifact: Path, copied: Path, checkpoint: Callable[..., Path], kind: str
 ) -> None:
     named = SHARD
     if kind == "missing":
@@ -79,16 +74,12 @@ def test_inspect_names_the_file_that_is_not_right(
         shutil.copy(artifact / SHARD.replace("1-of", "2-of"), copied / SHARD)
     else:
         named = "no checksums to compare with"
-        forget(copied / PACKED_INDEX, "metadata")
+        if kind == "dense":
+            copied = checkpoint("llama")
+        else:
+            forget(copied / PACKED_INDEX, "metadata")
     done = spectool("inspect", copied, "--checksums")
     assert done.code == 2 and named in done.err and done.out == ""
-
-
-def test_a_dense_checkpoint_has_nothing_to_compare(
-    spectool: Spectool, checkpoint: Callable[..., Path]
-) -> None:
-    done = spectool("inspect", checkpoint("llama"), "--checksums")
-    assert done.code == 2 and "no checksums to compare with" in done.err
 
 
 def test_commands_refuse_a_damaged_artifact_in_one_line(

@@ -28,7 +28,7 @@ from spectool.model.architecture import Architecture
 from spectool.quantize.job import QuantizeJob
 from spectool.quantize.run import quantize
 
-from ..conftest import contents
+from ..conftest import contents, flip
 from ..stopping import stopped
 
 JOB = QuantizeJob(method="rtn", config=import_method("rtn", "quantizer").Config(bits=4))
@@ -49,12 +49,6 @@ def artifacts(
 @pytest.fixture
 def copied(artifacts: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(artifacts[0], tmp_path / "copy"))
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
 
 
 def forget(path: Path) -> None:

@@ -225,11 +225,6 @@ def test_too_little_data(train: Train, checkpoint: Callable[..., Path], tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["short.txt"]
 
 
-def test_more_draft_tokens_than_tokens(train: Train, checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(UsageError, match=r"--draft-vocab 321: the target has 320 tokens"):
-        train(checkpoint("llama"), options={"draft_vocab": 321})
-
-
 def test_what_cannot_fit_is_refused_before_it_starts(
     train: Train,
     checkpoint: Callable[..., Path],

@@ -20,6 +20,8 @@ from spectool.quantize.base import parse_quantizer
 from spectool.quantize.plan import make_plan
 from spectool.quantize.rules import Rule
 
+from ..conftest import contents
+
 Checkpoints = Callable[..., Path]
 
 # Wide enough for group scales to cost little relative to the codes.
@@ -129,8 +131,7 @@ def test_the_printed_command_makes_the_same(wide: Path, tmp_path: Path) -> None:
     words[4] = str(tmp_path / "again")
     again = runner.invoke(app, words[1:])
     assert again.exit_code == 0, again.stderr
-    for path in out.iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    assert contents(out) == contents(tmp_path / "again")
     both = ["quantize", "auto", str(wide), str(tmp_path / "b"), "--bits", "3"]
     for wrong, message in (
         (["--fit", "1GB"], "give only one of them"),
