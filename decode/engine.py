@@ -182,9 +182,8 @@ class Engine:
         first, continues = self._waiting[0]
         if self._running and first.context != self.cache.context:
             return
-        after = self._kept if continues and self.cache.context == first.context else None
-        if not self.target.state_in_cache:
-            after = None
+        follows = continues and self.target.state_in_cache and self.cache.context == first.context
+        after = self._kept if follows else None
         requests: list[Request] = []
         while self._waiting and len(requests) < (room if after is None else 1):
             request = self._waiting[0][0]

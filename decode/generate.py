@@ -245,14 +245,23 @@ class Runner:
         """Return the engine of the drafter in use, for requests made elsewhere.
 
         `generate` decodes with it too, so not before the last of these requests has ended.
+
+        Raises:
+            UsageError: the engine of the drafter that was replaced still has requests.
         """
         if batch_size < 1:
             raise UsageError("--batch-size must be at least 1")
         if self._engine is None or self._engine.drafter is not self.drafter:
+            self._check_idle()
             self._close_engine()
             self._engine = Engine(self.target, self.drafter, self.timings)
         self._engine.batch_size = batch_size
         return self._engine
+
+    def _check_idle(self) -> None:
+        """Raise UsageError if the engine has requests, whose events would be lost."""
+        if self._engine is not None and self._engine.busy:
+            raise _busy_engine()
 
     def _close_engine(self) -> None:
         engine, self._engine = self._engine, None
@@ -263,12 +272,7 @@ class Runner:
         self, requests: Sequence[Request], batch_size: int, report: Report, reuse_cache: bool
     ) -> None:
         """Decode requests to their ends; with a streamer, one after the other."""
-        # The events of other requests would be lost here.
-        taken = UsageError(
-            "the runner's engine has requests of its own", hint="step it until it is not busy"
-        )
-        if self._engine is not None and self._engine.busy:
-            raise taken
+        self._check_idle()
         engine, own = self.engine(batch_size), set(requests)
         try:
             for group in [[each] for each in requests] if report.streamer else [requests]:
@@ -278,7 +282,7 @@ class Runner:
                 while engine.busy:
                     for event in engine.step():
                         if event.request not in own:
-                            raise taken
+                            raise _busy_engine()
                         report(event.request, event.tokens, event.text, event.drafted)
                         if event.error is not None:
                             raise event.error
@@ -347,6 +351,12 @@ class Runner:
         )
         request.finish_if_full()
         return request
+
+
+def _busy_engine() -> UsageError:
+    return UsageError(
+        "the runner's engine has requests of its own", hint="step it until it is not busy"
+    )
 
 
 def generate(

@@ -65,6 +65,19 @@ class Draft:
         """Return how many rows pass through the target: nodes and extra rows."""
         return len(self.tokens) + len(self.extra_rows)
 
+    def keep(self, nodes: Sequence[int]) -> Draft:
+        """Return the tree of these nodes in ascending order, the root among them.
+
+        Not for drawn nodes: their probabilities are left out.
+        """
+        index_of = {node: index for index, node in enumerate(nodes)}
+        return Draft(
+            [self.tokens[node] for node in nodes],
+            [-1, *(index_of[self.parents[node]] for node in nodes[1:])],
+            [self.kinds[node] for node in nodes],
+            sources=None if self.sources is None else [self.sources[node] for node in nodes],
+        )
+
     def owners(self) -> list[int]:
         """Return the node of each row: itself, or the one that an extra row's chain begins at."""
         owners = list(range(len(self.tokens)))
@@ -96,21 +109,12 @@ def chain(tokens: Sequence[int], *, kind: Kind, probs_NV: Tensor | None = None) 
 
 
 def first_path(draft: Draft, most: int | None = None) -> Draft:
-    """Cut a draft to its path of first children, at most `most` proposals.
-
-    Not for drawn nodes: their probabilities are left out.
-    """
+    """Cut a draft to its path of first children, at most `most` proposals, as `Draft.keep` does."""
     nodes = [0]
     for node in range(1, len(draft)):
         if draft.parents[node] == nodes[-1] and len(nodes) - 1 != most:
             nodes.append(node)
-    sources = draft.sources
-    return Draft(
-        [draft.tokens[node] for node in nodes],
-        list(range(-1, len(nodes) - 1)),
-        [draft.kinds[node] for node in nodes],
-        sources=None if sources is None else [sources[node] for node in nodes],
-    )
+    return draft.keep(nodes)
 
 
 class Trie:

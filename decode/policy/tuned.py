@@ -189,7 +189,7 @@ class Tuned(Policy):
         if best == 1 and self._round % _PROBE_EVERY == 0:
             # Otherwise the rates of nodes that were never fed would stay unknown.
             best = min(_PROBE_NODES, largest)
-        return [_keep_nodes(d, sorted(o[:best])) for d, o in zip(drafts, orders, strict=True)]
+        return [d.keep(sorted(o[:best])) for d, o in zip(drafts, orders, strict=True)]
 
     def _best_depth(self, num_requests: int) -> int:
         """Return how deep to draft, for drafters that propose chains or whole levels."""
@@ -215,15 +215,3 @@ class Tuned(Policy):
 def _rate_key(draft: Draft, node: int) -> Hashable:
     """Return the key of a node in `Rates`."""
     return None if draft.sources is None else draft.sources[node], draft.depths[node]
-
-
-def _keep_nodes(draft: Draft, nodes: Sequence[int]) -> Draft:
-    """Return the tree of these nodes in ascending order, the root among them."""
-    index_of = {node: index for index, node in enumerate(nodes)}
-    sources = draft.sources
-    return Draft(
-        [draft.tokens[node] for node in nodes],
-        [-1, *(index_of[draft.parents[node]] for node in nodes[1:])],
-        [draft.kinds[node] for node in nodes],
-        sources=None if sources is None else [sources[node] for node in nodes],
-    )

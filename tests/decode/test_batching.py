@@ -311,6 +311,11 @@ def test_generate_takes_no_events_of_other_requests(
     engine.step()
     with pytest.raises(UsageError, match="engine has requests of its own"):
         runner.generate([prompt_of(5)], max_new_tokens=3)
+    drafter = runner.drafter
+    runner.use("ngram")
+    with pytest.raises(UsageError, match="engine has requests of its own"):
+        runner.engine()
+    runner.use(drafter)
     while engine.busy:
         engine.step()
     assert runner.generate([prompt_of(9)], max_new_tokens=12)[0].token_ids == request.new_tokens
