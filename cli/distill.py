@@ -58,11 +58,17 @@ def distill(
         name = key.replace("_", " ")
         output.show(f"held-out {name}: {report.initial[key]:.4f} to {report.best[key]:.4f}")
     output.show(f"{write.out}: best after {report.best['step']} of {report.steps} steps")
+    if report.draft is not None:
+        output.show(
+            f"decode with --draft {report.draft}: the text is that of {write.out} without a "
+            "drafter, and not that of MODEL"
+        )
     output.result(
         {
             "out": str(write.out),
             **_plan_record(report.plan),
             "steps": report.steps,
+            "draft": report.draft,
             "seconds": report.seconds,
             "initial": report.initial,
             "best": report.best,

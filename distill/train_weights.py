@@ -73,10 +73,14 @@ class WeightsPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsReport:
-    """Result of a training: held-out metrics before it and of the weights that were written."""
+    """Result of a training: held-out metrics before it and of the weights that were written.
+
+    `draft`: the drafter that they were trained for, if any.
+    """
 
     plan: WeightsPlan
     steps: int
+    draft: str | None
     initial: Metrics
     best: Metrics
     seconds: float
@@ -151,6 +155,7 @@ def train_weights(
     return WeightsReport(
         plan=plan,
         steps=objective.recipe.steps,
+        draft=objective.draft,
         initial=history.evaluations[0],
         best=history.best,
         seconds=time.monotonic() - began,

@@ -35,6 +35,7 @@ COMMON = {
     "pad_token_id": 1,
 }
 GROUPED = {**COMMON, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", GROUPED),
@@ -76,16 +77,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox": ("GPTNeoX", COMMON),
     "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": (
-        "Qwen3Moe",
-        {
-            **GROUPED,
-            "head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-        },
-    ),
+    "qwen3_moe": ("Qwen3Moe", {**GROUPED, "head_dim": 8, **_EXPERTS}),
 }
 DENSE = [name for name in FAMILIES if name not in ("mixtral", "qwen3_moe")]
 ATTENDING = [name for name in FAMILIES if name not in ("llama-tied", "qwen3_moe")]
@@ -105,12 +97,7 @@ _DELTA = {
     "linear_value_head_dim": 8,
 }
 _CONV = {**GROUPED, "layer_types": ["conv", "full_attention"]}
-_SHARED_EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-}
+_SHARED_EXPERTS = {**_EXPERTS, "shared_expert_intermediate_size": 24}
 _SCAN = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 _LATENT = {
     **_MIXED,
@@ -154,16 +141,7 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 8},
     ),
     "lfm2": ("Lfm2", {**_CONV, "block_multiple_of": 8}),
-    "lfm2_moe": (
-        "Lfm2Moe",
-        {
-            **_CONV,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "num_dense_layers": 1,
-        },
-    ),
+    "lfm2_moe": ("Lfm2Moe", {**_CONV, **_EXPERTS, "num_dense_layers": 1}),
     "lfm3": (
         "Lfm3",
         {

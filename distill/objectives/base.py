@@ -72,12 +72,15 @@ class WeightObjective(Objective):
     """Objective that changes weights. A method's constructor takes the task and its `Config`.
 
     `needs_teacher`: there is nothing to learn without one. `generated_tokens`: how many tokens the
-    model generates at most before the training, for the plan.
+    model generates at most before the training, for the plan. `draft`: the drafter that the
+    training is for, if any; it is lossless against the new weights, whose text differs from the
+    source's.
     """
 
     learning_rate: ClassVar[float]
     needs_teacher: ClassVar[bool] = False
     generated_tokens = 0
+    draft: str | None = None
 
     def __init__(self, task: WeightTask, weights: TrainedWeights) -> None:
         self.task, self.name = task, task.name
@@ -138,7 +141,12 @@ class WeightObjective(Objective):
                 replaced[stored] = tensor.copy_(tensor.to(torch_dtype(entry)))
         self.module = self.weights.module
         history.best = {**history.best, **self.evaluate()}
-        training = {**self.task.record, "evaluations": history.evaluations, "best": history.best}
+        training = {
+            **self.task.record,
+            "draft": self.draft,
+            "evaluations": history.evaluations,
+            "best": history.best,
+        }
         write_dense(writer, self.task.source, replaced, training)
 
     def losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:

@@ -152,17 +152,27 @@ class Consistency(WeightObjective):
 
     def __init__(self, task: WeightTask, config: Consistency.Config) -> None:
         self.config, self.bins = config, config.bin_range()
+        self.draft = f"jacobi:window={config.block}"
         # Refuses a model whose state keeps no blocks apart.
         self._target = AttentionTarget(task.model)
         lora = config.lora
         super().__init__(task, FullWeights(task) if lora is None else LowRankUpdates(task, lora))
         self.window = config.window if config.variant == "forcing" else 1
-        longest = task.texts.seq_len - config.block
-        self.given = list_prompts(task.texts.samples, longest=longest)
+        texts = task.texts
+        self.measured = min(_MEASURED_TOKENS, texts.seq_len // 2)
+        held_out = [sample for batch in texts.held_out for sample in batch]
+        longest = texts.seq_len - self.measured
+        self.prompts = [prompt.tokens for prompt in list_prompts(held_out, longest=longest)]
+        self.given = list_prompts(texts.samples, longest=texts.seq_len - config.block)
+        if (texts.samples and not self.given) or (held_out and not self.prompts):
+            raise TextError(
+                f"no prompt leaves room to continue within {texts.seq_len} tokens",
+                hint="a larger --seq-len, or other data",
+            )
         if config.prompts is not None:
             random.Random(f"{task.seed}/prompts").shuffle(self.given)
             self.given = self.given[: config.prompts]
-        room = [min(config.new_tokens, task.texts.seq_len - len(p.tokens)) for p in self.given]
+        room = [min(config.new_tokens, texts.seq_len - len(p.tokens)) for p in self.given]
         self.generated_tokens = sum(room)
         full = [Trajectory(p.tokens, [[[0] * n]]) for p, n in zip(self.given, room, strict=True)]
         self.trajectories: Sequence[Trajectory] = full
@@ -201,12 +211,6 @@ class Consistency(WeightObjective):
             )
         reporter.event(_describe(self.given, self.trajectories))
         self._group()
-        held_out = [sample for batch in texts.held_out for sample in batch]
-        self.measured = min(_MEASURED_TOKENS, texts.seq_len // 2)
-        prompts = list_prompts(held_out, longest=texts.seq_len - self.measured)
-        if not prompts:
-            raise TextError("no held-out text begins with a prompt short enough to continue")
-        self.prompts = [prompt.tokens for prompt in prompts]
 
     def _group(self) -> None:
         """Group the trajectories into the batches of the steps."""
@@ -304,7 +308,7 @@ class Consistency(WeightObjective):
     def _measure(self) -> float:
         """Return tokens per forward of Jacobi decoding after the held-out prompts, up to loops."""
         taken: list[list[int]] = [[] for _ in self.prompts]
-        self._runner.use(f"jacobi:window={self.config.block}")
+        self._runner.use(self.draft)
         results = self._runner.generate(
             self.prompts,
             max_new_tokens=self.measured,

@@ -196,6 +196,22 @@ def test_fewer_passes_solve_a_window_and_jacobi_equals_plain_decoding(
     assert sum(r.forwards for r in drafted) < sum(r.forwards for r in plain)
 
 
+def test_the_command_says_what_is_lossless(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    data, out = tmp_path / "text.txt", tmp_path / "out"
+    data.write_text(TEXT)
+    words = ["distill", "consistency", checkpoint("llama"), out, "--data", data, "--steps", 2,
+             "--seq-len", 64, "--block", 4, "--new-tokens", 16, "--prompts", 6]  # fmt: skip
+    result = CliRunner().invoke(app, [*map(str, words)])
+    assert result.exit_code == 0, result.output
+    assert "generates up to 96 tokens to train on" in result.output
+    assert "held-out agreement: 1.0000 to " in result.output
+    assert f"that of {out} without a drafter, and not that of MODEL" in " ".join(
+        result.output.split()
+    )
+    record = json.loads((out / TRAINING).read_text())
+    assert record["draft"] == "jacobi:window=4"
+
+
 def test_weights_that_lost_too_much_are_not_kept(checkpoint: Checkpoints, tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     data.write_text(TEXT)
@@ -221,6 +237,8 @@ def test_what_is_refused(
     with pytest.raises(TextError, match="prompts is left"):
         train(checkpoint("llama"), out, data)
     assert not list(tmp_path.glob("out*"))
+    with pytest.raises(TextError, match="no prompt leaves room"):
+        train(checkpoint("llama"), out, data, seq_len=32, own={"block": 30})
     words = ["distill", "logits", str(checkpoint("llama")), str(out), "--data", str(data)]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2 and "no teacher to learn from" in result.output
