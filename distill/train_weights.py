@@ -226,7 +226,7 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
     # Of trained parameters also the gradient, the optimizer's moments, and three copies: the best,
     # and two while they are stored; logits with their gradient and log probabilities.
     needed = training_bytes(architecture, job.batch_tokens)
-    needed += (16 + OPTIMIZERS[job.optimizer]) * trained
+    needed += (16 + OPTIMIZERS[job.optimizer]) * trained + 4 * objective.frozen_copies * parameters
     needed += 12 * table.num_embeddings * job.batch_tokens
     if teacher is not None:
         config, trusted = read_config(teacher), teacher.trust_remote_code

@@ -74,13 +74,14 @@ class WeightObjective(Objective):
     `needs_teacher`: there is nothing to learn without one. `generated_tokens`: how many tokens the
     model generates at most before the training, for the plan. `draft`: the drafter that the
     training is for, if any; it is lossless against the new weights, whose text differs from the
-    source's.
+    source's. `frozen_copies` of the model are kept beside it.
     """
 
     learning_rate: ClassVar[float]
     needs_teacher: ClassVar[bool] = False
     generated_tokens = 0
     draft: str | None = None
+    frozen_copies = 0
 
     def __init__(self, task: WeightTask, weights: TrainedWeights) -> None:
         self.task, self.name = task, task.name

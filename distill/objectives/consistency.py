@@ -5,11 +5,13 @@ fixed point y*, so that Jacobi decoding needs fewer passes:
 
     loss = mean over the tokens of text j that follow a token that differs of
            KL(stopgrad p(. | x, y*_<j) || p(. | x, y_<j))
-           + w * mean over the anchor t of -log p(t_j | x, t_<j)
+           + w * the anchor, which keeps the model what it is
 
-The anchor keeps the model what it is: by default the data's own continuation of the prompt, which
-holds the perplexity, or, as in the papers, the model's text y* itself, which makes the model surer
-of its text and costs perplexity on others'.
+- anchor `original`: mean over x, y* and the data's continuation t of x of KL(p_0 || p), where p_0
+  is the model before training.
+- `data`: mean over t of -log p(t_j | x, t_<j).
+- `generated`: mean over y* of -log p(y*_j | x, y*_<j), as in the papers: the model becomes surer of
+  its own text, and loses on others'.
 
 Greedy Jacobi decoding is exact for the new weights, whose text differs from the old ones'.
 
@@ -22,7 +24,7 @@ Greedy Jacobi decoding is exact for the new weights, whose text differs from the
 With probability 1/2 half of a point's wrong tokens, its first one apart, are corrected. One pass
 computes a text with all its blocks: clean tokens, then a point of each block, then the anchor, each
 at the positions after the prompt. `--mixed-labels` follows CEED-VLA (Song et al., 2025,
-arXiv:2506.13725): the labels of y* are the anchor, but a bin that is further than the distance from
+arXiv:2506.13725): the anchor is `generated`, but a bin of y* that is further than the distance from
 the data's own becomes the data's.
 
 Shapes: B texts of a batch, P tokens of a prompt, T of a text, A of an anchor apart from the text,
@@ -31,6 +33,7 @@ L = P + 2 T + A of a row, R tokens in the loss, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,10 +108,12 @@ class Consistency(WeightObjective):
         )
         block: int = option(16, "tokens of a block", minimum=2, maximum=256)
         window: int = option(16, "blocks of a window of forcing", minimum=1)
-        anchor: Literal["data", "generated"] = option(
-            "data", "text of the next-token loss: the data's, or the model's own"
+        anchor: Literal["original", "data", "generated"] = option(
+            "original",
+            "what the next-token loss learns: the original's probabilities, the data, or the "
+            "model's own text",
         )
-        ar_weight: float = option(1.0, "weight of the next-token loss", minimum=0)
+        ar_weight: float = option(10.0, "weight of the next-token loss", minimum=0)
         prompts: int | None = option(
             None, "prompts of the data to continue, drawn at random; default: all", minimum=1
         )
@@ -128,7 +133,7 @@ class Consistency(WeightObjective):
             """Check the options that belong together."""
             if (self.mixed_labels is None) != (self.bins is None):
                 raise UsageError("--mixed-labels and --bins belong together")
-            if self.mixed_labels is not None and self.anchor == "data":
+            if self.mixed_labels is not None and self.anchor != "generated":
                 raise UsageError(
                     "--mixed-labels mixes the data's labels into the model's own text",
                     hint="--anchor generated",
@@ -153,6 +158,7 @@ class Consistency(WeightObjective):
     def __init__(self, task: WeightTask, config: Consistency.Config) -> None:
         self.config, self.bins = config, config.bin_range()
         self.draft = f"jacobi:window={config.block}"
+        self.frozen_copies = int(config.anchor == "original")
         # Refuses a model whose state keeps no blocks apart.
         self._target = AttentionTarget(task.model)
         lora = config.lora
@@ -188,6 +194,10 @@ class Consistency(WeightObjective):
         self.first_perplexity: float = super().evaluate()["perplexity"]
         self.first_likeliest = self._likeliest()
         self._runner = runner = Runner(model)
+        if config.anchor == "original":
+            self.original: Any = copy.deepcopy(model)
+            self.original.requires_grad_(False)
+            self.original.train(False)
         stored = GroupWriter(writer, ALONE, reporter, as_tensors, as_trajectories)
         collected = stored(
             "trajectories",
@@ -223,13 +233,13 @@ class Consistency(WeightObjective):
         rows = [self.make_row(self.trajectories[i], rng) for i in self.batches[step]]
         self.module.train()
         with seeded(f"{self.task.seed}/{step}", self.task.device):
-            consistency, nats = self.row_losses(rows)
-            loss = consistency + self.config.ar_weight * nats
+            consistency, anchor = self.row_losses(rows)
+            loss = consistency + self.config.ar_weight * anchor
             torch.autograd.backward(loss)
         return {
             "loss": float(loss.detach()),
             "consistency": float(consistency.detach()),
-            "nats": float(nats.detach()),
+            "anchor": float(anchor.detach()),
             "tokens": sum(row.size for row in rows),
         }
 
@@ -258,7 +268,7 @@ class Consistency(WeightObjective):
             noisy += correct_half(point, points[-1], rng) if rng.random() < 0.5 else point
         text = trajectory.text
         anchor = trajectory.reference[: len(text)]
-        if self.config.anchor == "data" and anchor:
+        if self.config.anchor != "generated" and anchor:
             return _Row(trajectory.prompt, text, noisy, anchor, anchor)
         labels = list(text)
         if self.config.mixed_labels is not None:
@@ -276,23 +286,31 @@ class Consistency(WeightObjective):
         return min(points, key=lambda point: abs(noise(point, points[-1]) - wanted))
 
     def row_losses(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-        """Return the means over their tokens of the KL divergence and of -log p."""
+        """Return the loss of consistency and the anchor, means over their tokens."""
         layout = lay_out(rows, self.config.block, self.window)
         masks = self._target.masks([0] * len(rows), layout.positions_BL, layout.visible_BLL)
-        model: Any = self.module
-        logits_BLV = model(
-            input_ids=layout.tokens_BL.to(self.task.device),
-            attention_mask=masks,
-            position_ids=layout.positions_BL.to(self.task.device),
-            use_cache=False,
-        ).logits.float()
-        nats = F.cross_entropy(logits_BLV[layout.label_rows], layout.labels_R.to(logits_BLV.device))
-        teacher_RV = logits_BLV[layout.clean_rows].detach().log_softmax(-1)
-        student_RV = logits_BLV[layout.noisy_rows].log_softmax(-1)
-        if not len(student_RV):
-            return nats.new_zeros(()), nats
-        divergence = F.kl_div(student_RV, teacher_RV, reduction="batchmean", log_target=True)
-        return divergence, nats
+
+        def read_rows(model: Any) -> Tensor:
+            logits: Tensor = model(
+                input_ids=layout.tokens_BL.to(self.task.device),
+                attention_mask=masks,
+                position_ids=layout.positions_BL.to(self.task.device),
+                use_cache=False,
+            ).logits
+            return logits.float()
+
+        logits_BLV = read_rows(self.module)
+        if self.config.anchor == "original":
+            with torch.no_grad():
+                original_BLV = read_rows(self.original)
+            anchor = _divergence(original_BLV, logits_BLV, layout.plain_rows, layout.plain_rows)
+        else:
+            labels_R = layout.labels_R.to(logits_BLV.device)
+            anchor = F.cross_entropy(logits_BLV[layout.label_rows], labels_R)
+        if not len(layout.noisy_rows[0]):
+            return anchor.new_zeros(()), anchor
+        clean_BLV = logits_BLV.detach()
+        return _divergence(clean_BLV, logits_BLV, layout.clean_rows, layout.noisy_rows), anchor
 
     @torch.no_grad()
     def _likeliest(self) -> list[Tensor]:
@@ -343,8 +361,9 @@ def correct_half(point: Sequence[int], fixed: Sequence[int], rng: random.Random)
 class _Layout:
     """Rows of a pass: tokens, positions [B, L] and what each token sees [B, L, L].
 
-    `label_rows` are the places whose logits predict `labels_R`; at `noisy_rows` the model
-    learns what it predicts at `clean_rows`.
+    `label_rows` are the places whose logits predict `labels_R`, `plain_rows` all places of the
+    prompt, the clean text and the anchor; at `noisy_rows` the model learns what it predicts at
+    `clean_rows`.
     """
 
     tokens_BL: Tensor
@@ -354,6 +373,7 @@ class _Layout:
     labels_R: Tensor
     noisy_rows: tuple[Tensor, Tensor]
     clean_rows: tuple[Tensor, Tensor]
+    plain_rows: tuple[Tensor, Tensor]
 
 
 def lay_out(rows: Sequence[_Row], block: int, window: int) -> _Layout:
@@ -363,7 +383,7 @@ def lay_out(rows: Sequence[_Row], block: int, window: int) -> _Layout:
     positions_BL = torch.zeros_like(tokens_BL)
     # Padding sees itself: a row without anything to see would be NaN.
     visible_BLL = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)
-    label_at, noisy_at, clean_at = [], [], []
+    label_at, noisy_at, clean_at, plain_at = [], [], [], []
     for b, row in enumerate(rows):
         size, length = len(row.prompt), len(row.text)
         whole, end = size + length, size + 2 * length
@@ -390,6 +410,7 @@ def lay_out(rows: Sequence[_Row], block: int, window: int) -> _Layout:
             visible_BLL[b, end : row.size, end : row.size] = torch.ones(count, count).tril() > 0
             labelled = torch.cat([labelled[:1], torch.arange(end, row.size - 1)])
         label_at.append((b, labelled))
+        plain_at.append((b, torch.cat([torch.arange(whole), torch.arange(end, row.size)])))
         clean_at.append((b, size + learnt))
         noisy_at.append((b, whole + learnt))
     return _Layout(
@@ -400,6 +421,22 @@ def lay_out(rows: Sequence[_Row], block: int, window: int) -> _Layout:
         torch.tensor([label for row in rows for label in row.labels]),
         _indices(noisy_at),
         _indices(clean_at),
+        _indices(plain_at),
+    )
+
+
+def _divergence(
+    teacher_BLV: Tensor,
+    student_BLV: Tensor,
+    teacher_rows: tuple[Tensor, Tensor],
+    student_rows: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Return the mean over rows of KL(teacher || student) of logits."""
+    return F.kl_div(
+        student_BLV[student_rows].log_softmax(-1),
+        teacher_BLV[teacher_rows].log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
     )
 
 

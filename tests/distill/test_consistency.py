@@ -47,14 +47,21 @@ def logits_after(model: Any, ids: list[int]) -> Tensor:
 
 
 def losses_by_equation(
-    model: Any, rows: list[_Row], block: int, window: int
+    model: Any, original: Any, rows: list[_Row], block: int, window: int
 ) -> tuple[Tensor, Tensor]:
     """Return both terms of the loss by a pass for every token."""
-    divergences, nats = [], []
+    divergences, anchors = [], []
     for row in rows:
-        for at, label in enumerate(row.labels):
+        whole = [(row.prompt + row.text)[:at] for at in range(1, len(row.prompt + row.text) + 1)]
+        whole += [row.prompt + row.anchor[:at] for at in range(1, len(row.anchor) + 1)]
+        for ids in whole if original is not None else []:
+            with torch.no_grad():
+                before = logits_after(original, ids).log_softmax(-1)
+            now = logits_after(model, ids).log_softmax(-1)
+            anchors.append((before.exp() * (before - now)).sum())
+        for at, label in enumerate(row.labels if original is None else []):
             logits = logits_after(model, row.prompt + (row.anchor or row.text)[:at])
-            nats.append(F.cross_entropy(logits, torch.tensor(label)))
+            anchors.append(F.cross_entropy(logits, torch.tensor(label)))
         for at in range(len(row.text) - 1):
             start = at // (block * window) * block * window
             seen = slice(start, at + 1)
@@ -65,11 +72,15 @@ def losses_by_equation(
                 teacher = logits_after(model, row.prompt + row.text[: at + 1]).log_softmax(-1)
             student = logits_after(model, noisy).log_softmax(-1)
             divergences.append((teacher.exp() * (teacher - student)).sum())
-    return torch.stack(divergences).mean(), torch.stack(nats).mean()
+    return torch.stack(divergences).mean(), torch.stack(anchors).mean()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma3"])
-@pytest.mark.parametrize("options", [{"variant": "cllm"}, {"variant": "forcing", "window": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{"variant": "cllm", "anchor": "data"}, {"variant": "forcing", "window": 2}],
+    ids=["cllm", "forcing"],
+)
 def test_loss_and_gradient_are_those_of_the_equations(
     checkpoint: Checkpoints, family: str, options: dict[str, Any]
 ) -> None:
@@ -86,12 +97,18 @@ def test_loss_and_gradient_are_those_of_the_equations(
         rows.append(_Row(given, text, noisy, anchor, anchor))
     # One row learns its own text.
     rows[1] = _Row(rows[1].prompt, rows[1].text, rows[1].noisy, list(rows[1].text))
-    window = 2 if options["variant"] == "forcing" else 1
+    original = None
+    if options["variant"] == "forcing":
+        # Another model plays the one before training.
+        original = objective.original = load_model(
+            open_checkpoint(checkpoint(family, seed=1)), dtype=torch.float32
+        )
+    window = 1 if original is None else 2
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
     results = []
     for losses in (
         objective.row_losses(rows),
-        losses_by_equation(objective.module, rows, 4, window),
+        losses_by_equation(objective.module, original, rows, 4, window),
     ):
         objective.module.zero_grad()
         torch.autograd.backward(losses[0] + 10 * losses[1])
@@ -159,7 +176,8 @@ TEXT = "def run(path: Path) -> None:\n    return path\n" * 60
 
 
 def train(source: Path, out: Path, data: Path, **asked: Any) -> WeightsReport:
-    own = {"block": 6, "new_tokens": 24, "loss_limit": 9.0, **asked.pop("own", {})}
+    own = {"block": 6, "new_tokens": 24, "loss_limit": 9.0, "ar_weight": 1.0}
+    own |= asked.pop("own", {})
     options = {"steps": 90, "seq_len": 64, "batch_tokens": 512, "learning_rate": 5e-3, **asked}
     job = WeightsJob(
         method="consistency", config=Consistency.Config(**own), data=(str(data),), **options
