@@ -18,10 +18,11 @@ from spectool.checkpoint.headers import TRAINING
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.decode.generate import Runner
+from spectool.distill.data.noisy import NoisyRow, correct_half, noise
 from spectool.distill.data.samples import Sample
 from spectool.distill.data.trajectories import Trajectory
 from spectool.distill.objectives.base import TextBatches, WeightTask
-from spectool.distill.objectives.consistency import Consistency, _Row, correct_half, noise
+from spectool.distill.objectives.consistency import Consistency
 from spectool.distill.train_weights import WeightsJob, WeightsReport, train_weights
 from spectool.errors import TextError, UnsupportedError, UsageError
 from spectool.model.architecture import Architecture
@@ -47,7 +48,7 @@ def logits_after(model: Any, ids: list[int]) -> Tensor:
 
 
 def losses_by_equation(
-    model: Any, original: Any, rows: list[_Row], block: int, window: int
+    model: Any, original: Any, rows: list[NoisyRow], block: int, window: int
 ) -> tuple[Tensor, Tensor]:
     """Return both terms of the loss by a pass for every token."""
     divergences, anchors = [], []
@@ -94,9 +95,9 @@ def test_loss_and_gradient_are_those_of_the_equations(
         noisy[:2] = text[:2]
         anchor = [rng.randrange(320) for _ in range(length - 3)]
         given = [rng.randrange(320) for _ in range(prompt)]
-        rows.append(_Row(given, text, noisy, anchor, anchor))
+        rows.append(NoisyRow(given, text, noisy, anchor, anchor))
     # One row learns its own text.
-    rows[1] = _Row(rows[1].prompt, rows[1].text, rows[1].noisy, list(rows[1].text))
+    rows[1] = NoisyRow(rows[1].prompt, rows[1].text, rows[1].noisy, list(rows[1].text))
     original = None
     if options["variant"] == "forcing":
         # Another model plays the one before training.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -87,6 +88,31 @@ def test_the_linears_of_the_blocks_change_and_nothing_else(
     assert plain.dtype == ours.dtype == torch.bfloat16
     theirs = dict(ours.named_parameters())
     assert all(torch.equal(value, theirs[key]) for key, value in plain.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3_moe"])
+def test_all_weights_are_written_wherever_they_are_stored(
+    checkpoint: Checkpoints, tmp_path: Path, text: str, family: str
+) -> None:
+    """A tied matrix that is stored twice stays tied; experts that are stored in parts stay."""
+    source = Path(shutil.copytree(checkpoint(family), tmp_path / "source"))
+    stored = load_file(source / "model.safetensors")
+    if family == "llama-tied":
+        stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+        save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    teacher = str(checkpoint(family, seed=1))
+    report: WeightsReport = train(source, tmp_path / "out", text, "logits", teacher=teacher)
+    assert report.best["kl"] < 0.9 * report.initial["kl"]
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    same = {key for key in stored if torch.equal(stored[key], after[key])}
+    assert same == {key for key in stored if ".experts." in key}
+    if family == "llama-tied":
+        assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+        assert not Architecture(open_checkpoint(tmp_path / "out")).untied
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    again = train(tmp_path / "out", tmp_path / "again", text, "logits", teacher=teacher, steps=1)
+    assert again.initial["kl"] == pytest.approx(report.best["kl"], rel=1e-5)
+    assert plain.config.tie_word_embeddings == (family == "llama-tied")
 
 
 def test_a_step_is_the_gradient_of_the_equations(checkpoint: Checkpoints) -> None:
