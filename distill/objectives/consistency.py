@@ -244,7 +244,7 @@ class Consistency(WeightObjective):
         """Choose a point of each block, with half of it corrected half of the time."""
         noisy: list[int] = []
         for number, points in enumerate(trajectory.blocks):
-            point = self._choose(points, number, rng)
+            point = self._choose(points, number, len(trajectory.blocks), rng)
             noisy += correct_half(point, points[-1], rng) if rng.random() < 0.5 else point
         text = trajectory.text
         anchor = trajectory.reference[: len(text)]
@@ -258,11 +258,13 @@ class Consistency(WeightObjective):
                     labels[at] = given
         return NoisyRow(trajectory.prompt, text, noisy, labels)
 
-    def _choose(self, points: Block, number: int, rng: random.Random) -> list[int]:
-        """Return a point of the block of this number in its text."""
-        if self.config.variant == "cllm":
+    def _choose(self, points: Block, number: int, count: int, rng: random.Random) -> list[int]:
+        """Return a point of the block of this number among the `count` of its text."""
+        # A text shorter than a window has all noise too.
+        window = min(self.window, count)
+        if window == 1:
             return rng.choice(points[:-1] or points)
-        wanted = number % self.window / max(1, self.window - 1)
+        wanted = number % window / (window - 1)
         return min(points, key=lambda point: abs(noise(point, points[-1]) - wanted))
 
     def row_losses(self, rows: Sequence[NoisyRow]) -> tuple[Tensor, Tensor]:

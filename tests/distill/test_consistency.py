@@ -139,11 +139,14 @@ def test_noise_rises_along_a_window_of_forcing(checkpoint: Checkpoints) -> None:
     assert [noise(point, fixed) for point in points] == [1, 0.75, 0.5, 0.25, 0]
     objective = make_objective(checkpoint("llama"), variant="forcing", window=5, block=4)
     rng = random.Random(0)
-    found = [noise(objective._choose(points, number, rng), fixed) for number in range(7)]
+    found = [noise(objective._choose(points, number, 7, rng), fixed) for number in range(7)]
     assert found == [0, 0.25, 0.5, 0.75, 1, 0, 0.25]
+    # A text of three blocks is one window; one of a single block has any noise.
+    assert [noise(objective._choose(points, at, 3, rng), fixed) for at in range(3)] == [0, 0.5, 1]
+    alone = {tuple(objective._choose(points, 0, 1, rng)) for _ in range(80)}
     plain = make_objective(checkpoint("llama"), variant="cllm", block=4)
-    drawn = {tuple(plain._choose(points, 0, rng)) for _ in range(80)}
-    assert drawn == {tuple(point) for point in points[:-1]}
+    drawn = {tuple(plain._choose(points, 0, 7, rng)) for _ in range(80)}
+    assert drawn == alone == {tuple(point) for point in points[:-1]}
 
 
 def test_prompts_are_drawn_from_all_of_the_data(checkpoint: Checkpoints) -> None:
