@@ -58,7 +58,9 @@ def distill(
         name = key.replace("_", " ")
         output.show(f"held-out {name}: {report.initial[key]:.4f} to {report.best[key]:.4f}")
     output.show(f"{write.out}: best after {report.best['step']} of {report.steps} steps")
-    if report.draft is not None:
+    if not report.best["step"]:
+        output.show("no trained weights were better: the output has the weights of MODEL")
+    elif report.draft is not None:
         output.show(
             f"decode with --draft {report.draft}: the text is that of {write.out} without a "
             "drafter, and not that of MODEL"

@@ -349,6 +349,11 @@ class Runner:
             text=TextStream(self.tokenizer, tokens, stop, live=live) if self.tokenizer else None,
             verification=self.verification(self.drafter, params, verify=verify, lossy=lossy),
         )
+        if request.controls and "forced" in self.drafter.kinds(params):
+            raise UsageError(
+                "a cap accepts tokens that bans, biases and penalties would not",
+                hint="leave the cap of the drafter out",
+            )
         request.finish_if_full()
         return request
 

@@ -115,6 +115,8 @@ def train_weights(
     kind: Any = import_method(job.method, "objective")
     if kind.needs_teacher and job.teacher is None:
         raise UsageError(f"{job.method}: no teacher to learn from", hint="--teacher MODEL")
+    if job.teacher is not None and not kind.takes_teacher:
+        raise UsageError(f"--teacher: {job.method} learns from the model itself")
     architecture = Architecture(checkpoint)
     teacher = None if job.teacher is None else _open_teacher(job.teacher, checkpoint)
     contexts = [each.layout.context for each in (checkpoint, teacher) if each is not None]
@@ -227,7 +229,8 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
     # and two while they are stored; logits with their gradient and log probabilities.
     needed = training_bytes(architecture, job.batch_tokens)
     needed += (16 + OPTIMIZERS[job.optimizer]) * trained + 4 * objective.frozen_copies * parameters
-    needed += 12 * table.num_embeddings * job.batch_tokens
+    copies = 6 if teacher is not None or objective.frozen_copies else 3
+    needed += 4 * copies * table.num_embeddings * job.batch_tokens
     if teacher is not None:
         config, trusted = read_config(teacher), teacher.trust_remote_code
         model = build_meta(config, trust_remote_code=trusted)

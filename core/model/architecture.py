@@ -23,7 +23,13 @@ from spectool.errors import UnsupportedError, wrap_errors
 from spectool.model.decoder import find_blocks
 from spectool.model.matrices import Matrix, explain_dense, find_matrices
 from spectool.model.meta import build_meta, read_config
-from spectool.model.origins import find_origins, read_origin, resolve_tensors, unused_tensors
+from spectool.model.origins import (
+    Origin,
+    find_origins,
+    read_origin,
+    resolve_tensors,
+    unused_tensors,
+)
 from spectool.model.packed import PackedExperts, field_specs, replace_with_packed
 
 
@@ -142,11 +148,15 @@ class Architecture:
     def stored_names(self, name: str) -> list[str]:
         """List the stored tensors that hold the tensor `name`: a tied one may be stored twice."""
         names = [self.origins[name].stored[0][0]]
-        copies = find_origins(self.model, self.layout.tensors)
         for target, source in self.model.all_tied_weights_keys.items():
-            if source == name and target in copies:
-                names.append(copies[target].stored[0][0])
+            if source == name and target in self._stored_origins:
+                names.append(self._stored_origins[target].stored[0][0])
         return list(dict.fromkeys(names))
+
+    @functools.cached_property
+    def _stored_origins(self) -> dict[str, Origin]:
+        """The origin of each stored tensor, copies of tied ones included."""
+        return find_origins(self.model, self.layout.tensors)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors in their stored dtypes, merged as the architecture expects.

@@ -19,13 +19,14 @@ from torch import Tensor
 class NoisyRow:
     """A text in training: prompt, clean text, and the noisy blocks, of equal length to the text.
 
-    `labels` are learnt in the term of -log p: after the tokens of `anchor`, or of the text without
-    one.
+    Noisy blocks of one `window`, a number of blocks, see each other. `labels` are learnt in the
+    term of -log p: after the tokens of `anchor`, or of the text without one.
     """
 
     prompt: list[int]
     text: list[int]
     noisy: list[int]
+    window: int
     labels: list[int]
     anchor: list[int] = field(default_factory=list)
 
@@ -67,7 +68,7 @@ class Layout:
     plain_rows: tuple[Tensor, Tensor]
 
 
-def lay_out(rows: Sequence[NoisyRow], block: int, window: int) -> Layout:
+def lay_out(rows: Sequence[NoisyRow], block: int) -> Layout:
     """Lay out prompt, clean text, noisy blocks and anchor of each row, padded at the right."""
     longest = max(row.size for row in rows)
     tokens_BL = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -82,7 +83,7 @@ def lay_out(rows: Sequence[NoisyRow], block: int, window: int) -> Layout:
         positions_BL[b, :whole] = torch.arange(whole)
         positions_BL[b, whole:end] = torch.arange(size, whole)
         visible_BLL[b, :whole, :whole] = torch.ones(whole, whole, dtype=torch.bool).tril()
-        window_T = torch.arange(length) // (block * window)
+        window_T = torch.arange(length) // (block * row.window)
         visible_BLL[b, whole:end, :size] = True
         visible_BLL[b, whole:end, size:whole] = window_T[:, None] > window_T
         same_TT = window_T[:, None] == window_T

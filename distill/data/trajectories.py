@@ -10,6 +10,7 @@ Source: Kou et al., CLLM, 2024 (arXiv:2403.00835), section 3.1.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,11 +127,10 @@ class TrajectoryDrafter(Drafter):
         blocks = []
         for number, points in enumerate(self.points.pop(index, [])):
             fixed = list(tokens[number * self.block : (number + 1) * self.block])
-            cut = [point[: len(fixed)] for point in points]
-            if cut[-1] != fixed:
-                cut.append(fixed)
+            cut = [point[: len(fixed)] for point in points] + [fixed]
             if fixed:
-                blocks.append(cut)
+                # Points that differed beyond the cut are equal now.
+                blocks.append([point for point, _ in itertools.groupby(cut)])
         return blocks
 
 

@@ -71,13 +71,14 @@ class WeightTask:
 class WeightObjective(Objective):
     """Objective that changes weights. A method's constructor takes the task and its `Config`.
 
-    `needs_teacher`: there is nothing to learn without one. `generated_tokens`: how many tokens the
-    model generates at most before the training, for the plan. `draft`: the drafter that the
-    training is for, if any; it is lossless against the new weights, whose text differs from the
-    source's. `frozen_copies` of the model are kept beside it.
+    `takes_teacher` and `needs_teacher`: whether it can and must learn from one. `generated_tokens`:
+    how many tokens the model generates at most before the training, for the plan. `draft`: the
+    drafter that the training is for, if any; it is lossless against the new weights, whose text
+    differs from the source's. `frozen_copies` of the model are kept beside it.
     """
 
-    learning_rate: ClassVar[float]
+    learning_rate: float
+    takes_teacher: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
     generated_tokens = 0
     draft: str | None = None

@@ -17,9 +17,10 @@ Greedy Jacobi decoding is exact for the new weights, whose text differs from the
 
 - `cllm`: a block follows the clean text before it, and its point is drawn at random (Kou et al.,
   CLLM, 2024, arXiv:2403.00835, equations 5 and 7).
-- `forcing`: blocks learn in windows of `window` blocks. A block follows the clean text before its
-  window and the noisy blocks of its window, and the share of wrong tokens rises from none in the
-  first block to all in the last (Hu et al., Jacobi Forcing, 2025, arXiv:2512.14681).
+- `forcing`: blocks learn in windows. A block follows the clean text before its window and the noisy
+  blocks of its window, and the share of wrong tokens rises from none in the first block to all in
+  the last (Hu et al., Jacobi Forcing, 2025, arXiv:2512.14681). The paper's windows have 16 blocks;
+  here windows of one and two blocks, as a decoder's, are as frequent as those of `window`.
 
 With probability 1/2 half of a point's wrong tokens, its first one apart, are corrected. One pass
 computes a text with all its blocks: clean tokens, then a point of each block, then the anchor, each
@@ -32,7 +33,9 @@ Shapes: B texts of a batch, L tokens of a row, R tokens in the loss, V vocabular
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,13 +61,13 @@ from spectool.distill.data.trajectories import (
     collect,
     list_prompts,
 )
-from spectool.distill.objective import seeded
 from spectool.distill.objectives.base import (
     WeightObjective,
     WeightTask,
     make_recipe,
     read_logits,
 )
+from spectool.distill.objectives.lora import LoRA
 from spectool.distill.processes import ALONE
 from spectool.distill.weights import FullWeights, LowRankUpdates
 from spectool.errors import TextError, UsageError
@@ -105,7 +108,9 @@ class Consistency(WeightObjective):
             0.03, "rise of held-out perplexity from which weights are not kept", minimum=0
         )
         mixed_labels: float | None = option(
-            None, "largest distance of a bin from the data's at which the model's own is learnt"
+            None,
+            "largest distance of a bin from the data's at which the model's own is learnt",
+            minimum=0,
         )
         bins: str | None = option(None, "ids that stand for numbers, as FIRST:COUNT")
 
@@ -134,21 +139,27 @@ class Consistency(WeightObjective):
             return range(int(first), int(first) + int(count))
 
     learning_rate = 2e-5
+    takes_teacher = False
 
     def __init__(self, task: WeightTask, config: Consistency.Config) -> None:
         self.config, self.bins = config, config.bin_range()
-        self.draft = f"jacobi:window={config.block}"
-        self.frozen_copies = int(config.anchor == "original")
+        # Forcing is for two blocks in flight.
+        self.draft = f"jacobi:window={config.block * (2 if config.variant == 'forcing' else 1)}"
+        self.frozen_copies = int(config.anchor == "original" and config.lora is None)
+        table: Any = task.model.get_input_embeddings()
+        if self.bins.stop > table.num_embeddings:
+            raise UsageError(f"--bins {config.bins}: the model has {table.num_embeddings} tokens")
         # Refuses a model whose state keeps no blocks apart.
         self._target = AttentionTarget(task.model)
         lora = config.lora
+        if lora is not None:
+            self.learning_rate = LoRA.learning_rate
         super().__init__(task, FullWeights(task) if lora is None else LowRankUpdates(task, lora))
-        self.window = config.window if config.variant == "forcing" else 1
         texts = task.texts
         self.measured = min(_MEASURED_TOKENS, texts.seq_len // 2)
         held_out = [sample for batch in texts.held_out for sample in batch]
         longest = texts.seq_len - self.measured
-        self.prompts = [prompt.tokens for prompt in list_prompts(held_out, longest=longest)]
+        self.prompts = list_prompts(held_out, longest=longest)
         self.given = list_prompts(texts.samples, longest=texts.seq_len - config.block)
         if (texts.samples and not self.given) or (held_out and not self.prompts):
             raise TextError(
@@ -160,7 +171,8 @@ class Consistency(WeightObjective):
             self.given = self.given[: config.prompts]
         room = [min(config.new_tokens, texts.seq_len - len(p.tokens)) for p in self.given]
         self.generated_tokens = sum(room)
-        full = [Trajectory(p.tokens, [[[0] * n]]) for p, n in zip(self.given, room, strict=True)]
+        pairs = zip(self.given, room, strict=True)
+        full = [Trajectory(p.tokens, [[[0] * n]], p.reference) for p, n in pairs]
         self.trajectories: Sequence[Trajectory] = full
         self._group()
 
@@ -174,7 +186,7 @@ class Consistency(WeightObjective):
         self.first_perplexity: float = super().evaluate()["perplexity"]
         self.first_likeliest = self._likeliest()
         self._runner = runner = Runner(model)
-        if config.anchor == "original":
+        if self.frozen_copies:
             self.original: Any = copy.deepcopy(model)
             self.original.requires_grad_(False)
             self.original.train(False)
@@ -211,11 +223,11 @@ class Consistency(WeightObjective):
         """Add a step's gradients; the points that are drawn depend on seed and step only."""
         rng = random.Random(f"{self.task.seed}/{step}/points")
         rows = [self.make_row(self.trajectories[i], rng) for i in self.batches[step]]
-        self.module.train()
-        with seeded(f"{self.task.seed}/{step}", self.task.device):
-            consistency, anchor = self.row_losses(rows)
-            loss = consistency + self.config.ar_weight * anchor
-            torch.autograd.backward(loss)
+        # Without dropout: it would make clean and noisy predictions differ where nothing is wrong.
+        self.module.eval()
+        consistency, anchor = self.row_losses(rows)
+        loss = consistency + self.config.ar_weight * anchor
+        torch.autograd.backward(loss)
         return {
             "loss": float(loss.detach()),
             "consistency": float(consistency.detach()),
@@ -243,25 +255,33 @@ class Consistency(WeightObjective):
     def make_row(self, trajectory: Trajectory, rng: random.Random) -> NoisyRow:
         """Choose a point of each block, with half of it corrected half of the time."""
         noisy: list[int] = []
+        window = self._choose_window(len(trajectory.blocks), rng)
         for number, points in enumerate(trajectory.blocks):
-            point = self._choose(points, number, len(trajectory.blocks), rng)
+            point = self._choose(points, number, window, rng)
             noisy += correct_half(point, points[-1], rng) if rng.random() < 0.5 else point
         text = trajectory.text
         anchor = trajectory.reference[: len(text)]
         if self.config.anchor != "generated" and anchor:
-            return NoisyRow(trajectory.prompt, text, noisy, anchor, anchor)
+            return NoisyRow(trajectory.prompt, text, noisy, window, anchor, anchor)
         labels = list(text)
         if self.config.mixed_labels is not None:
             for at, (own, given) in enumerate(zip(text, trajectory.reference, strict=False)):
                 far = abs(own - given) > self.config.mixed_labels
                 if own in self.bins and given in self.bins and far:
                     labels[at] = given
-        return NoisyRow(trajectory.prompt, text, noisy, labels)
+        return NoisyRow(trajectory.prompt, text, noisy, window, labels)
 
-    def _choose(self, points: Block, number: int, count: int, rng: random.Random) -> list[int]:
-        """Return a point of the block of this number among the `count` of its text."""
-        # A text shorter than a window has all noise too.
-        window = min(self.window, count)
+    def _choose_window(self, count: int, rng: random.Random) -> int:
+        """Return the number of blocks of a window for a text of `count` blocks.
+
+        Decoding has one or two blocks in flight as often as more, so windows of one, two and
+        `window` blocks are drawn alike. A text is divided evenly into its windows.
+        """
+        most = 1 if self.config.variant == "cllm" else rng.choice((1, 2, self.config.window))
+        return math.ceil(count / math.ceil(count / most))
+
+    def _choose(self, points: Block, number: int, window: int, rng: random.Random) -> list[int]:
+        """Return a point of the block of this number in its text."""
         if window == 1:
             return rng.choice(points[:-1] or points)
         wanted = number % window / (window - 1)
@@ -269,8 +289,9 @@ class Consistency(WeightObjective):
 
     def row_losses(self, rows: Sequence[NoisyRow]) -> tuple[Tensor, Tensor]:
         """Return the loss of consistency and the anchor, means over their tokens."""
-        layout = lay_out(rows, self.config.block, self.window)
-        masks = self._target.masks([0] * len(rows), layout.positions_BL, layout.visible_BLL)
+        layout = lay_out(rows, self.config.block)
+        visible_BLL = layout.visible_BLL.to(self.task.device)
+        masks = self._target.masks([0] * len(rows), layout.positions_BL, visible_BLL)
 
         def read_rows(model: Any) -> Tensor:
             logits: Tensor = model(
@@ -283,8 +304,11 @@ class Consistency(WeightObjective):
 
         logits_BLV = read_rows(self.module)
         if self.config.anchor == "original":
-            with torch.no_grad():
-                original_BLV = read_rows(self.original)
+            lora: Any = self.module
+            is_lora = self.config.lora is not None
+            disabled = lora.disable_adapter() if is_lora else contextlib.nullcontext()
+            with torch.no_grad(), disabled:
+                original_BLV = read_rows(self.module if is_lora else self.original)
             anchor = _divergence(original_BLV, logits_BLV, layout.plain_rows, layout.plain_rows)
         else:
             labels_R = layout.labels_R.to(logits_BLV.device)
@@ -310,8 +334,9 @@ class Consistency(WeightObjective):
         taken: list[list[int]] = [[] for _ in self.prompts]
         self._runner.use(self.draft)
         results = self._runner.generate(
-            self.prompts,
+            [prompt.tokens for prompt in self.prompts],
             max_new_tokens=self.measured,
+            eos=[prompt.ends for prompt in self.prompts],
             batch_size=8,
             on_tokens=lambda index, tokens, text, drafted: taken[index].append(len(tokens)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ def logits_after(model: Any, ids: list[int]) -> Tensor:
 
 
 def losses_by_equation(
-    model: Any, original: Any, rows: list[NoisyRow], block: int, window: int
+    model: Any, original: Any, rows: list[NoisyRow], block: int
 ) -> tuple[Tensor, Tensor]:
     """Return both terms of the loss by a pass for every token."""
     divergences, anchors = [], []
@@ -64,7 +65,7 @@ def losses_by_equation(
             logits = logits_after(model, row.prompt + (row.anchor or row.text)[:at])
             anchors.append(F.cross_entropy(logits, torch.tensor(label)))
         for at in range(len(row.text) - 1):
-            start = at // (block * window) * block * window
+            start = at // (block * row.window) * block * row.window
             seen = slice(start, at + 1)
             if row.noisy[seen] == row.text[seen]:
                 continue
@@ -87,7 +88,7 @@ def test_loss_and_gradient_are_those_of_the_equations(
 ) -> None:
     """Rows of different lengths in one batch, a last block that is cut, a window layer."""
     objective = make_objective(checkpoint(family), block=4, **options)
-    rng = random.Random(1)
+    rng, window = random.Random(1), 1 if options["variant"] == "cllm" else 2
     rows = []
     for prompt, length in ((5, 19), (3, 10), (9, 4)):
         text = [rng.randrange(320) for _ in range(length)]
@@ -95,21 +96,20 @@ def test_loss_and_gradient_are_those_of_the_equations(
         noisy[:2] = text[:2]
         anchor = [rng.randrange(320) for _ in range(length - 3)]
         given = [rng.randrange(320) for _ in range(prompt)]
-        rows.append(NoisyRow(given, text, noisy, anchor, anchor))
-    # One row learns its own text.
-    rows[1] = NoisyRow(rows[1].prompt, rows[1].text, rows[1].noisy, list(rows[1].text))
+        rows.append(NoisyRow(given, text, noisy, window, anchor, anchor))
+    # One row learns its own text, in windows of three blocks.
+    rows[1] = NoisyRow(rows[1].prompt, rows[1].text, rows[1].noisy, 3, list(rows[1].text))
     original = None
     if options["variant"] == "forcing":
         # Another model plays the one before training.
         original = objective.original = load_model(
             open_checkpoint(checkpoint(family, seed=1)), dtype=torch.float32
         )
-    window = 1 if original is None else 2
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
     results = []
     for losses in (
         objective.row_losses(rows),
-        losses_by_equation(objective.module, original, rows, 4, window),
+        losses_by_equation(objective.module, original, rows, 4),
     ):
         objective.module.zero_grad()
         torch.autograd.backward(losses[0] + 10 * losses[1])
@@ -139,14 +139,29 @@ def test_noise_rises_along_a_window_of_forcing(checkpoint: Checkpoints) -> None:
     assert [noise(point, fixed) for point in points] == [1, 0.75, 0.5, 0.25, 0]
     objective = make_objective(checkpoint("llama"), variant="forcing", window=5, block=4)
     rng = random.Random(0)
-    found = [noise(objective._choose(points, number, 7, rng), fixed) for number in range(7)]
+    found = [noise(objective._choose(points, number, 5, rng), fixed) for number in range(7)]
     assert found == [0, 0.25, 0.5, 0.75, 1, 0, 0.25]
-    # A text of three blocks is one window; one of a single block has any noise.
     assert [noise(objective._choose(points, at, 3, rng), fixed) for at in range(3)] == [0, 0.5, 1]
-    alone = {tuple(objective._choose(points, 0, 1, rng)) for _ in range(80)}
+    # Windows of one, two and five blocks, of even sizes: six blocks are two windows of three.
+    assert {objective._choose_window(6, rng) for _ in range(60)} == {1, 2, 3}
+    assert {objective._choose_window(1, rng) for _ in range(60)} == {1}
     plain = make_objective(checkpoint("llama"), variant="cllm", block=4)
-    drawn = {tuple(plain._choose(points, 0, 7, rng)) for _ in range(80)}
-    assert drawn == alone == {tuple(point) for point in points[:-1]}
+    assert {plain._choose_window(6, rng) for _ in range(60)} == {1}
+    drawn = {tuple(plain._choose(points, 0, 1, rng)) for _ in range(80)}
+    assert drawn == {tuple(point) for point in points[:-1]}
+
+
+@pytest.mark.parametrize(("family", "lora"), [("gpt2", None), ("llama", 4)])
+def test_an_unchanged_model_is_at_its_anchor(
+    checkpoint: Checkpoints, family: str, lora: int | None
+) -> None:
+    """Also in a step of a model with dropout, and under updates that are zero at the start."""
+    objective = make_objective(checkpoint(family), block=4, lora=lora)
+    objective.original = copy.deepcopy(objective.task.model)
+    objective.trajectories = [Trajectory([5, 6], [[[7, 8, 9, 10]] * 2], [11, 12, 13, 14])]
+    objective.batches = [[0]]
+    metrics = objective.accumulate(0)
+    assert metrics["anchor"] == pytest.approx(0.0, abs=1e-9) and metrics["consistency"] == 0
 
 
 def test_prompts_are_drawn_from_all_of_the_data(checkpoint: Checkpoints) -> None:
@@ -221,8 +236,12 @@ def test_fewer_passes_solve_a_window_and_jacobi_equals_plain_decoding(
 def test_the_command_says_what_is_lossless(checkpoint: Checkpoints, tmp_path: Path) -> None:
     data, out = tmp_path / "text.txt", tmp_path / "out"
     data.write_text(TEXT)
-    words = ["distill", "consistency", checkpoint("llama"), out, "--data", data, "--steps", 2,
-             "--seq-len", 64, "--block", 4, "--new-tokens", 16, "--prompts", 6]  # fmt: skip
+    words = ["distill", "consistency", checkpoint("llama"), out, "--data", data, "--seq-len", 64,
+             "--block", 4, "--new-tokens", 16, "--prompts", 6, "--steps"]  # fmt: skip
+    result = CliRunner().invoke(app, [*map(str, words), "1"])
+    assert result.exit_code == 0, result.output
+    assert "no trained weights were better" in result.output and "--draft" not in result.output
+    words += ["40", "--learning-rate", "1e-2", "--loss-limit", "9", "--overwrite"]
     result = CliRunner().invoke(app, [*map(str, words)])
     assert result.exit_code == 0, result.output
     assert "generates up to 96 tokens to train on" in result.output
@@ -231,7 +250,7 @@ def test_the_command_says_what_is_lossless(checkpoint: Checkpoints, tmp_path: Pa
         result.output.split()
     )
     record = json.loads((out / TRAINING).read_text())
-    assert record["draft"] == "jacobi:window=4"
+    assert record["draft"] == "jacobi:window=8"
 
 
 def test_weights_that_lost_too_much_are_not_kept(checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -253,6 +272,11 @@ def test_what_is_refused(
         Consistency.Config(mixed_labels=1.0, bins="7:9")
     with pytest.raises(UsageError, match="belong together"):
         Consistency.Config(bins="7:3")
+    own = {"mixed_labels": 1.0, "bins": "300:50", "anchor": "generated"}
+    with pytest.raises(UsageError, match="--bins 300:50: the model has 320 tokens"):
+        train(checkpoint("llama"), out, data, own=own)
+    with pytest.raises(UsageError, match="learns from the model itself"):
+        train(checkpoint("llama"), out, data, teacher=str(checkpoint("llama")))
     with pytest.raises(UnsupportedError):
         train(checkpoint("mamba"), out, data)
     monkeypatch.setattr("spectool.distill.data.trajectories._RUN", 1)

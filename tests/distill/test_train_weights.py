@@ -21,6 +21,7 @@ from spectool.checkpoint.headers import TRAINING
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.distill.data.samples import Sample
+from spectool.distill.objectives import consistency
 from spectool.distill.objectives.base import TextBatches, WeightTask
 from spectool.distill.objectives.lora import LoRA
 from spectool.distill.train_weights import WeightsJob, WeightsReport, train_weights
@@ -31,7 +32,7 @@ from spectool.model.loading import load_model
 from spectool.training import Training
 
 from ..conftest import contents
-from ..stopping import stopped
+from ..stopping import count, stopped
 from .conftest import storing_always
 
 Checkpoints = Callable[..., Path]
@@ -230,6 +231,25 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         train(source, tmp_path / "out", text, method)
     assert not (tmp_path / "out").exists()
     train(source, tmp_path / "out", text, method)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_trajectories_that_were_collected_are_not_collected_again(
+    checkpoint: Checkpoints, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped while the model generates ends with the same bytes too."""
+    source = checkpoint("llama")
+    monkeypatch.setattr("spectool.distill.data.texts._GROUP", 8)
+    groups = count(monkeypatch, consistency, "collect")
+    train(source, tmp_path / "whole", text, "consistency")
+    total = groups[0]
+    assert total > 3
+    with stopped(ArtifactWriter, "write_shard", after=2, only="trajectories"):
+        train(source, tmp_path / "out", text, "consistency")
+    # Two groups were stored, and the third was lost.
+    assert groups[0] == total + 3
+    train(source, tmp_path / "out", text, "consistency")
+    assert groups[0] == total + 3 + total - 2
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -15,6 +15,7 @@ from spectool.decode.generate import Runner
 from spectool.distill.data.samples import Sample
 from spectool.distill.data.trajectories import (
     Trajectory,
+    TrajectoryDrafter,
     _repetition_start,
     as_tensors,
     as_trajectories,
@@ -83,6 +84,15 @@ def test_a_text_ends_where_it_repeats_itself() -> None:
     assert _repetition_start([1, *[2] * 9, 3]) == 11
     assert _repetition_start([1, 1, *[2] * 10, 3]) == 2
     assert _repetition_start([*range(16), 50, *range(16), 51]) == 17
+
+
+def test_a_block_that_is_cut_keeps_no_point_twice() -> None:
+    drafter = TrajectoryDrafter(4, "0")
+    drafter.points[0] = [[[1, 2, 3, 4], [1, 2, 5, 6]], [[7, 7, 8, 9], [7, 0, 8, 9], [7, 0, 8, 3]]]
+    assert drafter.take(0, [1, 2, 5, 6, 7, 0]) == [
+        [[1, 2, 3, 4], [1, 2, 5, 6]],
+        [[7, 7], [7, 0]],
+    ]
 
 
 def test_a_request_that_repeats_itself_ends(tiny: Tiny, endless: Any) -> None:

@@ -265,5 +265,7 @@ def test_a_cap_ends_iterations_and_one_of_the_window_changes_nothing(
     assert all(r.forwards <= 2 + 2 * 40 / 7 for r in early)
     with pytest.raises(UsageError, match="accepts some of its tokens untested"):
         decode("jacobi:cap=3")
+    with pytest.raises(UsageError, match="a cap accepts tokens that bans"):
+        decode("jacobi:cap=3", lossy=True, repetition_penalty=1.2)
     with pytest.raises(UsageError, match="jacobi does not share a tree"):
         runner.use("jacobi:cap=3+recycle")
