@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from spectool.cli import QUANTIZE, app
 
@@ -56,3 +57,26 @@ def test_the_commands_that_the_readme_shows_can_be_pasted() -> None:
         # Parsed, not run: an option that is not there would raise.
         command.make_context(name, list(words), resilient_parsing=False)
         assert all((ROOT / word).exists() for word in words if "/" in word)
+
+
+@pytest.mark.slow
+def test_the_output_that_the_readme_shows_is_what_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes to the digit; figures of quality within 2%, since processors round differently."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    found = ""
+    for _, *words in shown():
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        found += result.output
+    text = (ROOT / "README.md").read_text()
+    (packed,) = re.findall(r"^packed: .*$", text, re.MULTILINE)
+    assert packed in found
+    for name in ("perplexity", "perplexity ratio", "top-1 agreement"):
+        claimed, measured = (
+            float(re.findall(rf"^{name}: ([\d.]+)", each, re.MULTILINE)[0])
+            for each in (text, found)
+        )
+        assert measured == pytest.approx(claimed, rel=0.02), name
