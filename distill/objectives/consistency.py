@@ -93,8 +93,7 @@ class Consistency(WeightObjective):
         window: int = option(16, "blocks of a window of forcing", minimum=1)
         anchor: Literal["original", "data", "generated"] = option(
             "original",
-            "what the next-token loss learns: the original's probabilities, the data, or the "
-            "model's own text",
+            "what keeps the model: its probabilities before training, the data, its own text",
         )
         ar_weight: float = option(10.0, "weight of the next-token loss", minimum=0)
         prompts: int | None = option(

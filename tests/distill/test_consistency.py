@@ -77,7 +77,10 @@ def losses_by_equation(
     return torch.stack(divergences).mean(), torch.stack(anchors).mean()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma3"])
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "qwen3", "gpt2"))],
+)
 @pytest.mark.parametrize(
     "options",
     [{"variant": "cllm", "anchor": "data"}, {"variant": "forcing", "window": 2}],
@@ -210,7 +213,7 @@ def train(source: Path, out: Path, data: Path, **asked: Any) -> WeightsReport:
     ("family", "own"),
     [
         ("llama", {"variant": "cllm"}),
-        ("qwen3", {}),
+        pytest.param("qwen3", {}, marks=pytest.mark.slow),
         pytest.param("gpt2", {}, marks=pytest.mark.slow),
         pytest.param("gemma3", {"lora": 8}, marks=pytest.mark.slow),
     ],
