@@ -18,7 +18,7 @@ class Logits(WeightObjective):
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(options.Config):
-        """It has no options of its own."""
+        """Define no options."""
 
     learning_rate = 1e-4
     needs_teacher = True
