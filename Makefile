@@ -17,8 +17,9 @@ demo: $(READY)
 	$(BIN)/spectool demo build/demo
 
 # A worker a core, a thread a worker: the models of the tests are too small for more.
+# Bytecode is kept, or every command that a test starts would be compiled again.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

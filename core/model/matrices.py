@@ -13,9 +13,9 @@ import ast
 import copy
 import functools
 import inspect
+import linecache
 import re
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
@@ -250,12 +250,34 @@ def _find_reads(kind: type[nn.Module]) -> frozenset[tuple[bool, str, tuple[Branc
             continue
         reader = _WeightReads(base.__module__)
         try:
-            reader.visit(ast.parse(textwrap.dedent(inspect.getsource(base))))
-        except (OSError, TypeError, SyntaxError):
+            reader.visit(_parse_classes(inspect.getfile(base))[base.__qualname__])
+        except (OSError, TypeError, SyntaxError, KeyError):
             # A class without a source, as one made at run time.
             continue
         reads |= reader.reads
     return frozenset(reads)
+
+
+@functools.cache
+def _parse_classes(file: str) -> dict[str, ast.ClassDef]:
+    """Parse the classes of a Python file by qualified name.
+
+    `inspect.getsource` parses the whole file for each class, a second for a family of models.
+    """
+    found: dict[str, ast.ClassDef] = {}
+
+    def collect(parent: ast.AST, prefix: str) -> None:
+        for node in ast.iter_child_nodes(parent):
+            inside = prefix
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(prefix + node.name, node)
+                inside = f"{prefix}{node.name}."
+            elif isinstance(node, ast.FunctionDef):
+                inside = f"{prefix}{node.name}.<locals>."
+            collect(node, inside)
+
+    collect(ast.parse("".join(linecache.getlines(file))), "")
+    return found
 
 
 class _WeightReads(ast.NodeVisitor):

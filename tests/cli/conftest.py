@@ -29,7 +29,7 @@ class Done:
         return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def spectool() -> Callable[..., Done]:
     """Return `spectool("quantize", "rtn", model, out)`, which runs a command as a shell would."""
 

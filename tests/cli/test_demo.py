@@ -20,8 +20,12 @@ from spectool.examples.stdlib import read_documents
 from .conftest import Done
 
 
-def test_nothing_that_is_measured_on_is_learnt_from(tmp_path: Path) -> None:
-    texts = _write_texts(tmp_path)
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return _write_texts(tmp_path_factory.mktemp("demo"))
+
+
+def test_nothing_that_is_measured_on_is_learnt_from(texts: dict[str, str]) -> None:
     train = [json.loads(line) for line in Path(texts["train"]).read_text().splitlines()]
     assert {"text", "messages"} == {key for row in train for key in row}
     held_out = {document.text for document in read_documents() if document.held_out}
@@ -45,9 +49,13 @@ def test_what_no_demo_made_is_left_alone(spectool: Callable[..., Done], tmp_path
 
 
 def test_a_stage_that_fails_is_told_to_programs_too(
-    spectool: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spectool: Callable[..., Done],
+    tmp_path: Path,
+    texts: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("spectool.cli.demo.CHECKPOINT", "not-there")
+    monkeypatch.setattr("spectool.cli.demo._write_texts", lambda _: texts)
     done = spectool("demo", tmp_path / "demo", "--json")
     assert done.code == 1 and "spectool quantize ended" in done.json["error"]["message"]
 

@@ -18,12 +18,20 @@ Checkpoint = Callable[..., Path]
 Change = Callable[[dict[str, Any]], object]
 
 
-@pytest.fixture
-def artifact(spectool: Spectool, checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def written(
+    spectool: Spectool, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Make a read-only artifact."""
+    out = tmp_path_factory.mktemp("artifact") / "out"
     options = ["--bits", 3, "--symmetric", "--skip", "*0.mlp.up*", "--allow-dense", "--seed", 7]
     assert spectool("quantize", "rtn", checkpoint("llama"), out, *options).code == 0
     return out
+
+
+@pytest.fixture
+def artifact(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "out"))
 
 
 def change(artifact: Path, by: Change) -> None:
@@ -66,6 +74,7 @@ def test_a_trained_checkpoint_says_how_it_was_made(
     spectool: Spectool, checkpoint: Checkpoint, text: Path, tmp_path: Path
 ) -> None:
     model, out, again = checkpoint("llama"), tmp_path / "out", tmp_path / "again"
+    text.write_text(text.read_text()[:1500])
     words = ["--data", text, "--rank", 2, "--steps", 2, "--seq-len", 32, "--teacher", model]
     assert spectool("distill", "lora", model, out, *words, "--batch-tokens", 64).code == 0
     found = spectool("inspect", out, "--json").json

@@ -40,6 +40,7 @@ def test_eval_measures_what_the_store_loses(
 ) -> None:
     """The reference keeps keys and values as they are."""
     model = checkpoint("llama")
+    text.write_text(text.read_text()[:1000])
     words = ["eval", model, "--text", text, "--window", 32, "--reference", model, "--json"]
     exact, rounded = spectool(*words).json, spectool(*words, "--kv", "int8").json
     assert exact["kl"] == 0 and exact["perplexity"]["kv"] == "dense"

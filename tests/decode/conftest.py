@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectool.decode import engine
+from spectool.decode.generate import Runner
 from spectool.decode.options import SamplingParams
 from spectool.decode.policy import curve
 from spectool.decode.policy import tuned as tuned_module
@@ -175,6 +177,21 @@ def reference() -> Callable[..., list[int]]:
         return new
 
     return run
+
+
+@functools.cache
+def _plain_text(
+    model: PreTrainedModel, prompt: tuple[int, ...], new_tokens: int, ends: tuple[Any, ...]
+) -> tuple[int, ...]:
+    (result,) = Runner(model).generate([list(prompt)], max_new_tokens=new_tokens)
+    return tuple(result.token_ids)
+
+
+def plain_text(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    """Return a greedy text without drafts, computed once for all drafters of a shared model."""
+    end = model.generation_config.eos_token_id
+    ends = tuple(end) if isinstance(end, list) else (end,)
+    return list(_plain_text(model, tuple(prompt), new_tokens, ends))
 
 
 @pytest.fixture

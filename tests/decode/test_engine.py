@@ -30,25 +30,25 @@ def test_greedy_equals_transformers_for_every_drafter(
     prompt_of: Callable[..., list[int]],
 ) -> None:
     """Also past the window of 16 and across a doubling of the cache at 64 columns."""
-    model, prompt = endless(tiny(family)), prompt_of(18)
-    expected = reference(model, prompt, 60)
+    model, prompt = endless(tiny(family)), prompt_of(44)
+    expected = reference(model, prompt, 30)
     drafters = adversaries(prompt + expected, 320)
     runner = Runner(model)
-    plain = runner.generate([prompt], max_new_tokens=60)[0]
+    plain = runner.generate([prompt], max_new_tokens=30)[0]
     assert plain.token_ids == expected
-    assert plain.forwards == 60
+    assert plain.forwards == 30
     for name, drafter in {**drafters, "ngram": NgramDrafter(NgramDrafter.Config(min_n=1))}.items():
         runner.use(drafter)
-        result = runner.generate([prompt], max_new_tokens=60)[0]
+        result = runner.generate([prompt], max_new_tokens=30)[0]
         assert result.token_ids == expected, name
         assert result.finish_reason == "length"
         assert result.lossless
         if name == "oracle":
             # 6 tokens a step after the prompt's one; the last step is cut.
-            assert result.forwards == 1 + 10
-            assert result.accepted == result.drafted == 59 - 10
+            assert result.forwards == 1 + 5
+            assert result.accepted == result.drafted == 29 - 5
         if name == "wrong":
-            assert result.forwards == 60
+            assert result.forwards == 30
             assert result.accepted == 0
 
 

@@ -129,9 +129,9 @@ def test_an_interrupted_text_was_streamed_whole(
     """Ctrl-C strikes at every call to drafter, requests, texts, cache and callback in turn."""
     prompts = ["def make", "import torch", "return the"]
     opened.use("ngram:min_n=1")
-    plain = opened.generate(prompts, max_new_tokens=12)
+    plain = opened.generate(prompts, max_new_tokens=8)
     # The end of this text may begin the stop string, so it is held back.
-    options: dict[str, Any] = {"max_new_tokens": 12, "stop": [plain[0].text[3:5] + "\0"]}
+    options: dict[str, Any] = {"max_new_tokens": 8, "stop": [plain[0].text[3:5] + "\0"]}
     left = -1
 
     def strike() -> None:

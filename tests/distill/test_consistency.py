@@ -22,6 +22,7 @@ from spectool.decode.generate import Runner
 from spectool.distill.data.noisy import NoisyRow, correct_half, noise
 from spectool.distill.data.samples import Sample
 from spectool.distill.data.trajectories import Trajectory
+from spectool.distill.objectives import base
 from spectool.distill.objectives.base import TextBatches, WeightTask
 from spectool.distill.objectives.consistency import Consistency
 from spectool.distill.train_weights import WeightsJob, WeightsReport, train_weights
@@ -194,13 +195,22 @@ def test_a_bin_far_from_the_data_is_replaced_in_the_labels(checkpoint: Checkpoin
     assert plain.labels == plain.anchor == [102, 123, 9, 200]
 
 
+@pytest.fixture(autouse=True)
+def few_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluate a training four times, which takes longer than its steps."""
+    monkeypatch.setattr(base, "_NUM_EVALUATIONS", 4)
+
+
 TEXT = "def run(path: Path) -> None:\n    return path\n" * 60
 
 
 def train(source: Path, out: Path, data: Path, **asked: Any) -> WeightsReport:
     own = {"block": 6, "new_tokens": 24, "loss_limit": 9.0, "ar_weight": 1.0}
     own |= asked.pop("own", {})
-    options = {"steps": 90, "seq_len": 64, "batch_tokens": 512, "learning_rate": 5e-3, **asked}
+    options = {
+        "steps": 40, "seq_len": 64, "batch_tokens": 512, "held_out": 4, "learning_rate": 5e-3,
+        **asked,
+    }  # fmt: skip
     job = WeightsJob(
         method="consistency", config=Consistency.Config(**own), data=(str(data),), **options
     )
@@ -240,11 +250,12 @@ def test_the_command_says_what_is_lossless(checkpoint: Checkpoints, tmp_path: Pa
     data, out = tmp_path / "text.txt", tmp_path / "out"
     data.write_text(TEXT)
     words = ["distill", "consistency", checkpoint("llama"), out, "--data", data, "--seq-len", 64,
-             "--block", 4, "--new-tokens", 16, "--prompts", 6, "--steps"]  # fmt: skip
+             "--block", 4, "--new-tokens", 16, "--prompts", 6,
+             "--held-out", 3, "--steps"]  # fmt: skip
     result = CliRunner().invoke(app, [*map(str, words), "1"])
     assert result.exit_code == 0, result.output
     assert "no trained weights were better" in result.output and "--draft" not in result.output
-    words += ["40", "--learning-rate", "1e-2", "--loss-limit", "9", "--overwrite"]
+    words += ["20", "--learning-rate", "1e-2", "--loss-limit", "9", "--overwrite"]
     result = CliRunner().invoke(app, [*map(str, words)])
     assert result.exit_code == 0, result.output
     assert "generates up to 96 tokens to train on" in result.output
@@ -260,7 +271,9 @@ def test_weights_that_lost_too_much_are_not_kept(checkpoint: Checkpoints, tmp_pa
     data = tmp_path / "text.txt"
     data.write_text(TEXT)
     own = {"loss_limit": 0.0, "anchor": "generated"}
-    report = train(checkpoint("llama"), tmp_path / "out", data, learning_rate=0.3, own=own)
+    report = train(
+        checkpoint("llama"), tmp_path / "out", data, steps=10, learning_rate=0.3, own=own
+    )
     assert report.best["step"] == 0
 
 

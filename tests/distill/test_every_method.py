@@ -83,7 +83,7 @@ def test_what_is_written_drafts_and_changes_nothing(
     assert report.record == read_record(tmp_path / "out")
     runner = Runner(source, dtype=torch.float32)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
-    plain = runner.generate(prompts, max_new_tokens=24)
+    plain = runner.generate(prompts, max_new_tokens=8)
     runner.use(str(tmp_path / "out"))
     opened: Any = runner.drafter
     stored = load_file(tmp_path / "out" / HEADS_FILE)
@@ -91,7 +91,7 @@ def test_what_is_written_drafts_and_changes_nothing(
     for key, value in opened._heads.state_dict().items():
         assert torch.equal(value, stored[key].to(value.dtype))
     for batch_size in (1, 2):
-        results = runner.generate(prompts, max_new_tokens=24, batch_size=batch_size)
+        results = runner.generate(prompts, max_new_tokens=8, batch_size=batch_size)
         assert [r.token_ids for r in results] == [r.token_ids for r in plain]
         assert all(r.drafted > 0 for r in results)
 
@@ -140,11 +140,11 @@ def test_a_model_with_a_packed_embedding_and_head_is_taught(
     job = QuantizeJob(method="rtn", config=choice.config, embeddings=choice)
     quantizing.quantize(open_checkpoint(source), packed, job)
     runner = Runner(packed, dtype=torch.float32)
-    plain = runner.generate([[5, 6, 7]], max_new_tokens=24)
+    plain = runner.generate([[5, 6, 7]], max_new_tokens=8)
     for index, taught_on in enumerate((source, packed)):
         train(name, taught_on, f"heads-{index}")
         runner.use(str(tmp_path / f"heads-{index}"))
-        results = runner.generate([[5, 6, 7]], max_new_tokens=24)
+        results = runner.generate([[5, 6, 7]], max_new_tokens=8)
         assert results[0].token_ids == plain[0].token_ids and results[0].drafted > 0
 
 
@@ -164,10 +164,10 @@ def test_where_the_output_matrix_is_learnt(
     train(name, packed, "of-packed")
     for target in (source, packed):
         runner = Runner(target, dtype=torch.float32)
-        plain = runner.generate([[5, 6, 7]], max_new_tokens=24)
+        plain = runner.generate([[5, 6, 7]], max_new_tokens=8)
         for heads in ("of-source", "of-packed"):
             runner.use(str(tmp_path / heads))
-            results = runner.generate([[5, 6, 7]], max_new_tokens=24)
+            results = runner.generate([[5, 6, 7]], max_new_tokens=8)
             assert results[0].token_ids == plain[0].token_ids and results[0].drafted > 0
 
 

@@ -159,7 +159,7 @@ def test_eagle3_comes_back(
         assert torch.equal(tensors["embed_tokens.weight"], embedding(every))
     assert equal(back(train, source, served, "eagle3"), heads)
     runner.use(str(served.parent / "back"))
-    (result,) = runner.generate([[5, 6, 7]], max_new_tokens=20)
+    (result,) = runner.generate([[5, 6, 7]], max_new_tokens=8)
     assert result.drafted > 0
 
 
@@ -297,7 +297,7 @@ def test_what_a_format_cannot_hold(
 def test_training_goes_on_from_heads(train: Train, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A training starts from the trained weights, on a quantized target as on the dense one."""
     source = checkpoint("llama")
-    first = train(source, "first", method="hydra", steps=30)
+    first = train(source, "first", method="hydra", steps=15)
     path = str(tmp_path / "first")
     again = train(source, "again", method="hydra", steps=0, init_from=path)
     assert equal(tmp_path / "first", tmp_path / "again")

@@ -122,11 +122,11 @@ def test_one_store_serves_other_heads_and_options(
 ) -> None:
     """The store contains the regenerated texts as well."""
     source = checkpoint("gpt2")
-    asked = {"features": f"offline:{tmp_path / 'features'}", "regenerate": True}
+    asked = {"features": f"offline:{tmp_path / 'features'}", "regenerate": True, "steps": 3}
     train(source, "one", **asked)
     heard = Heard()
     report = train(
-        source, "two", method="hydra", options={"num_heads": 2}, learning_rate=1e-4, steps=3,
+        source, "two", method="hydra", options={"num_heads": 2}, learning_rate=1e-4,
         where={"reporter": heard}, **asked,
     )  # fmt: skip
     assert report.steps == 3 and heard.plans[0].disk_bytes == 0
@@ -139,7 +139,7 @@ def test_packed_texts_are_taken_from_a_store_as_well(
     train: Train, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, losses = checkpoint("llama"), Losses()
-    asked = {"method": "hydra", "learning_rate": 1e-4, "sequence_packing": True}
+    asked = {"method": "hydra", "learning_rate": 1e-4, "sequence_packing": True, "steps": 4}
     for kind in ("online", "hybrid"):
         train(source, kind, features=kind, where=losses.watch(kind), **asked)
     assert losses["hybrid"] == pytest.approx(losses["online"], abs=1e-5)

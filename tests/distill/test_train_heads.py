@@ -76,13 +76,13 @@ def test_training_beats_no_training(
 ) -> None:
     """Text of a random target is hard to learn; slow tests require more on a real one."""
     source = checkpoint("llama")
-    trained = train(source, steps=60, regenerate=True, temperature=0.0)
+    trained = train(source, steps=40, regenerate=True, temperature=0.0)
     untrained = train(source, "untrained", steps=0)
     assert untrained.steps == 0 and untrained.tokens_per_forward == pytest.approx(
         trained.initial["score"]
     )
     assert trained.tokens_per_forward > untrained.tokens_per_forward + 0.05
-    assert trained.record.training["evaluations"][-1]["step"] == 60
+    assert trained.record.training["evaluations"][-1]["step"] == 40
 
 
 @pytest.mark.parametrize("options", [{"draft_vocab": 30}, {"shared_head": True, "num_layers": 2}])
@@ -108,7 +108,7 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(
 ) -> None:
     source = checkpoint("gpt2")
     for out, seed in (("one", 0), ("two", 0), ("three", 1)):
-        train(source, out, seed=seed, regenerate=True, temperature=0.0)
+        train(source, out, seed=seed, steps=2, regenerate=True, temperature=0.0)
     one, two, three = (contents(tmp_path / out) for out in ("one", "two", "three"))
     assert one == two and one["heads.safetensors"] != three["heads.safetensors"]
 
@@ -293,7 +293,7 @@ def test_heads_computed_in_bfloat16_learn_as_in_float32(
     """The heads' weights stay float32, so that steps too small for bfloat16 are not lost."""
     source, losses = checkpoint("llama"), Losses()
     for out, autocast in (("plain", None), ("one", "bfloat16"), ("two", "bfloat16")):
-        asked = {"autocast": autocast, "learning_rate": 1e-4}
+        asked = {"autocast": autocast, "learning_rate": 1e-4, "steps": 4}
         train(source, out, method=method, where=losses.watch(out), **asked)
     assert losses["one"] == losses["two"] != losses["plain"]
     assert losses["one"] == pytest.approx(losses["plain"], rel=0.02)
@@ -308,7 +308,7 @@ def test_eight_bit_moments_learn_and_are_recorded(
     pytest.importorskip("bitsandbytes")
     source, losses = checkpoint("llama"), Losses()
     for out, optimizer in (("plain", "adamw"), ("one", "adamw8bit"), ("two", "adamw8bit")):
-        train(source, out, optimizer=optimizer, where=losses.watch(out))
+        train(source, out, steps=4, optimizer=optimizer, where=losses.watch(out))
     assert losses["one"] == losses["two"] != losses["plain"]
     assert losses["one"] == pytest.approx(losses["plain"], rel=0.05)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -21,7 +21,7 @@ from spectool.checkpoint.headers import TRAINING
 from spectool.checkpoint.tensors import open_checkpoint
 from spectool.cli import app
 from spectool.distill.data.samples import Sample
-from spectool.distill.objectives import consistency
+from spectool.distill.objectives import base, consistency
 from spectool.distill.objectives.base import TextBatches, WeightTask
 from spectool.distill.objectives.lora import LoRA
 from spectool.distill.train_weights import WeightsJob, WeightsReport, train_weights
@@ -38,6 +38,12 @@ from .conftest import storing_always
 Checkpoints = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def few_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluate a training four times, which takes longer than its steps."""
+    monkeypatch.setattr(base, "_NUM_EVALUATIONS", 4)
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> str:
     """Write a text that is regular enough to be learnt in a few steps."""
@@ -47,9 +53,12 @@ def text(tmp_path: Path) -> str:
 
 
 def train(source: Path, out: Path, text: str, method: str = "lora", **asked: Any) -> Any:
-    own = {"lora": {"rank": 4}, "consistency": {"block": 4, "new_tokens": 16}}
+    own = {"lora": {"rank": 4}, "consistency": {"block": 4, "new_tokens": 16, "prompts": 28}}
     config = import_method(method, "objective").Config(**own.get(method, {}))
-    options = {"steps": 12, "seq_len": 48, "batch_tokens": 192, "learning_rate": 2e-2, **asked}
+    options = {
+        "steps": 12, "seq_len": 48, "batch_tokens": 192, "held_out": 2, "learning_rate": 2e-2,
+        **asked,
+    }  # fmt: skip
     if method == "logits":
         options.setdefault("teacher", str(source))
     job = WeightsJob(method=method, config=config, data=(text,), **options)
@@ -225,12 +234,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     method: str,
 ) -> None:
     source = checkpoint("llama")
-    train(source, tmp_path / "whole", text, method)
+    train(source, tmp_path / "whole", text, method, steps=6)
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
     with stopped(ArtifactWriter, "write_shard", after=4, only="state"):
-        train(source, tmp_path / "out", text, method)
+        train(source, tmp_path / "out", text, method, steps=6)
     assert not (tmp_path / "out").exists()
-    train(source, tmp_path / "out", text, method)
+    train(source, tmp_path / "out", text, method, steps=6)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -241,14 +250,14 @@ def test_trajectories_that_were_collected_are_not_collected_again(
     source = checkpoint("llama")
     monkeypatch.setattr("spectool.distill.data.texts._GROUP", 8)
     groups = count(monkeypatch, consistency, "collect")
-    train(source, tmp_path / "whole", text, "consistency")
+    train(source, tmp_path / "whole", text, "consistency", steps=2)
     total = groups[0]
     assert total > 3
     with stopped(ArtifactWriter, "write_shard", after=2, only="trajectories"):
-        train(source, tmp_path / "out", text, "consistency")
+        train(source, tmp_path / "out", text, "consistency", steps=2)
     # Two groups were stored, and the third was lost.
     assert groups[0] == total + 3
-    train(source, tmp_path / "out", text, "consistency")
+    train(source, tmp_path / "out", text, "consistency", steps=2)
     assert groups[0] == total + 3 + total - 2
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

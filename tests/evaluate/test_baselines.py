@@ -16,7 +16,7 @@ from spectool.evaluate.baselines import ASSISTED, PLAIN, PROMPT_LOOKUP, Job, ope
 from ..heard import Heard
 
 PROMPTS = [[5, 6, 7, 5, 6], list(range(30, 60)) * 2, [9]]
-LIMITS = [1, 24, 7]
+LIMITS = [1, 14, 5]
 JOBS = [Job(tokens=prompt, limit=limit) for prompt, limit in zip(PROMPTS, LIMITS, strict=True)]
 
 
@@ -82,9 +82,9 @@ def test_the_checkpoints_own_settings_change_nothing_and_stay(
     runner = Runner(checkpoint("llama"), dtype=torch.float32)
     settings = runner.target.model.generation_config
     settings.repetition_penalty = 9.0
-    (expected,) = runner.generate(PROMPTS[1:2], max_new_tokens=20)
+    (expected,) = runner.generate(PROMPTS[1:2], max_new_tokens=12)
     for decode in open_baselines(runner, [], control=SamplingParams(), seed=0).values():
-        assert decode([Job(tokens=PROMPTS[1], limit=20)])[0].token_ids == expected.token_ids
+        assert decode([Job(tokens=PROMPTS[1], limit=12)])[0].token_ids == expected.token_ids
     assert runner.target.model.generation_config is settings
 
 

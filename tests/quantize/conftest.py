@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from spectool.quantize.ledger import measure
 from spectool.quantize.plan import make_plan
 from spectool.quantize.report import BlockReport, QuantizeReport
 from spectool.quantize.run import quantize
+
+# Otherwise bitsandbytes compiles its functions for a CPU at their first calls, for seconds.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 class Packed:
@@ -148,7 +152,7 @@ def compress(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def check_fitted(
-    compress: Callable[..., Path], checkpoint: Callable[..., Path]
+    compress: Callable[..., Path], checkpoint: Callable[..., Path], text_file: str
 ) -> Callable[..., list[tuple[BlockReport, FitReport]]]:
     """Pack a model by a method that fits blocks; its files have the bits of the plan, and run.
 
@@ -161,7 +165,7 @@ def check_fitted(
         source, reports = checkpoint(family), list[QuantizeReport]()
         quantizer = import_method(method, "quantizer")()
         plan = make_plan(Architecture(open_checkpoint(source)), quantizer, allow_dense=True)
-        job = {**job, "allow_dense": True}
+        job = {"calibration": [text_file], **job, "allow_dense": True}
         out = compress(source, method, job=job, reports=reports, **options)
         layout = read_layout(out)
         assert measure(layout).linears == pytest.approx(plan.bits_linears, rel=1e-12)

@@ -93,6 +93,7 @@ def test_compressed_tensors_by_its_own_code(
     checkpoint: Checkpoints,
     compress: Compress,
     tmp_path: Path,
+    text_file: str,
     family: str,
     method: str,
     options: dict[str, Any],
@@ -101,7 +102,9 @@ def test_compressed_tensors_by_its_own_code(
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    job = {"samples": 2, "seq_len": 16} if method == "gptq" else {}
+    job: dict[str, Any] = {}
+    if method == "gptq":
+        job = {"calibration": [text_file], "samples": 2, "seq_len": 16}
     packed = compress(checkpoint(family), method, job=job, **options)
     out = tmp_path / "served"
     lines = export(open_checkpoint(packed), out, "compressed-tensors")

@@ -196,13 +196,13 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_a_checkpoint_has_the_planned_bits(
-    checkpoint: Callable[..., Path], compress: Callable[..., Path], family: str
+    checkpoint: Callable[..., Path], compress: Callable[..., Path], text_file: str, family: str
 ) -> None:
     source = checkpoint(family)
     plan = make_plan(
         Architecture(open_checkpoint(source)), GPTQ(GPTQ.Config(bits=3)), allow_dense=True
     )
-    job = {"samples": 6, "seq_len": 32, "allow_dense": True}
+    job = {"calibration": [text_file], "samples": 6, "seq_len": 32, "allow_dense": True}
     layout = read_layout(compress(source, "gptq", job=job, bits=3))
     assert measure(layout).linears == plan.bits_linears
     assert layout.num_bytes == plan.file_bytes

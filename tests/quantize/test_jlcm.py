@@ -16,7 +16,7 @@ from spectool.quantize.statistics import LinearStats
 
 from .pair import make_pair
 
-SMALL_JOB = {"samples": 6, "seq_len": 32}
+SMALL_JOB = {"samples": 3, "seq_len": 24}
 
 
 def start(weight_nm: Tensor, diagonal_m: Tensor | None = None, **options: Any) -> JLCMLinear:
@@ -202,6 +202,6 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 def test_a_checkpoint_has_the_planned_bits_and_the_fit_gains(
     check_fitted: Callable[..., Any], family: str
 ) -> None:
-    fits = [fit for _, fit in check_fitted("jlcm", family, job=SMALL_JOB, epochs=10)]
+    fits = [fit for _, fit in check_fitted("jlcm", family, job=SMALL_JOB, epochs=4)]
     assert all(fit.loss_after <= fit.loss_start for fit in fits)
     assert any(fit.loss_after < fit.loss_start for fit in fits)

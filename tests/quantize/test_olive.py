@@ -160,7 +160,7 @@ def test_isolated_outliers_cost_less_than_clipping(pack: Callable[..., Any]) -> 
 
 def test_on_gaussians_it_is_about_as_good_as_a_grid(pack: Callable[..., Any]) -> None:
     """Compare with a clipped grid of 15 steps, which leaves 0.0130 of the variance."""
-    weight_nm = torch.randn(64, 4096, generator=torch.Generator().manual_seed(4))
+    weight_nm = torch.randn(16, 4096, generator=torch.Generator().manual_seed(4))
     assert 0.012 < pack("olive", weight_nm).error < 0.0132
 
 

@@ -126,7 +126,7 @@ def test_held_out_text_is_not_trained_on(
         return original(trained, *more, **given)
 
     monkeypatch.setattr(preprocess, "train", spy)
-    quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job(str(path), steps=60))
+    quantize(open_checkpoint(checkpoint("llama")), tmp_path / "out", job(str(path), steps=30))
     (found,) = seen
     sides = found.samples, [sample for batch in found.held_out for sample in batch]
     texts = [tokenizer().batch_decode([sample.tokens for sample in side]) for side in sides]

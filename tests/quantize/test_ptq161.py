@@ -472,19 +472,20 @@ def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
 
 
 def test_targets_in_files_give_the_same_bytes(
-    checkpoint: Checkpoints, compress: Compress, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoints, compress: Compress, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = checkpoint("llama")
-    memory = compress(source, "ptq161", out="memory", job=SMALL_JOB, epochs=1)
+    source, job = checkpoint("llama"), {**SMALL_JOB, "calibration": [text_file]}
+    memory = compress(source, "ptq161", out="memory", job=job, epochs=1)
     monkeypatch.setattr("spectool.quantize.stream.BUFFERS_IN_MEMORY", 0)
-    files = compress(source, "ptq161", out="files", job=SMALL_JOB, epochs=1)
+    files = compress(source, "ptq161", out="files", job=job, epochs=1)
     assert contents(memory) == contents(files)
 
 
 def test_matrices_with_one_input_share_the_mask(
-    checkpoint: Checkpoints, compress: Compress
+    checkpoint: Checkpoints, compress: Compress, text_file: str
 ) -> None:
-    out = compress(checkpoint("llama"), "ptq161", job=SMALL_JOB, epochs=0)
+    job = {**SMALL_JOB, "calibration": [text_file]}
+    out = compress(checkpoint("llama"), "ptq161", job=job, epochs=0)
     stored = {k: t for path in out.glob("*.safetensors") for k, t in load_file(path).items()}
     for index in (0, 1):
         attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
@@ -495,11 +496,12 @@ def test_matrices_with_one_input_share_the_mask(
 
 
 def test_the_command_says_what_the_fit_gained(
-    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoints, tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spectool.cli.common.QUIET_SECONDS", -1.0)
     words = ["quantize", "ptq161", str(checkpoint("llama")), str(tmp_path / "out"), "--json"]
     words += ["--samples", "3", "--seq-len", "24", "--epochs", "2", "--ratio", "0.3"]
+    words += ["--calibration", text_file]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
@@ -523,14 +525,15 @@ def test_flipped_rows_and_turned_outputs_are_named() -> None:
 
 
 def test_a_block_left_dense_has_no_fit(
-    compress: Callable[..., Path], checkpoint: Callable[..., Path]
+    compress: Callable[..., Path], checkpoint: Callable[..., Path], text_file: str
 ) -> None:
     reports: list[Any] = []
+    text = {"calibration": [text_file], "samples": 2, "seq_len": 16}
     compress(
         checkpoint("llama"),
         "ptq161",
         epochs=1,
-        job={"samples": 2, "seq_len": 16, "skip": ["model.layers.0.*"], "allow_dense": True},
+        job={**text, "skip": ["model.layers.0.*"], "allow_dense": True},
         reports=reports,
     )
     nothing, (fit,) = (block.fits for block in reports[0].blocks)

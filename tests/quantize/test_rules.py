@@ -260,7 +260,11 @@ def test_embedding_and_head_are_packed_and_read_back(
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_blocks_are_calibrated_behind_the_packed_embedding(
-    checkpoint: Checkpoints, compress: Compress, family: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoints,
+    compress: Compress,
+    text_file: str,
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     embed = Packing._embed
@@ -274,7 +278,8 @@ def test_blocks_are_calibrated_behind_the_packed_embedding(
 
     monkeypatch.setattr(Packing, "_embed", spy)
     source, coarse = checkpoint(family), parse_quantizer("rtn:bits=2,group_size=8")
-    out = compress(source, "gptq", job={"embeddings": coarse})
+    job = {"embeddings": coarse, "calibration": [text_file], "samples": 4, "seq_len": 32}
+    out = compress(source, "gptq", job=job)
     ((ids_SL, original_SLD, packed_SLD),) = seen
     for path, found_SLD in ((source, original_SLD), (out, packed_SLD)):
         model: Any = spectool.load(path)
@@ -348,10 +353,10 @@ def test_killed_between_the_methods_of_a_block(
         "allow_dense": True,
     }
     source = checkpoint("llama")
-    want = compress(source, "jlcm", bits=2, epochs=1, job=job, out="want")
+    want = compress(source, "jlcm", bits=2, epochs=1, groups=1, job=job, out="want")
     with stopped(Packing, "_fit", after=4):
-        compress(source, "jlcm", bits=2, epochs=1, job=job)
-    assert contents(want) == contents(compress(source, "jlcm", bits=2, epochs=1, job=job))
+        compress(source, "jlcm", bits=2, epochs=1, groups=1, job=job)
+    assert contents(want) == contents(compress(source, "jlcm", bits=2, epochs=1, groups=1, job=job))
 
 
 def test_the_command_offers_and_inspect_repeats(checkpoint: Checkpoints, tmp_path: Path) -> None:

@@ -94,12 +94,14 @@ def simulate(model: PreTrainedModel, packed: PreTrainedModel) -> None:
     ],
 )
 def test_family_through_both_doors(
-    checkpoint: Checkpoints, compress: Compress, family: str, method: str
+    checkpoint: Checkpoints, compress: Compress, text_file: str, family: str, method: str
 ) -> None:
     if method == "nf4":
         pytest.importorskip("bitsandbytes")
     source = checkpoint(family)
-    job = {"allow_dense": family in ROUTERS, "samples": 2, "seq_len": 16}
+    job: dict[str, Any] = {"allow_dense": family in ROUTERS, "samples": 2, "seq_len": 16}
+    if method == "ptq161":
+        job["calibration"] = [text_file]
     out = compress(source, method, job=job, **({"epochs": 1} if method == "ptq161" else {}))
 
     model = spectool.load(out, runtime="packed")

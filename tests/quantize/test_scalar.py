@@ -89,13 +89,14 @@ def test_fields_describe_the_matrix(n: int, m: int, bits: float) -> None:
     widths = fields["bits"].tolist()
     stored = fields["levels"].tolist()
     starts = [sum(1 << b for b in widths[:j]) for j in range(m)]
+    restored = linear.dequantize().tolist()
     for i, row in enumerate(fields["codes"].tolist()):
         flat = [(byte >> bit) & 1 for byte in row for bit in range(8)]
         offset = 0
         for j, width in enumerate(widths):
             code = sum(flat[offset + t] << t for t in range(width))
             offset += width
-            assert float(linear.dequantize()[i, j]) == stored[starts[j] + code]
+            assert restored[i][j] == stored[starts[j] + code]
         assert not any(flat[offset:]), "padding is zero"
     assert not any(stored[sum(1 << b for b in widths) :])
     some = torch.tensor([n - 1, 0, n - 1])
@@ -220,6 +221,6 @@ def test_codes_that_are_not_the_nearest_survive_moving_levels() -> None:
 def test_a_checkpoint_has_the_planned_bits_and_every_block_gains(
     check_fitted: Callable[..., Any], text_file: str, family: str
 ) -> None:
-    job = {"calibration": [text_file], "samples": 6, "seq_len": 48}
-    for _, fit in check_fitted("scalar", family, job=job, epochs=3):
+    job = {"calibration": [text_file], "samples": 4, "seq_len": 32}
+    for _, fit in check_fitted("scalar", family, job=job, epochs=2):
         assert fit.loss_after < fit.loss_start

@@ -227,7 +227,7 @@ def test_a_model_with_a_learnt_head(
     job = {
         "lm_head": parse_quantizer(spec + ",epochs=3"),
         "calibration": [text_file],
-        "samples": 12,
+        "samples": 6,
         "seq_len": 48,
     }
     out = compress(source, "rtn", bits=8, group_size=16, job=job, reports=reports)

@@ -13,6 +13,8 @@ from spectool import methods
 from spectool.decode.drafters.draft_model import DraftModelDrafter
 from spectool.decode.generate import Runner
 
+from ..conftest import plain_text
+
 Tiny = Callable[..., PreTrainedModel]
 FAMILIES = ["llama", "gemma3", "qwen3", "gpt2", "opt", "gpt_neox", "mixtral"]
 
@@ -35,6 +37,7 @@ SPECS = {
 
 # One drafter of each kind: lookup, heads, skip, a chain, a tree; the others run as slow tests.
 ONE_OF_A_KIND = ["ngram", "jacobi", "skip", "chain", "rsd-s"]
+JOINED = ["jacobi joined", "combined", "tuned", "jacobi tuned"]
 MOST_SLOW = [
     pytest.param(name, marks=[] if name in ONE_OF_A_KIND else pytest.mark.slow) for name in SPECS
 ]
@@ -71,7 +74,7 @@ def prompts_of(size: int) -> list[list[int]]:
     [*((name, "llama") for name in SPECS), *((name, "gemma3") for name in ONE_OF_A_KIND)],
 )
 def test_greedy_text_is_plain_text(tiny: Tiny, endless: Any, name: str, family: str) -> None:
-    check(tiny, endless, name, family, size=3, length=35)
+    check(tiny, endless, name, family, size=3, length=20)
 
 
 @pytest.mark.slow
@@ -84,7 +87,7 @@ def test_greedy_text_of_50_prompts(tiny: Tiny, endless: Any, name: str, family: 
 def check(tiny: Tiny, endless: Any, name: str, family: str, *, size: int, length: int) -> None:
     model = endless(tiny(family) if name != "skip" else tiny(f"{family}-deep"))
     prompts = prompts_of(size)
-    plain = [r.token_ids for r in Runner(model).generate(prompts, max_new_tokens=length)]
+    plain = [plain_text(model, prompt, length) for prompt in prompts]
     runner = open_on(model, name, tiny(family, 1))
     for batch_size in (1, 3):
         results = runner.generate(prompts, max_new_tokens=length, batch_size=batch_size)
@@ -93,11 +96,15 @@ def check(tiny: Tiny, endless: Any, name: str, family: str, *, size: int, length
         assert all(r.lossless for r in results)
 
 
-@pytest.mark.parametrize("name", SPECS)
+# Those that join or tune others run as slow tests.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in JOINED else []) for name in SPECS],
+)
 def test_the_context_ends_a_drafted_text_where_it_ends_a_plain_one(
     tiny: Tiny, endless: Any, name: str
 ) -> None:
-    model = endless(tiny("llama-deep"))
+    model = endless(tiny("llama-deep" if name == "skip" else "llama"))
     runner = open_on(model, name, tiny("llama", 1))
     runner.target.context = 40
     prompts = prompts_of(2)
@@ -111,9 +118,9 @@ def test_the_context_ends_a_drafted_text_where_it_ends_a_plain_one(
 @pytest.mark.parametrize("name", MOST_SLOW)
 def test_penalties_leave_drafted_text_plain(tiny: Tiny, endless: Any, name: str) -> None:
     options: dict[str, Any] = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
-    model = endless(tiny("llama-deep"))
+    model = endless(tiny("llama-deep" if name == "skip" else "llama"))
     runner, prompts = open_on(model, name, tiny("llama", 1)), prompts_of(2)
-    drafted = runner.generate(prompts, max_new_tokens=30, batch_size=2, **options)
+    drafted = runner.generate(prompts, max_new_tokens=20, batch_size=2, **options)
     runner.use(None)
-    plain = runner.generate(prompts, max_new_tokens=30, **options)
+    plain = runner.generate(prompts, max_new_tokens=20, **options)
     assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]

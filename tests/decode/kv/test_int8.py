@@ -121,11 +121,16 @@ def test_the_tail_is_rounded_as_committed_tokens_are(tiny: Tiny, family: str) ->
     exact.prefill(dense, [list(range(20, 50))])
     found = target.verify(cache, [draft]).logits_BNV[0]
     other = exact.verify(dense, [draft]).logits_BNV[0]
-    for node in range(len(draft)):
+    seen = set()
+    for leaf in set(range(len(draft))) - set(draft.parents):
         alone = target.cache(1)
-        for token in [*range(20, 50), *(draft.tokens[at] for at in path_to(draft, node))]:
-            logits_BV = target.prefill(alone, [[token]]).logits_BV
-        torch.testing.assert_close(found[node], logits_BV[0], atol=1e-4, rtol=1e-4)
+        for token in range(20, 50):
+            target.prefill(alone, [[token]])
+        for node in path_to(draft, leaf):
+            logits_BV = target.prefill(alone, [[draft.tokens[node]]]).logits_BV
+            torch.testing.assert_close(found[node], logits_BV[0], atol=1e-4, rtol=1e-4)
+            seen.add(node)
+    assert seen == set(range(len(draft)))
     assert (found - other).abs().max() > 1e-3
 
 
@@ -143,7 +148,7 @@ def open_int8(model: PreTrainedModel, name: str, draft: PreTrainedModel) -> Runn
     return Runner(model, draft=HEADS[name](model), kv="int8:group=4")
 
 
-SAMPLED = {"temperature": 1.0, "verify": "token-match"}
+SAMPLED = {"temperature": 0.6, "verify": "token-match"}
 
 
 @pytest.mark.parametrize(
@@ -157,22 +162,23 @@ def test_drafted_text_is_plain_text_of_the_same_store(
     tiny: Tiny, endless: Any, name: str, sampling: dict[str, Any]
 ) -> None:
     """Greedy, and sampled with the random numbers of plain decoding."""
-    model, prompts = endless(tiny("llama-deep")), prompts_of(3)
+    model, prompts = endless(tiny("llama-deep" if name == "skip" else "llama")), prompts_of(3)
     runner = open_int8(model, name, tiny("llama", 1))
-    drafted = runner.generate(prompts, batch_size=3, max_new_tokens=30, **sampling)
+    drafted = runner.generate(prompts, batch_size=3, max_new_tokens=20, **sampling)
     assert all(result.drafted and result.lossless for result in drafted)
     runner.use(None)
-    plain = runner.generate(prompts, max_new_tokens=30, **sampling)
+    plain = runner.generate(prompts, max_new_tokens=20, **sampling)
     assert [result.token_ids for result in drafted] == [result.token_ids for result in plain]
 
 
 @pytest.mark.parametrize("name", ["ngram", "skip", "rsd-s", "eagle3"])
 def test_low_precision_stays_near_greedy(tiny: Tiny, endless: Any, name: str) -> None:
     """In bfloat16 every token is close to the best of single passes with the same store."""
-    models = [copy.deepcopy(tiny(*made)).bfloat16() for made in (("llama-deep",), ("llama", 1))]
-    runner = open_int8(endless(models[0]), name, models[1])
+    family = "llama-deep" if name == "skip" else "llama"
+    model, draft = (copy.deepcopy(tiny(*made)).bfloat16() for made in ((family,), ("llama", 1)))
+    runner = open_int8(endless(model), name, draft)
     (prompt,) = prompts_of(1)
-    (result,) = runner.generate([prompt], max_new_tokens=40)
+    (result,) = runner.generate([prompt], max_new_tokens=24)
     assert result.drafted
     cache = runner.target.cache(1)
     logits_V = runner.target.prefill(cache, [prompt]).logits_BV[0].float()
