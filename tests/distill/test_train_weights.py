@@ -227,7 +227,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     source = checkpoint("llama")
     train(source, tmp_path / "whole", text, method)
     monkeypatch.setattr(Training, "__init__", storing_always(Training.__init__))
-    with stopped(ArtifactWriter, "write_shard", after=4, only="state"):
+    with stopped(ArtifactWriter, "add_shard", after=4, only="state"):
         train(source, tmp_path / "out", text, method)
     assert not (tmp_path / "out").exists()
     train(source, tmp_path / "out", text, method)
@@ -244,7 +244,7 @@ def test_trajectories_that_were_collected_are_not_collected_again(
     train(source, tmp_path / "whole", text, "consistency")
     total = groups[0]
     assert total > 3
-    with stopped(ArtifactWriter, "write_shard", after=2, only="trajectories"):
+    with stopped(ArtifactWriter, "add_shard", after=2, only="trajectories"):
         train(source, tmp_path / "out", text, "consistency")
     # Two groups were stored, and the third was lost.
     assert groups[0] == total + 3
