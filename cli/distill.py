@@ -95,7 +95,8 @@ def _show_plan(output: Output, plan: WeightsPlan, *, dry_run: bool) -> None:
     output.say(
         f"plan: {describe_method(job.method, job.config)}, {plan.trained / 1e6:.2f} M parameters "
         f"train {plan.changed_tensors} tensors with {plan.changed_weights / 1e6:.2f} M of "
-        f"{plan.parameters / 1e6:.2f} M weights, memory at least {size(plan.memory_bytes)}"
+        f"{plan.parameters / 1e6:.2f} M weights, memory at least {size(plan.memory_bytes)}, disk "
+        f"{size(plan.disk_bytes)}"
     )
     say_texts(output, job, plan)
     if plan.generated_tokens:
@@ -104,7 +105,8 @@ def _show_plan(output: Output, plan: WeightsPlan, *, dry_run: bool) -> None:
             "the number of steps is an estimate"
         )
     if dry_run:
-        output.result({"dry_run": True, **_plan_record(plan), "memory_bytes": plan.memory_bytes})
+        sizes = {"memory_bytes": plan.memory_bytes, "disk_bytes": plan.disk_bytes}
+        output.result({"dry_run": True, **_plan_record(plan), **sizes})
 
 
 def _plan_record(plan: WeightsPlan) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from spectool.checkpoint.artifact import ArtifactWriter, write_atomically
 from spectool.checkpoint.tensors import read_tensors
 from spectool.distill.processes import ALONE, Processes
-from spectool.report import SILENT, Reporter
+from spectool.report import SILENT, Reporter, TrainingStarts
 from spectool.training import History, Metrics, Recipe, Training
 
 
@@ -69,6 +70,8 @@ def train(
         SpectoolError: the loss is not finite, or the disk is full.
     """
     objective.begin()
+    if steps := objective.recipe.steps:
+        reporter.event(TrainingStarts(steps, steps * _time_step(objective)))
     training = Training(
         name=objective.name,
         module=objective.module,
@@ -83,6 +86,14 @@ def train(
     history = training.run()
     objective.write(writer, history)
     return history
+
+
+def _time_step(objective: Objective) -> float:
+    """Time the first step, whose gradient is discarded."""
+    began = time.perf_counter()
+    objective.accumulate(0)
+    objective.module.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target
+from spectool.checkpoint.artifact import ArtifactWriter, check_paths, check_target, free_for
 from spectool.checkpoint.dense import check_dense
 from spectool.checkpoint.tensors import Checkpoint, hash_json, open_checkpoint
 from spectool.data.text import check_ids
@@ -53,7 +53,8 @@ class WeightsJob(WeightsOptions):
 class WeightsPlan:
     """Estimate of a training, made before weights are read.
 
-    `trained` parameters change `changed_weights` of the model's `parameters`. `loss_tokens`:
+    `trained` parameters change `changed_weights` of the model's `parameters`. `disk_bytes`: the
+    checkpoint, and what is stored next to it until it is complete. `loss_tokens`:
     training tokens that are in the loss. `generated_tokens`: what the model generates at most
     before the training; `steps` is an estimate then. `seq_len`: maximum tokens of a text, bounded
     by the contexts of the model and its teacher.
@@ -65,6 +66,7 @@ class WeightsPlan:
     changed_tensors: int
     changed_weights: int
     memory_bytes: int
+    disk_bytes: int
     samples: int
     loss_tokens: int
     held_out: int
@@ -190,6 +192,11 @@ def _prepare(
         processes=processes,
     )
     plan = _make_plan(job, task, teacher)
+    if plan.disk_bytes > (free := free_for(out)):
+        raise UnsupportedError(
+            f"{out}: the training stores about {plan.disk_bytes / 1e9:.1f} GB there, and "
+            f"{free / 1e9:.1f} GB are free"
+        )
     reporter.plan(plan)
     return plan, task, teacher
 
@@ -291,6 +298,9 @@ def _make_plan(job: WeightsJob, task: WeightTask, teacher: Checkpoint | None) ->
         changed_tensors=len(changed),
         changed_weights=sum(tensor.numel() for tensor in changed.values()),
         memory_bytes=needed,
+        # Two states: the weights, the best of them and the optimizer's moments.
+        disk_bytes=sum(path.stat().st_size for path in task.source.layout.files)
+        + 2 * (8 + OPTIMIZERS[job.optimizer]) * trained,
         samples=len(texts.samples),
         loss_tokens=sum(sum(sample.loss_mask) for sample in texts.samples),
         held_out=sum(map(len, texts.held_out)),

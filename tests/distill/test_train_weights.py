@@ -273,6 +273,10 @@ def test_what_is_refused(
         patch.setattr("spectool.distill.train_weights.available_memory", lambda device: 1000)
         with pytest.raises(UnsupportedError, match="training in float32 takes about"):
             train(source, out, text)
+    with monkeypatch.context() as patch:
+        patch.setattr("spectool.distill.train_weights.free_for", lambda out: 1000)
+        with pytest.raises(UnsupportedError, match="the training stores about"):
+            train(source, out, text)
     train(source, out, text, steps=1)
     with pytest.raises(UsageError, match="exists already"):
         train(source, out, text)
@@ -289,6 +293,9 @@ def test_the_command_shows_its_plan_trains_and_says_what_changed(
     assert done.exit_code == 0 and "plan: lora (rank=4)" in done.stderr and not out.exists()
     planned = json.loads(done.stdout)
     assert planned["dry_run"] and planned["steps"] == 6
+    weights_bytes = (source / "model.safetensors").stat().st_size
+    # Two states of four float32 tensors.
+    assert planned["disk_bytes"] == weights_bytes + 32 * planned["trained"]
     done = CliRunner().invoke(app, [*words, "--json"])
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
